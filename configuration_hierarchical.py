@@ -1,0 +1,404 @@
+"""The taxonomy and the configuration of a hierarchical text classifier. Pure Python: nothing here uses torch.
+
+Worth knowing:
+
+1. A taxonomy is a forest of named nodes. Nodes are numbered leaves first, in reading order, then inner nodes, so that
+   class index = leaf id = index into ``id2label``.
+2. A node's label is its name, or its path (``parent/child``, and ``/root``) where two nodes share the name. Case is
+   kept.
+3. The taxonomy is stored in ``config.json`` as nested lists: JSON written with sorted keys would reorder nested
+   objects, and with them the class indices.
+4. ``id2label`` and ``label2id`` are always derived from the taxonomy; they cannot disagree with it.
+5. The encoder's configuration is called ``text_config`` because that is the name transformers looks for when it resizes
+   embeddings or asks for the text part of a composite model.
+"""
+
+import csv
+import difflib
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from transformers import AutoConfig, PretrainedConfig
+
+DEFAULT_TAXONOMY = [
+    "general pathological conditions",
+    {
+        "specific disease": [
+            "neoplasms",
+            "digestive system diseases",
+            "nervous system diseases",
+            "cardiovascular diseases",
+        ]
+    },
+]
+DEFAULT_ENCODER = "emilyalsentzer/Bio_ClinicalBERT"
+DEFAULT_ENCODER_REVISION = "d5892b39a4adaed74b92212a44081509db72f87b"
+MAX_DEPTH = 16
+
+
+class TaxonomyError(ValueError):
+    """A taxonomy that cannot be read, or a label that it does not hold. The message names the node."""
+
+
+class Taxonomy:
+    """A forest of named nodes, of any depth up to 16, with leaves at any depth.
+
+    Args:
+        tree: the forest, nested. A leaf is a string; an inner node is a one-item mapping of its name to its children.
+            Mappings with several items, and empty or missing children (a leaf), are read too, so that
+            ``{"a": {"b": None, "c": ["d", "e"]}}`` is a taxonomy as well.
+        separator: what stands between the names of a path.
+
+    Attributes:
+        names, parents, levels, labels: one entry a node: its name, its parent's id (-1 for a root), its depth (roots
+            are at 1), its label.
+        num_leaves, num_nodes, depth: ids below ``num_leaves`` are leaves; ``depth`` is the deepest level.
+
+    Raises:
+        TaxonomyError: an empty name, two siblings of one name, a path that is also a name, more than 16 levels.
+    """
+
+    def __init__(self, tree: Sequence | dict, separator: str = "/"):
+        if not isinstance(separator, str) or not separator:
+            raise TaxonomyError(f"the label separator must be a non-empty text, not {separator!r}")
+        self.separator = separator
+        paths, has_children = self._flatten(tree)
+        order = sorted(range(len(paths)), key=lambda i: has_children[i])  # stable: leaves first, in reading order
+        self.num_nodes = len(order)
+        self.num_leaves = self.num_nodes - sum(has_children)
+        if self.num_leaves < 2:
+            raise TaxonomyError(f"a taxonomy needs at least two leaves; this one has {self.num_leaves}")
+        self._paths = [paths[i] for i in order]
+        self._reading_order = sorted(range(self.num_nodes), key=order.__getitem__)
+        self.names = [path[-1] for path in self._paths]
+        self.levels = [len(path) for path in self._paths]
+        self.depth = max(self.levels)
+        id_of = {path: i for i, path in enumerate(self._paths)}
+        self.parents = [id_of[path[:-1]] if len(path) > 1 else -1 for path in self._paths]
+
+        by_name: dict[str, list[int]] = {}
+        for i, name in enumerate(self.names):
+            by_name.setdefault(name, []).append(i)
+        self._ambiguous = {name: ids for name, ids in by_name.items() if len(ids) > 1}
+        self.labels = []
+        self._ids: dict[str, int] = {}
+        for i, path in enumerate(self._paths):
+            written = separator.join(path)
+            if path[-1] in self._ambiguous and len(path) == 1:
+                written = separator + written  # a root's path would be its bare name
+            self.labels.append(written if path[-1] in self._ambiguous else path[-1])
+            for key in {written, self.labels[i]}:
+                if self._ids.setdefault(key, i) != i:
+                    raise TaxonomyError(
+                        f"{key!r} is both the name of a node and the path to another; choose another label separator"
+                    )
+
+    @staticmethod
+    def _flatten(tree: Sequence | dict) -> tuple[list[tuple[str, ...]], list[bool]]:
+        """Every node's path in reading order, and whether it has children."""
+        paths, has_children, seen = [], [], set()
+        stack = [((), tree)]
+        while stack:
+            parent, children = stack.pop()
+            items = children.items() if isinstance(children, dict) else enumerate(children)
+            found = []
+            for key, value in items:
+                if isinstance(children, dict):
+                    found.append((key, value))
+                elif isinstance(value, dict):
+                    found.extend(value.items())
+                else:
+                    found.append((value, None))
+            stack.extend(((*parent, name), below or ()) for name, below in reversed(found))
+            if parent:
+                paths.append(parent)
+                has_children.append(bool(found))
+                if parent in seen:
+                    where = f"under {parent[-2]!r}" if len(parent) > 1 else "among the roots"
+                    raise TaxonomyError(f"the name {parent[-1]!r} occurs twice {where}")
+                seen.add(parent)
+            for name, below in found:
+                place = " > ".join(parent) or "the top level"
+                if not isinstance(name, str):
+                    raise TaxonomyError(f"a name must be text, but {place} holds {name!r}; put it in quotes")
+                if not name.strip():
+                    raise TaxonomyError(f"an empty name at {place}")
+                if name != name.strip() or any(ord(c) < 32 for c in name):
+                    raise TaxonomyError(f"the name {name!r} has white space around it or a control character in it")
+                if below is not None and below != "" and not isinstance(below, (list, tuple, dict)):
+                    raise TaxonomyError(f"the children of {name!r} must be a list or a mapping, not {below!r}")
+                if len(parent) == MAX_DEPTH:
+                    raise TaxonomyError(
+                        f"{name!r} is at level {MAX_DEPTH + 1}; at most {MAX_DEPTH} levels are supported"
+                    )
+        return paths, has_children
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[tuple[str | None, str]], separator: str = "/") -> "Taxonomy":
+        """From (parent, child) pairs of names. An empty parent, or one that is nobody's child, is a root.
+
+        Raises:
+            TaxonomyError: a cycle, a child with two parents, an empty child.
+        """
+        parent_of: dict[str, str | None] = {}
+        order: dict[str, list[str]] = {}
+        for number, (parent, child) in enumerate(rows, start=1):
+            parent, child = (parent or "").strip() or None, (child or "").strip()
+            if not child:
+                raise TaxonomyError(f"row {number} of the taxonomy has an empty name (parent {parent!r})")
+            if parent_of.get(child, parent) != parent:
+                one, two = (repr(p) if p else "no parent" for p in (parent_of[child], parent))
+                raise TaxonomyError(f"{child!r} has two parents: {one} and {two}")
+            if child not in parent_of:
+                parent_of[child] = parent
+                if parent is not None:
+                    order.setdefault(parent, []).append(child)
+        roots = list(dict.fromkeys(parent or child for child, parent in parent_of.items()))
+        roots = [name for name in roots if parent_of.get(name) is None]
+
+        reached = {name: {name: []} for name in roots}
+        queue = list(roots)
+        for name in queue:  # grows while it is walked
+            for child in order.get(name, []):
+                reached[child] = {child: []}
+                reached[name][name].append(reached[child])
+                queue.append(child)
+        missed = next((name for name in parent_of if name not in reached), None)
+        if missed is not None:
+            chain = [missed]
+            while parent_of[chain[-1]] not in chain:
+                chain.append(parent_of[chain[-1]])
+            cycle = chain[chain.index(parent_of[chain[-1]]) :]
+            raise TaxonomyError("the taxonomy has a cycle: " + " > ".join([*reversed(cycle), cycle[-1]]))
+        return cls([reached[name] for name in roots], separator)
+
+    @classmethod
+    def from_paths(cls, paths: Iterable[str | Sequence[str]], separator: str = "/") -> "Taxonomy":
+        """From labels that are paths: ``"parent/child"`` texts, or sequences of names from the root down.
+
+        Empty names at the end of a sequence mean that the path stops there.
+
+        Raises:
+            TaxonomyError: an empty name inside a path.
+        """
+        tree: dict = {}
+        for path in paths:
+            parts = [part.strip() for part in (path.split(separator) if isinstance(path, str) else path)]
+            if not isinstance(path, str):
+                while parts and not parts[-1]:
+                    parts.pop()
+            if not parts or not all(parts):
+                raise TaxonomyError(f"the label {path!r} has an empty name in its path")
+            here = tree
+            for part in parts:
+                here = here.setdefault(part, {})
+        return cls(tree, separator)
+
+    @classmethod
+    def from_file(cls, path: str | Path, separator: str = "/") -> "Taxonomy":
+        """From a file: nested ``.yaml``/``.yml``/``.json``, or ``.csv``/``.tsv`` rows with a ``parent`` column and a
+        ``child`` (or ``name``, or ``node``) column.
+
+        Raises:
+            TaxonomyError: the file is missing, of another kind, or does not hold a taxonomy.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TaxonomyError(f"cannot read the taxonomy {path}: {error}") from error
+        try:
+            if path.suffix in (".yaml", ".yml"):
+                tree = _read_yaml(text)
+            elif path.suffix == ".json":
+                tree = json.loads(text, object_pairs_hook=_unique)
+            elif path.suffix in (".csv", ".tsv"):
+                return cls.from_rows(_read_rows(text, "," if path.suffix == ".csv" else "\t"), separator)
+            else:
+                raise TaxonomyError(f"expected .yaml, .yml, .json, .csv or .tsv, not {path.suffix or 'no suffix'!r}")
+            if not isinstance(tree, (list, dict)) or not tree:
+                raise TaxonomyError("expected a mapping or a list of names")
+            return cls(tree, separator)
+        except (TaxonomyError, json.JSONDecodeError, RecursionError) as error:
+            raise TaxonomyError(f"{path}: {error}") from error
+
+    def to_nested(self) -> list:
+        """The forest as nested lists: a leaf is its name, an inner node ``{name: [children]}``."""
+        built: list = [name if i < self.num_leaves else {name: []} for i, name in enumerate(self.names)]
+        top: list = []
+        for i in self._reading_order:  # parents come before children
+            siblings = top if self.parents[i] < 0 else built[self.parents[i]][self.names[self.parents[i]]]
+            siblings.append(built[i])
+        return top
+
+    @cached_property
+    def _children(self) -> dict[int, list[int]]:
+        children: dict[int, list[int]] = {}
+        for i in self._reading_order:
+            children.setdefault(self.parents[i], []).append(i)
+        return children
+
+    def children(self, node: int) -> list[int]:
+        """Ids of the children of a node, or of the roots for -1."""
+        return self._children.get(node, [])
+
+    def path(self, node: int) -> list[int]:
+        """Ids from the root to the node, the node included."""
+        path = [node]
+        while self.parents[path[-1]] >= 0:
+            path.append(self.parents[path[-1]])
+        return path[::-1]
+
+    def path_names(self, node: int) -> tuple[str, ...]:
+        """Names from the root to the node."""
+        return self._paths[node]
+
+    def id(self, label: str) -> int:
+        """The id of the node with this label or path.
+
+        Raises:
+            TaxonomyError: no such node, or a name that several nodes share.
+        """
+        key = label.strip() if isinstance(label, str) else label
+        if key in self._ids:
+            return self._ids[key]
+        if key in self._ambiguous:
+            paths = " and ".join(repr(self.labels[i]) for i in self._ambiguous[key][:3])
+            raise TaxonomyError(f"the label {label!r} is ambiguous: it names {paths}; write the path")
+        near = difflib.get_close_matches(str(key), list(self._ids), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(map(repr, self.labels[:5]))}, …"
+        raise TaxonomyError(f"the label {label!r} is not in the taxonomy{hint}")
+
+    def tree(self) -> str:
+        """The forest drawn as text, one node a line."""
+        lines: list[str] = []
+
+        def draw(node: int, prefix: str) -> None:
+            below = self.children(node)
+            for child in below:
+                last = child == below[-1]
+                mark = "" if node < 0 else ("└── " if last else "├── ")
+                lines.append(prefix + mark + self.names[child])
+                draw(child, prefix if node < 0 else prefix + ("    " if last else "│   "))
+
+        draw(-1, "")
+        return "\n".join(lines)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Taxonomy) and (self._paths, self.separator) == (other._paths, other.separator)
+
+    def __hash__(self) -> int:
+        return hash((tuple(self._paths), self.separator))
+
+    def __repr__(self) -> str:
+        return f"Taxonomy({self.num_leaves} leaves, {self.num_nodes} nodes, {self.depth} levels)"
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    unique: dict = {}
+    for key, value in pairs:
+        if key in unique:
+            raise TaxonomyError(f"the name {key!r} occurs twice in one mapping")
+        unique[key] = value
+    return unique
+
+
+def _read_yaml(text: str) -> object:
+    import yaml
+
+    class Loader(yaml.BaseLoader):  # every scalar stays text: a class called `no` or `1` keeps its name
+        def construct_mapping(self, node, deep=False):
+            return _unique([(self.construct_object(k, True), self.construct_object(v, True)) for k, v in node.value])
+
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise TaxonomyError(" ".join(str(error).split())) from error
+
+
+def _read_rows(text: str, delimiter: str) -> list[tuple[str, str]]:
+    reader = csv.DictReader(text.splitlines(), delimiter=delimiter)
+    columns = reader.fieldnames or []
+    child = next((name for name in ("child", "name", "node") if name in columns), None)
+    if child is None or "parent" not in columns:
+        raise TaxonomyError(f"expected columns 'parent' and 'child' (or 'name', 'node'), found {columns}")
+    return [(row["parent"], row[child]) for row in reader]
+
+
+class HierarchicalConfig(PretrainedConfig):
+    """Configuration of a `HierarchicalForSequenceClassification`.
+
+    Args:
+        text_config: the encoder's configuration, as an object or a dict with ``model_type``. BERT's by default.
+        taxonomy: a `Taxonomy`, or its nested form; see there. The default is the one of the Medical Abstracts corpus.
+        label_separator: what stands between the names of a path.
+        encoder_name_or_path: Hub id or folder that the encoder's weights come from.
+        encoder_revision: the commit of that repository. None for a folder.
+        adapter_subfolder: the folder of the checkpoint that holds a PEFT adapter, beside the heads; None when the
+            checkpoint holds the whole model.
+        pooling: ``"mean"`` over the tokens that are not padding, or ``"cls"``, the first token.
+        head_dropout: dropout probability before the heads.
+        initializer_range: standard deviation of fresh head weights.
+
+    Raises:
+        TaxonomyError: an unusable taxonomy, or labels that are not its leaves.
+    """
+
+    model_type = "hierarchical_text_classification"
+    sub_configs = {"text_config": AutoConfig}
+    keys_to_ignore_at_inference = ["node_log_probs", "hidden_states", "attentions"]
+
+    def __init__(
+        self,
+        text_config: dict | PretrainedConfig | None = None,
+        taxonomy: "Taxonomy | list | dict | None" = None,
+        label_separator: str = "/",
+        encoder_name_or_path: str = DEFAULT_ENCODER,
+        encoder_revision: str | None = None,
+        adapter_subfolder: str | None = None,
+        pooling: str = "mean",
+        head_dropout: float = 0.0,
+        initializer_range: float = 0.02,
+        **kwargs,
+    ):
+        if not isinstance(taxonomy, Taxonomy):
+            taxonomy = Taxonomy(DEFAULT_TAXONOMY if taxonomy is None else taxonomy, label_separator)
+        if pooling not in ("mean", "cls"):
+            raise ValueError(f"pooling must be 'mean' or 'cls', not {pooling!r}")
+        if isinstance(text_config, dict):
+            text_config = dict(text_config)
+            text_config = AutoConfig.for_model(text_config.pop("model_type", "bert"), **text_config)
+        self.text_config = AutoConfig.for_model("bert") if text_config is None else text_config
+        self.taxonomy = taxonomy.to_nested()
+        self.label_separator = taxonomy.separator
+        self.encoder_name_or_path = encoder_name_or_path
+        self.encoder_revision = encoder_revision
+        self.adapter_subfolder = adapter_subfolder
+        self.pooling = pooling
+        self.head_dropout = head_dropout
+        self.initializer_range = initializer_range
+
+        leaves = taxonomy.labels[: taxonomy.num_leaves]
+        given = kwargs.pop("id2label", None)
+        if given is not None and [given[key] for key in sorted(given, key=int)] != leaves:
+            raise TaxonomyError("id2label is not the list of the taxonomy's leaves; change the taxonomy instead")
+        if kwargs.pop("num_labels", len(leaves)) != len(leaves):
+            raise TaxonomyError(
+                f"num_labels is not the {len(leaves)} leaves of the taxonomy; change the taxonomy instead"
+            )
+        kwargs.pop("label2id", None)
+        super().__init__(
+            id2label=dict(enumerate(leaves)), label2id={label: i for i, label in enumerate(leaves)}, **kwargs
+        )
+
+    @property
+    def tree(self) -> Taxonomy:
+        """The taxonomy as an object, built from ``taxonomy`` each time it is asked for."""
+        return Taxonomy(self.taxonomy, self.label_separator)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the encoder's output."""
+        return self.text_config.hidden_size

@@ -1,0 +1,432 @@
+"""A text encoder with one softmax head per decision of a taxonomy, and its loading from a checkpoint in one call.
+
+Worth knowing:
+
+1. The heads are one matrix over all nodes and one log-softmax over groups of siblings, so a taxonomy of a thousand
+   nodes costs about what one of ten does. P(node) = P(parent) · P(node | parent) holds by construction.
+2. ``logits`` are leaf log-probabilities: their softmax is the leaf distribution, so flat tools work unchanged.
+3. A checkpoint is either whole (``model.safetensors``) or an adapter: ``heads.safetensors`` beside a plain PEFT adapter
+   in ``adapter/``, over an encoder that is fetched by name. The adapter is in a subfolder because a root-level
+   ``adapter_config.json`` on the Hub makes ``AutoModel`` load the bare encoder instead.
+4. The heads are parameters of their own module, not an ``nn.Linear``, so no ``quantization_config`` reaches them.
+5. The index buffers are not saved. They are refilled in ``_init_weights``, since models are built on the meta device.
+"""
+
+import copy
+import inspect
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import MODEL_MAPPING, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput, cached_file, can_return_tuple, is_peft_available, logging
+
+try:
+    from .configuration_hierarchical import HierarchicalConfig, Taxonomy
+except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
+    from configuration_hierarchical import HierarchicalConfig, Taxonomy
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_hierarchical.HierarchicalConfig",
+    "AutoModel": "modeling_hierarchical.HierarchicalForSequenceClassification",
+    "AutoModelForSequenceClassification": "modeling_hierarchical.HierarchicalForSequenceClassification",
+}
+SHIPPED_FILES = ("configuration_hierarchical.py", "modeling_hierarchical.py")
+ADAPTER_SUBFOLDER = "adapter"
+ADAPTER_PREFIX = "base_model.model."  # how PeftModel names the module that it wraps
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+HEADS_WEIGHTS = "heads.safetensors"
+IGNORED_LABEL = -100
+
+
+@dataclass
+class HierarchicalOutput(ModelOutput):
+    """Output of `HierarchicalForSequenceClassification`.
+
+    Attributes:
+        loss: scalar, when labels were given.
+        logits: (B, num_leaves), log-probabilities of the leaves.
+        node_log_probs: (B, num_nodes), log-probabilities of all nodes, leaves first.
+        hidden_states, attentions: the encoder's own, when asked for.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    node_log_probs: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+def segment_log_softmax(scores: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    """Log-softmax within groups of columns.
+
+    Args:
+        scores: (B, N).
+        group: (N,), the group of each column, in 0 … num_groups - 1.
+
+    Returns:
+        (B, N); the exponentials of each group add up to one.
+    """
+    index = group.expand_as(scores)
+    peak = scores.new_full((scores.shape[0], num_groups), -torch.inf)
+    peak = peak.scatter_reduce(1, index, scores.detach(), "amax")
+    scores = scores - peak.gather(1, index)
+    total = scores.new_zeros(peak.shape).scatter_add(1, index, scores.exp())
+    return scores - total.log().gather(1, index)
+
+
+class HierarchicalHeads(nn.Module):
+    """All decisions of a taxonomy at once: (B, hidden_size) to (B, num_nodes) log-probabilities."""
+
+    def __init__(self, config: HierarchicalConfig):
+        super().__init__()
+        tree = config.tree
+        self.num_nodes, self.num_leaves = tree.num_nodes, tree.num_leaves
+        self.num_groups = tree.num_nodes - tree.num_leaves + 1  # the roots, and the children of each inner node
+        self.tree = tree
+        self.dropout = nn.Dropout(config.head_dropout)
+        self.weight = nn.Parameter(torch.empty(tree.num_nodes, config.hidden_size))
+        self.bias = nn.Parameter(torch.empty(tree.num_nodes))
+        self.register_buffer("group", torch.empty(tree.num_nodes, dtype=torch.long), persistent=False)
+        self.register_buffer("ancestors", torch.empty(tree.num_nodes, tree.depth, dtype=torch.long), persistent=False)
+
+    def fill_indices(self) -> None:
+        """Writes the taxonomy into the index buffers."""
+        group, ancestors = taxonomy_indices(self.tree)
+        self.group.copy_(group)
+        self.ancestors.copy_(ancestors)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        with torch.autocast(pooled.device.type, enabled=False):
+            scores = nn.functional.linear(self.dropout(pooled.to(self.weight.dtype)), self.weight, self.bias).float()
+            conditional = segment_log_softmax(scores, self.group, self.num_groups)  # (B, N): log P(node | parent)
+            padded = nn.functional.pad(conditional, (0, 1))  # the padding's ancestor is the last column, a zero
+            return padded[:, self.ancestors].sum(-1)  # (B, N, depth) to (B, N)
+
+
+def taxonomy_indices(tree: Taxonomy) -> tuple[Tensor, Tensor]:
+    """A taxonomy as tensors.
+
+    Returns:
+        group: (num_nodes,), 0 for roots, and one number for the children of each inner node.
+        ancestors: (num_nodes, depth), ids from the root to the node itself, padded with num_nodes.
+    """
+    group = torch.tensor([0 if parent < 0 else parent - tree.num_leaves + 1 for parent in tree.parents])
+    ancestors = torch.full((tree.num_nodes, tree.depth), tree.num_nodes)
+    for node in range(tree.num_nodes):
+        path = tree.path(node)
+        ancestors[node, : len(path)] = torch.tensor(path)
+    return group, ancestors
+
+
+class HierarchicalForSequenceClassification(PreTrainedModel):
+    """Any text encoder of transformers, pooled, with hierarchical heads.
+
+    Args:
+        config: with the taxonomy and the encoder's configuration.
+        encoder: a loaded encoder; by default one with fresh weights is built from ``config.text_config``.
+    """
+
+    config_class = HierarchicalConfig
+    base_model_prefix = "encoder"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = ["heads"]
+
+    def __init__(self, config: HierarchicalConfig, encoder: PreTrainedModel | None = None):
+        super().__init__(config)
+        if encoder is None:
+            encoder = AutoModel.from_config(config.text_config, **without_pooler(config.text_config))
+        self.encoder = encoder
+        config.text_config = encoder.config  # one object, so that resized embeddings and attention choices are saved
+        self.heads = HierarchicalHeads(config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, HierarchicalHeads):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            init.zeros_(module.bias)
+            module.fill_indices()
+        else:
+            super()._init_weights(module)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.encoder.set_input_embeddings(value)
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether a PEFT adapter is injected into the encoder."""
+        return hasattr(self.encoder, "peft_config")
+
+    def pool(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """(B, T, H) token vectors and a (B, T) mask to (B, H), in float32."""
+        if self.config.pooling == "cls":
+            return hidden[:, 0].float()
+        if attention_mask is None:
+            return hidden.float().mean(1)
+        if attention_mask.dim() != 2:
+            raise ValueError(f"mean pooling needs an attention mask of shape (B, T), not {tuple(attention_mask.shape)}")
+        mask = attention_mask.to(hidden.device, torch.float32).unsqueeze(-1)  # (B, T, 1)
+        return (hidden.float() * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> HierarchicalOutput:
+        """Log-probabilities of every node.
+
+        Args:
+            input_ids, attention_mask, token_type_ids, position_ids: (B, T).
+            inputs_embeds: (B, T, H), instead of ``input_ids``.
+            labels: (B,), node ids, of leaves or inner nodes; -100 is ignored. The loss is the negative log-likelihood
+                of the labelled nodes, in nats.
+            num_items_in_batch: what the summed loss is divided by; the number of labels that are not -100 by default.
+            kwargs: passed to the encoder, such as ``output_hidden_states`` and ``output_attentions``.
+        """
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        encoded = self.encoder(**{name: value for name, value in given.items() if value is not None}, **kwargs)
+        pooled = self.pool(encoded.last_hidden_state, attention_mask)
+        node_log_probs = self.heads(pooled.to(self.heads.weight.device))
+        return HierarchicalOutput(
+            loss=None if labels is None else negative_log_likelihood(node_log_probs, labels, num_items_in_batch),
+            logits=node_log_probs[:, : self.heads.num_leaves],
+            node_log_probs=node_log_probs,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *model_args: Any,
+        config: PretrainedConfig | str | os.PathLike | None = None,
+        **kwargs: Any,
+    ) -> "HierarchicalForSequenceClassification":
+        """Loads a whole model, or the encoder by its name and revision and then the adapter and heads of the checkpoint.
+
+        Takes what `PreTrainedModel.from_pretrained` takes. With an adapter checkpoint, ``dtype``, ``device_map``,
+        ``quantization_config`` and ``attn_implementation`` go to the encoder; the heads stay in float32 beside it.
+        """
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        if not isinstance(config, PretrainedConfig):
+            config, kwargs = HierarchicalConfig.from_pretrained(
+                pretrained_model_name_or_path if config is None else config, return_unused_kwargs=True, **kwargs
+            )
+        if config.adapter_subfolder is None:
+            return super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, config=config, **{**kwargs, **hub}
+            )
+        peft = import_peft()
+
+        def fetch(filename: str) -> str:
+            return cached_file(pretrained_model_name_or_path, filename, **hub)
+
+        heads = load_file(fetch(HEADS_WEIGHTS))
+        adapter_config = fetch(f"{config.adapter_subfolder}/adapter_config.json")
+        adapter = load_file(fetch(f"{config.adapter_subfolder}/{ADAPTER_WEIGHTS}"))
+        kwargs = {name: value for name, value in {**kwargs, **hub}.items() if name not in NOT_FOR_THE_ENCODER}
+        encoder = load_encoder(config, **kwargs)
+        model = cls(copy.deepcopy(config), encoder=encoder)
+        model.load_heads_and_adapter(heads, adapter, peft.PeftConfig.from_pretrained(Path(adapter_config).parent))
+        model.heads.to(encoder.device)
+        model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
+        return model.eval()
+
+    def load_heads_and_adapter(
+        self, heads: dict[str, Tensor], adapter: dict[str, Tensor], adapter_config: Any = None
+    ) -> None:
+        """Takes heads and adapter weights as they are stored in a checkpoint.
+
+        Args:
+            adapter_config: a `peft.PeftConfig`, injected first; None when an adapter is already there.
+
+        Raises:
+            ValueError: weights are missing, left over, or of another shape.
+        """
+        peft = import_peft()
+        if adapter_config is not None:
+            peft.inject_adapter_in_model(adapter_config, self.encoder)
+            self.encoder.requires_grad_(False)
+        expected = peft.get_peft_model_state_dict(self.encoder)
+        adapter = {name.removeprefix(ADAPTER_PREFIX): tensor for name, tensor in adapter.items()}
+        check_weights("adapter", adapter, expected)
+        check_weights("heads", heads, self.heads.state_dict())
+        peft.set_peft_model_state_dict(self.encoder, adapter)
+        self.heads.load_state_dict(heads)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes a checkpoint that `from_pretrained` and the Auto classes load: the adapter form when the encoder carries
+        an adapter, else the whole model. The code that loads it is written beside it.
+        """
+        if os.path.isfile(save_directory):
+            raise ValueError(f"{save_directory} is a file; a checkpoint needs a folder")
+        if not self.has_adapter:
+            self.config.adapter_subfolder = None
+            self.config.auto_map = AUTO_MAP
+            super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+        elif kwargs.get("push_to_hub"):
+            raise ValueError("save_pretrained writes a folder; to publish it, run push_to_hub.py on that folder")
+        elif is_main_process:
+            self._save_adapter_form(Path(save_directory), state_dict)
+        if is_main_process:
+            remove_other_form(Path(save_directory), self.has_adapter)
+            for name in SHIPPED_FILES:
+                source, target = Path(__file__).parent / name, Path(save_directory) / name
+                if source.resolve() != target.resolve():
+                    shutil.copyfile(source, target)
+
+    def _save_adapter_form(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        part = {
+            prefix: {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
+            for prefix in ("heads.", "encoder.")
+        }
+        (folder / ADAPTER_SUBFOLDER).mkdir(parents=True, exist_ok=True)
+        save_file(contiguous(part["heads."]), folder / HEADS_WEIGHTS, {"format": "pt"})
+
+        adapter = import_peft().get_peft_model_state_dict(self.encoder, state_dict=part["encoder."])
+        adapter = {ADAPTER_PREFIX + name: tensor for name, tensor in adapter.items()}
+        save_file(contiguous(adapter), folder / ADAPTER_SUBFOLDER / ADAPTER_WEIGHTS, {"format": "pt"})
+        adapter_config = copy.deepcopy(self.encoder.peft_config["default"])
+        adapter_config.inference_mode = True
+        adapter_config.base_model_name_or_path = self.config.encoder_name_or_path
+        adapter_config.revision = self.config.encoder_revision
+        adapter_config.save_pretrained(folder / ADAPTER_SUBFOLDER)
+
+        config = copy.deepcopy(self.config)
+        config.auto_map = AUTO_MAP
+        config.architectures = [type(self).__name__]
+        config.adapter_subfolder = ADAPTER_SUBFOLDER
+        # how the encoder was held in memory is no property of the checkpoint: it loads as its own repository has it
+        config.dtype = config.text_config.dtype = None
+        for part_config in (config, config.text_config):
+            if hasattr(part_config, "quantization_config"):
+                del part_config.quantization_config
+        config.save_pretrained(folder)
+
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+# the encoder is in a repository of its own, with another revision, and its code is transformers' own
+NOT_FOR_THE_ENCODER = (
+    *("revision", "subfolder", "trust_remote_code", "code_revision", "adapter_kwargs"),
+    *("_from_auto", "_from_pipeline", "_commit_hash"),
+)
+
+
+def remove_other_form(folder: Path, adapter_form: bool) -> None:
+    """Deletes the weights of an earlier checkpoint of the other form, which would be published along."""
+    whole = [*folder.glob("model.safetensors*"), *folder.glob("model-*-of-*.safetensors")]
+    adapter = [folder / ADAPTER_SUBFOLDER / name for name in (ADAPTER_WEIGHTS, "adapter_config.json")]
+    for file in whole if adapter_form else [folder / HEADS_WEIGHTS, *adapter]:
+        file.unlink(missing_ok=True)
+
+
+def import_peft() -> Any:
+    """PEFT, imported where an adapter is at hand: it takes longer to import than all the rest."""
+    if is_peft_available():
+        import peft
+
+        return peft
+    raise ImportError("the checkpoint holds a PEFT adapter: pip install peft")
+
+
+def without_pooler(text_config: PretrainedConfig) -> dict[str, bool]:
+    """The argument that leaves out an encoder's pooler, where it has one: pooling happens here, and a layer without a
+    gradient is an error under DDP."""
+    parameters = inspect.signature(MODEL_MAPPING[type(text_config)].__init__).parameters
+    return {"add_pooling_layer": False} if "add_pooling_layer" in parameters else {}
+
+
+def load_encoder(config: HierarchicalConfig, **kwargs: Any) -> PreTrainedModel:
+    """The encoder that ``config`` names, at its pinned revision, by `AutoModel.from_pretrained`.
+
+    Raises:
+        ValueError: the repository lacks some of the encoder's weights.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # poolers and pretraining heads are left out on purpose; a missing weight is an error
+    try:
+        encoder, info = AutoModel.from_pretrained(
+            config.encoder_name_or_path,
+            config=config.text_config,
+            revision=config.encoder_revision or "main",
+            output_loading_info=True,
+            **without_pooler(config.text_config),
+            **kwargs,
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    if info["missing_keys"]:
+        raise ValueError(
+            f"{config.encoder_name_or_path} lacks {len(info['missing_keys'])} weights of a "
+            f"{type(encoder).__name__}, such as {min(info['missing_keys'])!r}"
+        )
+    return encoder
+
+
+def negative_log_likelihood(
+    node_log_probs: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+) -> Tensor:
+    """Mean of -log P(label) over the labels that are not -100, or their sum divided by ``num_items_in_batch``.
+
+    Args:
+        node_log_probs: (B, num_nodes).
+        labels: (B,), node ids.
+    """
+    labels = labels.to(node_log_probs.device)
+    labelled = labels != IGNORED_LABEL
+    picked = node_log_probs.gather(1, torch.where(labelled, labels, 0).unsqueeze(1)).squeeze(1)
+    items = labelled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    return -torch.where(labelled, picked, 0).sum() / items
+
+
+def check_weights(what: str, stored: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raises ValueError, naming the first, where stored tensors are missing, left over or of another shape."""
+    for name in sorted(stored.keys() ^ expected.keys()):
+        problem = "does not fit this model" if name in stored else "is missing from the checkpoint"
+        raise ValueError(f"the {what} weight {name!r} {problem}")
+    for name, tensor in stored.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(
+                f"the {what} weight {name!r} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
+            )
+
+
+def contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as safetensors wants them."""
+    return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}

@@ -1,0 +1,295 @@
+import itertools
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from torch import nn
+from transformers import AutoConfig, AutoModel
+
+from configuration_hierarchical import HierarchicalConfig, Taxonomy
+from modeling_hierarchical import (
+    HierarchicalForSequenceClassification,
+    load_encoder,
+    negative_log_likelihood,
+    segment_log_softmax,
+    without_pooler,
+)
+from training.arguments import ModelArguments
+from training.model import set_dropout
+
+UNEVEN = Taxonomy({"a": {"b": ["c", "d"], "e": None}, "f": ["g"], "h": None})
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+ENCODERS = {
+    "bert": SMALL,
+    "roberta": {**SMALL, "pad_token_id": 1, "max_position_embeddings": 66},
+    "xlm-roberta": {**SMALL, "pad_token_id": 1, "max_position_embeddings": 66},
+    "distilbert": {"vocab_size": 64, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48},
+    "deberta-v2": {**SMALL, "relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"]},
+    "modernbert": {
+        **SMALL,
+        "pad_token_id": 0,
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+}
+
+
+def small_model(kind: str = "bert", taxonomy: Taxonomy = UNEVEN, **settings) -> HierarchicalForSequenceClassification:
+    config = HierarchicalConfig(text_config={"model_type": kind, **ENCODERS[kind]}, taxonomy=taxonomy, **settings)
+    return HierarchicalForSequenceClassification(config).eval()
+
+
+def batch(rows: int = 3, length: int = 10) -> dict[str, torch.Tensor]:
+    """Token ids with padding at the end of all rows but the first."""
+    ids = torch.randint(5, 64, (rows, length))
+    mask = torch.ones_like(ids)
+    for row in range(1, rows):
+        mask[row, length - 2 * row :] = 0
+    return {"input_ids": torch.where(mask.bool(), ids, 1), "attention_mask": mask}
+
+
+def naive_log_probs(model: HierarchicalForSequenceClassification, pooled: torch.Tensor) -> torch.Tensor:
+    """Every decision by a softmax of its own, and every path by walking it."""
+    tree, scores = model.config.tree, pooled @ model.heads.weight.T + model.heads.bias
+    conditional = torch.empty_like(scores)
+    for parent in [-1, *range(tree.num_leaves, tree.num_nodes)]:
+        children = tree.children(parent)
+        conditional[:, children] = scores[:, children].log_softmax(-1)
+    return torch.stack([conditional[:, tree.path(i)].sum(-1) for i in range(tree.num_nodes)], 1)
+
+
+def test_segment_log_softmax_is_a_log_softmax_a_group():
+    scores = torch.randn(4, 6) * 50
+    group = torch.tensor([2, 0, 2, 1, 0, 2])
+    got = segment_log_softmax(scores, group, 3)
+    for columns in ([1, 4], [3], [0, 2, 5]):
+        torch.testing.assert_close(got[:, columns], scores[:, columns].log_softmax(-1))
+
+
+@pytest.mark.parametrize("taxonomy", [UNEVEN, Taxonomy(["x", "y", "z"]), Taxonomy({"only": {"root": ["p", "q"]}})])
+def test_node_probabilities_are_products_along_the_path(taxonomy):
+    model = small_model(taxonomy=taxonomy)
+    nn.init.normal_(model.heads.weight, std=2)
+    nn.init.normal_(model.heads.bias)
+    pooled = torch.randn(5, 32)
+    torch.testing.assert_close(model.heads(pooled), naive_log_probs(model, pooled))
+
+
+def test_children_add_up_to_their_parent_and_leaves_to_one():
+    model = small_model()
+    nn.init.normal_(model.heads.weight, std=3)
+    output = model(**batch())
+    p, tree = output.node_log_probs.exp(), model.config.tree
+    for parent in range(tree.num_leaves, tree.num_nodes):
+        torch.testing.assert_close(p[:, tree.children(parent)].sum(1), p[:, parent])
+    torch.testing.assert_close(output.logits.softmax(-1), p[:, : tree.num_leaves])
+
+
+def test_the_loss_is_the_negative_log_likelihood_of_leaves_and_inner_nodes():
+    log_probs = torch.randn(4, UNEVEN.num_nodes)
+    labels = torch.tensor([UNEVEN.id("d"), UNEVEN.id("a"), -100, UNEVEN.id("h")])
+    picked = [log_probs[0, UNEVEN.id("d")], log_probs[1, UNEVEN.id("a")], log_probs[3, UNEVEN.id("h")]]
+    torch.testing.assert_close(negative_log_likelihood(log_probs, labels), -torch.stack(picked).mean())
+    torch.testing.assert_close(negative_log_likelihood(log_probs, labels, 12), -torch.stack(picked).sum() / 12)
+    assert negative_log_likelihood(log_probs, torch.full((4,), -100)) == 0
+
+
+def test_a_flat_taxonomy_is_cross_entropy():
+    model = small_model(taxonomy=Taxonomy(["x", "y", "z"]))
+    inputs, labels = batch(), torch.tensor([0, 2, 1])
+    output = model(**inputs, labels=labels)
+    scores = model.pool(model.encoder(**inputs).last_hidden_state, inputs["attention_mask"]) @ model.heads.weight.T
+    torch.testing.assert_close(output.loss, nn.functional.cross_entropy(scores + model.heads.bias, labels))
+
+
+@pytest.mark.parametrize(("kind", "pooling"), list(itertools.product(ENCODERS, ["mean", "cls"])))
+def test_padding_changes_nothing_whatever_the_encoder(kind, pooling):
+    model = small_model(kind, pooling=pooling)
+    inputs = batch()
+    together = model(**inputs).node_log_probs
+    for row in range(3):
+        length = int(inputs["attention_mask"][row].sum())
+        alone = model(**{name: tensor[row : row + 1, :length] for name, tensor in inputs.items()}).node_log_probs
+        torch.testing.assert_close(together[row : row + 1], alone, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_every_encoder_trains_saves_and_comes_back_the_same(kind, tmp_path):
+    model, inputs = small_model(kind), batch()
+    assert not any("pooler" in name for name, _ in model.named_parameters())
+    model.train()
+    model(**inputs, labels=torch.tensor([0, 5, 6])).loss.backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None]
+    assert without == []
+    model.eval().save_pretrained(tmp_path)
+    for auto in (HierarchicalForSequenceClassification, AutoModel):
+        loaded = auto.from_pretrained(tmp_path, trust_remote_code=True)
+        torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_hidden_states_tuples_and_embeddings_as_input(kind):
+    model, inputs = small_model(kind), batch()
+    output = model(**inputs, output_hidden_states=True)
+    assert len(output.hidden_states) == 3
+    torch.testing.assert_close(model(**inputs, return_dict=False)[0], output.logits)
+    if "roberta" not in kind:  # RoBERTa reads positions off the ids, which embeddings do not have
+        embedded = model.get_input_embeddings()(inputs["input_ids"])
+        again = model(inputs_embeds=embedded, attention_mask=inputs["attention_mask"])
+        torch.testing.assert_close(again.logits, output.logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ENCODERS if kind != "deberta-v2"])
+def test_attention_implementations_agree(kind, tmp_path):
+    model, inputs = small_model(kind), batch()
+    model.save_pretrained(tmp_path)
+    outputs = {}
+    for attention in ("sdpa", "eager"):
+        loaded = HierarchicalForSequenceClassification.from_pretrained(tmp_path, attn_implementation=attention)
+        assert loaded.encoder.config._attn_implementation == attention
+        outputs[attention] = loaded(**inputs, output_attentions=attention == "eager")
+    torch.testing.assert_close(outputs["sdpa"].logits, outputs["eager"].logits, atol=1e-5, rtol=1e-4)
+    assert outputs["eager"].attentions[0].shape == (3, 2, 10, 10)
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_gradient_checkpointing_gives_the_same_gradients(kind):
+    text_config = AutoConfig.for_model(kind, **ENCODERS[kind])
+    set_dropout(text_config, ModelArguments(encoder_dropout=0.0))
+    model = HierarchicalForSequenceClassification(HierarchicalConfig(text_config=text_config, taxonomy=UNEVEN)).train()
+    inputs, labels, gradients = batch(), torch.tensor([0, 1, 6]), []
+    for _ in range(2):
+        model.zero_grad()
+        model(**inputs, labels=labels).loss.backward()
+        gradients.append(model.get_input_embeddings().weight.grad.clone())
+        model.activation_checkpointing_enable()
+    assert any(getattr(m, "gradient_checkpointing", False) for m in model.encoder.modules())
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-7, rtol=1e-4)
+
+
+def test_resized_embeddings_are_saved_and_reloaded(tmp_path):
+    model = small_model()
+    model.resize_token_embeddings(80)
+    assert model.config.text_config.vocab_size == 80
+    model.save_pretrained(tmp_path)
+    loaded = HierarchicalForSequenceClassification.from_pretrained(tmp_path)
+    inputs = batch()
+    inputs["input_ids"][0, 0] = 79
+    torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
+
+
+def test_heads_stay_in_float32_and_logits_too(tmp_path):
+    small_model().save_pretrained(tmp_path)
+    model = HierarchicalForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert model.encoder.dtype == torch.bfloat16
+    assert model.heads.weight.dtype == torch.float32
+    output = model(**batch())
+    assert output.logits.dtype == torch.float32
+    torch.testing.assert_close(output.logits.exp().sum(1), torch.ones(3))
+    assert model.to(torch.bfloat16)(**batch()).logits.isfinite().all()
+
+
+def test_a_model_built_without_memory_fills_its_indices_when_it_is_loaded(tmp_path):
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        assert HierarchicalForSequenceClassification(model.config).heads.group.is_meta
+    loaded = HierarchicalForSequenceClassification.from_pretrained(tmp_path)
+    assert loaded.heads.group.equal(model.heads.group)
+    assert loaded.heads.ancestors.equal(model.heads.ancestors)
+
+
+def test_the_heads_compile_without_a_graph_break():
+    model = small_model()
+    pooled = torch.randn(4, 32)
+    compiled = torch.compile(model.heads, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(pooled), model.heads(pooled))
+
+
+def test_the_loss_compiles_without_a_graph_break():
+    model, inputs, labels = small_model(), batch(), torch.tensor([0, 1, 6])
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(**inputs, labels=labels).loss, model(**inputs, labels=labels).loss)
+
+
+def test_a_mask_that_mean_pooling_cannot_read_is_refused():
+    with pytest.raises(ValueError, match=r"shape \(B, T\)"):
+        small_model().pool(torch.randn(2, 4, 32), torch.ones(2, 1, 4, 4))
+
+
+@pytest.fixture
+def adapted(minilm) -> HierarchicalForSequenceClassification:
+    """MiniLM under an adapter that changes its output."""
+    config = HierarchicalConfig(text_config=AutoConfig.from_pretrained(minilm), encoder_name_or_path=minilm)
+    model = HierarchicalForSequenceClassification(config, encoder=load_encoder(config))
+    lora = LoraConfig(r=4, target_modules=["query", "value", "dense"], init_lora_weights=False)
+    inject_adapter_in_model(lora, model.encoder)
+    nn.init.normal_(model.heads.weight)
+    return model.eval()
+
+
+def test_loading_an_encoder_keeps_its_pretrained_weights(minilm, adapted):
+    plain = AutoModel.from_pretrained(minilm).state_dict()
+    ours = {
+        name.replace(".base_layer", ""): t for name, t in adapted.encoder.state_dict().items() if "lora" not in name
+    }
+    assert ours.keys() == {name for name in plain if not name.startswith("pooler")}
+    assert all(tensor.equal(plain[name]) for name, tensor in ours.items())
+
+
+def test_the_adapter_form_holds_adapter_and_heads_alone_and_comes_back_the_same(adapted, tmp_path):
+    adapted.save_pretrained(tmp_path)
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()} == {
+        "config.json",
+        "configuration_hierarchical.py",
+        "modeling_hierarchical.py",
+        "heads.safetensors",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+    }
+    inputs = batch(length=20)
+    loaded = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
+    torch.testing.assert_close(loaded(**inputs).logits, adapted(**inputs).logits, atol=1e-6, rtol=0)
+
+
+def test_peft_alone_loads_the_adapter_on_the_bare_encoder(adapted, minilm, tmp_path, recwarn):
+    adapted.save_pretrained(tmp_path)
+    inputs = batch(length=20)
+    bare = AutoModel.from_pretrained(minilm)
+    before = bare(**inputs).last_hidden_state
+    plain = PeftModel.from_pretrained(bare, tmp_path / "adapter")(**inputs).last_hidden_state
+    ours = adapted.encoder(**inputs).last_hidden_state
+    torch.testing.assert_close(plain, ours, atol=1e-6, rtol=0)
+    assert (plain - before).abs().max() > 0.1
+
+
+def test_a_checkpoint_that_lost_a_weight_is_refused(adapted, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    adapted.save_pretrained(tmp_path)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    name = min(weights)
+    save_file({key: value for key, value in weights.items() if key != name}, file)
+    with pytest.raises(ValueError, match=r"the adapter weight .* is missing from the checkpoint"):
+        HierarchicalForSequenceClassification.from_pretrained(tmp_path)
+    save_file({**weights, name: weights[name][:2].contiguous()}, file)
+    with pytest.raises(ValueError, match="has shape"):
+        HierarchicalForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_saving_one_form_leaves_nothing_of_the_other(adapted, tmp_path):
+    adapted.save_pretrained(tmp_path)
+    small_model().save_pretrained(tmp_path)
+    assert not (tmp_path / "heads.safetensors").exists()
+    assert not list((tmp_path / "adapter").iterdir())
+    adapted.save_pretrained(tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+    assert AutoModel.from_pretrained(tmp_path, trust_remote_code=True).has_adapter
+
+
+def test_a_pooler_is_left_out_only_where_there_is_one():
+    assert without_pooler(AutoConfig.for_model("bert")) == {"add_pooling_layer": False}
+    assert without_pooler(AutoConfig.for_model("modernbert")) == {}

@@ -1,0 +1,180 @@
+import json
+
+import pytest
+
+from configuration_hierarchical import DEFAULT_TAXONOMY, HierarchicalConfig, Taxonomy, TaxonomyError
+
+DUPLICATES = {"lung": ["benign", "malignant"], "skin": {"benign": None, "rash": ["dry", "wet"]}, "pain": None}
+
+
+def test_nodes_are_numbered_leaves_first_in_reading_order():
+    tree = Taxonomy(DUPLICATES)
+    assert tree.names == ["benign", "malignant", "benign", "dry", "wet", "pain", "lung", "skin", "rash"]
+    assert (tree.num_leaves, tree.num_nodes, tree.depth) == (6, 9, 3)
+    assert [tree.path_names(i) for i in (3, 5, 8)] == [("skin", "rash", "dry"), ("pain",), ("skin", "rash")]
+    assert [tree.names[i] for i in tree.path(4)] == ["skin", "rash", "wet"]
+
+
+def test_a_name_under_two_parents_is_known_by_its_path_alone():
+    tree = Taxonomy(DUPLICATES)
+    assert tree.labels[0] == "lung/benign"
+    assert tree.labels[2] == "skin/benign"
+    assert tree.id("skin/benign") == 2
+    assert tree.id("skin/rash/wet") == tree.id("wet") == 4
+    with pytest.raises(TaxonomyError, match=r"'benign' is ambiguous.*'lung/benign' and 'skin/benign'"):
+        tree.id("benign")
+
+
+def test_a_root_that_shares_its_name_with_a_child_needs_a_leading_separator():
+    tree = Taxonomy({"heart": ["heart", "valve"], "lung": None})
+    with pytest.raises(TaxonomyError, match="ambiguous"):
+        tree.id("heart")
+    assert tree.names[tree.id("/heart")] == "heart"
+    assert tree.levels[tree.id("/heart")] == 1
+    assert tree.levels[tree.id("heart/heart")] == 2
+
+
+def test_case_is_kept():
+    tree = Taxonomy({"neoplasms": ["Neoplasms", "other"]})
+    assert tree.id("neoplasms") != tree.id("Neoplasms")
+
+
+def test_every_form_and_every_file_gives_the_same_taxonomy(tmp_path):
+    expected = Taxonomy(DEFAULT_TAXONOMY)
+    rows = [
+        ("", "general pathological conditions"),
+        ("specific disease", "neoplasms"),
+        ("specific disease", "digestive system diseases"),
+        ("specific disease", "nervous system diseases"),
+        ("specific disease", "cardiovascular diseases"),
+    ]
+    files = {
+        "tree.yaml": "general pathological conditions:\nspecific disease:\n"
+        + "".join(f"  - {child}\n" for _, child in rows[1:]),
+        "tree.json": json.dumps({rows[0][1]: {}, "specific disease": {child: None for _, child in rows[1:]}}),
+        "tree.csv": "child,parent\n" + "".join(f"{child},{parent}\n" for parent, child in rows),
+        "tree.tsv": "parent\tname\n" + "".join(f"{parent}\t{child}\n" for parent, child in rows),
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+        assert Taxonomy.from_file(tmp_path / name) == expected, name
+    assert Taxonomy.from_rows(rows) == expected
+    assert Taxonomy.from_paths("/".join(filter(None, row)) for row in rows) == expected
+    assert Taxonomy.from_paths([(rows[0][1], ""), *rows[1:]]) == expected
+    assert Taxonomy(expected.to_nested()) == expected
+
+
+def test_yaml_names_stay_as_they_are_written(tmp_path):
+    (tmp_path / "tree.yaml").write_text("no:\n  - 1\n  - 2.50\nnull: \n")
+    assert Taxonomy.from_file(tmp_path / "tree.yaml").names == ["1", "2.50", "null", "no"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("a", "b"), ("b", "c"), ("c", "a"), ("", "d")], "cycle: .*a > b > c|cycle: .*b > c > a|cycle: .*c > a > b"),
+        ([("a", "a")], "cycle: a > a"),
+        ([("a", "c"), ("b", "c")], "'c' has two parents: 'a' and 'b'"),
+        ([("a", "b"), ("", "b")], "'b' has two parents: 'a' and no parent"),
+        ([("a", "b"), ("a", " ")], "row 2 .*empty name"),
+        ([("a", "b")], "at least two leaves"),
+    ],
+)
+def test_rows_that_are_no_taxonomy_are_refused_by_name(rows, message):
+    with pytest.raises(TaxonomyError, match=message):
+        Taxonomy.from_rows(rows)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        (["a", "a"], "'a' occurs twice among the roots"),
+        ({"a": ["b", "b"]}, "'b' occurs twice under 'a'"),
+        (["a", ""], "empty name at the top level"),
+        (["a", 3], "the top level holds 3"),
+        (["a", "b\n"], "white space"),
+        ({"a": "b", "c": None}, "children of 'a'"),
+        (["a/b", {"a": ["b", "c"]}], "'a/b' is both the name of a node and the path to another"),
+    ],
+)
+def test_nested_forms_that_are_no_taxonomy_are_refused_by_name(tree, message):
+    with pytest.raises(TaxonomyError, match=message):
+        Taxonomy(tree)
+
+
+def chain(levels):
+    tree = ["left", "right"]
+    for i in range(levels - 1):
+        tree = [{f"n{i}": tree}]
+    return tree
+
+
+def test_sixteen_levels_are_supported_and_seventeen_are_refused():
+    assert Taxonomy(chain(16)).depth == 16
+    with pytest.raises(TaxonomyError, match="level 17"):
+        Taxonomy(chain(17))
+
+
+def test_five_thousand_nodes_survive_the_round_trip():
+    tree = Taxonomy([{f"group {i}": [f"class {i}.{j}" for j in range(9)]} for i in range(500)])
+    assert tree.num_nodes == 5000
+    assert Taxonomy(json.loads(json.dumps(tree.to_nested(), sort_keys=True))) == tree
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("t.yaml", "a: [", "t.yaml: "),
+        ("t.yaml", "a:\nb:\na:\n", "'a' occurs twice"),
+        ("t.json", '{"a": null, "b": null, "a": null}', "'a' occurs twice"),
+        ("t.json", "{", "t.json: "),
+        ("t.csv", "x,y\n1,2\n", "expected columns 'parent' and 'child'"),
+        ("t.txt", "a", "'.txt'"),
+        ("t.yaml", "just a name", "expected a mapping or a list"),
+    ],
+)
+def test_broken_files_are_named(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(TaxonomyError, match=message):
+        Taxonomy.from_file(tmp_path / name)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(TaxonomyError, match=r"cannot read .*nowhere\.yaml"):
+        Taxonomy.from_file(tmp_path / "nowhere.yaml")
+
+
+def test_an_unknown_label_gets_the_nearest_one():
+    with pytest.raises(TaxonomyError, match="'neoplasm' is not in the taxonomy; did you mean 'neoplasms'"):
+        Taxonomy(DEFAULT_TAXONOMY).id("neoplasm")
+
+
+def test_the_configuration_round_trips_through_json_with_the_order_of_its_classes(tmp_path):
+    tree = Taxonomy({"z": ["b", "a"], "y": {"m": ["k", "j"], "c": None}})
+    config = HierarchicalConfig(
+        text_config={"model_type": "distilbert", "dim": 24, "n_heads": 2},
+        taxonomy=tree,
+        encoder_name_or_path="someone/encoder",
+        encoder_revision="0" * 40,
+        pooling="cls",
+        head_dropout=0.25,
+    )
+    config.save_pretrained(tmp_path)
+    loaded = HierarchicalConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict()
+    assert loaded.tree == tree
+    assert loaded.id2label == {0: "b", 1: "a", 2: "k", 3: "j", 4: "c"}
+    assert loaded.label2id == {"b": 0, "a": 1, "k": 2, "j": 3, "c": 4}
+    assert loaded.text_config.dim == 24
+    assert loaded.get_text_config() is loaded.text_config
+
+
+def test_labels_that_are_not_the_leaves_are_refused():
+    with pytest.raises(TaxonomyError, match="id2label"):
+        HierarchicalConfig(id2label={0: "x", 1: "y"})
+    with pytest.raises(TaxonomyError, match="num_labels"):
+        HierarchicalConfig(num_labels=3)
+
+
+def test_the_taxonomy_is_drawn_as_a_tree():
+    assert Taxonomy({"a": ["b", {"c": ["d"]}], "e": None}).tree() == "a\n├── b\n└── c\n    └── d\ne"

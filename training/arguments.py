@@ -1,0 +1,250 @@
+"""The command line and the recipe of a training run.
+
+Worth knowing:
+
+1. A recipe is a YAML file of flags. It is turned into command-line words and read by the same parser, before the real
+   command line, so that both are checked alike and a flag after the recipe overrides it.
+2. An unknown flag or key is an error that names the nearest known one.
+3. Precision is chosen for the machine when neither ``--bf16`` nor ``--fp16`` is given.
+"""
+
+import difflib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from configuration_hierarchical import DEFAULT_ENCODER, DEFAULT_ENCODER_REVISION
+from training import InputError
+
+
+@dataclass
+class ModelArguments:
+    """Which encoder, how it is stored in memory, and what of it is trained."""
+
+    model_name_or_path: str = field(
+        default=DEFAULT_ENCODER,
+        metadata={"help": "Encoder: a Hub id or a folder. A checkpoint of ours continues from its adapter and heads."},
+    )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Commit, tag or branch of the encoder's repository; pinned to its commit."}
+    )
+    quantization: Literal["none", "8bit", "4bit"] | None = field(
+        default=None,
+        metadata={"help": "How the frozen encoder is held while training. Default: 4bit with lora, none with full."},
+    )
+    tuning: Literal["lora", "full"] = field(
+        default="lora", metadata={"help": "Train a LoRA adapter and the heads, or every weight."}
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter: alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "Linear layers that get an adapter: all-linear, or names such as query value."},
+    )
+    pooling: Literal["mean", "cls"] = field(
+        default="mean", metadata={"help": "How token vectors become one vector: their mean, or the first token."}
+    )
+    head_dropout: float = field(default=0.1, metadata={"help": "Dropout before the heads."})
+    encoder_dropout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Dropout inside the encoder while training. Default: 0 with lora, the encoder's own with full."
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, eager, flash_attention_2, … Default: the library's choice."}
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+
+
+@dataclass
+class DataArguments:
+    """Where the texts are, what their labels mean, how they are split and cut."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Its commit, tag or branch."})
+    data_path: str | None = field(
+        default=None,
+        metadata={"help": "One file (.csv .tsv .json .jsonl .parquet) to be split, or a folder saved by `datasets`."},
+    )
+    train_file: str | None = field(default=None, metadata={"help": "Training rows."})
+    validation_file: str | None = field(default=None, metadata={"help": "Rows for early stopping and choices."})
+    test_file: str | None = field(default=None, metadata={"help": "Rows for the last measurement."})
+    text_column: str | None = field(default=None, metadata={"help": "Column of the texts. Default: found by name."})
+    label_column: list[str] | None = field(
+        default=None,
+        metadata={"help": "Column of the labels, or several, from the root down. Default: found by name."},
+    )
+    taxonomy: str | None = field(
+        default=None,
+        metadata={"help": "Nested .yaml/.json or parent,child rows in .csv. Default: the five classes of the Medical "
+                          "Abstracts corpus where they fit, else the paths found in the labels."},
+    )  # fmt: skip
+    label_separator: str = field(default="/", metadata={"help": "What stands between the names of a label's path."})
+    class_names: str | None = field(
+        default=None, metadata={"help": "Names of coded labels: a .csv file (code, name), or a JSON object."}
+    )
+    max_length: int = field(
+        default=512, metadata={"help": "Tokens kept of a text; the encoder's limit if that is less."}
+    )
+    validation_size: float = field(default=0.1, metadata={"help": "Share of the rows, where it must be carved out."})
+    test_size: float = field(default=0.1, metadata={"help": "Share of the rows, where one file is split."})
+    keep_shared_texts: bool = field(
+        default=False, metadata={"help": "Keep training rows whose text is also in validation or test."}
+    )
+
+
+@dataclass
+class LossArguments:
+    """The focal loss of `training.losses.HierarchicalFocalLoss`. ``--label_smoothing_factor`` belongs to it too."""
+
+    focal_gamma: float = field(default=1.0, metadata={"help": "Exponent of (1 - p)."})
+    class_weighting: Literal["none", "balanced", "effective_number"] = field(
+        default="none", metadata={"help": "Weights of the classes within a group of siblings."}
+    )
+    level_weights: list[float] = field(
+        default_factory=lambda: [0.3, 0.7],
+        metadata={"help": "Weight of the decisions at level 1, 2, …; the last one serves all deeper levels."},
+    )
+    logit_adjustment: float = field(default=0.0, metadata={"help": "Strength of the adjustment by class priors."})
+
+
+@dataclass
+class HierarchicalTrainingArguments(TrainingArguments):
+    """transformers' own arguments, with defaults for this task."""
+
+    output_dir: str | None = field(default="results", metadata={"help": "Where the checkpoint is written."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Write into an output folder that already holds a checkpoint."}
+    )
+    do_train: bool | None = field(
+        default=None, metadata={"help": "Train. Default: unless only --do_eval/--do_predict."}
+    )
+    do_eval: bool | None = field(default=None, metadata={"help": "Score the validation rows."})
+    do_predict: bool | None = field(default=None, metadata={"help": "Score the test rows."})
+    num_train_epochs: float = field(default=5.0, metadata={"help": "Passes over the training rows."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Texts a device and step."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Texts a device and step of evaluation."})
+    learning_rate: float = field(default=6e-4, metadata={"help": "Peak learning rate of the encoder or its adapter."})
+    heads_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of the heads. Default: learning_rate."}
+    )
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up, or, below 1, their share."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
+    metric_for_best_model: str | None = field(default="macro_f1", metadata={"help": "What best means."})
+    early_stopping_patience: int | None = field(
+        default=2, metadata={"help": "Evaluations without improvement before stopping; 0 to never stop early."}
+    )
+    train_sampling_strategy: str = field(
+        default="group_by_length", metadata={"help": "Batches of texts of like length need little padding."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast. Default: where the machine has it."})
+
+    def __post_init__(self):
+        if not (torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()):
+            self.use_cpu = True
+        if self.bf16 is None:
+            undecided = not self.fp16 and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no"
+            self.bf16 = undecided and has_bf16(self.use_cpu)
+            self.fp16 = self.fp16 or (undecided and not self.bf16 and not self.use_cpu and torch.cuda.is_available())
+        super().__post_init__()
+
+
+def has_bf16(cpu: bool) -> bool:
+    """Whether bfloat16 matrix products are native, and so faster than float32, on the device that will train."""
+    if cpu:
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.backends.mps.is_available():
+        return torch.backends.mps.is_macos_or_newer(14, 0)
+    return torch.xpu.is_available()
+
+
+ALL_ARGUMENTS = (ModelArguments, DataArguments, LossArguments, HierarchicalTrainingArguments)
+
+
+def recipe_words(path: str | Path) -> list[str]:
+    """The flags of a recipe as command-line words.
+
+    Raises:
+        InputError: the recipe cannot be read, or is not a mapping.
+    """
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"the recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(recipe, dict):
+        raise InputError(f"the recipe {path} must be a mapping of flags to values")
+    words = []
+    for key, value in recipe.items():
+        if value is None:
+            continue
+        if isinstance(value, list):
+            words += [f"--{key}", *map(str, value)]
+        else:
+            words.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+    return words
+
+
+def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, LossArguments, HierarchicalTrainingArguments]:
+    """Reads ``[recipe.yaml] [--flag value …]``.
+
+    Raises:
+        InputError: an unknown flag, a bad value, flags that contradict each other.
+    """
+    parser = HfArgumentParser(
+        ALL_ARGUMENTS, prog="train.py", usage="train.py [recipe.yaml] [--flag value ...]", allow_abbrev=False
+    )
+
+    def refuse(message: str) -> None:
+        raise InputError(message)
+
+    parser.error = refuse  # argparse would print its usage, some 150 flags of it
+    if argv and not argv[0].startswith("-"):
+        argv = recipe_words(argv[0]) + argv[1:]
+    known = {option for action in parser._actions for option in action.option_strings}
+    for word in argv:
+        name = word.split("=")[0]
+        if word.startswith("--") and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise InputError(f"unknown flag {name}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+    try:
+        model, data, loss, training, rest = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+    except (ValueError, TypeError) as error:
+        raise InputError(" ".join(str(error).split())) from error
+    if rest:
+        raise InputError(f"unexpected words on the command line: {' '.join(rest)}")
+    if model.quantization is None:
+        model.quantization = "4bit" if model.tuning == "lora" else "none"
+    if model.tuning == "full" and model.quantization != "none":
+        raise InputError(
+            "--tuning full trains every weight, which quantized ones do not allow: use --quantization none"
+        )
+    if loss.focal_gamma < 0:
+        raise InputError(f"--focal_gamma must not be negative, got {loss.focal_gamma}")
+    if not loss.level_weights or min(loss.level_weights) < 0 or max(loss.level_weights) == 0:
+        raise InputError(f"--level_weights must be non-negative and not all zero, got {loss.level_weights}")
+    if data.max_length < 8:
+        raise InputError(f"--max_length must be at least 8 tokens, got {data.max_length}")
+    if model.model_name_or_path == DEFAULT_ENCODER and model.model_revision is None:
+        model.model_revision = DEFAULT_ENCODER_REVISION
+    return model, data, loss, training

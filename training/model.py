@@ -1,0 +1,291 @@
+"""From arguments to a model that is ready to train: encoder, quantization, adapter, heads.
+
+Worth knowing:
+
+1. A Hub encoder is pinned to the commit that its revision stands for; the checkpoint records that commit.
+2. Dropout inside a frozen encoder is the largest single cost of a step on a CPU and regularises nothing that is
+   trained but the adapter, so with LoRA it is off unless asked for.
+3. A checkpoint of ours as the encoder is a warm start: its adapter and the heads of the nodes it knows continue.
+"""
+
+import copy
+import json
+import logging
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from peft import LoraConfig, inject_adapter_in_model, prepare_model_for_kbit_training
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from configuration_hierarchical import HierarchicalConfig, Taxonomy
+from modeling_hierarchical import HierarchicalForSequenceClassification, load_encoder
+from training import InputError
+from training.arguments import ModelArguments
+
+logger = logging.getLogger(__name__)
+
+
+def is_checkpoint(name_or_path: str) -> bool:
+    """Whether a folder holds a checkpoint of ours."""
+    config = Path(name_or_path) / "config.json"
+    if not config.is_file():
+        return False
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get("model_type") == HierarchicalConfig.model_type
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise InputError(f"{config} is not a configuration: {error}") from error
+
+
+def quantization_config(quantization: str) -> BitsAndBytesConfig | None:
+    """NF4 with double quantization and bfloat16 products (QLoRA: Dettmers et al., 2023), 8-bit, or None."""
+    if quantization == "4bit":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if quantization == "8bit" else None
+
+
+def build_model(arguments: ModelArguments, taxonomy: Taxonomy, seed: int) -> HierarchicalForSequenceClassification:
+    """A model that is ready to train: the encoder loaded as asked, frozen under a LoRA adapter or not, and heads.
+
+    Raises:
+        InputError: the encoder cannot be loaded, or a flag does not fit it.
+    """
+    torch.manual_seed(seed)  # fresh heads and adapters
+    if is_checkpoint(arguments.model_name_or_path):
+        return continue_checkpoint(arguments, taxonomy)
+    revision = pinned_revision(arguments)
+    try:
+        text_config = AutoConfig.from_pretrained(
+            arguments.model_name_or_path, revision=revision or "main", cache_dir=arguments.cache_dir
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load the encoder {arguments.model_name_or_path}: {one_line(error)}") from error
+    set_dropout(text_config, arguments)
+    config = HierarchicalConfig(
+        text_config=text_config,
+        taxonomy=taxonomy,
+        encoder_name_or_path=encoder_path(arguments.model_name_or_path),
+        encoder_revision=revision,
+        pooling=arguments.pooling,
+        head_dropout=arguments.head_dropout,
+    )
+    encoder = load(config, arguments)
+    model = HierarchicalForSequenceClassification(config, encoder=encoder)
+    if arguments.tuning == "lora":
+        prepare_model_for_kbit_training(encoder, use_gradient_checkpointing=False)  # the Trainer switches it on
+        targets = arguments.lora_target_modules
+        lora = LoraConfig(
+            r=arguments.lora_r,
+            lora_alpha=arguments.lora_alpha,
+            lora_dropout=arguments.lora_dropout,
+            target_modules=linear_names(encoder) if targets == ["all-linear"] else targets,
+            task_type="FEATURE_EXTRACTION",
+        )
+        try:
+            inject_adapter_in_model(lora, encoder)
+        except ValueError as error:
+            raise InputError(f"--lora_target_modules {' '.join(targets)}: {one_line(error)}") from error
+    model.heads.to(encoder.device)
+    return model
+
+
+def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> HierarchicalForSequenceClassification:
+    """The model of a checkpoint, to be trained further, with heads for ``taxonomy``."""
+    path = arguments.model_name_or_path
+    config = HierarchicalConfig.from_pretrained(path)
+    tuning = "full" if config.adapter_subfolder is None else "lora"
+    if tuning != arguments.tuning:
+        raise InputError(f"{path} was trained with --tuning {tuning}; continue it the same way")
+    if arguments.pooling != config.pooling:
+        raise InputError(f"{path} was trained with --pooling {config.pooling}; continue it the same way")
+    set_dropout(config.text_config, arguments)
+    config.head_dropout = arguments.head_dropout
+    try:
+        model = HierarchicalForSequenceClassification.from_pretrained(path, config=config, **load_arguments(arguments))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load the checkpoint {path}: {one_line(error)}") from error
+    if tuning == "lora":
+        adapter = model.encoder.peft_config["default"]
+        if (adapter.r, adapter.lora_alpha) != (arguments.lora_r, arguments.lora_alpha):
+            logger.info("the adapter continues with its own r = %d, alpha = %d", adapter.r, adapter.lora_alpha)
+        prepare_model_for_kbit_training(model.encoder, use_gradient_checkpointing=False)
+        adapter.inference_mode = False
+        for module in model.encoder.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.set_adapter("default")
+    return model if model.config.tree == taxonomy else with_taxonomy(model, taxonomy)
+
+
+def with_taxonomy(
+    model: HierarchicalForSequenceClassification, taxonomy: Taxonomy
+) -> HierarchicalForSequenceClassification:
+    """The same encoder with heads for another taxonomy. A node known by its path keeps its head; the rest start fresh."""
+    old, config = model.config.tree, copy.deepcopy(model.config)
+    config.taxonomy, config.label_separator = taxonomy.to_nested(), taxonomy.separator
+    leaves = taxonomy.labels[: taxonomy.num_leaves]
+    config.id2label = dict(enumerate(leaves))
+    config.label2id = {label: i for i, label in enumerate(leaves)}
+    grown = HierarchicalForSequenceClassification(config, encoder=model.encoder)
+    old_id = {old.path_names(i): i for i in range(old.num_nodes)}
+    kept = {i: old_id[path] for i in range(taxonomy.num_nodes) if (path := taxonomy.path_names(i)) in old_id}
+    with torch.no_grad():
+        for new, known in kept.items():
+            grown.heads.weight[new] = model.heads.weight[known]
+            grown.heads.bias[new] = model.heads.bias[known]
+    fresh = [taxonomy.labels[i] for i in range(taxonomy.num_nodes) if i not in kept]
+    gone = [old.labels[i] for i in range(old.num_nodes) if i not in kept.values()]
+    logger.info("heads kept: %d; started fresh: %s; dropped: %s", len(kept), fresh or "none", gone or "none")
+    grown.heads.to(model.heads.weight.device)
+    return grown
+
+
+def pinned_revision(arguments: ModelArguments) -> str | None:
+    """The commit that the encoder's revision stands for, or None for a folder."""
+    name, revision = arguments.model_name_or_path, arguments.model_revision
+    if Path(name).is_dir():
+        if revision is not None:
+            raise InputError(f"--model_revision {revision} does not apply to the folder {name}")
+        return None
+    if revision is not None and len(revision) == 40 and all(c in "0123456789abcdef" for c in revision):
+        return revision
+    try:
+        return HfApi().model_info(name, revision=revision).sha
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise InputError(f"cannot find the encoder {name} on the Hub: {one_line(error)}") from error
+
+
+def encoder_path(name_or_path: str) -> str:
+    """A Hub id as it is, a folder by its absolute path: the checkpoint may be loaded from anywhere."""
+    path = Path(name_or_path)
+    return str(path.resolve()) if path.is_dir() else name_or_path
+
+
+def load_arguments(arguments: ModelArguments) -> dict:
+    """What is passed to `from_pretrained` for training."""
+    given = {
+        "quantization_config": quantization_config(arguments.quantization),
+        "attn_implementation": arguments.attn_implementation,
+        "cache_dir": arguments.cache_dir,
+    }
+    if arguments.quantization != "none" and torch.cuda.is_available():
+        given["device_map"] = {"": torch.cuda.current_device()}  # quantized weights are made on their device
+    if arguments.quantization == "none":
+        given["dtype"] = torch.float32  # master weights; autocast does the rest
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def load(config: HierarchicalConfig, arguments: ModelArguments) -> PreTrainedModel:
+    """The encoder's weights, as asked for."""
+    try:
+        encoder = load_encoder(config, **load_arguments(arguments))
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"cannot load the encoder {config.encoder_name_or_path}: {one_line(error)}") from error
+    if arguments.quantization != "none" and not encoder.is_quantized:
+        raise InputError(f"{config.encoder_name_or_path} was not quantized: use --quantization none")
+    return encoder
+
+
+def linear_names(encoder: PreTrainedModel) -> list[str]:
+    """The last parts of the names of an encoder's linear layers, as PEFT takes them.
+
+    PEFT's own "all-linear" names a pooler's layer too where the encoder is loaded with one, so these are spelled out.
+    """
+    return sorted(
+        {name.rsplit(".", 1)[-1] for name, module in encoder.named_modules() if isinstance(module, nn.Linear)}
+    )
+
+
+def set_dropout(text_config: PretrainedConfig, arguments: ModelArguments) -> None:
+    """Sets every dropout probability in an encoder's configuration, as the arguments say."""
+    dropout = arguments.encoder_dropout
+    if dropout is None:
+        if arguments.tuning == "full":
+            return
+        dropout = 0.0
+    for name, value in text_config.to_dict().items():
+        is_dropout = any(word in name for word in ("dropout", "_pdrop"))
+        if is_dropout and isinstance(value, float) and not isinstance(value, bool):
+            setattr(text_config, name, dropout)
+
+
+def load_tokenizer(arguments: ModelArguments, model: HierarchicalForSequenceClassification) -> PreTrainedTokenizerBase:
+    """The encoder's tokenizer, which knows the encoder's limit whatever its own files say."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            arguments.model_name_or_path,
+            revision=model.config.encoder_revision or "main"
+            if not is_checkpoint(arguments.model_name_or_path)
+            else "main",
+            cache_dir=arguments.cache_dir,
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load the tokenizer of {arguments.model_name_or_path}: {one_line(error)}") from error
+    tokenizer.model_max_length = min(tokenizer.model_max_length, position_limit(model.encoder))
+    return tokenizer
+
+
+def position_limit(encoder: PreTrainedModel) -> int:
+    """The longest input, in tokens, that the encoder has positions for.
+
+    RoBERTa's family counts positions from ``padding_idx + 1``, which takes as many from its table.
+    """
+    table = getattr(encoder.config, "max_position_embeddings", None)
+    if table is None:
+        raise InputError(f"{type(encoder).__name__} names no max_position_embeddings; use another encoder")
+    positions = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
+    offset = getattr(positions, "padding_idx", None)
+    return table if offset is None else table - offset - 1
+
+
+def size_report(model: HierarchicalForSequenceClassification) -> dict[str, int | float]:
+    """Parameters that are trained, their share of all, and the bytes of the encoder's own weights against float32."""
+    packed = packed_parameters(model.encoder)
+    own = [p for name, p in model.encoder.named_parameters() if "lora_" not in name]
+    count = {id(p): packed.get(id(p), p.numel()) for p in model.parameters()}
+    trainable = sum(count[id(p)] for p in model.parameters() if p.requires_grad)
+    return {
+        "trainable_parameters": trainable,
+        "all_parameters": sum(count.values()),
+        "trainable_share": trainable / sum(count.values()),
+        "encoder_bytes": sum(p.numel() * p.element_size() + statistics_bytes(p) for p in own),
+        "encoder_bytes_float32": 4 * sum(count[id(p)] for p in own),
+    }
+
+
+def packed_parameters(module: nn.Module) -> dict[int, int]:
+    """The number of weights in each 4-bit parameter, by its id: two of them share a byte."""
+    return {
+        id(p): p.quant_state.shape.numel() for p in module.parameters() if getattr(p, "quant_state", None) is not None
+    }
+
+
+def statistics_bytes(parameter: nn.Parameter) -> int:
+    """Bytes of a quantized parameter's scales."""
+    state = getattr(parameter, "quant_state", None)
+    if state is not None:
+        tensors = [state.absmax, state.code]
+        if state.nested:
+            tensors += [state.state2.absmax, state.state2.code]
+        return sum(t.numel() * t.element_size() for t in tensors)
+    scales = getattr(parameter, "SCB", None)
+    return 0 if scales is None else scales.numel() * scales.element_size()
+
+
+def one_line(error: Exception) -> str:
+    """An exception's message without its line breaks."""
+    return " ".join(str(error).split())
