@@ -148,6 +148,9 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         super().__init__(config)
         if encoder is None:
             encoder = AutoModel.from_config(config.text_config, **without_pooler(config.text_config))
+        else:
+            for module in encoder.modules():  # else post_init would draw fresh weights for an injected adapter
+                module._is_hf_initialized = True
         self.encoder = encoder
         config.text_config = encoder.config  # one object, so that resized embeddings and attention choices are saved
         self.heads = HierarchicalHeads(config)

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
 
 from configuration_hierarchical import DEFAULT_ENCODER, DEFAULT_ENCODER_REVISION
 from training import InputError
@@ -175,11 +176,20 @@ def has_bf16(cpu: bool) -> bool:
     return torch.xpu.is_available()
 
 
+# where data comes from: a flag of one line on the command line replaces what a recipe says of the others
+SOURCES = (
+    ("dataset_name", "dataset_revision"),
+    ("data_path",),
+    ("train_file", "validation_file", "test_file"),
+)
 ALL_ARGUMENTS = (ModelArguments, DataArguments, LossArguments, HierarchicalTrainingArguments)
 
 
-def recipe_words(path: str | Path) -> list[str]:
+def recipe_words(path: str | Path, left_out: set[str] = frozenset()) -> list[str]:
     """The flags of a recipe as command-line words.
+
+    Args:
+        left_out: keys of the recipe that the command line has replaced.
 
     Raises:
         InputError: the recipe cannot be read, or is not a mapping.
@@ -194,7 +204,7 @@ def recipe_words(path: str | Path) -> list[str]:
         raise InputError(f"the recipe {path} must be a mapping of flags to values")
     words = []
     for key, value in recipe.items():
-        if value is None:
+        if value is None or key in left_out:
             continue
         if isinstance(value, list):
             words += [f"--{key}", *map(str, value)]
@@ -216,9 +226,15 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, LossArguments
     def refuse(message: str) -> None:
         raise InputError(message)
 
+    for action in parser._actions:
+        if action.type is string_to_bool:  # so that a bare --do_predict means true, also where the default is to decide
+            action.nargs, action.const = "?", True
     parser.error = refuse  # argparse would print its usage, some 150 flags of it
     if argv and not argv[0].startswith("-"):
-        argv = recipe_words(argv[0]) + argv[1:]
+        given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
+        used = [source for source in SOURCES if given & set(source)]
+        left_out = {name for source in SOURCES if used and source not in used for name in source}
+        argv = recipe_words(argv[0], left_out) + argv[1:]
     known = {option for action in parser._actions for option in action.option_strings}
     for word in argv:
         name = word.split("=")[0]

@@ -8,7 +8,6 @@ Worth knowing:
 3. A checkpoint of ours as the encoder is a warm start: its adapter and the heads of the nodes it knows continue.
 """
 
-import copy
 import json
 import logging
 from pathlib import Path
@@ -29,7 +28,7 @@ from transformers import (
 )
 
 from configuration_hierarchical import HierarchicalConfig, Taxonomy
-from modeling_hierarchical import HierarchicalForSequenceClassification, load_encoder
+from modeling_hierarchical import HierarchicalForSequenceClassification, HierarchicalHeads, load_encoder
 from training import InputError
 from training.arguments import ModelArguments
 
@@ -128,30 +127,30 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
         for module in model.encoder.modules():
             if isinstance(module, BaseTunerLayer):
                 module.set_adapter("default")
-    return model if model.config.tree == taxonomy else with_taxonomy(model, taxonomy)
+    if model.config.tree != taxonomy:
+        change_taxonomy(model, taxonomy)
+    return model
 
 
-def with_taxonomy(
-    model: HierarchicalForSequenceClassification, taxonomy: Taxonomy
-) -> HierarchicalForSequenceClassification:
-    """The same encoder with heads for another taxonomy. A node known by its path keeps its head; the rest start fresh."""
-    old, config = model.config.tree, copy.deepcopy(model.config)
+def change_taxonomy(model: HierarchicalForSequenceClassification, taxonomy: Taxonomy) -> None:
+    """Gives a model heads for another taxonomy. A node known by its path keeps its head; the rest start fresh."""
+    old, old_heads, config = model.config.tree, model.heads, model.config
     config.taxonomy, config.label_separator = taxonomy.to_nested(), taxonomy.separator
     leaves = taxonomy.labels[: taxonomy.num_leaves]
     config.id2label = dict(enumerate(leaves))
     config.label2id = {label: i for i, label in enumerate(leaves)}
-    grown = HierarchicalForSequenceClassification(config, encoder=model.encoder)
+    model.heads = HierarchicalHeads(config).to(old_heads.weight.device)
+    model.num_labels = len(leaves)
+    model._init_weights(model.heads)  # these alone: initialize_weights() would draw a new adapter as well
     old_id = {old.path_names(i): i for i in range(old.num_nodes)}
     kept = {i: old_id[path] for i in range(taxonomy.num_nodes) if (path := taxonomy.path_names(i)) in old_id}
     with torch.no_grad():
         for new, known in kept.items():
-            grown.heads.weight[new] = model.heads.weight[known]
-            grown.heads.bias[new] = model.heads.bias[known]
+            model.heads.weight[new] = old_heads.weight[known]
+            model.heads.bias[new] = old_heads.bias[known]
     fresh = [taxonomy.labels[i] for i in range(taxonomy.num_nodes) if i not in kept]
     gone = [old.labels[i] for i in range(old.num_nodes) if i not in kept.values()]
     logger.info("heads kept: %d; started fresh: %s; dropped: %s", len(kept), fresh or "none", gone or "none")
-    grown.heads.to(model.heads.weight.device)
-    return grown
 
 
 def pinned_revision(arguments: ModelArguments) -> str | None:
@@ -226,13 +225,14 @@ def set_dropout(text_config: PretrainedConfig, arguments: ModelArguments) -> Non
 def load_tokenizer(arguments: ModelArguments, model: HierarchicalForSequenceClassification) -> PreTrainedTokenizerBase:
     """The encoder's tokenizer, which knows the encoder's limit whatever its own files say."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            arguments.model_name_or_path,
-            revision=model.config.encoder_revision or "main"
-            if not is_checkpoint(arguments.model_name_or_path)
-            else "main",
-            cache_dir=arguments.cache_dir,
-        )
+        if is_checkpoint(arguments.model_name_or_path):
+            tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path, trust_remote_code=True)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(
+                arguments.model_name_or_path,
+                revision=model.config.encoder_revision or "main",
+                cache_dir=arguments.cache_dir,
+            )
     except (OSError, ValueError) as error:
         raise InputError(f"cannot load the tokenizer of {arguments.model_name_or_path}: {one_line(error)}") from error
     tokenizer.model_max_length = min(tokenizer.model_max_length, position_limit(model.encoder))

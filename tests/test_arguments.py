@@ -1,0 +1,85 @@
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from configuration_hierarchical import DEFAULT_ENCODER_REVISION
+from training import InputError
+from training.arguments import parse
+
+
+def recipe(folder: Path, **flags) -> str:
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(flags))
+    return str(folder / "recipe.yaml")
+
+
+def test_flags_override_the_recipe_and_the_recipe_the_defaults(tmp_path):
+    path = recipe(
+        tmp_path, learning_rate="2e-4", focal_gamma=3, level_weights=[0.2, 0.3, 0.5], bf16=False, taxonomy=None
+    )
+    _, data, loss, training = parse([path, "--focal_gamma", "0.5"])
+    assert (training.learning_rate, loss.focal_gamma, loss.level_weights) == (2e-4, 0.5, [0.2, 0.3, 0.5])
+    assert training.bf16 is False
+    assert data.taxonomy is None
+    assert data.max_length == 512
+
+
+def test_the_command_line_replaces_where_the_recipe_takes_its_data_from(tmp_path):
+    path = recipe(tmp_path, dataset_name="someone/corpus", dataset_revision="main", class_names={1: "a"})
+    data = parse([path, "--train_file", "mine.csv"])[1]
+    assert (data.dataset_name, data.dataset_revision, data.train_file) == (None, None, "mine.csv")
+    assert data.class_names == '{"1": "a"}'
+    path = recipe(tmp_path, train_file="a.csv", test_file="b.csv")
+    data = parse([path, "--test_file=c.csv"])[1]
+    assert (data.train_file, data.test_file) == ("a.csv", "c.csv")
+
+
+def test_the_default_encoder_is_pinned():
+    assert parse([])[0].model_revision == DEFAULT_ENCODER_REVISION
+    assert parse(["--model_name_or_path", "someone/encoder"])[0].model_revision is None
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [([], "4bit"), (["--tuning", "full"], "none"), (["--quantization", "8bit"], "8bit")]
+)
+def test_quantization_follows_the_tuning_unless_it_is_given(words, expected):
+    assert parse(words)[0].quantization == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--focal_gama", "1"], "unknown flag --focal_gama; did you mean --focal_gamma"),
+        (["--learning_rate", "fast"], "learning_rate.*'fast'"),
+        (["--quantization", "5bit"], "'5bit'"),
+        (["--quantization", "4bit", "--tuning", "full"], "--tuning full"),
+        (["--focal_gamma", "-1"], "--focal_gamma"),
+        (["--level_weights", "0", "0"], "--level_weights"),
+        (["--max_length", "2"], "--max_length"),
+        (["--seed", "1", "stray"], "stray"),
+        (["nowhere.yaml"], r"nowhere\.yaml"),
+        (["--eval_strategy", "no"], "load_best_model_at_end"),
+    ],
+)
+def test_bad_words_are_refused_in_one_line(words, message):
+    with pytest.raises(InputError, match=message) as caught:
+        parse(words)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_key_of_a_recipe_gets_the_nearest_one(tmp_path):
+    with pytest.raises(InputError, match="did you mean --label_column"):
+        parse([recipe(tmp_path, label_colum="x")])
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "just words"])
+def test_a_file_that_is_no_recipe_is_named(tmp_path, text):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"the recipe .*bad\.yaml"):
+        parse([str(tmp_path / "bad.yaml")])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_of_the_repository_parses(path):
+    assert parse([str(path)])[3].output_dir.startswith("results")

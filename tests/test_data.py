@@ -1,0 +1,742 @@
+"""Reading, checking, splitting and tokenizing data, against cases worked by hand and the libraries themselves."""
+
+import hashlib
+import json
+import logging
+import random
+import re
+from collections import Counter
+
+import datasets
+import pandas as pd
+import pytest
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+
+from configuration_hierarchical import DEFAULT_TAXONOMY, Taxonomy
+from training import InputError
+from training.arguments import DataArguments
+from training.data import (
+    find_column,
+    length_report,
+    load_splits,
+    log_report,
+    read_class_names,
+    read_table,
+    read_texts,
+    tokenize,
+)
+
+SECRET = "patient Miller"  # stands for a text that must not be shown
+ROWS = [("NA", "a/x"), ('007, a "quoted"\ntext', "a/y"), ("Ünïcode  text", "b"), ("None", "a")]
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    datasets.disable_progress_bars()
+
+
+def load(seed=0, known=None, **arguments):
+    """`load_splits`, with ``known`` for the taxonomy of a checkpoint."""
+    return load_splits(DataArguments(**{key: _text(value) for key, value in arguments.items()}), seed, known)
+
+
+def _text(value):
+    return value if isinstance(value, (bool, int, float, list, type(None))) else str(value)
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def csv_file(path, rows, header=("text", "label")):
+    pd.DataFrame(rows, columns=list(header)).to_csv(path, index=False)
+    return path
+
+
+def labels_of(data, split):
+    return [data.taxonomy.labels[label] for label in data.splits[split]["label"]]
+
+
+def normalised(text):
+    return re.sub(r"\s+", " ", text).strip().casefold()
+
+
+# ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def write_as(kind, path):
+    frame = pd.DataFrame(ROWS, columns=["text", "label"])
+    records = frame.to_dict("records")
+    if kind in ("csv", "tsv"):
+        frame.to_csv(path, index=False, sep="\t" if kind == "tsv" else ",")
+    elif kind == "parquet":
+        frame.to_parquet(path)
+    elif kind == "json":
+        path.write_text(json.dumps(records))
+    elif kind == "data.json":
+        path.write_text(json.dumps({"version": 1, "data": records}))
+    else:
+        path.write_text("\n".join(map(json.dumps, records)) + "\n\n")
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "json", "data.json", "jsonl", "ndjson", "parquet"])
+def test_every_format_gives_the_same_rows(tmp_path, kind):
+    path = tmp_path / f"rows.{kind}"
+    write_as(kind, path)
+    data = load(train_file=path, validation_size=0)
+    assert list(data.splits) == ["train"]
+    assert data.splits["train"].column_names == ["text", "label", "row"]
+    assert data.splits["train"]["text"][:] == [text for text, _ in ROWS]
+    assert data.splits["train"]["row"][:] == [0, 1, 2, 3]
+    # leaves first, in sorted order of their paths (a/x, a/y, b), then the inner node a
+    assert data.taxonomy.labels == ["x", "y", "b", "a"]
+    assert data.splits["train"]["label"][:] == [0, 1, 2, 3]
+    source = {"split": "train", "name": str(path), "sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}}
+    assert data.report["sources"] == [source]
+
+
+def test_csv_cells_are_text_as_written(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"\xef\xbb\xbftext,label\nnan,007\n1.0,NA\ntrue,3.0\n\n")
+    data = load(train_file=path, validation_size=0)
+    assert data.splits["train"]["text"][:] == ["nan", "1.0", "true"]
+    assert labels_of(data, "train") == ["007", "NA", "3.0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"", "a.csv is empty"),
+        ("a.csv", b"text,label\n", "a.csv has no rows"),
+        ("a.csv", b"text,label\none,x\ntwo\nthree,y\n", r"a.csv, row 1 .*: 1 fields, where the header has 2"),
+        ("a.csv", b"text,label\none,x\ntwo,y,z\n", "a.csv: Expected 2 fields in line 3, saw 3"),
+        ("a.csv", b"text,label\none,x,z\ntwo,y,z\n", r"a.csv, row 0 .*: more fields than the 2 of the header"),
+        ("a.csv", b'text,label\n"one,x\n', "a.csv: EOF inside string"),
+        ("a.csv", "text,label\nM\xfcller,x\n".encode("latin-1"), "a.csv is not UTF-8"),
+        ("a.csv", b"text,label,text\none,x,two\n", "a.csv has two columns called 'text'"),
+        ("a.json", b'[{"text": "one", ', "a.json is not JSON"),
+        ("a.json", b'{"rows": []}', "a.json: expected a list of objects"),
+        ("a.json", b'["one"]', r"a.json, row 0 .*: expected an object, found str"),
+        ("a.json", b"[]", "a.json has no rows"),
+        ("a.json", b'[{"text": "\xfc"}]', "a.json is not UTF-8"),
+        ("a.jsonl", b'{"text": "one", "label": "x"}\n{"text"\n', "a.jsonl, line 2, is not JSON"),
+        ("a.parquet", b"PAR0 nonsense", "a.parquet is not a Parquet file"),
+        ("a.xlsx", b"PK", "a data file is .csv, .tsv"),
+    ],
+)  # fmt: skip
+def test_unreadable_files_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        load(train_file=tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(InputError, match=r"gone\.csv: there is no such file"):
+        load(train_file=tmp_path / "gone.csv")
+    with pytest.raises(InputError, match="not a folder saved by `datasets`"):
+        load(data_path=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "no data"),
+        ({"data_path": "a.csv", "train_file": "b.csv"}, "--data_path and --train_file contradict"),
+        ({"data_path": "a.csv", "dataset_name": "b"}, "--dataset_name and --data_path contradict"),
+        ({"train_file": "a.csv", "dataset_revision": "v1"}, "--dataset_revision needs"),
+        ({"data_path": "a.csv", "test_size": -0.1}, "--test_size is a share"),
+        ({"data_path": "a.csv", "validation_size": 1.0}, "--validation_size is a share"),
+        ({"data_path": "a.csv", "validation_size": float("nan")}, "--validation_size is a share"),
+        ({"data_path": "a.csv", "validation_size": 0.5, "test_size": 0.5}, "leave nothing"),
+    ],
+)
+def test_contradictory_arguments(given, message):
+    with pytest.raises(InputError, match=message):
+        load(**given)
+
+
+# ── columns ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_columns_are_found_in_order_of_preference_and_logged(tmp_path, caplog):
+    rows = [("title", "first", "x", "n"), ("title", "second", "y", "n")]
+    path = csv_file(tmp_path / "a.csv", rows, ("text", "abstract", "label", "category"))
+    with caplog.at_level(logging.INFO, logger="training.data"):
+        data = load(train_file=path, validation_size=0)
+    assert data.splits["train"]["text"][:] == ["first", "second"]
+    assert data.report["columns"] == {"text": "abstract", "label": ["label"]}
+    assert "text 'abstract', label 'label'" in caplog.text
+    asked = load(train_file=path, validation_size=0, text_column="text", label_column=["label"])
+    assert asked.splits["train"]["text"][:] == ["title", "title"]
+
+
+def test_columns_that_are_not_there(tmp_path):
+    path = csv_file(tmp_path / "a.csv", [("one", "x"), ("two", "y")], ("body", "diagnosis"))
+    with pytest.raises(InputError, match=r"a\.csv: no column is called .*--text_column, one of 'body', 'diagnosis'"):
+        load(train_file=path)
+    with pytest.raises(InputError, match=r"no column is called .*--label_column, one of 'body', 'diagnosis'"):
+        load(train_file=path, text_column="body")
+    with pytest.raises(InputError, match=r"a\.csv has no column 'bodi' \(--text_column\); it has 'body', 'diagnosis'"):
+        load(train_file=path, text_column="bodi")
+    with pytest.raises(InputError, match="cannot be both"):
+        load(train_file=path, text_column="body", label_column=["body"])
+    with pytest.raises(InputError, match="names a column twice"):
+        load(train_file=path, text_column="body", label_column=["diagnosis", "diagnosis"])
+
+
+def test_files_must_share_a_column():
+    one, other = pd.DataFrame({"text": ["a"]}), pd.DataFrame({"abstract": ["b"], "text": ["c"]})
+    assert find_column({"1": one, "2": other}, None, ("abstract", "text"), "--text_column") == "text"
+    with pytest.raises(InputError, match="1, 2 have no column in common"):
+        find_column({"1": one, "2": other[["abstract"]]}, None, ("abstract", "text"), "--text_column")
+
+
+def test_missing_values_are_named_by_row_and_the_text_is_not_shown(tmp_path):
+    rows = [(SECRET, "x"), ("one", ""), ("  ", "y"), ("two", ""), (SECRET, "y")]
+    path = csv_file(tmp_path / "a.csv", rows)
+    with pytest.raises(InputError, match=r"a\.csv, column 'text': 1 empty texts, at row 2 \(counted from 0\)"):
+        load(train_file=path)
+    path = csv_file(tmp_path / "a.csv", [row for row in rows if row[0].strip()])
+    with pytest.raises(InputError, match=r"a\.csv, column 'label': 2 missing labels, at row 1, 2") as caught:
+        load(train_file=path)
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([{"text": "a", "label": "x"}, {"label": "x"}], r"column 'text': 1 missing texts, at row 1"),
+        ([{"text": "a", "label": "x"}, {"text": 5, "label": "x"}], "1 values that are not text, at row 1"),
+        ([{"text": "a", "label": None}, {"text": "b", "label": "x"}], "column 'label': 1 missing labels, at row 0"),
+        ([{"text": "a", "label": float("nan")}, {"text": "b", "label": "x"}], "1 missing labels, at row 0"),
+        ([{"text": "a", "label": 1.5}, {"text": "b", "label": 2.0}], "neither text nor whole numbers, at row 0"),
+        ([{"text": "a", "label": True}, {"text": "b", "label": 2}], "neither text nor whole numbers, at row 0"),
+        ([{"text": "a", "label": ["x", "y"]}, {"text": "b", "label": "x"}], "neither text nor whole numbers, at row 0"),
+        ([{"text": "a\ud800", "label": "x"}, {"text": "b", "label": "y"}], "unpaired surrogate, at row 0"),
+        ([{"text": "a", "label": SECRET * 50}, {"text": "b", "label": "y"}], "more than 500 characters, at row 0"),
+    ],
+)  # fmt: skip
+def test_values_of_the_wrong_kind(tmp_path, records, message):
+    path = write(tmp_path / "a.json", json.dumps(records))
+    with pytest.raises(InputError, match=message) as caught:
+        load(train_file=path)
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["json", "parquet"])
+def test_whole_numbers_are_labels(tmp_path, kind):
+    frame = pd.DataFrame({"text": ["a", "b", "c"], "label": [3.0, 10.0, 3.0]})
+    path = tmp_path / f"a.{kind}"
+    frame.to_parquet(path) if kind == "parquet" else frame.to_json(path, orient="records")
+    data = load(train_file=path, validation_size=0)
+    assert labels_of(data, "train") == ["3", "10", "3"]
+
+
+def test_several_label_columns_name_the_path_from_the_root(tmp_path):
+    rows = [("one", "body", "heart", "valve"), ("two", "body", "lung", ""), ("three", "mind", "", "")]
+    rows += [("four", "body", "", "")]
+    path = csv_file(tmp_path / "a.csv", rows, ("text", "l1", "l2", "l3"))
+    data = load(train_file=path, label_column=["l1", "l2", "l3"], validation_size=0)
+    names = [data.taxonomy.path_names(label) for label in data.splits["train"]["label"]]
+    assert names == [("body", "heart", "valve"), ("body", "lung"), ("mind",), ("body",)]
+    # a document counts at every level of its path
+    assert data.report["splits"]["train"]["classes"] == {
+        "1": {"mind": 1, "body": 3},
+        "2": {"lung": 1, "heart": 1},
+        "3": {"valve": 1},
+    }
+    gap = csv_file(tmp_path / "b.csv", [("one", "body", "", "valve"), ("two", "", "", "")], ("text", "l1", "l2", "l3"))
+    with pytest.raises(InputError, match="1 missing labels, at row 1"):
+        load(train_file=gap, label_column=["l1", "l2", "l3"])
+    gap = csv_file(tmp_path / "b.csv", [("one", "body", "", "valve")], ("text", "l1", "l2", "l3"))
+    with pytest.raises(InputError, match="column 'l1 l2 l3': 1 labels with a gap above a filled level, at row 0"):
+        load(train_file=gap, label_column=["l1", "l2", "l3"])
+    # one column holds names, several hold paths: "heart" alone is not a path from a root
+    wrong = csv_file(tmp_path / "c.csv", [("one", "heart", "", "")], ("text", "l1", "l2", "l3"))
+    with pytest.raises(InputError, match=r"c\.csv, row 0 .*must name the path from the root.*'body', 'heart'"):
+        load(known=data.taxonomy, test_file=wrong, label_column=["l1", "l2", "l3"])
+    names_only = csv_file(tmp_path / "d.csv", [("one", "heart")])
+    assert labels_of(load(known=data.taxonomy, test_file=names_only), "test") == ["heart"]
+
+
+def test_file_readers_without_labels(tmp_path):
+    # what the prediction command needs
+    table = read_table(csv_file(tmp_path / "a.csv", [("one", 1), ("two", 2)], ("abstract", "id")))
+    assert read_texts(table, "abstract", "a.csv") == ["one", "two"]
+
+
+# ── labels and the taxonomy ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_codes_of_the_medical_abstracts_corpus(tmp_path):
+    # the corpus's own names, from its data card
+    classes = ["neoplasms", "digestive system diseases", "nervous system diseases", "cardiovascular diseases",
+               "general pathological conditions"]  # fmt: skip
+    path = csv_file(
+        tmp_path / "a.csv", [(str(i), f"text {i}") for i in range(1, 6)], ("condition_label", "medical_abstract")
+    )
+    data = load(train_file=path, validation_size=0)
+    assert data.taxonomy == Taxonomy(DEFAULT_TAXONOMY)
+    assert labels_of(data, "train") == classes
+    # the same codes mean the same when a checkpoint with these classes is scored
+    scored = load(test_file=path, known=Taxonomy({"all": classes}))
+    assert labels_of(scored, "test") == classes
+    # but not in a column of another name
+    other = csv_file(tmp_path / "b.csv", [("one", "1"), ("two", "2")])
+    assert load(train_file=other, validation_size=0).taxonomy.labels == ["1", "2"]
+
+
+def test_names_of_the_default_taxonomy_choose_it(tmp_path):
+    rows = [("one", "neoplasms"), ("two", "specific disease"), ("three", "specific disease/nervous system diseases")]
+    data = load(train_file=csv_file(tmp_path / "a.csv", rows), validation_size=0)
+    assert data.taxonomy == Taxonomy(DEFAULT_TAXONOMY)
+    assert labels_of(data, "train") == ["neoplasms", "specific disease", "nervous system diseases"]
+    assert data.report["classes_without_training_rows"] == [
+        "general pathological conditions",
+        "digestive system diseases",
+        "cardiovascular diseases",
+    ]
+    # one other label, and the labels span their own taxonomy
+    rows[2] = ("three", "flu")
+    assert load(train_file=csv_file(tmp_path / "a.csv", rows), validation_size=0).taxonomy.labels == [
+        "flu", "neoplasms", "specific disease",
+    ]  # fmt: skip
+
+
+def test_taxonomy_of_the_labels_does_not_depend_on_row_order(tmp_path):
+    rows = [("one", "b / y"), ("two", "a"), ("three", "b/x")]
+    one = load(train_file=csv_file(tmp_path / "a.csv", rows), validation_size=0)
+    other = load(train_file=csv_file(tmp_path / "b.csv", rows[::-1]), validation_size=0)
+    assert one.taxonomy == other.taxonomy == Taxonomy(["a", {"b": ["x", "y"]}])
+    assert labels_of(one, "train") == ["y", "a", "x"]
+    custom = csv_file(tmp_path / "c.csv", [("one", "a > b"), ("two", "a > c/d")])
+    assert load(train_file=custom, validation_size=0, label_separator=">").taxonomy.labels == ["b", "c/d", "a"]
+
+
+def test_labels_of_every_split_span_the_taxonomy(tmp_path):
+    data = load(
+        train_file=csv_file(tmp_path / "a.csv", [("one", "a"), ("two", "b")]),
+        validation_file=csv_file(tmp_path / "b.csv", [("three", "a")]),
+        test_file=csv_file(tmp_path / "c.csv", [("four", "c")]),
+    )
+    assert data.taxonomy.labels == ["a", "b", "c"]
+    assert data.report["classes_without_training_rows"] == ["c"]
+
+
+def test_taxonomy_file_and_inner_nodes(tmp_path):
+    tree = write(tmp_path / "tree.yaml", "body: [heart, lung]\nmind:\n")
+    rows = csv_file(tmp_path / "a.csv", [("one", "body"), ("two", "body/lung"), ("three", "mind"), ("four", " heart ")])
+    data = load(train_file=rows, taxonomy=tree, validation_size=0)
+    assert labels_of(data, "train") == ["body", "lung", "mind", "heart"]
+    assert data.splits["train"]["label"][0] >= data.taxonomy.num_leaves
+    # the parameter, a checkpoint's taxonomy, is stronger than the file
+    mine = Taxonomy({"body": ["lung", "heart"], "mind": None, "soul": None})
+    given = load(known=mine, test_file=rows, taxonomy=tree)
+    assert given.taxonomy == mine
+
+
+def test_label_that_the_taxonomy_does_not_hold(tmp_path):
+    path = csv_file(tmp_path / "a.csv", [(SECRET, "heart"), (SECRET, "heartt")])
+    with pytest.raises(
+        InputError, match=r"a\.csv, row 1 .*column 'label': the label 'heartt' is not .*'heart'"
+    ) as caught:
+        load(test_file=path, known=Taxonomy({"body": ["heart", "lung"]}))
+    assert SECRET not in str(caught.value)
+    broken = write(tmp_path / "tree.yaml", "- a\n")
+    with pytest.raises(InputError, match=r"--taxonomy: .*at least two leaves"):
+        load(train_file=path, taxonomy=broken)
+    alone = csv_file(tmp_path / "b.csv", [("one", "x"), ("two", "x")])
+    with pytest.raises(InputError, match=r"column 'label': the labels do not make a taxonomy: .*at least two leaves"):
+        load(train_file=alone)
+    hole = csv_file(tmp_path / "c.csv", [("one", "x"), ("two", "x//y")])
+    with pytest.raises(InputError, match=r"c\.csv, row 1 .*'x//y' has an empty name"):
+        load(train_file=hole)
+
+
+def test_names_that_are_not_unique_need_their_path(tmp_path):
+    # "other" is a root and a child: alone it could be either, in training as in scoring
+    rows = [("one", "other"), ("two", "body/other"), ("three", "body/heart")]
+    with pytest.raises(InputError, match=r"row 0 .*'other' is ambiguous: it names .*'/other'.*write the path"):
+        load(train_file=csv_file(tmp_path / "a.csv", rows))
+    rows[0] = ("one", "/other")
+    path = csv_file(tmp_path / "a.csv", rows)
+    data = load(train_file=path, validation_size=0)
+    assert [data.taxonomy.path_names(i) for i in data.splits["train"]["label"]] == [
+        ("other",), ("body", "other"), ("body", "heart"),
+    ]  # fmt: skip
+    again = load(test_file=path, known=data.taxonomy)
+    assert again.splits["test"]["label"][:] == data.splits["train"]["label"][:]
+    # case tells names apart
+    cased = csv_file(tmp_path / "b.csv", [("one", "neoplasms/Neoplasms"), ("two", "neoplasms"), ("three", "flu")])
+    assert labels_of(load(train_file=cased, validation_size=0), "train") == ["Neoplasms", "neoplasms", "flu"]
+
+
+NAMES_AND_PARENTS = "label,name,parent\nC1,Heart,body\nC2,Lung,body\nC3,Sleep,mind\n"
+
+
+def test_one_file_as_taxonomy_and_as_class_names(tmp_path):
+    names = write(tmp_path / "labels.csv", NAMES_AND_PARENTS)
+    rows = csv_file(tmp_path / "a.csv", [("one", "C2"), ("two", "C3"), ("three", "body"), ("four", "Heart")])
+    arguments = {"train_file": rows, "taxonomy": names, "class_names": names, "validation_size": 0}
+    data = load(**arguments)
+    assert labels_of(data, "train") == ["Lung", "Sleep", "body", "Heart"]
+    rows = csv_file(tmp_path / "a.csv", [("one", "C2"), ("two", "C4")])
+    with pytest.raises(
+        InputError, match=r"a\.csv, row 1 .*'C4' is neither a code of --class_names .*nor in the taxonomy"
+    ):
+        load(**arguments)
+
+
+def test_codes_may_be_named_by_paths(tmp_path):
+    rows = csv_file(tmp_path / "a.csv", [("one", "1"), ("two", "2"), ("three", "flu")])
+    data = load(train_file=rows, class_names='{"1": "body/heart", "2": "body", "3": "flu"}', validation_size=0)
+    assert [data.taxonomy.path_names(i) for i in data.splits["train"]["label"]] == [
+        ("body", "heart"),
+        ("body",),
+        ("flu",),
+    ]
+    with pytest.raises(InputError, match=r"a\.csv, row 2 .*'flu' is neither a code"):
+        load(train_file=rows, class_names='{"1": "body/heart", "2": "body"}')
+
+
+def test_codes_in_several_columns(tmp_path):
+    rows = csv_file(tmp_path / "a.csv", [("one", "B", "1"), ("two", "M", ""), ("three", "B", "")], ("text", "l1", "l2"))
+    data = load(
+        train_file=rows, label_column=["l1", "l2"], validation_size=0,
+        class_names='{"B": "body", "M": "mind", "1": "heart"}',
+    )  # fmt: skip
+    assert labels_of(data, "train") == ["heart", "mind", "body"]
+
+
+def test_class_names_in_their_forms(tmp_path):
+    expected = {"1": "one", "02": "two"}
+    assert read_class_names('{"1": "one", "02": " two "}') == expected
+    assert read_class_names(str(write(tmp_path / "a.csv", "id,what\n1,one\n02,two\n"))) == expected
+    assert read_class_names(str(write(tmp_path / "a.tsv", "name\tcode\none\t1\ntwo\t02\n"))) == expected
+    corpus = write(tmp_path / "b.csv", "condition_label,condition_name\n1,one\n02,two\n")
+    assert read_class_names(str(corpus)) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ('{"1": ', "is not JSON"),
+        ('{"1": 2}', "the code '1' needs a name"),
+        ('{"1": "a", "1": "b"}', "the code '1' has two names: 'a' and 'b'"),
+        ("names.txt", r"expected a \.csv or \.tsv file"),
+        ("names.csv", "there is no such file"),
+    ],
+)
+def test_bad_class_names(given, message):
+    with pytest.raises(InputError, match=message):
+        read_class_names(given)
+
+
+# ── data sets of the `datasets` library ──────────────────────────────────────────────────────────────────────────────
+
+CLASSES = datasets.ClassLabel(names=["flu", "cold"])
+
+
+def dataset(texts, labels):
+    features = datasets.Features({"text": datasets.Value("string"), "label": CLASSES})
+    return datasets.Dataset.from_dict({"text": texts, "label": labels}, features=features)
+
+
+def test_saved_folder_with_class_labels(tmp_path):
+    splits = {"train": dataset(["a", "b"], [1, 0]), "valid": dataset(["c"], [0]), "extra": dataset(["d"], [0])}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "set")
+    data = load(data_path=tmp_path / "set")
+    assert list(data.splits) == ["train", "validation"]
+    assert labels_of(data, "train") == ["cold", "flu"]
+    assert labels_of(data, "validation") == ["flu"]
+    file = next((tmp_path / "set" / "valid").glob("*.arrow"))
+    assert data.report["sources"][1]["sha256"] == {file.name: hashlib.sha256(file.read_bytes()).hexdigest()}
+
+
+def test_saved_folder_of_one_dataset_is_split_in_three(tmp_path):
+    dataset([f"text {i}" for i in range(100)], [i % 2 for i in range(100)]).save_to_disk(tmp_path / "set")
+    data = load(data_path=tmp_path / "set", validation_size=0.2, test_size=0.1)
+    assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 70, "validation": 20, "test": 10}
+
+
+def test_saved_folder_without_validation_keeps_its_test(tmp_path):
+    train = dataset([f"text {i}" for i in range(100)], [i % 2 for i in range(100)])
+    datasets.DatasetDict({"train": train, "test": dataset(["z"], [0])}).save_to_disk(tmp_path / "set")
+    data = load(data_path=tmp_path / "set")
+    assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 90, "validation": 10, "test": 1}
+    assert data.splits["test"]["text"][:] == ["z"]
+
+
+def test_saved_folders_that_cannot_be_used(tmp_path):
+    datasets.DatasetDict({"train": dataset(["a", "b"], [1, -1])}).save_to_disk(tmp_path / "unlabelled")
+    with pytest.raises(InputError, match=r"unlabelled \[train\], column 'label': 1 missing labels, at row 1"):
+        load(data_path=tmp_path / "unlabelled")
+    both = {"train": dataset(["a"], [1]), "dev": dataset(["b"], [1]), "validation": dataset(["c"], [1])}
+    datasets.DatasetDict(both).save_to_disk(tmp_path / "both")
+    with pytest.raises(InputError, match="several splits that mean validation: train, dev, validation"):
+        load(data_path=tmp_path / "both")
+    datasets.DatasetDict({"all": dataset(["a"], [1])}).save_to_disk(tmp_path / "all")
+    with pytest.raises(InputError, match="no split called train, validation or test, only all"):
+        load(data_path=tmp_path / "all")
+
+
+def test_dataset_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "corpus"  # `datasets` takes a folder of files for a name, too
+    folder.mkdir()
+    pd.DataFrame({"text": ["a", "b"], "label": ["x", "y"]}).to_parquet(folder / "train.parquet")
+    pd.DataFrame({"text": ["c"], "label": ["y"]}).to_parquet(folder / "test.parquet")
+    data = load(dataset_name=folder, validation_size=0)
+    assert data.splits["train"]["text"][:] == ["a", "b"]
+    assert labels_of(data, "test") == ["y"]
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="cannot load --dataset_name nobody/nothing") as caught:
+        load(dataset_name="nobody/nothing")
+    assert "\n" not in str(caught.value)
+
+
+# ── splits ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def corpus(rows, seed):
+    """Skewed classes; about a fifth of the texts again, written otherwise, some of them with another label."""
+    draw = random.Random(seed)
+    made = [(f"Case {i} of the disease", draw.choices("abcde", (50, 25, 15, 8, 2))[0]) for i in range(rows)]
+    for text, label in draw.sample(made, rows // 5):
+        made.append(
+            (draw.choice((text.upper(), f" {text}\n", text.replace(" ", "  "), text)), draw.choice((label, "a")))
+        )
+    draw.shuffle(made)
+    return made
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_file_is_split_by_class_with_identical_texts_together(tmp_path, seed):
+    rows = corpus(1500, seed)
+    path = csv_file(tmp_path / "a.csv", rows)
+    data = load(seed=seed, data_path=path, validation_size=0.15, test_size=0.1)
+    assert list(data.splits) == ["train", "validation", "test"]
+    # every row is in exactly one split, and says which it was
+    placed = sorted(
+        (row, text) for part in data.splits.values() for row, text in zip(part["row"], part["text"], strict=True)
+    )
+    assert placed == list(enumerate(text for text, _ in rows))
+    texts = {split: {normalised(text) for text in part["text"]} for split, part in data.splits.items()}
+    assert not texts["train"] & texts["validation"]
+    assert not texts["train"] & texts["test"]
+    assert not texts["validation"] & texts["test"]
+    # exact shares of the distinct texts: 0.15 and 0.1 of 1500
+    assert (len(texts["validation"]), len(texts["test"])) == (225, 150)
+    # each class to within a few rows of its share (duplicated texts have more than one)
+    everywhere = Counter(label for _, label in rows)
+    for split, share in (("validation", 0.15), ("test", 0.1)):
+        found = Counter(labels_of(data, split))
+        for label, count in everywhere.items():
+            assert abs(found[label] - share * count) <= 3 + 0.15 * share * count, (split, label)
+    assert data.report["split"] == {
+        "method": "by class, identical texts kept together", "carved": {"test": 0.1, "validation": 0.15}, "seed": seed,
+    }  # fmt: skip
+
+
+def test_splits_are_decided_by_the_seed(tmp_path):
+    path = csv_file(tmp_path / "a.csv", corpus(300, 0))
+    one, same, other = (load(seed=seed, data_path=path).splits["test"]["row"][:] for seed in (1, 1, 2))
+    assert one == same
+    assert one != other
+
+
+def test_many_small_classes_still_give_the_whole_share(tmp_path):
+    # 40 classes of 5 texts: a tenth of each rounds to nothing, a tenth of all is 20
+    path = csv_file(tmp_path / "a.csv", [(f"text {i}", f"class {i % 40}") for i in range(200)])
+    data = load(data_path=path)
+    assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 160, "validation": 20, "test": 20}
+    assert data.report["classes_without_training_rows"] == []
+    assert max(Counter(labels_of(data, "test")).values()) == 1
+
+
+def test_a_class_of_one_text_stays_in_training(tmp_path):
+    rows = [(f"text {i}", "common") for i in range(50)] + [("single", "rare")]
+    for seed in range(5):
+        data = load(seed=seed, data_path=csv_file(tmp_path / "a.csv", rows), validation_size=0.3, test_size=0.3)
+        assert "rare" in labels_of(data, "train")
+
+
+def test_sizes_of_zero_and_files_that_were_given(tmp_path):
+    path = csv_file(tmp_path / "a.csv", [(f"text {i}", "ab"[i % 2]) for i in range(40)])
+    test = csv_file(tmp_path / "b.csv", [("test", "a")])
+    assert list(load(data_path=path, validation_size=0).splits) == ["train", "test"]
+    assert list(load(data_path=path, test_size=0).splits) == ["train", "validation"]
+    assert list(load(train_file=path).splits) == ["train", "validation"]
+    assert list(load(train_file=path, test_file=test).splits) == ["train", "validation", "test"]
+    assert load(train_file=path, test_file=test).splits["test"]["text"][:] == ["test"]
+    for flag in ("validation_file", "test_file"):
+        data = load(known=Taxonomy(["a", "b"]), **{flag: test})
+        assert list(data.splits) == [flag.removesuffix("_file")]
+        assert data.report["classes_without_training_rows"] == []
+        assert data.report["split"]["carved"] == {}
+
+
+def test_too_few_rows_to_split(tmp_path):
+    path = csv_file(tmp_path / "a.csv", [("one", "a"), ("two", "b"), ("three", "a")])
+    with pytest.raises(InputError, match=r"cannot carve test rows: 0 of 3 .*--test_size, or 0 for no test rows"):
+        load(data_path=path)
+    with pytest.raises(InputError, match="cannot carve validation rows: 2 of 3"):
+        load(train_file=path, validation_size=0.7)
+
+
+def test_training_rows_whose_text_is_held_out_are_dropped(tmp_path, caplog):
+    train = [("One", "a"), ("two", "b"), ("three", "a"), ("ONE", "b"), ("four", "b")]
+    arguments = {
+        "train_file": csv_file(tmp_path / "a.csv", train),
+        "validation_file": csv_file(tmp_path / "b.csv", [(" one", "a"), ("five", "b"), ("six", "a")]),
+        "test_file": csv_file(tmp_path / "c.csv", [("two ", "a"), ("five", "b")]),
+    }
+    with caplog.at_level(logging.INFO, logger="training.data"):
+        data = load(**arguments)
+    assert data.splits["train"]["text"][:] == ["three", "four"]
+    assert data.splits["train"]["row"][:] == [2, 4]
+    assert len(data.splits["validation"]) == 3  # rows in both validation and test are only reported
+    assert data.report["splits"]["train"]["dropped_rows"] == 3
+    assert data.report["shared_texts"] == {
+        "train, validation": {"texts": 1, "train_rows": 2, "validation_rows": 1},
+        "train, test": {"texts": 1, "train_rows": 1, "test_rows": 1},
+        "validation, test": {"texts": 1, "validation_rows": 1, "test_rows": 1},
+    }
+    assert (
+        "1 in train and validation, 1 in train and test, 1 in validation and test; 3 training rows dropped"
+        in caplog.text
+    )
+    kept = load(**arguments, keep_shared_texts=True)
+    assert len(kept.splits["train"]) == 5
+    assert kept.report["shared_texts"] == data.report["shared_texts"]
+    with pytest.raises(InputError, match="nothing is left to train on"):
+        load(train_file=arguments["train_file"], test_file=arguments["train_file"])
+
+
+def test_carved_validation_has_no_text_of_the_test_file(tmp_path):
+    rows = [(f"text {i}", "ab"[i % 2]) for i in range(60)]
+    train = csv_file(tmp_path / "a.csv", rows)
+    test = csv_file(tmp_path / "b.csv", [(text.upper(), label) for text, label in rows[:20]])
+    data = load(train_file=train, test_file=test, validation_size=0.5)
+    assert {split: len(part) for split, part in data.splits.items()} == {"train": 20, "validation": 20, "test": 20}
+    assert not {t.lower() for t in data.splits["test"]["text"]} & set(data.splits["validation"]["text"])
+
+
+# ── report ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_duplicates_conflicts_and_the_ceiling_by_hand(tmp_path):
+    # p: a, a, b   q: a, a   r: b, c   s: c      8 rows, 4 distinct texts
+    rows = [("P", "a"), ("p", "a"), ("p ", "b"), ("q", "a"), ("q", "a"), ("r", "b"), ("r", "c"), ("s", "c")]
+    data = load(train_file=csv_file(tmp_path / "a.csv", rows), validation_size=0)
+    assert data.report["splits"]["train"] == {
+        "rows": 8,
+        "dropped_rows": 0,
+        "exact_duplicates": 2,  # the second q, the second r
+        "normalised_duplicates": 4,  # and two of p
+        "conflicting_texts": 2,  # p and r
+        "conflicting_rows": 5,
+        "accuracy_ceiling": 6 / 8,  # p 2, q 2, r 1, s 1
+        "classes": {"1": {"a": 4, "b": 2, "c": 2}},
+    }
+    assert json.loads(json.dumps(data.report)) == data.report
+
+
+def test_log_report_shows_the_numbers_and_no_text(tmp_path, caplog):
+    rows = [(SECRET, "a/x"), (SECRET, "b"), ("two", "a")] + [(f"text {i}", f"c/{i}") for i in range(20)]
+    data = load(train_file=csv_file(tmp_path / "a.csv", rows), validation_size=0)
+    data.report["lengths"] = {"train": length_report([5, 5, 9], 8)}
+    with caplog.at_level(logging.INFO, logger="training.data"):
+        log_report(data.report)
+    lines = [record.getMessage().split() for record in caplog.records]
+    # rows, dropped, duplicates, conflicting texts, their rows; 22 of 23 rows can be right
+    assert ["train", "23", "0", "1", "1", "2", "95.7%"] in lines
+    assert "1 texts (33.3%) are cut at 8" in caplog.text
+    assert ["c", "20"] in lines
+    assert "and 13 smaller ones" in caplog.text  # 21 classes at level 2, 8 of them shown
+    assert SECRET not in caplog.text
+
+
+def test_length_report_by_hand():
+    # 1 … 100: the smallest count that q % of the texts do not exceed is q
+    assert length_report(list(range(1, 101)), 90) == {
+        "p50": 50, "p90": 90, "p95": 95, "p99": 99, "max": 100, "max_length": 90, "cut": 10, "cut_share": 0.1,
+    }  # fmt: skip
+    assert length_report([4], 4)["cut"] == 0
+    assert length_report([1, 10], 8)["p50"] == 1  # a count that occurs, not the middle of two
+    with pytest.raises(ValueError, match="no lengths"):
+        length_report([], 4)
+
+
+# ── tokens ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def word_tokenizer(side="right", **arguments):
+    """One token a word, between [CLS] and [SEP]."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(30))]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        truncation_side=side, model_max_length=8, **arguments,
+    )  # fmt: skip
+
+
+def texts_of_lengths(lengths):
+    rows = {"text": [" ".join(f"w{i}" for i in range(n)) for n in lengths], "label": list(range(len(lengths)))}
+    return datasets.DatasetDict({"test": datasets.Dataset.from_dict({**rows, "row": [10 + i for i in rows["label"]]})})
+
+
+@pytest.fixture
+def warnings_of_transformers(caplog):
+    transformers.logging.enable_propagation()
+    with caplog.at_level(logging.WARNING):
+        yield caplog
+    transformers.logging.disable_propagation()
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_tokens_are_those_of_the_tokenizers_own_truncation(side, warnings_of_transformers):
+    words = [1, 5, 6, 7, 13, 30, 29]  # with two special tokens: 3, 7, 8, 9, 15, 32, 31
+    splits, tokenizer = texts_of_lengths(words), word_tokenizer(side, model_input_names=["input_ids", "attention_mask"])
+    tokenized, lengths = tokenize(splits, tokenizer, 8)
+    assert "longer than" not in warnings_of_transformers.text
+    rows = tokenized["test"]
+    assert set(rows.column_names) == {"input_ids", "attention_mask", "length", "labels", "row"}
+    assert rows["input_ids"][:] == tokenizer(splits["test"]["text"][:], truncation=True, max_length=8)["input_ids"]
+    assert rows["length"][:] == [3, 7, 8, 8, 8, 8, 8]
+    assert rows["attention_mask"][:] == [[1] * n for n in rows["length"]]
+    assert rows["labels"][:] == [0, 1, 2, 3, 4, 5, 6]
+    assert rows["row"][:] == [10, 11, 12, 13, 14, 15, 16]
+    assert lengths == {"test": length_report([n + 2 for n in words], 8)}
+    assert (lengths["test"]["cut"], lengths["test"]["max"]) == (4, 32)
+    tokenizer(splits["test"]["text"][:])
+    assert "longer than" in warnings_of_transformers.text  # so it would have been seen
+
+
+def test_token_types_only_where_the_tokenizer_has_them():
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    tokenized, _ = tokenize(texts_of_lengths([3]), word_tokenizer(model_input_names=names), 8)
+    assert tokenized["test"]["token_type_ids"][:] == [[0] * 5]
+    tokenized, _ = tokenize(texts_of_lengths([3]), word_tokenizer(model_input_names=["input_ids"]), 8)
+    assert set(tokenized["test"].column_names) == {"input_ids", "attention_mask", "length", "labels", "row"}
+
+
+def test_tokenizer_without_a_fast_backend(warnings_of_transformers):
+    tokenizer = ByT5Tokenizer(model_max_length=8)  # bytes and one end token; needs no vocabulary file
+    splits = datasets.DatasetDict({"train": datasets.Dataset.from_dict(
+        {"text": ["ab", "é" * 6, "abcdefgh"], "label": [0, 1, 0], "row": [0, 1, 2]}
+    )})  # fmt: skip
+    tokenized, lengths = tokenize(splits, tokenizer, 8)
+    own = tokenizer(splits["train"]["text"][:], truncation=True, max_length=8)
+    assert tokenized["train"]["input_ids"][:] == own["input_ids"]
+    assert tokenized["train"]["attention_mask"][:] == [[1] * 3, [1] * 8, [1] * 8]
+    assert lengths["train"] == length_report([3, 13, 9], 8)
+    assert "longer than" not in warnings_of_transformers.text

@@ -1,0 +1,332 @@
+"""Scores against scikit-learn, plain Python, and cases worked by hand."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import pytest
+import sklearn.metrics
+import torch
+from transformers import EvalPrediction, Trainer, TrainingArguments
+
+from configuration_hierarchical import Taxonomy
+from training import InputError
+from training.metrics import build_compute_metrics, calibration_bins, expected_calibration_error, per_class_report
+
+MODULE = Path(__file__).resolve().parents[1] / "metrics" / "hierarchical_f1"
+
+# a at level 1; B > c at level 2; B > D > e, f at level 3; G > h at level 2
+TREE = Taxonomy(["a", {"B": ["c", {"D": ["e", "f"]}]}, {"G": ["h"]}])
+A, C, E, F, H, B, D, G = range(8)
+
+
+def logits_for(answers: list[int]) -> np.ndarray:
+    """Logits whose largest entry is the answer."""
+    return np.random.default_rng(0).uniform(0, 1, (len(answers), TREE.num_leaves)) + 2 * np.eye(5)[answers]
+
+
+def random_case(taxonomy: Taxonomy, num_documents: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, taxonomy.num_nodes, num_documents)
+    labels[rng.random(num_documents) < 0.1] = -100
+    return 3 * rng.normal(size=(num_documents, taxonomy.num_leaves)).astype(np.float32), labels
+
+
+def softmax(row: np.ndarray) -> list[float]:
+    powers = [math.exp(float(x) - float(max(row))) for x in row]
+    return [power / sum(powers) for power in powers]
+
+
+def ancestors(parents: list[int], node: int) -> set[int]:
+    return set() if node < 0 else {node} | ancestors(parents, parents[node])
+
+
+@pytest.fixture(scope="module")
+def metric():
+    return evaluate.load(str(MODULE), keep_in_memory=True)
+
+
+def test_numbering_of_the_tree_of_these_tests():
+    assert TREE.labels == ["a", "c", "e", "f", "h", "B", "D", "G"]
+
+
+def test_hierarchical_f1_by_hand(metric):
+    # predicted {B,D,e} true {B,D,f}: 2 shared of 3 and 3
+    # predicted {a}     true {a}:     1 shared of 1 and 1
+    # predicted {B,c}   true {B,D,e}: 1 shared of 2 and 3
+    # predicted {G,h}   true {B,D}:   0 shared of 2 and 2
+    # hP = 4/8, hR = 4/9, hF = 2 (4/8)(4/9) / (4/8 + 4/9) = 8/17
+    scores = metric.compute(predictions=[E, A, C, H], references=[F, A, E, D], parents=TREE.parents)
+    assert scores == pytest.approx(
+        {"hierarchical_precision": 1 / 2, "hierarchical_recall": 4 / 9, "hierarchical_f1": 8 / 17}
+    )
+
+
+def test_hierarchical_f1_against_sets_on_a_random_forest(metric):
+    rng = np.random.default_rng(1)
+    parents = [int(rng.integers(-1, node)) if node else -1 for node in range(200)]
+    # another numbering, since nothing promises that parents come before children
+    order = rng.permutation(200)
+    shuffled = [0] * 200
+    for node, parent in enumerate(parents):
+        shuffled[order[node]] = int(order[parent]) if parent >= 0 else -1
+    predictions, references = rng.integers(0, 200, (2, 500)).tolist()
+    pairs = [(ancestors(shuffled, p), ancestors(shuffled, t)) for p, t in zip(predictions, references, strict=True)]
+    shared = sum(len(p & t) for p, t in pairs)
+    scores = metric.compute(predictions=predictions, references=references, parents=shuffled)
+    assert scores["hierarchical_precision"] == pytest.approx(shared / sum(len(p) for p, _ in pairs))
+    assert scores["hierarchical_recall"] == pytest.approx(shared / sum(len(t) for _, t in pairs))
+
+
+def test_hierarchical_f1_on_a_flat_taxonomy_is_accuracy(metric):
+    scores = metric.compute(predictions=[0, 1, 2, 0], references=[0, 1, 1, 1], parents=[-1, -1, -1])
+    assert set(scores.values()) == {0.5}
+
+
+def test_hierarchical_f1_is_zero_when_nothing_is_shared(metric):
+    scores = metric.compute(predictions=[A], references=[E], parents=TREE.parents)
+    assert scores == {"hierarchical_precision": 0, "hierarchical_recall": 0, "hierarchical_f1": 0}
+
+
+@pytest.mark.parametrize(
+    ("predictions", "references", "parents", "message"),
+    [
+        ([0, 5], [0, 0], [-1, -1], r"predictions\[1\] is 5"),
+        ([0], [-100], [-1, -1], r"references\[0\] is -100"),
+        ([0], [0], [-1, 2, 3, 1], "node 1 never reaches a root"),
+        ([0], [0], [0], "node 0 never reaches a root"),
+        ([0], [0], [-1, 2], r"parents\[1\] is 2"),
+        ([0], [0], [-1, -2], r"parents\[1\] is -2"),
+        ([0], [0], [-1.0], "integers"),
+        ([0], [0], [], "non-empty"),
+        ([], [], [-1], "no predictions"),
+    ],
+)
+def test_hierarchical_f1_names_what_is_wrong(metric, predictions, references, parents, message):
+    with pytest.raises(ValueError, match=message):
+        metric.compute(predictions=predictions, references=references, parents=parents)
+
+
+def test_evaluate_module_loads_offline_elsewhere_twice_at_once_without_a_home(tmp_path):
+    script = f"""
+import socket
+def refuse(*args, **kwargs):
+    raise AssertionError("the network was asked")
+socket.socket.connect = socket.getaddrinfo = refuse
+import evaluate
+metric = evaluate.load({str(MODULE)!r}, keep_in_memory=True, cache_dir="scratch")
+print(metric.compute(predictions=[0, 2], references=[1, 2], parents=[3, 3, -1, -1])["hierarchical_f1"])
+"""
+    (tmp_path / "file").touch()
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "file" / "home"),  # below a file: nobody can write there, root neither
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-c", script]
+    processes = [
+        subprocess.Popen(
+            command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for _ in range(2)
+    ]
+    for process in processes:
+        output, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        assert float(output) == pytest.approx(2 / 3)  # {3,0} against {3,1}, {2} against {2}: 2 shared of 3 and 3
+
+
+def test_build_says_what_to_do_where_evaluate_cannot_write(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", tmp_path / "file" / "modules")
+    monkeypatch.setattr(sys, "path", list(sys.path))  # `evaluate` extends it
+    with pytest.raises(InputError, match="set HF_MODULES_CACHE to a folder that can be written"):
+        build_compute_metrics(TREE)
+
+
+def test_scores_by_hand():
+    # label:  a  e  D  c  f  e  (none)
+    # answer: a  f  e  h  f  c  c
+    labels = np.array([A, E, D, C, F, E, -100])
+    scores = build_compute_metrics(TREE)(EvalPrediction(logits_for([A, F, E, H, F, C, C]), labels))
+    # leaf labels: a-a, e-f, c-h, f-f, e-c, so 2 of 5. F1: a 1, c 0, e 0, f 2/3 (1 of 2 found, 1 of 1 right), h 0
+    assert scores["accuracy"] == pytest.approx(2 / 5)
+    assert scores["macro_f1"] == pytest.approx((1 + 2 / 3) / 5)
+    assert scores["weighted_f1"] == pytest.approx((1 * 1 + 1 * 2 / 3) / 5)  # weights: a 1, c 1, e 2, f 1, h 0
+    # shared 1 2 2 0 3 1 = 9, predicted paths 1 3 3 2 3 2 = 14, true paths 1 3 2 2 3 3 = 14
+    assert scores["hierarchical_precision"] == pytest.approx(9 / 14)
+    assert scores["hierarchical_recall"] == pytest.approx(9 / 14)
+    assert scores["hierarchical_f1"] == pytest.approx(9 / 14)
+    # level 1, true a B B B B B, predicted a B B G B B. F1: a 1, B 8/9 (4 of 4, 4 of 5), G 0
+    assert scores["level_1_accuracy"] == pytest.approx(5 / 6)
+    assert scores["level_1_macro_f1"] == pytest.approx((1 + 8 / 9 + 0) / 3)
+    # level 2, true - D D c D D, predicted - D D h D c. F1: D 6/7 (3 of 3, 3 of 4), c 0, h 0
+    assert scores["level_2_accuracy"] == pytest.approx(3 / 5)
+    assert scores["level_2_macro_f1"] == pytest.approx((6 / 7 + 0 + 0) / 3)
+    # level 3, true - e - - f e, predicted - f e - f -. F1: e 0, f 2/3. The shorter path of the last one is wrong
+    assert scores["level_3_accuracy"] == pytest.approx(1 / 3)
+    assert scores["level_3_macro_f1"] == pytest.approx((0 + 2 / 3) / 2)
+
+
+def test_flat_scores_against_scikit_learn():
+    logits, labels = random_case(TREE, 400)
+    scores = build_compute_metrics(TREE)(EvalPrediction(logits, labels))
+    leaf = (labels >= 0) & (labels < TREE.num_leaves)
+    true, answers = labels[leaf], logits[leaf].argmax(axis=1)
+    assert scores["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(true, answers))
+    assert scores["macro_f1"] == pytest.approx(sklearn.metrics.f1_score(true, answers, average="macro"))
+    assert scores["weighted_f1"] == pytest.approx(sklearn.metrics.f1_score(true, answers, average="weighted"))
+    assert all(type(score) is float for score in scores.values())
+
+
+def test_log_loss_of_leaves_against_scikit_learn():
+    logits, labels = random_case(TREE, 300)
+    labels = np.where(labels >= TREE.num_leaves, -100, labels)
+    expected = sklearn.metrics.log_loss(
+        labels[labels >= 0], [softmax(row) for row in logits[labels >= 0]], labels=range(TREE.num_leaves)
+    )
+    assert build_compute_metrics(TREE)(EvalPrediction(logits, labels))["log_loss"] == pytest.approx(expected)
+
+
+def test_log_loss_of_inner_nodes_adds_up_their_leaves():
+    probabilities = np.array([[0.1, 0.2, 0.3, 0.15, 0.25]] * 4)  # a c e f h
+    # P(B) = c + e + f = 0.65, P(D) = e + f = 0.45, P(G) = h = 0.25, P(e) = 0.3
+    scores = build_compute_metrics(TREE)(EvalPrediction(np.log(probabilities), np.array([B, D, G, E])))
+    assert scores["log_loss"] == pytest.approx(-sum(map(math.log, [0.65, 0.45, 0.25, 0.3])) / 4)
+
+
+def test_log_loss_does_not_underflow():
+    logits = np.array([[0, -800, 0, 0, 0]], dtype=np.float32)  # exp(-800) is 0 even in float64
+    scores = build_compute_metrics(TREE)(EvalPrediction(logits, np.array([C])))
+    assert scores["log_loss"] == pytest.approx(800 + math.log(4))
+
+
+def test_many_leaves_are_scored_in_blocks():
+    taxonomy = Taxonomy([{f"parent {i}": [f"leaf {i} {j}" for j in range(50)]} for i in range(100)])
+    logits, labels = random_case(taxonomy, 2000)
+    scores = build_compute_metrics(taxonomy)(EvalPrediction(logits, labels))
+    log_probs = torch.from_numpy(logits).double().log_softmax(dim=1)
+    losses = []
+    for row, label in zip(log_probs, labels.tolist(), strict=True):
+        if label >= taxonomy.num_leaves:
+            losses.append(-row[taxonomy.children(label)].logsumexp(dim=0).item())
+        elif label >= 0:
+            losses.append(-row[label].item())
+    assert scores["log_loss"] == pytest.approx(sum(losses) / len(losses))
+
+
+def test_ece_against_plain_python():
+    logits, labels = random_case(TREE, 500)
+    documents = []
+    for row, label in zip(logits, labels.tolist(), strict=True):
+        if 0 <= label < TREE.num_leaves:
+            probabilities = softmax(row)
+            documents.append((max(probabilities), probabilities.index(max(probabilities)) == label))
+    expected = 0.0
+    for m in range(15):
+        inside = [(p, right) for p, right in documents if m / 15 < p <= (m + 1) / 15]
+        if inside:
+            confidence = sum(p for p, _ in inside) / len(inside)
+            accuracy = sum(right for _, right in inside) / len(inside)
+            expected += len(inside) / len(documents) * abs(accuracy - confidence)
+    assert build_compute_metrics(TREE)(EvalPrediction(logits, labels))["ece"] == pytest.approx(expected)
+    assert expected_calibration_error(calibration_bins(logits, labels)) == pytest.approx(expected)
+
+
+def test_calibration_bins_by_hand():
+    # two classes, two bins: confidences 0.5 (a border belongs to the bin below), 0.8, 0.9; the label 2 is no leaf
+    logits = np.log([[0.5, 0.5], [0.2, 0.8], [0.9, 0.1], [0.9, 0.1], [0.9, 0.1]])
+    bins = calibration_bins(logits, np.array([1, 1, 0, 2, -100]), bins=2)
+    assert bins["count"].tolist() == [1, 2]
+    assert bins["accuracy"].tolist() == [0, 1]  # the first of two equal classes is the answer
+    assert bins["confidence"] == pytest.approx([0.5, 0.85])
+    assert expected_calibration_error(bins) == pytest.approx((1 * 0.5 + 2 * 0.15) / 3)
+    assert np.isnan(calibration_bins(logits, np.array([1, 1, 0, 2, -100]), bins=4)["accuracy"][0])
+
+
+def test_scores_without_documents_are_left_out():
+    scores = build_compute_metrics(TREE)(EvalPrediction(logits_for([E, A]), np.array([B, -100])))
+    # {B, D, e} against {B}
+    assert scores.pop("log_loss") > 0
+    assert scores == pytest.approx(
+        {
+            "hierarchical_precision": 1 / 3,
+            "hierarchical_recall": 1,
+            "hierarchical_f1": 1 / 2,
+            "level_1_accuracy": 1,
+            "level_1_macro_f1": 1,
+        }
+    )
+
+
+def test_scores_do_not_depend_on_the_scale_of_unnormalised_logits():
+    logits, labels = random_case(TREE, 100)
+    compute_metrics = build_compute_metrics(TREE)
+    shifted = logits.astype(np.float64) + np.linspace(-1000, 1000, 100)[:, None]
+    scores = compute_metrics(EvalPrediction(logits, labels))
+    assert compute_metrics(EvalPrediction(shifted, labels)) == pytest.approx(scores)
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "message"),
+    [
+        (np.zeros((2, 4)), np.array([0, 1]), "4 columns.*5 leaves"),
+        (np.zeros((2, 5)), np.array([0]), r"\(2, 5\) and \(1,\)"),
+        ((np.zeros((2, 5)), np.zeros((2, 8))), np.array([0, 1]), "keys_to_ignore_at_inference"),
+        (np.zeros((2, 5)), np.array([0, 8]), "document 1 has the label id 8; the taxonomy has nodes 0 to 7"),
+        (np.zeros((2, 5)), np.array([0, -1]), "document 1 has the label id -1"),
+        (np.zeros((2, 5)), np.array([0.0, 1.0]), "must be integers"),
+        (np.full((2, 5), np.nan), np.array([0, 1]), "not finite for 2 of 2 documents"),
+        (np.zeros((2, 5)), np.array([-100, -100]), "no document to be scored has a label"),
+    ],
+)
+def test_unusable_input_is_named(logits, labels, message):
+    with pytest.raises(InputError, match=message) as error:
+        build_compute_metrics(TREE)(EvalPrediction(logits, labels))
+    assert "\n" not in str(error.value)
+
+
+def test_per_class_report_against_scikit_learn():
+    logits, labels = random_case(TREE, 200)
+    leaf = (labels >= 0) & (labels < TREE.num_leaves)
+    expected = sklearn.metrics.classification_report(
+        labels[leaf], logits[leaf].argmax(axis=1), target_names=["a", "c", "e", "f", "h"], output_dict=True
+    )
+    report = per_class_report(TREE, logits, labels)
+    assert [row["label"] for row in report] == ["a", "c", "e", "f", "h"]
+    for row in report:
+        of_class = expected[row["label"]]
+        assert row["support"] == of_class["support"]
+        assert row["precision"] == pytest.approx(of_class["precision"])
+        assert row["recall"] == pytest.approx(of_class["recall"])
+        assert row["f1"] == pytest.approx(of_class["f1-score"])
+
+
+def test_per_class_report_of_classes_that_do_not_occur():
+    report = per_class_report(TREE, logits_for([A, A]), np.array([A, B]))
+    assert report[0] == {"label": "a", "support": 1, "precision": 1, "recall": 1, "f1": 1}
+    assert report[4] == {"label": "h", "support": 0, "precision": 0, "recall": 0, "f1": 0}
+    assert per_class_report(TREE, logits_for([A]), np.array([B])) == []
+
+
+def test_trainer_reports_the_scores(tmp_path):
+    class Echo(torch.nn.Module):
+        def forward(self, scores, labels):
+            return {"loss": scores.sum() * 0, "logits": scores}
+
+    answers, labels = [A, F, E, H, F, C], [A, E, D, C, F, -100]
+    rows = [
+        {"scores": torch.from_numpy(row), "labels": label}
+        for row, label in zip(logits_for(answers), labels, strict=True)
+    ]
+    arguments = TrainingArguments(tmp_path, per_device_eval_batch_size=4, report_to=[], disable_tqdm=True, use_cpu=True)
+    trainer = Trainer(Echo(), arguments, eval_dataset=rows, compute_metrics=build_compute_metrics(TREE))
+    scores = trainer.evaluate()
+    assert scores["eval_accuracy"] == pytest.approx(2 / 4)
+    assert scores["eval_level_1_accuracy"] == pytest.approx(4 / 5)
+    assert trainer.predict(rows).metrics["test_accuracy"] == scores["eval_accuracy"]

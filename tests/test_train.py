@@ -1,0 +1,272 @@
+"""train.py from the command line: what it leaves, what a stranger gets from it, and how it refuses."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from sklearn.metrics import accuracy_score, f1_score, log_loss
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
+
+from configuration_hierarchical import Taxonomy
+
+CORPUS = ROOT / "examples" / "corpus"
+
+
+def run(*words: object, check: bool = True, cwd=ROOT) -> subprocess.CompletedProcess:
+    """train.py in a process of its own."""
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+    assert not check or done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def stranger(code: str, folder) -> dict:
+    """Runs code in a fresh process that does not see this repository, and returns the JSON that it prints last."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def read_csv(path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_csv(path, rows: list[dict[str, str]]) -> str:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(minilm, tmp_path_factory) -> str:
+    """An encoder with random weights that takes a second to train, under a tokenizer that claims to have no limit."""
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(minilm)
+    tokenizer.model_max_length = int(1e30)
+    tokenizer.save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=128,
+    )
+    BertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_encoder, tmp_path_factory):
+    """A QLoRA run on part of the synthetic corpus, as the README shows it."""
+    output = tmp_path_factory.mktemp("run") / "results"
+    files = tmp_path_factory.mktemp("data")
+    flags = []
+    for split, count in (("train", 96), ("validation", 40), ("test", 50)):
+        rows = read_csv(CORPUS / f"{split}.csv")[:count]
+        flags += [f"--{split}_file", write_csv(files / f"{split}.csv", rows)]
+    done = run(
+        ROOT / "recipes" / "quickstart.yaml",
+        "--model_name_or_path", tiny_encoder,
+        "--output_dir", output,
+        "--num_train_epochs", "2",
+        *flags,
+    )  # fmt: skip
+    return output, files, done.stderr
+
+
+def test_the_output_folder_is_what_the_readme_promises(finished):
+    output, _, _ = finished
+    present = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
+    present = {name for name in present if not name.startswith(("checkpoint-", "runs/"))}
+    assert {
+        "config.json",
+        "configuration_hierarchical.py",
+        "modeling_hierarchical.py",
+        "heads.safetensors",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "README.md",
+        "metrics.json",
+        "data_report.json",
+        "plots/confusion_matrix_level_1.html",
+        "plots/confusion_matrix_level_1.png",
+        "plots/confusion_matrix_level_2.html",
+        "plots/confusion_matrix_level_2.png",
+        "plots/reliability_diagram.html",
+        "plots/reliability_diagram.png",
+        "plots/training_curves.html",
+        "plots/training_curves.png",
+    } <= present
+    assert not any(name.endswith((".bin", ".pt", ".pth", ".pkl")) for name in present)
+
+
+def test_the_log_names_columns_precision_and_sizes(finished):
+    _, _, log = finished
+    assert "'text'" in log
+    assert "'label'" in log
+    assert "encoder 4bit, tuning lora" in log
+    assert "in float32" in log
+
+
+def test_metrics_have_the_promised_names_and_agree_with_scikit_learn(finished):
+    output, _, _ = finished
+    metrics = json.loads((output / "metrics.json").read_text())
+    names = ["accuracy", "macro_f1", "weighted_f1", "hierarchical_precision", "hierarchical_recall", "hierarchical_f1"]
+    names += ["log_loss", "ece", "level_1_accuracy", "level_1_macro_f1", "level_2_accuracy", "level_2_macro_f1"]
+    for prefix in ("eval_", "test_", "quantized_eval_", "quantized_test_"):
+        assert {prefix + name for name in names} <= metrics.keys()
+    assert {"trainable_parameters", "trainable_share", "encoder_bytes", "encoder_bytes_float32"} <= metrics.keys()
+    rows = read_csv(output / "test_predictions.csv")
+    truth, answers = [row["label"] for row in rows], [row["prediction"] for row in rows]
+    assert metrics["test_accuracy"] == pytest.approx(accuracy_score(truth, answers))
+    assert metrics["test_macro_f1"] == pytest.approx(f1_score(truth, answers, average="macro"))
+
+
+def test_the_saved_tokenizer_knows_the_encoders_limit(finished):
+    assert AutoTokenizer.from_pretrained(finished[0], trust_remote_code=True).model_max_length == 128
+
+
+def test_a_stranger_gets_the_trainers_own_logits_and_the_stock_pipeline_agrees(finished, tmp_path):
+    output, files, _ = finished
+    code = f"""
+import json, numpy, csv, torch
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+texts = [row["text"] for row in csv.DictReader(open({str(files / "test.csv")!r}))]
+tokenizer = AutoTokenizer.from_pretrained({str(output)!r}, trust_remote_code=True)
+found = {{}}
+for auto in (AutoModel, AutoModelForSequenceClassification):
+    model = auto.from_pretrained({str(output)!r}, trust_remote_code=True)
+    with torch.inference_mode():
+        logits = model(**tokenizer(texts, truncation=True, padding=True, return_tensors="pt")).logits
+    found[auto.__name__] = logits.tolist()
+classify = pipeline("text-classification", model={str(output)!r}, trust_remote_code=True)
+found["pipeline"] = [[(d["label"], d["score"]) for d in one] for one in classify(texts, truncation=True, top_k=None)]
+found["labels"] = [model.config.id2label[i] for i in range(len(model.config.id2label))]
+print(json.dumps(found))
+"""
+    found = stranger(code, tmp_path)
+    logits = torch.tensor(found["AutoModel"])
+    assert torch.tensor(found["AutoModelForSequenceClassification"]).equal(logits)
+    own = AutoModel.from_pretrained(output, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(output, trust_remote_code=True)
+    texts = [row["text"] for row in read_csv(files / "test.csv")]
+    with torch.inference_mode():
+        expected = own(**tokenizer(texts, truncation=True, padding=True, return_tensors="pt")).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+    for row, scored in zip(logits.softmax(-1), found["pipeline"], strict=True):
+        by_label = dict(scored)
+        torch.testing.assert_close(
+            torch.tensor([by_label[label] for label in found["labels"]]), row, atol=1e-5, rtol=1e-4
+        )
+    served = json.loads((output / "metrics.json").read_text())
+    truth = [found["labels"].index(row["label"]) for row in read_csv(files / "test.csv")]
+    p = logits.double().softmax(-1).numpy()
+    assert served["test_log_loss"] == pytest.approx(log_loss(truth, p, labels=range(5)), abs=1e-5)
+    assert served["test_accuracy"] == pytest.approx(np.mean(p.argmax(1) == truth))
+
+
+def test_a_checkpoint_is_scored_without_training_as_it_was_after_training(finished, tmp_path):
+    output, files, _ = finished
+    test_file = files / "test.csv"
+    flags = ["--model_name_or_path", output, "--output_dir", tmp_path / "scores", "--test_file", test_file]
+    run("--do_train", "false", "--do_predict", *flags)
+    scored = json.loads((tmp_path / "scores" / "metrics.json").read_text())
+    trained = json.loads((output / "metrics.json").read_text())
+    for name in ("test_accuracy", "test_macro_f1", "test_log_loss", "test_ece", "test_level_1_accuracy"):
+        assert scored[name] == pytest.approx(trained[name], abs=1e-6), name
+    assert not (tmp_path / "scores" / "config.json").exists()
+
+
+def test_a_warm_start_with_a_grown_taxonomy_keeps_the_known_heads(finished, tmp_path):
+    output, files, _ = finished
+    old = AutoModel.from_pretrained(output, trust_remote_code=True)
+    (tmp_path / "grown.yaml").write_text(
+        "general pathological conditions:\nspecific disease:\n  - neoplasms\n  - infections\n"
+        "  - digestive system diseases\n  - nervous system diseases\n  - cardiovascular diseases\n"
+    )
+    done = run(
+        "--model_name_or_path", output,
+        "--train_file", files / "train.csv",
+        "--taxonomy", tmp_path / "grown.yaml",
+        "--output_dir", tmp_path / "results",
+        "--max_steps", "1",
+        "--learning_rate", "1e-12",
+    )  # fmt: skip
+    assert "heads kept: 6; started fresh: ['infections']" in done.stderr
+    new = AutoModel.from_pretrained(tmp_path / "results", trust_remote_code=True)
+    before, after = old.config.tree, Taxonomy.from_file(tmp_path / "grown.yaml")
+    for node in range(before.num_nodes):
+        torch.testing.assert_close(new.heads.weight[after.id(before.labels[node])], old.heads.weight[node])
+    adapters = [{n: p for n, p in m.encoder.named_parameters() if "lora" in n} for m in (old, new)]
+    assert adapters[0]
+    for name, tensor in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], tensor)
+
+
+def test_full_fine_tuning_of_one_file_leaves_one_self_contained_model(tiny_encoder, tmp_path):
+    rows = read_csv(CORPUS / "validation.csv")
+    codes = {"neoplasms": "1", "digestive system diseases": "2", "nervous system diseases": "3"}
+    codes |= {"cardiovascular diseases": "4", "general pathological conditions": "5"}
+    data = [
+        {"condition_label": codes[row["label"]], "medical_abstract": row["text"]}
+        for row in rows
+        if row["label"] in codes
+    ]
+    write_csv(tmp_path / "your.csv", data)
+    done = run(
+        "--data_path", tmp_path / "your.csv",
+        "--output_dir", tmp_path / "results",
+        "--model_name_or_path", tiny_encoder,
+        "--tuning", "full",
+        "--num_train_epochs", "1",
+    )  # fmt: skip
+    assert "'medical_abstract'" in done.stderr
+    assert "'condition_label'" in done.stderr
+    assert (tmp_path / "results" / "model.safetensors").exists()
+    metrics = json.loads((tmp_path / "results" / "metrics.json").read_text())
+    assert metrics["trainable_share"] == 1
+    assert not any(name.startswith("quantized_") for name in metrics)
+    labels = stranger(
+        "import json; from transformers import AutoConfig;"
+        f"print(json.dumps(AutoConfig.from_pretrained({str(tmp_path / 'results')!r}, trust_remote_code=True).id2label))",
+        tmp_path,
+    )
+    assert sorted(labels.values()) == sorted(codes)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no data"),
+        (["--train_file", "nowhere.csv"], "nowhere.csv"),
+        (["--train_file", "{corpus}/train.csv", "--model_name_or_path", "{empty}"], "cannot load the encoder"),
+        (["--train_file", "{corpus}/train.csv", "--do_train", "false"], "needs a trained checkpoint"),
+        (["--train_file", "{corpus}/train.csv", "--taxonomy", "{empty}/t.yaml"], "cannot read the taxonomy"),
+        (["--train_file", "{corpus}/train.csv", "--lora_target_modules", "nothing"], "--lora_target_modules nothing"),
+        (["--train_file", "{corpus}/train.csv", "--output_dir", "{finished}"], "already holds a run"),
+        (["--train_file", "{corpus}/train.csv", "--output_dir", "{corpus}/train.csv"], "is not a folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(words, message, tiny_encoder, finished, tmp_path):
+    places = {"corpus": CORPUS, "empty": tmp_path, "finished": finished[0]}
+    defaults = ["--model_name_or_path", tiny_encoder, "--output_dir", tmp_path / "results"]
+    done = run(*defaults, *(word.format(**places) for word in words), check=False)
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("train.py: error: ")
+    assert message in last
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,215 @@
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, DataCollatorWithPadding
+
+from configuration_hierarchical import HierarchicalConfig, Taxonomy
+from modeling_hierarchical import HierarchicalForSequenceClassification
+from training.arguments import HierarchicalTrainingArguments, ModelArguments
+from training.losses import HierarchicalFocalLoss, node_counts
+from training.model import build_model, size_report
+from training.trainer import HierarchicalTrainer
+
+TREE = Taxonomy({"a": ["b", "c"], "d": None, "e": ["f", "g", "h"]})
+TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+
+
+def rows(count: int = 16, ignored: bool = False) -> Dataset:
+    """Token ids of unequal lengths; labels are leaves and inner nodes, and some -100."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(4, 20, (count,), generator=generator).tolist()
+    labels = torch.randint(0, TREE.num_nodes, (count,), generator=generator).tolist()
+    if ignored:
+        labels[1] = labels[6] = labels[7] = -100
+    return Dataset.from_dict(
+        {
+            "input_ids": [torch.randint(5, 60, (n,), generator=generator).tolist() for n in lengths],
+            "attention_mask": [[1] * n for n in lengths],
+            "labels": labels,
+        }
+    )
+
+
+def loss(data: Dataset) -> HierarchicalFocalLoss:
+    return HierarchicalFocalLoss(TREE, node_counts(TREE, torch.tensor(data["labels"])), 2.0, "balanced", [0.3, 0.7])
+
+
+def arguments(folder, **settings) -> HierarchicalTrainingArguments:
+    defaults = {
+        "output_dir": str(folder),
+        "bf16": False,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "load_best_model_at_end": False,
+        "train_sampling_strategy": "sequential",
+        "metric_for_best_model": None,
+        "disable_tqdm": True,
+    }
+    return HierarchicalTrainingArguments(**{**defaults, **settings})
+
+
+def trainer(model, tokenizer, data, args, **settings) -> HierarchicalTrainer:
+    return HierarchicalTrainer(
+        model=model,
+        args=args,
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        loss_function=settings.pop("loss_function", loss(data)),
+        **settings,
+    )
+
+
+def tiny_model() -> HierarchicalForSequenceClassification:
+    torch.manual_seed(0)
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return HierarchicalForSequenceClassification(
+        HierarchicalConfig(text_config={"model_type": "bert", **TINY, **dropout}, taxonomy=TREE)
+    )
+
+
+def lora_model(minilm: str, quantization: str, **settings) -> HierarchicalForSequenceClassification:
+    given = ModelArguments(minilm, quantization=quantization, lora_r=4, head_dropout=0.0, **settings)
+    return build_model(given, TREE, seed=3)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(minilm):
+    return AutoTokenizer.from_pretrained(minilm)
+
+
+def trained_weights(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("focal", [True, False])
+def test_accumulation_gives_the_gradient_of_one_large_batch(tmp_path, tokenizer, focal):
+    data, after = rows(ignored=True), []
+    for size, steps in ((16, 1), (4, 4)):
+        model = tiny_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        args = arguments(
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            max_steps=1,
+            max_grad_norm=0.0,
+        )
+        loss_function = loss(data) if focal else None
+        trainer(model, tokenizer, data, args, optimizers=(optimizer, scheduler), loss_function=loss_function).train()
+        after.append(trained_weights(model))
+    moved = max((after[0][name] - p).abs().max() for name, p in tiny_model().named_parameters())
+    assert moved > 1e-3
+    for name in after[0]:
+        torch.testing.assert_close(after[0][name], after[1][name], atol=1e-5, rtol=0, msg=name)
+
+
+def test_without_a_focal_loss_it_is_the_models_own(tmp_path, tokenizer):
+    data, model = rows(), tiny_model().eval()
+    inputs = DataCollatorWithPadding(tokenizer)([data[i] for i in range(4)])
+    ours = trainer(model, tokenizer, data, arguments(tmp_path), loss_function=None).compute_loss(model, inputs)
+    torch.testing.assert_close(ours, model(**inputs).loss)
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_evaluating_in_the_middle_of_quantized_training_changes_nothing(tmp_path, minilm, tokenizer, quantization):
+    data, after = rows(), {}
+    for strategy in ("no", "steps"):
+        model = lora_model(minilm, quantization)
+        args = arguments(
+            tmp_path, max_steps=4, per_device_train_batch_size=4, eval_strategy=strategy, eval_steps=2, bf16=True
+        )
+        trainer(model, tokenizer, data, args).train()
+        after[strategy] = (trained_weights(model), {n: t.clone() for n, t in model.encoder.state_dict().items()})
+    for without, with_evaluation in zip(after["no"], after["steps"], strict=True):
+        assert without.keys() == with_evaluation.keys()
+        for name, tensor in without.items():
+            assert tensor.equal(with_evaluation[name]), name
+
+
+@pytest.mark.parametrize("quantization", ["none", "4bit"])
+def test_the_best_adapter_and_heads_are_restored(tmp_path, minilm, tokenizer, quantization):
+    data, scores = rows(), iter([0.9, 0.5, 0.4])
+    model = lora_model(minilm, quantization)
+    args = arguments(
+        tmp_path,
+        max_steps=3,
+        per_device_train_batch_size=4,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        save_total_limit=None,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        warmup_steps=0,
+    )
+    run = trainer(model, tokenizer, data, args, compute_metrics=lambda _: {"score": next(scores)})
+    run.train()
+    model.save_pretrained(tmp_path / "final")
+    for file in ("heads.safetensors", "adapter/adapter_model.safetensors"):
+        final = load_file(tmp_path / "final" / file)
+        best, last = (load_file(tmp_path / f"checkpoint-{step}" / file) for step in (1, 3))
+        assert all(final[name].equal(best[name]) for name in final), file
+        assert any(not final[name].equal(last[name]) for name in final), file
+
+
+def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path, minilm, tokenizer):
+    data = rows()
+
+    def run(folder, resume=None):
+        model = lora_model(minilm, "none")
+        args = arguments(
+            tmp_path / folder, max_steps=4, per_device_train_batch_size=4, save_strategy="steps", save_steps=2
+        )
+        trainer(model, tokenizer, data, args).train(resume_from_checkpoint=resume)
+        return trained_weights(model)
+
+    unbroken = run("unbroken")
+    resumed = run("resumed", resume=str(tmp_path / "unbroken" / "checkpoint-2"))
+    assert all(tensor.equal(resumed[name]) for name, tensor in unbroken.items())
+
+
+def test_heads_have_a_learning_rate_of_their_own(tmp_path, tokenizer):
+    model = tiny_model()
+    run = trainer(model, tokenizer, rows(), arguments(tmp_path, learning_rate=1e-4), heads_learning_rate=1e-2)
+    rate_of = {id(p): group["lr"] for group in run.create_optimizer().param_groups for p in group["params"]}
+    assert rate_of.keys() == {id(p) for p in model.parameters()}
+    for name, p in model.named_parameters():
+        assert rate_of[id(p)] == (1e-2 if name.startswith("heads.") else 1e-4), name
+
+
+def test_a_saved_checkpoint_holds_no_pickle(tmp_path, minilm, tokenizer):
+    run = trainer(lora_model(minilm, "none"), tokenizer, rows(), arguments(tmp_path))
+    run.save_model(str(tmp_path / "saved"))
+    suffixes = {path.suffix for path in (tmp_path / "saved").rglob("*") if path.is_file()}
+    assert suffixes == {".json", ".py", ".safetensors"}
+
+
+def test_the_heads_are_never_quantized_and_the_encoder_is(minilm):
+    model = lora_model(minilm, "4bit")
+    kinds = {name: type(m).__name__ for name, m in model.named_modules() if "4bit" in type(m).__name__}
+    assert kinds
+    assert all(name.startswith("encoder.") for name in kinds)
+    assert model.heads.weight.dtype == torch.float32
+    assert model.heads.weight.requires_grad
+
+
+def test_sizes_by_hand(minilm):
+    # MiniLM: 6 layers of 4 linear layers 384×384, one 384×1536 and one 1536×384; rank 4 adds 4·(in + out) to each
+    adapter = 6 * 4 * (4 * (384 + 384) + 2 * (384 + 1536))
+    heads = TREE.num_nodes * (384 + 1)
+    linear = 6 * (4 * 384 * 384 + 2 * 384 * 1536)
+    sizes = {quantization: size_report(lora_model(minilm, quantization)) for quantization in ("none", "8bit", "4bit")}
+    for size in sizes.values():
+        assert size["trainable_parameters"] == adapter + heads
+        assert size["encoder_bytes_float32"] == sizes["none"]["encoder_bytes"]
+        assert size["all_parameters"] == sizes["none"]["all_parameters"]
+    saved = {
+        quantization: sizes["none"]["encoder_bytes"] - size["encoder_bytes"] for quantization, size in sizes.items()
+    }
+    assert saved["8bit"] == pytest.approx(3 * linear, rel=0.01)  # four bytes to one, and a scale a row
+    assert saved["4bit"] == pytest.approx(3.5 * linear, rel=0.02)  # four bytes to half a one, and a scale a block

@@ -1,0 +1,342 @@
+"""Trains a hierarchical classifier: ``python train.py [recipe.yaml] [--flag value …]``.
+
+Arguments → data → model → `HierarchicalTrainer` → the checkpoint, loaded back as a user loads it → metrics and plots.
+"""
+
+import csv
+import dataclasses
+import json
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from datasets import DatasetDict
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from configuration_hierarchical import HierarchicalConfig, Taxonomy, TaxonomyError
+from training import InputError, card, plots
+from training.arguments import (
+    DataArguments,
+    HierarchicalTrainingArguments,
+    LossArguments,
+    ModelArguments,
+    parse,
+)
+from training.data import LabelledSplits, load_splits, log_report, tokenize
+from training.losses import HierarchicalFocalLoss, node_counts
+from training.metrics import build_compute_metrics
+from training.model import build_model, is_checkpoint, load_tokenizer, size_report
+from training.trainer import HierarchicalTrainer
+
+logger = logging.getLogger("train")
+
+NOTABLE_GAP = 0.005
+
+
+def main(argv: list[str]) -> None:
+    model_arguments, data_arguments, loss_arguments, training = parse(argv)
+    set_up_logging(training)
+    set_seed(training.seed)
+    checkpoint = is_checkpoint(model_arguments.model_name_or_path)
+    known = HierarchicalConfig.from_pretrained(model_arguments.model_name_or_path).tree if checkpoint else None
+    if training.do_train is None:
+        training.do_train = not (training.do_eval or training.do_predict)
+    check_output_folder(training)
+    with training.main_process_first(desc="reading the data"):
+        data = load_splits(data_arguments, training.seed, known if data_arguments.taxonomy is None else None)
+    if training.do_train:
+        run_training(model_arguments, data_arguments, loss_arguments, training, data)
+    else:
+        if not checkpoint:
+            raise InputError(
+                f"--do_train false needs a trained checkpoint, which {model_arguments.model_name_or_path} is not"
+            )
+        if data.taxonomy != known:
+            raise InputError("--taxonomy is another one than the checkpoint's; leave it out to score a checkpoint")
+        score_checkpoint(model_arguments, data_arguments, training, data)
+
+
+def run_training(
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    loss_arguments: LossArguments,
+    training: HierarchicalTrainingArguments,
+    data: LabelledSplits,
+) -> None:
+    if "train" not in data.splits:
+        raise InputError("no training rows: give --train_file, --data_path or --dataset_name, or --do_train false")
+    if "validation" not in data.splits:
+        logger.info("no validation rows: no early stopping, and the last weights are kept")
+        training.eval_strategy, training.load_best_model_at_end = "no", False
+    output = Path(training.output_dir)
+    model = build_model(model_arguments, data.taxonomy, training.seed)
+    tokenizer = load_tokenizer(model_arguments, model)
+    max_length = length_limit(data_arguments.max_length, tokenizer)
+    splits, data.report["lengths"] = tokenized(data, tokenizer, max_length)
+    if training.should_save:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "data_report.json", data.report)
+    log_report(data.report)
+    size = size_report(model)
+    log_setup(model_arguments, training, size)
+
+    counts = node_counts(data.taxonomy, torch.tensor(splits["train"]["labels"]))
+    loss_function = HierarchicalFocalLoss(
+        data.taxonomy,
+        counts,
+        gamma=loss_arguments.focal_gamma,
+        class_weighting=loss_arguments.class_weighting,
+        level_weights=loss_arguments.level_weights,
+        label_smoothing=training.label_smoothing_factor,
+        logit_adjustment=loss_arguments.logit_adjustment,
+    )
+    patience = training.early_stopping_patience if training.load_best_model_at_end else None
+    trainer = HierarchicalTrainer(
+        model=model,
+        args=training,
+        train_dataset=splits["train"],
+        eval_dataset=splits.get("validation"),
+        processing_class=tokenizer,
+        data_collator=collator(tokenizer),
+        compute_metrics=build_compute_metrics(data.taxonomy),
+        callbacks=[EarlyStoppingCallback(patience)] if patience else None,
+        loss_function=loss_function,
+        heads_learning_rate=training.heads_learning_rate,
+    )
+    trained = trainer.train(resume_from_checkpoint=resume_folder(training))
+    trainer.save_model()
+    metrics = {
+        **trained.metrics,
+        "train_precision": precision(training),
+        "train_quantization": model_arguments.quantization,
+        **size,
+    }
+    if model_arguments.quantization != "none":
+        as_trained, _ = evaluate(trainer, splits, training)
+        metrics |= {f"quantized_{name}": value for name, value in as_trained.items()}
+    served = served_trainer(training, data.taxonomy, tokenizer, loss_function)
+    measured, logits = evaluate(served, splits, training)
+    metrics |= measured
+    say_gap(metrics)
+    if training.should_save:
+        write_json(output / "metrics.json", metrics)
+        plots.training_curves(trainer.state.log_history, output / "plots")
+        draw(data.taxonomy, logits, splits, output / "plots")
+        write_predictions(data, logits, splits, output)
+        settings = {
+            **dataclasses.asdict(model_arguments),
+            **dataclasses.asdict(loss_arguments),
+            **{name: getattr(training, name) for name in card.TRAINING_SETTINGS},
+            "max_length": max_length,
+        }
+        card.write(output, served.model.config, settings, data.report, metrics)
+        logger.info("checkpoint, metrics and plots are in %s", output)
+    log_metrics(measured)
+
+
+def score_checkpoint(
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    training: HierarchicalTrainingArguments,
+    data: LabelledSplits,
+) -> None:
+    """Measures a finished checkpoint, as a user loads it, on labelled files."""
+    if not set(data.splits) & {"validation", "test"}:
+        raise InputError("nothing to score: give --validation_file or --test_file")
+    tokenizer = AutoTokenizer.from_pretrained(model_arguments.model_name_or_path, trust_remote_code=True)
+    max_length = length_limit(data_arguments.max_length, tokenizer)
+    splits, data.report["lengths"] = tokenized(data, tokenizer, max_length)
+    log_report(data.report)
+    trainer = served_trainer(training, data.taxonomy, tokenizer, None, model_arguments.model_name_or_path)
+    metrics, logits = evaluate(trainer, splits, training)
+    if training.should_save:
+        output = Path(training.output_dir)
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "metrics.json", metrics)
+        write_json(output / "data_report.json", data.report)
+        draw(data.taxonomy, logits, splits, output / "plots")
+        write_predictions(data, logits, splits, output)
+        logger.info("metrics and plots are in %s", output)
+    log_metrics(metrics)
+
+
+def served_trainer(
+    training: HierarchicalTrainingArguments,
+    taxonomy: Taxonomy,
+    tokenizer: PreTrainedTokenizerBase,
+    loss_function: HierarchicalFocalLoss | None,
+    folder: str | None = None,
+) -> HierarchicalTrainer:
+    """A Trainer over the checkpoint as a user loads it: by `AutoModel`, over a full-precision encoder, no autocast."""
+    model: PreTrainedModel = AutoModel.from_pretrained(folder or training.output_dir, trust_remote_code=True)
+    plain = dataclasses.replace(
+        training,
+        bf16=False,
+        fp16=False,
+        report_to=[],
+        eval_strategy="no",
+        load_best_model_at_end=False,
+        push_to_hub=False,
+    )
+    return HierarchicalTrainer(
+        model=model,
+        args=plain,
+        processing_class=tokenizer,
+        data_collator=collator(tokenizer),
+        compute_metrics=build_compute_metrics(taxonomy),
+        loss_function=loss_function,
+    )
+
+
+def evaluate(
+    trainer: HierarchicalTrainer, splits: DatasetDict, training: HierarchicalTrainingArguments
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Metrics of the validation rows (``eval_``) and the test rows (``test_``), and the leaf logits of each split."""
+    metrics, logits = {}, {}
+    wanted = {"validation": ("eval", training.do_eval), "test": ("test", training.do_predict)}
+    for split, (prefix, asked) in wanted.items():
+        if split in splits and asked is not False:
+            output = trainer.predict(splits[split], metric_key_prefix=prefix)
+            metrics |= output.metrics
+            logits[split] = output.predictions
+    return metrics, logits
+
+
+def tokenized(data: LabelledSplits, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[DatasetDict, dict]:
+    """The splits as tokens, those to be scored sorted by length, so that batches need little padding."""
+    splits, lengths = tokenize(data.splits, tokenizer, max_length)
+    for name in splits.keys() - {"train"}:
+        splits[name] = splits[name].select(np.argsort(splits[name]["length"], kind="stable"))
+    return splits, lengths
+
+
+def draw(taxonomy: Taxonomy, logits: dict[str, np.ndarray], splits: DatasetDict, folder: Path) -> None:
+    """Confusion matrices and reliability of the test rows, or of the validation rows where there are none."""
+    split = next((name for name in ("test", "validation") if name in logits), None)
+    if split is not None:
+        labels = np.array(splits[split]["labels"])
+        plots.confusion_matrices(taxonomy, logits[split], labels, folder)
+        plots.reliability_diagram(logits[split], labels, folder)
+
+
+def write_predictions(data: LabelledSplits, logits: dict[str, np.ndarray], splits: DatasetDict, folder: Path) -> None:
+    """``<split>_predictions.csv``: a line a scored row, with its number in its source, its label, and the answer."""
+    names = data.taxonomy.labels
+    for split, scores in logits.items():
+        rows = np.array(splits[split]["row"])
+        answers, probabilities = scores.argmax(1), np.exp(scores.max(1) - np.logaddexp.reduce(scores, axis=1))
+        with (folder / f"{split}_predictions.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["row", "label", "prediction", "probability"])
+            for i in np.argsort(rows, kind="stable"):
+                writer.writerow(
+                    [rows[i], names[splits[split]["labels"][i]], names[answers[i]], f"{probabilities[i]:.6f}"]
+                )
+
+
+def say_gap(metrics: dict) -> None:
+    """Warns where the model that is served scores otherwise than the quantized one that was trained."""
+    for name in ("eval_accuracy", "eval_macro_f1", "test_accuracy", "test_macro_f1"):
+        trained, served = metrics.get(f"quantized_{name}"), metrics.get(name)
+        if trained is not None and served is not None and abs(trained - served) > NOTABLE_GAP:
+            logger.warning("%s: %.4f as trained (quantized), %.4f as served", name, trained, served)
+
+
+def length_limit(asked: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """``--max_length``, or the encoder's limit where that is less."""
+    limit = tokenizer.model_max_length
+    if asked > limit:
+        logger.info("--max_length %d is beyond the encoder's limit: texts are cut at %d tokens", asked, limit)
+    return min(asked, limit)
+
+
+def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
+    return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if torch.cuda.is_available() else None)
+
+
+def precision(training: HierarchicalTrainingArguments) -> str:
+    return "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
+
+
+def resume_folder(training: HierarchicalTrainingArguments) -> str | None:
+    """Where ``--resume_from_checkpoint`` points: a checkpoint, or, for ``auto``, the last one in the output folder."""
+    asked = training.resume_from_checkpoint
+    if asked != "auto":
+        if asked is not None and not Path(asked).is_dir():
+            raise InputError(f"--resume_from_checkpoint {asked} is not a folder")
+        return asked
+    last = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
+    logger.info("resuming from %s", last or "nothing: there is no checkpoint yet")
+    return last
+
+
+def check_output_folder(training: HierarchicalTrainingArguments) -> None:
+    """Refuses to write over a finished or started run."""
+    output = Path(training.output_dir)
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output_dir {output} is not a folder")
+    if not output.is_dir() or training.overwrite_output_dir or training.resume_from_checkpoint is not None:
+        return
+    if (output / "config.json").exists() or get_last_checkpoint(str(output)) is not None:
+        remedy = (
+            "--overwrite_output_dir true, or --resume_from_checkpoint auto" if training.do_train else "another folder"
+        )
+        raise InputError(f"--output_dir {output} already holds a run: give {remedy}")
+
+
+def set_up_logging(training: HierarchicalTrainingArguments) -> None:
+    first = training.process_index == 0
+    logging.basicConfig(format="%(asctime)s  %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, force=True)
+    for name in ("train", "training"):
+        logging.getLogger(name).setLevel(logging.INFO if first else logging.ERROR)
+    if not first:
+        transformers.logging.set_verbosity_error()
+
+
+def log_setup(arguments: ModelArguments, training: HierarchicalTrainingArguments, size: dict) -> None:
+    logger.info(
+        "device %s, precision %s, encoder %s, tuning %s", training.device, precision(training),
+        arguments.quantization if arguments.quantization != "none" else "not quantized", arguments.tuning,
+    )  # fmt: skip
+    logger.info(
+        "trained: %s of %s parameters (%.2f %%); encoder: %.1f MB, %.1f MB in float32",
+        f"{size['trainable_parameters']:,}", f"{size['all_parameters']:,}", 100 * size["trainable_share"],
+        size["encoder_bytes"] / 1e6, size["encoder_bytes_float32"] / 1e6,
+    )  # fmt: skip
+
+
+def log_metrics(metrics: dict[str, float]) -> None:
+    """One line a metric, one column a split."""
+    splits = [prefix for prefix in ("eval", "test") if f"{prefix}_loss" in metrics]
+    names = [name.removeprefix(f"{splits[0]}_") for name in metrics if name.startswith(f"{splits[0]}_")]
+    logger.info(
+        "%-24s" + " %10s" * len(splits), "", *("validation" if prefix == "eval" else "test" for prefix in splits)
+    )
+    for name in names:
+        if not name.endswith(("_per_second", "_time", "runtime")):
+            values = [metrics.get(f"{prefix}_{name}", float("nan")) for prefix in splits]
+            logger.info("%-24s" + " %10.4f" * len(splits), name, *values)
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (InputError, TaxonomyError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,864 @@
+"""Texts and labels, from files to token ids.
+
+Worth knowing:
+
+1. Two texts are the same when they agree after case folding and collapsing white space. The same text never ends up in
+   two splits that were carved here, and training rows whose text is also in a validation or test set that was given
+   are dropped: a score on a text seen in training says nothing.
+2. A label becomes the id of a node of the taxonomy, a leaf or an inner node. Codes become names first.
+3. Nothing is guessed from a value: a CSV cell "NA" or "007" is that text, and an empty cell is an error.
+4. The report counts what limits any classifier: duplicates, texts with several labels, and the accuracy these allow.
+5. Rows are counted from 0, without the header, in messages and in the column ``row``. A text is never shown.
+"""
+
+import csv
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas as pd
+import pyarrow
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import PreTrainedTokenizerBase
+
+from configuration_hierarchical import DEFAULT_TAXONOMY, Taxonomy, TaxonomyError
+from training import InputError
+from training.arguments import DataArguments
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "validation", "test")
+SPLIT_ALIASES = {"valid": "validation", "val": "validation", "dev": "validation"}
+FILE_KINDS = ".csv, .tsv, .json, .jsonl, .ndjson or .parquet"
+TEXT_COLUMNS = ("medical_abstract", "abstract", "text", "sentence", "content", "document")
+LABEL_COLUMNS = ("condition_label", "label", "labels", "category", "class", "condition_name")
+MEDICAL_ABSTRACTS_CODES = {
+    "1": "neoplasms",
+    "2": "digestive system diseases",
+    "3": "nervous system diseases",
+    "4": "cardiovascular diseases",
+    "5": "general pathological conditions",
+}
+LONGEST_LABEL = 500  # characters; anything longer is a column of texts taken for labels
+TOKEN_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
+LOGGED_CLASSES = 8
+
+Label = str | tuple[str, ...]  # a name or path as written, or the names of several columns from the root down
+
+
+@dataclass(frozen=True)
+class LabelledSplits:
+    """Data ready to be tokenized.
+
+    Attributes:
+        splits: ``train``, ``validation`` and ``test``, those there are, each with the columns ``text`` (str), ``label``
+            (int, a node of the taxonomy) and ``row`` (int, its row in the source, from 0).
+        taxonomy: the one that the labels are ids of.
+        report: ready for JSON: ``sources`` with their SHA-256, ``columns``, where the ``taxonomy`` comes from, how the
+            ``split`` was made, the counts of each of the ``splits`` (see `_describe`), ``shared_texts`` of each two
+            splits before any row was dropped, ``classes_without_training_rows``.
+    """
+
+    splits: datasets.DatasetDict
+    taxonomy: Taxonomy
+    report: dict
+
+
+@dataclass(frozen=True)
+class _Source:
+    name: str  # as it is called in messages
+    table: pd.DataFrame
+    sha256: dict[str, str]  # file: fingerprint
+
+
+def load_splits(arguments: DataArguments, seed: int, taxonomy: Taxonomy | None = None) -> LabelledSplits:
+    """Reads, checks and splits the data that the arguments name.
+
+    Args:
+        arguments: where the data are and what their labels mean.
+        seed: makes the splits that have to be carved reproducible.
+        taxonomy: that of a finished checkpoint. It takes precedence over ``arguments.taxonomy``.
+
+    Raises:
+        InputError: no source or contradictory ones, a file that cannot be read, missing texts or labels, a label that
+            the taxonomy does not hold, too few rows to split.
+    """
+    _check_sizes(arguments)
+    sources, single = _read_sources(arguments)
+    tables = {source.name: source.table for source in sources.values()}
+    text_column = find_column(tables, arguments.text_column, TEXT_COLUMNS, "--text_column")
+    label_columns = _find_label_columns(tables, arguments.label_column)
+    if text_column in label_columns:
+        raise InputError(f"the column {text_column!r} cannot be both --text_column and --label_column")
+    logger.info("columns: text %r, label %s", text_column, ", ".join(map(repr, label_columns)))
+
+    rows = _gather(sources, text_column, label_columns)
+    taxonomy, origin, nodes = _resolve_labels(rows, label_columns, arguments, taxonomy)
+    rows["label"] = [nodes[label] for label in rows["label"]]
+    rows["text_id"], _ = pd.factorize(
+        pd.Series([" ".join(text.casefold().split()) for text in rows["text"]], dtype=object)
+    )
+    rows, dropped = _drop_shared(rows, arguments.keep_shared_texts)
+    shares = _shares_to_carve(arguments, sources, single)
+    rows = _carve(rows, shares, seed)
+
+    report = {
+        "sources": [
+            {"split": "all" if single else split, "name": source.name, "sha256": source.sha256}
+            for split, source in sources.items()
+        ],
+        "columns": {"text": text_column, "label": label_columns},
+        "taxonomy": origin,
+        "split": {
+            "method": "by class, identical texts kept together" if shares else "as given",
+            "carved": shares,
+            "seed": seed,
+        },
+        "splits": {
+            split: _describe(part, taxonomy, len(dropped) if split == "train" else 0)
+            for split, part in _parts(rows).items()
+        },
+        "shared_texts": _shared_texts(pd.concat([rows, dropped])),
+        "classes_without_training_rows": _untrained(rows, taxonomy),
+    }
+    _log_what_was_done(report, arguments)
+    return LabelledSplits(_to_datasets(rows), taxonomy, report)
+
+
+def _gather(sources: dict[str, _Source], text_column: str, label_columns: list[str]) -> pd.DataFrame:
+    """The rows of all sources, checked: split, source, row, text, label."""
+    tables = []
+    for split, source in sources.items():
+        texts = read_texts(source.table, text_column, source.name)
+        labels = _read_labels(source, label_columns)
+        table = pd.DataFrame({"row": np.arange(len(texts))})
+        # as objects: the labels may be tuples, and the texts are wanted as they are, once
+        table["text"], table["label"] = pd.Series(texts, dtype=object), pd.Series(labels, dtype=object)
+        tables.append(table.assign(split=split, source=source.name))
+    return pd.concat(tables, ignore_index=True)
+
+
+# ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _check_sizes(arguments: DataArguments) -> None:
+    for flag in ("validation_size", "test_size"):
+        if not 0 <= getattr(arguments, flag) < 1:
+            raise InputError(f"--{flag} is a share of the rows, from 0 to below 1, not {getattr(arguments, flag)}")
+    if arguments.validation_size + arguments.test_size >= 1:
+        raise InputError(
+            f"--validation_size {arguments.validation_size} and --test_size {arguments.test_size} "
+            "leave nothing to train on"
+        )
+
+
+def _read_sources(arguments: DataArguments) -> tuple[dict[str, _Source], bool]:
+    """What was given for each split, and whether it is one source, here under ``train``, that is to be split."""
+    files = {f"{split}_file": split for split in SPLITS if getattr(arguments, f"{split}_file") is not None}
+    given = [name for name in ("dataset_name", "data_path") if getattr(arguments, name) is not None]
+    if not given and not files:
+        raise InputError("no data: give --dataset_name, --data_path, or --train_file, --validation_file, --test_file")
+    if len(given) > 1 or (given and files):
+        flags = " and ".join(f"--{name}" for name in [*given, *files])
+        raise InputError(f"{flags} contradict each other: give one source")
+    if arguments.dataset_revision is not None and arguments.dataset_name is None:
+        raise InputError("--dataset_revision needs --dataset_name")
+
+    if arguments.dataset_name is not None:
+        return _named_splits(arguments.dataset_name, _load_from_hub(arguments)), False
+    if arguments.data_path is None:
+        return {split: _read_source(getattr(arguments, flag)) for flag, split in files.items()}, False
+    if not Path(arguments.data_path).is_dir():
+        return {"train": _read_source(arguments.data_path)}, True
+    try:
+        loaded = datasets.load_from_disk(arguments.data_path)
+    except (OSError, ValueError, pyarrow.ArrowInvalid) as error:
+        raise InputError(f"--data_path {arguments.data_path} is not a folder saved by `datasets`") from error
+    if isinstance(loaded, datasets.DatasetDict):
+        return _named_splits(arguments.data_path, loaded), False
+    return {"train": _from_dataset(arguments.data_path, loaded)}, True
+
+
+def _load_from_hub(arguments: DataArguments) -> datasets.DatasetDict:
+    name, revision = arguments.dataset_name, arguments.dataset_revision
+    try:
+        return datasets.load_dataset(name, revision=revision)
+    except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"cannot load --dataset_name {name} (revision {revision or 'main'}): {reason}") from error
+
+
+def _named_splits(name: str, loaded: datasets.DatasetDict) -> dict[str, _Source]:
+    sources: dict[str, _Source] = {}
+    for key, dataset in loaded.items():
+        split = SPLIT_ALIASES.get(key, key)
+        if split in sources:
+            raise InputError(f"{name} has several splits that mean {split}: {', '.join(loaded)}")
+        if split in SPLITS:
+            sources[split] = _from_dataset(f"{name} [{key}]", dataset)
+        else:
+            logger.warning("%s: the split %r is not used", name, key)
+    if not sources:
+        raise InputError(f"{name} has no split called train, validation or test, only {', '.join(loaded)}")
+    return sources
+
+
+def _from_dataset(name: str, dataset: datasets.Dataset) -> _Source:
+    if not len(dataset):
+        raise InputError(f"{name} has no rows")
+    table = dataset.to_pandas()
+    for column, feature in dataset.features.items():
+        if isinstance(feature, datasets.ClassLabel):
+            names = np.array([*feature.names, None], dtype=object)  # None for -1, how `datasets` writes "no label"
+            table[column] = names[table[column].fillna(-1).astype(int)]
+    return _Source(name, table, _sha256(Path(file["filename"]) for file in dataset.cache_files))
+
+
+def _read_source(path: str) -> _Source:
+    table = read_table(path)
+    return _Source(path, table, _sha256([Path(path)]))
+
+
+def _sha256(files: Iterable[Path]) -> dict[str, str]:
+    found = {}
+    for file in files:
+        with file.open("rb") as stream:
+            found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
+
+
+def read_table(path: str | Path) -> pd.DataFrame:
+    """The rows of a ``.csv``, ``.tsv``, ``.json``, ``.jsonl``, ``.ndjson`` or ``.parquet`` file.
+
+    Cells of .csv and .tsv files are text, exactly as written.
+
+    Raises:
+        InputError: the file is missing, empty, of another kind, not UTF-8, or its rows differ in their fields.
+    """
+    path = Path(path)
+    readers = {
+        ".csv": _read_delimited,
+        ".tsv": _read_delimited,
+        ".json": _read_json,
+        ".jsonl": _read_json_lines,
+        ".ndjson": _read_json_lines,
+        ".parquet": pd.read_parquet,
+    }
+    if not path.exists():
+        raise InputError(f"cannot read {path}: there is no such file")
+    if path.suffix.lower() not in readers or not path.is_file():
+        raise InputError(f"cannot read {path}: a data file is {FILE_KINDS}")
+    try:
+        table = readers[path.suffix.lower()](path)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: save it as UTF-8") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or type(error).__name__}") from error
+    except pyarrow.ArrowInvalid as error:
+        raise InputError(f"{path} is not a Parquet file") from error
+    if not len(table):
+        raise InputError(f"{path} has no rows")
+    return table
+
+
+def _read_delimited(path: Path) -> pd.DataFrame:
+    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    try:
+        table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except pd.errors.EmptyDataError as error:
+        raise InputError(f"{path} is empty") from error
+    except pd.errors.ParserError as error:
+        raise InputError(f"{path}: {str(error).strip().removeprefix('Error tokenizing data. C error: ')}") from error
+    header = next(_records(path, separator))
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise InputError(f"{path} has two columns called {twice[0]!r}")
+    if not isinstance(table.index, pd.RangeIndex):  # how pandas reads rows that are longer than the header
+        raise InputError(f"{path}, row 0 (counted from 0): more fields than the {len(header)} of the header")
+    if (table.iloc[:, -1] == "").any():  # pandas fills short rows up, so look whether that is what happened
+        for row, fields in enumerate(_records(path, separator), start=-1):
+            if len(fields) < len(header):
+                raise InputError(
+                    f"{path}, row {row} (counted from 0): {len(fields)} fields, where the header has {len(header)}"
+                )
+    return table
+
+
+def _records(path: Path, separator: str) -> Iterator[list[str]]:
+    """The header and the rows, as they were written, without blank lines."""
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            for fields in csv.reader(stream, delimiter=separator):
+                if len(fields) > 1 or "".join(fields).strip():
+                    yield fields
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _read_json(path: Path) -> pd.DataFrame:
+    try:
+        records = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+    if isinstance(records, dict):
+        records = records.get("data")
+    if not isinstance(records, list):
+        raise InputError(f'{path}: expected a list of objects, or {{"data": [...]}}')
+    return _from_records(records, path)
+
+
+def _read_json_lines(path: Path) -> pd.DataFrame:
+    records = []
+    with path.open(encoding="utf-8-sig") as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                try:
+                    records.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise InputError(f"{path}, line {number}, is not JSON: {error.msg}") from error
+    return _from_records(records, path)
+
+
+def _from_records(records: list, path: Path) -> pd.DataFrame:
+    for row, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise InputError(f"{path}, row {row} (counted from 0): expected an object, found {type(record).__name__}")
+    return pd.DataFrame(records, dtype=object)  # object: 7 beside a missing value stays 7, not 7.0
+
+
+# ── columns ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def find_column(tables: dict[str, pd.DataFrame], asked: str | None, candidates: Sequence[str], flag: str) -> str:
+    """The column that was asked for, or the first of the candidates that every table has.
+
+    Args:
+        tables: by the name they have in messages.
+        flag: the command-line flag that names the column.
+
+    Raises:
+        InputError: no such column.
+    """
+    for name, table in tables.items():
+        wanted = candidates if asked is None else (asked,)
+        if not any(column in table.columns for column in wanted):
+            columns = ", ".join(map(repr, table.columns))
+            if asked is None:
+                raise InputError(f"{name}: no column is called {', '.join(wanted)}; give {flag}, one of {columns}")
+            raise InputError(f"{name} has no column {asked!r} ({flag}); it has {columns}")
+    if asked is not None:
+        return asked
+    common = [column for column in candidates if all(column in table.columns for table in tables.values())]
+    if not common:
+        raise InputError(f"{', '.join(tables)} have no column in common for {flag}: rename it in one of them")
+    return common[0]
+
+
+def _find_label_columns(tables: dict[str, pd.DataFrame], asked: list[str] | None) -> list[str]:
+    if asked is None:
+        return [find_column(tables, None, LABEL_COLUMNS, "--label_column")]
+    if len(set(asked)) < len(asked):
+        raise InputError(f"--label_column names a column twice: {' '.join(asked)}")
+    return [find_column(tables, column, (), "--label_column") for column in asked]
+
+
+def read_texts(table: pd.DataFrame, column: str, name: str) -> list[str]:
+    """The texts of a column, as they are.
+
+    Args:
+        name: what the table is called in messages.
+
+    Raises:
+        InputError: missing or empty texts, or values that are not text.
+    """
+    values = table[column].tolist()
+    _refuse(table[column].isna(), "missing texts", column, name)
+    _refuse([not isinstance(value, str) for value in values], "values that are not text", column, name)
+    _refuse([not value or value.isspace() for value in values], "empty texts", column, name)
+    # half of a surrogate pair, which JSON can spell, is no character and cannot be written as UTF-8
+    broken = [not value.isascii() and re.search("[\ud800-\udfff]", value) is not None for value in values]
+    _refuse(broken, "texts with an unpaired surrogate", column, name)
+    return values
+
+
+def _refuse(wrong: Iterable[bool], what: str, columns: str, name: str) -> None:
+    found = np.flatnonzero(np.asarray(wrong))
+    if len(found):
+        first = ", ".join(map(str, found[:5])) + (", …" if len(found) > 5 else "")
+        raise InputError(f"{name}, column {columns!r}: {len(found)} {what}, at row {first} (counted from 0)")
+
+
+def _read_labels(source: _Source, columns: list[str]) -> list[Label]:
+    levels = [_label_texts(source, column) for column in columns]
+    if len(levels) == 1:
+        _refuse([not label for label in levels[0]], "missing labels", columns[0], source.name)
+        return levels[0]
+    names = " ".join(columns)
+    paths = list(zip(*levels, strict=True))
+    ends = [next((i for i in range(len(path), 0, -1) if path[i - 1]), 0) for path in paths]
+    _refuse([end == 0 for end in ends], "missing labels", names, source.name)
+    paths = [path[:end] for path, end in zip(paths, ends, strict=True)]
+    _refuse([not all(path) for path in paths], "labels with a gap above a filled level", names, source.name)
+    return paths
+
+
+def _label_texts(source: _Source, column: str) -> list[str]:
+    """The labels of a column as text, and an empty text where there is none."""
+    missing = source.table[column].isna().to_numpy()
+    values = ["" if gone else value for gone, value in zip(missing, source.table[column].tolist(), strict=True)]
+    # whole floats: integers beside missing values, as JSON writers and Parquet store them
+    whole = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
+    wrong = [not isinstance(value, str | int) or isinstance(value, bool) for value in whole]
+    _refuse(wrong, "labels that are neither text nor whole numbers", column, source.name)
+    labels = [str(value).strip() for value in whole]
+    long = [len(label) > LONGEST_LABEL for label in labels]
+    _refuse(long, f"labels of more than {LONGEST_LABEL} characters", column, source.name)
+    return labels
+
+
+# ── labels ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _resolve_labels(
+    rows: pd.DataFrame, columns: list[str], arguments: DataArguments, taxonomy: Taxonomy | None
+) -> tuple[Taxonomy, str, dict[Label, int]]:
+    """The taxonomy, where it comes from, and the node of each distinct label."""
+    labels = list(dict.fromkeys(rows["label"]))
+    names = {} if arguments.class_names is None else read_class_names(arguments.class_names)
+    origin = "the checkpoint's"
+    if taxonomy is None and arguments.taxonomy is not None:
+        origin = f"from {arguments.taxonomy}"
+        try:
+            taxonomy = Taxonomy.from_file(arguments.taxonomy, arguments.label_separator)
+        except TaxonomyError as error:
+            raise InputError(f"--taxonomy: {error}") from error
+
+    default = Taxonomy(DEFAULT_TAXONOMY, arguments.label_separator)
+    if not names and columns == ["condition_label"] and set(labels) <= MEDICAL_ABSTRACTS_CODES.keys():
+        known = set(default.labels) if taxonomy is None else set(taxonomy.labels)
+        if known.issuperset(MEDICAL_ABSTRACTS_CODES.values()):
+            names = MEDICAL_ABSTRACTS_CODES
+            logger.info("the labels 1 to 5 are read as the classes of the Medical Abstracts corpus")
+    named = {label: _name(label, names) for label in labels}
+
+    if taxonomy is None:
+        if _holds(default, named.values()):
+            taxonomy, origin = default, "the default, of the Medical Abstracts corpus"
+        else:
+            taxonomy, origin = _from_labels(named, names, rows, columns, arguments), "from the labels"
+    logger.info(
+        "taxonomy: %s: %d roots, %d leaves, %d levels",
+        origin, len(taxonomy.children(-1)), taxonomy.num_leaves, taxonomy.depth,
+    )  # fmt: skip
+
+    nodes = {}
+    lookup = _lookup(taxonomy)
+    for label, name in named.items():
+        try:
+            nodes[label] = _node(taxonomy, lookup, name)
+        except TaxonomyError as error:
+            if names and name == label:
+                raise _unknown_code(label, rows, columns, arguments) from error
+            raise InputError(f"{_where(rows, label, columns)}: {error}") from error
+    return taxonomy, origin, nodes
+
+
+def _where(rows: pd.DataFrame, label: Label, columns: list[str]) -> str:
+    first = rows.iloc[list(rows["label"]).index(label)]
+    return f"{first['source']}, row {first['row']} (counted from 0), column {' '.join(columns)!r}"
+
+
+def _unknown_code(label: Label, rows: pd.DataFrame, columns: list[str], arguments: DataArguments) -> InputError:
+    given = "" if arguments.class_names.lstrip().startswith("{") else f" {arguments.class_names}"
+    return InputError(
+        f"{_where(rows, label, columns)}: the label {label!r} is neither a code of --class_names{given} "
+        "nor in the taxonomy"
+    )
+
+
+def read_class_names(given: str) -> dict[str, str]:
+    """Codes and their names, from a ``.csv`` or ``.tsv`` file or from a JSON object.
+
+    A file's codes are in its column ``code`` or ``label`` and the names in ``name`` or ``condition_name``, or else in
+    the first two columns.
+
+    Raises:
+        InputError: neither of these, an empty code or name, or a code with two names.
+    """
+    if given.lstrip().startswith("{"):
+        try:
+            pairs = json.loads(given, object_pairs_hook=list)
+        except json.JSONDecodeError as error:
+            raise InputError(f"--class_names is not JSON: {error}") from error
+        where = "--class_names"
+    else:
+        where = f"--class_names {given}"
+        if Path(given).suffix.lower() not in (".csv", ".tsv"):
+            raise InputError(f"{where}: expected a .csv or .tsv file (code, name), or a JSON object")
+        table = read_table(given)
+        code = next((column for column in ("code", "label") if column in table.columns), None)
+        name = next((column for column in ("name", "condition_name") if column in table.columns), None)
+        if code is None or name is None:
+            if len(table.columns) < 2:
+                raise InputError(f"{where}: expected two columns, code and name")
+            code, name = table.columns[:2]
+        pairs = list(zip(table[code], table[name], strict=True))
+    names: dict[str, str] = {}
+    for code, name in pairs:
+        if not isinstance(name, str) or not name.strip() or not code.strip():
+            raise InputError(f"{where}: the code {code!r} needs a name, a text")
+        if names.setdefault(code.strip(), name.strip()) != name.strip():
+            raise InputError(f"{where}: the code {code!r} has two names: {names[code.strip()]!r} and {name!r}")
+    return names
+
+
+def _name(label: Label, names: dict[str, str]) -> Label:
+    if isinstance(label, str):
+        return names.get(label, label)
+    return tuple(names.get(level, level) for level in label)
+
+
+def _from_labels(
+    named: dict[Label, Label], names: dict[str, str], rows: pd.DataFrame, columns: list[str], arguments: DataArguments
+) -> Taxonomy:
+    """The taxonomy that the labels of all splits span, in sorted order."""
+    paths = set()
+    for label, name in named.items():
+        levels = (label,) if isinstance(label, str) else label
+        if names and not all(level in names or level in names.values() for level in levels):
+            raise _unknown_code(label, rows, columns, arguments)
+        path = _path(name, arguments.label_separator)
+        if not all(path):
+            raise InputError(f"{_where(rows, label, columns)}: the label {label!r} has an empty name in its path")
+        paths.add(path)
+    try:
+        return Taxonomy.from_paths(sorted(paths), arguments.label_separator)
+    except TaxonomyError as error:
+        raise InputError(f"column {' '.join(columns)!r}: the labels do not make a taxonomy: {error}") from error
+
+
+def _path(label: Label, separator: str) -> tuple[str, ...]:
+    """The names of a label from the root down. A root whose name is not unique is written ``/root``."""
+    if isinstance(label, tuple):
+        return label
+    return tuple(part.strip() for part in label.removeprefix(separator).split(separator))
+
+
+def _lookup(taxonomy: Taxonomy) -> dict[Label, int]:
+    paths = {taxonomy.path_names(node): node for node in range(taxonomy.num_nodes)}
+    return {**paths, **{label: node for node, label in enumerate(taxonomy.labels)}}
+
+
+def _node(taxonomy: Taxonomy, lookup: dict[Label, int], label: Label) -> int:
+    if label in lookup:
+        return lookup[label]
+    if isinstance(label, tuple):
+        node = taxonomy.id(taxonomy.separator.join(label))
+        raise TaxonomyError(
+            f"the label columns must name the path from the root, which is {taxonomy.path_names(node)}, not {label}"
+        )
+    if taxonomy.separator in label and _path(label, taxonomy.separator) in lookup:
+        return lookup[_path(label, taxonomy.separator)]
+    return taxonomy.id(label)
+
+
+def _holds(taxonomy: Taxonomy, labels: Iterable[Label]) -> bool:
+    lookup = _lookup(taxonomy)
+    try:
+        for label in labels:
+            _node(taxonomy, lookup, label)
+    except TaxonomyError:
+        return False
+    return True
+
+
+# ── splits ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _parts(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    found = dict(iter(rows.groupby("split")))
+    return {split: found[split] for split in SPLITS if split in found}
+
+
+def _shared_texts(rows: pd.DataFrame) -> dict[str, dict[str, int]]:
+    """For each two splits the texts in both, and the rows of each that have such a text."""
+    parts = _parts(rows)
+    shared = {}
+    for one, other in combinations(parts, 2):
+        texts = np.intersect1d(parts[one]["text_id"], parts[other]["text_id"])
+        shared[f"{one}, {other}"] = {
+            "texts": len(texts),
+            f"{one}_rows": int(parts[one]["text_id"].isin(texts).sum()),
+            f"{other}_rows": int(parts[other]["text_id"].isin(texts).sum()),
+        }
+    return shared
+
+
+def _drop_shared(rows: pd.DataFrame, keep: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows that stay, and the training rows whose text another split was given with."""
+    train = rows["split"] == "train"
+    seen = train & rows["text_id"].isin(rows.loc[~train, "text_id"].unique()) & (not keep)
+    if train.any() and seen.sum() == train.sum():
+        raise InputError("every training text is also in validation or test: nothing is left to train on")
+    return rows[~seen].reset_index(drop=True), rows[seen]
+
+
+def _shares_to_carve(arguments: DataArguments, sources: dict[str, _Source], single: bool) -> dict[str, float]:
+    shares = {}
+    if single and arguments.test_size:
+        shares["test"] = arguments.test_size
+    if "train" in sources and "validation" not in sources and arguments.validation_size:
+        shares["validation"] = arguments.validation_size
+    return shares
+
+
+def _carve(rows: pd.DataFrame, shares: dict[str, float], seed: int) -> pd.DataFrame:
+    """Moves shares of the training texts, each with all its rows, to other splits."""
+    # scikit-learn's StratifiedGroupKFold loops over the groups, and knows only equal folds; its train_test_split
+    # refuses a class with a single text, and fewer held-out texts than classes
+    generator = np.random.default_rng(seed)
+    rows = rows.copy()
+    total = rows.loc[rows["split"] == "train", "text_id"].nunique()
+    for split, share in shares.items():
+        train = rows["split"] == "train"
+        label_of = _most_common_labels(rows[train])
+        held_out = label_of.index[_sample(label_of.to_numpy(), round(share * total), split, generator)]
+        rows.loc[train & rows["text_id"].isin(held_out), "split"] = split
+    return rows
+
+
+def _most_common_labels(rows: pd.DataFrame) -> pd.Series:
+    """For each text id the label of most of its rows, the smallest where several are as common."""
+    counts = rows.groupby(["text_id", "label"]).size().reset_index(name="rows")
+    counts = counts.sort_values(["text_id", "rows", "label"], ascending=[True, False, True])
+    return counts.drop_duplicates("text_id").set_index("text_id")["label"]
+
+
+def _sample(strata: np.ndarray, count: int, split: str, generator: np.random.Generator) -> np.ndarray:
+    """Mask (N,) of ``count`` texts, drawn so that every stratum gives its share, rounded up or down.
+
+    This is systematic sampling along the texts in order of their stratum (Cochran, Sampling Techniques, 1977,
+    chapter 8). One text of each stratum is set aside, so that no class loses its last training rows.
+    """
+    order = generator.permutation(len(strata))
+    rank = generator.permutation(strata.max() + 1)
+    order = order[np.argsort(rank[strata[order]], kind="stable")]
+    eligible = np.diff(strata[order], prepend=-1) == 0
+    if not 0 < count <= eligible.sum():
+        raise InputError(
+            f"cannot carve {split} rows: {count} of {len(strata)} distinct training texts, of which one a class must "
+            f"stay; change --{split}_size, or 0 for no {split} rows"
+        )
+    ticks = np.floor(np.cumsum(eligible) * (count / eligible.sum()) + 0.5)
+    mask = np.zeros(len(strata), dtype=bool)
+    mask[order] = np.diff(ticks, prepend=0) > 0
+    return mask
+
+
+def _to_datasets(rows: pd.DataFrame) -> datasets.DatasetDict:
+    # large_string: a string column of Arrow ends at 2 GB
+    features = datasets.Features(
+        {"text": datasets.Value("large_string"), "label": datasets.Value("int64"), "row": datasets.Value("int64")}
+    )
+    return datasets.DatasetDict(
+        {
+            split: datasets.Dataset.from_pandas(part[list(features)], features=features, preserve_index=False)
+            for split, part in _parts(rows).items()
+        }
+    )
+
+
+# ── report ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _describe(rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
+    """What one split holds.
+
+    ``accuracy_ceiling`` is the share of its rows that a classifier gets right which gives each distinct text (compared
+    without case and white space) its most common label; no function of the text can do better.
+    """
+    counts = rows.groupby(["text_id", "label"]).size()
+    by_text = counts.groupby(level="text_id").agg(["size", "sum", "max"])
+    conflicting = by_text[by_text["size"] > 1]
+    return {
+        "rows": len(rows),
+        "dropped_rows": dropped,
+        "exact_duplicates": len(rows) - int(rows["text"].nunique()),
+        "normalised_duplicates": len(rows) - len(by_text),
+        "conflicting_texts": len(conflicting),
+        "conflicting_rows": int(conflicting["sum"].sum()),
+        "accuracy_ceiling": int(by_text["max"].sum()) / len(rows),
+        "classes": _class_counts(rows["label"].to_numpy(), taxonomy),
+    }
+
+
+def _node_rows(labels: np.ndarray, taxonomy: Taxonomy) -> np.ndarray:
+    """Rows (num_nodes,) labelled with each node or one below it."""
+    rows = np.zeros(taxonomy.num_nodes, dtype=int)
+    for node, count in enumerate(np.bincount(labels, minlength=taxonomy.num_nodes)):
+        rows[taxonomy.path(node)] += count
+    return rows
+
+
+def _class_counts(labels: np.ndarray, taxonomy: Taxonomy) -> dict[str, dict[str, int]]:
+    classes: dict[str, dict[str, int]] = {str(level): {} for level in range(1, taxonomy.depth + 1)}
+    for node, count in enumerate(_node_rows(labels, taxonomy)):
+        classes[str(taxonomy.levels[node])][taxonomy.labels[node]] = int(count)
+    return classes
+
+
+def _untrained(rows: pd.DataFrame, taxonomy: Taxonomy) -> list[str]:
+    """Leaves without a training row; none where there is no training at all."""
+    train = rows.loc[rows["split"] == "train", "label"].to_numpy()
+    if not len(train):
+        return []
+    seen = _node_rows(train, taxonomy)
+    return [taxonomy.labels[leaf] for leaf in range(taxonomy.num_leaves) if not seen[leaf]]
+
+
+def length_report(lengths: Sequence[int], max_length: int) -> dict:
+    """Percentiles of token counts, special tokens included, and how many texts are cut at ``max_length``.
+
+    A percentile q is the smallest count that at least q % of the texts do not exceed.
+
+    Raises:
+        ValueError: no lengths.
+    """
+    counts = np.asarray(lengths)
+    if not counts.size:
+        raise ValueError("no lengths to report on")
+    cut = int((counts > max_length).sum())
+    return {
+        **{f"p{q}": int(np.percentile(counts, q, method="inverted_cdf")) for q in (50, 90, 95, 99)},
+        "max": int(counts.max()),
+        "max_length": max_length,
+        "cut": cut,
+        "cut_share": cut / counts.size,
+    }
+
+
+def _log_what_was_done(report: dict, arguments: DataArguments) -> None:
+    for source in report["sources"]:
+        logger.info("%s rows from %s", source["split"], source["name"])
+    if report["split"]["carved"]:
+        shares = " and ".join(f"{share:g} for {split}" for split, share in report["split"]["carved"].items())
+        logger.info("carved from the training texts, identical texts kept together: %s", shares)
+    shared = [
+        f"{counts['texts']:,} in {pair.replace(', ', ' and ')}"
+        for pair, counts in report["shared_texts"].items()
+        if counts["texts"]
+    ]
+    if shared:
+        dropped = sum(found["dropped_rows"] for found in report["splits"].values())
+        done = "all rows kept" if arguments.keep_shared_texts else f"{dropped:,} training rows dropped"
+        logger.warning("texts in two splits: %s; %s", ", ".join(shared), done)
+    untrained = report["classes_without_training_rows"]
+    if untrained:
+        logger.warning("%d classes without training rows: %s", len(untrained), _some(untrained))
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - LOGGED_CLASSES} more" if len(names) > LOGGED_CLASSES else ""
+    return ", ".join(names[:LOGGED_CLASSES]) + more
+
+
+def log_report(report: dict) -> None:
+    """Logs the report of `load_splits` as a table, with the token counts of `tokenize` where ``lengths`` holds them."""
+    splits = report["splits"]
+    logger.info(
+        "%-12s%9s%9s%11s%12s%11s%10s",
+        "split", "rows", "dropped", "duplicates", "conflicting", "(in rows)", "ceiling",
+    )  # fmt: skip
+    for split, found in splits.items():
+        logger.info(
+            "%-12s%9s%9s%11s%12s%11s%9.1f%%",
+            split,
+            *(f"{found[key]:,}" for key in ("rows", "dropped_rows", "normalised_duplicates", "conflicting_texts",
+                                            "conflicting_rows")),
+            100 * found["accuracy_ceiling"],
+        )  # fmt: skip
+    for split, lengths in report.get("lengths", {}).items():
+        logger.info(
+            "%-12stokens: median %s, 90%% within %s, longest %s; %s texts (%.1f%%) are cut at %s",
+            split, lengths["p50"], lengths["p90"], lengths["max"], f"{lengths['cut']:,}",
+            100 * lengths["cut_share"], lengths["max_length"],
+        )  # fmt: skip
+    first = next(iter(splits.values()))
+    for level, classes in first["classes"].items():
+        common = sorted(classes, key=lambda name: -classes[name])
+        logger.info("level %s: %d classes, rows in %s", level, len(classes), " / ".join(splits))
+        for name in common[:LOGGED_CLASSES]:
+            logger.info("  %-52s%s", name, " / ".join(f"{s['classes'][level][name]:,}" for s in splits.values()))
+        if len(common) > LOGGED_CLASSES:
+            logger.info("  and %d smaller ones", len(common) - LOGGED_CLASSES)
+
+
+# ── tokens ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def tokenize(
+    splits: datasets.DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[datasets.DatasetDict, dict[str, dict]]:
+    """Texts to token ids, cut at ``max_length`` and not padded.
+
+    Args:
+        splits: those of `load_splits`.
+        max_length: tokens kept of a text, special tokens included.
+
+    Returns:
+        The splits with ``input_ids``, ``attention_mask`` (and ``token_type_ids`` where the tokenizer has them),
+        ``length`` (of ``input_ids``), ``labels`` and ``row``; and for each the `length_report` of the token counts
+        before cutting.
+    """
+    encode = _encode_fast if tokenizer.is_fast else _encode_slow
+
+    def tokens(batch: dict[str, list]) -> dict[str, list]:
+        encoded, lengths = encode(batch["text"], tokenizer, max_length)
+        kept = {column: encoded[column] for column in TOKEN_COLUMNS if column in encoded}
+        return {
+            **kept,
+            "length": [len(ids) for ids in encoded["input_ids"]],
+            "uncut": lengths,
+            "labels": batch["label"],
+            "row": batch["row"],
+        }
+
+    tokenized, reports = datasets.DatasetDict(), {}
+    for split, rows in splits.items():
+        rows = rows.map(tokens, batched=True, remove_columns=rows.column_names, desc=f"tokenizing {split}")
+        reports[split] = length_report(rows.with_format("numpy")["uncut"][:], max_length)
+        tokenized[split] = rows.remove_columns("uncut")
+    return tokenized, reports
+
+
+def _encode_fast(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[dict, list[int]]:
+    encoded = tokenizer(
+        list(texts), truncation=True, max_length=max_length, padding=False, return_attention_mask=True, stride=0
+    )
+    special = tokenizer.num_special_tokens_to_add()  # each piece of what was cut off carries its own
+    lengths = [
+        len(piece) + sum(len(rest) - special for rest in piece.overflowing) for piece in encoded.encodings
+    ]  # fmt: skip
+    return encoded, lengths
+
+
+def _encode_slow(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[dict, list[int]]:
+    encoded: dict[str, list] = {}
+    lengths = []
+    for text in texts:  # the cut-off tokens of a batch come back without saying whose they are
+        one = tokenizer(
+            text, truncation=True, max_length=max_length, return_attention_mask=True, return_overflowing_tokens=True
+        )
+        lengths.append(len(one["input_ids"]) + one.get("num_truncated_tokens", 0))
+        for column in TOKEN_COLUMNS:
+            if column in one:
+                encoded.setdefault(column, []).append(one[column])
+    return encoded, lengths

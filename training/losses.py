@@ -1,0 +1,144 @@
+"""The training loss: a focal loss per decision on the path to a document's label.
+
+Worth knowing:
+
+1. A decision is a softmax over siblings. A document labelled with an inner node is charged only for the decisions down
+   to that node.
+2. gamma 0, no class weights, level weights 1, no smoothing and no adjustment is the model's own negative log-likelihood.
+3. The sum is divided by the number of labelled documents of the whole accumulated batch, over all devices, so that the
+   gradient does not depend on how the batch was cut up.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from configuration_hierarchical import Taxonomy
+from modeling_hierarchical import IGNORED_LABEL, segment_log_softmax, taxonomy_indices
+
+EFFECTIVE_NUMBER_BETA = 0.999
+
+
+def node_counts(tree: Taxonomy, labels: Tensor) -> Tensor:
+    """How many documents are labelled with each node or one below it.
+
+    Args:
+        labels: (num_documents,), node ids; -100 is ignored.
+
+    Returns:
+        (num_nodes,), integers.
+    """
+    _, ancestors = taxonomy_indices(tree)
+    own = torch.bincount(labels[labels != IGNORED_LABEL], minlength=tree.num_nodes)
+    counts = torch.zeros(tree.num_nodes + 1, dtype=torch.long)
+    counts.index_add_(0, ancestors.flatten(), own.unsqueeze(1).expand_as(ancestors).flatten())
+    return counts[:-1]
+
+
+def class_weights(counts: Tensor, group: Tensor, weighting: str) -> Tensor:
+    """Weights of classes among their siblings; siblings that were never seen get no say and weight 1.
+
+    Args:
+        counts: (num_nodes,), documents a node.
+        group: (num_nodes,), which nodes are siblings.
+        weighting: ``"none"``: 1. ``"balanced"``: n / (K · n_c) for a class with n_c of the n documents of its K siblings,
+            as scikit-learn's ``compute_class_weight``. ``"effective_number"``: proportional to (1 - β) / (1 - β^n_c),
+            adding up to K (Cui et al., 2019, arXiv 1901.05555), with β = 0.999.
+
+    Returns:
+        (num_nodes,), float32.
+    """
+    seen = counts > 0
+
+    def over_siblings(values: Tensor) -> Tensor:
+        values = torch.where(seen, values, 0)
+        return torch.zeros(int(group.max()) + 1, dtype=values.dtype).index_add_(0, group, values)[group]
+
+    n, siblings = counts.double(), over_siblings(torch.ones_like(counts, dtype=torch.double))
+    if weighting == "none":
+        weights = torch.ones_like(n)
+    elif weighting == "balanced":
+        weights = over_siblings(n) / (siblings * n)
+    elif weighting == "effective_number":
+        weights = (1 - EFFECTIVE_NUMBER_BETA) / (1 - EFFECTIVE_NUMBER_BETA**n)
+        weights = weights * siblings / over_siblings(weights)
+    else:
+        raise ValueError(f"class weighting must be 'none', 'balanced' or 'effective_number', not {weighting!r}")
+    return torch.where(seen, weights, 1).float()
+
+
+class HierarchicalFocalLoss(nn.Module):
+    """Sum over the decisions on a label's path of  w_level · α_class · (1 - p)^γ · CE, over the number of labels.
+
+    p is the probability of the right child among its siblings, and CE its cross-entropy, with label smoothing ε:
+    -(1 - ε) log p - ε / K · Σ log p_k. The focal factor is that of Lin et al. (2017, arXiv 1708.02002). Logit adjustment
+    adds τ · log(prior of the child among its siblings) to the scores before the softmax, in training only (Menon et al.,
+    2021, arXiv 2007.07314; for conditional softmaxes along a taxonomy, Plaud et al., 2024, arXiv 2410.01305).
+
+    Args:
+        tree: the taxonomy.
+        counts: (num_nodes,), training documents a node, its descendants' included: see `node_counts`.
+        gamma: γ ≥ 0.
+        class_weighting: see `class_weights`.
+        level_weights: w of levels 1, 2, …; the last one serves all deeper levels.
+        label_smoothing: ε.
+        logit_adjustment: τ. A class without documents counts as one document.
+    """
+
+    def __init__(
+        self,
+        tree: Taxonomy,
+        counts: Tensor,
+        gamma: float = 0.0,
+        class_weighting: str = "none",
+        level_weights: list[float] | tuple[float, ...] = (1.0,),
+        label_smoothing: float = 0.0,
+        logit_adjustment: float = 0.0,
+    ):
+        super().__init__()
+        self.gamma, self.label_smoothing, self.logit_adjustment = gamma, label_smoothing, logit_adjustment
+        group, ancestors = taxonomy_indices(tree)
+        self.num_groups = int(group.max()) + 1
+        size = torch.bincount(group)[group]
+        floor = counts.clamp(min=1).double()
+        total = torch.zeros(self.num_groups, dtype=torch.double).index_add_(0, group, floor)[group]
+        levels = torch.tensor([level_weights[min(i, len(level_weights) - 1)] for i in range(tree.depth)])
+        padding = torch.zeros(1)
+        self.register_buffer("group", group)
+        self.register_buffer("parents", torch.tensor([p if p >= 0 else tree.num_nodes for p in tree.parents]))
+        self.register_buffer("ancestors", ancestors)
+        self.register_buffer("log_prior", (floor / total).log().float())
+        self.register_buffer("size", size)
+        # an only child is no decision: its p is 1 whatever the weights, and so are its loss and gradient 0
+        weights = class_weights(counts, group, class_weighting) * (size > 1)
+        self.register_buffer("weights", torch.cat([weights, padding])[ancestors] * levels)  # (num_nodes, depth)
+
+    def forward(self, node_log_probs: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """The loss, in nats.
+
+        Args:
+            node_log_probs: (B, num_nodes), as `HierarchicalForSequenceClassification` gives them.
+            labels: (B,), node ids; -100 is ignored.
+            num_items_in_batch: what the sum is divided by; the number of labels in this batch by default.
+        """
+        labelled = labels != IGNORED_LABEL
+        labels = torch.where(labelled, labels, 0)
+        parent_log_probs = nn.functional.pad(node_log_probs, (0, 1))[:, self.parents]
+        conditional = node_log_probs - parent_log_probs  # (B, N): log P(node | parent)
+        if self.logit_adjustment:
+            adjusted = conditional + self.logit_adjustment * self.log_prior
+            conditional = segment_log_softmax(adjusted, self.group, self.num_groups)
+        path = self.ancestors[labels]  # (B, depth), padded with N
+        log_p = nn.functional.pad(conditional, (0, 1)).gather(1, path)
+        loss = -log_p
+        if self.label_smoothing:
+            over_siblings = conditional.new_zeros(len(labels), self.num_groups).scatter_add(
+                1, self.group.expand_as(conditional), conditional / self.size
+            )
+            mean = nn.functional.pad(over_siblings[:, self.group], (0, 1)).gather(1, path)
+            loss = (1 - self.label_smoothing) * loss - self.label_smoothing * mean
+        if self.gamma:
+            # the floor keeps the slope of x^γ finite at x = 0 when γ < 1
+            loss = loss * (-torch.expm1(log_p)).clamp(min=1e-7) ** self.gamma
+        loss = (loss * self.weights[labels]).sum(1)
+        items = labelled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return torch.where(labelled, loss, 0).sum() / items

@@ -1,0 +1,264 @@
+"""What is measured: flat, hierarchical and per-level scores, the log loss, and the calibration error.
+
+Worth knowing:
+
+1. The answer that is scored is the most probable leaf and its ancestors: a path that always reaches a leaf.
+2. A label is a node id. A leaf counts everywhere. An inner node ("specific disease", no child known) counts in the
+   hierarchical, per-level and log-loss scores only, and -100 (no label) nowhere.
+3. A score that its documents cannot give (no leaf among the labels, nobody at that level) is left out, never NaN.
+4. `hierarchical_f1` is a module of the `evaluate` library in this repository. It is loaded by its absolute path, since
+   `evaluate` asks the Hub for a relative one that it does not find, and keeps its data in memory, since the processes
+   of a distributed run would otherwise share one file in the home folder. `evaluate` imports a copy of the module, which
+   it writes into HF_MODULES_CACHE.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import evaluate
+import numpy as np
+from scipy.special import log_softmax, logsumexp
+from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
+from transformers import EvalPrediction
+
+from configuration_hierarchical import Taxonomy
+from training import InputError
+
+UNLABELLED = -100
+HIERARCHICAL_F1 = Path(__file__).resolve().parents[1] / "metrics" / "hierarchical_f1"
+_BLOCK = 2**22  # float64 numbers held at a time: 5,000 leaves and 100,000 documents would need 4 GB at once
+
+
+def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict[str, float]]:
+    """The Trainer's ``compute_metrics`` for a taxonomy.
+
+    The function it returns takes ``predictions`` of shape (num_documents, num_leaves), leaf logits whose softmax is the
+    distribution over leaves, and ``label_ids`` of shape (num_documents,), node ids or -100. It returns
+
+    - over documents labelled with a leaf, as scikit-learn defines them: ``accuracy``; ``macro_f1`` and ``weighted_f1``
+      over the leaves that occur as label or answer; and ``ece``, see `expected_calibration_error`;
+    - over all labelled documents: ``hierarchical_precision``, ``hierarchical_recall`` and ``hierarchical_f1``
+      (Kiritchenko, Matwin and Famili 2005), and ``log_loss``, the mean of -log P(label) in nats, where an inner node's
+      probability is the sum of its leaves';
+    - for each level k that some label reaches: ``level_k_accuracy``, the share of the documents whose true path reaches
+      the level that have the same node there in their predicted path (a shorter path is wrong); and
+      ``level_k_macro_f1``, over the nodes of the level that occur in a true or predicted path, where a leaf above
+      the level is "no node at this level", a class that is not averaged, and a document labelled with an inner node
+      above the level takes no part: its node there is not known.
+
+    Raises:
+        InputError: `evaluate` cannot write its copy of the module. The function it returns raises it for arrays of other
+            shapes, unknown label ids, logits that are not finite, no labelled document.
+    """
+    hierarchical_f1 = _load_hierarchical_f1()
+    paths = _paths(taxonomy)
+    leaves_under = np.zeros((taxonomy.num_nodes, taxonomy.num_leaves), dtype=bool)
+    for leaf in range(taxonomy.num_leaves):
+        leaves_under[taxonomy.path(leaf), leaf] = True
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        logits, labels = labelled_documents(taxonomy, prediction.predictions, prediction.label_ids)
+        if not labels.size:
+            raise InputError("no document to be scored has a label; give a file with labels")
+        answers, confidence = predicted_leaves(logits)
+        is_leaf = labels < taxonomy.num_leaves
+        metrics = {}
+        if is_leaf.any():
+            metrics |= _flat_scores(labels[is_leaf], answers[is_leaf])
+        metrics |= hierarchical_f1.compute(predictions=answers, references=labels, parents=taxonomy.parents)
+        metrics["log_loss"] = _log_loss(logits, labels, leaves_under)
+        if is_leaf.any():
+            bins = _bin(confidence[is_leaf], answers[is_leaf] == labels[is_leaf], bins=15)
+            metrics["ece"] = expected_calibration_error(bins)
+        return metrics | _level_scores(paths[labels], paths[answers], is_leaf)
+
+    return compute_metrics
+
+
+def per_class_report(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> list[dict]:
+    """How each leaf fares, over the documents labelled with a leaf: scikit-learn's precision, recall and F1.
+
+    Args:
+        logits: (num_documents, num_leaves).
+        labels: (num_documents,), node ids or -100.
+
+    Returns:
+        One row a leaf, in the order of ids: ``label``, ``support`` (documents that have it), ``precision``, ``recall``,
+        ``f1``. A ratio whose denominator is 0 is 0. No rows where no document is labelled with a leaf.
+
+    Raises:
+        InputError: arrays of other shapes, unknown label ids, logits that are not finite.
+    """
+    logits, labels = labelled_documents(taxonomy, logits, labels)
+    is_leaf = labels < taxonomy.num_leaves
+    if not is_leaf.any():
+        return []
+    precision, recall, f1, support = precision_recall_fscore_support(
+        labels[is_leaf], logits[is_leaf].argmax(axis=1), labels=range(taxonomy.num_leaves), zero_division=0
+    )
+    return [
+        {
+            "label": taxonomy.labels[leaf],
+            "support": int(support[leaf]),
+            "precision": float(precision[leaf]),
+            "recall": float(recall[leaf]),
+            "f1": float(f1[leaf]),
+        }
+        for leaf in range(taxonomy.num_leaves)
+    ]
+
+
+def calibration_bins(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> dict[str, np.ndarray]:
+    """Confidence against accuracy in equal-width bins of the predicted leaf's probability (Guo et al. 2017).
+
+    Bin m of M holds the probabilities in ((m - 1) / M, m / M]. Only documents labelled with a leaf take part.
+
+    Args:
+        logits: (num_documents, num_leaves).
+        labels: (num_documents,), node ids or -100.
+        bins: M.
+
+    Returns:
+        ``confidence`` and ``accuracy``, the means in each bin, NaN in an empty one, and ``count``; each of shape (bins,).
+
+    Raises:
+        InputError: arrays of other shapes, logits that are not finite.
+    """
+    _check_arrays(logits, labels)
+    is_leaf = (labels >= 0) & (labels < logits.shape[1])
+    answers, confidence = predicted_leaves(logits[is_leaf])
+    return _bin(confidence, answers == labels[is_leaf], bins)
+
+
+def expected_calibration_error(bins: dict[str, np.ndarray]) -> float:
+    """The mean over documents of |accuracy - confidence| of their bin (Guo et al. 2017, equation 3).
+
+    Args:
+        bins: what `calibration_bins` returns, with at least one document in it.
+    """
+    filled = bins["count"] > 0
+    gaps = np.abs(bins["accuracy"][filled] - bins["confidence"][filled])
+    return float(np.average(gaps, weights=bins["count"][filled]))
+
+
+def labelled_documents(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that have a label, checked.
+
+    Args:
+        logits: (num_documents, num_leaves).
+        labels: (num_documents,), node ids or -100.
+
+    Raises:
+        InputError: arrays of other shapes, unknown label ids, logits that are not finite.
+    """
+    _check_arrays(logits, labels)
+    if logits.shape[1] != taxonomy.num_leaves:
+        raise InputError(
+            f"the logits have {logits.shape[1]} columns, but the taxonomy has {taxonomy.num_leaves} leaves"
+        )
+    wrong = np.flatnonzero((labels != UNLABELLED) & ((labels < 0) | (labels >= taxonomy.num_nodes)))
+    if wrong.size:
+        raise InputError(
+            f"document {wrong[0]} has the label id {labels[wrong[0]]}; the taxonomy has nodes 0 to "
+            f"{taxonomy.num_nodes - 1}, and {UNLABELLED} stands for no label"
+        )
+    has_label = labels != UNLABELLED
+    return logits[has_label], labels[has_label]
+
+
+def predicted_leaves(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The most probable leaf of each document and its probability: (num_documents,) each.
+
+    Args:
+        logits: (num_documents, num_leaves).
+    """
+    confidence = np.concatenate([np.exp(block.max(axis=1)) for _, block in _log_probs(logits)] or [np.empty(0)])
+    return logits.argmax(axis=1), confidence
+
+
+def _check_arrays(logits: np.ndarray, labels: np.ndarray) -> None:
+    shapes = [getattr(array, "shape", type(array).__name__) for array in (logits, labels)]
+    if len(shapes[0]) != 2 or shapes[1] != shapes[0][:1]:
+        raise InputError(
+            f"expected logits of shape (num_documents, num_leaves) and one label id a document, not {shapes[0]} and "
+            f"{shapes[1]}; other outputs of a model belong into its configuration's keys_to_ignore_at_inference"
+        )
+    if labels.dtype.kind not in "iu":
+        raise InputError(f"label ids must be integers, not {labels.dtype}")
+    bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+    if bad.size:
+        raise InputError(
+            f"the model's logits are not finite for {bad.size} of {len(logits)} documents, the first at row {bad[0]}: "
+            "training has diverged; lower --learning_rate"
+        )
+
+
+def _load_hierarchical_f1() -> evaluate.EvaluationModule:
+    with tempfile.TemporaryDirectory() as folder:  # the module makes a data folder even where it keeps data in memory
+        try:
+            return evaluate.load(str(HIERARCHICAL_F1), keep_in_memory=True, cache_dir=folder)
+        except OSError as error:
+            raise InputError(
+                f"the `evaluate` library cannot copy {HIERARCHICAL_F1} into {evaluate.config.HF_MODULES_CACHE} "
+                f"({error.strerror or error}); set HF_MODULES_CACHE to a folder that can be written"
+            ) from error
+
+
+def _paths(taxonomy: Taxonomy) -> np.ndarray:
+    """The nodes from the root down to each node, -1 after it: (num_nodes, depth)."""
+    paths = np.full((taxonomy.num_nodes, taxonomy.depth), -1)
+    for node, level in enumerate(taxonomy.levels):
+        paths[node, :level] = taxonomy.path(node)
+    return paths
+
+
+def _log_probs(logits: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Leaf log-probabilities in float64, some documents at a time: (block, num_leaves)."""
+    size = max(1, _BLOCK // logits.shape[1])
+    for start in range(0, len(logits), size):
+        rows = slice(start, start + size)
+        yield rows, log_softmax(logits[rows].astype(np.float64), axis=1)
+
+
+def _flat_scores(true: np.ndarray, answers: np.ndarray) -> dict[str, float]:
+    return {
+        "accuracy": float(accuracy_score(true, answers)),
+        "macro_f1": float(f1_score(true, answers, average="macro", zero_division=0)),
+        "weighted_f1": float(f1_score(true, answers, average="weighted", zero_division=0)),
+    }
+
+
+def _log_loss(logits: np.ndarray, labels: np.ndarray, leaves_under: np.ndarray) -> float:
+    total = 0.0
+    for rows, log_probs in _log_probs(logits):
+        total -= logsumexp(np.where(leaves_under[labels[rows]], log_probs, -np.inf), axis=1).sum()
+    return float(total / len(labels))
+
+
+def _level_scores(true: np.ndarray, predicted: np.ndarray, is_leaf: np.ndarray) -> dict[str, float]:
+    """Scores of each level from true and predicted paths, (num_documents, depth) each, and which labels are leaves."""
+    scores = {}
+    for level, (nodes, answers) in enumerate(zip(true.T, predicted.T, strict=True), start=1):
+        reached = nodes >= 0
+        if not reached.any():
+            continue
+        known = reached | is_leaf
+        occurring = np.union1d(nodes[known], answers[known])
+        scores[f"level_{level}_accuracy"] = float(accuracy_score(nodes[reached], answers[reached]))
+        scores[f"level_{level}_macro_f1"] = float(
+            f1_score(nodes[known], answers[known], labels=occurring[occurring >= 0], average="macro", zero_division=0)
+        )
+    return scores
+
+
+def _bin(confidence: np.ndarray, correct: np.ndarray, bins: int) -> dict[str, np.ndarray]:
+    edges = np.arange(1, bins) / bins
+    index = np.digitize(confidence, edges, right=True)
+    count = np.bincount(index, minlength=bins)
+    with np.errstate(invalid="ignore"):  # 0 / 0 is an empty bin
+        return {
+            "confidence": np.bincount(index, weights=confidence, minlength=bins) / count,
+            "accuracy": np.bincount(index, weights=correct, minlength=bins) / count,
+            "count": count,
+        }
