@@ -314,6 +314,12 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
                     shutil.copyfile(source, target)
 
     def _save_adapter_form(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
+        if self.config.text_config.vocab_size != getattr(
+            self.encoder, "vocab_size_at_load", self.config.text_config.vocab_size
+        ):
+            raise ValueError(
+                "an adapter checkpoint holds no embeddings, and these were resized: train with --tuning full"
+            )
         state_dict = self.state_dict() if state_dict is None else state_dict
         part = {
             prefix: {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
@@ -394,6 +400,7 @@ def load_encoder(config: HierarchicalConfig, **kwargs: Any) -> PreTrainedModel:
         )
     finally:
         logging.set_verbosity(verbosity)
+    encoder.vocab_size_at_load = config.text_config.vocab_size
     if info["missing_keys"]:
         raise ValueError(
             f"{config.encoder_name_or_path} lacks {len(info['missing_keys'])} weights of a "

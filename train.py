@@ -10,6 +10,9 @@ import logging
 import sys
 from pathlib import Path
 
+# before it is imported: it asks for kernels from the Hub, whose code is not pinned, and warns of each 8-bit layer's cast
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 import numpy as np
 import torch
 import transformers

@@ -16,8 +16,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from configuration_hierarchical import DEFAULT_TAXONOMY, HierarchicalConfig, Taxonomy  # noqa: E402
-from modeling_hierarchical import HierarchicalForSequenceClassification  # noqa: E402
+from configuration_hierarchical import DEFAULT_TAXONOMY, HierarchicalConfig, Taxonomy
+from modeling_hierarchical import HierarchicalForSequenceClassification
 
 MINILM = {
     "model_type": "bert",

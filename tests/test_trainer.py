@@ -6,6 +6,7 @@ from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from configuration_hierarchical import HierarchicalConfig, Taxonomy
 from modeling_hierarchical import HierarchicalForSequenceClassification
+from training import InputError
 from training.arguments import HierarchicalTrainingArguments, ModelArguments
 from training.losses import HierarchicalFocalLoss, node_counts
 from training.model import build_model, size_report
@@ -196,6 +197,29 @@ def test_the_heads_are_never_quantized_and_the_encoder_is(minilm):
     assert all(name.startswith("encoder.") for name in kinds)
     assert model.heads.weight.dtype == torch.float32
     assert model.heads.weight.requires_grad
+
+
+def test_an_encoder_without_safetensors_is_read_as_tensors_only_and_said(minilm, tmp_path, caplog):
+    encoder = tiny_model().encoder
+    encoder.config.save_pretrained(tmp_path)
+    torch.save(encoder.state_dict(), tmp_path / "pytorch_model.bin")
+    with caplog.at_level("INFO", "training.model"):
+        loaded = build_model(ModelArguments(str(tmp_path), tuning="full", quantization="none"), TREE, seed=0).encoder
+    assert "from a .bin file, unpickled as tensors only" in caplog.text
+    assert all(tensor.equal(loaded.state_dict()[name]) for name, tensor in encoder.state_dict().items())
+    caplog.clear()
+    with caplog.at_level("INFO", "training.model"):
+        lora_model(minilm, "none")
+    assert "from safetensors" in caplog.text
+
+
+def test_an_encoder_that_lacks_weights_is_refused(tmp_path):
+    encoder = tiny_model().encoder
+    encoder.config.save_pretrained(tmp_path)
+    name = "encoder.layer.1.output.dense.weight"
+    torch.save({key: t for key, t in encoder.state_dict().items() if key != name}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match=f"lacks 1 weights .* '{name}'"):
+        build_model(ModelArguments(str(tmp_path), tuning="full", quantization="none"), TREE, seed=0)
 
 
 def test_sizes_by_hand(minilm):

@@ -151,6 +151,9 @@ class HierarchicalTrainingArguments(TrainingArguments):
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "Batches of texts of like length need little padding."}
     )
+    report_to: list[str] = field(
+        default_factory=lambda: ["none"], metadata={"help": "Where to log: tensorboard, trackio, …"}
+    )
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
     bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast. Default: where the machine has it."})
 

@@ -13,7 +13,7 @@ import logging
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig, inject_adapter_in_model, prepare_model_for_kbit_training
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -196,7 +196,21 @@ def load(config: HierarchicalConfig, arguments: ModelArguments) -> PreTrainedMod
         raise InputError(f"cannot load the encoder {config.encoder_name_or_path}: {one_line(error)}") from error
     if arguments.quantization != "none" and not encoder.is_quantized:
         raise InputError(f"{config.encoder_name_or_path} was not quantized: use --quantization none")
+    at = f" at {config.encoder_revision}" if config.encoder_revision else ""
+    how = "safetensors" if has_safetensors(config, arguments.cache_dir) else "a .bin file, unpickled as tensors only"
+    logger.info("encoder: %s%s, from %s", config.encoder_name_or_path, at, how)
     return encoder
+
+
+def has_safetensors(config: HierarchicalConfig, cache_dir: str | None) -> bool:
+    """Whether the encoder that was just loaded came from safetensors, which transformers prefers, or else from .bin."""
+    names = ("model.safetensors", "model.safetensors.index.json")
+    folder = Path(config.encoder_name_or_path)
+    if folder.is_dir():
+        return any((folder / name).is_file() for name in names)
+    return any(
+        isinstance(try_to_load_from_cache(str(folder), name, cache_dir, config.encoder_revision), str) for name in names
+    )
 
 
 def linear_names(encoder: PreTrainedModel) -> list[str]:
