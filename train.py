@@ -37,7 +37,8 @@ from training.arguments import (
     ModelArguments,
     parse,
 )
-from training.data import LabelledSplits, load_splits, log_report, tokenize
+from training.data import LabelledSplits, load_splits, tokenize
+from training.data_report import log_report
 from training.losses import HierarchicalFocalLoss, node_counts
 from training.metrics import build_compute_metrics
 from training.model import build_model, is_checkpoint, load_tokenizer, size_report
@@ -158,6 +159,8 @@ def score_checkpoint(
     """Measures a finished checkpoint, as a user loads it, on labelled files."""
     if not set(data.splits) & {"validation", "test"}:
         raise InputError("nothing to score: give --validation_file or --test_file")
+    if "test" in data.report["split"]["carved"]:
+        raise InputError("only a part of --data_path would be scored: give the whole file as --test_file")
     tokenizer = AutoTokenizer.from_pretrained(model_arguments.model_name_or_path, trust_remote_code=True)
     max_length = length_limit(data_arguments.max_length, tokenizer)
     splits, data.report["lengths"] = tokenized(data, tokenizer, max_length)

@@ -17,16 +17,9 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from configuration_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 from training import InputError
 from training.arguments import DataArguments
-from training.data import (
-    find_column,
-    length_report,
-    load_splits,
-    log_report,
-    read_class_names,
-    read_table,
-    read_texts,
-    tokenize,
-)
+from training.data import load_splits, read_class_names, tokenize
+from training.data_report import length_report, log_report
+from training.files import find_column, read_table, read_texts
 
 SECRET = "patient Miller"  # stands for a text that must not be shown
 ROWS = [("NA", "a/x"), ('007, a "quoted"\ntext', "a/y"), ("Ünïcode  text", "b"), ("None", "a")]
@@ -165,7 +158,7 @@ def test_contradictory_arguments(given, message):
 def test_columns_are_found_in_order_of_preference_and_logged(tmp_path, caplog):
     rows = [("title", "first", "x", "n"), ("title", "second", "y", "n")]
     path = csv_file(tmp_path / "a.csv", rows, ("text", "abstract", "label", "category"))
-    with caplog.at_level(logging.INFO, logger="training.data"):
+    with caplog.at_level(logging.INFO, logger="training"):
         data = load(train_file=path, validation_size=0)
     assert data.splits["train"]["text"][:] == ["first", "second"]
     assert data.report["columns"] == {"text": "abstract", "label": ["label"]}
@@ -595,7 +588,7 @@ def test_training_rows_whose_text_is_held_out_are_dropped(tmp_path, caplog):
         "validation_file": csv_file(tmp_path / "b.csv", [(" one", "a"), ("five", "b"), ("six", "a")]),
         "test_file": csv_file(tmp_path / "c.csv", [("two ", "a"), ("five", "b")]),
     }
-    with caplog.at_level(logging.INFO, logger="training.data"):
+    with caplog.at_level(logging.INFO, logger="training"):
         data = load(**arguments)
     assert data.splits["train"]["text"][:] == ["three", "four"]
     assert data.splits["train"]["row"][:] == [2, 4]
@@ -650,7 +643,7 @@ def test_log_report_shows_the_numbers_and_no_text(tmp_path, caplog):
     rows = [(SECRET, "a/x"), (SECRET, "b"), ("two", "a")] + [(f"text {i}", f"c/{i}") for i in range(20)]
     data = load(train_file=csv_file(tmp_path / "a.csv", rows), validation_size=0)
     data.report["lengths"] = {"train": length_report([5, 5, 9], 8)}
-    with caplog.at_level(logging.INFO, logger="training.data"):
+    with caplog.at_level(logging.INFO, logger="training"):
         log_report(data.report)
     lines = [record.getMessage().split() for record in caplog.records]
     # rows, dropped, duplicates, conflicting texts, their rows; 22 of 23 rows can be right

@@ -255,6 +255,10 @@ def test_full_fine_tuning_of_one_file_leaves_one_self_contained_model(tiny_encod
         (["--train_file", "nowhere.csv"], "nowhere.csv"),
         (["--train_file", "{corpus}/train.csv", "--model_name_or_path", "{empty}"], "cannot load the encoder"),
         (["--train_file", "{corpus}/train.csv", "--do_train", "false"], "needs a trained checkpoint"),
+        (
+            ["--model_name_or_path", "{finished}", "--data_path", "{corpus}/test.csv", "--do_train", "false"],
+            "give the whole file as --test_file",
+        ),
         (["--train_file", "{corpus}/train.csv", "--taxonomy", "{empty}/t.yaml"], "cannot read the taxonomy"),
         (["--train_file", "{corpus}/train.csv", "--lora_target_modules", "nothing"], "--lora_target_modules nothing"),
         (["--train_file", "{corpus}/train.csv", "--output_dir", "{finished}"], "already holds a run"),

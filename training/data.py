@@ -11,14 +11,10 @@ Worth knowing:
 5. Rows are counted from 0, without the header, in messages and in the column ``row``. A text is never shown.
 """
 
-import csv
-import hashlib
 import json
 import logging
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 
 import datasets
@@ -31,12 +27,20 @@ from transformers import PreTrainedTokenizerBase
 from configuration_hierarchical import DEFAULT_TAXONOMY, Taxonomy, TaxonomyError
 from training import InputError
 from training.arguments import DataArguments
+from training.data_report import (
+    SPLITS,
+    describe,
+    length_report,
+    log_what_was_done,
+    parts,
+    shared_texts,
+    untrained_classes,
+)
+from training.files import find_column, read_table, read_texts, refuse_rows, sha256
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "validation", "test")
 SPLIT_ALIASES = {"valid": "validation", "val": "validation", "dev": "validation"}
-FILE_KINDS = ".csv, .tsv, .json, .jsonl, .ndjson or .parquet"
 TEXT_COLUMNS = ("medical_abstract", "abstract", "text", "sentence", "content", "document")
 LABEL_COLUMNS = ("condition_label", "label", "labels", "category", "class", "condition_name")
 MEDICAL_ABSTRACTS_CODES = {
@@ -48,7 +52,6 @@ MEDICAL_ABSTRACTS_CODES = {
 }
 LONGEST_LABEL = 500  # characters; anything longer is a column of texts taken for labels
 TOKEN_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
-LOGGED_CLASSES = 8
 
 Label = str | tuple[str, ...]  # a name or path as written, or the names of several columns from the root down
 
@@ -62,7 +65,7 @@ class LabelledSplits:
             (int, a node of the taxonomy) and ``row`` (int, its row in the source, from 0).
         taxonomy: the one that the labels are ids of.
         report: ready for JSON: ``sources`` with their SHA-256, ``columns``, where the ``taxonomy`` comes from, how the
-            ``split`` was made, the counts of each of the ``splits`` (see `_describe`), ``shared_texts`` of each two
+            ``split`` was made, the counts of each of the ``splits`` (see `training.data_report.describe`), ``shared_texts`` of each two
             splits before any row was dropped, ``classes_without_training_rows``.
     """
 
@@ -122,13 +125,13 @@ def load_splits(arguments: DataArguments, seed: int, taxonomy: Taxonomy | None =
             "seed": seed,
         },
         "splits": {
-            split: _describe(part, taxonomy, len(dropped) if split == "train" else 0)
-            for split, part in _parts(rows).items()
+            split: describe(part, taxonomy, len(dropped) if split == "train" else 0)
+            for split, part in parts(rows).items()
         },
-        "shared_texts": _shared_texts(pd.concat([rows, dropped])),
-        "classes_without_training_rows": _untrained(rows, taxonomy),
+        "shared_texts": shared_texts(pd.concat([rows, dropped])),
+        "classes_without_training_rows": untrained_classes(rows, taxonomy),
     }
-    _log_what_was_done(report, arguments)
+    log_what_was_done(report, arguments.keep_shared_texts)
     return LabelledSplits(_to_datasets(rows), taxonomy, report)
 
 
@@ -218,148 +221,15 @@ def _from_dataset(name: str, dataset: datasets.Dataset) -> _Source:
         if isinstance(feature, datasets.ClassLabel):
             names = np.array([*feature.names, None], dtype=object)  # None for -1, how `datasets` writes "no label"
             table[column] = names[table[column].fillna(-1).astype(int)]
-    return _Source(name, table, _sha256(Path(file["filename"]) for file in dataset.cache_files))
+    return _Source(name, table, sha256(Path(file["filename"]) for file in dataset.cache_files))
 
 
 def _read_source(path: str) -> _Source:
     table = read_table(path)
-    return _Source(path, table, _sha256([Path(path)]))
-
-
-def _sha256(files: Iterable[Path]) -> dict[str, str]:
-    found = {}
-    for file in files:
-        with file.open("rb") as stream:
-            found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
-
-
-def read_table(path: str | Path) -> pd.DataFrame:
-    """The rows of a ``.csv``, ``.tsv``, ``.json``, ``.jsonl``, ``.ndjson`` or ``.parquet`` file.
-
-    Cells of .csv and .tsv files are text, exactly as written.
-
-    Raises:
-        InputError: the file is missing, empty, of another kind, not UTF-8, or its rows differ in their fields.
-    """
-    path = Path(path)
-    readers = {
-        ".csv": _read_delimited,
-        ".tsv": _read_delimited,
-        ".json": _read_json,
-        ".jsonl": _read_json_lines,
-        ".ndjson": _read_json_lines,
-        ".parquet": pd.read_parquet,
-    }
-    if not path.exists():
-        raise InputError(f"cannot read {path}: there is no such file")
-    if path.suffix.lower() not in readers or not path.is_file():
-        raise InputError(f"cannot read {path}: a data file is {FILE_KINDS}")
-    try:
-        table = readers[path.suffix.lower()](path)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: save it as UTF-8") from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or type(error).__name__}") from error
-    except pyarrow.ArrowInvalid as error:
-        raise InputError(f"{path} is not a Parquet file") from error
-    if not len(table):
-        raise InputError(f"{path} has no rows")
-    return table
-
-
-def _read_delimited(path: Path) -> pd.DataFrame:
-    separator = "\t" if path.suffix.lower() == ".tsv" else ","
-    try:
-        table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except pd.errors.EmptyDataError as error:
-        raise InputError(f"{path} is empty") from error
-    except pd.errors.ParserError as error:
-        raise InputError(f"{path}: {str(error).strip().removeprefix('Error tokenizing data. C error: ')}") from error
-    header = next(_records(path, separator))
-    twice = sorted({name for name in header if header.count(name) > 1})
-    if twice:
-        raise InputError(f"{path} has two columns called {twice[0]!r}")
-    if not isinstance(table.index, pd.RangeIndex):  # how pandas reads rows that are longer than the header
-        raise InputError(f"{path}, row 0 (counted from 0): more fields than the {len(header)} of the header")
-    if (table.iloc[:, -1] == "").any():  # pandas fills short rows up, so look whether that is what happened
-        for row, fields in enumerate(_records(path, separator), start=-1):
-            if len(fields) < len(header):
-                raise InputError(
-                    f"{path}, row {row} (counted from 0): {len(fields)} fields, where the header has {len(header)}"
-                )
-    return table
-
-
-def _records(path: Path, separator: str) -> Iterator[list[str]]:
-    """The header and the rows, as they were written, without blank lines."""
-    limit = csv.field_size_limit(2**31 - 1)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            for fields in csv.reader(stream, delimiter=separator):
-                if len(fields) > 1 or "".join(fields).strip():
-                    yield fields
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _read_json(path: Path) -> pd.DataFrame:
-    try:
-        records = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
-    if isinstance(records, dict):
-        records = records.get("data")
-    if not isinstance(records, list):
-        raise InputError(f'{path}: expected a list of objects, or {{"data": [...]}}')
-    return _from_records(records, path)
-
-
-def _read_json_lines(path: Path) -> pd.DataFrame:
-    records = []
-    with path.open(encoding="utf-8-sig") as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                try:
-                    records.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{path}, line {number}, is not JSON: {error.msg}") from error
-    return _from_records(records, path)
-
-
-def _from_records(records: list, path: Path) -> pd.DataFrame:
-    for row, record in enumerate(records):
-        if not isinstance(record, dict):
-            raise InputError(f"{path}, row {row} (counted from 0): expected an object, found {type(record).__name__}")
-    return pd.DataFrame(records, dtype=object)  # object: 7 beside a missing value stays 7, not 7.0
+    return _Source(path, table, sha256([Path(path)]))
 
 
 # ── columns ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def find_column(tables: dict[str, pd.DataFrame], asked: str | None, candidates: Sequence[str], flag: str) -> str:
-    """The column that was asked for, or the first of the candidates that every table has.
-
-    Args:
-        tables: by the name they have in messages.
-        flag: the command-line flag that names the column.
-
-    Raises:
-        InputError: no such column.
-    """
-    for name, table in tables.items():
-        wanted = candidates if asked is None else (asked,)
-        if not any(column in table.columns for column in wanted):
-            columns = ", ".join(map(repr, table.columns))
-            if asked is None:
-                raise InputError(f"{name}: no column is called {', '.join(wanted)}; give {flag}, one of {columns}")
-            raise InputError(f"{name} has no column {asked!r} ({flag}); it has {columns}")
-    if asked is not None:
-        return asked
-    common = [column for column in candidates if all(column in table.columns for table in tables.values())]
-    if not common:
-        raise InputError(f"{', '.join(tables)} have no column in common for {flag}: rename it in one of them")
-    return common[0]
 
 
 def _find_label_columns(tables: dict[str, pd.DataFrame], asked: list[str] | None) -> list[str]:
@@ -370,43 +240,17 @@ def _find_label_columns(tables: dict[str, pd.DataFrame], asked: list[str] | None
     return [find_column(tables, column, (), "--label_column") for column in asked]
 
 
-def read_texts(table: pd.DataFrame, column: str, name: str) -> list[str]:
-    """The texts of a column, as they are.
-
-    Args:
-        name: what the table is called in messages.
-
-    Raises:
-        InputError: missing or empty texts, or values that are not text.
-    """
-    values = table[column].tolist()
-    _refuse(table[column].isna(), "missing texts", column, name)
-    _refuse([not isinstance(value, str) for value in values], "values that are not text", column, name)
-    _refuse([not value or value.isspace() for value in values], "empty texts", column, name)
-    # half of a surrogate pair, which JSON can spell, is no character and cannot be written as UTF-8
-    broken = [not value.isascii() and re.search("[\ud800-\udfff]", value) is not None for value in values]
-    _refuse(broken, "texts with an unpaired surrogate", column, name)
-    return values
-
-
-def _refuse(wrong: Iterable[bool], what: str, columns: str, name: str) -> None:
-    found = np.flatnonzero(np.asarray(wrong))
-    if len(found):
-        first = ", ".join(map(str, found[:5])) + (", …" if len(found) > 5 else "")
-        raise InputError(f"{name}, column {columns!r}: {len(found)} {what}, at row {first} (counted from 0)")
-
-
 def _read_labels(source: _Source, columns: list[str]) -> list[Label]:
     levels = [_label_texts(source, column) for column in columns]
     if len(levels) == 1:
-        _refuse([not label for label in levels[0]], "missing labels", columns[0], source.name)
+        refuse_rows([not label for label in levels[0]], "missing labels", columns[0], source.name)
         return levels[0]
     names = " ".join(columns)
     paths = list(zip(*levels, strict=True))
     ends = [next((i for i in range(len(path), 0, -1) if path[i - 1]), 0) for path in paths]
-    _refuse([end == 0 for end in ends], "missing labels", names, source.name)
+    refuse_rows([end == 0 for end in ends], "missing labels", names, source.name)
     paths = [path[:end] for path, end in zip(paths, ends, strict=True)]
-    _refuse([not all(path) for path in paths], "labels with a gap above a filled level", names, source.name)
+    refuse_rows([not all(path) for path in paths], "labels with a gap above a filled level", names, source.name)
     return paths
 
 
@@ -417,10 +261,10 @@ def _label_texts(source: _Source, column: str) -> list[str]:
     # whole floats: integers beside missing values, as JSON writers and Parquet store them
     whole = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
     wrong = [not isinstance(value, str | int) or isinstance(value, bool) for value in whole]
-    _refuse(wrong, "labels that are neither text nor whole numbers", column, source.name)
+    refuse_rows(wrong, "labels that are neither text nor whole numbers", column, source.name)
     labels = [str(value).strip() for value in whole]
     long = [len(label) > LONGEST_LABEL for label in labels]
-    _refuse(long, f"labels of more than {LONGEST_LABEL} characters", column, source.name)
+    refuse_rows(long, f"labels of more than {LONGEST_LABEL} characters", column, source.name)
     return labels
 
 
@@ -583,25 +427,6 @@ def _holds(taxonomy: Taxonomy, labels: Iterable[Label]) -> bool:
 # ── splits ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _parts(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    found = dict(iter(rows.groupby("split")))
-    return {split: found[split] for split in SPLITS if split in found}
-
-
-def _shared_texts(rows: pd.DataFrame) -> dict[str, dict[str, int]]:
-    """For each two splits the texts in both, and the rows of each that have such a text."""
-    parts = _parts(rows)
-    shared = {}
-    for one, other in combinations(parts, 2):
-        texts = np.intersect1d(parts[one]["text_id"], parts[other]["text_id"])
-        shared[f"{one}, {other}"] = {
-            "texts": len(texts),
-            f"{one}_rows": int(parts[one]["text_id"].isin(texts).sum()),
-            f"{other}_rows": int(parts[other]["text_id"].isin(texts).sum()),
-        }
-    return shared
-
-
 def _drop_shared(rows: pd.DataFrame, keep: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The rows that stay, and the training rows whose text another split was given with."""
     train = rows["split"] == "train"
@@ -671,134 +496,9 @@ def _to_datasets(rows: pd.DataFrame) -> datasets.DatasetDict:
     return datasets.DatasetDict(
         {
             split: datasets.Dataset.from_pandas(part[list(features)], features=features, preserve_index=False)
-            for split, part in _parts(rows).items()
+            for split, part in parts(rows).items()
         }
     )
-
-
-# ── report ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _describe(rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
-    """What one split holds.
-
-    ``accuracy_ceiling`` is the share of its rows that a classifier gets right which gives each distinct text (compared
-    without case and white space) its most common label; no function of the text can do better.
-    """
-    counts = rows.groupby(["text_id", "label"]).size()
-    by_text = counts.groupby(level="text_id").agg(["size", "sum", "max"])
-    conflicting = by_text[by_text["size"] > 1]
-    return {
-        "rows": len(rows),
-        "dropped_rows": dropped,
-        "exact_duplicates": len(rows) - int(rows["text"].nunique()),
-        "normalised_duplicates": len(rows) - len(by_text),
-        "conflicting_texts": len(conflicting),
-        "conflicting_rows": int(conflicting["sum"].sum()),
-        "accuracy_ceiling": int(by_text["max"].sum()) / len(rows),
-        "classes": _class_counts(rows["label"].to_numpy(), taxonomy),
-    }
-
-
-def _node_rows(labels: np.ndarray, taxonomy: Taxonomy) -> np.ndarray:
-    """Rows (num_nodes,) labelled with each node or one below it."""
-    rows = np.zeros(taxonomy.num_nodes, dtype=int)
-    for node, count in enumerate(np.bincount(labels, minlength=taxonomy.num_nodes)):
-        rows[taxonomy.path(node)] += count
-    return rows
-
-
-def _class_counts(labels: np.ndarray, taxonomy: Taxonomy) -> dict[str, dict[str, int]]:
-    classes: dict[str, dict[str, int]] = {str(level): {} for level in range(1, taxonomy.depth + 1)}
-    for node, count in enumerate(_node_rows(labels, taxonomy)):
-        classes[str(taxonomy.levels[node])][taxonomy.labels[node]] = int(count)
-    return classes
-
-
-def _untrained(rows: pd.DataFrame, taxonomy: Taxonomy) -> list[str]:
-    """Leaves without a training row; none where there is no training at all."""
-    train = rows.loc[rows["split"] == "train", "label"].to_numpy()
-    if not len(train):
-        return []
-    seen = _node_rows(train, taxonomy)
-    return [taxonomy.labels[leaf] for leaf in range(taxonomy.num_leaves) if not seen[leaf]]
-
-
-def length_report(lengths: Sequence[int], max_length: int) -> dict:
-    """Percentiles of token counts, special tokens included, and how many texts are cut at ``max_length``.
-
-    A percentile q is the smallest count that at least q % of the texts do not exceed.
-
-    Raises:
-        ValueError: no lengths.
-    """
-    counts = np.asarray(lengths)
-    if not counts.size:
-        raise ValueError("no lengths to report on")
-    cut = int((counts > max_length).sum())
-    return {
-        **{f"p{q}": int(np.percentile(counts, q, method="inverted_cdf")) for q in (50, 90, 95, 99)},
-        "max": int(counts.max()),
-        "max_length": max_length,
-        "cut": cut,
-        "cut_share": cut / counts.size,
-    }
-
-
-def _log_what_was_done(report: dict, arguments: DataArguments) -> None:
-    for source in report["sources"]:
-        logger.info("%s rows from %s", source["split"], source["name"])
-    if report["split"]["carved"]:
-        shares = " and ".join(f"{share:g} for {split}" for split, share in report["split"]["carved"].items())
-        logger.info("carved from the training texts, identical texts kept together: %s", shares)
-    shared = [
-        f"{counts['texts']:,} in {pair.replace(', ', ' and ')}"
-        for pair, counts in report["shared_texts"].items()
-        if counts["texts"]
-    ]
-    if shared:
-        dropped = sum(found["dropped_rows"] for found in report["splits"].values())
-        done = "all rows kept" if arguments.keep_shared_texts else f"{dropped:,} training rows dropped"
-        logger.warning("texts in two splits: %s; %s", ", ".join(shared), done)
-    untrained = report["classes_without_training_rows"]
-    if untrained:
-        logger.warning("%d classes without training rows: %s", len(untrained), _some(untrained))
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - LOGGED_CLASSES} more" if len(names) > LOGGED_CLASSES else ""
-    return ", ".join(names[:LOGGED_CLASSES]) + more
-
-
-def log_report(report: dict) -> None:
-    """Logs the report of `load_splits` as a table, with the token counts of `tokenize` where ``lengths`` holds them."""
-    splits = report["splits"]
-    logger.info(
-        "%-12s%9s%9s%11s%12s%11s%10s",
-        "split", "rows", "dropped", "duplicates", "conflicting", "(in rows)", "ceiling",
-    )  # fmt: skip
-    for split, found in splits.items():
-        logger.info(
-            "%-12s%9s%9s%11s%12s%11s%9.1f%%",
-            split,
-            *(f"{found[key]:,}" for key in ("rows", "dropped_rows", "normalised_duplicates", "conflicting_texts",
-                                            "conflicting_rows")),
-            100 * found["accuracy_ceiling"],
-        )  # fmt: skip
-    for split, lengths in report.get("lengths", {}).items():
-        logger.info(
-            "%-12stokens: median %s, 90%% within %s, longest %s; %s texts (%.1f%%) are cut at %s",
-            split, lengths["p50"], lengths["p90"], lengths["max"], f"{lengths['cut']:,}",
-            100 * lengths["cut_share"], lengths["max_length"],
-        )  # fmt: skip
-    first = next(iter(splits.values()))
-    for level, classes in first["classes"].items():
-        common = sorted(classes, key=lambda name: -classes[name])
-        logger.info("level %s: %d classes, rows in %s", level, len(classes), " / ".join(splits))
-        for name in common[:LOGGED_CLASSES]:
-            logger.info("  %-52s%s", name, " / ".join(f"{s['classes'][level][name]:,}" for s in splits.values()))
-        if len(common) > LOGGED_CLASSES:
-            logger.info("  and %d smaller ones", len(common) - LOGGED_CLASSES)
 
 
 # ── tokens ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,158 @@
+"""What is in the data: counts that limit any classifier, as data_report.json and as lines of the log."""
+
+import logging
+from collections.abc import Sequence
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+
+from configuration_hierarchical import Taxonomy
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "validation", "test")
+LOGGED_CLASSES = 8
+
+
+def parts(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The rows of each split, in the usual order."""
+    found = dict(iter(rows.groupby("split")))
+    return {split: found[split] for split in SPLITS if split in found}
+
+
+def shared_texts(rows: pd.DataFrame) -> dict[str, dict[str, int]]:
+    """For each two splits the texts in both, and the rows of each that have such a text."""
+    by_split = parts(rows)
+    shared = {}
+    for one, other in combinations(by_split, 2):
+        texts = np.intersect1d(by_split[one]["text_id"], by_split[other]["text_id"])
+        shared[f"{one}, {other}"] = {
+            "texts": len(texts),
+            f"{one}_rows": int(by_split[one]["text_id"].isin(texts).sum()),
+            f"{other}_rows": int(by_split[other]["text_id"].isin(texts).sum()),
+        }
+    return shared
+
+
+def describe(rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
+    """What one split holds.
+
+    ``accuracy_ceiling`` is the share of its rows that a classifier gets right which gives each distinct text (compared
+    without case and white space) its most common label; no function of the text can do better.
+    """
+    counts = rows.groupby(["text_id", "label"]).size()
+    by_text = counts.groupby(level="text_id").agg(["size", "sum", "max"])
+    conflicting = by_text[by_text["size"] > 1]
+    return {
+        "rows": len(rows),
+        "dropped_rows": dropped,
+        "exact_duplicates": len(rows) - int(rows["text"].nunique()),
+        "normalised_duplicates": len(rows) - len(by_text),
+        "conflicting_texts": len(conflicting),
+        "conflicting_rows": int(conflicting["sum"].sum()),
+        "accuracy_ceiling": int(by_text["max"].sum()) / len(rows),
+        "classes": _class_counts(rows["label"].to_numpy(), taxonomy),
+    }
+
+
+def _node_rows(labels: np.ndarray, taxonomy: Taxonomy) -> np.ndarray:
+    """Rows (num_nodes,) labelled with each node or one below it."""
+    rows = np.zeros(taxonomy.num_nodes, dtype=int)
+    for node, count in enumerate(np.bincount(labels, minlength=taxonomy.num_nodes)):
+        rows[taxonomy.path(node)] += count
+    return rows
+
+
+def _class_counts(labels: np.ndarray, taxonomy: Taxonomy) -> dict[str, dict[str, int]]:
+    classes: dict[str, dict[str, int]] = {str(level): {} for level in range(1, taxonomy.depth + 1)}
+    for node, count in enumerate(_node_rows(labels, taxonomy)):
+        classes[str(taxonomy.levels[node])][taxonomy.labels[node]] = int(count)
+    return classes
+
+
+def untrained_classes(rows: pd.DataFrame, taxonomy: Taxonomy) -> list[str]:
+    """Leaves without a training row; none where there is no training at all."""
+    train = rows.loc[rows["split"] == "train", "label"].to_numpy()
+    if not len(train):
+        return []
+    seen = _node_rows(train, taxonomy)
+    return [taxonomy.labels[leaf] for leaf in range(taxonomy.num_leaves) if not seen[leaf]]
+
+
+def length_report(lengths: Sequence[int], max_length: int) -> dict:
+    """Percentiles of token counts, special tokens included, and how many texts are cut at ``max_length``.
+
+    A percentile q is the smallest count that at least q % of the texts do not exceed.
+
+    Raises:
+        ValueError: no lengths.
+    """
+    counts = np.asarray(lengths)
+    if not counts.size:
+        raise ValueError("no lengths to report on")
+    cut = int((counts > max_length).sum())
+    return {
+        **{f"p{q}": int(np.percentile(counts, q, method="inverted_cdf")) for q in (50, 90, 95, 99)},
+        "max": int(counts.max()),
+        "max_length": max_length,
+        "cut": cut,
+        "cut_share": cut / counts.size,
+    }
+
+
+def log_what_was_done(report: dict, kept_shared_texts: bool) -> None:
+    """Logs the sources, what was carved from them, and what is amiss."""
+    for source in report["sources"]:
+        logger.info("%s rows from %s", source["split"], source["name"])
+    if report["split"]["carved"]:
+        shares = " and ".join(f"{share:g} for {split}" for split, share in report["split"]["carved"].items())
+        logger.info("carved from the training texts, identical texts kept together: %s", shares)
+    shared = [
+        f"{counts['texts']:,} in {pair.replace(', ', ' and ')}"
+        for pair, counts in report["shared_texts"].items()
+        if counts["texts"]
+    ]
+    if shared:
+        dropped = sum(found["dropped_rows"] for found in report["splits"].values())
+        done = "all rows kept" if kept_shared_texts else f"{dropped:,} training rows dropped"
+        logger.warning("texts in two splits: %s; %s", ", ".join(shared), done)
+    untrained = report["classes_without_training_rows"]
+    if untrained:
+        logger.warning("%d classes without training rows: %s", len(untrained), _some(untrained))
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - LOGGED_CLASSES} more" if len(names) > LOGGED_CLASSES else ""
+    return ", ".join(names[:LOGGED_CLASSES]) + more
+
+
+def log_report(report: dict) -> None:
+    """Logs the report of `load_splits` as a table, with the token counts of `tokenize` where ``lengths`` holds them."""
+    splits = report["splits"]
+    logger.info(
+        "%-12s%9s%9s%11s%12s%11s%10s",
+        "split", "rows", "dropped", "duplicates", "conflicting", "(in rows)", "ceiling",
+    )  # fmt: skip
+    for split, found in splits.items():
+        logger.info(
+            "%-12s%9s%9s%11s%12s%11s%9.1f%%",
+            split,
+            *(f"{found[key]:,}" for key in ("rows", "dropped_rows", "normalised_duplicates", "conflicting_texts",
+                                            "conflicting_rows")),
+            100 * found["accuracy_ceiling"],
+        )  # fmt: skip
+    for split, lengths in report.get("lengths", {}).items():
+        logger.info(
+            "%-12stokens: median %s, 90%% within %s, longest %s; %s texts (%.1f%%) are cut at %s",
+            split, lengths["p50"], lengths["p90"], lengths["max"], f"{lengths['cut']:,}",
+            100 * lengths["cut_share"], lengths["max_length"],
+        )  # fmt: skip
+    first = next(iter(splits.values()))
+    for level, classes in first["classes"].items():
+        common = sorted(classes, key=lambda name: -classes[name])
+        logger.info("level %s: %d classes, rows in %s", level, len(classes), " / ".join(splits))
+        for name in common[:LOGGED_CLASSES]:
+            logger.info("  %-52s%s", name, " / ".join(f"{s['classes'][level][name]:,}" for s in splits.values()))
+        if len(common) > LOGGED_CLASSES:
+            logger.info("  and %d smaller ones", len(common) - LOGGED_CLASSES)

@@ -1,0 +1,184 @@
+"""Tables from files, for every command that reads texts.
+
+Worth knowing:
+
+1. Nothing is guessed from a value: a CSV cell "NA" or "007" is that text, and an empty cell is an empty text.
+2. A ragged row, a column that occurs twice, or another encoding than UTF-8 is an error, not a repaired table.
+3. Rows are counted from 0, without the header, in messages. A text is never shown.
+"""
+
+import csv
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow
+
+from training import InputError
+
+FILE_KINDS = ".csv, .tsv, .json, .jsonl, .ndjson or .parquet"
+
+
+def read_table(path: str | Path) -> pd.DataFrame:
+    """The rows of a ``.csv``, ``.tsv``, ``.json``, ``.jsonl``, ``.ndjson`` or ``.parquet`` file.
+
+    Cells of .csv and .tsv files are text, exactly as written.
+
+    Raises:
+        InputError: the file is missing, empty, of another kind, not UTF-8, or its rows differ in their fields.
+    """
+    path = Path(path)
+    readers = {
+        ".csv": _read_delimited,
+        ".tsv": _read_delimited,
+        ".json": _read_json,
+        ".jsonl": _read_json_lines,
+        ".ndjson": _read_json_lines,
+        ".parquet": pd.read_parquet,
+    }
+    if not path.exists():
+        raise InputError(f"cannot read {path}: there is no such file")
+    if path.suffix.lower() not in readers or not path.is_file():
+        raise InputError(f"cannot read {path}: a data file is {FILE_KINDS}")
+    try:
+        table = readers[path.suffix.lower()](path)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: save it as UTF-8") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or type(error).__name__}") from error
+    except pyarrow.ArrowInvalid as error:
+        raise InputError(f"{path} is not a Parquet file") from error
+    if not len(table):
+        raise InputError(f"{path} has no rows")
+    return table
+
+
+def _read_delimited(path: Path) -> pd.DataFrame:
+    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    try:
+        table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except pd.errors.EmptyDataError as error:
+        raise InputError(f"{path} is empty") from error
+    except pd.errors.ParserError as error:
+        raise InputError(f"{path}: {str(error).strip().removeprefix('Error tokenizing data. C error: ')}") from error
+    header = next(_records(path, separator))
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise InputError(f"{path} has two columns called {twice[0]!r}")
+    if not isinstance(table.index, pd.RangeIndex):  # how pandas reads rows that are longer than the header
+        raise InputError(f"{path}, row 0 (counted from 0): more fields than the {len(header)} of the header")
+    if (table.iloc[:, -1] == "").any():  # pandas fills short rows up, so look whether that is what happened
+        for row, fields in enumerate(_records(path, separator), start=-1):
+            if len(fields) < len(header):
+                raise InputError(
+                    f"{path}, row {row} (counted from 0): {len(fields)} fields, where the header has {len(header)}"
+                )
+    return table
+
+
+def _records(path: Path, separator: str) -> Iterator[list[str]]:
+    """The header and the rows, as they were written, without blank lines."""
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            for fields in csv.reader(stream, delimiter=separator):
+                if len(fields) > 1 or "".join(fields).strip():
+                    yield fields
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _read_json(path: Path) -> pd.DataFrame:
+    try:
+        records = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+    if isinstance(records, dict):
+        records = records.get("data")
+    if not isinstance(records, list):
+        raise InputError(f'{path}: expected a list of objects, or {{"data": [...]}}')
+    return _from_records(records, path)
+
+
+def _read_json_lines(path: Path) -> pd.DataFrame:
+    records = []
+    with path.open(encoding="utf-8-sig") as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                try:
+                    records.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise InputError(f"{path}, line {number}, is not JSON: {error.msg}") from error
+    return _from_records(records, path)
+
+
+def _from_records(records: list, path: Path) -> pd.DataFrame:
+    for row, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise InputError(f"{path}, row {row} (counted from 0): expected an object, found {type(record).__name__}")
+    return pd.DataFrame(records, dtype=object)  # object: 7 beside a missing value stays 7, not 7.0
+
+
+def find_column(tables: dict[str, pd.DataFrame], asked: str | None, candidates: Sequence[str], flag: str) -> str:
+    """The column that was asked for, or the first of the candidates that every table has.
+
+    Args:
+        tables: by the name they have in messages.
+        flag: the command-line flag that names the column.
+
+    Raises:
+        InputError: no such column.
+    """
+    for name, table in tables.items():
+        wanted = candidates if asked is None else (asked,)
+        if not any(column in table.columns for column in wanted):
+            columns = ", ".join(map(repr, table.columns))
+            if asked is None:
+                raise InputError(f"{name}: no column is called {', '.join(wanted)}; give {flag}, one of {columns}")
+            raise InputError(f"{name} has no column {asked!r} ({flag}); it has {columns}")
+    if asked is not None:
+        return asked
+    common = [column for column in candidates if all(column in table.columns for table in tables.values())]
+    if not common:
+        raise InputError(f"{', '.join(tables)} have no column in common for {flag}: rename it in one of them")
+    return common[0]
+
+
+def read_texts(table: pd.DataFrame, column: str, name: str) -> list[str]:
+    """The texts of a column, as they are.
+
+    Args:
+        name: what the table is called in messages.
+
+    Raises:
+        InputError: missing or empty texts, or values that are not text.
+    """
+    values = table[column].tolist()
+    refuse_rows(table[column].isna(), "missing texts", column, name)
+    refuse_rows([not isinstance(value, str) for value in values], "values that are not text", column, name)
+    refuse_rows([not value or value.isspace() for value in values], "empty texts", column, name)
+    # half of a surrogate pair, which JSON can spell, is no character and cannot be written as UTF-8
+    broken = [not value.isascii() and re.search("[\ud800-\udfff]", value) is not None for value in values]
+    refuse_rows(broken, "texts with an unpaired surrogate", column, name)
+    return values
+
+
+def refuse_rows(wrong: Iterable[bool], what: str, columns: str, name: str) -> None:
+    """Raises InputError, naming the first, where any row is wrong."""
+    found = np.flatnonzero(np.asarray(wrong))
+    if len(found):
+        first = ", ".join(map(str, found[:5])) + (", …" if len(found) > 5 else "")
+        raise InputError(f"{name}, column {columns!r}: {len(found)} {what}, at row {first} (counted from 0)")
+
+
+def sha256(files: Iterable[Path]) -> dict[str, str]:
+    """Fingerprints of files, by name."""
+    found = {}
+    for file in files:
+        with file.open("rb") as stream:
+            found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
