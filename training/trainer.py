@@ -10,7 +10,6 @@ Worth knowing:
 4. No ``training_args.bin`` is written: it is a pickle, and can hold a token.
 """
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -131,8 +130,3 @@ def keep_trainable(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
             if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
                 raise ValueError(f"{name} was repacked for inference by an earlier evaluation; load the model again")
-
-
-def trainer_log(folder: str | Path) -> list[dict[str, float]]:
-    """The log history that the Trainer left in a checkpoint's ``trainer_state.json``."""
-    return json.loads((Path(folder) / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
