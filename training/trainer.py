@@ -7,7 +7,8 @@ Worth knowing:
 2. The Trainer resumes, and goes back to the best model, by root-level file names that our adapter form does not have.
 3. bitsandbytes repacks 4-bit weights in place when a layer runs in eval mode on a CPU with AVX-512 BF16, and training
    after that is wrong. While a model trains, its layers are told not to.
-4. No ``training_args.bin`` is written: it is a pickle, and can hold a token.
+4. Predictions come in the order of their rows. The Trainer's own would not, where training batches are grouped by length.
+5. No ``training_args.bin`` is written: it is a pickle, and can hold a token.
 """
 
 import logging
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from transformers import Trainer
 
 from modeling_hierarchical import (
@@ -90,6 +92,10 @@ class HierarchicalTrainer(Trainer):
                 if ours:
                     optimizer.add_param_group({**group, "params": ours, "lr": self.heads_learning_rate})
         return optimizer
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> torch.utils.data.Sampler | None:
+        """Rows in their own order: with ``group_by_length`` the Trainer would shuffle these too, and predictions with them."""
+        return torch.utils.data.SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self._load_adapter_form(resume_from_checkpoint):
