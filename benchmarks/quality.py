@@ -51,6 +51,9 @@ def main() -> None:
     parser.add_argument("--encoder", required=True)
     parser.add_argument("--task", choices=TASKS, nargs="+", default=TASKS)
     parser.add_argument("--seed", type=int, nargs="+", default=[42])
+    parser.add_argument(
+        "--epochs", type=float, help="passes over the training rows, instead of the recipe's, for both models"
+    )
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quality")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "quality.json")
     arguments = parser.parse_args()
@@ -66,12 +69,14 @@ def main() -> None:
                     if model == MODELS[0]:
                         predictions, own = linear_svm(files, names), {}
                     else:
-                        predictions, own = train(task, model, seed, files, tree, arguments.encoder, folder)
+                        predictions, own = train(task, model, seed, files, tree, arguments, folder)
                     scores = measure(predictions, tree) | own | {"minutes": (time.time() - started) / 60}
                     (folder / "scores.json").write_text(json.dumps(scores, indent=2))
                 scores = json.loads((folder / "scores.json").read_text())
                 results.append({"task": task, "model": model, "seed": seed, **scores})
                 print(f"{task}, {model}, seed {seed}: accuracy {scores['accuracy']:.4f}", flush=True)
+    kept = json.loads(arguments.output.read_text())["results"] if arguments.output.exists() else []
+    results = [run for run in kept if run["task"] not in arguments.task] + results
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(
         json.dumps({"encoder": Path(arguments.encoder).name, "results": results}, indent=2) + "\n"
@@ -109,10 +114,16 @@ def linear_svm(files: dict[str, Path], names: dict[str, str]) -> list[tuple[str,
 
 
 def train(
-    task: str, model: str, seed: int, files: dict[str, Path], tree: Taxonomy, encoder: str, folder: Path
+    task: str,
+    model: str,
+    seed: int,
+    files: dict[str, Path],
+    tree: Taxonomy,
+    arguments: argparse.Namespace,
+    folder: Path,
 ) -> tuple[list[tuple[str, str]], dict[str, float]]:
     """(label, prediction) of each test row by ``train.py``, and what it measured itself."""
-    words = [str(ROOT / "recipes" / f"{task}.yaml"), "--model_name_or_path", encoder, "--seed", str(seed)]
+    words = [str(ROOT / "recipes" / f"{task}.yaml"), "--model_name_or_path", arguments.encoder, "--seed", str(seed)]
     words += ["--output_dir", str(folder), "--overwrite_output_dir", "true"]
     words += [
         word
@@ -120,6 +131,8 @@ def train(
         if split in files
         for word in (f"--{split}_file", str(files[split]))
     ]
+    if arguments.epochs is not None:
+        words += ["--num_train_epochs", str(arguments.epochs)]
     if "labels" in files:
         words += ["--class_names", str(files["labels"])]
     taxonomy = folder / "taxonomy.json"
@@ -132,6 +145,7 @@ def train(
     metrics = json.loads((folder / "metrics.json").read_text())
     own = {name: metrics[f"test_{name}"] for name in ("log_loss", "ece")}
     own |= {name: metrics[name] for name in ("quantized_test_accuracy", "quantized_test_macro_f1") if name in metrics}
+    own["epochs"] = metrics["epoch"]
     own["train_documents_per_second"] = metrics["train_samples_per_second"]
     with (folder / "test_predictions.csv").open(encoding="utf-8", newline="") as file:
         return [(row["label"], row["prediction"]) for row in csv.DictReader(file)], own
