@@ -86,7 +86,7 @@ def finished(tiny_encoder, tmp_path_factory):
     return output, files, done.stderr
 
 
-def test_the_output_folder_is_what_the_readme_promises(finished):
+def test_the_output_folder_is_what_the_readme_promises(finished, tiny_encoder):
     output, _, _ = finished
     present = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
     present = {name for name in present if not name.startswith(("checkpoint-", "runs/"))}
@@ -111,6 +111,9 @@ def test_the_output_folder_is_what_the_readme_promises(finished):
         "plots/training_curves.html",
         "plots/training_curves.png",
     } <= present
+    card = (output / "README.md").read_text()
+    assert "├── neoplasms" in card
+    assert tiny_encoder not in card  # a folder of this machine
     assert not any(name.endswith((".bin", ".pt", ".pth", ".pkl")) for name in present)
 
 

@@ -12,6 +12,11 @@ TRAINING_SETTINGS = (
     *("learning_rate", "heads_learning_rate", "num_train_epochs", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "warmup_steps", "weight_decay", "label_smoothing_factor", "seed"),
 )
+NOT_SHOWN = (
+    "model_name_or_path",
+    "model_revision",
+    "cache_dir",
+)  # the card names the encoder; the rest is the machine's
 HEADLINE_METRICS = (
     *("accuracy", "macro_f1", "weighted_f1", "hierarchical_precision", "hierarchical_recall", "hierarchical_f1"),
     *("log_loss", "ece"),
@@ -87,7 +92,7 @@ Encoder: `{encoder}`{at}.
 
 | setting | value |
 | --- | --- |
-{chr(10).join(f"| {name} | {value} |" for name, value in settings.items() if value is not None and name != "cache_dir")}
+{chr(10).join(f"| {name} | {value} |" for name, value in settings.items() if value is not None and name not in NOT_SHOWN)}
 
 ## Limits
 
