@@ -49,6 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--encoder", required=True)
+    parser.add_argument("--encoder_name", help="what the results call the encoder, where it is a folder")
     parser.add_argument("--task", choices=TASKS, nargs="+", default=TASKS)
     parser.add_argument("--seed", type=int, nargs="+", default=[42])
     parser.add_argument(
@@ -79,7 +80,8 @@ def main() -> None:
     results = [run for run in kept if run["task"] not in arguments.task] + results
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(
-        json.dumps({"encoder": Path(arguments.encoder).name, "results": results}, indent=2) + "\n"
+        json.dumps({"encoder": arguments.encoder_name or Path(arguments.encoder).name, "results": results}, indent=2)
+        + "\n"
     )
     print_table(results)
 
