@@ -54,6 +54,7 @@ class Taxonomy:
     Attributes:
         names, parents, levels, labels: one entry a node: its name, its parent's id (-1 for a root), its depth (roots
             are at 1), its label.
+        reading_order: the ids of all nodes, each parent before its children, as a tree is drawn.
         num_leaves, num_nodes, depth: ids below ``num_leaves`` are leaves; ``depth`` is the deepest level.
 
     Raises:
@@ -71,7 +72,7 @@ class Taxonomy:
         if self.num_leaves < 2:
             raise TaxonomyError(f"a taxonomy needs at least two leaves; this one has {self.num_leaves}")
         self._paths = [paths[i] for i in order]
-        self._reading_order = sorted(range(self.num_nodes), key=order.__getitem__)
+        self.reading_order = sorted(range(self.num_nodes), key=order.__getitem__)
         self.names = [path[-1] for path in self._paths]
         self.levels = [len(path) for path in self._paths]
         self.depth = max(self.levels)
@@ -228,7 +229,7 @@ class Taxonomy:
         """The forest as nested lists: a leaf is its name, an inner node ``{name: [children]}``."""
         built: list = [name if i < self.num_leaves else {name: []} for i, name in enumerate(self.names)]
         top: list = []
-        for i in self._reading_order:  # parents come before children
+        for i in self.reading_order:  # parents come before children
             siblings = top if self.parents[i] < 0 else built[self.parents[i]][self.names[self.parents[i]]]
             siblings.append(built[i])
         return top
@@ -236,7 +237,7 @@ class Taxonomy:
     @cached_property
     def _children(self) -> dict[int, list[int]]:
         children: dict[int, list[int]] = {}
-        for i in self._reading_order:
+        for i in self.reading_order:
             children.setdefault(self.parents[i], []).append(i)
         return children
 

@@ -8,14 +8,20 @@ Worth knowing:
 3. A checkpoint is either whole (``model.safetensors``) or an adapter: ``heads.safetensors`` beside a plain PEFT adapter
    in ``adapter/``, over an encoder that is fetched by name. The adapter is in a subfolder because a root-level
    ``adapter_config.json`` on the Hub makes ``AutoModel`` load the bare encoder instead.
-4. The heads are parameters of their own module, not an ``nn.Linear``, so no ``quantization_config`` reaches them.
-5. The index buffers are not saved. They are refilled in ``_init_weights``, since models are built on the meta device.
+4. Loading merges the adapter into the encoder's weights, which needs no PEFT, halves the time that loading takes and
+   makes every forward faster. Over quantized or offloaded weights, or on demand, PEFT injects it beside them.
+5. The heads are parameters of their own module, not an ``nn.Linear``, so no ``quantization_config`` reaches them.
+6. The index buffers are not saved. They are refilled in ``_init_weights``, since models are built on the meta device.
 """
 
 import copy
 import inspect
+import json
 import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +43,14 @@ AUTO_MAP = {
     "AutoModel": "modeling_hierarchical.HierarchicalForSequenceClassification",
     "AutoModelForSequenceClassification": "modeling_hierarchical.HierarchicalForSequenceClassification",
 }
-SHIPPED_FILES = ("configuration_hierarchical.py", "modeling_hierarchical.py")
+CUSTOM_PIPELINES = {
+    "hierarchical-text-classification": {
+        "impl": "pipeline_hierarchical.HierarchicalTextClassificationPipeline",
+        "pt": ["AutoModelForSequenceClassification"],
+        "type": "text",
+    }
+}
+SHIPPED_FILES = ("configuration_hierarchical.py", "modeling_hierarchical.py", "pipeline_hierarchical.py")
 ADAPTER_SUBFOLDER = "adapter"
 ADAPTER_PREFIX = "base_model.model."  # how PeftModel names the module that it wraps
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -232,12 +245,17 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         pretrained_model_name_or_path: str | os.PathLike,
         *model_args: Any,
         config: PretrainedConfig | str | os.PathLike | None = None,
+        merge_adapter: bool = True,
         **kwargs: Any,
     ) -> "HierarchicalForSequenceClassification":
         """Loads a whole model, or the encoder by its name and revision and then the adapter and heads of the checkpoint.
 
         Takes what `PreTrainedModel.from_pretrained` takes. With an adapter checkpoint, ``dtype``, ``device_map``,
         ``quantization_config`` and ``attn_implementation`` go to the encoder; the heads stay in float32 beside it.
+
+        Args:
+            merge_adapter: add a LoRA adapter to the weights that it adapts, where they are floating-point numbers in
+                memory. With False, or over quantized or offloaded weights, PEFT keeps it beside them.
         """
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         if not isinstance(config, PretrainedConfig):
@@ -248,21 +266,51 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             return super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, config=config, **{**kwargs, **hub}
             )
-        peft = import_peft()
 
         def fetch(filename: str) -> str:
             return cached_file(pretrained_model_name_or_path, filename, **hub)
 
         heads = load_file(fetch(HEADS_WEIGHTS))
-        adapter_config = fetch(f"{config.adapter_subfolder}/adapter_config.json")
+        adapter_config = Path(fetch(f"{config.adapter_subfolder}/adapter_config.json"))
         adapter = load_file(fetch(f"{config.adapter_subfolder}/{ADAPTER_WEIGHTS}"))
         kwargs = {name: value for name, value in {**kwargs, **hub}.items() if name not in NOT_FOR_THE_ENCODER}
         encoder = load_encoder(config, **kwargs)
-        model = cls(copy.deepcopy(config), encoder=encoder)
-        model.load_heads_and_adapter(heads, adapter, peft.PeftConfig.from_pretrained(Path(adapter_config).parent))
+        with init.no_init_weights():  # everything is loaded
+            model = cls(copy.deepcopy(config), encoder=encoder)
+        model.heads.fill_indices()
+        lora = json.loads(adapter_config.read_text(encoding="utf-8"))
+        if merge_adapter and is_mergeable(encoder, lora):
+            merge_lora(encoder, adapter, lora)
+            model.load_heads(heads)
+        else:
+            model.load_heads_and_adapter(
+                heads, adapter, import_peft().PeftConfig.from_pretrained(adapter_config.parent)
+            )
         model.heads.to(encoder.device)
+        if hasattr(encoder, "hf_device_map"):  # how pipelines and Trainers see that a model is already placed
+            placed = {".".join(filter(None, ("encoder", name))): at for name, at in encoder.hf_device_map.items()}
+            model.hf_device_map = {**placed, "heads": next(iter(placed.values()))}
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         return model.eval()
+
+    def load_heads(self, heads: dict[str, Tensor]) -> None:
+        """Takes heads as they are stored in a checkpoint.
+
+        Raises:
+            ValueError: weights are missing, left over, or of another shape.
+        """
+        check_weights("heads", heads, self.heads.state_dict())
+        self.heads.load_state_dict(heads)
+
+    def merge_adapter(self) -> None:
+        """Adds an injected adapter to the weights that it adapts, and takes PEFT's layers out."""
+        peft = import_peft()
+        for name, module in list(self.encoder.named_modules()):
+            if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+                module.merge(safe_merge=True)  # with an error where a weight is not finite
+                parent, _, child = name.rpartition(".")
+                setattr(self.encoder.get_submodule(parent), child, module.get_base_layer())
+        del self.encoder.peft_config
 
     def load_heads_and_adapter(
         self, heads: dict[str, Tensor], adapter: dict[str, Tensor], adapter_config: Any = None
@@ -282,9 +330,8 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         expected = peft.get_peft_model_state_dict(self.encoder)
         adapter = {name.removeprefix(ADAPTER_PREFIX): tensor for name, tensor in adapter.items()}
         check_weights("adapter", adapter, expected)
-        check_weights("heads", heads, self.heads.state_dict())
+        self.load_heads(heads)
         peft.set_peft_model_state_dict(self.encoder, adapter)
-        self.heads.load_state_dict(heads)
 
     def save_pretrained(
         self,
@@ -300,7 +347,10 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             raise ValueError(f"{save_directory} is a file; a checkpoint needs a folder")
         if not self.has_adapter:
             self.config.adapter_subfolder = None
-            self.config.auto_map = AUTO_MAP
+            self.config.auto_map, self.config.custom_pipelines = AUTO_MAP, CUSTOM_PIPELINES
+            self.config.text_config.name_or_path = ""  # where it lay on this machine
+            if os.path.isabs(self.config.encoder_name_or_path):  # nobody loads it again, and paths are nobody's business
+                self.config.encoder_name_or_path = os.path.basename(self.config.encoder_name_or_path)
             super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
         elif kwargs.get("push_to_hub"):
             raise ValueError("save_pretrained writes a folder; to publish it, run push_to_hub.py on that folder")
@@ -338,7 +388,8 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         adapter_config.save_pretrained(folder / ADAPTER_SUBFOLDER)
 
         config = copy.deepcopy(self.config)
-        config.auto_map = AUTO_MAP
+        config.auto_map, config.custom_pipelines = AUTO_MAP, CUSTOM_PIPELINES
+        config.text_config.name_or_path = ""  # where it lay on this machine
         config.architectures = [type(self).__name__]
         config.adapter_subfolder = ADAPTER_SUBFOLDER
         # how the encoder was held in memory is no property of the checkpoint: it loads as its own repository has it
@@ -381,25 +432,53 @@ def without_pooler(text_config: PretrainedConfig) -> dict[str, bool]:
     return {"add_pooling_layer": False} if "add_pooling_layer" in parameters else {}
 
 
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without warnings of poolers and pretraining heads, which are left out on purpose, and without the conversion of
+    .bin files, for which transformers would send the user's token to a Space.
+    """
+    verbosity, before = logging.get_verbosity(), os.environ.get("DISABLE_SAFETENSORS_CONVERSION")
+    logging.set_verbosity_error()
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if before is None:
+            del os.environ["DISABLE_SAFETENSORS_CONVERSION"]
+        else:
+            os.environ["DISABLE_SAFETENSORS_CONVERSION"] = before
+
+
 def load_encoder(config: HierarchicalConfig, **kwargs: Any) -> PreTrainedModel:
     """The encoder that ``config`` names, at its pinned revision, by `AutoModel.from_pretrained`.
 
     Raises:
-        ValueError: the repository lacks some of the encoder's weights.
+        ValueError: the repository lacks some of the encoder's weights, or its commit is not pinned.
+        OSError: the repository, or that commit of it, is not there.
     """
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # poolers and pretraining heads are left out on purpose; a missing weight is an error
-    try:
+    name, revision = config.encoder_name_or_path, config.encoder_revision
+    if os.path.isdir(name):
+        revision = "main"
+    elif os.path.isabs(name):
+        raise ValueError(
+            f"the encoder is the folder {name}, which is not on this machine: publish such a checkpoint by "
+            "push_to_hub.py --merge, or set encoder_name_or_path and encoder_revision in its config.json"
+        )
+    elif re.fullmatch("[0-9a-f]{40}", revision or "") is None:
+        raise ValueError(
+            f"encoder_revision must be the commit of {name} that this was trained on, 40 hexadecimal digits, not "
+            f"{revision!r}: a branch can move, and the encoder with it"
+        )
+    with quiet_loading():
         encoder, info = AutoModel.from_pretrained(
-            config.encoder_name_or_path,
+            name,
             config=config.text_config,
-            revision=config.encoder_revision or "main",
+            revision=revision,
             output_loading_info=True,
             **without_pooler(config.text_config),
             **kwargs,
         )
-    finally:
-        logging.set_verbosity(verbosity)
     encoder.vocab_size_at_load = config.text_config.vocab_size
     if info["missing_keys"]:
         raise ValueError(
@@ -407,6 +486,65 @@ def load_encoder(config: HierarchicalConfig, **kwargs: Any) -> PreTrainedModel:
             f"{type(encoder).__name__}, such as {min(info['missing_keys'])!r}"
         )
     return encoder
+
+
+# settings of a LoRA adapter that do not change what is added to a weight, whatever their value
+HARMLESS_LORA_SETTINGS = (
+    *(
+        "peft_type",
+        "task_type",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "auto_mapping",
+    ),
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "megatron_core", "qalora_group_size"),
+)
+
+
+def is_target(name: str, targets: list[str] | str) -> bool:
+    """Whether PEFT adapts the module of this name: by the end of its name, or by a pattern for all of it."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def is_mergeable(encoder: nn.Module, adapter_config: dict[str, Any]) -> bool:
+    """Whether an adapter is LoRA as published, over linear layers that hold floating-point numbers."""
+    others = {name: value for name, value in adapter_config.items() if name not in HARMLESS_LORA_SETTINGS and value}
+    if adapter_config["peft_type"] != "LORA" or others.pop("bias", "none") != "none":
+        return False
+    if others.pop("init_lora_weights", True) not in (True, "gaussian") or others:
+        return False
+    targets = [m for name, m in encoder.named_modules() if is_target(name, adapter_config["target_modules"])]
+    return all(type(m) is nn.Linear and m.weight.is_floating_point() and not m.weight.is_meta for m in targets)
+
+
+@torch.no_grad()
+def merge_lora(encoder: nn.Module, adapter: dict[str, Tensor], adapter_config: dict[str, Any]) -> None:
+    """Adds a LoRA adapter to the weights that it adapts: W + (alpha / r) · B · A (Hu et al., 2021, section 4.1).
+
+    Args:
+        adapter: the adapter's weights, as they are stored.
+        adapter_config: the content of its adapter_config.json.
+
+    Raises:
+        ValueError: weights are missing, left over, or of another shape.
+    """
+    targets, r = adapter_config["target_modules"], adapter_config["r"]
+    adapter = {name.removeprefix(ADAPTER_PREFIX): tensor for name, tensor in adapter.items()}
+    modules = {name: module for name, module in encoder.named_modules() if is_target(name, targets)}
+    expected = {}
+    for name, module in modules.items():
+        expected[f"{name}.lora_A.weight"] = torch.empty(r, module.in_features, device="meta")
+        expected[f"{name}.lora_B.weight"] = torch.empty(module.out_features, r, device="meta")
+    check_weights("adapter", adapter, expected)
+    for name, module in modules.items():
+        weight = module.weight
+        a, b = (adapter[f"{name}.lora_{part}.weight"].to(weight.device, torch.float32) for part in "AB")
+        merged = torch.addmm(weight.float(), b, a, alpha=adapter_config["lora_alpha"] / r)
+        weight.data = merged.to(weight.dtype)  # a new tensor: the old one can be the file itself, mapped into memory
 
 
 def negative_log_likelihood(

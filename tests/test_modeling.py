@@ -245,13 +245,17 @@ def test_the_adapter_form_holds_adapter_and_heads_alone_and_comes_back_the_same(
         "config.json",
         "configuration_hierarchical.py",
         "modeling_hierarchical.py",
+        "pipeline_hierarchical.py",
         "heads.safetensors",
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
     }
     inputs = batch(length=20)
-    loaded = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
-    torch.testing.assert_close(loaded(**inputs).logits, adapted(**inputs).logits, atol=1e-6, rtol=0)
+    injected = AutoModel.from_pretrained(tmp_path, trust_remote_code=True, merge_adapter=False)
+    torch.testing.assert_close(injected(**inputs).logits, adapted(**inputs).logits, atol=1e-6, rtol=0)
+    merged = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
+    assert injected.has_adapter and not merged.has_adapter
+    torch.testing.assert_close(merged(**inputs).logits, adapted(**inputs).logits, atol=1e-4, rtol=0)
 
 
 def test_peft_alone_loads_the_adapter_on_the_bare_encoder(adapted, minilm, tmp_path, recwarn):
@@ -293,7 +297,7 @@ def test_saving_one_form_leaves_nothing_of_the_other(adapted, tmp_path):
     assert not list((tmp_path / "adapter").iterdir())
     adapted.save_pretrained(tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
-    assert AutoModel.from_pretrained(tmp_path, trust_remote_code=True).has_adapter
+    assert AutoModel.from_pretrained(tmp_path, trust_remote_code=True, merge_adapter=False).has_adapter
 
 
 def test_a_pooler_is_left_out_only_where_there_is_one():

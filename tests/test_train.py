@@ -196,7 +196,7 @@ def test_a_checkpoint_is_scored_without_training_as_it_was_after_training(finish
 
 def test_a_warm_start_with_a_grown_taxonomy_keeps_the_known_heads(finished, tmp_path):
     output, files, _ = finished
-    old = AutoModel.from_pretrained(output, trust_remote_code=True)
+    old = AutoModel.from_pretrained(output, trust_remote_code=True, merge_adapter=False)
     (tmp_path / "grown.yaml").write_text(
         "general pathological conditions:\nspecific disease:\n  - neoplasms\n  - infections\n"
         "  - digestive system diseases\n  - nervous system diseases\n  - cardiovascular diseases\n"
@@ -210,7 +210,7 @@ def test_a_warm_start_with_a_grown_taxonomy_keeps_the_known_heads(finished, tmp_
         "--learning_rate", "1e-12",
     )  # fmt: skip
     assert "heads kept: 6; started fresh: ['infections']" in done.stderr
-    new = AutoModel.from_pretrained(tmp_path / "results", trust_remote_code=True)
+    new = AutoModel.from_pretrained(tmp_path / "results", trust_remote_code=True, merge_adapter=False)
     before, after = old.config.tree, Taxonomy.from_file(tmp_path / "grown.yaml")
     for node in range(before.num_nodes):
         torch.testing.assert_close(new.heads.weight[after.id(before.labels[node])], old.heads.weight[node])

@@ -115,7 +115,9 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
     set_dropout(config.text_config, arguments)
     config.head_dropout = arguments.head_dropout
     try:
-        model = HierarchicalForSequenceClassification.from_pretrained(path, config=config, **load_arguments(arguments))
+        model = HierarchicalForSequenceClassification.from_pretrained(
+            path, config=config, merge_adapter=False, **load_arguments(arguments)
+        )
     except (OSError, ValueError) as error:
         raise InputError(f"cannot load the checkpoint {path}: {one_line(error)}") from error
     if tuning == "lora":
@@ -238,8 +240,9 @@ def set_dropout(text_config: PretrainedConfig, arguments: ModelArguments) -> Non
 
 def load_tokenizer(arguments: ModelArguments, model: HierarchicalForSequenceClassification) -> PreTrainedTokenizerBase:
     """The encoder's tokenizer, which knows the encoder's limit whatever its own files say."""
+    warm_start = is_checkpoint(arguments.model_name_or_path)
     try:
-        if is_checkpoint(arguments.model_name_or_path):
+        if warm_start:
             tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path, trust_remote_code=True)
         else:
             tokenizer = AutoTokenizer.from_pretrained(
@@ -249,7 +252,9 @@ def load_tokenizer(arguments: ModelArguments, model: HierarchicalForSequenceClas
             )
     except (OSError, ValueError) as error:
         raise InputError(f"cannot load the tokenizer of {arguments.model_name_or_path}: {one_line(error)}") from error
-    tokenizer.model_max_length = min(tokenizer.model_max_length, position_limit(model.encoder))
+    limit = position_limit(model.encoder)
+    # a checkpoint's own is the --max_length it was trained with, which this run may raise
+    tokenizer.model_max_length = limit if warm_start else min(tokenizer.model_max_length, limit)
     return tokenizer
 
 

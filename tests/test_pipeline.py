@@ -1,0 +1,212 @@
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import AutoModel, AutoTokenizer, pipeline
+from transformers.pipelines.pt_utils import KeyDataset
+
+from configuration_hierarchical import HierarchicalConfig, Taxonomy
+from modeling_hierarchical import HierarchicalForSequenceClassification, load_encoder
+
+UNEVEN = Taxonomy({"a": {"b": ["c", "d"], "e": None}, "f": ["g", "c"], "h": None})
+TEXTS = [
+    "Liver cirrhosis.",
+    "A randomized trial of aspirin after myocardial infarction in two hundred men and women, followed for five years.",
+    "Stroke and epilepsy",
+    "Colonoscopy found a carcinoma of the sigmoid colon; resection was followed by chemotherapy. " * 3,
+    "x",
+]
+LONG = "headache migraine seizure tumour liver heart valve artery colon biopsy " * 30
+
+
+@pytest.fixture(scope="module")
+def checkpoint(minilm, tmp_path_factory) -> str:
+    from transformers import AutoConfig
+
+    torch.manual_seed(1)
+    config = HierarchicalConfig(
+        text_config=AutoConfig.from_pretrained(minilm), taxonomy=UNEVEN, encoder_name_or_path=minilm
+    )
+    model = HierarchicalForSequenceClassification(config, encoder=load_encoder(config))
+    nn.init.normal_(model.heads.weight, std=0.5)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(minilm).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def classify(checkpoint):
+    return pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True)
+
+
+def one_by_one(checkpoint: str, texts: list[str], **cutting) -> np.ndarray:
+    """Node probabilities of each text, by the model itself, alone in its batch: (num_texts, num_nodes)."""
+    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
+    with torch.inference_mode():
+        return np.array(
+            [
+                model(**tokenizer(text, return_tensors="pt", truncation=True, **cutting))
+                .node_log_probs[0]
+                .exp()
+                .numpy()
+                for text in texts
+            ]
+        )
+
+
+def test_a_result_is_the_path_to_the_most_probable_leaf_and_every_node_by_level(checkpoint, classify):
+    expected = one_by_one(checkpoint, TEXTS)
+    for text, nodes in zip(TEXTS, expected, strict=True):
+        result = classify(text)
+        leaf = int(nodes[: UNEVEN.num_leaves].argmax())
+        assert result.keys() == {"label", "score", "path", "levels", "truncated"}
+        assert result["label"] == UNEVEN.labels[leaf]
+        assert result["score"] == result["path"][-1]["score"] == pytest.approx(nodes[leaf], abs=1e-6)
+        assert [step["label"] for step in result["path"]] == [UNEVEN.labels[node] for node in UNEVEN.path(leaf)]
+        assert [list(level) for level in result["levels"]] == [["a", "f", "h"], ["b", "e", "g", "f/c"], ["a/b/c", "d"]]
+        found = {label: score for level in result["levels"] for label, score in level.items()}
+        for node, label in enumerate(UNEVEN.labels):
+            assert found[label] == pytest.approx(nodes[node], abs=1e-6)
+        assert result["truncated"] is False
+
+
+def test_the_stock_pipeline_gives_the_same_leaf_and_score(checkpoint, classify):
+    stock = pipeline("text-classification", model=checkpoint, trust_remote_code=True)
+    for ours, theirs in zip(classify(TEXTS), stock(TEXTS, truncation=True), strict=True):
+        assert ours["label"] == theirs["label"]
+        assert ours["score"] == pytest.approx(theirs["score"], abs=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
+def test_results_come_in_order_whatever_the_batches(checkpoint, classify, batch_size):
+    texts = [f"{text} {number}" for number in range(20) for text in TEXTS]
+    expected = one_by_one(checkpoint, texts)[:, : UNEVEN.num_leaves].max(1)
+    scores = [result["score"] for result in classify(texts, batch_size=batch_size)]
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrap", [tuple, iter, np.array, lambda texts: (text for text in texts)])
+def test_any_iterable_of_texts_is_read(classify, wrap):
+    expected = [result["label"] for result in classify(TEXTS)]
+    assert [result["label"] for result in classify(wrap(TEXTS), batch_size=2)] == expected
+
+
+def test_data_sets_are_read(classify):
+    rows = Dataset.from_dict({"text": TEXTS, "abstract": TEXTS})
+    expected = [result["label"] for result in classify(TEXTS)]
+    for data in (rows, rows["abstract"], KeyDataset(rows, "abstract")):
+        assert [result["label"] for result in classify(data)] == expected
+
+
+def test_a_stream_is_read_no_further_than_needed(classify):
+    read = []
+
+    def stream():
+        for number in range(1000):
+            read.append(number)
+            yield f"text {number}"
+
+    results = classify(stream(), batch_size=1)
+    next(results)
+    assert len(read) == 1
+    next(classify(stream(), batch_size=2))
+    assert len(read) < 100
+    assert classify([]) == []
+    assert list(classify(iter([]))) == []
+
+
+def test_top_k_leaves_best_first(checkpoint, classify):
+    nodes = one_by_one(checkpoint, TEXTS[:1])[0, : UNEVEN.num_leaves]
+    for k in (1, 3, 100):
+        results = classify(TEXTS[0], top_k=k)
+        order = np.argsort(-nodes)[:k]
+        assert [result["label"] for result in results] == [UNEVEN.labels[leaf] for leaf in order]
+        np.testing.assert_allclose([result["score"] for result in results], nodes[order], atol=1e-6)
+
+
+def test_a_long_text_is_cut_and_flagged(checkpoint, classify):
+    results = classify([TEXTS[0], LONG], max_length=32)
+    assert [result["truncated"] for result in results] == [False, True]
+    expected = one_by_one(checkpoint, [LONG], max_length=32)[0, : UNEVEN.num_leaves]
+    assert results[1]["score"] == pytest.approx(expected.max(), abs=1e-6)
+
+
+def test_with_a_stride_a_long_text_is_the_mean_of_its_windows(checkpoint, classify):
+    window, stride = 40, 10
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
+    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
+    tokens = tokenizer(LONG, add_special_tokens=False, verbose=False)["input_ids"]
+    step = window - 2 - stride
+    starts = range(0, max(1, len(tokens) - stride), step)
+    with torch.inference_mode():
+        windows = [
+            model(
+                input_ids=torch.tensor(
+                    [[tokenizer.cls_token_id, *tokens[start : start + window - 2], tokenizer.sep_token_id]]
+                )
+            )
+            .node_log_probs[0]
+            .exp()
+            for start in starts
+        ]
+    expected = torch.stack(windows).mean(0)
+    short, result = classify([TEXTS[0], LONG], max_length=window, stride=stride)
+    assert len(windows) > 5
+    assert not result["truncated"]
+    found = {label: score for level in result["levels"] for label, score in level.items()}
+    for node, label in enumerate(UNEVEN.labels):
+        assert found[label] == pytest.approx(expected[node].item(), abs=1e-5)
+    assert sum(result["levels"][0].values()) == pytest.approx(1, abs=1e-6)
+    assert short["score"] == pytest.approx(classify(TEXTS[0])["score"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ("", "the text at position 2 .* is empty"),
+        (" \n", "the text at position 2 .* is empty"),
+        (None, "the item at position 2 .* is no text but NoneType"),
+        (3.5, "the item at position 2 .* is no text but float"),
+        (b"bytes", "the item at position 2 .* is no text but bytes"),
+        (["nested"], "the item at position 2 .* is no text but list"),
+        ({"title": "x"}, "the item at position 2 .* is no text but a mapping with 'title'"),
+    ],
+)
+def test_what_cannot_be_classified_is_named_by_its_position(classify, item, message):
+    with pytest.raises(ValueError, match=message):
+        classify(["one", "two", item, "four"])
+    with pytest.raises(ValueError, match=message.replace("2", "0")):
+        classify(item) if not isinstance(item, list) else classify([item])
+    results = classify(iter(["one", "two", item, "four"]))
+    assert [next(results)["label"], next(results)["label"]] == [r["label"] for r in classify(["one", "two"])]
+    with pytest.raises(ValueError, match=message):
+        next(results)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"top_k": 0}, "top_k must be a whole number of at least 1"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
+        ({"max_length": 10_000}, "beyond the model's limit of 512 tokens"),
+        ({"max_length": 12, "stride": 10}, "leaves no room"),
+        ({"stride": -1}, "stride must be"),
+        ({"truncation": True}, "'truncation' is no argument of this pipeline"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(classify, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        classify("text", **arguments)
+
+
+def test_settings_of_the_pipeline_hold_for_its_calls_and_give_way_to_theirs(checkpoint):
+    classify = pipeline(
+        "hierarchical-text-classification", model=checkpoint, trust_remote_code=True, top_k=2, max_length=16
+    )
+    assert len(classify("text")) == 2
+    assert len(classify("text", top_k=3)) == 3
+    assert classify(LONG)[0]["truncated"]
+    assert not classify(TEXTS[1], max_length=100)[0]["truncated"]
