@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import transformers
 from datasets import DatasetDict
+from huggingface_hub import HfApi
 from transformers import (
     AutoModel,
     AutoTokenizer,
@@ -29,6 +30,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from configuration_hierarchical import HierarchicalConfig, Taxonomy, TaxonomyError
+from modeling_hierarchical import HierarchicalForSequenceClassification
 from training import InputError, card, plots
 from training.arguments import (
     DataArguments,
@@ -39,6 +41,7 @@ from training.arguments import (
 )
 from training.data import LabelledSplits, load_splits, tokenize
 from training.data_report import log_report
+from training.hub import HUB_ERRORS, find_target, log_in, reason, refuse_local_encoder
 from training.losses import HierarchicalFocalLoss, node_counts
 from training.metrics import build_compute_metrics
 from training.model import build_model, is_checkpoint, load_tokenizer, size_report
@@ -86,8 +89,11 @@ def run_training(
         training.eval_strategy, training.load_best_model_at_end = "no", False
     output = Path(training.output_dir)
     model = build_model(model_arguments, data.taxonomy, training.seed)
+    if training.push_to_hub:
+        check_hub(training, model)
     tokenizer = load_tokenizer(model_arguments, model)
     max_length = length_limit(data_arguments.max_length, tokenizer)
+    tokenizer.model_max_length = max_length  # whoever loads it cuts texts where they were cut here
     splits, data.report["lengths"] = tokenized(data, tokenizer, max_length)
     if training.should_save:
         output.mkdir(parents=True, exist_ok=True)
@@ -106,6 +112,26 @@ def run_training(
         label_smoothing=training.label_smoothing_factor,
         logit_adjustment=loss_arguments.logit_adjustment,
     )
+    settings = {
+        **dataclasses.asdict(model_arguments),
+        **dataclasses.asdict(loss_arguments),
+        **{name: getattr(training, name) for name in card.TRAINING_SETTINGS},
+        "max_length": max_length,
+        "train_precision": precision(training),
+    }
+    metrics: dict = {}  # until the end of the run, when the card is written again
+
+    def write_card(folder: Path) -> None:
+        card.write(
+            folder,
+            HierarchicalConfig.from_pretrained(folder),
+            settings,
+            data.report,
+            metrics,
+            model_id=trainer.hub_model_id,
+            environment=card.environment(training.device),
+        )
+
     patience = training.early_stopping_patience if training.load_best_model_at_end else None
     trainer = HierarchicalTrainer(
         model=model,
@@ -118,10 +144,11 @@ def run_training(
         callbacks=[EarlyStoppingCallback(patience)] if patience else None,
         loss_function=loss_function,
         heads_learning_rate=training.heads_learning_rate,
+        write_card=write_card,
     )
     trained = trainer.train(resume_from_checkpoint=resume_folder(training))
-    trainer.save_model()
-    metrics = {
+    trainer.save_model(_internal_call=True)  # else it is pushed here, before it is measured
+    metrics |= {
         **trained.metrics,
         "train_precision": precision(training),
         "train_quantization": model_arguments.quantization,
@@ -139,15 +166,40 @@ def run_training(
         plots.training_curves(trainer.state.log_history, output / "plots")
         draw(data.taxonomy, logits, splits, output / "plots")
         write_predictions(data, logits, splits, output)
-        settings = {
-            **dataclasses.asdict(model_arguments),
-            **dataclasses.asdict(loss_arguments),
-            **{name: getattr(training, name) for name in card.TRAINING_SETTINGS},
-            "max_length": max_length,
-        }
-        card.write(output, served.model.config, settings, data.report, metrics)
+        write_card(output)
         logger.info("checkpoint, metrics and plots are in %s", output)
     log_metrics(measured)
+    if training.push_to_hub:
+        push(trainer)
+
+
+def check_hub(training: HierarchicalTrainingArguments, model: HierarchicalForSequenceClassification) -> None:
+    """Refuses, before training, what could not be published after it."""
+    if model.has_adapter:
+        refuse_local_encoder(model.config, "train without --push_to_hub, then run push_to_hub.py --merge")
+    api = HfApi(token=training.hub_token)
+    find_target(
+        api,
+        log_in(api),
+        "--hub_model_id",
+        training.hub_model_id or Path(training.output_dir).resolve().name,
+        revision=training.hub_revision,
+        private=bool(training.hub_private_repo),
+    )
+
+
+def push(trainer: HierarchicalTrainer) -> None:
+    """The finished run to the Hub, as ``--push_to_hub`` asks."""
+    try:
+        trainer.push_to_hub()
+    except HUB_ERRORS as error:
+        output, target = trainer.args.output_dir, trainer.hub_model_id
+        raise InputError(
+            f"{output} is complete, but not on the Hub: {reason(error)}; run "
+            f"push_to_hub.py --model {output} --repo_id {target}"
+        ) from error
+    if trainer.is_world_process_zero():
+        logger.info("published as %s", trainer.hub_model_id)
 
 
 def score_checkpoint(
@@ -264,7 +316,7 @@ def length_limit(asked: int, tokenizer: PreTrainedTokenizerBase) -> int:
     """``--max_length``, or the encoder's limit where that is less."""
     limit = tokenizer.model_max_length
     if asked > limit:
-        logger.info("--max_length %d is beyond the encoder's limit: texts are cut at %d tokens", asked, limit)
+        logger.info("--max_length %d is beyond the model's limit: texts are cut at %d tokens", asked, limit)
     return min(asked, limit)
 
 

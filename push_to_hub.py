@@ -1,0 +1,170 @@
+"""Publishes a checkpoint, and a Space that serves it: ``python push_to_hub.py --model results --repo_id user/name``.
+
+Checkpoint → (merged) → checks, before anything is sent → one commit for the model → one commit for the Space.
+"""
+
+import argparse
+import logging
+import sys
+import tempfile
+from pathlib import Path
+
+# before it is imported: it asks for kernels from the Hub, whose code is not pinned
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+import torch
+import transformers
+from huggingface_hub import HfApi, RepoCard
+from huggingface_hub.utils import disable_progress_bars
+
+from modeling_hierarchical import HierarchicalForSequenceClassification
+from training import InputError, card
+from training.hub import (
+    ADAPTER_FORM,
+    CHECKPOINT_FILES,
+    HUB_ERRORS,
+    SPACE_FILES,
+    Published,
+    Target,
+    checkpoint_files,
+    find_target,
+    log_in,
+    one_line,
+    publish,
+    read_checkpoint,
+    reason,
+    refuse_local_encoder,
+)
+
+SPACE_FOLDER = Path(__file__).parent / "space"
+MERGE_TOLERANCE = 1e-4
+Files = dict[str, Path | bytes]
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse(argv)
+    folder = Path(arguments.model)
+    config = read_checkpoint(folder)
+    adapter = config.adapter_subfolder is not None
+    if arguments.merge and not adapter:
+        raise InputError(f"--merge: {folder} is self-contained already; leave the flag out")
+    if adapter and not arguments.merge:
+        refuse_local_encoder(config, "give --merge to publish a model that needs no encoder beside it")
+    api = HfApi()
+    account = log_in(api)
+    options = {"private": arguments.private}
+    target = find_target(
+        api,
+        account,
+        "--repo_id",
+        arguments.repo_id,
+        "model",
+        arguments.revision,
+        create_pr=arguments.create_pr,
+        **options,
+    )
+    space = None
+    if arguments.space_id is not None:
+        space = find_target(api, account, "--space_id", arguments.space_id, "space", **options)
+    with tempfile.TemporaryDirectory() as scratch:
+        if arguments.merge:
+            merge(folder, Path(scratch))
+            folder = Path(scratch)
+        files: Files = {name: folder / name for name in checkpoint_files(folder)}
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        files["README.md"] = card.rename(text, target.repo_id, merged=arguments.merge).encode()
+        if arguments.dry_run:
+            report(target, files)
+            if space is not None:
+                report(space, space_files(target.repo_id))
+            print("nothing was sent")
+            return
+        model = publish(api, target, files, CHECKPOINT_FILES, "Publish a checkpoint", arguments.create_pr)
+    print(f"{target.repo_id}: {model.url}")
+    if space is not None:
+        publish_space(api, space, target, model)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="push_to_hub.py", description="Publishes a checkpoint on the Hub.")
+    parser.add_argument("--model", required=True, help="the folder that train.py wrote")
+    parser.add_argument("--repo_id", required=True, help="user/name of the model on the Hub")
+    parser.add_argument("--private", action="store_true", help="create what does not exist yet as private")
+    parser.add_argument(
+        "--merge", action="store_true", help="one self-contained model, which needs no encoder beside it"
+    )
+    parser.add_argument("--space_id", help="user/name of a Space that serves the model")
+    parser.add_argument("--revision", help="the branch to commit to, created if it is not there; main by default")
+    parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
+    parser.add_argument("--dry_run", action="store_true", help="check everything, list the files, send nothing")
+    return parser.parse_args(argv)
+
+
+def merge(folder: Path, output: Path) -> None:
+    """Writes the self-contained form of a checkpoint: the adapter added to the encoder in full precision.
+
+    Raises:
+        InputError: the encoder cannot be loaded, or the merged model does not answer as the checkpoint does.
+    """
+    load = HierarchicalForSequenceClassification.from_pretrained
+    try:
+        plain = load(folder, dtype=torch.float32, merge_adapter=False)
+        model = load(folder, dtype=torch.float32, merge_adapter=False)
+        model.merge_adapter()
+    except (*HUB_ERRORS, ValueError) as error:
+        raise InputError(f"cannot load {folder}: {one_line(error)}") from error
+    ids = torch.randint(5, model.config.text_config.vocab_size, (4, 64), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        gap = (plain(input_ids=ids).logits - model(input_ids=ids).logits).abs().max().item()
+    if not gap <= MERGE_TOLERANCE:
+        raise InputError(
+            f"the merged model's logits differ from the checkpoint's by {gap:.1e}; publish without --merge"
+        )
+    model.save_pretrained(output)
+    for name in set(checkpoint_files(folder)) - set(ADAPTER_FORM):
+        if not (output / name).exists():
+            (output / name).parent.mkdir(exist_ok=True)
+            (output / name).write_bytes((folder / name).read_bytes())
+
+
+def space_files(model_id: str) -> Files:
+    """The files of the Space, its card naming the model that it serves."""
+    files: Files = {name: SPACE_FOLDER / name for name in SPACE_FILES}
+    readme = RepoCard((SPACE_FOLDER / "README.md").read_text(encoding="utf-8"))
+    readme.data.models = [model_id]
+    files["README.md"] = str(readme).encode()
+    return files
+
+
+def publish_space(api: HfApi, space: Target, model_target: Target, model: Published) -> None:
+    """Publishes the Space and points it at the commit of the model."""
+    done = publish(api, space, space_files(model_target.repo_id), SPACE_FILES, "Publish the Space")
+    try:
+        for key, value in (("MODEL_ID", model_target.repo_id), ("MODEL_REVISION", model.sha)):
+            api.add_space_variable(space.repo_id, key, value)
+    except HUB_ERRORS as error:
+        raise InputError(
+            f"{space.repo_id} is published, but not pointed at the model: {reason(error)}; run the same command again"
+        ) from error
+    print(f"{space.repo_id}: {done.url}")
+    if model_target.private:
+        print(f"{model_target.repo_id} is private: give the Space a secret HF_TOKEN that may read it")
+
+
+def report(target: Target, files: Files) -> None:
+    """Prints what would be sent."""
+    state = "changed" if target.exists else "created, private" if target.private else "created, public"
+    print(f"{target.repo_type} {target.repo_id}, branch {target.revision}, would be {state}:")
+    for name, source in sorted(files.items()):
+        size = len(source) if isinstance(source, bytes) else source.stat().st_size
+        print(f"  {size:>12,} bytes  {name}")
+
+
+if __name__ == "__main__":
+    transformers.logging.disable_progress_bar()
+    disable_progress_bars()
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        print(f"push_to_hub.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

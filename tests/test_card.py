@@ -1,0 +1,422 @@
+"""The model card: it parses back to the run's own numbers, no name breaks it, no path leaks, and it can be renamed."""
+
+import csv
+import getpass
+import json
+import re
+import socket
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from conftest import ROOT
+from huggingface_hub import ModelCard
+from transformers import EvalPrediction
+
+from configuration_hierarchical import DEFAULT_TAXONOMY, HierarchicalConfig, Taxonomy
+from training import card
+from training.data_report import describe, length_report, shared_texts, untrained_classes
+from training.metrics import build_compute_metrics
+
+ENCODER, COMMIT = "emilyalsentzer/Bio_ClinicalBERT", "d5892b39a4adaed74b92212a44081509db72f87b"
+HOSTILE = [
+    "colon: and 'quotes' \"both\"",
+    "a | b \\| c",
+    "````",
+    "---",
+    "<script>alert(1)</script>",
+    "<!-- use: other/model -->",
+    "<!-- /use -->",
+    {"```python": ["# heading", "[link](http://x) *bold* _it_ $$x$$ &lt;"]},
+]
+SETTINGS = {
+    "model_name_or_path": ENCODER,
+    "model_revision": COMMIT,
+    "cache_dir": "/home/alice/cache",
+    "quantization": "4bit",
+    "tuning": "lora",
+    "lora_target_modules": ["query", "value"],
+    "attn_implementation": None,
+    "focal_gamma": 1.0,
+    "learning_rate": 6e-4,
+    "max_length": 256,
+}
+ENVIRONMENT = {"hardware": "AMD EPYC, 2 cores", "versions": {"python": "3.11.7", "torch": "2.13.0"}}
+EMISSIONS = {"timestamp": "2026-01-01T00:00:00", "duration": "118.0", "emissions": "0.00123", "country_name": "Iceland",
+             "longitude": "-21.9", "latitude": "64.1", "codecarbon_version": "3.3.2"}  # fmt: skip
+
+
+def make_config(taxonomy=DEFAULT_TAXONOMY, **changes) -> HierarchicalConfig:
+    given = {"encoder_name_or_path": ENCODER, "encoder_revision": COMMIT, "adapter_subfolder": "adapter", **changes}
+    return HierarchicalConfig(taxonomy=taxonomy, **given)
+
+
+def make_report(tree: Taxonomy, sources: dict[str, str] | None = None) -> dict:
+    """A data report by the functions that make the real one; one text of each split has two labels."""
+    sources = sources or {split: f"/home/alice/data/{split}.csv" for split in ("train", "validation", "test")}
+    parts = []
+    for split in ("train", "validation", "test"):
+        labels = [*range(1, tree.num_leaves), 1, 1]  # leaf 0 has no row
+        texts = [f"{split} {i}" for i in range(len(labels))]
+        texts[1] = texts[0]
+        part = pd.DataFrame({"split": split, "text": texts, "label": labels})
+        parts.append(part.assign(text_id=pd.factorize(part["text"])[0] + 10_000 * len(parts)))
+    rows = pd.concat(parts, ignore_index=True)
+    return {
+        "sources": [{"split": s, "name": name, "sha256": {Path(name).name: "ab" * 32}} for s, name in sources.items()],
+        "columns": {"text": "text", "label": ["label"]},
+        "taxonomy": "from /home/alice/taxonomy.yaml",
+        "split": {"method": "as given", "carved": {}, "seed": 42},
+        "splits": {part["split"].iloc[0]: describe(part, tree, 0) for part in parts},
+        "shared_texts": shared_texts(rows),
+        "classes_without_training_rows": untrained_classes(rows, tree),
+        "lengths": {part["split"].iloc[0]: length_report([10, 20, 300], 256) for part in parts},
+    }
+
+
+def make_metrics(tree: Taxonomy) -> dict:
+    """Metrics by the function that makes the real ones, named as train.py names them."""
+    compute, found = build_compute_metrics(tree), {}
+    generator = np.random.default_rng(0)
+    for prefix in ("quantized_eval", "quantized_test", "eval", "test"):
+        logits, labels = generator.normal(size=(40, tree.num_leaves)), generator.integers(tree.num_nodes, size=40)
+        scores = compute(EvalPrediction(logits, labels))
+        found |= {f"{prefix}_{name}": value for name, value in {"loss": 0.5, "runtime": 2.0, **scores}.items()}
+    return {
+        "train_runtime": 125.0,
+        "train_precision": "bf16",
+        "train_quantization": "4bit",
+        "trainable_parameters": 665_862,
+        "all_parameters": 23_231_238,
+        "trainable_share": 665_862 / 23_231_238,
+        "encoder_bytes": 53_310_240,
+        "encoder_bytes_float32": 90_261_504,
+        **found,
+    }
+
+
+@pytest.fixture(scope="module")
+def metrics() -> dict:
+    return make_metrics(Taxonomy(DEFAULT_TAXONOMY))
+
+
+@pytest.fixture
+def written(tmp_path, metrics):
+    """A function that writes a card, of a finished run unless told otherwise, and returns its text."""
+
+    def write(config=None, settings=SETTINGS, report=None, metrics=metrics, **arguments) -> str:
+        config = config or make_config()
+        report = make_report(config.tree) if report is None else report
+        card.write(tmp_path, config, settings, report, metrics, **{"environment": ENVIRONMENT, **arguments})
+        return (tmp_path / "README.md").read_text(encoding="utf-8")
+
+    return write
+
+
+def section(text: str, title: str) -> str:
+    return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def write_emissions(folder: Path, *rows: dict) -> None:
+    with (folder / "emissions.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, EMISSIONS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+# ── front matter ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_results_parse_back_to_the_numbers_of_the_metrics_file(written, metrics):
+    parsed = ModelCard(written(model_id="me/model")).data
+    prefixes = {"validation": "eval", "test": "test"}
+    found = {f"{prefixes[r.dataset_split]}_{r.metric_name}": r.metric_value for r in parsed.eval_results}
+    shown = {*card.METRICS, *(f"level_{k}_{name}" for k in (1, 2) for name in ("accuracy", "macro_f1"))}
+    assert found == {f"{prefix}_{name}": metrics[f"{prefix}_{name}"] for prefix in ("eval", "test") for name in shown}
+    assert parsed.model_name == "me/model"
+    types = {r.metric_name: r.metric_type for r in parsed.eval_results}
+    assert (types["accuracy"], types["level_2_macro_f1"], types["level_1_accuracy"]) == ("accuracy", "f1", "accuracy")
+    names = {(r.task_type, r.dataset_type, r.dataset_name, r.dataset_split, r.verified) for r in parsed.eval_results}
+    assert names == {("text-classification", "unknown", f"{s}.csv", s, None) for s in ("validation", "test")}
+
+
+def test_the_front_matter_says_what_the_hub_asks(written):
+    front = ModelCard(written(licence="mit")).data.to_dict()
+    assert front["license"] == "mit"
+    assert (front["library_name"], front["pipeline_tag"]) == ("transformers", "text-classification")
+    assert {"hierarchical-text-classification", "medical", "lora"} <= set(front["tags"])
+    assert (front["base_model"], front["base_model_relation"]) == (ENCODER, "adapter")
+    assert front["metrics"] == ["accuracy", "f1", "precision", "recall"]
+    assert front.keys().isdisjoint({"datasets", "language", "co2_eq_emissions", "model_name"})
+
+
+def test_a_whole_model_is_a_finetune_of_its_encoder(written):
+    text = written(make_config(adapter_subfolder=None))
+    assert ModelCard(text).data.base_model_relation == "finetune"
+    assert card.WHOLE_FORM in text
+    assert card.ADAPTER_FORM not in text
+
+
+def test_an_encoder_from_a_folder_is_no_base_model(written):
+    text = written(make_config(encoder_name_or_path="/home/alice/encoder", encoder_revision=None))
+    assert ModelCard(text).data.to_dict().keys().isdisjoint({"base_model", "base_model_relation"})
+    assert card.LOCAL_ADAPTER_FORM in text
+    assert "huggingface.co" not in section(text, "Training")
+
+
+def test_only_a_data_set_of_the_hub_is_named_as_one(written, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "saved" / "set").mkdir(parents=True)
+    tree = Taxonomy(DEFAULT_TAXONOMY)
+    hub = {"train": "TimSchopf/medical_abstracts [train]", "test": "TimSchopf/medical_abstracts [test]"}
+    parsed = ModelCard(written(report=make_report(tree, hub))).data
+    assert parsed.datasets == ["TimSchopf/medical_abstracts"]
+    assert {(r.dataset_type, r.dataset_name) for r in parsed.eval_results} == {("TimSchopf/medical_abstracts",) * 2}
+    for source in ("saved/set [train]", "corpus/all.csv", "/data/set/ [train]", "all.csv"):
+        parsed = ModelCard(written(report=make_report(tree, {"all": source}))).data
+        assert parsed.datasets is None
+        assert {r.dataset_name for r in parsed.eval_results} <= {"set [train]", "all.csv"}
+
+
+# ── names and paths ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_hostile_names_break_neither_front_matter_nor_tables_nor_code(written):
+    config = make_config(HOSTILE)
+    sources = {split: f"/data/--- <b>`x|y`: \n--- {split}.csv" for split in ("train", "validation", "test")}
+    report = make_report(config.tree, sources)
+    report["columns"] = {"text": "te|xt", "label": ["<la`bel>"]}
+    found = make_metrics(config.tree)
+    text = written(config, report=report, metrics=found)
+
+    parsed = ModelCard(text)
+    assert {r.dataset_name for r in parsed.data.eval_results} == {
+        f"--- <b>`x|y`: --- {split}.csv" for split in ("validation", "test")
+    }
+    assert parsed.text.lstrip().startswith("# Hierarchical text classifier")
+
+    fence, drawn = re.search(r"^(`{5,})text\n(.*?)\n\1$", text, re.M | re.S).groups()
+    assert drawn == config.tree.tree()  # whole, and ended by nothing in it
+    outside = text.replace(f"{fence}text\n{drawn}\n{fence}", "")
+    for code in re.findall(r"^```\w+\n.*?^```$", outside, re.M | re.S):
+        outside = outside.replace(code, "")
+    outside = re.sub(r"^<!-- /?use.*-->$", "", outside.split("\n---\n", 1)[1], flags=re.M)
+    assert not re.search(r"[<>]|\$\$|\*bold|\[link", outside)
+    assert "&#60;script&#62;alert(1)&#60;/script&#62;" in outside
+    assert not re.findall(r"^(?:---|# heading)", outside, re.M)
+
+    tables = [lines for block in text.split("\n\n") if (lines := block.split("\n"))[0].startswith("| ")]
+    assert len(tables) >= 7
+    for lines in tables:
+        assert {line.count("|") for line in lines} == {lines[0].count("|")}
+    assert len(card.snippets(text)) == 3
+    assert len(card.snippets(card.rename(text, "me/model"))) == 3
+    assert "other/model" in card.rename(text, "me/model")  # a class of that name stays
+
+
+def test_no_path_of_the_machine_is_written(written, tmp_path):
+    config = make_config(encoder_name_or_path="/home/alice/encoder", encoder_revision=None)
+    settings = SETTINGS | {"model_name_or_path": "/home/alice/run", "attn_implementation": "/home/alice/kernel"}
+    text = written(config, settings=settings)
+    assert "kernel" in text
+    assert "train.csv" in text
+    assert "taxonomy.yaml" in text
+    assert "alice" not in text
+    assert str(tmp_path) not in text
+    assert "continued from an earlier checkpoint" in text
+    assert not re.search(r"(?<![\w:/<.*])/\w+/", text)
+
+
+def test_plain_text_stays_readable():
+    assert card.plain("T-cell (mature), my_data.csv: 5 %") == "T-cell (mature), my_data.csv: 5 %"
+    assert card.plain("_x_ a|b\n`c`") == "&#95;x&#95; a&#124;b &#96;c&#96;"
+
+
+# ── snippets and renaming ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_three_snippets_compile_and_name_the_model(written):
+    for model_id in (None, "me/model"):
+        text = written(model_id=model_id)
+        code = card.snippets(text)
+        assert len(code) == 3
+        for snippet in code:
+            compile(snippet, "snippet", "exec")
+            assert f'"{model_id or card.MODEL_PLACEHOLDER}"' in snippet
+            assert "trust_remote_code=True" in snippet
+        assert (card.PLACEHOLDER_NOTE in text) == (model_id is None)
+
+
+def test_a_renamed_card_is_the_card_of_that_model(written):
+    draft, final = written(), written(model_id="me/model")
+    assert ModelCard(card.rename(draft, "me/model")).data.to_dict() == ModelCard(final).data.to_dict()
+    assert ModelCard(card.rename(draft, "me/model")).text == ModelCard(final).text
+    assert card.rename(card.rename(draft, "a/b.c"), "me/model") == card.rename(draft, "me/model")
+    assert card.rename(card.rename(draft, "me/model", True), "me/model", True) == card.rename(draft, "me/model", True)
+
+
+def test_renaming_keeps_what_was_written_by_hand(written):
+    text = card.rename(written(), "old/model")
+    by_hand = text.replace("license: apache-2.0", "# my remark\nlanguage: [en]\nlicense: mit\nextra: {a: 1}")
+    by_hand = by_hand.replace(
+        "## Use\n", "## Demo\n\nSee old/model and its [Space](https://hf.co/spaces/old/model).\n\n## Use\n"
+    )
+    by_hand = by_hand.replace("Without a pipeline:", "By hand, see also old/model-2 and `old/model`:")
+    renamed = card.rename(by_hand, "new/model")
+    expected = by_hand  # in quotes in the front matter and the snippets
+    for mention in ('"{}"', "<!-- use: {} -->", "`{}`"):
+        expected = expected.replace(mention.format("old/model"), mention.format("new/model"))
+    assert renamed == expected
+    assert "See old/model and its [Space](https://hf.co/spaces/old/model)." in renamed
+    front = ModelCard(renamed).data.to_dict()
+    assert (front["language"], front["license"], front["extra"]) == (["en"], "mit", {"a": 1})
+    assert front["model-index"][0]["name"] == "new/model"
+    assert card.rename(by_hand.replace("\n", "\r\n"), "new/model") == renamed.replace("\n", "\r\n")
+
+
+@pytest.mark.parametrize("encoder", [ENCODER, "/home/alice/encoder"])
+def test_a_merged_card_tells_of_the_whole_model(written, encoder):
+    renamed = card.rename(written(make_config(encoder_name_or_path=encoder)), "me/model", merged=True)
+    relation = ModelCard(renamed).data.get("base_model_relation")
+    assert relation == ("finetune" if encoder == ENCODER else None)
+    assert card.WHOLE_FORM in renamed
+    assert card.ADAPTER_FORM not in renamed
+    assert card.LOCAL_ADAPTER_FORM not in renamed
+
+
+def test_another_relation_and_a_foreign_body_are_left_alone():
+    foreign = "# Mine\n\nyour-name/your-model\n"
+    assert card.rename(foreign, "me/model", merged=True) == foreign
+    front = "---\nbase_model_relation: quantized\nmodel-index:\n  - name: x\n    results: []\n---\n"
+    assert card.rename(front + foreign, "123", merged=True) == front.replace("name: x", 'name: "123"') + foreign
+    assert card.snippets(foreign) == []
+
+
+# ── sections ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_card_of_an_unfinished_run_has_no_results(written):
+    text = written(report={}, metrics={}, environment=None)
+    assert "not finished" in section(text, "Results")
+    assert ModelCard(text).data.to_dict().keys().isdisjoint({"model-index", "model_name", "metrics"})
+    assert "\n## Data\n" not in text
+    assert "├── neoplasms" in text
+    assert len(card.snippets(card.rename(text, "me/model"))) == 3
+    assert "nothing was measured" in section(written(metrics={"train_runtime": 1.0}), "Results")
+
+
+def test_scores_stand_beside_those_of_the_quantized_encoder(written, metrics):
+    found = section(written(), "Results")
+    assert f"| accuracy | {metrics['eval_accuracy']:.4f} | {metrics['test_accuracy']:.4f} |" in found
+    assert f"| level 2 macro F1 | {metrics['eval_level_2_macro_f1']:.4f} |" in found
+    trained, served = metrics["quantized_test_accuracy"], metrics["test_accuracy"]
+    assert f"| test accuracy | {trained:.4f} | {served:.4f} | {served - trained:+.4f} |" in found
+    plain = {name: value for name, value in metrics.items() if not name.startswith("quantized")}
+    assert "as trained" not in section(written(metrics=plain), "Results")
+
+
+def test_the_training_section_shows_encoder_settings_and_size(written):
+    found = section(written(), "Training")
+    assert f"[{ENCODER}](https://huggingface.co/{ENCODER}) at revision `{COMMIT}`" in found.replace("&#95;", "_")
+    assert "665,862 of 23,231,238 parameters (2.9%)" in found
+    assert "Precision: bf16." in found
+    assert "| lora_target_modules | query, value |" in found
+    assert "| learning_rate | 0.0006 |" in found
+    assert "attn_implementation" not in found  # it was not set
+    assert "continued" not in found
+    assert "| train_precision | fp32 |" in section(written(settings=SETTINGS | {"train_precision": "fp32"}), "Training")
+
+
+def test_only_plots_that_are_there_are_shown(written, tmp_path):
+    assert "![" not in written()
+    (tmp_path / "plots").mkdir()
+    for level in (2, 3):  # the taxonomy has two levels: the third is of another run
+        (tmp_path / "plots" / f"confusion_matrix_level_{level}.png").touch()
+    images = re.findall(r"!\[(.*?)\]\((.*?)\)", written())
+    assert images == [("Confusion matrix of the test rows, level 2", "plots/confusion_matrix_level_2.png")]
+
+
+def test_the_data_section_shows_rows_conflicts_lengths_and_classes(written):
+    report = make_report(Taxonomy(DEFAULT_TAXONOMY))
+    text = written(report=report)
+    found = section(text, "Data")
+    ceiling = report["splits"]["train"]["accuracy_ceiling"]
+    assert f"| train | 6 | 0 | 1 | 1 | 2 | {ceiling:.2%} |" in found
+    assert "| test | 20 | 300 | 300 | 1 | 256 |" in found
+    assert "| neoplasms | 3 | 3 | 3 |" in found
+    assert "Classes without training rows: general pathological conditions." in found
+    assert "| train | train.csv | abababababab |" in found
+    assert "several labels (1 train, 1 validation, 1 test)" in section(text, "Limits and intended use")
+    carved = report | {"split": {"method": "by class", "carved": {"test": 0.1}, "seed": 7}}
+    assert "0.1 for test; seed 7" in section(written(report=carved), "Data")
+
+
+def test_a_large_taxonomy_makes_no_large_card(written):
+    config = make_config([{f"parent {i}": [f"child {i} {j}" for j in range(50)]} for i in range(60)])
+    text = written(config, report=make_report(config.tree), metrics={})
+    assert len(text) < 25_000
+    assert "and 40 smaller ones." in text
+    assert "and 2,980 smaller ones." in text
+    assert "and 2,860 more nodes" in text
+
+
+def test_the_limits_are_stated(written, metrics):
+    found = section(written(), "Limits and intended use")
+    for words in ("Not a medical device", "not for diagnosis", "one path", "256 tokens", f"{metrics['test_ece']:.3f}"):
+        assert words in found
+
+
+def test_emissions_are_those_of_the_last_row_in_grams(written, tmp_path):
+    write_emissions(tmp_path, EMISSIONS | {"emissions": "9"}, EMISSIONS)
+    text = written()
+    assert ModelCard(text).data.co2_eq_emissions == {
+        "emissions": pytest.approx(1.23),
+        "source": "CodeCarbon 3.3.2",
+        "training_type": "fine-tuning",
+        "geographical_location": "Iceland",
+        "hardware_used": ENVIRONMENT["hardware"],
+    }
+    assert "1.23 g" in section(text, "Environmental impact")
+    assert "64.1" not in text
+    assert "2 min 5 s" in section(text, "Environmental impact")
+
+
+@pytest.mark.parametrize("change", [{"duration": "9000"}, {"emissions": ""}, {"emissions": "nan"}, None])
+def test_another_runs_or_unreadable_emissions_are_not_reported(written, tmp_path, change):
+    write_emissions(tmp_path, *([] if change is None else [EMISSIONS | change]))
+    text = written()
+    assert "co2_eq_emissions" not in text
+    assert "--report_to codecarbon" in section(text, "Environmental impact")
+
+
+def test_the_environment_names_hardware_and_libraries_but_no_machine(written):
+    found = card.environment("cpu")
+    assert {"python", "torch", "transformers", "peft", "bitsandbytes"} <= found["versions"].keys()
+    assert re.fullmatch(r".+, \d+ cores", found["hardware"])
+    assert socket.gethostname() not in json.dumps(found)
+    assert f"/{getpass.getuser()}" not in json.dumps(found)
+    text = written(environment=found)
+    assert f"transformers {found['versions']['transformers']}" in section(text, "Environmental impact")
+
+
+def test_the_citation_is_that_of_the_citation_file(written):
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    found = section(written(), "Citation")
+    assert f"title = {{{cited['title']}}}" in found
+    assert f"author = {{{' and '.join('{' + author['name'] + '}' for author in cited['authors'])}}}" in found
+    assert f"license = {{{cited['license']}}}" in found
+    assert ("year = " in found) == ("date-released" in cited)
+
+
+@pytest.mark.parametrize(
+    ("settings", "cited"),
+    [
+        ({"tuning": "lora", "quantization": "4bit", "focal_gamma": 1.0}, ["LoRA", "QLoRA", "Focal"]),
+        ({"tuning": "lora", "quantization": "none", "focal_gamma": 0.0}, ["LoRA"]),
+        ({"tuning": "full", "quantization": "none", "focal_gamma": 2.0}, ["Focal"]),
+    ],
+)
+def test_only_methods_that_were_used_are_cited(written, settings, cited):
+    assert re.findall(r"^- (\w+)", section(written(settings=settings), "Citation"), re.M) == cited

@@ -1,0 +1,863 @@
+"""Publishing and loading over HTTP, by the real client against a hub of our own, each in a process of its own."""
+
+import ast
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CORPUS, ROOT, read_csv, run, stranger, write_csv
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+from hub_server import HubServer
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from modeling_hierarchical import HierarchicalForSequenceClassification
+from training.card import snippets
+
+ADAPTER_REPOSITORY = {
+    *(".gitattributes", "README.md", "config.json", "metrics.json"),
+    *("configuration_hierarchical.py", "modeling_hierarchical.py", "pipeline_hierarchical.py"),
+    *("heads.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
+    *("tokenizer.json", "tokenizer_config.json"),
+    *(f"plots/confusion_matrix_level_{level}.png" for level in (1, 2)),
+    *("plots/reliability_diagram.png", "plots/training_curves.png"),
+}
+MERGED_REPOSITORY = {
+    *(name for name in ADAPTER_REPOSITORY if not name.startswith("adapter/") and name != "heads.safetensors"),
+    "model.safetensors",
+}
+TEXTS = ["Chest pain after exercise, and narrowed coronary arteries.", "A tumour of the liver was removed."]
+
+
+@pytest.fixture(scope="module")
+def hub(tiny_encoder):
+    """A hub that holds the encoder, with users who may and may not write."""
+    with HubServer() as hub:
+        hub.add_user("alice", "hf_alice", orgs=("clinic",))
+        hub.add_user("reader", "hf_reader", role="read")
+        hub.add_repo("base/tiny", Path(tiny_encoder))
+        yield hub
+
+
+def settings(hub: HubServer, home: Path, token: str | None = None) -> dict[str, str]:
+    """The environment of a process that uses the hub, with a cache of its own."""
+    found = {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    return found if token is None else {**found, "HF_TOKEN": token}
+
+
+def training_words(tiny: str, data: Path, output: Path) -> list[object]:
+    flags: list[object] = [ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", tiny, "--output_dir", output]
+    for split, count in (("train", 48), ("validation", 20), ("test", 20)):
+        flags += [f"--{split}_file", write_csv(data / f"{split}.csv", read_csv(CORPUS / f"{split}.csv")[:count])]
+    return [*flags, "--num_train_epochs", 2, "--per_device_train_batch_size", 8]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(hub, tmp_path_factory) -> Path:
+    """A finished run over an encoder of the hub, in a folder in which other things lie as well."""
+    folder = tmp_path_factory.mktemp("run")
+    output = folder / "results"
+    run(*training_words("base/tiny", folder, output), settings=settings(hub, folder / "home"))
+    (output / ".env").write_text("HF_TOKEN=hf_secret")
+    (output / "notes.ipynb").write_text("{}")
+    (output / "optimizer.pt").write_bytes(b"pickle")
+    (output / "plots" / "patients.csv").write_text("name\n")
+    (output / "adapter" / "training_args.bin").write_bytes(b"pickle")
+    return output
+
+
+@pytest.fixture(scope="module")
+def published(hub, checkpoint, tmp_path_factory) -> dict[str, str]:
+    """Both forms of the checkpoint on the hub: repository ids by form."""
+    home = tmp_path_factory.mktemp("home")
+    for name, flags in (("adapter", []), ("merged", ["--merge"])):
+        words = ["--model", checkpoint, "--repo_id", f"alice/{name}", *flags]
+        done = run(*words, command="push_to_hub.py", settings=settings(hub, home, "hf_alice"))
+        assert (
+            done.stdout == f"alice/{name}: {hub.endpoint}/alice/{name}/commit/{hub.commits(f'alice/{name}')[-1].sha}\n"
+        )
+    return {"adapter": "alice/adapter", "merged": "alice/merged"}
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint, hub) -> torch.Tensor:
+    """Node log-probabilities of TEXTS by PEFT the plain way, from the local files: (2, num_nodes)."""
+    from peft import PeftModel
+    from transformers import AutoModel
+
+    folder = checkpoint.parent / "base"
+    for name, content in hub.files("base/tiny").items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    encoder = PeftModel.from_pretrained(AutoModel.from_pretrained(folder), checkpoint / "adapter").eval()
+    config = HierarchicalForSequenceClassification.config_class.from_pretrained(checkpoint)
+    heads = HierarchicalForSequenceClassification(config).heads.eval()
+    heads.load_state_dict(load_file(checkpoint / "heads.safetensors"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        rows = []
+        for text in TEXTS:
+            inputs = tokenizer(text, return_tensors="pt", truncation=True, max_length=128)
+            rows.append(heads(encoder(**inputs).last_hidden_state.mean(1)))
+    return torch.cat(rows)
+
+
+# publishing
+
+
+def test_only_the_files_of_the_checkpoint_go_up_in_one_commit(hub, published, checkpoint):
+    files = hub.files("alice/adapter")
+    assert files.keys() == ADAPTER_REPOSITORY
+    assert hub.files("alice/merged").keys() == MERGED_REPOSITORY
+    for name in ADAPTER_REPOSITORY - {".gitattributes", "README.md"}:
+        assert files[name] == (checkpoint / name).read_bytes()
+    for repo in published.values():
+        assert [commit.title for commit in hub.commits(repo)] == ["initial commit", "Publish a checkpoint"]
+
+
+def test_nothing_of_this_machine_is_published(hub, published, checkpoint):
+    for repo in published.values():
+        for name, content in hub.files(repo).items():
+            assert str(checkpoint.parent).encode() not in content, (repo, name)
+            assert str(ROOT).encode() not in content, (repo, name)
+            assert b"hf_alice" not in content, (repo, name)
+
+
+def test_publishing_again_makes_no_commit_and_a_change_makes_one(hub, checkpoint, tmp_path):
+    folder = tmp_path / "results"
+    shutil.copytree(checkpoint, folder)
+    words = ["--model", folder, "--repo_id", "again"]  # the namespace is the token's
+    environment = settings(hub, tmp_path / "home", "hf_alice")
+    for commits in (2, 2):
+        run(*words, command="push_to_hub.py", settings=environment)
+        assert len(hub.commits("alice/again")) == commits
+    (folder / "plots" / "training_curves.png").unlink()
+    run(*words, command="push_to_hub.py", settings=environment)
+    assert len(hub.commits("alice/again")) == 3
+    assert hub.files("alice/again").keys() == ADAPTER_REPOSITORY - {"plots/training_curves.png"}
+    run(*words, "--merge", command="push_to_hub.py", settings=environment)
+    assert hub.files("alice/again").keys() == MERGED_REPOSITORY - {"plots/training_curves.png"}
+
+
+def test_a_dry_run_lists_the_files_and_sends_nothing(hub, checkpoint, tmp_path):
+    before = len(hub.requests)
+    words = [
+        "--model",
+        checkpoint,
+        "--repo_id",
+        "clinic/dry",
+        "--space_id",
+        "alice/dry-space",
+        "--private",
+        "--dry_run",
+    ]
+    done = run(*words, command="push_to_hub.py", settings=settings(hub, tmp_path, "hf_alice"))
+    assert "model clinic/dry, branch main, would be created, private:" in done.stdout
+    assert "heads.safetensors" in done.stdout
+    assert "space alice/dry-space" in done.stdout
+    assert "nothing was sent" in done.stdout
+    assert {request.method for request in hub.requests[before:]} <= {"GET", "HEAD"}
+
+
+DRIVER = """
+import json, os, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import io, contextlib
+import push_to_hub
+from training import InputError
+
+def push(*words, token="hf_alice"):
+    if token is None:
+        os.environ.pop("HF_TOKEN", None)
+    else:
+        os.environ["HF_TOKEN"] = token
+    out = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out):
+            push_to_hub.main([str(word) for word in words])
+    except InputError as error:
+        return str(error)
+    return out.getvalue()
+"""
+
+
+def driver(code: str, **values: object) -> str:
+    """Code that calls push_to_hub.py's main many times, in a process that has loaded it once."""
+    before = DRIVER.format(root=str(ROOT), tests=str(ROOT / "tests"))
+    constants = "\n".join(f"{name} = {value!r}" for name, value in values.items())
+    return "\n".join([before, constants, textwrap.dedent(code)])
+
+
+def test_what_the_hub_would_refuse_is_one_line_before_anything_is_sent(
+    hub, published, checkpoint, tiny_encoder, tmp_path
+):
+    hub.add_repo("alice/cats", {"cats.csv": b"name\n", "README.md": b"cats"})
+    hub.add_repo("alice/bert", {"config.json": b'{"model_type": "bert"}'})
+    hub.add_repo("alice/chat", {"app.py": b"", "README.md": b"---\nsdk: gradio\n---\n"}, repo_type="space")
+    local = tmp_path / "local"
+    shutil.copytree(checkpoint, local)
+    config = json.loads((local / "config.json").read_text())
+    (local / "config.json").write_text(json.dumps({**config, "encoder_name_or_path": tiny_encoder}))
+    torn = tmp_path / "torn"
+    shutil.copytree(checkpoint, torn)
+    (torn / "heads.safetensors").write_bytes((torn / "heads.safetensors").read_bytes()[:100])
+    lacking = tmp_path / "lacking"
+    shutil.copytree(checkpoint, lacking)
+    (lacking / "adapter" / "adapter_model.safetensors").unlink()
+    whole = tmp_path / "whole"
+    for name, content in hub.files("alice/merged").items():
+        (whole / name).parent.mkdir(parents=True, exist_ok=True)
+        (whole / name).write_bytes(content)
+
+    good = {"--model": str(checkpoint), "--repo_id": "alice/new"}
+    cases = [
+        ({}, None, "no Hub token: set HF_TOKEN"),
+        ({}, "hf_unknown", "the Hub does not know the token"),
+        ({}, "hf_reader", "the Hub token may only read"),
+        ({"--repo_id": "nobody/new"}, "hf_alice", "may not write to 'nobody', only to alice, clinic"),
+        ({"--repo_id": "alice/a..b"}, "hf_alice", "--repo_id alice/a..b: "),
+        ({"--repo_id": "alice/new.git"}, "hf_alice", "--repo_id alice/new.git: "),
+        ({"--repo_id": "alice/" + "n" * 200}, "hf_alice", "maximum length"),
+        ({"--repo_id": "alice/a/b"}, "hf_alice", "--repo_id alice/a/b: "),
+        ({"--repo_id": "alice/cats"}, "hf_alice", "alice/cats already holds something else, such as cats.csv"),
+        ({"--repo_id": "alice/bert"}, "hf_alice", "alice/bert already holds something else, such as config.json"),
+        ({"--space_id": "alice/chat"}, "hf_alice", "alice/chat already holds something else, such as app.py"),
+        ({"--repo_id": "alice/adapter", "--private": None}, "hf_alice", "alice/adapter is public already"),
+        ({"--repo_id": "base/none", "--create_pr": None}, "hf_alice", "no such model to open a pull request on"),
+        ({"--revision": "a" * 40}, "hf_alice", "is a commit; name a branch"),
+        ({"--revision": "a branch"}, "hf_alice", "is no name for a branch"),
+        ({"--model": str(local)}, "hf_alice", "which is on this machine only: give --merge"),
+        ({"--model": str(torn)}, "hf_alice", "heads.safetensors cannot be read"),
+        ({"--model": str(lacking)}, "hf_alice", "lacks adapter/adapter_model.safetensors"),
+        ({"--model": tiny_encoder}, "hf_alice", "holds a 'bert' model, not one of ours"),
+        ({"--model": str(tmp_path)}, "hf_alice", "is not a checkpoint: it has no config.json"),
+        ({"--model": str(whole), "--merge": None}, "hf_alice", "is self-contained already"),
+    ]
+    words = [
+        [word for pair in {**good, **change}.items() for word in pair if word is not None] for change, _, _ in cases
+    ]
+    before = len(hub.requests)
+    code = driver(
+        "print(json.dumps([push(*line, token=token) for line, token in zip(words, tokens)]))",
+        words=words,
+        tokens=[token for _, token, _ in cases],
+    )
+    answers = stranger(code, tmp_path, settings(hub, tmp_path / "home"))
+    for answer, (_, token, message) in zip(answers, cases, strict=True):
+        assert message in answer
+        assert "\n" not in answer
+        assert token is None or token not in answer
+    assert {request.method for request in hub.requests[before:]} <= {"GET", "HEAD"}
+
+
+def test_a_refusal_is_one_line_and_exit_code_2(hub, checkpoint, tmp_path):
+    words = ["--model", checkpoint, "--repo_id", "alice/new"]
+    done = run(*words, command="push_to_hub.py", check=False, settings=settings(hub, tmp_path, "hf_reader"))
+    assert done.returncode == 2
+    assert done.stderr == "push_to_hub.py: error: the Hub token may only read: make one that may write\n"
+    down = {**settings(hub, tmp_path, "hf_alice"), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = run(*words, command="push_to_hub.py", check=False, settings=down)
+    assert done.returncode == 2
+    assert done.stderr.startswith("push_to_hub.py: error: cannot ask the Hub whose token this is: the connection")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("how", ["drop", "503"])
+def test_a_push_that_breaks_anywhere_leaves_the_repository_as_it_was(how, checkpoint, tmp_path):
+    code = driver(
+        """
+        import pathlib, shutil
+        found = []
+        for number in range(1, 60):
+            words = ["--model", changed, "--repo_id", "alice/model"]
+            before, asked = hub.commits("alice/model"), len(hub.requests)
+            files = hub.files("alice/model")
+            (pathlib.Path(changed) / "plots" / "training_curves.png").write_bytes(b"png%d" % number)
+            hub.fail_at(number, how=how)
+            answer = push(*words)
+            broke = any(request.status in (0, 503) for request in hub.requests[asked:])
+            same = hub.commits("alice/model") == before and hub.files("alice/model") == files
+            hub.fail_at(10**9)
+            again = push(*words)
+            whole = hub.files("alice/model")["plots/training_curves.png"] == b"png%d" % number
+            found.append([broke, answer, same, again, whole])
+            if not broke:
+                break
+        print(json.dumps(found))
+        """,
+        changed=str(tmp_path / "changed"),
+        how=how,
+    )
+    found = stranger(with_own_hub(code, checkpoint), tmp_path, own_settings(tmp_path))
+    assert len(found) > 5
+    assert not found[-1][0]  # the last was not broken: every request of a push has been
+    for broke, answer, same, again, whole in found[:-1]:
+        assert broke
+        assert whole, again
+        assert "\n" not in answer.strip()
+        if same:
+            assert answer.startswith(("cannot look", "cannot ask", "alice/model: the ")), answer
+        else:  # the client asked again, or the commit had been made before the connection broke
+            assert answer.startswith("alice/model: http"), answer
+    assert sum(same for _, _, same, _, _ in found) >= 3
+
+
+def test_a_commit_whose_answer_is_lost_is_recognised(checkpoint, tmp_path):
+    code = driver(
+        """
+        import pathlib
+        found = []
+        for flags in ([], ["--create_pr"]):
+            words = ["--model", changed, "--repo_id", "alice/model", *flags]
+            (pathlib.Path(changed) / "plots" / "training_curves.png").write_bytes(b"lost" + b"".join(map(str.encode, flags)))
+            hub.fail_at(1, match="POST .*/commit/", how="drop-answer")
+            answer, commits = push(*words), len(hub.commits("alice/model"))
+            again = push(*words)
+            found.append([answer, again, commits, len(hub.commits("alice/model"))])
+        from huggingface_hub import HfApi
+        pulls = [pull.num for pull in HfApi().get_repo_discussions("alice/model")]
+        print(json.dumps([found, pulls]))
+        """,
+        changed=str(tmp_path / "changed"),
+    )
+    (commit, pull), pulls = stranger(with_own_hub(code, checkpoint), tmp_path, own_settings(tmp_path))
+    for answer, again, before, after in (commit, pull):
+        assert answer.startswith("alice/model: http")
+        assert again.startswith("alice/model: http")
+        assert before == after
+    assert "discussions/1" in pull[0]
+    assert pulls == [1]
+
+
+def own_settings(home: Path) -> dict[str, str]:
+    return {"HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+def with_own_hub(code: str, checkpoint: Path) -> str:
+    """Code that holds its own hub as well, so that it can say which request fails; a model is there already."""
+    before = f"""
+import os, shutil, sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+from hub_server import HubServer
+hub = HubServer()
+hub.__enter__()
+os.environ["HF_ENDPOINT"], os.environ["HF_TOKEN"] = hub.endpoint, "hf_alice"
+hub.add_user("alice", "hf_alice")
+shutil.copytree({str(checkpoint)!r}, "changed")
+"""
+    after = 'push("--model", changed, "--repo_id", "alice/model")\n'
+    head, marker, tail = code.partition("changed = ")
+    first, _, rest = tail.partition("\n")
+    return before + head + marker + first + "\n" + after + rest
+
+
+def test_a_branch_a_pull_request_and_a_private_repository(hub, checkpoint, published, tmp_path):
+    environment = settings(hub, tmp_path, "hf_alice")
+    main = hub.files("alice/adapter")
+    words = ["--model", checkpoint, "--merge", "--repo_id"]
+    run(*words, "alice/adapter", "--revision", "merged-form", command="push_to_hub.py", settings=environment)
+    assert hub.files("alice/adapter", "merged-form").keys() == MERGED_REPOSITORY
+    done = run(*words, "alice/adapter", "--create_pr", command="push_to_hub.py", settings=environment)
+    assert "/alice/adapter/discussions/1" in done.stdout
+    assert hub.files("alice/adapter", "refs/pr/1").keys() == MERGED_REPOSITORY
+    assert hub.files("alice/adapter") == main
+    run(
+        "--model", checkpoint, "--repo_id", "clinic/secret", "--private", command="push_to_hub.py", settings=environment
+    )
+    code = """
+import json
+from transformers import AutoModel
+from huggingface_hub import HfApi
+try:
+    AutoModel.from_pretrained("clinic/secret", trust_remote_code=True)
+    refused = False
+except OSError:
+    refused = True
+model = AutoModel.from_pretrained("clinic/secret", trust_remote_code=True, token="hf_alice")
+print(json.dumps([refused, HfApi().model_info("clinic/secret", token="hf_alice").private, type(model).__name__]))
+"""
+    found = stranger(code, tmp_path, settings(hub, tmp_path / "other"))
+    assert found == [True, True, "HierarchicalForSequenceClassification"]
+
+
+def test_an_upload_that_xet_refuses_says_what_to_do(hub, checkpoint, tmp_path):
+    hub.xet = "refuse"
+    try:
+        environment = {**settings(hub, tmp_path, "hf_alice"), "HF_HUB_DISABLE_XET": "0"}
+        words = ["--model", checkpoint, "--repo_id", "alice/xet"]
+        done = run(*words, command="push_to_hub.py", check=False, settings=environment)
+    finally:
+        hub.xet = "off"
+    assert done.returncode == 2
+    assert "set HF_HUB_DISABLE_XET=1 to upload by LFS" in done.stderr.splitlines()[-1]
+    assert hub.files("alice/xet").keys() == {".gitattributes"}
+    run(*words, command="push_to_hub.py", settings=settings(hub, tmp_path, "hf_alice"))
+    assert hub.files("alice/xet").keys() == ADAPTER_REPOSITORY
+
+
+# loading
+
+PRINT_LOG_PROBS = """
+import torch
+tokenizer = AutoTokenizer.from_pretrained({repo!r}, trust_remote_code=True)
+rows = []
+with torch.no_grad():
+    for text in {texts!r}:
+        inputs = tokenizer(text, return_tensors="pt", truncation=True)
+        rows.append(model(**inputs).node_log_probs[0].float().tolist())
+print(json.dumps(rows))
+"""
+
+
+def log_probs_code(repo: str, load: str) -> str:
+    head = "import json\nfrom transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer\n"
+    return head + f"model = {load}\n" + PRINT_LOG_PROBS.format(repo=repo, texts=TEXTS)
+
+
+def base_requests(hub: HubServer, since: int) -> list[str]:
+    """What was asked of the encoder's repository, without what was not there."""
+    return [r.path for r in hub.requests[since:] if "base/tiny" in r.path and r.status < 400 and r.method == "GET"]
+
+
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+@pytest.mark.parametrize("auto", ["AutoModel", "AutoModelForSequenceClassification"])
+def test_a_stranger_gets_the_model_in_one_call(hub, published, expected, tmp_path, form, auto):
+    repo, asked = published[form], len(hub.requests)
+    code = log_probs_code(repo, f"{auto}.from_pretrained({repo!r}, trust_remote_code=True)")
+    found = torch.tensor(stranger(code, tmp_path, settings(hub, tmp_path / "home")))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    weights = [path for path in base_requests(hub, asked) if "/cdn/" in path]
+    assert len(weights) == (1 if form == "adapter" else 0)
+    commit = hub.commits("base/tiny")[-1].sha
+    revisions = {
+        r.path.split("/resolve/")[1].split("/")[0] for r in hub.requests[asked:] if "base/tiny/resolve/" in r.path
+    }
+    assert revisions == ({commit} if form == "adapter" else set())
+
+
+def test_every_option_of_loading_works_as_for_any_model(hub, published, expected, tmp_path):
+    repo, cache = published["adapter"], str(tmp_path / "elsewhere")
+    first = hub.commits(repo)[-1].sha
+    code = f"""
+import json, os, torch
+from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig
+tokenizer = AutoTokenizer.from_pretrained({repo!r}, trust_remote_code=True)
+inputs = tokenizer({TEXTS[0]!r}, return_tensors="pt", truncation=True)
+found = {{}}
+options = {{
+    "revision": {{"revision": {first!r}}},
+    "cache_dir": {{"cache_dir": {cache!r}}},
+    "eager": {{"attn_implementation": "eager"}},
+    "auto": {{"device_map": "auto"}},
+    "bfloat16": {{"dtype": torch.bfloat16}},
+    "4bit": {{"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}},
+    "8bit": {{"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}},
+}}
+for form in {sorted(published.items())!r}:
+    for name, option in options.items():
+        if name == "revision" and form[0] == "merged":
+            continue
+        model = AutoModel.from_pretrained(form[1], trust_remote_code=True, **option)
+        with torch.no_grad():
+            log_probs = model(**inputs).node_log_probs[0]
+        linear = type(model.encoder.encoder.layer[0].intermediate.dense)
+        weight = model.encoder.embeddings.word_embeddings.weight
+        heads = model.heads.weight.dtype
+        found[f"{{form[0]}} {{name}}"] = [
+            log_probs.float().tolist(), linear.__name__, str(weight.dtype), str(heads), str(log_probs.dtype),
+            model.config.text_config._attn_implementation
+        ]
+found["cached"] = sorted(os.listdir({cache!r}))
+print(json.dumps(found))
+"""
+    found = stranger(code, tmp_path, settings(hub, tmp_path / "home"))
+    assert {name for name in found.pop("cached") if name.startswith("models--")} == {
+        *("models--alice--adapter", "models--alice--merged", "models--base--tiny")
+    }
+    assert len(found) == 13
+    for name, (log_probs, linear, weight, heads, dtype, attention) in found.items():
+        option = name.split()[1]
+        tolerance = {"bfloat16": 0.05, "4bit": 0.5, "8bit": 0.1}.get(option, 1e-4)
+        torch.testing.assert_close(torch.tensor(log_probs), expected[0], atol=tolerance, rtol=0)
+        assert heads == dtype == "torch.float32"
+        assert weight == ("torch.bfloat16" if option == "bfloat16" else "torch.float32"), name
+        plain = {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}.get(option, "Linear")
+        assert linear == plain, name
+        assert attention == ("eager" if option == "eager" else "sdpa")
+
+
+def test_after_one_load_it_loads_without_the_hub(hub, published, expected, tmp_path):
+    repo, home = published["adapter"], tmp_path / "home"
+    code = log_probs_code(repo, f"AutoModel.from_pretrained({repo!r}, trust_remote_code=True)")
+    stranger(code, tmp_path, settings(hub, home))
+    asked = len(hub.requests)
+    local = f"AutoModel.from_pretrained({repo!r}, trust_remote_code=True, local_files_only=True)"
+    local_code = (
+        f"import json\nfrom transformers import AutoModel\nmodel = {local}\nprint(json.dumps(str(model.dtype)))"
+    )
+    assert stranger(local_code, tmp_path, settings(hub, home)) == "torch.float32"
+    assert hub.requests[asked:] == []
+    offline = {**settings(hub, home), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
+    found = torch.tensor(stranger(code, tmp_path, offline))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_both_pipelines_work_from_the_hub(hub, published, expected, tmp_path):
+    for form, repo in published.items():
+        for task, options in (("hierarchical-text-classification", ""), ("text-classification", ", truncation=True")):
+            code = f"""
+import json
+from transformers import pipeline
+classify = pipeline({task!r}, model={repo!r}, trust_remote_code=True)
+print(json.dumps(classify({TEXTS!r}{options})))
+"""
+            results = stranger(code, tmp_path, settings(hub, tmp_path / form / task))
+            for result, log_probs in zip(results, expected, strict=True):
+                assert result["score"] == pytest.approx(log_probs[:5].exp().max().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("revision", "message"),
+    [
+        ("0" * 40, "0000000"),  # a commit that is not there, or no longer
+        ("main", "encoder_revision must be the commit of base/tiny that this was trained on"),
+        (None, "encoder_revision must be the commit of base/tiny that this was trained on"),
+    ],
+)
+def test_a_base_that_is_not_the_one_trained_on_is_an_error(hub, published, tmp_path, revision, message):
+    files = hub.files("alice/adapter")
+    config = {**json.loads(files["config.json"]), "encoder_revision": revision}
+    hub.add_repo(f"alice/moved-{revision}", {**files, "config.json": json.dumps(config).encode()})
+    code = f"""
+import json
+from transformers import AutoModel
+try:
+    AutoModel.from_pretrained("alice/moved-{revision}", trust_remote_code=True)
+    print(json.dumps("loaded"))
+except (OSError, ValueError) as error:
+    print(json.dumps(f"{{type(error).__name__}}: {{error}}"))
+"""
+    answer = stranger(code, tmp_path, settings(hub, tmp_path / "home"))
+    assert message in answer
+    assert "base/tiny" in answer
+
+
+def without(*names: str):
+    return lambda files: {name: data for name, data in files.items() if name not in names}
+
+
+def other_taxonomy(files: dict[str, bytes]) -> dict[str, bytes]:
+    config = json.loads(files["config.json"])
+    config.pop("id2label")
+    return {**files, "config.json": json.dumps({**config, "taxonomy": ["a", "b", "c"]}).encode()}
+
+
+def smaller_rank(files: dict[str, bytes]) -> dict[str, bytes]:
+    config = json.loads(files["adapter/adapter_config.json"])
+    return {**files, "adapter/adapter_config.json": json.dumps({**config, "r": config["r"] // 2}).encode()}
+
+
+def fewer_targets(files: dict[str, bytes]) -> dict[str, bytes]:
+    config = json.loads(files["adapter/adapter_config.json"])
+    return {**files, "adapter/adapter_config.json": json.dumps({**config, "target_modules": ["query"]}).encode()}
+
+
+def torn(files: dict[str, bytes]) -> dict[str, bytes]:
+    name = "adapter/adapter_model.safetensors"
+    return {**files, name: files[name][:-100]}
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_broken_repository_is_an_error_and_never_another_model(hub, published, tmp_path, merge):
+    breaks = {
+        "no-heads": (without("heads.safetensors"), "heads.safetensors"),
+        "no-adapter": (without("adapter/adapter_model.safetensors"), "adapter_model.safetensors"),
+        "taxonomy": (other_taxonomy, "the heads weight 'bias' has shape (6,), expected (3,)"),
+        "rank": (smaller_rank, "has shape"),
+        "targets": (fewer_targets, "does not fit this model"),
+        "torn": (torn, "SafetensorError"),
+    }
+    for name, (change, _) in breaks.items():
+        hub.add_repo(f"alice/broken-{name}-{merge}", change(hub.files("alice/adapter")))
+    code = f"""
+import json
+from transformers import AutoModel
+answers = []
+for name in {list(breaks)!r}:
+    try:
+        AutoModel.from_pretrained(f"alice/broken-{{name}}-{merge}", trust_remote_code=True, merge_adapter={merge})
+        answers.append("loaded")
+    except Exception as error:
+        answers.append(f"{{type(error).__name__}}: {{error}}")
+print(json.dumps(answers))
+"""
+    answers = stranger(code, tmp_path, settings(hub, tmp_path / "home"))
+    for answer, (_, message) in zip(answers, breaks.values(), strict=True):
+        assert message in answer
+
+
+def test_an_encoder_without_safetensors_is_loaded_without_asking_for_a_conversion(
+    hub, tiny_encoder, published, tmp_path
+):
+    weights = tmp_path / "pytorch_model.bin"
+    torch.save(load_file(f"{tiny_encoder}/model.safetensors"), weights)
+    files = {name: data for name, data in hub.files("base/tiny").items() if name != "model.safetensors"}
+    commit = hub.add_repo("base/bin", {**files, weights.name: weights.read_bytes()})
+    ours = hub.files("alice/adapter")
+    config = {**json.loads(ours["config.json"]), "encoder_name_or_path": "base/bin", "encoder_revision": commit}
+    hub.add_repo("alice/over-bin", {**ours, "config.json": json.dumps(config).encode()})
+    code = """
+import json, threading
+from transformers import AutoModel
+model = AutoModel.from_pretrained("alice/over-bin", trust_remote_code=True)
+print(json.dumps([type(model).__name__, [t.name for t in threading.enumerate() if "conversion" in t.name]]))
+"""
+    asked = len(hub.requests)
+    found = stranger(code, tmp_path, settings(hub, tmp_path / "home", "hf_alice"))
+    assert found == ["HierarchicalForSequenceClassification", []]
+    assert not [request.path for request in hub.requests[asked:] if "discussions" in request.path]
+
+
+def test_loading_draws_no_random_weights(published, hub, tmp_path):
+    code = f"""
+import json, torch
+from transformers import AutoModel
+before = torch.get_rng_state()
+for repo in {list(published.values())!r}:
+    AutoModel.from_pretrained(repo, trust_remote_code=True)
+print(json.dumps(torch.equal(before, torch.get_rng_state())))
+"""
+    assert stranger(code, tmp_path, settings(hub, tmp_path / "home")) is True
+
+
+# the card
+
+
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+def test_the_snippets_of_the_card_run_for_a_stranger(hub, published, tmp_path, form):
+    text = hub.files(published[form])["README.md"].decode()
+    code = f"""
+import contextlib, io, json
+said = []
+for snippet in {snippets(text)!r}:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(snippet, "snippet", "exec"), {{"__name__": "snippet"}})
+    said.append(out.getvalue())
+print(json.dumps(said))
+"""
+    own, stock, model = stranger(code, tmp_path, settings(hub, tmp_path / "home"))
+    answer, path = own.splitlines()
+    label, score = answer.rsplit(" ", 1)
+    assert ast.literal_eval(path)[-1] == (label, float(score))
+    (leaf,) = ast.literal_eval(stock)
+    assert leaf["label"] == label
+    assert leaf["score"] == pytest.approx(float(score), abs=1e-5)
+    assert model.strip().endswith(f"{label} ({float(score):.3f})")
+
+
+def test_the_card_on_the_hub_is_valid_and_tells_what_was_measured(hub, published, checkpoint, tmp_path):
+    measured = json.loads((checkpoint / "metrics.json").read_text())
+    for form, repo in published.items():
+        code = f"""
+import json
+from huggingface_hub import HfApi, ModelCard
+card = ModelCard.load({repo!r})
+card.validate()
+data = card.data
+info = HfApi().model_info({repo!r})
+print(json.dumps({{
+    "results": [[r.dataset_split, r.metric_name, r.metric_value] for r in data.eval_results],
+    "name": data.model_name, "base": data.base_model, "relation": data.base_model_relation, "licence": data.license,
+    "library": data.library_name, "task": data.pipeline_tag, "tags": data.tags, "text": card.text,
+    "seen": [info.pipeline_tag, info.library_name],
+}}))
+"""
+        card = stranger(code, tmp_path, settings(hub, tmp_path / "home"))
+        assert card["name"] == repo
+        assert card["base"] == "base/tiny"
+        assert card["relation"] == {"adapter": "adapter", "merged": "finetune"}[form]
+        assert (card["licence"], card["library"], card["task"]) == ("apache-2.0", "transformers", "text-classification")
+        assert card["seen"] == ["text-classification", "transformers"]
+        assert "hierarchical-text-classification" in card["tags"]
+        values = {value for _, _, value in card["results"]}
+        for split in ("eval", "test"):
+            for name in ("accuracy", "macro_f1", "hierarchical_f1", "level_1_accuracy", "level_2_macro_f1", "log_loss"):
+                assert measured[f"{split}_{name}"] in values
+        assert f'from_pretrained("{repo}"' in card["text"]
+        pictures = [part.split(")")[0] for part in card["text"].split("](")[1:] if part.startswith("plots/")]
+        assert any("confusion" in picture for picture in pictures)
+        assert set(pictures) <= hub.files(repo).keys()
+
+
+# pushing while training
+
+
+@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
+def test_training_pushes_what_loads_the_same_by_every_strategy(hub, tmp_path, strategy):
+    output, repo = tmp_path / "results", f"alice/trained-{strategy}"
+    done = run(
+        *training_words("base/tiny", tmp_path, output),
+        *("--push_to_hub", "true", "--hub_model_id", repo, "--hub_strategy", strategy, "--hub_token", "hf_alice"),
+        *("--hub_always_push", "true"),
+        settings=settings(hub, tmp_path / "home"),
+    )
+    assert f"published as {repo}" in done.stderr
+    assert "failed" not in done.stderr
+    titles = [commit.title for commit in hub.commits(repo)]
+    saves = [int(folder.name.split("-")[1]) for folder in output.glob("checkpoint-*")]
+    assert titles[-1] == "End of training"
+    assert len(titles) == (2 if strategy == "end" else 2 + 2), titles
+    assert len(saves) == 2
+    files = hub.files(repo)
+    folders = {
+        "checkpoint": {"last-checkpoint"},
+        "all_checkpoints": {f"checkpoint-{step}" for step in saves},
+    }.get(strategy, set())
+    at_root = {name for name in files if name.split("/")[0] not in folders}
+    assert at_root == ADAPTER_REPOSITORY
+    assert {name.split("/")[0] for name in files.keys() - at_root} == folders
+    for name in ("heads.safetensors", "adapter/adapter_model.safetensors", "config.json", "README.md", "metrics.json"):
+        assert files[name] == (output / name).read_bytes()
+    for folder in folders:
+        assert f"{folder}/heads.safetensors" in files
+        assert f"{folder}/trainer_state.json" in files
+    for name, content in files.items():
+        assert not name.endswith((".bin", ".pt", ".pth", ".pkl")), name
+        assert b"hf_alice" not in content, name
+        assert not is_pickle(content), name
+    assert f'from_pretrained("{repo}"' in files["README.md"].decode()
+    code = log_probs_code(repo, f"AutoModel.from_pretrained({repo!r}, trust_remote_code=True)")
+    stranger(code, tmp_path, settings(hub, tmp_path / "other"))
+    for commit in hub.commits(repo)[1:]:  # every state in between had our card and was whole
+        there = hub.files(repo, commit.sha)
+        assert {"README.md", "heads.safetensors", "adapter/adapter_model.safetensors", "config.json"} <= there.keys()
+        assert "<!-- use:" in there["README.md"].decode()
+
+
+def is_pickle(content: bytes) -> bool:
+    """Whether a file is a pickle, or a zip archive as torch writes them."""
+    return content[:2] == b"\x80\x02" or content[:4] == b"PK\x03\x04"
+
+
+def test_a_run_that_could_not_be_published_is_refused_before_it_starts(hub, tiny_encoder, tmp_path):
+    cases = [
+        ("base/tiny", "hf_reader", "alice/new", "the Hub token may only read"),
+        ("base/tiny", "hf_alice", "nobody/new", "--hub_model_id nobody/new: the token may not write to 'nobody'"),
+        (tiny_encoder, "hf_alice", "alice/new", "train without --push_to_hub, then run push_to_hub.py --merge"),
+    ]
+    for encoder, token, repo, message in cases:
+        done = run(
+            *training_words(encoder, tmp_path, tmp_path / "results"),
+            *("--push_to_hub", "true", "--hub_model_id", repo),
+            check=False,
+            settings=settings(hub, tmp_path / "home", token),
+        )
+        assert done.returncode == 2
+        assert message in done.stderr.splitlines()[-1]
+        assert not (tmp_path / "results" / "config.json").exists()
+
+
+def test_a_run_whose_last_push_fails_is_kept_and_says_how_to_send_it(hub, tmp_path):
+    hub.fail_at(1, match="POST /api/models/alice/late/commit/", how="drop")
+    done = run(
+        *training_words("base/tiny", tmp_path, tmp_path / "results"),
+        *("--push_to_hub", "true", "--hub_model_id", "alice/late", "--hub_strategy", "end"),
+        check=False,
+        settings=settings(hub, tmp_path / "home", "hf_alice"),
+    )
+    assert done.returncode == 2
+    remedy = f"push_to_hub.py --model {tmp_path / 'results'} --repo_id alice/late"
+    assert done.stderr.splitlines()[-1].endswith(remedy)
+    run(*remedy.split()[1:], command="push_to_hub.py", settings=settings(hub, tmp_path / "home", "hf_alice"))
+    assert hub.files("alice/late").keys() == ADAPTER_REPOSITORY
+
+
+# the Space
+
+
+def test_a_space_is_published_pointing_at_the_commit_and_serves_it(hub, checkpoint, tmp_path):
+    environment = settings(hub, tmp_path / "home", "hf_alice")
+    words = ["--model", checkpoint, "--repo_id", "alice/served", "--space_id", "alice/served-space"]
+    for _ in range(2):  # and again, to the same Space
+        done = run(*words, command="push_to_hub.py", settings=environment)
+    assert "alice/served-space: http" in done.stdout
+    files = hub.files("alice/served-space", repo_type="space")
+    assert files.keys() == {".gitattributes", "README.md", "app.py", "requirements.txt"}
+    assert [c.title for c in hub.commits("alice/served-space", repo_type="space")] == [
+        "initial commit",
+        "Publish the Space",
+    ]
+    code = """
+import json
+from huggingface_hub import HfApi, SpaceCard
+card = SpaceCard.load("alice/served-space")
+card.validate(repo_type="space")
+variables = {name: v.value for name, v in HfApi().get_space_variables("alice/served-space").items()}
+print(json.dumps([variables, card.data.models, card.data.sdk]))
+"""
+    variables, models, sdk = stranger(code, tmp_path, environment)
+    assert variables == {"MODEL_ID": "alice/served", "MODEL_REVISION": hub.commits("alice/served")[-1].sha}
+    assert (models, sdk) == (["alice/served"], "gradio")
+
+    hub.fail_at(1, match="POST /api/spaces/alice/served-space/variables", how="500")
+    done = run(*words, command="push_to_hub.py", check=False, settings=environment)
+    assert done.returncode == 2
+    assert "alice/served-space is published, but not pointed at the model" in done.stderr.splitlines()[-1]
+
+    hosted = tmp_path / "space"
+    hosted.mkdir()
+    for name, content in files.items():
+        (hosted / name).write_bytes(content)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False"}
+    process = subprocess.Popen(
+        [sys.executable, "app.py"],
+        cwd=hosted,
+        env=os.environ | settings(hub, tmp_path / "space-home") | variables | server,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        client = wait_for(port, process)
+        path, leaves, note = client.predict(TEXTS[0], api_name="/classify")
+        with pytest.raises(AppError, match="There is no text"):
+            client.predict("  ", api_name="/classify")
+    finally:
+        process.terminate()
+        said = process.communicate(timeout=30)[0]
+    assert path.split(" (")[0] in ("general pathological conditions", "specific disease")
+    assert sum(leaf["confidence"] for leaf in leaves["confidences"]) == pytest.approx(1, abs=1e-5)
+    assert note == ""
+    assert TEXTS[0] not in said
+
+
+def wait_for(port: int, process: subprocess.Popen) -> Client:
+    """A client of a page, once it answers."""
+    for _ in range(240):
+        assert process.poll() is None, process.stdout.read()
+        with socket.socket() as there:
+            if there.connect_ex(("127.0.0.1", port)) == 0:
+                return Client(f"http://127.0.0.1:{port}", verbose=False)
+        time.sleep(0.5)
+    raise AssertionError(f"nothing answers on port {port}")

@@ -1,0 +1,378 @@
+"""Publishing a checkpoint: which files go up, whether they may, and how they get there in one commit.
+
+Worth knowing:
+
+1. Files are published by name, from the list of what a checkpoint is made of. Whatever else lies in the folder stays.
+2. Everything that the Hub would refuse is looked up first, so that a refusal leaves nothing behind.
+3. A repository changes by one commit or not at all. Where the answer to that commit is lost, the repository is read to
+   see whether it was accepted.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    RepoCard,
+    get_token,
+)
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+from safetensors import SafetensorError, safe_open
+
+from configuration_hierarchical import HierarchicalConfig
+from modeling_hierarchical import ADAPTER_SUBFOLDER, ADAPTER_WEIGHTS, HEADS_WEIGHTS, SHIPPED_FILES
+from training import InputError
+
+ADAPTER_FORM = (HEADS_WEIGHTS, f"{ADAPTER_SUBFOLDER}/adapter_config.json", f"{ADAPTER_SUBFOLDER}/{ADAPTER_WEIGHTS}")
+WHOLE_FORM = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model"),
+)
+CHECKPOINT_FILES = (
+    *("README.md", "config.json", "metrics.json", "plots/*.png"),
+    *SHIPPED_FILES,
+    *ADAPTER_FORM,
+    *WHOLE_FORM,
+    *TOKENIZER_FILES,
+)
+SPACE_FILES = ("README.md", "app.py", "requirements.txt")
+SPACE_TAG = "hierarchical-text-classification"  # in the front matter of our Spaces
+OF_ANY_REPOSITORY = {".gitattributes", ".gitignore", "README.md", "LICENSE"}
+HUB_ERRORS = (HTTPError, OSError)  # the Hub's answers and lost connections
+
+
+@dataclass(frozen=True)
+class Account:
+    """Whom a token belongs to, and where it may write."""
+
+    name: str
+    namespaces: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A repository to publish to, as it stands before."""
+
+    repo_id: str
+    repo_type: str
+    revision: str
+    exists: bool
+    branch_exists: bool
+    private: bool
+    sha: str | None
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Published:
+    """A commit that the Hub has accepted, and the pull request it is in."""
+
+    sha: str
+    url: str
+
+
+def read_checkpoint(folder: Path) -> HierarchicalConfig:
+    """The configuration of a folder that holds a whole checkpoint, checked.
+
+    Raises:
+        InputError: it is no checkpoint, a file is missing, or weights cannot be read.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder} is not a checkpoint: it has no config.json")
+    try:
+        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+        if model_type != HierarchicalConfig.model_type:
+            raise InputError(f"{folder} holds a {model_type!r} model, not one of ours")
+        config = HierarchicalConfig.from_pretrained(folder)
+    except InputError:
+        raise
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} is not a configuration: {one_line(error)}") from error
+    present = checkpoint_files(folder)
+    weights = [name for name in present if name.endswith(".safetensors")]
+    wanted = [*SHIPPED_FILES, "tokenizer_config.json", "README.md"]
+    if config.adapter_subfolder is not None:
+        wanted += ADAPTER_FORM
+    elif not weights:
+        wanted += ["model.safetensors"]
+    missing = [name for name in wanted if name not in present]
+    if missing:
+        raise InputError(f"{folder} lacks {', '.join(missing)}: train.py writes them")
+    for name in weights:
+        try:
+            with safe_open(folder / name, "pt") as file:
+                file.keys()
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{folder / name} cannot be read: {one_line(error)}") from error
+    return config
+
+
+def checkpoint_files(folder: Path) -> list[str]:
+    """The files in a folder that a checkpoint is made of, relative to it."""
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return list(filter_repo_objects(files, allow_patterns=list(CHECKPOINT_FILES)))
+
+
+def refuse_local_encoder(config: HierarchicalConfig, remedy: str) -> None:
+    """Raises InputError where an adapter's encoder is a folder of this machine, which nobody else has."""
+    if Path(config.encoder_name_or_path).is_absolute():
+        raise InputError(
+            f"the adapter is for the encoder in {config.encoder_name_or_path}, which is on this machine only: {remedy}"
+        )
+
+
+def log_in(api: HfApi) -> Account:
+    """The account of the token in ``HF_TOKEN`` or of the login.
+
+    Raises:
+        InputError: there is no token, the Hub does not know it, or it may only read.
+    """
+    if (api.token or get_token()) is None:
+        raise InputError("no Hub token: set HF_TOKEN to one that may write, or run `hf auth login`")
+    try:
+        who = api.whoami()
+    except HUB_ERRORS as error:
+        if status(error) == 401:
+            raise InputError("the Hub does not know the token in HF_TOKEN, or of the login: make a new one") from error
+        raise InputError(f"cannot ask the Hub whose token this is: {reason(error)}") from error
+    token = who.get("auth", {}).get("accessToken", {})
+    if token.get("role") == "read" or (token.get("role") == "fineGrained" and not writes(token)):
+        raise InputError("the Hub token may only read: make one that may write")
+    organizations = [org["name"] for org in who.get("orgs", []) if org.get("roleInOrg") != "read"]
+    return Account(who["name"], (who["name"], *organizations))
+
+
+def writes(token: dict) -> bool:
+    """Whether any scope of a fine-grained token lets it write to a repository."""
+    scopes = token.get("fineGrained", {}).get("scoped", [])
+    return any(permission in ("repo.write", "repo.content.write") for s in scopes for permission in s["permissions"])
+
+
+def find_target(
+    api: HfApi,
+    account: Account,
+    flag: str,
+    repo_id: str,
+    repo_type: str = "model",
+    revision: str | None = None,
+    private: bool = False,
+    create_pr: bool = False,
+) -> Target:
+    """The repository that a flag names, checked.
+
+    Raises:
+        InputError: the Hub would refuse it, it holds something else, or it is public where a private one is wanted.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise InputError(f"{flag} {repo_id}: {one_line(error)}") from error
+    if "/" not in repo_id:
+        repo_id = f"{account.name}/{repo_id}"
+    namespace = repo_id.split("/")[0]
+    if namespace not in account.namespaces and not create_pr:
+        places = ", ".join(account.namespaces)
+        raise InputError(f"{flag} {repo_id}: the token may not write to {namespace!r}, only to {places}")
+    check_branch(revision)
+    branch = revision or "main"
+    try:
+        info = api.repo_info(repo_id, repo_type=repo_type)
+    except RepositoryNotFoundError as error:
+        if create_pr:
+            raise InputError(f"{flag} {repo_id}: there is no such {repo_type} to open a pull request on") from error
+        return Target(repo_id, repo_type, branch, False, branch == "main", private, None, ())
+    except HUB_ERRORS as error:
+        raise InputError(f"cannot look at {repo_id}: {reason(error)}") from error
+    if private and not info.private:
+        raise InputError(f"{flag} {repo_id} is public already, which --private does not change: use its settings page")
+    try:
+        at = api.repo_info(repo_id, repo_type=repo_type, revision=branch)
+        found = True
+    except RevisionNotFoundError as error:
+        if create_pr:
+            raise InputError(f"--revision {branch}: {repo_id} has no such branch to open a pull request on") from error
+        at, found = info, False
+    except HUB_ERRORS as error:
+        raise InputError(f"cannot look at {repo_id}: {reason(error)}") from error
+    files = tuple(sorted(sibling.rfilename for sibling in at.siblings or []))
+    target = Target(repo_id, repo_type, branch, True, found, info.private, at.sha, files)
+    others = [name for name in files if name not in OF_ANY_REPOSITORY]
+    if others and not is_ours(api, target):
+        raise InputError(f"{flag} {repo_id} already holds something else, such as {others[0]}: choose another name")
+    return target
+
+
+def check_branch(revision: str | None) -> None:
+    """Raises InputError where no branch can have this name."""
+    if revision is None:
+        return
+    if re.fullmatch("[0-9a-f]{40}", revision):
+        raise InputError(f"--revision {revision} is a commit; name a branch")
+    if not revision or re.search(r"[\s~^:?*\[\\\x00-\x1f\x7f]|\.\.|^[-/.]|[/.]$|\.lock$|//|@\{", revision):
+        raise InputError(f"--revision {revision!r} is no name for a branch")
+
+
+def is_ours(api: HfApi, target: Target) -> bool:
+    """Whether a repository holds a model, or a Space, of this project."""
+    name = "config.json" if target.repo_type == "model" else "README.md"
+    if name not in target.files:
+        return False
+    try:
+        path = api.hf_hub_download(target.repo_id, name, repo_type=target.repo_type, revision=target.sha)
+        text = Path(path).read_text(encoding="utf-8")
+        if target.repo_type == "model":
+            return json.loads(text).get("model_type") == HierarchicalConfig.model_type
+        return SPACE_TAG in (RepoCard(text, ignore_metadata_errors=True).data.get("tags") or [])
+    except (ValueError, AttributeError, TypeError):  # not JSON, not a mapping, not a card: not ours
+        return False
+    except HUB_ERRORS as error:
+        raise InputError(f"cannot look at {target.repo_id}: {reason(error)}") from error
+
+
+def publish(
+    api: HfApi,
+    target: Target,
+    files: Mapping[str, Path | bytes],
+    of_ours: tuple[str, ...],
+    message: str,
+    create_pr: bool = False,
+) -> Published:
+    """Sends files as one commit, which also deletes those of ours that an earlier version left.
+
+    Sending what is there already makes no new commit, and no second pull request.
+
+    Args:
+        files: by their path in the repository.
+        of_ours: patterns of all files that may be ours.
+
+    Raises:
+        InputError: the commit was not accepted, or it is not known whether it was.
+    """
+    kind = {"repo_id": target.repo_id, "repo_type": target.repo_type}
+    stale = [name for name in filter_repo_objects(target.files, allow_patterns=list(of_ours)) if name not in files]
+    operations = [CommitOperationAdd(name, source) for name, source in files.items()]
+    operations += [CommitOperationDelete(name) for name in stale]
+    try:
+        if create_pr and (known := open_pull_request(api, target, files, message)) is not None:
+            return known
+        if not target.exists:
+            sdk = "gradio" if target.repo_type == "space" else None
+            api.create_repo(**kind, private=target.private or None, space_sdk=sdk, exist_ok=True)
+        if not target.branch_exists:
+            api.create_branch(**kind, branch=target.revision, exist_ok=True)
+        parent = target.sha if target.branch_exists else None
+        done = api.create_commit(
+            **kind,
+            operations=operations,
+            commit_message=message,
+            revision=target.revision,
+            create_pr=create_pr,
+            parent_commit=parent,
+        )
+    except (*HUB_ERRORS, ValueError, RuntimeError) as error:
+        return what_stands(api, target, files, message, create_pr, error)
+    return Published(done.oid, done.pr_url or done.commit_url)
+
+
+def what_stands(
+    api: HfApi,
+    target: Target,
+    files: Mapping[str, Path | bytes],
+    message: str,
+    create_pr: bool,
+    error: Exception,
+) -> Published:
+    """The commit, where it was accepted and only the answer was lost.
+
+    Raises:
+        InputError: it was not, or the Hub cannot be asked.
+    """
+    try:
+        if create_pr:
+            found = open_pull_request(api, target, files, message)
+        else:
+            found = None
+            if holds(api, target, files, target.revision):
+                sha = api.repo_info(target.repo_id, repo_type=target.repo_type, revision=target.revision).sha
+                found = Published(sha, f"{api.endpoint}/{target.repo_id}/commit/{sha}")
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        found = None
+    except HUB_ERRORS:
+        raise InputError(
+            f"{target.repo_id}: {reason(error)}; the Hub cannot be asked whether it accepted the commit: run the same "
+            "command again, which is safe either way"
+        ) from error
+    if found is not None:
+        return found
+    before = "reads as it did before" if target.exists else "holds no file of the checkpoint"
+    raise InputError(
+        f"{target.repo_id}: {reason(error)}; nothing was committed and the repository {before}: run the same command again"
+    ) from error
+
+
+def open_pull_request(api: HfApi, target: Target, files: Mapping[str, Path | bytes], title: str) -> Published | None:
+    """An open pull request of this title that holds these files already."""
+    for pull in api.get_repo_discussions(
+        target.repo_id, repo_type=target.repo_type, discussion_type="pull_request", discussion_status="open"
+    ):
+        if pull.title == title and holds(api, target, files, pull.git_reference):
+            sha = api.repo_info(target.repo_id, repo_type=target.repo_type, revision=pull.git_reference).sha
+            return Published(sha, pull.url)
+    return None
+
+
+def holds(api: HfApi, target: Target, files: Mapping[str, Path | bytes], revision: str) -> bool:
+    """Whether a repository holds exactly these bytes under these names."""
+    tree = api.list_repo_tree(target.repo_id, recursive=True, revision=revision, repo_type=target.repo_type)
+    there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+    return all(name in there and same(source, there[name]) for name, source in files.items())
+
+
+def same(source: Path | bytes, entry: RepoFile) -> bool:
+    """Whether a file is the one that the Hub holds, by the hash that it is known by there."""
+    content = source if isinstance(source, bytes) else source.read_bytes()
+    if entry.lfs is not None:
+        return hashlib.sha256(content).hexdigest() == entry.lfs.sha256
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == entry.blob_id  # as git does
+
+
+def status(error: Exception) -> int | None:
+    """The HTTP status of the Hub's answer, where there was one."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def reason(error: Exception) -> str:
+    """Why the Hub could not be used, in one line."""
+    if isinstance(error, HfHubHTTPError):
+        said = one_line(error.server_message or "")
+        if status(error) in (401, 403):
+            return f"the token may not do this{f' ({said})' if said else ''}"
+        if status(error) == 412:
+            return "the repository has changed meanwhile"
+        return f"the Hub answered {status(error)}{f' ({said})' if said else ''}"
+    if isinstance(error, ConnectionError) and "xet" in str(error):  # of hf_xet, which does not fall back to LFS
+        return "the Hub refused an upload by Xet: set HF_HUB_DISABLE_XET=1 to upload by LFS"
+    if isinstance(error, HTTPError):
+        return f"the connection to the Hub failed ({one_line(error) or type(error).__name__})"
+    return one_line(error) or type(error).__name__
+
+
+def one_line(error: object) -> str:
+    """A message without its line breaks."""
+    return " ".join(str(error).split())
