@@ -349,7 +349,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             self.config.adapter_subfolder = None
             self.config.auto_map, self.config.custom_pipelines = AUTO_MAP, CUSTOM_PIPELINES
             self.config.text_config.name_or_path = ""  # where it lay on this machine
-            if os.path.isabs(self.config.encoder_name_or_path):  # nobody loads it again, and paths are nobody's business
+            if os.path.isabs(self.config.encoder_name_or_path):  # where it lay, too, and nobody loads it again
                 self.config.encoder_name_or_path = os.path.basename(self.config.encoder_name_or_path)
             super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
         elif kwargs.get("push_to_hub"):

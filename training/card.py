@@ -58,12 +58,12 @@ PLACEHOLDER_NOTE = (
     f"`{MODEL_PLACEHOLDER}` stands for the model's id on the Hub; the path of the checkpoint's folder works too."
 )
 ADAPTER_FORM = (
-    "The repository holds the heads and a PEFT adapter (`adapter/`), so `peft` must be installed. The encoder is "
-    "fetched from its own repository, at the revision named below."
+    "The repository holds the heads and a PEFT adapter (`adapter/`), which is added to the encoder as it is loaded. The\n"
+    "encoder is fetched from its own repository, at the revision named below."
 )
 LOCAL_ADAPTER_FORM = (
-    "The checkpoint holds the heads and a PEFT adapter (`adapter/`), so `peft` must be installed. The encoder came "
-    "from a folder, not from the Hub: the checkpoint loads only where that folder is."
+    "The checkpoint holds the heads and a PEFT adapter (`adapter/`), which is added to the encoder as it is loaded. The\n"
+    "encoder came from a folder, not from the Hub: the checkpoint loads only where that folder is."
 )
 WHOLE_FORM = "The repository holds the whole model, the encoder's weights included."
 # after an empty line, which a drawn taxonomy cannot hold
@@ -377,8 +377,8 @@ for leaf, log_probs in zip(output.logits.argmax(-1).tolist(), output.node_log_pr
 {adapter_form if run.config.adapter_subfolder else WHOLE_FORM}
 
 `trust_remote_code=True` runs the Python files of the repository: read them, and pin what you have read with
-`revision="…"`, a commit. `quantization_config=BitsAndBytesConfig(load_in_4bit=True)` loads the encoder in 4 bits; for a
-pipeline it goes into `model_kwargs`.
+`revision="…"`, a commit. `quantization_config=BitsAndBytesConfig(load_in_4bit=True)` loads the encoder in 4 bits, with `bitsandbytes` and `peft`
+installed; for a pipeline it goes into `model_kwargs`.
 
 <!-- /use -->"""
 
