@@ -904,6 +904,11 @@ class HubServer:
         with self.lock:
             self._faults.append(Fault(number, match, how))
 
+    def mend(self) -> None:
+        """Nothing fails any more."""
+        with self.lock:
+            self._faults.clear()
+
     def fault(self, request: Request) -> str:
         """What is to go wrong with a request, "" for nothing."""
         if self._closed:  # and the client kept its connection

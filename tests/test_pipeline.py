@@ -64,12 +64,12 @@ def test_a_result_is_the_path_to_the_most_probable_leaf_and_every_node_by_level(
         leaf = int(nodes[: UNEVEN.num_leaves].argmax())
         assert result.keys() == {"label", "score", "path", "levels", "truncated"}
         assert result["label"] == UNEVEN.labels[leaf]
-        assert result["score"] == result["path"][-1]["score"] == pytest.approx(nodes[leaf], abs=1e-6)
+        assert result["score"] == result["path"][-1]["score"] == pytest.approx(nodes[leaf], abs=1e-5)
         assert [step["label"] for step in result["path"]] == [UNEVEN.labels[node] for node in UNEVEN.path(leaf)]
         assert [list(level) for level in result["levels"]] == [["a", "f", "h"], ["b", "e", "g", "f/c"], ["a/b/c", "d"]]
         found = {label: score for level in result["levels"] for label, score in level.items()}
         for node, label in enumerate(UNEVEN.labels):
-            assert found[label] == pytest.approx(nodes[node], abs=1e-6)
+            assert found[label] == pytest.approx(nodes[node], abs=1e-5)
         assert result["truncated"] is False
 
 
@@ -77,7 +77,7 @@ def test_the_stock_pipeline_gives_the_same_leaf_and_score(checkpoint, classify):
     stock = pipeline("text-classification", model=checkpoint, trust_remote_code=True)
     for ours, theirs in zip(classify(TEXTS), stock(TEXTS, truncation=True), strict=True):
         assert ours["label"] == theirs["label"]
-        assert ours["score"] == pytest.approx(theirs["score"], abs=1e-6)
+        assert ours["score"] == pytest.approx(theirs["score"], abs=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
@@ -124,14 +124,14 @@ def test_top_k_leaves_best_first(checkpoint, classify):
         results = classify(TEXTS[0], top_k=k)
         order = np.argsort(-nodes)[:k]
         assert [result["label"] for result in results] == [UNEVEN.labels[leaf] for leaf in order]
-        np.testing.assert_allclose([result["score"] for result in results], nodes[order], atol=1e-6)
+        np.testing.assert_allclose([result["score"] for result in results], nodes[order], atol=1e-5)
 
 
 def test_a_long_text_is_cut_and_flagged(checkpoint, classify):
     results = classify([TEXTS[0], LONG], max_length=32)
     assert [result["truncated"] for result in results] == [False, True]
     expected = one_by_one(checkpoint, [LONG], max_length=32)[0, : UNEVEN.num_leaves]
-    assert results[1]["score"] == pytest.approx(expected.max(), abs=1e-6)
+    assert results[1]["score"] == pytest.approx(expected.max(), abs=1e-5)
 
 
 def test_with_a_stride_a_long_text_is_the_mean_of_its_windows(checkpoint, classify):
@@ -159,8 +159,8 @@ def test_with_a_stride_a_long_text_is_the_mean_of_its_windows(checkpoint, classi
     found = {label: score for level in result["levels"] for label, score in level.items()}
     for node, label in enumerate(UNEVEN.labels):
         assert found[label] == pytest.approx(expected[node].item(), abs=1e-5)
-    assert sum(result["levels"][0].values()) == pytest.approx(1, abs=1e-6)
-    assert short["score"] == pytest.approx(classify(TEXTS[0])["score"], abs=1e-6)
+    assert sum(result["levels"][0].values()) == pytest.approx(1, abs=1e-5)
+    assert short["score"] == pytest.approx(classify(TEXTS[0])["score"], abs=1e-5)
 
 
 @pytest.mark.parametrize(
