@@ -5,8 +5,11 @@ Arguments → data → model → `HierarchicalTrainer` → the checkpoint, loade
 
 import csv
 import dataclasses
+import gc
 import json
 import logging
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -41,10 +44,11 @@ from training.arguments import (
 )
 from training.data import LabelledSplits, load_splits, tokenize
 from training.data_report import log_report
-from training.hub import HUB_ERRORS, find_target, log_in, reason, refuse_local_encoder
+from training.hub import HUB_ERRORS, find_target, log_in, one_line, reason, refuse_local_encoder
 from training.losses import HierarchicalFocalLoss, node_counts
 from training.metrics import build_compute_metrics
 from training.model import build_model, is_checkpoint, load_tokenizer, size_report
+from training.resume import find_checkpoint, is_full_disk
 from training.trainer import HierarchicalTrainer
 
 logger = logging.getLogger("train")
@@ -88,6 +92,7 @@ def run_training(
         logger.info("no validation rows: no early stopping, and the last weights are kept")
         training.eval_strategy, training.load_best_model_at_end = "no", False
     output = Path(training.output_dir)
+    resume_from = find_checkpoint(training.resume_from_checkpoint, training.output_dir)
     model = build_model(model_arguments, data.taxonomy, training.seed)
     if training.push_to_hub:
         check_hub(training, model)
@@ -146,13 +151,18 @@ def run_training(
         heads_learning_rate=training.heads_learning_rate,
         write_card=write_card,
     )
-    trained = trainer.train(resume_from_checkpoint=resume_folder(training))
+    trained = trainer.train(resume_from_checkpoint=resume_from)
     trainer.save_model(_internal_call=True)  # else it is pushed here, before it is measured
     metrics |= {
         **trained.metrics,
         "train_precision": precision(training),
         "train_quantization": model_arguments.quantization,
         **size,
+        "environment": {
+            **card.environment(training.device),
+            "commit": source_commit(),
+            "data": {source["name"]: source["sha256"] for source in data.report["sources"] if "sha256" in source},
+        },
     }
     if model_arguments.quantization != "none":
         as_trained, _ = evaluate(trainer, splits, training)
@@ -328,18 +338,6 @@ def precision(training: HierarchicalTrainingArguments) -> str:
     return "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
 
 
-def resume_folder(training: HierarchicalTrainingArguments) -> str | None:
-    """Where ``--resume_from_checkpoint`` points: a checkpoint, or, for ``auto``, the last one in the output folder."""
-    asked = training.resume_from_checkpoint
-    if asked != "auto":
-        if asked is not None and not Path(asked).is_dir():
-            raise InputError(f"--resume_from_checkpoint {asked} is not a folder")
-        return asked
-    last = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
-    logger.info("resuming from %s", last or "nothing: there is no checkpoint yet")
-    return last
-
-
 def check_output_folder(training: HierarchicalTrainingArguments) -> None:
     """Refuses to write over a finished or started run."""
     output = Path(training.output_dir)
@@ -352,6 +350,16 @@ def check_output_folder(training: HierarchicalTrainingArguments) -> None:
             "--overwrite_output_dir true, or --resume_from_checkpoint auto" if training.do_train else "another folder"
         )
         raise InputError(f"--output_dir {output} already holds a run: give {remedy}")
+
+
+def source_commit() -> str | None:
+    """The commit of this code, with a + where files differ from it; None where it is no git checkout."""
+    root = Path(__file__).parent
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+    describe = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    done = subprocess.run(describe, capture_output=True, text=True)
+    return done.stdout.strip() or None
 
 
 def set_up_logging(training: HierarchicalTrainingArguments) -> None:
@@ -392,9 +400,24 @@ def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def failure(error: Exception) -> str | None:
+    """The one line for what a user can do something about; None for what is a fault of ours."""
+    if isinstance(error, (InputError, TaxonomyError)):
+        return str(error)
+    if is_full_disk(error):
+        return f"{one_line(error)}: make room, then --resume_from_checkpoint auto goes on"
+    return None
+
+
 if __name__ == "__main__":
+    said = None
     try:
         main(sys.argv[1:])
-    except (InputError, TaxonomyError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+    except Exception as error:
+        said = failure(error)
+        if said is None:
+            raise
+    if said is not None:
+        gc.collect()  # the run, and its progress bars with it, which write once more
+        print(f"train.py: error: {said}", file=sys.stderr)
         sys.exit(2)

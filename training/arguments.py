@@ -142,6 +142,10 @@ class HierarchicalTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save."})
+    # its substitute for a loss that is not finite is the mean of earlier ones; the trainer stops instead
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "No use in training: a loss that is not finite ends it."}
+    )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
     metric_for_best_model: str | None = field(default="macro_f1", metadata={"help": "What best means."})

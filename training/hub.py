@@ -161,7 +161,9 @@ def log_in(api: HfApi) -> Account:
 def writes(token: dict) -> bool:
     """Whether any scope of a fine-grained token lets it write to a repository."""
     scopes = token.get("fineGrained", {}).get("scoped", [])
-    return any(permission in ("repo.write", "repo.content.write") for s in scopes for permission in s["permissions"])
+    return any(
+        permission in ("repo.write", "repo.content.write") for s in scopes for permission in s.get("permissions", [])
+    )
 
 
 def find_target(

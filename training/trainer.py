@@ -7,7 +7,8 @@ Worth knowing:
 2. The Trainer resumes, and goes back to the best model, by root-level file names that our adapter form does not have.
 3. bitsandbytes repacks 4-bit weights in place when a layer runs in eval mode on a CPU with AVX-512 BF16, and training
    after that is wrong. While a model trains, its layers are told not to.
-4. Predictions come in the order of their rows. The Trainer's own would not, where training batches are grouped by length.
+4. Where training batches are grouped by length, the Trainer's own predictions would not come in the order of their rows,
+   and a resumed run would meet its rows in another order. Here both hold.
 5. No ``training_args.bin`` is written: it is a pickle, and can hold a token.
 6. Pushing while it trains, the Trainer would copy the files that it knows, rewrite README.md and send all that lies in the
    folder. Here the files of a checkpoint go up, with our card; a checkpoint to resume from goes without its pickles.
@@ -15,7 +16,7 @@ Worth knowing:
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress
 
 from modeling_hierarchical import (
@@ -83,7 +85,7 @@ class HierarchicalTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, Any]:
         """The focal loss over the labels of the whole accumulated batch; in evaluation, over those of this batch."""
         inputs = dict(inputs)
-        labels = inputs.pop("labels")
+        labels, rows = inputs.pop("labels"), inputs.pop("row", None)
         items = num_items_in_batch if model.training else None
         if self.loss_function is None:
             outputs = model(**inputs, labels=labels, num_items_in_batch=items)
@@ -91,6 +93,12 @@ class HierarchicalTrainer(Trainer):
         else:
             outputs = model(**inputs)
             loss = self.loss_function(outputs["node_log_probs"], labels, items)
+        if model.training and not torch.isfinite(loss):
+            where = "" if rows is None else f", rows {', '.join(map(str, rows.tolist()))} of the training data"
+            raise InputError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}{where}: lower --learning_rate, or look at "
+                "these texts; --resume_from_checkpoint auto goes on from the last checkpoint"
+            )
         if items is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
@@ -107,6 +115,34 @@ class HierarchicalTrainer(Trainer):
                 if ours:
                     optimizer.add_param_group({**group, "params": ours, "lr": self.heads_learning_rate})
         return optimizer
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler = SeededLengthGroupedSampler(sampler.batch_size * self.args.world_size, sampler.lengths, seed)
+        return sampler
+
+    def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> Dataset:
+        """As the Trainer's, but rows keep their number in training, to be named where the loss is not finite."""
+        self._set_signature_columns_if_needed()
+        columns = self._signature_columns
+        self._signature_columns = [*columns, "row"] if description == "Training" else columns
+        try:
+            return super()._remove_unused_columns(dataset, description)
+        finally:
+            self._signature_columns = columns
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception:
+            if self.args.should_save:  # half of one is of no use, and takes the room that is missing
+                shutil.rmtree(
+                    Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}",
+                    ignore_errors=True,
+                )
+            raise
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> torch.utils.data.Sampler | None:
         """Rows in their own order: with ``group_by_length`` the Trainer would shuffle these too, and predictions with them."""
@@ -235,6 +271,28 @@ class HierarchicalTrainer(Trainer):
                 push.jobs.remove(job)
                 if job.exception() is not None:
                     logger.warning("a push during training failed: %s", reason(job.exception()))
+
+
+class SeededLengthGroupedSampler(LengthGroupedSampler):
+    """A sampler whose order depends on the seed and the epoch alone.
+
+    transformers' own draws from the global generator: a resumed run gets another order, and so would each process.
+
+    Args:
+        batch_size: rows of an optimizer step over all processes.
+        lengths: in tokens, of each row.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
 
 
 def keep_trainable(model: nn.Module) -> None:

@@ -1,0 +1,169 @@
+"""A run that is broken goes on where it was, and ends where an unbroken one does."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CORPUS, ROOT, read_csv, run, write_csv
+from safetensors.torch import load_file
+
+from training import InputError
+from training.resume import checkpoints, find_checkpoint
+
+WEIGHTS = ("heads.safetensors", "adapter/adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def words(tiny_encoder, tmp_path_factory) -> list[str]:
+    """A run of 40 steps that saves every second one."""
+    folder = tmp_path_factory.mktemp("data")
+    given = [ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", tiny_encoder]
+    for split, count in (("train", 64), ("validation", 16), ("test", 16)):
+        given += [f"--{split}_file", write_csv(folder / f"{split}.csv", read_csv(CORPUS / f"{split}.csv")[:count])]
+    given += ["--max_steps", 40, "--per_device_train_batch_size", 4, "--lora_dropout", 0.1]
+    for name in ("save", "eval"):
+        given += [f"--{name}_strategy", "steps", f"--{name}_steps", 2]
+    given += ["--load_best_model_at_end", "false"]  # all steps count
+    return list(map(str, given))
+
+
+@pytest.fixture(scope="module")
+def unbroken(words, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("unbroken") / "results"
+    run(*words, "--output_dir", output)
+    return output
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    pairs = [(load_file(one / name), load_file(other / name)) for name in WEIGHTS]
+    return all(a.keys() == b.keys() and all(a[key].equal(b[key]) for key in a) for a, b in pairs)
+
+
+def test_the_same_seed_gives_the_same_weights(words, unbroken, tmp_path):
+    run(*words, "--output_dir", tmp_path / "again")
+    assert same_weights(unbroken, tmp_path / "again")
+    run(*words, "--output_dir", tmp_path / "other", "--seed", 7)
+    assert not same_weights(unbroken, tmp_path / "other")
+
+
+def test_killed_at_random_moments_it_ends_with_the_weights_of_an_unbroken_run(words, unbroken, tmp_path):
+    output, moments = tmp_path / "results", random.Random(0)
+    line = [sys.executable, str(ROOT / "train.py"), *words, "--output_dir", str(output)]
+    line += ["--resume_from_checkpoint", "auto"]
+    kills = 0
+    for _ in range(40):
+        log = (tmp_path / "log").open("w")
+        process = subprocess.Popen(line, stdout=log, stderr=log)
+        before = {folder.name for folder in checkpoints(output)} if output.is_dir() else set()
+        while process.poll() is None and not (
+            output.is_dir() and {folder.name for folder in checkpoints(output)} - before
+        ):
+            time.sleep(0.002)  # until it begins to write its next checkpoint
+        if kills < 6:
+            time.sleep(moments.random() * 0.3)
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+        if process.wait() == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()[-3000:]
+    assert kills == 6
+    assert process.returncode == 0
+    assert same_weights(unbroken, output)
+    assert json.loads((output / "metrics.json").read_text())["test_accuracy"] == pytest.approx(
+        json.loads((unbroken / "metrics.json").read_text())["test_accuracy"], abs=0
+    )
+
+
+@pytest.fixture
+def run_folder(unbroken, tmp_path) -> Path:
+    """The finished run, to be damaged."""
+    shutil.copytree(unbroken, tmp_path / "results")
+    return tmp_path / "results"
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "trainer_state.json").unlink(), "it was not finished: trainer_state.json is missing"),
+        (lambda folder: cut(folder / "trainer_state.json"), "trainer_state.json cannot be read"),
+        (lambda folder: cut(folder / "heads.safetensors"), "heads.safetensors is damaged"),
+        (lambda folder: cut(folder / WEIGHTS[1]), "adapter/adapter_model.safetensors is damaged"),
+        (lambda folder: (folder / WEIGHTS[0]).unlink(), "it holds no weights"),
+        (lambda folder: cut(folder / "optimizer.pt"), "optimizer.pt is damaged"),
+        (lambda folder: (folder / "optimizer.pt").unlink(), "it holds no state of the optimizer"),
+        (lambda folder: cut(folder / "rng_state.pth"), "rng_state.pth is damaged"),
+    ],
+)
+def test_a_torn_checkpoint_is_named_and_skipped(run_folder, caplog, damage, message):
+    earlier, last = checkpoints(run_folder)
+    assert find_checkpoint("auto", str(run_folder)) == str(last)
+    damage(last)
+    with caplog.at_level("INFO"):
+        assert find_checkpoint("auto", str(run_folder)) == str(earlier)
+    assert f"skipped {last}: {message}" in caplog.text
+    with pytest.raises(InputError, match="cannot resume from") as refused:
+        find_checkpoint(str(last), str(run_folder))
+    assert message in str(refused.value)
+    damage(earlier)
+    assert find_checkpoint("auto", str(run_folder)) is None
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_the_rows(words, tmp_path):
+    done = run(
+        *words, "--output_dir", tmp_path / "results", "--learning_rate", "1e30", "--warmup_steps", 0, "--max_grad_norm", 0,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    said = done.stderr.splitlines()[-1]
+    assert "the loss is nan at step" in said or "the loss is inf at step" in said
+    named = said.split("rows ")[1].split(" of the training data")[0].split(", ")
+    assert len(named) == 4
+    assert {int(row) for row in named} <= set(range(64))
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_says_what_to_do(words, unbroken, tmp_path):
+    """On a file system of 4 MB, which needs the right to mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("no right to mount a small file system")
+    try:
+        output = disk / "results"
+        line = [*words, "--output_dir", output, "--save_total_limit", 20]
+        done = run(*line, check=False)
+        assert done.returncode == 2, done.stderr[-3000:]
+        said = done.stderr.splitlines()[-1]
+        assert said.startswith("train.py: error: ")
+        assert said.endswith("make room, then --resume_from_checkpoint auto goes on")
+        found = checkpoints(output)
+        assert found
+        assert find_checkpoint("auto", str(output)) == str(found[-1])
+        for folder in found[:-1]:
+            shutil.rmtree(folder)
+        subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True, capture_output=True)
+        run(*line, "--resume_from_checkpoint", "auto")
+        assert same_weights(unbroken, output)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_metrics_tell_the_environment_and_the_data(unbroken):
+    told = json.loads((unbroken / "metrics.json").read_text())["environment"]
+    assert told["versions"]["torch"] == torch.__version__
+    assert f"{len(os.sched_getaffinity(0))} cores" in told["hardware"]
+    assert len(told["data"]) == 3
+    assert all(len(sha) == 64 for files in told["data"].values() for sha in files.values())
