@@ -1,0 +1,76 @@
+"""Two processes, by accelerate and gloo, against one with the same effective batch."""
+
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import CORPUS, ROOT, read_csv, write_csv
+
+STEPS = 20
+
+
+def train(words: list, output: Path, processes: int, batch: int) -> dict:
+    """What a run leaves: its log by step, its metrics and its predictions."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "recipes" / "accelerate" / "ddp.yaml"]
+    launch += ["--num_processes", processes, "--main_process_port", port]
+    line = [sys.executable, *(launch if processes > 1 else []), ROOT / "train.py", *words, "--use_cpu", "true"]
+    line += ["--output_dir", output, "--per_device_train_batch_size", batch]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([str(word) for word in line], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-4000:]
+    state = json.loads((output / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+    with (output / "test_predictions.csv").open(encoding="utf-8") as file:
+        predictions = list(csv.DictReader(file))
+    metrics = json.loads((output / "metrics.json").read_text())
+    return {"log": state["log_history"], "metrics": metrics, "predictions": predictions, "said": done.stderr}
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_encoder, tmp_path_factory) -> tuple[dict, dict]:
+    """The same run in one process and in two, over two epochs; 37 rows to score cannot be shared evenly."""
+    folder = tmp_path_factory.mktemp("distributed")
+    words: list = [ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", tiny_encoder]
+    for split, count in (("train", 160), ("validation", 37), ("test", 37)):
+        words += [f"--{split}_file", write_csv(folder / f"{split}.csv", read_csv(CORPUS / f"{split}.csv")[:count])]
+    words += ["--max_steps", STEPS, "--logging_steps", 1, "--head_dropout", 0, "--per_device_eval_batch_size", 8]
+    for name in ("save", "eval"):
+        words += [f"--{name}_strategy", "steps", f"--{name}_steps", 10]
+    return train(words, folder / "one", 1, 16), train(words, folder / "two", 2, 8)
+
+
+def test_the_loss_curve_is_that_of_one_process_with_the_same_effective_batch(runs):
+    one, two = ({entry["step"]: entry for entry in run["log"] if "loss" in entry} for run in runs)
+    assert one.keys() == two.keys() == set(range(1, STEPS + 1))
+    for step in one:
+        assert two[step]["loss"] == pytest.approx(one[step]["loss"], abs=1e-4)
+        assert two[step]["grad_norm"] == pytest.approx(one[step]["grad_norm"], abs=1e-3)
+        assert two[step]["learning_rate"] == one[step]["learning_rate"]
+
+
+def test_every_row_is_scored_once(runs):
+    one, two = runs
+    assert len(two["predictions"]) == 37
+    for alone, shared in zip(one["predictions"], two["predictions"], strict=True):
+        assert (alone["row"], alone["label"], alone["prediction"]) == (
+            shared["row"],
+            shared["label"],
+            shared["prediction"],
+        )
+        assert float(alone["probability"]) == pytest.approx(float(shared["probability"]), abs=1e-4)
+    for name, value in one["metrics"].items():
+        if name.startswith(("eval_", "test_")) and not name.endswith(("_time", "_second", "runtime", "_loss")):
+            assert two["metrics"][name] == pytest.approx(value, abs=1e-4), name
+        if name.endswith("log_loss"):
+            assert two["metrics"][name] == pytest.approx(value, abs=1e-4), name
+
+
+def test_only_the_first_process_speaks(runs):
+    assert runs[1]["said"].count("checkpoint, metrics and plots are in") == 1
