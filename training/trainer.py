@@ -40,6 +40,7 @@ from modeling_hierarchical import (
 from training import InputError
 from training.hub import CHECKPOINT_FILES, HUB_ERRORS, checkpoint_files, reason
 from training.losses import HierarchicalFocalLoss
+from training.resume import damage
 
 logger = logging.getLogger(__name__)
 
@@ -137,11 +138,9 @@ class HierarchicalTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except Exception:
-            if self.args.should_save:  # half of one is of no use, and takes the room that is missing
-                shutil.rmtree(
-                    Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}",
-                    ignore_errors=True,
-                )
+            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            if self.args.should_save and damage(folder) is not None:  # of no use, and takes the room that is missing
+                shutil.rmtree(folder, ignore_errors=True)
             raise
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> torch.utils.data.Sampler | None:
