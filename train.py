@@ -161,7 +161,9 @@ def run_training(
         "environment": {
             **card.environment(training.device),
             "commit": source_commit(),
-            "data": {source["name"]: source["sha256"] for source in data.report["sources"] if "sha256" in source},
+            "data": {
+                source["split"]: source["sha256"] for source in data.report["sources"]
+            },  # no paths: it is published
         },
     }
     if model_arguments.quantization != "none":
