@@ -18,7 +18,7 @@ from huggingface_hub import HfApi, RepoCard
 from huggingface_hub.utils import disable_progress_bars
 
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from training import InputError, card
+from training import InputError, card, one_line
 from training.hub import (
     ADAPTER_FORM,
     CHECKPOINT_FILES,
@@ -29,7 +29,6 @@ from training.hub import (
     checkpoint_files,
     find_target,
     log_in,
-    one_line,
     publish,
     read_checkpoint,
     reason,

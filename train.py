@@ -34,7 +34,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from configuration_hierarchical import HierarchicalConfig, Taxonomy, TaxonomyError
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from training import InputError, card, plots
+from training import InputError, card, one_line, plots
 from training.arguments import (
     DataArguments,
     HierarchicalTrainingArguments,
@@ -44,7 +44,7 @@ from training.arguments import (
 )
 from training.data import LabelledSplits, load_splits, tokenize
 from training.data_report import log_report
-from training.hub import HUB_ERRORS, find_target, log_in, one_line, reason, refuse_local_encoder
+from training.hub import HUB_ERRORS, find_target, log_in, reason, refuse_local_encoder
 from training.losses import HierarchicalFocalLoss, node_counts
 from training.metrics import build_compute_metrics
 from training.model import build_model, is_checkpoint, load_tokenizer, size_report

@@ -35,7 +35,7 @@ from safetensors import SafetensorError, safe_open
 
 from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import ADAPTER_SUBFOLDER, ADAPTER_WEIGHTS, HEADS_WEIGHTS, SHIPPED_FILES
-from training import InputError
+from training import InputError, one_line
 
 ADAPTER_FORM = (HEADS_WEIGHTS, f"{ADAPTER_SUBFOLDER}/adapter_config.json", f"{ADAPTER_SUBFOLDER}/{ADAPTER_WEIGHTS}")
 WHOLE_FORM = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
@@ -373,8 +373,3 @@ def reason(error: Exception) -> str:
     if isinstance(error, HTTPError):
         return f"the connection to the Hub failed ({one_line(error) or type(error).__name__})"
     return one_line(error) or type(error).__name__
-
-
-def one_line(error: object) -> str:
-    """A message without its line breaks."""
-    return " ".join(str(error).split())

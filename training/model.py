@@ -29,7 +29,7 @@ from transformers import (
 
 from configuration_hierarchical import HierarchicalConfig, Taxonomy
 from modeling_hierarchical import HierarchicalForSequenceClassification, HierarchicalHeads, load_encoder
-from training import InputError
+from training import InputError, one_line
 from training.arguments import ModelArguments
 
 logger = logging.getLogger(__name__)
@@ -303,8 +303,3 @@ def statistics_bytes(parameter: nn.Parameter) -> int:
         return sum(t.numel() * t.element_size() for t in tensors)
     scales = getattr(parameter, "SCB", None)
     return 0 if scales is None else scales.numel() * scales.element_size()
-
-
-def one_line(error: Exception) -> str:
-    """An exception's message without its line breaks."""
-    return " ".join(str(error).split())

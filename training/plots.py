@@ -210,7 +210,7 @@ def _confusion_matrix(
     support = np.bincount(true, minlength=taxonomy.num_nodes)
     occurring = np.union1d(true, answers)
     largest = set(occurring[np.argsort(-support[occurring], kind="stable")][:MAX_CLASSES].tolist())
-    shown = [node for node in _reading_order(taxonomy) if node in largest]
+    shown = [node for node in taxonomy.reading_order if node in largest]
     counts = confusion_matrix(true, answers, labels=shown)  # (rows: true, columns: predicted)
     # over the whole row, hidden columns included, so that the diagonal is always the recall
     shares = counts / np.maximum(support[shown], 1)[:, None]
@@ -287,16 +287,6 @@ def _interactive_matrix(
         plot_bgcolor="white",
     )
     return figure
-
-
-def _reading_order(taxonomy: Taxonomy) -> list[int]:
-    """Ids from the first root down, siblings side by side."""
-    order, stack = [], [-1]
-    while stack:
-        node = stack.pop()
-        order.append(node)
-        stack.extend(reversed(taxonomy.children(node)))
-    return order[1:]
 
 
 def _short(name: str) -> str:
