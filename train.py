@@ -19,6 +19,8 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 import numpy as np
 import torch
 import transformers
+from accelerate.utils import parse_flag_from_env
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import DatasetDict
 from huggingface_hub import HfApi
 from transformers import (
@@ -60,6 +62,8 @@ def main(argv: list[str]) -> None:
     model_arguments, data_arguments, loss_arguments, training = parse(argv)
     set_up_logging(training)
     set_seed(training.seed)
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and training.device.type == "cpu":
+        raise InputError("FSDP needs GPUs; for processes on CPUs use recipes/accelerate/ddp.yaml")
     checkpoint = is_checkpoint(model_arguments.model_name_or_path)
     known = HierarchicalConfig.from_pretrained(model_arguments.model_name_or_path).tree if checkpoint else None
     if training.do_train is None:
@@ -104,8 +108,6 @@ def run_training(
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / "data_report.json", data.report)
     log_report(data.report)
-    size = size_report(model)
-    log_setup(model_arguments, training, size)
 
     counts = node_counts(data.taxonomy, torch.tensor(splits["train"]["labels"]))
     loss_function = HierarchicalFocalLoss(
@@ -151,6 +153,8 @@ def run_training(
         heads_learning_rate=training.heads_learning_rate,
         write_card=write_card,
     )
+    size = size_report(model)
+    log_setup(model_arguments, training, size)
     trained = trainer.train(resume_from_checkpoint=resume_from)
     trainer.save_model(_internal_call=True)  # else it is pushed here, before it is measured
     metrics |= {
@@ -408,6 +412,11 @@ def failure(error: Exception) -> str | None:
         return str(error)
     if is_full_disk(error):
         return f"{one_line(error)}: make room, then --resume_from_checkpoint auto goes on"
+    if should_reduce_batch_size(error):
+        return (
+            f"{one_line(error)}; --auto_find_batch_size true finds a batch that fits and accumulates to the same size, "
+            "--gradient_checkpointing true needs less memory"
+        )
     return None
 
 

@@ -14,13 +14,16 @@ from conftest import CORPUS, ROOT, read_csv, write_csv
 STEPS = 20
 
 
-def train(words: list, output: Path, processes: int, batch: int) -> dict:
-    """What a run leaves: its log by step, its metrics and its predictions."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def train(words: list, output: Path, processes: int, batch: int) -> dict:
+    """What a run leaves: its log by step, its metrics and its predictions."""
     launch = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "recipes" / "accelerate" / "ddp.yaml"]
-    launch += ["--num_processes", processes, "--main_process_port", port]
+    launch += ["--num_processes", processes, "--main_process_port", free_port()]
     line = [sys.executable, *(launch if processes > 1 else []), ROOT / "train.py", *words, "--use_cpu", "true"]
     line += ["--output_dir", output, "--per_device_train_batch_size", batch]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -74,3 +77,15 @@ def test_every_row_is_scored_once(runs):
 
 def test_only_the_first_process_speaks(runs):
     assert runs[1]["said"].count("checkpoint, metrics and plots are in") == 1
+
+
+def test_fsdp_on_cpus_is_refused_and_not_replaced(tiny_encoder, tmp_path):
+    """accelerate would go on without sharding; that FSDP itself works takes GPUs to show."""
+    line = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+    line += ["--config_file", ROOT / "recipes" / "accelerate" / "fsdp.yaml", "--main_process_port", free_port()]
+    line += [ROOT / "train.py", ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", tiny_encoder]
+    line += ["--use_cpu", "true", "--output_dir", tmp_path / "results"]
+    done = subprocess.run([str(word) for word in line], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode != 0
+    assert "train.py: error: FSDP needs GPUs; for processes on CPUs use recipes/accelerate/ddp.yaml" in done.stderr
+    assert not (tmp_path / "results").exists()

@@ -57,7 +57,7 @@ def trainer(model, tokenizer, data, args, **settings) -> HierarchicalTrainer:
         train_dataset=data,
         eval_dataset=data,
         processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
+        data_collator=settings.pop("data_collator", DataCollatorWithPadding(tokenizer)),
         loss_function=settings.pop("loss_function", loss(data)),
         **settings,
     )
@@ -113,6 +113,50 @@ def test_without_a_focal_loss_it_is_the_models_own(tmp_path, tokenizer):
     inputs = DataCollatorWithPadding(tokenizer)([data[i] for i in range(4)])
     ours = trainer(model, tokenizer, data, arguments(tmp_path), loss_function=None).compute_loss(model, inputs)
     torch.testing.assert_close(ours, model(**inputs).loss)
+
+
+class Hungry(DataCollatorWithPadding):
+    """Asks for more memory than there is, for batches of more than ``fits`` rows, after the first ``calls`` batches."""
+
+    def __init__(self, tokenizer, fits: int, calls: int = 0):
+        super().__init__(tokenizer)
+        self.fits, self.calls, self.sizes = fits, calls, []
+
+    def __call__(self, rows):
+        self.sizes.append(len(rows))
+        if len(rows) > self.fits and len(self.sizes) > self.calls:
+            torch.empty(2**60)
+        return super().__call__(rows)
+
+
+def test_a_batch_that_does_not_fit_is_accumulated_to_the_same_size(tmp_path, tokenizer):
+    data, after = rows(32, ignored=True), []
+    for fits in (16, 5):
+        model = tiny_model()
+        args = arguments(
+            tmp_path, per_device_train_batch_size=16, max_steps=2, auto_find_batch_size=True, warmup_steps=0,
+            train_sampling_strategy="group_by_length",
+        )  # fmt: skip
+        collator = Hungry(tokenizer, fits)
+        run = trainer(model, tokenizer, data, args, data_collator=collator)
+        run.train()
+        after.append(trained_weights(model))
+        assert run.state.global_step == 2
+    assert collator.sizes[:2] == [16, 8]
+    assert set(collator.sizes[2:]) == {4}
+    assert args.gradient_accumulation_steps == 4
+    for name in after[0]:
+        torch.testing.assert_close(after[0][name], after[1][name], atol=1e-5, rtol=0, msg=name)
+
+
+def test_memory_that_runs_out_for_one_text_or_in_the_middle_is_an_error(tmp_path, tokenizer):
+    data = rows(32)
+    args = arguments(tmp_path, per_device_train_batch_size=4, max_steps=6, auto_find_batch_size=True)
+    with pytest.raises(InputError, match="not even one text fits in memory"):
+        trainer(tiny_model(), tokenizer, data, args, data_collator=Hungry(tokenizer, 0)).train()
+    args = arguments(tmp_path, per_device_train_batch_size=4, max_steps=6, auto_find_batch_size=True)
+    with pytest.raises(InputError, match="--per_device_train_batch_size 2 --gradient_accumulation_steps 2;"):
+        trainer(tiny_model(), tokenizer, data, args, data_collator=Hungry(tokenizer, 0, calls=4)).train()
 
 
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
@@ -199,6 +243,12 @@ def test_a_saved_checkpoint_holds_no_pickle(tmp_path, minilm, tokenizer):
     run.save_model(str(tmp_path / "saved"))
     suffixes = {path.suffix for path in (tmp_path / "saved").rglob("*") if path.is_file()}
     assert suffixes == {".json", ".py", ".safetensors"}
+
+
+@pytest.mark.parametrize("quantization", ["none", "8bit", "4bit"])
+def test_what_is_trained_is_held_in_float32(minilm, quantization):
+    model = lora_model(minilm, quantization)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
 def test_the_heads_are_never_quantized_and_the_encoder_is(minilm):

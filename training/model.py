@@ -13,6 +13,7 @@ import logging
 from pathlib import Path
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig, inject_adapter_in_model, prepare_model_for_kbit_training
@@ -49,11 +50,14 @@ def is_checkpoint(name_or_path: str) -> bool:
 def quantization_config(quantization: str) -> BitsAndBytesConfig | None:
     """NF4 with double quantization and bfloat16 products (QLoRA: Dettmers et al., 2023), 8-bit, or None."""
     if quantization == "4bit":
+        # FSDP shards parameters of one floating type alone: packed weights are then called what the others are
+        storage = torch.float32 if parse_flag_from_env("ACCELERATE_USE_FSDP") else torch.uint8
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_quant_storage=storage,
         )
     return BitsAndBytesConfig(load_in_8bit=True) if quantization == "8bit" else None
 
@@ -99,8 +103,16 @@ def build_model(arguments: ModelArguments, taxonomy: Taxonomy, seed: int) -> Hie
             inject_adapter_in_model(lora, encoder)
         except ValueError as error:
             raise InputError(f"--lora_target_modules {' '.join(targets)}: {one_line(error)}") from error
+        to_float32(model)
     model.heads.to(encoder.device)
     return model
+
+
+def to_float32(model: nn.Module) -> None:
+    """Holds what is trained in float32: PEFT injects in the type of 4-bit products, where small steps round to none."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> HierarchicalForSequenceClassification:
@@ -129,6 +141,7 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
         for module in model.encoder.modules():
             if isinstance(module, BaseTunerLayer):
                 module.set_adapter("default")
+        to_float32(model)
     if model.config.tree != taxonomy:
         change_taxonomy(model, taxonomy)
     return model

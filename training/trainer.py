@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
 
 from modeling_hierarchical import (
@@ -38,6 +39,7 @@ from modeling_hierarchical import (
     HierarchicalForSequenceClassification,
 )
 from training import InputError
+from training.cpu import speed_up
 from training.hub import CHECKPOINT_FILES, HUB_ERRORS, checkpoint_files, reason
 from training.losses import HierarchicalFocalLoss
 from training.resume import damage
@@ -74,8 +76,11 @@ class HierarchicalTrainer(Trainer):
             self._train_batch_size = self.args.train_batch_size
         self.loss_function = None if loss_function is None else loss_function.to(self.args.device)
         self.heads_learning_rate = heads_learning_rate
+        self.tried_batch_size: int | None = None
         self.write_card = write_card
         keep_trainable(self.model)
+        if self.args.bf16 and self.args.device.type == "cpu" and self.model.has_adapter and not self.is_fsdp_enabled:
+            speed_up(self.model.encoder)
 
     def compute_loss(
         self,
@@ -103,6 +108,30 @@ class HierarchicalTrainer(Trainer):
         if items is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def _inner_training_loop(self, batch_size: int | None = None, args: Any = None, **kwargs: Any) -> TrainOutput:
+        """As the Trainer's; what ``auto_find_batch_size`` takes off a batch, accumulation makes up for, exactly."""
+        if not args.auto_find_batch_size:
+            return super()._inner_training_loop(batch_size, args, **kwargs)
+        effective = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        limit = batch_size if self.tried_batch_size is None else self.tried_batch_size - 1
+        size = max((n for n in range(1, limit + 1) if effective % n == 0), default=None)
+        if size is None:
+            raise InputError("not even one text fits in memory: lower --max_length, or --gradient_checkpointing true")
+        if self.tried_batch_size is not None:
+            logger.info("out of memory: %d texts a step now, accumulated over %d steps", size, effective // size)
+        self.tried_batch_size = args.per_device_train_batch_size = size
+        args.gradient_accumulation_steps = effective // size
+        try:
+            return super()._inner_training_loop(size, args, **kwargs)
+        except RuntimeError as error:
+            if should_reduce_batch_size(error) and self.state.global_step > self._initial_global_step:
+                raise InputError(
+                    f"out of memory at step {self.state.global_step + 1}, after others had fit: "
+                    f"--per_device_train_batch_size {max(size // 2, 1)} --gradient_accumulation_steps "
+                    f"{effective // max(size // 2, 1)}; --resume_from_checkpoint auto goes on from the last checkpoint"
+                ) from error
+            raise
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, with groups of their own for the heads where they have a learning rate of their own."""
