@@ -342,9 +342,14 @@ class HierarchicalConfig(PretrainedConfig):
         pooling: ``"mean"`` over the tokens that are not padding, or ``"cls"``, the first token.
         head_dropout: dropout probability before the heads.
         initializer_range: standard deviation of fresh head weights.
+        temperatures: what the scores of each decision are divided by before their softmax, the roots' first, then those
+            of the inner nodes' children in the order of ids; None, which is 1 for all, where nothing was calibrated.
+        conformal_thresholds: for coverages of 0.001, 0.002, … 0.999, the threshold under which an answer holds the label
+            of that share of documents; see `pipeline_hierarchical.conformal_answer`. None inside means every root.
 
     Raises:
         TaxonomyError: an unusable taxonomy, or labels that are not its leaves.
+        ValueError: an unknown pooling, temperatures or thresholds of a wrong number or range.
     """
 
     model_type = "hierarchical_text_classification"
@@ -362,6 +367,8 @@ class HierarchicalConfig(PretrainedConfig):
         pooling: str = "mean",
         head_dropout: float = 0.0,
         initializer_range: float = 0.02,
+        temperatures: list[float] | None = None,
+        conformal_thresholds: list[float | None] | None = None,
         **kwargs,
     ):
         if not isinstance(taxonomy, Taxonomy):
@@ -380,6 +387,8 @@ class HierarchicalConfig(PretrainedConfig):
         self.pooling = pooling
         self.head_dropout = head_dropout
         self.initializer_range = initializer_range
+        self.temperatures = checked_temperatures(temperatures, taxonomy)
+        self.conformal_thresholds = checked_thresholds(conformal_thresholds)
 
         leaves = taxonomy.labels[: taxonomy.num_leaves]
         given = kwargs.pop("id2label", None)
@@ -403,3 +412,24 @@ class HierarchicalConfig(PretrainedConfig):
     def hidden_size(self) -> int:
         """Width of the encoder's output."""
         return self.text_config.hidden_size
+
+
+def checked_temperatures(temperatures: list[float] | None, taxonomy: Taxonomy) -> list[float] | None:
+    """Temperatures that fit a taxonomy: one a decision, positive and finite."""
+    decisions = taxonomy.num_nodes - taxonomy.num_leaves + 1
+    if temperatures is None:
+        return None
+    if len(temperatures) != decisions or not all(0 < value < float("inf") for value in temperatures):
+        raise ValueError(f"temperatures must be {decisions} positive numbers, one for each decision of the taxonomy")
+    return list(temperatures)
+
+
+def checked_thresholds(thresholds: list[float | None] | None) -> list[float | None] | None:
+    """Conformal thresholds: 999 rising numbers from 0 to 1, with None for those that no document of the rows gave."""
+    if thresholds is None:
+        return None
+    known = [value for value in thresholds if value is not None]
+    rising = all(0 <= one <= other <= 1 for one, other in zip([0, *known], [*known, 1], strict=True))
+    if len(thresholds) != 999 or thresholds[: len(known)] != known or not rising:
+        raise ValueError("conformal_thresholds must be 999 rising numbers from 0 to 1, None at the end alone")
+    return list(thresholds)

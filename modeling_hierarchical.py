@@ -11,7 +11,7 @@ Worth knowing:
 4. Loading merges the adapter into the encoder's weights, which needs no PEFT, halves the time that loading takes and
    makes every forward faster. Over quantized or offloaded weights, or on demand, PEFT injects it beside them.
 5. The heads are parameters of their own module, not an ``nn.Linear``, so no ``quantization_config`` reaches them.
-6. The index buffers are not saved. They are refilled in ``_init_weights``, since models are built on the meta device.
+6. The heads' buffers are not saved. They are refilled from the configuration in ``_init_weights``, since models are built on the meta device.
 """
 
 import copy
@@ -102,22 +102,25 @@ class HierarchicalHeads(nn.Module):
         tree = config.tree
         self.num_nodes, self.num_leaves = tree.num_nodes, tree.num_leaves
         self.num_groups = tree.num_nodes - tree.num_leaves + 1  # the roots, and the children of each inner node
-        self.tree = tree
+        self.tree, self.temperatures = tree, config.temperatures
         self.dropout = nn.Dropout(config.head_dropout)
         self.weight = nn.Parameter(torch.empty(tree.num_nodes, config.hidden_size))
         self.bias = nn.Parameter(torch.empty(tree.num_nodes))
         self.register_buffer("group", torch.empty(tree.num_nodes, dtype=torch.long), persistent=False)
         self.register_buffer("ancestors", torch.empty(tree.num_nodes, tree.depth, dtype=torch.long), persistent=False)
+        self.register_buffer("temperature", torch.empty(tree.num_nodes), persistent=False)
 
-    def fill_indices(self) -> None:
-        """Writes the taxonomy into the index buffers."""
+    def fill_buffers(self) -> None:
+        """Writes the taxonomy and the temperatures into the buffers."""
         group, ancestors = taxonomy_indices(self.tree)
         self.group.copy_(group)
         self.ancestors.copy_(ancestors)
+        self.temperature.copy_(torch.tensor(self.temperatures or [1.0] * self.num_groups)[group])
 
     def forward(self, pooled: Tensor) -> Tensor:
         with torch.autocast(pooled.device.type, enabled=False):
             scores = nn.functional.linear(self.dropout(pooled.to(self.weight.dtype)), self.weight, self.bias).float()
+            scores = scores / self.temperature
             conditional = segment_log_softmax(scores, self.group, self.num_groups)  # (B, N): log P(node | parent)
             padded = nn.functional.pad(conditional, (0, 1))  # the padding's ancestor is the last column, a zero
             return padded[:, self.ancestors].sum(-1)  # (B, N, depth) to (B, N)
@@ -173,7 +176,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         if isinstance(module, HierarchicalHeads):
             init.normal_(module.weight, std=self.config.initializer_range)
             init.zeros_(module.bias)
-            module.fill_indices()
+            module.fill_buffers()
         else:
             super()._init_weights(module)
 
@@ -277,7 +280,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         encoder = load_encoder(config, **kwargs)
         with init.no_init_weights():  # everything is loaded
             model = cls(copy.deepcopy(config), encoder=encoder)
-        model.heads.fill_indices()
+        model.heads.fill_buffers()
         lora = json.loads(adapter_config.read_text(encoding="utf-8"))
         if merge_adapter and is_mergeable(encoder, lora):
             merge_lora(encoder, adapter, lora)
@@ -292,6 +295,16 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             model.hf_device_map = {**placed, "heads": next(iter(placed.values()))}
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         return model.eval()
+
+    def calibrate(self, temperatures: list[float] | None, conformal_thresholds: list[float | None] | None) -> None:
+        """Takes the outcome of a calibration into the configuration, and the temperatures into the heads.
+
+        Args:
+            temperatures, conformal_thresholds: as in `HierarchicalConfig`.
+        """
+        self.config.temperatures = self.heads.temperatures = temperatures
+        self.config.conformal_thresholds = conformal_thresholds
+        self.heads.fill_buffers()
 
     def load_heads(self, heads: dict[str, Tensor]) -> None:
         """Takes heads as they are stored in a checkpoint.
@@ -327,6 +340,12 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         if adapter_config is not None:
             peft.inject_adapter_in_model(adapter_config, self.encoder)
             self.encoder.requires_grad_(False)
+            if getattr(
+                self.encoder, "is_quantized", False
+            ):  # else beside 4-bit weights it is rounded to their products' type
+                for name, parameter in self.encoder.named_parameters():
+                    if "lora_" in name:
+                        parameter.data = parameter.data.float()
         expected = peft.get_peft_model_state_dict(self.encoder)
         adapter = {name.removeprefix(ADAPTER_PREFIX): tensor for name, tensor in adapter.items()}
         check_weights("adapter", adapter, expected)

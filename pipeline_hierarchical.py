@@ -6,10 +6,13 @@ Worth knowing:
    Results come in the order of the texts, whatever the batches were.
 2. A text beyond the limit is cut, and its result says so; with ``stride`` it is read in overlapping windows instead.
 3. The probabilities of windows are averaged. Sums survive an average, so children still add up to their parent.
-4. A text that cannot be classified is a ValueError that names its position, never its content. In a list it is found
+4. With ``coverage`` the answer is a set of nodes that holds the right leaf for that share of texts like those that the
+   model was calibrated on: split conformal prediction, with sets that a person can read.
+5. A text that cannot be classified is a ValueError that names its position, never its content. In a list it is found
    before anything is computed; from a stream, the results before it come first.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
@@ -18,8 +21,14 @@ import torch
 from torch import Tensor
 from transformers import Pipeline
 
+try:
+    from .configuration_hierarchical import Taxonomy
+except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
+    from configuration_hierarchical import Taxonomy
+
 DEFAULT_BATCH_SIZE = 16
 BATCHES_AHEAD = 32
+MOST_NODES = 3  # in an answer: what a reader takes in at a glance
 
 
 class HierarchicalTextClassificationPipeline(Pipeline):
@@ -31,7 +40,10 @@ class HierarchicalTextClassificationPipeline(Pipeline):
     - ``label``, ``score``: the most probable leaf and its probability;
     - ``path``: ``{"label", "score"}`` of every node from the root to that leaf;
     - ``levels``: for each level, from the roots down, the probability of every node there;
-    - ``truncated``: whether the end of the text was cut off.
+    - ``truncated``: whether the end of the text was cut off;
+    - with ``coverage``, ``answer``: ``{"label", "score"}`` of at most three nodes, or of roots, that hold the right leaf for
+      this share of texts: leaves where the model is sure, their parents and ancestors where it is not. See
+      `conformal_answer`.
 
     Args:
         batch_size: windows of text that go through the model together, 16 by default. A stream is read 32 batches ahead,
@@ -39,9 +51,11 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         top_k: the number of leaves wanted; each text then gets a list of results, best first.
         max_length: in tokens, special ones included; by default, and at most, the tokenizer's limit.
         stride: read long texts in windows of ``max_length`` tokens that share this many, instead of cutting them.
+        coverage: the share of texts, between 0 and 1, whose answer shall hold the right leaf.
 
     Raises:
-        ValueError: an item is empty or not a text, or an argument is out of its range.
+        ValueError: an item is empty or not a text, an argument is out of its range, or ``coverage`` is asked of a
+            checkpoint that was not calibrated.
     """
 
     _load_processor = False
@@ -59,17 +73,25 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         self.tree = self.model.config.tree  # built anew each time it is asked for
 
     def _sanitize_parameters(
-        self, top_k: int | None = None, max_length: int | None = None, stride: int | None = None, **unknown: Any
+        self,
+        top_k: int | None = None,
+        max_length: int | None = None,
+        stride: int | None = None,
+        coverage: float | None = None,
+        **unknown: Any,
     ) -> tuple[dict, dict, dict]:
         if unknown:
-            known = "batch_size, top_k, max_length and stride"
+            known = "batch_size, top_k, max_length, stride and coverage"
             raise ValueError(f"{min(unknown)!r} is no argument of this pipeline; it has {known}")
         for name, value, least in (("top_k", top_k, 1), ("max_length", max_length, 1), ("stride", stride, 0)):
             if value is not None:
                 check_number(name, value, least)
         given = {"max_length": max_length, "stride": stride}
         cutting = {name: value for name, value in given.items() if value is not None}
-        return cutting, {}, {} if top_k is None else {"top_k": top_k}
+        if coverage is not None:
+            conformal_threshold(self.model.config.conformal_thresholds, coverage)
+        wanted = {"top_k": top_k, "coverage": coverage}
+        return cutting, {}, {name: value for name, value in wanted.items() if value is not None}
 
     def __call__(self, inputs: str | Iterable, batch_size: int | None = None, **parameters: Any) -> Any:
         """See the class."""
@@ -160,7 +182,9 @@ class HierarchicalTextClassificationPipeline(Pipeline):
     def get_inference_context(self) -> type:
         return torch.inference_mode
 
-    def postprocess(self, classified: dict, top_k: int | None = None) -> dict | list[dict]:
+    def postprocess(
+        self, classified: dict, top_k: int | None = None, coverage: float | None = None
+    ) -> dict | list[dict]:
         """A result as the class describes it, or with ``top_k`` a list of them, from the probabilities of the nodes."""
         tree, nodes = self.tree, classified["nodes"]
         levels: list[dict[str, float]] = [{} for _ in range(tree.depth)]
@@ -177,7 +201,80 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             }
             for leaf in best
         ]
+        if coverage is not None:
+            answer = conformal_answer(
+                tree, nodes, conformal_threshold(self.model.config.conformal_thresholds, coverage)
+            )
+            for result in results:
+                result["answer"] = [{"label": tree.labels[node], "score": nodes[node]} for node in answer]
         return results[0] if top_k is None else results
+
+
+def conformal_threshold(thresholds: list[float | None] | None, coverage: float) -> float | None:
+    """The threshold for a coverage, which is rounded up to a thousandth; None means every root.
+
+    Raises:
+        ValueError: the coverage is not between 0 and 1, or there are no thresholds.
+    """
+    if not isinstance(coverage, (int, float)) or not 0 < coverage < 1:
+        raise ValueError(f"coverage must be a number between 0 and 1, not {coverage!r}")
+    if thresholds is None:
+        raise ValueError("this checkpoint was not calibrated: coverage needs one that was trained with validation rows")
+    place = math.ceil(round(1000 * coverage, 6))
+    return thresholds[place - 1] if place < 1000 else None
+
+
+def conformal_answer(tree: Taxonomy, probabilities: list[float], threshold: float | None) -> list[int]:
+    """The nodes that hold every leaf whose probability is at least 1 - threshold, the most probable leaf always.
+
+    These leaves themselves where they are at most three; else the deepest level at which they lie under at most three
+    nodes; else all their roots. Children that are complete become their parent. The sets grow with the threshold, so
+    that split conformal prediction applies: `nonconformity` is the smallest threshold whose answer holds a leaf. Sets of
+    few nodes of a taxonomy: Mortier et al., 2025, arXiv 2501.19038.
+
+    Args:
+        probabilities: of all nodes, by id.
+        threshold: between 0 and 1; None for every root.
+
+    Returns:
+        Node ids, the most probable first.
+    """
+    if threshold is None:
+        held = set(tree.children(-1))
+    else:
+        order = sorted(range(tree.num_leaves), key=lambda leaf: -probabilities[leaf])
+        count = sum(1 - probabilities[leaf] <= threshold for leaf in order)
+        *_, (_, held) = growing_answers(tree, order[: max(count, 1)])
+    while complete := {
+        parent for node in held if (parent := tree.parents[node]) >= 0 and held.issuperset(tree.children(parent))
+    }:
+        held = complete | {node for node in held if tree.parents[node] not in complete}
+    return sorted(held, key=lambda node: -probabilities[node])
+
+
+def nonconformity(tree: Taxonomy, probabilities: list[float], leaf: int) -> float:
+    """The smallest threshold at which `conformal_answer` holds a leaf.
+
+    Args:
+        probabilities: of all nodes, by id.
+    """
+    path = set(tree.path(leaf))
+    order = sorted(range(tree.num_leaves), key=lambda leaf: -probabilities[leaf])
+    added, _ = next((added, held) for added, held in growing_answers(tree, order) if not path.isdisjoint(held))
+    return 0.0 if added == order[0] else 1 - probabilities[added]
+
+
+def growing_answers(tree: Taxonomy, leaves: list[int]) -> Iterator[tuple[int, set[int]]]:
+    """For each leaf, in order, the leaf and the nodes that hold it and those before it: at most three, or roots."""
+    at_level: list[set[int]] = [set() for _ in range(tree.depth)]
+    level = tree.depth
+    for leaf in leaves:
+        path = tree.path(leaf)
+        for i, nodes in enumerate(at_level):
+            nodes.add(path[min(i, len(path) - 1)])
+        while level > 1 and len(at_level[level - 1]) > MOST_NODES:
+            level -= 1
+        yield leaf, at_level[level - 1]
 
 
 def check_number(name: str, value: Any, least: int) -> None:

@@ -1,6 +1,7 @@
 """Trains a hierarchical classifier: ``python train.py [recipe.yaml] [--flag value …]``.
 
-Arguments → data → model → `HierarchicalTrainer` → the checkpoint, loaded back as a user loads it → metrics and plots.
+Arguments → data → model → `HierarchicalTrainer` → the checkpoint, loaded back as a user loads it → calibration on the
+validation rows → metrics and plots.
 """
 
 import csv
@@ -28,6 +29,7 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     EarlyStoppingCallback,
+    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
@@ -44,6 +46,7 @@ from training.arguments import (
     ModelArguments,
     parse,
 )
+from training.calibration import apply_temperatures, conformal_scores, fit_temperatures, fit_thresholds
 from training.data import LabelledSplits, load_splits, tokenize
 from training.data_report import log_report
 from training.hub import HUB_ERRORS, find_target, log_in, reason, refuse_local_encoder
@@ -56,6 +59,8 @@ from training.trainer import HierarchicalTrainer
 logger = logging.getLogger("train")
 
 NOTABLE_GAP = 0.005
+COVERAGE = 0.9  # of the answers that are measured
+PREFIXES = {"validation": "eval", "test": "test"}  # of the names of metrics
 
 
 def main(argv: list[str]) -> None:
@@ -175,12 +180,24 @@ def run_training(
         metrics |= {f"quantized_{name}": value for name, value in as_trained.items()}
     served = served_trainer(training, data.taxonomy, tokenizer, loss_function)
     measured, logits = evaluate(served, splits, training)
+    uncalibrated = logits
+    if "validation" in logits:
+        calibrated, logits = calibrate(served.model, data.taxonomy, logits, splits)
+        model.calibrate(
+            served.model.config.temperatures, served.model.config.conformal_thresholds
+        )  # if saved once more
+        measured = calibrated | {f"uncalibrated_{name}": measured[name] for name in measured if is_calibration(name)}
+    else:
+        logger.info("no validation rows were scored: the model's probabilities are not calibrated")
     metrics |= measured
     say_gap(metrics)
     if training.should_save:
+        write_calibration(output / "config.json", served.model.config)
         write_json(output / "metrics.json", metrics)
         plots.training_curves(trainer.state.log_history, output / "plots")
         draw(data.taxonomy, logits, splits, output / "plots")
+        if logits is not uncalibrated:
+            draw_reliability(uncalibrated, splits, output / "plots", "reliability_diagram_uncalibrated")
         write_predictions(data, logits, splits, output)
         write_card(output)
         logger.info("checkpoint, metrics and plots are in %s", output)
@@ -279,13 +296,54 @@ def evaluate(
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Metrics of the validation rows (``eval_``) and the test rows (``test_``), and the leaf logits of each split."""
     metrics, logits = {}, {}
-    wanted = {"validation": ("eval", training.do_eval), "test": ("test", training.do_predict)}
-    for split, (prefix, asked) in wanted.items():
+    for split, asked in (("validation", training.do_eval), ("test", training.do_predict)):
         if split in splits and asked is not False:
-            output = trainer.predict(splits[split], metric_key_prefix=prefix)
+            output = trainer.predict(splits[split], metric_key_prefix=PREFIXES[split])
             metrics |= output.metrics
             logits[split] = output.predictions
     return metrics, logits
+
+
+def calibrate(
+    model: HierarchicalForSequenceClassification,
+    taxonomy: Taxonomy,
+    logits: dict[str, np.ndarray],
+    splits: DatasetDict,
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Fits temperatures and conformal thresholds on the validation rows, and puts them into the model.
+
+    Args:
+        logits: of each scored split, by a model that is not calibrated.
+
+    Returns:
+        The metrics of each split after it, how answers for `COVERAGE` fare on the test rows, and the logits after it.
+    """
+    labels = {split: np.array(splits[split]["labels"]) for split in logits}
+    temperatures = fit_temperatures(taxonomy, logits["validation"], labels["validation"])
+    logits = {split: apply_temperatures(taxonomy, scores, temperatures) for split, scores in logits.items()}
+    thresholds = fit_thresholds(taxonomy, logits["validation"], labels["validation"])
+    model.calibrate(temperatures, thresholds)
+    logger.info("calibrated on the validation rows: temperatures %s", ", ".join(f"{t:.2f}" for t in temperatures))
+    compute_metrics, metrics = build_compute_metrics(taxonomy), {}
+    for split, scores in logits.items():
+        measured = compute_metrics(EvalPrediction(predictions=scores, label_ids=labels[split]))
+        metrics |= {f"{PREFIXES[split]}_{name}": value for name, value in measured.items()}
+    if "test" in logits and thresholds is not None:
+        found = conformal_scores(taxonomy, logits["test"], labels["test"], thresholds, COVERAGE)
+        metrics |= {f"test_answer_{name}": value for name, value in found.items()}
+    return metrics, logits
+
+
+def is_calibration(name: str) -> bool:
+    """Whether a metric changes with the temperatures."""
+    return name.endswith(("_ece", "_log_loss"))
+
+
+def write_calibration(path: Path, config: HierarchicalConfig) -> None:
+    """Adds the calibration of a served model to the configuration that it was loaded from."""
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored |= {"temperatures": config.temperatures, "conformal_thresholds": config.conformal_thresholds}
+    write_json(path, stored)
 
 
 def tokenized(data: LabelledSplits, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[DatasetDict, dict]:
@@ -300,9 +358,13 @@ def draw(taxonomy: Taxonomy, logits: dict[str, np.ndarray], splits: DatasetDict,
     """Confusion matrices and reliability of the test rows, or of the validation rows where there are none."""
     split = next((name for name in ("test", "validation") if name in logits), None)
     if split is not None:
-        labels = np.array(splits[split]["labels"])
-        plots.confusion_matrices(taxonomy, logits[split], labels, folder)
-        plots.reliability_diagram(logits[split], labels, folder)
+        plots.confusion_matrices(taxonomy, logits[split], np.array(splits[split]["labels"]), folder)
+        draw_reliability(logits, splits, folder, "reliability_diagram")
+
+
+def draw_reliability(logits: dict[str, np.ndarray], splits: DatasetDict, folder: Path, name: str) -> None:
+    split = "test" if "test" in logits else "validation"
+    plots.reliability_diagram(logits[split], np.array(splits[split]["labels"]), folder, name)
 
 
 def write_predictions(data: LabelledSplits, logits: dict[str, np.ndarray], splits: DatasetDict, folder: Path) -> None:
@@ -392,14 +454,16 @@ def log_setup(arguments: ModelArguments, training: HierarchicalTrainingArguments
 def log_metrics(metrics: dict[str, float]) -> None:
     """One line a metric, one column a split."""
     splits = [prefix for prefix in ("eval", "test") if f"{prefix}_loss" in metrics]
-    names = [name.removeprefix(f"{splits[0]}_") for name in metrics if name.startswith(f"{splits[0]}_")]
+    found = [name.partition("_") for name in metrics]
+    names = dict.fromkeys(name for prefix, _, name in found if prefix in splits)
     logger.info(
         "%-24s" + " %10s" * len(splits), "", *("validation" if prefix == "eval" else "test" for prefix in splits)
     )
     for name in names:
         if not name.endswith(("_per_second", "_time", "runtime")):
-            values = [metrics.get(f"{prefix}_{name}", float("nan")) for prefix in splits]
-            logger.info("%-24s" + " %10.4f" * len(splits), name, *values)
+            values = [metrics.get(f"{prefix}_{name}") for prefix in splits]
+            shown = ["" if value is None else f"{value:.4f}" for value in values]
+            logger.info("%-24s" + " %10s" * len(splits), name, *shown)
 
 
 def write_json(path: Path, value: dict) -> None:

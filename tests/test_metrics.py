@@ -220,6 +220,32 @@ def test_many_leaves_are_scored_in_blocks():
     assert scores["log_loss"] == pytest.approx(sum(losses) / len(losses))
 
 
+def plain_ece(documents: list[tuple[float, bool]]) -> float:
+    """The calibration error of (confidence, whether right), in plain Python."""
+    error = 0.0
+    for m in range(15):
+        inside = [(p, right) for p, right in documents if m / 15 < p <= (m + 1) / 15]
+        if inside:
+            confidence = sum(p for p, _ in inside) / len(inside)
+            accuracy = sum(right for _, right in inside) / len(inside)
+            error += len(inside) / len(documents) * abs(accuracy - confidence)
+    return error
+
+
+def test_ece_of_a_level_is_that_of_the_predicted_paths_node():
+    logits, labels = random_case(TREE, 500)
+    scores = build_compute_metrics(TREE)(EvalPrediction(logits, labels))
+    for level in range(1, TREE.depth + 1):
+        documents = []
+        for row, label in zip(logits, labels.tolist(), strict=True):
+            if label >= 0 and len(TREE.path(label)) >= level:
+                probabilities = softmax(row)
+                answer = TREE.path(probabilities.index(max(probabilities)))[:level][-1]
+                under = [leaf for leaf in range(TREE.num_leaves) if answer in TREE.path(leaf)]
+                documents.append((sum(probabilities[i] for i in under), TREE.path(label)[level - 1] == answer))
+        assert scores[f"level_{level}_ece"] == pytest.approx(plain_ece(documents)), level
+
+
 def test_ece_against_plain_python():
     logits, labels = random_case(TREE, 500)
     documents = []
@@ -227,13 +253,7 @@ def test_ece_against_plain_python():
         if 0 <= label < TREE.num_leaves:
             probabilities = softmax(row)
             documents.append((max(probabilities), probabilities.index(max(probabilities)) == label))
-    expected = 0.0
-    for m in range(15):
-        inside = [(p, right) for p, right in documents if m / 15 < p <= (m + 1) / 15]
-        if inside:
-            confidence = sum(p for p, _ in inside) / len(inside)
-            accuracy = sum(right for _, right in inside) / len(inside)
-            expected += len(inside) / len(documents) * abs(accuracy - confidence)
+    expected = plain_ece(documents)
     assert build_compute_metrics(TREE)(EvalPrediction(logits, labels))["ece"] == pytest.approx(expected)
     assert expected_calibration_error(calibration_bins(logits, labels)) == pytest.approx(expected)
 
@@ -252,7 +272,8 @@ def test_calibration_bins_by_hand():
 def test_scores_without_documents_are_left_out():
     scores = build_compute_metrics(TREE)(EvalPrediction(logits_for([E, A]), np.array([B, -100])))
     # {B, D, e} against {B}
-    assert scores.pop("log_loss") > 0
+    assert scores["log_loss"] > 0
+    assert scores.pop("level_1_ece") == pytest.approx(1 - np.exp(-scores.pop("log_loss")), abs=0.02)  # of one document
     assert scores == pytest.approx(
         {
             "hierarchical_precision": 1 / 3,

@@ -197,7 +197,7 @@ def environment(device: torch.device | str) -> dict[str, Any]:
 
 def measured(metrics: dict[str, Any], depth: int) -> dict[str, dict[str, float]]:
     """For each split that was scored, the metrics that the card shows, by their names without the prefix."""
-    names = [*METRICS, *(f"level_{k}_{name}" for k in range(1, depth + 1) for name in ("accuracy", "macro_f1"))]
+    names = [*METRICS, *(f"level_{k}_{name}" for k in range(1, depth + 1) for name in ("accuracy", "macro_f1", "ece"))]
     return {
         split: {name: metrics[f"{prefix}_{name}"] for name in names if f"{prefix}_{name}" in metrics}
         for split, prefix in PREFIXES.items()
@@ -484,12 +484,14 @@ def results(run: Run) -> str:
         f"confusion_matrix_level_{k}": f"Confusion matrix {plotted}, level {k}" for k in range(1, run.tree.depth + 1)
     }
     plots["reliability_diagram"] = f"Reliability diagram {plotted}"
+    plots["reliability_diagram_uncalibrated"] = "The same before calibration"
     parts = [
         "## Results",
         f"Measured on the checkpoint as it is loaded above, over the encoder in full precision{rows and ': '}{rows}.\n"
         "What is scored is the path to the most probable leaf.",
         table(["metric", *scores], cells),
         as_trained(run),
+        calibration(run),
         *(f"![{title}](plots/{s}.png)" for s, title in plots.items() if (run.folder / "plots" / f"{s}.png").is_file()),
     ]
     return "\n\n".join(filter(None, parts))
@@ -509,6 +511,33 @@ def as_trained(run: Run) -> str:
     compared = table(["metric", "as trained", "as loaded above", "difference"], rows)
     form = run.metrics.get("train_quantization", "quantized")
     return f"Training used a {form} encoder. These are the scores over that one:\n\n{compared}"
+
+
+def calibration(run: Run) -> str:
+    """What calibration changed, and what answers with a guarantee look like."""
+    if run.config.temperatures is None:
+        return "The probabilities are not calibrated: there were no validation rows." if run.scores else ""
+    rows = []
+    for split, values in run.scores.items():
+        for name in ("log_loss", "ece", *(f"level_{k}_ece" for k in range(1, run.tree.depth + 1))):
+            before = run.metrics.get(f"uncalibrated_{PREFIXES[split]}_{name}")
+            if before is not None and name in values:
+                rows.append([f"{split} {describe_metric(name)[1]}", number(before), number(values[name])])
+    parts = [
+        "Probabilities are calibrated by one temperature a decision, fitted on the validation rows and applied inside the\n"
+        "model.",
+        table(["metric", "before calibration", "after"], rows),
+    ]
+    found = {
+        name.removeprefix("test_answer_"): run.metrics[name] for name in run.metrics if name.startswith("test_answer_")
+    }
+    if found:
+        parts.append(
+            f"With `coverage=0.9` the pipeline answers with up to three nodes that hold the right leaf for 90 % of texts like\n"
+            f"the validation rows (split conformal prediction). Of the test rows {found['coverage']:.1%} were held, by answers of\n"
+            f"{found['leaves']:.1f} leaves on average; {found['single_leaf']:.0%} of the answers were one leaf."
+        )
+    return "\n\n".join(parts)
 
 
 def limits(run: Run) -> str:

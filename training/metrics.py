@@ -45,14 +45,15 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
       the level that have the same node there in their predicted path (a shorter path is wrong); and
       ``level_k_macro_f1``, over the nodes of the level that occur in a true or predicted path, where a leaf above
       the level is "no node at this level", a class that is not averaged, and a document labelled with an inner node
-      above the level takes no part: its node there is not known.
+      above the level takes no part: its node there is not known; and ``level_k_ece``, as ``ece`` but of the probability of
+      the predicted path's node there, over the documents of ``level_k_accuracy``.
 
     Raises:
         InputError: `evaluate` cannot write its copy of the module. The function it returns raises it for arrays of other
             shapes, unknown label ids, logits that are not finite, no labelled document.
     """
     hierarchical_f1 = _load_hierarchical_f1()
-    paths = _paths(taxonomy)
+    paths = node_paths(taxonomy)
     leaves_under = np.zeros((taxonomy.num_nodes, taxonomy.num_leaves), dtype=bool)
     for leaf in range(taxonomy.num_leaves):
         leaves_under[taxonomy.path(leaf), leaf] = True
@@ -67,11 +68,19 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
         if is_leaf.any():
             metrics |= _flat_scores(labels[is_leaf], answers[is_leaf])
         metrics |= hierarchical_f1.compute(predictions=answers, references=labels, parents=taxonomy.parents)
-        metrics["log_loss"] = _log_loss(logits, labels, leaves_under)
+        metrics["log_loss"] = float(-_log_probability(logits, labels, leaves_under).mean())
         if is_leaf.any():
             bins = _bin(confidence[is_leaf], answers[is_leaf] == labels[is_leaf], bins=15)
             metrics["ece"] = expected_calibration_error(bins)
-        return metrics | _level_scores(paths[labels], paths[answers], is_leaf)
+        metrics |= _level_scores(paths[labels], paths[answers], is_leaf)
+        for level in range(taxonomy.depth):
+            reached = paths[labels, level] >= 0
+            if reached.any():
+                nodes = np.where(paths[answers, level] >= 0, paths[answers, level], answers)[reached]
+                probability = np.exp(_log_probability(logits[reached], nodes, leaves_under))
+                bins = _bin(probability, nodes == paths[labels[reached], level], bins=15)
+                metrics[f"level_{level + 1}_ece"] = expected_calibration_error(bins)
+        return metrics
 
     return compute_metrics
 
@@ -205,8 +214,8 @@ def _load_hierarchical_f1() -> evaluate.EvaluationModule:
             ) from error
 
 
-def _paths(taxonomy: Taxonomy) -> np.ndarray:
-    """The nodes from the root down to each node, -1 after it: (num_nodes, depth)."""
+def node_paths(taxonomy: Taxonomy) -> np.ndarray:
+    """(num_nodes, depth): the nodes from the root down to each node, -1 after it."""
     paths = np.full((taxonomy.num_nodes, taxonomy.depth), -1)
     for node, level in enumerate(taxonomy.levels):
         paths[node, :level] = taxonomy.path(node)
@@ -229,11 +238,14 @@ def _flat_scores(true: np.ndarray, answers: np.ndarray) -> dict[str, float]:
     }
 
 
-def _log_loss(logits: np.ndarray, labels: np.ndarray, leaves_under: np.ndarray) -> float:
-    total = 0.0
-    for rows, log_probs in _log_probs(logits):
-        total -= logsumexp(np.where(leaves_under[labels[rows]], log_probs, -np.inf), axis=1).sum()
-    return float(total / len(labels))
+def _log_probability(logits: np.ndarray, nodes: np.ndarray, leaves_under: np.ndarray) -> np.ndarray:
+    """The log-probability that each document's row of leaf logits gives to a node of its own: (num_documents,)."""
+    return np.concatenate(
+        [
+            logsumexp(np.where(leaves_under[nodes[rows]], log_probs, -np.inf), axis=1)
+            for rows, log_probs in _log_probs(logits)
+        ]
+    )
 
 
 def _level_scores(true: np.ndarray, predicted: np.ndarray, is_leaf: np.ndarray) -> dict[str, float]:

@@ -95,8 +95,10 @@ def confusion_matrices(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarra
     return list(written)
 
 
-def reliability_diagram(logits: np.ndarray, labels: np.ndarray, folder: str | Path) -> list[Path]:
-    """Accuracy against confidence, and how often each confidence occurs: ``reliability_diagram.html`` and ``.png``.
+def reliability_diagram(
+    logits: np.ndarray, labels: np.ndarray, folder: str | Path, name: str = "reliability_diagram"
+) -> list[Path]:
+    """Accuracy against confidence, and how often each confidence occurs: ``<name>.html`` and ``<name>.png``.
 
     Args:
         logits: (num_documents, num_leaves).
@@ -123,7 +125,7 @@ def reliability_diagram(logits: np.ndarray, labels: np.ndarray, folder: str | Pa
         _interactive_reliability(bins, title, subtitle),
         _static_reliability(bins, title, subtitle),
         Path(folder),
-        "reliability_diagram",
+        name,
     )
 
 

@@ -1,0 +1,193 @@
+"""Calibration: temperatures against drawn labels and the model itself, thresholds against their definition."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run
+from scipy.special import log_softmax
+from transformers import pipeline
+
+from configuration_hierarchical import HierarchicalConfig, Taxonomy
+from modeling_hierarchical import HierarchicalForSequenceClassification
+from pipeline_hierarchical import MOST_NODES, conformal_answer, conformal_threshold, nonconformity
+from training.calibration import (
+    apply_temperatures,
+    conformal_scores,
+    decisions,
+    fit_temperatures,
+    fit_thresholds,
+    leaves_under,
+    node_log_probs,
+    nonconformity_scores,
+)
+
+TREE = Taxonomy(["a", {"b": ["c", "d", {"e": ["f", "g"]}]}, {"h": ["i", "j"]}])
+MANY = Taxonomy({f"parent {i}": {f"{i} {j}": [f"{i} {j} {k}" for k in range(3)] for j in range(3)} for i in range(4)})
+TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+
+
+def drawn(tree: Taxonomy, temperatures: list[float], rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Leaf logits of a model whose right temperatures are those given, and labels drawn accordingly."""
+    generator = np.random.default_rng(seed)
+    scores = generator.normal(scale=2, size=(rows, tree.num_nodes))
+    conditional, right = np.zeros_like(scores), np.zeros_like(scores)
+    for nodes, temperature in zip(decisions(tree), temperatures, strict=True):
+        conditional[:, nodes] = log_softmax(scores[:, nodes], axis=1)
+        right[:, nodes] = log_softmax(scores[:, nodes] / temperature, axis=1)
+    leaves = [tree.path(leaf) for leaf in range(tree.num_leaves)]
+    logits = np.column_stack([conditional[:, path].sum(1) for path in leaves])
+    chances = np.exp(np.column_stack([right[:, path].sum(1) for path in leaves]))
+    return logits, np.array([generator.choice(tree.num_leaves, p=row / row.sum()) for row in chances])
+
+
+def test_temperatures_are_those_that_the_labels_were_drawn_with():
+    given = [2.0, 0.5, 3.0, 1.0]
+    found = fit_temperatures(TREE, *drawn(TREE, given, 20_000))
+    assert found == pytest.approx(given, rel=0.1)
+
+
+def test_a_decision_with_few_rows_shares_the_temperature_of_all():
+    logits, labels = drawn(TREE, [2.0] * 4, 600)
+    under_h = np.flatnonzero(np.isin(labels, leaves_under(TREE)[TREE.id("h")]))
+    labels[under_h[20:]] = -100
+    found = fit_temperatures(TREE, logits, labels)
+    assert len(set(found)) == 4
+    labels[under_h] = -100
+    assert fit_temperatures(TREE, logits, labels)[-1] != found[-1]  # all rows have a say in it
+    assert found[-1] == pytest.approx(2.0, rel=0.2)
+
+
+def test_the_model_itself_gives_the_calibrated_probabilities():
+    torch.manual_seed(0)
+    config = HierarchicalConfig(text_config={"model_type": "bert", **TINY}, taxonomy=TREE)
+    model = HierarchicalForSequenceClassification(config).eval()
+    torch.nn.init.normal_(model.heads.weight, std=1.0)
+    ids = torch.randint(5, 60, (7, 9))
+    with torch.inference_mode():
+        before = model(input_ids=ids).logits.double().numpy()
+        model.calibrate([0.5, 2.0, 3.0, 0.7], None)
+        after = model(input_ids=ids)
+    expected = apply_temperatures(TREE, before, [0.5, 2.0, 3.0, 0.7])
+    np.testing.assert_allclose(after.logits.numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(after.node_log_probs.numpy(), node_log_probs(TREE, expected), atol=1e-5)
+    np.testing.assert_allclose(apply_temperatures(TREE, before, [1.0] * 4), before, atol=1e-6)
+
+
+def test_a_calibration_is_saved_and_loaded(tmp_path):
+    config = HierarchicalConfig(text_config={"model_type": "bert", **TINY}, taxonomy=TREE)
+    model = HierarchicalForSequenceClassification(config).eval()
+    thresholds = [0.0] * 500 + [0.5] * 490 + [None] * 9
+    model.calibrate([0.5, 2.0, 3.0, 0.7], thresholds)
+    model.save_pretrained(tmp_path)
+    loaded = HierarchicalForSequenceClassification.from_pretrained(tmp_path)
+    assert loaded.config.temperatures == [0.5, 2.0, 3.0, 0.7]
+    assert loaded.config.conformal_thresholds == thresholds
+    ids = torch.randint(5, 60, (3, 9))
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"temperatures": [1.0]}, "4 positive numbers"),
+        ({"temperatures": [1.0, 1.0, 0.0, 1.0]}, "4 positive numbers"),
+        ({"temperatures": [1.0, 1.0, float("nan"), 1.0]}, "4 positive numbers"),
+        ({"conformal_thresholds": [0.5] * 10}, "999 rising numbers"),
+        ({"conformal_thresholds": [0.5, 0.4] + [0.6] * 997}, "999 rising numbers"),
+        ({"conformal_thresholds": [None] + [0.6] * 998}, "999 rising numbers"),
+        ({"conformal_thresholds": [1.5] * 999}, "999 rising numbers"),
+    ],
+)
+def test_a_calibration_that_does_not_fit_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        HierarchicalConfig(taxonomy=TREE, **wrong)
+
+
+@pytest.mark.parametrize("tree", [TREE, MANY])
+def test_nonconformity_is_the_smallest_threshold_whose_answer_holds_the_leaf(tree):
+    generator, under = np.random.default_rng(0), leaves_under(tree)
+    for _ in range(40):
+        leaves = generator.dirichlet(np.full(tree.num_leaves, 0.3))
+        nodes = [float(sum(leaves[leaf] for leaf in held)) for held in under]
+        scores = [nonconformity(tree, nodes, leaf) for leaf in range(tree.num_leaves)]
+        assert min(scores) == 0
+        assert scores[int(leaves.argmax())] == 0
+        before: set[int] = set()
+        for threshold in sorted({0.0, *scores, *generator.random(20), 1.0}):
+            answer = conformal_answer(tree, nodes, threshold)
+            held = [leaf for node in answer for leaf in under[node]]
+            assert len(held) == len(set(held))  # no node beside one of its own ancestors
+            assert len(answer) <= MOST_NODES or all(tree.parents[node] < 0 for node in answer)
+            assert set(held) == {leaf for leaf in range(tree.num_leaves) if scores[leaf] <= threshold}
+            assert before <= set(held)
+            before = set(held)
+        assert len(before) == tree.num_leaves
+
+
+def test_answers_are_as_deep_as_the_model_is_sure():
+    def answer(threshold: float | None, **leaves: float) -> list[str]:
+        nodes = [sum(leaves.get(TREE.labels[leaf], 0) for leaf in held) for held in leaves_under(TREE)]
+        return [TREE.labels[node] for node in conformal_answer(TREE, nodes, threshold)]
+
+    assert answer(0.5, c=0.9, d=0.1) == ["c"]
+    assert answer(0.9, c=0.7, d=0.3) == ["c", "d"]
+    assert answer(0.9, f=0.4, g=0.5, c=0.1) == ["e", "c"]  # f and g are all of e
+    assert answer(0.9, c=0.4, d=0.3, f=0.2, g=0.1) == ["b"]  # four leaves are three nodes, which are all of b
+    assert answer(0.9, a=0.31, c=0.29, i=0.2, j=0.2) == ["h", "a", "b"]  # four leaves on three levels: their roots
+    assert set(answer(None, c=1.0)) == {"a", "b", "h"}
+
+
+def test_thresholds_are_the_ranks_of_split_conformal_prediction():
+    logits, labels = drawn(TREE, [1.0] * 4, 9)
+    scores = nonconformity_scores(TREE, logits, labels)
+    assert len(scores) == 9
+    thresholds = fit_thresholds(TREE, logits, labels)
+    assert conformal_threshold(thresholds, 0.9) == scores[8]  # (9 + 1) · 0.9 = 9
+    assert conformal_threshold(thresholds, 0.5) == scores[4]
+    assert conformal_threshold(thresholds, 0.501) == scores[5]
+    assert conformal_threshold(thresholds, 0.901) is None
+    assert conformal_threshold(thresholds, 0.9999) is None
+    assert fit_thresholds(TREE, logits, np.full(9, TREE.id("b"))) is None
+    HierarchicalConfig(taxonomy=TREE, conformal_thresholds=thresholds)
+
+
+@pytest.mark.parametrize("coverage", [0.8, 0.9, 0.95])
+def test_answers_hold_the_label_as_often_as_asked(coverage):
+    logits, labels = drawn(MANY, [1.0] * 17, 1200)
+    held, generator = [], np.random.default_rng(1)
+    for _ in range(30):
+        order = generator.permutation(len(labels))
+        one, other = order[:600], order[600:]
+        thresholds = fit_thresholds(MANY, logits[one], labels[one])
+        held.append(conformal_scores(MANY, logits[other], labels[other], thresholds, coverage)["coverage"])
+    assert np.mean(held) == pytest.approx(coverage, abs=0.02)
+
+
+def test_a_trained_checkpoint_answers_with_a_coverage(tiny_encoder, tmp_path):
+    output = tmp_path / "results"
+    done = run(
+        ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", tiny_encoder, "--max_steps", 5, "--eval_strategy",
+        "no", "--save_strategy", "no", "--load_best_model_at_end", "false", "--output_dir", output,
+    )  # fmt: skip
+    assert "calibrated on the validation rows: temperatures" in done.stderr
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["eval_log_loss"] <= metrics["uncalibrated_eval_log_loss"] + 1e-6
+    assert 0.8 < metrics["test_answer_coverage"] <= 1
+    assert (output / "plots" / "reliability_diagram_uncalibrated.png").is_file()
+    assert "coverage=0.9" in (output / "README.md").read_text()
+    classify = pipeline("hierarchical-text-classification", model=str(output), trust_remote_code=True)
+    result = classify("A study of gastric ulcers in 40 patients.", coverage=0.9)
+    tree = classify.tree
+    assert result["answer"]
+    assert all(node["label"] in tree.labels for node in result["answer"])
+    assert result["answer"][0]["score"] >= result["score"] - 1e-9
+    assert "answer" not in classify("A study of gastric ulcers in 40 patients.")
+    for wrong in (0, 1, 1.5, "0.9"):
+        with pytest.raises(ValueError, match="coverage must be a number between 0 and 1"):
+            classify("text", coverage=wrong)
+    classify.model.config.conformal_thresholds = None
+    with pytest.raises(ValueError, match="not calibrated"):
+        classify("text", coverage=0.9)
