@@ -51,7 +51,7 @@ from training.data import LabelledSplits, load_splits, tokenize
 from training.data_report import log_report
 from training.hub import HUB_ERRORS, find_target, log_in, reason, refuse_local_encoder
 from training.losses import HierarchicalFocalLoss, node_counts
-from training.metrics import build_compute_metrics
+from training.metrics import any_label_accuracy, build_compute_metrics
 from training.model import build_model, is_checkpoint, load_tokenizer, size_report
 from training.resume import find_checkpoint, is_full_disk
 from training.trainer import HierarchicalTrainer
@@ -301,6 +301,9 @@ def evaluate(
             output = trainer.predict(splits[split], metric_key_prefix=PREFIXES[split])
             metrics |= output.metrics
             logits[split] = output.predictions
+            labels, texts = (np.array(splits[split][column]) for column in ("labels", "text_id"))
+            if (found := any_label_accuracy(output.predictions, labels, texts)) is not None:
+                metrics[f"{PREFIXES[split]}_any_label_accuracy"] = found
     return metrics, logits
 
 
@@ -327,6 +330,8 @@ def calibrate(
     compute_metrics, metrics = build_compute_metrics(taxonomy), {}
     for split, scores in logits.items():
         measured = compute_metrics(EvalPrediction(predictions=scores, label_ids=labels[split]))
+        if (found := any_label_accuracy(scores, labels[split], np.array(splits[split]["text_id"]))) is not None:
+            measured["any_label_accuracy"] = found
         metrics |= {f"{PREFIXES[split]}_{name}": value for name, value in measured.items()}
     if "test" in logits and thresholds is not None:
         found = conformal_scores(taxonomy, logits["test"], labels["test"], thresholds, COVERAGE)

@@ -18,7 +18,7 @@ from transformers import EvalPrediction
 from configuration_hierarchical import DEFAULT_TAXONOMY, HierarchicalConfig, Taxonomy
 from training import card
 from training.data_report import describe, length_report, shared_texts, untrained_classes
-from training.metrics import build_compute_metrics
+from training.metrics import any_label_accuracy, build_compute_metrics
 
 ENCODER, COMMIT = "emilyalsentzer/Bio_ClinicalBERT", "d5892b39a4adaed74b92212a44081509db72f87b"
 HOSTILE = [
@@ -83,6 +83,7 @@ def make_metrics(tree: Taxonomy) -> dict:
     for prefix in ("quantized_eval", "quantized_test", "eval", "test"):
         logits, labels = generator.normal(size=(40, tree.num_leaves)), generator.integers(tree.num_nodes, size=40)
         scores = compute(EvalPrediction(logits, labels))
+        scores["any_label_accuracy"] = any_label_accuracy(logits, labels, np.arange(40) // 2)
         found |= {f"{prefix}_{name}": value for name, value in {"loss": 0.5, "runtime": 2.0, **scores}.items()}
     return {
         "train_runtime": 125.0,

@@ -81,7 +81,7 @@ def test_every_format_gives_the_same_rows(tmp_path, kind):
     write_as(kind, path)
     data = load(train_file=path, validation_size=0)
     assert list(data.splits) == ["train"]
-    assert data.splits["train"].column_names == ["text", "label", "row"]
+    assert data.splits["train"].column_names == ["text", "label", "row", "text_id"]
     assert data.splits["train"]["text"][:] == [text for text, _ in ROWS]
     assert data.splits["train"]["row"][:] == [0, 1, 2, 3]
     # leaves first, in sorted order of their paths (a/x, a/y, b), then the inner node a
@@ -684,7 +684,9 @@ def word_tokenizer(side="right", **arguments):
 
 def texts_of_lengths(lengths):
     rows = {"text": [" ".join(f"w{i}" for i in range(n)) for n in lengths], "label": list(range(len(lengths)))}
-    return datasets.DatasetDict({"test": datasets.Dataset.from_dict({**rows, "row": [10 + i for i in rows["label"]]})})
+    return datasets.DatasetDict(
+        {"test": datasets.Dataset.from_dict({**rows, "row": [10 + i for i in rows["label"]], "text_id": rows["label"]})}
+    )
 
 
 @pytest.fixture
@@ -702,7 +704,7 @@ def test_tokens_are_those_of_the_tokenizers_own_truncation(side, warnings_of_tra
     tokenized, lengths = tokenize(splits, tokenizer, 8)
     assert "longer than" not in warnings_of_transformers.text
     rows = tokenized["test"]
-    assert set(rows.column_names) == {"input_ids", "attention_mask", "length", "labels", "row"}
+    assert set(rows.column_names) == {"input_ids", "attention_mask", "length", "labels", "row", "text_id"}
     assert rows["input_ids"][:] == tokenizer(splits["test"]["text"][:], truncation=True, max_length=8)["input_ids"]
     assert rows["length"][:] == [3, 7, 8, 8, 8, 8, 8]
     assert rows["attention_mask"][:] == [[1] * n for n in rows["length"]]
@@ -719,13 +721,13 @@ def test_token_types_only_where_the_tokenizer_has_them():
     tokenized, _ = tokenize(texts_of_lengths([3]), word_tokenizer(model_input_names=names), 8)
     assert tokenized["test"]["token_type_ids"][:] == [[0] * 5]
     tokenized, _ = tokenize(texts_of_lengths([3]), word_tokenizer(model_input_names=["input_ids"]), 8)
-    assert set(tokenized["test"].column_names) == {"input_ids", "attention_mask", "length", "labels", "row"}
+    assert set(tokenized["test"].column_names) == {"input_ids", "attention_mask", "length", "labels", "row", "text_id"}
 
 
 def test_tokenizer_without_a_fast_backend(warnings_of_transformers):
     tokenizer = ByT5Tokenizer(model_max_length=8)  # bytes and one end token; needs no vocabulary file
     splits = datasets.DatasetDict({"train": datasets.Dataset.from_dict(
-        {"text": ["ab", "é" * 6, "abcdefgh"], "label": [0, 1, 0], "row": [0, 1, 2]}
+        {"text": ["ab", "é" * 6, "abcdefgh"], "label": [0, 1, 0], "row": [0, 1, 2], "text_id": [0, 1, 2]}
     )})  # fmt: skip
     tokenized, lengths = tokenize(splits, tokenizer, 8)
     own = tokenizer(splits["train"]["text"][:], truncation=True, max_length=8)

@@ -15,7 +15,13 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from configuration_hierarchical import Taxonomy
 from training import InputError
-from training.metrics import build_compute_metrics, calibration_bins, expected_calibration_error, per_class_report
+from training.metrics import (
+    any_label_accuracy,
+    build_compute_metrics,
+    calibration_bins,
+    expected_calibration_error,
+    per_class_report,
+)
 
 MODULE = Path(__file__).resolve().parents[1] / "metrics" / "hierarchical_f1"
 
@@ -218,6 +224,15 @@ def test_many_leaves_are_scored_in_blocks():
         elif label >= 0:
             losses.append(-row[label].item())
     assert scores["log_loss"] == pytest.approx(sum(losses) / len(losses))
+
+
+def test_any_label_of_a_repeated_text_counts():
+    logits, labels = logits_for([A, C, A, A, E]), np.array([A, A, C, E, E])
+    texts = np.array([7, 1, 1, 2, 2])  # text 1 has the labels a and c, text 2 twice e
+    assert any_label_accuracy(logits, labels, texts) == 4 / 5
+    assert any_label_accuracy(logits, np.array([A, A, -100, E, E]), texts) == 2 / 4  # nobody calls text 1 c
+    assert any_label_accuracy(logits, np.array([A, A, B, E, E]), texts) == 2 / 4  # an inner node is no leaf
+    assert any_label_accuracy(logits, np.full(5, -100), texts) is None
 
 
 def plain_ece(documents: list[tuple[float, bool]]) -> float:

@@ -40,6 +40,7 @@ NOT_SHOWN = {
 }  # the card names the encoder; the rest is the machine's
 METRICS = {  # name in metrics.json, after its prefix: (type on the Hub, what the card calls it)
     "accuracy": ("accuracy", "accuracy"),
+    "any_label_accuracy": ("accuracy", "accuracy, any label of a repeated text counting"),
     "macro_f1": ("f1", "macro F1"),
     "weighted_f1": ("f1", "weighted F1"),
     "hierarchical_precision": ("precision", "hierarchical precision"),

@@ -491,7 +491,12 @@ def _sample(strata: np.ndarray, count: int, split: str, generator: np.random.Gen
 def _to_datasets(rows: pd.DataFrame) -> datasets.DatasetDict:
     # large_string: a string column of Arrow ends at 2 GB
     features = datasets.Features(
-        {"text": datasets.Value("large_string"), "label": datasets.Value("int64"), "row": datasets.Value("int64")}
+        {
+            "text": datasets.Value("large_string"),
+            "label": datasets.Value("int64"),
+            "row": datasets.Value("int64"),
+            "text_id": datasets.Value("int64"),
+        }
     )
     return datasets.DatasetDict(
         {
@@ -515,7 +520,7 @@ def tokenize(
 
     Returns:
         The splits with ``input_ids``, ``attention_mask`` (and ``token_type_ids`` where the tokenizer has them),
-        ``length`` (of ``input_ids``), ``labels`` and ``row``; and for each the `length_report` of the token counts
+        ``length`` (of ``input_ids``), ``labels``, ``row`` and ``text_id``; and for each the `length_report` of the token counts
         before cutting.
     """
     encode = _encode_fast if tokenizer.is_fast else _encode_slow
@@ -529,6 +534,7 @@ def tokenize(
             "uncut": lengths,
             "labels": batch["label"],
             "row": batch["row"],
+            "text_id": batch["text_id"],
         }
 
     tokenized, reports = datasets.DatasetDict(), {}

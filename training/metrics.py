@@ -85,6 +85,27 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
     return compute_metrics
 
 
+def any_label_accuracy(logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> float | None:
+    """The share of documents whose predicted leaf is a leaf that some document of the same text has.
+
+    Corpora repeat texts under several labels; `accuracy` then counts an answer wrong that another row calls right.
+
+    Args:
+        logits: (num_documents, num_leaves).
+        labels: (num_documents,), node ids or -100; only documents labelled with a leaf take part.
+        texts: (num_documents,), the same number for the same text.
+
+    Returns:
+        None where no document is labelled with a leaf.
+    """
+    is_leaf = (labels >= 0) & (labels < logits.shape[1])
+    if not is_leaf.any():
+        return None
+    right = set(zip(texts[is_leaf].tolist(), labels[is_leaf].tolist(), strict=True))
+    answers = zip(texts[is_leaf].tolist(), logits[is_leaf].argmax(axis=1).tolist(), strict=True)
+    return float(np.mean([answer in right for answer in answers]))
+
+
 def per_class_report(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> list[dict]:
     """How each leaf fares, over the documents labelled with a leaf: scikit-learn's precision, recall and F1.
 
