@@ -10,7 +10,7 @@ from training import InputError
 from training.arguments import HierarchicalTrainingArguments, ModelArguments
 from training.losses import HierarchicalFocalLoss, node_counts
 from training.model import build_model, size_report
-from training.trainer import HierarchicalTrainer
+from training.trainer import HierarchicalTrainer, LengthGroupedSampler
 
 TREE = Taxonomy({"a": ["b", "c"], "d": None, "e": ["f", "g", "h"]})
 TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -216,6 +216,32 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path, minilm, tokeniz
     unbroken = run("unbroken")
     resumed = run("resumed", resume=str(tmp_path / "unbroken" / "checkpoint-2"))
     assert all(tensor.equal(resumed[name]) for name, tensor in unbroken.items())
+
+
+@pytest.mark.parametrize("count", [7, 100, 1000])
+def test_batches_hold_texts_of_like_length_and_differ_between_epochs(count):
+    lengths = torch.randint(10, 512, (count,), generator=torch.Generator().manual_seed(0))
+
+    def batches(epoch: int, seed: int = 5) -> list[torch.Tensor]:
+        sampler = LengthGroupedSampler(8, lengths.tolist(), seed)
+        sampler.set_epoch(epoch)
+        rows = list(sampler)
+        assert sorted(rows) == list(range(count))
+        assert len(sampler) == count
+        return list(torch.tensor(rows).split(8))
+
+    def padding(groups) -> float:
+        return 1 - int(lengths.sum()) / sum(len(rows) * int(lengths[rows].max()) for rows in groups)
+
+    first, second = batches(0), batches(1)
+    assert all(one.equal(other) for one, other in zip(first, batches(0), strict=True))
+    assert not all(one.equal(other) for one, other in zip(first, batches(0, seed=6), strict=True))
+    assert {frozenset(rows.tolist()) for rows in first} != {frozenset(rows.tolist()) for rows in second} or count == 7
+    if count > 7:
+        assert lengths[first[0]].max() == max(lengths[rows].max() for rows in first if len(rows) == 8)
+        assert padding(first) < 0.15 < padding(torch.arange(count).split(8))
+        means = torch.stack([lengths[rows].float().mean() for rows in first[1:-1]])
+        assert (means.diff() > 0).float().mean() > 0.25  # not from long to short
 
 
 @pytest.mark.parametrize("strategy", ["group_by_length", "sequential"])
