@@ -1,0 +1,385 @@
+"""Speed and memory of training beside peers: ``python benchmarks/training.py --encoder FOLDER [--parts speed …]``.
+
+Speed: documents a second over a sample of a training file that has the file's distribution of lengths. Every measurement is
+a process of its own that trains the sample once to warm up and once for the clock; rounds take turns, so that a slow
+moment of the machine hits all, and what counts are ratios of medians. The peers, all with AdamW and 23 classes:
+
+- run_classification: what transformers' example script of that name does. Every weight is trained, in float32, with the
+  encoder's dropout, in random order, padded to the longest of the batch.
+- hand-written loop: as tutorials have it. float32, padded to a fixed 256, gradient checkpointing, the lower 80 % of the
+  encoder frozen, dropout.
+- plain bf16 LoRA: what a careful user writes. PEFT over the unquantized encoder, bfloat16 autocast, no dropout, sorted by
+  length, torch's SDPA.
+- LoRA, QLoRA: this project's trainer with its default settings, the encoder unquantized or in 4 bits.
+
+FLOPs are the useful ones: of tokens that are no padding, forward and the gradients that training needs, no recomputation.
+They are set against the machine's peak, the best of a few large bfloat16 matrix products in the same run.
+
+Profile: the five largest costs of a step, of the plain bf16 LoRA, which is what this project's step was before its fast
+path (`training.cpu`), and of QLoRA.
+
+Memory: peak resident memory of the process (on a GPU, the peak of what torch allocated) over two steps at the size of BERT
+base, random weights, batches without padding.
+"""
+
+import argparse
+import csv
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+BATCH = 16
+CLASSES = 23
+OURS = {"LoRA": ("lora", "none"), "QLoRA": ("lora", "4bit"), "full fine-tuning": ("full", "none")}
+SPEED = {
+    512: ("run_classification", "plain bf16 LoRA", "LoRA", "QLoRA"),
+    256: ("hand-written loop", "plain bf16 LoRA", "LoRA", "QLoRA"),
+}
+MEMORY = [
+    (batch, length, checkpointing) for batch in (1, 8) for length in (128, 512) for checkpointing in (False, True)
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS], default=[*PARTS])
+    parser.add_argument("--encoder", required=True, help="folder of the encoder whose training is timed")
+    parser.add_argument("--train_file", type=Path, default=ROOT / "examples" / "corpus" / "train.csv")
+    parser.add_argument("--documents", type=int, default=192)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "training.json")
+    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker is not None:
+        print(json.dumps(work(**arguments.worker)))
+        return
+    result = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    result["machine"] = machine()
+    print(result["machine"])
+    with tempfile.TemporaryDirectory() as folder:
+        for part in arguments.parts:
+            result[part] = PARTS[part](arguments, Path(folder))
+            arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def machine() -> str:
+    """What was measured on."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def run(**task: object) -> dict:
+    """One measurement, in a process of its own."""
+    line = [sys.executable, __file__, "--encoder", "", "--worker", json.dumps(task)]
+    done = subprocess.run(line, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"{task} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_speed(arguments: argparse.Namespace, _: Path) -> list[dict]:
+    runs: dict[tuple[int, str], list[dict]] = {}
+    for turn in range(arguments.rounds):
+        for length, contenders in SPEED.items():
+            for name in contenders:
+                done = run(
+                    contender=name, encoder=arguments.encoder, length=length,
+                    train_file=str(arguments.train_file),
+                    documents=arguments.documents // (4 if name == contenders[0] else 1),  # the first are slow
+                )  # fmt: skip
+                runs.setdefault((length, name), []).append(done)
+                print(f"round {turn + 1}, {length} tokens, {name}: {done['documents_per_second']:.2f}/s", flush=True)
+    rows = []
+    for (length, name), done in runs.items():
+        speeds = [one["documents_per_second"] for one in done]
+        peer = [one["documents_per_second"] for one in runs[length, SPEED[length][0]]]
+        rows.append(
+            {
+                "length": length,
+                "contender": name,
+                "documents_per_second": statistics.median(speeds),
+                "lowest": min(speeds),
+                "highest": max(speeds),
+                "ratio": statistics.median(speeds) / statistics.median(peer),
+                "share_of_peak": statistics.median(one["flops"] / one["peak"] for one in done),
+                "peak_gigabytes": statistics.median(one["peak_gigabytes"] for one in done),
+            }
+        )
+    print("\n| tokens | training | documents/s | times the first | share of the bf16 peak | memory |")
+    print("| ---: | --- | ---: | ---: | ---: | ---: |")
+    for row in rows:
+        print(
+            f"| {row['length']} | {row['contender']} | {row['documents_per_second']:.1f} "
+            f"({row['lowest']:.1f} – {row['highest']:.1f}) | {row['ratio']:.1f} | {row['share_of_peak']:.0%} "
+            f"| {row['peak_gigabytes']:.2f} GB |"
+        )
+    return rows
+
+
+def measure_profile(arguments: argparse.Namespace, _: Path) -> dict[str, dict[str, float]]:
+    costs = {
+        name: run(
+            contender=name, encoder=arguments.encoder, length=512, train_file=str(arguments.train_file),
+            documents=arguments.documents, profiled=True,
+        )["costs"]
+        for name in ("plain bf16 LoRA", "QLoRA")
+    }  # fmt: skip
+    for name, shares in costs.items():
+        print(f"{name}: " + ", ".join(f"{cost} {share:.0%}" for cost, share in shares.items()))
+    return costs
+
+
+def measure_memory(arguments: argparse.Namespace, folder: Path) -> list[dict]:
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    AutoTokenizer.from_pretrained(arguments.encoder).save_pretrained(folder)
+    BertModel(BertConfig(), add_pooling_layer=False).save_pretrained(folder)
+    rows = []
+    for batch, length, checkpointing in MEMORY:
+        row = {"batch": batch, "length": length, "gradient_checkpointing": checkpointing}
+        for name in OURS:
+            done = run(
+                contender=name, encoder=str(folder), length=length, documents=2 * batch, batch=batch,
+                gradient_checkpointing=checkpointing,
+            )  # fmt: skip
+            row[name] = done["peak_gigabytes"]
+        rows.append(row)
+        print(row, flush=True)
+    print("\n| batch | tokens | gradient checkpointing | " + " | ".join(OURS) + " | QLoRA / full |")
+    print("| ---: | ---: | --- |" + " ---: |" * (len(OURS) + 1))
+    for row in rows:
+        cells = " | ".join(f"{row[name]:.2f} GB" for name in OURS)
+        on = "on" if row["gradient_checkpointing"] else "off"
+        share = row["QLoRA"] / row["full fine-tuning"]
+        print(f"| {row['batch']} | {row['length']} | {on} | {cells} | {share:.2f} |")
+    return rows
+
+
+def work(
+    contender: str,
+    encoder: str,
+    length: int,
+    documents: int,
+    train_file: str | None = None,
+    batch: int = BATCH,
+    gradient_checkpointing: bool = False,
+    profiled: bool = False,
+) -> dict:
+    """Trains a sample and tells its speed, its useful FLOP/s, the machine's peak, and the peak memory."""
+    from transformers import AutoTokenizer
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    if train_file is None:
+        ids = [torch.randint(1000, 30000, (length,)).tolist() for _ in range(documents)]
+    else:
+        with open(train_file, encoding="utf-8", newline="") as file:
+            texts = [row.get("text") or row["medical_abstract"] for row in csv.DictReader(file)]
+        ids = sorted(tokenizer(texts, truncation=True, max_length=length)["input_ids"], key=len)
+        ids = [ids[i] for i in np.linspace(0, len(ids) - 1, documents).round().astype(int)]
+    np.random.default_rng(0).shuffle(ids)
+    labels = [i % CLASSES for i in range(documents)]
+    if contender in OURS:
+        train = ours(contender, encoder, tokenizer, ids, labels, length, batch, gradient_checkpointing)
+    else:
+        train = PEERS[contender](encoder, tokenizer, ids, labels)
+    warm = train_file is not None
+    if warm:
+        train()
+    if profiled:
+        return {"costs": largest_costs(train)}
+    started = time.perf_counter()
+    train()
+    synchronize()
+    seconds = time.perf_counter() - started
+    if torch.cuda.is_available():
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    flops = sum(useful_flops(encoder, len(row), contender) for row in ids)
+    return {
+        "documents_per_second": documents / seconds,
+        "flops": flops / seconds,
+        "peak": matmul_peak() if warm else None,
+        "peak_gigabytes": memory / 1e9,
+    }
+
+
+def largest_costs(train: Callable[[], None], count: int = 5) -> dict[str, float]:
+    """The operators that take most time of their own, and their shares of the whole."""
+    from torch.profiler import profile
+
+    with profile() as profiled:
+        train()
+    spent = {event.key: event.self_device_time_total or event.self_cpu_time_total for event in profiled.key_averages()}
+    total = sum(spent.values())
+    return {name: spent[name] / total for name in sorted(spent, key=spent.get, reverse=True)[:count]}
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def matmul_peak() -> float:
+    """FLOP/s of large bfloat16 matrix products."""
+    device, size = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 2048)
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    best = 0.0
+    for _ in range(10):
+        started = time.perf_counter()
+        a @ b
+        synchronize()
+        best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best
+
+
+def useful_flops(encoder: str, tokens: int, contender: str) -> float:
+    """Multiply-adds, counted as two, to train one document of a BERT-like encoder."""
+    config = json.loads((Path(encoder) / "config.json").read_text())
+    hidden, inner, layers = (config[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    linear = 2 * tokens * (4 * hidden * hidden + 2 * hidden * inner)
+    attention = 4 * tokens * tokens * hidden
+    adapter = 2 * tokens * 16 * (10 * hidden + 2 * inner)  # rank 16, inputs and outputs of six layers
+    if contender in ("run_classification", "full fine-tuning"):
+        return layers * 3 * (linear + attention)
+    if contender == "hand-written loop":  # gradients in the upper fifth alone
+        trained = layers - int(0.8 * layers)
+        return layers * (linear + attention) + trained * 2 * (linear + attention)
+    return layers * (2 * linear + 3 * attention + 3 * adapter)
+
+
+def ours(
+    contender: str,
+    encoder: str,
+    tokenizer: object,
+    ids: list[list[int]],
+    labels: list[int],
+    length: int,
+    batch: int,
+    gradient_checkpointing: bool,
+) -> Callable[[], None]:
+    """This project's trainer, with its defaults."""
+    from datasets import Dataset
+    from transformers import DataCollatorWithPadding
+
+    from configuration_hierarchical import Taxonomy
+    from training.arguments import HierarchicalTrainingArguments, ModelArguments
+    from training.losses import HierarchicalFocalLoss, node_counts
+    from training.model import build_model
+    from training.trainer import HierarchicalTrainer
+
+    tuning, quantization = OURS[contender]
+    tree = Taxonomy({f"parent {i}": [f"child {i} {j}" for j in range(5 if i < 3 else 4)] for i in range(5)})
+    model = build_model(ModelArguments(encoder, tuning=tuning, quantization=quantization), tree, seed=0)
+    arguments = HierarchicalTrainingArguments(
+        output_dir=tempfile.gettempdir(), num_train_epochs=1, per_device_train_batch_size=batch, save_strategy="no",
+        eval_strategy="no", load_best_model_at_end=False, disable_tqdm=True, logging_steps=1000,
+        gradient_checkpointing=gradient_checkpointing,
+    )  # fmt: skip
+    rows = {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids], "labels": labels}
+    trainer = HierarchicalTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_dict(rows | {"length": [len(row) for row in ids]}),
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        loss_function=HierarchicalFocalLoss(tree, node_counts(tree, torch.tensor(labels)), gamma=1.0),
+    )
+    return trainer.train
+
+
+def run_classification(encoder: str, tokenizer: object, ids: list[list[int]], labels: list[int]) -> Callable[[], None]:
+    """The stock Trainer over the stock classifier."""
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+
+    model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=CLASSES)
+    arguments = TrainingArguments(
+        output_dir=tempfile.gettempdir(), num_train_epochs=1, per_device_train_batch_size=BATCH, save_strategy="no",
+        disable_tqdm=True, report_to=[], use_cpu=not torch.cuda.is_available(),
+    )  # fmt: skip
+    rows = {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids], "labels": labels}
+    data = Dataset.from_dict(rows)
+    return Trainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer).train
+
+
+def loop(model: torch.nn.Module, batches: list[dict], autocast: bool) -> Callable[[], None]:
+    """A plain training loop over given batches."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def train() -> None:
+        for batch in batches:
+            with torch.autocast(device, torch.bfloat16, enabled=autocast):
+                loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return train
+
+
+def padded(
+    tokenizer: object, ids: list[list[int]], labels: list[int], **padding: object
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of rows as they come."""
+    for start in range(0, len(ids), BATCH):
+        batch = tokenizer.pad({"input_ids": ids[start : start + BATCH]}, return_tensors="pt", **padding)
+        yield {**batch, "labels": torch.tensor(labels[start : start + BATCH])}
+
+
+def hand_written_loop(encoder: str, tokenizer: object, ids: list[list[int]], labels: list[int]) -> Callable[[], None]:
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=CLASSES)
+    model.gradient_checkpointing_enable()
+    layers = model.base_model.encoder.layer
+    for module in (model.base_model.embeddings, *layers[: int(0.8 * len(layers))]):
+        module.requires_grad_(False)
+    return loop(model, list(padded(tokenizer, ids, labels, padding="max_length", max_length=256)), autocast=False)
+
+
+def plain_lora(encoder: str, tokenizer: object, ids: list[list[int]], labels: list[int]) -> Callable[[], None]:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(
+        encoder, num_labels=CLASSES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    targets = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
+    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="SEQ_CLS"))
+    return loop(model, list(padded(tokenizer, sorted(ids, key=len), labels)), autocast=True)
+
+
+PEERS = {
+    "run_classification": run_classification,
+    "hand-written loop": hand_written_loop,
+    "plain bf16 LoRA": plain_lora,
+}
+
+
+PARTS = {"speed": measure_speed, "profile": measure_profile, "memory": measure_memory}
+
+
+if __name__ == "__main__":
+    main()
