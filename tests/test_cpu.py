@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from configuration_hierarchical import Taxonomy
 from training.arguments import ModelArguments
@@ -59,6 +59,33 @@ def test_outputs_and_gradients_are_those_of_peft(minilm, batch, quantization):
     model, fast = (lora_model(minilm, quantization) for _ in range(2))
     speed_up(fast.encoder)
     assert_same(model, fast, batch)
+
+
+SMALL = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+ENCODERS = {
+    "roberta": {**SMALL, "pad_token_id": 1},
+    "electra": {**SMALL, "embedding_size": 16},
+    "distilbert": {"vocab_size": 99, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48},
+    "modernbert": {**SMALL, "pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 8,
+                   "global_attn_every_n_layers": 2},
+    "deberta-v2": {**SMALL, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_other_encoders_too(kind, tmp_path):
+    """Also those whose layers see a window, or have an attention of their own."""
+    torch.manual_seed(0)
+    AutoModel.from_config(AutoConfig.for_model(kind, **ENCODERS[kind])).save_pretrained(tmp_path)
+    mask = torch.ones(3, 20, dtype=torch.long)
+    mask[1, 11:] = mask[2, 4:] = 0
+    given = {"input_ids": torch.randint(5, 90, (3, 20)), "attention_mask": mask, "labels": torch.tensor([0, 1, 2])}
+    model, fast = (lora_model(str(tmp_path), "none") for _ in range(2))
+    speed_up(fast.encoder)
+    adapted = [module for module in fast.modules() if isinstance(module, LoraLayer)]
+    assert adapted
+    assert all("forward" in vars(module) for module in adapted)
+    assert_same(model, fast, given)
 
 
 def test_with_gradient_checkpointing_too(minilm, batch):
