@@ -186,7 +186,7 @@ def run_training(
         model.calibrate(
             served.model.config.temperatures, served.model.config.conformal_thresholds
         )  # if saved once more
-        measured = calibrated | {f"uncalibrated_{name}": measured[name] for name in measured if is_calibration(name)}
+        measured |= {f"uncalibrated_{name}": measured[name] for name in measured if is_calibration(name)} | calibrated
     else:
         logger.info("no validation rows were scored: the model's probabilities are not calibrated")
     metrics |= measured

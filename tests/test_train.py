@@ -1,6 +1,7 @@
 """train.py from the command line: what it leaves, what a stranger gets from it, and how it refuses."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -68,6 +69,10 @@ def test_the_log_names_columns_precision_and_sizes(finished):
     assert "'label'" in log
     assert "encoder 4bit, tuning lora" in log
     assert "in float32" in log
+    table = log.split("validation       test\n")[1]
+    for name in ("loss", "accuracy", "macro_f1", "ece", "level_2_ece"):
+        assert re.search(rf"  {name} +\d\.\d{{4}} +\d\.\d{{4}}\n", table), name
+    assert re.search(r"  answer_coverage +\d\.\d{4}\n", table)  # of the test rows alone
 
 
 def test_metrics_have_the_promised_names_and_agree_with_scikit_learn(finished):
