@@ -11,7 +11,8 @@ Worth knowing:
 4. Loading merges the adapter into the encoder's weights, which needs no PEFT, halves the time that loading takes and
    makes every forward faster. Over quantized or offloaded weights, or on demand, PEFT injects it beside them.
 5. The heads are parameters of their own module, not an ``nn.Linear``, so no ``quantization_config`` reaches them.
-6. The heads' buffers are not saved. They are refilled from the configuration in ``_init_weights``, since models are built on the meta device.
+6. The heads' buffers are not saved. They are refilled from the configuration in ``_init_weights``, since models are
+   built on the meta device.
 """
 
 import copy
@@ -340,12 +341,10 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         if adapter_config is not None:
             peft.inject_adapter_in_model(adapter_config, self.encoder)
             self.encoder.requires_grad_(False)
-            if getattr(
-                self.encoder, "is_quantized", False
-            ):  # else beside 4-bit weights it is rounded to their products' type
-                for name, parameter in self.encoder.named_parameters():
-                    if "lora_" in name:
-                        parameter.data = parameter.data.float()
+            # beside 4-bit weights PEFT injects in the type of their products, to which the adapter would be rounded
+            for name, parameter in self.encoder.named_parameters():
+                if "lora_" in name and getattr(self.encoder, "is_quantized", False):
+                    parameter.data = parameter.data.float()
         expected = peft.get_peft_model_state_dict(self.encoder)
         adapter = {name.removeprefix(ADAPTER_PREFIX): tensor for name, tensor in adapter.items()}
         check_weights("adapter", adapter, expected)

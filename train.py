@@ -60,7 +60,6 @@ logger = logging.getLogger("train")
 
 NOTABLE_GAP = 0.005
 COVERAGE = 0.9  # of the answers that are measured
-PREFIXES = {"validation": "eval", "test": "test"}  # of the names of metrics
 
 
 def main(argv: list[str]) -> None:
@@ -183,9 +182,8 @@ def run_training(
     uncalibrated = logits
     if "validation" in logits:
         calibrated, logits = calibrate(served.model, data.taxonomy, logits, splits)
-        model.calibrate(
-            served.model.config.temperatures, served.model.config.conformal_thresholds
-        )  # if saved once more
+        # in the model that was trained too: --push_to_hub saves it once more
+        model.calibrate(served.model.config.temperatures, served.model.config.conformal_thresholds)
         measured |= {f"uncalibrated_{name}": measured[name] for name in measured if is_calibration(name)} | calibrated
     else:
         logger.info("no validation rows were scored: the model's probabilities are not calibrated")
@@ -298,12 +296,12 @@ def evaluate(
     metrics, logits = {}, {}
     for split, asked in (("validation", training.do_eval), ("test", training.do_predict)):
         if split in splits and asked is not False:
-            output = trainer.predict(splits[split], metric_key_prefix=PREFIXES[split])
+            output = trainer.predict(splits[split], metric_key_prefix=card.PREFIXES[split])
             metrics |= output.metrics
             logits[split] = output.predictions
             labels, texts = (np.array(splits[split][column]) for column in ("labels", "text_id"))
             if (found := any_label_accuracy(output.predictions, labels, texts)) is not None:
-                metrics[f"{PREFIXES[split]}_any_label_accuracy"] = found
+                metrics[f"{card.PREFIXES[split]}_any_label_accuracy"] = found
     return metrics, logits
 
 
@@ -332,7 +330,7 @@ def calibrate(
         measured = compute_metrics(EvalPrediction(predictions=scores, label_ids=labels[split]))
         if (found := any_label_accuracy(scores, labels[split], np.array(splits[split]["text_id"]))) is not None:
             measured["any_label_accuracy"] = found
-        metrics |= {f"{PREFIXES[split]}_{name}": value for name, value in measured.items()}
+        metrics |= {f"{card.PREFIXES[split]}_{name}": value for name, value in measured.items()}
     if "test" in logits and thresholds is not None:
         found = conformal_scores(taxonomy, logits["test"], labels["test"], thresholds, COVERAGE)
         metrics |= {f"test_answer_{name}": value for name, value in found.items()}

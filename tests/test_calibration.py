@@ -59,6 +59,11 @@ def test_a_decision_with_few_rows_shares_the_temperature_of_all():
     assert found[-1] == pytest.approx(2.0, rel=0.2)
 
 
+def test_a_handful_of_rows_calibrates_nothing():
+    logits, labels = drawn(TREE, [2.0] * 4, 10)
+    assert fit_temperatures(TREE, logits, labels) == [1.0] * 4
+
+
 def test_the_model_itself_gives_the_calibrated_probabilities():
     torch.manual_seed(0)
     config = HierarchicalConfig(text_config={"model_type": "bert", **TINY}, taxonomy=TREE)

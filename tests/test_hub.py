@@ -29,7 +29,7 @@ ADAPTER_REPOSITORY = {
     *("heads.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
     *("tokenizer.json", "tokenizer_config.json"),
     *(f"plots/confusion_matrix_level_{level}.png" for level in (1, 2)),
-    *("plots/reliability_diagram.png", "plots/training_curves.png"),
+    *("plots/reliability_diagram.png", "plots/reliability_diagram_uncalibrated.png", "plots/training_curves.png"),
 }
 MERGED_REPOSITORY = {
     *(name for name in ADAPTER_REPOSITORY if not name.startswith("adapter/") and name != "heads.safetensors"),
@@ -766,6 +766,7 @@ def test_training_pushes_what_loads_the_same_by_every_strategy(hub, tmp_path, st
     assert {name.split("/")[0] for name in files.keys() - at_root} == folders
     for name in ("heads.safetensors", "adapter/adapter_model.safetensors", "config.json", "README.md", "metrics.json"):
         assert files[name] == (output / name).read_bytes()
+    assert len(json.loads(files["config.json"])["temperatures"]) == 2  # the last commit is of the calibrated model
     for folder in folders:
         assert f"{folder}/heads.safetensors" in files
         assert f"{folder}/trainer_state.json" in files

@@ -3,7 +3,7 @@
 Worth knowing:
 
 1. One temperature a decision (Guo et al., 2017), fitted by scipy on the rows that this decision was taken for. Decisions
-   with fewer than 50 such rows share one that is fitted on all decisions together.
+   with fewer than 50 such rows share one that is fitted on all decisions together; with fewer than 50 in all it is 1.
 2. All is computed from leaf logits. A node's log-probability is the logsumexp of its leaves', and a decision's scores are
    log P(child) - log P(parent), up to a constant that its softmax drops.
 3. The thresholds are quantiles of the nonconformity scores of `pipeline_hierarchical`, computed with the temperatures in
@@ -67,14 +67,13 @@ def fit_temperatures(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray)
         right = ancestors[labels, level]  # the node of each label's path that stands where this decision is taken
         rows = np.isin(right, nodes) if len(nodes) > 1 else np.zeros(len(labels), dtype=bool)
         taken.append((log_probs[rows][:, nodes], np.searchsorted(nodes, right[rows])))
-    shared = best_temperature([(scores, right) for scores, right in taken if len(right)])
+    enough = sum(len(right) for _, right in taken) >= FEWEST_ROWS
+    shared = best_temperature([(scores, right) for scores, right in taken if len(right)]) if enough else 1.0
     return [best_temperature([(scores, right)]) if len(right) >= FEWEST_ROWS else shared for scores, right in taken]
 
 
 def best_temperature(taken: list[tuple[np.ndarray, np.ndarray]]) -> float:
     """The temperature with the lowest negative log-likelihood over decisions' (scores, index of the right child)."""
-    if not taken:
-        return 1.0
 
     def loss(log_temperature: float) -> float:
         scaled = [(log_softmax(scores / math.exp(log_temperature), axis=1), right) for scores, right in taken]
