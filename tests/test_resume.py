@@ -68,7 +68,7 @@ def test_killed_at_random_moments_it_ends_with_the_weights_of_an_unbroken_run(wo
         ):
             time.sleep(0.002)  # until it begins to write its next checkpoint
         if kills < 10:
-            time.sleep(moments.random() * 0.3)
+            time.sleep(moments.random() * 0.06)
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
                 kills += 1
@@ -81,6 +81,20 @@ def test_killed_at_random_moments_it_ends_with_the_weights_of_an_unbroken_run(wo
     assert json.loads((output / "metrics.json").read_text())["test_accuracy"] == pytest.approx(
         json.loads((unbroken / "metrics.json").read_text())["test_accuracy"], abs=0
     )
+
+
+def test_a_run_that_was_killed_after_its_last_step_takes_none_more(words, unbroken, tmp_path):
+    output = tmp_path / "results"
+    output.mkdir()
+    for folder in checkpoints(unbroken)[-1:]:
+        shutil.copytree(folder, output / folder.name)
+    done = run(*words, "--output_dir", output, "--resume_from_checkpoint", "auto")
+    assert "nothing left to train" in done.stderr
+    assert [folder.name for folder in checkpoints(output)] == ["checkpoint-40"]
+    assert same_weights(unbroken, output)
+    told = [json.loads((folder / "metrics.json").read_text()) for folder in (unbroken, output)]
+    assert told[0]["test_log_loss"] == told[1]["test_log_loss"]
+    assert told[0]["epoch"] == told[1]["epoch"]
 
 
 @pytest.fixture
