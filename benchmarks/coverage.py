@@ -1,0 +1,137 @@
+"""What answers with a guarantee are worth: ``python benchmarks/coverage.py --model FOLDER --file LABELLED.csv``.
+
+The file, which the model must not have seen, is split into halves 100 times at random; one half calibrates, the other is
+answered. Peers:
+
+- this project's answers (`pipeline_hierarchical.conformal_answer`);
+- flat conformal sets of leaves, LAC and APS, by MAPIE (``pip install mapie``), over the same leaf probabilities;
+- plain thresholding, without calibration rows: the deepest node of the most probable leaf's path whose probability is at
+  least the coverage asked, or no node.
+
+Coverage is the share of answers that hold the right leaf; "leaves" how many they hold, "nodes" how many names are read.
+"""
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from mapie.classification import SplitConformalClassifier
+from sklearn.base import BaseEstimator, ClassifierMixin
+from transformers import pipeline
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from configuration_hierarchical import Taxonomy
+from pipeline_hierarchical import conformal_answer, conformal_threshold
+from training.calibration import fit_thresholds, leaves_under
+
+SPLITS = 100
+COVERAGES = (0.8, 0.9, 0.95)
+
+
+class Given(ClassifierMixin, BaseEstimator):
+    """A classifier whose probabilities are its input."""
+
+    def fit(self, probabilities: np.ndarray, labels: np.ndarray) -> "Given":
+        self.classes_ = np.arange(probabilities.shape[1])
+        return self
+
+    def predict_proba(self, probabilities: np.ndarray) -> np.ndarray:
+        return probabilities
+
+    def predict(self, probabilities: np.ndarray) -> np.ndarray:
+        return probabilities.argmax(axis=1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--file", type=Path, required=True, help="CSV with text and label")
+    parser.add_argument("--class_names", type=Path, help="CSV whose label and name columns translate the labels")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "coverage.json")
+    arguments = parser.parse_args()
+    classify = pipeline("hierarchical-text-classification", model=arguments.model, trust_remote_code=True)
+    tree: Taxonomy = classify.tree
+    nodes, labels = probabilities(classify, arguments.file, arguments.class_names)
+    leaves = nodes[:, : tree.num_leaves] / nodes[:, : tree.num_leaves].sum(axis=1, keepdims=True)
+    under = leaves_under(tree)
+    rows = []
+    for coverage in COVERAGES:
+        found: dict[str, list[tuple[float, float, float]]] = {}
+        generator = np.random.default_rng(0)
+        for _ in range(SPLITS):
+            order = generator.permutation(len(labels))
+            one, other = order[: len(order) // 2], order[len(order) // 2 :]
+            thresholds = fit_thresholds(tree, np.log(leaves[one].clip(1e-30)), labels[one])
+            threshold = conformal_threshold(thresholds, coverage)
+            answers = [conformal_answer(tree, row, threshold) for row in nodes[other].tolist()]
+            found.setdefault("this project", []).append(score(answers, labels[other], under))
+            for name in ("lac", "aps"):
+                answers = flat_answers(leaves[one], labels[one], leaves[other], coverage, name)
+                found.setdefault(f"flat {name.upper()}", []).append(score(answers, labels[other], under))
+            answers = [thresholded(tree, row, coverage) for row in nodes[other].tolist()]
+            found.setdefault("thresholding", []).append(score(answers, labels[other], under))
+        for name, scores in found.items():
+            means, spread = np.mean(scores, axis=0), np.std(scores, axis=0)
+            rows.append(
+                {
+                    "coverage": coverage, "answers": name, "held": means[0], "held_std": spread[0],
+                    "leaves": means[1], "nodes": means[2],
+                }
+            )  # fmt: skip
+    arguments.output.write_text(json.dumps({"documents": len(labels), "splits": SPLITS, "rows": rows}, indent=2) + "\n")
+    print("| asked | answers | held | leaves | nodes |\n| ---: | --- | ---: | ---: | ---: |")
+    for row in rows:
+        print(
+            f"| {row['coverage']:.0%} | {row['answers']} | {row['held']:.1%} ± {row['held_std']:.1%} "
+            f"| {row['leaves']:.2f} | {row['nodes']:.2f} |"
+        )
+
+
+def probabilities(classify: Callable, file: Path, class_names: Path | None) -> tuple[np.ndarray, np.ndarray]:
+    """Node probabilities (documents, nodes) and leaf ids (documents,) of a labelled file."""
+    with file.open(encoding="utf-8", newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    names = {}
+    if class_names is not None:
+        with class_names.open(encoding="utf-8", newline="") as opened:
+            names = {row["label"]: row["name"] for row in csv.DictReader(opened)}
+    tree = classify.tree
+    nodes = np.zeros((len(rows), tree.num_nodes))
+    for i, result in enumerate(classify([row["text"] for row in rows])):
+        for level in result["levels"]:
+            for label, probability in level.items():
+                nodes[i, tree.id(label)] = probability
+    return nodes, np.array([tree.id(names.get(row["label"], row["label"])) for row in rows])
+
+
+def flat_answers(
+    known: np.ndarray, labels: np.ndarray, unknown: np.ndarray, coverage: float, score: str
+) -> list[list[int]]:
+    """Sets of leaves by MAPIE's split conformal classifier."""
+    classifier = SplitConformalClassifier(
+        Given().fit(known, labels), confidence_level=coverage, conformity_score=score, prefit=True, random_state=0
+    )
+    _, sets = classifier.conformalize(known, labels).predict_set(unknown)
+    return [np.flatnonzero(row).tolist() for row in sets[:, :, 0]]
+
+
+def thresholded(tree: Taxonomy, nodes: list[float], coverage: float) -> list[int]:
+    path = tree.path(int(np.argmax(nodes[: tree.num_leaves])))
+    return [node for node in path if nodes[node] >= coverage][-1:] or tree.children(-1)
+
+
+def score(answers: list[list[int]], labels: np.ndarray, under: list[list[int]]) -> tuple[float, float, float]:
+    """Coverage, and the mean numbers of leaves held and of nodes named."""
+    held = [{leaf for node in answer for leaf in under[node]} for answer in answers]
+    right = [label in leaves for label, leaves in zip(labels.tolist(), held, strict=True)]
+    return float(np.mean(right)), float(np.mean(list(map(len, held)))), float(np.mean(list(map(len, answers))))
+
+
+if __name__ == "__main__":
+    main()
