@@ -3,7 +3,8 @@
 Worth knowing:
 
 1. The heads are one matrix over all nodes and one log-softmax over groups of siblings, so a taxonomy of a thousand
-   nodes costs about what one of ten does. P(node) = P(parent) · P(node | parent) holds by construction.
+   nodes costs about what one of ten does. P(node) = P(parent) · P(node | parent) holds by construction. What a parent
+   scores includes what its children score (a nested logit), so a parent of unlike children is no harder to find.
 2. ``logits`` are leaf log-probabilities: their softmax is the leaf distribution, so flat tools work unchanged.
 3. A checkpoint is either whole (``model.safetensors``) or an adapter: ``heads.safetensors`` beside a plain PEFT adapter
    in ``adapter/``, over an encoder that is fetched by name. The adapter is in a subfolder because a root-level
@@ -77,51 +78,111 @@ class HierarchicalOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
+def segment_logsumexp(scores: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    """Logsumexp within groups of columns.
+
+    Args:
+        scores: (B, N).
+        group: (N,), the group of each column, in 0 … num_groups - 1; each has a column.
+
+    Returns:
+        (B, num_groups).
+    """
+    index = group.expand_as(scores)
+    peak = scores.new_full((scores.shape[0], num_groups), -torch.inf)
+    peak = peak.scatter_reduce(1, index, scores.detach(), "amax")
+    total = torch.zeros_like(peak).scatter_add(1, index, (scores - peak.gather(1, index)).exp())
+    return peak + total.log()
+
+
 def segment_log_softmax(scores: Tensor, group: Tensor, num_groups: int) -> Tensor:
     """Log-softmax within groups of columns.
 
     Args:
         scores: (B, N).
-        group: (N,), the group of each column, in 0 … num_groups - 1.
+        group: (N,), the group of each column, in 0 … num_groups - 1; each has a column.
 
     Returns:
         (B, N); the exponentials of each group add up to one.
     """
-    index = group.expand_as(scores)
-    peak = scores.new_full((scores.shape[0], num_groups), -torch.inf)
-    peak = peak.scatter_reduce(1, index, scores.detach(), "amax")
-    scores = scores - peak.gather(1, index)
-    total = scores.new_zeros(peak.shape).scatter_add(1, index, scores.exp())
-    return scores - total.log().gather(1, index)
+    return scores - segment_logsumexp(scores, group, num_groups)[:, group]
+
+
+class LexicalHead(nn.Module):
+    """A linear classifier of the leaves over the bag of tokens, beside the encoder, for the words that decide by themselves.
+
+    A text is weighed by TF-IDF, (1 + log count) · idf for each token, and scaled to length 1 (as scikit-learn's
+    `TfidfTransformer` with ``sublinear_tf``). It is fitted after the encoder, never by gradient: see `training.lexical`.
+    """
+
+    def __init__(self, vocab_size: int, num_leaves: int):
+        super().__init__()
+        self.idf = nn.Parameter(torch.empty(vocab_size), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(num_leaves, vocab_size), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(num_leaves), requires_grad=False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Scores (B, num_leaves) of token ids and their mask, (B, T) each. Ids beyond the vocabulary count for nothing."""
+        input_ids = input_ids.to(self.idf.device)
+        counted = input_ids < len(self.idf)
+        if attention_mask is not None:
+            counted = counted & attention_mask.to(counted.device).bool()
+        counts = torch.zeros(len(input_ids), len(self.idf), device=self.idf.device)
+        counts.scatter_add_(1, input_ids.where(counted, 0), counted.float())
+        weighed = (counts.clamp(min=1).log() + (counts > 0)) * self.idf.float()  # (B, V)
+        return nn.functional.linear(nn.functional.normalize(weighed), self.weight.float(), self.bias.float())
 
 
 class HierarchicalHeads(nn.Module):
-    """All decisions of a taxonomy at once: (B, hidden_size) to (B, num_nodes) log-probabilities."""
+    """All decisions of a taxonomy at once: (B, hidden_size) to (B, num_nodes) log-probabilities.
+
+    A node's score is linear in the text's vector, plus, for an inner node, the logsumexp of its children's scores, its
+    inclusive value (the nested logit: McFadden, 1978, "Modelling the choice of residential location"). Siblings share one
+    softmax. Without the inner nodes' own weights this is a flat softmax over the leaves; with them, leaves share what
+    their ancestors learn.
+    """
 
     def __init__(self, config: HierarchicalConfig):
         super().__init__()
         tree = config.tree
         self.num_nodes, self.num_leaves = tree.num_nodes, tree.num_leaves
         self.num_groups = tree.num_nodes - tree.num_leaves + 1  # the roots, and the children of each inner node
-        self.tree, self.temperatures = tree, config.temperatures
+        self.tree, self.temperatures, self.biases = tree, config.temperatures, config.biases
         self.dropout = nn.Dropout(config.head_dropout)
         self.weight = nn.Parameter(torch.empty(tree.num_nodes, config.hidden_size))
         self.bias = nn.Parameter(torch.empty(tree.num_nodes))
         self.register_buffer("group", torch.empty(tree.num_nodes, dtype=torch.long), persistent=False)
         self.register_buffer("ancestors", torch.empty(tree.num_nodes, tree.depth, dtype=torch.long), persistent=False)
+        self.register_buffer("below", torch.empty(tree.num_nodes, dtype=torch.long), persistent=False)
         self.register_buffer("temperature", torch.empty(tree.num_nodes), persistent=False)
+        self.register_buffer("offset", torch.empty(tree.num_nodes), persistent=False)
+        self.lexical = None
+        if config.lexical_vocab_size is not None:
+            self.lexical = LexicalHead(config.lexical_vocab_size, tree.num_leaves)
 
     def fill_buffers(self) -> None:
-        """Writes the taxonomy and the temperatures into the buffers."""
+        """Writes the taxonomy, the temperatures and the biases into the buffers."""
         group, ancestors = taxonomy_indices(self.tree)
         self.group.copy_(group)
         self.ancestors.copy_(ancestors)
+        nodes = torch.arange(self.num_nodes)  # the group of a node's children; of a leaf, one beyond the last
+        self.below.copy_(torch.where(nodes < self.num_leaves, self.num_groups, nodes - self.num_leaves + 1))
         self.temperature.copy_(torch.tensor(self.temperatures or [1.0] * self.num_groups)[group])
+        self.offset.copy_(torch.tensor(self.biases or [0.0] * self.num_nodes))
 
-    def forward(self, pooled: Tensor) -> Tensor:
+    def forward(self, pooled: Tensor, input_ids: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
+        """Log-probabilities (B, num_nodes) of vectors (B, hidden_size), and for the lexical head tokens and mask (B, T)."""
         with torch.autocast(pooled.device.type, enabled=False):
-            scores = nn.functional.linear(self.dropout(pooled.to(self.weight.dtype)), self.weight, self.bias).float()
-            scores = scores / self.temperature
+            own = nn.functional.linear(self.dropout(pooled.to(self.weight.dtype)), self.weight, self.bias).float()
+            if self.lexical is not None:
+                own = own + nn.functional.pad(
+                    self.lexical(input_ids, attention_mask), (0, self.num_nodes - self.num_leaves)
+                )
+            scores = own
+            for _ in range(self.tree.depth - 1):  # inclusive values rise a level each time
+                inclusive = segment_logsumexp(scores, self.group, self.num_groups)
+                scores = own + nn.functional.pad(inclusive, (0, 1))[:, self.below]
+            scores = scores / self.temperature + self.offset
             conditional = segment_log_softmax(scores, self.group, self.num_groups)  # (B, N): log P(node | parent)
             padded = nn.functional.pad(conditional, (0, 1))  # the padding's ancestor is the last column, a zero
             return padded[:, self.ancestors].sum(-1)  # (B, N, depth) to (B, N)
@@ -178,6 +239,9 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             init.normal_(module.weight, std=self.config.initializer_range)
             init.zeros_(module.bias)
             module.fill_buffers()
+        elif isinstance(module, LexicalHead):
+            for parameter in module.parameters():
+                init.zeros_(parameter)
         else:
             super()._init_weights(module)
 
@@ -219,7 +283,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
 
         Args:
             input_ids, attention_mask, token_type_ids, position_ids: (B, T).
-            inputs_embeds: (B, T, H), instead of ``input_ids``.
+            inputs_embeds: (B, T, H), instead of ``input_ids``; not with a lexical head, which reads these.
             labels: (B,), node ids, of leaves or inner nodes; -100 is ignored. The loss is the negative log-likelihood
                 of the labelled nodes, in nats.
             num_items_in_batch: what the summed loss is divided by; the number of labels that are not -100 by default.
@@ -232,9 +296,16 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
         }
+        if self.heads.lexical is not None:
+            if input_ids is None:
+                raise ValueError(
+                    "this model has a lexical head, which reads input_ids: it cannot do with inputs_embeds"
+                )
+            if attention_mask is not None and attention_mask.dim() != 2:
+                raise ValueError(f"the lexical head needs a mask of shape (B, T), not {tuple(attention_mask.shape)}")
         encoded = self.encoder(**{name: value for name, value in given.items() if value is not None}, **kwargs)
         pooled = self.pool(encoded.last_hidden_state, attention_mask)
-        node_log_probs = self.heads(pooled.to(self.heads.weight.device))
+        node_log_probs = self.heads(pooled.to(self.heads.weight.device), input_ids, attention_mask)
         return HierarchicalOutput(
             loss=None if labels is None else negative_log_likelihood(node_log_probs, labels, num_items_in_batch),
             logits=node_log_probs[:, : self.heads.num_leaves],
@@ -297,15 +368,34 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         return model.eval()
 
-    def calibrate(self, temperatures: list[float] | None, conformal_thresholds: list[float | None] | None) -> None:
-        """Takes the outcome of a calibration into the configuration, and the temperatures into the heads.
+    def calibrate(
+        self,
+        temperatures: list[float] | None,
+        biases: list[float] | None,
+        conformal_thresholds: list[float | None] | None,
+    ) -> None:
+        """Takes the outcome of a calibration into the configuration, and temperatures and biases into the heads.
 
         Args:
-            temperatures, conformal_thresholds: as in `HierarchicalConfig`.
+            temperatures, biases, conformal_thresholds: as in `HierarchicalConfig`.
         """
         self.config.temperatures = self.heads.temperatures = temperatures
+        self.config.biases = self.heads.biases = biases
         self.config.conformal_thresholds = conformal_thresholds
         self.heads.fill_buffers()
+
+    def set_lexical_head(self, weights: dict[str, Tensor] | None) -> None:
+        """Gives the model a lexical head, or with None takes it away.
+
+        Args:
+            weights: ``idf`` (V,), ``weight`` (num_leaves, V) and ``bias`` (num_leaves,) of a `LexicalHead`.
+        """
+        self.heads.lexical, self.config.lexical_vocab_size = None, None
+        if weights is not None:
+            lexical = LexicalHead(len(weights["idf"]), self.heads.num_leaves)
+            lexical.load_state_dict(weights)
+            self.heads.lexical = lexical.to(self.heads.weight.device)
+            self.config.lexical_vocab_size = len(weights["idf"])
 
     def load_heads(self, heads: dict[str, Tensor]) -> None:
         """Takes heads as they are stored in a checkpoint.

@@ -1,7 +1,7 @@
 """Trains a hierarchical classifier: ``python train.py [recipe.yaml] [--flag value …]``.
 
-Arguments → data → model → `HierarchicalTrainer` → the checkpoint, loaded back as a user loads it → calibration on the
-validation rows → metrics and plots.
+Arguments → data → model → `HierarchicalTrainer` → the checkpoint, loaded back as a user loads it → lexical head and
+calibration on the validation rows → metrics and plots.
 """
 
 import csv
@@ -22,7 +22,7 @@ import torch
 import transformers
 from accelerate.utils import parse_flag_from_env
 from accelerate.utils.memory import should_reduce_batch_size
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from huggingface_hub import HfApi
 from transformers import (
     AutoModel,
@@ -38,7 +38,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from configuration_hierarchical import HierarchicalConfig, Taxonomy, TaxonomyError
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from training import InputError, card, one_line, plots
+from training import InputError, calibration, card, lexical, one_line, plots
 from training.arguments import (
     DataArguments,
     HierarchicalTrainingArguments,
@@ -46,7 +46,7 @@ from training.arguments import (
     ModelArguments,
     parse,
 )
-from training.calibration import apply_temperatures, conformal_scores, fit_temperatures, fit_thresholds
+from training.calibration import conformal_scores, fit_thresholds
 from training.data import LabelledSplits, load_splits, tokenize
 from training.data_report import log_report
 from training.hub import HUB_ERRORS, find_target, log_in, reason, refuse_local_encoder
@@ -179,18 +179,18 @@ def run_training(
         metrics |= {f"quantized_{name}": value for name, value in as_trained.items()}
     served = served_trainer(training, data.taxonomy, tokenizer, loss_function)
     measured, logits = evaluate(served, splits, training)
+    say_gap(metrics | measured)
     uncalibrated = logits
     if "validation" in logits:
-        calibrated, logits = calibrate(served.model, data.taxonomy, logits, splits)
-        # in the model that was trained too: --push_to_hub saves it once more
-        model.calibrate(served.model.config.temperatures, served.model.config.conformal_thresholds)
-        measured |= {f"uncalibrated_{name}": measured[name] for name in measured if is_calibration(name)} | calibrated
+        vocab_size = model.config.text_config.vocab_size
+        classifier = lexical_classifier(model_arguments, data.taxonomy, splits["train"], vocab_size)
+        calibrated, logits = calibrate(model, classifier, data.taxonomy, logits, splits)
+        trainer.save_model(_internal_call=True)
+        measured |= {f"uncalibrated_{name}": measured[name] for name in measured if name in calibrated} | calibrated
     else:
-        logger.info("no validation rows were scored: the model's probabilities are not calibrated")
+        logger.info("no validation rows were scored: no lexical head, and the model's probabilities are not calibrated")
     metrics |= measured
-    say_gap(metrics)
     if training.should_save:
-        write_calibration(output / "config.json", served.model.config)
         write_json(output / "metrics.json", metrics)
         plots.training_curves(trainer.state.log_history, output / "plots")
         draw(data.taxonomy, logits, splits, output / "plots")
@@ -305,48 +305,60 @@ def evaluate(
     return metrics, logits
 
 
+def lexical_classifier(
+    arguments: ModelArguments, taxonomy: Taxonomy, train: Dataset, vocab_size: int
+) -> lexical.LexicalClassifier | None:
+    """The classifier of a lexical head, where one is wanted and can be fitted."""
+    wanted = arguments.lexical_head
+    if wanted is None:
+        wanted = vocab_size * taxonomy.num_leaves <= lexical.MOST_WEIGHTS
+        if not wanted:
+            size = f"{vocab_size:,} tokens times {taxonomy.num_leaves:,} leaves"
+            logger.info("no lexical head: it would have %s weights; --lexical_head true", size)
+    return lexical.fit(taxonomy, train, vocab_size) if wanted else None
+
+
 def calibrate(
     model: HierarchicalForSequenceClassification,
+    classifier: lexical.LexicalClassifier | None,
     taxonomy: Taxonomy,
     logits: dict[str, np.ndarray],
     splits: DatasetDict,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Fits temperatures and conformal thresholds on the validation rows, and puts them into the model.
+    """Fits the lexical head's weight, temperatures, biases and conformal thresholds on the validation rows, and puts all
+    of it into the model.
 
     Args:
-        logits: of each scored split, by a model that is not calibrated.
+        logits: of each scored split, by the model without it.
 
     Returns:
         The metrics of each split after it, how answers for `COVERAGE` fare on the test rows, and the logits after it.
     """
     labels = {split: np.array(splits[split]["labels"]) for split in logits}
-    temperatures = fit_temperatures(taxonomy, logits["validation"], labels["validation"])
-    logits = {split: apply_temperatures(taxonomy, scores, temperatures) for split, scores in logits.items()}
-    thresholds = fit_thresholds(taxonomy, logits["validation"], labels["validation"])
-    model.calibrate(temperatures, thresholds)
-    logger.info("calibrated on the validation rows: temperatures %s", ", ".join(f"{t:.2f}" for t in temperatures))
-    compute_metrics, metrics = build_compute_metrics(taxonomy), {}
-    for split, scores in logits.items():
-        measured = compute_metrics(EvalPrediction(predictions=scores, label_ids=labels[split]))
-        if (found := any_label_accuracy(scores, labels[split], np.array(splits[split]["text_id"]))) is not None:
-            measured["any_label_accuracy"] = found
+    texts = {split: np.array(splits[split]["text_id"]) for split in logits}
+    scores: dict[str, np.ndarray | None] = dict.fromkeys(logits)
+    if classifier is not None:
+        vocab_size = len(classifier.idf)
+        scores = {split: classifier.scores(lexical.token_counts(splits[split], vocab_size)) for split in logits}
+    known = (taxonomy, logits["validation"], scores["validation"], labels["validation"])
+    fitted = calibration.fit(*known)
+    thresholds = fit_thresholds(taxonomy, calibration.held_out(*known, texts["validation"]), labels["validation"])
+    weight = fitted.lexical_weight
+    model.set_lexical_head(classifier.weights(weight) if weight else None)
+    model.calibrate(fitted.temperatures, fitted.biases, thresholds)
+    shown = ", ".join(f"{temperature:.2f}" for temperature in fitted.temperatures)
+    logger.info("calibrated on the validation rows: temperatures %s; weight of the lexical head %.2f", shown, weight)
+    logits = {split: fitted.apply(taxonomy, found, scores[split]) for split, found in logits.items()}
+    compute_metrics, metrics = build_compute_metrics(taxonomy), {"lexical_weight": weight}
+    for split, found in logits.items():
+        measured = compute_metrics(EvalPrediction(predictions=found, label_ids=labels[split]))
+        if (any_label := any_label_accuracy(found, labels[split], texts[split])) is not None:
+            measured["any_label_accuracy"] = any_label
         metrics |= {f"{card.PREFIXES[split]}_{name}": value for name, value in measured.items()}
     if "test" in logits and thresholds is not None:
         found = conformal_scores(taxonomy, logits["test"], labels["test"], thresholds, COVERAGE)
         metrics |= {f"test_answer_{name}": value for name, value in found.items()}
     return metrics, logits
-
-
-def is_calibration(name: str) -> bool:
-    """Whether a metric changes with the temperatures."""
-    return name.endswith(("_ece", "_log_loss"))
-
-
-def write_calibration(path: Path, config: HierarchicalConfig) -> None:
-    """Adds the calibration of a served model to the configuration that it was loaded from."""
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    stored |= {"temperatures": config.temperatures, "conformal_thresholds": config.conformal_thresholds}
-    write_json(path, stored)
 
 
 def tokenized(data: LabelledSplits, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[DatasetDict, dict]:

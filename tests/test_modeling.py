@@ -51,8 +51,14 @@ def batch(rows: int = 3, length: int = 10) -> dict[str, torch.Tensor]:
 
 
 def naive_log_probs(model: HierarchicalForSequenceClassification, pooled: torch.Tensor) -> torch.Tensor:
-    """Every decision by a softmax of its own, and every path by walking it."""
-    tree, scores = model.config.tree, pooled @ model.heads.weight.T + model.heads.bias
+    """Every inclusive value by itself, every decision by a softmax of its own, and every path by walking it."""
+    tree, own = model.config.tree, pooled @ model.heads.weight.T + model.heads.bias
+
+    def score(node: int) -> torch.Tensor:
+        below = [score(child) for child in tree.children(node)]
+        return own[:, node] + torch.stack(below).logsumexp(0) if below else own[:, node]
+
+    scores = torch.stack([score(node) for node in range(tree.num_nodes)], 1)
     conditional = torch.empty_like(scores)
     for parent in [-1, *range(tree.num_leaves, tree.num_nodes)]:
         children = tree.children(parent)
@@ -75,6 +81,15 @@ def test_node_probabilities_are_products_along_the_path(taxonomy):
     nn.init.normal_(model.heads.bias)
     pooled = torch.randn(5, 32)
     torch.testing.assert_close(model.heads(pooled), naive_log_probs(model, pooled))
+
+
+def test_a_leaf_competes_with_all_leaves_by_its_own_score_and_its_ancestors():
+    model, pooled = small_model(), torch.randn(5, 32)
+    nn.init.normal_(model.heads.weight)
+    own = pooled @ model.heads.weight.T + model.heads.bias
+    tree = model.config.tree
+    flat = torch.stack([own[:, tree.path(leaf)].sum(1) for leaf in range(tree.num_leaves)], 1).log_softmax(1)
+    torch.testing.assert_close(model.heads(pooled)[:, : tree.num_leaves], flat)
 
 
 def test_children_add_up_to_their_parent_and_leaves_to_one():

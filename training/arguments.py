@@ -53,6 +53,12 @@ class ModelArguments:
         default="mean", metadata={"help": "How token vectors become one vector: their mean, or the first token."}
     )
     head_dropout: float = field(default=0.1, metadata={"help": "Dropout before the heads."})
+    lexical_head: bool | None = field(
+        default=None,
+        metadata={
+            "help": "A linear classifier over the words beside the encoder. Default: where it has 2^24 weights at most."
+        },
+    )
     encoder_dropout: float | None = field(
         default=None,
         metadata={
@@ -106,12 +112,12 @@ class DataArguments:
 class LossArguments:
     """The focal loss of `training.losses.HierarchicalFocalLoss`. ``--label_smoothing_factor`` belongs to it too."""
 
-    focal_gamma: float = field(default=1.0, metadata={"help": "Exponent of (1 - p)."})
+    focal_gamma: float = field(default=0.0, metadata={"help": "Exponent of (1 - p)."})
     class_weighting: Literal["none", "balanced", "effective_number"] = field(
         default="none", metadata={"help": "Weights of the classes within a group of siblings."}
     )
     level_weights: list[float] = field(
-        default_factory=lambda: [0.3, 0.7],
+        default_factory=lambda: [1.0],
         metadata={"help": "Weight of the decisions at level 1, 2, …; the last one serves all deeper levels."},
     )
     logit_adjustment: float = field(default=0.0, metadata={"help": "Strength of the adjustment by class priors."})

@@ -2,20 +2,25 @@
 
 Worth knowing:
 
-1. One temperature a decision (Guo et al., 2017), fitted by scipy on the rows that this decision was taken for. Decisions
-   with fewer than 50 such rows share one that is fitted on all decisions together; with fewer than 50 in all it is 1.
+1. One temperature a decision (Guo et al., 2017) and one bias a node (Alexandari et al., 2020, arXiv 1901.06852: for classes
+   that are more common where the model is used than where it was trained), fitted by scipy on the rows that this decision
+   was taken for. Decisions with fewer than 50 such rows share a temperature that is fitted on all decisions together, and
+   have no biases; with fewer than 50 in all it is 1, and the lexical head has no say.
 2. All is computed from leaf logits. A node's log-probability is the logsumexp of its leaves', and a decision's scores are
    log P(child) - log P(parent), up to a constant that its softmax drops.
-3. The thresholds are quantiles of the nonconformity scores of `pipeline_hierarchical`, computed with the temperatures in
-   place. Split conformal prediction (Vovk et al., 2005): the k-th smallest of n scores, k = ⌈(n + 1) · coverage⌉, holds a
-   new document's score with at least that probability, if it comes from where the validation rows come from.
+3. The thresholds are quantiles of the nonconformity scores of `pipeline_hierarchical`. Split conformal prediction (Vovk et
+   al., 2005): the k-th smallest of n scores, k = ⌈(n + 1) · coverage⌉, holds a new document's score with at least that
+   probability, if it comes from where the validation rows come from. That takes scores of a model that was not fitted to
+   these rows: each fifth of them is scored by a calibration on the other four (cross-conformal prediction: Vovk, 2015).
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import minimize_scalar
+from scipy.optimize import minimize, minimize_scalar
 from scipy.special import log_softmax, logsumexp
+from sklearn.model_selection import GroupKFold
 
 from configuration_hierarchical import Taxonomy
 from pipeline_hierarchical import conformal_answer, conformal_threshold, nonconformity
@@ -23,6 +28,95 @@ from training.metrics import labelled_documents, node_paths
 
 FEWEST_ROWS = 50
 RANGE = (0.05, 20.0)  # of temperatures
+BIAS_PENALTY = 10.0
+FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What is fitted on validation rows.
+
+    Attributes:
+        lexical_weight: what lexical scores are multiplied by before they are added to the encoder's leaf logits.
+        temperatures, biases: as in `HierarchicalConfig`.
+    """
+
+    lexical_weight: float
+    temperatures: list[float]
+    biases: list[float]
+
+    def apply(self, taxonomy: Taxonomy, logits: np.ndarray, lexical_scores: np.ndarray | None) -> np.ndarray:
+        """The leaf log-probabilities of the model that is served, (num_documents, num_leaves) float64.
+
+        Args:
+            logits: (num_documents, num_leaves), of the encoder, of temperatures 1 and biases 0.
+            lexical_scores: (num_documents, num_leaves), or None where there is no lexical head.
+        """
+        if lexical_scores is not None:
+            logits = log_softmax(logits.astype(np.float64), axis=1) + self.lexical_weight * lexical_scores
+        return apply_temperatures(taxonomy, logits, self.temperatures, self.biases)
+
+
+def fit(taxonomy: Taxonomy, logits: np.ndarray, lexical_scores: np.ndarray | None, labels: np.ndarray) -> Calibration:
+    """The weight of the lexical scores first, then temperatures and biases of the sum.
+
+    Args:
+        logits, lexical_scores: as for `Calibration.apply`.
+        labels: (num_documents,), node ids or -100.
+
+    Raises:
+        InputError: arrays of other shapes, unknown label ids, logits that are not finite.
+    """
+    weight = 0.0
+    if lexical_scores is not None:
+        weight = fit_lexical_weight(logits, lexical_scores, labels)
+        logits = log_softmax(logits.astype(np.float64), axis=1) + weight * lexical_scores
+    return Calibration(weight, *fit_temperatures(taxonomy, logits, labels))
+
+
+def held_out(
+    taxonomy: Taxonomy, logits: np.ndarray, lexical_scores: np.ndarray | None, labels: np.ndarray, texts: np.ndarray
+) -> np.ndarray:
+    """Leaf log-probabilities, (num_documents, num_leaves), of each fifth of the texts by a calibration on the others.
+
+    Args:
+        logits, lexical_scores, labels: as for `fit`.
+        texts: (num_documents,), the same number for the same text.
+    """
+    found = np.empty(logits.shape)
+    folds = min(FOLDS, len(np.unique(texts)))
+    if folds == 1:
+        return fit(taxonomy, logits, lexical_scores, labels).apply(taxonomy, logits, lexical_scores)
+    for known, unknown in GroupKFold(folds, shuffle=True, random_state=0).split(logits, groups=texts):
+        scores = (None, None) if lexical_scores is None else (lexical_scores[known], lexical_scores[unknown])
+        calibration = fit(taxonomy, logits[known], scores[0], labels[known])
+        found[unknown] = calibration.apply(taxonomy, logits[unknown], scores[1])
+    return found
+
+
+def fit_lexical_weight(logits: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> float:
+    """The λ of softmax((logits + λ · scores) / T) with the highest likelihood, over all λ and T.
+
+    Args:
+        logits: (num_documents, num_leaves), of the encoder.
+        scores: (num_documents, num_leaves), of the lexical classifier.
+        labels: (num_documents,), node ids or -100. Only documents labelled with a leaf take part.
+
+    Returns:
+        λ, between 0 and 20; 0 where there are fewer than 50 such documents.
+    """
+    is_leaf = (labels >= 0) & (labels < logits.shape[1])
+    if np.count_nonzero(is_leaf) < FEWEST_ROWS:
+        return 0.0
+    logits, scores, labels = log_softmax(logits[is_leaf].astype(np.float64), axis=1), scores[is_leaf], labels[is_leaf]
+
+    def loss(parameters: np.ndarray) -> float:
+        weight, log_temperature = parameters
+        mixed = log_softmax((logits + weight * scores) / math.exp(log_temperature), axis=1)
+        return -mixed[np.arange(len(labels)), labels].mean()
+
+    found = minimize(loss, x0=[0.0, 0.0], bounds=[(0.0, 20.0), (-3.0, 3.0)], method="L-BFGS-B")
+    return float(found.x[0])
 
 
 def node_log_probs(taxonomy: Taxonomy, logits: np.ndarray) -> np.ndarray:
@@ -46,15 +140,17 @@ def decisions(taxonomy: Taxonomy) -> list[list[int]]:
     return [taxonomy.children(parent) for parent in (-1, *range(taxonomy.num_leaves, taxonomy.num_nodes))]
 
 
-def fit_temperatures(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> list[float]:
-    """The temperature of each decision that gives the labels the highest likelihood.
+def fit_temperatures(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> tuple[list[float], list[float]]:
+    """The temperature of each decision and the bias of each node that give the labels the highest likelihood.
+
+    Biases have a Gaussian prior around 0, of variance 1 / (2 · `BIAS_PENALTY`), or classes of few rows would follow them.
 
     Args:
-        logits: (num_documents, num_leaves), of a model whose temperatures are 1.
+        logits: (num_documents, num_leaves), of a model whose temperatures are 1 and biases 0.
         labels: (num_documents,), node ids or -100.
 
     Returns:
-        One number for the roots and for the children of each inner node, between 0.05 and 20.
+        One temperature for the roots and for the children of each inner node, between 0.05 and 20; one bias a node.
 
     Raises:
         InputError: arrays of other shapes, unknown label ids, logits that are not finite.
@@ -66,13 +162,20 @@ def fit_temperatures(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray)
         level = taxonomy.levels[nodes[0]] - 1
         right = ancestors[labels, level]  # the node of each label's path that stands where this decision is taken
         rows = np.isin(right, nodes) if len(nodes) > 1 else np.zeros(len(labels), dtype=bool)
-        taken.append((log_probs[rows][:, nodes], np.searchsorted(nodes, right[rows])))
+        order = np.argsort(nodes)
+        taken.append((log_probs[rows][:, nodes], order[np.searchsorted(nodes, right[rows], sorter=order)]))
     enough = sum(len(right) for _, right in taken) >= FEWEST_ROWS
-    shared = best_temperature([(scores, right) for scores, right in taken if len(right)]) if enough else 1.0
-    return [best_temperature([(scores, right)]) if len(right) >= FEWEST_ROWS else shared for scores, right in taken]
+    shared = shared_temperature([(scores, right) for scores, right in taken if len(right)]) if enough else 1.0
+    temperatures, biases = [], np.zeros(taxonomy.num_nodes)
+    for nodes, (scores, right) in zip(decisions(taxonomy), taken, strict=True):
+        temperature = shared
+        if len(right) >= FEWEST_ROWS:
+            temperature, biases[nodes] = best_temperature_and_biases(scores, right)
+        temperatures.append(temperature)
+    return temperatures, biases.tolist()
 
 
-def best_temperature(taken: list[tuple[np.ndarray, np.ndarray]]) -> float:
+def shared_temperature(taken: list[tuple[np.ndarray, np.ndarray]]) -> float:
     """The temperature with the lowest negative log-likelihood over decisions' (scores, index of the right child)."""
 
     def loss(log_temperature: float) -> float:
@@ -83,16 +186,40 @@ def best_temperature(taken: list[tuple[np.ndarray, np.ndarray]]) -> float:
     return math.exp(found.x)
 
 
-def apply_temperatures(taxonomy: Taxonomy, logits: np.ndarray, temperatures: list[float]) -> np.ndarray:
-    """The leaf log-probabilities, (num_documents, num_leaves) float64, that the model gives with these temperatures.
+def best_temperature_and_biases(scores: np.ndarray, right: np.ndarray) -> tuple[float, np.ndarray]:
+    """The temperature and the biases (children,) of one decision.
 
     Args:
-        logits: (num_documents, num_leaves), of a model whose temperatures are 1.
+        scores: (rows, children), log-probabilities or what differs from them by a constant a row.
+        right: (rows,), the index of the right child.
+    """
+
+    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        scaled = scores / math.exp(parameters[0])
+        log_probs = log_softmax(scaled + parameters[1:], axis=1)
+        error = np.exp(log_probs)
+        error[np.arange(len(right)), right] -= 1
+        value = -log_probs[np.arange(len(right)), right].sum() + BIAS_PENALTY * (parameters[1:] ** 2).sum()
+        slope = np.concatenate([[-(error * scaled).sum()], error.sum(axis=0) + 2 * BIAS_PENALTY * parameters[1:]])
+        return value, slope
+
+    bounds = [tuple(map(math.log, RANGE)), *[(None, None)] * scores.shape[1]]
+    found = minimize(loss, np.zeros(1 + scores.shape[1]), jac=True, bounds=bounds, method="L-BFGS-B")
+    return math.exp(found.x[0]), found.x[1:]
+
+
+def apply_temperatures(
+    taxonomy: Taxonomy, logits: np.ndarray, temperatures: list[float], biases: list[float]
+) -> np.ndarray:
+    """The leaf log-probabilities, (num_documents, num_leaves) float64, that the model gives with these.
+
+    Args:
+        logits: (num_documents, num_leaves), of a model whose temperatures are 1 and biases 0.
     """
     log_probs = node_log_probs(taxonomy, logits)
     conditional = np.zeros_like(log_probs)
     for nodes, temperature in zip(decisions(taxonomy), temperatures, strict=True):
-        conditional[:, nodes] = log_softmax(log_probs[:, nodes] / temperature, axis=1)
+        conditional[:, nodes] = log_softmax(log_probs[:, nodes] / temperature + np.array(biases)[nodes], axis=1)
     return np.column_stack([conditional[:, taxonomy.path(leaf)].sum(axis=1) for leaf in range(taxonomy.num_leaves)])
 
 

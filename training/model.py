@@ -126,13 +126,15 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
         raise InputError(f"{path} was trained with --pooling {config.pooling}; continue it the same way")
     set_dropout(config.text_config, arguments)
     config.head_dropout = arguments.head_dropout
-    config.temperatures = config.conformal_thresholds = None  # of the weights that were, not of those to come
+    # of the weights that were, not of those to come
+    config.temperatures = config.biases = config.conformal_thresholds = None
     try:
         model = HierarchicalForSequenceClassification.from_pretrained(
             path, config=config, merge_adapter=False, **load_arguments(arguments)
         )
     except (OSError, ValueError) as error:
         raise InputError(f"cannot load the checkpoint {path}: {one_line(error)}") from error
+    model.set_lexical_head(None)
     if tuning == "lora":
         adapter = model.encoder.peft_config["default"]
         if (adapter.r, adapter.lora_alpha) != (arguments.lora_r, arguments.lora_alpha):

@@ -1,0 +1,129 @@
+"""The lexical head: against scikit-learn, and inside the model against its own definition."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from sklearn.feature_extraction.text import TfidfTransformer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from transformers import AutoModel
+
+from configuration_hierarchical import HierarchicalConfig, Taxonomy
+from modeling_hierarchical import HierarchicalForSequenceClassification, LexicalHead
+from training import lexical
+
+TREE = Taxonomy(["a", {"b": ["c", "d", {"e": ["f", "g"]}]}])
+VOCABULARY = 60
+TINY = {
+    "model_type": "bert", "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 48,
+}  # fmt: skip
+
+
+def rows(count: int, seed: int = 0, leaves: int = TREE.num_leaves) -> datasets.Dataset:
+    """Texts of 3 to 30 tokens, with the tokens 2i and 2i + 1 more often in texts of the leaf i."""
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(leaves, size=count)
+    ids = []
+    for label in labels:
+        odds = np.ones(VOCABULARY)
+        odds[2 * label : 2 * label + 2] = 4
+        ids.append(generator.choice(VOCABULARY, size=generator.integers(3, 31), p=odds / odds.sum()).tolist())
+    return datasets.Dataset.from_dict({"input_ids": ids, "labels": labels})
+
+
+def padded(ids: list[list[int]]) -> dict[str, torch.Tensor]:
+    """Token ids with other tokens where the mask is 0."""
+    length = max(map(len, ids))
+    return {
+        "input_ids": torch.tensor([one + [7] * (length - len(one)) for one in ids]),
+        "attention_mask": torch.tensor([[1] * len(one) + [0] * (length - len(one)) for one in ids]),
+    }
+
+
+@pytest.mark.parametrize("leaves", [2, 3, TREE.num_leaves])
+def test_the_head_is_scikit_learns_logistic_regression_over_tf_idf(leaves):
+    train, unseen = rows(300, leaves=leaves), rows(40, seed=1)
+    counts = np.array([np.bincount(ids, minlength=VOCABULARY) for ids in train["input_ids"]])
+    common = (counts > 0).sum(0) >= 2
+    model = make_pipeline(TfidfTransformer(sublinear_tf=True), LogisticRegression(C=100, max_iter=1000, tol=1e-3))
+    model.fit(counts[:, common], train["labels"])
+    others = np.array([np.bincount(ids, minlength=VOCABULARY) for ids in unseen["input_ids"]])[:, common]
+    expected = model.predict_proba(others)
+
+    labels = np.array(train["labels"])
+    classifier = lexical.LexicalClassifier(TREE, lexical.token_counts(train, VOCABULARY), labels)
+    ours = LexicalHead(VOCABULARY, TREE.num_leaves)
+    ours.load_state_dict(classifier.weights(1.0))
+    scores = ours(**padded(unseen["input_ids"]))
+    np.testing.assert_allclose(scores[:, :leaves].softmax(1).numpy(), expected, atol=2e-3)
+    np.testing.assert_allclose(classifier.scores(lexical.token_counts(unseen, VOCABULARY)), scores.numpy(), atol=1e-4)
+    assert (classifier.bias[leaves:] == classifier.bias.min()).all()  # of leaves that no row has
+
+
+def test_rows_labelled_with_an_inner_node_or_not_at_all_teach_no_words():
+    train = rows(200)
+    labels = np.array(train["labels"])
+    labels[:50], labels[50:100] = -100, TREE.id("b")
+    counts = lexical.token_counts(train, VOCABULARY)
+    found = lexical.LexicalClassifier(TREE, counts, labels)
+    expected = lexical.LexicalClassifier(TREE, counts[100:], labels[100:])
+    np.testing.assert_array_equal(found.weight, expected.weight)
+
+
+@pytest.fixture
+def model() -> HierarchicalForSequenceClassification:
+    torch.manual_seed(0)
+    found = HierarchicalForSequenceClassification(HierarchicalConfig(text_config=TINY, taxonomy=TREE)).eval()
+    torch.nn.init.normal_(found.heads.weight)
+    return found
+
+
+def test_the_model_adds_its_scores_to_the_leaves_and_comes_back_the_same(model, tmp_path):
+    train, inputs = rows(300), padded(rows(9, seed=1)["input_ids"])
+    classifier = lexical.LexicalClassifier(TREE, lexical.token_counts(train, VOCABULARY), np.array(train["labels"]))
+    before = model(**inputs).logits
+    model.set_lexical_head(classifier.weights(0.5))
+    after = model(**inputs)
+    scores = classifier.scores(lexical.token_counts(rows(9, seed=1), VOCABULARY))
+    expected = (before + 0.5 * torch.tensor(scores).float()).log_softmax(1)
+    torch.testing.assert_close(after.logits, expected)
+    assert (after.logits - before).abs().max() > 0.1
+    probabilities = after.node_log_probs.exp()
+    torch.testing.assert_close(probabilities[:, TREE.children(TREE.id("b"))].sum(1), probabilities[:, TREE.id("b")])
+    model.save_pretrained(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = AutoModel.from_pretrained(tmp_path, trust_remote_code=True, dtype=dtype)
+        assert loaded.heads.lexical.weight.dtype == torch.float32
+        torch.testing.assert_close(
+            loaded(**inputs).logits, after.logits, atol=1e-5 if dtype == torch.float32 else 0.1, rtol=0
+        )
+    model.set_lexical_head(None)
+    torch.testing.assert_close(model(**inputs).logits, before)
+
+
+def test_a_text_alone_is_scored_as_in_a_batch_and_tokens_beyond_the_vocabulary_count_for_nothing():
+    train = rows(300)
+    classifier = lexical.LexicalClassifier(TREE, lexical.token_counts(train, VOCABULARY), np.array(train["labels"]))
+    ours = LexicalHead(VOCABULARY, TREE.num_leaves)
+    ours.load_state_dict(classifier.weights(1.0))
+    ids = [[5, 9, 9], [3] * 12, [11]]
+    together = ours(**padded(ids))
+    for i, one in enumerate(ids):
+        torch.testing.assert_close(ours(torch.tensor([[*one, VOCABULARY + 3]]), None)[0], together[i])
+
+
+def test_embeddings_cannot_stand_in_for_tokens(model):
+    model.set_lexical_head({"idf": torch.ones(60), "weight": torch.ones(5, 60), "bias": torch.zeros(5)})
+    with pytest.raises(ValueError, match="reads input_ids"):
+        model(inputs_embeds=torch.zeros(1, 4, 32))
+    with pytest.raises(ValueError, match=r"mask of shape \(B, T\)"):
+        model(input_ids=torch.ones(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 1, 4, 4))
+
+
+def test_there_is_none_where_all_rows_have_one_leaf(caplog):
+    caplog.set_level("INFO")
+    assert lexical.fit(TREE, rows(20, leaves=1), VOCABULARY) is None
+    assert "fewer than two leaves" in caplog.text
+    assert lexical.fit(TREE, rows(20, leaves=2), VOCABULARY) is not None

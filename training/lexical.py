@@ -1,0 +1,105 @@
+"""The lexical head: a linear classifier over the bag of tokens, fitted beside the trained encoder.
+
+Worth knowing:
+
+1. It knows rare words that decide by themselves, which a small encoder blurs. On its own it is worse than the encoder; the
+   two err on different texts, and their product is better than either.
+2. It is multinomial logistic regression over TF-IDF (scikit-learn) on the training rows, and is fitted once, after the
+   encoder: trained together, the encoder would explain the training rows alone and leave it nothing to learn.
+3. How much it says is one number, fitted with the calibration on the validation rows, and kept in its weights.
+4. Added to a leaf's score, it reaches the leaf's ancestors as inclusive values do, so that log P(leaf) of the model is
+   log P(leaf) of the encoder plus the lexical score, normalised.
+"""
+
+import logging
+
+import numpy as np
+import torch
+from datasets import Dataset
+from scipy.sparse import csr_matrix
+from sklearn.feature_extraction.text import TfidfTransformer
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from configuration_hierarchical import Taxonomy
+
+logger = logging.getLogger(__name__)
+
+FEWEST_DOCUMENTS = 2  # of a token that is counted
+REGULARISATION = 100.0  # C of scikit-learn: weak, since the documents are vectors of length 1
+MOST_WEIGHTS = 2**24  # 64 MiB
+
+
+def token_counts(rows: Dataset, vocab_size: int) -> csr_matrix:
+    """How often each token id occurs in each row: (num_rows, vocab_size), special tokens included."""
+    columns = rows.with_format("arrow")["input_ids"]
+    chunks = getattr(columns, "chunks", [columns])
+    lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks])
+    ids = np.concatenate([chunk.flatten().to_numpy() for chunk in chunks])
+    pointers = np.concatenate([[0], np.cumsum(lengths)])
+    counts = csr_matrix((np.ones(len(ids)), ids, pointers), shape=(len(rows), vocab_size))
+    counts.sum_duplicates()
+    return counts
+
+
+class LexicalClassifier:
+    """Logistic regression of the leaves over TF-IDF.
+
+    Attributes:
+        idf: (V,), 0 for tokens of fewer than two training documents.
+        weight: (num_leaves, V).
+        bias: (num_leaves,). A leaf without training documents has weights of 0 and the lowest bias.
+    """
+
+    def __init__(self, taxonomy: Taxonomy, counts: csr_matrix, labels: np.ndarray):
+        """Fits it.
+
+        Args:
+            counts: of `token_counts`, of the training rows.
+            labels: (num_rows,), node ids or -100. Only rows labelled with a leaf take part.
+        """
+        is_leaf = (labels >= 0) & (labels < taxonomy.num_leaves)
+        counts, labels = counts[is_leaf], labels[is_leaf]
+        tfidf = TfidfTransformer(sublinear_tf=True).fit(counts)
+        common = np.asarray((counts > 0).sum(axis=0)).ravel() >= FEWEST_DOCUMENTS
+        self.idf = np.where(common, tfidf.idf_, 0.0)
+        model = LogisticRegression(C=REGULARISATION, max_iter=1000, tol=1e-3).fit(self.documents(counts), labels)
+        self.weight = np.zeros((taxonomy.num_leaves, counts.shape[1]))
+        two = len(model.classes_) == 2  # one row of coefficients then, the difference between the classes
+        coefficients = np.vstack([-model.coef_, model.coef_]) / 2 if two else model.coef_
+        intercepts = np.concatenate([-model.intercept_, model.intercept_]) / 2 if two else model.intercept_
+        self.weight[model.classes_] = coefficients
+        self.bias = np.full(taxonomy.num_leaves, intercepts.min())
+        self.bias[model.classes_] = intercepts
+
+    def documents(self, counts: csr_matrix) -> csr_matrix:
+        """TF-IDF vectors of length 1: (num_rows, V)."""
+        weighed = counts.copy()
+        weighed.data = (1 + np.log(weighed.data)) * self.idf[weighed.indices]
+        lengths = np.sqrt(weighed.multiply(weighed).sum(axis=1)).A1
+        return csr_matrix(weighed.multiply(1 / np.maximum(lengths, 1e-12)[:, None]))
+
+    def scores(self, counts: csr_matrix) -> np.ndarray:
+        """(num_rows, num_leaves), whose softmax are this classifier's own probabilities."""
+        return self.documents(counts) @ self.weight.T + self.bias
+
+    def weights(self, factor: float) -> dict[str, Tensor]:
+        """The weights of a `LexicalHead` whose scores are these times ``factor``."""
+        found = {"idf": self.idf, "weight": factor * self.weight, "bias": factor * self.bias}
+        return {name: torch.tensor(values, dtype=torch.float32) for name, values in found.items()}
+
+
+def fit(taxonomy: Taxonomy, train: Dataset, vocab_size: int) -> LexicalClassifier | None:
+    """A lexical classifier of the training rows.
+
+    Args:
+        train: rows with ``input_ids`` and ``labels``.
+
+    Returns:
+        None, and a line in the log, where fewer than two leaves have training rows.
+    """
+    labels = np.array(train["labels"])
+    if len(np.unique(labels[(labels >= 0) & (labels < taxonomy.num_leaves)])) < 2:
+        logger.info("no lexical head: fewer than two leaves have training rows")
+        return None
+    return LexicalClassifier(taxonomy, token_counts(train, vocab_size), labels)
