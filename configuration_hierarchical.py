@@ -16,7 +16,6 @@ Worth knowing:
 import csv
 import difflib
 import json
-import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -346,14 +345,12 @@ class HierarchicalConfig(PretrainedConfig):
         lexical_vocab_size: the number of token ids that the lexical head knows; None where the model has no such head.
         temperatures: what the scores of each decision are divided by before their softmax, the roots' first, then those
             of the inner nodes' children in the order of ids; None, which is 1 for all, where nothing was calibrated.
-        biases: what is added to each node's score after that, by id; None, which is 0 for all, where nothing was
-            calibrated.
         conformal_thresholds: for coverages of 0.001, 0.002, … 0.999, the threshold under which an answer holds the label
             of that share of documents; see `pipeline_hierarchical.conformal_answer`. None inside means every root.
 
     Raises:
         TaxonomyError: an unusable taxonomy, or labels that are not its leaves.
-        ValueError: an unknown pooling; temperatures, biases or thresholds of a wrong number or range.
+        ValueError: an unknown pooling; temperatures or thresholds of a wrong number or range.
     """
 
     model_type = "hierarchical_text_classification"
@@ -373,7 +370,6 @@ class HierarchicalConfig(PretrainedConfig):
         initializer_range: float = 0.02,
         lexical_vocab_size: int | None = None,
         temperatures: list[float] | None = None,
-        biases: list[float] | None = None,
         conformal_thresholds: list[float | None] | None = None,
         **kwargs,
     ):
@@ -397,7 +393,6 @@ class HierarchicalConfig(PretrainedConfig):
             raise ValueError(f"lexical_vocab_size must be a whole number of at least 1, not {lexical_vocab_size!r}")
         self.lexical_vocab_size = lexical_vocab_size
         self.temperatures = checked_temperatures(temperatures, taxonomy)
-        self.biases = checked_biases(biases, taxonomy)
         self.conformal_thresholds = checked_thresholds(conformal_thresholds)
 
         leaves = taxonomy.labels[: taxonomy.num_leaves]
@@ -432,15 +427,6 @@ def checked_temperatures(temperatures: list[float] | None, taxonomy: Taxonomy) -
     if len(temperatures) != decisions or not all(0 < value < float("inf") for value in temperatures):
         raise ValueError(f"temperatures must be {decisions} positive numbers, one for each decision of the taxonomy")
     return list(temperatures)
-
-
-def checked_biases(biases: list[float] | None, taxonomy: Taxonomy) -> list[float] | None:
-    """Biases that fit a taxonomy: one finite number a node."""
-    if biases is None:
-        return None
-    if len(biases) != taxonomy.num_nodes or not all(map(math.isfinite, biases)):
-        raise ValueError(f"biases must be {taxonomy.num_nodes} finite numbers, one for each node of the taxonomy")
-    return list(biases)
 
 
 def checked_thresholds(thresholds: list[float | None] | None) -> list[float | None] | None:

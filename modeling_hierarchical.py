@@ -147,7 +147,7 @@ class HierarchicalHeads(nn.Module):
         tree = config.tree
         self.num_nodes, self.num_leaves = tree.num_nodes, tree.num_leaves
         self.num_groups = tree.num_nodes - tree.num_leaves + 1  # the roots, and the children of each inner node
-        self.tree, self.temperatures, self.biases = tree, config.temperatures, config.biases
+        self.tree, self.temperatures = tree, config.temperatures
         self.dropout = nn.Dropout(config.head_dropout)
         self.weight = nn.Parameter(torch.empty(tree.num_nodes, config.hidden_size))
         self.bias = nn.Parameter(torch.empty(tree.num_nodes))
@@ -155,20 +155,18 @@ class HierarchicalHeads(nn.Module):
         self.register_buffer("ancestors", torch.empty(tree.num_nodes, tree.depth, dtype=torch.long), persistent=False)
         self.register_buffer("below", torch.empty(tree.num_nodes, dtype=torch.long), persistent=False)
         self.register_buffer("temperature", torch.empty(tree.num_nodes), persistent=False)
-        self.register_buffer("offset", torch.empty(tree.num_nodes), persistent=False)
         self.lexical = None
         if config.lexical_vocab_size is not None:
             self.lexical = LexicalHead(config.lexical_vocab_size, tree.num_leaves)
 
     def fill_buffers(self) -> None:
-        """Writes the taxonomy, the temperatures and the biases into the buffers."""
+        """Writes the taxonomy and the temperatures into the buffers."""
         group, ancestors = taxonomy_indices(self.tree)
         self.group.copy_(group)
         self.ancestors.copy_(ancestors)
         nodes = torch.arange(self.num_nodes)  # the group of a node's children; of a leaf, one beyond the last
         self.below.copy_(torch.where(nodes < self.num_leaves, self.num_groups, nodes - self.num_leaves + 1))
         self.temperature.copy_(torch.tensor(self.temperatures or [1.0] * self.num_groups)[group])
-        self.offset.copy_(torch.tensor(self.biases or [0.0] * self.num_nodes))
 
     def forward(self, pooled: Tensor, input_ids: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
         """Log-probabilities (B, num_nodes) of vectors (B, hidden_size), and for the lexical head tokens and mask (B, T)."""
@@ -182,7 +180,7 @@ class HierarchicalHeads(nn.Module):
             for _ in range(self.tree.depth - 1):  # inclusive values rise a level each time
                 inclusive = segment_logsumexp(scores, self.group, self.num_groups)
                 scores = own + nn.functional.pad(inclusive, (0, 1))[:, self.below]
-            scores = scores / self.temperature + self.offset
+            scores = scores / self.temperature
             conditional = segment_log_softmax(scores, self.group, self.num_groups)  # (B, N): log P(node | parent)
             padded = nn.functional.pad(conditional, (0, 1))  # the padding's ancestor is the last column, a zero
             return padded[:, self.ancestors].sum(-1)  # (B, N, depth) to (B, N)
@@ -368,19 +366,13 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         return model.eval()
 
-    def calibrate(
-        self,
-        temperatures: list[float] | None,
-        biases: list[float] | None,
-        conformal_thresholds: list[float | None] | None,
-    ) -> None:
-        """Takes the outcome of a calibration into the configuration, and temperatures and biases into the heads.
+    def calibrate(self, temperatures: list[float] | None, conformal_thresholds: list[float | None] | None) -> None:
+        """Takes the outcome of a calibration into the configuration, and the temperatures into the heads.
 
         Args:
-            temperatures, biases, conformal_thresholds: as in `HierarchicalConfig`.
+            temperatures, conformal_thresholds: as in `HierarchicalConfig`.
         """
         self.config.temperatures = self.heads.temperatures = temperatures
-        self.config.biases = self.heads.biases = biases
         self.config.conformal_thresholds = conformal_thresholds
         self.heads.fill_buffers()
 

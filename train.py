@@ -325,7 +325,7 @@ def calibrate(
     logits: dict[str, np.ndarray],
     splits: DatasetDict,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Fits the lexical head's weight, temperatures, biases and conformal thresholds on the validation rows, and puts all
+    """Fits the lexical head's weight, temperatures and conformal thresholds on the validation rows, and puts all
     of it into the model.
 
     Args:
@@ -345,7 +345,7 @@ def calibrate(
     thresholds = fit_thresholds(taxonomy, calibration.held_out(*known, texts["validation"]), labels["validation"])
     weight = fitted.lexical_weight
     model.set_lexical_head(classifier.weights(weight) if weight else None)
-    model.calibrate(fitted.temperatures, fitted.biases, thresholds)
+    model.calibrate(fitted.temperatures, thresholds)
     shown = ", ".join(f"{temperature:.2f}" for temperature in fitted.temperatures)
     logger.info("calibrated on the validation rows: temperatures %s; weight of the lexical head %.2f", shown, weight)
     logits = {split: fitted.apply(taxonomy, found, scores[split]) for split, found in logits.items()}

@@ -1,16 +1,26 @@
-"""Accuracy of the recipes beside peers, all trained here in one go:
+"""Accuracy of the recipes beside peers, all trained here:
 
-    python benchmarks/quality.py --data FOLDER --encoder ENCODER [--task ohsumed --seed 1 …]
+    pip install setfit hiclass
+    python benchmarks/quality.py --data FOLDER --encoder ENCODER [--task ohsumed --model flat-lora --seed 1 …]
 
-FOLDER holds ``ohsumed/{train,test,labels}.csv`` and ``medical_abstracts/{train,validation,test}.csv``. Peers:
+FOLDER holds ``ohsumed/{train,test,labels}.csv`` and ``medical_abstracts/{train,validation,test}.csv``. Models:
 
-- TF-IDF (words and pairs of words) with a linear SVM, from scikit-learn;
-- a flat model: the same encoder, adapter, epochs, learning rate and text length, one softmax over the leaves,
-  cross-entropy with the recipe's label smoothing;
-- the recipe: hierarchical heads and the recipe's loss.
+- tfidf-svm: a linear SVM over TF-IDF of words and pairs of words, by scikit-learn;
+- hiclass-tfidf: the same for each parent of the taxonomy, by HiClass;
+- hiclass-embeddings: logistic regression over the frozen encoder's mean vectors for each parent, by HiClass;
+- setfit: the encoder fine-tuned on pairs of texts, then logistic regression, by SetFit, for `SETFIT_STEPS` steps of 16
+  pairs, texts cut at the 256 tokens that this encoder was published with;
+- flat-full, flat-lora: every weight, or an adapter as in the recipe over an encoder in full precision, under one softmax
+  over the leaves, with cross-entropy;
+- lora, qlora: the recipe, over an encoder in full precision and as it is, in 4 bits.
 
-Every run is kept under ``--runs`` and not repeated, so a broken-off benchmark continues. All scores are of the test file,
-by one function, from each model's predicted leaf; log loss and calibration error are the checkpoint's own.
+The flat peers are trained by ``train.py`` with the recipe's epochs, text length, label smoothing and early stopping, and temperatures from
+the validation rows; every weight at a learning rate of `FULL_LEARNING_RATE`. All models are
+given the same training rows, and those that need them the same validation rows.
+
+A finished run stays in the output file and is not repeated without ``--fresh``: a benchmark that was broken off continues,
+on another machine too. All scores are of the test file, by one function, from each model's predicted leaf; log loss and
+calibration errors are the checkpoint's own. Intervals are bootstrap intervals over the test rows.
 """
 
 import argparse
@@ -19,13 +29,15 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import yaml
+from sklearn.base import ClassifierMixin
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.pipeline import make_pipeline
+from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
 from transformers import EvalPrediction
 
@@ -33,16 +45,71 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from configuration_hierarchical import DEFAULT_TAXONOMY, Taxonomy
-from training.metrics import build_compute_metrics
+from training.arguments import DataArguments
+from training.data import load_splits
+from training.metrics import bootstrap_intervals, build_compute_metrics
 
 TASKS = ("ohsumed", "medical_abstracts")
-MODELS = ("TF-IDF + linear SVM", "flat", "hierarchical")
+SETFIT_STEPS = 500
+FULL_LEARNING_RATE = 1e-4
+TRAINED = {  # by train.py, with these flags after the recipe
+    "flat-full": ("--tuning", "full", "--learning_rate", str(FULL_LEARNING_RATE), "--lexical_head", "false"),
+    "flat-lora": ("--quantization", "none", "--lexical_head", "false"),
+    "lora": ("--quantization", "none"),
+    "qlora": (),
+}
 SHOWN = {
     "accuracy": "accuracy",
     "macro_f1": "macro-F1",
     "level_1_accuracy": "level-1 accuracy",
     "hierarchical_f1": "hierarchical F1",
+    "log_loss": "log loss",
+    "ece": "ECE",
+    "level_1_ece": "level-1 ECE",
 }
+OWN = (  # of the metrics of a checkpoint
+    *("test_log_loss", "test_ece", "test_level_1_ece", "test_any_label_accuracy", "test_answer_coverage"),
+    *("test_answer_leaves", "uncalibrated_test_accuracy", "uncalibrated_test_macro_f1", "uncalibrated_test_log_loss"),
+    *("uncalibrated_test_ece", "quantized_test_accuracy", "quantized_test_macro_f1", "lexical_weight", "eval_accuracy"),
+    *("eval_macro_f1", "uncalibrated_eval_accuracy", "uncalibrated_eval_macro_f1", "epoch", "train_samples_per_second"),
+)
+
+
+class Task:
+    """The rows, the taxonomy and the names of a task.
+
+    Attributes:
+        files: of the splits, and of the labels where they are in a file.
+        rows: for each split, (texts, leaves), validation rows carved out of the training file where they have none.
+    """
+
+    def __init__(self, name: str, folder: Path, seed: int):
+        self.name, self.seed = name, seed
+        self.files = {split: folder / f"{split}.csv" for split in ("train", "validation", "test")}
+        self.files = {split: file for split, file in self.files.items() if file.exists()}
+        if name == "ohsumed":
+            self.labels, self.tree = folder / "labels.csv", Taxonomy.from_file(folder / "labels.csv")
+        else:
+            self.labels, self.tree = None, Taxonomy(DEFAULT_TAXONOMY)
+
+    def flags(self, runs: Path, flat: bool) -> list[str]:
+        """What tells ``train.py`` of the data."""
+        taxonomy = runs / f"{self.name}-{'flat' if flat else 'tree'}.json"
+        leaves = self.tree.labels[: self.tree.num_leaves]
+        taxonomy.write_text(json.dumps(leaves if flat else self.tree.to_nested()), encoding="utf-8")
+        words = [word for split, file in self.files.items() for word in (f"--{split}_file", str(file))]
+        return [*words, "--taxonomy", str(taxonomy), *(["--class_names", str(self.labels)] if self.labels else [])]
+
+    def rows(self, split: str) -> tuple[list[str], np.ndarray]:
+        """Texts and leaf ids of a split, the same rows that ``train.py`` is given."""
+        recipe = yaml.safe_load((ROOT / "recipes" / f"{self.name}.yaml").read_text())
+        names = str(self.labels) if self.labels else json.dumps({str(k): v for k, v in recipe["class_names"].items()})
+        found = load_splits(
+            DataArguments(**{f"{name}_file": str(file) for name, file in self.files.items()}, class_names=names),
+            self.seed,
+            self.tree,
+        ).splits[split]
+        return list(found["text"]), np.array(found["label"])
 
 
 def main() -> None:
@@ -51,133 +118,174 @@ def main() -> None:
     parser.add_argument("--encoder", required=True)
     parser.add_argument("--encoder_name", help="what the results call the encoder, where it is a folder")
     parser.add_argument("--task", choices=TASKS, nargs="+", default=TASKS)
-    parser.add_argument("--seed", type=int, nargs="+", default=[42])
-    parser.add_argument(
-        "--epochs", type=float, help="passes over the training rows, instead of the recipe's, for both models"
-    )
+    parser.add_argument("--model", choices=(*MODELS, *TRAINED), nargs="+", default=(*MODELS, *TRAINED))
+    parser.add_argument("--seed", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--fresh", action="store_true", help="repeat finished runs")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quality")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "quality.json")
     arguments = parser.parse_args()
-    results = []
-    for task in arguments.task:
-        files, tree, names = read_task(arguments.data / task, task)
-        for model in MODELS:
-            for seed in arguments.seed if model != MODELS[0] else arguments.seed[:1]:
-                folder = arguments.runs / task / model.split()[0].lower() / str(seed)
-                if not (folder / "scores.json").exists():
-                    folder.mkdir(parents=True, exist_ok=True)
+    arguments.runs.mkdir(parents=True, exist_ok=True)
+    for name in arguments.task:
+        for seed in arguments.seed:
+            task = Task(name, arguments.data / name, seed)
+            for model in arguments.model:
+                key = {"task": name, "model": model, "seed": seed}
+                if arguments.fresh or not any(key.items() <= run.items() for run in read(arguments.output)):
                     started = time.time()
-                    if model == MODELS[0]:
-                        predictions, own = linear_svm(files, names), {}
+                    if model in TRAINED:
+                        pairs, own = train(task, model, arguments)
                     else:
-                        predictions, own = train(task, model, seed, files, tree, arguments, folder)
-                    scores = measure(predictions, tree) | own | {"minutes": (time.time() - started) / 60}
-                    (folder / "scores.json").write_text(json.dumps(scores, indent=2))
-                scores = json.loads((folder / "scores.json").read_text())
-                results.append({"task": task, "model": model, "seed": seed, **scores})
-                print(f"{task}, {model}, seed {seed}: accuracy {scores['accuracy']:.4f}", flush=True)
-    kept = json.loads(arguments.output.read_text())["results"] if arguments.output.exists() else []
-    results = [run for run in kept if run["task"] not in arguments.task] + results
+                        labels, answers = MODELS[model](task, arguments.encoder)
+                        pairs, own = (labels, answers), {}
+                    scores = measure(*pairs, task.tree) | own | {"minutes": (time.time() - started) / 60}
+                    keep(arguments, {**key, **scores})
+                    print(f"{name}, {model}, seed {seed}: accuracy {scores['accuracy']:.4f}", flush=True)
+    print_table(read(arguments.output))
+
+
+def read(output: Path) -> list[dict]:
+    return json.loads(output.read_text(encoding="utf-8"))["results"] if output.exists() else []
+
+
+def keep(arguments: argparse.Namespace, run: dict) -> None:
+    """Adds a run to the output file, in the place of an earlier one of the same task, model and seed."""
+    order = [*MODELS, *TRAINED]
+
+    def place(other: dict) -> tuple[int, int, int]:
+        return TASKS.index(other["task"]), order.index(other["model"]), other["seed"]
+
+    results = sorted([*(other for other in read(arguments.output) if place(other) != place(run)), run], key=place)
+    encoder = arguments.encoder_name or Path(arguments.encoder).name
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(
-        json.dumps({"encoder": arguments.encoder_name or Path(arguments.encoder).name, "results": results}, indent=2)
-        + "\n"
+    arguments.output.write_text(json.dumps({"encoder": encoder, "results": results}, indent=2) + "\n", encoding="utf-8")
+
+
+# ── peers; each gives the leaf ids and the answers of the test rows ─────────────────────────────────────────────────
+
+
+def vectors(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """TF-IDF of the training rows, their labels, and the same of the test rows."""
+    texts, labels = task.rows("train")
+    tfidf = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
+    known = tfidf.fit_transform(texts)
+    texts, unseen = task.rows("test")
+    return known, labels, tfidf.transform(texts), unseen
+
+
+def tfidf_svm(task: Task, encoder: str) -> tuple[np.ndarray, np.ndarray]:
+    known, labels, others, unseen = vectors(task)
+    return unseen, LinearSVC(random_state=task.seed).fit(known, labels).predict(others)
+
+
+def hiclass_tfidf(task: Task, encoder: str) -> tuple[np.ndarray, np.ndarray]:
+    known, labels, others, unseen = vectors(task)
+    return unseen, hiclass(task.tree, LinearSVC(random_state=task.seed), known, labels, others)
+
+
+def hiclass_embeddings(task: Task, encoder: str) -> tuple[np.ndarray, np.ndarray]:
+    from sentence_transformers import SentenceTransformer
+
+    body = SentenceTransformer(encoder, device="cpu")
+    body.max_seq_length = 512
+    (texts, labels), (others, unseen) = task.rows("train"), task.rows("test")
+    known, others = (body.encode(some, batch_size=16) for some in (texts, others))
+    return unseen, hiclass(task.tree, LogisticRegression(C=10, max_iter=2000), known, labels, others)
+
+
+def hiclass(
+    tree: Taxonomy, classifier: ClassifierMixin, known: np.ndarray, labels: np.ndarray, others: np.ndarray
+) -> np.ndarray:
+    """Leaf ids by a local classifier for each parent, from the root down."""
+    from hiclass import LocalClassifierPerParentNode
+
+    def padded(leaf: int) -> list[str]:
+        path = [str(node) for node in tree.path(leaf)]
+        return path + [""] * (tree.depth - len(path))
+
+    model = LocalClassifierPerParentNode(local_classifier=classifier)
+    model.fit(known, np.array([padded(leaf) for leaf in labels], dtype=object))
+    return np.array([int([node for node in path if node != ""][-1]) for path in model.predict(others)])
+
+
+def setfit(task: Task, encoder: str) -> tuple[np.ndarray, np.ndarray]:
+    from datasets import Dataset
+    from setfit import SetFitModel, Trainer, TrainingArguments
+
+    (texts, labels), (others, unseen) = task.rows("train"), task.rows("test")
+    model = SetFitModel.from_pretrained(encoder)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(ROOT / "runs" / "setfit"),
+            batch_size=16,
+            max_steps=SETFIT_STEPS,
+            seed=task.seed,
+            save_strategy="no",
+            report_to="none",
+        ),
+        train_dataset=Dataset.from_dict({"text": texts, "label": labels}),
     )
-    print_table(results)
+    trainer.train()
+    return unseen, np.array(model.predict(others, batch_size=32))
 
 
-def read_task(folder: Path, task: str) -> tuple[dict[str, Path], Taxonomy, dict[str, str]]:
-    """The files of a task, its taxonomy, and the names of its label codes."""
-    files = {split: folder / f"{split}.csv" for split in ("train", "validation", "test")}
-    files = {split: file for split, file in files.items() if file.exists()}
-    if task == "ohsumed":
-        files["labels"] = folder / "labels.csv"
-        rows = pd.read_csv(files["labels"], dtype=str)
-        return files, Taxonomy.from_file(files["labels"]), dict(zip(rows["label"], rows["name"], strict=True))
-    recipe = yaml.safe_load((ROOT / "recipes" / f"{task}.yaml").read_text())
-    return files, Taxonomy(DEFAULT_TAXONOMY), {str(code): name for code, name in recipe["class_names"].items()}
+MODELS: dict[str, Callable[[Task, str], tuple[np.ndarray, np.ndarray]]] = {
+    "tfidf-svm": tfidf_svm,
+    "hiclass-tfidf": hiclass_tfidf,
+    "hiclass-embeddings": hiclass_embeddings,
+    "setfit": setfit,
+}
 
 
-def read_rows(file: Path, names: dict[str, str]) -> tuple[list[str], list[str]]:
-    """Texts and class names of a data file."""
-    rows = pd.read_csv(file, dtype=str)
-    label = "label" if "label" in rows else "condition_label"
-    text = "text" if "text" in rows else "medical_abstract"
-    return rows[text].tolist(), [names[code] for code in rows[label]]
-
-
-def linear_svm(files: dict[str, Path], names: dict[str, str]) -> list[tuple[str, str]]:
-    """(label, prediction) of each test row, by a linear SVM over TF-IDF."""
-    texts, labels = read_rows(files["train"], names)
-    svm = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2), LinearSVC())
-    svm.fit(texts, labels)
-    texts, labels = read_rows(files["test"], names)
-    return list(zip(labels, svm.predict(texts), strict=True))
+# ── train.py, scores, the table ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def train(
-    task: str,
-    model: str,
-    seed: int,
-    files: dict[str, Path],
-    tree: Taxonomy,
-    arguments: argparse.Namespace,
-    folder: Path,
-) -> tuple[list[tuple[str, str]], dict[str, float]]:
-    """(label, prediction) of each test row by ``train.py``, and what it measured itself."""
-    words = [str(ROOT / "recipes" / f"{task}.yaml"), "--model_name_or_path", arguments.encoder, "--seed", str(seed)]
-    words += ["--output_dir", str(folder), "--overwrite_output_dir", "true"]
-    words += [
-        word
-        for split in ("train", "validation", "test")
-        if split in files
-        for word in (f"--{split}_file", str(files[split]))
-    ]
-    if arguments.epochs is not None:
-        words += ["--num_train_epochs", str(arguments.epochs)]
-    if "labels" in files:
-        words += ["--class_names", str(files["labels"])]
-    taxonomy = folder / "taxonomy.json"
-    if model == "flat":
-        taxonomy.write_text(json.dumps(tree.labels[: tree.num_leaves]))
-        words += ["--focal_gamma", "0", "--level_weights", "1"]
-    else:
-        taxonomy.write_text(json.dumps(tree.to_nested()))
-    subprocess.run([sys.executable, str(ROOT / "train.py"), *words, "--taxonomy", str(taxonomy)], check=True)
+    task: Task, model: str, arguments: argparse.Namespace
+) -> tuple[tuple[np.ndarray, np.ndarray], dict[str, float]]:
+    """Leaf ids and answers of the test rows by ``train.py``, and what it measured itself."""
+    folder = arguments.runs / f"{task.name}-{model}-{task.seed}"
+    words = [str(ROOT / "recipes" / f"{task.name}.yaml"), "--model_name_or_path", arguments.encoder]
+    words += [*task.flags(arguments.runs, flat=model.startswith("flat")), *TRAINED[model]]
+    words += ["--seed", str(task.seed), "--output_dir", str(folder), "--resume_from_checkpoint", "auto"]
+    subprocess.run([sys.executable, str(ROOT / "train.py"), *words], check=True)
     metrics = json.loads((folder / "metrics.json").read_text())
-    own = {name: metrics[f"test_{name}"] for name in ("log_loss", "ece")}
-    own |= {name: metrics[name] for name in ("quantized_test_accuracy", "quantized_test_macro_f1") if name in metrics}
-    own["epochs"] = metrics["epoch"]
-    own["train_documents_per_second"] = metrics["train_samples_per_second"]
     with (folder / "test_predictions.csv").open(encoding="utf-8", newline="") as file:
-        return [(row["label"], row["prediction"]) for row in csv.DictReader(file)], own
+        rows = list(csv.DictReader(file))
+    labels, answers = (np.array([task.tree.id(row[name]) for row in rows]) for name in ("label", "prediction"))
+    commit = metrics["environment"]["commit"]
+    return (labels, answers), {name.removeprefix("test_"): metrics[name] for name in OWN if name in metrics} | {
+        "commit": commit
+    }
 
 
-def measure(predictions: list[tuple[str, str]], tree: Taxonomy) -> dict[str, float]:
+def measure(labels: np.ndarray, answers: np.ndarray, tree: Taxonomy) -> dict[str, float | list[float]]:
     """The scores that depend on the predicted leaf alone."""
-    labels = np.array([tree.id(label) for label, _ in predictions])
     certain = np.full((len(labels), tree.num_leaves), -100.0)
-    certain[np.arange(len(labels)), [tree.id(answer) for _, answer in predictions]] = 0
+    certain[np.arange(len(labels)), answers] = 0
     scores = build_compute_metrics(tree)(EvalPrediction(predictions=certain, label_ids=labels))
-    return {name: value for name, value in scores.items() if name not in ("log_loss", "ece")}
+    ends = bootstrap_intervals(labels, answers, tree.num_leaves)
+    intervals = {f"{name}_interval": ends[name].tolist() for name in ("accuracy", "macro_f1")}
+    return {name: value for name, value in scores.items() if not name.endswith(("log_loss", "ece"))} | intervals
 
 
 def print_table(results: list[dict]) -> None:
-    frame = pd.DataFrame(results)
-    print(
-        "\n| task | model | "
-        + " | ".join(SHOWN.values())
-        + " | log loss | ECE |\n| --- | --- |"
-        + " ---: |" * (len(SHOWN) + 2)
-    )
+    """Means over seeds, and the standard deviation where there are several."""
+    frame = pd.DataFrame(results).reindex(columns=["task", "model", "seed", *SHOWN, "accuracy_interval"])
+    print("\n| task | model | seeds | 95 % of accuracy | " + " | ".join(SHOWN.values()) + " |")
+    print("| --- | --- | ---: | --- |" + " ---: |" * len(SHOWN))
     for (task, model), runs in frame.groupby(["task", "model"], sort=False):
-        cells = [spread(100 * runs[name]) for name in SHOWN]
-        cells += ["" if runs[name].isna().all() else f"{runs[name].mean():.3f}" for name in ("log_loss", "ece")]
-        print(f"| {task} | {model} | " + " | ".join(cells) + " |")
+        low, high = (100 * np.mean([ends[i] for ends in runs["accuracy_interval"]]) for i in (0, 1))
+        cells = [spread(runs[name], name) for name in SHOWN]
+        print(f"| {task} | {model} | {len(runs)} | {low:.1f} – {high:.1f} | " + " | ".join(cells) + " |")
 
 
-def spread(values: pd.Series) -> str:
-    return f"{values.mean():.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "")
+def spread(values: pd.Series, name: str) -> str:
+    if values.isna().all():
+        return ""
+    factor, digits = (1, 3) if name.endswith(("log_loss", "ece")) else (100, 1)
+    deviation = f" ± {factor * values.std():.{digits}f}" if len(values) > 1 else ""
+    return f"{factor * values.mean():.{digits}f}{deviation}"
 
 
 if __name__ == "__main__":

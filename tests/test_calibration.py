@@ -47,9 +47,7 @@ def drawn(tree: Taxonomy, temperatures: list[float], rows: int, seed: int = 0) -
 
 def test_temperatures_are_those_that_the_labels_were_drawn_with():
     given = [2.0, 0.5, 3.0, 1.0]
-    temperatures, biases = fit_temperatures(TREE, *drawn(TREE, given, 20_000))
-    assert temperatures == pytest.approx(given, rel=0.1)
-    assert np.abs(biases).max() < 0.1
+    assert fit_temperatures(TREE, *drawn(TREE, given, 20_000)) == pytest.approx(given, rel=0.1)
 
 
 def test_the_order_in_which_a_taxonomy_names_its_nodes_changes_nothing():
@@ -58,25 +56,12 @@ def test_the_order_in_which_a_taxonomy_names_its_nodes_changes_nothing():
     logits, labels = drawn(TREE, [2.0, 0.5, 3.0, 1.0], 2000)
     leaves = [TREE.id(label) for label in other.labels[: other.num_leaves]]
     renamed = np.array([other.id(label) for label in TREE.labels])[labels]
-    temperatures, biases = fit_temperatures(other, logits[:, leaves], renamed)
-    expected, expected_biases = fit_temperatures(TREE, logits, labels)
+    temperatures = fit_temperatures(other, logits[:, leaves], renamed)
+    expected = fit_temperatures(TREE, logits, labels)
     by_parent = {TREE.labels[TREE.num_leaves + i]: t for i, t in enumerate(expected[1:])}
     assert temperatures[0] == pytest.approx(expected[0], rel=1e-3)
     for i, temperature in enumerate(temperatures[1:]):
         assert temperature == pytest.approx(by_parent[other.labels[other.num_leaves + i]], rel=1e-3)
-    for node, label in enumerate(other.labels):
-        assert biases[node] == pytest.approx(expected_biases[TREE.id(label)], abs=1e-3)
-
-
-def test_biases_follow_classes_that_are_more_common_than_the_model_expects():
-    logits, labels = drawn(TREE, [1.0] * 4, 20_000)
-    share = np.where(labels == TREE.id("a"), 1.0, 1 / 3)  # "a" is three times as common among the rows that stay
-    kept = np.random.default_rng(0).random(len(labels)) < share
-    _, biases = fit_temperatures(TREE, logits[kept], labels[kept])
-    roots = [biases[TREE.id(name)] for name in "abh"]
-    assert roots[0] - roots[1] == pytest.approx(np.log(3), abs=0.15)
-    assert roots[1] == pytest.approx(roots[2], abs=0.1)
-    assert max(abs(biases[TREE.id(name)]) for name in "cdefgij") < 0.1
 
 
 def test_the_lexical_weight_is_the_one_that_the_labels_were_drawn_with():
@@ -109,17 +94,16 @@ def test_a_decision_with_few_rows_shares_the_temperature_of_all():
     logits, labels = drawn(TREE, [2.0] * 4, 600)
     under_h = np.flatnonzero(np.isin(labels, leaves_under(TREE)[TREE.id("h")]))
     labels[under_h[20:]] = -100
-    found, biases = fit_temperatures(TREE, logits, labels)
+    found = fit_temperatures(TREE, logits, labels)
     assert len(set(found)) == 4
-    assert biases[TREE.id("i")] == biases[TREE.id("j")] == 0
     labels[under_h] = -100
-    assert fit_temperatures(TREE, logits, labels)[0][-1] != found[-1]  # all rows have a say in it
+    assert fit_temperatures(TREE, logits, labels)[-1] != found[-1]  # all rows have a say in it
     assert found[-1] == pytest.approx(2.0, rel=0.2)
 
 
 def test_a_handful_of_rows_calibrates_nothing():
     logits, labels = drawn(TREE, [2.0] * 4, 10)
-    assert fit_temperatures(TREE, logits, labels) == ([1.0] * 4, [0.0] * TREE.num_nodes)
+    assert fit_temperatures(TREE, logits, labels) == [1.0] * 4
 
 
 def test_the_model_itself_gives_the_calibrated_probabilities():
@@ -127,27 +111,25 @@ def test_the_model_itself_gives_the_calibrated_probabilities():
     config = HierarchicalConfig(text_config={"model_type": "bert", **TINY}, taxonomy=TREE)
     model = HierarchicalForSequenceClassification(config).eval()
     torch.nn.init.normal_(model.heads.weight, std=1.0)
-    ids, biases = torch.randint(5, 60, (7, 9)), np.random.default_rng(0).normal(size=TREE.num_nodes).tolist()
+    ids = torch.randint(5, 60, (7, 9))
     with torch.inference_mode():
         before = model(input_ids=ids).logits.double().numpy()
-        model.calibrate([0.5, 2.0, 3.0, 0.7], biases, None)
+        model.calibrate([0.5, 2.0, 3.0, 0.7], None)
         after = model(input_ids=ids)
-    expected = apply_temperatures(TREE, before, [0.5, 2.0, 3.0, 0.7], biases)
+    expected = apply_temperatures(TREE, before, [0.5, 2.0, 3.0, 0.7])
     np.testing.assert_allclose(after.logits.numpy(), expected, atol=1e-5)
     np.testing.assert_allclose(after.node_log_probs.numpy(), node_log_probs(TREE, expected), atol=1e-5)
-    unchanged = apply_temperatures(TREE, before, [1.0] * 4, [0.0] * TREE.num_nodes)
-    np.testing.assert_allclose(unchanged, before, atol=1e-6)
+    np.testing.assert_allclose(apply_temperatures(TREE, before, [1.0] * 4), before, atol=1e-6)
 
 
 def test_a_calibration_is_saved_and_loaded(tmp_path):
     config = HierarchicalConfig(text_config={"model_type": "bert", **TINY}, taxonomy=TREE)
     model = HierarchicalForSequenceClassification(config).eval()
     thresholds = [0.0] * 500 + [0.5] * 490 + [None] * 9
-    biases = np.linspace(-1, 1, TREE.num_nodes).tolist()
-    model.calibrate([0.5, 2.0, 3.0, 0.7], biases, thresholds)
+    model.calibrate([0.5, 2.0, 3.0, 0.7], thresholds)
     model.save_pretrained(tmp_path)
     loaded = HierarchicalForSequenceClassification.from_pretrained(tmp_path)
-    assert (loaded.config.temperatures, loaded.config.biases) == ([0.5, 2.0, 3.0, 0.7], biases)
+    assert loaded.config.temperatures == [0.5, 2.0, 3.0, 0.7]
     assert loaded.config.conformal_thresholds == thresholds
     ids = torch.randint(5, 60, (3, 9))
     with torch.inference_mode():
@@ -160,8 +142,6 @@ def test_a_calibration_is_saved_and_loaded(tmp_path):
         ({"temperatures": [1.0]}, "4 positive numbers"),
         ({"temperatures": [1.0, 1.0, 0.0, 1.0]}, "4 positive numbers"),
         ({"temperatures": [1.0, 1.0, float("nan"), 1.0]}, "4 positive numbers"),
-        ({"biases": [0.0]}, "10 finite numbers"),
-        ({"biases": [float("inf")] * 10}, "10 finite numbers"),
         ({"conformal_thresholds": [0.5] * 10}, "999 rising numbers"),
         ({"conformal_thresholds": [0.5, 0.4] + [0.6] * 997}, "999 rising numbers"),
         ({"conformal_thresholds": [None] + [0.6] * 998}, "999 rising numbers"),

@@ -2,10 +2,10 @@
 
 Worth knowing:
 
-1. One temperature a decision (Guo et al., 2017) and one bias a node (Alexandari et al., 2020, arXiv 1901.06852: for classes
-   that are more common where the model is used than where it was trained), fitted by scipy on the rows that this decision
-   was taken for. Decisions with fewer than 50 such rows share a temperature that is fitted on all decisions together, and
-   have no biases; with fewer than 50 in all it is 1, and the lexical head has no say.
+1. One temperature a decision (Guo et al., 2017), fitted by scipy on the rows that this decision was taken for. Decisions
+   with fewer than 50 such rows share one that is fitted on all decisions together; with fewer than 50 in all it is 1, and
+   the lexical head has no say. Biases of classes beside the temperatures (Alexandari et al., 2020) were tried and left out:
+   on held-out rows they gained nothing, also where the classes' shares had changed.
 2. All is computed from leaf logits. A node's log-probability is the logsumexp of its leaves', and a decision's scores are
    log P(child) - log P(parent), up to a constant that its softmax drops.
 3. The thresholds are quantiles of the nonconformity scores of `pipeline_hierarchical`. Split conformal prediction (Vovk et
@@ -28,7 +28,6 @@ from training.metrics import labelled_documents, node_paths
 
 FEWEST_ROWS = 50
 RANGE = (0.05, 20.0)  # of temperatures
-BIAS_PENALTY = 10.0
 FOLDS = 5
 
 
@@ -38,27 +37,26 @@ class Calibration:
 
     Attributes:
         lexical_weight: what lexical scores are multiplied by before they are added to the encoder's leaf logits.
-        temperatures, biases: as in `HierarchicalConfig`.
+        temperatures: as in `HierarchicalConfig`.
     """
 
     lexical_weight: float
     temperatures: list[float]
-    biases: list[float]
 
     def apply(self, taxonomy: Taxonomy, logits: np.ndarray, lexical_scores: np.ndarray | None) -> np.ndarray:
         """The leaf log-probabilities of the model that is served, (num_documents, num_leaves) float64.
 
         Args:
-            logits: (num_documents, num_leaves), of the encoder, of temperatures 1 and biases 0.
+            logits: (num_documents, num_leaves), of the encoder, of temperatures 1.
             lexical_scores: (num_documents, num_leaves), or None where there is no lexical head.
         """
         if lexical_scores is not None:
             logits = log_softmax(logits.astype(np.float64), axis=1) + self.lexical_weight * lexical_scores
-        return apply_temperatures(taxonomy, logits, self.temperatures, self.biases)
+        return apply_temperatures(taxonomy, logits, self.temperatures)
 
 
 def fit(taxonomy: Taxonomy, logits: np.ndarray, lexical_scores: np.ndarray | None, labels: np.ndarray) -> Calibration:
-    """The weight of the lexical scores first, then temperatures and biases of the sum.
+    """The weight of the lexical scores first, then the temperatures of the sum.
 
     Args:
         logits, lexical_scores: as for `Calibration.apply`.
@@ -71,7 +69,7 @@ def fit(taxonomy: Taxonomy, logits: np.ndarray, lexical_scores: np.ndarray | Non
     if lexical_scores is not None:
         weight = fit_lexical_weight(logits, lexical_scores, labels)
         logits = log_softmax(logits.astype(np.float64), axis=1) + weight * lexical_scores
-    return Calibration(weight, *fit_temperatures(taxonomy, logits, labels))
+    return Calibration(weight, fit_temperatures(taxonomy, logits, labels))
 
 
 def held_out(
@@ -140,17 +138,15 @@ def decisions(taxonomy: Taxonomy) -> list[list[int]]:
     return [taxonomy.children(parent) for parent in (-1, *range(taxonomy.num_leaves, taxonomy.num_nodes))]
 
 
-def fit_temperatures(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> tuple[list[float], list[float]]:
-    """The temperature of each decision and the bias of each node that give the labels the highest likelihood.
-
-    Biases have a Gaussian prior around 0, of variance 1 / (2 · `BIAS_PENALTY`), or classes of few rows would follow them.
+def fit_temperatures(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> list[float]:
+    """The temperature of each decision that gives the labels the highest likelihood.
 
     Args:
-        logits: (num_documents, num_leaves), of a model whose temperatures are 1 and biases 0.
+        logits: (num_documents, num_leaves), of a model whose temperatures are 1.
         labels: (num_documents,), node ids or -100.
 
     Returns:
-        One temperature for the roots and for the children of each inner node, between 0.05 and 20; one bias a node.
+        One number for the roots and for the children of each inner node, between 0.05 and 20.
 
     Raises:
         InputError: arrays of other shapes, unknown label ids, logits that are not finite.
@@ -158,24 +154,17 @@ def fit_temperatures(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray)
     logits, labels = labelled_documents(taxonomy, logits, labels)
     log_probs, ancestors = node_log_probs(taxonomy, logits), node_paths(taxonomy)
     taken = []
-    for nodes in decisions(taxonomy):
+    for nodes in map(sorted, decisions(taxonomy)):
         level = taxonomy.levels[nodes[0]] - 1
         right = ancestors[labels, level]  # the node of each label's path that stands where this decision is taken
         rows = np.isin(right, nodes) if len(nodes) > 1 else np.zeros(len(labels), dtype=bool)
-        order = np.argsort(nodes)
-        taken.append((log_probs[rows][:, nodes], order[np.searchsorted(nodes, right[rows], sorter=order)]))
+        taken.append((log_probs[rows][:, nodes], np.searchsorted(nodes, right[rows])))
     enough = sum(len(right) for _, right in taken) >= FEWEST_ROWS
-    shared = shared_temperature([(scores, right) for scores, right in taken if len(right)]) if enough else 1.0
-    temperatures, biases = [], np.zeros(taxonomy.num_nodes)
-    for nodes, (scores, right) in zip(decisions(taxonomy), taken, strict=True):
-        temperature = shared
-        if len(right) >= FEWEST_ROWS:
-            temperature, biases[nodes] = best_temperature_and_biases(scores, right)
-        temperatures.append(temperature)
-    return temperatures, biases.tolist()
+    shared = best_temperature([(scores, right) for scores, right in taken if len(right)]) if enough else 1.0
+    return [best_temperature([(scores, right)]) if len(right) >= FEWEST_ROWS else shared for scores, right in taken]
 
 
-def shared_temperature(taken: list[tuple[np.ndarray, np.ndarray]]) -> float:
+def best_temperature(taken: list[tuple[np.ndarray, np.ndarray]]) -> float:
     """The temperature with the lowest negative log-likelihood over decisions' (scores, index of the right child)."""
 
     def loss(log_temperature: float) -> float:
@@ -186,40 +175,16 @@ def shared_temperature(taken: list[tuple[np.ndarray, np.ndarray]]) -> float:
     return math.exp(found.x)
 
 
-def best_temperature_and_biases(scores: np.ndarray, right: np.ndarray) -> tuple[float, np.ndarray]:
-    """The temperature and the biases (children,) of one decision.
+def apply_temperatures(taxonomy: Taxonomy, logits: np.ndarray, temperatures: list[float]) -> np.ndarray:
+    """The leaf log-probabilities, (num_documents, num_leaves) float64, that the model gives with these temperatures.
 
     Args:
-        scores: (rows, children), log-probabilities or what differs from them by a constant a row.
-        right: (rows,), the index of the right child.
-    """
-
-    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
-        scaled = scores / math.exp(parameters[0])
-        log_probs = log_softmax(scaled + parameters[1:], axis=1)
-        error = np.exp(log_probs)
-        error[np.arange(len(right)), right] -= 1
-        value = -log_probs[np.arange(len(right)), right].sum() + BIAS_PENALTY * (parameters[1:] ** 2).sum()
-        slope = np.concatenate([[-(error * scaled).sum()], error.sum(axis=0) + 2 * BIAS_PENALTY * parameters[1:]])
-        return value, slope
-
-    bounds = [tuple(map(math.log, RANGE)), *[(None, None)] * scores.shape[1]]
-    found = minimize(loss, np.zeros(1 + scores.shape[1]), jac=True, bounds=bounds, method="L-BFGS-B")
-    return math.exp(found.x[0]), found.x[1:]
-
-
-def apply_temperatures(
-    taxonomy: Taxonomy, logits: np.ndarray, temperatures: list[float], biases: list[float]
-) -> np.ndarray:
-    """The leaf log-probabilities, (num_documents, num_leaves) float64, that the model gives with these.
-
-    Args:
-        logits: (num_documents, num_leaves), of a model whose temperatures are 1 and biases 0.
+        logits: (num_documents, num_leaves), of a model whose temperatures are 1.
     """
     log_probs = node_log_probs(taxonomy, logits)
     conditional = np.zeros_like(log_probs)
     for nodes, temperature in zip(decisions(taxonomy), temperatures, strict=True):
-        conditional[:, nodes] = log_softmax(log_probs[:, nodes] / temperature + np.array(biases)[nodes], axis=1)
+        conditional[:, nodes] = log_softmax(log_probs[:, nodes] / temperature, axis=1)
     return np.column_stack([conditional[:, taxonomy.path(leaf)].sum(axis=1) for leaf in range(taxonomy.num_leaves)])
 
 

@@ -106,6 +106,34 @@ def any_label_accuracy(logits: np.ndarray, labels: np.ndarray, texts: np.ndarray
     return float(np.mean([answer in right for answer in answers]))
 
 
+def bootstrap_intervals(
+    labels: np.ndarray, answers: np.ndarray, num_leaves: int, resamples: int = 1000, level: float = 0.95
+) -> dict[str, np.ndarray]:
+    """Percentile bootstrap intervals over documents (Efron and Tibshirani, 1993, chapter 13).
+
+    Args:
+        labels, answers: (num_documents,), leaf ids; one document at least.
+        level: the share of resamples between the ends.
+
+    Returns:
+        The lower and the upper end, (2,), of ``accuracy`` and ``macro_f1`` (over the leaves that occur as label or answer),
+        and (2, num_leaves) of ``f1``, that of each leaf.
+    """
+    generator = np.random.default_rng(0)
+    found: dict[str, list] = {"accuracy": [], "macro_f1": [], "f1": []}
+    for _ in range(resamples):
+        drawn = generator.integers(len(labels), size=len(labels))
+        true, given = labels[drawn], answers[drawn]
+        right = np.bincount(true[true == given], minlength=num_leaves)
+        occurring = np.bincount(true, minlength=num_leaves) + np.bincount(given, minlength=num_leaves)
+        f1 = 2 * right / np.maximum(occurring, 1)
+        found["accuracy"].append(right.sum() / len(drawn))
+        found["macro_f1"].append(f1[occurring > 0].mean())
+        found["f1"].append(f1)
+    ends = (50 * (1 - level), 50 * (1 + level))
+    return {name: np.percentile(values, ends, axis=0) for name, values in found.items()}
+
+
 def per_class_report(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> list[dict]:
     """How each leaf fares, over the documents labelled with a leaf: scikit-learn's precision, recall and F1.
 

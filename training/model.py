@@ -126,8 +126,7 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
         raise InputError(f"{path} was trained with --pooling {config.pooling}; continue it the same way")
     set_dropout(config.text_config, arguments)
     config.head_dropout = arguments.head_dropout
-    # of the weights that were, not of those to come
-    config.temperatures = config.biases = config.conformal_thresholds = None
+    config.temperatures = config.conformal_thresholds = None  # of the weights that were, not of those to come
     try:
         model = HierarchicalForSequenceClassification.from_pretrained(
             path, config=config, merge_adapter=False, **load_arguments(arguments)
