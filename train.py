@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 # before it is imported: it asks for kernels from the Hub, whose code is not pinned, and warns of each 8-bit layer's cast
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -51,7 +52,7 @@ from training.data import LabelledSplits, load_splits, tokenize
 from training.data_report import log_report
 from training.hub import HUB_ERRORS, find_target, log_in, reason, refuse_local_encoder
 from training.losses import HierarchicalFocalLoss, node_counts
-from training.metrics import any_label_accuracy, build_compute_metrics
+from training.metrics import any_label_accuracy, bootstrap_intervals, build_compute_metrics, per_class_report
 from training.model import build_model, is_checkpoint, load_tokenizer, size_report
 from training.resume import find_checkpoint, is_full_disk
 from training.trainer import HierarchicalTrainer
@@ -189,7 +190,7 @@ def run_training(
         measured |= {f"uncalibrated_{name}": measured[name] for name in measured if name in calibrated} | calibrated
     else:
         logger.info("no validation rows were scored: no lexical head, and the model's probabilities are not calibrated")
-    metrics |= measured
+    metrics |= {**measured, **per_class(data.taxonomy, logits, splits)}
     if training.should_save:
         write_json(output / "metrics.json", metrics)
         plots.training_curves(trainer.state.log_history, output / "plots")
@@ -253,7 +254,7 @@ def score_checkpoint(
     if training.should_save:
         output = Path(training.output_dir)
         output.mkdir(parents=True, exist_ok=True)
-        write_json(output / "metrics.json", metrics)
+        write_json(output / "metrics.json", {**metrics, **per_class(data.taxonomy, logits, splits)})
         write_json(output / "data_report.json", data.report)
         draw(data.taxonomy, logits, splits, output / "plots")
         write_predictions(data, logits, splits, output)
@@ -359,6 +360,22 @@ def calibrate(
         found = conformal_scores(taxonomy, logits["test"], labels["test"], thresholds, COVERAGE)
         metrics |= {f"test_answer_{name}": value for name, value in found.items()}
     return metrics, logits
+
+
+def per_class(taxonomy: Taxonomy, logits: dict[str, np.ndarray], splits: DatasetDict) -> dict[str, Any]:
+    """For metrics.json: how each leaf fares, and 95 % intervals, of the test rows, or else of the validation rows."""
+    split = next((name for name in ("test", "validation") if name in logits), None)
+    if split is None:
+        return {}
+    labels = np.array(splits[split]["labels"])
+    is_leaf = (labels >= 0) & (labels < taxonomy.num_leaves)
+    if not is_leaf.any():
+        return {}
+    ends = bootstrap_intervals(labels[is_leaf], logits[split][is_leaf].argmax(1), taxonomy.num_leaves)
+    return {
+        "per_class": per_class_report(taxonomy, logits[split], labels),
+        "intervals": {f"{card.PREFIXES[split]}_{name}": ends[name].tolist() for name in ("accuracy", "macro_f1")},
+    }
 
 
 def tokenized(data: LabelledSplits, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[DatasetDict, dict]:

@@ -318,6 +318,38 @@ def test_scores_stand_beside_those_of_the_quantized_encoder(written, metrics):
     assert "as trained" not in section(written(metrics=plain), "Results")
 
 
+def test_results_show_intervals_classes_and_what_the_lexical_head_changed(written, metrics):
+    before = {f"uncalibrated_test_{name}": metrics[f"test_{name}"] - 0.01 for name in ("accuracy", "log_loss")}
+    rows = [
+        {"label": f"kind <{i}>", "support": i, "precision": 0.5, "recall": 0.25, "f1": 1 / 3, "f1_interval": [0.2, 0.4]}
+        for i in range(60)
+    ]
+    full = {
+        **metrics,
+        **before,
+        "lexical_weight": 0.4,
+        "per_class": rows,
+        "intervals": {"test_accuracy": [0.71, 0.75], "test_macro_f1": [0.6, 0.7]},
+    }
+    config = make_config()
+    config.temperatures = [1.0, 2.0]
+    found = section(written(config=config, metrics=full), "Results")
+    assert "test accuracy 0.7100 – 0.7500; test macro F1 0.6000 – 0.7000" in found
+    shown = re.findall(
+        r"(?m)^\| kind &#60;(\d+)&#62; \| (\d+) \| 0.5000 \| 0.2500 \| 0.3333 \| 0.2000 – 0.4000 \|$", found
+    )
+    assert shown == [(str(i), str(i)) for i in range(59, 9, -1)]
+    assert "and 10 less common ones" in found
+    assert "a linear classifier over the words" in found
+    accuracy, trained = metrics["test_accuracy"], metrics["quantized_test_accuracy"]
+    assert f"| test accuracy | {accuracy - 0.01:.4f} | {accuracy:.4f} |" in found
+    # quantization is judged with the same heads on both sides
+    assert f"| test accuracy | {trained:.4f} | {accuracy - 0.01:.4f} | {accuracy - 0.01 - trained:+.4f} |" in found
+    without = section(written(config=config, metrics={**full, "lexical_weight": 0.0}), "Results")
+    assert "linear classifier" not in without
+    assert f"| test accuracy | {accuracy - 0.01:.4f} | {accuracy:.4f} |" not in without
+
+
 def test_the_training_section_shows_encoder_settings_and_size(written):
     found = section(written(), "Training")
     assert f"[{ENCODER}](https://huggingface.co/{ENCODER}) at revision `{COMMIT}`" in found.replace("&#95;", "_")

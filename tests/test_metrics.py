@@ -9,6 +9,7 @@ from pathlib import Path
 import evaluate
 import numpy as np
 import pytest
+import scipy.stats
 import sklearn.metrics
 import torch
 from transformers import EvalPrediction, Trainer, TrainingArguments
@@ -17,6 +18,7 @@ from configuration_hierarchical import Taxonomy
 from training import InputError
 from training.metrics import (
     any_label_accuracy,
+    bootstrap_intervals,
     build_compute_metrics,
     calibration_bins,
     expected_calibration_error,
@@ -345,8 +347,11 @@ def test_per_class_report_against_scikit_learn():
 
 def test_per_class_report_of_classes_that_do_not_occur():
     report = per_class_report(TREE, logits_for([A, A]), np.array([A, B]))
-    assert report[0] == {"label": "a", "support": 1, "precision": 1, "recall": 1, "f1": 1}
-    assert report[4] == {"label": "h", "support": 0, "precision": 0, "recall": 0, "f1": 0}
+    absent = {"label": "h", "support": 0, "precision": 0, "recall": 0, "f1": 0, "f1_interval": [0, 0]}
+    assert {name: report[0][name] for name in ("support", "precision", "recall", "f1")} == dict.fromkeys(
+        ("support", "precision", "recall", "f1"), 1
+    )
+    assert report[4] == absent
     assert per_class_report(TREE, logits_for([A]), np.array([B])) == []
 
 
@@ -366,3 +371,24 @@ def test_trainer_reports_the_scores(tmp_path):
     assert scores["eval_accuracy"] == pytest.approx(2 / 4)
     assert scores["eval_level_1_accuracy"] == pytest.approx(4 / 5)
     assert trainer.predict(rows).metrics["test_accuracy"] == scores["eval_accuracy"]
+
+
+def test_bootstrap_intervals_against_scipy():
+    generator = np.random.default_rng(0)
+    labels = generator.integers(3, size=400)
+    answers = np.where(generator.random(400) < 0.7, labels, generator.integers(3, size=400))
+    found = bootstrap_intervals(labels, answers, 4)
+
+    def macro_f1(true, given):
+        return sklearn.metrics.f1_score(true, given, average="macro")
+
+    for name, statistic in (("accuracy", sklearn.metrics.accuracy_score), ("macro_f1", macro_f1)):
+        expected = scipy.stats.bootstrap(
+            (labels, answers), statistic, paired=True, vectorized=False, n_resamples=1000, method="percentile", rng=1
+        ).confidence_interval
+        np.testing.assert_allclose(found[name], expected, atol=0.01)
+    assert found["f1"].shape == (2, 4)
+    assert (found["f1"][:, 3] == 0).all()  # a leaf that does not occur
+    of_each = sklearn.metrics.f1_score(labels, answers, average=None)
+    assert (found["f1"][0, :3] < of_each).all()
+    assert (of_each < found["f1"][1, :3]).all()

@@ -52,6 +52,7 @@ METRICS = {  # name in metrics.json, after its prefix: (type on the Hub, what th
 HUB_METRICS = ("accuracy", "f1", "precision", "recall")  # the types that hf.co/metrics lists
 PREFIXES = {"validation": "eval", "test": "test"}
 CLASSES_SHOWN = 20  # of a level
+LEAVES_SHOWN = 50  # of the results
 NODES_SHOWN = 200  # of the tree
 
 MODEL_PLACEHOLDER = "your-name/your-model"
@@ -491,6 +492,8 @@ def results(run: Run) -> str:
         f"Measured on the checkpoint as it is loaded above, over the encoder in full precision{rows and ': '}{rows}.\n"
         "What is scored is the path to the most probable leaf.",
         table(["metric", *scores], cells),
+        intervals(run),
+        per_class(run),
         as_trained(run),
         calibration(run),
         *(f"![{title}](plots/{s}.png)" for s, title in plots.items() if (run.folder / "plots" / f"{s}.png").is_file()),
@@ -498,36 +501,73 @@ def results(run: Run) -> str:
     return "\n\n".join(filter(None, parts))
 
 
+def intervals(run: Run) -> str:
+    """How sure the scores are, the rows being a sample."""
+    found = []
+    for name, (low, high) in run.metrics.get("intervals", {}).items():
+        prefix, _, metric = name.partition("_")
+        split = next(split for split, given in PREFIXES.items() if given == prefix)
+        found.append(f"{split} {METRICS[metric][1]} {number(low)} – {number(high)}")
+    return f"95 % bootstrap intervals: {'; '.join(found)}." if found else ""
+
+
+def per_class(run: Run) -> str:
+    """Precision, recall and F1 of the classes, the most common first."""
+    classes = sorted(run.metrics.get("per_class", []), key=lambda row: -row["support"])
+    if not classes:
+        return ""
+    rows = (
+        [
+            row["label"],
+            f"{row['support']:,}",
+            *(number(row[name]) for name in ("precision", "recall", "f1")),
+            " – ".join(map(number, row["f1_interval"])),
+        ]
+        for row in classes[:LEAVES_SHOWN]
+    )
+    hidden = len(classes) - LEAVES_SHOWN
+    shown = table(["class", "rows", "precision", "recall", "F1", "95 % of F1"], rows)
+    return shown + (f"\n\nand {hidden:,} less common ones, in `metrics.json`." if hidden > 0 else "")
+
+
 def as_trained(run: Run) -> str:
-    """The scores over the quantized encoder of training beside those of what is served."""
+    """The scores over the quantized encoder of training beside those over the one in full precision."""
     rows = []
     for split, values in run.scores.items():
         for name in ("accuracy", "macro_f1", "hierarchical_f1", "log_loss"):
             quantized = run.metrics.get(f"quantized_{PREFIXES[split]}_{name}")
             if quantized is not None and name in values:
-                gap = f"{values[name] - quantized:+.4f}"
-                rows.append([f"{split} {METRICS[name][1]}", number(quantized), number(values[name]), gap])
+                full = run.metrics.get(f"uncalibrated_{PREFIXES[split]}_{name}", values[name])
+                rows.append(
+                    [f"{split} {METRICS[name][1]}", number(quantized), number(full), f"{full - quantized:+.4f}"]
+                )
     if not rows:
         return ""
-    compared = table(["metric", "as trained", "as loaded above", "difference"], rows)
+    compared = table(["metric", "as trained", "in full precision", "difference"], rows)
     form = run.metrics.get("train_quantization", "quantized")
-    return f"Training used a {form} encoder. These are the scores over that one:\n\n{compared}"
+    before = ", before calibration" if any(name.startswith("uncalibrated_") for name in run.metrics) else ""
+    return f"Training used a {form} encoder. These are the scores over that one{before}:\n\n{compared}"
 
 
 def calibration(run: Run) -> str:
     """What calibration changed, and what answers with a guarantee look like."""
     if run.config.temperatures is None:
         return "The probabilities are not calibrated: there were no validation rows." if run.scores else ""
-    rows = []
+    rows, weight = [], run.metrics.get("lexical_weight")
+    changed = ("accuracy", "macro_f1", "hierarchical_f1") if weight else ()  # temperatures alone change few answers
     for split, values in run.scores.items():
-        for name in ("log_loss", "ece", *(f"level_{k}_ece" for k in range(1, run.tree.depth + 1))):
+        for name in (*changed, "log_loss", "ece", *(f"level_{k}_ece" for k in range(1, run.tree.depth + 1))):
             before = run.metrics.get(f"uncalibrated_{PREFIXES[split]}_{name}")
             if before is not None and name in values:
                 rows.append([f"{split} {describe_metric(name)[1]}", number(before), number(values[name])])
+    words = (
+        "Beside the encoder, a linear classifier over the words of a text (TF-IDF), fitted on the training rows, adds to the\n"
+        "score of each class. How much it says was fitted on the validation rows.\n"
+    )
     parts = [
-        "Probabilities are calibrated by one temperature a decision, fitted on the validation rows and applied inside the\n"
-        "model.",
-        table(["metric", "before calibration", "after"], rows),
+        f"{words if weight else ''}Probabilities are calibrated by one temperature a decision, fitted on the validation rows "
+        "and applied inside the\nmodel.",
+        table(["metric", "encoder alone, uncalibrated" if weight else "before calibration", "as loaded above"], rows),
     ]
     found = {
         name.removeprefix("test_answer_"): run.metrics[name] for name in run.metrics if name.startswith("test_answer_")

@@ -143,7 +143,8 @@ def per_class_report(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray)
 
     Returns:
         One row a leaf, in the order of ids: ``label``, ``support`` (documents that have it), ``precision``, ``recall``,
-        ``f1``. A ratio whose denominator is 0 is 0. No rows where no document is labelled with a leaf.
+        ``f1`` and ``f1_interval``, its 95 % interval of `bootstrap_intervals`. A ratio whose denominator is 0 is 0. No rows
+        where no document is labelled with a leaf.
 
     Raises:
         InputError: arrays of other shapes, unknown label ids, logits that are not finite.
@@ -152,9 +153,11 @@ def per_class_report(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray)
     is_leaf = labels < taxonomy.num_leaves
     if not is_leaf.any():
         return []
+    labels, answers = labels[is_leaf], logits[is_leaf].argmax(axis=1)
     precision, recall, f1, support = precision_recall_fscore_support(
-        labels[is_leaf], logits[is_leaf].argmax(axis=1), labels=range(taxonomy.num_leaves), zero_division=0
+        labels, answers, labels=range(taxonomy.num_leaves), zero_division=0
     )
+    ends = bootstrap_intervals(labels, answers, taxonomy.num_leaves)["f1"]
     return [
         {
             "label": taxonomy.labels[leaf],
@@ -162,6 +165,7 @@ def per_class_report(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray)
             "precision": float(precision[leaf]),
             "recall": float(recall[leaf]),
             "f1": float(f1[leaf]),
+            "f1_interval": ends[:, leaf].tolist(),
         }
         for leaf in range(taxonomy.num_leaves)
     ]
