@@ -1,0 +1,54 @@
+"""How right a classifier can be where texts occur under several labels: ``python benchmarks/ceiling.py --file test.csv``.
+
+The file holds the columns ``text`` (or ``medical_abstract``) and ``label`` (or ``condition_label``).
+
+- Seen: the most rows that one answer a text can get right, from the texts that occur in the file under several labels.
+- Estimated: the Medical Abstracts corpus lists a document once under each of its classes, and its test split was drawn from
+  these rows, a share p = 0.2 of them. Of a document's two rows both are in the split with probability p², at least one with
+  1 - (1 - p)², so a split that shows a share s of its texts under two labels holds s · (2 - p) / p of texts that have a second
+  label somewhere; for those, one answer of two is counted right at best half of the time.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--file", type=Path, nargs="+", required=True, help="one split, in one or several files")
+    parser.add_argument(
+        "--share", type=float, default=0.2, help="p, the rows of the corpus that the split was drawn as"
+    )
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "ceiling.json")
+    arguments = parser.parse_args()
+    rows = pd.concat([pd.read_csv(file, dtype=str) for file in arguments.file])
+    text = "text" if "text" in rows else "medical_abstract"
+    label = "label" if "label" in rows else "condition_label"
+    texts = rows[text].str.split().str.join(" ").str.lower()
+    seen = rows.groupby([texts, label]).size().groupby(level=0).max().sum() / len(rows)
+    several = float((rows.groupby(texts)[label].nunique() > 1).mean())
+    second = min(1.0, several * (2 - arguments.share) / arguments.share)
+    found = {
+        "rows": len(rows),
+        "texts": int(texts.nunique()),
+        "texts_under_several_labels": several,
+        "ceiling_seen": float(seen),
+        "estimated_texts_with_a_second_label": second,
+        "ceiling_estimated": 1 - second / 2,
+    }
+    arguments.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    for name, value in found.items():
+        print(
+            f"{name.replace('_', ' ')}: {value:,}"
+            if isinstance(value, int)
+            else f"{name.replace('_', ' ')}: {value:.1%}"
+        )
+
+
+if __name__ == "__main__":
+    main()
