@@ -36,12 +36,11 @@ from training.data_report import (
     shared_texts,
     untrained_classes,
 )
-from training.files import find_column, read_table, read_texts, refuse_rows, sha256
+from training.files import TEXT_COLUMNS, find_column, read_table, read_texts, refuse_rows, sha256
 
 logger = logging.getLogger(__name__)
 
 SPLIT_ALIASES = {"valid": "validation", "val": "validation", "dev": "validation"}
-TEXT_COLUMNS = ("medical_abstract", "abstract", "text", "sentence", "content", "document")
 LABEL_COLUMNS = ("condition_label", "label", "labels", "category", "class", "condition_name")
 MEDICAL_ABSTRACTS_CODES = {
     "1": "neoplasms",

@@ -20,6 +20,7 @@ import pyarrow
 
 from training import InputError
 
+TEXT_COLUMNS = ("medical_abstract", "abstract", "text", "sentence", "content", "document")
 FILE_KINDS = ".csv, .tsv, .json, .jsonl, .ndjson or .parquet"
 
 
@@ -161,15 +162,18 @@ def read_texts(table: pd.DataFrame, column: str, name: str) -> list[str]:
     refuse_rows(table[column].isna(), "missing texts", column, name)
     refuse_rows([not isinstance(value, str) for value in values], "values that are not text", column, name)
     refuse_rows([not value or value.isspace() for value in values], "empty texts", column, name)
-    # half of a surrogate pair, which JSON can spell, is no character and cannot be written as UTF-8
-    broken = [not value.isascii() and re.search("[\ud800-\udfff]", value) is not None for value in values]
-    refuse_rows(broken, "texts with an unpaired surrogate", column, name)
+    refuse_rows(map(has_half_surrogate, values), "texts with an unpaired surrogate", column, name)
     return values
+
+
+def has_half_surrogate(text: str) -> bool:
+    """Whether a text holds half of a surrogate pair, which JSON can spell: no character, and not to be written as UTF-8."""
+    return not text.isascii() and re.search("[\ud800-\udfff]", text) is not None
 
 
 def refuse_rows(wrong: Iterable[bool], what: str, columns: str, name: str) -> None:
     """Raises InputError, naming the first, where any row is wrong."""
-    found = np.flatnonzero(np.asarray(wrong))
+    found = np.flatnonzero(np.asarray(list(wrong)))
     if len(found):
         first = ", ".join(map(str, found[:5])) + (", …" if len(found) > 5 else "")
         raise InputError(f"{name}, column {columns!r}: {len(found)} {what}, at row {first} (counted from 0)")

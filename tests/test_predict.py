@@ -1,0 +1,202 @@
+"""predict.py: against the stock pipeline, over every kind of file, killed, and with rows that cannot be read."""
+
+import csv
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import CORPUS, ROOT, read_csv, run
+from transformers import pipeline
+
+from predict import main
+from training import InputError
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_encoder, tmp_path_factory) -> str:
+    """A trained checkpoint, calibrated and with a lexical head, and of an encoder that takes no time."""
+    output = tmp_path_factory.mktemp("checkpoint") / "results"
+    run(
+        ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", tiny_encoder, "--max_steps", 5, "--eval_strategy",
+        "no", "--save_strategy", "no", "--load_best_model_at_end", "false", "--output_dir", output,
+    )  # fmt: skip
+    return str(output)
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    return [row["text"] for row in read_csv(CORPUS / "test.csv")][:20]
+
+
+def predict(*words: object, check: bool = True, given: str | None = None) -> subprocess.CompletedProcess:
+    line = [sys.executable, str(ROOT / "predict.py"), *map(str, words)]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, input=given)
+    assert not check or done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def read_json_lines(path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def test_answers_are_those_of_the_stock_pipeline_and_bad_rows_stand_apart(checkpoint, texts, tmp_path):
+    rows = [["id", "text"], *([f"n{i}", text] for i, text in enumerate(texts))]
+    rows[3:3] = [["short"], ["empty", "  "], ["long", "a", "b"]]
+    with (tmp_path / "in.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    with (tmp_path / "in.csv").open("ab") as file:
+        file.write(b'latin,"caf\xe9 au lait"\nopen,"never closed\n')
+    words = ("--model", checkpoint, "--input", tmp_path / "in.csv", "--id_column", "id", "--dtype", "fp32")
+    done = predict(*words, "--output", tmp_path / "out.jsonl", "--probabilities", "--coverage", 0.9, check=False)
+    assert done.returncode == 1
+    assert f"20 rows classified: {tmp_path / 'out.jsonl'}; 5 could not be read" in done.stderr
+    assert "never closed" not in done.stderr
+
+    found = read_json_lines(tmp_path / "out.jsonl")
+    stock = pipeline("text-classification", model=checkpoint, trust_remote_code=True)
+    for row, expected, i in zip(found, stock(texts, truncation=True, top_k=None), range(20), strict=True):
+        assert row["id"] == f"n{i}"
+        assert row["label"] == expected[0]["label"] == row["path"][-1]
+        assert row["score"] == pytest.approx(expected[0]["score"], abs=2e-5)
+        assert row["probabilities"] == pytest.approx({one["label"]: one["score"] for one in expected}, abs=2e-5)
+        assert 1 <= len(row["answer"]) <= 3
+    problems = read_json_lines(tmp_path / "out.jsonl.errors.jsonl")
+    assert [(one["row"], one["line"]) for one in problems] == [(2, 4), (3, 5), (4, 6), (23, 25), (24, 26)]
+    said = [one["problem"] for one in problems]
+    assert said[:4] == [
+        "1 fields, where the header has 2", "the text is empty", "3 fields, where the header has 2", "the text is not UTF-8",
+    ]  # fmt: skip
+    assert said[4].startswith("not CSV: ")
+    assert {path.name for path in tmp_path.iterdir()} == {"in.csv", "out.jsonl", "out.jsonl.errors.jsonl"}
+
+
+def test_every_kind_of_input_and_output_says_the_same(checkpoint, texts, tmp_path):
+    table = pd.DataFrame({"abstract": texts, "number": range(len(texts))})
+    table.to_csv(tmp_path / "one.csv", index=False)
+    table.to_csv(tmp_path / "one.tsv", index=False, sep="\t")
+    table.to_parquet(tmp_path / "one.parquet")
+    lines = table.to_json(orient="records", lines=True)
+    (tmp_path / "one.jsonl").write_text(lines)
+    (tmp_path / "one.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    table[:8].to_csv(tmp_path / "part-0.csv", index=False)
+    table[8:].to_csv(tmp_path / "part-1.csv", index=False)
+    found = {}
+    for name in ("one.csv", "one.tsv", "one.parquet", "one.jsonl", "one.jsonl.gz", "part-*.csv", "-"):
+        output = tmp_path / f"{name.replace('*', 'x')}.out.jsonl"
+        form = ("--input_format", "jsonl") if name == "-" else ()
+        predict(
+            *("--model", checkpoint, "--input", name if name == "-" else tmp_path / name, "--output", output, *form),
+            given=lines if name == "-" else None,
+        )
+        found[name] = output.read_text()
+    assert len(set(found.values())) == 1
+    expected = read_json_lines(tmp_path / "one.csv.out.jsonl")
+    assert [row["row"] for row in expected] == list(range(20))
+
+    words = ("--model", checkpoint, "--input", tmp_path / "one.csv", "--id_column", "number", "--probabilities")
+    for name in ("a.jsonl", "a.csv", "a.parquet"):
+        predict(*words, "--output", tmp_path / name)
+    rows = read_json_lines(tmp_path / "a.jsonl")
+    assert [row["id"] for row in rows] == [str(i) for i in range(20)]
+    for row, cells, record in zip(
+        rows, read_csv(tmp_path / "a.csv"), pd.read_parquet(tmp_path / "a.parquet").to_dict("records"), strict=True
+    ):
+        assert (cells["id"], cells["label"], float(cells["score"])) == (row["id"], row["label"], row["score"])
+        assert cells["path"] == " > ".join(row["path"])
+        assert {k: float(cells[f"probability of {k}"]) for k in row["probabilities"]} == row["probabilities"]
+        assert {**record, "path": list(record["path"])} == row
+
+
+def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_bytes(checkpoint, texts, tmp_path):
+    rows = pd.DataFrame({"text": [f"{i} {texts[i % 20]}" for i in range(6500)]})
+    rows.loc[[7, 1500, 4400], "text"] = ""
+    rows.to_csv(tmp_path / "in.csv", index=False)
+    words = ("--model", checkpoint, "--input", tmp_path / "in.csv", "--output")
+    unbroken, broken = tmp_path / "unbroken.jsonl", tmp_path / "broken.jsonl"
+    assert predict(*words, unbroken, check=False).returncode == 1
+    line, state, kills = [sys.executable, str(ROOT / "predict.py"), *map(str, (*words, broken))], None, 0
+    while kills < 3:
+        process = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.DEVNULL)
+        file = Path(f"{broken}.state.json")
+        while process.poll() is None and (not file.exists() or file.read_text() == state):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL if kills else signal.SIGINT)
+        process.wait()
+        assert not broken.exists()
+        state, kills = file.read_text(), kills + 1
+    for other, message in (
+        (("--probabilities",), "begun with another probabilities"),
+        (("--dtype", "fp32", "--batch_size", 3), "begun with another"),
+    ):
+        refused = predict(*words, broken, *other, check=False)
+        assert refused.returncode == 2
+        assert message in refused.stderr
+    original = (tmp_path / "in.csv").read_bytes()
+    (tmp_path / "in.csv").write_bytes(original.replace(b"1 ", b"1x ", 1))
+    refused = predict(*words, broken, check=False)
+    assert refused.returncode == 2
+    assert "the input is another one" in refused.stderr
+    (tmp_path / "in.csv").write_bytes(original)
+    done = predict(*words, broken, check=False)
+    assert done.returncode == 1
+    assert "going on after" in done.stderr
+    assert broken.read_bytes() == unbroken.read_bytes()
+    errors = [Path(f"{path}.errors.jsonl").read_bytes() for path in (broken, unbroken)]
+    assert errors[0] == errors[1]
+    assert [json.loads(line)["row"] for line in errors[0].splitlines()] == [7, 1500, 4400]
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"in.csv", *(f"{path.name}{end}" for path in (broken, unbroken) for end in ("", ".errors.jsonl"))}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--input", "none.csv"), "there is no such file"),
+        (("--input", "-"), "--input_format"),
+        (("--input", "in.txt"), "does not tell its kind"),
+        (("--input", "empty.csv"), "is empty"),
+        (("--input", "header.csv"), "has no rows"),
+        (("--input", "in.csv", "--text_column", "body"), "no column 'body' (--text_column); it has 'text', 'label'"),
+        (("--input", "in.csv", "--id_column", "key"), "no column 'key' (--id_column)"),
+        (("--input", "twice.csv"), "two columns called 'text'"),
+        (("--input", "cut.csv.gz"), "damaged or was not copied to its end"),
+        (("--input", "wrong.parquet"), "not a Parquet file"),
+        (("--input", "in.csv", "--coverage", "2"), "--coverage must be between 0 and 1"),
+        (("--input", "in.csv", "--batch_size", "0"), "--batch_size must be at least 1"),
+        (("--input", "in.csv", "--output", "out.txt"), "must end in one of"),
+        (("--input", "in.csv", "--output", "there.jsonl"), "is there already"),
+        (("--input", "in.csv", "--model", "nothing"), "cannot load the model nothing"),
+        (("--input", "in.csv", "--outptu", "x"), "unrecognized arguments"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(checkpoint, words, message, tmp_path, monkeypatch):
+    (tmp_path / "in.csv").write_text("text,label\nA study of ulcers.,a\n")
+    (tmp_path / "in.txt").write_text("A study of ulcers.\n")
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "header.csv").write_text("text\n")
+    (tmp_path / "twice.csv").write_text("text,text\na,b\n")
+    (tmp_path / "cut.csv.gz").write_bytes(gzip.compress(b"text\n" + os.urandom(3000).hex().encode() + b"\n")[:-500])
+    (tmp_path / "wrong.parquet").write_text("text\n")
+    (tmp_path / "there.jsonl").write_text("kept\n")
+    given = {"--model": checkpoint, "--output": "out.jsonl", **dict(zip(words[::2], words[1::2], strict=True))}
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as error:
+        main([word for pair in given.items() for word in pair])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "there.jsonl").read_text() == "kept\n"
+    assert not list(tmp_path.glob("out.*"))
+
+
+def test_the_command_says_it_in_one_line(tmp_path):
+    done = predict("--model", "nothing", "--input", "none.csv", "--output", tmp_path / "out.jsonl", check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1] == "predict.py: error: --input none.csv: there is no such file"
+    assert "Traceback" not in done.stderr
