@@ -3,10 +3,10 @@
 The file holds the columns ``text`` (or ``medical_abstract``) and ``label`` (or ``condition_label``).
 
 - Seen: the most rows that one answer a text can get right, from the texts that occur in the file under several labels.
-- Estimated: the Medical Abstracts corpus lists a document once under each of its classes, and its test split was drawn from
-  these rows, a share p = 0.2 of them. Of a document's two rows both are in the split with probability p², at least one with
-  1 - (1 - p)², so a split that shows a share s of its texts under two labels holds s · (2 - p) / p of texts that have a second
-  label somewhere; for those, one answer of two is counted right at best half of the time.
+- Estimated: suppose that the Medical Abstracts corpus lists a document once under each of its classes, and that its test
+  split was drawn from these rows, a share p = 0.2 of them. Of a document's two rows both are in the split with probability
+  p², at least one with 1 - (1 - p)², so a split that shows a share s of its texts under two labels holds s · (2 - p) / p of
+  texts that have a second label somewhere; for those, one answer of two is counted right at best half of the time.
 """
 
 import argparse

@@ -141,6 +141,7 @@ def main() -> None:
                     keep(arguments, {**key, **scores})
                     print(f"{name}, {model}, seed {seed}: accuracy {scores['accuracy']:.4f}", flush=True)
     print_table(read(arguments.output))
+    print_ablation(read(arguments.output))
 
 
 def read(output: Path) -> list[dict]:
@@ -254,9 +255,8 @@ def train(
         rows = list(csv.DictReader(file))
     labels, answers = (np.array([task.tree.id(row[name]) for row in rows]) for name in ("label", "prediction"))
     commit = metrics["environment"]["commit"]
-    return (labels, answers), {name.removeprefix("test_"): metrics[name] for name in OWN if name in metrics} | {
-        "commit": commit
-    }
+    own = {name.removeprefix("test_"): metrics[name] for name in OWN if name in metrics}
+    return (labels, answers), {**own, "commit": commit}
 
 
 def measure(labels: np.ndarray, answers: np.ndarray, tree: Taxonomy) -> dict[str, float | list[float]]:
@@ -278,6 +278,18 @@ def print_table(results: list[dict]) -> None:
         low, high = (100 * np.mean([ends[i] for ends in runs["accuracy_interval"]]) for i in (0, 1))
         cells = [spread(runs[name], name) for name in SHOWN]
         print(f"| {task} | {model} | {len(runs)} | {low:.1f} – {high:.1f} | " + " | ".join(cells) + " |")
+
+
+def print_ablation(results: list[dict]) -> None:
+    """The recipe's encoder alone, uncalibrated, beside the whole."""
+    runs = pd.DataFrame([run for run in results if run["model"] == "qlora"])
+    names = ("accuracy", "macro_f1", "log_loss", "ece")
+    print("\n| task | qlora | " + " | ".join(SHOWN[name] for name in names) + " |")
+    print("| --- | --- |" + " ---: |" * len(names))
+    for task, of_task in runs.groupby("task", sort=False) if len(runs) else ():
+        for title, prefix in (("encoder alone", "uncalibrated_test_"), ("with lexical head and temperatures", "")):
+            cells = " | ".join(spread(of_task[prefix + name], name) for name in names)
+            print(f"| {task} | {title} | {cells} |")
 
 
 def spread(values: pd.Series, name: str) -> str:
