@@ -4,7 +4,7 @@ Worth knowing:
 
 1. The heads are one matrix over all nodes and one log-softmax over groups of siblings, so a taxonomy of a thousand
    nodes costs about what one of ten does. P(node) = P(parent) · P(node | parent) holds by construction. What a parent
-   scores includes what its children score (a nested logit), so a parent of unlike children is no harder to find.
+   scores includes what its children score (a nested logit): `benchmarks/decisions.py` compares that with other forms.
 2. ``logits`` are leaf log-probabilities: their softmax is the leaf distribution, so flat tools work unchanged.
 3. A checkpoint is either whole (``model.safetensors``) or an adapter: ``heads.safetensors`` beside a plain PEFT adapter
    in ``adapter/``, over an encoder that is fetched by name. The adapter is in a subfolder because a root-level
@@ -109,7 +109,7 @@ def segment_log_softmax(scores: Tensor, group: Tensor, num_groups: int) -> Tenso
 
 
 class LexicalHead(nn.Module):
-    """A linear classifier of the leaves over the bag of tokens, beside the encoder, for the words that decide by themselves.
+    """A linear classifier of the leaves over the bag of tokens, beside the encoder.
 
     A text is weighed by TF-IDF, (1 + log count) · idf for each token, and scaled to length 1 (as scikit-learn's
     `TfidfTransformer` with ``sublinear_tf``). It is fitted after the encoder, never by gradient: see `training.lexical`.

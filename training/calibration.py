@@ -5,7 +5,8 @@ Worth knowing:
 1. One temperature a decision (Guo et al., 2017), fitted by scipy on the rows that this decision was taken for. Decisions
    with fewer than 50 such rows share one that is fitted on all decisions together; with fewer than 50 in all it is 1, and
    the lexical head has no say. Biases of classes beside the temperatures (Alexandari et al., 2020) were tried and left out:
-   on held-out rows they gained nothing, also where the classes' shares had changed.
+   on held-out rows, a few hundred, the log loss was the same for OHSUMED, and 0.838 instead of 0.829 for Medical Abstracts,
+   whose shares of classes differ between training and validation; its calibration error was 0.033 instead of 0.047.
 2. All is computed from leaf logits. A node's log-probability is the logsumexp of its leaves', and a decision's scores are
    log P(child) - log P(parent), up to a constant that its softmax drops.
 3. The thresholds are quantiles of the nonconformity scores of `pipeline_hierarchical`. Split conformal prediction (Vovk et

@@ -2,10 +2,9 @@
 
 Worth knowing:
 
-1. It knows rare words that decide by themselves, which a small encoder blurs. On its own it is worse than the encoder; the
-   two err on different texts, and their product is better than either.
+1. On its own it is right less often than the encoder, but on other texts; `benchmarks/quality.py` shows what it adds.
 2. It is multinomial logistic regression over TF-IDF (scikit-learn) on the training rows, and is fitted once, after the
-   encoder: trained together, the encoder would explain the training rows alone and leave it nothing to learn.
+   encoder. Training the two together was not tried.
 3. How much it says is one number, fitted with the calibration on the validation rows, and kept in its weights.
 4. Added to a leaf's score, it reaches the leaf's ancestors as inclusive values do, so that log P(leaf) of the model is
    log P(leaf) of the encoder plus the lexical score, normalised.
