@@ -52,7 +52,12 @@ CUSTOM_PIPELINES = {
         "type": "text",
     }
 }
-SHIPPED_FILES = ("configuration_hierarchical.py", "modeling_hierarchical.py", "pipeline_hierarchical.py")
+SHIPPED_FILES = (
+    "configuration_hierarchical.py",
+    "modeling_hierarchical.py",
+    "attention_hierarchical.py",
+    "pipeline_hierarchical.py",
+)
 ADAPTER_SUBFOLDER = "adapter"
 ADAPTER_PREFIX = "base_model.model."  # how PeftModel names the module that it wraps
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -2,18 +2,23 @@
 
 Worth knowing:
 
-1. Texts are read some batches ahead, tokenized together and sorted by length, so that batches hold little padding.
-   Results come in the order of the texts, whatever the batches were.
-2. A text beyond the limit is cut, and its result says so; with ``stride`` it is read in overlapping windows instead.
-3. The probabilities of windows are averaged. Sums survive an average, so children still add up to their parent.
-4. With ``coverage`` the answer is a set of nodes that holds the right leaf for that share of texts like those that the
+1. Texts are read some batches ahead and sorted by length, so that batches hold little padding, and each holds about as
+   many tokens. Results come in the order of the texts. The next texts are tokenized while a batch is computed.
+2. On a CPU each core computes batches of its own: that a core waits for the others at the end of every operation costs
+   more than it gains. With bfloat16, attention runs document by document (`attention_hierarchical`).
+3. A text beyond the limit is cut, and its result says so; with ``stride`` it is read in overlapping windows instead.
+4. The probabilities of windows are averaged. Sums survive an average, so children still add up to their parent.
+5. With ``coverage`` the answer is a set of nodes that holds the right leaf for that share of texts like those that the
    model was calibrated on: split conformal prediction, with sets that a person can read.
-5. A text that cannot be classified is a ValueError that names its position, never its content. In a list it is found
+6. A text that cannot be classified is a ValueError that names its position, never its content. In a list it is found
    before anything is computed; from a stream, the results before it come first.
 """
 
 import math
+import threading
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -22,11 +27,15 @@ from torch import Tensor
 from transformers import Pipeline
 
 try:
+    from .attention_hierarchical import attend_by_document
     from .configuration_hierarchical import Taxonomy
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
+    from attention_hierarchical import attend_by_document
     from configuration_hierarchical import Taxonomy
 
-DEFAULT_BATCH_SIZE = 16
+TOKENS = {"cpu": 2048}  # of a batch, padding included
+TOKENS_ELSEWHERE = 32_768
+TEXTS_AHEAD = 512
 BATCHES_AHEAD = 32
 MOST_NODES = 3  # in an answer: what a reader takes in at a glance
 
@@ -46,8 +55,8 @@ class HierarchicalTextClassificationPipeline(Pipeline):
       `conformal_answer`.
 
     Args:
-        batch_size: windows of text that go through the model together, 16 by default. A stream is read 32 batches ahead,
-            and not at all with 1.
+        batch_size: windows of text that go through the model together; by default as many as make 2,048 tokens on a CPU
+            and 32,768 elsewhere. A stream is read up to 64 batches ahead, by default 1,024 texts, and not at all with 1.
         top_k: the number of leaves wanted; each text then gets a list of results, best first.
         max_length: in tokens, special ones included; by default, and at most, the tokenizer's limit.
         stride: read long texts in windows of ``max_length`` tokens that share this many, instead of cutting them.
@@ -71,6 +80,8 @@ class HierarchicalTextClassificationPipeline(Pipeline):
                 "this pipeline needs a tokenizer of the `tokenizers` library, to follow texts into windows"
             )
         self.tree = self.model.config.tree  # built anew each time it is asked for
+        if self.device.type == "cpu" and self.model.encoder.dtype == torch.bfloat16:
+            attend_by_document(self.model.encoder)
 
     def _sanitize_parameters(
         self,
@@ -98,35 +109,88 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         cutting, _, wanted = self._sanitize_parameters(**parameters)
         cutting, wanted = {**self._preprocess_params, **cutting}, {**self._postprocess_params, **wanted}
         self._window(**cutting)
-        batch_size = next(size for size in (batch_size, self._batch_size, DEFAULT_BATCH_SIZE) if size is not None)
-        check_number("batch_size", batch_size, 1)
+        batch_size = self._batch_size if batch_size is None else batch_size
+        if batch_size is not None:
+            check_number("batch_size", batch_size, 1)
         if isinstance(inputs, (list, tuple)):
             texts = [read_text(item, position) for position, item in enumerate(inputs)]
             return list(self._results(texts, batch_size, cutting, wanted))
         if isinstance(inputs, (str, bytes, Mapping)) or not (isinstance(inputs, Iterable) or is_sequence(inputs)):
-            return next(self._results([inputs], batch_size, cutting, wanted))
+            started = self._start([read_text(inputs, 0)], batch_size, cutting, None)
+            return next(self._finish(started, wanted))
         return self._results(inputs, batch_size, cutting, wanted)
 
-    def _results(self, items: Iterable, batch_size: int, cutting: dict, wanted: dict) -> Iterator:
+    def _results(self, items: Iterable, batch_size: int | None, cutting: dict, wanted: dict) -> Iterator:
         """Results in the order of the items, of which some batches are read ahead."""
         numbered = enumerate(items if isinstance(items, Iterable) else (items[i] for i in range(len(items))))
-        ahead = BATCHES_AHEAD * batch_size if batch_size > 1 else 1
-        while True:
-            texts, problem = [], None
-            try:
-                for position, item in islice(numbered, ahead):
-                    texts.append(read_text(item, position))
-            except Exception as error:  # raised again below, after the results of the texts before it
-                problem = error
-            if texts:
-                windows, owners, truncated = self.preprocess(texts, **cutting)
-                probabilities = self._probabilities(windows, owners, len(texts), batch_size)
-                for nodes, cut in zip(probabilities.tolist(), truncated, strict=True):
-                    yield self.postprocess({"nodes": nodes, "truncated": cut}, **wanted)
-            if problem is not None:
-                raise problem
-            if not texts:
-                return
+        ahead = {None: TEXTS_AHEAD, 1: 1}.get(batch_size) or BATCHES_AHEAD * batch_size
+        workers = self._workers()
+        try:
+            before = None  # is computed while the next texts are read and tokenized
+            while True:
+                texts, problem = [], None
+                try:
+                    for position, item in islice(numbered, ahead):
+                        texts.append(read_text(item, position))
+                except Exception as error:  # raised again below, after the results of the texts before it
+                    problem = error
+                started = self._start(texts, batch_size, cutting, workers) if texts else None
+                for one in (before, started if ahead == 1 or problem is not None else None):
+                    if one is not None:
+                        yield from self._finish(one, wanted)
+                before = None if ahead == 1 else started
+                if problem is not None:
+                    raise problem
+                if not texts:
+                    return
+        finally:
+            workers.shutdown(cancel_futures=True)
+
+    def _workers(self) -> ThreadPoolExecutor:
+        """Threads that compute batches: on a CPU as many as it has cores for torch, each with one core; elsewhere one."""
+        if self.device.type != "cpu" or hasattr(self.model, "hf_device_map"):
+            return ThreadPoolExecutor(1)
+        count = torch.get_num_threads()
+        ready = threading.Barrier(count + 1)
+
+        def start() -> None:
+            torch.set_num_threads(1)
+            ready.wait()
+
+        workers = ThreadPoolExecutor(count)
+        for _ in range(count):
+            workers.submit(start)
+        ready.wait()
+        torch.set_num_threads(count)  # the number is each thread's own, but also what threads yet to come begin with
+        return workers
+
+    def _start(
+        self, texts: list[str], batch_size: int | None, cutting: dict, workers: ThreadPoolExecutor | None
+    ) -> "Started":
+        """Tokenizes texts, and has their batches computed by ``workers``, or at once where there are none."""
+        windows, owners, truncated = self.preprocess(texts, **cutting)
+        lengths = [len(window["input_ids"]) for window in windows]
+        batches = batches_by_length(lengths, batch_size, TOKENS.get(self.device.type, TOKENS_ELSEWHERE))
+        outputs: list[Future] = []
+        for batch in batches:
+            inputs = dict(self.tokenizer.pad([windows[i] for i in batch], return_tensors="pt"))
+            if workers is not None:
+                outputs.append(workers.submit(self.forward, inputs))
+            else:
+                outputs.append(Future())
+                outputs[-1].set_result(self.forward(inputs))
+        return Started(len(texts), [[owners[i] for i in batch] for batch in batches], truncated, outputs)
+
+    def _finish(self, started: "Started", wanted: dict) -> Iterator:
+        """Results of texts, once their batches are computed. The probabilities of windows are averaged, in float64."""
+        total = torch.zeros(started.num_texts, self.tree.num_nodes, dtype=torch.float64)
+        windows = torch.zeros(started.num_texts, 1)
+        for owners, output in zip(started.owners, started.outputs, strict=True):
+            index = torch.tensor(owners)
+            total.index_add_(0, index, output.result()["node_log_probs"].double().exp())
+            windows.index_add_(0, index, torch.ones(len(owners), 1))
+        for nodes, cut in zip((total / windows).tolist(), started.truncated, strict=True):
+            yield self.postprocess({"nodes": nodes, "truncated": cut}, **wanted)
 
     def _window(self, max_length: int | None = None, stride: int | None = None) -> int:
         """The length of a window in tokens, checked against the encoder and the stride."""
@@ -163,19 +227,6 @@ class HierarchicalTextClassificationPipeline(Pipeline):
                 kept.append(owner)
         return windows, kept, [stride is None and count > 1 for count in counts]
 
-    def _probabilities(
-        self, windows: list[dict[str, list[int]]], owners: list[int], num_texts: int, batch_size: int
-    ) -> Tensor:
-        """Probabilities (num_texts, num_nodes) in float64, averaged over the windows of each text."""
-        order = sorted(range(len(windows)), key=lambda i: len(windows[i]["input_ids"]))
-        total = torch.zeros(num_texts, self.tree.num_nodes, dtype=torch.float64)
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            inputs = self.tokenizer.pad([windows[i] for i in batch], return_tensors="pt")
-            log_probs = self.forward(dict(inputs))["node_log_probs"]  # (B, num_nodes)
-            total.index_add_(0, torch.tensor([owners[i] for i in batch]), log_probs.double().exp())
-        return total / torch.bincount(torch.tensor(owners), minlength=num_texts).unsqueeze(1)
-
     def _forward(self, model_inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"node_log_probs": self.model(**model_inputs)["node_log_probs"]}
 
@@ -208,6 +259,38 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             for result in results:
                 result["answer"] = [{"label": tree.labels[node], "score": nodes[node]} for node in answer]
         return results[0] if top_k is None else results
+
+
+@dataclass
+class Started:
+    """Texts whose batches are being computed.
+
+    Attributes:
+        owners: for each batch, the index of the text that each of its windows belongs to.
+        truncated: for each text, whether its end was cut off.
+        outputs: of each batch, node log-probabilities (B, num_nodes).
+    """
+
+    num_texts: int
+    owners: list[list[int]]
+    truncated: list[bool]
+    outputs: list[Future]
+
+
+def batches_by_length(lengths: list[int], batch_size: int | None, tokens: int) -> list[list[int]]:
+    """Indices of windows in batches of similar lengths, the longest first.
+
+    Args:
+        lengths: of the windows, in tokens.
+        batch_size: windows of a batch; None for as many as make ``tokens`` with their padding, at least one.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    batches: list[list[int]] = []
+    for i in order:
+        if not batches or len(batches[-1]) == (batch_size or max(1, tokens // lengths[batches[-1][0]])):
+            batches.append([])
+        batches[-1].append(i)
+    return batches
 
 
 def conformal_threshold(thresholds: list[float | None] | None, coverage: float) -> float | None:

@@ -6,9 +6,10 @@ from peft.tuners.lora import LoraLayer
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from attention_hierarchical import ATTENTION, PerDocumentAttention, text_spans
 from configuration_hierarchical import Taxonomy
 from training.arguments import ModelArguments
-from training.cpu import ATTENTION, PerDocumentAttention, speed_up, text_spans
+from training.cpu import speed_up
 from training.model import build_model
 
 TREE = Taxonomy({"a": ["b", "c"], "d": None})

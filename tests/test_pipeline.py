@@ -1,3 +1,5 @@
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from transformers.pipelines.pt_utils import KeyDataset
 
 from configuration_hierarchical import HierarchicalConfig, Taxonomy
 from modeling_hierarchical import HierarchicalForSequenceClassification, load_encoder
+from pipeline_hierarchical import batches_by_length
 
 UNEVEN = Taxonomy({"a": {"b": ["c", "d"], "e": None}, "f": ["g", "c"], "h": None})
 TEXTS = [
@@ -112,8 +115,9 @@ def test_a_stream_is_read_no_further_than_needed(classify):
     results = classify(stream(), batch_size=1)
     next(results)
     assert len(read) == 1
+    read.clear()
     next(classify(stream(), batch_size=2))
-    assert len(read) < 100
+    assert len(read) <= 128
     assert classify([]) == []
     assert list(classify(iter([]))) == []
 
@@ -210,3 +214,45 @@ def test_settings_of_the_pipeline_hold_for_its_calls_and_give_way_to_theirs(chec
     assert len(classify("text", top_k=3)) == 3
     assert classify(LONG)[0]["truncated"]
     assert not classify(TEXTS[1], max_length=100)[0]["truncated"]
+
+
+def test_threads_are_as_before_in_this_thread_and_in_new_ones(classify):
+    before = torch.get_num_threads()
+    results = classify(text for text in TEXTS)
+    next(results)
+    seen = [torch.get_num_threads()]
+    thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert seen == [before, before]
+    names = {thread.name for thread in threading.enumerate()}
+    results.close()
+    assert not [thread for thread in threading.enumerate() if thread.name not in names]
+
+
+def test_batches_hold_no_more_tokens_than_asked_and_every_window_once():
+    lengths = [*torch.randint(1, 512, (300,)).tolist(), 5000]
+    batches = batches_by_length(lengths, None, 2048)
+    assert sorted(i for batch in batches for i in batch) == list(range(301))
+    assert all(max(lengths[i] for i in batch) * len(batch) <= 2048 or len(batch) == 1 for batch in batches)
+    assert len(batches) < 301 / 4
+    assert {len(batch) for batch in batches_by_length(lengths, 7, 2048)} == {7}
+
+
+def test_bfloat16_on_a_cpu_answers_as_float32_does(checkpoint, classify):
+    """With attention by document, whose values are those of SDPA, and over several windows."""
+    half = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True, dtype=torch.bfloat16)
+    assert half.model.encoder.config._attn_implementation == "per_document"
+    texts = [*TEXTS, LONG]
+    for a, b in zip(classify(texts, stride=16), half(texts, stride=16), strict=True):
+        for one, other in zip(a["levels"], b["levels"], strict=True):
+            assert list(other.values()) == pytest.approx(list(one.values()), abs=0.03)
+
+
+def test_an_error_in_a_batch_comes_out_and_no_thread_stays(checkpoint):
+    broken = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True)
+    broken.model.heads.weight = nn.Parameter(torch.zeros(1, 1))
+    before = threading.active_count()
+    with pytest.raises(RuntimeError, match="shapes|size"):
+        broken(TEXTS)
+    assert threading.active_count() == before
