@@ -1,35 +1,44 @@
-"""Classifies a file of texts: ``python predict.py --model FOLDER_OR_ID --input texts.csv --output predictions.jsonl``.
+"""Classifies files of texts: ``python predict.py --model FOLDER_OR_ID --input texts.csv --output predictions.jsonl``.
 
 Worth knowing:
 
 1. Texts are read, classified and written `ROWS` at a time, so memory does not grow with the file.
-2. What is finished lies in ``<output>.partial``, and ``<output>.state.json`` says how much of it is whole. Killed at any moment
-   and started again with the same arguments, the command goes on there, and ends with the same bytes as an unbroken run.
+2. Each part that is finished is a file in ``<output>.parts``; at the end they become the output. Killed at any moment and
+   started again with the same arguments, the command does the parts that are not there, and ends with the same bytes.
 3. It goes on only where model, options and the texts that were read already are the same, by their fingerprints.
-4. Rows that cannot be read stand in ``<output>.errors.jsonl``; all others are classified, and the exit code is 1 then.
-5. The model is loaded as any user loads it, through `pipeline`.
+4. Under ``accelerate launch`` every process does each n-th part, or with an output folder each n-th file. They meet in the
+   file system alone: none waits for another, and the last to finish puts the parts together.
+5. Rows that cannot be read stand in ``<output>.errors.jsonl``; all others are classified, and the exit code is 1 then.
+6. The model is loaded as any user loads it, through `pipeline`.
 """
 
 import argparse
 import csv
 import hashlib
-import io
+import importlib.util
 import json
 import logging
 import os
+import shutil
 import sys
 import time
-from collections.abc import Iterator
-from itertools import chain, islice
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TextIO
 
-# before it is imported: it asks for kernels from the Hub, whose code is not pinned
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+for name in (
+    "bitsandbytes",
+    "torchao",
+):  # before they are imported: one asks for kernels from the Hub, whose code is not
+    logging.getLogger(name).setLevel(logging.ERROR)  # pinned, and the other tells which of its kernels do not fit here
 
 import pyarrow
 import pyarrow.parquet
 import torch
+from filelock import FileLock
 from tqdm import tqdm
 from transformers import Pipeline, pipeline
 from transformers.utils import cached_file
@@ -39,52 +48,133 @@ from training.arguments import has_bf16
 from training.records import KINDS, Record, find_inputs, read_records
 from training.resume import is_full_disk
 
-ROWS = 1024  # read ahead, sorted by length, and written together
+ROWS = 1024  # of a part: read, classified and written together
+OPTIONS = ".options.json"
 OUTPUTS = (".jsonl", ".csv", ".parquet")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}  # in which the encoder is loaded
 DIGITS = 6
 
 
 def main(argv: list[str]) -> int:
     arguments = parse(argv)
-    output = Path(arguments.output)
-    inputs = find_inputs(arguments.input, arguments.input_format)
-    if output.exists() and not arguments.overwrite:
-        raise InputError(f"--output {output} is there already: give another name, or --overwrite")
-    records = read_records(inputs, arguments.text_column, arguments.id_column)
-    first = next(records, None)  # what is wrong with the files is said before the model is loaded
-    if first is None:
-        raise InputError(f"--input {arguments.input} has no rows")
-    classify = load(arguments)
-    leaves = classify.tree.labels[: classify.tree.num_leaves]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    run = Run(output, options(arguments, classify), arguments.overwrite)
-    records = chain([first], records)
-    run.skip(records)
+    process = Process()
+    jobs = find_jobs(arguments, process)
+    pipe = load(arguments)
+    folder = Path(arguments.output) if is_folder(arguments.output) else Path(f"{arguments.output}.parts")
+    if arguments.overwrite:
+        (folder / OPTIONS).unlink(missing_ok=True)
+        for job in jobs:
+            Run(job.output).forget()
+    check_options(folder / OPTIONS, options(arguments, pipe))
+    leaves = pipe.tree.labels[: pipe.tree.num_leaves] if arguments.probabilities else []
+    form = Form(arguments.id_column is not None, arguments.coverage is not None, leaves)
     wanted = {} if arguments.coverage is None else {"coverage": arguments.coverage}
-    with run, Bar(run.rows) as bar:
-        while chunk := list(islice(records, ROWS)):
-            readable = [record for record in chunk if record.problem is None]
-            results = classify([record.text for record in readable], batch_size=arguments.batch_size, **wanted)
-            found = dict(zip(map(id, readable), results, strict=True))
-            rows = [
-                line(run.rows + i, record, found[id(record)], arguments, leaves)
-                for i, record in enumerate(chunk)
-                if record.problem is None
-            ]
-            problems = [
-                {"row": run.rows + i, "source": record.source, "line": record.line, "problem": record.problem}
-                for i, record in enumerate(chunk)
-                if record.problem is not None
-            ]
-            run.write(chunk, rows, problems)
-            bar.move(len(chunk), chunk[-1].done)
-        run.finish()
-    said = f"{run.rows - run.problems:,} rows classified: {output}"
-    if run.problems:
-        said += f"; {run.problems:,} could not be read: {run.errors}"
-    print(said, file=sys.stderr)
-    return 1 if run.problems else 0
+
+    def answer(number: int, chunk: list[Record]) -> list[dict]:
+        readable = [(number + i, record) for i, record in enumerate(chunk) if record.problem is None]
+        results = pipe((record.text for _, record in readable), batch_size=arguments.batch_size, **wanted)
+        return [form.row(i, record, result) for (i, record), result in zip(readable, results, strict=True)]
+
+    mine, share = jobs, process
+    if len(jobs) > 1:
+        mine, share = jobs[process.index :: process.count], Process(0, 1)
+    finished = True
+    with Bar(show=process.index == 0) as bar:
+        for i, job in enumerate(mine):
+            bar.span = lambda done, i=i: (i + (done or 0.0)) / len(mine)
+            run = Run(job.output)
+            run.classify(job.records, answer, share, bar)
+            finished = run.finish(form) and finished
+    return conclude(jobs, finished, process)
+
+
+def conclude(jobs: list["Job"], finished: bool, process: "Process") -> int:
+    """What is said at the end, and the exit code. Of several processes the last one says it: a launcher takes a code that is
+    not 0 for the failure of all.
+    """
+    if not finished or not all(job.output.exists() for job in jobs):
+        print(f"process {process.index}: its share is done; the others' are not there yet", file=sys.stderr)
+        return 0
+    errors = [path for job in jobs if (path := errors_of(job.output)).exists()]
+    said = ", ".join(str(job.output) for job in jobs[:3]) + (f" … {len(jobs)} files" if len(jobs) > 3 else "")
+    if errors:
+        problems = sum(1 for path in errors for _ in path.open("rb"))
+        said += f"; {problems:,} rows could not be read: {errors[0]}" + (" …" if len(errors) > 1 else "")
+    print(f"done: {said}", file=sys.stderr)
+    return 1 if errors else 0
+
+
+@dataclass(frozen=True)
+class Process:
+    """Which of the processes of a launcher this is."""
+
+    index: int = int(os.environ.get("RANK", 0))
+    count: int = int(os.environ.get("WORLD_SIZE", 1))
+
+
+@dataclass(frozen=True)
+class Job:
+    """Inputs, as from `find_inputs`, with their records, and the output that they become."""
+
+    inputs: list[tuple[str, str]]
+    records: Iterator[Record]
+    output: Path
+
+
+def find_jobs(arguments: argparse.Namespace, process: Process) -> list[Job]:
+    """What there is to do: one output, or one for each file where the output is a folder.
+
+    Raises:
+        InputError: of anything that is wrong with the inputs, before the model is loaded.
+    """
+    inputs = find_inputs(arguments.input, arguments.input_format)
+    stream = any(path == "-" for path, _ in inputs)
+    if process.count > 1 and (stream or arguments.overwrite):
+        raise InputError(
+            "--input - cannot be shared out among processes: give a file"
+            if stream
+            else "--overwrite is not for several processes: delete the output first"
+        )
+    if not is_folder(arguments.output):
+        wanted = [(inputs, Path(arguments.output))]
+    elif stream:
+        raise InputError("--input - needs an --output that is a file")
+    else:
+        wanted = [([one], Path(arguments.output) / output_name(*one)) for one in inputs]
+    outputs = [output for _, output in wanted]
+    twice = next((output for output in outputs if outputs.count(output) > 1), None)
+    if twice is not None:
+        raise InputError(f"two inputs would be written to {twice}: give files of different names")
+    jobs = []
+    for some, output in wanted:
+        # where the parts are there too, a run was broken off while it cleared up; of several processes another may be quicker
+        anew = arguments.overwrite or is_folder(arguments.output) or process.index > 0
+        if output.exists() and not anew and not Run(output).parts.exists():
+            raise InputError(f"--output {output} is there already: give another name, or --overwrite")
+        records = read_records(some, arguments.text_column, arguments.id_column)
+        first = next(records, None)
+        if first is None and not is_folder(arguments.output):
+            raise InputError(f"--input {arguments.input} has no rows")
+        if is_folder(arguments.output):  # not to hold many files open
+            records.close()
+            records = read_records(some, arguments.text_column, arguments.id_column)
+        else:
+            records = chain([first], records)
+        jobs.append(Job(some, records, output))
+    return jobs
+
+
+def is_folder(output: str) -> bool:
+    return output.endswith("/") or Path(output).is_dir()
+
+
+def output_name(path: str, kind: str) -> str:
+    stem = Path(path.removesuffix(".gz")).stem
+    return stem + {"csv": ".csv", "tsv": ".csv", "parquet": ".parquet"}.get(kind, ".jsonl")
+
+
+def errors_of(output: Path) -> Path:
+    return Path(f"{output}.errors.jsonl")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -97,23 +187,28 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--input_format", choices=KINDS, help="by default what the name of the file says")
     parser.add_argument("--text_column", help="by default found by its name")
     parser.add_argument("--id_column", help="a column to be copied to the output")
-    parser.add_argument("--output", required=True, help=f"a file of one of the kinds {', '.join(OUTPUTS)}")
+    parser.add_argument(
+        "--output",
+        required=True,
+        help=f"a file, {', '.join(OUTPUTS)}; or, with / at its end, a folder: a file for each input",
+    )
     parser.add_argument("--overwrite", action="store_true", help="start anew, whatever is there already")
     parser.add_argument("--probabilities", action="store_true", help="write the probability of every leaf")
     parser.add_argument(
         "--coverage", type=float, help="also write the answer that holds the right leaf for this share of texts"
     )
     parser.add_argument(
-        "--dtype", choices=("auto", *DTYPES), default="auto", help="default: bf16 where the machine has it"
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="by default bf16 where the machine has it, else int8 on a CPU that has its products and torchao, else fp32",
     )
-    parser.add_argument("--batch_size", type=int, default=16, help="texts that go through the model together")
+    parser.add_argument("--batch_size", type=int, help="texts that go through the model together; by default by tokens")
     parser.error = refuse
     arguments = parser.parse_args(argv)
-    if Path(arguments.output).suffix not in OUTPUTS:
-        raise InputError(f"--output {arguments.output}: its name must end in one of {', '.join(OUTPUTS)}")
-    if Path(arguments.output).is_dir():
-        raise InputError(f"--output {arguments.output} is a folder")
-    if arguments.batch_size < 1:
+    if not is_folder(arguments.output) and Path(arguments.output).suffix not in OUTPUTS:
+        raise InputError(f"--output {arguments.output}: its name must end in one of {', '.join(OUTPUTS)}, or in /")
+    if arguments.batch_size is not None and arguments.batch_size < 1:
         raise InputError(f"--batch_size must be at least 1, not {arguments.batch_size}")
     if arguments.coverage is not None and not 0 < arguments.coverage < 1:
         raise InputError(f"--coverage must be between 0 and 1, not {arguments.coverage}")
@@ -126,29 +221,50 @@ def refuse(message: str) -> None:
 
 def load(arguments: argparse.Namespace) -> Pipeline:
     gpu = torch.cuda.is_available()
-    dtype = arguments.dtype if arguments.dtype != "auto" else "bf16" if has_bf16(cpu=not gpu) else "fp32"
-    arguments.dtype = dtype  # what it came to is part of the options that a broken-off run must share
+    arguments.dtype = choose_dtype(gpu) if arguments.dtype == "auto" else arguments.dtype
+    if arguments.dtype == "int8" and gpu:
+        raise InputError("--dtype int8 is for CPUs: give bf16 or fp32")
     try:
         classify = pipeline(
             "hierarchical-text-classification",
             model=arguments.model,
             revision=arguments.revision,
+            code_revision=arguments.revision,
             trust_remote_code=True,
-            dtype=DTYPES[dtype],
-            device=0 if gpu else "cpu",
+            dtype=DTYPES[arguments.dtype],
+            device=int(os.environ.get("LOCAL_RANK", 0)) if gpu else "cpu",
         )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"cannot load the model {arguments.model}: {one_line(error)}") from error
+    if arguments.dtype == "int8":
+        quantize(classify.model.encoder)
     if arguments.coverage is not None and classify.model.config.conformal_thresholds is None:
         raise InputError(f"--coverage needs a checkpoint that was calibrated, which {arguments.model} is not")
     return classify
+
+
+def choose_dtype(gpu: bool) -> str:
+    """What this machine multiplies fastest."""
+    if has_bf16(cpu=not gpu):
+        return "bf16"
+    capabilities = torch.cpu.get_capabilities()
+    products = any(capabilities.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
+    return "int8" if products and not gpu and importlib.util.find_spec("torchao") else "fp32"
+
+
+def quantize(encoder: torch.nn.Module) -> None:
+    """Linear layers with weights in 8 bits, a scale for each row, and inputs quantized as they come, a scale for each token."""
+    try:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    except ImportError as error:
+        raise InputError(f"--dtype int8 needs torchao: pip install torchao ({one_line(error)})") from error
+    quantize_(encoder, Int8DynamicActivationInt8WeightConfig())
 
 
 def options(arguments: argparse.Namespace, classify: Pipeline) -> dict[str, Any]:
     """What the bytes of the output depend on, apart from the texts."""
     names = (
         "model",
-        "input",
         "input_format",
         "text_column",
         "id_column",
@@ -164,194 +280,253 @@ def options(arguments: argparse.Namespace, classify: Pipeline) -> dict[str, Any]
             digest.update(file.relative_to(folder).as_posix().encode())
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
-    versions = {"torch": torch.__version__, "device": classify.device.type, "threads": torch.get_num_threads()}
+    device = torch.cuda.get_device_name(classify.device) if classify.device.type == "cuda" else classify.device.type
+    versions = {"torch": torch.__version__, "device": device}
     return {**{name: getattr(arguments, name) for name in names}, "fingerprint": digest.hexdigest(), **versions}
 
 
-def line(
-    row: int, record: Record, result: dict[str, Any], arguments: argparse.Namespace, leaves: list[str]
-) -> dict[str, Any]:
-    """A row of the output."""
-    found = {"row": row} if arguments.id_column is None else {"id": record.id}
-    found |= {
-        "label": result["label"],
-        "score": round(result["score"], DIGITS),
-        "path": [node["label"] for node in result["path"]],
-        "truncated": result["truncated"],
-    }
-    if arguments.coverage is not None:
-        found["answer"] = [node["label"] for node in result["answer"]]
-    if arguments.probabilities:
-        every = {label: probability for level in result["levels"] for label, probability in level.items()}
-        found["probabilities"] = {label: round(every[label], DIGITS) for label in leaves}
-    return found
-
-
 class Run:
-    """The output while it grows, and what is needed to go on after a kill.
+    """An output, the parts of it that are there, and the rest.
 
-    Args:
+    Attributes:
         output: the file that is wanted.
-        options: what a run that was broken off must share.
-        overwrite: forget what is there.
-
-    Raises:
-        InputError: an unfinished run of other options is there.
+        parts: the folder of the parts.
+        found: how many parts the input makes, once it is read.
     """
 
-    def __init__(self, output: Path, options: dict[str, Any], overwrite: bool):
-        self.output, self.options = output, options
-        self.partial, self.state = Path(f"{output}.partial"), Path(f"{output}.state.json")
-        self.errors, self.partial_errors = Path(f"{output}.errors.jsonl"), Path(f"{output}.errors.partial")
-        self.rows = self.problems = 0
-        self.sizes = [0, 0]  # whole bytes of the output and of the errors
-        self.digest = hashlib.sha256()  # of all that was read
-        self.expected: str | None = None
-        self.files: list[BinaryIO] = []
-        if overwrite:
-            for file in (output, self.partial, self.state, self.errors, self.partial_errors):
-                file.unlink(missing_ok=True)
-        elif self.state.exists():
-            known = json.loads(self.state.read_text(encoding="utf-8"))
-            other = [name for name, value in options.items() if known["options"].get(name) != value]
-            if other:
-                raise InputError(
-                    f"{self.partial} was begun with another {', '.join(other)}: give the same, or --overwrite to start anew"
-                )
-            self.rows, self.problems, self.sizes = known["rows"], known["problems"], known["sizes"]
-            self.expected = known["digest"]
+    def __init__(self, output: Path):
+        self.output, self.parts, self.found = output, Path(f"{output}.parts"), 0
 
-    def skip(self, records: Iterator[Record]) -> None:
-        """Reads what an earlier run has classified.
+    def forget(self) -> None:
+        """Deletes all that is there."""
+        for file in (self.output, errors_of(self.output)):
+            file.unlink(missing_ok=True)
+        shutil.rmtree(self.parts, ignore_errors=True)
+
+    def part(self, index: int) -> Path:
+        return self.parts / f"{index:09}.jsonl"
+
+    def classify(
+        self, records: Iterator[Record], answer: Callable[[int, list[Record]], list[dict]], process: Process, bar: "Bar"
+    ) -> None:
+        """Writes this process's parts that are not there yet.
+
+        Args:
+            answer: of the number of the first row of a part, and its records, the rows of the output.
 
         Raises:
-            InputError: it is not what the earlier run had read.
+            InputError: the input is not what the parts that are there were made of.
         """
-        if self.expected is None:
+        if self.output.exists():
             return
-        for record in islice(records, self.rows):
-            self.count(record)
-        if self.digest.hexdigest() != self.expected:
-            raise InputError(f"the input is another one than {self.partial} was begun with: --overwrite starts anew")
-        print(f"going on after {self.rows:,} rows", file=sys.stderr)
+        self.parts.mkdir(exist_ok=True)
+        try:
+            self._classify(records, answer, process, bar)
+        except BaseException:
+            if process.count == 1 and not any(self.parts.glob("0*.jsonl")):
+                shutil.rmtree(self.parts)  # nothing is whole
+            raise
 
-    def count(self, record: Record) -> None:
-        self.digest.update(repr((record.source, record.line, record.id, record.text, record.problem)).encode())
+    def _classify(
+        self, records: Iterator[Record], answer: Callable[[int, list[Record]], list[dict]], process: Process, bar: "Bar"
+    ) -> None:
+        skipped = 0
+        for index in count():
+            chunk = list(islice(records, ROWS))
+            if not chunk:
+                break
+            self.found = index + 1
+            digest = digest_of(chunk)
+            if self.part(index).exists():
+                with self.part(index).open(encoding="utf-8") as stream:
+                    if json.loads(next(stream))["digest"] != digest:
+                        raise InputError(
+                            f"the input is another one than {self.parts} was begun with: --overwrite starts anew"
+                        )
+                skipped += len(chunk)
+            elif index % process.count == process.index:
+                self.write(index, digest, chunk, answer(index * ROWS, chunk))
+                bar.move(len(chunk), chunk[-1].done)
+        if skipped and process.count == 1:
+            print(f"went on after {skipped:,} rows", file=sys.stderr)
 
-    def __enter__(self) -> "Run":
-        for file, size in zip((self.partial, self.partial_errors), self.sizes, strict=True):
-            stream = file.open("r+b" if file.exists() else "w+b")
-            stream.truncate(size)
-            stream.seek(size)
-            self.files.append(stream)
-        return self
+    def write(self, index: int, digest: str, chunk: list[Record], rows: list[dict]) -> None:
+        problems = [
+            {"row": index * ROWS + i, "source": record.source, "line": record.line, "problem": record.problem}
+            for i, record in enumerate(chunk)
+            if record.problem is not None
+        ]
+        header = {"digest": digest, "rows": len(rows), "problems": len(problems)}
+        write_whole(self.part(index), to_json_lines([header, *rows, *problems]))
 
-    def __exit__(self, *error: object) -> None:
-        for file in self.files:
-            file.close()
-        if not self.state.exists():  # nothing in them is whole
-            self.partial.unlink(missing_ok=True)
-            self.partial_errors.unlink(missing_ok=True)
+    def finish(self, form: "Form") -> bool:
+        """Puts the parts together, if they are all there.
 
-    def write(self, chunk: list[Record], rows: list[dict], problems: list[dict]) -> None:
-        """Appends what came of some records, and then says that it is whole."""
-        as_csv = self.output.suffix == ".csv"
-        lines = to_csv(rows, header=self.sizes[0] == 0) if as_csv else to_json_lines(rows)
-        for i, text in enumerate((lines, to_json_lines(problems))):
-            self.files[i].write(text.encode())
-            self.files[i].flush()
-            os.fsync(self.files[i].fileno())
-            self.sizes[i] = self.files[i].tell()
-        for record in chunk:
-            self.count(record)
-        self.rows += len(chunk)
-        self.problems += len(problems)
-        state = {"options": self.options, "rows": self.rows, "problems": self.problems, "sizes": self.sizes}
-        written = self.state.with_suffix(".new")
-        with written.open("w", encoding="utf-8") as stream:
-            json.dump({**state, "digest": self.digest.hexdigest()}, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        written.replace(self.state)
+        Returns:
+            Whether the output is there.
+        """
+        try:
+            with FileLock(self.parts / "lock"):
+                if not self.output.exists():
+                    if not all(self.part(index).exists() for index in range(self.found)):
+                        return False
+                    self.put_together(form)
+        except FileNotFoundError:  # another process has put them together, and cleared up
+            if not self.output.exists():
+                raise
+        shutil.rmtree(self.parts, ignore_errors=True)
+        return True
 
-    def finish(self) -> None:
-        """Gives the files their names."""
-        for file in self.files:
-            file.close()
-        if self.problems:
-            self.partial_errors.replace(self.errors)
+    def put_together(self, form: "Form") -> None:
+        new = Path(f"{self.output}.new")
+        problems = Path(f"{errors_of(self.output)}.new")
+        with problems.open("w", encoding="utf-8", newline="") as errors, form.open(new, self.output.suffix) as write:
+            for index in range(self.found):
+                with self.part(index).open(encoding="utf-8") as stream:
+                    header = json.loads(next(stream))
+                    write(list(islice(stream, header["rows"])))
+                    errors.writelines(stream)
+            flush(errors)
+        if problems.stat().st_size:
+            problems.replace(errors_of(self.output))
         else:
-            self.partial_errors.unlink()
-        if self.output.suffix == ".parquet":
-            written = Path(f"{self.output}.new")
-            to_parquet(self.partial, written)
-            written.replace(self.output)
-            self.partial.unlink()
-        else:
-            self.partial.replace(self.output)
-        self.state.unlink()
+            problems.unlink()
+        new.replace(self.output)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a row of the output holds, and how it is written.
+
+    Attributes:
+        by_id: rows are known by the column of ids, not by their number.
+        answers: rows have an answer with coverage.
+        leaves: whose probabilities rows have, if any.
+    """
+
+    by_id: bool
+    answers: bool
+    leaves: list[str]
+
+    def row(self, number: int, record: Record, result: dict[str, Any]) -> dict[str, Any]:
+        found = {"id": record.id} if self.by_id else {"row": number}
+        found |= {
+            "label": result["label"],
+            "score": round(result["score"], DIGITS),
+            "path": [node["label"] for node in result["path"]],
+            "truncated": result["truncated"],
+        }
+        if self.answers:
+            found["answer"] = [node["label"] for node in result["answer"]]
+        if self.leaves:
+            every = {label: probability for level in result["levels"] for label, probability in level.items()}
+            found["probabilities"] = {label: round(every[label], DIGITS) for label in self.leaves}
+        return found
+
+    @contextmanager
+    def open(self, file: Path, suffix: str) -> Iterator[Callable[[list[str]], None]]:
+        """A function that takes rows as lines of JSON, and writes them into a new file of a kind."""
+        if suffix == ".parquet":
+            schema = self.schema()
+            with pyarrow.parquet.ParquetWriter(file, schema) as writer:
+                yield lambda lines: writer.write_table(pyarrow.Table.from_pylist(self.typed(lines), schema=schema))
+            return
+        with file.open("w", encoding="utf-8", newline="") as stream:
+            if suffix == ".csv":
+                table = csv.writer(stream, lineterminator="\n")
+                table.writerow([*self.names(), *(f"probability of {leaf}" for leaf in self.leaves)])
+                yield lambda lines: table.writerows(self.cells(json.loads(line)) for line in lines)
+            else:
+                yield stream.writelines
+            flush(stream)
+
+    def names(self) -> list[str]:
+        return ["id" if self.by_id else "row", "label", "score", "path", "truncated", *["answer"][: self.answers]]
+
+    def cells(self, row: dict[str, Any]) -> list[Any]:
+        """Paths and answers as text, probabilities in columns of their own."""
+        flat = {**row, "path": " > ".join(row["path"]), "answer": " | ".join(row.get("answer", []))}
+        return [*(flat[name] for name in self.names()), *row.get("probabilities", {}).values()]
+
+    def schema(self) -> pyarrow.Schema:
+        names = pyarrow.list_(pyarrow.string())
+        types = {"row": pyarrow.int64(), "id": pyarrow.string(), "label": pyarrow.string(), "score": pyarrow.float64()}
+        types |= {"path": names, "answer": names, "truncated": pyarrow.bool_()}
+        fields = [(name, types[name]) for name in self.names()]
+        if self.leaves:
+            fields.append(("probabilities", pyarrow.struct([(leaf, pyarrow.float64()) for leaf in self.leaves])))
+        return pyarrow.schema(fields)
+
+    def typed(self, lines: list[str]) -> list[dict[str, Any]]:
+        """Rows whose ids, numbers or texts in JSON, are all texts."""
+        rows = [json.loads(line) for line in lines]
+        return [row | {"id": str(row["id"])} if row.get("id") is not None else row for row in rows]
+
+
+def digest_of(chunk: list[Record]) -> str:
+    """A fingerprint of what was read."""
+    digest = hashlib.sha256()
+    for record in chunk:
+        digest.update(repr((record.source, record.line, record.id, record.text, record.problem)).encode())
+    return digest.hexdigest()
+
+
+def check_options(file: Path, options: dict[str, Any]) -> None:
+    """Keeps the options of a run in a file.
+
+    Raises:
+        InputError: it holds those of a run with others.
+    """
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(options))
+    known = json.loads(file.read_text(encoding="utf-8"))
+    other = [name for name, value in options.items() if known.get(name) != value]
+    if other:
+        raise InputError(
+            f"{file.parent} was begun with another {', '.join(other)}: give the same, or --overwrite to start anew"
+        )
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes a file so that it is there whole or not at all."""
+    new = Path(f"{file}.{os.getpid()}.new")
+    try:
+        with new.open("w", encoding="utf-8", newline="") as stream:
+            stream.write(text)
+            flush(stream)
+        new.replace(file)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def flush(stream: TextIO) -> None:
+    """Has all that was written on the disk."""
+    stream.flush()
+    os.fsync(stream.fileno())
 
 
 def to_json_lines(rows: list[dict]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def to_csv(rows: list[dict], header: bool) -> str:
-    """Paths and answers as text, probabilities in columns of their own."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    for row in rows:
-        probabilities = row.pop("probabilities", {})
-        row = {**row, "path": " > ".join(row["path"])} | {f"probability of {k}": v for k, v in probabilities.items()}
-        if "answer" in row:
-            row["answer"] = " | ".join(row["answer"])
-        if header:
-            writer.writerow(row)
-            header = False
-        writer.writerow(row.values())
-    return stream.getvalue()
-
-
-def to_parquet(lines: Path, target: Path) -> None:
-    """A Parquet file of JSON lines, `ROWS` at a time."""
-    writer = None
-    try:
-        with lines.open(encoding="utf-8") as stream:
-            while rows := [json.loads(line) for line in islice(stream, ROWS)]:
-                if writer is None:
-                    schema = parquet_schema(rows[0])
-                    writer = pyarrow.parquet.ParquetWriter(target, schema)
-                if "id" in rows[0]:
-                    rows = [{**row, "id": None if row["id"] is None else str(row["id"])} for row in rows]
-                writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
-        if writer is None:  # no row could be read
-            pyarrow.parquet.write_table(pyarrow.table({}), target)
-    finally:
-        if writer is not None:
-            writer.close()
-
-
-def parquet_schema(row: dict) -> pyarrow.Schema:
-    names = pyarrow.list_(pyarrow.string())
-    types = {"row": pyarrow.int64(), "id": pyarrow.string(), "label": pyarrow.string(), "score": pyarrow.float64()}
-    types |= {"path": names, "answer": names, "truncated": pyarrow.bool_()}
-    if "probabilities" in row:
-        types["probabilities"] = pyarrow.struct([(label, pyarrow.float64()) for label in row["probabilities"]])
-    return pyarrow.schema([(name, types[name]) for name in row])
-
-
 class Bar:
-    """Progress on standard error: the share of the input, rows, rows a second, and the time that is left."""
+    """Progress on standard error: the share of the input, rows, rows a second, and the time that is left.
 
-    def __init__(self, rows: int):
-        self.rows, self.since, self.started = rows, 0, time.monotonic()
+    Attributes:
+        span: from the share of the present file to that of all.
+    """
+
+    def __init__(self, show: bool):
+        self.rows, self.started = 0, time.monotonic()
+        self.span: Callable[[float | None], float] = lambda done: done or 0.0
         form = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-        self.bar = tqdm(total=100, bar_format=form, disable=None)
+        self.bar = tqdm(total=100, bar_format=form, disable=None if show else True)
 
     def move(self, rows: int, done: float | None) -> None:
-        self.rows, self.since = self.rows + rows, self.since + rows
-        self.bar.n = 100 * (done or 0.0)
-        speed = self.since / (time.monotonic() - self.started)
+        self.rows += rows
+        self.bar.n = 100 * self.span(done)
+        speed = self.rows / (time.monotonic() - self.started)
         self.bar.set_postfix_str(f"{self.rows:,} rows, {speed:.1f} rows/s")
 
     def __enter__(self) -> "Bar":

@@ -253,6 +253,6 @@ def test_an_error_in_a_batch_comes_out_and_no_thread_stays(checkpoint):
     broken = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True)
     broken.model.heads.weight = nn.Parameter(torch.zeros(1, 1))
     before = threading.active_count()
-    with pytest.raises(RuntimeError, match="shapes|size"):
+    with pytest.raises(RuntimeError, match=r"shapes|size"):
         broken(TEXTS)
     assert threading.active_count() == before

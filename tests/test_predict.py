@@ -56,7 +56,7 @@ def test_answers_are_those_of_the_stock_pipeline_and_bad_rows_stand_apart(checkp
     words = ("--model", checkpoint, "--input", tmp_path / "in.csv", "--id_column", "id", "--dtype", "fp32")
     done = predict(*words, "--output", tmp_path / "out.jsonl", "--probabilities", "--coverage", 0.9, check=False)
     assert done.returncode == 1
-    assert f"20 rows classified: {tmp_path / 'out.jsonl'}; 5 could not be read" in done.stderr
+    assert f"done: {tmp_path / 'out.jsonl'}; 5 rows could not be read" in done.stderr
     assert "never closed" not in done.stderr
 
     found = read_json_lines(tmp_path / "out.jsonl")
@@ -115,25 +115,24 @@ def test_every_kind_of_input_and_output_says_the_same(checkpoint, texts, tmp_pat
 
 
 def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_bytes(checkpoint, texts, tmp_path):
-    rows = pd.DataFrame({"text": [f"{i} {texts[i % 20]}" for i in range(6500)]})
+    rows = pd.DataFrame({"text": [f"{i} {texts[i % 20][:60]}" for i in range(6500)]})
     rows.loc[[7, 1500, 4400], "text"] = ""
     rows.to_csv(tmp_path / "in.csv", index=False)
     words = ("--model", checkpoint, "--input", tmp_path / "in.csv", "--output")
     unbroken, broken = tmp_path / "unbroken.jsonl", tmp_path / "broken.jsonl"
     assert predict(*words, unbroken, check=False).returncode == 1
-    line, state, kills = [sys.executable, str(ROOT / "predict.py"), *map(str, (*words, broken))], None, 0
-    while kills < 3:
+    line, parts = [sys.executable, str(ROOT / "predict.py"), *map(str, (*words, broken))], 0
+    for kill in (signal.SIGINT, signal.SIGKILL, signal.SIGKILL):
         process = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.DEVNULL)
-        file = Path(f"{broken}.state.json")
-        while process.poll() is None and (not file.exists() or file.read_text() == state):
+        while process.poll() is None and len(list(Path(f"{broken}.parts").glob("0*.jsonl"))) <= parts:
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL if kills else signal.SIGINT)
-        process.wait()
+        process.send_signal(kill)
+        assert process.wait() == (130 if kill == signal.SIGINT else -kill)
         assert not broken.exists()
-        state, kills = file.read_text(), kills + 1
+        parts = len(list(Path(f"{broken}.parts").glob("0*.jsonl")))
     for other, message in (
         (("--probabilities",), "begun with another probabilities"),
-        (("--dtype", "fp32", "--batch_size", 3), "begun with another"),
+        (("--dtype", "fp32", "--batch_size", 3), "begun with another dtype, batch_size"),
     ):
         refused = predict(*words, broken, *other, check=False)
         assert refused.returncode == 2
@@ -146,13 +145,77 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_bytes(checkpoint, t
     (tmp_path / "in.csv").write_bytes(original)
     done = predict(*words, broken, check=False)
     assert done.returncode == 1
-    assert "going on after" in done.stderr
-    assert broken.read_bytes() == unbroken.read_bytes()
-    errors = [Path(f"{path}.errors.jsonl").read_bytes() for path in (broken, unbroken)]
-    assert errors[0] == errors[1]
-    assert [json.loads(line)["row"] for line in errors[0].splitlines()] == [7, 1500, 4400]
+    assert "went on after" in done.stderr
+    assert_same_files(broken, unbroken)
+    assert [row["row"] for row in read_json_lines(f"{broken}.errors.jsonl")] == [7, 1500, 4400]
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"in.csv", *(f"{path.name}{end}" for path in (broken, unbroken) for end in ("", ".errors.jsonl"))}
+
+
+def assert_same_files(one: Path, other: Path) -> None:
+    """With those of their errors."""
+    assert one.read_bytes() == other.read_bytes()
+    assert Path(f"{one}.errors.jsonl").read_bytes() == Path(f"{other}.errors.jsonl").read_bytes()
+
+
+def launch(*words: object) -> subprocess.CompletedProcess:
+    """predict.py in two processes."""
+    config = ROOT / "recipes" / "accelerate" / "ddp.yaml"
+    line = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2",
+            str(ROOT / "predict.py"), *map(str, words)]  # fmt: skip
+    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=300)
+
+
+def test_two_processes_write_what_one_does_in_the_order_of_the_input(checkpoint, texts, tmp_path):
+    rows = pd.DataFrame({"text": [f"{i} {texts[i % 20][:60]}" for i in range(3500)]})
+    rows.loc[[7, 3400], "text"] = ""
+    rows.to_csv(tmp_path / "in.csv", index=False)
+    words = ("--model", checkpoint, "--input", tmp_path / "in.csv", "--probabilities", "--output")
+    assert predict(*words, tmp_path / "one.jsonl", check=False).returncode == 1
+    done = launch(*words, tmp_path / "two.jsonl")
+    assert "2 rows could not be read" in done.stderr
+    assert_same_files(tmp_path / "two.jsonl", tmp_path / "one.jsonl")
+    assert not list(tmp_path.glob("*.parts"))
+
+
+def test_shards_in_shards_out_and_a_lost_one_costs_itself_alone(checkpoint, texts, tmp_path):
+    for i in range(3):
+        frame = pd.DataFrame({"text": [f"{i} {text}" for text in texts], "key": [f"{i}-{j}" for j in range(20)]})
+        frame.to_parquet(tmp_path / f"part-{i}.parquet")
+    good = (tmp_path / "part-1.parquet").read_bytes()
+    words = ("--model", checkpoint, "--input", tmp_path / "part-*.parquet", "--id_column", "key", "--output")
+    predict(*words, f"{tmp_path}/one/")
+    # a shard that is broken in its middle, where the schema does not show it
+    (tmp_path / "part-1.parquet").write_bytes(good[:60] + bytes(100) + good[160:])
+    refused = predict(*words, f"{tmp_path}/two/", check=False)
+    assert refused.returncode == 2
+    (tmp_path / "part-1.parquet").write_bytes(good)
+    done = launch(*words, f"{tmp_path}/two/")
+    assert done.returncode == 0, done.stderr
+    for i in range(3):
+        expected = (tmp_path / "one" / f"part-{i}.parquet").read_bytes()
+        assert (tmp_path / "two" / f"part-{i}.parquet").read_bytes() == expected
+        read = pd.read_parquet(tmp_path / "two" / f"part-{i}.parquet")
+        assert list(read["id"]) == [f"{i}-{j}" for j in range(20)]
+    (tmp_path / "two" / "part-2.parquet").unlink()
+    stamp = (tmp_path / "two" / "part-0.parquet").stat().st_mtime_ns
+    predict(*words, f"{tmp_path}/two/")
+    assert (tmp_path / "two" / "part-0.parquet").stat().st_mtime_ns == stamp
+    assert (tmp_path / "two" / "part-2.parquet").read_bytes() == expected
+    refused = predict(*words, f"{tmp_path}/two/", "--probabilities", check=False)
+    assert refused.returncode == 2
+    assert "begun with another probabilities" in refused.stderr
+
+
+def test_int8_answers_nearly_as_float32_does(checkpoint, texts, tmp_path):
+    pd.DataFrame({"text": texts}).to_csv(tmp_path / "in.csv", index=False)
+    words = ("--model", checkpoint, "--input", tmp_path / "in.csv", "--probabilities", "--output")
+    predict(*words, tmp_path / "a.jsonl", "--dtype", "fp32")
+    predict(*words, tmp_path / "b.jsonl", "--dtype", "int8")
+    pairs = list(zip(*(read_json_lines(tmp_path / name) for name in ("a.jsonl", "b.jsonl")), strict=True))
+    assert any(a != b for a, b in pairs)
+    for a, b in pairs:
+        assert b["probabilities"] == pytest.approx(a["probabilities"], abs=0.02)
 
 
 @pytest.mark.parametrize(
