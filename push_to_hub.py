@@ -19,6 +19,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from training import InputError, card, one_line
+from training.export import ONNX_FILE, export_onnx
 from training.hub import (
     ADAPTER_FORM,
     CHECKPOINT_FILES,
@@ -70,6 +71,9 @@ def main(argv: list[str]) -> None:
             merge(folder, Path(scratch))
             folder = Path(scratch)
         files: Files = {name: folder / name for name in checkpoint_files(folder)}
+        if arguments.onnx:
+            export_onnx(folder, Path(scratch))
+            files[ONNX_FILE] = Path(scratch) / ONNX_FILE
         text = (folder / "README.md").read_text(encoding="utf-8")
         files["README.md"] = card.rename(text, target.repo_id, merged=arguments.merge).encode()
         if arguments.dry_run:
@@ -92,6 +96,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--merge", action="store_true", help="one self-contained model, which needs no encoder beside it"
     )
+    parser.add_argument("--onnx", action="store_true", help="add onnx/model.onnx, for ONNX Runtime and transformers.js")
     parser.add_argument("--space_id", help="user/name of a Space that serves the model")
     parser.add_argument("--revision", help="the branch to commit to, created if it is not there; main by default")
     parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")

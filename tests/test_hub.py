@@ -11,6 +11,8 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import pytest
 import torch
 from conftest import CORPUS, ROOT, read_csv, run, stranger, write_csv
@@ -153,6 +155,20 @@ def test_publishing_again_makes_no_commit_and_a_change_makes_one(hub, checkpoint
     assert hub.files("alice/again").keys() == ADAPTER_REPOSITORY - {"plots/training_curves.png"}
     run(*words, "--merge", command="push_to_hub.py", settings=environment)
     assert hub.files("alice/again").keys() == MERGED_REPOSITORY - {"plots/training_curves.png"}
+
+
+def test_an_onnx_file_answers_as_the_model_does_for_any_batch_and_length(hub, checkpoint, expected, tmp_path):
+    words = ["--model", checkpoint, "--repo_id", "alice/onnx", "--onnx"]
+    run(*words, command="push_to_hub.py", settings=settings(hub, tmp_path / "home", "hf_alice"))
+    files = hub.files("alice/onnx")
+    assert files.keys() == ADAPTER_REPOSITORY | {"onnx/model.onnx"}
+    session = onnxruntime.InferenceSession(files["onnx/model.onnx"], providers=["CPUExecutionProvider"])
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
+    leaves = expected[:, : session.get_outputs()[0].shape[1]].softmax(-1).numpy()
+    for texts, wanted in ((TEXTS, leaves), (TEXTS[:1], leaves[:1]), (TEXTS * 3, np.tile(leaves, (3, 1)))):
+        inputs = tokenizer(texts, padding=True, return_tensors="np")
+        (logits,) = session.run(["logits"], {one.name: inputs[one.name] for one in session.get_inputs()})
+        np.testing.assert_allclose(np.exp(logits) / np.exp(logits).sum(1, keepdims=True), wanted, atol=1e-3)
 
 
 def test_a_dry_run_lists_the_files_and_sends_nothing(hub, checkpoint, tmp_path):

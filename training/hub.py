@@ -36,6 +36,7 @@ from safetensors import SafetensorError, safe_open
 from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import ADAPTER_SUBFOLDER, ADAPTER_WEIGHTS, HEADS_WEIGHTS, SHIPPED_FILES
 from training import InputError, one_line
+from training.export import ONNX_FILE
 
 ADAPTER_FORM = (HEADS_WEIGHTS, f"{ADAPTER_SUBFOLDER}/adapter_config.json", f"{ADAPTER_SUBFOLDER}/{ADAPTER_WEIGHTS}")
 WHOLE_FORM = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
@@ -49,6 +50,7 @@ CHECKPOINT_FILES = (
     *ADAPTER_FORM,
     *WHOLE_FORM,
     *TOKENIZER_FILES,
+    ONNX_FILE,
 )
 SPACE_FILES = ("README.md", "app.py", "requirements.txt")
 SPACE_TAG = "hierarchical-text-classification"  # in the front matter of our Spaces
