@@ -460,6 +460,12 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             remove_other_form(Path(save_directory), self.has_adapter)
             for name in SHIPPED_FILES:
                 source, target = Path(__file__).parent / name, Path(save_directory) / name
+                if (
+                    not source.is_file()
+                ):  # of remote code transformers has only the files that it imported beside this one
+                    source = Path(
+                        cached_file(self.name_or_path, name, revision=getattr(self.config, "_commit_hash", None))
+                    )
                 if source.resolve() != target.resolve():
                     shutil.copyfile(source, target)
 
@@ -571,14 +577,24 @@ def load_encoder(config: HierarchicalConfig, **kwargs: Any) -> PreTrainedModel:
             f"{revision!r}: a branch can move, and the encoder with it"
         )
     with quiet_loading():
-        encoder, info = AutoModel.from_pretrained(
-            name,
-            config=config.text_config,
-            revision=revision,
-            output_loading_info=True,
-            **without_pooler(config.text_config),
-            **kwargs,
-        )
+        try:
+            encoder, info = AutoModel.from_pretrained(
+                name,
+                config=config.text_config,
+                revision=revision,
+                output_loading_info=True,
+                trust_remote_code=False,  # else transformers asks at a terminal
+                **without_pooler(config.text_config),
+                **kwargs,
+            )
+        except Exception as error:
+            if "ignore_mismatched_sizes" in str(error):
+                said = f"the weights of {name} have other shapes than the encoder's configuration says"
+            elif type(error).__name__ == "UnpicklingError":  # its message tells how to run what is in the file
+                said = f"{name} holds a .bin file with more than tensors, which could run code: it is not loaded"
+            else:
+                raise
+            raise ValueError(said) from error
     encoder.vocab_size_at_load = config.text_config.vocab_size
     if info["missing_keys"]:
         raise ValueError(

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from transformers import Pipeline, pipeline
 from transformers.utils import cached_file
 
-from training import InputError, one_line
+from training import InputError, asked_traceback, leave, one_line
 from training.arguments import has_bf16
 from training.records import KINDS, Record, find_inputs, read_records
 from training.resume import is_full_disk
@@ -362,17 +362,17 @@ class Bar:
 
 
 if __name__ == "__main__":
-    said, code = None, 2
+    said, code, trace = None, 2, ""
     try:
         code = main(sys.argv[1:])
     except InputError as error:
-        said = str(error)
+        said, trace = str(error), asked_traceback()
     except KeyboardInterrupt:
         said, code = "stopped; the same command goes on where it was", 130
     except OSError as error:
         if not is_full_disk(error):
             raise
-        said = f"{one_line(error)}: make room; the same command goes on where it was"
+        said, trace = f"{one_line(error)}: make room; the same command goes on where it was", asked_traceback()
     if said is not None:
-        print(f"predict.py: error: {said}", file=sys.stderr)
+        leave("predict.py", said, code, trace)
     sys.exit(code)

@@ -9,9 +9,11 @@ import dataclasses
 import gc
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from configuration_hierarchical import HierarchicalConfig, Taxonomy, TaxonomyError
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from training import InputError, calibration, card, lexical, one_line, plots
+from training import InputError, asked_traceback, calibration, card, leave, lexical, one_line, plots, refusing
 from training.arguments import (
     DataArguments,
     HierarchicalTrainingArguments,
@@ -53,7 +55,7 @@ from training.data_report import log_report
 from training.hub import HUB_ERRORS, find_target, log_in, reason, refuse_local_encoder
 from training.losses import HierarchicalFocalLoss, node_counts
 from training.metrics import any_label_accuracy, bootstrap_intervals, build_compute_metrics, per_class_report
-from training.model import build_model, is_checkpoint, load_tokenizer, size_report
+from training.model import build_model, is_checkpoint, load_tokenizer, read_config, size_report
 from training.resume import find_checkpoint, is_full_disk
 from training.trainer import HierarchicalTrainer
 
@@ -67,10 +69,10 @@ def main(argv: list[str]) -> None:
     model_arguments, data_arguments, loss_arguments, training = parse(argv)
     set_up_logging(training)
     set_seed(training.seed)
-    if parse_flag_from_env("ACCELERATE_USE_FSDP") and training.device.type == "cpu":
+    if (training.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")) and training.device.type == "cpu":
         raise InputError("FSDP needs GPUs; for processes on CPUs use recipes/accelerate/ddp.yaml")
     checkpoint = is_checkpoint(model_arguments.model_name_or_path)
-    known = HierarchicalConfig.from_pretrained(model_arguments.model_name_or_path).tree if checkpoint else None
+    known = read_config(model_arguments.model_name_or_path).tree if checkpoint else None
     if training.do_train is None:
         training.do_train = not (training.do_eval or training.do_predict)
     check_output_folder(training)
@@ -100,6 +102,8 @@ def run_training(
     if "validation" not in data.splits:
         logger.info("no validation rows: no early stopping, and the last weights are kept")
         training.eval_strategy, training.load_best_model_at_end = "no", False
+    compute_metrics = build_compute_metrics(data.taxonomy)
+    check_best_metric(training, data.taxonomy, compute_metrics)
     output = Path(training.output_dir)
     resume_from = find_checkpoint(training.resume_from_checkpoint, training.output_dir)
     model = build_model(model_arguments, data.taxonomy, training.seed)
@@ -110,7 +114,7 @@ def run_training(
     tokenizer.model_max_length = max_length  # whoever loads it cuts texts where they were cut here
     splits, data.report["lengths"] = tokenized(data, tokenizer, max_length)
     if training.should_save:
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder(output)
         write_json(output / "data_report.json", data.report)
     log_report(data.report)
 
@@ -145,19 +149,20 @@ def run_training(
         )
 
     patience = training.early_stopping_patience if training.load_best_model_at_end else None
-    trainer = HierarchicalTrainer(
-        model=model,
-        args=training,
-        train_dataset=splits["train"],
-        eval_dataset=splits.get("validation"),
-        processing_class=tokenizer,
-        data_collator=collator(tokenizer),
-        compute_metrics=build_compute_metrics(data.taxonomy),
-        callbacks=[EarlyStoppingCallback(patience)] if patience else None,
-        loss_function=loss_function,
-        heads_learning_rate=training.heads_learning_rate,
-        write_card=write_card,
-    )
+    with refusing("cannot set up training"):
+        trainer = HierarchicalTrainer(
+            model=model,
+            args=training,
+            train_dataset=splits["train"],
+            eval_dataset=splits.get("validation"),
+            processing_class=tokenizer,
+            data_collator=collator(tokenizer),
+            compute_metrics=compute_metrics,
+            callbacks=[EarlyStoppingCallback(patience)] if patience else None,
+            loss_function=loss_function,
+            heads_learning_rate=training.heads_learning_rate,
+            write_card=write_card,
+        )
     size = size_report(model)
     log_setup(model_arguments, training, size)
     trained = trainer.train(resume_from_checkpoint=resume_from)
@@ -205,6 +210,19 @@ def run_training(
         push(trainer)
 
 
+def check_best_metric(
+    training: HierarchicalTrainingArguments,
+    taxonomy: Taxonomy,
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]],
+) -> None:
+    """Raises InputError where evaluation will not measure ``--metric_for_best_model``."""
+    deepest = max(range(taxonomy.num_leaves), key=taxonomy.levels.__getitem__)  # a document that reaches every level
+    measured = compute_metrics(EvalPrediction(np.zeros((1, taxonomy.num_leaves)), np.array([deepest])))
+    asked, known = training.metric_for_best_model, ["loss", *measured]
+    if training.load_best_model_at_end and asked.removeprefix("eval_") not in known:
+        raise InputError(f"--metric_for_best_model {asked} is not measured; it is one of {', '.join(known)}")
+
+
 def check_hub(training: HierarchicalTrainingArguments, model: HierarchicalForSequenceClassification) -> None:
     """Refuses, before training, what could not be published after it."""
     if model.has_adapter:
@@ -245,7 +263,8 @@ def score_checkpoint(
         raise InputError("nothing to score: give --validation_file or --test_file")
     if "test" in data.report["split"]["carved"]:
         raise InputError("only a part of --data_path would be scored: give the whole file as --test_file")
-    tokenizer = AutoTokenizer.from_pretrained(model_arguments.model_name_or_path, trust_remote_code=True)
+    with refusing(f"cannot load the tokenizer of {model_arguments.model_name_or_path}"):
+        tokenizer = AutoTokenizer.from_pretrained(model_arguments.model_name_or_path, trust_remote_code=True)
     max_length = length_limit(data_arguments.max_length, tokenizer)
     splits, data.report["lengths"] = tokenized(data, tokenizer, max_length)
     log_report(data.report)
@@ -253,7 +272,7 @@ def score_checkpoint(
     metrics, logits = evaluate(trainer, splits, training)
     if training.should_save:
         output = Path(training.output_dir)
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder(output)
         write_json(output / "metrics.json", {**metrics, **per_class(data.taxonomy, logits, splits)})
         write_json(output / "data_report.json", data.report)
         draw(data.taxonomy, logits, splits, output / "plots")
@@ -270,7 +289,9 @@ def served_trainer(
     folder: str | None = None,
 ) -> HierarchicalTrainer:
     """A Trainer over the checkpoint as a user loads it: by `AutoModel`, over a full-precision encoder, no autocast."""
-    model: PreTrainedModel = AutoModel.from_pretrained(folder or training.output_dir, trust_remote_code=True)
+    folder = folder or training.output_dir
+    with refusing(f"cannot load the checkpoint {folder}"):
+        model: PreTrainedModel = AutoModel.from_pretrained(folder, trust_remote_code=True)
     plain = dataclasses.replace(
         training,
         bf16=False,
@@ -441,8 +462,14 @@ def precision(training: HierarchicalTrainingArguments) -> str:
 def check_output_folder(training: HierarchicalTrainingArguments) -> None:
     """Refuses to write over a finished or started run."""
     output = Path(training.output_dir)
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output_dir {output} is not a folder")
+    try:
+        there = next(path for path in (output, *output.absolute().parents) if path.exists())
+    except OSError as error:
+        raise InputError(f"--output_dir {output}: {error.strerror}") from error
+    if not there.is_dir():
+        raise InputError(f"--output_dir {output}: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"--output_dir {output}: {there} may not be written to")
     if not output.is_dir() or training.overwrite_output_dir or training.resume_from_checkpoint is not None:
         return
     if (output / "config.json").exists() or get_last_checkpoint(str(output)) is not None:
@@ -498,6 +525,13 @@ def log_metrics(metrics: dict[str, float]) -> None:
             logger.info("%-24s" + " %10s" * len(splits), name, *shown)
 
 
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {path}: {error.strerror}") from error
+
+
 def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -513,18 +547,23 @@ def failure(error: Exception) -> str | None:
             f"{one_line(error)}; --auto_find_batch_size true finds a batch that fits and accumulates to the same size, "
             "--gradient_checkpointing true needs less memory"
         )
+    if isinstance(error, ImportError) and "install" in str(
+        error
+    ):  # what a flag needs and requirements.txt does not have
+        return one_line(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
     return None
 
 
 if __name__ == "__main__":
-    said = None
+    said, trace = None, ""
     try:
         main(sys.argv[1:])
     except Exception as error:
-        said = failure(error)
+        said, trace = failure(error), asked_traceback()
         if said is None:
             raise
     if said is not None:
         gc.collect()  # the run, and its progress bars with it, which write once more
-        print(f"train.py: error: {said}", file=sys.stderr)
-        sys.exit(2)
+        leave("train.py", said, trace=trace)

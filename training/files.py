@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow
+import pyarrow.parquet
 
-from training import InputError
+from training import InputError, one_line
 
 TEXT_COLUMNS = ("medical_abstract", "abstract", "text", "sentence", "content", "document")
 FILE_KINDS = ".csv, .tsv, .json, .jsonl, .ndjson or .parquet"
@@ -39,7 +40,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
         ".json": _read_json,
         ".jsonl": _read_json_lines,
         ".ndjson": _read_json_lines,
-        ".parquet": pd.read_parquet,
+        ".parquet": _read_parquet,
     }
     if not path.exists():
         raise InputError(f"cannot read {path}: there is no such file")
@@ -49,10 +50,12 @@ def read_table(path: str | Path) -> pd.DataFrame:
         table = readers[path.suffix.lower()](path)
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: save it as UTF-8") from error
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{path} is not a Parquet file, or damaged: {one_line(error)}") from error
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or type(error).__name__}") from error
-    except pyarrow.ArrowInvalid as error:
-        raise InputError(f"{path} is not a Parquet file") from error
+        raise InputError(f"cannot read {path}: {error.strerror or one_line(error)}") from error
+    except RecursionError as error:
+        raise InputError(f"{path} is nested too deeply: expected a flat object a row") from error
     if not len(table):
         raise InputError(f"{path} has no rows")
     return table
@@ -93,10 +96,20 @@ def _records(path: Path, separator: str) -> Iterator[list[str]]:
         csv.field_size_limit(limit)
 
 
+def _read_parquet(path: Path) -> pd.DataFrame:
+    names = pyarrow.parquet.read_schema(path).names
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"{path} has two columns called {twice!r}")
+    return pd.read_parquet(path)
+
+
 def _read_json(path: Path) -> pd.DataFrame:
     try:
         records = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
+    except UnicodeDecodeError:
+        raise
+    except ValueError as error:  # of the syntax, or a number of thousands of digits
         raise InputError(f"{path} is not JSON: {error}") from error
     if isinstance(records, dict):
         records = records.get("data")
@@ -112,8 +125,9 @@ def _read_json_lines(path: Path) -> pd.DataFrame:
             if line.strip():
                 try:
                     records.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{path}, line {number}, is not JSON: {error.msg}") from error
+                except ValueError as error:  # of the syntax, or a number of thousands of digits
+                    reason = getattr(error, "msg", error)
+                    raise InputError(f"{path}, line {number}, is not JSON: {reason}") from error
     return _from_records(records, path)
 
 
