@@ -70,6 +70,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             raise ValueError(
                 "this pipeline needs a tokenizer of the `tokenizers` library, to follow texts into windows"
             )
+        check_tokenizer(self.tokenizer, self.model)
         self.tree = self.model.config.tree  # built anew each time it is asked for
 
     def _sanitize_parameters(
@@ -187,6 +188,8 @@ class HierarchicalTextClassificationPipeline(Pipeline):
     ) -> dict | list[dict]:
         """A result as the class describes it, or with ``top_k`` a list of them, from the probabilities of the nodes."""
         tree, nodes = self.tree, classified["nodes"]
+        if math.isnan(sum(nodes)):
+            raise ValueError("the model's probabilities are no numbers: its weights are damaged")
         levels: list[dict[str, float]] = [{} for _ in range(tree.depth)]
         for node in tree.reading_order:
             levels[tree.levels[node] - 1][tree.labels[node]] = nodes[node]
@@ -280,6 +283,19 @@ def growing_answers(tree: Taxonomy, leaves: list[int]) -> Iterator[tuple[int, se
 def check_number(name: str, value: Any, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+
+
+def check_tokenizer(tokenizer: Any, model: Any) -> None:
+    """Raises ValueError where texts would become token ids or positions that the encoder has no vectors for."""
+    embeddings = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embeddings:
+        raise ValueError(f"the tokenizer has {len(tokenizer):,} tokens, the encoder {embeddings:,}: it is another's")
+    positions = getattr(model.config.text_config, "max_position_embeddings", None)
+    if positions is not None and tokenizer.model_max_length > positions:
+        raise ValueError(
+            f"the tokenizer's model_max_length {tokenizer.model_max_length:,} is beyond the encoder's {positions:,} "
+            "positions: set it in tokenizer_config.json"
+        )
 
 
 def is_sequence(value: Any) -> bool:
