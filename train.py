@@ -9,7 +9,6 @@ import dataclasses
 import gc
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -52,6 +51,7 @@ from training.arguments import (
 from training.calibration import conformal_scores, fit_thresholds
 from training.data import LabelledSplits, load_splits, tokenize
 from training.data_report import log_report
+from training.files import check_writable
 from training.hub import HUB_ERRORS, find_target, log_in, reason, refuse_local_encoder
 from training.losses import HierarchicalFocalLoss, node_counts
 from training.metrics import any_label_accuracy, bootstrap_intervals, build_compute_metrics, per_class_report
@@ -462,14 +462,7 @@ def precision(training: HierarchicalTrainingArguments) -> str:
 def check_output_folder(training: HierarchicalTrainingArguments) -> None:
     """Refuses to write over a finished or started run."""
     output = Path(training.output_dir)
-    try:
-        there = next(path for path in (output, *output.absolute().parents) if path.exists())
-    except OSError as error:
-        raise InputError(f"--output_dir {output}: {error.strerror}") from error
-    if not there.is_dir():
-        raise InputError(f"--output_dir {output}: {there} is not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"--output_dir {output}: {there} may not be written to")
+    check_writable("--output_dir", output)
     if not output.is_dir() or training.overwrite_output_dir or training.resume_from_checkpoint is not None:
         return
     if (output / "config.json").exists() or get_last_checkpoint(str(output)) is not None:

@@ -10,6 +10,7 @@ Worth knowing:
 import csv
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -151,7 +152,7 @@ def find_column(tables: dict[str, pd.DataFrame], asked: str | None, candidates: 
     for name, table in tables.items():
         wanted = candidates if asked is None else (asked,)
         if not any(column in table.columns for column in wanted):
-            columns = ", ".join(map(repr, table.columns))
+            columns = listed(table.columns)
             if asked is None:
                 raise InputError(f"{name}: no column is called {', '.join(wanted)}; give {flag}, one of {columns}")
             raise InputError(f"{name} has no column {asked!r} ({flag}); it has {columns}")
@@ -161,6 +162,29 @@ def find_column(tables: dict[str, pd.DataFrame], asked: str | None, candidates: 
     if not common:
         raise InputError(f"{', '.join(tables)} have no column in common for {flag}: rename it in one of them")
     return common[0]
+
+
+def listed(names: Iterable[str], most: int = 20) -> str:
+    """Names of columns for a message: not all of thousands, and not all of a text that stands where a name should."""
+    names = list(names)
+    shown = [repr(name if len(name) <= 60 else name[:60] + "…") for name in map(str, names[:most])]
+    return ", ".join([*shown, f"and {len(names) - most:,} more"] if len(names) > most else shown)
+
+
+def check_writable(flag: str, path: Path) -> None:
+    """Refuses a folder that cannot be made or written to, as far as can be told without making it.
+
+    Raises:
+        InputError: it or a folder above it is a file, or may not be written to, or its name is too long.
+    """
+    try:
+        there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    except OSError as error:
+        raise InputError(f"{flag} {path}: {error.strerror}") from error
+    if not there.is_dir():
+        raise InputError(f"{flag} {path}: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{flag} {path}: {there} may not be written to")
 
 
 def read_texts(table: pd.DataFrame, column: str, name: str) -> list[str]:
