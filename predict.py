@@ -36,6 +36,7 @@ from transformers.utils import cached_file
 
 from training import InputError, asked_traceback, leave, one_line
 from training.arguments import has_bf16
+from training.files import check_writable
 from training.records import KINDS, Record, find_inputs, read_records
 from training.resume import is_full_disk
 
@@ -49,6 +50,7 @@ def main(argv: list[str]) -> int:
     arguments = parse(argv)
     output = Path(arguments.output)
     inputs = find_inputs(arguments.input, arguments.input_format)
+    check_writable("--output", output.parent)
     if output.exists() and not arguments.overwrite:
         raise InputError(f"--output {output} is there already: give another name, or --overwrite")
     records = read_records(inputs, arguments.text_column, arguments.id_column)
@@ -65,7 +67,10 @@ def main(argv: list[str]) -> int:
     with run, Bar(run.rows) as bar:
         while chunk := list(islice(records, ROWS)):
             readable = [record for record in chunk if record.problem is None]
-            results = classify([record.text for record in readable], batch_size=arguments.batch_size, **wanted)
+            try:
+                results = classify([record.text for record in readable], batch_size=arguments.batch_size, **wanted)
+            except ValueError as error:
+                raise InputError(f"{arguments.model}: {one_line(error)}") from error
             found = dict(zip(map(id, readable), results, strict=True))
             rows = [
                 line(run.rows + i, record, found[id(record)], arguments, leaves)
@@ -111,6 +116,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if Path(arguments.output).suffix not in OUTPUTS:
         raise InputError(f"--output {arguments.output}: its name must end in one of {', '.join(OUTPUTS)}")
+    if len(Path(arguments.output).name.encode()) > 200:  # it grows endings, and file systems take 255 bytes
+        raise InputError(f"--output {arguments.output}: the name is too long")
+    if arguments.revision is not None and Path(arguments.model).is_dir():
+        raise InputError(f"--revision {arguments.revision} does not apply to the folder {arguments.model}")
     if Path(arguments.output).is_dir():
         raise InputError(f"--output {arguments.output} is a folder")
     if arguments.batch_size < 1:
@@ -137,11 +146,25 @@ def load(arguments: argparse.Namespace) -> Pipeline:
             dtype=DTYPES[dtype],
             device=0 if gpu else "cpu",
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"cannot load the model {arguments.model}: {one_line(error)}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # loading runs transformers, and the checkpoint's own code
+        raise InputError(f"cannot load the model {arguments.model}: {cause(error)}") from error
     if arguments.coverage is not None and classify.model.config.conformal_thresholds is None:
         raise InputError(f"--coverage needs a checkpoint that was calibrated, which {arguments.model} is not")
     return classify
+
+
+def cause(error: Exception) -> str:
+    """Why a model cannot be loaded, in one line."""
+    if "Unknown task" in str(error):
+        return "it is not a checkpoint of this project: its config.json names no hierarchical pipeline"
+    if "See the original errors" in str(
+        error
+    ):  # transformers puts tracebacks into its message, which end with the cause
+        return str(error).strip().splitlines()[-1].partition(": ")[2]
+    plain = isinstance(error, (OSError, ValueError, ImportError))
+    return one_line(error) if plain else f"{type(error).__name__}: {one_line(error)}"
 
 
 def options(arguments: argparse.Namespace, classify: Pipeline) -> dict[str, Any]:
@@ -212,14 +235,17 @@ class Run:
             for file in (output, self.partial, self.state, self.errors, self.partial_errors):
                 file.unlink(missing_ok=True)
         elif self.state.exists():
-            known = json.loads(self.state.read_text(encoding="utf-8"))
-            other = [name for name, value in options.items() if known["options"].get(name) != value]
+            try:
+                known = json.loads(self.state.read_text(encoding="utf-8"))
+                other = [name for name, value in options.items() if known["options"].get(name) != value]
+                self.rows, self.problems, self.sizes = known["rows"], known["problems"], known["sizes"]
+                self.expected = known["digest"]
+            except (ValueError, TypeError, LookupError, AttributeError) as error:
+                raise InputError(f"{self.state} is damaged: --overwrite starts anew") from error
             if other:
                 raise InputError(
                     f"{self.partial} was begun with another {', '.join(other)}: give the same, or --overwrite to start anew"
                 )
-            self.rows, self.problems, self.sizes = known["rows"], known["problems"], known["sizes"]
-            self.expected = known["digest"]
 
     def skip(self, records: Iterator[Record]) -> None:
         """Reads what an earlier run has classified.
@@ -370,9 +396,10 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         said, code = "stopped; the same command goes on where it was", 130
     except OSError as error:
-        if not is_full_disk(error):
+        if not is_full_disk(error) and error.filename is None:
             raise
-        said, trace = f"{one_line(error)}: make room; the same command goes on where it was", asked_traceback()
+        remedy = "make room" if is_full_disk(error) else "it can be neither written nor read"
+        said, trace = f"{one_line(error)}: {remedy}; the same command goes on where it was", asked_traceback()
     if said is not None:
         leave("predict.py", said, code, trace)
     sys.exit(code)
