@@ -23,7 +23,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from training import InputError
+from training import InputError, one_line
 from training.files import TEXT_COLUMNS, has_half_surrogate, listed
 
 KINDS = ("csv", "tsv", "jsonl", "ndjson", "parquet")
@@ -112,7 +112,7 @@ def read_records(inputs: Sequence[tuple[str, str]], text_column: str | None, id_
         except (EOFError, gzip.BadGzipFile) as error:
             raise InputError(f"{name} is damaged or was not copied to its end: {error}") from error
         except OSError as error:
-            raise InputError(f"cannot read {name}: {error.strerror or error}") from error
+            raise InputError(f"cannot read {name}: {error.strerror or one_line(error)}") from error
         except pyarrow.ArrowException as error:
             raise InputError(f"{name} is not a Parquet file, or damaged: {str(error).splitlines()[0]}") from error
         before += size
