@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 # before it is imported: it asks for kernels from the Hub, whose code is not pinned
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -112,7 +112,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--dtype", choices=("auto", *DTYPES), default="auto", help="default: bf16 where the machine has it"
     )
     parser.add_argument("--batch_size", type=int, default=16, help="texts that go through the model together")
-    parser.error = refuse
+    parser.error = refuse  # type: ignore[method-assign]
     arguments = parser.parse_args(argv)
     if Path(arguments.output).suffix not in OUTPUTS:
         raise InputError(f"--output {arguments.output}: its name must end in one of {', '.join(OUTPUTS)}")
@@ -129,7 +129,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def refuse(message: str) -> None:
+def refuse(message: str) -> NoReturn:
     raise InputError(message)
 
 
@@ -195,7 +195,7 @@ def line(
     row: int, record: Record, result: dict[str, Any], arguments: argparse.Namespace, leaves: list[str]
 ) -> dict[str, Any]:
     """A row of the output."""
-    found = {"row": row} if arguments.id_column is None else {"id": record.id}
+    found: dict[str, Any] = {"row": row} if arguments.id_column is None else {"id": record.id}
     found |= {
         "label": result["label"],
         "score": round(result["score"], DIGITS),

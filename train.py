@@ -63,6 +63,11 @@ logger = logging.getLogger("train")
 
 NOTABLE_GAP = 0.005
 COVERAGE = 0.9  # of the answers that are measured
+AS_SERVED: dict[str, Any] = {  # what a Trainer must not do that only scores
+    **dict.fromkeys(("bf16", "fp16", "load_best_model_at_end", "push_to_hub"), False),
+    "report_to": [],
+    "eval_strategy": "no",
+}
 
 
 def main(argv: list[str]) -> None:
@@ -292,15 +297,7 @@ def served_trainer(
     folder = folder or training.output_dir
     with refusing(f"cannot load the checkpoint {folder}"):
         model: PreTrainedModel = AutoModel.from_pretrained(folder, trust_remote_code=True)
-    plain = dataclasses.replace(
-        training,
-        bf16=False,
-        fp16=False,
-        report_to=[],
-        eval_strategy="no",
-        load_best_model_at_end=False,
-        push_to_hub=False,
-    )
+    plain = dataclasses.replace(training, **AS_SERVED)
     return HierarchicalTrainer(
         model=model,
         args=plain,
@@ -315,7 +312,8 @@ def evaluate(
     trainer: HierarchicalTrainer, splits: DatasetDict, training: HierarchicalTrainingArguments
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Metrics of the validation rows (``eval_``) and the test rows (``test_``), and the leaf logits of each split."""
-    metrics, logits = {}, {}
+    metrics: dict[str, float] = {}
+    logits: dict[str, np.ndarray] = {}
     for split, asked in (("validation", training.do_eval), ("test", training.do_predict)):
         if split in splits and asked is not False:
             output = trainer.predict(splits[split], metric_key_prefix=card.PREFIXES[split])
@@ -366,7 +364,7 @@ def calibrate(
     fitted = calibration.fit(*known)
     thresholds = fit_thresholds(taxonomy, calibration.held_out(*known, texts["validation"]), labels["validation"])
     weight = fitted.lexical_weight
-    model.set_lexical_head(classifier.weights(weight) if weight else None)
+    model.set_lexical_head(classifier.weights(weight) if classifier is not None and weight else None)
     model.calibrate(fitted.temperatures, thresholds)
     shown = ", ".join(f"{temperature:.2f}" for temperature in fitted.temperatures)
     logger.info("calibrated on the validation rows: temperatures %s; weight of the lexical head %.2f", shown, weight)

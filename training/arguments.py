@@ -12,6 +12,7 @@ import difflib
 import json
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -129,7 +130,7 @@ class LossArguments:
 class HierarchicalTrainingArguments(TrainingArguments):
     """transformers' own arguments, with defaults for this task."""
 
-    output_dir: str | None = field(default="results", metadata={"help": "Where the checkpoint is written."})
+    output_dir: str = field(default="results", metadata={"help": "Where the checkpoint is written."})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Write into an output folder that already holds a checkpoint."}
     )
@@ -156,7 +157,7 @@ class HierarchicalTrainingArguments(TrainingArguments):
     )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
-    metric_for_best_model: str | None = field(default="macro_f1", metadata={"help": "What best means."})
+    metric_for_best_model: str = field(default="macro_f1", metadata={"help": "What best means."})
     early_stopping_patience: int | None = field(
         default=2, metadata={"help": "Evaluations without improvement before stopping; 0 to never stop early."}
     )
@@ -236,7 +237,7 @@ class Recipe(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def recipe_words(path: str | Path, flags: dict[str, bool], left_out: set[str] = frozenset()) -> list[str]:
+def recipe_words(path: str | Path, flags: dict[str, bool], left_out: Collection[str] = ()) -> list[str]:
     """The flags of a recipe as command-line words.
 
     Args:

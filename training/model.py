@@ -51,7 +51,7 @@ def read_config(folder: str) -> HierarchicalConfig:
         return HierarchicalConfig.from_pretrained(folder)
 
 
-def quantization_config(quantization: str) -> BitsAndBytesConfig | None:
+def quantization_config(quantization: str | None) -> BitsAndBytesConfig | None:
     """NF4 with double quantization and bfloat16 products (QLoRA: Dettmers et al., 2023), 8-bit, or None."""
     if quantization == "4bit":
         # FSDP shards parameters of one floating type alone: packed weights are then called what the others are

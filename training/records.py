@@ -113,7 +113,7 @@ def read_records(inputs: Sequence[tuple[str, str]], text_column: str | None, id_
             raise InputError(f"{name} is damaged or was not copied to its end: {error}") from error
         except OSError as error:
             raise InputError(f"cannot read {name}: {error.strerror or one_line(error)}") from error
-        except pyarrow.ArrowException as error:
+        except (pyarrow.ArrowException, UnicodeDecodeError) as error:
             raise InputError(f"{name} is not a Parquet file, or damaged: {str(error).splitlines()[0]}") from error
         before += size
 
