@@ -488,7 +488,9 @@ def encoder_config(given: dict) -> PretrainedConfig:
     """
     kind = given.get("model_type", "bert")
     try:
-        return AutoConfig.for_model(kind, **{name: value for name, value in given.items() if name != "model_type"})
+        config = AutoConfig.for_model(kind, **{name: value for name, value in given.items() if name != "model_type"})
+        config.to_dict()  # some values are looked at only when they are written
+        return config
     except Exception as error:  # each configuration checks its values in its own way
         raise ValueError(f"text_config is no configuration of a {kind!r} model: {error}") from error
 

@@ -70,7 +70,9 @@ def _read_delimited(path: Path) -> pd.DataFrame:
         raise InputError(f"{path} is empty") from error
     except pd.errors.ParserError as error:
         raise InputError(f"{path}: {str(error).strip().removeprefix('Error tokenizing data. C error: ')}") from error
-    header = next(_records(path, separator))
+    header = next(_records(path, separator), None)
+    if header is None:  # white space that pandas takes for a name
+        raise InputError(f"{path} is empty")
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
         raise InputError(f"{path} has two columns called {twice[0]!r}")
