@@ -456,6 +456,28 @@ def test_a_download_that_breaks_off_is_one_line_without_the_token(place):
     assert holding == []
 
 
+def test_a_run_with_hostile_names_keeps_to_its_folder_and_tells_no_token(place):
+    """Names of classes become parts of plots, of the card and of tables, but of no path; a token becomes part of nothing."""
+    tokens = ("hf_" + "inheritance" * 3, "hf_" + "argument" * 4)
+    names = ("../../../escaped", "/etc/escaped", "<script>alert(1)</script>", "=cmd|'/C calc'!A0")
+    lines = [f'text number {i},"{names[i % 4]}"\n' for i in range(64)]
+    (place / "hostile.csv").write_text("text,label\n" + "".join(lines))
+    before = {path for path in place.rglob("*") if path.is_file()}
+    done = run(
+        "--train_file", "hostile.csv", "--model_name_or_path", "encoder", "--output_dir", "results", "--label_separator", "|||",
+        "--hub_token", tokens[1], "--max_steps", 1, "--eval_strategy", "steps", "--eval_steps", 1, "--save_strategy", "steps",
+        "--save_steps", 1, "--report_to", "tensorboard", cwd=place, settings={"HF_TOKEN": tokens[0]},
+    )  # fmt: skip
+    written = {path for path in place.rglob("*") if path.is_file()} - before
+    assert {path.relative_to(place).parts[0] for path in written} == {"results"}
+    assert not any("escaped" in str(path) for path in [*written, *Path("/etc").glob("escaped*")])
+    for path in written:
+        assert not any(token.encode() in path.read_bytes() for token in tokens), path
+        if path.suffix == ".html":  # in README.md they stand in a fence; tests/test_card.py reads that
+            assert "<script>alert" not in path.read_text(encoding="utf-8"), path
+    assert not any(token in done.stdout + done.stderr for token in tokens)
+
+
 def test_a_full_disk_leaves_no_half_of_an_answer(place):
     disk = place / "disk"
     disk.mkdir()
