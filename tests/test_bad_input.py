@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT, run
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
@@ -24,6 +24,7 @@ import predict
 import push_to_hub
 import train
 from configuration_hierarchical import HierarchicalConfig, Taxonomy
+from modeling_hierarchical import SHIPPED_FILES
 from training import InputError
 from training.arguments import parse
 from training.model import build_model, load_tokenizer
@@ -78,9 +79,9 @@ DATA = ("--train_file", "good.csv")
 TRAIN = [
     (("--train_file", "utf16.csv"), "utf16.csv is not UTF-8 text: save it as UTF-8"),
     (("--train_file", "bytes.csv"), "bytes.csv is not UTF-8 text"),
-    (("--train_file", "one_class.csv"), "a taxonomy needs at least two leaves; this one has 1"),
-    (("--train_file", "one_row.csv"), "a taxonomy needs at least two leaves"),
-    (("--train_file", "mixed.json"), "a taxonomy needs at least two leaves"),
+    (("--train_file", "one_class.csv"), "every row has the label 'a'; at least two are needed"),
+    (("--train_file", "one_row.csv"), "every row has the label 'a'; at least two are needed"),
+    (("--train_file", "mixed.json"), "every row has the label '1'"),
     (("--train_file", "wide.csv"), "'column19', and 2,980 more"),
     (("--train_file", "long_header.csv"), "give --text_column, one of 'xxxx"),
     (("--train_file", "deep.json"), "deep.json is nested too deeply"),
@@ -363,9 +364,8 @@ def test_a_checkpoint_that_is_none(place, name):
     form, change, message = CHECKPOINTS[name]
     shutil.copytree(CHECKPOINT / form, place / "checkpoint")
     change(place / "checkpoint")
-    for file in ("configuration", "modeling", "pipeline"):  # the code of today, which a release will ship
-        if form != "encoder":
-            shutil.copy(CHECKPOINT.parent.parent / f"{file}_hierarchical.py", place / "checkpoint")
+    for file in SHIPPED_FILES if form != "encoder" else ():  # the code of today, which a release will ship
+        shutil.copy(ROOT / file, place / "checkpoint")
     words = ("--model", "checkpoint", "--input", "good.csv", "--output", "out.jsonl", "--dtype", "fp32")
     assert message in refusal(predict.main, *words)
 

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -17,11 +18,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
+from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import pipeline
 
 from configuration_hierarchical import HierarchicalConfig, Taxonomy, TaxonomyError
+from modeling_hierarchical import SHIPPED_FILES
 from training import InputError
 from training.arguments import parse
 from training.data import read_class_names
@@ -288,8 +291,12 @@ def test_recipes(file, content):
 
 
 @pytest.fixture(scope="module")
-def classify():
-    return pipeline("hierarchical-text-classification", model=str(CHECKPOINT / "whole_form"), trust_remote_code=True)
+def classify(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fuzz") / "checkpoint"
+    shutil.copytree(CHECKPOINT / "whole_form", folder)
+    for file in SHIPPED_FILES:  # the code of today
+        shutil.copy(ROOT / file, folder)
+    return pipeline("hierarchical-text-classification", model=str(folder), trust_remote_code=True)
 
 
 @given(

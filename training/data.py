@@ -382,6 +382,9 @@ def _from_labels(
         if not all(path):
             raise InputError(f"{_where(rows, label, columns)}: the label {label!r} has an empty name in its path")
         paths.add(path)
+    if len(paths) == 1:
+        only = arguments.label_separator.join(*paths)
+        raise InputError(f"column {' '.join(columns)!r}: every row has the label {only!r}; at least two are needed")
     try:
         return Taxonomy.from_paths(sorted(paths), arguments.label_separator)
     except TaxonomyError as error:

@@ -117,8 +117,10 @@ class Taxonomy:
     @staticmethod
     def _flatten(tree: Sequence | dict) -> tuple[list[tuple[str, ...]], list[bool]]:
         """Every node's path in reading order, and whether it has children."""
-        paths, has_children, seen = [], [], set()
-        stack = [((), tree)]
+        paths: list[tuple[str, ...]] = []
+        has_children: list[bool] = []
+        seen: set[tuple[str, ...]] = set()
+        stack: list[tuple[tuple[str, ...], Sequence | dict]] = [((), tree)]
         while stack:
             parent, children = stack.pop()
             items = children.items() if isinstance(children, dict) else enumerate(children)
@@ -183,7 +185,7 @@ class Taxonomy:
         roots = list(dict.fromkeys(parent or child for child, parent in parent_of.items()))
         roots = [name for name in roots if parent_of.get(name) is None]
 
-        reached = {name: {name: []} for name in roots}
+        reached: dict[str, dict[str, list]] = {name: {name: []} for name in roots}
         queue = list(roots)
         for name in queue:  # grows while it is walked
             for child in order.get(name, []):
@@ -193,9 +195,9 @@ class Taxonomy:
         missed = next((name for name in parent_of if name not in reached), None)
         if missed is not None:
             chain = [missed]
-            while parent_of[chain[-1]] not in chain:
-                chain.append(parent_of[chain[-1]])
-            cycle = chain[chain.index(parent_of[chain[-1]]) :]
+            while (above := str(parent_of[chain[-1]])) not in chain:  # none of a cycle is without a parent
+                chain.append(above)
+            cycle = chain[chain.index(above) :]
             raise TaxonomyError("the taxonomy has a cycle: " + " > ".join([*reversed(cycle), cycle[-1]]))
         return cls([reached[name] for name in roots], separator)
 
@@ -427,10 +429,10 @@ class HierarchicalConfig(PretrainedConfig):
             raise ValueError(
                 f"adapter_subfolder must be the name of a folder of the checkpoint, not {adapter_subfolder!r}"
             )
-        for name, value in (("head_dropout", head_dropout), ("initializer_range", initializer_range)):
-            if not is_number(value) or not 0 <= value < 1:
-                raise ValueError(f"{name} must be a number from 0 to below 1, not {value!r}")
-        self.text_config = AutoConfig.for_model("bert") if text_config is None else text_config
+        for name, share in (("head_dropout", head_dropout), ("initializer_range", initializer_range)):
+            if not is_number(share) or not 0 <= share < 1:
+                raise ValueError(f"{name} must be a number from 0 to below 1, not {share!r}")
+        self.text_config: PretrainedConfig = AutoConfig.for_model("bert") if text_config is None else text_config
         check_sizes(self.text_config)
         self.taxonomy = taxonomy.to_nested()
         self.label_separator = taxonomy.separator
@@ -486,7 +488,9 @@ def encoder_config(given: dict) -> PretrainedConfig:
     """
     kind = given.get("model_type", "bert")
     try:
-        return AutoConfig.for_model(kind, **{name: value for name, value in given.items() if name != "model_type"})
+        config = AutoConfig.for_model(kind, **{name: value for name, value in given.items() if name != "model_type"})
+        config.to_dict()  # some values are looked at only when they are written
+        return config
     except Exception as error:  # each configuration checks its values in its own way
         raise ValueError(f"text_config is no configuration of a {kind!r} model: {error}") from error
 

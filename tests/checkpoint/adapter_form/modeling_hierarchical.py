@@ -317,7 +317,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
         *model_args: Any,
-        config: PretrainedConfig | str | os.PathLike | None = None,
+        config: Any = None,
         merge_adapter: bool = True,
         **kwargs: Any,
     ) -> "HierarchicalForSequenceClassification":
@@ -346,7 +346,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
                     **{**kwargs, **hub},
                 )
             refuse_missing(pretrained_model_name_or_path, model, info)
-            return (model, info) if info_wanted else model
+            return (model, info) if info_wanted else model  # type: ignore[return-value]
 
         def fetch(filename: str) -> str:
             return cached_file(pretrained_model_name_or_path, filename, **hub)

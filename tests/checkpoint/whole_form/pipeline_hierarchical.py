@@ -315,4 +315,10 @@ def read_text(item: Any, position: int) -> str:
         raise ValueError(f"the item at position {position} (counted from 0) is no text but {held}")
     if not text.strip():
         raise ValueError(f"the text at position {position} (counted from 0) is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text at position {position} (counted from 0) holds half of a surrogate pair, which is no character"
+        ) from error
     return text
