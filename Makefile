@@ -1,5 +1,5 @@
 # make quickstart   train on the synthetic corpus, evaluate, and classify three unseen texts
-# make test         lint, format check and all tests
+# make test         lint, format check, types and all tests
 # Both make .venv themselves. PYTHON=python3.12 picks another interpreter.
 
 PYTHON ?= python3
@@ -16,6 +16,7 @@ quickstart: .venv/installed
 test: .venv/installed-tests
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 	$(RUN) -m pytest tests
 
 .venv/installed: requirements.txt examples/encoder.txt
@@ -27,6 +28,7 @@ test: .venv/installed-tests
 	$(RUN) -m pip install --quiet --no-deps --require-hashes -r examples/encoder.txt
 	touch $@
 
-.venv/installed-tests: .venv/installed tests/requirements.txt
+.venv/installed-tests: .venv/installed tests/requirements.txt tests/optional.txt
 	$(RUN) -m pip install --quiet -r tests/requirements.txt
+	$(RUN) -m pip install --quiet --no-deps --upgrade --target .venv/optional -r tests/optional.txt
 	touch $@

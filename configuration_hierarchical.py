@@ -15,7 +15,10 @@ Worth knowing:
 
 import csv
 import difflib
+import io
 import json
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +39,18 @@ DEFAULT_TAXONOMY = [
 DEFAULT_ENCODER = "emilyalsentzer/Bio_ClinicalBERT"
 DEFAULT_ENCODER_REVISION = "d5892b39a4adaed74b92212a44081509db72f87b"
 MAX_DEPTH = 16
+MAX_NODES = 100_000  # YAML's aliases make any number of nodes from a few lines
+MAX_NAME = 500  # characters
+UNWRITABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, halves of surrogate pairs, line and paragraph separators
+# what an encoder may be at most: a config.json that says more is damaged, or made to exhaust the memory
+MAX_SIZES = {
+    "num_hidden_layers": 1_000,
+    "num_attention_heads": 1_000,
+    "hidden_size": 100_000,
+    "intermediate_size": 1_000_000,
+    "vocab_size": 10_000_000,
+    "max_position_embeddings": 100_000_000,
+}
 
 
 class TaxonomyError(ValueError):
@@ -58,12 +73,15 @@ class Taxonomy:
         num_leaves, num_nodes, depth: ids below ``num_leaves`` are leaves; ``depth`` is the deepest level.
 
     Raises:
-        TaxonomyError: an empty name, two siblings of one name, a path that is also a name, more than 16 levels.
+        TaxonomyError: a name that is empty, longer than 500 characters or holds control characters, two siblings of one
+            name, a path that is also a name, more than 16 levels or 100,000 nodes.
     """
 
     def __init__(self, tree: Sequence | dict, separator: str = "/"):
         if not isinstance(separator, str) or not separator:
             raise TaxonomyError(f"the label separator must be a non-empty text, not {separator!r}")
+        if not isinstance(tree, (list, tuple, dict)):
+            raise TaxonomyError(f"a taxonomy is a list or a mapping of names, not {type(tree).__name__}")
         self.separator = separator
         paths, has_children = self._flatten(tree)
         order = sorted(range(len(paths)), key=lambda i: has_children[i])  # stable: leaves first, in reading order
@@ -99,8 +117,10 @@ class Taxonomy:
     @staticmethod
     def _flatten(tree: Sequence | dict) -> tuple[list[tuple[str, ...]], list[bool]]:
         """Every node's path in reading order, and whether it has children."""
-        paths, has_children, seen = [], [], set()
-        stack = [((), tree)]
+        paths: list[tuple[str, ...]] = []
+        has_children: list[bool] = []
+        seen: set[tuple[str, ...]] = set()
+        stack: list[tuple[tuple[str, ...], Sequence | dict]] = [((), tree)]
         while stack:
             parent, children = stack.pop()
             items = children.items() if isinstance(children, dict) else enumerate(children)
@@ -113,6 +133,8 @@ class Taxonomy:
                 else:
                     found.append((value, None))
             stack.extend(((*parent, name), below or ()) for name, below in reversed(found))
+            if len(paths) + len(stack) > MAX_NODES:
+                raise TaxonomyError(f"the taxonomy has more than {MAX_NODES:,} nodes")
             if parent:
                 paths.append(parent)
                 has_children.append(bool(found))
@@ -126,7 +148,11 @@ class Taxonomy:
                     raise TaxonomyError(f"a name must be text, but {place} holds {name!r}; put it in quotes")
                 if not name.strip():
                     raise TaxonomyError(f"an empty name at {place}")
-                if name != name.strip() or any(ord(c) < 32 for c in name):
+                if len(name) > MAX_NAME:
+                    raise TaxonomyError(
+                        f"a name at {place} has {len(name):,} characters, at most {MAX_NAME} are supported: {name[:20]!r}…"
+                    )
+                if name != name.strip() or any(unicodedata.category(c) in UNWRITABLE for c in name):
                     raise TaxonomyError(f"the name {name!r} has white space around it or a control character in it")
                 if below is not None and below != "" and not isinstance(below, (list, tuple, dict)):
                     raise TaxonomyError(f"the children of {name!r} must be a list or a mapping, not {below!r}")
@@ -159,7 +185,7 @@ class Taxonomy:
         roots = list(dict.fromkeys(parent or child for child, parent in parent_of.items()))
         roots = [name for name in roots if parent_of.get(name) is None]
 
-        reached = {name: {name: []} for name in roots}
+        reached: dict[str, dict[str, list]] = {name: {name: []} for name in roots}
         queue = list(roots)
         for name in queue:  # grows while it is walked
             for child in order.get(name, []):
@@ -169,9 +195,9 @@ class Taxonomy:
         missed = next((name for name in parent_of if name not in reached), None)
         if missed is not None:
             chain = [missed]
-            while parent_of[chain[-1]] not in chain:
-                chain.append(parent_of[chain[-1]])
-            cycle = chain[chain.index(parent_of[chain[-1]]) :]
+            while (above := str(parent_of[chain[-1]])) not in chain:  # none of a cycle is without a parent
+                chain.append(above)
+            cycle = chain[chain.index(above) :]
             raise TaxonomyError("the taxonomy has a cycle: " + " > ".join([*reversed(cycle), cycle[-1]]))
         return cls([reached[name] for name in roots], separator)
 
@@ -208,8 +234,10 @@ class Taxonomy:
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise TaxonomyError(f"cannot read the taxonomy {path}: {error}") from error
+        except OSError as error:
+            raise TaxonomyError(f"cannot read the taxonomy {path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise TaxonomyError(f"the taxonomy {path} is not UTF-8 text: save it as UTF-8") from error
         try:
             if path.suffix in (".yaml", ".yml"):
                 tree = _read_yaml(text)
@@ -222,7 +250,9 @@ class Taxonomy:
             if not isinstance(tree, (list, dict)) or not tree:
                 raise TaxonomyError("expected a mapping or a list of names")
             return cls(tree, separator)
-        except (TaxonomyError, json.JSONDecodeError, RecursionError) as error:
+        except RecursionError as error:
+            raise TaxonomyError(f"{path} is nested too deeply; at most {MAX_DEPTH} levels are supported") from error
+        except ValueError as error:  # of ours, and JSON's
             raise TaxonomyError(f"{path}: {error}") from error
 
     def to_nested(self) -> list:
@@ -300,6 +330,8 @@ class Taxonomy:
 def _unique(pairs: list[tuple[str, object]]) -> dict:
     unique: dict = {}
     for key, value in pairs:
+        if not isinstance(key, str):  # YAML has lists and mappings as keys
+            raise TaxonomyError(f"a name must be text, not {key!r}")
         if key in unique:
             raise TaxonomyError(f"the name {key!r} occurs twice in one mapping")
         unique[key] = value
@@ -320,12 +352,19 @@ def _read_yaml(text: str) -> object:
 
 
 def _read_rows(text: str, delimiter: str) -> list[tuple[str, str]]:
-    reader = csv.DictReader(text.splitlines(), delimiter=delimiter)
-    columns = reader.fieldnames or []
-    child = next((name for name in ("child", "name", "node") if name in columns), None)
-    if child is None or "parent" not in columns:
-        raise TaxonomyError(f"expected columns 'parent' and 'child' (or 'name', 'node'), found {columns}")
-    return [(row["parent"], row[child]) for row in reader]
+    try:
+        header, *rows = [fields for fields in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if fields]
+    except (csv.Error, ValueError) as error:
+        raise TaxonomyError(str(error) if text.strip() else "the file is empty") from error
+    child = next((name for name in ("child", "name", "node") if name in header), None)
+    if child is None or "parent" not in header:
+        raise TaxonomyError(f"expected columns 'parent' and 'child' (or 'name', 'node'), found {header}")
+    for number, fields in enumerate(rows, start=1):
+        if len(fields) != len(header):
+            raise TaxonomyError(
+                f"row {number} of the taxonomy has {len(fields)} fields, where the header has {len(header)}"
+            )
+    return [(fields[header.index("parent")], fields[header.index(child)]) for fields in rows]
 
 
 class HierarchicalConfig(PretrainedConfig):
@@ -378,9 +417,23 @@ class HierarchicalConfig(PretrainedConfig):
         if pooling not in ("mean", "cls"):
             raise ValueError(f"pooling must be 'mean' or 'cls', not {pooling!r}")
         if isinstance(text_config, dict):
-            text_config = dict(text_config)
-            text_config = AutoConfig.for_model(text_config.pop("model_type", "bert"), **text_config)
-        self.text_config = AutoConfig.for_model("bert") if text_config is None else text_config
+            text_config = encoder_config(text_config)
+        elif text_config is not None and not isinstance(text_config, PretrainedConfig):
+            raise ValueError(f"text_config must be the encoder's configuration, not {type(text_config).__name__}")
+        for name, value in (("encoder_name_or_path", encoder_name_or_path), ("encoder_revision", encoder_revision)):
+            if not isinstance(value, str) and (value is not None or name == "encoder_name_or_path"):
+                raise ValueError(f"{name} must be a text, not {value!r}")
+        if adapter_subfolder is not None and not (
+            isinstance(adapter_subfolder, str) and re.fullmatch(r"\w[\w.-]*", adapter_subfolder)
+        ):
+            raise ValueError(
+                f"adapter_subfolder must be the name of a folder of the checkpoint, not {adapter_subfolder!r}"
+            )
+        for name, share in (("head_dropout", head_dropout), ("initializer_range", initializer_range)):
+            if not is_number(share) or not 0 <= share < 1:
+                raise ValueError(f"{name} must be a number from 0 to below 1, not {share!r}")
+        self.text_config: PretrainedConfig = AutoConfig.for_model("bert") if text_config is None else text_config
+        check_sizes(self.text_config)
         self.taxonomy = taxonomy.to_nested()
         self.label_separator = taxonomy.separator
         self.encoder_name_or_path = encoder_name_or_path
@@ -389,15 +442,19 @@ class HierarchicalConfig(PretrainedConfig):
         self.pooling = pooling
         self.head_dropout = head_dropout
         self.initializer_range = initializer_range
-        if lexical_vocab_size is not None and (not isinstance(lexical_vocab_size, int) or lexical_vocab_size < 1):
-            raise ValueError(f"lexical_vocab_size must be a whole number of at least 1, not {lexical_vocab_size!r}")
+        most = MAX_SIZES["vocab_size"]
+        if lexical_vocab_size is not None and not (type(lexical_vocab_size) is int and 1 <= lexical_vocab_size <= most):
+            raise ValueError(
+                f"lexical_vocab_size must be a whole number from 1 to {most:,}, not {lexical_vocab_size!r}"
+            )
         self.lexical_vocab_size = lexical_vocab_size
         self.temperatures = checked_temperatures(temperatures, taxonomy)
         self.conformal_thresholds = checked_thresholds(conformal_thresholds)
 
         leaves = taxonomy.labels[: taxonomy.num_leaves]
         given = kwargs.pop("id2label", None)
-        if given is not None and [given[key] for key in sorted(given, key=int)] != leaves:
+        expected = {str(i): label for i, label in enumerate(leaves)}
+        if given is not None and (not isinstance(given, dict) or {str(i): given[i] for i in given} != expected):
             raise TaxonomyError("id2label is not the list of the taxonomy's leaves; change the taxonomy instead")
         if kwargs.pop("num_labels", len(leaves)) != len(leaves):
             raise TaxonomyError(
@@ -419,12 +476,46 @@ class HierarchicalConfig(PretrainedConfig):
         return self.text_config.hidden_size
 
 
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def encoder_config(given: dict) -> PretrainedConfig:
+    """The configuration of an encoder, of the class that its ``model_type`` names in transformers. BERT's by default.
+
+    Raises:
+        ValueError: no such model type, or values that it does not take.
+    """
+    kind = given.get("model_type", "bert")
+    try:
+        config = AutoConfig.for_model(kind, **{name: value for name, value in given.items() if name != "model_type"})
+        config.to_dict()  # some values are looked at only when they are written
+        return config
+    except Exception as error:  # each configuration checks its values in its own way
+        raise ValueError(f"text_config is no configuration of a {kind!r} model: {error}") from error
+
+
+def check_sizes(text_config: PretrainedConfig) -> None:
+    """Refuses an encoder of absurd size before memory is taken for it.
+
+    Raises:
+        ValueError: a size is not positive, or larger than any encoder's.
+    """
+    for name, most in MAX_SIZES.items():
+        value = getattr(text_config, name, None)
+        if isinstance(value, int) and not 1 <= value <= most:
+            raise ValueError(f"the encoder's {name} is {value:,} in the configuration; it must be from 1 to {most:,}")
+
+
 def checked_temperatures(temperatures: list[float] | None, taxonomy: Taxonomy) -> list[float] | None:
     """Temperatures that fit a taxonomy: one a decision, positive and finite."""
     decisions = taxonomy.num_nodes - taxonomy.num_leaves + 1
     if temperatures is None:
         return None
-    if len(temperatures) != decisions or not all(0 < value < float("inf") for value in temperatures):
+    positive = isinstance(temperatures, (list, tuple)) and all(
+        is_number(value) and 0 < value < float("inf") for value in temperatures
+    )
+    if not positive or len(temperatures) != decisions:
         raise ValueError(f"temperatures must be {decisions} positive numbers, one for each decision of the taxonomy")
     return list(temperatures)
 
@@ -433,8 +524,11 @@ def checked_thresholds(thresholds: list[float | None] | None) -> list[float | No
     """Conformal thresholds: 999 rising numbers from 0 to 1, with None for those that no document of the rows gave."""
     if thresholds is None:
         return None
-    known = [value for value in thresholds if value is not None]
-    rising = all(0 <= one <= other <= 1 for one, other in zip([0, *known], [*known, 1], strict=True))
-    if len(thresholds) != 999 or thresholds[: len(known)] != known or not rising:
+    given = list(thresholds) if isinstance(thresholds, (list, tuple)) else []
+    known = [value for value in given if value is not None]
+    rising = all(map(is_number, known)) and all(
+        0 <= one <= other <= 1 for one, other in zip([0, *known], [*known, 1], strict=True)
+    )
+    if len(given) != 999 or given[: len(known)] != known or not rising:
         raise ValueError("conformal_thresholds must be 999 rising numbers from 0 to 1, None at the end alone")
-    return list(thresholds)
+    return given

@@ -322,7 +322,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
         *model_args: Any,
-        config: PretrainedConfig | str | os.PathLike | None = None,
+        config: Any = None,
         merge_adapter: bool = True,
         **kwargs: Any,
     ) -> "HierarchicalForSequenceClassification":
@@ -341,22 +341,32 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
                 pretrained_model_name_or_path if config is None else config, return_unused_kwargs=True, **kwargs
             )
         if config.adapter_subfolder is None:
-            return super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, config=config, **{**kwargs, **hub}
-            )
+            info_wanted = kwargs.pop("output_loading_info", False)
+            with plain_errors(pretrained_model_name_or_path):
+                model, info = super().from_pretrained(
+                    pretrained_model_name_or_path,
+                    *model_args,
+                    config=config,
+                    output_loading_info=True,
+                    **{**kwargs, **hub},
+                )
+            refuse_missing(pretrained_model_name_or_path, model, info)
+            return (model, info) if info_wanted else model  # type: ignore[return-value]
 
         def fetch(filename: str) -> str:
             return cached_file(pretrained_model_name_or_path, filename, **hub)
 
         heads = load_file(fetch(HEADS_WEIGHTS))
+        with torch.device("meta"):  # what does not fit is refused before memory is taken for it
+            check_weights("heads", heads, HierarchicalHeads(config).state_dict())
         adapter_config = Path(fetch(f"{config.adapter_subfolder}/adapter_config.json"))
+        lora = read_adapter_config(adapter_config)
         adapter = load_file(fetch(f"{config.adapter_subfolder}/{ADAPTER_WEIGHTS}"))
         kwargs = {name: value for name, value in {**kwargs, **hub}.items() if name not in NOT_FOR_THE_ENCODER}
         encoder = load_encoder(config, **kwargs)
         with init.no_init_weights():  # everything is loaded
             model = cls(copy.deepcopy(config), encoder=encoder)
         model.heads.fill_buffers()
-        lora = json.loads(adapter_config.read_text(encoding="utf-8"))
         if merge_adapter and is_mergeable(encoder, lora):
             merge_lora(encoder, adapter, lora)
             model.load_heads(heads)
@@ -465,6 +475,12 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             remove_other_form(Path(save_directory), self.has_adapter)
             for name in SHIPPED_FILES:
                 source, target = Path(__file__).parent / name, Path(save_directory) / name
+                if (
+                    not source.is_file()
+                ):  # of remote code transformers has only the files that it imported beside this one
+                    source = Path(
+                        cached_file(self.name_or_path, name, revision=getattr(self.config, "_commit_hash", None))
+                    )
                 if source.resolve() != target.resolve():
                     shutil.copyfile(source, target)
 
@@ -575,22 +591,64 @@ def load_encoder(config: HierarchicalConfig, **kwargs: Any) -> PreTrainedModel:
             f"encoder_revision must be the commit of {name} that this was trained on, 40 hexadecimal digits, not "
             f"{revision!r}: a branch can move, and the encoder with it"
         )
-    with quiet_loading():
+    with quiet_loading(), plain_errors(name):
         encoder, info = AutoModel.from_pretrained(
             name,
             config=config.text_config,
             revision=revision,
             output_loading_info=True,
+            trust_remote_code=False,  # else transformers asks at a terminal
             **without_pooler(config.text_config),
             **kwargs,
         )
     encoder.vocab_size_at_load = config.text_config.vocab_size
-    if info["missing_keys"]:
-        raise ValueError(
-            f"{config.encoder_name_or_path} lacks {len(info['missing_keys'])} weights of a "
-            f"{type(encoder).__name__}, such as {min(info['missing_keys'])!r}"
-        )
+    refuse_missing(name, encoder, info)
     return encoder
+
+
+@contextmanager
+def plain_errors(name: str | os.PathLike) -> Iterator[None]:
+    """Says in words of ours what transformers says by pointing at a log, or at how to run what is in a .bin file.
+
+    Raises:
+        ValueError: weights of other shapes than the configuration's, or a file with more than tensors.
+    """
+    try:
+        yield
+    except Exception as error:
+        if "ignore_mismatched_sizes" in str(error):
+            said = f"the weights of {name} have other shapes than its configuration says"
+        elif type(error).__name__ == "UnpicklingError":
+            said = f"{name} holds a .bin file with more than tensors, which could run code: it is not loaded"
+        else:
+            raise
+        raise ValueError(said) from error
+
+
+def refuse_missing(name: str | os.PathLike, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Raises ValueError where weights are missing: transformers draws them at random, with a warning."""
+    if missing := info["missing_keys"]:
+        raise ValueError(f"{name} lacks {len(missing)} weights of a {type(model).__name__}, such as {min(missing)!r}")
+
+
+def read_adapter_config(path: Path) -> dict[str, Any]:
+    """An adapter_config.json.
+
+    Raises:
+        ValueError: it is none, or what it says of LoRA is of the wrong type.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("peft_type"), str):
+        raise ValueError(f"{path} is not the configuration of a PEFT adapter: it names no peft_type")
+    if found["peft_type"] == "LORA":
+        r, alpha, targets = (found.get(name) for name in ("r", "lora_alpha", "target_modules"))
+        named = isinstance(targets, str) or (isinstance(targets, list) and all(isinstance(t, str) for t in targets))
+        if type(r) is not int or r < 1 or not isinstance(alpha, (int, float)) or not named:
+            raise ValueError(f"{path}: r, lora_alpha and target_modules of a LoRA adapter are two numbers and names")
+    return found
 
 
 # settings of a LoRA adapter that do not change what is added to a weight, whatever their value

@@ -79,6 +79,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             raise ValueError(
                 "this pipeline needs a tokenizer of the `tokenizers` library, to follow texts into windows"
             )
+        check_tokenizer(self.tokenizer, self.model)
         self.tree = self.model.config.tree  # built anew each time it is asked for
         if self.device.type == "cpu" and self.model.encoder.dtype == torch.bfloat16:
             attend_by_document(self.model.encoder)
@@ -123,7 +124,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
     def _results(self, items: Iterable, batch_size: int | None, cutting: dict, wanted: dict) -> Iterator:
         """Results in the order of the items, of which some batches are read ahead."""
         numbered = enumerate(items if isinstance(items, Iterable) else (items[i] for i in range(len(items))))
-        ahead = {None: TEXTS_AHEAD, 1: 1}.get(batch_size) or BATCHES_AHEAD * batch_size
+        ahead = TEXTS_AHEAD if batch_size is None else 1 if batch_size == 1 else BATCHES_AHEAD * batch_size
         workers = self._workers()
         try:
             before = None  # is computed while the next texts are read and tokenized
@@ -238,6 +239,8 @@ class HierarchicalTextClassificationPipeline(Pipeline):
     ) -> dict | list[dict]:
         """A result as the class describes it, or with ``top_k`` a list of them, from the probabilities of the nodes."""
         tree, nodes = self.tree, classified["nodes"]
+        if math.isnan(sum(nodes)):
+            raise ValueError("the model's probabilities are no numbers: its weights are damaged")
         levels: list[dict[str, float]] = [{} for _ in range(tree.depth)]
         for node in tree.reading_order:
             levels[tree.levels[node] - 1][tree.labels[node]] = nodes[node]
@@ -365,6 +368,19 @@ def check_number(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
 
 
+def check_tokenizer(tokenizer: Any, model: Any) -> None:
+    """Raises ValueError where texts would become token ids or positions that the encoder has no vectors for."""
+    embeddings = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embeddings:
+        raise ValueError(f"the tokenizer has {len(tokenizer):,} tokens, the encoder {embeddings:,}: it is another's")
+    positions = getattr(model.config.text_config, "max_position_embeddings", None)
+    if positions is not None and tokenizer.model_max_length > positions:
+        raise ValueError(
+            f"the tokenizer's model_max_length {tokenizer.model_max_length:,} is beyond the encoder's {positions:,} "
+            "positions: set it in tokenizer_config.json"
+        )
+
+
 def is_sequence(value: Any) -> bool:
     """Whether a value can be read by index, as a torch data set can."""
     return hasattr(value, "__getitem__") and hasattr(value, "__len__")
@@ -382,4 +398,10 @@ def read_text(item: Any, position: int) -> str:
         raise ValueError(f"the item at position {position} (counted from 0) is no text but {held}")
     if not text.strip():
         raise ValueError(f"the text at position {position} (counted from 0) is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text at position {position} (counted from 0) holds half of a surrogate pair, which is no character"
+        ) from error
     return text

@@ -27,13 +27,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
-for name in (
-    "bitsandbytes",
-    "torchao",
-):  # before they are imported: one asks for kernels from the Hub, whose code is not
-    logging.getLogger(name).setLevel(logging.ERROR)  # pinned, and the other tells which of its kernels do not fit here
+# before they are imported: the one asks for kernels from the Hub, whose code is not pinned, the other lists those that do not fit
+for library in ("bitsandbytes", "torchao"):
+    logging.getLogger(library).setLevel(logging.ERROR)
 
 import pyarrow
 import pyarrow.parquet
@@ -43,8 +41,9 @@ from tqdm import tqdm
 from transformers import Pipeline, pipeline
 from transformers.utils import cached_file
 
-from training import InputError, one_line
+from training import InputError, asked_traceback, leave, one_line
 from training.arguments import has_bf16
+from training.files import check_writable
 from training.records import KINDS, Record, find_inputs, read_records
 from training.resume import is_full_disk
 
@@ -73,7 +72,10 @@ def main(argv: list[str]) -> int:
     def answer(number: int, chunk: list[Record]) -> list[dict]:
         readable = [(number + i, record) for i, record in enumerate(chunk) if record.problem is None]
         results = pipe((record.text for _, record in readable), batch_size=arguments.batch_size, **wanted)
-        return [form.row(i, record, result) for (i, record), result in zip(readable, results, strict=True)]
+        try:
+            return [form.row(i, record, result) for (i, record), result in zip(readable, results, strict=True)]
+        except ValueError as error:
+            raise InputError(f"{arguments.model}: {one_line(error)}") from error
 
     mine, share = jobs, process
     if len(jobs) > 1:
@@ -81,7 +83,7 @@ def main(argv: list[str]) -> int:
     finished = True
     with Bar(show=process.index == 0) as bar:
         for i, job in enumerate(mine):
-            bar.span = lambda done, i=i: (i + (done or 0.0)) / len(mine)
+            bar.place = (i, len(mine))
             run = Run(job.output)
             run.classify(job.records, answer, share, bar)
             finished = run.finish(form) and finished
@@ -128,6 +130,7 @@ def find_jobs(arguments: argparse.Namespace, process: Process) -> list[Job]:
         InputError: of anything that is wrong with the inputs, before the model is loaded.
     """
     inputs = find_inputs(arguments.input, arguments.input_format)
+    check_writable("--output", Path(arguments.output) if is_folder(arguments.output) else Path(arguments.output).parent)
     stream = any(path == "-" for path, _ in inputs)
     if process.count > 1 and (stream or arguments.overwrite):
         raise InputError(
@@ -151,15 +154,13 @@ def find_jobs(arguments: argparse.Namespace, process: Process) -> list[Job]:
         anew = arguments.overwrite or is_folder(arguments.output) or process.index > 0
         if output.exists() and not anew and not Run(output).parts.exists():
             raise InputError(f"--output {output} is there already: give another name, or --overwrite")
-        records = read_records(some, arguments.text_column, arguments.id_column)
-        first = next(records, None)
-        if first is None and not is_folder(arguments.output):
+        columns = (arguments.text_column, arguments.id_column)
+        reader = read_records(some, *columns)
+        first = list(islice(reader, 1))
+        if not first and not is_folder(arguments.output):
             raise InputError(f"--input {arguments.input} has no rows")
-        if is_folder(arguments.output):  # not to hold many files open
-            records.close()
-            records = read_records(some, arguments.text_column, arguments.id_column)
-        else:
-            records = chain([first], records)
+        # standard input is read once; of many files none is kept open
+        records = chain(first, reader) if stream else read_records(some, *columns)
         jobs.append(Job(some, records, output))
     return jobs
 
@@ -204,10 +205,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="by default bf16 where the machine has it, else int8 on a CPU that has its products and torchao, else fp32",
     )
     parser.add_argument("--batch_size", type=int, help="texts that go through the model together; by default by tokens")
-    parser.error = refuse
+    parser.error = refuse  # type: ignore[method-assign]
     arguments = parser.parse_args(argv)
+    if len(Path(arguments.output).name.encode()) > 200:  # it grows endings, and file systems take 255 bytes
+        raise InputError(f"--output {arguments.output}: the name is too long")
     if not is_folder(arguments.output) and Path(arguments.output).suffix not in OUTPUTS:
         raise InputError(f"--output {arguments.output}: its name must end in one of {', '.join(OUTPUTS)}, or in /")
+    if arguments.revision is not None and Path(arguments.model).is_dir():
+        raise InputError(f"--revision {arguments.revision} does not apply to the folder {arguments.model}")
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise InputError(f"--batch_size must be at least 1, not {arguments.batch_size}")
     if arguments.coverage is not None and not 0 < arguments.coverage < 1:
@@ -215,7 +220,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def refuse(message: str) -> None:
+def refuse(message: str) -> NoReturn:
     raise InputError(message)
 
 
@@ -234,13 +239,27 @@ def load(arguments: argparse.Namespace) -> Pipeline:
             dtype=DTYPES[arguments.dtype],
             device=int(os.environ.get("LOCAL_RANK", 0)) if gpu else "cpu",
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"cannot load the model {arguments.model}: {one_line(error)}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # loading runs transformers, and the checkpoint's own code
+        raise InputError(f"cannot load the model {arguments.model}: {cause(error)}") from error
     if arguments.dtype == "int8":
         quantize(classify.model.encoder)
     if arguments.coverage is not None and classify.model.config.conformal_thresholds is None:
         raise InputError(f"--coverage needs a checkpoint that was calibrated, which {arguments.model} is not")
     return classify
+
+
+def cause(error: Exception) -> str:
+    """Why a model cannot be loaded, in one line."""
+    if "Unknown task" in str(error):
+        return "it is not a checkpoint of this project: its config.json names no hierarchical pipeline"
+    if "See the original errors" in str(
+        error
+    ):  # transformers puts tracebacks into its message, which end with the cause
+        return str(error).strip().splitlines()[-1].partition(": ")[2]
+    plain = isinstance(error, (OSError, ValueError, ImportError))
+    return one_line(error) if plain else f"{type(error).__name__}: {one_line(error)}"
 
 
 def choose_dtype(gpu: bool) -> str:
@@ -306,6 +325,15 @@ class Run:
     def part(self, index: int) -> Path:
         return self.parts / f"{index:09}.jsonl"
 
+    def header(self, index: int) -> dict[str, Any]:
+        """What a part says of itself in its first line."""
+        try:
+            with self.part(index).open(encoding="utf-8") as stream:
+                found = json.loads(next(stream))
+                return {name: found[name] for name in ("digest", "rows", "problems")}
+        except (StopIteration, ValueError, TypeError, LookupError) as error:
+            raise InputError(f"{self.part(index)} is damaged: delete it, and the same command goes on") from error
+
     def classify(
         self, records: Iterator[Record], answer: Callable[[int, list[Record]], list[dict]], process: Process, bar: "Bar"
     ) -> None:
@@ -338,11 +366,10 @@ class Run:
             self.found = index + 1
             digest = digest_of(chunk)
             if self.part(index).exists():
-                with self.part(index).open(encoding="utf-8") as stream:
-                    if json.loads(next(stream))["digest"] != digest:
-                        raise InputError(
-                            f"the input is another one than {self.parts} was begun with: --overwrite starts anew"
-                        )
+                if self.header(index)["digest"] != digest:
+                    raise InputError(
+                        f"the input is another one than {self.parts} was begun with: --overwrite starts anew"
+                    )
                 skipped += len(chunk)
             elif index % process.count == process.index:
                 self.write(index, digest, chunk, answer(index * ROWS, chunk))
@@ -382,9 +409,10 @@ class Run:
         problems = Path(f"{errors_of(self.output)}.new")
         with problems.open("w", encoding="utf-8", newline="") as errors, form.open(new, self.output.suffix) as write:
             for index in range(self.found):
+                count_of_rows = self.header(index)["rows"]
                 with self.part(index).open(encoding="utf-8") as stream:
-                    header = json.loads(next(stream))
-                    write(list(islice(stream, header["rows"])))
+                    next(stream)
+                    write(list(islice(stream, count_of_rows)))
                     errors.writelines(stream)
             flush(errors)
         if problems.stat().st_size:
@@ -409,7 +437,7 @@ class Form:
     leaves: list[str]
 
     def row(self, number: int, record: Record, result: dict[str, Any]) -> dict[str, Any]:
-        found = {"id": record.id} if self.by_id else {"row": number}
+        found: dict[str, Any] = {"id": record.id} if self.by_id else {"row": number}
         found |= {
             "label": result["label"],
             "score": round(result["score"], DIGITS),
@@ -480,8 +508,11 @@ def check_options(file: Path, options: dict[str, Any]) -> None:
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(options))
-    known = json.loads(file.read_text(encoding="utf-8"))
-    other = [name for name, value in options.items() if known.get(name) != value]
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        other = [name for name, value in options.items() if known.get(name) != value]
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{file} is damaged: --overwrite starts anew") from error
     if other:
         raise InputError(
             f"{file.parent} was begun with another {', '.join(other)}: give the same, or --overwrite to start anew"
@@ -514,18 +545,19 @@ class Bar:
     """Progress on standard error: the share of the input, rows, rows a second, and the time that is left.
 
     Attributes:
-        span: from the share of the present file to that of all.
+        place: of the present file among all of this process, and their number.
     """
 
     def __init__(self, show: bool):
         self.rows, self.started = 0, time.monotonic()
-        self.span: Callable[[float | None], float] = lambda done: done or 0.0
+        self.place = (0, 1)
         form = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
         self.bar = tqdm(total=100, bar_format=form, disable=None if show else True)
 
     def move(self, rows: int, done: float | None) -> None:
         self.rows += rows
-        self.bar.n = 100 * self.span(done)
+        before, files = self.place
+        self.bar.n = 100 * (before + (done or 0.0)) / files
         speed = self.rows / (time.monotonic() - self.started)
         self.bar.set_postfix_str(f"{self.rows:,} rows, {speed:.1f} rows/s")
 
@@ -537,17 +569,18 @@ class Bar:
 
 
 if __name__ == "__main__":
-    said, code = None, 2
+    said, code, trace = None, 2, ""
     try:
         code = main(sys.argv[1:])
     except InputError as error:
-        said = str(error)
+        said, trace = str(error), asked_traceback()
     except KeyboardInterrupt:
         said, code = "stopped; the same command goes on where it was", 130
     except OSError as error:
-        if not is_full_disk(error):
+        if not is_full_disk(error) and error.filename is None:
             raise
-        said = f"{one_line(error)}: make room; the same command goes on where it was"
+        remedy = "make room" if is_full_disk(error) else "it can be neither written nor read"
+        said, trace = f"{one_line(error)}: {remedy}; the same command goes on where it was", asked_traceback()
     if said is not None:
-        print(f"predict.py: error: {said}", file=sys.stderr)
+        leave("predict.py", said, code, trace)
     sys.exit(code)

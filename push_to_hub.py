@@ -18,7 +18,7 @@ from huggingface_hub import HfApi, RepoCard
 from huggingface_hub.utils import disable_progress_bars
 
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from training import InputError, card, one_line
+from training import InputError, asked_traceback, card, leave, one_line
 from training.export import ONNX_FILE, export_onnx
 from training.hub import (
     ADAPTER_FORM,
@@ -170,5 +170,4 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except InputError as error:
-        print(f"push_to_hub.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave("push_to_hub.py", str(error), trace=asked_traceback())

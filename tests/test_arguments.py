@@ -69,7 +69,7 @@ def test_bad_words_are_refused_in_one_line(words, message):
 
 
 def test_an_unknown_key_of_a_recipe_gets_the_nearest_one(tmp_path):
-    with pytest.raises(InputError, match="did you mean --label_column"):
+    with pytest.raises(InputError, match="did you mean 'label_column'"):
         parse([recipe(tmp_path, label_colum="x")])
 
 

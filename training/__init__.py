@@ -1,10 +1,53 @@
 """What the commands are made of: arguments, data, losses, trainer, metrics, plots, card."""
 
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+TRACEBACK = "HIERARCHICAL_TRACEBACK"
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used. The message is one line: what, where, and what to do."""
 
 
 def one_line(error: object) -> str:
-    """A message without its line breaks."""
-    return " ".join(str(error).split())
+    """A message without its line breaks, or the name of an error that has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Turns whatever a library raises over something that a user gave it into an InputError.
+
+    For reading foreign files alone: libraries name no errors for these, and raise, say, KeyError or ZeroDivisionError.
+
+    Args:
+        what: the message up to its colon.
+    """
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        plain = isinstance(error, (OSError, ValueError, ImportError)) and bool(str(error))
+        said = one_line(error) if plain else f"{type(error).__name__}: {one_line(error)}"
+        raise InputError(f"{what}: {said}") from error
+
+
+def asked_traceback() -> str:
+    """The traceback of the error that is being handled, where HIERARCHICAL_TRACEBACK is set, and else nothing."""
+    return traceback.format_exc() if os.environ.get(TRACEBACK) else ""
+
+
+def leave(command: str, said: str, code: int = 2, trace: str = "") -> NoReturn:
+    """Ends a command with one line on standard error.
+
+    Args:
+        trace: as from `asked_traceback`, to stand before it.
+    """
+    print(f"{trace}{command}: error: {said}", file=sys.stderr)
+    sys.exit(code)

@@ -11,6 +11,8 @@ Worth knowing:
 import difflib
 import json
 import os
+import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -19,9 +21,10 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
+from transformers.integrations import get_available_reporting_integrations
 
 from configuration_hierarchical import DEFAULT_ENCODER, DEFAULT_ENCODER_REVISION
-from training import InputError
+from training import InputError, one_line
 
 
 @dataclass
@@ -127,7 +130,7 @@ class LossArguments:
 class HierarchicalTrainingArguments(TrainingArguments):
     """transformers' own arguments, with defaults for this task."""
 
-    output_dir: str | None = field(default="results", metadata={"help": "Where the checkpoint is written."})
+    output_dir: str = field(default="results", metadata={"help": "Where the checkpoint is written."})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Write into an output folder that already holds a checkpoint."}
     )
@@ -154,12 +157,16 @@ class HierarchicalTrainingArguments(TrainingArguments):
     )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
-    metric_for_best_model: str | None = field(default="macro_f1", metadata={"help": "What best means."})
+    metric_for_best_model: str = field(default="macro_f1", metadata={"help": "What best means."})
     early_stopping_patience: int | None = field(
         default=2, metadata={"help": "Evaluations without improvement before stopping; 0 to never stop early."}
     )
     train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "Batches of texts of like length need little padding."}
+        default="group_by_length",
+        metadata={
+            "help": "Batches of texts of like length need little padding.",
+            "choices": ["random", "sequential", "group_by_length", "batch_rebalance"],
+        },
     )
     report_to: list[str] = field(
         default_factory=lambda: ["none"], metadata={"help": "Where to log: tensorboard, trackio, …"}
@@ -198,29 +205,76 @@ SOURCES = (
 ALL_ARGUMENTS = (ModelArguments, DataArguments, LossArguments, HierarchicalTrainingArguments)
 
 
-def recipe_words(path: str | Path, left_out: set[str] = frozenset()) -> list[str]:
+# intervals: a bracket takes its end in, a parenthesis does not
+RANGES = {
+    **dict.fromkeys(("lora_r", "lora_alpha", "per_device_train_batch_size", "per_device_eval_batch_size"), "[1, inf)"),
+    **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps"), "[1, inf)"),
+    **dict.fromkeys(("lora_dropout", "head_dropout", "encoder_dropout", "label_smoothing_factor"), "[0, 1)"),
+    **dict.fromkeys(("learning_rate", "heads_learning_rate", "num_train_epochs"), "(0, inf)"),
+    **dict.fromkeys(("focal_gamma", "logit_adjustment", "weight_decay", "max_grad_norm"), "[0, inf)"),
+    **dict.fromkeys(("early_stopping_patience", "dataloader_num_workers"), "[0, inf)"),
+    **dict.fromkeys(("seed", "data_seed"), "[0, 4294967296)"),
+    "max_length": "[8, inf)",
+}
+# flags of transformers under which the scores would not be those of all rows, or there would be none
+NO_USE = {
+    "batch_eval_metrics": False,
+    "dataloader_drop_last": False,
+    "eval_do_concat_batches": True,
+    "label_names": None,
+    "prediction_loss_only": False,
+}
+
+
+class Recipe(yaml.SafeLoader):
+    """YAML in which a key that occurs twice is an error, as the second one would win unseen."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"{twice!r} occurs twice")
+        return super().construct_mapping(node, deep)
+
+
+def recipe_words(path: str | Path, flags: dict[str, bool], left_out: Collection[str] = ()) -> list[str]:
     """The flags of a recipe as command-line words.
 
     Args:
+        flags: every flag, by its name in a recipe, and whether it takes several values.
         left_out: keys of the recipe that the command line has replaced.
 
     Raises:
-        InputError: the recipe cannot be read, or is not a mapping.
+        InputError: the recipe cannot be read, is not a mapping, or has a key that is no flag or a value that is no text,
+            number or list of these.
     """
     try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        recipe = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Recipe)
     except OSError as error:
         raise InputError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"the recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"the recipe {path} is not UTF-8 text: save it as UTF-8") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"the recipe {path} is not YAML: {one_line(error)}") from error
+    except RecursionError as error:
+        raise InputError(f"the recipe {path} is nested too deeply: it is a mapping of flags to values") from error
     if not isinstance(recipe, dict):
         raise InputError(f"the recipe {path} must be a mapping of flags to values")
     words = []
     for key, value in recipe.items():
+        if key not in flags:
+            near = difflib.get_close_matches(str(key), flags, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "; its keys are flags of train.py, see --help"
+            raise InputError(f"the recipe {path} has an unknown key {key!r}{hint}")
         if value is None or key in left_out:
             continue
-        if isinstance(value, list):
-            words += [f"--{key}", *map(str, value)]
+        values = value if isinstance(value, list) else [value]
+        if isinstance(value, list) and not flags[key]:
+            raise InputError(f"the recipe {path}: {key} takes one value, not a list of {len(value)}")
+        if any(isinstance(one, list | dict) for one in values) and not isinstance(value, dict):
+            raise InputError(f"the recipe {path}: {key} takes a plain list, without lists or mappings in it")
+        if flags[key]:
+            words += [f"--{key}", *map(str, values)]
         else:
             words.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
     return words
@@ -237,18 +291,20 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, LossArguments
     )
 
     def refuse(message: str) -> None:
-        raise InputError(message)
+        # argparse calls a flag by both its spellings
+        raise InputError(re.sub(r"^argument (--\w+)(/--[\w-]+)?: ", r"\1: ", message))
 
     for action in parser._actions:
         if action.type is string_to_bool:  # so that a bare --do_predict means true, also where the default is to decide
             action.nargs, action.const = "?", True
     parser.error = refuse  # argparse would print its usage, some 150 flags of it
+    known = {option: action.nargs in ("+", "*") for action in parser._actions for option in action.option_strings}
     if argv and not argv[0].startswith("-"):
         given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
         used = [source for source in SOURCES if given & set(source)]
         left_out = {name for source in SOURCES if used and source not in used for name in source}
-        argv = recipe_words(argv[0], left_out) + argv[1:]
-    known = {option for action in parser._actions for option in action.option_strings}
+        flags = {option.removeprefix("--"): many for option, many in known.items() if option.startswith("--")}
+        argv = recipe_words(argv[0], flags, left_out) + argv[1:]
     for word in argv:
         name = word.split("=")[0]
         if word.startswith("--") and name not in known:
@@ -258,8 +314,8 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, LossArguments
         model, data, loss, training, rest = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
-    except (ValueError, TypeError) as error:
-        raise InputError(" ".join(str(error).split())) from error
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise InputError(one_line(error)) from error
     if rest:
         raise InputError(f"unexpected words on the command line: {' '.join(rest)}")
     if model.quantization is None:
@@ -268,12 +324,33 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, LossArguments
         raise InputError(
             "--tuning full trains every weight, which quantized ones do not allow: use --quantization none"
         )
-    if loss.focal_gamma < 0:
-        raise InputError(f"--focal_gamma must not be negative, got {loss.focal_gamma}")
-    if not loss.level_weights or min(loss.level_weights) < 0 or max(loss.level_weights) == 0:
-        raise InputError(f"--level_weights must be non-negative and not all zero, got {loss.level_weights}")
-    if data.max_length < 8:
-        raise InputError(f"--max_length must be at least 8 tokens, got {data.max_length}")
+    check_values(model, data, loss, training)
     if model.model_name_or_path == DEFAULT_ENCODER and model.model_revision is None:
         model.model_revision = DEFAULT_ENCODER_REVISION
     return model, data, loss, training
+
+
+def check_values(
+    model: ModelArguments, data: DataArguments, loss: LossArguments, training: HierarchicalTrainingArguments
+) -> None:
+    """Raises InputError where a value would fail, or quietly mean something else, after hours."""
+    values = {**vars(training), **vars(model), **vars(data), **vars(loss)}
+    for name, range_ in RANGES.items():
+        low, high = map(float, range_[1:-1].split(","))
+        value = values[name]
+        if value is not None and not (low < value < high or (value == low and range_[0] == "[")):
+            least = "at least" if range_[0] == "[" else "more than"
+            most = "" if high == float("inf") else f" and below {high:,.0f}"
+            raise InputError(f"--{name} must be {least} {low:,.0f}{most}, not {value}")
+    for name, usual in NO_USE.items():
+        if values[name] not in (usual, None):
+            raise InputError(f"--{name} has no use here: every row is scored, at once and with its label")
+    weights = loss.level_weights
+    if not all(0 <= weight < float("inf") for weight in weights) or max(weights, default=0) == 0:
+        raise InputError(f"--level_weights must be non-negative and not all zero, not {weights}")
+    if not training.output_dir:
+        raise InputError("--output_dir needs the name of a folder")
+    here = get_available_reporting_integrations()
+    for name in training.report_to:
+        if name not in here:
+            raise InputError(f"--report_to {name}: no such package is installed; here are {', '.join(here) or 'none'}")

@@ -226,7 +226,8 @@ def read_source(name: str) -> tuple[str, str | None]:
 
     The report calls a data set ``id [split]``, and a folder saved by `datasets` alike, ``path [split]``.
     """
-    place, split = re.fullmatch(r"(.+?)( \[[^\[\]]*\])?", name, re.DOTALL).groups(default="")
+    found = re.fullmatch(r"(.+?)( \[[^\[\]]*\])?", name, re.DOTALL)
+    place, split = found.groups(default="") if found else (name, "")
     if split and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", place) and not Path(place).exists():
         return name, place
     return " ".join(f"{Path(place).resolve().name}{split}".split()), None

@@ -243,14 +243,14 @@ def _read_labels(source: _Source, columns: list[str]) -> list[Label]:
     levels = [_label_texts(source, column) for column in columns]
     if len(levels) == 1:
         refuse_rows([not label for label in levels[0]], "missing labels", columns[0], source.name)
-        return levels[0]
+        return list(levels[0])
     names = " ".join(columns)
     paths = list(zip(*levels, strict=True))
     ends = [next((i for i in range(len(path), 0, -1) if path[i - 1]), 0) for path in paths]
     refuse_rows([end == 0 for end in ends], "missing labels", names, source.name)
     paths = [path[:end] for path, end in zip(paths, ends, strict=True)]
     refuse_rows([not all(path) for path in paths], "labels with a gap above a filled level", names, source.name)
-    return paths
+    return list(paths)
 
 
 def _label_texts(source: _Source, column: str) -> list[str]:
@@ -320,7 +320,7 @@ def _where(rows: pd.DataFrame, label: Label, columns: list[str]) -> str:
 
 
 def _unknown_code(label: Label, rows: pd.DataFrame, columns: list[str], arguments: DataArguments) -> InputError:
-    given = "" if arguments.class_names.lstrip().startswith("{") else f" {arguments.class_names}"
+    given = "" if (arguments.class_names or "").lstrip().startswith("{") else f" {arguments.class_names}"
     return InputError(
         f"{_where(rows, label, columns)}: the label {label!r} is neither a code of --class_names{given} "
         "nor in the taxonomy"
@@ -382,6 +382,9 @@ def _from_labels(
         if not all(path):
             raise InputError(f"{_where(rows, label, columns)}: the label {label!r} has an empty name in its path")
         paths.add(path)
+    if len(paths) == 1:
+        only = arguments.label_separator.join(*paths)
+        raise InputError(f"column {' '.join(columns)!r}: every row has the label {only!r}; at least two are needed")
     try:
         return Taxonomy.from_paths(sorted(paths), arguments.label_separator)
     except TaxonomyError as error:
@@ -396,7 +399,7 @@ def _path(label: Label, separator: str) -> tuple[str, ...]:
 
 
 def _lookup(taxonomy: Taxonomy) -> dict[Label, int]:
-    paths = {taxonomy.path_names(node): node for node in range(taxonomy.num_nodes)}
+    paths: dict[Label, int] = {taxonomy.path_names(node): node for node in range(taxonomy.num_nodes)}
     return {**paths, **{label: node for node, label in enumerate(taxonomy.labels)}}
 
 

@@ -10,6 +10,7 @@ Worth knowing:
 import csv
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow
+import pyarrow.parquet
 
-from training import InputError
+from training import InputError, one_line
 
 TEXT_COLUMNS = ("medical_abstract", "abstract", "text", "sentence", "content", "document")
 FILE_KINDS = ".csv, .tsv, .json, .jsonl, .ndjson or .parquet"
@@ -39,7 +41,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
         ".json": _read_json,
         ".jsonl": _read_json_lines,
         ".ndjson": _read_json_lines,
-        ".parquet": pd.read_parquet,
+        ".parquet": _read_parquet,
     }
     if not path.exists():
         raise InputError(f"cannot read {path}: there is no such file")
@@ -49,10 +51,12 @@ def read_table(path: str | Path) -> pd.DataFrame:
         table = readers[path.suffix.lower()](path)
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: save it as UTF-8") from error
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{path} is not a Parquet file, or damaged: {one_line(error)}") from error
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or type(error).__name__}") from error
-    except pyarrow.ArrowInvalid as error:
-        raise InputError(f"{path} is not a Parquet file") from error
+        raise InputError(f"cannot read {path}: {error.strerror or one_line(error)}") from error
+    except RecursionError as error:
+        raise InputError(f"{path} is nested too deeply: expected a flat object a row") from error
     if not len(table):
         raise InputError(f"{path} has no rows")
     return table
@@ -66,7 +70,9 @@ def _read_delimited(path: Path) -> pd.DataFrame:
         raise InputError(f"{path} is empty") from error
     except pd.errors.ParserError as error:
         raise InputError(f"{path}: {str(error).strip().removeprefix('Error tokenizing data. C error: ')}") from error
-    header = next(_records(path, separator))
+    header = next(_records(path, separator), None)
+    if header is None:  # white space that pandas takes for a name
+        raise InputError(f"{path} is empty")
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
         raise InputError(f"{path} has two columns called {twice[0]!r}")
@@ -93,10 +99,20 @@ def _records(path: Path, separator: str) -> Iterator[list[str]]:
         csv.field_size_limit(limit)
 
 
+def _read_parquet(path: Path) -> pd.DataFrame:
+    names = pyarrow.parquet.read_schema(path).names
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"{path} has two columns called {twice!r}")
+    return pd.read_parquet(path)
+
+
 def _read_json(path: Path) -> pd.DataFrame:
     try:
         records = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
+    except UnicodeDecodeError:
+        raise
+    except ValueError as error:  # of the syntax, or a number of thousands of digits
         raise InputError(f"{path} is not JSON: {error}") from error
     if isinstance(records, dict):
         records = records.get("data")
@@ -112,8 +128,9 @@ def _read_json_lines(path: Path) -> pd.DataFrame:
             if line.strip():
                 try:
                     records.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{path}, line {number}, is not JSON: {error.msg}") from error
+                except ValueError as error:  # of the syntax, or a number of thousands of digits
+                    reason = getattr(error, "msg", error)
+                    raise InputError(f"{path}, line {number}, is not JSON: {reason}") from error
     return _from_records(records, path)
 
 
@@ -137,7 +154,7 @@ def find_column(tables: dict[str, pd.DataFrame], asked: str | None, candidates: 
     for name, table in tables.items():
         wanted = candidates if asked is None else (asked,)
         if not any(column in table.columns for column in wanted):
-            columns = ", ".join(map(repr, table.columns))
+            columns = listed(table.columns)
             if asked is None:
                 raise InputError(f"{name}: no column is called {', '.join(wanted)}; give {flag}, one of {columns}")
             raise InputError(f"{name} has no column {asked!r} ({flag}); it has {columns}")
@@ -147,6 +164,29 @@ def find_column(tables: dict[str, pd.DataFrame], asked: str | None, candidates: 
     if not common:
         raise InputError(f"{', '.join(tables)} have no column in common for {flag}: rename it in one of them")
     return common[0]
+
+
+def listed(names: Iterable[str], most: int = 20) -> str:
+    """Names of columns for a message: not all of thousands, and not all of a text that stands where a name should."""
+    names = list(names)
+    shown = [repr(name if len(name) <= 60 else name[:60] + "…") for name in map(str, names[:most])]
+    return ", ".join([*shown, f"and {len(names) - most:,} more"] if len(names) > most else shown)
+
+
+def check_writable(flag: str, path: Path) -> None:
+    """Refuses a folder that cannot be made or written to, as far as can be told without making it.
+
+    Raises:
+        InputError: it or a folder above it is a file, or may not be written to, or its name is too long.
+    """
+    try:
+        there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    except OSError as error:
+        raise InputError(f"{flag} {path}: {error.strerror}") from error
+    if not there.is_dir():
+        raise InputError(f"{flag} {path}: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{flag} {path}: {there} may not be written to")
 
 
 def read_texts(table: pd.DataFrame, column: str, name: str) -> list[str]:

@@ -64,7 +64,7 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
             raise InputError("no document to be scored has a label; give a file with labels")
         answers, confidence = predicted_leaves(logits)
         is_leaf = labels < taxonomy.num_leaves
-        metrics = {}
+        metrics: dict[str, float] = {}
         if is_leaf.any():
             metrics |= _flat_scores(labels[is_leaf], answers[is_leaf])
         metrics |= hierarchical_f1.compute(predictions=answers, references=labels, parents=taxonomy.parents)

@@ -30,7 +30,7 @@ from transformers import (
 
 from configuration_hierarchical import HierarchicalConfig, Taxonomy
 from modeling_hierarchical import HierarchicalForSequenceClassification, HierarchicalHeads, load_encoder
-from training import InputError, one_line
+from training import InputError, one_line, refusing
 from training.arguments import ModelArguments
 
 logger = logging.getLogger(__name__)
@@ -41,13 +41,17 @@ def is_checkpoint(name_or_path: str) -> bool:
     config = Path(name_or_path) / "config.json"
     if not config.is_file():
         return False
-    try:
+    with refusing(f"{config} is not a configuration"):
         return json.loads(config.read_text(encoding="utf-8")).get("model_type") == HierarchicalConfig.model_type
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise InputError(f"{config} is not a configuration: {error}") from error
 
 
-def quantization_config(quantization: str) -> BitsAndBytesConfig | None:
+def read_config(folder: str) -> HierarchicalConfig:
+    """The configuration of a checkpoint of ours."""
+    with refusing(f"{Path(folder) / 'config.json'} cannot be used"):
+        return HierarchicalConfig.from_pretrained(folder)
+
+
+def quantization_config(quantization: str | None) -> BitsAndBytesConfig | None:
     """NF4 with double quantization and bfloat16 products (QLoRA: Dettmers et al., 2023), 8-bit, or None."""
     if quantization == "4bit":
         # FSDP shards parameters of one floating type alone: packed weights are then called what the others are
@@ -72,21 +76,22 @@ def build_model(arguments: ModelArguments, taxonomy: Taxonomy, seed: int) -> Hie
     if is_checkpoint(arguments.model_name_or_path):
         return continue_checkpoint(arguments, taxonomy)
     revision = pinned_revision(arguments)
-    try:
+    with refusing(f"cannot load the encoder {arguments.model_name_or_path}"):
         text_config = AutoConfig.from_pretrained(
-            arguments.model_name_or_path, revision=revision or "main", cache_dir=arguments.cache_dir
+            arguments.model_name_or_path,
+            revision=revision or "main",
+            cache_dir=arguments.cache_dir,
+            trust_remote_code=False,  # else transformers asks at a terminal
         )
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot load the encoder {arguments.model_name_or_path}: {one_line(error)}") from error
-    set_dropout(text_config, arguments)
-    config = HierarchicalConfig(
-        text_config=text_config,
-        taxonomy=taxonomy,
-        encoder_name_or_path=encoder_path(arguments.model_name_or_path),
-        encoder_revision=revision,
-        pooling=arguments.pooling,
-        head_dropout=arguments.head_dropout,
-    )
+        set_dropout(text_config, arguments)
+        config = HierarchicalConfig(
+            text_config=text_config,
+            taxonomy=taxonomy,
+            encoder_name_or_path=encoder_path(arguments.model_name_or_path),
+            encoder_revision=revision,
+            pooling=arguments.pooling,
+            head_dropout=arguments.head_dropout,
+        )
     encoder = load(config, arguments)
     model = HierarchicalForSequenceClassification(config, encoder=encoder)
     if arguments.tuning == "lora":
@@ -118,7 +123,7 @@ def to_float32(model: nn.Module) -> None:
 def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> HierarchicalForSequenceClassification:
     """The model of a checkpoint, to be trained further, with heads for ``taxonomy``."""
     path = arguments.model_name_or_path
-    config = HierarchicalConfig.from_pretrained(path)
+    config = read_config(path)
     tuning = "full" if config.adapter_subfolder is None else "lora"
     if tuning != arguments.tuning:
         raise InputError(f"{path} was trained with --tuning {tuning}; continue it the same way")
@@ -127,12 +132,10 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
     set_dropout(config.text_config, arguments)
     config.head_dropout = arguments.head_dropout
     config.temperatures = config.conformal_thresholds = None  # of the weights that were, not of those to come
-    try:
+    with refusing(f"cannot load the checkpoint {path}"):
         model = HierarchicalForSequenceClassification.from_pretrained(
             path, config=config, merge_adapter=False, **load_arguments(arguments)
         )
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot load the checkpoint {path}: {one_line(error)}") from error
     model.set_lexical_head(None)
     if tuning == "lora":
         adapter = model.encoder.peft_config["default"]
@@ -207,10 +210,8 @@ def load_arguments(arguments: ModelArguments) -> dict:
 
 def load(config: HierarchicalConfig, arguments: ModelArguments) -> PreTrainedModel:
     """The encoder's weights, as asked for."""
-    try:
+    with refusing(f"cannot load the encoder {config.encoder_name_or_path}"):
         encoder = load_encoder(config, **load_arguments(arguments))
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"cannot load the encoder {config.encoder_name_or_path}: {one_line(error)}") from error
     if arguments.quantization != "none" and not encoder.is_quantized:
         raise InputError(f"{config.encoder_name_or_path} was not quantized: use --quantization none")
     at = f" at {config.encoder_revision}" if config.encoder_revision else ""
@@ -256,7 +257,7 @@ def set_dropout(text_config: PretrainedConfig, arguments: ModelArguments) -> Non
 def load_tokenizer(arguments: ModelArguments, model: HierarchicalForSequenceClassification) -> PreTrainedTokenizerBase:
     """The encoder's tokenizer, which knows the encoder's limit whatever its own files say."""
     warm_start = is_checkpoint(arguments.model_name_or_path)
-    try:
+    with refusing(f"cannot load the tokenizer of {arguments.model_name_or_path}"):
         if warm_start:
             tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path, trust_remote_code=True)
         else:
@@ -264,13 +265,28 @@ def load_tokenizer(arguments: ModelArguments, model: HierarchicalForSequenceClas
                 arguments.model_name_or_path,
                 revision=model.config.encoder_revision or "main",
                 cache_dir=arguments.cache_dir,
+                trust_remote_code=False,
             )
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot load the tokenizer of {arguments.model_name_or_path}: {one_line(error)}") from error
+    check_tokenizer(tokenizer, model)
     limit = position_limit(model.encoder)
     # a checkpoint's own is the --max_length it was trained with, which this run may raise
     tokenizer.model_max_length = limit if warm_start else min(tokenizer.model_max_length, limit)
     return tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: HierarchicalForSequenceClassification) -> None:
+    """Raises InputError where a tokenizer is not that of the encoder, as far as numbers tell.
+
+    From a folder without a tokenizer transformers makes one that knows special tokens alone.
+    """
+    name, embeddings = tokenizer.name_or_path, model.get_input_embeddings().num_embeddings
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise InputError(f"{name} holds no tokenizer: its vocabulary has {len(tokenizer)} special tokens and no words")
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= embeddings:
+        raise InputError(
+            f"the tokenizer of {name} is another encoder's: it has token {largest:,}, and the encoder {embeddings:,} embeddings"
+        )
 
 
 def position_limit(encoder: PreTrainedModel) -> int:

@@ -85,7 +85,7 @@ def confusion_matrices(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarra
     logits, labels = labelled_documents(taxonomy, logits, labels)
     answers = logits.argmax(axis=1)
     paths = [taxonomy.path(node) for node in range(taxonomy.num_nodes)]
-    written = {}  # a dict, because each level returns plotly.min.js
+    written: dict[Path, None] = {}  # a dict, because each level returns plotly.min.js
     for level in range(1, taxonomy.depth + 1):
         cut = np.array([path[:level][-1] for path in paths])
         known = (labels < taxonomy.num_leaves) | (np.array(taxonomy.levels)[labels] >= level)

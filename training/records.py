@@ -23,8 +23,8 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from training import InputError
-from training.files import TEXT_COLUMNS, has_half_surrogate
+from training import InputError, one_line
+from training.files import TEXT_COLUMNS, has_half_surrogate, listed
 
 KINDS = ("csv", "tsv", "jsonl", "ndjson", "parquet")
 LONGEST_FIELD = 2**24  # characters
@@ -70,6 +70,8 @@ def find_inputs(pattern: str, kind: str | None) -> list[tuple[str, str]]:
     paths = (
         [pattern] if Path(pattern).is_file() else sorted(path for path in glob.glob(pattern) if Path(path).is_file())
     )
+    if not paths and Path(pattern).is_dir():
+        raise InputError(f"--input {pattern} is a folder: give a pattern such as '{pattern}/*.csv'")
     if not paths:
         raise InputError(f"--input {pattern}: there is no such file")
     return [(path, kind or kind_of(path)) for path in paths]
@@ -110,15 +112,15 @@ def read_records(inputs: Sequence[tuple[str, str]], text_column: str | None, id_
         except (EOFError, gzip.BadGzipFile) as error:
             raise InputError(f"{name} is damaged or was not copied to its end: {error}") from error
         except OSError as error:
-            raise InputError(f"cannot read {name}: {error.strerror or error}") from error
-        except pyarrow.ArrowException as error:
+            raise InputError(f"cannot read {name}: {error.strerror or one_line(error)}") from error
+        except (pyarrow.ArrowException, UnicodeDecodeError) as error:
             raise InputError(f"{name} is not a Parquet file, or damaged: {str(error).splitlines()[0]}") from error
         before += size
 
 
 def _choose(source: str, names: Sequence[str], text: str | None, id: str | None) -> tuple[str, str | None]:
     """The columns of texts and of ids, once it is known which columns there are."""
-    shown = ", ".join(map(repr, names))
+    shown = listed(names)
     twice = next((name for name in names if list(names).count(name) > 1), None)
     if twice is not None:
         raise InputError(f"{source} has two columns called {twice!r}")
@@ -175,6 +177,8 @@ def _delimited(
         header = next(reader, None)
         if header is None:
             raise InputError(f"{source} is empty")
+        if any("\0" in name or has_half_surrogate(name) for name in header):
+            raise InputError(f"{source} is not UTF-8 text: save it as UTF-8")
         text_column, id_column = _choose(source, header, text_column, id_column)
         text = header.index(text_column)
         key = None if id_column is None else header.index(id_column)
@@ -205,8 +209,9 @@ def _json_lines(stream: io.TextIOBase, source: str, text_column: str | None, id_
             continue
         try:
             found = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            yield number, None, None, f"not JSON: {getattr(error, 'msg', 'nested too deeply')}"
+        except (ValueError, RecursionError) as error:  # of the syntax, a number of thousands of digits, or the depth
+            reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", error)
+            yield number, None, None, f"not JSON: {reason}"
             continue
         if not isinstance(found, dict):
             yield number, None, None, f"not an object but {type(found).__name__}"

@@ -128,7 +128,7 @@ class HierarchicalTrainer(Trainer):
         if not args.auto_find_batch_size:
             return super()._inner_training_loop(batch_size, args, **kwargs)
         effective = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        limit = batch_size if self.tried_batch_size is None else self.tried_batch_size - 1
+        limit = (batch_size or effective) if self.tried_batch_size is None else self.tried_batch_size - 1
         size = max((n for n in range(1, limit + 1) if effective % n == 0), default=None)
         if size is None:
             raise InputError("not even one text fits in memory: lower --max_length, or --gradient_checkpointing true")
@@ -259,7 +259,12 @@ class HierarchicalTrainer(Trainer):
             return None
         self.create_model_card(**kwargs)
         self._finish_current_push()
-        commit = (commit_message, token, revision or self.args.hub_revision, {})
+        commit: tuple[str, str | None, str | None, dict] = (
+            commit_message or "End of training",
+            token,
+            revision or self.args.hub_revision,
+            {},
+        )
         return self._commit(*commit) if blocking else self.hub.run_as_future(self._commit, *commit)
 
     def _commit(self, message: str, token: str | None, revision: str | None, folders: dict[str, Path]) -> CommitInfo:
@@ -309,7 +314,7 @@ class HierarchicalTrainer(Trainer):
         """Says of each finished push that failed, once: training goes on, and the last push sends everything."""
         push = getattr(self, "push_in_progress", None)
         for job in list(push.jobs) if push is not None else []:
-            if job.done():
+            if push is not None and job.done():
                 push.jobs.remove(job)
                 if job.exception() is not None:
                     logger.warning("a push during training failed: %s", reason(job.exception()))

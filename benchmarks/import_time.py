@@ -1,0 +1,42 @@
+"""How much ``import modeling_hierarchical`` adds to ``import transformers``: ``python benchmarks/import_time.py``.
+
+Fresh processes in turns, so that a busy machine weighs on both alike. What the model needs of transformers (torch, its model
+classes) is loaded on first use there, and counted on its own: a user of any model pays for it.
+"""
+
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ROUNDS = 7
+USED = "from transformers import MODEL_MAPPING, AutoModel, PretrainedConfig, PreTrainedModel"
+STAGES = {
+    "import transformers": "import transformers",
+    "… and what any model needs of it": f"import torch; import safetensors.torch; {USED}",
+    "… and import modeling_hierarchical": f"import torch; import safetensors.torch; {USED}; import modeling_hierarchical",
+}
+
+
+def seconds(code: str) -> float:
+    timed = f"import time; begun = time.perf_counter(); {code}; print(time.perf_counter() - begun)"
+    done = subprocess.run([sys.executable, "-c", timed], capture_output=True, text=True, check=True, cwd=ROOT)
+    return float(done.stdout)
+
+
+def main() -> None:
+    for code in STAGES.values():
+        seconds(code)  # compiles, and fills the disk's cache
+    taken: dict[str, list[float]] = {name: [] for name in STAGES}
+    for _ in range(ROUNDS):
+        for name, code in STAGES.items():
+            taken[name].append(seconds(code))
+    print("| in a fresh process | seconds, median (lowest – highest) |")
+    print("| --- | ---: |")
+    for name, times in taken.items():
+        print(f"| {name} | {statistics.median(times):.2f} ({min(times):.2f} – {max(times):.2f}) |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""A checkpoint that was published once loads for good: tests/checkpoint holds one of each form, with what it answered."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import stranger
+from transformers import AutoTokenizer
+
+from modeling_hierarchical import HierarchicalForSequenceClassification
+
+FOLDER = Path(__file__).parent / "checkpoint"
+EXPECTED = json.loads((FOLDER / "expected.json").read_text())
+FORMS = ("adapter_form", "whole_form")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_code_of_today_answers_as_the_code_that_made_it(form, monkeypatch):
+    monkeypatch.chdir(FOLDER)  # the adapter's encoder is named by a relative path
+    model = HierarchicalForSequenceClassification.from_pretrained(form)
+    tokenizer = AutoTokenizer.from_pretrained("encoder")
+    with torch.inference_mode():
+        output = model(**tokenizer(EXPECTED["texts"], truncation=True, padding=True, return_tensors="pt"))
+    assert model.config.tree.labels == EXPECTED["labels"]
+    torch.testing.assert_close(output.node_log_probs.exp(), torch.tensor(EXPECTED["probabilities"]), atol=1e-5, rtol=0)
+
+
+def test_its_own_code_answers_the_same_and_saves_what_loads_again(tmp_path):
+    code = f"""
+import json, os
+from transformers import AutoModel, AutoTokenizer, pipeline
+answers = []
+for form in {FORMS!r}:
+    model = AutoModel.from_pretrained(form, trust_remote_code=True)
+    model.save_pretrained(os.path.join({str(tmp_path)!r}, form))
+    AutoTokenizer.from_pretrained(form, trust_remote_code=True).save_pretrained(os.path.join({str(tmp_path)!r}, form))
+    for folder in (form, os.path.join({str(tmp_path)!r}, form)):
+        classify = pipeline("hierarchical-text-classification", model=folder, trust_remote_code=True)
+        answers.append([[result["label"], result["score"], result["truncated"]] for result in classify({EXPECTED["texts"]!r})])
+print(json.dumps(answers))
+"""
+    home = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    leaves = [
+        max(zip(row[: EXPECTED["num_leaves"]], EXPECTED["labels"], strict=False)) for row in EXPECTED["probabilities"]
+    ]
+    for answers in stranger(code, FOLDER, home):
+        assert [label for label, _, _ in answers] == [label for _, label in leaves]
+        assert [score for _, score, _ in answers] == pytest.approx([score for score, _ in leaves], abs=1e-5)
+        assert [truncated for _, _, truncated in answers] == [False, False, True]
+    assert set(os.listdir(tmp_path / "whole_form")) >= {"pipeline_hierarchical.py", "model.safetensors"}

@@ -1,0 +1,325 @@
+"""Random input to what reads foreign data: the documented error or a right answer, and never anything else.
+
+Each test draws a few dozen inputs, the same each time. ``FUZZ_EXAMPLES=20000 pytest tests/test_fuzz.py`` draws so many
+others. An input that takes five seconds fails as one that hangs, and the process has two gigabytes more than it began with.
+"""
+
+import csv
+import gzip
+import io
+import json
+import os
+import resource
+import shutil
+import tempfile
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import yaml
+from conftest import ROOT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import pipeline
+
+from configuration_hierarchical import HierarchicalConfig, Taxonomy, TaxonomyError
+from modeling_hierarchical import SHIPPED_FILES
+from training import InputError
+from training.arguments import parse
+from training.data import read_class_names
+from training.files import has_half_surrogate, read_table
+from training.model import read_config
+from training.records import find_inputs, read_records
+
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 0))
+settings.register_profile(
+    "fuzz",
+    max_examples=EXAMPLES or 60,
+    derandomize=not EXAMPLES,
+    database=None,
+    deadline=5000,
+    suppress_health_check=list(HealthCheck),
+)
+settings.load_profile("fuzz")
+
+CHECKPOINT = Path(__file__).parent / "checkpoint"
+CONFIG = json.loads((CHECKPOINT / "whole_form" / "config.json").read_text())
+# text as people write it, and as they do not: quotes, separators, control characters, halves of surrogate pairs
+TEXT = st.text(st.one_of(st.sampled_from("ab /,;\"'\t\n\r\\{}[]:&*#-\0\ufeff\u2028"), st.characters()), max_size=12)
+NAMES = st.text("abcdeAÄß /.", min_size=1, max_size=3)
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXT)
+JSON = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(TEXT, inner, max_size=4)),
+    max_leaves=12,
+)
+TREES = st.recursive(
+    st.one_of(NAMES, st.none()),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(NAMES, inner, max_size=4)),
+    max_leaves=20,
+)
+CELLS = st.text(st.characters(exclude_characters="\0\r\ufeff", exclude_categories=["Cs"]), max_size=8)
+ODD_BYTES = st.one_of(st.binary(max_size=200), TEXT.map(lambda text: text.encode("utf-8", "surrogatepass")))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bounded_memory():
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    held = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData"))
+    resource.setrlimit(resource.RLIMIT_DATA, (int(held.split()[1]) * 1024 + 2 * 2**30, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """Writes bytes under a name in one folder, and returns the path."""
+    folder = tmp_path_factory.mktemp("fuzz")
+
+    def write(name: str, content: bytes) -> Path:
+        (folder / name).write_bytes(content)
+        return folder / name
+
+    return write
+
+
+def assert_sound(tree: Taxonomy) -> None:
+    """What holds of any taxonomy: it comes back from its nested form through JSON, and a label finds its node."""
+    assert Taxonomy(json.loads(json.dumps(tree.to_nested(), sort_keys=True)), tree.separator) == tree
+    for node in range(tree.num_nodes):
+        assert tree.id(tree.labels[node]) == node
+        assert tree.path_names(node) == tuple(tree.names[i] for i in tree.path(node))
+        assert bool(tree.children(node)) == (node >= tree.num_leaves)
+    assert "\n".join(tree.names[i] for i in tree.reading_order).encode()
+
+
+# ── taxonomies ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@given(st.one_of(TREES, JSON), st.sampled_from(["/", " > ", "a"]))
+def test_nested_taxonomies(tree, separator):
+    try:
+        built = Taxonomy(tree, separator)
+    except TaxonomyError:
+        return
+    assert_sound(built)
+
+
+@given(st.lists(st.tuples(st.one_of(st.none(), NAMES), NAMES), max_size=12))
+def test_taxonomies_of_rows(rows):
+    try:
+        built = Taxonomy.from_rows(rows)
+    except TaxonomyError:
+        return
+    assert_sound(built)
+    for parent, child in rows:
+        node = next(i for i in range(built.num_nodes) if built.names[i] == child.strip())
+        above = built.parents[node]
+        assert (built.names[above] if above >= 0 else "") == (parent or "").strip()
+
+
+@given(st.lists(st.one_of(NAMES, st.lists(NAMES, max_size=4)), max_size=8))
+def test_taxonomies_of_paths(paths):
+    try:
+        built = Taxonomy.from_paths(paths)
+    except TaxonomyError:
+        return
+    assert_sound(built)
+
+
+@given(st.sampled_from([".yaml", ".json", ".csv", ".tsv", ".txt"]), st.one_of(ODD_BYTES, JSON, TREES))
+def test_taxonomy_files(file, suffix, content):
+    if not isinstance(content, bytes):
+        dump = yaml.safe_dump if suffix == ".yaml" else json.dumps
+        content = dump(content).encode("utf-8", "surrogatepass")
+    try:
+        built = Taxonomy.from_file(file(f"tree{suffix}", content))
+    except TaxonomyError:
+        return
+    assert_sound(built)
+
+
+# ── configurations ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@given(TREES, st.floats(0, 0.9), st.sampled_from(["mean", "cls"]), st.one_of(st.none(), st.integers(1, 1000)))
+def test_configurations_come_back(tree, dropout, pooling, lexical_vocab_size):
+    try:
+        tree = Taxonomy(tree)
+    except TaxonomyError:
+        return
+    config = HierarchicalConfig(
+        taxonomy=tree, head_dropout=dropout, pooling=pooling, lexical_vocab_size=lexical_vocab_size
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        again = HierarchicalConfig.from_pretrained(folder)
+    assert again.to_dict() == config.to_dict()
+    assert again.tree == tree
+
+
+OURS = ("taxonomy", "label_separator", "id2label", "text_config", "temperatures", "conformal_thresholds", "pooling",
+        "head_dropout", "initializer_range", "lexical_vocab_size", "adapter_subfolder", "encoder_name_or_path",
+        "encoder_revision", "num_labels")  # fmt: skip
+
+
+@given(st.dictionaries(st.sampled_from(OURS), JSON, min_size=1, max_size=3))
+def test_config_files_with_odd_values(file, changes):
+    path = file("config.json", json.dumps({**CONFIG, **changes}).encode("utf-8", "surrogatepass"))
+    try:
+        loaded = HierarchicalConfig.from_pretrained(path.parent)
+    except ValueError:
+        return
+    assert_sound(loaded.tree)
+
+
+@given(st.dictionaries(st.sampled_from(sorted(CONFIG["text_config"])), JSON, min_size=1, max_size=2))
+def test_config_files_with_odd_encoders(file, changes):
+    changes = {**CONFIG, "text_config": {**CONFIG["text_config"], **changes}}
+    path = file("config.json", json.dumps(changes).encode("utf-8", "surrogatepass"))
+    try:
+        HierarchicalConfig.from_pretrained(path.parent)
+    except ValueError:
+        return
+
+
+@given(ODD_BYTES)
+def test_config_files_of_odd_bytes(file, content):
+    try:
+        read_config(
+            str(file("config.json", content).parent)
+        )  # as the commands do: transformers takes any JSON for an object
+    except InputError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+
+
+# ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@given(
+    st.lists(st.lists(CELLS, min_size=3, max_size=3), min_size=1, max_size=6),
+    st.sampled_from([(".csv", ","), (".tsv", "\t")]),
+)
+def test_tables_hold_what_was_written(file, rows, kind):
+    stream = io.StringIO()
+    writer = csv.writer(stream, delimiter=kind[1], quoting=csv.QUOTE_ALL)
+    writer.writerows([["a", "b", "text"], *rows])
+    path = file(f"rows{kind[0]}", stream.getvalue().encode())
+    assert read_table(path).to_numpy().tolist() == rows
+    found = list(read_records([(str(path), kind[0][1:])], "text", "a"))
+    assert [(record.id, record.text) for record in found] == [
+        (row[0], row[2] if row[2].strip() else None) for row in rows
+    ]
+
+
+@given(
+    st.sampled_from([".csv", ".tsv", ".json", ".jsonl", ".parquet"]),
+    st.one_of(ODD_BYTES, JSON, st.lists(JSON, max_size=4)),
+)
+def test_table_files(file, suffix, content):
+    if not isinstance(content, bytes):
+        dumped = [json.dumps(one) for one in content] if isinstance(content, list) else [json.dumps(content)]
+        content = ("\n".join(dumped) if suffix == ".jsonl" else json.dumps(content)).encode("utf-8", "surrogatepass")
+    try:
+        table = read_table(file(f"table{suffix}", content))
+    except InputError:
+        return
+    assert len(table)
+
+
+@given(
+    st.sampled_from(["csv", "tsv", "jsonl", "ndjson", "parquet", "csv.gz", "jsonl.gz"]),
+    st.one_of(ODD_BYTES, st.lists(st.one_of(JSON, st.fixed_dictionaries({"text": JSON, "id": JSON})), max_size=4)),
+    st.sampled_from([b"", b"text,id\n", b"text\tid\n"]),
+    st.booleans(),
+)
+def test_records(file, kind, content, head, whole):
+    if not isinstance(content, bytes):
+        content = "\n".join(map(json.dumps, content)).encode("utf-8", "surrogatepass")
+    content = head + content
+    if kind.endswith(".gz"):
+        content = gzip.compress(content) if whole else gzip.compress(content)[:-3]
+    path = file(f"records.{kind}", content)
+    try:
+        for record in read_records(find_inputs(str(path), None), None, "id"):
+            assert (record.text is None) != (record.problem is None)
+            assert record.text is None or (record.text.strip() and not has_half_surrogate(record.text))
+    except InputError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+
+
+@given(st.binary(max_size=60), st.integers(0, 600))
+def test_damaged_parquet_files(file, damage, at):
+    table = pyarrow.table({"text": ["one", "two"], "id": [1, 2]})
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(table, sink)
+    content = sink.getvalue()
+    path = file("damaged.parquet", content[:at] + damage + content[at + len(damage) :])
+    for read in (lambda: read_table(path), lambda: list(read_records([(str(path), "parquet")], None, "id"))):
+        try:
+            read()
+        except InputError as error:
+            assert "\n" not in str(error)  # noqa: PT017
+
+
+@given(st.one_of(TEXT, JSON.map(json.dumps)))
+def test_class_names(given):
+    try:
+        names = read_class_names("{" + given)
+    except InputError:
+        return
+    assert all(isinstance(name, str) and name for pair in names.items() for name in pair)
+
+
+@given(
+    st.one_of(
+        ODD_BYTES,
+        st.dictionaries(st.one_of(st.sampled_from(["seed", "lora_r", "level_weights"]), TEXT), JSON, max_size=3),
+    )
+)
+def test_recipes(file, content):
+    if not isinstance(content, bytes):
+        content = yaml.safe_dump(content).encode("utf-8", "surrogatepass")
+    try:
+        parse([str(file("recipe.yaml", content))])
+    except InputError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+
+
+# ── the pipeline ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def classify(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fuzz") / "checkpoint"
+    shutil.copytree(CHECKPOINT / "whole_form", folder)
+    for file in SHIPPED_FILES:  # the code of today
+        shutil.copy(ROOT / file, folder)
+    return pipeline("hierarchical-text-classification", model=str(folder), trust_remote_code=True)
+
+
+@given(
+    st.one_of(JSON, st.lists(TEXT, max_size=5), st.binary(max_size=9), st.lists(st.fixed_dictionaries({"text": TEXT}))),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "top_k": st.one_of(st.integers(-1, 6), SCALARS),
+            "max_length": st.one_of(st.integers(0, 40), SCALARS),
+            "stride": st.one_of(st.integers(0, 32), SCALARS),
+            "coverage": st.one_of(st.floats(0, 1), SCALARS),
+            "batch_size": st.one_of(st.integers(0, 4), SCALARS),
+        },
+    ),
+)
+def test_pipeline_input(classify, inputs, arguments):
+    try:
+        found = classify(inputs, **arguments)
+    except ValueError as error:
+        assert "Traceback" not in str(error)  # noqa: PT017
+        return
+    assert not isinstance(inputs, list) or len(found) == len(inputs)
+    for answer in found if isinstance(inputs, list) else [found]:
+        for result in answer if isinstance(answer, list) else [answer]:
+            assert 0 <= result["score"] <= 1
+            assert sum(result["levels"][0].values()) == pytest.approx(1, abs=1e-4)
