@@ -317,14 +317,14 @@ class Service:
         done: list[Record] = []
         bad: list[Problem] = []
         total = len(table.rows)
-        yield [views.progress(0, total, 0, "Classified"), [], [], *empty[2:]]
+        yield [views.progress(0, total, 0, "Classified"), views.preview([]), views.problems([]), *empty[2:]]
         for records, problems in rows_classified(self._classify_all, table.rows, column, coverage):
             done += records
             bad += problems
             yield [
                 views.progress(len(done) + len(bad), total, len(bad), "Classified"),
-                [preview(record) for record in done] if len(done) <= PREVIEW else gr.skip(),
-                [[one["line"], one["problem"]] for one in bad[:PREVIEW]] if problems else gr.skip(),
+                views.preview(done[:PREVIEW]) if len(done) - len(records) < PREVIEW else gr.skip(),
+                views.problems(bad) if problems else gr.skip(),
                 gr.skip(),
                 gr.skip(),
             ]
@@ -334,16 +334,10 @@ class Service:
                 (Path(folder) / name).write_text(text, encoding="utf-8")
             yield [
                 views.progress(total, total, len(bad), "Done:"),
-                [preview(record) for record in done[:PREVIEW]],
-                [[one["line"], one["problem"]] for one in bad[:PREVIEW]],
+                gr.skip(),
+                gr.skip(),
                 *(gr.DownloadButton(value=str(Path(folder) / name), interactive=True) for name in written),
             ]
-
-
-def preview(record: Record) -> list[Any]:
-    text = record["text"] if len(record["text"]) <= 160 else record["text"][:159] + "…"
-    answer = " or ".join(record["answer"] or [])
-    return [record["line"], text, record["predicted"], views.percent(record["probability"]), answer]
 
 
 def answering(method: Callable) -> Callable:
@@ -360,8 +354,8 @@ def answering(method: Callable) -> Callable:
     return answer
 
 
-def about(classifier: Pipeline, model: str, revision: str | None) -> tuple[Html, str]:
-    """What the model is: a table of facts, and its card as Markdown."""
+def about(classifier: Pipeline, model: str, revision: str | None) -> tuple[Html, str, str]:
+    """What the model is: a table of facts, and its card as Markdown in two parts."""
     config, tree = classifier.model.config, classifier.tree
     named = Path(model).resolve().name if Path(model).is_dir() else model
     path = cached_file(model, "README.md", revision=revision, _raise_exceptions_for_missing_entries=False)
@@ -372,9 +366,11 @@ def about(classifier: Pipeline, model: str, revision: str | None) -> tuple[Html,
         "Encoder": Path(encoder).name if os.path.isabs(encoder) else encoder,
         "Taxonomy": f"{tree.num_leaves:,} classes, {tree.num_nodes:,} nodes, {tree.depth} levels",
         "Reads": f"at most {classifier.tokenizer.model_max_length:,} tokens of a text",
+        "Licence": views.licence(card),
         "Answers for a coverage": "yes" if is_calibrated(classifier) else "no: trained without validation rows",
     }
-    return views.facts(facts), views.card_text(card) or "The checkpoint has no model card."
+    first, more = views.card_parts(card)
+    return views.facts(facts), first or "The checkpoint has no model card.", more
 
 
 def build(classifier: Pipeline, model: str, revision: str | None = None) -> gr.Blocks:
@@ -420,8 +416,10 @@ def build(classifier: Pipeline, model: str, revision: str | None = None) -> gr.B
                         coverage = gr.Slider(**slider, elem_id="coverage")
                     with gr.Column(scale=6, min_width=300):
                         result = gr.HTML(views.waiting(), elem_id="result")
-                        bars = gr.Plot(bars, label="Probabilities, level by level", elem_id="bars")
-                icicle = gr.Plot(icicle, label="The taxonomy: how probability flows from the roots to the leaves", elem_id="icicle")
+                        gr.HTML("<h2>Probabilities, level by level</h2>", elem_classes="heading")
+                        bars = gr.Plot(bars, show_label=False, label="Probabilities", elem_id="bars")
+                gr.HTML("<h2>The taxonomy: how probability flows from the roots to the leaves</h2>", elem_classes="heading")
+                icicle = gr.Plot(icicle, show_label=False, label="The taxonomy", elem_id="icicle")
                 with gr.Row(elem_id="ask"):
                     node = gr.Dropdown(
                         choices=[(" › ".join(tree.path_names(n)), tree.labels[n]) for n in tree.reading_order],
@@ -486,24 +484,10 @@ def build(classifier: Pipeline, model: str, revision: str | None = None) -> gr.B
                             "with an apostrophe.</p>"
                         )
                 kept = gr.State(None, time_to_live=KEPT_SECONDS)
-                table = gr.Dataframe(
-                    headers=["line", "text", "predicted", "probability", "answer"],
-                    datatype=["number", "str", "str", "str", "str"],
-                    label=f"Preview: the first {PREVIEW} rows",
-                    interactive=False,
-                    wrap=True,
-                    column_widths=["70px", "42%", "20%", "100px", "24%"],
-                    elem_id="preview",
-                )
-                problems = gr.Dataframe(
-                    headers=["line", "problem"],
-                    datatype=["number", "str"],
-                    label="Rows that could not be classified",
-                    interactive=False,
-                    wrap=True,
-                    column_widths=["90px", "auto"],
-                    elem_id="problems",
-                )
+                gr.HTML(f"<h2>Preview: the first {PREVIEW} rows</h2>", elem_classes="heading")
+                table = gr.HTML(views.preview([]), elem_id="preview")
+                gr.HTML("<h2>Rows that could not be classified</h2>", elem_classes="heading")
+                problems = gr.HTML(views.problems([]), elem_id="problems")
                 opened = [kept, column, state]
                 gr.on([file.upload, file.clear], service.open_file, file, opened, concurrency_id="opening", **shown)
                 running = start.click(
@@ -523,9 +507,11 @@ def build(classifier: Pipeline, model: str, revision: str | None = None) -> gr.B
                 )
 
             with gr.Tab("About the model", id="model"):
-                facts, card = about(classifier, model, revision)
+                facts, card, more = about(classifier, model, revision)
                 gr.HTML(facts, elem_id="facts")
-                gr.Markdown(card, elem_id="card")
+                gr.Markdown(card, elem_id="card", elem_classes="card")
+                with gr.Accordion("Data, training and more of the model card", open=False):
+                    gr.Markdown(more, elem_classes="card")
         gr.HTML(views.footer(), elem_id="foot")
 
         gr.api(answering(service.classify), api_name="classify", concurrency_id="texts")
@@ -544,6 +530,20 @@ def theme() -> gr.themes.Base:
         radius_size=gr.themes.sizes.radius_sm,
         font=fonts,
         font_mono=["ui-monospace", "Consolas", "monospace"],
+    ).set(
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        block_label_text_color="*neutral_700",
+        block_title_text_color="*neutral_700",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+        button_primary_background_fill="#005A96",
+        button_primary_background_fill_hover="#00466F",
+        button_primary_background_fill_dark="#0072B2",
+        button_primary_text_color="white",
+        slider_color="#0072B2",
     )
 
 

@@ -12,6 +12,7 @@ Worth knowing:
 
 import math
 import re
+from collections.abc import Iterable, Iterator
 from html import escape
 from typing import Any
 
@@ -22,6 +23,8 @@ from classification import Classification
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#9AA5B1"
 BARS = 6  # of a level
 LEVELS = 4  # with bars; deeper ones are in the icicle
+HEADING, ROW = 34, 27  # pixels
+TEXT = {"xanchor": "left", "xshift": 3, "yanchor": "middle", "align": "left", "showarrow": False}
 LEAST_SHARE = 0.01  # of an icicle: nodes below stand together as "others"
 LONGEST_LABEL = 34
 NOT_A_DEVICE = "Not a medical device. Not for diagnosis, treatment or any decision about a patient."
@@ -104,9 +107,9 @@ def name(text: str) -> str:
     return f"<bdi>{plain(text)}</bdi>"
 
 
-def bars_height(depth: int, widths: list[int]) -> int:
+def bars_height(widths: list[int]) -> int:
     """Pixels for the bars of a taxonomy whose levels have so many nodes."""
-    return sum(46 + 27 * min(width, BARS + 1) for width in widths[: min(depth, LEVELS)]) + 10
+    return sum(HEADING + ROW * min(width, BARS + 1) for width in widths[:LEVELS]) + 8
 
 
 def bars(levels: list[dict[str, float]], path: list[str]) -> go.Figure:
@@ -117,59 +120,32 @@ def bars(levels: list[dict[str, float]], path: list[str]) -> go.Figure:
         path: labels of the nodes to mark.
     """
     shown = levels[:LEVELS]
-    widths = [len(level) for level in levels]
-    height = bars_height(len(levels), widths)
+    height = bars_height([len(level) for level in levels])
     figure = go.Figure()
-    top = 1.0
-    empty = not path
+    top = 0.0
     for depth, level in enumerate(shown, start=1):
-        axis = "" if depth == 1 else str(depth)
         order = sorted(level, key=lambda node: -level[node])
         rows = [(label(node), level[node], node in path) for node in order[:BARS]]
         if len(order) > BARS:
-            rest = sum(level[node] for node in order[BARS:])
-            rows.append((f"{len(order) - BARS:,} others", rest, False))
-        places = [f"{i}" for i in range(len(rows))]
+            rows.append((f"{len(order) - BARS:,} others", sum(level[node] for node in order[BARS:]), False))
+        figure.add_annotation(text=f"<b>Level {depth}</b>", y=top + 20, x=0, **TEXT)
         figure.add_bar(
             x=[score for _, score, _ in rows],
-            y=places,
+            y=[top + HEADING + ROW * (i + 0.5) for i in range(len(rows))],
+            width=ROW - 5,
             orientation="h",
-            xaxis="x",
-            yaxis=f"y{axis}",
+            opacity=0.45,
             marker={"color": [BLUE if marked else GREY for *_, marked in rows]},
-            text=["" if empty else f"{'<b>' if marked else ''}{text}  {percent(score)}{'</b>' if marked else ''}" for text, score, marked in rows],
-            textposition="none",
             hovertext=[f"{text}: {percent(score)}" for text, score, _ in rows],
             hoverinfo="text",
-            cliponaxis=False,
         )
-        share = (46 + 27 * len(rows)) / height
-        low, high = top - share + 8 / height, top - 38 / height
-        figure.update_layout(
-            {
-                f"yaxis{axis}": {
-                    "domain": [max(low, 0), high],
-                    "range": [len(rows) - 0.5, -0.5],
-                    "showticklabels": False,
-                    "fixedrange": True,
-                    "zeroline": False,
-                    "showgrid": False,
-                }
-            }
-        )
-        figure.add_annotation(
-            text=f"<b>Level {depth}</b>", x=0, xanchor="left", xref="paper", y=top, yanchor="top", yref="paper", showarrow=False
-        )
-        for place, (text, score, marked) in enumerate(rows):
-            written = text if empty else f"{text}  <b>{percent(score)}</b>"
-            figure.add_annotation(
-                text=written, x=0, xanchor="left", xref="x", xshift=3, y=place, yref=f"y{axis}", showarrow=False, align="left", yshift=0,
-                font={"size": 12},
-            )
-        top -= share
-    figure.update_traces(opacity=0.45, width=0.82)
+        for i, (text, score, _) in enumerate(rows):
+            written = f"{text}  <b>{percent(score)}</b>" if path else text
+            figure.add_annotation(text=written, y=top + HEADING + ROW * (i + 0.5), x=0, **TEXT)
+        top += HEADING + ROW * len(rows)
     figure.update_xaxes(range=[0, 1], fixedrange=True, visible=False)
-    return dress(figure, height)
+    figure.update_yaxes(range=[height, 0], fixedrange=True, visible=False)
+    return dress(figure, height).update_layout(bargap=0, barmode="overlay")
 
 
 def icicle(levels: list[dict[str, float]], parents: dict[str, str], path: list[str], height: int) -> go.Figure:
@@ -181,51 +157,56 @@ def icicle(levels: list[dict[str, float]], parents: dict[str, str], path: list[s
         path: labels of the nodes to mark.
     """
     scores = {node: score for level in levels for node, score in level.items()}
-    shown: dict[str, tuple[str, str, float, float]] = {}  # id: label, parent's id, share, score
     children: dict[str, list[str]] = {}
     for node, parent in parents.items():
         children.setdefault(parent, []).append(node)
-    queue = [("", "")]
-    while queue:
-        parent, place = queue.pop(0)
-        below = sorted(children.get(parent, []), key=lambda node: -scores.get(node, 0))
-        kept = [node for node in below if scores.get(node, 0) >= LEAST_SHARE or node in path]
-        for node in kept:
-            shown[f"n:{node}"] = (label(node), place, scores[node], scores[node])
-            queue.append((node, f"n:{node}"))
-        others = [node for node in below if node not in set(kept)]
-        rest = sum(scores.get(node, 0) for node in others)
-        if others and rest > 0 and kept:
-            shown[f"o:{parent}"] = (f"{len(others):,} other{'s'[: len(others) > 1]}", place, rest, rest)
-    ids = ["root", *shown]
-    whole = sum(share for _, place, share, _ in shown.values() if place == "")
+    boxes = list(lay_out(children, scores, set(path), "", 0, 0.0))
+    dark = [score > 0.45 for *_, score, _ in boxes]
     figure = go.Figure(
-        go.Icicle(
-            ids=ids,
-            labels=["all", *(entry[0] for entry in shown.values())],
-            parents=["", *(entry[1] or "root" for entry in shown.values())],
-            values=[whole, *(entry[2] for entry in shown.values())],
-            branchvalues="remainder" if not shown else "total",
-            text=["", *(percent(entry[3]) for entry in shown.values())],
-            hovertext=["all texts", *(f"{entry[0]}: {percent(entry[3])}" for entry in shown.values())],
+        go.Bar(
+            # a leaf reaches to the right edge
+            x=[(level + (len(levels) if ends else level + 1)) / 2 for level, _, _, _, ends in boxes],
+            width=[(len(levels) if ends else level + 1) - level for level, _, _, _, ends in boxes],
+            base=[low for _, low, _, _, _ in boxes],
+            y=[score for _, _, _, score, _ in boxes],
+            text=[f"{text} {percent(score)}" for _, _, text, score, _ in boxes],
+            textposition="inside",
+            insidetextanchor="middle",
+            textangle=0,
+            textfont={"color": ["#FFFFFF" if is_dark else "#1B2A3A" for is_dark in dark], "size": 13},
+            hovertext=[f"{text}: {percent(score)}" for _, _, text, score, _ in boxes],
             hoverinfo="text",
-            textinfo="label+text",
-            tiling={"orientation": "h", "pad": 1},
-            pathbar={"visible": False},
-            sort=False,
-            marker={
-                "colors": ["#E8EDF2", *(shade(entry[3]) for entry in shown.values())],
-                "line": {"width": [0, *(2.5 if i[2:] in path and i[0] == "n" else 0.5 for i in shown)], "color": "#1B2A3A"},
-            },
-            textfont={"color": ["#1B2A3A", *("#FFFFFF" if entry[3] > 0.45 else "#1B2A3A" for entry in shown.values())]},
+            marker={"color": [shade(score) for *_, score, _ in boxes], "line": {"width": 1.5, "color": "#FFFFFF"}},
         )
     )
-    return dress(figure, height)
+    figure.update_xaxes(range=[0, len(levels)], visible=False, fixedrange=True)
+    figure.update_yaxes(range=[1, 0], visible=False, fixedrange=True)
+    return dress(figure, height).update_layout(uniformtext={"minsize": 8, "mode": "hide"})
+
+
+def lay_out(
+    children: dict[str, list[str]], scores: dict[str, float], path: set[str], parent: str, level: int, low: float
+) -> Iterator[tuple[int, float, str, float, bool]]:
+    """Boxes of an icicle below a node: level from 0, lower end, text, probability, and whether nothing is below it.
+
+    Args:
+        low: where the first of them begins.
+    """
+    below = sorted(children.get(parent, []), key=lambda node: -scores[node])
+    others = [node for node in below if scores[node] < LEAST_SHARE and node not in path]
+    for node in below:
+        if node not in others:
+            yield level, low, label(node), scores[node], node not in children
+            yield from lay_out(children, scores, path, node, level + 1, low)
+            low += scores[node]
+    if others:
+        rest = sum(scores[node] for node in others)
+        yield level, low, f"{len(others):,} other{'s' if len(others) > 1 else ''}", rest, True
 
 
 def icicle_height(leaves: int) -> int:
     """Pixels for the icicle of a taxonomy with so many leaves."""
-    return round(min(170 + 22 * leaves, 420))
+    return round(min(130 + 26 * leaves, 440))
 
 
 def shade(score: float) -> str:
@@ -238,7 +219,7 @@ def dress(figure: go.Figure, height: int) -> go.Figure:
     return figure.update_layout(
         height=height,
         autosize=True,
-        margin={"l": 4, "r": 4, "t": 4, "b": 4},
+        margin={"l": 0, "r": 0, "t": 0, "b": 0},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         showlegend=False,
@@ -279,7 +260,7 @@ def words(text: str, found: Explanation) -> str:
     if unread:
         parts.append(f"<span class='unread' title='not read by the model'>{plain(unread)}</span>")
     difference = found["score"] - found["blank_score"]
-    share = f", {abs(found['error'] / difference):.0%} of the difference" if abs(difference) >= 0.005 else ""
+    share = f", {abs(found['error'] / difference):.1%} of the difference" if abs(difference) >= 0.005 else ""
     ranked = sorted(found["words"], key=lambda word: -word["weight"])
     best = [word for word in ranked if word["weight"] > 0][:8]
     worst = [word for word in ranked[::-1] if word["weight"] < 0][:8]
@@ -319,16 +300,69 @@ def progress(done: int, total: int, problems: int, state: str) -> str:
     )
 
 
+PROBLEMS = 200  # shown
+
+
+def preview(records: list[dict[str, Any]]) -> str:
+    """Rows that were classified, with the beginnings of their texts."""
+    heads = ("line", "text", "most probable class", "probability", "answer for the coverage")
+    rows = (
+        (
+            record["line"],
+            name(record["text"] if len(record["text"]) <= 160 else record["text"][:159] + "…"),
+            name(record["predicted"]),
+            percent(record["probability"]),
+            " or ".join(name(node) for node in record["answer"] or []) or "–",
+        )
+        for record in records
+    )
+    return grid(heads, rows, "The rows that are classified are shown here.")
+
+
+def problems(found: list[dict[str, Any]]) -> str:
+    """Rows that were not classified, by line."""
+    rows = ((one["line"], plain(one["problem"])) for one in found[:PROBLEMS])
+    more = f"<p class='note'>and {len(found) - PROBLEMS:,} more</p>" if len(found) > PROBLEMS else ""
+    return grid(("line", "reason"), rows, "None.") + more
+
+
+def grid(heads: tuple[str, ...], rows: Iterable[tuple[Any, ...]], empty: str) -> str:
+    """A table; on a narrow page, its rows as blocks. The cells are HTML already."""
+    body = "".join(
+        "<tr>" + "".join(f"<td data-head='{head}'>{cell}</td>" for head, cell in zip(heads, row, strict=True)) + "</tr>"
+        for row in rows
+    )
+    if not body:
+        return f"<p class='note grid-empty'>{empty}</p>"
+    top = "".join(f"<th scope='col'>{head}</th>" for head in heads)
+    return f"<table class='grid'><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+
+
 # ── the model ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def card_text(card: str) -> str:
-    """A model card without its front matter, comments, pictures, and the sections on how to load it."""
+FIRST = ("results", "limits", "licence", "license")
+
+
+def card_parts(card: str) -> tuple[str, str]:
+    """A model card as Markdown: what a reader of this page wants first, and the rest.
+
+    Left out are the front matter, comments, pictures (they are files of the checkpoint), and how to load the model.
+    """
     body = re.sub(r"\A---\r?\n.*?\r?\n---\r?\n", "", card, flags=re.DOTALL)
-    body = re.sub(r"<!-- use: .*?<!-- /use -->", "", body, flags=re.DOTALL)
-    body = re.sub(r"(?m)^#+ Use[ \t]*\r?\n(?=\s*(^#|\Z))", "", body)
+    body = re.sub(r"<!--.*?-->", "", body, flags=re.DOTALL)
     body = re.sub(r"!\[[^\]]*\]\([^)]*\)", "", body)
-    return re.sub(r"<!--.*?-->", "", body, flags=re.DOTALL).strip()
+    introduction, *sections = re.split(r"(?m)^(?=## )", body)
+    sections = [section for section in sections if not section.lower().startswith("## use")]
+    first = [section for section in sections if section[3:].lower().startswith(FIRST)]
+    introduction = re.sub(r"(?m)\A\s*# .*$", "", introduction)
+    return "".join([introduction, *first]).strip(), "".join(s for s in sections if s not in first).strip()
+
+
+def licence(card: str) -> str:
+    """The licence that a model card's front matter names."""
+    found = re.search(r"(?m)\A---\r?\n(?:.*\r?\n)*?license:[ \t]*(\S+)", card)
+    return found[1] if found else "not given"
 
 
 def facts(known: dict[str, str]) -> str:
