@@ -52,9 +52,13 @@ def browser() -> webdriver.Chrome:
 
 def shoot(driver: webdriver.Chrome, file: Path, width: int) -> None:
     """The whole page, as far as its content reaches."""
-    height = driver.execute_script("return Math.ceil(document.querySelector('#foot').getBoundingClientRect().bottom + scrollY)")
+    height = driver.execute_script(
+        "return Math.ceil(document.querySelector('#foot').getBoundingClientRect().bottom + scrollY)"
+    )
     clip = {"x": 0, "y": 0, "width": width, "height": height + 12, "scale": 1}
-    shot = driver.execute_cdp_cmd("Page.captureScreenshot", {"format": "png", "captureBeyondViewport": True, "clip": clip})
+    shot = driver.execute_cdp_cmd(
+        "Page.captureScreenshot", {"format": "png", "captureBeyondViewport": True, "clip": clip}
+    )
     file.write_bytes(base64.b64decode(shot["data"]))
     from PIL import Image
 
@@ -67,7 +71,9 @@ def until(driver: webdriver.Chrome, condition: str, seconds: int = 90) -> None:
 
 def tab(driver: webdriver.Chrome, name: str) -> None:
     """Opens a tab, which on a narrow page may be behind the button for more of them."""
-    found = [t for t in driver.find_elements(By.CSS_SELECTOR, "button[role=tab]") if t.text == name and t.is_displayed()]
+    found = [
+        t for t in driver.find_elements(By.CSS_SELECTOR, "button[role=tab]") if t.text == name and t.is_displayed()
+    ]
     driver.execute_script("arguments[0].click()", found[0])
 
 
@@ -77,7 +83,9 @@ def views(driver: webdriver.Chrome, address: str, width: int, scheme: str, folde
         {"width": width, "height": SIZES[width], "deviceScaleFactor": 1, "mobile": width < 500},
     )
     driver.get(f"{address}/?__theme={scheme}")
-    until(driver, "document.querySelector('#classify') && document.querySelector('#icicle .slicetext, #icicle .main-svg')")
+    until(
+        driver, "document.querySelector('#classify') && document.querySelector('#icicle .slicetext, #icicle .main-svg')"
+    )
     time.sleep(1)
     name = f"{width}-{scheme}"
     shoot(driver, folder / f"start-{name}.png", width)

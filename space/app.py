@@ -14,6 +14,7 @@ Worth knowing:
 """
 
 import argparse
+import inspect
 import os
 import signal
 import sys
@@ -201,9 +202,7 @@ class Service:
         text = check_text(text)
         return self._explain(text, self.check_node(node) if node else self._classify(text, None)["label"])
 
-    def classify_file(
-        self, file: gr.FileData, column: str | None = None, coverage: float | None = None
-    ) -> FileResult:
+    def classify_file(self, file: gr.FileData, column: str | None = None, coverage: float | None = None) -> FileResult:
         """Classifies the rows of a file, which is deleted as soon as it is read.
 
         Args:
@@ -331,7 +330,7 @@ class Service:
         with tempfile.TemporaryDirectory() as folder:  # gradio copies what it serves
             written = {"predictions.csv": to_csv(done), "predictions.jsonl": to_json_lines(done)}
             for name, text in written.items():
-                (Path(folder) / name).write_text(text, encoding="utf-8")
+                (Path(folder) / name).write_bytes(text.encode())
             yield [
                 views.progress(total, total, len(bad), "Done:"),
                 gr.skip(),
@@ -418,7 +417,9 @@ def build(classifier: Pipeline, model: str, revision: str | None = None) -> gr.B
                         result = gr.HTML(views.waiting(), elem_id="result")
                         gr.HTML("<h2>Probabilities, level by level</h2>", elem_classes="heading")
                         bars = gr.Plot(bars, show_label=False, label="Probabilities", elem_id="bars")
-                gr.HTML("<h2>The taxonomy: how probability flows from the roots to the leaves</h2>", elem_classes="heading")
+                gr.HTML(
+                    "<h2>The taxonomy: how probability flows from the roots to the leaves</h2>", elem_classes="heading"
+                )
                 icicle = gr.Plot(icicle, show_label=False, label="The taxonomy", elem_id="icicle")
                 with gr.Row(elem_id="ask"):
                     node = gr.Dropdown(
@@ -434,12 +435,12 @@ def build(classifier: Pipeline, model: str, revision: str | None = None) -> gr.B
 
                 results = [result, bars, icicle, node, words]
                 asked = [text, coverage]
-                queue = {"concurrency_id": "texts", **shown}
-                gr.on([run.click, text.submit], service.show_result, asked, results, **queue)
-                gr.on([coverage.release], service.show_result, asked, results, **queue)
+                texts = {"concurrency_id": "texts", **shown}
+                gr.on([run.click, text.submit], service.show_result, asked, results, **texts)
+                gr.on([coverage.release], service.show_result, asked, results, **texts)
                 for button, example in zip(examples, EXAMPLES.values(), strict=True):
                     filled = button.click(lambda example=example: example, None, text, queue=False, **shown)
-                    filled.then(service.show_result, asked, results, **queue)
+                    filled.then(service.show_result, asked, results, **texts)
                 clear.click(
                     lambda: ["", views.waiting(), *service.figures(), gr.skip(), views.no_words()],
                     None,
@@ -514,9 +515,13 @@ def build(classifier: Pipeline, model: str, revision: str | None = None) -> gr.B
                     gr.Markdown(more, elem_classes="card")
         gr.HTML(views.footer(), elem_id="foot")
 
-        gr.api(answering(service.classify), api_name="classify", concurrency_id="texts")
-        gr.api(answering(service.explain), api_name="explain", concurrency_id="words")
-        gr.api(answering(service.classify_file), api_name="classify_file", concurrency_id="files")
+        for method, result_type, queue in (
+            (service.classify, Classification, "texts"),
+            (service.explain, Explanation, "words"),
+            (service.classify_file, FileResult, "files"),
+        ):
+            described = f"{inspect.getdoc(method)}\n\n{result_type.__name__}: {inspect.getdoc(result_type)}"
+            gr.api(answering(method), api_name=method.__name__, api_description=described, concurrency_id=queue)
     return page.queue(max_size=QUEUE, default_concurrency_limit=1, api_open=False)
 
 
@@ -542,6 +547,7 @@ def theme() -> gr.themes.Base:
         button_primary_background_fill="#005A96",
         button_primary_background_fill_hover="#00466F",
         button_primary_background_fill_dark="#0072B2",
+        button_primary_background_fill_hover_dark="#005A96",
         button_primary_text_color="white",
         slider_color="#0072B2",
     )

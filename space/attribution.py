@@ -18,6 +18,7 @@ Worth knowing:
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,6 +28,9 @@ import torch
 from captum.attr import LayerIntegratedGradients
 from torch import Tensor, nn
 from transformers import Pipeline
+
+# it asks to make sure that layers do not depend on each other, which ours do not
+warnings.filterwarnings("ignore", message="Multiple layers provided", category=UserWarning)
 
 SCAN = 16  # intervals of the scan
 STEEP = 3  # of them at most are pieces by themselves
@@ -189,7 +193,9 @@ class Explainer:
         shares = lexical / (path.tokens.unsqueeze(1) == ids).sum(1).clamp(min=1)  # a token's, for each time it occurs
         per_token = torch.where(special[0], 0, shares[torch.searchsorted(path.tokens, ids[0])])
         rest = (lexical.sum() - per_token.sum() + weights[special[0]].sum()).item()
-        words = gather(text, encoded.word_ids(0), encoded["offset_mapping"][0].tolist(), weights.tolist(), per_token.tolist())
+        words = gather(
+            text, encoded.word_ids(0), encoded["offset_mapping"][0].tolist(), weights.tolist(), per_token.tolist()
+        )
         total = sum(word["weight"] for word in words) + rest
         return {
             "label": label,

@@ -58,9 +58,7 @@ def load(model: str, revision: str | None) -> Pipeline:
     """
     pinned = {} if revision is None or os.path.isdir(model) else {"revision": revision, "code_revision": revision}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return pipeline(
-        "hierarchical-text-classification", model=model, trust_remote_code=True, device=device, **pinned
-    )
+    return pipeline("hierarchical-text-classification", model=model, trust_remote_code=True, device=device, **pinned)
 
 
 def check_text(text: Any) -> str:

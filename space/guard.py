@@ -9,7 +9,7 @@ Worth knowing:
 """
 
 import re
-from typing import Any
+from contextlib import suppress
 
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -43,28 +43,28 @@ class Guard:
         if CLOSED.match(path):
             return await PlainTextResponse("Not found", 404)(scope, receive, send)
         upload = path.endswith("/upload")
-        read, started = 0, False
+        read, started, too_large = 0, False, False
 
         async def counted() -> Message:
-            nonlocal read
+            nonlocal read, too_large
             message = await receive()
             read += len(message.get("body", b""))
             if read > MAX_BODY and not upload:
+                too_large = True
                 raise TooLarge
             return message
 
-        async def answered(message: dict[str, Any]) -> None:
+        async def answered(message: Message) -> None:
             nonlocal started
+            if too_large and not started:
+                return  # what gradio makes of a request that was broken off
             if message["type"] == "http.response.start":
                 started = True
-                if path.startswith("/gradio_api/file="):
-                    message["headers"] = [*message.get("headers", []), *HEADERS]
-                else:
-                    message["headers"] = [*message.get("headers", []), *HEADERS[:2]]
+                ours = HEADERS if path.startswith("/gradio_api/file=") else HEADERS[:2]
+                message["headers"] = [*message.get("headers", []), *ours]
             await send(message)
 
-        try:
+        with suppress(TooLarge):
             await self.app(scope, counted, answered)
-        except TooLarge:
-            if not started:
-                await PlainTextResponse("The request is too large.", 413)(scope, receive, send)
+        if too_large and not started:
+            await PlainTextResponse("The request is too large.", 413)(scope, receive, send)

@@ -198,7 +198,9 @@ def read_parquet(content: bytes) -> tuple[list[str], list[Row]]:
 def to_csv(records: list[dict[str, Any]]) -> str:
     """Records as CSV that spreadsheets may open: lists as text, formulas defused."""
     stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
+    writer = csv.writer(
+        stream, lineterminator="\r\n"
+    )  # as RFC 4180 has it; a bare return in a cell is quoted then, too
     names = list(dict.fromkeys(name for record in records for name in record))
     writer.writerow([defuse(name) for name in names])
     for record in records:

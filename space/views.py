@@ -382,9 +382,7 @@ def masthead() -> str:
 
 
 def footer() -> str:
-    return (
-        f"<footer><p>{NOT_A_DEVICE} What you send is not logged, stored or shared: it is classified, and forgotten.</p></footer>"
-    )
+    return f"<footer><p>{NOT_A_DEVICE} What you send is not logged, stored or shared: it is classified, and forgotten.</p></footer>"
 
 
 HEAD = """
