@@ -259,6 +259,7 @@ def words(text: str, found: Explanation) -> str:
     unread = text[found["characters_read"] :]
     if unread:
         parts.append(f"<span class='unread' title='not read by the model'>{plain(unread)}</span>")
+    nothing = "" if most >= 0.001 else "<p class='note'>No word moves this probability by as much as 0.1 points.</p>"
     difference = found["score"] - found["blank_score"]
     share = f", {abs(found['error'] / difference):.1%} of the difference" if abs(difference) >= 0.005 else ""
     ranked = sorted(found["words"], key=lambda word: -word["weight"])
@@ -268,7 +269,7 @@ def words(text: str, found: Explanation) -> str:
         f"<h3>Words for and against {name(found['label'])}</h3>"
         f"<p class='note'>Of a blank text of this length the model says {percent(found['blank_score'])}, of this text "
         f"<b>{percent(found['score'])}</b>. The words’ weights, in percentage points, add up to that difference, "
-        f"{points(difference)}. The sum is off by {points(found['error'])} (convergence error{share}).</p>"
+        f"{points(difference)}. The sum is off by {points(found['error'])} (convergence error{share}).</p>{nothing}"
         f"<p class='legend'><span class='w for' style='--s:.8'>raises</span> <span class='w against' style='--s:.8'>lowers</span> "
         f"the probability{' · <span class=unread>grey: not read</span>' if unread else ''}</p>"
         f"<div class='text' dir='auto' tabindex='0' aria-label='The text with its words weighed'>{''.join(parts)}</div>"

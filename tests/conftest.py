@@ -94,7 +94,10 @@ CLEAR = {  # what a text of each class is about, so plainly that a bag of words 
 
 @pytest.fixture(scope="session")
 def clear_checkpoint(tiny_encoder, tmp_path_factory) -> str:
-    """A trained checkpoint, calibrated and with a lexical head, that is right about texts that name their disease."""
+    """A trained checkpoint, calibrated and with a lexical head, that is right about texts that name their disease.
+
+    One row in six has a wrong label, so that the checkpoint is not sure beyond all measure.
+    """
     folder = tmp_path_factory.mktemp("clear")
     texts = ("{} was studied in adults with {}.", "We treated {} and compared it with {}.", "Outcomes of {} after {}.")
     for split, offset in (("train", 1), ("validation", 2)):
@@ -104,6 +107,8 @@ def clear_checkpoint(tiny_encoder, tmp_path_factory) -> str:
             for i, name in enumerate(names)
             for text in texts
         ]
+        for row, other in zip(rows[::6], rows[18::6] + rows[:18:6], strict=True):
+            row["label"] = other["label"]
         write_csv(folder / f"{split}.csv", rows)
     run(
         *("--train_file", folder / "train.csv", "--validation_file", folder / "validation.csv"),
