@@ -10,7 +10,11 @@ NOTEBOOK = ROOT / "inference.ipynb"
 def test_the_notebook_runs_from_top_to_bottom(clear_checkpoint, monkeypatch):
     monkeypatch.setenv("CHECKPOINT", clear_checkpoint)
     book = nbformat.read(NOTEBOOK, as_version=4)
-    kinds = {cell["id"]: [o.output_type for o in cell.outputs if o.get("name") != "stderr"] for cell in book.cells if cell.cell_type == "code"}
+    kinds = {
+        cell["id"]: [o.output_type for o in cell.outputs if o.get("name") != "stderr"]
+        for cell in book.cells
+        if cell.cell_type == "code"
+    }
     assert all(kinds.values()), "a cell of the notebook as it is committed has no output"
     resources = {"metadata": {"path": str(ROOT)}}
     NotebookClient(book, timeout=300, kernel_name="python3", resources=resources).execute()

@@ -44,10 +44,9 @@ def chromium(downloads, tmp_path_factory):
     for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
         options.add_argument(word)
     options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
-    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    driver.execute_cdp_cmd("Page.enable", {})
+    driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(downloads)})
     yield driver
     driver.quit()
 
@@ -240,7 +239,7 @@ def test_the_end_that_was_cut_is_said_and_shown(page):
     page.classify(NEURO + " The rest of it goes on and on." * 100)
     assert "were not read" in page.text("#result .cut")
     page.show()
-    assert page.text("#words .unread").strip().startswith(("the", "The", "rest", "of", "it", "goes", "on", "and", "."))
+    assert "goes on and on." in page.text("#words .text .unread")
 
 
 def test_a_hostile_text_is_shown_and_nothing_of_it_runs(page):
@@ -350,9 +349,7 @@ def test_a_file_of_more_than_10_mb_is_refused_in_words(page, tmp_path):
     page.open()
     page.tab("A file")
     page.upload(tmp_path / "big.csv")
-    page.until(
-        lambda: ("10" in page.text("body") and "exceeds" in page.text("body").lower()) or "larger" in page.text("#state")
-    )
+    page.until(lambda: "exceed the maximum allowed size of 10" in page.text("body"))
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
