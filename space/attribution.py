@@ -9,7 +9,7 @@ Worth knowing:
    where it has one. The path of integration moves both at once, so that a word's weight is the sum of its shares in both,
    and nothing that a word does is left out.
 3. Along that path the probability often jumps within a few hundredths. A scan without gradients finds where, the path is cut
-   there, and each piece is integrated by itself; those that miss most are halved while the steps last (adaptive quadrature:
+   there, and each piece is integrated by itself; those that miss most are halved while steps and time last (adaptive quadrature:
    how much a piece misses is known, since its integral is a difference of probabilities). What is left is the error.
 4. The gradients run on a copy of the model that shares its weights: hooks on one change nothing for the other, which
    classifies at the same time.
@@ -18,6 +18,7 @@ Worth knowing:
 """
 
 import copy
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -35,7 +36,8 @@ warnings.filterwarnings("ignore", message="Multiple layers provided", category=U
 SCAN = 16  # intervals of the scan
 STEEP = 3  # of them at most are pieces by themselves
 STEPS = {"steep": 6, "flat": 3}  # with gradients, for a piece
-WORK = 16_000  # tokens times steps, for all of them: what two cores do in some seconds with six layers of 384
+WORK = 16_000  # tokens times steps at most, for all of them
+SECONDS = 5  # after which no piece is halved any more
 TOLERANCE = 0.005  # what a piece may miss before it is halved
 BATCH = 6  # points of the path that go through the model together
 PROBED = 32  # tokens asked of the lexical head at a time
@@ -65,7 +67,7 @@ class Explanation(TypedDict):
         blank_score: its probability for a blank text.
         words: in their order. Their weights, ``rest`` and ``- error`` add up to ``score - blank_score``.
         rest: what is owed to no word, but to the marks that the tokenizer sets around a text.
-        error: by how much the integral, in steps, misses that difference (captum's convergence delta).
+        error: by how much the integral, in steps, misses that difference (what captum calls the convergence delta).
         characters_read: how much of the text's beginning the model reads.
     """
 
@@ -166,6 +168,7 @@ class Explainer:
         ids, special = inputs["input_ids"], encoded["special_tokens_mask"].bool().to(device)
         blank_ids = torch.where(special, ids, self._blank_id())
 
+        since = time.monotonic()
         done, most = 0, max(WORK // ids.shape[1], 2 * SCAN)
 
         def count(points: int) -> None:
@@ -177,17 +180,18 @@ class Explainer:
         scan = torch.linspace(0, 1, SCAN + 1, device=device).unsqueeze(1)
         with torch.no_grad():
             values = torch.cat([path(some)[:, node] for some in scan.split(BATCH)]).tolist()
-        pieces = [integrate(path, node, start, end, steps) for start, end, steps in cut(values)]
+        known = {i / SCAN: value for i, value in enumerate(values)}
+        pieces = [integrate(path, node, start, end, steps, known) for start, end, steps in cut(values)]
         spent = sum(piece.steps for piece in pieces)
         while True:
             worst = max(pieces, key=lambda piece: abs(piece.error))
             spent += 2 * STEPS["steep"]
-            if abs(worst.error) <= TOLERANCE or spent > most:
+            if abs(worst.error) <= TOLERANCE or spent > most or time.monotonic() - since > SECONDS:
                 break
             middle = (worst.start + worst.end) / 2
             halves = ((worst.start, middle), (middle, worst.end))
             pieces.remove(worst)
-            pieces += [integrate(path, node, start, end, STEPS["steep"]) for start, end in halves]
+            pieces += [integrate(path, node, start, end, STEPS["steep"], known) for start, end in halves]
         weights = sum(piece.vectors for piece in pieces)  # (T,)
         lexical = sum(piece.lexical for piece in pieces)  # (U,)
         shares = lexical / (path.tokens.unsqueeze(1) == ids).sum(1).clamp(min=1)  # a token's, for each time it occurs
@@ -230,22 +234,30 @@ class Piece:
     error: float
 
 
-def integrate(path: Path, node: int, start: float, end: float, steps: int) -> Piece:
-    """Integrates the probability of a node over a piece of a path, with as many steps."""
+def integrate(path: Path, node: int, start: float, end: float, steps: int, known: dict[float, float]) -> Piece:
+    """Integrates the probability of a node over a piece of a path, with as many steps.
+
+    Args:
+        known: probabilities by place, to which those of the ends are added.
+    """
     layers = [path.vectors] if path.lexical_head[0] is None else [path.vectors, path.contributions]
     places = path.first.new_tensor([[start], [end]])
-    found, error = LayerIntegratedGradients(path, layers).attribute(
+    found = LayerIntegratedGradients(path, layers).attribute(
         places[1:],
         places[:1],
         target=node,
         n_steps=steps,
         internal_batch_size=BATCH,
-        return_convergence_delta=True,
     )
     parts = [part[0] if isinstance(part, tuple) else part for part in found]
     vectors = parts[0][0].sum(-1)
     lexical = parts[1][0].sum(0) if len(parts) > 1 else vectors.new_zeros(len(path.tokens))
-    return Piece(start, end, steps, vectors.detach(), lexical.detach(), error.item())
+    for end_of_it in (start, end):
+        if end_of_it not in known:
+            with torch.no_grad():
+                known[end_of_it] = path(places.new_tensor([[end_of_it]]))[0, node].item()
+    error = (vectors.sum() + lexical.sum()).item() - (known[end] - known[start])
+    return Piece(start, end, steps, vectors.detach(), lexical.detach(), error)
 
 
 def cut(values: list[float]) -> list[tuple[float, float, int]]:
