@@ -85,7 +85,6 @@ def measure_load(model: str) -> None:
 
 
 def measure_speed(model: str) -> None:
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     classifier = load(model, None)
     explainer = Explainer(classifier)
     classify(classifier, "A text.")

@@ -260,6 +260,11 @@ def words(text: str, found: Explanation) -> str:
     if unread:
         parts.append(f"<span class='unread' title='not read by the model'>{plain(unread)}</span>")
     nothing = "" if most >= 0.001 else "<p class='note'>No word moves this probability by as much as 0.1 points.</p>"
+    if abs(found["error"]) > 0.1:
+        nothing = (
+            "<p class='note cut'>The error is large: the probability jumps between a blank text and this one. Take the weights "
+            "as a hint at most.</p>"
+        )
     difference = found["score"] - found["blank_score"]
     share = f", {abs(found['error'] / difference):.1%} of the difference" if abs(difference) >= 0.005 else ""
     ranked = sorted(found["words"], key=lambda word: -word["weight"])
