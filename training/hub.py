@@ -52,7 +52,10 @@ CHECKPOINT_FILES = (
     *TOKENIZER_FILES,
     ONNX_FILE,
 )
-SPACE_FILES = ("README.md", "app.py", "requirements.txt")
+SPACE_FILES = (
+    *("README.md", "requirements.txt", "app.py", "style.css"),
+    *("attribution.py", "classification.py", "guard.py", "tables.py", "views.py"),
+)
 SPACE_TAG = "hierarchical-text-classification"  # in the front matter of our Spaces
 OF_ANY_REPOSITORY = {".gitattributes", ".gitignore", "README.md", "LICENSE"}
 HUB_ERRORS = (HTTPError, OSError)  # the Hub's answers and lost connections

@@ -1,0 +1,154 @@
+"""How the Space holds up: ``python benchmarks/space.py load --model results/quickstart`` and two more.
+
+``load``    64 clients at once, from processes of their own, until 2,000 texts were asked for: what each was told, how long it
+            took, and the memory of the server as it went on.
+``speed``   seconds for a text of 300 words, and for its explanation.
+``blank``   against which blank text words are best explained: how much probability goes when the six words that weigh most are
+            masked, and how far the integral is off.
+"""
+
+import argparse
+import csv
+import os
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "space"), str(ROOT / "tests")]
+
+import torch
+from attribution import Explainer
+from attribution import Path as Line
+from classification import classify, load
+from gradio_client import Client
+from space_server import SpaceServer
+
+CLIENTS, REQUESTS, EVERY = 64, 2_000, 250
+
+
+def texts(words: int | None = None) -> list[str]:
+    """Texts of the synthetic corpus; with ``words``, put together until they are so long."""
+    with (ROOT / "examples" / "corpus" / "test.csv").open(encoding="utf-8", newline="") as file:
+        found = [row["text"] for row in csv.DictReader(file)]
+    if words is None:
+        return found
+    return [" ".join(" ".join(found[i : i + 6]).split()[:words]) for i in range(0, 12, 3)]
+
+
+def ask(address: str, clients: int, requests: int) -> list[tuple[str, float]]:
+    """What several clients of one process were told, and how long it took."""
+    some = texts()
+
+    def one(number: int) -> list[tuple[str, float]]:
+        told = []
+        client = Client(address, verbose=False)
+        for i in range(requests):
+            since = time.perf_counter()
+            try:
+                found = client.predict(some[(7 * number + i) % len(some)], api_name="/classify")
+                outcome = "answer" if abs(sum(found["levels"][0].values()) - 1) < 1e-3 else "wrong"
+            except Exception as error:  # whatever it is, it is counted by its name
+                said = str(error).lower()
+                outcome = "busy" if "busy" in said or "queue" in said else f"{type(error).__name__}: {error}"
+            told.append((outcome, time.perf_counter() - since))
+        return told
+
+    with ThreadPoolExecutor(clients) as pool:
+        return [entry for entries in pool.map(one, range(clients)) for entry in entries]
+
+
+def measure_load(model: str) -> None:
+    print(f"{CLIENTS} clients in two processes; memory after each round of {EVERY} requests")
+    with tempfile.TemporaryDirectory() as folder, SpaceServer(model, Path(folder)) as server:
+        ask(server.address, 4, 5)  # what is loaded once is loaded
+        told, memory = [], [server.memory()]
+        with ProcessPoolExecutor(2) as processes:
+            for _ in range(REQUESTS // EVERY):
+                each = max(EVERY // CLIENTS, 1) + 1
+                rounds = [processes.submit(ask, server.address, CLIENTS // 2, each) for _ in range(2)]
+                told += [entry for some in rounds for entry in some.result()]
+                memory.append(server.memory())
+        outcomes = [outcome for outcome, _ in told]
+        seconds = sorted(took for outcome, took in told if outcome == "answer")
+        for outcome in sorted(set(outcomes)):
+            print(f"{outcomes.count(outcome):>6,} {outcome}")
+        print(f"seconds to an answer: median {seconds[len(seconds) // 2]:.1f}, longest {seconds[-1]:.1f}")
+        print("memory, MB:", ", ".join(f"{bytes_ / 2**20:.0f}" for bytes_ in memory))
+        print("files left:", len(server.files()), "| lines logged:", len(server.log().splitlines()))
+
+
+def measure_speed(model: str) -> None:
+    classifier = load(model, None)
+    explainer = Explainer(classifier)
+    classify(classifier, "A text.")
+    for text in texts(300):
+        since, cpu = time.perf_counter(), time.process_time()
+        found = classify(classifier, text)
+        between, cpu_between = time.perf_counter(), time.process_time()
+        explained = explainer.explain(text, found["label"])
+        after, cpu_after = time.perf_counter(), time.process_time()
+        tokens = len(classifier.tokenizer(text, truncation=True)["input_ids"])
+        print(
+            f"{len(text.split())} words, {tokens} tokens: classified in {between - since:.2f} s ({cpu_between - cpu:.2f} s of CPU), "
+            f"explained in {after - between:.1f} s ({cpu_after - cpu_between:.1f} s of CPU), error {explained['error']:+.4f}"
+        )
+
+
+def measure_blank(model: str) -> None:
+    classifier = load(model, None)
+    explainer = Explainer(classifier)
+    tokenizer, embeddings = classifier.tokenizer, classifier.model.get_input_embeddings()
+    as_it_is = Line.__init__
+    vectors = {
+        "padding": None,
+        "mask": embeddings.weight[tokenizer.mask_token_id],
+        "mean word": embeddings.weight.mean(0),
+        "zeros": torch.zeros_like(embeddings.weight[0]),
+    }
+    print("| blank | probability lost | error, median | error, largest |\n| --- | ---: | ---: | ---: |")
+    for name, vector in vectors.items():
+
+        def patched(self, model, inputs, blank_ids, on_point, vector=vector):
+            as_it_is(self, model, inputs, blank_ids, on_point)
+            if vector is not None:
+                text = self.first + self.span
+                special = (blank_ids == inputs["input_ids"]).unsqueeze(-1)
+                self.first = torch.where(special, text, vector).detach()
+                self.span = text - self.first
+
+        Line.__init__ = patched
+        lost, errors = [], []
+        for text in texts()[:20]:
+            found = classify(classifier, text)
+            explained = explainer.explain(text, found["label"])
+            heaviest = sorted(explained["words"], key=lambda word: -word["weight"])[:6]
+            masked = text
+            for word in sorted(heaviest, key=lambda word: -word["start"]):
+                masked = masked[: word["start"]] + tokenizer.mask_token + masked[word["end"] :]
+            after = {label: score for level in classify(classifier, masked)["levels"] for label, score in level.items()}
+            lost.append(found["score"] - after[found["label"]])
+            errors.append(abs(explained["error"]))
+        print(
+            f"| {name} | {statistics.mean(lost):.3f} | {statistics.median(errors):.4f} | {max(errors):.4f} |",
+            flush=True,
+        )
+    Line.__init__ = as_it_is
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="How the Space holds up.")
+    parser.add_argument("what", choices=["load", "speed", "blank"])
+    parser.add_argument("--model", default="results/quickstart")
+    arguments = parser.parse_args()
+    {"load": measure_load, "speed": measure_speed, "blank": measure_blank}[arguments.what](arguments.model)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""A file of texts in, rows with their line numbers out, and what became of them as CSV or JSON Lines.
+
+Worth knowing:
+
+1. A row that cannot be read is a `Row` with a problem, not an end: those before and after it are read.
+2. Files are at most 10 MB and are read from memory: nothing of them is on disk while they are classified.
+3. In a CSV for download a cell that a spreadsheet would take for a formula begins with an apostrophe.
+4. Columns keep their names and order; those of another row length are problems, not guesses.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+from classification import Refused
+
+MAX_BYTES = 10 * 2**20
+MAX_ROWS = 10_000
+MAX_UNPACKED = 20 * MAX_BYTES  # of a Parquet file: its pages are compressed
+KINDS = ("csv", "tsv", "jsonl", "parquet", "txt")
+TEXT_COLUMNS = ("text", "abstract", "medical_abstract", "sentence", "document", "body", "content")
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a file.
+
+    Attributes:
+        line: where it begins in the file, from 1; of a Parquet file the row, from 1.
+        values: what stands in each column; empty where there is a problem.
+        problem: why it cannot be read.
+    """
+
+    line: int
+    values: dict[str, Any]
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of a file, problems included, and the names of its columns."""
+
+    columns: list[str]
+    rows: list[Row]
+
+    def text_column(self) -> str:
+        """The column that most likely holds the texts: by its name, else the one with the most characters."""
+        for name in TEXT_COLUMNS:
+            for column in self.columns:
+                if column.strip().lower() == name:
+                    return column
+        read = [row.values for row in self.rows if row.problem is None][:100]
+        return max(self.columns, key=lambda column: sum(len(str(values.get(column) or "")) for values in read))
+
+
+def kind_of(name: str) -> str:
+    """The kind of a file, by its name.
+
+    Raises:
+        Refused: it is none that can be read.
+    """
+    kind = name.lower().rpartition(".")[2].replace("ndjson", "jsonl")
+    if kind not in KINDS:
+        raise Refused("The file must be CSV, TSV, JSON Lines (.jsonl), Parquet or text (.txt), and be named so.")
+    return kind
+
+
+def read_table(content: bytes, kind: str) -> Table:
+    """The rows of a file.
+
+    Raises:
+        Refused: it is too large, empty, not of its kind, or two columns share a name.
+    """
+    if len(content) > MAX_BYTES:
+        raise Refused(f"The file has {len(content) / 2**20:.1f} MB; at most {MAX_BYTES // 2**20} MB are accepted.")
+    read = {"csv": read_delimited, "tsv": read_delimited, "jsonl": read_json_lines, "txt": read_lines}
+    if kind == "parquet":
+        columns, rows = read_parquet(content)
+    else:
+        columns, rows = read[kind](content, kind)
+    if not rows:
+        raise Refused("The file has no rows.")
+    if not columns:
+        raise Refused("No row of the file can be read; is it of the kind that its name says?")
+    return Table(columns, rows)
+
+
+def too_many(rows: list[Row]) -> None:
+    if len(rows) > MAX_ROWS:
+        raise Refused(f"The file has more than {MAX_ROWS:,} rows, which is the most that is accepted.")
+
+
+def lines_of(content: bytes) -> Iterator[tuple[int, str | None]]:
+    """Lines with their ends and numbers; None for one that is not UTF-8."""
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").splitlines(keepends=True), start=1):
+        try:
+            yield number, line.decode()
+        except UnicodeDecodeError:
+            yield number, None
+
+
+def read_lines(content: bytes, kind: str) -> tuple[list[str], list[Row]]:
+    """A text a line; blank lines are none."""
+    rows: list[Row] = []
+    for number, line in lines_of(content):
+        if line is None:
+            rows.append(Row(number, {}, "not UTF-8"))
+        elif line.strip():
+            rows.append(Row(number, {"text": line.rstrip("\r\n")}))
+        too_many(rows)
+    return ["text"], rows
+
+
+def read_json_lines(content: bytes, kind: str) -> tuple[list[str], list[Row]]:
+    columns: dict[str, None] = {}
+    rows: list[Row] = []
+    for number, line in lines_of(content):
+        if line is not None and not line.strip():
+            continue
+        try:
+            found = None if line is None else json.loads(line)
+            if line is None:
+                rows.append(Row(number, {}, "not UTF-8"))
+            elif not isinstance(found, dict):
+                rows.append(Row(number, {}, "not a JSON object"))
+            else:
+                columns.update(dict.fromkeys(found))
+                rows.append(Row(number, found))
+        except (json.JSONDecodeError, RecursionError):
+            rows.append(Row(number, {}, "not JSON"))
+        too_many(rows)
+    return list(columns), rows
+
+
+def read_delimited(content: bytes, kind: str) -> tuple[list[str], list[Row]]:
+    broken: set[int] = set()
+
+    def lines() -> Iterator[str]:
+        for number, line in lines_of(content):
+            if line is None:
+                broken.add(number)
+            yield "\n" if line is None else line
+
+    csv.field_size_limit(MAX_BYTES)
+    reader = csv.reader(lines(), delimiter="\t" if kind == "tsv" else ",", strict=True)
+    rows: list[Row] = []
+    try:
+        header = next(reader, None) or []
+    except csv.Error:
+        raise Refused("The first line of the file, which names the columns, cannot be read.") from None
+    if 1 in broken:
+        raise Refused("The first line of the file, which names the columns, is not UTF-8.")
+    if len(set(header)) < len(header):
+        raise Refused("Two columns of the file have the same name.")
+    while True:
+        line = reader.line_num + 1
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return header, rows
+        except csv.Error:
+            rows.append(Row(line, {}, "a quotation mark that is not closed, or not doubled"))
+        else:
+            if broken & set(range(line, reader.line_num + 1)):
+                rows.append(Row(line, {}, "not UTF-8"))
+            elif fields and len(fields) != len(header):
+                rows.append(Row(line, {}, f"{len(fields)} fields, where the first line has {len(header)}"))
+            elif fields:
+                rows.append(Row(line, dict(zip(header, fields, strict=True))))
+        too_many(rows)
+
+
+def read_parquet(content: bytes) -> tuple[list[str], list[Row]]:
+    try:
+        with pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content)) as file:
+            if file.metadata.num_rows > MAX_ROWS:
+                raise Refused(f"The file has {file.metadata.num_rows:,} rows; at most {MAX_ROWS:,} are accepted.")
+            groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
+            if sum(group.total_byte_size for group in groups) > MAX_UNPACKED:
+                raise Refused(f"Unpacked, the file has more than {MAX_UNPACKED // 2**20} MB.")
+            names = file.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise Refused("Two columns of the file have the same name.")
+            found = file.read().to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, Refused):
+            raise
+        raise Refused("The file is not Parquet, or is damaged.") from None
+    return names, [Row(number, values) for number, values in enumerate(found, start=1)]
+
+
+def to_csv(records: list[dict[str, Any]]) -> str:
+    """Records as CSV that spreadsheets may open: lists as text, formulas defused."""
+    stream = io.StringIO()
+    writer = csv.writer(
+        stream, lineterminator="\r\n"
+    )  # as RFC 4180 has it; a bare return in a cell is quoted then, too
+    names = list(dict.fromkeys(name for record in records for name in record))
+    writer.writerow([defuse(name) for name in names])
+    for record in records:
+        writer.writerow([defuse(record.get(name)) for name in names])
+    return stream.getvalue()
+
+
+def defuse(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula."""
+    if value is None or isinstance(value, (int, float)):
+        return value
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return f"'{text}" if text.startswith(FORMULA) else text
+
+
+def to_json_lines(records: list[dict[str, Any]]) -> str:
+    """Records as JSON Lines."""
+    return "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)

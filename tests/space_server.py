@@ -1,0 +1,78 @@
+"""The Space in a process of its own, for the tests of its page and of its API."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from conftest import ROOT
+
+
+class SpaceServer:
+    """`python space/app.py` on a free port of this machine; a context, which stops it.
+
+    Args:
+        model: the checkpoint.
+        folder: for its log and its temporary files.
+        app: another copy of it.
+
+    Attributes:
+        address: of the page.
+        scratch: the folder that it takes for the machine's temporary one.
+        pid: of the process.
+    """
+
+    def __init__(self, model: str, folder: Path, app: Path = ROOT / "space" / "app.py"):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.address, self.scratch, self._log = f"http://127.0.0.1:{port}", folder / "tmp", folder / "log"
+        self.scratch.mkdir()
+        ours = {
+            "GRADIO_SERVER_NAME": "127.0.0.1",
+            "GRADIO_SERVER_PORT": str(port),
+            "TMPDIR": str(self.scratch),
+            "HF_HUB_OFFLINE": "1",
+        }
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, str(app), "--model", model],
+                cwd=folder,  # not the repository: on the Hub there is none
+                env=os.environ | ours,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        self.pid = self._process.pid
+        for _ in range(480):
+            assert self._process.poll() is None, self.log()
+            with socket.socket() as there:
+                if there.connect_ex(("127.0.0.1", port)) == 0:
+                    return
+            time.sleep(0.25)
+        raise AssertionError(self.log())
+
+    def log(self) -> str:
+        """All that it has said."""
+        return self._log.read_text(encoding="utf-8", errors="replace")
+
+    def files(self) -> dict[Path, bytes]:
+        """What lies in its temporary folder."""
+        return {path: path.read_bytes() for path in self.scratch.rglob("*") if path.is_file()}
+
+    def memory(self) -> int:
+        """Bytes of memory that it holds."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait(timeout=30)
+
+    def __enter__(self) -> "SpaceServer":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._process.poll() is None:
+            self.stop()

@@ -1,0 +1,482 @@
+"""The Space without a browser: its figures and tables, its explanations against brute force, its API, and what it keeps."""
+
+import csv
+import io
+import json
+import re
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pandas as pd
+import pytest
+import torch
+import yaml
+from conftest import CORPUS, ROOT, read_csv, stranger
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from gradio_client.utils import QueueError, TooManyRequestsError
+from space_server import SpaceServer
+from transformers import pipeline
+
+sys.path.insert(0, str(ROOT / "space"))
+
+import views
+from attribution import Explainer, cut
+from classification import Refused, classify
+from tables import MAX_BYTES, defuse, read_table, to_csv
+
+HOSTILE = "<img src=x onerror=alert(1)> ${alert(2)} {{this}} `x` & ' \" \u202eevil \x07"
+
+
+@pytest.fixture(scope="module")
+def classifier(clear_checkpoint):
+    return pipeline("hierarchical-text-classification", model=clear_checkpoint, trust_remote_code=True)
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    return [row["text"] for row in read_csv(CORPUS / "test.csv")][:20]
+
+
+@pytest.fixture(scope="module")
+def server(clear_checkpoint, tmp_path_factory):
+    with SpaceServer(clear_checkpoint, tmp_path_factory.mktemp("space")) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def client(server) -> Client:
+    return Client(server.address, verbose=False)
+
+
+# words
+
+
+def test_weights_are_the_integral_of_the_gradient_word_by_word(classifier, texts, monkeypatch):
+    """Against 2,000 steps of the trapezoidal rule, by autograd, over embeddings and the lexical head's counts."""
+    explainer = Explainer(classifier)
+    text = "Allodynia, a nervous complaint. " + texts[0]
+    found = explainer.explain(text, "nervous system diseases")
+    model, tokenizer = classifier.model, classifier.tokenizer
+    node = classifier.tree.id("nervous system diseases")
+    encoded = tokenizer(text, truncation=True, return_tensors="pt")
+    ids, mask = encoded["input_ids"], encoded["attention_mask"]
+    blank = torch.full_like(ids, tokenizer.pad_token_id)
+    blank[0, 0], blank[0, -1] = ids[0, 0], ids[0, -1]
+    embed, head = model.get_input_embeddings(), model.heads.lexical
+    assert head is not None
+
+    def weighed(tokens):  # TF-IDF as its docstring has it
+        counts = torch.bincount(tokens[0], minlength=len(head.idf)).float()
+        vector = torch.where(counts > 0, 1 + counts.clamp(min=1).log(), 0.0) * head.idf
+        return vector / vector.norm()
+
+    vectors = [embed(tokens).detach() for tokens in (blank, ids)]
+    tfidf = [weighed(tokens) for tokens in (blank, ids)]
+    steps = 2000
+    places = torch.linspace(0, 1, steps + 1)
+    by_place, by_token = torch.zeros(ids.shape[1]), torch.zeros(len(head.idf))
+    for part in places.split(67):
+        x = (vectors[0] + part[:, None, None] * (vectors[1] - vectors[0])).requires_grad_()
+        s = (tfidf[0] + part[:, None] * (tfidf[1] - tfidf[0])).requires_grad_()
+        encoder = model.encoder(inputs_embeds=x, attention_mask=mask.expand(len(part), -1)).last_hidden_state
+        with monkeypatch.context() as patched:
+            patched.setattr(head, "forward", lambda ids, mask, s=s: s @ head.weight.T + head.bias)
+            log_probs = model.heads(model.pool(encoder, mask.expand(len(part), -1)), ids, mask)
+        step = torch.where((part == 0) | (part == 1), 0.5, 1.0) / steps
+        g, h = torch.autograd.grad((log_probs[:, node].exp() * step).sum(), (x, s))
+        by_place += (g * (vectors[1] - vectors[0])).sum((0, 2))
+        by_token += h.sum(0) * (tfidf[1] - tfidf[0])
+    expected: dict[int, float] = {}
+    for place, word in enumerate(encoded.word_ids(0)):
+        if word is not None:
+            token = ids[0, place]
+            share = by_token[token] / (ids[0] == token).sum()
+            expected[word] = expected.get(word, 0.0) + (by_place[place] + share).item()
+    assert [word["weight"] for word in found["words"]] == pytest.approx(list(expected.values()), abs=2e-3)
+    assert max(abs(weight) for weight in expected.values()) > 0.01
+    for word in found["words"]:
+        assert text[word["start"] : word["end"]] == word["word"]
+
+
+def test_weights_add_up_and_the_pieces_of_a_word_are_one_word(classifier, texts):
+    explainer = Explainer(classifier)
+    for node in ("neoplasms", "specific disease"):
+        for text in (text[:300].rpartition(" ")[0] for text in texts[:3]):
+            found = explainer.explain(text, node)
+            total = sum(word["weight"] for word in found["words"]) + found["rest"] - found["error"]
+            assert total == pytest.approx(found["score"] - found["blank_score"], abs=1e-6)
+            assert abs(found["error"]) < 0.02
+            shown = [word["word"] for word in found["words"] if word["word"].isalpha()]
+            assert shown == re.findall(r"[A-Za-z]+", re.sub(r"\w*\d\w*", "", text))
+            probability = classify(classifier, text)["levels"]
+            assert found["score"] == pytest.approx(
+                next(level[node] for level in probability if node in level), abs=1e-5
+            )
+
+
+def test_explaining_changes_nothing_for_those_who_classify_meanwhile(classifier, texts):
+    explainer = Explainer(classifier)
+    before = [classify(classifier, text)["score"] for text in texts[:6]]
+    with ThreadPoolExecutor(1) as pool:
+        busy = pool.submit(lambda: [explainer.explain(text, "neoplasms") for text in texts[:6]])
+        rounds = 0
+        while not busy.done() or rounds == 0:
+            assert [classify(classifier, text)["score"] for text in texts[:6]] == pytest.approx(before, abs=1e-6)
+            rounds += 1
+    assert len(busy.result()) == 6
+
+
+def test_pieces_of_a_path_cover_it_and_a_jump_has_one_of_its_own():
+    pieces = cut([0.1] * 9 + [0.9] * 8)
+    assert pieces[0][0] == 0
+    assert pieces[-1][1] == 1
+    assert [a[1] for a in pieces[:-1]] == [b[0] for b in pieces[1:]]
+    assert (8 / 16, 9 / 16) in [piece[:2] for piece in pieces]
+    assert cut([0.2] * 17) == [(0.0, 1.0, 3)]
+
+
+# files
+
+
+def test_bad_rows_stand_apart_by_the_line_that_they_begin_on():
+    content = b'\xef\xbb\xbfid,text\n1,"two\nlines"\n2\n3,caf\xe9\n4,fine\n\n5,"never closed\n'
+    table = read_table(content, "csv")
+    assert table.columns == ["id", "text"]
+    assert [(row.line, row.values.get("text"), row.problem) for row in table.rows] == [
+        (2, "two\nlines", None),
+        (4, None, "1 fields, where the first line has 2"),
+        (5, None, "not UTF-8"),
+        (6, "fine", None),
+        (8, None, "a quotation mark that is not closed, or not doubled"),
+    ]
+    lines = b'{"text": "a"}\n[1]\n{"text": \n\n{"text": "b", "n": 1}\n'
+    table = read_table(lines, "jsonl")
+    assert [(row.line, row.problem) for row in table.rows] == [
+        (1, None), (2, "not a JSON object"), (3, "not JSON"), (5, None),
+    ]  # fmt: skip
+
+
+def test_every_kind_of_file_says_the_same(texts):
+    frame = pd.DataFrame({"n": range(20), "abstract": texts})
+    parquet = io.BytesIO()
+    frame.to_parquet(parquet)
+    contents = {
+        "csv": frame.to_csv(index=False).encode(),
+        "tsv": frame.to_csv(index=False, sep="\t").encode(),
+        "jsonl": frame.to_json(orient="records", lines=True).encode(),
+        "parquet": parquet.getvalue(),
+        "txt": "\n".join(texts).encode(),
+    }
+    for kind, content in contents.items():
+        table = read_table(content, kind)
+        assert [row.values[table.text_column()] for row in table.rows] == texts
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "message"),
+    [
+        (b"", "csv", "no rows"),
+        (b"text\n", "csv", "no rows"),
+        (b"text,text\na,b\n", "csv", "same name"),
+        (b"\xff\xfe,b\n1,2\n", "csv", "not UTF-8"),
+        (b"text\n" * 10_002, "csv", "more than 10,000 rows"),
+        (b"x" * (MAX_BYTES + 1), "txt", "at most 10 MB"),
+        (b"PAR1 not really PAR1", "parquet", "not Parquet"),
+        (b"[]\n", "jsonl", "No row"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_refused_in_words(content, kind, message):
+    with pytest.raises(Refused, match=message):
+        read_table(content, kind)
+
+
+def test_formulas_are_defused_and_all_else_comes_back_as_it_was():
+    cells = ["=1+1", "+1", "-1", "@sum", "\tx", "\rx", "plain", "a=b", "", 'a "quoted", one\nand more']
+    records = [{"text": cell, "probability": -0.5} for cell in cells]
+    back = list(csv.DictReader(io.StringIO(to_csv(records), newline="")))
+    assert [row["text"] for row in back] == [f"'{cell}" if cell[:1] in "=+-@\t\r" and cell else cell for cell in cells]
+    assert {row["probability"] for row in back} == {"-0.5"}  # a number of ours is no formula
+    assert defuse(["=x"]) == '["=x"]'
+
+
+# what is shown
+
+
+def test_nothing_hostile_becomes_markup(classifier):
+    found = classify(classifier, HOSTILE)
+    found["label"] = found["path"][-1]["label"] = HOSTILE
+    explained = {
+        "label": HOSTILE, "score": 0.5, "blank_score": 0.1, "rest": 0.0, "error": 0.0, "characters_read": 20,
+        "words": [{"word": HOSTILE[:20], "start": 0, "end": 20, "weight": 0.4, "lexical": 0.0}],
+    }  # fmt: skip
+    record = {"line": 1, "text": HOSTILE, "predicted": HOSTILE, "probability": 1.0, "answer": [HOSTILE]}
+    pages = [
+        views.result(found, 0.9), views.words(HOSTILE, explained), views.refusal(HOSTILE), views.facts({HOSTILE: HOSTILE}),
+        views.preview([record]), views.problems([{"line": 1, "problem": HOSTILE}]),
+    ]  # fmt: skip
+    for page in pages:
+        assert "<img" not in page
+        assert "alert(1)&gt;" in page
+        assert not re.search(r"[${}`\x07]", page)
+    levels = [{HOSTILE: 0.7, "b": 0.3}]
+    for figure in (views.bars(levels, [HOSTILE]), views.icicle(levels, {HOSTILE: "", "b": ""}, [HOSTILE], 300)):
+        assert "<img" not in figure.to_json()
+        assert "\\u003cimg" not in figure.to_json()
+
+
+def test_a_deep_taxonomy_of_thousands_is_drawn_with_few_boxes():
+    """A ten-level chain beside 3,000 siblings: the icicle's boxes and the bars stay few, and parents hold their children."""
+    chain = [f"level {i}" for i in range(1, 11)]
+    parents = {name: chain[i - 1] if i else "" for i, name in enumerate(chain)}
+    parents |= {f"sibling {i}": "level 1" for i in range(3000)}
+    levels = [{name: 0.6} for name in chain]
+    levels[0] = {"level 1": 1.0}
+    levels[1] |= {f"sibling {i}": 0.4 / 3000 for i in range(3000)}
+    figure = views.icicle(levels, parents, chain, 440)
+    bar = figure.data[0]
+    assert len(bar.y) == 11
+    assert "3,000 others 40.0 %" in bar.text
+    low = dict(zip(bar.text, zip(bar.base, bar.y, strict=True), strict=True))
+    assert low["3,000 others 40.0 %"] == pytest.approx((0.6, 0.4))
+    assert sum(len(trace.y) for trace in views.bars(levels, chain).data) == 1 + 7 + 1 + 1
+    assert (
+        views.bars(levels, chain).layout.height
+        == views.bars([dict.fromkeys(level, 0.0) for level in levels], []).layout.height
+    )
+
+
+def test_a_probability_is_never_said_to_be_what_it_is_not():
+    said = [views.percent(share) for share in (0, 0.0004, 0.5, 0.99951, 1)]
+    assert said == ["0.0 %", "< 0.1 %", "50.0 %", "> 99.9 %", "100.0 %"]
+
+
+def test_the_card_is_shown_by_what_a_reader_wants_first(clear_checkpoint):
+    card = (Path(clear_checkpoint) / "README.md").read_text()
+    first, more = views.card_parts(card)
+    assert re.findall(r"(?m)^## (.*)", first) == ["Results", "Limits and intended use", "Licence"]
+    assert "Training" in re.findall(r"(?m)^## (.*)", more)
+    assert "general pathological conditions" in first
+    assert "trust_remote_code" not in first + more
+    assert "![" not in first + more
+    assert views.licence(card) == "apache-2.0"
+
+
+# the API
+
+
+def test_answers_are_those_of_the_pipeline(client, classifier, texts):
+    for text in texts[:3]:
+        found, expected = client.predict(text, 0.8, api_name="/classify"), classifier(text, coverage=0.8)
+        assert found["label"] == expected["label"]
+        assert found["score"] == pytest.approx(expected["score"], abs=1e-5)
+        assert [n["label"] for n in found["answer"]] == [n["label"] for n in expected["answer"]]
+        for level, other in zip(found["levels"], expected["levels"], strict=True):
+            assert level == pytest.approx(other, abs=1e-5)
+    assert client.predict(texts[0], api_name="/classify")["answer"] is None
+
+
+def test_what_was_read_is_what_the_answer_depends_on(client, texts):
+    long = " ".join(texts)
+    found = client.predict(long, api_name="/classify")
+    assert 0 < found["characters_read"] < found["characters"] == len(long)
+    cut_there = client.predict(long[: found["characters_read"]], api_name="/classify")
+    assert cut_there["score"] == pytest.approx(found["score"], abs=1e-5)
+    assert cut_there["characters_read"] == found["characters_read"]
+
+
+def test_a_file_through_the_api(client, texts, tmp_path):
+    with (tmp_path / "in.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["id", "abstract"], ["a", texts[0]], ["b"], ["c", " "], ["d", texts[1]]])
+    found = client.predict(handle_file(str(tmp_path / "in.csv")), api_name="/classify_file")
+    assert found["column"] == "abstract"
+    assert [(row["line"], row["text"]) for row in found["rows"]] == [(2, texts[0]), (5, texts[1])]
+    single = client.predict(texts[1], api_name="/classify")
+    assert found["rows"][1]["predicted"] == single["label"]
+    assert found["rows"][1]["probability"] == pytest.approx(single["score"], abs=2e-5)
+    assert [problem["line"] for problem in found["problems"]] == [3, 4]
+
+
+def test_the_api_is_typed_and_documented(server, client):
+    api = client.view_api(return_format="dict")["named_endpoints"]
+    assert api.keys() == {"/classify", "/explain", "/classify_file"}
+    returned = api["/classify"]["returns"][0]["python_type"]["type"]
+    assert "path: list[dict(label: str, score: float)]" in returned
+    assert (
+        "words: list[dict(word: str, start: int, end: int, weight: float"
+        in api["/explain"]["returns"][0]["python_type"]["type"]
+    )
+    assert "problems: list[dict(line: int, problem: str)]" in api["/classify_file"]["returns"][0]["python_type"]["type"]
+    described = {
+        name: endpoint["description"]
+        for name, endpoint in httpx.get(f"{server.address}/gradio_api/info").json()["named_endpoints"].items()
+    }
+    assert "Classifies a text" in described["/classify"]
+    assert "integrated gradients" in described["/explain"]
+    assert "10,000 rows" in described["/classify_file"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("  \0", None, "/classify"), "There is no text"),
+        (("x" * 20_001, None, "/classify"), "20,001 characters; at most 20,000"),
+        ((7, None, "/classify"), "A text is needed"),
+        (("text", 2, "/classify"), "between 0.5 and 0.99"),
+        (("text", "x", "/classify"), "must be a number"),
+        (("text", "no such node", "/explain"), "no such node"),
+    ],
+)
+def test_a_refusal_says_why(client, words, message):
+    *given, name = words
+    with pytest.raises(AppError, match=message):
+        client.predict(*given, api_name=name)
+
+
+# safety
+
+
+def test_nothing_of_what_is_sent_is_logged_or_kept(server, client, texts, tmp_path):
+    mark = "Zebrafish-4711"
+    csv_file = tmp_path / f"{mark}.csv"
+    csv_file.write_text(f"{mark},text\n{mark},{mark} {texts[0]}\n{mark}\n")
+    client.predict(f"{mark} {texts[0]}", api_name="/classify")
+    client.predict(f"{mark} colitis", api_name="/explain")
+    client.predict(handle_file(str(csv_file)), "text", api_name="/classify_file")
+    with pytest.raises(AppError):
+        client.predict(mark * 5000, api_name="/classify")
+    # every function of the page, also those that no client is shown, with what does not belong there
+    count = len(httpx.get(f"{server.address}/config").json()["dependencies"])
+    for function in range(count):
+        for value in (mark, {"path": f"/etc/{mark}", "meta": {"_type": "gradio.FileData"}}, "half \ud800 " + mark):
+            data = {"data": [value] * 3, "fn_index": function, "session_hash": f"{mark}{function}"}
+            body = json.dumps(data).encode("ascii")
+            with httpx.Client(timeout=20) as http:
+                headers = {"content-type": "application/json"}
+                if (
+                    http.post(f"{server.address}/gradio_api/queue/join", content=body, headers=headers).status_code
+                    == 200
+                ):
+                    http.get(f"{server.address}/gradio_api/queue/data", params={"session_hash": f"{mark}{function}"})
+    assert mark not in server.log()
+    kept = {path: content for path, content in server.files().items() if mark.encode() in content or mark in path.name}
+    assert not kept
+
+
+def test_no_path_of_the_server_is_served(server, client, clear_checkpoint):
+    for path in ("/etc/passwd", f"{clear_checkpoint}/config.json", str(ROOT / "space" / "app.py"), "../../etc/passwd"):
+        for route in ("/gradio_api/file=", "/file=", "/gradio_api/file/"):
+            assert httpx.get(f"{server.address}{route}{path}").status_code in (403, 404)
+    for route in (
+        "deep_link?session_hash=x",
+        "proxy=http://127.0.0.1:1/",
+        "file=http://127.0.0.1:1/",
+        "runs",
+        "openapi.json",
+    ):
+        assert httpx.get(f"{server.address}/gradio_api/{route}").status_code == 404
+    assert httpx.get(f"{server.address}/monitoring").status_code == 404
+    with pytest.raises(AppError, match="upload it again"):
+        client.predict({"path": "/etc/passwd", "meta": {"_type": "other"}}, api_name="/classify_file")
+
+
+def test_requests_that_are_too_large_are_refused(server):
+    big = b"x" * (MAX_BYTES + 2**20)
+    answer = httpx.post(f"{server.address}/gradio_api/upload", files={"files": ("a.csv", big)}, timeout=60)
+    assert answer.status_code == 413
+    answer = httpx.post(f"{server.address}/gradio_api/queue/join", content=big, timeout=60)
+    assert answer.status_code == 413
+    assert not any(len(content) > 2**20 for content in server.files().values())
+
+
+def test_downloads_and_uploads_are_deleted_in_time_and_all_with_the_process(clear_checkpoint, texts, tmp_path):
+    """With the time to keep set to a second, and the look at it to every second."""
+    code = (ROOT / "space" / "app.py").read_text()
+    assert "delete_cache=(60, KEPT_SECONDS)" in code
+    space = tmp_path / "space"
+    space.mkdir()
+    for file in (ROOT / "space").iterdir():
+        if file.is_file():
+            (space / file.name).write_bytes(file.read_bytes())
+    short = code.replace("delete_cache=(60, KEPT_SECONDS)", "delete_cache=(1, 1)")
+    (space / "app.py").write_text(short)
+    with SpaceServer(clear_checkpoint, tmp_path, app=space / "app.py") as started:
+        upload = {"files": ("never-classified.csv", b"text\nZebrafish\n")}
+        assert httpx.post(f"{started.address}/gradio_api/upload", files=upload).status_code == 200
+        assert any(b"Zebrafish" in content for content in started.files().values())
+        for _ in range(100):
+            if not any(b"Zebrafish" in content for content in started.files().values()):
+                break
+            time.sleep(0.2)
+        assert not any(b"Zebrafish" in content for content in started.files().values())
+        httpx.post(f"{started.address}/gradio_api/upload", files=upload)
+        started.stop()
+        assert not started.files()
+
+
+def test_many_clients_at_once_get_an_answer_or_are_told_that_it_is_busy(server, texts):
+    """16 clients, five requests each; `benchmarks/space.py` has 64 of them and 2,000 requests."""
+
+    def ask(number: int) -> list[str]:
+        mine, outcomes = Client(server.address, verbose=False), []
+        for i in range(5):
+            try:
+                found = mine.predict(texts[(number + i) % 20], api_name="/classify")
+                outcomes.append("answer" if found["label"] else "empty")
+            except (TooManyRequestsError, QueueError) as error:
+                outcomes.append("busy" if "busy" in str(error).lower() or "full" in str(error).lower() else str(error))
+        return outcomes
+
+    with ThreadPoolExecutor(16) as pool:
+        outcomes = [one for some in pool.map(ask, range(16)) for one in some]
+    assert len(outcomes) == 80
+    assert set(outcomes) <= {"answer", "busy"}
+    assert outcomes.count("answer") > 0
+
+
+# how it is published
+
+
+def test_the_front_matter_and_the_requirements_agree():
+    front = yaml.safe_load((ROOT / "space" / "README.md").read_text().split("---")[1])
+    assert front["sdk"] == "gradio"
+    assert (ROOT / "space" / front["app_file"]).is_file()
+    assert front["license"] == "apache-2.0"
+    wanted = (ROOT / "space" / "requirements.txt").read_text().split()
+    from packaging.requirements import Requirement
+
+    gradio = next(Requirement(line) for line in wanted if line.startswith("gradio"))
+    assert front["sdk_version"] in gradio.specifier
+
+
+def test_every_package_that_the_space_imports_is_required():
+    import ast
+
+    modules = {file.stem for file in (ROOT / "space").glob("*.py")}
+    imported = set()
+    for file in (ROOT / "space").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.split(".")[0])
+    others = imported - modules - set(sys.stdlib_module_names) - {"spaces", "starlette"}  # gradio brings starlette
+    required = {re.split(r"[<>=]", line)[0] for line in (ROOT / "space" / "requirements.txt").read_text().split()}
+    assert others <= required
+
+
+def test_where_zerogpu_is_its_decorator_is_used(clear_checkpoint, tmp_path):
+    (tmp_path / "spaces.py").write_text("lent = []\ndef GPU(f):\n    lent.append(f)\n    return f\n")
+    code = f"""
+import json, sys
+sys.path[:0] = [{str(ROOT / "space")!r}, {str(tmp_path)!r}]
+import spaces, app
+service = app.Service(app.load({clear_checkpoint!r}, None))
+print(json.dumps([len(spaces.lent), service.classify("A text.")["label"]]))
+"""
+    count, label = stranger(code, tmp_path, {"HF_HUB_OFFLINE": "1"})
+    assert count == 3
+    assert label

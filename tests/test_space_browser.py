@@ -1,0 +1,426 @@
+"""The Space in a real browser: what a person types, presses, reads and downloads."""
+
+import csv
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from conftest import CLEAR
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+from space_server import SpaceServer
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="no Chromium: apt-get install chromium chromium-driver"
+)
+
+NEURO = "The outcomes of epilepsy after seizures and of migraine with neuropathy. Colitis was not seen."
+HOSTILE = (
+    "<img src=x onerror=\"document.title='owned'\"> <script>document.title='owned'</script> ${document.title='owned'} "
+    "{{constructor.constructor(\"document.title='owned'\")()}} 👩‍⚕️ \u202eright to left\u202c שלום epilepsy & seizures"
+)
+
+
+@pytest.fixture(scope="module")
+def server(clear_checkpoint, tmp_path_factory):
+    with SpaceServer(clear_checkpoint, tmp_path_factory.mktemp("space")) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def downloads(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("downloads")
+
+
+@pytest.fixture(scope="module")
+def chromium(downloads, tmp_path_factory):
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
+        options.add_argument(word)
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(downloads)})
+    yield driver
+    driver.quit()
+
+
+class Page:
+    """The Space as it stands in the browser."""
+
+    def __init__(self, driver, address: str):
+        self.driver, self.address = driver, address
+
+    def open(self, width: int = 1280, height: int = 900, scheme: str = "light") -> "Page":
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        self.driver.get(f"{self.address}/?__theme={scheme}")
+        self.until(lambda: self.all("#classify") and self.all("#bars .main-svg") and self.all("#icicle .main-svg"))
+        return self
+
+    def until(self, condition, seconds: int = 25):
+        return WebDriverWait(self.driver, seconds, 0.1).until(lambda _: condition())
+
+    def all(self, selector: str) -> list:
+        return self.driver.find_elements(By.CSS_SELECTOR, selector)
+
+    def one(self, selector: str):
+        return self.until(lambda: next(iter(self.all(selector)), None))
+
+    def text(self, selector: str) -> str:
+        return self.driver.execute_script("return document.querySelector(arguments[0])?.innerText ?? ''", selector)
+
+    def type(self, text: str) -> None:
+        """What pasting does: Selenium itself types no emoji and takes long over 100,000 characters."""
+        self.driver.execute_script(
+            "const area = document.querySelector('#abstract textarea'); area.value = arguments[0];"
+            "area.dispatchEvent(new Event('input', {bubbles: true}))",
+            text,
+        )
+
+    def press(self, selector: str) -> None:
+        self.driver.execute_script(
+            "arguments[0].scrollIntoView({block: 'center'}); arguments[0].click()", self.one(selector)
+        )
+
+    def tab(self, name: str) -> None:
+        found = next(t for t in self.all("button[role=tab]") if t.text == name)
+        self.driver.execute_script("arguments[0].click()", found)
+
+    def classify(self, text: str) -> None:
+        before = self.driver.execute_script(
+            "const panel = document.querySelector('#result .panel'); panel.dataset.old = '1'; return 1"
+        )
+        assert before
+        self.type(text)
+        self.press("#classify")
+        self.until(lambda: self.all("#result .panel") and not self.all("#result .panel[data-old]"))
+
+    def show(self) -> dict[str, float]:
+        """The words that are coloured, with their weights."""
+        self.until(lambda: not self.all("#words .panel[data-old]"))
+        self.driver.execute_script("document.querySelector('#words .panel').dataset.old = '1'")
+        self.press("#show")
+        return self.weights()
+
+    def weights(self) -> dict[str, float]:
+        self.until(lambda: self.all("#words .text") and not self.all("#words .panel[data-old]"))
+        spans = self.driver.execute_script(
+            "return [...document.querySelectorAll('#words .text .w')].map(s => [s.innerText, +s.dataset.weight])"
+        )
+        return {word.lower(): weight for word, weight in spans}
+
+    def pick(self, label: str) -> None:
+        """A node from the list, as by keyboard."""
+        box = self.one("#node input")
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", box)
+        self.driver.execute_script("document.querySelector('#words .panel').dataset.old = '1'")
+        box.click()
+        box.send_keys(Keys.CONTROL, "a")
+        box.send_keys(label)
+        option = self.until(lambda: next((o for o in self.all("[role=option]") if o.text.endswith(label)), None))
+        option.click()
+
+    def upload(self, file: Path) -> None:
+        self.driver.execute_script("document.querySelector('#state section').dataset.old = '1'")
+        self.one("#file input[type=file]").send_keys(str(file))
+
+    def wide(self) -> bool:
+        """Whether the page is wider than the window."""
+        return self.driver.execute_script("return document.documentElement.scrollWidth > innerWidth + 1")
+
+
+@pytest.fixture(scope="module")
+def page(chromium, server) -> Page:
+    return Page(chromium, server.address)
+
+
+def write_table(path: Path, rows: list[list[str]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    return path
+
+
+def test_an_abstract_is_typed_submitted_by_ctrl_enter_and_its_result_read(page):
+    page.open()
+    assert "Not a medical device" in page.text("#masthead")
+    height = page.driver.execute_script("return document.querySelector('#words').getBoundingClientRect().top + scrollY")
+    area = page.one("#abstract textarea")
+    area.send_keys(NEURO)
+    area.send_keys(Keys.CONTROL, Keys.ENTER)
+    page.until(lambda: page.all("#result .path"))
+    assert page.text("#result .class") == "nervous system diseases"
+    assert "%" in page.text("#result .certainty")
+    assert page.text("#result .path").split()[:2] == ["specific", "disease"]
+    assert "For 90% coverage" in page.text("#result .answer")
+    assert "The whole text was read" in page.text("#result")
+    for figure in ("#bars", "#icicle"):
+        page.until(
+            lambda figure=figure: (
+                "nervous system diseases" in page.text(f"{figure} .main-svg")
+                or "nervous system diseases"
+                in page.driver.execute_script("return document.querySelector(arguments[0]).textContent", figure)
+            )
+        )
+    after = page.driver.execute_script("return document.querySelector('#words').getBoundingClientRect().top + scrollY")
+    assert after == height  # nothing moved
+
+
+def test_switching_the_node_changes_the_highlight(page):
+    page.open()
+    page.classify(NEURO)
+    weights = page.show()
+    assert "nervous system diseases" in page.text("#words h3")
+    assert max(weights, key=weights.get) in CLEAR["nervous system diseases"]
+    assert "convergence error" in page.text("#words")
+    page.pick("digestive system diseases")
+    other = page.weights()
+    assert "digestive system diseases" in page.text("#words h3")
+    assert max(other, key=other.get) == "colitis"
+    assert other["epilepsy"] < 0
+
+
+def test_a_higher_coverage_backs_off(page):
+    page.open()
+    page.classify("Outcomes of epilepsy after angina, colitis and carcinoma.")
+    answers = []
+    for number in ("0.5", "0.99"):
+        page.driver.execute_script("document.querySelector('#result .panel').dataset.old = '1'")
+        box = page.one("#coverage input[type=number]")
+        page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", box)
+        box.send_keys(Keys.CONTROL, "a")
+        box.send_keys(number, Keys.TAB)
+        page.press("#classify")
+        page.until(lambda: not page.all("#result .panel[data-old]"))
+        page.until(lambda number=number: f"{float(number):.0%}" in page.text("#result .answer"))
+        answers.append(page.text("#result .answer").split(": ")[1].split(" or "))
+    leaves = set(CLEAR)
+    assert len(answers[0]) == 1
+    assert answers[0][0] in leaves
+    assert len(answers[1]) > 1 or answers[1][0] not in leaves
+
+
+def test_examples_work_at_a_click_and_clear_clears(page):
+    page.open()
+    for button in range(3):
+        page.driver.execute_script("document.querySelector('#result .panel').dataset.old = '1'")
+        page.driver.execute_script("document.querySelectorAll('#examples button')[arguments[0]].click()", button)
+        page.until(lambda: page.all("#result .path") and not page.all("#result .panel[data-old]"))
+        assert page.one("#abstract textarea").get_attribute("value")
+    page.press("#clear")
+    page.until(lambda: page.text("#result .class") == "–")
+    assert page.one("#abstract textarea").get_attribute("value") == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "There is no text"),
+        (" \0\n", "There is no text"),
+        ("epilepsy " * 11_200, "100,800 characters; at most 20,000"),
+    ],
+)
+def test_what_cannot_be_classified_is_said_in_words(page, text, message):
+    page.open()
+    page.classify(text)
+    assert message in page.text("#result [role=alert]")
+    page.classify(NEURO)  # and the page goes on
+    assert page.text("#result .class") == "nervous system diseases"
+
+
+def test_the_end_that_was_cut_is_said_and_shown(page):
+    page.open()
+    page.classify(NEURO + " The rest of it goes on and on." * 100)
+    assert "were not read" in page.text("#result .cut")
+    page.show()
+    assert "goes on and on." in page.text("#words .text .unread")
+
+
+def test_a_hostile_text_is_shown_and_nothing_of_it_runs(page):
+    page.open()
+    title = page.driver.title
+    page.classify(HOSTILE)
+    assert page.text("#result .class") == "nervous system diseases"
+    page.show()
+    shown = page.driver.execute_script("return document.querySelector('#words .text').textContent")
+    assert shown == HOSTILE
+    assert not page.all("#words img, #words script, #result img")
+    assert page.driver.title == title
+    page.classify("NUL \0 epilepsy \x07 seizures")
+    assert page.text("#result .class") == "nervous system diseases"
+
+
+def test_a_file_is_classified_and_its_downloads_parse(page, downloads, tmp_path):
+    rows = [
+        ["n", "abstract"],
+        ["1", NEURO],
+        ["2"],
+        ["3", "=cmd epilepsy and seizures"],
+        ["4", " "],
+        ["5", "Angina <img src=x onerror=alert(1)>"],
+    ]
+    page.open()
+    page.tab("A file")
+    page.upload(write_table(tmp_path / "texts.csv", rows))
+    page.until(lambda: "deleted from the disk" in page.text("#state"))
+    assert page.one("#column input").get_attribute("value") == "abstract"
+    page.press("#start")
+    page.until(lambda: "Done: 5 of 5 rows; 2 could not be read" in page.text("#state"))
+    shown = page.driver.execute_script(
+        "return [...document.querySelectorAll('#preview tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
+    )
+    assert [row[0] for row in shown] == ["2", "4", "6"]
+    assert shown[0][2] == "nervous system diseases"
+    assert shown[2][1] == rows[5][1]
+    assert not page.all("#preview img")
+    problems = page.driver.execute_script(
+        "return [...document.querySelectorAll('#problems tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
+    )
+    assert problems == [["3", "1 fields, where the first line has 2"], ["5", "There is no text to classify."]]
+    for kind in ("csv", "jsonl"):
+        page.until(
+            lambda kind=kind: (
+                page.one(f"#{kind}").is_enabled()
+                and page.driver.execute_script("return !document.querySelector(arguments[0]).disabled", f"#{kind}")
+            )
+        )
+        page.press(f"#{kind}")
+        file = downloads / f"predictions.{kind}"
+        page.until(file.exists)
+        time.sleep(0.2)
+        content = file.read_text(encoding="utf-8")
+        if kind == "csv":
+            found = list(csv.DictReader(content.splitlines()))
+            assert [row["text"] for row in found] == [NEURO, "'" + rows[3][1], rows[5][1]]
+        else:
+            found = [json.loads(line) for line in content.splitlines()]
+            assert [row["text"] for row in found] == [NEURO, rows[3][1], rows[5][1]]
+            assert found[0]["path"] == ["nervous system diseases"] or found[0]["path"][-1] == "nervous system diseases"
+        assert [int(row["line"]) for row in found] == [2, 4, 6]
+        assert [row["predicted"] for row in found][::2] == ["nervous system diseases", "cardiovascular diseases"]
+
+
+def test_a_file_is_cancelled_and_the_next_one_runs(page, tmp_path):
+    page.open()
+    page.tab("A file")
+    page.upload(write_table(tmp_path / "many.csv", [["text"], *[[NEURO + " word" * 90]] * 9000]))
+    page.until(lambda: "9,000" in page.text("#state"))
+    page.press("#start")
+    page.until(lambda: "Classified" in page.text("#state") and not page.text("#state").startswith("Classified 0"))
+    page.press("#cancel")
+    page.until(lambda: "Cancelled" in page.text("#state"))
+    time.sleep(1)
+    assert "Cancelled" in page.text("#state")  # and it stays so
+    page.press("#file button[aria-label*=lear], #file button[title*=lear], #file .icon-button")
+    page.until(lambda: page.all("#file input[type=file]"))
+    page.upload(write_table(tmp_path / "few.csv", [["text"], [NEURO]]))
+    page.until(lambda: "of 1 rows" in page.text("#state"))
+    page.press("#start")
+    page.until(lambda: "Done: 1 of 1 rows" in page.text("#state"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.csv", b"", "no rows"),
+        ("wrong.parquet", b"text\nnot Parquet\n", "not Parquet"),
+        ("long.txt", b"x\n" * 10_002, "more than 10,000 rows"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_refused_in_words(page, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    page.open()
+    page.tab("A file")
+    page.upload(tmp_path / name)
+    page.until(lambda: page.all("#state [role=alert]"))
+    assert message in page.text("#state")
+    page.press("#start")
+    page.until(lambda: "choose one first" in page.text("#state"))
+
+
+def test_a_file_of_more_than_10_mb_is_refused_in_words(page, tmp_path):
+    (tmp_path / "big.csv").write_bytes(b"text\n" + b"x" * (11 * 2**20))
+    page.open()
+    page.tab("A file")
+    page.upload(tmp_path / "big.csv")
+    page.until(lambda: "exceed the maximum allowed size of 10" in page.text("body"))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_is_wider_than_the_page(page, width, scheme, tmp_path):
+    page.open(width, 844, scheme)
+    assert not page.wide()
+    page.classify(NEURO + " " + "W" * 300)
+    page.show()
+    assert not page.wide()
+    page.tab("A file")
+    page.upload(write_table(tmp_path / "texts.csv", [["text"], [NEURO], ["W" * 300]]))
+    page.until(lambda: "of 2 rows" in page.text("#state"))
+    page.press("#start")
+    page.until(lambda: "Done" in page.text("#state"))
+    assert not page.wide()
+    page.tab("About the model")
+    page.until(lambda: page.all("#card h2"))
+    assert not page.wide()
+
+
+def test_every_control_has_a_name_and_is_reached_by_the_keyboard(page):
+    page.open()
+    unnamed = page.driver.execute_script(
+        """
+        const named = (e) => e.getAttribute('aria-label') || e.getAttribute('aria-labelledby') || e.title ||
+            e.innerText?.trim() || (e.labels && [...e.labels].some(l => l.innerText.trim())) || e.closest('label')?.innerText;
+        return [...document.querySelectorAll('.gradio-container :is(button, input, textarea, select)')]
+            .filter(e => e.offsetParent && !named(e)).map(e => e.outerHTML.slice(0, 160))
+        """
+    )
+    assert unnamed == []
+    page.driver.execute_script("document.querySelector('#abstract textarea').focus()")
+    reached = set()
+    for _ in range(14):
+        page.driver.switch_to.active_element.send_keys(Keys.TAB)
+        reached.add(
+            page.driver.execute_script(
+                "const e = document.activeElement; return e.id || e.closest('[id]:not([id^=component])')?.id"
+            )
+        )
+    assert {"classify", "clear", "coverage", "node", "show"} <= reached
+
+
+def test_the_model_and_its_limits_are_shown(page):
+    page.open()
+    page.tab("About the model")
+    page.until(lambda: page.all("#card h2"))
+    shown = page.text("#card")
+    assert "Limits and intended use" in shown
+    assert "general pathological conditions" in shown
+    assert "apache-2.0" in page.text("#facts")
+
+
+def test_nothing_but_the_page_itself_is_asked_for_what_a_user_sends(page, server):
+    page.open()
+    page.driver.get_log("performance")
+    page.classify("Zebrafish-4711 " + NEURO)
+    sent = [json.loads(entry["message"])["message"] for entry in page.driver.get_log("performance")]
+    asked = [m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"]
+    assert asked
+    assert all(url.startswith((server.address, "data:", "blob:")) for url in asked)
+    assert "Zebrafish" not in server.log()
+    assert not any(b"Zebrafish" in content for content in server.files().values())
+
+
+def test_the_browser_had_nothing_to_complain_about(page):
+    page.driver.get_log("browser")
+    page.open()
+    page.classify(NEURO)
+    page.show()
+    severe = [e["message"] for e in page.driver.get_log("browser") if e["level"] == "SEVERE"]
+    ours = [message for message in severe if page.address in message.split(" ")[0]]
+    assert ours == []
