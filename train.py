@@ -106,6 +106,8 @@ def run_training(
     if "validation" not in data.splits:
         logger.info("no validation rows: no early stopping, and the last weights are kept")
         training.eval_strategy, training.load_best_model_at_end = "no", False
+    elif training.load_best_model_at_end and training.eval_strategy == "no":
+        raise InputError("--eval_strategy no finds no best checkpoint: give --load_best_model_at_end false too")
     compute_metrics = build_compute_metrics(data.taxonomy)
     check_best_metric(training, data.taxonomy, compute_metrics)
     output = Path(training.output_dir)

@@ -131,6 +131,7 @@ TRAIN = [
     ((*DATA, "--metric_for_best_model", "acuracy"), "--metric_for_best_model acuracy is not measured; it is one of loss, "),
     ((*DATA, "--report_to", "nothing_of_the_kind"), "--report_to nothing_of_the_kind: no such package is installed"),
     ((*DATA, "--dataloader_drop_last", "true"), "--dataloader_drop_last has no use here"),
+    ((*DATA, "--eval_strategy", "no", "--save_strategy", "no"), "give --load_best_model_at_end false too"),
     ((*DATA, "--prediction_loss_only", "true"), "--prediction_loss_only has no use here"),
     ((*DATA, "--accelerator_config", "nowhere.json"), "No such file or directory: 'nowhere.json'"),
     ((*DATA, "--attn_implementation", "magic"), "cannot load the encoder"),
