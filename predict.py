@@ -266,9 +266,8 @@ def cause(error: Exception) -> str:
     """Why a model cannot be loaded, in one line."""
     if "Unknown task" in str(error):
         return "it is not a checkpoint of this project: its config.json names no hierarchical pipeline"
-    if "See the original errors" in str(
-        error
-    ):  # transformers puts tracebacks into its message, which end with the cause
+    # transformers puts tracebacks into its message, which end with the cause
+    if "See the original errors" in str(error):
         return str(error).strip().splitlines()[-1].partition(": ")[2]
     plain = isinstance(error, (OSError, ValueError, ImportError))
     return one_line(error) if plain else f"{type(error).__name__}: {one_line(error)}"

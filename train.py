@@ -373,9 +373,8 @@ def failure(error: Exception) -> str | None:
             f"{one_line(error)}; --auto_find_batch_size true finds a batch that fits and accumulates to the same size, "
             "--gradient_checkpointing true needs less memory"
         )
-    if isinstance(error, ImportError) and "install" in str(
-        error
-    ):  # what a flag needs and requirements.txt does not have
+    # what a flag needs and requirements.txt does not have
+    if isinstance(error, ImportError) and "install" in str(error):
         return one_line(error)
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"

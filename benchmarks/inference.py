@@ -1,6 +1,6 @@
 """Rows a second, latency, memory and agreement of inference on a CPU, beside peers over the same weights:
 
-    pip install -r tests/requirements.txt
+    pip install -r tests/requirements.txt -r tests/optional.txt
     python benchmarks/inference.py --encoder ENCODER [--texts ohsumed/test.csv] [--model CHECKPOINT]
 
 Peers: the stock ``pipeline("text-classification")`` in float32, 32 texts a batch, and in bfloat16; ONNX Runtime in float32 and
