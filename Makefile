@@ -18,7 +18,7 @@ test: .venv/installed-tests browser
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	$(RUN) -m pytest tests
+	$(RUN) -m pytest -n 2 --dist loadfile --timeout 900 tests
 
 # the pictures of the Space in docs/
 screenshots: .venv/installed-tests browser

@@ -159,9 +159,13 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             ready.wait()
 
         workers = ThreadPoolExecutor(count)
-        for _ in range(count):
-            workers.submit(start)
-        ready.wait()
+        try:
+            for _ in range(count):
+                workers.submit(start)
+            ready.wait()
+        except BaseException:  # Ctrl+C: a thread that waits would keep the process from ending
+            ready.abort()
+            raise
         torch.set_num_threads(count)  # the number is each thread's own, but also what threads yet to come begin with
         return workers
 

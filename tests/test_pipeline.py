@@ -1,4 +1,6 @@
+import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -247,6 +249,38 @@ def test_bfloat16_on_a_cpu_answers_as_float32_does(checkpoint, classify):
     for a, b in zip(classify(texts, stride=16), half(texts, stride=16), strict=True):
         for one, other in zip(a["levels"], b["levels"], strict=True):
             assert list(other.values()) == pytest.approx(list(one.values()), abs=0.03)
+
+
+def test_ctrl_c_at_any_line_leaves_no_thread_that_keeps_the_process_alive(classify):
+    source, before = type(classify)._workers.__code__.co_filename, threading.active_count()
+    lines = 1  # to go before the interruption
+
+    def interrupt(frame, event, arg):
+        nonlocal lines
+        if frame.f_code.co_filename != source:
+            return None
+        if event == "line":
+            lines -= 1
+            if lines == 0:
+                raise KeyboardInterrupt
+        return interrupt
+
+    interruptions = 0
+    while lines <= 0 or not interruptions:
+        interruptions += 1
+        lines = interruptions
+        try:
+            sys.settrace(interrupt)
+            list(classify(iter(TEXTS[:2])))
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        waited = time.monotonic()
+        while threading.active_count() > before and time.monotonic() - waited < 10:
+            time.sleep(0.001)
+        assert threading.active_count() == before, f"after line {interruptions}"
+    assert interruptions > 50
 
 
 def test_an_error_in_a_batch_comes_out_and_no_thread_stays(checkpoint):
