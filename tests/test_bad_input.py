@@ -123,6 +123,8 @@ TRAIN = [
     ((*DATA, "--learning_rate", "-1"), "--learning_rate must be more than 0, not -1.0"),
     ((*DATA, "--focal_gamma", "nan"), "--focal_gamma must be at least 0, not nan"),
     ((*DATA, "--level_weights", "1", "inf"), "--level_weights must be non-negative and not all zero"),
+    ((*DATA, "--optim_args", "beta2=0.9,fast"), "--optim_args has 'fast': give name=value"),
+    ((*DATA, "--debug", "underflow_overflow"), "--debug underflow_overflow fails on an encoder's boolean masks"),
     ((*DATA, "--num_train_epochs", "0"), "--num_train_epochs must be more than 0"),
     ((*DATA, "--per_device_train_batch_size", "0"), "--per_device_train_batch_size must be at least 1"),
     ((*DATA, "--gradient_accumulation_steps", "0"), "--gradient_accumulation_steps must be at least 1"),

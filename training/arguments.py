@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.debug_utils import DebugOption
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations import get_available_reporting_integrations
 
@@ -348,6 +349,10 @@ def check_values(
     weights = loss.level_weights
     if not all(0 <= weight < float("inf") for weight in weights) or max(weights, default=0) == 0:
         raise InputError(f"--level_weights must be non-negative and not all zero, not {weights}")
+    if wrong := [one for one in (training.optim_args or "").replace(" ", "").split(",") if one and one.count("=") != 1]:
+        raise InputError(f"--optim_args has {wrong[0]!r}: give name=value, and a comma between two of them")
+    if DebugOption.UNDERFLOW_OVERFLOW in training.debug:
+        raise InputError("--debug underflow_overflow fails on an encoder's boolean masks: transformers' detector takes numbers")
     if not training.output_dir:
         raise InputError("--output_dir needs the name of a folder")
     here = get_available_reporting_integrations()
