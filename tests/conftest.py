@@ -15,7 +15,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell has what it starts in the background, and its children
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # as a shell has what it starts in the background, and its children
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CORPUS = ROOT / "examples" / "corpus"

@@ -352,7 +352,9 @@ def check_values(
     if wrong := [one for one in (training.optim_args or "").replace(" ", "").split(",") if one and one.count("=") != 1]:
         raise InputError(f"--optim_args has {wrong[0]!r}: give name=value, and a comma between two of them")
     if DebugOption.UNDERFLOW_OVERFLOW in training.debug:
-        raise InputError("--debug underflow_overflow fails on an encoder's boolean masks: transformers' detector takes numbers")
+        raise InputError(
+            "--debug underflow_overflow fails on an encoder's boolean masks: transformers' detector takes numbers"
+        )
     if not training.output_dir:
         raise InputError("--output_dir needs the name of a folder")
     here = get_available_reporting_integrations()
