@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, BertConfig, pipeline
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -41,7 +41,7 @@ sys.path.insert(0, str(ROOT))
 from configuration_hierarchical import HierarchicalConfig, Taxonomy
 from modeling_hierarchical import HierarchicalForSequenceClassification, load_encoder
 from pipeline_hierarchical import TOKENS, batches_by_length
-from predict import quantize
+from predict import keep_memory, quantize
 from training.export import ONNX_FILE, export_onnx
 
 PEAK_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "inference.json")
     arguments = parser.parse_args()
+    keep_memory()  # as predict.py does, for all
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     csv.field_size_limit(2**24)
@@ -149,9 +150,8 @@ def compiled(model: str) -> OverBatches:
     import torch._inductor.config
 
     torch._inductor.config.freezing = True
-    whole = ours(model, "bf16").model
-    whole.encoder.set_attn_implementation("sdpa")  # the compiler cannot see into attention by document
-    run = torch.compile(whole, dynamic=True)
+    whole = AutoModel.from_pretrained(model, trust_remote_code=True, dtype=torch.bfloat16)
+    run = torch.compile(whole.eval(), dynamic=True)
 
     def call(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         with torch.no_grad():

@@ -1,4 +1,6 @@
-"""The fast path of LoRA on a CPU, against PEFT, against SDPA, and against derivatives taken numerically."""
+"""The fast paths on a CPU, against PEFT, against SDPA, against plain layers, and against derivatives taken numerically."""
+
+import copy
 
 import pytest
 import torch
@@ -6,8 +8,15 @@ from peft.tuners.lora import LoraLayer
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from attention_hierarchical import ATTENTION, PerDocumentAttention, text_spans
 from configuration_hierarchical import Taxonomy
+from cpu_hierarchical import (
+    ATTENTION,
+    FusedIntermediate,
+    PackedLinear,
+    PerDocumentAttention,
+    pack_linear_layers,
+    text_spans,
+)
 from training.arguments import ModelArguments
 from training.cpu import speed_up
 from training.model import build_model
@@ -161,3 +170,87 @@ def test_a_mask_with_a_hole_or_an_empty_row_has_no_spans():
     assert text_spans(2, 4, torch.tensor([[1, 0, 1, 0], [1, 1, 1, 1]])) is None
     assert text_spans(2, 4, torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]])) is None
     assert text_spans(2, 4, None) == [slice(0, 4)] * 2
+
+
+packs = pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    reason="torch has no bfloat16 products by oneDNN here",
+)
+
+
+def encoders(kind: str) -> tuple[torch.nn.Module, torch.nn.Module, dict[str, torch.Tensor]]:
+    """A random encoder in bfloat16 and its copy with packed layers, and a batch."""
+    torch.manual_seed(0)
+    plain = AutoModel.from_config(AutoConfig.for_model(kind, **ENCODERS[kind])).bfloat16().eval()
+    packed = copy.deepcopy(plain)
+    pack_linear_layers(packed)
+    return plain, packed, {"input_ids": torch.randint(5, 90, (3, 20)), "attention_mask": torch.ones(3, 20).long()}
+
+
+def hidden(encoder: torch.nn.Module, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.inference_mode():
+        return encoder(**given).last_hidden_state
+
+
+@packs
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_packed_layers_answer_as_plain_ones_do(kind):
+    plain, packed, given = encoders(kind)
+    torch.testing.assert_close(hidden(packed, given), hidden(plain, given), atol=0.06, rtol=0.02)
+    layers = [module for module in packed.modules() if isinstance(module, PackedLinear)]
+    assert len(layers) == sum(type(module) is torch.nn.Linear for module in plain.modules())
+    assert any("packed" in vars(module) for module in layers)
+
+
+@packs
+def test_a_layer_that_is_packed_is_that_layer_and_gelu_is_the_exact_one():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(48, 64)
+    x = torch.randn(2, 5, 48)
+    expected = torch.nn.functional.gelu(layer(x))
+    layer.bfloat16().__class__ = PackedLinear
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x.bfloat16()).float(), layer.float()(x), atol=0.02, rtol=0.01)
+        found = layer.bfloat16().multiply(x.bfloat16(), "gelu").float()
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0.01)
+
+
+@packs
+def test_what_is_done_to_the_weights_after_packing_counts():
+    plain, packed, given = encoders("electra")
+    assert any(isinstance(module, FusedIntermediate) for module in packed.modules())
+    before = hidden(packed, given)
+    in_place, another = lambda w: w.mul_(1.5), lambda w: setattr(w, "data", w.data * -1)
+    for change in (in_place, another):
+        for encoder in (plain, packed):
+            with torch.no_grad():
+                for parameter in encoder.parameters():
+                    change(parameter)
+        after = hidden(packed, given)
+        assert (after - before).abs().max() > 0.5
+        torch.testing.assert_close(after, hidden(plain, given), atol=0.06, rtol=0.02)
+        before = after
+    state = {name: torch.randn_like(tensor) * 0.05 for name, tensor in plain.state_dict().items()}
+    for assign in (False, True):
+        state = {name: tensor * 1.3 for name, tensor in state.items()}
+        for encoder in (plain, packed):
+            encoder.load_state_dict(state, assign=assign)
+        torch.testing.assert_close(hidden(packed, given), hidden(plain, given), atol=0.06, rtol=0.02)
+    torch.testing.assert_close(hidden(packed.float(), given), hidden(plain.float(), given), atol=1e-5, rtol=0)
+
+
+@packs
+def test_packed_layers_train_copy_and_save_as_plain_ones(tmp_path):
+    plain, packed, given = encoders("roberta")
+    hidden(packed, given)
+    for encoder in (plain, packed):
+        encoder(**given).last_hidden_state.float().pow(2).mean().backward()
+    gradients, same = ([p.grad for p in encoder.parameters()] for encoder in (plain, packed))
+    assert sum(gradient is not None for gradient in gradients) > 20
+    for one, other in zip(gradients, same, strict=True):
+        torch.testing.assert_close(other, one, atol=0, rtol=0)
+    torch.testing.assert_close(hidden(copy.deepcopy(packed), given), hidden(packed, given), atol=0, rtol=0)
+    packed.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert not any(isinstance(module, PackedLinear) for module in again.modules())
+    torch.testing.assert_close(hidden(again, given), hidden(plain, given), atol=0, rtol=0)

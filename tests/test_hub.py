@@ -28,7 +28,7 @@ from training.card import snippets
 ADAPTER_REPOSITORY = {
     *(".gitattributes", "README.md", "config.json", "metrics.json"),
     *("configuration_hierarchical.py", "modeling_hierarchical.py"),
-    *("attention_hierarchical.py", "pipeline_hierarchical.py"),
+    *("cpu_hierarchical.py", "pipeline_hierarchical.py"),
     *("heads.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
     *("tokenizer.json", "tokenizer_config.json"),
     *(f"plots/confusion_matrix_level_{level}.png" for level in (1, 2)),

@@ -260,7 +260,7 @@ def test_the_adapter_form_holds_adapter_and_heads_alone_and_comes_back_the_same(
         "config.json",
         "configuration_hierarchical.py",
         "modeling_hierarchical.py",
-        "attention_hierarchical.py",
+        "cpu_hierarchical.py",
         "pipeline_hierarchical.py",
         "heads.safetensors",
         "adapter/adapter_config.json",

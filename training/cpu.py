@@ -5,7 +5,7 @@ Worth knowing:
 1. A layer multiplies by W + s·B·A, made anew for each product, instead of running the adapter beside the layer. Making it
    takes about 4 % of a step; beside the layer, casts and sums over all tokens took a fifth. It is also what is served.
 2. The merged weights are never kept: the backward makes them again, so a 4-bit encoder stays as small as it is.
-3. Attention runs document by document, over the tokens that are no padding (`attention_hierarchical`).
+3. Attention runs document by document, over the tokens that are no padding (`cpu_hierarchical`).
 4. Frozen tables are held in bfloat16, so the stream between layers is too: autocast would cast it at every product.
 
 Tried and left out, since they gained nothing above the noise: head groups that fit the cache, keeping the attention
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from transformers import PreTrainedModel
 
-from attention_hierarchical import attend_by_document
+from cpu_hierarchical import attend_by_document
 
 
 def speed_up(encoder: PreTrainedModel) -> None:
