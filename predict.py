@@ -262,6 +262,12 @@ def keep_memory() -> None:
             libc.mallopt(parameter, value)
 
 
+def give_back_memory() -> None:
+    """What `keep_memory` kept, once a part is done: else the gaps between its blocks add up over parts."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def cause(error: Exception) -> str:
     """Why a model cannot be loaded, in one line."""
     if "Unknown task" in str(error):
@@ -384,6 +390,7 @@ class Run:
                 skipped += len(chunk)
             elif index % process.count == process.index:
                 self.write(index, digest, chunk, answer(index * ROWS, chunk))
+                give_back_memory()
                 bar.move(len(chunk), chunk[-1].done)
         if skipped and process.count == 1:
             print(f"went on after {skipped:,} rows", file=sys.stderr)

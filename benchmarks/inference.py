@@ -9,20 +9,25 @@ pipeline makes. Ours: ``pipeline("hierarchical-text-classification")`` in float3
 turns, round by round. "Share of the peak" sets useful FLOPs, those of tokens that are no padding, against the largest rate at
 which this machine multiplies 4,096 × 4,096 matrices of the type, measured in the same round.
 
-What a profile of the bfloat16 pipeline says, on one core, in per cent of the time: matrix products of the linear layers 65,
-of attention 11, softmax 10, copies 4, GELU 4, layer norm 1.4, all else under 1 each (tokenizing, on the side: 1). Tried and
+What a profile of the bfloat16 pipeline says, on one core, in per cent of the time: the linear layers with their GELU 71, matrix
+products of attention 11, softmax 11, layer norm 2, copies 1.5, all else 1 and less each (tokenizing, on the side: 1). Tried and
 
 - kept: attention by document instead of SDPA (a tenth of the whole), keys and values padded to 32 (softmax over 479 columns
-  took 1.5 times as long as over 480), a core for each batch;
-- dropped: oneDNN's prepacked weights and fused GELU (2 to 5 %, but private operators of torch), SDPA over a packed batch,
-  batches of 512 tokens (slower) and of 1,024 (no faster), attention by document in float32 (no faster than SDPA), int8 over
-  bfloat16 layers (torchao without a compiler: 1.5 times as slow as over float32).
+  took 1.5 times as long as over 480), a core for each batch, oneDNN's packed weights and GELU inside the product (5 to 8 % of the
+  whole, of one product 5 to 19 %; nothing to speak of while malloc gave memory back to the system after each operation);
+- dropped: SDPA over a packed batch, batches of 512 tokens (a sixth slower), of 1,024 (6 % slower) and of 4,096 (2 % faster, but
+  few texts then leave a core idle at the end), softmax without its maximum (attention 5 % faster), keys and values as slices of
+  the batch instead of padded copies (no faster beyond 100 tokens), attention by document in float32 (no faster than SDPA), int8
+  over bfloat16 layers (torchao without a compiler: 1.5 times as slow as over float32), int8 layers by torch's own oneDNN
+  operators (a product is 2.1 times as fast as in bfloat16, but to quantize its input, operation by operation, takes as long
+  as that saves in layers of 384 and most of it in wider ones).
 """
 
 import argparse
 import csv
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -336,12 +341,21 @@ def scale(model: str, texts: list[str], arguments: argparse.Namespace, scratch: 
         line = [sys.executable, str(ROOT / "predict.py"), "--model", model, "--input", str(source), "--output"]
         begun = time.perf_counter()
         process = subprocess.Popen([*line, str(scratch / f"{times}.jsonl")], stderr=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            raise RuntimeError(f"predict.py ended with {status}")
+        memory = 0
+        while process.poll() is None:
+            memory = max(memory, peak_memory(process.pid))
+            time.sleep(0.1)
+        if process.returncode:
+            raise RuntimeError(f"predict.py ended with {process.returncode}")
         seconds = time.perf_counter() - begun
-        rows.append({"rows": count, "seconds": round(seconds, 1), "peak memory, MB": round(usage.ru_maxrss / 1024)})
+        rows.append({"rows": count, "seconds": round(seconds, 1), "peak memory, MB": round(memory / 1024)})
     return rows
+
+
+def peak_memory(process: int) -> int:
+    """In kB, of a process on Linux; 0 at its end. What `wait4` tells would be this process's own, where that is more."""
+    found = re.search(r"^VmHWM:\s+(\d+)", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
+    return int(found[1]) if found else 0
 
 
 def accuracy(model: str, texts: list[str], arguments: argparse.Namespace, scratch: Path) -> list[dict]:

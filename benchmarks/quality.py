@@ -68,7 +68,8 @@ SHOWN = {
     "level_1_ece": "level-1 ECE",
 }
 OWN = (  # of the metrics of a checkpoint
-    *("test_log_loss", "test_ece", "test_level_1_ece", "test_any_label_accuracy", "test_answer_coverage"),
+    *("test_log_loss", "test_ece", "test_level_1_ece", "test_ece_by_chance", "test_level_1_ece_by_chance"),
+    *("test_any_label_accuracy", "test_answer_coverage"),
     *("test_answer_leaves", "uncalibrated_test_accuracy", "uncalibrated_test_macro_f1", "uncalibrated_test_log_loss"),
     *("uncalibrated_test_ece", "quantized_test_accuracy", "quantized_test_macro_f1", "lexical_weight", "eval_accuracy"),
     *("eval_macro_f1", "uncalibrated_eval_accuracy", "uncalibrated_eval_macro_f1", "epoch", "train_samples_per_second"),

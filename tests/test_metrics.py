@@ -263,6 +263,20 @@ def test_ece_of_a_level_is_that_of_the_predicted_paths_node():
         assert scores[f"level_{level}_ece"] == pytest.approx(plain_ece(documents)), level
 
 
+def test_the_calibration_error_by_chance_is_that_of_labels_drawn_from_the_probabilities():
+    generator = np.random.default_rng(5)
+    logits = generator.normal(0, 2, size=(700, TREE.num_leaves))
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    score = build_compute_metrics(TREE)
+    drawn = []
+    for _ in range(60):
+        labels = (probabilities.cumsum(axis=1) < generator.random((700, 1))).sum(axis=1)
+        drawn.append(score(EvalPrediction(logits, labels)))
+    for name in ("ece", *(f"level_{k}_ece" for k in range(1, TREE.depth + 1))):
+        simulated = np.mean([scores[name] for scores in drawn])
+        assert drawn[0][f"{name}_by_chance"] == pytest.approx(simulated, rel=0.1), name
+
+
 def test_ece_against_plain_python():
     logits, labels = random_case(TREE, 500)
     documents = []
@@ -290,7 +304,9 @@ def test_scores_without_documents_are_left_out():
     scores = build_compute_metrics(TREE)(EvalPrediction(logits_for([E, A]), np.array([B, -100])))
     # {B, D, e} against {B}
     assert scores["log_loss"] > 0
-    assert scores.pop("level_1_ece") == pytest.approx(1 - np.exp(-scores.pop("log_loss")), abs=0.02)  # of one document
+    right = np.exp(-scores.pop("log_loss"))  # of one document
+    assert scores.pop("level_1_ece") == pytest.approx(1 - right, abs=0.02)
+    assert scores.pop("level_1_ece_by_chance") == pytest.approx(np.sqrt(2 * right * (1 - right) / np.pi))
     assert scores == pytest.approx(
         {
             "hierarchical_precision": 1 / 3,

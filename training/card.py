@@ -48,7 +48,9 @@ METRICS = {  # name in metrics.json, after its prefix: (type on the Hub, what th
     "hierarchical_f1": ("f1", "hierarchical F1"),
     "log_loss": ("log_loss", "log loss (nats)"),
     "ece": ("ece", "expected calibration error"),
+    "ece_by_chance": ("ece", "calibration error by chance alone"),
 }
+LEVEL_METRICS = ("accuracy", "macro_f1", "ece", "ece_by_chance")
 HUB_METRICS = ("accuracy", "f1", "precision", "recall")  # the types that hf.co/metrics lists
 PREFIXES = {"validation": "eval", "test": "test"}
 CLASSES_SHOWN = 20  # of a level
@@ -199,7 +201,7 @@ def environment(device: torch.device | str) -> dict[str, Any]:
 
 def measured(metrics: dict[str, Any], depth: int) -> dict[str, dict[str, float]]:
     """For each split that was scored, the metrics that the card shows, by their names without the prefix."""
-    names = [*METRICS, *(f"level_{k}_{name}" for k in range(1, depth + 1) for name in ("accuracy", "macro_f1", "ece"))]
+    names = [*METRICS, *(f"level_{k}_{name}" for k in range(1, depth + 1) for name in LEVEL_METRICS)]
     return {
         split: {name: metrics[f"{prefix}_{name}"] for name in names if f"{prefix}_{name}" in metrics}
         for split, prefix in PREFIXES.items()
@@ -302,6 +304,7 @@ def eval_results(run: Run) -> list[EvalResult]:
                 metric_value=value,
             )
             for metric, value in values.items()
+            if not metric.endswith("_by_chance")  # of the sample, not of the model
         ]
     return found
 
@@ -592,8 +595,10 @@ def limits(run: Run) -> str:
     if run.settings.get("max_length"):
         lines.append(f"Texts were cut at {run.settings['max_length']:,} tokens; what follows was not read.")
     errors = [f"{values['ece']:.3f} on the {split} rows" for split, values in run.scores.items() if "ece" in values]
+    chance = [f"{values['ece_by_chance']:.3f}" for values in run.scores.values() if "ece_by_chance" in values]
     if errors:
-        lines.append(f"Probabilities are estimates. Their expected calibration error is {' and '.join(errors)}.")
+        would = f", where right ones would show {' and '.join(chance)} by chance" if chance else ""
+        lines.append(f"Probabilities are estimates. Their expected calibration error is {' and '.join(errors)}{would}.")
     splits = run.data.get("splits", {})
     noisy = [f"{found['conflicting_texts']:,} {name}" for name, found in splits.items() if found["conflicting_texts"]]
     if noisy:

@@ -37,7 +37,8 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
     distribution over leaves, and ``label_ids`` of shape (num_documents,), node ids or -100. It returns
 
     - over documents labelled with a leaf, as scikit-learn defines them: ``accuracy``; ``macro_f1`` and ``weighted_f1``
-      over the leaves that occur as label or answer; and ``ece``, see `expected_calibration_error`;
+      over the leaves that occur as label or answer; ``ece``, see `expected_calibration_error`; and ``ece_by_chance``, what
+      it would be were the probabilities right, see `calibration_error_by_chance`;
     - over all labelled documents: ``hierarchical_precision``, ``hierarchical_recall`` and ``hierarchical_f1``
       (Kiritchenko, Matwin and Famili 2005), and ``log_loss``, the mean of -log P(label) in nats, where an inner node's
       probability is the sum of its leaves';
@@ -45,8 +46,8 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
       the level that have the same node there in their predicted path (a shorter path is wrong); and
       ``level_k_macro_f1``, over the nodes of the level that occur in a true or predicted path, where a leaf above
       the level is "no node at this level", a class that is not averaged, and a document labelled with an inner node
-      above the level takes no part: its node there is not known; and ``level_k_ece``, as ``ece`` but of the probability of
-      the predicted path's node there, over the documents of ``level_k_accuracy``.
+      above the level takes no part: its node there is not known; and ``level_k_ece`` and ``level_k_ece_by_chance``, as
+      above but of the probability of the predicted path's node there, over the documents of ``level_k_accuracy``.
 
     Raises:
         InputError: `evaluate` cannot write its copy of the module. The function it returns raises it for arrays of other
@@ -72,6 +73,7 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
         if is_leaf.any():
             bins = _bin(confidence[is_leaf], answers[is_leaf] == labels[is_leaf], bins=15)
             metrics["ece"] = expected_calibration_error(bins)
+            metrics["ece_by_chance"] = calibration_error_by_chance(confidence[is_leaf])
         metrics |= _level_scores(paths[labels], paths[answers], is_leaf)
         for level in range(taxonomy.depth):
             reached = paths[labels, level] >= 0
@@ -80,6 +82,7 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
                 probability = np.exp(_log_probability(logits[reached], nodes, leaves_under))
                 bins = _bin(probability, nodes == paths[labels[reached], level], bins=15)
                 metrics[f"level_{level + 1}_ece"] = expected_calibration_error(bins)
+                metrics[f"level_{level + 1}_ece_by_chance"] = calibration_error_by_chance(probability)
         return metrics
 
     return compute_metrics
@@ -204,6 +207,19 @@ def expected_calibration_error(bins: dict[str, np.ndarray]) -> float:
     return float(np.average(gaps, weights=bins["count"][filled]))
 
 
+def calibration_error_by_chance(confidence: np.ndarray, bins: int = 15) -> float:
+    """What `expected_calibration_error` is on average for as many documents where each probability is right.
+
+    In a bin with probabilities p, the number of right answers then has the variance v = Σ p (1 - p), and differs from its
+    mean by √(2 v / π) on average, as a normal variable of that variance does.
+
+    Args:
+        confidence: (num_documents,), the probability of each answer; one at least.
+    """
+    variances = np.bincount(_bin_index(confidence, bins), weights=confidence * (1 - confidence), minlength=bins)
+    return float(np.sqrt(2 * np.maximum(variances, 0) / np.pi).sum() / len(confidence))
+
+
 def labelled_documents(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The rows that have a label, checked.
 
@@ -317,9 +333,12 @@ def _level_scores(true: np.ndarray, predicted: np.ndarray, is_leaf: np.ndarray) 
     return scores
 
 
+def _bin_index(confidence: np.ndarray, bins: int) -> np.ndarray:
+    return np.digitize(confidence, np.arange(1, bins) / bins, right=True)
+
+
 def _bin(confidence: np.ndarray, correct: np.ndarray, bins: int) -> dict[str, np.ndarray]:
-    edges = np.arange(1, bins) / bins
-    index = np.digitize(confidence, edges, right=True)
+    index = _bin_index(confidence, bins)
     count = np.bincount(index, minlength=bins)
     with np.errstate(invalid="ignore"):  # 0 / 0 is an empty bin
         return {

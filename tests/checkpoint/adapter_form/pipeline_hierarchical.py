@@ -5,7 +5,7 @@ Worth knowing:
 1. Texts are read some batches ahead and sorted by length, so that batches hold little padding, and each holds about as
    many tokens. Results come in the order of the texts. The next texts are tokenized while a batch is computed.
 2. On a CPU each core computes batches of its own: that a core waits for the others at the end of every operation costs
-   more than it gains. With bfloat16, attention runs document by document (`attention_hierarchical`).
+   more than it gains. With bfloat16, attention and the linear layers are faster ones (`cpu_hierarchical`).
 3. A text beyond the limit is cut, and its result says so; with ``stride`` it is read in overlapping windows instead.
 4. The probabilities of windows are averaged. Sums survive an average, so children still add up to their parent.
 5. With ``coverage`` the answer is a set of nodes that holds the right leaf for that share of texts like those that the
@@ -27,11 +27,11 @@ from torch import Tensor
 from transformers import Pipeline
 
 try:
-    from .attention_hierarchical import attend_by_document
     from .configuration_hierarchical import Taxonomy
+    from .cpu_hierarchical import attend_by_document, pack_linear_layers
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
-    from attention_hierarchical import attend_by_document
     from configuration_hierarchical import Taxonomy
+    from cpu_hierarchical import attend_by_document, pack_linear_layers
 
 TOKENS = {"cpu": 2048}  # of a batch, padding included
 TOKENS_ELSEWHERE = 32_768
@@ -83,6 +83,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         self.tree = self.model.config.tree  # built anew each time it is asked for
         if self.device.type == "cpu" and self.model.encoder.dtype == torch.bfloat16:
             attend_by_document(self.model.encoder)
+            pack_linear_layers(self.model.encoder)
 
     def _sanitize_parameters(
         self,
@@ -159,9 +160,13 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             ready.wait()
 
         workers = ThreadPoolExecutor(count)
-        for _ in range(count):
-            workers.submit(start)
-        ready.wait()
+        try:
+            for _ in range(count):
+                workers.submit(start)
+            ready.wait()
+        except BaseException:  # Ctrl+C: a thread that waits would keep the process from ending
+            ready.abort()
+            raise
         torch.set_num_threads(count)  # the number is each thread's own, but also what threads yet to come begin with
         return workers
 

@@ -55,7 +55,7 @@ CUSTOM_PIPELINES = {
 SHIPPED_FILES = (
     "configuration_hierarchical.py",
     "modeling_hierarchical.py",
-    "attention_hierarchical.py",
+    "cpu_hierarchical.py",
     "pipeline_hierarchical.py",
 )
 ADAPTER_SUBFOLDER = "adapter"
