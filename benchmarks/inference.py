@@ -14,13 +14,13 @@ products of attention 11, softmax 11, layer norm 2, copies 1.5, all else 1 and l
 
 - kept: attention by document instead of SDPA (a tenth of the whole), keys and values padded to 32 (softmax over 479 columns
   took 1.5 times as long as over 480), a core for each batch, oneDNN's packed weights and GELU inside the product (5 to 8 % of the
-  whole, of one product 5 to 19 %; nothing to speak of while malloc gave memory back to the system after each operation);
+  whole; 2 to 5 % when it was measured without `keep_memory`);
 - dropped: SDPA over a packed batch, batches of 512 tokens (a sixth slower), of 1,024 (6 % slower) and of 4,096 (2 % faster, but
-  few texts then leave a core idle at the end), softmax without its maximum (attention 5 % faster), keys and values as slices of
+  few texts then leave a core idle at the end), softmax without its maximum (attention 4 to 7 % faster), keys and values as slices of
   the batch instead of padded copies (no faster beyond 100 tokens), attention by document in float32 (no faster than SDPA), int8
   over bfloat16 layers (torchao without a compiler: 1.5 times as slow as over float32), int8 layers by torch's own oneDNN
-  operators (a product is 2.1 times as fast as in bfloat16, but to quantize its input, operation by operation, takes as long
-  as that saves in layers of 384 and most of it in wider ones).
+  operators (a product is 2.1 times as fast as in bfloat16, but by the times of its parts, quantizing the input and scaling the
+  output, operation by operation, take half to four fifths of what that saves).
 """
 
 import argparse

@@ -15,9 +15,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-if (
-    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-):  # as a shell has what it starts in the background, and its children
+# a shell has what it starts in the background ignore Ctrl+C, and so would the commands that the tests start
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CORPUS = ROOT / "examples" / "corpus"

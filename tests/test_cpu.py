@@ -197,6 +197,8 @@ def hidden(encoder: torch.nn.Module, given: dict[str, torch.Tensor]) -> torch.Te
 def test_packed_layers_answer_as_plain_ones_do(kind):
     plain, packed, given = encoders(kind)
     torch.testing.assert_close(hidden(packed, given), hidden(plain, given), atol=0.06, rtol=0.02)
+    pack_linear_layers(packed)  # a second pipeline over the same model
+    torch.testing.assert_close(hidden(packed, given), hidden(plain, given), atol=0.06, rtol=0.02)
     layers = [module for module in packed.modules() if isinstance(module, PackedLinear)]
     assert len(layers) == sum(type(module) is torch.nn.Linear for module in plain.modules())
     assert any("packed" in vars(module) for module in layers)

@@ -144,7 +144,7 @@ def pack_linear_layers(encoder: PreTrainedModel) -> None:
     for module in encoder.modules():
         if type(module) is nn.Linear:
             module.__class__ = PackedLinear
-        elif {name: type(part) for name, part in module.named_children()} in FUSIBLE:
+        elif {name: type(part) for name, part in module.named_children()} == FUSIBLE:
             module.__class__ = fused(type(module))
 
 
@@ -173,11 +173,8 @@ class PackedLinear(nn.Linear):
         packed, source, version = self.__dict__.get("packed", (None, None, None))
         if source is None or source.data_ptr() != self.weight.data_ptr() or version != self.weight._version:
             packed = ONEDNN._reorder_linear_weight(self.weight.detach())
-            self.packed = (
-                packed,
-                self.weight.detach(),
-                self.weight._version,
-            )  # the source, so that its address stays its
+            # with the source itself: while it is held, no other weight can have its address
+            self.packed = packed, self.weight.detach(), self.weight._version
         return ONEDNN._linear_pointwise(input, packed, self.bias, activation, [], "none")
 
     def __getstate__(self) -> dict[str, Any]:  # copies pack their own
@@ -195,7 +192,7 @@ class FusedIntermediate(nn.Module):
         return super().forward(hidden_states)
 
 
-FUSIBLE = [{"dense": kind, "intermediate_act_fn": GELUActivation} for kind in (nn.Linear, PackedLinear)]
+FUSIBLE = {"dense": nn.Linear, "intermediate_act_fn": GELUActivation}  # the parts of such a layer
 
 
 def fused(kind: type[nn.Module]) -> type[nn.Module]:
