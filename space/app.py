@@ -61,7 +61,7 @@ HERE = Path(__file__).parent
 ROWS = 32  # of a file, between two looks at whether it was cancelled
 PREVIEW = 50
 KEPT_SECONDS = 600
-QUEUE = 100  # requests that wait; beyond, the answer is "busy"
+QUEUE = 100  # requests that wait; beyond, Gradio answers "Queue is full! Please try again."
 COVERAGE = 0.9
 EXAMPLES = {
     "Colitis": "Whether mesalamine keeps ulcerative colitis quiet after a first attack was asked in 148 outpatients. All "
@@ -501,11 +501,11 @@ def build(classifier: Pipeline, model: str, revision: str | None = None) -> gr.B
                     concurrency_id="files",
                     **shown,
                 )
-                stop.click(
+                # said once the run has ended: at the same time, its last progress could come after it, and stay
+                stop.click(None, cancels=[running], queue=False, **shown).then(
                     lambda: views.progress(0, 0, 0, "Cancelled. Nothing of it is kept."),
                     None,
                     state,
-                    cancels=[running],
                     queue=False,
                     **shown,
                 )
