@@ -3,7 +3,8 @@
 Worth knowing:
 
 1. Each text is attended to over its own tokens, with matrix products over all heads. torch's SDPA, whose CPU kernel works in
-   small blocks, takes 1.3 to 1.8 times as long at 130 to 510 tokens; in float32 it is as fast as this.
+   small blocks, takes 1.3 to 1.8 times as long at 130 to 510 tokens; in float32 it is as fast as this. Where the processor
+   multiplies tiles (AMX), SDPA is the faster one without gradients, and takes over.
 2. The values are those of SDPA, and the gradients too: training uses it as well as the pipeline.
 3. What is not plain attention over texts that are padded at their ends goes to SDPA.
 4. Linear layers keep their weights in oneDNN's own order too, and apply GELU while a product is in the cache: what
@@ -22,6 +23,7 @@ from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
 ATTENTION = "per_document"
 LANES = 32  # bfloat16 numbers in 512 bits
+TILES = bool(torch.cpu.get_capabilities().get("amx_bf16"))
 ONEDNN = torch.ops.mkldnn
 
 
@@ -53,7 +55,7 @@ def attention(
     What is not plain attention over texts padded at their ends goes to SDPA.
     """
     spans = None
-    if attention_mask is None or attention_mask.dim() == 2:
+    if (torch.is_grad_enabled() or not TILES) and (attention_mask is None or attention_mask.dim() == 2):
         spans = text_spans(query.shape[0], query.shape[2], attention_mask)
     plain = (
         dropout == 0
@@ -86,7 +88,8 @@ def text_spans(rows: int, length: int, mask: Tensor | None) -> list[slice] | Non
 class PerDocumentAttention(torch.autograd.Function):
     """softmax(s·Q·Kᵀ)·V (Vaswani et al., 2017) within each row's span; zero outside. (B, heads, T, D) to (B, T, heads, D).
 
-    Keys and values are padded to whole vectors of the processor, n to m of them; their probabilities are zeros.
+    Texts are padded to whole vectors of the processor, n to m tokens, of which they need few shapes; the probabilities of
+    padding are zeros.
     """
 
     @staticmethod
@@ -95,8 +98,9 @@ class PerDocumentAttention(torch.autograd.Function):
     ) -> Tensor:
         output = torch.zeros_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
         for i, span in enumerate(spans):
-            probabilities = attention_probabilities(query[i, :, span] * scaling, padded(key[i, :, span]))
-            output[i, span] = (probabilities @ padded(value[i, :, span])).transpose(0, 1)
+            n, q = span.stop - span.start, padded(query[i, :, span]).mul_(scaling)
+            probabilities = attention_probabilities(q, padded(key[i, :, span]), n)  # (heads, m, m)
+            output[i, span] = (probabilities @ padded(value[i, :, span]))[:, :n].transpose(0, 1)
         ctx.save_for_backward(query, key, value)
         ctx.spans, ctx.scaling = spans, scaling
         return output
@@ -108,25 +112,26 @@ class PerDocumentAttention(torch.autograd.Function):
         dq, dk, dv = (torch.zeros_like(d_output, memory_format=torch.contiguous_format) for _ in range(3))
         for i, span in enumerate(ctx.spans):
             n = span.stop - span.start
-            q, k, v = query[i, :, span] * ctx.scaling, padded(key[i, :, span]), padded(value[i, :, span])  # n, m, m
-            do = d_output[i, span].transpose(0, 1)  # (heads, n, D)
-            p = attention_probabilities(q, k)  # (heads, n, m)
+            q, k, v = (padded(rows[i, :, span]) for rows in (query, key, value))
+            q.mul_(ctx.scaling)
+            do = padded(d_output[i, span].transpose(0, 1))  # (heads, m, D)
+            p = attention_probabilities(q, k, n)  # (heads, m, m)
             dv[i, span] = (p.transpose(1, 2) @ do)[:, :n].transpose(0, 1)
             ds = torch._softmax_backward_data(do @ v.transpose(1, 2), p, -1, p.dtype)
-            dq[i, span] = (ds @ k).mul_(ctx.scaling).transpose(0, 1)
+            dq[i, span] = (ds @ k)[:, :n].mul_(ctx.scaling).transpose(0, 1)
             dk[i, span] = (ds.transpose(1, 2) @ q)[:, :n].transpose(0, 1)
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), None, None
 
 
 def padded(rows: Tensor) -> Tensor:
-    """(heads, n, D) to (heads, m, D), with zeros up to a multiple of `LANES`."""
+    """A copy of (heads, n, D) as (heads, m, D), with zeros up to a multiple of `LANES`."""
     return nn.functional.pad(rows, (0, 0, 0, -rows.shape[1] % LANES))
 
 
-def attention_probabilities(query: Tensor, key: Tensor) -> Tensor:
-    """(heads, n, D) and padded (heads, m, D) to (heads, n, m)."""
+def attention_probabilities(query: Tensor, key: Tensor, n: int) -> Tensor:
+    """Padded (heads, m, D), twice, to (heads, m, m), of which n rows and columns are of tokens."""
     scores = query @ key.transpose(1, 2)
-    scores[:, :, query.shape[1] :] = -torch.inf
+    scores[:, :, n:] = -torch.inf
     return torch.softmax(scores, -1, out=scores)
 
 

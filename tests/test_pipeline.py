@@ -1,3 +1,4 @@
+import random
 import sys
 import threading
 import time
@@ -232,13 +233,35 @@ def test_threads_are_as_before_in_this_thread_and_in_new_ones(classify):
     assert not [thread for thread in threading.enumerate() if thread.name not in names]
 
 
-def test_batches_hold_no_more_tokens_than_asked_and_every_window_once():
+def test_batches_hold_about_as_many_tokens_as_asked_and_every_window_once():
     lengths = [*torch.randint(1, 512, (300,)).tolist(), 5000]
     batches = batches_by_length(lengths, None, 2048)
     assert sorted(i for batch in batches for i in batch) == list(range(301))
-    assert all(max(lengths[i] for i in batch) * len(batch) <= 2048 or len(batch) == 1 for batch in batches)
-    assert len(batches) < 301 / 4
+    tokens = [max(lengths[i] for i in batch) * len(batch) for batch in batches]
+    assert all(count <= 2048 * 2**0.5 or len(batch) == 1 for count, batch in zip(tokens, batches, strict=True))
+    assert all(count >= 2048 / 2**0.5 for count in tokens[:-1])
     assert {len(batch) for batch in batches_by_length(lengths, 7, 2048)} == {7}
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 6])
+def test_a_model_sees_few_shapes_of_little_padding_and_each_core_computes_alone(checkpoint, batch_size):
+    """Each new number of tokens costs the compilation of every product in bfloat16, in time and in memory."""
+    words = LONG.split()
+    texts = [" ".join(random.Random(i).choices(words, k=1 + i * 7 % 480)) for i in range(480)]
+    classify = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True)
+    shapes, threads, shortest = [], set(), []
+
+    def look(model, args, kwargs):
+        shapes.append(tuple(kwargs["input_ids"].shape))
+        threads.add(torch.get_num_threads())
+        shortest.append(kwargs["attention_mask"].sum(1).max().item())
+
+    classify.model.register_forward_pre_hook(look, with_kwargs=True)
+    assert len(list(classify((text for text in texts), batch_size=batch_size))) == 480
+    assert len({rows * length for rows, length in shapes}) <= 40
+    assert all(length - longest < 16 for (_, length), longest in zip(shapes, shortest, strict=True))
+    assert max(length for _, length in shapes) <= classify.tokenizer.model_max_length
+    assert threads == {1}
 
 
 def test_bfloat16_on_a_cpu_answers_as_float32_does(checkpoint, classify):

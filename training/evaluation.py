@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset, DatasetDict
 from transformers import (
     AutoModel,
@@ -194,7 +193,7 @@ def say_gap(metrics: dict) -> None:
 
 
 def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
-    return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if torch.cuda.is_available() else None)
+    return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
 
 
 def log_metrics(metrics: dict[str, float]) -> None:

@@ -4,6 +4,7 @@ Worth knowing:
 
 1. Texts are read some batches ahead and sorted by length, so that batches hold little padding, and each holds about as
    many tokens. Results come in the order of the texts. The next texts are tokenized while a batch is computed.
+   Batches come in few shapes: oneDNN compiles products for each, which takes longer than the products themselves.
 2. On a CPU each core computes batches of its own: that a core waits for the others at the end of every operation costs
    more than it gains. With bfloat16, attention and the linear layers are faster ones (`cpu_hierarchical`).
 3. A text beyond the limit is cut, and its result says so; with ``stride`` it is read in overlapping windows instead.
@@ -156,6 +157,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         ready = threading.Barrier(count + 1)
 
         def start() -> None:
+            torch.get_num_threads()  # without it, the first operation would undo the next line
             torch.set_num_threads(1)
             ready.wait()
 
@@ -179,7 +181,12 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         batches = batches_by_length(lengths, batch_size, TOKENS.get(self.device.type, TOKENS_ELSEWHERE))
         outputs: list[Future] = []
         for batch in batches:
-            inputs = dict(self.tokenizer.pad([windows[i] for i in batch], return_tensors="pt"))
+            length = padded_length(lengths[batch[0]], len(batch), self.tokenizer.model_max_length)
+            inputs = dict(
+                self.tokenizer.pad(
+                    [windows[i] for i in batch], padding="max_length", max_length=length, return_tensors="pt"
+                )
+            )
             if workers is not None:
                 outputs.append(workers.submit(self.forward, inputs))
             else:
@@ -290,15 +297,26 @@ def batches_by_length(lengths: list[int], batch_size: int | None, tokens: int) -
 
     Args:
         lengths: of the windows, in tokens.
-        batch_size: windows of a batch; None for as many as make ``tokens`` with their padding, at least one.
+        batch_size: windows of a batch; None for the power of two that comes closest to ``tokens`` with their padding.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches: list[list[int]] = []
-    for i in order:
-        if not batches or len(batches[-1]) == (batch_size or max(1, tokens // lengths[batches[-1][0]])):
-            batches.append([])
-        batches[-1].append(i)
+    while order:
+        count = batch_size or 2 ** max(0, round(math.log2(tokens / lengths[order[0]])))
+        batches.append(order[:count])
+        order = order[count:]
     return batches
+
+
+def padded_length(longest: int, rows: int, limit: int) -> int:
+    """The length that a batch is padded to: the tokens of its rows are a multiple of 64 where at most 15 tokens a row do that.
+
+    Args:
+        longest: of its windows, in tokens.
+        limit: of the model, in tokens.
+    """
+    step = min(16, 64 // math.gcd(rows, 64))
+    return min(longest + -longest % step, limit)
 
 
 def conformal_threshold(thresholds: list[float | None] | None, coverage: float) -> float | None:
