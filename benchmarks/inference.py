@@ -9,18 +9,24 @@ pipeline makes. Ours: ``pipeline("hierarchical-text-classification")`` in float3
 turns, round by round. "Share of the peak" sets useful FLOPs, those of tokens that are no padding, against the largest rate at
 which this machine multiplies 4,096 × 4,096 matrices of the type, measured in the same round.
 
-What a profile of the bfloat16 pipeline says, on one core, in per cent of the time: the linear layers with their GELU 71, matrix
-products of attention 11, softmax 11, layer norm 2, copies 1.5, all else 1 and less each (tokenizing, on the side: 1). Tried and
+Each round has texts of its own, as a long file has: oneDNN compiles products for every new number of tokens, which costs more
+than the products, and would not show over texts that were there before.
 
-- kept: attention by document instead of SDPA (a tenth of the whole), keys and values padded to 32 (softmax over 479 columns
-  took 1.5 times as long as over 480), a core for each batch, oneDNN's packed weights and GELU inside the product (5 to 8 % of the
-  whole; 2 to 5 % when it was measured without `keep_memory`);
-- dropped: SDPA over a packed batch, batches of 512 tokens (a sixth slower), of 1,024 (6 % slower) and of 4,096 (2 % faster, but
-  few texts then leave a core idle at the end), softmax without its maximum (attention 4 to 7 % faster), keys and values as slices of
-  the batch instead of padded copies (no faster beyond 100 tokens), attention by document in float32 (no faster than SDPA), int8
-  over bfloat16 layers (torchao without a compiler: 1.5 times as slow as over float32), int8 layers by torch's own oneDNN
-  operators (a product is 2.1 times as fast as in bfloat16, but by the times of its parts, quantizing the input and scaling the
-  output, operation by operation, take half to four fifths of what that saves).
+What a profile of the bfloat16 pipeline says, on one core, in per cent of the time. With AMX: SDPA 44, the linear layers with their
+GELU 42, layer norm 5, sums of residuals 4, all else 1 and less each; beside it, on the main thread, tokenizing and padding 4. With
+AVX-512 BF16 alone: the linear layers 71, matrix products of attention 11, softmax 11, layer norm 2, copies 1.5. Tried and
+
+- kept: few shapes (16 to 20 % of the whole over a thousand texts, with AMX, and 700 MB), attention by document instead of SDPA without
+  AMX (a tenth of the whole), keys and values padded to 32 (softmax over 479 columns took 1.5 times as long as over 480), a core
+  for each batch, oneDNN's packed weights and GELU inside the product (5 to 8 % of the whole without AMX; 2 to 5 % when it was measured
+  without `keep_memory`), SDPA with AMX (half the time of attention by document; the whole 1.2 times as fast);
+- dropped: SDPA over a packed batch, batches of 512 tokens (a sixth slower), of 1,024 (6 % slower), and of 4,096 and 8,192 (no faster
+  with AMX, 2 % without, but few texts then leave a core idle at the end), softmax without its maximum (attention 4 to 7 % faster
+  without AMX; with it, not faster than SDPA), keys and values as slices of the batch instead of padded copies (no faster beyond 100
+  tokens), SDPA document by document (with AMX: slower than by batch at lengths that are no multiple of 32), attention by document in
+  float32 (no faster than SDPA), int8 over bfloat16 layers (torchao without a compiler: 1.5 times as slow as over float32), int8 layers
+  by torch's own oneDNN operators (without AMX a product is 2.1 times as fast as in bfloat16, but by the times of its parts, quantizing
+  the input and scaling the output, operation by operation, take half to four fifths of what that saves).
 """
 
 import argparse
