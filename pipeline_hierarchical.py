@@ -56,7 +56,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
       `conformal_answer`.
 
     Args:
-        batch_size: windows of text that go through the model together; by default as many as make 2,048 tokens on a CPU
+        batch_size: windows of text that go through the model together; by default a power of two, of about 2,048 tokens on a CPU
             and 32,768 elsewhere. A stream is read up to 64 batches ahead, by default 1,024 texts, and not at all with 1.
         top_k: the number of leaves wanted; each text then gets a list of results, best first.
         max_length: in tokens, special ones included; by default, and at most, the tokenizer's limit.

@@ -267,7 +267,9 @@ def measure(labels: np.ndarray, answers: np.ndarray, tree: Taxonomy) -> dict[str
     scores = build_compute_metrics(tree)(EvalPrediction(predictions=certain, label_ids=labels))
     ends = bootstrap_intervals(labels, answers, tree.num_leaves)
     intervals = {f"{name}_interval": ends[name].tolist() for name in ("accuracy", "macro_f1")}
-    return {name: value for name, value in scores.items() if not name.endswith(("log_loss", "ece", "ece_by_chance"))} | intervals
+    return {
+        name: value for name, value in scores.items() if not name.endswith(("log_loss", "ece", "ece_by_chance"))
+    } | intervals
 
 
 def print_table(results: list[dict]) -> None:

@@ -8,6 +8,7 @@ from configuration_hierarchical import HierarchicalConfig, Taxonomy
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from training import InputError
 from training.arguments import HierarchicalTrainingArguments, ModelArguments
+from training.evaluation import collator
 from training.losses import HierarchicalFocalLoss, node_counts
 from training.model import build_model, size_report
 from training.trainer import HierarchicalTrainer, LengthGroupedSampler
@@ -324,3 +325,12 @@ def test_sizes_by_hand(minilm):
     }
     assert saved["8bit"] == pytest.approx(3 * linear, rel=0.01)  # four bytes to one, and a scale a row
     assert saved["4bit"] == pytest.approx(3.5 * linear, rel=0.02)  # four bytes to half a one, and a scale a block
+
+
+@pytest.mark.parametrize("limit", [99, 100, 128])
+def test_padding_never_leads_beyond_the_limit(minilm, limit):
+    tokenizer = AutoTokenizer.from_pretrained(minilm)
+    tokenizer.model_max_length = limit
+    batch = collator(tokenizer)([tokenizer("liver " * count, truncation=True) for count in (3, limit)])
+    assert batch["input_ids"].shape == (2, limit)
+    assert batch["attention_mask"].sum(1).tolist() == [5, limit]

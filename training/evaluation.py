@@ -11,6 +11,7 @@ Worth knowing:
 import csv
 import dataclasses
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,8 @@ def say_gap(metrics: dict) -> None:
 
 
 def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
-    return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
+    step = math.gcd(8, tokenizer.model_max_length)  # which never leads beyond the limit
+    return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=step)
 
 
 def log_metrics(metrics: dict[str, float]) -> None:
