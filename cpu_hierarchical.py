@@ -52,7 +52,7 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Attention of transformers' interface, over (B, heads, T, D); to (B, T, heads, D).
 
-    What is not plain attention over texts padded at their ends goes to SDPA.
+    What is not plain attention over texts padded at their ends goes to SDPA, and with AMX all that needs no gradient.
     """
     spans = None
     if (torch.is_grad_enabled() or not TILES) and (attention_mask is None or attention_mask.dim() == 2):
