@@ -1,6 +1,7 @@
 """Publishes a checkpoint, and a Space that serves it: ``python push_to_hub.py --model results --repo_id user/name``.
 
-Checkpoint → (merged) → checks, before anything is sent → one commit for the model → one commit for the Space.
+Checkpoint → (merged) → checks, before anything is sent → one commit for the model, and one that names it in the
+model's card → one commit for the Space.
 """
 
 import argparse
@@ -22,7 +23,6 @@ from training import InputError, asked_traceback, card, leave, one_line
 from training.export import ONNX_FILE, export_onnx
 from training.hub import (
     ADAPTER_FORM,
-    CHECKPOINT_FILES,
     HUB_ERRORS,
     SPACE_FILES,
     Published,
@@ -31,6 +31,7 @@ from training.hub import (
     find_target,
     log_in,
     publish,
+    publish_model,
     read_checkpoint,
     reason,
     refuse_local_encoder,
@@ -74,15 +75,16 @@ def main(argv: list[str]) -> None:
         if arguments.onnx:
             export_onnx(folder, Path(scratch))
             files[ONNX_FILE] = Path(scratch) / ONNX_FILE
+        files.pop("README.md")
         text = (folder / "README.md").read_text(encoding="utf-8")
-        files["README.md"] = card.rename(text, target.repo_id, merged=arguments.merge).encode()
+        readme = card.rename(text, target.repo_id, merged=arguments.merge)
         if arguments.dry_run:
-            report(target, files)
+            report(target, {**files, "README.md": readme.encode()})
             if space is not None:
                 report(space, space_files(target.repo_id))
             print("nothing was sent")
             return
-        model = publish(api, target, files, CHECKPOINT_FILES, "Publish a checkpoint", arguments.create_pr)
+        model = publish_model(api, target, files, readme, arguments.create_pr)
     print(f"{target.repo_id}: {model.url}")
     if space is not None:
         publish_space(api, space, target, model)

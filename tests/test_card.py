@@ -1,5 +1,6 @@
 """The model card: it parses back to the run's own numbers, no name breaks it, no path leaks, and it can be renamed."""
 
+import ast
 import csv
 import getpass
 import json
@@ -249,6 +250,34 @@ def test_three_snippets_compile_and_name_the_model(written):
             assert f'"{model_id or card.MODEL_PLACEHOLDER}"' in snippet
             assert "trust_remote_code=True" in snippet
         assert (card.PLACEHOLDER_NOTE in text) == (model_id is None)
+
+
+def test_a_pinned_card_names_the_commit_wherever_it_loads_something(written):
+    text = written(model_id="me/model")
+    pinned = card.pin(text, COMMIT)
+    assert (card.pinned_commit(text), card.pinned_commit(pinned)) == (None, COMMIT)
+    for snippet in card.snippets(pinned):
+        calls = [call for call in ast.walk(ast.parse(snippet)) if isinstance(call, ast.Call)]
+        loads = [
+            {k.arg: ast.unparse(k.value) for k in call.keywords} for call in calls if "me/model" in ast.unparse(call)
+        ]
+        loads = [given for given in loads if "trust_remote_code" in given]
+        assert loads
+        assert all(given["revision"] == given["code_revision"] == "commit" for given in loads)
+        assert f'\n\ncommit = "{COMMIT}"\n\n' in snippet
+    outside = [re.sub(r"(?s)<!-- use:.*<!-- /use -->", "", one) for one in (text, pinned)]
+    assert outside[0] == outside[1]
+
+
+def test_another_pin_takes_the_place_of_the_first_and_one_by_hand_stays(written):
+    text, other = written(model_id="me/model"), "f" * 40
+    assert card.pin(card.pin(text, other), COMMIT) == card.pin(text, COMMIT)
+    assert card.pin(text.replace("\n", "\r\n"), COMMIT) == card.pin(text, COMMIT).replace("\n", "\r\n")
+    by_hand = text.replace("trust_remote_code=True", 'trust_remote_code=True, revision="v1"')
+    assert card.pin(by_hand, COMMIT) == by_hand
+    foreign = "# Mine\n\n```python\nload(trust_remote_code=True)\n```\n"
+    assert card.pin(foreign, COMMIT) == foreign
+    assert card.rename(card.pin(text, COMMIT), "you/other") == card.pin(card.rename(text, "you/other"), COMMIT)
 
 
 def test_a_renamed_card_is_the_card_of_that_model(written):

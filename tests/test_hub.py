@@ -91,9 +91,8 @@ def published(hub, checkpoint, tmp_path_factory) -> dict[str, str]:
     for name, flags in (("adapter", []), ("merged", ["--merge"])):
         words = ["--model", checkpoint, "--repo_id", f"alice/{name}", *flags]
         done = run(*words, command="push_to_hub.py", settings=settings(hub, home, "hf_alice"))
-        assert (
-            done.stdout == f"alice/{name}: {hub.endpoint}/alice/{name}/commit/{hub.commits(f'alice/{name}')[-1].sha}\n"
-        )
+        sha = hub.commits(f"alice/{name}")[-1].sha
+        assert done.stdout == f"alice/{name}: {hub.endpoint}/alice/{name}/commit/{sha}\n"
     return {"adapter": "alice/adapter", "merged": "alice/merged"}
 
 
@@ -123,14 +122,25 @@ def expected(checkpoint, hub) -> torch.Tensor:
 # publishing
 
 
-def test_only_the_files_of_the_checkpoint_go_up_in_one_commit(hub, published, checkpoint):
+def test_only_the_files_of_the_checkpoint_go_up(hub, published, checkpoint):
     files = hub.files("alice/adapter")
     assert files.keys() == ADAPTER_REPOSITORY
     assert hub.files("alice/merged").keys() == MERGED_REPOSITORY
     for name in ADAPTER_REPOSITORY - {".gitattributes", "README.md"}:
         assert files[name] == (checkpoint / name).read_bytes()
+
+
+def test_the_snippets_of_the_card_name_the_commit_that_holds_the_files(hub, published):
+    titles = ["initial commit", "Publish a checkpoint", "Name that commit in the card"]
     for repo in published.values():
-        assert [commit.title for commit in hub.commits(repo)] == ["initial commit", "Publish a checkpoint"]
+        _, checkpoint, last = commits = hub.commits(repo)
+        assert [commit.title for commit in commits] == titles
+        assert {name for name, blob in last.files.items() if checkpoint.files.get(name) != blob} == {"README.md"}
+        code = snippets(last.files["README.md"].data.decode())
+        assert len(code) == 3
+        for snippet in code:
+            assert f'commit = "{checkpoint.sha}"' in snippet
+            assert snippet.count("trust_remote_code=True") == snippet.count("revision=commit, code_revision=commit, ")
 
 
 def test_nothing_of_this_machine_is_published(hub, published, checkpoint):
@@ -141,17 +151,17 @@ def test_nothing_of_this_machine_is_published(hub, published, checkpoint):
             assert b"hf_alice" not in content, (repo, name)
 
 
-def test_publishing_again_makes_no_commit_and_a_change_makes_one(hub, checkpoint, tmp_path):
+def test_publishing_again_makes_no_commit_and_a_change_makes_two(hub, checkpoint, tmp_path):
     folder = tmp_path / "results"
     shutil.copytree(checkpoint, folder)
     words = ["--model", folder, "--repo_id", "again"]  # the namespace is the token's
     environment = settings(hub, tmp_path / "home", "hf_alice")
-    for commits in (2, 2):
-        run(*words, command="push_to_hub.py", settings=environment)
-        assert len(hub.commits("alice/again")) == commits
+    said = [run(*words, command="push_to_hub.py", settings=environment).stdout for _ in range(2)]
+    assert said[0] == said[1]
+    assert len(hub.commits("alice/again")) == 3
     (folder / "plots" / "training_curves.png").unlink()
     run(*words, command="push_to_hub.py", settings=environment)
-    assert len(hub.commits("alice/again")) == 3
+    assert len(hub.commits("alice/again")) == 5
     assert hub.files("alice/again").keys() == ADAPTER_REPOSITORY - {"plots/training_curves.png"}
     run(*words, "--merge", command="push_to_hub.py", settings=environment)
     assert hub.files("alice/again").keys() == MERGED_REPOSITORY - {"plots/training_curves.png"}
@@ -199,6 +209,7 @@ sys.path[:0] = [{root!r}, {tests!r}]
 {hub}
 import push_to_hub
 from training import InputError
+from training.card import pinned_commit
 
 def push(*words, token="hf_alice"):
     os.environ.pop("HF_TOKEN", None)
@@ -333,7 +344,9 @@ def test_a_push_that_breaks_anywhere_leaves_the_repository_as_it_was(how, existi
             same = after == before or (before is None and set(after[1]) == {".gitattributes"})
             again = push(*words)
             whole = hub.files(repo)["plots/training_curves.png"] == b"png%d" % number
-            found.append([broke, answer, same, again, whole])
+            commit = pinned_commit(hub.files(repo)["README.md"].decode())
+            by_commit = commit and {c.sha: c for c in hub.commits(repo)}[commit].files["plots/training_curves.png"].data
+            found.append([broke, answer, same, again, whole and by_commit == b"png%d" % number])
             if not broke:
                 break
         print(json.dumps(found))
@@ -346,6 +359,7 @@ def test_a_push_that_breaks_anywhere_leaves_the_repository_as_it_was(how, existi
     found = stranger(code, tmp_path, own_settings(tmp_path))
     assert len(found) > 5
     assert not found[-1][0]  # the last was not broken: every request of a push has been
+    unnamed = 0
     for broke, answer, same, again, whole in found[:-1]:
         assert broke
         assert whole, again
@@ -354,7 +368,11 @@ def test_a_push_that_breaks_anywhere_leaves_the_repository_as_it_was(how, existi
             assert answer.startswith(("cannot look", "cannot ask")) or "nothing was committed" in answer, answer
         else:  # the client asked again, or the commit had been made before the connection broke
             assert answer.startswith("alice/model"), answer
-            assert ": http" in answer
+            assert "http" in answer
+            named = "but its card names no commit" in answer
+            assert answer.endswith("run the same command again") == named, answer
+            unnamed += named
+    assert unnamed  # the commit of the card broke as well
     assert sum(same for _, _, same, _, _ in found) >= 3
 
 
@@ -365,20 +383,20 @@ def test_when_the_hub_goes_away_for_good_the_command_says_that_it_cannot_tell(ch
         push(*words)
         (Path(model) / "plots" / "training_curves.png").write_bytes(b"new")
         hub.fail_at(1, match="POST .*/commit/", how="drop-answer")
-        for number in range(1, 20):
+        for number in range(2, 20):  # the first is asked whether all is there already
             hub.fail_at(number, match="GET .*/tree/", how="403")
         answer = push(*words)
         hub.mend()
         commits = len(hub.commits("alice/model"))
-        print(json.dumps([answer, push(*words), commits, len(hub.commits("alice/model"))]))
+        print(json.dumps([answer, push(*words), [c.title for c in hub.commits("alice/model")[commits:]]]))
         """,
         own_hub=True,
         model=str(shutil.copytree(checkpoint, tmp_path / "changed")),
     )
-    answer, again, before, after = stranger(code, tmp_path, own_settings(tmp_path))
+    answer, again, added = stranger(code, tmp_path, own_settings(tmp_path))
     assert "cannot be asked whether it accepted the commit: run the same command again, which is safe" in answer
     assert again.startswith("alice/model: http")
-    assert before == after
+    assert added == ["Name that commit in the card"]
 
 
 def test_a_commit_whose_answer_is_lost_is_recognised(checkpoint, tmp_path):
@@ -847,6 +865,7 @@ def test_a_space_is_published_pointing_at_the_commit_and_serves_it(hub, checkpoi
     for _ in range(2):  # and again, to the same Space
         done = run(*words, command="push_to_hub.py", settings=environment)
     assert "alice/served-space: http" in done.stdout
+    assert len(hub.commits("alice/served")) == 3
     files = hub.files("alice/served-space", repo_type="space")
     ours = {file.name for file in (ROOT / "space").iterdir() if file.is_file()}
     assert files.keys() == {".gitattributes", *ours}

@@ -72,6 +72,7 @@ LOCAL_ADAPTER_FORM = (
 WHOLE_FORM = "The repository holds the whole model, the encoder's weights included."
 # after an empty line, which a drawn taxonomy cannot hold
 USE = re.compile(r"(?<=\n)\r?\n<!-- use: (?P<id>\S+) -->(?P<body>.*?)<!-- /use -->", re.DOTALL)
+PINNED = re.compile(r'^commit = "([0-9a-f]{40})"\r?$', re.MULTILINE)
 INDEX_NAME = re.compile(r"^(model-index:[ \t]*\r?\n[ \t]*-[ \t]+name:)[^\r\n]*", re.MULTILINE)
 ADAPTER_RELATION = re.compile(r"^(base_model_relation:[ \t]*)([\"']?)adapter\2(?=[ \t\r]*$)", re.MULTILINE)
 
@@ -163,6 +164,33 @@ def rename(text: str, model_id: str, merged: bool = False) -> str:
         return use
 
     return head + USE.sub(change, body, count=1)
+
+
+def pin(text: str, commit: str) -> str:
+    """A card whose snippets name a commit, of the weights as of the code. All else stays as it is.
+
+    Args:
+        text: of a card. One that `write` did not write, or whose comments around the snippets are gone, stays as it is.
+        commit: 40 hexadecimal digits. It takes the place of one that the snippets name; what was pinned by hand stays.
+    """
+
+    def block(found: re.Match) -> str:
+        end = "\r\n" if "\r\n" in found[0] else "\n"
+        code = re.sub(r'(?m)^commit = "[0-9a-f]{40}"\s*', "", found[0])
+        code = code.replace("revision=commit, code_revision=commit, ", "")
+        if "revision=" in code:  # by hand
+            return found[0]
+        code = code.replace("trust_remote_code=True", "revision=commit, code_revision=commit, trust_remote_code=True")
+        return re.sub(r"(?m)\A(?:(?:```python|from |import ).*\n)+", rf'\g<0>{end}commit = "{commit}"{end}', code)
+
+    return USE.sub(lambda found: re.sub(r"(?ms)^```python\r?\n.*?^```", block, found[0]), text, count=1)
+
+
+def pinned_commit(text: str) -> str | None:
+    """The commit that a card's snippets name."""
+    use = USE.search(text)
+    found = PINNED.search(use["body"]) if use else None
+    return found[1] if found else None
 
 
 def snippets(text: str) -> list[str]:
@@ -382,8 +410,8 @@ for leaf, log_probs in zip(output.logits.argmax(-1).tolist(), output.node_log_pr
 
 {adapter_form if run.config.adapter_subfolder else WHOLE_FORM}
 
-`trust_remote_code=True` runs the Python files of the repository: read them, and pin what you have read with
-`revision="…"`, a commit. `quantization_config=BitsAndBytesConfig(load_in_4bit=True)` loads the encoder in 4 bits, with `bitsandbytes` and `peft`
+`trust_remote_code=True` runs the Python files of the repository: read them, and pin the commit that you have read, the
+weights by `revision` and the files by `code_revision`. `quantization_config=BitsAndBytesConfig(load_in_4bit=True)` loads the encoder in 4 bits, with `bitsandbytes` and `peft`
 installed; for a pipeline it goes into `model_kwargs`.
 
 <!-- /use -->"""
