@@ -11,7 +11,7 @@ import logging
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 # before it is imported: it asks for kernels from the Hub, whose code is not pinned, and warns of each 8-bit layer's cast
@@ -118,7 +118,8 @@ def run_training(
     tokenizer = load_tokenizer(model_arguments, model)
     max_length = length_limit(data_arguments.max_length, tokenizer)
     tokenizer.model_max_length = max_length  # whoever loads it cuts texts where they were cut here
-    splits, data.report["lengths"] = tokenized(data, tokenizer, max_length)
+    with_sentences = ("train",) if loss_arguments.consistency else ()
+    splits, data.report["lengths"] = tokenized(data, tokenizer, max_length, with_sentences)
     if training.should_save:
         make_folder(output)
         write_json(output / "data_report.json", data.report)
@@ -166,6 +167,7 @@ def run_training(
             compute_metrics=compute_metrics,
             callbacks=[EarlyStoppingCallback(patience)] if patience else None,
             loss_function=loss_function,
+            consistency=loss_arguments.consistency,
             heads_learning_rate=training.heads_learning_rate,
             write_card=write_card,
         )
@@ -287,9 +289,11 @@ def score_checkpoint(
     log_metrics(metrics)
 
 
-def tokenized(data: LabelledSplits, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[DatasetDict, dict]:
+def tokenized(
+    data: LabelledSplits, tokenizer: PreTrainedTokenizerBase, max_length: int, with_sentences: Collection[str] = ()
+) -> tuple[DatasetDict, dict]:
     """The splits as tokens, those to be scored sorted by length, so that batches need little padding."""
-    splits, lengths = tokenize(data.splits, tokenizer, max_length)
+    splits, lengths = tokenize(data.splits, tokenizer, max_length, with_sentences)
     for name in splits.keys() - {"train"}:
         splits[name] = splits[name].select(np.argsort(splits[name]["length"], kind="stable"))
     return splits, lengths

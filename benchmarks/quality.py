@@ -11,7 +11,7 @@ FOLDER holds ``ohsumed/{train,test,labels}.csv`` and ``medical_abstracts/{train,
 - setfit: the encoder fine-tuned on pairs of texts, then logistic regression, by SetFit, for `SETFIT_STEPS` steps of 16
   pairs, texts cut at the 256 tokens that this encoder was published with;
 - flat-full, flat-lora: every weight, or an adapter as in the recipe over an encoder in full precision, under one softmax
-  over the leaves, with cross-entropy;
+  over the leaves, with cross-entropy over whole texts;
 - lora, qlora: the recipe, over an encoder in full precision and as it is, in 4 bits.
 
 The flat peers are trained by ``train.py`` with the recipe's epochs, text length, label smoothing and early stopping, and temperatures from
@@ -52,9 +52,10 @@ from training.metrics import bootstrap_intervals, build_compute_metrics
 TASKS = ("ohsumed", "medical_abstracts")
 SETFIT_STEPS = 500
 FULL_LEARNING_RATE = 1e-4
+PLAIN = ("--lexical_head", "false", "--consistency", "0")
 TRAINED = {  # by train.py, with these flags after the recipe
-    "flat-full": ("--tuning", "full", "--learning_rate", str(FULL_LEARNING_RATE), "--lexical_head", "false"),
-    "flat-lora": ("--quantization", "none", "--lexical_head", "false"),
+    "flat-full": ("--tuning", "full", "--learning_rate", str(FULL_LEARNING_RATE), *PLAIN),
+    "flat-lora": ("--quantization", "none", *PLAIN),
     "lora": ("--quantization", "none"),
     "qlora": (),
 }

@@ -8,6 +8,7 @@ from configuration_hierarchical import HierarchicalConfig, Taxonomy
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from training import InputError
 from training.arguments import HierarchicalTrainingArguments, ModelArguments
+from training.consistency import halves
 from training.evaluation import collator
 from training.losses import HierarchicalFocalLoss, node_counts
 from training.model import build_model, size_report
@@ -29,6 +30,8 @@ def rows(count: int = 16, ignored: bool = False) -> Dataset:
             "input_ids": [torch.randint(5, 60, (n,), generator=generator).tolist() for n in lengths],
             "attention_mask": [[1] * n for n in lengths],
             "labels": labels,
+            "sentences": [[-1, *(i // 3 for i in range(n - 2)), -1] for n in lengths],
+            "row": list(range(count)),
         }
     )
 
@@ -58,7 +61,7 @@ def trainer(model, tokenizer, data, args, **settings) -> HierarchicalTrainer:
         train_dataset=data,
         eval_dataset=data,
         processing_class=tokenizer,
-        data_collator=settings.pop("data_collator", DataCollatorWithPadding(tokenizer)),
+        data_collator=settings.pop("data_collator", collator(tokenizer)),
         loss_function=settings.pop("loss_function", loss(data)),
         **settings,
     )
@@ -86,8 +89,8 @@ def trained_weights(model) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("focal", [True, False])
-def test_accumulation_gives_the_gradient_of_one_large_batch(tmp_path, tokenizer, focal):
+@pytest.mark.parametrize(("focal", "consistency"), [(True, 0.0), (True, 1.5), (False, 0.0)])
+def test_accumulation_gives_the_gradient_of_one_large_batch(tmp_path, tokenizer, focal, consistency):
     data, after = rows(ignored=True), []
     for size, steps in ((16, 1), (4, 4)):
         model = tiny_model()
@@ -100,8 +103,8 @@ def test_accumulation_gives_the_gradient_of_one_large_batch(tmp_path, tokenizer,
             max_steps=1,
             max_grad_norm=0.0,
         )
-        loss_function = loss(data) if focal else None
-        trainer(model, tokenizer, data, args, optimizers=(optimizer, scheduler), loss_function=loss_function).train()
+        given = {"loss_function": loss(data) if focal else None, "consistency": consistency}
+        trainer(model, tokenizer, data, args, optimizers=(optimizer, scheduler), **given).train()
         after.append(trained_weights(model))
     moved = max((after[0][name] - p).abs().max() for name, p in tiny_model().named_parameters())
     assert moved > 1e-3
@@ -109,9 +112,43 @@ def test_accumulation_gives_the_gradient_of_one_large_batch(tmp_path, tokenizer,
         torch.testing.assert_close(after[0][name], after[1][name], atol=1e-5, rtol=0, msg=name)
 
 
+def test_the_loss_of_halves_is_that_of_each_and_their_disagreement(tmp_path, tokenizer):
+    data, model = rows(ignored=True), tiny_model().train()
+    ours = trainer(model, tokenizer, data, arguments(tmp_path, seed=5), consistency=0.7)
+    inputs = collator(tokenizer)([data[i] for i in range(8)])
+    found = ours.compute_loss(model, inputs, num_items_in_batch=11)
+    labels, sentences = inputs["labels"], inputs["sentences"]
+    whole = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    views, first, second = halves(whole, sentences, list(range(8)), tokenizer.pad_token_id, 5, 0)
+    assert len(views["input_ids"]) > 8
+    log_probs = model(**views).node_log_probs
+    expected = 0.0
+    for i in range(8):
+        if labels[i] != -100:
+            one, other = log_probs[first[i]], log_probs[second[i]]
+            expected += sum(loss(data)(half[None], labels[i : i + 1], 11) for half in (one, other)) / 2
+            p, q = one[: TREE.num_leaves], other[: TREE.num_leaves]
+            apart = sum(
+                torch.nn.functional.kl_div(*pair, log_target=True, reduction="sum") for pair in ((p, q), (q, p))
+            )
+            expected += 0.7 * apart / 2 / 11
+    torch.testing.assert_close(found, expected)
+    model.eval()  # where texts are whole
+    evaluated = ours.compute_loss(model, inputs)
+    torch.testing.assert_close(evaluated, loss(data)(model(**whole).node_log_probs, labels))
+
+
+def test_halves_need_a_loss_and_sentences(tmp_path, tokenizer):
+    data = rows()
+    for given, columns in (({"loss_function": None}, []), ({}, ["sentences"]), ({}, ["row"])):
+        part = data.remove_columns(columns)
+        with pytest.raises(ValueError, match="consistency needs a loss_function, and training rows with the columns"):
+            trainer(tiny_model(), tokenizer, part, arguments(tmp_path), consistency=1.0, **given)
+
+
 def test_without_a_focal_loss_it_is_the_models_own(tmp_path, tokenizer):
     data, model = rows(), tiny_model().eval()
-    inputs = DataCollatorWithPadding(tokenizer)([data[i] for i in range(4)])
+    inputs = DataCollatorWithPadding(tokenizer)([data.remove_columns(["sentences", "row"])[i] for i in range(4)])
     ours = trainer(model, tokenizer, data, arguments(tmp_path), loss_function=None).compute_loss(model, inputs)
     torch.testing.assert_close(ours, model(**inputs).loss)
 
@@ -203,7 +240,8 @@ def test_the_best_adapter_and_heads_are_restored(tmp_path, minilm, tokenizer, qu
         assert any(not final[name].equal(last[name]) for name in final), file
 
 
-def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path, minilm, tokenizer):
+@pytest.mark.parametrize("consistency", [0.0, 1.0])
+def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path, minilm, tokenizer, consistency):
     data = rows()
 
     def run(folder, resume=None):
@@ -211,7 +249,7 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path, minilm, tokeniz
         args = arguments(
             tmp_path / folder, max_steps=4, per_device_train_batch_size=4, save_strategy="steps", save_steps=2
         )
-        trainer(model, tokenizer, data, args).train(resume_from_checkpoint=resume)
+        trainer(model, tokenizer, data, args, consistency=consistency).train(resume_from_checkpoint=resume)
         return trained_weights(model)
 
     unbroken = run("unbroken")

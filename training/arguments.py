@@ -114,7 +114,7 @@ class DataArguments:
 
 @dataclass
 class LossArguments:
-    """The focal loss of `training.losses.HierarchicalFocalLoss`. ``--label_smoothing_factor`` belongs to it too."""
+    """`training.losses.HierarchicalFocalLoss`, to which ``--label_smoothing_factor`` belongs too, and `training.consistency`."""
 
     focal_gamma: float = field(default=0.0, metadata={"help": "Exponent of (1 - p)."})
     class_weighting: Literal["none", "balanced", "effective_number"] = field(
@@ -125,6 +125,10 @@ class LossArguments:
         metadata={"help": "Weight of the decisions at level 1, 2, …; the last one serves all deeper levels."},
     )
     logit_adjustment: float = field(default=0.0, metadata={"help": "Strength of the adjustment by class priors."})
+    consistency: float = field(
+        default=1.0,
+        metadata={"help": "How much the disagreement of two halves of a text counts; 0 trains on whole texts."},
+    )
 
 
 @dataclass
@@ -212,7 +216,7 @@ RANGES = {
     **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps"), "[1, inf)"),
     **dict.fromkeys(("lora_dropout", "head_dropout", "encoder_dropout", "label_smoothing_factor"), "[0, 1)"),
     **dict.fromkeys(("learning_rate", "heads_learning_rate", "num_train_epochs"), "(0, inf)"),
-    **dict.fromkeys(("focal_gamma", "logit_adjustment", "weight_decay", "max_grad_norm"), "[0, inf)"),
+    **dict.fromkeys(("focal_gamma", "logit_adjustment", "consistency", "weight_decay", "max_grad_norm"), "[0, inf)"),
     **dict.fromkeys(("early_stopping_patience", "dataloader_num_workers"), "[0, inf)"),
     **dict.fromkeys(("seed", "data_seed"), "[0, 4294967296)"),
     "max_length": "[8, inf)",

@@ -13,20 +13,22 @@ Worth knowing:
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pandas as pd
 import pyarrow
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from configuration_hierarchical import DEFAULT_TAXONOMY, Taxonomy, TaxonomyError
 from training import InputError
 from training.arguments import DataArguments
+from training.consistency import sentence_numbers
 from training.data_report import (
     SPLITS,
     describe,
@@ -512,24 +514,39 @@ def _to_datasets(rows: pd.DataFrame) -> datasets.DatasetDict:
 
 
 def tokenize(
-    splits: datasets.DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int
+    splits: datasets.DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    with_sentences: Collection[str] = (),
 ) -> tuple[datasets.DatasetDict, dict[str, dict]]:
     """Texts to token ids, cut at ``max_length`` and not padded.
 
     Args:
         splits: those of `load_splits`.
         max_length: tokens kept of a text, special tokens included.
+        with_sentences: splits that get a column ``sentences`` as well, the `training.consistency.sentence_numbers` of tokens.
 
     Returns:
         The splits with ``input_ids``, ``attention_mask`` (and ``token_type_ids`` where the tokenizer has them),
         ``length`` (of ``input_ids``), ``labels``, ``row`` and ``text_id``; and for each the `length_report` of the token counts
         before cutting.
+
+    Raises:
+        InputError: sentences are asked for of a tokenizer that does not say where in a text its tokens are.
     """
     encode = _encode_fast if tokenizer.is_fast else _encode_slow
+    if with_sentences and not tokenizer.is_fast:
+        raise InputError(
+            f"{type(tokenizer).__name__} does not say where in a text its tokens are: train on whole texts, --consistency 0"
+        )
 
-    def tokens(batch: dict[str, list]) -> dict[str, list]:
+    def tokens(batch: dict[str, list], with_sentences: bool) -> dict[str, list]:
+        encoded: Any
         encoded, lengths = encode(batch["text"], tokenizer, max_length)
         kept = {column: encoded[column] for column in TOKEN_COLUMNS if column in encoded}
+        if with_sentences:
+            ends = [[end for _, end in piece.offsets] for piece in encoded.encodings]
+            kept["sentences"] = [sentence_numbers(*pair) for pair in zip(batch["text"], ends, strict=True)]
         return {
             **kept,
             "length": [len(ids) for ids in encoded["input_ids"]],
@@ -541,13 +558,21 @@ def tokenize(
 
     tokenized, reports = datasets.DatasetDict(), {}
     for split, rows in splits.items():
-        rows = rows.map(tokens, batched=True, remove_columns=rows.column_names, desc=f"tokenizing {split}")
+        rows = rows.map(
+            tokens,
+            batched=True,
+            remove_columns=rows.column_names,
+            desc=f"tokenizing {split}",
+            fn_kwargs={"with_sentences": split in with_sentences},
+        )
         reports[split] = length_report(rows.with_format("numpy")["uncut"][:], max_length)
         tokenized[split] = rows.remove_columns("uncut")
     return tokenized, reports
 
 
-def _encode_fast(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[dict, list[int]]:
+def _encode_fast(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[BatchEncoding, list[int]]:
     encoded = tokenizer(
         list(texts), truncation=True, max_length=max_length, padding=False, return_attention_mask=True, stride=0
     )

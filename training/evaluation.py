@@ -19,7 +19,6 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import (
     AutoModel,
-    DataCollatorWithPadding,
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -30,6 +29,7 @@ from modeling_hierarchical import HierarchicalForSequenceClassification
 from training import calibration, card, lexical, plots, refusing
 from training.arguments import HierarchicalTrainingArguments, ModelArguments
 from training.calibration import conformal_scores, fit_thresholds
+from training.consistency import CollatorWithSentences
 from training.data import LabelledSplits
 from training.losses import HierarchicalFocalLoss
 from training.metrics import any_label_accuracy, bootstrap_intervals, build_compute_metrics, per_class_report
@@ -193,9 +193,9 @@ def say_gap(metrics: dict) -> None:
             logger.warning("%s: %.4f as trained (quantized), %.4f as served", name, trained, served)
 
 
-def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
+def collator(tokenizer: PreTrainedTokenizerBase) -> CollatorWithSentences:
     step = math.gcd(8, tokenizer.model_max_length)  # which never leads beyond the limit
-    return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=step)
+    return CollatorWithSentences(tokenizer, pad_to_multiple_of=step)
 
 
 def log_metrics(metrics: dict[str, float]) -> None:

@@ -39,6 +39,7 @@ from modeling_hierarchical import (
     HierarchicalForSequenceClassification,
 )
 from training import InputError
+from training.consistency import disagreement, halves
 from training.cpu import speed_up
 from training.hub import CHECKPOINT_FILES, HUB_ERRORS, checkpoint_files, reason
 from training.losses import HierarchicalFocalLoss
@@ -55,6 +56,8 @@ class HierarchicalTrainer(Trainer):
 
     Args:
         loss_function: the loss to train with; the model's own negative log-likelihood without one.
+        consistency: how much the disagreement of a text's halves counts, see `training.consistency`; 0 trains on whole texts.
+            Otherwise it needs a loss_function, and training rows the columns ``sentences`` and ``row``, or it is a ValueError.
         heads_learning_rate: peak learning rate of the heads; the optimizer's own without one.
         write_card: writes README.md into a folder; the Trainer's own card is written without one.
         args, kwargs: as for `transformers.Trainer`.
@@ -66,6 +69,7 @@ class HierarchicalTrainer(Trainer):
         self,
         *args: Any,
         loss_function: HierarchicalFocalLoss | None = None,
+        consistency: float = 0.0,
         heads_learning_rate: float | None = None,
         write_card: Callable[[Path], None] | None = None,
         **kwargs: Any,
@@ -76,6 +80,12 @@ class HierarchicalTrainer(Trainer):
             self.args._n_gpu = 1
             self._train_batch_size = self.args.train_batch_size
         self.loss_function = None if loss_function is None else loss_function.to(self.args.device)
+        columns = getattr(self.train_dataset, "column_names", None) or ()
+        if consistency and (loss_function is None or not {"sentences", "row"}.issubset(columns)):
+            raise ValueError(
+                "consistency needs a loss_function, and training rows with the columns 'sentences' and 'row'"
+            )
+        self.consistency = consistency
         self.heads_learning_rate = heads_learning_rate
         self.tried_batch_size: int | None = None
         self.write_card = write_card
@@ -92,11 +102,19 @@ class HierarchicalTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, Any]:
         """The focal loss over the labels of the whole accumulated batch; in evaluation, over those of this batch."""
         inputs = dict(inputs)
-        labels, rows = inputs.pop("labels"), inputs.pop("row", None)
+        labels, rows, sentences = inputs.pop("labels"), inputs.pop("row", None), inputs.pop("sentences", None)
         items = num_items_in_batch if model.training else None
         if self.loss_function is None:
             outputs = model(**inputs, labels=labels, num_items_in_batch=items)
             loss = outputs["loss"]
+        elif self.consistency and model.training:
+            place = (self.args.seed, self.state.global_step)
+            inputs, *parts = halves(inputs, sentences, rows.tolist(), self.processing_class.pad_token_id, *place)
+            outputs = model(**inputs)
+            one, other = (outputs["node_log_probs"][part] for part in parts)
+            leaves = outputs["logits"].shape[1]
+            loss = (self.loss_function(one, labels, items) + self.loss_function(other, labels, items)) / 2
+            loss = loss + self.consistency * disagreement(one[:, :leaves], other[:, :leaves], labels, items)
         else:
             outputs = model(**inputs)
             loss = self.loss_function(outputs["node_log_probs"], labels, items)
@@ -168,10 +186,11 @@ class HierarchicalTrainer(Trainer):
         return sampler
 
     def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> Dataset:
-        """As the Trainer's, but rows keep their number in training, to be named where the loss is not finite."""
+        """As the Trainer's, but training rows keep what the loss of halves needs, and their number for its errors."""
         self._set_signature_columns_if_needed()
         columns = self._signature_columns
-        self._signature_columns = [*columns, "row"] if description == "Training" else columns
+        kept = ["row", "sentences"] if self.consistency else ["row"]
+        self._signature_columns = [*columns, *kept] if description == "Training" else columns
         try:
             return super()._remove_unused_columns(dataset, description)
         finally:

@@ -1,0 +1,135 @@
+"""Halves of texts: what is in them, that their answers are those of the halves as texts, and what the trainer does with them."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import entropy
+from transformers import AutoTokenizer
+
+from configuration_hierarchical import HierarchicalConfig
+from modeling_hierarchical import HierarchicalForSequenceClassification
+from training.consistency import NO_SENTENCE, CollatorWithSentences, disagreement, halves, sentence_numbers
+from training.evaluation import collator
+
+TEXTS = [
+    "A trial of stents. Forty patients were treated? All recovered (p < 0.05)! None died; follow-up was 2.5 years.",
+    "Only one sentence, without an end",
+    "Title of the second. Its only other sentence.",
+    "Asthma. Cough. Wheezing. Fever. Chills. Nausea. Rash.",
+]
+SENTENCES = [text.replace("? ", "?|").replace("! ", "!|").replace(". ", ".|").split("|") for text in TEXTS]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(minilm):
+    return AutoTokenizer.from_pretrained(minilm)
+
+
+def batch_of(tokenizer, texts, rows):
+    features = []
+    for text, row in zip(texts, rows, strict=True):
+        encoded = tokenizer(text, return_offsets_mapping=True)
+        numbers = sentence_numbers(text, [end for _, end in encoded.pop("offset_mapping")])
+        features.append({**encoded, "sentences": numbers, "row": row, "labels": 0})
+    batch = dict(collator(tokenizer)(features))
+    batch.pop("labels")
+    return batch, batch.pop("sentences"), batch.pop("row").tolist()
+
+
+def halved(tokenizer, step, texts=TEXTS, rows=(10, 11, 12, 13), seed=3):
+    batch, sentences, numbers = batch_of(tokenizer, texts, rows)
+    return halves(batch, sentences, numbers, tokenizer.pad_token_id, seed, step)
+
+
+def tokens(inputs, view):
+    return inputs["input_ids"][view][inputs["attention_mask"][view].bool()].tolist()
+
+
+def test_each_token_knows_its_sentence(tokenizer):
+    for text, sentences in zip(TEXTS, SENTENCES, strict=True):
+        encoded = tokenizer(text, return_offsets_mapping=True)
+        numbers = sentence_numbers(text, [end for _, end in encoded["offset_mapping"]])
+        by_hand = [i for i, one in enumerate(sentences) for _ in tokenizer(one, add_special_tokens=False)["input_ids"]]
+        assert numbers == [NO_SENTENCE, *by_hand, NO_SENTENCE]
+
+
+def test_halves_share_out_the_sentences_in_their_order(tokenizer):
+    seen = set()
+    for step in range(40):
+        inputs, first, second = halved(tokenizer, step)
+        for i, sentences in enumerate(SENTENCES):
+            ids = [tokenizer(one, add_special_tokens=False)["input_ids"] for one in sentences]
+            parts = [tokens(inputs, view[i]) for view in (first, second)]
+            held = []
+            for part in parts:
+                assert (part[0], part[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
+                rest, own = part[1:-1], []
+                for number, sentence in enumerate(ids):  # those that it holds, in their order and nothing else
+                    if rest[: len(sentence)] == sentence:
+                        own.append(number)
+                        rest = rest[len(sentence) :]
+                assert not rest
+                held.append(own)
+            if first[i] == second[i]:
+                assert held[0] == [*range(len(sentences))]
+            else:
+                assert all(held)
+                assert sorted({*held[0], *held[1]}) == [*range(len(sentences))]
+                assert {*held[0]} & {*held[1]} <= {0}  # the title alone can be in both
+            seen.add((i, tuple(held[0]), tuple(held[1])))
+        padding = inputs["attention_mask"] == 0
+        assert (inputs["input_ids"][padding] == tokenizer.pad_token_id).all()
+    assert {found for found in seen if found[0] == 1} == {(1, (0,), (0,))}
+    assert len({found for found in seen if found[0] == 3}) > 30  # another deal in nearly every step
+    both = [found for found in seen if found[0] == 3 and 0 in found[1] and 0 in found[2]]
+    assert 0.5 < len(both) / len([found for found in seen if found[0] == 3]) < 0.9
+
+
+def test_how_a_batch_is_cut_up_changes_no_deal(tokenizer):
+    inputs, first, second = halved(tokenizer, 5)
+    for i, text in enumerate(TEXTS):
+        alone, *views = halved(tokenizer, 5, [text], [10 + i])
+        assert [tokens(alone, view[0]) for view in views] == [tokens(inputs, view[i]) for view in (first, second)]
+    others = [halved(tokenizer, 6), halved(tokenizer, 5, seed=4), halved(tokenizer, 5, rows=(20, 21, 22, 23))]
+    for other, *views in others:
+        assert tokens(other, views[0][3]) != tokens(inputs, first[3])
+
+
+def test_a_model_answers_to_a_half_as_to_a_text(tokenizer):
+    torch.manual_seed(0)
+    text_config = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+                   "intermediate_size": 48, "vocab_size": len(tokenizer)}  # fmt: skip
+    model = HierarchicalForSequenceClassification(HierarchicalConfig(text_config=text_config)).eval()
+    inputs, first, second = halved(tokenizer, 1)
+    assert inputs.keys() == {"input_ids", "attention_mask", "token_type_ids"}
+    with torch.no_grad():
+        found = model(**inputs).node_log_probs
+        for view in {*first, *second}:
+            alone = model(input_ids=torch.tensor([tokens(inputs, view)])).node_log_probs[0]
+            torch.testing.assert_close(found[view], alone, atol=1e-5, rtol=0)
+
+
+def test_padding_on_the_left_is_left_behind(minilm, tokenizer):
+    left = AutoTokenizer.from_pretrained(minilm, padding_side="left")
+    (inputs, *views), (other, *other_views) = halved(left, 2), halved(tokenizer, 2)
+    assert views == other_views
+    assert all(inputs[name].equal(other[name]) for name in other)
+
+
+def test_rows_without_sentences_are_padded_as_ever(tokenizer):
+    rows = [
+        {"input_ids": [101, 7, 102], "attention_mask": [1, 1, 1]},
+        {"input_ids": [101, 102], "attention_mask": [1, 1]},
+    ]
+    assert CollatorWithSentences(tokenizer)(rows).keys() == {"input_ids", "attention_mask"}
+
+
+def test_disagreement_is_the_mean_of_both_divergences():
+    generator = np.random.default_rng(0)
+    p, q = generator.dirichlet(np.ones(5), 4), generator.dirichlet(np.ones(5), 4)
+    labels = torch.tensor([1, -100, 0, 2])
+    each = (entropy(p, q, axis=1) + entropy(q, p, axis=1)) / 2
+    logs = torch.tensor(p).log(), torch.tensor(q).log()
+    assert disagreement(*logs, labels).item() == pytest.approx(each[[0, 2, 3]].mean())
+    assert disagreement(*logs, labels, 6).item() == pytest.approx(each[[0, 2, 3]].sum() / 6)
+    assert disagreement(logs[0], logs[0], labels).item() == 0

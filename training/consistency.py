@@ -1,0 +1,116 @@
+"""Each text is learned as two halves that must agree: consistency regularisation for documents of several sentences.
+
+Worth knowing:
+
+1. The sentences of a text are dealt to two halves by chance, anew in each step. Both are sorted as the text is labelled, and
+   the disagreement of their answers is added to the loss: the symmetric divergence of R-Drop (Liang et al., 2021, arXiv
+   2106.14448), whose two views differ by dropout. Here dropout, the dearest part of a training step on a CPU, is not needed.
+2. The first sentence, a title as a rule, is in both halves more often than not.
+3. The halves of a batch have about as many tokens as its texts, so that a step costs what it did.
+4. Who goes where depends on the seed, the step and the row alone: not on how a batch is cut up, and a resumed run goes on
+   bit for bit.
+5. `benchmarks/ablation.py` shows what it is worth. Texts are classified whole.
+"""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import BatchEncoding, DataCollatorWithPadding
+
+from modeling_hierarchical import IGNORED_LABEL
+
+FIRST_IN_BOTH = 0.7  # how often the first sentence is
+NO_SENTENCE = -1  # special tokens and padding
+BOUNDARY = re.compile(r"(?<=[.?!])\s+")
+
+
+def sentence_numbers(text: str, ends: Sequence[int]) -> list[int]:
+    """The sentence that each token of a text is in, counted from 0.
+
+    Args:
+        ends: where each token ends in the text, in characters; 0 for a special token, whose sentence is -1.
+    """
+    starts = [found.end() for found in BOUNDARY.finditer(text)]
+    numbers = np.searchsorted(starts, np.asarray(ends) - 1, side="right")
+    return np.where(np.asarray(ends) == 0, NO_SENTENCE, numbers).tolist()
+
+
+class CollatorWithSentences(DataCollatorWithPadding):
+    """Pads the column ``sentences`` of training rows as well."""
+
+    def __call__(self, features: list[dict]) -> BatchEncoding:
+        sentences = [feature["sentences"] for feature in features if "sentences" in feature]
+        batch = super().__call__([{k: v for k, v in feature.items() if k != "sentences"} for feature in features])
+        if sentences:
+            padded = batch["attention_mask"].new_full(batch["attention_mask"].shape, NO_SENTENCE)
+            for numbers, own, mask in zip(padded, sentences, batch["attention_mask"], strict=True):
+                numbers[mask.bool()] = torch.tensor(own)
+            batch["sentences"] = padded
+        return batch
+
+
+def halves(
+    inputs: dict[str, Tensor], sentences: Tensor, rows: Sequence[int], pad_token_id: int, seed: int, step: int
+) -> tuple[dict[str, Tensor], list[int], list[int]]:
+    """The halves of a batch of texts.
+
+    Args:
+        inputs: ``input_ids``, ``attention_mask`` and what else the model takes, each (B, T).
+        sentences: (B, T), of `sentence_numbers`; -1 for special tokens, which are in both halves, and for padding.
+        rows: the number of each text among the training rows.
+        step: optimizer steps taken.
+
+    Returns:
+        The inputs of the halves, (V, T'), and where the two halves of each text are among them. A text of one sentence, or one of
+        which chance would leave a half empty, stays whole and stands there once: V is between B and 2B.
+    """
+    sources, views, first, second = [], [], [], []
+    for i, (row, own) in enumerate(zip(rows, sentences.cpu().numpy(), strict=True)):
+        generator = np.random.default_rng([seed, step, row])
+        dealt = generator.random(own.max() + 1) < 0.5  # by sentence
+        if dealt.all() or not dealt.any():
+            own_views = [np.ones(len(own), dtype=bool)]
+        else:
+            both = (
+                np.arange(len(dealt)) == 0 if generator.random() < FIRST_IN_BOTH else np.zeros(len(dealt), dtype=bool)
+            )
+            own_views = [(own == NO_SENTENCE) | part[own] for part in (dealt | both, ~dealt | both)]
+        first.append(len(views))
+        views += own_views
+        second.append(len(views) - 1)
+        sources += [i] * len(own_views)
+    device = sentences.device
+    source = torch.tensor(sources, device=device)
+    kept = torch.tensor(np.array(views), device=device) & inputs["attention_mask"].bool()[source]
+    lengths = kept.sum(1)
+    longest = min(kept.shape[1], -(-int(lengths.max()) // 8) * 8)
+    places = kept.int().argsort(dim=1, descending=True, stable=True)[:, :longest]  # kept tokens first, in their order
+    inside = torch.arange(longest, device=device) < lengths[:, None]
+    padding = {"input_ids": pad_token_id}
+    return (
+        {
+            name: torch.where(inside, values[source].gather(1, places), padding.get(name, 0))
+            for name, values in inputs.items()
+        },
+        first,
+        second,
+    )
+
+
+def disagreement(
+    log_p: Tensor, log_q: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+) -> Tensor:
+    """Half the sum of both Kullback-Leibler divergences of two answers to a text, in nats, over the texts with a label.
+
+    Args:
+        log_p, log_q: (B, C), log-probabilities.
+        labels: (B,); texts of label -100 take no part.
+        num_items_in_batch: what the sum over texts is divided by; the number of labels in this batch by default.
+    """
+    labelled = labels != IGNORED_LABEL
+    apart = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(1) / 2
+    items = labelled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    return torch.where(labelled, apart, 0).sum() / items
