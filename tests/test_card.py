@@ -478,7 +478,8 @@ def test_the_citation_is_that_of_the_citation_file(written):
     [
         ({"tuning": "lora", "quantization": "4bit", "focal_gamma": 1.0}, ["LoRA", "QLoRA", "Focal"]),
         ({"tuning": "lora", "quantization": "none", "focal_gamma": 0.0}, ["LoRA"]),
-        ({"tuning": "full", "quantization": "none", "focal_gamma": 2.0}, ["Focal"]),
+        ({"tuning": "full", "quantization": "none", "focal_gamma": 2.0, "consistency": 0.0}, ["Focal"]),
+        ({"tuning": "full", "quantization": "none", "focal_gamma": 0.0, "consistency": 1.0}, ["Consistency"]),
     ],
 )
 def test_only_methods_that_were_used_are_cited(written, settings, cited):

@@ -83,6 +83,7 @@ CITATION = """@software{hierarchical_clinicalbert,
 }"""
 LORA = "- LoRA: Hu et al., 2021, [arXiv:2106.09685](https://arxiv.org/abs/2106.09685)"
 QLORA = "- QLoRA: Dettmers et al., 2023, [arXiv:2305.14314](https://arxiv.org/abs/2305.14314)"
+R_DROP = "- Consistency of two views: R-Drop, Liang et al., 2021, [arXiv:2106.14448](https://arxiv.org/abs/2106.14448)"
 FOCAL = "- Focal loss: Lin et al., 2017, [arXiv:1708.02002](https://arxiv.org/abs/1708.02002)"
 
 
@@ -655,7 +656,8 @@ def impact(run: Run) -> str:
 
 def licence_and_citation(run: Run) -> str:
     lora, quantized = run.settings.get("tuning") == "lora", run.settings.get("quantization") == "4bit"
-    used = {LORA: lora, QLORA: lora and quantized, FOCAL: run.settings.get("focal_gamma", 0) > 0}
+    focal, halves = (run.settings.get(name, 0) > 0 for name in ("focal_gamma", "consistency"))
+    used = {LORA: lora, QLORA: lora and quantized, FOCAL: focal, R_DROP: halves}
     references = "\n".join(reference for reference, is_used in used.items() if is_used)
     return f"""\
 ## Licence

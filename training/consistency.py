@@ -6,7 +6,7 @@ Worth knowing:
    the disagreement of their answers is added to the loss: the symmetric divergence of R-Drop (Liang et al., 2021, arXiv
    2106.14448), whose two views differ by dropout. Here dropout, the dearest part of a training step on a CPU, is not needed.
 2. The first sentence, a title as a rule, is in both halves more often than not.
-3. The halves of a batch have about as many tokens as its texts, so that a step costs what it did.
+3. The halves of a batch have about as many tokens as its texts.
 4. Who goes where depends on the seed, the step and the row alone: not on how a batch is cut up, and a resumed run goes on
    bit for bit.
 5. `benchmarks/ablation.py` shows what it is worth. Texts are classified whole.
