@@ -53,6 +53,11 @@ def test_each_token_knows_its_sentence(tokenizer):
         assert numbers == [NO_SENTENCE, *by_hand, NO_SENTENCE]
 
 
+def test_sentences_end_without_white_space_in_chinese_and_japanese():
+    text = "肝硬変の患者。腹水あり！"  # seven characters, then five
+    assert sentence_numbers(text, range(len(text) + 1)) == [NO_SENTENCE] + 7 * [0] + 5 * [1]
+
+
 def test_halves_share_out_the_sentences_in_their_order(tokenizer):
     seen = set()
     for step in range(40):

@@ -24,7 +24,7 @@ from modeling_hierarchical import IGNORED_LABEL
 
 FIRST_IN_BOTH = 0.7  # how often the first sentence is
 NO_SENTENCE = -1  # special tokens and padding
-BOUNDARY = re.compile(r"(?<=[.?!])\s+")
+BOUNDARY = re.compile(r"(?<=[.?!])\s+|(?<=[。！？])")
 
 
 def sentence_numbers(text: str, ends: Sequence[int]) -> list[int]:
