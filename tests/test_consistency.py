@@ -1,5 +1,7 @@
 """Halves of texts: what is in them, that their answers are those of the halves as texts, and what the trainer does with them."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from transformers import AutoTokenizer
 
 from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from training.consistency import NO_SENTENCE, CollatorWithSentences, disagreement, halves, sentence_numbers
+from training.consistency import NO_SENTENCE, CollatorWithSentences, deal, disagreement, halves, sentence_numbers
 from training.evaluation import collator
 
 TEXTS = [
@@ -58,36 +60,58 @@ def test_sentences_end_without_white_space_in_chinese_and_japanese():
     assert sentence_numbers(text, range(len(text) + 1)) == [NO_SENTENCE] + 7 * [0] + 5 * [1]
 
 
+def explained(ids, parts):
+    """Which sentences a deal put into each half: it must explain both, each cut at 55 % of the text's tokens."""
+    numbers, limit = range(len(ids)), int(0.55 * sum(map(len, ids)))
+    for size in range(1, len(ids)):
+        for one in itertools.combinations(numbers, size):
+            other = tuple(i for i in numbers if i not in one)
+            for pair in ((one, other), (tuple(sorted({0, *one})), tuple(sorted({0, *other})))):
+                if [[token for i in half for token in ids[i]][:limit] for half in pair] == parts:
+                    return pair
+    return None
+
+
 def test_halves_share_out_the_sentences_in_their_order(tokenizer):
-    seen = set()
-    for step in range(40):
+    deals = [[] for _ in TEXTS]
+    for step in range(60):
         inputs, first, second = halved(tokenizer, step)
         for i, sentences in enumerate(SENTENCES):
             ids = [tokenizer(one, add_special_tokens=False)["input_ids"] for one in sentences]
             parts = [tokens(inputs, view[i]) for view in (first, second)]
-            held = []
-            for part in parts:
-                assert (part[0], part[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
-                rest, own = part[1:-1], []
-                for number, sentence in enumerate(ids):  # those that it holds, in their order and nothing else
-                    if rest[: len(sentence)] == sentence:
-                        own.append(number)
-                        rest = rest[len(sentence) :]
-                assert not rest
-                held.append(own)
-            if first[i] == second[i]:
-                assert held[0] == [*range(len(sentences))]
+            assert all((part[0], part[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id) for part in parts)
+            if len(sentences) == 1:
+                assert first[i] == second[i]
+                assert parts[0][1:-1] == ids[0]
             else:
-                assert all(held)
-                assert sorted({*held[0], *held[1]}) == [*range(len(sentences))]
-                assert {*held[0]} & {*held[1]} <= {0}  # the title alone can be in both
-            seen.add((i, tuple(held[0]), tuple(held[1])))
+                deals[i].append(explained(ids, [part[1:-1] for part in parts]))
+                assert deals[i][-1] is not None, (step, i)
         padding = inputs["attention_mask"] == 0
         assert (inputs["input_ids"][padding] == tokenizer.pad_token_id).all()
-    assert {found for found in seen if found[0] == 1} == {(1, (0,), (0,))}
-    assert len({found for found in seen if found[0] == 3}) > 30  # another deal in nearly every step
-    both = [found for found in seen if found[0] == 3 and 0 in found[1] and 0 in found[2]]
-    assert 0.5 < len(both) / len([found for found in seen if found[0] == 3]) < 0.9
+    assert len(set(deals[3])) > 20  # of seven sentences, another deal in most steps
+    both = [0 in one and 0 in other for one, other in deals[3]]
+    assert 0.5 < sum(both) / len(both) < 0.9
+
+
+def test_halves_are_of_like_length():
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        counts = generator.integers(1, 40, size=generator.integers(2, 15))
+        one, other = deal(counts, generator)
+        assert (one | other).all()
+        assert not (one & other)[1:].any()
+        title, gap = counts[0], (one[1:].astype(int) - other[1:]) @ counts[1:]
+        assert min(abs(gap + title), abs(gap - title)) <= counts.max()  # a title that both have had gone to one of them
+
+
+def test_no_half_is_empty_where_a_sentence_has_no_tokens():
+    sentences = torch.tensor([[-1, 0, 0, 2, -1], [-1, 3, 3, 3, -1], [-1, 1, -1, -1, -1], [-1, -1, -1, -1, -1]])
+    inputs = {"input_ids": torch.arange(1, 21).view(4, 5), "attention_mask": torch.ones(4, 5, dtype=torch.long)}
+    inputs["attention_mask"][2:, 3:] = 0
+    for step in range(20):
+        found, first, second = halves(inputs, sentences, [0, 1, 2, 3], 0, 0, step)
+        assert [one == other for one, other in zip(first, second, strict=True)] == [False, True, True, True]
+        assert found["attention_mask"].sum(1).min() >= 3
 
 
 def test_how_a_batch_is_cut_up_changes_no_deal(tokenizer):
