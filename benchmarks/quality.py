@@ -12,7 +12,8 @@ FOLDER holds ``ohsumed/{train,test,labels}.csv`` and ``medical_abstracts/{train,
   pairs, texts cut at the 256 tokens that this encoder was published with;
 - flat-full, flat-lora: every weight, or an adapter as in the recipe over an encoder in full precision, under one softmax
   over the leaves, with cross-entropy over whole texts;
-- lora, qlora: the recipe, over an encoder in full precision and as it is, in 4 bits.
+- lora, qlora: the recipe, over an encoder in full precision and as it is, in 4 bits;
+- lora-whole, qlora-whole: the same, trained on whole texts instead of halves that must agree.
 
 The flat peers are trained by ``train.py`` with the recipe's epochs, text length, label smoothing and early stopping, and temperatures from
 the validation rows; every weight at a learning rate of `FULL_LEARNING_RATE`. All models are
@@ -52,10 +53,13 @@ from training.metrics import bootstrap_intervals, build_compute_metrics
 TASKS = ("ohsumed", "medical_abstracts")
 SETFIT_STEPS = 500
 FULL_LEARNING_RATE = 1e-4
-PLAIN = ("--lexical_head", "false", "--consistency", "0")
+WHOLE = ("--consistency", "0")
+PLAIN = ("--lexical_head", "false", *WHOLE)
 TRAINED = {  # by train.py, with these flags after the recipe
     "flat-full": ("--tuning", "full", "--learning_rate", str(FULL_LEARNING_RATE), *PLAIN),
     "flat-lora": ("--quantization", "none", *PLAIN),
+    "lora-whole": ("--quantization", "none", *WHOLE),
+    "qlora-whole": WHOLE,
     "lora": ("--quantization", "none"),
     "qlora": (),
 }
@@ -285,15 +289,18 @@ def print_table(results: list[dict]) -> None:
 
 
 def print_ablation(results: list[dict]) -> None:
-    """The recipe's encoder alone, uncalibrated, beside the whole."""
-    runs = pd.DataFrame([run for run in results if run["model"] == "qlora"])
+    """The encoder alone, uncalibrated, beside the whole; trained on whole texts and on halves."""
+    frame = pd.DataFrame(results)
     names = ("accuracy", "macro_f1", "log_loss", "ece")
-    print("\n| task | qlora | " + " | ".join(SHOWN[name] for name in names) + " |")
-    print("| --- | --- |" + " ---: |" * len(names))
-    for task, of_task in runs.groupby("task", sort=False) if len(runs) else ():
-        for title, prefix in (("encoder alone", "uncalibrated_test_"), ("with lexical head and temperatures", "")):
-            cells = " | ".join(spread(of_task[prefix + name], name) for name in names)
-            print(f"| {task} | {title} | {cells} |")
+    print("\n| task | qlora, trained on | seeds | | " + " | ".join(SHOWN[name] for name in names) + " |")
+    print("| --- | --- | ---: | --- |" + " ---: |" * len(names))
+    for task in frame["task"].unique():
+        for model, trained_on in (("qlora-whole", "whole texts"), ("qlora", "halves that must agree")):
+            runs = frame[(frame["task"] == task) & (frame["model"] == model)]
+            for title, prefix in (("encoder alone", "uncalibrated_test_"), ("with lexical head and temperatures", "")):
+                if len(runs):
+                    cells = " | ".join(spread(runs[prefix + name], name) for name in names)
+                    print(f"| {task} | {trained_on} | {len(runs)} | {title} | {cells} |")
 
 
 def spread(values: pd.Series, name: str) -> str:

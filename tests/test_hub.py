@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from training.card import snippets
+from training.card import pinned_commit, snippets
 
 ADAPTER_REPOSITORY = {
     *(".gitattributes", "README.md", "config.json", "metrics.json"),
@@ -788,8 +788,8 @@ def test_training_pushes_what_loads_the_same_by_every_strategy(hub, tmp_path, st
     assert "failed" not in done.stderr
     titles = [commit.title for commit in hub.commits(repo)]
     saves = [int(folder.name.split("-")[1]) for folder in output.glob("checkpoint-*")]
-    assert titles[-1] == "End of training"
-    assert len(titles) == (2 if strategy == "end" else 2 + 2), titles
+    assert titles[-2:] == ["End of training", "Name that commit in the card"]
+    assert len(titles) == (3 if strategy == "end" else 3 + 2), titles
     assert len(saves) == 2
     files = hub.files(repo)
     folders = {
@@ -799,8 +799,11 @@ def test_training_pushes_what_loads_the_same_by_every_strategy(hub, tmp_path, st
     at_root = {name for name in files if name.split("/")[0] not in folders}
     assert at_root == ADAPTER_REPOSITORY
     assert {name.split("/")[0] for name in files.keys() - at_root} == folders
-    for name in ("heads.safetensors", "adapter/adapter_model.safetensors", "config.json", "README.md", "metrics.json"):
+    for name in ("heads.safetensors", "adapter/adapter_model.safetensors", "config.json", "metrics.json"):
         assert files[name] == (output / name).read_bytes()
+    end = hub.commits(repo)[-2]
+    assert end.files["README.md"].data == (output / "README.md").read_bytes()
+    assert pinned_commit(files["README.md"].decode()) == end.sha
     assert len(json.loads(files["config.json"])["temperatures"]) == 2  # the last commit is of the calibrated model
     for folder in folders:
         assert f"{folder}/heads.safetensors" in files

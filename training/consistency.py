@@ -10,7 +10,7 @@ Worth knowing:
    times the tokens of its texts with padding (OHSUMED); dealt by coins and uncut it would have 1.8 times as many.
 4. Who goes where depends on the seed, the step and the row alone: not on how a batch is cut up, and a resumed run goes on
    bit for bit.
-5. `benchmarks/ablation.py` shows what it is worth. Texts are classified whole.
+5. `benchmarks/quality.py` shows what it is worth. Texts are classified whole.
 """
 
 import re

@@ -59,6 +59,7 @@ SPACE_FILES = (
 )
 SPACE_TAG = "hierarchical-text-classification"  # in the front matter of our Spaces
 OF_ANY_REPOSITORY = {".gitattributes", ".gitignore", "README.md", "LICENSE"}
+CARD_COMMIT = "Name that commit in the card"
 HUB_ERRORS = (HTTPError, OSError)  # the Hub's answers and lost connections
 
 
@@ -278,7 +279,7 @@ def publish_model(
         return done
     now = replace(target, exists=True, branch_exists=True, sha=done.sha)
     try:
-        return publish(api, now, {"README.md": pinned.encode()}, (), "Name that commit in the card")
+        return publish(api, now, {"README.md": pinned.encode()}, (), CARD_COMMIT)
     except InputError as error:
         raise InputError(f"{target.repo_id} is published, {done.url}, but its card names no commit: {error}") from error
 

@@ -38,10 +38,10 @@ from modeling_hierarchical import (
     HEADS_WEIGHTS,
     HierarchicalForSequenceClassification,
 )
-from training import InputError
+from training import InputError, card
 from training.consistency import disagreement, halves
 from training.cpu import speed_up
-from training.hub import CHECKPOINT_FILES, HUB_ERRORS, checkpoint_files, reason
+from training.hub import CARD_COMMIT, CHECKPOINT_FILES, HUB_ERRORS, checkpoint_files, reason
 from training.losses import HierarchicalFocalLoss
 from training.resume import damage
 
@@ -265,6 +265,8 @@ class HierarchicalTrainer(Trainer):
     ) -> CommitInfo | None:
         """Saves the model and publishes the files of the checkpoint with our card, as one commit.
 
+        Where it waits for that (``blocking``), a second commit has the snippets of the card name the first.
+
         Args:
             commit_message, blocking, token, revision, private: as for `Trainer.push_to_hub`.
             kwargs: for the card.
@@ -284,7 +286,20 @@ class HierarchicalTrainer(Trainer):
             revision or self.args.hub_revision,
             {},
         )
-        return self._commit(*commit) if blocking else self.hub.run_as_future(self._commit, *commit)
+        if not blocking:
+            return self.hub.run_as_future(self._commit, *commit)
+        done = self._commit(*commit)
+        text = (Path(self.args.output_dir) / "README.md").read_text(encoding="utf-8")
+        if (pinned := card.pin(text, done.oid)) == text:
+            return done
+        return self.hub.create_commit(
+            self.hub_model_id,
+            [CommitOperationAdd("README.md", pinned.encode())],
+            commit_message=CARD_COMMIT,
+            token=token,
+            revision=revision or self.args.hub_revision,
+            parent_commit=done.oid,
+        )
 
     def _commit(self, message: str, token: str | None, revision: str | None, folders: dict[str, Path]) -> CommitInfo:
         """One commit with the files of the checkpoint in the output folder, without those that are gone, and with folders.
