@@ -724,6 +724,18 @@ def test_token_types_only_where_the_tokenizer_has_them():
     assert set(tokenized["test"].column_names) == {"input_ids", "attention_mask", "length", "labels", "row", "text_id"}
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_tokens_of_training_texts_know_their_sentences(side):
+    splits = datasets.DatasetDict()
+    for split in ("train", "test"):
+        splits[split] = texts_of_lengths([1, 1]).pop("test")
+        splits[split] = splits[split].remove_columns("text").add_column("text", ["a b. c d e? f g", "a"])
+    tokenized, _ = tokenize(splits, word_tokenizer(side), 6, {"train"})
+    cut = [0, 0, 1, 1] if side == "right" else [1, 1, 2, 2]
+    assert tokenized["train"]["sentences"][:] == [[-1, *cut, -1], [-1, 0, -1]]
+    assert "sentences" not in tokenized["test"].column_names
+
+
 def test_tokenizer_without_a_fast_backend(warnings_of_transformers):
     tokenizer = ByT5Tokenizer(model_max_length=8)  # bytes and one end token; needs no vocabulary file
     splits = datasets.DatasetDict({"train": datasets.Dataset.from_dict(
@@ -734,4 +746,6 @@ def test_tokenizer_without_a_fast_backend(warnings_of_transformers):
     assert tokenized["train"]["input_ids"][:] == own["input_ids"]
     assert tokenized["train"]["attention_mask"][:] == [[1] * 3, [1] * 8, [1] * 8]
     assert lengths["train"] == length_report([3, 13, 9], 8)
+    with pytest.raises(InputError, match=r"ByT5Tokenizer does not say where .* train on whole texts, --consistency 0"):
+        tokenize(splits, tokenizer, 8, {"train"})
     assert "longer than" not in warnings_of_transformers.text
