@@ -43,7 +43,18 @@ def runs(tiny_encoder, tmp_path_factory) -> tuple[dict, dict]:
     words: list = [ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", tiny_encoder]
     for split, count in (("train", 160), ("validation", 37), ("test", 37)):
         words += [f"--{split}_file", write_csv(folder / f"{split}.csv", read_csv(CORPUS / f"{split}.csv")[:count])]
-    words += ["--max_steps", STEPS, "--logging_steps", 1, "--head_dropout", 0, "--per_device_eval_batch_size", 8]
+    words += [
+        "--max_steps",
+        STEPS,
+        "--logging_steps",
+        1,
+        "--head_dropout",
+        0,
+        "--consistency",
+        1,
+        "--per_device_eval_batch_size",
+        8,
+    ]
     for name in ("save", "eval"):
         words += [f"--{name}_strategy", "steps", f"--{name}_steps", 10]
     return train(words, folder / "one", 1, 16), train(words, folder / "two", 2, 8)

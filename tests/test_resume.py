@@ -28,7 +28,7 @@ def words(tiny_encoder, tmp_path_factory) -> list[str]:
     given = [ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", tiny_encoder]
     for split, count in (("train", 64), ("validation", 16), ("test", 16)):
         given += [f"--{split}_file", write_csv(folder / f"{split}.csv", read_csv(CORPUS / f"{split}.csv")[:count])]
-    given += ["--max_steps", 40, "--per_device_train_batch_size", 4, "--lora_dropout", 0.1]
+    given += ["--max_steps", 40, "--per_device_train_batch_size", 4, "--lora_dropout", 0.1, "--consistency", 1]
     for name in ("save", "eval"):
         given += [f"--{name}_strategy", "steps", f"--{name}_steps", 2]
     given += ["--load_best_model_at_end", "false"]  # all steps count

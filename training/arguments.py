@@ -126,8 +126,10 @@ class LossArguments:
     )
     logit_adjustment: float = field(default=0.0, metadata={"help": "Strength of the adjustment by class priors."})
     consistency: float = field(
-        default=1.0,
-        metadata={"help": "How much the disagreement of two halves of a text counts; 0 trains on whole texts."},
+        default=0.0,
+        metadata={
+            "help": "Train on two halves of each text; how much it counts that they disagree. 0: on whole texts."
+        },
     )
 
 
