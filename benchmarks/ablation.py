@@ -1,6 +1,6 @@
 """What each setting of the recipe is worth, on OHSUMED's training file alone:
 
-    python benchmarks/ablation.py --data FOLDER --encoder ENCODER [--variant focal-1 … --fold 0 …]
+    python benchmarks/ablation.py --data FOLDER --encoder ENCODER [--variant "focal, gamma 1" … --fold 0 …]
 
 FOLDER holds ``ohsumed/{train,labels}.csv``. The training file is cut in thirds; ``train.py`` is given two of them, carves its
 validation rows from these as always, and is scored on the third, so that neither early stopping nor the calibration has

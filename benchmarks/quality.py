@@ -92,12 +92,17 @@ class Task:
 
     def __init__(self, name: str, folder: Path, seed: int):
         self.name, self.seed = name, seed
+        self.recipe = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())
         self.files = {split: folder / f"{split}.csv" for split in ("train", "validation", "test")}
         self.files = {split: file for split, file in self.files.items() if file.exists()}
         if name == "ohsumed":
             self.labels, self.tree = folder / "labels.csv", Taxonomy.from_file(folder / "labels.csv")
         else:
             self.labels, self.tree = None, Taxonomy(DEFAULT_TAXONOMY)
+
+    def repeats(self, model: str) -> bool:
+        """Whether a model differs from the recipe only by training on what the recipe trains on."""
+        return model.endswith("-halves" if self.recipe.get("consistency") else "-whole")
 
     def flags(self, runs: Path, flat: bool) -> list[str]:
         """What tells ``train.py`` of the data."""
@@ -109,8 +114,8 @@ class Task:
 
     def rows(self, split: str) -> tuple[list[str], np.ndarray]:
         """Texts and leaf ids of a split, the same rows that ``train.py`` is given."""
-        recipe = yaml.safe_load((ROOT / "recipes" / f"{self.name}.yaml").read_text())
-        names = str(self.labels) if self.labels else json.dumps({str(k): v for k, v in recipe["class_names"].items()})
+        classes = self.recipe.get("class_names", {})
+        names = str(self.labels) if self.labels else json.dumps({str(k): v for k, v in classes.items()})
         found = load_splits(
             DataArguments(**{f"{name}_file": str(file) for name, file in self.files.items()}, class_names=names),
             self.seed,
@@ -135,7 +140,7 @@ def main() -> None:
     for name in arguments.task:
         for seed in arguments.seed:
             task = Task(name, arguments.data / name, seed)
-            for model in arguments.model:
+            for model in (model for model in arguments.model if not task.repeats(model)):
                 key = {"task": name, "model": model, "seed": seed}
                 if arguments.fresh or not any(key.items() <= run.items() for run in read(arguments.output)):
                     started = time.time()

@@ -76,6 +76,7 @@ FILES: dict[str, str | bytes] = {
 }  # fmt: skip
 
 DATA = ("--train_file", "good.csv")
+NO_FOLDER = "cannot make the folder /proc/results" if os.geteuid() == 0 else "/proc may not be written to"
 TRAIN = [
     (("--train_file", "utf16.csv"), "utf16.csv is not UTF-8 text: save it as UTF-8"),
     (("--train_file", "bytes.csv"), "bytes.csv is not UTF-8 text"),
@@ -139,7 +140,7 @@ TRAIN = [
     ((*DATA, "--attn_implementation", "magic"), "cannot load the encoder"),
     ((*DATA, "--model_revision", "main"), "--model_revision main does not apply to the folder"),
     ((*DATA, "--output_dir", "good.csv/results"), "good.csv is not a folder"),
-    ((*DATA, "--output_dir", "/proc/results"), "cannot make the folder /proc/results"),
+    ((*DATA, "--output_dir", "/proc/results"), NO_FOLDER),
     ((*DATA, "--output_dir", "n" * 300), "File name too long"),
     ((*DATA, "--resume_from_checkpoint", "nowhere"), "cannot resume from nowhere: there is no such folder"),
 ]  # fmt: skip

@@ -108,10 +108,10 @@ class HierarchicalTrainer(Trainer):
             outputs = model(**inputs, labels=labels, num_items_in_batch=items)
             loss = outputs["loss"]
         elif self.consistency and model.training:
-            place = (self.args.seed, self.state.global_step)
-            inputs, *parts = halves(inputs, sentences, rows.tolist(), self.processing_class.pad_token_id, *place)
+            padding, seed, step = self.processing_class.pad_token_id, self.args.seed, self.state.global_step
+            inputs, first, second = halves(inputs, sentences, rows.tolist(), padding, seed, step)
             outputs = model(**inputs)
-            one, other = (outputs["node_log_probs"][part] for part in parts)
+            one, other = outputs["node_log_probs"][first], outputs["node_log_probs"][second]
             leaves = outputs["logits"].shape[1]
             loss = (self.loss_function(one, labels, items) + self.loss_function(other, labels, items)) / 2
             loss = loss + self.consistency * disagreement(one[:, :leaves], other[:, :leaves], labels, items)
