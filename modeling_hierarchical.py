@@ -117,7 +117,8 @@ class LexicalHead(nn.Module):
     """A linear classifier of the leaves over the bag of tokens, beside the encoder.
 
     A text is weighed by TF-IDF, (1 + log count) · idf for each token, and scaled to length 1 (as scikit-learn's
-    `TfidfTransformer` with ``sublinear_tf``). It is fitted after the encoder, never by gradient: see `training.lexical`.
+    `TfidfTransformer` with ``sublinear_tf``). ``idf`` may hold any weight of a token beside its inverse document frequency. The
+    head is fitted after the encoder, never by gradient: see `training.lexical`.
     """
 
     def __init__(self, vocab_size: int, num_leaves: int):

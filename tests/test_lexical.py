@@ -1,12 +1,17 @@
 """The lexical head: against scikit-learn, and inside the model against its own definition."""
 
+import math
+import statistics
+
 import datasets
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, Normalizer
 from transformers import AutoModel
 
 from configuration_hierarchical import HierarchicalConfig, Taxonomy
@@ -43,11 +48,17 @@ def padded(ids: list[list[int]]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("leaves", [2, 3, TREE.num_leaves])
-def test_the_head_is_scikit_learns_logistic_regression_over_tf_idf(leaves):
+def test_the_head_is_scikit_learns_logistic_regression_over_weighted_tf_idf(leaves):
     train, unseen = rows(300, leaves=leaves), rows(40, seed=1)
     counts = np.array([np.bincount(ids, minlength=VOCABULARY) for ids in train["input_ids"]])
     common = (counts > 0).sum(0) >= 2
-    model = make_pipeline(TfidfTransformer(sublinear_tf=True), LogisticRegression(C=100, max_iter=1000, tol=1e-3))
+    spread = lexical.spread_of_log_odds(csr_matrix(counts[:, common] > 0), np.array(train["labels"]))
+    model = make_pipeline(
+        TfidfTransformer(sublinear_tf=True, norm=None),
+        FunctionTransformer(lambda weighed: csr_matrix(weighed).multiply(spread).tocsr()),
+        Normalizer(),
+        LogisticRegression(C=50, max_iter=1000, tol=1e-3),
+    )
     model.fit(counts[:, common], train["labels"])
     others = np.array([np.bincount(ids, minlength=VOCABULARY) for ids in unseen["input_ids"]])[:, common]
     expected = model.predict_proba(others)
@@ -60,6 +71,15 @@ def test_the_head_is_scikit_learns_logistic_regression_over_tf_idf(leaves):
     np.testing.assert_allclose(scores[:, :leaves].softmax(1).numpy(), expected, atol=2e-3)
     np.testing.assert_allclose(classifier.scores(lexical.token_counts(unseen, VOCABULARY)), scores.numpy(), atol=1e-4)
     assert (classifier.bias[leaves:] == classifier.bias.min()).all()  # of leaves that no row has
+
+
+def test_a_token_counts_by_how_unlike_the_classes_use_it():
+    present = csr_matrix(np.array([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 0, 1], [1, 1, 1], [1, 0, 0]]))
+    labels = np.array([0, 0, 2, 2, 4, 4])
+    # of 2 and 4 documents the second token is in 1 and 2, with one more of each kind: odds of 1; the third in 0, 2, 1 of 2
+    odds = [math.log((0 + 1) / (2 + 2) * 6 / (3 + 1)), math.log(3 / 4 * 6 / 2), math.log(2 / 4 * 6 / 3)]
+    expected = [statistics.pvariance([math.log(3 / 4 * 6 / 5)] * 3), 0, statistics.pvariance(odds)]
+    np.testing.assert_allclose(lexical.spread_of_log_odds(present, labels), expected, atol=1e-12)
 
 
 def test_rows_labelled_with_an_inner_node_or_not_at_all_teach_no_words():

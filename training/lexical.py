@@ -3,10 +3,12 @@
 Worth knowing:
 
 1. On its own it is right less often than the encoder, but on other texts; `benchmarks/quality.py` shows what it adds.
-2. It is multinomial logistic regression over TF-IDF (scikit-learn) on the training rows, and is fitted once, after the
-   encoder. Training the two together was not tried.
-3. How much it says is one number, fitted with the calibration on the validation rows, and kept in its weights.
-4. Added to a leaf's score, it reaches the leaf's ancestors as inclusive values do, so that log P(leaf) of the model is
+2. It is multinomial logistic regression (scikit-learn) on the training rows, and is fitted once, after the encoder. Training
+   the two together was not tried.
+3. A token counts by its TF-IDF times how unlike the classes use it, `spread_of_log_odds`. `benchmarks/words.py` shows what
+   that is worth.
+4. How much it says is one number, fitted with the calibration on the validation rows, and kept in its weights.
+5. Added to a leaf's score, it reaches the leaf's ancestors as inclusive values do, so that log P(leaf) of the model is
    log P(leaf) of the encoder plus the lexical score, normalised.
 """
 
@@ -25,7 +27,7 @@ from configuration_hierarchical import Taxonomy
 logger = logging.getLogger(__name__)
 
 FEWEST_DOCUMENTS = 2  # of a token that is counted
-REGULARISATION = 100.0  # C of scikit-learn: weak, since the documents are vectors of length 1
+REGULARISATION = 50.0  # C of scikit-learn: weak, since the documents are vectors of length 1
 MOST_WEIGHTS = 2**24  # 64 MiB
 
 
@@ -45,24 +47,25 @@ class LexicalClassifier:
     """Logistic regression of the leaves over TF-IDF.
 
     Attributes:
-        idf: (V,), 0 for tokens of fewer than two training documents.
+        idf: (V,), the inverse document frequency times the spread of log odds; 0 for tokens of fewer than two training documents.
         weight: (num_leaves, V).
         bias: (num_leaves,). A leaf without training documents has weights of 0 and the lowest bias.
     """
 
-    def __init__(self, taxonomy: Taxonomy, counts: csr_matrix, labels: np.ndarray):
+    def __init__(self, taxonomy: Taxonomy, counts: csr_matrix, labels: np.ndarray, penalty: float = REGULARISATION):
         """Fits it.
 
         Args:
             counts: of `token_counts`, of the training rows.
             labels: (num_rows,), node ids or -100. Only rows labelled with a leaf take part.
+            penalty: C of scikit-learn, the inverse of the regularisation's strength.
         """
         is_leaf = (labels >= 0) & (labels < taxonomy.num_leaves)
         counts, labels = counts[is_leaf], labels[is_leaf]
         tfidf = TfidfTransformer(sublinear_tf=True).fit(counts)
         common = np.asarray((counts > 0).sum(axis=0)).ravel() >= FEWEST_DOCUMENTS
-        self.idf = np.where(common, tfidf.idf_, 0.0)
-        model = LogisticRegression(C=REGULARISATION, max_iter=1000, tol=1e-3).fit(self.documents(counts), labels)
+        self.idf = np.where(common, tfidf.idf_ * spread_of_log_odds(counts > 0, labels), 0.0)
+        model = LogisticRegression(C=penalty, max_iter=1000, tol=1e-3).fit(self.documents(counts), labels)
         self.weight = np.zeros((taxonomy.num_leaves, counts.shape[1]))
         two = len(model.classes_) == 2  # one row of coefficients then, the difference between the classes
         coefficients = np.vstack([-model.coef_, model.coef_]) / 2 if two else model.coef_
@@ -86,6 +89,30 @@ class LexicalClassifier:
         """The weights of a `LexicalHead` whose scores are these times ``factor``."""
         found = {"idf": self.idf, "weight": factor * self.weight, "bias": factor * self.bias}
         return {name: torch.tensor(values, dtype=torch.float32) for name, values in found.items()}
+
+
+def spread_of_log_odds(present: csr_matrix, labels: np.ndarray) -> np.ndarray:
+    """How unlike the classes use each token: the variance over classes of log P(token | class) - log P(token | others).
+
+    P is the share of documents that have the token, with one document more that has it and one that has not (Laplace). These
+    log-odds, with their sign, weigh the words of the two-class NB-SVM (Wang and Manning, 2012, "Baselines and bigrams"); one
+    weight for all classes keeps a document one vector.
+
+    Args:
+        present: (num_rows, V), which tokens a document has.
+        labels: (num_rows,), of at least two classes.
+
+    Returns:
+        (V,); 0 for a token that all classes use alike.
+    """
+    everywhere = np.asarray(present.sum(axis=0)).ravel()
+    log_odds = []
+    for leaf in np.unique(labels):
+        rows = labels == leaf
+        inside, size = np.asarray(present[rows].sum(axis=0)).ravel(), np.count_nonzero(rows)
+        others = len(labels) - size
+        log_odds.append(np.log((inside + 1) / (size + 2)) - np.log((everywhere - inside + 1) / (others + 2)))
+    return np.var(log_odds, axis=0)
 
 
 def fit(taxonomy: Taxonomy, train: Dataset, vocab_size: int) -> LexicalClassifier | None:
