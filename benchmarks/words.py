@@ -1,12 +1,22 @@
-"""How the lexical head should weigh tokens: ``python benchmarks/words.py --data FOLDER --encoder ENCODER``.
+"""How the lexical head should weigh tokens, and have its say:
 
-FOLDER holds OHSUMED's ``train.csv``; of the encoder only the tokenizer is used. Two classifiers over the bag of tokens, without
-an encoder beside them, are scored by three-fold cross-validation on the training file:
+    python benchmarks/words.py --data FOLDER --encoder ENCODER [--runs RUNS]
+
+FOLDER holds OHSUMED's ``train.csv`` and ``labels.csv``; of the encoder only the tokenizer is used. Two classifiers over the
+bag of tokens, without an encoder beside them, are scored by three-fold cross-validation on the training file:
 
 - tf-idf: logistic regression over TF-IDF, by scikit-learn alone;
 - lexical head: `training.lexical`, whose tokens also count by how unlike the classes use them.
 
 The log loss is that of probabilities with the temperature that is best for each fold.
+
+RUNS, the folder that ``ablation.py --variant recipe --fold 0`` wrote, adds a second table: the head beside that run's encoder,
+on the third of the training file that the run has not seen. Weight and temperatures are fitted on 336 of these rows, as many
+as the recipe has for validation, and scored on the others, with 40 draws:
+
+- the encoder alone;
+- added to the leaves: one weight and one temperature, as if the taxonomy were flat;
+- in each decision: as the model does it.
 """
 
 import argparse
@@ -15,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from datasets import Dataset
 from scipy.special import log_softmax
 from sklearn.feature_extraction.text import TfidfTransformer
@@ -22,32 +33,38 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import make_pipeline
-from transformers import AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, EvalPrediction
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from configuration_hierarchical import Taxonomy
-from training.calibration import best_temperature
+from training.arguments import DataArguments
+from training.calibration import best_temperature, fit
+from training.data import load_splits
 from training.lexical import LexicalClassifier, token_counts
+from training.metrics import build_compute_metrics
 
 PENALTIES = (20, 50, 100)  # C of scikit-learn
+DRAWS = 40
+VALIDATION_ROWS = 336
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--encoder", required=True)
+    parser.add_argument("--runs", type=Path)
     arguments = parser.parse_args()
     rows = pd.read_csv(arguments.data / "train.csv", dtype=str)
     names, labels = np.unique(rows["label"], return_inverse=True)
     tokenizer = AutoTokenizer.from_pretrained(arguments.encoder)
     ids = tokenizer(list(rows["text"]), truncation=True, max_length=512)["input_ids"]
     counts = token_counts(Dataset.from_dict({"input_ids": ids}), len(tokenizer))
-    tree = Taxonomy(names.tolist())
+    flat = Taxonomy(names.tolist())
 
     def lexical_head(penalty: float, known: np.ndarray, unknown: np.ndarray) -> np.ndarray:
-        return LexicalClassifier(tree, counts[known], labels[known], penalty).scores(counts[unknown])
+        return LexicalClassifier(flat, counts[known], labels[known], penalty).scores(counts[unknown])
 
     def tf_idf(penalty: float, known: np.ndarray, unknown: np.ndarray) -> np.ndarray:
         common = np.asarray((counts[known] > 0).sum(axis=0)).ravel() >= 2
@@ -66,6 +83,54 @@ def main() -> None:
             accuracy, f1 = accuracy_score(labels, answers), f1_score(labels, answers, average="macro")
             loss = -found[np.arange(len(labels)), labels].mean()
             print(f"| {title} | {penalty} | {100 * accuracy:.1f} | {100 * f1:.1f} | {loss:.3f} |")
+    if arguments.runs is not None:
+        beside_an_encoder(arguments.data, arguments.runs)
+
+
+def beside_an_encoder(data: Path, runs: Path) -> None:
+    """Prints the second table."""
+    files = DataArguments(
+        train_file=str(runs / "fold-0" / "train.csv"),
+        test_file=str(runs / "fold-0" / "test.csv"),
+        class_names=str(data / "labels.csv"),
+        taxonomy=str(data / "labels.csv"),
+    )
+    loaded = load_splits(files, seed=1)  # of the run: the same rows for training
+    tree, train, unseen = loaded.taxonomy, loaded.splits["train"], loaded.splits["test"]
+    flat = Taxonomy(tree.labels[: tree.num_leaves])
+    model = AutoModel.from_pretrained(runs / "recipe-0", trust_remote_code=True).eval()
+    model.set_lexical_head(None)
+    model.calibrate(None, None)
+    tokenizer = AutoTokenizer.from_pretrained(runs / "recipe-0", trust_remote_code=True)
+    ids = {name: tokenizer(list(rows["text"]), truncation=True)["input_ids"] for name, rows in loaded.splits.items()}
+    counts = {name: token_counts(Dataset.from_dict({"input_ids": some}), len(tokenizer)) for name, some in ids.items()}
+    words = LexicalClassifier(tree, counts["train"], np.array(train["label"])).scores(counts["test"])
+    logits = np.empty(words.shape)
+    order = np.argsort([len(one) for one in ids["test"]])
+    with torch.inference_mode():
+        for rows in np.array_split(order, len(order) // 16):
+            batch = tokenizer.pad({"input_ids": [ids["test"][row] for row in rows]}, return_tensors="pt")
+            logits[rows] = model(**batch).logits.float().numpy()
+    labels, generator = np.array(unseen["label"]), np.random.default_rng(0)
+    forms = {
+        "the encoder alone": (tree, None),
+        "added to the leaves": (flat, words),
+        "in each decision": (tree, words),
+    }
+    found: dict[str, list[list[float]]] = {title: [] for title in forms}
+    shown = ("accuracy", "level_1_accuracy", "hierarchical_f1", "macro_f1", "log_loss")
+    for _ in range(DRAWS):
+        rows = generator.permutation(len(labels))
+        known, rest = rows[:VALIDATION_ROWS], rows[VALIDATION_ROWS:]
+        for title, (fitted, scores) in forms.items():
+            calibration = fit(fitted, logits[known], None if scores is None else scores[known], labels[known])
+            answers = calibration.apply(fitted, logits[rest], None if scores is None else scores[rest])
+            measured = build_compute_metrics(tree)(EvalPrediction(predictions=answers, label_ids=labels[rest]))
+            found[title].append([measured[name] for name in shown])
+    print("\n| the head | " + " | ".join(shown).replace("_", " ") + " |\n| --- |" + " ---: |" * len(shown))
+    for title, values in found.items():
+        means = np.mean(values, axis=0)
+        print(f"| {title} | " + " | ".join(f"{100 * value:.1f}" for value in means[:-1]) + f" | {means[-1]:.3f} |")
 
 
 if __name__ == "__main__":

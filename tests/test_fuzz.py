@@ -145,12 +145,17 @@ def test_taxonomy_files(file, suffix, content):
 
 @given(TREES, st.floats(0, 0.9), st.sampled_from(["mean", "cls"]), st.one_of(st.none(), st.integers(1, 1000)))
 def test_configurations_come_back(tree, dropout, pooling, lexical_vocab_size):
+    weight = None if lexical_vocab_size is None else 0.3
     try:
         tree = Taxonomy(tree)
     except TaxonomyError:
         return
     config = HierarchicalConfig(
-        taxonomy=tree, head_dropout=dropout, pooling=pooling, lexical_vocab_size=lexical_vocab_size
+        taxonomy=tree,
+        head_dropout=dropout,
+        pooling=pooling,
+        lexical_vocab_size=lexical_vocab_size,
+        lexical_weight=weight,
     )
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
@@ -160,7 +165,7 @@ def test_configurations_come_back(tree, dropout, pooling, lexical_vocab_size):
 
 
 OURS = ("taxonomy", "label_separator", "id2label", "text_config", "temperatures", "conformal_thresholds", "pooling",
-        "head_dropout", "initializer_range", "lexical_vocab_size", "adapter_subfolder", "encoder_name_or_path",
+        "head_dropout", "initializer_range", "lexical_vocab_size", "lexical_weight", "adapter_subfolder", "encoder_name_or_path",
         "encoder_revision", "num_labels")  # fmt: skip
 
 

@@ -66,7 +66,7 @@ def test_the_head_is_scikit_learns_logistic_regression_over_weighted_tf_idf(leav
     labels = np.array(train["labels"])
     classifier = lexical.LexicalClassifier(TREE, lexical.token_counts(train, VOCABULARY), labels)
     ours = LexicalHead(VOCABULARY, TREE.num_leaves)
-    ours.load_state_dict(classifier.weights(1.0))
+    ours.load_state_dict(classifier.weights())
     scores = ours(**padded(unseen["input_ids"]))
     np.testing.assert_allclose(scores[:, :leaves].softmax(1).numpy(), expected, atol=2e-3)
     np.testing.assert_allclose(classifier.scores(lexical.token_counts(unseen, VOCABULARY)), scores.numpy(), atol=1e-4)
@@ -100,15 +100,22 @@ def model() -> HierarchicalForSequenceClassification:
     return found
 
 
-def test_the_model_adds_its_scores_to_the_leaves_and_comes_back_the_same(model, tmp_path):
+def test_the_model_adds_its_scores_in_each_decision_and_comes_back_the_same(model, tmp_path):
     train, inputs = rows(300), padded(rows(9, seed=1)["input_ids"])
     classifier = lexical.LexicalClassifier(TREE, lexical.token_counts(train, VOCABULARY), np.array(train["labels"]))
+    encoder = model(**inputs).node_log_probs.double()
     before = model(**inputs).logits
-    model.set_lexical_head(classifier.weights(0.5))
+    model.set_lexical_head(classifier.weights(), 0.5)
     after = model(**inputs)
-    scores = classifier.scores(lexical.token_counts(rows(9, seed=1), VOCABULARY))
-    expected = (before + 0.5 * torch.tensor(scores).float()).log_softmax(1)
-    torch.testing.assert_close(after.logits, expected)
+    words = torch.tensor(classifier.scores(lexical.token_counts(rows(9, seed=1), VOCABULARY))).softmax(1)
+    expected = torch.zeros(9, TREE.num_nodes, dtype=torch.float64)
+    for parent in (-1, *range(TREE.num_leaves, TREE.num_nodes)):
+        children = TREE.children(parent)
+        under = [[leaf for leaf in range(TREE.num_leaves) if child in TREE.path(leaf)] for child in children]
+        by_words = torch.stack([words[:, leaves].sum(1).log() for leaves in under], dim=1)
+        expected[:, children] = (encoder[:, children] + 0.5 * by_words).log_softmax(1)
+    logits = torch.stack([expected[:, TREE.path(leaf)].sum(1) for leaf in range(TREE.num_leaves)], dim=1)
+    torch.testing.assert_close(after.logits, logits.float())
     assert (after.logits - before).abs().max() > 0.1
     probabilities = after.node_log_probs.exp()
     torch.testing.assert_close(probabilities[:, TREE.children(TREE.id("b"))].sum(1), probabilities[:, TREE.id("b")])
@@ -127,7 +134,7 @@ def test_a_text_alone_is_scored_as_in_a_batch_and_tokens_beyond_the_vocabulary_c
     train = rows(300)
     classifier = lexical.LexicalClassifier(TREE, lexical.token_counts(train, VOCABULARY), np.array(train["labels"]))
     ours = LexicalHead(VOCABULARY, TREE.num_leaves)
-    ours.load_state_dict(classifier.weights(1.0))
+    ours.load_state_dict(classifier.weights())
     ids = [[5, 9, 9], [3] * 12, [11]]
     together = ours(**padded(ids))
     for i, one in enumerate(ids):

@@ -124,7 +124,7 @@ def calibrate(
     fitted = calibration.fit(*known)
     thresholds = fit_thresholds(taxonomy, calibration.held_out(*known, texts["validation"]), labels["validation"])
     weight = fitted.lexical_weight
-    model.set_lexical_head(classifier.weights(weight) if classifier is not None and weight else None)
+    model.set_lexical_head(classifier.weights() if classifier is not None and weight else None, weight)
     model.calibrate(fitted.temperatures, thresholds)
     shown = ", ".join(f"{temperature:.2f}" for temperature in fitted.temperatures)
     logger.info("calibrated on the validation rows: temperatures %s; weight of the lexical head %.2f", shown, weight)

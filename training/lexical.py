@@ -7,9 +7,9 @@ Worth knowing:
    the two together was not tried.
 3. A token counts by its TF-IDF times how unlike the classes use it, `spread_of_log_odds`. `benchmarks/words.py` shows what
    that is worth.
-4. How much it says is one number, fitted with the calibration on the validation rows, and kept in its weights.
-5. Added to a leaf's score, it reaches the leaf's ancestors as inclusive values do, so that log P(leaf) of the model is
-   log P(leaf) of the encoder plus the lexical score, normalised.
+4. How much it says is one number, fitted with the calibration on the validation rows, and kept in config.json.
+5. It is one flat classifier, and an inner node has the sum of its leaves' probabilities. One classifier for each decision, as
+   HiClass has them, was right about the parent of an OHSUMED text, alone, 3.6 points less often.
 """
 
 import logging
@@ -85,9 +85,9 @@ class LexicalClassifier:
         """(num_rows, num_leaves), whose softmax are this classifier's own probabilities."""
         return self.documents(counts) @ self.weight.T + self.bias
 
-    def weights(self, factor: float) -> dict[str, Tensor]:
-        """The weights of a `LexicalHead` whose scores are these times ``factor``."""
-        found = {"idf": self.idf, "weight": factor * self.weight, "bias": factor * self.bias}
+    def weights(self) -> dict[str, Tensor]:
+        """The weights of a `LexicalHead` with these scores."""
+        found = {"idf": self.idf, "weight": self.weight, "bias": self.bias}
         return {name: torch.tensor(values, dtype=torch.float32) for name, values in found.items()}
 
 

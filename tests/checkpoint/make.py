@@ -50,7 +50,7 @@ def main() -> None:
     torch.nn.init.normal_(model.heads.weight)
     size = (len(tokenizer), config.tree.num_leaves)
     model.set_lexical_head(
-        {"idf": torch.rand(size[0]), "weight": torch.randn(size[::-1]), "bias": torch.randn(size[1])}
+        {"idf": torch.rand(size[0]), "weight": torch.randn(size[::-1]), "bias": torch.randn(size[1])}, 0.4
     )
     model.calibrate([0.8, 1.5, 1.2], [place / 1000 for place in range(1, 1000)])
     model.eval()

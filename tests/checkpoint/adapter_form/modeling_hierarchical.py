@@ -146,6 +146,9 @@ class HierarchicalHeads(nn.Module):
     inclusive value (the nested logit: McFadden, 1978, "Modelling the choice of residential location"). Siblings share one
     softmax. Without the inner nodes' own weights this is a flat softmax over the leaves; with them, leaves share what
     their ancestors learn.
+
+    A lexical head, where there is one, has its say in each decision by itself: its log-probabilities of the siblings, times its
+    weight, are added to those of the encoder (a product of experts, which is then normalised: Hinton, 2002).
     """
 
     def __init__(self, config: HierarchicalConfig):
@@ -153,7 +156,7 @@ class HierarchicalHeads(nn.Module):
         tree = config.tree
         self.num_nodes, self.num_leaves = tree.num_nodes, tree.num_leaves
         self.num_groups = tree.num_nodes - tree.num_leaves + 1  # the roots, and the children of each inner node
-        self.tree, self.temperatures = tree, config.temperatures
+        self.tree, self.temperatures, self.lexical_weight = tree, config.temperatures, config.lexical_weight
         self.dropout = nn.Dropout(config.head_dropout)
         self.weight = nn.Parameter(torch.empty(tree.num_nodes, config.hidden_size))
         self.bias = nn.Parameter(torch.empty(tree.num_nodes))
@@ -177,19 +180,24 @@ class HierarchicalHeads(nn.Module):
     def forward(self, pooled: Tensor, input_ids: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
         """Log-probabilities (B, num_nodes) of vectors (B, hidden_size), and for the lexical head tokens and mask (B, T)."""
         with torch.autocast(pooled.device.type, enabled=False):
-            own = nn.functional.linear(self.dropout(pooled.to(self.weight.dtype)), self.weight, self.bias).float()
+            own = nn.functional.linear(self.dropout(pooled.to(self.weight.dtype)), self.weight, self.bias)
+            scores = self.with_inclusive_values(own.float())
             if self.lexical is not None:
-                own = own + nn.functional.pad(
-                    self.lexical(input_ids, attention_mask), (0, self.num_nodes - self.num_leaves)
-                )
-            scores = own
-            for _ in range(self.tree.depth - 1):  # inclusive values rise a level each time
-                inclusive = segment_logsumexp(scores, self.group, self.num_groups)
-                scores = own + nn.functional.pad(inclusive, (0, 1))[:, self.below]
+                leaves = self.lexical(input_ids, attention_mask)
+                words = self.with_inclusive_values(nn.functional.pad(leaves, (0, self.num_nodes - self.num_leaves)))
+                scores = scores + self.lexical_weight * words
             scores = scores / self.temperature
             conditional = segment_log_softmax(scores, self.group, self.num_groups)  # (B, N): log P(node | parent)
             padded = nn.functional.pad(conditional, (0, 1))  # the padding's ancestor is the last column, a zero
             return padded[:, self.ancestors].sum(-1)  # (B, N, depth) to (B, N)
+
+    def with_inclusive_values(self, own: Tensor) -> Tensor:
+        """Scores (B, N) of nodes that have these by themselves."""
+        scores = own
+        for _ in range(self.tree.depth - 1):  # they rise a level each time
+            inclusive = segment_logsumexp(scores, self.group, self.num_groups)
+            scores = own + nn.functional.pad(inclusive, (0, 1))[:, self.below]
+        return scores
 
 
 def taxonomy_indices(tree: Taxonomy) -> tuple[Tensor, Tensor]:
@@ -392,17 +400,19 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         self.config.conformal_thresholds = conformal_thresholds
         self.heads.fill_buffers()
 
-    def set_lexical_head(self, weights: dict[str, Tensor] | None) -> None:
+    def set_lexical_head(self, weights: dict[str, Tensor] | None, lexical_weight: float = 1.0) -> None:
         """Gives the model a lexical head, or with None takes it away.
 
         Args:
             weights: ``idf`` (V,), ``weight`` (num_leaves, V) and ``bias`` (num_leaves,) of a `LexicalHead`.
+            lexical_weight: as in `HierarchicalConfig`.
         """
-        self.heads.lexical, self.config.lexical_vocab_size = None, None
+        self.heads.lexical = self.heads.lexical_weight = self.config.lexical_vocab_size = self.config.lexical_weight = None
         if weights is not None:
             lexical = LexicalHead(len(weights["idf"]), self.heads.num_leaves)
             lexical.load_state_dict(weights)
             self.heads.lexical = lexical.to(self.heads.weight.device)
+            self.heads.lexical_weight = self.config.lexical_weight = lexical_weight
             self.config.lexical_vocab_size = len(weights["idf"])
 
     def load_heads(self, heads: dict[str, Tensor]) -> None:

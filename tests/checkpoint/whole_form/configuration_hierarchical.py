@@ -17,6 +17,7 @@ import csv
 import difflib
 import io
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -382,6 +383,8 @@ class HierarchicalConfig(PretrainedConfig):
         head_dropout: dropout probability before the heads.
         initializer_range: standard deviation of fresh head weights.
         lexical_vocab_size: the number of token ids that the lexical head knows; None where the model has no such head.
+        lexical_weight: what the log-probabilities of the lexical head count in each decision, where those of the encoder count
+            1; None where the model has no such head.
         temperatures: what the scores of each decision are divided by before their softmax, the roots' first, then those
             of the inner nodes' children in the order of ids; None, which is 1 for all, where nothing was calibrated.
         conformal_thresholds: for coverages of 0.001, 0.002, … 0.999, the threshold under which an answer holds the label
@@ -408,6 +411,7 @@ class HierarchicalConfig(PretrainedConfig):
         head_dropout: float = 0.0,
         initializer_range: float = 0.02,
         lexical_vocab_size: int | None = None,
+        lexical_weight: float | None = None,
         temperatures: list[float] | None = None,
         conformal_thresholds: list[float | None] | None = None,
         **kwargs,
@@ -447,7 +451,15 @@ class HierarchicalConfig(PretrainedConfig):
             raise ValueError(
                 f"lexical_vocab_size must be a whole number from 1 to {most:,}, not {lexical_vocab_size!r}"
             )
+        if (lexical_vocab_size is None) != (lexical_weight is None):
+            raise ValueError(
+                "lexical_weight must be given where lexical_vocab_size is, and only there; a checkpoint without it comes from an "
+                "earlier version of this code: load it by its own, with trust_remote_code=True, or train again"
+            )
+        if lexical_weight is not None and not (is_number(lexical_weight) and 0 < lexical_weight < math.inf):
+            raise ValueError(f"lexical_weight must be a positive number, not {lexical_weight!r}")
         self.lexical_vocab_size = lexical_vocab_size
+        self.lexical_weight = lexical_weight
         self.temperatures = checked_temperatures(temperatures, taxonomy)
         self.conformal_thresholds = checked_thresholds(conformal_thresholds)
 
