@@ -73,12 +73,13 @@ SHOWN = {
     "ece": "ECE",
     "level_1_ece": "level-1 ECE",
 }
+PARTS = ("accuracy", "macro_f1", "level_1_accuracy", "log_loss", "ece")
 OWN = (  # of the metrics of a checkpoint
     *("test_log_loss", "test_ece", "test_level_1_ece", "test_ece_by_chance", "test_level_1_ece_by_chance"),
-    *("test_any_label_accuracy", "test_answer_coverage"),
-    *("test_answer_leaves", "uncalibrated_test_accuracy", "uncalibrated_test_macro_f1", "uncalibrated_test_log_loss"),
-    *("uncalibrated_test_ece", "quantized_test_accuracy", "quantized_test_macro_f1", "lexical_weight", "eval_accuracy"),
-    *("eval_macro_f1", "uncalibrated_eval_accuracy", "uncalibrated_eval_macro_f1", "epoch", "train_samples_per_second"),
+    *("test_any_label_accuracy", "test_answer_coverage", "test_answer_leaves", "lexical_weight"),
+    *(f"{step}_test_{name}" for step in ("uncalibrated", "without_lexical_head") for name in PARTS),
+    *("quantized_test_accuracy", "quantized_test_macro_f1", "eval_accuracy", "eval_macro_f1"),
+    *("uncalibrated_eval_accuracy", "uncalibrated_eval_macro_f1", "epoch", "train_samples_per_second"),
 )
 
 
@@ -295,17 +296,22 @@ def print_table(results: list[dict]) -> None:
 
 
 def print_ablation(results: list[dict]) -> None:
-    """The encoder alone, uncalibrated, beside the whole; trained as the recipe is, and otherwise."""
+    """The encoder alone, uncalibrated and calibrated, beside the whole; trained as the recipe is, and otherwise."""
+    parts = {
+        "encoder alone": "uncalibrated_test_",
+        "with temperatures": "without_lexical_head_test_",
+        "with lexical head and temperatures": "",
+    }
     frame = pd.DataFrame(results)
-    names = ("accuracy", "macro_f1", "log_loss", "ece")
-    print("\n| task | model | seeds | | " + " | ".join(SHOWN[name] for name in names) + " |")
-    print("| --- | --- | ---: | --- |" + " ---: |" * len(names))
+    frame = frame.reindex(columns=[*frame, *(column for column in OWN if column.removeprefix("test_") not in frame)])
+    print("\n| task | model | seeds | | " + " | ".join(SHOWN[name] for name in PARTS) + " |")
+    print("| --- | --- | ---: | --- |" + " ---: |" * len(PARTS))
     for task in frame["task"].unique():
         for model in ("qlora-whole", "qlora-halves", "qlora"):
             runs = frame[(frame["task"] == task) & (frame["model"] == model)]
-            for title, prefix in (("encoder alone", "uncalibrated_test_"), ("with lexical head and temperatures", "")):
-                if len(runs):
-                    cells = " | ".join(spread(runs[prefix + name], name) for name in names)
+            for title, prefix in parts.items():
+                if len(runs) and runs[f"{prefix}accuracy"].notna().any():
+                    cells = " | ".join(spread(runs[prefix + name], name) for name in PARTS)
                     print(f"| {task} | {model} | {len(runs)} | {title} | {cells} |")
 
 

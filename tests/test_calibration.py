@@ -227,7 +227,9 @@ def test_a_trained_checkpoint_answers_with_a_coverage(tiny_encoder, tmp_path):
     )  # fmt: skip
     assert "calibrated on the validation rows: temperatures" in done.stderr
     metrics = json.loads((output / "metrics.json").read_text())
-    assert metrics["eval_log_loss"] <= metrics["uncalibrated_eval_log_loss"] + 1e-6
+    steps = ("uncalibrated_eval_log_loss", "without_lexical_head_eval_log_loss", "eval_log_loss")
+    assert metrics["lexical_weight"] > 0
+    assert [metrics[name] for name in steps] == sorted((metrics[name] for name in steps), reverse=True)
     assert 0.8 < metrics["test_answer_coverage"] <= 1
     assert (output / "plots" / "reliability_diagram_uncalibrated.png").is_file()
     assert "coverage=0.9" in (output / "README.md").read_text()

@@ -354,9 +354,11 @@ def test_results_show_intervals_classes_and_what_the_lexical_head_changed(writte
         {"label": f"kind <{i}>", "support": i, "precision": 0.5, "recall": 0.25, "f1": 1 / 3, "f1_interval": [0.2, 0.4]}
         for i in range(60)
     ]
+    without = {"without_lexical_head_test_accuracy": 0.4321}
     full = {
         **metrics,
         **before,
+        **without,
         "lexical_weight": 0.4,
         "per_class": rows,
         "intervals": {"test_accuracy": [0.71, 0.75], "test_macro_f1": [0.6, 0.7]},
@@ -372,12 +374,13 @@ def test_results_show_intervals_classes_and_what_the_lexical_head_changed(writte
     assert "and 10 less common ones" in found
     assert "a linear classifier over the words" in found
     accuracy, trained = metrics["test_accuracy"], metrics["quantized_test_accuracy"]
-    assert f"| test accuracy | {accuracy - 0.01:.4f} | {accuracy:.4f} |" in found
+    assert f"| test accuracy | {accuracy - 0.01:.4f} | 0.4321 | {accuracy:.4f} |" in found
     # quantization is judged with the same heads on both sides
     assert f"| test accuracy | {trained:.4f} | {accuracy - 0.01:.4f} | {accuracy - 0.01 - trained:+.4f} |" in found
-    without = section(written(config=config, metrics={**full, "lexical_weight": 0.0}), "Results")
-    assert "linear classifier" not in without
-    assert f"| test accuracy | {accuracy - 0.01:.4f} | {accuracy:.4f} |" not in without
+    none = section(written(config=config, metrics={**full, "lexical_weight": 0.0}), "Results")
+    assert "linear classifier" not in none
+    assert f"| test accuracy | {accuracy - 0.01:.4f} |" not in none
+    assert re.search(r"(?m)^\| test log loss.*? \| [\d.]+ \| [\d.]+ \|$", none)
 
 
 def test_the_training_section_shows_encoder_settings_and_size(written):

@@ -588,19 +588,21 @@ def calibration(run: Run) -> str:
         return "The probabilities are not calibrated: there were no validation rows." if run.scores else ""
     rows, weight = [], run.metrics.get("lexical_weight")
     changed = ("accuracy", "macro_f1", "hierarchical_f1") if weight else ()  # temperatures alone change few answers
+    steps = ["uncalibrated", *(["without_lexical_head"] if weight else [])]
     for split, values in run.scores.items():
         for name in (*changed, "log_loss", "ece", *(f"level_{k}_ece" for k in range(1, run.tree.depth + 1))):
-            before = run.metrics.get(f"uncalibrated_{PREFIXES[split]}_{name}")
-            if before is not None and name in values:
-                rows.append([f"{split} {describe_metric(name)[1]}", number(before), number(values[name])])
+            before = [run.metrics.get(f"{step}_{PREFIXES[split]}_{name}") for step in steps]
+            if before[0] is not None and name in values:
+                rows.append([f"{split} {describe_metric(name)[1]}", *map(number, before), number(values[name])])
     words = (
-        "Beside the encoder, a linear classifier over the words of a text (TF-IDF), fitted on the training rows, adds to the\n"
-        "score of each class. How much it says was fitted on the validation rows.\n"
+        "Beside the encoder, a linear classifier over the words of a text (TF-IDF), fitted on the training rows, has its say in\n"
+        "each decision. How much it says was fitted on the validation rows.\n"
     )
+    columns = ["encoder alone, uncalibrated", "encoder alone, calibrated"] if weight else ["before calibration"]
     parts = [
         f"{words if weight else ''}Probabilities are calibrated by one temperature a decision, fitted on the validation rows "
-        "and applied inside the\nmodel.",
-        table(["metric", "encoder alone, uncalibrated" if weight else "before calibration", "as loaded above"], rows),
+        "and applied inside the\nmodel. What each part adds:",
+        table(["metric", *columns, "as loaded above"], rows),
     ]
     found = {
         name.removeprefix("test_answer_"): run.metrics[name] for name in run.metrics if name.startswith("test_answer_")

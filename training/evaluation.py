@@ -112,7 +112,8 @@ def calibrate(
         logits: of each scored split, by the model without it.
 
     Returns:
-        The metrics of each split after it, how answers for `COVERAGE` fare on the test rows, and the logits after it.
+        The metrics of each split after it, the same of the encoder with temperatures of its own and no lexical head
+        (``without_lexical_head_``), how answers for `COVERAGE` fare on the test rows, and the logits after it.
     """
     labels = {split: np.array(splits[split]["labels"]) for split in logits}
     texts = {split: np.array(splits[split]["text_id"]) for split in logits}
@@ -128,17 +129,31 @@ def calibrate(
     model.calibrate(fitted.temperatures, thresholds)
     shown = ", ".join(f"{temperature:.2f}" for temperature in fitted.temperatures)
     logger.info("calibrated on the validation rows: temperatures %s; weight of the lexical head %.2f", shown, weight)
-    logits = {split: fitted.apply(taxonomy, found, scores[split]) for split, found in logits.items()}
-    compute_metrics, metrics = build_compute_metrics(taxonomy), {"lexical_weight": weight}
+    encoder = logits
+    logits = {split: fitted.apply(taxonomy, found, scores[split]) for split, found in encoder.items()}
+    metrics = {"lexical_weight": weight, **measure(taxonomy, logits, labels, texts)}
+    if weight:  # what is lost without it
+        alone = calibration.fit(taxonomy, encoder["validation"], None, labels["validation"])
+        without = {split: alone.apply(taxonomy, found, None) for split, found in encoder.items()}
+        measured = measure(taxonomy, without, labels, texts)
+        metrics |= {f"without_lexical_head_{name}": value for name, value in measured.items()}
+    if "test" in logits and thresholds is not None:
+        found = conformal_scores(taxonomy, logits["test"], labels["test"], thresholds, COVERAGE)
+        metrics |= {f"test_answer_{name}": value for name, value in found.items()}
+    return metrics, logits
+
+
+def measure(
+    taxonomy: Taxonomy, logits: dict[str, np.ndarray], labels: dict[str, np.ndarray], texts: dict[str, np.ndarray]
+) -> dict[str, float]:
+    """The metrics of calibrated logits, of each split."""
+    compute_metrics, metrics = build_compute_metrics(taxonomy), {}
     for split, found in logits.items():
         measured = compute_metrics(EvalPrediction(predictions=found, label_ids=labels[split]))
         if (any_label := any_label_accuracy(found, labels[split], texts[split])) is not None:
             measured["any_label_accuracy"] = any_label
         metrics |= {f"{card.PREFIXES[split]}_{name}": value for name, value in measured.items()}
-    if "test" in logits and thresholds is not None:
-        found = conformal_scores(taxonomy, logits["test"], labels["test"], thresholds, COVERAGE)
-        metrics |= {f"test_answer_{name}": value for name, value in found.items()}
-    return metrics, logits
+    return metrics
 
 
 def per_class(taxonomy: Taxonomy, logits: dict[str, np.ndarray], splits: DatasetDict) -> dict[str, Any]:
