@@ -340,6 +340,9 @@ CHECKPOINTS = {
     "another width, adapter": ("adapter_form", encoder(hidden_size=32), "the heads weight 'weight' has shape (7, 16)"),
     "10^7 words": ("adapter_form", configure("config.json", lexical_vocab_size=9_999_999), "expected (9999999,)"),
     "10^12 words": ("adapter_form", configure("config.json", lexical_vocab_size=10**12), "lexical_vocab_size must be"),
+    "words without weight": ("adapter_form", configure("config.json", lexical_weight=None), "from an earlier version"),
+    "words that count less than nothing": (
+        "whole_form", configure("config.json", lexical_weight=-0.4), "lexical_weight must be a positive number"),
     "adapter elsewhere": ("adapter_form", configure("config.json", adapter_subfolder="../.."), "adapter_subfolder must"),
     "encoder elsewhere": (
         "adapter_form", configure("config.json", encoder_name_or_path="/nowhere"), "the encoder is the folder /nowhere"),
