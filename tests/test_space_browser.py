@@ -252,8 +252,8 @@ def test_a_hostile_text_is_shown_and_nothing_of_it_runs(page):
     assert shown == HOSTILE
     assert not page.all("#words img, #words script, #result img")
     assert page.driver.title == title
-    page.classify("NUL \0 epilepsy \x07 seizures")
-    assert page.text("#result .class") == "nervous system diseases"
+    page.classify("NUL \0 angina \x07 thrombosis")  # another answer: one that looks the same is not drawn again
+    assert page.text("#result .class") == "cardiovascular diseases"
 
 
 def test_a_file_is_classified_and_its_downloads_parse(page, downloads, tmp_path):
