@@ -303,7 +303,10 @@ def print_ablation(results: list[dict]) -> None:
         "with lexical head and temperatures": "",
     }
     frame = pd.DataFrame(results)
-    frame = frame.reindex(columns=[*frame, *(column for column in OWN if column.removeprefix("test_") not in frame)])
+    shown = [
+        prefix + name for prefix in parts.values() for name in PARTS
+    ]  # not all are in runs of before they were measured
+    frame = frame.reindex(columns=frame.columns.union(shown, sort=False))
     print("\n| task | model | seeds | | " + " | ".join(SHOWN[name] for name in PARTS) + " |")
     print("| --- | --- | ---: | --- |" + " ---: |" * len(PARTS))
     for task in frame["task"].unique():
