@@ -112,6 +112,23 @@ def test_a_handful_of_rows_calibrates_nothing():
     assert fitted(TREE, logits, labels) == [1.0] * 4
 
 
+def test_rows_that_were_all_decided_rightly_sharpen_nothing():
+    logits, _ = drawn(TREE, [1.0] * 4, 400)
+    words = np.random.default_rng(1).normal(size=logits.shape)
+    conditional = node_log_probs(TREE, logits)
+    labels = np.full(len(logits), -1)
+    for i, row in enumerate(conditional):  # the path that the model takes from the top down
+        nodes = TREE.children(-1)
+        while nodes:
+            labels[i] = max(nodes, key=row.__getitem__)
+            nodes = TREE.children(labels[i])
+    found = fit(TREE, logits, words, labels)
+    assert found.temperatures == [1.0] * 4
+    assert found.lexical_weight == 0
+    labels[labels == TREE.id("c")] = TREE.id("d")  # wrong now among the children of b, and in what all share
+    assert [value == 1 for value in fit(TREE, logits, None, labels).temperatures][:2] == [True, False]
+
+
 def test_the_model_itself_gives_the_calibrated_probabilities():
     torch.manual_seed(0)
     config = HierarchicalConfig(text_config={"model_type": "bert", **TINY}, taxonomy=TREE)
