@@ -586,6 +586,12 @@ def calibration(run: Run) -> str:
     """What calibration changed, and what answers with a guarantee look like."""
     if run.config.temperatures is None:
         return "The probabilities are not calibrated: there were no validation rows." if run.scores else ""
+    fitted = (
+        "The validation rows are too few, or all decided rightly: probabilities are as the encoder gives them."
+        if set(run.config.temperatures) == {1.0}
+        else "Probabilities are calibrated by one temperature a decision, fitted on the validation rows and applied inside the\n"
+        "model. What each part adds:"
+    )
     rows, weight = [], run.metrics.get("lexical_weight")
     changed = ("accuracy", "macro_f1", "hierarchical_f1") if weight else ()  # temperatures alone change few answers
     steps = ["uncalibrated", *(["without_lexical_head"] if weight else [])]
@@ -600,8 +606,7 @@ def calibration(run: Run) -> str:
     )
     columns = ["encoder alone, uncalibrated", "encoder alone, calibrated"] if weight else ["before calibration"]
     parts = [
-        f"{words if weight else ''}Probabilities are calibrated by one temperature a decision, fitted on the validation rows "
-        "and applied inside the\nmodel. What each part adds:",
+        f"{words if weight else ''}{fitted}",
         table(["metric", *columns, "as loaded above"], rows),
     ]
     found = {
