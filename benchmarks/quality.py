@@ -9,7 +9,7 @@ FOLDER holds ``ohsumed/{train,test,labels}.csv`` and ``medical_abstracts/{train,
 - hiclass-tfidf: the same for each parent of the taxonomy, by HiClass;
 - hiclass-embeddings: logistic regression over the frozen encoder's mean vectors for each parent, by HiClass;
 - setfit: the encoder fine-tuned on pairs of texts, then logistic regression, by SetFit, for `SETFIT_STEPS` steps of 16
-  pairs, texts cut at the 256 tokens that this encoder was published with;
+  pairs, texts cut at the 256 tokens that this encoder was published with, in bfloat16 where train.py would use it;
 - flat-full, flat-lora: every weight, or an adapter as in the recipe over an encoder in full precision, under one softmax
   over the leaves, with cross-entropy over whole texts;
 - lora, qlora: the recipe, over an encoder in full precision and as it is, in 4 bits;
@@ -27,6 +27,7 @@ calibration errors are the checkpoint's own. Intervals are bootstrap intervals o
 import argparse
 import csv
 import json
+import os
 import subprocess
 import sys
 import time
@@ -35,6 +36,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 import yaml
 from sklearn.base import ClassifierMixin
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -46,7 +48,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from configuration_hierarchical import DEFAULT_TAXONOMY, Taxonomy
-from training.arguments import DataArguments
+from training.arguments import DataArguments, has_bf16
 from training.data import load_splits
 from training.metrics import bootstrap_intervals, build_compute_metrics
 
@@ -226,6 +228,8 @@ def setfit(task: Task, encoder: str) -> tuple[np.ndarray, np.ndarray]:
     from setfit import SetFitModel, Trainer, TrainingArguments
 
     (texts, labels), (others, unseen) = task.rows("train"), task.rows("test")
+    if has_bf16(cpu=not torch.cuda.is_available()):
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # SetFit's own flag knows float16 alone
     model = SetFitModel.from_pretrained(encoder)
     trainer = Trainer(
         model=model,

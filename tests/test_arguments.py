@@ -1,12 +1,16 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT
+from transformers import Trainer
 
 from configuration_hierarchical import DEFAULT_ENCODER_REVISION
 from training import InputError
 from training.arguments import parse
+from training.evaluation import AS_SERVED
 
 
 def recipe(folder: Path, **flags) -> str:
@@ -45,6 +49,33 @@ def test_the_default_encoder_is_pinned():
 )
 def test_quantization_follows_the_tuning_unless_it_is_given(words, expected):
     assert parse(words)[0].quantization == expected
+
+
+@pytest.mark.parametrize(
+    ("launcher", "words", "expected"),
+    [
+        ("bf16", [], "bf16"),
+        ("bf16", ["--bf16", "false"], "no"),
+        ("fp16", [], "fp16"),
+        ("fp16", ["--bf16", "true"], "bf16"),
+        ("bf16", ["--fp16", "true"], "fp16"),
+    ],
+)
+def test_what_accelerate_was_told_counts_unless_a_flag_says_otherwise(tmp_path, monkeypatch, launcher, words, expected):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    plain = ["--eval_strategy", "no", "--load_best_model_at_end", "false", "--output_dir", str(tmp_path)]
+    training = parse([*words, *plain])[3]
+    assert (training.bf16, training.fp16) == (expected == "bf16", expected == "fp16")
+    if expected != "fp16":  # for which a CPU has no scaler
+        assert Trainer(torch.nn.Linear(1, 1), training).accelerator.mixed_precision == expected
+    served = dataclasses.replace(training, **AS_SERVED)
+    assert Trainer(torch.nn.Linear(1, 1), served).accelerator.mixed_precision == "no"
+
+
+def test_a_precision_that_is_not_supported_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(InputError, match="mixed precision fp8"):
+        parse([])
 
 
 @pytest.mark.parametrize(

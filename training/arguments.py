@@ -179,16 +179,26 @@ class HierarchicalTrainingArguments(TrainingArguments):
         default_factory=lambda: ["none"], metadata={"help": "Where to log: tensorboard, trackio, …"}
     )
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
-    bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast. Default: where the machine has it."})
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "bfloat16 autocast. Default: what accelerate was told, or where the machine has it."},
+    )
 
     def __post_init__(self):
         if not (torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()):
             self.use_cpu = True
+        launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # accelerate launch --mixed_precision
+        if launcher not in ("no", "fp16", "bf16"):
+            raise InputError(
+                f"accelerate was told mixed precision {launcher}, which is not supported: tell it no, bf16 or fp16"
+            )
         if self.bf16 is None:
-            undecided = not self.fp16 and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no"
-            self.bf16 = undecided and has_bf16(self.use_cpu)
-            self.fp16 = self.fp16 or (undecided and not self.bf16 and not self.use_cpu and torch.cuda.is_available())
+            self.bf16 = not self.fp16 and (launcher == "bf16" or (launcher == "no" and has_bf16(self.use_cpu)))
+            capable = not self.use_cpu and torch.cuda.is_available()
+            self.fp16 = self.fp16 or launcher == "fp16" or (launcher == "no" and not self.bf16 and capable)
         super().__post_init__()
+        # what the launcher said is in the flags now; Trainer would otherwise prefer it to an explicit --bf16 false
+        self.mixed_precision = "fp16" if self.fp16 else "bf16" if self.bf16 else "no"
 
 
 def has_bf16(cpu: bool) -> bool:
