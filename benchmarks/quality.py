@@ -307,9 +307,8 @@ def print_ablation(results: list[dict]) -> None:
         "with lexical head and temperatures": "",
     }
     frame = pd.DataFrame(results)
-    shown = [
-        prefix + name for prefix in parts.values() for name in PARTS
-    ]  # not all are in runs of before they were measured
+    # runs of before a score was measured lack its column
+    shown = [prefix + name for prefix in parts.values() for name in PARTS]
     frame = frame.reindex(columns=frame.columns.union(shown, sort=False))
     print("\n| task | model | seeds | | " + " | ".join(SHOWN[name] for name in PARTS) + " |")
     print("| --- | --- | ---: | --- |" + " ---: |" * len(PARTS))

@@ -193,9 +193,13 @@ class HierarchicalTrainingArguments(TrainingArguments):
                 f"accelerate was told mixed precision {launcher}, which is not supported: tell it no, bf16 or fp16"
             )
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and (launcher == "bf16" or (launcher == "no" and has_bf16(self.use_cpu)))
-            capable = not self.use_cpu and torch.cuda.is_available()
-            self.fp16 = self.fp16 or launcher == "fp16" or (launcher == "no" and not self.bf16 and capable)
+            precision = launcher
+            if precision == "no" and has_bf16(self.use_cpu):
+                precision = "bf16"
+            elif precision == "no" and torch.cuda.is_available() and not self.use_cpu:
+                precision = "fp16"
+            self.bf16 = precision == "bf16" and not self.fp16
+            self.fp16 = self.fp16 or precision == "fp16"
         super().__post_init__()
         # what the launcher said is in the flags now; Trainer would otherwise prefer it to an explicit --bf16 false
         self.mixed_precision = "fp16" if self.fp16 else "bf16" if self.bf16 else "no"

@@ -587,7 +587,7 @@ def calibration(run: Run) -> str:
     if run.config.temperatures is None:
         return "The probabilities are not calibrated: there were no validation rows." if run.scores else ""
     fitted = (
-        "The validation rows are too few, or all decided rightly: probabilities are as the encoder gives them."
+        "No temperature was fitted: the validation rows are too few, or all decided rightly."
         if set(run.config.temperatures) == {1.0}
         else "Probabilities are calibrated by one temperature a decision, fitted on the validation rows and applied inside the\n"
         "model. What each part adds:"
