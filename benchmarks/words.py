@@ -26,7 +26,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from datasets import Dataset
 from scipy.special import log_softmax
 from sklearn.feature_extraction.text import TfidfTransformer
@@ -39,9 +38,11 @@ from transformers import AutoModel, AutoTokenizer, EvalPrediction
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from calibration import scores
+
 from configuration_hierarchical import Taxonomy
 from training.arguments import DataArguments
-from training.calibration import best_temperature, fit
+from training.calibration import fit, inverse_temperature
 from training.data import load_splits
 from training.lexical import LexicalClassifier, token_counts
 from training.metrics import build_compute_metrics
@@ -78,7 +79,7 @@ def main() -> None:
         found = np.empty((len(labels), len(names)))
         for known, unknown in StratifiedKFold(3, shuffle=True, random_state=0).split(labels, labels):
             scores = scorer(known, unknown)
-            found[unknown] = log_softmax(scores / best_temperature([(scores, labels[unknown])]), axis=1)
+            found[unknown] = log_softmax(scores * inverse_temperature(scores, labels[unknown], prior=np.inf), axis=1)
         answers = found.argmax(axis=1)
         accuracy, f1 = accuracy_score(labels, answers), f1_score(labels, answers, average="macro")
         loss = -found[np.arange(len(labels)), labels].mean()
@@ -95,22 +96,11 @@ def beside_an_encoder(data: Path, runs: Path) -> None:
         class_names=str(data / "labels.csv"),
         taxonomy=str(data / "labels.csv"),
     )
-    loaded = load_splits(files, seed=1)  # of the run: the same rows for training
-    tree, train, unseen = loaded.taxonomy, loaded.splits["train"], loaded.splits["test"]
+    loaded = load_splits(files, seed=1)
+    tree, unseen = loaded.taxonomy, loaded.splits["test"]
     flat = Taxonomy(tree.labels[: tree.num_leaves])
     model = AutoModel.from_pretrained(runs / "recipe-0", trust_remote_code=True).eval()
-    model.set_lexical_head(None)
-    model.calibrate(None, None)
-    tokenizer = AutoTokenizer.from_pretrained(runs / "recipe-0", trust_remote_code=True)
-    ids = {name: tokenizer(list(rows["text"]), truncation=True)["input_ids"] for name, rows in loaded.splits.items()}
-    counts = {name: token_counts(Dataset.from_dict({"input_ids": some}), len(tokenizer)) for name, some in ids.items()}
-    words = LexicalClassifier(tree, counts["train"], np.array(train["label"])).scores(counts["test"])
-    logits = np.empty(words.shape)
-    order = np.argsort([len(one) for one in ids["test"]])
-    with torch.inference_mode():
-        for rows in np.array_split(order, len(order) // 16):
-            batch = tokenizer.pad({"input_ids": [ids["test"][row] for row in rows]}, return_tensors="pt")
-            logits[rows] = model(**batch).logits.float().numpy()
+    logits, words = scores(model, runs / "recipe-0", list(unseen["text"]))
     labels, generator = np.array(unseen["label"]), np.random.default_rng(0)
     forms = {
         "the encoder alone": (tree, None),
@@ -122,9 +112,9 @@ def beside_an_encoder(data: Path, runs: Path) -> None:
     for _ in range(DRAWS):
         rows = generator.permutation(len(labels))
         known, rest = rows[:VALIDATION_ROWS], rows[VALIDATION_ROWS:]
-        for title, (fitted, scores) in forms.items():
-            calibration = fit(fitted, logits[known], None if scores is None else scores[known], labels[known])
-            answers = calibration.apply(fitted, logits[rest], None if scores is None else scores[rest])
+        for title, (fitted, beside) in forms.items():
+            calibration = fit(fitted, logits[known], None if beside is None else beside[known], labels[known])
+            answers = calibration.apply(fitted, logits[rest], None if beside is None else beside[rest])
             measured = build_compute_metrics(tree)(EvalPrediction(predictions=answers, label_ids=labels[rest]))
             found[title].append([measured[name] for name in shown])
     print("\n| the head | " + " | ".join(shown).replace("_", " ") + " |\n| --- |" + " ---: |" * len(shown))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run
+from scipy.optimize import brentq
 from scipy.special import log_softmax
 from transformers import pipeline
 
@@ -13,11 +14,12 @@ from configuration_hierarchical import HierarchicalConfig, Taxonomy
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from pipeline_hierarchical import MOST_NODES, conformal_answer, conformal_threshold, nonconformity
 from training.calibration import (
+    PRIOR,
+    Calibration,
     apply_temperatures,
     conformal_scores,
     decisions,
     fit,
-    fit_lexical_weight,
     fit_thresholds,
     held_out,
     leaves_under,
@@ -69,17 +71,17 @@ def test_the_order_in_which_a_taxonomy_names_its_nodes_changes_nothing():
 
 def test_the_lexical_weight_is_the_one_that_the_labels_were_drawn_with():
     generator = np.random.default_rng(0)
-    scores, words = (node_log_probs(TREE, generator.normal(scale=2, size=(20_000, TREE.num_leaves))) for _ in range(2))
-    conditional = np.zeros_like(scores)
-    for nodes in decisions(TREE):
-        conditional[:, nodes] = log_softmax((scores[:, nodes] + 0.7 * words[:, nodes]) / 1.5, axis=1)
-    chances = np.exp(np.column_stack([conditional[:, TREE.path(leaf)].sum(1) for leaf in range(TREE.num_leaves)]))
+    logits, words = (generator.normal(scale=2, size=(20_000, TREE.num_leaves)) for _ in range(2))
+    scores = node_log_probs(TREE, logits) + 0.7 * node_log_probs(TREE, words)
+    chances = np.exp(apply_temperatures(TREE, scores, [1.5] * 4))
     labels = np.array([generator.choice(len(row), p=row / row.sum()) for row in chances])
-    assert fit_lexical_weight(TREE, scores, words, labels) == pytest.approx(0.7, rel=0.1)
-    assert fit_lexical_weight(TREE, scores, generator.normal(size=words.shape), labels) < 0.05
-    assert fit_lexical_weight(TREE, scores[:20], words[:20], labels[:20]) == 0
-    sure = node_log_probs(TREE, np.where(np.arange(TREE.num_leaves) == labels[:, None], 0.0, -30.0))
-    assert fit_lexical_weight(TREE, sure, words, labels) == 0  # an encoder that is never wrong leaves nothing to add
+    found = fit(TREE, logits, words, labels)
+    assert found.lexical_weight == pytest.approx(0.7, rel=0.1)
+    assert found.temperatures == pytest.approx([1.5] * 4, rel=0.1)
+    assert fit(TREE, logits, -words, labels).lexical_weight == 0  # words that speak against the label have no say
+    assert fit(TREE, logits, None, labels).lexical_weight == 0
+    logits, labels = drawn(TREE, [1.5] * 4, 20_000)
+    assert fit(TREE, logits, words, labels).lexical_weight < 0.05
 
 
 def test_rows_are_scored_by_a_calibration_that_has_not_seen_their_text():
@@ -96,37 +98,45 @@ def test_rows_are_scored_by_a_calibration_that_has_not_seen_their_text():
     np.testing.assert_allclose(found, everything, atol=1.0)
 
 
-def test_a_decision_with_few_rows_shares_the_temperature_of_all():
+def test_the_prior_weighs_as_much_as_its_formula_says():
+    """By hand: n decisions of two, each right by a margin m, and β ~ N(1, s²): n · m / (1 + exp(β · m)) = (β - 1) / s²."""
+    tree, n, m, s = Taxonomy(["a", "b"]), 40, 1.5, 0.25
+    (temperature,) = fit(tree, np.tile([m, 0.0], (n, 1)), None, np.zeros(n, dtype=int), prior=s).temperatures
+    common = brentq(lambda factor: n * m / (1 + np.exp(factor * m)) - (factor - 1) / s**2, 1, 20)
+    own = brentq(lambda factor: n * m / (1 + np.exp(factor * m)) - (factor - common) / s**2, 1, 20)
+    assert 1 / temperature == pytest.approx(own, rel=1e-3)
+
+
+def test_a_decision_without_rows_takes_the_temperature_of_all():
     logits, labels = drawn(TREE, [2.0] * 4, 1200)
-    under_h = np.flatnonzero(np.isin(labels, leaves_under(TREE)[TREE.id("h")]))
-    labels[under_h[20:]] = -100
+    labels[np.isin(labels, leaves_under(TREE)[TREE.id("h")])] = -100
     found = fitted(TREE, logits, labels)
     assert len(set(found)) == 4
-    labels[under_h] = -100
-    assert fitted(TREE, logits, labels)[-1] != found[-1]  # all rows have a say in it
     assert found[-1] == pytest.approx(2.0, rel=0.2)
 
 
-def test_a_handful_of_rows_calibrates_nothing():
-    logits, labels = drawn(TREE, [2.0] * 4, 10)
-    assert fitted(TREE, logits, labels) == [1.0] * 4
-
-
-def test_rows_that_were_all_decided_rightly_sharpen_nothing():
-    logits, _ = drawn(TREE, [1.0] * 4, 400)
+def test_few_rows_or_rows_that_were_all_decided_rightly_do_little_harm():
+    """Of a model that is calibrated already, on fresh rows: likelihood alone sharpens what it happened to be right about."""
+    logits, labels = drawn(TREE, [1.0] * 4, 6000)
     words = np.random.default_rng(1).normal(size=logits.shape)
-    conditional = node_log_probs(TREE, logits)
-    labels = np.full(len(logits), -1)
-    for i, row in enumerate(conditional):  # the path that the model takes from the top down
-        nodes = TREE.children(-1)
-        while nodes:
-            labels[i] = max(nodes, key=row.__getitem__)
-            nodes = TREE.children(labels[i])
-    found = fit(TREE, logits, words, labels)
-    assert found.temperatures == [1.0] * 4
-    assert found.lexical_weight == 0
-    labels[labels == TREE.id("c")] = TREE.id("d")  # wrong now among the children of b, and in what all share
-    assert [value == 1 for value in fit(TREE, logits, None, labels).temperatures][:2] == [True, False]
+
+    order = np.random.default_rng(2).permutation(len(labels))
+    known, rest = order[:1000], order[1000:]
+
+    def log_loss(calibration: Calibration) -> float:
+        found = calibration.apply(TREE, logits[rest], words[rest])
+        return float(-found[np.arange(len(rest)), labels[rest]].mean())
+
+    def harm(rows: np.ndarray, prior: float) -> float:
+        return log_loss(fit(TREE, logits[rows], words[rows], labels[rows], prior=prior)) - untouched
+
+    untouched = log_loss(Calibration(0.0, [1.0] * 4))
+    right = known[logits[known].argmax(1) == labels[known]]
+    for rows in (known[:10], known[:30], known[:100]):
+        assert harm(rows, PRIOR) < min(0.05, harm(rows, np.inf))
+    for rows in (right[:10], right[:30], right[:100]):
+        assert harm(rows, PRIOR) < harm(rows, np.inf) / 5
+    assert fit(TREE, logits, words, np.full(len(labels), -100)).temperatures == pytest.approx([1.0] * 4, abs=1e-4)
 
 
 def test_the_model_itself_gives_the_calibrated_probabilities():

@@ -2,13 +2,14 @@
 
 Worth knowing:
 
-1. One temperature a decision (Guo et al., 2017), fitted by scipy on the rows that this decision was taken for. Decisions
-   with fewer than 100 such rows share one that is fitted on all decisions together (on OHSUMED a temperature of its own, from
-   62 rows, made the log loss of other rows worse); with fewer than 50 in all it is 1, and the lexical head has no say. The same
-   holds where no row was decided wrongly: the likelihood has no maximum then. Biases of classes
-   beside the temperatures (Alexandari et al., 2020) were tried and left out: on held-out rows, a few hundred, the log loss was
-   the same for OHSUMED, and 0.838 instead of 0.829 for Medical Abstracts, whose shares of classes differ between training and
-   validation; its calibration error was 0.033 instead of 0.047.
+1. One temperature a decision (Guo et al., 2017), fitted by scipy on the rows that this decision was taken for. Few rows, or
+   rows that were all decided rightly, say little about it: the maximum of their likelihood may be any number, or lie at a
+   temperature of 0. So all is fitted with a prior, in the parameters in which the problem is convex: with β = 1 / T, a
+   decision is softmax(β · scores + γ · words). First β and γ of all decisions together, normally distributed about 1 and 0;
+   then each decision's own β, about the common one. One standard deviation, 0.25, serves all three; it was chosen by
+   `benchmarks/calibration.py`. Biases of classes beside the temperatures (Alexandari et al., 2020) were tried and left out:
+   on held-out rows, a few hundred, the log loss was the same for OHSUMED, and 0.838 instead of 0.829 for Medical Abstracts,
+   whose shares of classes differ between training and validation; its calibration error was 0.033 instead of 0.047.
 2. All is computed from leaf logits. A node's log-probability is the logsumexp of its leaves', and a decision's scores are
    log P(child) - log P(parent), up to a constant that its softmax drops. Those of the lexical head, times its weight, are
    added decision by decision. Added to the leaves before all else, its scores reach the upper decisions through the leaves
@@ -19,7 +20,6 @@ Worth knowing:
    these rows: each fifth of them is scored by a calibration on the other four (cross-conformal prediction: Vovk, 2015).
 """
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,9 +31,8 @@ from configuration_hierarchical import Taxonomy
 from pipeline_hierarchical import conformal_answer, conformal_threshold, nonconformity
 from training.metrics import UNLABELLED, labelled_documents, node_paths
 
-FEWEST_ROWS = 50
-FEWEST_OF_A_DECISION = 100  # for a temperature of its own
-RANGE = (0.05, 20.0)  # of temperatures
+PRIOR = 0.25  # the standard deviation of what is fitted
+RANGE = (0.05, 20.0)  # of 1 / temperature
 FOLDS = 5
 
 
@@ -61,23 +60,40 @@ class Calibration:
         return apply_temperatures(taxonomy, scores, self.temperatures)
 
 
-def fit(taxonomy: Taxonomy, logits: np.ndarray, lexical_scores: np.ndarray | None, labels: np.ndarray) -> Calibration:
-    """The weight of the lexical scores first, then the temperatures of the sum.
+def fit(
+    taxonomy: Taxonomy,
+    logits: np.ndarray,
+    lexical_scores: np.ndarray | None,
+    labels: np.ndarray,
+    prior: float = PRIOR,
+) -> Calibration:
+    """The weight of the lexical scores and the temperatures that labels and prior together make most likely.
 
     Args:
         logits, lexical_scores: as for `Calibration.apply`.
         labels: (num_documents,), node ids or -100.
+        prior: standard deviation of the prior; infinite, the likelihood of the labels alone counts.
+
+    Returns:
+        A weight of 0 or more, and a temperature, between 0.05 and 20, for the roots and for the children of each inner node.
 
     Raises:
         InputError: arrays of other shapes, unknown label ids, logits that are not finite.
     """
     labelled_documents(taxonomy, logits, labels)  # raises
-    scores, weight = node_log_probs(taxonomy, logits), 0.0
-    if lexical_scores is not None:
-        words = node_log_probs(taxonomy, lexical_scores)
-        weight = fit_lexical_weight(taxonomy, scores, words, labels)
-        scores = scores + weight * words
-    return Calibration(weight, fit_temperatures(taxonomy, scores, labels))
+    scores = node_log_probs(taxonomy, logits)
+    words = np.zeros_like(scores) if lexical_scores is None else node_log_probs(taxonomy, lexical_scores)
+    taken = decisions_taken(taxonomy, np.stack([scores, words], axis=2), labels)  # (documents, children, 2)
+
+    def surprise(factors: np.ndarray) -> float:
+        scaled = sum(negative_log_likelihood(both @ factors, right) for both, right in taken)
+        return scaled + ((factors - [1.0, 0.0]) ** 2).sum() / (2 * prior**2)
+
+    common, of_words = minimize(surprise, x0=[1.0, 0.0], bounds=[RANGE, (0.0, RANGE[1])], method="L-BFGS-B").x
+    weight = float(of_words / common)
+    return Calibration(
+        weight, [1 / inverse_temperature(both @ [1.0, weight], right, common, prior) for both, right in taken]
+    )
 
 
 def held_out(
@@ -100,29 +116,25 @@ def held_out(
     return found
 
 
-def fit_lexical_weight(taxonomy: Taxonomy, scores: np.ndarray, words: np.ndarray, labels: np.ndarray) -> float:
-    """The λ with the highest likelihood of the labels, over all λ and T, if each decision is softmax((scores + λ · words) / T).
+def inverse_temperature(scores: np.ndarray, right: np.ndarray, common: float = 1.0, prior: float = PRIOR) -> float:
+    """The factor of a decision's scores that its right children and a prior together make most likely.
 
     Args:
-        scores: (num_documents, num_nodes), log-probabilities by the encoder.
-        words: (num_documents, num_nodes), by the lexical classifier.
-        labels: (num_documents,), node ids or -100.
-
-    Returns:
-        λ, between 0 and 20; 0 where fewer than 50 decisions were taken for these documents, or none wrongly by the encoder.
+        scores: (num_documents, num_children).
+        right: (num_documents,), the index of the right child.
+        common: the mean of the prior.
+        prior: its standard deviation.
     """
-    taken = decisions_taken(taxonomy, np.stack([scores, words], axis=2), labels)  # (documents, children, 2)
-    if sum(len(right) for _, right in taken) < FEWEST_ROWS or never_wrong(
-        [(both[..., 0], right) for both, right in taken]
-    ):
-        return 0.0
 
-    def loss(parameters: np.ndarray) -> float:
-        weight, log_temperature = parameters
-        return negative_log_likelihood([(both @ [1.0, weight], right) for both, right in taken], log_temperature)
+    def surprise(factor: float) -> float:
+        return negative_log_likelihood(factor * scores, right) + (factor - common) ** 2 / (2 * prior**2)
 
-    found = minimize(loss, x0=[0.0, 0.0], bounds=[(0.0, 20.0), (-3.0, 3.0)], method="L-BFGS-B")
-    return float(found.x[0])
+    return float(minimize_scalar(surprise, bounds=RANGE, method="bounded", options={"xatol": 1e-5}).x)
+
+
+def negative_log_likelihood(scores: np.ndarray, right: np.ndarray) -> float:
+    """In nats, of the right children (num_documents,), where a decision is the softmax of scores (num_documents, num_children)."""
+    return float(logsumexp(scores, axis=1).sum() - scores[np.arange(len(right)), right].sum()) if len(right) else 0.0
 
 
 def node_log_probs(taxonomy: Taxonomy, logits: np.ndarray) -> np.ndarray:
@@ -165,49 +177,6 @@ def decisions_taken(taxonomy: Taxonomy, scores: np.ndarray, labels: np.ndarray) 
         rows = np.isin(right, nodes) if len(nodes) > 1 else np.zeros(len(labels), dtype=bool)
         taken.append((scores[rows][:, nodes], np.searchsorted(nodes, right[rows])))
     return taken
-
-
-def fit_temperatures(taxonomy: Taxonomy, scores: np.ndarray, labels: np.ndarray) -> list[float]:
-    """The temperature of each decision that gives the labels the highest likelihood.
-
-    Args:
-        scores: (num_documents, num_nodes), which each decision is a softmax of.
-        labels: (num_documents,), node ids or -100.
-
-    Returns:
-        One number for the roots and for the children of each inner node, between 0.05 and 20.
-    """
-    taken = decisions_taken(taxonomy, scores, labels)
-    enough = sum(len(right) for _, right in taken) >= FEWEST_ROWS
-    shared = best_temperature(taken) if enough else 1.0
-    return [
-        best_temperature([(some, right)]) if len(right) >= FEWEST_OF_A_DECISION else shared for some, right in taken
-    ]
-
-
-def never_wrong(taken: list[tuple[np.ndarray, np.ndarray]]) -> bool:
-    """Whether the right child has the highest score in each of decisions' (scores, index of the right child)."""
-    return all((scores.argmax(axis=1) == right).all() for scores, right in taken if len(right))
-
-
-def best_temperature(taken: list[tuple[np.ndarray, np.ndarray]]) -> float:
-    """The temperature with the lowest negative log-likelihood over decisions' (scores, index of the right child).
-
-    1 where none was wrong: the likelihood has no maximum then, and grows as the temperature falls.
-    """
-    if never_wrong(taken):
-        return 1.0
-    bounds = tuple(map(math.log, RANGE))
-    found = minimize_scalar(
-        lambda place: negative_log_likelihood(taken, place), bounds=bounds, method="bounded", options={"xatol": 1e-4}
-    )
-    return math.exp(found.x)
-
-
-def negative_log_likelihood(taken: list[tuple[np.ndarray, np.ndarray]], log_temperature: float) -> float:
-    """In nats, of the right children, over decisions' (scores, index of the right child)."""
-    scaled = [(log_softmax(scores / math.exp(log_temperature), axis=1), right) for scores, right in taken if len(right)]
-    return -sum(scores[np.arange(len(right)), right].sum() for scores, right in scaled)
 
 
 def apply_temperatures(taxonomy: Taxonomy, scores: np.ndarray, temperatures: list[float]) -> np.ndarray:

@@ -587,10 +587,8 @@ def calibration(run: Run) -> str:
     if run.config.temperatures is None:
         return "The probabilities are not calibrated: there were no validation rows." if run.scores else ""
     fitted = (
-        "No temperature was fitted: the validation rows are too few, or all decided rightly."
-        if set(run.config.temperatures) == {1.0}
-        else "Probabilities are calibrated by one temperature a decision, fitted on the validation rows and applied inside the\n"
-        "model. What each part adds:"
+        "Probabilities are calibrated by one temperature a decision, fitted on the validation rows with a prior that holds it\n"
+        "near 1 where they are few, and applied inside the model. What each part adds:"
     )
     rows, weight = [], run.metrics.get("lexical_weight")
     changed = ("accuracy", "macro_f1", "hierarchical_f1") if weight else ()  # temperatures alone change few answers

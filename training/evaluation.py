@@ -129,8 +129,6 @@ def calibrate(
     model.calibrate(fitted.temperatures, thresholds)
     shown = ", ".join(f"{temperature:.2f}" for temperature in fitted.temperatures)
     logger.info("calibrated on the validation rows: temperatures %s; weight of the lexical head %.2f", shown, weight)
-    if set(fitted.temperatures) == {1.0}:
-        logger.info("no temperature was fitted: these rows are too few, or all decided rightly")
     encoder = logits
     logits = {split: fitted.apply(taxonomy, found, scores[split]) for split, found in encoder.items()}
     metrics = {"lexical_weight": weight, **measure(taxonomy, logits, labels, texts)}
