@@ -81,18 +81,19 @@ def fit(
         InputError: arrays of other shapes, unknown label ids, logits that are not finite.
     """
     labelled_documents(taxonomy, logits, labels)  # raises
-    scores = node_log_probs(taxonomy, logits)
-    words = np.zeros_like(scores) if lexical_scores is None else node_log_probs(taxonomy, lexical_scores)
-    taken = decisions_taken(taxonomy, np.stack([scores, words], axis=2), labels)  # (documents, children, 2)
+    experts = [node_log_probs(taxonomy, found) for found in (logits, lexical_scores) if found is not None]
+    taken = decisions_taken(taxonomy, np.stack(experts, axis=2), labels)  # (documents, children, experts)
+    mean, bounds = np.array([1.0, 0.0])[: len(experts)], [RANGE, (0.0, RANGE[1])][: len(experts)]
 
     def surprise(factors: np.ndarray) -> float:
-        scaled = sum(negative_log_likelihood(both @ factors, right) for both, right in taken)
-        return scaled + ((factors - [1.0, 0.0]) ** 2).sum() / (2 * prior**2)
+        likelihood = sum(negative_log_likelihood(both @ factors, right) for both, right in taken)
+        return likelihood + ((factors - mean) ** 2).sum() / (2 * prior**2)
 
-    common, of_words = minimize(surprise, x0=[1.0, 0.0], bounds=[RANGE, (0.0, RANGE[1])], method="L-BFGS-B").x
-    weight = float(of_words / common)
+    factors = minimize(surprise, x0=mean, bounds=bounds, method="L-BFGS-B").x
+    common, weights = float(factors[0]), factors / factors[0]
     return Calibration(
-        weight, [1 / inverse_temperature(both @ [1.0, weight], right, common, prior) for both, right in taken]
+        lexical_weight=float(weights[1]) if len(experts) == 2 else 0.0,
+        temperatures=[1 / inverse_temperature(both @ weights, right, common, prior) for both, right in taken],
     )
 
 
