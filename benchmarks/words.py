@@ -38,7 +38,7 @@ from transformers import AutoModel, AutoTokenizer, EvalPrediction
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from calibration import scores
+from calibration import leaf_scores
 
 from configuration_hierarchical import Taxonomy
 from training.arguments import DataArguments
@@ -100,7 +100,7 @@ def beside_an_encoder(data: Path, runs: Path) -> None:
     tree, unseen = loaded.taxonomy, loaded.splits["test"]
     flat = Taxonomy(tree.labels[: tree.num_leaves])
     model = AutoModel.from_pretrained(runs / "recipe-0", trust_remote_code=True).eval()
-    logits, words = scores(model, runs / "recipe-0", list(unseen["text"]))
+    logits, words = leaf_scores(model, runs / "recipe-0", list(unseen["text"]))
     labels, generator = np.array(unseen["label"]), np.random.default_rng(0)
     forms = {
         "the encoder alone": (tree, None),

@@ -7,9 +7,9 @@ Worth knowing:
    temperature of 0. So all is fitted with a prior, in the parameters in which the problem is convex: with β = 1 / T, a
    decision is softmax(β · scores + γ · words). First β and γ of all decisions together, normally distributed about 1 and 0;
    then each decision's own β, about the common one. One standard deviation, 0.25, serves all three; it was chosen by
-   `benchmarks/calibration.py`. Biases of classes beside the temperatures (Alexandari et al., 2020) were tried and left out:
-   on held-out rows, a few hundred, the log loss was the same for OHSUMED, and 0.838 instead of 0.829 for Medical Abstracts,
-   whose shares of classes differ between training and validation; its calibration error was 0.033 instead of 0.047.
+   `benchmarks/calibration.py`. Biases of classes beside the temperatures (Alexandari et al., 2020), with the same prior, were
+   tried and left out: on other rows the log loss of OHSUMED hardly changed, that of Medical Abstracts, whose shares of
+   classes differ between training and validation, rose, and hierarchical F1 fell on both.
 2. All is computed from leaf logits. A node's log-probability is the logsumexp of its leaves', and a decision's scores are
    log P(child) - log P(parent), up to a constant that its softmax drops. Those of the lexical head, times its weight, are
    added decision by decision. Added to the leaves before all else, its scores reach the upper decisions through the leaves
@@ -86,14 +86,14 @@ def fit(
     mean, bounds = np.array([1.0, 0.0])[: len(experts)], [RANGE, (0.0, RANGE[1])][: len(experts)]
 
     def surprise(factors: np.ndarray) -> float:
-        likelihood = sum(negative_log_likelihood(both @ factors, right) for both, right in taken)
-        return likelihood + ((factors - mean) ** 2).sum() / (2 * prior**2)
+        loss = sum(negative_log_likelihood(scores @ factors, right) for scores, right in taken)
+        return loss + ((factors - mean) ** 2).sum() / (2 * prior**2)
 
     factors = minimize(surprise, x0=mean, bounds=bounds, method="L-BFGS-B").x
     common, weights = float(factors[0]), factors / factors[0]
     return Calibration(
         lexical_weight=float(weights[1]) if len(experts) == 2 else 0.0,
-        temperatures=[1 / inverse_temperature(both @ weights, right, common, prior) for both, right in taken],
+        temperatures=[1 / inverse_temperature(scores @ weights, right, prior, common) for scores, right in taken],
     )
 
 
@@ -117,14 +117,14 @@ def held_out(
     return found
 
 
-def inverse_temperature(scores: np.ndarray, right: np.ndarray, common: float = 1.0, prior: float = PRIOR) -> float:
+def inverse_temperature(scores: np.ndarray, right: np.ndarray, prior: float, common: float = 1.0) -> float:
     """The factor of a decision's scores that its right children and a prior together make most likely.
 
     Args:
         scores: (num_documents, num_children).
         right: (num_documents,), the index of the right child.
-        common: the mean of the prior.
-        prior: its standard deviation.
+        prior: the standard deviation of the prior; infinite, there is none.
+        common: its mean.
     """
 
     def surprise(factor: float) -> float:
