@@ -249,23 +249,23 @@ def plain_ece(documents: list[tuple[float, bool]]) -> float:
     return error
 
 
-def test_ece_of_a_level_is_that_of_the_predicted_paths_node():
+def test_ece_of_a_level_is_that_of_the_tree_cut_below_it():
     logits, labels = random_case(TREE, 500)
     scores = build_compute_metrics(TREE)(EvalPrediction(logits, labels))
     for level in range(1, TREE.depth + 1):
         documents = []
         for row, label in zip(logits, labels.tolist(), strict=True):
-            if label >= 0 and len(TREE.path(label)) >= level:
+            if label >= 0 and (label < TREE.num_leaves or len(TREE.path(label)) >= level):
                 probabilities = softmax(row)
                 answer = TREE.path(probabilities.index(max(probabilities)))[:level][-1]
                 under = [leaf for leaf in range(TREE.num_leaves) if answer in TREE.path(leaf)]
-                documents.append((sum(probabilities[i] for i in under), TREE.path(label)[level - 1] == answer))
+                documents.append((sum(probabilities[i] for i in under), TREE.path(label)[:level][-1] == answer))
         assert scores[f"level_{level}_ece"] == pytest.approx(plain_ece(documents)), level
 
 
 def test_the_calibration_error_by_chance_is_that_of_labels_drawn_from_the_probabilities():
     generator = np.random.default_rng(5)
-    logits = generator.normal(0, 2, size=(700, TREE.num_leaves))
+    logits = generator.normal([1, -1, 0, 0, 2], 2, size=(700, TREE.num_leaves))  # leaves at three levels, unalike
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     score = build_compute_metrics(TREE)
     drawn = []

@@ -47,7 +47,9 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
       ``level_k_macro_f1``, over the nodes of the level that occur in a true or predicted path, where a leaf above
       the level is "no node at this level", a class that is not averaged, and a document labelled with an inner node
       above the level takes no part: its node there is not known; and ``level_k_ece`` and ``level_k_ece_by_chance``, as
-      above but of the probability of the predicted path's node there, over the documents of ``level_k_accuracy``.
+      above but of the tree cut below the level, where a leaf above the level stands for itself, over the documents of
+      ``level_k_macro_f1``. Those of ``level_k_accuracy`` would be a choice by label, among which right probabilities
+      look wrong.
 
     Raises:
         InputError: `evaluate` cannot write its copy of the module. The function it returns raises it for arrays of other
@@ -78,9 +80,12 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
         for level in range(taxonomy.depth):
             reached = paths[labels, level] >= 0
             if reached.any():
-                nodes = np.where(paths[answers, level] >= 0, paths[answers, level], answers)[reached]
-                probability = np.exp(_log_probability(logits[reached], nodes, leaves_under))
-                bins = _bin(probability, nodes == paths[labels[reached], level], bins=15)
+                known = reached | is_leaf
+                true, nodes = (
+                    np.where(paths[ids, level] >= 0, paths[ids, level], ids) for ids in (labels[known], answers[known])
+                )
+                probability = np.exp(_log_probability(logits[known], nodes, leaves_under))
+                bins = _bin(probability, nodes == true, bins=15)
                 metrics[f"level_{level + 1}_ece"] = expected_calibration_error(bins)
                 metrics[f"level_{level + 1}_ece_by_chance"] = calibration_error_by_chance(probability)
         return metrics
