@@ -7,6 +7,8 @@ The file holds the columns ``text`` (or ``medical_abstract``) and ``label`` (or 
   split was drawn from these rows, a share p = 0.2 of them. Of a document's two rows both are in the split with probability
   p², at least one with 1 - (1 - p)², so a split that shows a share s of its texts under two labels holds s · (2 - p) / p of
   texts that have a second label somewhere; for those, one answer of two is counted right at best half of the time.
+- Where: in how many of the texts seen under several labels a class is one of them; and, where ``--predictions`` names the
+  ``test_predictions.csv`` of one or several runs, in how many of their errors it is the label or the answer.
 """
 
 import argparse
@@ -18,12 +20,18 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def shares(sets: pd.Series) -> dict[str, float]:
+    """In how many of the sets each class is, the most frequent first."""
+    return {str(name): float(count / len(sets)) for name, count in sets.explode().value_counts().items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--file", type=Path, nargs="+", required=True, help="one split, in one or several files")
     parser.add_argument(
         "--share", type=float, default=0.2, help="p, the rows of the corpus that the split was drawn as"
     )
+    parser.add_argument("--predictions", type=Path, nargs="+", default=[])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "ceiling.json")
     arguments = parser.parse_args()
     rows = pd.concat([pd.read_csv(file, dtype=str) for file in arguments.file])
@@ -31,7 +39,8 @@ def main() -> None:
     label = "label" if "label" in rows else "condition_label"
     texts = rows[text].str.split().str.join(" ").str.lower()
     seen = rows.groupby([texts, label]).size().groupby(level=0).max().sum() / len(rows)
-    several = float((rows.groupby(texts)[label].nunique() > 1).mean())
+    labels_of = rows.groupby(texts)[label].agg(set)
+    several = float((labels_of.map(len) > 1).mean())
     second = min(1.0, several * (2 - arguments.share) / arguments.share)
     found = {
         "rows": len(rows),
@@ -40,14 +49,19 @@ def main() -> None:
         "ceiling_seen": float(seen),
         "estimated_texts_with_a_second_label": second,
         "ceiling_estimated": 1 - second / 2,
+        "of_the_texts_under_several_labels": shares(labels_of[labels_of.map(len) > 1]),
     }
+    if arguments.predictions:
+        answered = pd.concat([pd.read_csv(file) for file in arguments.predictions])
+        wrong = answered[answered["label"] != answered["prediction"]]
+        pairs = pd.Series([{*pair} for pair in zip(wrong["label"], wrong["prediction"], strict=True)])
+        found["of_the_errors"] = shares(pairs)
     arguments.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     for name, value in found.items():
-        print(
-            f"{name.replace('_', ' ')}: {value:,}"
-            if isinstance(value, int)
-            else f"{name.replace('_', ' ')}: {value:.1%}"
-        )
+        classes = value.items() if isinstance(value, dict) else [("", value)]
+        for label, number in classes:
+            shown = f"{number:,}" if isinstance(number, int) else f"{number:.1%}"
+            print(f"{name.replace('_', ' ')}{f', with {label}' if label else ''}: {shown}")
 
 
 if __name__ == "__main__":
