@@ -70,7 +70,16 @@ def test_the_head_is_scikit_learns_logistic_regression_over_weighted_tf_idf(leav
     scores = ours(**padded(unseen["input_ids"]))
     np.testing.assert_allclose(scores[:, :leaves].softmax(1).numpy(), expected, atol=2e-3)
     np.testing.assert_allclose(classifier.scores(lexical.token_counts(unseen, VOCABULARY)), scores.numpy(), atol=1e-4)
-    assert (classifier.bias[leaves:] == classifier.bias.min()).all()  # of leaves that no row has
+
+
+@pytest.mark.parametrize("unseen", [1, 300])
+def test_leaves_that_no_row_has_are_as_likely_as_one_row_more(unseen):
+    tree = Taxonomy(["a", {"b": ["c", "d", *(f"never {i}" for i in range(unseen))]}])
+    train = rows(300, leaves=3)
+    counts = lexical.token_counts(train, VOCABULARY)
+    found = lexical.LexicalClassifier(tree, counts, np.array(train["labels"]))
+    odds = np.exp(found.scores(counts))
+    assert (odds[:, 3:].sum(1) / odds[:, :3].sum(1)).mean() == pytest.approx(1 / 301)
 
 
 def test_a_token_counts_by_how_unlike_the_classes_use_it():

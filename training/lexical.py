@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from scipy.sparse import csr_matrix
+from scipy.special import logsumexp
 from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
@@ -49,7 +50,8 @@ class LexicalClassifier:
     Attributes:
         idf: (V,), the inverse document frequency times the spread of log odds; 0 for tokens of fewer than two training documents.
         weight: (num_leaves, V).
-        bias: (num_leaves,). A leaf without training documents has weights of 0 and the lowest bias.
+        bias: (num_leaves,). Leaves without training documents have weights of 0, and all of them together the share that one
+            document more would have, on average over the training documents.
     """
 
     def __init__(self, taxonomy: Taxonomy, counts: csr_matrix, labels: np.ndarray):
@@ -70,8 +72,14 @@ class LexicalClassifier:
         coefficients = np.vstack([-model.coef_, model.coef_]) / 2 if two else model.coef_
         intercepts = np.concatenate([-model.intercept_, model.intercept_]) / 2 if two else model.intercept_
         self.weight[model.classes_] = coefficients
-        self.bias = np.full(taxonomy.num_leaves, intercepts.min())
+        self.bias = np.zeros(taxonomy.num_leaves)
         self.bias[model.classes_] = intercepts
+        if len(unseen := np.setdiff1d(np.arange(taxonomy.num_leaves), model.classes_)):
+            total = logsumexp(
+                self.scores(counts)[:, model.classes_], axis=1
+            )  # a leaf of bias b has the share exp(b - total)
+            share = 1 / ((len(labels) + 1) * len(unseen))
+            self.bias[unseen] = np.log(share * len(labels)) - logsumexp(-total)
 
     def documents(self, counts: csr_matrix) -> csr_matrix:
         """TF-IDF vectors of length 1: (num_rows, V)."""
