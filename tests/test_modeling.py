@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from torch import nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, BitsAndBytesConfig
 
 from configuration_hierarchical import HierarchicalConfig, Taxonomy
 from modeling_hierarchical import (
@@ -204,6 +204,37 @@ def test_heads_stay_in_float32_and_logits_too(tmp_path):
     assert output.logits.dtype == torch.float32
     torch.testing.assert_close(output.logits.exp().sum(1), torch.ones(3))
     assert model.to(torch.bfloat16)(**batch()).logits.isfinite().all()
+
+
+def test_temperatures_are_what_they_were_fitted_as_in_whatever_a_model_is_loaded(tmp_path):
+    model = small_model(temperatures=[1.1392, 2.9646, 0.7, 1.0])
+    model.save_pretrained(tmp_path)
+    loaded = HierarchicalForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    torch.testing.assert_close(loaded.heads.temperature, model.heads.temperature, rtol=0, atol=0)
+
+
+def test_weights_that_bitsandbytes_repacked_are_not_saved(tmp_path):
+    width = {"hidden_size": 64, "intermediate_size": 128}  # whole blocks of 64
+    config = HierarchicalConfig(text_config={"model_type": "bert", **SMALL, **width}, taxonomy=UNEVEN)
+    HierarchicalForSequenceClassification(config).save_pretrained(tmp_path / "plain")
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    model = HierarchicalForSequenceClassification.from_pretrained(tmp_path / "plain", quantization_config=four_bits)
+    inputs = batch()
+    model.save_pretrained(tmp_path / "before")
+    with torch.inference_mode():
+        expected = model(**inputs).logits
+    states = [getattr(weight, "quant_state", None) for weight in model.parameters()]
+    repacked = any(getattr(state, "packing_format_for_cpu", False) for state in states)
+    if repacked:  # on a CPU with AVX-512 BF16
+        with pytest.raises(ValueError, match="was repacked by bitsandbytes"):
+            model.save_pretrained(tmp_path / "after")
+        assert not (tmp_path / "after").exists()
+    else:
+        model.save_pretrained(tmp_path / "after")
+    for folder in ("before", "after")[: 1 if repacked else 2]:
+        loaded = HierarchicalForSequenceClassification.from_pretrained(tmp_path / folder)
+        with torch.inference_mode():
+            torch.testing.assert_close(loaded(**inputs).logits, expected, atol=0.01, rtol=0)
 
 
 def test_a_model_built_without_memory_fills_its_indices_when_it_is_loaded(tmp_path):

@@ -163,7 +163,8 @@ class HierarchicalHeads(nn.Module):
         self.register_buffer("group", torch.empty(tree.num_nodes, dtype=torch.long), persistent=False)
         self.register_buffer("ancestors", torch.empty(tree.num_nodes, tree.depth, dtype=torch.long), persistent=False)
         self.register_buffer("below", torch.empty(tree.num_nodes, dtype=torch.long), persistent=False)
-        self.register_buffer("temperature", torch.empty(tree.num_nodes), persistent=False)
+        temperature = torch.empty(tree.num_nodes, dtype=torch.float32)  # whatever the model is loaded in
+        self.register_buffer("temperature", temperature, persistent=False)
         self.lexical = None
         if config.lexical_vocab_size is not None:
             self.lexical = LexicalHead(config.lexical_vocab_size, tree.num_leaves)
@@ -175,7 +176,8 @@ class HierarchicalHeads(nn.Module):
         self.ancestors.copy_(ancestors)
         nodes = torch.arange(self.num_nodes)  # the group of a node's children; of a leaf, one beyond the last
         self.below.copy_(torch.where(nodes < self.num_leaves, self.num_groups, nodes - self.num_leaves + 1))
-        self.temperature.copy_(torch.tensor(self.temperatures or [1.0] * self.num_groups)[group])
+        temperatures = torch.tensor(self.temperatures or [1.0] * self.num_groups, dtype=torch.float32)
+        self.temperature.copy_(temperatures[group])
 
     def forward(self, pooled: Tensor, input_ids: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
         """Log-probabilities (B, num_nodes) of vectors (B, hidden_size), and for the lexical head tokens and mask (B, T)."""
@@ -407,7 +409,9 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             weights: ``idf`` (V,), ``weight`` (num_leaves, V) and ``bias`` (num_leaves,) of a `LexicalHead`.
             lexical_weight: as in `HierarchicalConfig`.
         """
-        self.heads.lexical = self.heads.lexical_weight = self.config.lexical_vocab_size = self.config.lexical_weight = None
+        self.heads.lexical = self.heads.lexical_weight = self.config.lexical_vocab_size = self.config.lexical_weight = (
+            None
+        )
         if weights is not None:
             lexical = LexicalHead(len(weights["idf"]), self.heads.num_leaves)
             lexical.load_state_dict(weights)
@@ -472,6 +476,12 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         if os.path.isfile(save_directory):
             raise ValueError(f"{save_directory} is a file; a checkpoint needs a folder")
         if not self.has_adapter:
+            for name, weight in self.named_parameters():
+                if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+                    raise ValueError(
+                        f"{name} was repacked by bitsandbytes when the model first ran on this CPU, and would be saved "
+                        "so: save the model before, or load it again"
+                    )
             self.config.adapter_subfolder = None
             self.config.auto_map, self.config.custom_pipelines = AUTO_MAP, CUSTOM_PIPELINES
             self.config.text_config.name_or_path = ""  # where it lay on this machine
