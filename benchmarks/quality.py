@@ -28,6 +28,7 @@ import argparse
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -263,6 +264,8 @@ def train(
 ) -> tuple[tuple[np.ndarray, np.ndarray], dict[str, float]]:
     """Leaf ids and answers of the test rows by ``train.py``, and what it measured itself."""
     folder = arguments.runs / f"{task.name}-{model}-{task.seed}"
+    if arguments.fresh:  # a finished run would go on from its end
+        shutil.rmtree(folder, ignore_errors=True)
     words = [str(ROOT / "recipes" / f"{task.name}.yaml"), "--model_name_or_path", arguments.encoder]
     words += [*task.flags(arguments.runs, flat=model.startswith("flat")), *TRAINED[model]]
     words += ["--seed", str(task.seed), "--output_dir", str(folder), "--resume_from_checkpoint", "auto"]
@@ -273,6 +276,8 @@ def train(
     labels, answers = (np.array([task.tree.id(row[name]) for row in rows]) for name in ("label", "prediction"))
     commit = metrics["environment"]["commit"]
     own = {name.removeprefix("test_"): metrics[name] for name in OWN if name in metrics}
+    if model.startswith("flat"):  # whose level 1 is the leaves
+        own = {name: value for name, value in own.items() if "level_1" not in name}
     return (labels, answers), {**own, "commit": commit}
 
 
