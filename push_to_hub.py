@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
             files[ONNX_FILE] = Path(scratch) / ONNX_FILE
         files.pop("README.md")
         text = (folder / "README.md").read_text(encoding="utf-8")
-        readme = card.rename(text, target.repo_id, merged=arguments.merge)
+        readme = card.rename(card.pin(text, None), target.repo_id, merged=arguments.merge)
         if arguments.dry_run:
             report(target, {**files, "README.md": readme.encode()})
             if space is not None:

@@ -272,6 +272,7 @@ def test_a_pinned_card_names_the_commit_wherever_it_loads_something(written):
 def test_another_pin_takes_the_place_of_the_first_and_one_by_hand_stays(written):
     text, other = written(model_id="me/model"), "f" * 40
     assert card.pin(card.pin(text, other), COMMIT) == card.pin(text, COMMIT)
+    assert card.pin(card.pin(text, other), None) == text == card.pin(text, None)
     assert card.pin(text.replace("\n", "\r\n"), COMMIT) == card.pin(text, COMMIT).replace("\n", "\r\n")
     by_hand = text.replace("trust_remote_code=True", 'trust_remote_code=True, revision="v1"')
     assert card.pin(by_hand, COMMIT) == by_hand

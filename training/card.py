@@ -167,8 +167,8 @@ def rename(text: str, model_id: str, merged: bool = False) -> str:
     return head + USE.sub(change, body, count=1)
 
 
-def pin(text: str, commit: str) -> str:
-    """A card whose snippets name a commit, of the weights as of the code. All else stays as it is.
+def pin(text: str, commit: str | None) -> str:
+    """A card whose snippets name a commit, of the weights as of the code, or with None no commit. All else stays as it is.
 
     Args:
         text: of a card. One that `write` did not write, or whose comments around the snippets are gone, stays as it is.
@@ -181,6 +181,8 @@ def pin(text: str, commit: str) -> str:
         code = code.replace("revision=commit, code_revision=commit, ", "")
         if "revision=" in code:  # by hand
             return found[0]
+        if commit is None:
+            return code
         code = code.replace("trust_remote_code=True", "revision=commit, code_revision=commit, trust_remote_code=True")
         return re.sub(r"(?m)\A(?:(?:```python|from |import ).*\n)+", rf'\g<0>{end}commit = "{commit}"{end}', code)
 
