@@ -205,6 +205,8 @@ def test_nonconformity_is_the_smallest_threshold_whose_answer_holds_the_leaf(tre
             assert before <= set(held)
             before = set(held)
         assert len(before) == tree.num_leaves
+        for node in range(tree.num_leaves, tree.num_nodes):
+            assert nonconformity(tree, nodes, node) == max(scores[leaf] for leaf in under[node])
 
 
 def test_answers_are_as_deep_as_the_model_is_sure():
@@ -230,7 +232,7 @@ def test_thresholds_are_the_ranks_of_split_conformal_prediction():
     assert conformal_threshold(thresholds, 0.501) == scores[5]
     assert conformal_threshold(thresholds, 0.901) is None
     assert conformal_threshold(thresholds, 0.9999) is None
-    assert fit_thresholds(TREE, logits, np.full(9, TREE.id("b"))) is None
+    assert fit_thresholds(TREE, logits, np.full(9, -100)) is None
     HierarchicalConfig(taxonomy=TREE, conformal_thresholds=thresholds)
 
 
@@ -244,6 +246,16 @@ def test_answers_hold_the_label_as_often_as_asked(coverage):
         thresholds = fit_thresholds(MANY, logits[one], labels[one])
         held.append(conformal_scores(MANY, logits[other], labels[other], thresholds, coverage)["coverage"])
     assert np.mean(held) == pytest.approx(coverage, abs=0.02)
+
+
+def test_answers_hold_the_leaf_as_often_as_asked_where_some_labels_say_the_parent_alone():
+    logits, labels = drawn(TREE, [1.0] * 4, 4000)
+    known, generator = labels.copy(), np.random.default_rng(2)
+    inside = np.isin(labels, leaves_under(TREE)[TREE.id("b")])
+    known[inside & (generator.random(len(labels)) < 0.8)] = TREE.id("b")
+    thresholds = fit_thresholds(TREE, logits[:2000], known[:2000])
+    for truth in (labels, known):
+        assert conformal_scores(TREE, logits[2000:], truth[2000:], thresholds, 0.8)["coverage"] > 0.78
 
 
 def test_a_trained_checkpoint_answers_with_a_coverage(tiny_encoder, tmp_path):

@@ -18,6 +18,8 @@ Worth knowing:
    al., 2005): the k-th smallest of n scores, k = ⌈(n + 1) · coverage⌉, holds a new document's score with at least that
    probability, if it comes from where the validation rows come from. That takes scores of a model that was not fitted to
    these rows: each fifth of them is scored by a calibration on the other four (cross-conformal prediction: Vovk, 2015).
+   A row labelled with an inner node counts as held where every leaf below is: leaving such rows out would choose rows by their
+   label, and the answers of others would hold less than was asked.
 """
 
 from dataclasses import dataclass
@@ -197,10 +199,10 @@ def fit_thresholds(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -
 
     Args:
         logits: (num_documents, num_leaves), of the calibrated model.
-        labels: (num_documents,), node ids or -100; only documents labelled with a leaf take part.
+        labels: (num_documents,), node ids or -100.
 
     Returns:
-        None where no document is labelled with a leaf. None in place of a threshold that so few documents cannot give.
+        None where no document is labelled. None in place of a threshold that so few documents cannot give.
     """
     scores = nonconformity_scores(taxonomy, logits, labels)
     if not len(scores):
@@ -210,34 +212,32 @@ def fit_thresholds(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -
 
 
 def nonconformity_scores(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The scores of the documents labelled with a leaf, in ascending order."""
+    """The scores of the labelled documents, in ascending order."""
     logits, labels = labelled_documents(taxonomy, logits, labels)
-    is_leaf = labels < taxonomy.num_leaves
-    probabilities = np.exp(node_log_probs(taxonomy, logits[is_leaf])).tolist()
-    return np.sort(
-        [nonconformity(taxonomy, nodes, label) for nodes, label in zip(probabilities, labels[is_leaf], strict=True)]
-    )
+    probabilities = np.exp(node_log_probs(taxonomy, logits)).tolist()
+    return np.sort([nonconformity(taxonomy, *found) for found in zip(probabilities, labels.tolist(), strict=True)])
 
 
 def conformal_scores(
     taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray, thresholds: list[float | None], coverage: float
 ) -> dict[str, float]:
-    """How answers for a coverage fare on documents labelled with a leaf.
+    """How answers for a coverage fare on labelled documents.
 
     Returns:
-        ``coverage``, the share whose answer holds the label; ``leaves`` and ``nodes``, the mean numbers of them in an
+        ``coverage``, the share whose answer holds the label, of an inner node every leaf below it; ``leaves`` and ``nodes``, the mean numbers of them in an
         answer; ``single_leaf``, the share of answers that are one leaf. Empty without such documents.
     """
     logits, labels = labelled_documents(taxonomy, logits, labels)
-    is_leaf = labels < taxonomy.num_leaves
-    if not is_leaf.any():
+    if not len(labels):
         return {}
     threshold, under = conformal_threshold(thresholds, coverage), leaves_under(taxonomy)
-    probabilities = np.exp(node_log_probs(taxonomy, logits[is_leaf])).tolist()
+    probabilities = np.exp(node_log_probs(taxonomy, logits)).tolist()
     answers = [conformal_answer(taxonomy, nodes, threshold) for nodes in probabilities]
     held = [{leaf for node in answer for leaf in under[node]} for answer in answers]
     return {
-        "coverage": float(np.mean([label in leaves for label, leaves in zip(labels[is_leaf], held, strict=True)])),
+        "coverage": float(
+            np.mean([leaves.issuperset(under[label]) for label, leaves in zip(labels, held, strict=True)])
+        ),
         "leaves": float(np.mean([len(leaves) for leaves in held])),
         "nodes": float(np.mean([len(answer) for answer in answers])),
         "single_leaf": float(np.mean([len(leaves) == 1 for leaves in held])),

@@ -361,15 +361,17 @@ def conformal_answer(tree: Taxonomy, probabilities: list[float], threshold: floa
     return sorted(held, key=lambda node: -probabilities[node])
 
 
-def nonconformity(tree: Taxonomy, probabilities: list[float], leaf: int) -> float:
-    """The smallest threshold at which `conformal_answer` holds a leaf.
+def nonconformity(tree: Taxonomy, probabilities: list[float], node: int) -> float:
+    """The smallest threshold at which `conformal_answer` holds a leaf, or every leaf below an inner node.
 
     Args:
         probabilities: of all nodes, by id.
     """
-    path = set(tree.path(leaf))
+    leaves = [node] if node < tree.num_leaves else range(tree.num_leaves)
+    paths = [path for path in map(tree.path, leaves) if node in path]
+    cuts = {frozenset(path[min(i, len(path) - 1)] for path in paths) for i in range(tree.depth)}  # what holds them all
     order = sorted(range(tree.num_leaves), key=lambda leaf: -probabilities[leaf])
-    added, _ = next((added, held) for added, held in growing_answers(tree, order) if not path.isdisjoint(held))
+    added, _ = next((added, held) for added, held in growing_answers(tree, order) if any(cut <= held for cut in cuts))
     return 0.0 if added == order[0] else 1 - probabilities[added]
 
 
