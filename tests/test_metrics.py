@@ -249,18 +249,43 @@ def plain_ece(documents: list[tuple[float, bool]]) -> float:
     return error
 
 
-def test_ece_of_a_level_is_that_of_the_tree_cut_below_it():
+def cut_documents(logits: np.ndarray, labels: list[int], level: int, inner: set[int]) -> list[tuple[float, bool]]:
+    """Confidence and whether it is right, of the labelled documents, in the tree cut below a level and below inner nodes."""
+
+    def cut(node: int) -> int:
+        path = TREE.path(node)[:level]
+        return next((above for above in path if above in inner), path[-1])
+
+    documents = []
+    for row, label in zip(logits, labels, strict=True):
+        if label >= 0:
+            probabilities = softmax(row)
+            answer = cut(probabilities.index(max(probabilities)))
+            under = [leaf for leaf in range(TREE.num_leaves) if answer in TREE.path(leaf)]
+            documents.append((sum(probabilities[i] for i in under), cut(label) == answer))
+    return documents
+
+
+@pytest.mark.parametrize("inner", [set(), {D}, {B, D, G}])
+def test_ece_of_a_level_is_that_of_the_tree_cut_below_it_and_below_labels_that_are_inner_nodes(inner):
     logits, labels = random_case(TREE, 500)
+    labels[(labels >= TREE.num_leaves) & ~np.isin(labels, [*inner])] = -100
     scores = build_compute_metrics(TREE)(EvalPrediction(logits, labels))
     for level in range(1, TREE.depth + 1):
-        documents = []
-        for row, label in zip(logits, labels.tolist(), strict=True):
-            if label >= 0 and (label < TREE.num_leaves or len(TREE.path(label)) >= level):
-                probabilities = softmax(row)
-                answer = TREE.path(probabilities.index(max(probabilities)))[:level][-1]
-                under = [leaf for leaf in range(TREE.num_leaves) if answer in TREE.path(leaf)]
-                documents.append((sum(probabilities[i] for i in under), TREE.path(label)[:level][-1] == answer))
-        assert scores[f"level_{level}_ece"] == pytest.approx(plain_ece(documents)), level
+        expected = plain_ece(cut_documents(logits, labels.tolist(), level, inner))
+        assert scores[f"level_{level}_ece"] == pytest.approx(expected), level
+    assert scores["ece"] == pytest.approx(expected)
+
+
+def test_right_probabilities_look_right_where_some_labels_say_the_parent_alone():
+    generator = np.random.default_rng(5)
+    logits = generator.normal([1, -1, 0, 0, 2], 2, size=(20_000, TREE.num_leaves))
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    labels = (probabilities.cumsum(axis=1) < generator.random((20_000, 1))).sum(axis=1)
+    labels[np.isin(labels, [C, E, F]) & (generator.random(20_000) < 0.8)] = B
+    scores = build_compute_metrics(TREE)(EvalPrediction(logits, labels))
+    for name in ("ece", "level_1_ece", "level_2_ece", "level_3_ece"):
+        assert scores[name] < 2 * scores[f"{name}_by_chance"], name
 
 
 def test_the_calibration_error_by_chance_is_that_of_labels_drawn_from_the_probabilities():
@@ -279,9 +304,10 @@ def test_the_calibration_error_by_chance_is_that_of_labels_drawn_from_the_probab
 
 def test_ece_against_plain_python():
     logits, labels = random_case(TREE, 500)
+    labels[labels >= TREE.num_leaves] = -100
     documents = []
     for row, label in zip(logits, labels.tolist(), strict=True):
-        if 0 <= label < TREE.num_leaves:
+        if label >= 0:
             probabilities = softmax(row)
             documents.append((max(probabilities), probabilities.index(max(probabilities)) == label))
     expected = plain_ece(documents)

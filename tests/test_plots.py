@@ -94,7 +94,8 @@ def test_no_curve_no_file(tmp_path, log):
 def test_nothing_to_draw_no_file(tmp_path):
     logits, labels = random_case(TREE, 4)
     assert confusion_matrices(TREE, logits, np.full_like(labels, -100), tmp_path / "plots") == []
-    assert reliability_diagram(logits, np.full_like(labels, B), tmp_path / "plots") == []
+    assert reliability_diagram(logits, np.full_like(labels, -100), tmp_path / "plots") == []
+    assert reliability_diagram(logits, np.array([A, A, A, B]), tmp_path / "plots") == []
     assert not (tmp_path / "plots").exists()
 
 
@@ -191,7 +192,7 @@ def test_long_class_names_are_shortened_and_whole_under_the_pointer(tmp_path):
 
 def test_reliability_diagram_holds_the_bins_and_the_error(tmp_path):
     logits, labels = random_case(TREE, 300)
-    labels[:50] = B
+    labels[:50] = -100
     written = reliability_diagram(logits, labels, tmp_path)
     assert {path.name for path in written} == names_of(tmp_path)
     assert min(picture_size(tmp_path / "reliability_diagram.png")) > 600

@@ -37,8 +37,11 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
     distribution over leaves, and ``label_ids`` of shape (num_documents,), node ids or -100. It returns
 
     - over documents labelled with a leaf, as scikit-learn defines them: ``accuracy``; ``macro_f1`` and ``weighted_f1``
-      over the leaves that occur as label or answer; ``ece``, see `expected_calibration_error`; and ``ece_by_chance``, what
-      it would be were the probabilities right, see `calibration_error_by_chance`;
+      over the leaves that occur as label or answer;
+    - ``ece``, see `expected_calibration_error`, and ``ece_by_chance``, what it would be were the probabilities right, see
+      `calibration_error_by_chance`: over all labelled documents, of the tree cut below the inner nodes that occur as a label.
+      Were the documents with such a label left out, this would be a choice by label, among which right probabilities look
+      wrong;
     - over all labelled documents: ``hierarchical_precision``, ``hierarchical_recall`` and ``hierarchical_f1``
       (Kiritchenko, Matwin and Famili 2005), and ``log_loss``, the mean of -log P(label) in nats, where an inner node's
       probability is the sum of its leaves';
@@ -47,9 +50,7 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
       ``level_k_macro_f1``, over the nodes of the level that occur in a true or predicted path, where a leaf above
       the level is "no node at this level", a class that is not averaged, and a document labelled with an inner node
       above the level takes no part: its node there is not known; and ``level_k_ece`` and ``level_k_ece_by_chance``, as
-      above but of the tree cut below the level, where a leaf above the level stands for itself, over the documents of
-      ``level_k_macro_f1``. Those of ``level_k_accuracy`` would be a choice by label, among which right probabilities
-      look wrong.
+      above but of the tree cut below the level, too, where a leaf above the level stands for itself.
 
     Raises:
         InputError: `evaluate` cannot write its copy of the module. The function it returns raises it for arrays of other
@@ -61,33 +62,31 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
     for leaf in range(taxonomy.num_leaves):
         leaves_under[taxonomy.path(leaf), leaf] = True
 
+    def calibration_errors(prefix: str, true: np.ndarray, nodes: np.ndarray, logits: np.ndarray) -> dict[str, float]:
+        probability = np.exp(_log_probability(logits, nodes, leaves_under))
+        error = expected_calibration_error(_bin(probability, nodes == true, bins=15))
+        return {f"{prefix}ece": error, f"{prefix}ece_by_chance": calibration_error_by_chance(probability)}
+
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         logits, labels = labelled_documents(taxonomy, prediction.predictions, prediction.label_ids)
         if not labels.size:
             raise InputError("no document to be scored has a label; give a file with labels")
-        answers, confidence = predicted_leaves(logits)
+        answers, _ = predicted_leaves(logits)
         is_leaf = labels < taxonomy.num_leaves
         metrics: dict[str, float] = {}
         if is_leaf.any():
             metrics |= _flat_scores(labels[is_leaf], answers[is_leaf])
         metrics |= hierarchical_f1.compute(predictions=answers, references=labels, parents=taxonomy.parents)
         metrics["log_loss"] = float(-_log_probability(logits, labels, leaves_under).mean())
-        if is_leaf.any():
-            bins = _bin(confidence[is_leaf], answers[is_leaf] == labels[is_leaf], bins=15)
-            metrics["ece"] = expected_calibration_error(bins)
-            metrics["ece_by_chance"] = calibration_error_by_chance(confidence[is_leaf])
         metrics |= _level_scores(paths[labels], paths[answers], is_leaf)
+        cut = _cut_below(taxonomy, np.unique(labels[~is_leaf]))
+        if is_leaf.any():
+            metrics |= calibration_errors("", cut[labels], cut[answers], logits)
         for level in range(taxonomy.depth):
             reached = paths[labels, level] >= 0
             if reached.any():
-                known = reached | is_leaf
-                true, nodes = (
-                    np.where(paths[ids, level] >= 0, paths[ids, level], ids) for ids in (labels[known], answers[known])
-                )
-                probability = np.exp(_log_probability(logits[known], nodes, leaves_under))
-                bins = _bin(probability, nodes == true, bins=15)
-                metrics[f"level_{level + 1}_ece"] = expected_calibration_error(bins)
-                metrics[f"level_{level + 1}_ece_by_chance"] = calibration_error_by_chance(probability)
+                higher = np.where(paths[cut, level] >= 0, paths[cut, level], cut)
+                metrics |= calibration_errors(f"level_{level + 1}_", higher[labels], higher[answers], logits)
         return metrics
 
     return compute_metrics
@@ -294,6 +293,13 @@ def node_paths(taxonomy: Taxonomy) -> np.ndarray:
     for node, level in enumerate(taxonomy.levels):
         paths[node, :level] = taxonomy.path(node)
     return paths
+
+
+def _cut_below(taxonomy: Taxonomy, inner: np.ndarray) -> np.ndarray:
+    """(num_nodes,): what stands for each node in the tree that is cut below some inner nodes: the highest of them, or itself."""
+    return np.array(
+        [next((above for above in taxonomy.path(node) if above in inner), node) for node in range(taxonomy.num_nodes)]
+    )
 
 
 def _log_probs(logits: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:

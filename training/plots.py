@@ -102,18 +102,19 @@ def reliability_diagram(
 
     Args:
         logits: (num_documents, num_leaves).
-        labels: (num_documents,), node ids or -100; only documents labelled with a leaf take part.
+        labels: (num_documents,), node ids or -100.
         folder: created where it does not exist.
 
     Returns:
-        The files written, ``plotly.min.js`` among them; none where no document is labelled with a leaf.
+        The files written, ``plotly.min.js`` among them; none where no document is labelled, or one with an inner node: the
+        others would be a choice by label, among which right probabilities look wrong.
 
     Raises:
         InputError: arrays of other shapes, logits that are not finite.
     """
     bins = calibration_bins(logits, labels)
     total = int(bins["count"].sum())
-    if not total:
+    if not total or (labels >= logits.shape[1]).any():
         return []
     title = f"Reliability diagram: expected calibration error {expected_calibration_error(bins):.3f}"
     subtitle = f"{total:,} documents, {len(bins['count'])} bins of equal width"
