@@ -38,12 +38,16 @@ def shared_texts(rows: pd.DataFrame) -> dict[str, dict[str, int]]:
 def describe(rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
     """What one split holds.
 
-    ``accuracy_ceiling`` is the share of its rows that a classifier gets right which gives each distinct text (compared
-    without case and white space) its most common label; no function of the text can do better.
+    ``accuracy_ceiling`` is the share of its rows labelled with a leaf that a classifier gets right which gives each distinct
+    text (compared without case and white space) its most common leaf; no function of the text can do better. Labels of a text
+    conflict where they do not lie on one path.
     """
     counts = rows.groupby(["text_id", "label"]).size()
-    by_text = counts.groupby(level="text_id").agg(["size", "sum", "max"])
-    conflicting = by_text[by_text["size"] > 1]
+    by_text = counts.groupby(level="text_id").agg(["size", "sum"])
+    several = counts[counts.index.get_level_values("text_id").isin(by_text.index[by_text["size"] > 1])]
+    found = several.reset_index().groupby("text_id")["label"].agg(list)
+    conflicting = by_text.loc[found.index[[not _on_one_path(labels, taxonomy) for labels in found]]]
+    leaves = counts[counts.index.get_level_values("label") < taxonomy.num_leaves]
     return {
         "rows": len(rows),
         "dropped_rows": dropped,
@@ -51,9 +55,15 @@ def describe(rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
         "normalised_duplicates": len(rows) - len(by_text),
         "conflicting_texts": len(conflicting),
         "conflicting_rows": int(conflicting["sum"].sum()),
-        "accuracy_ceiling": int(by_text["max"].sum()) / len(rows),
+        "accuracy_ceiling": int(leaves.groupby(level="text_id").max().sum()) / int(leaves.sum())
+        if len(leaves)
+        else 1.0,
         "classes": _class_counts(rows["label"].to_numpy(), taxonomy),
     }
+
+
+def _on_one_path(labels: list[int], taxonomy: Taxonomy) -> bool:
+    return set(labels) <= set(taxonomy.path(max(labels, key=lambda label: taxonomy.levels[label])))
 
 
 def _node_rows(labels: np.ndarray, taxonomy: Taxonomy) -> np.ndarray:
