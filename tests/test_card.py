@@ -373,6 +373,9 @@ def test_results_show_intervals_classes_and_what_the_lexical_head_changed(writte
     )
     assert shown == [(str(i), str(i)) for i in range(59, 9, -1)]
     assert "and 10 less common ones" in found
+    assert f"are of the {sum(range(60)):,} test rows that are labelled with a leaf" in found
+    rows[59]["f1_interval"] = None
+    assert "| kind &#60;59&#62; | 59 | 0.5000 | 0.2500 | 0.3333 |  |" in section(written(metrics=full), "Results")
     assert "a linear classifier over the words" in found
     accuracy, trained = metrics["test_accuracy"], metrics["quantized_test_accuracy"]
     assert f"| test accuracy | {accuracy - 0.01:.4f} | 0.4321 | {accuracy:.4f} |" in found

@@ -389,7 +389,7 @@ def test_per_class_report_against_scikit_learn():
 
 def test_per_class_report_of_classes_that_do_not_occur():
     report = per_class_report(TREE, logits_for([A, A]), np.array([A, B]))
-    absent = {"label": "h", "support": 0, "precision": 0, "recall": 0, "f1": 0, "f1_interval": [0, 0]}
+    absent = {"label": "h", "support": 0, "precision": 0, "recall": 0, "f1": 0, "f1_interval": None}
     assert {name: report[0][name] for name in ("support", "precision", "recall", "f1")} == dict.fromkeys(
         ("support", "precision", "recall", "f1"), 1
     )
@@ -430,7 +430,12 @@ def test_bootstrap_intervals_against_scipy():
         ).confidence_interval
         np.testing.assert_allclose(found[name], expected, atol=0.01)
     assert found["f1"].shape == (2, 4)
-    assert (found["f1"][:, 3] == 0).all()  # a leaf that does not occur
+    assert np.isnan(found["f1"][:, 3]).all()  # a leaf that does not occur
+    rare = np.append(labels, 3)
+    assert bootstrap_intervals(rare, np.append(answers, 3), 4)["f1"][:, 3].tolist() == [
+        1,
+        1,
+    ]  # always right where it is drawn
     of_each = sklearn.metrics.f1_score(labels, answers, average=None)
     assert (found["f1"][0, :3] < of_each).all()
     assert (of_each < found["f1"][1, :3]).all()

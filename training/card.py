@@ -525,7 +525,7 @@ def results(run: Run) -> str:
     parts = [
         "## Results",
         f"Measured on the checkpoint as it is loaded above, over the encoder in full precision{rows and ': '}{rows}.\n"
-        "What is scored is the path to the most probable leaf.",
+        f"What is scored is the path to the most probable leaf.{of_leaves(run)}",
         table(["metric", *scores], cells),
         intervals(run),
         per_class(run),
@@ -546,6 +546,15 @@ def intervals(run: Run) -> str:
     return f"95 % bootstrap intervals: {'; '.join(found)}." if found else ""
 
 
+def of_leaves(run: Run) -> str:
+    """How many of the test rows, or else of the validation rows, scores of leaves are of, where others have inner labels."""
+    split = "test" if "test" in run.scores else "validation"
+    rows = sum(row["support"] for row in run.metrics.get("per_class", []))
+    if not rows or rows == run.data.get("splits", {}).get(split, {}).get("rows", rows):
+        return ""
+    return f"\nAccuracy, macro and weighted F1 are of the {rows:,} {split} rows that are labelled with a leaf."
+
+
 def per_class(run: Run) -> str:
     """Precision, recall and F1 of the classes, the most common first."""
     classes = sorted(run.metrics.get("per_class", []), key=lambda row: -row["support"])
@@ -556,7 +565,7 @@ def per_class(run: Run) -> str:
             row["label"],
             f"{row['support']:,}",
             *(number(row[name]) for name in ("precision", "recall", "f1")),
-            " – ".join(map(number, row["f1_interval"])),
+            " – ".join(map(number, row["f1_interval"] or ())),
         ]
         for row in classes[:LEAVES_SHOWN]
     )

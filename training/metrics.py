@@ -13,6 +13,7 @@ Worth knowing:
 """
 
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -124,7 +125,7 @@ def bootstrap_intervals(
 
     Returns:
         The lower and the upper end, (2,), of ``accuracy`` and ``macro_f1`` (over the leaves that occur as label or answer),
-        and (2, num_leaves) of ``f1``, that of each leaf.
+        and (2, num_leaves) of ``f1``, that of each leaf over the resamples in which it occurs; NaN where in none.
     """
     generator = np.random.default_rng(0)
     found: dict[str, list] = {"accuracy": [], "macro_f1": [], "f1": []}
@@ -133,12 +134,13 @@ def bootstrap_intervals(
         true, given = labels[drawn], answers[drawn]
         right = np.bincount(true[true == given], minlength=num_leaves)
         occurring = np.bincount(true, minlength=num_leaves) + np.bincount(given, minlength=num_leaves)
-        f1 = 2 * right / np.maximum(occurring, 1)
+        f1 = np.where(occurring > 0, 2 * right / np.maximum(occurring, 1), np.nan)
         found["accuracy"].append(right.sum() / len(drawn))
-        found["macro_f1"].append(f1[occurring > 0].mean())
+        found["macro_f1"].append(np.nanmean(f1))
         found["f1"].append(f1)
     ends = (50 * (1 - level), 50 * (1 + level))
-    return {name: np.percentile(values, ends, axis=0) for name, values in found.items()}
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # of leaves that occur nowhere
+        return {name: np.nanpercentile(values, ends, axis=0) for name, values in found.items()}
 
 
 def per_class_report(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> list[dict]:
@@ -150,7 +152,7 @@ def per_class_report(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray)
 
     Returns:
         One row a leaf, in the order of ids: ``label``, ``support`` (documents that have it), ``precision``, ``recall``,
-        ``f1`` and ``f1_interval``, its 95 % interval of `bootstrap_intervals`. A ratio whose denominator is 0 is 0. No rows
+        ``f1`` and ``f1_interval``, its 95 % interval of `bootstrap_intervals`, or None. A ratio whose denominator is 0 is 0. No rows
         where no document is labelled with a leaf.
 
     Raises:
@@ -172,7 +174,7 @@ def per_class_report(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray)
             "precision": float(precision[leaf]),
             "recall": float(recall[leaf]),
             "f1": float(f1[leaf]),
-            "f1_interval": ends[:, leaf].tolist(),
+            "f1_interval": ends[:, leaf].tolist() if np.isfinite(ends[:, leaf]).all() else None,
         }
         for leaf in range(taxonomy.num_leaves)
     ]
