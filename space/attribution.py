@@ -96,8 +96,8 @@ class Path(nn.Module):
         self.embeddings, self.lexical_head = [model.get_input_embeddings()], [model.heads.lexical]
         self.vectors, self.contributions = nn.Identity(), nn.Identity()  # the layers that captum looks at
         with torch.no_grad():
-            self.first = self.embeddings[0](blank_ids)  # (1, T, H)
-            self.span = self.embeddings[0](inputs["input_ids"]) - self.first
+            self.first = self.embeddings[0](blank_ids).float()  # (1, T, H); in half precision the steps would be lost
+            self.span = self.embeddings[0](inputs["input_ids"]).float() - self.first
             self.tokens = torch.unique(torch.cat([inputs["input_ids"], blank_ids]))  # (U,)
             if (head := model.heads.lexical) is not None:
                 mask = inputs["attention_mask"]
@@ -110,7 +110,7 @@ class Path(nn.Module):
         """Probabilities (B, num_nodes) at places (B, 1) between 0 and 1."""
         self.on_point(len(place))
         vectors = self.vectors(self.first + place.unsqueeze(-1) * self.span)  # (B, T, H)
-        hooks = [self.embeddings[0].register_forward_hook(lambda *_: vectors)]
+        hooks = [self.embeddings[0].register_forward_hook(lambda _module, _args, output: vectors.to(output.dtype))]
         if self.lexical_head[0] is not None:
             contributions = self.contributions(place.unsqueeze(-1) * self.lexical_span)  # (B, L, U)
             scores = self.first_scores + contributions.sum(-1)

@@ -96,20 +96,20 @@ def too_many(rows: list[Row]) -> None:
         raise Refused(f"The file has more than {MAX_ROWS:,} rows, which is the most that is accepted.")
 
 
-def lines_of(content: bytes) -> Iterator[tuple[int, str | None]]:
-    """Lines with their ends and numbers; None for one that is not UTF-8."""
+def lines_of(content: bytes) -> Iterator[tuple[int, str, bool]]:
+    """Numbers, lines with their ends, and whether they are UTF-8; in one that is not, half surrogates stand for bytes."""
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").splitlines(keepends=True), start=1):
         try:
-            yield number, line.decode()
+            yield number, line.decode(), True
         except UnicodeDecodeError:
-            yield number, None
+            yield number, line.decode(errors="surrogateescape"), False
 
 
 def read_lines(content: bytes, kind: str) -> tuple[list[str], list[Row]]:
     """A text a line; blank lines are none."""
     rows: list[Row] = []
-    for number, line in lines_of(content):
-        if line is None:
+    for number, line, valid in lines_of(content):
+        if not valid:
             rows.append(Row(number, {}, "not UTF-8"))
         elif line.strip():
             rows.append(Row(number, {"text": line.rstrip("\r\n")}))
@@ -120,19 +120,19 @@ def read_lines(content: bytes, kind: str) -> tuple[list[str], list[Row]]:
 def read_json_lines(content: bytes, kind: str) -> tuple[list[str], list[Row]]:
     columns: dict[str, None] = {}
     rows: list[Row] = []
-    for number, line in lines_of(content):
-        if line is not None and not line.strip():
+    for number, line, valid in lines_of(content):
+        if not line.strip():
             continue
         try:
-            found = None if line is None else json.loads(line)
-            if line is None:
+            found = json.loads(line) if valid else None
+            if not valid:
                 rows.append(Row(number, {}, "not UTF-8"))
             elif not isinstance(found, dict):
                 rows.append(Row(number, {}, "not a JSON object"))
             else:
                 columns.update(dict.fromkeys(found))
                 rows.append(Row(number, found))
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):  # also of a number with more digits than Python reads
             rows.append(Row(number, {}, "not JSON"))
         too_many(rows)
     return list(columns), rows
@@ -142,10 +142,10 @@ def read_delimited(content: bytes, kind: str) -> tuple[list[str], list[Row]]:
     broken: set[int] = set()
 
     def lines() -> Iterator[str]:
-        for number, line in lines_of(content):
-            if line is None:
+        for number, line, valid in lines_of(content):
+            if not valid:
                 broken.add(number)
-            yield "\n" if line is None else line
+            yield line  # also a broken one: its quotation marks say where its row ends
 
     csv.field_size_limit(MAX_BYTES)
     reader = csv.reader(lines(), delimiter="\t" if kind == "tsv" else ",", strict=True)
@@ -154,7 +154,7 @@ def read_delimited(content: bytes, kind: str) -> tuple[list[str], list[Row]]:
         header = next(reader, None) or []
     except csv.Error:
         raise Refused("The first line of the file, which names the columns, cannot be read.") from None
-    if 1 in broken:
+    if broken:
         raise Refused("The first line of the file, which names the columns, is not UTF-8.")
     if len(set(header)) < len(header):
         raise Refused("Two columns of the file have the same name.")
@@ -187,12 +187,20 @@ def read_parquet(content: bytes) -> tuple[list[str], list[Row]]:
             names = file.schema_arrow.names
             if len(set(names)) < len(names):
                 raise Refused("Two columns of the file have the same name.")
-            found = file.read().to_pylist()
+            table = file.read()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         if isinstance(error, Refused):
             raise
         raise Refused("The file is not Parquet, or is damaged.") from None
-    return names, [Row(number, values) for number, values in enumerate(found, start=1)]
+    columns = []
+    for number, column in enumerate(table.itercolumns(), start=1):
+        try:
+            columns.append(column.to_pylist())
+        except (pyarrow.ArrowException, KeyError, OSError, OverflowError, ValueError):
+            why = "holds what cannot be read, such as a time beyond the year 9999"
+            raise Refused(f"Column {number} of the file {why}: leave it out.") from None
+    rows = enumerate(zip(*columns, strict=True), start=1)
+    return names, [Row(number, dict(zip(names, values, strict=True))) for number, values in rows]
 
 
 def to_csv(records: list[dict[str, Any]]) -> str:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import httpx
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -130,6 +132,25 @@ def test_explaining_changes_nothing_for_those_who_classify_meanwhile(classifier,
     assert len(busy.result()) == 6
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_is_explained_as_in_full(clear_checkpoint, texts, dtype):
+    """With the lexical head and without it, since most of the weight is that head's."""
+    half, full = (
+        pipeline("hierarchical-text-classification", model=clear_checkpoint, trust_remote_code=True, dtype=some, device="cpu")
+        for some in (dtype, torch.float32)
+    )  # fmt: skip
+    assert half.model.get_input_embeddings().weight.dtype == dtype
+    for lexical in (True, False):
+        if not lexical:
+            half.model.set_lexical_head(None)
+            full.model.set_lexical_head(None)
+        found, expected = (Explainer(some).explain(texts[0], "neoplasms") for some in (half, full))
+        total = sum(word["weight"] for word in found["words"]) + found["rest"] - found["error"]
+        assert total == pytest.approx(found["score"] - found["blank_score"], abs=1e-6)
+        weights, others = ([word["weight"] for word in some["words"]] for some in (found, expected))
+        assert weights == pytest.approx(others, abs=0.05 * max(map(abs, others)))
+
+
 def test_pieces_of_a_path_cover_it_and_a_jump_has_one_of_its_own():
     pieces = cut([0.1] * 9 + [0.9] * 8)
     assert pieces[0][0] == 0
@@ -158,6 +179,19 @@ def test_bad_rows_stand_apart_by_the_line_that_they_begin_on():
     assert [(row.line, row.problem) for row in table.rows] == [
         (1, None), (2, "not a JSON object"), (3, "not JSON"), (5, None),
     ]  # fmt: skip
+    table = read_table(b'{"text": "a"}\n{"n": ' + b"1" * 5000 + b'}\n{"text": "b"}\n', "jsonl")
+    assert [(row.line, row.problem) for row in table.rows] == [(1, None), (2, "not JSON"), (3, None)]
+
+
+def test_a_line_that_is_not_utf_8_takes_no_row_along_but_its_own():
+    content = b'text,id\n"first line\ncaf\xe9 end",a\nplain text,b\n"caf\xe9\nand ""more""",c\n"last\ntext",d\n'
+    table = read_table(content, "csv")
+    assert [(row.line, row.values, row.problem) for row in table.rows] == [
+        (2, {}, "not UTF-8"),
+        (4, {"text": "plain text", "id": "b"}, None),
+        (5, {}, "not UTF-8"),
+        (7, {"text": "last\ntext", "id": "d"}, None),
+    ]
 
 
 def test_every_kind_of_file_says_the_same(texts):
@@ -183,6 +217,7 @@ def test_every_kind_of_file_says_the_same(texts):
         (b"text\n", "csv", "no rows"),
         (b"text,text\na,b\n", "csv", "same name"),
         (b"\xff\xfe,b\n1,2\n", "csv", "not UTF-8"),
+        (b'text,"a\ncaf\xe9"\n1,2\n', "csv", "not UTF-8"),
         (b"text\n" * 10_002, "csv", "more than 10,000 rows"),
         (b"x" * (MAX_BYTES + 1), "txt", "at most 10 MB"),
         (b"PAR1 not really PAR1", "parquet", "not Parquet"),
@@ -192,6 +227,24 @@ def test_every_kind_of_file_says_the_same(texts):
 def test_a_file_that_cannot_be_read_is_refused_in_words(content, kind, message):
     with pytest.raises(Refused, match=message):
         read_table(content, kind)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([10**17], pa.timestamp("ms")),  # in the year 3,170,843
+        pa.array([10**15], pa.duration("s")),
+        pa.array([0], pa.timestamp("ms", "No/Where")),
+        pa.array([b"caf\xe9"], pa.binary()).view(pa.string()),
+        pa.StructArray.from_arrays([pa.array([1])] * 2, ["a", "a"]),
+    ],
+    ids=lambda column: str(column.type),
+)
+def test_a_parquet_column_that_python_has_no_values_for_is_named(column, tmp_path):
+    pq.write_table(pa.table({"text": ["a"], "when": column}), tmp_path / "a.parquet")
+    with pytest.raises(Refused, match="Column 2 of the file .* leave it out") as refused:
+        read_table((tmp_path / "a.parquet").read_bytes(), "parquet")
+    assert "\n" not in str(refused.value)
 
 
 def test_formulas_are_defused_and_all_else_comes_back_as_it_was():
