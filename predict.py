@@ -5,7 +5,8 @@ Worth knowing:
 1. Texts are read, classified and written `ROWS` at a time, so memory does not grow with the file.
 2. Each part that is finished is a file in ``<output>.parts``; at the end they become the output. Killed at any moment and
    started again with the same arguments, the command does the parts that are not there, and ends with the same bytes.
-3. It goes on only where model, options and the texts that were read already are the same, by their fingerprints.
+3. It goes on only where model, options and the texts that were read already are the same, by their fingerprints. An output
+   folder keeps that of the input of each finished file, in ``.inputs``: one that was made of another input is an error.
 4. Under ``accelerate launch`` every process does each n-th part, or with an output folder each n-th file. They meet in the
    file system alone: none waits for another, and the last to finish puts the parts together.
 5. Rows that cannot be read stand in ``<output>.errors.jsonl``; all others are classified, and the exit code is 1 then.
@@ -23,7 +24,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, count, islice
@@ -60,11 +61,12 @@ def main(argv: list[str]) -> int:
     process = Process()
     jobs = find_jobs(arguments, process)
     pipe = load(arguments)
-    folder = Path(arguments.output) if is_folder(arguments.output) else Path(f"{arguments.output}.parts")
+    in_folder = is_folder(arguments.output)
+    folder = Path(arguments.output) if in_folder else Path(f"{arguments.output}.parts")
     if arguments.overwrite:
-        (folder / OPTIONS).unlink(missing_ok=True)
         for job in jobs:
-            Run(job.output).forget()
+            Run(job.output, in_folder).forget()
+        (folder / OPTIONS).unlink(missing_ok=True)  # last: killed before, no output is taken for one of these options
     check_options(folder / OPTIONS, options(arguments, pipe))
     leaves = pipe.tree.labels[: pipe.tree.num_leaves] if arguments.probabilities else []
     form = Form(arguments.id_column is not None, arguments.coverage is not None, leaves)
@@ -85,7 +87,7 @@ def main(argv: list[str]) -> int:
     with Bar(show=process.index == 0) as bar:
         for i, job in enumerate(mine):
             bar.place = (i, len(mine))
-            run = Run(job.output)
+            run = Run(job.output, in_folder)
             run.classify(job.records, answer, share, bar)
             finished = run.finish(form) and finished
     return conclude(jobs, finished, process)
@@ -149,11 +151,12 @@ def find_jobs(arguments: argparse.Namespace, process: Process) -> list[Job]:
     twice = next((output for output in outputs if outputs.count(output) > 1), None)
     if twice is not None:
         raise InputError(f"two inputs would be written to {twice}: give files of different names")
+    refuse_inputs(inputs, outputs)
     jobs = []
     for some, output in wanted:
         # where the parts are there too, a run was broken off while it cleared up; of several processes another may be quicker
         anew = arguments.overwrite or is_folder(arguments.output) or process.index > 0
-        if output.exists() and not anew and not Run(output).parts.exists():
+        if output.exists() and not anew and not Run(output, in_folder=False).parts.exists():
             raise InputError(f"--output {output} is there already: give another name, or --overwrite")
         columns = (arguments.text_column, arguments.id_column)
         reader = read_records(some, *columns)
@@ -164,6 +167,21 @@ def find_jobs(arguments: argparse.Namespace, process: Process) -> list[Job]:
         records = chain(first, reader) if stream else read_records(some, *columns)
         jobs.append(Job(some, records, output))
     return jobs
+
+
+def refuse_inputs(inputs: list[tuple[str, str]], outputs: list[Path]) -> None:
+    """Raises InputError where an output, or the file of its errors, is an input, by whatever name."""
+
+    def place(file: str | Path | int) -> tuple[int, int]:  # what os.path.samefile compares
+        found = os.stat(file)
+        return found.st_dev, found.st_ino
+
+    given = {place(0 if path == "-" else path) for path, _ in inputs}
+    for output in outputs:
+        for file in (output, errors_of(output)):
+            if file.exists() and place(file) in given:
+                said = output if file == output else f"{output}: {file}"
+                raise InputError(f"--output {said} is also an input: give another name")
 
 
 def is_folder(output: str) -> bool:
@@ -310,12 +328,18 @@ def options(arguments: argparse.Namespace, classify: Pipeline) -> dict[str, Any]
         "batch_size",
     )
     folder = Path(cached_file(arguments.model, "config.json", revision=arguments.revision)).parent
+    files = sorted([*folder.glob("*.json"), *folder.glob("*.py"), *folder.rglob("*.safetensors")])
+    names_of = {file: name for file in files if "checkpoint-" not in (name := file.relative_to(folder).as_posix())}
+    # an encoder on the Hub is pinned by its commit, which config.json holds; one in a folder is not
+    encoder = Path(classify.model.config.encoder_name_or_path)
+    if encoder.is_dir():
+        files = sorted(file for kind in ("json", "safetensors", "bin") for file in encoder.glob(f"*.{kind}"))
+        names_of |= {file: f"encoder: {file.name}" for file in files}
     digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.json"), *folder.glob("*.py"), *folder.rglob("*.safetensors")]):
-        if "checkpoint-" not in file.relative_to(folder).as_posix():
-            digest.update(file.relative_to(folder).as_posix().encode())
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    for file, name in names_of.items():
+        digest.update(name.encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
     device = torch.cuda.get_device_name(classify.device) if classify.device.type == "cuda" else classify.device.type
     versions = {"torch": torch.__version__, "device": device}
     return {**{name: getattr(arguments, name) for name in names}, "fingerprint": digest.hexdigest(), **versions}
@@ -328,15 +352,21 @@ class Run:
         output: the file that is wanted.
         parts: the folder of the parts.
         found: how many parts the input makes, once it is read.
+        fingerprint: where in an output folder that of the finished output's input is kept; else None.
+        input: the fingerprint of the input, once it is read.
     """
 
-    def __init__(self, output: Path):
+    def __init__(self, output: Path, in_folder: bool):
         self.output, self.parts, self.found = output, Path(f"{output}.parts"), 0
+        self.fingerprint = output.parent / ".inputs" / output.name if in_folder else None
+        self.input = hashlib.sha256()
 
     def forget(self) -> None:
         """Deletes all that is there."""
-        for file in (self.output, errors_of(self.output)):
-            file.unlink(missing_ok=True)
+        # the fingerprint last: an output without one is taken for another's
+        for file in (self.output, errors_of(self.output), self.fingerprint):
+            if file is not None:
+                file.unlink(missing_ok=True)
         shutil.rmtree(self.parts, ignore_errors=True)
 
     def part(self, index: int) -> Path:
@@ -360,9 +390,10 @@ class Run:
             answer: of the number of the first row of a part, and its records, the rows of the output.
 
         Raises:
-            InputError: the input is not what the parts that are there were made of.
+            InputError: the input is not what the parts that are there, or the output, were made of.
         """
         if self.output.exists():
+            self.check_input(records)
             return
         self.parts.mkdir(exist_ok=True)
         try:
@@ -371,6 +402,18 @@ class Run:
             if process.count == 1 and not any(self.parts.glob("0*.jsonl")):
                 shutil.rmtree(self.parts)  # nothing is whole
             raise
+
+    def check_input(self, records: Iterator[Record]) -> None:
+        """Raises InputError where the output is in a folder and was made of another input."""
+        if self.fingerprint is None:
+            return
+        while chunk := list(islice(records, ROWS)):
+            self.input.update(digest_of(chunk).encode())
+        known = self.fingerprint.read_text(encoding="utf-8") if self.fingerprint.exists() else None
+        if known != self.input.hexdigest():
+            raise InputError(
+                f"{self.output} was made of another input: give another folder, or --overwrite to start anew"
+            )
 
     def _classify(
         self, records: Iterator[Record], answer: Callable[[int, list[Record]], list[dict]], process: Process, bar: "Bar"
@@ -382,6 +425,7 @@ class Run:
                 break
             self.found = index + 1
             digest = digest_of(chunk)
+            self.input.update(digest.encode())
             if self.part(index).exists():
                 if self.header(index)["digest"] != digest:
                     raise InputError(
@@ -437,6 +481,10 @@ class Run:
             problems.replace(errors_of(self.output))
         else:
             problems.unlink()
+            errors_of(self.output).unlink(missing_ok=True)  # of a former run
+        if self.fingerprint is not None:
+            self.fingerprint.parent.mkdir(exist_ok=True)
+            write_whole(self.fingerprint, self.input.hexdigest())
         new.replace(self.output)
 
 
@@ -479,9 +527,17 @@ class Form:
             return
         with file.open("w", encoding="utf-8", newline="") as stream:
             if suffix == ".csv":
-                table = csv.writer(stream, lineterminator="\n")
-                table.writerow([*self.names(), *(f"probability of {leaf}" for leaf in self.leaves)])
-                yield lambda lines: table.writerows(self.cells(json.loads(line)) for line in lines)
+                plain = csv.writer(stream, lineterminator="\n")
+                quoted = csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+
+                def write(rows: Iterable[list[Any]]) -> None:
+                    for row in rows:
+                        # Python 3.11 leaves a lone carriage return unquoted, which ends the row for those who read it
+                        broken = any("\r" in cell for cell in row if isinstance(cell, str))
+                        (quoted if broken else plain).writerow(row)
+
+                write([[*self.names(), *(f"probability of {leaf}" for leaf in self.leaves)]])
+                yield lambda lines: write(self.cells(json.loads(line)) for line in lines)
             else:
                 yield stream.writelines
             flush(stream)

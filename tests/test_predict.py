@@ -4,19 +4,26 @@ import csv
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pandas as pd
+import pyarrow
+import pyarrow.parquet
 import pytest
 from conftest import CORPUS, ROOT, read_csv, run
+from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
 from predict import main
 from training import InputError
+from training.records import read_records
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +206,8 @@ def test_shards_in_shards_out_and_a_lost_one_costs_itself_alone(checkpoint, text
     for i in range(3):
         expected = (tmp_path / "one" / f"part-{i}.parquet").read_bytes()
         assert (tmp_path / "two" / f"part-{i}.parquet").read_bytes() == expected
+        same_input = [(tmp_path / name / ".inputs" / f"part-{i}.parquet").read_text() for name in ("one", "two")]
+        assert same_input[0] == same_input[1]
         read = pd.read_parquet(tmp_path / "two" / f"part-{i}.parquet")
         assert list(read["id"]) == [f"{i}-{j}" for j in range(20)]
     (tmp_path / "two" / "part-2.parquet").unlink()
@@ -208,6 +217,152 @@ def test_shards_in_shards_out_and_a_lost_one_costs_itself_alone(checkpoint, text
     assert (tmp_path / "two" / "part-2.parquet").read_bytes() == expected
     with pytest.raises(InputError, match="begun with another probabilities"):
         inside(*words, f"{tmp_path}/two/", "--probabilities")
+
+
+def test_an_output_in_a_folder_is_kept_for_the_input_that_it_was_made_of(checkpoint, texts, tmp_path, monkeypatch):
+    for name in ("2023/notes.csv", "2023/more.csv", "2024/notes.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pd.DataFrame({"text": [f"{name} {text}" for text in texts]}).to_csv(tmp_path / name, index=False)
+    monkeypatch.chdir(tmp_path)
+    words, output = ("--model", checkpoint, "--output", "out/", "--input"), tmp_path / "out" / "notes.csv"
+    assert inside(*words, "2023/notes.csv") == 0
+    answers, stamp = output.read_bytes(), output.stat().st_mtime_ns
+    assert inside(*words, "2023/*.csv") == 0
+    assert (tmp_path / "out" / "more.csv").exists()
+    assert output.stat().st_mtime_ns == stamp
+    another = r"out/notes\.csv was made of another input: give another folder, or --overwrite"
+    with pytest.raises(InputError, match=another):
+        inside(*words, "2024/notes.csv")
+    assert output.read_bytes() == answers
+    assert inside(*words, "2024/notes.csv", "--overwrite") == 0
+    (tmp_path / "out" / ".inputs" / "notes.csv").unlink()
+    with pytest.raises(InputError, match=another):
+        inside(*words, "2024/notes.csv")
+
+    # killed before the output is at its place, and once it is
+    for owner, function in ((Path, "replace"), (shutil, "rmtree")):
+        output.unlink(missing_ok=True)
+        whole = getattr(owner, function)
+
+        def killed(path, *more, whole=whole, **options):
+            if Path(path).name in ("notes.csv.new", "notes.csv.parts"):
+                raise KeyboardInterrupt
+            return whole(path, *more, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, function, killed)
+            with pytest.raises(KeyboardInterrupt):
+                inside(*words, "2023/notes.csv")
+        assert output.exists() == (owner is shutil)
+        assert inside(*words, "2023/notes.csv") == 0
+        assert output.read_bytes() == answers
+        assert not list(output.parent.glob("*.parts"))
+
+
+def test_carriage_returns_in_ids_do_not_shift_the_rows_of_a_csv_file(checkpoint, texts, tmp_path):
+    ids = ["a\rb", "plain", "c\r\nd", 7, 'q"\r,', "e\nf", "\r"]
+    lines = [json.dumps({"text": text, "id": key}) + "\n" for key, text in zip(ids, texts, strict=False)]
+    (tmp_path / "in.jsonl").write_text("".join(lines))
+    words = (
+        "--model",
+        checkpoint,
+        "--input",
+        tmp_path / "in.jsonl",
+        "--id_column",
+        "id",
+        "--probabilities",
+        "--output",
+    )
+    assert inside(*words, tmp_path / "out.csv") == 0
+    assert inside(*words, tmp_path / "out.jsonl") == 0
+    expected = [(str(row["id"]), row["label"], row["score"]) for row in read_json_lines(tmp_path / "out.jsonl")]
+    with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["id"], row["label"], float(row["score"])) for row in rows] == expected
+    table = pd.read_csv(tmp_path / "out.csv", dtype={"id": str}, keep_default_na=False)
+    assert list(zip(table["id"], table["label"], table["score"], strict=True)) == expected
+    assert [key for key, _, _ in expected] == list(map(str, ids))
+
+
+def test_errors_of_a_former_run_are_not_said_to_be_of_this_one(checkpoint, texts, tmp_path):
+    words = ("--model", checkpoint, "--input", tmp_path / "in.csv", "--output", tmp_path / "out.jsonl")
+    pd.DataFrame({"text": [texts[0], ""]}).to_csv(tmp_path / "in.csv", index=False)
+    assert inside(*words) == 1
+    (tmp_path / "out.jsonl").unlink()
+    pd.DataFrame({"text": texts[:2]}).to_csv(tmp_path / "in.csv", index=False)
+    assert inside(*words) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"in.csv", "out.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ([datetime(2024, 2, 3, 4, 5), None], ["2024-02-03 04:05:00", None]),
+        ([date(2024, 2, 3)], ["2024-02-03"]),
+        ([Decimal("1.50")], ["1.50"]),
+        ([b"caf\xc3\xa9", b"caf\xe9"], ["café", "the id is not UTF-8"]),
+        ([1.5, float("nan"), float("-inf")], [1.5, None, "-inf"]),
+        ([True, False], [True, False]),
+        ([[1], None], ["the id is neither text nor a number", None]),
+        ([{"a": 1}], ["the id is neither text nor a number"]),
+    ],
+)
+def test_an_id_is_what_json_knows(ids, expected, tmp_path):
+    table = pyarrow.table({"id": pyarrow.array(ids, from_pandas=False), "text": ["A study of ulcers."] * len(ids)})
+    pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
+    records = list(read_records([(str(tmp_path / "in.parquet"), "parquet")], None, "id"))
+    assert [record.problem or record.id for record in records] == expected
+    json.dumps([record.id for record in records], allow_nan=False)
+
+
+def test_dates_and_numbers_that_are_none_are_ids_of_answers(checkpoint, texts, tmp_path):
+    table = pyarrow.table({"text": texts[:2], "day": [date(2024, 2, 3), None], "number": [float("nan"), 2.5]})
+    pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
+    for column, ids in (("day", ["2024-02-03", None]), ("number", [None, 2.5])):
+        output = tmp_path / f"{column}.jsonl"
+        words = ("--model", checkpoint, "--input", tmp_path / "in.parquet", "--id_column", column, "--output", output)
+        assert inside(*words) == 0
+        assert "NaN" not in output.read_text()
+        assert [row["id"] for row in read_json_lines(output)] == ids
+
+
+def test_two_versions_of_an_encoder_are_not_mixed(checkpoint, texts, tmp_path):
+    model, encoder = tmp_path / "model", tmp_path / "encoder"
+    shutil.copytree(checkpoint, model)
+    config = json.loads((model / "config.json").read_text())
+    shutil.copytree(config["encoder_name_or_path"], encoder)
+    (model / "config.json").write_text(json.dumps(config | {"encoder_name_or_path": str(encoder)}))
+    pd.DataFrame({"text": texts[:2]}).to_csv(tmp_path / "in.csv", index=False)
+    words = ("--model", model, "--input", tmp_path / "in.csv", "--output", f"{tmp_path}/out/")
+    assert inside(*words) == 0
+    weights = load_file(encoder / "model.safetensors")
+    save_file(
+        {name: weight * 1.01 for name, weight in weights.items()}, encoder / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(InputError, match="begun with another fingerprint"):
+        inside(*words)
+
+
+@pytest.mark.parametrize(
+    ("given", "output", "message"),
+    [
+        ("a.csv", "a.csv", "--output a.csv is also an input: give another name"),
+        ("linked.csv", "a.csv", "--output a.csv is also an input: give another name"),
+        ("*.csv", "./", "--output a.csv is also an input: give another name"),
+        ("b.csv.errors.jsonl", "b.csv", "--output b.csv: b.csv.errors.jsonl is also an input: give another name"),
+    ],
+)
+@pytest.mark.parametrize("more", [(), ("--overwrite",)])
+def test_an_input_is_not_taken_for_an_output(given, output, message, more, tmp_path, monkeypatch):
+    (tmp_path / "a.csv").write_text("text\nA study of ulcers.\n")
+    (tmp_path / "linked.csv").symlink_to(tmp_path / "a.csv")
+    (tmp_path / "b.csv.errors.jsonl").write_text('{"text": "A study of ulcers."}\n')
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as error:
+        inside("--model", "nothing", "--input", given, "--output", output, *more)
+    assert str(error.value) == message
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_int8_answers_nearly_as_float32_does(checkpoint, texts, tmp_path):

@@ -13,6 +13,7 @@ import glob
 import gzip
 import io
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -38,7 +39,8 @@ class Record:
     Attributes:
         source: the file that it is from.
         line: where it ends there, from 1; in a Parquet file its row, from 1.
-        id: the value of the column of ids, or None where none was asked for.
+        id: the value of the column of ids as JSON knows it: infinite numbers, dates and bytes are text, NaN is None. None too
+            where no ids were asked for.
         text: None where there is a problem.
         problem: why it cannot be read.
         done: the share of the bytes of all files up to here; None for standard input.
@@ -139,8 +141,19 @@ def _choose(source: str, names: Sequence[str], text: str | None, id: str | None)
 _Row = tuple[int, Any, str | None, str | None]
 
 
+def _plain(key: Any) -> Any:
+    """An id as JSON knows it. Bytes that are not UTF-8 become half surrogates."""
+    if isinstance(key, bytes):
+        return key.decode("utf-8", "surrogateescape")
+    if key is None or key != key:  # NaN
+        return None
+    return key if isinstance(key, (str, int)) or (isinstance(key, float) and math.isfinite(key)) else str(key)
+
+
 def _checked(line: int, key: Any, text: Any) -> _Row:
-    problem = None
+    if isinstance(key, (dict, list)):
+        return line, None, None, "the id is neither text nor a number"
+    key, problem = _plain(key), None
     if text is None:
         problem = "the text is missing"
     elif not isinstance(text, str):
@@ -220,9 +233,6 @@ def _json_lines(stream: io.TextIOBase, source: str, text_column: str | None, id_
             text_column, id_column = _choose(source, list(found), text_column, id_column)
             chosen = True
         key = None if id_column is None else found.get(id_column)
-        if isinstance(key, (dict, list)):
-            yield number, None, None, "the id is neither text nor a number"
-            continue
         yield _checked(number, key, found.get(text_column))
 
 
