@@ -63,7 +63,7 @@ from training.hub import HUB_ERRORS, find_target, log_in, reason, refuse_local_e
 from training.losses import HierarchicalFocalLoss, node_counts
 from training.metrics import build_compute_metrics
 from training.model import build_model, is_checkpoint, load_tokenizer, read_config, size_report
-from training.resume import find_checkpoint, is_full_disk
+from training.resume import check_taxonomy, checkpoints, delete_run, find_checkpoint, is_full_disk
 from training.trainer import HierarchicalTrainer
 
 logger = logging.getLogger("train")
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
     known = read_config(model_arguments.model_name_or_path).tree if checkpoint else None
     if training.do_train is None:
         training.do_train = not (training.do_eval or training.do_predict)
-    check_output_folder(training)
+    check_output_folder(training, model_arguments.model_name_or_path)
     with training.main_process_first(desc="reading the data"):
         data = load_splits(data_arguments, training.seed, known if data_arguments.taxonomy is None else None)
     if training.do_train:
@@ -112,6 +112,8 @@ def run_training(
     check_best_metric(training, data.taxonomy, compute_metrics)
     output = Path(training.output_dir)
     resume_from = find_checkpoint(training.resume_from_checkpoint, training.output_dir)
+    if resume_from is not None:
+        check_taxonomy(resume_from, data.taxonomy)
     model = build_model(model_arguments, data.taxonomy, training.seed)
     if training.push_to_hub:
         check_hub(training, model)
@@ -173,6 +175,10 @@ def run_training(
         )
     size = size_report(model)
     log_setup(model_arguments, training, size)
+    if training.overwrite_output_dir and training.resume_from_checkpoint is None:
+        with training.main_process_first(desc="deleting the former run"):
+            if training.should_save:
+                delete_run(output)
     trained = trainer.train(resume_from_checkpoint=resume_from)
     trainer.save_model(_internal_call=True)  # else it is pushed here, before it is measured
     metrics |= {
@@ -223,10 +229,11 @@ def check_best_metric(
     taxonomy: Taxonomy,
     compute_metrics: Callable[[EvalPrediction], dict[str, float]],
 ) -> None:
-    """Raises InputError where evaluation will not measure ``--metric_for_best_model``."""
+    """Raises InputError where evaluation will not measure ``--metric_for_best_model``, or it tells no model's worth."""
     deepest = max(range(taxonomy.num_leaves), key=taxonomy.levels.__getitem__)  # a document that reaches every level
     measured = compute_metrics(EvalPrediction(np.zeros((1, taxonomy.num_leaves)), np.array([deepest])))
-    asked, known = training.metric_for_best_model, ["loss", *measured]
+    known = ["loss", *(name for name in measured if not name.endswith("_by_chance"))]
+    asked = training.metric_for_best_model
     if training.load_best_model_at_end and asked.removeprefix("eval_") not in known:
         raise InputError(f"--metric_for_best_model {asked} is not measured; it is one of {', '.join(known)}")
 
@@ -311,11 +318,18 @@ def precision(training: HierarchicalTrainingArguments) -> str:
     return "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
 
 
-def check_output_folder(training: HierarchicalTrainingArguments) -> None:
-    """Refuses to write over a finished or started run."""
+def check_output_folder(training: HierarchicalTrainingArguments, model: str) -> None:
+    """Refuses to write over a finished or started run, and to delete the model that a run starts from."""
     output = Path(training.output_dir)
     check_writable("--output_dir", output)
-    if not output.is_dir() or training.overwrite_output_dir or training.resume_from_checkpoint is not None:
+    if not output.is_dir() or training.resume_from_checkpoint is not None:
+        return
+    if training.overwrite_output_dir:
+        source = Path(model).resolve()
+        if training.do_train and any(one.resolve() in (source, *source.parents) for one in checkpoints(output)):
+            raise InputError(
+                f"--overwrite_output_dir true would delete --model_name_or_path {model}: give another --output_dir"
+            )
         return
     if (output / "config.json").exists() or get_last_checkpoint(str(output)) is not None:
         remedy = (

@@ -7,10 +7,12 @@ import yaml
 from conftest import ROOT
 from transformers import Trainer
 
-from configuration_hierarchical import DEFAULT_ENCODER_REVISION
+from configuration_hierarchical import DEFAULT_ENCODER_REVISION, Taxonomy
+from train import check_best_metric
 from training import InputError
 from training.arguments import parse
 from training.evaluation import AS_SERVED
+from training.metrics import build_compute_metrics
 
 
 def recipe(folder: Path, **flags) -> str:
@@ -91,6 +93,8 @@ def test_a_precision_that_is_not_supported_is_refused(monkeypatch):
         (["--seed", "1", "stray"], "stray"),
         (["nowhere.yaml"], r"nowhere\.yaml"),
         (["--eval_strategy", "no"], "load_best_model_at_end"),
+        (["--bf16_full_eval", "true"], "--bf16_full_eval has no use"),
+        (["--fp16_full_eval", "true"], "--fp16_full_eval has no use"),
     ],
 )
 def test_bad_words_are_refused_in_one_line(words, message):
@@ -109,6 +113,30 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, text):
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(InputError, match=r"the recipe .*bad\.yaml"):
         parse([str(tmp_path / "bad.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("words", "greater"),
+    [
+        (["macro_f1"], True),
+        (["log_loss"], False),
+        (["ece"], False),
+        (["eval_level_1_ece"], False),
+        (["ece", "--greater_is_better", "true"], True),
+    ],
+)
+def test_the_best_calibration_error_is_the_least(words, greater):
+    assert parse(["--metric_for_best_model", *words])[3].greater_is_better is greater
+
+
+def test_what_the_calibration_error_is_by_chance_picks_no_checkpoint():
+    taxonomy = Taxonomy(["a", "b"])
+    for name in ("ece", "level_1_ece"):
+        check_best_metric(parse(["--metric_for_best_model", name])[3], taxonomy, build_compute_metrics(taxonomy))
+        training = parse(["--metric_for_best_model", f"{name}_by_chance"])[3]
+        with pytest.raises(InputError, match="it is one of") as refused:
+            check_best_metric(training, taxonomy, build_compute_metrics(taxonomy))
+        assert "by_chance" not in str(refused.value).partition("one of")[2]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)

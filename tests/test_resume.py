@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import CORPUS, ROOT, read_csv, run, write_csv
 from safetensors.torch import load_file
 
@@ -97,11 +98,70 @@ def test_a_run_that_was_killed_after_its_last_step_takes_none_more(words, unbrok
     assert told[0]["epoch"] == told[1]["epoch"]
 
 
+def test_a_run_that_stops_early_stops_there_too_when_it_was_broken_off(words, tmp_path):
+    """Steps of no size leave the score as it is: evaluations at 4, 6 and 8 are the three without improvement."""
+    line = [*words, "--load_best_model_at_end", "true", "--early_stopping_patience", 3, "--save_total_limit", 20]
+    line += ["--learning_rate", "1e-30"]
+    whole = tmp_path / "whole"
+    run(*line, "--output_dir", whole)
+    assert [folder.name for folder in checkpoints(whole)] == [f"checkpoint-{step}" for step in (2, 4, 6, 8)]
+    for step in (6, 8):
+        output = tmp_path / str(step)
+        shutil.copytree(whole / f"checkpoint-{step}", output / f"checkpoint-{step}")
+        done = run(*line, "--output_dir", output, "--resume_from_checkpoint", "auto")
+        assert checkpoints(output)[-1].name == "checkpoint-8"
+        assert ("nothing left to train" in done.stderr) == (step == 8)
+        assert same_weights(whole, output)
+    state = json.loads((output / "checkpoint-8" / "trainer_state.json").read_text())
+    del state["stateful_callbacks"]  # of older versions
+    (output / "checkpoint-8" / "trainer_state.json").write_text(json.dumps(state))
+    run(*line, "--output_dir", output, "--resume_from_checkpoint", "auto", "--max_steps", 10)
+    assert checkpoints(output)[-1].name == "checkpoint-10"
+
+
 @pytest.fixture
 def run_folder(unbroken, tmp_path) -> Path:
     """The finished run, to be damaged."""
     shutil.copytree(unbroken, tmp_path / "results")
     return tmp_path / "results"
+
+
+def test_overwriting_leaves_nothing_of_the_former_run_to_go_on_from_or_to_show(words, run_folder):
+    kept = {run_folder / "notes.txt", run_folder / "checkpoint-best" / "heads.safetensors", run_folder / "mine.csv"}
+    gone = {run_folder / name for name in ("plots/old.png", "validation_predictions.csv", "metrics.json")}
+    for path in kept | gone:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("of the former run")
+    before = checkpoints(run_folder)
+    line = [*words, "--output_dir", run_folder, "--overwrite_output_dir", "true"]
+    run(*line, "--resume_from_checkpoint", "auto", "--do_train", "true", "--do_eval", "false")
+    assert checkpoints(run_folder) == before
+    assert all(path.exists() for path in kept | gone)  # it goes on, and overwrites nothing
+    line += ["--learning_rate", "1e30", "--warmup_steps", 0, "--max_grad_norm", 0, "--save_strategy", "no"]
+    assert "the loss is" in run(*line, check=False).stderr
+    assert checkpoints(run_folder) == []
+    assert all(path.exists() for path in kept)
+    assert not any(path.exists() for path in gone)
+    assert not (run_folder / "test_predictions.csv").exists()
+
+
+def test_a_run_may_not_delete_the_checkpoint_that_it_starts_from(words, run_folder):
+    last = checkpoints(run_folder)[-1]
+    line = [*words, "--output_dir", run_folder, "--overwrite_output_dir", "true", "--model_name_or_path", last]
+    done = run(*line, check=False)
+    assert done.returncode == 2
+    assert f"--overwrite_output_dir true would delete --model_name_or_path {last}" in done.stderr.splitlines()[-1]
+    assert last.is_dir()
+
+
+def test_a_run_does_not_go_on_with_another_taxonomy(words, run_folder, tmp_path):
+    tree = yaml.safe_load((ROOT / "examples" / "taxonomy.yaml").read_text())
+    (tmp_path / "taxonomy.json").write_text(json.dumps(tree[::-1]))
+    line = [*words, "--output_dir", run_folder, "--taxonomy", tmp_path / "taxonomy.json"]
+    done = run(*line, "--resume_from_checkpoint", "auto", check=False)
+    assert done.returncode == 2
+    said = done.stderr.splitlines()[-1]
+    assert f"cannot resume from {checkpoints(run_folder)[-1]}: it has another taxonomy" in said
 
 
 def cut(path: Path) -> None:

@@ -165,6 +165,9 @@ class HierarchicalTrainingArguments(TrainingArguments):
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
     metric_for_best_model: str = field(default="macro_f1", metadata={"help": "What best means."})
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "A resumed run knows how long it has been without improvement."}
+    )
     early_stopping_patience: int | None = field(
         default=2, metadata={"help": "Evaluations without improvement before stopping; 0 to never stop early."}
     )
@@ -200,6 +203,8 @@ class HierarchicalTrainingArguments(TrainingArguments):
                 precision = "fp16"
             self.bf16 = precision == "bf16" and not self.fp16
             self.fp16 = self.fp16 or precision == "fp16"
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("ece"):
+            self.greater_is_better = False  # a calibration error, which transformers does not know
         super().__post_init__()
         # what the launcher said is in the flags now; Trainer would otherwise prefer it to an explicit --bf16 false
         self.mixed_precision = "fp16" if self.fp16 else "bf16" if self.bf16 else "no"
@@ -237,11 +242,13 @@ RANGES = {
     **dict.fromkeys(("seed", "data_seed"), "[0, 4294967296)"),
     "max_length": "[8, inf)",
 }
-# flags of transformers under which the scores would not be those of all rows, or there would be none
+# flags of transformers under which the scores would not be those of all rows or of the model, or there would be none
 NO_USE = {
     "batch_eval_metrics": False,
+    "bf16_full_eval": False,
     "dataloader_drop_last": False,
     "eval_do_concat_batches": True,
+    "fp16_full_eval": False,
     "label_names": None,
     "prediction_loss_only": False,
 }
@@ -365,7 +372,9 @@ def check_values(
             raise InputError(f"--{name} must be {least} {low:,.0f}{most}, not {value}")
     for name, usual in NO_USE.items():
         if values[name] not in (usual, None):
-            raise InputError(f"--{name} has no use here: every row is scored, at once and with its label")
+            raise InputError(
+                f"--{name} has no use here: every row is scored, at once, with its label and the model as it is"
+            )
     weights = loss.level_weights
     if not all(0 <= weight < float("inf") for weight in weights) or max(weights, default=0) == 0:
         raise InputError(f"--level_weights must be non-negative and not all zero, not {weights}")

@@ -1,4 +1,4 @@
-"""Which checkpoint a broken run goes on from.
+"""Which checkpoint a broken run goes on from, and what goes when a run is overwritten.
 
 Worth knowing:
 
@@ -11,14 +11,17 @@ Worth knowing:
 import errno
 import json
 import logging
+import shutil
 import zipfile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from configuration_hierarchical import Taxonomy
 from modeling_hierarchical import HEADS_WEIGHTS
 from training import InputError
+from training.model import is_checkpoint, read_config
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,30 @@ def find_checkpoint(asked: str | None, output_dir: str) -> str | None:
         logger.warning("skipped %s: %s", folder, problem)
     logger.info("resuming from nothing: %s holds no whole checkpoint", output_dir)
     return None
+
+
+def check_taxonomy(checkpoint: str, taxonomy: Taxonomy) -> None:
+    """Raises InputError where a checkpoint's heads are of another taxonomy: of the same shape, they would fit unseen."""
+    if not is_checkpoint(checkpoint):  # shards of FSDP come without a configuration
+        return
+    known = read_config(checkpoint).tree
+    if (known.names, known.parents) != (taxonomy.names, taxonomy.parents):
+        raise InputError(
+            f"cannot resume from {checkpoint}: it has another taxonomy, or its classes in another order; give the same "
+            "--taxonomy, or --overwrite_output_dir true without --resume_from_checkpoint"
+        )
+
+
+def delete_run(output_dir: Path) -> None:
+    """Deletes the checkpoints of a run that is overwritten, which would be gone on from, and what it had measured."""
+    for folder in checkpoints(output_dir):
+        if folder.is_symlink():
+            folder.unlink()
+        else:
+            shutil.rmtree(folder)
+    names = ("metrics.json", "validation_predictions.csv", "test_predictions.csv")
+    for file in (*(output_dir / name for name in names), *output_dir.glob("plots/*.png")):
+        file.unlink(missing_ok=True)
 
 
 def is_full_disk(error: Exception) -> bool:

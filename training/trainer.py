@@ -27,8 +27,9 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerState, trainer_pt_utils
+from transformers import EarlyStoppingCallback, Trainer, TrainerState, trainer_pt_utils
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
 
@@ -129,10 +130,13 @@ class HierarchicalTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """As the Trainer's, but a run that had reached ``max_steps`` stays as it was: the Trainer would take a step more."""
-        if isinstance(resume_from_checkpoint, str) and self.args.max_steps > 0:
+        """As the Trainer's, but a run that had reached ``max_steps`` or stopped early stays as it was.
+
+        The Trainer would take a step more, or go on to the next evaluation.
+        """
+        if isinstance(resume_from_checkpoint, str):
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
-            if state.global_step >= self.args.max_steps:
+            if 0 < self.args.max_steps <= state.global_step or self._had_stopped_early(state):
                 logger.info("nothing left to train: %s is at step %d", resume_from_checkpoint, state.global_step)
                 self.state = state
                 self._load_from_checkpoint(resume_from_checkpoint)
@@ -140,6 +144,27 @@ class HierarchicalTrainer(Trainer):
                     self._load_best_model()
                 return TrainOutput(state.global_step, float("nan"), {"epoch": state.epoch})
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _early_stopping(self) -> EarlyStoppingCallback | None:
+        found = (one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback))
+        return next(found, None)
+
+    def _had_stopped_early(self, state: TrainerState) -> bool:
+        """Whether a saved run had been without improvement for as long as this one has patience."""
+        stopping, saved = self._early_stopping(), state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
+        if stopping is None or saved is None or not self.args.restore_callback_states_from_checkpoint:
+            return False
+        return saved["attributes"]["early_stopping_patience_counter"] >= stopping.early_stopping_patience
+
+    def _load_callback_state(self) -> None:
+        """As the Trainer's, but with the patience of this run, and for checkpoints that lack the state of a callback."""
+        given = self._early_stopping()
+        super()._load_callback_state()
+        for one in (*self.callback_handler.callbacks, self.control):
+            if isinstance(one, EarlyStoppingCallback) and given is not None:
+                one.early_stopping_patience = given.early_stopping_patience
+            if isinstance(one, ExportableState):  # the Trainer fails to save where there was none
+                self.state.stateful_callbacks.setdefault(type(one).__name__, one.state())
 
     def _inner_training_loop(self, batch_size: int | None = None, args: Any = None, **kwargs: Any) -> TrainOutput:
         """As the Trainer's; what ``auto_find_batch_size`` takes off a batch, accumulation makes up for, exactly."""
