@@ -242,7 +242,7 @@ def test_a_file_that_cannot_be_read_is_refused_in_words(content, kind, message):
 )
 def test_a_parquet_column_that_python_has_no_values_for_is_named(column, tmp_path):
     pq.write_table(pa.table({"text": ["a"], "when": column}), tmp_path / "a.parquet")
-    with pytest.raises(Refused, match="Column 2 of the file .* leave it out") as refused:
+    with pytest.raises(Refused, match=r"Column 2 of the file .* leave it out") as refused:
         read_table((tmp_path / "a.parquet").read_bytes(), "parquet")
     assert "\n" not in str(refused.value)
 
