@@ -224,8 +224,8 @@ def conformal_scores(
     """How answers for a coverage fare on labelled documents.
 
     Returns:
-        ``coverage``, the share whose answer holds the label, of an inner node every leaf below it; ``leaves`` and ``nodes``, the mean numbers of them in an
-        answer; ``single_leaf``, the share of answers that are one leaf. Empty without such documents.
+        ``coverage``, the share whose answer holds the label, of an inner node every leaf below it; ``leaves`` and ``nodes``, the
+        mean numbers of them in an answer; ``single_leaf``, the share of answers that are one leaf. Empty without such documents.
     """
     logits, labels = labelled_documents(taxonomy, logits, labels)
     if not len(labels):

@@ -48,6 +48,7 @@ def describe(rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
     found = several.reset_index().groupby("text_id")["label"].agg(list)
     conflicting = by_text.loc[found.index[[not _on_one_path(labels, taxonomy) for labels in found]]]
     leaves = counts[counts.index.get_level_values("label") < taxonomy.num_leaves]
+    ceiling = int(leaves.groupby(level="text_id").max().sum()) / int(leaves.sum()) if len(leaves) else 1.0
     return {
         "rows": len(rows),
         "dropped_rows": dropped,
@@ -55,9 +56,7 @@ def describe(rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
         "normalised_duplicates": len(rows) - len(by_text),
         "conflicting_texts": len(conflicting),
         "conflicting_rows": int(conflicting["sum"].sum()),
-        "accuracy_ceiling": int(leaves.groupby(level="text_id").max().sum()) / int(leaves.sum())
-        if len(leaves)
-        else 1.0,
+        "accuracy_ceiling": ceiling,
         "classes": _class_counts(rows["label"].to_numpy(), taxonomy),
     }
 

@@ -75,9 +75,8 @@ class LexicalClassifier:
         self.bias = np.zeros(taxonomy.num_leaves)
         self.bias[model.classes_] = intercepts
         if len(unseen := np.setdiff1d(np.arange(taxonomy.num_leaves), model.classes_)):
-            total = logsumexp(
-                self.scores(counts)[:, model.classes_], axis=1
-            )  # a leaf of bias b has the share exp(b - total)
+            # beside the others a leaf of bias b has the share exp(b - total) of a document
+            total = logsumexp(self.scores(counts)[:, model.classes_], axis=1)
             share = 1 / ((len(labels) + 1) * len(unseen))
             self.bias[unseen] = np.log(share * len(labels)) - logsumexp(-total)
 

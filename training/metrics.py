@@ -80,7 +80,7 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
         metrics |= hierarchical_f1.compute(predictions=answers, references=labels, parents=taxonomy.parents)
         metrics["log_loss"] = float(-_log_probability(logits, labels, leaves_under).mean())
         metrics |= _level_scores(paths[labels], paths[answers], is_leaf)
-        cut = _cut_below(taxonomy, np.unique(labels[~is_leaf]))
+        cut = _cut_below(taxonomy, set(labels[~is_leaf].tolist()))
         if is_leaf.any():
             metrics |= calibration_errors("", cut[labels], cut[answers], logits)
         for level in range(taxonomy.depth):
@@ -152,8 +152,8 @@ def per_class_report(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray)
 
     Returns:
         One row a leaf, in the order of ids: ``label``, ``support`` (documents that have it), ``precision``, ``recall``,
-        ``f1`` and ``f1_interval``, its 95 % interval of `bootstrap_intervals`, or None. A ratio whose denominator is 0 is 0. No rows
-        where no document is labelled with a leaf.
+        ``f1`` and ``f1_interval``, its 95 % interval of `bootstrap_intervals`, or None. A ratio whose denominator is 0
+        is 0. No rows where no document is labelled with a leaf.
 
     Raises:
         InputError: arrays of other shapes, unknown label ids, logits that are not finite.
@@ -297,7 +297,7 @@ def node_paths(taxonomy: Taxonomy) -> np.ndarray:
     return paths
 
 
-def _cut_below(taxonomy: Taxonomy, inner: np.ndarray) -> np.ndarray:
+def _cut_below(taxonomy: Taxonomy, inner: set[int]) -> np.ndarray:
     """(num_nodes,): what stands for each node in the tree that is cut below some inner nodes: the highest of them, or itself."""
     return np.array(
         [next((above for above in taxonomy.path(node) if above in inner), node) for node in range(taxonomy.num_nodes)]
