@@ -4,7 +4,8 @@ Worth knowing:
 
 1. Scored is the checkpoint as a user loads it, over a full-precision encoder, not the quantized model that was trained.
 2. The lexical head, the temperatures and the thresholds of answers are fitted on the validation rows, from logits that were
-   computed once: the test rows take no part, and nothing is computed again.
+   computed once: the test rows take no part, and nothing is computed again. The validation rows themselves are measured
+   by cross-validation, each fifth by what the other four say, or their scores would flatter the fit.
 3. Predictions are in the order of the scored rows, which are sorted by length; their column ``row`` leads back.
 """
 
@@ -113,7 +114,8 @@ def calibrate(
 
     Returns:
         The metrics of each split after it, the same of the encoder with temperatures of its own and no lexical head
-        (``without_lexical_head_``), how answers for `COVERAGE` fare on the test rows, and the logits after it.
+        (``without_lexical_head_``), how answers for `COVERAGE` fare on the test rows, and the logits after it; those of
+        the validation rows by `calibration.held_out`.
     """
     labels = {split: np.array(splits[split]["labels"]) for split in logits}
     texts = {split: np.array(splits[split]["text_id"]) for split in logits}
@@ -123,7 +125,8 @@ def calibrate(
         scores = {split: classifier.scores(lexical.token_counts(splits[split], vocab_size)) for split in logits}
     known = (taxonomy, logits["validation"], scores["validation"], labels["validation"])
     fitted = calibration.fit(*known)
-    thresholds = fit_thresholds(taxonomy, calibration.held_out(*known, texts["validation"]), labels["validation"])
+    held_out = calibration.held_out(*known, texts["validation"])
+    thresholds = fit_thresholds(taxonomy, held_out, labels["validation"])
     weight = fitted.lexical_weight
     model.set_lexical_head(classifier.weights() if classifier is not None and weight else None, weight)
     model.calibrate(fitted.temperatures, thresholds)
@@ -131,10 +134,13 @@ def calibrate(
     logger.info("calibrated on the validation rows: temperatures %s; weight of the lexical head %.2f", shown, weight)
     encoder = logits
     logits = {split: fitted.apply(taxonomy, found, scores[split]) for split, found in encoder.items()}
+    logits["validation"] = held_out
     metrics = {"lexical_weight": weight, **measure(taxonomy, logits, labels, texts)}
     if weight:  # what is lost without it
-        alone = calibration.fit(taxonomy, encoder["validation"], None, labels["validation"])
+        known = (taxonomy, encoder["validation"], None, labels["validation"])
+        alone = calibration.fit(*known)
         without = {split: alone.apply(taxonomy, found, None) for split, found in encoder.items()}
+        without["validation"] = calibration.held_out(*known, texts["validation"])
         measured = measure(taxonomy, without, labels, texts)
         metrics |= {f"without_lexical_head_{name}": value for name, value in measured.items()}
     if "test" in logits and thresholds is not None:
