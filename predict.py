@@ -6,7 +6,7 @@ Worth knowing:
 2. Each part that is finished is a file in ``<output>.parts``; at the end they become the output. Killed at any moment and
    started again with the same arguments, the command does the parts that are not there, and ends with the same bytes.
 3. It goes on only where model, options and the texts that were read already are the same, by their fingerprints. An output
-   folder keeps that of the input of each finished file, in ``.inputs``: one that was made of another input is an error.
+   folder keeps that of the input and the options of each finished file, in ``.inputs``: one that was made of others is an error.
 4. Under ``accelerate launch`` every process does each n-th part, or with an output folder each n-th file. They meet in the
    file system alone: none waits for another, and the last to finish puts the parts together.
 5. Rows that cannot be read stand in ``<output>.errors.jsonl``; all others are classified, and the exit code is 1 then.
@@ -67,7 +67,8 @@ def main(argv: list[str]) -> int:
         for job in jobs:
             Run(job.output, in_folder).forget()
         (folder / OPTIONS).unlink(missing_ok=True)  # last: killed before, no output is taken for one of these options
-    check_options(folder / OPTIONS, options(arguments, pipe))
+    chosen = options(arguments, pipe)
+    check_options(folder / OPTIONS, chosen)
     leaves = pipe.tree.labels[: pipe.tree.num_leaves] if arguments.probabilities else []
     form = Form(arguments.id_column is not None, arguments.coverage is not None, leaves)
     wanted = {} if arguments.coverage is None else {"coverage": arguments.coverage}
@@ -87,7 +88,7 @@ def main(argv: list[str]) -> int:
     with Bar(show=process.index == 0) as bar:
         for i, job in enumerate(mine):
             bar.place = (i, len(mine))
-            run = Run(job.output, in_folder)
+            run = Run(job.output, in_folder, chosen)
             run.classify(job.records, answer, share, bar)
             finished = run.finish(form) and finished
     return conclude(jobs, finished, process)
@@ -352,13 +353,15 @@ class Run:
         output: the file that is wanted.
         parts: the folder of the parts.
         found: how many parts the input makes, once it is read.
-        fingerprint: where in an output folder that of the finished output's input is kept; else None.
-        input: the fingerprint of the input, once it is read.
+        fingerprint: where in an output folder that of the finished output's input and options is kept; else None.
+        options: as text.
+        input: the fingerprint of the input and the options, once it is read.
     """
 
-    def __init__(self, output: Path, in_folder: bool):
+    def __init__(self, output: Path, in_folder: bool, options: dict[str, Any] | None = None):
         self.output, self.parts, self.found = output, Path(f"{output}.parts"), 0
         self.fingerprint = output.parent / ".inputs" / output.name if in_folder else None
+        self.options = json.dumps(options, sort_keys=True)
         self.input = hashlib.sha256()
 
     def forget(self) -> None:
@@ -390,7 +393,7 @@ class Run:
             answer: of the number of the first row of a part, and its records, the rows of the output.
 
         Raises:
-            InputError: the input is not what the parts that are there, or the output, were made of.
+            InputError: input or options are not what the parts that are there, or the output, were made of.
         """
         if self.output.exists():
             self.check_input(records)
@@ -404,15 +407,16 @@ class Run:
             raise
 
     def check_input(self, records: Iterator[Record]) -> None:
-        """Raises InputError where the output is in a folder and was made of another input."""
+        """Raises InputError where the output is in a folder and was made of another input, or with other options."""
         if self.fingerprint is None:
             return
         while chunk := list(islice(records, ROWS)):
-            self.input.update(digest_of(chunk).encode())
+            self.input.update(digest_of(chunk, self.options).encode())
         known = self.fingerprint.read_text(encoding="utf-8") if self.fingerprint.exists() else None
         if known != self.input.hexdigest():
             raise InputError(
-                f"{self.output} was made of another input: give another folder, or --overwrite to start anew"
+                f"{self.output} was made of another input, or with other options: give another folder, or --overwrite to "
+                "start anew"
             )
 
     def _classify(
@@ -424,12 +428,12 @@ class Run:
             if not chunk:
                 break
             self.found = index + 1
-            digest = digest_of(chunk)
+            digest = digest_of(chunk, self.options)
             self.input.update(digest.encode())
             if self.part(index).exists():
                 if self.header(index)["digest"] != digest:
                     raise InputError(
-                        f"the input is another one than {self.parts} was begun with: --overwrite starts anew"
+                        f"the input, or an option, is another one than {self.parts} was begun with: --overwrite starts anew"
                     )
                 skipped += len(chunk)
             elif index % process.count == process.index:
@@ -565,9 +569,9 @@ class Form:
         return [row | {"id": str(row["id"])} if row.get("id") is not None else row for row in rows]
 
 
-def digest_of(chunk: list[Record]) -> str:
-    """A fingerprint of what was read."""
-    digest = hashlib.sha256()
+def digest_of(chunk: list[Record], options: str) -> str:
+    """A fingerprint of what was read, and of the options."""
+    digest = hashlib.sha256(options.encode())
     for record in chunk:
         digest.update(repr((record.source, record.line, record.id, record.text, record.problem)).encode())
     return digest.hexdigest()

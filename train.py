@@ -29,8 +29,10 @@ from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
     PreTrainedTokenizerBase,
+    TrainerState,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from configuration_hierarchical import HierarchicalConfig, Taxonomy, TaxonomyError
@@ -112,8 +114,10 @@ def run_training(
     check_best_metric(training, data.taxonomy, compute_metrics)
     output = Path(training.output_dir)
     resume_from = find_checkpoint(training.resume_from_checkpoint, training.output_dir)
+    resumed_from_step = None
     if resume_from is not None:
         check_taxonomy(resume_from, data.taxonomy)
+        resumed_from_step = TrainerState.load_from_json(str(Path(resume_from) / TRAINER_STATE_NAME)).global_step
     model = build_model(model_arguments, data.taxonomy, training.seed)
     if training.push_to_hub:
         check_hub(training, model)
@@ -183,6 +187,7 @@ def run_training(
     trainer.save_model(_internal_call=True)  # else it is pushed here, before it is measured
     metrics |= {
         **trained.metrics,
+        **({"resumed_from_step": resumed_from_step} if resumed_from_step else {}),
         "train_precision": precision(training),
         "train_quantization": model_arguments.quantization,
         **size,
@@ -206,7 +211,8 @@ def run_training(
         classifier = lexical_classifier(model_arguments, data.taxonomy, splits["train"], vocab_size)
         calibrated, logits = calibrate(model, classifier, data.taxonomy, logits, splits)
         trainer.save_model(_internal_call=True)
-        measured |= {f"uncalibrated_{name}": measured[name] for name in measured if name in calibrated} | calibrated
+        before = {name: measured.pop(name) for name in [*measured] if name in calibrated or name.endswith("_loss")}
+        measured |= {f"uncalibrated_{name}": value for name, value in before.items()} | calibrated
     else:
         logger.info("no validation rows were scored: no lexical head, and the model's probabilities are not calibrated")
     metrics |= {**measured, **per_class(data.taxonomy, logits, splits)}

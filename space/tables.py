@@ -23,7 +23,7 @@ MAX_BYTES = 10 * 2**20
 MAX_ROWS = 10_000
 MAX_UNPACKED = 20 * MAX_BYTES  # of a Parquet file: its pages are compressed
 KINDS = ("csv", "tsv", "jsonl", "parquet", "txt")
-TEXT_COLUMNS = ("text", "abstract", "medical_abstract", "sentence", "document", "body", "content")
+TEXT_COLUMNS = ("medical_abstract", "abstract", "text", "sentence", "content", "document", "body")
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 

@@ -455,6 +455,15 @@ def test_emissions_are_those_of_the_last_row_in_grams(written, tmp_path):
     assert "2 min 5 s" in section(text, "Environmental impact")
 
 
+def test_a_resumed_run_says_of_which_part_time_and_emissions_are(written, metrics, tmp_path):
+    write_emissions(tmp_path, EMISSIONS)
+    text = written(metrics=metrics | {"resumed_from_step": 1200})
+    found = section(text, "Environmental impact")
+    assert "Training time from step 1,200 on, where it was resumed, evaluations included: 2 min 5 s." in found
+    assert "Emissions of training from step 1,200 on" in found
+    assert "co2_eq_emissions" not in text  # which the Hub reads as those of all training
+
+
 @pytest.mark.parametrize("change", [{"duration": "9000"}, {"emissions": ""}, {"emissions": "nan"}, None])
 def test_another_runs_or_unreadable_emissions_are_not_reported(written, tmp_path, change):
     write_emissions(tmp_path, *([] if change is None else [EMISSIONS | change]))

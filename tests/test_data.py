@@ -551,6 +551,27 @@ def test_many_small_classes_still_give_the_whole_share(tmp_path):
     assert max(Counter(labels_of(data, "test")).values()) == 1
 
 
+def test_rare_classes_give_their_share_too(tmp_path):
+    rows = [(f"text {i}", "common") for i in range(1000)]
+    rows += [(f"text {i}", f"rare {i % 200}") for i in range(1000, 1600)]  # of three texts each
+    data = load(data_path=csv_file(tmp_path / "a.csv", rows), validation_size=0.1, test_size=0.1)
+    for split in ("validation", "test"):
+        found = Counter(label.split()[0] for label in labels_of(data, split))
+        assert found["common"] == pytest.approx(100, abs=1)
+        assert found["rare"] == pytest.approx(60, abs=1)
+    assert data.report["classes_without_training_rows"] == []
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.6])
+def test_a_class_keeps_a_text_to_train_on(tmp_path, share):
+    rows = [(f"text {i}", f"class {i % 60}") for i in range(60 + 60 + 30)]  # two or three a class
+    path = csv_file(tmp_path / "a.csv", rows)
+    for seed in range(5):
+        data = load(seed=seed, train_file=path, validation_size=share)
+        assert data.report["classes_without_training_rows"] == []
+        assert len(data.splits["validation"]) == round(share * 150)
+
+
 def test_a_class_of_one_text_stays_in_training(tmp_path):
     rows = [(f"text {i}", "common") for i in range(50)] + [("single", "rare")]
     for seed in range(5):

@@ -166,10 +166,10 @@ def test_scores_by_hand():
     assert scores["accuracy"] == pytest.approx(2 / 5)
     assert scores["macro_f1"] == pytest.approx((1 + 2 / 3) / 5)
     assert scores["weighted_f1"] == pytest.approx((1 * 1 + 1 * 2 / 3) / 5)  # weights: a 1, c 1, e 2, f 1, h 0
-    # shared 1 2 2 0 3 1 = 9, predicted paths 1 3 3 2 3 2 = 14, true paths 1 3 2 2 3 3 = 14
-    assert scores["hierarchical_precision"] == pytest.approx(9 / 14)
+    # shared 1 2 2 0 3 1 = 9, predicted paths 1 3 2 2 3 2 = 13, the third cut where D is; true paths 1 3 2 2 3 3 = 14
+    assert scores["hierarchical_precision"] == pytest.approx(9 / 13)
     assert scores["hierarchical_recall"] == pytest.approx(9 / 14)
-    assert scores["hierarchical_f1"] == pytest.approx(9 / 14)
+    assert scores["hierarchical_f1"] == pytest.approx(18 / 27)
     # level 1, true a B B B B B, predicted a B B G B B. F1: a 1, B 8/9 (4 of 4, 4 of 5), G 0
     assert scores["level_1_accuracy"] == pytest.approx(5 / 6)
     assert scores["level_1_macro_f1"] == pytest.approx((1 + 8 / 9 + 0) / 3)
@@ -328,16 +328,16 @@ def test_calibration_bins_by_hand():
 
 def test_scores_without_documents_are_left_out():
     scores = build_compute_metrics(TREE)(EvalPrediction(logits_for([E, A]), np.array([B, -100])))
-    # {B, D, e} against {B}
+    # {B}, the answer {B, D, e} where the label ends, against {B}
     assert scores["log_loss"] > 0
     right = np.exp(-scores.pop("log_loss"))  # of one document
     assert scores.pop("level_1_ece") == pytest.approx(1 - right, abs=0.02)
     assert scores.pop("level_1_ece_by_chance") == pytest.approx(np.sqrt(2 * right * (1 - right) / np.pi))
     assert scores == pytest.approx(
         {
-            "hierarchical_precision": 1 / 3,
+            "hierarchical_precision": 1,
             "hierarchical_recall": 1,
-            "hierarchical_f1": 1 / 2,
+            "hierarchical_f1": 1,
             "level_1_accuracy": 1,
             "level_1_macro_f1": 1,
         }

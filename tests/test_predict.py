@@ -151,7 +151,7 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_bytes(checkpoint, t
             inside(*words, broken, *other)
     original = (tmp_path / "in.csv").read_bytes()
     (tmp_path / "in.csv").write_bytes(original.replace(b"1 ", b"1x ", 1))
-    with pytest.raises(InputError, match="the input is another one"):
+    with pytest.raises(InputError, match="the input, or an option, is another one"):
         inside(*words, broken)
     (tmp_path / "in.csv").write_bytes(original)
     done = predict(*words, broken, check=False)
@@ -230,7 +230,7 @@ def test_an_output_in_a_folder_is_kept_for_the_input_that_it_was_made_of(checkpo
     assert inside(*words, "2023/*.csv") == 0
     assert (tmp_path / "out" / "more.csv").exists()
     assert output.stat().st_mtime_ns == stamp
-    another = r"out/notes\.csv was made of another input: give another folder, or --overwrite"
+    another = r"out/notes\.csv was made of another input, or with other options: give another folder, or --over"
     with pytest.raises(InputError, match=another):
         inside(*words, "2024/notes.csv")
     assert output.read_bytes() == answers
@@ -238,6 +238,12 @@ def test_an_output_in_a_folder_is_kept_for_the_input_that_it_was_made_of(checkpo
     (tmp_path / "out" / ".inputs" / "notes.csv").unlink()
     with pytest.raises(InputError, match=another):
         inside(*words, "2024/notes.csv")
+
+    # other options begin anew for one file: what the folder holds of others is not of these options
+    assert inside(*words, "2023/notes.csv", "--overwrite", "--probabilities") == 0
+    with pytest.raises(InputError, match=r"out/more\.csv was made of another input, or with other options"):
+        inside(*words, "2023/*.csv", "--probabilities")
+    assert inside(*words, "2023/*.csv", "--overwrite") == 0
 
     # killed before the output is at its place, and once it is
     for owner, function in ((Path, "replace"), (shutil, "rmtree")):

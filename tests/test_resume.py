@@ -96,6 +96,7 @@ def test_a_run_that_was_killed_after_its_last_step_takes_none_more(words, unbrok
     told = [json.loads((folder / "metrics.json").read_text()) for folder in (unbroken, output)]
     assert told[0]["test_log_loss"] == told[1]["test_log_loss"]
     assert told[0]["epoch"] == told[1]["epoch"]
+    assert [metrics.get("resumed_from_step") for metrics in told] == [None, 40]
 
 
 def test_a_run_that_stops_early_stops_there_too_when_it_was_broken_off(words, tmp_path):
@@ -128,7 +129,7 @@ def run_folder(unbroken, tmp_path) -> Path:
 
 def test_overwriting_leaves_nothing_of_the_former_run_to_go_on_from_or_to_show(words, run_folder):
     kept = {run_folder / "notes.txt", run_folder / "checkpoint-best" / "heads.safetensors", run_folder / "mine.csv"}
-    gone = {run_folder / name for name in ("plots/old.png", "validation_predictions.csv", "metrics.json")}
+    gone = {run_folder / name for name in ("plots/old.png", "plots/old.html", "test_predictions.csv", "metrics.json")}
     for path in kept | gone:
         path.parent.mkdir(exist_ok=True)
         path.write_text("of the former run")

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import re
 import sys
@@ -29,6 +30,8 @@ import views
 from attribution import Explainer, cut
 from classification import Refused, classify
 from tables import MAX_BYTES, defuse, read_table, to_csv
+
+from training.files import TEXT_COLUMNS
 
 HOSTILE = "<img src=x onerror=alert(1)> ${alert(2)} {{this}} `x` & ' \" \u202eevil \x07"
 
@@ -208,6 +211,13 @@ def test_every_kind_of_file_says_the_same(texts):
     for kind, content in contents.items():
         table = read_table(content, kind)
         assert [row.values[table.text_column()] for row in table.rows] == texts
+
+
+def test_the_column_of_texts_is_the_one_that_the_commands_read():
+    for names in itertools.combinations(TEXT_COLUMNS, 2):
+        for columns in (names, names[::-1]):
+            content = f"{','.join(columns)}\na,b\n".encode()
+            assert read_table(content, "csv").text_column() == next(name for name in TEXT_COLUMNS if name in columns)
 
 
 @pytest.mark.parametrize(

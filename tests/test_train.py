@@ -70,7 +70,7 @@ def test_the_log_names_columns_precision_and_sizes(finished):
     assert "encoder 4bit, tuning lora" in log
     assert "in float32" in log
     table = log.split("validation       test\n")[1]
-    for name in ("loss", "accuracy", "macro_f1", "ece", "level_2_ece"):
+    for name in ("log_loss", "accuracy", "macro_f1", "ece", "level_2_ece"):
         assert re.search(rf"  {name} +\d\.\d{{4}} +\d\.\d{{4}}\n", table), name
     assert re.search(r"  answer_coverage +\d\.\d{4}\n", table)  # of the test rows alone
 
@@ -82,6 +82,8 @@ def test_metrics_have_the_promised_names_and_agree_with_scikit_learn(finished):
     names += ["log_loss", "ece", "level_1_accuracy", "level_1_macro_f1", "level_2_accuracy", "level_2_macro_f1"]
     for prefix in ("eval_", "test_", "quantized_eval_", "quantized_test_"):
         assert {prefix + name for name in names} <= metrics.keys()
+    assert metrics.keys().isdisjoint({"eval_loss", "test_loss"})  # of the model before calibration, and they say so
+    assert {"uncalibrated_eval_loss", "uncalibrated_test_loss"} <= metrics.keys()
     assert {"trainable_parameters", "trainable_share", "encoder_bytes", "encoder_bytes_float32"} <= metrics.keys()
     rows = read_csv(output / "test_predictions.csv")
     truth, answers = [row["label"] for row in rows], [row["prediction"] for row in rows]

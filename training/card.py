@@ -312,7 +312,7 @@ def front_matter(run: Run) -> str:
         metrics=[kind for kind in HUB_METRICS if kind in kinds] or None,
         eval_results=evaluated or None,
         model_name=run.model_id if evaluated else None,
-        co2_eq_emissions=run.emissions,
+        co2_eq_emissions=None if run.metrics.get("resumed_from_step") else run.emissions,  # of all training, or none
     )
     return f"---\n{front.to_yaml()}\n---"
 
@@ -599,7 +599,8 @@ def calibration(run: Run) -> str:
         return "The probabilities are not calibrated: there were no validation rows." if run.scores else ""
     fitted = (
         "Probabilities are calibrated by one temperature a decision, fitted on the validation rows with a prior that holds it\n"
-        "near 1 where they are few, and applied inside the model. What each part adds:"
+        "near 1 where they are few, and applied inside the model. Scores of the validation rows are cross-validated: each fifth\n"
+        "is answered by what the other four fitted. What each part adds:"
     )
     rows, weight = [], run.metrics.get("lexical_weight")
     changed = ("accuracy", "macro_f1", "hierarchical_f1") if weight else ()  # temperatures alone change few answers
@@ -654,15 +655,16 @@ def limits(run: Run) -> str:
 
 
 def impact(run: Run) -> str:
-    lines = []
+    lines, step = [], run.metrics.get("resumed_from_step")
+    part = f" from step {step:,} on, where it was resumed" if step else ""
     if "train_runtime" in run.metrics:
-        lines.append(f"Training time, evaluations included: {duration(run.metrics['train_runtime'])}.")
+        lines.append(f"Training time{part}, evaluations included: {duration(run.metrics['train_runtime'])}.")
     if run.environment:
         versions = ", ".join(f"{name} {number}" for name, number in run.environment["versions"].items())
         lines += [f"Hardware: {plain(run.environment['hardware'])}.", f"Software: {plain(versions)}."]
     if run.emissions:
         grams = f"{run.emissions['emissions']:.3g} g of CO₂ equivalents"
-        lines.append(f"Emissions of training, as {plain(run.emissions['source'])} estimates them: {grams}.")
+        lines.append(f"Emissions of training{part}, as {plain(run.emissions['source'])} estimates them: {grams}.")
     else:
         lines.append(
             "Emissions were not measured. After `pip install codecarbon`, `--report_to codecarbon` measures them."

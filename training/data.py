@@ -472,15 +472,18 @@ def _most_common_labels(rows: pd.DataFrame) -> pd.Series:
 
 
 def _sample(strata: np.ndarray, count: int, split: str, generator: np.random.Generator) -> np.ndarray:
-    """Mask (N,) of ``count`` texts, drawn so that every stratum gives its share, rounded up or down.
+    """Mask (N,) of ``count`` texts, drawn so that every stratum gives its share, rounded up or down, but never all it has.
 
     This is systematic sampling along the texts in order of their stratum (Cochran, Sampling Techniques, 1977,
-    chapter 8). One text of each stratum is set aside, so that no class loses its last training rows.
+    chapter 8). Strata of one text give none. A share of at most a half, rounded up, leaves a text of any other; of a larger
+    share one text of each stratum is set aside beforehand.
     """
     order = generator.permutation(len(strata))
     rank = generator.permutation(strata.max() + 1)
     order = order[np.argsort(rank[strata[order]], kind="stable")]
-    eligible = np.diff(strata[order], prepend=-1) == 0
+    several = np.bincount(strata)[strata[order]] > 1
+    not_first = np.diff(strata[order], prepend=-1) == 0
+    eligible = several if 2 * count <= several.sum() else not_first
     if not 0 < count <= eligible.sum():
         raise InputError(
             f"cannot carve {split} rows: {count} of {len(strata)} distinct training texts, of which one a class must "

@@ -221,7 +221,7 @@ def collator(tokenizer: PreTrainedTokenizerBase) -> CollatorWithSentences:
 
 def log_metrics(metrics: dict[str, float]) -> None:
     """One line a metric, one column a split."""
-    splits = [prefix for prefix in ("eval", "test") if f"{prefix}_loss" in metrics]
+    splits = [prefix for prefix in ("eval", "test") if f"{prefix}_log_loss" in metrics]
     found = [name.partition("_") for name in metrics]
     names = dict.fromkeys(name for prefix, _, name in found if prefix in splits)
     logger.info(

@@ -44,8 +44,9 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
       Were the documents with such a label left out, this would be a choice by label, among which right probabilities look
       wrong;
     - over all labelled documents: ``hierarchical_precision``, ``hierarchical_recall`` and ``hierarchical_f1``
-      (Kiritchenko, Matwin and Famili 2005), and ``log_loss``, the mean of -log P(label) in nats, where an inner node's
-      probability is the sum of its leaves';
+      (Kiritchenko, Matwin and Famili 2005), where an answer below a label that is an inner node is cut at its level: what is
+      right there is not known; and ``log_loss``, the mean of -log P(label) in nats, where an inner node's probability is the
+      sum of its leaves';
     - for each level k that some label reaches: ``level_k_accuracy``, the share of the documents whose true path reaches
       the level that have the same node there in their predicted path (a shorter path is wrong); and
       ``level_k_macro_f1``, over the nodes of the level that occur in a true or predicted path, where a leaf above
@@ -58,7 +59,7 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
             shapes, unknown label ids, logits that are not finite, no labelled document.
     """
     hierarchical_f1 = _load_hierarchical_f1()
-    paths = node_paths(taxonomy)
+    paths, levels = node_paths(taxonomy), np.array(taxonomy.levels)
     leaves_under = np.zeros((taxonomy.num_nodes, taxonomy.num_leaves), dtype=bool)
     for leaf in range(taxonomy.num_leaves):
         leaves_under[taxonomy.path(leaf), leaf] = True
@@ -77,7 +78,9 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
         metrics: dict[str, float] = {}
         if is_leaf.any():
             metrics |= _flat_scores(labels[is_leaf], answers[is_leaf])
-        metrics |= hierarchical_f1.compute(predictions=answers, references=labels, parents=taxonomy.parents)
+        at_label = paths[answers, levels[labels] - 1]
+        known = np.where(is_leaf | (at_label < 0), answers, at_label)
+        metrics |= hierarchical_f1.compute(predictions=known, references=labels, parents=taxonomy.parents)
         metrics["log_loss"] = float(-_log_probability(logits, labels, leaves_under).mean())
         metrics |= _level_scores(paths[labels], paths[answers], is_leaf)
         cut = _cut_below(taxonomy, set(labels[~is_leaf].tolist()))

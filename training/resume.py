@@ -68,9 +68,10 @@ def delete_run(output_dir: Path) -> None:
             folder.unlink()
         else:
             shutil.rmtree(folder)
-    names = ("metrics.json", "validation_predictions.csv", "test_predictions.csv")
-    for file in (*(output_dir / name for name in names), *output_dir.glob("plots/*.png")):
-        file.unlink(missing_ok=True)
+    predictions = ("validation_predictions.csv", "test_predictions.csv")
+    for pattern in ("metrics.json", *predictions, "plots/*.png", "plots/*.html"):
+        for file in output_dir.glob(pattern):
+            file.unlink(missing_ok=True)
 
 
 def is_full_disk(error: Exception) -> bool:
