@@ -439,3 +439,23 @@ def test_bootstrap_intervals_against_scipy():
     of_each = sklearn.metrics.f1_score(labels, answers, average=None)
     assert (found["f1"][0, :3] < of_each).all()
     assert (of_each < found["f1"][1, :3]).all()
+
+
+def test_the_interval_of_macro_f1_holds_where_classes_are_many_and_rare():
+    """200 classes of three documents each: the mean score of such files is in as many intervals as it should be."""
+    generator, labels = np.random.default_rng(0), np.repeat(np.arange(200), 3)
+
+    def answers() -> np.ndarray:
+        return np.where(generator.random(len(labels)) < 0.6, labels, generator.integers(200, size=len(labels)))
+
+    def macro_f1(given: np.ndarray) -> float:
+        return sklearn.metrics.f1_score(labels, given, average="macro", zero_division=0)
+
+    expected = np.mean([macro_f1(answers()) for _ in range(200)])
+    held = []
+    for _ in range(40):
+        given = answers()
+        low, high = bootstrap_intervals(labels, given, 200, resamples=300)["macro_f1"]
+        assert low < macro_f1(given) < high
+        held.append(low <= expected <= high)
+    assert np.mean(held) > 0.8
