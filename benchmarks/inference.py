@@ -52,8 +52,9 @@ sys.path.insert(0, str(ROOT))
 from configuration_hierarchical import HierarchicalConfig, Taxonomy
 from modeling_hierarchical import HierarchicalForSequenceClassification, load_encoder
 from pipeline_hierarchical import TOKENS, batches_by_length, padded_length
-from predict import keep_memory, quantize
+from predict import KEPT_MEMORY, quantize
 from training.export import ONNX_FILE, export_onnx
+from training.memory import keep_memory
 
 PEAK_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 TAXONOMY = {f"group {i}": [f"class {i}.{j}" for j in range(5)] for i in range(5)}
@@ -76,7 +77,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "inference.json")
     arguments = parser.parse_args()
-    keep_memory()  # as predict.py does, for all
+    keep_memory(*KEPT_MEMORY)  # as predict.py does, for all
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     csv.field_size_limit(2**24)

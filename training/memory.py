@@ -1,0 +1,27 @@
+"""What glibc's malloc does with memory that is freed: by default it gives larger blocks back to the system, and fetching them again,
+page by page, takes time. On other systems these functions do nothing.
+"""
+
+import ctypes
+import sys
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h, in bytes
+
+
+def keep_memory(threshold: int, kept: int, more: int = 2**17) -> None:
+    """Has malloc keep what an operation frees for the next one.
+
+    Args:
+        threshold: blocks of more bytes are given back as before.
+        kept: as many free bytes are kept.
+        more: as many bytes are fetched beyond what is needed; by default as malloc's own default is.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for parameter, value in ((M_MMAP_THRESHOLD, threshold), (M_TRIM_THRESHOLD, kept), (M_TOP_PAD, more)):
+            libc.mallopt(parameter, value)
+
+
+def give_back_memory() -> None:
+    """What `keep_memory` kept: else the gaps between its blocks add up."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
