@@ -11,6 +11,7 @@ Worth knowing:
 import csv
 import io
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -129,6 +130,8 @@ def read_json_lines(content: bytes, kind: str) -> tuple[list[str], list[Row]]:
                 rows.append(Row(number, {}, "not UTF-8"))
             elif not isinstance(found, dict):
                 rows.append(Row(number, {}, "not a JSON object"))
+            elif half_surrogates(found):
+                rows.append(Row(number, {}, "half of a surrogate pair, which is no character"))
             else:
                 columns.update(dict.fromkeys(found))
                 rows.append(Row(number, found))
@@ -136,6 +139,15 @@ def read_json_lines(content: bytes, kind: str) -> tuple[list[str], list[Row]]:
             rows.append(Row(number, {}, "not JSON"))
         too_many(rows)
     return list(columns), rows
+
+
+def half_surrogates(found: dict[str, Any]) -> bool:
+    """Whether a name or a value has what JSON can escape and UTF-8 cannot write."""
+    try:
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def read_delimited(content: bytes, kind: str) -> tuple[list[str], list[Row]]:
@@ -225,5 +237,13 @@ def defuse(value: Any) -> Any:
 
 
 def to_json_lines(records: list[dict[str, Any]]) -> str:
-    """Records as JSON Lines."""
-    return "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
+    """Records as JSON Lines. Numbers that JSON does not know, such as NaN, become null."""
+    return "".join(json.dumps(finite(record), ensure_ascii=False, default=str) + "\n" for record in records)
+
+
+def finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: finite(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

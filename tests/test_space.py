@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT / "space"))
 import views
 from attribution import Explainer, cut
 from classification import Refused, classify
-from tables import MAX_BYTES, defuse, read_table, to_csv
+from tables import MAX_BYTES, defuse, read_table, to_csv, to_json_lines
 
 from training.files import TEXT_COLUMNS
 
@@ -195,6 +195,19 @@ def test_a_line_that_is_not_utf_8_takes_no_row_along_but_its_own():
         (5, {}, "not UTF-8"),
         (7, {"text": "last\ntext", "id": "d"}, None),
     ]
+
+
+def test_what_json_can_say_and_a_download_cannot_costs_no_other_row():
+    content = (
+        b'{"text": "a", "note": "\\ud800"}\n{"text": "b", "\\udc00": 1}\n{"text": "c", "n": [NaN, -Infinity, 1.5]}\n'
+    )
+    first, second, third = read_table(content, "jsonl").rows
+    assert first.problem == second.problem == "half of a surrogate pair, which is no character"
+    assert third.problem is None
+    written = to_json_lines([third.values]).encode()
+    read = json.loads(written, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert read == {"text": "c", "n": [None, None, 1.5]}
+    assert to_csv([third.values]).encode()
 
 
 def test_every_kind_of_file_says_the_same(texts):
