@@ -45,6 +45,7 @@ from transformers.utils import cached_file
 from training import InputError, asked_traceback, leave, one_line
 from training.arguments import has_bf16
 from training.files import check_writable
+from training.hub import ONNX_FILE, checkpoint_files
 from training.memory import give_back_memory, keep_memory
 from training.records import KINDS, Record, find_inputs, read_records
 from training.resume import is_full_disk
@@ -314,8 +315,8 @@ def options(arguments: argparse.Namespace, classify: Pipeline) -> dict[str, Any]
         "batch_size",
     )
     folder = Path(cached_file(arguments.model, "config.json", revision=arguments.revision)).parent
-    files = sorted([*folder.glob("*.json"), *folder.glob("*.py"), *folder.rglob("*.safetensors")])
-    names_of = {file: name for file in files if "checkpoint-" not in (name := file.relative_to(folder).as_posix())}
+    others = ("README.md", "metrics.json", "plots/", ONNX_FILE)  # which a folder of the Hub's cache may have or not
+    names_of = {folder / name: name for name in checkpoint_files(folder) if not name.startswith(others)}
     # an encoder on the Hub is pinned by its commit, which config.json holds; one in a folder is not
     encoder = Path(classify.model.config.encoder_name_or_path)
     if encoder.is_dir():
@@ -392,8 +393,13 @@ class Run:
             raise
 
     def check_input(self, records: Iterator[Record]) -> None:
-        """Raises InputError where the output is in a folder and was made of another input, or with other options."""
+        """Raises InputError where the output was made of another input, or with other options: as its fingerprint says, or
+        what is left of its parts.
+        """
         if self.fingerprint is None:
+            chunks = iter(lambda: list(islice(records, ROWS)), [])
+            for index, chunk in enumerate(chunks if self.parts.exists() else ()):
+                self.check_part(index, digest_of(chunk, self.options))
             return
         while chunk := list(islice(records, ROWS)):
             self.input.update(digest_of(chunk, self.options).encode())
@@ -403,6 +409,22 @@ class Run:
                 f"{self.output} was made of another input, or with other options: give another folder, or --overwrite to "
                 "start anew"
             )
+
+    def check_part(self, index: int, digest: str) -> bool:
+        """Whether a part is there.
+
+        Raises:
+            InputError: it was made of another input, or with other options.
+        """
+        try:
+            known = self.header(index)["digest"]
+        except FileNotFoundError:
+            return False
+        if known != digest:
+            raise InputError(
+                f"the input, or an option, is another one than {self.parts} was begun with: --overwrite starts anew"
+            )
+        return True
 
     def _classify(
         self, records: Iterator[Record], answer: Callable[[int, list[Record]], list[dict]], process: Process, bar: "Bar"
@@ -415,11 +437,7 @@ class Run:
             self.found = index + 1
             digest = digest_of(chunk, self.options)
             self.input.update(digest.encode())
-            if self.part(index).exists():
-                if self.header(index)["digest"] != digest:
-                    raise InputError(
-                        f"the input, or an option, is another one than {self.parts} was begun with: --overwrite starts anew"
-                    )
+            if self.check_part(index, digest):
                 skipped += len(chunk)
             elif index % process.count == process.index:
                 self.write(index, digest, chunk, answer(index * ROWS, chunk))

@@ -1,6 +1,6 @@
 """Publishes a checkpoint, and a Space that serves it: ``python push_to_hub.py --model results --repo_id user/name``.
 
-Checkpoint → (merged) → checks, before anything is sent → one commit for the model, and one that names it in the
+Checkpoint → (merged) → checks, before anything is published → one commit for the model, and one that names it in the
 model's card → one commit for the Space.
 """
 
@@ -76,13 +76,13 @@ def main(argv: list[str]) -> None:
             export_onnx(folder, Path(scratch))
             files[ONNX_FILE] = Path(scratch) / ONNX_FILE
         files.pop("README.md")
-        text = (folder / "README.md").read_text(encoding="utf-8")
-        readme = card.rename(card.pin(text, None), target.repo_id, merged=arguments.merge)
+        readme = card.rename(card.pin(read_card(folder), None), target.repo_id, merged=arguments.merge)
+        check_card(readme, folder)
         if arguments.dry_run:
             report(target, {**files, "README.md": readme.encode()})
             if space is not None:
                 report(space, space_files(target.repo_id))
-            print("nothing was sent")
+            print("nothing was published")
             return
         model = publish_model(api, target, files, readme, arguments.create_pr)
     print(f"{target.repo_id}: {model.url}")
@@ -102,8 +102,29 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--space_id", help="user/name of a Space that serves the model")
     parser.add_argument("--revision", help="the branch to commit to, created if it is not there; main by default")
     parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
-    parser.add_argument("--dry_run", action="store_true", help="check everything, list the files, send nothing")
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="check everything, the card by the Hub too, list the files, publish nothing",
+    )
     return parser.parse_args(argv)
+
+
+def read_card(folder: Path) -> str:
+    try:
+        return (folder / "README.md").read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{folder / 'README.md'} is not UTF-8 text: save it as UTF-8") from error
+
+
+def check_card(readme: str, folder: Path) -> None:
+    """Raises InputError where the Hub would refuse a card's metadata."""
+    try:
+        RepoCard(readme).validate()
+    except HUB_ERRORS as error:
+        raise InputError(f"cannot ask the Hub whether it takes {folder / 'README.md'}: {reason(error)}") from error
+    except Exception as error:  # ValueError, or whatever YAML's reader raises
+        raise InputError(f"{folder / 'README.md'}, which is to be the model's card: {one_line(error)}") from error
 
 
 def merge(folder: Path, output: Path) -> None:

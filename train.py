@@ -66,7 +66,17 @@ from training.losses import HierarchicalFocalLoss, node_counts
 from training.memory import keep_memory
 from training.metrics import build_compute_metrics
 from training.model import build_model, is_checkpoint, load_tokenizer, read_config, size_report
-from training.resume import check_taxonomy, checkpoints, delete_run, find_checkpoint, is_full_disk
+from training.resume import (
+    check_data,
+    check_model,
+    check_taxonomy,
+    checkpoints,
+    delete_measured,
+    delete_run,
+    find_checkpoint,
+    is_full_disk,
+    is_of_run,
+)
 from training.trainer import HierarchicalTrainer
 
 logger = logging.getLogger("train")
@@ -84,6 +94,8 @@ def main(argv: list[str]) -> None:
     known = read_config(model_arguments.model_name_or_path).tree if checkpoint else None
     if training.do_train is None:
         training.do_train = not (training.do_eval or training.do_predict)
+    if not training.do_train:
+        data_arguments.validation_size = data_arguments.test_size = 0  # rows of a training file are not to be scored
     check_output_folder(training, model_arguments.model_name_or_path)
     with training.main_process_first(desc="reading the data"):
         data = load_splits(data_arguments, training.seed, known if data_arguments.taxonomy is None else None)
@@ -110,11 +122,17 @@ def run_training(
         raise InputError("no training rows: give --train_file, --data_path or --dataset_name, or --do_train false")
     if "validation" not in data.splits:
         logger.info("no validation rows: no early stopping, and the last weights are kept")
-        training.eval_strategy, training.load_best_model_at_end = "no", False
+        training.eval_strategy, training.load_best_model_at_end, training.eval_on_start = "no", False, False
     elif training.load_best_model_at_end and training.eval_strategy == "no":
         raise InputError("--eval_strategy no finds no best checkpoint: give --load_best_model_at_end false too")
     compute_metrics = build_compute_metrics(data.taxonomy)
-    check_best_metric(training, data.taxonomy, compute_metrics)
+    labels = data.splits["validation"]["label"][:] if "validation" in data.splits else []
+    check_best_metric(training, data.taxonomy, np.unique(labels), compute_metrics)
+    if not any(loss_arguments.level_weights[: data.taxonomy.depth]):
+        raise InputError(
+            f"--level_weights {' '.join(map(str, loss_arguments.level_weights))}: nothing is left to train, since the "
+            f"taxonomy has {data.taxonomy.depth} level{'s'[: data.taxonomy.depth > 1]}"
+        )
     if training.device.type == "cpu" and model_arguments.tuning == "full":
         keep_memory(*KEPT_MEMORY)
     output = Path(training.output_dir)
@@ -122,8 +140,11 @@ def run_training(
     resumed_from_step = None
     if resume_from is not None:
         check_taxonomy(resume_from, data.taxonomy)
+        check_data(resume_from, data.report)
         resumed_from_step = TrainerState.load_from_json(str(Path(resume_from) / TRAINER_STATE_NAME)).global_step
     model = build_model(model_arguments, data.taxonomy, training.seed)
+    if resume_from is not None:
+        check_model(resume_from, model)
     if training.push_to_hub:
         check_hub(training, model)
     tokenizer = load_tokenizer(model_arguments, model)
@@ -153,6 +174,12 @@ def run_training(
         "max_length": max_length,
         "train_precision": precision(training),
     }
+    if not model.has_adapter:
+        settings |= dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"))
+    elif is_checkpoint(model_arguments.model_name_or_path):  # which goes on with an adapter of its own
+        own = model.encoder.peft_config["default"]
+        settings |= {"lora_r": own.r, "lora_alpha": own.lora_alpha, "lora_dropout": own.lora_dropout}
+        settings["lora_target_modules"] = sorted(own.target_modules)
     metrics: dict = {}  # until the end of the run, when the card is written again
 
     def write_card(folder: Path) -> None:
@@ -184,12 +211,13 @@ def run_training(
         )
     size = size_report(model)
     log_setup(model_arguments, training, size)
-    if training.overwrite_output_dir and training.resume_from_checkpoint is None:
+    if training.overwrite_output_dir and not is_of_run(training.resume_from_checkpoint, output):
         with training.main_process_first(desc="deleting the former run"):
             if training.should_save:
                 delete_run(output)
     trained = trainer.train(resume_from_checkpoint=resume_from)
     trainer.save_model(_internal_call=True)  # else it is pushed here, before it is measured
+    trainer.accelerator.wait_for_everyone()  # all processes load it
     metrics |= {
         **trained.metrics,
         **({"resumed_from_step": resumed_from_step} if resumed_from_step else {}),
@@ -238,15 +266,26 @@ def run_training(
 def check_best_metric(
     training: HierarchicalTrainingArguments,
     taxonomy: Taxonomy,
+    labels: np.ndarray,
     compute_metrics: Callable[[EvalPrediction], dict[str, float]],
 ) -> None:
-    """Raises InputError where evaluation will not measure ``--metric_for_best_model``, or it tells no model's worth."""
-    deepest = max(range(taxonomy.num_leaves), key=taxonomy.levels.__getitem__)  # a document that reaches every level
-    measured = compute_metrics(EvalPrediction(np.zeros((1, taxonomy.num_leaves)), np.array([deepest])))
+    """Raises InputError where evaluation will not measure ``--metric_for_best_model``, or it tells no model's worth.
+
+    Args:
+        labels: those that occur among the validation rows.
+    """
+    if not training.load_best_model_at_end:
+        return
+    # what is measured depends on how deep labels go, and whether some are leaves
+    kinds = {(label < taxonomy.num_leaves, taxonomy.levels[label]): label for label in labels.tolist() if label >= 0}
+    some = np.array([*kinds.values()], dtype=int)
+    measured = compute_metrics(EvalPrediction(np.zeros((len(some), taxonomy.num_leaves)), some))
     known = ["loss", *(name for name in measured if not name.endswith("_by_chance"))]
     asked = training.metric_for_best_model
-    if training.load_best_model_at_end and asked.removeprefix("eval_") not in known:
-        raise InputError(f"--metric_for_best_model {asked} is not measured; it is one of {', '.join(known)}")
+    if asked.removeprefix("eval_") not in known:
+        raise InputError(
+            f"--metric_for_best_model {asked} is not measured on these validation rows; it is one of {', '.join(known)}"
+        )
 
 
 def check_hub(training: HierarchicalTrainingArguments, model: HierarchicalForSequenceClassification) -> None:
@@ -286,9 +325,9 @@ def score_checkpoint(
 ) -> None:
     """Measures a finished checkpoint, as a user loads it, on labelled files."""
     if not set(data.splits) & {"validation", "test"}:
-        raise InputError("nothing to score: give --validation_file or --test_file")
-    if "test" in data.report["split"]["carved"]:
-        raise InputError("only a part of --data_path would be scored: give the whole file as --test_file")
+        raise InputError(
+            "nothing to score: give --validation_file or --test_file; of one file, give the whole file as --test_file"
+        )
     with refusing(f"cannot load the tokenizer of {model_arguments.model_name_or_path}"):
         tokenizer = AutoTokenizer.from_pretrained(model_arguments.model_name_or_path, trust_remote_code=True)
     max_length = length_limit(data_arguments.max_length, tokenizer)
@@ -299,6 +338,7 @@ def score_checkpoint(
     if training.should_save:
         output = Path(training.output_dir)
         make_folder(output)
+        delete_measured(output)
         write_json(output / "metrics.json", {**metrics, **per_class(data.taxonomy, logits, splits)})
         write_json(output / "data_report.json", data.report)
         draw(data.taxonomy, logits, splits, output / "plots")
@@ -333,7 +373,7 @@ def check_output_folder(training: HierarchicalTrainingArguments, model: str) -> 
     """Refuses to write over a finished or started run, and to delete the model that a run starts from."""
     output = Path(training.output_dir)
     check_writable("--output_dir", output)
-    if not output.is_dir() or training.resume_from_checkpoint is not None:
+    if not output.is_dir() or is_of_run(training.resume_from_checkpoint, output):
         return
     if training.overwrite_output_dir:
         source = Path(model).resolve()

@@ -23,6 +23,7 @@ from classification import Refused
 MAX_BYTES = 10 * 2**20
 MAX_ROWS = 10_000
 MAX_UNPACKED = 20 * MAX_BYTES  # of a Parquet file: its pages are compressed
+MAX_VALUES = 100 * MAX_ROWS  # of a Parquet file: those that are missing take no room in it
 KINDS = ("csv", "tsv", "jsonl", "parquet", "txt")
 TEXT_COLUMNS = ("medical_abstract", "abstract", "text", "sentence", "content", "document", "body")
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
@@ -193,13 +194,22 @@ def read_parquet(content: bytes) -> tuple[list[str], list[Row]]:
         with pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content)) as file:
             if file.metadata.num_rows > MAX_ROWS:
                 raise Refused(f"The file has {file.metadata.num_rows:,} rows; at most {MAX_ROWS:,} are accepted.")
-            groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
+            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
             if sum(group.total_byte_size for group in groups) > MAX_UNPACKED:
                 raise Refused(f"Unpacked, the file has more than {MAX_UNPACKED // 2**20} MB.")
+            columns = (group.column(i) for group in groups for i in range(group.num_columns))
+            if sum(column.num_values for column in columns) > MAX_VALUES:
+                raise Refused(f"The file has more than {MAX_VALUES:,} values, which is the most that is accepted.")
             names = file.schema_arrow.names
             if len(set(names)) < len(names):
                 raise Refused("Two columns of the file have the same name.")
-            table = file.read()
+            batches, size = [], 0  # a value that repeats is stored once, and takes its room as often as it is read
+            for batch in file.iter_batches(16):
+                batches.append(batch)
+                size += batch.nbytes
+                if size > MAX_UNPACKED:
+                    raise Refused(f"Unpacked, the file has more than {MAX_UNPACKED // 2**20} MB.")
+            table = pyarrow.Table.from_batches(batches, file.schema_arrow)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         if isinstance(error, Refused):
             raise

@@ -1,6 +1,7 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -132,11 +133,31 @@ def test_the_best_calibration_error_is_the_least(words, greater):
 def test_what_the_calibration_error_is_by_chance_picks_no_checkpoint():
     taxonomy = Taxonomy(["a", "b"])
     for name in ("ece", "level_1_ece"):
-        check_best_metric(parse(["--metric_for_best_model", name])[3], taxonomy, build_compute_metrics(taxonomy))
+        words = (taxonomy, np.arange(2), build_compute_metrics(taxonomy))
+        check_best_metric(parse(["--metric_for_best_model", name])[3], *words)
         training = parse(["--metric_for_best_model", f"{name}_by_chance"])[3]
         with pytest.raises(InputError, match="it is one of") as refused:
-            check_best_metric(training, taxonomy, build_compute_metrics(taxonomy))
+            check_best_metric(training, *words)
         assert "by_chance" not in str(refused.value).partition("one of")[2]
+
+
+def test_a_metric_that_the_validation_rows_cannot_give_picks_no_checkpoint():
+    taxonomy = Taxonomy(["a", {"b": ["c", {"d": ["e", "f"]}]}])
+    measure = build_compute_metrics(taxonomy)
+    for name, labels, given in (
+        ("macro_f1", ["b", "d"], False),
+        ("macro_f1", ["b", "c"], True),
+        ("level_2_accuracy", ["a", "b"], False),
+        ("level_2_accuracy", ["a", "d"], True),
+    ):
+        words = (parse(["--metric_for_best_model", name])[3], taxonomy, np.array([taxonomy.id(one) for one in labels]))
+        if given:
+            check_best_metric(*words, measure)
+        else:
+            with pytest.raises(
+                InputError, match=f"{name} is not measured on these validation rows; it is one of loss, "
+            ):
+                check_best_metric(*words, measure)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)

@@ -118,6 +118,7 @@ def test_csv_cells_are_text_as_written(tmp_path):
         ("a.jsonl", b'{"text": "one", "label": "x"}\n{"text"\n', "a.jsonl, line 2, is not JSON"),
         ("a.parquet", b"PAR0 nonsense", "a.parquet is not a Parquet file"),
         ("a.xlsx", b"PK", "a data file is .csv, .tsv"),
+        ("a.tsv", b'text\tlabel\n"Stroke was\tx\ntwo\ty\nend"\tx\nfour\ty\n', r"a.tsv, row 0 .*: a quotation mark begins"),
     ],
 )  # fmt: skip
 def test_unreadable_files_are_named(tmp_path, name, content, message):

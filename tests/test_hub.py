@@ -198,8 +198,9 @@ def test_a_dry_run_lists_the_files_and_sends_nothing(hub, checkpoint, tmp_path):
     assert "model clinic/dry, branch main, would be created, private:" in done.stdout
     assert "heads.safetensors" in done.stdout
     assert "space alice/dry-space" in done.stdout
-    assert "nothing was sent" in done.stdout
-    assert {request.method for request in hub.requests[before:]} <= {"GET", "HEAD"}
+    assert "nothing was published" in done.stdout
+    asked = {request.method for request in hub.requests[before:] if request.path != "/api/validate-yaml"}
+    assert asked <= {"GET", "HEAD"}
 
 
 DRIVER = """
@@ -265,8 +266,21 @@ def test_what_the_hub_would_refuse_is_one_line_before_anything_is_sent(
         (whole / name).parent.mkdir(parents=True, exist_ok=True)
         (whole / name).write_bytes(content)
 
+    cards = {"metadata": b"---\nlicense: [1\n---\n", "tags": b"---\ntags: 5\n---\n", "latin": b"caf\xe9"}
+    for name, content in cards.items():
+        shutil.copytree(checkpoint, tmp_path / name)
+        (tmp_path / name / "README.md").write_bytes(content)
+    shards = tmp_path / "shards"
+    shutil.copytree(whole, shards)
+    index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model.safetensors"}}
+    (shards / "model.safetensors.index.json").write_text(json.dumps(index))
+
     good = {"--model": str(checkpoint), "--repo_id": "alice/new"}
     cases = [
+        ({"--model": str(tmp_path / "metadata")}, "hf_alice", "README.md, which is to be the model's card: "),
+        ({"--model": str(tmp_path / "tags"), "--dry_run": None}, "hf_alice", '"tags" must be'),
+        ({"--model": str(tmp_path / "latin")}, "hf_alice", "README.md is not UTF-8 text: save it as UTF-8"),
+        ({"--model": str(shards)}, "hf_alice", "lacks model-00001-of-00002.safetensors, which model.safetensors.index"),
         ({}, None, "no Hub token: set HF_TOKEN"),
         ({}, "hf_unknown", "the Hub does not know the token"),
         ({}, "hf_reader", "the Hub token may only read"),
@@ -303,7 +317,8 @@ def test_what_the_hub_would_refuse_is_one_line_before_anything_is_sent(
         assert message in answer
         assert "\n" not in answer
         assert token is None or token not in answer
-    assert {request.method for request in hub.requests[before:]} <= {"GET", "HEAD"}
+    asked = {request.method for request in hub.requests[before:] if request.path != "/api/validate-yaml"}
+    assert asked <= {"GET", "HEAD"}
 
 
 def test_a_refusal_is_one_line_and_exit_code_2(hub, checkpoint, tmp_path):

@@ -249,30 +249,32 @@ def plain_ece(documents: list[tuple[float, bool]]) -> float:
     return error
 
 
-def cut_documents(logits: np.ndarray, labels: list[int], level: int, inner: set[int]) -> list[tuple[float, bool]]:
-    """Confidence and whether it is right, of the labelled documents, in the tree cut below a level and below inner nodes."""
-
-    def cut(node: int) -> int:
-        path = TREE.path(node)[:level]
-        return next((above for above in path if above in inner), path[-1])
-
+def cut_documents(logits: np.ndarray, labels: list[int], level: int) -> list[tuple[float, float]]:
+    """Confidence and how right it is, of the labelled documents, in the tree cut below a level."""
     documents = []
     for row, label in zip(logits, labels, strict=True):
         if label >= 0:
-            probabilities = softmax(row)
-            answer = cut(probabilities.index(max(probabilities)))
-            under = [leaf for leaf in range(TREE.num_leaves) if answer in TREE.path(leaf)]
-            documents.append((sum(probabilities[i] for i in under), cut(label) == answer))
+            leaves = softmax(row)
+            of = {
+                node: sum(leaves[leaf] for leaf in range(TREE.num_leaves) if node in TREE.path(leaf))
+                for node in range(TREE.num_nodes)
+            }
+            answer, path = TREE.path(leaves.index(max(leaves)))[:level], TREE.path(label)
+            if label >= TREE.num_leaves and len(path) < len(answer):  # nobody knows what is right below the label
+                right = of[answer[-1]] / of[label] if label in answer else 0
+            else:
+                right = answer[-1] == path[:level][-1]
+            documents.append((of[answer[-1]], right))
     return documents
 
 
 @pytest.mark.parametrize("inner", [set(), {D}, {B, D, G}])
-def test_ece_of_a_level_is_that_of_the_tree_cut_below_it_and_below_labels_that_are_inner_nodes(inner):
+def test_ece_of_a_level_is_that_of_the_tree_cut_below_it_where_labels_may_be_inner_nodes(inner):
     logits, labels = random_case(TREE, 500)
     labels[(labels >= TREE.num_leaves) & ~np.isin(labels, [*inner])] = -100
     scores = build_compute_metrics(TREE)(EvalPrediction(logits, labels))
     for level in range(1, TREE.depth + 1):
-        expected = plain_ece(cut_documents(logits, labels.tolist(), level, inner))
+        expected = plain_ece(cut_documents(logits, labels.tolist(), level))
         assert scores[f"level_{level}_ece"] == pytest.approx(expected), level
     assert scores["ece"] == pytest.approx(expected)
 
@@ -286,6 +288,17 @@ def test_right_probabilities_look_right_where_some_labels_say_the_parent_alone()
     scores = build_compute_metrics(TREE)(EvalPrediction(logits, labels))
     for name in ("ece", "level_1_ece", "level_2_ece", "level_3_ece"):
         assert scores[name] < 2 * scores[f"{name}_by_chance"], name
+
+
+def test_a_row_that_is_labelled_with_the_root_hides_no_calibration_error():
+    tree = Taxonomy({"root": ["a", "b", "c"]})
+    logits, labels = np.tile([5.0, 0.0, 0.0], (1000, 1)), np.random.default_rng(0).integers(3, size=1000)
+    before = build_compute_metrics(tree)(EvalPrediction(logits, labels))
+    labels[0] = tree.id("root")
+    after = build_compute_metrics(tree)(EvalPrediction(logits, labels))
+    for name in ("ece", "level_2_ece"):
+        assert before[name] > 0.6
+        assert after[name] == pytest.approx(before[name], abs=0.001)
 
 
 def test_the_calibration_error_by_chance_is_that_of_labels_drawn_from_the_probabilities():

@@ -3,11 +3,13 @@ import itertools
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, BitsAndBytesConfig
 
 from configuration_hierarchical import HierarchicalConfig, Taxonomy
 from modeling_hierarchical import (
+    ADAPTER_WEIGHTS,
     HierarchicalForSequenceClassification,
     load_encoder,
     negative_log_likelihood,
@@ -350,3 +352,40 @@ def test_saving_one_form_leaves_nothing_of_the_other(adapted, tmp_path):
 def test_a_pooler_is_left_out_only_where_there_is_one():
     assert without_pooler(AutoConfig.for_model("bert")) == {"add_pooling_layer": False}
     assert without_pooler(AutoConfig.for_model("modernbert")) == {}
+
+
+def test_an_encoder_that_takes_no_attention_mask_is_refused():
+    config = {
+        "model_type": "fnet",
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "intermediate_size": 48,
+    }
+    with pytest.raises(ValueError, match="FNetModel takes no attention mask, so that padding changes its answers"):
+        HierarchicalForSequenceClassification(HierarchicalConfig(taxonomy=["a", "b"], text_config=config))
+
+
+def test_saving_publishes_nothing_before_the_code_is_there(adapted, tmp_path):
+    whole = small_model()
+    for model in (adapted, whole):
+        with pytest.raises(ValueError, match=r"run push_to_hub\.py on that folder"):
+            model.save_pretrained(tmp_path / "results", push_to_hub=True)
+    assert not (tmp_path / "results").exists()
+
+
+def test_both_forms_say_what_was_loaded(adapted, tmp_path):
+    for name, model in (("adapter", adapted), ("whole", small_model())):
+        model.save_pretrained(tmp_path / name)
+        loaded, info = AutoModel.from_pretrained(tmp_path / name, trust_remote_code=True, output_loading_info=True)
+        assert type(loaded).__name__ == "HierarchicalForSequenceClassification"
+        assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+def test_an_adapter_beside_bfloat16_weights_is_not_rounded(adapted, tmp_path):
+    adapted.save_pretrained(tmp_path / "one")
+    load = HierarchicalForSequenceClassification.from_pretrained
+    load(tmp_path / "one", dtype=torch.bfloat16, merge_adapter=False).save_pretrained(tmp_path / "two")
+    before, after = (load_file(tmp_path / name / "adapter" / ADAPTER_WEIGHTS) for name in ("one", "two"))
+    assert before.keys() == after.keys()
+    assert all(before[name].equal(after[name]) for name in before)

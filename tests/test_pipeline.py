@@ -4,11 +4,12 @@ import threading
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, pipeline
+from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from configuration_hierarchical import HierarchicalConfig, Taxonomy
@@ -313,3 +314,43 @@ def test_an_error_in_a_batch_comes_out_and_no_thread_stays(checkpoint):
     with pytest.raises(RuntimeError, match=r"shapes|size"):
         broken(TEXTS)
     assert threading.active_count() == before
+
+
+def test_4_bit_weights_answer_alike_in_threads_and_alone(checkpoint):
+    """bitsandbytes repacks them in the first forward on a CPU, in place."""
+    texts = [f"study {i} of colitis in adults and of what became of the ulcers" for i in range(8)]  # all begin at once
+    quantization = BitsAndBytesConfig(load_in_4bit=True)
+    alone = AutoModel.from_pretrained(checkpoint, trust_remote_code=True, quantization_config=quantization)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
+    with torch.inference_mode():
+        expected = [
+            alone(**tokenizer(text, return_tensors="pt", truncation=True)).node_log_probs[0].exp() for text in texts
+        ]
+    for _ in range(3):
+        classify = pipeline(
+            "hierarchical-text-classification", model=checkpoint, trust_remote_code=True,
+            model_kwargs={"quantization_config": quantization},
+        )  # fmt: skip
+        for result, nodes in zip(classify(texts, batch_size=2), expected, strict=True):
+            assert result["score"] == pytest.approx(nodes[: UNEVEN.num_leaves].max().item(), abs=0.05)
+
+
+def test_calls_at_once_leave_the_number_of_cores_as_it_was(classify):
+    before = torch.get_num_threads()
+    for _ in range(15):
+        threads = [threading.Thread(target=classify, args=(["one text", "another"],)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    found = []
+    thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert [torch.get_num_threads(), *found] == [before, before]
+
+
+def test_a_table_is_not_taken_for_the_names_of_its_columns(classify):
+    with pytest.raises(ValueError, match=r"give the column that holds them, such as table\['text'\]"):
+        classify(pd.DataFrame({"text": ["one", "two"], "id": [1, 2]}))
+    assert len(list(classify(pd.DataFrame({"text": ["one", "two"]})["text"]))) == 2

@@ -163,6 +163,55 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_bytes(checkpoint, t
     assert left == {"in.csv", *(f"{path.name}{end}" for path in (broken, unbroken) for end in ("", ".errors.jsonl"))}
 
 
+def test_a_run_that_was_killed_as_it_cleared_up_is_not_done_for_another_input(checkpoint, texts, tmp_path, monkeypatch):
+    output = tmp_path / "out.jsonl"
+    for name, some in (("one", texts[:2]), ("two", texts[2:4])):
+        pd.DataFrame({"text": some}).to_csv(tmp_path / f"{name}.csv", index=False)
+
+    def killed(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    words = ("--model", checkpoint, "--output", output, "--input")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            inside(*words, tmp_path / "one.csv")
+    answers = output.read_bytes()
+    with pytest.raises(InputError, match="the input, or an option, is another one"):
+        inside(*words, tmp_path / "two.csv")
+    assert inside(*words, tmp_path / "one.csv") == 0
+    assert output.read_bytes() == answers
+    assert not Path(f"{output}.parts").exists()
+
+
+def test_json_lines_have_the_columns_of_their_first_objects_together(tmp_path):
+    def read(*rows: dict, text: str | None = None, key: str | None = None) -> list[tuple]:
+        path = tmp_path / "in.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        records = read_records([(str(path), "jsonl")], text, key)
+        return [(record.id, record.text, record.problem) for record in records]
+
+    missing = "the text is missing"
+    assert read({"id": 1}, {"id": 2, "text": "x"}) == [(None, None, missing), (None, "x", None)]
+    assert read({}, {"text": "x"}) == [(None, None, missing), (None, "x", None)]
+    named = [{"document": "doc-1.pdf"}, {"document": "doc-2.pdf", "text": "x"}]  # which alone would be taken for a text
+    assert read(*named) == [(None, None, missing), (None, "x", None)]
+    assert read({"text": "x"}, {"text": "y", "key": 7}, key="key") == [(None, "x", None), (7, "y", None)]
+    with pytest.raises(InputError, match="has no column 'key'"):
+        read({"text": "x"}, key="key")
+    with pytest.raises(InputError, match="no column is called"):
+        read({"body": "x"}, {"id": 1})
+
+
+@pytest.mark.parametrize(
+    "column", [pyarrow.array([10**17], pyarrow.timestamp("ms")), pyarrow.array([2**31 - 1], pyarrow.date32())]
+)
+def test_ids_that_python_has_no_values_for_are_named(column, tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "id": column}), tmp_path / "in.parquet")
+    with pytest.raises(InputError, match=r"the column 'id' holds what cannot be read.*give another --id_column"):
+        list(read_records([(str(tmp_path / "in.parquet"), "parquet")], None, "id"))
+
+
 def assert_same_files(one: Path, other: Path) -> None:
     """With those of their errors."""
     assert one.read_bytes() == other.read_bytes()

@@ -16,6 +16,7 @@ import yaml
 from conftest import CORPUS, ROOT, read_csv, run, write_csv
 from safetensors.torch import load_file
 
+import train
 from training import InputError
 from training.resume import checkpoints, find_checkpoint
 
@@ -163,6 +164,79 @@ def test_a_run_does_not_go_on_with_another_taxonomy(words, run_folder, tmp_path)
     assert done.returncode == 2
     said = done.stderr.splitlines()[-1]
     assert f"cannot resume from {checkpoints(run_folder)[-1]}: it has another taxonomy" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--pooling", "cls"], "it was trained with another --pooling, mean, not cls; give the same, or --overwrite"),
+        (["--tuning", "full"], "it was trained with another --tuning, lora, not full"),
+        (["--lora_r", "4"], "it was trained with another --lora_r, 16, not 4"),
+        (["--lora_alpha", "640"], "it was trained with another --lora_alpha, 32, not 640"),
+        (["--lora_target_modules", "query"], "it was trained with another --lora_target_modules"),
+        (["--model_name_or_path", "{other}"], "it was trained with another --model_name_or_path, encoder"),
+        (["--heads_learning_rate", "1e-3"], "whose optimizer had other settings: "),
+        (["--optim", "adafactor"], "whose optimizer had other settings: it was another --optim"),
+    ],
+)
+def test_a_run_does_not_go_on_as_another(words, run_folder, tiny_encoder, tmp_path, flags, message):
+    shutil.copytree(tiny_encoder, tmp_path / "other")
+    line = [*words, "--output_dir", run_folder, "--resume_from_checkpoint", "auto", "--max_steps", 44]
+    line += [flag.format(other=tmp_path / "other") for flag in flags]
+    before = {path: path.read_bytes() for path in run_folder.glob("*") if path.is_file()}
+    with pytest.raises(InputError, match=f"cannot resume from {checkpoints(run_folder)[-1]}") as refused:
+        train.main(list(map(str, line)))
+    assert message in str(refused.value)
+    kept = {"config.json", "heads.safetensors", "metrics.json", "README.md", "data_report.json"}
+    assert all(path.read_bytes() == content for path, content in before.items() if path.name in kept)
+
+
+def test_a_run_goes_on_with_the_rows_that_it_carved(tiny_encoder, tmp_path):
+    rows = read_csv(CORPUS / "train.csv")[:60]
+    data = write_csv(tmp_path / "data.csv", rows)
+    line = [ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", tiny_encoder, "--data_path", data]
+    line += [
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        2,
+        "--eval_strategy",
+        "no",
+        "--load_best_model_at_end",
+        "false",
+    ]
+    line += ["--output_dir", tmp_path / "results", "--resume_from_checkpoint", "auto"]
+    run(*line, "--max_steps", 2)
+    message = "rows it was trained on would be held out now"
+    for change in (["--seed", 9], ["--test_size", 0.2], []):
+        if not change:
+            write_csv(data, [*rows, {**rows[0], "text": "One more text."}])
+        with pytest.raises(InputError, match=message):
+            train.main(list(map(str, [*line, "--max_steps", 4, *change])))
+    write_csv(data, rows)
+    run(*line, "--max_steps", 4)
+    assert checkpoints(tmp_path / "results")[-1].name == "checkpoint-4"
+
+
+def test_a_checkpoint_of_another_run_is_no_leave_to_overwrite_this_one(words, run_folder, unbroken):
+    line = [*words, "--output_dir", run_folder, "--resume_from_checkpoint", checkpoints(unbroken)[0]]
+    with pytest.raises(InputError, match=f"--output_dir {run_folder} already holds a run"):
+        train.main(list(map(str, line)))
+
+
+def test_the_best_checkpoint_is_found_where_the_run_was_moved(words, tmp_path):
+    line = [*words, "--load_best_model_at_end", "true", "--max_steps", 8]
+    line += ["--learning_rate", "1e-30", "--early_stopping_patience", 0]  # the first is the best, since none is better
+    run(*line, "--output_dir", tmp_path / "there")
+    (tmp_path / "there").rename(tmp_path / "here")
+    line += ["--output_dir", tmp_path / "here", "--resume_from_checkpoint", "auto"]
+    best = checkpoints(tmp_path / "here")[0]
+    assert best.name == "checkpoint-2"
+    done = run(*line)
+    assert f"loading adapter and heads from {best}" in done.stderr
+    shutil.rmtree(best)
+    with pytest.raises(InputError, match=f"the best checkpoint of its run, {best.name}, is not beside it"):
+        train.main(list(map(str, line)))
 
 
 def cut(path: Path) -> None:

@@ -270,6 +270,21 @@ def test_a_parquet_column_that_python_has_no_values_for_is_named(column, tmp_pat
     assert "\n" not in str(refused.value)
 
 
+def test_a_small_parquet_file_that_unpacks_to_gigabytes_is_refused():
+    values = pa.array(["x" * 2**20])
+    repeated = pa.DictionaryArray.from_arrays(pa.array([0] * 10_000, pa.int32()), values)
+    lists = pa.array([[None] * 1_000_001], pa.list_(pa.int8()))
+    for column, message in (
+        (repeated, "Unpacked, the file has more than 200 MB"),
+        (lists, "more than 1,000,000 values"),
+    ):
+        stream = io.BytesIO()
+        pq.write_table(pa.table({"text": column}), stream)
+        assert len(stream.getvalue()) < 2**20
+        with pytest.raises(Refused, match=message):
+            read_table(stream.getvalue(), "parquet")
+
+
 def test_formulas_are_defused_and_all_else_comes_back_as_it_was():
     cells = ["=1+1", "+1", "-1", "@sum", "\tx", "\rx", "plain", "a=b", "", 'a "quoted", one\nand more']
     records = [{"text": cell, "probability": -0.5} for cell in cells]

@@ -160,7 +160,11 @@ def test_a_warm_start_with_a_grown_taxonomy_keeps_the_known_heads(finished, tmp_
         "--output_dir", tmp_path / "results",
         "--max_steps", "1",
         "--learning_rate", "1e-12",
+        "--lora_r", "4",  # which the adapter has not
     )  # fmt: skip
+    card = (tmp_path / "results" / "README.md").read_text()
+    assert "| lora_r | 16 |" in card
+    assert "Training continued from an earlier checkpoint" in card
     assert "heads kept: 6; started fresh: ['infections']" in done.stderr
     new = AutoModel.from_pretrained(tmp_path / "results", trust_remote_code=True, merge_adapter=False)
     before, after = old.config.tree, Taxonomy.from_file(tmp_path / "grown.yaml")
@@ -188,7 +192,13 @@ def test_full_fine_tuning_of_one_file_leaves_one_self_contained_model(tiny_encod
         "--model_name_or_path", tiny_encoder,
         "--tuning", "full",
         "--num_train_epochs", "1",
+        "--lr_scheduler_type", "reduce_lr_on_plateau",
     )  # fmt: skip
+    card = (tmp_path / "results" / "README.md").read_text()
+    assert "Encoder: from a folder of the machine that trained" in card
+    assert "base_model:" not in card
+    assert "lora_r" not in card
+    assert "continued" not in card
     assert "'medical_abstract'" in done.stderr
     assert "'condition_label'" in done.stderr
     assert (tmp_path / "results" / "model.safetensors").exists()

@@ -251,6 +251,7 @@ NO_USE = {
     "fp16_full_eval": False,
     "label_names": None,
     "prediction_loss_only": False,
+    "remove_unused_columns": True,
 }
 
 

@@ -22,6 +22,7 @@ Worth knowing:
    label, and the answers of others would hold less than was asked.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -147,6 +148,12 @@ def node_log_probs(taxonomy: Taxonomy, logits: np.ndarray) -> np.ndarray:
     return np.column_stack([leaves, *inner])
 
 
+def node_probabilities(taxonomy: Taxonomy, logits: np.ndarray) -> Iterator[list[float]]:
+    """The probabilities of all nodes, of one document after the other, from leaf logits (num_documents, num_leaves)."""
+    for start in range(0, len(logits), 1000):  # Python's numbers take four times the room of an array's
+        yield from np.exp(node_log_probs(taxonomy, logits[start : start + 1000])).tolist()
+
+
 def leaves_under(taxonomy: Taxonomy) -> list[list[int]]:
     """The leaves at or below each node."""
     under: list[list[int]] = [[] for _ in range(taxonomy.num_nodes)]
@@ -214,7 +221,7 @@ def fit_thresholds(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -
 def nonconformity_scores(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The scores of the labelled documents, in ascending order."""
     logits, labels = labelled_documents(taxonomy, logits, labels)
-    probabilities = np.exp(node_log_probs(taxonomy, logits)).tolist()
+    probabilities = node_probabilities(taxonomy, logits)
     return np.sort([nonconformity(taxonomy, *found) for found in zip(probabilities, labels.tolist(), strict=True)])
 
 
@@ -231,7 +238,7 @@ def conformal_scores(
     if not len(labels):
         return {}
     threshold, under = conformal_threshold(thresholds, coverage), leaves_under(taxonomy)
-    probabilities = np.exp(node_log_probs(taxonomy, logits)).tolist()
+    probabilities = node_probabilities(taxonomy, logits)
     answers = [conformal_answer(taxonomy, nodes, threshold) for nodes in probabilities]
     held = [{leaf for node in answer for leaf in under[node]} for answer in answers]
     return {

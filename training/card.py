@@ -250,8 +250,9 @@ def describe_metric(name: str) -> tuple[str, str]:
 
 
 def hub_encoder(config: HierarchicalConfig) -> str | None:
-    """The encoder's id on the Hub; None where it came from a folder, which a checkpoint names by its absolute path."""
-    return None if Path(config.encoder_name_or_path).is_absolute() else config.encoder_name_or_path
+    """The encoder's id on the Hub; None where it came from a folder, and so has no commit."""
+    local = Path(config.encoder_name_or_path).is_absolute() or config.encoder_revision is None
+    return None if local else config.encoder_name_or_path
 
 
 def read_source(name: str) -> tuple[str, str | None]:
@@ -484,7 +485,7 @@ def training(run: Run) -> str:
         else "from a folder of the machine that trained"
     )
     lines = [f"Encoder: {named}{at} ({config.text_config.model_type}, width {config.hidden_size})."]
-    if start and config.encoder_name_or_path not in (start, str(Path(start).resolve())):
+    if start and config.encoder_name_or_path not in (start, str(Path(start).resolve()), Path(start).name):
         lines.append("Training continued from an earlier checkpoint; what that one was trained on is not told here.")
     if "trainable_parameters" in metrics:
         lines.append(
@@ -596,7 +597,7 @@ def as_trained(run: Run) -> str:
 def calibration(run: Run) -> str:
     """What calibration changed, and what answers with a guarantee look like."""
     if run.config.temperatures is None:
-        return "The probabilities are not calibrated: there were no validation rows." if run.scores else ""
+        return "The probabilities are not calibrated: no validation rows were scored." if run.scores else ""
     fitted = (
         "Probabilities are calibrated by one temperature a decision, fitted on the validation rows with a prior that holds it\n"
         "near 1 where they are few, and applied inside the model. Scores of the validation rows are cross-validated: each fifth\n"

@@ -44,6 +44,8 @@ AS_SERVED: dict[str, Any] = {  # what a Trainer must not do that only scores
     **dict.fromkeys(("bf16", "fp16", "load_best_model_at_end", "push_to_hub"), False),
     "report_to": [],
     "eval_strategy": "no",
+    "lr_scheduler_type": "linear",  # some need an evaluation
+    "lr_scheduler_kwargs": None,
 }
 
 

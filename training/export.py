@@ -68,6 +68,11 @@ def export_onnx(folder: Path, output: Path) -> None:
             output_names=["logits"],
             dynamic_shapes=(tuple(dynamic for _ in names),),
         )
+    except Exception as error:  # whatever a library raises over an encoder that it cannot follow, pages of it
+        kind = type(model.encoder).__name__
+        raise InputError(
+            f"--onnx: {kind} cannot be exported ({type(error).__name__}): publish without --onnx"
+        ) from error
     finally:
         for logger, level in zip(quiet, levels, strict=True):
             logger.setLevel(level)

@@ -78,6 +78,15 @@ def _read_delimited(path: Path) -> pd.DataFrame:
         raise InputError(f"{path} has two columns called {twice[0]!r}")
     if not isinstance(table.index, pd.RangeIndex):  # how pandas reads rows that are longer than the header
         raise InputError(f"{path}, row 0 (counted from 0): more fields than the {len(header)} of the header")
+    if separator == "\t" and len(header) > 1:
+        for name in table.columns:
+            several = table[name].str.contains("\n", regex=False)
+            for row, cell in table.loc[several, name].items():
+                if any(line.count("\t") == len(header) - 1 for line in cell.split("\n")):
+                    raise InputError(
+                        f"{path}, row {row} (counted from 0): a quotation mark begins a text that takes in the rows below it; "
+                        "where quotation marks are part of texts, quote these texts and double the marks"
+                    )
     if (table.iloc[:, -1] == "").any():  # pandas fills short rows up, so look whether that is what happened
         for row, fields in enumerate(_records(path, separator), start=-1):
             if len(fields) < len(header):

@@ -36,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 
 from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import ADAPTER_SUBFOLDER, ADAPTER_WEIGHTS, HEADS_WEIGHTS, SHIPPED_FILES
-from training import InputError, card, one_line
+from training import InputError, card, one_line, refusing
 from training.export import ONNX_FILE
 
 ADAPTER_FORM = (HEADS_WEIGHTS, f"{ADAPTER_SUBFOLDER}/adapter_config.json", f"{ADAPTER_SUBFOLDER}/{ADAPTER_WEIGHTS}")
@@ -121,6 +121,12 @@ def read_checkpoint(folder: Path) -> HierarchicalConfig:
     missing = [name for name in wanted if name not in present]
     if missing:
         raise InputError(f"{folder} lacks {', '.join(missing)}: train.py writes them")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file() and config.adapter_subfolder is None:
+        with refusing(f"{index} cannot be read"):
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if absent := [name for name in shards if name not in present]:
+            raise InputError(f"{folder} lacks {', '.join(absent)}, which model.safetensors.index.json names")
     for name in weights:
         try:
             with safe_open(folder / name, "pt") as file:

@@ -40,9 +40,9 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
     - over documents labelled with a leaf, as scikit-learn defines them: ``accuracy``; ``macro_f1`` and ``weighted_f1``
       over the leaves that occur as label or answer;
     - ``ece``, see `expected_calibration_error`, and ``ece_by_chance``, what it would be were the probabilities right, see
-      `calibration_error_by_chance`: over all labelled documents, of the tree cut below the inner nodes that occur as a label.
-      Were the documents with such a label left out, this would be a choice by label, among which right probabilities look
-      wrong;
+      `calibration_error_by_chance`: over all labelled documents. Whether an answer below a label that is an inner node is
+      right is not known: where it passes through the label, it counts as right by its conditional probability there. Were
+      such documents left out, this would be a choice by label, among which right probabilities look wrong;
     - over all labelled documents: ``hierarchical_precision``, ``hierarchical_recall`` and ``hierarchical_f1``
       (Kiritchenko, Matwin and Famili 2005), where an answer below a label that is an inner node is cut at its level: what is
       right there is not known; and ``log_loss``, the mean of -log P(label) in nats, where an inner node's probability is the
@@ -52,7 +52,7 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
       ``level_k_macro_f1``, over the nodes of the level that occur in a true or predicted path, where a leaf above
       the level is "no node at this level", a class that is not averaged, and a document labelled with an inner node
       above the level takes no part: its node there is not known; and ``level_k_ece`` and ``level_k_ece_by_chance``, as
-      above but of the tree cut below the level, too, where a leaf above the level stands for itself.
+      above but of the tree cut below the level, where a leaf above the level stands for itself.
 
     Raises:
         InputError: `evaluate` cannot write its copy of the module. The function it returns raises it for arrays of other
@@ -64,10 +64,18 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
     for leaf in range(taxonomy.num_leaves):
         leaves_under[taxonomy.path(leaf), leaf] = True
 
-    def calibration_errors(prefix: str, true: np.ndarray, nodes: np.ndarray, logits: np.ndarray) -> dict[str, float]:
-        probability = np.exp(_log_probability(logits, nodes, leaves_under))
-        error = expected_calibration_error(_bin(probability, nodes == true, bins=15))
-        return {f"{prefix}ece": error, f"{prefix}ece_by_chance": calibration_error_by_chance(probability)}
+    def calibration_errors(
+        level: int, labels: np.ndarray, answers: np.ndarray, logits: np.ndarray
+    ) -> tuple[float, float]:
+        """The error of the tree cut below a level, counted from 0, and what it is by chance."""
+        true, nodes = (np.where(paths[some, level] >= 0, paths[some, level], some) for some in (labels, answers))
+        at_label = paths[answers, levels[labels] - 1]
+        unknown = (labels >= taxonomy.num_leaves) & (at_label >= 0) & (levels[nodes] > levels[labels])
+        known = np.where(unknown, at_label, nodes)
+        probability, so_far = (np.exp(_log_probability(logits, some, leaves_under)) for some in (nodes, known))
+        right = np.where(known == true, probability / so_far, 0.0)
+        error = expected_calibration_error(_bin(probability, right, bins=15))
+        return error, calibration_error_by_chance(probability, probability**2 * (1 / so_far - 1))
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         logits, labels = labelled_documents(taxonomy, prediction.predictions, prediction.label_ids)
@@ -83,14 +91,10 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
         metrics |= hierarchical_f1.compute(predictions=known, references=labels, parents=taxonomy.parents)
         metrics["log_loss"] = float(-_log_probability(logits, labels, leaves_under).mean())
         metrics |= _level_scores(paths[labels], paths[answers], is_leaf)
-        cut = _cut_below(taxonomy, set(labels[~is_leaf].tolist()))
-        if is_leaf.any():
-            metrics |= calibration_errors("", cut[labels], cut[answers], logits)
-        for level in range(taxonomy.depth):
-            reached = paths[labels, level] >= 0
-            if reached.any():
-                higher = np.where(paths[cut, level] >= 0, paths[cut, level], cut)
-                metrics |= calibration_errors(f"level_{level + 1}_", higher[labels], higher[answers], logits)
+        reached = {f"level_{level + 1}_": level for level in range(taxonomy.depth) if (paths[labels, level] >= 0).any()}
+        for prefix, level in {**({"": taxonomy.depth - 1} if is_leaf.any() else {}), **reached}.items():
+            errors = calibration_errors(level, labels, answers, logits)
+            metrics |= dict(zip((f"{prefix}ece", f"{prefix}ece_by_chance"), errors, strict=True))
         return metrics
 
     return compute_metrics
@@ -222,7 +226,7 @@ def expected_calibration_error(bins: dict[str, np.ndarray]) -> float:
     return float(np.average(gaps, weights=bins["count"][filled]))
 
 
-def calibration_error_by_chance(confidence: np.ndarray, bins: int = 15) -> float:
+def calibration_error_by_chance(confidence: np.ndarray, variance: np.ndarray | None = None, bins: int = 15) -> float:
     """What `expected_calibration_error` is on average for as many documents where each probability is right.
 
     In a bin with probabilities p, the number of right answers then has the variance v = Σ p (1 - p), and differs from its
@@ -230,8 +234,10 @@ def calibration_error_by_chance(confidence: np.ndarray, bins: int = 15) -> float
 
     Args:
         confidence: (num_documents,), the probability of each answer; one at least.
+        variance: (num_documents,), p (1 - p) by default.
     """
-    variances = np.bincount(_bin_index(confidence, bins), weights=confidence * (1 - confidence), minlength=bins)
+    variance = confidence * (1 - confidence) if variance is None else variance
+    variances = np.bincount(_bin_index(confidence, bins), weights=variance, minlength=bins)
     return float(np.sqrt(2 * np.maximum(variances, 0) / np.pi).sum() / len(confidence))
 
 
@@ -304,13 +310,6 @@ def node_paths(taxonomy: Taxonomy) -> np.ndarray:
     for node, level in enumerate(taxonomy.levels):
         paths[node, :level] = taxonomy.path(node)
     return paths
-
-
-def _cut_below(taxonomy: Taxonomy, inner: set[int]) -> np.ndarray:
-    """(num_nodes,): what stands for each node in the tree that is cut below some inner nodes: the highest of them, or itself."""
-    return np.array(
-        [next((above for above in taxonomy.path(node) if above in inner), node) for node in range(taxonomy.num_nodes)]
-    )
 
 
 def _log_probs(logits: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:

@@ -3,7 +3,7 @@
 Worth knowing:
 
 1. A row that cannot be read is a record with a problem, not an end: those before and after it are read.
-2. Memory holds a record, or of a Parquet file 1,024 rows, whatever the size of the files.
+2. Memory holds a record, or of a Parquet file or of JSON Lines 1,024 rows, whatever the size of the files.
 3. ``.gz`` files are unpacked as they are read; ``-`` is standard input; a pattern such as ``part-*.csv`` stands for its files
    in sorted order.
 """
@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from training.files import TEXT_COLUMNS, has_half_surrogate, listed
 KINDS = ("csv", "tsv", "jsonl", "ndjson", "parquet")
 LONGEST_FIELD = 2**24  # characters
 PARQUET_ROWS = 1024
+FIRST_OBJECTS = 1024  # of JSON Lines, whose names are the columns
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,21 @@ def _delimited(
 
 
 def _json_lines(stream: io.TextIOBase, source: str, text_column: str | None, id_column: str | None) -> Iterator[_Row]:
-    chosen = False
+    objects = _json_objects(stream)
+    first = list(islice(objects, FIRST_OBJECTS))  # one alone may lack what others have: many writers leave nulls out
+    names = list(dict.fromkeys(name for _, found, _ in first if found is not None for name in found))
+    if names:
+        text_column, id_column = _choose(source, names, text_column, id_column)
+    for number, found, problem in chain(first, objects):
+        if found is None:
+            yield number, None, None, problem
+            continue
+        key = None if id_column is None else found.get(id_column)
+        yield _checked(number, key, found.get(text_column))
+
+
+def _json_objects(stream: io.TextIOBase) -> Iterator[tuple[int, dict | None, str | None]]:
+    """Numbers of lines, their objects, and what is wrong where a line is none."""
     for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue
@@ -224,16 +240,12 @@ def _json_lines(stream: io.TextIOBase, source: str, text_column: str | None, id_
             found = json.loads(line)
         except (ValueError, RecursionError) as error:  # of the syntax, a number of thousands of digits, or the depth
             reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", error)
-            yield number, None, None, f"not JSON: {reason}"
+            yield number, None, f"not JSON: {reason}"
             continue
-        if not isinstance(found, dict):
-            yield number, None, None, f"not an object but {type(found).__name__}"
-            continue
-        if not chosen:
-            text_column, id_column = _choose(source, list(found), text_column, id_column)
-            chosen = True
-        key = None if id_column is None else found.get(id_column)
-        yield _checked(number, key, found.get(text_column))
+        if isinstance(found, dict):
+            yield number, found, None
+        else:
+            yield number, None, f"not an object but {type(found).__name__}"
 
 
 def _read_parquet(path: str, size: int, text_column: str | None, id_column: str | None) -> Iterator[tuple[_Row, int]]:
@@ -243,7 +255,11 @@ def _read_parquet(path: str, size: int, text_column: str | None, id_column: str 
         row, total = 0, max(file.metadata.num_rows, 1)
         for batch in file.iter_batches(PARQUET_ROWS, columns=wanted):
             texts = batch.column(text_column).to_pylist()
-            keys = [None] * len(texts) if id_column is None else batch.column(id_column).to_pylist()
+            try:
+                keys = [None] * len(texts) if id_column is None else batch.column(id_column).to_pylist()
+            except (KeyError, OverflowError, ValueError) as error:
+                why = "holds what cannot be read, such as a time beyond the year 9999"
+                raise InputError(f"{path}: the column {id_column!r} {why}: give another --id_column") from error
             for key, text in zip(keys, texts, strict=True):
                 row += 1
                 yield _checked(row, key, text), size * row // total

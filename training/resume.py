@@ -14,13 +14,14 @@ import logging
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from configuration_hierarchical import Taxonomy
-from modeling_hierarchical import HEADS_WEIGHTS
-from training import InputError
+from modeling_hierarchical import ADAPTER_SUBFOLDER, HEADS_WEIGHTS, HierarchicalForSequenceClassification
+from training import InputError, refusing
 from training.model import is_checkpoint, read_config
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,9 @@ def find_checkpoint(asked: str | None, output_dir: str) -> str | None:
     return None
 
 
+ANEW = "or --overwrite_output_dir true without --resume_from_checkpoint"
+
+
 def check_taxonomy(checkpoint: str, taxonomy: Taxonomy) -> None:
     """Raises InputError where a checkpoint's heads are of another taxonomy: of the same shape, they would fit unseen."""
     if not is_checkpoint(checkpoint):  # shards of FSDP come without a configuration
@@ -57,8 +61,62 @@ def check_taxonomy(checkpoint: str, taxonomy: Taxonomy) -> None:
     if (known.names, known.parents) != (taxonomy.names, taxonomy.parents):
         raise InputError(
             f"cannot resume from {checkpoint}: it has another taxonomy, or its classes in another order; give the same "
-            "--taxonomy, or --overwrite_output_dir true without --resume_from_checkpoint"
+            f"--taxonomy, {ANEW}"
         )
+
+
+def check_data(checkpoint: str, report: dict[str, Any]) -> None:
+    """Raises InputError where rows that a run was trained on may be held out now, since they are carved otherwise.
+
+    Args:
+        report: of the data, to be compared with the one in the checkpoint's run.
+    """
+    file = Path(checkpoint).parent / "data_report.json"
+    if not file.is_file():
+        return
+    with refusing(f"{file} cannot be read"):
+        known = json.loads(file.read_text(encoding="utf-8"))
+        now, before = json.loads(json.dumps(report)), {name: known[name] for name in ("split", "columns", "sources")}
+    hashes = [[sorted(source["sha256"].values()) for source in one["sources"]] for one in (now, before)]
+    if not (now["split"]["carved"] or before["split"]["carved"]):
+        if hashes[0] != hashes[1]:
+            logger.warning("the data are others than those that %s was trained on", checkpoint)
+        return
+    if hashes[0] != hashes[1] or any(now[name] != before[name] for name in ("split", "columns")):
+        raise InputError(
+            f"cannot resume from {checkpoint}: the data, their columns, --seed or the shares of the splits are others, so "
+            f"that rows it was trained on would be held out now; give the same, {ANEW}"
+        )
+
+
+def check_model(checkpoint: str, model: HierarchicalForSequenceClassification) -> None:
+    """Raises InputError where a checkpoint is of another encoder, adapter or pooling: of the same shape, it would fit unseen."""
+    if not is_checkpoint(checkpoint):
+        return
+    known, config = read_config(checkpoint), model.config
+    whole = known.adapter_subfolder is None
+    pairs = {
+        "--tuning": ("full" if whole else "lora", "lora" if model.has_adapter else "full"),
+        "--model_name_or_path": tuple(Path(one.encoder_name_or_path).name for one in (known, config)),
+        "--model_revision": (known.encoder_revision, config.encoder_revision),
+        "--pooling": (known.pooling, config.pooling),
+    }
+    if model.has_adapter and not whole:
+        own = model.encoder.peft_config["default"]
+        path = Path(checkpoint) / ADAPTER_SUBFOLDER / "adapter_config.json"
+        with refusing(f"{path} cannot be read"):
+            given = json.loads(path.read_text(encoding="utf-8"))
+            pairs |= {
+                f"--lora_{name.removeprefix('lora_')}": (given[name], getattr(own, name))
+                for name in ("r", "lora_alpha")
+            }
+            targets = (sorted(given["target_modules"]), sorted(own.target_modules))
+        pairs["--lora_target_modules"] = targets
+    for flag, (before, now) in pairs.items():
+        if before != now:
+            raise InputError(
+                f"cannot resume from {checkpoint}: it was trained with another {flag}, {before}, not {now}; give the same, {ANEW}"
+            )
 
 
 def delete_run(output_dir: Path) -> None:
@@ -68,10 +126,20 @@ def delete_run(output_dir: Path) -> None:
             folder.unlink()
         else:
             shutil.rmtree(folder)
+    delete_measured(output_dir)
+
+
+def delete_measured(output_dir: Path) -> None:
+    """Deletes what was measured in a folder."""
     predictions = ("validation_predictions.csv", "test_predictions.csv")
     for pattern in ("metrics.json", *predictions, "plots/*.png", "plots/*.html"):
         for file in output_dir.glob(pattern):
             file.unlink(missing_ok=True)
+
+
+def is_of_run(asked: str | None, output_dir: Path) -> bool:
+    """Whether ``--resume_from_checkpoint`` goes on with the run in a folder, rather than beginning one there."""
+    return asked == "auto" or (asked is not None and Path(asked).resolve().parent == output_dir.resolve())
 
 
 def is_full_disk(error: Exception) -> bool:

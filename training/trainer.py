@@ -39,7 +39,7 @@ from modeling_hierarchical import (
     HEADS_WEIGHTS,
     HierarchicalForSequenceClassification,
 )
-from training import InputError, card
+from training import InputError, card, refusing
 from training.consistency import disagreement, halves
 from training.cpu import speed_up
 from training.hub import CARD_COMMIT, CHECKPOINT_FILES, HUB_ERRORS, checkpoint_files, reason
@@ -89,6 +89,7 @@ class HierarchicalTrainer(Trainer):
         self.consistency = consistency
         self.heads_learning_rate = heads_learning_rate
         self.tried_batch_size: int | None = None
+        self.best_checkpoint: str | None = None
         self.write_card = write_card
         keep_trainable(self.model)
         if self.args.bf16 and self.args.device.type == "cpu" and self.model.has_adapter and not self.is_fsdp_enabled:
@@ -136,6 +137,9 @@ class HierarchicalTrainer(Trainer):
         """
         if isinstance(resume_from_checkpoint, str):
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+            self.best_checkpoint = state.best_model_checkpoint = self._find_best_checkpoint(
+                state, resume_from_checkpoint
+            )
             if 0 < self.args.max_steps <= state.global_step or self._had_stopped_early(state):
                 logger.info("nothing left to train: %s is at step %d", resume_from_checkpoint, state.global_step)
                 self.state = state
@@ -156,8 +160,29 @@ class HierarchicalTrainer(Trainer):
             return False
         return saved["attributes"]["early_stopping_patience_counter"] >= stopping.early_stopping_patience
 
+    def _find_best_checkpoint(self, state: TrainerState, checkpoint: str) -> str | None:
+        """The best checkpoint of a resumed run, whose folder may have been moved or copied since its path was written.
+
+        Raises:
+            InputError: it is not there, and the run would end with another.
+        """
+        best = state.best_model_checkpoint
+        if best is None:
+            return None
+        beside = Path(checkpoint).parent / Path(best).name
+        found = next((str(folder) for folder in (beside, Path(best)) if folder.is_dir()), None)
+        if found is None and self.args.load_best_model_at_end:
+            raise InputError(
+                f"cannot resume from {checkpoint}: the best checkpoint of its run, {Path(best).name}, is not beside it; "
+                "--load_best_model_at_end false ends with the last"
+            )
+        return found
+
     def _load_callback_state(self) -> None:
         """As the Trainer's, but with the patience of this run, and for checkpoints that lack the state of a callback."""
+        self.state.best_model_checkpoint = (
+            self.best_checkpoint
+        )  # where the Trainer forgets it once its folder was moved
         given = self._early_stopping()
         super()._load_callback_state()
         for one in (*self.callback_handler.callbacks, self.control):
@@ -235,8 +260,16 @@ class HierarchicalTrainer(Trainer):
         return torch.utils.data.SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self._load_adapter_form(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with refusing(f"cannot resume from {resume_from_checkpoint}"):
+            if not self._load_adapter_form(resume_from_checkpoint):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with refusing(f"cannot resume from {checkpoint}, whose optimizer had other settings"):
+            settings = set(self.optimizer.param_groups[0])
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if not settings <= set(self.optimizer.param_groups[0]):
+                raise ValueError("it was another --optim")
 
     def _load_best_model(self) -> None:
         if not self._load_adapter_form(self.state.best_model_checkpoint):

@@ -133,10 +133,20 @@ class LexicalHead(nn.Module):
         counted = input_ids < len(self.idf)
         if attention_mask is not None:
             counted = counted & attention_mask.to(counted.device).bool()
-        counts = torch.zeros(len(input_ids), len(self.idf), device=self.idf.device)
-        counts.scatter_add_(1, input_ids.where(counted, 0), counted.float())
-        weighed = (counts.clamp(min=1).log() + (counts > 0)) * self.idf.float()  # (B, V)
-        return nn.functional.linear(nn.functional.normalize(weighed), self.weight.float(), self.bias.float())
+        # by the tokens of the texts: a vector over the vocabulary, which can be a quarter of a million, would be nearly all zeros
+        ids = (
+            input_ids.where(counted, len(self.idf)).sort(1).values
+        )  # (B, T): equal ones side by side, the uncounted at the end
+        is_first = nn.functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
+        group = is_first.long().cumsum(1) - 1
+        counts = torch.zeros_like(ids, dtype=torch.float32).scatter_add(
+            1, group, torch.ones_like(ids, dtype=torch.float32)
+        )
+        known = is_first & (ids < len(self.idf))
+        ids = ids.where(known, 0)
+        weighed = (1 + counts.gather(1, group).log()) * self.idf[ids].float() * known  # once for each token of a text
+        of_tokens = self.weight[:, ids].float()  # (num_leaves, B, T)
+        return (of_tokens * nn.functional.normalize(weighed)).sum(2).T + self.bias.float()
 
 
 class HierarchicalHeads(nn.Module):
@@ -240,6 +250,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         super().__init__(config)
         if encoder is None:
             encoder = AutoModel.from_config(config.text_config, **without_pooler(config.text_config))
+            refuse_maskless(encoder)
         else:
             for module in encoder.modules():  # else post_init would draw fresh weights for an injected adapter
                 module._is_hf_initialized = True
@@ -373,6 +384,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         adapter_config = Path(fetch(f"{config.adapter_subfolder}/adapter_config.json"))
         lora = read_adapter_config(adapter_config)
         adapter = load_file(fetch(f"{config.adapter_subfolder}/{ADAPTER_WEIGHTS}"))
+        info_wanted = kwargs.pop("output_loading_info", False)
         kwargs = {name: value for name, value in {**kwargs, **hub}.items() if name not in NOT_FOR_THE_ENCODER}
         encoder = load_encoder(config, **kwargs)
         with init.no_init_weights():  # everything is loaded
@@ -390,7 +402,9 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             placed = {".".join(filter(None, ("encoder", name))): at for name, at in encoder.hf_device_map.items()}
             model.hf_device_map = {**placed, "heads": next(iter(placed.values()))}
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
-        return model.eval()
+        # anything else was an error
+        info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+        return (model.eval(), info) if info_wanted else model.eval()  # type: ignore[return-value]
 
     def calibrate(self, temperatures: list[float] | None, conformal_thresholds: list[float | None] | None) -> None:
         """Takes the outcome of a calibration into the configuration, and the temperatures into the heads.
@@ -453,9 +467,9 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         if adapter_config is not None:
             peft.inject_adapter_in_model(adapter_config, self.encoder)
             self.encoder.requires_grad_(False)
-            # beside 4-bit weights PEFT injects in the type of their products, to which the adapter would be rounded
+            # PEFT injects in the type of the encoder, or of the products of 4-bit weights, to which the adapter would be rounded
             for name, parameter in self.encoder.named_parameters():
-                if "lora_" in name and getattr(self.encoder, "is_quantized", False):
+                if "lora_" in name:
                     parameter.data = parameter.data.float()
         expected = peft.get_peft_model_state_dict(self.encoder)
         adapter = {name.removeprefix(ADAPTER_PREFIX): tensor for name, tensor in adapter.items()}
@@ -475,6 +489,8 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         """
         if os.path.isfile(save_directory):
             raise ValueError(f"{save_directory} is a file; a checkpoint needs a folder")
+        if kwargs.get("push_to_hub"):  # which would publish before the code is written
+            raise ValueError("save_pretrained writes a folder; to publish it, run push_to_hub.py on that folder")
         if not self.has_adapter:
             for name, weight in self.named_parameters():
                 if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
@@ -488,8 +504,6 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             if os.path.isabs(self.config.encoder_name_or_path):  # where it lay, too, and nobody loads it again
                 self.config.encoder_name_or_path = os.path.basename(self.config.encoder_name_or_path)
             super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
-        elif kwargs.get("push_to_hub"):
-            raise ValueError("save_pretrained writes a folder; to publish it, run push_to_hub.py on that folder")
         elif is_main_process:
             self._save_adapter_form(Path(save_directory), state_dict)
         if is_main_process:
@@ -624,6 +638,7 @@ def load_encoder(config: HierarchicalConfig, **kwargs: Any) -> PreTrainedModel:
         )
     encoder.vocab_size_at_load = config.text_config.vocab_size
     refuse_missing(name, encoder, info)
+    refuse_maskless(encoder)
     return encoder
 
 
@@ -650,6 +665,14 @@ def refuse_missing(name: str | os.PathLike, model: PreTrainedModel, info: dict[s
     """Raises ValueError where weights are missing: transformers draws them at random, with a warning."""
     if missing := info["missing_keys"]:
         raise ValueError(f"{name} lacks {len(missing)} weights of a {type(model).__name__}, such as {min(missing)!r}")
+
+
+def refuse_maskless(encoder: PreTrainedModel) -> None:
+    """Raises ValueError where an encoder takes no attention mask: what a text is padded with would change its answer."""
+    if "attention_mask" not in inspect.signature(encoder.forward).parameters:
+        raise ValueError(
+            f"{type(encoder).__name__} takes no attention mask, so that padding changes its answers: use another"
+        )
 
 
 def read_adapter_config(path: Path) -> dict[str, Any]:
@@ -702,7 +725,10 @@ def is_mergeable(encoder: nn.Module, adapter_config: dict[str, Any]) -> bool:
     if others.pop("init_lora_weights", True) not in (True, "gaussian") or others:
         return False
     targets = [m for name, m in encoder.named_modules() if is_target(name, adapter_config["target_modules"])]
-    return all(type(m) is nn.Linear and m.weight.is_floating_point() and not m.weight.is_meta for m in targets)
+    plain = all(
+        type(m) is nn.Linear and type(m.weight) is nn.Parameter for m in targets
+    )  # torchao's are tensors of its own
+    return plain and all(m.weight.is_floating_point() and not m.weight.is_meta for m in targets)
 
 
 @torch.no_grad()

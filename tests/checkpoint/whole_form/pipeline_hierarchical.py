@@ -39,6 +39,9 @@ TOKENS_ELSEWHERE = 32_768
 TEXTS_AHEAD = 512
 BATCHES_AHEAD = 32
 MOST_NODES = 3  # in an answer: what a reader takes in at a glance
+STARTING: list[
+    int
+] = []  # the numbers of cores of calls that are starting workers; no lock: Ctrl+C could leave one locked
 
 
 class HierarchicalTextClassificationPipeline(Pipeline):
@@ -82,6 +85,12 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             )
         check_tokenizer(self.tokenizer, self.model)
         self.tree = self.model.config.tree  # built anew each time it is asked for
+        packed = any(getattr(weight, "quant_state", None) is not None for weight in self.model.parameters())
+        if (
+            self.device.type == "cpu" and packed
+        ):  # bitsandbytes repacks 4-bit weights in the first forward, which no two threads
+            with torch.inference_mode():  # may do at once
+                self.model(**self.tokenizer("a", return_tensors="pt"))
         if self.device.type == "cpu" and self.model.encoder.dtype == torch.bfloat16:
             attend_by_document(self.model.encoder)
             pack_linear_layers(self.model.encoder)
@@ -115,6 +124,8 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         batch_size = self._batch_size if batch_size is None else batch_size
         if batch_size is not None:
             check_number("batch_size", batch_size, 1)
+        if hasattr(inputs, "columns") and hasattr(inputs, "iloc"):
+            raise ValueError("a table is no list of texts: give the column that holds them, such as table['text']")
         if isinstance(inputs, (list, tuple)):
             texts = [read_text(item, position) for position, item in enumerate(inputs)]
             return list(self._results(texts, batch_size, cutting, wanted))
@@ -153,7 +164,9 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         """Threads that compute batches: on a CPU as many as it has cores for torch, each with one core; elsewhere one."""
         if self.device.type != "cpu" or hasattr(self.model, "hf_device_map"):
             return ThreadPoolExecutor(1)
+        others = [*STARTING]  # in a new thread torch may answer with the 1 that another call's workers have just stored
         count = torch.get_num_threads()
+        count = max([count, *others, *STARTING])
         ready = threading.Barrier(count + 1)
 
         def start() -> None:
@@ -162,6 +175,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             ready.wait()
 
         workers = ThreadPoolExecutor(count)
+        STARTING.append(count)
         try:
             for _ in range(count):
                 workers.submit(start)
@@ -169,13 +183,19 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         except BaseException:  # Ctrl+C: a thread that waits would keep the process from ending
             ready.abort()
             raise
-        torch.set_num_threads(count)  # the number is each thread's own, but also what threads yet to come begin with
+        finally:
+            torch.set_num_threads(
+                count
+            )  # the number is each thread's own, but also what threads yet to come begin with
+            STARTING.remove(count)
         return workers
 
     def _start(
         self, texts: list[str], batch_size: int | None, cutting: dict, workers: ThreadPoolExecutor | None
     ) -> "Started":
-        """Tokenizes texts, and has their batches computed by ``workers``, or at once where there are none."""
+        """Tokenizes texts, and has their batches computed by ``workers``, or at once where there are none, or one batch: on a CPU
+        all cores share it then.
+        """
         windows, owners, truncated = self.preprocess(texts, **cutting)
         lengths = [len(window["input_ids"]) for window in windows]
         batches = batches_by_length(lengths, batch_size, TOKENS.get(self.device.type, TOKENS_ELSEWHERE))
@@ -187,7 +207,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
                     [windows[i] for i in batch], padding="max_length", max_length=length, return_tensors="pt"
                 )
             )
-            if workers is not None:
+            if workers is not None and len(batches) > 1:
                 outputs.append(workers.submit(self.forward, inputs))
             else:
                 outputs.append(Future())
@@ -228,9 +248,10 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             max_length=window,
             stride=stride or 0,
             return_overflowing_tokens=True,
+            return_attention_mask=True,
             verbose=False,
         )
-        names = [name for name in self.tokenizer.model_input_names if name in encoded]
+        names = [name for name in {*self.tokenizer.model_input_names, "attention_mask"} if name in encoded]
         owners = encoded["overflow_to_sample_mapping"]
         windows, kept, counts = [], [], [0] * len(texts)
         for i, owner in enumerate(owners):
