@@ -104,6 +104,12 @@ def test_bad_words_are_refused_in_one_line(words, message):
     assert "\n" not in str(caught.value)
 
 
+def test_no_scores_of_validation_rows_at_the_end_is_no_scores_whatever_is_evaluated_meanwhile():
+    assert parse(["--do_eval", "false"])[3].do_eval is False
+    assert parse(["--do_eval", "false"])[3].eval_strategy == "epoch"
+    assert parse([])[3].do_eval is None
+
+
 def test_an_unknown_key_of_a_recipe_gets_the_nearest_one(tmp_path):
     with pytest.raises(InputError, match="did you mean 'label_column'"):
         parse([recipe(tmp_path, label_colum="x")])

@@ -144,7 +144,9 @@ class HierarchicalTrainingArguments(TrainingArguments):
     do_train: bool | None = field(
         default=None, metadata={"help": "Train. Default: unless only --do_eval/--do_predict."}
     )
-    do_eval: bool | None = field(default=None, metadata={"help": "Score the validation rows."})
+    do_eval: bool | None = field(
+        default=None, metadata={"help": "At the end score the validation rows, and calibrate on them."}
+    )
     do_predict: bool | None = field(default=None, metadata={"help": "Score the test rows."})
     num_train_epochs: float = field(default=5.0, metadata={"help": "Passes over the training rows."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Texts a device and step."})
@@ -205,7 +207,9 @@ class HierarchicalTrainingArguments(TrainingArguments):
             self.fp16 = self.fp16 or precision == "fp16"
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("ece"):
             self.greater_is_better = False  # a calibration error, which transformers does not know
+        asked = self.do_eval
         super().__post_init__()
+        self.do_eval = asked  # which it turns on for evaluations during training; this is about the scores at the end
         # what the launcher said is in the flags now; Trainer would otherwise prefer it to an explicit --bf16 false
         self.mixed_precision = "fp16" if self.fp16 else "bf16" if self.bf16 else "no"
 
