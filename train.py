@@ -133,8 +133,6 @@ def run_training(
             f"--level_weights {' '.join(map(str, loss_arguments.level_weights))}: nothing is left to train, since the "
             f"taxonomy has {data.taxonomy.depth} level{'s'[: data.taxonomy.depth > 1]}"
         )
-    if training.device.type == "cpu" and model_arguments.tuning == "full":
-        keep_memory(*KEPT_MEMORY)
     output = Path(training.output_dir)
     resume_from = find_checkpoint(training.resume_from_checkpoint, training.output_dir)
     resumed_from_step = None
@@ -215,6 +213,8 @@ def run_training(
         with training.main_process_first(desc="deleting the former run"):
             if training.should_save:
                 delete_run(output)
+    if training.device.type == "cpu" and model_arguments.tuning == "full":
+        keep_memory(*KEPT_MEMORY)
     trained = trainer.train(resume_from_checkpoint=resume_from)
     trainer.save_model(_internal_call=True)  # else it is pushed here, before it is measured
     trainer.accelerator.wait_for_everyone()  # all processes load it

@@ -23,7 +23,7 @@ from classification import Refused
 MAX_BYTES = 10 * 2**20
 MAX_ROWS = 10_000
 MAX_UNPACKED = 20 * MAX_BYTES  # of a Parquet file: its pages are compressed
-MAX_VALUES = 100 * MAX_ROWS  # of a Parquet file: those that are missing take no room in it
+MAX_VALUES = 1000 * MAX_ROWS  # of a Parquet file: those that are missing take no room in it
 KINDS = ("csv", "tsv", "jsonl", "parquet", "txt")
 TEXT_COLUMNS = ("medical_abstract", "abstract", "text", "sentence", "content", "document", "body")
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
@@ -145,7 +145,7 @@ def read_json_lines(content: bytes, kind: str) -> tuple[list[str], list[Row]]:
 def half_surrogates(found: dict[str, Any]) -> bool:
     """Whether a name or a value has what JSON can escape and UTF-8 cannot write."""
     try:
-        json.dumps(found, ensure_ascii=False).encode()
+        json.dumps(finite(found), ensure_ascii=False).encode()  # as it will be written, however deep it is nested
     except UnicodeEncodeError:
         return True
     return False
@@ -205,11 +205,12 @@ def read_parquet(content: bytes) -> tuple[list[str], list[Row]]:
                 raise Refused("Two columns of the file have the same name.")
             batches, size = [], 0  # a value that repeats is stored once, and takes its room as often as it is read
             for batch in file.iter_batches(16):
-                batches.append(batch)
-                size += batch.nbytes
+                plain = [c.dictionary_decode() if pyarrow.types.is_dictionary(c.type) else c for c in batch.columns]
+                batches.append(pyarrow.RecordBatch.from_arrays(plain, names))
+                size += batches[-1].nbytes
                 if size > MAX_UNPACKED:
                     raise Refused(f"Unpacked, the file has more than {MAX_UNPACKED // 2**20} MB.")
-            table = pyarrow.Table.from_batches(batches, file.schema_arrow)
+            table = pyarrow.Table.from_batches(batches) if batches else file.schema_arrow.empty_table()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         if isinstance(error, Refused):
             raise

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 
 import datasets
+import numpy as np
 import pandas as pd
 import pytest
 import transformers
@@ -126,6 +127,14 @@ def test_unreadable_files_are_named(tmp_path, name, content, message):
     with pytest.raises(InputError, match=message) as caught:
         load(train_file=tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+def test_a_quoted_text_of_several_lines_may_have_tabs(tmp_path):
+    texts = ["Labs:\nHb\t12.3\nNa\t140\nStable.", "another"]
+    for header in (("text", "label"), ("label", "text")):
+        rows = [dict(zip(("text", "label"), pair, strict=True)) for pair in zip(texts, "xy", strict=True)]
+        pd.DataFrame(rows)[list(header)].to_csv(tmp_path / "a.tsv", sep="\t", index=False)
+        assert load(train_file=tmp_path / "a.tsv", validation_size=0).splits["train"]["text"][:] == texts
 
 
 def test_missing_file(tmp_path):
@@ -531,8 +540,10 @@ def test_one_file_is_split_by_class_with_identical_texts_together(tmp_path, seed
         found = Counter(labels_of(data, split))
         for label, count in everywhere.items():
             assert abs(found[label] - share * count) <= 3 + 0.15 * share * count, (split, label)
+    trained_on = np.sort(np.array(data.splits["train"]["row"], dtype=np.int64)).tobytes()
     assert data.report["split"] == {
         "method": "by class, identical texts kept together", "carved": {"test": 0.1, "validation": 0.15}, "seed": seed,
+        "train_rows_sha256": hashlib.sha256(trained_on).hexdigest(),
     }  # fmt: skip
 
 

@@ -354,3 +354,11 @@ def test_a_table_is_not_taken_for_the_names_of_its_columns(classify):
     with pytest.raises(ValueError, match=r"give the column that holds them, such as table\['text'\]"):
         classify(pd.DataFrame({"text": ["one", "two"], "id": [1, 2]}))
     assert len(list(classify(pd.DataFrame({"text": ["one", "two"]})["text"]))) == 2
+
+
+def test_a_tokenizer_that_lists_no_mask_gets_one(checkpoint, classify):
+    other = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True)
+    other.tokenizer.model_input_names = ["input_ids"]
+    for result, expected in zip(other(TEXTS), classify(TEXTS), strict=True):
+        assert result["label"] == expected["label"]
+        assert result["score"] == pytest.approx(expected["score"], abs=1e-5)

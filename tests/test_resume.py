@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import train
 from training import InputError
-from training.resume import checkpoints, find_checkpoint
+from training.resume import checkpoints, find_checkpoint, is_of_run
 
 WEIGHTS = ("heads.safetensors", "adapter/adapter_model.safetensors")
 
@@ -222,6 +222,16 @@ def test_a_checkpoint_of_another_run_is_no_leave_to_overwrite_this_one(words, ru
     line = [*words, "--output_dir", run_folder, "--resume_from_checkpoint", checkpoints(unbroken)[0]]
     with pytest.raises(InputError, match=f"--output_dir {run_folder} already holds a run"):
         train.main(list(map(str, line)))
+
+
+def test_a_checkpoint_by_a_link_is_of_the_run_that_it_stands_in(tmp_path):
+    (tmp_path / "scratch" / "checkpoint-2").mkdir(parents=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint-2").symlink_to(tmp_path / "scratch" / "checkpoint-2")
+    assert is_of_run(str(tmp_path / "run" / "checkpoint-2"), tmp_path / "run")
+    assert not is_of_run(str(tmp_path / "scratch" / "checkpoint-2"), tmp_path / "run")
+    assert is_of_run("auto", tmp_path / "run")
+    assert not is_of_run(None, tmp_path / "run")
 
 
 def test_the_best_checkpoint_is_found_where_the_run_was_moved(words, tmp_path):

@@ -273,16 +273,35 @@ def test_a_parquet_column_that_python_has_no_values_for_is_named(column, tmp_pat
 def test_a_small_parquet_file_that_unpacks_to_gigabytes_is_refused():
     values = pa.array(["x" * 2**20])
     repeated = pa.DictionaryArray.from_arrays(pa.array([0] * 10_000, pa.int32()), values)
-    lists = pa.array([[None] * 1_000_001], pa.list_(pa.int8()))
+    lists = pa.ListArray.from_arrays(pa.array([0, 10_000_001], pa.int32()), pa.nulls(10_000_001, pa.int8()))
     for column, message in (
         (repeated, "Unpacked, the file has more than 200 MB"),
-        (lists, "more than 1,000,000 values"),
+        (lists, "more than 10,000,000 values"),
     ):
         stream = io.BytesIO()
         pq.write_table(pa.table({"text": column}), stream)
         assert len(stream.getvalue()) < 2**20
         with pytest.raises(Refused, match=message):
             read_table(stream.getvalue(), "parquet")
+
+
+def test_parquet_files_within_the_limits_are_read():
+    texts = [f"text {i} " + "x" * 150 for i in range(10_000)]
+    categories = pa.array(texts).dictionary_encode()
+    vectors = pa.array([[0.5] * 384] * 3000, pa.list_(pa.float32()))
+    for table in (pa.table({"text": categories}), pa.table({"text": texts[:3000], "vector": vectors})):
+        stream = io.BytesIO()
+        pq.write_table(table, stream)
+        read = read_table(stream.getvalue(), "parquet")
+        assert [row.values["text"] for row in read.rows] == texts[: len(table)]
+
+
+def test_a_row_that_is_nested_too_deeply_to_be_written_is_named():
+    deep = "[" * 900 + "]" * 900
+    first, second = read_table(f'{{"text": "a", "n": {deep}}}\n{{"text": "b"}}\n'.encode(), "jsonl").rows
+    assert first.problem is None or first.problem == "not JSON"
+    assert second.problem is None
+    assert to_json_lines([row.values for row in (first, second) if row.problem is None])
 
 
 def test_formulas_are_defused_and_all_else_comes_back_as_it_was():

@@ -11,6 +11,7 @@ Worth knowing:
 5. Rows are counted from 0, without the header, in messages and in the column ``row``. A text is never shown.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Collection, Iterable
@@ -124,6 +125,8 @@ def load_splits(arguments: DataArguments, seed: int, taxonomy: Taxonomy | None =
             "method": "by class, identical texts kept together" if shares else "as given",
             "carved": shares,
             "seed": seed,
+            # by which a resumed run knows the rows that it was trained on
+            **({"train_rows_sha256": hash_of_rows(rows.loc[rows["split"] == "train", "row"])} if shares else {}),
         },
         "splits": {
             split: describe(part, taxonomy, len(dropped) if split == "train" else 0)
@@ -438,6 +441,10 @@ def _drop_shared(rows: pd.DataFrame, keep: bool) -> tuple[pd.DataFrame, pd.DataF
     if train.any() and seen.sum() == train.sum():
         raise InputError("every training text is also in validation or test: nothing is left to train on")
     return rows[~seen].reset_index(drop=True), rows[seen]
+
+
+def hash_of_rows(numbers: pd.Series) -> str:
+    return hashlib.sha256(np.sort(numbers.to_numpy(np.int64)).tobytes()).hexdigest()
 
 
 def _shares_to_carve(arguments: DataArguments, sources: dict[str, _Source], single: bool) -> dict[str, float]:

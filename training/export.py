@@ -46,9 +46,10 @@ def export_onnx(folder: Path, output: Path) -> None:
         raise InputError(f"--onnx needs pip install onnx onnxscript onnxruntime ({one_line(error)})") from error
     model = HierarchicalForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    names = list(tokenizer.model_input_names)
+    names = list(dict.fromkeys([*tokenizer.model_input_names, "attention_mask"]))
     texts = ["A study of ulcers.", "A longer study of ulcers of the stomach, and of what became of them.", "Epilepsy"]
-    example = tuple(tokenizer(texts, padding=True, return_tensors="pt")[name] for name in names)
+    tokenized = tokenizer(texts, padding=True, return_attention_mask=True, return_tensors="pt")
+    example = tuple(tokenized[name] for name in names)
     file = output / ONNX_FILE
     file.parent.mkdir(parents=True, exist_ok=True)
     dynamic = {0: "batch", 1: "length"}
@@ -78,7 +79,7 @@ def export_onnx(folder: Path, output: Path) -> None:
             logger.setLevel(level)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     for some in (texts, texts[:1], [" ".join(texts) * 4] * 5):  # also of other sizes than the example
-        inputs = tokenizer(some, padding=True, truncation=True, return_tensors="pt")
+        inputs = tokenizer(some, padding=True, truncation=True, return_attention_mask=True, return_tensors="pt")
         with torch.inference_mode():
             expected = model(**inputs).logits.softmax(-1)
         (logits,) = session.run(["logits"], {name: inputs[name].numpy() for name in names})

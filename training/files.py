@@ -79,10 +79,12 @@ def _read_delimited(path: Path) -> pd.DataFrame:
     if not isinstance(table.index, pd.RangeIndex):  # how pandas reads rows that are longer than the header
         raise InputError(f"{path}, row 0 (counted from 0): more fields than the {len(header)} of the header")
     if separator == "\t" and len(header) > 1:
-        for name in table.columns:
+        for place, name in enumerate(table.columns):
             several = table[name].str.contains("\n", regex=False)
             for row, cell in table.loc[several, name].items():
-                if any(line.count("\t") == len(header) - 1 for line in cell.split("\n")):
+                first, *others = (line.count("\t") for line in cell.split("\n"))
+                rest = len(header) - 1 - place  # the fields of its own row that a text would have taken in first
+                if first == rest if rest else all(tabs == len(header) - 1 for tabs in others):
                     raise InputError(
                         f"{path}, row {row} (counted from 0): a quotation mark begins a text that takes in the rows below it; "
                         "where quotation marks are part of texts, quote these texts and double the marks"

@@ -15,10 +15,11 @@ import io
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -218,11 +219,18 @@ def _delimited(
 
 
 def _json_lines(stream: io.TextIOBase, source: str, text_column: str | None, id_column: str | None) -> Iterator[_Row]:
-    objects = _json_objects(stream)
-    first = list(islice(objects, FIRST_OBJECTS))  # one alone may lack what others have: many writers leave nulls out
-    names = list(dict.fromkeys(name for _, found, _ in first if found is not None for name in found))
-    if names:
-        text_column, id_column = _choose(source, names, text_column, id_column)
+    objects, first = _json_objects(stream), []
+    for one in objects:
+        first.append(one)
+        if len(first) >= FIRST_OBJECTS and any(found for _, found, _ in first):
+            break
+    # one object alone may lack what others have, since many writers leave nulls out, or have what the others have not
+    counts = Counter(name for _, found, _ in first if found is not None for name in found)
+    if counts:
+        usual = [name for name in TEXT_COLUMNS if 2 * counts[name] >= sum(found is not None for _, found, _ in first)]
+        if text_column is None and usual:
+            text_column = usual[0]
+        text_column, id_column = _choose(source, list(counts), text_column, id_column)
     for number, found, problem in chain(first, objects):
         if found is None:
             yield number, None, None, problem

@@ -139,7 +139,7 @@ def delete_measured(output_dir: Path) -> None:
 
 def is_of_run(asked: str | None, output_dir: Path) -> bool:
     """Whether ``--resume_from_checkpoint`` goes on with the run in a folder, rather than beginning one there."""
-    return asked == "auto" or (asked is not None and Path(asked).resolve().parent == output_dir.resolve())
+    return asked == "auto" or (asked is not None and Path(asked).parent.resolve() == output_dir.resolve())
 
 
 def is_full_disk(error: Exception) -> bool:

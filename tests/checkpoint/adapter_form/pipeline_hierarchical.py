@@ -148,7 +148,8 @@ class HierarchicalTextClassificationPipeline(Pipeline):
                         texts.append(read_text(item, position))
                 except Exception as error:  # raised again below, after the results of the texts before it
                     problem = error
-                started = self._start(texts, batch_size, cutting, workers) if texts else None
+                alone = before is None and self.device.type == "cpu" and not hasattr(self.model, "hf_device_map")
+                started = self._start(texts, batch_size, cutting, workers, alone) if texts else None
                 for one in (before, started if ahead == 1 or problem is not None else None):
                     if one is not None:
                         yield from self._finish(one, wanted)
@@ -191,10 +192,17 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         return workers
 
     def _start(
-        self, texts: list[str], batch_size: int | None, cutting: dict, workers: ThreadPoolExecutor | None
+        self,
+        texts: list[str],
+        batch_size: int | None,
+        cutting: dict,
+        workers: ThreadPoolExecutor | None,
+        alone: bool = True,
     ) -> "Started":
-        """Tokenizes texts, and has their batches computed by ``workers``, or at once where there are none, or one batch: on a CPU
-        all cores share it then.
+        """Tokenizes texts, and has their batches computed by ``workers``, or at once where there are none.
+
+        Args:
+            alone: no other batch is being computed, so that all cores of a CPU may share one: a single batch is computed at once.
         """
         windows, owners, truncated = self.preprocess(texts, **cutting)
         lengths = [len(window["input_ids"]) for window in windows]
@@ -204,10 +212,14 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             length = padded_length(lengths[batch[0]], len(batch), self.tokenizer.model_max_length)
             inputs = dict(
                 self.tokenizer.pad(
-                    [windows[i] for i in batch], padding="max_length", max_length=length, return_tensors="pt"
+                    [windows[i] for i in batch],
+                    padding="max_length",
+                    max_length=length,
+                    return_attention_mask=True,
+                    return_tensors="pt",
                 )
             )
-            if workers is not None and len(batches) > 1:
+            if workers is not None and not (alone and len(batches) == 1):
                 outputs.append(workers.submit(self.forward, inputs))
             else:
                 outputs.append(Future())
@@ -251,7 +263,8 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             return_attention_mask=True,
             verbose=False,
         )
-        names = [name for name in {*self.tokenizer.model_input_names, "attention_mask"} if name in encoded]
+        wanted = dict.fromkeys([*self.tokenizer.model_input_names, "attention_mask"])
+        names = [name for name in wanted if name in encoded]
         owners = encoded["overflow_to_sample_mapping"]
         windows, kept, counts = [], [], [0] * len(texts)
         for i, owner in enumerate(owners):
