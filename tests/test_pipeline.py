@@ -262,7 +262,7 @@ def test_a_model_sees_few_shapes_of_little_padding_and_each_core_computes_alone(
     assert len({rows * length for rows, length in shapes}) <= 40
     assert all(length - tokens < 16 for (_, length), tokens in zip(shapes, longest, strict=True))
     assert max(length for _, length in shapes) <= classify.tokenizer.model_max_length
-    assert threads == {1}
+    assert threads == {torch.get_num_threads() if batch_size == 1 else 1}  # a text that comes alone has all cores
 
 
 def test_bfloat16_on_a_cpu_answers_as_float32_does(checkpoint, classify):
