@@ -39,9 +39,8 @@ TOKENS_ELSEWHERE = 32_768
 TEXTS_AHEAD = 512
 BATCHES_AHEAD = 32
 MOST_NODES = 3  # in an answer: what a reader takes in at a glance
-STARTING: list[
-    int
-] = []  # the numbers of cores of calls that are starting workers; no lock: Ctrl+C could leave one locked
+# the numbers of cores of calls that are starting workers; no lock, which Ctrl+C could leave locked
+STARTING: list[int] = []
 
 
 class HierarchicalTextClassificationPipeline(Pipeline):
@@ -85,11 +84,10 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             )
         check_tokenizer(self.tokenizer, self.model)
         self.tree = self.model.config.tree  # built anew each time it is asked for
-        packed = any(getattr(weight, "quant_state", None) is not None for weight in self.model.parameters())
-        if (
-            self.device.type == "cpu" and packed
-        ):  # bitsandbytes repacks 4-bit weights in the first forward, which no two threads
-            with torch.inference_mode():  # may do at once
+        in_4_bits = any(getattr(weight, "quant_state", None) is not None for weight in self.model.parameters())
+        if self.device.type == "cpu" and in_4_bits:
+            # bitsandbytes repacks the weights in their first forward, which no two threads may do at once
+            with torch.inference_mode():
                 self.model(**self.tokenizer("a", return_tensors="pt"))
         if self.device.type == "cpu" and self.model.encoder.dtype == torch.bfloat16:
             attend_by_document(self.model.encoder)
@@ -148,7 +146,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
                         texts.append(read_text(item, position))
                 except Exception as error:  # raised again below, after the results of the texts before it
                     problem = error
-                alone = before is None and self.device.type == "cpu" and not hasattr(self.model, "hf_device_map")
+                alone = before is None and self._on_cores()
                 started = self._start(texts, batch_size, cutting, workers, alone) if texts else None
                 for one in (before, started if ahead == 1 or problem is not None else None):
                     if one is not None:
@@ -161,9 +159,13 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         finally:
             workers.shutdown(cancel_futures=True)
 
+    def _on_cores(self) -> bool:
+        """Whether the cores of a CPU compute, over weights that stay in memory."""
+        return self.device.type == "cpu" and not hasattr(self.model, "hf_device_map")
+
     def _workers(self) -> ThreadPoolExecutor:
         """Threads that compute batches: on a CPU as many as it has cores for torch, each with one core; elsewhere one."""
-        if self.device.type != "cpu" or hasattr(self.model, "hf_device_map"):
+        if not self._on_cores():
             return ThreadPoolExecutor(1)
         others = [*STARTING]  # in a new thread torch may answer with the 1 that another call's workers have just stored
         count = torch.get_num_threads()

@@ -195,16 +195,8 @@ def test_a_run_goes_on_with_the_rows_that_it_carved(tiny_encoder, tmp_path):
     rows = read_csv(CORPUS / "train.csv")[:60]
     data = write_csv(tmp_path / "data.csv", rows)
     line = [ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", tiny_encoder, "--data_path", data]
-    line += [
-        "--save_strategy",
-        "steps",
-        "--save_steps",
-        2,
-        "--eval_strategy",
-        "no",
-        "--load_best_model_at_end",
-        "false",
-    ]
+    line += ["--save_strategy", "steps", "--save_steps", 2, "--eval_strategy", "no"]
+    line += ["--load_best_model_at_end", "false"]
     line += ["--output_dir", tmp_path / "results", "--resume_from_checkpoint", "auto"]
     run(*line, "--max_steps", 2)
     message = "rows it was trained on would be held out now"

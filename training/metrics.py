@@ -72,7 +72,10 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
         at_label = paths[answers, levels[labels] - 1]
         unknown = (labels >= taxonomy.num_leaves) & (at_label >= 0) & (levels[nodes] > levels[labels])
         known = np.where(unknown, at_label, nodes)
-        probability, so_far = (np.exp(_log_probability(logits, some, leaves_under)) for some in (nodes, known))
+        probability = np.exp(_log_probability(logits, nodes, leaves_under))
+        so_far = probability.copy()  # of `known`, which is another node for few documents
+        if unknown.any():
+            so_far[unknown] = np.exp(_log_probability(logits[unknown], known[unknown], leaves_under))
         right = np.where(known == true, probability / so_far, 0.0)
         error = expected_calibration_error(_bin(probability, right, bins=15))
         return error, calibration_error_by_chance(probability, probability**2 * (1 / so_far - 1))

@@ -219,17 +219,19 @@ def _delimited(
 
 
 def _json_lines(stream: io.TextIOBase, source: str, text_column: str | None, id_column: str | None) -> Iterator[_Row]:
-    objects, first = _json_objects(stream), []
+    # one object alone may lack what others have, since many writers leave nulls out, or have what the others have not
+    objects, first, num_objects = _json_objects(stream), [], 0
+    counts: Counter[str] = Counter()
     for one in objects:
         first.append(one)
-        if len(first) >= FIRST_OBJECTS and any(found for _, found, _ in first):
+        if one[1] is not None:
+            num_objects += 1
+            counts.update(list(one[1]))
+        if len(first) >= FIRST_OBJECTS and num_objects:
             break
-    # one object alone may lack what others have, since many writers leave nulls out, or have what the others have not
-    counts = Counter(name for _, found, _ in first if found is not None for name in found)
     if counts:
-        usual = [name for name in TEXT_COLUMNS if 2 * counts[name] >= sum(found is not None for _, found, _ in first)]
-        if text_column is None and usual:
-            text_column = usual[0]
+        if text_column is None:
+            text_column = next((name for name in TEXT_COLUMNS if 2 * counts[name] >= num_objects), None)
         text_column, id_column = _choose(source, list(counts), text_column, id_column)
     for number, found, problem in chain(first, objects):
         if found is None:

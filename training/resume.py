@@ -26,6 +26,8 @@ from training.model import is_checkpoint, read_config
 
 logger = logging.getLogger(__name__)
 
+ANEW = "or --overwrite_output_dir true without --resume_from_checkpoint"
+
 
 def find_checkpoint(asked: str | None, output_dir: str) -> str | None:
     """The folder that ``--resume_from_checkpoint`` stands for: itself, or for "auto" the last whole one of the run.
@@ -48,9 +50,6 @@ def find_checkpoint(asked: str | None, output_dir: str) -> str | None:
         logger.warning("skipped %s: %s", folder, problem)
     logger.info("resuming from nothing: %s holds no whole checkpoint", output_dir)
     return None
-
-
-ANEW = "or --overwrite_output_dir true without --resume_from_checkpoint"
 
 
 def check_taxonomy(checkpoint: str, taxonomy: Taxonomy) -> None:
@@ -77,13 +76,15 @@ def check_data(checkpoint: str, report: dict[str, Any]) -> None:
     with refusing(f"{file} cannot be read"):
         known = json.loads(file.read_text(encoding="utf-8"))
         now, before = json.loads(json.dumps(report)), {name: known[name] for name in ("split", "columns", "sources")}
-    trained_on = [[source for source in one["sources"] if source["split"] != "test"] for one in (now, before)]
-    hashes = [[sorted(source["sha256"].values()) for source in sources] for sources in trained_on]
+    hashes, hashes_before = (
+        [sorted(source["sha256"].values()) for source in one["sources"] if source["split"] != "test"]
+        for one in (now, before)
+    )
     if not (now["split"]["carved"] or before["split"]["carved"]):
-        if hashes[0] != hashes[1]:
+        if hashes != hashes_before:
             logger.warning("the data are others than those that %s was trained on", checkpoint)
         return
-    if hashes[0] != hashes[1] or any(now[name] != before[name] for name in ("split", "columns")):
+    if hashes != hashes_before or any(now[name] != before[name] for name in ("split", "columns")):
         raise InputError(
             f"cannot resume from {checkpoint}: the data, their columns, --seed or the shares of the splits are others, so "
             f"that rows it was trained on would be held out now; give the same, {ANEW}"
@@ -108,11 +109,10 @@ def check_model(checkpoint: str, model: HierarchicalForSequenceClassification) -
         with refusing(f"{path} cannot be read"):
             given = json.loads(path.read_text(encoding="utf-8"))
             pairs |= {
-                f"--lora_{name.removeprefix('lora_')}": (given[name], getattr(own, name))
-                for name in ("r", "lora_alpha")
+                "--lora_r": (given["r"], own.r),
+                "--lora_alpha": (given["lora_alpha"], own.lora_alpha),
+                "--lora_target_modules": (sorted(given["target_modules"]), sorted(own.target_modules)),
             }
-            targets = (sorted(given["target_modules"]), sorted(own.target_modules))
-        pairs["--lora_target_modules"] = targets
     for flag, (before, now) in pairs.items():
         if before != now:
             raise InputError(

@@ -137,9 +137,8 @@ class HierarchicalTrainer(Trainer):
         """
         if isinstance(resume_from_checkpoint, str):
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
-            self.best_checkpoint = state.best_model_checkpoint = self._find_best_checkpoint(
-                state, resume_from_checkpoint
-            )
+            self.best_checkpoint = self._find_best_checkpoint(state, resume_from_checkpoint)
+            state.best_model_checkpoint = self.best_checkpoint
             if 0 < self.args.max_steps <= state.global_step or self._had_stopped_early(state):
                 logger.info("nothing left to train: %s is at step %d", resume_from_checkpoint, state.global_step)
                 self.state = state
@@ -180,9 +179,8 @@ class HierarchicalTrainer(Trainer):
 
     def _load_callback_state(self) -> None:
         """As the Trainer's, but with the patience of this run, and for checkpoints that lack the state of a callback."""
-        self.state.best_model_checkpoint = (
-            self.best_checkpoint
-        )  # where the Trainer forgets it once its folder was moved
+        # the Trainer forgets it where its folder was moved
+        self.state.best_model_checkpoint = self.best_checkpoint
         given = self._early_stopping()
         super()._load_callback_state()
         for one in (*self.callback_handler.callbacks, self.control):

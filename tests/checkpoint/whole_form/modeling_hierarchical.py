@@ -133,15 +133,13 @@ class LexicalHead(nn.Module):
         counted = input_ids < len(self.idf)
         if attention_mask is not None:
             counted = counted & attention_mask.to(counted.device).bool()
-        # by the tokens of the texts: a vector over the vocabulary, which can be a quarter of a million, would be nearly all zeros
-        ids = (
-            input_ids.where(counted, len(self.idf)).sort(1).values
-        )  # (B, T): equal ones side by side, the uncounted at the end
+        # by the tokens of the texts: vectors over the vocabulary, which can be a quarter of a million, would be nearly all zeros
+        # (B, T): equal ones side by side, and those that do not count at the end
+        ids = input_ids.where(counted, len(self.idf)).sort(1).values
         is_first = nn.functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
         group = is_first.long().cumsum(1) - 1
-        counts = torch.zeros_like(ids, dtype=torch.float32).scatter_add(
-            1, group, torch.ones_like(ids, dtype=torch.float32)
-        )
+        ones = torch.ones_like(ids, dtype=torch.float32)
+        counts = torch.zeros_like(ones).scatter_add(1, group, ones)
         known = is_first & (ids < len(self.idf))
         ids = ids.where(known, 0)
         weighed = (1 + counts.gather(1, group).log()) * self.idf[ids].float() * known  # once for each token of a text
@@ -725,9 +723,8 @@ def is_mergeable(encoder: nn.Module, adapter_config: dict[str, Any]) -> bool:
     if others.pop("init_lora_weights", True) not in (True, "gaussian") or others:
         return False
     targets = [m for name, m in encoder.named_modules() if is_target(name, adapter_config["target_modules"])]
-    plain = all(
-        type(m) is nn.Linear and type(m.weight) is nn.Parameter for m in targets
-    )  # torchao's are tensors of its own
+    # the weights of torchao are tensors of its own in plain layers
+    plain = all(type(m) is nn.Linear and type(m.weight) is nn.Parameter for m in targets)
     return plain and all(m.weight.is_floating_point() and not m.weight.is_meta for m in targets)
 
 
