@@ -10,7 +10,7 @@ bag of tokens, without an encoder beside them, are scored by three-fold cross-va
 
 The log loss is that of probabilities with the temperature that is best for each fold.
 
-RUNS, the folder that ``ablation.py --variant recipe --fold 0`` wrote, adds a second table: the head beside that run's encoder,
+RUNS, the folder that ``ablation.py --task ohsumed --variant recipe --fold 0`` wrote, adds a second table: the head beside that run's encoder,
 on the third of the training file that the run has not seen. Weight and temperatures are fitted on 336 of these rows, as many
 as the recipe has for validation, and scored on the others, with 40 draws:
 
