@@ -7,8 +7,8 @@ FOLDER is a checkpoint of ``train.py`` with a lexical head; FILE holds labelled 
 `training.calibration` does it, and the log loss is that of the other rows, in the mean of 40 draws. The columns are standard
 deviations of the prior: "0" fits nothing, which is the encoder alone, and "inf" goes by the likelihood of the labels alone.
 
-OHSUMED's numbers are of the run of ``ablation.py --task ohsumed --variant recipe --fold 0``, whose ``ohsumed-recipe-0`` is the checkpoint and whose
-``fold-0/test.csv``, a third of the training file, is what it was not trained on.
+OHSUMED's numbers are of the run of ``ablation.py --task ohsumed --variant recipe --fold 0``, whose ``ohsumed-recipe-0`` is the
+checkpoint and whose ``fold-0/test.csv``, a third of the training file, is what it was not trained on.
 """
 
 import argparse

@@ -10,9 +10,9 @@ bag of tokens, without an encoder beside them, are scored by three-fold cross-va
 
 The log loss is that of probabilities with the temperature that is best for each fold.
 
-RUNS, the folder that ``ablation.py --task ohsumed --variant recipe --fold 0`` wrote, adds a second table: the head beside that run's encoder,
-on the third of the training file that the run has not seen. Weight and temperatures are fitted on 336 of these rows, as many
-as the recipe has for validation, and scored on the others, with 40 draws:
+RUNS, the folder that ``ablation.py --task ohsumed --variant recipe --fold 0`` wrote, adds a second table: the head beside that
+run's encoder, on the third of the training file that the run has not seen. Weight and temperatures are fitted on 336 of these
+rows, as many as the recipe has for validation, and scored on the others, with 40 draws:
 
 - the encoder alone;
 - added to the leaves: one weight and one temperature, as if the taxonomy were flat;
@@ -99,8 +99,8 @@ def beside_an_encoder(data: Path, runs: Path) -> None:
     loaded = load_splits(files, seed=1)
     tree, unseen = loaded.taxonomy, loaded.splits["test"]
     flat = Taxonomy(tree.labels[: tree.num_leaves])
-    model = AutoModel.from_pretrained(runs / "recipe-0", trust_remote_code=True).eval()
-    logits, words = leaf_scores(model, runs / "recipe-0", list(unseen["text"]))
+    model = AutoModel.from_pretrained(runs / "ohsumed-recipe-0", trust_remote_code=True).eval()
+    logits, words = leaf_scores(model, runs / "ohsumed-recipe-0", list(unseen["text"]))
     labels, generator = np.array(unseen["label"]), np.random.default_rng(0)
     forms = {
         "the encoder alone": (tree, None),
