@@ -2,6 +2,7 @@ import random
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -273,6 +274,35 @@ def test_bfloat16_on_a_cpu_answers_as_float32_does(checkpoint, classify):
     for a, b in zip(classify(texts, stride=16), half(texts, stride=16), strict=True):
         for one, other in zip(a["levels"], b["levels"], strict=True):
             assert list(other.values()) == pytest.approx(list(one.values()), abs=0.03)
+
+
+def test_calls_in_threads_that_cut_at_different_lengths_do_not_cut_for_each_other(checkpoint):
+    classify = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True)
+    texts = [LONG[5 * i : 5 * i + 400] for i in range(16)]
+    cuts = [{"max_length": length} for length in (8, 12, 16, 20)] + [{"max_length": 40, "stride": 8}]
+    expected = {}
+    for cut in cuts:
+        expected[str(cut)] = classify.preprocess(texts, **cut)
+    differing, started = [], threading.Barrier(2 * len(cuts))
+
+    def read(cut: dict[str, int]) -> None:
+        started.wait()
+        for _ in range(60):
+            if classify.preprocess(texts, **cut) != expected[str(cut)]:
+                differing.append(cut)
+
+    with ThreadPoolExecutor(2 * len(cuts)) as threads:
+        for one in [threads.submit(read, cut) for cut in 2 * cuts]:
+            one.result()
+    assert not differing
+
+
+def test_texts_are_padded_at_their_ends_whatever_the_tokenizer_says(checkpoint, classify):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True, padding_side="left")
+    other = pipeline("hierarchical-text-classification", model=checkpoint, tokenizer=tokenizer, trust_remote_code=True)
+    for found, expected in zip(other(TEXTS, batch_size=5), classify(TEXTS, batch_size=1), strict=True):
+        assert found["score"] == pytest.approx(expected["score"], abs=1e-5)
+        assert found["label"] == expected["label"]
 
 
 def test_ctrl_c_at_any_line_leaves_no_thread_that_keeps_the_process_alive(classify):

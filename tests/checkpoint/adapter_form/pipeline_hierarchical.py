@@ -15,6 +15,7 @@ Worth knowing:
    before anything is computed; from a stream, the results before it come first.
 """
 
+import copy
 import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -38,6 +39,7 @@ TOKENS = {"cpu": 2048}  # of a batch, padding included
 TOKENS_ELSEWHERE = 32_768
 TEXTS_AHEAD = 512
 BATCHES_AHEAD = 32
+MOST_TOKENIZERS = 8
 MOST_NODES = 3  # in an answer: what a reader takes in at a glance
 # the numbers of cores of calls that are starting workers; no lock, which Ctrl+C could leave locked
 STARTING: list[int] = []
@@ -84,6 +86,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             )
         check_tokenizer(self.tokenizer, self.model)
         self.tree = self.model.config.tree  # built anew each time it is asked for
+        self._tokenizers: dict[tuple[int, int], Any] = {}
         in_4_bits = any(getattr(weight, "quant_state", None) is not None for weight in self.model.parameters())
         if self.device.type == "cpu" and in_4_bits:
             # bitsandbytes repacks the weights in their first forward, which no two threads may do at once
@@ -92,6 +95,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         if self.device.type == "cpu" and self.model.encoder.dtype == torch.bfloat16:
             attend_by_document(self.model.encoder)
             pack_linear_layers(self.model.encoder)
+        self.preprocess(["a"])  # the tokenizer cuts as it will in every call, of whatever thread
 
     def _sanitize_parameters(
         self,
@@ -217,6 +221,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
                     [windows[i] for i in batch],
                     padding="max_length",
                     max_length=length,
+                    padding_side="right",  # positions count from the first token, which is also what "cls" pools
                     return_attention_mask=True,
                     return_tensors="pt",
                 )
@@ -255,16 +260,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         self, texts: list[str], max_length: int | None = None, stride: int | None = None
     ) -> tuple[list[dict[str, list[int]]], list[int], list[bool]]:
         """Tokens of each window, the index of the text it belongs to, and for each text whether it was cut."""
-        window = self._window(max_length, stride)
-        encoded = self.tokenizer(
-            texts,
-            truncation=True,
-            max_length=window,
-            stride=stride or 0,
-            return_overflowing_tokens=True,
-            return_attention_mask=True,
-            verbose=False,
-        )
+        encoded = self._tokenize(texts, self._window(max_length, stride), stride or 0)
         wanted = dict.fromkeys([*self.tokenizer.model_input_names, "attention_mask"])
         names = [name for name in wanted if name in encoded]
         owners = encoded["overflow_to_sample_mapping"]
@@ -275,6 +271,24 @@ class HierarchicalTextClassificationPipeline(Pipeline):
                 windows.append({name: encoded[name][i] for name in names})
                 kept.append(owner)
         return windows, kept, [stride is None and count > 1 for count in counts]
+
+    def _tokenize(self, texts: list[str], window: int, stride: int) -> Any:
+        """Tokens of texts, cut into windows.
+
+        A fast tokenizer keeps as its state how it cuts. Calls in other threads may cut otherwise, so each way but the default
+        has a tokenizer of its own.
+        """
+        cutting = {"truncation": True, "max_length": window, "stride": stride, "return_overflowing_tokens": True}
+        wanted = {**cutting, "return_attention_mask": True, "verbose": False}
+        default = (window, stride) == (self.tokenizer.model_max_length, 0)
+        tokenizer = self.tokenizer if default else self._tokenizers.get((window, stride))
+        if tokenizer is None:
+            tokenizer = copy.deepcopy(self.tokenizer)
+            tokenizer(["a"], **wanted)  # from here on, its state does not change
+            while len(self._tokenizers) >= MOST_TOKENIZERS:
+                self._tokenizers.pop(next(iter(self._tokenizers)), None)
+            self._tokenizers[window, stride] = tokenizer
+        return tokenizer(texts, **wanted)
 
     def _forward(self, model_inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"node_log_probs": self.model(**model_inputs)["node_log_probs"]}
