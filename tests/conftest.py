@@ -70,11 +70,12 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_encoder(minilm, tmp_path_factory) -> str:
-    """An encoder with random weights that takes a second to train, under a tokenizer that claims to have no limit."""
+    """An encoder with random weights that takes a second to train, under a tokenizer that claims to have no limit
+    and pads at the left."""
     folder = tmp_path_factory.mktemp("encoder")
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(minilm)
-    tokenizer.model_max_length = int(1e30)
+    tokenizer.model_max_length, tokenizer.padding_side = int(1e30), "left"
     tokenizer.save_pretrained(folder)
     config = BertConfig(
         vocab_size=len(tokenizer),

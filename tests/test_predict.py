@@ -206,6 +206,25 @@ def test_json_lines_have_the_columns_of_their_first_objects_together(tmp_path):
         read({"body": "x"}, {"id": 1})
 
 
+def test_a_stray_quotation_mark_in_tsv_is_named_and_the_rows_after_it_are_read(tmp_path):
+    def read(text: str) -> list[tuple]:
+        (tmp_path / "in.tsv").write_text(text)
+        records = read_records([(str(tmp_path / "in.tsv"), "tsv")], None, None)
+        return [(record.line, record.text, record.problem) for record in records]
+
+    said = "a quotation mark begins a text that takes in the rows below it"
+    for columns, rows in (
+        ("text\tyear", '"Stroke" was\t1\n"Heart was\t2\ntwo\t3\nend"\t4\nfour\t5\n"two\nlines"\t6\n'),
+        ("year\ttext", '1\t"Stroke" was\n2\t"Heart was\n3\ttwo\n4\tend"\n5\tfour\n6\t"two\nlines"\n'),
+    ):
+        broken, taken, *others = read(f"{columns}\n{rows}")
+        assert broken[1] is None
+        assert "not TSV" in broken[2]
+        assert (taken[0], taken[1]) == (5, None)
+        assert said in taken[2]
+        assert others == [(6, "four", None), (8, "two\nlines", None)]
+
+
 @pytest.mark.parametrize(
     "column", [pyarrow.array([10**17], pyarrow.timestamp("ms")), pyarrow.array([2**31 - 1], pyarrow.date32())]
 )

@@ -91,8 +91,9 @@ def test_metrics_have_the_promised_names_and_agree_with_scikit_learn(finished):
     assert metrics["test_macro_f1"] == pytest.approx(f1_score(truth, answers, average="macro"))
 
 
-def test_the_saved_tokenizer_knows_the_encoders_limit(finished):
-    assert AutoTokenizer.from_pretrained(finished[0], trust_remote_code=True).model_max_length == 128
+def test_the_saved_tokenizer_knows_the_encoders_limit_and_pads_at_the_end(finished):
+    tokenizer = AutoTokenizer.from_pretrained(finished[0], trust_remote_code=True)
+    assert (tokenizer.model_max_length, tokenizer.padding_side) == (128, "right")
 
 
 def test_a_stranger_gets_the_trainers_own_logits_and_the_stock_pipeline_agrees(finished, tmp_path):

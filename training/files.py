@@ -23,6 +23,10 @@ import pyarrow.parquet
 from training import InputError, one_line
 
 TEXT_COLUMNS = ("medical_abstract", "abstract", "text", "sentence", "content", "document")
+TAKEN_IN = (
+    "a quotation mark begins a text that takes in the rows below it; where quotation marks are part of texts, quote these "
+    "texts and double the marks"
+)
 FILE_KINDS = ".csv, .tsv, .json, .jsonl, .ndjson or .parquet"
 
 
@@ -82,13 +86,8 @@ def _read_delimited(path: Path) -> pd.DataFrame:
         for place, name in enumerate(table.columns):
             several = table[name].str.contains("\n", regex=False)
             for row, cell in table.loc[several, name].items():
-                first, *others = (line.count("\t") for line in cell.split("\n"))
-                rest = len(header) - 1 - place  # the fields of its own row that a text would have taken in first
-                if first == rest if rest else all(tabs == len(header) - 1 for tabs in others):
-                    raise InputError(
-                        f"{path}, row {row} (counted from 0): a quotation mark begins a text that takes in the rows below it; "
-                        "where quotation marks are part of texts, quote these texts and double the marks"
-                    )
+                if takes_in_rows(cell, place, len(header)):
+                    raise InputError(f"{path}, row {row} (counted from 0): {TAKEN_IN}")
     if (table.iloc[:, -1] == "").any():  # pandas fills short rows up, so look whether that is what happened
         for row, fields in enumerate(_records(path, separator), start=-1):
             if len(fields) < len(header):
@@ -96,6 +95,18 @@ def _read_delimited(path: Path) -> pd.DataFrame:
                     f"{path}, row {row} (counted from 0): {len(fields)} fields, where the header has {len(header)}"
                 )
     return table
+
+
+def takes_in_rows(cell: str, place: int, fields: int) -> bool:
+    """Whether a cell of a TSV file, by its tabs, began with a stray quotation mark and holds the rows below it.
+
+    Args:
+        place: of its column, from 0.
+        fields: of a row.
+    """
+    first, *others = (line.count("\t") for line in cell.split("\n"))
+    rest = fields - 1 - place  # the fields of its own row that the cell would have taken in first
+    return bool(others) and (first == rest if rest else all(tabs == fields - 1 for tabs in others))
 
 
 def _records(path: Path, separator: str) -> Iterator[list[str]]:

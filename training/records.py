@@ -27,7 +27,7 @@ import pyarrow
 import pyarrow.parquet
 
 from training import InputError, one_line
-from training.files import TEXT_COLUMNS, has_half_surrogate, listed
+from training.files import TAKEN_IN, TEXT_COLUMNS, has_half_surrogate, listed, takes_in_rows
 
 KINDS = ("csv", "tsv", "jsonl", "ndjson", "parquet")
 LONGEST_FIELD = 2**24  # characters
@@ -208,6 +208,10 @@ def _delimited(
                 continue
             if not fields:
                 continue  # a blank line
+            cells = enumerate(fields) if separator == "\t" and len(header) > 1 else ()
+            if any(takes_in_rows(cell, place, len(header)) for place, cell in cells):
+                yield reader.line_num, None, None, TAKEN_IN
+                continue
             if len(fields) != len(header):
                 yield reader.line_num, None, None, f"{len(fields)} fields, where the header has {len(header)}"
                 continue
