@@ -171,6 +171,15 @@ def test_attention_implementations_agree(kind, tmp_path):
     assert outputs["eager"].attentions[0].shape == (3, 2, 10, 10)
 
 
+def test_hidden_states_and_attentions_asked_for_at_loading(tmp_path):
+    small_model("bert").save_pretrained(tmp_path)
+    asked = {"output_hidden_states": True, "output_attentions": True, "attn_implementation": "eager"}
+    output = HierarchicalForSequenceClassification.from_pretrained(tmp_path, **asked)(**batch())
+    assert (len(output.hidden_states), len(output.attentions)) == (3, 2)
+    plain = HierarchicalForSequenceClassification.from_pretrained(tmp_path)(**batch())
+    assert (plain.hidden_states, plain.attentions) == (None, None)
+
+
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_gradient_checkpointing_gives_the_same_gradients(kind):
     text_config = AutoConfig.for_model(kind, **ENCODERS[kind])

@@ -319,6 +319,9 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
         }
+        for name in ("output_hidden_states", "output_attentions"):  # asked for at loading
+            if getattr(self.config, name, False):
+                kwargs.setdefault(name, True)
         if self.heads.lexical is not None:
             if input_ids is None:
                 raise ValueError(
