@@ -20,6 +20,7 @@ difference. "Encoder alone" is before the lexical head and the temperatures. Fin
 import argparse
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,7 @@ OF_TASK = {
         "halves that need not agree": ("--consistency", "1e-9"),
         "consistency 2": ("--consistency", "2"),
         "8 epochs": ("--num_train_epochs", "8"),
+        "5 % for validation": ("--validation_size", "0.05"),
     },
     "medical_abstracts": {
         "halves that must agree": ("--consistency", "1"),
@@ -83,9 +85,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "ablation.json")
     arguments = parser.parse_args()
     for task in arguments.task:
+        if unknown := [name for name in arguments.variant or () if name not in VARIANTS | OF_TASK[task]]:
+            known = ", ".join(VARIANTS | OF_TASK[task])
+            parser.error(f"{task} has no variant {unknown[0]!r}: it has {known}; --task chooses the task")
+    for task in arguments.task:
         variants = VARIANTS | OF_TASK[task]
-        if unknown := [name for name in arguments.variant or () if name not in variants]:
-            parser.error(f"{task} has no variant {unknown[0]!r}: it has {', '.join(variants)}")
         for fold in arguments.fold:
             for variant in arguments.variant or variants:
                 key = {"task": task, "variant": variant, "fold": fold}
@@ -110,7 +114,7 @@ def keep(output: Path, run: dict) -> None:
 def train(task: str, fold: int, changes: tuple[str, ...], arguments: argparse.Namespace, name: str) -> dict:
     """The scores of a run, and for each row that counts whether it was right, as a text of 0 and 1."""
     split, prefix, files = FILES[task](arguments.data / task, arguments.runs / f"fold-{fold}", fold)
-    folder = arguments.runs / f"{task}-{name.replace(' ', '-').replace(',', '')}-{fold}"
+    folder = arguments.runs / f"{task}-{re.sub('[^a-z0-9.]+', '-', name)}-{fold}"
     words = [ROOT / "recipes" / f"{task}.yaml", "--model_name_or_path", arguments.encoder, *files]
     words += ["--output_dir", folder, "--seed", 1 + fold, "--resume_from_checkpoint", "auto", *changes]
     subprocess.run([sys.executable, str(ROOT / "train.py"), *map(str, words)], check=True)
