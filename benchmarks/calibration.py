@@ -12,6 +12,7 @@ checkpoint and whose ``fold-0/test.csv``, a third of the training file, is what 
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--file", required=True)
     parser.add_argument("--class_names")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "calibration.json")
     arguments = parser.parse_args()
     model = AutoModel.from_pretrained(arguments.checkpoint, trust_remote_code=True).eval()
     # the reader of train.py's files wants rows to train on; they are read, and not used
@@ -45,6 +47,7 @@ def main() -> None:
     rows = load_splits(files, seed=0, taxonomy=tree).splits["validation"]
     labels = np.array(rows["label"])
     logits, words = leaf_scores(model, arguments.checkpoint, list(rows["text"]))
+    table = []
     print("| validation rows | " + " | ".join(f"{prior:g}" for prior in PRIORS) + " |")
     print("| ---: |" + " ---: |" * len(PRIORS))
     for number in (number for number in ROWS if number < 0.7 * len(labels)):
@@ -52,7 +55,10 @@ def main() -> None:
         for _ in range(DRAWS):
             drawn = generator.permutation(len(labels))
             found += losses(tree, logits, words, labels, drawn[:number], drawn[number:])
-        print(f"| {number} | " + " | ".join(f"{value:.3f}" for value in found / DRAWS) + " |")
+        means = dict(zip(map(str, PRIORS), (found / DRAWS).tolist(), strict=True))
+        table.append({"validation_rows": number, "log_loss_by_prior": means})
+        print(f"| {number} | " + " | ".join(f"{value:.3f}" for value in means.values()) + " |")
+    arguments.output.write_text(json.dumps({"rows": len(labels), "table": table}, indent=2) + "\n", encoding="utf-8")
 
 
 def leaf_scores(model: PreTrainedModel, checkpoint: Path, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,5 @@
-"""What answers with a guarantee are worth: ``python benchmarks/coverage.py --model FOLDER --file LABELLED.csv``.
+"""What answers with a guarantee are worth: ``python benchmarks/coverage.py --model FOLDER --file LABELLED.csv``, with
+``--class_names labels.csv`` where labels are codes, as OHSUMED's are.
 
 The file, which the model must not have seen, is split into halves 100 times at random; one half calibrates, the other is
 answered. Peers:
@@ -6,7 +7,7 @@ answered. Peers:
 - this project's answers (`pipeline_hierarchical.conformal_answer`);
 - flat conformal sets of leaves, LAC and APS, by MAPIE (``pip install mapie``), over the same leaf probabilities;
 - plain thresholding, without calibration rows: the deepest node of the most probable leaf's path whose probability is at
-  least the coverage asked, or no node.
+  least the coverage asked, or all roots.
 
 Coverage is the share of answers that hold the right leaf; "leaves" how many they hold, "nodes" how many names are read.
 """

@@ -1,5 +1,5 @@
 """How the scores of a taxonomy's nodes should depend on each other: ``python benchmarks/decisions.py --data FOLDER --encoder
-ENCODER``.
+ENCODER``, after ``pip install sentence-transformers``.
 
 FOLDER holds OHSUMED's ``train.csv`` and ``labels.csv``. Linear heads are fitted on mean vectors of the frozen encoder, which
 takes minutes where training takes hours, and scored by five-fold cross-validation on the training file alone:

@@ -9,6 +9,7 @@
 
 import argparse
 import csv
+import json
 import os
 import statistics
 import sys
@@ -64,7 +65,7 @@ def ask(address: str, clients: int, requests: int) -> list[tuple[str, float]]:
         return [entry for entries in pool.map(one, range(clients)) for entry in entries]
 
 
-def measure_load(model: str) -> None:
+def measure_load(model: str) -> dict:
     print(f"{CLIENTS} clients in two processes; memory after each round of {EVERY} requests")
     with tempfile.TemporaryDirectory() as folder, SpaceServer(model, Path(folder)) as server:
         ask(server.address, 4, 5)  # what is loaded once is loaded
@@ -82,9 +83,16 @@ def measure_load(model: str) -> None:
         print(f"seconds to an answer: median {seconds[len(seconds) // 2]:.1f}, longest {seconds[-1]:.1f}")
         print("memory, MB:", ", ".join(f"{bytes_ / 2**20:.0f}" for bytes_ in memory))
         print("files left:", len(server.files()), "| lines logged:", len(server.log().splitlines()))
+        return {
+            "outcomes": {outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))},
+            "seconds": {"median": seconds[len(seconds) // 2], "longest": seconds[-1]},
+            "megabytes": [bytes_ / 2**20 for bytes_ in memory],
+            "files_left": len(server.files()),
+        }
 
 
-def measure_speed(model: str) -> None:
+def measure_speed(model: str) -> list[dict[str, float]]:
+    measured = []
     classifier = load(model, None)
     explainer = Explainer(classifier)
     classify(classifier, "A text.")
@@ -95,13 +103,17 @@ def measure_speed(model: str) -> None:
         explained = explainer.explain(text, found["label"])
         after, cpu_after = time.perf_counter(), time.process_time()
         tokens = len(classifier.tokenizer(text, truncation=True)["input_ids"])
+        seconds = {"classified": between - since, "explained": after - between}
+        measured.append({"words": len(text.split()), "tokens": tokens, **seconds, "error": explained["error"]})
         print(
             f"{len(text.split())} words, {tokens} tokens: classified in {between - since:.2f} s ({cpu_between - cpu:.2f} s of CPU), "
             f"explained in {after - between:.1f} s ({cpu_after - cpu_between:.1f} s of CPU), error {explained['error']:+.4f}"
         )
+    return measured
 
 
-def measure_blank(model: str) -> None:
+def measure_blank(model: str) -> dict[str, dict[str, float]]:
+    measured = {}
     classifier = load(model, None)
     explainer = Explainer(classifier)
     tokenizer, embeddings = classifier.tokenizer, classifier.model.get_input_embeddings()
@@ -135,19 +147,23 @@ def measure_blank(model: str) -> None:
             after = {label: score for level in classify(classifier, masked)["levels"] for label, score in level.items()}
             lost.append(found["score"] - after[found["label"]])
             errors.append(abs(explained["error"]))
-        print(
-            f"| {name} | {statistics.mean(lost):.3f} | {statistics.median(errors):.4f} | {max(errors):.4f} |",
-            flush=True,
-        )
+        median = statistics.median(errors)
+        measured[name] = {"probability_lost": statistics.mean(lost), "error": median, "largest_error": max(errors)}
+        print(f"| {name} | {statistics.mean(lost):.3f} | {median:.4f} | {max(errors):.4f} |", flush=True)
     Line.__init__ = as_it_is
+    return measured
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="How the Space holds up.")
     parser.add_argument("what", choices=["load", "speed", "blank"])
     parser.add_argument("--model", default="results/quickstart")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "space.json")
     arguments = parser.parse_args()
-    {"load": measure_load, "speed": measure_speed, "blank": measure_blank}[arguments.what](arguments.model)
+    measure = {"load": measure_load, "speed": measure_speed, "blank": measure_blank}[arguments.what]
+    known = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.exists() else {}
+    known[arguments.what] = measure(arguments.model)
+    arguments.output.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

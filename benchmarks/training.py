@@ -7,7 +7,7 @@ moment of the machine hits all, and what counts are ratios of medians. The peers
 - run_classification: what transformers' example script of that name does. Every weight is trained, in float32, with the
   encoder's dropout, in random order, padded to the longest of the batch.
 - hand-written loop: as tutorials have it. float32, padded to a fixed 256, gradient checkpointing, the lower 80 % of the
-  encoder frozen, dropout.
+  encoder's layers frozen, rounded down, and its embeddings, dropout.
 - plain bf16 LoRA: what a careful user writes. PEFT over the unquantized encoder, bfloat16 autocast, no dropout, sorted by
   length, torch's SDPA.
 - LoRA, QLoRA: this project's trainer with its default settings, the encoder unquantized or in 4 bits.

@@ -20,6 +20,7 @@ rows, as many as the recipe has for validation, and scored on the others, with 4
 """
 
 import argparse
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--encoder", required=True)
     parser.add_argument("--runs", type=Path)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "words.json")
     arguments = parser.parse_args()
     rows = pd.read_csv(arguments.data / "train.csv", dtype=str)
     names, labels = np.unique(rows["label"], return_inverse=True)
@@ -74,22 +76,26 @@ def main() -> None:
         return model.fit(counts[known][:, common], labels[known]).decision_function(counts[unknown][:, common])
 
     scorers = {f"tf-idf, C {penalty}": partial(tf_idf, penalty) for penalty in (20, 50, 100)}
+    alone = {}
     print("| classifier | accuracy | macro-F1 | log loss |\n| --- | ---: | ---: | ---: |")
     for title, scorer in {**scorers, "lexical head": lexical_head}.items():
-        found = np.empty((len(labels), len(names)))
+        logits = np.empty((len(labels), len(names)))
         for known, unknown in StratifiedKFold(3, shuffle=True, random_state=0).split(labels, labels):
             scores = scorer(known, unknown)
-            found[unknown] = log_softmax(scores * inverse_temperature(scores, labels[unknown], prior=np.inf), axis=1)
-        answers = found.argmax(axis=1)
+            logits[unknown] = log_softmax(scores * inverse_temperature(scores, labels[unknown], prior=np.inf), axis=1)
+        answers = logits.argmax(axis=1)
         accuracy, f1 = accuracy_score(labels, answers), f1_score(labels, answers, average="macro")
-        loss = -found[np.arange(len(labels)), labels].mean()
+        loss = -logits[np.arange(len(labels)), labels].mean()
+        alone[title] = {"accuracy": accuracy, "macro_f1": f1, "log_loss": float(loss)}
         print(f"| {title} | {100 * accuracy:.1f} | {100 * f1:.1f} | {loss:.3f} |")
+    found = {"alone": alone}
     if arguments.runs is not None:
-        beside_an_encoder(arguments.data, arguments.runs)
+        found["beside_an_encoder"] = beside_an_encoder(arguments.data, arguments.runs)
+    arguments.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
-def beside_an_encoder(data: Path, runs: Path) -> None:
-    """Prints the second table."""
+def beside_an_encoder(data: Path, runs: Path) -> dict[str, dict[str, float]]:
+    """The second table, which is printed too."""
     files = DataArguments(
         train_file=str(runs / "fold-0" / "train.csv"),
         test_file=str(runs / "fold-0" / "test.csv"),
@@ -118,9 +124,10 @@ def beside_an_encoder(data: Path, runs: Path) -> None:
             measured = build_compute_metrics(tree)(EvalPrediction(predictions=answers, label_ids=labels[rest]))
             found[title].append([measured[name] for name in shown])
     print("\n| the head | " + " | ".join(shown).replace("_", " ") + " |\n| --- |" + " ---: |" * len(shown))
-    for title, values in found.items():
-        means = np.mean(values, axis=0)
-        print(f"| {title} | " + " | ".join(f"{100 * value:.1f}" for value in means[:-1]) + f" | {means[-1]:.3f} |")
+    means = {title: np.mean(values, axis=0) for title, values in found.items()}
+    for title, values in means.items():
+        print(f"| {title} | " + " | ".join(f"{100 * value:.1f}" for value in values[:-1]) + f" | {values[-1]:.3f} |")
+    return {title: dict(zip(shown, values.tolist(), strict=True)) for title, values in means.items()}
 
 
 if __name__ == "__main__":
