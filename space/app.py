@@ -15,6 +15,7 @@ Worth knowing:
 
 import argparse
 import inspect
+import logging
 import os
 import signal
 import sys
@@ -565,7 +566,14 @@ def log_without_values() -> None:
         places = ", ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
         print(f"{type(error).__name__} at {places}", file=sys.stderr, flush=True)
 
+    def without_message(record: logging.LogRecord) -> bool:
+        if record.exc_info and record.exc_info[0] is not None:
+            record.msg, record.args = "a request failed: %s", (record.exc_info[0].__name__,)
+            record.exc_info = record.exc_text = None
+        return True
+
     traceback.print_exc = print_exc
+    logging.getLogger("uvicorn.error").addFilter(without_message)
 
 
 def launch(page: gr.Blocks, **options: Any) -> Any:

@@ -182,11 +182,25 @@ def read_delimited(content: bytes, kind: str) -> tuple[list[str], list[Row]]:
         else:
             if broken & set(range(line, reader.line_num + 1)):
                 rows.append(Row(line, {}, "not UTF-8"))
+            elif kind == "tsv" and any(takes_in_rows(cell, i, len(header)) for i, cell in enumerate(fields)):
+                rows.append(Row(line, {}, "a quotation mark that is not closed before the rows below"))
             elif fields and len(fields) != len(header):
                 rows.append(Row(line, {}, f"{len(fields)} fields, where the first line has {len(header)}"))
             elif fields:
                 rows.append(Row(line, dict(zip(header, fields, strict=True))))
         too_many(rows)
+
+
+def takes_in_rows(cell: str, place: int, fields: int) -> bool:
+    """Whether a cell of a TSV file, by its tabs, began with a stray quotation mark and holds the rows below it.
+
+    Args:
+        place: of its column, from 0.
+        fields: of a row.
+    """
+    first, *others = (line.count("\t") for line in cell.split("\n"))
+    rest = fields - 1 - place  # the fields of its own row that the cell would have taken in first
+    return fields > 1 and bool(others) and (first == rest if rest else all(tabs == fields - 1 for tabs in others))
 
 
 def read_parquet(content: bytes) -> tuple[list[str], list[Row]]:

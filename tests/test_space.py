@@ -186,6 +186,16 @@ def test_bad_rows_stand_apart_by_the_line_that_they_begin_on():
     assert [(row.line, row.problem) for row in table.rows] == [(1, None), (2, "not JSON"), (3, None)]
 
 
+def test_a_stray_quotation_mark_in_tsv_is_named_and_the_rows_after_it_are_read():
+    for content in (
+        b'text\tyear\n"Heart was\t2\ntwo\t3\nend"\t4\nfour\t5\n"two\nlines"\t6\n',
+        b'year\ttext\n2\t"Heart was\n3\ttwo\n4\tend"\n5\tfour\n6\t"two\nlines"\n',
+    ):
+        found = [(row.line, row.values.get("text"), row.problem) for row in read_table(content, "tsv").rows]
+        problem = "a quotation mark that is not closed before the rows below"
+        assert found == [(2, None, problem), (5, "four", None), (6, "two\nlines", None)]
+
+
 def test_a_line_that_is_not_utf_8_takes_no_row_along_but_its_own():
     content = b'text,id\n"first line\ncaf\xe9 end",a\nplain text,b\n"caf\xe9\nand ""more""",c\n"last\ntext",d\n'
     table = read_table(content, "csv")
@@ -471,6 +481,8 @@ def test_nothing_of_what_is_sent_is_logged_or_kept(server, client, texts, tmp_pa
                     == 200
                 ):
                     http.get(f"{server.address}/gradio_api/queue/data", params={"session_hash": f"{mark}{function}"})
+    for route in ("call/v2/classify", f"run/{mark}", f"call/{mark}"):
+        httpx.post(f"{server.address}/gradio_api/{route}", json={"data": [mark], mark: mark}, timeout=20)
     assert mark not in server.log()
     kept = {path: content for path, content in server.files().items() if mark.encode() in content or mark in path.name}
     assert not kept
@@ -498,6 +510,11 @@ def test_requests_that_are_too_large_are_refused(server):
     answer = httpx.post(f"{server.address}/gradio_api/upload", files={"files": ("a.csv", big)}, timeout=60)
     assert answer.status_code == 413
     answer = httpx.post(f"{server.address}/gradio_api/queue/join", content=big, timeout=60)
+    assert answer.status_code == 413
+    several = [("files", (f"{i}.csv", b"x" * (MAX_BYTES // 4))) for i in range(8)]
+    answer = httpx.post(f"{server.address}/gradio_api/upload", files=several, timeout=60)
+    assert answer.status_code == 413
+    answer = httpx.post(f"{server.address}/gradio_api/call/upload", content=b"x" * 2**23, timeout=60)
     assert answer.status_code == 413
     assert not any(len(content) > 2**20 for content in server.files().values())
 

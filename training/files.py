@@ -82,7 +82,7 @@ def _read_delimited(path: Path) -> pd.DataFrame:
         raise InputError(f"{path} has two columns called {twice[0]!r}")
     if not isinstance(table.index, pd.RangeIndex):  # how pandas reads rows that are longer than the header
         raise InputError(f"{path}, row 0 (counted from 0): more fields than the {len(header)} of the header")
-    if separator == "\t" and len(header) > 1:
+    if separator == "\t":
         for place, name in enumerate(table.columns):
             several = table[name].str.contains("\n", regex=False)
             for row, cell in table.loc[several, name].items():
@@ -106,7 +106,7 @@ def takes_in_rows(cell: str, place: int, fields: int) -> bool:
     """
     first, *others = (line.count("\t") for line in cell.split("\n"))
     rest = fields - 1 - place  # the fields of its own row that the cell would have taken in first
-    return bool(others) and (first == rest if rest else all(tabs == fields - 1 for tabs in others))
+    return fields > 1 and bool(others) and (first == rest if rest else all(tabs == fields - 1 for tabs in others))
 
 
 def _records(path: Path, separator: str) -> Iterator[list[str]]:

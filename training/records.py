@@ -208,7 +208,7 @@ def _delimited(
                 continue
             if not fields:
                 continue  # a blank line
-            cells = enumerate(fields) if separator == "\t" and len(header) > 1 else ()
+            cells = enumerate(fields) if separator == "\t" else ()
             if any(takes_in_rows(cell, place, len(header)) for place, cell in cells):
                 yield reader.line_num, None, None, TAKEN_IN
                 continue
