@@ -56,7 +56,10 @@ def merged_forward(self: LoraLayer, x: Tensor) -> Tensor:
         return type(self).forward(self, x)
     name = self.active_adapters[0]
     factors = (self.lora_A[name].weight, self.lora_B[name].weight)
-    return MergedLinear.apply(x, *factors, self.get_base_layer(), self.scaling[name])
+    y = MergedLinear.apply(x.reshape(-1, x.shape[-1]), *factors, self.get_base_layer(), self.scaling[name])
+    return y.view(
+        *x.shape[:-1], -1
+    )  # made here: Longformer changes it in place, which it may not where a function returns a view
 
 
 def merged_weight(base: nn.Linear, a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -67,26 +70,25 @@ def merged_weight(base: nn.Linear, a: Tensor, b: Tensor, scaling: float) -> Tens
 
 
 class MergedLinear(torch.autograd.Function):
-    """y = x · (W + s·B·A)ᵀ + bias, with gradients of x, A and B (Hu et al., 2021, equation 3), in bfloat16."""
+    """y = x · (W + s·B·A)ᵀ + bias, (N, in) to (N, out), with gradients of x, A and B (Hu et al., 2021, equation 3), in bfloat16."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, a: Tensor, b: Tensor, base: nn.Linear, scaling: float) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            flat, a, b = x.reshape(-1, x.shape[-1]).bfloat16(), a.bfloat16(), b.bfloat16()
-            ctx.save_for_backward(flat, a, b)
-            ctx.base, ctx.scaling, ctx.shape = base, scaling, x.shape
+            x, a, b = x.bfloat16(), a.bfloat16(), b.bfloat16()
+            ctx.save_for_backward(x, a, b)
+            ctx.base, ctx.scaling = base, scaling
             bias = None if base.bias is None else base.bias.bfloat16()
-            y = nn.functional.linear(flat, merged_weight(base, a, b, scaling), bias)
-            return y.view(*x.shape[:-1], -1)
+            return nn.functional.linear(x, merged_weight(base, a, b, scaling), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
         x, a, b = ctx.saved_tensors
-        dy = dy.reshape(-1, dy.shape[-1]).to(x.dtype)
+        dy = dy.to(x.dtype)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = (dy @ merged_weight(ctx.base, a, b, ctx.scaling)).view(ctx.shape)
+            dx = dy @ merged_weight(ctx.base, a, b, ctx.scaling)
         da = ((dy @ b).T @ x).float() * ctx.scaling  # (r, in)
         db = (dy.T @ (x @ a.T)).float() * ctx.scaling  # (out, r)
         return dx, da, db, None, None
