@@ -9,8 +9,8 @@ Worth knowing:
 3. A checkpoint is either whole (``model.safetensors``) or an adapter: ``heads.safetensors`` beside a plain PEFT adapter
    in ``adapter/``, over an encoder that is fetched by name. The adapter is in a subfolder because a root-level
    ``adapter_config.json`` on the Hub makes ``AutoModel`` load the bare encoder instead.
-4. Loading merges the adapter into the encoder's weights, which needs no PEFT, halves the time that loading takes and
-   makes every forward faster. Over quantized or offloaded weights, or on demand, PEFT injects it beside them.
+4. Loading merges the adapter into the encoder's weights, which needs no PEFT, whose import takes longer than all the rest, and
+   makes every forward faster. Over quantized weights, or on demand, PEFT injects it beside them.
 5. The heads are parameters of their own module, not an ``nn.Linear``, so no ``quantization_config`` reaches them.
 6. The heads' buffers are not saved. They are refilled from the configuration in ``_init_weights``, since models are
    built on the meta device.
@@ -62,6 +62,7 @@ ADAPTER_SUBFOLDER = "adapter"
 ADAPTER_PREFIX = "base_model.model."  # how PeftModel names the module that it wraps
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 HEADS_WEIGHTS = "heads.safetensors"
+PADDING_COUNTS = ("convbert", "yoso")  # their convolutions and hashes take padding in
 IGNORED_LABEL = -100
 
 
@@ -331,7 +332,9 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
                 raise ValueError(f"the lexical head needs a mask of shape (B, T), not {tuple(attention_mask.shape)}")
         encoded = self.encoder(**{name: value for name, value in given.items() if value is not None}, **kwargs)
         pooled = self.pool(encoded.last_hidden_state, attention_mask)
-        node_log_probs = self.heads(pooled.to(self.heads.weight.device), input_ids, attention_mask)
+        if not self.heads.weight.is_meta:  # offloaded heads fetch what they are given
+            pooled = pooled.to(self.heads.weight.device)
+        node_log_probs = self.heads(pooled, input_ids, attention_mask)
         return HierarchicalOutput(
             loss=None if labels is None else negative_log_likelihood(node_log_probs, labels, num_items_in_batch),
             logits=node_log_probs[:, : self.heads.num_leaves],
@@ -356,7 +359,8 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
 
         Args:
             merge_adapter: add a LoRA adapter to the weights that it adapts, where they are floating-point numbers in
-                memory. With False, or over quantized or offloaded weights, PEFT keeps it beside them.
+                memory. With False, or over quantized weights, PEFT keeps it beside them; weights that an adapter belongs to
+                cannot be offloaded.
         """
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         if not isinstance(config, PretrainedConfig):
@@ -374,6 +378,10 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
                     **{**kwargs, **hub},
                 )
             refuse_missing(pretrained_model_name_or_path, model, info)
+            if left_over := [name for name in info["unexpected_keys"] if name.startswith("heads.")]:
+                raise ValueError(
+                    f"the weight {min(left_over)!r} of {pretrained_model_name_or_path} does not fit its config.json"
+                )
             return (model, info) if info_wanted else model  # type: ignore[return-value]
 
         def fetch(filename: str) -> str:
@@ -391,6 +399,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         with init.no_init_weights():  # everything is loaded
             model = cls(copy.deepcopy(config), encoder=encoder)
         model.heads.fill_buffers()
+        refuse_offloaded(encoder, lora)
         if merge_adapter and is_mergeable(encoder, lora):
             merge_lora(encoder, adapter, lora)
             model.load_heads(heads)
@@ -398,7 +407,8 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             model.load_heads_and_adapter(
                 heads, adapter, import_peft().PeftConfig.from_pretrained(adapter_config.parent)
             )
-        model.heads.to(encoder.device)
+        in_memory = (parameter.device for parameter in encoder.parameters() if not parameter.is_meta)
+        model.heads.to(next(in_memory, torch.device("cpu")))
         if hasattr(encoder, "hf_device_map"):  # how pipelines and Trainers see that a model is already placed
             placed = {".".join(filter(None, ("encoder", name))): at for name, at in encoder.hf_device_map.items()}
             model.hf_device_map = {**placed, "heads": next(iter(placed.values()))}
@@ -669,11 +679,17 @@ def refuse_missing(name: str | os.PathLike, model: PreTrainedModel, info: dict[s
 
 
 def refuse_maskless(encoder: PreTrainedModel) -> None:
-    """Raises ValueError where an encoder takes no attention mask: what a text is padded with would change its answer."""
-    if "attention_mask" not in inspect.signature(encoder.forward).parameters:
+    """Raises ValueError where what a text is padded with would change its answer, as without an attention mask, and for models
+    that are more than an encoder."""
+    name = type(encoder).__name__
+    if encoder.config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder with a decoder: use an encoder alone")
+    if encoder.config.model_type in PADDING_COUNTS:
         raise ValueError(
-            f"{type(encoder).__name__} takes no attention mask, so that padding changes its answers: use another"
+            f"{name} lets padding change its answers, whatever the attention mask says: use another encoder"
         )
+    if "attention_mask" not in inspect.signature(encoder.forward).parameters:
+        raise ValueError(f"{name} takes no attention mask, so that padding changes its answers: use another encoder")
 
 
 def read_adapter_config(path: Path) -> dict[str, Any]:
@@ -716,6 +732,17 @@ def is_target(name: str, targets: list[str] | str) -> bool:
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def refuse_offloaded(encoder: nn.Module, adapter_config: dict[str, Any]) -> None:
+    """Raises ValueError where an adapter belongs to weights that are not in memory, from which PEFT would silently leave it out."""
+    targets = adapter_config.get("target_modules")
+    for name, parameter in encoder.named_parameters():
+        if parameter.is_meta and (not targets or is_target(name.rpartition(".")[0], targets)):
+            raise ValueError(
+                f"the encoder's {name} is offloaded, and the adapter cannot be added to it: give the model more memory, or "
+                "load a checkpoint that was published by push_to_hub.py --merge"
+            )
 
 
 def is_mergeable(encoder: nn.Module, adapter_config: dict[str, Any]) -> bool:

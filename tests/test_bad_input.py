@@ -366,6 +366,8 @@ CHECKPOINTS = {
     "adapter a list": ("adapter_form", write(ADAPTER_CONFIG, b"[]"), "it names no peft_type"),
     "adapter of rank 0": ("adapter_form", configure(ADAPTER_CONFIG, r=0), "adapter_config.json: r, lora_alpha"),
     "weights lost": ("whole_form", lose(WHOLE, "heads.weight"), "lacks 1 weights of a Hierarchical"),
+    "weights left over": (
+        "whole_form", configure("config.json", lexical_vocab_size=None, lexical_weight=None), "does not fit its config.json"),
     "weights torn": ("whole_form", cut(WHOLE), "SafetensorError"),
     "weights lying": ("whole_form", reshape(WHOLE), "SafetensorError"),
     "tokenizer of another": ("whole_form", more_tokens, "the tokenizer has 73 tokens, the encoder 23: it is another's"),

@@ -253,6 +253,7 @@ def test_thresholds_are_the_ranks_of_split_conformal_prediction():
     thresholds = fit_thresholds(TREE, logits, labels)
     assert conformal_threshold(thresholds, 0.9) == scores[8]  # (9 + 1) · 0.9 = 9
     assert conformal_threshold(thresholds, 0.5) == scores[4]
+    assert conformal_threshold(thresholds, 1e-9) == scores[0]
     assert conformal_threshold(thresholds, 0.501) == scores[5]
     assert conformal_threshold(thresholds, 0.901) is None
     assert conformal_threshold(thresholds, 0.9999) is None

@@ -10,6 +10,7 @@ from conftest import stranger
 from transformers import AutoTokenizer
 
 from modeling_hierarchical import HierarchicalForSequenceClassification
+from push_to_hub import merge
 
 FOLDER = Path(__file__).parent / "checkpoint"
 EXPECTED = json.loads((FOLDER / "expected.json").read_text())
@@ -24,6 +25,16 @@ def test_the_code_of_today_answers_as_the_code_that_made_it(form, monkeypatch):
     with torch.inference_mode():
         output = model(**tokenizer(EXPECTED["texts"], truncation=True, padding=True, return_tensors="pt"))
     assert model.config.tree.labels == EXPECTED["labels"]
+    torch.testing.assert_close(output.node_log_probs.exp(), torch.tensor(EXPECTED["probabilities"]), atol=1e-5, rtol=0)
+
+
+def test_a_checkpoint_that_reads_few_tokens_is_merged(monkeypatch, tmp_path):
+    monkeypatch.chdir(FOLDER)
+    merge(Path("adapter_form"), tmp_path)
+    load, tokens = HierarchicalForSequenceClassification.from_pretrained, AutoTokenizer.from_pretrained("encoder")
+    given = tokens(EXPECTED["texts"], truncation=True, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        output = load(tmp_path)(**given)
     torch.testing.assert_close(output.node_log_probs.exp(), torch.tensor(EXPECTED["probabilities"]), atol=1e-5, rtol=0)
 
 

@@ -375,6 +375,82 @@ def test_an_encoder_that_takes_no_attention_mask_is_refused():
         HierarchicalForSequenceClassification(HierarchicalConfig(taxonomy=["a", "b"], text_config=config))
 
 
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("convbert", "ConvBertModel lets padding change its answers"), ("bart", "BartModel is an encoder with a decoder")],
+)
+def test_models_that_are_no_encoder_or_read_padding_are_refused(kind, message):
+    sizes = {"bart": {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1}, "convbert": {"embedding_size": 32}}
+    config = {"model_type": kind, **SMALL, **sizes[kind]}
+    with pytest.raises(ValueError, match=message):
+        HierarchicalForSequenceClassification(HierarchicalConfig(taxonomy=["a", "b"], text_config=config))
+
+
+def test_big_bird_answers_a_long_text_alike_before_and_after_a_short_one():
+    config = {
+        "model_type": "big_bird",
+        **SMALL,
+        "max_position_embeddings": 256,
+        "block_size": 4,
+        "num_random_blocks": 1,
+    }
+    model = HierarchicalForSequenceClassification(HierarchicalConfig(taxonomy=["a", "b"], text_config=config)).eval()
+    long, short = batch(length=200), batch(length=10)
+    before = model(**long).logits
+    model(**short)
+    torch.testing.assert_close(model(**long).logits, before, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"pooling": "max"}, "pooling must be 'mean' or 'cls'"),
+        ({"temperatures": [1.0, 0.0, 1.0, 1.0]}, "temperatures must be 4 positive numbers"),
+        (
+            {"id2label": dict(enumerate("hgedc"))},
+            "id2label is not the list of the taxonomy's leaves",
+        ),
+        ({"taxonomy": ["x", "y"]}, "taxonomy's leaves"),
+        ({"lexical_weight": 0.5}, "lexical_weight must be given where lexical_vocab_size is"),
+    ],
+)
+@pytest.mark.parametrize("form", ["adapter", "whole"])
+def test_what_is_given_at_loading_is_checked_like_what_was_stored(form, given, message, adapted, tmp_path):
+    model = adapted if form == "adapter" else small_model()
+    if form == "adapter" and "temperatures" in given:
+        message = message.replace("4", "2")
+    model.save_pretrained(tmp_path)
+    for auto in (HierarchicalForSequenceClassification, AutoModel):
+        with pytest.raises(ValueError, match=message):
+            auto.from_pretrained(tmp_path, trust_remote_code=True, **given)
+    loaded = HierarchicalForSequenceClassification.from_pretrained(tmp_path, pooling="cls")
+    inputs = batch(length=20)
+    first = loaded.encoder(**inputs).last_hidden_state[:, 0]
+    torch.testing.assert_close(loaded(**inputs).node_log_probs, loaded.heads(first, **inputs), atol=1e-6, rtol=0)
+
+
+def test_offloaded_weights_answer_as_in_memory_or_are_refused(adapted, tmp_path):
+    inputs = batch(length=20)
+    adapted.save_pretrained(tmp_path / "adapter")
+    layers = {f"encoder.layer.{i}": "cpu" for i in range(5)}
+    load = AutoModel.from_pretrained
+    for last in ("disk", "cpu"):
+        places = {"embeddings": "cpu", **layers, "encoder.layer.5": last}
+        options = {"device_map": places, "offload_folder": tmp_path / "offloaded", "trust_remote_code": True}
+        if last == "disk":
+            with pytest.raises(ValueError, match=r"layer\.5\..* is offloaded, and the adapter cannot be added to it"):
+                load(tmp_path / "adapter", **options)
+        else:
+            found = load(tmp_path / "adapter", **options)(**inputs).logits
+            torch.testing.assert_close(found, adapted(**inputs).logits, atol=1e-4, rtol=0)
+    adapted.merge_adapter()
+    adapted.save_pretrained(tmp_path / "whole")
+    for places in ({"encoder": "cpu", "heads": "disk"}, {"encoder": "disk", "heads": "cpu"}):
+        whole = load(tmp_path / "whole", **(options | {"device_map": places}))
+        with torch.inference_mode():
+            torch.testing.assert_close(whole(**inputs).logits, adapted(**inputs).logits, atol=1e-5, rtol=0)
+
+
 def test_saving_publishes_nothing_before_the_code_is_there(adapted, tmp_path):
     whole = small_model()
     for model in (adapted, whole):

@@ -15,7 +15,7 @@ from transformers.pipelines.pt_utils import KeyDataset
 
 from configuration_hierarchical import HierarchicalConfig, Taxonomy
 from modeling_hierarchical import HierarchicalForSequenceClassification, load_encoder
-from pipeline_hierarchical import batches_by_length
+from pipeline_hierarchical import HierarchicalTextClassificationPipeline, batches_by_length
 
 UNEVEN = Taxonomy({"a": {"b": ["c", "d"], "e": None}, "f": ["g", "c"], "h": None})
 TEXTS = [
@@ -295,6 +295,18 @@ def test_calls_in_threads_that_cut_at_different_lengths_do_not_cut_for_each_othe
         for one in [threads.submit(read, cut) for cut in 2 * cuts]:
             one.result()
     assert not differing
+
+
+def test_a_tokenizer_that_reads_beyond_roberta_s_positions_is_refused(checkpoint):
+    # which begin after those of the padding token
+    config = {"model_type": "roberta", "vocab_size": 30_522, "hidden_size": 8, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 1, "intermediate_size": 8, "max_position_embeddings": 66, "pad_token_id": 1}
+    model = HierarchicalForSequenceClassification(HierarchicalConfig(taxonomy=UNEVEN, text_config=config)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True, model_max_length=64)
+    assert HierarchicalTextClassificationPipeline(model=model, tokenizer=tokenizer)(LONG)["truncated"]
+    tokenizer.model_max_length = 66
+    with pytest.raises(ValueError, match="beyond the encoder's 64 positions"):
+        HierarchicalTextClassificationPipeline(model=model, tokenizer=tokenizer)
 
 
 def test_texts_are_padded_at_their_ends_whatever_the_tokenizer_says(checkpoint, classify):

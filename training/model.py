@@ -269,6 +269,7 @@ def load_tokenizer(arguments: ModelArguments, model: HierarchicalForSequenceClas
             )
     check_tokenizer(tokenizer, model)
     tokenizer.padding_side = "right"  # positions count from the first token, which is also what "cls" pools
+    tokenizer.truncation_side = "right"  # where results say that a text was cut
     limit = position_limit(model.encoder)
     # a checkpoint's own is the --max_length it was trained with, which this run may raise
     tokenizer.model_max_length = limit if warm_start else min(tokenizer.model_max_length, limit)

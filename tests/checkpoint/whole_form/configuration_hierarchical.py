@@ -15,6 +15,7 @@ Worth knowing:
 
 import csv
 import difflib
+import inspect
 import io
 import json
 import math
@@ -23,6 +24,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
@@ -438,6 +440,10 @@ class HierarchicalConfig(PretrainedConfig):
                 raise ValueError(f"{name} must be a number from 0 to below 1, not {share!r}")
         self.text_config: PretrainedConfig = AutoConfig.for_model("bert") if text_config is None else text_config
         check_sizes(self.text_config)
+        if getattr(self.text_config, "attention_type", None) == "block_sparse":
+            self.text_config.attention_type = (
+                "original_full"  # to which the first short text would switch BigBird for good
+            )
         self.taxonomy = taxonomy.to_nested()
         self.label_separator = taxonomy.separator
         self.encoder_name_or_path = encoder_name_or_path
@@ -476,6 +482,14 @@ class HierarchicalConfig(PretrainedConfig):
         super().__init__(
             id2label=dict(enumerate(leaves)), label2id={label: i for i, label in enumerate(leaves)}, **kwargs
         )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, but what is given at loading is checked like what was stored: there it is set afterwards."""
+        own = {*inspect.signature(cls.__init__).parameters, "id2label", "label2id", "num_labels"}
+        own -= {"self", "kwargs", "text_config"}
+        given = {name: kwargs.pop(name) for name in [*kwargs] if name in own}
+        return super().from_dict({**config_dict, **given}, **kwargs)
 
     @property
     def tree(self) -> Taxonomy:

@@ -379,7 +379,7 @@ def conformal_threshold(thresholds: list[float | None] | None, coverage: float) 
         raise ValueError(f"coverage must be a number between 0 and 1, not {coverage!r}")
     if thresholds is None:
         raise ValueError("this checkpoint was not calibrated: coverage needs one that was trained with validation rows")
-    place = math.ceil(round(1000 * coverage, 6))
+    place = max(1, math.ceil(round(1000 * coverage, 6)))
     return thresholds[place - 1] if place < 1000 else None
 
 
@@ -449,6 +449,9 @@ def check_tokenizer(tokenizer: Any, model: Any) -> None:
     if len(tokenizer) > embeddings:
         raise ValueError(f"the tokenizer has {len(tokenizer):,} tokens, the encoder {embeddings:,}: it is another's")
     positions = getattr(model.config.text_config, "max_position_embeddings", None)
+    table = getattr(getattr(model.encoder, "embeddings", None), "position_embeddings", None)
+    if positions is not None and getattr(table, "padding_idx", None) is not None:
+        positions -= table.padding_idx + 1  # RoBERTa's family counts from there
     if positions is not None and tokenizer.model_max_length > positions:
         raise ValueError(
             f"the tokenizer's model_max_length {tokenizer.model_max_length:,} is beyond the encoder's {positions:,} "
