@@ -210,6 +210,6 @@ def fused(kind: type[nn.Module]) -> type[nn.Module]:
 
 def restored(kind: type[nn.Module], state: dict[str, Any]) -> nn.Module:
     """A layer of `fused`, as pickle makes it."""
-    layer = kind.__new__(fused(kind))
+    layer = nn.Module.__new__(fused(kind))
     layer.__setstate__(state)
     return layer

@@ -450,8 +450,9 @@ def check_tokenizer(tokenizer: Any, model: Any) -> None:
         raise ValueError(f"the tokenizer has {len(tokenizer):,} tokens, the encoder {embeddings:,}: it is another's")
     positions = getattr(model.config.text_config, "max_position_embeddings", None)
     table = getattr(getattr(model.encoder, "embeddings", None), "position_embeddings", None)
-    if positions is not None and getattr(table, "padding_idx", None) is not None:
-        positions -= table.padding_idx + 1  # RoBERTa's family counts from there
+    padding = getattr(table, "padding_idx", None)
+    if positions is not None and padding is not None:
+        positions -= padding + 1  # RoBERTa's family counts from there
     if positions is not None and tokenizer.model_max_length > positions:
         raise ValueError(
             f"the tokenizer's model_max_length {tokenizer.model_max_length:,} is beyond the encoder's {positions:,} "
