@@ -438,12 +438,11 @@ class HierarchicalConfig(PretrainedConfig):
         for name, share in (("head_dropout", head_dropout), ("initializer_range", initializer_range)):
             if not is_number(share) or not 0 <= share < 1:
                 raise ValueError(f"{name} must be a number from 0 to below 1, not {share!r}")
-        self.text_config: PretrainedConfig = AutoConfig.for_model("bert") if text_config is None else text_config
-        check_sizes(self.text_config)
-        if getattr(self.text_config, "attention_type", None) == "block_sparse":
-            self.text_config.attention_type = (
-                "original_full"  # to which the first short text would switch BigBird for good
-            )
+        encoder: PretrainedConfig = AutoConfig.for_model("bert") if text_config is None else text_config
+        check_sizes(encoder)
+        if getattr(encoder, "attention_type", None) == "block_sparse":
+            encoder.attention_type = "original_full"  # the first short text would switch BigBird to it for good
+        self.text_config = encoder
         self.taxonomy = taxonomy.to_nested()
         self.label_separator = taxonomy.separator
         self.encoder_name_or_path = encoder_name_or_path

@@ -196,7 +196,7 @@ class FusedIntermediate(nn.Module):
             return self.dense.multiply(hidden_states, "gelu")
         return super().forward(hidden_states)
 
-    def __reduce_ex__(self, protocol: int) -> Any:  # no module has its class by name
+    def __reduce_ex__(self, protocol: Any) -> Any:  # no module has its class by name
         return restored, (type(self).__mro__[2], self.__getstate__())
 
 
