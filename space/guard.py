@@ -55,9 +55,8 @@ class Guard:
             read += len(message.get("body", b""))
             if read > (MAX_UPLOAD if upload else MAX_BODY):
                 too_large = True
-                raise (
-                    MultiPartException("too large") if upload else TooLarge
-                )  # for the one, gradio deletes what it has written
+                # on the one, gradio deletes what it has written
+                raise MultiPartException("too large") if upload else TooLarge
             return message
 
         async def answered(message: Message) -> None:

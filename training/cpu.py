@@ -57,9 +57,8 @@ def merged_forward(self: LoraLayer, x: Tensor) -> Tensor:
     name = self.active_adapters[0]
     factors = (self.lora_A[name].weight, self.lora_B[name].weight)
     y = MergedLinear.apply(x.reshape(-1, x.shape[-1]), *factors, self.get_base_layer(), self.scaling[name])
-    return y.view(
-        *x.shape[:-1], -1
-    )  # made here: Longformer changes it in place, which it may not where a function returns a view
+    # a view that is made here: Longformer changes it in place, which a view from the function would not allow
+    return y.view(*x.shape[:-1], -1)
 
 
 def merged_weight(base: nn.Linear, a: Tensor, b: Tensor, scaling: float) -> Tensor:
