@@ -73,6 +73,15 @@ OF_TASK = {
 KEPT = ("{}_log_loss", "{}_ece", "{}_macro_f1", "{}_hierarchical_f1", "{}_level_1_accuracy", "lexical_weight",
         "uncalibrated_{}_accuracy", "uncalibrated_{}_macro_f1", "uncalibrated_{}_log_loss", "epoch")  # fmt: skip
 
+# the columns of the tables beside the accuracy: what they are multiplied by, and their digits
+SHOWN = (
+    ("macro_f1", 100, 1),
+    ("log_loss", 1, 3),
+    ("ece", 1, 3),
+    ("uncalibrated_accuracy", 100, 1),
+    ("uncalibrated_log_loss", 1, 3),
+)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -147,37 +156,35 @@ FILES = {"ohsumed": ohsumed, "medical_abstracts": medical_abstracts}
 
 
 def print_table(task: str, runs: list[dict]) -> None:
-    """Means over the folds that a variant has, and its differences from the recipe on the same folds, in points."""
+    """The recipe's scores on each fold, and how far the variants are from it, in the mean of the folds that they have."""
     recipe = {run["fold"]: run for run in runs if run["variant"] == "recipe"}
-    print(f"\n| {task} | runs | accuracy | from the recipe | macro-F1 | log loss | encoder alone | its log loss |")
-    print("| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: |")
+    print(
+        f"\n| {task} | folds | accuracy (95 %) | macro-F1 | log loss | ECE | accuracy, encoder alone | its log loss |"
+    )
+    print("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    for fold, run in recipe.items():
+        cells = " | ".join(f"{scale * run[name]:.{digits}f}" for name, scale, digits in SHOWN)
+        print(f"| recipe | {fold} | {100 * run['accuracy']:.1f} | {cells} |")
     for variant in VARIANTS | OF_TASK[task]:
-        own = [run for run in runs if run["variant"] == variant and run["fold"] in recipe]
+        own = [run for run in runs if run["variant"] == variant != "recipe" and run["fold"] in recipe]
         if not own:
             continue
-        peers = [recipe[run["fold"]] for run in own]
-        each = [bits(run) - bits(peer) for run, peer in zip(own, peers, strict=True)]
+        pairs = [(run, recipe[run["fold"]]) for run in own]
+        each = [bits(run) - bits(peer) for run, peer in pairs]
         gaps = np.concatenate(each) if task == "ohsumed" else np.mean(each, axis=0)  # other rows, or the same ones
         generator = np.random.default_rng(0)
         drawn = [100 * generator.choice(gaps, len(gaps)).mean() for _ in range(2000)]
         low, high = np.percentile(drawn, [2.5, 97.5])
-        apart = f"{100 * gaps.mean():+.1f} ({low:+.1f} – {high:+.1f})" if variant != "recipe" else ""
-        f1 = mean(own, "macro_f1", 100) - mean(peers, "macro_f1", 100)
-        loss = mean(own, "log_loss") - mean(peers, "log_loss")
-        alone, alone_loss = mean(own, "uncalibrated_accuracy", 100), mean(own, "uncalibrated_log_loss")
-        changes = (f"{f1:+.1f}", f"{loss:+.3f}") if variant != "recipe" else ("", "")
+        apart = [scale * np.mean([run[name] - peer[name] for run, peer in pairs]) for name, scale, _ in SHOWN]
+        cells = " | ".join(f"{value:+.{digits}f}" for value, (_, _, digits) in zip(apart, SHOWN, strict=True))
+        folds = ", ".join(str(run["fold"]) for run in own)
         print(
-            f"| {variant} | {len(own)} | {mean(own, 'accuracy', 100):.1f} | {apart} | {mean(own, 'macro_f1', 100):.1f} "
-            f"{changes[0]} | {mean(own, 'log_loss'):.3f} {changes[1]} | {alone:.1f} | {alone_loss:.3f} |"
+            f"| {variant} | {folds} | {100 * gaps.mean():+.1f} ({low:+.1f} – {high:+.1f}) | {cells} |".replace("-", "−")
         )
 
 
 def bits(run: dict) -> np.ndarray:
     return np.array([int(digit) for digit in run["right"]])
-
-
-def mean(runs: list[dict], name: str, factor: float = 1) -> float:
-    return factor * float(np.mean([run[name] for run in runs]))
 
 
 if __name__ == "__main__":
