@@ -178,9 +178,8 @@ def print_table(task: str, runs: list[dict]) -> None:
         apart = [scale * np.mean([run[name] - peer[name] for run, peer in pairs]) for name, scale, _ in SHOWN]
         cells = " | ".join(f"{value:+.{digits}f}" for value, (_, _, digits) in zip(apart, SHOWN, strict=True))
         folds = ", ".join(str(run["fold"]) for run in own)
-        print(
-            f"| {variant} | {folds} | {100 * gaps.mean():+.1f} ({low:+.1f} – {high:+.1f}) | {cells} |".replace("-", "−")
-        )
+        cells = f"{100 * gaps.mean():+.1f} ({low:+.1f} – {high:+.1f}) | {cells}".replace("-", "−")
+        print(f"| {variant} | {folds} | {cells} |")
 
 
 def bits(run: dict) -> np.ndarray:
