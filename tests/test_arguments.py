@@ -1,4 +1,5 @@
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,23 @@ def test_no_scores_of_validation_rows_at_the_end_is_no_scores_whatever_is_evalua
 def test_an_unknown_key_of_a_recipe_gets_the_nearest_one(tmp_path):
     with pytest.raises(InputError, match="did you mean 'label_column'"):
         parse([recipe(tmp_path, label_colum="x")])
+
+
+def test_names_and_codes_of_a_recipe_are_texts_as_they_were_written(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "class_names: {1.1: typhoid, 1.10: cholera, 007: nose, no: absent, 1:20: late, 8: 2020-01-01}\n"
+        "label_column: [1_0, 012]\ntext_column: no\nlr_scheduler_kwargs: {num_cycles: 2}\nload_best_model_at_end: false\n"
+    )
+    _, data, _, training = parse([str(path)])
+    names = {"1.1": "typhoid", "1.10": "cholera", "007": "nose", "no": "absent", "1:20": "late", "8": "2020-01-01"}
+    assert json.loads(data.class_names) == names
+    assert (data.label_column, data.text_column) == (["1_0", "012"], "no")
+    assert training.lr_scheduler_kwargs == {"num_cycles": 2}
+    assert training.load_best_model_at_end is False
+    path.write_text("num_train_epochs: 3\nnum-train-epochs: 9\n")
+    with pytest.raises(InputError, match="'num-train-epochs' twice, once with another spelling"):
+        parse([str(path)])
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "just words"])

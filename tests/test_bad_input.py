@@ -77,6 +77,7 @@ FILES: dict[str, str | bytes] = {
 }  # fmt: skip
 
 DATA = ("--train_file", "good.csv")
+RANDOM = ("--quantization", "none", "--validation_size", "0")
 NO_FOLDER = "cannot make the folder /proc/results" if os.geteuid() == 0 else "/proc may not be written to"
 TRAIN = [
     (("--train_file", "utf16.csv"), "utf16.csv is not UTF-8 text: save it as UTF-8"),
@@ -139,6 +140,14 @@ TRAIN = [
     ((*DATA, "--metric_for_best_model", "ece_by_chance"), "--metric_for_best_model ece_by_chance is not measured"),
     ((*DATA, "--bf16_full_eval", "true"), "--bf16_full_eval has no use here"),
     ((*DATA, "--dataloader_drop_last", "true"), "--dataloader_drop_last has no use here"),
+    ((*DATA, "--max_steps", "0"), "--max_steps must be at least 1, or -1"),
+    ((*DATA, "--save_total_limit", "0"), "--save_total_limit must be at least 1"),
+    ((*DATA, "--eval_strategy", "steps", "--save_strategy", "steps", "--eval_steps", "1", "--save_steps", "3"),
+     "--load_best_model_at_end needs what is evaluated to be saved: give the same --eval_steps and --save_steps, not 1 and 3"),
+    ((*DATA, "--gradient_checkpointing_kwargs", '{"foo": 1}'), "--gradient_checkpointing_kwargs has 'foo'"),
+    ((*DATA, *RANDOM, "--lr_scheduler_type", "warmup_stable_decay"), "cannot set up --lr_scheduler_type"),
+    ((*DATA, *RANDOM, "--lr_scheduler_kwargs", '{"foo": 2}'), "cannot set up --lr_scheduler_type cosine"),
+    ((*DATA, *RANDOM, "--adam_beta1", "2"), "cannot set up the optimizer: Invalid beta parameter"),
     ((*DATA, "--eval_strategy", "no", "--save_strategy", "no"), "give --load_best_model_at_end false too"),
     ((*DATA, "--prediction_loss_only", "true"), "--prediction_loss_only has no use here"),
     ((*DATA, "--accelerator_config", "nowhere.json"), "No such file or directory: 'nowhere.json'"),

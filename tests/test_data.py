@@ -10,6 +10,7 @@ from collections import Counter
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow.parquet
 import pytest
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -127,6 +128,46 @@ def test_unreadable_files_are_named(tmp_path, name, content, message):
     with pytest.raises(InputError, match=message) as caught:
         load(train_file=tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "lines"),
+    [
+        ('text,label\nzero,a\n"one,b\ntwo,c\n"three,d\nfour,e\n', "lines 3 to 5"),
+        ('label,text\na,zero\nb,"one\nc,two\nd,"three\ne,four\n', "lines 3 to 5"),
+        ('text,label\n"zero" one,a\ntwo,b\n', "lines 2 to 2"),
+    ],
+)
+def test_a_stray_quotation_mark_in_csv_takes_no_rows_in_unseen(tmp_path, content, lines):
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(InputError, match=rf"a\.csv, {lines}: a quotation mark begins or ends a text where none should"):
+        load(train_file=tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "folder"])
+def test_codes_of_many_digits_beside_missing_ones_stay_as_they_are(tmp_path, kind):
+    codes = [900_000_000_000_207_008 + i for i in range(6)]  # as long as those of SNOMED CT
+    rows = {
+        "text": [f"text {i}" for i in range(8)],
+        "l1": ["a"] * 4 + ["b"] * 4,
+        "l2": [*codes[:3], None, *codes[3:], None],
+    }
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "rows.parquet")
+        source = {"train_file": tmp_path / "rows.parquet"}
+    else:
+        datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "rows")
+        source = {"data_path": tmp_path / "rows"}
+    data = load(**source, label_column=["l1", "l2"], validation_size=0.0, test_size=0.0)
+    assert set(data.taxonomy.names) == {"a", "b", *map(str, codes)}
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_name_that_occurs_twice_in_an_object_is_an_error(tmp_path, name):
+    row = '{"text": "one", "label": "x", "label": "y"}'
+    (tmp_path / name).write_text(f"[{row}]" if name == "a.json" else f"{row}\n")
+    with pytest.raises(InputError, match="'label' occurs twice in an object"):
+        load(train_file=tmp_path / name)
 
 
 def test_a_quoted_text_of_several_lines_may_have_tabs(tmp_path):

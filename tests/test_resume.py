@@ -216,6 +216,27 @@ def test_a_checkpoint_of_another_run_is_no_leave_to_overwrite_this_one(words, ru
         train.main(list(map(str, line)))
 
 
+def test_going_back_in_a_run_needs_the_later_checkpoints_out_of_the_way(run_folder):
+    earlier, last = checkpoints(run_folder)
+    with pytest.raises(InputError, match=f"cannot resume from {earlier}: {last.name} came after it in this run"):
+        find_checkpoint(str(earlier), str(run_folder))
+    assert find_checkpoint(str(last), str(run_folder)) == str(last)
+    assert find_checkpoint(str(earlier), str(run_folder.parent / "other")) == str(earlier)
+
+
+def test_a_resumed_run_takes_the_learning_rate_and_weight_decay_that_it_is_given(words, run_folder):
+    line = [*words, "--output_dir", run_folder, "--resume_from_checkpoint", "auto", "--max_steps", 44]
+    run(*line, "--learning_rate", 3e-5, "--weight_decay", 0.5)
+    last = checkpoints(run_folder)[-1]
+    assert last.name == "checkpoint-44"
+    scheduler = torch.load(last / "scheduler.pt", weights_only=True)
+    groups = torch.load(last / "optimizer.pt", weights_only=True)["param_groups"]
+    assert scheduler["last_epoch"] == 44
+    assert {group["initial_lr"] for group in groups} == set(scheduler["base_lrs"]) == {3e-5}
+    assert max(group["lr"] for group in groups) < 3e-5
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.5}
+
+
 def test_a_checkpoint_by_a_link_is_of_the_run_that_it_stands_in(tmp_path):
     (tmp_path / "scratch" / "checkpoint-2").mkdir(parents=True)
     (tmp_path / "run").mkdir()
@@ -256,6 +277,9 @@ def cut(path: Path) -> None:
         (lambda folder: cut(folder / "optimizer.pt"), "optimizer.pt is damaged"),
         (lambda folder: (folder / "optimizer.pt").unlink(), "it holds no state of the optimizer"),
         (lambda folder: cut(folder / "rng_state.pth"), "rng_state.pth is damaged"),
+        (lambda folder: (folder / "rng_state.pth").unlink(), "rng_state.pth is missing"),
+        (lambda folder: (folder / "scheduler.pt").unlink(), "scheduler.pt is missing"),
+        (lambda folder: (folder / WEIGHTS[1]).unlink(), "adapter/adapter_model.safetensors is missing"),
     ],
 )
 def test_a_torn_checkpoint_is_named_and_skipped(run_folder, caplog, damage, message):

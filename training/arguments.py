@@ -9,6 +9,7 @@ Worth knowing:
 """
 
 import difflib
+import inspect
 import json
 import os
 import re
@@ -243,6 +244,7 @@ RANGES = {
     **dict.fromkeys(("learning_rate", "heads_learning_rate", "num_train_epochs"), "(0, inf)"),
     **dict.fromkeys(("focal_gamma", "logit_adjustment", "consistency", "weight_decay", "max_grad_norm"), "[0, inf)"),
     **dict.fromkeys(("early_stopping_patience", "dataloader_num_workers"), "[0, inf)"),
+    "save_total_limit": "[1, inf)",
     **dict.fromkeys(("seed", "data_seed"), "[0, 4294967296)"),
     "max_length": "[8, inf)",
 }
@@ -260,7 +262,13 @@ NO_USE = {
 
 
 class Recipe(yaml.SafeLoader):
-    """YAML in which a key that occurs twice is an error, as the second one would win unseen."""
+    """YAML in which values stay as they were written, but for null, and a key that occurs twice is an error, as the second one
+    would win unseen."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in known if tag.endswith((":null", ":merge"))]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -282,7 +290,8 @@ def recipe_words(path: str | Path, flags: dict[str, bool], left_out: Collection[
             number or list of these.
     """
     try:
-        recipe = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Recipe)
+        written = Path(path).read_text(encoding="utf-8-sig")
+        recipe, values_of = yaml.load(written, Recipe), yaml.load(written, yaml.SafeLoader)
     except OSError as error:
         raise InputError(f"cannot read the recipe {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -293,8 +302,12 @@ def recipe_words(path: str | Path, flags: dict[str, bool], left_out: Collection[
         raise InputError(f"the recipe {path} is nested too deeply: it is a mapping of flags to values") from error
     if not isinstance(recipe, dict):
         raise InputError(f"the recipe {path} must be a mapping of flags to values")
-    words = []
+    words: list[str] = []
+    known: set[str] = set()
     for key, value in recipe.items():
+        if str(key).replace("-", "_") in known:
+            raise InputError(f"the recipe {path} has {key!r} twice, once with another spelling")
+        known.add(str(key).replace("-", "_"))
         if key not in flags:
             near = difflib.get_close_matches(str(key), flags, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "; its keys are flags of train.py, see --help"
@@ -309,7 +322,9 @@ def recipe_words(path: str | Path, flags: dict[str, bool], left_out: Collection[
         if flags[key]:
             words += [f"--{key}", *map(str, values)]
         else:
-            words.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+            if isinstance(value, dict):  # codes and names are texts; the arguments of others, numbers and booleans too
+                value = json.dumps(value if key.replace("-", "_") == "class_names" else values_of[key], default=str)
+            words.append(f"--{key}={value}")
     return words
 
 
@@ -380,6 +395,22 @@ def check_values(
             raise InputError(
                 f"--{name} has no use here: every row is scored, at once, with its label and the model as it is"
             )
+    if training.max_steps == 0 or training.max_steps < -1:
+        raise InputError(
+            f"--max_steps must be at least 1, or -1 for as many as the epochs have, not {training.max_steps}"
+        )
+    if training.load_best_model_at_end and training.eval_strategy == training.save_strategy == "steps":
+        evaluated, saved = training.eval_steps, training.save_steps
+        if evaluated != saved:  # the best may be one that was not saved
+            raise InputError(
+                f"--load_best_model_at_end needs what is evaluated to be saved: give the same --eval_steps and --save_steps, not "
+                f"{evaluated:g} and {saved:g}, or --save_strategy best"
+            )
+    asked = set(training.gradient_checkpointing_kwargs or {})
+    if unknown := asked - inspect.signature(torch.utils.checkpoint.checkpoint).parameters.keys():
+        raise InputError(
+            f"--gradient_checkpointing_kwargs has {min(unknown)!r}, which torch's checkpoint does not know"
+        )
     weights = loss.level_weights
     if not all(0 <= weight < float("inf") for weight in weights) or max(weights, default=0) == 0:
         raise InputError(f"--level_weights must be non-negative and not all zero, not {weights}")

@@ -220,7 +220,8 @@ def _named_splits(name: str, loaded: datasets.DatasetDict) -> dict[str, _Source]
 def _from_dataset(name: str, dataset: datasets.Dataset) -> _Source:
     if not len(dataset):
         raise InputError(f"{name} has no rows")
-    table = dataset.to_pandas()
+    # whole numbers beside missing ones would become floats, which are not exact beyond 2^53
+    table = dataset.with_format("arrow")[:].to_pandas(integer_object_nulls=True)
     for column, feature in dataset.features.items():
         if isinstance(feature, datasets.ClassLabel):
             names = np.array([*feature.names, None], dtype=object)  # None for -1, how `datasets` writes "no label"

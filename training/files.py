@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -88,12 +89,11 @@ def _read_delimited(path: Path) -> pd.DataFrame:
             for row, cell in table.loc[several, name].items():
                 if takes_in_rows(cell, place, len(header)):
                     raise InputError(f"{path}, row {row} (counted from 0): {TAKEN_IN}")
-    if (table.iloc[:, -1] == "").any():  # pandas fills short rows up, so look whether that is what happened
-        for row, fields in enumerate(_records(path, separator), start=-1):
-            if len(fields) < len(header):
-                raise InputError(
-                    f"{path}, row {row} (counted from 0): {len(fields)} fields, where the header has {len(header)}"
-                )
+    for row, fields in enumerate(_records(path, separator), start=-1):  # pandas fills short rows up
+        if len(fields) < len(header):
+            raise InputError(
+                f"{path}, row {row} (counted from 0): {len(fields)} fields, where the header has {len(header)}"
+            )
     return table
 
 
@@ -110,13 +110,25 @@ def takes_in_rows(cell: str, place: int, fields: int) -> bool:
 
 
 def _records(path: Path, separator: str) -> Iterator[list[str]]:
-    """The header and the rows, as they were written, without blank lines."""
+    """The header and the rows, as they were written, without blank lines.
+
+    Raises:
+        InputError: a text goes on after the quotation mark that ends it, as where stray ones take rows in.
+    """
     limit = csv.field_size_limit(2**31 - 1)
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            for fields in csv.reader(stream, delimiter=separator):
-                if len(fields) > 1 or "".join(fields).strip():
-                    yield fields
+            reader, line = csv.reader(stream, delimiter=separator, strict=True), 0
+            try:
+                for fields in reader:
+                    if len(fields) > 1 or "".join(fields).strip():
+                        yield fields
+                    line = reader.line_num
+            except csv.Error as error:
+                raise InputError(
+                    f"{path}, lines {line + 1} to {reader.line_num}: a quotation mark begins or ends a text where none should "
+                    "(double those that are part of a text, and quote the text)"
+                ) from error
     finally:
         csv.field_size_limit(limit)
 
@@ -126,12 +138,13 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise InputError(f"{path} has two columns called {twice!r}")
-    return pd.read_parquet(path)
+    # whole numbers beside missing ones would become floats, which are not exact beyond 2^53
+    return pyarrow.parquet.read_table(path).to_pandas(integer_object_nulls=True)
 
 
 def _read_json(path: Path) -> pd.DataFrame:
     try:
-        records = json.loads(path.read_text(encoding="utf-8-sig"))
+        records = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
     except UnicodeDecodeError:
         raise
     except ValueError as error:  # of the syntax, or a number of thousands of digits
@@ -149,11 +162,20 @@ def _read_json_lines(path: Path) -> pd.DataFrame:
         for number, line in enumerate(stream, start=1):
             if line.strip():
                 try:
-                    records.append(json.loads(line))
+                    records.append(json.loads(line, object_pairs_hook=unique))
                 except ValueError as error:  # of the syntax, or a number of thousands of digits
                     reason = getattr(error, "msg", error)
                     raise InputError(f"{path}, line {number}, is not JSON: {reason}") from error
     return _from_records(records, path)
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError where a name occurs twice, as the second value would win unseen."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} occurs twice in an object")
+    return found
 
 
 def _from_records(records: list, path: Path) -> pd.DataFrame:

@@ -27,7 +27,7 @@ import pyarrow
 import pyarrow.parquet
 
 from training import InputError, one_line
-from training.files import TAKEN_IN, TEXT_COLUMNS, has_half_surrogate, listed, takes_in_rows
+from training.files import TAKEN_IN, TEXT_COLUMNS, has_half_surrogate, listed, takes_in_rows, unique
 
 KINDS = ("csv", "tsv", "jsonl", "ndjson", "parquet")
 LONGEST_FIELD = 2**24  # characters
@@ -199,12 +199,14 @@ def _delimited(
         text = header.index(text_column)
         key = None if id_column is None else header.index(id_column)
         while True:
+            first = reader.line_num + 1
             try:
                 fields = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield reader.line_num, None, None, f"not {'TSV' if separator != ',' else 'CSV'}: {error}"
+                several = f", from line {first}" if reader.line_num > first else ""
+                yield reader.line_num, None, None, f"not {'TSV' if separator != ',' else 'CSV'}: {error}{several}"
                 continue
             if not fields:
                 continue  # a blank line
@@ -251,7 +253,7 @@ def _json_objects(stream: io.TextIOBase) -> Iterator[tuple[int, dict | None, str
         if not line.strip():
             continue
         try:
-            found = json.loads(line)
+            found = json.loads(line, object_pairs_hook=unique)
         except (ValueError, RecursionError) as error:  # of the syntax, a number of thousands of digits, or the depth
             reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", error)
             yield number, None, f"not JSON: {reason}"

@@ -20,7 +20,12 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from configuration_hierarchical import Taxonomy
-from modeling_hierarchical import ADAPTER_SUBFOLDER, HEADS_WEIGHTS, HierarchicalForSequenceClassification
+from modeling_hierarchical import (
+    ADAPTER_SUBFOLDER,
+    ADAPTER_WEIGHTS,
+    HEADS_WEIGHTS,
+    HierarchicalForSequenceClassification,
+)
 from training import InputError, refusing
 from training.model import is_checkpoint, read_config
 
@@ -41,6 +46,14 @@ def find_checkpoint(asked: str | None, output_dir: str) -> str | None:
         problem = damage(Path(asked)) if Path(asked).is_dir() else "there is no such folder"
         if problem is not None:
             raise InputError(f"cannot resume from {asked}: {problem}")
+        later = checkpoints(Path(asked).parent) if is_of_run(asked, output_dir=Path(output_dir)) else []
+        while later and later[0].name != Path(asked).name:
+            later.pop(0)
+        if later[1:]:  # which "auto" would take for the continuation
+            names = ", ".join(folder.name for folder in later[1:])
+            raise InputError(
+                f"cannot resume from {asked}: {names} came after it in this run; move them away, or give another --output_dir"
+            )
         return asked
     for folder in reversed(checkpoints(Path(output_dir))):
         problem = damage(folder)
@@ -173,6 +186,14 @@ def damage(checkpoint: Path) -> str | None:
         return "it holds no weights"
     if not any(checkpoint.glob("optimizer*")):
         return "it holds no state of the optimizer (--save_only_model?)"
+    if (checkpoint / "optimizer.pt").is_file() and not (checkpoint / "scheduler.pt").is_file():
+        return "scheduler.pt is missing"
+    if not any(checkpoint.glob("rng_state*.pth")):
+        return "rng_state.pth is missing"
+    if (checkpoint / HEADS_WEIGHTS).is_file():
+        for name in (ADAPTER_WEIGHTS, "adapter_config.json"):
+            if not (checkpoint / ADAPTER_SUBFOLDER / name).is_file():
+                return f"{ADAPTER_SUBFOLDER}/{name} is missing"
     for file in checkpoint.rglob("*.safetensors"):
         try:
             with safe_open(file, "pt"):

@@ -216,7 +216,8 @@ class HierarchicalTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, with groups of their own for the heads where they have a learning rate of their own."""
         fresh = self.optimizer is None
-        optimizer = super().create_optimizer(model)
+        with refusing("cannot set up the optimizer"):
+            optimizer = super().create_optimizer(model)
         if fresh and self.heads_learning_rate is not None:
             heads = {id(p) for p in self.accelerator.unwrap_model(self.model).heads.parameters()}
             for group in list(optimizer.param_groups):
@@ -225,6 +226,10 @@ class HierarchicalTrainer(Trainer):
                 if ours:
                     optimizer.add_param_group({**group, "params": ours, "lr": self.heads_learning_rate})
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        with refusing(f"cannot set up --lr_scheduler_type {self.args.lr_scheduler_type.value} (--lr_scheduler_kwargs)"):
+            return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
         sampler = super()._get_train_sampler(train_dataset)
@@ -265,9 +270,24 @@ class HierarchicalTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with refusing(f"cannot resume from {checkpoint}, whose optimizer had other settings"):
             settings = set(self.optimizer.param_groups[0])
+            asked = [(group.get("initial_lr"), group.get("weight_decay")) for group in self.optimizer.param_groups]
             super()._load_optimizer_and_scheduler(checkpoint)
             if not settings <= set(self.optimizer.param_groups[0]):
                 raise ValueError("it was another --optim")
+            self._take_rates(asked)
+
+    def _take_rates(self, asked: list[tuple[float | None, float | None]]) -> None:
+        """Gives the optimizer of a resumed run the learning rates and weight decays of this one, at the schedule's place."""
+        bases = getattr(self.lr_scheduler, "base_lrs", [])
+        for i, (group, (rate, decay)) in enumerate(zip(self.optimizer.param_groups, asked, strict=True)):
+            before = group.get("initial_lr")
+            if rate and before and rate != before:
+                logger.info("the learning rate goes on at %g of its schedule, not %g", rate, before)
+                group["lr"], group["initial_lr"] = group["lr"] * rate / before, rate
+                if i < len(bases):
+                    bases[i] = rate
+            if decay is not None:
+                group["weight_decay"] = decay
 
     def _load_best_model(self) -> None:
         if not self._load_adapter_form(self.state.best_model_checkpoint):

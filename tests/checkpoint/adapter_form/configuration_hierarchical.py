@@ -362,6 +362,8 @@ def _read_rows(text: str, delimiter: str) -> list[tuple[str, str]]:
     child = next((name for name in ("child", "name", "node") if name in header), None)
     if child is None or "parent" not in header:
         raise TaxonomyError(f"expected columns 'parent' and 'child' (or 'name', 'node'), found {header}")
+    if header.count("parent") > 1 or header.count(child) > 1:
+        raise TaxonomyError(f"two columns of the taxonomy have the same name: {header}")
     for number, fields in enumerate(rows, start=1):
         if len(fields) != len(header):
             raise TaxonomyError(
