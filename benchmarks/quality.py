@@ -10,8 +10,8 @@ FOLDER holds ``ohsumed/{train,test,labels}.csv`` and ``medical_abstracts/{train,
 - hiclass-embeddings: logistic regression over the frozen encoder's mean vectors for each parent, by HiClass;
 - setfit: the encoder fine-tuned on pairs of texts, then logistic regression, by SetFit, for `SETFIT_STEPS` steps of 16
   pairs, texts cut at the 256 tokens that this encoder was published with, in bfloat16 where train.py would use it;
-- flat-full, flat-lora: every weight, or an adapter as in the recipe over an encoder in full precision, under one softmax
-  over the leaves, with cross-entropy over whole texts;
+- flat-full, flat-lora: every weight, or an adapter of rank 16 over an encoder in full precision, under one softmax over the
+  leaves, with cross-entropy over whole texts;
 - lora, qlora: the recipe, over an encoder in full precision and as it is, in 4 bits;
 - lora-whole, qlora-whole, qlora-halves: the same, trained on whole texts or on halves that must agree where the recipe is not.
 
@@ -60,7 +60,7 @@ WHOLE = ("--consistency", "0")
 PLAIN = ("--lexical_head", "false", *WHOLE)
 TRAINED = {  # by train.py, with these flags after the recipe
     "flat-full": ("--tuning", "full", "--learning_rate", str(FULL_LEARNING_RATE), *PLAIN),
-    "flat-lora": ("--quantization", "none", *PLAIN),
+    "flat-lora": ("--quantization", "none", "--lora_r", "16", "--lora_alpha", "32", *PLAIN),
     "lora-whole": ("--quantization", "none", *WHOLE),
     "qlora-whole": WHOLE,
     "qlora-halves": ("--consistency", "1"),
