@@ -278,8 +278,8 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         A fast tokenizer keeps as its state how it cuts. Calls in other threads may cut otherwise, so each way but the default
         has a tokenizer of its own.
         """
-        cutting = {"truncation": True, "max_length": window, "stride": stride, "return_overflowing_tokens": True}
-        wanted = {**cutting, "return_attention_mask": True, "verbose": False}
+        wanted = {"truncation": True, "max_length": window, "stride": stride, "return_overflowing_tokens": True}
+        wanted |= {"return_attention_mask": True, "verbose": False}
         default = (window, stride) == (self.tokenizer.model_max_length, 0)
         tokenizer = self.tokenizer if default else self._tokenizers.get((window, stride))
         if tokenizer is None:

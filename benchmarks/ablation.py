@@ -124,7 +124,8 @@ def keep(output: Path, run: dict) -> None:
 
 def train(task: str, fold: int, changes: tuple[str, ...], arguments: argparse.Namespace, name: str) -> dict:
     """The scores of a run, and for each row that counts whether it was right, as a text of 0 and 1."""
-    split, prefix, files = FILES[task](arguments.data / task, arguments.runs / f"fold-{fold}", fold)
+    split, files = FILES[task](arguments.data / task, arguments.runs / f"fold-{fold}", fold)
+    prefix = {"validation": "eval", "test": "test"}[split]
     folder = arguments.runs / f"{task}-{re.sub('[^a-z0-9.]+', '-', name)}-{fold}"
     words = [ROOT / "recipes" / f"{task}.yaml", "--model_name_or_path", arguments.encoder, *files]
     words += ["--output_dir", folder, "--seed", 1 + fold, "--resume_from_checkpoint", "auto", *BASE[task], *changes]
@@ -137,8 +138,8 @@ def train(task: str, fold: int, changes: tuple[str, ...], arguments: argparse.Na
     return {"accuracy": right.count("1") / len(right), **known, "right": right}
 
 
-def ohsumed(source: Path, folder: Path, fold: int) -> tuple[str, str, list]:
-    """The split that counts, the prefix of its metrics, and the files as flags."""
+def ohsumed(source: Path, folder: Path, fold: int) -> tuple[str, list]:
+    """The split that counts, and the files as flags."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = pd.read_csv(source / "train.csv", dtype=str)
     known, held_out = [*StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(rows, rows["label"])][fold]
@@ -146,12 +147,11 @@ def ohsumed(source: Path, folder: Path, fold: int) -> tuple[str, str, list]:
     rows.iloc[held_out].to_csv(folder / "test.csv", index=False)
     names = source / "labels.csv"
     files = ["--train_file", folder / "train.csv", "--test_file", folder / "test.csv"]
-    return "test", "test", [*files, "--class_names", names, "--taxonomy", names]
+    return "test", [*files, "--class_names", names, "--taxonomy", names]
 
 
-def medical_abstracts(source: Path, folder: Path, fold: int) -> tuple[str, str, list]:
-    files = ["--train_file", source / "train.csv", "--validation_file", source / "validation.csv"]
-    return "validation", "eval", files
+def medical_abstracts(source: Path, folder: Path, fold: int) -> tuple[str, list]:
+    return "validation", ["--train_file", source / "train.csv", "--validation_file", source / "validation.csv"]
 
 
 FILES = {"ohsumed": ohsumed, "medical_abstracts": medical_abstracts}

@@ -126,9 +126,8 @@ class Task:
         """Texts and leaf ids of a split, the same rows that ``train.py`` is given."""
         classes = self.recipe.get("class_names", {})
         names = str(self.labels) if self.labels else json.dumps({str(k): v for k, v in classes.items()})
-        shares = {name: self.recipe[name] for name in ("validation_size",) if name in self.recipe}
         files = {f"{name}_file": str(file) for name, file in self.files.items()}
-        found = load_splits(DataArguments(**files, **shares, class_names=names), self.seed, self.tree).splits[split]
+        found = load_splits(DataArguments(**files, class_names=names), self.seed, self.tree).splits[split]
         return list(found["text"]), np.array(found["label"])
 
 

@@ -57,7 +57,7 @@ def merged_forward(self: LoraLayer, x: Tensor) -> Tensor:
     name = self.active_adapters[0]
     factors = (self.lora_A[name].weight, self.lora_B[name].weight)
     y = MergedLinear.apply(x.reshape(-1, x.shape[-1]), *factors, self.get_base_layer(), self.scaling[name])
-    # a view that is made here: Longformer changes it in place, which a view from the function would not allow
+    # a view made out here: Longformer changes it in place, which torch forbids for one that a Function returns
     return y.view(*x.shape[:-1], -1)
 
 
