@@ -49,6 +49,7 @@ VARIANTS = {
     "query and value": ("--lora_target_modules", "query", "value"),
     "learning rate 3e-4": ("--learning_rate", "3e-4"),
     "learning rate 1.2e-3": ("--learning_rate", "1.2e-3"),
+    "rank 64, learning rate 1.2e-3": ("--lora_r", "64", "--lora_alpha", "128", "--learning_rate", "1.2e-3"),
     "3 epochs": ("--num_train_epochs", "3"),
     "256 tokens": ("--max_length", "256"),
     "adapter dropout 0.1": ("--lora_dropout", "0.1"),
