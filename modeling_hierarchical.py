@@ -688,6 +688,8 @@ def refuse_maskless(encoder: PreTrainedModel) -> None:
         raise ValueError(
             f"{name} lets padding change its answers, whatever the attention mask says: use another encoder"
         )
+    if getattr(encoder.config, "default_language", "") is None:  # XMOD, which has layers for each language
+        raise ValueError(f"{name} has to know the language of the texts: set default_language in its config.json")
     if "attention_mask" not in inspect.signature(encoder.forward).parameters:
         raise ValueError(f"{name} takes no attention mask, so that padding changes its answers: use another encoder")
 

@@ -268,6 +268,8 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         for i, owner in enumerate(owners):
             counts[owner] += 1
             if stride is not None or counts[owner] == 1:
+                if not encoded["input_ids"][i]:
+                    raise ValueError("a text has no tokens: its characters mean nothing to the model's tokenizer")
                 windows.append({name: encoded[name][i] for name in names})
                 kept.append(owner)
         return windows, kept, [stride is None and count > 1 for count in counts]

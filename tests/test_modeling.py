@@ -377,11 +377,15 @@ def test_an_encoder_that_takes_no_attention_mask_is_refused():
 
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [("convbert", "ConvBertModel lets padding change its answers"), ("bart", "BartModel is an encoder with a decoder")],
+    [
+        ("convbert", "ConvBertModel lets padding change its answers"),
+        ("bart", "BartModel is an encoder with a decoder"),
+        ("xmod", "XmodModel has to know the language of the texts: set default_language in its config.json"),
+    ],
 )
-def test_models_that_are_no_encoder_or_read_padding_are_refused(kind, message):
+def test_models_that_cannot_read_a_text_alone_are_refused(kind, message):
     sizes = {"bart": {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1}, "convbert": {"embedding_size": 32}}
-    config = {"model_type": kind, **SMALL, **sizes[kind]}
+    config = {"model_type": kind, **SMALL, **sizes.get(kind, {})}
     with pytest.raises(ValueError, match=message):
         HierarchicalForSequenceClassification(HierarchicalConfig(taxonomy=["a", "b"], text_config=config))
 

@@ -211,6 +211,16 @@ def test_arguments_out_of_range_are_refused(classify, arguments, message):
         classify("text", **arguments)
 
 
+def test_a_text_that_is_no_tokens_is_refused(checkpoint):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
+    tokenizer.backend_tokenizer.post_processor = None  # which puts [CLS] and [SEP] around a text
+    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
+    classify = HierarchicalTextClassificationPipeline(model=model, tokenizer=tokenizer)
+    for texts in ("\u200b", ["liver", "\u200b"]):
+        with pytest.raises(ValueError, match="a text has no tokens"):
+            classify(texts)
+
+
 def test_settings_of_the_pipeline_hold_for_its_calls_and_give_way_to_theirs(checkpoint):
     classify = pipeline(
         "hierarchical-text-classification", model=checkpoint, trust_remote_code=True, top_k=2, max_length=16

@@ -139,8 +139,8 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
     model.set_lexical_head(None)
     if tuning == "lora":
         adapter = model.encoder.peft_config["default"]
-        if (adapter.r, adapter.lora_alpha) != (arguments.lora_r, arguments.lora_alpha):
-            logger.info("the adapter continues with its own r = %d, alpha = %d", adapter.r, adapter.lora_alpha)
+        own = f"r = {adapter.r}, alpha = {adapter.lora_alpha}, dropout = {adapter.lora_dropout}"
+        logger.info("the adapter continues with its own %s, in %s", own, ", ".join(sorted(adapter.target_modules)))
         prepare_model_for_kbit_training(model.encoder, use_gradient_checkpointing=False)
         adapter.inference_mode = False
         for module in model.encoder.modules():
