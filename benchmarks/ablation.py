@@ -71,8 +71,8 @@ OF_TASK = {
         "every weight": ("--tuning", "full", "--learning_rate", "1e-4"),
     },
 }
-# what the runs of a task have beside its recipe: on Medical Abstracts the rank that it had before this comparison chose 64
-BASE = {"ohsumed": (), "medical_abstracts": ("--lora_r", "16", "--lora_alpha", "32")}
+# what the runs have beside their recipe: the rank that recipes had before this comparison chose 64
+BASE = ("--lora_r", "16", "--lora_alpha", "32")
 KEPT = ("{}_log_loss", "{}_ece", "{}_macro_f1", "{}_hierarchical_f1", "{}_level_1_accuracy", "lexical_weight",
         "uncalibrated_{}_accuracy", "uncalibrated_{}_macro_f1", "uncalibrated_{}_log_loss", "epoch")  # fmt: skip
 
@@ -129,7 +129,7 @@ def train(task: str, fold: int, changes: tuple[str, ...], arguments: argparse.Na
     prefix = {"validation": "eval", "test": "test"}[split]
     folder = arguments.runs / f"{task}-{re.sub('[^a-z0-9.]+', '-', name)}-{fold}"
     words = [ROOT / "recipes" / f"{task}.yaml", "--model_name_or_path", arguments.encoder, *files]
-    words += ["--output_dir", folder, "--seed", 1 + fold, "--resume_from_checkpoint", "auto", *BASE[task], *changes]
+    words += ["--output_dir", folder, "--seed", 1 + fold, "--resume_from_checkpoint", "auto", *BASE, *changes]
     subprocess.run([sys.executable, str(ROOT / "train.py"), *map(str, words)], check=True)
     metrics = json.loads((folder / "metrics.json").read_text())
     with (folder / f"{split}_predictions.csv").open(encoding="utf-8", newline="") as file:

@@ -13,7 +13,7 @@ FOLDER holds ``ohsumed/{train,test,labels}.csv`` and ``medical_abstracts/{train,
 - flat-full, flat-lora: every weight, or an adapter of rank 16 over an encoder in full precision, under one softmax over the
   leaves, with cross-entropy over whole texts;
 - lora, qlora: the recipe, over an encoder in full precision and as it is, in 4 bits;
-- qlora-rank-16: with an adapter of that rank where the recipe has another;
+- qlora-rank-16: with an adapter of that rank;
 - lora-whole, qlora-whole, qlora-halves: the same, trained on whole texts or on halves that must agree where the recipe is not.
 
 The flat peers are trained by ``train.py`` with the recipe's epochs, text length, label smoothing and early stopping, and temperatures from
@@ -108,11 +108,7 @@ class Task:
 
     def repeats(self, model: str) -> bool:
         """Whether a model differs from the recipe only by what the recipe has, too."""
-        same = (
-            "-halves" if self.recipe.get("consistency") else "-whole",
-            *(() if "lora_r" in self.recipe else ("-rank-16",)),
-        )
-        return model.endswith(same)
+        return model.endswith("-halves" if self.recipe.get("consistency") else "-whole")
 
     def flags(self, runs: Path, flat: bool) -> list[str]:
         """What tells ``train.py`` of the data."""
