@@ -317,7 +317,7 @@ def print_ablation(results: list[dict]) -> None:
     print("\n| task | model | seeds | | " + " | ".join(SHOWN[name] for name in PARTS) + " |")
     print("| --- | --- | ---: | --- |" + " ---: |" * len(PARTS))
     for task in frame["task"].unique():
-        for model in ("qlora-whole", "qlora-halves", "qlora"):
+        for model in ("qlora-whole", "qlora-halves", "qlora-rank-16", "qlora"):
             runs = frame[(frame["task"] == task) & (frame["model"] == model)]
             for title, prefix in parts.items():
                 if len(runs) and runs[f"{prefix}accuracy"].notna().any():
