@@ -3,7 +3,7 @@
     python benchmarks/ablation.py --data FOLDER --encoder ENCODER [--task ohsumed --variant "focal, gamma 1" … --fold 0 …]
 
 FOLDER holds ``ohsumed/{train,labels}.csv`` and ``medical_abstracts/{train,validation}.csv``. `VARIANTS` and `OF_TASK` name what
-each run changes in the task's recipe.
+each run changes in the task's recipe, at the rank of `BASE`.
 
 - ohsumed: the training file is cut in thirds; ``train.py`` is given two of them, carves its validation rows from these as
   always, and is scored on the third, so that neither early stopping nor the calibration has seen a row that counts.

@@ -35,6 +35,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -57,6 +58,7 @@ from training.metrics import bootstrap_intervals, build_compute_metrics
 TASKS = ("ohsumed", "medical_abstracts")
 SETFIT_STEPS = 500
 FULL_LEARNING_RATE = 1e-4
+TFIDF: dict[str, Any] = {"ngram_range": (1, 2), "sublinear_tf": True, "min_df": 2}
 WHOLE = ("--consistency", "0")
 PLAIN = ("--lexical_head", "false", *WHOLE)
 TRAINED = {  # by train.py, with these flags after the recipe
@@ -107,7 +109,7 @@ class Task:
             self.labels, self.tree = None, Taxonomy(DEFAULT_TAXONOMY)
 
     def repeats(self, model: str) -> bool:
-        """Whether a model differs from the recipe only by what the recipe has, too."""
+        """Whether a model differs from the recipe only by training on what the recipe trains on."""
         return model.endswith("-halves" if self.recipe.get("consistency") else "-whole")
 
     def flags(self, runs: Path, flat: bool) -> list[str]:
@@ -182,7 +184,7 @@ def keep(arguments: argparse.Namespace, run: dict) -> None:
 def vectors(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """TF-IDF of the training rows, their labels, and the same of the test rows."""
     texts, labels = task.rows("train")
-    tfidf = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
+    tfidf = TfidfVectorizer(**TFIDF)
     known = tfidf.fit_transform(texts)
     texts, unseen = task.rows("test")
     return known, labels, tfidf.transform(texts), unseen

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from quality import TFIDF
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import StratifiedShuffleSplit
@@ -35,7 +36,7 @@ def main() -> None:
         scores = np.array([score(known.iloc[drawn], unseen) for drawn in draws(known["label"], share)])
         rows = round(share * len(known))
         results.append({"share": share, "rows": rows, "accuracy": [*scores[:, 0]], "macro_f1": [*scores[:, 1]]})
-        cells = (f"{100 * column.mean():.1f} ± {100 * column.std(ddof=len(scores) > 1):.1f}" for column in scores.T)
+        cells = (f"{100 * column.mean():.1f} ± {100 * column.std():.1f}" for column in scores.T)
         print(f"| {share:.0%} | {rows:,} | {' | '.join(cells)} |", flush=True)
     arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
@@ -49,8 +50,8 @@ def draws(labels: pd.Series, share: float) -> list[np.ndarray]:
 
 
 def score(known: pd.DataFrame, unseen: pd.DataFrame) -> tuple[float, float]:
-    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
-    answers = make_pipeline(words, LinearSVC(random_state=0)).fit(known["text"], known["label"]).predict(unseen["text"])
+    model = make_pipeline(TfidfVectorizer(**TFIDF), LinearSVC(random_state=0))
+    answers = model.fit(known["text"], known["label"]).predict(unseen["text"])
     return accuracy_score(unseen["label"], answers), f1_score(unseen["label"], answers, average="macro")
 
 
