@@ -20,6 +20,8 @@ import os
 import signal
 import sys
 import tempfile
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,6 +62,7 @@ from transformers.utils import cached_file
 
 HERE = Path(__file__).parent
 ROWS = 32  # of a file, between two looks at whether it was cancelled
+PROGRESS_SECONDS = 0.5  # between two progress messages: a slow browser that gets more of them answers nobody
 PREVIEW = 50
 KEPT_SECONDS = 600
 QUEUE = 100  # requests that wait; beyond, Gradio answers "Queue is full! Please try again."
@@ -161,6 +164,21 @@ def take(path: str) -> bytes:
         return file.read_bytes()
     finally:
         file.unlink(missing_ok=True)
+
+
+class Run:
+    """A file that is classified, until it is done or cancelled."""
+
+    def __init__(self) -> None:
+        self._ended = threading.Lock()
+
+    @property
+    def going(self) -> bool:
+        return not self._ended.locked()
+
+    def end(self) -> bool:
+        """Ends it. True for the first who asks: a run is done or cancelled, and not both."""
+        return self._ended.acquire(blocking=False)
 
 
 class Service:
@@ -304,8 +322,21 @@ class Service:
         state = views.progress(0, len(table.rows), problems, "Read, and deleted from the disk. Classified:")
         return [(kind, content), gr.Dropdown(choices=table.columns, value=table.text_column()), state]
 
-    def run_file(self, kept: tuple[str, bytes] | None, column: str, coverage: float) -> Iterator[list[Any]]:
-        """Progress, a preview, the problems, and two files to download, as they come."""
+    def begin_file(self, run: Run | None) -> list[Any]:
+        """A run, in place of the one before, and nothing said of its end."""
+        if run:
+            run.end()
+        return [Run(), views.note("")]
+
+    def cancel_file(self, run: Run | None) -> Html:
+        return views.note("Cancelled. Nothing of it is kept." if run and run.end() else "Nothing is running.")
+
+    def run_file(self, kept: tuple[str, bytes] | None, column: str, coverage: float, run: Run) -> Iterator[list[Any]]:
+        """Progress, a preview, the problems, and two files to download, as they come, until the run is cancelled."""
+        nothing = [gr.skip()] * 5
+        if not run.going:  # cancelled while it waited for its turn
+            yield nothing
+            return
         empty = [gr.skip(), gr.skip(), gr.DownloadButton(interactive=False), gr.DownloadButton(interactive=False)]
         try:
             if kept is None:
@@ -314,6 +345,7 @@ class Service:
             table = read_table(content, kind)
             self.check_column(table.columns, column)
         except Refused as error:
+            run.end()
             yield [views.refusal(str(error)), *empty]
             return
         coverage = coverage if is_calibrated(self.classifier) else None
@@ -321,16 +353,26 @@ class Service:
         bad: list[Problem] = []
         total = len(table.rows)
         yield [views.progress(0, total, 0, "Classified"), views.preview([]), views.problems([]), *empty[2:]]
+        said, previewed, listed = float("-inf"), 0, 0
         for records, problems in rows_classified(self._classify_all, table.rows, column, coverage):
+            if not run.going:
+                yield nothing
+                return
             done += records
             bad += problems
+            if time.monotonic() - said < PROGRESS_SECONDS and len(done) + len(bad) < total:
+                continue
             yield [
                 views.progress(len(done) + len(bad), total, len(bad), "Classified"),
-                views.preview(done[:PREVIEW]) if len(done) - len(records) < PREVIEW else gr.skip(),
-                views.problems(bad) if problems else gr.skip(),
+                views.preview(done[:PREVIEW]) if previewed < min(len(done), PREVIEW) else gr.skip(),
+                views.problems(bad) if listed < len(bad) else gr.skip(),
                 gr.skip(),
                 gr.skip(),
             ]
+            said, previewed, listed = time.monotonic(), len(done), len(bad)
+        if not run.end():
+            yield nothing
+            return
         with tempfile.TemporaryDirectory() as folder:  # gradio copies what it serves
             written = {"predictions.csv": to_csv(done), "predictions.jsonl": to_json_lines(done)}
             for name, text in written.items():
@@ -480,6 +522,7 @@ def build(classifier: Pipeline, model: str, revision: str | None = None) -> gr.B
                             stop = gr.Button("Cancel", variant="stop", elem_id="cancel")
                     with gr.Column(scale=6, min_width=300):
                         state = gr.HTML(views.progress(0, 0, 0, "No file yet."), elem_id="state")
+                        ended = gr.HTML(views.note(""), elem_id="ended")
                         with gr.Row():
                             as_csv = gr.DownloadButton("Download CSV", interactive=False, elem_id="csv")
                             as_lines = gr.DownloadButton("Download JSON Lines", interactive=False, elem_id="jsonl")
@@ -495,21 +538,17 @@ def build(classifier: Pipeline, model: str, revision: str | None = None) -> gr.B
                 problems = gr.HTML(views.problems([]), elem_id="problems")
                 opened = [kept, column, state]
                 gr.on([file.upload, file.clear], service.open_file, file, opened, concurrency_id="opening", **shown)
-                running = start.click(
+                running = gr.State(None)
+                start.click(service.begin_file, running, [running, ended], queue=False, **shown).then(
                     service.run_file,
-                    [kept, column, file_coverage],
+                    [kept, column, file_coverage, running],
                     [state, table, problems, as_csv, as_lines],
                     concurrency_id="files",
+                    trigger_mode="multiple",  # the one before may still wait, or end its last rows
                     **shown,
                 )
-                # said once the run has ended: at the same time, its last progress could come after it, and stay
-                stop.click(None, cancels=[running], queue=False, **shown).then(
-                    lambda: views.progress(0, 0, 0, "Cancelled. Nothing of it is kept."),
-                    None,
-                    state,
-                    queue=False,
-                    **shown,
-                )
+                # it has a place of its own: progress that was on its way comes after it, and does not replace it there
+                stop.click(service.cancel_file, running, ended, queue=False, **shown)
 
             with gr.Tab("About the model", id="model"):
                 facts, card, more = about(classifier, model, revision)

@@ -306,6 +306,11 @@ def progress(done: int, total: int, problems: int, state: str) -> str:
     )
 
 
+def note(text: str) -> str:
+    """A line beside the progress, whose place is kept while there is none."""
+    return f"<p class='note ended' role='status' aria-live='polite'>{plain(text)}</p>"
+
+
 PROBLEMS = 200  # shown
 
 

@@ -64,7 +64,7 @@ class Page:
         self.until(lambda: self.all("#classify") and self.all("#bars .main-svg") and self.all("#icicle .main-svg"))
         return self
 
-    def until(self, condition, seconds: int = 25):
+    def until(self, condition, seconds: int = 60):
         return WebDriverWait(self.driver, seconds, 0.1).until(lambda _: condition())
 
     def all(self, selector: str) -> list:
@@ -314,15 +314,27 @@ def test_a_file_is_cancelled_and_the_next_one_runs(page, tmp_path):
     page.press("#start")
     page.until(lambda: "Classified" in page.text("#state") and not page.text("#state").startswith("Classified 0"))
     page.press("#cancel")
-    page.until(lambda: "Cancelled" in page.text("#state"))
+    page.until(lambda: "Cancelled" in page.text("#ended"))
     time.sleep(1)
-    assert "Cancelled" in page.text("#state")  # and it stays so
+    stopped_at = page.text("#state")
+    assert "Done" not in stopped_at
+    time.sleep(2)
+    assert page.text("#state") == stopped_at
+    assert "Cancelled" in page.text("#ended")  # and it stays so
+    page.press("#start")
+    page.until(lambda: page.text("#ended") == "")
+    page.press("#cancel")
+    page.until(lambda: "Cancelled" in page.text("#ended"))
     page.press("#file button[aria-label*=lear], #file button[title*=lear], #file .icon-button")
     page.until(lambda: page.all("#file input[type=file]"))
     page.upload(write_table(tmp_path / "few.csv", [["text"], [NEURO]]))
     page.until(lambda: "of 1 rows" in page.text("#state"))
     page.press("#start")
     page.until(lambda: "Done: 1 of 1 rows" in page.text("#state"))
+    assert page.text("#ended") == ""
+    page.press("#cancel")
+    page.until(lambda: "Nothing is running" in page.text("#ended"))
+    assert "Done" in page.text("#state")
 
 
 @pytest.mark.parametrize(
