@@ -331,10 +331,12 @@ class Service:
     def cancel_file(self, run: Run | None) -> Html:
         return views.note("Cancelled. Nothing of it is kept." if run and run.end() else "Nothing is running.")
 
-    def run_file(self, kept: tuple[str, bytes] | None, column: str, coverage: float, run: Run) -> Iterator[list[Any]]:
+    def run_file(
+        self, kept: tuple[str, bytes] | None, column: str, coverage: float, run: Run | None
+    ) -> Iterator[list[Any]]:
         """Progress, a preview, the problems, and two files to download, as they come, until the run is cancelled."""
         nothing = [gr.skip()] * 5
-        if not run.going:  # cancelled while it waited for its turn
+        if run is None or not run.going:  # cancelled while it waited for its turn
             yield nothing
             return
         empty = [gr.skip(), gr.skip(), gr.DownloadButton(interactive=False), gr.DownloadButton(interactive=False)]

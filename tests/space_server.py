@@ -68,7 +68,7 @@ class SpaceServer:
 
     def stop(self) -> None:
         self._process.terminate()
-        self._process.wait(timeout=30)
+        self._process.wait(timeout=120)
 
     def __enter__(self) -> "SpaceServer":
         return self

@@ -1,7 +1,7 @@
 """Random input to what reads foreign data: the documented error or a right answer, and never anything else.
 
 Each test draws a few dozen inputs, the same each time. ``FUZZ_EXAMPLES=20000 pytest tests/test_fuzz.py`` draws so many
-others. An input that takes five seconds fails as one that hangs, and the process has two gigabytes more than it began with.
+others. An input that takes thirty seconds fails as one that hangs, and the process has two gigabytes more than it began with.
 """
 
 import csv
@@ -38,7 +38,7 @@ settings.register_profile(
     max_examples=EXAMPLES or 60,
     derandomize=not EXAMPLES,
     database=None,
-    deadline=5000,
+    deadline=30_000,
     suppress_health_check=list(HealthCheck),
 )
 settings.load_profile("fuzz")

@@ -931,7 +931,7 @@ print(json.dumps([variables, card.data.models, card.data.sdk]))
             client.predict("  ", api_name="/classify")
     finally:
         process.terminate()
-        said = process.communicate(timeout=30)[0]
+        said = process.communicate(timeout=120)[0]
     assert found["path"][0]["label"] in ("general pathological conditions", "specific disease")
     assert sum(found["levels"][0].values()) == pytest.approx(1, abs=1e-5)
     assert found["characters_read"] == len(TEXTS[0])

@@ -353,7 +353,7 @@ def test_ctrl_c_at_any_line_leaves_no_thread_that_keeps_the_process_alive(classi
         finally:
             sys.settrace(None)
         waited = time.monotonic()
-        while threading.active_count() > before and time.monotonic() - waited < 10:
+        while threading.active_count() > before and time.monotonic() - waited < 60:
             time.sleep(0.001)
         assert threading.active_count() == before, f"after line {interruptions}"
     assert interruptions > 50
