@@ -62,6 +62,7 @@ from training.evaluation import (
 )
 from training.files import check_writable
 from training.hub import HUB_ERRORS, find_target, log_in, reason, refuse_local_encoder
+from training.label_names import begin_with_label_names
 from training.losses import HierarchicalFocalLoss, node_counts
 from training.memory import keep_memory
 from training.metrics import build_compute_metrics
@@ -213,6 +214,12 @@ def run_training(
         with training.main_process_first(desc="deleting the former run"):
             if training.should_save:
                 delete_run(output)
+    if (
+        model_arguments.heads_init == "label_names"
+        and resume_from is None
+        and not is_checkpoint(model_arguments.model_name_or_path)
+    ):
+        begin_with_label_names(trainer, splits["train"])
     if training.device.type == "cpu" and model_arguments.tuning == "full":
         keep_memory(*KEPT_MEMORY)
     trained = trainer.train(resume_from_checkpoint=resume_from)

@@ -57,6 +57,10 @@ class ModelArguments:
     pooling: Literal["mean", "cls"] = field(
         default="mean", metadata={"help": "How token vectors become one vector: their mean, or the first token."}
     )
+    heads_init: Literal["label_names", "random"] = field(
+        default="label_names",
+        metadata={"help": "What fresh heads begin as: the encoder's vectors of the labels' names, or chance."},
+    )
     head_dropout: float = field(default=0.1, metadata={"help": "Dropout before the heads."})
     lexical_head: bool | None = field(
         default=None,

@@ -1,0 +1,101 @@
+"""Heads that begin as the labels' names, against vectors that transformers gives by itself, and from the command line."""
+
+import pytest
+import torch
+from conftest import CLEAR, read_csv, run, write_csv
+from datasets import Dataset
+from safetensors.torch import load_file
+from test_trainer import arguments
+from transformers import AutoModel, AutoTokenizer
+
+from configuration_hierarchical import DEFAULT_TAXONOMY, Taxonomy
+from training.arguments import ModelArguments
+from training.evaluation import collator
+from training.label_names import LARGEST, TEXTS, begin_with_label_names
+from training.model import build_model
+from training.trainer import HierarchicalTrainer
+
+TREE = Taxonomy(DEFAULT_TAXONOMY)
+ROWS = [
+    {"text": f"We studied {name} in adults, and report how {name} was treated.", "label": label}
+    for label, names in CLEAR.items()
+    for name in names
+]
+
+
+def test_scores_are_those_worked_by_hand(minilm, tmp_path):
+    """With all texts known, from the encoder as it is, loaded the plain way."""
+    tokenizer, encoder = AutoTokenizer.from_pretrained(minilm), AutoModel.from_pretrained(minilm).eval()
+
+    def vector(text: str) -> torch.Tensor:
+        with torch.no_grad():
+            return encoder(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
+
+    assert len(ROWS) <= TEXTS
+    texts = torch.stack([vector(row["text"]) for row in ROWS])
+    names = torch.stack([vector(label) for label in TREE.labels[: TREE.num_leaves]])
+    spread = sum(float((one - texts.mean(0)) @ (one - texts.mean(0))) for one in texts) / len(texts)
+    directions = [(one - names.mean(0)) / (one - names.mean(0)).norm() for one in names]
+    expected = torch.tensor(
+        [[LARGEST * float(u @ (one - texts.mean(0))) / spread**0.5 for u in directions] for one in texts]
+    ).log_softmax(-1)
+
+    model = build_model(ModelArguments(minilm, quantization="none"), TREE, seed=1)
+    trainer = HierarchicalTrainer(
+        model=model, args=arguments(tmp_path), processing_class=tokenizer, data_collator=collator(tokenizer)
+    )
+    data = Dataset.from_dict({"input_ids": tokenizer([row["text"] for row in ROWS])["input_ids"]})
+    model.train()
+    begin_with_label_names(trainer, data)
+    assert model.training
+    model.eval()
+    with torch.no_grad():
+        found = torch.cat([model(**tokenizer(row["text"], return_tensors="pt")).logits for row in ROWS])
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def accuracy(minilm, tmp_path_factory) -> dict[str, float]:
+    """Of test rows after a step that is too small to teach anything, for each way to begin."""
+    folder = tmp_path_factory.mktemp("names")
+    known = write_csv(folder / "train.csv", [{**row, "text": f"{row['text']} Nobody died."} for row in ROWS])
+    unseen = write_csv(folder / "test.csv", ROWS)
+    found = {}
+    for begin in ("label_names", "random"):
+        output = folder / begin
+        done = run(
+            *("--train_file", known, "--test_file", unseen, "--validation_size", 0, "--max_steps", 1),
+            *("--learning_rate", 1e-9, "--model_name_or_path", minilm, "--heads_init", begin, "--output_dir", output),
+        )
+        assert ("begin as the labels' names" in done.stderr) == (begin == "label_names")
+        rows = read_csv(output / "test_predictions.csv")
+        found[begin] = sum(row["label"] == row["prediction"] for row in rows) / len(rows)
+    return found
+
+
+def test_it_is_right_about_most_texts_before_it_is_trained(accuracy):
+    assert accuracy["label_names"] > 0.6
+    assert accuracy["label_names"] > accuracy["random"] + 0.2
+
+
+def test_what_is_trained_goes_on_with_its_own_heads(clear_checkpoint, tmp_path):
+    file = write_csv(tmp_path / "rows.csv", ROWS)
+    done = run(
+        *(
+            "--train_file",
+            file,
+            "--validation_size",
+            0,
+            "--max_steps",
+            1,
+            "--learning_rate",
+            1e-9,
+            "--quantization",
+            "none",
+        ),
+        *("--lexical_head", "false", "--model_name_or_path", clear_checkpoint, "--output_dir", tmp_path / "out"),
+    )
+    assert "begin as the labels' names" not in done.stderr
+    before, after = (load_file(f"{folder}/heads.safetensors") for folder in (clear_checkpoint, tmp_path / "out"))
+    for name in ("weight", "bias"):
+        torch.testing.assert_close(after[name], before[name], atol=1e-6, rtol=0)

@@ -1,0 +1,66 @@
+"""Heads that begin as what the labels' names mean to the encoder, so that they are right about some texts before training.
+
+A leaf's weights are the encoder's vector of its name, less the mean of all names. This is dataless classification (Chang et
+al., 2008, "Importance of Semantic Representation") as the start of training. The fewer rows a class has, the more it is worth:
+`benchmarks/label_names.py`.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from training.trainer import HierarchicalTrainer
+
+logger = logging.getLogger(__name__)
+
+LARGEST = 4.0  # score of a text that lies as far from the mean as others do, in its class's direction
+TEXTS = 64  # to know where texts lie
+BATCH = 16
+
+
+def begin_with_label_names(trainer: HierarchicalTrainer, rows: Dataset) -> None:
+    """Sets the heads of a trainer's model: inner nodes add nothing, leaves score a text's vector v as
+
+        LARGEST · u · (v - m) / s
+
+    u being the direction of the name's vector from the mean of all names, m the mean of some texts' vectors, and s
+    the root of their mean squared distance from it.
+
+    Args:
+        rows: with the column ``input_ids``.
+    """
+    model, tokenizer = trainer.model, trainer.processing_class
+    tree, heads = model.config.tree, model.heads
+    some = np.random.default_rng(0).permutation(len(rows))[:TEXTS]
+    texts = vectors(trainer, [rows[int(row)]["input_ids"] for row in sorted(some)])
+    labels = [label.replace(tree.separator, " ") for label in tree.labels[: tree.num_leaves]]
+    names = vectors(trainer, tokenizer(labels, truncation=True)["input_ids"])
+    mean = texts.mean(0)
+    spread = (texts - mean).square().sum(1).mean().sqrt()
+    directions = torch.nn.functional.normalize(names - names.mean(0))
+    with torch.no_grad():
+        heads.weight.zero_()
+        heads.bias.zero_()
+        heads.weight[: tree.num_leaves] = LARGEST / spread.clamp(min=1e-6) * directions
+        heads.bias[: tree.num_leaves] = -heads.weight[: tree.num_leaves] @ mean
+    logger.info("the heads begin as the labels' names; with names that mean nothing: --heads_init random")
+
+
+def vectors(trainer: HierarchicalTrainer, inputs: Sequence[list[int]]) -> Tensor:
+    """The pooled vectors (len(inputs), hidden_size) of texts as token ids."""
+    model = trainer.model
+    training = model.training
+    model.eval()
+    found = []
+    for start in range(0, len(inputs), BATCH):
+        batch = trainer.data_collator([{"input_ids": ids} for ids in inputs[start : start + BATCH]])
+        batch = {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            hidden = model.encoder(**batch).last_hidden_state
+        found.append(model.pool(hidden, batch["attention_mask"]).to(model.heads.weight.device))
+    model.train(training)
+    return torch.cat(found)
