@@ -173,9 +173,12 @@ def run_training(
         "max_length": max_length,
         "train_precision": precision(training),
     }
+    continued = is_checkpoint(model_arguments.model_name_or_path)
+    if continued:
+        settings["heads_init"] = None
     if not model.has_adapter:
         settings |= dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"))
-    elif is_checkpoint(model_arguments.model_name_or_path):  # which goes on with an adapter of its own
+    elif continued:  # which goes on with an adapter of its own
         own = model.encoder.peft_config["default"]
         settings |= {"lora_r": own.r, "lora_alpha": own.lora_alpha, "lora_dropout": own.lora_dropout}
         settings["lora_target_modules"] = sorted(own.target_modules)
@@ -214,11 +217,7 @@ def run_training(
         with training.main_process_first(desc="deleting the former run"):
             if training.should_save:
                 delete_run(output)
-    if (
-        model_arguments.heads_init == "label_names"
-        and resume_from is None
-        and not is_checkpoint(model_arguments.model_name_or_path)
-    ):
+    if model_arguments.heads_init == "label_names" and resume_from is None and not continued:
         begin_with_label_names(trainer, splits["train"])
     if training.device.type == "cpu" and model_arguments.tuning == "full":
         keep_memory(*KEPT_MEMORY)
