@@ -39,6 +39,7 @@ from configuration_hierarchical import HierarchicalConfig, Taxonomy, TaxonomyErr
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from training import InputError, asked_traceback, card, leave, one_line, plots, refusing
 from training.arguments import (
+    FEW_ROWS,
     DataArguments,
     HierarchicalTrainingArguments,
     LossArguments,
@@ -174,8 +175,9 @@ def run_training(
         "train_precision": precision(training),
     }
     continued = is_checkpoint(model_arguments.model_name_or_path)
-    if continued:
-        settings["heads_init"] = None
+    few_rows = len(splits["train"]) < FEW_ROWS * data.taxonomy.num_leaves
+    heads_init = model_arguments.heads_init or ("label_names" if few_rows else "random")
+    settings["heads_init"] = None if continued else heads_init
     if not model.has_adapter:
         settings |= dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"))
     elif continued:  # which goes on with an adapter of its own
@@ -217,7 +219,7 @@ def run_training(
         with training.main_process_first(desc="deleting the former run"):
             if training.should_save:
                 delete_run(output)
-    if model_arguments.heads_init == "label_names" and resume_from is None and not continued:
+    if heads_init == "label_names" and resume_from is None and not continued:
         begin_with_label_names(trainer, splits["train"])
     if training.device.type == "cpu" and model_arguments.tuning == "full":
         keep_memory(*KEPT_MEMORY)

@@ -3,7 +3,7 @@
     python benchmarks/ablation.py --data FOLDER --encoder ENCODER [--task ohsumed --variant "focal, gamma 1" … --fold 0 …]
 
 FOLDER holds ``ohsumed/{train,labels}.csv`` and ``medical_abstracts/{train,validation}.csv``. `VARIANTS` and `OF_TASK` name what
-each run changes in the task's recipe, at the settings of `BASE`.
+each run changes in the task's recipe, at the rank of `BASE`.
 
 - ohsumed: the training file is cut in thirds; ``train.py`` is given two of them, carves its validation rows from these as
   always, and is scored on the third, so that neither early stopping nor the calibration has seen a row that counts.
@@ -72,8 +72,8 @@ OF_TASK = {
         "every weight": ("--tuning", "full", "--learning_rate", "1e-4"),
     },
 }
-# what the runs have beside their recipe: the rank that recipes had before this comparison chose 64, and heads that begin by chance
-BASE = ("--lora_r", "16", "--lora_alpha", "32", "--heads_init", "random")
+# what the runs have beside their recipe: the rank that recipes had before this comparison chose 64
+BASE = ("--lora_r", "16", "--lora_alpha", "32")
 KEPT = ("{}_log_loss", "{}_ece", "{}_macro_f1", "{}_hierarchical_f1", "{}_level_1_accuracy", "lexical_weight",
         "uncalibrated_{}_accuracy", "uncalibrated_{}_macro_f1", "uncalibrated_{}_log_loss", "epoch")  # fmt: skip
 

@@ -61,11 +61,14 @@ def accuracy(minilm, tmp_path_factory) -> dict[str, float]:
     known = write_csv(folder / "train.csv", [{**row, "text": f"{row['text']} Nobody died."} for row in ROWS])
     unseen = write_csv(folder / "test.csv", ROWS)
     found = {}
-    for begin in ("label_names", "random"):
+    for begin, words in (
+        ("label_names", []),
+        ("random", ["--heads_init", "random"]),
+    ):  # the former by itself, with 30 rows
         output = folder / begin
         done = run(
             *("--train_file", known, "--test_file", unseen, "--validation_size", 0, "--max_steps", 1),
-            *("--learning_rate", 1e-9, "--model_name_or_path", minilm, "--heads_init", begin, "--output_dir", output),
+            *("--learning_rate", 1e-9, "--model_name_or_path", minilm, "--output_dir", output, *words),
         )
         assert ("begin as the labels' names" in done.stderr) == (begin == "label_names")
         rows = read_csv(output / "test_predictions.csv")
@@ -76,6 +79,15 @@ def accuracy(minilm, tmp_path_factory) -> dict[str, float]:
 def test_it_is_right_about_most_texts_before_it_is_trained(accuracy):
     assert accuracy["label_names"] > 0.6
     assert accuracy["label_names"] > accuracy["random"] + 0.2
+
+
+def test_with_many_rows_a_class_it_begins_by_chance_unless_asked(tiny_encoder, tmp_path):
+    rows = [{**row, "text": f"{row['text']} {i} took part."} for row in ROWS for i in range(6)]  # 36 a class
+    words = ("--train_file", write_csv(tmp_path / "rows.csv", rows), "--validation_size", 0, "--max_steps", 1)
+    words += ("--model_name_or_path", tiny_encoder, "--quantization", "none")
+    for asked, begun in ([], False), (["--heads_init", "label_names"], True):
+        done = run(*words, "--output_dir", tmp_path / f"out-{begun}", *asked)
+        assert ("begin as the labels' names" in done.stderr) == begun
 
 
 def test_what_is_trained_goes_on_with_its_own_heads(clear_checkpoint, tmp_path):

@@ -28,6 +28,8 @@ from transformers.integrations import get_available_reporting_integrations
 from configuration_hierarchical import DEFAULT_ENCODER, DEFAULT_ENCODER_REVISION
 from training import InputError, one_line
 
+FEW_ROWS = 32  # a class, on average, below which heads begin as the labels' names
+
 
 @dataclass
 class ModelArguments:
@@ -57,9 +59,12 @@ class ModelArguments:
     pooling: Literal["mean", "cls"] = field(
         default="mean", metadata={"help": "How token vectors become one vector: their mean, or the first token."}
     )
-    heads_init: Literal["label_names", "random"] = field(
-        default="label_names",
-        metadata={"help": "What fresh heads begin as: the encoder's vectors of the labels' names, or chance."},
+    heads_init: Literal["label_names", "random"] | None = field(
+        default=None,
+        metadata={
+            "help": "What fresh heads begin as: the encoder's vectors of the labels' names, or chance. Default: "
+            f"label_names below {FEW_ROWS} training rows a class."
+        },
     )
     head_dropout: float = field(default=0.1, metadata={"help": "Dropout before the heads."})
     lexical_head: bool | None = field(
