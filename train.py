@@ -176,8 +176,8 @@ def run_training(
     }
     continued = is_checkpoint(model_arguments.model_name_or_path)
     few_rows = len(splits["train"]) < FEW_ROWS * data.taxonomy.num_leaves
-    heads_init = model_arguments.heads_init or ("label_names" if few_rows else "random")
-    settings["heads_init"] = None if continued else heads_init
+    heads_init = None if continued else model_arguments.heads_init or ("label_names" if few_rows else "random")
+    settings["heads_init"] = heads_init
     if not model.has_adapter:
         settings |= dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"))
     elif continued:  # which goes on with an adapter of its own
@@ -219,8 +219,10 @@ def run_training(
         with training.main_process_first(desc="deleting the former run"):
             if training.should_save:
                 delete_run(output)
-    if heads_init == "label_names" and resume_from is None and not continued:
-        begin_with_label_names(trainer, splits["train"])
+    if heads_init == "label_names" and resume_from is None:
+        asked = model_arguments.heads_init is not None
+        if not begin_with_label_names(trainer, splits["train"], only_if_better=not asked):
+            settings["heads_init"] = "random"
     if training.device.type == "cpu" and model_arguments.tuning == "full":
         keep_memory(*KEPT_MEMORY)
     trained = trainer.train(resume_from_checkpoint=resume_from)

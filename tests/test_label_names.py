@@ -44,9 +44,14 @@ def test_scores_are_those_worked_by_hand(minilm, tmp_path):
     trainer = HierarchicalTrainer(
         model=model, args=arguments(tmp_path), processing_class=tokenizer, data_collator=collator(tokenizer)
     )
-    data = Dataset.from_dict({"input_ids": tokenizer([row["text"] for row in ROWS])["input_ids"]})
+    data = Dataset.from_dict(
+        {
+            "input_ids": tokenizer([row["text"] for row in ROWS])["input_ids"],
+            "labels": [TREE.labels.index(row["label"]) for row in ROWS],
+        }
+    )
     model.train()
-    begin_with_label_names(trainer, data)
+    assert begin_with_label_names(trainer, data, only_if_better=True)
     assert model.training
     model.eval()
     with torch.no_grad():
@@ -79,6 +84,25 @@ def accuracy(minilm, tmp_path_factory) -> dict[str, float]:
 def test_it_is_right_about_most_texts_before_it_is_trained(accuracy):
     assert accuracy["label_names"] > 0.6
     assert accuracy["label_names"] > accuracy["random"] + 0.2
+
+
+def test_names_that_say_nothing_leave_the_heads_as_they_are(minilm, tmp_path):
+    """The names stand for other classes than their own."""
+    tokenizer = AutoTokenizer.from_pretrained(minilm)
+    model = build_model(ModelArguments(minilm, quantization="none"), TREE, seed=1)
+    trainer = HierarchicalTrainer(
+        model=model, args=arguments(tmp_path), processing_class=tokenizer, data_collator=collator(tokenizer)
+    )
+    data = Dataset.from_dict(
+        {
+            "input_ids": tokenizer([row["text"] for row in ROWS])["input_ids"],
+            "labels": [(TREE.labels.index(row["label"]) + 1) % TREE.num_leaves for row in ROWS],
+        }
+    )
+    before = {name: tensor.clone() for name, tensor in model.heads.state_dict().items()}
+    assert not begin_with_label_names(trainer, data, only_if_better=True)
+    torch.testing.assert_close(dict(model.heads.state_dict()), before, atol=0, rtol=0)
+    assert begin_with_label_names(trainer, data)
 
 
 def test_with_many_rows_a_class_it_begins_by_chance_unless_asked(tiny_encoder, tmp_path):

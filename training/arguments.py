@@ -63,7 +63,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "What fresh heads begin as: the encoder's vectors of the labels' names, or chance. Default: "
-            f"label_names below {FEW_ROWS} training rows a class."
+            f"label_names below {FEW_ROWS} training rows a class, where the names fit the texts."
         },
     )
     head_dropout: float = field(default=0.1, metadata={"help": "Dropout before the heads."})

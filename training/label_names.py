@@ -1,8 +1,8 @@
 """Heads that begin as what the labels' names mean to the encoder, so that they are right about some texts before training.
 
 A leaf's weights are the encoder's vector of its name, less the mean of all names. This is dataless classification (Chang et
-al., 2008, "Importance of Semantic Representation") as the start of training. The fewer rows a class has, the more it is worth:
-`benchmarks/label_names.py`.
+al., 2008, "Importance of Semantic Representation") as the start of training. The fewer rows a class has, the more it is worth.
+Names that say nothing, such as codes, do harm: `benchmarks/label_names.py`.
 """
 
 import logging
@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from modeling_hierarchical import HierarchicalForSequenceClassification
 from training.trainer import HierarchicalTrainer
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ TEXTS = 64  # to know where texts lie
 BATCH = 16
 
 
-def begin_with_label_names(trainer: HierarchicalTrainer, rows: Dataset) -> None:
+def begin_with_label_names(trainer: HierarchicalTrainer, rows: Dataset, only_if_better: bool = False) -> bool:
     """Sets the heads of a trainer's model: inner nodes add nothing, leaves score a text's vector v as
 
         LARGEST · u · (v - m) / s
@@ -31,23 +32,43 @@ def begin_with_label_names(trainer: HierarchicalTrainer, rows: Dataset) -> None:
     the root of their mean squared distance from it.
 
     Args:
-        rows: with the column ``input_ids``.
+        rows: with the columns ``input_ids`` and ``labels``.
+        only_if_better: leave the heads as they are where these make the labels of the texts more likely.
+
+    Returns:
+        Whether the heads were set.
     """
     model, tokenizer = trainer.model, trainer.processing_class
     tree, heads = model.config.tree, model.heads
-    some = np.random.default_rng(0).permutation(len(rows))[:TEXTS]
-    texts = vectors(trainer, [rows[int(row)]["input_ids"] for row in sorted(some)])
-    labels = [label.replace(tree.separator, " ") for label in tree.labels[: tree.num_leaves]]
-    names = vectors(trainer, tokenizer(labels, truncation=True)["input_ids"])
+    some = [rows[int(row)] for row in sorted(np.random.default_rng(0).permutation(len(rows))[:TEXTS])]
+    texts = vectors(trainer, [row["input_ids"] for row in some])
+    names = [label.replace(tree.separator, " ") for label in tree.labels[: tree.num_leaves]]
+    named = vectors(trainer, tokenizer(names, truncation=True)["input_ids"])
     mean = texts.mean(0)
     spread = (texts - mean).square().sum(1).mean().sqrt()
-    directions = torch.nn.functional.normalize(names - names.mean(0))
+    directions = torch.nn.functional.normalize(named - named.mean(0))
+    own = {name: tensor.clone() for name, tensor in heads.state_dict().items()}
+    labels = torch.tensor([row["labels"] for row in some], device=texts.device)
     with torch.no_grad():
+        before = log_likelihood(model, texts, labels)
         heads.weight.zero_()
         heads.bias.zero_()
         heads.weight[: tree.num_leaves] = LARGEST / spread.clamp(min=1e-6) * directions
         heads.bias[: tree.num_leaves] = -heads.weight[: tree.num_leaves] @ mean
-    logger.info("the heads begin as the labels' names; with names that mean nothing: --heads_init random")
+        if only_if_better and log_likelihood(model, texts, labels) <= before:
+            heads.load_state_dict(own)
+            logger.info("the heads begin by chance: the labels' names say nothing to the encoder; names: --class_names")
+            return False
+    logger.info("the heads begin as the labels' names")
+    return True
+
+
+def log_likelihood(model: HierarchicalForSequenceClassification, texts: Tensor, labels: Tensor) -> float:
+    """Of labels (N,) given vectors (N, hidden_size), on average."""
+    training = model.heads.training
+    found = model.heads.eval()(texts).gather(1, labels[:, None]).mean()
+    model.heads.train(training)
+    return float(found)
 
 
 def vectors(trainer: HierarchicalTrainer, inputs: Sequence[list[int]]) -> Tensor:
