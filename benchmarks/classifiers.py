@@ -8,12 +8,14 @@ loss. Weights that "begin" somewhere are pulled back to there by the regularisat
 
 import argparse
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 from sklearn.model_selection import StratifiedKFold
 from sklearn.neural_network import MLPClassifier
@@ -108,7 +110,7 @@ def linear(begin: np.ndarray, strength: float) -> Classifier:
 
         optimizer.step(loss)
         with torch.inference_mode():
-            return (torch.tensor(unseen) @ weight.T + bias).softmax(-1).double().numpy()
+            return (torch.tensor(unseen) @ weight.T + bias).double().softmax(-1).numpy()
 
     return fit
 
@@ -118,7 +120,9 @@ def hidden_layer(alpha: float) -> Classifier:
 
     def fit(known: np.ndarray, labels: np.ndarray, unseen: np.ndarray) -> np.ndarray:
         model = MLPClassifier(known.shape[1], alpha=alpha, max_iter=300, random_state=0)
-        return model.fit(known, labels).predict_proba(unseen)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # it goes on getting surer of its training rows
+            return model.fit(known, labels).predict_proba(unseen)
 
     return fit
 
