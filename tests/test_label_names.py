@@ -66,10 +66,8 @@ def accuracy(minilm, tmp_path_factory) -> dict[str, float]:
     known = write_csv(folder / "train.csv", [{**row, "text": f"{row['text']} Nobody died."} for row in ROWS])
     unseen = write_csv(folder / "test.csv", ROWS)
     found = {}
-    for begin, words in (
-        ("label_names", []),
-        ("random", ["--heads_init", "random"]),
-    ):  # the former by itself, with 30 rows
+    flags = {"label_names": [], "random": ["--heads_init", "random"]}  # the former comes by itself, with 30 rows
+    for begin, words in flags.items():
         output = folder / begin
         done = run(
             *("--train_file", known, "--test_file", unseen, "--validation_size", 0, "--max_steps", 1),
@@ -117,18 +115,8 @@ def test_with_many_rows_a_class_it_begins_by_chance_unless_asked(tiny_encoder, t
 def test_what_is_trained_goes_on_with_its_own_heads(clear_checkpoint, tmp_path):
     file = write_csv(tmp_path / "rows.csv", ROWS)
     done = run(
-        *(
-            "--train_file",
-            file,
-            "--validation_size",
-            0,
-            "--max_steps",
-            1,
-            "--learning_rate",
-            1e-9,
-            "--quantization",
-            "none",
-        ),
+        *("--train_file", file, "--validation_size", 0, "--max_steps", 1, "--learning_rate", 1e-9),
+        *("--quantization", "none"),
         *("--lexical_head", "false", "--model_name_or_path", clear_checkpoint, "--output_dir", tmp_path / "out"),
     )
     assert "begin as the labels' names" not in done.stderr
