@@ -1,7 +1,7 @@
 """Makes the checkpoints of this folder, which tests/test_compatibility.py loads: ``python tests/checkpoint/make.py``.
 
-A checkpoint that was published once must load for good, so these are made once a release that changes what is stored, and
-kept. The encoder is a tiny BERT with random weights, and so are the heads; ``expected.json`` holds what they answered.
+A published checkpoint must load for good, so these are made once for each release that changes what is stored, and kept, without
+the code that travels with a checkpoint. The encoder is a tiny BERT with random weights, and so are the heads; ``expected.json`` holds what they answered.
 """
 
 import json
@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoConfig, BertConfig, BertModel, BertTokenizerFast
 
 from configuration_hierarchical import HierarchicalConfig
-from modeling_hierarchical import HierarchicalForSequenceClassification, load_encoder
+from modeling_hierarchical import SHIPPED_FILES, HierarchicalForSequenceClassification, load_encoder
 
 TAXONOMY = ["general", {"specific": [{"neoplasms": ["carcinoma", "lymphoma"]}, "digestive", "nervous"]}]
 TEXTS = [
@@ -60,6 +60,8 @@ def main() -> None:
     model.save_pretrained(FOLDER / "whole_form")
     for form in ("adapter_form", "whole_form"):
         tokenizer.save_pretrained(FOLDER / form)
+        for name in SHIPPED_FILES:
+            (FOLDER / form / name).unlink()
 
     with torch.inference_mode():
         output = model(**tokenizer(TEXTS, truncation=True, padding=True, return_tensors="pt"))
