@@ -162,10 +162,9 @@ def run_training(
         data.taxonomy,
         counts,
         gamma=loss_arguments.focal_gamma,
-        class_weighting=loss_arguments.class_weighting,
+        balanced=loss_arguments.class_weighting == "balanced",
         level_weights=loss_arguments.level_weights,
         label_smoothing=training.label_smoothing_factor,
-        logit_adjustment=loss_arguments.logit_adjustment,
     )
     settings = {
         **dataclasses.asdict(model_arguments),
@@ -261,10 +260,10 @@ def run_training(
     metrics |= {**measured, **per_class(data.taxonomy, logits, splits)}
     if training.should_save:
         write_json(output / "metrics.json", metrics)
-        plots.training_curves(trainer.state.log_history, output / "plots")
+        plots.write(plots.training_curves(trainer.state.log_history), output / "plots" / "training_curves.png")
         draw(data.taxonomy, logits, splits, output / "plots")
         if logits is not uncalibrated:
-            draw_reliability(uncalibrated, splits, output / "plots", "reliability_diagram_uncalibrated")
+            draw_reliability(uncalibrated, splits, output / "plots" / "reliability_diagram_uncalibrated.png")
         write_predictions(data, logits, splits, output)
         write_card(output)
         logger.info("checkpoint, metrics and plots are in %s", output)

@@ -38,8 +38,6 @@ VARIANTS = {
     "8 bits": ("--quantization", "8bit"),
     "focal, gamma 1": ("--focal_gamma", "1"),
     "focal, gamma 2": ("--focal_gamma", "2"),
-    "classes by effective number": ("--class_weighting", "effective_number"),
-    "logit adjustment 0.5": ("--logit_adjustment", "0.5"),
     "level 1 counts half": ("--level_weights", "0.5", "1"),
     "no label smoothing": ("--label_smoothing_factor", "0"),
     "label smoothing 0.15": ("--label_smoothing_factor", "0.15"),

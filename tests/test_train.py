@@ -48,13 +48,9 @@ def test_the_output_folder_is_what_the_readme_promises(finished, tiny_encoder):
         "README.md",
         "metrics.json",
         "data_report.json",
-        "plots/confusion_matrix_level_1.html",
         "plots/confusion_matrix_level_1.png",
-        "plots/confusion_matrix_level_2.html",
         "plots/confusion_matrix_level_2.png",
-        "plots/reliability_diagram.html",
         "plots/reliability_diagram.png",
-        "plots/training_curves.html",
         "plots/training_curves.png",
     } <= present
     card = (output / "README.md").read_text()

@@ -127,14 +127,13 @@ class LossArguments:
     """`training.losses.HierarchicalFocalLoss`, to which ``--label_smoothing_factor`` belongs too, and `training.consistency`."""
 
     focal_gamma: float = field(default=0.0, metadata={"help": "Exponent of (1 - p)."})
-    class_weighting: Literal["none", "balanced", "effective_number"] = field(
+    class_weighting: Literal["none", "balanced"] = field(
         default="none", metadata={"help": "Weights of the classes within a group of siblings."}
     )
     level_weights: list[float] = field(
         default_factory=lambda: [1.0],
         metadata={"help": "Weight of the decisions at level 1, 2, …; the last one serves all deeper levels."},
     )
-    logit_adjustment: float = field(default=0.0, metadata={"help": "Strength of the adjustment by class priors."})
     consistency: float = field(
         default=0.0,
         metadata={
@@ -251,7 +250,7 @@ RANGES = {
     **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps"), "[1, inf)"),
     **dict.fromkeys(("lora_dropout", "head_dropout", "encoder_dropout", "label_smoothing_factor"), "[0, 1)"),
     **dict.fromkeys(("learning_rate", "heads_learning_rate", "num_train_epochs"), "(0, inf)"),
-    **dict.fromkeys(("focal_gamma", "logit_adjustment", "consistency", "weight_decay", "max_grad_norm"), "[0, inf)"),
+    **dict.fromkeys(("focal_gamma", "consistency", "weight_decay", "max_grad_norm"), "[0, inf)"),
     **dict.fromkeys(("early_stopping_patience", "dataloader_num_workers"), "[0, inf)"),
     "save_total_limit": "[1, inf)",
     **dict.fromkeys(("seed", "data_seed"), "[0, 4294967296)"),

@@ -181,16 +181,19 @@ def per_class(taxonomy: Taxonomy, logits: dict[str, np.ndarray], splits: Dataset
 
 
 def draw(taxonomy: Taxonomy, logits: dict[str, np.ndarray], splits: DatasetDict, folder: Path) -> None:
-    """Confusion matrices and reliability of the test rows, or of the validation rows where there are none."""
+    """Draw confusion matrices and reliability of the test rows, or of the validation rows where there are none."""
     split = next((name for name in ("test", "validation") if name in logits), None)
     if split is not None:
-        plots.confusion_matrices(taxonomy, logits[split], np.array(splits[split]["labels"]), folder)
-        draw_reliability(logits, splits, folder, "reliability_diagram")
+        for level, figure in plots.confusion_matrices(
+            taxonomy, logits[split], np.array(splits[split]["labels"])
+        ).items():
+            plots.write(figure, folder / f"confusion_matrix_level_{level}.png")
+        draw_reliability(logits, splits, folder / "reliability_diagram.png")
 
 
-def draw_reliability(logits: dict[str, np.ndarray], splits: DatasetDict, folder: Path, name: str) -> None:
+def draw_reliability(logits: dict[str, np.ndarray], splits: DatasetDict, file: Path) -> None:
     split = "test" if "test" in logits else "validation"
-    plots.reliability_diagram(logits[split], np.array(splits[split]["labels"]), folder, name)
+    plots.write(plots.reliability_diagram(logits[split], np.array(splits[split]["labels"])), file)
 
 
 def write_predictions(data: LabelledSplits, logits: dict[str, np.ndarray], splits: DatasetDict, folder: Path) -> None:
