@@ -4,7 +4,7 @@ Worth knowing:
 
 1. The heads are one matrix over all nodes and one log-softmax over groups of siblings, so a taxonomy of a thousand
    nodes costs about what one of ten does. P(node) = P(parent) · P(node | parent) holds by construction. What a parent
-   scores includes what its children score (a nested logit): `benchmarks/decisions.py` compares that with other forms.
+   scores includes what its children score (a nested logit): `benchmarks/studies/decisions.py` compares that with other forms.
 2. ``logits`` are leaf log-probabilities: their softmax is the leaf distribution, so flat tools work unchanged.
 3. A checkpoint is either whole (``model.safetensors``) or an adapter: ``heads.safetensors`` beside a plain PEFT adapter
    in ``adapter/``, over an encoder that is fetched by name. The adapter is in a subfolder because a root-level

@@ -7,13 +7,13 @@ Worth knowing:
    temperature of 0. So all is fitted with a prior, in the parameters in which the problem is convex: with β = 1 / T, a
    decision is softmax(β · scores + γ · words). First β and γ of all decisions together, normally distributed about 1 and 0;
    then each decision's own β, about the common one. One standard deviation, 0.25, serves all three; it was chosen by
-   `benchmarks/calibration.py`. Biases of classes beside the temperatures (Alexandari et al., 2020), with the same prior, were
+   `benchmarks/studies/calibration.py`. Biases of classes beside the temperatures (Alexandari et al., 2020), with the same prior, were
    tried and left out: on other rows the log loss of OHSUMED hardly changed, that of Medical Abstracts, whose shares of
    classes differ between training and validation, rose, and hierarchical F1 fell on both.
 2. All is computed from leaf logits. A node's log-probability is the logsumexp of its leaves', and a decision's scores are
    log P(child) - log P(parent), up to a constant that its softmax drops. Those of the lexical head, times its weight, are
    added decision by decision. Added to the leaves before all else, its scores reach the upper decisions through the leaves
-   alone, with another weight than these need: on OHSUMED that cost a point of level-1 accuracy (`benchmarks/words.py`).
+   alone, with another weight than these need: on OHSUMED that cost a point of level-1 accuracy (`benchmarks/studies/words.py`).
 3. The thresholds are quantiles of the nonconformity scores of `pipeline_hierarchical`. Split conformal prediction (Vovk et
    al., 2005): the k-th smallest of n scores, k = ⌈(n + 1) · coverage⌉, holds a new document's score with at least that
    probability, if it comes from where the validation rows come from. That takes scores of a model that was not fitted to

@@ -1,4 +1,4 @@
-"""How right a classifier can be where texts occur under several labels: ``python benchmarks/ceiling.py --file test.csv``.
+"""How right a classifier can be where texts occur under several labels: ``python benchmarks/studies/ceiling.py --file test.csv``.
 
 The file holds the columns ``text`` (or ``medical_abstract``) and ``label`` (or ``condition_label``).
 
@@ -9,6 +9,8 @@ The file holds the columns ``text`` (or ``medical_abstract``) and ``label`` (or 
   texts that have a second label somewhere; for those, one answer of two is counted right at best half of the time.
 - Where: in how many of the texts seen under several labels a class is one of them; and, where ``--predictions`` names the
   ``test_predictions.csv`` of one or several runs, in how many of their errors it is the label or the answer.
+
+Supports docs/experiments.md, "2026-11-25: Contradicting labels".
 """
 
 import argparse
@@ -17,7 +19,7 @@ from pathlib import Path
 
 import pandas as pd
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def shares(sets: pd.Series) -> dict[str, float]:
@@ -32,7 +34,7 @@ def main() -> None:
         "--share", type=float, default=0.2, help="p, the rows of the corpus that the split was drawn as"
     )
     parser.add_argument("--predictions", type=Path, nargs="+", default=[])
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "ceiling.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "studies" / "results" / "ceiling.json")
     arguments = parser.parse_args()
     rows = pd.concat([pd.read_csv(file, dtype=str) for file in arguments.file])
     text = "text" if "text" in rows else "medical_abstract"
