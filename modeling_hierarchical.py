@@ -21,12 +21,11 @@ import inspect
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -39,6 +38,12 @@ try:
     from .configuration_hierarchical import HierarchicalConfig, Taxonomy
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
     from configuration_hierarchical import HierarchicalConfig, Taxonomy
+
+if (
+    TYPE_CHECKING
+):  # never run, but transformers puts every relative import beside this file, where `save_pretrained` finds it
+    from .cpu_hierarchical import attend_by_document  # noqa: F401
+    from .pipeline_hierarchical import HierarchicalTextClassificationPipeline  # noqa: F401
 
 AUTO_MAP = {
     "AutoConfig": "configuration_hierarchical.HierarchicalConfig",
@@ -502,6 +507,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             raise ValueError(f"{save_directory} is a file; a checkpoint needs a folder")
         if kwargs.get("push_to_hub"):  # which would publish before the code is written
             raise ValueError("save_pretrained writes a folder; to publish it, run push_to_hub.py on that folder")
+        code = read_shipped_files() if is_main_process else {}
         if not self.has_adapter:
             for name, weight in self.named_parameters():
                 if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
@@ -519,16 +525,8 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             self._save_adapter_form(Path(save_directory), state_dict)
         if is_main_process:
             remove_other_form(Path(save_directory), self.has_adapter)
-            for name in SHIPPED_FILES:
-                source, target = Path(__file__).parent / name, Path(save_directory) / name
-                if (
-                    not source.is_file()
-                ):  # of remote code transformers has only the files that it imported beside this one
-                    source = Path(
-                        cached_file(self.name_or_path, name, revision=getattr(self.config, "_commit_hash", None))
-                    )
-                if source.resolve() != target.resolve():
-                    shutil.copyfile(source, target)
+            for name, content in code.items():
+                (Path(save_directory) / name).write_bytes(content)
 
     def _save_adapter_form(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
         if self.config.text_config.vocab_size != getattr(
@@ -573,6 +571,20 @@ NOT_FOR_THE_ENCODER = (
     *("revision", "subfolder", "trust_remote_code", "code_revision", "adapter_kwargs"),
     *("_from_auto", "_from_pipeline", "_commit_hash"),
 )
+
+
+def read_shipped_files() -> dict[str, bytes]:
+    """Read the code that travels with a checkpoint: this file, and those beside it.
+
+    Raises:
+        ValueError: a file is gone, such as when the cache of transformers was emptied since the model was loaded.
+    """
+    try:
+        return {name: (Path(__file__).parent / name).read_bytes() for name in SHIPPED_FILES}
+    except OSError as error:
+        raise ValueError(
+            f"cannot save the model: its code {error.filename} cannot be read ({error.strerror}); load the model again"
+        ) from error
 
 
 def remove_other_form(folder: Path, adapter_form: bool) -> None:

@@ -22,7 +22,7 @@ from hub_server import HubServer
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from modeling_hierarchical import HierarchicalForSequenceClassification
+from modeling_hierarchical import SHIPPED_FILES, HierarchicalForSequenceClassification
 from training.card import pinned_commit, snippets
 
 ADAPTER_REPOSITORY = {
@@ -596,6 +596,56 @@ def test_after_one_load_it_loads_without_the_hub(hub, published, expected, tmp_p
     offline = {**settings(hub, home), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
     found = torch.tensor(stranger(code, tmp_path, offline))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+SAVE_WITHOUT_THE_HUB = """
+import json, os, shutil, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from hub_server import HubServer
+folder = Path("folder")
+with HubServer() as hub:
+    hub.add_user("alice", "hf_alice")
+    hub.add_repo("alice/private", folder, private=True)
+    os.environ["HF_ENDPOINT"] = hub.endpoint
+    from transformers import AutoModel
+    given = dict(token="hf_alice", cache_dir="cache", trust_remote_code=True)
+    remote = AutoModel.from_pretrained("alice/private", **given)
+    local = AutoModel.from_pretrained(folder, trust_remote_code=True)
+shutil.rmtree(folder)
+remote.save_pretrained("remote")
+local.save_pretrained("local")
+shutil.rmtree(Path(sys.modules[type(remote).__module__].__file__).parent)
+try:
+    remote.save_pretrained("nowhere")
+except ValueError as error:
+    print(json.dumps([str(error), os.path.exists("nowhere")]))
+"""
+
+
+def test_a_loaded_model_is_saved_without_the_hub_or_not_at_all(hub, tmp_path):
+    """From a private repository, by a token and a cache that saving is not told of, and from a folder that is gone since."""
+    checkpoint = ROOT / "tests" / "checkpoint" / "whole_form"
+    shutil.copytree(checkpoint, tmp_path / "folder")
+    for name in SHIPPED_FILES:
+        shutil.copy(ROOT / name, tmp_path / "folder")
+    code = SAVE_WITHOUT_THE_HUB.format(tests=str(ROOT / "tests"))
+    refusal, written = stranger(code, tmp_path, settings(hub, tmp_path / "home"))
+    assert "its code" in refusal
+    assert "load the model again" in refusal
+    assert not written
+    before = HierarchicalForSequenceClassification.from_pretrained(checkpoint).state_dict()
+    for saved in ("remote", "local"):
+        for name in SHIPPED_FILES:
+            assert (tmp_path / saved / name).read_bytes() == (ROOT / name).read_bytes()
+        code = f"""
+import json
+from transformers import AutoModel
+state = AutoModel.from_pretrained({saved!r}, trust_remote_code=True).state_dict()
+print(json.dumps({{name: tensor.tolist() for name, tensor in state.items()}}))
+"""
+        after = stranger(code, tmp_path, {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / saved / "home")})
+        assert after == {name: tensor.tolist() for name, tensor in before.items()}
 
 
 def test_both_pipelines_work_from_the_hub(hub, published, expected, tmp_path):
