@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,13 @@ from conftest import CORPUS, ROOT, read_csv, run, stranger, write_csv
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from hub_server import HubServer
+from huggingface_hub.hf_api import RepoFile
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from modeling_hierarchical import SHIPPED_FILES, HierarchicalForSequenceClassification
 from training.card import pinned_commit, snippets
+from training.hub import same as same_file
 
 ADAPTER_REPOSITORY = {
     *(".gitattributes", "README.md", "config.json", "metrics.json"),
@@ -226,6 +229,7 @@ def push(*words, token="hf_alice"):
 """
 OWN_HUB = """
 from hub_server import HubServer
+from huggingface_hub.hf_api import RepoFile
 hub = HubServer()
 hub.__enter__()
 hub.add_user("alice", "hf_alice")
@@ -443,6 +447,26 @@ def test_a_commit_whose_answer_is_lost_is_recognised(checkpoint, tmp_path):
     assert pulls == [1]
 
 
+def test_weights_are_compared_with_the_hub_without_being_held_in_memory(tmp_path):
+    weights, text = tmp_path / "model.safetensors", tmp_path / "config.json"
+    text.write_text("{}")
+    with weights.open("wb") as file:
+        file.truncate(64 * 2**20)
+    sha256 = subprocess.run(["sha256sum", weights], capture_output=True, text=True, check=True).stdout.split()[0]
+    oid = subprocess.run(["git", "hash-object", text], capture_output=True, text=True, check=True).stdout.strip()
+    lfs = {"size": 64 * 2**20, "oid": sha256, "pointerSize": 134}
+    stored = RepoFile(path=weights.name, size=64 * 2**20, oid="0" * 40, lfs=lfs)
+    tracemalloc.start()
+    try:
+        assert same_file(weights, stored)
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    finally:
+        tracemalloc.stop()
+    for source in (text, text.read_bytes()):
+        assert same_file(source, RepoFile(path=text.name, size=2, oid=oid))
+        assert not same_file(source, stored)
+
+
 def own_settings(home: Path) -> dict[str, str]:
     return {"HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
@@ -603,6 +627,7 @@ import json, os, shutil, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from hub_server import HubServer
+from huggingface_hub.hf_api import RepoFile
 folder = Path("folder")
 with HubServer() as hub:
     hub.add_user("alice", "hf_alice")
