@@ -18,8 +18,6 @@ import difflib
 import inspect
 import io
 import json
-import math
-import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -45,15 +43,6 @@ MAX_DEPTH = 16
 MAX_NODES = 100_000  # YAML's aliases make any number of nodes from a few lines
 MAX_NAME = 500  # characters
 UNWRITABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, halves of surrogate pairs, line and paragraph separators
-# what an encoder may be at most: a config.json that says more is damaged, or made to exhaust the memory
-MAX_SIZES = {
-    "num_hidden_layers": 1_000,
-    "num_attention_heads": 1_000,
-    "hidden_size": 100_000,
-    "intermediate_size": 1_000_000,
-    "vocab_size": 10_000_000,
-    "max_position_embeddings": 100_000_000,
-}
 
 
 class TaxonomyError(ValueError):
@@ -428,20 +417,7 @@ class HierarchicalConfig(PretrainedConfig):
             text_config = encoder_config(text_config)
         elif text_config is not None and not isinstance(text_config, PretrainedConfig):
             raise ValueError(f"text_config must be the encoder's configuration, not {type(text_config).__name__}")
-        for name, value in (("encoder_name_or_path", encoder_name_or_path), ("encoder_revision", encoder_revision)):
-            if not isinstance(value, str) and (value is not None or name == "encoder_name_or_path"):
-                raise ValueError(f"{name} must be a text, not {value!r}")
-        if adapter_subfolder is not None and not (
-            isinstance(adapter_subfolder, str) and re.fullmatch(r"\w[\w.-]*", adapter_subfolder)
-        ):
-            raise ValueError(
-                f"adapter_subfolder must be the name of a folder of the checkpoint, not {adapter_subfolder!r}"
-            )
-        for name, share in (("head_dropout", head_dropout), ("initializer_range", initializer_range)):
-            if not is_number(share) or not 0 <= share < 1:
-                raise ValueError(f"{name} must be a number from 0 to below 1, not {share!r}")
         encoder: PretrainedConfig = AutoConfig.for_model("bert") if text_config is None else text_config
-        check_sizes(encoder)
         if getattr(encoder, "attention_type", None) == "block_sparse":
             encoder.attention_type = "original_full"  # the first short text would switch BigBird to it for good
         self.text_config = encoder
@@ -453,18 +429,11 @@ class HierarchicalConfig(PretrainedConfig):
         self.pooling = pooling
         self.head_dropout = head_dropout
         self.initializer_range = initializer_range
-        most = MAX_SIZES["vocab_size"]
-        if lexical_vocab_size is not None and not (type(lexical_vocab_size) is int and 1 <= lexical_vocab_size <= most):
-            raise ValueError(
-                f"lexical_vocab_size must be a whole number from 1 to {most:,}, not {lexical_vocab_size!r}"
-            )
         if (lexical_vocab_size is None) != (lexical_weight is None):
             raise ValueError(
                 "lexical_weight must be given where lexical_vocab_size is, and only there; a checkpoint without it comes from an "
                 "earlier version of this code: load it by its own, with trust_remote_code=True, or train again"
             )
-        if lexical_weight is not None and not (is_number(lexical_weight) and 0 < lexical_weight < math.inf):
-            raise ValueError(f"lexical_weight must be a positive number, not {lexical_weight!r}")
         self.lexical_vocab_size = lexical_vocab_size
         self.lexical_weight = lexical_weight
         self.temperatures = checked_temperatures(temperatures, taxonomy)
@@ -486,7 +455,13 @@ class HierarchicalConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers, but what is given at loading is checked like what was stored: there it is set afterwards."""
+        """Read a stored configuration as in transformers, with two differences.
+
+        What is given at loading is checked like what was stored: transformers sets it afterwards. What is stored of
+        ``attn_implementation`` is left out: it can name a repository, whose code would be fetched at no pinned commit.
+        """
+        attention = ("attn_implementation", "_attn_implementation")  # the encoder's becomes that of the whole, or None
+        config_dict = {name: value for name, value in config_dict.items() if name not in attention}
         own = {*inspect.signature(cls.__init__).parameters, "id2label", "label2id", "num_labels"}
         own -= {"self", "kwargs", "text_config"}
         given = {name: kwargs.pop(name) for name in [*kwargs] if name in own}
@@ -502,6 +477,10 @@ class HierarchicalConfig(PretrainedConfig):
         """Width of the encoder's output."""
         return self.text_config.hidden_size
 
+    @hidden_size.setter
+    def hidden_size(self, value: int) -> None:
+        self.text_config.hidden_size = value
+
 
 def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -515,23 +494,9 @@ def encoder_config(given: dict) -> PretrainedConfig:
     """
     kind = given.get("model_type", "bert")
     try:
-        config = AutoConfig.for_model(kind, **{name: value for name, value in given.items() if name != "model_type"})
-        config.to_dict()  # some values are looked at only when they are written
-        return config
+        return AutoConfig.for_model(kind, **{name: value for name, value in given.items() if name != "model_type"})
     except Exception as error:  # each configuration checks its values in its own way
         raise ValueError(f"text_config is no configuration of a {kind!r} model: {error}") from error
-
-
-def check_sizes(text_config: PretrainedConfig) -> None:
-    """Refuses an encoder of absurd size before memory is taken for it.
-
-    Raises:
-        ValueError: a size is not positive, or larger than any encoder's.
-    """
-    for name, most in MAX_SIZES.items():
-        value = getattr(text_config, name, None)
-        if isinstance(value, int) and not 1 <= value <= most:
-            raise ValueError(f"the encoder's {name} is {value:,} in the configuration; it must be from 1 to {most:,}")
 
 
 def checked_temperatures(temperatures: list[float] | None, taxonomy: Taxonomy) -> list[float] | None:

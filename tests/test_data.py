@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from configuration_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 from training import InputError
@@ -815,18 +815,3 @@ def test_tokens_of_training_texts_know_their_sentences(side):
     cut = [0, 0, 1, 1] if side == "right" else [1, 1, 2, 2]
     assert tokenized["train"]["sentences"][:] == [[-1, *cut, -1], [-1, 0, -1]]
     assert "sentences" not in tokenized["test"].column_names
-
-
-def test_tokenizer_without_a_fast_backend(warnings_of_transformers):
-    tokenizer = ByT5Tokenizer(model_max_length=8)  # bytes and one end token; needs no vocabulary file
-    splits = datasets.DatasetDict({"train": datasets.Dataset.from_dict(
-        {"text": ["ab", "é" * 6, "abcdefgh"], "label": [0, 1, 0], "row": [0, 1, 2], "text_id": [0, 1, 2]}
-    )})  # fmt: skip
-    tokenized, lengths = tokenize(splits, tokenizer, 8)
-    own = tokenizer(splits["train"]["text"][:], truncation=True, max_length=8)
-    assert tokenized["train"]["input_ids"][:] == own["input_ids"]
-    assert tokenized["train"]["attention_mask"][:] == [[1] * 3, [1] * 8, [1] * 8]
-    assert lengths["train"] == length_report([3, 13, 9], 8)
-    with pytest.raises(InputError, match=r"ByT5Tokenizer does not say where .* train on whole texts, --consistency 0"):
-        tokenize(splits, tokenizer, 8, {"train"})
-    assert "longer than" not in warnings_of_transformers.text

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,13 @@ from conftest import CORPUS, ROOT, read_csv, run, stranger, write_csv
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from hub_server import HubServer
+from huggingface_hub.hf_api import RepoFile
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from modeling_hierarchical import HierarchicalForSequenceClassification
+from modeling_hierarchical import SHIPPED_FILES, HierarchicalForSequenceClassification
 from training.card import pinned_commit, snippets
+from training.hub import same as same_file
 
 ADAPTER_REPOSITORY = {
     *(".gitattributes", "README.md", "config.json", "metrics.json"),
@@ -226,6 +229,7 @@ def push(*words, token="hf_alice"):
 """
 OWN_HUB = """
 from hub_server import HubServer
+from huggingface_hub.hf_api import RepoFile
 hub = HubServer()
 hub.__enter__()
 hub.add_user("alice", "hf_alice")
@@ -443,6 +447,26 @@ def test_a_commit_whose_answer_is_lost_is_recognised(checkpoint, tmp_path):
     assert pulls == [1]
 
 
+def test_weights_are_compared_with_the_hub_without_being_held_in_memory(tmp_path):
+    weights, text = tmp_path / "model.safetensors", tmp_path / "config.json"
+    text.write_text("{}")
+    with weights.open("wb") as file:
+        file.truncate(64 * 2**20)
+    sha256 = subprocess.run(["sha256sum", weights], capture_output=True, text=True, check=True).stdout.split()[0]
+    oid = subprocess.run(["git", "hash-object", text], capture_output=True, text=True, check=True).stdout.strip()
+    lfs = {"size": 64 * 2**20, "oid": sha256, "pointerSize": 134}
+    stored = RepoFile(path=weights.name, size=64 * 2**20, oid="0" * 40, lfs=lfs)
+    tracemalloc.start()
+    try:
+        assert same_file(weights, stored)
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    finally:
+        tracemalloc.stop()
+    for source in (text, text.read_bytes()):
+        assert same_file(source, RepoFile(path=text.name, size=2, oid=oid))
+        assert not same_file(source, stored)
+
+
 def own_settings(home: Path) -> dict[str, str]:
     return {"HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
@@ -596,6 +620,57 @@ def test_after_one_load_it_loads_without_the_hub(hub, published, expected, tmp_p
     offline = {**settings(hub, home), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
     found = torch.tensor(stranger(code, tmp_path, offline))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+SAVE_WITHOUT_THE_HUB = """
+import json, os, shutil, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from hub_server import HubServer
+from huggingface_hub.hf_api import RepoFile
+folder = Path("folder")
+with HubServer() as hub:
+    hub.add_user("alice", "hf_alice")
+    hub.add_repo("alice/private", folder, private=True)
+    os.environ["HF_ENDPOINT"] = hub.endpoint
+    from transformers import AutoModel
+    given = dict(token="hf_alice", cache_dir="cache", trust_remote_code=True)
+    remote = AutoModel.from_pretrained("alice/private", **given)
+    local = AutoModel.from_pretrained(folder, trust_remote_code=True)
+shutil.rmtree(folder)
+remote.save_pretrained("remote")
+local.save_pretrained("local")
+shutil.rmtree(Path(sys.modules[type(remote).__module__].__file__).parent)
+try:
+    remote.save_pretrained("nowhere")
+except ValueError as error:
+    print(json.dumps([str(error), os.path.exists("nowhere")]))
+"""
+
+
+def test_a_loaded_model_is_saved_without_the_hub_or_not_at_all(hub, tmp_path):
+    """From a private repository, by a token and a cache that saving is not told of, and from a folder that is gone since."""
+    checkpoint = ROOT / "tests" / "checkpoint" / "whole_form"
+    shutil.copytree(checkpoint, tmp_path / "folder")
+    for name in SHIPPED_FILES:
+        shutil.copy(ROOT / name, tmp_path / "folder")
+    code = SAVE_WITHOUT_THE_HUB.format(tests=str(ROOT / "tests"))
+    refusal, written = stranger(code, tmp_path, settings(hub, tmp_path / "home"))
+    assert "its code" in refusal
+    assert "load the model again" in refusal
+    assert not written
+    before = HierarchicalForSequenceClassification.from_pretrained(checkpoint).state_dict()
+    for saved in ("remote", "local"):
+        for name in SHIPPED_FILES:
+            assert (tmp_path / saved / name).read_bytes() == (ROOT / name).read_bytes()
+        code = f"""
+import json
+from transformers import AutoModel
+state = AutoModel.from_pretrained({saved!r}, trust_remote_code=True).state_dict()
+print(json.dumps({{name: tensor.tolist() for name, tensor in state.items()}}))
+"""
+        after = stranger(code, tmp_path, {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / saved / "home")})
+        assert after == {name: tensor.tolist() for name, tensor in before.items()}
 
 
 def test_both_pipelines_work_from_the_hub(hub, published, expected, tmp_path):

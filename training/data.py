@@ -543,17 +543,17 @@ def tokenize(
         before cutting.
 
     Raises:
-        InputError: sentences are asked for of a tokenizer that does not say where in a text its tokens are.
+        InputError: the tokenizer is a slow one, which does not say where in a text its tokens are.
     """
-    encode = _encode_fast if tokenizer.is_fast else _encode_slow
-    if with_sentences and not tokenizer.is_fast:
+    if not tokenizer.is_fast:
         raise InputError(
-            f"{type(tokenizer).__name__} does not say where in a text its tokens are: train on whole texts, --consistency 0"
+            f"{type(tokenizer).__name__} is not of the tokenizers library, so the checkpoint could not be served: "
+            "use another encoder"
         )
 
     def tokens(batch: dict[str, list], with_sentences: bool) -> dict[str, list]:
         encoded: Any
-        encoded, lengths = encode(batch["text"], tokenizer, max_length)
+        encoded, lengths = _encode(batch["text"], tokenizer, max_length)
         kept = {column: encoded[column] for column in TOKEN_COLUMNS if column in encoded}
         if with_sentences:
             ends = [[end for _, end in piece.offsets] for piece in encoded.encodings]
@@ -581,9 +581,7 @@ def tokenize(
     return tokenized, reports
 
 
-def _encode_fast(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> tuple[BatchEncoding, list[int]]:
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[BatchEncoding, list[int]]:
     encoded = tokenizer(
         list(texts), truncation=True, max_length=max_length, padding=False, return_attention_mask=True, stride=0
     )
@@ -591,18 +589,4 @@ def _encode_fast(
     lengths = [
         len(piece) + sum(len(rest) - special for rest in piece.overflowing) for piece in encoded.encodings
     ]  # fmt: skip
-    return encoded, lengths
-
-
-def _encode_slow(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[dict, list[int]]:
-    encoded: dict[str, list] = {}
-    lengths = []
-    for text in texts:  # the cut-off tokens of a batch come back without saying whose they are
-        one = tokenizer(
-            text, truncation=True, max_length=max_length, return_attention_mask=True, return_overflowing_tokens=True
-        )
-        lengths.append(len(one["input_ids"]) + one.get("num_truncated_tokens", 0))
-        for column in TOKEN_COLUMNS:
-            if column in one:
-                encoded.setdefault(column, []).append(one[column])
     return encoded, lengths

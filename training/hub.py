@@ -10,6 +10,7 @@ Worth knowing:
 """
 
 import hashlib
+import io
 import json
 import re
 from collections.abc import Mapping
@@ -412,9 +413,10 @@ def holds(api: HfApi, target: Target, files: Mapping[str, Path | bytes], revisio
 
 def same(source: Path | bytes, entry: RepoFile) -> bool:
     """Whether a file is the one that the Hub holds, by the hash that it is known by there."""
-    content = source if isinstance(source, bytes) else source.read_bytes()
-    if entry.lfs is not None:
-        return hashlib.sha256(content).hexdigest() == entry.lfs.sha256
+    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+        if entry.lfs is not None:  # weights, which need not fit into memory
+            return hashlib.file_digest(file, "sha256").hexdigest() == entry.lfs.sha256
+        content = file.read()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == entry.blob_id  # as git does
 
 
