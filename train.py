@@ -198,21 +198,20 @@ def run_training(
         )
 
     patience = training.early_stopping_patience if training.load_best_model_at_end else None
-    with refusing("cannot set up training"):
-        trainer = HierarchicalTrainer(
-            model=model,
-            args=training,
-            train_dataset=splits["train"],
-            eval_dataset=splits.get("validation"),
-            processing_class=tokenizer,
-            data_collator=collator(tokenizer),
-            compute_metrics=compute_metrics,
-            callbacks=[EarlyStoppingCallback(patience)] if patience else None,
-            loss_function=loss_function,
-            consistency=loss_arguments.consistency,
-            heads_learning_rate=training.heads_learning_rate,
-            write_card=write_card,
-        )
+    trainer = HierarchicalTrainer(
+        model=model,
+        args=training,
+        train_dataset=splits["train"],
+        eval_dataset=splits.get("validation"),
+        processing_class=tokenizer,
+        data_collator=collator(tokenizer),
+        compute_metrics=compute_metrics,
+        callbacks=[EarlyStoppingCallback(patience)] if patience else None,
+        loss_function=loss_function,
+        consistency=loss_arguments.consistency,
+        heads_learning_rate=training.heads_learning_rate,
+        write_card=write_card,
+    )
     size = size_report(model)
     log_setup(model_arguments, training, size)
     if training.overwrite_output_dir and (

@@ -75,7 +75,8 @@ class HierarchicalTrainer(Trainer):
         write_card: Callable[[Path], None] | None = None,
         **kwargs: Any,
     ):
-        super().__init__(*args, **kwargs)
+        with refusing("cannot set up training"):
+            super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             logger.warning("%d GPUs found, one is used: `accelerate launch train.py …` uses all", self.args.n_gpu)
             self.args._n_gpu = 1
@@ -268,13 +269,14 @@ class HierarchicalTrainer(Trainer):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with refusing(f"cannot resume from {checkpoint}, whose optimizer had other settings"):
-            settings = set(self.optimizer.param_groups[0])
-            asked = [(group.get("initial_lr"), group.get("weight_decay")) for group in self.optimizer.param_groups]
+        said = f"cannot resume from {checkpoint}, whose optimizer had other settings"
+        settings = set(self.optimizer.param_groups[0])
+        asked = [(group.get("initial_lr"), group.get("weight_decay")) for group in self.optimizer.param_groups]
+        with refusing(said):
             super()._load_optimizer_and_scheduler(checkpoint)
-            if not settings <= set(self.optimizer.param_groups[0]):
-                raise ValueError("it was another --optim")
-            self._take_rates(asked)
+        if not settings <= set(self.optimizer.param_groups[0]):
+            raise InputError(f"{said}: it was another --optim")
+        self._take_rates(asked)
 
     def _take_rates(self, asked: list[tuple[float | None, float | None]]) -> None:
         """Gives the optimizer of a resumed run the learning rates and weight decays of this one, at the schedule's place."""
