@@ -42,7 +42,7 @@ DEFAULT_TAXONOMY = [
 DEFAULT_ENCODER = "emilyalsentzer/Bio_ClinicalBERT"
 DEFAULT_ENCODER_REVISION = "d5892b39a4adaed74b92212a44081509db72f87b"
 MAX_DEPTH = 16
-MAX_NODES = 100_000  # YAML's aliases make any number of nodes from a few lines
+MAX_NODES = 100_000
 MAX_NAME = 500  # characters
 SHOWN_CHARACTERS, SHOWN_WORDS, SHOWN_DIGITS = (
     60,
@@ -87,6 +87,18 @@ def quote_name(value: object) -> str:
         return f"a {type(value).__name__}"
     text = str(value)
     return repr(value) if looks_like_name(text) else f"(a value of {len(text):,} characters)"
+
+
+class WithoutAliases:
+    """For a loader of PyYAML: refuses aliases, by which a few lines stand for any number of values."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        import yaml
+
+        if self.check_event(yaml.AliasEvent):  # type: ignore[attr-defined]
+            problem = "an alias (*name) is not supported: write out what the alias stands for"
+            raise yaml.composer.ComposerError(problem=problem, problem_mark=self.peek_event().start_mark)  # type: ignore[attr-defined]
+        return super().compose_node(parent, index)  # type: ignore[misc]
 
 
 def yaml_problem(error: Exception) -> str:
@@ -389,7 +401,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
 def _read_yaml(text: str) -> object:
     import yaml
 
-    class Loader(yaml.BaseLoader):  # every scalar stays text: a class called `no` or `1` keeps its name
+    class Loader(WithoutAliases, yaml.BaseLoader):  # every scalar stays text: a class called `no` or `1` keeps its name
         def construct_mapping(self, node, deep=False):
             return _unique([(self.construct_object(k, True), self.construct_object(v, True)) for k, v in node.value])
 

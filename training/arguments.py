@@ -25,7 +25,13 @@ from transformers.debug_utils import DebugOption
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations import get_available_reporting_integrations
 
-from configuration_hierarchical import DEFAULT_ENCODER, DEFAULT_ENCODER_REVISION, quote_name, yaml_problem
+from configuration_hierarchical import (
+    DEFAULT_ENCODER,
+    DEFAULT_ENCODER_REVISION,
+    WithoutAliases,
+    quote_name,
+    yaml_problem,
+)
 from training import InputError, is_fault, one_line
 
 FEW_ROWS = 32  # a class, on average, below which heads begin as the labels' names
@@ -270,12 +276,12 @@ NO_USE = {
 }
 
 
-class Recipe(yaml.SafeLoader):
-    """YAML in which values stay as they were written, but for null, and a key that occurs twice is an error, as the second one
-    would win unseen."""
+class Recipe(WithoutAliases, yaml.SafeLoader):
+    """YAML without aliases, in which values stay as they were written, but for null, and a key that occurs twice is an error,
+    as the second one would win unseen."""
 
     yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in known if tag.endswith((":null", ":merge"))]
+        first: [(tag, pattern) for tag, pattern in known if tag.endswith(":null")]
         for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
