@@ -40,13 +40,61 @@ DEFAULT_TAXONOMY = [
 DEFAULT_ENCODER = "emilyalsentzer/Bio_ClinicalBERT"
 DEFAULT_ENCODER_REVISION = "d5892b39a4adaed74b92212a44081509db72f87b"
 MAX_DEPTH = 16
-MAX_NODES = 100_000  # YAML's aliases make any number of nodes from a few lines
+MAX_NODES = 100_000
 MAX_NAME = 500  # characters
+SHOWN_CHARACTERS, SHOWN_WORDS, SHOWN_DIGITS = (
+    60,
+    5,
+    4,
+)  # what a message shows of a user's file at most, see `looks_like_name`
 UNWRITABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, halves of surrogate pairs, line and paragraph separators
 
 
 class TaxonomyError(ValueError):
     """A taxonomy that cannot be read, or a label that it does not hold. The message names the node."""
+
+
+def looks_like_name(text: str) -> bool:
+    """Whether a text can be the name of a class or a column, and is no text about a patient, date or identifier.
+
+    A name has at most 60 characters and 5 words, ends no sentence, and more than 4 digits only where other characters are as many.
+    """
+    digits = sum(map(str.isdigit, text))
+    return (
+        len(text) <= SHOWN_CHARACTERS
+        and len(text.split()) <= SHOWN_WORDS
+        and digits <= max(SHOWN_DIGITS, len(text) // 2)
+        and re.search(r"[.?!](\s|$)|[。！？]", text) is None
+    )
+
+
+def quote_name(value: object) -> str:
+    """A name for a message, in quotes; of what does not look like a name, only how long it is."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(quote_name, value))})"
+    if isinstance(value, (list, dict)):
+        return f"a {type(value).__name__}"
+    text = str(value)
+    return repr(value) if looks_like_name(text) else f"(a value of {len(text):,} characters)"
+
+
+class WithoutAliases:
+    """For a loader of PyYAML: refuses aliases, by which a few lines stand for any number of values."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        import yaml
+
+        if self.check_event(yaml.AliasEvent):  # type: ignore[attr-defined]
+            problem = "an alias (*name) is not supported: write out what the alias stands for"
+            raise yaml.composer.ComposerError(problem=problem, problem_mark=self.peek_event().start_mark)  # type: ignore[attr-defined]
+        return super().compose_node(parent, index)  # type: ignore[misc]
+
+
+def yaml_problem(error: Exception) -> str:
+    """What PyYAML says of a file, without the lines that it quotes."""
+    mark = getattr(error, "problem_mark", None)
+    said = getattr(error, "problem", None) or getattr(error, "context", None) or " ".join(str(error).split())
+    return said if mark is None else f"{said}, line {mark.line + 1}"
 
 
 class Taxonomy:
@@ -103,7 +151,7 @@ class Taxonomy:
             for key in {written, self.labels[i]}:
                 if self._ids.setdefault(key, i) != i:
                     raise TaxonomyError(
-                        f"{key!r} is both the name of a node and the path to another; choose another label separator"
+                        f"{quote_name(key)} is both the name of a node and the path to another; choose another label separator"
                     )
 
     @staticmethod
@@ -131,26 +179,30 @@ class Taxonomy:
                 paths.append(parent)
                 has_children.append(bool(found))
                 if parent in seen:
-                    where = f"under {parent[-2]!r}" if len(parent) > 1 else "among the roots"
-                    raise TaxonomyError(f"the name {parent[-1]!r} occurs twice {where}")
+                    where = f"under {quote_name(parent[-2])}" if len(parent) > 1 else "among the roots"
+                    raise TaxonomyError(f"the name {quote_name(parent[-1])} occurs twice {where}")
                 seen.add(parent)
             for name, below in found:
-                place = " > ".join(parent) or "the top level"
+                place = " > ".join(map(quote_name, parent)) or "the top level"
                 if not isinstance(name, str):
-                    raise TaxonomyError(f"a name must be text, but {place} holds {name!r}; put it in quotes")
+                    raise TaxonomyError(f"a name must be text, but {place} holds {quote_name(name)}; put it in quotes")
                 if not name.strip():
                     raise TaxonomyError(f"an empty name at {place}")
                 if len(name) > MAX_NAME:
                     raise TaxonomyError(
-                        f"a name at {place} has {len(name):,} characters, at most {MAX_NAME} are supported: {name[:20]!r}…"
+                        f"a name at {place} has {len(name):,} characters, at most {MAX_NAME} are supported"
                     )
                 if name != name.strip() or any(unicodedata.category(c) in UNWRITABLE for c in name):
-                    raise TaxonomyError(f"the name {name!r} has white space around it or a control character in it")
+                    raise TaxonomyError(
+                        f"the name {quote_name(name)} has white space around it or a control character in it"
+                    )
                 if below is not None and below != "" and not isinstance(below, (list, tuple, dict)):
-                    raise TaxonomyError(f"the children of {name!r} must be a list or a mapping, not {below!r}")
+                    raise TaxonomyError(
+                        f"the children of {quote_name(name)} must be a list or a mapping, not {quote_name(below)}"
+                    )
                 if len(parent) == MAX_DEPTH:
                     raise TaxonomyError(
-                        f"{name!r} is at level {MAX_DEPTH + 1}; at most {MAX_DEPTH} levels are supported"
+                        f"{quote_name(name)} is at level {MAX_DEPTH + 1}; at most {MAX_DEPTH} levels are supported"
                     )
         return paths, has_children
 
@@ -166,10 +218,10 @@ class Taxonomy:
         for number, (parent, child) in enumerate(rows, start=1):
             parent, child = (parent or "").strip() or None, (child or "").strip()
             if not child:
-                raise TaxonomyError(f"row {number} of the taxonomy has an empty name (parent {parent!r})")
+                raise TaxonomyError(f"row {number} of the taxonomy has an empty name (parent {quote_name(parent)})")
             if parent_of.get(child, parent) != parent:
-                one, two = (repr(p) if p else "no parent" for p in (parent_of[child], parent))
-                raise TaxonomyError(f"{child!r} has two parents: {one} and {two}")
+                one, two = (quote_name(p) if p else "no parent" for p in (parent_of[child], parent))
+                raise TaxonomyError(f"{quote_name(child)} has two parents: {one} and {two}")
             if child not in parent_of:
                 parent_of[child] = parent
                 if parent is not None:
@@ -190,7 +242,9 @@ class Taxonomy:
             while (above := str(parent_of[chain[-1]])) not in chain:  # none of a cycle is without a parent
                 chain.append(above)
             cycle = chain[chain.index(above) :]
-            raise TaxonomyError("the taxonomy has a cycle: " + " > ".join([*reversed(cycle), cycle[-1]]))
+            raise TaxonomyError(
+                "the taxonomy has a cycle: " + " > ".join(map(quote_name, [*reversed(cycle), cycle[-1]]))
+            )
         return cls([reached[name] for name in roots], separator)
 
     @classmethod
@@ -209,7 +263,9 @@ class Taxonomy:
                 while parts and not parts[-1]:
                     parts.pop()
             if not parts or not all(parts):
-                raise TaxonomyError(f"the label {path!r} has an empty name in its path")
+                raise TaxonomyError(
+                    f"the label {quote_name(path if isinstance(path, str) else tuple(path))} has an empty name in its path"
+                )
             here = tree
             for part in parts:
                 here = here.setdefault(part, {})
@@ -288,11 +344,12 @@ class Taxonomy:
         if key in self._ids:
             return self._ids[key]
         if key in self._ambiguous:
-            paths = " and ".join(repr(self.labels[i]) for i in self._ambiguous[key][:3])
-            raise TaxonomyError(f"the label {label!r} is ambiguous: it names {paths}; write the path")
+            paths = " and ".join(quote_name(self.labels[i]) for i in self._ambiguous[key][:3])
+            raise TaxonomyError(f"the label {quote_name(label)} is ambiguous: it names {paths}; write the path")
         near = difflib.get_close_matches(str(key), list(self._ids), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(map(repr, self.labels[:5]))}, …"
-        raise TaxonomyError(f"the label {label!r} is not in the taxonomy{hint}")
+        few = ", ".join(map(quote_name, self.labels[:5]))
+        hint = f"did you mean {quote_name(near[0])}?" if near else f"it has {few}, …"
+        raise TaxonomyError(f"the label {quote_name(label)} is not in the taxonomy; {hint}")
 
     def tree(self) -> str:
         """The forest drawn as text, one node a line."""
@@ -323,9 +380,9 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
     unique: dict = {}
     for key, value in pairs:
         if not isinstance(key, str):  # YAML has lists and mappings as keys
-            raise TaxonomyError(f"a name must be text, not {key!r}")
+            raise TaxonomyError(f"a name must be text, not {quote_name(key)}")
         if key in unique:
-            raise TaxonomyError(f"the name {key!r} occurs twice in one mapping")
+            raise TaxonomyError(f"the name {quote_name(key)} occurs twice in one mapping")
         unique[key] = value
     return unique
 
@@ -333,14 +390,14 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
 def _read_yaml(text: str) -> object:
     import yaml
 
-    class Loader(yaml.BaseLoader):  # every scalar stays text: a class called `no` or `1` keeps its name
+    class Loader(WithoutAliases, yaml.BaseLoader):  # every scalar stays text: a class called `no` or `1` keeps its name
         def construct_mapping(self, node, deep=False):
             return _unique([(self.construct_object(k, True), self.construct_object(v, True)) for k, v in node.value])
 
     try:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
-        raise TaxonomyError(" ".join(str(error).split())) from error
+        raise TaxonomyError(yaml_problem(error)) from error
 
 
 def _read_rows(text: str, delimiter: str) -> list[tuple[str, str]]:
@@ -350,9 +407,10 @@ def _read_rows(text: str, delimiter: str) -> list[tuple[str, str]]:
         raise TaxonomyError(str(error) if text.strip() else "the file is empty") from error
     child = next((name for name in ("child", "name", "node") if name in header), None)
     if child is None or "parent" not in header:
-        raise TaxonomyError(f"expected columns 'parent' and 'child' (or 'name', 'node'), found {header}")
+        found = ", ".join(map(quote_name, header))
+        raise TaxonomyError(f"expected columns 'parent' and 'child' (or 'name', 'node'), found {found}")
     if header.count("parent") > 1 or header.count(child) > 1:
-        raise TaxonomyError(f"two columns of the taxonomy have the same name: {header}")
+        raise TaxonomyError(f"two columns of the taxonomy are called 'parent', or {child!r}")
     for number, fields in enumerate(rows, start=1):
         if len(fields) != len(header):
             raise TaxonomyError(

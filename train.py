@@ -33,7 +33,6 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
 from configuration_hierarchical import HierarchicalConfig, Taxonomy, TaxonomyError
 from modeling_hierarchical import HierarchicalForSequenceClassification
@@ -73,6 +72,7 @@ from training.resume import (
     check_model,
     check_taxonomy,
     checkpoints,
+    damage,
     delete_measured,
     delete_run,
     find_checkpoint,
@@ -197,24 +197,25 @@ def run_training(
         )
 
     patience = training.early_stopping_patience if training.load_best_model_at_end else None
-    with refusing("cannot set up training"):
-        trainer = HierarchicalTrainer(
-            model=model,
-            args=training,
-            train_dataset=splits["train"],
-            eval_dataset=splits.get("validation"),
-            processing_class=tokenizer,
-            data_collator=collator(tokenizer),
-            compute_metrics=compute_metrics,
-            callbacks=[EarlyStoppingCallback(patience)] if patience else None,
-            loss_function=loss_function,
-            consistency=loss_arguments.consistency,
-            heads_learning_rate=training.heads_learning_rate,
-            write_card=write_card,
-        )
+    trainer = HierarchicalTrainer(
+        model=model,
+        args=training,
+        train_dataset=splits["train"],
+        eval_dataset=splits.get("validation"),
+        processing_class=tokenizer,
+        data_collator=collator(tokenizer),
+        compute_metrics=compute_metrics,
+        callbacks=[EarlyStoppingCallback(patience)] if patience else None,
+        loss_function=loss_function,
+        consistency=loss_arguments.consistency,
+        heads_learning_rate=training.heads_learning_rate,
+        write_card=write_card,
+    )
     size = size_report(model)
     log_setup(model_arguments, training, size)
-    if training.overwrite_output_dir and not is_of_run(training.resume_from_checkpoint, output):
+    if training.overwrite_output_dir and (
+        resume_from is None or not is_of_run(training.resume_from_checkpoint, output)
+    ):
         with training.main_process_first(desc="deleting the former run"):
             if training.should_save:
                 delete_run(output)
@@ -379,10 +380,17 @@ def precision(training: HierarchicalTrainingArguments) -> str:
 
 
 def check_output_folder(training: HierarchicalTrainingArguments, model: str) -> None:
-    """Refuses to write over a finished or started run, and to delete the model that a run starts from."""
+    """Refuse to write over a finished or started run, and to delete the model that a run starts from.
+
+    "auto" goes on from a whole checkpoint. It begins a run where the folder holds no model yet: one that was killed early.
+    """
     output = Path(training.output_dir)
     check_writable("--output_dir", output)
-    if not output.is_dir() or is_of_run(training.resume_from_checkpoint, output):
+    if not output.is_dir():
+        return
+    resumable = any(damage(folder) is None for folder in checkpoints(output))
+    resumes = training.do_train and is_of_run(training.resume_from_checkpoint, output)
+    if resumes and (resumable or training.resume_from_checkpoint != "auto"):
         return
     if training.overwrite_output_dir:
         source = Path(model).resolve()
@@ -391,10 +399,16 @@ def check_output_folder(training: HierarchicalTrainingArguments, model: str) -> 
                 f"--overwrite_output_dir true would delete --model_name_or_path {model}: give another --output_dir"
             )
         return
-    if (output / "config.json").exists() or get_last_checkpoint(str(output)) is not None:
-        remedy = (
-            "--overwrite_output_dir true, or --resume_from_checkpoint auto" if training.do_train else "another folder"
+    has_model = (output / "config.json").exists()
+    if has_model and resumes:
+        raise InputError(
+            f"--output_dir {output} holds a model and no whole checkpoint to resume from: give another --output_dir, or "
+            "--overwrite_output_dir true to train anew"
         )
+    if has_model or (checkpoints(output) and not resumes):
+        remedy = "another --output_dir"
+        if training.do_train:
+            remedy += " or --overwrite_output_dir true" + ", or --resume_from_checkpoint auto" * resumable
         raise InputError(f"--output_dir {output} already holds a run: give {remedy}")
 
 

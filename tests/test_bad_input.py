@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,7 +87,7 @@ TRAIN = [
     (("--train_file", "one_row.csv"), "every row has the label 'a'; at least two are needed"),
     (("--train_file", "mixed.json"), "every row has the label '1'"),
     (("--train_file", "wide.csv"), "'column19', and 2,980 more"),
-    (("--train_file", "long_header.csv"), "give --text_column, one of 'xxxx"),
+    (("--train_file", "long_header.csv"), "(a value of 50,000 characters): is the header missing?"),
     (("--train_file", "deep.json"), "deep.json is nested too deeply"),
     (("--train_file", "digits.json"), "digits.json is not JSON: Exceeds the limit"),
     (("--train_file", "digits.jsonl"), "digits.jsonl, line 1, is not JSON: Exceeds the limit"),
@@ -106,7 +107,7 @@ TRAIN = [
     (("deep.yaml", *DATA), "the recipe deep.yaml is nested too deeply"),
     ((*DATA, "--output_dir", ""), "--output_dir needs the name of a folder"),
     (("folder.csv", *DATA), "cannot read the recipe folder.csv: Is a directory"),
-    ((*DATA, "--taxonomy", "cycle.csv"), "cycle.csv: the taxonomy has a cycle: a > b > a"),
+    ((*DATA, "--taxonomy", "cycle.csv"), "cycle.csv: the taxonomy has a cycle: 'a' > 'b' > 'a'"),
     ((*DATA, "--taxonomy", "orphans.csv"), "orphans.csv: row 2 of the taxonomy has an empty name"),
     ((*DATA, "--taxonomy", "ragged.csv"), "row 2 of the taxonomy has 3 fields, where the header has 2"),
     ((*DATA, "--taxonomy", "levels.json"), "'a' is at level 17; at most 16 levels are supported"),
@@ -114,9 +115,9 @@ TRAIN = [
     ((*DATA, "--taxonomy", "name.json"), "has 10,240 characters, at most 500 are supported"),
     ((*DATA, "--taxonomy", "surrogate.json"), r"the name '\ud800' has white space around it or a control character"),
     ((*DATA, "--taxonomy", "separator.json"), "a control character in it"),
-    ((*DATA, "--taxonomy", "aliases.yaml"), "the taxonomy has more than 100,000 nodes"),
-    ((*DATA, "--taxonomy", "recursive.yaml"), "recursive"),
-    ((*DATA, "--taxonomy", "list_key.yaml"), "a name must be text, not ['a', 'b']"),
+    ((*DATA, "--taxonomy", "aliases.yaml"), "an alias (*name) is not supported: write out what the alias stands for, line 2"),
+    ((*DATA, "--taxonomy", "recursive.yaml"), "an alias (*name) is not supported"),
+    ((*DATA, "--taxonomy", "list_key.yaml"), "a name must be text, not a list"),
     ((*DATA, "--taxonomy", "utf16_tree.yaml"), "utf16_tree.yaml is not UTF-8 text"),
     ((*DATA, "--taxonomy", "field.csv"), "field larger than field limit"),
     ((*DATA, "--taxonomy", "folder.csv"), "cannot read the taxonomy folder.csv: Is a directory"),
@@ -432,6 +433,102 @@ def test_publishing(place):
         assert message in refusal(push_to_hub.main, "--model", folder, "--repo_id", "../../etc/passwd")
 
 
+# ── texts where names should be ──────────────────────────────────────────────────────────────────────────────────────
+
+PATIENT = "Mrs Example of Nowhere Lane 7 was admitted with chest pain and is 54"
+OTHERS = [f"The patient number {i} of this file was seen in the clinic and sent home" for i in range(39)]
+TEXTS: dict[str, str] = {
+    "headerless.csv": "".join(f'"{text}",{"ab"[i % 2]}\n' for i, text in enumerate([PATIENT, *OTHERS])),
+    "commas.csv": "Mrs Example,was admitted,with chest pain and is 54 years of age,a\n" + "b,c,d,a\n" * 9,
+    "doubled.csv": f'"{PATIENT}","{PATIENT}"\na,b\n',
+    "keys.jsonl": json.dumps({PATIENT: "a", "label": "b"}) + "\n",
+    "keys.json": json.dumps([{PATIENT: "a", "label": "b"}]),
+    "twice.jsonl": f'{{"{PATIENT}": 1, "{PATIENT}": 2}}\n',
+    "data.csv": "text,label\n" + "".join(f'"{text}",{"ab"[i % 2]}\n' for i, text in enumerate([PATIENT, *OTHERS])),
+    "codes.csv": f'code,name\na,"{PATIENT}"\na,"{OTHERS[0]}"\n',
+    "same.csv": "text,label\n" + f'x,"{PATIENT}"\n' * 40,
+    "data.json": json.dumps([{"text": PATIENT, "label": "a"}, {"text": OTHERS[0], "label": "b"}]),
+    "texts.json": json.dumps({PATIENT: ["a", {"b": {PATIENT: 7}}]}),
+    "list.json": json.dumps([PATIENT, PATIENT]),
+    "space.json": json.dumps([f" {PATIENT}", "a"]),
+    "parents.csv": f'parent,child\na,"{PATIENT}"\nb,"{PATIENT}"\n',
+    "cycle_of_texts.csv": f'parent,child\na,"{PATIENT}"\n"{PATIENT}",a\n,b\n',
+    "broken.yaml": f"- a\n- {PATIENT}: {PATIENT}: [\n",
+    "twice_in.yaml": f"{PATIENT}: 1\n{PATIENT}: 2\n",
+    "key_of.yaml": f"{PATIENT}: 1\n",
+    "mrn.csv": "20190731,4711-0815-99\na,b\n",
+}  # fmt: skip
+WITH_TEXTS = [
+    (("--train_file", "headerless.csv"), "(a value of 68 characters): is the header missing?"),
+    (("--train_file", "headerless.csv", "--text_column", "text"), "it has 2 columns"),
+    (("--train_file", "commas.csv"), "is the header missing?"),
+    (("--train_file", "mrn.csv"), "is the header missing?"),
+    (("--train_file", "doubled.csv"), "has two columns called (a value of 68 characters)"),
+    (("--train_file", "keys.jsonl"), "(a value of 68 characters): is the header missing?"),
+    (("--train_file", "keys.json"), "is the header missing?"),
+    (("--train_file", "twice.jsonl"), "occurs twice in an object"),
+    (("--train_file", "data.csv", "--text_column", "label", "--label_column", "text"), "40 of 40 labels are texts, not names"),
+    (("--train_file", "data.csv", "--text_column", "label", "--label_column", "text", "--taxonomy", "aliased.yaml"),
+     "the label (a value of 68 characters) is not in the taxonomy; it has 'x', 'y', …"),
+    (("--train_file", "data.csv", "--text_column", "label", "--label_column", "text", "--class_names", '{"a": "b"}'),
+     "the label (a value of 68 characters) is neither a code of"),
+    (("--train_file", "same.csv"), "every row has the label (a value of 68 characters)"),
+    (("--train_file", "same.csv", "--label_column", "label", "text", "--text_column", "text"), "cannot be both"),
+    (("--train_file", "data.csv", "--class_names", "codes.csv"), "the code 'a' has two names"),
+    (("--train_file", "data.csv", "--taxonomy", "data.json"), "the children of 'text' must be a list or a mapping, not (a value"),
+    (("--train_file", "data.csv", "--taxonomy", "texts.json"), "must be a list or a mapping, not 7"),
+    (("--train_file", "data.csv", "--taxonomy", "list.json"), "occurs twice among the roots"),
+    (("--train_file", "data.csv", "--taxonomy", "space.json"), "has white space around it"),
+    (("--train_file", "data.csv", "--taxonomy", "headerless.csv"), "expected columns 'parent' and 'child'"),
+    (("--train_file", "data.csv", "--taxonomy", "parents.csv"), "has two parents: 'a' and 'b'"),
+    (("--train_file", "data.csv", "--taxonomy", "cycle_of_texts.csv"), "the taxonomy has a cycle: "),
+    (("--train_file", "data.csv", "--taxonomy", "broken.yaml"), "mapping values are not allowed here, line 2"),
+    (("--train_file", "data.csv", "--taxonomy", "twice_in.yaml"), "occurs twice in one mapping"),
+    (("broken.yaml", "--train_file", "data.csv"), "mapping values are not allowed here, line 2"),
+    (("twice_in.yaml", "--train_file", "data.csv"), "occurs twice"),
+    (("key_of.yaml", "--train_file", "data.csv"), "has an unknown key (a value of 68 characters)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), WITH_TEXTS, ids=lambda value: " ".join(value)[-50:] if isinstance(value, tuple) else ""
+)
+def test_a_text_that_stands_where_a_name_should_is_not_shown(place, capfd, words, message):
+    for name, content in {**TEXTS, "aliased.yaml": "- x\n- y\n"}.items():
+        (place / name).write_text(content)
+    recipe = [word for word in words[:1] if not word.startswith("-")]
+    words = words[len(recipe) :]
+    said = refusal(
+        train.main,
+        *recipe,
+        "--model_name_or_path",
+        "encoder",
+        "--output_dir",
+        "results",
+        "--validation_size",
+        0,
+        *words,
+    )
+    assert message in said
+    shown = "".join(capfd.readouterr()) + "".join(
+        path.read_text() for path in place.glob("results/**/*") if path.is_file()
+    )
+    for secret in ("Example", "The patient", "4711", "admitted"):
+        assert secret not in shown
+
+
+@pytest.mark.parametrize("name", ["headerless.csv", "doubled.csv", "keys.jsonl", "commas.csv"])
+def test_predicting_shows_no_text_that_stands_where_a_name_should(place, capfd, name):
+    (place / name).write_text(TEXTS[name])
+    shutil.copytree(CHECKPOINT / "whole_form", place / "whole_form")
+    words = ("--model", "whole_form", "--input", name, "--output", "out.jsonl", "--dtype", "fp32")
+    said = refusal(predict.main, *words)
+    assert "a value of" in said
+    shown = "".join(capfd.readouterr())
+    assert "Example" not in shown
+    assert "admitted" not in shown
+
+
 # ── what needs a process of its own ──────────────────────────────────────────────────────────────────────────────────
 
 
@@ -441,6 +538,60 @@ def test_a_traceback_comes_where_it_is_asked_for(place):
     assert done.returncode == 2
     assert "Traceback (most recent call last):" in done.stderr
     assert done.stderr.splitlines()[-1] == "predict.py: error: --input none.csv: there is no such file"
+
+
+def test_aliases_of_yaml_take_no_memory(place):
+    """Eight lists of nine times the one before: 43 million words in 500 bytes."""
+    lists = ["class_names:", f"  a: &a [{', '.join(['word'] * 9)}]"]
+    lists += [
+        f"  {name}: &{name} [{', '.join([f'*{below}'] * 9)}]" for below, name in zip("abcdefg", "bcdefgh", strict=True)
+    ]
+    (place / "laughs.yaml").write_text("\n".join(lists))
+    code = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+from configuration_hierarchical import Taxonomy
+from training.arguments import parse
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+resource.setrlimit(resource.RLIMIT_DATA, (2**33, 2**33))
+for read in (lambda: parse(["laughs.yaml"]), lambda: Taxonomy.from_file("laughs.yaml")):
+    try:
+        read()
+    except (ValueError, MemoryError) as error:
+        print(repr(error)[:300])
+print((peak() - before) // 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code, ROOT], capture_output=True, text=True)
+    *said, grown = done.stdout.splitlines()
+    assert len(said) == 2
+    for line in said:
+        assert "laughs.yaml" in line
+        assert "line 3" in line
+        assert "write out what the alias stands for" in line
+    assert int(grown) < 20  # MB
+
+
+FAULTS = {
+    "NameError": "import training.trainer; del training.trainer.keep_trainable",  # while the Trainer is set up
+    "TypeError": "import training.arguments; training.arguments.has_bf16 = None",  # while flags are read
+    "AttributeError": "import configuration_hierarchical; configuration_hierarchical.re = None",  # in `from_pretrained`
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_of_ours_is_a_traceback_and_not_the_users(place, name):
+    shutil.copytree(CHECKPOINT / "adapter_form", place / "adapter_form")
+    shutil.copytree(CHECKPOINT / "encoder", place / "adapter_form" / "encoder")
+    model = "adapter_form" if name == "AttributeError" else "encoder"
+    words = [*DATA, *RANDOM, "--model_name_or_path", model, "--output_dir", "results"]
+    command = str(ROOT / "train.py")
+    code = f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); {FAULTS[name]}; sys.argv = [{command!r}, *{words!r}]"
+    code += f"; runpy.run_path({command!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "Traceback (most recent call last):" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"{name}: ")
+    assert done.returncode == 1
 
 
 def test_a_download_that_breaks_off_is_one_line_without_the_token(place):

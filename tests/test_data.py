@@ -16,7 +16,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from configuration_hierarchical import DEFAULT_TAXONOMY, Taxonomy
+from configuration_hierarchical import DEFAULT_TAXONOMY, Taxonomy, quote_name
 from training import InputError
 from training.arguments import DataArguments
 from training.data import load_splits, read_class_names, tokenize
@@ -653,6 +653,41 @@ def test_too_few_rows_to_split(tmp_path):
         load(data_path=path)
     with pytest.raises(InputError, match="cannot carve validation rows: 2 of 3"):
         load(train_file=path, validation_size=0.7)
+
+
+def test_texts_among_the_labels_are_not_logged(tmp_path, caplog):
+    text = "Mrs Example of Nowhere Lane 7 was admitted with chest pain"
+    rows = [(f"text {i}", ("a", "b", text)[i % 3]) for i in range(30)]
+    csv_file(tmp_path / "train.csv", rows)
+    csv_file(tmp_path / "test.csv", [*rows, ("another", "Mrs Example was here. Twice")])
+    with caplog.at_level(logging.INFO, logger="training"):
+        files = {"train_file": tmp_path / "train.csv", "test_file": tmp_path / "test.csv"}
+        log_report(load(**files, validation_size=0, keep_shared_texts=True).report)
+    assert "1 classes without training rows: (a value of 27 characters)" in caplog.text
+    assert "  (a value of 58 characters) " in caplog.text
+    assert "Example" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("neoplasms", True),
+        ("general pathological conditions", True),
+        ("specific disease/digestive system diseases", True),
+        ("C34.1", True),
+        ("D012345", False),
+        ("1.10", True),
+        ("icd_10_2019_code", True),
+        ("2019-07-31", False),
+        ("555 0123 456", False),
+        ("He was sent home.", False),
+        ("胸痛。入院", False),
+        ("pain in the chest for three days", False),
+        ("x" * 61, False),
+    ],
+)
+def test_what_looks_like_a_name_is_shown(name, shown):
+    assert quote_name(name) == (repr(name) if shown else f"(a value of {len(name)} characters)")
 
 
 def test_training_rows_whose_text_is_held_out_are_dropped(tmp_path, caplog):

@@ -72,8 +72,11 @@ def test_yaml_names_stay_as_they_are_written(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([("a", "b"), ("b", "c"), ("c", "a"), ("", "d")], "cycle: .*a > b > c|cycle: .*b > c > a|cycle: .*c > a > b"),
-        ([("a", "a")], "cycle: a > a"),
+        (
+            [("a", "b"), ("b", "c"), ("c", "a"), ("", "d")],
+            "cycle: .*'a' > 'b' > 'c'|cycle: .*'b' > 'c' > 'a'|cycle: .*'c' > 'a' > 'b'",
+        ),
+        ([("a", "a")], "cycle: 'a' > 'a'"),
         ([("a", "c"), ("b", "c")], "'c' has two parents: 'a' and 'b'"),
         ([("a", "b"), ("", "b")], "'b' has two parents: 'a' and no parent"),
         ([("a", "b"), ("a", " ")], "row 2 .*empty name"),

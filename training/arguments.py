@@ -25,8 +25,14 @@ from transformers.debug_utils import DebugOption
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations import get_available_reporting_integrations
 
-from configuration_hierarchical import DEFAULT_ENCODER, DEFAULT_ENCODER_REVISION
-from training import InputError, one_line
+from configuration_hierarchical import (
+    DEFAULT_ENCODER,
+    DEFAULT_ENCODER_REVISION,
+    WithoutAliases,
+    quote_name,
+    yaml_problem,
+)
+from training import InputError, is_fault, one_line
 
 FEW_ROWS = 32  # a class, on average, below which heads begin as the labels' names
 
@@ -269,12 +275,12 @@ NO_USE = {
 }
 
 
-class Recipe(yaml.SafeLoader):
-    """YAML in which values stay as they were written, but for null, and a key that occurs twice is an error, as the second one
-    would win unseen."""
+class Recipe(WithoutAliases, yaml.SafeLoader):
+    """YAML without aliases, in which values stay as they were written, but for null, and a key that occurs twice is an error,
+    as the second one would win unseen."""
 
     yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in known if tag.endswith((":null", ":merge"))]
+        first: [(tag, pattern) for tag, pattern in known if tag.endswith(":null")]
         for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -282,7 +288,7 @@ class Recipe(yaml.SafeLoader):
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise yaml.YAMLError(f"{twice!r} occurs twice")
+            raise yaml.YAMLError(f"{quote_name(twice)} occurs twice")
         return super().construct_mapping(node, deep)
 
 
@@ -305,7 +311,7 @@ def recipe_words(path: str | Path, flags: dict[str, bool], left_out: Collection[
     except UnicodeDecodeError as error:
         raise InputError(f"the recipe {path} is not UTF-8 text: save it as UTF-8") from error
     except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"the recipe {path} is not YAML: {one_line(error)}") from error
+        raise InputError(f"the recipe {path} is not YAML: {yaml_problem(error)}") from error
     except RecursionError as error:
         raise InputError(f"the recipe {path} is nested too deeply: it is a mapping of flags to values") from error
     if not isinstance(recipe, dict):
@@ -314,12 +320,12 @@ def recipe_words(path: str | Path, flags: dict[str, bool], left_out: Collection[
     known: set[str] = set()
     for key, value in recipe.items():
         if str(key).replace("-", "_") in known:
-            raise InputError(f"the recipe {path} has {key!r} twice, once with another spelling")
+            raise InputError(f"the recipe {path} has {quote_name(key)} twice, once with another spelling")
         known.add(str(key).replace("-", "_"))
         if key not in flags:
             near = difflib.get_close_matches(str(key), flags, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "; its keys are flags of train.py, see --help"
-            raise InputError(f"the recipe {path} has an unknown key {key!r}{hint}")
+            raise InputError(f"the recipe {path} has an unknown key {quote_name(key)}{hint}")
         if value is None or key in left_out:
             continue
         values = value if isinstance(value, list) else [value]
@@ -371,6 +377,8 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, LossArguments
             argv, return_remaining_strings=True, look_for_args_file=False
         )
     except (ValueError, TypeError, ImportError, OSError) as error:
+        if is_fault(error):
+            raise
         raise InputError(one_line(error)) from error
     if rest:
         raise InputError(f"unexpected words on the command line: {' '.join(rest)}")

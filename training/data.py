@@ -26,7 +26,14 @@ import pyarrow
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from configuration_hierarchical import DEFAULT_TAXONOMY, Taxonomy, TaxonomyError
+from configuration_hierarchical import (
+    DEFAULT_TAXONOMY,
+    SHOWN_CHARACTERS,
+    SHOWN_WORDS,
+    Taxonomy,
+    TaxonomyError,
+    quote_name,
+)
 from training import InputError
 from training.arguments import DataArguments
 from training.consistency import sentence_numbers
@@ -101,8 +108,8 @@ def load_splits(arguments: DataArguments, seed: int, taxonomy: Taxonomy | None =
     text_column = find_column(tables, arguments.text_column, TEXT_COLUMNS, "--text_column")
     label_columns = _find_label_columns(tables, arguments.label_column)
     if text_column in label_columns:
-        raise InputError(f"the column {text_column!r} cannot be both --text_column and --label_column")
-    logger.info("columns: text %r, label %s", text_column, ", ".join(map(repr, label_columns)))
+        raise InputError(f"the column {quote_name(text_column)} cannot be both --text_column and --label_column")
+    logger.info("columns: text %s, label %s", quote_name(text_column), ", ".join(map(quote_name, label_columns)))
 
     rows = _gather(sources, text_column, label_columns)
     taxonomy, origin, nodes = _resolve_labels(rows, label_columns, arguments, taxonomy)
@@ -322,13 +329,13 @@ def _resolve_labels(
 
 def _where(rows: pd.DataFrame, label: Label, columns: list[str]) -> str:
     first = rows.iloc[list(rows["label"]).index(label)]
-    return f"{first['source']}, row {first['row']} (counted from 0), column {' '.join(columns)!r}"
+    return f"{first['source']}, row {first['row']} (counted from 0), column {quote_name(' '.join(columns))}"
 
 
 def _unknown_code(label: Label, rows: pd.DataFrame, columns: list[str], arguments: DataArguments) -> InputError:
     given = "" if (arguments.class_names or "").lstrip().startswith("{") else f" {arguments.class_names}"
     return InputError(
-        f"{_where(rows, label, columns)}: the label {label!r} is neither a code of --class_names{given} "
+        f"{_where(rows, label, columns)}: the label {quote_name(label)} is neither a code of --class_names{given} "
         "nor in the taxonomy"
     )
 
@@ -363,9 +370,10 @@ def read_class_names(given: str) -> dict[str, str]:
     names: dict[str, str] = {}
     for code, name in pairs:
         if not isinstance(name, str) or not name.strip() or not code.strip():
-            raise InputError(f"{where}: the code {code!r} needs a name, a text")
+            raise InputError(f"{where}: the code {quote_name(code)} needs a name, a text")
         if names.setdefault(code.strip(), name.strip()) != name.strip():
-            raise InputError(f"{where}: the code {code!r} has two names: {names[code.strip()]!r} and {name!r}")
+            both = " and ".join(map(quote_name, (names[code.strip()], name)))
+            raise InputError(f"{where}: the code {quote_name(code)} has two names: {both}")
     return names
 
 
@@ -379,22 +387,30 @@ def _from_labels(
     named: dict[Label, Label], names: dict[str, str], rows: pd.DataFrame, columns: list[str], arguments: DataArguments
 ) -> Taxonomy:
     """The taxonomy that the labels of all splits span, in sorted order."""
-    paths = set()
+    where, paths = f"column {quote_name(' '.join(columns))}", set()
     for label, name in named.items():
         levels = (label,) if isinstance(label, str) else label
         if names and not all(level in names or level in names.values() for level in levels):
             raise _unknown_code(label, rows, columns, arguments)
         path = _path(name, arguments.label_separator)
         if not all(path):
-            raise InputError(f"{_where(rows, label, columns)}: the label {label!r} has an empty name in its path")
+            raise InputError(
+                f"{_where(rows, label, columns)}: the label {quote_name(label)} has an empty name in its path"
+            )
         paths.add(path)
     if len(paths) == 1:
         only = arguments.label_separator.join(*paths)
-        raise InputError(f"column {' '.join(columns)!r}: every row has the label {only!r}; at least two are needed")
+        raise InputError(f"{where}: every row has the label {quote_name(only)}; at least two are needed")
+    texts = sum(any(len(name) > SHOWN_CHARACTERS or len(name.split()) > SHOWN_WORDS for name in path) for path in paths)
+    if 2 * texts > len(paths) > len(rows) / 2:  # nothing to learn, and all of it would be published with the model
+        raise InputError(
+            f"{where}: {texts} of {len(paths)} labels are texts, not names of classes; give another --label_column, or the "
+            "classes by --taxonomy"
+        )
     try:
         return Taxonomy.from_paths(sorted(paths), arguments.label_separator)
     except TaxonomyError as error:
-        raise InputError(f"column {' '.join(columns)!r}: the labels do not make a taxonomy: {error}") from error
+        raise InputError(f"{where}: the labels do not make a taxonomy: {error}") from error
 
 
 def _path(label: Label, separator: str) -> tuple[str, ...]:
@@ -415,7 +431,8 @@ def _node(taxonomy: Taxonomy, lookup: dict[Label, int], label: Label) -> int:
     if isinstance(label, tuple):
         node = taxonomy.id(taxonomy.separator.join(label))
         raise TaxonomyError(
-            f"the label columns must name the path from the root, which is {taxonomy.path_names(node)}, not {label}"
+            f"the label columns must name the path from the root, which is {quote_name(taxonomy.path_names(node))}, not "
+            f"{quote_name(label)}"
         )
     if taxonomy.separator in label and _path(label, taxonomy.separator) in lookup:
         return lookup[_path(label, taxonomy.separator)]

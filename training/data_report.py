@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
-from configuration_hierarchical import Taxonomy
+from configuration_hierarchical import Taxonomy, looks_like_name, quote_name
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,11 @@ def log_what_was_done(report: dict, kept_shared_texts: bool) -> None:
 
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - LOGGED_CLASSES} more" if len(names) > LOGGED_CLASSES else ""
-    return ", ".join(names[:LOGGED_CLASSES]) + more
+    return ", ".join(map(_shown, names[:LOGGED_CLASSES])) + more
+
+
+def _shown(name: str) -> str:
+    return name if looks_like_name(name) else quote_name(name)
 
 
 def log_report(report: dict) -> None:
@@ -162,6 +166,8 @@ def log_report(report: dict) -> None:
         common = sorted(classes, key=lambda name: -classes[name])
         logger.info("level %s: %d classes, rows in %s", level, len(classes), " / ".join(splits))
         for name in common[:LOGGED_CLASSES]:
-            logger.info("  %-52s%s", name, " / ".join(f"{s['classes'][level][name]:,}" for s in splits.values()))
+            logger.info(
+                "  %-52s%s", _shown(name), " / ".join(f"{s['classes'][level][name]:,}" for s in splits.values())
+            )
         if len(common) > LOGGED_CLASSES:
             logger.info("  and %d smaller ones", len(common) - LOGGED_CLASSES)

@@ -33,7 +33,7 @@ from training.calibration import conformal_scores, fit_thresholds
 from training.consistency import CollatorWithSentences
 from training.data import LabelledSplits
 from training.losses import HierarchicalFocalLoss
-from training.metrics import any_label_accuracy, bootstrap_intervals, build_compute_metrics, per_class_report
+from training.metrics import any_label_accuracy, build_compute_metrics, per_class_report
 from training.trainer import HierarchicalTrainer
 
 logger = logging.getLogger(__name__)
@@ -170,13 +170,12 @@ def per_class(taxonomy: Taxonomy, logits: dict[str, np.ndarray], splits: Dataset
     if split is None:
         return {}
     labels = np.array(splits[split]["labels"])
-    is_leaf = (labels >= 0) & (labels < taxonomy.num_leaves)
-    if not is_leaf.any():
+    rows, intervals = per_class_report(taxonomy, logits[split], labels)
+    if not rows:
         return {}
-    ends = bootstrap_intervals(labels[is_leaf], logits[split][is_leaf].argmax(1), taxonomy.num_leaves)
     return {
-        "per_class": per_class_report(taxonomy, logits[split], labels),
-        "intervals": {f"{card.PREFIXES[split]}_{name}": ends[name].tolist() for name in ("accuracy", "macro_f1")},
+        "per_class": rows,
+        "intervals": {f"{card.PREFIXES[split]}_{name}": ends for name, ends in intervals.items()},
     }
 
 

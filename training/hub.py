@@ -103,15 +103,13 @@ def read_checkpoint(folder: Path) -> HierarchicalConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder} is not a checkpoint: it has no config.json")
-    try:
-        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-        if model_type != HierarchicalConfig.model_type:
+    with refusing(f"{path} is not a configuration"):
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(known, dict):
+            raise ValueError("it is no JSON object")
+        if (model_type := known.get("model_type")) != HierarchicalConfig.model_type:
             raise InputError(f"{folder} holds a {model_type!r} model, not one of ours")
         config = HierarchicalConfig.from_pretrained(folder)
-    except InputError:
-        raise
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} is not a configuration: {one_line(error)}") from error
     present = checkpoint_files(folder)
     weights = [name for name in present if name.endswith(".safetensors")]
     wanted = [*SHIPPED_FILES, "tokenizer_config.json", "README.md"]

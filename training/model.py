@@ -42,7 +42,10 @@ def is_checkpoint(name_or_path: str) -> bool:
     if not config.is_file():
         return False
     with refusing(f"{config} is not a configuration"):
-        return json.loads(config.read_text(encoding="utf-8")).get("model_type") == HierarchicalConfig.model_type
+        known = json.loads(config.read_text(encoding="utf-8"))
+        if not isinstance(known, dict):
+            raise ValueError("it is no JSON object")
+    return known.get("model_type") == HierarchicalConfig.model_type
 
 
 def read_config(folder: str) -> HierarchicalConfig:
