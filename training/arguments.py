@@ -117,9 +117,6 @@ class DataArguments:
     )
     validation_size: float = field(default=0.1, metadata={"help": "Share of the rows, where it must be carved out."})
     test_size: float = field(default=0.1, metadata={"help": "Share of the rows, where one file is split."})
-    keep_shared_texts: bool = field(
-        default=False, metadata={"help": "Keep training rows whose text is also in validation or test."}
-    )
 
 
 @dataclass
