@@ -37,10 +37,12 @@ class ModelArguments:
 
     model_name_or_path: str = field(
         default=DEFAULT_ENCODER,
-        metadata={"help": "Encoder: a Hub id or a folder. A checkpoint of ours continues from its adapter and heads."},
+        metadata={
+            "help": "Encoder, or a checkpoint of ours, which continues from its adapter and heads: a Hub id or a folder."
+        },
     )
     model_revision: str | None = field(
-        default=None, metadata={"help": "Commit, tag or branch of the encoder's repository; pinned to its commit."}
+        default=None, metadata={"help": "Commit, tag or branch of that repository; pinned to its commit."}
     )
     quantization: Literal["none", "8bit", "4bit"] | None = field(
         default=None,

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from training import InputError, refusing
+from training import refusing
 
 TRAINED_TEXTS = "trained_texts.json"
 
@@ -89,8 +89,5 @@ def write_trained_texts(folder: Path, before: TrainedTexts, texts: Iterable[str]
     this_run = before.this_run | {text_hash(normalise_text(text)) for text in texts}
     found = {"complete": before.complete, "earlier": sorted(before.earlier), "this_run": sorted(this_run)}
     new = folder / f"{TRAINED_TEXTS}.new"
-    try:
-        new.write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")
-        new.replace(folder / TRAINED_TEXTS)  # at once: another run never reads half of it
-    except OSError as error:
-        raise InputError(f"cannot write {folder / TRAINED_TEXTS}: {error.strerror}") from error
+    new.write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")
+    new.replace(folder / TRAINED_TEXTS)  # at once: another run never reads half of it
