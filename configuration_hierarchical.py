@@ -5,7 +5,7 @@ Worth knowing:
 1. A taxonomy is a forest of named nodes. Nodes are numbered leaves first, in reading order, then inner nodes, so that
    class index = leaf id = index into ``id2label``.
 2. A node's label is its name, or its path (``parent/child``, and ``/root``) where two nodes share the name. Case is
-   kept.
+   kept; letters with accents are composed (Unicode's NFC), so that a name is the same however it was typed.
 3. The taxonomy is stored in ``config.json`` as nested lists: JSON written with sorted keys would reorder nested
    objects, and with them the class indices.
 4. ``id2label`` and ``label2id`` are always derived from the taxonomy; they cannot disagree with it.
@@ -18,6 +18,7 @@ import difflib
 import inspect
 import io
 import json
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -25,6 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 DEFAULT_TAXONOMY = [
     "general pathological conditions",
@@ -47,6 +51,8 @@ SHOWN_CHARACTERS, SHOWN_WORDS, SHOWN_DIGITS = (
     5,
     4,
 )  # what a message shows of a user's file at most, see `looks_like_name`
+NEAR = 0.85  # similarity by difflib from which one name may be a misspelling of another
+MOST_COMPARED = 1_000_000  # pairs of names, a few seconds
 UNWRITABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, halves of surrogate pairs, line and paragraph separators
 
 
@@ -172,6 +178,7 @@ class Taxonomy:
                     found.extend(value.items())
                 else:
                     found.append((value, None))
+            found = [(compose(name), below) for name, below in found]
             stack.extend(((*parent, name), below or ()) for name, below in reversed(found))
             if len(paths) + len(stack) > MAX_NODES:
                 raise TaxonomyError(f"the taxonomy has more than {MAX_NODES:,} nodes")
@@ -210,13 +217,15 @@ class Taxonomy:
     def from_rows(cls, rows: Iterable[tuple[str | None, str]], separator: str = "/") -> "Taxonomy":
         """From (parent, child) pairs of names. An empty parent, or one that is nobody's child, is a root.
 
+        A root that is named only as a parent, and nearly as another node, may be a misspelling: a warning names both.
+
         Raises:
             TaxonomyError: a cycle, a child with two parents, an empty child.
         """
         parent_of: dict[str, str | None] = {}
         order: dict[str, list[str]] = {}
         for number, (parent, child) in enumerate(rows, start=1):
-            parent, child = (parent or "").strip() or None, (child or "").strip()
+            parent, child = compose((parent or "").strip()) or None, compose((child or "").strip())
             if not child:
                 raise TaxonomyError(f"row {number} of the taxonomy has an empty name (parent {quote_name(parent)})")
             if parent_of.get(child, parent) != parent:
@@ -228,6 +237,7 @@ class Taxonomy:
                     order.setdefault(parent, []).append(child)
         roots = list(dict.fromkeys(parent or child for child, parent in parent_of.items()))
         roots = [name for name in roots if parent_of.get(name) is None]
+        _warn_of_misspelt_roots([name for name in roots if name not in parent_of], {*parent_of, *roots}, order)
 
         reached: dict[str, dict[str, list]] = {name: {name: []} for name in roots}
         queue = list(roots)
@@ -258,7 +268,7 @@ class Taxonomy:
         """
         tree: dict = {}
         for path in paths:
-            parts = [part.strip() for part in (path.split(separator) if isinstance(path, str) else path)]
+            parts = [compose(part.strip()) for part in (path.split(separator) if isinstance(path, str) else path)]
             if not isinstance(path, str):
                 while parts and not parts[-1]:
                     parts.pop()
@@ -340,7 +350,7 @@ class Taxonomy:
         Raises:
             TaxonomyError: no such node, or a name that several nodes share.
         """
-        key = label.strip() if isinstance(label, str) else label
+        key = compose(label.strip()) if isinstance(label, str) else label
         if key in self._ids:
             return self._ids[key]
         if key in self._ambiguous:
@@ -374,6 +384,26 @@ class Taxonomy:
 
     def __repr__(self) -> str:
         return f"Taxonomy({self.num_leaves} leaves, {self.num_nodes} nodes, {self.depth} levels)"
+
+
+def compose(name: Any) -> Any:
+    """A name with its letters and accents composed (NFC); what is no text as it is."""
+    return unicodedata.normalize("NFC", name) if isinstance(name, str) else name
+
+
+def _warn_of_misspelt_roots(parents: list[str], names: set[str], children: dict[str, list[str]]) -> None:
+    """Warns of roots that only (parent, child) rows name, as parents, and whose name is nearly another's.
+
+    Large taxonomies, where this would take long, are not looked at.
+    """
+    if len(parents) * len(names) > MOST_COMPARED:
+        return
+    for name in parents:
+        others = names - {name, *children[name]}
+        if near := difflib.get_close_matches(name, sorted(others), n=1, cutoff=NEAR):
+            logger.warning(
+                f"the taxonomy's rows name {name!r} as a parent only, so it is a root: is it {near[0]!r}, misspelt?"
+            )
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:
@@ -500,7 +530,9 @@ class HierarchicalConfig(PretrainedConfig):
         leaves = taxonomy.labels[: taxonomy.num_leaves]
         given = kwargs.pop("id2label", None)
         expected = {str(i): label for i, label in enumerate(leaves)}
-        if given is not None and (not isinstance(given, dict) or {str(i): given[i] for i in given} != expected):
+        if given is not None and (
+            not isinstance(given, dict) or {str(i): compose(given[i]) for i in given} != expected
+        ):
             raise TaxonomyError("id2label is not the list of the taxonomy's leaves; change the taxonomy instead")
         if kwargs.pop("num_labels", len(leaves)) != len(leaves):
             raise TaxonomyError(

@@ -66,7 +66,7 @@ from training.label_names import begin_with_label_names
 from training.losses import HierarchicalFocalLoss, node_counts
 from training.memory import keep_memory
 from training.metrics import build_compute_metrics
-from training.model import build_model, is_checkpoint, load_tokenizer, read_config, size_report
+from training.model import build_model, fetch_checkpoint, is_checkpoint, load_tokenizer, read_config, size_report
 from training.resume import (
     check_data,
     check_model,
@@ -79,6 +79,7 @@ from training.resume import (
     is_full_disk,
     is_of_run,
 )
+from training.trained_texts import UNTRAINED, TrainedTexts, read_trained_texts, write_trained_texts
 from training.trainer import HierarchicalTrainer
 
 logger = logging.getLogger("train")
@@ -92,6 +93,7 @@ def main(argv: list[str]) -> None:
     set_seed(training.seed)
     if (training.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")) and training.device.type == "cpu":
         raise InputError("FSDP needs GPUs; for processes on CPUs use recipes/accelerate/ddp.yaml")
+    fetch_checkpoint(model_arguments)
     checkpoint = is_checkpoint(model_arguments.model_name_or_path)
     known = read_config(model_arguments.model_name_or_path).tree if checkpoint else None
     if training.do_train is None:
@@ -99,10 +101,15 @@ def main(argv: list[str]) -> None:
     if not training.do_train:
         data_arguments.validation_size = data_arguments.test_size = 0  # rows of a training file are not to be scored
     check_output_folder(training, model_arguments.model_name_or_path)
-    with training.main_process_first(desc="reading the data"):
-        data = load_splits(data_arguments, training.seed, known if data_arguments.taxonomy is None else None)
+    resume_from = None
     if training.do_train:
-        run_training(model_arguments, data_arguments, loss_arguments, training, data)
+        resume_from = find_checkpoint(training.resume_from_checkpoint, training.output_dir)
+    trained_texts = trained_before(model_arguments.model_name_or_path, resume_from)
+    with training.main_process_first(desc="reading the data"):
+        taxonomy = known if data_arguments.taxonomy is None else None
+        data = load_splits(data_arguments, training.seed, taxonomy, trained_texts)
+    if training.do_train:
+        run_training(model_arguments, data_arguments, loss_arguments, training, data, trained_texts, resume_from)
     else:
         if not checkpoint:
             raise InputError(
@@ -113,12 +120,24 @@ def main(argv: list[str]) -> None:
         score_checkpoint(model_arguments, data_arguments, training, data)
 
 
+def trained_before(model: str, resume_from: str | None) -> TrainedTexts:
+    """The texts that the weights were trained on with which a run, or a scoring, begins."""
+    if resume_from is not None:
+        return read_trained_texts(resume_from)
+    if not is_checkpoint(model):
+        return UNTRAINED
+    found = read_trained_texts(model)
+    return TrainedTexts(earlier=found.all, complete=found.complete)
+
+
 def run_training(
     model_arguments: ModelArguments,
     data_arguments: DataArguments,
     loss_arguments: LossArguments,
     training: HierarchicalTrainingArguments,
     data: LabelledSplits,
+    trained_texts: TrainedTexts,
+    resume_from: str | None,
 ) -> None:
     if "train" not in data.splits:
         raise InputError("no training rows: give --train_file, --data_path or --dataset_name, or --do_train false")
@@ -135,9 +154,7 @@ def run_training(
             f"--level_weights {' '.join(map(str, loss_arguments.level_weights))}: nothing is left to train, since the "
             f"taxonomy has {data.taxonomy.depth} level{'s'[: data.taxonomy.depth > 1]}"
         )
-    output = Path(training.output_dir)
-    resume_from = find_checkpoint(training.resume_from_checkpoint, training.output_dir)
-    resumed_from_step = None
+    output, resumed_from_step = Path(training.output_dir), None
     if resume_from is not None:
         check_taxonomy(resume_from, data.taxonomy)
         check_data(resume_from, data.report)
@@ -213,12 +230,16 @@ def run_training(
     )
     size = size_report(model)
     log_setup(model_arguments, training, size)
-    if training.overwrite_output_dir and (
-        resume_from is None or not is_of_run(training.resume_from_checkpoint, output)
-    ):
-        with training.main_process_first(desc="deleting the former run"):
-            if training.should_save:
-                delete_run(output)
+    trainer.accelerator.wait_for_everyone()  # all processes have read what the former run was trained on
+    if training.should_save:
+        resumed = resume_from is not None and is_of_run(training.resume_from_checkpoint, output)
+        if training.overwrite_output_dir and not resumed:
+            delete_run(output)
+            if output.resolve() != Path(model_arguments.model_name_or_path).resolve():
+                # the former weights would be taken for those of this run, were it to break
+                (output / "config.json").unlink(missing_ok=True)
+        write_trained_texts(output, trained_texts, data.splits["train"]["text"])
+    trainer.accelerator.wait_for_everyone()
     if heads_init == "label_names" and resume_from is None:
         asked = model_arguments.heads_init is not None
         if not begin_with_label_names(trainer, splits["train"], only_if_better=not asked):
@@ -335,6 +356,11 @@ def score_checkpoint(
 ) -> None:
     """Measures a finished checkpoint, as a user loads it, on labelled files."""
     if not set(data.splits) & {"validation", "test"}:
+        left_out = sum(count for split, count in data.report["trained_before"]["rows"].items() if split != "train")
+        if left_out:
+            raise InputError(
+                f"nothing to score: the checkpoint was trained on the texts of all {left_out:,} rows; give other rows"
+            )
         raise InputError(
             "nothing to score: give --validation_file or --test_file; of one file, give the whole file as --test_file"
         )

@@ -147,8 +147,10 @@ def test_the_snippets_of_the_card_name_the_commit_that_holds_the_files(hub, publ
 
 
 def test_nothing_of_this_machine_is_published(hub, published, checkpoint):
+    known = json.loads((checkpoint / "trained_texts.json").read_text())["this_run"]
     for repo in published.values():
         for name, content in hub.files(repo).items():
+            assert not any(one.encode() in content for one in known), (repo, name)
             assert str(checkpoint.parent).encode() not in content, (repo, name)
             assert str(ROOT).encode() not in content, (repo, name)
             assert b"hf_alice" not in content, (repo, name)
@@ -862,6 +864,58 @@ print(json.dumps({{
         assert set(pictures) <= hub.files(repo).keys()
 
 
+# continuing and scoring
+
+
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+def test_a_published_checkpoint_is_scored_as_the_folder_was(hub, published, checkpoint, tmp_path, form):
+    """At the commit that is asked for, whatever the branch holds by now."""
+    repo = f"alice/scored-{form}"
+    commit = hub.add_repo(repo, hub.files(published[form]))
+    hub.add_repo(repo, other_taxonomy(hub.files(repo)))
+    asked = len(hub.requests)
+    line = ["--model_name_or_path", repo, "--model_revision", commit, "--do_train", "false"]
+    line += ["--test_file", checkpoint.parent / "test.csv", "--output_dir", tmp_path / "scores"]
+    done = run(*line, settings=settings(hub, tmp_path / "home"))
+    assert f"checkpoint: {repo} at {commit}" in done.stderr
+    scored, trained = (
+        json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "scores", checkpoint)
+    )
+    for name in ("test_accuracy", "test_macro_f1", "test_log_loss", "test_ece"):
+        assert scored[name] == pytest.approx(trained[name], abs=1e-5), name
+    paths = [request.path for request in hub.requests[asked:] if f"{repo}/resolve/" in request.path]
+    assert {path.split("/resolve/")[1].split("/")[0] for path in paths} == {commit}
+    assert not any(path.endswith((".png", "README.md")) for path in paths)
+    report = json.loads((tmp_path / "scores" / "data_report.json").read_text())
+    assert report["trained_before"]["scores"] == "unverified"  # nobody else is told what it was trained on
+
+
+def test_a_published_checkpoint_is_continued_as_the_folder_is(hub, published, checkpoint, tmp_path):
+    rows = write_csv(tmp_path / "more.csv", read_csv(CORPUS / "train.csv")[48:80])
+    line = ["--train_file", rows, "--max_steps", 2, "--save_strategy", "no", "--load_best_model_at_end", "false"]
+    for name, model in (("folder", checkpoint), ("id", published["adapter"])):
+        output = tmp_path / name
+        line += ["--validation_size", 0, "--model_name_or_path", model, "--output_dir", output]
+        run(*line, settings=settings(hub, tmp_path / "home"))
+    for name in ("heads.safetensors", "adapter/adapter_model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "id" / name).read_bytes() == (tmp_path / "folder" / name).read_bytes()
+        assert name == "tokenizer.json" or (output / name).read_bytes() != (checkpoint / name).read_bytes()
+    config = json.loads((output / "config.json").read_text())
+    assert (config["encoder_name_or_path"], config["encoder_revision"]) == (
+        "base/tiny",
+        hub.commits("base/tiny")[-1].sha,
+    )
+
+
+def test_a_checkpoint_that_cannot_be_downloaded_is_one_line(hub, published, tmp_path):
+    hub.add_repo("alice/half", hub.files(published["adapter"]))
+    hub.fail_at(1, match="HEAD /alice/half/resolve/.*adapter_model", how="403")
+    line = ["--model_name_or_path", "alice/half", "--train_file", CORPUS / "train.csv", "--output_dir", tmp_path / "no"]
+    done = run(*line, check=False, settings=settings(hub, tmp_path / "home"))
+    assert done.returncode == 2
+    assert "cannot download the checkpoint alice/half at " in done.stderr.splitlines()[-1]
+
+
 # pushing while training
 
 
@@ -898,7 +952,11 @@ def test_training_pushes_what_loads_the_same_by_every_strategy(hub, tmp_path, st
     for folder in folders:
         assert f"{folder}/heads.safetensors" in files
         assert f"{folder}/trainer_state.json" in files
+    known = json.loads((output / "trained_texts.json").read_text())["this_run"]
+    assert len(known) == 48
     for name, content in files.items():
+        assert "trained_texts" not in name, name
+        assert known[0].encode() not in content, name
         assert not name.endswith((".bin", ".pt", ".pth", ".pkl")), name
         assert b"hf_alice" not in content, name
         assert not is_pickle(content), name

@@ -192,6 +192,7 @@ def test_full_fine_tuning_of_one_file_leaves_one_self_contained_model(tiny_encod
         "--tuning", "full",
         "--num_train_epochs", "1",
         "--lr_scheduler_type", "reduce_lr_on_plateau",
+        "--class_names", json.dumps({code: name for name, code in codes.items()}),
     )  # fmt: skip
     card = (tmp_path / "results" / "README.md").read_text()
     assert "Encoder: from a folder of the machine that trained" in card

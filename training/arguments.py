@@ -43,10 +43,12 @@ class ModelArguments:
 
     model_name_or_path: str = field(
         default=DEFAULT_ENCODER,
-        metadata={"help": "Encoder: a Hub id or a folder. A checkpoint of ours continues from its adapter and heads."},
+        metadata={
+            "help": "Encoder, or a checkpoint of ours, which continues from its adapter and heads: a Hub id or a folder."
+        },
     )
     model_revision: str | None = field(
-        default=None, metadata={"help": "Commit, tag or branch of the encoder's repository; pinned to its commit."}
+        default=None, metadata={"help": "Commit, tag or branch of that repository; pinned to its commit."}
     )
     quantization: Literal["none", "8bit", "4bit"] | None = field(
         default=None,
@@ -123,9 +125,6 @@ class DataArguments:
     )
     validation_size: float = field(default=0.1, metadata={"help": "Share of the rows, where it must be carved out."})
     test_size: float = field(default=0.1, metadata={"help": "Share of the rows, where one file is split."})
-    keep_shared_texts: bool = field(
-        default=False, metadata={"help": "Keep training rows whose text is also in validation or test."}
-    )
 
 
 @dataclass

@@ -43,9 +43,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "studies" / "results" / "calibration.json")
     arguments = parser.parse_args()
     model = AutoModel.from_pretrained(arguments.checkpoint, trust_remote_code=True).eval()
-    # the reader of train.py's files wants rows to train on; they are read, and not used
-    tree, same = model.config.tree, {f"{split}_file": arguments.file for split in ("train", "validation")}
-    files = DataArguments(**same, class_names=arguments.class_names, keep_shared_texts=True)
+    tree, files = model.config.tree, DataArguments(validation_file=arguments.file, class_names=arguments.class_names)
     rows = load_splits(files, seed=0, taxonomy=tree).splits["validation"]
     labels = np.array(rows["label"])
     logits, words = leaf_scores(model, arguments.checkpoint, list(rows["text"]))

@@ -15,11 +15,15 @@ Supports docs/experiments.md, "2026-11-25: Contradicting labels".
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from training.trained_texts import normalise_text
 
 
 def shares(sets: pd.Series) -> dict[str, float]:
@@ -39,7 +43,7 @@ def main() -> None:
     rows = pd.concat([pd.read_csv(file, dtype=str) for file in arguments.file])
     text = "text" if "text" in rows else "medical_abstract"
     label = "label" if "label" in rows else "condition_label"
-    texts = rows[text].str.split().str.join(" ").str.lower()
+    texts = rows[text].map(normalise_text)
     seen = rows.groupby([texts, label]).size().groupby(level=0).max().sum() / len(rows)
     labels_of = rows.groupby(texts)[label].agg(set)
     several = float((labels_of.map(len) > 1).mean())
