@@ -398,12 +398,28 @@ def test_a_checkpoint_that_is_none(place, name):
     assert message in refusal(predict.main, *words)
 
 
+def whole_form(folder: Path) -> None:
+    """The stored checkpoint with today's code beside it."""
+    shutil.copytree(CHECKPOINT / "whole_form", folder)
+    for file in SHIPPED_FILES:
+        shutil.copy(ROOT / file, folder)
+
+
 def test_weights_that_are_no_numbers_are_no_answer(place):
-    shutil.copytree(CHECKPOINT / "whole_form", place / "checkpoint")
+    whole_form(place / "checkpoint")
     tensors = load_file(place / "checkpoint" / WHOLE)
     save_file({**tensors, "heads.weight": tensors["heads.weight"] * float("nan")}, place / "checkpoint" / WHOLE)
     words = ("--model", "checkpoint", "--input", "good.csv", "--output", "out.jsonl", "--dtype", "fp32")
     assert "its weights are damaged" in refusal(predict.main, *words)
+
+
+def test_a_coverage_that_was_fitted_at_another_length(place):
+    """The tokenizer of the checkpoint truncates at 32 tokens."""
+    whole_form(place / "checkpoint")
+    config = json.loads((place / "checkpoint" / "config.json").read_text())
+    (place / "checkpoint" / "config.json").write_text(json.dumps({**config, "conformal_max_length": 24}))
+    words = ("--model", "checkpoint", "--input", "good.csv", "--output", "out.jsonl", "--coverage", "0.9")
+    assert "checkpoint: coverage needs texts truncated at 24 tokens" in refusal(predict.main, *words)
 
 
 PREDICT = [

@@ -164,7 +164,7 @@ def test_configurations_come_back(tree, dropout, pooling, lexical_vocab_size):
     assert again.tree == tree
 
 
-OURS = ("taxonomy", "label_separator", "id2label", "text_config", "temperatures", "conformal_thresholds", "pooling",
+OURS = ("taxonomy", "label_separator", "id2label", "text_config", "temperatures", "conformal_thresholds", "conformal_max_length", "pooling",
         "head_dropout", "initializer_range", "lexical_vocab_size", "lexical_weight", "adapter_subfolder", "encoder_name_or_path",
         "encoder_revision", "num_labels")  # fmt: skip
 
