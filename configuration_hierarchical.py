@@ -468,12 +468,15 @@ class HierarchicalConfig(PretrainedConfig):
             1; None where the model has no such head.
         temperatures: what the scores of each decision are divided by before their softmax, the roots' first, then those
             of the inner nodes' children in the order of ids; None, which is 1 for all, where nothing was calibrated.
-        conformal_thresholds: for coverages of 0.001, 0.002, … 0.999, the threshold under which an answer holds the label
-            of that share of documents; see `pipeline_hierarchical.conformal_answer`. None inside means every root.
+        conformal_thresholds: for coverages of 0.01, 0.02, … 0.99, the threshold under which an answer holds the label
+            of that share of documents; see `pipeline_hierarchical.conformal_answer`. None inside means every root. Of 999
+            thresholds, for 0.001 … 0.999, which earlier versions stored, every tenth is kept.
+        conformal_max_length: the number of tokens, special ones included, that the texts were truncated at to which the
+            thresholds were fitted; None where that was not recorded.
 
     Raises:
         TaxonomyError: an unusable taxonomy, or labels that are not its leaves.
-        ValueError: an unknown pooling; temperatures or thresholds of a wrong number or range.
+        ValueError: an unknown pooling; temperatures, thresholds or a length of a wrong number or range.
     """
 
     model_type = "hierarchical_text_classification"
@@ -495,6 +498,7 @@ class HierarchicalConfig(PretrainedConfig):
         lexical_weight: float | None = None,
         temperatures: list[float] | None = None,
         conformal_thresholds: list[float | None] | None = None,
+        conformal_max_length: int | None = None,
         **kwargs,
     ):
         if not isinstance(taxonomy, Taxonomy):
@@ -526,6 +530,9 @@ class HierarchicalConfig(PretrainedConfig):
         self.lexical_weight = lexical_weight
         self.temperatures = checked_temperatures(temperatures, taxonomy)
         self.conformal_thresholds = checked_thresholds(conformal_thresholds)
+        if conformal_max_length is not None and not (type(conformal_max_length) is int and conformal_max_length >= 1):
+            raise ValueError(f"conformal_max_length must be a whole number of tokens, not {conformal_max_length!r}")
+        self.conformal_max_length = conformal_max_length
 
         leaves = taxonomy.labels[: taxonomy.num_leaves]
         given = kwargs.pop("id2label", None)
@@ -603,7 +610,10 @@ def checked_temperatures(temperatures: list[float] | None, taxonomy: Taxonomy) -
 
 
 def checked_thresholds(thresholds: list[float | None] | None) -> list[float | None] | None:
-    """Conformal thresholds: 999 rising numbers from 0 to 1, with None for those that no document of the rows gave."""
+    """Conformal thresholds: 99 rising numbers from 0 to 1, with None for those that no document of the rows gave.
+
+    Earlier versions stored 999, for 0.001 … 0.999; every tenth of them is returned.
+    """
     if thresholds is None:
         return None
     given = list(thresholds) if isinstance(thresholds, (list, tuple)) else []
@@ -611,6 +621,6 @@ def checked_thresholds(thresholds: list[float | None] | None) -> list[float | No
     rising = all(map(is_number, known)) and all(
         0 <= one <= other <= 1 for one, other in zip([0, *known], [*known, 1], strict=True)
     )
-    if len(given) != 999 or given[: len(known)] != known or not rising:
-        raise ValueError("conformal_thresholds must be 999 rising numbers from 0 to 1, None at the end alone")
-    return given
+    if len(given) not in (99, 999) or given[: len(known)] != known or not rising:
+        raise ValueError("conformal_thresholds must be 99 rising numbers from 0 to 1, None at the end alone")
+    return given[9::10] if len(given) == 999 else given

@@ -423,14 +423,20 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
         return (model.eval(), info) if info_wanted else model.eval()  # type: ignore[return-value]
 
-    def calibrate(self, temperatures: list[float] | None, conformal_thresholds: list[float | None] | None) -> None:
+    def calibrate(
+        self,
+        temperatures: list[float] | None,
+        conformal_thresholds: list[float | None] | None,
+        conformal_max_length: int | None = None,
+    ) -> None:
         """Takes the outcome of a calibration into the configuration, and the temperatures into the heads.
 
         Args:
-            temperatures, conformal_thresholds: as in `HierarchicalConfig`.
+            temperatures, conformal_thresholds, conformal_max_length: as in `HierarchicalConfig`.
         """
         self.config.temperatures = self.heads.temperatures = temperatures
         self.config.conformal_thresholds = conformal_thresholds
+        self.config.conformal_max_length = conformal_max_length
         self.heads.fill_buffers()
 
     def set_lexical_head(self, weights: dict[str, Tensor] | None, lexical_weight: float = 1.0) -> None:

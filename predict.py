@@ -77,8 +77,8 @@ def main(argv: list[str]) -> int:
 
     def answer(number: int, chunk: list[Record]) -> list[dict]:
         readable = [(number + i, record) for i, record in enumerate(chunk) if record.problem is None]
-        results = pipe((record.text for _, record in readable), batch_size=arguments.batch_size, **wanted)
         try:
+            results = pipe((record.text for _, record in readable), batch_size=arguments.batch_size, **wanted)
             return [form.row(i, record, result) for (i, record), result in zip(readable, results, strict=True)]
         except ValueError as error:
             raise InputError(f"{arguments.model}: {one_line(error)}") from error

@@ -273,7 +273,7 @@ def run_training(
     if "validation" in logits:
         vocab_size = model.config.text_config.vocab_size
         classifier = lexical_classifier(model_arguments, data.taxonomy, splits["train"], vocab_size)
-        calibrated, logits = calibrate(model, classifier, data.taxonomy, logits, splits)
+        calibrated, logits = calibrate(model, classifier, data.taxonomy, logits, splits, max_length)
         trainer.save_model(_internal_call=True)
         before = {name: measured.pop(name) for name in [*measured] if name in calibrated or name.endswith("_loss")}
         measured |= {f"uncalibrated_{name}": value for name, value in before.items()} | calibrated

@@ -393,6 +393,15 @@ def test_weights_that_are_no_numbers_are_no_answer(place):
     assert "its weights are damaged" in refusal(predict.main, *words)
 
 
+def test_a_coverage_that_was_fitted_at_another_length(place):
+    """The tokenizer of the checkpoint truncates at 32 tokens."""
+    copy_checkpoint("whole_form", place / "checkpoint")
+    config = json.loads((place / "checkpoint" / "config.json").read_text())
+    (place / "checkpoint" / "config.json").write_text(json.dumps({**config, "conformal_max_length": 24}))
+    words = ("--model", "checkpoint", "--input", "good.csv", "--output", "out.jsonl", "--coverage", "0.9")
+    assert "checkpoint: coverage needs texts truncated at 24 tokens" in refusal(predict.main, *words)
+
+
 PREDICT = [
     (("--input", "utf16.csv"), "utf16.csv is not UTF-8 text: save it as UTF-8"),
     (("--input", "bytes.csv"), "bytes.csv"),

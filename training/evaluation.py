@@ -107,12 +107,14 @@ def calibrate(
     taxonomy: Taxonomy,
     logits: dict[str, np.ndarray],
     splits: DatasetDict,
+    max_length: int,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Fits the lexical head's weight, temperatures and conformal thresholds on the validation rows, and puts all
     of it into the model.
 
     Args:
         logits: of each scored split, by the model without it.
+        max_length: the number of tokens that the texts of the splits were truncated at.
 
     Returns:
         The metrics of each split after it, the same of the encoder with temperatures of its own and no lexical head
@@ -128,10 +130,10 @@ def calibrate(
     known = (taxonomy, logits["validation"], scores["validation"], labels["validation"])
     fitted = calibration.fit(*known)
     held_out = calibration.held_out(*known, texts["validation"])
-    thresholds = fit_thresholds(taxonomy, held_out, labels["validation"])
+    thresholds = fit_thresholds(taxonomy, held_out, labels["validation"], texts["validation"])
     weight = fitted.lexical_weight
     model.set_lexical_head(classifier.weights() if classifier is not None and weight else None, weight)
-    model.calibrate(fitted.temperatures, thresholds)
+    model.calibrate(fitted.temperatures, thresholds, max_length)
     shown = ", ".join(f"{temperature:.2f}" for temperature in fitted.temperatures)
     logger.info("calibrated on the validation rows: temperatures %s; weight of the lexical head %.2f", shown, weight)
     encoder = logits
@@ -146,7 +148,7 @@ def calibrate(
         measured = measure(taxonomy, without, labels, texts)
         metrics |= {f"without_lexical_head_{name}": value for name, value in measured.items()}
     if "test" in logits and thresholds is not None:
-        found = conformal_scores(taxonomy, logits["test"], labels["test"], thresholds, COVERAGE)
+        found = conformal_scores(taxonomy, logits["test"], labels["test"], texts["test"], thresholds, COVERAGE)
         metrics |= {f"test_answer_{name}": value for name, value in found.items()}
     return metrics, logits
 

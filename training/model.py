@@ -166,7 +166,8 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
         raise InputError(f"{path} was trained with --pooling {config.pooling}; continue it the same way")
     set_dropout(config.text_config, arguments)
     config.head_dropout = arguments.head_dropout
-    config.temperatures = config.conformal_thresholds = None  # of the weights that were, not of those to come
+    # of the weights that were, not of those to come
+    config.temperatures = config.conformal_thresholds = config.conformal_max_length = None
     with refusing(f"cannot load the checkpoint {path}"):
         model = HierarchicalForSequenceClassification.from_pretrained(
             path, config=config, merge_adapter=False, **load_arguments(arguments)
