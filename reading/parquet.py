@@ -1,5 +1,6 @@
 """Read Parquet: only the columns that are wanted, a few rows at a time, values as pyarrow gives them to Python."""
 
+import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,9 +21,10 @@ BATCH = 16  # rows; a repeated value is stored once but decoded for each of them
 
 def open_file(rows: Rows, stream: Any) -> Callable[[list[str]], Iterator[Row]]:
     """Find the columns, and return what reads the rows, given the columns that are wanted."""
-    if not getattr(stream, "seekable", lambda: hasattr(stream, "seek"))():
+    raw = Raw(stream)
+    if not raw.seekable():
         raise ReadError(f"{rows.name}: a Parquet file is read from its end, so save it to a disk first")
-    file = pyarrow.parquet.ParquetFile(Raw(stream), pre_buffer=False)
+    file = pyarrow.parquet.ParquetFile(io.BufferedReader(raw), pre_buffer=False)
     rows.check("rows", file.metadata.num_rows)
     rows.set_columns(file.schema_arrow.names)
     rows.texts = [field.name for field in file.schema_arrow if _is_text(field.type)]

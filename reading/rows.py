@@ -216,6 +216,7 @@ class Rows:
             first.append(row)
             counts.update(row.values.keys())
             self.check("rows", len(first))
+            self.check("columns", len(counts))
         readable = sum(row.problem is None for row in first)
         if first and not readable:
             others = "" if len(first) == 1 else f", and none of the first {len(first):,} rows can be read"
@@ -232,6 +233,10 @@ class Raw(io.RawIOBase):
 
     def readable(self) -> bool:
         return True
+
+    def seekable(self) -> bool:
+        seekable = getattr(self._stream, "seekable", None)
+        return hasattr(self._stream, "seek") if seekable is None else seekable()
 
     def seek(self, offset: int, whence: int = 0) -> int:
         self._stream.seek(offset, whence)
@@ -418,5 +423,4 @@ def quote_name(name: str) -> str:
 
 
 def _first_twice(names: Sequence[str]) -> str:
-    seen: set[str] = set()
-    return quote_name(next(name for name in names if name in seen or seen.add(name)))  # type: ignore[func-returns-value]
+    return quote_name(next(name for name, count in Counter(names).items() if count > 1))
