@@ -14,9 +14,11 @@ Worth knowing:
 """
 
 import argparse
+import atexit
 import inspect
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -31,6 +33,8 @@ from typing import Any, TypedDict
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "1"
 os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(10**9)
+# and a private folder for uploads and downloads: the default one may belong to somebody else
+os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="space-")
 
 try:
     import spaces  # on ZeroGPU hardware; before torch, as it asks
@@ -58,6 +62,8 @@ from starlette.middleware import Middleware
 from tables import MAX_BYTES, MAX_ROWS, Refused, Row, kind_of, read_table, to_csv, to_json_lines
 from transformers import Pipeline
 from transformers.utils import cached_file
+
+atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
 
 HERE = Path(__file__).parent
 ROWS = 32  # of a file, between two looks at whether it was cancelled
@@ -639,10 +645,8 @@ def main() -> None:
         parser.error("no model: give --model, or set the variable MODEL_ID")
     log_without_values()
     revision = None if Path(arguments.model).is_dir() else arguments.revision or None
-    with tempfile.TemporaryDirectory(prefix="space-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and downloads, deleted with the process
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-        launch(build(load(arguments.model, revision), arguments.model, revision))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    launch(build(load(arguments.model, revision), arguments.model, revision))
 
 
 if __name__ == "__main__":

@@ -697,3 +697,19 @@ print(json.dumps([len(spaces.lent), service.classify("A text.")["label"]]))
     count, label = stranger(code, tmp_path, {"HF_HUB_OFFLINE": "1"})
     assert count == 3
     assert label
+
+
+def test_the_space_starts_where_gradios_own_folder_cannot_be_made(clear_checkpoint, tmp_path):
+    """Such as where somebody else has it: here it is a file. The one in its place is private, and deleted at the end."""
+    (tmp_path / "gradio").write_text("")
+    code = f"""
+import json, os, stat, sys
+sys.path.insert(0, {str(ROOT / "space")!r})
+import app
+page = app.build(app.load({clear_checkpoint!r}, None), {clear_checkpoint!r})
+print(json.dumps([page.GRADIO_CACHE, stat.S_IMODE(os.stat(page.GRADIO_CACHE).st_mode)]))
+"""
+    folder, mode = stranger(code, tmp_path, {"HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)})
+    assert Path(folder).parent == tmp_path
+    assert mode == 0o700
+    assert not Path(folder).exists()
