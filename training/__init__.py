@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 TRACEBACK = "HIERARCHICAL_TRACEBACK"
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).parent.parent
 
 
 class InputError(ValueError):
