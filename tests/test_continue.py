@@ -131,6 +131,8 @@ def test_rows_of_given_files_that_were_trained_on_become_training_rows(words, fi
         flags += [f"--{split}_file", write_csv(tmp_path / f"{split}.csv", rows)]
     run(*words, *flags)
     assert "1 validation rows and 3 test rows, moved to the training rows" in capsys.readouterr().err
+    card = (tmp_path / "results" / "README.md").read_text()
+    assert "trained on: 1 validation rows and 3 test rows, which became training rows" in card
     found = report(tmp_path / "results")
     assert found["trained_before"]["rows"] == {"train": 0, "validation": 1, "test": 3}
     assert {split: found["splits"][split]["rows"] for split in files} == {"train": 44, "validation": 20, "test": 40}

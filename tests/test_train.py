@@ -153,6 +153,7 @@ def test_a_warm_start_with_a_grown_taxonomy_keeps_the_known_heads(finished, tmp_
     done = run(
         "--model_name_or_path", output,
         "--train_file", files / "train.csv",
+        "--validation_file", files / "validation.csv",
         "--taxonomy", tmp_path / "grown.yaml",
         "--output_dir", tmp_path / "results",
         "--max_steps", "1",

@@ -38,7 +38,7 @@ from modeling_hierarchical import (
 )
 from training import InputError, one_line, refusing
 from training.arguments import ModelArguments
-from training.hub import ADAPTER_FORM, TOKENIZER_FILES, WHOLE_FORM
+from training.hub import ADAPTER_FORM, HUB_ERRORS, TOKENIZER_FILES, WHOLE_FORM
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def fetch_checkpoint(arguments: ModelArguments) -> None:
         return
     try:
         config = Path(hf_hub_download(name, "config.json", revision=revision, cache_dir=cache))
-    except (HfHubHTTPError, OSError, ValueError):  # loading the encoder will say why
+    except (*HUB_ERRORS, ValueError):  # loading the encoder will say why
         return
     if not is_checkpoint(str(config.parent)):
         return
