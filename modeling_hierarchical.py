@@ -124,7 +124,7 @@ class LexicalHead(nn.Module):
 
     A text is weighed by TF-IDF, (1 + log count) · idf for each token, and scaled to length 1 (as scikit-learn's
     `TfidfTransformer` with ``sublinear_tf``). ``idf`` may hold any weight of a token beside its inverse document frequency. The
-    head is fitted after the encoder, never by gradient: see `training.lexical`.
+    head is fitted after the encoder, never by gradient: see `evaluation.lexical`.
     """
 
     def __init__(self, vocab_size: int, num_leaves: int):

@@ -42,10 +42,10 @@ from tqdm import tqdm
 from transformers import Pipeline, pipeline
 from transformers.utils import cached_file
 
-from training import InputError, asked_traceback, leave, one_line
+from errors import InputError, asked_traceback, exit_with_error, one_line
+from publishing.hub import ONNX_FILE, checkpoint_files
 from training.arguments import has_bf16
 from training.files import check_writable
-from training.hub import ONNX_FILE, checkpoint_files
 from training.memory import give_back_memory, keep_memory
 from training.records import KINDS, Record, find_inputs, read_records
 from training.resume import is_full_disk
@@ -663,5 +663,5 @@ if __name__ == "__main__":
         remedy = "make room" if is_full_disk(error) else "it can be neither written nor read"
         said, trace = f"{one_line(error)}: {remedy}; the same command goes on where it was", asked_traceback()
     if said is not None:
-        leave("predict.py", said, code, trace)
+        exit_with_error("predict.py", said, code, trace)
     sys.exit(code)

@@ -18,10 +18,11 @@ import transformers
 from huggingface_hub import HfApi, RepoCard
 from huggingface_hub.utils import disable_progress_bars
 
+from errors import InputError, asked_traceback, exit_with_error, one_line
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from training import InputError, asked_traceback, card, leave, one_line
-from training.export import ONNX_FILE, export_onnx
-from training.hub import (
+from publishing import card
+from publishing.export import ONNX_FILE, export_onnx
+from publishing.hub import (
     ADAPTER_FORM,
     HUB_ERRORS,
     SPACE_FILES,
@@ -195,4 +196,4 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except InputError as error:
-        leave("push_to_hub.py", str(error), trace=asked_traceback())
+        exit_with_error("push_to_hub.py", str(error), trace=asked_traceback())

@@ -35,19 +35,10 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from configuration_hierarchical import HierarchicalConfig, Taxonomy, TaxonomyError
-from modeling_hierarchical import HierarchicalForSequenceClassification
-from training import InputError, asked_traceback, card, leave, one_line, plots, refusing
-from training.arguments import (
-    FEW_ROWS,
-    DataArguments,
-    HierarchicalTrainingArguments,
-    LossArguments,
-    ModelArguments,
-    parse,
-)
-from training.data import LabelledSplits, load_splits, tokenize
-from training.data_report import log_report
-from training.evaluation import (
+from errors import InputError, asked_traceback, exit_with_error, one_line, refusing
+from evaluation import plots
+from evaluation.metrics import build_compute_metrics
+from evaluation.report import (
     calibrate,
     collator,
     draw,
@@ -60,12 +51,23 @@ from training.evaluation import (
     served_trainer,
     write_predictions,
 )
+from modeling_hierarchical import HierarchicalForSequenceClassification
+from publishing import card
+from publishing.hub import HUB_ERRORS, find_target, log_in, reason, refuse_local_encoder
+from training.arguments import (
+    FEW_ROWS,
+    DataArguments,
+    HierarchicalTrainingArguments,
+    LossArguments,
+    ModelArguments,
+    parse,
+)
+from training.data import LabelledSplits, load_splits, tokenize
+from training.data_report import log_report
 from training.files import check_writable
-from training.hub import HUB_ERRORS, find_target, log_in, reason, refuse_local_encoder
 from training.label_names import begin_with_label_names
 from training.losses import HierarchicalFocalLoss, node_counts
 from training.memory import keep_memory
-from training.metrics import build_compute_metrics
 from training.model import build_model, fetch_checkpoint, is_checkpoint, load_tokenizer, read_config, size_report
 from training.resume import (
     check_data,
@@ -451,7 +453,7 @@ def source_commit() -> str | None:
 def set_up_logging(training: HierarchicalTrainingArguments) -> None:
     first = training.process_index == 0
     logging.basicConfig(format="%(asctime)s  %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, force=True)
-    for name in ("train", "training"):
+    for name in ("train", "training", "evaluation", "publishing"):
         logging.getLogger(name).setLevel(logging.INFO if first else logging.ERROR)
     if not first:
         transformers.logging.set_verbosity_error()
@@ -511,4 +513,4 @@ if __name__ == "__main__":
             raise
     if said is not None:
         gc.collect()  # the run, and its progress bars with it, which write once more
-        leave("train.py", said, trace=trace)
+        exit_with_error("train.py", said, trace=trace)

@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from configuration_hierarchical import Taxonomy
+from evaluation.calibration import fit_thresholds, leaves_under
 from pipeline_hierarchical import conformal_answer, conformal_threshold
-from training.calibration import fit_thresholds, leaves_under
 
 SPLITS = 100
 COVERAGES = (0.8, 0.9, 0.95)

@@ -53,7 +53,7 @@ from configuration_hierarchical import HierarchicalConfig, Taxonomy
 from modeling_hierarchical import HierarchicalForSequenceClassification, load_encoder
 from pipeline_hierarchical import TOKENS, batches_by_length, padded_length
 from predict import KEPT_MEMORY, quantize
-from training.export import ONNX_FILE, export_onnx
+from publishing.export import ONNX_FILE, export_onnx
 from training.memory import keep_memory
 
 PEAK_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}

@@ -51,9 +51,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from configuration_hierarchical import DEFAULT_TAXONOMY, Taxonomy
+from evaluation.metrics import bootstrap_intervals, build_compute_metrics
 from training.arguments import DataArguments, has_bf16
 from training.data import load_splits
-from training.metrics import bootstrap_intervals, build_compute_metrics
 
 TASKS = ("ohsumed", "medical_abstracts")
 SETFIT_STEPS = 500

@@ -10,11 +10,11 @@ from conftest import ROOT
 from transformers import Trainer
 
 from configuration_hierarchical import DEFAULT_ENCODER_REVISION, Taxonomy
+from errors import InputError
+from evaluation.metrics import build_compute_metrics
+from evaluation.report import AS_SERVED
 from train import check_best_metric
-from training import InputError
 from training.arguments import parse
-from training.evaluation import AS_SERVED
-from training.metrics import build_compute_metrics
 
 
 def recipe(folder: Path, **flags) -> str:

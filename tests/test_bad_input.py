@@ -26,8 +26,8 @@ import predict
 import push_to_hub
 import train
 from configuration_hierarchical import Taxonomy
+from errors import InputError
 from modeling_hierarchical import SHIPPED_FILES
-from training import InputError
 from training.arguments import parse
 from training.model import build_model, load_tokenizer
 

@@ -13,9 +13,7 @@ from scipy.special import log_softmax
 from transformers import AutoTokenizer, BertConfig, pipeline
 
 from configuration_hierarchical import HierarchicalConfig, Taxonomy
-from modeling_hierarchical import HierarchicalForSequenceClassification
-from pipeline_hierarchical import MOST_NODES, conformal_answer, conformal_threshold, nonconformity
-from training.calibration import (
+from evaluation.calibration import (
     PRIOR,
     Calibration,
     apply_temperatures,
@@ -29,7 +27,9 @@ from training.calibration import (
     nonconformity_scores,
     round_up,
 )
-from training.evaluation import calibrate
+from evaluation.report import calibrate
+from modeling_hierarchical import HierarchicalForSequenceClassification
+from pipeline_hierarchical import MOST_NODES, conformal_answer, conformal_threshold, nonconformity
 
 TREE = Taxonomy(["a", {"b": ["c", "d", {"e": ["f", "g"]}]}, {"h": ["i", "j"]}])
 ONLY = Taxonomy(

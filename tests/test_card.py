@@ -17,9 +17,9 @@ from huggingface_hub import ModelCard
 from transformers import EvalPrediction
 
 from configuration_hierarchical import DEFAULT_TAXONOMY, HierarchicalConfig, Taxonomy
-from training import card
+from evaluation.metrics import any_label_accuracy, build_compute_metrics
+from publishing import card
 from training.data_report import describe, length_report, shared_texts, untrained_classes
-from training.metrics import any_label_accuracy, build_compute_metrics
 
 ENCODER, COMMIT = "emilyalsentzer/Bio_ClinicalBERT", "d5892b39a4adaed74b92212a44081509db72f87b"
 HOSTILE = [

@@ -9,9 +9,9 @@ from scipy.stats import entropy
 from transformers import AutoTokenizer
 
 from configuration_hierarchical import HierarchicalConfig
+from evaluation.report import collator
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from training.consistency import NO_SENTENCE, CollatorWithSentences, deal, disagreement, halves, sentence_numbers
-from training.evaluation import collator
+from training.views import NO_SENTENCE, CollatorWithSentences, deal, disagreement, halves, sentence_numbers
 
 TEXTS = [
     "A trial of stents. Forty patients were treated? All recovered (p < 0.05)! None died; follow-up was 2.5 years.",

@@ -17,7 +17,7 @@ from conftest import ROOT, read_csv, write_csv
 
 import push_to_hub
 import train
-from training import InputError
+from errors import InputError
 
 KEPT = "trained_texts.json"
 

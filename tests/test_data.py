@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from configuration_hierarchical import DEFAULT_TAXONOMY, Taxonomy, quote_name
-from training import InputError
+from errors import InputError
 from training.arguments import DataArguments, parse
 from training.data import load_splits, read_class_names, tokenize
 from training.data_report import length_report, log_report

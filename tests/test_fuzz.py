@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from transformers import pipeline
 
 from configuration_hierarchical import HierarchicalConfig, Taxonomy, TaxonomyError
+from errors import InputError
 from modeling_hierarchical import SHIPPED_FILES
-from training import InputError
 from training.arguments import parse
 from training.data import read_class_names
 from training.files import has_half_surrogate, read_table

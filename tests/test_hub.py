@@ -25,8 +25,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from modeling_hierarchical import SHIPPED_FILES, HierarchicalForSequenceClassification
-from training.card import pinned_commit, snippets
-from training.hub import same as same_file
+from publishing.card import pinned_commit, snippets
+from publishing.hub import same as same_file
 
 ADAPTER_REPOSITORY = {
     *(".gitattributes", "README.md", "config.json", "metrics.json"),
@@ -214,8 +214,8 @@ from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
 {hub}
 import push_to_hub
-from training import InputError
-from training.card import pinned_commit
+from errors import InputError
+from publishing.card import pinned_commit
 
 def push(*words, token="hf_alice"):
     os.environ.pop("HF_TOKEN", None)

@@ -9,8 +9,8 @@ from test_trainer import arguments
 from transformers import AutoModel, AutoTokenizer
 
 from configuration_hierarchical import DEFAULT_TAXONOMY, Taxonomy
+from evaluation.report import collator
 from training.arguments import ModelArguments
-from training.evaluation import collator
 from training.label_names import LARGEST, TEXTS, begin_with_label_names
 from training.model import build_model
 from training.trainer import HierarchicalTrainer

@@ -15,8 +15,8 @@ from sklearn.preprocessing import FunctionTransformer, Normalizer
 from transformers import AutoModel
 
 from configuration_hierarchical import HierarchicalConfig, Taxonomy
+from evaluation import lexical
 from modeling_hierarchical import HierarchicalForSequenceClassification, LexicalHead
-from training import lexical
 
 TREE = Taxonomy(["a", {"b": ["c", "d", {"e": ["f", "g"]}]}])
 VOCABULARY = 60

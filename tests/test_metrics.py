@@ -17,9 +17,8 @@ import torch
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from configuration_hierarchical import Taxonomy
-from training import InputError
-from training.evaluation import per_class
-from training.metrics import (
+from errors import InputError
+from evaluation.metrics import (
     any_label_accuracy,
     bootstrap_intervals,
     build_compute_metrics,
@@ -27,6 +26,7 @@ from training.metrics import (
     expected_calibration_error,
     per_class_report,
 )
+from evaluation.report import per_class
 
 MODULE = Path(__file__).resolve().parents[1] / "metrics" / "hierarchical_f1"
 

@@ -9,8 +9,8 @@ import pytest
 import sklearn.metrics
 
 from configuration_hierarchical import Taxonomy
-from training.metrics import calibration_bins, expected_calibration_error
-from training.plots import confusion_matrices, reliability_diagram, training_curves, write
+from evaluation.metrics import calibration_bins, expected_calibration_error
+from evaluation.plots import confusion_matrices, reliability_diagram, training_curves, write
 
 # a at level 1; B > c at level 2; B > D > e, f at level 3; G > h at level 2
 TREE = Taxonomy(["a", {"B": ["c", {"D": ["e", "f"]}]}, {"G": ["h"]}])

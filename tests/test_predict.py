@@ -21,8 +21,8 @@ from conftest import CORPUS, ROOT, read_csv, run
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
+from errors import InputError
 from predict import main
-from training import InputError
 from training.records import read_records
 
 

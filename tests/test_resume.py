@@ -17,7 +17,7 @@ from conftest import CORPUS, ROOT, read_csv, run, write_csv
 from safetensors.torch import load_file
 
 import train
-from training import InputError
+from errors import InputError
 from training.resume import checkpoints, find_checkpoint, is_of_run
 
 WEIGHTS = ("heads.safetensors", "adapter/adapter_model.safetensors")

@@ -6,14 +6,14 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from configuration_hierarchical import HierarchicalConfig, Taxonomy
+from errors import InputError
+from evaluation.report import collator
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from training import InputError
 from training.arguments import HierarchicalTrainingArguments, ModelArguments
-from training.consistency import halves
-from training.evaluation import collator
 from training.losses import HierarchicalFocalLoss, node_counts
 from training.model import build_model, size_report
 from training.trainer import HierarchicalTrainer, LengthGroupedSampler
+from training.views import halves
 
 TREE = Taxonomy({"a": ["b", "c"], "d": None, "e": ["f", "g", "h"]})
 TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}

@@ -32,7 +32,7 @@ from configuration_hierarchical import (
     quote_name,
     yaml_problem,
 )
-from training import InputError, is_fault, one_line
+from errors import InputError, is_fault, one_line
 
 FEW_ROWS = 32  # a class, on average, below which heads begin as the labels' names
 
@@ -129,7 +129,7 @@ class DataArguments:
 
 @dataclass
 class LossArguments:
-    """`training.losses.HierarchicalFocalLoss`, to which ``--label_smoothing_factor`` belongs too, and `training.consistency`."""
+    """`training.losses.HierarchicalFocalLoss`, to which ``--label_smoothing_factor`` belongs too, and `training.views`."""
 
     focal_gamma: float = field(default=0.0, metadata={"help": "Exponent of (1 - p)."})
     class_weighting: Literal["none", "balanced"] = field(

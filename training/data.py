@@ -35,9 +35,8 @@ from configuration_hierarchical import (
     compose,
     quote_name,
 )
-from training import InputError
+from errors import InputError
 from training.arguments import DataArguments
-from training.consistency import sentence_numbers
 from training.data_report import (
     SPLITS,
     describe,
@@ -49,6 +48,7 @@ from training.data_report import (
 )
 from training.files import TEXT_COLUMNS, find_column, read_table, read_texts, refuse_rows, sha256
 from training.trained_texts import UNTRAINED, TrainedTexts, normalise_text, text_hash
+from training.views import sentence_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -605,7 +605,7 @@ def tokenize(
     Args:
         splits: those of `load_splits`.
         max_length: tokens kept of a text, special tokens included.
-        with_sentences: splits that get a column ``sentences`` as well, the `training.consistency.sentence_numbers` of tokens.
+        with_sentences: splits that get a column ``sentences`` as well, the `training.views.sentence_numbers` of tokens.
 
     Returns:
         The splits with ``input_ids``, ``attention_mask`` (and ``token_type_ids`` where the tokenizer has them),

@@ -22,7 +22,7 @@ import pyarrow
 import pyarrow.parquet
 
 from configuration_hierarchical import looks_like_name, quote_name
-from training import InputError, one_line
+from errors import InputError, one_line
 
 TEXT_COLUMNS = ("medical_abstract", "abstract", "text", "sentence", "content", "document")
 TAKEN_IN = (

@@ -30,15 +30,15 @@ from transformers import (
 )
 
 from configuration_hierarchical import HierarchicalConfig, Taxonomy
+from errors import InputError, one_line, refusing
 from modeling_hierarchical import (
     SHIPPED_FILES,
     HierarchicalForSequenceClassification,
     HierarchicalHeads,
     load_encoder,
 )
-from training import InputError, one_line, refusing
+from publishing.hub import ADAPTER_FORM, HUB_ERRORS, TOKENIZER_FILES, WHOLE_FORM
 from training.arguments import ModelArguments
-from training.hub import ADAPTER_FORM, HUB_ERRORS, TOKENIZER_FILES, WHOLE_FORM
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ import pyarrow
 import pyarrow.parquet
 
 from configuration_hierarchical import quote_name
-from training import InputError, one_line
+from errors import InputError, one_line
 from training.files import TAKEN_IN, TEXT_COLUMNS, has_half_surrogate, listed, takes_in_rows, unique
 
 KINDS = ("csv", "tsv", "jsonl", "ndjson", "parquet")

@@ -20,13 +20,13 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from configuration_hierarchical import Taxonomy
+from errors import InputError, refusing
 from modeling_hierarchical import (
     ADAPTER_SUBFOLDER,
     ADAPTER_WEIGHTS,
     HEADS_WEIGHTS,
     HierarchicalForSequenceClassification,
 )
-from training import InputError, refusing
 from training.model import is_checkpoint, read_config
 
 logger = logging.getLogger(__name__)

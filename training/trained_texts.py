@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from training import refusing
+from errors import refusing
 
 TRAINED_TEXTS = "trained_texts.json"
 

@@ -35,18 +35,19 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
 
+from errors import InputError, refusing
 from modeling_hierarchical import (
     ADAPTER_SUBFOLDER,
     ADAPTER_WEIGHTS,
     HEADS_WEIGHTS,
     HierarchicalForSequenceClassification,
 )
-from training import InputError, card, refusing
-from training.consistency import disagreement, halves
+from publishing import card
+from publishing.hub import CARD_COMMIT, CHECKPOINT_FILES, HUB_ERRORS, checkpoint_files, reason
 from training.cpu import speed_up
-from training.hub import CARD_COMMIT, CHECKPOINT_FILES, HUB_ERRORS, checkpoint_files, reason
 from training.losses import HierarchicalFocalLoss
 from training.resume import damage
+from training.views import disagreement, halves
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class HierarchicalTrainer(Trainer):
 
     Args:
         loss_function: the loss to train with; the model's own negative log-likelihood without one.
-        consistency: how much the disagreement of a text's halves counts, see `training.consistency`; 0 trains on whole texts.
+        consistency: how much the disagreement of a text's halves counts, see `training.views`; 0 trains on whole texts.
             Otherwise it needs a loss_function, and training rows the columns ``sentences`` and ``row``, or it is a ValueError.
         heads_learning_rate: peak learning rate of the heads; the optimizer's own without one.
         write_card: writes README.md into a folder; the Trainer's own card is written without one.

@@ -4,7 +4,7 @@
 
 FOLDER is a checkpoint of ``train.py`` with a lexical head; FILE holds labelled rows that it was not trained on, NAMES as for
 ``train.py``. Of these rows a few are drawn as validation rows, weight and temperatures are fitted on them as
-`training.calibration` does it, and the log loss is that of the other rows, in the mean of 40 draws. The columns are standard
+`evaluation.calibration` does it, and the log loss is that of the other rows, in the mean of 40 draws. The columns are standard
 deviations of the prior: "0" fits nothing, which is the encoder alone, and "inf" goes by the likelihood of the labels alone.
 
 OHSUMED's numbers are of the run of ``ablation.py --task ohsumed --variant recipe --fold 0``, whose ``ohsumed-recipe-0`` is the
@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from configuration_hierarchical import Taxonomy
+from evaluation.calibration import Calibration, decisions, fit
 from training.arguments import DataArguments
-from training.calibration import Calibration, decisions, fit
 from training.data import load_splits
 
 DRAWS = 40

@@ -6,7 +6,7 @@ FOLDER holds OHSUMED's ``train.csv`` and ``labels.csv``; of the encoder only the
 bag of tokens, without an encoder beside them, are scored by three-fold cross-validation on the training file:
 
 - tf-idf: logistic regression over TF-IDF, by scikit-learn alone, at three strengths of its penalty;
-- lexical head: `training.lexical`, whose tokens also count by how unlike the classes use them.
+- lexical head: `evaluation.lexical`, whose tokens also count by how unlike the classes use them.
 
 The log loss is that of probabilities with the temperature that is best for each fold.
 
@@ -44,11 +44,11 @@ sys.path.insert(0, str(ROOT))
 from calibration import leaf_scores
 
 from configuration_hierarchical import Taxonomy
+from evaluation.calibration import fit, inverse_temperature
+from evaluation.lexical import LexicalClassifier, token_counts
+from evaluation.metrics import build_compute_metrics
 from training.arguments import DataArguments
-from training.calibration import fit, inverse_temperature
 from training.data import load_splits
-from training.lexical import LexicalClassifier, token_counts
-from training.metrics import build_compute_metrics
 
 DRAWS = 40
 VALIDATION_ROWS = 336

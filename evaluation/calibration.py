@@ -35,8 +35,8 @@ from scipy.special import log_softmax, logsumexp
 from sklearn.model_selection import GroupKFold
 
 from configuration_hierarchical import Taxonomy
+from evaluation.metrics import UNLABELLED, labelled_documents, node_paths
 from pipeline_hierarchical import conformal_answer, conformal_threshold, nonconformity
-from training.metrics import UNLABELLED, labelled_documents, node_paths
 
 PRIOR = 0.25  # the standard deviation of what is fitted
 RANGE = (0.05, 20.0)  # of 1 / temperature

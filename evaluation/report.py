@@ -26,15 +26,17 @@ from transformers import (
 )
 
 from configuration_hierarchical import Taxonomy
+from errors import refusing
+from evaluation import calibration, lexical, plots
+from evaluation.calibration import conformal_scores, fit_thresholds
+from evaluation.metrics import any_label_accuracy, build_compute_metrics, per_class_report
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from training import calibration, card, lexical, plots, refusing
+from publishing import card
 from training.arguments import HierarchicalTrainingArguments, ModelArguments
-from training.calibration import conformal_scores, fit_thresholds
-from training.consistency import CollatorWithSentences
 from training.data import LabelledSplits
 from training.losses import HierarchicalFocalLoss
-from training.metrics import any_label_accuracy, build_compute_metrics, per_class_report
 from training.trainer import HierarchicalTrainer
+from training.views import CollatorWithSentences
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_su
 from transformers import EvalPrediction
 
 from configuration_hierarchical import Taxonomy
-from training import InputError
+from errors import InputError
 
 UNLABELLED = -100
 HIERARCHICAL_F1 = Path(__file__).resolve().parents[1] / "metrics" / "hierarchical_f1"

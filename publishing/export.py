@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from errors import InputError, one_line
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from training import InputError, one_line
 
 ONNX_FILE = "onnx/model.onnx"
 TOLERANCE = 1e-3  # of a leaf's probability

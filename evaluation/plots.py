@@ -16,7 +16,7 @@ from sklearn.calibration import CalibrationDisplay
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
 from configuration_hierarchical import Taxonomy
-from training.metrics import calibration_bins, expected_calibration_error, labelled_documents
+from evaluation.metrics import calibration_bins, expected_calibration_error, labelled_documents
 
 CURVES = {  # panel: {key of the log: name}
     "Loss": {"loss": "training", "eval_loss": "evaluation"},

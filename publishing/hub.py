@@ -36,9 +36,10 @@ from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from configuration_hierarchical import HierarchicalConfig
+from errors import InputError, one_line, refusing
 from modeling_hierarchical import ADAPTER_SUBFOLDER, ADAPTER_WEIGHTS, HEADS_WEIGHTS, SHIPPED_FILES
-from training import InputError, card, one_line, refusing
-from training.export import ONNX_FILE
+from publishing import card
+from publishing.export import ONNX_FILE
 
 ADAPTER_FORM = (HEADS_WEIGHTS, f"{ADAPTER_SUBFOLDER}/adapter_config.json", f"{ADAPTER_SUBFOLDER}/{ADAPTER_WEIGHTS}")
 WHOLE_FORM = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")

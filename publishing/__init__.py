@@ -1,0 +1,1 @@
+"""A checkpoint on its way to the Hub: its files, its card, the export, the commit."""
