@@ -35,9 +35,9 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, cached_file, can_return_tuple, is_peft_available, logging
 
 try:
-    from .configuration_hierarchical import HierarchicalConfig, Taxonomy
+    from .configuration_hierarchical import HierarchicalConfig
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
-    from configuration_hierarchical import HierarchicalConfig, Taxonomy
+    from configuration_hierarchical import HierarchicalConfig
 
 if (
     TYPE_CHECKING
@@ -58,6 +58,7 @@ CUSTOM_PIPELINES = {
     }
 }
 SHIPPED_FILES = (
+    "taxonomy_hierarchical.py",
     "configuration_hierarchical.py",
     "modeling_hierarchical.py",
     "cpu_hierarchical.py",
@@ -169,7 +170,7 @@ class HierarchicalHeads(nn.Module):
         super().__init__()
         tree = config.tree
         self.num_nodes, self.num_leaves = tree.num_nodes, tree.num_leaves
-        self.num_groups = tree.num_nodes - tree.num_leaves + 1  # the roots, and the children of each inner node
+        self.num_groups = len(tree.decisions)
         self.tree, self.temperatures, self.lexical_weight = tree, config.temperatures, config.lexical_weight
         self.dropout = nn.Dropout(config.head_dropout)
         # in float32, whatever the model is made in; so are the temperatures
@@ -187,9 +188,9 @@ class HierarchicalHeads(nn.Module):
 
     def fill_buffers(self) -> None:
         """Writes the taxonomy and the temperatures into the buffers."""
-        group, ancestors = taxonomy_indices(self.tree)
+        group = torch.tensor(self.tree.decision_of)
         self.group.copy_(group)
-        self.ancestors.copy_(ancestors)
+        self.ancestors.copy_(torch.tensor(self.tree.ancestors))
         nodes = torch.arange(self.num_nodes)  # the group of a node's children; of a leaf, one beyond the last
         self.below.copy_(torch.where(nodes < self.num_leaves, self.num_groups, nodes - self.num_leaves + 1))
         temperatures = torch.tensor(self.temperatures or [1.0] * self.num_groups, dtype=torch.float32)
@@ -216,21 +217,6 @@ class HierarchicalHeads(nn.Module):
             inclusive = segment_logsumexp(scores, self.group, self.num_groups)
             scores = own + nn.functional.pad(inclusive, (0, 1))[:, self.below]
         return scores
-
-
-def taxonomy_indices(tree: Taxonomy) -> tuple[Tensor, Tensor]:
-    """A taxonomy as tensors.
-
-    Returns:
-        group: (num_nodes,), 0 for roots, and one number for the children of each inner node.
-        ancestors: (num_nodes, depth), ids from the root to the node itself, padded with num_nodes.
-    """
-    group = torch.tensor([0 if parent < 0 else parent - tree.num_leaves + 1 for parent in tree.parents])
-    ancestors = torch.full((tree.num_nodes, tree.depth), tree.num_nodes)
-    for node in range(tree.num_nodes):
-        path = tree.path(node)
-        ancestors[node, : len(path)] = torch.tensor(path)
-    return group, ancestors
 
 
 class HierarchicalForSequenceClassification(PreTrainedModel):

@@ -31,11 +31,11 @@ from torch import Tensor
 from transformers import Pipeline
 
 try:
-    from .configuration_hierarchical import Taxonomy
     from .cpu_hierarchical import attend_by_document, pack_linear_layers
+    from .taxonomy_hierarchical import Taxonomy
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
-    from configuration_hierarchical import Taxonomy
     from cpu_hierarchical import attend_by_document, pack_linear_layers
+    from taxonomy_hierarchical import Taxonomy
 
 TOKENS = {"cpu": 2048}  # of a batch, padding included
 TOKENS_ELSEWHERE = 32_768

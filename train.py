@@ -34,7 +34,7 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from configuration_hierarchical import HierarchicalConfig, Taxonomy, TaxonomyError
+from configuration_hierarchical import HierarchicalConfig
 from errors import InputError, asked_traceback, exit_with_error, one_line, refusing
 from evaluation import plots
 from evaluation.metrics import build_compute_metrics
@@ -54,6 +54,7 @@ from evaluation.report import (
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from publishing import card
 from publishing.hub import HUB_ERRORS, find_target, log_in, reason, refuse_local_encoder
+from taxonomy_hierarchical import Taxonomy, TaxonomyError
 from training.arguments import (
     FEW_ROWS,
     DataArguments,
@@ -66,7 +67,7 @@ from training.data import LabelledSplits, load_splits, tokenize
 from training.data_report import log_report
 from training.files import check_writable
 from training.label_names import begin_with_label_names
-from training.losses import HierarchicalFocalLoss, node_counts
+from training.losses import HierarchicalFocalLoss
 from training.memory import keep_memory
 from training.model import build_model, fetch_checkpoint, is_checkpoint, load_tokenizer, read_config, size_report
 from training.resume import (
@@ -176,7 +177,7 @@ def run_training(
         write_json(output / "data_report.json", data.report)
     log_report(data.report)
 
-    counts = node_counts(data.taxonomy, torch.tensor(splits["train"]["labels"]))
+    counts = torch.tensor(data.taxonomy.count_at_or_below(splits["train"]["labels"][:]))
     loss_function = HierarchicalFocalLoss(
         data.taxonomy,
         counts,

@@ -27,9 +27,9 @@ from transformers import pipeline
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from configuration_hierarchical import Taxonomy
-from evaluation.calibration import fit_thresholds, leaves_under
+from evaluation.calibration import fit_thresholds
 from pipeline_hierarchical import conformal_answer, conformal_threshold
+from taxonomy_hierarchical import Taxonomy
 
 SPLITS = 100
 COVERAGES = (0.8, 0.9, 0.95)
@@ -60,7 +60,7 @@ def main() -> None:
     tree: Taxonomy = classify.tree
     nodes, labels = probabilities(classify, arguments.file, arguments.class_names)
     leaves = nodes[:, : tree.num_leaves] / nodes[:, : tree.num_leaves].sum(axis=1, keepdims=True)
-    under = leaves_under(tree)
+    under = tree.leaves_below
     rows = []
     for coverage in COVERAGES:
         found: dict[str, list[tuple[float, float, float]]] = {}

@@ -16,8 +16,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from configuration_hierarchical import DEFAULT_TAXONOMY, HierarchicalConfig, Taxonomy
+from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import HierarchicalForSequenceClassification
+from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 
 MINILM = {
     "model_type": "bert",

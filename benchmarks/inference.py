@@ -49,11 +49,12 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, pipel
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from configuration_hierarchical import HierarchicalConfig, Taxonomy
+from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import HierarchicalForSequenceClassification, load_encoder
 from pipeline_hierarchical import TOKENS, batches_by_length, padded_length
 from predict import KEPT_MEMORY, quantize
 from publishing.export import ONNX_FILE, export_onnx
+from taxonomy_hierarchical import Taxonomy
 from training.memory import keep_memory
 
 PEAK_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}

@@ -50,8 +50,8 @@ from transformers import EvalPrediction
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from configuration_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 from evaluation.metrics import bootstrap_intervals, build_compute_metrics
+from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 from training.arguments import DataArguments, has_bf16
 from training.data import load_splits
 

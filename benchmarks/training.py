@@ -281,9 +281,9 @@ def ours(
     from datasets import Dataset
     from transformers import DataCollatorWithPadding
 
-    from configuration_hierarchical import Taxonomy
+    from taxonomy_hierarchical import Taxonomy
     from training.arguments import HierarchicalTrainingArguments, ModelArguments
-    from training.losses import HierarchicalFocalLoss, node_counts
+    from training.losses import HierarchicalFocalLoss
     from training.model import build_model
     from training.trainer import HierarchicalTrainer
 
@@ -302,7 +302,7 @@ def ours(
         train_dataset=Dataset.from_dict(rows | {"length": [len(row) for row in ids]}),
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
-        loss_function=HierarchicalFocalLoss(tree, node_counts(tree, torch.tensor(labels)), gamma=1.0),
+        loss_function=HierarchicalFocalLoss(tree, torch.tensor(tree.count_at_or_below(labels)), gamma=1.0),
     )
     return trainer.train
 

@@ -34,9 +34,9 @@ from scipy.optimize import minimize, minimize_scalar
 from scipy.special import log_softmax, logsumexp
 from sklearn.model_selection import GroupKFold
 
-from configuration_hierarchical import Taxonomy
-from evaluation.metrics import UNLABELLED, labelled_documents, node_paths
+from evaluation.metrics import UNLABELLED, labelled_documents
 from pipeline_hierarchical import conformal_answer, conformal_threshold, nonconformity
+from taxonomy_hierarchical import Taxonomy
 
 PRIOR = 0.25  # the standard deviation of what is fitted
 RANGE = (0.05, 20.0)  # of 1 / temperature
@@ -148,7 +148,7 @@ def negative_log_likelihood(scores: np.ndarray, right: np.ndarray) -> float:
 def node_log_probs(taxonomy: Taxonomy, logits: np.ndarray) -> np.ndarray:
     """Log-probabilities of all nodes, (num_documents, num_nodes) float64, from leaf logits (num_documents, num_leaves)."""
     leaves = log_softmax(logits.astype(np.float64), axis=1)
-    inner = [logsumexp(leaves[:, under], axis=1) for under in leaves_under(taxonomy)[taxonomy.num_leaves :]]
+    inner = [logsumexp(leaves[:, under], axis=1) for under in taxonomy.leaves_below[taxonomy.num_leaves :]]
     return np.column_stack([leaves, *inner])
 
 
@@ -156,20 +156,6 @@ def node_probabilities(taxonomy: Taxonomy, logits: np.ndarray) -> Iterator[list[
     """The probabilities of all nodes, of one document after the other, from leaf logits (num_documents, num_leaves)."""
     for start in range(0, len(logits), 1000):  # Python's numbers take four times the room of an array's
         yield from np.exp(node_log_probs(taxonomy, logits[start : start + 1000])).tolist()
-
-
-def leaves_under(taxonomy: Taxonomy) -> list[list[int]]:
-    """The leaves at or below each node."""
-    under: list[list[int]] = [[] for _ in range(taxonomy.num_nodes)]
-    for leaf in range(taxonomy.num_leaves):
-        for node in taxonomy.path(leaf):
-            under[node].append(leaf)
-    return under
-
-
-def decisions(taxonomy: Taxonomy) -> list[list[int]]:
-    """The nodes among which each decision is taken: the roots, then the children of each inner node."""
-    return [taxonomy.children(parent) for parent in (-1, *range(taxonomy.num_leaves, taxonomy.num_nodes))]
 
 
 def decisions_taken(taxonomy: Taxonomy, scores: np.ndarray, labels: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -180,12 +166,12 @@ def decisions_taken(taxonomy: Taxonomy, scores: np.ndarray, labels: np.ndarray) 
         labels: (num_documents,), node ids or -100.
 
     Returns:
-        For each of `decisions`, scores (documents, children, …) with the children in the order of ids, and the index of the right
+        For each of `Taxonomy.decisions`, scores (documents, children, …) with the children in the order of ids, and the index of the right
         one, (documents,); no documents where it has one child.
     """
     scores, labels = scores[labels != UNLABELLED], labels[labels != UNLABELLED]
-    ancestors, taken = node_paths(taxonomy), []
-    for nodes in map(sorted, decisions(taxonomy)):
+    ancestors, taken = np.array(taxonomy.ancestors), []
+    for nodes in taxonomy.decisions:
         level = taxonomy.levels[nodes[0]] - 1
         right = ancestors[labels, level]  # the node of each label's path that stands where this decision is taken
         rows = np.isin(right, nodes) if len(nodes) > 1 else np.zeros(len(labels), dtype=bool)
@@ -200,7 +186,7 @@ def apply_temperatures(taxonomy: Taxonomy, scores: np.ndarray, temperatures: lis
         scores: (num_documents, num_nodes), which each decision is a softmax of.
     """
     conditional = np.zeros_like(scores)
-    for nodes, temperature in zip(decisions(taxonomy), temperatures, strict=True):
+    for nodes, temperature in zip(taxonomy.decisions, temperatures, strict=True):
         conditional[:, nodes] = log_softmax(scores[:, nodes] / temperature, axis=1)
     return np.column_stack([conditional[:, taxonomy.path(leaf)].sum(axis=1) for leaf in range(taxonomy.num_leaves)])
 
@@ -271,7 +257,7 @@ def conformal_scores(
     logits, labels = labelled_documents(taxonomy, logits, labels)
     if not len(labels):
         return {}
-    threshold, under = conformal_threshold(thresholds, coverage), leaves_under(taxonomy)
+    threshold, under = conformal_threshold(thresholds, coverage), taxonomy.leaves_below
     probabilities = node_probabilities(taxonomy, logits)
     answers = [conformal_answer(taxonomy, nodes, threshold) for nodes in probabilities]
     held = [{leaf for node in answer for leaf in under[node]} for answer in answers]

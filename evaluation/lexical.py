@@ -23,7 +23,7 @@ from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from configuration_hierarchical import Taxonomy
+from taxonomy_hierarchical import Taxonomy
 
 logger = logging.getLogger(__name__)
 

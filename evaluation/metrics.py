@@ -23,8 +23,8 @@ from scipy.special import log_softmax, logsumexp
 from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 from transformers import EvalPrediction
 
-from configuration_hierarchical import Taxonomy
 from errors import InputError
+from taxonomy_hierarchical import Taxonomy
 
 UNLABELLED = -100
 HIERARCHICAL_F1 = Path(__file__).resolve().parents[1] / "metrics" / "hierarchical_f1"
@@ -59,10 +59,11 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
             shapes, unknown label ids, logits that are not finite, no labelled document.
     """
     hierarchical_f1 = _load_hierarchical_f1()
-    paths, levels = node_paths(taxonomy), np.array(taxonomy.levels)
+    levels, paths = np.array(taxonomy.levels), np.array(taxonomy.ancestors)
+    paths[paths == taxonomy.num_nodes] = -1
     leaves_under = np.zeros((taxonomy.num_nodes, taxonomy.num_leaves), dtype=bool)
-    for leaf in range(taxonomy.num_leaves):
-        leaves_under[taxonomy.path(leaf), leaf] = True
+    for node, leaves in enumerate(taxonomy.leaves_below):
+        leaves_under[node, leaves] = True
 
     def calibration_errors(
         level: int, labels: np.ndarray, answers: np.ndarray, logits: np.ndarray
@@ -309,14 +310,6 @@ def _load_hierarchical_f1() -> evaluate.EvaluationModule:
                 f"the `evaluate` library cannot copy {HIERARCHICAL_F1} into {evaluate.config.HF_MODULES_CACHE} "
                 f"({error.strerror or error}); set HF_MODULES_CACHE to a folder that can be written"
             ) from error
-
-
-def node_paths(taxonomy: Taxonomy) -> np.ndarray:
-    """(num_nodes, depth): the nodes from the root down to each node, -1 after it."""
-    paths = np.full((taxonomy.num_nodes, taxonomy.depth), -1)
-    for node, level in enumerate(taxonomy.levels):
-        paths[node, :level] = taxonomy.path(node)
-    return paths
 
 
 def _log_probs(logits: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:

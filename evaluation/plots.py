@@ -15,8 +15,8 @@ from matplotlib.ticker import MaxNLocator
 from sklearn.calibration import CalibrationDisplay
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
-from configuration_hierarchical import Taxonomy
 from evaluation.metrics import calibration_bins, expected_calibration_error, labelled_documents
+from taxonomy_hierarchical import Taxonomy
 
 CURVES = {  # panel: {key of the log: name}
     "Loss": {"loss": "training", "eval_loss": "evaluation"},

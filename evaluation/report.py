@@ -25,13 +25,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from configuration_hierarchical import Taxonomy
 from errors import refusing
 from evaluation import calibration, lexical, plots
 from evaluation.calibration import conformal_scores, fit_thresholds
 from evaluation.metrics import any_label_accuracy, build_compute_metrics, per_class_report
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from publishing import card
+from taxonomy_hierarchical import Taxonomy
 from training.arguments import HierarchicalTrainingArguments, ModelArguments
 from training.data import LabelledSplits
 from training.losses import HierarchicalFocalLoss

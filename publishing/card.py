@@ -26,7 +26,8 @@ import torch
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from configuration_hierarchical import HierarchicalConfig, Taxonomy
+from configuration_hierarchical import HierarchicalConfig
+from taxonomy_hierarchical import Taxonomy
 
 TRAINING_SETTINGS = (
     *("learning_rate", "heads_learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs"),

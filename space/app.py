@@ -288,10 +288,7 @@ class Service:
 
     def even_levels(self) -> list[dict[str, float]]:
         tree = self.tree
-        share = [0.0] * tree.num_nodes
-        for leaf in range(tree.num_leaves):
-            for node in tree.path(leaf):
-                share[node] += 1 / tree.num_leaves
+        share = [len(leaves) / tree.num_leaves for leaves in tree.leaves_below]
         return [{tree.labels[n]: share[n] for n in level} for level in self.levels()]
 
     def show_words(self, text: str, node: str, progress: gr.Progress = gr.Progress()) -> Html:  # noqa: B008

@@ -9,10 +9,11 @@ import yaml
 from conftest import ROOT
 from transformers import Trainer
 
-from configuration_hierarchical import DEFAULT_ENCODER_REVISION, Taxonomy
+from configuration_hierarchical import DEFAULT_ENCODER_REVISION
 from errors import InputError
 from evaluation.metrics import build_compute_metrics
 from evaluation.report import AS_SERVED
+from taxonomy_hierarchical import Taxonomy
 from train import check_best_metric
 from training.arguments import parse
 

@@ -25,9 +25,9 @@ from transformers import AutoModel
 import predict
 import push_to_hub
 import train
-from configuration_hierarchical import Taxonomy
 from errors import InputError
 from modeling_hierarchical import SHIPPED_FILES
+from taxonomy_hierarchical import Taxonomy
 from training.arguments import parse
 from training.model import build_model, load_tokenizer
 
@@ -559,7 +559,7 @@ def test_aliases_of_yaml_take_no_memory(place):
     code = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
-from configuration_hierarchical import Taxonomy
+from taxonomy_hierarchical import Taxonomy
 from training.arguments import parse
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()

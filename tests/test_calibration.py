@@ -12,17 +12,15 @@ from scipy.optimize import brentq
 from scipy.special import log_softmax
 from transformers import AutoTokenizer, BertConfig, pipeline
 
-from configuration_hierarchical import HierarchicalConfig, Taxonomy
+from configuration_hierarchical import HierarchicalConfig
 from evaluation.calibration import (
     PRIOR,
     Calibration,
     apply_temperatures,
     conformal_scores,
-    decisions,
     fit,
     fit_thresholds,
     held_out,
-    leaves_under,
     node_log_probs,
     nonconformity_scores,
     round_up,
@@ -30,6 +28,7 @@ from evaluation.calibration import (
 from evaluation.report import calibrate
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from pipeline_hierarchical import MOST_NODES, conformal_answer, conformal_threshold, nonconformity
+from taxonomy_hierarchical import Taxonomy
 
 TREE = Taxonomy(["a", {"b": ["c", "d", {"e": ["f", "g"]}]}, {"h": ["i", "j"]}])
 ONLY = Taxonomy(
@@ -44,7 +43,7 @@ def drawn(tree: Taxonomy, temperatures: list[float], rows: int, seed: int = 0) -
     generator = np.random.default_rng(seed)
     scores = generator.normal(scale=2, size=(rows, tree.num_nodes))
     conditional, right = np.zeros_like(scores), np.zeros_like(scores)
-    for nodes, temperature in zip(decisions(tree), temperatures, strict=True):
+    for nodes, temperature in zip(tree.decisions, temperatures, strict=True):
         conditional[:, nodes] = log_softmax(scores[:, nodes], axis=1)
         right[:, nodes] = log_softmax(scores[:, nodes] / temperature, axis=1)
     leaves = [tree.path(leaf) for leaf in range(tree.num_leaves)]
@@ -139,7 +138,7 @@ def test_the_prior_weighs_as_much_as_its_formula_says():
 
 def test_a_decision_without_rows_takes_the_temperature_of_all():
     logits, labels = drawn(TREE, [2.0] * 4, 1200)
-    labels[np.isin(labels, leaves_under(TREE)[TREE.id("h")])] = -100
+    labels[np.isin(labels, TREE.leaves_below[TREE.id("h")])] = -100
     found = fitted(TREE, logits, labels)
     assert len(set(found)) == 4
     assert found[-1] == pytest.approx(2.0, rel=0.2)
@@ -222,7 +221,7 @@ def test_a_calibration_that_does_not_fit_is_refused(wrong, message):
 
 @pytest.mark.parametrize("tree", [TREE, MANY, ONLY])
 def test_nonconformity_is_the_smallest_threshold_whose_answer_holds_the_leaf(tree):
-    generator, under = np.random.default_rng(0), leaves_under(tree)
+    generator, under = np.random.default_rng(0), tree.leaves_below
     for _ in range(40):
         leaves = generator.dirichlet(np.full(tree.num_leaves, 0.3))
         nodes = [float(sum(leaves[leaf] for leaf in held)) for held in under]
@@ -248,7 +247,7 @@ def test_nonconformity_is_the_smallest_threshold_whose_answer_holds_the_leaf(tre
 
 def test_answers_are_as_deep_as_the_model_is_sure():
     def answer(threshold: float | None, **leaves: float) -> list[str]:
-        nodes = [sum(leaves.get(TREE.labels[leaf], 0) for leaf in held) for held in leaves_under(TREE)]
+        nodes = [sum(leaves.get(TREE.labels[leaf], 0) for leaf in held) for held in TREE.leaves_below]
         return [TREE.labels[node] for node in conformal_answer(TREE, nodes, threshold)]
 
     assert answer(0.5, c=0.9, d=0.1) == ["c"]
@@ -261,7 +260,7 @@ def test_answers_are_as_deep_as_the_model_is_sure():
 
 def test_an_only_child_is_not_answered_by_its_parent():
     def answer(threshold: float | None, **leaves: float) -> list[str]:
-        nodes = [sum(leaves.get(ONLY.labels[leaf], 0) for leaf in held) for held in leaves_under(ONLY)]
+        nodes = [sum(leaves.get(ONLY.labels[leaf], 0) for leaf in held) for held in ONLY.leaves_below]
         return [ONLY.labels[node] for node in conformal_answer(ONLY, nodes, threshold)]
 
     assert answer(0.5, c=0.98, g=0.02) == ["c"]
@@ -319,7 +318,7 @@ def test_answers_hold_the_label_as_often_as_asked(coverage):
 def test_answers_hold_the_leaf_as_often_as_asked_where_some_labels_say_the_parent_alone():
     logits, labels = drawn(TREE, [1.0] * 4, 4000)
     known, generator = labels.copy(), np.random.default_rng(2)
-    inside = np.isin(labels, leaves_under(TREE)[TREE.id("b")])
+    inside = np.isin(labels, TREE.leaves_below[TREE.id("b")])
     known[inside & (generator.random(len(labels)) < 0.8)] = TREE.id("b")
     thresholds = fit_thresholds(TREE, logits[:2000], known[:2000], np.arange(2000))
     for truth in (labels, known):
@@ -333,7 +332,7 @@ def test_texts_that_are_repeated_do_not_break_the_coverage(others, one_label):
     """Validation rows are three texts, twenty times each, and others once; new texts come with any of their labels."""
     logits, labels = drawn(MANY, [1.0] * 17, 2000)
     chances, generator = np.exp(log_softmax(logits, axis=1)), np.random.default_rng(3)
-    under = leaves_under(MANY)
+    under = MANY.leaves_below
     nodes = [[float(sum(row[leaf] for leaf in held)) for held in under] for row in chances]
     scores = np.array([nonconformity(MANY, row, label) for row, label in zip(nodes, labels.tolist(), strict=True)])
     held = []

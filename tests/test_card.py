@@ -16,9 +16,10 @@ from conftest import ROOT
 from huggingface_hub import ModelCard
 from transformers import EvalPrediction
 
-from configuration_hierarchical import DEFAULT_TAXONOMY, HierarchicalConfig, Taxonomy
+from configuration_hierarchical import HierarchicalConfig
 from evaluation.metrics import any_label_accuracy, build_compute_metrics
 from publishing import card
+from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 from training.data_report import describe, length_report, shared_texts, untrained_classes
 
 ENCODER, COMMIT = "emilyalsentzer/Bio_ClinicalBERT", "d5892b39a4adaed74b92212a44081509db72f87b"

@@ -9,7 +9,6 @@ from peft.tuners.lora import LoraLayer
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from configuration_hierarchical import Taxonomy
 from cpu_hierarchical import (
     ATTENTION,
     FusedIntermediate,
@@ -18,6 +17,7 @@ from cpu_hierarchical import (
     pack_linear_layers,
     text_spans,
 )
+from taxonomy_hierarchical import Taxonomy
 from training.arguments import ModelArguments
 from training.cpu import speed_up
 from training.model import build_model

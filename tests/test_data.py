@@ -17,8 +17,8 @@ from conftest import ROOT
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from configuration_hierarchical import DEFAULT_TAXONOMY, Taxonomy, quote_name
 from errors import InputError
+from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy, quote_name
 from training.arguments import DataArguments, parse
 from training.data import load_splits, read_class_names, tokenize
 from training.data_report import length_report, log_report

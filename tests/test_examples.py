@@ -8,7 +8,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.pipeline import make_pipeline
 from sklearn.svm import LinearSVC
 
-from configuration_hierarchical import DEFAULT_TAXONOMY, Taxonomy
+from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SPLITS = ["train", "validation", "test"]

@@ -23,9 +23,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import pipeline
 
-from configuration_hierarchical import HierarchicalConfig, Taxonomy, TaxonomyError
+from configuration_hierarchical import HierarchicalConfig
 from errors import InputError
 from modeling_hierarchical import SHIPPED_FILES
+from taxonomy_hierarchical import Taxonomy, TaxonomyError
 from training.arguments import parse
 from training.data import read_class_names
 from training.files import has_half_surrogate, read_table

@@ -30,7 +30,7 @@ from publishing.hub import same as same_file
 
 ADAPTER_REPOSITORY = {
     *(".gitattributes", "README.md", "config.json", "metrics.json"),
-    *("configuration_hierarchical.py", "modeling_hierarchical.py"),
+    *("taxonomy_hierarchical.py", "configuration_hierarchical.py", "modeling_hierarchical.py"),
     *("cpu_hierarchical.py", "pipeline_hierarchical.py"),
     *("heads.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
     *("tokenizer.json", "tokenizer_config.json"),

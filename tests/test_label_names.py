@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from test_trainer import arguments
 from transformers import AutoModel, AutoTokenizer
 
-from configuration_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 from evaluation.report import collator
+from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 from training.arguments import ModelArguments
 from training.label_names import LARGEST, TEXTS, begin_with_label_names
 from training.model import build_model

@@ -14,9 +14,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, Normalizer
 from transformers import AutoModel
 
-from configuration_hierarchical import HierarchicalConfig, Taxonomy
+from configuration_hierarchical import HierarchicalConfig
 from evaluation import lexical
 from modeling_hierarchical import HierarchicalForSequenceClassification, LexicalHead
+from taxonomy_hierarchical import Taxonomy
 
 TREE = Taxonomy(["a", {"b": ["c", "d", {"e": ["f", "g"]}]}])
 VOCABULARY = 60

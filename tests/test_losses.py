@@ -3,13 +3,17 @@ import pytest
 import torch
 from sklearn.utils.class_weight import compute_class_weight
 
-from configuration_hierarchical import Taxonomy
-from modeling_hierarchical import negative_log_likelihood, taxonomy_indices
-from training.losses import HierarchicalFocalLoss, balanced_weights, node_counts
+from modeling_hierarchical import negative_log_likelihood
+from taxonomy_hierarchical import Taxonomy
+from training.losses import HierarchicalFocalLoss, balanced_weights
 
 # leaves: c 0, d 1, e 2, g 3, h 4; inner: a 5, b 6, f 7; the roots are a, f, h and g is an only child
 TREE = Taxonomy({"a": {"b": ["c", "d"], "e": None}, "f": ["g"], "h": None})
 LABELS = torch.tensor([0] * 6 + [1] * 3 + [2] * 2 + [3] * 4 + [4] * 2 + [5] * 3 + [-100])
+
+
+def node_counts(labels: torch.Tensor = LABELS) -> torch.Tensor:
+    return torch.tensor(TREE.count_at_or_below(labels.tolist()))
 
 
 def log_probs(rows: int = 6) -> torch.Tensor:
@@ -41,11 +45,11 @@ def by_hand(node_log_probs, labels, weights, gamma=0.0, level_weights=(1.0,), sm
 
 def test_a_document_counts_for_every_node_on_its_path():
     #                                     c  d  e  g  h  a   b  f
-    assert node_counts(TREE, LABELS).tolist() == [6, 3, 2, 4, 2, 14, 9, 4]
+    assert TREE.count_at_or_below(LABELS.tolist()) == [6, 3, 2, 4, 2, 14, 9, 4]
 
 
 def test_plain_settings_are_the_models_own_loss():
-    counts, x, labels = node_counts(TREE, LABELS), log_probs(), torch.tensor([0, 3, -100, 5, 6, 4])
+    counts, x, labels = node_counts(), log_probs(), torch.tensor([0, 3, -100, 5, 6, 4])
     plain = HierarchicalFocalLoss(TREE, counts)
     torch.testing.assert_close(plain(x, labels), negative_log_likelihood(x, labels))
     torch.testing.assert_close(plain(x, labels, 40), negative_log_likelihood(x, labels, 40))
@@ -55,16 +59,16 @@ def test_plain_settings_are_the_models_own_loss():
 @pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_loss_is_the_formula_worked_decision_by_decision(gamma, balanced, smoothing):
-    counts, x, labels = node_counts(TREE, LABELS), log_probs(), torch.tensor([0, 3, -100, 5, 2, 1])
-    group, _ = taxonomy_indices(TREE)
+    counts, x, labels = node_counts(), log_probs(), torch.tensor([0, 3, -100, 5, 2, 1])
+    group = torch.tensor(TREE.decision_of)
     loss = HierarchicalFocalLoss(TREE, counts, gamma, balanced, [0.3, 0.7], smoothing)
     weights = balanced_weights(counts, group) if balanced else torch.ones(TREE.num_nodes)
     torch.testing.assert_close(loss(x, labels), by_hand(x, labels, weights, gamma, (0.3, 0.7), smoothing))
 
 
 def test_balanced_weights_are_scikit_learns_among_siblings():
-    counts = node_counts(TREE, LABELS)
-    weights = balanced_weights(counts, taxonomy_indices(TREE)[0])
+    counts = node_counts()
+    weights = balanced_weights(counts, torch.tensor(TREE.decision_of))
     for parent in (-1, TREE.id("a"), TREE.id("b")):
         children = TREE.children(parent)
         documents = np.repeat(children, counts[children].tolist())
@@ -73,7 +77,7 @@ def test_balanced_weights_are_scikit_learns_among_siblings():
 
 
 def test_classes_without_documents_break_nothing():
-    counts = node_counts(TREE, torch.tensor([0, 0, 2]))
+    counts = node_counts(torch.tensor([0, 0, 2]))
     for balanced in (False, True):
         loss = HierarchicalFocalLoss(TREE, counts, 2.0, balanced, [1.0], 0.1)
         assert loss(log_probs(2), torch.tensor([4, 1])).isfinite()
@@ -83,14 +87,14 @@ def test_classes_without_documents_break_nothing():
 def test_gradients_are_finite_where_a_decision_is_certain(gamma):
     scores = torch.zeros(1, TREE.num_nodes, requires_grad=True)
     certain = scores + torch.tensor([0.0, -200, -200, 0, -200, 0, 0, -200])
-    loss = HierarchicalFocalLoss(TREE, node_counts(TREE, LABELS), gamma)(certain, torch.tensor([0]))
+    loss = HierarchicalFocalLoss(TREE, node_counts(), gamma)(certain, torch.tensor([0]))
     loss.backward()
     assert scores.grad.isfinite().all()
 
 
 def test_no_labels_at_all_is_a_loss_of_zero_with_a_gradient():
     x = log_probs().requires_grad_()
-    loss = HierarchicalFocalLoss(TREE, node_counts(TREE, LABELS), 2.0)(x, torch.full((6,), -100))
+    loss = HierarchicalFocalLoss(TREE, node_counts(), 2.0)(x, torch.full((6,), -100))
     loss.backward()
     assert loss == 0
     assert x.grad.abs().sum() == 0

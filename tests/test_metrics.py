@@ -16,7 +16,6 @@ import sklearn.metrics
 import torch
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
-from configuration_hierarchical import Taxonomy
 from errors import InputError
 from evaluation.metrics import (
     any_label_accuracy,
@@ -27,6 +26,7 @@ from evaluation.metrics import (
     per_class_report,
 )
 from evaluation.report import per_class
+from taxonomy_hierarchical import Taxonomy
 
 MODULE = Path(__file__).resolve().parents[1] / "metrics" / "hierarchical_f1"
 

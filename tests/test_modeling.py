@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, BitsAndBytesConfig
 
-from configuration_hierarchical import HierarchicalConfig, Taxonomy
+from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import (
     ADAPTER_WEIGHTS,
     HierarchicalForSequenceClassification,
@@ -18,6 +18,7 @@ from modeling_hierarchical import (
     segment_log_softmax,
     without_pooler,
 )
+from taxonomy_hierarchical import Taxonomy
 from training.arguments import ModelArguments
 from training.model import set_dropout
 
@@ -356,6 +357,7 @@ def test_the_adapter_form_holds_adapter_and_heads_alone_and_comes_back_the_same(
     adapted.save_pretrained(tmp_path)
     assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()} == {
         "config.json",
+        "taxonomy_hierarchical.py",
         "configuration_hierarchical.py",
         "modeling_hierarchical.py",
         "cpu_hierarchical.py",

@@ -13,9 +13,10 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
-from configuration_hierarchical import HierarchicalConfig, Taxonomy
+from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import HierarchicalForSequenceClassification, load_encoder
 from pipeline_hierarchical import HierarchicalTextClassificationPipeline, batches_by_length
+from taxonomy_hierarchical import Taxonomy
 
 UNEVEN = Taxonomy({"a": {"b": ["c", "d"], "e": None}, "f": ["g", "c"], "h": None})
 TEXTS = [

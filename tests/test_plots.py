@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from configuration_hierarchical import Taxonomy
 from evaluation.metrics import calibration_bins, expected_calibration_error
 from evaluation.plots import confusion_matrices, reliability_diagram, training_curves, write
+from taxonomy_hierarchical import Taxonomy
 
 # a at level 1; B > c at level 2; B > D > e, f at level 3; G > h at level 2
 TREE = Taxonomy(["a", {"B": ["c", {"D": ["e", "f"]}]}, {"G": ["h"]}])

@@ -10,7 +10,7 @@ from conftest import CORPUS, ROOT, read_csv, run, stranger, write_csv
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 from transformers import AutoModel, AutoTokenizer
 
-from configuration_hierarchical import Taxonomy
+from taxonomy_hierarchical import Taxonomy
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +38,7 @@ def test_the_output_folder_is_what_the_readme_promises(finished, tiny_encoder):
     present = {name for name in present if not name.startswith(("checkpoint-", "runs/"))}
     assert {
         "config.json",
+        "taxonomy_hierarchical.py",
         "configuration_hierarchical.py",
         "modeling_hierarchical.py",
         "heads.safetensors",

@@ -5,12 +5,13 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
-from configuration_hierarchical import HierarchicalConfig, Taxonomy
+from configuration_hierarchical import HierarchicalConfig
 from errors import InputError
 from evaluation.report import collator
 from modeling_hierarchical import HierarchicalForSequenceClassification
+from taxonomy_hierarchical import Taxonomy
 from training.arguments import HierarchicalTrainingArguments, ModelArguments
-from training.losses import HierarchicalFocalLoss, node_counts
+from training.losses import HierarchicalFocalLoss
 from training.model import build_model, size_report
 from training.trainer import HierarchicalTrainer, LengthGroupedSampler
 from training.views import halves
@@ -38,7 +39,9 @@ def rows(count: int = 16, ignored: bool = False) -> Dataset:
 
 
 def loss(data: Dataset) -> HierarchicalFocalLoss:
-    return HierarchicalFocalLoss(TREE, node_counts(TREE, torch.tensor(data["labels"])), 2.0, "balanced", [0.3, 0.7])
+    return HierarchicalFocalLoss(
+        TREE, torch.tensor(TREE.count_at_or_below(data["labels"])), 2.0, "balanced", [0.3, 0.7]
+    )
 
 
 def arguments(folder, **settings) -> HierarchicalTrainingArguments:

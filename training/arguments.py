@@ -25,14 +25,9 @@ from transformers.debug_utils import DebugOption
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations import get_available_reporting_integrations
 
-from configuration_hierarchical import (
-    DEFAULT_ENCODER,
-    DEFAULT_ENCODER_REVISION,
-    WithoutAliases,
-    quote_name,
-    yaml_problem,
-)
+from configuration_hierarchical import DEFAULT_ENCODER, DEFAULT_ENCODER_REVISION
 from errors import InputError, is_fault, one_line
+from taxonomy_hierarchical import WithoutAliases, quote_name, yaml_problem
 
 FEW_ROWS = 32  # a class, on average, below which heads begin as the labels' names
 

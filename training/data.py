@@ -26,7 +26,8 @@ import pyarrow
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from configuration_hierarchical import (
+from errors import InputError
+from taxonomy_hierarchical import (
     DEFAULT_TAXONOMY,
     SHOWN_CHARACTERS,
     SHOWN_WORDS,
@@ -35,7 +36,6 @@ from configuration_hierarchical import (
     compose,
     quote_name,
 )
-from errors import InputError
 from training.arguments import DataArguments
 from training.data_report import (
     SPLITS,

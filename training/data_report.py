@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
-from configuration_hierarchical import Taxonomy, looks_like_name, quote_name
+from taxonomy_hierarchical import Taxonomy, looks_like_name, quote_name
 
 logger = logging.getLogger(__name__)
 
@@ -65,17 +65,9 @@ def _on_one_path(labels: list[int], taxonomy: Taxonomy) -> bool:
     return set(labels) <= set(taxonomy.path(max(labels, key=lambda label: taxonomy.levels[label])))
 
 
-def _node_rows(labels: np.ndarray, taxonomy: Taxonomy) -> np.ndarray:
-    """Rows (num_nodes,) labelled with each node or one below it."""
-    rows = np.zeros(taxonomy.num_nodes, dtype=int)
-    for node, count in enumerate(np.bincount(labels, minlength=taxonomy.num_nodes)):
-        rows[taxonomy.path(node)] += count
-    return rows
-
-
 def _class_counts(labels: np.ndarray, taxonomy: Taxonomy) -> dict[str, dict[str, int]]:
     classes: dict[str, dict[str, int]] = {str(level): {} for level in range(1, taxonomy.depth + 1)}
-    for node, count in enumerate(_node_rows(labels, taxonomy)):
+    for node, count in enumerate(taxonomy.count_at_or_below(labels.tolist())):
         classes[str(taxonomy.levels[node])][taxonomy.labels[node]] = int(count)
     return classes
 
@@ -85,7 +77,7 @@ def untrained_classes(rows: pd.DataFrame, taxonomy: Taxonomy) -> list[str]:
     train = rows.loc[rows["split"] == "train", "label"].to_numpy()
     if not len(train):
         return []
-    seen = _node_rows(train, taxonomy)
+    seen = taxonomy.count_at_or_below(train.tolist())
     return [taxonomy.labels[leaf] for leaf in range(taxonomy.num_leaves) if not seen[leaf]]
 
 

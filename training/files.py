@@ -21,8 +21,8 @@ import pandas as pd
 import pyarrow
 import pyarrow.parquet
 
-from configuration_hierarchical import looks_like_name, quote_name
 from errors import InputError, one_line
+from taxonomy_hierarchical import looks_like_name, quote_name
 
 TEXT_COLUMNS = ("medical_abstract", "abstract", "text", "sentence", "content", "document")
 TAKEN_IN = (

@@ -12,24 +12,8 @@ Worth knowing:
 import torch
 from torch import Tensor, nn
 
-from configuration_hierarchical import Taxonomy
-from modeling_hierarchical import IGNORED_LABEL, taxonomy_indices
-
-
-def node_counts(tree: Taxonomy, labels: Tensor) -> Tensor:
-    """How many documents are labelled with each node or one below it.
-
-    Args:
-        labels: (num_documents,), node ids; -100 is ignored.
-
-    Returns:
-        (num_nodes,), integers.
-    """
-    _, ancestors = taxonomy_indices(tree)
-    own = torch.bincount(labels[labels != IGNORED_LABEL], minlength=tree.num_nodes)
-    counts = torch.zeros(tree.num_nodes + 1, dtype=torch.long)
-    counts.index_add_(0, ancestors.flatten(), own.unsqueeze(1).expand_as(ancestors).flatten())
-    return counts[:-1]
+from modeling_hierarchical import IGNORED_LABEL
+from taxonomy_hierarchical import Taxonomy
 
 
 def balanced_weights(counts: Tensor, group: Tensor) -> Tensor:
@@ -60,7 +44,7 @@ class HierarchicalFocalLoss(nn.Module):
 
     Args:
         tree: the taxonomy.
-        counts: (num_nodes,), training documents a node, its descendants' included: see `node_counts`.
+        counts: (num_nodes,), training documents a node, its descendants' included: see `Taxonomy.count_at_or_below`.
         gamma: γ ≥ 0.
         balanced: weight classes by `balanced_weights`; else α is 1.
         level_weights: w of levels 1, 2, …; the last one serves all deeper levels.
@@ -78,7 +62,7 @@ class HierarchicalFocalLoss(nn.Module):
     ):
         super().__init__()
         self.gamma, self.label_smoothing = gamma, label_smoothing
-        group, ancestors = taxonomy_indices(tree)
+        group, ancestors = torch.tensor(tree.decision_of), torch.tensor(tree.ancestors)
         self.num_groups = int(group.max()) + 1
         size = torch.bincount(group)[group]
         levels = torch.tensor([level_weights[min(i, len(level_weights) - 1)] for i in range(tree.depth)])

@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from configuration_hierarchical import HierarchicalConfig, Taxonomy
+from configuration_hierarchical import HierarchicalConfig
 from errors import InputError, one_line, refusing
 from modeling_hierarchical import (
     SHIPPED_FILES,
@@ -38,6 +38,7 @@ from modeling_hierarchical import (
     load_encoder,
 )
 from publishing.hub import ADAPTER_FORM, HUB_ERRORS, TOKENIZER_FILES, WHOLE_FORM
+from taxonomy_hierarchical import Taxonomy
 from training.arguments import ModelArguments
 
 logger = logging.getLogger(__name__)

@@ -26,8 +26,8 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from configuration_hierarchical import quote_name
 from errors import InputError, one_line
+from taxonomy_hierarchical import quote_name
 from training.files import TAKEN_IN, TEXT_COLUMNS, has_half_surrogate, listed, takes_in_rows, unique
 
 KINDS = ("csv", "tsv", "jsonl", "ndjson", "parquet")

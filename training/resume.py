@@ -19,7 +19,6 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from configuration_hierarchical import Taxonomy
 from errors import InputError, refusing
 from modeling_hierarchical import (
     ADAPTER_SUBFOLDER,
@@ -27,6 +26,7 @@ from modeling_hierarchical import (
     HEADS_WEIGHTS,
     HierarchicalForSequenceClassification,
 )
+from taxonomy_hierarchical import Taxonomy
 from training.model import is_checkpoint, read_config
 
 logger = logging.getLogger(__name__)

@@ -25,8 +25,8 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from configuration_hierarchical import Taxonomy
-from evaluation.calibration import Calibration, decisions, fit
+from evaluation.calibration import Calibration, fit
+from taxonomy_hierarchical import Taxonomy
 from training.arguments import DataArguments
 from training.data import load_splits
 
@@ -87,7 +87,7 @@ def losses(
     """The log loss over the rows ``rest`` for each of `PRIORS`, if the rows ``known`` are those for validation."""
     found = []
     for prior in PRIORS:
-        calibration = Calibration(0.0, [1.0] * len(decisions(tree)))
+        calibration = Calibration(0.0, [1.0] * len(tree.decisions))
         if prior:
             calibration = fit(tree, logits[known], words[known], labels[known], prior)
         log_probs = calibration.apply(tree, logits[rest], words[rest])

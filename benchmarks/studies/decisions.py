@@ -31,8 +31,9 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from configuration_hierarchical import HierarchicalConfig, Taxonomy
+from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import HierarchicalHeads, negative_log_likelihood, segment_log_softmax
+from taxonomy_hierarchical import Taxonomy
 
 PENALTIES = (1e-4, 3e-4, 1e-3)
 

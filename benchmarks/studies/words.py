@@ -43,10 +43,10 @@ sys.path.insert(0, str(ROOT))
 
 from calibration import leaf_scores
 
-from configuration_hierarchical import Taxonomy
 from evaluation.calibration import fit, inverse_temperature
 from evaluation.lexical import LexicalClassifier, token_counts
 from evaluation.metrics import build_compute_metrics
+from taxonomy_hierarchical import Taxonomy
 from training.arguments import DataArguments
 from training.data import load_splits
 
