@@ -82,11 +82,7 @@ def parquet(columns: dict | pa.Table) -> bytes:
 # ── a corpus of odd files ────────────────────────────────────────────────────────────────────────────────────────────
 
 # name: kind, content, and of each row the line where it begins with its values, or with a part of its problem
-STRAY, NOT_CLOSED, TAKES_IN = (
-    "a stray quotation mark, where",
-    "a quotation mark is not closed",
-    "takes in the rows below",
-)
+STRAY, TAKES_IN = "a quotation mark is stray or not doubled", "takes in the rows below it"
 CORPUS: dict[str, tuple[str, bytes, list[tuple[int, dict | str]]]] = {
     "values are not guessed": ("csv", b'text,id\nNA,007\n1.0,\n" x ",true\n', [
         (2, {"text": "NA", "id": "007"}), (3, {"text": "1.0", "id": ""}), (4, {"text": " x ", "id": "true"})]),
@@ -117,16 +113,16 @@ CORPUS: dict[str, tuple[str, bytes, list[tuple[int, dict | str]]]] = {
     "a text goes on after its quotation mark": ("csv", b'text,id\n"zero" one,1\nb,2\n', [
         (2, STRAY), (3, {"text": "b", "id": "2"})]),
     "a stray mark takes rows in": ("csv", b'text,id\nzero,1\n"one,2\ntwo,3\n"three,4\nfour,5\n', [
-        (2, {"text": "zero", "id": "1"}), (3, "double it (lines 3 to 5)"), (6, {"text": "four", "id": "5"})]),
+        (2, {"text": "zero", "id": "1"}), (3, f"{STRAY} (lines 3 to 5)"), (6, {"text": "four", "id": "5"})]),
     "a mark that is not closed": ("csv", b'text,id\na,1\n"b,2\nc,3\n', [
         (2, {"text": "a", "id": "1"}), (3, "a quotation mark is not closed (lines 3 to 4)")]),
     "a stray mark in TSV, text first": (
         "tsv", b'text\tyear\n"Stroke" was\t1\n"Heart was\t2\ntwo\t3\nend"\t4\nfour\t5\n"two\nlines"\t6\n', [
-        (2, STRAY), (3, f"{TAKES_IN} it (lines 3 to 5)"), (6, {"text": "four", "year": "5"}),
+        (2, STRAY), (3, f"{TAKES_IN} (lines 3 to 5)"), (6, {"text": "four", "year": "5"}),
         (7, {"text": "two\nlines", "year": "6"})]),
     "a stray mark in TSV, text last": (
         "tsv", b'year\ttext\n2\t"Heart was\n3\ttwo\n4\tend"\n5\tfour\n6\t"two\nlines"\n', [
-        (2, f"{TAKES_IN} it (lines 2 to 4)"), (5, {"year": "5", "text": "four"}), (6, {"year": "6", "text": "two\nlines"})]),
+        (2, f"{TAKES_IN} (lines 2 to 4)"), (5, {"year": "5", "text": "four"}), (6, {"year": "6", "text": "two\nlines"})]),
     "a stray mark in TSV, line ends of Windows": ("tsv", b'text\tyear\r\n"Heart was\t2\r\nend"\t4\r\nfour\t5\r\n', [
         (2, TAKES_IN), (4, {"text": "four", "year": "5"})]),
     "a text with tabs": ("tsv", b'text\tid\n"Labs:\nHb\t12.3\nNa\t140\nStable."\t1\n', [
@@ -140,7 +136,7 @@ CORPUS: dict[str, tuple[str, bytes, list[tuple[int, dict | str]]]] = {
         (1, {"a": 1}), (2, "not a JSON object"), (3, "not JSON: Expecting value"), (4, "not a JSON object"),
         (5, "not a JSON object"), (6, "not UTF-8"), (7, "not JSON: Extra data"), (8, {"a": 3})]),
     "a name twice": ("jsonl", b'{"a": 1, "a": 2}\n{"a": 3, "b": {"c": 1, "c": 1}}\n{"a": 4}\n', [
-        (1, "'a' occurs twice"), (2, "'c' occurs twice"), (3, {"a": 4})]),
+        (1, "the name 'a' occurs twice"), (2, "the name 'c' occurs twice"), (3, {"a": 4})]),
     "half of a surrogate pair": (
         "jsonl", b'{"a": "\\ud800"}\n{"\\udc00": 1}\n{"a": [{"b": "\\ud83d"}]}\n{"a": "\\ud83d\\ude00"}\n', [
         (1, "half of a surrogate pair"), (2, "half of a surrogate pair"), (3, "half of a surrogate pair"),
@@ -150,7 +146,7 @@ CORPUS: dict[str, tuple[str, bytes, list[tuple[int, dict | str]]]] = {
     "nested too deeply": ("jsonl", b'{"a": ' + b"[" * 10**5 + b'\n{"a": ' + b"[" * 5000 + b"]" * 5000 + b'}\n{"a": 1}\n', [
         (1, "nested too deeply"), (2, "nested too deeply"), (3, {"a": 1})]),
     "a list of objects": ("json", b'\xef\xbb\xbf[{"a": 1},\n\n {"b": null}, 7, {"a": 1, "a": 2}]', [
-        (1, {"a": 1}), (2, {"b": None}), (3, "not a JSON object"), (4, "'a' occurs twice")]),
+        (1, {"a": 1}), (2, {"b": None}), (3, "not a JSON object"), (4, "the name 'a' occurs twice")]),
     "a list called data": ("json", b'{"version": {"n": 1}, "data": [{"a": "\\ud800"}, {"a": 2}]}', [
         (1, "half of a surrogate pair"), (2, {"a": 2})]),
     "integers beside nulls": ("parquet", parquet({"n": pa.array([2**53 + 1, None, -1], pa.int64())}), [
@@ -164,9 +160,9 @@ CORPUS: dict[str, tuple[str, bytes, list[tuple[int, dict | str]]]] = {
              "l": [1, None], "s": {"a": "x"}})]),
     "a time beyond the year 9999": ("parquet", parquet({
         "a": [1, 2, 3], "when": pa.array([0, 10**17, None], pa.timestamp("ms"))}), [
-        (1, {"a": 1, "when": datetime(1970, 1, 1)}), (2, "'when' holds what cannot be read"), (3, {"a": 3, "when": None})]),
+        (1, {"a": 1, "when": datetime(1970, 1, 1)}), (2, "the column 'when' holds what cannot be read"), (3, {"a": 3, "when": None})]),
     "bytes taken for text": ("parquet", parquet({"a": pa.array([b"x", b"caf\xe9", b"y"]).view(pa.string())}), [
-        (1, {"a": "x"}), (2, "'a' holds text that is not UTF-8"), (3, {"a": "y"})]),
+        (1, {"a": "x"}), (2, "the column 'a' holds text that is not UTF-8"), (3, {"a": "y"})]),
     "names with dots": ("parquet", parquet({"a": [{"b": 1}], "a.b": ["x"], "a.c": ["y"]}), [
         (1, {"a": {"b": 1}, "a.b": "x", "a.c": "y"})]),
 }  # fmt: skip
@@ -209,7 +205,7 @@ def test_numbers_that_json_does_not_know_are_floats():
         (
             "csv",
             b'"text" x,id\na,1\n',
-            "the first line, which names the columns, cannot be read: a stray quotation mark",
+            "the first line, which names the columns, cannot be read: a quotation mark is stray",
         ),
         ("csv", b'"text,id\na,1\n', "cannot be read: a quotation mark is not closed (lines 1 to 2)"),
         ("csv", b"text,id,text\na,1,b\n", "a file has two columns called 'text': rename or remove one"),
