@@ -234,8 +234,8 @@ def predict_rows(
     """
     readable = [(number, record) for number, record in enumerate(records, first) if record.problem is None]
     coverage = {} if arguments.coverage is None else {"coverage": arguments.coverage}
-    predictions = classifier((record.text for _, record in readable), batch_size=arguments.batch_size, **coverage)
     try:
+        predictions = classifier((record.text for _, record in readable), batch_size=arguments.batch_size, **coverage)
         return [rows.row(*one, prediction) for one, prediction in zip(readable, predictions, strict=True)]
     except ValueError as error:
         raise InputError(f"{arguments.model}: {one_line(error)}") from error
