@@ -6,7 +6,7 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.PHONY: quickstart test browser screenshots
+.PHONY: quickstart test common-tests browser screenshots
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed
@@ -17,11 +17,19 @@ quickstart: .venv/installed
 	$(RUN) examples/classify.py results/quickstart examples/unseen.csv; \
 	echo; echo "training and evaluation took $$((trained - begun)) s, prediction $$(($$(date +%s) - trained)) s"
 
-test: .venv/installed-tests browser
+test: .venv/installed-tests common-tests browser
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	$(RUN) -m pytest -n 2 --dist loadfile --timeout 900 tests
+
+# the tests that transformers has for all models, of the version that is installed: wheels hold none
+common-tests: .venv/installed-tests
+	@set -e; release=$$($(RUN) -c 'import importlib.metadata as m; print(m.version("transformers"))'); \
+	[ -d .venv/transformers-$$release ] || { \
+		$(RUN) -m pip download --quiet --no-deps --no-binary transformers --dest .venv transformers==$$release && \
+		tar -xzf .venv/transformers-$$release.tar.gz -C .venv transformers-$$release/tests; \
+	} || echo "transformers' source could not be fetched: tests/test_transformers_common.py is skipped"
 
 # the pictures of the Space in docs/
 screenshots: .venv/installed-tests browser

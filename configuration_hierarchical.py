@@ -5,7 +5,7 @@ Worth knowing:
 1. A taxonomy is a forest of named nodes. Nodes are numbered leaves first, in reading order, then inner nodes, so that
    class index = leaf id = index into ``id2label``.
 2. A node's label is its name, or its path (``parent/child``, and ``/root``) where two nodes share the name. Case is
-   kept.
+   kept; letters with accents are composed (Unicode's NFC), so that a name is the same however it was typed.
 3. The taxonomy is stored in ``config.json`` as nested lists: JSON written with sorted keys would reorder nested
    objects, and with them the class indices.
 4. ``id2label`` and ``label2id`` are always derived from the taxonomy; they cannot disagree with it.
@@ -18,7 +18,6 @@ import difflib
 import inspect
 import io
 import json
-import math
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -27,6 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 DEFAULT_TAXONOMY = [
     "general pathological conditions",
@@ -42,22 +44,63 @@ DEFAULT_TAXONOMY = [
 DEFAULT_ENCODER = "emilyalsentzer/Bio_ClinicalBERT"
 DEFAULT_ENCODER_REVISION = "d5892b39a4adaed74b92212a44081509db72f87b"
 MAX_DEPTH = 16
-MAX_NODES = 100_000  # YAML's aliases make any number of nodes from a few lines
+MAX_NODES = 100_000
 MAX_NAME = 500  # characters
+SHOWN_CHARACTERS, SHOWN_WORDS, SHOWN_DIGITS = (
+    60,
+    5,
+    4,
+)  # what a message shows of a user's file at most, see `looks_like_name`
+NEAR = 0.85  # similarity by difflib from which one name may be a misspelling of another
+MOST_COMPARED = 1_000_000  # pairs of names, a few seconds
 UNWRITABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, halves of surrogate pairs, line and paragraph separators
-# what an encoder may be at most: a config.json that says more is damaged, or made to exhaust the memory
-MAX_SIZES = {
-    "num_hidden_layers": 1_000,
-    "num_attention_heads": 1_000,
-    "hidden_size": 100_000,
-    "intermediate_size": 1_000_000,
-    "vocab_size": 10_000_000,
-    "max_position_embeddings": 100_000_000,
-}
 
 
 class TaxonomyError(ValueError):
     """A taxonomy that cannot be read, or a label that it does not hold. The message names the node."""
+
+
+def looks_like_name(text: str) -> bool:
+    """Whether a text can be the name of a class or a column, and is no text about a patient, date or identifier.
+
+    A name has at most 60 characters and 5 words, ends no sentence, and more than 4 digits only where other characters are as many.
+    """
+    digits = sum(map(str.isdigit, text))
+    return (
+        len(text) <= SHOWN_CHARACTERS
+        and len(text.split()) <= SHOWN_WORDS
+        and digits <= max(SHOWN_DIGITS, len(text) // 2)
+        and re.search(r"[.?!](\s|$)|[。！？]", text) is None
+    )
+
+
+def quote_name(value: object) -> str:
+    """A name for a message, in quotes; of what does not look like a name, only how long it is."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(quote_name, value))})"
+    if isinstance(value, (list, dict)):
+        return f"a {type(value).__name__}"
+    text = str(value)
+    return repr(value) if looks_like_name(text) else f"(a value of {len(text):,} characters)"
+
+
+class WithoutAliases:
+    """For a loader of PyYAML: refuses aliases, by which a few lines stand for any number of values."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        import yaml
+
+        if self.check_event(yaml.AliasEvent):  # type: ignore[attr-defined]
+            problem = "an alias (*name) is not supported: write out what the alias stands for"
+            raise yaml.composer.ComposerError(problem=problem, problem_mark=self.peek_event().start_mark)  # type: ignore[attr-defined]
+        return super().compose_node(parent, index)  # type: ignore[misc]
+
+
+def yaml_problem(error: Exception) -> str:
+    """What PyYAML says of a file, without the lines that it quotes."""
+    mark = getattr(error, "problem_mark", None)
+    said = getattr(error, "problem", None) or getattr(error, "context", None) or " ".join(str(error).split())
+    return said if mark is None else f"{said}, line {mark.line + 1}"
 
 
 class Taxonomy:
@@ -114,7 +157,7 @@ class Taxonomy:
             for key in {written, self.labels[i]}:
                 if self._ids.setdefault(key, i) != i:
                     raise TaxonomyError(
-                        f"{key!r} is both the name of a node and the path to another; choose another label separator"
+                        f"{quote_name(key)} is both the name of a node and the path to another; choose another label separator"
                     )
 
     @staticmethod
@@ -135,6 +178,7 @@ class Taxonomy:
                     found.extend(value.items())
                 else:
                     found.append((value, None))
+            found = [(compose(name), below) for name, below in found]
             stack.extend(((*parent, name), below or ()) for name, below in reversed(found))
             if len(paths) + len(stack) > MAX_NODES:
                 raise TaxonomyError(f"the taxonomy has more than {MAX_NODES:,} nodes")
@@ -142,26 +186,30 @@ class Taxonomy:
                 paths.append(parent)
                 has_children.append(bool(found))
                 if parent in seen:
-                    where = f"under {parent[-2]!r}" if len(parent) > 1 else "among the roots"
-                    raise TaxonomyError(f"the name {parent[-1]!r} occurs twice {where}")
+                    where = f"under {quote_name(parent[-2])}" if len(parent) > 1 else "among the roots"
+                    raise TaxonomyError(f"the name {quote_name(parent[-1])} occurs twice {where}")
                 seen.add(parent)
             for name, below in found:
-                place = " > ".join(parent) or "the top level"
+                place = " > ".join(map(quote_name, parent)) or "the top level"
                 if not isinstance(name, str):
-                    raise TaxonomyError(f"a name must be text, but {place} holds {name!r}; put it in quotes")
+                    raise TaxonomyError(f"a name must be text, but {place} holds {quote_name(name)}; put it in quotes")
                 if not name.strip():
                     raise TaxonomyError(f"an empty name at {place}")
                 if len(name) > MAX_NAME:
                     raise TaxonomyError(
-                        f"a name at {place} has {len(name):,} characters, at most {MAX_NAME} are supported: {name[:20]!r}…"
+                        f"a name at {place} has {len(name):,} characters, at most {MAX_NAME} are supported"
                     )
                 if name != name.strip() or any(unicodedata.category(c) in UNWRITABLE for c in name):
-                    raise TaxonomyError(f"the name {name!r} has white space around it or a control character in it")
+                    raise TaxonomyError(
+                        f"the name {quote_name(name)} has white space around it or a control character in it"
+                    )
                 if below is not None and below != "" and not isinstance(below, (list, tuple, dict)):
-                    raise TaxonomyError(f"the children of {name!r} must be a list or a mapping, not {below!r}")
+                    raise TaxonomyError(
+                        f"the children of {quote_name(name)} must be a list or a mapping, not {quote_name(below)}"
+                    )
                 if len(parent) == MAX_DEPTH:
                     raise TaxonomyError(
-                        f"{name!r} is at level {MAX_DEPTH + 1}; at most {MAX_DEPTH} levels are supported"
+                        f"{quote_name(name)} is at level {MAX_DEPTH + 1}; at most {MAX_DEPTH} levels are supported"
                     )
         return paths, has_children
 
@@ -169,24 +217,27 @@ class Taxonomy:
     def from_rows(cls, rows: Iterable[tuple[str | None, str]], separator: str = "/") -> "Taxonomy":
         """From (parent, child) pairs of names. An empty parent, or one that is nobody's child, is a root.
 
+        A root that is named only as a parent, and nearly as another node, may be a misspelling: a warning names both.
+
         Raises:
             TaxonomyError: a cycle, a child with two parents, an empty child.
         """
         parent_of: dict[str, str | None] = {}
         order: dict[str, list[str]] = {}
         for number, (parent, child) in enumerate(rows, start=1):
-            parent, child = (parent or "").strip() or None, (child or "").strip()
+            parent, child = compose((parent or "").strip()) or None, compose((child or "").strip())
             if not child:
-                raise TaxonomyError(f"row {number} of the taxonomy has an empty name (parent {parent!r})")
+                raise TaxonomyError(f"row {number} of the taxonomy has an empty name (parent {quote_name(parent)})")
             if parent_of.get(child, parent) != parent:
-                one, two = (repr(p) if p else "no parent" for p in (parent_of[child], parent))
-                raise TaxonomyError(f"{child!r} has two parents: {one} and {two}")
+                one, two = (quote_name(p) if p else "no parent" for p in (parent_of[child], parent))
+                raise TaxonomyError(f"{quote_name(child)} has two parents: {one} and {two}")
             if child not in parent_of:
                 parent_of[child] = parent
                 if parent is not None:
                     order.setdefault(parent, []).append(child)
         roots = list(dict.fromkeys(parent or child for child, parent in parent_of.items()))
         roots = [name for name in roots if parent_of.get(name) is None]
+        _warn_of_misspelt_roots([name for name in roots if name not in parent_of], {*parent_of, *roots}, order)
 
         reached: dict[str, dict[str, list]] = {name: {name: []} for name in roots}
         queue = list(roots)
@@ -201,7 +252,9 @@ class Taxonomy:
             while (above := str(parent_of[chain[-1]])) not in chain:  # none of a cycle is without a parent
                 chain.append(above)
             cycle = chain[chain.index(above) :]
-            raise TaxonomyError("the taxonomy has a cycle: " + " > ".join([*reversed(cycle), cycle[-1]]))
+            raise TaxonomyError(
+                "the taxonomy has a cycle: " + " > ".join(map(quote_name, [*reversed(cycle), cycle[-1]]))
+            )
         return cls([reached[name] for name in roots], separator)
 
     @classmethod
@@ -215,12 +268,14 @@ class Taxonomy:
         """
         tree: dict = {}
         for path in paths:
-            parts = [part.strip() for part in (path.split(separator) if isinstance(path, str) else path)]
+            parts = [compose(part.strip()) for part in (path.split(separator) if isinstance(path, str) else path)]
             if not isinstance(path, str):
                 while parts and not parts[-1]:
                     parts.pop()
             if not parts or not all(parts):
-                raise TaxonomyError(f"the label {path!r} has an empty name in its path")
+                raise TaxonomyError(
+                    f"the label {quote_name(path if isinstance(path, str) else tuple(path))} has an empty name in its path"
+                )
             here = tree
             for part in parts:
                 here = here.setdefault(part, {})
@@ -295,15 +350,16 @@ class Taxonomy:
         Raises:
             TaxonomyError: no such node, or a name that several nodes share.
         """
-        key = label.strip() if isinstance(label, str) else label
+        key = compose(label.strip()) if isinstance(label, str) else label
         if key in self._ids:
             return self._ids[key]
         if key in self._ambiguous:
-            paths = " and ".join(repr(self.labels[i]) for i in self._ambiguous[key][:3])
-            raise TaxonomyError(f"the label {label!r} is ambiguous: it names {paths}; write the path")
+            paths = " and ".join(quote_name(self.labels[i]) for i in self._ambiguous[key][:3])
+            raise TaxonomyError(f"the label {quote_name(label)} is ambiguous: it names {paths}; write the path")
         near = difflib.get_close_matches(str(key), list(self._ids), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(map(repr, self.labels[:5]))}, …"
-        raise TaxonomyError(f"the label {label!r} is not in the taxonomy{hint}")
+        few = ", ".join(map(quote_name, self.labels[:5]))
+        hint = f"did you mean {quote_name(near[0])}?" if near else f"it has {few}, …"
+        raise TaxonomyError(f"the label {quote_name(label)} is not in the taxonomy; {hint}")
 
     def tree(self) -> str:
         """The forest drawn as text, one node a line."""
@@ -330,13 +386,33 @@ class Taxonomy:
         return f"Taxonomy({self.num_leaves} leaves, {self.num_nodes} nodes, {self.depth} levels)"
 
 
+def compose(name: Any) -> Any:
+    """A name with its letters and accents composed (NFC); what is no text as it is."""
+    return unicodedata.normalize("NFC", name) if isinstance(name, str) else name
+
+
+def _warn_of_misspelt_roots(parents: list[str], names: set[str], children: dict[str, list[str]]) -> None:
+    """Warns of roots that only (parent, child) rows name, as parents, and whose name is nearly another's.
+
+    Large taxonomies, where this would take long, are not looked at.
+    """
+    if len(parents) * len(names) > MOST_COMPARED:
+        return
+    for name in parents:
+        others = names - {name, *children[name]}
+        if near := difflib.get_close_matches(name, sorted(others), n=1, cutoff=NEAR):
+            logger.warning(
+                f"the taxonomy's rows name {name!r} as a parent only, so it is a root: is it {near[0]!r}, misspelt?"
+            )
+
+
 def _unique(pairs: list[tuple[str, object]]) -> dict:
     unique: dict = {}
     for key, value in pairs:
         if not isinstance(key, str):  # YAML has lists and mappings as keys
-            raise TaxonomyError(f"a name must be text, not {key!r}")
+            raise TaxonomyError(f"a name must be text, not {quote_name(key)}")
         if key in unique:
-            raise TaxonomyError(f"the name {key!r} occurs twice in one mapping")
+            raise TaxonomyError(f"the name {quote_name(key)} occurs twice in one mapping")
         unique[key] = value
     return unique
 
@@ -344,14 +420,14 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
 def _read_yaml(text: str) -> object:
     import yaml
 
-    class Loader(yaml.BaseLoader):  # every scalar stays text: a class called `no` or `1` keeps its name
+    class Loader(WithoutAliases, yaml.BaseLoader):  # every scalar stays text: a class called `no` or `1` keeps its name
         def construct_mapping(self, node, deep=False):
             return _unique([(self.construct_object(k, True), self.construct_object(v, True)) for k, v in node.value])
 
     try:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
-        raise TaxonomyError(" ".join(str(error).split())) from error
+        raise TaxonomyError(yaml_problem(error)) from error
 
 
 def _read_rows(text: str, delimiter: str) -> list[tuple[str, str]]:
@@ -361,9 +437,10 @@ def _read_rows(text: str, delimiter: str) -> list[tuple[str, str]]:
         raise TaxonomyError(str(error) if text.strip() else "the file is empty") from error
     child = next((name for name in ("child", "name", "node") if name in header), None)
     if child is None or "parent" not in header:
-        raise TaxonomyError(f"expected columns 'parent' and 'child' (or 'name', 'node'), found {header}")
+        found = ", ".join(map(quote_name, header))
+        raise TaxonomyError(f"expected columns 'parent' and 'child' (or 'name', 'node'), found {found}")
     if header.count("parent") > 1 or header.count(child) > 1:
-        raise TaxonomyError(f"two columns of the taxonomy have the same name: {header}")
+        raise TaxonomyError(f"two columns of the taxonomy are called 'parent', or {child!r}")
     for number, fields in enumerate(rows, start=1):
         if len(fields) != len(header):
             raise TaxonomyError(
@@ -391,12 +468,15 @@ class HierarchicalConfig(PretrainedConfig):
             1; None where the model has no such head.
         temperatures: what the scores of each decision are divided by before their softmax, the roots' first, then those
             of the inner nodes' children in the order of ids; None, which is 1 for all, where nothing was calibrated.
-        conformal_thresholds: for coverages of 0.001, 0.002, … 0.999, the threshold under which an answer holds the label
-            of that share of documents; see `pipeline_hierarchical.conformal_answer`. None inside means every root.
+        conformal_thresholds: for coverages of 0.01, 0.02, … 0.99, the threshold under which an answer holds the label
+            of that share of documents; see `pipeline_hierarchical.conformal_answer`. None inside means every root. Of 999
+            thresholds, for 0.001 … 0.999, which earlier versions stored, every tenth is kept.
+        conformal_max_length: the number of tokens, special ones included, that the texts were truncated at to which the
+            thresholds were fitted; None where that was not recorded.
 
     Raises:
         TaxonomyError: an unusable taxonomy, or labels that are not its leaves.
-        ValueError: an unknown pooling; temperatures or thresholds of a wrong number or range.
+        ValueError: an unknown pooling; temperatures, thresholds or a length of a wrong number or range.
     """
 
     model_type = "hierarchical_text_classification"
@@ -418,6 +498,7 @@ class HierarchicalConfig(PretrainedConfig):
         lexical_weight: float | None = None,
         temperatures: list[float] | None = None,
         conformal_thresholds: list[float | None] | None = None,
+        conformal_max_length: int | None = None,
         **kwargs,
     ):
         if not isinstance(taxonomy, Taxonomy):
@@ -428,20 +509,7 @@ class HierarchicalConfig(PretrainedConfig):
             text_config = encoder_config(text_config)
         elif text_config is not None and not isinstance(text_config, PretrainedConfig):
             raise ValueError(f"text_config must be the encoder's configuration, not {type(text_config).__name__}")
-        for name, value in (("encoder_name_or_path", encoder_name_or_path), ("encoder_revision", encoder_revision)):
-            if not isinstance(value, str) and (value is not None or name == "encoder_name_or_path"):
-                raise ValueError(f"{name} must be a text, not {value!r}")
-        if adapter_subfolder is not None and not (
-            isinstance(adapter_subfolder, str) and re.fullmatch(r"\w[\w.-]*", adapter_subfolder)
-        ):
-            raise ValueError(
-                f"adapter_subfolder must be the name of a folder of the checkpoint, not {adapter_subfolder!r}"
-            )
-        for name, share in (("head_dropout", head_dropout), ("initializer_range", initializer_range)):
-            if not is_number(share) or not 0 <= share < 1:
-                raise ValueError(f"{name} must be a number from 0 to below 1, not {share!r}")
         encoder: PretrainedConfig = AutoConfig.for_model("bert") if text_config is None else text_config
-        check_sizes(encoder)
         if getattr(encoder, "attention_type", None) == "block_sparse":
             encoder.attention_type = "original_full"  # the first short text would switch BigBird to it for good
         self.text_config = encoder
@@ -453,27 +521,25 @@ class HierarchicalConfig(PretrainedConfig):
         self.pooling = pooling
         self.head_dropout = head_dropout
         self.initializer_range = initializer_range
-        most = MAX_SIZES["vocab_size"]
-        if lexical_vocab_size is not None and not (type(lexical_vocab_size) is int and 1 <= lexical_vocab_size <= most):
-            raise ValueError(
-                f"lexical_vocab_size must be a whole number from 1 to {most:,}, not {lexical_vocab_size!r}"
-            )
         if (lexical_vocab_size is None) != (lexical_weight is None):
             raise ValueError(
                 "lexical_weight must be given where lexical_vocab_size is, and only there; a checkpoint without it comes from an "
                 "earlier version of this code: load it by its own, with trust_remote_code=True, or train again"
             )
-        if lexical_weight is not None and not (is_number(lexical_weight) and 0 < lexical_weight < math.inf):
-            raise ValueError(f"lexical_weight must be a positive number, not {lexical_weight!r}")
         self.lexical_vocab_size = lexical_vocab_size
         self.lexical_weight = lexical_weight
         self.temperatures = checked_temperatures(temperatures, taxonomy)
         self.conformal_thresholds = checked_thresholds(conformal_thresholds)
+        if conformal_max_length is not None and not (type(conformal_max_length) is int and conformal_max_length >= 1):
+            raise ValueError(f"conformal_max_length must be a whole number of tokens, not {conformal_max_length!r}")
+        self.conformal_max_length = conformal_max_length
 
         leaves = taxonomy.labels[: taxonomy.num_leaves]
         given = kwargs.pop("id2label", None)
         expected = {str(i): label for i, label in enumerate(leaves)}
-        if given is not None and (not isinstance(given, dict) or {str(i): given[i] for i in given} != expected):
+        if given is not None and (
+            not isinstance(given, dict) or {str(i): compose(given[i]) for i in given} != expected
+        ):
             raise TaxonomyError("id2label is not the list of the taxonomy's leaves; change the taxonomy instead")
         if kwargs.pop("num_labels", len(leaves)) != len(leaves):
             raise TaxonomyError(
@@ -486,7 +552,13 @@ class HierarchicalConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers, but what is given at loading is checked like what was stored: there it is set afterwards."""
+        """Read a stored configuration as in transformers, with two differences.
+
+        What is given at loading is checked like what was stored: transformers sets it afterwards. What is stored of
+        ``attn_implementation`` is left out: it can name a repository, whose code would be fetched at no pinned commit.
+        """
+        attention = ("attn_implementation", "_attn_implementation")  # the encoder's becomes that of the whole, or None
+        config_dict = {name: value for name, value in config_dict.items() if name not in attention}
         own = {*inspect.signature(cls.__init__).parameters, "id2label", "label2id", "num_labels"}
         own -= {"self", "kwargs", "text_config"}
         given = {name: kwargs.pop(name) for name in [*kwargs] if name in own}
@@ -502,6 +574,10 @@ class HierarchicalConfig(PretrainedConfig):
         """Width of the encoder's output."""
         return self.text_config.hidden_size
 
+    @hidden_size.setter
+    def hidden_size(self, value: int) -> None:
+        self.text_config.hidden_size = value
+
 
 def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -515,23 +591,9 @@ def encoder_config(given: dict) -> PretrainedConfig:
     """
     kind = given.get("model_type", "bert")
     try:
-        config = AutoConfig.for_model(kind, **{name: value for name, value in given.items() if name != "model_type"})
-        config.to_dict()  # some values are looked at only when they are written
-        return config
+        return AutoConfig.for_model(kind, **{name: value for name, value in given.items() if name != "model_type"})
     except Exception as error:  # each configuration checks its values in its own way
         raise ValueError(f"text_config is no configuration of a {kind!r} model: {error}") from error
-
-
-def check_sizes(text_config: PretrainedConfig) -> None:
-    """Refuses an encoder of absurd size before memory is taken for it.
-
-    Raises:
-        ValueError: a size is not positive, or larger than any encoder's.
-    """
-    for name, most in MAX_SIZES.items():
-        value = getattr(text_config, name, None)
-        if isinstance(value, int) and not 1 <= value <= most:
-            raise ValueError(f"the encoder's {name} is {value:,} in the configuration; it must be from 1 to {most:,}")
 
 
 def checked_temperatures(temperatures: list[float] | None, taxonomy: Taxonomy) -> list[float] | None:
@@ -548,7 +610,10 @@ def checked_temperatures(temperatures: list[float] | None, taxonomy: Taxonomy) -
 
 
 def checked_thresholds(thresholds: list[float | None] | None) -> list[float | None] | None:
-    """Conformal thresholds: 999 rising numbers from 0 to 1, with None for those that no document of the rows gave."""
+    """Conformal thresholds: 99 rising numbers from 0 to 1, with None for those that no document of the rows gave.
+
+    Earlier versions stored 999, for 0.001 … 0.999; every tenth of them is returned.
+    """
     if thresholds is None:
         return None
     given = list(thresholds) if isinstance(thresholds, (list, tuple)) else []
@@ -556,6 +621,6 @@ def checked_thresholds(thresholds: list[float | None] | None) -> list[float | No
     rising = all(map(is_number, known)) and all(
         0 <= one <= other <= 1 for one, other in zip([0, *known], [*known, 1], strict=True)
     )
-    if len(given) != 999 or given[: len(known)] != known or not rising:
-        raise ValueError("conformal_thresholds must be 999 rising numbers from 0 to 1, None at the end alone")
-    return given
+    if len(given) not in (99, 999) or given[: len(known)] != known or not rising:
+        raise ValueError("conformal_thresholds must be 99 rising numbers from 0 to 1, None at the end alone")
+    return given[9::10] if len(given) == 999 else given

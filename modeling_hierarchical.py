@@ -4,7 +4,7 @@ Worth knowing:
 
 1. The heads are one matrix over all nodes and one log-softmax over groups of siblings, so a taxonomy of a thousand
    nodes costs about what one of ten does. P(node) = P(parent) · P(node | parent) holds by construction. What a parent
-   scores includes what its children score (a nested logit): `benchmarks/decisions.py` compares that with other forms.
+   scores includes what its children score (a nested logit): `benchmarks/studies/decisions.py` compares that with other forms.
 2. ``logits`` are leaf log-probabilities: their softmax is the leaf distribution, so flat tools work unchanged.
 3. A checkpoint is either whole (``model.safetensors``) or an adapter: ``heads.safetensors`` beside a plain PEFT adapter
    in ``adapter/``, over an encoder that is fetched by name. The adapter is in a subfolder because a root-level
@@ -21,12 +21,11 @@ import inspect
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -39,6 +38,12 @@ try:
     from .configuration_hierarchical import HierarchicalConfig, Taxonomy
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
     from configuration_hierarchical import HierarchicalConfig, Taxonomy
+
+if (
+    TYPE_CHECKING
+):  # never run, but transformers puts every relative import beside this file, where `save_pretrained` finds it
+    from .cpu_hierarchical import attend_by_document  # noqa: F401
+    from .pipeline_hierarchical import HierarchicalTextClassificationPipeline  # noqa: F401
 
 AUTO_MAP = {
     "AutoConfig": "configuration_hierarchical.HierarchicalConfig",
@@ -124,9 +129,9 @@ class LexicalHead(nn.Module):
 
     def __init__(self, vocab_size: int, num_leaves: int):
         super().__init__()
-        self.idf = nn.Parameter(torch.empty(vocab_size), requires_grad=False)
-        self.weight = nn.Parameter(torch.empty(num_leaves, vocab_size), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(num_leaves), requires_grad=False)
+        self.idf = nn.Parameter(torch.empty(vocab_size, dtype=torch.float32), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(num_leaves, vocab_size, dtype=torch.float32), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(num_leaves, dtype=torch.float32), requires_grad=False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Scores (B, num_leaves) of token ids and their mask, (B, T) each. Ids beyond the vocabulary count for nothing."""
@@ -167,16 +172,18 @@ class HierarchicalHeads(nn.Module):
         self.num_groups = tree.num_nodes - tree.num_leaves + 1  # the roots, and the children of each inner node
         self.tree, self.temperatures, self.lexical_weight = tree, config.temperatures, config.lexical_weight
         self.dropout = nn.Dropout(config.head_dropout)
-        self.weight = nn.Parameter(torch.empty(tree.num_nodes, config.hidden_size))
-        self.bias = nn.Parameter(torch.empty(tree.num_nodes))
+        # in float32, whatever the model is made in; so are the temperatures
+        self.weight = nn.Parameter(torch.empty(tree.num_nodes, config.hidden_size, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(tree.num_nodes, dtype=torch.float32))
         self.register_buffer("group", torch.empty(tree.num_nodes, dtype=torch.long), persistent=False)
         self.register_buffer("ancestors", torch.empty(tree.num_nodes, tree.depth, dtype=torch.long), persistent=False)
         self.register_buffer("below", torch.empty(tree.num_nodes, dtype=torch.long), persistent=False)
-        temperature = torch.empty(tree.num_nodes, dtype=torch.float32)  # whatever the model is loaded in
+        temperature = torch.empty(tree.num_nodes, dtype=torch.float32)
         self.register_buffer("temperature", temperature, persistent=False)
         self.lexical = None
         if config.lexical_vocab_size is not None:
             self.lexical = LexicalHead(config.lexical_vocab_size, tree.num_leaves)
+        self.fill_buffers()
 
     def fill_buffers(self) -> None:
         """Writes the taxonomy and the temperatures into the buffers."""
@@ -363,10 +370,12 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
                 cannot be offloaded.
         """
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        dtype: dict[str, Any] = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
         if not isinstance(config, PretrainedConfig):
             config, kwargs = HierarchicalConfig.from_pretrained(
                 pretrained_model_name_or_path if config is None else config, return_unused_kwargs=True, **kwargs
             )
+        kwargs |= dtype  # the configuration would have kept it for itself
         if config.adapter_subfolder is None:
             info_wanted = kwargs.pop("output_loading_info", False)
             with plain_errors(pretrained_model_name_or_path):
@@ -388,8 +397,6 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             return cached_file(pretrained_model_name_or_path, filename, **hub)
 
         heads = load_file(fetch(HEADS_WEIGHTS))
-        with torch.device("meta"):  # what does not fit is refused before memory is taken for it
-            check_weights("heads", heads, HierarchicalHeads(config).state_dict())
         adapter_config = Path(fetch(f"{config.adapter_subfolder}/adapter_config.json"))
         lora = read_adapter_config(adapter_config)
         adapter = load_file(fetch(f"{config.adapter_subfolder}/{ADAPTER_WEIGHTS}"))
@@ -398,7 +405,6 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         encoder = load_encoder(config, **kwargs)
         with init.no_init_weights():  # everything is loaded
             model = cls(copy.deepcopy(config), encoder=encoder)
-        model.heads.fill_buffers()
         refuse_offloaded(encoder, lora)
         if merge_adapter and is_mergeable(encoder, lora):
             merge_lora(encoder, adapter, lora)
@@ -417,14 +423,20 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
         return (model.eval(), info) if info_wanted else model.eval()  # type: ignore[return-value]
 
-    def calibrate(self, temperatures: list[float] | None, conformal_thresholds: list[float | None] | None) -> None:
+    def calibrate(
+        self,
+        temperatures: list[float] | None,
+        conformal_thresholds: list[float | None] | None,
+        conformal_max_length: int | None = None,
+    ) -> None:
         """Takes the outcome of a calibration into the configuration, and the temperatures into the heads.
 
         Args:
-            temperatures, conformal_thresholds: as in `HierarchicalConfig`.
+            temperatures, conformal_thresholds, conformal_max_length: as in `HierarchicalConfig`.
         """
         self.config.temperatures = self.heads.temperatures = temperatures
         self.config.conformal_thresholds = conformal_thresholds
+        self.config.conformal_max_length = conformal_max_length
         self.heads.fill_buffers()
 
     def set_lexical_head(self, weights: dict[str, Tensor] | None, lexical_weight: float = 1.0) -> None:
@@ -502,6 +514,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             raise ValueError(f"{save_directory} is a file; a checkpoint needs a folder")
         if kwargs.get("push_to_hub"):  # which would publish before the code is written
             raise ValueError("save_pretrained writes a folder; to publish it, run push_to_hub.py on that folder")
+        code = read_shipped_files() if is_main_process else {}
         if not self.has_adapter:
             for name, weight in self.named_parameters():
                 if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
@@ -518,17 +531,10 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         elif is_main_process:
             self._save_adapter_form(Path(save_directory), state_dict)
         if is_main_process:
+            follow_umask(Path(save_directory))
             remove_other_form(Path(save_directory), self.has_adapter)
-            for name in SHIPPED_FILES:
-                source, target = Path(__file__).parent / name, Path(save_directory) / name
-                if (
-                    not source.is_file()
-                ):  # of remote code transformers has only the files that it imported beside this one
-                    source = Path(
-                        cached_file(self.name_or_path, name, revision=getattr(self.config, "_commit_hash", None))
-                    )
-                if source.resolve() != target.resolve():
-                    shutil.copyfile(source, target)
+            for name, content in code.items():
+                (Path(save_directory) / name).write_bytes(content)
 
     def _save_adapter_form(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
         if self.config.text_config.vocab_size != getattr(
@@ -573,6 +579,27 @@ NOT_FOR_THE_ENCODER = (
     *("revision", "subfolder", "trust_remote_code", "code_revision", "adapter_kwargs"),
     *("_from_auto", "_from_pipeline", "_commit_hash"),
 )
+
+
+def read_shipped_files() -> dict[str, bytes]:
+    """Read the code that travels with a checkpoint: this file, and those beside it.
+
+    Raises:
+        ValueError: a file is gone, such as when the cache of transformers was emptied since the model was loaded.
+    """
+    try:
+        return {name: (Path(__file__).parent / name).read_bytes() for name in SHIPPED_FILES}
+    except OSError as error:
+        raise ValueError(
+            f"cannot save the model: its code {error.filename} cannot be read ({error.strerror}); load the model again"
+        ) from error
+
+
+def follow_umask(folder: Path) -> None:
+    """Let the umask say who may read the weights of a checkpoint: safetensors makes files that their owner alone may read."""
+    os.umask(umask := os.umask(0o077))  # it can only be read by setting it
+    for file in [*folder.glob("*.safetensors"), *(folder / ADAPTER_SUBFOLDER).glob("*.safetensors")]:
+        file.chmod(0o666 & ~umask)
 
 
 def remove_other_form(folder: Path, adapter_form: bool) -> None:
@@ -695,22 +722,17 @@ def refuse_maskless(encoder: PreTrainedModel) -> None:
 
 
 def read_adapter_config(path: Path) -> dict[str, Any]:
-    """An adapter_config.json.
+    """Read an adapter_config.json.
 
     Raises:
-        ValueError: it is none, or what it says of LoRA is of the wrong type.
+        ValueError: the file is not JSON, or names no kind of adapter.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict) or not isinstance(found.get("peft_type"), str):
+    if not isinstance(found, dict) or "peft_type" not in found:
         raise ValueError(f"{path} is not the configuration of a PEFT adapter: it names no peft_type")
-    if found["peft_type"] == "LORA":
-        r, alpha, targets = (found.get(name) for name in ("r", "lora_alpha", "target_modules"))
-        named = isinstance(targets, str) or (isinstance(targets, list) and all(isinstance(t, str) for t in targets))
-        if type(r) is not int or r < 1 or not isinstance(alpha, (int, float)) or not named:
-            raise ValueError(f"{path}: r, lora_alpha and target_modules of a LoRA adapter are two numbers and names")
     return found
 
 

@@ -9,8 +9,10 @@ Worth knowing:
    more than it gains. With bfloat16, attention and the linear layers are faster ones (`cpu_hierarchical`).
 3. A text beyond the limit is cut, and its result says so; with ``stride`` it is read in overlapping windows instead.
 4. The probabilities of windows are averaged. Sums survive an average, so children still add up to their parent.
-5. With ``coverage`` the answer is a set of nodes that holds the right leaf for that share of texts like those that the
-   model was calibrated on: split conformal prediction, with sets that a person can read.
+5. With ``coverage`` the answer is a set of nodes that holds the correct leaf for that share of texts like the validation
+   rows: split conformal prediction, with sets that a person can read. The guarantee of that method holds up to the choice
+   of the checkpoint, which was made on the same rows; the model card has the coverage that was measured. It holds for texts
+   truncated where the thresholds were fitted, so a coverage goes with no ``stride`` and no other ``max_length``.
 6. A text that cannot be classified is a ValueError that names its position, never its content. In a list it is found
    before anything is computed; from a stream, the results before it come first.
 """
@@ -55,9 +57,9 @@ class HierarchicalTextClassificationPipeline(Pipeline):
     - ``path``: ``{"label", "score"}`` of every node from the root to that leaf;
     - ``levels``: for each level, from the roots down, the probability of every node there;
     - ``truncated``: whether the end of the text was cut off;
-    - with ``coverage``, ``answer``: ``{"label", "score"}`` of at most three nodes, or of roots, that hold the right leaf for
-      this share of texts: leaves where the model is sure, their parents and ancestors where it is not. See
-      `conformal_answer`.
+    - with ``coverage``, ``answer``: ``{"label", "score"}`` of at most three nodes, or of all roots, that hold the correct leaf
+      for this share of texts: leaves where the model is sure, their parents and ancestors where it is not. See
+      `conformal_answer`, and 5. at the head of this file for the guarantee.
 
     Args:
         batch_size: windows of text that go through the model together; by default a power of two, of about 2,048 tokens on a CPU
@@ -65,11 +67,12 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         top_k: the number of leaves wanted; each text then gets a list of results, best first.
         max_length: in tokens, special ones included; by default, and at most, the tokenizer's limit.
         stride: read long texts in windows of ``max_length`` tokens that share this many, instead of cutting them.
-        coverage: the share of texts, between 0 and 1, whose answer shall hold the right leaf.
+        coverage: the share of texts, between 0 and 1, whose answer shall hold the correct leaf; it is rounded up to a
+            hundredth. Not together with ``stride``, nor with a ``max_length`` other than that of the validation rows.
 
     Raises:
         ValueError: an item is empty or not a text, an argument is out of its range, or ``coverage`` is asked of a
-            checkpoint that was not calibrated.
+            checkpoint that was not calibrated, or for texts truncated otherwise than its thresholds were fitted.
     """
 
     _load_processor = False
@@ -122,7 +125,9 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         """See the class."""
         cutting, _, wanted = self._sanitize_parameters(**parameters)
         cutting, wanted = {**self._preprocess_params, **cutting}, {**self._postprocess_params, **wanted}
-        self._window(**cutting)
+        window = self._window(**cutting)
+        if wanted.get("coverage") is not None:
+            self._check_guarantee(window, cutting.get("stride"))
         batch_size = self._batch_size if batch_size is None else batch_size
         if batch_size is not None:
             check_number("batch_size", batch_size, 1)
@@ -256,6 +261,16 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             )
         return window
 
+    def _check_guarantee(self, window: int, stride: int | None) -> None:
+        """Raises ValueError where texts are not truncated as those were that the conformal thresholds were fitted to."""
+        fitted = self.model.config.conformal_max_length or self.tokenizer.model_max_length
+        if stride is not None or window != fitted:
+            found = f"at {window}" if stride is None else f"read in windows by stride={stride}"
+            raise ValueError(
+                f"coverage needs texts truncated at {fitted} tokens, where its thresholds were fitted, not {found}: give "
+                f"no stride, and max_length={fitted} or the tokenizer that was saved with the checkpoint"
+            )
+
     def preprocess(
         self, texts: list[str], max_length: int | None = None, stride: int | None = None
     ) -> tuple[list[dict[str, list[int]]], list[int], list[bool]]:
@@ -372,7 +387,10 @@ def padded_length(longest: int, rows: int, limit: int) -> int:
 
 
 def conformal_threshold(thresholds: list[float | None] | None, coverage: float) -> float | None:
-    """The threshold for a coverage, which is rounded up to a thousandth; None means every root.
+    """The threshold for a coverage, which is rounded up to a hundredth; None means every root.
+
+    Args:
+        thresholds: 99, as `HierarchicalConfig` keeps them.
 
     Raises:
         ValueError: the coverage is not between 0 and 1, or there are no thresholds.
@@ -381,17 +399,18 @@ def conformal_threshold(thresholds: list[float | None] | None, coverage: float) 
         raise ValueError(f"coverage must be a number between 0 and 1, not {coverage!r}")
     if thresholds is None:
         raise ValueError("this checkpoint was not calibrated: coverage needs one that was trained with validation rows")
-    place = max(1, math.ceil(round(1000 * coverage, 6)))
-    return thresholds[place - 1] if place < 1000 else None
+    place = max(1, math.ceil(round(100 * coverage, 6)))
+    return thresholds[place - 1] if place < 100 else None
 
 
 def conformal_answer(tree: Taxonomy, probabilities: list[float], threshold: float | None) -> list[int]:
     """The nodes that hold every leaf whose probability is at least 1 - threshold, the most probable leaf always.
 
     These leaves themselves where they are at most three; else the deepest level at which they lie under at most three
-    nodes; else all their roots. Children that are complete become their parent. The sets grow with the threshold, so
-    that split conformal prediction applies: `nonconformity` is the smallest threshold whose answer holds a leaf. Sets of
-    few nodes of a taxonomy: Mortier et al., 2025, arXiv 2501.19038.
+    nodes; else all their roots. Children that are complete become their parent, unless it has but one child: that child
+    holds the same leaves, and says more. The sets grow with the threshold, so that split conformal prediction applies:
+    `nonconformity` is the smallest threshold whose answer holds a leaf. Sets of few nodes of a taxonomy: Mortier et al.,
+    2025, arXiv 2501.19038.
 
     Args:
         probabilities: of all nodes, by id.
@@ -410,6 +429,8 @@ def conformal_answer(tree: Taxonomy, probabilities: list[float], threshold: floa
         parent for node in held if (parent := tree.parents[node]) >= 0 and held.issuperset(tree.children(parent))
     }:
         held = complete | {node for node in held if tree.parents[node] not in complete}
+    while only := {node for node in held if len(tree.children(node)) == 1}:
+        held = (held - only) | {tree.children(node)[0] for node in only}
     return sorted(held, key=lambda node: -probabilities[node])
 
 

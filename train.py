@@ -33,7 +33,6 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
 from configuration_hierarchical import HierarchicalConfig, Taxonomy, TaxonomyError
 from modeling_hierarchical import HierarchicalForSequenceClassification
@@ -67,17 +66,19 @@ from training.label_names import begin_with_label_names
 from training.losses import HierarchicalFocalLoss, node_counts
 from training.memory import keep_memory
 from training.metrics import build_compute_metrics
-from training.model import build_model, is_checkpoint, load_tokenizer, read_config, size_report
+from training.model import build_model, fetch_checkpoint, is_checkpoint, load_tokenizer, read_config, size_report
 from training.resume import (
     check_data,
     check_model,
     check_taxonomy,
     checkpoints,
+    damage,
     delete_measured,
     delete_run,
     find_checkpoint,
     is_of_run,
 )
+from training.trained_texts import UNTRAINED, TrainedTexts, read_trained_texts, write_trained_texts
 from training.trainer import HierarchicalTrainer
 
 logger = logging.getLogger("train")
@@ -91,6 +92,7 @@ def main(argv: list[str]) -> None:
     set_seed(training.seed)
     if (training.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")) and training.device.type == "cpu":
         raise InputError("FSDP needs GPUs; for processes on CPUs use recipes/accelerate/ddp.yaml")
+    fetch_checkpoint(model_arguments)
     checkpoint = is_checkpoint(model_arguments.model_name_or_path)
     known = read_config(model_arguments.model_name_or_path).tree if checkpoint else None
     if training.do_train is None:
@@ -98,10 +100,15 @@ def main(argv: list[str]) -> None:
     if not training.do_train:
         data_arguments.validation_size = data_arguments.test_size = 0  # rows of a training file are not to be scored
     check_output_folder(training, model_arguments.model_name_or_path)
-    with training.main_process_first(desc="reading the data"):
-        data = load_splits(data_arguments, training.seed, known if data_arguments.taxonomy is None else None)
+    resume_from = None
     if training.do_train:
-        run_training(model_arguments, data_arguments, loss_arguments, training, data)
+        resume_from = find_checkpoint(training.resume_from_checkpoint, training.output_dir)
+    trained_texts = trained_before(model_arguments.model_name_or_path, resume_from)
+    with training.main_process_first(desc="reading the data"):
+        taxonomy = known if data_arguments.taxonomy is None else None
+        data = load_splits(data_arguments, training.seed, taxonomy, trained_texts)
+    if training.do_train:
+        run_training(model_arguments, data_arguments, loss_arguments, training, data, trained_texts, resume_from)
     else:
         if not checkpoint:
             raise InputError(
@@ -112,12 +119,24 @@ def main(argv: list[str]) -> None:
         score_checkpoint(model_arguments, data_arguments, training, data)
 
 
+def trained_before(model: str, resume_from: str | None) -> TrainedTexts:
+    """The texts that the weights were trained on with which a run, or a scoring, begins."""
+    if resume_from is not None:
+        return read_trained_texts(resume_from)
+    if not is_checkpoint(model):
+        return UNTRAINED
+    found = read_trained_texts(model)
+    return TrainedTexts(earlier=found.all, complete=found.complete)
+
+
 def run_training(
     model_arguments: ModelArguments,
     data_arguments: DataArguments,
     loss_arguments: LossArguments,
     training: HierarchicalTrainingArguments,
     data: LabelledSplits,
+    trained_texts: TrainedTexts,
+    resume_from: str | None,
 ) -> None:
     if "train" not in data.splits:
         raise InputError("no training rows: give --train_file, --data_path or --dataset_name, or --do_train false")
@@ -134,9 +153,7 @@ def run_training(
             f"--level_weights {' '.join(map(str, loss_arguments.level_weights))}: nothing is left to train, since the "
             f"taxonomy has {data.taxonomy.depth} level{'s'[: data.taxonomy.depth > 1]}"
         )
-    output = Path(training.output_dir)
-    resume_from = find_checkpoint(training.resume_from_checkpoint, training.output_dir)
-    resumed_from_step = None
+    output, resumed_from_step = Path(training.output_dir), None
     if resume_from is not None:
         check_taxonomy(resume_from, data.taxonomy)
         check_data(resume_from, data.report)
@@ -161,10 +178,9 @@ def run_training(
         data.taxonomy,
         counts,
         gamma=loss_arguments.focal_gamma,
-        class_weighting=loss_arguments.class_weighting,
+        balanced=loss_arguments.class_weighting == "balanced",
         level_weights=loss_arguments.level_weights,
         label_smoothing=training.label_smoothing_factor,
-        logit_adjustment=loss_arguments.logit_adjustment,
     )
     settings = {
         **dataclasses.asdict(model_arguments),
@@ -197,27 +213,32 @@ def run_training(
         )
 
     patience = training.early_stopping_patience if training.load_best_model_at_end else None
-    with refusing("cannot set up training"):
-        trainer = HierarchicalTrainer(
-            model=model,
-            args=training,
-            train_dataset=splits["train"],
-            eval_dataset=splits.get("validation"),
-            processing_class=tokenizer,
-            data_collator=collator(tokenizer),
-            compute_metrics=compute_metrics,
-            callbacks=[EarlyStoppingCallback(patience)] if patience else None,
-            loss_function=loss_function,
-            consistency=loss_arguments.consistency,
-            heads_learning_rate=training.heads_learning_rate,
-            write_card=write_card,
-        )
+    trainer = HierarchicalTrainer(
+        model=model,
+        args=training,
+        train_dataset=splits["train"],
+        eval_dataset=splits.get("validation"),
+        processing_class=tokenizer,
+        data_collator=collator(tokenizer),
+        compute_metrics=compute_metrics,
+        callbacks=[EarlyStoppingCallback(patience)] if patience else None,
+        loss_function=loss_function,
+        consistency=loss_arguments.consistency,
+        heads_learning_rate=training.heads_learning_rate,
+        write_card=write_card,
+    )
     size = size_report(model)
     log_setup(model_arguments, training, size)
-    if training.overwrite_output_dir and not is_of_run(training.resume_from_checkpoint, output):
-        with training.main_process_first(desc="deleting the former run"):
-            if training.should_save:
-                delete_run(output)
+    trainer.accelerator.wait_for_everyone()  # all processes have read what the former run was trained on
+    if training.should_save:
+        resumed = resume_from is not None and is_of_run(training.resume_from_checkpoint, output)
+        if training.overwrite_output_dir and not resumed:
+            delete_run(output)
+            if output.resolve() != Path(model_arguments.model_name_or_path).resolve():
+                # the former weights would be taken for those of this run, were it to break
+                (output / "config.json").unlink(missing_ok=True)
+        write_trained_texts(output, trained_texts, data.splits["train"]["text"])
+    trainer.accelerator.wait_for_everyone()
     if heads_init == "label_names" and resume_from is None:
         asked = model_arguments.heads_init is not None
         if not begin_with_label_names(trainer, splits["train"], only_if_better=not asked):
@@ -251,7 +272,7 @@ def run_training(
     if "validation" in logits:
         vocab_size = model.config.text_config.vocab_size
         classifier = lexical_classifier(model_arguments, data.taxonomy, splits["train"], vocab_size)
-        calibrated, logits = calibrate(model, classifier, data.taxonomy, logits, splits)
+        calibrated, logits = calibrate(model, classifier, data.taxonomy, logits, splits, max_length)
         trainer.save_model(_internal_call=True)
         before = {name: measured.pop(name) for name in [*measured] if name in calibrated or name.endswith("_loss")}
         measured |= {f"uncalibrated_{name}": value for name, value in before.items()} | calibrated
@@ -260,10 +281,10 @@ def run_training(
     metrics |= {**measured, **per_class(data.taxonomy, logits, splits)}
     if training.should_save:
         write_json(output / "metrics.json", metrics)
-        plots.training_curves(trainer.state.log_history, output / "plots")
+        plots.write(plots.training_curves(trainer.state.log_history), output / "plots" / "training_curves.png")
         draw(data.taxonomy, logits, splits, output / "plots")
         if logits is not uncalibrated:
-            draw_reliability(uncalibrated, splits, output / "plots", "reliability_diagram_uncalibrated")
+            draw_reliability(uncalibrated, splits, output / "plots" / "reliability_diagram_uncalibrated.png")
         write_predictions(data, logits, splits, output)
         write_card(output)
         logger.info("checkpoint, metrics and plots are in %s", output)
@@ -334,6 +355,11 @@ def score_checkpoint(
 ) -> None:
     """Measures a finished checkpoint, as a user loads it, on labelled files."""
     if not set(data.splits) & {"validation", "test"}:
+        left_out = sum(count for split, count in data.report["trained_before"]["rows"].items() if split != "train")
+        if left_out:
+            raise InputError(
+                f"nothing to score: the checkpoint was trained on the texts of all {left_out:,} rows; give other rows"
+            )
         raise InputError(
             "nothing to score: give --validation_file or --test_file; of one file, give the whole file as --test_file"
         )
@@ -379,10 +405,17 @@ def precision(training: HierarchicalTrainingArguments) -> str:
 
 
 def check_output_folder(training: HierarchicalTrainingArguments, model: str) -> None:
-    """Refuses to write over a finished or started run, and to delete the model that a run starts from."""
+    """Refuse to write over a finished or started run, and to delete the model that a run starts from.
+
+    "auto" goes on from a whole checkpoint. It begins a run where the folder holds no model yet: one that was killed early.
+    """
     output = Path(training.output_dir)
     check_writable("--output_dir", output)
-    if not output.is_dir() or is_of_run(training.resume_from_checkpoint, output):
+    if not output.is_dir():
+        return
+    resumable = any(damage(folder) is None for folder in checkpoints(output))
+    resumes = training.do_train and is_of_run(training.resume_from_checkpoint, output)
+    if resumes and (resumable or training.resume_from_checkpoint != "auto"):
         return
     if training.overwrite_output_dir:
         source = Path(model).resolve()
@@ -391,10 +424,16 @@ def check_output_folder(training: HierarchicalTrainingArguments, model: str) -> 
                 f"--overwrite_output_dir true would delete --model_name_or_path {model}: give another --output_dir"
             )
         return
-    if (output / "config.json").exists() or get_last_checkpoint(str(output)) is not None:
-        remedy = (
-            "--overwrite_output_dir true, or --resume_from_checkpoint auto" if training.do_train else "another folder"
+    has_model = (output / "config.json").exists()
+    if has_model and resumes:
+        raise InputError(
+            f"--output_dir {output} holds a model and no whole checkpoint to resume from: give another --output_dir, or "
+            "--overwrite_output_dir true to train anew"
         )
+    if has_model or (checkpoints(output) and not resumes):
+        remedy = "another --output_dir"
+        if training.do_train:
+            remedy += " or --overwrite_output_dir true" + ", or --resume_from_checkpoint auto" * resumable
         raise InputError(f"--output_dir {output} already holds a run: give {remedy}")
 
 

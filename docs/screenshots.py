@@ -1,4 +1,4 @@
-"""Makes the pictures of the Space that README.md shows: ``python docs/screenshots.py --model results/quickstart``.
+"""Makes the pictures of the Space that docs/space.md shows: ``python docs/screenshots.py --model results/quickstart``.
 
 Starts the Space on a free port, opens it in headless Chromium at 1280 and 390 pixels, light and dark, and writes what a user
 sees of each view as PNG. Needs Debian's chromium and chromium-driver, and selenium.

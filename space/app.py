@@ -14,9 +14,11 @@ Worth knowing:
 """
 
 import argparse
+import atexit
 import inspect
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -31,6 +33,8 @@ from typing import Any, TypedDict
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "1"
 os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(10**9)
+# and a private folder for uploads and downloads: the default one may belong to somebody else
+os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="space-")
 
 try:
     import spaces  # on ZeroGPU hardware; before torch, as it asks
@@ -45,7 +49,6 @@ from classification import (
     MAX_CHARACTERS,
     MOST_COVERAGE,
     Classification,
-    Refused,
     check_coverage,
     check_text,
     classify,
@@ -56,9 +59,11 @@ from classification import (
 from gradio.utils import get_upload_folder
 from guard import Guard
 from starlette.middleware import Middleware
-from tables import MAX_BYTES, MAX_ROWS, Row, kind_of, read_table, to_csv, to_json_lines
+from tables import MAX_BYTES, MAX_ROWS, Refused, Row, kind_of, read_table, to_csv, to_json_lines
 from transformers import Pipeline
 from transformers.utils import cached_file
+
+atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
 
 HERE = Path(__file__).parent
 ROWS = 32  # of a file, between two looks at whether it was cancelled
@@ -116,10 +121,7 @@ def gpu(function: Callable) -> Callable:
 
 
 def rows_classified(
-    classifier: Callable[[list[str], float | None], list[Classification]],
-    rows: list[Row],
-    column: str,
-    coverage: float | None,
+    classifier: Callable[[list[str], float | None], list[Classification]], rows: list[Row], coverage: float | None
 ) -> Iterator[tuple[list[Record], list[Problem]]]:
     """Rows, some at a time: those that were classified and those that were not."""
     for start in range(0, len(rows), ROWS):
@@ -128,9 +130,9 @@ def rows_classified(
             try:
                 if row.problem is not None:
                     raise Refused(row.problem)
-                if row.values.get(column) is None:
+                if row.text is None:
                     raise Refused("the text is missing")
-                texts.append((row.line, check_text(row.values[column])))
+                texts.append((row.line, check_text(row.text)))
             except Refused as error:
                 problems.append({"line": row.line, "problem": str(error)})
         found = classifier([text for _, text in texts], coverage) if texts else []
@@ -238,11 +240,10 @@ class Service:
         if not isinstance(file, dict) or not isinstance(file.get("path"), str):
             raise Refused("A file is needed.")
         content = take(file["path"])
-        table = read_table(content, kind_of(file["path"]))
-        column = self.check_column(table.columns, column or table.text_column())
+        table = read_table(content, kind_of(file["path"]), column or None)
         coverage = check_coverage(self.classifier, coverage)
-        result: FileResult = {"column": column, "rows": [], "problems": []}
-        for records, problems in rows_classified(self._classify_all, table.rows, column, coverage):
+        result: FileResult = {"column": table.column, "rows": [], "problems": []}
+        for records, problems in rows_classified(self._classify_all, table.rows, coverage):
             result["rows"] += records
             result["problems"] += problems
         return result
@@ -251,11 +252,6 @@ class Service:
         if not isinstance(node, str) or node not in self.tree.labels:
             raise Refused("The taxonomy has no such node.")
         return node
-
-    def check_column(self, columns: list[str], column: Any) -> str:
-        if column not in columns:
-            raise Refused("The file has no such column.")
-        return column
 
     # ── the page ──
 
@@ -320,7 +316,7 @@ class Service:
             return [None, gr.Dropdown(choices=[], value=None), views.refusal(str(error))]
         problems = sum(row.problem is not None for row in table.rows)
         state = views.progress(0, len(table.rows), problems, "Read, and deleted from the disk. Classified:")
-        return [(kind, content), gr.Dropdown(choices=table.columns, value=table.text_column()), state]
+        return [(kind, content), gr.Dropdown(choices=table.columns, value=table.column), state]
 
     def begin_file(self, run: Run | None) -> list[Any]:
         """A run, in place of the one before, and nothing said of its end."""
@@ -344,8 +340,7 @@ class Service:
             if kept is None:
                 raise Refused("There is no file: choose one first.")
             kind, content = kept
-            table = read_table(content, kind)
-            self.check_column(table.columns, column)
+            table = read_table(content, kind, column or "")
         except Refused as error:
             run.end()
             yield [views.refusal(str(error)), *empty]
@@ -356,7 +351,7 @@ class Service:
         total = len(table.rows)
         yield [views.progress(0, total, 0, "Classified"), views.preview([]), views.problems([]), *empty[2:]]
         said, previewed, listed = float("-inf"), 0, 0
-        for records, problems in rows_classified(self._classify_all, table.rows, column, coverage):
+        for records, problems in rows_classified(self._classify_all, table.rows, coverage):
             if not run.going:
                 yield nothing
                 return
@@ -376,9 +371,9 @@ class Service:
             yield nothing
             return
         with tempfile.TemporaryDirectory() as folder:  # gradio copies what it serves
-            written = {"predictions.csv": to_csv(done), "predictions.jsonl": to_json_lines(done)}
-            for name, text in written.items():
-                (Path(folder) / name).write_bytes(text.encode())
+            written = {"predictions.csv": to_csv, "predictions.jsonl": to_json_lines}
+            for name, as_text in written.items():
+                (Path(folder) / name).write_bytes(as_text(done).encode())
             yield [
                 views.progress(total, total, len(bad), "Done:"),
                 gr.skip(),
@@ -650,10 +645,8 @@ def main() -> None:
         parser.error("no model: give --model, or set the variable MODEL_ID")
     log_without_values()
     revision = None if Path(arguments.model).is_dir() else arguments.revision or None
-    with tempfile.TemporaryDirectory(prefix="space-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and downloads, deleted with the process
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-        launch(build(load(arguments.model, revision), arguments.model, revision))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    launch(build(load(arguments.model, revision), arguments.model, revision))
 
 
 if __name__ == "__main__":

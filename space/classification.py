@@ -12,14 +12,11 @@ import os
 from typing import Any, TypedDict
 
 import torch
+from tables import Refused
 from transformers import Pipeline, pipeline
 
 MAX_CHARACTERS = 20_000
 LEAST_COVERAGE, MOST_COVERAGE = 0.5, 0.99
-
-
-class Refused(ValueError):
-    """What a user asked for cannot be done; the message says in words why, and holds nothing that they sent."""
 
 
 class Node(TypedDict):

@@ -1,15 +1,16 @@
 """Calibration: temperatures against drawn labels and the model itself, thresholds against their definition."""
 
 import json
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import CLEAR, ROOT, run
 from datasets import Dataset, DatasetDict
 from scipy.optimize import brentq
 from scipy.special import log_softmax
-from transformers import BertConfig, pipeline
+from transformers import AutoTokenizer, BertConfig, pipeline
 
 from configuration_hierarchical import HierarchicalConfig, Taxonomy
 from modeling_hierarchical import HierarchicalForSequenceClassification
@@ -26,10 +27,14 @@ from training.calibration import (
     leaves_under,
     node_log_probs,
     nonconformity_scores,
+    round_up,
 )
 from training.evaluation import calibrate
 
 TREE = Taxonomy(["a", {"b": ["c", "d", {"e": ["f", "g"]}]}, {"h": ["i", "j"]}])
+ONLY = Taxonomy(
+    ["a", {"b": ["c"]}, {"d": {"e": {"f": ["g", "h"]}}}, {"i": [{"j": ["k", "l"]}, {"m": ["n"]}]}]
+)  # only children
 MANY = Taxonomy({f"parent {i}": {f"{i} {j}": [f"{i} {j} {k}" for k in range(3)] for j in range(3)} for i in range(4)})
 TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
 
@@ -116,7 +121,8 @@ def test_scores_of_validation_rows_do_not_flatter_the_fit():
         splits = DatasetDict(
             {split: Dataset.from_dict({"labels": labels[some], "text_id": some}) for split, some in rows.items()}
         )
-        metrics, _ = calibrate(model, None, TREE, {split: logits[some] for split, some in rows.items()}, splits)
+        known = {split: logits[some] for split, some in rows.items()}
+        metrics, _ = calibrate(model, None, TREE, known, splits, 512)
         before = log_loss(rows["validation"]) - log_loss(rows["test"])
         gaps.append(metrics["eval_log_loss"] - metrics["test_log_loss"] - before)
     assert np.mean(gaps) == pytest.approx(0, abs=0.015)  # by the fit to these very rows, -0.035
@@ -182,12 +188,13 @@ def test_the_model_itself_gives_the_calibrated_probabilities():
 def test_a_calibration_is_saved_and_loaded(tmp_path):
     config = HierarchicalConfig(text_config={"model_type": "bert", **TINY}, taxonomy=TREE)
     model = HierarchicalForSequenceClassification(config).eval()
-    thresholds = [0.0] * 500 + [0.5] * 490 + [None] * 9
-    model.calibrate([0.5, 2.0, 3.0, 0.7], thresholds)
+    thresholds = [0.0] * 50 + [0.5] * 48 + [None]
+    model.calibrate([0.5, 2.0, 3.0, 0.7], thresholds, 48)
     model.save_pretrained(tmp_path)
     loaded = HierarchicalForSequenceClassification.from_pretrained(tmp_path)
     assert loaded.config.temperatures == [0.5, 2.0, 3.0, 0.7]
     assert loaded.config.conformal_thresholds == thresholds
+    assert loaded.config.conformal_max_length == 48
     ids = torch.randint(5, 60, (3, 9))
     with torch.inference_mode():
         torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
@@ -199,10 +206,13 @@ def test_a_calibration_is_saved_and_loaded(tmp_path):
         ({"temperatures": [1.0]}, "4 positive numbers"),
         ({"temperatures": [1.0, 1.0, 0.0, 1.0]}, "4 positive numbers"),
         ({"temperatures": [1.0, 1.0, float("nan"), 1.0]}, "4 positive numbers"),
-        ({"conformal_thresholds": [0.5] * 10}, "999 rising numbers"),
-        ({"conformal_thresholds": [0.5, 0.4] + [0.6] * 997}, "999 rising numbers"),
-        ({"conformal_thresholds": [None] + [0.6] * 998}, "999 rising numbers"),
-        ({"conformal_thresholds": [1.5] * 999}, "999 rising numbers"),
+        ({"conformal_thresholds": [0.5] * 10}, "99 rising numbers"),
+        ({"conformal_thresholds": [0.5, 0.4] + [0.6] * 97}, "99 rising numbers"),
+        ({"conformal_thresholds": [0.5, 0.4] + [0.6] * 997}, "99 rising numbers"),
+        ({"conformal_thresholds": [None] + [0.6] * 98}, "99 rising numbers"),
+        ({"conformal_thresholds": [1.5] * 99}, "99 rising numbers"),
+        ({"conformal_max_length": 0}, "conformal_max_length must be a whole number"),
+        ({"conformal_max_length": 12.5}, "conformal_max_length must be a whole number"),
     ],
 )
 def test_a_calibration_that_does_not_fit_is_refused(wrong, message):
@@ -210,7 +220,7 @@ def test_a_calibration_that_does_not_fit_is_refused(wrong, message):
         HierarchicalConfig(taxonomy=TREE, **wrong)
 
 
-@pytest.mark.parametrize("tree", [TREE, MANY])
+@pytest.mark.parametrize("tree", [TREE, MANY, ONLY])
 def test_nonconformity_is_the_smallest_threshold_whose_answer_holds_the_leaf(tree):
     generator, under = np.random.default_rng(0), leaves_under(tree)
     for _ in range(40):
@@ -224,7 +234,10 @@ def test_nonconformity_is_the_smallest_threshold_whose_answer_holds_the_leaf(tre
             answer = conformal_answer(tree, nodes, threshold)
             held = [leaf for node in answer for leaf in under[node]]
             assert len(held) == len(set(held))  # no node beside one of its own ancestors
-            assert len(answer) <= MOST_NODES or all(tree.parents[node] < 0 for node in answer)
+            assert len(answer) <= MOST_NODES or {tree.path(node)[0] for node in answer} == set(tree.children(-1))
+            assert all(len(tree.children(node)) != 1 for node in answer)
+            for inner in under[tree.num_leaves :]:  # what is held whole is one node, not its parts
+                assert not set(inner) <= set(held) or sum(set(under[node]) <= set(inner) for node in answer) <= 1
             assert set(held) == {leaf for leaf in range(tree.num_leaves) if scores[leaf] <= threshold}
             assert before <= set(held)
             before = set(held)
@@ -246,19 +259,49 @@ def test_answers_are_as_deep_as_the_model_is_sure():
     assert set(answer(None, c=1.0)) == {"a", "b", "h"}
 
 
+def test_an_only_child_is_not_answered_by_its_parent():
+    def answer(threshold: float | None, **leaves: float) -> list[str]:
+        nodes = [sum(leaves.get(ONLY.labels[leaf], 0) for leaf in held) for held in leaves_under(ONLY)]
+        return [ONLY.labels[node] for node in conformal_answer(ONLY, nodes, threshold)]
+
+    assert answer(0.5, c=0.98, g=0.02) == ["c"]
+    assert answer(0.9, c=0.6, n=0.4) == ["c", "n"]
+    assert answer(0.9, g=0.6, h=0.4) == ["f"]  # e and d are answered by their only child
+    assert answer(0.9, k=0.4, l=0.3, n=0.3) == ["i"]  # all that is below j and m
+    assert set(answer(None, c=1.0)) == {"a", "c", "f", "i"}
+
+
 def test_thresholds_are_the_ranks_of_split_conformal_prediction():
     logits, labels = drawn(TREE, [1.0] * 4, 9)
-    scores = nonconformity_scores(TREE, logits, labels)
+    scores = nonconformity_scores(TREE, logits, labels, np.arange(9))
     assert len(scores) == 9
-    thresholds = fit_thresholds(TREE, logits, labels)
-    assert conformal_threshold(thresholds, 0.9) == scores[8]  # (9 + 1) · 0.9 = 9
-    assert conformal_threshold(thresholds, 0.5) == scores[4]
-    assert conformal_threshold(thresholds, 1e-9) == scores[0]
-    assert conformal_threshold(thresholds, 0.501) == scores[5]
-    assert conformal_threshold(thresholds, 0.901) is None
-    assert conformal_threshold(thresholds, 0.9999) is None
-    assert fit_thresholds(TREE, logits, np.full(9, -100)) is None
+    thresholds = fit_thresholds(TREE, logits, labels, np.arange(9))
+    assert len(thresholds) == 99
+
+    def threshold(coverage: float) -> float | None:
+        return conformal_threshold(thresholds, coverage)
+
+    for coverage, rank in (
+        (0.9, 9),
+        (0.5, 5),
+        (1e-9, 1),
+        (0.501, 6),
+        (0.895, 9),
+    ):  # of (9 + 1) · coverage, both rounded up
+        assert scores[rank - 1] <= threshold(coverage) < scores[rank - 1] + 1e-6
+        assert threshold(coverage) == round(threshold(coverage), 6)
+    assert threshold(0.901) is None
+    assert threshold(0.9999) is None
+    assert fit_thresholds(TREE, logits, np.full(9, -100), np.arange(9)) is None
     HierarchicalConfig(taxonomy=TREE, conformal_thresholds=thresholds)
+
+
+def test_thresholds_are_rounded_to_no_less_than_the_score():
+    for scores in np.random.default_rng(0).integers(1, 10**6, size=(200, 9)) / 10**6:  # these lie on the grid already
+        for nearest in (scores, np.nextafter(scores, 0), np.nextafter(scores, 1)):
+            assert all(nearest <= [round_up(score) for score in nearest])
+            assert all(nearest + 1e-6 >= [round_up(score) for score in nearest])
+    assert (round_up(0.0), round_up(1.0)) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("coverage", [0.8, 0.9, 0.95])
@@ -268,8 +311,8 @@ def test_answers_hold_the_label_as_often_as_asked(coverage):
     for _ in range(30):
         order = generator.permutation(len(labels))
         one, other = order[:600], order[600:]
-        thresholds = fit_thresholds(MANY, logits[one], labels[one])
-        held.append(conformal_scores(MANY, logits[other], labels[other], thresholds, coverage)["coverage"])
+        thresholds = fit_thresholds(MANY, logits[one], labels[one], one)
+        held.append(conformal_scores(MANY, logits[other], labels[other], other, thresholds, coverage)["coverage"])
     assert np.mean(held) == pytest.approx(coverage, abs=0.02)
 
 
@@ -278,9 +321,42 @@ def test_answers_hold_the_leaf_as_often_as_asked_where_some_labels_say_the_paren
     known, generator = labels.copy(), np.random.default_rng(2)
     inside = np.isin(labels, leaves_under(TREE)[TREE.id("b")])
     known[inside & (generator.random(len(labels)) < 0.8)] = TREE.id("b")
-    thresholds = fit_thresholds(TREE, logits[:2000], known[:2000])
+    thresholds = fit_thresholds(TREE, logits[:2000], known[:2000], np.arange(2000))
     for truth in (labels, known):
-        assert conformal_scores(TREE, logits[2000:], truth[2000:], thresholds, 0.8)["coverage"] > 0.78
+        found = conformal_scores(TREE, logits[2000:], truth[2000:], np.arange(2000), thresholds, 0.8)
+        assert found["coverage"] > 0.78
+
+
+@pytest.mark.parametrize("others", [0, 30])
+@pytest.mark.parametrize("one_label", [True, False])
+def test_texts_that_are_repeated_do_not_break_the_coverage(others, one_label):
+    """Validation rows are three texts, twenty times each, and others once; new texts come with any of their labels."""
+    logits, labels = drawn(MANY, [1.0] * 17, 2000)
+    chances, generator = np.exp(log_softmax(logits, axis=1)), np.random.default_rng(3)
+    under = leaves_under(MANY)
+    nodes = [[float(sum(row[leaf] for leaf in held)) for held in under] for row in chances]
+    scores = np.array([nonconformity(MANY, row, label) for row, label in zip(nodes, labels.tolist(), strict=True)])
+    held = []
+    for _ in range(150):
+        order = generator.permutation(len(labels))
+        known, new = order[: 3 + others], order[3 + others :]
+        texts = np.concatenate([np.repeat(known[:3], 20), known[3:]])
+        given = labels[texts]
+        if not one_label:
+            given = np.array([generator.choice(MANY.num_leaves, p=chances[text]) for text in texts])
+        threshold = conformal_threshold(fit_thresholds(MANY, logits[texts], given, texts), 0.9)
+        held.append(np.mean(scores[new] <= (1 if threshold is None else threshold)))
+    assert np.mean(held) > 0.89
+
+
+def test_a_repeated_text_counts_once_in_the_coverage_that_is_measured():
+    """Three texts: one twenty times and not held, one held, one held with one of its two labels."""
+    leaves = np.full((23, TREE.num_leaves), 1e-9)
+    leaves[:, TREE.id("c")] = 1
+    labels = np.array([TREE.id("a")] * 20 + [TREE.id("c"), TREE.id("c"), TREE.id("d")])
+    texts = np.array([5] * 20 + [6, 7, 7])
+    found = conformal_scores(TREE, np.log(leaves), labels, texts, [0.0] * 99, 0.9)
+    assert found == {"coverage": pytest.approx(1 / 3), "leaves": 1, "nodes": 1, "single_leaf": 1}
 
 
 def test_a_trained_checkpoint_answers_with_a_coverage(tiny_encoder, tmp_path):
@@ -310,3 +386,46 @@ def test_a_trained_checkpoint_answers_with_a_coverage(tiny_encoder, tmp_path):
     classify.model.config.conformal_thresholds = None
     with pytest.raises(ValueError, match="not calibrated"):
         classify("text", coverage=0.9)
+
+
+def calibrated(checkpoint: str, **given):
+    return pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True, **given)
+
+
+def never() -> Iterator[str]:
+    raise AssertionError("a text was read")
+    yield ""
+
+
+def test_a_coverage_is_refused_where_texts_are_truncated_otherwise_than_its_thresholds_were_fitted(clear_checkpoint):
+    text, message = f"We treated {CLEAR['neoplasms'][0]}.", "coverage needs texts truncated at 128 tokens"
+    classify = calibrated(clear_checkpoint)
+    expected = classify(text, coverage=0.9)
+    assert classify(text, coverage=0.9, max_length=128) == expected
+    for cutting in {"stride": 0}, {"stride": 16}, {"max_length": 32}, {"max_length": 64, "stride": 16}:
+        assert "answer" not in classify(text, **cutting)
+        with pytest.raises(ValueError, match=message):
+            classify(never(), coverage=0.9, **cutting)
+        with pytest.raises(ValueError, match=message):
+            calibrated(clear_checkpoint, coverage=0.9)(never(), **cutting)
+        with pytest.raises(ValueError, match=message):
+            calibrated(clear_checkpoint, **cutting)(never(), coverage=0.9)
+    assert calibrated(clear_checkpoint, coverage=0.9, max_length=32)(text, max_length=128) == expected
+
+
+def test_a_coverage_is_refused_with_a_tokenizer_of_another_limit(clear_checkpoint):
+    text = f"We treated {CLEAR['neoplasms'][0]}."
+    classify = calibrated(clear_checkpoint)
+    expected = classify(text, coverage=0.9)
+    tokenizer = AutoTokenizer.from_pretrained(clear_checkpoint, trust_remote_code=True, model_max_length=64)
+    shorter = calibrated(clear_checkpoint, tokenizer=tokenizer)
+    assert shorter(text)["label"] == expected["label"]
+    with pytest.raises(ValueError, match=r"truncated at 128 tokens.* not at 64"):
+        shorter(never(), coverage=0.9)
+    classify.tokenizer.model_max_length = 96
+    with pytest.raises(ValueError, match=r"truncated at 128 tokens.* not at 96"):
+        classify(never(), coverage=0.9)
+    classify.model.config.conformal_max_length = 64  # trained at 64, under a tokenizer that takes 96
+    with pytest.raises(ValueError, match=r"truncated at 64 tokens.* not at 96"):
+        classify(never(), coverage=0.9)
+    assert classify(text, coverage=0.9, max_length=64)["answer"] == expected["answer"]

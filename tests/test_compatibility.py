@@ -16,6 +16,7 @@ from conftest import ROOT, stranger
 from transformers import AutoTokenizer
 
 from modeling_hierarchical import SHIPPED_FILES, HierarchicalForSequenceClassification
+from pipeline_hierarchical import HierarchicalTextClassificationPipeline, conformal_answer, conformal_threshold
 from push_to_hub import merge
 
 FOLDER = Path(__file__).parent / "checkpoint"
@@ -32,6 +33,29 @@ def test_the_code_of_today_answers_as_the_code_that_made_it(form, monkeypatch):
         output = model(**tokenizer(EXPECTED["texts"], truncation=True, padding=True, return_tensors="pt"))
     assert model.config.tree.labels == EXPECTED["labels"]
     torch.testing.assert_close(output.node_log_probs.exp(), torch.tensor(EXPECTED["probabilities"]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_of_999_thresholds_every_tenth_is_kept_and_no_coverage_loses(form, monkeypatch):
+    monkeypatch.chdir(FOLDER)
+    stored = json.loads(Path(form, "config.json").read_text())["conformal_thresholds"]
+    assert len(stored) == 999
+    model = HierarchicalForSequenceClassification.from_pretrained(form)
+    kept = model.config.conformal_thresholds
+    assert len(kept) == 99
+    for place in range(1, 1000):
+        threshold = conformal_threshold(kept, place / 1000)
+        assert threshold is None if place > 990 else stored[place - 1] <= threshold <= stored[place - 1] + 0.0095
+    classify = HierarchicalTextClassificationPipeline(
+        model=model, tokenizer=AutoTokenizer.from_pretrained("encoder"), coverage=0.851
+    )
+    for result, nodes in zip(classify(EXPECTED["texts"]), EXPECTED["probabilities"], strict=True):
+        answer = conformal_answer(classify.tree, nodes, stored[860 - 1])
+        assert [node["label"] for node in result["answer"]] == [EXPECTED["labels"][node] for node in answer]
+    with pytest.raises(
+        ValueError, match="coverage needs texts truncated at 32 tokens"
+    ):  # the tokenizer's limit: none is stored
+        classify("A headache", max_length=16)
 
 
 def test_a_checkpoint_that_reads_few_tokens_is_merged(monkeypatch, tmp_path):

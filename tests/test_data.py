@@ -13,12 +13,13 @@ import pandas as pd
 import pyarrow.parquet
 import pytest
 import transformers
+from conftest import ROOT
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from configuration_hierarchical import DEFAULT_TAXONOMY, Taxonomy
+from configuration_hierarchical import DEFAULT_TAXONOMY, Taxonomy, quote_name
 from training import InputError
-from training.arguments import DataArguments
+from training.arguments import DataArguments, parse
 from training.data import load_splits, read_class_names, tokenize
 from training.data_report import length_report, log_report
 from training.files import find_column, read_table, read_texts
@@ -316,22 +317,44 @@ def test_file_readers_without_labels(tmp_path):
 # ── labels and the taxonomy ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_codes_of_the_medical_abstracts_corpus(tmp_path):
+def test_codes_are_names_only_where_the_user_says_so(tmp_path):
+    rows = [(str(i), f"text {i}") for i in range(1, 4)]
+    path = csv_file(tmp_path / "a.csv", rows, ("condition_label", "medical_abstract"))
+    assert load(train_file=path, validation_size=0).taxonomy == Taxonomy(["1", "2", "3"])
+    with pytest.raises(InputError, match=r"row 0 .*'1' is not in the taxonomy"):
+        load(test_file=path, known=Taxonomy(DEFAULT_TAXONOMY))
+
+
+def test_the_recipe_of_the_medical_abstracts_corpus_names_its_codes(tmp_path):
     # the corpus's own names, from its data card
     classes = ["neoplasms", "digestive system diseases", "nervous system diseases", "cardiovascular diseases",
                "general pathological conditions"]  # fmt: skip
-    path = csv_file(
-        tmp_path / "a.csv", [(str(i), f"text {i}") for i in range(1, 6)], ("condition_label", "medical_abstract")
-    )
-    data = load(train_file=path, validation_size=0)
+    rows = [(str(i), f"text {i}") for i in range(1, 6)]
+    path = csv_file(tmp_path / "a.csv", rows, ("condition_label", "medical_abstract"))
+    words = [str(ROOT / "recipes" / "medical_abstracts.yaml"), "--train_file", str(path), "--validation_size", "0"]
+    _, arguments, _, _ = parse(words)
+    data = load_splits(arguments, 0)
     assert data.taxonomy == Taxonomy(DEFAULT_TAXONOMY)
     assert labels_of(data, "train") == classes
-    # the same codes mean the same when a checkpoint with these classes is scored
-    scored = load(test_file=path, known=Taxonomy({"all": classes}))
-    assert labels_of(scored, "test") == classes
-    # but not in a column of another name
-    other = csv_file(tmp_path / "b.csv", [("one", "1"), ("two", "2")])
-    assert load(train_file=other, validation_size=0).taxonomy.labels == ["1", "2"]
+
+
+def test_a_name_is_one_class_however_its_letters_are_composed(tmp_path):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    assert composed != decomposed
+    rows = [("one", composed), ("two", decomposed), ("three", "tea")]
+    data = load(train_file=csv_file(tmp_path / "a.csv", rows), validation_size=0)
+    assert data.taxonomy == Taxonomy([composed, "tea"])
+    assert data.splits["train"]["label"][:] == [0, 0, 1]
+    tree = write(tmp_path / "tree.yaml", f"drinks: [{decomposed}, tea]\nfood:\n")
+    rows = [("one", f"drinks/{composed}"), ("two", composed), ("three", "food")]
+    data = load(train_file=csv_file(tmp_path / "b.csv", rows), taxonomy=tree, validation_size=0)
+    assert data.splits["train"]["label"][:] == [0, 0, 2]
+    levels = csv_file(tmp_path / "c.csv", [("one", "drinks", composed), ("two", "food", "")], ("text", "a", "b"))
+    data = load(train_file=levels, taxonomy=tree, label_column=["a", "b"], validation_size=0)
+    assert data.splits["train"]["label"][:] == [0, 2]
+    names = json.dumps({composed: composed, "2": "tea"})
+    coded = csv_file(tmp_path / "d.csv", [("one", decomposed), ("two", "2")])
+    assert load(train_file=coded, class_names=names, validation_size=0).taxonomy == Taxonomy([composed, "tea"])
 
 
 def test_names_of_the_default_taxonomy_choose_it(tmp_path):
@@ -655,7 +678,42 @@ def test_too_few_rows_to_split(tmp_path):
         load(train_file=path, validation_size=0.7)
 
 
-def test_training_rows_whose_text_is_held_out_are_dropped(tmp_path, caplog):
+def test_texts_among_the_labels_are_not_logged(tmp_path, caplog):
+    text = "Mrs Example of Nowhere Lane 7 was admitted with chest pain"
+    rows = [(f"text {i}", ("a", "b", text)[i % 3]) for i in range(30)]
+    csv_file(tmp_path / "train.csv", rows)
+    csv_file(tmp_path / "test.csv", [("another", "Mrs Example was here. Twice")])
+    with caplog.at_level(logging.INFO, logger="training"):
+        files = {"train_file": tmp_path / "train.csv", "test_file": tmp_path / "test.csv"}
+        log_report(load(**files, validation_size=0).report)
+    assert "1 classes without training rows: (a value of 27 characters)" in caplog.text
+    assert "  (a value of 58 characters) " in caplog.text
+    assert "Example" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("neoplasms", True),
+        ("general pathological conditions", True),
+        ("specific disease/digestive system diseases", True),
+        ("C34.1", True),
+        ("D012345", False),
+        ("1.10", True),
+        ("icd_10_2019_code", True),
+        ("2019-07-31", False),
+        ("555 0123 456", False),
+        ("He was sent home.", False),
+        ("胸痛。入院", False),
+        ("pain in the chest for three days", False),
+        ("x" * 61, False),
+    ],
+)
+def test_what_looks_like_a_name_is_shown(name, shown):
+    assert quote_name(name) == (repr(name) if shown else f"(a value of {len(name)} characters)")
+
+
+def test_a_text_belongs_to_one_split_of_those_given(tmp_path, caplog):
     train = [("One", "a"), ("two", "b"), ("three", "a"), ("ONE", "b"), ("four", "b")]
     arguments = {
         "train_file": csv_file(tmp_path / "a.csv", train),
@@ -666,22 +724,36 @@ def test_training_rows_whose_text_is_held_out_are_dropped(tmp_path, caplog):
         data = load(**arguments)
     assert data.splits["train"]["text"][:] == ["three", "four"]
     assert data.splits["train"]["row"][:] == [2, 4]
-    assert len(data.splits["validation"]) == 3  # rows in both validation and test are only reported
-    assert data.report["splits"]["train"]["dropped_rows"] == 3
+    assert data.splits["validation"]["text"][:] == [" one", "six"]  # nothing is fitted on a text of the test file
+    assert data.splits["test"]["text"][:] == ["two ", "five"]
+    dropped = {split: found["dropped_rows"] for split, found in data.report["splits"].items()}
+    assert dropped == {"train": 3, "validation": 1, "test": 0}
     assert data.report["shared_texts"] == {
         "train, validation": {"texts": 1, "train_rows": 2, "validation_rows": 1},
         "train, test": {"texts": 1, "train_rows": 1, "test_rows": 1},
         "validation, test": {"texts": 1, "validation_rows": 1, "test_rows": 1},
     }
-    assert (
-        "1 in train and validation, 1 in train and test, 1 in validation and test; 3 training rows dropped"
-        in caplog.text
-    )
-    kept = load(**arguments, keep_shared_texts=True)
-    assert len(kept.splits["train"]) == 5
-    assert kept.report["shared_texts"] == data.report["shared_texts"]
-    with pytest.raises(InputError, match="nothing is left to train on"):
+    said = "1 in train and validation, 1 in train and test, 1 in validation and test; dropped: 3 train rows, 1 validation rows"
+    assert said in caplog.text
+    with pytest.raises(InputError, match="every train text is also in validation or test: nothing is left"):
         load(train_file=arguments["train_file"], test_file=arguments["train_file"])
+    with pytest.raises(InputError, match="every validation text is also in test: nothing is left"):
+        load(**{**arguments, "validation_file": arguments["test_file"]})
+
+
+@pytest.mark.parametrize(
+    "variant",
+    ["caf\u00e9 au lait, 5\u00b5g", "cafe\u0301 au lait, 5\u03bcg", "\ufeffCaf\u00e9 au lait, 5\u03bcg",
+     "ca\u200bf\u00e9 au\u00a0lait,\u2060 5\u00b5g", "ca\u00adfe\u200d\u0301 au lait, \uff15\u03bcg", "CAF\u00c9  AU\tLAIT, 5\u00b5G"],
+)  # fmt: skip
+def test_unicode_variants_of_a_text_are_that_text(tmp_path, variant):
+    plain = "caf\u00e9 au lait, 5\u03bcg"
+    train = csv_file(tmp_path / "a.csv", [(variant, "a"), ("cafe au lait, 5\u03bcg", "b")])
+    data = load(
+        train_file=train, test_file=csv_file(tmp_path / "b.csv", [(plain, "a"), ("more", "b")]), validation_size=0
+    )
+    assert data.splits["train"]["text"][:] == ["cafe au lait, 5\u03bcg"]  # another word, for all that looks like it
+    assert data.report["splits"]["train"]["dropped_rows"] == 1
 
 
 def test_carved_validation_has_no_text_of_the_test_file(tmp_path):
@@ -815,18 +887,3 @@ def test_tokens_of_training_texts_know_their_sentences(side):
     cut = [0, 0, 1, 1] if side == "right" else [1, 1, 2, 2]
     assert tokenized["train"]["sentences"][:] == [[-1, *cut, -1], [-1, 0, -1]]
     assert "sentences" not in tokenized["test"].column_names
-
-
-def test_tokenizer_without_a_fast_backend(warnings_of_transformers):
-    tokenizer = ByT5Tokenizer(model_max_length=8)  # bytes and one end token; needs no vocabulary file
-    splits = datasets.DatasetDict({"train": datasets.Dataset.from_dict(
-        {"text": ["ab", "é" * 6, "abcdefgh"], "label": [0, 1, 0], "row": [0, 1, 2], "text_id": [0, 1, 2]}
-    )})  # fmt: skip
-    tokenized, lengths = tokenize(splits, tokenizer, 8)
-    own = tokenizer(splits["train"]["text"][:], truncation=True, max_length=8)
-    assert tokenized["train"]["input_ids"][:] == own["input_ids"]
-    assert tokenized["train"]["attention_mask"][:] == [[1] * 3, [1] * 8, [1] * 8]
-    assert lengths["train"] == length_report([3, 13, 9], 8)
-    with pytest.raises(InputError, match=r"ByT5Tokenizer does not say where .* train on whole texts, --consistency 0"):
-        tokenize(splits, tokenizer, 8, {"train"})
-    assert "longer than" not in warnings_of_transformers.text

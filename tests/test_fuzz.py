@@ -44,7 +44,6 @@ settings.register_profile(
 settings.load_profile("fuzz")
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
-CONFIG = json.loads((CHECKPOINT / "whole_form" / "config.json").read_text())
 # text as people write it, and as they do not: quotes, separators, control characters, halves of surrogate pairs
 TEXT = st.text(st.one_of(st.sampled_from("ab /,;\"'\t\n\r\\{}[]:&*#-\0\ufeff\u2028"), st.characters()), max_size=12)
 NAMES = st.text("abcdeAÄß /.", min_size=1, max_size=3)
@@ -162,31 +161,6 @@ def test_configurations_come_back(tree, dropout, pooling, lexical_vocab_size):
         again = HierarchicalConfig.from_pretrained(folder)
     assert again.to_dict() == config.to_dict()
     assert again.tree == tree
-
-
-OURS = ("taxonomy", "label_separator", "id2label", "text_config", "temperatures", "conformal_thresholds", "pooling",
-        "head_dropout", "initializer_range", "lexical_vocab_size", "lexical_weight", "adapter_subfolder", "encoder_name_or_path",
-        "encoder_revision", "num_labels")  # fmt: skip
-
-
-@given(st.dictionaries(st.sampled_from(OURS), JSON, min_size=1, max_size=3))
-def test_config_files_with_odd_values(file, changes):
-    path = file("config.json", json.dumps({**CONFIG, **changes}).encode("utf-8", "surrogatepass"))
-    try:
-        loaded = HierarchicalConfig.from_pretrained(path.parent)
-    except ValueError:
-        return
-    assert_sound(loaded.tree)
-
-
-@given(st.dictionaries(st.sampled_from(sorted(CONFIG["text_config"])), JSON, min_size=1, max_size=2))
-def test_config_files_with_odd_encoders(file, changes):
-    changes = {**CONFIG, "text_config": {**CONFIG["text_config"], **changes}}
-    path = file("config.json", json.dumps(changes).encode("utf-8", "surrogatepass"))
-    try:
-        HierarchicalConfig.from_pretrained(path.parent)
-    except ValueError:
-        return
 
 
 @given(ODD_BYTES)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,13 @@ from conftest import CORPUS, ROOT, read_csv, run, stranger, write_csv
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from hub_server import HubServer
+from huggingface_hub.hf_api import RepoFile
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from modeling_hierarchical import HierarchicalForSequenceClassification
+from modeling_hierarchical import SHIPPED_FILES, HierarchicalForSequenceClassification
 from training.card import pinned_commit, snippets
+from training.hub import same as same_file
 
 ADAPTER_REPOSITORY = {
     *(".gitattributes", "README.md", "config.json", "metrics.json"),
@@ -144,8 +147,10 @@ def test_the_snippets_of_the_card_name_the_commit_that_holds_the_files(hub, publ
 
 
 def test_nothing_of_this_machine_is_published(hub, published, checkpoint):
+    known = json.loads((checkpoint / "trained_texts.json").read_text())["this_run"]
     for repo in published.values():
         for name, content in hub.files(repo).items():
+            assert not any(one.encode() in content for one in known), (repo, name)
             assert str(checkpoint.parent).encode() not in content, (repo, name)
             assert str(ROOT).encode() not in content, (repo, name)
             assert b"hf_alice" not in content, (repo, name)
@@ -226,6 +231,7 @@ def push(*words, token="hf_alice"):
 """
 OWN_HUB = """
 from hub_server import HubServer
+from huggingface_hub.hf_api import RepoFile
 hub = HubServer()
 hub.__enter__()
 hub.add_user("alice", "hf_alice")
@@ -443,6 +449,26 @@ def test_a_commit_whose_answer_is_lost_is_recognised(checkpoint, tmp_path):
     assert pulls == [1]
 
 
+def test_weights_are_compared_with_the_hub_without_being_held_in_memory(tmp_path):
+    weights, text = tmp_path / "model.safetensors", tmp_path / "config.json"
+    text.write_text("{}")
+    with weights.open("wb") as file:
+        file.truncate(64 * 2**20)
+    sha256 = subprocess.run(["sha256sum", weights], capture_output=True, text=True, check=True).stdout.split()[0]
+    oid = subprocess.run(["git", "hash-object", text], capture_output=True, text=True, check=True).stdout.strip()
+    lfs = {"size": 64 * 2**20, "oid": sha256, "pointerSize": 134}
+    stored = RepoFile(path=weights.name, size=64 * 2**20, oid="0" * 40, lfs=lfs)
+    tracemalloc.start()
+    try:
+        assert same_file(weights, stored)
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    finally:
+        tracemalloc.stop()
+    for source in (text, text.read_bytes()):
+        assert same_file(source, RepoFile(path=text.name, size=2, oid=oid))
+        assert not same_file(source, stored)
+
+
 def own_settings(home: Path) -> dict[str, str]:
     return {"HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
@@ -596,6 +622,57 @@ def test_after_one_load_it_loads_without_the_hub(hub, published, expected, tmp_p
     offline = {**settings(hub, home), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
     found = torch.tensor(stranger(code, tmp_path, offline))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+SAVE_WITHOUT_THE_HUB = """
+import json, os, shutil, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from hub_server import HubServer
+from huggingface_hub.hf_api import RepoFile
+folder = Path("folder")
+with HubServer() as hub:
+    hub.add_user("alice", "hf_alice")
+    hub.add_repo("alice/private", folder, private=True)
+    os.environ["HF_ENDPOINT"] = hub.endpoint
+    from transformers import AutoModel
+    given = dict(token="hf_alice", cache_dir="cache", trust_remote_code=True)
+    remote = AutoModel.from_pretrained("alice/private", **given)
+    local = AutoModel.from_pretrained(folder, trust_remote_code=True)
+shutil.rmtree(folder)
+remote.save_pretrained("remote")
+local.save_pretrained("local")
+shutil.rmtree(Path(sys.modules[type(remote).__module__].__file__).parent)
+try:
+    remote.save_pretrained("nowhere")
+except ValueError as error:
+    print(json.dumps([str(error), os.path.exists("nowhere")]))
+"""
+
+
+def test_a_loaded_model_is_saved_without_the_hub_or_not_at_all(hub, tmp_path):
+    """From a private repository, by a token and a cache that saving is not told of, and from a folder that is gone since."""
+    checkpoint = ROOT / "tests" / "checkpoint" / "whole_form"
+    shutil.copytree(checkpoint, tmp_path / "folder")
+    for name in SHIPPED_FILES:
+        shutil.copy(ROOT / name, tmp_path / "folder")
+    code = SAVE_WITHOUT_THE_HUB.format(tests=str(ROOT / "tests"))
+    refusal, written = stranger(code, tmp_path, settings(hub, tmp_path / "home"))
+    assert "its code" in refusal
+    assert "load the model again" in refusal
+    assert not written
+    before = HierarchicalForSequenceClassification.from_pretrained(checkpoint).state_dict()
+    for saved in ("remote", "local"):
+        for name in SHIPPED_FILES:
+            assert (tmp_path / saved / name).read_bytes() == (ROOT / name).read_bytes()
+        code = f"""
+import json
+from transformers import AutoModel
+state = AutoModel.from_pretrained({saved!r}, trust_remote_code=True).state_dict()
+print(json.dumps({{name: tensor.tolist() for name, tensor in state.items()}}))
+"""
+        after = stranger(code, tmp_path, {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / saved / "home")})
+        assert after == {name: tensor.tolist() for name, tensor in before.items()}
 
 
 def test_both_pipelines_work_from_the_hub(hub, published, expected, tmp_path):
@@ -787,6 +864,58 @@ print(json.dumps({{
         assert set(pictures) <= hub.files(repo).keys()
 
 
+# continuing and scoring
+
+
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+def test_a_published_checkpoint_is_scored_as_the_folder_was(hub, published, checkpoint, tmp_path, form):
+    """At the commit that is asked for, whatever the branch holds by now."""
+    repo = f"alice/scored-{form}"
+    commit = hub.add_repo(repo, hub.files(published[form]))
+    hub.add_repo(repo, other_taxonomy(hub.files(repo)))
+    asked = len(hub.requests)
+    line = ["--model_name_or_path", repo, "--model_revision", commit, "--do_train", "false"]
+    line += ["--test_file", checkpoint.parent / "test.csv", "--output_dir", tmp_path / "scores"]
+    done = run(*line, settings=settings(hub, tmp_path / "home"))
+    assert f"checkpoint: {repo} at {commit}" in done.stderr
+    scored, trained = (
+        json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "scores", checkpoint)
+    )
+    for name in ("test_accuracy", "test_macro_f1", "test_log_loss", "test_ece"):
+        assert scored[name] == pytest.approx(trained[name], abs=1e-5), name
+    paths = [request.path for request in hub.requests[asked:] if f"{repo}/resolve/" in request.path]
+    assert {path.split("/resolve/")[1].split("/")[0] for path in paths} == {commit}
+    assert not any(path.endswith((".png", "README.md")) for path in paths)
+    report = json.loads((tmp_path / "scores" / "data_report.json").read_text())
+    assert report["trained_before"]["scores"] == "unverified"  # nobody else is told what it was trained on
+
+
+def test_a_published_checkpoint_is_continued_as_the_folder_is(hub, published, checkpoint, tmp_path):
+    rows = write_csv(tmp_path / "more.csv", read_csv(CORPUS / "train.csv")[48:80])
+    line = ["--train_file", rows, "--max_steps", 2, "--save_strategy", "no", "--load_best_model_at_end", "false"]
+    for name, model in (("folder", checkpoint), ("id", published["adapter"])):
+        output = tmp_path / name
+        line += ["--validation_size", 0, "--model_name_or_path", model, "--output_dir", output]
+        run(*line, settings=settings(hub, tmp_path / "home"))
+    for name in ("heads.safetensors", "adapter/adapter_model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "id" / name).read_bytes() == (tmp_path / "folder" / name).read_bytes()
+        assert name == "tokenizer.json" or (output / name).read_bytes() != (checkpoint / name).read_bytes()
+    config = json.loads((output / "config.json").read_text())
+    assert (config["encoder_name_or_path"], config["encoder_revision"]) == (
+        "base/tiny",
+        hub.commits("base/tiny")[-1].sha,
+    )
+
+
+def test_a_checkpoint_that_cannot_be_downloaded_is_one_line(hub, published, tmp_path):
+    hub.add_repo("alice/half", hub.files(published["adapter"]))
+    hub.fail_at(1, match="HEAD /alice/half/resolve/.*adapter_model", how="403")
+    line = ["--model_name_or_path", "alice/half", "--train_file", CORPUS / "train.csv", "--output_dir", tmp_path / "no"]
+    done = run(*line, check=False, settings=settings(hub, tmp_path / "home"))
+    assert done.returncode == 2
+    assert "cannot download the checkpoint alice/half at " in done.stderr.splitlines()[-1]
+
+
 # pushing while training
 
 
@@ -823,7 +952,11 @@ def test_training_pushes_what_loads_the_same_by_every_strategy(hub, tmp_path, st
     for folder in folders:
         assert f"{folder}/heads.safetensors" in files
         assert f"{folder}/trainer_state.json" in files
+    known = json.loads((output / "trained_texts.json").read_text())["this_run"]
+    assert len(known) == 48
     for name, content in files.items():
+        assert "trained_texts" not in name, name
+        assert known[0].encode() not in content, name
         assert not name.endswith((".bin", ".pt", ".pth", ".pkl")), name
         assert b"hf_alice" not in content, name
         assert not is_pickle(content), name

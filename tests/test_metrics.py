@@ -1,7 +1,9 @@
 """Scores against scikit-learn, plain Python, and cases worked by hand."""
 
+import cProfile
 import math
 import os
+import pstats
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from configuration_hierarchical import Taxonomy
 from training import InputError
+from training.evaluation import per_class
 from training.metrics import (
     any_label_accuracy,
     bootstrap_intervals,
@@ -390,7 +393,7 @@ def test_per_class_report_against_scikit_learn():
     expected = sklearn.metrics.classification_report(
         labels[leaf], logits[leaf].argmax(axis=1), target_names=["a", "c", "e", "f", "h"], output_dict=True
     )
-    report = per_class_report(TREE, logits, labels)
+    report, _ = per_class_report(TREE, logits, labels)
     assert [row["label"] for row in report] == ["a", "c", "e", "f", "h"]
     for row in report:
         of_class = expected[row["label"]]
@@ -401,13 +404,27 @@ def test_per_class_report_against_scikit_learn():
 
 
 def test_per_class_report_of_classes_that_do_not_occur():
-    report = per_class_report(TREE, logits_for([A, A]), np.array([A, B]))
+    report, _ = per_class_report(TREE, logits_for([A, A]), np.array([A, B]))
     absent = {"label": "h", "support": 0, "precision": 0, "recall": 0, "f1": 0, "f1_interval": None}
     assert {name: report[0][name] for name in ("support", "precision", "recall", "f1")} == dict.fromkeys(
         ("support", "precision", "recall", "f1"), 1
     )
     assert report[4] == absent
-    assert per_class_report(TREE, logits_for([A]), np.array([B])) == []
+    assert per_class_report(TREE, logits_for([A]), np.array([B])) == ([], {})
+
+
+def test_the_bootstrap_of_a_report_is_computed_once():
+    logits, labels = random_case(TREE, 200)
+    profile = cProfile.Profile()
+    found = profile.runcall(per_class, TREE, {"test": logits}, {"test": {"labels": labels}})
+    calls = {function[2]: counts[0] for function, counts in pstats.Stats(profile).stats.items()}
+    assert calls["bootstrap_intervals"] == 1
+    leaf = (labels >= 0) & (labels < TREE.num_leaves)
+    expected = bootstrap_intervals(labels[leaf], logits[leaf].argmax(axis=1), TREE.num_leaves)
+    assert found["intervals"] == {f"test_{name}": expected[name].tolist() for name in ("accuracy", "macro_f1")}
+    assert [row["f1_interval"] for row in found["per_class"]] == expected["f1"].T.tolist()
+    only_inner = {"test": {"labels": np.full(200, B)}}
+    assert per_class(TREE, {"test": logits}, only_inner) == {}
 
 
 def test_trainer_reports_the_scores(tmp_path):

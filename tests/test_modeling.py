@@ -1,4 +1,6 @@
 import itertools
+import json
+import os
 
 import pytest
 import torch
@@ -215,6 +217,60 @@ def test_heads_stay_in_float32_and_logits_too(tmp_path):
     assert output.logits.dtype == torch.float32
     torch.testing.assert_close(output.logits.exp().sum(1), torch.ones(3))
     assert model.to(torch.bfloat16)(**batch()).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("form", ["adapter", "whole"])
+def test_the_type_of_numbers_is_taken_as_for_any_model(form, adapted, tmp_path):
+    model = adapted if form == "adapter" else small_model().to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    stored = torch.float32 if form == "adapter" else torch.bfloat16  # the adapter form stores no encoder
+    wanted = {torch.float16: torch.float16, "bfloat16": torch.bfloat16, "auto": stored}
+    for auto, name, dtype in itertools.product(
+        (HierarchicalForSequenceClassification, AutoModel), ("dtype", "torch_dtype"), wanted
+    ):
+        loaded = auto.from_pretrained(tmp_path, trust_remote_code=True, **{name: dtype})
+        assert {p.dtype for p in loaded.encoder.parameters()} == {wanted[dtype]}
+        assert {p.dtype for p in loaded.heads.parameters()} == {torch.float32}
+
+
+def test_the_width_of_the_encoder_can_be_set():
+    config = small_model().config
+    config.hidden_size = 64
+    assert (config.hidden_size, config.text_config.hidden_size) == (64, 64)
+    assert HierarchicalForSequenceClassification(config).heads.weight.shape == (UNEVEN.num_nodes, 64)
+
+
+@pytest.mark.parametrize("form", ["adapter", "whole"])
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_who_may_read_the_files_is_for_the_umask_to_say(form, umask, adapted, tmp_path):
+    model = adapted if form == "adapter" else small_model()
+    before = os.umask(umask)
+    try:
+        model.save_pretrained(tmp_path)
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert any(name.endswith(".safetensors") for name in modes)
+    assert modes == dict.fromkeys(modes, 0o666 & ~umask)
+
+
+@pytest.mark.parametrize("form", ["adapter", "whole"])
+def test_attention_is_for_the_caller_to_choose_and_not_for_a_stored_configuration(form, adapted, tmp_path):
+    """transformers would fetch an implementation that is named as a repository, at no pinned commit."""
+    (adapted if form == "adapter" else small_model()).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    stored = json.loads(path.read_text())
+    for key in ("attn_implementation", "_attn_implementation"):
+        kernel = {key: "kernels-community/flash-attn"}
+        path.write_text(json.dumps({**stored, **kernel, "text_config": {**stored["text_config"], **kernel}}))
+        for auto in (HierarchicalForSequenceClassification, AutoModel):
+            loaded = auto.from_pretrained(tmp_path, trust_remote_code=True)
+            assert loaded.encoder.config._attn_implementation == "sdpa"
+            chosen = auto.from_pretrained(tmp_path, trust_remote_code=True, attn_implementation="eager")
+            assert chosen.encoder.config._attn_implementation == "eager"
+    chosen.save_pretrained(tmp_path / "again")
+    assert "attn_implementation" not in (tmp_path / "again" / "config.json").read_text()
 
 
 def test_temperatures_are_what_they_were_fitted_as_in_whatever_a_model_is_loaded(tmp_path):

@@ -130,7 +130,7 @@ def run_folder(unbroken, tmp_path) -> Path:
 
 def test_overwriting_leaves_nothing_of_the_former_run_to_go_on_from_or_to_show(words, run_folder):
     kept = {run_folder / "notes.txt", run_folder / "checkpoint-best" / "heads.safetensors", run_folder / "mine.csv"}
-    gone = {run_folder / name for name in ("plots/old.png", "plots/old.html", "test_predictions.csv", "metrics.json")}
+    gone = {run_folder / name for name in ("plots/old.png", "test_predictions.csv", "metrics.json")}
     for path in kept | gone:
         path.parent.mkdir(exist_ok=True)
         path.write_text("of the former run")
@@ -145,6 +145,45 @@ def test_overwriting_leaves_nothing_of_the_former_run_to_go_on_from_or_to_show(w
     assert all(path.exists() for path in kept)
     assert not any(path.exists() for path in gone)
     assert not (run_folder / "test_predictions.csv").exists()
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_again(words, run_folder):
+    for folder in checkpoints(run_folder):
+        shutil.rmtree(folder)
+    before = {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()}
+    line = list(map(str, [*words, "--output_dir", run_folder]))
+    with pytest.raises(InputError, match=r"holds a model and no whole checkpoint .*--overwrite_output_dir true"):
+        train.main([*line, "--resume_from_checkpoint", "auto"])
+    with pytest.raises(InputError, match=r"already holds a run: give .*--overwrite_output_dir true") as refused:
+        train.main(line)
+    assert "auto" not in str(refused.value)  # which would be refused as well
+    score = ["--do_train", "false", "--do_predict", "--model_name_or_path", str(run_folder)]
+    with pytest.raises(InputError, match=r"already holds a run: give another --output_dir$"):
+        train.main([*line, *score, "--resume_from_checkpoint", "auto"])
+    assert {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()} == before
+    torn = run_folder / "checkpoint-2"
+    torn.mkdir()
+    for settings in ([], ["--resume_from_checkpoint", "auto"]):
+        with pytest.raises(InputError, match="--overwrite_output_dir true"):
+            train.main([*line, *settings])
+    line += ["--max_steps", "2", "--overwrite_output_dir", "true", "--resume_from_checkpoint", "auto"]
+    run(*line)
+    assert [folder.name for folder in checkpoints(run_folder)] == ["checkpoint-2"]
+
+
+def test_a_run_that_was_broken_before_its_first_checkpoint_begins_again(words, unbroken, tmp_path):
+    """It has left a report of the data and, at most, a checkpoint that was not finished."""
+    output = tmp_path / "results"
+    (output / "checkpoint-2").mkdir(parents=True)
+    shutil.copy(unbroken / "data_report.json", output)
+    with pytest.raises(
+        InputError, match=r"already holds a run: give another --output_dir or --overwrite_output_dir true$"
+    ):
+        train.main(list(map(str, [*words, "--output_dir", output])))
+    run(*words, "--output_dir", output, "--max_steps", 2, "--resume_from_checkpoint", "auto")
+    assert find_checkpoint("auto", str(output)) == str(output / "checkpoint-2")
+    with pytest.raises(InputError, match="--overwrite_output_dir true, or --resume_from_checkpoint auto"):
+        train.main(list(map(str, [*words, "--output_dir", output])))
 
 
 def test_a_run_may_not_delete_the_checkpoint_that_it_starts_from(words, run_folder):

@@ -28,8 +28,8 @@ sys.path.insert(0, str(ROOT / "space"))
 
 import views
 from attribution import Explainer, cut
-from classification import Refused, classify
-from tables import MAX_BYTES, defuse, read_table, to_csv, to_json_lines
+from classification import check_text, classify
+from tables import MAX_BYTES, MAX_COLUMNS, Refused, defuse, read_table, to_csv
 
 from training.files import TEXT_COLUMNS
 
@@ -170,7 +170,7 @@ def test_bad_rows_stand_apart_by_the_line_that_they_begin_on():
     content = b'\xef\xbb\xbfid,text\n1,"two\nlines"\n2\n3,caf\xe9\n4,fine\n\n5,"never closed\n'
     table = read_table(content, "csv")
     assert table.columns == ["id", "text"]
-    assert [(row.line, row.values.get("text"), row.problem) for row in table.rows] == [
+    assert [(row.line, row.text, row.problem) for row in table.rows] == [
         (2, "two\nlines", None),
         (4, None, "1 fields, where the first line has 2"),
         (5, None, "not UTF-8"),
@@ -191,7 +191,7 @@ def test_a_stray_quotation_mark_in_tsv_is_named_and_the_rows_after_it_are_read()
         b'text\tyear\n"Heart was\t2\ntwo\t3\nend"\t4\nfour\t5\n"two\nlines"\t6\n',
         b'year\ttext\n2\t"Heart was\n3\ttwo\n4\tend"\n5\tfour\n6\t"two\nlines"\n',
     ):
-        found = [(row.line, row.values.get("text"), row.problem) for row in read_table(content, "tsv").rows]
+        found = [(row.line, row.text, row.problem) for row in read_table(content, "tsv").rows]
         problem = "a quotation mark that is not closed before the rows below"
         assert found == [(2, None, problem), (5, "four", None), (6, "two\nlines", None)]
 
@@ -199,25 +199,22 @@ def test_a_stray_quotation_mark_in_tsv_is_named_and_the_rows_after_it_are_read()
 def test_a_line_that_is_not_utf_8_takes_no_row_along_but_its_own():
     content = b'text,id\n"first line\ncaf\xe9 end",a\nplain text,b\n"caf\xe9\nand ""more""",c\n"last\ntext",d\n'
     table = read_table(content, "csv")
-    assert [(row.line, row.values, row.problem) for row in table.rows] == [
-        (2, {}, "not UTF-8"),
-        (4, {"text": "plain text", "id": "b"}, None),
-        (5, {}, "not UTF-8"),
-        (7, {"text": "last\ntext", "id": "d"}, None),
+    assert [(row.line, row.text, row.problem) for row in table.rows] == [
+        (2, None, "not UTF-8"),
+        (4, "plain text", None),
+        (5, None, "not UTF-8"),
+        (7, "last\ntext", None),
     ]
 
 
-def test_what_json_can_say_and_a_download_cannot_costs_no_other_row():
-    content = (
-        b'{"text": "a", "note": "\\ud800"}\n{"text": "b", "\\udc00": 1}\n{"text": "c", "n": [NaN, -Infinity, 1.5]}\n'
-    )
+def test_what_json_can_say_and_utf_8_cannot_costs_no_other_row():
+    content = b'{"text": "a", "note": "\\ud800"}\n{"text": "b", "\\udc00": 1}\n{"text": "c", "n": [NaN, -Infinity]}\n'
     first, second, third = read_table(content, "jsonl").rows
-    assert first.problem == second.problem == "half of a surrogate pair, which is no character"
-    assert third.problem is None
-    written = to_json_lines([third.values]).encode()
-    read = json.loads(written, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert read == {"text": "c", "n": [None, None, 1.5]}
-    assert to_csv([third.values]).encode()
+    assert second.problem == "half of a surrogate pair in a name, which is no character"
+    assert [(row.text, row.problem) for row in (first, third)] == [("a", None), ("c", None)]
+    (row,) = read_table(b'{"text": "half \\ud800"}\n', "jsonl").rows
+    with pytest.raises(Refused, match="not valid Unicode"):
+        check_text(row.text)
 
 
 def test_every_kind_of_file_says_the_same(texts):
@@ -233,14 +230,14 @@ def test_every_kind_of_file_says_the_same(texts):
     }
     for kind, content in contents.items():
         table = read_table(content, kind)
-        assert [row.values[table.text_column()] for row in table.rows] == texts
+        assert [row.text for row in table.rows] == texts
 
 
 def test_the_column_of_texts_is_the_one_that_the_commands_read():
     for names in itertools.combinations(TEXT_COLUMNS, 2):
         for columns in (names, names[::-1]):
             content = f"{','.join(columns)}\na,b\n".encode()
-            assert read_table(content, "csv").text_column() == next(name for name in TEXT_COLUMNS if name in columns)
+            assert read_table(content, "csv").column == next(name for name in TEXT_COLUMNS if name in columns)
 
 
 @pytest.mark.parametrize(
@@ -255,6 +252,9 @@ def test_the_column_of_texts_is_the_one_that_the_commands_read():
         (b"x" * (MAX_BYTES + 1), "txt", "at most 10 MB"),
         (b"PAR1 not really PAR1", "parquet", "not Parquet"),
         (b"[]\n", "jsonl", "No row"),
+        (b",".join(b"%d" % i for i in range(MAX_COLUMNS + 1)) + b"\n", "csv", "more than 1,000 columns"),
+        (b"1," * (MAX_BYTES // 2), "csv", "more than 1,000 columns"),
+        (b"".join(b'{"%d": 0}\n' % i for i in range(MAX_COLUMNS + 1)), "jsonl", "more than 1,000 columns"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_refused_in_words(content, kind, message):
@@ -273,45 +273,133 @@ def test_a_file_that_cannot_be_read_is_refused_in_words(content, kind, message):
     ],
     ids=lambda column: str(column.type),
 )
-def test_a_parquet_column_that_python_has_no_values_for_is_named(column, tmp_path):
-    pq.write_table(pa.table({"text": ["a"], "when": column}), tmp_path / "a.parquet")
+def test_a_parquet_column_that_python_has_no_values_for_is_named(column):
+    content = parquet({"text": ["a"], "when": column})
+    assert [row.text for row in read_table(content, "parquet").rows] == ["a"]
     with pytest.raises(Refused, match=r"Column 2 of the file .* leave it out") as refused:
-        read_table((tmp_path / "a.parquet").read_bytes(), "parquet")
+        read_table(content, "parquet", "when")
     assert "\n" not in str(refused.value)
 
 
-def test_a_small_parquet_file_that_unpacks_to_gigabytes_is_refused():
-    values = pa.array(["x" * 2**20])
-    repeated = pa.DictionaryArray.from_arrays(pa.array([0] * 10_000, pa.int32()), values)
-    lists = pa.ListArray.from_arrays(pa.array([0, 10_000_001], pa.int32()), pa.nulls(10_000_001, pa.int8()))
-    for column, message in (
-        (repeated, "Unpacked, the file has more than 200 MB"),
-        (lists, "more than 10,000,000 values"),
-    ):
-        stream = io.BytesIO()
-        pq.write_table(pa.table({"text": column}), stream)
-        assert len(stream.getvalue()) < 2**20
-        with pytest.raises(Refused, match=message):
-            read_table(stream.getvalue(), "parquet")
+def test_a_column_is_read_by_its_whole_name():
+    content = parquet({"a.b": ["dotted"], "a": ["the longest of them"], "s": [{"b": "inner"}], "n": [1]})
+    assert read_table(content, "parquet").column == "a"
+    assert [read_table(content, "parquet", name).rows[0].text for name in ("a.b", "s", "n")] == ["dotted", False, False]
+    for other, kind in ((content, "parquet"), (b"a,b\n1,2\n", "csv")):
+        with pytest.raises(Refused, match="no such column"):
+            read_table(other, kind, "c")
 
 
 def test_parquet_files_within_the_limits_are_read():
     texts = [f"text {i} " + "x" * 150 for i in range(10_000)]
     categories = pa.array(texts).dictionary_encode()
     vectors = pa.array([[0.5] * 384] * 3000, pa.list_(pa.float32()))
-    for table in (pa.table({"text": categories}), pa.table({"text": texts[:3000], "vector": vectors})):
-        stream = io.BytesIO()
-        pq.write_table(table, stream)
-        read = read_table(stream.getvalue(), "parquet")
-        assert [row.values["text"] for row in read.rows] == texts[: len(table)]
+    for columns in ({"text": categories}, {"a": texts[:3000], "vector": vectors}):
+        rows = read_table(parquet(columns), "parquet").rows
+        assert [row.text for row in rows] == texts[: len(rows)]
+        assert len(rows) in (3000, 10_000)
 
 
-def test_a_row_that_is_nested_too_deeply_to_be_written_is_named():
-    deep = "[" * 900 + "]" * 900
-    first, second = read_table(f'{{"text": "a", "n": {deep}}}\n{{"text": "b"}}\n'.encode(), "jsonl").rows
-    assert first.problem is None or first.problem == "not JSON"
-    assert second.problem is None
-    assert to_json_lines([row.values for row in (first, second) if row.problem is None])
+def parquet(columns: dict, **options) -> bytes:
+    stream = io.BytesIO()
+    pq.write_table(pa.table(columns), stream, **options)
+    return stream.getvalue()
+
+
+def belittled(content: bytes) -> bytes:
+    """A Parquet file whose footer says that each of its columns, and of its row groups, unpacks to a kilobyte at most.
+
+    Thrift writes an integer seven bits a byte, the lowest first, a sign among them. More bytes than it takes keep the footer's
+    length.
+    """
+    metadata = pq.read_metadata(io.BytesIO(content))
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    columns = [group.column(i) for group in groups for i in range(group.num_columns)]
+    sizes = {group.total_byte_size for group in groups} | {column.total_uncompressed_size for column in columns}
+    start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    footer = content[start:]
+
+    def written(number: int, length: int) -> bytes:
+        digits = [2 * number >> 7 * i & 127 for i in range(length)]
+        return bytes([digit | 128 for digit in digits[:-1]] + digits[-1:])
+
+    for size in sorted(sizes, reverse=True):
+        length = -(-(2 * size).bit_length() // 7)
+        if length > 2:
+            assert written(size, length) in footer
+            footer = footer.replace(written(size, length), written(1000, length))
+    return content[:start] + footer
+
+
+def hostile_files() -> dict[str, bytes]:
+    """Files of at most 10 MB that become much more: names that end in their kind, and contents."""
+    full, once = MAX_BYTES - 100, pa.array([0] * 10_000, pa.int32())
+    texts, short = pa.array(["x" * 2**20] * 200), pa.array(["x" * 2**20] * 40)
+    pages = pa.DictionaryArray.from_arrays(once, ["x" * 10**7])
+    nulls = pa.nulls(30_000_000, pa.int8())
+    for _ in range(3):
+        nulls = pa.ListArray.from_arrays(pa.array([0, len(nulls)], pa.int32()), nulls)
+    one_page = {"use_dictionary": False, "data_page_size": 2**31 - 1}
+    files = {
+        f"{codec}.parquet": parquet({"text": texts}, compression=codec, **one_page)
+        for codec in ("snappy", "brotli", "zstd")
+    }
+    files["columns.parquet"] = parquet({f"c{i}": short for i in range(30)}, compression="zstd", **one_page)
+    files["repeated.parquet"] = parquet({"text": pa.DictionaryArray.from_arrays(once, short[:1])})
+    files["dictionaries.parquet"] = parquet({f"c{i}": pages for i in range(40)}, compression="zstd")
+    files["lists.parquet"] = parquet({"text": nulls}, compression="zstd")
+    files = {name: belittled(content) for name, content in files.items()}
+    return files | {
+        "brackets.jsonl": b"[" * full,
+        "objects.jsonl": b'{"text":[' + b'{"":{}},' * (full // 8) + b"0]}\n",
+        "names.jsonl": b"{" + b",".join(b'"%x":0' % i for i in range(full // 10)) + b"}\n",
+        "fields.csv": b"12," * (full // 3),
+        "cells.csv": b",".join(b"%x" % i for i in range(1000)) + b"\n" + (b"," * 999 + b"\n") * 10_000,
+        "lines.csv": b'text\n"\xff' + b"\n" * (full // 2) + b'"\n',
+        "lines.txt": b"a\n" * (full // 2),
+        "wide.txt": ("\U0001f600" + "a" * 1030 + "\n").encode() * 10_000,
+        "control.txt": (b"\1" * 1040 + b"\n") * 10_000,
+    }
+
+
+def test_no_file_of_10_mb_takes_a_gigabyte(tmp_path):
+    """In a fresh process, with what it lets others do: the most of each, over what it has before."""
+    for name, content in hostile_files().items():
+        assert len(content) <= MAX_BYTES, name
+        (tmp_path / name).write_bytes(content)
+    code = f"""
+import json, resource, sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT / "space")!r})
+from tables import Refused, read_table
+
+def most(who):
+    return resource.getrusage(who).ru_maxrss * 1024
+
+rest, said = most(resource.RUSAGE_SELF), {{}}
+for file in sorted(Path({str(tmp_path)!r}).glob("*.*")):
+    try:
+        said[file.name] = len(read_table(file.read_bytes(), file.suffix[1:]).rows)
+    except Refused as error:
+        said[file.name] = str(error)
+print(json.dumps([said, most(resource.RUSAGE_SELF) - rest + most(resource.RUSAGE_CHILDREN)]))
+"""
+    said, memory = stranger(code, tmp_path)
+    assert memory < 10**9, said
+    packed = [name for name in said if name.endswith("parquet") and name != "lists.parquet"]
+    assert {said[name] for name in packed} == {"Unpacked, the file has more than 40 MB."}
+    assert said["wide.txt"] == said["cells.csv"] == 10_000
+    assert (
+        said["names.jsonl"]
+        == said["fields.csv"]
+        == "The file has more than 1,000 columns, which is the most that is accepted."
+    )
+
+
+def test_a_row_that_is_nested_too_deeply_is_named_and_costs_no_other():
+    deep = "[" * 100_000 + "]" * 100_000
+    rows = read_table(f'{{"text": "a", "n": {deep}}}\n{{"text": "b"}}\n'.encode(), "jsonl").rows
+    assert [(row.text, row.problem) for row in rows] == [(None, "not JSON"), ("b", None)]
 
 
 def test_formulas_are_defused_and_all_else_comes_back_as_it_was():
@@ -609,3 +697,19 @@ print(json.dumps([len(spaces.lent), service.classify("A text.")["label"]]))
     count, label = stranger(code, tmp_path, {"HF_HUB_OFFLINE": "1"})
     assert count == 3
     assert label
+
+
+def test_the_space_starts_where_gradios_own_folder_cannot_be_made(clear_checkpoint, tmp_path):
+    """Such as where somebody else has it: here it is a file. The one in its place is private, and deleted at the end."""
+    (tmp_path / "gradio").write_text("")
+    code = f"""
+import json, os, stat, sys
+sys.path.insert(0, {str(ROOT / "space")!r})
+import app
+page = app.build(app.load({clear_checkpoint!r}, None), {clear_checkpoint!r})
+print(json.dumps([page.GRADIO_CACHE, stat.S_IMODE(os.stat(page.GRADIO_CACHE).st_mode)]))
+"""
+    folder, mode = stranger(code, tmp_path, {"HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)})
+    assert Path(folder).parent == tmp_path
+    assert mode == 0o700
+    assert not Path(folder).exists()

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import transformers
 
 from configuration_hierarchical import DEFAULT_TAXONOMY, HierarchicalConfig, Taxonomy, TaxonomyError
 
@@ -69,11 +70,56 @@ def test_yaml_names_stay_as_they_are_written(tmp_path):
     assert Taxonomy.from_file(tmp_path / "tree.yaml").names == ["1", "2.50", "null", "no"]
 
 
+def test_a_name_is_one_node_however_its_letters_are_composed(tmp_path):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    expected = Taxonomy({composed: ["hot", "cold"]})
+    (tmp_path / "tree.json").write_text(json.dumps({decomposed: ["hot", "cold"]}))
+    assert Taxonomy.from_file(tmp_path / "tree.json") == expected
+    assert Taxonomy.from_rows([(composed, "hot"), (decomposed, "cold"), ("", decomposed)]) == expected
+    assert Taxonomy.from_paths([f"{composed}/hot", (decomposed, "cold")]) == expected
+    assert expected.id(decomposed) == expected.id(composed) == 2
+    assert expected.id(f"{decomposed}/hot") == 0
+    with pytest.raises(TaxonomyError, match="occurs twice among the roots"):
+        Taxonomy([composed, decomposed])
+    # a checkpoint whose configuration was written before names were composed
+    config = HierarchicalConfig(taxonomy=[decomposed, "tea"], id2label={0: decomposed, 1: "tea"})
+    assert config.id2label == {0: composed, 1: "tea"}
+
+
+@pytest.fixture
+def warned(caplog):
+    transformers.logging.enable_propagation()
+    with caplog.at_level("WARNING"):
+        yield caplog
+    transformers.logging.disable_propagation()
+
+
+def test_a_misspelt_parent_is_warned_of_with_the_nearest_name(warned):
+    rows = [("", "heart disease"), ("heart disease", "angina"), ("heart diseasse", "arrhythmia"), ("lung", "asthma")]
+    tree = Taxonomy.from_rows(rows)
+    assert len(tree.children(-1)) == 3
+    (warning,) = [record.getMessage() for record in warned.records]
+    assert "'heart diseasse'" in warning
+    assert "'heart disease'" in warning
+    assert "'lung'" not in warning
+
+
+def test_parents_that_are_no_misspelling_are_not_warned_of(warned):
+    rows = [("", "general pathological conditions"), ("specific disease", "neoplasms"), ("specific disease", "disease")]
+    Taxonomy.from_rows(rows)
+    Taxonomy.from_rows([("diabetes", "diabetes 1"), ("diabetes", "diabetes 2"), ("nervous system", "pain")])
+    Taxonomy.from_rows([("", "lung"), ("", "lungs"), ("lung", "a"), ("lungs", "b")])  # both are listed
+    assert not warned.records
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([("a", "b"), ("b", "c"), ("c", "a"), ("", "d")], "cycle: .*a > b > c|cycle: .*b > c > a|cycle: .*c > a > b"),
-        ([("a", "a")], "cycle: a > a"),
+        (
+            [("a", "b"), ("b", "c"), ("c", "a"), ("", "d")],
+            "cycle: .*'a' > 'b' > 'c'|cycle: .*'b' > 'c' > 'a'|cycle: .*'c' > 'a' > 'b'",
+        ),
+        ([("a", "a")], "cycle: 'a' > 'a'"),
         ([("a", "c"), ("b", "c")], "'c' has two parents: 'a' and 'b'"),
         ([("a", "b"), ("", "b")], "'b' has two parents: 'a' and no parent"),
         ([("a", "b"), ("a", " ")], "row 2 .*empty name"),

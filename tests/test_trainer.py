@@ -1,5 +1,6 @@
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, DataCollatorWithPadding
@@ -136,6 +137,48 @@ def test_the_loss_of_halves_is_that_of_each_and_their_disagreement(tmp_path, tok
     model.eval()  # where texts are whole
     evaluated = ours.compute_loss(model, inputs)
     torch.testing.assert_close(evaluated, loss(data)(model(**whole).node_log_probs, labels))
+
+
+class Lengths(torch.nn.Module):
+    """Answers by the number of tokens alone, on any device."""
+
+    def __init__(self):
+        super().__init__()
+        self.scores = torch.nn.Linear(1, TREE.num_nodes)
+
+    def forward(self, input_ids, attention_mask):
+        log_probs = self.scores(attention_mask.float().sum(1, keepdim=True)).log_softmax(-1)
+        return {"node_log_probs": log_probs, "logits": log_probs[:, : TREE.num_leaves]}
+
+
+@pytest.mark.parametrize("consistency", [0.0, 0.7])
+def test_a_loss_reads_nothing_back_from_the_device(tmp_path, tokenizer, consistency):
+    """Tensors on the meta device hold no values: to read one, for which a GPU would have to be waited for, is an error."""
+    data = rows(ignored=True)
+    ours = trainer(tiny_model(), tokenizer, data, arguments(tmp_path), consistency=consistency)
+    batch = send_to_device(collator(tokenizer)([data[i] for i in range(8)]), "meta")
+    assert batch["input_ids"].is_meta
+    ours.loss_function.to("meta")
+    assert ours.compute_loss(Lengths().to("meta"), batch, num_items_in_batch=11).is_meta
+
+
+@pytest.mark.parametrize("settings", [{"save_strategy": "steps", "save_steps": 2}, {}, {"logging_steps": 2}])
+def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint_is_written(tmp_path, tokenizer, settings):
+    data, model = rows().to_dict(), tiny_model()
+    data["input_ids"][6][2] = 61  # a token that no other row has
+    data = Dataset.from_dict(data)
+    with torch.no_grad():
+        model.encoder.embeddings.word_embeddings.weight[61] = float("nan")
+    args = arguments(
+        tmp_path,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=3,
+        **{"logging_steps": 99, **settings},
+    )
+    with pytest.raises(InputError, match="the loss is nan at step 2, rows 6, 7 of the training data: lower"):
+        trainer(model, tokenizer, data, args).train()
+    assert list(tmp_path.glob("checkpoint-*")) == []
 
 
 def test_halves_need_a_loss_and_sentences(tmp_path, tokenizer):

@@ -6,9 +6,11 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 TRACEBACK = "HIERARCHICAL_TRACEBACK"
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class InputError(ValueError):
@@ -20,11 +22,23 @@ def one_line(error: object) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def is_fault(error: Exception) -> bool:
+    """Whether an error is a bug of this project: a wrong name, type or attribute in a frame of its own, not of a library."""
+    if not isinstance(error, (AttributeError, NameError, TypeError)):
+        return False
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if frames[-1].f_code.co_name == "__getattr__":  # torch's, for what a module of ours was asked for
+        frames.pop()
+    file = Path(frames[-1].f_code.co_filename)
+    return file.stem.endswith("_hierarchical") or file.parent in (ROOT, ROOT / "prediction", ROOT / "training")
+
+
 @contextmanager
 def refusing(what: str) -> Iterator[None]:
-    """Turns whatever a library raises over something that a user gave it into an InputError.
+    """Turn whatever a library raises over something that a user gave it into an InputError.
 
-    For reading foreign files alone: libraries name no errors for these, and raise, say, KeyError or ZeroDivisionError.
+    For calls of libraries on foreign files and settings: they name no errors for these, and raise, say, KeyError or
+    ZeroDivisionError. A bug of this project stays what it is, see `is_fault`.
 
     Args:
         what: the message up to its colon.
@@ -34,6 +48,8 @@ def refusing(what: str) -> Iterator[None]:
     except (InputError, MemoryError):
         raise
     except Exception as error:
+        if is_fault(error):
+            raise
         plain = isinstance(error, (OSError, ValueError, ImportError)) and bool(str(error))
         said = one_line(error) if plain else f"{type(error).__name__}: {one_line(error)}"
         raise InputError(f"{what}: {said}") from error

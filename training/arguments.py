@@ -25,8 +25,14 @@ from transformers.debug_utils import DebugOption
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations import get_available_reporting_integrations
 
-from configuration_hierarchical import DEFAULT_ENCODER, DEFAULT_ENCODER_REVISION
-from training import InputError, one_line
+from configuration_hierarchical import (
+    DEFAULT_ENCODER,
+    DEFAULT_ENCODER_REVISION,
+    WithoutAliases,
+    quote_name,
+    yaml_problem,
+)
+from training import InputError, is_fault, one_line
 from training.precision import has_bf16
 
 FEW_ROWS = 32  # a class, on average, below which heads begin as the labels' names
@@ -38,10 +44,12 @@ class ModelArguments:
 
     model_name_or_path: str = field(
         default=DEFAULT_ENCODER,
-        metadata={"help": "Encoder: a Hub id or a folder. A checkpoint of ours continues from its adapter and heads."},
+        metadata={
+            "help": "Encoder, or a checkpoint of ours, which continues from its adapter and heads: a Hub id or a folder."
+        },
     )
     model_revision: str | None = field(
-        default=None, metadata={"help": "Commit, tag or branch of the encoder's repository; pinned to its commit."}
+        default=None, metadata={"help": "Commit, tag or branch of that repository; pinned to its commit."}
     )
     quantization: Literal["none", "8bit", "4bit"] | None = field(
         default=None,
@@ -118,9 +126,6 @@ class DataArguments:
     )
     validation_size: float = field(default=0.1, metadata={"help": "Share of the rows, where it must be carved out."})
     test_size: float = field(default=0.1, metadata={"help": "Share of the rows, where one file is split."})
-    keep_shared_texts: bool = field(
-        default=False, metadata={"help": "Keep training rows whose text is also in validation or test."}
-    )
 
 
 @dataclass
@@ -128,14 +133,13 @@ class LossArguments:
     """`training.losses.HierarchicalFocalLoss`, to which ``--label_smoothing_factor`` belongs too, and `training.consistency`."""
 
     focal_gamma: float = field(default=0.0, metadata={"help": "Exponent of (1 - p)."})
-    class_weighting: Literal["none", "balanced", "effective_number"] = field(
+    class_weighting: Literal["none", "balanced"] = field(
         default="none", metadata={"help": "Weights of the classes within a group of siblings."}
     )
     level_weights: list[float] = field(
         default_factory=lambda: [1.0],
         metadata={"help": "Weight of the decisions at level 1, 2, …; the last one serves all deeper levels."},
     )
-    logit_adjustment: float = field(default=0.0, metadata={"help": "Strength of the adjustment by class priors."})
     consistency: float = field(
         default=0.0,
         metadata={
@@ -240,7 +244,7 @@ RANGES = {
     **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps"), "[1, inf)"),
     **dict.fromkeys(("lora_dropout", "head_dropout", "encoder_dropout", "label_smoothing_factor"), "[0, 1)"),
     **dict.fromkeys(("learning_rate", "heads_learning_rate", "num_train_epochs"), "(0, inf)"),
-    **dict.fromkeys(("focal_gamma", "logit_adjustment", "consistency", "weight_decay", "max_grad_norm"), "[0, inf)"),
+    **dict.fromkeys(("focal_gamma", "consistency", "weight_decay", "max_grad_norm"), "[0, inf)"),
     **dict.fromkeys(("early_stopping_patience", "dataloader_num_workers"), "[0, inf)"),
     "save_total_limit": "[1, inf)",
     **dict.fromkeys(("seed", "data_seed"), "[0, 4294967296)"),
@@ -259,12 +263,12 @@ NO_USE = {
 }
 
 
-class Recipe(yaml.SafeLoader):
-    """YAML in which values stay as they were written, but for null, and a key that occurs twice is an error, as the second one
-    would win unseen."""
+class Recipe(WithoutAliases, yaml.SafeLoader):
+    """YAML without aliases, in which values stay as they were written, but for null, and a key that occurs twice is an error,
+    as the second one would win unseen."""
 
     yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in known if tag.endswith((":null", ":merge"))]
+        first: [(tag, pattern) for tag, pattern in known if tag.endswith(":null")]
         for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -272,7 +276,7 @@ class Recipe(yaml.SafeLoader):
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise yaml.YAMLError(f"{twice!r} occurs twice")
+            raise yaml.YAMLError(f"{quote_name(twice)} occurs twice")
         return super().construct_mapping(node, deep)
 
 
@@ -295,7 +299,7 @@ def recipe_words(path: str | Path, flags: dict[str, bool], left_out: Collection[
     except UnicodeDecodeError as error:
         raise InputError(f"the recipe {path} is not UTF-8 text: save it as UTF-8") from error
     except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"the recipe {path} is not YAML: {one_line(error)}") from error
+        raise InputError(f"the recipe {path} is not YAML: {yaml_problem(error)}") from error
     except RecursionError as error:
         raise InputError(f"the recipe {path} is nested too deeply: it is a mapping of flags to values") from error
     if not isinstance(recipe, dict):
@@ -304,12 +308,12 @@ def recipe_words(path: str | Path, flags: dict[str, bool], left_out: Collection[
     known: set[str] = set()
     for key, value in recipe.items():
         if str(key).replace("-", "_") in known:
-            raise InputError(f"the recipe {path} has {key!r} twice, once with another spelling")
+            raise InputError(f"the recipe {path} has {quote_name(key)} twice, once with another spelling")
         known.add(str(key).replace("-", "_"))
         if key not in flags:
             near = difflib.get_close_matches(str(key), flags, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "; its keys are flags of train.py, see --help"
-            raise InputError(f"the recipe {path} has an unknown key {key!r}{hint}")
+            raise InputError(f"the recipe {path} has an unknown key {quote_name(key)}{hint}")
         if value is None or key in left_out:
             continue
         values = value if isinstance(value, list) else [value]
@@ -361,6 +365,8 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, LossArguments
             argv, return_remaining_strings=True, look_for_args_file=False
         )
     except (ValueError, TypeError, ImportError, OSError) as error:
+        if is_fault(error):
+            raise
         raise InputError(one_line(error)) from error
     if rest:
         raise InputError(f"unexpected words on the command line: {' '.join(rest)}")

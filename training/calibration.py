@@ -7,25 +7,29 @@ Worth knowing:
    temperature of 0. So all is fitted with a prior, in the parameters in which the problem is convex: with β = 1 / T, a
    decision is softmax(β · scores + γ · words). First β and γ of all decisions together, normally distributed about 1 and 0;
    then each decision's own β, about the common one. One standard deviation, 0.25, serves all three; it was chosen by
-   `benchmarks/calibration.py`. Biases of classes beside the temperatures (Alexandari et al., 2020), with the same prior, were
+   `benchmarks/studies/calibration.py`. Biases of classes beside the temperatures (Alexandari et al., 2020), with the same prior, were
    tried and left out: on other rows the log loss of OHSUMED hardly changed, that of Medical Abstracts, whose shares of
    classes differ between training and validation, rose, and hierarchical F1 fell on both.
 2. All is computed from leaf logits. A node's log-probability is the logsumexp of its leaves', and a decision's scores are
    log P(child) - log P(parent), up to a constant that its softmax drops. Those of the lexical head, times its weight, are
    added decision by decision. Added to the leaves before all else, its scores reach the upper decisions through the leaves
-   alone, with another weight than these need: on OHSUMED that cost a point of level-1 accuracy (`benchmarks/words.py`).
+   alone, with another weight than these need: on OHSUMED that cost a point of level-1 accuracy (`benchmarks/studies/words.py`).
 3. The thresholds are quantiles of the nonconformity scores of `pipeline_hierarchical`. Split conformal prediction (Vovk et
    al., 2005): the k-th smallest of n scores, k = ⌈(n + 1) · coverage⌉, holds a new document's score with at least that
    probability, if it comes from where the validation rows come from. That takes scores of a model that was not fitted to
    these rows: each fifth of them is scored by a calibration on the other four (cross-conformal prediction: Vovk, 2015).
+   It also takes scores that are exchangeable, which those of several rows of one text are not: see `nonconformity_scores`.
+   That the same rows chose the checkpoint is not corrected; evaluation measures the coverage on the test rows.
    A row labelled with an inner node counts as held where every leaf below is: leaving such rows out would choose rows by their
    label, and the answers of others would hold less than was asked.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Decimal
 
 import numpy as np
+import pandas as pd
 from scipy.optimize import minimize, minimize_scalar
 from scipy.special import log_softmax, logsumexp
 from sklearn.model_selection import GroupKFold
@@ -201,39 +205,69 @@ def apply_temperatures(taxonomy: Taxonomy, scores: np.ndarray, temperatures: lis
     return np.column_stack([conditional[:, taxonomy.path(leaf)].sum(axis=1) for leaf in range(taxonomy.num_leaves)])
 
 
-def fit_thresholds(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> list[float | None] | None:
-    """Conformal thresholds for coverages of 0.001 … 0.999, as `HierarchicalConfig` keeps them.
+def fit_thresholds(
+    taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray
+) -> list[float | None] | None:
+    """Conformal thresholds for coverages of 0.01 … 0.99, as `HierarchicalConfig` keeps them, rounded up to 6 decimals.
 
     Args:
         logits: (num_documents, num_leaves), of the calibrated model.
         labels: (num_documents,), node ids or -100.
+        texts: (num_documents,), the same number for the same text.
 
     Returns:
-        None where no document is labelled. None in place of a threshold that so few documents cannot give.
+        None where no document is labelled. None in place of a threshold that so few texts cannot give.
     """
-    scores = nonconformity_scores(taxonomy, logits, labels)
+    scores = nonconformity_scores(taxonomy, logits, labels, texts)
     if not len(scores):
         return None
-    ranks = [-(-(len(scores) + 1) * place // 1000) for place in range(1, 1000)]  # ⌈(n + 1) · coverage⌉ without rounding
-    return [float(scores[rank - 1]) if rank <= len(scores) else None for rank in ranks]
+    ranks = [-(-(len(scores) + 1) * place // 100) for place in range(1, 100)]  # ⌈(n + 1) · coverage⌉ without rounding
+    return [round_up(scores[rank - 1]) if rank <= len(scores) else None for rank in ranks]
 
 
-def nonconformity_scores(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The scores of the labelled documents, in ascending order."""
+def round_up(score: float) -> float:
+    """A score with 6 decimals, never less than it was: a larger threshold holds at least the same share."""
+    return float(Decimal(float(score)).quantize(Decimal("1e-6"), rounding=ROUND_CEILING))
+
+
+def nonconformity_scores(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    """One score for each labelled text, the largest of its documents', in ascending order.
+
+    Texts are drawn independently of each other; rows are not, since a text that is there several times brings all of its
+    rows. So the rank of a new score is uniform among one score a text, not among the rows'. The largest score is a function
+    of the text and all its labels, so it is exchangeable with that of a new text; and it is no less than the score of any
+    of the new text's rows. Hence the coverage holds for a new text with whichever of its labels. One row a text, chosen by
+    a rule, would hold it only for new rows that the same rule chooses.
+
+    Args:
+        logits, labels, texts: as for `fit_thresholds`.
+    """
+    texts = texts[labels != UNLABELLED]
     logits, labels = labelled_documents(taxonomy, logits, labels)
     probabilities = node_probabilities(taxonomy, logits)
-    return np.sort([nonconformity(taxonomy, *found) for found in zip(probabilities, labels.tolist(), strict=True)])
+    scores = [nonconformity(taxonomy, *found) for found in zip(probabilities, labels.tolist(), strict=True)]
+    return np.sort(pd.Series(scores, dtype=float).groupby(texts).max())
 
 
 def conformal_scores(
-    taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray, thresholds: list[float | None], coverage: float
+    taxonomy: Taxonomy,
+    logits: np.ndarray,
+    labels: np.ndarray,
+    texts: np.ndarray,
+    thresholds: list[float | None],
+    coverage: float,
 ) -> dict[str, float]:
-    """How answers for a coverage fare on labelled documents.
+    """How answers for a coverage fare on labelled texts, each of which counts once.
+
+    Args:
+        logits, labels, texts: as for `fit_thresholds`.
 
     Returns:
-        ``coverage``, the share whose answer holds the label, of an inner node every leaf below it; ``leaves`` and ``nodes``, the
-        mean numbers of them in an answer; ``single_leaf``, the share of answers that are one leaf. Empty without such documents.
+        ``coverage``, the share of texts whose answer holds the label, of an inner node every leaf below it, of a text with
+        several labels all of them; ``leaves`` and ``nodes``, the mean numbers of them in an answer; ``single_leaf``, the
+        share of answers that are one leaf. Empty without labelled texts.
     """
+    texts = texts[labels != UNLABELLED]
     logits, labels = labelled_documents(taxonomy, logits, labels)
     if not len(labels):
         return {}
@@ -241,11 +275,14 @@ def conformal_scores(
     probabilities = node_probabilities(taxonomy, logits)
     answers = [conformal_answer(taxonomy, nodes, threshold) for nodes in probabilities]
     held = [{leaf for node in answer for leaf in under[node]} for answer in answers]
-    return {
-        "coverage": float(
-            np.mean([leaves.issuperset(under[label]) for label, leaves in zip(labels, held, strict=True)])
-        ),
-        "leaves": float(np.mean([len(leaves) for leaves in held])),
-        "nodes": float(np.mean([len(answer) for answer in answers])),
-        "single_leaf": float(np.mean([len(leaves) == 1 for leaves in held])),
-    }
+    rows = pd.DataFrame(
+        {
+            "coverage": [leaves.issuperset(under[label]) for label, leaves in zip(labels, held, strict=True)],
+            "leaves": [len(leaves) for leaves in held],
+            "nodes": [len(answer) for answer in answers],
+            "single_leaf": [len(leaves) == 1 for leaves in held],
+        },
+        dtype=float,
+    )
+    by_text = rows.groupby(texts)
+    return {**by_text.mean().mean(), "coverage": by_text["coverage"].min().mean()}

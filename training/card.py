@@ -70,6 +70,10 @@ LOCAL_ADAPTER_FORM = (
     "encoder came from a folder, not from the Hub: the checkpoint loads only where that folder is."
 )
 WHOLE_FORM = "The repository holds the whole model, the encoder's weights included."
+UNVERIFIED = (
+    "**These scores are unverified**: it is not known which texts the checkpoint was trained on that training continued from,\n"
+    "and rows that were scored may be among them."
+)
 # after an empty line, which a drawn taxonomy cannot hold
 USE = re.compile(r"(?<=\n)\r?\n<!-- use: (?P<id>\S+) -->(?P<body>.*?)<!-- /use -->", re.DOTALL)
 PINNED = re.compile(r'^commit = "([0-9a-f]{40})"\r?$', re.MULTILINE)
@@ -332,7 +336,7 @@ def eval_results(run: Run) -> list[EvalResult]:
                 dataset_name=dataset or name,
                 dataset_split=split,
                 metric_type=describe_metric(metric)[0],
-                metric_name=metric,
+                metric_name=f"{metric} (unverified)" if is_unverified(run) else metric,
                 metric_value=value,
             )
             for metric, value in values.items()
@@ -443,8 +447,10 @@ def data(run: Run) -> str:
         table(["split", "source", "SHA-256"], sources, text_columns=3),
         how_split(report),
         table(["split", *counted.values(), "accuracy ceiling"], counts),
-        "Dropped are training rows whose text is also in another split. Texts that agree but for case and white space\n"
-        "are the same. Where one has several labels, no classifier can be right on more rows than the ceiling says.",
+        "Dropped are training rows whose text is also in another split, and validation rows whose text is also a test row.\n"
+        "Texts that agree but for case, white space and their Unicode form are the same. Where one has several labels, no\n"
+        "classifier can be right on more rows than the ceiling says.",
+        moved_rows(report),
         table(["split", *keys.values()], tokens) if lengths else "",
         *(class_counts(level, splits) for level in next(iter(splits.values()))["classes"]),
     ]
@@ -464,6 +470,18 @@ def how_split(report: dict[str, Any]) -> str:
         f"Text column: {plain(columns['text'])}. Label column: {plain(', '.join(columns['label']))}. "
         f"Taxonomy: {plain(origin)}. Split: {split['method']}{shares}.{without}"
     )
+
+
+def moved_rows(report: dict[str, Any]) -> str:
+    """What became of rows to be scored whose text an earlier run of the checkpoint was trained on."""
+    counts = report.get("trained_before", {}).get("rows", {})
+    rows = " and ".join(f"{count:,} {split} rows" for split, count in counts.items() if count and split != "train")
+    return f"Of texts that an earlier run was trained on: {rows}, which became training rows." if rows else ""
+
+
+def is_unverified(run: Run) -> bool:
+    """Whether scored rows may be of texts that an earlier run of the checkpoint was trained on."""
+    return run.data.get("trained_before", {}).get("scores") == "unverified"
 
 
 def class_counts(level: str, splits: dict[str, dict]) -> str:
@@ -527,6 +545,7 @@ def results(run: Run) -> str:
         "## Results",
         f"Measured on the checkpoint as it is loaded above, over the encoder in full precision{rows and ': '}{rows}.\n"
         f"What is scored is the path to the most probable leaf.{of_leaves(run)}",
+        UNVERIFIED if is_unverified(run) else "",
         table(["metric", *scores], cells),
         intervals(run),
         per_class(run),

@@ -10,7 +10,8 @@ Worth knowing:
    times the tokens of its texts with padding (OHSUMED); dealt by coins and uncut it would have 1.8 times as many.
 4. Who goes where depends on the seed, the step and the row alone: not on how a batch is cut up, and a resumed run goes on
    bit for bit.
-5. `benchmarks/quality.py` shows what it is worth. Texts are classified whole.
+5. The numbers of rows and sentences are arrays of NumPy: those stay on the CPU, and no step waits for a GPU to deal out halves.
+6. `benchmarks/quality.py` shows what it is worth. Texts are classified whole.
 """
 
 import re
@@ -25,7 +26,8 @@ from modeling_hierarchical import IGNORED_LABEL
 
 FIRST_IN_BOTH = 0.7  # how often the first sentence is
 LONGEST = 0.55  # of a text's tokens in one half
-NO_SENTENCE = -1  # special tokens and padding
+NO_SENTENCE = -1  # special tokens
+PADDING = -2
 BOUNDARY = re.compile(r"(?<=[.?!])\s+|(?<=[。！？])")
 
 
@@ -41,62 +43,61 @@ def sentence_numbers(text: str, ends: Sequence[int]) -> list[int]:
 
 
 class CollatorWithSentences(DataCollatorWithPadding):
-    """Pads the column ``sentences`` of training rows as well."""
+    """Pads the column ``sentences`` of training rows as well. It and the column ``row`` become arrays, not tensors."""
 
     def __call__(self, features: list[dict]) -> BatchEncoding:
-        sentences = [feature["sentences"] for feature in features if "sentences" in feature]
-        batch = super().__call__([{k: v for k, v in feature.items() if k != "sentences"} for feature in features])
-        if sentences:
-            padded = batch["attention_mask"].new_full(batch["attention_mask"].shape, NO_SENTENCE)
-            for numbers, own, mask in zip(padded, sentences, batch["attention_mask"], strict=True):
-                numbers[mask.bool()] = torch.tensor(own)
-            batch["sentences"] = padded
+        apart = [name for name in ("row", "sentences") if name in features[0]]
+        batch = super().__call__([{k: v for k, v in feature.items() if k not in apart} for feature in features])
+        if "row" in apart:
+            batch["row"] = np.array([feature["row"] for feature in features])
+        if "sentences" in apart:
+            tokens = batch["attention_mask"].bool().numpy()
+            batch["sentences"] = np.full(tokens.shape, PADDING)
+            batch["sentences"][tokens] = np.concatenate([feature["sentences"] for feature in features])
         return batch
 
 
 def halves(
-    inputs: dict[str, Tensor], sentences: Tensor, rows: Sequence[int], pad_token_id: int, seed: int, step: int
-) -> tuple[dict[str, Tensor], list[int], list[int]]:
-    """The halves of a batch of texts.
+    inputs: dict[str, Tensor], sentences: np.ndarray, rows: Sequence[int], pad_token_id: int, seed: int, step: int
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Deal a batch of texts into halves.
 
     Args:
         inputs: ``input_ids``, ``attention_mask`` and what else the model takes, each (B, T).
-        sentences: (B, T), of `sentence_numbers`; -1 for special tokens, which are in both halves, and for padding.
+        sentences: (B, T), of `sentence_numbers`; -1 for special tokens, which are in both halves, and -2 for padding.
         rows: the number of each text among the training rows.
         step: optimizer steps taken.
 
     Returns:
-        The inputs of the halves, (V, T'), without what was cut off, and where the two halves of each text are among them. A
-        text of one sentence stays whole and stands there once: V is between B and 2B.
+        The inputs of the halves, (V, T'), without what was cut off, and where the two halves of each text are among them,
+        (B,) each. A text of one sentence stays whole and stands there once: V is between B and 2B.
     """
     sources, views, first, second = [], [], [], []
-    for i, (row, own) in enumerate(zip(rows, sentences.cpu().numpy(), strict=True)):
-        counts = np.bincount(own[own != NO_SENTENCE])  # tokens of each sentence
+    for i, (row, own) in enumerate(zip(rows, sentences, strict=True)):
+        counts = np.bincount(own[own >= 0])  # tokens of each sentence
         if np.count_nonzero(counts) < 2:
-            own_views = [np.ones(len(own), dtype=bool)]
+            own_views = [own != PADDING]
         else:
-            parts = deal(counts, np.random.default_rng([seed, step, row]))[:, own] & (own != NO_SENTENCE)
+            parts = deal(counts, np.random.default_rng([seed, step, row]))[:, own] & (own >= 0)
             own_views = list((own == NO_SENTENCE) | (parts & (parts.cumsum(1) <= LONGEST * counts.sum())))
         first.append(len(views))
         views += own_views
         second.append(len(views) - 1)
         sources += [i] * len(own_views)
-    device = sentences.device
-    source = torch.tensor(sources, device=device)
-    kept = torch.tensor(np.array(views), device=device) & inputs["attention_mask"].bool()[source]
+    kept = np.array(views)
     lengths = kept.sum(1)
     longest = min(kept.shape[1], -(-int(lengths.max()) // 8) * 8)
-    places = kept.int().argsort(dim=1, descending=True, stable=True)[:, :longest]  # kept tokens first, in their order
-    inside = torch.arange(longest, device=device) < lengths[:, None]
-    padding = {"input_ids": pad_token_id}
-    return (
-        {
-            name: torch.where(inside, values[source].gather(1, places), padding.get(name, 0))
-            for name, values in inputs.items()
-        },
-        first,
-        second,
+    order = np.argsort(~kept, axis=1, kind="stable")[:, :longest]  # kept tokens first, in their order
+    inside, places, source, *pair = (
+        torch.from_numpy(array).to(inputs["input_ids"].device, non_blocking=True)
+        for array in (np.arange(longest) < lengths[:, None], order, *map(np.array, (sources, first, second)))
     )
+    padding = {"input_ids": pad_token_id}
+    found = {
+        name: torch.where(inside, values[source].gather(1, places), padding.get(name, 0))
+        for name, values in inputs.items()
+    }
+    return found, *pair
 
 
 def deal(counts: np.ndarray, generator: np.random.Generator) -> np.ndarray:

@@ -2,13 +2,13 @@
 
 Worth knowing:
 
-1. Two texts are the same when they agree after case folding and collapsing white space. The same text never ends up in
-   two splits that were carved here, and training rows whose text is also in a validation or test set that was given
-   are dropped: a score on a text seen in training says nothing.
-2. A label becomes the id of a node of the taxonomy, a leaf or an inner node. Codes become names first.
-3. Nothing is guessed from a value: a CSV cell "NA" or "007" is that text, and an empty cell is an error.
-4. The report counts what limits any classifier: duplicates, texts with several labels, and the accuracy these allow.
-5. Rows are counted from 0, without the header, in messages and in the column ``row``. A text is never shown.
+1. Two texts are the same when `normalise_text` makes the same of them. A text is in one split alone: training rows whose text
+   is also in a validation or test file are dropped, and so are validation rows whose text is in the test file.
+2. A text that an earlier run of a checkpoint was trained on is never scored: it goes to the training rows, or is left out.
+3. A label becomes the id of a node of the taxonomy, a leaf or an inner node. Codes become names first.
+4. Nothing is guessed from a value: a CSV cell "NA" or "007" is that text, and an empty cell is an error.
+5. The report counts what limits any classifier: duplicates, texts with several labels, and the accuracy these allow.
+6. Rows are counted from 0, without the header, in messages and in the column ``row``. A text is never shown.
 """
 
 import hashlib
@@ -26,7 +26,15 @@ import pyarrow
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from configuration_hierarchical import DEFAULT_TAXONOMY, Taxonomy, TaxonomyError
+from configuration_hierarchical import (
+    DEFAULT_TAXONOMY,
+    SHOWN_CHARACTERS,
+    SHOWN_WORDS,
+    Taxonomy,
+    TaxonomyError,
+    compose,
+    quote_name,
+)
 from training import InputError
 from training.arguments import DataArguments
 from training.consistency import sentence_numbers
@@ -40,18 +48,12 @@ from training.data_report import (
     untrained_classes,
 )
 from training.files import TEXT_COLUMNS, find_column, read_table, read_texts, refuse_rows, sha256
+from training.trained_texts import UNTRAINED, TrainedTexts, normalise_text, text_hash
 
 logger = logging.getLogger(__name__)
 
 SPLIT_ALIASES = {"valid": "validation", "val": "validation", "dev": "validation"}
 LABEL_COLUMNS = ("condition_label", "label", "labels", "category", "class", "condition_name")
-MEDICAL_ABSTRACTS_CODES = {
-    "1": "neoplasms",
-    "2": "digestive system diseases",
-    "3": "nervous system diseases",
-    "4": "cardiovascular diseases",
-    "5": "general pathological conditions",
-}
 LONGEST_LABEL = 500  # characters; anything longer is a column of texts taken for labels
 TOKEN_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -68,7 +70,9 @@ class LabelledSplits:
         taxonomy: the one that the labels are ids of.
         report: ready for JSON: ``sources`` with their SHA-256, ``columns``, where the ``taxonomy`` comes from, how the
             ``split`` was made, the counts of each of the ``splits`` (see `training.data_report.describe`), ``shared_texts`` of each two
-            splits before any row was dropped, ``classes_without_training_rows``.
+            splits before any row was dropped, ``classes_without_training_rows``, and what was ``trained_before``: whether the
+            ``scores`` are verified, the number of ``texts``, the ``rows`` of each split as given that have such a text, and
+            where those of validation and test were ``moved``.
     """
 
     splits: datasets.DatasetDict
@@ -83,13 +87,19 @@ class _Source:
     sha256: dict[str, str]  # file: fingerprint
 
 
-def load_splits(arguments: DataArguments, seed: int, taxonomy: Taxonomy | None = None) -> LabelledSplits:
+def load_splits(
+    arguments: DataArguments,
+    seed: int,
+    taxonomy: Taxonomy | None = None,
+    trained: TrainedTexts = UNTRAINED,
+) -> LabelledSplits:
     """Reads, checks and splits the data that the arguments name.
 
     Args:
         arguments: where the data are and what their labels mean.
         seed: makes the splits that have to be carved reproducible.
         taxonomy: that of a finished checkpoint. It takes precedence over ``arguments.taxonomy``.
+        trained: the texts that the checkpoint has been trained on. Where they are not all known, no rows are carved.
 
     Raises:
         InputError: no source or contradictory ones, a file that cannot be read, missing texts or labels, a label that
@@ -101,17 +111,18 @@ def load_splits(arguments: DataArguments, seed: int, taxonomy: Taxonomy | None =
     text_column = find_column(tables, arguments.text_column, TEXT_COLUMNS, "--text_column")
     label_columns = _find_label_columns(tables, arguments.label_column)
     if text_column in label_columns:
-        raise InputError(f"the column {text_column!r} cannot be both --text_column and --label_column")
-    logger.info("columns: text %r, label %s", text_column, ", ".join(map(repr, label_columns)))
+        raise InputError(f"the column {quote_name(text_column)} cannot be both --text_column and --label_column")
+    logger.info("columns: text %s, label %s", quote_name(text_column), ", ".join(map(quote_name, label_columns)))
 
     rows = _gather(sources, text_column, label_columns)
     taxonomy, origin, nodes = _resolve_labels(rows, label_columns, arguments, taxonomy)
     rows["label"] = [nodes[label] for label in rows["label"]]
-    rows["text_id"], _ = pd.factorize(
-        pd.Series([" ".join(text.casefold().split()) for text in rows["text"]], dtype=object)
-    )
-    rows, dropped = _drop_shared(rows, arguments.keep_shared_texts)
-    shares = _shares_to_carve(arguments, sources, single)
+    rows["text_id"], texts = pd.factorize(pd.Series(map(normalise_text, rows["text"]), dtype=object))
+    rows["trained"] = _is_trained(rows, texts, trained)
+    trained_before = _report_trained(rows, trained)
+    rows = _move_trained(rows)
+    rows, dropped = _drop_shared(rows)
+    shares = _shares_to_carve(arguments, sources, single) if trained.complete else {}
     rows = _carve(rows, shares, seed)
 
     report = {
@@ -129,13 +140,14 @@ def load_splits(arguments: DataArguments, seed: int, taxonomy: Taxonomy | None =
             **({"train_rows_sha256": hash_of_rows(rows.loc[rows["split"] == "train", "row"])} if shares else {}),
         },
         "splits": {
-            split: describe(part, taxonomy, len(dropped) if split == "train" else 0)
+            split: describe(part, taxonomy, int((dropped["split"] == split).sum()))
             for split, part in parts(rows).items()
         },
+        "trained_before": trained_before,
         "shared_texts": shared_texts(pd.concat([rows, dropped])),
         "classes_without_training_rows": untrained_classes(rows, taxonomy),
     }
-    log_what_was_done(report, arguments.keep_shared_texts)
+    log_what_was_done(report)
     return LabelledSplits(_to_datasets(rows), taxonomy, report)
 
 
@@ -267,7 +279,7 @@ def _label_texts(source: _Source, column: str) -> list[str]:
     whole = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
     wrong = [not isinstance(value, str | int) or isinstance(value, bool) for value in whole]
     refuse_rows(wrong, "labels that are neither text nor whole numbers", column, source.name)
-    labels = [str(value).strip() for value in whole]
+    labels = [compose(str(value).strip()) for value in whole]
     long = [len(label) > LONGEST_LABEL for label in labels]
     refuse_rows(long, f"labels of more than {LONGEST_LABEL} characters", column, source.name)
     return labels
@@ -290,15 +302,9 @@ def _resolve_labels(
         except TaxonomyError as error:
             raise InputError(f"--taxonomy: {error}") from error
 
-    default = Taxonomy(DEFAULT_TAXONOMY, arguments.label_separator)
-    if not names and columns == ["condition_label"] and set(labels) <= MEDICAL_ABSTRACTS_CODES.keys():
-        known = set(default.labels) if taxonomy is None else set(taxonomy.labels)
-        if known.issuperset(MEDICAL_ABSTRACTS_CODES.values()):
-            names = MEDICAL_ABSTRACTS_CODES
-            logger.info("the labels 1 to 5 are read as the classes of the Medical Abstracts corpus")
     named = {label: _name(label, names) for label in labels}
-
     if taxonomy is None:
+        default = Taxonomy(DEFAULT_TAXONOMY, arguments.label_separator)
         if _holds(default, named.values()):
             taxonomy, origin = default, "the default, of the Medical Abstracts corpus"
         else:
@@ -322,13 +328,13 @@ def _resolve_labels(
 
 def _where(rows: pd.DataFrame, label: Label, columns: list[str]) -> str:
     first = rows.iloc[list(rows["label"]).index(label)]
-    return f"{first['source']}, row {first['row']} (counted from 0), column {' '.join(columns)!r}"
+    return f"{first['source']}, row {first['row']} (counted from 0), column {quote_name(' '.join(columns))}"
 
 
 def _unknown_code(label: Label, rows: pd.DataFrame, columns: list[str], arguments: DataArguments) -> InputError:
     given = "" if (arguments.class_names or "").lstrip().startswith("{") else f" {arguments.class_names}"
     return InputError(
-        f"{_where(rows, label, columns)}: the label {label!r} is neither a code of --class_names{given} "
+        f"{_where(rows, label, columns)}: the label {quote_name(label)} is neither a code of --class_names{given} "
         "nor in the taxonomy"
     )
 
@@ -363,9 +369,11 @@ def read_class_names(given: str) -> dict[str, str]:
     names: dict[str, str] = {}
     for code, name in pairs:
         if not isinstance(name, str) or not name.strip() or not code.strip():
-            raise InputError(f"{where}: the code {code!r} needs a name, a text")
-        if names.setdefault(code.strip(), name.strip()) != name.strip():
-            raise InputError(f"{where}: the code {code!r} has two names: {names[code.strip()]!r} and {name!r}")
+            raise InputError(f"{where}: the code {quote_name(code)} needs a name, a text")
+        code, name = compose(code.strip()), compose(name.strip())
+        if names.setdefault(code, name) != name:
+            both = " and ".join(map(quote_name, (names[code], name)))
+            raise InputError(f"{where}: the code {quote_name(code)} has two names: {both}")
     return names
 
 
@@ -379,22 +387,30 @@ def _from_labels(
     named: dict[Label, Label], names: dict[str, str], rows: pd.DataFrame, columns: list[str], arguments: DataArguments
 ) -> Taxonomy:
     """The taxonomy that the labels of all splits span, in sorted order."""
-    paths = set()
+    where, paths = f"column {quote_name(' '.join(columns))}", set()
     for label, name in named.items():
         levels = (label,) if isinstance(label, str) else label
         if names and not all(level in names or level in names.values() for level in levels):
             raise _unknown_code(label, rows, columns, arguments)
         path = _path(name, arguments.label_separator)
         if not all(path):
-            raise InputError(f"{_where(rows, label, columns)}: the label {label!r} has an empty name in its path")
+            raise InputError(
+                f"{_where(rows, label, columns)}: the label {quote_name(label)} has an empty name in its path"
+            )
         paths.add(path)
     if len(paths) == 1:
         only = arguments.label_separator.join(*paths)
-        raise InputError(f"column {' '.join(columns)!r}: every row has the label {only!r}; at least two are needed")
+        raise InputError(f"{where}: every row has the label {quote_name(only)}; at least two are needed")
+    texts = sum(any(len(name) > SHOWN_CHARACTERS or len(name.split()) > SHOWN_WORDS for name in path) for path in paths)
+    if 2 * texts > len(paths) > len(rows) / 2:  # nothing to learn, and all of it would be published with the model
+        raise InputError(
+            f"{where}: {texts} of {len(paths)} labels are texts, not names of classes; give another --label_column, or the "
+            "classes by --taxonomy"
+        )
     try:
         return Taxonomy.from_paths(sorted(paths), arguments.label_separator)
     except TaxonomyError as error:
-        raise InputError(f"column {' '.join(columns)!r}: the labels do not make a taxonomy: {error}") from error
+        raise InputError(f"{where}: the labels do not make a taxonomy: {error}") from error
 
 
 def _path(label: Label, separator: str) -> tuple[str, ...]:
@@ -415,7 +431,8 @@ def _node(taxonomy: Taxonomy, lookup: dict[Label, int], label: Label) -> int:
     if isinstance(label, tuple):
         node = taxonomy.id(taxonomy.separator.join(label))
         raise TaxonomyError(
-            f"the label columns must name the path from the root, which is {taxonomy.path_names(node)}, not {label}"
+            f"the label columns must name the path from the root, which is {quote_name(taxonomy.path_names(node))}, not "
+            f"{quote_name(label)}"
         )
     if taxonomy.separator in label and _path(label, taxonomy.separator) in lookup:
         return lookup[_path(label, taxonomy.separator)]
@@ -435,13 +452,47 @@ def _holds(taxonomy: Taxonomy, labels: Iterable[Label]) -> bool:
 # ── splits ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _drop_shared(rows: pd.DataFrame, keep: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The rows that stay, and the training rows whose text another split was given with."""
-    train = rows["split"] == "train"
-    seen = train & rows["text_id"].isin(rows.loc[~train, "text_id"].unique()) & (not keep)
-    if train.any() and seen.sum() == train.sum():
-        raise InputError("every training text is also in validation or test: nothing is left to train on")
-    return rows[~seen].reset_index(drop=True), rows[seen]
+def _is_trained(rows: pd.DataFrame, texts: pd.Index, trained: TrainedTexts) -> np.ndarray:
+    """Mask (N,) of the rows whose text an earlier run was trained on.
+
+    Of rows that may be carved the runs before a resumed one count; of rows that were given its own part up to now counts too.
+    """
+    if not trained.all:
+        return np.zeros(len(rows), dtype=bool)
+    hashes = [text_hash(text) for text in texts]
+    earlier, ever = (np.array([one in known for one in hashes]) for known in (trained.earlier, trained.all))
+    ids = rows["text_id"].to_numpy()
+    return np.where(rows["split"] == "train", earlier[ids], ever[ids])
+
+
+def _report_trained(rows: pd.DataFrame, trained: TrainedTexts) -> dict[str, Any]:
+    return {
+        "scores": "verified" if trained.complete else "unverified",
+        "texts": len(trained.earlier),
+        "rows": {split: int(part["trained"].sum()) for split, part in parts(rows).items()},
+        "moved": "to train" if (rows["split"] == "train").any() else "left out",
+    }
+
+
+def _move_trained(rows: pd.DataFrame) -> pd.DataFrame:
+    """Has no row to be scored whose text was trained on: it becomes a training row or, where nothing is trained, goes."""
+    held_out = rows["trained"] & (rows["split"] != "train")
+    if not (rows["split"] == "train").any():
+        return rows[~held_out].reset_index(drop=True)
+    return rows.assign(split=rows["split"].where(~held_out, "train"))
+
+
+def _drop_shared(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows that stay, and those whose text is also in a split that comes later: train, validation, test."""
+    dropped = pd.Series(False, index=rows.index)
+    for place, split in enumerate(SPLITS[:-1]):
+        own, later = rows["split"] == split, rows["split"].isin(SPLITS[place + 1 :])
+        shared = own & rows["text_id"].isin(rows.loc[later, "text_id"].unique())
+        if own.any() and shared.sum() == own.sum():
+            others = " or ".join(SPLITS[place + 1 :])
+            raise InputError(f"every {split} text is also in {others}: nothing is left of the {split} rows")
+        dropped |= shared
+    return rows[~dropped].reset_index(drop=True), rows[dropped]
 
 
 def hash_of_rows(numbers: pd.Series) -> str:
@@ -458,16 +509,23 @@ def _shares_to_carve(arguments: DataArguments, sources: dict[str, _Source], sing
 
 
 def _carve(rows: pd.DataFrame, shares: dict[str, float], seed: int) -> pd.DataFrame:
-    """Moves shares of the training texts, each with all its rows, to other splits."""
+    """Moves shares of the training texts, each with all its rows, to other splits.
+
+    Texts that an earlier run was trained on stay. Where too few others are left, the splits get their shares of these.
+    """
     # scikit-learn's StratifiedGroupKFold loops over the groups, and knows only equal folds; its train_test_split
     # refuses a class with a single text, and fewer held-out texts than classes
     generator = np.random.default_rng(seed)
     rows = rows.copy()
-    total = rows.loc[rows["split"] == "train", "text_id"].nunique()
-    for split, share in shares.items():
+    trained = rows.loc[rows["split"] == "train"].groupby("text_id")["trained"].any()
+    counts = {split: round(share * len(trained)) for split, share in shares.items()}
+    if trained.any() and (~trained).sum() < sum(counts.values()):
+        counts = {split: count * int((~trained).sum()) // sum(counts.values()) for split, count in counts.items()}
+    for split, count in counts.items():
         train = rows["split"] == "train"
         label_of = _most_common_labels(rows[train])
-        held_out = label_of.index[_sample(label_of.to_numpy(), round(share * total), split, generator)]
+        may_not = trained[label_of.index].to_numpy()
+        held_out = label_of.index[_sample(label_of.to_numpy(), count, split, generator, may_not)]
         rows.loc[train & rows["text_id"].isin(held_out), "split"] = split
     return rows
 
@@ -479,8 +537,12 @@ def _most_common_labels(rows: pd.DataFrame) -> pd.Series:
     return counts.drop_duplicates("text_id").set_index("text_id")["label"]
 
 
-def _sample(strata: np.ndarray, count: int, split: str, generator: np.random.Generator) -> np.ndarray:
+def _sample(
+    strata: np.ndarray, count: int, split: str, generator: np.random.Generator, trained: np.ndarray
+) -> np.ndarray:
     """Mask (N,) of ``count`` texts, drawn so that every stratum gives its share, rounded up or down, but never all it has.
+
+    Texts that were trained on before (N,) stay. Where they are in the way of ``count``, as many as there can be are drawn.
 
     This is systematic sampling along the texts in order of their stratum (Cochran, Sampling Techniques, 1977,
     chapter 8). Strata of one text give none. A share of at most a half, rounded up, leaves a text of any other; of a larger
@@ -489,9 +551,17 @@ def _sample(strata: np.ndarray, count: int, split: str, generator: np.random.Gen
     order = generator.permutation(len(strata))
     rank = generator.permutation(strata.max() + 1)
     order = order[np.argsort(rank[strata[order]], kind="stable")]
-    several = np.bincount(strata)[strata[order]] > 1
-    not_first = np.diff(strata[order], prepend=-1) == 0
+    keeps = (np.bincount(strata, trained) > 0)[strata[order]]  # has a text that stays anyway
+    several = ((np.bincount(strata)[strata[order]] > 1) | keeps) & ~trained[order]
+    not_first = ((np.diff(strata[order], prepend=-1) == 0) | keeps) & ~trained[order]
     eligible = several if 2 * count <= several.sum() else not_first
+    if trained.any():
+        count = min(count, int(eligible.sum()))
+        if not count:
+            raise InputError(
+                f"cannot carve {split} rows: the checkpoint was trained on {trained.sum():,} of {len(strata):,} distinct "
+                f"training texts, and none of the others can be spared; give --{split}_file, or --{split}_size 0"
+            )
     if not 0 < count <= eligible.sum():
         raise InputError(
             f"cannot carve {split} rows: {count} of {len(strata)} distinct training texts, of which one a class must "
@@ -543,17 +613,17 @@ def tokenize(
         before cutting.
 
     Raises:
-        InputError: sentences are asked for of a tokenizer that does not say where in a text its tokens are.
+        InputError: the tokenizer is a slow one, which does not say where in a text its tokens are.
     """
-    encode = _encode_fast if tokenizer.is_fast else _encode_slow
-    if with_sentences and not tokenizer.is_fast:
+    if not tokenizer.is_fast:
         raise InputError(
-            f"{type(tokenizer).__name__} does not say where in a text its tokens are: train on whole texts, --consistency 0"
+            f"{type(tokenizer).__name__} is not of the tokenizers library, so the checkpoint could not be served: "
+            "use another encoder"
         )
 
     def tokens(batch: dict[str, list], with_sentences: bool) -> dict[str, list]:
         encoded: Any
-        encoded, lengths = encode(batch["text"], tokenizer, max_length)
+        encoded, lengths = _encode(batch["text"], tokenizer, max_length)
         kept = {column: encoded[column] for column in TOKEN_COLUMNS if column in encoded}
         if with_sentences:
             ends = [[end for _, end in piece.offsets] for piece in encoded.encodings]
@@ -581,9 +651,7 @@ def tokenize(
     return tokenized, reports
 
 
-def _encode_fast(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> tuple[BatchEncoding, list[int]]:
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[BatchEncoding, list[int]]:
     encoded = tokenizer(
         list(texts), truncation=True, max_length=max_length, padding=False, return_attention_mask=True, stride=0
     )
@@ -591,18 +659,4 @@ def _encode_fast(
     lengths = [
         len(piece) + sum(len(rest) - special for rest in piece.overflowing) for piece in encoded.encodings
     ]  # fmt: skip
-    return encoded, lengths
-
-
-def _encode_slow(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[dict, list[int]]:
-    encoded: dict[str, list] = {}
-    lengths = []
-    for text in texts:  # the cut-off tokens of a batch come back without saying whose they are
-        one = tokenizer(
-            text, truncation=True, max_length=max_length, return_attention_mask=True, return_overflowing_tokens=True
-        )
-        lengths.append(len(one["input_ids"]) + one.get("num_truncated_tokens", 0))
-        for column in TOKEN_COLUMNS:
-            if column in one:
-                encoded.setdefault(column, []).append(one[column])
     return encoded, lengths

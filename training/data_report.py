@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
-from configuration_hierarchical import Taxonomy
+from configuration_hierarchical import Taxonomy, looks_like_name, quote_name
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def describe(rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
     """What one split holds.
 
     ``accuracy_ceiling`` is the share of its rows labelled with a leaf that a classifier gets right which gives each distinct
-    text (compared without case and white space) its most common leaf; no function of the text can do better. Labels of a text
+    text (as `normalise_text` compares them) its most common leaf; no function of the text can do better. Labels of a text
     conflict where they do not lie on one path.
     """
     counts = rows.groupby(["text_id", "label"]).size()
@@ -110,7 +110,7 @@ def length_report(lengths: Sequence[int], max_length: int) -> dict:
     }
 
 
-def log_what_was_done(report: dict, kept_shared_texts: bool) -> None:
+def log_what_was_done(report: dict) -> None:
     """Logs the sources, what was carved from them, and what is amiss."""
     for source in report["sources"]:
         logger.info("%s rows from %s", source["split"], source["name"])
@@ -123,9 +123,27 @@ def log_what_was_done(report: dict, kept_shared_texts: bool) -> None:
         if counts["texts"]
     ]
     if shared:
-        dropped = sum(found["dropped_rows"] for found in report["splits"].values())
-        done = "all rows kept" if kept_shared_texts else f"{dropped:,} training rows dropped"
-        logger.warning("texts in two splits: %s; %s", ", ".join(shared), done)
+        dropped = [
+            f"{found['dropped_rows']:,} {split} rows"
+            for split, found in report["splits"].items()
+            if found["dropped_rows"]
+        ]
+        logger.warning("texts in two splits: %s; dropped: %s", ", ".join(shared), ", ".join(dropped))
+    before = report["trained_before"]
+    if before["texts"]:
+        logger.info(
+            "earlier runs of the checkpoint were trained on %s texts, which are not carved; of the training rows %s have one",
+            f"{before['texts']:,}", f"{before['rows'].get('train', 0):,}",
+        )  # fmt: skip
+    held_out = [f"{count:,} {split} rows" for split, count in before["rows"].items() if count and split != "train"]
+    if held_out:
+        done = "moved to the training rows" if before["moved"] == "to train" else "left out"
+        logger.warning("of texts that the checkpoint was trained on: %s, %s", " and ".join(held_out), done)
+    if before["scores"] == "unverified":
+        logger.warning(
+            "it is not known which texts the checkpoint was trained on: no rows are carved, and scores of the rows given are "
+            "unverified, since they may be of texts that it was trained on"
+        )
     untrained = report["classes_without_training_rows"]
     if untrained:
         logger.warning("%d classes without training rows: %s", len(untrained), _some(untrained))
@@ -133,7 +151,11 @@ def log_what_was_done(report: dict, kept_shared_texts: bool) -> None:
 
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - LOGGED_CLASSES} more" if len(names) > LOGGED_CLASSES else ""
-    return ", ".join(names[:LOGGED_CLASSES]) + more
+    return ", ".join(map(_shown, names[:LOGGED_CLASSES])) + more
+
+
+def _shown(name: str) -> str:
+    return name if looks_like_name(name) else quote_name(name)
 
 
 def log_report(report: dict) -> None:
@@ -162,6 +184,8 @@ def log_report(report: dict) -> None:
         common = sorted(classes, key=lambda name: -classes[name])
         logger.info("level %s: %d classes, rows in %s", level, len(classes), " / ".join(splits))
         for name in common[:LOGGED_CLASSES]:
-            logger.info("  %-52s%s", name, " / ".join(f"{s['classes'][level][name]:,}" for s in splits.values()))
+            logger.info(
+                "  %-52s%s", _shown(name), " / ".join(f"{s['classes'][level][name]:,}" for s in splits.values())
+            )
         if len(common) > LOGGED_CLASSES:
             logger.info("  and %d smaller ones", len(common) - LOGGED_CLASSES)

@@ -33,7 +33,7 @@ from training.calibration import conformal_scores, fit_thresholds
 from training.consistency import CollatorWithSentences
 from training.data import LabelledSplits
 from training.losses import HierarchicalFocalLoss
-from training.metrics import any_label_accuracy, bootstrap_intervals, build_compute_metrics, per_class_report
+from training.metrics import any_label_accuracy, build_compute_metrics, per_class_report
 from training.trainer import HierarchicalTrainer
 
 logger = logging.getLogger(__name__)
@@ -107,12 +107,14 @@ def calibrate(
     taxonomy: Taxonomy,
     logits: dict[str, np.ndarray],
     splits: DatasetDict,
+    max_length: int,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Fits the lexical head's weight, temperatures and conformal thresholds on the validation rows, and puts all
     of it into the model.
 
     Args:
         logits: of each scored split, by the model without it.
+        max_length: the number of tokens that the texts of the splits were truncated at.
 
     Returns:
         The metrics of each split after it, the same of the encoder with temperatures of its own and no lexical head
@@ -128,10 +130,10 @@ def calibrate(
     known = (taxonomy, logits["validation"], scores["validation"], labels["validation"])
     fitted = calibration.fit(*known)
     held_out = calibration.held_out(*known, texts["validation"])
-    thresholds = fit_thresholds(taxonomy, held_out, labels["validation"])
+    thresholds = fit_thresholds(taxonomy, held_out, labels["validation"], texts["validation"])
     weight = fitted.lexical_weight
     model.set_lexical_head(classifier.weights() if classifier is not None and weight else None, weight)
-    model.calibrate(fitted.temperatures, thresholds)
+    model.calibrate(fitted.temperatures, thresholds, max_length)
     shown = ", ".join(f"{temperature:.2f}" for temperature in fitted.temperatures)
     logger.info("calibrated on the validation rows: temperatures %s; weight of the lexical head %.2f", shown, weight)
     encoder = logits
@@ -146,7 +148,7 @@ def calibrate(
         measured = measure(taxonomy, without, labels, texts)
         metrics |= {f"without_lexical_head_{name}": value for name, value in measured.items()}
     if "test" in logits and thresholds is not None:
-        found = conformal_scores(taxonomy, logits["test"], labels["test"], thresholds, COVERAGE)
+        found = conformal_scores(taxonomy, logits["test"], labels["test"], texts["test"], thresholds, COVERAGE)
         metrics |= {f"test_answer_{name}": value for name, value in found.items()}
     return metrics, logits
 
@@ -170,27 +172,29 @@ def per_class(taxonomy: Taxonomy, logits: dict[str, np.ndarray], splits: Dataset
     if split is None:
         return {}
     labels = np.array(splits[split]["labels"])
-    is_leaf = (labels >= 0) & (labels < taxonomy.num_leaves)
-    if not is_leaf.any():
+    rows, intervals = per_class_report(taxonomy, logits[split], labels)
+    if not rows:
         return {}
-    ends = bootstrap_intervals(labels[is_leaf], logits[split][is_leaf].argmax(1), taxonomy.num_leaves)
     return {
-        "per_class": per_class_report(taxonomy, logits[split], labels),
-        "intervals": {f"{card.PREFIXES[split]}_{name}": ends[name].tolist() for name in ("accuracy", "macro_f1")},
+        "per_class": rows,
+        "intervals": {f"{card.PREFIXES[split]}_{name}": ends for name, ends in intervals.items()},
     }
 
 
 def draw(taxonomy: Taxonomy, logits: dict[str, np.ndarray], splits: DatasetDict, folder: Path) -> None:
-    """Confusion matrices and reliability of the test rows, or of the validation rows where there are none."""
+    """Draw confusion matrices and reliability of the test rows, or of the validation rows where there are none."""
     split = next((name for name in ("test", "validation") if name in logits), None)
     if split is not None:
-        plots.confusion_matrices(taxonomy, logits[split], np.array(splits[split]["labels"]), folder)
-        draw_reliability(logits, splits, folder, "reliability_diagram")
+        for level, figure in plots.confusion_matrices(
+            taxonomy, logits[split], np.array(splits[split]["labels"])
+        ).items():
+            plots.write(figure, folder / f"confusion_matrix_level_{level}.png")
+        draw_reliability(logits, splits, folder / "reliability_diagram.png")
 
 
-def draw_reliability(logits: dict[str, np.ndarray], splits: DatasetDict, folder: Path, name: str) -> None:
+def draw_reliability(logits: dict[str, np.ndarray], splits: DatasetDict, file: Path) -> None:
     split = "test" if "test" in logits else "validation"
-    plots.reliability_diagram(logits[split], np.array(splits[split]["labels"]), folder, name)
+    plots.write(plots.reliability_diagram(logits[split], np.array(splits[split]["labels"])), file)
 
 
 def write_predictions(data: LabelledSplits, logits: dict[str, np.ndarray], splits: DatasetDict, folder: Path) -> None:

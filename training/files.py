@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
+from configuration_hierarchical import looks_like_name, quote_name
 from training import InputError, one_line
 
 if TYPE_CHECKING:  # predict.py does without
@@ -86,7 +87,7 @@ def _read_delimited(path: Path) -> pd.DataFrame:
         raise InputError(f"{path} is empty")
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
-        raise InputError(f"{path} has two columns called {twice[0]!r}")
+        raise InputError(f"{path} has two columns called {quote_name(twice[0])}")
     if not isinstance(table.index, pd.RangeIndex):  # how pandas reads rows that are longer than the header
         raise InputError(f"{path}, row 0 (counted from 0): more fields than the {len(header)} of the header")
     if separator == "\t":
@@ -143,7 +144,7 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     names = pyarrow.parquet.read_schema(path).names
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise InputError(f"{path} has two columns called {twice!r}")
+        raise InputError(f"{path} has two columns called {quote_name(twice)}")
     # whole numbers beside missing ones would become floats, which are not exact beyond 2^53
     return pyarrow.parquet.read_table(path).to_pandas(integer_object_nulls=True)
 
@@ -180,7 +181,8 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} occurs twice in an object")
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{quote_name(twice)} occurs twice in an object")
     return found
 
 
@@ -209,7 +211,7 @@ def find_column(tables: dict[str, pd.DataFrame], asked: str | None, candidates: 
             columns = listed(table.columns)
             if asked is None:
                 raise InputError(f"{name}: no column is called {', '.join(wanted)}; give {flag}, one of {columns}")
-            raise InputError(f"{name} has no column {asked!r} ({flag}); it has {columns}")
+            raise InputError(f"{name} has no column {quote_name(asked)} ({flag}); it has {columns}")
     if asked is not None:
         return asked
     common = [column for column in candidates if all(column in table.columns for table in tables.values())]
@@ -219,9 +221,11 @@ def find_column(tables: dict[str, pd.DataFrame], asked: str | None, candidates: 
 
 
 def listed(names: Iterable[str], most: int = 20) -> str:
-    """Names of columns for a message: not all of thousands, and not all of a text that stands where a name should."""
-    names = list(names)
-    shown = [repr(name if len(name) <= 60 else name[:60] + "…") for name in map(str, names[:most])]
+    """Names of columns for a message: not all of thousands, and none where one is a text, since all may be a row then."""
+    names = list(map(str, names))
+    if (text := next((name for name in names if not looks_like_name(name)), None)) is not None:
+        return f"{len(names):,} columns that are not shown, as one is called {quote_name(text)}: is the header missing?"
+    shown = [quote_name(name) for name in names[:most]]
     return ", ".join([*shown, f"and {len(names) - most:,} more"] if len(names) > most else shown)
 
 
@@ -268,7 +272,7 @@ def refuse_rows(wrong: Iterable[bool], what: str, columns: str, name: str) -> No
     found = np.flatnonzero(np.asarray(list(wrong)))
     if len(found):
         first = ", ".join(map(str, found[:5])) + (", …" if len(found) > 5 else "")
-        raise InputError(f"{name}, column {columns!r}: {len(found)} {what}, at row {first} (counted from 0)")
+        raise InputError(f"{name}, column {quote_name(columns)}: {len(found)} {what}, at row {first} (counted from 0)")
 
 
 def sha256(files: Iterable[Path]) -> dict[str, str]:

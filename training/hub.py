@@ -10,6 +10,7 @@ Worth knowing:
 """
 
 import hashlib
+import io
 import json
 import re
 from collections.abc import Mapping
@@ -102,15 +103,13 @@ def read_checkpoint(folder: Path) -> HierarchicalConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder} is not a checkpoint: it has no config.json")
-    try:
-        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-        if model_type != HierarchicalConfig.model_type:
+    with refusing(f"{path} is not a configuration"):
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(known, dict):
+            raise ValueError("it is no JSON object")
+        if (model_type := known.get("model_type")) != HierarchicalConfig.model_type:
             raise InputError(f"{folder} holds a {model_type!r} model, not one of ours")
         config = HierarchicalConfig.from_pretrained(folder)
-    except InputError:
-        raise
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} is not a configuration: {one_line(error)}") from error
     present = checkpoint_files(folder)
     weights = [name for name in present if name.endswith(".safetensors")]
     wanted = [*SHIPPED_FILES, "tokenizer_config.json", "README.md"]
@@ -412,9 +411,10 @@ def holds(api: HfApi, target: Target, files: Mapping[str, Path | bytes], revisio
 
 def same(source: Path | bytes, entry: RepoFile) -> bool:
     """Whether a file is the one that the Hub holds, by the hash that it is known by there."""
-    content = source if isinstance(source, bytes) else source.read_bytes()
-    if entry.lfs is not None:
-        return hashlib.sha256(content).hexdigest() == entry.lfs.sha256
+    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+        if entry.lfs is not None:  # weights, which need not fit into memory
+            return hashlib.file_digest(file, "sha256").hexdigest() == entry.lfs.sha256
+        content = file.read()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == entry.blob_id  # as git does
 
 

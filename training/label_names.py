@@ -2,7 +2,7 @@
 
 A leaf's weights are the encoder's vector of its name, less the mean of all names. This is dataless classification (Chang et
 al., 2008, "Importance of Semantic Representation") as the start of training. The fewer rows a class has, the more it is worth.
-Names that say nothing, such as codes, do harm: `benchmarks/label_names.py`.
+Names that say nothing, such as codes, do harm: `benchmarks/studies/label_names.py`.
 """
 
 import logging

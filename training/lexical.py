@@ -5,7 +5,7 @@ Worth knowing:
 1. On its own it is right less often than the encoder, but on other texts; `benchmarks/quality.py` shows what it adds.
 2. It is multinomial logistic regression (scikit-learn) on the training rows, and is fitted once, after the encoder. Training
    the two together was not tried.
-3. A token counts by its TF-IDF times how unlike the classes use it, `spread_of_log_odds`. `benchmarks/words.py` shows what
+3. A token counts by its TF-IDF times how unlike the classes use it, `spread_of_log_odds`. `benchmarks/studies/words.py` shows what
    that is worth.
 4. How much it says is one number, fitted with the calibration on the validation rows, and kept in config.json.
 5. It is one flat classifier, and an inner node has the sum of its leaves' probabilities: one classifier for each decision, as

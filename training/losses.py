@@ -4,7 +4,7 @@ Worth knowing:
 
 1. A decision is a softmax over siblings. A document labelled with an inner node is charged only for the decisions down
    to that node.
-2. gamma 0, no class weights, level weights 1, no smoothing and no adjustment is the model's own negative log-likelihood.
+2. gamma 0, no class weights, level weights 1 and no smoothing is the model's own negative log-likelihood.
 3. The sum is divided by the number of labelled documents of the whole accumulated batch, over all devices, so that the
    gradient does not depend on how the batch was cut up.
 """
@@ -13,9 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from configuration_hierarchical import Taxonomy
-from modeling_hierarchical import IGNORED_LABEL, segment_log_softmax, taxonomy_indices
-
-EFFECTIVE_NUMBER_BETA = 0.999
+from modeling_hierarchical import IGNORED_LABEL, taxonomy_indices
 
 
 def node_counts(tree: Taxonomy, labels: Tensor) -> Tensor:
@@ -34,15 +32,14 @@ def node_counts(tree: Taxonomy, labels: Tensor) -> Tensor:
     return counts[:-1]
 
 
-def class_weights(counts: Tensor, group: Tensor, weighting: str) -> Tensor:
-    """Weights of classes among their siblings; siblings that were never seen get no say and weight 1.
+def balanced_weights(counts: Tensor, group: Tensor) -> Tensor:
+    """Weight each class among its siblings by n / (K · n_c), as scikit-learn's ``compute_class_weight("balanced")``.
+
+    n_c of the n documents of K siblings have the class. A class without documents is not counted in K and has weight 1.
 
     Args:
-        counts: (num_nodes,), documents a node.
+        counts: (num_nodes,), documents per node.
         group: (num_nodes,), which nodes are siblings.
-        weighting: ``"none"``: 1. ``"balanced"``: n / (K · n_c) for a class with n_c of the n documents of its K siblings,
-            as scikit-learn's ``compute_class_weight``. ``"effective_number"``: proportional to (1 - β) / (1 - β^n_c),
-            adding up to K (Cui et al., 2019, arXiv 1901.05555), with β = 0.999.
 
     Returns:
         (num_nodes,), float32.
@@ -50,38 +47,24 @@ def class_weights(counts: Tensor, group: Tensor, weighting: str) -> Tensor:
     seen = counts > 0
 
     def over_siblings(values: Tensor) -> Tensor:
-        values = torch.where(seen, values, 0)
         return torch.zeros(int(group.max()) + 1, dtype=values.dtype).index_add_(0, group, values)[group]
 
-    n, siblings = counts.double(), over_siblings(torch.ones_like(counts, dtype=torch.double))
-    if weighting == "none":
-        weights = torch.ones_like(n)
-    elif weighting == "balanced":
-        weights = over_siblings(n) / (siblings * n)
-    elif weighting == "effective_number":
-        weights = (1 - EFFECTIVE_NUMBER_BETA) / (1 - EFFECTIVE_NUMBER_BETA**n)
-        weights = weights * siblings / over_siblings(weights)
-    else:
-        raise ValueError(f"class weighting must be 'none', 'balanced' or 'effective_number', not {weighting!r}")
-    return torch.where(seen, weights, 1).float()
+    return torch.where(seen, over_siblings(counts.double()) / (over_siblings(seen.double()) * counts), 1).float()
 
 
 class HierarchicalFocalLoss(nn.Module):
     """Sum over the decisions on a label's path of  w_level · α_class · (1 - p)^γ · CE, over the number of labels.
 
     p is the probability of the right child among its siblings, and CE its cross-entropy, with label smoothing ε:
-    -(1 - ε) log p - ε / K · Σ log p_k. The focal factor is that of Lin et al. (2017, arXiv 1708.02002). Logit adjustment
-    adds τ · log(prior of the child among its siblings) to the scores before the softmax, in training only (Menon et al.,
-    2021, arXiv 2007.07314; for conditional softmaxes along a taxonomy, Plaud et al., 2024, arXiv 2410.01305).
+    -(1 - ε) log p - ε / K · Σ log p_k. The focal factor is from Lin et al. (2017, arXiv 1708.02002).
 
     Args:
         tree: the taxonomy.
         counts: (num_nodes,), training documents a node, its descendants' included: see `node_counts`.
         gamma: γ ≥ 0.
-        class_weighting: see `class_weights`.
+        balanced: weight classes by `balanced_weights`; else α is 1.
         level_weights: w of levels 1, 2, …; the last one serves all deeper levels.
         label_smoothing: ε.
-        logit_adjustment: τ. A class without documents counts as one document.
     """
 
     def __init__(
@@ -89,27 +72,23 @@ class HierarchicalFocalLoss(nn.Module):
         tree: Taxonomy,
         counts: Tensor,
         gamma: float = 0.0,
-        class_weighting: str = "none",
+        balanced: bool = False,
         level_weights: list[float] | tuple[float, ...] = (1.0,),
         label_smoothing: float = 0.0,
-        logit_adjustment: float = 0.0,
     ):
         super().__init__()
-        self.gamma, self.label_smoothing, self.logit_adjustment = gamma, label_smoothing, logit_adjustment
+        self.gamma, self.label_smoothing = gamma, label_smoothing
         group, ancestors = taxonomy_indices(tree)
         self.num_groups = int(group.max()) + 1
         size = torch.bincount(group)[group]
-        floor = counts.clamp(min=1).double()
-        total = torch.zeros(self.num_groups, dtype=torch.double).index_add_(0, group, floor)[group]
         levels = torch.tensor([level_weights[min(i, len(level_weights) - 1)] for i in range(tree.depth)])
         padding = torch.zeros(1)
         self.register_buffer("group", group)
         self.register_buffer("parents", torch.tensor([p if p >= 0 else tree.num_nodes for p in tree.parents]))
         self.register_buffer("ancestors", ancestors)
-        self.register_buffer("log_prior", (floor / total).log().float())
         self.register_buffer("size", size)
         # an only child is no decision: its p is 1 whatever the weights, and so are its loss and gradient 0
-        weights = class_weights(counts, group, class_weighting) * (size > 1)
+        weights = (balanced_weights(counts, group) if balanced else torch.ones(tree.num_nodes)) * (size > 1)
         self.register_buffer("weights", torch.cat([weights, padding])[ancestors] * levels)  # (num_nodes, depth)
 
     def forward(self, node_log_probs: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -124,9 +103,6 @@ class HierarchicalFocalLoss(nn.Module):
         labels = torch.where(labelled, labels, 0)
         parent_log_probs = nn.functional.pad(node_log_probs, (0, 1))[:, self.parents]
         conditional = node_log_probs - parent_log_probs  # (B, N): log P(node | parent)
-        if self.logit_adjustment:
-            adjusted = conditional + self.logit_adjustment * self.log_prior
-            conditional = segment_log_softmax(adjusted, self.group, self.num_groups)
         path = self.ancestors[labels]  # (B, depth), padded with N
         log_p = nn.functional.pad(conditional, (0, 1)).gather(1, path)
         loss = -log_p

@@ -5,7 +5,8 @@ Worth knowing:
 1. A Hub encoder is pinned to the commit that its revision stands for; the checkpoint records that commit.
 2. Dropout inside a frozen encoder is the largest single cost of a step on a CPU and regularises nothing that is
    trained but the adapter, so with LoRA it is off unless asked for.
-3. A checkpoint of ours as the encoder is a warm start: its adapter and the heads of the nodes it knows continue.
+3. A checkpoint of ours as the encoder is a warm start: its adapter and the heads of the nodes it knows continue. One on the Hub
+   is downloaded at the commit that its revision stands for, and is a folder from then on.
 """
 
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig, inject_adapter_in_model, prepare_model_for_kbit_training
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -29,11 +30,42 @@ from transformers import (
 )
 
 from configuration_hierarchical import HierarchicalConfig, Taxonomy
-from modeling_hierarchical import HierarchicalForSequenceClassification, HierarchicalHeads, load_encoder
+from modeling_hierarchical import (
+    SHIPPED_FILES,
+    HierarchicalForSequenceClassification,
+    HierarchicalHeads,
+    load_encoder,
+)
 from training import InputError, one_line, refusing
 from training.arguments import ModelArguments
+from training.hub import ADAPTER_FORM, TOKENIZER_FILES, WHOLE_FORM
 
 logger = logging.getLogger(__name__)
+
+
+def fetch_checkpoint(arguments: ModelArguments) -> None:
+    """Downloads the checkpoint of ours that ``--model_name_or_path`` names on the Hub, and has it name the folder instead.
+
+    All files are of the commit that ``--model_revision`` stands for. The name of an encoder stays as it is.
+
+    Raises:
+        InputError: the checkpoint cannot be downloaded.
+    """
+    name, revision, cache = arguments.model_name_or_path, arguments.model_revision, arguments.cache_dir
+    if Path(name).exists():
+        return
+    try:
+        config = Path(hf_hub_download(name, "config.json", revision=revision, cache_dir=cache))
+    except (HfHubHTTPError, OSError, ValueError):  # loading the encoder will say why
+        return
+    if not is_checkpoint(str(config.parent)):
+        return
+    commit = config.parent.name
+    files = ["config.json", *SHIPPED_FILES, *ADAPTER_FORM, *WHOLE_FORM, *TOKENIZER_FILES]
+    with refusing(f"cannot download the checkpoint {name} at {commit}"):
+        folder = snapshot_download(name, revision=commit, cache_dir=cache, allow_patterns=files)
+    logger.info("checkpoint: %s at %s", name, commit)
+    arguments.model_name_or_path, arguments.model_revision = folder, None
 
 
 def is_checkpoint(name_or_path: str) -> bool:
@@ -42,7 +74,10 @@ def is_checkpoint(name_or_path: str) -> bool:
     if not config.is_file():
         return False
     with refusing(f"{config} is not a configuration"):
-        return json.loads(config.read_text(encoding="utf-8")).get("model_type") == HierarchicalConfig.model_type
+        known = json.loads(config.read_text(encoding="utf-8"))
+        if not isinstance(known, dict):
+            raise ValueError("it is no JSON object")
+    return known.get("model_type") == HierarchicalConfig.model_type
 
 
 def read_config(folder: str) -> HierarchicalConfig:
@@ -131,7 +166,8 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
         raise InputError(f"{path} was trained with --pooling {config.pooling}; continue it the same way")
     set_dropout(config.text_config, arguments)
     config.head_dropout = arguments.head_dropout
-    config.temperatures = config.conformal_thresholds = None  # of the weights that were, not of those to come
+    # of the weights that were, not of those to come
+    config.temperatures = config.conformal_thresholds = config.conformal_max_length = None
     with refusing(f"cannot load the checkpoint {path}"):
         model = HierarchicalForSequenceClassification.from_pretrained(
             path, config=config, merge_adapter=False, **load_arguments(arguments)

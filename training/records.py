@@ -26,6 +26,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from configuration_hierarchical import quote_name
 from training import InputError, one_line
 from training.files import TAKEN_IN, TEXT_COLUMNS, has_half_surrogate, listed, takes_in_rows, unique
 
@@ -128,7 +129,7 @@ def _choose(source: str, names: Sequence[str], text: str | None, id: str | None)
     shown = listed(names)
     twice = next((name for name in names if list(names).count(name) > 1), None)
     if twice is not None:
-        raise InputError(f"{source} has two columns called {twice!r}")
+        raise InputError(f"{source} has two columns called {quote_name(twice)}")
     if text is None:
         text = next((name for name in TEXT_COLUMNS if name in names), None)
         if text is None:
@@ -136,7 +137,7 @@ def _choose(source: str, names: Sequence[str], text: str | None, id: str | None)
             raise InputError(f"{source}: no column is called {known}; give --text_column, one of {shown}")
     for flag, name in (("--text_column", text), ("--id_column", id)):
         if name is not None and name not in names:
-            raise InputError(f"{source} has no column {name!r} ({flag}); it has {shown}")
+            raise InputError(f"{source} has no column {quote_name(name)} ({flag}); it has {shown}")
     return text, id
 
 

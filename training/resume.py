@@ -145,7 +145,7 @@ def delete_run(output_dir: Path) -> None:
 def delete_measured(output_dir: Path) -> None:
     """Deletes what was measured in a folder."""
     predictions = ("validation_predictions.csv", "test_predictions.csv")
-    for pattern in ("metrics.json", *predictions, "plots/*.png", "plots/*.html"):
+    for pattern in ("metrics.json", *predictions, "plots/*.png"):
         for file in output_dir.glob(pattern):
             file.unlink(missing_ok=True)
 

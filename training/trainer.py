@@ -12,9 +12,11 @@ Worth knowing:
 5. No ``training_args.bin`` is written: it is a pickle, and can hold a token.
 6. Pushing while it trains, the Trainer would copy the files that it knows, rewrite README.md and send all that lies in the
    folder. Here the files of a checkpoint go up, with our card; a checkpoint to resume from goes without its pickles.
+7. To look at a loss is to wait for the GPU. That happens where the Trainer waits too, before it logs, evaluates or saves.
 """
 
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,6 +51,7 @@ from training.resume import damage
 logger = logging.getLogger(__name__)
 
 BATCHES_SORTED = 50
+MOST_UNCHECKED = 100  # losses of micro-batches that are not looked at yet
 PICKLES = ["*.pt", "*.pth", "*.bin", "*.pkl"]
 
 
@@ -75,7 +78,8 @@ class HierarchicalTrainer(Trainer):
         write_card: Callable[[Path], None] | None = None,
         **kwargs: Any,
     ):
-        super().__init__(*args, **kwargs)
+        with refusing("cannot set up training"):
+            super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             logger.warning("%d GPUs found, one is used: `accelerate launch train.py …` uses all", self.args.n_gpu)
             self.args._n_gpu = 1
@@ -90,6 +94,7 @@ class HierarchicalTrainer(Trainer):
         self.heads_learning_rate = heads_learning_rate
         self.tried_batch_size: int | None = None
         self.best_checkpoint: str | None = None
+        self.unchecked: list[tuple[int, Tensor, Any]] = []  # step, loss, rows
         self.write_card = write_card
         keep_trainable(self.model)
         if self.args.bf16 and self.args.device.type == "cpu" and self.model.has_adapter and not self.is_fsdp_enabled:
@@ -120,15 +125,36 @@ class HierarchicalTrainer(Trainer):
         else:
             outputs = model(**inputs)
             loss = self.loss_function(outputs["node_log_probs"], labels, items)
-        if model.training and not torch.isfinite(loss):
-            where = "" if rows is None else f", rows {', '.join(map(str, rows.tolist()))} of the training data"
-            raise InputError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}{where}: lower --learning_rate, or look at "
-                "these texts; --resume_from_checkpoint auto goes on from the last checkpoint"
-            )
+        if model.training:
+            self.unchecked.append((self.state.global_step + 1, loss.detach(), rows))
+            if len(self.unchecked) == MOST_UNCHECKED:
+                self.check_losses()
         if items is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def check_losses(self) -> None:
+        """Read the training losses since the last call from the device, which makes this process wait for it.
+
+        Raises:
+            InputError: one of them is not finite. It names the step and the rows.
+        """
+        steps, self.unchecked = self.unchecked, []
+        losses = torch.stack([loss for _, loss, _ in steps]).tolist() if steps else []
+        for (step, _, rows), loss in zip(steps, losses, strict=True):
+            if not math.isfinite(loss):
+                where = "" if rows is None else f", rows {', '.join(map(str, rows.tolist()))} of the training data"
+                raise InputError(
+                    f"the loss is {loss} at step {step}{where}: lower --learning_rate, or look at these texts; "
+                    "--resume_from_checkpoint auto goes on from the last checkpoint"
+                )
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's, after a check of the losses where it waits for the device anyway, and at the end."""
+        control = self.control
+        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
+            self.check_losses()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """As the Trainer's, but a run that had reached ``max_steps`` or stopped early stays as it was.
@@ -191,6 +217,7 @@ class HierarchicalTrainer(Trainer):
 
     def _inner_training_loop(self, batch_size: int | None = None, args: Any = None, **kwargs: Any) -> TrainOutput:
         """As the Trainer's; what ``auto_find_batch_size`` takes off a batch, accumulation makes up for, exactly."""
+        self.unchecked = []
         if not args.auto_find_batch_size:
             return super()._inner_training_loop(batch_size, args, **kwargs)
         effective = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -250,6 +277,7 @@ class HierarchicalTrainer(Trainer):
             self._signature_columns = columns
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.check_losses()  # also where a signal has it saved
         try:
             super()._save_checkpoint(model, trial)
         except Exception:
@@ -268,13 +296,14 @@ class HierarchicalTrainer(Trainer):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with refusing(f"cannot resume from {checkpoint}, whose optimizer had other settings"):
-            settings = set(self.optimizer.param_groups[0])
-            asked = [(group.get("initial_lr"), group.get("weight_decay")) for group in self.optimizer.param_groups]
+        said = f"cannot resume from {checkpoint}, whose optimizer had other settings"
+        settings = set(self.optimizer.param_groups[0])
+        asked = [(group.get("initial_lr"), group.get("weight_decay")) for group in self.optimizer.param_groups]
+        with refusing(said):
             super()._load_optimizer_and_scheduler(checkpoint)
-            if not settings <= set(self.optimizer.param_groups[0]):
-                raise ValueError("it was another --optim")
-            self._take_rates(asked)
+        if not settings <= set(self.optimizer.param_groups[0]):
+            raise InputError(f"{said}: it was another --optim")
+        self._take_rates(asked)
 
     def _take_rates(self, asked: list[tuple[float | None, float | None]]) -> None:
         """Gives the optimizer of a resumed run the learning rates and weight decays of this one, at the schedule's place."""

@@ -1,25 +1,31 @@
-"""What held-out rows cost: ``python benchmarks/rows.py --data FOLDER``, a minute.
+"""What held-out rows cost: ``python benchmarks/studies/rows.py --data FOLDER``, a minute.
 
 FOLDER holds OHSUMED's ``train.csv`` and ``test.csv``. A linear SVM, that of ``quality.py``, is trained on a share of the training
 rows, drawn `DRAWS` times, and scored on the test rows. ``train.py`` holds out 10 % for early stopping, the calibration and the
 guarantee, which rows that the model was trained on cannot give; so its scores are to be compared with those of models that
 were trained on 90 %. Nothing is chosen by this.
+
+Supports docs/experiments.md, "2026-11-26: What held-out rows cost".
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from quality import TFIDF
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import StratifiedShuffleSplit
 from sklearn.pipeline import make_pipeline
 from sklearn.svm import LinearSVC
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from quality import TFIDF
+
 SHARES = (0.5, 0.8, 0.9, 0.95, 1.0)
 DRAWS = 5
 
@@ -27,7 +33,7 @@ DRAWS = 5
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "rows.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "studies" / "results" / "rows.json")
     arguments = parser.parse_args()
     known, unseen = (pd.read_csv(arguments.data / f"{split}.csv", dtype=str) for split in ("train", "test"))
     results = []

@@ -1,6 +1,6 @@
 """How strong the prior of the calibration should be:
 
-    python benchmarks/calibration.py --checkpoint FOLDER --file FILE [--class_names NAMES]
+    python benchmarks/studies/calibration.py --checkpoint FOLDER --file FILE [--class_names NAMES]
 
 FOLDER is a checkpoint of ``train.py`` with a lexical head; FILE holds labelled rows that it was not trained on, NAMES as for
 ``train.py``. Of these rows a few are drawn as validation rows, weight and temperatures are fitted on them as
@@ -9,6 +9,8 @@ deviations of the prior: "0" fits nothing, which is the encoder alone, and "inf"
 
 OHSUMED's numbers are of the run of ``ablation.py --task ohsumed --variant recipe --fold 0``, whose ``ohsumed-recipe-0`` is the
 checkpoint and whose ``fold-0/test.csv``, a third of the training file, is what it was not trained on.
+
+Supports docs/experiments.md, "2026-11-26: Calibration with a prior".
 """
 
 import argparse
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from configuration_hierarchical import Taxonomy
@@ -38,12 +40,10 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--file", required=True)
     parser.add_argument("--class_names")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "calibration.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "studies" / "results" / "calibration.json")
     arguments = parser.parse_args()
     model = AutoModel.from_pretrained(arguments.checkpoint, trust_remote_code=True).eval()
-    # the reader of train.py's files wants rows to train on; they are read, and not used
-    tree, same = model.config.tree, {f"{split}_file": arguments.file for split in ("train", "validation")}
-    files = DataArguments(**same, class_names=arguments.class_names, keep_shared_texts=True)
+    tree, files = model.config.tree, DataArguments(validation_file=arguments.file, class_names=arguments.class_names)
     rows = load_splits(files, seed=0, taxonomy=tree).splits["validation"]
     labels = np.array(rows["label"])
     logits, words = leaf_scores(model, arguments.checkpoint, list(rows["text"]))

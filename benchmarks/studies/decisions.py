@@ -1,4 +1,4 @@
-"""How the scores of a taxonomy's nodes should depend on each other: ``python benchmarks/decisions.py --data FOLDER --encoder
+"""How the scores of a taxonomy's nodes should depend on each other: ``python benchmarks/studies/decisions.py --data FOLDER --encoder
 ENCODER``, after ``pip install sentence-transformers``.
 
 FOLDER holds OHSUMED's ``train.csv`` and ``labels.csv``. Linear heads are fitted on mean vectors of the frozen encoder, which
@@ -11,6 +11,8 @@ takes minutes where training takes hours, and scored by five-fold cross-validati
 Found: independent decisions are right on two points fewer than flat ones at each penalty; nested ones lie between, with
 the highest macro-F1 at two of three penalties. A likely reason, not tested by itself: independently, one linear function must tell "organ system
 diseases", twelve unlike classes, from the rest. The nested form contains the flat one.
+
+Supports docs/experiments.md, "2026-11-25: Nested logit".
 """
 
 import argparse
@@ -26,7 +28,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from configuration_hierarchical import HierarchicalConfig, Taxonomy
@@ -55,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--encoder", required=True)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "decisions.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "studies" / "results" / "decisions.json")
     arguments = parser.parse_args()
     rows = pd.read_csv(arguments.data / "train.csv", dtype=str)
     codes = pd.read_csv(arguments.data / "labels.csv", dtype=str)

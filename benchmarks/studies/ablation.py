@@ -1,6 +1,6 @@
 """What each setting of the recipes is worth, measured without a test file:
 
-    python benchmarks/ablation.py --data FOLDER --encoder ENCODER [--task ohsumed --variant "focal, gamma 1" … --fold 0 …]
+    python benchmarks/studies/ablation.py --data FOLDER --encoder ENCODER [--task ohsumed --variant "focal, gamma 1" … --fold 0 …]
 
 FOLDER holds ``ohsumed/{train,labels}.csv`` and ``medical_abstracts/{train,validation}.csv``. `VARIANTS` and `OF_TASK` name what
 each run changes in the task's recipe, at the rank of `BASE`.
@@ -15,6 +15,8 @@ Accuracies have standard errors of 1.3 points on the 1,119 rows of a third, of 2
 therefore show how far each variant is from the recipe on the same rows, with a bootstrap interval over the rows of that
 difference. "Encoder alone" is before the lexical head and the temperatures. Finished runs stay in the output file, as in
 ``quality.py``.
+
+Supports docs/experiments.md, "2026-11-26: One setting at a time".
 """
 
 import argparse
@@ -29,7 +31,7 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedKFold
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FOLDS = 3
 TASKS = ("ohsumed", "medical_abstracts")
 VARIANTS = {
@@ -38,8 +40,6 @@ VARIANTS = {
     "8 bits": ("--quantization", "8bit"),
     "focal, gamma 1": ("--focal_gamma", "1"),
     "focal, gamma 2": ("--focal_gamma", "2"),
-    "classes by effective number": ("--class_weighting", "effective_number"),
-    "logit adjustment 0.5": ("--logit_adjustment", "0.5"),
     "level 1 counts half": ("--level_weights", "0.5", "1"),
     "no label smoothing": ("--label_smoothing_factor", "0"),
     "label smoothing 0.15": ("--label_smoothing_factor", "0.15"),
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--variant", nargs="+", help="all of the task's unless named")
     parser.add_argument("--fold", type=int, choices=range(FOLDS), nargs="+", default=[*range(FOLDS)])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "ablation")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "ablation.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "studies" / "results" / "ablation.json")
     arguments = parser.parse_args()
     for task in arguments.task:
         if unknown := [name for name in arguments.variant or () if name not in VARIANTS | OF_TASK[task]]:

@@ -1,9 +1,11 @@
-"""Which classifier over the encoder's vectors: ``python benchmarks/classifiers.py --data FOLDER --encoder ENCODER``, ten minutes.
+"""Which classifier over the encoder's vectors: ``python benchmarks/studies/classifiers.py --data FOLDER --encoder ENCODER``, ten minutes.
 
 FOLDER holds OHSUMED's ``train.csv`` and ``labels.csv``; the test file is not read. The encoder stays as it is, so this tells what
 pooling, a hidden layer, and weights that begin as the vectors of the labels' names are worth before anything is adapted.
 Scores are cross-validated in `FOLDS` folds, for each classifier at the strength of regularisation that gives it the lowest log
 loss. Weights that "begin" somewhere are pulled back to there by the regularisation, not to zero (the mean of a Gaussian prior).
+
+Supports docs/experiments.md, "2026-11-27: Class names as initial head weights".
 """
 
 import argparse
@@ -22,7 +24,7 @@ from sklearn.neural_network import MLPClassifier
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FOLDS = 3
 STRENGTHS = (1e-5, 3e-5, 1e-4, 3e-4)  # of the squared distance of all weights, beside the mean loss
 ALPHAS = (0.03, 0.1, 0.3, 1.0)
@@ -35,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--encoder", required=True)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "classifiers.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "studies" / "results" / "classifiers.json")
     arguments = parser.parse_args()
     rows = pd.read_csv(arguments.data / "train.csv", dtype=str)
     classes = pd.read_csv(arguments.data / "labels.csv", dtype=str)

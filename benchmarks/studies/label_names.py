@@ -1,10 +1,12 @@
-"""Heads that begin as the labels' names (``--heads_init``), by rows a class: ``python benchmarks/label_names.py --data FOLDER
+"""Heads that begin as the labels' names (``--heads_init``), by rows a class: ``python benchmarks/studies/label_names.py --data FOLDER
 --encoder ENCODER``, an hour and a half, less without "all".
 
 FOLDER holds OHSUMED's ``train.csv`` and ``labels.csv``; the test file is not read. As in ``ablation.py`` a run is trained on two
 thirds of the training file, or on the first so many rows of each class among these, and scored on the last third. "Codes" are
 the labels as they stand in the file, C01 to C23, which tell the encoder nothing. One run each; finished ones are kept in the
 output file.
+
+Supports docs/experiments.md, "2026-11-27: Class names as initial head weights".
 """
 
 import argparse
@@ -29,7 +31,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=lambda word: None if word == "all" else int(word), default=ROWS)
     parser.add_argument("--init", nargs="+", choices=INITS, default=[*INITS])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "label-names")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "label_names.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "studies" / "results" / "label_names.json")
     arguments = parser.parse_args()
     for rows in arguments.rows:
         for begin in arguments.init:

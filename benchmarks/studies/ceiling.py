@@ -1,4 +1,4 @@
-"""How right a classifier can be where texts occur under several labels: ``python benchmarks/ceiling.py --file test.csv``.
+"""How right a classifier can be where texts occur under several labels: ``python benchmarks/studies/ceiling.py --file test.csv``.
 
 The file holds the columns ``text`` (or ``medical_abstract``) and ``label`` (or ``condition_label``).
 
@@ -9,15 +9,21 @@ The file holds the columns ``text`` (or ``medical_abstract``) and ``label`` (or 
   texts that have a second label somewhere; for those, one answer of two is counted right at best half of the time.
 - Where: in how many of the texts seen under several labels a class is one of them; and, where ``--predictions`` names the
   ``test_predictions.csv`` of one or several runs, in how many of their errors it is the label or the answer.
+
+Supports docs/experiments.md, "2026-11-25: Contradicting labels".
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import pandas as pd
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from training.trained_texts import normalise_text
 
 
 def shares(sets: pd.Series) -> dict[str, float]:
@@ -32,12 +38,12 @@ def main() -> None:
         "--share", type=float, default=0.2, help="p, the rows of the corpus that the split was drawn as"
     )
     parser.add_argument("--predictions", type=Path, nargs="+", default=[])
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "ceiling.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "studies" / "results" / "ceiling.json")
     arguments = parser.parse_args()
     rows = pd.concat([pd.read_csv(file, dtype=str) for file in arguments.file])
     text = "text" if "text" in rows else "medical_abstract"
     label = "label" if "label" in rows else "condition_label"
-    texts = rows[text].str.split().str.join(" ").str.lower()
+    texts = rows[text].map(normalise_text)
     seen = rows.groupby([texts, label]).size().groupby(level=0).max().sum() / len(rows)
     labels_of = rows.groupby(texts)[label].agg(set)
     several = float((labels_of.map(len) > 1).mean())

@@ -1,6 +1,6 @@
 """How the lexical head should weigh tokens, and have its say:
 
-    python benchmarks/words.py --data FOLDER --encoder ENCODER [--runs RUNS]
+    python benchmarks/studies/words.py --data FOLDER --encoder ENCODER [--runs RUNS]
 
 FOLDER holds OHSUMED's ``train.csv`` and ``labels.csv``; of the encoder only the tokenizer is used. Two classifiers over the
 bag of tokens, without an encoder beside them, are scored by three-fold cross-validation on the training file:
@@ -17,6 +17,8 @@ rows, as many as the recipe has for validation, and scored on the others, with 4
 - the encoder alone;
 - added to the leaves: one weight and one temperature, as if the taxonomy were flat;
 - in each decision: as the model does it.
+
+Supports docs/experiments.md, "2026-11-26: Lexical head".
 """
 
 import argparse
@@ -36,7 +38,7 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from transformers import AutoModel, AutoTokenizer, EvalPrediction
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from calibration import leaf_scores
@@ -57,7 +59,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--encoder", required=True)
     parser.add_argument("--runs", type=Path)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "words.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "studies" / "results" / "words.json")
     arguments = parser.parse_args()
     rows = pd.read_csv(arguments.data / "train.csv", dtype=str)
     names, labels = np.unique(rows["label"], return_inverse=True)

@@ -1,0 +1,67 @@
+"""Read Parquet: only the columns that are wanted, a few rows at a time, values as pyarrow gives them to Python."""
+
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+from pyarrow import types
+
+from .rows import Fault, Raw, ReadError, Row, Rows, quote_name
+
+FOREIGN = (
+    pyarrow.ArrowException,
+    UnicodeDecodeError,
+    OSError,
+)  # what is raised over a file that is not Parquet, or damaged
+UNREADABLE = (pyarrow.ArrowException, KeyError, OSError, OverflowError, ValueError)  # over a value that Python lacks
+BATCH = 16  # rows; a repeated value is stored once but decoded for each of them, so few bound the memory
+
+
+def open_file(rows: Rows, stream: Any) -> Callable[[list[str]], Iterator[Row]]:
+    """Find the columns, and return what reads the rows, given the columns that are wanted."""
+    raw = Raw(stream)
+    if not raw.seekable():
+        raise ReadError(f"{rows.name}: a Parquet file is read from its end, so save it to a disk first")
+    file = pyarrow.parquet.ParquetFile(io.BufferedReader(raw), pre_buffer=False)
+    rows.check("rows", file.metadata.num_rows)
+    rows.set_columns(file.schema_arrow.names)
+    rows.texts = [field.name for field in file.schema_arrow if _is_text(field.type)]
+    return lambda wanted: _read(rows, file, wanted)
+
+
+def _is_text(kind: pyarrow.DataType) -> bool:
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+
+
+def _read(rows: Rows, file: pyarrow.parquet.ParquetFile, wanted: list[str]) -> Iterator[Row]:
+    count, size, total = 0, 0, max(file.metadata.num_rows, 1)
+    rows.done = lambda: count / total
+    for batch in file.iter_batches(BATCH, columns=wanted, use_threads=False):
+        arrays = [batch.column(name) for name in wanted]
+        arrays = [array.dictionary_decode() if types.is_dictionary(array.type) else array for array in arrays]
+        size += sum(array.nbytes for array in arrays)
+        rows.check("bytes", size)
+        for cells in zip(*map(_values, arrays), strict=True):
+            count += 1
+            values = dict(zip(wanted, cells, strict=True))
+            faults = (f"{quote_name(n)} holds {v}" for n, v in values.items() if isinstance(v, Fault))
+            problem = next(faults, None)
+            yield Row(count, {} if problem else values, problem)
+
+
+def _values(array: pyarrow.Array) -> list[Any]:
+    try:
+        return array.to_pylist()
+    except UNREADABLE:
+        return [_value(scalar) for scalar in array]
+
+
+def _value(scalar: pyarrow.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except UNREADABLE as error:
+        utf8 = isinstance(error, UnicodeDecodeError)
+        return Fault("text that is not UTF-8" if utf8 else "what cannot be read, such as a time beyond the year 9999")

@@ -1,0 +1,555 @@
+"""The rows of odd files, with what each must give stated by hand, and arbitrary ones against the csv and json modules."""
+
+import csv
+import gzip
+import io
+import itertools
+import json
+import os
+from datetime import date, datetime
+from decimal import Decimal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from reading.rows import KINDS, Limits, ReadError, Row, Rows
+
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 0))
+fuzz = settings(
+    max_examples=EXAMPLES or 60,
+    derandomize=not EXAMPLES,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+SECRET = "Mrs Miller of Nowhere Lane was admitted with chest pain."  # a text, which no message may show
+
+
+class Plain:
+    """A stream with nothing but read(), which may give less than it is asked for."""
+
+    def __init__(self, content: bytes, most: int = 7):
+        self._stream, self._most = io.BytesIO(content), most
+
+    def read(self, size: int = -1) -> bytes:
+        return self._stream.read(min(size, self._most))
+
+
+class Seekable(Plain):
+    """As an object store's: it gives less than it is asked for, and can seek."""
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._stream.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+
+class Endless:
+    """Lines without end, after a beginning."""
+
+    def __init__(self, beginning: bytes, line: bytes):
+        self._line, self.given, self._rest = line, 0, beginning
+
+    def read(self, size: int = -1) -> bytes:
+        while len(self._rest) < size:
+            self._rest += self._line * (1 + size // len(self._line))
+        content, self._rest = self._rest[:size], self._rest[size:]
+        self.given += size
+        return content
+
+
+def read(content: bytes, kind: str, **limits: int) -> list[Row]:
+    return list(Rows(io.BytesIO(content), kind, "a file", Limits(**limits)).read())
+
+
+def refusal(content: bytes, kind: str, **limits: int) -> str:
+    with pytest.raises(ReadError) as refused:
+        read(content, kind, **limits)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def parquet(columns: dict | pa.Table) -> bytes:
+    stream = io.BytesIO()
+    pq.write_table(columns if isinstance(columns, pa.Table) else pa.table(columns), stream)
+    return stream.getvalue()
+
+
+# ── a corpus of odd files ────────────────────────────────────────────────────────────────────────────────────────────
+
+# name: kind, content, and of each row the line where it begins with its values, or with a part of its problem
+STRAY, NOT_CLOSED, TAKES_IN = (
+    "a stray quotation mark, where",
+    "a quotation mark is not closed",
+    "takes in the rows below",
+)
+CORPUS: dict[str, tuple[str, bytes, list[tuple[int, dict | str]]]] = {
+    "values are not guessed": ("csv", b'text,id\nNA,007\n1.0,\n" x ",true\n', [
+        (2, {"text": "NA", "id": "007"}), (3, {"text": "1.0", "id": ""}), (4, {"text": " x ", "id": "true"})]),
+    "a byte order mark": ("csv", b'\xef\xbb\xbf"text",id\na,1\n', [(2, {"text": "a", "id": "1"})]),
+    "a byte order mark inside": ("csv", b"text\n\xef\xbb\xbfa\n", [(2, {"text": "\ufeffa"})]),
+    "a row of several lines": ("csv", b'text,id\n"two\nlines",1\nb,2\n', [
+        (2, {"text": "two\nlines", "id": "1"}), (4, {"text": "b", "id": "2"})]),
+    "line ends of Windows": ("csv", b'text,id\r\n"two\r\nlines",1\r\nb,2\r\n', [
+        (2, {"text": "two\r\nlines", "id": "1"}), (4, {"text": "b", "id": "2"})]),
+    "line ends of old Macs": ("csv", b'text,id\r"two\rlines",1\rb,2', [
+        (2, {"text": "two\rlines", "id": "1"}), (4, {"text": "b", "id": "2"})]),
+    "characters that only Unicode calls line ends": ("csv", "text\na\u2028b\x0bc\x85d\n".encode(), [
+        (2, {"text": "a\u2028b\x0bc\x85d"})]),
+    "blank lines": ("csv", b'\n \ntext\n\n  \na\n""\n\t\n', [(6, {"text": "a"}), (7, {"text": ""})]),
+    "blank cells in TSV": ("tsv", b"text\tid\n\t\n\n \t \n", [(2, {"text": "", "id": ""}), (4, {"text": " ", "id": " "})]),
+    "ragged rows": ("csv", b"text,id\na\nb,2\nc,3,\nd,4\n", [
+        (2, "1 fields, where the header has 2"), (3, {"text": "b", "id": "2"}),
+        (4, "3 fields, where the header has 2"), (5, {"text": "d", "id": "4"})]),
+    "a row that is not UTF-8": ("csv", b"text,id\na,1\ncaf\xe9,2\nc,3\n", [
+        (2, {"text": "a", "id": "1"}), (3, "not UTF-8"), (4, {"text": "c", "id": "3"})]),
+    "a row of lines that are not UTF-8": ("csv", b'text,id\n"one\ncaf\xe9 two",1\nb,2\n"caf\xe9\n""three""",3\n"d\ne",4\n', [
+        (2, "not UTF-8 (lines 2 to 3)"), (4, {"text": "b", "id": "2"}), (5, "not UTF-8 (lines 5 to 6)"),
+        (7, {"text": "d\ne", "id": "4"})]),
+    "a surrogate encoded as if it were a character": ("txt", b"a\n\xed\xa0\x80\nb", [
+        (1, {"text": "a"}), (2, "not UTF-8"), (3, {"text": "b"})]),
+    "quotation marks inside": ("csv", b'text,id\n5" wide,1\n"a ""b""",2\n', [
+        (2, {"text": '5" wide', "id": "1"}), (3, {"text": 'a "b"', "id": "2"})]),
+    "a text goes on after its quotation mark": ("csv", b'text,id\n"zero" one,1\nb,2\n', [
+        (2, STRAY), (3, {"text": "b", "id": "2"})]),
+    "a stray mark takes rows in": ("csv", b'text,id\nzero,1\n"one,2\ntwo,3\n"three,4\nfour,5\n', [
+        (2, {"text": "zero", "id": "1"}), (3, "double it (lines 3 to 5)"), (6, {"text": "four", "id": "5"})]),
+    "a mark that is not closed": ("csv", b'text,id\na,1\n"b,2\nc,3\n', [
+        (2, {"text": "a", "id": "1"}), (3, "a quotation mark is not closed (lines 3 to 4)")]),
+    "a stray mark in TSV, text first": (
+        "tsv", b'text\tyear\n"Stroke" was\t1\n"Heart was\t2\ntwo\t3\nend"\t4\nfour\t5\n"two\nlines"\t6\n', [
+        (2, STRAY), (3, f"{TAKES_IN} it (lines 3 to 5)"), (6, {"text": "four", "year": "5"}),
+        (7, {"text": "two\nlines", "year": "6"})]),
+    "a stray mark in TSV, text last": (
+        "tsv", b'year\ttext\n2\t"Heart was\n3\ttwo\n4\tend"\n5\tfour\n6\t"two\nlines"\n', [
+        (2, f"{TAKES_IN} it (lines 2 to 4)"), (5, {"year": "5", "text": "four"}), (6, {"year": "6", "text": "two\nlines"})]),
+    "a stray mark in TSV, line ends of Windows": ("tsv", b'text\tyear\r\n"Heart was\t2\r\nend"\t4\r\nfour\t5\r\n', [
+        (2, TAKES_IN), (4, {"text": "four", "year": "5"})]),
+    "a text with tabs": ("tsv", b'text\tid\n"Labs:\nHb\t12.3\nNa\t140\nStable."\t1\n', [
+        (2, {"text": "Labs:\nHb\t12.3\nNa\t140\nStable.", "id": "1"})]),
+    "a zero byte is a character": ("csv", b"text,id\na\0b,1\n", [(2, {"text": "a\0b", "id": "1"})]),
+    "a text a line": ("txt", b"\xef\xbb\xbfa,\"b\n\n  \n c \r\nd", [
+        (1, {"text": 'a,"b'}), (4, {"text": " c "}), (5, {"text": "d"})]),
+    "JSON Lines": ("jsonl", b'{"text": "a", "n": 1}\n\n{"n": null, "text": "b"}\r\n{"n": 1.5, "x": [{"y": NaN}]}', [
+        (1, {"text": "a", "n": 1}), (3, {"n": None, "text": "b"}), (4, "checked below")]),
+    "lines that are not objects": ("jsonl", b'{"a": 1}\n[1]\n{"a": \n"x"\nnull\n{"a": "\xe9"}\n{"a": 2} {}\n{"a": 3}\n', [
+        (1, {"a": 1}), (2, "not a JSON object"), (3, "not JSON: Expecting value"), (4, "not a JSON object"),
+        (5, "not a JSON object"), (6, "not UTF-8"), (7, "not JSON: Extra data"), (8, {"a": 3})]),
+    "a name twice": ("jsonl", b'{"a": 1, "a": 2}\n{"a": 3, "b": {"c": 1, "c": 1}}\n{"a": 4}\n', [
+        (1, "'a' occurs twice"), (2, "'c' occurs twice"), (3, {"a": 4})]),
+    "half of a surrogate pair": (
+        "jsonl", b'{"a": "\\ud800"}\n{"\\udc00": 1}\n{"a": [{"b": "\\ud83d"}]}\n{"a": "\\ud83d\\ude00"}\n', [
+        (1, "half of a surrogate pair"), (2, "half of a surrogate pair"), (3, "half of a surrogate pair"),
+        (4, {"a": "😀"})]),
+    "a number of thousands of digits": ("jsonl", b'{"a": ' + b"1" * 5000 + b'}\n{"a": ' + b"1" * 4000 + b"}\n", [
+        (1, "a number has too many digits"), (2, {"a": int("1" * 4000)})]),
+    "nested too deeply": ("jsonl", b'{"a": ' + b"[" * 10**5 + b'\n{"a": ' + b"[" * 5000 + b"]" * 5000 + b'}\n{"a": 1}\n', [
+        (1, "nested too deeply"), (2, "nested too deeply"), (3, {"a": 1})]),
+    "a list of objects": ("json", b'\xef\xbb\xbf[{"a": 1},\n\n {"b": null}, 7, {"a": 1, "a": 2}]', [
+        (1, {"a": 1}), (2, {"b": None}), (3, "not a JSON object"), (4, "'a' occurs twice")]),
+    "a list called data": ("json", b'{"version": {"n": 1}, "data": [{"a": "\\ud800"}, {"a": 2}]}', [
+        (1, "half of a surrogate pair"), (2, {"a": 2})]),
+    "integers beside nulls": ("parquet", parquet({"n": pa.array([2**53 + 1, None, -1], pa.int64())}), [
+        (1, {"n": 2**53 + 1}), (2, {"n": None}), (3, {"n": -1})]),
+    "dictionaries": ("parquet", parquet({"c": pa.array(["x", "y", None, "x"]).dictionary_encode()}), [
+        (1, {"c": "x"}), (2, {"c": "y"}), (3, {"c": None}), (4, {"c": "x"})]),
+    "dates, decimals, bytes, lists": ("parquet", parquet({
+        "d": [date(2024, 2, 3)], "t": pa.array([datetime(2024, 2, 3, 4, 5)], pa.timestamp("us")), "m": [Decimal("1.50")],
+        "b": [b"caf\xe9"], "l": [[1, None]], "s": [{"a": "x"}]}), [
+        (1, {"d": date(2024, 2, 3), "t": datetime(2024, 2, 3, 4, 5), "m": Decimal("1.50"), "b": b"caf\xe9",
+             "l": [1, None], "s": {"a": "x"}})]),
+    "a time beyond the year 9999": ("parquet", parquet({
+        "a": [1, 2, 3], "when": pa.array([0, 10**17, None], pa.timestamp("ms"))}), [
+        (1, {"a": 1, "when": datetime(1970, 1, 1)}), (2, "'when' holds what cannot be read"), (3, {"a": 3, "when": None})]),
+    "bytes taken for text": ("parquet", parquet({"a": pa.array([b"x", b"caf\xe9", b"y"]).view(pa.string())}), [
+        (1, {"a": "x"}), (2, "'a' holds text that is not UTF-8"), (3, {"a": "y"})]),
+    "names with dots": ("parquet", parquet({"a": [{"b": 1}], "a.b": ["x"], "a.c": ["y"]}), [
+        (1, {"a": {"b": 1}, "a.b": "x", "a.c": "y"})]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CORPUS)
+def test_odd_files_give_every_row_or_its_problem(name):
+    kind, content, expected = CORPUS[name]
+    for stream in (io.BytesIO(content), Seekable(content) if kind == "parquet" else Plain(content)):
+        found = list(Rows(stream, kind, "a file").read())
+        assert [row.line for row in found] == [line for line, _ in expected]
+        for row, (_, wanted) in zip(found, expected, strict=True):
+            if isinstance(wanted, dict):
+                assert (row.values, row.problem) == (wanted, None)
+                assert list(map(type, row.values.values())) == list(map(type, wanted.values()))
+            elif wanted != "checked below":
+                assert row.values == {}
+                assert wanted in (row.problem or "")
+
+
+def test_numbers_that_json_does_not_know_are_floats():
+    row = read(b'{"a": NaN, "b": -Infinity, "c": 1e400, "d": 12345678901234567890}\n', "jsonl")[0]
+    assert row.problem is None
+    assert row.values["a"] != row.values["a"]
+    assert [row.values[name] for name in "bcd"] == [float("-inf"), float("inf"), 12345678901234567890]
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "message"),
+    [
+        ("csv", b"", "a file is empty"),
+        ("csv", b"\n \n", "a file is empty"),
+        ("csv", "text,id\na,1\n".encode("utf-16"), "a file is not UTF-8 text: save it as UTF-8"),
+        ("csv", "text,id\na,1\n".encode("utf-16-le"), "a file is not UTF-8 text"),
+        ("jsonl", '{"text": "a"}\n'.encode("utf-16-be"), "a file is not UTF-8 text"),
+        ("jsonl", '{"text": "a"}\n'.encode("utf-32"), "a file is not UTF-8 text"),
+        ("txt", "a text".encode("utf-16"), "a file is not UTF-8 text"),
+        ("csv", b"caf\xe9,id\na,1\n", "a file is not UTF-8 text"),
+        ("csv", b'id,"a\ncaf\xe9"\n1,2\n', "a file is not UTF-8 text"),
+        (
+            "csv",
+            b'"text" x,id\na,1\n',
+            "the first line, which names the columns, cannot be read: a stray quotation mark",
+        ),
+        ("csv", b'"text,id\na,1\n', "cannot be read: a quotation mark is not closed (lines 1 to 2)"),
+        ("csv", b"text,id,text\na,1,b\n", "a file has two columns called 'text': rename or remove one"),
+        ("tsv", b"text\t\t\na\tb\tc\n", "a file has two columns called ''"),
+        ("json", b'[{"a": "\xfc"}]', "a file is not UTF-8 text"),
+        ("json", b'[{"a": 1},\n', "a file, line 2, is not JSON: Expecting value"),
+        ("json", b"", "a file, line 1, is not JSON"),
+        ("json", b'{"rows": []}', "must hold a list of objects"),
+        ("json", b'{"data": 1, "data": []}', "must hold a list of objects"),
+        ("json", b"[" * 10**5, "a file is nested too deeply"),
+        ("json", b'["x"]', "a file, row 1: not a JSON object"),
+        ("jsonl", b'[]\n{"a": 1, "a": 2}\n', "a file, line 1: not a JSON object, and none of the first 2 rows"),
+        ("parquet", b"", "a file is not a Parquet file, or is damaged"),
+        ("parquet", b"PAR1 not really PAR1", "a file is not a Parquet file, or is damaged"),
+        ("parquet", parquet(pa.table([["a"], ["b"]], names=["x", "x"])), "a file has two columns called 'x'"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_in_one_line(kind, content, message):
+    assert message in refusal(content, kind)
+
+
+def test_a_file_without_rows_has_columns_or_none():
+    for kind, content, columns in (("csv", b"a,b\n", ["a", "b"]), ("jsonl", b"\n\n", []), ("json", b"[]", []),
+                                   ("txt", b"", ["text"]), ("parquet", parquet({"a": pa.array([], pa.string())}), ["a"])):  # fmt: skip
+        rows = Rows(io.BytesIO(content), kind, "a file")
+        assert list(rows.columns) == columns
+        assert list(rows.read()) == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "not gzip"])
+def test_a_damaged_gz_stream_gives_its_rows_and_then_an_error(damage):
+    packed = bytearray(
+        gzip.compress(b"".join(b'{"text": "%s"}\n' % os.urandom(40).hex().encode() for _ in range(3000)))
+    )
+    if damage == "cut":
+        packed = packed[:-500]
+    elif damage == "flipped":
+        packed[len(packed) // 2] ^= 0xFF
+    else:
+        packed = bytearray(b"not packed at all")
+    count = 0
+    with pytest.raises(ReadError, match="a file is damaged or incomplete: copy or download it again"):  # noqa: PT012
+        for _ in Rows(gzip.GzipFile(fileobj=io.BytesIO(packed)), "jsonl", "a file").read():
+            count += 1
+    assert (count > 1000) == (damage != "not gzip")
+
+
+def test_no_text_is_shown_where_a_name_should_be():
+    said = [
+        refusal(f'"{SECRET}","{SECRET}"\na,b\n'.encode(), "csv"),
+        refusal(json.dumps([{"a": 1}]).replace('"a": 1', f'"{SECRET}": 1, "{SECRET}": 2').encode(), "json"),
+        read(f'{{"a": 1}}\n{{"{SECRET}": 1, "{SECRET}": 2}}\n'.encode(), "jsonl")[1].problem,
+        read(parquet({SECRET: pa.array([10**17], pa.timestamp("ms"))}), "parquet")[0].problem,
+    ]
+    for one in said:
+        assert f"(a value of {len(SECRET)} characters)" in (one or "")
+        assert "Miller" not in (one or "")
+
+
+# ── columns of JSON Lines ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_columns_of_json_lines_are_those_of_its_first_1024_rows():
+    def lines(*objects: dict) -> bytes:
+        return "".join(json.dumps(one) + "\n" for one in objects).encode()
+
+    rows = Rows(
+        io.BytesIO(lines({"id": 1}, {"text": "x", "id": 2}, {"note": 3, "text": "y", "id": 4})), "jsonl", "a file"
+    )
+    assert rows.columns == pytest.approx({"id": 1, "text": 2 / 3, "note": 1 / 3})
+    assert next(row.values for row in rows.read()) == {"id": 1}
+
+    rows = Rows(io.BytesIO(lines(*[{"a": 1}] * 1024, {"a": 2, "late": 3})), "jsonl", "a file")
+    assert rows.columns == {"a": 1.0}
+    assert list(rows.read())[-1] == Row(1025, {"a": 2, "late": 3})
+    # a JSON file is read whole, so all of it counts
+    content = json.dumps([{"a": 1}] * 1024 + [{"late": 3}]).encode()
+    assert list(Rows(io.BytesIO(content), "json", "a file").columns) == ["a", "late"]
+
+
+def test_the_first_rows_of_an_endless_stream_are_read_from_its_first_megabytes():
+    for kind, head, line in (
+        ("csv", b"text,id\n", b"a text,1\n"),
+        ("jsonl", b"", b'{"text": "a text"}\n'),
+        ("txt", b"", b"a\n"),
+    ):
+        stream = Endless(head, line)
+        rows = Rows(stream, kind, "a file")
+        assert len(list(itertools.islice(rows.read(), 5000))) == 5000
+        assert stream.given < 2**20
+
+
+# ── limits ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_row_that_is_too_long_is_a_problem_and_the_next_is_read():
+    too_long = "1,000 characters or more"
+    content = b"text,id\na,1\n" + b"x" * 5000 + b",2\r\nc,3\n" + b'"yyy' + b"y\n" * 800 + b"d,5\n"
+    found = [(row.line, row.values.get("id"), row.problem) for row in read(content, "csv", characters=1000)]
+    assert found[:3] == [(2, "1", None), (3, None, too_long), (4, "3", None)]
+    assert found[3] == (5, None, f"{too_long} (lines 5 to 503)")  # 6 characters and 498 lines of 2 are two too many
+    assert {row[2] for row in found[4:-1]} == {"1 fields, where the header has 2"}
+    assert found[-1] == (805, "5", None)
+    for length, problem in ((997, None), (998, too_long)):
+        for end in (b"\n", b"\r\n"):
+            content = b"text,id\n" + b"x" * (length + 1 - len(end)) + b",1" + end + b"b,2\n"
+            assert [(row.line, row.problem) for row in read(content, "csv", characters=1000)] == [
+                (2, problem),
+                (3, None),
+            ]
+    lines = b'{"a": 1}\n{"a": "' + b"x" * 5000 + b'"}\n{"a": 2}\n'
+    assert [(row.line, row.problem) for row in read(lines, "jsonl", characters=1000)] == [
+        (1, None),
+        (2, too_long),
+        (3, None),
+    ]
+
+
+def test_a_quotation_mark_that_is_not_closed_in_an_endless_file_ends_at_the_limit():
+    rows = Rows(Endless(b'text\na\n"b\n', b"c\n"), "csv", "a file", Limits(characters=10_000)).read()
+    first, second, third = itertools.islice(rows, 3)
+    assert first == Row(2, {"text": "a"})
+    assert (second.line, second.values) == (3, {})
+    assert "10,000 characters or more (lines 3 to " in (second.problem or "")
+    assert third.values == {"text": "c"}
+
+
+def test_fields_longer_than_the_csv_module_takes_by_itself_are_read():
+    before = csv.field_size_limit(100)
+    try:
+        assert read(b"text\n" + b"x" * 200_000 + b"\n", "csv")[0].values == {"text": "x" * 200_000}
+    finally:
+        csv.field_size_limit(before)
+
+
+def test_more_than_a_limit_is_refused():
+    content = b"text,id\n" + b"a,1\n" * 10
+    assert len(read(content, "csv", bytes=len(content), rows=10, columns=2)) == 10
+    assert "has more than 9 rows" in refusal(content, "csv", rows=9)
+    assert "has more than 1 columns" in refusal(content, "csv", columns=1)
+    assert "has more than 47 bytes" in refusal(content, "csv", bytes=47)
+    many = json.dumps({f"k{i}": i for i in range(2000)}).encode()
+    assert "has more than 1,000 columns" in refusal(many, "jsonl", columns=1000)
+    assert "has more than 1,000 columns" in refusal(b"[" + many + b"]", "json", columns=1000)
+    assert "has more than 9 rows" in refusal(b'{"a": 1}\n' * 10, "jsonl", rows=9)
+    table = parquet({"a": list(range(10)), "b": ["x"] * 10})
+    assert "has more than 9 rows" in refusal(table, "parquet", rows=9)
+    assert "has more than 1 columns" in refusal(table, "parquet", columns=1)
+    # packed again and again, a few bytes become many
+    packed = gzip.GzipFile(fileobj=io.BytesIO(gzip.compress(b"text\n" + b"a\n" * 10**6)))
+    with pytest.raises(ReadError, match="has more than 10,000 bytes"):
+        list(Rows(packed, "csv", "a file", Limits(bytes=10_000)).read())
+
+
+def test_a_parquet_file_that_unpacks_to_gigabytes_is_refused_before_it_does():
+    values = pa.array(["x" * 2**20])
+    content = parquet(
+        {"text": pa.DictionaryArray.from_arrays(pa.array([0] * 10_000, pa.int32()), values), "n": range(10_000)}
+    )
+    assert len(content) < 2**20
+    before = pa.total_allocated_bytes()
+    rows = Rows(io.BytesIO(content), "parquet", "a file", Limits(bytes=100 * 2**20))
+    with pytest.raises(ReadError, match="has more than 104,857,600 bytes"):
+        list(rows.read())
+    assert pa.total_allocated_bytes() - before < 300 * 2**20
+    assert sum(
+        row.values["n"] for row in Rows(io.BytesIO(content), "parquet", "a file", Limits(bytes=2**20)).read(["n"])
+    ) == (sum(range(10_000)))
+
+
+# ── Parquet ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_columns_of_parquet_that_are_not_wanted_are_not_decoded():
+    columns = {"text": ["a", "b"], "when": pa.array([10**17, 10**17], pa.timestamp("ms")), "zone": pa.array([0, 0], pa.timestamp("ms", "No/Where"))}  # fmt: skip
+    rows = Rows(io.BytesIO(parquet(columns)), "parquet", "a file")
+    assert (list(rows.columns), rows.texts) == (["text", "when", "zone"], ["text"])
+    assert list(rows.read(["text"])) == [Row(1, {"text": "a"}), Row(2, {"text": "b"})]
+    assert all(row.problem for row in rows.read(["text", "zone"]))
+
+
+def test_columns_that_can_hold_texts_are_known_by_their_type():
+    arrays = {
+        "a": pa.array(["x"]), "b": pa.array(["x"], pa.large_string()), "c": pa.array(["x"], pa.string_view()),
+        "d": pa.array(["x"]).dictionary_encode(), "e": pa.array([1]), "f": pa.array([["x"]]), "g": pa.array([b"x"]),
+    }  # fmt: skip
+    assert Rows(io.BytesIO(parquet(arrays)), "parquet", "a file").texts == ["a", "b", "c", "d"]
+
+
+def test_a_parquet_file_says_how_much_of_it_was_read():
+    rows = Rows(io.BytesIO(parquet({"a": list(range(64))})), "parquet", "a file")
+    shares = [rows.done() for _ in rows.read()]
+    assert shares == [(i + 1) / 64 for i in range(64)]
+
+
+def test_parquet_needs_a_stream_that_can_seek_and_leaves_it_open():
+    content = parquet({"a": [1]})
+    with pytest.raises(ReadError, match="is read from its end, so save it to a disk first"):
+        Rows(Plain(content), "parquet", "a file")
+    for kind, some in (("parquet", content), ("csv", b"a\n1\n")):
+        stream = io.BytesIO(some)
+        rows = Rows(stream, kind, "a file")
+        assert len(list(rows.read())) == 1
+        del rows
+        assert not stream.closed
+
+
+# ── what was written is what is read ─────────────────────────────────────────────────────────────────────────────────
+
+TEXT = st.text(
+    st.one_of(st.sampled_from("ab ,;\"'\t\n\r\\\0\ufeff\u2028"), st.characters(exclude_categories=["Cs"])), max_size=12
+)
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), TEXT)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(TEXT, inner, max_size=4)),
+    max_leaves=12,
+)
+
+
+def count_lines(text: str) -> int:
+    return len(text.encode().splitlines())  # of bytes: \n, \r\n and \r alone end a line
+
+
+@fuzz
+@given(
+    st.lists(st.lists(TEXT, min_size=3, max_size=3), max_size=6),
+    st.sampled_from(["\n", "\r\n", "\r"]),
+    st.integers(1, 99),
+)
+def test_any_texts_come_back_from_csv_with_the_lines_they_begin_on(rows, end, chunk):
+    stream, expected = io.StringIO(newline=""), []
+    writer = csv.writer(stream, lineterminator=end, quoting=csv.QUOTE_ALL)
+    writer.writerow(["a", "b", "text"])
+    for row in rows:
+        expected.append(Row(count_lines(stream.getvalue()) + 1, dict(zip(["a", "b", "text"], row, strict=True))))
+        writer.writerow(row)
+    assert list(Rows(Plain(stream.getvalue().encode(), chunk), "csv", "a file").read()) == expected
+
+
+@fuzz
+@given(st.lists(st.lists(TEXT.map(lambda text: text.replace("\t", " ")), min_size=2, max_size=2), max_size=6))
+def test_any_texts_without_tabs_come_back_from_tsv(rows):
+    stream = io.StringIO(newline="")
+    csv.writer(stream, delimiter="\t", quoting=csv.QUOTE_ALL).writerows([["a", "text"], *rows])
+    found = list(Rows(io.BytesIO(stream.getvalue().encode()), "tsv", "a file").read())
+    assert [(list(row.values.values()), row.problem) for row in found] == [(row, None) for row in rows]
+
+
+@fuzz
+@given(st.lists(st.dictionaries(TEXT, VALUES, max_size=4), max_size=6), st.booleans())
+def test_any_objects_come_back_from_json(objects, escaped):
+    lines = "".join(json.dumps(one, ensure_ascii=escaped) + "\n" for one in objects).encode()
+    whole = json.dumps({"data": objects}, ensure_ascii=escaped, indent=1).encode()
+    for found in (read(lines, "jsonl"), read(whole, "json")):
+        assert found == [Row(i, one) for i, one in enumerate(objects, start=1)]
+
+
+@fuzz
+@given(
+    st.lists(
+        st.tuples(TEXT, st.none() | st.integers(-(2**63), 2**63 - 1), st.none() | st.floats(allow_nan=False)),
+        max_size=40,
+    )
+)
+def test_any_values_come_back_from_parquet(rows):
+    names = ("text", "n", "x")
+    types = (pa.string(), pa.int64(), pa.float64())
+    table = {name: pa.array([row[i] for row in rows], types[i]) for i, name in enumerate(names)}
+    found = list(Rows(io.BytesIO(parquet(table)), "parquet", "a file").read())
+    assert found == [Row(i, dict(zip(names, row, strict=True))) for i, row in enumerate(rows, start=1)]
+
+
+@fuzz
+@given(
+    st.lists(TEXT.filter(str.strip), min_size=2, max_size=6),
+    st.integers(0, 5),
+    st.sampled_from([b"caf\xe9,x\n", b"one\n", b'"a" b,c\n', b"a,b,c\n"]),
+)
+def test_a_bad_row_costs_no_other(texts, place, bad):
+    stream = io.StringIO(newline="")
+    pieces = []
+    for text in texts:
+        stream.seek(0), stream.truncate()
+        csv.writer(stream, quoting=csv.QUOTE_ALL).writerow([text, "x"])
+        pieces.append(stream.getvalue().encode())
+    pieces.insert(place, bad)
+    found = list(Rows(io.BytesIO(b"text,id\n" + b"".join(pieces)), "csv", "a file").read())
+    assert [row.values["text"] for row in found if row.problem is None] == texts
+    assert sum(row.problem is not None for row in found) == 1
+
+
+ODD_BYTES = st.one_of(
+    st.binary(max_size=200),
+    st.lists(st.sampled_from([b'"', b",", b"\t", b"\n", b"\r", b"a", b"\xe9", b"{", b"}", b":", b'"a"', b"\0", b"1", b"["])).map(b"".join),
+)  # fmt: skip
+
+
+@fuzz
+@given(
+    st.sampled_from(KINDS),
+    ODD_BYTES,
+    st.sampled_from([b"", b"text,id\n", b"text\tid\n", b'{"text": "x"}\n']),
+    st.integers(2, 40),
+)
+def test_any_bytes_give_rows_or_one_line(kind, content, head, characters):
+    content = head + content
+    try:
+        rows = Rows(io.BytesIO(content), kind, "a file", Limits(characters=characters))
+        found = list(rows.read())
+    except ReadError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+        return
+    assert all(row.values == {} or row.problem is None for row in found)
+    assert all("\n" not in (row.problem or "") for row in found)
+    lines = [row.line for row in found]
+    assert lines == sorted(set(lines))
+    assert not lines or 1 <= lines[0] <= lines[-1] <= max(1, len(content))
+    if kind in ("csv", "tsv"):
+        assert all(list(row.values) == list(rows.columns) for row in found if row.problem is None)
+
+
+@fuzz
+@given(st.binary(max_size=60), st.integers(0, 900))
+def test_a_damaged_parquet_file_gives_rows_or_one_line(damage, at):
+    content = parquet({"text": ["one", "two"], "id": [1, None], "c": pa.array(["x", "y"]).dictionary_encode()})
+    try:
+        read(content[:at] + damage + content[at + len(damage) :], "parquet")
+    except ReadError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+
+
+def test_an_error_of_the_stream_is_named():
+    class Lost(Plain):
+        def read(self, size: int = -1) -> bytes:
+            content = super().read(size)
+            if not content:
+                raise TimeoutError(110, "Connection timed out")
+            return content
+
+    rows = Rows(Lost(b"text\n" + b"a\n" * 50_000), "csv", "s3://bucket/a.csv").read()
+    with pytest.raises(ReadError, match=r"cannot read s3://bucket/a\.csv: Connection timed out"):
+        list(rows)

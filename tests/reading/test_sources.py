@@ -1,0 +1,150 @@
+"""Files, patterns, .gz, standard input and whole tables; and the package by itself, as it is copied beside the Space."""
+
+import gzip
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import ROOT, stranger
+
+from reading.rows import Limits, ReadError
+from reading.sources import Source, Table, find_sources, kind_of, open_rows, read_table
+
+CSV = b"text,id\na,1\n\nb,2\n"
+
+
+def test_a_pattern_means_its_files_in_sorted_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("part-10.csv", "part-2.csv", "part-1.JSONL.GZ", "[odd].tsv"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "part-3.csv").mkdir()
+    assert find_sources("part-*.csv") == [Source("part-10.csv", "csv"), Source("part-2.csv", "csv")]
+    assert find_sources("part-1.*") == [Source("part-1.JSONL.GZ", "jsonl")]
+    assert find_sources("[odd].tsv") == [Source("[odd].tsv", "tsv")]  # a name before it is a pattern
+    assert find_sources("part-2.csv", "txt") == [Source("part-2.csv", "txt")]
+    assert find_sources("-", "jsonl")[0].name == "standard input"
+    for pattern, kind, message in (
+        ("none*.csv", None, "none*.csv: there is no such file"),
+        ("part-3.csv", None, "part-3.csv is a folder: give a pattern such as 'part-3.csv/*.csv'"),
+        ("-", None, "standard input has no name that tells its kind: give one of csv, tsv"),
+        ("-", "parquet", "it cannot come by standard input"),
+    ):
+        with pytest.raises(ReadError) as refused:
+            find_sources(pattern, kind)
+        assert message in str(refused.value)
+
+
+def test_a_name_tells_the_kind():
+    assert [kind_of(name) for name in ("a.csv", "B.TSV", "c.x.json", "d.ndjson.gz", "e.parquet", "f.txt")] == [
+        "csv", "tsv", "json", "ndjson", "parquet", "txt",
+    ]  # fmt: skip
+    for name, message in (("a.xlsx", "its name does not tell its kind, one of .csv"), ("csv", "does not tell"),
+                          ("a.parquet.gz", "so unpack it first")):  # fmt: skip
+        with pytest.raises(ReadError, match=message):
+            kind_of(name)
+
+
+def test_a_table_has_the_values_of_each_column_and_the_lines_of_the_rows(tmp_path):
+    (tmp_path / "a.csv").write_bytes(CSV)
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(CSV))
+    for name in ("a.csv", "a.csv.gz"):
+        source = find_sources(str(tmp_path / name))[0]
+        assert read_table(source) == Table(source.path, {"text": ["a", "b"], "id": ["1", "2"]}, [2, 4])
+        assert read_table(source, ["id"]).columns == {"id": ["1", "2"]}
+    (tmp_path / "a.jsonl").write_text('{"a": 7}\n{"b": null}\n{"a": 2, "b": "x"}\n')
+    assert read_table(Source(str(tmp_path / "a.jsonl"), "jsonl")).columns == {"a": [7, None, 2], "b": [None, None, "x"]}
+    pyarrow.parquet.write_table(pyarrow.table({"a": [1, None], "b": ["x", "y"]}), tmp_path / "a.parquet")
+    assert read_table(Source(str(tmp_path / "a.parquet"), "parquet"), ["b", "a"]) == Table(
+        str(tmp_path / "a.parquet"), {"b": ["x", "y"], "a": [1, None]}, [1, 2]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"text,id\na,1\nb\nc\n", "a.csv, line 3: 1 fields, where the header has 2"),
+        ("a.csv", b'text,id\n"a\nb",1\ncaf\xe9,2\n', "a.csv, line 4: not UTF-8"),
+        ("a.json", b'[{"a": 1}, 2]', "a.json, row 2: not a JSON object"),
+        ("a.csv", b"text\n", "a.csv has no rows"),
+        ("a.jsonl", b"\n", "a.jsonl has no rows"),
+        ("a.csv.gz", gzip.compress(os.urandom(3000))[:-500], "a.csv.gz is damaged or incomplete"),
+        ("a.csv.gz", b"text\na\n", "a.csv.gz is damaged or incomplete"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, name, content, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ReadError) as refused:
+        read_table(find_sources(name)[0])
+    assert str(refused.value).startswith(message)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_file_that_cannot_be_opened_is_one_line(tmp_path):
+    with pytest.raises(ReadError, match=r"cannot read .*none\.csv: No such file or directory"):
+        read_table(Source(str(tmp_path / "none.csv"), "csv"))
+    with pytest.raises(ReadError, match="Is a directory"):
+        read_table(Source(str(tmp_path), "csv"))
+    (tmp_path / "a.csv").write_bytes(CSV)
+    with pytest.raises(ReadError, match="has more than 1 rows"):
+        read_table(Source(str(tmp_path / "a.csv"), "csv"), limits=Limits(rows=1))
+
+
+def test_it_is_known_how_much_of_a_file_was_read(tmp_path):
+    content = b"text\n" + b"".join(os.urandom(50).hex().encode() + b"\n" for _ in range(20_000))
+    for name, written in (("a.csv", content), ("a.csv.gz", gzip.compress(content))):
+        (tmp_path / name).write_bytes(written)
+        with open_rows(find_sources(str(tmp_path / name))[0]) as rows:
+            shares = [rows.done() for _ in rows.read()]
+        assert shares == sorted(shares)
+        assert shares[len(shares) // 2] == pytest.approx(0.5, abs=0.1)
+        assert shares[-1] == 1
+
+
+def run_alone(folder, code: str, given: bytes = b"") -> str:
+    """The package in a folder of its own, in a process that sees nothing else of the repository."""
+    shutil.copytree(ROOT / "reading", folder / "reading", dirs_exist_ok=True)
+    (folder / "app.py").write_text(code)
+    done = subprocess.run([sys.executable, "app.py"], input=given, capture_output=True, cwd=folder)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode()
+
+
+def test_standard_input_is_read_as_it_comes(tmp_path):
+    code = "from reading.sources import Source, open_rows\nwith open_rows(Source('-', 'csv')) as rows:\n"
+    code += "    print([(row.line, row.values, rows.done()) for row in rows.read()])"
+    assert (
+        run_alone(tmp_path, code, CSV)
+        == str([(2, {"text": "a", "id": "1"}, None), (4, {"text": "b", "id": "2"}, None)]) + "\n"
+    )
+
+
+def test_a_copy_beside_the_space_needs_nothing_else(tmp_path):
+    stream = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), stream)
+    (tmp_path / "a.parquet").write_bytes(stream.getvalue())
+    (tmp_path / "a.csv").write_bytes(CSV)
+    code = """
+import json, sys
+from reading.columns import TEXT_COLUMNS, find_column
+from reading.sources import find_sources, read_table
+texts = read_table(find_sources("a.csv")[0]).columns
+loaded = set(sys.modules)
+more = read_table(find_sources("a.parquet")[0]).columns
+print(json.dumps([find_column(dict.fromkeys(texts, 1.0), None, TEXT_COLUMNS), texts["text"] + more["text"],
+                  [name for name in ("pyarrow", "pandas", "numpy") if name in loaded],
+                  [name for name in ("pandas", "torch", "training") if name in sys.modules]]))
+"""
+    assert json.loads(run_alone(tmp_path, code)) == ["text", ["a", "b", "a"], [], []]
+    # as a package of the repository it imports nothing of it either
+    code = "import json, sys\nimport reading.sources, reading.columns, reading.parquet\n"
+    code += f"print(json.dumps([n for n, m in sys.modules.items() if str(getattr(m, '__file__', '')).startswith({str(ROOT)!r})"
+    code += " and '.venv' not in m.__file__]))"
+    found = stranger(code, ROOT)
+    assert sorted(found) == ["reading", "reading.columns", "reading.parquet", "reading.rows", "reading.sources"]

@@ -1,0 +1,273 @@
+"""Continuing and scoring a checkpoint: no score is of a text that it was trained on, whichever run that was.
+
+What a run was trained on is told here by the input file and by the rows that it has predicted, not by the file that it keeps.
+"""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, read_csv, write_csv
+
+import push_to_hub
+import train
+from training import InputError
+
+KEPT = "trained_texts.json"
+
+
+def labelled(count: int) -> list[dict[str, str]]:
+    """Texts with labels by chance: nothing but the texts themselves can be learnt from them."""
+    draw = random.Random(0)
+    words = ("fever", "cough", "rash", "pain", "fatigue", "nausea")
+    return [
+        {"text": f"Case {i}: {draw.choice(words)} and {draw.choice(words)}.", "label": draw.choice("ab")}
+        for i in range(count)
+    ]
+
+
+ROWS = labelled(800)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("continue")
+    write_csv(folder / "700.csv", ROWS[:700])
+    write_csv(folder / "800.csv", ROWS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def words(tiny_encoder) -> list[object]:
+    return [
+        *("--quantization", "none", "--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2),
+        *("--eval_strategy", "no", "--load_best_model_at_end", "false", "--heads_init", "random", "--seed", 3),
+    ]
+
+
+@pytest.fixture(scope="module")
+def first(place, words, tiny_encoder) -> Path:
+    output = place / "first"
+    run(*words, "--model_name_or_path", tiny_encoder, "--data_path", place / "700.csv", "--output_dir", output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def second(place, words, first) -> Path:
+    """The first, continued on a file that has grown."""
+    output = place / "second"
+    run(*words, "--model_name_or_path", first, "--data_path", place / "800.csv", "--output_dir", output)
+    return output
+
+
+def run(*words: object) -> None:
+    train.main(list(map(str, words)))
+
+
+def scored(output: Path, rows: list[dict[str, str]] = ROWS) -> dict[str, set[str]]:
+    """The texts of the rows that a run has scored, by split."""
+    files = {split: output / f"{split}_predictions.csv" for split in ("validation", "test")}
+    return {
+        split: {rows[int(row["row"])]["text"] for row in read_csv(file)}
+        for split, file in files.items()
+        if file.exists()
+    }
+
+
+def trained_on(output: Path, count: int) -> set[str]:
+    """The texts that a run was trained on, which carved its splits out of the first rows."""
+    return {row["text"] for row in ROWS[:count]} - set().union(*scored(output).values())
+
+
+def report(output: Path) -> dict:
+    return json.loads((output / "data_report.json").read_text())
+
+
+def weights(output: Path) -> bytes:
+    return (output / "heads.safetensors").read_bytes() + (output / "adapter/adapter_model.safetensors").read_bytes()
+
+
+def copy(output: Path, to: Path) -> Path:
+    shutil.copytree(output, to)
+    return to
+
+
+def test_a_checkpoint_continued_on_a_grown_file_is_not_scored_on_what_it_was_trained_on(first, second):
+    known = trained_on(first, 700)
+    assert len(known) == 560
+    held_out = scored(second)
+    assert {split: len(texts) for split, texts in held_out.items()} == {"validation": 80, "test": 80}
+    assert not held_out["validation"] & held_out["test"]
+    assert not known & held_out["validation"]
+    assert not known & held_out["test"]
+    found = report(second)
+    assert found["trained_before"] == {
+        "scores": "verified", "texts": 560, "rows": {"train": 560}, "moved": "to train",
+    }  # fmt: skip
+    assert found["splits"]["train"]["rows"] == 640
+
+
+def test_a_third_run_knows_the_texts_of_both_runs_before_it(place, words, first, second, tmp_path):
+    """On the same file: what is left to be carved is what the second had held out."""
+    run(*words, "--model_name_or_path", second, "--data_path", place / "800.csv", "--output_dir", tmp_path / "third")
+    known = trained_on(first, 700) | trained_on(second, 800)
+    held_out = scored(tmp_path / "third")
+    assert held_out["validation"] | held_out["test"] == {row["text"] for row in ROWS} - known
+
+
+def test_rows_of_given_files_that_were_trained_on_become_training_rows(words, first, tmp_path, capsys):
+    known = sorted(trained_on(first, 700))
+    fresh = [row["text"] for row in ROWS[700:]]
+    files = {"train": fresh[:40], "validation": [*fresh[40:60], known[0].upper()], "test": [*known[1:4], *fresh[60:]]}
+    flags: list[object] = ["--model_name_or_path", first, "--output_dir", tmp_path / "results"]
+    for split, texts in files.items():
+        rows = [{"text": text, "label": "ab"[i % 2]} for i, text in enumerate(texts)]
+        flags += [f"--{split}_file", write_csv(tmp_path / f"{split}.csv", rows)]
+    run(*words, *flags)
+    assert "1 validation rows and 3 test rows, moved to the training rows" in capsys.readouterr().err
+    found = report(tmp_path / "results")
+    assert found["trained_before"]["rows"] == {"train": 0, "validation": 1, "test": 3}
+    assert {split: found["splits"][split]["rows"] for split in files} == {"train": 44, "validation": 20, "test": 40}
+    for split in ("validation", "test"):
+        texts = {files[split][int(row["row"])] for row in read_csv(tmp_path / "results" / f"{split}_predictions.csv")}
+        assert texts == set(files[split]) - {known[0].upper(), *known}
+
+
+def test_a_killed_run_has_told_what_it_was_trained_on(place, words, first, second, tiny_encoder, tmp_path):
+    output = tmp_path / "killed"
+    line = [*words, "--model_name_or_path", tiny_encoder, "--data_path", place / "700.csv", "--output_dir", output]
+    log = (tmp_path / "log").open("w")
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, line)], stdout=log, stderr=log)
+    while process.poll() is None and not (output / "checkpoint-2" / "trainer_state.json").is_file():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    known, (checkpoint, *_) = trained_on(first, 700), sorted(output.glob("checkpoint-*"))
+    words = [*words, "--model_name_or_path", checkpoint, "--data_path", place / "800.csv"]
+    run(*words, "--output_dir", tmp_path / "next")
+    held_out = scored(tmp_path / "next")
+    assert not known & set().union(*held_out.values())
+    assert held_out == scored(second)  # which knew as much
+
+
+def test_a_continued_run_goes_on_with_the_rows_that_it_carved(place, words, first, second, tmp_path):
+    broken = tmp_path / "second"
+    for name in ("data_report.json", KEPT):
+        (broken / name).parent.mkdir(exist_ok=True)
+        shutil.copy(second / name, broken / name)
+    copy(second / "checkpoint-2", broken / "checkpoint-2")
+    line = [*words, "--model_name_or_path", first, "--data_path", place / "800.csv"]
+    run(*line, "--output_dir", broken, "--resume_from_checkpoint", "auto")
+    assert weights(broken) == weights(second)
+    assert scored(broken) == scored(second)
+    assert report(broken) == report(second)
+    assert (broken / KEPT).read_bytes() == (second / KEPT).read_bytes()
+
+
+def test_rows_that_a_broken_run_was_trained_on_are_not_given_to_it_as_test_rows(place, words, first, tmp_path):
+    """A resumed run may be given another test file."""
+    output = tmp_path / "results"
+    write_csv(tmp_path / "train.csv", ROWS[700:750])
+    line = [*words, "--model_name_or_path", first, "--train_file", tmp_path / "train.csv", "--validation_size", 0]
+    line += ["--output_dir", output, "--resume_from_checkpoint", "auto"]
+    run(*line, "--test_file", write_csv(tmp_path / "a.csv", ROWS[770:]), "--max_steps", 2)
+    write_csv(tmp_path / "train.csv", ROWS[740:770])
+    run(*line, "--test_file", write_csv(tmp_path / "b.csv", ROWS[690:740] + ROWS[780:]))
+    assert not scored(output, ROWS[690:740] + ROWS[780:])["test"] & {row["text"] for row in ROWS[700:770]}
+    assert report(output)["trained_before"]["rows"]["test"] >= 40
+
+
+def test_where_nothing_is_known_nothing_is_carved_and_scores_are_unverified(place, words, first, tmp_path, capsys):
+    unknown = copy(first, tmp_path / "unknown")
+    (unknown / KEPT).unlink()
+    line = [*words, "--model_name_or_path", unknown]
+    run(*line, "--data_path", place / "800.csv", "--output_dir", tmp_path / "next")
+    said = capsys.readouterr().err
+    assert "it is not known which texts the checkpoint was trained on: no rows are carved" in said
+    assert report(tmp_path / "next")["splits"].keys() == {"train"}
+    assert report(tmp_path / "next")["trained_before"]["scores"] == "unverified"
+    assert scored(tmp_path / "next") == {}
+    # what follows from it knows no more
+    test_file = write_csv(tmp_path / "test.csv", ROWS[:20])
+    line = [*words, "--model_name_or_path", tmp_path / "next", "--train_file", place / "700.csv"]
+    run(*line, "--test_file", test_file, "--output_dir", tmp_path / "last")
+    assert report(tmp_path / "last")["splits"].keys() == {
+        "train"
+    }  # which the run before it had trained on, known for sure
+    assert report(tmp_path / "last")["trained_before"]["scores"] == "unverified"
+    other = write_csv(tmp_path / "other.csv", labelled(820)[800:])
+    run(*line, "--test_file", other, "--output_dir", tmp_path / "scored")
+    card = (tmp_path / "scored" / "README.md").read_text()
+    assert "**These scores are unverified**" in card
+    assert "name: accuracy (unverified)" in card
+    for verified in (first, tmp_path / "next"):  # the second has no scores
+        assert "unverified" not in (verified / "README.md").read_text()
+
+
+def test_scoring_leaves_out_what_was_trained_on(first, tmp_path, capsys):
+    known, held_out = sorted(trained_on(first, 700)), sorted(set().union(*scored(first).values()))
+    rows = [{"text": text, "label": "a"} for text in [*known[:7], *held_out[:30], known[8]]]
+    line = ["--do_train", "false", "--output_dir", tmp_path / "scores"]
+    line += ["--test_file", write_csv(tmp_path / "a.csv", rows)]
+    run(*line, "--model_name_or_path", first)
+    assert "of texts that the checkpoint was trained on: 8 test rows, left out" in capsys.readouterr().err
+    assert scored(tmp_path / "scores", rows)["test"] == set(held_out[:30])
+    assert report(tmp_path / "scores")["trained_before"]["rows"] == {"test": 8}
+    write_csv(tmp_path / "a.csv", rows[:7])
+    message = "nothing to score: the checkpoint was trained on the texts of all 7 rows"
+    with pytest.raises(InputError, match=message):
+        run(*line, "--model_name_or_path", first / "checkpoint-4", "--output_dir", tmp_path / "b")
+
+
+def test_overwriting_a_run_forgets_what_it_was_trained_on_and_its_weights_with_it(
+    place, words, first, tiny_encoder, tmp_path
+):
+    output = copy(first, tmp_path / "results")
+    write_csv(tmp_path / "other.csv", ROWS[700:])
+    line = [*words, "--model_name_or_path", tiny_encoder, "--data_path", tmp_path / "other.csv", "--output_dir", output]
+    line += ["--overwrite_output_dir", "true"]
+    broken = [*line, "--learning_rate", "1e30", "--warmup_steps", 0, "--max_grad_norm", 0, "--save_strategy", "no"]
+    with pytest.raises(InputError, match="the loss is"):
+        run(*broken)
+    known = json.loads((output / KEPT).read_text())
+    assert (len(known["earlier"]), len(known["this_run"])) == (0, 80)
+    # the weights of the former run would be taken for those of this one
+    with pytest.raises(InputError, match="is not a checkpoint"):
+        push_to_hub.main(["--model", str(output), "--repo_id", "a/b"])
+    run(*line)
+    assert len(scored(output, ROWS[700:])["test"]) == 10
+    assert json.loads((output / KEPT).read_text()) == known
+
+
+def test_a_run_that_continues_in_its_own_folder_forgets_nothing(place, words, first, tmp_path):
+    output = copy(first, tmp_path / "results")
+    line = [*words, "--model_name_or_path", output, "--data_path", place / "800.csv", "--output_dir", output]
+    line += ["--overwrite_output_dir", "true"]
+    broken = [*line, "--learning_rate", "1e30", "--warmup_steps", 0, "--max_grad_norm", 0, "--save_strategy", "no"]
+    with pytest.raises(InputError, match="the loss is"):
+        run(*broken)
+    assert weights(output) == weights(first)  # which it can be continued from again
+    run(*line)
+    assert not trained_on(first, 700) & set().union(*scored(output).values())
+
+
+def test_a_checkpoint_of_which_every_text_was_trained_on_has_none_to_be_scored(place, words, first, tmp_path):
+    rows = [row for row in ROWS[:700] if row["text"] in trained_on(first, 700)]
+    line = [*words, "--model_name_or_path", first, "--data_path", write_csv(tmp_path / "a.csv", rows)]
+    message = "cannot carve test rows: the checkpoint was trained on 560 of 560 distinct training texts"
+    with pytest.raises(InputError, match=message):
+        run(*line, "--output_dir", tmp_path / "results")
+
+
+def test_a_file_that_was_cut_short_is_an_error(place, words, first, tmp_path):
+    output = copy(first, tmp_path / "first")
+    (output / KEPT).write_text((output / KEPT).read_text()[:100])
+    line = [*words, "--model_name_or_path", output, "--data_path", place / "800.csv", "--output_dir", tmp_path / "next"]
+    with pytest.raises(InputError, match=f"{KEPT}, which tells what .* was trained on, cannot be read"):
+        run(*line)

@@ -1,0 +1,133 @@
+"""The documents are true of the code: snippets run, commands and flags exist, links lead somewhere, README.md stays short.
+
+The text of README.md, docs/ and the other pages is read here, and nothing in it is repeated.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run
+
+import predict
+import push_to_hub
+from training.arguments import DataArguments, parse
+from training.data import load_splits
+
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+STUDIES = sorted((ROOT / "benchmarks" / "studies").glob("*.py"))
+ROOMS = "benchmarks|docs|examples|metrics|recipes|space|tests|training"
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Each command line of a page, from ```bash blocks and inline code, as words without comments."""
+    text = "".join(blocks(page, "bash")).replace("\\\n", " ")
+    inline = re.findall(r"`((?:python|make) [^`]+)`", page.read_text(encoding="utf-8"))
+    return [words for line in (*text.splitlines(), *inline) if (words := shlex.split(line, comments=True))]
+
+
+def calls(page: Path) -> list[tuple[str, list[str]]]:
+    """(script, its arguments) of each Python command of a page; "..." stands for arguments that are left out."""
+    found = []
+    for words in commands(page):
+        start = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+        if start is not None and "pytest" not in words:
+            found.append((words[start], [word for word in words[start + 1 :] if word != "..."]))
+    return found
+
+
+@cache
+def flags_of(script: str) -> set[str]:
+    """A script's flags: as its own --help lists them, or from the source where importing a benchmark needs its peers."""
+    if script.startswith("benchmarks/"):
+        return set(re.findall(r'add_argument\(\s*"(--\w+)"', (ROOT / script).read_text(encoding="utf-8")))
+    return set(re.findall(r"--\w+", run("--help", command=script).stdout))
+
+
+def test_readme_is_read_in_five_minutes():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    assert len(text.split()) <= 1200
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
+def test_snippets_run_in_a_fresh_process(page, clear_checkpoint, tmp_path):
+    for name in ("results/quickstart", "user/name"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).symlink_to(clear_checkpoint)
+    code = "\n".join(blocks(page, "python"))
+    settings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=settings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if calls(page)], ids=name_of)
+def test_commands_have_the_flags_that_pages_give_them(page, monkeypatch):
+    monkeypatch.chdir(ROOT)  # recipes are named from here
+    parsers = {"train.py": parse, "predict.py": predict.parse, "push_to_hub.py": push_to_hub.parse}
+    for script, words in calls(page):
+        assert (ROOT / script).is_file(), script
+        if script in parsers and words != ["--help"]:
+            parsers[script](words)
+        elif given := {word.split("=")[0] for word in words if word.startswith("--")} - {"--help"}:
+            assert given <= flags_of(script), f"{script} {' '.join(words)}"
+
+
+def test_make_has_the_targets_that_pages_name():
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = {words[1] for page in PAGES for words in commands(page) if words[0] == "make"}
+    assert named
+    assert named <= targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_images_and_named_files_exist(page):
+    text = page.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    missing = [link for link in links if not (page.parent / link.split("#")[0]).exists()]
+    named = re.findall(rf"(?<![\w/.*-])(?:{ROOMS})/[\w/-]+\.(?:py|yaml|csv|json|md)\b", text)
+    assert not missing + [name for name in named if not (ROOT / name).is_file()]
+
+
+def test_docstrings_name_benchmarks_and_pages_that_exist():
+    sources = [
+        path for folder in (".", "training", "space", "benchmarks") for path in (ROOT / folder).glob("**/*.py")
+        if not {".venv", "results", "runs", "tests"} & set(path.relative_to(ROOT).parts)
+    ]  # fmt: skip
+    pattern = re.compile(r"\b(?:benchmarks/[\w/]+\.py|docs/\w+\.md)")
+    named = {(name_of(path), name) for path in sources for name in pattern.findall(path.read_text(encoding="utf-8"))}
+    assert any(name.startswith("benchmarks/studies/") for _, name in named)
+    assert not [pair for pair in named if not (ROOT / pair[1]).is_file()]
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=name_of)
+def test_a_study_supports_an_entry_of_the_experiments(study):
+    log = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    title = re.search(r'^Supports docs/experiments\.md, "(.+)"\.$', study.read_text(encoding="utf-8"), re.MULTILINE)
+    assert title, "its docstring names no entry"
+    entry = re.search(rf"^## {re.escape(title[1])}$(.*?)(?=^## |\Z)", log, re.MULTILINE | re.DOTALL)
+    assert entry, f"no entry {title[1]!r}"
+    assert name_of(study) in entry[1]
+
+
+def test_the_three_rows_of_the_readme_are_training_data(tmp_path):
+    header, *rows = blocks(ROOT / "README.md", "csv")[0].splitlines()
+    assert len(rows) == 3
+    more = [row.replace("...", f"in {number} patients") for number in range(20) for row in rows]
+    (tmp_path / "your.csv").write_text("\n".join([header, *more]), encoding="utf-8")
+    data = load_splits(DataArguments(data_path=str(tmp_path / "your.csv")), seed=0)
+    assert set(data.splits) == {"train", "validation", "test"}
+    assert {path for row in rows for path in row.rsplit(",", 1)[1].split("/")} == set(data.taxonomy.names)
