@@ -36,7 +36,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from configuration_hierarchical import HierarchicalConfig, Taxonomy, TaxonomyError
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from training import InputError, asked_traceback, card, leave, one_line, plots, refusing
+from training import InputError, asked_traceback, card, is_full_disk, leave, one_line, plots, refusing
 from training.arguments import (
     FEW_ROWS,
     DataArguments,
@@ -76,7 +76,6 @@ from training.resume import (
     delete_measured,
     delete_run,
     find_checkpoint,
-    is_full_disk,
     is_of_run,
 )
 from training.trained_texts import UNTRAINED, TrainedTexts, read_trained_texts, write_trained_texts

@@ -1,5 +1,6 @@
 """What the commands are made of: arguments, data, losses, trainer, metrics, plots, card."""
 
+import errno
 import os
 import sys
 import traceback
@@ -29,7 +30,7 @@ def is_fault(error: Exception) -> bool:
     if frames[-1].f_code.co_name == "__getattr__":  # torch's, for what a module of ours was asked for
         frames.pop()
     file = Path(frames[-1].f_code.co_filename)
-    return file.stem.endswith("_hierarchical") or file.parent in (ROOT, ROOT / "training")
+    return file.stem.endswith("_hierarchical") or file.parent in (ROOT, ROOT / "prediction", ROOT / "training")
 
 
 @contextmanager
@@ -52,6 +53,13 @@ def refusing(what: str) -> Iterator[None]:
         plain = isinstance(error, (OSError, ValueError, ImportError)) and bool(str(error))
         said = one_line(error) if plain else f"{type(error).__name__}: {one_line(error)}"
         raise InputError(f"{what}: {said}") from error
+
+
+def is_full_disk(error: Exception) -> bool:
+    """Whether a write failed for want of room. safetensors, tokenizers and torch have errors of their own for it."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return any(words in str(error) for words in ("No space left", "os error 28", "PytorchStreamWriter failed"))
 
 
 def asked_traceback() -> str:
