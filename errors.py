@@ -1,5 +1,6 @@
 """Errors that a user can mend: one line, exit code 2. Every room and command uses them; they import nothing."""
 
+import errno
 import os
 import sys
 import traceback
@@ -52,6 +53,13 @@ def refusing(what: str) -> Iterator[None]:
         plain = isinstance(error, (OSError, ValueError, ImportError)) and bool(str(error))
         said = one_line(error) if plain else f"{type(error).__name__}: {one_line(error)}"
         raise InputError(f"{what}: {said}") from error
+
+
+def is_full_disk(error: Exception) -> bool:
+    """Whether a write failed for want of room. safetensors, tokenizers and torch have errors of their own for it."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return any(words in str(error) for words in ("No space left", "os error 28", "PytorchStreamWriter failed"))
 
 
 def asked_traceback() -> str:

@@ -35,7 +35,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from configuration_hierarchical import HierarchicalConfig
-from errors import InputError, asked_traceback, exit_with_error, one_line, refusing
+from errors import InputError, asked_traceback, exit_with_error, is_full_disk, one_line, refusing
 from evaluation import plots
 from evaluation.metrics import build_compute_metrics
 from evaluation.report import (
@@ -79,7 +79,6 @@ from training.resume import (
     delete_measured,
     delete_run,
     find_checkpoint,
-    is_full_disk,
     is_of_run,
 )
 from training.trained_texts import UNTRAINED, TrainedTexts, read_trained_texts, write_trained_texts
@@ -161,6 +160,9 @@ def run_training(
     if resume_from is not None:
         check_taxonomy(resume_from, data.taxonomy)
         check_data(resume_from, data.report)
+        earlier = Path(resume_from).parent / "data_report.json"
+        known = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else {}
+        data.report["heads_init"] = known.get("heads_init")
         resumed_from_step = TrainerState.load_from_json(str(Path(resume_from) / TRAINER_STATE_NAME)).global_step
     model = build_model(model_arguments, data.taxonomy, training.seed)
     if resume_from is not None:
@@ -196,7 +198,7 @@ def run_training(
     continued = is_checkpoint(model_arguments.model_name_or_path)
     few_rows = len(splits["train"]) < FEW_ROWS * data.taxonomy.num_leaves
     heads_init = None if continued else model_arguments.heads_init or ("label_names" if few_rows else "random")
-    settings["heads_init"] = heads_init
+    settings["heads_init"] = heads_init if resume_from is None else data.report["heads_init"]
     if not model.has_adapter:
         settings |= dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"))
     elif continued:  # which goes on with an adapter of its own
@@ -247,6 +249,9 @@ def run_training(
         asked = model_arguments.heads_init is not None
         if not begin_with_label_names(trainer, splits["train"], only_if_better=not asked):
             settings["heads_init"] = "random"
+    data.report["heads_init"] = settings["heads_init"]  # what happened, for a run that resumes this one
+    if training.should_save:
+        write_json(output / "data_report.json", data.report)
     if training.device.type == "cpu" and model_arguments.tuning == "full":
         keep_memory(*KEPT_MEMORY)
     trained = trainer.train(resume_from_checkpoint=resume_from)

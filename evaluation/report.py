@@ -5,7 +5,8 @@ Worth knowing:
 1. Scored is the checkpoint as a user loads it, over a full-precision encoder, not the quantized model that was trained.
 2. The lexical head, the temperatures and the thresholds of answers are fitted on the validation rows, from logits that were
    computed once: the test rows take no part, and nothing is computed again. The validation rows themselves are measured
-   by cross-validation, each fifth by what the other four say, or their scores would flatter the fit.
+   by cross-validation, each fifth by what the other four say, or their scores would flatter the fit. With
+   ``--load_best_model_at_end`` these rows also chose the checkpoint, which still flatters them (`benchmarks/selection.py`).
 3. Predictions are in the order of the scored rows, which are sorted by length; their column ``row`` leads back.
 """
 

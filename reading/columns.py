@@ -53,8 +53,10 @@ def choose_columns(
             raise ReadError(
                 f"{name}: no column is called {', '.join(candidates)}; give {flag}, one of {listed(columns)}"
             )
-    for candidate in candidates if asked is None else ("",):
-        found = [find_column(columns, asked, (candidate,)) for columns in sources.values()]
+    if asked is not None:
+        return [asked] * len(sources)
+    for candidate in candidates:
+        found = [find_column(columns, None, (candidate,)) for columns in sources.values()]
         if None not in found:
             return [column for column in found if column is not None]
     raise ReadError(f"{', '.join(sources)} have no column in common for {flag}: rename it in one of them")

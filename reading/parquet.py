@@ -10,12 +10,9 @@ from pyarrow import types
 
 from .rows import Fault, Raw, ReadError, Row, Rows, quote_name
 
-FOREIGN = (
-    pyarrow.ArrowException,
-    UnicodeDecodeError,
-    OSError,
-)  # what is raised over a file that is not Parquet, or damaged
-UNREADABLE = (pyarrow.ArrowException, KeyError, OSError, OverflowError, ValueError)  # over a value that Python lacks
+# what pyarrow raises over a file that is not Parquet or is damaged, and over a value that Python cannot hold
+FOREIGN = (pyarrow.ArrowException, UnicodeDecodeError, OSError)
+UNREADABLE = (pyarrow.ArrowException, KeyError, OSError, OverflowError, ValueError)
 BATCH = 16  # rows; a repeated value is stored once but decoded for each of them, so few bound the memory
 
 
@@ -47,7 +44,7 @@ def _read(rows: Rows, file: pyarrow.parquet.ParquetFile, wanted: list[str]) -> I
         for cells in zip(*map(_values, arrays), strict=True):
             count += 1
             values = dict(zip(wanted, cells, strict=True))
-            faults = (f"{quote_name(n)} holds {v}" for n, v in values.items() if isinstance(v, Fault))
+            faults = (f"the column {quote_name(n)} holds {v}" for n, v in values.items() if isinstance(v, Fault))
             problem = next(faults, None)
             yield Row(count, {} if problem else values, problem)
 

@@ -313,7 +313,7 @@ class RowLines:
 
     def explain(self, problem: str) -> str:
         if "expected after" in problem:
-            problem = "a stray quotation mark, where texts with one must be quoted and double it"
+            problem = "a quotation mark is stray or not doubled"
         elif problem == "unexpected end of data":
             problem = "a quotation mark is not closed"
         return f"{problem} (lines {self.begin} to {self.number})" if self.number > self.begin else problem
@@ -365,7 +365,11 @@ class Fault(str):
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Fault:
     found = dict(pairs)
-    return found if len(found) == len(pairs) else Fault(f"{_first_twice([name for name, _ in pairs])} occurs twice")
+    return (
+        found
+        if len(found) == len(pairs)
+        else Fault(f"the name {_first_twice([name for name, _ in pairs])} occurs twice")
+    )
 
 
 def _integer(digits: str) -> int | Fault:
@@ -400,7 +404,13 @@ def _object_row(number: int, found: Any) -> Row:
 def _fault(value: Any) -> str | None:
     """Return what is wrong with a JSON value, or with any name or value in it."""
     if isinstance(value, str):
-        return value if isinstance(value, Fault) else "half of a surrogate pair" if has_surrogate(value) else None
+        return (
+            value
+            if isinstance(value, Fault)
+            else "half of a surrogate pair, which is not a character"
+            if has_surrogate(value)
+            else None
+        )
     inner = chain(value, value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
     return next(filter(None, map(_fault, inner)), None)
 

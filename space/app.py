@@ -85,6 +85,7 @@ EXAMPLES = {
     "absent in a third of them, and the white cell count was of little help. Delayed antibiotics were associated with a "
     "longer stay in hospital. Early treatment of every newborn at risk is advised until cultures are known.",
 }
+HIDDEN = {"show_progress": "hidden", "api_visibility": "private"}  # of events: no spinner, no endpoint
 Html = str
 
 
@@ -412,144 +413,158 @@ def about(classifier: Pipeline, model: str, revision: str | None) -> tuple[Html,
     return views.facts(facts), first or "The checkpoint has no model card.", more
 
 
+def coverage_slider(service: Service, name: str) -> gr.Slider:
+    calibrated = is_calibrated(service.classifier)
+    return gr.Slider(
+        minimum=LEAST_COVERAGE,
+        maximum=MOST_COVERAGE,
+        step=0.01,
+        value=COVERAGE,
+        interactive=calibrated,
+        label="Coverage: the share of texts whose answer shall hold the right class",
+        info="The more is asked, the sooner the answer backs off to several classes or to their parent."
+        if calibrated
+        else "This model was trained without validation rows, and cannot answer for a coverage.",
+        elem_id=name,
+    )
+
+
+def text_tab(service: Service) -> None:
+    """A text, its result, its figures, and the words that weighed."""
+    tree = service.tree
+    bars_figure, icicle_figure = service.figures()
+    with gr.Tab("One text", id="text"):
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=5, min_width=300):
+                text = gr.Textbox(
+                    label="Abstract",
+                    info=f"At most {MAX_CHARACTERS:,} characters. Ctrl+Enter classifies.",
+                    placeholder="Paste a medical abstract",
+                    lines=11,
+                    max_lines=11,
+                    elem_id="abstract",
+                )
+                with gr.Row(elem_id="actions"):
+                    run = gr.Button("Classify", variant="primary", elem_id="classify")
+                    clear = gr.Button("Clear", elem_id="clear")
+                gr.HTML("<p class='small' id='examples-label'>Examples, made up for this page:</p>")
+                with gr.Row(elem_id="examples"):
+                    examples = [gr.Button(name, size="sm") for name in EXAMPLES]
+                coverage = coverage_slider(service, "coverage")
+            with gr.Column(scale=6, min_width=300):
+                result = gr.HTML(views.waiting(), elem_id="result")
+                gr.HTML("<h2>Probabilities, level by level</h2>", elem_classes="heading")
+                bars = gr.Plot(bars_figure, show_label=False, label="Probabilities", elem_id="bars")
+        gr.HTML("<h2>The taxonomy: how probability flows from the roots to the leaves</h2>", elem_classes="heading")
+        icicle = gr.Plot(icicle_figure, show_label=False, label="The taxonomy", elem_id="icicle")
+        with gr.Row(elem_id="ask"):
+            node = gr.Dropdown(
+                choices=[(" › ".join(tree.path_names(n)), tree.labels[n]) for n in tree.reading_order],
+                value=tree.labels[tree.reading_order[0]],
+                label="Which words weighed for",
+                allow_custom_value=True,
+                elem_id="node",
+                scale=3,
+            )
+            show = gr.Button("Show the words", elem_id="show", scale=1)
+        words = gr.HTML(views.no_words(), elem_id="words")
+
+        results = [result, bars, icicle, node, words]
+        asked = [text, coverage]
+        texts = {"concurrency_id": "texts", **HIDDEN}
+        gr.on([run.click, text.submit], service.show_result, asked, results, **texts)
+        gr.on([coverage.release], service.show_result, asked, results, **texts)
+        for button, example in zip(examples, EXAMPLES.values(), strict=True):
+            filled = button.click(lambda example=example: example, None, text, queue=False, **HIDDEN)
+            filled.then(service.show_result, asked, results, **texts)
+        clear.click(
+            lambda: ["", views.waiting(), *service.figures(), gr.skip(), views.no_words()],
+            None,
+            [text, *results],
+            queue=False,
+            **HIDDEN,
+        )
+        gr.on(
+            [show.click, node.input],
+            service.show_words,
+            [text, node],
+            words,
+            concurrency_id="words",
+            show_progress="full",
+            api_visibility="private",
+        )
+
+
+def file_tab(service: Service) -> None:
+    """A file, how far it is, its preview, its problems, and its downloads."""
+    with gr.Tab("A file", id="file"):
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=5, min_width=300):
+                file = gr.File(
+                    label=f"CSV, TSV, JSON Lines, Parquet or text; at most {MAX_BYTES // 2**20} MB, {MAX_ROWS:,} rows",
+                    file_types=[".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".txt"],
+                    height=140,
+                    elem_id="file",
+                )
+                column = gr.Dropdown(
+                    choices=[], label="Column with the texts", allow_custom_value=True, elem_id="column"
+                )
+                file_coverage = coverage_slider(service, "file-coverage")
+                with gr.Row():
+                    start = gr.Button("Classify the file", variant="primary", elem_id="start")
+                    stop = gr.Button("Cancel", variant="stop", elem_id="cancel")
+            with gr.Column(scale=6, min_width=300):
+                state = gr.HTML(views.progress(0, 0, 0, "No file yet."), elem_id="state")
+                ended = gr.HTML(views.note(""), elem_id="ended")
+                with gr.Row():
+                    as_csv = gr.DownloadButton("Download CSV", interactive=False, elem_id="csv")
+                    as_lines = gr.DownloadButton("Download JSON Lines", interactive=False, elem_id="jsonl")
+                gr.HTML(
+                    "<p class='small'>The file is deleted as soon as it is read. Downloads are deleted "
+                    f"{KEPT_SECONDS // 60} minutes after they were made. Cells that a spreadsheet would run as a formula begin "
+                    "with an apostrophe.</p>"
+                )
+        kept = gr.State(None, time_to_live=KEPT_SECONDS)
+        gr.HTML(f"<h2>Preview: the first {PREVIEW} rows</h2>", elem_classes="heading")
+        table = gr.HTML(views.preview([]), elem_id="preview")
+        gr.HTML("<h2>Rows that could not be classified</h2>", elem_classes="heading")
+        problems = gr.HTML(views.problems([]), elem_id="problems")
+        opened = [kept, column, state]
+        gr.on([file.upload, file.clear], service.open_file, file, opened, concurrency_id="opening", **HIDDEN)
+        running = gr.State(None)
+        start.click(service.begin_file, running, [running, ended], queue=False, **HIDDEN).then(
+            service.run_file,
+            [kept, column, file_coverage, running],
+            [state, table, problems, as_csv, as_lines],
+            concurrency_id="files",
+            trigger_mode="multiple",  # the one before may still wait, or end its last rows
+            **HIDDEN,
+        )
+        # it has a place of its own: progress that was on its way comes after it, and does not replace it there
+        stop.click(service.cancel_file, running, ended, queue=False, **HIDDEN)
+
+
+def model_tab(classifier: Pipeline, model: str, revision: str | None) -> None:
+    """Facts of the model, and its card."""
+    with gr.Tab("About the model", id="model"):
+        facts, card, more = about(classifier, model, revision)
+        gr.HTML(facts, elem_id="facts")
+        gr.Markdown(card, elem_id="card", elem_classes="card")
+        with gr.Accordion("Data, training and more of the model card", open=False):
+            gr.Markdown(more, elem_classes="card")
+
+
 def build(classifier: Pipeline, model: str, revision: str | None = None) -> gr.Blocks:
     """The page, with the API's endpoints ``classify``, ``explain`` and ``classify_file``."""
     service = Service(classifier)
-    tree = service.tree
-    calibrated = is_calibrated(classifier)
-    bars, icicle = service.figures()
-    shown = {"show_progress": "hidden", "api_visibility": "private"}
-    slider = {
-        "minimum": LEAST_COVERAGE,
-        "maximum": MOST_COVERAGE,
-        "step": 0.01,
-        "value": COVERAGE,
-        "interactive": calibrated,
-        "label": "Coverage: the share of texts whose answer shall hold the right class",
-        "info": "The more is asked, the sooner the answer backs off to several classes or to their parent."
-        if calibrated
-        else "This model was trained without validation rows, and cannot answer for a coverage.",
-    }
     with gr.Blocks(
         title="Medical text, sorted into a taxonomy", analytics_enabled=False, delete_cache=(60, KEPT_SECONDS)
     ) as page:
         gr.HTML(views.masthead(), elem_id="masthead")
         with gr.Tabs():
-            with gr.Tab("One text", id="text"):
-                with gr.Row(equal_height=False):
-                    with gr.Column(scale=5, min_width=300):
-                        text = gr.Textbox(
-                            label="Abstract",
-                            info=f"At most {MAX_CHARACTERS:,} characters. Ctrl+Enter classifies.",
-                            placeholder="Paste a medical abstract",
-                            lines=11,
-                            max_lines=11,
-                            elem_id="abstract",
-                        )
-                        with gr.Row(elem_id="actions"):
-                            run = gr.Button("Classify", variant="primary", elem_id="classify")
-                            clear = gr.Button("Clear", elem_id="clear")
-                        gr.HTML("<p class='small' id='examples-label'>Examples, made up for this page:</p>")
-                        with gr.Row(elem_id="examples"):
-                            examples = [gr.Button(name, size="sm") for name in EXAMPLES]
-                        coverage = gr.Slider(**slider, elem_id="coverage")
-                    with gr.Column(scale=6, min_width=300):
-                        result = gr.HTML(views.waiting(), elem_id="result")
-                        gr.HTML("<h2>Probabilities, level by level</h2>", elem_classes="heading")
-                        bars = gr.Plot(bars, show_label=False, label="Probabilities", elem_id="bars")
-                gr.HTML(
-                    "<h2>The taxonomy: how probability flows from the roots to the leaves</h2>", elem_classes="heading"
-                )
-                icicle = gr.Plot(icicle, show_label=False, label="The taxonomy", elem_id="icicle")
-                with gr.Row(elem_id="ask"):
-                    node = gr.Dropdown(
-                        choices=[(" › ".join(tree.path_names(n)), tree.labels[n]) for n in tree.reading_order],
-                        value=tree.labels[tree.reading_order[0]],
-                        label="Which words weighed for",
-                        allow_custom_value=True,
-                        elem_id="node",
-                        scale=3,
-                    )
-                    show = gr.Button("Show the words", elem_id="show", scale=1)
-                words = gr.HTML(views.no_words(), elem_id="words")
-
-                results = [result, bars, icicle, node, words]
-                asked = [text, coverage]
-                texts = {"concurrency_id": "texts", **shown}
-                gr.on([run.click, text.submit], service.show_result, asked, results, **texts)
-                gr.on([coverage.release], service.show_result, asked, results, **texts)
-                for button, example in zip(examples, EXAMPLES.values(), strict=True):
-                    filled = button.click(lambda example=example: example, None, text, queue=False, **shown)
-                    filled.then(service.show_result, asked, results, **texts)
-                clear.click(
-                    lambda: ["", views.waiting(), *service.figures(), gr.skip(), views.no_words()],
-                    None,
-                    [text, *results],
-                    queue=False,
-                    **shown,
-                )
-                gr.on(
-                    [show.click, node.input],
-                    service.show_words,
-                    [text, node],
-                    words,
-                    concurrency_id="words",
-                    show_progress="full",
-                    api_visibility="private",
-                )
-
-            with gr.Tab("A file", id="file"):
-                with gr.Row(equal_height=False):
-                    with gr.Column(scale=5, min_width=300):
-                        file = gr.File(
-                            label=f"CSV, TSV, JSON Lines, Parquet or text; at most {MAX_BYTES // 2**20} MB, {MAX_ROWS:,} rows",
-                            file_types=[".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".txt"],
-                            height=140,
-                            elem_id="file",
-                        )
-                        column = gr.Dropdown(
-                            choices=[], label="Column with the texts", allow_custom_value=True, elem_id="column"
-                        )
-                        file_coverage = gr.Slider(**slider, elem_id="file-coverage")
-                        with gr.Row():
-                            start = gr.Button("Classify the file", variant="primary", elem_id="start")
-                            stop = gr.Button("Cancel", variant="stop", elem_id="cancel")
-                    with gr.Column(scale=6, min_width=300):
-                        state = gr.HTML(views.progress(0, 0, 0, "No file yet."), elem_id="state")
-                        ended = gr.HTML(views.note(""), elem_id="ended")
-                        with gr.Row():
-                            as_csv = gr.DownloadButton("Download CSV", interactive=False, elem_id="csv")
-                            as_lines = gr.DownloadButton("Download JSON Lines", interactive=False, elem_id="jsonl")
-                        gr.HTML(
-                            "<p class='small'>The file is deleted as soon as it is read. Downloads are deleted "
-                            f"{KEPT_SECONDS // 60} minutes after they were made. Cells that a spreadsheet would run as a formula begin "
-                            "with an apostrophe.</p>"
-                        )
-                kept = gr.State(None, time_to_live=KEPT_SECONDS)
-                gr.HTML(f"<h2>Preview: the first {PREVIEW} rows</h2>", elem_classes="heading")
-                table = gr.HTML(views.preview([]), elem_id="preview")
-                gr.HTML("<h2>Rows that could not be classified</h2>", elem_classes="heading")
-                problems = gr.HTML(views.problems([]), elem_id="problems")
-                opened = [kept, column, state]
-                gr.on([file.upload, file.clear], service.open_file, file, opened, concurrency_id="opening", **shown)
-                running = gr.State(None)
-                start.click(service.begin_file, running, [running, ended], queue=False, **shown).then(
-                    service.run_file,
-                    [kept, column, file_coverage, running],
-                    [state, table, problems, as_csv, as_lines],
-                    concurrency_id="files",
-                    trigger_mode="multiple",  # the one before may still wait, or end its last rows
-                    **shown,
-                )
-                # it has a place of its own: progress that was on its way comes after it, and does not replace it there
-                stop.click(service.cancel_file, running, ended, queue=False, **shown)
-
-            with gr.Tab("About the model", id="model"):
-                facts, card, more = about(classifier, model, revision)
-                gr.HTML(facts, elem_id="facts")
-                gr.Markdown(card, elem_id="card", elem_classes="card")
-                with gr.Accordion("Data, training and more of the model card", open=False):
-                    gr.Markdown(more, elem_classes="card")
+            text_tab(service)
+            file_tab(service)
+            model_tab(classifier, model, revision)
         gr.HTML(views.footer(), elem_id="foot")
 
         for method, result_type, queue in (

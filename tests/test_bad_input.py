@@ -200,7 +200,8 @@ def refusal(main: Callable, *words: object) -> str:
     assert "\n" not in said
     assert "Traceback" not in said
     left = {path for path in Path().rglob("*") if "__pycache__" not in path.parts} - before
-    assert {path.name for path in left} <= {"results", "data_report.json"}  # the report of data that were good
+    # of data that were good
+    assert {path.name for path in left} <= {"results", "data_report.json", "trained_texts.json"}
     print(said)
     return said
 

@@ -390,6 +390,28 @@ def test_results_show_intervals_classes_and_what_the_lexical_head_changed(writte
     assert re.search(r"(?m)^\| test log loss.*? \| [\d.]+ \| [\d.]+ \|$", none)
 
 
+def test_validation_scores_of_the_checkpoint_that_they_chose_are_said_to_flatter(written, metrics):
+    sentence, chosen = "The validation rows also chose the checkpoint", SETTINGS | {"load_best_model_at_end": True}
+    assert sentence in section(written(settings=chosen), "Results")
+    assert "| load_best_model_at_end | True |" in section(written(settings=chosen), "Training")
+    assert sentence not in written(settings=SETTINGS | {"load_best_model_at_end": False})
+    test_only = {name: value for name, value in metrics.items() if not name.startswith("eval_")}
+    assert sentence not in written(settings=chosen, metrics=test_only)
+
+
+def test_the_guarantee_is_worded_as_it_is_beside_the_measured_coverage(written, metrics):
+    config = make_config()
+    config.temperatures = [1.0, 2.0]
+    found = {**metrics, **{f"test_answer_{name}": value for name, value in
+             {"coverage": 0.8876, "leaves": 1.9, "nodes": 1.5, "single_leaf": 0.6}.items()}}  # fmt: skip
+    for chosen in True, False:
+        settings = SETTINGS | {"load_best_model_at_end": chosen}
+        text = " ".join(section(written(config, settings=settings, metrics=found), "Results").split())
+        assert "measured coverage is 88.8% of the test texts" in text
+        assert "split conformal prediction" in text
+        assert ("up to the choice of the checkpoint on the same rows" in text) == chosen
+
+
 def test_the_training_section_shows_encoder_settings_and_size(written):
     found = section(written(), "Training")
     assert f"[{ENCODER}](https://huggingface.co/{ENCODER}) at revision `{COMMIT}`" in found.replace("&#95;", "_")

@@ -231,7 +231,6 @@ def push(*words, token="hf_alice"):
 """
 OWN_HUB = """
 from hub_server import HubServer
-from huggingface_hub.hf_api import RepoFile
 hub = HubServer()
 hub.__enter__()
 hub.add_user("alice", "hf_alice")
@@ -629,7 +628,6 @@ import json, os, shutil, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from hub_server import HubServer
-from huggingface_hub.hf_api import RepoFile
 folder = Path("folder")
 with HubServer() as hub:
     hub.add_user("alice", "hf_alice")

@@ -112,6 +112,24 @@ def test_with_many_rows_a_class_it_begins_by_chance_unless_asked(tiny_encoder, t
         assert ("begin as the labels' names" in done.stderr) == begun
 
 
+@pytest.mark.parametrize(
+    ("asked", "asked_again", "expected"), [([], [], "random"), (["label_names"], ["random"], "label_names")]
+)
+def test_the_card_of_a_resumed_run_says_how_the_heads_began(tiny_encoder, tmp_path, asked, asked_again, expected):
+    """The names are codes, which fit no text, over an encoder that knows nothing: unless asked, the heads begin by chance."""
+    codes = {label: f"C{i:02}" for i, label in enumerate(CLEAR)}
+    rows = [{"text": row["text"], "label": codes[row["label"]]} for row in ROWS]
+    words = ("--train_file", write_csv(tmp_path / "rows.csv", rows), "--validation_size", 0, "--test_size", 0)
+    words += ("--model_name_or_path", tiny_encoder, "--quantization", "none", "--lexical_head", "false")
+    words += ("--output_dir", tmp_path / "out")
+    done = run(*words, "--max_steps", 1, *(["--heads_init", *asked] if asked else []))
+    assert ("begin by chance" in done.stderr) == (expected == "random")
+    again = ["--heads_init", *asked_again] if asked_again else []
+    done = run(*words, "--max_steps", 2, "--resume_from_checkpoint", "auto", *again)
+    assert f"resuming from {tmp_path / 'out' / 'checkpoint-1'}" in done.stderr
+    assert f"| heads_init | {expected} |" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_what_is_trained_goes_on_with_its_own_heads(clear_checkpoint, tmp_path):
     file = write_csv(tmp_path / "rows.csv", ROWS)
     done = run(

@@ -8,7 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -17,11 +18,12 @@ import pandas as pd
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import CORPUS, ROOT, read_csv, run
+from conftest import CORPUS, ROOT, read_csv, run, stranger
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
 from errors import InputError
+from modeling_hierarchical import SHIPPED_FILES
 from predict import main
 from training.records import read_records
 
@@ -127,61 +129,277 @@ def test_every_kind_of_input_and_output_says_the_same(checkpoint, texts, tmp_pat
         assert {**record, "path": list(record["path"])} == row
 
 
-def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_bytes(checkpoint, texts, tmp_path):
-    rows = pd.DataFrame({"text": [f"{i} {texts[i % 20][:60]}" for i in range(6500)]})
-    rows.loc[[7, 1500, 4400], "text"] = ""
-    rows.to_csv(tmp_path / "in.csv", index=False)
-    words = ("--model", checkpoint, "--input", tmp_path / "in.csv", "--output")
-    unbroken, broken = tmp_path / "unbroken.jsonl", tmp_path / "broken.jsonl"
-    assert predict(*words, unbroken, check=False).returncode == 1
-    line, parts = [sys.executable, str(ROOT / "predict.py"), *map(str, (*words, broken))], 0
-    for kill in (signal.SIGINT, signal.SIGKILL, signal.SIGKILL):
-        process = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.DEVNULL)
-        while process.poll() is None and len(list(Path(f"{broken}.parts").glob("0*.jsonl"))) <= parts:
-            time.sleep(0.01)
-        process.send_signal(kill)
-        assert process.wait(timeout=120) == (130 if kill == signal.SIGINT else -kill)
-        assert not broken.exists()
-        parts = len(list(Path(f"{broken}.parts").glob("0*.jsonl")))
-    for other, message in (
-        (("--probabilities",), "begun with another probabilities"),
-        (("--coverage", 0.5, "--batch_size", 3), "begun with another coverage, batch_size"),
-    ):
-        with pytest.raises(InputError, match=message):
-            inside(*words, broken, *other)
-    original = (tmp_path / "in.csv").read_bytes()
-    (tmp_path / "in.csv").write_bytes(original.replace(b"1 ", b"1x ", 1))
-    with pytest.raises(InputError, match="the input, or an option, is another one"):
-        inside(*words, broken)
-    (tmp_path / "in.csv").write_bytes(original)
-    done = predict(*words, broken, check=False)
-    assert done.returncode == 1
-    assert "went on after" in done.stderr
-    assert_same_files(broken, unbroken)
-    assert [row["row"] for row in read_json_lines(f"{broken}.errors.jsonl")] == [7, 1500, 4400]
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"in.csv", *(f"{path.name}{end}" for path in (broken, unbroken) for end in ("", ".errors.jsonl"))}
+STRIKE = """
+import os, runpy, sys
+_, command, name, ending, signal, *words = sys.argv
+
+def strike(event, arguments):
+    if event == name and any(isinstance(one, (str, os.PathLike)) and os.fspath(one).endswith(ending) for one in arguments):
+        os.kill(os.getpid(), int(signal))
+
+sys.addaudithook(strike)
+sys.argv = [command, *words]
+runpy.run_path(command, run_name="__main__")
+"""
 
 
-def test_a_run_that_was_killed_as_it_cleared_up_is_not_done_for_another_input(checkpoint, texts, tmp_path, monkeypatch):
-    output = tmp_path / "out.jsonl"
-    for name, some in (("one", texts[:2]), ("two", texts[2:4])):
-        pd.DataFrame({"text": some}).to_csv(tmp_path / f"{name}.csv", index=False)
+def start(*words: object, strike: tuple | None = None) -> subprocess.Popen:
+    """predict.py in a process of its own, which sends itself a signal at a moment.
+
+    Args:
+        strike: an audit event of Python that comes before the moment, how a path among its arguments ends, and the signal.
+    """
+    first = [] if strike is None else ["-c", STRIKE]
+    moment = [] if strike is None else [*strike[:2], str(int(strike[2]))]
+    line = [sys.executable, *first, str(ROOT / "predict.py"), *moment, *map(str, words)]
+    return subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def ended(process: subprocess.Popen) -> tuple[int, str]:
+    """The exit code, and what was said."""
+    _, said = process.communicate(timeout=300)
+    return process.returncode, said
+
+
+@contextmanager
+def killed_as_it_clears_up() -> Iterator[None]:
+    """predict.py in this process: the output is at its place, and its parts are there too."""
 
     def killed(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    words = ("--model", checkpoint, "--output", output, "--input")
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shutil, "rmtree", killed)
-        with pytest.raises(KeyboardInterrupt):
-            inside(*words, tmp_path / "one.csv")
-    answers = output.read_bytes()
+        yield
+
+
+@pytest.fixture(scope="module")
+def long_input(texts, tmp_path_factory) -> Path:
+    """Of three parts, with rows that cannot be read in the first and in the last."""
+    rows = pd.DataFrame({"text": [f"{i} {texts[i % 20][:60]}" for i in range(2100)]})
+    rows.loc[[7, 2090], "text"] = ""
+    file = tmp_path_factory.mktemp("long") / "in.csv"
+    rows.to_csv(file, index=False)
+    return file
+
+
+@pytest.fixture(scope="module")
+def other_checkpoint(checkpoint, tmp_path_factory) -> str:
+    """One of the same form with other heads."""
+    folder = tmp_path_factory.mktemp("other") / "results"
+    shutil.copytree(checkpoint, folder)
+    heads = load_file(folder / "heads.safetensors")
+    save_file({name: weight.flip(0) for name, weight in heads.items()}, folder / "heads.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def unbroken(checkpoint, other_checkpoint, long_input, tmp_path_factory) -> list[Path]:
+    """The outputs of both checkpoints."""
+    outputs = []
+    for model in (checkpoint, other_checkpoint):
+        outputs.append(tmp_path_factory.mktemp("unbroken") / "out.jsonl")
+        assert inside("--model", model, "--input", long_input, "--output", outputs[-1]) == 1
+    assert outputs[0].read_bytes() != outputs[1].read_bytes()
+    return outputs
+
+
+def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_bytes(checkpoint, long_input, unbroken, tmp_path, capsys):
+    output = tmp_path / "out.jsonl"
+    words = ("--model", checkpoint, "--input", long_input, "--output", output)
+    for *moment, kill, whole in (
+        ("os.rename", "/000000001.jsonl", signal.SIGINT, False),
+        ("open", "/000000002.jsonl", signal.SIGKILL, False),  # to be put together with the others
+        ("os.rename", "/out.jsonl", signal.SIGKILL, False),
+        ("shutil.rmtree", ".parts", signal.SIGKILL, True),
+    ):
+        code, said = ended(start(*words, strike=(*moment, kill)))
+        assert code == (130 if kill == signal.SIGINT else -kill), said
+        assert output.exists() == whole
+        if not whole:
+            with pytest.raises(InputError, match="begun with another probabilities"):
+                inside(*words, "--probabilities")
+    assert inside(*words) == 1
+    assert "went on after 2,100 rows" in capsys.readouterr().err
+    assert_same_files(output, unbroken[0])
+    assert [row["row"] for row in read_json_lines(f"{output}.errors.jsonl")] == [7, 2090]
+    assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "out.jsonl.errors.jsonl"}
+    with pytest.raises(InputError, match="is there already"):
+        inside(*words)
+
+
+def test_other_options_or_another_input_do_not_go_on_with_a_broken_run(checkpoint, long_input, tmp_path):
+    shutil.copy(long_input, tmp_path / "in.csv")
+    words = ("--model", checkpoint, "--input", tmp_path / "in.csv", "--output", tmp_path / "out.jsonl")
+    with killed_as_it_clears_up(), pytest.raises(KeyboardInterrupt):
+        inside(*words)
+    (tmp_path / "out.jsonl").unlink()
+    with pytest.raises(InputError, match="begun with another coverage, batch_size"):
+        inside(*words, "--coverage", 0.5, "--batch_size", 3)
+    original = (tmp_path / "in.csv").read_bytes()
+    (tmp_path / "in.csv").write_bytes(original.replace(b"1 ", b"1x ", 1))
     with pytest.raises(InputError, match="the input, or an option, is another one"):
+        inside(*words)
+
+
+@pytest.mark.parametrize("cleared", [False, True])
+def test_a_run_that_was_killed_as_it_cleared_up_is_not_done_for_another_input(cleared, checkpoint, texts, tmp_path):
+    output = tmp_path / "out.jsonl"
+    for name, some in (("one", texts[:2]), ("two", texts[2:4])):
+        pd.DataFrame({"text": some}).to_csv(tmp_path / f"{name}.csv", index=False)
+    words = ("--model", checkpoint, "--output", output, "--input")
+    with killed_as_it_clears_up(), pytest.raises(KeyboardInterrupt):
+        inside(*words, tmp_path / "one.csv")
+    if cleared:  # all is gone but the folder
+        for file in Path(f"{output}.parts").iterdir():
+            file.unlink()
+    predictions = output.read_bytes()
+    with pytest.raises(InputError, match="is there already" if cleared else "the input, or an option, is another one"):
         inside(*words, tmp_path / "two.csv")
-    assert inside(*words, tmp_path / "one.csv") == 0
-    assert output.read_bytes() == answers
-    assert not Path(f"{output}.parts").exists()
+    assert output.read_bytes() == predictions
+    if not cleared:
+        assert inside(*words, tmp_path / "one.csv") == 0
+        assert output.read_bytes() == predictions
+        assert not Path(f"{output}.parts").exists()
+
+
+def test_two_models_on_one_output_are_never_mixed(checkpoint, other_checkpoint, long_input, unbroken, tmp_path):
+    output = tmp_path / "out.jsonl"
+    first, second = (
+        ("--model", model, "--input", long_input, "--output", output) for model in (checkpoint, other_checkpoint)
+    )
+    # the first stands still with one part written and the next one under way
+    process = start(*first, strike=("os.rename", "/000000001.jsonl", signal.SIGSTOP))
+    try:
+        assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        for more in ((), ("--overwrite",)):
+            with pytest.raises(InputError) as error:
+                inside(*second, *more)
+            assert str(error.value).startswith(f"--output {output}: another process is writing it")
+            assert "\n" not in str(error.value)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    finally:
+        process.kill()
+        process.communicate()
+    # killed, it holds nothing
+    with pytest.raises(InputError, match="begun with another model, fingerprint"):
+        inside(*second)
+    assert inside(*first) == 1
+    assert_same_files(output, unbroken[0])
+    assert inside(*second, "--overwrite") == 1
+    assert_same_files(output, unbroken[1])
+    # at once: the second to come is refused, or, if the first is done by then, begins anew
+    processes = [start(*words, "--overwrite") for words in (first, second)]
+    codes, said = zip(*map(ended, processes), strict=True)
+    assert set(codes) <= {1, 2}, said
+    assert output.read_bytes() in [unbroken[i].read_bytes() for i in (0, 1) if codes[i] == 1]
+    for i in (0, 1):
+        if codes[i] == 2:
+            assert said[i].splitlines()[-1].startswith(f"predict.py: error: --output {output}: another process")
+    assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "out.jsonl.errors.jsonl"}
+
+
+def cut_a_row(lines: list[bytes]) -> list[bytes]:
+    return lines[:-1]
+
+
+def cut_in_a_row(lines: list[bytes]) -> list[bytes]:
+    return [*lines[:-1], lines[-1][:-20]]
+
+
+def edit_a_label(lines: list[bytes]) -> list[bytes]:
+    return [line.replace(b'"label": "', b'"label": "x', 1) for line in lines]
+
+
+def cut_all(lines: list[bytes]) -> list[bytes]:
+    return []
+
+
+@pytest.mark.parametrize("damage", [cut_a_row, cut_in_a_row, edit_a_label, cut_all])
+def test_a_damaged_part_is_named_and_the_run_goes_on_without_it(damage, checkpoint, long_input, unbroken, tmp_path):
+    output = tmp_path / "out.jsonl"
+    words = ("--model", checkpoint, "--input", long_input, "--output", output)
+    with killed_as_it_clears_up(), pytest.raises(KeyboardInterrupt):
+        inside(*words)
+    output.unlink()
+    part = Path(f"{output}.parts") / "000000001.jsonl"
+    part.write_bytes(b"".join(damage(part.read_bytes().splitlines(keepends=True))))
+    with pytest.raises(InputError) as error:
+        inside(*words)
+    assert str(error.value) == f"{part} is damaged: delete it, and the same command goes on"
+    assert not output.exists()
+    part.unlink()
+    assert inside(*words) == 1
+    assert_same_files(output, unbroken[0])
+
+
+def test_a_part_that_is_damaged_while_the_run_goes_on_is_named(checkpoint, long_input, tmp_path, monkeypatch):
+    output = tmp_path / "out.jsonl"
+    part, last = (Path(f"{output}.parts") / f"00000000{i}.jsonl" for i in (1, 2))
+
+    def replace(source: Path, target: Path, whole=os.replace) -> None:
+        whole(source, target)
+        if Path(target) == last:
+            os.truncate(part, part.stat().st_size // 2)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(InputError) as error:
+        inside("--model", checkpoint, "--input", long_input, "--output", output)
+    assert str(error.value) == f"{part} is damaged: delete it, and the same command goes on"
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_an_output_is_on_the_disk_before_its_parts_are_deleted(kind, checkpoint, texts, tmp_path, monkeypatch):
+    pd.DataFrame({"text": [*texts[:2], ""]}).to_csv(tmp_path / "in.csv", index=False)
+    output, parts = tmp_path / f"out.{kind}", tmp_path / f"out.{kind}.parts"
+    events: list[tuple] = []  # by the numbers of the files, which a rename keeps
+
+    def fsync(handle: int, whole=os.fsync) -> None:
+        whole(handle)
+        events.append(("on the disk", os.fstat(handle).st_ino, os.fstat(handle).st_size))
+
+    def replace(source: Path, target: Path, whole=os.replace) -> None:
+        whole(source, target)
+        events.append(("renamed", os.stat(target).st_ino))
+
+    def rmtree(folder: Path, *arguments: object, whole=shutil.rmtree, **options: object) -> None:
+        events.append(("deleted", Path(folder)))
+        whole(folder, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        for owner, function in ((os, fsync), (os, replace), (shutil, rmtree)):
+            patch.setattr(owner, function.__name__, function)
+        assert inside("--model", checkpoint, "--input", tmp_path / "in.csv", "--output", output) == 1
+    deleted = events.index(("deleted", parts))
+    for file in (output, Path(f"{output}.errors.jsonl")):
+        written = events.index(("on the disk", file.stat().st_ino, file.stat().st_size))
+        renamed = events.index(("renamed", file.stat().st_ino))
+        assert written < renamed
+        assert any(event[:2] == ("on the disk", tmp_path.stat().st_ino) for event in events[renamed:deleted])
+
+
+def test_what_is_not_needed_is_not_imported(tmp_path):
+    """From the import to the last file, for a merged checkpoint. pyarrow imports pandas to write Parquet."""
+    for file in (*(ROOT / "tests" / "checkpoint" / "whole_form").iterdir(), *(ROOT / name for name in SHIPPED_FILES)):
+        shutil.copy(file, tmp_path)
+    (tmp_path / "in.csv").write_text("text\nA study of ulcers.\n")
+    code = f"""
+import json, sys
+sys.path.insert(0, {str(ROOT)!r})
+import predict
+
+def loaded():
+    return [name for name in ("peft", "bitsandbytes", "pandas") if name in sys.modules]
+
+after_import = loaded()
+for kind in ("jsonl", "csv"):
+    words = ["--model", {str(tmp_path)!r}, "--input", {str(tmp_path / "in.csv")!r}, "--output", {str(tmp_path / "out.")!r} + kind]
+    assert predict.main(words) == 0
+print(json.dumps([after_import, loaded()]))
+"""
+    assert stranger(code, tmp_path) == [[], []]
 
 
 def test_json_lines_have_the_columns_of_their_first_objects_together(tmp_path):
@@ -238,102 +456,6 @@ def assert_same_files(one: Path, other: Path) -> None:
     """With those of their errors."""
     assert one.read_bytes() == other.read_bytes()
     assert Path(f"{one}.errors.jsonl").read_bytes() == Path(f"{other}.errors.jsonl").read_bytes()
-
-
-def launch(*words: object) -> subprocess.CompletedProcess:
-    """predict.py in two processes."""
-    config = ROOT / "recipes" / "accelerate" / "ddp.yaml"
-    line = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2",
-            str(ROOT / "predict.py"), *map(str, words)]  # fmt: skip
-    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=300)
-
-
-def test_two_processes_write_what_one_does_in_the_order_of_the_input(checkpoint, texts, tmp_path):
-    rows = pd.DataFrame({"text": [f"{i} {texts[i % 20][:60]}" for i in range(3500)]})
-    rows.loc[[7, 3400], "text"] = ""
-    rows.to_csv(tmp_path / "in.csv", index=False)
-    words = ("--model", checkpoint, "--input", tmp_path / "in.csv", "--probabilities", "--output")
-    assert inside(*words, tmp_path / "one.jsonl") == 1
-    done = launch(*words, tmp_path / "two.jsonl")
-    assert "2 rows could not be read" in done.stderr
-    assert_same_files(tmp_path / "two.jsonl", tmp_path / "one.jsonl")
-    assert not list(tmp_path.glob("*.parts"))
-
-
-def test_shards_in_shards_out_and_a_lost_one_costs_itself_alone(checkpoint, texts, tmp_path):
-    for i in range(3):
-        frame = pd.DataFrame({"text": [f"{i} {text}" for text in texts], "key": [f"{i}-{j}" for j in range(20)]})
-        frame.to_parquet(tmp_path / f"part-{i}.parquet")
-    good = (tmp_path / "part-1.parquet").read_bytes()
-    words = ("--model", checkpoint, "--input", tmp_path / "part-*.parquet", "--id_column", "key", "--output")
-    inside(*words, f"{tmp_path}/one/")
-    # a shard that is broken in its middle, where the schema does not show it
-    (tmp_path / "part-1.parquet").write_bytes(good[:60] + bytes(100) + good[160:])
-    with pytest.raises(InputError, match=r"part-1\.parquet"):
-        inside(*words, f"{tmp_path}/two/")
-    (tmp_path / "part-1.parquet").write_bytes(good)
-    done = launch(*words, f"{tmp_path}/two/")
-    assert done.returncode == 0, done.stderr
-    for i in range(3):
-        expected = (tmp_path / "one" / f"part-{i}.parquet").read_bytes()
-        assert (tmp_path / "two" / f"part-{i}.parquet").read_bytes() == expected
-        same_input = [(tmp_path / name / ".inputs" / f"part-{i}.parquet").read_text() for name in ("one", "two")]
-        assert same_input[0] == same_input[1]
-        read = pd.read_parquet(tmp_path / "two" / f"part-{i}.parquet")
-        assert list(read["id"]) == [f"{i}-{j}" for j in range(20)]
-    (tmp_path / "two" / "part-2.parquet").unlink()
-    stamp = (tmp_path / "two" / "part-0.parquet").stat().st_mtime_ns
-    inside(*words, f"{tmp_path}/two/")
-    assert (tmp_path / "two" / "part-0.parquet").stat().st_mtime_ns == stamp
-    assert (tmp_path / "two" / "part-2.parquet").read_bytes() == expected
-    with pytest.raises(InputError, match="begun with another probabilities"):
-        inside(*words, f"{tmp_path}/two/", "--probabilities")
-
-
-def test_an_output_in_a_folder_is_kept_for_the_input_that_it_was_made_of(checkpoint, texts, tmp_path, monkeypatch):
-    for name in ("2023/notes.csv", "2023/more.csv", "2024/notes.csv"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        pd.DataFrame({"text": [f"{name} {text}" for text in texts]}).to_csv(tmp_path / name, index=False)
-    monkeypatch.chdir(tmp_path)
-    words, output = ("--model", checkpoint, "--output", "out/", "--input"), tmp_path / "out" / "notes.csv"
-    assert inside(*words, "2023/notes.csv") == 0
-    answers, stamp = output.read_bytes(), output.stat().st_mtime_ns
-    assert inside(*words, "2023/*.csv") == 0
-    assert (tmp_path / "out" / "more.csv").exists()
-    assert output.stat().st_mtime_ns == stamp
-    another = r"out/notes\.csv was made of another input, or with other options: give another folder, or --over"
-    with pytest.raises(InputError, match=another):
-        inside(*words, "2024/notes.csv")
-    assert output.read_bytes() == answers
-    assert inside(*words, "2024/notes.csv", "--overwrite") == 0
-    (tmp_path / "out" / ".inputs" / "notes.csv").unlink()
-    with pytest.raises(InputError, match=another):
-        inside(*words, "2024/notes.csv")
-
-    # other options begin anew for one file: what the folder holds of others is not of these options
-    assert inside(*words, "2023/notes.csv", "--overwrite", "--probabilities") == 0
-    with pytest.raises(InputError, match=r"out/more\.csv was made of another input, or with other options"):
-        inside(*words, "2023/*.csv", "--probabilities")
-    assert inside(*words, "2023/*.csv", "--overwrite") == 0
-
-    # killed before the output is at its place, and once it is
-    for owner, function in ((Path, "replace"), (shutil, "rmtree")):
-        output.unlink(missing_ok=True)
-        whole = getattr(owner, function)
-
-        def killed(path, *more, whole=whole, **options):
-            if Path(path).name in ("notes.csv.new", "notes.csv.parts"):
-                raise KeyboardInterrupt
-            return whole(path, *more, **options)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, function, killed)
-            with pytest.raises(KeyboardInterrupt):
-                inside(*words, "2023/notes.csv")
-        assert output.exists() == (owner is shutil)
-        assert inside(*words, "2023/notes.csv") == 0
-        assert output.read_bytes() == answers
-        assert not list(output.parent.glob("*.parts"))
 
 
 def test_carriage_returns_in_ids_do_not_shift_the_rows_of_a_csv_file(checkpoint, texts, tmp_path):
@@ -410,8 +532,9 @@ def test_two_versions_of_an_encoder_are_not_mixed(checkpoint, texts, tmp_path):
     shutil.copytree(config["encoder_name_or_path"], encoder)
     (model / "config.json").write_text(json.dumps(config | {"encoder_name_or_path": str(encoder)}))
     pd.DataFrame({"text": texts[:2]}).to_csv(tmp_path / "in.csv", index=False)
-    words = ("--model", model, "--input", tmp_path / "in.csv", "--output", f"{tmp_path}/out/")
-    assert inside(*words) == 0
+    words = ("--model", model, "--input", tmp_path / "in.csv", "--output", tmp_path / "out.jsonl")
+    with killed_as_it_clears_up(), pytest.raises(KeyboardInterrupt):
+        inside(*words)
     weights = load_file(encoder / "model.safetensors")
     save_file(
         {name: weight * 1.01 for name, weight in weights.items()}, encoder / "model.safetensors", {"format": "pt"}
@@ -425,7 +548,6 @@ def test_two_versions_of_an_encoder_are_not_mixed(checkpoint, texts, tmp_path):
     [
         ("a.csv", "a.csv", "--output a.csv is also an input: give another name"),
         ("linked.csv", "a.csv", "--output a.csv is also an input: give another name"),
-        ("*.csv", "./", "--output a.csv is also an input: give another name"),
         ("b.csv.errors.jsonl", "b.csv", "--output b.csv: b.csv.errors.jsonl is also an input: give another name"),
     ],
 )
@@ -473,7 +595,9 @@ def test_int8_answers_nearly_as_float32_does(checkpoint, texts, tmp_path):
         (("--input", "in.csv", "--coverage", "2"), "--coverage must be between 0 and 1"),
         (("--input", "in.csv", "--batch_size", "0"), "--batch_size must be at least 1"),
         (("--input", "in.csv", "--output", "out.txt"), "must end in one of"),
+        (("--input", "in.csv", "--output", "there/"), "must end in one of"),
         (("--input", "in.csv", "--output", "there.jsonl"), "is there already"),
+        (("--input", "in.csv", "--output", "locked.jsonl"), "--output locked.jsonl cannot be locked"),
         (("--input", "in.csv", "--model", "nothing"), "cannot load the model nothing"),
         (("--input", "in.csv", "--outptu", "x"), "unrecognized arguments"),
     ],
@@ -487,6 +611,7 @@ def test_what_cannot_be_done_is_one_line(checkpoint, words, message, tmp_path, m
     (tmp_path / "cut.csv.gz").write_bytes(gzip.compress(b"text\n" + os.urandom(3000).hex().encode() + b"\n")[:-500])
     (tmp_path / "wrong.parquet").write_text("text\n")
     (tmp_path / "there.jsonl").write_text("kept\n")
+    (tmp_path / "locked.jsonl.lock").mkdir()
     given = {"--model": checkpoint, "--output": "out.jsonl", **dict(zip(words[::2], words[1::2], strict=True))}
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as error:

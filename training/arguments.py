@@ -28,6 +28,7 @@ from transformers.integrations import get_available_reporting_integrations
 from configuration_hierarchical import DEFAULT_ENCODER, DEFAULT_ENCODER_REVISION
 from errors import InputError, is_fault, one_line
 from taxonomy_hierarchical import WithoutAliases, quote_name, yaml_problem
+from training.precision import has_bf16
 
 FEW_ROWS = 32  # a class, on average, below which heads begin as the labels' names
 
@@ -221,18 +222,6 @@ class HierarchicalTrainingArguments(TrainingArguments):
         self.do_eval = asked  # which it turns on for evaluations during training; this is about the scores at the end
         # what the launcher said is in the flags now; Trainer would otherwise prefer it to an explicit --bf16 false
         self.mixed_precision = "fp16" if self.fp16 else "bf16" if self.bf16 else "no"
-
-
-def has_bf16(cpu: bool) -> bool:
-    """Whether bfloat16 matrix products are native, and so faster than float32, on the device that will train."""
-    if cpu:
-        capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if torch.backends.mps.is_available():
-        return torch.backends.mps.is_macos_or_newer(14, 0)
-    return torch.xpu.is_available()
 
 
 # where data comes from: a flag of one line on the command line replaces what a recipe says of the others

@@ -7,6 +7,8 @@ Worth knowing:
 3. Rows are counted from 0, without the header, in messages. A text is never shown.
 """
 
+from __future__ import annotations
+
 import csv
 import hashlib
 import json
@@ -14,15 +16,17 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import pyarrow
 import pyarrow.parquet
 
 from errors import InputError, one_line
 from taxonomy_hierarchical import looks_like_name, quote_name
+
+if TYPE_CHECKING:  # predict.py does without
+    import pandas as pd
 
 TEXT_COLUMNS = ("medical_abstract", "abstract", "text", "sentence", "content", "document")
 TAKEN_IN = (
@@ -69,6 +73,8 @@ def read_table(path: str | Path) -> pd.DataFrame:
 
 
 def _read_delimited(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
     separator = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
         table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
@@ -181,6 +187,8 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _from_records(records: list, path: Path) -> pd.DataFrame:
+    import pandas as pd
+
     for row, record in enumerate(records):
         if not isinstance(record, dict):
             raise InputError(f"{path}, row {row} (counted from 0): expected an object, found {type(record).__name__}")

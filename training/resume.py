@@ -8,7 +8,6 @@ Worth knowing:
    was cut short is recognised without reading it.
 """
 
-import errno
 import json
 import logging
 import shutil
@@ -154,13 +153,6 @@ def delete_measured(output_dir: Path) -> None:
 def is_of_run(asked: str | None, output_dir: Path) -> bool:
     """Whether ``--resume_from_checkpoint`` goes on with the run in a folder, rather than beginning one there."""
     return asked == "auto" or (asked is not None and Path(asked).parent.resolve() == output_dir.resolve())
-
-
-def is_full_disk(error: Exception) -> bool:
-    """Whether a write failed for want of room. safetensors, tokenizers and torch have errors of their own for it."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return any(words in str(error) for words in ("No space left", "os error 28", "PytorchStreamWriter failed"))
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

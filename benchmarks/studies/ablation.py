@@ -8,8 +8,8 @@ each run changes in the task's recipe, at the rank of `BASE`.
 - ohsumed: the training file is cut in thirds; ``train.py`` is given two of them, carves its validation rows from these as
   always, and is scored on the third, so that neither early stopping nor the calibration has seen a row that counts.
 - medical_abstracts: the training file has another mix of classes than the rest of the corpus, so the score is that of the
-  validation file. What is fitted on its rows is cross-validated, as in ``train.py``; the best of the epochs has been chosen
-  by them. Here a "fold" is a repetition with another seed.
+  validation file. What is fitted on its rows is cross-validated, as in ``train.py``. They also chose the best of the epochs,
+  which flatters their scores (``selection.py``). Here a "fold" is a repetition with another seed.
 
 Accuracies have standard errors of 1.3 points on the 1,119 rows of a third, of 2.4 points on the 366 validation rows; the tables
 therefore show how far each variant is from the recipe on the same rows, with a bootstrap interval over the rows of that

@@ -21,10 +21,11 @@ CSV = b"text,id\na,1\n\nb,2\n"
 
 def test_a_pattern_means_its_files_in_sorted_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("part-10.csv", "part-2.csv", "part-1.JSONL.GZ", "[odd].tsv"):
+    parts = [f"part-{i}.csv" for i in (5, 2, 10, 4, 9, 7, 6, 8)]
+    for name in (*parts, "part-1.JSONL.GZ", "[odd].tsv"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "part-3.csv").mkdir()
-    assert find_sources("part-*.csv") == [Source("part-10.csv", "csv"), Source("part-2.csv", "csv")]
+    assert find_sources("part-*.csv") == [Source(name, "csv") for name in sorted(parts)]
     assert find_sources("part-1.*") == [Source("part-1.JSONL.GZ", "jsonl")]
     assert find_sources("[odd].tsv") == [Source("[odd].tsv", "tsv")]  # a name before it is a pattern
     assert find_sources("part-2.csv", "txt") == [Source("part-2.csv", "txt")]
@@ -52,8 +53,8 @@ def test_a_name_tells_the_kind():
 
 def test_a_table_has_the_values_of_each_column_and_the_lines_of_the_rows(tmp_path):
     (tmp_path / "a.csv").write_bytes(CSV)
-    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(CSV))
-    for name in ("a.csv", "a.csv.gz"):
+    (tmp_path / "b.CSV.GZ").write_bytes(gzip.compress(CSV))
+    for name in ("a.csv", "b.CSV.GZ"):
         source = find_sources(str(tmp_path / name))[0]
         assert read_table(source) == Table(source.path, {"text": ["a", "b"], "id": ["1", "2"]}, [2, 4])
         assert read_table(source, ["id"]).columns == {"id": ["1", "2"]}

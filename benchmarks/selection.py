@@ -1,0 +1,47 @@
+"""How much the validation rows flatter the checkpoint that they chose: ``python benchmarks/selection.py``.
+
+A simulation. All evaluations of a run have the same accuracy on new rows, so what the best of them scores above it is
+chance. Two evaluations agree on whether a row is predicted correctly for 95 % of the rows: each row has a probability of
+being correct, drawn from the beta distribution that gives this mean and this agreement. Evaluations that agree less
+flatter more; printed below the table is how often the runs of ``ablation.py`` agree, which differ in a setting.
+"""
+
+import json
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+RESULTS = Path(__file__).resolve().parent / "results"
+ACCURACY, AGREEMENT = 0.7, 0.95
+ROWS, EVALUATIONS = (30, 100, 350), (2, 5, 20)
+RUNS = 4000
+
+
+def main() -> None:
+    generator = np.random.default_rng(0)
+    correlation = 1 - (1 - AGREEMENT) / (2 * ACCURACY * (1 - ACCURACY))
+    total = 1 / correlation - 1  # of the two parameters of the beta distribution
+    found = []
+    print("| validation rows | " + " | ".join(f"{count} evaluations" for count in EVALUATIONS) + " |")
+    print("| ---: |" + " ---: |" * len(EVALUATIONS))
+    for rows in ROWS:
+        gaps = []
+        for evaluations in EVALUATIONS:
+            chances = generator.beta(ACCURACY * total, (1 - ACCURACY) * total, size=(RUNS, rows, 1))
+            correct = generator.random((RUNS, rows, evaluations), dtype=np.float32) < chances
+            gaps.append(100 * (correct.mean(axis=1).max(axis=1).mean() - ACCURACY))
+            found.append({"rows": rows, "evaluations": evaluations, "points": gaps[-1]})
+        print(f"| {rows} | " + " | ".join(f"+{gap:.1f}" for gap in gaps) + " |")
+    settings = {"accuracy": ACCURACY, "agreement": AGREEMENT, "runs": RUNS}
+    (RESULTS / "selection.json").write_text(
+        json.dumps({**settings, "results": found}, indent=1) + "\n", encoding="utf-8"
+    )
+    tested = json.loads((RESULTS / "ablation.json").read_text(encoding="utf-8"))
+    pairs = [pair for pair in combinations(tested, 2) if len({(run["task"], run["fold"]) for run in pair}) == 1]
+    agreed = [np.mean([x == y for x, y in zip(one["right"], other["right"], strict=True)]) for one, other in pairs]
+    print(f"\nruns of ablation.py agree on {np.mean(agreed):.1%} of the rows, in the mean of {len(pairs)} pairs")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""What a row of the output holds, and how rows are written to JSON Lines, CSV and Parquet."""
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from training.records import Record
+
+OUTPUTS = (".jsonl", ".csv", ".parquet")
+DIGITS = 6
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """The columns of an output, and the kind of its file.
+
+    Attributes:
+        suffix: one of `OUTPUTS`.
+        by_id: rows are known by the column of ids, not by their number.
+        answers: rows have an answer with coverage.
+        leaves: whose probabilities rows have, if any.
+    """
+
+    suffix: str
+    by_id: bool
+    answers: bool
+    leaves: list[str]
+
+    def row(self, number: int, record: Record, prediction: dict[str, Any]) -> dict[str, Any]:
+        """The row of a record, of what the pipeline returns for its text."""
+        row: dict[str, Any] = {"id": record.id} if self.by_id else {"row": number}
+        row |= {
+            "label": prediction["label"],
+            "score": round(prediction["score"], DIGITS),
+            "path": [node["label"] for node in prediction["path"]],
+            "truncated": prediction["truncated"],
+        }
+        if self.answers:
+            row["answer"] = [node["label"] for node in prediction["answer"]]
+        if self.leaves:
+            every = {label: probability for level in prediction["levels"] for label, probability in level.items()}
+            row["probabilities"] = {label: round(every[label], DIGITS) for label in self.leaves}
+        return row
+
+    @contextmanager
+    def open(self, file: Path) -> Iterator[Callable[[list[str]], None]]:
+        """A function that takes rows as lines of JSON, and writes them into a new file."""
+        if self.suffix == ".parquet":
+            schema = self.schema()
+            with pyarrow.parquet.ParquetWriter(file, schema) as writer:
+                yield lambda lines: writer.write_table(pyarrow.Table.from_pylist(self.typed(lines), schema=schema))
+            return
+        with file.open("w", encoding="utf-8", newline="") as stream:
+            if self.suffix == ".jsonl":
+                yield stream.writelines
+                return
+            plain = csv.writer(stream, lineterminator="\n")
+            quoted = csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+
+            def write(rows: Iterable[list[Any]]) -> None:
+                for row in rows:
+                    # Python 3.11 leaves a lone carriage return unquoted, which ends the row for those who read it
+                    broken = any("\r" in cell for cell in row if isinstance(cell, str))
+                    (quoted if broken else plain).writerow(row)
+
+            write([[*self.names(), *(f"probability of {leaf}" for leaf in self.leaves)]])
+            yield lambda lines: write(self.cells(json.loads(line)) for line in lines)
+
+    def names(self) -> list[str]:
+        return ["id" if self.by_id else "row", "label", "score", "path", "truncated", *["answer"][: self.answers]]
+
+    def cells(self, row: dict[str, Any]) -> list[Any]:
+        """Paths and answers as text, probabilities in columns of their own."""
+        flat = {**row, "path": " > ".join(row["path"]), "answer": " | ".join(row.get("answer", []))}
+        return [*(flat[name] for name in self.names()), *row.get("probabilities", {}).values()]
+
+    def schema(self) -> pyarrow.Schema:
+        names = pyarrow.list_(pyarrow.string())
+        types = {"row": pyarrow.int64(), "id": pyarrow.string(), "label": pyarrow.string(), "score": pyarrow.float64()}
+        types |= {"path": names, "answer": names, "truncated": pyarrow.bool_()}
+        fields = [(name, types[name]) for name in self.names()]
+        if self.leaves:
+            fields.append(("probabilities", pyarrow.struct([(leaf, pyarrow.float64()) for leaf in self.leaves])))
+        return pyarrow.schema(fields)
+
+    def typed(self, lines: list[str]) -> list[dict[str, Any]]:
+        """Rows whose ids, numbers or texts in JSON, are all texts."""
+        rows = [json.loads(line) for line in lines]
+        return [row | {"id": str(row["id"])} if row.get("id") is not None else row for row in rows]
