@@ -580,7 +580,7 @@ def chosen_by(run: Run) -> str:
     """What it means for their scores that the validation rows chose the checkpoint, if they did."""
     if "validation" not in run.scores or not run.settings.get("load_best_model_at_end"):
         return ""
-    return (  # benchmarks/selection.py
+    return (  # benchmarks/studies/selection.py
         "\nThe validation rows also chose the checkpoint, which flatters their scores: in a simulation by 2 to 5 points of\n"
         "accuracy with 30 to 100 rows and 5 to 20 evaluations."
     )
