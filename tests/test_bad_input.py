@@ -25,8 +25,8 @@ from transformers import AutoModel
 import predict
 import push_to_hub
 import train
+from checkpoint_hierarchical import SHIPPED_FILES
 from errors import InputError
-from modeling_hierarchical import SHIPPED_FILES
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import parse
 from training.model import build_model, load_tokenizer

@@ -13,8 +13,9 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
+from checkpoint_hierarchical import load_encoder
 from configuration_hierarchical import HierarchicalConfig
-from modeling_hierarchical import HierarchicalForSequenceClassification, load_encoder
+from modeling_hierarchical import HierarchicalForSequenceClassification
 from pipeline_hierarchical import HierarchicalTextClassificationPipeline, batches_by_length
 from taxonomy_hierarchical import Taxonomy
 

@@ -29,14 +29,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from checkpoint_hierarchical import SHIPPED_FILES, load_encoder
 from configuration_hierarchical import HierarchicalConfig
 from errors import InputError, one_line, refusing
-from modeling_hierarchical import (
-    SHIPPED_FILES,
-    HierarchicalForSequenceClassification,
-    HierarchicalHeads,
-    load_encoder,
-)
+from modeling_hierarchical import HierarchicalForSequenceClassification, HierarchicalHeads
 from publishing.hub import ADAPTER_FORM, HUB_ERRORS, TOKENIZER_FILES, WHOLE_FORM
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import ModelArguments

@@ -17,8 +17,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, BertConfig, BertModel, BertTokenizerFast
 
+from checkpoint_hierarchical import SHIPPED_FILES, load_encoder
 from configuration_hierarchical import HierarchicalConfig
-from modeling_hierarchical import SHIPPED_FILES, HierarchicalForSequenceClassification, load_encoder
+from modeling_hierarchical import HierarchicalForSequenceClassification
 
 TAXONOMY = ["general", {"specific": [{"neoplasms": ["carcinoma", "lymphoma"]}, "digestive", "nervous"]}]
 TEXTS = [
