@@ -6,7 +6,8 @@ Worth knowing:
    many tokens. Results come in the order of the texts. The next texts are tokenized while a batch is computed.
    Batches come in few shapes: oneDNN compiles products for each, which takes longer than the products themselves.
 2. On a CPU each core computes batches of its own: that a core waits for the others at the end of every operation costs
-   more than it gains. With bfloat16, attention and the linear layers are faster ones (`cpu_hierarchical`).
+   more than it gains. With bfloat16, attention and the linear layers are faster ones, where the installed libraries have
+   what these need (`cpu_hierarchical`).
 3. A text beyond the limit is cut, and its result says so; with ``stride`` it is read in overlapping windows instead.
 4. The probabilities of windows are averaged. Sums survive an average, so children still add up to their parent.
 5. With ``coverage`` the answer is a set of nodes that holds the correct leaf for that share of texts like the validation
@@ -27,15 +28,17 @@ from itertools import islice
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import Pipeline
+from transformers import Pipeline, PreTrainedModel
+from transformers.utils import logging
 
 try:
-    from .cpu_hierarchical import attend_by_document, pack_linear_layers
     from .taxonomy_hierarchical import Taxonomy
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
-    from cpu_hierarchical import attend_by_document, pack_linear_layers
     from taxonomy_hierarchical import Taxonomy
+
+logger = logging.get_logger(__name__)
 
 TOKENS = {"cpu": 2048}  # of a batch, padding included
 TOKENS_ELSEWHERE = 32_768
@@ -96,8 +99,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             with torch.inference_mode():
                 self.model(**self.tokenizer("a", return_tensors="pt"))
         if self.device.type == "cpu" and self.model.encoder.dtype == torch.bfloat16:
-            attend_by_document(self.model.encoder)
-            pack_linear_layers(self.model.encoder)
+            use_cpu_kernels(self.model.encoder)
         self.preprocess(["a"])  # the tokenizer cuts as it will in every call, of whatever thread
 
     def _sanitize_parameters(
@@ -341,6 +343,25 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             for result in results:
                 result["answer"] = [{"label": tree.labels[node], "score": nodes[node]} for node in answer]
         return results[0] if top_k is None else results
+
+
+def use_cpu_kernels(encoder: PreTrainedModel) -> None:
+    """Make a bfloat16 encoder faster on a CPU, in place; with other versions of the libraries, leave it as it is and warn.
+
+    `cpu_hierarchical` uses private names of torch and transformers. A checkpoint must load where these are renamed.
+    """
+    try:
+        if __package__:  # as remote code of a checkpoint
+            from .cpu_hierarchical import attend_by_document, pack_linear_layers
+        else:
+            from cpu_hierarchical import attend_by_document, pack_linear_layers
+        attend_by_document(encoder)
+        pack_linear_layers(encoder)
+    except Exception as error:  # a renamed function or argument: ImportError, AttributeError, TypeError, RuntimeError
+        logger.warning_once(
+            f"without the faster CPU kernels, which do not fit torch {torch.__version__} and transformers "
+            f"{transformers.__version__} ({type(error).__name__}: {error}); results are the same"
+        )
 
 
 @dataclass
