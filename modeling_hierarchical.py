@@ -32,6 +32,7 @@ try:
         save_checkpoint,
     )
     from .configuration_hierarchical import HierarchicalConfig
+    from .taxonomy_hierarchical import Taxonomy
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
     from checkpoint_hierarchical import (
         build_encoder,
@@ -41,6 +42,7 @@ except ImportError:  # as a top-level module of the repository, not as remote co
         save_checkpoint,
     )
     from configuration_hierarchical import HierarchicalConfig
+    from taxonomy_hierarchical import Taxonomy
 
 if TYPE_CHECKING:  # never run, but transformers fetches every relative import, where `save_pretrained` finds the file
     from .pipeline_hierarchical import HierarchicalTextClassificationPipeline  # noqa: F401
@@ -116,8 +118,7 @@ class LexicalHead(nn.Module):
         counted = input_ids < len(self.idf)
         if attention_mask is not None:
             counted = counted & attention_mask.to(counted.device).bool()
-        # by the tokens of the texts: vectors over the vocabulary, which can be a quarter of a million, would be nearly all zeros
-        # (B, T): equal ones side by side, and those that do not count at the end
+        # (B, T): equal ids side by side, and those that do not count at the end; a vector over the vocabulary would be mostly zeros
         ids = input_ids.where(counted, len(self.idf)).sort(1).values
         is_first = nn.functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
         group = is_first.long().cumsum(1) - 1
@@ -125,52 +126,87 @@ class LexicalHead(nn.Module):
         counts = torch.zeros_like(ones).scatter_add(1, group, ones)
         known = is_first & (ids < len(self.idf))
         ids = ids.where(known, 0)
-        weighed = (1 + counts.gather(1, group).log()) * self.idf[ids].float() * known  # once for each token of a text
-        of_tokens = self.weight[:, ids].float()  # (num_leaves, B, T)
-        return (of_tokens * nn.functional.normalize(weighed)).sum(2).T + self.bias.float()
+        tfidf = (1 + counts.gather(1, group).log()) * self.idf[ids].float() * known  # once for each token of a text
+        tfidf = nn.functional.normalize(tfidf)
+        if torch.compiler.is_exporting():  # ONNX has no weighted embedding_bag
+            scores = (self.weight[:, ids].float() * tfidf).sum(2).T
+        else:
+            weight = self.weight.T.float()  # (V, num_leaves)
+            scores = nn.functional.embedding_bag(ids, weight, per_sample_weights=tfidf, mode="sum")
+        return scores + self.bias.float()
 
 
-class HierarchicalHeads(nn.Module):
+class TreeSoftmax(nn.Module):
+    """The arithmetic of a taxonomy's decisions. It has no parameters.
+
+    `evaluation.calibration` uses it in float64, on the logits of a whole split.
+    """
+
+    def __init__(self, tree: Taxonomy):
+        super().__init__()
+        self.tree, self.num_nodes, self.num_leaves = tree, tree.num_nodes, tree.num_leaves
+        self.num_groups = len(tree.decisions)
+        self.register_buffer("group", torch.empty(tree.num_nodes, dtype=torch.long), persistent=False)
+        self.register_buffer("ancestors", torch.empty(tree.num_nodes, tree.depth, dtype=torch.long), persistent=False)
+        self.register_buffer("below", torch.empty(tree.num_nodes, dtype=torch.long), persistent=False)
+        self.fill_tree_buffers()
+
+    def fill_tree_buffers(self) -> None:
+        """Write the taxonomy into the buffers."""
+        self.group.copy_(torch.tensor(self.tree.decision_of))
+        self.ancestors.copy_(torch.tensor(self.tree.ancestors))
+        nodes = torch.arange(self.num_nodes)  # the group of a node's children; of a leaf, one beyond the last
+        self.below.copy_(torch.where(nodes < self.num_leaves, self.num_groups, nodes - self.num_leaves + 1))
+
+    def with_inclusive_values(self, own: Tensor) -> Tensor:
+        """Add to the scores (B, N) of inner nodes the logsumexp of their children's scores."""
+        scores = own
+        for _ in range(self.tree.depth - 1):  # they rise a level each time
+            inclusive = segment_logsumexp(scores, self.group, self.num_groups)
+            scores = own + nn.functional.pad(inclusive, (0, 1))[:, self.below]
+        return scores
+
+    def node_log_probs(self, scores: Tensor) -> Tensor:
+        """Log-probabilities (B, N) of the nodes, where each decision is the softmax of its scores (B, N)."""
+        conditional = segment_log_softmax(scores, self.group, self.num_groups)  # (B, N): log P(node | parent)
+        padded = nn.functional.pad(conditional, (0, 1))  # the padding's ancestor is the last column, a zero
+        total = padded[:, self.ancestors[:, 0]]
+        for level in range(1, self.tree.depth):  # at once they would take (B, N, depth)
+            total = total + padded[:, self.ancestors[:, level]]
+        return total
+
+
+class HierarchicalHeads(TreeSoftmax):
     """All decisions of a taxonomy at once: (B, hidden_size) to (B, num_nodes) log-probabilities.
 
-    A node's score is linear in the text's vector, plus, for an inner node, the logsumexp of its children's scores, its
+    A node's score is linear in the text's vector. An inner node adds the logsumexp of its children's scores, its
     inclusive value (the nested logit: McFadden, 1978, "Modelling the choice of residential location"). Siblings share one
     softmax. Without the inner nodes' own weights this is a flat softmax over the leaves; with them, leaves share what
     their ancestors learn.
 
-    A lexical head, where there is one, has its say in each decision by itself: its log-probabilities of the siblings, times its
-    weight, are added to those of the encoder (a product of experts, which is then normalised: Hinton, 2002).
+    A lexical head takes part in each decision. Its log-probabilities of the siblings, times its weight, are added to those
+    of the encoder (a product of experts, which is then normalised: Hinton, 2002).
     """
 
     def __init__(self, config: HierarchicalConfig):
-        super().__init__()
-        tree = config.tree
-        self.num_nodes, self.num_leaves = tree.num_nodes, tree.num_leaves
-        self.num_groups = len(tree.decisions)
-        self.tree, self.temperatures, self.lexical_weight = tree, config.temperatures, config.lexical_weight
+        super().__init__(config.tree)
+        self.temperatures, self.lexical_weight = config.temperatures, config.lexical_weight
         self.dropout = nn.Dropout(config.head_dropout)
         # in float32, whatever the model is made in; so are the temperatures
-        self.weight = nn.Parameter(torch.empty(tree.num_nodes, config.hidden_size, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.empty(tree.num_nodes, dtype=torch.float32))
-        self.register_buffer("group", torch.empty(tree.num_nodes, dtype=torch.long), persistent=False)
-        self.register_buffer("ancestors", torch.empty(tree.num_nodes, tree.depth, dtype=torch.long), persistent=False)
-        self.register_buffer("below", torch.empty(tree.num_nodes, dtype=torch.long), persistent=False)
-        temperature = torch.empty(tree.num_nodes, dtype=torch.float32)
+        self.weight = nn.Parameter(torch.empty(self.num_nodes, config.hidden_size, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(self.num_nodes, dtype=torch.float32))
+        temperature = torch.empty(self.num_nodes, dtype=torch.float32)
         self.register_buffer("temperature", temperature, persistent=False)
         self.lexical = None
         if config.lexical_vocab_size is not None:
-            self.lexical = LexicalHead(config.lexical_vocab_size, tree.num_leaves)
+            self.lexical = LexicalHead(config.lexical_vocab_size, self.num_leaves)
         self.fill_buffers()
 
     def fill_buffers(self) -> None:
-        """Writes the taxonomy and the temperatures into the buffers."""
-        group = torch.tensor(self.tree.decision_of)
-        self.group.copy_(group)
-        self.ancestors.copy_(torch.tensor(self.tree.ancestors))
-        nodes = torch.arange(self.num_nodes)  # the group of a node's children; of a leaf, one beyond the last
-        self.below.copy_(torch.where(nodes < self.num_leaves, self.num_groups, nodes - self.num_leaves + 1))
+        """Write the taxonomy and the temperatures into the buffers."""
+        self.fill_tree_buffers()
         temperatures = torch.tensor(self.temperatures or [1.0] * self.num_groups, dtype=torch.float32)
-        self.temperature.copy_(temperatures[group])
+        self.temperature.copy_(temperatures[self.tree.decision_of])
 
     def forward(self, pooled: Tensor, input_ids: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
         """Log-probabilities (B, num_nodes) of vectors (B, hidden_size), and for the lexical head tokens and mask (B, T)."""
@@ -181,18 +217,7 @@ class HierarchicalHeads(nn.Module):
                 leaves = self.lexical(input_ids, attention_mask)
                 words = self.with_inclusive_values(nn.functional.pad(leaves, (0, self.num_nodes - self.num_leaves)))
                 scores = scores + self.lexical_weight * words
-            scores = scores / self.temperature
-            conditional = segment_log_softmax(scores, self.group, self.num_groups)  # (B, N): log P(node | parent)
-            padded = nn.functional.pad(conditional, (0, 1))  # the padding's ancestor is the last column, a zero
-            return padded[:, self.ancestors].sum(-1)  # (B, N, depth) to (B, N)
-
-    def with_inclusive_values(self, own: Tensor) -> Tensor:
-        """Scores (B, N) of nodes that have these by themselves."""
-        scores = own
-        for _ in range(self.tree.depth - 1):  # they rise a level each time
-            inclusive = segment_logsumexp(scores, self.group, self.num_groups)
-            scores = own + nn.functional.pad(inclusive, (0, 1))[:, self.below]
-        return scores
+            return self.node_log_probs(scores / self.temperature)
 
 
 class HierarchicalForSequenceClassification(PreTrainedModel):

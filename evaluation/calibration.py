@@ -30,11 +30,13 @@ from decimal import ROUND_CEILING, Decimal
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy.optimize import minimize, minimize_scalar
-from scipy.special import log_softmax, logsumexp
+from scipy.special import logsumexp
 from sklearn.model_selection import GroupKFold
 
 from evaluation.metrics import UNLABELLED, labelled_documents
+from modeling_hierarchical import TreeSoftmax
 from pipeline_hierarchical import conformal_answer, conformal_threshold, nonconformity
 from taxonomy_hierarchical import Taxonomy
 
@@ -147,9 +149,9 @@ def negative_log_likelihood(scores: np.ndarray, right: np.ndarray) -> float:
 
 def node_log_probs(taxonomy: Taxonomy, logits: np.ndarray) -> np.ndarray:
     """Log-probabilities of all nodes, (num_documents, num_nodes) float64, from leaf logits (num_documents, num_leaves)."""
-    leaves = log_softmax(logits.astype(np.float64), axis=1)
-    inner = [logsumexp(leaves[:, under], axis=1) for under in taxonomy.leaves_below[taxonomy.num_leaves :]]
-    return np.column_stack([leaves, *inner])
+    leaves = torch.tensor(logits, dtype=torch.float64).log_softmax(1)
+    padded = torch.nn.functional.pad(leaves, (0, taxonomy.num_nodes - taxonomy.num_leaves))
+    return TreeSoftmax(taxonomy).with_inclusive_values(padded).numpy()
 
 
 def node_probabilities(taxonomy: Taxonomy, logits: np.ndarray) -> Iterator[list[float]]:
@@ -185,10 +187,8 @@ def apply_temperatures(taxonomy: Taxonomy, scores: np.ndarray, temperatures: lis
     Args:
         scores: (num_documents, num_nodes), which each decision is a softmax of.
     """
-    conditional = np.zeros_like(scores)
-    for nodes, temperature in zip(taxonomy.decisions, temperatures, strict=True):
-        conditional[:, nodes] = log_softmax(scores[:, nodes] / temperature, axis=1)
-    return np.column_stack([conditional[:, taxonomy.path(leaf)].sum(axis=1) for leaf in range(taxonomy.num_leaves)])
+    divided = torch.from_numpy(scores / np.array(temperatures)[taxonomy.decision_of])
+    return TreeSoftmax(taxonomy).node_log_probs(divided)[:, : taxonomy.num_leaves].numpy()
 
 
 def fit_thresholds(

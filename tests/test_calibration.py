@@ -9,7 +9,7 @@ import torch
 from conftest import CLEAR, ROOT, run
 from datasets import Dataset, DatasetDict
 from scipy.optimize import brentq
-from scipy.special import log_softmax
+from scipy.special import log_softmax, softmax
 from transformers import AutoTokenizer, BertConfig, pipeline
 
 from configuration_hierarchical import HierarchicalConfig
@@ -182,6 +182,22 @@ def test_the_model_itself_gives_the_calibrated_probabilities():
     np.testing.assert_allclose(after.logits.numpy(), expected, atol=1e-5)
     np.testing.assert_allclose(after.node_log_probs.numpy(), node_log_probs(TREE, expected), atol=1e-5)
     np.testing.assert_allclose(apply_temperatures(TREE, node_log_probs(TREE, before), [1.0] * 4), before, atol=1e-6)
+
+
+@pytest.mark.parametrize("tree", [TREE, ONLY, MANY])
+def test_calibrated_probabilities_are_products_of_each_decision_by_itself(tree):
+    """The reference takes one softmax a decision, over sums of leaf probabilities."""
+    generator = np.random.default_rng(4)
+    logits, words = (generator.normal(scale=5, size=(6, tree.num_leaves)) for _ in range(2))
+    temperatures = generator.uniform(0.3, 3, len(tree.decisions)).tolist()
+    below = np.array([[leaf in leaves for leaf in range(tree.num_leaves)] for leaves in tree.leaves_below])
+    encoder, lexical = (np.log(softmax(scores, axis=1) @ below.T) for scores in (logits, words))
+    conditional = np.zeros_like(encoder)
+    for nodes, temperature in zip(tree.decisions, temperatures, strict=True):
+        conditional[:, nodes] = log_softmax((encoder + 0.7 * lexical)[:, nodes] / temperature, axis=1)
+    expected = np.column_stack([conditional[:, tree.path(leaf)].sum(axis=1) for leaf in range(tree.num_leaves)])
+    np.testing.assert_allclose(node_log_probs(tree, logits), encoder, atol=1e-12)
+    np.testing.assert_allclose(Calibration(0.7, temperatures).apply(tree, logits, words), expected, atol=1e-12)
 
 
 def test_a_calibration_is_saved_and_loaded(tmp_path):
