@@ -319,6 +319,30 @@ def refuse_offloaded(encoder: nn.Module, adapter_config: dict[str, Any]) -> None
             )
 
 
+def check_tokenizer(tokenizer: Any, model: Any) -> None:
+    """Raise ValueError where a tokenizer is not that of the encoder, as far as numbers tell."""
+    name, embeddings = tokenizer.name_or_path, model.get_input_embeddings().num_embeddings
+    # from a folder without a tokenizer transformers makes one that knows special tokens alone
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ValueError(f"{name} holds no tokenizer: its vocabulary has {len(tokenizer)} special tokens and no words")
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= embeddings:
+        raise ValueError(
+            f"the tokenizer of {name} is another encoder's: it has token {largest:,}, and the encoder {embeddings:,} embeddings"
+        )
+
+
+def position_limit(encoder: PreTrainedModel) -> int | None:
+    """Return the longest input, in tokens, that an encoder has positions for; None where it names no limit.
+
+    RoBERTa's family counts positions from ``padding_idx + 1``, which takes as many from its table.
+    """
+    limit = getattr(encoder.config, "max_position_embeddings", None)
+    table = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
+    offset = getattr(table, "padding_idx", None)
+    return limit if limit is None or offset is None else limit - offset - 1
+
+
 def check_weights(what: str, stored: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Raise ValueError, naming the first, where stored tensors are missing, left over or of another shape."""
     for name in sorted(stored.keys() ^ expected.keys()):

@@ -34,8 +34,10 @@ from transformers import Pipeline, PreTrainedModel
 from transformers.utils import logging
 
 try:
+    from .checkpoint_hierarchical import check_tokenizer, position_limit
     from .taxonomy_hierarchical import Taxonomy
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
+    from checkpoint_hierarchical import check_tokenizer, position_limit
     from taxonomy_hierarchical import Taxonomy
 
 logger = logging.get_logger(__name__)
@@ -91,6 +93,12 @@ class HierarchicalTextClassificationPipeline(Pipeline):
                 "this pipeline needs a tokenizer of the `tokenizers` library, to follow texts into windows"
             )
         check_tokenizer(self.tokenizer, self.model)
+        limit = position_limit(self.model.encoder)
+        if limit is not None and self.tokenizer.model_max_length > limit:
+            raise ValueError(
+                f"the tokenizer's model_max_length {self.tokenizer.model_max_length:,} is beyond the encoder's {limit:,} "
+                "positions: set it in tokenizer_config.json"
+            )
         self.tree = self.model.config.tree  # built anew each time it is asked for
         self._tokenizers: dict[tuple[int, int], Any] = {}
         in_4_bits = any(getattr(weight, "quant_state", None) is not None for weight in self.model.parameters())
@@ -485,23 +493,6 @@ def growing_answers(tree: Taxonomy, leaves: list[int]) -> Iterator[tuple[int, se
 def check_number(name: str, value: Any, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
-
-
-def check_tokenizer(tokenizer: Any, model: Any) -> None:
-    """Raises ValueError where texts would become token ids or positions that the encoder has no vectors for."""
-    embeddings = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > embeddings:
-        raise ValueError(f"the tokenizer has {len(tokenizer):,} tokens, the encoder {embeddings:,}: it is another's")
-    positions = getattr(model.config.text_config, "max_position_embeddings", None)
-    table = getattr(getattr(model.encoder, "embeddings", None), "position_embeddings", None)
-    padding = getattr(table, "padding_idx", None)
-    if positions is not None and padding is not None:
-        positions -= padding + 1  # RoBERTa's family counts from there
-    if positions is not None and tokenizer.model_max_length > positions:
-        raise ValueError(
-            f"the tokenizer's model_max_length {tokenizer.model_max_length:,} is beyond the encoder's {positions:,} "
-            "positions: set it in tokenizer_config.json"
-        )
 
 
 def is_sequence(value: Any) -> bool:

@@ -370,7 +370,7 @@ CHECKPOINTS = {
     "weights left over": (
         "whole_form", configure("config.json", lexical_vocab_size=None, lexical_weight=None), "does not fit its config.json"),
     "weights torn": ("whole_form", cut(WHOLE), "SafetensorError"),
-    "tokenizer of another": ("whole_form", more_tokens, "the tokenizer has 73 tokens, the encoder 23: it is another's"),
+    "tokenizer of another": ("whole_form", more_tokens, "the tokenizer of checkpoint is another encoder's: it has token 73"),
     "tokenizer without limit": (
         "whole_form", configure("tokenizer_config.json", model_max_length=10**9), "beyond the encoder's 32 positions"),
     "tokenizer missing": (
