@@ -69,7 +69,7 @@ class HierarchicalOutput(ModelOutput):
 
 
 def segment_logsumexp(scores: Tensor, group: Tensor, num_groups: int) -> Tensor:
-    """Logsumexp within groups of columns.
+    """Compute the logsumexp within groups of columns.
 
     Args:
         scores: (B, N).
@@ -86,7 +86,7 @@ def segment_logsumexp(scores: Tensor, group: Tensor, num_groups: int) -> Tensor:
 
 
 def segment_log_softmax(scores: Tensor, group: Tensor, num_groups: int) -> Tensor:
-    """Log-softmax within groups of columns.
+    """Compute the log-softmax within groups of columns.
 
     Args:
         scores: (B, N).
@@ -113,7 +113,7 @@ class LexicalHead(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_leaves, dtype=torch.float32), requires_grad=False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Scores (B, num_leaves) of token ids and their mask, (B, T) each. Ids beyond the vocabulary count for nothing."""
+        """Score token ids and their mask, (B, T) each, to (B, num_leaves). Ids beyond the vocabulary count for nothing."""
         input_ids = input_ids.to(self.idf.device)
         counted = input_ids < len(self.idf)
         if attention_mask is not None:
@@ -167,7 +167,7 @@ class TreeSoftmax(nn.Module):
         return scores
 
     def node_log_probs(self, scores: Tensor) -> Tensor:
-        """Log-probabilities (B, N) of the nodes, where each decision is the softmax of its scores (B, N)."""
+        """Return log-probabilities (B, N) of the nodes, where each decision is the softmax of its scores (B, N)."""
         conditional = segment_log_softmax(scores, self.group, self.num_groups)  # (B, N): log P(node | parent)
         padded = nn.functional.pad(conditional, (0, 1))  # the padding's ancestor is the last column, a zero
         total = padded[:, self.ancestors[:, 0]]
@@ -209,7 +209,7 @@ class HierarchicalHeads(TreeSoftmax):
         self.temperature.copy_(temperatures[self.tree.decision_of])
 
     def forward(self, pooled: Tensor, input_ids: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
-        """Log-probabilities (B, num_nodes) of vectors (B, hidden_size), and for the lexical head tokens and mask (B, T)."""
+        """Return log-probabilities (B, num_nodes) of vectors (B, hidden_size). The lexical head takes tokens and mask (B, T)."""
         with torch.autocast(pooled.device.type, enabled=False):
             own = nn.functional.linear(self.dropout(pooled.to(self.weight.dtype)), self.weight, self.bias)
             scores = self.with_inclusive_values(own.float())
@@ -274,7 +274,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         return hasattr(self.encoder, "peft_config")
 
     def pool(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """(B, T, H) token vectors and a (B, T) mask to (B, H), in float32."""
+        """Pool token vectors (B, T, H) under a mask (B, T) to (B, H), in float32."""
         if self.config.pooling == "cls":
             return hidden[:, 0].float()
         if attention_mask is None:
@@ -296,7 +296,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> HierarchicalOutput:
-        """Log-probabilities of every node.
+        """Return the log-probabilities of every node, and the loss where labels are given.
 
         Args:
             input_ids, attention_mask, token_type_ids, position_ids: (B, T).
@@ -365,13 +365,13 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             **kwargs,
         )
 
-    def calibrate(
+    def set_calibration(
         self,
         temperatures: list[float] | None,
         conformal_thresholds: list[float | None] | None,
         conformal_max_length: int | None = None,
     ) -> None:
-        """Takes the outcome of a calibration into the configuration, and the temperatures into the heads.
+        """Put a calibration into the configuration, and its temperatures into the heads.
 
         Args:
             temperatures, conformal_thresholds, conformal_max_length: as in `HierarchicalConfig`.
@@ -382,7 +382,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         self.heads.fill_buffers()
 
     def set_lexical_head(self, weights: dict[str, Tensor] | None, lexical_weight: float = 1.0) -> None:
-        """Gives the model a lexical head, or with None takes it away.
+        """Give the model a lexical head, or with None remove it.
 
         Args:
             weights: ``idf`` (V,), ``weight`` (num_leaves, V) and ``bias`` (num_leaves,) of a `LexicalHead`.
@@ -418,7 +418,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
 def negative_log_likelihood(
     node_log_probs: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """Mean of -log P(label) over the labels that are not -100, or their sum divided by ``num_items_in_batch``.
+    """Average -log P(label) over the labels that are not -100, or divide their sum by ``num_items_in_batch``.
 
     Args:
         node_log_probs: (B, num_nodes).
