@@ -7,7 +7,8 @@ Worth knowing:
    multiplies tiles (AMX), SDPA is the faster one without gradients, and takes over.
 2. The values are those of SDPA, and the gradients too: training uses it as well as the pipeline.
 3. What is not plain attention over texts that are padded at their ends goes to SDPA.
-4. Linear layers keep their weights in oneDNN's own order too, and apply GELU while a product is in the cache: what
+4. Private names of torch and transformers are used, so this file is imported where it helps, by code that can do without.
+5. Linear layers keep their weights in oneDNN's own order too, and apply GELU while a product is in the cache: what
    torch.compile makes of them, without its compiler. That is for inference alone; with gradients they are as they were.
 """
 
@@ -28,7 +29,7 @@ ONEDNN = torch.ops.mkldnn
 
 
 def attend_by_document(encoder: PreTrainedModel) -> None:
-    """Gives an encoder this attention, in place, unless the user chose another than transformers' default."""
+    """Give an encoder this attention, in place, unless the user chose another than transformers' default."""
     if encoder.config._attn_implementation == "sdpa" and encoder._supports_attention_backend:
         encoder.set_attn_implementation(ATTENTION)
 
@@ -140,12 +141,18 @@ AttentionMaskInterface.register(ATTENTION, attention_mask)
 
 
 def pack_linear_layers(encoder: PreTrainedModel) -> None:
-    """Makes the bfloat16 linear layers of an encoder `PackedLinear` ones, in place, where torch has oneDNN for them.
+    """Make the bfloat16 linear layers of an encoder `PackedLinear` ones, in place, where torch has oneDNN for them.
 
     Parameters, their names and gradients stay as they are. The packed weights take as much memory again.
+
+    Raises:
+        Exception: this version of torch has other oneDNN operations. The encoder is as it was.
     """
     if not (torch.backends.mkldnn.is_available() and ONEDNN._is_mkldnn_bf16_supported()):
         return
+    trial = PackedLinear(LANES, LANES, dtype=torch.bfloat16)  # fails here, before the encoder is changed
+    with torch.no_grad():
+        trial.multiply(torch.zeros(1, LANES, dtype=torch.bfloat16), "gelu")
     for module in encoder.modules():
         if type(module) is nn.Linear:
             module.__class__ = PackedLinear

@@ -6,7 +6,8 @@ Worth knowing:
    many tokens. Results come in the order of the texts. The next texts are tokenized while a batch is computed.
    Batches come in few shapes: oneDNN compiles products for each, which takes longer than the products themselves.
 2. On a CPU each core computes batches of its own: that a core waits for the others at the end of every operation costs
-   more than it gains. With bfloat16, attention and the linear layers are faster ones (`cpu_hierarchical`).
+   more than it gains. With bfloat16, attention and the linear layers are faster ones, where the installed libraries have
+   what these need (`cpu_hierarchical`).
 3. A text beyond the limit is cut, and its result says so; with ``stride`` it is read in overlapping windows instead.
 4. The probabilities of windows are averaged. Sums survive an average, so children still add up to their parent.
 5. With ``coverage`` the answer is a set of nodes that holds the correct leaf for that share of texts like the validation
@@ -27,15 +28,19 @@ from itertools import islice
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import Pipeline
+from transformers import Pipeline, PreTrainedModel
+from transformers.utils import logging
 
 try:
-    from .cpu_hierarchical import attend_by_document, pack_linear_layers
+    from .checkpoint_hierarchical import check_tokenizer, position_limit
     from .taxonomy_hierarchical import Taxonomy
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
-    from cpu_hierarchical import attend_by_document, pack_linear_layers
+    from checkpoint_hierarchical import check_tokenizer, position_limit
     from taxonomy_hierarchical import Taxonomy
+
+logger = logging.get_logger(__name__)
 
 TOKENS = {"cpu": 2048}  # of a batch, padding included
 TOKENS_ELSEWHERE = 32_768
@@ -88,6 +93,12 @@ class HierarchicalTextClassificationPipeline(Pipeline):
                 "this pipeline needs a tokenizer of the `tokenizers` library, to follow texts into windows"
             )
         check_tokenizer(self.tokenizer, self.model)
+        limit = position_limit(self.model.encoder)
+        if limit is not None and self.tokenizer.model_max_length > limit:
+            raise ValueError(
+                f"the tokenizer's model_max_length {self.tokenizer.model_max_length:,} is beyond the encoder's {limit:,} "
+                "positions: set it in tokenizer_config.json"
+            )
         self.tree = self.model.config.tree  # built anew each time it is asked for
         self._tokenizers: dict[tuple[int, int], Any] = {}
         in_4_bits = any(getattr(weight, "quant_state", None) is not None for weight in self.model.parameters())
@@ -96,8 +107,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             with torch.inference_mode():
                 self.model(**self.tokenizer("a", return_tensors="pt"))
         if self.device.type == "cpu" and self.model.encoder.dtype == torch.bfloat16:
-            attend_by_document(self.model.encoder)
-            pack_linear_layers(self.model.encoder)
+            use_cpu_kernels(self.model.encoder)
         self.preprocess(["a"])  # the tokenizer cuts as it will in every call, of whatever thread
 
     def _sanitize_parameters(
@@ -343,6 +353,25 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         return results[0] if top_k is None else results
 
 
+def use_cpu_kernels(encoder: PreTrainedModel) -> None:
+    """Make a bfloat16 encoder faster on a CPU, in place; with other versions of the libraries, leave it as it is and warn.
+
+    `cpu_hierarchical` uses private names of torch and transformers. A checkpoint must load where these are renamed.
+    """
+    try:
+        if __package__:  # as remote code of a checkpoint
+            from .cpu_hierarchical import attend_by_document, pack_linear_layers
+        else:
+            from cpu_hierarchical import attend_by_document, pack_linear_layers
+        attend_by_document(encoder)
+        pack_linear_layers(encoder)
+    except Exception as error:  # a renamed function or argument: ImportError, AttributeError, TypeError, RuntimeError
+        logger.warning_once(
+            f"without the faster CPU kernels, which do not fit torch {torch.__version__} and transformers "
+            f"{transformers.__version__} ({type(error).__name__}: {error}); results are the same"
+        )
+
+
 @dataclass
 class Started:
     """Texts whose batches are being computed.
@@ -464,23 +493,6 @@ def growing_answers(tree: Taxonomy, leaves: list[int]) -> Iterator[tuple[int, se
 def check_number(name: str, value: Any, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
-
-
-def check_tokenizer(tokenizer: Any, model: Any) -> None:
-    """Raises ValueError where texts would become token ids or positions that the encoder has no vectors for."""
-    embeddings = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > embeddings:
-        raise ValueError(f"the tokenizer has {len(tokenizer):,} tokens, the encoder {embeddings:,}: it is another's")
-    positions = getattr(model.config.text_config, "max_position_embeddings", None)
-    table = getattr(getattr(model.encoder, "embeddings", None), "position_embeddings", None)
-    padding = getattr(table, "padding_idx", None)
-    if positions is not None and padding is not None:
-        positions -= padding + 1  # RoBERTa's family counts from there
-    if positions is not None and tokenizer.model_max_length > positions:
-        raise ValueError(
-            f"the tokenizer's model_max_length {tokenizer.model_max_length:,} is beyond the encoder's {positions:,} "
-            "positions: set it in tokenizer_config.json"
-        )
 
 
 def is_sequence(value: Any) -> bool:

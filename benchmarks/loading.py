@@ -22,8 +22,9 @@ sys.path.insert(0, str(ROOT))
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import BertConfig, BertModel
 
+from checkpoint_hierarchical import load_encoder
 from configuration_hierarchical import HierarchicalConfig
-from modeling_hierarchical import HierarchicalForSequenceClassification, load_encoder
+from modeling_hierarchical import HierarchicalForSequenceClassification
 
 ROUNDS = 9
 TIMED = """

@@ -1,4 +1,4 @@
-"""Probabilities that mean what they say, and thresholds for answers with a guarantee; both fitted on validation rows.
+"""Fit temperatures and conformal thresholds on the validation rows.
 
 Worth knowing:
 
@@ -30,11 +30,13 @@ from decimal import ROUND_CEILING, Decimal
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy.optimize import minimize, minimize_scalar
-from scipy.special import log_softmax, logsumexp
+from scipy.special import logsumexp
 from sklearn.model_selection import GroupKFold
 
 from evaluation.metrics import UNLABELLED, labelled_documents
+from modeling_hierarchical import TreeSoftmax
 from pipeline_hierarchical import conformal_answer, conformal_threshold, nonconformity
 from taxonomy_hierarchical import Taxonomy
 
@@ -55,7 +57,7 @@ class Calibration:
     temperatures: list[float]
 
     def apply(self, taxonomy: Taxonomy, logits: np.ndarray, lexical_scores: np.ndarray | None) -> np.ndarray:
-        """The leaf log-probabilities of the model that is served, (num_documents, num_leaves) float64.
+        """Return the leaf log-probabilities of the model that is served, (num_documents, num_leaves) float64.
 
         Args:
             logits: (num_documents, num_leaves), of the encoder, of temperatures 1.
@@ -67,14 +69,14 @@ class Calibration:
         return apply_temperatures(taxonomy, scores, self.temperatures)
 
 
-def fit(
+def fit_calibration(
     taxonomy: Taxonomy,
     logits: np.ndarray,
     lexical_scores: np.ndarray | None,
     labels: np.ndarray,
     prior: float = PRIOR,
 ) -> Calibration:
-    """The weight of the lexical scores and the temperatures that labels and prior together make most likely.
+    """Return the MAP estimate of the lexical head's weight and of the temperatures.
 
     Args:
         logits, lexical_scores: as for `Calibration.apply`.
@@ -88,113 +90,115 @@ def fit(
         InputError: arrays of other shapes, unknown label ids, logits that are not finite.
     """
     labelled_documents(taxonomy, logits, labels)  # raises
-    experts = [node_log_probs(taxonomy, found) for found in (logits, lexical_scores) if found is not None]
+    experts = [node_log_probs(taxonomy, scores) for scores in (logits, lexical_scores) if scores is not None]
     taken = decisions_taken(taxonomy, np.stack(experts, axis=2), labels)  # (documents, children, experts)
     mean, bounds = np.array([1.0, 0.0])[: len(experts)], [RANGE, (0.0, RANGE[1])][: len(experts)]
 
-    def surprise(factors: np.ndarray) -> float:
-        loss = sum(negative_log_likelihood(scores @ factors, right) for scores, right in taken)
+    def neg_log_posterior(factors: np.ndarray) -> float:
+        loss = sum(negative_log_likelihood(scores @ factors, correct) for scores, correct in taken)
         return loss + ((factors - mean) ** 2).sum() / (2 * prior**2)
 
-    factors = minimize(surprise, x0=mean, bounds=bounds, method="L-BFGS-B").x
+    factors = minimize(neg_log_posterior, x0=mean, bounds=bounds, method="L-BFGS-B").x
     common, weights = float(factors[0]), factors / factors[0]
     return Calibration(
         lexical_weight=float(weights[1]) if len(experts) == 2 else 0.0,
-        temperatures=[1 / inverse_temperature(scores @ weights, right, prior, common) for scores, right in taken],
+        temperatures=[1 / inverse_temperature(scores @ weights, correct, prior, common) for scores, correct in taken],
     )
 
 
 def held_out(
     taxonomy: Taxonomy, logits: np.ndarray, lexical_scores: np.ndarray | None, labels: np.ndarray, texts: np.ndarray
 ) -> np.ndarray:
-    """Leaf log-probabilities, (num_documents, num_leaves), of each fifth of the texts by a calibration on the others.
+    """Cross-validate: calibrate each fifth of the texts by a fit on the others.
+
+    Returns leaf log-probabilities, (num_documents, num_leaves).
 
     Args:
-        logits, lexical_scores, labels: as for `fit`.
+        logits, lexical_scores, labels: as for `fit_calibration`.
         texts: (num_documents,), the same number for the same text.
     """
-    found = np.empty(logits.shape)
+    calibrated = np.empty(logits.shape)
     folds = min(FOLDS, len(np.unique(texts)))
     if folds == 1:
-        return fit(taxonomy, logits, lexical_scores, labels).apply(taxonomy, logits, lexical_scores)
+        return fit_calibration(taxonomy, logits, lexical_scores, labels).apply(taxonomy, logits, lexical_scores)
     for known, unknown in GroupKFold(folds, shuffle=True, random_state=0).split(logits, groups=texts):
         scores = (None, None) if lexical_scores is None else (lexical_scores[known], lexical_scores[unknown])
-        calibration = fit(taxonomy, logits[known], scores[0], labels[known])
-        found[unknown] = calibration.apply(taxonomy, logits[unknown], scores[1])
-    return found
+        calibration = fit_calibration(taxonomy, logits[known], scores[0], labels[known])
+        calibrated[unknown] = calibration.apply(taxonomy, logits[unknown], scores[1])
+    return calibrated
 
 
-def inverse_temperature(scores: np.ndarray, right: np.ndarray, prior: float, common: float = 1.0) -> float:
-    """The factor of a decision's scores that its right children and a prior together make most likely.
+def inverse_temperature(scores: np.ndarray, correct: np.ndarray, prior: float, common: float = 1.0) -> float:
+    """Return the MAP estimate of one decision's inverse temperature.
 
     Args:
         scores: (num_documents, num_children).
-        right: (num_documents,), the index of the right child.
-        prior: the standard deviation of the prior; infinite, there is none.
-        common: its mean.
+        correct: (num_documents,), the index of the correct child.
+        prior: standard deviation of the normal prior; infinite for none.
+        common: mean of the prior.
     """
 
-    def surprise(factor: float) -> float:
-        return negative_log_likelihood(factor * scores, right) + (factor - common) ** 2 / (2 * prior**2)
+    def neg_log_posterior(factor: float) -> float:
+        return negative_log_likelihood(factor * scores, correct) + (factor - common) ** 2 / (2 * prior**2)
 
-    return float(minimize_scalar(surprise, bounds=RANGE, method="bounded", options={"xatol": 1e-5}).x)
+    return float(minimize_scalar(neg_log_posterior, bounds=RANGE, method="bounded", options={"xatol": 1e-5}).x)
 
 
-def negative_log_likelihood(scores: np.ndarray, right: np.ndarray) -> float:
-    """In nats, of the right children (num_documents,), where a decision is the softmax of scores (num_documents, num_children)."""
-    return float(logsumexp(scores, axis=1).sum() - scores[np.arange(len(right)), right].sum()) if len(right) else 0.0
+def negative_log_likelihood(scores: np.ndarray, correct: np.ndarray) -> float:
+    """Return that of the correct children (num_documents,), in nats, under the softmax of scores (num_documents, num_children)."""
+    return (
+        float(logsumexp(scores, axis=1).sum() - scores[np.arange(len(correct)), correct].sum()) if len(correct) else 0.0
+    )
 
 
 def node_log_probs(taxonomy: Taxonomy, logits: np.ndarray) -> np.ndarray:
-    """Log-probabilities of all nodes, (num_documents, num_nodes) float64, from leaf logits (num_documents, num_leaves)."""
-    leaves = log_softmax(logits.astype(np.float64), axis=1)
-    inner = [logsumexp(leaves[:, under], axis=1) for under in taxonomy.leaves_below[taxonomy.num_leaves :]]
-    return np.column_stack([leaves, *inner])
+    """Return log-probabilities of all nodes, (num_documents, num_nodes) float64, from leaf logits (num_documents, num_leaves)."""
+    leaves = torch.tensor(logits, dtype=torch.float64).log_softmax(1)
+    padded = torch.nn.functional.pad(leaves, (0, taxonomy.num_nodes - taxonomy.num_leaves))
+    return TreeSoftmax(taxonomy).with_inclusive_values(padded).numpy()
 
 
 def node_probabilities(taxonomy: Taxonomy, logits: np.ndarray) -> Iterator[list[float]]:
-    """The probabilities of all nodes, of one document after the other, from leaf logits (num_documents, num_leaves)."""
+    """Yield the probabilities of all nodes, of one document after the other, from leaf logits (num_documents, num_leaves)."""
     for start in range(0, len(logits), 1000):  # Python's numbers take four times the room of an array's
         yield from np.exp(node_log_probs(taxonomy, logits[start : start + 1000])).tolist()
 
 
 def decisions_taken(taxonomy: Taxonomy, scores: np.ndarray, labels: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """What each decision rests on, for the documents that it was taken for.
+    """Collect the scores of each decision, over the documents that it was taken for.
 
     Args:
         scores: (num_documents, num_nodes, …).
         labels: (num_documents,), node ids or -100.
 
     Returns:
-        For each of `Taxonomy.decisions`, scores (documents, children, …) with the children in the order of ids, and the index of the right
-        one, (documents,); no documents where it has one child.
+        For each of `Taxonomy.decisions`, scores (documents, children, …) with the children in the order of ids, and the index of the
+        correct one, (documents,); no documents where it has one child.
     """
     scores, labels = scores[labels != UNLABELLED], labels[labels != UNLABELLED]
     ancestors, taken = np.array(taxonomy.ancestors), []
     for nodes in taxonomy.decisions:
         level = taxonomy.levels[nodes[0]] - 1
-        right = ancestors[labels, level]  # the node of each label's path that stands where this decision is taken
-        rows = np.isin(right, nodes) if len(nodes) > 1 else np.zeros(len(labels), dtype=bool)
-        taken.append((scores[rows][:, nodes], np.searchsorted(nodes, right[rows])))
+        correct = ancestors[labels, level]  # the node of each label's path that stands where this decision is taken
+        rows = np.isin(correct, nodes) if len(nodes) > 1 else np.zeros(len(labels), dtype=bool)
+        taken.append((scores[rows][:, nodes], np.searchsorted(nodes, correct[rows])))
     return taken
 
 
 def apply_temperatures(taxonomy: Taxonomy, scores: np.ndarray, temperatures: list[float]) -> np.ndarray:
-    """The leaf log-probabilities, (num_documents, num_leaves) float64, of decisions with these temperatures.
+    """Return leaf log-probabilities, (num_documents, num_leaves) float64, of decisions with these temperatures.
 
     Args:
         scores: (num_documents, num_nodes), which each decision is a softmax of.
     """
-    conditional = np.zeros_like(scores)
-    for nodes, temperature in zip(taxonomy.decisions, temperatures, strict=True):
-        conditional[:, nodes] = log_softmax(scores[:, nodes] / temperature, axis=1)
-    return np.column_stack([conditional[:, taxonomy.path(leaf)].sum(axis=1) for leaf in range(taxonomy.num_leaves)])
+    divided = torch.from_numpy(scores / np.array(temperatures)[taxonomy.decision_of])
+    return TreeSoftmax(taxonomy).node_log_probs(divided)[:, : taxonomy.num_leaves].numpy()
 
 
 def fit_thresholds(
     taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray
 ) -> list[float | None] | None:
-    """Conformal thresholds for coverages of 0.01 … 0.99, as `HierarchicalConfig` keeps them, rounded up to 6 decimals.
+    """Fit conformal thresholds for coverages of 0.01 … 0.99, as `HierarchicalConfig` keeps them, rounded up to 6 decimals.
 
     Args:
         logits: (num_documents, num_leaves), of the calibrated model.
@@ -212,12 +216,12 @@ def fit_thresholds(
 
 
 def round_up(score: float) -> float:
-    """A score with 6 decimals, never less than it was: a larger threshold holds at least the same share."""
+    """Round a score up to 6 decimals: a larger threshold holds at least the same share."""
     return float(Decimal(float(score)).quantize(Decimal("1e-6"), rounding=ROUND_CEILING))
 
 
 def nonconformity_scores(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """One score for each labelled text, the largest of its documents', in ascending order.
+    """Return one score for each labelled text, the largest of its documents', in ascending order.
 
     Texts are drawn independently of each other; rows are not, since a text that is there several times brings all of its
     rows. So the rank of a new score is uniform among one score a text, not among the rows'. The largest score is a function
@@ -231,7 +235,7 @@ def nonconformity_scores(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndar
     texts = texts[labels != UNLABELLED]
     logits, labels = labelled_documents(taxonomy, logits, labels)
     probabilities = node_probabilities(taxonomy, logits)
-    scores = [nonconformity(taxonomy, *found) for found in zip(probabilities, labels.tolist(), strict=True)]
+    scores = [nonconformity(taxonomy, *document) for document in zip(probabilities, labels.tolist(), strict=True)]
     return np.sort(pd.Series(scores, dtype=float).groupby(texts).max())
 
 
@@ -243,7 +247,7 @@ def conformal_scores(
     thresholds: list[float | None],
     coverage: float,
 ) -> dict[str, float]:
-    """How answers for a coverage fare on labelled texts, each of which counts once.
+    """Measure answers for a coverage on labelled texts, each of which counts once.
 
     Args:
         logits, labels, texts: as for `fit_thresholds`.

@@ -2,14 +2,14 @@
 
 Worth knowing:
 
-1. On its own it is right less often than the encoder, but on other texts; `benchmarks/quality.py` shows what it adds.
+1. On its own it is correct less often than the encoder, but on other texts. `benchmarks/quality.py` shows what it adds.
 2. It is multinomial logistic regression (scikit-learn) on the training rows, and is fitted once, after the encoder. Training
    the two together was not tried.
 3. A token counts by its TF-IDF times how unlike the classes use it, `spread_of_log_odds`. `benchmarks/studies/words.py` shows what
    that is worth.
-4. How much it says is one number, fitted with the calibration on the validation rows, and kept in config.json.
-5. It is one flat classifier, and an inner node has the sum of its leaves' probabilities: one classifier for each decision, as
-   HiClass has them, was tried on OHSUMED and was right less often, about parents too.
+4. Its weight against the encoder is one number, fitted with the calibration on the validation rows and kept in config.json.
+5. It is one flat classifier; an inner node has the sum of its leaves' probabilities. One classifier for each decision, as in
+   HiClass, was tried on OHSUMED and was correct less often, for parents too.
 """
 
 import logging
@@ -33,7 +33,7 @@ MOST_WEIGHTS = 2**24  # 64 MiB
 
 
 def token_counts(rows: Dataset, vocab_size: int) -> csr_matrix:
-    """How often each token id occurs in each row: (num_rows, vocab_size), special tokens included."""
+    """Count how often each token id occurs in each row: (num_rows, vocab_size), special tokens included."""
     columns = rows.with_format("arrow")["input_ids"]
     chunks = getattr(columns, "chunks", [columns])
     lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks])
@@ -81,24 +81,24 @@ class LexicalClassifier:
             self.bias[unseen] = np.log(share * len(labels)) - logsumexp(-total)
 
     def documents(self, counts: csr_matrix) -> csr_matrix:
-        """TF-IDF vectors of length 1: (num_rows, V)."""
+        """Return TF-IDF vectors of length 1: (num_rows, V)."""
         weighed = counts.copy()
         weighed.data = (1 + np.log(weighed.data)) * self.idf[weighed.indices]
         lengths = np.sqrt(weighed.multiply(weighed).sum(axis=1)).A1
         return csr_matrix(weighed.multiply(1 / np.maximum(lengths, 1e-12)[:, None]))
 
     def scores(self, counts: csr_matrix) -> np.ndarray:
-        """(num_rows, num_leaves), whose softmax are this classifier's own probabilities."""
+        """Return scores (num_rows, num_leaves), whose softmax are this classifier's own probabilities."""
         return self.documents(counts) @ self.weight.T + self.bias
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights of a `LexicalHead` with these scores."""
-        found = {"idf": self.idf, "weight": self.weight, "bias": self.bias}
-        return {name: torch.tensor(values, dtype=torch.float32) for name, values in found.items()}
+        """Return the weights of a `LexicalHead` with these scores."""
+        weights = {"idf": self.idf, "weight": self.weight, "bias": self.bias}
+        return {name: torch.tensor(values, dtype=torch.float32) for name, values in weights.items()}
 
 
 def spread_of_log_odds(present: csr_matrix, labels: np.ndarray) -> np.ndarray:
-    """How unlike the classes use each token: the variance over classes of log P(token | class) - log P(token | others).
+    """Measure how unlike the classes use each token: the variance over classes of log P(token | class) - log P(token | others).
 
     P is the share of documents that have the token, with one document more that has it and one that has not (Laplace). These
     log-odds, with their sign, weigh the words of the two-class NB-SVM (Wang and Manning, 2012, "Baselines and bigrams"); one
@@ -121,8 +121,8 @@ def spread_of_log_odds(present: csr_matrix, labels: np.ndarray) -> np.ndarray:
     return np.var(log_odds, axis=0)
 
 
-def fit(taxonomy: Taxonomy, train: Dataset, vocab_size: int) -> LexicalClassifier | None:
-    """A lexical classifier of the training rows.
+def fit_classifier(taxonomy: Taxonomy, train: Dataset, vocab_size: int) -> LexicalClassifier | None:
+    """Fit a lexical classifier on the training rows.
 
     Args:
         train: rows with ``input_ids`` and ``labels``.

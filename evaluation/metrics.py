@@ -1,11 +1,11 @@
-"""What is measured: flat, hierarchical and per-level scores, the log loss, and the calibration error.
+"""Flat, hierarchical and per-level scores, the log loss, and the calibration error.
 
 Worth knowing:
 
-1. The answer that is scored is the most probable leaf and its ancestors: a path that always reaches a leaf.
+1. The prediction that is scored is the most probable leaf and its ancestors: a path that always reaches a leaf.
 2. A label is a node id. A leaf counts everywhere. An inner node ("specific disease", no child known) counts in the
    hierarchical, per-level and log-loss scores only, and -100 (no label) nowhere.
-3. A score that its documents cannot give (no leaf among the labels, nobody at that level) is left out, never NaN.
+3. A score that its documents cannot give (no leaf among the labels, none at that level) is left out, never NaN.
 4. `hierarchical_f1` is a module of the `evaluate` library in this repository. It is loaded by its absolute path, since
    `evaluate` asks the Hub for a relative one that it does not find, and keeps its data in memory, since the processes
    of a distributed run would otherwise share one file in the home folder. `evaluate` imports a copy of the module, which
@@ -32,27 +32,29 @@ _BLOCK = 2**22  # float64 numbers held at a time: 5,000 leaves and 100,000 docum
 
 
 def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict[str, float]]:
-    """The Trainer's ``compute_metrics`` for a taxonomy.
+    """Build the Trainer's ``compute_metrics`` for a taxonomy.
 
     The function it returns takes ``predictions`` of shape (num_documents, num_leaves), leaf logits whose softmax is the
     distribution over leaves, and ``label_ids`` of shape (num_documents,), node ids or -100. It returns
 
     - over documents labelled with a leaf, as scikit-learn defines them: ``accuracy``; ``macro_f1`` and ``weighted_f1``
-      over the leaves that occur as label or answer;
-    - ``ece``, see `expected_calibration_error`, and ``ece_by_chance``, what it would be were the probabilities right, see
-      `calibration_error_by_chance`: over all labelled documents. Whether an answer below a label that is an inner node is
-      right is not known: where it passes through the label, it counts as right by its conditional probability there. Were
-      such documents left out, this would be a choice by label, among which right probabilities look wrong;
+      over the leaves that occur as label or prediction;
+    - over all labelled documents: ``ece``, see `expected_calibration_error`, and ``ece_by_chance``, its expected value for
+      correct probabilities, see `calibration_error_by_chance`. If the label is an inner node, a prediction below it scores
+      P(prediction given label), because the true leaf is unknown. Leaving such documents out would select documents by
+      their label, and make correct probabilities look wrong;
     - over all labelled documents: ``hierarchical_precision``, ``hierarchical_recall`` and ``hierarchical_f1``
-      (Kiritchenko, Matwin and Famili 2005), where an answer below a label that is an inner node is cut at its level: what is
-      right there is not known; and ``log_loss``, the mean of -log P(label) in nats, where an inner node's probability is the
-      sum of its leaves';
-    - for each level k that some label reaches: ``level_k_accuracy``, the share of the documents whose true path reaches
-      the level that have the same node there in their predicted path (a shorter path is wrong); and
-      ``level_k_macro_f1``, over the nodes of the level that occur in a true or predicted path, where a leaf above
-      the level is "no node at this level", a class that is not averaged, and a document labelled with an inner node
-      above the level takes no part: its node there is not known; and ``level_k_ece`` and ``level_k_ece_by_chance``, as
-      above but of the tree cut below the level, where a leaf above the level stands for itself.
+      (Kiritchenko, Matwin and Famili 2005). A prediction below a label that is an inner node is truncated at the label.
+      And ``log_loss``, the mean of -log P(label) in nats, where an inner node has the sum of its leaves' probabilities;
+    - for each level k that some label reaches:
+
+      - ``level_k_accuracy``, over the documents whose true path reaches the level: the share whose predicted path has the
+        same node there (a shorter path is wrong);
+      - ``level_k_macro_f1``, over the nodes of the level that occur in a true or predicted path. A leaf above the level is
+        "no node at this level", a class that is not averaged. A document labelled with an inner node above the level is
+        left out, because its node there is unknown;
+      - ``level_k_ece`` and ``level_k_ece_by_chance``, as above, of the tree truncated below the level, where a leaf above
+        the level stands for itself.
 
     Raises:
         InputError: `evaluate` cannot write its copy of the module. The function it returns raises it for arrays of other
@@ -66,38 +68,38 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
         leaves_under[node, leaves] = True
 
     def calibration_errors(
-        level: int, labels: np.ndarray, answers: np.ndarray, logits: np.ndarray
+        level: int, labels: np.ndarray, predictions: np.ndarray, logits: np.ndarray
     ) -> tuple[float, float]:
-        """The error of the tree cut below a level, counted from 0, and what it is by chance."""
-        true, nodes = (np.where(paths[some, level] >= 0, paths[some, level], some) for some in (labels, answers))
-        at_label = paths[answers, levels[labels] - 1]
+        """Return the error of the tree truncated below a level, counted from 0, and its value by chance."""
+        true, nodes = (np.where(paths[some, level] >= 0, paths[some, level], some) for some in (labels, predictions))
+        at_label = paths[predictions, levels[labels] - 1]
         unknown = (labels >= taxonomy.num_leaves) & (at_label >= 0) & (levels[nodes] > levels[labels])
         known = np.where(unknown, at_label, nodes)
         probability = np.exp(_log_probability(logits, nodes, leaves_under))
         so_far = probability.copy()  # of `known`, which is another node for few documents
         if unknown.any():
             so_far[unknown] = np.exp(_log_probability(logits[unknown], known[unknown], leaves_under))
-        right = np.where(known == true, probability / so_far, 0.0)
-        error = expected_calibration_error(_bin(probability, right, bins=15))
+        correct = np.where(known == true, probability / so_far, 0.0)
+        error = expected_calibration_error(_bin(probability, correct, bins=15))
         return error, calibration_error_by_chance(probability, probability**2 * (1 / so_far - 1))
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         logits, labels = labelled_documents(taxonomy, prediction.predictions, prediction.label_ids)
         if not labels.size:
             raise InputError("no document to be scored has a label; give a file with labels")
-        answers, _ = predicted_leaves(logits)
+        predictions, _ = predicted_leaves(logits)
         is_leaf = labels < taxonomy.num_leaves
         metrics: dict[str, float] = {}
         if is_leaf.any():
-            metrics |= _flat_scores(labels[is_leaf], answers[is_leaf])
-        at_label = paths[answers, levels[labels] - 1]
-        known = np.where(is_leaf | (at_label < 0), answers, at_label)
+            metrics |= _flat_scores(labels[is_leaf], predictions[is_leaf])
+        at_label = paths[predictions, levels[labels] - 1]
+        known = np.where(is_leaf | (at_label < 0), predictions, at_label)
         metrics |= hierarchical_f1.compute(predictions=known, references=labels, parents=taxonomy.parents)
         metrics["log_loss"] = float(-_log_probability(logits, labels, leaves_under).mean())
-        metrics |= _level_scores(paths[labels], paths[answers], is_leaf)
+        metrics |= _level_scores(paths[labels], paths[predictions], is_leaf)
         reached = {f"level_{level + 1}_": level for level in range(taxonomy.depth) if (paths[labels, level] >= 0).any()}
         for prefix, level in {**({"": taxonomy.depth - 1} if is_leaf.any() else {}), **reached}.items():
-            errors = calibration_errors(level, labels, answers, logits)
+            errors = calibration_errors(level, labels, predictions, logits)
             metrics |= dict(zip((f"{prefix}ece", f"{prefix}ece_by_chance"), errors, strict=True))
         return metrics
 
@@ -105,9 +107,9 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
 
 
 def any_label_accuracy(logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> float | None:
-    """The share of documents whose predicted leaf is a leaf that some document of the same text has.
+    """Return the share of documents whose predicted leaf labels some document of the same text.
 
-    Corpora repeat texts under several labels; `accuracy` then counts an answer wrong that another row calls right.
+    Corpora repeat texts under several labels; `accuracy` then counts a prediction as wrong that is the label of another row.
 
     Args:
         logits: (num_documents, num_leaves).
@@ -120,50 +122,50 @@ def any_label_accuracy(logits: np.ndarray, labels: np.ndarray, texts: np.ndarray
     is_leaf = (labels >= 0) & (labels < logits.shape[1])
     if not is_leaf.any():
         return None
-    right = set(zip(texts[is_leaf].tolist(), labels[is_leaf].tolist(), strict=True))
-    answers = zip(texts[is_leaf].tolist(), logits[is_leaf].argmax(axis=1).tolist(), strict=True)
-    return float(np.mean([answer in right for answer in answers]))
+    correct = set(zip(texts[is_leaf].tolist(), labels[is_leaf].tolist(), strict=True))
+    predictions = zip(texts[is_leaf].tolist(), logits[is_leaf].argmax(axis=1).tolist(), strict=True)
+    return float(np.mean([prediction in correct for prediction in predictions]))
 
 
 def bootstrap_intervals(
-    labels: np.ndarray, answers: np.ndarray, num_leaves: int, resamples: int = 1000, level: float = 0.95
+    labels: np.ndarray, predictions: np.ndarray, num_leaves: int, resamples: int = 1000, level: float = 0.95
 ) -> dict[str, np.ndarray]:
-    """Percentile bootstrap intervals over documents (Efron and Tibshirani, 1993, chapter 13).
+    """Compute percentile bootstrap intervals over documents (Efron and Tibshirani, 1993, chapter 13).
 
     A resample lacks some documents of each class and has others twice, and where classes have few, its macro-F1 is lower for that
     alone: with 200 classes of three documents the score itself lay above its interval. So the mean of the resamples is moved to
     the score.
 
     Args:
-        labels, answers: (num_documents,), leaf ids; one document at least.
+        labels, predictions: (num_documents,), leaf ids; one document at least.
         level: the share of resamples between the ends.
 
     Returns:
-        The lower and the upper end, (2,), of ``accuracy`` and ``macro_f1`` (over the leaves that occur as label or answer),
+        The lower and the upper end, (2,), of ``accuracy`` and ``macro_f1`` (over the leaves that occur as label or prediction),
         and (2, num_leaves) of ``f1``, that of each leaf over the resamples in which it occurs; NaN where in none.
     """
 
     def scores(true: np.ndarray, given: np.ndarray) -> dict[str, np.ndarray]:
-        right = np.bincount(true[true == given], minlength=num_leaves)
+        correct = np.bincount(true[true == given], minlength=num_leaves)
         occurring = np.bincount(true, minlength=num_leaves) + np.bincount(given, minlength=num_leaves)
-        f1 = np.where(occurring > 0, 2 * right / np.maximum(occurring, 1), np.nan)
-        return {"accuracy": right.sum() / len(true), "macro_f1": np.nanmean(f1), "f1": f1}
+        f1 = np.where(occurring > 0, 2 * correct / np.maximum(occurring, 1), np.nan)
+        return {"accuracy": correct.sum() / len(true), "macro_f1": np.nanmean(f1), "f1": f1}
 
     generator = np.random.default_rng(0)
     drawn = (generator.integers(len(labels), size=len(labels)) for _ in range(resamples))
-    resampled = [scores(labels[rows], answers[rows]) for rows in drawn]
-    found = {name: np.array([one[name] for one in resampled]) for name in resampled[0]}
-    found["macro_f1"] += scores(labels, answers)["macro_f1"] - found["macro_f1"].mean()
-    found["macro_f1"] = found["macro_f1"].clip(0, 1)
+    resampled = [scores(labels[rows], predictions[rows]) for rows in drawn]
+    values = {name: np.array([one[name] for one in resampled]) for name in resampled[0]}
+    values["macro_f1"] += scores(labels, predictions)["macro_f1"] - values["macro_f1"].mean()
+    values["macro_f1"] = values["macro_f1"].clip(0, 1)
     ends = (50 * (1 - level), 50 * (1 + level))
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # of leaves that occur nowhere
-        return {name: np.nanpercentile(values, ends, axis=0) for name, values in found.items()}
+        return {name: np.nanpercentile(drawn_values, ends, axis=0) for name, drawn_values in values.items()}
 
 
 def per_class_report(
     taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray
 ) -> tuple[list[dict], dict[str, list[float]]]:
-    """How each leaf fares, over the documents labelled with a leaf: scikit-learn's precision, recall and F1.
+    """Score each leaf, over the documents labelled with a leaf: scikit-learn's precision, recall and F1.
 
     Args:
         logits: (num_documents, num_leaves).
@@ -181,11 +183,11 @@ def per_class_report(
     is_leaf = labels < taxonomy.num_leaves
     if not is_leaf.any():
         return [], {}
-    labels, answers = labels[is_leaf], logits[is_leaf].argmax(axis=1)
+    labels, predictions = labels[is_leaf], logits[is_leaf].argmax(axis=1)
     precision, recall, f1, support = precision_recall_fscore_support(
-        labels, answers, labels=range(taxonomy.num_leaves), zero_division=0
+        labels, predictions, labels=range(taxonomy.num_leaves), zero_division=0
     )
-    intervals = bootstrap_intervals(labels, answers, taxonomy.num_leaves)
+    intervals = bootstrap_intervals(labels, predictions, taxonomy.num_leaves)
     ends = intervals["f1"]
     rows = [
         {
@@ -202,7 +204,7 @@ def per_class_report(
 
 
 def calibration_bins(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> dict[str, np.ndarray]:
-    """Confidence against accuracy in equal-width bins of the predicted leaf's probability (Guo et al. 2017).
+    """Bin confidence and accuracy, in equal-width bins of the predicted leaf's probability (Guo et al. 2017).
 
     Bin m of M holds the probabilities in ((m - 1) / M, m / M]. Only documents labelled with a leaf take part.
 
@@ -219,12 +221,12 @@ def calibration_bins(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> 
     """
     _check_arrays(logits, labels)
     is_leaf = (labels >= 0) & (labels < logits.shape[1])
-    answers, confidence = predicted_leaves(logits[is_leaf])
-    return _bin(confidence, answers == labels[is_leaf], bins)
+    predictions, confidence = predicted_leaves(logits[is_leaf])
+    return _bin(confidence, predictions == labels[is_leaf], bins)
 
 
 def expected_calibration_error(bins: dict[str, np.ndarray]) -> float:
-    """The mean over documents of |accuracy - confidence| of their bin (Guo et al. 2017, equation 3).
+    """Return the mean over documents of |accuracy - confidence| of their bin (Guo et al. 2017, equation 3).
 
     Args:
         bins: what `calibration_bins` returns, with at least one document in it.
@@ -235,13 +237,13 @@ def expected_calibration_error(bins: dict[str, np.ndarray]) -> float:
 
 
 def calibration_error_by_chance(confidence: np.ndarray, variance: np.ndarray | None = None, bins: int = 15) -> float:
-    """What `expected_calibration_error` is on average for as many documents where each probability is right.
+    """Return the mean of `expected_calibration_error` for as many documents whose probabilities are correct.
 
-    In a bin with probabilities p, the number of right answers then has the variance v = Σ p (1 - p), and differs from its
+    In a bin with probabilities p, the number of correct predictions has the variance v = Σ p (1 - p), and differs from its
     mean by √(2 v / π) on average, as a normal variable of that variance does.
 
     Args:
-        confidence: (num_documents,), the probability of each answer; one at least.
+        confidence: (num_documents,), the probability of each prediction; one at least.
         variance: (num_documents,), p (1 - p) by default.
     """
     variance = confidence * (1 - confidence) if variance is None else variance
@@ -250,7 +252,7 @@ def calibration_error_by_chance(confidence: np.ndarray, variance: np.ndarray | N
 
 
 def labelled_documents(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The rows that have a label, checked.
+    """Check the arrays, and return the rows that have a label.
 
     Args:
         logits: (num_documents, num_leaves).
@@ -275,7 +277,7 @@ def labelled_documents(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarra
 
 
 def predicted_leaves(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The most probable leaf of each document and its probability: (num_documents,) each.
+    """Return the most probable leaf of each document and its probability: (num_documents,) each.
 
     Args:
         logits: (num_documents, num_leaves).
@@ -313,23 +315,23 @@ def _load_hierarchical_f1() -> evaluate.EvaluationModule:
 
 
 def _log_probs(logits: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Leaf log-probabilities in float64, some documents at a time: (block, num_leaves)."""
+    """Yield leaf log-probabilities in float64, some documents at a time: (block, num_leaves)."""
     size = max(1, _BLOCK // logits.shape[1])
     for start in range(0, len(logits), size):
         rows = slice(start, start + size)
         yield rows, log_softmax(logits[rows].astype(np.float64), axis=1)
 
 
-def _flat_scores(true: np.ndarray, answers: np.ndarray) -> dict[str, float]:
+def _flat_scores(true: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
     return {
-        "accuracy": float(accuracy_score(true, answers)),
-        "macro_f1": float(f1_score(true, answers, average="macro", zero_division=0)),
-        "weighted_f1": float(f1_score(true, answers, average="weighted", zero_division=0)),
+        "accuracy": float(accuracy_score(true, predictions)),
+        "macro_f1": float(f1_score(true, predictions, average="macro", zero_division=0)),
+        "weighted_f1": float(f1_score(true, predictions, average="weighted", zero_division=0)),
     }
 
 
 def _log_probability(logits: np.ndarray, nodes: np.ndarray, leaves_under: np.ndarray) -> np.ndarray:
-    """The log-probability that each document's row of leaf logits gives to a node of its own: (num_documents,)."""
+    """Return the log-probability that each document's row of leaf logits gives to a node of its own: (num_documents,)."""
     return np.concatenate(
         [
             logsumexp(np.where(leaves_under[nodes[rows]], log_probs, -np.inf), axis=1)
@@ -339,17 +341,19 @@ def _log_probability(logits: np.ndarray, nodes: np.ndarray, leaves_under: np.nda
 
 
 def _level_scores(true: np.ndarray, predicted: np.ndarray, is_leaf: np.ndarray) -> dict[str, float]:
-    """Scores of each level from true and predicted paths, (num_documents, depth) each, and which labels are leaves."""
+    """Return scores of each level from true and predicted paths, (num_documents, depth) each, and which labels are leaves."""
     scores = {}
-    for level, (nodes, answers) in enumerate(zip(true.T, predicted.T, strict=True), start=1):
+    for level, (nodes, predictions) in enumerate(zip(true.T, predicted.T, strict=True), start=1):
         reached = nodes >= 0
         if not reached.any():
             continue
         known = reached | is_leaf
-        occurring = np.union1d(nodes[known], answers[known])
-        scores[f"level_{level}_accuracy"] = float(accuracy_score(nodes[reached], answers[reached]))
+        occurring = np.union1d(nodes[known], predictions[known])
+        scores[f"level_{level}_accuracy"] = float(accuracy_score(nodes[reached], predictions[reached]))
         scores[f"level_{level}_macro_f1"] = float(
-            f1_score(nodes[known], answers[known], labels=occurring[occurring >= 0], average="macro", zero_division=0)
+            f1_score(
+                nodes[known], predictions[known], labels=occurring[occurring >= 0], average="macro", zero_division=0
+            )
         )
     return scores
 

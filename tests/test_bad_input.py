@@ -25,8 +25,8 @@ from transformers import AutoModel
 import predict
 import push_to_hub
 import train
+from checkpoint_hierarchical import SHIPPED_FILES
 from errors import InputError
-from modeling_hierarchical import SHIPPED_FILES
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import parse
 from training.model import build_model, load_tokenizer
@@ -370,7 +370,7 @@ CHECKPOINTS = {
     "weights left over": (
         "whole_form", configure("config.json", lexical_vocab_size=None, lexical_weight=None), "does not fit its config.json"),
     "weights torn": ("whole_form", cut(WHOLE), "SafetensorError"),
-    "tokenizer of another": ("whole_form", more_tokens, "the tokenizer has 73 tokens, the encoder 23: it is another's"),
+    "tokenizer of another": ("whole_form", more_tokens, "the tokenizer of checkpoint is another encoder's: it has token 73"),
     "tokenizer without limit": (
         "whole_form", configure("tokenizer_config.json", model_max_length=10**9), "beyond the encoder's 32 positions"),
     "tokenizer missing": (

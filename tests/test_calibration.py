@@ -9,7 +9,7 @@ import torch
 from conftest import CLEAR, ROOT, run
 from datasets import Dataset, DatasetDict
 from scipy.optimize import brentq
-from scipy.special import log_softmax
+from scipy.special import log_softmax, softmax
 from transformers import AutoTokenizer, BertConfig, pipeline
 
 from configuration_hierarchical import HierarchicalConfig
@@ -18,7 +18,7 @@ from evaluation.calibration import (
     Calibration,
     apply_temperatures,
     conformal_scores,
-    fit,
+    fit_calibration,
     fit_thresholds,
     held_out,
     node_log_probs,
@@ -53,7 +53,7 @@ def drawn(tree: Taxonomy, temperatures: list[float], rows: int, seed: int = 0) -
 
 
 def fitted(tree: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> list[float]:
-    return fit(tree, logits, None, labels).temperatures
+    return fit_calibration(tree, logits, None, labels).temperatures
 
 
 def test_temperatures_are_those_that_the_labels_were_drawn_with():
@@ -81,13 +81,15 @@ def test_the_lexical_weight_is_the_one_that_the_labels_were_drawn_with():
     scores = node_log_probs(TREE, logits) + 0.7 * node_log_probs(TREE, words)
     chances = np.exp(apply_temperatures(TREE, scores, [1.5] * 4))
     labels = np.array([generator.choice(len(row), p=row / row.sum()) for row in chances])
-    found = fit(TREE, logits, words, labels)
+    found = fit_calibration(TREE, logits, words, labels)
     assert found.lexical_weight == pytest.approx(0.7, rel=0.1)
     assert found.temperatures == pytest.approx([1.5] * 4, rel=0.1)
-    assert fit(TREE, logits, -words, labels).lexical_weight == 0  # words that speak against the label have no say
-    assert fit(TREE, logits, None, labels).lexical_weight == 0
+    assert (
+        fit_calibration(TREE, logits, -words, labels).lexical_weight == 0
+    )  # words that speak against the label have no say
+    assert fit_calibration(TREE, logits, None, labels).lexical_weight == 0
     logits, labels = drawn(TREE, [1.5] * 4, 20_000)
-    assert fit(TREE, logits, words, labels).lexical_weight < 0.05
+    assert fit_calibration(TREE, logits, words, labels).lexical_weight < 0.05
 
 
 def test_rows_are_scored_by_a_calibration_that_has_not_seen_their_text():
@@ -100,7 +102,7 @@ def test_rows_are_scored_by_a_calibration_that_has_not_seen_their_text():
     np.testing.assert_array_equal(found[:2], again[:2])
     changed = np.flatnonzero((found != again).any(axis=1))
     assert len(changed) == 240  # all that four fifths of the texts had a say in
-    everything = fit(TREE, logits, scores, labels).apply(TREE, logits, scores)
+    everything = fit_calibration(TREE, logits, scores, labels).apply(TREE, logits, scores)
     np.testing.assert_allclose(found, everything, atol=1.0)
 
 
@@ -130,7 +132,9 @@ def test_scores_of_validation_rows_do_not_flatter_the_fit():
 def test_the_prior_weighs_as_much_as_its_formula_says():
     """By hand: n decisions of two, each right by a margin m, and β ~ N(1, s²): n · m / (1 + exp(β · m)) = (β - 1) / s²."""
     tree, n, m, s = Taxonomy(["a", "b"]), 40, 1.5, 0.25
-    (temperature,) = fit(tree, np.tile([m, 0.0], (n, 1)), None, np.zeros(n, dtype=int), prior=s).temperatures
+    (temperature,) = fit_calibration(
+        tree, np.tile([m, 0.0], (n, 1)), None, np.zeros(n, dtype=int), prior=s
+    ).temperatures
     common = brentq(lambda factor: n * m / (1 + np.exp(factor * m)) - (factor - 1) / s**2, 1, 20)
     own = brentq(lambda factor: n * m / (1 + np.exp(factor * m)) - (factor - common) / s**2, 1, 20)
     assert 1 / temperature == pytest.approx(own, rel=1e-3)
@@ -157,7 +161,7 @@ def test_few_rows_or_rows_that_were_all_decided_rightly_do_little_harm():
         return float(-found[np.arange(len(rest)), labels[rest]].mean())
 
     def harm(rows: np.ndarray, prior: float) -> float:
-        return log_loss(fit(TREE, logits[rows], words[rows], labels[rows], prior=prior)) - untouched
+        return log_loss(fit_calibration(TREE, logits[rows], words[rows], labels[rows], prior=prior)) - untouched
 
     untouched = log_loss(Calibration(0.0, [1.0] * 4))
     right = known[logits[known].argmax(1) == labels[known]]
@@ -165,7 +169,9 @@ def test_few_rows_or_rows_that_were_all_decided_rightly_do_little_harm():
         assert harm(rows, PRIOR) < min(0.05, harm(rows, np.inf))
     for rows in (right[:10], right[:30], right[:100]):
         assert harm(rows, PRIOR) < harm(rows, np.inf) / 5
-    assert fit(TREE, logits, words, np.full(len(labels), -100)).temperatures == pytest.approx([1.0] * 4, abs=1e-4)
+    assert fit_calibration(TREE, logits, words, np.full(len(labels), -100)).temperatures == pytest.approx(
+        [1.0] * 4, abs=1e-4
+    )
 
 
 def test_the_model_itself_gives_the_calibrated_probabilities():
@@ -176,7 +182,7 @@ def test_the_model_itself_gives_the_calibrated_probabilities():
     ids = torch.randint(5, 60, (7, 9))
     with torch.inference_mode():
         before = model(input_ids=ids).logits.double().numpy()
-        model.calibrate([0.5, 2.0, 3.0, 0.7], None)
+        model.set_calibration([0.5, 2.0, 3.0, 0.7], None)
         after = model(input_ids=ids)
     expected = apply_temperatures(TREE, node_log_probs(TREE, before), [0.5, 2.0, 3.0, 0.7])
     np.testing.assert_allclose(after.logits.numpy(), expected, atol=1e-5)
@@ -184,11 +190,27 @@ def test_the_model_itself_gives_the_calibrated_probabilities():
     np.testing.assert_allclose(apply_temperatures(TREE, node_log_probs(TREE, before), [1.0] * 4), before, atol=1e-6)
 
 
+@pytest.mark.parametrize("tree", [TREE, ONLY, MANY])
+def test_calibrated_probabilities_are_products_of_each_decision_by_itself(tree):
+    """The reference takes one softmax a decision, over sums of leaf probabilities."""
+    generator = np.random.default_rng(4)
+    logits, words = (generator.normal(scale=5, size=(6, tree.num_leaves)) for _ in range(2))
+    temperatures = generator.uniform(0.3, 3, len(tree.decisions)).tolist()
+    below = np.array([[leaf in leaves for leaf in range(tree.num_leaves)] for leaves in tree.leaves_below])
+    encoder, lexical = (np.log(softmax(scores, axis=1) @ below.T) for scores in (logits, words))
+    conditional = np.zeros_like(encoder)
+    for nodes, temperature in zip(tree.decisions, temperatures, strict=True):
+        conditional[:, nodes] = log_softmax((encoder + 0.7 * lexical)[:, nodes] / temperature, axis=1)
+    expected = np.column_stack([conditional[:, tree.path(leaf)].sum(axis=1) for leaf in range(tree.num_leaves)])
+    np.testing.assert_allclose(node_log_probs(tree, logits), encoder, atol=1e-12)
+    np.testing.assert_allclose(Calibration(0.7, temperatures).apply(tree, logits, words), expected, atol=1e-12)
+
+
 def test_a_calibration_is_saved_and_loaded(tmp_path):
     config = HierarchicalConfig(text_config={"model_type": "bert", **TINY}, taxonomy=TREE)
     model = HierarchicalForSequenceClassification(config).eval()
     thresholds = [0.0] * 50 + [0.5] * 48 + [None]
-    model.calibrate([0.5, 2.0, 3.0, 0.7], thresholds, 48)
+    model.set_calibration([0.5, 2.0, 3.0, 0.7], thresholds, 48)
     model.save_pretrained(tmp_path)
     loaded = HierarchicalForSequenceClassification.from_pretrained(tmp_path)
     assert loaded.config.temperatures == [0.5, 2.0, 3.0, 0.7]

@@ -15,7 +15,8 @@ import torch
 from conftest import ROOT, stranger
 from transformers import AutoTokenizer
 
-from modeling_hierarchical import SHIPPED_FILES, HierarchicalForSequenceClassification
+from checkpoint_hierarchical import SHIPPED_FILES
+from modeling_hierarchical import HierarchicalForSequenceClassification
 from pipeline_hierarchical import HierarchicalTextClassificationPipeline, conformal_answer, conformal_threshold
 from push_to_hub import merge
 

@@ -23,9 +23,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import pipeline
 
+from checkpoint_hierarchical import SHIPPED_FILES
 from configuration_hierarchical import HierarchicalConfig
 from errors import InputError
-from modeling_hierarchical import SHIPPED_FILES
 from taxonomy_hierarchical import Taxonomy, TaxonomyError
 from training.arguments import parse
 from training.data import read_class_names

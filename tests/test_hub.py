@@ -24,14 +24,15 @@ from huggingface_hub.hf_api import RepoFile
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from modeling_hierarchical import SHIPPED_FILES, HierarchicalForSequenceClassification
+from checkpoint_hierarchical import SHIPPED_FILES
+from modeling_hierarchical import HierarchicalForSequenceClassification
 from publishing.card import pinned_commit, snippets
 from publishing.hub import same as same_file
 
 ADAPTER_REPOSITORY = {
     *(".gitattributes", "README.md", "config.json", "metrics.json"),
     *("taxonomy_hierarchical.py", "configuration_hierarchical.py", "modeling_hierarchical.py"),
-    *("cpu_hierarchical.py", "pipeline_hierarchical.py"),
+    *("checkpoint_hierarchical.py", "cpu_hierarchical.py", "pipeline_hierarchical.py"),
     *("heads.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
     *("tokenizer.json", "tokenizer_config.json"),
     *(f"plots/confusion_matrix_level_{level}.png" for level in (1, 2)),

@@ -9,14 +9,12 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, BitsAndBytesConfig
 
+from checkpoint_hierarchical import ADAPTER_WEIGHTS, load_encoder, without_pooler
 from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import (
-    ADAPTER_WEIGHTS,
     HierarchicalForSequenceClassification,
-    load_encoder,
     negative_log_likelihood,
     segment_log_softmax,
-    without_pooler,
 )
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import ModelArguments
@@ -359,6 +357,7 @@ def test_the_adapter_form_holds_adapter_and_heads_alone_and_comes_back_the_same(
         "config.json",
         "taxonomy_hierarchical.py",
         "configuration_hierarchical.py",
+        "checkpoint_hierarchical.py",
         "modeling_hierarchical.py",
         "cpu_hierarchical.py",
         "pipeline_hierarchical.py",

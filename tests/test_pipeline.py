@@ -1,4 +1,6 @@
+import os
 import random
+import shutil
 import sys
 import threading
 import time
@@ -8,13 +10,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import ROOT, stranger
 from datasets import Dataset
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
+from checkpoint_hierarchical import SHIPPED_FILES, load_encoder
 from configuration_hierarchical import HierarchicalConfig
-from modeling_hierarchical import HierarchicalForSequenceClassification, load_encoder
+from modeling_hierarchical import HierarchicalForSequenceClassification
 from pipeline_hierarchical import HierarchicalTextClassificationPipeline, batches_by_length
 from taxonomy_hierarchical import Taxonomy
 
@@ -285,6 +289,39 @@ def test_bfloat16_on_a_cpu_answers_as_float32_does(checkpoint, classify):
     for a, b in zip(classify(texts, stride=16), half(texts, stride=16), strict=True):
         for one, other in zip(a["levels"], b["levels"], strict=True):
             assert list(other.values()) == pytest.approx(list(one.values()), abs=0.03)
+
+
+def test_a_checkpoint_outlives_the_private_names_that_its_cpu_kernels_use(checkpoint, tmp_path):
+    """Where torch or transformers rename them, results are the same, and one warning says what is missing."""
+    kernels = (ROOT / "cpu_hierarchical.py").read_text()
+    renamed = {"none": "", "function": "bidirectional_mask_function", "operation": "_reorder_linear_weight"}
+    for folder, name in renamed.items():
+        shutil.copytree(checkpoint, tmp_path / folder)
+        text = kernels.replace(name, f"{name}_of_old") if name else kernels
+        (tmp_path / folder / "cpu_hierarchical.py").write_text(text)
+    code = f"""
+import json, logging, os, torch
+from transformers import pipeline
+answers, warned = {{}}, []
+handler = logging.Handler(logging.WARNING)
+handler.emit = lambda record: warned.append(record.getMessage())
+logging.getLogger().addHandler(handler)
+for folder in reversed({list(renamed)!r}):
+    for _ in range(2):
+        classify = pipeline("hierarchical-text-classification", model=folder, trust_remote_code=True, dtype=torch.bfloat16)
+    answers[folder] = [list(level.values()) for result in classify({TEXTS!r}) for level in result["levels"]]
+    classify.model.save_pretrained(folder + "_saved")
+print(json.dumps([answers, warned, torch.ops.mkldnn._is_mkldnn_bf16_supported()]))
+"""
+    answers, warned, packs = stranger(code, tmp_path, {"HF_MODULES_CACHE": str(tmp_path / "modules")})
+    wanted = ["operation", "function"] if packs else ["function"]
+    said = [message for message in warned if "CPU kernels" in message]
+    assert len(said) == len(wanted)
+    assert all(renamed[folder] in message for folder, message in zip(wanted, said, strict=True))
+    for folder in renamed:
+        assert {*SHIPPED_FILES} <= {*os.listdir(tmp_path / f"{folder}_saved")}
+        for one, other in zip(answers["none"], answers[folder], strict=True):
+            assert other == pytest.approx(one, abs=0.02)
 
 
 def test_calls_in_threads_that_cut_at_different_lengths_do_not_cut_for_each_other(checkpoint):

@@ -22,8 +22,8 @@ from conftest import CORPUS, ROOT, read_csv, run, stranger
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
+from checkpoint_hierarchical import SHIPPED_FILES
 from errors import InputError
-from modeling_hierarchical import SHIPPED_FILES
 from predict import main
 from training.records import read_records
 

@@ -40,6 +40,7 @@ def test_the_output_folder_is_what_the_readme_promises(finished, tiny_encoder):
         "config.json",
         "taxonomy_hierarchical.py",
         "configuration_hierarchical.py",
+        "checkpoint_hierarchical.py",
         "modeling_hierarchical.py",
         "heads.safetensors",
         "adapter/adapter_config.json",

@@ -29,14 +29,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from checkpoint_hierarchical import SHIPPED_FILES, check_tokenizer, load_encoder, position_limit
 from configuration_hierarchical import HierarchicalConfig
 from errors import InputError, one_line, refusing
-from modeling_hierarchical import (
-    SHIPPED_FILES,
-    HierarchicalForSequenceClassification,
-    HierarchicalHeads,
-    load_encoder,
-)
+from modeling_hierarchical import HierarchicalForSequenceClassification, HierarchicalHeads
 from publishing.hub import ADAPTER_FORM, HUB_ERRORS, TOKENIZER_FILES, WHOLE_FORM
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import ModelArguments
@@ -304,41 +300,15 @@ def load_tokenizer(arguments: ModelArguments, model: HierarchicalForSequenceClas
                 cache_dir=arguments.cache_dir,
                 trust_remote_code=False,
             )
-    check_tokenizer(tokenizer, model)
+        check_tokenizer(tokenizer, model)
     tokenizer.padding_side = "right"  # positions count from the first token, which is also what "cls" pools
     tokenizer.truncation_side = "right"  # where results say that a text was cut
     limit = position_limit(model.encoder)
+    if limit is None:
+        raise InputError(f"{type(model.encoder).__name__} names no max_position_embeddings; use another encoder")
     # a checkpoint's own is the --max_length it was trained with, which this run may raise
     tokenizer.model_max_length = limit if warm_start else min(tokenizer.model_max_length, limit)
     return tokenizer
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: HierarchicalForSequenceClassification) -> None:
-    """Raises InputError where a tokenizer is not that of the encoder, as far as numbers tell.
-
-    From a folder without a tokenizer transformers makes one that knows special tokens alone.
-    """
-    name, embeddings = tokenizer.name_or_path, model.get_input_embeddings().num_embeddings
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise InputError(f"{name} holds no tokenizer: its vocabulary has {len(tokenizer)} special tokens and no words")
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= embeddings:
-        raise InputError(
-            f"the tokenizer of {name} is another encoder's: it has token {largest:,}, and the encoder {embeddings:,} embeddings"
-        )
-
-
-def position_limit(encoder: PreTrainedModel) -> int:
-    """The longest input, in tokens, that the encoder has positions for.
-
-    RoBERTa's family counts positions from ``padding_idx + 1``, which takes as many from its table.
-    """
-    table = getattr(encoder.config, "max_position_embeddings", None)
-    if table is None:
-        raise InputError(f"{type(encoder).__name__} names no max_position_embeddings; use another encoder")
-    positions = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
-    offset = getattr(positions, "padding_idx", None)
-    return table if offset is None else table - offset - 1
 
 
 def size_report(model: HierarchicalForSequenceClassification) -> dict[str, int | float]:

@@ -18,13 +18,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from checkpoint_hierarchical import ADAPTER_SUBFOLDER, ADAPTER_WEIGHTS, HEADS_WEIGHTS
 from errors import InputError, refusing
-from modeling_hierarchical import (
-    ADAPTER_SUBFOLDER,
-    ADAPTER_WEIGHTS,
-    HEADS_WEIGHTS,
-    HierarchicalForSequenceClassification,
-)
+from modeling_hierarchical import HierarchicalForSequenceClassification
 from taxonomy_hierarchical import Taxonomy
 from training.model import is_checkpoint, read_config
 

@@ -35,13 +35,9 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
 
+from checkpoint_hierarchical import ADAPTER_SUBFOLDER, ADAPTER_WEIGHTS, HEADS_WEIGHTS
 from errors import InputError, refusing
-from modeling_hierarchical import (
-    ADAPTER_SUBFOLDER,
-    ADAPTER_WEIGHTS,
-    HEADS_WEIGHTS,
-    HierarchicalForSequenceClassification,
-)
+from modeling_hierarchical import HierarchicalForSequenceClassification
 from publishing import card
 from publishing.hub import CARD_COMMIT, CHECKPOINT_FILES, HUB_ERRORS, checkpoint_files, reason
 from training.cpu import speed_up

@@ -25,7 +25,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from evaluation.calibration import Calibration, fit
+from evaluation.calibration import Calibration, fit_calibration
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import DataArguments
 from training.data import load_splits
@@ -68,7 +68,7 @@ def leaf_scores(model: PreTrainedModel, checkpoint: Path, texts: list[str]) -> t
     """
     lexical = model.heads.lexical
     model.set_lexical_head(None)
-    model.calibrate(None, None)
+    model.set_calibration(None, None)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
     ids = tokenizer(texts, truncation=True)["input_ids"]
     logits, words = (np.empty((len(texts), model.config.tree.num_leaves)) for _ in range(2))
@@ -89,7 +89,7 @@ def losses(
     for prior in PRIORS:
         calibration = Calibration(0.0, [1.0] * len(tree.decisions))
         if prior:
-            calibration = fit(tree, logits[known], words[known], labels[known], prior)
+            calibration = fit_calibration(tree, logits[known], words[known], labels[known], prior)
         log_probs = calibration.apply(tree, logits[rest], words[rest])
         found.append(-log_probs[np.arange(len(rest)), labels[rest]].mean())
     return np.array(found)

@@ -43,7 +43,7 @@ sys.path.insert(0, str(ROOT))
 
 from calibration import leaf_scores
 
-from evaluation.calibration import fit, inverse_temperature
+from evaluation.calibration import fit_calibration, inverse_temperature
 from evaluation.lexical import LexicalClassifier, token_counts
 from evaluation.metrics import build_compute_metrics
 from taxonomy_hierarchical import Taxonomy
@@ -121,7 +121,9 @@ def beside_an_encoder(data: Path, runs: Path) -> dict[str, dict[str, float]]:
         rows = generator.permutation(len(labels))
         known, rest = rows[:VALIDATION_ROWS], rows[VALIDATION_ROWS:]
         for title, (fitted, beside) in forms.items():
-            calibration = fit(fitted, logits[known], None if beside is None else beside[known], labels[known])
+            calibration = fit_calibration(
+                fitted, logits[known], None if beside is None else beside[known], labels[known]
+            )
             answers = calibration.apply(fitted, logits[rest], None if beside is None else beside[rest])
             measured = build_compute_metrics(tree)(EvalPrediction(predictions=answers, label_ids=labels[rest]))
             found[title].append([measured[name] for name in shown])

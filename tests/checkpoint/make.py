@@ -17,8 +17,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, BertConfig, BertModel, BertTokenizerFast
 
+from checkpoint_hierarchical import SHIPPED_FILES, load_encoder
 from configuration_hierarchical import HierarchicalConfig
-from modeling_hierarchical import SHIPPED_FILES, HierarchicalForSequenceClassification, load_encoder
+from modeling_hierarchical import HierarchicalForSequenceClassification
 
 TAXONOMY = ["general", {"specific": [{"neoplasms": ["carcinoma", "lymphoma"]}, "digestive", "nervous"]}]
 TEXTS = [
@@ -52,7 +53,7 @@ def main() -> None:
     model.set_lexical_head(
         {"idf": torch.rand(size[0]), "weight": torch.randn(size[::-1]), "bias": torch.randn(size[1])}, 0.4
     )
-    model.calibrate([0.8, 1.5, 1.2], [place / 1000 for place in range(1, 1000)])
+    model.set_calibration([0.8, 1.5, 1.2], [place / 1000 for place in range(1, 1000)])
     model.eval()
     config.encoder_name_or_path = "encoder"  # the tests load it with this folder as the current one
     model.save_pretrained(FOLDER / "adapter_form")

@@ -1,0 +1,559 @@
+"""The two forms of a checkpoint: read, check, merge and write them.
+
+Worth knowing:
+
+1. A checkpoint is either whole (``model.safetensors``) or an adapter: ``heads.safetensors`` beside a plain PEFT adapter in
+   ``adapter/``, over an encoder that is fetched by name. The adapter is in a subfolder because a root-level
+   ``adapter_config.json`` on the Hub makes ``AutoModel`` load the bare encoder instead.
+2. Loading merges the adapter into the encoder's weights. That needs no PEFT, which takes longer to import than everything
+   else, and it makes every forward faster. Over quantized weights, or on demand, PEFT keeps the adapter beside them.
+3. The functions take the model as an argument, so this file does not import the file that holds it.
+4. transformers fetches remote code by scanning for relative imports. A file that none of the others imports in this way
+   would not reach the folder that `save_pretrained` copies the code from.
+"""
+
+import copy
+import inspect
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import MODEL_MAPPING, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import cached_file, is_peft_available, logging
+
+try:
+    from .configuration_hierarchical import HierarchicalConfig
+except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
+    from configuration_hierarchical import HierarchicalConfig
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_hierarchical.HierarchicalConfig",
+    "AutoModel": "modeling_hierarchical.HierarchicalForSequenceClassification",
+    "AutoModelForSequenceClassification": "modeling_hierarchical.HierarchicalForSequenceClassification",
+}
+CUSTOM_PIPELINES = {
+    "hierarchical-text-classification": {
+        "impl": "pipeline_hierarchical.HierarchicalTextClassificationPipeline",
+        "pt": ["AutoModelForSequenceClassification"],
+        "type": "text",
+    }
+}
+SHIPPED_FILES = (
+    "taxonomy_hierarchical.py",
+    "configuration_hierarchical.py",
+    "checkpoint_hierarchical.py",
+    "modeling_hierarchical.py",
+    "cpu_hierarchical.py",
+    "pipeline_hierarchical.py",
+)
+ADAPTER_SUBFOLDER = "adapter"
+ADAPTER_PREFIX = "base_model.model."  # how PeftModel names the module that it wraps
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+HEADS_WEIGHTS = "heads.safetensors"
+PADDING_COUNTS = ("convbert", "yoso")  # their convolutions and hashes take padding in
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+# the encoder is in a repository of its own, with another revision, and its code is transformers' own
+NOT_FOR_THE_ENCODER = (
+    *("revision", "subfolder", "trust_remote_code", "code_revision", "adapter_kwargs"),
+    *("_from_auto", "_from_pipeline", "_commit_hash"),
+)
+# settings of a LoRA adapter that do not change what is added to a weight, whatever their value
+HARMLESS_LORA_SETTINGS = (
+    *("peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("auto_mapping", "r", "lora_alpha", "lora_dropout", "target_modules", "megatron_core", "qalora_group_size"),
+)
+
+
+# --- Load a checkpoint -------------------------------------------------------------------------------------------------
+
+
+def load_checkpoint(
+    model_class: type,
+    load_whole_form: Callable,
+    name: str | os.PathLike,
+    *model_args: Any,
+    config: Any,
+    merge_adapter: bool,
+    **kwargs: Any,
+) -> Any:
+    """Load a checkpoint of either form, see `HierarchicalForSequenceClassification.from_pretrained`.
+
+    Args:
+        model_class: called with the configuration and the loaded encoder, for the adapter form.
+        load_whole_form: the `from_pretrained` of transformers, for that class.
+        config: a configuration, the name of one, or None for that of the checkpoint.
+    """
+    # AutoModel passes a config whose class is another object than the one imported here, so its base class is asked for
+    if not isinstance(config, PretrainedConfig):
+        kept = {key: kwargs[key] for key in (*HUB_ARGUMENTS, "dtype", "torch_dtype") if key in kwargs}
+        config, kwargs = HierarchicalConfig.from_pretrained(
+            name if config is None else config,
+            return_unused_kwargs=True,
+            **{key: value for key, value in kwargs.items() if key not in ("dtype", "torch_dtype")},
+        )
+        kwargs |= kept  # the configuration would have kept these for itself
+    info_wanted = kwargs.pop("output_loading_info", False)
+    if config.adapter_subfolder is not None:
+        model, info = load_adapter_form(model_class, name, config, merge_adapter, **kwargs)
+    else:
+        with plain_errors(name):
+            model, info = load_whole_form(name, *model_args, config=config, output_loading_info=True, **kwargs)
+        refuse_missing(name, model, info)
+        if left_over := [weight for weight in info["unexpected_keys"] if weight.startswith("heads.")]:
+            raise ValueError(f"the weight {min(left_over)!r} of {name} does not fit its config.json")
+    return (model, info) if info_wanted else model
+
+
+def load_adapter_form(
+    model_class: type, name: str | os.PathLike, config: Any, merge_adapter: bool, **kwargs: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Load the encoder by its name and revision, then the adapter and heads of the checkpoint.
+
+    Returns:
+        The model, in evaluation mode, and the loading info of transformers, which reports nothing missing.
+    """
+    hub = {argument: kwargs[argument] for argument in HUB_ARGUMENTS if argument in kwargs}
+
+    def fetch(filename: str) -> str:
+        return cached_file(name, filename, **hub)
+
+    heads = load_file(fetch(HEADS_WEIGHTS))
+    adapter_config = Path(fetch(f"{config.adapter_subfolder}/adapter_config.json"))
+    lora = read_adapter_config(adapter_config)
+    adapter = load_file(fetch(f"{config.adapter_subfolder}/{ADAPTER_WEIGHTS}"))
+    kwargs = {argument: value for argument, value in kwargs.items() if argument not in NOT_FOR_THE_ENCODER}
+    encoder = load_encoder(config, **kwargs)
+    with init.no_init_weights():  # everything is loaded
+        model = model_class(copy.deepcopy(config), encoder=encoder)
+    refuse_offloaded(encoder, lora)
+    if merge_adapter and is_mergeable(encoder, lora):
+        merge_lora(encoder, adapter, lora)
+        load_heads(model, heads)
+    else:
+        peft_config = import_peft().PeftConfig.from_pretrained(adapter_config.parent)
+        load_heads_and_adapter(model, heads, adapter, peft_config)
+    in_memory = (parameter.device for parameter in encoder.parameters() if not parameter.is_meta)
+    model.heads.to(next(in_memory, torch.device("cpu")))
+    if hasattr(encoder, "hf_device_map"):  # how pipelines and Trainers see that a model is already placed
+        placed = {".".join(filter(None, ("encoder", part))): at for part, at in encoder.hf_device_map.items()}
+        model.hf_device_map = {**placed, "heads": next(iter(placed.values()))}
+    model.name_or_path = model.config.name_or_path = str(name)
+    # anything else was an error
+    return model.eval(), {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+
+
+def load_encoder(config: HierarchicalConfig, **kwargs: Any) -> PreTrainedModel:
+    """Load the encoder that ``config`` names, at its pinned revision, by `AutoModel.from_pretrained`.
+
+    Raises:
+        ValueError: the repository lacks some of the encoder's weights, or its commit is not pinned.
+        OSError: the repository, or that commit of it, is not there.
+    """
+    name, revision = config.encoder_name_or_path, config.encoder_revision
+    if os.path.isdir(name):
+        revision = "main"
+    elif os.path.isabs(name):
+        raise ValueError(
+            f"the encoder is the folder {name}, which is not on this machine: publish such a checkpoint by "
+            "push_to_hub.py --merge, or set encoder_name_or_path and encoder_revision in its config.json"
+        )
+    elif re.fullmatch("[0-9a-f]{40}", revision or "") is None:
+        raise ValueError(
+            f"encoder_revision must be the commit of {name} that this was trained on, 40 hexadecimal digits, not "
+            f"{revision!r}: a branch can move, and the encoder with it"
+        )
+    with quiet_loading(), plain_errors(name):
+        encoder, info = AutoModel.from_pretrained(
+            name,
+            config=config.text_config,
+            revision=revision,
+            output_loading_info=True,
+            trust_remote_code=False,  # else transformers asks at a terminal
+            **without_pooler(config.text_config),
+            **kwargs,
+        )
+    encoder.vocab_size_at_load = config.text_config.vocab_size
+    refuse_missing(name, encoder, info)
+    refuse_maskless(encoder)
+    return encoder
+
+
+def build_encoder(text_config: PretrainedConfig) -> PreTrainedModel:
+    """Build an encoder with fresh weights."""
+    encoder = AutoModel.from_config(text_config, **without_pooler(text_config))
+    refuse_maskless(encoder)
+    return encoder
+
+
+def without_pooler(text_config: PretrainedConfig) -> dict[str, bool]:
+    """Return the argument that leaves out an encoder's pooler, where it has one.
+
+    Pooling happens in this project's model, and a layer without a gradient is an error under DDP.
+    """
+    parameters = inspect.signature(MODEL_MAPPING[type(text_config)].__init__).parameters
+    return {"add_pooling_layer": False} if "add_pooling_layer" in parameters else {}
+
+
+def load_heads(model: Any, heads: dict[str, Tensor]) -> None:
+    """Load heads as they are stored in a checkpoint.
+
+    Raises:
+        ValueError: weights are missing, left over, or of another shape.
+    """
+    check_weights("heads", heads, model.heads.state_dict())
+    model.heads.load_state_dict(heads)
+
+
+def load_heads_and_adapter(
+    model: Any, heads: dict[str, Tensor], adapter: dict[str, Tensor], adapter_config: Any = None
+) -> None:
+    """Load heads and adapter weights as they are stored in a checkpoint, with PEFT.
+
+    Args:
+        adapter_config: a `peft.PeftConfig`, injected first; None when an adapter is already there.
+
+    Raises:
+        ValueError: weights are missing, left over, or of another shape.
+    """
+    peft = import_peft()
+    if adapter_config is not None:
+        peft.inject_adapter_in_model(adapter_config, model.encoder)
+        model.encoder.requires_grad_(False)
+        # PEFT injects in the type of the encoder, or of the products of 4-bit weights, to which the adapter would be rounded
+        for name, parameter in model.encoder.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.float()
+    adapter = {name.removeprefix(ADAPTER_PREFIX): tensor for name, tensor in adapter.items()}
+    check_weights("adapter", adapter, peft.get_peft_model_state_dict(model.encoder))
+    load_heads(model, heads)
+    peft.set_peft_model_state_dict(model.encoder, adapter)
+
+
+def import_peft() -> Any:
+    """Import PEFT, only where it is needed, because its import takes longer than everything else."""
+    if is_peft_available():
+        import peft
+
+        return peft
+    raise ImportError("the checkpoint holds a PEFT adapter: pip install peft")
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Silence warnings of poolers and pretraining heads, which are left out on purpose.
+
+    Also switch off the conversion of .bin files, for which transformers would send the user's token to a Space.
+    """
+    verbosity, before = logging.get_verbosity(), os.environ.get("DISABLE_SAFETENSORS_CONVERSION")
+    logging.set_verbosity_error()
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if before is None:
+            del os.environ["DISABLE_SAFETENSORS_CONVERSION"]
+        else:
+            os.environ["DISABLE_SAFETENSORS_CONVERSION"] = before
+
+
+# --- Check what was loaded ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def plain_errors(name: str | os.PathLike) -> Iterator[None]:
+    """Replace errors of transformers that point at a log, or that say how to run the code in a .bin file.
+
+    Raises:
+        ValueError: weights of other shapes than the configuration's, or a file with more than tensors.
+    """
+    try:
+        yield
+    except Exception as error:
+        if "ignore_mismatched_sizes" in str(error):
+            said = f"the weights of {name} have other shapes than its configuration says"
+        elif type(error).__name__ == "UnpicklingError":
+            said = f"{name} holds a .bin file with more than tensors, which could run code: it is not loaded"
+        else:
+            raise
+        raise ValueError(said) from error
+
+
+def refuse_missing(name: str | os.PathLike, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Raise ValueError where weights are missing: transformers draws them at random, with a warning."""
+    if missing := info["missing_keys"]:
+        raise ValueError(f"{name} lacks {len(missing)} weights of a {type(model).__name__}, such as {min(missing)!r}")
+
+
+def refuse_maskless(encoder: PreTrainedModel) -> None:
+    """Raise ValueError where padding would change predictions, and for models that are more than an encoder."""
+    name = type(encoder).__name__
+    if encoder.config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder with a decoder: use an encoder alone")
+    if encoder.config.model_type in PADDING_COUNTS:
+        raise ValueError(
+            f"{name} lets padding change its answers, whatever the attention mask says: use another encoder"
+        )
+    if getattr(encoder.config, "default_language", "") is None:  # XMOD, which has layers for each language
+        raise ValueError(f"{name} has to know the language of the texts: set default_language in its config.json")
+    if "attention_mask" not in inspect.signature(encoder.forward).parameters:
+        raise ValueError(f"{name} takes no attention mask, so that padding changes its answers: use another encoder")
+
+
+def refuse_offloaded(encoder: nn.Module, adapter_config: dict[str, Any]) -> None:
+    """Raise ValueError where adapted weights are not in memory: PEFT would silently leave the adapter out."""
+    targets = adapter_config.get("target_modules")
+    for name, parameter in encoder.named_parameters():
+        if parameter.is_meta and (not targets or is_target(name.rpartition(".")[0], targets)):
+            raise ValueError(
+                f"the encoder's {name} is offloaded, and the adapter cannot be added to it: give the model more memory, or "
+                "load a checkpoint that was published by push_to_hub.py --merge"
+            )
+
+
+def check_tokenizer(tokenizer: Any, model: Any) -> None:
+    """Raise ValueError where a tokenizer is not that of the encoder, as far as numbers tell."""
+    name, embeddings = tokenizer.name_or_path, model.get_input_embeddings().num_embeddings
+    # from a folder without a tokenizer transformers makes one that knows special tokens alone
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ValueError(f"{name} holds no tokenizer: its vocabulary has {len(tokenizer)} special tokens and no words")
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= embeddings:
+        raise ValueError(
+            f"the tokenizer of {name} is another encoder's: it has token {largest:,}, and the encoder {embeddings:,} embeddings"
+        )
+
+
+def position_limit(encoder: PreTrainedModel) -> int | None:
+    """Return the longest input, in tokens, that an encoder has positions for; None where it names no limit.
+
+    RoBERTa's family counts positions from ``padding_idx + 1``, which takes as many from its table.
+    """
+    limit = getattr(encoder.config, "max_position_embeddings", None)
+    table = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
+    offset = getattr(table, "padding_idx", None)
+    return limit if limit is None or offset is None else limit - offset - 1
+
+
+def check_weights(what: str, stored: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raise ValueError, naming the first, where stored tensors are missing, left over or of another shape."""
+    for name in sorted(stored.keys() ^ expected.keys()):
+        problem = "does not fit this model" if name in stored else "is missing from the checkpoint"
+        raise ValueError(f"the {what} weight {name!r} {problem}")
+    for name, tensor in stored.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(
+                f"the {what} weight {name!r} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
+            )
+
+
+def read_adapter_config(path: Path) -> dict[str, Any]:
+    """Read an adapter_config.json.
+
+    Raises:
+        ValueError: the file is not JSON, or names no kind of adapter.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict) or "peft_type" not in content:
+        raise ValueError(f"{path} is not the configuration of a PEFT adapter: it names no peft_type")
+    return content
+
+
+# --- Merge an adapter --------------------------------------------------------------------------------------------------
+
+
+def is_target(name: str, targets: list[str] | str) -> bool:
+    """Return whether PEFT adapts the module of this name: by the end of its name, or by a pattern for all of it."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def is_mergeable(encoder: nn.Module, adapter_config: dict[str, Any]) -> bool:
+    """Return whether an adapter is LoRA as published, over linear layers that hold floating-point numbers."""
+    others = {name: value for name, value in adapter_config.items() if name not in HARMLESS_LORA_SETTINGS and value}
+    if adapter_config["peft_type"] != "LORA" or others.pop("bias", "none") != "none":
+        return False
+    if others.pop("init_lora_weights", True) not in (True, "gaussian") or others:
+        return False
+    targets = [m for name, m in encoder.named_modules() if is_target(name, adapter_config["target_modules"])]
+    # the weights of torchao are tensors of its own in plain layers
+    plain = all(type(m) is nn.Linear and type(m.weight) is nn.Parameter for m in targets)
+    return plain and all(m.weight.is_floating_point() and not m.weight.is_meta for m in targets)
+
+
+@torch.no_grad()
+def merge_lora(encoder: nn.Module, adapter: dict[str, Tensor], adapter_config: dict[str, Any]) -> None:
+    """Add a LoRA adapter to the weights that it adapts: W + (alpha / r) · B · A (Hu et al., 2021, section 4.1).
+
+    Args:
+        adapter: the adapter's weights, as they are stored.
+        adapter_config: the content of its adapter_config.json.
+
+    Raises:
+        ValueError: weights are missing, left over, or of another shape.
+    """
+    targets, r = adapter_config["target_modules"], adapter_config["r"]
+    adapter = {name.removeprefix(ADAPTER_PREFIX): tensor for name, tensor in adapter.items()}
+    modules = {name: module for name, module in encoder.named_modules() if is_target(name, targets)}
+    expected = {}
+    for name, module in modules.items():
+        expected[f"{name}.lora_A.weight"] = torch.empty(r, module.in_features, device="meta")
+        expected[f"{name}.lora_B.weight"] = torch.empty(module.out_features, r, device="meta")
+    check_weights("adapter", adapter, expected)
+    for name, module in modules.items():
+        weight = module.weight
+        a, b = (adapter[f"{name}.lora_{part}.weight"].to(weight.device, torch.float32) for part in "AB")
+        merged = torch.addmm(weight.float(), b, a, alpha=adapter_config["lora_alpha"] / r)
+        weight.data = merged.to(weight.dtype)  # a new tensor: the old one can be the file itself, mapped into memory
+
+
+def merge_injected_adapter(model: Any) -> None:
+    """Merge an injected adapter into the weights that it adapts, and remove PEFT's layers."""
+    peft = import_peft()
+    for name, module in list(model.encoder.named_modules()):
+        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+            module.merge(safe_merge=True)  # with an error where a weight is not finite
+            parent, _, child = name.rpartition(".")
+            setattr(model.encoder.get_submodule(parent), child, module.get_base_layer())
+    del model.encoder.peft_config
+
+
+# --- Write a checkpoint ------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    model: Any,
+    save_whole_form: Callable,
+    folder: Path,
+    is_main_process: bool,
+    state_dict: dict[str, Tensor] | None,
+    **kwargs: Any,
+) -> None:
+    """Write a model and the code that loads it, see `HierarchicalForSequenceClassification.save_pretrained`.
+
+    Args:
+        save_whole_form: the `save_pretrained` of transformers, of that model.
+    """
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; a checkpoint needs a folder")
+    if kwargs.get("push_to_hub"):  # which would publish before the code is written
+        raise ValueError("save_pretrained writes a folder; to publish it, run push_to_hub.py on that folder")
+    code = read_shipped_files() if is_main_process else {}
+    if not model.has_adapter:
+        prepare_whole_form(model)
+        save_whole_form(folder, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+    elif is_main_process:
+        save_adapter_form(model, folder, model.state_dict() if state_dict is None else state_dict)
+    if is_main_process:
+        follow_umask(folder)
+        remove_other_form(folder, model.has_adapter)
+        for file, content in code.items():
+            (folder / file).write_bytes(content)
+
+
+def read_shipped_files() -> dict[str, bytes]:
+    """Read the code that travels with a checkpoint: this file, and those beside it.
+
+    Raises:
+        ValueError: a file is gone, such as when the cache of transformers was emptied since the model was loaded.
+    """
+    try:
+        return {name: (Path(__file__).parent / name).read_bytes() for name in SHIPPED_FILES}
+    except OSError as error:
+        raise ValueError(
+            f"cannot save the model: its code {error.filename} cannot be read ({error.strerror}); load the model again"
+        ) from error
+
+
+def prepare_whole_form(model: Any) -> None:
+    """Set the configuration of a model that is about to be saved whole.
+
+    Raises:
+        ValueError: bitsandbytes has repacked the weights, which would be saved in that order.
+    """
+    for name, weight in model.named_parameters():
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(
+                f"{name} was repacked by bitsandbytes when the model first ran on this CPU, and would be saved "
+                "so: save the model before, or load it again"
+            )
+    config = model.config
+    config.adapter_subfolder = None
+    config.auto_map, config.custom_pipelines = AUTO_MAP, CUSTOM_PIPELINES
+    # a local path means nothing on another machine, and nobody loads the encoder again
+    config.text_config.name_or_path = ""
+    if os.path.isabs(config.encoder_name_or_path):
+        config.encoder_name_or_path = os.path.basename(config.encoder_name_or_path)
+
+
+def save_adapter_form(model: Any, folder: Path, state_dict: dict[str, Tensor]) -> None:
+    """Write the heads, the adapter and the configuration, without the encoder.
+
+    Raises:
+        ValueError: the embeddings were resized.
+    """
+    vocab_size = model.config.text_config.vocab_size
+    if vocab_size != getattr(model.encoder, "vocab_size_at_load", vocab_size):
+        raise ValueError("an adapter checkpoint holds no embeddings, and these were resized: train with --tuning full")
+    # Heads and adapter.
+    part = {
+        prefix: {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
+        for prefix in ("heads.", "encoder.")
+    }
+    (folder / ADAPTER_SUBFOLDER).mkdir(parents=True, exist_ok=True)
+    save_file(contiguous(part["heads."]), folder / HEADS_WEIGHTS, {"format": "pt"})
+    adapter = import_peft().get_peft_model_state_dict(model.encoder, state_dict=part["encoder."])
+    adapter = {ADAPTER_PREFIX + name: tensor for name, tensor in adapter.items()}
+    save_file(contiguous(adapter), folder / ADAPTER_SUBFOLDER / ADAPTER_WEIGHTS, {"format": "pt"})
+
+    # The adapter's configuration.
+    adapter_config = copy.deepcopy(model.encoder.peft_config["default"])
+    adapter_config.inference_mode = True
+    adapter_config.base_model_name_or_path = model.config.encoder_name_or_path
+    adapter_config.revision = model.config.encoder_revision
+    adapter_config.save_pretrained(folder / ADAPTER_SUBFOLDER)
+
+    # The model's configuration.
+    config = copy.deepcopy(model.config)
+    config.auto_map, config.custom_pipelines = AUTO_MAP, CUSTOM_PIPELINES
+    config.text_config.name_or_path = ""  # a path on this machine
+    config.architectures = [type(model).__name__]
+    config.adapter_subfolder = ADAPTER_SUBFOLDER
+    # how the encoder was held in memory is no property of the checkpoint: it loads as its own repository has it
+    config.dtype = config.text_config.dtype = None
+    for part_config in (config, config.text_config):
+        if hasattr(part_config, "quantization_config"):
+            del part_config.quantization_config
+    config.save_pretrained(folder)
+
+
+def contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors as safetensors requires them."""
+    return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+
+
+def follow_umask(folder: Path) -> None:
+    """Let the umask say who may read the weights: safetensors makes files that their owner alone may read."""
+    os.umask(umask := os.umask(0o077))  # it can only be read by setting it
+    for file in [*folder.glob("*.safetensors"), *(folder / ADAPTER_SUBFOLDER).glob("*.safetensors")]:
+        file.chmod(0o666 & ~umask)
+
+
+def remove_other_form(folder: Path, adapter_form: bool) -> None:
+    """Delete the weights of an earlier checkpoint of the other form, which would be published along."""
+    whole = [*folder.glob("model.safetensors*"), *folder.glob("model-*-of-*.safetensors")]
+    adapter = [folder / ADAPTER_SUBFOLDER / name for name in (ADAPTER_WEIGHTS, "adapter_config.json")]
+    for file in whole if adapter_form else [folder / HEADS_WEIGHTS, *adapter]:
+        file.unlink(missing_ok=True)
