@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from training.records import Record
+from prediction.input import Record
 
 OUTPUTS = (".jsonl", ".csv", ".parquet")
 DIGITS = 6

@@ -6,16 +6,18 @@ Worth knowing:
    is also in a validation or test file are dropped, and so are validation rows whose text is in the test file.
 2. A text that an earlier run of a checkpoint was trained on is never scored: it goes to the training rows, or is left out.
 3. A label becomes the id of a node of the taxonomy, a leaf or an inner node. Codes become names first.
-4. Nothing is guessed from a value: a CSV cell "NA" or "007" is that text, and an empty cell is an error.
+4. Files are read by `reading`, which guesses nothing from a value. A row that cannot be read, an empty text or a missing
+   label is an error. Its message names the line where the row begins, and shows no text.
 5. The report counts what limits any classifier: duplicates, texts with several labels, and the accuracy these allow.
-6. Rows are counted from 0, without the header, in messages and in the column ``row``. A text is never shown.
+6. The column ``row`` counts the rows of a source from 0, without the header.
 """
 
 import hashlib
 import json
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from errors import InputError
+from reading.columns import LABEL_COLUMNS, TEXT_COLUMNS, choose_columns, find_column, text_problem
+from reading.sources import Source, Table, kind_of, open_rows, read_table
 from taxonomy_hierarchical import (
     DEFAULT_TAXONOMY,
     SHOWN_CHARACTERS,
@@ -46,14 +50,14 @@ from training.data_report import (
     shared_texts,
     untrained_classes,
 )
-from training.files import TEXT_COLUMNS, find_column, read_table, read_texts, refuse_rows, sha256
+from training.files import sha256
 from training.trained_texts import UNTRAINED, TrainedTexts, normalise_text, text_hash
 from training.views import sentence_numbers
 
 logger = logging.getLogger(__name__)
 
 SPLIT_ALIASES = {"valid": "validation", "val": "validation", "dev": "validation"}
-LABEL_COLUMNS = ("condition_label", "label", "labels", "category", "class", "condition_name")
+MISSING_LABEL = "the label is missing"
 LONGEST_LABEL = 500  # characters; anything longer is a column of texts taken for labels
 TOKEN_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -82,9 +86,19 @@ class LabelledSplits:
 
 @dataclass(frozen=True)
 class _Source:
-    name: str  # as it is called in messages
-    table: pd.DataFrame
-    sha256: dict[str, str]  # file: fingerprint
+    """A file or a data set.
+
+    Attributes:
+        name: what messages call it.
+        columns: as `reading.rows.Rows.columns`.
+        read: returns the columns that are wanted.
+        sha256: the fingerprints of its files, by name.
+    """
+
+    name: str
+    columns: dict[str, float]
+    read: Callable[[list[str]], Table]
+    sha256: dict[str, str]
 
 
 def load_splits(
@@ -107,15 +121,12 @@ def load_splits(
     """
     _check_sizes(arguments)
     sources, single = _read_sources(arguments)
-    tables = {source.name: source.table for source in sources.values()}
-    text_column = find_column(tables, arguments.text_column, TEXT_COLUMNS, "--text_column")
-    label_columns = _find_label_columns(tables, arguments.label_column)
-    if text_column in label_columns:
-        raise InputError(f"the column {quote_name(text_column)} cannot be both --text_column and --label_column")
+    columns = _choose_columns(sources.values(), arguments)
+    text_column, *label_columns = next(iter(columns.values()))  # other sources may spell them in another case
     logger.info("columns: text %s, label %s", quote_name(text_column), ", ".join(map(quote_name, label_columns)))
 
-    rows = _gather(sources, text_column, label_columns)
-    taxonomy, origin, nodes = _resolve_labels(rows, label_columns, arguments, taxonomy)
+    rows, places = _gather(sources, columns)
+    taxonomy, origin, nodes = _resolve_labels(places, len(rows), label_columns, arguments, taxonomy)
     rows["label"] = [nodes[label] for label in rows["label"]]
     rows["text_id"], texts = pd.factorize(pd.Series(map(normalise_text, rows["text"]), dtype=object))
     rows["trained"] = _is_trained(rows, texts, trained)
@@ -151,17 +162,39 @@ def load_splits(
     return LabelledSplits(_to_datasets(rows), taxonomy, report)
 
 
-def _gather(sources: dict[str, _Source], text_column: str, label_columns: list[str]) -> pd.DataFrame:
-    """The rows of all sources, checked: split, source, row, text, label."""
-    tables = []
+def _gather(sources: dict[str, _Source], columns: dict[str, list[str]]) -> tuple[pd.DataFrame, dict[Label, str]]:
+    """Read all sources.
+
+    Args:
+        columns: as `_choose_columns` returns them.
+
+    Returns:
+        The rows: split, row, text, label. And each distinct label with the place where it stands first.
+    """
+    tables, places = [], dict[Label, str]()
     for split, source in sources.items():
-        texts = read_texts(source.table, text_column, source.name)
-        labels = _read_labels(source, label_columns)
-        table = pd.DataFrame({"row": np.arange(len(texts))})
+        text_column, *label_columns = columns[source.name]
+        table = source.read([text_column, *label_columns])
+        texts = table.columns[text_column]
+        _refuse_rows(table, text_column, map(text_problem, texts))
+        labels = _read_labels(table, label_columns)
+        for i, label in enumerate(labels):
+            if label not in places:
+                places[label] = f"{table.place(i)}, column {quote_name(' '.join(label_columns))}"
+        rows = pd.DataFrame({"split": split, "row": np.arange(len(texts))})
         # as objects: the labels may be tuples, and the texts are wanted as they are, once
-        table["text"], table["label"] = pd.Series(texts, dtype=object), pd.Series(labels, dtype=object)
-        tables.append(table.assign(split=split, source=source.name))
-    return pd.concat(tables, ignore_index=True)
+        rows["text"], rows["label"] = pd.Series(texts, dtype=object), pd.Series(labels, dtype=object)
+        tables.append(rows)
+    return pd.concat(tables, ignore_index=True), places
+
+
+def _refuse_rows(table: Table, column: str, problems: Iterable[str | None]) -> None:
+    """Raise InputError if a row has a problem, naming the first one and the number of all."""
+    found = [(i, problem) for i, problem in enumerate(problems) if problem is not None]
+    if found:
+        row, problem = found[0]
+        others = f"; {len(found):,} rows cannot be used" if len(found) > 1 else ""
+        raise InputError(f"{table.place(row)}, column {quote_name(column)}: {problem}{others}")
 
 
 # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -193,9 +226,9 @@ def _read_sources(arguments: DataArguments) -> tuple[dict[str, _Source], bool]:
     if arguments.dataset_name is not None:
         return _named_splits(arguments.dataset_name, _load_from_hub(arguments)), False
     if arguments.data_path is None:
-        return {split: _read_source(getattr(arguments, flag)) for flag, split in files.items()}, False
+        return {split: _from_file(getattr(arguments, flag)) for flag, split in files.items()}, False
     if not Path(arguments.data_path).is_dir():
-        return {"train": _read_source(arguments.data_path)}, True
+        return {"train": _from_file(arguments.data_path)}, True
     try:
         loaded = datasets.load_from_disk(arguments.data_path)
     except (OSError, ValueError, pyarrow.ArrowInvalid) as error:
@@ -232,67 +265,101 @@ def _named_splits(name: str, loaded: datasets.DatasetDict) -> dict[str, _Source]
 def _from_dataset(name: str, dataset: datasets.Dataset) -> _Source:
     if not len(dataset):
         raise InputError(f"{name} has no rows")
-    # whole numbers beside missing ones would become floats, which are not exact beyond 2^53
-    table = dataset.with_format("arrow")[:].to_pandas(integer_object_nulls=True)
-    for column, feature in dataset.features.items():
-        if isinstance(feature, datasets.ClassLabel):
-            names = np.array([*feature.names, None], dtype=object)  # None for -1, how `datasets` writes "no label"
-            table[column] = names[table[column].fillna(-1).astype(int)]
-    return _Source(name, table, sha256(Path(file["filename"]) for file in dataset.cache_files))
+
+    def read(wanted: list[str]) -> Table:
+        arrow = dataset.with_format("arrow")[:]
+        columns = {column: arrow.column(column).to_pylist() for column in wanted}
+        for column, values in columns.items():
+            if isinstance(feature := dataset.features[column], datasets.ClassLabel):
+                names = [*feature.names, None]  # None for -1, how `datasets` writes "no label"
+                columns[column] = [None if value is None else names[value] for value in values]
+        return Table(name, columns, [*range(1, len(dataset) + 1)], "row")
+
+    fingerprints = sha256(Path(file["filename"]) for file in dataset.cache_files)
+    return _Source(name, dict.fromkeys(dataset.column_names, 1.0), read, fingerprints)
 
 
-def _read_source(path: str) -> _Source:
-    table = read_table(path)
-    return _Source(path, table, sha256([Path(path)]))
+def _from_file(path: str) -> _Source:
+    source = Source(path, kind_of(path))
+    with open_rows(source) as rows:
+        columns = rows.columns
+    return _Source(path, columns, partial(read_table, source), sha256([Path(path)]))
 
 
 # ── columns ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _find_label_columns(tables: dict[str, pd.DataFrame], asked: list[str] | None) -> list[str]:
-    if asked is None:
-        return [find_column(tables, None, LABEL_COLUMNS, "--label_column")]
-    if len(set(asked)) < len(asked):
+def _choose_columns(sources: Iterable[_Source], arguments: DataArguments) -> dict[str, list[str]]:
+    """Return the column of texts and those of labels, by the name of the source.
+
+    Raises:
+        InputError: one is missing or named twice.
+    """
+    asked = arguments.label_column
+    if asked is not None and len(set(asked)) < len(asked):
         raise InputError(f"--label_column names a column twice: {' '.join(asked)}")
-    return [find_column(tables, column, (), "--label_column") for column in asked]
+    columns = {source.name: source.columns for source in sources}
+    texts = choose_columns(columns, arguments.text_column, TEXT_COLUMNS, "--text_column")
+    flags: list[str | None] = [None] if asked is None else [*asked]
+    labels = [choose_columns(columns, name, LABEL_COLUMNS, "--label_column") for name in flags]
+    chosen = {name: list(some) for name, *some in zip(columns, texts, *labels, strict=True)}
+    for text, *others in chosen.values():
+        if text in others:
+            raise InputError(f"the column {quote_name(text)} cannot be both --text_column and --label_column")
+    return chosen
 
 
-def _read_labels(source: _Source, columns: list[str]) -> list[Label]:
-    levels = [_label_texts(source, column) for column in columns]
+def _read_labels(table: Table, columns: list[str]) -> list[Label]:
+    """Return the labels of the rows: of one column as they are written, of several the path that they name."""
+    levels = []
+    for column in columns:
+        labels = [_label_text(value) for value in table.columns[column]]
+        _refuse_rows(table, column, map(_label_problem, labels))
+        levels.append([label or "" for label in labels])
+    name = " ".join(columns)
     if len(levels) == 1:
-        refuse_rows([not label for label in levels[0]], "missing labels", columns[0], source.name)
+        _refuse_rows(table, name, (None if label else MISSING_LABEL for label in levels[0]))
         return list(levels[0])
-    names = " ".join(columns)
     paths = list(zip(*levels, strict=True))
     ends = [next((i for i in range(len(path), 0, -1) if path[i - 1]), 0) for path in paths]
-    refuse_rows([end == 0 for end in ends], "missing labels", names, source.name)
+    _refuse_rows(table, name, (None if end else MISSING_LABEL for end in ends))
     paths = [path[:end] for path, end in zip(paths, ends, strict=True)]
-    refuse_rows([not all(path) for path in paths], "labels with a gap above a filled level", names, source.name)
+    _refuse_rows(table, name, (None if all(path) else "the label has a gap above a filled level" for path in paths))
     return list(paths)
 
 
-def _label_texts(source: _Source, column: str) -> list[str]:
-    """The labels of a column as text, and an empty text where there is none."""
-    missing = source.table[column].isna().to_numpy()
-    values = ["" if gone else value for gone, value in zip(missing, source.table[column].tolist(), strict=True)]
-    # whole floats: integers beside missing values, as JSON writers and Parquet store them
-    whole = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
-    wrong = [not isinstance(value, str | int) or isinstance(value, bool) for value in whole]
-    refuse_rows(wrong, "labels that are neither text nor whole numbers", column, source.name)
-    labels = [compose(str(value).strip()) for value in whole]
-    long = [len(label) > LONGEST_LABEL for label in labels]
-    refuse_rows(long, f"labels of more than {LONGEST_LABEL} characters", column, source.name)
-    return labels
+def _label_text(value: Any) -> str | None:
+    """Return a label as text, empty if there is none; None for a value that is no label."""
+    if isinstance(value, float) and value.is_integer():  # integers beside missing values, as JSON writers store them
+        value = int(value)
+    if value is None or value != value:  # NaN
+        return ""
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        return None
+    return compose(str(value).strip())
+
+
+def _label_problem(label: str | None) -> str | None:
+    if label is None:
+        return "the label is neither text nor a whole number"
+    return f"the label has more than {LONGEST_LABEL} characters" if len(label) > LONGEST_LABEL else None
 
 
 # ── labels ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _resolve_labels(
-    rows: pd.DataFrame, columns: list[str], arguments: DataArguments, taxonomy: Taxonomy | None
+    places: dict[Label, str], num_rows: int, columns: list[str], arguments: DataArguments, taxonomy: Taxonomy | None
 ) -> tuple[Taxonomy, str, dict[Label, int]]:
-    """The taxonomy, where it comes from, and the node of each distinct label."""
-    labels = list(dict.fromkeys(rows["label"]))
+    """Find the node of each distinct label.
+
+    Args:
+        places: where each label stands first, for messages.
+        taxonomy: by default that of the arguments, the default one, or what the labels span.
+
+    Returns:
+        The taxonomy, where it comes from, and the nodes.
+    """
     names = {} if arguments.class_names is None else read_class_names(arguments.class_names)
     origin = "the checkpoint's"
     if taxonomy is None and arguments.taxonomy is not None:
@@ -302,13 +369,13 @@ def _resolve_labels(
         except TaxonomyError as error:
             raise InputError(f"--taxonomy: {error}") from error
 
-    named = {label: _name(label, names) for label in labels}
+    named = {label: _name(label, names) for label in places}
     if taxonomy is None:
         default = Taxonomy(DEFAULT_TAXONOMY, arguments.label_separator)
         if _holds(default, named.values()):
             taxonomy, origin = default, "the default, of the Medical Abstracts corpus"
         else:
-            taxonomy, origin = _from_labels(named, names, rows, columns, arguments), "from the labels"
+            taxonomy, origin = _from_labels(named, names, places, num_rows, columns, arguments), "from the labels"
     logger.info(
         "taxonomy: %s: %d roots, %d leaves, %d levels",
         origin, len(taxonomy.children(-1)), taxonomy.num_leaves, taxonomy.depth,
@@ -321,21 +388,15 @@ def _resolve_labels(
             nodes[label] = _node(taxonomy, lookup, name)
         except TaxonomyError as error:
             if names and name == label:
-                raise _unknown_code(label, rows, columns, arguments) from error
-            raise InputError(f"{_where(rows, label, columns)}: {error}") from error
+                raise _unknown_code(label, places[label], arguments) from error
+            raise InputError(f"{places[label]}: {error}") from error
     return taxonomy, origin, nodes
 
 
-def _where(rows: pd.DataFrame, label: Label, columns: list[str]) -> str:
-    first = rows.iloc[list(rows["label"]).index(label)]
-    return f"{first['source']}, row {first['row']} (counted from 0), column {quote_name(' '.join(columns))}"
-
-
-def _unknown_code(label: Label, rows: pd.DataFrame, columns: list[str], arguments: DataArguments) -> InputError:
+def _unknown_code(label: Label, place: str, arguments: DataArguments) -> InputError:
     given = "" if (arguments.class_names or "").lstrip().startswith("{") else f" {arguments.class_names}"
     return InputError(
-        f"{_where(rows, label, columns)}: the label {quote_name(label)} is neither a code of --class_names{given} "
-        "nor in the taxonomy"
+        f"{place}: the label {quote_name(label)} is neither a code of --class_names{given} nor in the taxonomy"
     )
 
 
@@ -356,15 +417,16 @@ def read_class_names(given: str) -> dict[str, str]:
         where = "--class_names"
     else:
         where = f"--class_names {given}"
-        if Path(given).suffix.lower() not in (".csv", ".tsv"):
+        source = Source(given, kind_of(given))
+        if source.kind not in ("csv", "tsv"):
             raise InputError(f"{where}: expected a .csv or .tsv file (code, name), or a JSON object")
-        table = read_table(given)
-        code = next((column for column in ("code", "label") if column in table.columns), None)
-        name = next((column for column in ("name", "condition_name") if column in table.columns), None)
+        table = read_table(source).columns
+        shares = dict.fromkeys(table, 1.0)
+        code, name = (find_column(shares, None, names) for names in (("code", "label"), ("name", "condition_name")))
         if code is None or name is None:
-            if len(table.columns) < 2:
+            if len(table) < 2:
                 raise InputError(f"{where}: expected two columns, code and name")
-            code, name = table.columns[:2]
+            code, name, *_ = table
         pairs = list(zip(table[code], table[name], strict=True))
     names: dict[str, str] = {}
     for code, name in pairs:
@@ -384,25 +446,28 @@ def _name(label: Label, names: dict[str, str]) -> Label:
 
 
 def _from_labels(
-    named: dict[Label, Label], names: dict[str, str], rows: pd.DataFrame, columns: list[str], arguments: DataArguments
+    named: dict[Label, Label],
+    names: dict[str, str],
+    places: dict[Label, str],
+    num_rows: int,
+    columns: list[str],
+    arguments: DataArguments,
 ) -> Taxonomy:
     """The taxonomy that the labels of all splits span, in sorted order."""
     where, paths = f"column {quote_name(' '.join(columns))}", set()
     for label, name in named.items():
         levels = (label,) if isinstance(label, str) else label
         if names and not all(level in names or level in names.values() for level in levels):
-            raise _unknown_code(label, rows, columns, arguments)
+            raise _unknown_code(label, places[label], arguments)
         path = _path(name, arguments.label_separator)
         if not all(path):
-            raise InputError(
-                f"{_where(rows, label, columns)}: the label {quote_name(label)} has an empty name in its path"
-            )
+            raise InputError(f"{places[label]}: the label {quote_name(label)} has an empty name in its path")
         paths.add(path)
     if len(paths) == 1:
         only = arguments.label_separator.join(*paths)
         raise InputError(f"{where}: every row has the label {quote_name(only)}; at least two are needed")
     texts = sum(any(len(name) > SHOWN_CHARACTERS or len(name.split()) > SHOWN_WORDS for name in path) for path in paths)
-    if 2 * texts > len(paths) > len(rows) / 2:  # nothing to learn, and all of it would be published with the model
+    if 2 * texts > len(paths) > num_rows / 2:  # nothing to learn, and all of it would be published with the model
         raise InputError(
             f"{where}: {texts} of {len(paths)} labels are texts, not names of classes; give another --label_column, or the "
             "classes by --taxonomy"
