@@ -1017,7 +1017,11 @@ def test_a_space_is_published_pointing_at_the_commit_and_serves_it(hub, checkpoi
     assert len(hub.commits("alice/served")) == 3
     files = hub.files("alice/served-space", repo_type="space")
     ours = {file.name for file in (ROOT / "space").iterdir() if file.is_file()}
-    assert files.keys() == {".gitattributes", *ours}
+    assert files.keys() == {
+        ".gitattributes",
+        *ours,
+        *(f"reading/{file.name}" for file in (ROOT / "reading").glob("*.py")),
+    }
     assert [c.title for c in hub.commits("alice/served-space", repo_type="space")] == [
         "initial commit",
         "Publish the Space",
