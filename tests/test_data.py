@@ -21,8 +21,10 @@ import reading.rows
 from errors import InputError
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy, quote_name
 from training.arguments import DataArguments, parse
-from training.data import load_splits, read_class_names, tokenize
 from training.data_report import length_report, log_report
+from training.labels import read_class_names
+from training.splits import load_splits
+from training.tokens import tokenize
 
 SECRET = "patient Miller"  # stands for a text that must not be shown
 ROWS = [("NA", "a/x"), ('007, a "quoted"\ntext', "a/y"), ("Ünïcode  text", "b"), ("None", "a")]

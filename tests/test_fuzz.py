@@ -30,7 +30,7 @@ from prediction.input import read_records
 from reading.sources import find_sources, read_table
 from taxonomy_hierarchical import Taxonomy, TaxonomyError
 from training.arguments import parse
-from training.data import read_class_names
+from training.labels import read_class_names
 from training.model import read_config
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 0))

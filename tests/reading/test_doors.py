@@ -14,7 +14,7 @@ from errors import InputError
 from prediction.input import read_records
 from reading.sources import find_sources
 from training.arguments import DataArguments
-from training.data import load_splits
+from training.splits import load_splits
 
 sys.path.insert(0, str(ROOT / "space"))
 
