@@ -1044,8 +1044,8 @@ print(json.dumps([variables, card.data.models, card.data.sdk]))
     assert "alice/served-space is published, but not pointed at the model" in done.stderr.splitlines()[-1]
 
     hosted = tmp_path / "space"
-    hosted.mkdir()
     for name, content in files.items():
+        (hosted / name).parent.mkdir(parents=True, exist_ok=True)
         (hosted / name).write_bytes(content)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
