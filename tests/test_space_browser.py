@@ -282,7 +282,7 @@ def test_a_file_is_classified_and_its_downloads_parse(page, downloads, tmp_path)
     problems = page.driver.execute_script(
         "return [...document.querySelectorAll('#problems tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
     )
-    assert problems == [["3", "1 fields, where the first line has 2"], ["5", "There is no text to classify."]]
+    assert problems == [["3", "1 fields, where the header has 2"], ["5", "the text is empty"]]
     for kind in ("csv", "jsonl"):
         page.until(
             lambda kind=kind: (

@@ -18,7 +18,7 @@ ROWS = [("NA", "a/x"), ('007, a "quoted"\ntext', "a/y"), ("Ünïcode  text", "b"
 def write_as(kind, path):
     frame = pd.DataFrame(ROWS, columns=["text", "label"])
     records = frame.to_dict("records")
-    if kind in ("csv", "tsv"):
+    if kind in ("csv", "csv.gz", "tsv"):
         frame.to_csv(path, index=False, sep="\t" if kind == "tsv" else ",")
     elif kind == "parquet":
         frame.to_parquet(path)
@@ -30,7 +30,7 @@ def write_as(kind, path):
         path.write_text("\n".join(map(json.dumps, records)) + "\n\n")
 
 
-@pytest.mark.parametrize("kind", ["csv", "tsv", "json", "data.json", "jsonl", "ndjson", "parquet"])
+@pytest.mark.parametrize("kind", ["csv", "csv.gz", "tsv", "json", "data.json", "jsonl", "ndjson", "parquet"])
 def test_every_format_gives_the_same_rows(tmp_path, kind):
     path = tmp_path / f"rows.{kind}"
     write_as(kind, path)
