@@ -174,7 +174,7 @@ def load(arguments: argparse.Namespace) -> Pipeline:
 
 
 def cause(error: Exception) -> str:
-    """Why a model cannot be loaded, in one line."""
+    """Return in one line why a model cannot be loaded."""
     if "Unknown task" in str(error):
         return "it is not a checkpoint of this project: its config.json names no hierarchical pipeline"
     # transformers puts tracebacks into its message, which end with the cause
@@ -185,7 +185,7 @@ def cause(error: Exception) -> str:
 
 
 def choose_dtype(gpu: bool) -> str:
-    """What this machine multiplies fastest."""
+    """Return the name of the dtype that this machine multiplies fastest."""
     if has_bf16(cpu=not gpu):
         return "bf16"
     capabilities = torch.cpu.get_capabilities()
@@ -194,7 +194,7 @@ def choose_dtype(gpu: bool) -> str:
 
 
 def quantize(encoder: torch.nn.Module) -> None:
-    """Linear layers with weights in 8 bits, a scale for each row, and inputs quantized as they come, a scale for each token."""
+    """Quantize linear layers: weights with a scale for each row, inputs with a scale for each token, both in 8 bits."""
     try:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
     except ImportError as error:
@@ -203,7 +203,7 @@ def quantize(encoder: torch.nn.Module) -> None:
 
 
 def options(arguments: argparse.Namespace, classifier: Pipeline) -> dict[str, Any]:
-    """What the bytes of the output depend on, apart from the texts."""
+    """Return all that the bytes of the output depend on, apart from the texts."""
     names = (
         "model",
         "input_format",
@@ -243,7 +243,7 @@ def row_format(arguments: argparse.Namespace, classifier: Pipeline) -> RowFormat
 def predict_rows(
     arguments: argparse.Namespace, classifier: Pipeline, rows: RowFormat, first: int, records: list[Record]
 ) -> list[dict[str, Any]]:
-    """The output's rows of those records that can be read.
+    """Return the output's rows of those records that can be read.
 
     Args:
         first: the number of the first record.

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if not Path(__file__).with_name("reading").exists():
+if not Path(__file__).with_name("reading").exists():  # in the repository
     sys.path.append(str(Path(__file__).parent.parent))
 
 from reading.columns import TEXT_COLUMNS, find_column, longest_column, text_problem
@@ -152,13 +152,14 @@ def read(content: bytes, kind: str, column: str | None) -> Iterator[Any]:
     found = find_column(rows.columns, column, TEXT_COLUMNS)
     if found is None:
         found = longest_column(rows.texts, (row.values for row in rows.read(rows.texts) if row.problem is None))
-        found = found or next(iter(rows.columns), None)
+        if found is None:
+            found = next(iter(rows.columns), None)
         rows = open_rows(content, kind)
     yield {"columns": list(rows.columns), "column": found}
     empty = True
     for row in rows.read([] if found is None else [found]):
         empty = False
-        text = None if found is None else row.values.get(found)
+        text = row.values.get(found)
         problem = row.problem or text_problem(text)
         yield [row.line, None if problem else text, problem]
     if empty:

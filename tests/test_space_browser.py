@@ -340,8 +340,8 @@ def test_a_file_is_cancelled_and_the_next_one_runs(page, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.csv", b"", "no rows"),
-        ("wrong.parquet", b"text\nnot Parquet\n", "not Parquet"),
+        ("empty.csv", b"", "is empty"),
+        ("wrong.parquet", b"text\nnot Parquet\n", "not a Parquet file"),
         ("long.txt", b"x\n" * 10_002, "more than 10,000 rows"),
     ],
 )
