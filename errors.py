@@ -1,4 +1,7 @@
-"""Errors that a user can mend: one line, exit code 2. Every room and command uses them; they import nothing."""
+"""Errors that a user can mend: one line, exit code 2. Every room and command imports `InputError` from here.
+
+`reading` imports nothing of this repository, so the class itself is there.
+"""
 
 import errno
 import os
@@ -9,12 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from reading.rows import InputError
+
 TRACEBACK = "HIERARCHICAL_TRACEBACK"
 ROOT = Path(__file__).parent
-
-
-class InputError(ValueError):
-    """Something the user gave cannot be used. The message is one line: what, where, and what to do."""
 
 
 def one_line(error: object) -> str:

@@ -27,13 +27,15 @@ from transformers import Pipeline, pipeline
 from transformers.utils import cached_file
 
 from errors import InputError, asked_traceback, exit_with_error, is_full_disk, one_line
+from prediction.input import Record, read_records
 from prediction.output import RestartableOutput
 from prediction.rows import OUTPUTS, RowFormat
 from publishing.hub import ONNX_FILE, checkpoint_files
+from reading.rows import KINDS
+from reading.sources import Source, find_sources
 from training.files import check_writable
 from training.memory import give_back_memory, keep_memory
 from training.precision import has_bf16
-from training.records import KINDS, Record, find_inputs, read_records
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}  # in which the encoder is loaded
 KEPT_MEMORY = (32 * 2**20, 2**30, 64 * 2**20)  # of `keep_memory`, which saves a tenth of the time
@@ -41,14 +43,14 @@ KEPT_MEMORY = (32 * 2**20, 2**30, 64 * 2**20)  # of `keep_memory`, which saves a
 
 def main(argv: list[str]) -> int:
     arguments = parse(argv)
-    inputs = find_inputs(arguments.input, arguments.input_format)
+    sources = find_inputs(arguments)
     check_writable("--output", Path(arguments.output).parent)
     output = RestartableOutput(Path(arguments.output))
-    output.refuse_inputs(path for path, _ in inputs)
+    output.refuse_inputs(source.path for source in sources)
     with output.lock():
         if not arguments.overwrite:
             output.refuse_finished()
-        records = open_records(arguments, inputs)
+        records = open_records(arguments, sources)
         classifier = load(arguments)
         if arguments.overwrite:
             output.delete()
@@ -71,13 +73,27 @@ def conclude(output: RestartableOutput, num_problems: int) -> int:
     return 1 if num_problems else 0
 
 
-def open_records(arguments: argparse.Namespace, inputs: list[tuple[str, str]]) -> Iterator[Record]:
-    """The rows of the inputs.
+def find_inputs(arguments: argparse.Namespace) -> list[Source]:
+    """Return the files that ``--input`` means.
 
     Raises:
-        InputError: there are none, or an input cannot be opened or lacks the columns.
+        InputError: there is none, or its kind is not known.
     """
-    records = read_records(inputs, arguments.text_column, arguments.id_column)
+    if arguments.input == "-" and arguments.input_format is None:
+        raise InputError(f"--input - needs --input_format, one of {', '.join(KINDS)}")
+    try:
+        return find_sources(arguments.input, arguments.input_format)
+    except InputError as error:
+        raise InputError(f"--input {error}") from error
+
+
+def open_records(arguments: argparse.Namespace, sources: list[Source]) -> Iterator[Record]:
+    """Return the rows of the inputs.
+
+    Raises:
+        InputError: there are none, or the first input cannot be read or lacks the columns.
+    """
+    records = read_records(sources, arguments.text_column, arguments.id_column)
     first = list(islice(records, 1))
     if not first:
         raise InputError(f"--input {arguments.input} has no rows")
@@ -158,7 +174,7 @@ def load(arguments: argparse.Namespace) -> Pipeline:
 
 
 def cause(error: Exception) -> str:
-    """Why a model cannot be loaded, in one line."""
+    """Return in one line why a model cannot be loaded."""
     if "Unknown task" in str(error):
         return "it is not a checkpoint of this project: its config.json names no hierarchical pipeline"
     # transformers puts tracebacks into its message, which end with the cause
@@ -169,7 +185,7 @@ def cause(error: Exception) -> str:
 
 
 def choose_dtype(gpu: bool) -> str:
-    """What this machine multiplies fastest."""
+    """Return the name of the dtype that this machine multiplies fastest."""
     if has_bf16(cpu=not gpu):
         return "bf16"
     capabilities = torch.cpu.get_capabilities()
@@ -178,7 +194,7 @@ def choose_dtype(gpu: bool) -> str:
 
 
 def quantize(encoder: torch.nn.Module) -> None:
-    """Linear layers with weights in 8 bits, a scale for each row, and inputs quantized as they come, a scale for each token."""
+    """Quantize linear layers: weights with a scale for each row, inputs with a scale for each token, both in 8 bits."""
     try:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
     except ImportError as error:
@@ -187,7 +203,7 @@ def quantize(encoder: torch.nn.Module) -> None:
 
 
 def options(arguments: argparse.Namespace, classifier: Pipeline) -> dict[str, Any]:
-    """What the bytes of the output depend on, apart from the texts."""
+    """Return all that the bytes of the output depend on, apart from the texts."""
     names = (
         "model",
         "input_format",
@@ -227,7 +243,7 @@ def row_format(arguments: argparse.Namespace, classifier: Pipeline) -> RowFormat
 def predict_rows(
     arguments: argparse.Namespace, classifier: Pipeline, rows: RowFormat, first: int, records: list[Record]
 ) -> list[dict[str, Any]]:
-    """The output's rows of those records that can be read.
+    """Return the output's rows of those records that can be read.
 
     Args:
         first: the number of the first record.

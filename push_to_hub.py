@@ -38,7 +38,8 @@ from publishing.hub import (
     refuse_local_encoder,
 )
 
-SPACE_FOLDER = Path(__file__).parent / "space"
+ROOT = Path(__file__).parent
+SPACE_FOLDER = ROOT / "space"
 MERGE_TOLERANCE = 1e-4
 Files = dict[str, Path | bytes]
 
@@ -159,7 +160,7 @@ def merge(folder: Path, output: Path) -> None:
 
 def space_files(model_id: str) -> Files:
     """The files of the Space, its card naming the model that it serves."""
-    files: Files = {name: SPACE_FOLDER / name for name in SPACE_FILES}
+    files: Files = {name: (ROOT if name.startswith("reading/") else SPACE_FOLDER) / name for name in SPACE_FILES}
     readme = RepoCard((SPACE_FOLDER / "README.md").read_text(encoding="utf-8"))
     readme.data.models = [model_id]
     files["README.md"] = str(readme).encode()

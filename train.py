@@ -63,7 +63,6 @@ from training.arguments import (
     ModelArguments,
     parse,
 )
-from training.data import LabelledSplits, load_splits, tokenize
 from training.data_report import log_report
 from training.files import check_writable
 from training.label_names import begin_with_label_names
@@ -81,6 +80,8 @@ from training.resume import (
     find_checkpoint,
     is_of_run,
 )
+from training.splits import LabelledSplits, load_splits
+from training.tokens import tokenize
 from training.trained_texts import UNTRAINED, TrainedTexts, read_trained_texts, write_trained_texts
 from training.trainer import HierarchicalTrainer
 

@@ -34,8 +34,8 @@ from modeling_hierarchical import HierarchicalForSequenceClassification
 from publishing import card
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import HierarchicalTrainingArguments, ModelArguments
-from training.data import LabelledSplits
 from training.losses import HierarchicalFocalLoss
+from training.splits import LabelledSplits
 from training.trainer import HierarchicalTrainer
 from training.views import CollatorWithSentences
 

@@ -1,1 +1,1 @@
-"""What predict.py is made of: an output that survives the end of the process, and the forms of its rows."""
+"""What predict.py is made of: the records of the input, a restartable output, and the forms of its rows."""

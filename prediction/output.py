@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from errors import InputError, one_line
-from training.records import Record
+from prediction.input import Record
 
 ROWS = 1024  # of a part: read, classified and written together
 OPTIONS = ".options.json"

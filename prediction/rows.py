@@ -1,4 +1,4 @@
-"""What a row of the output holds, and how rows are written to JSON Lines, CSV and Parquet."""
+"""The columns of the output, and how rows are written to JSON Lines, CSV and Parquet."""
 
 import csv
 import json
@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from training.records import Record
+from prediction.input import Record
 
 OUTPUTS = (".jsonl", ".csv", ".parquet")
 DIGITS = 6
@@ -23,9 +23,9 @@ class RowFormat:
 
     Attributes:
         suffix: one of `OUTPUTS`.
-        by_id: rows are known by the column of ids, not by their number.
+        by_id: rows have the id of their record, not its number.
         answers: rows have an answer with coverage.
-        leaves: whose probabilities rows have, if any.
+        leaves: the leaves whose probabilities rows have.
     """
 
     suffix: str
@@ -34,7 +34,7 @@ class RowFormat:
     leaves: list[str]
 
     def row(self, number: int, record: Record, prediction: dict[str, Any]) -> dict[str, Any]:
-        """The row of a record, of what the pipeline returns for its text."""
+        """Return the row of a record, given what the pipeline returns for its text."""
         row: dict[str, Any] = {"id": record.id} if self.by_id else {"row": number}
         row |= {
             "label": prediction["label"],
@@ -51,7 +51,7 @@ class RowFormat:
 
     @contextmanager
     def open(self, file: Path) -> Iterator[Callable[[list[str]], None]]:
-        """A function that takes rows as lines of JSON, and writes them into a new file."""
+        """Open a new file, and yield a function that writes rows, given as lines of JSON, into it."""
         if self.suffix == ".parquet":
             schema = self.schema()
             with pyarrow.parquet.ParquetWriter(file, schema) as writer:
@@ -77,7 +77,7 @@ class RowFormat:
         return ["id" if self.by_id else "row", "label", "score", "path", "truncated", *["answer"][: self.answers]]
 
     def cells(self, row: dict[str, Any]) -> list[Any]:
-        """Paths and answers as text, probabilities in columns of their own."""
+        """Return the cells of CSV: paths and answers as text, probabilities in columns of their own."""
         flat = {**row, "path": " > ".join(row["path"]), "answer": " | ".join(row.get("answer", []))}
         return [*(flat[name] for name in self.names()), *row.get("probabilities", {}).values()]
 
@@ -91,6 +91,6 @@ class RowFormat:
         return pyarrow.schema(fields)
 
     def typed(self, lines: list[str]) -> list[dict[str, Any]]:
-        """Rows whose ids, numbers or texts in JSON, are all texts."""
+        """Parse rows, and make their ids texts, since a Parquet column has one type."""
         rows = [json.loads(line) for line in lines]
         return [row | {"id": str(row["id"])} if row.get("id") is not None else row for row in rows]

@@ -58,6 +58,7 @@ CHECKPOINT_FILES = (
 SPACE_FILES = (
     *("README.md", "requirements.txt", "app.py", "style.css"),
     *("attribution.py", "classification.py", "guard.py", "tables.py", "views.py"),
+    *(f"reading/{name}.py" for name in ("__init__", "columns", "parquet", "rows", "sources")),
 )
 SPACE_TAG = "hierarchical-text-classification"  # in the front matter of our Spaces
 OF_ANY_REPOSITORY = {".gitattributes", ".gitignore", "README.md", "LICENSE"}

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from .rows import ReadError, looks_like_name, quote_name
+from .rows import InputError, looks_like_name, quote_name
 
 TEXT_COLUMNS = ("medical_abstract", "abstract", "text", "sentence", "content", "document", "body")
 LABEL_COLUMNS = ("condition_label", "label", "labels", "category", "class", "condition_name")
@@ -44,13 +44,15 @@ def choose_columns(
         flag: that names the column, for messages.
 
     Raises:
-        ReadError: no such column.
+        InputError: no such column.
     """
     for name, columns in sources.items():
+        if not columns:
+            raise InputError(f"{name} has no columns")
         if find_column(columns, asked, candidates) is None:
             if asked is not None:
-                raise ReadError(f"{name} has no column {quote_name(asked)} ({flag}); it has {listed(columns)}")
-            raise ReadError(
+                raise InputError(f"{name} has no column {quote_name(asked)} ({flag}); it has {listed(columns)}")
+            raise InputError(
                 f"{name}: no column is called {', '.join(candidates)}; give {flag}, one of {listed(columns)}"
             )
     if asked is not None:
@@ -59,7 +61,7 @@ def choose_columns(
         found = [find_column(columns, None, (candidate,)) for columns in sources.values()]
         if None not in found:
             return [column for column in found if column is not None]
-    raise ReadError(f"{', '.join(sources)} have no column in common for {flag}: rename it in one of them")
+    raise InputError(f"{', '.join(sources)} have no column in common for {flag}: rename it in one of them")
 
 
 def longest_column(columns: Iterable[str], sample: Iterable[Mapping[str, Any]]) -> str | None:

@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 from pyarrow import types
 
-from .rows import Fault, Raw, ReadError, Row, Rows, quote_name
+from .rows import Fault, InputError, Raw, Row, Rows, quote_name
 
 # what pyarrow raises over a file that is not Parquet or is damaged, and over a value that Python cannot hold
 FOREIGN = (pyarrow.ArrowException, UnicodeDecodeError, OSError)
@@ -20,7 +20,7 @@ def open_file(rows: Rows, stream: Any) -> Callable[[list[str]], Iterator[Row]]:
     """Find the columns, and return what reads the rows, given the columns that are wanted."""
     raw = Raw(stream)
     if not raw.seekable():
-        raise ReadError(f"{rows.name}: a Parquet file is read from its end, so save it to a disk first")
+        raise InputError(f"{rows.name}: a Parquet file is read from its end, so save it to a disk first")
     file = pyarrow.parquet.ParquetFile(io.BufferedReader(raw), pre_buffer=False)
     rows.check("rows", file.metadata.num_rows)
     rows.set_columns(file.schema_arrow.names)

@@ -3,7 +3,7 @@
 Worth knowing:
 
 1. A row that cannot be read is a `Row` with a problem. The rows before and after it are still read.
-2. A source raises `ReadError` if its columns cannot be known, if it is damaged, or if it exceeds its `Limits`.
+2. A source raises `InputError` if its columns cannot be known, if it is damaged, or if it exceeds its `Limits`.
 3. Values are never guessed. A CSV cell "NA" or "007" is that text, and an empty cell is an empty text. In JSON and Parquet
    an integer beside nulls stays one, NaN is a float, and a dictionary (category) becomes its value.
 4. Text is UTF-8, with or without a byte order mark. Lines end with \\n, \\r\\n or \\r, and blank ones are not rows. Bytes
@@ -33,8 +33,8 @@ NOT_UTF8 = "is not UTF-8 text: save it as UTF-8"
 TOO_DEEP = "nested too deeply"
 
 
-class ReadError(ValueError):
-    """A source that cannot be read. The message is one line: what, where, and what to do."""
+class InputError(ValueError):
+    """Something the user gave cannot be used. The message is one line: what, where, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that is read of a source, None for any amount. More is a `ReadError`, except for ``characters``.
+    """The most that is read of a source, None for any amount. More is an `InputError`, except for ``characters``.
 
     Attributes:
         bytes: of the file, unpacked. For Parquet, of the wanted columns, decoded.
@@ -82,10 +82,11 @@ class Rows:
         columns: the names in order, each with the share of rows that have it: 1, except for JSON. For JSON Lines the
             first 1,024 rows count, and a name that occurs only later is not a column.
         texts: those of the columns that can hold texts: for Parquet, by their type.
+        unit: what `Row.line` counts: "line", or "row" for JSON and Parquet.
         done: returns the share of the source that was read so far, None if it is not known.
 
     Raises:
-        ReadError: the columns cannot be known. `read` raises it for damage, or a limit, further on.
+        InputError: the columns cannot be known. `read` raises it for damage, or a limit, further on.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Rows:
         progress: Callable[[], float | None] = lambda: None,
     ):
         self.kind, self.name, self.limits, self.done = kind, name, limits or Limits(), progress
+        self.unit = "row" if kind in ("json", "parquet") else "line"
         self.columns: dict[str, float] = {}
         self.texts: list[str] = []
         self._read: Callable[[list[str]], Iterator[Row]]
@@ -124,45 +126,45 @@ class Rows:
 
     def place(self, row: Row) -> str:
         """Return where a row is, for a message."""
-        return f"{self.name}, {'row' if self.kind in ('json', 'parquet') else 'line'} {row.line}"
+        return f"{self.name}, {self.unit} {row.line}"
 
     def check(self, limit: str, count: int) -> None:
-        """Raise ReadError if there is more than a limit."""
+        """Raise InputError if there is more than a limit."""
         most = getattr(self.limits, limit)
         if most is not None and count > most:
-            raise ReadError(f"{self.name} has more than {most:,} {limit}, the most that is accepted")
+            raise InputError(f"{self.name} has more than {most:,} {limit}, the most that is accepted")
 
     def set_columns(self, names: Sequence[str], shares: Iterable[float] | None = None) -> None:
-        """Raise ReadError if a name occurs twice or there are too many."""
+        """Raise InputError if a name occurs twice or there are too many."""
         self.check("columns", len(names))
         self.columns = dict(zip(names, shares or [1.0] * len(names), strict=True))
         self.texts = list(self.columns)
         if len(self.columns) < len(names):
-            raise ReadError(f"{self.name} has two columns called {_first_twice(names)}: rename or remove one")
+            raise InputError(f"{self.name} has two columns called {_first_twice(names)}: rename or remove one")
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turn what libraries raise over a damaged source into a `ReadError`."""
+        """Turn what libraries raise over a damaged source into an `InputError`."""
         try:
             yield
-        except ReadError:
+        except InputError:
             raise
         except MemoryError as error:
-            raise ReadError(f"{self.name} takes more memory than there is, or is damaged: split it") from error
+            raise InputError(f"{self.name} takes more memory than there is, or is damaged: split it") from error
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ReadError(f"{self.name} is damaged or incomplete: copy or download it again") from error
+            raise InputError(f"{self.name} is damaged or incomplete: copy or download it again") from error
         except self._foreign as error:
             reason = getattr(error, "strerror", None)
             if reason is None and self.kind == "parquet":
-                raise ReadError(f"{self.name} is not a Parquet file, or is damaged: write or copy it again") from error
-            raise ReadError(f"cannot read {self.name}: {reason or type(error).__name__}") from error
+                raise InputError(f"{self.name} is not a Parquet file, or is damaged: write or copy it again") from error
+            raise InputError(f"cannot read {self.name}: {reason or type(error).__name__}") from error
 
     def _open_text(self, stream: Any) -> Iterator[Row]:
         buffered = io.BufferedReader(Raw(stream, lambda count: self.check("bytes", count)), 2**16)
         start = buffered.peek(4)[:4]
         # UTF-16 and UTF-32: a byte order mark, or else a zero byte of the first ASCII character
         if start.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in start:
-            raise ReadError(f"{self.name} {NOT_UTF8}")
+            raise InputError(f"{self.name} {NOT_UTF8}")
         # bytes that are not UTF-8 become unpaired surrogates
         text = io.TextIOWrapper(buffered, encoding="utf-8-sig", errors="surrogateescape", newline="")
         lines = _lines(text, self.limits.characters)
@@ -186,26 +188,26 @@ class Rows:
             header = next((fields for fields in reader if not lines.end_blank(fields)), None)
         except csv.Error as error:
             said = lines.explain(str(error))
-            raise ReadError(f"{self.name}: the first line, which names the columns, cannot be read: {said}") from error
+            raise InputError(f"{self.name}: the first line, which names the columns, cannot be read: {said}") from error
         if header is None:
-            raise ReadError(f"{self.name} is empty")
+            raise InputError(f"{self.name} is empty")
         if lines.problem:
-            raise ReadError(f"{self.name} {NOT_UTF8}")
+            raise InputError(f"{self.name} {NOT_UTF8}")
         self.set_columns(header)
         return _delimited(reader, lines, header, tabs=separator == "\t")
 
     def _open_json(self, text: str) -> Iterator[Row]:
         if has_surrogate(text):
-            raise ReadError(f"{self.name} {NOT_UTF8}")
+            raise InputError(f"{self.name} {NOT_UTF8}")
         try:
             records = JSON.decode(text)
         except json.JSONDecodeError as error:
-            raise ReadError(f"{self.name}, line {error.lineno}, is not JSON: {error.msg}") from error
+            raise InputError(f"{self.name}, line {error.lineno}, is not JSON: {error.msg}") from error
         except RecursionError as error:
-            raise ReadError(f"{self.name} is {TOO_DEEP}: give a flat object for each row") from error
+            raise InputError(f"{self.name} is {TOO_DEEP}: give a flat object for each row") from error
         records = records.get("data") if isinstance(records, dict) else records
         if not isinstance(records, list):
-            raise ReadError(f'{self.name}: a JSON file must hold a list of objects, or {{"data": [...]}}')
+            raise InputError(f'{self.name}: a JSON file must hold a list of objects, or {{"data": [...]}}')
         return self._open_objects((_object_row(i, record) for i, record in enumerate(records, start=1)), None)
 
     def _open_objects(self, rows: Iterator[Row], most: int | None) -> Iterator[Row]:
@@ -220,7 +222,7 @@ class Rows:
         readable = sum(row.problem is None for row in first)
         if first and not readable:
             others = "" if len(first) == 1 else f", and none of the first {len(first):,} rows can be read"
-            raise ReadError(f"{self.place(first[0])}: {first[0].problem}{others}")
+            raise InputError(f"{self.place(first[0])}: {first[0].problem}{others}")
         self.set_columns(list(counts), [count / readable for count in counts.values()])
         return chain(first, rows)
 

@@ -4,8 +4,8 @@
 
 Worth knowing:
 
-1. On a hosted Space the model is named by the variables MODEL_ID and MODEL_REVISION, which push_to_hub.py sets. Nothing of
-   the repository is imported: the model and its pipeline come with the checkpoint, as for any stranger.
+1. On a hosted Space the model is named by the variables MODEL_ID and MODEL_REVISION, which push_to_hub.py sets. Of the
+   repository only `reading` is imported. The model and its pipeline come with the checkpoint, as for any stranger.
 2. What the page does and what the API does is the same functions. Those of the API are typed, and `gr.api` shows the types.
 3. A refusal is a message in words, beside what it is about; gradio's pop-ups, which show HTML, say nothing of the user's.
 4. An upload is read into memory and deleted at once. Downloads are deleted `KEPT_SECONDS` after they were made, and when the
@@ -59,7 +59,7 @@ from classification import (
 from gradio.utils import get_upload_folder
 from guard import Guard
 from starlette.middleware import Middleware
-from tables import MAX_BYTES, MAX_ROWS, Refused, Row, kind_of, read_table, to_csv, to_json_lines
+from tables import KINDS, MAX_BYTES, MAX_ROWS, Refused, Row, kind_of, read_table, to_csv, to_json_lines
 from transformers import Pipeline
 from transformers.utils import cached_file
 
@@ -131,8 +131,6 @@ def rows_classified(
             try:
                 if row.problem is not None:
                     raise Refused(row.problem)
-                if row.text is None:
-                    raise Refused("the text is missing")
                 texts.append((row.line, check_text(row.text)))
             except Refused as error:
                 problems.append({"line": row.line, "problem": str(error)})
@@ -231,7 +229,7 @@ class Service:
         """Classifies the rows of a file, which is deleted as soon as it is read.
 
         Args:
-            file: CSV, TSV, JSON Lines, Parquet, or text with a text a line; at most 10 MB and 10,000 rows.
+            file: CSV, TSV, JSON, JSON Lines, Parquet, or text with a text a line; at most 10 MB and 10,000 rows.
             column: that holds the texts; by default one called text or abstract, or else the one with most characters.
             coverage: as in classify.
 
@@ -501,8 +499,8 @@ def file_tab(service: Service) -> None:
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=300):
                 file = gr.File(
-                    label=f"CSV, TSV, JSON Lines, Parquet or text; at most {MAX_BYTES // 2**20} MB, {MAX_ROWS:,} rows",
-                    file_types=[".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".txt"],
+                    label=f"CSV, TSV, JSON, Parquet or text; at most {MAX_BYTES // 2**20} MB, {MAX_ROWS:,} rows",
+                    file_types=[f".{kind}" for kind in KINDS],
                     height=140,
                     elem_id="file",
                 )

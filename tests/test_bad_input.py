@@ -4,7 +4,6 @@ What the readers, the flags, taxonomies and the Hub refuse by themselves has tes
 this process, and nothing may be left behind. ``pytest -rP tests/test_bad_input.py`` prints what each case says.
 """
 
-import csv
 import json
 import os
 import shutil
@@ -89,11 +88,11 @@ TRAIN = [
     (("--train_file", "wide.csv"), "'column19', and 2,980 more"),
     (("--train_file", "long_header.csv"), "(a value of 50,000 characters): is the header missing?"),
     (("--train_file", "deep.json"), "deep.json is nested too deeply"),
-    (("--train_file", "digits.json"), "digits.json is not JSON: Exceeds the limit"),
-    (("--train_file", "digits.jsonl"), "digits.jsonl, line 1, is not JSON: Exceeds the limit"),
+    (("--train_file", "digits.json"), "digits.json, row 1: a number has too many digits"),
+    (("--train_file", "digits.jsonl"), "digits.jsonl, line 1: a number has too many digits"),
     (("--train_file", "damaged.parquet"), "damaged.parquet"),
     (("--train_file", "doubled.parquet"), "doubled.parquet has two columns called 'text'"),
-    (("--train_file", "folder.csv"), "cannot read folder.csv: a data file is .csv"),
+    (("--train_file", "folder.csv"), "cannot read folder.csv: Is a directory"),
     (("--data_path", "folder.csv"), "is not a folder saved by `datasets`"),
     (("--dataset_name", "../../etc"), "cannot load --dataset_name ../../etc"),
     (("bad.yaml", *DATA), "the recipe bad.yaml is not YAML"),
@@ -119,7 +118,7 @@ TRAIN = [
     ((*DATA, "--taxonomy", "recursive.yaml"), "an alias (*name) is not supported"),
     ((*DATA, "--taxonomy", "list_key.yaml"), "a name must be text, not a list"),
     ((*DATA, "--taxonomy", "utf16_tree.yaml"), "utf16_tree.yaml is not UTF-8 text"),
-    ((*DATA, "--taxonomy", "field.csv"), "field larger than field limit"),
+    ((*DATA, "--taxonomy", "field.csv"), "a name at the top level has 200,000 characters, at most 500"),
     ((*DATA, "--taxonomy", "folder.csv"), "cannot read the taxonomy folder.csv: Is a directory"),
     ((*DATA, "--label_separator", ""), "the label separator must be a non-empty text"),
     ((*DATA, "--lora_r", "0"), "--lora_r must be at least 1, not 0"),
@@ -159,11 +158,6 @@ TRAIN = [
     ((*DATA, "--output_dir", "n" * 300), "File name too long"),
     ((*DATA, "--resume_from_checkpoint", "nowhere"), "cannot resume from nowhere: there is no such folder"),
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def the_limit_of_a_fresh_process():
-    csv.field_size_limit(2**17)  # which the Space raises for good, where its tests ran before these
 
 
 @pytest.fixture
@@ -408,7 +402,7 @@ PREDICT = [
     (("--input", "bytes.csv"), "bytes.csv"),
     (("--input", "wide.csv"), "'column19', and 2,980 more"),
     (("--input", "header.jsonl"), "--input header.jsonl has no rows"),
-    (("--input", "damaged.parquet"), "cannot read damaged.parquet: Couldn't deserialize"),
+    (("--input", "damaged.parquet"), "damaged.parquet is not a Parquet file, or is damaged"),
     (("--input", "folder.csv"), "--input folder.csv is a folder: give a pattern"),
     (("--output", "good.csv"), "--output good.csv is also an input: give another name"),
     (("--output", "good.csv/out.jsonl"), "--output good.csv: good.csv is not a folder"),
@@ -476,7 +470,7 @@ WITH_TEXTS = [
     (("--train_file", "doubled.csv"), "has two columns called (a value of 68 characters)"),
     (("--train_file", "keys.jsonl"), "(a value of 68 characters): is the header missing?"),
     (("--train_file", "keys.json"), "is the header missing?"),
-    (("--train_file", "twice.jsonl"), "occurs twice in an object"),
+    (("--train_file", "twice.jsonl"), "twice.jsonl, line 1: the name (a value of 68 characters) occurs twice"),
     (("--train_file", "data.csv", "--text_column", "label", "--label_column", "text"), "40 of 40 labels are texts, not names"),
     (("--train_file", "data.csv", "--text_column", "label", "--label_column", "text", "--taxonomy", "aliased.yaml"),
      "the label (a value of 68 characters) is not in the taxonomy; it has 'x', 'y', …"),

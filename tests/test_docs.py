@@ -17,7 +17,7 @@ from conftest import ROOT, run
 import predict
 import push_to_hub
 from training.arguments import DataArguments, parse
-from training.data import load_splits
+from training.splits import load_splits
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 STUDIES = sorted((ROOT / "benchmarks" / "studies").glob("*.py"))

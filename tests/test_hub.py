@@ -1018,7 +1018,11 @@ def test_a_space_is_published_pointing_at_the_commit_and_serves_it(hub, checkpoi
     assert len(hub.commits("alice/served")) == 3
     files = hub.files("alice/served-space", repo_type="space")
     ours = {file.name for file in (ROOT / "space").iterdir() if file.is_file()}
-    assert files.keys() == {".gitattributes", *ours}
+    assert files.keys() == {
+        ".gitattributes",
+        *ours,
+        *(f"reading/{file.name}" for file in (ROOT / "reading").glob("*.py")),
+    }
     assert [c.title for c in hub.commits("alice/served-space", repo_type="space")] == [
         "initial commit",
         "Publish the Space",
@@ -1041,8 +1045,8 @@ print(json.dumps([variables, card.data.models, card.data.sdk]))
     assert "alice/served-space is published, but not pointed at the model" in done.stderr.splitlines()[-1]
 
     hosted = tmp_path / "space"
-    hosted.mkdir()
     for name, content in files.items():
+        (hosted / name).parent.mkdir(parents=True, exist_ok=True)
         (hosted / name).write_bytes(content)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -282,7 +282,7 @@ def test_a_file_is_classified_and_its_downloads_parse(page, downloads, tmp_path)
     problems = page.driver.execute_script(
         "return [...document.querySelectorAll('#problems tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
     )
-    assert problems == [["3", "1 fields, where the first line has 2"], ["5", "There is no text to classify."]]
+    assert problems == [["3", "1 fields, where the header has 2"], ["5", "the text is empty"]]
     for kind in ("csv", "jsonl"):
         page.until(
             lambda kind=kind: (
@@ -340,8 +340,8 @@ def test_a_file_is_cancelled_and_the_next_one_runs(page, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.csv", b"", "no rows"),
-        ("wrong.parquet", b"text\nnot Parquet\n", "not Parquet"),
+        ("empty.csv", b"", "is empty"),
+        ("wrong.parquet", b"text\nnot Parquet\n", "not a Parquet file"),
         ("long.txt", b"x\n" * 10_002, "more than 10,000 rows"),
     ],
 )

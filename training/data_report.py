@@ -1,4 +1,4 @@
-"""What is in the data: counts that limit any classifier, as data_report.json and as lines of the log."""
+"""Describe the data by counts that limit any classifier, as data_report.json and as lines of the log."""
 
 import logging
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ LOGGED_CLASSES = 8
 
 
 def parts(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The rows of each split, in the usual order."""
+    """Return the rows of each split, in the usual order."""
     found = dict(iter(rows.groupby("split")))
     return {split: found[split] for split in SPLITS if split in found}
 
 
 def shared_texts(rows: pd.DataFrame) -> dict[str, dict[str, int]]:
-    """For each two splits the texts in both, and the rows of each that have such a text."""
+    """Count for each two splits the texts in both, and the rows of each that have such a text."""
     by_split = parts(rows)
     shared = {}
     for one, other in combinations(by_split, 2):
@@ -36,11 +36,11 @@ def shared_texts(rows: pd.DataFrame) -> dict[str, dict[str, int]]:
 
 
 def describe(rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
-    """What one split holds.
+    """Describe one split.
 
-    ``accuracy_ceiling`` is the share of its rows labelled with a leaf that a classifier gets right which gives each distinct
-    text (as `normalise_text` compares them) its most common leaf; no function of the text can do better. Labels of a text
-    conflict where they do not lie on one path.
+    ``accuracy_ceiling`` is the accuracy, over rows labelled with a leaf, of predicting the most common leaf of each distinct
+    text. Texts are compared as `normalise_text` does. No function of the text can do better. Labels of a text conflict if
+    they do not lie on one path.
     """
     counts = rows.groupby(["text_id", "label"]).size()
     by_text = counts.groupby(level="text_id").agg(["size", "sum"])
@@ -73,7 +73,7 @@ def _class_counts(labels: np.ndarray, taxonomy: Taxonomy) -> dict[str, dict[str,
 
 
 def untrained_classes(rows: pd.DataFrame, taxonomy: Taxonomy) -> list[str]:
-    """Leaves without a training row; none where there is no training at all."""
+    """Return the leaves without a training row; none if there are no training rows at all."""
     train = rows.loc[rows["split"] == "train", "label"].to_numpy()
     if not len(train):
         return []
@@ -82,7 +82,7 @@ def untrained_classes(rows: pd.DataFrame, taxonomy: Taxonomy) -> list[str]:
 
 
 def length_report(lengths: Sequence[int], max_length: int) -> dict:
-    """Percentiles of token counts, special tokens included, and how many texts are cut at ``max_length``.
+    """Return percentiles of token counts, special tokens included, and how many texts are truncated at ``max_length``.
 
     A percentile q is the smallest count that at least q % of the texts do not exceed.
 
@@ -103,7 +103,7 @@ def length_report(lengths: Sequence[int], max_length: int) -> dict:
 
 
 def log_what_was_done(report: dict) -> None:
-    """Logs the sources, what was carved from them, and what is amiss."""
+    """Log the sources, what was carved from them, and warnings."""
     for source in report["sources"]:
         logger.info("%s rows from %s", source["split"], source["name"])
     if report["split"]["carved"]:
@@ -151,7 +151,7 @@ def _shown(name: str) -> str:
 
 
 def log_report(report: dict) -> None:
-    """Logs the report of `load_splits` as a table, with the token counts of `tokenize` where ``lengths`` holds them."""
+    """Log the report of `load_splits` as a table, with the token counts of `tokenize` if ``lengths`` holds them."""
     splits = report["splits"]
     logger.info(
         "%-12s%9s%9s%11s%12s%11s%10s",

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from evaluation.calibration import Calibration, fit_calibration
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import DataArguments
-from training.data import load_splits
+from training.splits import load_splits
 
 DRAWS = 40
 ROWS = (10, 20, 50, 100, 200, 336)

@@ -48,7 +48,7 @@ from evaluation.lexical import LexicalClassifier, token_counts
 from evaluation.metrics import build_compute_metrics
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import DataArguments
-from training.data import load_splits
+from training.splits import load_splits
 
 DRAWS = 40
 VALIDATION_ROWS = 336

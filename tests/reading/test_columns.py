@@ -13,7 +13,7 @@ from reading.columns import (
     longest_column,
     text_problem,
 )
-from reading.rows import ReadError
+from reading.rows import InputError
 
 
 def columns(*names: str, **shares: float) -> dict[str, float]:
@@ -55,7 +55,7 @@ def test_several_sources_share_a_candidate():
         ({"a.csv": columns("text"), "b.csv": columns("x")}, "text", r"b.csv has no column 'text' \(--text_column\); it has 'x'"),
         ({"a.csv": columns("text"), "b.csv": columns("body")}, None, "a.csv, b.csv have no column in common for --text_column"),
     ):  # fmt: skip
-        with pytest.raises(ReadError, match=message):
+        with pytest.raises(InputError, match=message):
             choose_columns(given, asked, TEXT_COLUMNS, "--text_column")
 
 

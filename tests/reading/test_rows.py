@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from reading.rows import KINDS, Limits, ReadError, Row, Rows
+from reading.rows import KINDS, InputError, Limits, Row, Rows
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 0))
 fuzz = settings(
@@ -67,7 +67,7 @@ def read(content: bytes, kind: str, **limits: int) -> list[Row]:
 
 
 def refusal(content: bytes, kind: str, **limits: int) -> str:
-    with pytest.raises(ReadError) as refused:
+    with pytest.raises(InputError) as refused:
         read(content, kind, **limits)
     assert "\n" not in str(refused.value)
     return str(refused.value)
@@ -249,7 +249,7 @@ def test_a_damaged_gz_stream_gives_its_rows_and_then_an_error(damage):
     else:
         packed = bytearray(b"not packed at all")
     count = 0
-    with pytest.raises(ReadError, match="a file is damaged or incomplete: copy or download it again"):  # noqa: PT012
+    with pytest.raises(InputError, match="a file is damaged or incomplete: copy or download it again"):  # noqa: PT012
         for _ in Rows(gzip.GzipFile(fileobj=io.BytesIO(packed)), "jsonl", "a file").read():
             count += 1
     assert (count > 1000) == (damage in ("cut", "flipped"))
@@ -358,7 +358,7 @@ def test_more_than_a_limit_is_refused():
     assert "has more than 1 columns" in refusal(table, "parquet", columns=1)
     # packed again and again, a few bytes become many
     packed = gzip.GzipFile(fileobj=io.BytesIO(gzip.compress(b"text\n" + b"a\n" * 10**6)))
-    with pytest.raises(ReadError, match="has more than 10,000 bytes"):
+    with pytest.raises(InputError, match="has more than 10,000 bytes"):
         list(Rows(packed, "csv", "a file", Limits(bytes=10_000)).read())
 
 
@@ -371,7 +371,7 @@ def test_a_parquet_file_that_unpacks_to_gigabytes_is_refused_before_it_does():
     pool = pa.default_memory_pool()
     before = pool.max_memory()
     rows = Rows(io.BytesIO(content), "parquet", "a file", Limits(bytes=100 * 2**20))
-    with pytest.raises(ReadError, match="has more than 104,857,600 bytes"):
+    with pytest.raises(InputError, match="has more than 104,857,600 bytes"):
         list(rows.read())
     assert pool.max_memory() <= max(before, 300 * 2**20)
     assert sum(
@@ -399,7 +399,7 @@ def test_damage_further_on_costs_neither_the_rows_before_it_nor_other_columns():
     rows = Rows(io.BytesIO(content), "parquet", "a file")
     assert [row.values["text"] for row in rows.read(["text"])] == table["text"].to_pylist()
     found = []
-    with pytest.raises(ReadError, match="a file is not a Parquet file, or is damaged: write or copy it again"):
+    with pytest.raises(InputError, match="a file is not a Parquet file, or is damaged: write or copy it again"):
         found.extend(rows.read())  # keeps what came before
     assert 0 < len(found) <= 50
 
@@ -420,7 +420,7 @@ def test_a_parquet_file_says_how_much_of_it_was_read():
 
 def test_parquet_needs_a_stream_that_can_seek_and_leaves_it_open():
     content = parquet({"a": [1]})
-    with pytest.raises(ReadError, match="is read from its end, so save it to a disk first"):
+    with pytest.raises(InputError, match="is read from its end, so save it to a disk first"):
         Rows(Plain(content), "parquet", "a file")
     for kind, some in (("parquet", content), ("csv", b"a\n1\n")):
         stream = io.BytesIO(some)
@@ -533,7 +533,7 @@ def test_any_bytes_give_rows_or_one_line(kind, content, head, characters):
     try:
         rows = Rows(io.BytesIO(content), kind, "a file", Limits(characters=characters))
         found = list(rows.read())
-    except ReadError as error:
+    except InputError as error:
         assert "\n" not in str(error)  # noqa: PT017
         return
     assert all(row.values == {} or row.problem is None for row in found)
@@ -551,7 +551,7 @@ def test_a_damaged_parquet_file_gives_rows_or_one_line(damage, at):
     content = parquet({"text": ["one", "two"], "id": [1, None], "c": pa.array(["x", "y"]).dictionary_encode()})
     try:
         read(content[:at] + damage + content[at + len(damage) :], "parquet")
-    except ReadError as error:
+    except InputError as error:
         assert "\n" not in str(error)  # noqa: PT017
 
 
@@ -564,5 +564,5 @@ def test_an_error_of_the_stream_is_named():
             return content
 
     rows = Rows(Lost(b"text\n" + b"a\n" * 50_000), "csv", "s3://bucket/a.csv").read()
-    with pytest.raises(ReadError, match=r"cannot read s3://bucket/a\.csv: Connection timed out"):
+    with pytest.raises(InputError, match=r"cannot read s3://bucket/a\.csv: Connection timed out"):
         list(rows)

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT, stranger
 
-from reading.rows import Limits, ReadError
+from reading.rows import InputError, Limits
 from reading.sources import Source, Table, find_sources, kind_of, open_rows, read_table
 
 CSV = b"text,id\na,1\n\nb,2\n"
@@ -36,7 +36,7 @@ def test_a_pattern_means_its_files_in_sorted_order(tmp_path, monkeypatch):
         ("-", None, "standard input has no name that tells its kind: give one of csv, tsv"),
         ("-", "parquet", "it cannot come by standard input"),
     ):
-        with pytest.raises(ReadError) as refused:
+        with pytest.raises(InputError) as refused:
             find_sources(pattern, kind)
         assert message in str(refused.value)
 
@@ -47,7 +47,7 @@ def test_a_name_tells_the_kind():
     ]  # fmt: skip
     for name, message in (("a.xlsx", "its name does not tell its kind, one of .csv"), ("csv", "does not tell"),
                           ("a.parquet.gz", "so unpack it first")):  # fmt: skip
-        with pytest.raises(ReadError, match=message):
+        with pytest.raises(InputError, match=message):
             kind_of(name)
 
 
@@ -62,7 +62,7 @@ def test_a_table_has_the_values_of_each_column_and_the_lines_of_the_rows(tmp_pat
     assert read_table(Source(str(tmp_path / "a.jsonl"), "jsonl")).columns == {"a": [7, None, 2], "b": [None, None, "x"]}
     pyarrow.parquet.write_table(pyarrow.table({"a": [1, None], "b": ["x", "y"]}), tmp_path / "a.parquet")
     assert read_table(Source(str(tmp_path / "a.parquet"), "parquet"), ["b", "a"]) == Table(
-        str(tmp_path / "a.parquet"), {"b": ["x", "y"], "a": [1, None]}, [1, 2]
+        str(tmp_path / "a.parquet"), {"b": ["x", "y"], "a": [1, None]}, [1, 2], "row"
     )
 
 
@@ -81,19 +81,19 @@ def test_a_table_has_the_values_of_each_column_and_the_lines_of_the_rows(tmp_pat
 def test_a_table_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, name, content, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ReadError) as refused:
+    with pytest.raises(InputError) as refused:
         read_table(find_sources(name)[0])
     assert str(refused.value).startswith(message)
     assert "\n" not in str(refused.value)
 
 
 def test_a_file_that_cannot_be_opened_is_one_line(tmp_path):
-    with pytest.raises(ReadError, match=r"cannot read .*none\.csv: No such file or directory"):
+    with pytest.raises(InputError, match=r"cannot read .*none\.csv: No such file or directory"):
         read_table(Source(str(tmp_path / "none.csv"), "csv"))
-    with pytest.raises(ReadError, match="Is a directory"):
+    with pytest.raises(InputError, match="Is a directory"):
         read_table(Source(str(tmp_path), "csv"))
     (tmp_path / "a.csv").write_bytes(CSV)
-    with pytest.raises(ReadError, match="has more than 1 rows"):
+    with pytest.raises(InputError, match="has more than 1 rows"):
         read_table(Source(str(tmp_path / "a.csv"), "csv"), limits=Limits(rows=1))
 
 

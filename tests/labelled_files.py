@@ -1,0 +1,34 @@
+"""Files of labelled texts, and what `load_splits` makes of them, for the tests of labels, sources and splits."""
+
+import datasets
+import pandas as pd
+
+from training.arguments import DataArguments
+from training.splits import load_splits
+
+SECRET = "patient Miller"  # stands for a text that must not be shown
+
+datasets.disable_progress_bars()
+
+
+def load(seed=0, known=None, **arguments):
+    """`load_splits`, with ``known`` for the taxonomy of a checkpoint."""
+    return load_splits(DataArguments(**{key: _text(value) for key, value in arguments.items()}), seed, known)
+
+
+def _text(value):
+    return value if isinstance(value, (bool, int, float, list, type(None))) else str(value)
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def csv_file(path, rows, header=("text", "label")):
+    pd.DataFrame(rows, columns=list(header)).to_csv(path, index=False)
+    return path
+
+
+def labels_of(data, split):
+    return [data.taxonomy.labels[label] for label in data.splits[split]["label"]]

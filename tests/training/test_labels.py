@@ -1,0 +1,263 @@
+"""Labels of one column or several, codes and names, against taxonomies worked by hand."""
+
+import json
+
+import pandas as pd
+import pytest
+from conftest import ROOT
+from labelled_files import SECRET, csv_file, labels_of, load, write
+
+import reading.rows
+from errors import InputError
+from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy, quote_name
+from training.arguments import parse
+from training.labels import read_class_names
+from training.splits import load_splits
+
+
+@pytest.mark.parametrize("kind", ["json", "parquet"])
+def test_whole_numbers_are_labels(tmp_path, kind):
+    frame = pd.DataFrame({"text": ["a", "b", "c"], "label": [3.0, 10.0, 3.0]})
+    path = tmp_path / f"a.{kind}"
+    frame.to_parquet(path) if kind == "parquet" else frame.to_json(path, orient="records")
+    data = load(train_file=path, validation_size=0)
+    assert labels_of(data, "train") == ["3", "10", "3"]
+
+
+def test_several_label_columns_name_the_path_from_the_root(tmp_path):
+    rows = [("one", "body", "heart", "valve"), ("two", "body", "lung", ""), ("three", "mind", "", "")]
+    rows += [("four", "body", "", "")]
+    path = csv_file(tmp_path / "a.csv", rows, ("text", "l1", "l2", "l3"))
+    data = load(train_file=path, label_column=["l1", "l2", "l3"], validation_size=0)
+    names = [data.taxonomy.path_names(label) for label in data.splits["train"]["label"]]
+    assert names == [("body", "heart", "valve"), ("body", "lung"), ("mind",), ("body",)]
+    # a document counts at every level of its path
+    assert data.report["splits"]["train"]["classes"] == {
+        "1": {"mind": 1, "body": 3},
+        "2": {"lung": 1, "heart": 1},
+        "3": {"valve": 1},
+    }
+    gap = csv_file(tmp_path / "b.csv", [("one", "body", "", "valve"), ("two", "", "", "")], ("text", "l1", "l2", "l3"))
+    with pytest.raises(InputError, match="line 3, column 'l1 l2 l3': the label is missing"):
+        load(train_file=gap, label_column=["l1", "l2", "l3"])
+    gap = csv_file(tmp_path / "b.csv", [("one", "body", "", "valve")], ("text", "l1", "l2", "l3"))
+    with pytest.raises(InputError, match="line 2, column 'l1 l2 l3': the label has a gap above a filled level"):
+        load(train_file=gap, label_column=["l1", "l2", "l3"])
+    # one column holds names, several hold paths: "heart" alone is not a path from a root
+    wrong = csv_file(tmp_path / "c.csv", [("one", "heart", "", "")], ("text", "l1", "l2", "l3"))
+    with pytest.raises(
+        InputError, match=r"c\.csv, line 2, column 'l1 l2 l3': .*must name the path from the root.*'body', 'heart'"
+    ):
+        load(known=data.taxonomy, test_file=wrong, label_column=["l1", "l2", "l3"])
+    names_only = csv_file(tmp_path / "d.csv", [("one", "heart")])
+    assert labels_of(load(known=data.taxonomy, test_file=names_only), "test") == ["heart"]
+
+
+def test_codes_are_names_only_where_the_user_says_so(tmp_path):
+    rows = [(str(i), f"text {i}") for i in range(1, 4)]
+    path = csv_file(tmp_path / "a.csv", rows, ("condition_label", "medical_abstract"))
+    assert load(train_file=path, validation_size=0).taxonomy == Taxonomy(["1", "2", "3"])
+    with pytest.raises(InputError, match=r"line 2, .*'1' is not in the taxonomy"):
+        load(test_file=path, known=Taxonomy(DEFAULT_TAXONOMY))
+
+
+def test_the_recipe_of_the_medical_abstracts_corpus_names_its_codes(tmp_path):
+    # the corpus's own names, from its data card
+    classes = ["neoplasms", "digestive system diseases", "nervous system diseases", "cardiovascular diseases",
+               "general pathological conditions"]  # fmt: skip
+    rows = [(str(i), f"text {i}") for i in range(1, 6)]
+    path = csv_file(tmp_path / "a.csv", rows, ("condition_label", "medical_abstract"))
+    words = [str(ROOT / "recipes" / "medical_abstracts.yaml"), "--train_file", str(path), "--validation_size", "0"]
+    _, arguments, _, _ = parse(words)
+    data = load_splits(arguments, 0)
+    assert data.taxonomy == Taxonomy(DEFAULT_TAXONOMY)
+    assert labels_of(data, "train") == classes
+
+
+def test_a_name_is_one_class_however_its_letters_are_composed(tmp_path):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    assert composed != decomposed
+    rows = [("one", composed), ("two", decomposed), ("three", "tea")]
+    data = load(train_file=csv_file(tmp_path / "a.csv", rows), validation_size=0)
+    assert data.taxonomy == Taxonomy([composed, "tea"])
+    assert data.splits["train"]["label"][:] == [0, 0, 1]
+    tree = write(tmp_path / "tree.yaml", f"drinks: [{decomposed}, tea]\nfood:\n")
+    rows = [("one", f"drinks/{composed}"), ("two", composed), ("three", "food")]
+    data = load(train_file=csv_file(tmp_path / "b.csv", rows), taxonomy=tree, validation_size=0)
+    assert data.splits["train"]["label"][:] == [0, 0, 2]
+    levels = csv_file(tmp_path / "c.csv", [("one", "drinks", composed), ("two", "food", "")], ("text", "a", "b"))
+    data = load(train_file=levels, taxonomy=tree, label_column=["a", "b"], validation_size=0)
+    assert data.splits["train"]["label"][:] == [0, 2]
+    names = json.dumps({composed: composed, "2": "tea"})
+    coded = csv_file(tmp_path / "d.csv", [("one", decomposed), ("two", "2")])
+    assert load(train_file=coded, class_names=names, validation_size=0).taxonomy == Taxonomy([composed, "tea"])
+
+
+def test_names_of_the_default_taxonomy_choose_it(tmp_path):
+    rows = [("one", "neoplasms"), ("two", "specific disease"), ("three", "specific disease/nervous system diseases")]
+    data = load(train_file=csv_file(tmp_path / "a.csv", rows), validation_size=0)
+    assert data.taxonomy == Taxonomy(DEFAULT_TAXONOMY)
+    assert labels_of(data, "train") == ["neoplasms", "specific disease", "nervous system diseases"]
+    assert data.report["classes_without_training_rows"] == [
+        "general pathological conditions",
+        "digestive system diseases",
+        "cardiovascular diseases",
+    ]
+    # one other label, and the labels span their own taxonomy
+    rows[2] = ("three", "flu")
+    assert load(train_file=csv_file(tmp_path / "a.csv", rows), validation_size=0).taxonomy.labels == [
+        "flu", "neoplasms", "specific disease",
+    ]  # fmt: skip
+
+
+def test_taxonomy_of_the_labels_does_not_depend_on_row_order(tmp_path):
+    rows = [("one", "b / y"), ("two", "a"), ("three", "b/x")]
+    one = load(train_file=csv_file(tmp_path / "a.csv", rows), validation_size=0)
+    other = load(train_file=csv_file(tmp_path / "b.csv", rows[::-1]), validation_size=0)
+    assert one.taxonomy == other.taxonomy == Taxonomy(["a", {"b": ["x", "y"]}])
+    assert labels_of(one, "train") == ["y", "a", "x"]
+    custom = csv_file(tmp_path / "c.csv", [("one", "a > b"), ("two", "a > c/d")])
+    assert load(train_file=custom, validation_size=0, label_separator=">").taxonomy.labels == ["b", "c/d", "a"]
+
+
+def test_labels_of_every_split_span_the_taxonomy(tmp_path):
+    data = load(
+        train_file=csv_file(tmp_path / "a.csv", [("one", "a"), ("two", "b")]),
+        validation_file=csv_file(tmp_path / "b.csv", [("three", "a")]),
+        test_file=csv_file(tmp_path / "c.csv", [("four", "c")]),
+    )
+    assert data.taxonomy.labels == ["a", "b", "c"]
+    assert data.report["classes_without_training_rows"] == ["c"]
+
+
+def test_taxonomy_file_and_inner_nodes(tmp_path):
+    tree = write(tmp_path / "tree.yaml", "body: [heart, lung]\nmind:\n")
+    rows = csv_file(tmp_path / "a.csv", [("one", "body"), ("two", "body/lung"), ("three", "mind"), ("four", " heart ")])
+    data = load(train_file=rows, taxonomy=tree, validation_size=0)
+    assert labels_of(data, "train") == ["body", "lung", "mind", "heart"]
+    assert data.splits["train"]["label"][0] >= data.taxonomy.num_leaves
+    # the parameter, a checkpoint's taxonomy, is stronger than the file
+    mine = Taxonomy({"body": ["lung", "heart"], "mind": None, "soul": None})
+    given = load(known=mine, test_file=rows, taxonomy=tree)
+    assert given.taxonomy == mine
+
+
+def test_label_that_the_taxonomy_does_not_hold(tmp_path):
+    path = csv_file(tmp_path / "a.csv", [(SECRET, "heart"), (SECRET, "heartt")])
+    with pytest.raises(
+        InputError, match=r"a\.csv, line 3, column 'label': the label 'heartt' is not .*'heart'"
+    ) as caught:
+        load(test_file=path, known=Taxonomy({"body": ["heart", "lung"]}))
+    assert SECRET not in str(caught.value)
+    broken = write(tmp_path / "tree.yaml", "- a\n")
+    with pytest.raises(InputError, match=r"--taxonomy: .*at least two leaves"):
+        load(train_file=path, taxonomy=broken)
+    alone = csv_file(tmp_path / "b.csv", [("one", "x"), ("two", "x")])
+    with pytest.raises(InputError, match="every row has the label 'x'; at least two are needed"):
+        load(train_file=alone)
+    hole = csv_file(tmp_path / "c.csv", [("one", "x"), ("two", "x//y")])
+    with pytest.raises(InputError, match=r"c\.csv, line 3, .*'x//y' has an empty name"):
+        load(train_file=hole)
+
+
+def test_names_that_are_not_unique_need_their_path(tmp_path):
+    # "other" is a root and a child: alone it could be either, in training as in scoring
+    rows = [("one", "other"), ("two", "body/other"), ("three", "body/heart")]
+    with pytest.raises(InputError, match=r"line 2, .*'other' is ambiguous: it names .*'/other'.*write the path"):
+        load(train_file=csv_file(tmp_path / "a.csv", rows))
+    rows[0] = ("one", "/other")
+    path = csv_file(tmp_path / "a.csv", rows)
+    data = load(train_file=path, validation_size=0)
+    assert [data.taxonomy.path_names(i) for i in data.splits["train"]["label"]] == [
+        ("other",), ("body", "other"), ("body", "heart"),
+    ]  # fmt: skip
+    again = load(test_file=path, known=data.taxonomy)
+    assert again.splits["test"]["label"][:] == data.splits["train"]["label"][:]
+    # case tells names apart
+    cased = csv_file(tmp_path / "b.csv", [("one", "neoplasms/Neoplasms"), ("two", "neoplasms"), ("three", "flu")])
+    assert labels_of(load(train_file=cased, validation_size=0), "train") == ["Neoplasms", "neoplasms", "flu"]
+
+
+NAMES_AND_PARENTS = "label,name,parent\nC1,Heart,body\nC2,Lung,body\nC3,Sleep,mind\n"
+
+
+def test_one_file_as_taxonomy_and_as_class_names(tmp_path):
+    names = write(tmp_path / "labels.csv", NAMES_AND_PARENTS)
+    rows = csv_file(tmp_path / "a.csv", [("one", "C2"), ("two", "C3"), ("three", "body"), ("four", "Heart")])
+    arguments = {"train_file": rows, "taxonomy": names, "class_names": names, "validation_size": 0}
+    data = load(**arguments)
+    assert labels_of(data, "train") == ["Lung", "Sleep", "body", "Heart"]
+    rows = csv_file(tmp_path / "a.csv", [("one", "C2"), ("two", "C4")])
+    with pytest.raises(
+        InputError, match=r"a\.csv, line 3, .*'C4' is neither a code of --class_names .*nor in the taxonomy"
+    ):
+        load(**arguments)
+
+
+def test_codes_may_be_named_by_paths(tmp_path):
+    rows = csv_file(tmp_path / "a.csv", [("one", "1"), ("two", "2"), ("three", "flu")])
+    data = load(train_file=rows, class_names='{"1": "body/heart", "2": "body", "3": "flu"}', validation_size=0)
+    assert [data.taxonomy.path_names(i) for i in data.splits["train"]["label"]] == [
+        ("body", "heart"),
+        ("body",),
+        ("flu",),
+    ]
+    with pytest.raises(InputError, match=r"a\.csv, line 4, .*'flu' is neither a code"):
+        load(train_file=rows, class_names='{"1": "body/heart", "2": "body"}')
+
+
+def test_codes_in_several_columns(tmp_path):
+    rows = csv_file(tmp_path / "a.csv", [("one", "B", "1"), ("two", "M", ""), ("three", "B", "")], ("text", "l1", "l2"))
+    data = load(
+        train_file=rows, label_column=["l1", "l2"], validation_size=0,
+        class_names='{"B": "body", "M": "mind", "1": "heart"}',
+    )  # fmt: skip
+    assert labels_of(data, "train") == ["heart", "mind", "body"]
+
+
+def test_class_names_in_their_forms(tmp_path):
+    expected = {"1": "one", "02": "two"}
+    assert read_class_names('{"1": "one", "02": " two "}') == expected
+    assert read_class_names(str(write(tmp_path / "a.csv", "id,what\n1,one\n02,two\n"))) == expected
+    assert read_class_names(str(write(tmp_path / "a.tsv", "name\tcode\none\t1\ntwo\t02\n"))) == expected
+    corpus = write(tmp_path / "b.csv", "condition_label,condition_name\n1,one\n02,two\n")
+    assert read_class_names(str(corpus)) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ('{"1": ', "is not JSON"),
+        ('{"1": 2}', "the code '1' needs a name"),
+        ('{"1": "a", "1": "b"}', "the code '1' has two names: 'a' and 'b'"),
+        ("names.txt", r"expected a \.csv or \.tsv file"),
+        ("names.csv", "cannot read names.csv: No such file or directory"),
+    ],
+)
+def test_bad_class_names(given, message):
+    with pytest.raises(InputError, match=message):
+        read_class_names(given)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("neoplasms", True),
+        ("general pathological conditions", True),
+        ("specific disease/digestive system diseases", True),
+        ("C34.1", True),
+        ("D012345", False),
+        ("1.10", True),
+        ("icd_10_2019_code", True),
+        ("2019-07-31", False),
+        ("555 0123 456", False),
+        ("He was sent home.", False),
+        ("胸痛。入院", False),
+        ("pain in the chest for three days", False),
+        ("x" * 61, False),
+    ],
+)
+def test_what_looks_like_a_name_is_shown(name, shown):
+    assert quote_name(name) == (repr(name) if shown else f"(a value of {len(name)} characters)")
+    # shipped files cannot import the reader, which has the same rule
+    assert reading.rows.quote_name(name) == quote_name(name)

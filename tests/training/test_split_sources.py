@@ -1,0 +1,261 @@
+"""Files and data sets of `datasets`: how they are read, their columns found, and bad ones named."""
+
+import hashlib
+import json
+import logging
+
+import datasets
+import pandas as pd
+import pyarrow.parquet
+import pytest
+from labelled_files import SECRET, csv_file, labels_of, load, write
+
+from errors import InputError
+
+ROWS = [("NA", "a/x"), ('007, a "quoted"\ntext', "a/y"), ("Ünïcode  text", "b"), ("None", "a")]
+
+
+def write_as(kind, path):
+    frame = pd.DataFrame(ROWS, columns=["text", "label"])
+    records = frame.to_dict("records")
+    if kind in ("csv", "csv.gz", "tsv"):
+        frame.to_csv(path, index=False, sep="\t" if kind == "tsv" else ",")
+    elif kind == "parquet":
+        frame.to_parquet(path)
+    elif kind == "json":
+        path.write_text(json.dumps(records))
+    elif kind == "data.json":
+        path.write_text(json.dumps({"version": 1, "data": records}))
+    else:
+        path.write_text("\n".join(map(json.dumps, records)) + "\n\n")
+
+
+@pytest.mark.parametrize("kind", ["csv", "csv.gz", "tsv", "json", "data.json", "jsonl", "ndjson", "parquet"])
+def test_every_format_gives_the_same_rows(tmp_path, kind):
+    path = tmp_path / f"rows.{kind}"
+    write_as(kind, path)
+    data = load(train_file=path, validation_size=0)
+    assert list(data.splits) == ["train"]
+    assert data.splits["train"].column_names == ["text", "label", "row", "text_id"]
+    assert data.splits["train"]["text"][:] == [text for text, _ in ROWS]
+    assert data.splits["train"]["row"][:] == [0, 1, 2, 3]
+    # leaves first, in sorted order of their paths (a/x, a/y, b), then the inner node a
+    assert data.taxonomy.labels == ["x", "y", "b", "a"]
+    assert data.splits["train"]["label"][:] == [0, 1, 2, 3]
+    source = {"split": "train", "name": str(path), "sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}}
+    assert data.report["sources"] == [source]
+
+
+def test_csv_cells_are_text_as_written(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"\xef\xbb\xbftext,label\nnan,007\n1.0,NA\ntrue,3.0\n\n")
+    data = load(train_file=path, validation_size=0)
+    assert data.splits["train"]["text"][:] == ["nan", "1.0", "true"]
+    assert labels_of(data, "train") == ["007", "NA", "3.0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"", "a.csv is empty"),
+        ("a.csv", b"text,label\n", "a.csv has no rows"),
+        ("a.csv", b"text,label\none,x\ntwo\nthree,y\n", "a.csv, line 3: 1 fields, where the header has 2"),
+        ("a.csv", b"text,label\none,x\ntwo,y,z\n", "a.csv, line 3: 3 fields, where the header has 2"),
+        ("a.csv", b'text,label\n"one,x\n', "a.csv, line 2: a quotation mark is not closed"),
+        ("a.csv", "text,label\nM\xfcller,x\n".encode("latin-1"), "a.csv, line 2: not UTF-8"),
+        ("a.csv", b"text,label,text\none,x,two\n", "a.csv has two columns called 'text'"),
+        ("a.json", b'[{"text": "one", ', "a.json, line 1, is not JSON"),
+        ("a.json", b'{"rows": []}', "a.json: a JSON file must hold a list of objects"),
+        ("a.json", b'["one"]', "a.json, row 1: not a JSON object"),
+        ("a.json", b"[]", "a.json has no columns"),
+        ("a.json", b'[{"text": "\xfc"}]', "a.json is not UTF-8"),
+        ("a.jsonl", b'{"text": "one", "label": "x"}\n{"text"\n', "a.jsonl, line 2: not JSON"),
+        ("a.parquet", b"PAR0 nonsense", "a.parquet is not a Parquet file"),
+        ("a.xlsx", b"PK", "a.xlsx: its name does not tell its kind, one of .csv, .tsv"),
+    ],
+)  # fmt: skip
+def test_unreadable_files_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        load(train_file=tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "folder"])
+def test_codes_of_many_digits_beside_missing_ones_stay_as_they_are(tmp_path, kind):
+    codes = [900_000_000_000_207_008 + i for i in range(6)]  # as long as those of SNOMED CT
+    rows = {
+        "text": [f"text {i}" for i in range(8)],
+        "l1": ["a"] * 4 + ["b"] * 4,
+        "l2": [*codes[:3], None, *codes[3:], None],
+    }
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "rows.parquet")
+        source = {"train_file": tmp_path / "rows.parquet"}
+    else:
+        datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "rows")
+        source = {"data_path": tmp_path / "rows"}
+    data = load(**source, label_column=["l1", "l2"], validation_size=0.0, test_size=0.0)
+    assert set(data.taxonomy.names) == {"a", "b", *map(str, codes)}
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(InputError, match=r"cannot read .*gone\.csv: No such file or directory"):
+        load(train_file=tmp_path / "gone.csv")
+    with pytest.raises(InputError, match="not a folder saved by `datasets`"):
+        load(data_path=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "no data"),
+        ({"data_path": "a.csv", "train_file": "b.csv"}, "--data_path and --train_file contradict"),
+        ({"data_path": "a.csv", "dataset_name": "b"}, "--dataset_name and --data_path contradict"),
+        ({"train_file": "a.csv", "dataset_revision": "v1"}, "--dataset_revision needs"),
+        ({"data_path": "a.csv", "test_size": -0.1}, "--test_size is a share"),
+        ({"data_path": "a.csv", "validation_size": 1.0}, "--validation_size is a share"),
+        ({"data_path": "a.csv", "validation_size": float("nan")}, "--validation_size is a share"),
+        ({"data_path": "a.csv", "validation_size": 0.5, "test_size": 0.5}, "leave nothing"),
+    ],
+)
+def test_contradictory_arguments(given, message):
+    with pytest.raises(InputError, match=message):
+        load(**given)
+
+
+# ── columns ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_columns_are_found_in_order_of_preference_and_logged(tmp_path, caplog):
+    rows = [("title", "first", "x", "n"), ("title", "second", "y", "n")]
+    path = csv_file(tmp_path / "a.csv", rows, ("text", "abstract", "label", "category"))
+    with caplog.at_level(logging.INFO, logger="training"):
+        data = load(train_file=path, validation_size=0)
+    assert data.splits["train"]["text"][:] == ["first", "second"]
+    assert data.report["columns"] == {"text": "abstract", "label": ["label"]}
+    assert "text 'abstract', label 'label'" in caplog.text
+    asked = load(train_file=path, validation_size=0, text_column="text", label_column=["label"])
+    assert asked.splits["train"]["text"][:] == ["title", "title"]
+
+
+def test_columns_that_are_not_there(tmp_path):
+    path = csv_file(tmp_path / "a.csv", [("one", "x"), ("two", "y")], ("notes", "diagnosis"))
+    with pytest.raises(InputError, match=r"a\.csv: no column is called .*--text_column, one of 'notes', 'diagnosis'"):
+        load(train_file=path)
+    with pytest.raises(InputError, match=r"no column is called .*--label_column, one of 'notes', 'diagnosis'"):
+        load(train_file=path, text_column="notes")
+    with pytest.raises(
+        InputError, match=r"a\.csv has no column 'notse' \(--text_column\); it has 'notes', 'diagnosis'"
+    ):
+        load(train_file=path, text_column="notse")
+    with pytest.raises(InputError, match="cannot be both"):
+        load(train_file=path, text_column="notes", label_column=["notes"])
+    with pytest.raises(InputError, match="names a column twice"):
+        load(train_file=path, text_column="notes", label_column=["diagnosis", "diagnosis"])
+
+
+def test_files_must_share_a_column_and_may_spell_it_differently(tmp_path):
+    one = csv_file(tmp_path / "1.csv", [("a", "x"), ("b", "y")], ("Text", "label"))
+    other = csv_file(tmp_path / "2.csv", [("c", "d", "x")], ("abstract", "text", "Label"))
+    data = load(train_file=one, test_file=other, validation_size=0)
+    assert data.splits["test"]["text"][:] == ["d"]
+    assert data.report["columns"] == {"text": "Text", "label": ["label"]}
+    other = csv_file(tmp_path / "2.csv", [("c", "x")], ("abstract", "label"))
+    with pytest.raises(InputError, match=r"1\.csv, .*2\.csv have no column in common for --text_column"):
+        load(train_file=one, test_file=other)
+
+
+def test_missing_values_are_named_by_line_and_the_text_is_not_shown(tmp_path):
+    rows = [(SECRET, "x"), ("one", ""), ("  ", "y"), ("two", ""), (SECRET, "y")]
+    path = csv_file(tmp_path / "a.csv", rows)
+    with pytest.raises(InputError, match=r"a\.csv, line 4, column 'text': the text is empty$"):
+        load(train_file=path)
+    path = csv_file(tmp_path / "a.csv", [row for row in rows if row[0].strip()])
+    with pytest.raises(InputError, match=r"a\.csv, line 3, column 'label': the label is missing; 2 rows") as caught:
+        load(train_file=path)
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([{"text": "a", "label": "x"}, {"label": "x"}], "row 2, column 'text': the text is missing"),
+        ([{"text": "a", "label": "x"}, {"text": 5, "label": "x"}], "row 2, column 'text': the text is not a text but int"),
+        ([{"text": "a", "label": None}, {"text": "b", "label": "x"}], "row 1, column 'label': the label is missing"),
+        ([{"text": "a", "label": float("nan")}, {"text": "b", "label": "x"}], "row 1, column 'label': the label is missing"),
+        ([{"text": "a", "label": 1.5}, {"text": "b", "label": 2.0}], "row 1, column 'label': the label is neither text nor"),
+        ([{"text": "a", "label": True}, {"text": "b", "label": 2}], "row 1, column 'label': the label is neither text nor"),
+        ([{"text": "a", "label": ["x", "y"]}, {"text": "b", "label": "x"}], "row 1, column 'label': the label is neither text nor"),
+        ([{"text": "a\ud800", "label": "x"}, {"text": "b", "label": "y"}], "row 1: half of a surrogate pair"),
+        ([{"text": "a", "label": SECRET * 50}, {"text": "b", "label": "y"}], "row 1, column 'label': the label has more than 500 characters"),
+    ],
+)  # fmt: skip
+def test_values_of_the_wrong_kind(tmp_path, records, message):
+    path = write(tmp_path / "a.json", json.dumps(records))
+    with pytest.raises(InputError, match=message) as caught:
+        load(train_file=path)
+    assert SECRET not in str(caught.value)
+
+
+# ── data sets of the `datasets` library ──────────────────────────────────────────────────────────────────────────────
+
+CLASSES = datasets.ClassLabel(names=["flu", "cold"])
+
+
+def dataset(texts, labels):
+    features = datasets.Features({"text": datasets.Value("string"), "label": CLASSES})
+    return datasets.Dataset.from_dict({"text": texts, "label": labels}, features=features)
+
+
+def test_saved_folder_with_class_labels(tmp_path):
+    splits = {"train": dataset(["a", "b"], [1, 0]), "valid": dataset(["c"], [0]), "extra": dataset(["d"], [0])}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "set")
+    data = load(data_path=tmp_path / "set")
+    assert list(data.splits) == ["train", "validation"]
+    assert labels_of(data, "train") == ["cold", "flu"]
+    assert labels_of(data, "validation") == ["flu"]
+    file = next((tmp_path / "set" / "valid").glob("*.arrow"))
+    assert data.report["sources"][1]["sha256"] == {file.name: hashlib.sha256(file.read_bytes()).hexdigest()}
+
+
+def test_saved_folder_of_one_dataset_is_split_in_three(tmp_path):
+    dataset([f"text {i}" for i in range(100)], [i % 2 for i in range(100)]).save_to_disk(tmp_path / "set")
+    data = load(data_path=tmp_path / "set", validation_size=0.2, test_size=0.1)
+    assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 70, "validation": 20, "test": 10}
+
+
+def test_saved_folder_without_validation_keeps_its_test(tmp_path):
+    train = dataset([f"text {i}" for i in range(100)], [i % 2 for i in range(100)])
+    datasets.DatasetDict({"train": train, "test": dataset(["z"], [0])}).save_to_disk(tmp_path / "set")
+    data = load(data_path=tmp_path / "set")
+    assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 90, "validation": 10, "test": 1}
+    assert data.splits["test"]["text"][:] == ["z"]
+
+
+def test_saved_folders_that_cannot_be_used(tmp_path):
+    datasets.DatasetDict({"train": dataset(["a", "b"], [1, -1])}).save_to_disk(tmp_path / "unlabelled")
+    with pytest.raises(InputError, match=r"unlabelled \[train\], row 2, column 'label': the label is missing"):
+        load(data_path=tmp_path / "unlabelled")
+    both = {"train": dataset(["a"], [1]), "dev": dataset(["b"], [1]), "validation": dataset(["c"], [1])}
+    datasets.DatasetDict(both).save_to_disk(tmp_path / "both")
+    with pytest.raises(InputError, match="several splits that mean validation: train, dev, validation"):
+        load(data_path=tmp_path / "both")
+    datasets.DatasetDict({"all": dataset(["a"], [1])}).save_to_disk(tmp_path / "all")
+    with pytest.raises(InputError, match="no split called train, validation or test, only all"):
+        load(data_path=tmp_path / "all")
+
+
+def test_dataset_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "corpus"  # `datasets` takes a folder of files for a name, too
+    folder.mkdir()
+    pd.DataFrame({"text": ["a", "b"], "label": ["x", "y"]}).to_parquet(folder / "train.parquet")
+    pd.DataFrame({"text": ["c"], "label": ["y"]}).to_parquet(folder / "test.parquet")
+    data = load(dataset_name=folder, validation_size=0)
+    assert data.splits["train"]["text"][:] == ["a", "b"]
+    assert labels_of(data, "test") == ["y"]
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="cannot load --dataset_name nobody/nothing") as caught:
+        load(dataset_name="nobody/nothing")
+    assert "\n" not in str(caught.value)

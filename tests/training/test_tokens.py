@@ -1,0 +1,80 @@
+"""Tokens, against the tokenizer's own truncation."""
+
+import logging
+
+import datasets
+import pytest
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from training.data_report import length_report
+from training.tokens import tokenize
+
+
+def word_tokenizer(side="right", **arguments):
+    """One token a word, between [CLS] and [SEP]."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(30))]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        truncation_side=side, model_max_length=8, **arguments,
+    )  # fmt: skip
+
+
+def texts_of_lengths(lengths):
+    rows = {"text": [" ".join(f"w{i}" for i in range(n)) for n in lengths], "label": list(range(len(lengths)))}
+    return datasets.DatasetDict(
+        {"test": datasets.Dataset.from_dict({**rows, "row": [10 + i for i in rows["label"]], "text_id": rows["label"]})}
+    )
+
+
+@pytest.fixture
+def warnings_of_transformers(caplog):
+    transformers.logging.enable_propagation()
+    with caplog.at_level(logging.WARNING):
+        yield caplog
+    transformers.logging.disable_propagation()
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_tokens_are_those_of_the_tokenizers_own_truncation(side, warnings_of_transformers):
+    words = [1, 5, 6, 7, 13, 30, 29]  # with two special tokens: 3, 7, 8, 9, 15, 32, 31
+    splits, tokenizer = texts_of_lengths(words), word_tokenizer(side, model_input_names=["input_ids", "attention_mask"])
+    tokenized, lengths = tokenize(splits, tokenizer, 8)
+    assert "longer than" not in warnings_of_transformers.text
+    rows = tokenized["test"]
+    assert set(rows.column_names) == {"input_ids", "attention_mask", "length", "labels", "row", "text_id"}
+    assert rows["input_ids"][:] == tokenizer(splits["test"]["text"][:], truncation=True, max_length=8)["input_ids"]
+    assert rows["length"][:] == [3, 7, 8, 8, 8, 8, 8]
+    assert rows["attention_mask"][:] == [[1] * n for n in rows["length"]]
+    assert rows["labels"][:] == [0, 1, 2, 3, 4, 5, 6]
+    assert rows["row"][:] == [10, 11, 12, 13, 14, 15, 16]
+    assert lengths == {"test": length_report([n + 2 for n in words], 8)}
+    assert (lengths["test"]["cut"], lengths["test"]["max"]) == (4, 32)
+    tokenizer(splits["test"]["text"][:])
+    assert "longer than" in warnings_of_transformers.text  # so it would have been seen
+
+
+def test_token_types_only_where_the_tokenizer_has_them():
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    tokenized, _ = tokenize(texts_of_lengths([3]), word_tokenizer(model_input_names=names), 8)
+    assert tokenized["test"]["token_type_ids"][:] == [[0] * 5]
+    tokenized, _ = tokenize(texts_of_lengths([3]), word_tokenizer(model_input_names=["input_ids"]), 8)
+    assert set(tokenized["test"].column_names) == {"input_ids", "attention_mask", "length", "labels", "row", "text_id"}
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_tokens_of_training_texts_know_their_sentences(side):
+    splits = datasets.DatasetDict()
+    for split in ("train", "test"):
+        splits[split] = texts_of_lengths([1, 1]).pop("test")
+        splits[split] = splits[split].remove_columns("text").add_column("text", ["a b. c d e? f g", "a"])
+    tokenized, _ = tokenize(splits, word_tokenizer(side), 6, {"train"})
+    cut = [0, 0, 1, 1] if side == "right" else [1, 1, 2, 2]
+    assert tokenized["train"]["sentences"][:] == [[-1, *cut, -1], [-1, 0, -1]]
+    assert "sentences" not in tokenized["test"].column_names

@@ -1,0 +1,81 @@
+"""Texts to token ids."""
+
+from collections.abc import Collection
+from typing import Any
+
+import datasets
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+from errors import InputError
+from training.data_report import length_report
+from training.views import sentence_numbers
+
+TOKEN_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def tokenize(
+    splits: datasets.DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    with_sentences: Collection[str] = (),
+) -> tuple[datasets.DatasetDict, dict[str, dict]]:
+    """Turn texts into token ids, truncated at ``max_length`` and not padded.
+
+    Args:
+        splits: as `training.splits.load_splits` returns them.
+        max_length: tokens kept of a text, special tokens included.
+        with_sentences: splits that get a column ``sentences`` as well, see `training.views.sentence_numbers`.
+
+    Returns:
+        The splits with ``input_ids``, ``attention_mask`` (and ``token_type_ids`` where the tokenizer has them),
+        ``length`` (of ``input_ids``), ``labels``, ``row`` and ``text_id``; and for each the `length_report` of the token counts
+        before truncation.
+
+    Raises:
+        InputError: the tokenizer is a slow one, which gives no offsets of its tokens.
+    """
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"{type(tokenizer).__name__} is not of the tokenizers library, so the checkpoint could not be served: "
+            "use another encoder"
+        )
+
+    def tokens(batch: dict[str, list], with_sentences: bool) -> dict[str, list]:
+        encoded: Any
+        encoded, lengths = _encode(batch["text"], tokenizer, max_length)
+        kept = {column: encoded[column] for column in TOKEN_COLUMNS if column in encoded}
+        if with_sentences:
+            ends = [[end for _, end in piece.offsets] for piece in encoded.encodings]
+            kept["sentences"] = [sentence_numbers(*pair) for pair in zip(batch["text"], ends, strict=True)]
+        return {
+            **kept,
+            "length": [len(ids) for ids in encoded["input_ids"]],
+            "uncut": lengths,
+            "labels": batch["label"],
+            "row": batch["row"],
+            "text_id": batch["text_id"],
+        }
+
+    tokenized, reports = datasets.DatasetDict(), {}
+    for split, rows in splits.items():
+        rows = rows.map(
+            tokens,
+            batched=True,
+            remove_columns=rows.column_names,
+            desc=f"tokenizing {split}",
+            fn_kwargs={"with_sentences": split in with_sentences},
+        )
+        reports[split] = length_report(rows.with_format("numpy")["uncut"][:], max_length)
+        tokenized[split] = rows.remove_columns("uncut")
+    return tokenized, reports
+
+
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[BatchEncoding, list[int]]:
+    encoded = tokenizer(
+        list(texts), truncation=True, max_length=max_length, padding=False, return_attention_mask=True, stride=0
+    )
+    special = tokenizer.num_special_tokens_to_add()  # each piece of what was cut off carries its own
+    lengths = [
+        len(piece) + sum(len(rest) - special for rest in piece.overflowing) for piece in encoded.encodings
+    ]  # fmt: skip
+    return encoded, lengths
