@@ -26,7 +26,6 @@ from transformers import pipeline
 from checkpoint_hierarchical import SHIPPED_FILES
 from configuration_hierarchical import HierarchicalConfig
 from errors import InputError
-from modeling_hierarchical import SHIPPED_FILES
 from prediction.input import read_records
 from reading.sources import find_sources, read_table
 from taxonomy_hierarchical import Taxonomy, TaxonomyError
