@@ -38,8 +38,8 @@ class HierarchicalConfig(PretrainedConfig):
         head_dropout: dropout probability before the heads.
         initializer_range: standard deviation of fresh head weights.
         lexical_vocab_size: the number of token ids that the lexical head knows; None where the model has no such head.
-        lexical_weight: what the log-probabilities of the lexical head count in each decision, where those of the encoder count
-            1; None where the model has no such head.
+        lexical_weight: the factor of the lexical head's log-probabilities in each decision, where the encoder's have factor 1;
+            None where the model has no such head.
         temperatures: what the scores of each decision are divided by before their softmax, the roots' first, then those
             of the inner nodes' children in the order of ids; None, which is 1 for all, where nothing was calibrated.
         conformal_thresholds: for coverages of 0.01, 0.02, … 0.99, the threshold under which an answer holds the label
@@ -159,7 +159,7 @@ def is_number(value: object) -> bool:
 
 
 def encoder_config(given: dict) -> PretrainedConfig:
-    """The configuration of an encoder, of the class that its ``model_type`` names in transformers. BERT's by default.
+    """Build an encoder's configuration, of the class that its ``model_type`` names in transformers. The default is BERT.
 
     Raises:
         ValueError: no such model type, or values that it does not take.
@@ -172,7 +172,7 @@ def encoder_config(given: dict) -> PretrainedConfig:
 
 
 def checked_temperatures(temperatures: list[float] | None, taxonomy: Taxonomy) -> list[float] | None:
-    """Temperatures that fit a taxonomy: one a decision, positive and finite."""
+    """Check temperatures against a taxonomy: one a decision, positive and finite."""
     decisions = taxonomy.num_nodes - taxonomy.num_leaves + 1
     if temperatures is None:
         return None
@@ -185,7 +185,7 @@ def checked_temperatures(temperatures: list[float] | None, taxonomy: Taxonomy) -
 
 
 def checked_thresholds(thresholds: list[float | None] | None) -> list[float | None] | None:
-    """Conformal thresholds: 99 rising numbers from 0 to 1, with None for those that no document of the rows gave.
+    """Check conformal thresholds: 99 rising numbers from 0 to 1, with None for those that no document of the rows gave.
 
     Earlier versions stored 999, for 0.001 … 0.999; every tenth of them is returned.
     """

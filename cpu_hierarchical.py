@@ -35,7 +35,7 @@ def attend_by_document(encoder: PreTrainedModel) -> None:
 
 
 def attention_mask(*, attention_mask: Tensor | None = None, mask_function: Any, **kwargs: Any) -> Tensor | None:
-    """The (B, T) padding mask as it is where nothing else is masked; otherwise SDPA's own (B, 1, T, T)."""
+    """Return the (B, T) padding mask where nothing else is masked, else SDPA's own (B, 1, T, T)."""
     if mask_function is not bidirectional_mask_function:
         return sdpa_mask(attention_mask=attention_mask, mask_function=mask_function, **kwargs)
     return attention_mask
@@ -51,7 +51,7 @@ def attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of transformers' interface, over (B, heads, T, D); to (B, T, heads, D).
+    """Compute attention by transformers' interface, (B, heads, T, D) to (B, T, heads, D).
 
     What is not plain attention over texts padded at their ends goes to SDPA, and with AMX all that needs no gradient.
     """
@@ -75,7 +75,7 @@ def attention(
 
 
 def text_spans(rows: int, length: int, mask: Tensor | None) -> list[slice] | None:
-    """Where each row's text stands; None where a mask has a hole or a row is empty."""
+    """Return the span of each row's text, or None where a mask has a hole or a row is empty."""
     if mask is None:
         return [slice(0, length)] * rows
     mask = mask.bool()
@@ -125,12 +125,12 @@ class PerDocumentAttention(torch.autograd.Function):
 
 
 def padded(rows: Tensor) -> Tensor:
-    """A copy of (heads, n, D) as (heads, m, D), with zeros up to a multiple of `LANES`."""
+    """Copy (heads, n, D) to (heads, m, D), with zeros up to a multiple of `LANES`."""
     return nn.functional.pad(rows, (0, 0, 0, -rows.shape[1] % LANES))
 
 
 def attention_probabilities(query: Tensor, key: Tensor, n: int) -> Tensor:
-    """Padded (heads, m, D), twice, to (heads, m, m), of which n rows and columns are of tokens."""
+    """Multiply padded queries and keys (heads, m, D) to probabilities (heads, m, m). The first n rows and columns are tokens."""
     scores = query @ key.transpose(1, 2)
     scores[:, :, n:] = -torch.inf
     return torch.softmax(scores, -1, out=scores)
@@ -181,7 +181,7 @@ class PackedLinear(nn.Linear):
         )
 
     def multiply(self, input: Tensor, activation: str = "none") -> Tensor:
-        """(…, in) to (…, out), and then "gelu", the exact one, or "none"."""
+        """Multiply (…, in) to (…, out), then apply the exact "gelu", or "none"."""
         packed, source, version = self.__dict__.get("packed", (None, None, None))
         if source is None or source.data_ptr() != self.weight.data_ptr() or version != self.weight._version:
             packed = ONEDNN._reorder_linear_weight(self.weight.detach())
@@ -211,12 +211,12 @@ FUSIBLE = {"dense": nn.Linear, "intermediate_act_fn": GELUActivation}  # the par
 
 
 def fused(kind: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of an encoder's own intermediate layer, ``dense`` and then ``intermediate_act_fn``."""
+    """Derive a class from an encoder's own intermediate layer, ``dense`` and then ``intermediate_act_fn``."""
     return type(f"Fused{kind.__name__}", (FusedIntermediate, kind), {})
 
 
 def restored(kind: type[nn.Module], state: dict[str, Any]) -> nn.Module:
-    """A layer of `fused`, as pickle makes it."""
+    """Restore a layer of `fused` for pickle."""
     layer = nn.Module.__new__(fused(kind))
     layer.__setstate__(state)
     return layer

@@ -137,7 +137,7 @@ class LexicalHead(nn.Module):
 
 
 class TreeSoftmax(nn.Module):
-    """The arithmetic of a taxonomy's decisions. It has no parameters.
+    """Normalise scores within each decision of a taxonomy. It has no parameters.
 
     `evaluation.calibration` uses it in float64, on the logits of a whole split.
     """
@@ -270,7 +270,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
 
     @property
     def has_adapter(self) -> bool:
-        """Whether a PEFT adapter is injected into the encoder."""
+        """Return whether a PEFT adapter is injected into the encoder."""
         return hasattr(self.encoder, "peft_config")
 
     def pool(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ Worth knowing:
 2. On a CPU each core computes batches of its own: that a core waits for the others at the end of every operation costs
    more than it gains. With bfloat16, attention and the linear layers are faster ones, where the installed libraries have
    what these need (`cpu_hierarchical`).
-3. A text beyond the limit is cut, and its result says so; with ``stride`` it is read in overlapping windows instead.
+3. A text beyond the limit is truncated, and its result says so; with ``stride`` it is read in overlapping windows instead.
 4. The probabilities of windows are averaged. Sums survive an average, so children still add up to their parent.
 5. With ``coverage`` the answer is a set of nodes that holds the correct leaf for that share of texts like the validation
    rows: split conformal prediction, with sets that a person can read. The guarantee of that method holds up to the choice
@@ -53,7 +53,7 @@ STARTING: list[int] = []
 
 
 class HierarchicalTextClassificationPipeline(Pipeline):
-    """Classifies texts into a taxonomy.
+    """Classify texts into a taxonomy.
 
     Called with a text it returns a result; with a list or tuple, a list; with any other iterable (a generator, a dataset,
     a `KeyDataset`) an iterator. An item may also be a mapping that holds the text under ``"text"``. A result is
@@ -61,7 +61,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
     - ``label``, ``score``: the most probable leaf and its probability;
     - ``path``: ``{"label", "score"}`` of every node from the root to that leaf;
     - ``levels``: for each level, from the roots down, the probability of every node there;
-    - ``truncated``: whether the end of the text was cut off;
+    - ``truncated``: whether the text was truncated;
     - with ``coverage``, ``answer``: ``{"label", "score"}`` of at most three nodes, or of all roots, that hold the correct leaf
       for this share of texts: leaves where the model is sure, their parents and ancestors where it is not. See
       `conformal_answer`, and 5. at the head of this file for the guarantee.
@@ -152,7 +152,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         return self._results(inputs, batch_size, cutting, wanted)
 
     def _results(self, items: Iterable, batch_size: int | None, cutting: dict, wanted: dict) -> Iterator:
-        """Results in the order of the items, of which some batches are read ahead."""
+        """Yield results in the order of the items. Some batches are read ahead."""
         numbered = enumerate(items if isinstance(items, Iterable) else (items[i] for i in range(len(items))))
         ahead = TEXTS_AHEAD if batch_size is None else 1 if batch_size == 1 else BATCHES_AHEAD * batch_size
         workers = self._workers()
@@ -179,11 +179,11 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             workers.shutdown(cancel_futures=True)
 
     def _on_cores(self) -> bool:
-        """Whether the cores of a CPU compute, over weights that stay in memory."""
+        """Return whether the cores of a CPU compute, over weights that stay in memory."""
         return self.device.type == "cpu" and not hasattr(self.model, "hf_device_map")
 
     def _workers(self) -> ThreadPoolExecutor:
-        """Threads that compute batches: on a CPU as many as it has cores for torch, each with one core; elsewhere one."""
+        """Start the threads that compute batches: on a CPU as many as it has cores for torch, each with one core; elsewhere one."""
         if not self._on_cores():
             return ThreadPoolExecutor(1)
         others = [*STARTING]  # in a new thread torch may answer with the 1 that another call's workers have just stored
@@ -220,7 +220,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         workers: ThreadPoolExecutor | None,
         alone: bool = True,
     ) -> "Started":
-        """Tokenizes texts, and has their batches computed by ``workers``, or at once where there are none.
+        """Tokenize texts, and have their batches computed by ``workers``, or at once where there are none.
 
         Args:
             alone: no other batch is being computed, so that all cores of a CPU may share one: a single batch is computed at once.
@@ -249,7 +249,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         return Started(len(texts), [[owners[i] for i in batch] for batch in batches], truncated, outputs)
 
     def _finish(self, started: "Started", wanted: dict) -> Iterator:
-        """Results of texts, once their batches are computed. The probabilities of windows are averaged, in float64."""
+        """Yield the results of texts, once their batches are computed. Average the probabilities of windows, in float64."""
         total = torch.zeros(started.num_texts, self.tree.num_nodes, dtype=torch.float64)
         windows = torch.zeros(started.num_texts, 1)
         for owners, output in zip(started.owners, started.outputs, strict=True):
@@ -260,7 +260,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             yield self.postprocess({"nodes": nodes, "truncated": cut}, **wanted)
 
     def _window(self, max_length: int | None = None, stride: int | None = None) -> int:
-        """The length of a window in tokens, checked against the encoder and the stride."""
+        """Return the length of a window in tokens, checked against the encoder and the stride."""
         limit = self.tokenizer.model_max_length
         if max_length is not None and max_length > limit:
             raise ValueError(f"max_length {max_length} is beyond the model's limit of {limit} tokens")
@@ -272,19 +272,19 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         return window
 
     def _check_guarantee(self, window: int, stride: int | None) -> None:
-        """Raises ValueError where texts are not truncated as those were that the conformal thresholds were fitted to."""
+        """Raise ValueError where texts are truncated otherwise than the rows that the conformal thresholds were fitted to."""
         fitted = self.model.config.conformal_max_length or self.tokenizer.model_max_length
         if stride is not None or window != fitted:
-            found = f"at {window}" if stride is None else f"read in windows by stride={stride}"
+            asked = f"at {window}" if stride is None else f"read in windows by stride={stride}"
             raise ValueError(
-                f"coverage needs texts truncated at {fitted} tokens, where its thresholds were fitted, not {found}: give "
+                f"coverage needs texts truncated at {fitted} tokens, where its thresholds were fitted, not {asked}: give "
                 f"no stride, and max_length={fitted} or the tokenizer that was saved with the checkpoint"
             )
 
     def preprocess(
         self, texts: list[str], max_length: int | None = None, stride: int | None = None
     ) -> tuple[list[dict[str, list[int]]], list[int], list[bool]]:
-        """Tokens of each window, the index of the text it belongs to, and for each text whether it was cut."""
+        """Return the tokens of each window, the index of its text, and for each text whether it was truncated."""
         encoded = self._tokenize(texts, self._window(max_length, stride), stride or 0)
         wanted = dict.fromkeys([*self.tokenizer.model_input_names, "attention_mask"])
         names = [name for name in wanted if name in encoded]
@@ -300,7 +300,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         return windows, kept, [stride is None and count > 1 for count in counts]
 
     def _tokenize(self, texts: list[str], window: int, stride: int) -> Any:
-        """Tokens of texts, cut into windows.
+        """Tokenize texts, split into windows.
 
         A fast tokenizer keeps as its state how it cuts. Calls in other threads may cut otherwise, so each way but the default
         has a tokenizer of its own.
@@ -326,7 +326,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
     def postprocess(
         self, classified: dict, top_k: int | None = None, coverage: float | None = None
     ) -> dict | list[dict]:
-        """A result as the class describes it, or with ``top_k`` a list of them, from the probabilities of the nodes."""
+        """Build a result, or with ``top_k`` a list of them, from the probabilities of the nodes. The class describes it."""
         tree, nodes = self.tree, classified["nodes"]
         if math.isnan(sum(nodes)):
             raise ValueError("the model's probabilities are no numbers: its weights are damaged")
@@ -378,7 +378,7 @@ class Started:
 
     Attributes:
         owners: for each batch, the index of the text that each of its windows belongs to.
-        truncated: for each text, whether its end was cut off.
+        truncated: for each text, whether it was truncated.
         outputs: of each batch, node log-probabilities (B, num_nodes).
     """
 
@@ -389,7 +389,7 @@ class Started:
 
 
 def batches_by_length(lengths: list[int], batch_size: int | None, tokens: int) -> list[list[int]]:
-    """Indices of windows in batches of similar lengths, the longest first.
+    """Group windows into batches of similar lengths, the longest first, and return their indices.
 
     Args:
         lengths: of the windows, in tokens.
@@ -405,7 +405,7 @@ def batches_by_length(lengths: list[int], batch_size: int | None, tokens: int) -
 
 
 def padded_length(longest: int, rows: int, limit: int) -> int:
-    """The length that a batch is padded to: the tokens of its rows are a multiple of 64 where at most 15 tokens a row do that.
+    """Return the length to pad a batch to: its tokens are a multiple of 64, where at most 15 more tokens a row do that.
 
     Args:
         longest: of its windows, in tokens.
@@ -416,7 +416,7 @@ def padded_length(longest: int, rows: int, limit: int) -> int:
 
 
 def conformal_threshold(thresholds: list[float | None] | None, coverage: float) -> float | None:
-    """The threshold for a coverage, which is rounded up to a hundredth; None means every root.
+    """Return the threshold for a coverage, which is rounded up to a hundredth. None means every root.
 
     Args:
         thresholds: 99, as `HierarchicalConfig` keeps them.
@@ -433,7 +433,7 @@ def conformal_threshold(thresholds: list[float | None] | None, coverage: float) 
 
 
 def conformal_answer(tree: Taxonomy, probabilities: list[float], threshold: float | None) -> list[int]:
-    """The nodes that hold every leaf whose probability is at least 1 - threshold, the most probable leaf always.
+    """Return nodes that hold every leaf whose probability is at least 1 - threshold, and always the most probable leaf.
 
     These leaves themselves where they are at most three; else the deepest level at which they lie under at most three
     nodes; else all their roots. Children that are complete become their parent, unless it has but one child: that child
@@ -464,7 +464,7 @@ def conformal_answer(tree: Taxonomy, probabilities: list[float], threshold: floa
 
 
 def nonconformity(tree: Taxonomy, probabilities: list[float], node: int) -> float:
-    """The smallest threshold at which `conformal_answer` holds a leaf, or every leaf below an inner node.
+    """Return the smallest threshold at which `conformal_answer` holds a leaf, or every leaf below an inner node.
 
     Args:
         probabilities: of all nodes, by id.
@@ -478,7 +478,7 @@ def nonconformity(tree: Taxonomy, probabilities: list[float], node: int) -> floa
 
 
 def growing_answers(tree: Taxonomy, leaves: list[int]) -> Iterator[tuple[int, set[int]]]:
-    """For each leaf, in order, the leaf and the nodes that hold it and those before it: at most three, or roots."""
+    """Yield each leaf in order, with the nodes that hold it and those before it: at most three, or roots."""
     at_level: list[set[int]] = [set() for _ in range(tree.depth)]
     level = tree.depth
     for leaf in leaves:
@@ -496,12 +496,12 @@ def check_number(name: str, value: Any, least: int) -> None:
 
 
 def is_sequence(value: Any) -> bool:
-    """Whether a value can be read by index, as a torch data set can."""
+    """Return whether a value can be read by index, as a torch data set can."""
     return hasattr(value, "__getitem__") and hasattr(value, "__len__")
 
 
 def read_text(item: Any, position: int) -> str:
-    """The text of an item, checked."""
+    """Return the text of an item, checked."""
     text = item.get("text") if isinstance(item, Mapping) else item
     if not isinstance(text, str):
         held = (

@@ -51,7 +51,7 @@ class TaxonomyError(ValueError):
 
 
 def looks_like_name(text: str) -> bool:
-    """Whether a text can be the name of a class or a column, and is no text about a patient, date or identifier.
+    """Return whether a text can be the name of a class or column, not a text about a patient, a date or an identifier.
 
     A name has at most 60 characters and 5 words, ends no sentence, and more than 4 digits only where other characters are as many.
     """
@@ -65,7 +65,7 @@ def looks_like_name(text: str) -> bool:
 
 
 def quote_name(value: object) -> str:
-    """A name for a message, in quotes; of what does not look like a name, only how long it is."""
+    """Quote a name for a message. Of a text that does not look like a name, give the length only."""
     if isinstance(value, tuple):
         return f"({', '.join(map(quote_name, value))})"
     if isinstance(value, (list, dict)):
@@ -87,7 +87,7 @@ class WithoutAliases:
 
 
 def yaml_problem(error: Exception) -> str:
-    """What PyYAML says of a file, without the lines that it quotes."""
+    """Return the error message of PyYAML, without the lines of the file that it quotes."""
     mark = getattr(error, "problem_mark", None)
     said = getattr(error, "problem", None) or getattr(error, "context", None) or " ".join(str(error).split())
     return said if mark is None else f"{said}, line {mark.line + 1}"
@@ -152,7 +152,7 @@ class Taxonomy:
 
     @staticmethod
     def _flatten(tree: Sequence | dict) -> tuple[list[tuple[str, ...]], list[bool]]:
-        """Every node's path in reading order, and whether it has children."""
+        """Return every node's path in reading order, and whether it has children."""
         paths: list[tuple[str, ...]] = []
         has_children: list[bool] = []
         seen: set[tuple[str, ...]] = set()
@@ -205,7 +205,7 @@ class Taxonomy:
 
     @classmethod
     def from_rows(cls, rows: Iterable[tuple[str | None, str]], separator: str = "/") -> "Taxonomy":
-        """From (parent, child) pairs of names. An empty parent, or one that is nobody's child, is a root.
+        """Build a taxonomy from (parent, child) pairs of names. An empty parent, or one that is nobody's child, is a root.
 
         A root that is named only as a parent, and nearly as another node, may be a misspelling: a warning names both.
 
@@ -249,7 +249,7 @@ class Taxonomy:
 
     @classmethod
     def from_paths(cls, paths: Iterable[str | Sequence[str]], separator: str = "/") -> "Taxonomy":
-        """From labels that are paths: ``"parent/child"`` texts, or sequences of names from the root down.
+        """Build a taxonomy from labels that are paths: ``"parent/child"`` texts, or sequences of names from the root down.
 
         Empty names at the end of a sequence mean that the path stops there.
 
@@ -273,7 +273,7 @@ class Taxonomy:
 
     @classmethod
     def from_file(cls, path: str | Path, separator: str = "/") -> "Taxonomy":
-        """From a file: nested ``.yaml``/``.yml``/``.json``, or ``.csv``/``.tsv`` rows with a ``parent`` column and a
+        """Read a taxonomy from a file: nested ``.yaml``/``.yml``/``.json``, or ``.csv``/``.tsv`` rows with a ``parent`` column and a
         ``child`` (or ``name``, or ``node``) column.
 
         Raises:
@@ -304,7 +304,7 @@ class Taxonomy:
             raise TaxonomyError(f"{path}: {error}") from error
 
     def to_nested(self) -> list:
-        """The forest as nested lists: a leaf is its name, an inner node ``{name: [children]}``."""
+        """Return the forest as nested lists: a leaf is its name, an inner node ``{name: [children]}``."""
         built: list = [name if i < self.num_leaves else {name: []} for i, name in enumerate(self.names)]
         top: list = []
         for i in self.reading_order:  # parents come before children
@@ -320,7 +320,7 @@ class Taxonomy:
         return children
 
     def children(self, node: int) -> list[int]:
-        """Ids of the children of a node, or of the roots for -1."""
+        """Return the ids of the children of a node, or of the roots for -1."""
         return self._children.get(node, [])
 
     @cached_property
@@ -348,7 +348,7 @@ class Taxonomy:
         return [0 if parent < 0 else parent - self.num_leaves + 1 for parent in self.parents]
 
     def count_at_or_below(self, labels: Iterable[int]) -> list[int]:
-        """For each node the number of labels at or below it.
+        """Count, for each node, the labels at or below it.
 
         Args:
             labels: node ids; negative ones are ignored.
@@ -360,18 +360,18 @@ class Taxonomy:
         return counts
 
     def path(self, node: int) -> list[int]:
-        """Ids from the root to the node, the node included."""
+        """Return the ids from the root to the node, the node included."""
         path = [node]
         while self.parents[path[-1]] >= 0:
             path.append(self.parents[path[-1]])
         return path[::-1]
 
     def path_names(self, node: int) -> tuple[str, ...]:
-        """Names from the root to the node."""
+        """Return the names from the root to the node."""
         return self._paths[node]
 
     def id(self, label: str) -> int:
-        """The id of the node with this label or path.
+        """Return the id of the node with this label or path.
 
         Raises:
             TaxonomyError: no such node, or a name that several nodes share.
@@ -388,7 +388,7 @@ class Taxonomy:
         raise TaxonomyError(f"the label {quote_name(label)} is not in the taxonomy; {hint}")
 
     def tree(self) -> str:
-        """The forest drawn as text, one node a line."""
+        """Draw the forest as text, one node a line."""
         lines: list[str] = []
 
         def draw(node: int, prefix: str) -> None:
@@ -413,12 +413,12 @@ class Taxonomy:
 
 
 def compose(name: Any) -> Any:
-    """A name with its letters and accents composed (NFC); what is no text as it is."""
+    """Compose the letters and accents of a name (NFC). Return anything but a text unchanged."""
     return unicodedata.normalize("NFC", name) if isinstance(name, str) else name
 
 
 def _warn_of_misspelt_roots(parents: list[str], names: set[str], children: dict[str, list[str]]) -> None:
-    """Warns of roots that only (parent, child) rows name, as parents, and whose name is nearly another's.
+    """Warn of roots that only (parent, child) rows name, as parents, and whose name is nearly another's.
 
     Large taxonomies, where this would take long, are not looked at.
     """

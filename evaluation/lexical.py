@@ -55,7 +55,7 @@ class LexicalClassifier:
     """
 
     def __init__(self, taxonomy: Taxonomy, counts: csr_matrix, labels: np.ndarray):
-        """Fits it.
+        """Fit the classifier.
 
         Args:
             counts: of `token_counts`, of the training rows.
