@@ -13,7 +13,8 @@ from taxonomy_hierarchical import Taxonomy
 from training.arguments import HierarchicalTrainingArguments, ModelArguments
 from training.losses import HierarchicalFocalLoss
 from training.model import build_model, size_report
-from training.trainer import HierarchicalTrainer, LengthGroupedSampler
+from training.sampler import LengthGroupedSampler
+from training.trainer import HierarchicalTrainer
 from training.views import halves
 
 TREE = Taxonomy({"a": ["b", "c"], "d": None, "e": ["f", "g", "h"]})

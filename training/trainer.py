@@ -18,7 +18,7 @@ Worth knowing:
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerState, trainer_pt_utils
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
@@ -47,11 +47,11 @@ from publishing.hub import CARD_COMMIT, CHECKPOINT_FILES, HUB_ERRORS, checkpoint
 from training.cpu import speed_up
 from training.losses import HierarchicalFocalLoss
 from training.resume import damage
+from training.sampler import LengthGroupedSampler
 from training.views import disagreement, halves
 
 logger = logging.getLogger(__name__)
 
-BATCHES_SORTED = 50
 MOST_UNCHECKED = 100  # losses of micro-batches that are not looked at yet
 PICKLES = ["*.pt", "*.pth", "*.bin", "*.pkl"]
 
@@ -458,44 +458,6 @@ class HierarchicalTrainer(Trainer):
                 push.jobs.remove(job)
                 if job.exception() is not None:
                     logger.warning("a push during training failed: %s", reason(job.exception()))
-
-
-class LengthGroupedSampler(Sampler[int]):
-    """Rows in an order whose batches hold texts of like length; it depends on the seed and the epoch alone.
-
-    Rows are shuffled, sorted by length within each 50 batches, and cut into batches, which are shuffled; the one with the
-    longest row comes first, so that memory which does not suffice is missed at once. Of a data set of at most 50 batches
-    lengths are first blurred by 5 %, or each epoch would have the same batches. transformers' sampler of this name draws
-    from the global generator (a resumed run gets another order), goes from long to short over and over, and of a small
-    data set sorts only a few batches at a time: with 400 rows an eighth of its tokens are padding, here a twentieth.
-
-    Args:
-        batch_size: rows of an optimizer step over all processes.
-        lengths: in tokens, of each row.
-    """
-
-    def __init__(self, batch_size: int, lengths: list[int], seed: int):
-        self.batch_size, self.lengths, self.seed, self.epoch = batch_size, torch.tensor(lengths), seed, 0
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        rows = torch.randperm(len(self.lengths), generator=generator)
-        blur = 0.05 if len(rows) <= BATCHES_SORTED * self.batch_size else 0.0
-        keys = self.lengths[rows] * (1 + blur * (2 * torch.rand(len(rows), generator=generator) - 1))
-        batches = []
-        for start in range(0, len(rows), BATCHES_SORTED * self.batch_size):
-            chunk = slice(start, start + BATCHES_SORTED * self.batch_size)
-            batches += rows[chunk][keys[chunk].argsort(descending=True, stable=True)].split(self.batch_size)
-        rest = [batches.pop()] if len(batches[-1]) < self.batch_size else []  # stays the last one
-        order = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-        longest = max(range(len(order)), key=lambda i: int(self.lengths[order[i]].max()), default=0)
-        return iter(torch.cat([*order[longest : longest + 1], *order[:longest], *order[longest + 1 :], *rest]).tolist())
 
 
 def keep_trainable(model: nn.Module) -> None:
