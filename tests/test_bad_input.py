@@ -123,7 +123,7 @@ TRAIN = [
     ((*DATA, "--taxonomy", "folder.csv"), "cannot read the taxonomy folder.csv: Is a directory"),
     ((*DATA, "--label_separator", ""), "the label separator must be a non-empty text"),
     ((*DATA, "--lora_r", "0"), "--lora_r must be at least 1, not 0"),
-    ((*DATA, "--head_dropout", "nan"), "--head_dropout must be at least 0 and below 1, not nan"),
+    ((*DATA, "--lora_dropout", "nan"), "--lora_dropout must be at least 0 and below 1, not nan"),
     ((*DATA, "--learning_rate", "-1"), "--learning_rate must be more than 0, not -1.0"),
     ((*DATA, "--focal_gamma", "nan"), "--focal_gamma must be at least 0, not nan"),
     ((*DATA, "--level_weights", "1", "inf"), "--level_weights must be non-negative and not all zero"),
@@ -152,7 +152,6 @@ TRAIN = [
     ((*DATA, "--eval_strategy", "no", "--save_strategy", "no"), "give --load_best_model_at_end false too"),
     ((*DATA, "--prediction_loss_only", "true"), "--prediction_loss_only has no use here"),
     ((*DATA, "--accelerator_config", "nowhere.json"), "No such file or directory: 'nowhere.json'"),
-    ((*DATA, "--attn_implementation", "magic"), "cannot load the encoder"),
     ((*DATA, "--model_revision", "main"), "--model_revision main does not apply to the folder"),
     ((*DATA, "--output_dir", "good.csv/results"), "good.csv is not a folder"),
     ((*DATA, "--output_dir", "/proc/results"), NO_FOLDER),
@@ -585,7 +584,7 @@ print((peak() - before) // 1024)
 FAULTS = {
     "NameError": "import training.trainer; del training.trainer.keep_trainable",  # while the Trainer is set up
     "TypeError": "import training.arguments; training.arguments.has_bf16 = None",  # while flags are read
-    "AttributeError": "import configuration_hierarchical; configuration_hierarchical.re = None",  # in `from_pretrained`
+    "AttributeError": "import configuration_hierarchical; configuration_hierarchical.inspect = None",  # in `from_pretrained`
 }
 
 
