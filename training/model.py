@@ -71,7 +71,7 @@ def fetch_checkpoint(arguments: ModelArguments) -> None:
 
 
 def is_checkpoint(name_or_path: str) -> bool:
-    """Whether a folder holds a checkpoint of this project."""
+    """Whether a folder holds a checkpoint of ours."""
     config = Path(name_or_path) / "config.json"
     if not config.is_file():
         return False
@@ -83,7 +83,7 @@ def is_checkpoint(name_or_path: str) -> bool:
 
 
 def read_config(folder: str) -> HierarchicalConfig:
-    """Read the configuration of a checkpoint of this project."""
+    """The configuration of a checkpoint of ours."""
     with refusing(f"{Path(folder) / 'config.json'} cannot be used"):
         return HierarchicalConfig.from_pretrained(folder)
 
@@ -310,9 +310,9 @@ def load_tokenizer(arguments: ModelArguments, model: HierarchicalForSequenceClas
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: HierarchicalForSequenceClassification) -> None:
-    """Refuse a tokenizer that is not the encoder's, as far as numbers tell.
+    """Raises InputError where a tokenizer is not that of the encoder, as far as numbers tell.
 
-    From a folder without a tokenizer, transformers makes one that knows special tokens only.
+    From a folder without a tokenizer transformers makes one that knows special tokens alone.
     """
     name, embeddings = tokenizer.name_or_path, model.get_input_embeddings().num_embeddings
     if len(tokenizer) <= len(tokenizer.all_special_ids):
@@ -327,7 +327,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: HierarchicalForSe
 def position_limit(encoder: PreTrainedModel) -> int:
     """The longest input, in tokens, that the encoder has positions for.
 
-    RoBERTa and its relatives count positions from ``padding_idx + 1``, so their table is shorter by that many.
+    RoBERTa's family counts positions from ``padding_idx + 1``, which takes as many from its table.
     """
     table = getattr(encoder.config, "max_position_embeddings", None)
     if table is None:
