@@ -52,7 +52,8 @@ sys.path.insert(0, str(ROOT))
 
 from evaluation.metrics import bootstrap_intervals, build_compute_metrics
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
-from training.arguments import DataArguments, has_bf16
+from training.arguments import DataArguments
+from training.precision import has_bf16
 from training.splits import load_splits
 
 TASKS = ("ohsumed", "medical_abstracts")

@@ -14,8 +14,7 @@ from errors import InputError
 from evaluation.metrics import build_compute_metrics
 from evaluation.report import AS_SERVED
 from taxonomy_hierarchical import Taxonomy
-from train import check_best_metric
-from training.arguments import parse
+from training.arguments import check_best_metric, parse
 
 
 def recipe(folder: Path, **flags) -> str:
@@ -155,34 +154,32 @@ def test_the_best_calibration_error_is_the_least(words, greater):
     assert parse(["--metric_for_best_model", *words])[3].greater_is_better is greater
 
 
-def test_what_the_calibration_error_is_by_chance_picks_no_checkpoint():
+def test_the_calibration_error_by_chance_selects_no_checkpoint():
     taxonomy = Taxonomy(["a", "b"])
+    given = (taxonomy, np.arange(2), build_compute_metrics(taxonomy))
     for name in ("ece", "level_1_ece"):
-        words = (taxonomy, np.arange(2), build_compute_metrics(taxonomy))
-        check_best_metric(parse(["--metric_for_best_model", name])[3], *words)
-        training = parse(["--metric_for_best_model", f"{name}_by_chance"])[3]
+        check_best_metric(name, *given)
         with pytest.raises(InputError, match="it is one of") as refused:
-            check_best_metric(training, *words)
+            check_best_metric(f"{name}_by_chance", *given)
         assert "by_chance" not in str(refused.value).partition("one of")[2]
 
 
-def test_a_metric_that_the_validation_rows_cannot_give_picks_no_checkpoint():
+def test_a_metric_that_the_validation_rows_cannot_give_selects_no_checkpoint():
     taxonomy = Taxonomy(["a", {"b": ["c", {"d": ["e", "f"]}]}])
     measure = build_compute_metrics(taxonomy)
-    for name, labels, given in (
+    for name, labels, measured in (
         ("macro_f1", ["b", "d"], False),
-        ("macro_f1", ["b", "c"], True),
+        ("eval_macro_f1", ["b", "c"], True),
         ("level_2_accuracy", ["a", "b"], False),
         ("level_2_accuracy", ["a", "d"], True),
     ):
-        words = (parse(["--metric_for_best_model", name])[3], taxonomy, np.array([taxonomy.id(one) for one in labels]))
-        if given:
-            check_best_metric(*words, measure)
+        given = (name, taxonomy, np.array([taxonomy.id(one) for one in labels]), measure)
+        if measured:
+            check_best_metric(*given)
         else:
-            with pytest.raises(
-                InputError, match=f"{name} is not measured on these validation rows; it is one of loss, "
-            ):
-                check_best_metric(*words, measure)
+            message = f"{name} is not measured on these validation rows; it is one of loss, "
+            with pytest.raises(InputError, match=message):
+                check_best_metric(*given)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)

@@ -32,9 +32,8 @@ TEXTS = [
 
 def lora_model(minilm: str, quantization: str = "4bit", **settings):
     """A model whose adapter is no longer the zero that it starts as."""
-    model = build_model(
-        ModelArguments(minilm, quantization=quantization, lora_r=4, head_dropout=0.0, **settings), TREE, seed=3
-    )
+    model = build_model(ModelArguments(minilm, quantization=quantization, lora_r=4, **settings), TREE, seed=3)
+    model.heads.dropout.p = 0.0
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
@@ -141,7 +140,8 @@ def test_a_disabled_or_merged_adapter_is_respected(minilm, batch):
 
 
 def test_dropout_of_the_adapter_and_a_chosen_attention_are_kept(minilm):
-    model = lora_model(minilm, lora_dropout=0.1, attn_implementation="eager")
+    model = lora_model(minilm, lora_dropout=0.1)
+    model.encoder.set_attn_implementation("eager")
     speed_up(model.encoder)
     assert not any("forward" in vars(module) for module in model.modules() if isinstance(module, LoraLayer))
     assert model.encoder.config._attn_implementation == "eager"

@@ -1,4 +1,4 @@
-"""Heads that begin as the labels' names, against vectors that transformers gives by itself, and from the command line."""
+"""Heads that initialised from the class names, against vectors that transformers gives by itself, and from the command line."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoTokenizer
 from evaluation.report import collator
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 from training.arguments import ModelArguments
-from training.label_names import LARGEST, TEXTS, begin_with_label_names
+from training.label_names import LARGEST, TEXTS, set_heads_from_names
 from training.model import build_model
 from training.trainer import HierarchicalTrainer
 
@@ -51,7 +51,7 @@ def test_scores_are_those_worked_by_hand(minilm, tmp_path):
         }
     )
     model.train()
-    assert begin_with_label_names(trainer, data, only_if_better=True)
+    assert set_heads_from_names(trainer, data, only_if_better=True)
     assert model.training
     model.eval()
     with torch.no_grad():
@@ -73,7 +73,7 @@ def accuracy(minilm, tmp_path_factory) -> dict[str, float]:
             *("--train_file", known, "--test_file", unseen, "--validation_size", 0, "--max_steps", 1),
             *("--learning_rate", 1e-9, "--model_name_or_path", minilm, "--output_dir", output, *words),
         )
-        assert ("begin as the labels' names" in done.stderr) == (begin == "label_names")
+        assert ("initialised from the class names" in done.stderr) == (begin == "label_names")
         rows = read_csv(output / "test_predictions.csv")
         found[begin] = sum(row["label"] == row["prediction"] for row in rows) / len(rows)
     return found
@@ -98,9 +98,9 @@ def test_names_that_say_nothing_leave_the_heads_as_they_are(minilm, tmp_path):
         }
     )
     before = {name: tensor.clone() for name, tensor in model.heads.state_dict().items()}
-    assert not begin_with_label_names(trainer, data, only_if_better=True)
+    assert not set_heads_from_names(trainer, data, only_if_better=True)
     torch.testing.assert_close(dict(model.heads.state_dict()), before, atol=0, rtol=0)
-    assert begin_with_label_names(trainer, data)
+    assert set_heads_from_names(trainer, data)
 
 
 def test_with_many_rows_a_class_it_begins_by_chance_unless_asked(tiny_encoder, tmp_path):
@@ -109,7 +109,7 @@ def test_with_many_rows_a_class_it_begins_by_chance_unless_asked(tiny_encoder, t
     words += ("--model_name_or_path", tiny_encoder, "--quantization", "none")
     for asked, begun in ([], False), (["--heads_init", "label_names"], True):
         done = run(*words, "--output_dir", tmp_path / f"out-{begun}", *asked)
-        assert ("begin as the labels' names" in done.stderr) == begun
+        assert ("initialised from the class names" in done.stderr) == begun
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_the_card_of_a_resumed_run_says_how_the_heads_began(tiny_encoder, tmp_pa
     words += ("--model_name_or_path", tiny_encoder, "--quantization", "none", "--lexical_head", "false")
     words += ("--output_dir", tmp_path / "out")
     done = run(*words, "--max_steps", 1, *(["--heads_init", *asked] if asked else []))
-    assert ("begin by chance" in done.stderr) == (expected == "random")
+    assert ("initialised at random" in done.stderr) == (expected == "random")
     again = ["--heads_init", *asked_again] if asked_again else []
     done = run(*words, "--max_steps", 2, "--resume_from_checkpoint", "auto", *again)
     assert f"resuming from {tmp_path / 'out' / 'checkpoint-1'}" in done.stderr
@@ -137,7 +137,7 @@ def test_what_is_trained_goes_on_with_its_own_heads(clear_checkpoint, tmp_path):
         *("--quantization", "none"),
         *("--lexical_head", "false", "--model_name_or_path", clear_checkpoint, "--output_dir", tmp_path / "out"),
     )
-    assert "begin as the labels' names" not in done.stderr
+    assert "initialised from the class names" not in done.stderr
     before, after = (load_file(f"{folder}/heads.safetensors") for folder in (clear_checkpoint, tmp_path / "out"))
     for name in ("weight", "bias"):
         torch.testing.assert_close(after[name], before[name], atol=1e-6, rtol=0)

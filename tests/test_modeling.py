@@ -17,8 +17,7 @@ from modeling_hierarchical import (
     segment_log_softmax,
 )
 from taxonomy_hierarchical import Taxonomy
-from training.arguments import ModelArguments
-from training.model import set_dropout
+from training.model import turn_off_dropout
 
 UNEVEN = Taxonomy({"a": {"b": ["c", "d"], "e": None}, "f": ["g"], "h": None})
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -184,7 +183,7 @@ def test_hidden_states_and_attentions_asked_for_at_loading(tmp_path):
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_gradient_checkpointing_gives_the_same_gradients(kind):
     text_config = AutoConfig.for_model(kind, **ENCODERS[kind])
-    set_dropout(text_config, ModelArguments(encoder_dropout=0.0))
+    turn_off_dropout(text_config)
     model = HierarchicalForSequenceClassification(HierarchicalConfig(text_config=text_config, taxonomy=UNEVEN)).train()
     inputs, labels, gradients = batch(), torch.tensor([0, 1, 6]), []
     for _ in range(2):

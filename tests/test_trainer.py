@@ -13,7 +13,8 @@ from taxonomy_hierarchical import Taxonomy
 from training.arguments import HierarchicalTrainingArguments, ModelArguments
 from training.losses import HierarchicalFocalLoss
 from training.model import build_model, size_report
-from training.trainer import HierarchicalTrainer, LengthGroupedSampler
+from training.sampler import LengthGroupedSampler
+from training.trainer import HierarchicalTrainer
 from training.views import halves
 
 TREE = Taxonomy({"a": ["b", "c"], "d": None, "e": ["f", "g", "h"]})
@@ -80,8 +81,9 @@ def tiny_model() -> HierarchicalForSequenceClassification:
 
 
 def lora_model(minilm: str, quantization: str, **settings) -> HierarchicalForSequenceClassification:
-    given = ModelArguments(minilm, quantization=quantization, lora_r=4, head_dropout=0.0, **settings)
-    return build_model(given, TREE, seed=3)
+    model = build_model(ModelArguments(minilm, quantization=quantization, lora_r=4, **settings), TREE, seed=3)
+    model.heads.dropout.p = 0.0
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -182,14 +184,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint_is_written(t
     with pytest.raises(InputError, match="the loss is nan at step 2, rows 6, 7 of the training data: lower"):
         trainer(model, tokenizer, data, args).train()
     assert list(tmp_path.glob("checkpoint-*")) == []
-
-
-def test_halves_need_a_loss_and_sentences(tmp_path, tokenizer):
-    data = rows()
-    for given, columns in (({"loss_function": None}, []), ({}, ["sentences"]), ({}, ["row"])):
-        part = data.remove_columns(columns)
-        with pytest.raises(ValueError, match="consistency needs a loss_function, and training rows with the columns"):
-            trainer(tiny_model(), tokenizer, part, arguments(tmp_path), consistency=1.0, **given)
 
 
 def test_without_a_focal_loss_it_is_the_models_own(tmp_path, tokenizer):

@@ -1,1 +1,1 @@
-"""Everything between the arguments and a trained model: data, encoder and adapter, losses, trainer, resuming."""
+"""From flags to a trained model: arguments and recipes, data, encoder and adapter, losses, sampler, trainer, resuming."""

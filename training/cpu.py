@@ -1,17 +1,14 @@
-"""What makes a LoRA step fast on a CPU with bfloat16 products. `speed_up` applies it; the values stay those of PEFT and SDPA.
+"""Make LoRA steps fast on a CPU with bfloat16 products, with the values of PEFT and SDPA.
 
 Worth knowing:
 
-1. A layer multiplies by W + s·B·A, made anew for each product, instead of running the adapter beside the layer. Making it
-   takes about 4 % of a step; beside the layer, casts and sums over all tokens took a fifth. It is also what is served.
-2. The merged weights are never kept: the backward makes them again, so a 4-bit encoder stays as small as it is.
-3. Attention runs document by document, over the tokens that are no padding (`cpu_hierarchical`).
-4. Frozen tables are held in bfloat16, so the stream between layers is too: autocast would cast it at every product.
+1. A layer multiplies by W + s·B·A, computed for each product, instead of running the adapter beside the layer. Computing it
+   takes about 4 % of a step. Beside the layer, casts and sums over all tokens took a fifth.
+2. Merged weights are not stored: the backward pass computes them again, so a 4-bit encoder stays small.
+3. Attention runs document by document, without padding (`cpu_hierarchical`).
+4. Frozen tables are held in bfloat16, and so are the activations between layers. Autocast would cast them at every product.
 
-Tried and left out, since they gained nothing above the noise: head groups that fit the cache, keeping the attention
-probabilities for the backward, smaller batches, huge pages and other thresholds of malloc, an unquantized encoder. Eager
-attention is faster to 300 tokens and slower beyond. Packing has little to win: in batches grouped by length 2 % of the tokens
-are padding.
+What was tried without gain is in docs/experiments.md.
 """
 
 import types
@@ -28,9 +25,9 @@ from cpu_hierarchical import attend_by_document
 
 
 def speed_up(encoder: PreTrainedModel) -> None:
-    """Prepares an encoder with an injected LoRA adapter for bfloat16 training on a CPU, in place.
+    """Prepare an encoder with an injected LoRA adapter for bfloat16 training on a CPU, in place.
 
-    The layers that this cannot serve, such as 8-bit ones or adapters with dropout, stay as they are.
+    8-bit layers and adapters with dropout stay as they are.
     """
     adapted = [module for module in encoder.modules() if isinstance(module, LoraLayer)]
     for layer in adapted:
@@ -51,7 +48,7 @@ def can_merge(layer: LoraLayer) -> bool:
 
 
 def merged_forward(self: LoraLayer, x: Tensor) -> Tensor:
-    """The forward of an adapted layer, (…, in) to (…, out), with the adapter's own where it is switched off or merged."""
+    """Forward of an adapted layer, (…, in) to (…, out). PEFT's own forward runs if the adapter is disabled or merged."""
     if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
         return type(self).forward(self, x)
     name = self.active_adapters[0]

@@ -1,8 +1,8 @@
-"""Heads that begin as what the labels' names mean to the encoder, so that they are right about some texts before training.
+"""Initialise leaf heads from the encoder's embeddings of the class names.
 
-A leaf's weights are the encoder's vector of its name, less the mean of all names. This is dataless classification (Chang et
-al., 2008, "Importance of Semantic Representation") as the start of training. The fewer rows a class has, the more it is worth.
-Names that say nothing, such as codes, do harm: `benchmarks/studies/label_names.py`.
+A leaf's weights are the embedding of its name minus the mean over all names. This is dataless classification (Chang et al.,
+2008, "Importance of Semantic Representation") as the start of training. It helps most with few rows a class. Names without
+meaning, such as codes, do harm: `benchmarks/studies/label_names.py`.
 """
 
 import logging
@@ -14,26 +14,46 @@ from datasets import Dataset
 from torch import Tensor
 
 from modeling_hierarchical import HierarchicalForSequenceClassification
+from training.arguments import FEW_ROWS, ModelArguments
+from training.model import is_checkpoint
 from training.trainer import HierarchicalTrainer
 
 logger = logging.getLogger(__name__)
 
-LARGEST = 4.0  # score of a text that lies as far from the mean as others do, in its class's direction
-TEXTS = 64  # to know where texts lie
+LARGEST = 4.0  # score of a text whose distance from the mean is typical, in the direction of its class
+TEXTS = 64  # that estimate the mean and the distance
 BATCH = 16
 
 
-def begin_with_label_names(trainer: HierarchicalTrainer, rows: Dataset, only_if_better: bool = False) -> bool:
-    """Sets the heads of a trainer's model: inner nodes add nothing, leaves score a text's vector v as
+def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: ModelArguments) -> str | None:
+    """Initialise fresh heads as ``--heads_init`` says; by default from the class names if there are few rows a class.
+
+    Args:
+        rows: training rows, with the columns ``input_ids`` and ``labels``.
+
+    Returns:
+        "label_names" or "random"; None for a continued checkpoint, which keeps its heads.
+    """
+    if is_checkpoint(arguments.model_name_or_path):
+        return None
+    given = arguments.heads_init
+    few_rows = len(rows) < FEW_ROWS * trainer.model.config.tree.num_leaves
+    if given == "random" or (given is None and not few_rows):
+        return "random"
+    return "label_names" if set_heads_from_names(trainer, rows, only_if_better=given is None) else "random"
+
+
+def set_heads_from_names(trainer: HierarchicalTrainer, rows: Dataset, only_if_better: bool = False) -> bool:
+    """Set the heads of a trainer's model: inner nodes to zero, and the score of a leaf for a text's embedding v to
 
         LARGEST · u · (v - m) / s
 
-    u being the direction of the name's vector from the mean of all names, m the mean of some texts' vectors, and s
-    the root of their mean squared distance from it.
+    u is the direction of the name's embedding from the mean of all names, m the mean of some texts' embeddings, and s the
+    root of their mean squared distance from m.
 
     Args:
         rows: with the columns ``input_ids`` and ``labels``.
-        only_if_better: leave the heads as they are where these make the labels of the texts more likely.
+        only_if_better: keep the heads unless these make the labels of the texts more likely.
 
     Returns:
         Whether the heads were set.
@@ -41,9 +61,9 @@ def begin_with_label_names(trainer: HierarchicalTrainer, rows: Dataset, only_if_
     model, tokenizer = trainer.model, trainer.processing_class
     tree, heads = model.config.tree, model.heads
     some = [rows[int(row)] for row in sorted(np.random.default_rng(0).permutation(len(rows))[:TEXTS])]
-    texts = vectors(trainer, [row["input_ids"] for row in some])
+    texts = embed(trainer, [row["input_ids"] for row in some])
     names = [label.replace(tree.separator, " ") for label in tree.labels[: tree.num_leaves]]
-    named = vectors(trainer, tokenizer(names, truncation=True)["input_ids"])
+    named = embed(trainer, tokenizer(names, truncation=True)["input_ids"])
     mean = texts.mean(0)
     spread = (texts - mean).square().sum(1).mean().sqrt()
     directions = torch.nn.functional.normalize(named - named.mean(0))
@@ -57,31 +77,33 @@ def begin_with_label_names(trainer: HierarchicalTrainer, rows: Dataset, only_if_
         heads.bias[: tree.num_leaves] = -heads.weight[: tree.num_leaves] @ mean
         if only_if_better and log_likelihood(model, texts, labels) <= before:
             heads.load_state_dict(own)
-            logger.info("the heads begin by chance: the labels' names say nothing to the encoder; names: --class_names")
+            logger.info(
+                "heads are initialised at random: the class names do not fit the texts; --class_names gives better names"
+            )
             return False
-    logger.info("the heads begin as the labels' names")
+    logger.info("heads are initialised from the class names")
     return True
 
 
 def log_likelihood(model: HierarchicalForSequenceClassification, texts: Tensor, labels: Tensor) -> float:
-    """Of labels (N,) given vectors (N, hidden_size), on average."""
+    """Mean log-likelihood of labels (N,) given embeddings (N, hidden_size)."""
     training = model.heads.training
-    found = model.heads.eval()(texts).gather(1, labels[:, None]).mean()
+    mean = model.heads.eval()(texts).gather(1, labels[:, None]).mean()
     model.heads.train(training)
-    return float(found)
+    return float(mean)
 
 
-def vectors(trainer: HierarchicalTrainer, inputs: Sequence[list[int]]) -> Tensor:
-    """The pooled vectors (len(inputs), hidden_size) of texts as token ids."""
+def embed(trainer: HierarchicalTrainer, inputs: Sequence[list[int]]) -> Tensor:
+    """Embed texts given as token ids: pooled vectors, (len(inputs), hidden_size)."""
     model = trainer.model
     training = model.training
     model.eval()
-    found = []
+    pooled = []
     for start in range(0, len(inputs), BATCH):
         batch = trainer.data_collator([{"input_ids": ids} for ids in inputs[start : start + BATCH]])
         batch = {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}
         with torch.no_grad(), trainer.compute_loss_context_manager():
             hidden = model.encoder(**batch).last_hidden_state
-        found.append(model.pool(hidden, batch["attention_mask"]).to(model.heads.weight.device))
+        pooled.append(model.pool(hidden, batch["attention_mask"]).to(model.heads.weight.device))
     model.train(training)
-    return torch.cat(found)
+    return torch.cat(pooled)

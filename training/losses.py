@@ -2,11 +2,10 @@
 
 Worth knowing:
 
-1. A decision is a softmax over siblings. A document labelled with an inner node is charged only for the decisions down
-   to that node.
-2. gamma 0, no class weights, level weights 1 and no smoothing is the model's own negative log-likelihood.
-3. The sum is divided by the number of labelled documents of the whole accumulated batch, over all devices, so that the
-   gradient does not depend on how the batch was cut up.
+1. A decision is a softmax over siblings. A document labelled with an inner node trains only the decisions down to that node.
+2. With gamma 0, no class weights, level weights 1 and no smoothing, it is the model's own negative log-likelihood.
+3. The sum is divided by the labelled documents of the whole accumulated batch, over all devices. The gradient does not depend
+   on how the batch was split.
 """
 
 import torch
@@ -39,7 +38,7 @@ def balanced_weights(counts: Tensor, group: Tensor) -> Tensor:
 class HierarchicalFocalLoss(nn.Module):
     """Sum over the decisions on a label's path of  w_level · α_class · (1 - p)^γ · CE, over the number of labels.
 
-    p is the probability of the right child among its siblings, and CE its cross-entropy, with label smoothing ε:
+    p is the probability of the correct child among its siblings, and CE its cross-entropy, with label smoothing ε:
     -(1 - ε) log p - ε / K · Σ log p_k. The focal factor is from Lin et al. (2017, arXiv 1708.02002).
 
     Args:
@@ -81,7 +80,7 @@ class HierarchicalFocalLoss(nn.Module):
         Args:
             node_log_probs: (B, num_nodes), as `HierarchicalForSequenceClassification` gives them.
             labels: (B,), node ids; -100 is ignored.
-            num_items_in_batch: what the sum is divided by; the number of labels in this batch by default.
+            num_items_in_batch: divisor of the sum. Default: the number of labels in this batch.
         """
         labelled = labels != IGNORED_LABEL
         labels = torch.where(labelled, labels, 0)

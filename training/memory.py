@@ -1,5 +1,7 @@
-"""What glibc's malloc does with memory that is freed: by default it gives larger blocks back to the system, and fetching them again,
-page by page, takes time. On other systems these functions do nothing.
+"""Let glibc's malloc keep freed memory.
+
+By default it returns larger blocks to the system, and fetching them again, page by page, takes time. On other systems these
+functions do nothing.
 """
 
 import ctypes
@@ -9,12 +11,12 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h, in by
 
 
 def keep_memory(threshold: int, kept: int, more: int = 2**17) -> None:
-    """Has malloc keep what an operation frees for the next one.
+    """Keep the memory that an operation frees for the next one.
 
     Args:
-        threshold: blocks of more bytes are given back as before.
-        kept: as many free bytes are kept.
-        more: as many bytes are fetched beyond what is needed; by default as malloc's own default is.
+        threshold: blocks of more bytes are returned as before.
+        kept: free bytes that are kept, at most.
+        more: bytes that are fetched beyond what is needed. Default: malloc's own.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for parameter, value in ((M_MMAP_THRESHOLD, threshold), (M_TRIM_THRESHOLD, kept), (M_TOP_PAD, more)):
@@ -22,6 +24,6 @@ def keep_memory(threshold: int, kept: int, more: int = 2**17) -> None:
 
 
 def give_back_memory() -> None:
-    """What `keep_memory` kept: else the gaps between its blocks add up."""
+    """Return what `keep_memory` kept. Otherwise the gaps between its blocks add up."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)

@@ -1,12 +1,11 @@
-"""From arguments to a model that is ready to train: encoder, quantization, adapter, heads.
+"""Build a model that is ready to train: encoder, quantization, adapter, heads.
 
 Worth knowing:
 
-1. A Hub encoder is pinned to the commit that its revision stands for; the checkpoint records that commit.
-2. Dropout inside a frozen encoder is the largest single cost of a step on a CPU and regularises nothing that is
-   trained but the adapter, so with LoRA it is off unless asked for.
-3. A checkpoint of ours as the encoder is a warm start: its adapter and the heads of the nodes it knows continue. One on the Hub
-   is downloaded at the commit that its revision stands for, and is a folder from then on.
+1. A Hub encoder is pinned to a commit, which the checkpoint records.
+2. Dropout inside a frozen encoder is the largest cost of a step on a CPU. With LoRA it is off.
+3. If ``--model_name_or_path`` is a checkpoint of this project, its adapter and the heads of known nodes continue. A checkpoint on
+   the Hub is downloaded at its commit, and is a folder from then on.
 """
 
 import json
@@ -35,15 +34,17 @@ from errors import InputError, one_line, refusing
 from modeling_hierarchical import HierarchicalForSequenceClassification, HierarchicalHeads
 from publishing.hub import ADAPTER_FORM, HUB_ERRORS, TOKENIZER_FILES, WHOLE_FORM
 from taxonomy_hierarchical import Taxonomy
-from training.arguments import ModelArguments
+from training.arguments import HierarchicalTrainingArguments, ModelArguments
 
 logger = logging.getLogger(__name__)
 
+HEAD_DROPOUT = 0.1  # of the pooled vector, in training
+
 
 def fetch_checkpoint(arguments: ModelArguments) -> None:
-    """Downloads the checkpoint of ours that ``--model_name_or_path`` names on the Hub, and has it name the folder instead.
+    """Download a checkpoint of this project from the Hub, and let ``--model_name_or_path`` name its folder.
 
-    All files are of the commit that ``--model_revision`` stands for. The name of an encoder stays as it is.
+    All files are of one commit, that of ``--model_revision``. The name of an encoder stays as it is.
 
     Raises:
         InputError: the checkpoint cannot be downloaded.
@@ -99,12 +100,15 @@ def quantization_config(quantization: str | None) -> BitsAndBytesConfig | None:
 
 
 def build_model(arguments: ModelArguments, taxonomy: Taxonomy, seed: int) -> HierarchicalForSequenceClassification:
-    """A model that is ready to train: the encoder loaded as asked, frozen under a LoRA adapter or not, and heads.
+    """Build a model that is ready to train. With LoRA the encoder is frozen, and only adapter and heads are trained.
+
+    Args:
+        seed: of fresh heads and adapters.
 
     Raises:
         InputError: the encoder cannot be loaded, or a flag does not fit it.
     """
-    torch.manual_seed(seed)  # fresh heads and adapters
+    torch.manual_seed(seed)
     if is_checkpoint(arguments.model_name_or_path):
         return continue_checkpoint(arguments, taxonomy)
     revision = pinned_revision(arguments)
@@ -115,14 +119,15 @@ def build_model(arguments: ModelArguments, taxonomy: Taxonomy, seed: int) -> Hie
             cache_dir=arguments.cache_dir,
             trust_remote_code=False,  # else transformers asks at a terminal
         )
-        set_dropout(text_config, arguments)
+        if arguments.tuning == "lora":
+            turn_off_dropout(text_config)
         config = HierarchicalConfig(
             text_config=text_config,
             taxonomy=taxonomy,
             encoder_name_or_path=encoder_path(arguments.model_name_or_path),
             encoder_revision=revision,
             pooling=arguments.pooling,
-            head_dropout=arguments.head_dropout,
+            head_dropout=HEAD_DROPOUT,
         )
     encoder = load(config, arguments)
     model = HierarchicalForSequenceClassification(config, encoder=encoder)
@@ -146,14 +151,14 @@ def build_model(arguments: ModelArguments, taxonomy: Taxonomy, seed: int) -> Hie
 
 
 def to_float32(model: nn.Module) -> None:
-    """Holds what is trained in float32: PEFT injects in the type of 4-bit products, where small steps round to none."""
+    """Hold trained parameters in float32. PEFT injects them in the type of 4-bit products, where small steps round to none."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 
 def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> HierarchicalForSequenceClassification:
-    """The model of a checkpoint, to be trained further, with heads for ``taxonomy``."""
+    """Load the model of a checkpoint for further training, with heads for ``taxonomy``."""
     path = arguments.model_name_or_path
     config = read_config(path)
     tuning = "full" if config.adapter_subfolder is None else "lora"
@@ -161,9 +166,9 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
         raise InputError(f"{path} was trained with --tuning {tuning}; continue it the same way")
     if arguments.pooling != config.pooling:
         raise InputError(f"{path} was trained with --pooling {config.pooling}; continue it the same way")
-    set_dropout(config.text_config, arguments)
-    config.head_dropout = arguments.head_dropout
-    # of the weights that were, not of those to come
+    if tuning == "lora":
+        turn_off_dropout(config.text_config)
+    # fitted to the earlier weights
     config.temperatures = config.conformal_thresholds = config.conformal_max_length = None
     with refusing(f"cannot load the checkpoint {path}"):
         model = HierarchicalForSequenceClassification.from_pretrained(
@@ -186,7 +191,7 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
 
 
 def change_taxonomy(model: HierarchicalForSequenceClassification, taxonomy: Taxonomy) -> None:
-    """Gives a model heads for another taxonomy. A node known by its path keeps its head; the rest start fresh."""
+    """Give a model heads for another taxonomy. A node known by its path keeps its head; the others are initialised."""
     old, old_heads, config = model.config.tree, model.heads, model.config
     config.taxonomy, config.label_separator = taxonomy.to_nested(), taxonomy.separator
     leaves = taxonomy.labels[: taxonomy.num_leaves]
@@ -207,7 +212,7 @@ def change_taxonomy(model: HierarchicalForSequenceClassification, taxonomy: Taxo
 
 
 def pinned_revision(arguments: ModelArguments) -> str | None:
-    """The commit that the encoder's revision stands for, or None for a folder."""
+    """Resolve the encoder's revision to a commit; None for a folder."""
     name, revision = arguments.model_name_or_path, arguments.model_revision
     if Path(name).is_dir():
         if revision is not None:
@@ -222,16 +227,15 @@ def pinned_revision(arguments: ModelArguments) -> str | None:
 
 
 def encoder_path(name_or_path: str) -> str:
-    """A Hub id as it is, a folder by its absolute path: the checkpoint may be loaded from anywhere."""
+    """Make a folder's path absolute, since the checkpoint may be loaded from anywhere. A Hub id stays as it is."""
     path = Path(name_or_path)
     return str(path.resolve()) if path.is_dir() else name_or_path
 
 
 def load_arguments(arguments: ModelArguments) -> dict:
-    """What is passed to `from_pretrained` for training."""
+    """The arguments of `from_pretrained` for training."""
     given = {
         "quantization_config": quantization_config(arguments.quantization),
-        "attn_implementation": arguments.attn_implementation,
         "cache_dir": arguments.cache_dir,
     }
     if arguments.quantization != "none" and torch.cuda.is_available():
@@ -242,11 +246,9 @@ def load_arguments(arguments: ModelArguments) -> dict:
 
 
 def load(config: HierarchicalConfig, arguments: ModelArguments) -> PreTrainedModel:
-    """The encoder's weights, as asked for."""
+    """Load the encoder's weights, quantized or in float32."""
     with refusing(f"cannot load the encoder {config.encoder_name_or_path}"):
         encoder = load_encoder(config, **load_arguments(arguments))
-    if arguments.quantization != "none" and not encoder.is_quantized:
-        raise InputError(f"{config.encoder_name_or_path} was not quantized: use --quantization none")
     at = f" at {config.encoder_revision}" if config.encoder_revision else ""
     how = "safetensors" if has_safetensors(config, arguments.cache_dir) else "a .bin file, unpickled as tensors only"
     logger.info("encoder: %s%s, from %s", config.encoder_name_or_path, at, how)
@@ -254,7 +256,7 @@ def load(config: HierarchicalConfig, arguments: ModelArguments) -> PreTrainedMod
 
 
 def has_safetensors(config: HierarchicalConfig, cache_dir: str | None) -> bool:
-    """Whether the encoder that was just loaded came from safetensors, which transformers prefers, or else from .bin."""
+    """Whether the encoder has safetensors, which transformers prefers to .bin files."""
     names = ("model.safetensors", "model.safetensors.index.json")
     folder = Path(config.encoder_name_or_path)
     if folder.is_dir():
@@ -265,33 +267,27 @@ def has_safetensors(config: HierarchicalConfig, cache_dir: str | None) -> bool:
 
 
 def linear_names(encoder: PreTrainedModel) -> list[str]:
-    """The last parts of the names of an encoder's linear layers, as PEFT takes them.
+    """List the last parts of the names of an encoder's linear layers, as PEFT takes them.
 
-    PEFT's own "all-linear" names a pooler's layer too where the encoder is loaded with one, so these are spelled out.
+    PEFT's own "all-linear" also names the layer of a pooler, if there is one.
     """
     return sorted(
         {name.rsplit(".", 1)[-1] for name, module in encoder.named_modules() if isinstance(module, nn.Linear)}
     )
 
 
-def set_dropout(text_config: PretrainedConfig, arguments: ModelArguments) -> None:
-    """Sets every dropout probability in an encoder's configuration, as the arguments say."""
-    dropout = arguments.encoder_dropout
-    if dropout is None:
-        if arguments.tuning == "full":
-            return
-        dropout = 0.0
+def turn_off_dropout(text_config: PretrainedConfig) -> None:
+    """Set every dropout probability in an encoder's configuration to 0."""
     for name, value in text_config.to_dict().items():
-        is_dropout = any(word in name for word in ("dropout", "_pdrop"))
-        if is_dropout and isinstance(value, float) and not isinstance(value, bool):
-            setattr(text_config, name, dropout)
+        if any(word in name for word in ("dropout", "_pdrop")) and isinstance(value, float):
+            setattr(text_config, name, 0.0)
 
 
 def load_tokenizer(arguments: ModelArguments, model: HierarchicalForSequenceClassification) -> PreTrainedTokenizerBase:
-    """The encoder's tokenizer, which knows the encoder's limit whatever its own files say."""
-    warm_start = is_checkpoint(arguments.model_name_or_path)
+    """Load the encoder's tokenizer, and set its limit to the encoder's, whatever its own files say."""
+    continued = is_checkpoint(arguments.model_name_or_path)
     with refusing(f"cannot load the tokenizer of {arguments.model_name_or_path}"):
-        if warm_start:
+        if continued:
             tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path, trust_remote_code=True)
         else:
             tokenizer = AutoTokenizer.from_pretrained(
@@ -302,17 +298,25 @@ def load_tokenizer(arguments: ModelArguments, model: HierarchicalForSequenceClas
             )
         check_tokenizer(tokenizer, model)
     tokenizer.padding_side = "right"  # positions count from the first token, which is also what "cls" pools
-    tokenizer.truncation_side = "right"  # where results say that a text was cut
+    tokenizer.truncation_side = "right"  # where predictions say that a text was truncated
     limit = position_limit(model.encoder)
     if limit is None:
         raise InputError(f"{type(model.encoder).__name__} names no max_position_embeddings; use another encoder")
     # a checkpoint's own is the --max_length it was trained with, which this run may raise
-    tokenizer.model_max_length = limit if warm_start else min(tokenizer.model_max_length, limit)
+    tokenizer.model_max_length = limit if continued else min(tokenizer.model_max_length, limit)
     return tokenizer
 
 
+def limit_length(max_length: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """``--max_length``, or the tokenizer's limit if that is less."""
+    limit = tokenizer.model_max_length
+    if max_length > limit:
+        logger.info("--max_length %d is beyond the model's limit: texts are truncated at %d tokens", max_length, limit)
+    return min(max_length, limit)
+
+
 def size_report(model: HierarchicalForSequenceClassification) -> dict[str, int | float]:
-    """Parameters that are trained, their share of all, and the bytes of the encoder's own weights against float32."""
+    """Count trained and all parameters, and the bytes of the encoder's weights, as stored and in float32."""
     packed = packed_parameters(model.encoder)
     own = [p for name, p in model.encoder.named_parameters() if "lora_" not in name]
     count = {id(p): packed.get(id(p), p.numel()) for p in model.parameters()}
@@ -326,8 +330,25 @@ def size_report(model: HierarchicalForSequenceClassification) -> dict[str, int |
     }
 
 
+def log_setup(arguments: ModelArguments, training: HierarchicalTrainingArguments, size: dict[str, int | float]) -> None:
+    """Log device, precision and sizes.
+
+    Args:
+        size: of `size_report`.
+    """
+    logger.info(
+        "device %s, precision %s, encoder %s, tuning %s", training.device, training.precision,
+        arguments.quantization if arguments.quantization != "none" else "not quantized", arguments.tuning,
+    )  # fmt: skip
+    logger.info(
+        "trained: %s of %s parameters (%.2f %%); encoder: %.1f MB, %.1f MB in float32",
+        f"{size['trainable_parameters']:,}", f"{size['all_parameters']:,}", 100 * size["trainable_share"],
+        size["encoder_bytes"] / 1e6, size["encoder_bytes_float32"] / 1e6,
+    )  # fmt: skip
+
+
 def packed_parameters(module: nn.Module) -> dict[int, int]:
-    """The number of weights in each 4-bit parameter, by its id: two of them share a byte."""
+    """The number of weights in each 4-bit parameter, by its id. Two weights share a byte."""
     return {
         id(p): p.quant_state.shape.numel() for p in module.parameters() if getattr(p, "quant_state", None) is not None
     }

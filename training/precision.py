@@ -1,4 +1,4 @@
-"""Which floating-point types a machine multiplies fast."""
+"""Find which floating-point types a machine multiplies fast."""
 
 import torch
 

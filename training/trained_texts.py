@@ -1,11 +1,11 @@
-"""Which texts a checkpoint has been trained on, so that no score is ever of one of them.
+"""Remember which texts a checkpoint was trained on, so that no score is of one of them.
 
 Worth knowing:
 
-1. A run's folder keeps hashes of its training texts and of those of all runs that it continues. They are written before the
-   first step, so that a run that is killed has them too.
+1. A run's folder keeps hashes of its training texts and those of all runs that it continues. They are written before the
+   first step, so a killed run has them too.
 2. They are never published: they tell who was in the training data.
-3. A resumed run splits its rows by the texts of the runs before it alone. Its own training texts would all be known already.
+3. A resumed run splits its rows by the texts of earlier runs only, since its own training texts are all known.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ class TrainedTexts:
     Attributes:
         earlier: those of the runs that this run continues.
         this_run: those of this run.
-        complete: whether these are all. They are not where a run continues a checkpoint that keeps no such file.
+        complete: whether these are all. They are not if a run continues a checkpoint without such a file.
     """
 
     earlier: frozenset[str] = frozenset()
@@ -45,7 +45,7 @@ UNTRAINED, UNKNOWN = TrainedTexts(), TrainedTexts(complete=False)
 
 
 def normalise_text(text: str) -> str:
-    """The text that its variants have in common: NFKC without format characters, case-folded, white space collapsed."""
+    """Normalise a text: NFKC, without format characters, case-folded, white space collapsed."""
     if not text.isascii():
         for character in set(text):
             if unicodedata.category(character) == "Cf":  # byte order marks, zero-width characters, soft hyphens
@@ -55,15 +55,15 @@ def normalise_text(text: str) -> str:
 
 
 def text_hash(normalised: str) -> str:
-    """128 bits of a text that `normalise_text` returned, in hexadecimal."""
+    """Hash a normalised text to 128 bits, in hexadecimal."""
     return hashlib.blake2b(normalised.encode(), digest_size=16).hexdigest()
 
 
 def read_trained_texts(checkpoint: str | Path) -> TrainedTexts:
-    """What a checkpoint has been trained on, by the file in its folder or, for a ``checkpoint-N``, in the run's.
+    """Read the file of a checkpoint's folder, or for a ``checkpoint-N`` of its run's folder.
 
     Returns:
-        `UNKNOWN` where there is no such file.
+        `UNKNOWN` if there is no such file.
 
     Raises:
         InputError: the file cannot be read.
@@ -74,20 +74,20 @@ def read_trained_texts(checkpoint: str | Path) -> TrainedTexts:
     if file is None:
         return UNKNOWN
     with refusing(f"{file}, which tells what {checkpoint} was trained on, cannot be read"):
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return TrainedTexts(frozenset(found["earlier"]), frozenset(found["this_run"]), bool(found["complete"]))
+        known = json.loads(file.read_text(encoding="utf-8"))
+        return TrainedTexts(frozenset(known["earlier"]), frozenset(known["this_run"]), bool(known["complete"]))
 
 
 def write_trained_texts(folder: Path, before: TrainedTexts, texts: Iterable[str]) -> None:
-    """Writes the file of a run that is about to be trained.
+    """Write the file of a run that is about to train.
 
     Args:
         folder: of the run.
-        before: what was known when it began. Where a run is resumed, this holds its own texts as ``this_run``.
+        before: known when it started. For a resumed run, ``this_run`` holds its own texts.
         texts: its training texts.
     """
     this_run = before.this_run | {text_hash(normalise_text(text)) for text in texts}
-    found = {"complete": before.complete, "earlier": sorted(before.earlier), "this_run": sorted(this_run)}
+    content = {"complete": before.complete, "earlier": sorted(before.earlier), "this_run": sorted(this_run)}
     new = folder / f"{TRAINED_TEXTS}.new"
-    new.write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")
+    new.write_text(json.dumps(content, indent=0) + "\n", encoding="utf-8")
     new.replace(folder / TRAINED_TEXTS)  # at once: another run never reads half of it

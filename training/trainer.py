@@ -1,24 +1,24 @@
-"""The Trainer of transformers, with what a hierarchical, possibly quantized model needs beyond it.
+"""The Trainer of transformers, for a hierarchical and possibly quantized model.
 
 Worth knowing:
 
-1. The loss is already divided by the labels of the whole accumulated batch, over all devices; DDP then averages
-   gradients, so it is multiplied by the number of processes.
-2. The Trainer resumes, and goes back to the best model, by root-level file names that our adapter form does not have.
-3. bitsandbytes repacks 4-bit weights in place when a layer runs in eval mode on a CPU with AVX-512 BF16, and training
-   after that is wrong. While a model trains, its layers are told not to.
-4. Where training batches are grouped by length, the Trainer's own predictions would not come in the order of their rows,
-   and a resumed run would meet its rows in another order. Here both hold.
+1. The loss is divided by the labels of the whole accumulated batch, over all devices. DDP then averages gradients, so the
+   loss is multiplied by the number of processes.
+2. The Trainer resumes, and restores the best model, by root-level file names, which the adapter form does not have.
+3. bitsandbytes repacks 4-bit weights in place when a layer runs in eval mode on a CPU with AVX-512 BF16. Training would be
+   wrong afterwards, so repacking is turned off while a model trains.
+4. With batches grouped by length, the Trainer would shuffle evaluation rows too, and a resumed run would get another order of
+   rows. Here neither happens.
 5. No ``training_args.bin`` is written: it is a pickle, and can hold a token.
 6. Pushing while it trains, the Trainer would copy the files that it knows, rewrite README.md and send all that lies in the
    folder. Here the files of a checkpoint go up, with our card; a checkpoint to resume from goes without its pickles.
-7. To look at a loss is to wait for the GPU. That happens where the Trainer waits too, before it logs, evaluates or saves.
+7. Reading a loss waits for the GPU. Losses are read where the Trainer waits anyway: before it logs, evaluates or saves.
 """
 
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerState, trainer_pt_utils
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
@@ -43,12 +43,12 @@ from publishing.hub import CARD_COMMIT, CHECKPOINT_FILES, HUB_ERRORS, checkpoint
 from training.cpu import speed_up
 from training.losses import HierarchicalFocalLoss
 from training.resume import damage
+from training.sampler import LengthGroupedSampler
 from training.views import disagreement, halves
 
 logger = logging.getLogger(__name__)
 
-BATCHES_SORTED = 50
-MOST_UNCHECKED = 100  # losses of micro-batches that are not looked at yet
+MOST_UNCHECKED = 100  # losses of micro-batches that were not read from the device yet
 PICKLES = ["*.pt", "*.pth", "*.bin", "*.pkl"]
 
 
@@ -56,11 +56,11 @@ class HierarchicalTrainer(Trainer):
     """A Trainer whose loss is a `HierarchicalFocalLoss`.
 
     Args:
-        loss_function: the loss to train with; the model's own negative log-likelihood without one.
-        consistency: how much the disagreement of a text's halves counts, see `training.views`; 0 trains on whole texts.
-            Otherwise it needs a loss_function, and training rows the columns ``sentences`` and ``row``, or it is a ValueError.
-        heads_learning_rate: peak learning rate of the heads; the optimizer's own without one.
-        write_card: writes README.md into a folder; the Trainer's own card is written without one.
+        loss_function: the training loss. Default: the model's own negative log-likelihood.
+        consistency: weight of the disagreement of a text's halves, see `training.views`; 0 trains on whole texts. Else it needs a
+            ``loss_function``, and training rows with the columns ``sentences`` and ``row``.
+        heads_learning_rate: peak learning rate of the heads. Default: the optimizer's.
+        write_card: writes README.md into a folder. Default: the Trainer's own card.
         args, kwargs: as for `transformers.Trainer`.
     """
 
@@ -82,11 +82,6 @@ class HierarchicalTrainer(Trainer):
             self.args._n_gpu = 1
             self._train_batch_size = self.args.train_batch_size
         self.loss_function = None if loss_function is None else loss_function.to(self.args.device)
-        columns = getattr(self.train_dataset, "column_names", None) or ()
-        if consistency and (loss_function is None or not {"sentences", "row"}.issubset(columns)):
-            raise ValueError(
-                "consistency needs a loss_function, and training rows with the columns 'sentences' and 'row'"
-            )
         self.consistency = consistency
         self.heads_learning_rate = heads_learning_rate
         self.tried_batch_size: int | None = None
@@ -104,7 +99,7 @@ class HierarchicalTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """The focal loss over the labels of the whole accumulated batch; in evaluation, over those of this batch."""
+        """Compute the loss, divided by the labels of the whole accumulated batch; in evaluation, by those of this batch."""
         inputs = dict(inputs)
         labels, rows, sentences = inputs.pop("labels"), inputs.pop("row", None), inputs.pop("sentences", None)
         items = num_items_in_batch if model.training else None
@@ -131,10 +126,10 @@ class HierarchicalTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def check_losses(self) -> None:
-        """Read the training losses since the last call from the device, which makes this process wait for it.
+        """Read the training losses since the last call from the device, and wait for it.
 
         Raises:
-            InputError: one of them is not finite. It names the step and the rows.
+            InputError: a loss is not finite. The message names the step and the rows.
         """
         steps, self.unchecked = self.unchecked, []
         losses = torch.stack([loss for _, loss, _ in steps]).tolist() if steps else []
@@ -147,73 +142,77 @@ class HierarchicalTrainer(Trainer):
                 )
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's, after a check of the losses where it waits for the device anyway, and at the end."""
+        """As the Trainer's, after a check of the losses whenever it waits for the device anyway."""
         control = self.control
         if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
             self.check_losses()
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """As the Trainer's, but a run that had reached ``max_steps`` or stopped early stays as it was.
+        """As the Trainer's, but a run that had reached ``max_steps`` or stopped early takes no further step.
 
-        The Trainer would take a step more, or go on to the next evaluation.
+        Metrics of a resumed run have the step that it resumed from, ``resumed_from_step``.
         """
-        if isinstance(resume_from_checkpoint, str):
-            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
-            self.best_checkpoint = self._find_best_checkpoint(state, resume_from_checkpoint)
-            state.best_model_checkpoint = self.best_checkpoint
-            if 0 < self.args.max_steps <= state.global_step or self._had_stopped_early(state):
-                logger.info("nothing left to train: %s is at step %d", resume_from_checkpoint, state.global_step)
-                self.state = state
-                self._load_from_checkpoint(resume_from_checkpoint)
-                if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
-                    self._load_best_model()
-                return TrainOutput(state.global_step, float("nan"), {"epoch": state.epoch})
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if not isinstance(resume_from_checkpoint, str):
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+        self.best_checkpoint = self._find_best_checkpoint(state, resume_from_checkpoint)
+        state.best_model_checkpoint = self.best_checkpoint
+        step = state.global_step
+        if 0 < self.args.max_steps <= step or self._had_stopped_early(state):
+            logger.info("nothing left to train: %s is at step %d", resume_from_checkpoint, step)
+            self.state = state
+            self._load_from_checkpoint(resume_from_checkpoint)
+            if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                self._load_best_model()
+            output = TrainOutput(step, float("nan"), {"epoch": state.epoch})
+        else:
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return output._replace(metrics=output.metrics | {"resumed_from_step": step})
 
     def _early_stopping(self) -> EarlyStoppingCallback | None:
-        found = (one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback))
-        return next(found, None)
+        callbacks = self.callback_handler.callbacks
+        return next((one for one in callbacks if isinstance(one, EarlyStoppingCallback)), None)
 
     def _had_stopped_early(self, state: TrainerState) -> bool:
-        """Whether a saved run had been without improvement for as long as this one has patience."""
+        """Whether a saved run had been without improvement for the patience of this one."""
         stopping, saved = self._early_stopping(), state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
         if stopping is None or saved is None or not self.args.restore_callback_states_from_checkpoint:
             return False
         return saved["attributes"]["early_stopping_patience_counter"] >= stopping.early_stopping_patience
 
     def _find_best_checkpoint(self, state: TrainerState, checkpoint: str) -> str | None:
-        """The best checkpoint of a resumed run, whose folder may have been moved or copied since its path was written.
+        """Find the best checkpoint of a resumed run. Its folder may have been moved since its path was stored.
 
         Raises:
-            InputError: it is not there, and the run would end with another.
+            InputError: it is missing, and the run is to end with the best.
         """
         best = state.best_model_checkpoint
         if best is None:
             return None
         beside = Path(checkpoint).parent / Path(best).name
-        found = next((str(folder) for folder in (beside, Path(best)) if folder.is_dir()), None)
-        if found is None and self.args.load_best_model_at_end:
+        folder = next((str(place) for place in (beside, Path(best)) if place.is_dir()), None)
+        if folder is None and self.args.load_best_model_at_end:
             raise InputError(
                 f"cannot resume from {checkpoint}: the best checkpoint of its run, {Path(best).name}, is not beside it; "
                 "--load_best_model_at_end false ends with the last"
             )
-        return found
+        return folder
 
     def _load_callback_state(self) -> None:
-        """As the Trainer's, but with the patience of this run, and for checkpoints that lack the state of a callback."""
-        # the Trainer forgets it where its folder was moved
+        """As the Trainer's, but with the patience of this run, and also if a checkpoint lacks the state of a callback."""
+        # the Trainer forgets it if its folder was moved
         self.state.best_model_checkpoint = self.best_checkpoint
         given = self._early_stopping()
         super()._load_callback_state()
         for one in (*self.callback_handler.callbacks, self.control):
             if isinstance(one, EarlyStoppingCallback) and given is not None:
                 one.early_stopping_patience = given.early_stopping_patience
-            if isinstance(one, ExportableState):  # the Trainer fails to save where there was none
+            if isinstance(one, ExportableState):  # the Trainer fails to save if there was none
                 self.state.stateful_callbacks.setdefault(type(one).__name__, one.state())
 
     def _inner_training_loop(self, batch_size: int | None = None, args: Any = None, **kwargs: Any) -> TrainOutput:
-        """As the Trainer's; what ``auto_find_batch_size`` takes off a batch, accumulation makes up for, exactly."""
+        """As the Trainer's, but ``auto_find_batch_size`` keeps the effective batch size: it accumulates more steps."""
         self.unchecked = []
         if not args.auto_find_batch_size:
             return super()._inner_training_loop(batch_size, args, **kwargs)
@@ -238,7 +237,7 @@ class HierarchicalTrainer(Trainer):
             raise
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, with groups of their own for the heads where they have a learning rate of their own."""
+        """Create the Trainer's optimizer, with parameter groups for the heads if they have their own learning rate."""
         fresh = self.optimizer is None
         with refusing("cannot set up the optimizer"):
             optimizer = super().create_optimizer(model)
@@ -263,7 +262,7 @@ class HierarchicalTrainer(Trainer):
         return sampler
 
     def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> Dataset:
-        """As the Trainer's, but training rows keep what the loss of halves needs, and their number for its errors."""
+        """As the Trainer's, but training rows keep their number, for error messages, and what training on halves needs."""
         self._set_signature_columns_if_needed()
         columns = self._signature_columns
         kept = ["row", "sentences"] if self.consistency else ["row"]
@@ -274,17 +273,19 @@ class HierarchicalTrainer(Trainer):
             self._signature_columns = columns
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.check_losses()  # also where a signal has it saved
+        self.check_losses()  # also if a signal asked for the checkpoint
         try:
             super()._save_checkpoint(model, trial)
         except Exception:
             folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            if self.args.should_save and damage(folder) is not None:  # of no use, and takes the room that is missing
+            if (
+                self.args.should_save and damage(folder) is not None
+            ):  # incomplete, and takes up the room that is missing
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> torch.utils.data.Sampler | None:
-        """Rows in their own order: with ``group_by_length`` the Trainer would shuffle these too, and predictions with them."""
+        """Keep evaluation rows in their order. With ``group_by_length`` the Trainer would shuffle them and the predictions."""
         return torch.utils.data.SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -293,22 +294,22 @@ class HierarchicalTrainer(Trainer):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        said = f"cannot resume from {checkpoint}, whose optimizer had other settings"
+        problem = f"cannot resume from {checkpoint}, whose optimizer had other settings"
         settings = set(self.optimizer.param_groups[0])
         asked = [(group.get("initial_lr"), group.get("weight_decay")) for group in self.optimizer.param_groups]
-        with refusing(said):
+        with refusing(problem):
             super()._load_optimizer_and_scheduler(checkpoint)
         if not settings <= set(self.optimizer.param_groups[0]):
-            raise InputError(f"{said}: it was another --optim")
-        self._take_rates(asked)
+            raise InputError(f"{problem}: it was another --optim")
+        self._set_rates(asked)
 
-    def _take_rates(self, asked: list[tuple[float | None, float | None]]) -> None:
-        """Gives the optimizer of a resumed run the learning rates and weight decays of this one, at the schedule's place."""
+    def _set_rates(self, asked: list[tuple[float | None, float | None]]) -> None:
+        """Set the learning rates and weight decays of this run in a resumed optimizer, scaled by the schedule so far."""
         bases = getattr(self.lr_scheduler, "base_lrs", [])
         for i, (group, (rate, decay)) in enumerate(zip(self.optimizer.param_groups, asked, strict=True)):
             before = group.get("initial_lr")
             if rate and before and rate != before:
-                logger.info("the learning rate goes on at %g of its schedule, not %g", rate, before)
+                logger.info("the learning rate continues with a peak of %g, not %g", rate, before)
                 group["lr"], group["initial_lr"] = group["lr"] * rate / before, rate
                 if i < len(bases):
                     bases[i] = rate
@@ -320,7 +321,7 @@ class HierarchicalTrainer(Trainer):
             super()._load_best_model()
 
     def _load_adapter_form(self, folder: str) -> bool:
-        """Loads the adapter and heads of a checkpoint, where that is its form."""
+        """Load the adapter and heads of a checkpoint, if that is its form."""
         model: HierarchicalForSequenceClassification = self.accelerator.unwrap_model(self.model)
         if not model.has_adapter or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return False
@@ -456,52 +457,8 @@ class HierarchicalTrainer(Trainer):
                     logger.warning("a push during training failed: %s", reason(job.exception()))
 
 
-class LengthGroupedSampler(Sampler[int]):
-    """Rows in an order whose batches hold texts of like length; it depends on the seed and the epoch alone.
-
-    Rows are shuffled, sorted by length within each 50 batches, and cut into batches, which are shuffled; the one with the
-    longest row comes first, so that memory which does not suffice is missed at once. Of a data set of at most 50 batches
-    lengths are first blurred by 5 %, or each epoch would have the same batches. transformers' sampler of this name draws
-    from the global generator (a resumed run gets another order), goes from long to short over and over, and of a small
-    data set sorts only a few batches at a time: with 400 rows an eighth of its tokens are padding, here a twentieth.
-
-    Args:
-        batch_size: rows of an optimizer step over all processes.
-        lengths: in tokens, of each row.
-    """
-
-    def __init__(self, batch_size: int, lengths: list[int], seed: int):
-        self.batch_size, self.lengths, self.seed, self.epoch = batch_size, torch.tensor(lengths), seed, 0
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        rows = torch.randperm(len(self.lengths), generator=generator)
-        blur = 0.05 if len(rows) <= BATCHES_SORTED * self.batch_size else 0.0
-        keys = self.lengths[rows] * (1 + blur * (2 * torch.rand(len(rows), generator=generator) - 1))
-        batches = []
-        for start in range(0, len(rows), BATCHES_SORTED * self.batch_size):
-            chunk = slice(start, start + BATCHES_SORTED * self.batch_size)
-            batches += rows[chunk][keys[chunk].argsort(descending=True, stable=True)].split(self.batch_size)
-        rest = [batches.pop()] if len(batches[-1]) < self.batch_size else []  # stays the last one
-        order = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-        longest = max(range(len(order)), key=lambda i: int(self.lengths[order[i]].max()), default=0)
-        return iter(torch.cat([*order[longest : longest + 1], *order[:longest], *order[longest + 1 :], *rest]).tolist())
-
-
 def keep_trainable(model: nn.Module) -> None:
-    """Keeps 4-bit layers from being repacked for inference when they are evaluated on a CPU.
-
-    Raises:
-        ValueError: a layer has been repacked already; its gradients would be wrong.
-    """
-    for name, module in model.named_modules():
+    """Keep 4-bit layers from being repacked for inference when they are evaluated on a CPU."""
+    for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-            if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
-                raise ValueError(f"{name} was repacked for inference by an earlier evaluation; load the model again")

@@ -1,17 +1,17 @@
-"""Each text is learned as two halves that must agree: consistency regularisation for documents of several sentences.
+"""Consistency regularisation: train on two halves of each text, whose predictions must agree.
 
 Worth knowing:
 
-1. The sentences of a text are dealt to two halves by chance, anew in each step. Both are sorted as the text is labelled, and
-   the disagreement of their answers is added to the loss: the symmetric divergence of R-Drop (Liang et al., 2021, arXiv
-   2106.14448), whose two views differ by dropout. Here dropout, the dearest part of a training step on a CPU, is not needed.
-2. The first sentence, a title as a rule, is in both halves more often than not.
-3. The halves are of like length, and what a half has beyond 55 % of the text's tokens is cut off. So a batch of halves has 1.1
-   times the tokens of its texts with padding (OHSUMED); dealt by coins and uncut it would have 1.8 times as many.
-4. Who goes where depends on the seed, the step and the row alone: not on how a batch is cut up, and a resumed run goes on
-   bit for bit.
-5. The numbers of rows and sentences are arrays of NumPy: those stay on the CPU, and no step waits for a GPU to deal out halves.
-6. `benchmarks/quality.py` shows what it is worth. Texts are classified whole.
+1. Each step assigns the sentences of a text to two halves at random. Both halves learn the text's label. The loss adds the
+   symmetric divergence of their predictions, as R-Drop does (Liang et al., 2021, arXiv 2106.14448). R-Drop's views differ by
+   dropout, the largest cost of a training step on a CPU; halves need none.
+2. The first sentence, usually a title, is in both halves in most cases.
+3. The halves have similar lengths, and each is truncated at 55 % of the text's tokens. A batch of halves has 1.1 times the tokens
+   of its texts with padding (OHSUMED). By coin tosses and without truncation it would have 1.8 times as many.
+4. The assignment depends on the seed, the step and the row only. Splitting a batch does not change it, and a resumed run
+   continues bit for bit.
+5. Numbers of rows and sentences are NumPy arrays. They stay on the CPU, so no step waits for a GPU to make halves.
+6. `benchmarks/quality.py` measures the gain. Inference uses whole texts.
 """
 
 import re
@@ -32,25 +32,25 @@ BOUNDARY = re.compile(r"(?<=[.?!])\s+|(?<=[。！？])")
 
 
 def sentence_numbers(text: str, ends: Sequence[int]) -> list[int]:
-    """The sentence that each token of a text is in, counted from 0.
+    """Number the sentence that each token of a text is in, from 0.
 
     Args:
         ends: where each token ends in the text, in characters; 0 for a special token, whose sentence is -1.
     """
-    starts = [found.end() for found in BOUNDARY.finditer(text)]
+    starts = [boundary.end() for boundary in BOUNDARY.finditer(text)]
     numbers = np.searchsorted(starts, np.asarray(ends) - 1, side="right")
     return np.where(np.asarray(ends) == 0, NO_SENTENCE, numbers).tolist()
 
 
 class CollatorWithSentences(DataCollatorWithPadding):
-    """Pads the column ``sentences`` of training rows as well. It and the column ``row`` become arrays, not tensors."""
+    """Pad the column ``sentences`` of training rows too. This column and ``row`` become NumPy arrays, not tensors."""
 
     def __call__(self, features: list[dict]) -> BatchEncoding:
-        apart = [name for name in ("row", "sentences") if name in features[0]]
-        batch = super().__call__([{k: v for k, v in feature.items() if k not in apart} for feature in features])
-        if "row" in apart:
+        numpy_columns = [name for name in ("row", "sentences") if name in features[0]]
+        batch = super().__call__([{k: v for k, v in feature.items() if k not in numpy_columns} for feature in features])
+        if "row" in numpy_columns:
             batch["row"] = np.array([feature["row"] for feature in features])
-        if "sentences" in apart:
+        if "sentences" in numpy_columns:
             tokens = batch["attention_mask"].bool().numpy()
             batch["sentences"] = np.full(tokens.shape, PADDING)
             batch["sentences"][tokens] = np.concatenate([feature["sentences"] for feature in features])
@@ -60,7 +60,7 @@ class CollatorWithSentences(DataCollatorWithPadding):
 def halves(
     inputs: dict[str, Tensor], sentences: np.ndarray, rows: Sequence[int], pad_token_id: int, seed: int, step: int
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Deal a batch of texts into halves.
+    """Split a batch of texts into halves.
 
     Args:
         inputs: ``input_ids``, ``attention_mask`` and what else the model takes, each (B, T).
@@ -69,8 +69,8 @@ def halves(
         step: optimizer steps taken.
 
     Returns:
-        The inputs of the halves, (V, T'), without what was cut off, and where the two halves of each text are among them,
-        (B,) each. A text of one sentence stays whole and stands there once: V is between B and 2B.
+        The inputs of the halves, (V, T'), truncated; and the indices of each text's two halves among them, (B,) each. A text
+        of one sentence stays whole and occurs once, so V is between B and 2B.
     """
     sources, views, first, second = [], [], [], []
     for i, (row, own) in enumerate(zip(rows, sentences, strict=True)):
@@ -93,15 +93,15 @@ def halves(
         for array in (np.arange(longest) < lengths[:, None], order, *map(np.array, (sources, first, second)))
     )
     padding = {"input_ids": pad_token_id}
-    found = {
+    halved = {
         name: torch.where(inside, values[source].gather(1, places), padding.get(name, 0))
         for name, values in inputs.items()
     }
-    return found, *pair
+    return halved, *pair
 
 
 def deal(counts: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Which sentences are in each half, (2, S) bool: one after the other, in random order, goes to the half with fewer tokens.
+    """Assign sentences to halves, (2, S) bool. In random order, each goes to the half with fewer tokens.
 
     Args:
         counts: (S,), the tokens of each sentence.
@@ -118,14 +118,14 @@ def deal(counts: np.ndarray, generator: np.random.Generator) -> np.ndarray:
 def disagreement(
     log_p: Tensor, log_q: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """Half the sum of both Kullback-Leibler divergences of two answers to a text, in nats, over the texts with a label.
+    """Half the sum of both Kullback-Leibler divergences of two predictions for a text, in nats.
 
     Args:
         log_p, log_q: (B, C), log-probabilities.
-        labels: (B,); texts of label -100 take no part.
-        num_items_in_batch: what the sum over texts is divided by; the number of labels in this batch by default.
+        labels: (B,); texts of label -100 are ignored.
+        num_items_in_batch: divisor of the sum over texts. Default: the number of labels in this batch.
     """
     labelled = labels != IGNORED_LABEL
-    apart = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(1) / 2
+    divergence = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(1) / 2
     items = labelled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    return torch.where(labelled, apart, 0).sum() / items
+    return torch.where(labelled, divergence, 0).sum() / items

@@ -54,8 +54,6 @@ VARIANTS = {
     "3 epochs": ("--num_train_epochs", "3"),
     "256 tokens": ("--max_length", "256"),
     "adapter dropout 0.1": ("--lora_dropout", "0.1"),
-    "encoder dropout 0.1": ("--encoder_dropout", "0.1"),
-    "head dropout 0.3": ("--head_dropout", "0.3"),
     "batches of 32": ("--per_device_train_batch_size", "32"),
 }
 OF_TASK = {

@@ -1,0 +1,109 @@
+"""What a training run publishes: its settings and facts for the model card, and its files on the Hub."""
+
+import dataclasses
+import logging
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+
+from configuration_hierarchical import HierarchicalConfig
+from errors import ROOT, InputError
+from modeling_hierarchical import HierarchicalForSequenceClassification
+from publishing import card
+from publishing.hub import HUB_ERRORS, find_target, log_in, reason, refuse_local_encoder
+from training.arguments import Arguments, HierarchicalTrainingArguments
+from training.model import is_checkpoint
+from training.trainer import HierarchicalTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def run_settings(arguments: Arguments, model: HierarchicalForSequenceClassification, max_length: int) -> dict[str, Any]:
+    """The settings that shaped a run, for its card. A continued adapter keeps its own rank, scale and dropout."""
+    settings = {
+        **dataclasses.asdict(arguments.model),
+        **dataclasses.asdict(arguments.loss),
+        **{name: getattr(arguments.training, name) for name in card.TRAINING_SETTINGS},
+        "max_length": max_length,
+        "train_precision": arguments.training.precision,
+    }
+    if not model.has_adapter:
+        settings |= dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"))
+    elif is_checkpoint(arguments.model.model_name_or_path):
+        own = model.encoder.peft_config["default"]
+        settings |= {"lora_r": own.r, "lora_alpha": own.lora_alpha, "lora_dropout": own.lora_dropout}
+        settings["lora_target_modules"] = sorted(own.target_modules)
+    return settings
+
+
+def run_facts(arguments: Arguments, size: dict[str, int | float], data_report: dict[str, Any]) -> dict[str, Any]:
+    """Facts of a run for metrics.json: precision, sizes, versions, commit, hashes of the data.
+
+    Args:
+        size: of `training.model.size_report`.
+    """
+    return {
+        "train_precision": arguments.training.precision,
+        "train_quantization": arguments.model.quantization,
+        **size,
+        "environment": {
+            **card.environment(arguments.training.device),
+            "commit": source_commit(),
+            "data": {
+                source["split"]: source["sha256"] for source in data_report["sources"]
+            },  # no paths: it is published
+        },
+    }
+
+
+def source_commit() -> str | None:
+    """The commit of this code, with a + if files differ from it. None if this is no git checkout."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        return None
+    describe = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    done = subprocess.run(describe, capture_output=True, text=True)
+    return done.stdout.strip() or None
+
+
+def write_card(
+    trainer: HierarchicalTrainer,
+    settings: dict[str, Any],
+    report: dict[str, Any],
+    metrics: dict[str, Any],
+    folder: Path,
+) -> None:
+    """Write README.md into a checkpoint's folder, from what is known of the run so far."""
+    config, environment = HierarchicalConfig.from_pretrained(folder), card.environment(trainer.args.device)
+    card.write(folder, config, settings, report, metrics, model_id=trainer.hub_model_id, environment=environment)
+
+
+def check_hub(training: HierarchicalTrainingArguments, model: HierarchicalForSequenceClassification) -> None:
+    """Refuse, before training, what could not be published after it."""
+    if model.has_adapter:
+        refuse_local_encoder(model.config, "train without --push_to_hub, then run push_to_hub.py --merge")
+    api = HfApi(token=training.hub_token)
+    find_target(
+        api,
+        log_in(api),
+        "--hub_model_id",
+        training.hub_model_id or Path(training.output_dir).resolve().name,
+        revision=training.hub_revision,
+        private=bool(training.hub_private_repo),
+    )
+
+
+def push(trainer: HierarchicalTrainer) -> None:
+    """Publish the finished run as ``--push_to_hub`` asks."""
+    try:
+        trainer.push_to_hub()
+    except HUB_ERRORS as error:
+        output, target = trainer.args.output_dir, trainer.hub_model_id
+        raise InputError(
+            f"{output} is complete, but not on the Hub: {reason(error)}; run "
+            f"push_to_hub.py --model {output} --repo_id {target}"
+        ) from error
+    if trainer.is_world_process_zero():
+        logger.info("published as %s", trainer.hub_model_id)
