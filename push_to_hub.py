@@ -1,7 +1,6 @@
 """Publishes a checkpoint, and a Space that serves it: ``python push_to_hub.py --model results --repo_id user/name``.
 
-Checkpoint → (merged) → checks, before anything is published → one commit for the model, and one that names it in the
-model's card → one commit for the Space.
+Checkpoint → (merged) → checks, before anything is published → one commit for the model → one commit for the Space.
 """
 
 import argparse
@@ -24,6 +23,7 @@ from publishing import card
 from publishing.export import ONNX_FILE, export_onnx
 from publishing.hub import (
     ADAPTER_FORM,
+    CHECKPOINT_FILES,
     HUB_ERRORS,
     SPACE_FILES,
     Published,
@@ -32,7 +32,6 @@ from publishing.hub import (
     find_target,
     log_in,
     publish,
-    publish_model,
     read_checkpoint,
     reason,
     refuse_local_encoder,
@@ -76,16 +75,14 @@ def main(argv: list[str]) -> None:
         if arguments.onnx:
             export_onnx(folder, Path(scratch))
             files[ONNX_FILE] = Path(scratch) / ONNX_FILE
-        files.pop("README.md")
-        readme = card.rename(card.pin(read_card(folder), None), target.repo_id, merged=arguments.merge)
-        check_card(readme, folder)
+        files["README.md"] = read_card(folder, target.repo_id, arguments.merge).encode()
         if arguments.dry_run:
-            report(target, {**files, "README.md": readme.encode()})
+            report(target, files)
             if space is not None:
                 report(space, space_files(target.repo_id))
             print("nothing was published")
             return
-        model = publish_model(api, target, files, readme, arguments.create_pr)
+        model = publish(api, target, files, CHECKPOINT_FILES, "Publish a checkpoint", arguments.create_pr)
     print(f"{target.repo_id}: {model.url}")
     if space is not None:
         publish_space(api, space, target, model)
@@ -111,21 +108,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_card(folder: Path) -> str:
-    try:
-        return (folder / "README.md").read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{folder / 'README.md'} is not UTF-8 text: save it as UTF-8") from error
+def read_card(folder: Path, model_id: str, merged: bool) -> str:
+    """Read the card of a checkpoint, give it the model's id, and have the Hub check its metadata.
 
-
-def check_card(readme: str, folder: Path) -> None:
-    """Raises InputError where the Hub would refuse a card's metadata."""
+    Raises:
+        InputError: it is not UTF-8 text, or the Hub would refuse its metadata.
+    """
+    path = folder / "README.md"
     try:
+        readme = card.rename(path.read_text(encoding="utf-8-sig"), model_id, merged)
         RepoCard(readme).validate()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: save it as UTF-8") from error
     except HUB_ERRORS as error:
-        raise InputError(f"cannot ask the Hub whether it takes {folder / 'README.md'}: {reason(error)}") from error
+        raise InputError(f"cannot ask the Hub whether it takes {path}: {reason(error)}") from error
     except Exception as error:  # ValueError, or whatever YAML's reader raises
-        raise InputError(f"{folder / 'README.md'}, which is to be the model's card: {one_line(error)}") from error
+        raise InputError(f"{path}, which is to be the model's card: {one_line(error)}") from error
+    return readme
 
 
 def merge(folder: Path, output: Path) -> None:

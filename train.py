@@ -53,6 +53,7 @@ from evaluation.report import (
 )
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from publishing import card
+from publishing.environment import describe_environment
 from publishing.hub import HUB_ERRORS, find_target, log_in, reason, refuse_local_encoder
 from taxonomy_hierarchical import Taxonomy, TaxonomyError
 from training.arguments import (
@@ -215,7 +216,7 @@ def run_training(
             data.report,
             metrics,
             model_id=trainer.hub_model_id,
-            environment=card.environment(training.device),
+            environment=describe_environment(training.device),
         )
 
     patience = training.early_stopping_patience if training.load_best_model_at_end else None
@@ -264,7 +265,7 @@ def run_training(
         "train_quantization": model_arguments.quantization,
         **size,
         "environment": {
-            **card.environment(training.device),
+            **describe_environment(training.device),
             "commit": source_commit(),
             "data": {
                 source["split"]: source["sha256"] for source in data.report["sources"]

@@ -6,7 +6,6 @@ Worth knowing:
 2. Everything that the Hub would refuse is looked up first, so that a refusal leaves nothing behind.
 3. A repository changes by one commit or not at all. Where the answer to that commit is lost, the repository is read to
    see whether it was accepted.
-4. A model's commit is followed by one of its card alone, whose snippets name the first.
 """
 
 import hashlib
@@ -14,7 +13,7 @@ import io
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import (
@@ -38,7 +37,6 @@ from safetensors import SafetensorError, safe_open
 from configuration_hierarchical import HierarchicalConfig
 from errors import InputError, one_line, refusing
 from modeling_hierarchical import ADAPTER_SUBFOLDER, ADAPTER_WEIGHTS, HEADS_WEIGHTS, SHIPPED_FILES
-from publishing import card
 from publishing.export import ONNX_FILE
 
 ADAPTER_FORM = (HEADS_WEIGHTS, f"{ADAPTER_SUBFOLDER}/adapter_config.json", f"{ADAPTER_SUBFOLDER}/{ADAPTER_WEIGHTS}")
@@ -61,7 +59,6 @@ SPACE_FILES = (
 )
 SPACE_TAG = "hierarchical-text-classification"  # in the front matter of our Spaces
 OF_ANY_REPOSITORY = {".gitattributes", ".gitignore", "README.md", "LICENSE"}
-CARD_COMMIT = "Name that commit in the card"
 HUB_ERRORS = (HTTPError, OSError)  # the Hub's answers and lost connections
 
 
@@ -258,57 +255,6 @@ def is_ours(api: HfApi, target: Target) -> bool:
         return False
     except HUB_ERRORS as error:
         raise InputError(f"cannot look at {target.repo_id}: {reason(error)}") from error
-
-
-def publish_model(
-    api: HfApi, target: Target, files: Mapping[str, Path | bytes], readme: str, create_pr: bool = False
-) -> Published:
-    """Sends a checkpoint as one commit, and then its card again, whose snippets name that commit.
-
-    In a pull request they name none: what it becomes when it is merged is another commit.
-
-    Args:
-        files: by their path in the repository, without the card.
-        readme: the card.
-
-    Returns:
-        The last commit, which has the files and the card as it stays.
-
-    Raises:
-        InputError: as for `publish`.
-    """
-    files = {**files, "README.md": readme.encode()}
-    if not create_pr and (known := published_before(api, target, files, readme)) is not None:
-        return known
-    done = publish(api, target, files, CHECKPOINT_FILES, "Publish a checkpoint", create_pr)
-    if create_pr or (pinned := card.pin(readme, done.sha)) == readme:
-        return done
-    now = replace(target, exists=True, branch_exists=True, sha=done.sha)
-    try:
-        return publish(api, now, {"README.md": pinned.encode()}, (), CARD_COMMIT)
-    except InputError as error:
-        raise InputError(f"{target.repo_id} is published, {done.url}, but its card names no commit: {error}") from error
-
-
-def published_before(api: HfApi, target: Target, files: Mapping[str, Path | bytes], readme: str) -> Published | None:
-    """The branch as it is, where it holds these files already and its card names a commit that holds them."""
-    if target.sha is None or not target.branch_exists or "README.md" not in target.files:
-        return None
-    if any(name not in files for name in filter_repo_objects(target.files, allow_patterns=list(CHECKPOINT_FILES))):
-        return None
-    try:
-        path = api.hf_hub_download(target.repo_id, "README.md", revision=target.sha)
-        commit = card.pinned_commit(Path(path).read_text(encoding="utf-8", errors="replace"))
-        if commit is None:
-            return None
-        now = {**files, "README.md": card.pin(readme, commit).encode()}
-        if holds(api, target, now, target.revision) and holds(api, target, files, commit):
-            return Published(target.sha, f"{api.endpoint}/{target.repo_id}/commit/{target.sha}")
-    except RevisionNotFoundError:  # a commit of another repository
-        return None
-    except HUB_ERRORS as error:
-        raise InputError(f"cannot look at {target.repo_id}: {reason(error)}") from error
-    return None
 
 
 def publish(

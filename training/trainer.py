@@ -42,8 +42,7 @@ from modeling_hierarchical import (
     HEADS_WEIGHTS,
     HierarchicalForSequenceClassification,
 )
-from publishing import card
-from publishing.hub import CARD_COMMIT, CHECKPOINT_FILES, HUB_ERRORS, checkpoint_files, reason
+from publishing.hub import CHECKPOINT_FILES, HUB_ERRORS, checkpoint_files, reason
 from training.cpu import speed_up
 from training.losses import HierarchicalFocalLoss
 from training.resume import damage
@@ -371,8 +370,6 @@ class HierarchicalTrainer(Trainer):
     ) -> CommitInfo | None:
         """Saves the model and publishes the files of the checkpoint with our card, as one commit.
 
-        Where it waits for that (``blocking``), a second commit has the snippets of the card name the first.
-
         Args:
             commit_message, blocking, token, revision, private: as for `Trainer.push_to_hub`.
             kwargs: for the card.
@@ -394,18 +391,7 @@ class HierarchicalTrainer(Trainer):
         )
         if not blocking:
             return self.hub.run_as_future(self._commit, *commit)
-        done = self._commit(*commit)
-        text = (Path(self.args.output_dir) / "README.md").read_text(encoding="utf-8")
-        if (pinned := card.pin(text, done.oid)) == text:
-            return done
-        return self.hub.create_commit(
-            self.hub_model_id,
-            [CommitOperationAdd("README.md", pinned.encode())],
-            commit_message=CARD_COMMIT,
-            token=token,
-            revision=revision or self.args.hub_revision,
-            parent_commit=done.oid,
-        )
+        return self._commit(*commit)
 
     def _commit(self, message: str, token: str | None, revision: str | None, folders: dict[str, Path]) -> CommitInfo:
         """One commit with the files of the checkpoint in the output folder, without those that are gone, and with folders.
