@@ -17,22 +17,19 @@ import transformers
 from huggingface_hub import HfApi, RepoCard
 from huggingface_hub.utils import disable_progress_bars
 
+from checkpoint_files import ADAPTER_FILES, CHECKPOINT_FILES, ONNX_FILE, list_files, read_checkpoint
 from errors import InputError, asked_traceback, exit_with_error, one_line
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from publishing import card
-from publishing.export import ONNX_FILE, export_onnx
+from publishing.export import export_onnx
 from publishing.hub import (
-    ADAPTER_FORM,
-    CHECKPOINT_FILES,
     HUB_ERRORS,
     SPACE_FILES,
     Published,
     Target,
-    checkpoint_files,
     find_target,
     log_in,
     publish,
-    read_checkpoint,
     reason,
     refuse_local_encoder,
 )
@@ -71,7 +68,7 @@ def main(argv: list[str]) -> None:
         if arguments.merge:
             merge(folder, Path(scratch))
             folder = Path(scratch)
-        files: Files = {name: folder / name for name in checkpoint_files(folder)}
+        files: Files = {name: folder / name for name in list_files(folder)}
         if arguments.onnx:
             export_onnx(folder, Path(scratch))
             files[ONNX_FILE] = Path(scratch) / ONNX_FILE
@@ -109,22 +106,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def read_card(folder: Path, model_id: str, merged: bool) -> str:
-    """Read the card of a checkpoint, give it the model's id, and have the Hub check its metadata.
+    """Read the card of a checkpoint, let the Hub check its metadata, and give it the model's id.
 
     Raises:
         InputError: it is not UTF-8 text, or the Hub would refuse its metadata.
     """
     path = folder / "README.md"
     try:
-        readme = card.rename(path.read_text(encoding="utf-8-sig"), model_id, merged)
+        readme = path.read_text(encoding="utf-8-sig")
         RepoCard(readme).validate()
+        return card.rename(readme, model_id, merged)
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: save it as UTF-8") from error
     except HUB_ERRORS as error:
         raise InputError(f"cannot ask the Hub whether it takes {path}: {reason(error)}") from error
     except Exception as error:  # ValueError, or whatever YAML's reader raises
         raise InputError(f"{path}, which is to be the model's card: {one_line(error)}") from error
-    return readme
 
 
 def merge(folder: Path, output: Path) -> None:
@@ -150,7 +147,7 @@ def merge(folder: Path, output: Path) -> None:
             f"the merged model's logits differ from the checkpoint's by {gap:.1e}; publish without --merge"
         )
     model.save_pretrained(output)
-    for name in set(checkpoint_files(folder)) - set(ADAPTER_FORM):
+    for name in set(list_files(folder)) - set(ADAPTER_FILES):
         if not (output / name).exists():
             (output / name).parent.mkdir(exist_ok=True)
             (output / name).write_bytes((folder / name).read_bytes())

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from checkpoint_files import ONNX_FILE
 from errors import InputError, one_line
 from modeling_hierarchical import HierarchicalForSequenceClassification
 
-ONNX_FILE = "onnx/model.onnx"
 TOLERANCE = 1e-3  # of a leaf's probability
 
 

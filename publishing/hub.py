@@ -8,11 +8,10 @@ Worth knowing:
    see whether it was accepted.
 """
 
-import hashlib
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,27 +31,11 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
-from safetensors import SafetensorError, safe_open
+from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from configuration_hierarchical import HierarchicalConfig
-from errors import InputError, one_line, refusing
-from modeling_hierarchical import ADAPTER_SUBFOLDER, ADAPTER_WEIGHTS, HEADS_WEIGHTS, SHIPPED_FILES
-from publishing.export import ONNX_FILE
+from errors import InputError, one_line
 
-ADAPTER_FORM = (HEADS_WEIGHTS, f"{ADAPTER_SUBFOLDER}/adapter_config.json", f"{ADAPTER_SUBFOLDER}/{ADAPTER_WEIGHTS}")
-WHOLE_FORM = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model"),
-)
-CHECKPOINT_FILES = (
-    *("README.md", "config.json", "metrics.json", "plots/*.png"),
-    *SHIPPED_FILES,
-    *ADAPTER_FORM,
-    *WHOLE_FORM,
-    *TOKENIZER_FILES,
-    ONNX_FILE,
-)
 SPACE_FILES = (
     *("README.md", "requirements.txt", "app.py", "style.css"),
     *("attribution.py", "classification.py", "guard.py", "tables.py", "views.py"),
@@ -90,53 +73,6 @@ class Published:
 
     sha: str
     url: str
-
-
-def read_checkpoint(folder: Path) -> HierarchicalConfig:
-    """The configuration of a folder that holds a whole checkpoint, checked.
-
-    Raises:
-        InputError: it is no checkpoint, a file is missing, or weights cannot be read.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise InputError(f"{folder} is not a checkpoint: it has no config.json")
-    with refusing(f"{path} is not a configuration"):
-        known = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(known, dict):
-            raise ValueError("it is no JSON object")
-        if (model_type := known.get("model_type")) != HierarchicalConfig.model_type:
-            raise InputError(f"{folder} holds a {model_type!r} model, not one of ours")
-        config = HierarchicalConfig.from_pretrained(folder)
-    present = checkpoint_files(folder)
-    weights = [name for name in present if name.endswith(".safetensors")]
-    wanted = [*SHIPPED_FILES, "tokenizer_config.json", "README.md"]
-    if config.adapter_subfolder is not None:
-        wanted += ADAPTER_FORM
-    elif not weights:
-        wanted += ["model.safetensors"]
-    missing = [name for name in wanted if name not in present]
-    if missing:
-        raise InputError(f"{folder} lacks {', '.join(missing)}: train.py writes them")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file() and config.adapter_subfolder is None:
-        with refusing(f"{index} cannot be read"):
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if absent := [name for name in shards if name not in present]:
-            raise InputError(f"{folder} lacks {', '.join(absent)}, which model.safetensors.index.json names")
-    for name in weights:
-        try:
-            with safe_open(folder / name, "pt") as file:
-                file.keys()
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{folder / name} cannot be read: {one_line(error)}") from error
-    return config
-
-
-def checkpoint_files(folder: Path) -> list[str]:
-    """The files in a folder that a checkpoint is made of, relative to it."""
-    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return list(filter_repo_objects(files, allow_patterns=list(CHECKPOINT_FILES)))
 
 
 def refuse_local_encoder(config: HierarchicalConfig, remedy: str) -> None:
@@ -277,9 +213,7 @@ def publish(
         InputError: the commit was not accepted, or it is not known whether it was.
     """
     kind = {"repo_id": target.repo_id, "repo_type": target.repo_type}
-    stale = [name for name in filter_repo_objects(target.files, allow_patterns=list(of_ours)) if name not in files]
-    operations = [CommitOperationAdd(name, source) for name, source in files.items()]
-    operations += [CommitOperationDelete(name) for name in stale]
+    operations = commit_operations(files, target.files, of_ours)
     try:
         if create_pr and (known := open_pull_request(api, target, files, message)) is not None:
             return known
@@ -300,6 +234,20 @@ def publish(
     except (*HUB_ERRORS, ValueError, RuntimeError) as error:
         return what_stands(api, target, files, message, create_pr, error)
     return Published(done.oid, done.pr_url or done.commit_url)
+
+
+def commit_operations(
+    files: Mapping[str, Path | bytes], there: Iterable[str], of_ours: tuple[str, ...]
+) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """Add files, and delete those of ours that an earlier version left in a repository.
+
+    Args:
+        files: by their path in the repository.
+        there: paths in the repository.
+        of_ours: patterns of all files that may be ours.
+    """
+    stale = [name for name in filter_repo_objects(there, allow_patterns=list(of_ours)) if name not in files]
+    return [CommitOperationAdd(*file) for file in files.items()] + [CommitOperationDelete(name) for name in stale]
 
 
 def what_stands(
@@ -360,9 +308,8 @@ def same(source: Path | bytes, entry: RepoFile) -> bool:
     """Whether a file is the one that the Hub holds, by the hash that it is known by there."""
     with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
         if entry.lfs is not None:  # weights, which need not fit into memory
-            return hashlib.file_digest(file, "sha256").hexdigest() == entry.lfs.sha256
-        content = file.read()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == entry.blob_id  # as git does
+            return sha_fileobj(file).hex() == entry.lfs.sha256
+        return git_hash(file.read()) == entry.blob_id
 
 
 def status(error: Exception) -> int | None:
