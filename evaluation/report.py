@@ -6,7 +6,7 @@ Worth knowing:
 2. The lexical head, the temperatures and the thresholds of answers are fitted on the validation rows, from logits that were
    computed once: the test rows take no part, and nothing is computed again. The validation rows themselves are measured
    by cross-validation, each fifth by what the other four say, or their scores would flatter the fit. With
-   ``--load_best_model_at_end`` these rows also chose the checkpoint, which still flatters them (`benchmarks/selection.py`).
+   ``--load_best_model_at_end`` these rows also chose the checkpoint, which still flatters them (`benchmarks/studies/selection.py`).
 3. Predictions are in the order of the scored rows, which are sorted by length; their column ``row`` leads back.
 """
 
