@@ -1,11 +1,10 @@
-"""Publishing a checkpoint: which files go up, whether they may, and how they get there in one commit.
+"""Publish files on the Hub: whose token it is, where it may write, and one commit.
 
 Worth knowing:
 
-1. Files are published by name, from the list of what a checkpoint is made of. Whatever else lies in the folder stays.
-2. Everything that the Hub would refuse is looked up first, so that a refusal leaves nothing behind.
-3. A repository changes by one commit or not at all. Where the answer to that commit is lost, the repository is read to
-   see whether it was accepted.
+1. Everything that the Hub would refuse is checked first, so that a refusal leaves nothing behind.
+2. A repository changes by one commit or not at all. If the answer to the commit is lost, the repository is read to find
+   out whether it was accepted.
 """
 
 import io
@@ -14,14 +13,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    RepoCard,
-    get_token,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -47,7 +41,7 @@ HUB_ERRORS = (HTTPError, OSError)  # the Hub's answers and lost connections
 
 @dataclass(frozen=True)
 class Account:
-    """Whom a token belongs to, and where it may write."""
+    """The user of a token, and the namespaces that it may write to."""
 
     name: str
     namespaces: tuple[str, ...]
@@ -55,7 +49,7 @@ class Account:
 
 @dataclass(frozen=True)
 class Target:
-    """A repository to publish to, as it stands before."""
+    """A repository to publish to, as it is before."""
 
     repo_id: str
     repo_type: str
@@ -76,7 +70,7 @@ class Published:
 
 
 def refuse_local_encoder(config: HierarchicalConfig, remedy: str) -> None:
-    """Raises InputError where an adapter's encoder is a folder of this machine, which nobody else has."""
+    """Raise InputError if an adapter's encoder is a folder of this machine, which nobody else has."""
     if Path(config.encoder_name_or_path).is_absolute():
         raise InputError(
             f"the adapter is for the encoder in {config.encoder_name_or_path}, which is on this machine only: {remedy}"
@@ -84,7 +78,7 @@ def refuse_local_encoder(config: HierarchicalConfig, remedy: str) -> None:
 
 
 def log_in(api: HfApi) -> Account:
-    """The account of the token in ``HF_TOKEN`` or of the login.
+    """Find the account of the token in ``HF_TOKEN`` or of the login.
 
     Raises:
         InputError: there is no token, the Hub does not know it, or it may only read.
@@ -98,14 +92,14 @@ def log_in(api: HfApi) -> Account:
             raise InputError("the Hub does not know the token in HF_TOKEN, or of the login: make a new one") from error
         raise InputError(f"cannot ask the Hub whose token this is: {reason(error)}") from error
     token = who.get("auth", {}).get("accessToken", {})
-    if token.get("role") == "read" or (token.get("role") == "fineGrained" and not writes(token)):
+    if token.get("role") == "read" or (token.get("role") == "fineGrained" and not can_write(token)):
         raise InputError("the Hub token may only read: make one that may write")
     organizations = [org["name"] for org in who.get("orgs", []) if org.get("roleInOrg") != "read"]
     return Account(who["name"], (who["name"], *organizations))
 
 
-def writes(token: dict) -> bool:
-    """Whether any scope of a fine-grained token lets it write to a repository."""
+def can_write(token: dict) -> bool:
+    """Tell whether any scope of a fine-grained token allows writing to a repository."""
     scopes = token.get("fineGrained", {}).get("scoped", [])
     return any(
         permission in ("repo.write", "repo.content.write") for s in scopes for permission in s.get("permissions", [])
@@ -122,10 +116,10 @@ def find_target(
     private: bool = False,
     create_pr: bool = False,
 ) -> Target:
-    """The repository that a flag names, checked.
+    """Look up the repository that a flag names, and check that it can be published to.
 
     Raises:
-        InputError: the Hub would refuse it, it holds something else, or it is public where a private one is wanted.
+        InputError: the Hub would refuse it, it holds something else, or it is public and ``private`` is asked for.
     """
     try:
         validate_repo_id(repo_id)
@@ -139,27 +133,25 @@ def find_target(
         raise InputError(f"{flag} {repo_id}: the token may not write to {namespace!r}, only to {places}")
     check_branch(revision)
     branch = revision or "main"
+    info: Any = None
+    at: Any = None
     try:
         info = api.repo_info(repo_id, repo_type=repo_type)
+        at = api.repo_info(repo_id, repo_type=repo_type, revision=branch)
     except RepositoryNotFoundError as error:
         if create_pr:
             raise InputError(f"{flag} {repo_id}: there is no such {repo_type} to open a pull request on") from error
         return Target(repo_id, repo_type, branch, False, branch == "main", private, None, ())
+    except RevisionNotFoundError as error:
+        if create_pr:
+            raise InputError(f"--revision {branch}: {repo_id} has no such branch to open a pull request on") from error
     except HUB_ERRORS as error:
         raise InputError(f"cannot look at {repo_id}: {reason(error)}") from error
     if private and not info.private:
         raise InputError(f"{flag} {repo_id} is public already, which --private does not change: use its settings page")
-    try:
-        at = api.repo_info(repo_id, repo_type=repo_type, revision=branch)
-        found = True
-    except RevisionNotFoundError as error:
-        if create_pr:
-            raise InputError(f"--revision {branch}: {repo_id} has no such branch to open a pull request on") from error
-        at, found = info, False
-    except HUB_ERRORS as error:
-        raise InputError(f"cannot look at {repo_id}: {reason(error)}") from error
-    files = tuple(sorted(sibling.rfilename for sibling in at.siblings or []))
-    target = Target(repo_id, repo_type, branch, True, found, info.private, at.sha, files)
+    known = at or info
+    files = tuple(sorted(sibling.rfilename for sibling in known.siblings or []))
+    target = Target(repo_id, repo_type, branch, True, at is not None, info.private, known.sha, files)
     others = [name for name in files if name not in OF_ANY_REPOSITORY]
     if others and not is_ours(api, target):
         raise InputError(f"{flag} {repo_id} already holds something else, such as {others[0]}: choose another name")
@@ -167,7 +159,7 @@ def find_target(
 
 
 def check_branch(revision: str | None) -> None:
-    """Raises InputError where no branch can have this name."""
+    """Raise InputError if no branch can have this name."""
     if revision is None:
         return
     if re.fullmatch("[0-9a-f]{40}", revision):
@@ -177,7 +169,7 @@ def check_branch(revision: str | None) -> None:
 
 
 def is_ours(api: HfApi, target: Target) -> bool:
-    """Whether a repository holds a model, or a Space, of this project."""
+    """Tell whether a repository holds a model, or a Space, of this project."""
     name = "config.json" if target.repo_type == "model" else "README.md"
     if name not in target.files:
         return False
@@ -201,9 +193,9 @@ def publish(
     message: str,
     create_pr: bool = False,
 ) -> Published:
-    """Sends files as one commit, which also deletes those of ours that an earlier version left.
+    """Publish files as one commit, which also deletes those of ours that an earlier version left.
 
-    Sending what is there already makes no new commit, and no second pull request.
+    The same files again make no new commit, and no second pull request.
 
     Args:
         files: by their path in the repository.
@@ -232,7 +224,7 @@ def publish(
             parent_commit=parent,
         )
     except (*HUB_ERRORS, ValueError, RuntimeError) as error:
-        return what_stands(api, target, files, message, create_pr, error)
+        return find_lost_commit(api, target, files, message, create_pr, error)
     return Published(done.oid, done.pr_url or done.commit_url)
 
 
@@ -250,7 +242,7 @@ def commit_operations(
     return [CommitOperationAdd(*file) for file in files.items()] + [CommitOperationDelete(name) for name in stale]
 
 
-def what_stands(
+def find_lost_commit(
     api: HfApi,
     target: Target,
     files: Mapping[str, Path | bytes],
@@ -258,17 +250,20 @@ def what_stands(
     create_pr: bool,
     error: Exception,
 ) -> Published:
-    """The commit, where it was accepted and only the answer was lost.
+    """Find the commit if it was accepted and only the Hub's answer was lost.
+
+    Args:
+        error: what the commit raised.
 
     Raises:
-        InputError: it was not, or the Hub cannot be asked.
+        InputError: it was not accepted, or the Hub cannot be asked.
     """
     try:
         if create_pr:
             found = open_pull_request(api, target, files, message)
         else:
             found = None
-            if holds(api, target, files, target.revision):
+            if holds_files(api, target, files, target.revision):
                 sha = api.repo_info(target.repo_id, repo_type=target.repo_type, revision=target.revision).sha
                 found = Published(sha, f"{api.endpoint}/{target.repo_id}/commit/{sha}")
     except (RepositoryNotFoundError, RevisionNotFoundError):
@@ -287,25 +282,25 @@ def what_stands(
 
 
 def open_pull_request(api: HfApi, target: Target, files: Mapping[str, Path | bytes], title: str) -> Published | None:
-    """An open pull request of this title that holds these files already."""
+    """Find an open pull request of this title that holds these files already."""
     for pull in api.get_repo_discussions(
         target.repo_id, repo_type=target.repo_type, discussion_type="pull_request", discussion_status="open"
     ):
-        if pull.title == title and holds(api, target, files, pull.git_reference):
+        if pull.title == title and holds_files(api, target, files, pull.git_reference):
             sha = api.repo_info(target.repo_id, repo_type=target.repo_type, revision=pull.git_reference).sha
             return Published(sha, pull.url)
     return None
 
 
-def holds(api: HfApi, target: Target, files: Mapping[str, Path | bytes], revision: str) -> bool:
-    """Whether a repository holds exactly these bytes under these names."""
+def holds_files(api: HfApi, target: Target, files: Mapping[str, Path | bytes], revision: str) -> bool:
+    """Tell whether a repository holds exactly these bytes under these names."""
     tree = api.list_repo_tree(target.repo_id, recursive=True, revision=revision, repo_type=target.repo_type)
     there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-    return all(name in there and same(source, there[name]) for name, source in files.items())
+    return all(name in there and is_same_file(source, there[name]) for name, source in files.items())
 
 
-def same(source: Path | bytes, entry: RepoFile) -> bool:
-    """Whether a file is the one that the Hub holds, by the hash that it is known by there."""
+def is_same_file(source: Path | bytes, entry: RepoFile) -> bool:
+    """Compare a file with the one on the Hub by the hash that the Hub stores."""
     with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
         if entry.lfs is not None:  # weights, which need not fit into memory
             return sha_fileobj(file).hex() == entry.lfs.sha256
@@ -313,12 +308,12 @@ def same(source: Path | bytes, entry: RepoFile) -> bool:
 
 
 def status(error: Exception) -> int | None:
-    """The HTTP status of the Hub's answer, where there was one."""
+    """The HTTP status of the Hub's answer; None without one."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def reason(error: Exception) -> str:
-    """Why the Hub could not be used, in one line."""
+    """Say in one line why a request to the Hub failed."""
     if isinstance(error, HfHubHTTPError):
         said = one_line(error.server_message or "")
         if status(error) in (401, 403):

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from modeling_hierarchical import SHIPPED_FILES, HierarchicalForSequenceClassification
-from publishing.hub import same as same_file
+from publishing.hub import is_same_file
 
 ADAPTER_REPOSITORY = {
     *(".gitattributes", "README.md", "config.json", "metrics.json"),
@@ -437,13 +437,13 @@ def test_weights_are_compared_with_the_hub_without_being_held_in_memory(tmp_path
     stored = RepoFile(path=weights.name, size=64 * 2**20, oid="0" * 40, lfs=lfs)
     tracemalloc.start()
     try:
-        assert same_file(weights, stored)
+        assert is_same_file(weights, stored)
         assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
     finally:
         tracemalloc.stop()
     for source in (text, text.read_bytes()):
-        assert same_file(source, RepoFile(path=text.name, size=2, oid=oid))
-        assert not same_file(source, stored)
+        assert is_same_file(source, RepoFile(path=text.name, size=2, oid=oid))
+        assert not is_same_file(source, stored)
 
 
 def own_settings(home: Path) -> dict[str, str]:
