@@ -43,7 +43,7 @@ Files = dict[str, Path | bytes]
 def main(argv: list[str]) -> None:
     arguments = parse(argv)
 
-    # ── check the checkpoint, the token and the repositories, before anything is published ──
+    # ── Check: the checkpoint, the token, the repositories, the card ─────────────────────────────────────────────────
     folder = Path(arguments.model)
     check_form(read_checkpoint(folder), folder, arguments.merge)
     api = HfApi()
@@ -60,17 +60,18 @@ def main(argv: list[str]) -> None:
     space = None
     if arguments.space_id is not None:
         space = find_target(api, account, "--space_id", arguments.space_id, "space", private=arguments.private)
+    readme = read_card(folder, target.repo_id, arguments.merge)
 
     with tempfile.TemporaryDirectory() as scratch:
-        # ── collect the files ──
+        # ── Collect: the files, in the form that is asked for ────────────────────────────────────────────────────────
         if arguments.merge:
             folder = export_merged(folder, Path(scratch))
         files: Files = {name: folder / name for name in list_files(folder)}
         if arguments.onnx:
             files[ONNX_FILE] = export_onnx(folder, Path(scratch))
-        files["README.md"] = read_card(folder, target.repo_id, arguments.merge).encode()
+        files["README.md"] = readme.encode()
 
-        # ── list them, or publish the model ──
+        # ── Publish: the model, in one commit, unless this is a dry run ──────────────────────────────────────────────
         if arguments.dry_run:
             list_changes(target, files)
             if space is not None:
@@ -80,7 +81,7 @@ def main(argv: list[str]) -> None:
         model = publish(api, target, files, CHECKPOINT_FILES, "Publish a checkpoint", arguments.create_pr)
     print(f"{target.repo_id}: {model.url}")
 
-    # ── publish the Space ──
+    # ── Publish: the Space, pointed at that commit ───────────────────────────────────────────────────────────────────
     if space is not None:
         publish_space(api, space, target, model)
 

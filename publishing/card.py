@@ -3,7 +3,7 @@
 Worth knowing:
 
 1. The front matter is what the Hub reads. It holds the results as `EvalResult`s, with the numbers of metrics.json.
-2. Names of classes, columns and files are user text. `table` and `plain` write characters that Markdown or HTML would
+2. Names of classes, columns and files are user text. `table` and `escape` write characters that Markdown or HTML would
    interpret as numeric entities. The fence around the taxonomy is longer than any row of backticks in it.
 3. No path of the machine is written: of a file or a folder, only its name.
 4. A card is written before the id on the Hub is final. `rename` replaces the id, and keeps edits made by hand.
@@ -87,7 +87,8 @@ def write(
     facts = collect_facts(folder, config, settings, data_report, metrics, environment)
     facts |= {"model_id": model_id or MODEL_PLACEHOLDER, "licence": licence}
     facts["placeholder_note"] = "" if model_id else PLACEHOLDER_NOTE
-    helpers = {"plain": plain, "table": table, "count": "{:,}".format, "number": number, "duration": duration}
+    helpers = {"escape": escape, "table": table, "count": "{:,}".format, "score": format_score}
+    helpers["duration"] = format_duration
     card = ModelCard.from_template(metadata(facts), template_path=str(TEMPLATE), **facts, **helpers)
     (folder / "README.md").write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
 
@@ -165,7 +166,9 @@ def collect_facts(
         "continued": start and config.encoder_name_or_path not in (start, str(Path(start).resolve()), Path(start).name),
         "resumed": f" from step {step:,} on, where it was resumed" if step else "",
         "settings_shown": {
-            name: shown(value) for name, value in settings.items() if value is not None and name not in NOT_SHOWN
+            name: format_setting(value)
+            for name, value in settings.items()
+            if value is not None and name not in NOT_SHOWN
         },
         "emissions": read_emissions(folder, metrics, environment),
         # results
@@ -175,7 +178,7 @@ def collect_facts(
         "scored_rows": ", ".join(f"{splits[split]['rows']:,} {split} rows" for split in scores if split in splits),
         "leaf_rows": leaf_rows if leaf_rows != splits.get(best_split, {}).get("rows", leaf_rows) else 0,
         "score_rows": [
-            [title, *(number(values.get(name)) for values in scores.values())]
+            [title, *(format_score(values.get(name)) for values in scores.values())]
             for name, (_, title) in names.items()
             if any(name in values for values in scores.values())
         ],
@@ -199,7 +202,7 @@ def metric_names(depth: int) -> dict[str, tuple[str, str]]:
 
 
 def hub_encoder(config: HierarchicalConfig) -> str | None:
-    """The encoder's id on the Hub; None if it came from a folder, and so has no commit."""
+    """Find the encoder's id on the Hub; None if it came from a folder, and so has no commit."""
     local = Path(config.encoder_name_or_path).is_absolute() or config.encoder_revision is None
     return None if local else config.encoder_name_or_path
 
@@ -216,20 +219,20 @@ def read_source(name: str) -> tuple[str, str | None]:
     return " ".join(f"{Path(place).resolve().name}{split}".split()), None
 
 
-def shown(setting: Any) -> str:
-    """A setting as text; of a path, its last part."""
+def format_setting(setting: Any) -> str:
+    """Write a setting as text; of a path, its last part."""
     setting = getattr(setting, "value", setting)  # of an enum of transformers
     if isinstance(setting, (list, tuple)):
-        return ", ".join(map(shown, setting))
+        return ", ".join(map(format_setting, setting))
     if isinstance(setting, str) and Path(setting).is_absolute():
         return Path(setting).name
     return f"{setting:g}" if isinstance(setting, float) else str(setting)
 
 
 def intervals(metrics: dict[str, Any]) -> str:
-    """The bootstrap intervals of scores over all leaves."""
+    """List the bootstrap intervals of scores over all leaves."""
     return "; ".join(
-        f"{split} {METRICS[name][1]} {number(low)} – {number(high)}"
+        f"{split} {METRICS[name][1]} {format_score(low)} – {format_score(high)}"
         for key, (low, high) in metrics.get("intervals", {}).items()
         for split, prefix in PREFIXES.items()
         if (name := key.removeprefix(f"{prefix}_")) != key
@@ -244,7 +247,9 @@ def quantized_rows(metrics: dict[str, Any], scores: dict[str, dict[str, float]])
             trained = metrics.get(f"quantized_{PREFIXES[split]}_{name}")
             if trained is not None and name in values:
                 full = metrics.get(f"uncalibrated_{PREFIXES[split]}_{name}", values[name])
-                rows.append([f"{split} {METRICS[name][1]}", number(trained), number(full), f"{full - trained:+.4f}"])
+                rows.append(
+                    [f"{split} {METRICS[name][1]}", format_score(trained), format_score(full), f"{full - trained:+.4f}"]
+                )
     return rows
 
 
@@ -264,12 +269,12 @@ def calibration_rows(
         for name in compared:
             before = [metrics.get(f"{step}_{PREFIXES[split]}_{name}") for step in steps]
             if before[0] is not None and name in values:
-                rows.append([f"{split} {names[name][1]}", *map(number, before), number(values[name])])
+                rows.append([f"{split} {names[name][1]}", *map(format_score, before), format_score(values[name])])
     return rows
 
 
 def plots(folder: Path, split: str, depth: int) -> dict[str, str]:
-    """The plots in a folder that the card shows: titles by name."""
+    """Find the plots in a folder that the card shows: titles by name."""
     titles = {
         f"confusion_matrix_level_{k}": f"Confusion matrix of the {split} rows, level {k}" for k in range(1, depth + 1)
     }
@@ -282,7 +287,7 @@ def plots(folder: Path, split: str, depth: int) -> dict[str, str]:
 
 
 def metadata(facts: dict[str, Any]) -> ModelCardData:
-    """The front matter, as in https://github.com/huggingface/hub-docs/blob/main/modelcard.md."""
+    """Build the front matter, as in https://github.com/huggingface/hub-docs/blob/main/modelcard.md."""
     encoder, results = facts["encoder"], eval_results(facts)
     types = {result.metric_type for result in results}
     datasets = [read_source(source["name"])[1] for source in facts["report"].get("sources", [])]
@@ -304,7 +309,7 @@ def metadata(facts: dict[str, Any]) -> ModelCardData:
 
 
 def eval_results(facts: dict[str, Any]) -> list[EvalResult]:
-    """The entries of ``model-index``. Their data set is the split's own source, or the one that it was carved from."""
+    """Build the entries of ``model-index``. Their data set is the split's own source, or the one that it was carved from."""
     sources = {source["split"]: source["name"] for source in facts["report"].get("sources", [])}
     names = metric_names(facts["tree"].depth)
     results = []
@@ -331,23 +336,23 @@ def eval_results(facts: dict[str, Any]) -> list[EvalResult]:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
-    """A Markdown table whose cells may be any text; the columns after the first ``text_columns`` hold numbers."""
-    lines = [map(plain, header), ["---"] * text_columns + ["---:"] * (len(header) - text_columns)]
-    lines += [map(plain, row) for row in rows]
+    """Write a Markdown table whose cells may be any text. The columns after the first ``text_columns`` hold numbers."""
+    lines = [map(escape, header), ["---"] * text_columns + ["---:"] * (len(header) - text_columns)]
+    lines += [map(escape, row) for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def plain(text: str) -> str:
-    """Text on one line that Markdown and HTML show as it is: their characters become numeric entities."""
+def escape(text: str) -> str:
+    """Escape text, on one line: characters that Markdown or HTML would interpret become numeric entities."""
     special = r"[\\`*\[\]<>|&$~#!]|(?<![^\W_])_|_(?![^\W_])"  # an underscore inside a word means nothing to them
     return re.sub(special, lambda matched: f"&#{ord(matched[0])};", " ".join(text.split()))
 
 
-def number(value: float | None) -> str:
+def format_score(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -38,7 +38,7 @@ def describe_environment(device: torch.device | str) -> dict[str, Any]:
 
 
 def read_emissions(folder: Path, metrics: dict[str, Any], environment: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The Hub's ``co2_eq_emissions``, in grams, from codecarbon's emissions.csv, in kilograms.
+    """Read the Hub's ``co2_eq_emissions``, in grams, from codecarbon's emissions.csv, in kilograms.
 
     Every run in a folder adds a row. If the last row's duration is not this run's, the row is an earlier run's: None.
     """

@@ -233,8 +233,8 @@ def test_no_path_of_the_machine_is_written(written, tmp_path):
 
 
 def test_plain_text_stays_readable():
-    assert card.plain("T-cell (mature), my_data.csv: 5 %") == "T-cell (mature), my_data.csv: 5 %"
-    assert card.plain("_x_ a|b\n`c`") == "&#95;x&#95; a&#124;b &#96;c&#96;"
+    assert card.escape("T-cell (mature), my_data.csv: 5 %") == "T-cell (mature), my_data.csv: 5 %"
+    assert card.escape("_x_ a|b\n`c`") == "&#95;x&#95; a&#124;b &#96;c&#96;"
 
 
 # ── snippets and renaming ────────────────────────────────────────────────────────────────────────────────────────────
