@@ -26,11 +26,11 @@ from tqdm import tqdm
 from transformers import Pipeline, pipeline
 from transformers.utils import cached_file
 
+from checkpoint_files import MODEL_FILES, list_files
 from errors import InputError, asked_traceback, exit_with_error, is_full_disk, one_line
 from prediction.input import Record, read_records
 from prediction.output import RestartableOutput
 from prediction.rows import OUTPUTS, RowFormat
-from publishing.hub import ONNX_FILE, checkpoint_files
 from reading.rows import KINDS
 from reading.sources import Source, find_sources
 from training.files import check_writable
@@ -215,8 +215,8 @@ def options(arguments: argparse.Namespace, classifier: Pipeline) -> dict[str, An
         "batch_size",
     )
     folder = Path(cached_file(arguments.model, "config.json", revision=arguments.revision)).parent
-    others = ("README.md", "metrics.json", "plots/", ONNX_FILE)  # which a folder of the Hub's cache may have or not
-    names_of = {folder / name: name for name in checkpoint_files(folder) if not name.startswith(others)}
+    # without card, scores and plots, which a folder of the Hub's cache may have or not
+    names_of = {folder / name: name for name in list_files(folder, MODEL_FILES)}
     # an encoder on the Hub is pinned by its commit, which config.json holds; one in a folder is not
     encoder = Path(classifier.model.config.encoder_name_or_path)
     if encoder.is_dir():

@@ -1,7 +1,9 @@
-"""Publishes a checkpoint, and a Space that serves it: ``python push_to_hub.py --model results --repo_id user/name``.
+"""Publish a checkpoint, and a Space that serves it: ``python push_to_hub.py --model results --repo_id user/name``.
 
-Checkpoint → (merged) → checks, before anything is published → one commit for the model, and one that names it in the
-model's card → one commit for the Space.
+Worth knowing:
+
+1. Whatever the Hub would refuse is checked first, so that a refusal leaves nothing half published.
+2. The model is one commit and the Space another. The Space is pointed at the commit of the model.
 """
 
 import argparse
@@ -13,96 +15,98 @@ from pathlib import Path
 # before it is imported: it asks for kernels from the Hub, whose code is not pinned
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-import torch
 import transformers
 from huggingface_hub import HfApi, RepoCard
 from huggingface_hub.utils import disable_progress_bars
 
+from checkpoint_files import CHECKPOINT_FILES, ONNX_FILE, list_files, read_checkpoint
+from configuration_hierarchical import HierarchicalConfig
 from errors import InputError, asked_traceback, exit_with_error, one_line
-from modeling_hierarchical import HierarchicalForSequenceClassification
 from publishing import card
-from publishing.export import ONNX_FILE, export_onnx
+from publishing.export import export_merged, export_onnx
 from publishing.hub import (
-    ADAPTER_FORM,
     HUB_ERRORS,
     SPACE_FILES,
     Published,
     Target,
-    checkpoint_files,
     find_target,
     log_in,
     publish,
-    publish_model,
-    read_checkpoint,
     reason,
     refuse_local_encoder,
 )
 
 ROOT = Path(__file__).parent
 SPACE_FOLDER = ROOT / "space"
-MERGE_TOLERANCE = 1e-4
 Files = dict[str, Path | bytes]
 
 
 def main(argv: list[str]) -> None:
     arguments = parse(argv)
+
+    # ── Check: the checkpoint, the token, the repositories, the card ─────────────────────────────────────────────────
     folder = Path(arguments.model)
-    config = read_checkpoint(folder)
-    adapter = config.adapter_subfolder is not None
-    if arguments.merge and not adapter:
-        raise InputError(f"--merge: {folder} is self-contained already; leave the flag out")
-    if adapter and not arguments.merge:
-        refuse_local_encoder(config, "give --merge to publish a model that needs no encoder beside it")
+    check_form(read_checkpoint(folder), folder, arguments.merge)
     api = HfApi()
     account = log_in(api)
-    options = {"private": arguments.private}
     target = find_target(
         api,
         account,
         "--repo_id",
         arguments.repo_id,
-        "model",
-        arguments.revision,
+        revision=arguments.revision,
+        private=arguments.private,
         create_pr=arguments.create_pr,
-        **options,
     )
     space = None
     if arguments.space_id is not None:
-        space = find_target(api, account, "--space_id", arguments.space_id, "space", **options)
+        space = find_target(api, account, "--space_id", arguments.space_id, "space", private=arguments.private)
+    readme = read_card(folder, target.repo_id, arguments.merge)
+
     with tempfile.TemporaryDirectory() as scratch:
+        # ── Collect: the files, in the form that is asked for ────────────────────────────────────────────────────────
         if arguments.merge:
-            merge(folder, Path(scratch))
-            folder = Path(scratch)
-        files: Files = {name: folder / name for name in checkpoint_files(folder)}
+            folder = export_merged(folder, Path(scratch))
+        files: Files = {name: folder / name for name in list_files(folder)}
         if arguments.onnx:
-            export_onnx(folder, Path(scratch))
-            files[ONNX_FILE] = Path(scratch) / ONNX_FILE
-        files.pop("README.md")
-        readme = card.rename(card.pin(read_card(folder), None), target.repo_id, merged=arguments.merge)
-        check_card(readme, folder)
+            files[ONNX_FILE] = export_onnx(folder, Path(scratch))
+        files["README.md"] = readme.encode()
+
+        # ── Publish: the model, in one commit, unless this is a dry run ──────────────────────────────────────────────
         if arguments.dry_run:
-            report(target, {**files, "README.md": readme.encode()})
+            list_changes(target, files)
             if space is not None:
-                report(space, space_files(target.repo_id))
+                list_changes(space, space_files(target.repo_id))
             print("nothing was published")
             return
-        model = publish_model(api, target, files, readme, arguments.create_pr)
+        model = publish(api, target, files, CHECKPOINT_FILES, "Publish a checkpoint", arguments.create_pr)
     print(f"{target.repo_id}: {model.url}")
+
+    # ── Publish: the Space, pointed at that commit ───────────────────────────────────────────────────────────────────
     if space is not None:
         publish_space(api, space, target, model)
 
 
+def check_form(config: HierarchicalConfig, folder: Path, merge: bool) -> None:
+    """Raise InputError if the checkpoint cannot be published in the form that is asked for."""
+    adapter = config.adapter_subfolder is not None
+    if merge and not adapter:
+        raise InputError(f"--merge: {folder} is self-contained already; leave the flag out")
+    if adapter and not merge:
+        refuse_local_encoder(config, "give --merge to publish a model that needs no encoder beside it")
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="push_to_hub.py", description="Publishes a checkpoint on the Hub.")
+    parser = argparse.ArgumentParser(prog="push_to_hub.py", description="Publish a checkpoint on the Hub.")
     parser.add_argument("--model", required=True, help="the folder that train.py wrote")
     parser.add_argument("--repo_id", required=True, help="user/name of the model on the Hub")
-    parser.add_argument("--private", action="store_true", help="create what does not exist yet as private")
+    parser.add_argument("--private", action="store_true", help="create missing repositories as private")
     parser.add_argument(
         "--merge", action="store_true", help="one self-contained model, which needs no encoder beside it"
     )
     parser.add_argument("--onnx", action="store_true", help="add onnx/model.onnx, for ONNX Runtime and transformers.js")
     parser.add_argument("--space_id", help="user/name of a Space that serves the model")
-    parser.add_argument("--revision", help="the branch to commit to, created if it is not there; main by default")
+    parser.add_argument("--revision", help="the branch to commit to, created if it is missing; main by default")
     parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument(
         "--dry_run",
@@ -112,54 +116,27 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_card(folder: Path) -> str:
-    try:
-        return (folder / "README.md").read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{folder / 'README.md'} is not UTF-8 text: save it as UTF-8") from error
-
-
-def check_card(readme: str, folder: Path) -> None:
-    """Raises InputError where the Hub would refuse a card's metadata."""
-    try:
-        RepoCard(readme).validate()
-    except HUB_ERRORS as error:
-        raise InputError(f"cannot ask the Hub whether it takes {folder / 'README.md'}: {reason(error)}") from error
-    except Exception as error:  # ValueError, or whatever YAML's reader raises
-        raise InputError(f"{folder / 'README.md'}, which is to be the model's card: {one_line(error)}") from error
-
-
-def merge(folder: Path, output: Path) -> None:
-    """Writes the self-contained form of a checkpoint: the adapter added to the encoder in full precision.
+def read_card(folder: Path, model_id: str, merged: bool) -> str:
+    """Read the card of a checkpoint, let the Hub check its metadata, and give it the model's id.
 
     Raises:
-        InputError: the encoder cannot be loaded, or the merged model does not answer as the checkpoint does.
+        InputError: it is not UTF-8 text, or the Hub would refuse its metadata.
     """
-    load = HierarchicalForSequenceClassification.from_pretrained
+    path = folder / "README.md"
     try:
-        plain = load(folder, dtype=torch.float32, merge_adapter=False)
-        model = load(folder, dtype=torch.float32, merge_adapter=False)
-        model.merge_adapter()
-    except (*HUB_ERRORS, ValueError) as error:
-        raise InputError(f"cannot load {folder}: {one_line(error)}") from error
-    # RoBERTa's family leaves two of its positions out
-    length = min(64, getattr(model.config.text_config, "max_position_embeddings", 66) - 2)
-    ids = torch.randint(5, model.config.text_config.vocab_size, (4, length), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        gap = (plain(input_ids=ids).logits - model(input_ids=ids).logits).abs().max().item()
-    if not gap <= MERGE_TOLERANCE:
-        raise InputError(
-            f"the merged model's logits differ from the checkpoint's by {gap:.1e}; publish without --merge"
-        )
-    model.save_pretrained(output)
-    for name in set(checkpoint_files(folder)) - set(ADAPTER_FORM):
-        if not (output / name).exists():
-            (output / name).parent.mkdir(exist_ok=True)
-            (output / name).write_bytes((folder / name).read_bytes())
+        readme = path.read_text(encoding="utf-8-sig")
+        RepoCard(readme).validate()
+        return card.rename(readme, model_id, merged)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: save it as UTF-8") from error
+    except HUB_ERRORS as error:
+        raise InputError(f"cannot ask the Hub whether it takes {path}: {reason(error)}") from error
+    except Exception as error:  # ValueError, or whatever YAML's reader raises
+        raise InputError(f"{path}, which is to be the model's card: {one_line(error)}") from error
 
 
 def space_files(model_id: str) -> Files:
-    """The files of the Space, its card naming the model that it serves."""
+    """Collect the files of the Space. Its card names the model that it serves."""
     files: Files = {name: (ROOT if name.startswith("reading/") else SPACE_FOLDER) / name for name in SPACE_FILES}
     readme = RepoCard((SPACE_FOLDER / "README.md").read_text(encoding="utf-8"))
     readme.data.models = [model_id]
@@ -168,7 +145,7 @@ def space_files(model_id: str) -> Files:
 
 
 def publish_space(api: HfApi, space: Target, model_target: Target, model: Published) -> None:
-    """Publishes the Space and points it at the commit of the model."""
+    """Publish the Space, and point it at the commit of the model."""
     done = publish(api, space, space_files(model_target.repo_id), SPACE_FILES, "Publish the Space")
     try:
         for key, value in (("MODEL_ID", model_target.repo_id), ("MODEL_REVISION", model.sha)):
@@ -182,8 +159,8 @@ def publish_space(api: HfApi, space: Target, model_target: Target, model: Publis
         print(f"{model_target.repo_id} is private: give the Space a secret HF_TOKEN that may read it")
 
 
-def report(target: Target, files: Files) -> None:
-    """Prints what would be sent."""
+def list_changes(target: Target, files: Files) -> None:
+    """Print what would be published."""
     state = "changed" if target.exists else "created, private" if target.private else "created, public"
     print(f"{target.repo_type} {target.repo_id}, branch {target.revision}, would be {state}:")
     for name, source in sorted(files.items()):

@@ -49,12 +49,13 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, pipel
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from checkpoint_files import ONNX_FILE
 from checkpoint_hierarchical import load_encoder
 from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from pipeline_hierarchical import TOKENS, batches_by_length, padded_length
 from predict import KEPT_MEMORY, quantize
-from publishing.export import ONNX_FILE, export_onnx
+from publishing.export import export_onnx
 from taxonomy_hierarchical import Taxonomy
 from training.memory import keep_memory
 

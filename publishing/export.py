@@ -1,25 +1,63 @@
-"""A checkpoint as an ONNX file, where Optimum and transformers.js look for it: ``onnx/model.onnx`` beside config.json.
+"""Other forms of a checkpoint: self-contained, with the adapter merged into the encoder, and ONNX.
 
-The inputs are those of the tokenizer, (batch, length) of any size up to the model's limit; the output is ``logits``, (batch,
-num_leaves), whose softmax is the distribution of the leaves.
+Optimum and transformers.js look for ``onnx/model.onnx`` beside config.json. Its inputs are those of the tokenizer, (batch,
+length) of any size up to the model's limit. Its output is ``logits``, (batch, num_leaves): their softmax is the
+distribution over leaves.
 """
 
 import logging
+import shutil
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from checkpoint_files import ADAPTER_FILES, ONNX_FILE, list_files
 from errors import InputError, one_line
 from modeling_hierarchical import HierarchicalForSequenceClassification
+from publishing.hub import HUB_ERRORS
 
-ONNX_FILE = "onnx/model.onnx"
-TOLERANCE = 1e-3  # of a leaf's probability
+MERGE_TOLERANCE = 1e-4  # of a logit
+ONNX_TOLERANCE = 1e-3  # of a leaf's probability
+
+
+def export_merged(folder: Path, output: Path) -> Path:
+    """Write the self-contained form of a checkpoint: the adapter added to the encoder in full precision.
+
+    Returns:
+        The folder that it was written to.
+
+    Raises:
+        InputError: the encoder cannot be loaded, or the merged model's logits are not the checkpoint's.
+    """
+    load = HierarchicalForSequenceClassification.from_pretrained
+    try:
+        checkpoint = load(folder, dtype=torch.float32, merge_adapter=False)
+        merged = load(folder, dtype=torch.float32, merge_adapter=False)
+        merged.merge_adapter()
+    except (*HUB_ERRORS, ValueError) as error:
+        raise InputError(f"cannot load {folder}: {one_line(error)}") from error
+    # RoBERTa's family leaves two of its positions out
+    length = min(64, getattr(merged.config.text_config, "max_position_embeddings", 66) - 2)
+    vocab_size, generator = merged.config.text_config.vocab_size, torch.Generator().manual_seed(0)
+    ids = torch.randint(5, vocab_size, (4, length), generator=generator)
+    with torch.inference_mode():
+        gap = (checkpoint(input_ids=ids).logits - merged(input_ids=ids).logits).abs().max().item()
+    if not gap <= MERGE_TOLERANCE:
+        raise InputError(
+            f"the merged model's logits differ from the checkpoint's by {gap:.1e}; publish without --merge"
+        )
+    merged.save_pretrained(output)
+    for name in set(list_files(folder)) - set(ADAPTER_FILES):
+        if not (output / name).exists():
+            (output / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(folder / name, output / name)
+    return output
 
 
 class Logits(nn.Module):
-    """A model with tensors for inputs, by position, and its logits for an output."""
+    """A model that takes tensors by position and returns its logits."""
 
     def __init__(self, model: nn.Module, names: list[str]):
         super().__init__()
@@ -29,15 +67,18 @@ class Logits(nn.Module):
         return self.model(**dict(zip(self.names, inputs, strict=True))).logits
 
 
-def export_onnx(folder: Path, output: Path) -> None:
-    """Writes the ONNX file of a checkpoint, whose adapter is added to the encoder.
+def export_onnx(folder: Path, output: Path) -> Path:
+    """Write the ONNX file of a checkpoint. An adapter is merged into the encoder.
 
     Args:
         folder: of the checkpoint.
-        output: the folder in which ``onnx/model.onnx`` is to stand.
+        output: the folder for ``onnx/model.onnx``.
+
+    Returns:
+        The file that it was written to.
 
     Raises:
-        InputError: a package is not there, or the file does not answer as the model does, to 1e-3 of a probability.
+        InputError: a package is missing, or the file's probabilities differ from the model's by more than 1e-3.
     """
     try:
         import onnxruntime
@@ -84,7 +125,8 @@ def export_onnx(folder: Path, output: Path) -> None:
             expected = model(**inputs).logits.softmax(-1)
         (logits,) = session.run(["logits"], {name: inputs[name].numpy() for name in names})
         gap = (torch.from_numpy(logits).softmax(-1) - expected).abs().max().item()
-        if not gap <= TOLERANCE:
+        if not gap <= ONNX_TOLERANCE:
             raise InputError(
                 f"the ONNX file's probabilities differ from the model's by {gap:.1e}; publish without --onnx"
             )
+    return file

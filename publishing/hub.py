@@ -1,29 +1,21 @@
-"""Publishing a checkpoint: which files go up, whether they may, and how they get there in one commit.
+"""Publish files on the Hub: whose token it is, where it may write, and one commit.
 
 Worth knowing:
 
-1. Files are published by name, from the list of what a checkpoint is made of. Whatever else lies in the folder stays.
-2. Everything that the Hub would refuse is looked up first, so that a refusal leaves nothing behind.
-3. A repository changes by one commit or not at all. Where the answer to that commit is lost, the repository is read to
-   see whether it was accepted.
-4. A model's commit is followed by one of its card alone, whose snippets name the first.
+1. Everything that the Hub would refuse is checked first, so that a refusal leaves nothing behind.
+2. A repository changes by one commit or not at all. If the answer to the commit is lost, the repository is read to find
+   out whether it was accepted.
 """
 
-import hashlib
 import io
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    RepoCard,
-    get_token,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -33,28 +25,11 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
-from safetensors import SafetensorError, safe_open
+from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
-from checkpoint_hierarchical import ADAPTER_SUBFOLDER, ADAPTER_WEIGHTS, HEADS_WEIGHTS, SHIPPED_FILES
 from configuration_hierarchical import HierarchicalConfig
-from errors import InputError, one_line, refusing
-from publishing import card
-from publishing.export import ONNX_FILE
+from errors import InputError, one_line
 
-ADAPTER_FORM = (HEADS_WEIGHTS, f"{ADAPTER_SUBFOLDER}/adapter_config.json", f"{ADAPTER_SUBFOLDER}/{ADAPTER_WEIGHTS}")
-WHOLE_FORM = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model"),
-)
-CHECKPOINT_FILES = (
-    *("README.md", "config.json", "metrics.json", "plots/*.png"),
-    *SHIPPED_FILES,
-    *ADAPTER_FORM,
-    *WHOLE_FORM,
-    *TOKENIZER_FILES,
-    ONNX_FILE,
-)
 SPACE_FILES = (
     *("README.md", "requirements.txt", "app.py", "style.css"),
     *("attribution.py", "classification.py", "guard.py", "tables.py", "views.py"),
@@ -62,13 +37,12 @@ SPACE_FILES = (
 )
 SPACE_TAG = "hierarchical-text-classification"  # in the front matter of our Spaces
 OF_ANY_REPOSITORY = {".gitattributes", ".gitignore", "README.md", "LICENSE"}
-CARD_COMMIT = "Name that commit in the card"
 HUB_ERRORS = (HTTPError, OSError)  # the Hub's answers and lost connections
 
 
 @dataclass(frozen=True)
 class Account:
-    """Whom a token belongs to, and where it may write."""
+    """The user of a token, and the namespaces that it may write to."""
 
     name: str
     namespaces: tuple[str, ...]
@@ -76,7 +50,7 @@ class Account:
 
 @dataclass(frozen=True)
 class Target:
-    """A repository to publish to, as it stands before."""
+    """A repository to publish to, as it is before."""
 
     repo_id: str
     repo_type: str
@@ -96,55 +70,8 @@ class Published:
     url: str
 
 
-def read_checkpoint(folder: Path) -> HierarchicalConfig:
-    """The configuration of a folder that holds a whole checkpoint, checked.
-
-    Raises:
-        InputError: it is no checkpoint, a file is missing, or weights cannot be read.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise InputError(f"{folder} is not a checkpoint: it has no config.json")
-    with refusing(f"{path} is not a configuration"):
-        known = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(known, dict):
-            raise ValueError("it is no JSON object")
-        if (model_type := known.get("model_type")) != HierarchicalConfig.model_type:
-            raise InputError(f"{folder} holds a {model_type!r} model, not one of ours")
-        config = HierarchicalConfig.from_pretrained(folder)
-    present = checkpoint_files(folder)
-    weights = [name for name in present if name.endswith(".safetensors")]
-    wanted = [*SHIPPED_FILES, "tokenizer_config.json", "README.md"]
-    if config.adapter_subfolder is not None:
-        wanted += ADAPTER_FORM
-    elif not weights:
-        wanted += ["model.safetensors"]
-    missing = [name for name in wanted if name not in present]
-    if missing:
-        raise InputError(f"{folder} lacks {', '.join(missing)}: train.py writes them")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file() and config.adapter_subfolder is None:
-        with refusing(f"{index} cannot be read"):
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if absent := [name for name in shards if name not in present]:
-            raise InputError(f"{folder} lacks {', '.join(absent)}, which model.safetensors.index.json names")
-    for name in weights:
-        try:
-            with safe_open(folder / name, "pt") as file:
-                file.keys()
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{folder / name} cannot be read: {one_line(error)}") from error
-    return config
-
-
-def checkpoint_files(folder: Path) -> list[str]:
-    """The files in a folder that a checkpoint is made of, relative to it."""
-    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return list(filter_repo_objects(files, allow_patterns=list(CHECKPOINT_FILES)))
-
-
 def refuse_local_encoder(config: HierarchicalConfig, remedy: str) -> None:
-    """Raises InputError where an adapter's encoder is a folder of this machine, which nobody else has."""
+    """Raise InputError if an adapter's encoder is a folder of this machine, which nobody else has."""
     if Path(config.encoder_name_or_path).is_absolute():
         raise InputError(
             f"the adapter is for the encoder in {config.encoder_name_or_path}, which is on this machine only: {remedy}"
@@ -152,7 +79,7 @@ def refuse_local_encoder(config: HierarchicalConfig, remedy: str) -> None:
 
 
 def log_in(api: HfApi) -> Account:
-    """The account of the token in ``HF_TOKEN`` or of the login.
+    """Find the account of the token in ``HF_TOKEN`` or of the login.
 
     Raises:
         InputError: there is no token, the Hub does not know it, or it may only read.
@@ -166,14 +93,14 @@ def log_in(api: HfApi) -> Account:
             raise InputError("the Hub does not know the token in HF_TOKEN, or of the login: make a new one") from error
         raise InputError(f"cannot ask the Hub whose token this is: {reason(error)}") from error
     token = who.get("auth", {}).get("accessToken", {})
-    if token.get("role") == "read" or (token.get("role") == "fineGrained" and not writes(token)):
+    if token.get("role") == "read" or (token.get("role") == "fineGrained" and not can_write(token)):
         raise InputError("the Hub token may only read: make one that may write")
     organizations = [org["name"] for org in who.get("orgs", []) if org.get("roleInOrg") != "read"]
     return Account(who["name"], (who["name"], *organizations))
 
 
-def writes(token: dict) -> bool:
-    """Whether any scope of a fine-grained token lets it write to a repository."""
+def can_write(token: dict) -> bool:
+    """Tell whether any scope of a fine-grained token allows writing to a repository."""
     scopes = token.get("fineGrained", {}).get("scoped", [])
     return any(
         permission in ("repo.write", "repo.content.write") for s in scopes for permission in s.get("permissions", [])
@@ -190,10 +117,10 @@ def find_target(
     private: bool = False,
     create_pr: bool = False,
 ) -> Target:
-    """The repository that a flag names, checked.
+    """Look up the repository that a flag names, and check that it can be published to.
 
     Raises:
-        InputError: the Hub would refuse it, it holds something else, or it is public where a private one is wanted.
+        InputError: the Hub would refuse it, it holds something else, or it is public and ``private`` is asked for.
     """
     try:
         validate_repo_id(repo_id)
@@ -207,27 +134,25 @@ def find_target(
         raise InputError(f"{flag} {repo_id}: the token may not write to {namespace!r}, only to {places}")
     check_branch(revision)
     branch = revision or "main"
+    info: Any = None
+    at: Any = None
     try:
         info = api.repo_info(repo_id, repo_type=repo_type)
+        at = api.repo_info(repo_id, repo_type=repo_type, revision=branch)
     except RepositoryNotFoundError as error:
         if create_pr:
             raise InputError(f"{flag} {repo_id}: there is no such {repo_type} to open a pull request on") from error
         return Target(repo_id, repo_type, branch, False, branch == "main", private, None, ())
+    except RevisionNotFoundError as error:
+        if create_pr:
+            raise InputError(f"--revision {branch}: {repo_id} has no such branch to open a pull request on") from error
     except HUB_ERRORS as error:
         raise InputError(f"cannot look at {repo_id}: {reason(error)}") from error
     if private and not info.private:
         raise InputError(f"{flag} {repo_id} is public already, which --private does not change: use its settings page")
-    try:
-        at = api.repo_info(repo_id, repo_type=repo_type, revision=branch)
-        found = True
-    except RevisionNotFoundError as error:
-        if create_pr:
-            raise InputError(f"--revision {branch}: {repo_id} has no such branch to open a pull request on") from error
-        at, found = info, False
-    except HUB_ERRORS as error:
-        raise InputError(f"cannot look at {repo_id}: {reason(error)}") from error
-    files = tuple(sorted(sibling.rfilename for sibling in at.siblings or []))
-    target = Target(repo_id, repo_type, branch, True, found, info.private, at.sha, files)
+    known = at or info
+    files = tuple(sorted(sibling.rfilename for sibling in known.siblings or []))
+    target = Target(repo_id, repo_type, branch, True, at is not None, info.private, known.sha, files)
     others = [name for name in files if name not in OF_ANY_REPOSITORY]
     if others and not is_ours(api, target):
         raise InputError(f"{flag} {repo_id} already holds something else, such as {others[0]}: choose another name")
@@ -235,7 +160,7 @@ def find_target(
 
 
 def check_branch(revision: str | None) -> None:
-    """Raises InputError where no branch can have this name."""
+    """Raise InputError if no branch can have this name."""
     if revision is None:
         return
     if re.fullmatch("[0-9a-f]{40}", revision):
@@ -245,7 +170,7 @@ def check_branch(revision: str | None) -> None:
 
 
 def is_ours(api: HfApi, target: Target) -> bool:
-    """Whether a repository holds a model, or a Space, of this project."""
+    """Tell whether a repository holds a model, or a Space, of this project."""
     name = "config.json" if target.repo_type == "model" else "README.md"
     if name not in target.files:
         return False
@@ -261,57 +186,6 @@ def is_ours(api: HfApi, target: Target) -> bool:
         raise InputError(f"cannot look at {target.repo_id}: {reason(error)}") from error
 
 
-def publish_model(
-    api: HfApi, target: Target, files: Mapping[str, Path | bytes], readme: str, create_pr: bool = False
-) -> Published:
-    """Sends a checkpoint as one commit, and then its card again, whose snippets name that commit.
-
-    In a pull request they name none: what it becomes when it is merged is another commit.
-
-    Args:
-        files: by their path in the repository, without the card.
-        readme: the card.
-
-    Returns:
-        The last commit, which has the files and the card as it stays.
-
-    Raises:
-        InputError: as for `publish`.
-    """
-    files = {**files, "README.md": readme.encode()}
-    if not create_pr and (known := published_before(api, target, files, readme)) is not None:
-        return known
-    done = publish(api, target, files, CHECKPOINT_FILES, "Publish a checkpoint", create_pr)
-    if create_pr or (pinned := card.pin(readme, done.sha)) == readme:
-        return done
-    now = replace(target, exists=True, branch_exists=True, sha=done.sha)
-    try:
-        return publish(api, now, {"README.md": pinned.encode()}, (), CARD_COMMIT)
-    except InputError as error:
-        raise InputError(f"{target.repo_id} is published, {done.url}, but its card names no commit: {error}") from error
-
-
-def published_before(api: HfApi, target: Target, files: Mapping[str, Path | bytes], readme: str) -> Published | None:
-    """The branch as it is, where it holds these files already and its card names a commit that holds them."""
-    if target.sha is None or not target.branch_exists or "README.md" not in target.files:
-        return None
-    if any(name not in files for name in filter_repo_objects(target.files, allow_patterns=list(CHECKPOINT_FILES))):
-        return None
-    try:
-        path = api.hf_hub_download(target.repo_id, "README.md", revision=target.sha)
-        commit = card.pinned_commit(Path(path).read_text(encoding="utf-8", errors="replace"))
-        if commit is None:
-            return None
-        now = {**files, "README.md": card.pin(readme, commit).encode()}
-        if holds(api, target, now, target.revision) and holds(api, target, files, commit):
-            return Published(target.sha, f"{api.endpoint}/{target.repo_id}/commit/{target.sha}")
-    except RevisionNotFoundError:  # a commit of another repository
-        return None
-    except HUB_ERRORS as error:
-        raise InputError(f"cannot look at {target.repo_id}: {reason(error)}") from error
-    return None
-
-
 def publish(
     api: HfApi,
     target: Target,
@@ -320,9 +194,9 @@ def publish(
     message: str,
     create_pr: bool = False,
 ) -> Published:
-    """Sends files as one commit, which also deletes those of ours that an earlier version left.
+    """Publish files as one commit, which also deletes those of ours that an earlier version left.
 
-    Sending what is there already makes no new commit, and no second pull request.
+    The same files again make no new commit, and no second pull request.
 
     Args:
         files: by their path in the repository.
@@ -332,9 +206,7 @@ def publish(
         InputError: the commit was not accepted, or it is not known whether it was.
     """
     kind = {"repo_id": target.repo_id, "repo_type": target.repo_type}
-    stale = [name for name in filter_repo_objects(target.files, allow_patterns=list(of_ours)) if name not in files]
-    operations = [CommitOperationAdd(name, source) for name, source in files.items()]
-    operations += [CommitOperationDelete(name) for name in stale]
+    operations = commit_operations(files, target.files, of_ours)
     try:
         if create_pr and (known := open_pull_request(api, target, files, message)) is not None:
             return known
@@ -353,11 +225,25 @@ def publish(
             parent_commit=parent,
         )
     except (*HUB_ERRORS, ValueError, RuntimeError) as error:
-        return what_stands(api, target, files, message, create_pr, error)
+        return find_lost_commit(api, target, files, message, create_pr, error)
     return Published(done.oid, done.pr_url or done.commit_url)
 
 
-def what_stands(
+def commit_operations(
+    files: Mapping[str, Path | bytes], there: Iterable[str], of_ours: tuple[str, ...]
+) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """Add files, and delete those of ours that an earlier version left in a repository.
+
+    Args:
+        files: by their path in the repository.
+        there: paths in the repository.
+        of_ours: patterns of all files that may be ours.
+    """
+    stale = [name for name in filter_repo_objects(there, allow_patterns=list(of_ours)) if name not in files]
+    return [CommitOperationAdd(*file) for file in files.items()] + [CommitOperationDelete(name) for name in stale]
+
+
+def find_lost_commit(
     api: HfApi,
     target: Target,
     files: Mapping[str, Path | bytes],
@@ -365,17 +251,20 @@ def what_stands(
     create_pr: bool,
     error: Exception,
 ) -> Published:
-    """The commit, where it was accepted and only the answer was lost.
+    """Find the commit if it was accepted and only the Hub's answer was lost.
+
+    Args:
+        error: what the commit raised.
 
     Raises:
-        InputError: it was not, or the Hub cannot be asked.
+        InputError: it was not accepted, or the Hub cannot be asked.
     """
     try:
         if create_pr:
             found = open_pull_request(api, target, files, message)
         else:
             found = None
-            if holds(api, target, files, target.revision):
+            if holds_files(api, target, files, target.revision):
                 sha = api.repo_info(target.repo_id, repo_type=target.repo_type, revision=target.revision).sha
                 found = Published(sha, f"{api.endpoint}/{target.repo_id}/commit/{sha}")
     except (RepositoryNotFoundError, RevisionNotFoundError):
@@ -394,39 +283,38 @@ def what_stands(
 
 
 def open_pull_request(api: HfApi, target: Target, files: Mapping[str, Path | bytes], title: str) -> Published | None:
-    """An open pull request of this title that holds these files already."""
+    """Find an open pull request of this title that holds these files already."""
     for pull in api.get_repo_discussions(
         target.repo_id, repo_type=target.repo_type, discussion_type="pull_request", discussion_status="open"
     ):
-        if pull.title == title and holds(api, target, files, pull.git_reference):
+        if pull.title == title and holds_files(api, target, files, pull.git_reference):
             sha = api.repo_info(target.repo_id, repo_type=target.repo_type, revision=pull.git_reference).sha
             return Published(sha, pull.url)
     return None
 
 
-def holds(api: HfApi, target: Target, files: Mapping[str, Path | bytes], revision: str) -> bool:
-    """Whether a repository holds exactly these bytes under these names."""
+def holds_files(api: HfApi, target: Target, files: Mapping[str, Path | bytes], revision: str) -> bool:
+    """Tell whether a repository holds exactly these bytes under these names."""
     tree = api.list_repo_tree(target.repo_id, recursive=True, revision=revision, repo_type=target.repo_type)
     there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-    return all(name in there and same(source, there[name]) for name, source in files.items())
+    return all(name in there and is_same_file(source, there[name]) for name, source in files.items())
 
 
-def same(source: Path | bytes, entry: RepoFile) -> bool:
-    """Whether a file is the one that the Hub holds, by the hash that it is known by there."""
+def is_same_file(source: Path | bytes, entry: RepoFile) -> bool:
+    """Compare a file with the one on the Hub by the hash that the Hub stores."""
     with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
         if entry.lfs is not None:  # weights, which need not fit into memory
-            return hashlib.file_digest(file, "sha256").hexdigest() == entry.lfs.sha256
-        content = file.read()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == entry.blob_id  # as git does
+            return sha_fileobj(file).hex() == entry.lfs.sha256
+        return git_hash(file.read()) == entry.blob_id
 
 
 def status(error: Exception) -> int | None:
-    """The HTTP status of the Hub's answer, where there was one."""
+    """The HTTP status of the Hub's answer; None without one."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def reason(error: Exception) -> str:
-    """Why the Hub could not be used, in one line."""
+    """Say in one line why a request to the Hub failed."""
     if isinstance(error, HfHubHTTPError):
         said = one_line(error.server_message or "")
         if status(error) in (401, 403):

@@ -9,13 +9,14 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
+from checkpoint_files import is_checkpoint
 from configuration_hierarchical import HierarchicalConfig
 from errors import ROOT, InputError
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from publishing import card
+from publishing.environment import describe_environment
 from publishing.hub import HUB_ERRORS, find_target, log_in, reason, refuse_local_encoder
 from training.arguments import Arguments, HierarchicalTrainingArguments
-from training.model import is_checkpoint
 from training.trainer import HierarchicalTrainer
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def run_facts(arguments: Arguments, size: dict[str, int | float], data_report: d
         "train_quantization": arguments.model.quantization,
         **size,
         "environment": {
-            **card.environment(arguments.training.device),
+            **describe_environment(arguments.training.device),
             "commit": source_commit(),
             "data": {
                 source["split"]: source["sha256"] for source in data_report["sources"]
@@ -76,7 +77,7 @@ def write_card(
     folder: Path,
 ) -> None:
     """Write README.md into a checkpoint's folder, from what is known of the run so far."""
-    config, environment = HierarchicalConfig.from_pretrained(folder), card.environment(trainer.args.device)
+    config, environment = HierarchicalConfig.from_pretrained(folder), describe_environment(trainer.args.device)
     card.write(folder, config, settings, report, metrics, model_id=trainer.hub_model_id, environment=environment)
 
 

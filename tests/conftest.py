@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -55,6 +56,12 @@ def write_csv(path, rows: list[dict[str, str]]) -> str:
         writer.writeheader()
         writer.writerows(rows)
     return str(path)
+
+
+def snippets(card: str) -> list[str]:
+    """The Python code in a model card's section Use."""
+    use = card.split("\n## Use\n")[1].split("\n## ")[0]
+    return re.findall(r"(?ms)^```python\n(.*?)^```", use)
 
 
 @pytest.fixture(scope="session")

@@ -429,7 +429,7 @@ def test_publishing(place):
     (place / "whole_form" / "README.md").write_text("# A card\n")
     cut(WHOLE)(place / "whole_form")
     for folder, message in (
-        ("whole_form", "model.safetensors cannot be read"),
+        ("whole_form", "model.safetensors is damaged"),
         ("encoder", "holds a 'bert' model, not one of ours"),
         ("good.csv", "is not a checkpoint: it has no config.json"),
     ):

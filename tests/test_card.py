@@ -1,6 +1,5 @@
 """The model card: it parses back to the run's own numbers, no name breaks it, no path leaks, and it can be renamed."""
 
-import ast
 import csv
 import getpass
 import json
@@ -12,13 +11,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, snippets
 from huggingface_hub import ModelCard
 from transformers import EvalPrediction
 
 from configuration_hierarchical import HierarchicalConfig
 from evaluation.metrics import any_label_accuracy, build_compute_metrics
 from publishing import card
+from publishing.environment import describe_environment
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 from training.data_report import describe, length_report, shared_texts, untrained_classes
 
@@ -29,8 +29,8 @@ HOSTILE = [
     "````",
     "---",
     "<script>alert(1)</script>",
-    "<!-- use: other/model -->",
-    "<!-- /use -->",
+    "<!-- other/model -->",
+    "{{ config }} {% raw %}",
     {"```python": ["# heading", "[link](http://x) *bold* _it_ $$x$$ &lt;"]},
 ]
 SETTINGS = {
@@ -159,14 +159,14 @@ def test_the_front_matter_says_what_the_hub_asks(written):
 def test_a_whole_model_is_a_finetune_of_its_encoder(written):
     text = written(make_config(adapter_subfolder=None))
     assert ModelCard(text).data.base_model_relation == "finetune"
-    assert card.WHOLE_FORM in text
-    assert card.ADAPTER_FORM not in text
+    assert card.WHOLE_MODEL_SENTENCE in text
+    assert card.ADAPTER_SENTENCE not in text
 
 
 def test_an_encoder_from_a_folder_is_no_base_model(written):
     text = written(make_config(encoder_name_or_path="/home/alice/encoder", encoder_revision=None))
     assert ModelCard(text).data.to_dict().keys().isdisjoint({"base_model", "base_model_relation"})
-    assert card.LOCAL_ADAPTER_FORM in text
+    assert card.LOCAL_ADAPTER_SENTENCE in text
     assert "huggingface.co" not in section(text, "Training")
 
 
@@ -206,7 +206,7 @@ def test_hostile_names_break_neither_front_matter_nor_tables_nor_code(written):
     outside = text.replace(f"{fence}text\n{drawn}\n{fence}", "")
     for code in re.findall(r"^```\w+\n.*?^```$", outside, re.M | re.S):
         outside = outside.replace(code, "")
-    outside = re.sub(r"^<!-- /?use.*-->$", "", outside.split("\n---\n", 1)[1], flags=re.M)
+    outside = outside.split("\n---\n", 1)[1].replace('"<commit>"', "")
     assert not re.search(r"[<>]|\$\$|\*bold|\[link", outside)
     assert "&#60;script&#62;alert(1)&#60;/script&#62;" in outside
     assert not re.findall(r"^(?:---|# heading)", outside, re.M)
@@ -215,9 +215,8 @@ def test_hostile_names_break_neither_front_matter_nor_tables_nor_code(written):
     assert len(tables) >= 7
     for lines in tables:
         assert {line.count("|") for line in lines} == {lines[0].count("|")}
-    assert len(card.snippets(text)) == 3
-    assert len(card.snippets(card.rename(text, "me/model"))) == 3
-    assert "other/model" in card.rename(text, "me/model")  # a class of that name stays
+    assert len(snippets(text)) == 3
+    assert "{{ config }} {% raw %}" in drawn
 
 
 def test_no_path_of_the_machine_is_written(written, tmp_path):
@@ -234,8 +233,8 @@ def test_no_path_of_the_machine_is_written(written, tmp_path):
 
 
 def test_plain_text_stays_readable():
-    assert card.plain("T-cell (mature), my_data.csv: 5 %") == "T-cell (mature), my_data.csv: 5 %"
-    assert card.plain("_x_ a|b\n`c`") == "&#95;x&#95; a&#124;b &#96;c&#96;"
+    assert card.escape("T-cell (mature), my_data.csv: 5 %") == "T-cell (mature), my_data.csv: 5 %"
+    assert card.escape("_x_ a|b\n`c`") == "&#95;x&#95; a&#124;b &#96;c&#96;"
 
 
 # ── snippets and renaming ────────────────────────────────────────────────────────────────────────────────────────────
@@ -244,42 +243,13 @@ def test_plain_text_stays_readable():
 def test_three_snippets_compile_and_name_the_model(written):
     for model_id in (None, "me/model"):
         text = written(model_id=model_id)
-        code = card.snippets(text)
+        code = snippets(text)
         assert len(code) == 3
         for snippet in code:
             compile(snippet, "snippet", "exec")
             assert f'"{model_id or card.MODEL_PLACEHOLDER}"' in snippet
             assert "trust_remote_code=True" in snippet
         assert (card.PLACEHOLDER_NOTE in text) == (model_id is None)
-
-
-def test_a_pinned_card_names_the_commit_wherever_it_loads_something(written):
-    text = written(model_id="me/model")
-    pinned = card.pin(text, COMMIT)
-    assert (card.pinned_commit(text), card.pinned_commit(pinned)) == (None, COMMIT)
-    for snippet in card.snippets(pinned):
-        calls = [call for call in ast.walk(ast.parse(snippet)) if isinstance(call, ast.Call)]
-        loads = [
-            {k.arg: ast.unparse(k.value) for k in call.keywords} for call in calls if "me/model" in ast.unparse(call)
-        ]
-        loads = [given for given in loads if "trust_remote_code" in given]
-        assert loads
-        assert all(given["revision"] == given["code_revision"] == "commit" for given in loads)
-        assert f'\n\ncommit = "{COMMIT}"\n\n' in snippet
-    outside = [re.sub(r"(?s)<!-- use:.*<!-- /use -->", "", one) for one in (text, pinned)]
-    assert outside[0] == outside[1]
-
-
-def test_another_pin_takes_the_place_of_the_first_and_one_by_hand_stays(written):
-    text, other = written(model_id="me/model"), "f" * 40
-    assert card.pin(card.pin(text, other), COMMIT) == card.pin(text, COMMIT)
-    assert card.pin(card.pin(text, other), None) == text == card.pin(text, None)
-    assert card.pin(text.replace("\n", "\r\n"), COMMIT) == card.pin(text, COMMIT).replace("\n", "\r\n")
-    by_hand = text.replace("trust_remote_code=True", 'trust_remote_code=True, revision="v1"')
-    assert card.pin(by_hand, COMMIT) == by_hand
-    foreign = "# Mine\n\n```python\nload(trust_remote_code=True)\n```\n"
-    assert card.pin(foreign, COMMIT) == foreign
-    assert card.rename(card.pin(text, COMMIT), "you/other") == card.pin(card.rename(text, "you/other"), COMMIT)
 
 
 def test_a_renamed_card_is_the_card_of_that_model(written):
@@ -291,22 +261,22 @@ def test_a_renamed_card_is_the_card_of_that_model(written):
 
 
 def test_renaming_keeps_what_was_written_by_hand(written):
-    text = card.rename(written(), "old/model")
+    config = make_config(["old/model", "old/model-2"])
+    text = card.rename(written(config, report=make_report(config.tree), metrics=make_metrics(config.tree)), "old/model")
     by_hand = text.replace("license: apache-2.0", "# my remark\nlanguage: [en]\nlicense: mit\nextra: {a: 1}")
     by_hand = by_hand.replace(
-        "## Use\n", "## Demo\n\nSee old/model and its [Space](https://hf.co/spaces/old/model).\n\n## Use\n"
+        "## Use\n", "## Demo\n\nSee old/model-2 and its [Space](https://hf.co/spaces/old/model).\n\n## Use\n"
     )
-    by_hand = by_hand.replace("Without a pipeline:", "By hand, see also old/model-2 and `old/model`:")
-    renamed = card.rename(by_hand, "new/model")
-    expected = by_hand  # in quotes in the front matter and the snippets
-    for mention in ('"{}"', "<!-- use: {} -->", "`{}`"):
-        expected = expected.replace(mention.format("old/model"), mention.format("new/model"))
-    assert renamed == expected
-    assert "See old/model and its [Space](https://hf.co/spaces/old/model)." in renamed
-    front = ModelCard(renamed).data.to_dict()
+    renamed, parsed = ModelCard(card.rename(by_hand, "new/model")), ModelCard(by_hand)
+    assert renamed.text == parsed.text.replace('"old/model"', '"new/model"')
+    assert all('"new/model"' in snippet for snippet in snippets(str(renamed)))
+    assert "See old/model-2 and its [Space](https://hf.co/spaces/old/model)." in renamed.text
+    assert "\nold/model\nold/model-2\n" in renamed.text  # classes of these names
+    front = renamed.data.to_dict()
     assert (front["language"], front["license"], front["extra"]) == (["en"], "mit", {"a": 1})
     assert front["model-index"][0]["name"] == "new/model"
-    assert card.rename(by_hand.replace("\n", "\r\n"), "new/model") == renamed.replace("\n", "\r\n")
+    parsed.data.model_name = "new/model"
+    assert front == parsed.data.to_dict()
 
 
 @pytest.mark.parametrize("encoder", [ENCODER, "/home/alice/encoder"])
@@ -314,17 +284,16 @@ def test_a_merged_card_tells_of_the_whole_model(written, encoder):
     renamed = card.rename(written(make_config(encoder_name_or_path=encoder)), "me/model", merged=True)
     relation = ModelCard(renamed).data.get("base_model_relation")
     assert relation == ("finetune" if encoder == ENCODER else None)
-    assert card.WHOLE_FORM in renamed
-    assert card.ADAPTER_FORM not in renamed
-    assert card.LOCAL_ADAPTER_FORM not in renamed
+    assert card.WHOLE_MODEL_SENTENCE in renamed
+    assert card.ADAPTER_SENTENCE not in renamed
+    assert card.LOCAL_ADAPTER_SENTENCE not in renamed
 
 
 def test_another_relation_and_a_foreign_body_are_left_alone():
     foreign = "# Mine\n\nyour-name/your-model\n"
     assert card.rename(foreign, "me/model", merged=True) == foreign
-    front = "---\nbase_model_relation: quantized\nmodel-index:\n  - name: x\n    results: []\n---\n"
-    assert card.rename(front + foreign, "123", merged=True) == front.replace("name: x", 'name: "123"') + foreign
-    assert card.snippets(foreign) == []
+    front = "---\nbase_model_relation: quantized\nmodel-index:\n- name: {}\n  results: []\n---\n"
+    assert card.rename(front.format("x") + foreign, "you/it", merged=True) == front.format("you/it") + foreign
 
 
 # ── sections ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -333,10 +302,11 @@ def test_another_relation_and_a_foreign_body_are_left_alone():
 def test_the_card_of_an_unfinished_run_has_no_results(written):
     text = written(report={}, metrics={}, environment=None)
     assert "not finished" in section(text, "Results")
-    assert ModelCard(text).data.to_dict().keys().isdisjoint({"model-index", "model_name", "metrics"})
+    assert ModelCard(text).data.to_dict().keys().isdisjoint({"model-index", "metrics"})
     assert "\n## Data\n" not in text
     assert "├── neoplasms" in text
-    assert len(card.snippets(card.rename(text, "me/model"))) == 3
+    renamed = card.rename(card.rename(text, "me/draft"), "me/model")
+    assert all('"me/model"' in snippet for snippet in snippets(renamed))
     assert "nothing was measured" in section(written(metrics={"train_runtime": 1.0}), "Results")
 
 
@@ -391,7 +361,10 @@ def test_results_show_intervals_classes_and_what_the_lexical_head_changed(writte
 
 
 def test_validation_scores_of_the_checkpoint_that_they_chose_are_said_to_flatter(written, metrics):
-    sentence, chosen = "The validation rows also chose the checkpoint", SETTINGS | {"load_best_model_at_end": True}
+    sentence, chosen = (
+        "The validation rows also chose the checkpoint, so their scores are optimistic",
+        SETTINGS | {"load_best_model_at_end": True},
+    )
     assert sentence in section(written(settings=chosen), "Results")
     assert "| load_best_model_at_end | True |" in section(written(settings=chosen), "Training")
     assert sentence not in written(settings=SETTINGS | {"load_best_model_at_end": False})
@@ -496,7 +469,7 @@ def test_another_runs_or_unreadable_emissions_are_not_reported(written, tmp_path
 
 
 def test_the_environment_names_hardware_and_libraries_but_no_machine(written):
-    found = card.environment("cpu")
+    found = describe_environment("cpu")
     assert {"python", "torch", "transformers", "peft", "bitsandbytes"} <= found["versions"].keys()
     assert re.fullmatch(r".+, \d+ cores", found["hardware"])
     assert socket.gethostname() not in json.dumps(found)

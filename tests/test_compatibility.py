@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from checkpoint_hierarchical import SHIPPED_FILES
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from pipeline_hierarchical import HierarchicalTextClassificationPipeline, conformal_answer, conformal_threshold
-from push_to_hub import merge
+from publishing.export import export_merged
 
 FOLDER = Path(__file__).parent / "checkpoint"
 EXPECTED = json.loads((FOLDER / "expected.json").read_text())
@@ -61,7 +61,7 @@ def test_of_999_thresholds_every_tenth_is_kept_and_no_coverage_loses(form, monke
 
 def test_a_checkpoint_that_reads_few_tokens_is_merged(monkeypatch, tmp_path):
     monkeypatch.chdir(FOLDER)
-    merge(Path("adapter_form"), tmp_path)
+    export_merged(Path("adapter_form"), tmp_path)
     load, tokens = HierarchicalForSequenceClassification.from_pretrained, AutoTokenizer.from_pretrained("encoder")
     given = tokens(EXPECTED["texts"], truncation=True, padding=True, return_tensors="pt")
     with torch.inference_mode():

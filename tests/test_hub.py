@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import CORPUS, ROOT, read_csv, run, stranger, write_csv
+from conftest import CORPUS, ROOT, read_csv, run, snippets, stranger, write_csv
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from hub_server import HubServer
@@ -26,8 +26,7 @@ from transformers import AutoTokenizer
 
 from checkpoint_hierarchical import SHIPPED_FILES
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from publishing.card import pinned_commit, snippets
-from publishing.hub import same as same_file
+from publishing.hub import is_same_file
 
 ADAPTER_REPOSITORY = {
     *(".gitattributes", "README.md", "config.json", "metrics.json"),
@@ -134,19 +133,6 @@ def test_only_the_files_of_the_checkpoint_go_up(hub, published, checkpoint):
         assert files[name] == (checkpoint / name).read_bytes()
 
 
-def test_the_snippets_of_the_card_name_the_commit_that_holds_the_files(hub, published):
-    titles = ["initial commit", "Publish a checkpoint", "Name that commit in the card"]
-    for repo in published.values():
-        _, checkpoint, last = commits = hub.commits(repo)
-        assert [commit.title for commit in commits] == titles
-        assert {name for name, blob in last.files.items() if checkpoint.files.get(name) != blob} == {"README.md"}
-        code = snippets(last.files["README.md"].data.decode())
-        assert len(code) == 3
-        for snippet in code:
-            assert f'commit = "{checkpoint.sha}"' in snippet
-            assert snippet.count("trust_remote_code=True") == snippet.count("revision=commit, code_revision=commit, ")
-
-
 def test_nothing_of_this_machine_is_published(hub, published, checkpoint):
     known = json.loads((checkpoint / "trained_texts.json").read_text())["this_run"]
     for repo in published.values():
@@ -157,17 +143,17 @@ def test_nothing_of_this_machine_is_published(hub, published, checkpoint):
             assert b"hf_alice" not in content, (repo, name)
 
 
-def test_publishing_again_makes_no_commit_and_a_change_makes_two(hub, checkpoint, tmp_path):
+def test_publishing_again_makes_no_commit_and_a_change_makes_one(hub, checkpoint, tmp_path):
     folder = tmp_path / "results"
     shutil.copytree(checkpoint, folder)
     words = ["--model", folder, "--repo_id", "again"]  # the namespace is the token's
     environment = settings(hub, tmp_path / "home", "hf_alice")
     said = [run(*words, command="push_to_hub.py", settings=environment).stdout for _ in range(2)]
     assert said[0] == said[1]
-    assert len(hub.commits("alice/again")) == 3
+    assert [commit.title for commit in hub.commits("alice/again")] == ["initial commit", "Publish a checkpoint"]
     (folder / "plots" / "training_curves.png").unlink()
     run(*words, command="push_to_hub.py", settings=environment)
-    assert len(hub.commits("alice/again")) == 5
+    assert len(hub.commits("alice/again")) == 3
     assert hub.files("alice/again").keys() == ADAPTER_REPOSITORY - {"plots/training_curves.png"}
     run(*words, "--merge", command="push_to_hub.py", settings=environment)
     assert hub.files("alice/again").keys() == MERGED_REPOSITORY - {"plots/training_curves.png"}
@@ -216,7 +202,6 @@ sys.path[:0] = [{root!r}, {tests!r}]
 {hub}
 import push_to_hub
 from errors import InputError
-from publishing.card import pinned_commit
 
 def push(*words, token="hf_alice"):
     os.environ.pop("HF_TOKEN", None)
@@ -286,7 +271,7 @@ def test_what_the_hub_would_refuse_is_one_line_before_anything_is_sent(
         ({"--model": str(tmp_path / "metadata")}, "hf_alice", "README.md, which is to be the model's card: "),
         ({"--model": str(tmp_path / "tags"), "--dry_run": None}, "hf_alice", '"tags" must be'),
         ({"--model": str(tmp_path / "latin")}, "hf_alice", "README.md is not UTF-8 text: save it as UTF-8"),
-        ({"--model": str(shards)}, "hf_alice", "lacks model-00001-of-00002.safetensors, which model.safetensors.index"),
+        ({"--model": str(shards)}, "hf_alice", "model-00001-of-00002.safetensors is missing"),
         ({}, None, "no Hub token: set HF_TOKEN"),
         ({}, "hf_unknown", "the Hub does not know the token"),
         ({}, "hf_reader", "the Hub token may only read"),
@@ -303,8 +288,8 @@ def test_what_the_hub_would_refuse_is_one_line_before_anything_is_sent(
         ({"--revision": "a" * 40}, "hf_alice", "is a commit; name a branch"),
         ({"--revision": "a branch"}, "hf_alice", "is no name for a branch"),
         ({"--model": str(local)}, "hf_alice", "which is on this machine only: give --merge"),
-        ({"--model": str(torn)}, "hf_alice", "heads.safetensors cannot be read"),
-        ({"--model": str(lacking)}, "hf_alice", "lacks adapter/adapter_model.safetensors"),
+        ({"--model": str(torn)}, "hf_alice", "heads.safetensors is damaged"),
+        ({"--model": str(lacking)}, "hf_alice", "adapter/adapter_model.safetensors is missing"),
         ({"--model": tiny_encoder}, "hf_alice", "holds a 'bert' model, not one of ours"),
         ({"--model": str(tmp_path)}, "hf_alice", "is not a checkpoint: it has no config.json"),
         ({"--model": str(whole), "--merge": None}, "hf_alice", "is self-contained already"),
@@ -365,9 +350,7 @@ def test_a_push_that_breaks_anywhere_leaves_the_repository_as_it_was(how, existi
             same = after == before or (before is None and set(after[1]) == {".gitattributes"})
             again = push(*words)
             whole = hub.files(repo)["plots/training_curves.png"] == b"png%d" % number
-            commit = pinned_commit(hub.files(repo)["README.md"].decode())
-            by_commit = commit and {c.sha: c for c in hub.commits(repo)}[commit].files["plots/training_curves.png"].data
-            found.append([broke, answer, same, again, whole and by_commit == b"png%d" % number])
+            found.append([broke, answer, same, again, whole])
             if not broke:
                 break
         print(json.dumps(found))
@@ -380,7 +363,6 @@ def test_a_push_that_breaks_anywhere_leaves_the_repository_as_it_was(how, existi
     found = stranger(code, tmp_path, own_settings(tmp_path))
     assert len(found) > 5
     assert not found[-1][0]  # the last was not broken: every request of a push has been
-    unnamed = 0
     for broke, answer, same, again, whole in found[:-1]:
         assert broke
         assert whole, again
@@ -390,10 +372,6 @@ def test_a_push_that_breaks_anywhere_leaves_the_repository_as_it_was(how, existi
         else:  # the client asked again, or the commit had been made before the connection broke
             assert answer.startswith("alice/model"), answer
             assert "http" in answer
-            named = "but its card names no commit" in answer
-            assert answer.endswith("run the same command again") == named, answer
-            unnamed += named
-    assert unnamed  # the commit of the card broke as well
     assert sum(same for _, _, same, _, _ in found) >= 3
 
 
@@ -404,7 +382,7 @@ def test_when_the_hub_goes_away_for_good_the_command_says_that_it_cannot_tell(ch
         push(*words)
         (Path(model) / "plots" / "training_curves.png").write_bytes(b"new")
         hub.fail_at(1, match="POST .*/commit/", how="drop-answer")
-        for number in range(2, 20):  # the first is asked whether all is there already
+        for number in range(1, 20):
             hub.fail_at(number, match="GET .*/tree/", how="403")
         answer = push(*words)
         hub.mend()
@@ -417,7 +395,7 @@ def test_when_the_hub_goes_away_for_good_the_command_says_that_it_cannot_tell(ch
     answer, again, added = stranger(code, tmp_path, own_settings(tmp_path))
     assert "cannot be asked whether it accepted the commit: run the same command again, which is safe" in answer
     assert again.startswith("alice/model: http")
-    assert added == ["Name that commit in the card"]
+    assert added == []
 
 
 def test_a_commit_whose_answer_is_lost_is_recognised(checkpoint, tmp_path):
@@ -460,13 +438,13 @@ def test_weights_are_compared_with_the_hub_without_being_held_in_memory(tmp_path
     stored = RepoFile(path=weights.name, size=64 * 2**20, oid="0" * 40, lfs=lfs)
     tracemalloc.start()
     try:
-        assert same_file(weights, stored)
+        assert is_same_file(weights, stored)
         assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
     finally:
         tracemalloc.stop()
     for source in (text, text.read_bytes()):
-        assert same_file(source, RepoFile(path=text.name, size=2, oid=oid))
-        assert not same_file(source, stored)
+        assert is_same_file(source, RepoFile(path=text.name, size=2, oid=oid))
+        assert not is_same_file(source, stored)
 
 
 def own_settings(home: Path) -> dict[str, str]:
@@ -931,8 +909,8 @@ def test_training_pushes_what_loads_the_same_by_every_strategy(hub, tmp_path, st
     assert "failed" not in done.stderr
     titles = [commit.title for commit in hub.commits(repo)]
     saves = [int(folder.name.split("-")[1]) for folder in output.glob("checkpoint-*")]
-    assert titles[-2:] == ["End of training", "Name that commit in the card"]
-    assert len(titles) == (3 if strategy == "end" else 3 + 2), titles
+    assert titles[-1] == "End of training"
+    assert len(titles) == (2 if strategy == "end" else 2 + 2), titles
     assert len(saves) == 2
     files = hub.files(repo)
     folders = {
@@ -942,11 +920,8 @@ def test_training_pushes_what_loads_the_same_by_every_strategy(hub, tmp_path, st
     at_root = {name for name in files if name.split("/")[0] not in folders}
     assert at_root == ADAPTER_REPOSITORY
     assert {name.split("/")[0] for name in files.keys() - at_root} == folders
-    for name in ("heads.safetensors", "adapter/adapter_model.safetensors", "config.json", "metrics.json"):
+    for name in ("README.md", "heads.safetensors", "adapter/adapter_model.safetensors", "config.json", "metrics.json"):
         assert files[name] == (output / name).read_bytes()
-    end = hub.commits(repo)[-2]
-    assert end.files["README.md"].data == (output / "README.md").read_bytes()
-    assert pinned_commit(files["README.md"].decode()) == end.sha
     assert len(json.loads(files["config.json"])["temperatures"]) == 2  # the last commit is of the calibrated model
     for folder in folders:
         assert f"{folder}/heads.safetensors" in files
@@ -965,7 +940,7 @@ def test_training_pushes_what_loads_the_same_by_every_strategy(hub, tmp_path, st
     for commit in hub.commits(repo)[1:]:  # every state in between had our card and was whole
         there = hub.files(repo, commit.sha)
         assert {"README.md", "heads.safetensors", "adapter/adapter_model.safetensors", "config.json"} <= there.keys()
-        assert "<!-- use:" in there["README.md"].decode()
+        assert "\n## Use\n" in there["README.md"].decode()
 
 
 def is_pickle(content: bytes) -> bool:
@@ -1015,7 +990,7 @@ def test_a_space_is_published_pointing_at_the_commit_and_serves_it(hub, checkpoi
     for _ in range(2):  # and again, to the same Space
         done = run(*words, command="push_to_hub.py", settings=environment)
     assert "alice/served-space: http" in done.stdout
-    assert len(hub.commits("alice/served")) == 3
+    assert len(hub.commits("alice/served")) == 2
     files = hub.files("alice/served-space", repo_type="space")
     ours = {file.name for file in (ROOT / "space").iterdir() if file.is_file()}
     assert files.keys() == {

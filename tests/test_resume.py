@@ -312,7 +312,7 @@ def cut(path: Path) -> None:
         (lambda folder: cut(folder / "trainer_state.json"), "trainer_state.json cannot be read"),
         (lambda folder: cut(folder / "heads.safetensors"), "heads.safetensors is damaged"),
         (lambda folder: cut(folder / WEIGHTS[1]), "adapter/adapter_model.safetensors is damaged"),
-        (lambda folder: (folder / WEIGHTS[0]).unlink(), "it holds no weights"),
+        (lambda folder: (folder / WEIGHTS[0]).unlink(), "heads.safetensors is missing"),
         (lambda folder: cut(folder / "optimizer.pt"), "optimizer.pt is damaged"),
         (lambda folder: (folder / "optimizer.pt").unlink(), "it holds no state of the optimizer"),
         (lambda folder: cut(folder / "rng_state.pth"), "rng_state.pth is damaged"),

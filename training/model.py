@@ -8,7 +8,6 @@ Worth knowing:
    the Hub is downloaded at its commit, and is a folder from then on.
 """
 
-import json
 import logging
 from pathlib import Path
 
@@ -28,11 +27,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from checkpoint_hierarchical import SHIPPED_FILES, check_tokenizer, load_encoder, position_limit
+from checkpoint_files import MODEL_FILES, is_checkpoint, read_config
+from checkpoint_hierarchical import check_tokenizer, load_encoder, position_limit
 from configuration_hierarchical import HierarchicalConfig
 from errors import InputError, one_line, refusing
 from modeling_hierarchical import HierarchicalForSequenceClassification, HierarchicalHeads
-from publishing.hub import ADAPTER_FORM, HUB_ERRORS, TOKENIZER_FILES, WHOLE_FORM
+from publishing.hub import HUB_ERRORS
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import HierarchicalTrainingArguments, ModelArguments
 
@@ -59,29 +59,10 @@ def fetch_checkpoint(arguments: ModelArguments) -> None:
     if not is_checkpoint(str(config.parent)):
         return
     commit = config.parent.name
-    files = ["config.json", *SHIPPED_FILES, *ADAPTER_FORM, *WHOLE_FORM, *TOKENIZER_FILES]
     with refusing(f"cannot download the checkpoint {name} at {commit}"):
-        folder = snapshot_download(name, revision=commit, cache_dir=cache, allow_patterns=files)
+        folder = snapshot_download(name, revision=commit, cache_dir=cache, allow_patterns=list(MODEL_FILES))
     logger.info("checkpoint: %s at %s", name, commit)
     arguments.model_name_or_path, arguments.model_revision = folder, None
-
-
-def is_checkpoint(name_or_path: str) -> bool:
-    """Whether a folder holds a checkpoint of ours."""
-    config = Path(name_or_path) / "config.json"
-    if not config.is_file():
-        return False
-    with refusing(f"{config} is not a configuration"):
-        known = json.loads(config.read_text(encoding="utf-8"))
-        if not isinstance(known, dict):
-            raise ValueError("it is no JSON object")
-    return known.get("model_type") == HierarchicalConfig.model_type
-
-
-def read_config(folder: str) -> HierarchicalConfig:
-    """The configuration of a checkpoint of ours."""
-    with refusing(f"{Path(folder) / 'config.json'} cannot be used"):
-        return HierarchicalConfig.from_pretrained(folder)
 
 
 def quantization_config(quantization: str | None) -> BitsAndBytesConfig | None:

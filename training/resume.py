@@ -4,8 +4,7 @@ Worth knowing:
 
 1. trainer_state.json is the last file of a checkpoint to be written, and older checkpoints are deleted after that. A killed
    process leaves at most one checkpoint without it, and always a complete one once there was one.
-2. A safetensors file names its size in its header, and a torch file has its directory at its end. A truncated file is
-   recognised without reading it.
+2. A file of torch has its directory at its end, so that a truncated one is recognised without reading it.
 """
 
 import json
@@ -16,17 +15,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from checkpoint_hierarchical import ADAPTER_SUBFOLDER, ADAPTER_WEIGHTS, HEADS_WEIGHTS
+from checkpoint_files import find_damage, is_checkpoint, read_config
+from checkpoint_hierarchical import ADAPTER_SUBFOLDER
 from errors import InputError, refusing
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import HierarchicalTrainingArguments
 from training.files import check_writable
-from training.model import is_checkpoint, read_config
 from training.trained_texts import UNTRAINED, TrainedTexts, read_trained_texts, write_trained_texts
 
 logger = logging.getLogger(__name__)
@@ -238,25 +236,16 @@ def damage(checkpoint: Path) -> str | None:
         return "it was not finished: trainer_state.json is missing"
     except (OSError, ValueError, KeyError, TypeError):
         return "trainer_state.json cannot be read"
-    sharded = any(checkpoint.glob("pytorch_model_fsdp*"))
-    if not sharded and not any((checkpoint / name).is_file() for name in (HEADS_WEIGHTS, "model.safetensors")):
-        return "it holds no weights"
+    if not any(checkpoint.glob("pytorch_model_fsdp*")):
+        problem = find_damage(checkpoint, adapter_form=(checkpoint / ADAPTER_SUBFOLDER).is_dir())
+        if problem is not None:
+            return problem
     if not any(checkpoint.glob("optimizer*")):
         return "it holds no state of the optimizer (--save_only_model?)"
     if (checkpoint / "optimizer.pt").is_file() and not (checkpoint / "scheduler.pt").is_file():
         return "scheduler.pt is missing"
     if not any(checkpoint.glob("rng_state*.pth")):
         return "rng_state.pth is missing"
-    if (checkpoint / HEADS_WEIGHTS).is_file():
-        for name in (ADAPTER_WEIGHTS, "adapter_config.json"):
-            if not (checkpoint / ADAPTER_SUBFOLDER / name).is_file():
-                return f"{ADAPTER_SUBFOLDER}/{name} is missing"
-    for file in checkpoint.rglob("*.safetensors"):
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except (SafetensorError, OSError):
-            return f"{file.relative_to(checkpoint)} is damaged"
     for file in (*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")):
         if not zipfile.is_zipfile(file):
             return f"{file.relative_to(checkpoint)} is damaged"

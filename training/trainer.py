@@ -10,36 +10,29 @@ Worth knowing:
 4. With batches grouped by length, the Trainer would shuffle evaluation rows too, and a resumed run would get another order of
    rows. Here neither happens.
 5. No ``training_args.bin`` is written: it is a pickle, and can hold a token.
-6. Pushing while it trains, the Trainer would copy the files that it knows, rewrite README.md and send all that lies in the
-   folder. Here the files of a checkpoint go up, with our card; a checkpoint to resume from goes without its pickles.
-7. Reading a loss waits for the GPU. Losses are read where the Trainer waits anyway: before it logs, evaluates or saves.
+6. Reading a loss waits for the GPU. Losses are read where the Trainer waits anyway: before it logs, evaluates or saves.
 """
 
 import logging
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import EarlyStoppingCallback, Trainer, TrainerState, trainer_pt_utils
+from transformers import EarlyStoppingCallback, TrainerState, trainer_pt_utils
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput
-from transformers.utils import PushInProgress
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from checkpoint_hierarchical import ADAPTER_SUBFOLDER, ADAPTER_WEIGHTS, HEADS_WEIGHTS
 from errors import InputError, refusing
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from publishing import card
-from publishing.hub import CARD_COMMIT, CHECKPOINT_FILES, HUB_ERRORS, checkpoint_files, reason
+from publishing.trainer import PublishingTrainer
 from training.cpu import speed_up
 from training.losses import HierarchicalFocalLoss
 from training.resume import damage
@@ -49,10 +42,9 @@ from training.views import disagreement, halves
 logger = logging.getLogger(__name__)
 
 MOST_UNCHECKED = 100  # losses of micro-batches that were not read from the device yet
-PICKLES = ["*.pt", "*.pth", "*.bin", "*.pkl"]
 
 
-class HierarchicalTrainer(Trainer):
+class HierarchicalTrainer(PublishingTrainer):
     """A Trainer whose loss is a `HierarchicalFocalLoss`.
 
     Args:
@@ -60,8 +52,7 @@ class HierarchicalTrainer(Trainer):
         consistency: weight of the disagreement of a text's halves, see `training.views`; 0 trains on whole texts. Else it needs a
             ``loss_function``, and training rows with the columns ``sentences`` and ``row``.
         heads_learning_rate: peak learning rate of the heads. Default: the optimizer's.
-        write_card: writes README.md into a folder. Default: the Trainer's own card.
-        args, kwargs: as for `transformers.Trainer`.
+        args, kwargs: as for `publishing.trainer.PublishingTrainer`.
     """
 
     loss_is_scaled_for_ga = True
@@ -72,7 +63,6 @@ class HierarchicalTrainer(Trainer):
         loss_function: HierarchicalFocalLoss | None = None,
         consistency: float = 0.0,
         heads_learning_rate: float | None = None,
-        write_card: Callable[[Path], None] | None = None,
         **kwargs: Any,
     ):
         with refusing("cannot set up training"):
@@ -87,7 +77,6 @@ class HierarchicalTrainer(Trainer):
         self.tried_batch_size: int | None = None
         self.best_checkpoint: str | None = None
         self.unchecked: list[tuple[int, Tensor, Any]] = []  # step, loss, rows
-        self.write_card = write_card
         keep_trainable(self.model)
         if self.args.bf16 and self.args.device.type == "cpu" and self.model.has_adapter and not self.is_fsdp_enabled:
             speed_up(self.model.encoder)
@@ -338,123 +327,6 @@ class HierarchicalTrainer(Trainer):
         model.save_pretrained(output_dir, state_dict=state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        self.hub = HfApi(token=token or self.args.hub_token)  # one, so that its uploads wait for each other
-        try:
-            super().init_hf_repo(token, private)
-            if self.args.hub_revision is not None and self.is_world_process_zero():
-                self.hub.create_branch(self.hub_model_id, branch=self.args.hub_revision, exist_ok=True)
-        except HUB_ERRORS as error:
-            raise InputError(f"cannot create the repository of --push_to_hub: {reason(error)}") from error
-
-    def create_model_card(self, **kwargs: Any) -> None:
-        """Writes our card. What the Trainer's own takes as arguments is an error then."""
-        if self.write_card is None:
-            super().create_model_card(**kwargs)
-        elif kwargs:
-            raise TypeError(f"the card is written from the run; it takes no {', '.join(kwargs)}")
-        elif self.is_world_process_zero():
-            self.write_card(Path(self.args.output_dir))
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> CommitInfo | None:
-        """Saves the model and publishes the files of the checkpoint with our card, as one commit.
-
-        Where it waits for that (``blocking``), a second commit has the snippets of the card name the first.
-
-        Args:
-            commit_message, blocking, token, revision, private: as for `Trainer.push_to_hub`.
-            kwargs: for the card.
-        """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        token = self.args.hub_token if token is None else token
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        self.create_model_card(**kwargs)
-        self._finish_current_push()
-        commit: tuple[str, str | None, str | None, dict] = (
-            commit_message or "End of training",
-            token,
-            revision or self.args.hub_revision,
-            {},
-        )
-        if not blocking:
-            return self.hub.run_as_future(self._commit, *commit)
-        done = self._commit(*commit)
-        text = (Path(self.args.output_dir) / "README.md").read_text(encoding="utf-8")
-        if (pinned := card.pin(text, done.oid)) == text:
-            return done
-        return self.hub.create_commit(
-            self.hub_model_id,
-            [CommitOperationAdd("README.md", pinned.encode())],
-            commit_message=CARD_COMMIT,
-            token=token,
-            revision=revision or self.args.hub_revision,
-            parent_commit=done.oid,
-        )
-
-    def _commit(self, message: str, token: str | None, revision: str | None, folders: dict[str, Path]) -> CommitInfo:
-        """One commit with the files of the checkpoint in the output folder, without those that are gone, and with folders.
-
-        Not by `upload_folder`, which can make several commits and then sends what lies in between.
-
-        Args:
-            folders: by their place in the repository; their pickles are left out.
-        """
-        output = Path(self.args.output_dir)
-        files = {name: output / name for name in checkpoint_files(output)}
-        for place, folder in folders.items():
-            names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-            files |= {f"{place}/{name}": folder / name for name in filter_repo_objects(names, ignore_patterns=PICKLES)}
-        target = {"repo_id": self.hub_model_id, "revision": revision, "token": token}
-        there = filter_repo_objects(self.hub.list_repo_files(**target), allow_patterns=list(CHECKPOINT_FILES))
-        operations = [CommitOperationAdd(name, path) for name, path in files.items()]
-        operations += [CommitOperationDelete(name) for name in there if name not in files]
-        return self.hub.create_commit(operations=operations, commit_message=message, **target)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        running = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if running and not self.args.hub_always_push:
-            return
-        self._warn_of_failed_pushes()
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        folder, output = Path(checkpoint_folder), Path(self.args.output_dir)
-        for name in checkpoint_files(folder):  # a copy: the checkpoint may be deleted while it is sent
-            (output / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(folder / name, output / name)
-        self.create_model_card()
-        place = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
-        folders = {place[self.args.hub_strategy]: folder} if self.args.hub_strategy in place else {}
-        message = f"Training in progress, step {self.state.global_step}"
-        job = self.hub.run_as_future(self._commit, message, self.args.hub_token, self.args.hub_revision, folders)
-        earlier = self.push_in_progress.jobs if running else []
-        self.push_in_progress = PushInProgress([*earlier, job])
-
-    def _finish_current_push(self) -> None:
-        super()._finish_current_push()
-        self._warn_of_failed_pushes()
-
-    def _warn_of_failed_pushes(self) -> None:
-        """Says of each finished push that failed, once: training goes on, and the last push sends everything."""
-        push = getattr(self, "push_in_progress", None)
-        for job in list(push.jobs) if push is not None else []:
-            if push is not None and job.done():
-                push.jobs.remove(job)
-                if job.exception() is not None:
-                    logger.warning("a push during training failed: %s", reason(job.exception()))
 
 
 def keep_trainable(model: nn.Module) -> None:

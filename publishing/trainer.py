@@ -1,0 +1,140 @@
+"""A Trainer that publishes checkpoints of this project, during training and after it.
+
+Worth knowing:
+
+1. The Trainer of transformers copies the files that it knows, rewrites README.md and sends whatever lies in the folder. Here the
+   files of a checkpoint are published, with our card.
+2. A checkpoint to resume from is published without its pickles.
+3. A push makes one commit. `upload_folder` can make several, and would also send what lies between.
+"""
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub.utils import filter_repo_objects
+from transformers import Trainer
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress
+
+from checkpoint_files import CHECKPOINT_FILES, list_files
+from errors import InputError
+from publishing.hub import HUB_ERRORS, commit_operations, reason
+
+logger = logging.getLogger(__name__)
+
+PICKLES = ["*.pt", "*.pth", "*.bin", "*.pkl"]
+
+
+class PublishingTrainer(Trainer):
+    """A Trainer whose pushes to the Hub hold the files of a checkpoint and its card.
+
+    Args:
+        write_card: writes README.md into a folder; the Trainer's own card is written without one.
+        args, kwargs: as for `transformers.Trainer`.
+    """
+
+    def __init__(self, *args: Any, write_card: Callable[[Path], None] | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.write_card = write_card
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        self.hub = HfApi(token=token or self.args.hub_token)  # one, so that its uploads wait for each other
+        try:
+            super().init_hf_repo(token, private)
+            if self.args.hub_revision is not None and self.is_world_process_zero():
+                self.hub.create_branch(self.hub_model_id, branch=self.args.hub_revision, exist_ok=True)
+        except HUB_ERRORS as error:
+            raise InputError(f"cannot create the repository of --push_to_hub: {reason(error)}") from error
+
+    def create_model_card(self, **kwargs: Any) -> None:
+        """Write our card. It takes no arguments of the Trainer's own card."""
+        if self.write_card is None:
+            super().create_model_card(**kwargs)
+        elif kwargs:
+            raise TypeError(f"the card is written from the run; it takes no {', '.join(kwargs)}")
+        elif self.is_world_process_zero():
+            self.write_card(Path(self.args.output_dir))
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | None:
+        """Save the model, and publish the files of the checkpoint with our card as one commit.
+
+        Args:
+            commit_message, blocking, token, revision, private: as for `Trainer.push_to_hub`.
+            kwargs: for the card.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = self.args.hub_token if token is None else token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        commit = self._commit if blocking else self._commit_later
+        return commit(commit_message or "End of training", token, revision or self.args.hub_revision)
+
+    def _commit_later(self, *commit: Any) -> Any:
+        return self.hub.run_as_future(self._commit, *commit)
+
+    def _commit(
+        self, message: str, token: str | None, revision: str | None, folders: dict[str, Path] | None = None
+    ) -> CommitInfo:
+        """Commit the files of the checkpoint in the output folder, and folders; delete files that an earlier commit left.
+
+        Args:
+            folders: by their place in the repository; their pickles are left out.
+        """
+        output = Path(self.args.output_dir)
+        files = {name: output / name for name in list_files(output)}
+        for place, folder in (folders or {}).items():
+            names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+            files |= {f"{place}/{name}": folder / name for name in filter_repo_objects(names, ignore_patterns=PICKLES)}
+        target = {"repo_id": self.hub_model_id, "revision": revision, "token": token}
+        operations = commit_operations(files, self.hub.list_repo_files(**target), CHECKPOINT_FILES)
+        return self.hub.create_commit(operations=operations, commit_message=message, **target)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        running = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if running and not self.args.hub_always_push:
+            return
+        self._warn_of_failed_pushes()
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        folder, output = Path(checkpoint_folder), Path(self.args.output_dir)
+        for name in list_files(folder):  # a copy: the checkpoint may be deleted while it is sent
+            (output / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(folder / name, output / name)
+        self.create_model_card()
+        place = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
+        folders = {place[self.args.hub_strategy]: folder} if self.args.hub_strategy in place else {}
+        message = f"Training in progress, step {self.state.global_step}"
+        job = self._commit_later(message, self.args.hub_token, self.args.hub_revision, folders)
+        earlier = self.push_in_progress.jobs if running else []
+        self.push_in_progress = PushInProgress([*earlier, job])
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        self._warn_of_failed_pushes()
+
+    def _warn_of_failed_pushes(self) -> None:
+        """Warn once of each finished push that failed. Training goes on, and the last push sends everything."""
+        push = getattr(self, "push_in_progress", None)
+        for job in list(push.jobs) if push is not None else []:
+            if push is not None and job.done():
+                push.jobs.remove(job)
+                if job.exception() is not None:
+                    logger.warning("a push during training failed: %s", reason(job.exception()))
