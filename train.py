@@ -28,11 +28,9 @@ from errors import InputError, asked_traceback, exit_with_error, is_full_disk, o
 from evaluation import plots, report
 from evaluation.metrics import build_compute_metrics
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from publishing.run import check_hub, push, run_facts, run_settings, write_card
 from taxonomy_hierarchical import TaxonomyError
 from training import resume
 from training.arguments import Arguments, HierarchicalTrainingArguments, check_against_data, parse
-from training.data_report import log_report
 from training.label_names import initialise_heads
 from training.losses import HierarchicalFocalLoss
 from training.memory import keep_memory
@@ -46,10 +44,12 @@ from training.model import (
     read_config,
     size_report,
 )
+from training.publish import check_hub, push, run_facts, run_settings, write_card
 from training.splits import LabelledSplits, load_splits
-from training.tokens import tokenize
+from training.tokens import tokenize_splits
 from training.trained_texts import TrainedTexts
 from training.trainer import HierarchicalTrainer
+from training.views import build_collator
 
 logger = logging.getLogger("train")
 
@@ -131,11 +131,11 @@ def train(arguments: Arguments, data: LabelledSplits, trained_texts: TrainedText
     # ── Measure: the checkpoint, loaded back ─────────────────────────────────────────────────────────────────────────
     metrics |= result.metrics | run_facts(arguments, size, data.report)
     scores, logits = measure(arguments, data, splits, trainer, model, metrics)
-    metrics |= scores | report.per_class(data.taxonomy, logits, splits)
+    metrics |= scores | report.leaf_scores(data.taxonomy, logits, splits)
     if training.should_save:
         resume.write_json(output / "metrics.json", metrics)
         plots.write(plots.training_curves(trainer.state.log_history), output / "plots" / "training_curves.png")
-        report.draw(data.taxonomy, logits, splits, output / "plots")
+        report.draw_plots(data.taxonomy, logits, splits, output / "plots")
         report.write_predictions(data, logits, splits, output)
 
     # ── Publish: model card and Hub ──────────────────────────────────────────────────────────────────────────────────
@@ -163,7 +163,7 @@ def build_trainer(
         train_dataset=splits["train"],
         eval_dataset=splits.get("validation"),
         processing_class=tokenizer,
-        data_collator=report.collator(tokenizer),
+        data_collator=build_collator(tokenizer),
         compute_metrics=build_compute_metrics(data.taxonomy),
         callbacks=[EarlyStoppingCallback(patience)] if patience else None,
         loss_function=HierarchicalFocalLoss(
@@ -197,11 +197,11 @@ def measure(
     """
     training, taxonomy = arguments.training, data.taxonomy
     if arguments.model.quantization != "none":
-        as_trained, _ = report.evaluate(trainer, splits, training)
+        as_trained, _ = report.score_splits(trainer, splits, training)
         metrics |= {f"quantized_{name}": value for name, value in as_trained.items()}
     served = report.served_trainer(training, taxonomy, trainer.processing_class, trainer.loss_function)
-    scores, logits = report.evaluate(served, splits, training)
-    report.say_gap(metrics | scores)
+    scores, logits = report.score_splits(served, splits, training)
+    report.warn_of_quantization_gap(metrics | scores)
     if "validation" not in logits:
         logger.info("no validation rows were scored: no lexical head, and the model's probabilities are not calibrated")
         return scores, logits
@@ -211,7 +211,7 @@ def measure(
         )
     vocab_size = model.config.text_config.vocab_size
     classifier = report.lexical_classifier(arguments.model, taxonomy, splits["train"], vocab_size)
-    calibrated, logits = report.calibrate(
+    calibrated, logits = report.calibrate_model(
         model, classifier, taxonomy, logits, splits, trainer.processing_class.model_max_length
     )
     trainer.save_model(_internal_call=True)
@@ -234,35 +234,19 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
     with refusing(f"cannot load the tokenizer of {source}"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=True)
     splits = tokenize_splits(data, tokenizer, limit_length(arguments.data.max_length, tokenizer))
-    metrics, logits = report.evaluate(
+    metrics, logits = report.score_splits(
         report.served_trainer(training, data.taxonomy, tokenizer, None, source), splits, training
     )
     if training.should_save:
         output = Path(training.output_dir)
         resume.make_folder(output)
         resume.delete_measured(output)
-        resume.write_json(output / "metrics.json", metrics | report.per_class(data.taxonomy, logits, splits))
+        resume.write_json(output / "metrics.json", metrics | report.leaf_scores(data.taxonomy, logits, splits))
         resume.write_json(output / "data_report.json", data.report)
-        report.draw(data.taxonomy, logits, splits, output / "plots")
+        report.draw_plots(data.taxonomy, logits, splits, output / "plots")
         report.write_predictions(data, logits, splits, output)
         logger.info("metrics and plots are in %s", output)
     report.log_metrics(metrics)
-
-
-def tokenize_splits(
-    data: LabelledSplits, tokenizer: PreTrainedTokenizerBase, max_length: int, sentences: bool = False
-) -> DatasetDict:
-    """Tokenize the splits and log the report of the data. Scored rows are sorted by length: batches need little padding.
-
-    Args:
-        sentences: add the column that training on halves of texts needs, see `training.views`.
-    """
-    with_sentences = ("train",) if sentences else ()
-    splits, data.report["lengths"] = tokenize(data.splits, tokenizer, max_length, with_sentences)
-    for name in splits.keys() - {"train"}:
-        splits[name] = splits[name].select(np.argsort(splits[name]["length"], kind="stable"))
-    log_report(data.report)
-    return splits
 
 
 def set_up_logging(training: HierarchicalTrainingArguments) -> None:

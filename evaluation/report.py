@@ -13,7 +13,6 @@ Worth knowing:
 import csv
 import dataclasses
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from training.arguments import HierarchicalTrainingArguments, ModelArguments
 from training.losses import HierarchicalFocalLoss
 from training.splits import LabelledSplits
 from training.trainer import HierarchicalTrainer
-from training.views import CollatorWithSentences
+from training.views import build_collator
 
 logger = logging.getLogger(__name__)
 
@@ -68,13 +67,13 @@ def served_trainer(
         model=model,
         args=plain,
         processing_class=tokenizer,
-        data_collator=collator(tokenizer),
+        data_collator=build_collator(tokenizer),
         compute_metrics=build_compute_metrics(taxonomy),
         loss_function=loss_function,
     )
 
 
-def evaluate(
+def score_splits(
     trainer: HierarchicalTrainer, splits: DatasetDict, training: HierarchicalTrainingArguments
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Return metrics of the validation rows (``eval_``) and test rows (``test_``), and the leaf logits of each split."""
@@ -104,7 +103,7 @@ def lexical_classifier(
     return lexical.fit_classifier(taxonomy, train, vocab_size) if wanted else None
 
 
-def calibrate(
+def calibrate_model(
     model: HierarchicalForSequenceClassification,
     classifier: lexical.LexicalClassifier | None,
     taxonomy: Taxonomy,
@@ -188,7 +187,7 @@ def shown_split(logits: dict[str, np.ndarray]) -> str | None:
     return next((name for name in ("test", "validation") if name in logits), None)
 
 
-def per_class(taxonomy: Taxonomy, logits: dict[str, np.ndarray], splits: DatasetDict) -> dict[str, Any]:
+def leaf_scores(taxonomy: Taxonomy, logits: dict[str, np.ndarray], splits: DatasetDict) -> dict[str, Any]:
     """Return scores of each leaf and 95 % intervals for metrics.json, of the test rows, or else of the validation rows."""
     split = shown_split(logits)
     if split is None:
@@ -203,7 +202,7 @@ def per_class(taxonomy: Taxonomy, logits: dict[str, np.ndarray], splits: Dataset
     }
 
 
-def draw(taxonomy: Taxonomy, logits: dict[str, np.ndarray], splits: DatasetDict, folder: Path) -> None:
+def draw_plots(taxonomy: Taxonomy, logits: dict[str, np.ndarray], splits: DatasetDict, folder: Path) -> None:
     """Draw confusion matrices and reliability of the test rows, or of the validation rows where there are none."""
     split = shown_split(logits)
     if split is not None:
@@ -234,18 +233,12 @@ def write_predictions(data: LabelledSplits, logits: dict[str, np.ndarray], split
                 )
 
 
-def say_gap(metrics: dict) -> None:
+def warn_of_quantization_gap(metrics: dict) -> None:
     """Warn where the served model scores otherwise than the quantized one that was trained."""
     for name in ("eval_accuracy", "eval_macro_f1", "test_accuracy", "test_macro_f1"):
         trained, served = metrics.get(f"quantized_{name}"), metrics.get(name)
         if trained is not None and served is not None and abs(trained - served) > NOTABLE_GAP:
             logger.warning("%s: %.4f as trained (quantized), %.4f as served", name, trained, served)
-
-
-def collator(tokenizer: PreTrainedTokenizerBase) -> CollatorWithSentences:
-    """Return a collator that pads to a multiple of 8 tokens, and never beyond the tokenizer's limit."""
-    step = math.gcd(8, tokenizer.model_max_length)
-    return CollatorWithSentences(tokenizer, pad_to_multiple_of=step)
 
 
 def log_metrics(metrics: dict[str, float]) -> None:

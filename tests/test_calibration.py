@@ -25,7 +25,7 @@ from evaluation.calibration import (
     nonconformity_scores,
     round_up,
 )
-from evaluation.report import calibrate
+from evaluation.report import calibrate_model
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from pipeline_hierarchical import MOST_NODES, conformal_answer, conformal_threshold, nonconformity
 from taxonomy_hierarchical import Taxonomy
@@ -123,7 +123,7 @@ def test_scores_of_validation_rows_do_not_flatter_the_fit():
             {split: Dataset.from_dict({"labels": labels[some], "text_id": some}) for split, some in rows.items()}
         )
         known = {split: logits[some] for split, some in rows.items()}
-        metrics, _ = calibrate(model, None, TREE, known, splits, 512)
+        metrics, _ = calibrate_model(model, None, TREE, known, splits, 512)
         before = log_loss(rows["validation"]) - log_loss(rows["test"])
         gaps.append(metrics["eval_log_loss"] - metrics["test_log_loss"] - before)
     assert np.mean(gaps) == pytest.approx(0, abs=0.015)  # by the fit to these very rows, -0.035

@@ -9,9 +9,16 @@ from scipy.stats import entropy
 from transformers import AutoTokenizer
 
 from configuration_hierarchical import HierarchicalConfig
-from evaluation.report import collator
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from training.views import NO_SENTENCE, CollatorWithSentences, deal, disagreement, halves, sentence_numbers
+from training.views import (
+    NO_SENTENCE,
+    CollatorWithSentences,
+    build_collator,
+    deal,
+    disagreement,
+    halves,
+    sentence_numbers,
+)
 
 TEXTS = [
     "A trial of stents. Forty patients were treated? All recovered (p < 0.05)! None died; follow-up was 2.5 years.",
@@ -33,7 +40,7 @@ def batch_of(tokenizer, texts, rows):
         encoded = tokenizer(text, return_offsets_mapping=True)
         numbers = sentence_numbers(text, [end for _, end in encoded.pop("offset_mapping")])
         features.append({**encoded, "sentences": numbers, "row": row, "labels": 0})
-    batch = dict(collator(tokenizer)(features))
+    batch = dict(build_collator(tokenizer)(features))
     batch.pop("labels")
     return batch, batch.pop("sentences"), batch.pop("row").tolist()
 

@@ -8,12 +8,12 @@ from safetensors.torch import load_file
 from test_trainer import arguments
 from transformers import AutoModel, AutoTokenizer
 
-from evaluation.report import collator
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 from training.arguments import ModelArguments
 from training.label_names import LARGEST, TEXTS, set_heads_from_names
 from training.model import build_model
 from training.trainer import HierarchicalTrainer
+from training.views import build_collator
 
 TREE = Taxonomy(DEFAULT_TAXONOMY)
 ROWS = [
@@ -42,7 +42,7 @@ def test_scores_are_those_worked_by_hand(minilm, tmp_path):
 
     model = build_model(ModelArguments(minilm, quantization="none"), TREE, seed=1)
     trainer = HierarchicalTrainer(
-        model=model, args=arguments(tmp_path), processing_class=tokenizer, data_collator=collator(tokenizer)
+        model=model, args=arguments(tmp_path), processing_class=tokenizer, data_collator=build_collator(tokenizer)
     )
     data = Dataset.from_dict(
         {
@@ -89,7 +89,7 @@ def test_names_that_say_nothing_leave_the_heads_as_they_are(minilm, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(minilm)
     model = build_model(ModelArguments(minilm, quantization="none"), TREE, seed=1)
     trainer = HierarchicalTrainer(
-        model=model, args=arguments(tmp_path), processing_class=tokenizer, data_collator=collator(tokenizer)
+        model=model, args=arguments(tmp_path), processing_class=tokenizer, data_collator=build_collator(tokenizer)
     )
     data = Dataset.from_dict(
         {

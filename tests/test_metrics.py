@@ -25,7 +25,7 @@ from evaluation.metrics import (
     expected_calibration_error,
     per_class_report,
 )
-from evaluation.report import per_class
+from evaluation.report import leaf_scores
 from taxonomy_hierarchical import Taxonomy
 
 MODULE = Path(__file__).resolve().parents[1] / "metrics" / "hierarchical_f1"
@@ -416,7 +416,7 @@ def test_per_class_report_of_classes_that_do_not_occur():
 def test_the_bootstrap_of_a_report_is_computed_once():
     logits, labels = random_case(TREE, 200)
     profile = cProfile.Profile()
-    found = profile.runcall(per_class, TREE, {"test": logits}, {"test": {"labels": labels}})
+    found = profile.runcall(leaf_scores, TREE, {"test": logits}, {"test": {"labels": labels}})
     calls = {function[2]: counts[0] for function, counts in pstats.Stats(profile).stats.items()}
     assert calls["bootstrap_intervals"] == 1
     leaf = (labels >= 0) & (labels < TREE.num_leaves)
@@ -424,7 +424,7 @@ def test_the_bootstrap_of_a_report_is_computed_once():
     assert found["intervals"] == {f"test_{name}": expected[name].tolist() for name in ("accuracy", "macro_f1")}
     assert [row["f1_interval"] for row in found["per_class"]] == expected["f1"].T.tolist()
     only_inner = {"test": {"labels": np.full(200, B)}}
-    assert per_class(TREE, {"test": logits}, only_inner) == {}
+    assert leaf_scores(TREE, {"test": logits}, only_inner) == {}
 
 
 def test_trainer_reports_the_scores(tmp_path):

@@ -7,7 +7,6 @@ from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from configuration_hierarchical import HierarchicalConfig
 from errors import InputError
-from evaluation.report import collator
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import HierarchicalTrainingArguments, ModelArguments
@@ -15,7 +14,7 @@ from training.losses import HierarchicalFocalLoss
 from training.model import build_model, size_report
 from training.sampler import LengthGroupedSampler
 from training.trainer import HierarchicalTrainer
-from training.views import halves
+from training.views import build_collator, halves
 
 TREE = Taxonomy({"a": ["b", "c"], "d": None, "e": ["f", "g", "h"]})
 TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -66,7 +65,7 @@ def trainer(model, tokenizer, data, args, **settings) -> HierarchicalTrainer:
         train_dataset=data,
         eval_dataset=data,
         processing_class=tokenizer,
-        data_collator=settings.pop("data_collator", collator(tokenizer)),
+        data_collator=settings.pop("data_collator", build_collator(tokenizer)),
         loss_function=settings.pop("loss_function", loss(data)),
         **settings,
     )
@@ -121,7 +120,7 @@ def test_accumulation_gives_the_gradient_of_one_large_batch(tmp_path, tokenizer,
 def test_the_loss_of_halves_is_that_of_each_and_their_disagreement(tmp_path, tokenizer):
     data, model = rows(ignored=True), tiny_model().train()
     ours = trainer(model, tokenizer, data, arguments(tmp_path, seed=5), consistency=0.7)
-    inputs = collator(tokenizer)([data[i] for i in range(8)])
+    inputs = build_collator(tokenizer)([data[i] for i in range(8)])
     found = ours.compute_loss(model, inputs, num_items_in_batch=11)
     labels, sentences = inputs["labels"], inputs["sentences"]
     whole = {name: inputs[name] for name in ("input_ids", "attention_mask")}
@@ -161,7 +160,7 @@ def test_a_loss_reads_nothing_back_from_the_device(tmp_path, tokenizer, consiste
     """Tensors on the meta device hold no values: to read one, for which a GPU would have to be waited for, is an error."""
     data = rows(ignored=True)
     ours = trainer(tiny_model(), tokenizer, data, arguments(tmp_path), consistency=consistency)
-    batch = send_to_device(collator(tokenizer)([data[i] for i in range(8)]), "meta")
+    batch = send_to_device(build_collator(tokenizer)([data[i] for i in range(8)]), "meta")
     assert batch["input_ids"].is_meta
     ours.loss_function.to("meta")
     assert ours.compute_loss(Lengths().to("meta"), batch, num_items_in_batch=11).is_meta
@@ -409,6 +408,6 @@ def test_sizes_by_hand(minilm):
 def test_padding_never_leads_beyond_the_limit(minilm, limit):
     tokenizer = AutoTokenizer.from_pretrained(minilm)
     tokenizer.model_max_length = limit
-    batch = collator(tokenizer)([tokenizer("liver " * count, truncation=True) for count in (3, limit)])
+    batch = build_collator(tokenizer)([tokenizer("liver " * count, truncation=True) for count in (3, limit)])
     assert batch["input_ids"].shape == (2, limit)
     assert batch["attention_mask"].sum(1).tolist() == [5, limit]

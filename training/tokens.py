@@ -4,10 +4,12 @@ from collections.abc import Collection
 from typing import Any
 
 import datasets
+import numpy as np
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from errors import InputError
-from training.data_report import length_report
+from training.data_report import length_report, log_report
+from training.splits import LabelledSplits
 from training.views import sentence_numbers
 
 TOKEN_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
@@ -79,3 +81,19 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: in
         len(piece) + sum(len(rest) - special for rest in piece.overflowing) for piece in encoded.encodings
     ]  # fmt: skip
     return encoded, lengths
+
+
+def tokenize_splits(
+    data: LabelledSplits, tokenizer: PreTrainedTokenizerBase, max_length: int, sentences: bool = False
+) -> datasets.DatasetDict:
+    """Tokenize the splits and log the report of the data. Scored rows are sorted by length: batches need little padding.
+
+    Args:
+        sentences: add the column that training on halves of texts needs, see `training.views`.
+    """
+    with_sentences = ("train",) if sentences else ()
+    splits, data.report["lengths"] = tokenize(data.splits, tokenizer, max_length, with_sentences)
+    for name in splits.keys() - {"train"}:
+        splits[name] = splits[name].select(np.argsort(splits[name]["length"], kind="stable"))
+    log_report(data.report)
+    return splits

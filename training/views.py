@@ -14,13 +14,14 @@ Worth knowing:
 6. `benchmarks/quality.py` measures the gain. Inference uses whole texts.
 """
 
+import math
 import re
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import BatchEncoding, DataCollatorWithPadding
+from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from modeling_hierarchical import IGNORED_LABEL
 
@@ -129,3 +130,9 @@ def disagreement(
     divergence = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(1) / 2
     items = labelled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     return torch.where(labelled, divergence, 0).sum() / items
+
+
+def build_collator(tokenizer: PreTrainedTokenizerBase) -> CollatorWithSentences:
+    """Return a collator that pads to a multiple of 8 tokens, and never beyond the tokenizer's limit."""
+    step = math.gcd(8, tokenizer.model_max_length)
+    return CollatorWithSentences(tokenizer, pad_to_multiple_of=step)
