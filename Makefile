@@ -29,7 +29,7 @@ common-tests: .venv/installed-tests
 	[ -d .venv/transformers-$$release ] || { \
 		$(RUN) -m pip download --quiet --no-deps --no-binary transformers --dest .venv transformers==$$release && \
 		tar -xzf .venv/transformers-$$release.tar.gz -C .venv transformers-$$release/tests; \
-	} || echo "transformers' source could not be fetched: tests/test_transformers_common.py is skipped"
+	} || echo "transformers' source could not be fetched: tests/shipped/test_transformers_common.py is skipped"
 
 # the pictures of the Space in docs/
 screenshots: .venv/installed-tests browser

@@ -28,7 +28,7 @@ from evaluation.metrics import (
 from evaluation.report import leaf_scores
 from taxonomy_hierarchical import Taxonomy
 
-MODULE = Path(__file__).resolve().parents[1] / "metrics" / "hierarchical_f1"
+MODULE = Path(__file__).resolve().parents[2] / "metrics" / "hierarchical_f1"
 
 # a at level 1; B > c at level 2; B > D > e, f at level 3; G > h at level 2
 TREE = Taxonomy(["a", {"B": ["c", {"D": ["e", "f"]}]}, {"G": ["h"]}])

@@ -20,7 +20,7 @@ from modeling_hierarchical import HierarchicalForSequenceClassification
 from pipeline_hierarchical import HierarchicalTextClassificationPipeline, conformal_answer, conformal_threshold
 from publishing.export import export_merged
 
-FOLDER = Path(__file__).parent / "checkpoint"
+FOLDER = ROOT / "tests" / "checkpoint"
 EXPECTED = json.loads((FOLDER / "expected.json").read_text())
 FORMS = ("adapter_form", "whole_form")
 
