@@ -1,6 +1,6 @@
-"""Errors that a user can mend: one line, exit code 2. Every room and command imports `InputError` from here.
+"""Report errors that the user can fix, in one line and with exit code 2.
 
-`reading` imports nothing of this repository, so the class itself is there.
+Every room and command imports `InputError` from here. The class is defined in `reading`, which imports no other room.
 """
 
 import errno
@@ -19,16 +19,16 @@ ROOT = Path(__file__).parent
 
 
 def one_line(error: object) -> str:
-    """A message without its line breaks, or the name of an error that has none."""
+    """Return an error's message on one line, or the name of its type if the message is empty."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def is_fault(error: Exception) -> bool:
-    """Whether an error is a bug of this project: a wrong name, type or attribute in a frame of its own, not of a library."""
+    """Return whether an error is a bug of this project: a name, type or attribute error raised by its own code."""
     if not isinstance(error, (AttributeError, NameError, TypeError)):
         return False
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    if frames[-1].f_code.co_name == "__getattr__":  # torch's, for what a module of ours was asked for
+    if frames[-1].f_code.co_name == "__getattr__":  # torch raises it there for a missing attribute of our module
         frames.pop()
     file = Path(frames[-1].f_code.co_filename)
     return file.stem.endswith("_hierarchical") or ROOT in (file.parent, file.parent.parent)
@@ -36,13 +36,16 @@ def is_fault(error: Exception) -> bool:
 
 @contextmanager
 def refusing(what: str) -> Iterator[None]:
-    """Turn whatever a library raises over something that a user gave it into an InputError.
+    """Convert any exception of a library call into an InputError.
 
-    For calls of libraries on foreign files and settings: they name no errors for these, and raise, say, KeyError or
-    ZeroDivisionError. A bug of this project stays what it is, see `is_fault`.
+    Use it around library calls on users' files and settings: the libraries document no errors for these, and raise, say,
+    KeyError or ZeroDivisionError. A bug of this project passes unchanged, see `is_fault`.
 
     Args:
         what: the message up to its colon.
+
+    Raises:
+        InputError: the call failed.
     """
     try:
         yield
@@ -51,28 +54,29 @@ def refusing(what: str) -> Iterator[None]:
     except Exception as error:
         if is_fault(error):
             raise
-        plain = isinstance(error, (OSError, ValueError, ImportError)) and bool(str(error))
-        said = one_line(error) if plain else f"{type(error).__name__}: {one_line(error)}"
-        raise InputError(f"{what}: {said}") from error
+        is_readable = isinstance(error, (OSError, ValueError, ImportError)) and bool(str(error))
+        reason = one_line(error) if is_readable else f"{type(error).__name__}: {one_line(error)}"
+        raise InputError(f"{what}: {reason}") from error
 
 
 def is_full_disk(error: Exception) -> bool:
-    """Whether a write failed for want of room. safetensors, tokenizers and torch have errors of their own for it."""
+    """Return whether a write failed because the disk or quota is full."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # safetensors, tokenizers and torch raise error types of their own
     return any(words in str(error) for words in ("No space left", "os error 28", "PytorchStreamWriter failed"))
 
 
 def asked_traceback() -> str:
-    """The traceback of the error that is being handled, where HIERARCHICAL_TRACEBACK is set, and else nothing."""
+    """Return the traceback of the current exception if HIERARCHICAL_TRACEBACK is set, else an empty string."""
     return traceback.format_exc() if os.environ.get(TRACEBACK) else ""
 
 
-def exit_with_error(command: str, said: str, code: int = 2, trace: str = "") -> NoReturn:
-    """Ends a command with one line on standard error.
+def exit_with_error(command: str, message: str, code: int = 2, trace: str = "") -> NoReturn:
+    """Print one line to standard error and exit.
 
     Args:
-        trace: as from `asked_traceback`, to stand before it.
+        trace: traceback to print before the line, from `asked_traceback`.
     """
-    print(f"{trace}{command}: error: {said}", file=sys.stderr)
+    print(f"{trace}{command}: error: {message}", file=sys.stderr)
     sys.exit(code)
