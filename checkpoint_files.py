@@ -1,4 +1,4 @@
-"""Which files make a checkpoint, and is one whole? Every room and command asks here.
+"""Define which files form a checkpoint, and check that a folder holds a complete one.
 
 A checkpoint has one of two forms: an adapter with heads, over an encoder that is stored elsewhere, or the whole model.
 """
@@ -21,7 +21,7 @@ TOKENIZER_FILES = (
     *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model"),
 )
 ONNX_FILE = "onnx/model.onnx"
-# patterns; the first are what loading a checkpoint reads, the second what is published
+# Glob patterns. MODEL_FILES are read to load a checkpoint; CHECKPOINT_FILES are published.
 MODEL_FILES = (
     *("config.json", *SHIPPED_FILES, *TOKENIZER_FILES),
     *(*ADAPTER_FILES, WEIGHTS, WEIGHTS_INDEX, "model-*-of-*.safetensors"),
@@ -30,42 +30,46 @@ CHECKPOINT_FILES = (*MODEL_FILES, "README.md", "metrics.json", "plots/*.png", ON
 
 
 def list_files(folder: Path, patterns: tuple[str, ...] = CHECKPOINT_FILES) -> list[str]:
-    """List the files of a checkpoint in a folder, relative to it. Whatever else lies there is left out."""
+    """Return the paths of a checkpoint's files, relative to its folder. Other files are left out."""
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return list(filter_repo_objects(files, allow_patterns=list(patterns)))
 
 
 def read_model_type(folder: str | Path) -> Any:
-    """Read the ``model_type`` of the configuration in a folder; None without a configuration.
+    """Return the ``model_type`` in a folder's config.json, or None without a config.json.
 
     Raises:
-        InputError: config.json is no configuration.
+        InputError: config.json is not a JSON object.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
         return None
     with refusing(f"{path} is not a configuration"):
-        known = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(known, dict):
-            raise ValueError("it is no JSON object")
-    return known.get("model_type")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is not a JSON object")
+    return content.get("model_type")
 
 
 def is_checkpoint(name_or_path: str | Path) -> bool:
-    """Tell whether a folder holds a checkpoint of this project."""
+    """Return whether a folder holds a checkpoint of this project."""
     return read_model_type(name_or_path) == HierarchicalConfig.model_type
 
 
 def read_config(folder: str | Path) -> HierarchicalConfig:
-    """Read the configuration of a checkpoint of this project."""
+    """Read the configuration of a checkpoint of this project.
+
+    Raises:
+        InputError: config.json cannot be loaded.
+    """
     with refusing(f"{Path(folder) / 'config.json'} cannot be used"):
         return HierarchicalConfig.from_pretrained(folder)
 
 
 def find_damage(folder: Path, adapter_form: bool) -> str | None:
-    """Say which weights of a checkpoint are missing or damaged; None if they are whole.
+    """Return a message that names the first missing or damaged weights file, or None if all are complete.
 
-    A safetensors file names its size in its header, so a truncated file is recognised without reading it.
+    The header of a safetensors file holds the sizes, so a truncated file is detected without reading the tensors.
     """
     needed, index = [WEIGHTS], folder / WEIGHTS_INDEX
     if adapter_form:
@@ -88,18 +92,18 @@ def find_damage(folder: Path, adapter_form: bool) -> str | None:
 
 
 def read_checkpoint(folder: Path) -> HierarchicalConfig:
-    """Check that a folder holds a whole checkpoint, and read its configuration.
+    """Check that a folder holds a complete checkpoint, and read its configuration.
 
     Raises:
-        InputError: it holds no checkpoint, or a file is missing or damaged.
+        InputError: the folder holds no checkpoint of this project, or a file is missing or damaged.
     """
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is not a checkpoint: it has no config.json")
     if (model_type := read_model_type(folder)) != HierarchicalConfig.model_type:
-        raise InputError(f"{folder} holds a {model_type!r} model, not one of ours")
+        raise InputError(f"{folder} holds a {model_type!r} model, not a checkpoint of this project")
     config = read_config(folder)
-    beside = (*SHIPPED_FILES, "tokenizer_config.json", "README.md")
-    missing = next((f"{name} is missing" for name in beside if not (folder / name).is_file()), None)
+    other_files = (*SHIPPED_FILES, "tokenizer_config.json", "README.md")
+    missing = next((f"{name} is missing" for name in other_files if not (folder / name).is_file()), None)
     if problem := find_damage(folder, config.adapter_subfolder is not None) or missing:
-        raise InputError(f"{folder} is not whole: {problem}; train.py writes whole checkpoints")
+        raise InputError(f"{folder} is not a complete checkpoint: {problem}; train.py writes complete ones")
     return config

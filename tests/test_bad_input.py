@@ -430,7 +430,7 @@ def test_publishing(place):
     cut(WHOLE)(place / "whole_form")
     for folder, message in (
         ("whole_form", "model.safetensors is damaged"),
-        ("encoder", "holds a 'bert' model, not one of ours"),
+        ("encoder", "holds a 'bert' model, not a checkpoint of this project"),
         ("good.csv", "is not a checkpoint: it has no config.json"),
     ):
         assert message in refusal(push_to_hub.main, "--model", folder, "--repo_id", "../../etc/passwd")

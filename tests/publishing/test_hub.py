@@ -290,7 +290,7 @@ def test_what_the_hub_would_refuse_is_one_line_before_anything_is_sent(
         ({"--model": str(local)}, "hf_alice", "which is on this machine only: give --merge"),
         ({"--model": str(torn)}, "hf_alice", "heads.safetensors is damaged"),
         ({"--model": str(lacking)}, "hf_alice", "adapter/adapter_model.safetensors is missing"),
-        ({"--model": tiny_encoder}, "hf_alice", "holds a 'bert' model, not one of ours"),
+        ({"--model": tiny_encoder}, "hf_alice", "holds a 'bert' model, not a checkpoint of this project"),
         ({"--model": str(tmp_path)}, "hf_alice", "is not a checkpoint: it has no config.json"),
         ({"--model": str(whole), "--merge": None}, "hf_alice", "is self-contained already"),
     ]
