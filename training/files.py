@@ -1,4 +1,4 @@
-"""Folders that can be written to, and fingerprints of files."""
+"""Check that folders can be written to, and hash files."""
 
 import hashlib
 import os
@@ -9,25 +9,25 @@ from errors import InputError
 
 
 def check_writable(flag: str, path: Path) -> None:
-    """Refuse a folder that cannot be made or written to, as far as can be told without making it.
+    """Check, without creating it, that a folder can be created and written to.
 
     Raises:
-        InputError: it or a folder above it is a file, or may not be written to, or its name is too long.
+        InputError: the path or a parent is a file or not writable, or the name is too long.
     """
     try:
-        there = next(place for place in (path, *path.absolute().parents) if place.exists())
+        existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     except OSError as error:
         raise InputError(f"{flag} {path}: {error.strerror}") from error
-    if not there.is_dir():
-        raise InputError(f"{flag} {path}: {there} is not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{flag} {path}: {there} may not be written to")
+    if not existing.is_dir():
+        raise InputError(f"{flag} {path}: {existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{flag} {path}: {existing} may not be written to")
 
 
 def sha256(files: Iterable[Path]) -> dict[str, str]:
-    """Return the fingerprints of files, by name."""
-    found = {}
+    """Return the SHA-256 of each file, by file name."""
+    hashes = {}
     for file in files:
         with file.open("rb") as stream:
-            found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
+            hashes[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashes
