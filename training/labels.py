@@ -1,11 +1,11 @@
-"""Labels: read from their columns, named, and found in a taxonomy.
+"""Read labels from their columns and map them to nodes of a taxonomy.
 
 Worth knowing:
 
-1. A label becomes the id of a node of the taxonomy, a leaf or an inner node. Codes become names first.
+1. A label becomes the id of a node of the taxonomy, a leaf or an inner node. Codes are replaced by names first.
 2. Several label columns name a path from the root down. Its lower levels may be empty.
-3. Without a taxonomy, the default one is used if it holds all labels. Otherwise the labels' paths make one.
-4. What does not look like a name may be a text about a patient. Messages give its length alone.
+3. Without ``--taxonomy``, the default taxonomy is used if it holds all labels. Otherwise it is built from the labels' paths.
+4. A string that does not look like a name may be a text about a patient. Error messages report only its length.
 """
 
 import json
@@ -29,16 +29,20 @@ from training.arguments import DataArguments
 
 logger = logging.getLogger(__name__)
 
-LONGEST_LABEL = 500  # characters; anything longer is a column of texts taken for labels
+LONGEST_LABEL = 500  # characters; a longer label means that the column holds texts
 
-Label = str | tuple[str, ...]  # a name or path as written, or the names of several columns from the root down
+Label = str | tuple[str, ...]  # a name or path as written, or one name per label column, from the root down
 
 
-# ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Read labels ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def read_labels(table: Table, columns: list[str]) -> list[Label]:
-    """Return the labels of the rows: of one column as they are written, of several the path that they name."""
+    """Return one label per row: the text of a single column, or the path that several columns name.
+
+    Raises:
+        InputError: a label is missing, too long, not text or a whole number, or its path has a gap.
+    """
     levels = []
     for column in columns:
         labels = [_label_text(value) for value in table.columns[column]]
@@ -56,8 +60,10 @@ def read_labels(table: Table, columns: list[str]) -> list[Label]:
 
 
 def _label_text(value: Any) -> str | None:
-    """Return a label as text, empty if there is none; None for a value that is no label."""
-    if isinstance(value, float) and value.is_integer():  # integers beside missing values, as JSON writers store them
+    """Return a label as text, "" if it is missing, or None if it is neither text nor a whole number."""
+    if (
+        isinstance(value, float) and value.is_integer()
+    ):  # JSON writers store integers as floats if the column has missing values
         value = int(value)
     if value is None or value != value:  # NaN
         return ""
@@ -67,35 +73,41 @@ def _label_text(value: Any) -> str | None:
 
 
 def _label_problem(label: str | None) -> str | None:
+    """Return the error message of an invalid label, or None."""
     if label is None:
         return "the label is neither text nor a whole number"
     return f"the label has more than {LONGEST_LABEL} characters" if len(label) > LONGEST_LABEL else None
 
 
 def refuse_rows(table: Table, column: str, problems: Iterable[str | None]) -> None:
-    """Raise InputError if a row has a problem, naming the first one and the number of all."""
-    found = [(i, problem) for i, problem in enumerate(problems) if problem is not None]
-    if found:
-        row, problem = found[0]
-        others = f"; {len(found):,} rows cannot be used" if len(found) > 1 else ""
+    """Raise InputError if any row has a problem. The message names the first row and counts them all."""
+    bad_rows = [(i, problem) for i, problem in enumerate(problems) if problem is not None]
+    if bad_rows:
+        row, problem = bad_rows[0]
+        others = f"; {len(bad_rows):,} rows cannot be used" if len(bad_rows) > 1 else ""
         raise InputError(f"{table.place(row)}, column {quote_name(column)}: {problem}{others}")
 
 
-# ── nodes ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Map labels to nodes ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def resolve_labels(
     places: dict[Label, str], num_rows: int, columns: list[str], arguments: DataArguments, taxonomy: Taxonomy | None
 ) -> tuple[Taxonomy, str, dict[Label, int]]:
-    """Find the node of each distinct label.
+    """Map each distinct label to a node.
 
     Args:
-        places: where each label stands first, for messages.
-        taxonomy: by default that of the arguments, the default one, or what the labels span.
+        places: the first occurrence of each label, for error messages.
+        num_rows: number of rows of all splits.
+        taxonomy: of a checkpoint. Without it, ``--taxonomy``, the default taxonomy or the labels define it.
 
     Returns:
-        The taxonomy, where it comes from, and the nodes.
+        The taxonomy, a phrase that tells its origin, and the node id of each label.
+
+    Raises:
+        InputError: the taxonomy cannot be read or built, or it lacks a label.
     """
+    # ── Choose the taxonomy ──────────────────────────────────────────────────────────────────────────────────────────
     names = {} if arguments.class_names is None else read_class_names(arguments.class_names)
     origin = "the checkpoint's"
     if taxonomy is None and arguments.taxonomy is not None:
@@ -117,8 +129,8 @@ def resolve_labels(
         origin, len(taxonomy.children(-1)), taxonomy.num_leaves, taxonomy.depth,
     )  # fmt: skip
 
-    nodes = {}
-    lookup = _lookup(taxonomy)
+    # ── Look up the labels ───────────────────────────────────────────────────────────────────────────────────────────
+    nodes, lookup = {}, _lookup(taxonomy)
     for label, name in named.items():
         try:
             nodes[label] = _node(taxonomy, lookup, name)
@@ -130,30 +142,30 @@ def resolve_labels(
 
 
 def _unknown_code(label: Label, place: str, arguments: DataArguments) -> InputError:
-    given = "" if (arguments.class_names or "").lstrip().startswith("{") else f" {arguments.class_names}"
+    file = "" if (arguments.class_names or "").lstrip().startswith("{") else f" {arguments.class_names}"
     return InputError(
-        f"{place}: the label {quote_name(label)} is neither a code of --class_names{given} nor in the taxonomy"
+        f"{place}: the label {quote_name(label)} is neither a code of --class_names{file} nor in the taxonomy"
     )
 
 
-def read_class_names(given: str) -> dict[str, str]:
-    """Read codes and their names, from a ``.csv`` or ``.tsv`` file or from a JSON object.
+def read_class_names(path_or_json: str) -> dict[str, str]:
+    """Read the names of coded labels from a ``.csv`` or ``.tsv`` file or from a JSON object.
 
-    A file's codes are in its column ``code`` or ``label`` and the names in ``name`` or ``condition_name``, or else in
-    the first two columns.
+    In a file, the column ``code`` or ``label`` holds the codes and ``name`` or ``condition_name`` the names. Without
+    these, the first two columns are used.
 
     Raises:
-        InputError: neither of these, an empty code or name, or a code with two names.
+        InputError: the value is neither a file nor JSON, a code or name is empty, or a code has two names.
     """
-    if given.lstrip().startswith("{"):
+    if path_or_json.lstrip().startswith("{"):
         try:
-            pairs = json.loads(given, object_pairs_hook=list)
+            pairs = json.loads(path_or_json, object_pairs_hook=list)
         except json.JSONDecodeError as error:
             raise InputError(f"--class_names is not JSON: {error}") from error
         where = "--class_names"
     else:
-        where = f"--class_names {given}"
-        source = Source(given, kind_of(given))
+        where = f"--class_names {path_or_json}"
+        source = Source(path_or_json, kind_of(path_or_json))
         if source.kind not in ("csv", "tsv"):
             raise InputError(f"{where}: expected a .csv or .tsv file (code, name), or a JSON object")
         table = read_table(source).columns
@@ -176,6 +188,7 @@ def read_class_names(given: str) -> dict[str, str]:
 
 
 def _name(label: Label, names: dict[str, str]) -> Label:
+    """Replace the codes in a label by their names."""
     if isinstance(label, str):
         return names.get(label, label)
     return tuple(names.get(level, level) for level in label)
@@ -189,7 +202,7 @@ def _from_labels(
     columns: list[str],
     arguments: DataArguments,
 ) -> Taxonomy:
-    """Return the taxonomy that the labels of all splits span, in sorted order."""
+    """Build the taxonomy from the labels' paths, in sorted order."""
     where, paths = f"column {quote_name(' '.join(columns))}", set()
     for label, name in named.items():
         levels = (label,) if isinstance(label, str) else label
@@ -202,10 +215,12 @@ def _from_labels(
     if len(paths) == 1:
         only = arguments.label_separator.join(*paths)
         raise InputError(f"{where}: every row has the label {quote_name(only)}; at least two are needed")
-    texts = sum(any(len(name) > SHOWN_CHARACTERS or len(name.split()) > SHOWN_WORDS for name in path) for path in paths)
-    if 2 * texts > len(paths) > num_rows / 2:  # nothing to learn, and all of it would be published with the model
+    num_texts = sum(
+        any(len(name) > SHOWN_CHARACTERS or len(name.split()) > SHOWN_WORDS for name in path) for path in paths
+    )
+    if 2 * num_texts > len(paths) > num_rows / 2:  # nothing to learn, and the model would publish the texts
         raise InputError(
-            f"{where}: {texts} of {len(paths)} labels are texts, not names of classes; give another --label_column, or the "
+            f"{where}: {num_texts} of {len(paths)} labels are texts, not names of classes; give another --label_column, or the "
             "classes by --taxonomy"
         )
     try:
@@ -215,18 +230,24 @@ def _from_labels(
 
 
 def _path(label: Label, separator: str) -> tuple[str, ...]:
-    """Return the names of a label from the root down. A root whose name is not unique is written ``/root``."""
+    """Return the names in a label from the root down. A leading separator marks a root whose name is not unique."""
     if isinstance(label, tuple):
         return label
     return tuple(part.strip() for part in label.removeprefix(separator).split(separator))
 
 
 def _lookup(taxonomy: Taxonomy) -> dict[Label, int]:
+    """Map full paths and unique labels to node ids."""
     paths: dict[Label, int] = {taxonomy.path_names(node): node for node in range(taxonomy.num_nodes)}
     return {**paths, **{label: node for node, label in enumerate(taxonomy.labels)}}
 
 
 def _node(taxonomy: Taxonomy, lookup: dict[Label, int], label: Label) -> int:
+    """Return the node id of a label.
+
+    Raises:
+        TaxonomyError: the taxonomy lacks the label, or several nodes have it.
+    """
     if label in lookup:
         return lookup[label]
     if isinstance(label, tuple):
@@ -241,6 +262,7 @@ def _node(taxonomy: Taxonomy, lookup: dict[Label, int], label: Label) -> int:
 
 
 def _holds(taxonomy: Taxonomy, labels: Iterable[Label]) -> bool:
+    """Return whether a taxonomy has a node for every label."""
     lookup = _lookup(taxonomy)
     try:
         for label in labels:
