@@ -1,11 +1,11 @@
-"""Texts and labels, from files to training, validation and test rows.
+"""Read texts and labels, and split them into training, validation and test rows.
 
 Worth knowing:
 
-1. Two texts are the same when `normalise_text` makes the same of them. A text is in one split alone: training rows whose text
-   is also in a validation or test file are dropped, and so are validation rows whose text is in the test file.
-2. A text that an earlier run of a checkpoint was trained on is never scored: it goes to the training rows, or is left out.
-3. The report counts what limits any classifier: duplicates, texts with several labels, and the accuracy these allow.
+1. Texts are identical if `normalise_text` returns the same string. Each text is in one split only. Training rows are dropped if
+   their text is also in a validation or test file. Validation rows are dropped if their text is in the test file.
+2. Texts that an earlier run of a checkpoint was trained on are never scored. They move to the training rows or are left out.
+3. The report counts what limits any classifier: duplicates, texts with several labels, and the highest possible accuracy.
 4. The column ``row`` counts the rows of a source from 0, without the header.
 """
 
@@ -31,17 +31,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LabelledSplits:
-    """Data ready to be tokenized.
+    """Labelled rows of all splits, ready to be tokenized.
 
     Attributes:
-        splits: ``train``, ``validation`` and ``test``, those there are, each with the columns ``text`` (str), ``label``
-            (int, a node of the taxonomy) and ``row`` (int, its row in the source, from 0).
-        taxonomy: the one that the labels are ids of.
-        report: ready for JSON: ``sources`` with their SHA-256, ``columns``, where the ``taxonomy`` comes from, how the
-            ``split`` was made, the counts of each of the ``splits`` (see `training.data_report.describe`), ``shared_texts`` of each two
-            splits before any row was dropped, ``classes_without_training_rows``, and what was ``trained_before``: whether the
-            ``scores`` are verified, the number of ``texts``, the ``rows`` of each split as given that have such a text, and
-            where those of validation and test were ``moved``.
+        splits: the non-empty ones of ``train``, ``validation`` and ``test``. The columns are ``text`` (str), ``label`` (int, a
+            node id), ``row`` (int, the row in the source, from 0) and ``text_id`` (int, equal for identical texts).
+        taxonomy: the taxonomy of the node ids.
+        report: a JSON-compatible dictionary:
+
+            - ``sources``: their names and SHA-256.
+            - ``columns``: the text column and the label columns.
+            - ``taxonomy``: its origin.
+            - ``split``: how the rows were split.
+            - ``splits``: counts of each split, see `training.data_report.describe`.
+            - ``trained_before``: whether ``scores`` are verified; the number of ``texts`` of earlier runs; the ``rows`` of each
+              source split with such a text; where held-out ones were ``moved``.
+            - ``shared_texts``: texts in two splits, counted before rows were dropped.
+            - ``classes_without_training_rows``: labels of these leaves.
     """
 
     splits: datasets.DatasetDict
@@ -50,37 +56,33 @@ class LabelledSplits:
 
 
 def load_splits(
-    arguments: DataArguments,
-    seed: int,
-    taxonomy: Taxonomy | None = None,
-    trained: TrainedTexts = UNTRAINED,
+    arguments: DataArguments, seed: int, taxonomy: Taxonomy | None = None, trained: TrainedTexts = UNTRAINED
 ) -> LabelledSplits:
     """Read, check and split the data that the arguments name.
 
     Args:
-        arguments: where the data are and what their labels mean.
-        seed: of the splits that are carved.
-        taxonomy: of a finished checkpoint. It takes precedence over ``arguments.taxonomy``.
-        trained: the texts that the checkpoint has been trained on. If not all are known, no rows are carved.
+        seed: seed for carving validation and test rows.
+        taxonomy: taxonomy of a finished checkpoint. It takes precedence over ``arguments.taxonomy``.
+        trained: texts that the checkpoint was trained on. No rows are carved unless all these texts are known.
 
     Raises:
-        InputError: no source or contradictory ones, a file that cannot be read, missing texts or labels, a label that
-            the taxonomy does not hold, too few rows to split.
+        InputError: sources are missing, unreadable or contradictory; a text or label is missing; the taxonomy lacks a label;
+            there are too few rows to split.
     """
-    # ── read ──
+    # ── Read ─────────────────────────────────────────────────────────────────────────────────────────────────────────
     _check_sizes(arguments)
     sources, single = find_split_sources(arguments)
     columns = find_columns(sources.values(), arguments)
-    text_column, *label_columns = next(iter(columns.values()))  # other sources may spell them in another case
+    text_column, *label_columns = next(iter(columns.values()))  # other sources may use another case
     logger.info("columns: text %s, label %s", quote_name(text_column), ", ".join(map(quote_name, label_columns)))
 
     rows, places = read_rows(sources, columns)
 
-    # ── label ──
+    # ── Map labels to nodes ──────────────────────────────────────────────────────────────────────────────────────────
     taxonomy, origin, nodes = resolve_labels(places, len(rows), label_columns, arguments, taxonomy)
     rows["label"] = [nodes[label] for label in rows["label"]]
 
-    # ── split ──
+    # ── Split ────────────────────────────────────────────────────────────────────────────────────────────────────────
     rows["text_id"], texts = pd.factorize(pd.Series(map(normalise_text, rows["text"]), dtype=object))
     rows["trained"] = _is_trained(rows, texts, trained)
     trained_before = _report_trained(rows, trained)
@@ -89,7 +91,7 @@ def load_splits(
     shares = _shares_to_carve(arguments, sources, single) if trained.complete else {}
     rows = _carve(rows, shares, seed)
 
-    # ── report ──
+    # ── Report ───────────────────────────────────────────────────────────────────────────────────────────────────────
     report = {
         "sources": [
             {"split": "all" if single else split, "name": source.name, "sha256": source.sha256}
@@ -101,7 +103,7 @@ def load_splits(
             "method": "by class, identical texts kept together" if shares else "as given",
             "carved": shares,
             "seed": seed,
-            # by which a resumed run knows the rows that it was trained on
+            # a resumed run checks that its training rows are the same
             **({"train_rows_sha256": hash_of_rows(rows.loc[rows["split"] == "train", "row"])} if shares else {}),
         },
         "splits": {
@@ -128,19 +130,20 @@ def _check_sizes(arguments: DataArguments) -> None:
 
 
 def _is_trained(rows: pd.DataFrame, texts: pd.Index, trained: TrainedTexts) -> np.ndarray:
-    """Return a mask (N,) of the rows whose text an earlier run was trained on.
+    """Return a mask (N,) of the rows whose text was trained on.
 
-    For training rows, which may be carved, only the runs before a resumed one count. For other rows its own part counts too.
+    Training rows may be carved, so for them the texts of a resumed run itself do not count. For other rows they do.
     """
     if not trained.all:
         return np.zeros(len(rows), dtype=bool)
     hashes = [text_hash(text) for text in texts]
-    earlier, ever = (np.array([one in known for one in hashes]) for known in (trained.earlier, trained.all))
+    earlier, ever = (np.array([h in known for h in hashes]) for known in (trained.earlier, trained.all))
     ids = rows["text_id"].to_numpy()
     return np.where(rows["split"] == "train", earlier[ids], ever[ids])
 
 
 def _report_trained(rows: pd.DataFrame, trained: TrainedTexts) -> dict[str, Any]:
+    """Return the ``trained_before`` of the report."""
     return {
         "scores": "verified" if trained.complete else "unverified",
         "texts": len(trained.earlier),
@@ -150,7 +153,7 @@ def _report_trained(rows: pd.DataFrame, trained: TrainedTexts) -> dict[str, Any]
 
 
 def _move_trained(rows: pd.DataFrame) -> pd.DataFrame:
-    """Move held-out rows whose text was trained on to the training rows, or drop them if there are none."""
+    """Move held-out rows whose text was trained on to the training rows. Without training rows, drop them."""
     held_out = rows["trained"] & (rows["split"] != "train")
     if not (rows["split"] == "train").any():
         return rows[~held_out].reset_index(drop=True)
@@ -158,7 +161,14 @@ def _move_trained(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _drop_shared(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the rows that stay, and those whose text is also in a later split: train, validation, test."""
+    """Drop rows whose text is also in a later split, in the order train, validation, test.
+
+    Returns:
+        The rows that stay and the dropped rows.
+
+    Raises:
+        InputError: a split loses all its rows.
+    """
     dropped = pd.Series(False, index=rows.index)
     for place, split in enumerate(SPLITS[:-1]):
         own, later = rows["split"] == split, rows["split"].isin(SPLITS[place + 1 :])
@@ -171,10 +181,12 @@ def _drop_shared(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def hash_of_rows(numbers: pd.Series) -> str:
+    """Return the SHA-256 of a set of row numbers."""
     return hashlib.sha256(np.sort(numbers.to_numpy(np.int64)).tobytes()).hexdigest()
 
 
 def _shares_to_carve(arguments: DataArguments, sources: dict[str, SplitSource], single: bool) -> dict[str, float]:
+    """Return the share of the training texts that each missing split gets."""
     shares = {}
     if single and arguments.test_size:
         shares["test"] = arguments.test_size
@@ -184,12 +196,12 @@ def _shares_to_carve(arguments: DataArguments, sources: dict[str, SplitSource], 
 
 
 def _carve(rows: pd.DataFrame, shares: dict[str, float], seed: int) -> pd.DataFrame:
-    """Move shares of the training texts, each with all its rows, to other splits.
+    """Move a share of the training texts to each other split, with all rows of a text.
 
-    Texts that an earlier run was trained on stay. If too few others are left, the splits get their shares of these.
+    Texts that an earlier run was trained on stay. If too few others are left, these are divided in proportion to the shares.
     """
-    # scikit-learn's StratifiedGroupKFold loops over the groups, and knows only equal folds; its train_test_split
-    # refuses a class with a single text, and fewer held-out texts than classes
+    # scikit-learn's StratifiedGroupKFold loops over the groups and makes equal folds only. Its train_test_split
+    # refuses a class with a single text, and fewer held-out texts than classes.
     generator = np.random.default_rng(seed)
     rows = rows.copy()
     trained = rows.loc[rows["split"] == "train"].groupby("text_id")["trained"].any()
@@ -199,14 +211,14 @@ def _carve(rows: pd.DataFrame, shares: dict[str, float], seed: int) -> pd.DataFr
     for split, count in counts.items():
         train = rows["split"] == "train"
         label_of = _most_common_labels(rows[train])
-        may_not = trained[label_of.index].to_numpy()
-        held_out = label_of.index[_sample(label_of.to_numpy(), count, split, generator, may_not)]
+        is_trained = trained[label_of.index].to_numpy()
+        held_out = label_of.index[_sample(label_of.to_numpy(), count, split, generator, is_trained)]
         rows.loc[train & rows["text_id"].isin(held_out), "split"] = split
     return rows
 
 
 def _most_common_labels(rows: pd.DataFrame) -> pd.Series:
-    """Return for each text id the label of most of its rows; of several that are as common, the smallest."""
+    """Return the most common label of each text id, and the smallest of ties."""
     counts = rows.groupby(["text_id", "label"]).size().reset_index(name="rows")
     counts = counts.sort_values(["text_id", "rows", "label"], ascending=[True, False, True])
     return counts.drop_duplicates("text_id").set_index("text_id")["label"]
@@ -215,18 +227,26 @@ def _most_common_labels(rows: pd.DataFrame) -> pd.Series:
 def _sample(
     strata: np.ndarray, count: int, split: str, generator: np.random.Generator, trained: np.ndarray
 ) -> np.ndarray:
-    """Draw a mask (N,) of ``count`` texts. Every stratum gives its share, rounded up or down, but never all it has.
+    """Sample ``count`` texts in proportion to their strata, and leave at least one text of each stratum.
 
-    Texts that were trained on before (N,) stay. If too few others are left for ``count``, all that can be are drawn.
+    Systematic sampling along the texts, sorted by stratum (Cochran, Sampling Techniques, 1977, chapter 8). A stratum of one
+    text gives none. A share of at most one half, rounded up, leaves a text of any larger stratum. For a larger share, one text
+    of each stratum is set aside first.
 
-    This is systematic sampling along the texts in order of their stratum (Cochran, Sampling Techniques, 1977,
-    chapter 8). Strata of one text give none. A share of at most a half, rounded up, leaves a text of any other; of a larger
-    share one text of each stratum is set aside beforehand.
+    Args:
+        strata: (N,) class of each text.
+        trained: (N,) mask of texts that are never sampled. If too few others are left, all eligible ones are.
+
+    Returns:
+        A mask (N,).
+
+    Raises:
+        InputError: too few texts are eligible.
     """
     order = generator.permutation(len(strata))
     rank = generator.permutation(strata.max() + 1)
     order = order[np.argsort(rank[strata[order]], kind="stable")]
-    keeps = (np.bincount(strata, trained) > 0)[strata[order]]  # has a text that stays anyway
+    keeps = (np.bincount(strata, trained) > 0)[strata[order]]  # the stratum has a text that stays
     several = ((np.bincount(strata)[strata[order]] > 1) | keeps) & ~trained[order]
     not_first = ((np.diff(strata[order], prepend=-1) == 0) | keeps) & ~trained[order]
     eligible = several if 2 * count <= several.sum() else not_first
@@ -249,7 +269,7 @@ def _sample(
 
 
 def _to_datasets(rows: pd.DataFrame) -> datasets.DatasetDict:
-    # large_string: a string column of Arrow ends at 2 GB
+    # a plain string column of Arrow holds at most 2 GB
     features = datasets.Features(
         {
             "text": datasets.Value("large_string"),
