@@ -1,9 +1,9 @@
-"""The files and data sets that hold the splits: found, their columns chosen, their rows read.
+"""Find the files and data sets of the splits, choose their columns and read their rows.
 
 Worth knowing:
 
-1. Files are read by `reading`, which guesses nothing from a value. A CSV cell "NA" or "007" is that text.
-2. A row that cannot be read, an empty text or a missing label is an error. Its message names the line where the row begins.
+1. `reading` reads the files and infers no types. The CSV cells "NA" and "007" are these texts.
+2. A malformed row, an empty text or a missing label is an error. The message names the line where the row begins.
 """
 
 import logging
@@ -34,13 +34,13 @@ SPLIT_ALIASES = {"valid": "validation", "val": "validation", "dev": "validation"
 
 @dataclass(frozen=True)
 class SplitSource:
-    """The file or data set that holds a split, or all of them.
+    """A file or data set with the rows of one split or of all splits.
 
     Attributes:
-        name: what messages call it.
-        columns: as `reading.rows.Rows.columns`.
-        read: returns the columns that are wanted.
-        sha256: the fingerprints of its files, by name.
+        name: its name in messages.
+        columns: as in `reading.rows.Rows.columns`.
+        read: reads the columns of the given names.
+        sha256: hash of each of its files, by file name.
     """
 
     name: str
@@ -50,17 +50,20 @@ class SplitSource:
 
 
 def find_split_sources(arguments: DataArguments) -> tuple[dict[str, SplitSource], bool]:
-    """Return the source of each split, and whether it is a single one, here under ``train``, that is to be split.
+    """Find the source of each split.
+
+    Returns:
+        The sources by split, and whether there is a single source (as ``train``) from which all splits are carved.
 
     Raises:
-        InputError: there is none, they contradict each other, or one cannot be read.
+        InputError: sources are missing, contradictory or unreadable.
     """
     files = {f"{split}_file": split for split in SPLITS if getattr(arguments, f"{split}_file") is not None}
-    given = [name for name in ("dataset_name", "data_path") if getattr(arguments, name) is not None]
-    if not given and not files:
+    others = [name for name in ("dataset_name", "data_path") if getattr(arguments, name) is not None]
+    if not others and not files:
         raise InputError("no data: give --dataset_name, --data_path, or --train_file, --validation_file, --test_file")
-    if len(given) > 1 or (given and files):
-        flags = " and ".join(f"--{name}" for name in [*given, *files])
+    if len(others) > 1 or (others and files):
+        flags = " and ".join(f"--{name}" for name in [*others, *files])
         raise InputError(f"{flags} contradict each other: give one source")
     if arguments.dataset_revision is not None and arguments.dataset_name is None:
         raise InputError("--dataset_revision needs --dataset_name")
@@ -108,17 +111,17 @@ def _from_dataset(name: str, dataset: datasets.Dataset) -> SplitSource:
     if not len(dataset):
         raise InputError(f"{name} has no rows")
 
-    def read(wanted: list[str]) -> Table:
-        arrow = dataset.select_columns(wanted).with_format("arrow")[:]
-        columns = {column: arrow.column(column).to_pylist() for column in wanted}
+    def read(names: list[str]) -> Table:
+        arrow = dataset.select_columns(names).with_format("arrow")[:]
+        columns = {name: arrow.column(name).to_pylist() for name in names}
         for column, values in columns.items():
             if isinstance(feature := dataset.features[column], datasets.ClassLabel):
-                names = [*feature.names, None]  # None for -1, how `datasets` writes "no label"
-                columns[column] = [None if value is None else names[value] for value in values]
+                classes = [*feature.names, None]  # `datasets` stores a missing label as -1
+                columns[column] = [None if value is None else classes[value] for value in values]
         return Table(name, columns, [*range(1, len(dataset) + 1)], "row")
 
-    fingerprints = sha256(Path(file["filename"]) for file in dataset.cache_files)
-    return SplitSource(name, dict.fromkeys(dataset.column_names, 1.0), read, fingerprints)
+    hashes = sha256(Path(file["filename"]) for file in dataset.cache_files)
+    return SplitSource(name, dict.fromkeys(dataset.column_names, 1.0), read, hashes)
 
 
 def _from_file(path: str) -> SplitSource:
@@ -129,21 +132,24 @@ def _from_file(path: str) -> SplitSource:
 
 
 def find_columns(sources: Iterable[SplitSource], arguments: DataArguments) -> dict[str, list[str]]:
-    """Return the column of texts and those of labels, by the name of the source.
+    """Choose the text column and the label columns of each source.
+
+    Returns:
+        A list per source name: the text column, then the label columns.
 
     Raises:
-        InputError: one is missing or named twice.
+        InputError: a column is missing or named twice.
     """
-    asked = arguments.label_column
-    if asked is not None and len(set(asked)) < len(asked):
-        raise InputError(f"--label_column names a column twice: {' '.join(asked)}")
+    names = arguments.label_column
+    if names is not None and len(set(names)) < len(names):
+        raise InputError(f"--label_column names a column twice: {' '.join(names)}")
     columns = {source.name: source.columns for source in sources}
     texts = choose_columns(columns, arguments.text_column, TEXT_COLUMNS, "--text_column")
-    flags: list[str | None] = [None] if asked is None else [*asked]
+    flags: list[str | None] = [None] if names is None else [*names]
     labels = [choose_columns(columns, name, LABEL_COLUMNS, "--label_column") for name in flags]
-    chosen = {name: list(some) for name, *some in zip(columns, texts, *labels, strict=True)}
-    for text, *others in chosen.values():
-        if text in others:
+    chosen = {source: list(names) for source, *names in zip(columns, texts, *labels, strict=True)}
+    for text, *label_columns in chosen.values():
+        if text in label_columns:
             raise InputError(f"the column {quote_name(text)} cannot be both --text_column and --label_column")
     return chosen
 
@@ -152,10 +158,13 @@ def read_rows(sources: dict[str, SplitSource], columns: dict[str, list[str]]) ->
     """Read all sources.
 
     Args:
-        columns: as `find_columns` returns them.
+        columns: from `find_columns`.
 
     Returns:
-        The rows: split, row, text, label. And each distinct label with the place where it stands first.
+        The rows, with the columns split, row, text and label; and the place of each distinct label's first occurrence.
+
+    Raises:
+        InputError: a row has no usable text or label.
     """
     tables, places = [], dict[Label, str]()
     for split, source in sources.items():
@@ -168,7 +177,7 @@ def read_rows(sources: dict[str, SplitSource], columns: dict[str, list[str]]) ->
             if label not in places:
                 places[label] = f"{table.place(i)}, column {quote_name(' '.join(label_columns))}"
         rows = pd.DataFrame({"split": split, "row": np.arange(len(texts))})
-        # as objects: the labels may be tuples, and the texts are wanted as they are, once
+        # dtype object: labels may be tuples, and texts are neither converted nor copied
         rows["text"], rows["label"] = pd.Series(texts, dtype=object), pd.Series(labels, dtype=object)
         tables.append(rows)
     return pd.concat(tables, ignore_index=True), places
