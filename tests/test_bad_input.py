@@ -309,7 +309,7 @@ ENCODERS = {
     "tokenizer of another": (more_tokens, "the tokenizer of encoder is another encoder's: it has token 73"),
     "tokenizer slow": (
         slow_tokenizer,
-        "BertweetTokenizer is not of the tokenizers library, so the checkpoint could not be served",
+        "BertweetTokenizer is not a fast tokenizer (of the tokenizers library), which serving the checkpoint requires",
     ),
     "code of its own": (hostile_code(model_type="hostile"), "contains custom code"),
 }

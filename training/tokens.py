@@ -1,4 +1,4 @@
-"""Texts to token ids."""
+"""Tokenize texts."""
 
 from collections.abc import Collection
 from typing import Any
@@ -21,25 +21,25 @@ def tokenize(
     max_length: int,
     with_sentences: Collection[str] = (),
 ) -> tuple[datasets.DatasetDict, dict[str, dict]]:
-    """Turn texts into token ids, truncated at ``max_length`` and not padded.
+    """Tokenize texts, truncated at ``max_length`` and not padded.
 
     Args:
-        splits: as `training.splits.load_splits` returns them.
-        max_length: tokens kept of a text, special tokens included.
-        with_sentences: splits that get a column ``sentences`` as well, see `training.views.sentence_numbers`.
+        splits: from `training.splits.load_splits`.
+        max_length: most tokens of a text, special tokens included.
+        with_sentences: splits that also get a column ``sentences``, see `training.views.sentence_numbers`.
 
     Returns:
-        The splits with ``input_ids``, ``attention_mask`` (and ``token_type_ids`` where the tokenizer has them),
-        ``length`` (of ``input_ids``), ``labels``, ``row`` and ``text_id``; and for each the `length_report` of the token counts
-        before truncation.
+        The splits, with the columns ``input_ids``, ``attention_mask``, ``token_type_ids`` (if the tokenizer returns them),
+        ``length`` (of ``input_ids``), ``labels``, ``row`` and ``text_id``. And the `length_report` of each split, from the token
+        counts before truncation.
 
     Raises:
-        InputError: the tokenizer is a slow one, which gives no offsets of its tokens.
+        InputError: the tokenizer is a slow one, without token offsets.
     """
     if not tokenizer.is_fast:
         raise InputError(
-            f"{type(tokenizer).__name__} is not of the tokenizers library, so the checkpoint could not be served: "
-            "use another encoder"
+            f"{type(tokenizer).__name__} is not a fast tokenizer (of the tokenizers library), which serving the checkpoint "
+            "requires: use another encoder"
         )
 
     def tokens(batch: dict[str, list], with_sentences: bool) -> dict[str, list]:
@@ -52,7 +52,7 @@ def tokenize(
         return {
             **kept,
             "length": [len(ids) for ids in encoded["input_ids"]],
-            "uncut": lengths,
+            "full_length": lengths,
             "labels": batch["label"],
             "row": batch["row"],
             "text_id": batch["text_id"],
@@ -67,29 +67,28 @@ def tokenize(
             desc=f"tokenizing {split}",
             fn_kwargs={"with_sentences": split in with_sentences},
         )
-        reports[split] = length_report(rows.with_format("numpy")["uncut"][:], max_length)
-        tokenized[split] = rows.remove_columns("uncut")
+        reports[split] = length_report(rows.with_format("numpy")["full_length"][:], max_length)
+        tokenized[split] = rows.remove_columns("full_length")
     return tokenized, reports
 
 
 def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[BatchEncoding, list[int]]:
+    """Return the encoded batch, and the token count of each text before truncation."""
     encoded = tokenizer(
         list(texts), truncation=True, max_length=max_length, padding=False, return_attention_mask=True, stride=0
     )
-    special = tokenizer.num_special_tokens_to_add()  # each piece of what was cut off carries its own
-    lengths = [
-        len(piece) + sum(len(rest) - special for rest in piece.overflowing) for piece in encoded.encodings
-    ]  # fmt: skip
+    special = tokenizer.num_special_tokens_to_add()  # every overflowing piece has its own
+    lengths = [len(piece) + sum(len(rest) - special for rest in piece.overflowing) for piece in encoded.encodings]
     return encoded, lengths
 
 
 def tokenize_splits(
     data: LabelledSplits, tokenizer: PreTrainedTokenizerBase, max_length: int, sentences: bool = False
 ) -> datasets.DatasetDict:
-    """Tokenize the splits and log the report of the data. Scored rows are sorted by length: batches need little padding.
+    """Tokenize the splits and log the data report. Validation and test rows are sorted by length to reduce padding.
 
     Args:
-        sentences: add the column that training on halves of texts needs, see `training.views`.
+        sentences: whether training rows get the column ``sentences``, see `training.views`.
     """
     with_sentences = ("train",) if sentences else ()
     splits, data.report["lengths"] = tokenize(data.splits, tokenizer, max_length, with_sentences)
