@@ -1,4 +1,4 @@
-"""Describe the data by counts that limit any classifier, as data_report.json and as lines of the log."""
+"""Count what in the data limits any classifier, for data_report.json and the log."""
 
 import logging
 from collections.abc import Sequence
@@ -16,37 +16,36 @@ LOGGED_CLASSES = 8
 
 
 def parts(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Return the rows of each split, in the usual order."""
-    found = dict(iter(rows.groupby("split")))
-    return {split: found[split] for split in SPLITS if split in found}
+    """Group rows by split, in the order of `SPLITS`."""
+    groups = dict(iter(rows.groupby("split")))
+    return {split: groups[split] for split in SPLITS if split in groups}
 
 
 def shared_texts(rows: pd.DataFrame) -> dict[str, dict[str, int]]:
-    """Count for each two splits the texts in both, and the rows of each that have such a text."""
+    """Count the texts that each pair of splits shares, and the rows with such a text."""
     by_split = parts(rows)
     shared = {}
-    for one, other in combinations(by_split, 2):
-        texts = np.intersect1d(by_split[one]["text_id"], by_split[other]["text_id"])
-        shared[f"{one}, {other}"] = {
-            "texts": len(texts),
-            f"{one}_rows": int(by_split[one]["text_id"].isin(texts).sum()),
-            f"{other}_rows": int(by_split[other]["text_id"].isin(texts).sum()),
-        }
+    for pair in combinations(by_split, 2):
+        texts = np.intersect1d(*(by_split[split]["text_id"] for split in pair))
+        counts = {f"{split}_rows": int(by_split[split]["text_id"].isin(texts).sum()) for split in pair}
+        shared[", ".join(pair)] = {"texts": len(texts), **counts}
     return shared
 
 
 def describe(rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
-    """Describe one split.
+    """Count the rows, duplicates, conflicting labels and classes of one split.
 
-    ``accuracy_ceiling`` is the accuracy, over rows labelled with a leaf, of predicting the most common leaf of each distinct
-    text. Texts are compared as `normalise_text` does. No function of the text can do better. Labels of a text conflict if
-    they do not lie on one path.
+    ``accuracy_ceiling`` is the highest accuracy of any function of the text. It predicts the most common leaf of each distinct
+    text, and is measured on rows labelled with a leaf. Labels of a text conflict if they are not on one path.
+
+    Args:
+        dropped: number of rows that were dropped from this split.
     """
     counts = rows.groupby(["text_id", "label"]).size()
     by_text = counts.groupby(level="text_id").agg(["size", "sum"])
     several = counts[counts.index.get_level_values("text_id").isin(by_text.index[by_text["size"] > 1])]
-    found = several.reset_index().groupby("text_id")["label"].agg(list)
-    conflicting = by_text.loc[found.index[[not _on_one_path(labels, taxonomy) for labels in found]]]
+    labels_of = several.reset_index().groupby("text_id")["label"].agg(list)
+    conflicting = by_text.loc[labels_of.index[[not _on_one_path(labels, taxonomy) for labels in labels_of]]]
     leaves = counts[counts.index.get_level_values("label") < taxonomy.num_leaves]
     ceiling = int(leaves.groupby(level="text_id").max().sum()) / int(leaves.sum()) if len(leaves) else 1.0
     return {
@@ -62,10 +61,12 @@ def describe(rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
 
 
 def _on_one_path(labels: list[int], taxonomy: Taxonomy) -> bool:
+    """Return whether all labels are ancestors of the deepest one, or that label itself."""
     return set(labels) <= set(taxonomy.path(max(labels, key=lambda label: taxonomy.levels[label])))
 
 
 def _class_counts(labels: np.ndarray, taxonomy: Taxonomy) -> dict[str, dict[str, int]]:
+    """Count the rows at or below each node, by level and label."""
     classes: dict[str, dict[str, int]] = {str(level): {} for level in range(1, taxonomy.depth + 1)}
     for node, count in enumerate(taxonomy.count_at_or_below(labels.tolist())):
         classes[str(taxonomy.levels[node])][taxonomy.labels[node]] = int(count)
@@ -73,7 +74,7 @@ def _class_counts(labels: np.ndarray, taxonomy: Taxonomy) -> dict[str, dict[str,
 
 
 def untrained_classes(rows: pd.DataFrame, taxonomy: Taxonomy) -> list[str]:
-    """Return the leaves without a training row; none if there are no training rows at all."""
+    """Return the labels of leaves without a training row, or an empty list if there is no training split."""
     train = rows.loc[rows["split"] == "train", "label"].to_numpy()
     if not len(train):
         return []
@@ -82,9 +83,9 @@ def untrained_classes(rows: pd.DataFrame, taxonomy: Taxonomy) -> list[str]:
 
 
 def length_report(lengths: Sequence[int], max_length: int) -> dict:
-    """Return percentiles of token counts, special tokens included, and how many texts are truncated at ``max_length``.
+    """Return percentiles of token counts, and how many texts are truncated at ``max_length``.
 
-    A percentile q is the smallest count that at least q % of the texts do not exceed.
+    The percentile q is the smallest count that at least q % of the texts do not exceed. Counts include special tokens.
 
     Raises:
         ValueError: no lengths.
@@ -92,18 +93,18 @@ def length_report(lengths: Sequence[int], max_length: int) -> dict:
     counts = np.asarray(lengths)
     if not counts.size:
         raise ValueError("no lengths to report on")
-    cut = int((counts > max_length).sum())
+    truncated = int((counts > max_length).sum())
     return {
         **{f"p{q}": int(np.percentile(counts, q, method="inverted_cdf")) for q in (50, 90, 95, 99)},
         "max": int(counts.max()),
         "max_length": max_length,
-        "cut": cut,
-        "cut_share": cut / counts.size,
+        "cut": truncated,
+        "cut_share": truncated / counts.size,
     }
 
 
 def log_what_was_done(report: dict) -> None:
-    """Log the sources, what was carved from them, and warnings."""
+    """Log the sources, the carved splits, and warnings about shared texts and untrained classes."""
     for source in report["sources"]:
         logger.info("%s rows from %s", source["split"], source["name"])
     if report["split"]["carved"]:
@@ -115,59 +116,54 @@ def log_what_was_done(report: dict) -> None:
         if counts["texts"]
     ]
     if shared:
-        dropped = [
-            f"{found['dropped_rows']:,} {split} rows"
-            for split, found in report["splits"].items()
-            if found["dropped_rows"]
-        ]
+        splits = report["splits"].items()
+        dropped = [f"{counts['dropped_rows']:,} {split} rows" for split, counts in splits if counts["dropped_rows"]]
         logger.warning("texts in two splits: %s; dropped: %s", ", ".join(shared), ", ".join(dropped))
     before = report["trained_before"]
     if before["texts"]:
         logger.info(
-            "earlier runs of the checkpoint were trained on %s texts, which are not carved; of the training rows %s have one",
+            "earlier runs of the checkpoint were trained on %s texts; %s training rows with such a text are not carved",
             f"{before['texts']:,}", f"{before['rows'].get('train', 0):,}",
         )  # fmt: skip
     held_out = [f"{count:,} {split} rows" for split, count in before["rows"].items() if count and split != "train"]
     if held_out:
-        done = "moved to the training rows" if before["moved"] == "to train" else "left out"
-        logger.warning("of texts that the checkpoint was trained on: %s, %s", " and ".join(held_out), done)
+        action = "moved to the training rows" if before["moved"] == "to train" else "left out"
+        logger.warning("%s, since the checkpoint was trained on the texts: %s", action, " and ".join(held_out))
     if before["scores"] == "unverified":
         logger.warning(
-            "it is not known which texts the checkpoint was trained on: no rows are carved, and scores of the rows given are "
-            "unverified, since they may be of texts that it was trained on"
+            "the training texts of the checkpoint are unknown: no rows are carved, and scores are unverified, since the "
+            "checkpoint may have been trained on the validation or test texts"
         )
     untrained = report["classes_without_training_rows"]
     if untrained:
-        logger.warning("%d classes without training rows: %s", len(untrained), _some(untrained))
+        names = ", ".join(map(_quote_unless_name, untrained[:LOGGED_CLASSES]))
+        more = f" and {len(untrained) - LOGGED_CLASSES} more" if len(untrained) > LOGGED_CLASSES else ""
+        logger.warning("%d classes without training rows: %s%s", len(untrained), names, more)
 
 
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - LOGGED_CLASSES} more" if len(names) > LOGGED_CLASSES else ""
-    return ", ".join(map(_shown, names[:LOGGED_CLASSES])) + more
-
-
-def _shown(name: str) -> str:
+def _quote_unless_name(name: str) -> str:
+    """Return a name as it is; `quote_name` shows only the length of what may be a text about a patient."""
     return name if looks_like_name(name) else quote_name(name)
 
 
 def log_report(report: dict) -> None:
-    """Log the report of `load_splits` as a table, with the token counts of `tokenize` if ``lengths`` holds them."""
+    """Log the report of `load_splits` as a table, followed by the token counts in ``lengths`` if present."""
     splits = report["splits"]
     logger.info(
         "%-12s%9s%9s%11s%12s%11s%10s",
         "split", "rows", "dropped", "duplicates", "conflicting", "(in rows)", "ceiling",
     )  # fmt: skip
-    for split, found in splits.items():
+    for split, counts in splits.items():
         logger.info(
             "%-12s%9s%9s%11s%12s%11s%9.1f%%",
             split,
-            *(f"{found[key]:,}" for key in ("rows", "dropped_rows", "normalised_duplicates", "conflicting_texts",
-                                            "conflicting_rows")),
-            100 * found["accuracy_ceiling"],
+            *(f"{counts[key]:,}" for key in ("rows", "dropped_rows", "normalised_duplicates", "conflicting_texts",
+                                             "conflicting_rows")),
+            100 * counts["accuracy_ceiling"],
         )  # fmt: skip
     for split, lengths in report.get("lengths", {}).items():
         logger.info(
-            "%-12stokens: median %s, 90%% within %s, longest %s; %s texts (%.1f%%) are cut at %s",
+            "%-12stokens: median %s, 90%% within %s, longest %s; %s texts (%.1f%%) are truncated at %s",
             split, lengths["p50"], lengths["p90"], lengths["max"], f"{lengths['cut']:,}",
             100 * lengths["cut_share"], lengths["max_length"],
         )  # fmt: skip
@@ -177,7 +173,9 @@ def log_report(report: dict) -> None:
         logger.info("level %s: %d classes, rows in %s", level, len(classes), " / ".join(splits))
         for name in common[:LOGGED_CLASSES]:
             logger.info(
-                "  %-52s%s", _shown(name), " / ".join(f"{s['classes'][level][name]:,}" for s in splits.values())
+                "  %-52s%s",
+                _quote_unless_name(name),
+                " / ".join(f"{s['classes'][level][name]:,}" for s in splits.values()),
             )
         if len(common) > LOGGED_CLASSES:
             logger.info("  and %d smaller ones", len(common) - LOGGED_CLASSES)

@@ -130,7 +130,10 @@ def test_rows_of_given_files_that_were_trained_on_become_training_rows(words, fi
         rows = [{"text": text, "label": "ab"[i % 2]} for i, text in enumerate(texts)]
         flags += [f"--{split}_file", write_csv(tmp_path / f"{split}.csv", rows)]
     run(*words, *flags)
-    assert "1 validation rows and 3 test rows, moved to the training rows" in capsys.readouterr().err
+    assert (
+        "moved to the training rows, since the checkpoint was trained on the texts: 1 validation rows and 3 test rows"
+        in capsys.readouterr().err
+    )
     card = (tmp_path / "results" / "README.md").read_text()
     assert "trained on: 1 validation rows and 3 test rows, which became training rows" in card
     found = report(tmp_path / "results")
@@ -191,7 +194,7 @@ def test_where_nothing_is_known_nothing_is_carved_and_scores_are_unverified(plac
     line = [*words, "--model_name_or_path", unknown]
     run(*line, "--data_path", place / "800.csv", "--output_dir", tmp_path / "next")
     said = capsys.readouterr().err
-    assert "it is not known which texts the checkpoint was trained on: no rows are carved" in said
+    assert "the training texts of the checkpoint are unknown: no rows are carved" in said
     assert report(tmp_path / "next")["splits"].keys() == {"train"}
     assert report(tmp_path / "next")["trained_before"]["scores"] == "unverified"
     assert scored(tmp_path / "next") == {}
@@ -218,7 +221,7 @@ def test_scoring_leaves_out_what_was_trained_on(first, tmp_path, capsys):
     line = ["--do_train", "false", "--output_dir", tmp_path / "scores"]
     line += ["--test_file", write_csv(tmp_path / "a.csv", rows)]
     run(*line, "--model_name_or_path", first)
-    assert "of texts that the checkpoint was trained on: 8 test rows, left out" in capsys.readouterr().err
+    assert "left out, since the checkpoint was trained on the texts: 8 test rows" in capsys.readouterr().err
     assert scored(tmp_path / "scores", rows)["test"] == set(held_out[:30])
     assert report(tmp_path / "scores")["trained_before"]["rows"] == {"test": 8}
     write_csv(tmp_path / "a.csv", rows[:7])

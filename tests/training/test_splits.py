@@ -230,7 +230,7 @@ def test_log_report_shows_the_numbers_and_no_text(tmp_path, caplog):
     lines = [record.getMessage().split() for record in caplog.records]
     # rows, dropped, duplicates, conflicting texts, their rows; 21 of 22 rows that have a leaf can be right
     assert ["train", "23", "0", "1", "1", "2", "95.5%"] in lines
-    assert "1 texts (33.3%) are cut at 8" in caplog.text
+    assert "1 texts (33.3%) are truncated at 8" in caplog.text
     assert ["c", "20"] in lines
     assert "and 13 smaller ones" in caplog.text  # 21 classes at level 2, 8 of them shown
     assert SECRET not in caplog.text
