@@ -1,11 +1,11 @@
-"""Remember which texts a checkpoint was trained on, so that no score is of one of them.
+"""Record which texts a checkpoint was trained on, so that none of them is scored.
 
 Worth knowing:
 
-1. A run's folder keeps hashes of its training texts and those of all runs that it continues. They are written before the
-   first step, so a killed run has them too.
-2. They are never published: they tell who was in the training data.
-3. A resumed run splits its rows by the texts of earlier runs only, since its own training texts are all known.
+1. A run's folder holds hashes of the training texts of this run and of all runs that it continues. The file is written
+   before the first step, so a killed run has one too.
+2. The hashes are never published: they reveal who is in the training data.
+3. A resumed run carves its splits by the texts of earlier runs only, and so repeats its first split.
 """
 
 import hashlib
@@ -24,12 +24,12 @@ TRAINED_TEXTS = "trained_texts.json"
 
 @dataclass(frozen=True)
 class TrainedTexts:
-    """Hashes of the texts that a checkpoint has been trained on.
+    """Hashes of the texts that a checkpoint was trained on.
 
     Attributes:
-        earlier: those of the runs that this run continues.
-        this_run: those of this run.
-        complete: whether these are all. They are not if a run continues a checkpoint without such a file.
+        earlier: hashes of the runs that this run continues.
+        this_run: hashes of this run.
+        complete: whether all training texts are known. False if a run continued a checkpoint without this file.
     """
 
     earlier: frozenset[str] = frozenset()
@@ -45,7 +45,7 @@ UNTRAINED, UNKNOWN = TrainedTexts(), TrainedTexts(complete=False)
 
 
 def normalise_text(text: str) -> str:
-    """Normalise a text: NFKC, without format characters, case-folded, white space collapsed."""
+    """Return a text in NFKC, without format characters, case-folded, with white space collapsed."""
     if not text.isascii():
         for character in set(text):
             if unicodedata.category(character) == "Cf":  # byte order marks, zero-width characters, soft hyphens
@@ -55,39 +55,39 @@ def normalise_text(text: str) -> str:
 
 
 def text_hash(normalised: str) -> str:
-    """Hash a normalised text to 128 bits, in hexadecimal."""
+    """Return the 128-bit BLAKE2b hash of a normalised text, in hexadecimal."""
     return hashlib.blake2b(normalised.encode(), digest_size=16).hexdigest()
 
 
 def read_trained_texts(checkpoint: str | Path) -> TrainedTexts:
-    """Read the file of a checkpoint's folder, or for a ``checkpoint-N`` of its run's folder.
+    """Read the hashes of a checkpoint's training texts. For a ``checkpoint-N``, the run's folder is searched too.
 
     Returns:
-        `UNKNOWN` if there is no such file.
+        The hashes, or `UNKNOWN` without such a file.
 
     Raises:
         InputError: the file cannot be read.
     """
-    folder = Path(os.path.abspath(checkpoint))  # a checkpoint by a link is of the run that it stands in
+    folder = Path(os.path.abspath(checkpoint))  # a symbolic link belongs to the run that contains the link
     folders = [folder, folder.parent] if re.fullmatch(r"checkpoint-\d+", folder.name) else [folder]
-    file = next((place / TRAINED_TEXTS for place in folders if (place / TRAINED_TEXTS).is_file()), None)
+    file = next((path for parent in folders if (path := parent / TRAINED_TEXTS).is_file()), None)
     if file is None:
         return UNKNOWN
     with refusing(f"{file}, which tells what {checkpoint} was trained on, cannot be read"):
-        known = json.loads(file.read_text(encoding="utf-8"))
-        return TrainedTexts(frozenset(known["earlier"]), frozenset(known["this_run"]), bool(known["complete"]))
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return TrainedTexts(frozenset(content["earlier"]), frozenset(content["this_run"]), bool(content["complete"]))
 
 
 def write_trained_texts(folder: Path, before: TrainedTexts, texts: Iterable[str]) -> None:
-    """Write the file of a run that is about to train.
+    """Write the hashes of a run that is about to train.
 
     Args:
-        folder: of the run.
-        before: known when it started. For a resumed run, ``this_run`` holds its own texts.
-        texts: its training texts.
+        folder: output folder of the run.
+        before: the hashes of its initial weights. For a resumed run, ``this_run`` holds the run's own.
+        texts: the training texts of the run.
     """
     this_run = before.this_run | {text_hash(normalise_text(text)) for text in texts}
     content = {"complete": before.complete, "earlier": sorted(before.earlier), "this_run": sorted(this_run)}
     new = folder / f"{TRAINED_TEXTS}.new"
     new.write_text(json.dumps(content, indent=0) + "\n", encoding="utf-8")
-    new.replace(folder / TRAINED_TEXTS)  # at once: another run never reads half of it
+    new.replace(folder / TRAINED_TEXTS)  # atomic: other runs never read a partial file
