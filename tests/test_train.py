@@ -165,7 +165,7 @@ def test_a_warm_start_with_a_grown_taxonomy_keeps_the_known_heads(finished, tmp_
     card = (tmp_path / "results" / "README.md").read_text()
     assert "| lora_r | 16 |" in card
     assert "Training continued from an earlier checkpoint" in card
-    assert "heads kept: 6; started fresh: ['infections']" in done.stderr
+    assert "heads kept: 6; initialised: ['infections']" in done.stderr
     own = json.loads((output / "adapter" / "adapter_config.json").read_text())
     assert f"its own r = {own['r']}, alpha = {own['lora_alpha']}, dropout = {own['lora_dropout']}, in " in done.stderr
     new = AutoModel.from_pretrained(tmp_path / "results", trust_remote_code=True, merge_adapter=False)

@@ -2,10 +2,10 @@
 
 Worth knowing:
 
-1. A Hub encoder is pinned to a commit, which the checkpoint records.
-2. Dropout inside a frozen encoder is the largest cost of a step on a CPU. With LoRA it is off.
-3. If ``--model_name_or_path`` is a checkpoint of this project, its adapter and the heads of known nodes continue. A checkpoint on
-   the Hub is downloaded at its commit, and is a folder from then on.
+1. An encoder on the Hub is pinned to a commit, which the checkpoint records.
+2. Dropout inside a frozen encoder is the largest cost of a CPU step. LoRA training turns it off.
+3. If ``--model_name_or_path`` is a checkpoint of this project, training continues with its adapter and the heads of known nodes.
+   A checkpoint on the Hub is downloaded at one commit first, and treated as a folder from then on.
 """
 
 import logging
@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from checkpoint_files import MODEL_FILES, is_checkpoint, read_config
+from checkpoint_files import MODEL_FILES, WEIGHTS, WEIGHTS_INDEX, is_checkpoint, read_config
 from checkpoint_hierarchical import check_tokenizer, load_encoder, position_limit
 from configuration_hierarchical import HierarchicalConfig
 from errors import InputError, one_line, refusing
@@ -42,9 +42,9 @@ HEAD_DROPOUT = 0.1  # of the pooled vector, in training
 
 
 def fetch_checkpoint(arguments: ModelArguments) -> None:
-    """Download a checkpoint of this project from the Hub, and let ``--model_name_or_path`` name its folder.
+    """Download a checkpoint of this project from the Hub, and point ``--model_name_or_path`` to its folder.
 
-    All files are of one commit, that of ``--model_revision``. The name of an encoder stays as it is.
+    All files come from one commit, that of ``--model_revision``. The name of a plain encoder is unchanged.
 
     Raises:
         InputError: the checkpoint cannot be downloaded.
@@ -54,7 +54,7 @@ def fetch_checkpoint(arguments: ModelArguments) -> None:
         return
     try:
         config = Path(hf_hub_download(name, "config.json", revision=revision, cache_dir=cache))
-    except (*HUB_ERRORS, ValueError):  # loading the encoder will say why
+    except (*HUB_ERRORS, ValueError):  # `build_model` reports the reason
         return
     if not is_checkpoint(str(config.parent)):
         return
@@ -66,9 +66,12 @@ def fetch_checkpoint(arguments: ModelArguments) -> None:
 
 
 def quantization_config(quantization: str | None) -> BitsAndBytesConfig | None:
-    """NF4 with double quantization and bfloat16 products (QLoRA: Dettmers et al., 2023), 8-bit, or None."""
+    """Return the settings of 4-bit or 8-bit storage, or None.
+
+    4-bit is NF4 with double quantization and bfloat16 products (QLoRA: Dettmers et al., 2023).
+    """
     if quantization == "4bit":
-        # FSDP shards parameters of one floating type alone: packed weights are then called what the others are
+        # FSDP needs all parameters in one floating-point type, so packed weights are stored as the others are
         storage = torch.float32 if parse_flag_from_env("ACCELERATE_USE_FSDP") else torch.uint8
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -84,7 +87,7 @@ def build_model(arguments: ModelArguments, taxonomy: Taxonomy, seed: int) -> Hie
     """Build a model that is ready to train. With LoRA the encoder is frozen, and only adapter and heads are trained.
 
     Args:
-        seed: of fresh heads and adapters.
+        seed: seed for initialising heads and adapter.
 
     Raises:
         InputError: the encoder cannot be loaded, or a flag does not fit it.
@@ -92,13 +95,15 @@ def build_model(arguments: ModelArguments, taxonomy: Taxonomy, seed: int) -> Hie
     torch.manual_seed(seed)
     if is_checkpoint(arguments.model_name_or_path):
         return continue_checkpoint(arguments, taxonomy)
+
+    # ── Configuration ────────────────────────────────────────────────────────────────────────────────────────────────
     revision = pinned_revision(arguments)
     with refusing(f"cannot load the encoder {arguments.model_name_or_path}"):
         text_config = AutoConfig.from_pretrained(
             arguments.model_name_or_path,
             revision=revision or "main",
             cache_dir=arguments.cache_dir,
-            trust_remote_code=False,  # else transformers asks at a terminal
+            trust_remote_code=False,  # the default prompts at a terminal
         )
         if arguments.tuning == "lora":
             turn_off_dropout(text_config)
@@ -110,6 +115,8 @@ def build_model(arguments: ModelArguments, taxonomy: Taxonomy, seed: int) -> Hie
             pooling=arguments.pooling,
             head_dropout=HEAD_DROPOUT,
         )
+
+    # ── Encoder, adapter and heads ───────────────────────────────────────────────────────────────────────────────────
     encoder = load(config, arguments)
     model = HierarchicalForSequenceClassification(config, encoder=encoder)
     if arguments.tuning == "lora":
@@ -132,14 +139,21 @@ def build_model(arguments: ModelArguments, taxonomy: Taxonomy, seed: int) -> Hie
 
 
 def to_float32(model: nn.Module) -> None:
-    """Hold trained parameters in float32. PEFT injects them in the type of 4-bit products, where small steps round to none."""
+    """Convert trained parameters to float32.
+
+    PEFT injects adapters over 4-bit layers in bfloat16, in which small optimizer steps round to zero.
+    """
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 
 def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> HierarchicalForSequenceClassification:
-    """Load the model of a checkpoint for further training, with heads for ``taxonomy``."""
+    """Load the model of a checkpoint for further training, with heads for ``taxonomy``.
+
+    Raises:
+        InputError: the checkpoint cannot be loaded, or was trained with another tuning or pooling.
+    """
     path = arguments.model_name_or_path
     config = read_config(path)
     tuning = "full" if config.adapter_subfolder is None else "lora"
@@ -149,7 +163,7 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
         raise InputError(f"{path} was trained with --pooling {config.pooling}; continue it the same way")
     if tuning == "lora":
         turn_off_dropout(config.text_config)
-    # fitted to the earlier weights
+    # these were fitted to the earlier weights
     config.temperatures = config.conformal_thresholds = config.conformal_max_length = None
     with refusing(f"cannot load the checkpoint {path}"):
         model = HierarchicalForSequenceClassification.from_pretrained(
@@ -158,8 +172,9 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
     model.set_lexical_head(None)
     if tuning == "lora":
         adapter = model.encoder.peft_config["default"]
-        own = f"r = {adapter.r}, alpha = {adapter.lora_alpha}, dropout = {adapter.lora_dropout}"
-        logger.info("the adapter continues with its own %s, in %s", own, ", ".join(sorted(adapter.target_modules)))
+        settings = f"r = {adapter.r}, alpha = {adapter.lora_alpha}, dropout = {adapter.lora_dropout}"
+        targets = ", ".join(sorted(adapter.target_modules))
+        logger.info("the adapter keeps the checkpoint's settings: %s, target modules %s", settings, targets)
         prepare_model_for_kbit_training(model.encoder, use_gradient_checkpointing=False)
         adapter.inference_mode = False
         for module in model.encoder.modules():
@@ -172,7 +187,10 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
 
 
 def change_taxonomy(model: HierarchicalForSequenceClassification, taxonomy: Taxonomy) -> None:
-    """Give a model heads for another taxonomy. A node known by its path keeps its head; the others are initialised."""
+    """Replace a model's heads by heads for another taxonomy.
+
+    A node whose path exists in the old taxonomy keeps its head. The other heads are initialised.
+    """
     old, old_heads, config = model.config.tree, model.heads, model.config
     config.taxonomy, config.label_separator = taxonomy.to_nested(), taxonomy.separator
     leaves = taxonomy.labels[: taxonomy.num_leaves]
@@ -180,20 +198,24 @@ def change_taxonomy(model: HierarchicalForSequenceClassification, taxonomy: Taxo
     config.label2id = {label: i for i, label in enumerate(leaves)}
     model.heads = HierarchicalHeads(config).to(old_heads.weight.device)
     model.num_labels = len(leaves)
-    model._init_weights(model.heads)  # these alone: initialize_weights() would draw a new adapter as well
+    model._init_weights(model.heads)  # initialize_weights() would draw a new adapter as well
     old_id = {old.path_names(i): i for i in range(old.num_nodes)}
     kept = {i: old_id[path] for i in range(taxonomy.num_nodes) if (path := taxonomy.path_names(i)) in old_id}
     with torch.no_grad():
-        for new, known in kept.items():
-            model.heads.weight[new] = old_heads.weight[known]
-            model.heads.bias[new] = old_heads.bias[known]
+        new_ids, old_ids = [*kept], [*kept.values()]
+        model.heads.weight[new_ids] = old_heads.weight[old_ids]
+        model.heads.bias[new_ids] = old_heads.bias[old_ids]
     fresh = [taxonomy.labels[i] for i in range(taxonomy.num_nodes) if i not in kept]
-    gone = [old.labels[i] for i in range(old.num_nodes) if i not in kept.values()]
-    logger.info("heads kept: %d; started fresh: %s; dropped: %s", len(kept), fresh or "none", gone or "none")
+    dropped = [old.labels[i] for i in range(old.num_nodes) if i not in kept.values()]
+    logger.info("heads kept: %d; initialised: %s; dropped: %s", len(kept), fresh or "none", dropped or "none")
 
 
 def pinned_revision(arguments: ModelArguments) -> str | None:
-    """Resolve the encoder's revision to a commit; None for a folder."""
+    """Return the commit of the encoder's revision, or None for a folder.
+
+    Raises:
+        InputError: the repository or revision is not on the Hub, or a folder is given with a revision.
+    """
     name, revision = arguments.model_name_or_path, arguments.model_revision
     if Path(name).is_dir():
         if revision is not None:
@@ -208,49 +230,46 @@ def pinned_revision(arguments: ModelArguments) -> str | None:
 
 
 def encoder_path(name_or_path: str) -> str:
-    """Make a folder's path absolute, since the checkpoint may be loaded from anywhere. A Hub id stays as it is."""
+    """Return the absolute path of a folder, so that the checkpoint loads from any directory. A Hub id is unchanged."""
     path = Path(name_or_path)
     return str(path.resolve()) if path.is_dir() else name_or_path
 
 
 def load_arguments(arguments: ModelArguments) -> dict:
-    """The arguments of `from_pretrained` for training."""
-    given = {
-        "quantization_config": quantization_config(arguments.quantization),
-        "cache_dir": arguments.cache_dir,
-    }
+    """Return the keyword arguments of `from_pretrained` for training."""
+    kwargs = {"quantization_config": quantization_config(arguments.quantization), "cache_dir": arguments.cache_dir}
     if arguments.quantization != "none" and torch.cuda.is_available():
-        given["device_map"] = {"": torch.cuda.current_device()}  # quantized weights are made on their device
+        kwargs["device_map"] = {"": torch.cuda.current_device()}  # quantization happens on this device
     if arguments.quantization == "none":
-        given["dtype"] = torch.float32  # master weights; autocast does the rest
-    return {name: value for name, value in given.items() if value is not None}
+        kwargs["dtype"] = torch.float32  # master weights; autocast converts them
+    return {name: value for name, value in kwargs.items() if value is not None}
 
 
 def load(config: HierarchicalConfig, arguments: ModelArguments) -> PreTrainedModel:
     """Load the encoder's weights, quantized or in float32."""
     with refusing(f"cannot load the encoder {config.encoder_name_or_path}"):
         encoder = load_encoder(config, **load_arguments(arguments))
-    at = f" at {config.encoder_revision}" if config.encoder_revision else ""
-    how = "safetensors" if has_safetensors(config, arguments.cache_dir) else "a .bin file, unpickled as tensors only"
-    logger.info("encoder: %s%s, from %s", config.encoder_name_or_path, at, how)
+    revision = f" at {config.encoder_revision}" if config.encoder_revision else ""
+    file = "safetensors" if has_safetensors(config, arguments.cache_dir) else "a .bin file, unpickled as tensors only"
+    logger.info("encoder: %s%s, from %s", config.encoder_name_or_path, revision, file)
     return encoder
 
 
 def has_safetensors(config: HierarchicalConfig, cache_dir: str | None) -> bool:
-    """Whether the encoder has safetensors, which transformers prefers to .bin files."""
-    names = ("model.safetensors", "model.safetensors.index.json")
+    """Return whether the encoder has safetensors, which transformers prefers to .bin files."""
     folder = Path(config.encoder_name_or_path)
     if folder.is_dir():
-        return any((folder / name).is_file() for name in names)
-    return any(
-        isinstance(try_to_load_from_cache(str(folder), name, cache_dir, config.encoder_revision), str) for name in names
+        return any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX))
+    cached = (
+        try_to_load_from_cache(str(folder), n, cache_dir, config.encoder_revision) for n in (WEIGHTS, WEIGHTS_INDEX)
     )
+    return any(isinstance(path, str) for path in cached)
 
 
 def linear_names(encoder: PreTrainedModel) -> list[str]:
-    """List the last parts of the names of an encoder's linear layers, as PEFT takes them.
+    """Return the last name parts of an encoder's linear layers, sorted, for ``target_modules`` of PEFT.
 
-    PEFT's own "all-linear" also names the layer of a pooler, if there is one.
+    PEFT's own "all-linear" also includes the layer of a pooler.
     """
     return sorted(
         {name.rsplit(".", 1)[-1] for name, module in encoder.named_modules() if isinstance(module, nn.Linear)}
@@ -265,7 +284,11 @@ def turn_off_dropout(text_config: PretrainedConfig) -> None:
 
 
 def load_tokenizer(arguments: ModelArguments, model: HierarchicalForSequenceClassification) -> PreTrainedTokenizerBase:
-    """Load the encoder's tokenizer, and set its limit to the encoder's, whatever its own files say."""
+    """Load the encoder's tokenizer, and limit ``model_max_length`` to the encoder's positions.
+
+    Raises:
+        InputError: the tokenizer cannot be loaded or is another encoder's, or the encoder has no position limit.
+    """
     continued = is_checkpoint(arguments.model_name_or_path)
     with refusing(f"cannot load the tokenizer of {arguments.model_name_or_path}"):
         if continued:
@@ -278,26 +301,26 @@ def load_tokenizer(arguments: ModelArguments, model: HierarchicalForSequenceClas
                 trust_remote_code=False,
             )
         check_tokenizer(tokenizer, model)
-    tokenizer.padding_side = "right"  # positions count from the first token, which is also what "cls" pools
-    tokenizer.truncation_side = "right"  # where predictions say that a text was truncated
+    tokenizer.padding_side = "right"  # "cls" pooling reads the first token, and positions start there
+    tokenizer.truncation_side = "right"  # predictions report truncation at the end of a text
     limit = position_limit(model.encoder)
     if limit is None:
         raise InputError(f"{type(model.encoder).__name__} names no max_position_embeddings; use another encoder")
-    # a checkpoint's own is the --max_length it was trained with, which this run may raise
+    # a checkpoint's tokenizer stores its --max_length, which this run may exceed
     tokenizer.model_max_length = limit if continued else min(tokenizer.model_max_length, limit)
     return tokenizer
 
 
 def limit_length(max_length: int, tokenizer: PreTrainedTokenizerBase) -> int:
-    """``--max_length``, or the tokenizer's limit if that is less."""
+    """Return the smaller of ``--max_length`` and the tokenizer's limit."""
     limit = tokenizer.model_max_length
     if max_length > limit:
-        logger.info("--max_length %d is beyond the model's limit: texts are truncated at %d tokens", max_length, limit)
+        logger.info("--max_length %d exceeds the model's limit: texts are truncated at %d tokens", max_length, limit)
     return min(max_length, limit)
 
 
 def size_report(model: HierarchicalForSequenceClassification) -> dict[str, int | float]:
-    """Count trained and all parameters, and the bytes of the encoder's weights, as stored and in float32."""
+    """Count all and trainable parameters, and the bytes of the encoder's weights, as stored and in float32."""
     packed = packed_parameters(model.encoder)
     own = [p for name, p in model.encoder.named_parameters() if "lora_" not in name]
     count = {id(p): packed.get(id(p), p.numel()) for p in model.parameters()}
@@ -315,28 +338,28 @@ def log_setup(arguments: ModelArguments, training: HierarchicalTrainingArguments
     """Log device, precision and sizes.
 
     Args:
-        size: of `size_report`.
+        size: from `size_report`.
     """
     logger.info(
         "device %s, precision %s, encoder %s, tuning %s", training.device, training.precision,
         arguments.quantization if arguments.quantization != "none" else "not quantized", arguments.tuning,
     )  # fmt: skip
     logger.info(
-        "trained: %s of %s parameters (%.2f %%); encoder: %.1f MB, %.1f MB in float32",
+        "trainable: %s of %s parameters (%.2f %%); encoder: %.1f MB, %.1f MB in float32",
         f"{size['trainable_parameters']:,}", f"{size['all_parameters']:,}", 100 * size["trainable_share"],
         size["encoder_bytes"] / 1e6, size["encoder_bytes_float32"] / 1e6,
     )  # fmt: skip
 
 
 def packed_parameters(module: nn.Module) -> dict[int, int]:
-    """The number of weights in each 4-bit parameter, by its id. Two weights share a byte."""
+    """Return the number of weights in each 4-bit parameter, by its id. Two weights share a byte."""
     return {
         id(p): p.quant_state.shape.numel() for p in module.parameters() if getattr(p, "quant_state", None) is not None
     }
 
 
 def statistics_bytes(parameter: nn.Parameter) -> int:
-    """Bytes of a quantized parameter's scales."""
+    """Return the bytes of a quantized parameter's scales."""
     state = getattr(parameter, "quant_state", None)
     if state is not None:
         tensors = [state.absmax, state.code]
