@@ -1,16 +1,16 @@
-"""The Trainer of transformers, for a hierarchical and possibly quantized model.
+"""Train a hierarchical and possibly quantized model with the Trainer of transformers.
 
 Worth knowing:
 
-1. The loss is divided by the labels of the whole accumulated batch, over all devices. DDP then averages gradients, so the
-   loss is multiplied by the number of processes.
-2. The Trainer resumes, and restores the best model, by root-level file names, which the adapter form does not have.
-3. bitsandbytes repacks 4-bit weights in place when a layer runs in eval mode on a CPU with AVX-512 BF16. Training would be
-   wrong afterwards, so repacking is turned off while a model trains.
-4. With batches grouped by length, the Trainer would shuffle evaluation rows too, and a resumed run would get another order of
-   rows. Here neither happens.
-5. No ``training_args.bin`` is written: it is a pickle, and can hold a token.
-6. Reading a loss waits for the GPU. Losses are read where the Trainer waits anyway: before it logs, evaluates or saves.
+1. The loss is divided by the number of labels in the whole accumulated batch, over all devices. DDP averages the gradients
+   afterwards, so the loss is multiplied by the number of processes.
+2. The Trainer resumes and restores the best model by root-level file names. The adapter form has its own loader here.
+3. bitsandbytes repacks 4-bit weights in place when a layer runs in eval mode on a CPU with AVX-512 BF16. Repacked weights
+   cannot be trained, so repacking is turned off.
+4. If batches are grouped by length, the Trainer shuffles evaluation rows and reorders the rows of a resumed run. The samplers
+   here do neither.
+5. No ``training_args.bin`` is written, because it is a pickle and can contain a token.
+6. Reading a loss waits for the GPU. Losses are read when the Trainer waits anyway: before it logs, evaluates or saves.
 """
 
 import logging
@@ -41,18 +41,18 @@ from training.views import disagreement, halves
 
 logger = logging.getLogger(__name__)
 
-MOST_UNCHECKED = 100  # losses of micro-batches that were not read from the device yet
+MAX_UNCHECKED = 100  # losses of micro-batches that stay on the device before they are read
 
 
 class HierarchicalTrainer(PublishingTrainer):
     """A Trainer whose loss is a `HierarchicalFocalLoss`.
 
     Args:
-        loss_function: the training loss. Default: the model's own negative log-likelihood.
-        consistency: weight of the disagreement of a text's halves, see `training.views`; 0 trains on whole texts. Else it needs a
-            ``loss_function``, and training rows with the columns ``sentences`` and ``row``.
+        loss_function: training loss. Default: the model's own negative log-likelihood.
+        consistency: weight of the disagreement between a text's halves, see `training.views`. 0 trains on whole texts. Other
+            values need a ``loss_function``, and training rows with the columns ``sentences`` and ``row``.
         heads_learning_rate: peak learning rate of the heads. Default: the optimizer's.
-        args, kwargs: as for `publishing.trainer.PublishingTrainer`.
+        args, kwargs: arguments of `publishing.trainer.PublishingTrainer`.
     """
 
     loss_is_scaled_for_ga = True
@@ -68,7 +68,7 @@ class HierarchicalTrainer(PublishingTrainer):
         with refusing("cannot set up training"):
             super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
-            logger.warning("%d GPUs found, one is used: `accelerate launch train.py …` uses all", self.args.n_gpu)
+            logger.warning("using one of %d GPUs; `accelerate launch train.py …` uses all of them", self.args.n_gpu)
             self.args._n_gpu = 1
             self._train_batch_size = self.args.train_batch_size
         self.loss_function = None if loss_function is None else loss_function.to(self.args.device)
@@ -88,7 +88,7 @@ class HierarchicalTrainer(PublishingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """Compute the loss, divided by the labels of the whole accumulated batch; in evaluation, by those of this batch."""
+        """Compute the loss per label of the accumulated batch, or in evaluation of this batch."""
         inputs = dict(inputs)
         labels, rows, sentences = inputs.pop("labels"), inputs.pop("row", None), inputs.pop("sentences", None)
         items = num_items_in_batch if model.training else None
@@ -99,23 +99,23 @@ class HierarchicalTrainer(PublishingTrainer):
             padding, seed, step = self.processing_class.pad_token_id, self.args.seed, self.state.global_step
             inputs, first, second = halves(inputs, sentences, rows.tolist(), padding, seed, step)
             outputs = model(**inputs)
-            one, other = outputs["node_log_probs"][first], outputs["node_log_probs"][second]
+            first, second = outputs["node_log_probs"][first], outputs["node_log_probs"][second]
             leaves = outputs["logits"].shape[1]
-            loss = (self.loss_function(one, labels, items) + self.loss_function(other, labels, items)) / 2
-            loss = loss + self.consistency * disagreement(one[:, :leaves], other[:, :leaves], labels, items)
+            loss = (self.loss_function(first, labels, items) + self.loss_function(second, labels, items)) / 2
+            loss = loss + self.consistency * disagreement(first[:, :leaves], second[:, :leaves], labels, items)
         else:
             outputs = model(**inputs)
             loss = self.loss_function(outputs["node_log_probs"], labels, items)
         if model.training:
             self.unchecked.append((self.state.global_step + 1, loss.detach(), rows))
-            if len(self.unchecked) == MOST_UNCHECKED:
+            if len(self.unchecked) == MAX_UNCHECKED:
                 self.check_losses()
         if items is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def check_losses(self) -> None:
-        """Read the training losses since the last call from the device, and wait for it.
+        """Read the training losses since the last call from the device.
 
         Raises:
             InputError: a loss is not finite. The message names the step and the rows.
@@ -127,20 +127,20 @@ class HierarchicalTrainer(PublishingTrainer):
                 where = "" if rows is None else f", rows {', '.join(map(str, rows.tolist()))} of the training data"
                 raise InputError(
                     f"the loss is {loss} at step {step}{where}: lower --learning_rate, or look at these texts; "
-                    "--resume_from_checkpoint auto goes on from the last checkpoint"
+                    "--resume_from_checkpoint auto continues from the last checkpoint"
                 )
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's, after a check of the losses whenever it waits for the device anyway."""
+        """Check the losses whenever the Trainer waits for the device anyway."""
         control = self.control
         if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
             self.check_losses()
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """As the Trainer's, but a run that had reached ``max_steps`` or stopped early takes no further step.
+        """Train or resume. A run that has reached ``max_steps`` or stopped early takes no further step.
 
-        Metrics of a resumed run have the step that it resumed from, ``resumed_from_step``.
+        The metrics of a resumed run have ``resumed_from_step``.
         """
         if not isinstance(resume_from_checkpoint, str):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -161,47 +161,50 @@ class HierarchicalTrainer(PublishingTrainer):
 
     def _early_stopping(self) -> EarlyStoppingCallback | None:
         callbacks = self.callback_handler.callbacks
-        return next((one for one in callbacks if isinstance(one, EarlyStoppingCallback)), None)
+        return next((callback for callback in callbacks if isinstance(callback, EarlyStoppingCallback)), None)
 
     def _had_stopped_early(self, state: TrainerState) -> bool:
-        """Whether a saved run had been without improvement for the patience of this one."""
+        """Return whether a saved run has exhausted the early-stopping patience of this run."""
         stopping, saved = self._early_stopping(), state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
         if stopping is None or saved is None or not self.args.restore_callback_states_from_checkpoint:
             return False
         return saved["attributes"]["early_stopping_patience_counter"] >= stopping.early_stopping_patience
 
     def _find_best_checkpoint(self, state: TrainerState, checkpoint: str) -> str | None:
-        """Find the best checkpoint of a resumed run. Its folder may have been moved since its path was stored.
+        """Return the best checkpoint of a resumed run. Its folder may have moved since its path was stored.
 
         Raises:
-            InputError: it is missing, and the run is to end with the best.
+            InputError: the folder is missing, and ``load_best_model_at_end`` needs it.
         """
         best = state.best_model_checkpoint
         if best is None:
             return None
-        beside = Path(checkpoint).parent / Path(best).name
-        folder = next((str(place) for place in (beside, Path(best)) if place.is_dir()), None)
+        candidates = (Path(checkpoint).parent / Path(best).name, Path(best))
+        folder = next((str(path) for path in candidates if path.is_dir()), None)
         if folder is None and self.args.load_best_model_at_end:
             raise InputError(
-                f"cannot resume from {checkpoint}: the best checkpoint of its run, {Path(best).name}, is not beside it; "
-                "--load_best_model_at_end false ends with the last"
+                f"cannot resume from {checkpoint}: the best checkpoint of its run, {Path(best).name}, is not in the same folder; "
+                "--load_best_model_at_end false keeps the last weights instead"
             )
         return folder
 
     def _load_callback_state(self) -> None:
-        """As the Trainer's, but with the patience of this run, and also if a checkpoint lacks the state of a callback."""
-        # the Trainer forgets it if its folder was moved
-        self.state.best_model_checkpoint = self.best_checkpoint
-        given = self._early_stopping()
+        """Restore the callbacks' states, but keep this run's patience, and allow for states that the checkpoint lacks."""
+        self.state.best_model_checkpoint = self.best_checkpoint  # the Trainer drops the path of a moved folder
+        stopping = self._early_stopping()
         super()._load_callback_state()
-        for one in (*self.callback_handler.callbacks, self.control):
-            if isinstance(one, EarlyStoppingCallback) and given is not None:
-                one.early_stopping_patience = given.early_stopping_patience
-            if isinstance(one, ExportableState):  # the Trainer fails to save if there was none
-                self.state.stateful_callbacks.setdefault(type(one).__name__, one.state())
+        for stateful in (*self.callback_handler.callbacks, self.control):
+            if isinstance(stateful, EarlyStoppingCallback) and stopping is not None:
+                stateful.early_stopping_patience = stopping.early_stopping_patience
+            if isinstance(stateful, ExportableState):  # without a state, the Trainer fails to save
+                self.state.stateful_callbacks.setdefault(type(stateful).__name__, stateful.state())
 
     def _inner_training_loop(self, batch_size: int | None = None, args: Any = None, **kwargs: Any) -> TrainOutput:
-        """As the Trainer's, but ``auto_find_batch_size`` keeps the effective batch size: it accumulates more steps."""
+        """Train, and keep the effective batch size when ``auto_find_batch_size`` lowers the batch size of a step.
+
+        Raises:
+            InputError: a single text does not fit in memory, or a later step runs out of memory.
+        """
         self.unchecked = []
         if not args.auto_find_batch_size:
             return super()._inner_training_loop(batch_size, args, **kwargs)
@@ -209,9 +212,13 @@ class HierarchicalTrainer(PublishingTrainer):
         limit = (batch_size or effective) if self.tried_batch_size is None else self.tried_batch_size - 1
         size = max((n for n in range(1, limit + 1) if effective % n == 0), default=None)
         if size is None:
-            raise InputError("not even one text fits in memory: lower --max_length, or --gradient_checkpointing true")
+            raise InputError(
+                "a batch of one text does not fit in memory: lower --max_length, or --gradient_checkpointing true"
+            )
         if self.tried_batch_size is not None:
-            logger.info("out of memory: %d texts a step now, accumulated over %d steps", size, effective // size)
+            logger.info(
+                "out of memory: continuing with %d texts a step, accumulated over %d steps", size, effective // size
+            )
         self.tried_batch_size = args.per_device_train_batch_size = size
         args.gradient_accumulation_steps = effective // size
         try:
@@ -219,24 +226,24 @@ class HierarchicalTrainer(PublishingTrainer):
         except RuntimeError as error:
             if should_reduce_batch_size(error) and self.state.global_step > self._initial_global_step:
                 raise InputError(
-                    f"out of memory at step {self.state.global_step + 1}, after others had fit: "
+                    f"out of memory at step {self.state.global_step + 1}, after earlier steps had fit: "
                     f"--per_device_train_batch_size {max(size // 2, 1)} --gradient_accumulation_steps "
-                    f"{effective // max(size // 2, 1)}; --resume_from_checkpoint auto goes on from the last checkpoint"
+                    f"{effective // max(size // 2, 1)}; --resume_from_checkpoint auto continues from the last checkpoint"
                 ) from error
             raise
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the Trainer's optimizer, with parameter groups for the heads if they have their own learning rate."""
-        fresh = self.optimizer is None
+        """Create the optimizer, with separate parameter groups for the heads if they have their own learning rate."""
+        is_new = self.optimizer is None
         with refusing("cannot set up the optimizer"):
             optimizer = super().create_optimizer(model)
-        if fresh and self.heads_learning_rate is not None:
+        if is_new and self.heads_learning_rate is not None:
             heads = {id(p) for p in self.accelerator.unwrap_model(self.model).heads.parameters()}
             for group in list(optimizer.param_groups):
-                ours = [p for p in group["params"] if id(p) in heads]
+                in_heads = [p for p in group["params"] if id(p) in heads]
                 group["params"] = [p for p in group["params"] if id(p) not in heads]
-                if ours:
-                    optimizer.add_param_group({**group, "params": ours, "lr": self.heads_learning_rate})
+                if in_heads:
+                    optimizer.add_param_group({**group, "params": in_heads, "lr": self.heads_learning_rate})
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -251,7 +258,7 @@ class HierarchicalTrainer(PublishingTrainer):
         return sampler
 
     def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> Dataset:
-        """As the Trainer's, but training rows keep their number, for error messages, and what training on halves needs."""
+        """Remove unused columns, but keep ``row`` for error messages, and ``sentences`` for training on halves."""
         self._set_signature_columns_if_needed()
         columns = self._signature_columns
         kept = ["row", "sentences"] if self.consistency else ["row"]
@@ -262,19 +269,18 @@ class HierarchicalTrainer(PublishingTrainer):
             self._signature_columns = columns
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.check_losses()  # also if a signal asked for the checkpoint
+        self.check_losses()  # a signal can trigger a save too
         try:
             super()._save_checkpoint(model, trial)
         except Exception:
             folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            if (
-                self.args.should_save and damage(folder) is not None
-            ):  # incomplete, and takes up the room that is missing
+            # an incomplete checkpoint only takes up disk space
+            if self.args.should_save and damage(folder) is not None:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> torch.utils.data.Sampler | None:
-        """Keep evaluation rows in their order. With ``group_by_length`` the Trainer would shuffle them and the predictions."""
+        """Keep evaluation rows in order. With ``group_by_length`` the Trainer would shuffle them, and so the predictions."""
         return torch.utils.data.SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -283,22 +289,26 @@ class HierarchicalTrainer(PublishingTrainer):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        problem = f"cannot resume from {checkpoint}, whose optimizer had other settings"
+        problem = f"cannot resume from {checkpoint}: its optimizer does not match the settings of this run"
         settings = set(self.optimizer.param_groups[0])
-        asked = [(group.get("initial_lr"), group.get("weight_decay")) for group in self.optimizer.param_groups]
+        rates = [(group.get("initial_lr"), group.get("weight_decay")) for group in self.optimizer.param_groups]
         with refusing(problem):
             super()._load_optimizer_and_scheduler(checkpoint)
         if not settings <= set(self.optimizer.param_groups[0]):
-            raise InputError(f"{problem}: it was another --optim")
-        self._set_rates(asked)
+            raise InputError(f"{problem}: --optim differs")
+        self._set_rates(rates)
 
-    def _set_rates(self, asked: list[tuple[float | None, float | None]]) -> None:
-        """Set the learning rates and weight decays of this run in a resumed optimizer, scaled by the schedule so far."""
+    def _set_rates(self, rates: list[tuple[float | None, float | None]]) -> None:
+        """Set a resumed optimizer's weight decays and peak learning rates, and rescale its current learning rates.
+
+        Args:
+            rates: peak learning rate and weight decay of each parameter group.
+        """
         bases = getattr(self.lr_scheduler, "base_lrs", [])
-        for i, (group, (rate, decay)) in enumerate(zip(self.optimizer.param_groups, asked, strict=True)):
+        for i, (group, (rate, decay)) in enumerate(zip(self.optimizer.param_groups, rates, strict=True)):
             before = group.get("initial_lr")
             if rate and before and rate != before:
-                logger.info("the learning rate continues with a peak of %g, not %g", rate, before)
+                logger.info("the peak learning rate changes to %g from %g", rate, before)
                 group["lr"], group["initial_lr"] = group["lr"] * rate / before, rate
                 if i < len(bases):
                     bases[i] = rate
@@ -310,7 +320,7 @@ class HierarchicalTrainer(PublishingTrainer):
             super()._load_best_model()
 
     def _load_adapter_form(self, folder: str) -> bool:
-        """Load the adapter and heads of a checkpoint, if that is its form."""
+        """Load the adapter and heads of a checkpoint. Return False if the Trainer has to load it."""
         model: HierarchicalForSequenceClassification = self.accelerator.unwrap_model(self.model)
         if not model.has_adapter or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return False
@@ -330,7 +340,7 @@ class HierarchicalTrainer(PublishingTrainer):
 
 
 def keep_trainable(model: nn.Module) -> None:
-    """Keep 4-bit layers from being repacked for inference when they are evaluated on a CPU."""
+    """Turn off the repacking of 4-bit layers for inference on a CPU."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

@@ -214,8 +214,8 @@ def test_a_run_does_not_go_on_with_another_taxonomy(words, run_folder, tmp_path)
         (["--lora_alpha", "640"], "it was trained with another --lora_alpha, 32, not 640"),
         (["--lora_target_modules", "query"], "it was trained with another --lora_target_modules"),
         (["--model_name_or_path", "{other}"], "it was trained with another --model_name_or_path, encoder"),
-        (["--heads_learning_rate", "1e-3"], "whose optimizer had other settings: "),
-        (["--optim", "adafactor"], "whose optimizer had other settings: it was another --optim"),
+        (["--heads_learning_rate", "1e-3"], "its optimizer does not match the settings of this run: "),
+        (["--optim", "adafactor"], "its optimizer does not match the settings of this run: --optim differs"),
     ],
 )
 def test_a_run_does_not_go_on_as_another(words, run_folder, tiny_encoder, tmp_path, flags, message):
@@ -297,7 +297,7 @@ def test_the_best_checkpoint_is_found_where_the_run_was_moved(words, tmp_path):
     done = run(*line)
     assert f"loading adapter and heads from {best}" in done.stderr
     shutil.rmtree(best)
-    with pytest.raises(InputError, match=f"the best checkpoint of its run, {best.name}, is not beside it"):
+    with pytest.raises(InputError, match=f"the best checkpoint of its run, {best.name}, is not in the same folder"):
         train.main(list(map(str, line)))
 
 
