@@ -1,10 +1,10 @@
-"""The flags of train.py, and the checks of their values.
+"""Define, parse and check the flags of train.py.
 
 Worth knowing:
 
-1. A recipe becomes command-line words, read before the rest of the command line: see `training.recipe`.
+1. A recipe is converted to command-line words, which are parsed before the other words: see `training.recipe`.
 2. An unknown flag is an error that names the nearest known one.
-3. Precision is chosen for the machine if neither ``--bf16`` nor ``--fp16`` is given.
+3. The precision depends on the machine if neither ``--bf16`` nor ``--fp16`` is given.
 """
 
 import difflib
@@ -41,113 +41,131 @@ FEW_ROWS = 32  # training rows a class, on average, below which heads are initia
 
 @dataclass
 class ModelArguments:
-    """Which encoder, how it is stored in memory, and what of it is trained."""
+    """Flags of the encoder, its quantization and the trained weights."""
 
     model_name_or_path: str = field(
         default=DEFAULT_ENCODER,
-        metadata={"help": "Encoder, or a checkpoint of this project to continue: a Hub id or a folder."},
+        metadata={"help": "Encoder, or checkpoint of this project to continue: a Hub id or a folder."},
     )
     model_revision: str | None = field(
-        default=None, metadata={"help": "Commit, tag or branch of that repository; pinned to its commit."}
+        default=None,
+        metadata={"help": "Commit, tag or branch of the model on the Hub. The checkpoint records the commit."},
     )
     quantization: Literal["none", "8bit", "4bit"] | None = field(
         default=None,
-        metadata={"help": "Storage of the frozen encoder during training. Default: 4bit with lora, none with full."},
+        metadata={
+            "help": "Quantization of the frozen encoder during training. Default: 4bit with --tuning lora, else none."
+        },
     )
     tuning: Literal["lora", "full"] = field(
-        default="lora", metadata={"help": "Train a LoRA adapter and the heads, or every weight."}
+        default="lora", metadata={"help": "lora trains an adapter and the heads, full trains every weight."}
     )
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter: alpha / r."})
+    lora_alpha: int = field(default=32, metadata={"help": "The adapter's output is scaled by lora_alpha / lora_r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["all-linear"],
-        metadata={"help": "Linear layers that get an adapter: all-linear, or names such as query value."},
+        metadata={"help": "Layers with an adapter: all-linear, or the names of linear layers, such as query value."},
     )
     pooling: Literal["mean", "cls"] = field(
-        default="mean", metadata={"help": "How token vectors become one vector: their mean, or the first token."}
+        default="mean",
+        metadata={"help": "Vector of a text: the mean of its token vectors, or the vector of its first token."},
     )
     heads_init: Literal["label_names", "random"] | None = field(
         default=None,
         metadata={
-            "help": "How fresh heads are initialised: from the encoder's embeddings of the class names, or at random. Default: "
-            f"label_names below {FEW_ROWS} training rows a class, if the names fit the texts."
+            "help": "Initialise new heads from the encoder's embeddings of the class names, or at random. Default: label_names "
+            f"with fewer than {FEW_ROWS} training rows per class, if the names match the texts; else random."
         },
     )
     lexical_head: bool | None = field(
         default=None,
         metadata={
-            "help": "A linear classifier over the tokens, beside the encoder. Default: if it has at most 2^24 weights."
+            "help": "Fit a linear classifier on the bag of tokens, beside the encoder. Default: true if it has at most 2^24 weights."
         },
     )
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloads."})
 
 
 @dataclass
 class DataArguments:
-    """Where the texts are, what their labels mean, how they are split and truncated."""
+    """Flags of the data: files, columns, taxonomy, splits, truncation."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Its commit, tag or branch."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the data set."})
     data_path: str | None = field(
         default=None,
-        metadata={"help": "One file (.csv .tsv .json .jsonl .parquet) to be split, or a folder saved by `datasets`."},
+        metadata={"help": "File (.csv .tsv .json .jsonl .parquet) to split, or folder saved by `datasets`."},
     )
-    train_file: str | None = field(default=None, metadata={"help": "Training rows."})
+    train_file: str | None = field(default=None, metadata={"help": "File with the training rows."})
     validation_file: str | None = field(
-        default=None, metadata={"help": "Rows that select the checkpoint and calibrate it."}
+        default=None, metadata={"help": "File with the rows that select the checkpoint and calibrate it."}
     )
-    test_file: str | None = field(default=None, metadata={"help": "Rows for the final scores."})
-    text_column: str | None = field(default=None, metadata={"help": "Column of the texts. Default: found by name."})
+    test_file: str | None = field(default=None, metadata={"help": "File with the rows for the final scores."})
+    text_column: str | None = field(
+        default=None, metadata={"help": "Column with the texts. Default: chosen by its name."}
+    )
     label_column: list[str] | None = field(
         default=None,
-        metadata={"help": "Column of the labels, or several, from the root down. Default: found by name."},
+        metadata={
+            "help": "Column with the labels, or one column per level, from the root down. Default: chosen by its name."
+        },
     )
     taxonomy: str | None = field(
         default=None,
-        metadata={"help": "Nested .yaml/.json or parent,child rows in .csv. Default: the five classes of the Medical "
-                          "Abstracts corpus where they fit, else the paths found in the labels."},
+        metadata={"help": "Nested .yaml or .json file, or .csv file of parent,child rows. Default: the five classes of the Medical "
+                          "Abstracts corpus if they contain all labels, else the paths in the labels."},
     )  # fmt: skip
-    label_separator: str = field(default="/", metadata={"help": "Separator between the names of a label's path."})
+    label_separator: str = field(default="/", metadata={"help": "Separator between the names in the path of a label."})
     class_names: str | None = field(
-        default=None, metadata={"help": "Names of coded labels: a .csv file (code, name), or a JSON object."}
+        default=None,
+        metadata={"help": "Names of coded labels: .csv or .tsv file with the columns code and name, or JSON object."},
     )
     max_length: int = field(
-        default=512, metadata={"help": "Tokens kept of a text; the encoder's limit if that is less."}
+        default=512,
+        metadata={"help": "Texts are truncated to this number of tokens, or to the encoder's limit if it is smaller."},
     )
     validation_size: float = field(
-        default=0.1, metadata={"help": "Share of the rows, if no validation rows are given."}
+        default=0.1, metadata={"help": "Share of the training texts for validation, if no validation rows are given."}
     )
-    test_size: float = field(default=0.1, metadata={"help": "Share of the rows, if one file is split."})
+    test_size: float = field(
+        default=0.1, metadata={"help": "Share of the texts for the test, if --data_path is split."}
+    )
 
 
 @dataclass
 class LossArguments:
-    """`training.losses.HierarchicalFocalLoss`, to which ``--label_smoothing_factor`` belongs too, and `training.views`."""
+    """Flags of `training.losses` and `training.views`. The loss also uses ``--label_smoothing_factor``."""
 
-    focal_gamma: float = field(default=0.0, metadata={"help": "Exponent of (1 - p)."})
+    focal_gamma: float = field(
+        default=0.0, metadata={"help": "Exponent of (1 - p) in the focal loss. 0: cross-entropy."}
+    )
     class_weighting: Literal["none", "balanced"] = field(
-        default="none", metadata={"help": "Weights of the classes within a group of siblings."}
+        default="none",
+        metadata={"help": "Weights of sibling classes. balanced: inversely proportional to their training rows."},
     )
     level_weights: list[float] = field(
         default_factory=lambda: [1.0],
-        metadata={"help": "Weight of the decisions at level 1, 2, …; the last one serves all deeper levels."},
+        metadata={"help": "Weights of the decisions at level 1, 2, …; the last one applies to all deeper levels."},
     )
     consistency: float = field(
         default=0.0,
         metadata={
-            "help": "Train on two halves of each text; weight of their disagreement in the loss. 0: on whole texts."
+            "help": "Train on two halves of each text, with this weight of their disagreement in the loss. 0: train on whole texts."
         },
     )
 
 
 @dataclass
 class HierarchicalTrainingArguments(TrainingArguments):
-    """The arguments of transformers, with defaults for this task."""
+    """TrainingArguments of transformers, with defaults for this task."""
 
-    output_dir: str = field(default="results", metadata={"help": "Where the checkpoint is written."})
+    output_dir: str = field(default="results", metadata={"help": "Folder for the checkpoint."})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Write into an output folder that already holds a checkpoint."}
+        default=False,
+        metadata={
+            "help": "Write into an output folder that already holds a run. Training deletes the checkpoints and scores of that run."
+        },
     )
     do_train: bool | None = field(
         default=None, metadata={"help": "Train. Default: yes, unless --do_eval or --do_predict is given."}
@@ -156,45 +174,53 @@ class HierarchicalTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Score the validation rows at the end, and calibrate on them."}
     )
     do_predict: bool | None = field(default=None, metadata={"help": "Score the test rows."})
-    num_train_epochs: float = field(default=5.0, metadata={"help": "Passes over the training rows."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Texts a device and step."})
-    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Texts a device and step of evaluation."})
+    num_train_epochs: float = field(default=5.0, metadata={"help": "Number of passes over the training rows."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Texts per device and step."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Texts per device and step in evaluation."})
     learning_rate: float = field(default=6e-4, metadata={"help": "Peak learning rate of the encoder or its adapter."})
     heads_learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate of the heads. Default: learning_rate."}
+        default=None, metadata={"help": "Peak learning rate of the heads. Default: --learning_rate."}
     )
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up, or, below 1, their share."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate."})
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Number of warm-up steps, or, below 1, their share of all steps."}
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save."})
-    # its substitute for a loss that is not finite is the mean of earlier ones; the trainer stops instead
+    # the Trainer's filter would log the mean of earlier losses in place of a loss that is not finite
     logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "No use here: a loss that is not finite ends the run."}
+        default=False, metadata={"help": "No effect: a loss that is not finite ends the run."}
     )
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
-    metric_for_best_model: str = field(default="macro_f1", metadata={"help": "What best means."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Number of checkpoints to keep."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Load the best checkpoint at the end."})
+    metric_for_best_model: str = field(
+        default="macro_f1", metadata={"help": "Metric that selects the best checkpoint."}
+    )
     restore_callback_states_from_checkpoint: bool = field(
-        default=True, metadata={"help": "A resumed run keeps its count of evaluations without improvement."}
+        default=True, metadata={"help": "Resume with the saved count of evaluations without improvement."}
     )
     early_stopping_patience: int | None = field(
-        default=2, metadata={"help": "Evaluations without improvement before stopping; 0 to never stop early."}
+        default=2, metadata={"help": "Stop after this number of evaluations without improvement. 0: never."}
     )
     train_sampling_strategy: str = field(
         default="group_by_length",
         metadata={
-            "help": "Batches of texts of like length need little padding.",
+            "help": "Order of the training rows. group_by_length batches texts of similar length, to reduce padding.",
             "choices": ["random", "sequential", "group_by_length", "batch_rebalance"],
         },
     )
     report_to: list[str] = field(
-        default_factory=lambda: ["none"], metadata={"help": "Where to log: tensorboard, trackio, …"}
+        default_factory=lambda: ["none"], metadata={"help": "Services to log to: tensorboard, trackio, …"}
     )
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    logging_steps: float = field(
+        default=10, metadata={"help": "Number of steps between log lines, or, below 1, their share of all steps."}
+    )
     bf16: bool | None = field(
         default=None,
-        metadata={"help": "bfloat16 autocast. Default: the launcher's precision, else bfloat16 if the machine has it."},
+        metadata={
+            "help": "bfloat16 autocast. Default: the precision of accelerate launch, else true if the machine supports it natively."
+        },
     )
 
     def __post_init__(self):
@@ -203,7 +229,7 @@ class HierarchicalTrainingArguments(TrainingArguments):
         launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # accelerate launch --mixed_precision
         if launcher not in ("no", "fp16", "bf16"):
             raise InputError(
-                f"accelerate was told mixed precision {launcher}, which is not supported: tell it no, bf16 or fp16"
+                f"accelerate launch has --mixed_precision {launcher}, which is not supported: use no, bf16 or fp16"
             )
         if self.bf16 is None:
             precision = launcher
@@ -214,24 +240,24 @@ class HierarchicalTrainingArguments(TrainingArguments):
             self.bf16 = precision == "bf16" and not self.fp16
             self.fp16 = self.fp16 or precision == "fp16"
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("ece"):
-            self.greater_is_better = False  # a calibration error, which transformers does not know
-        score_validation = self.do_eval
+            self.greater_is_better = False  # transformers assumes that a metric other than a loss is better if greater
+        do_eval = self.do_eval
         super().__post_init__()
-        # transformers turns it on for evaluations during training; here it stands for the scores at the end
-        self.do_eval = score_validation
+        # transformers sets do_eval if it evaluates during training; here it asks for scores at the end
+        self.do_eval = do_eval
         if self.do_train is None:
             self.do_train = not (self.do_eval or self.do_predict)
-        # what the launcher said is in the flags now; Trainer would otherwise prefer it to an explicit --bf16 false
+        # the Trainer would otherwise prefer the launcher's precision to an explicit --bf16 false
         self.mixed_precision = "fp16" if self.fp16 else "bf16" if self.bf16 else "no"
 
     @property
     def precision(self) -> str:
-        """The type of matrix products: bf16, fp16 or fp32."""
+        """Type of matrix products: bf16, fp16 or fp32."""
         return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
 
 
 class Arguments(NamedTuple):
-    """All flags of a run."""
+    """All arguments of a run."""
 
     model: ModelArguments
     data: DataArguments
@@ -239,7 +265,7 @@ class Arguments(NamedTuple):
     training: HierarchicalTrainingArguments
 
 
-# intervals: a bracket includes its end, a parenthesis does not
+# Intervals: a bracket includes the bound, a parenthesis excludes it.
 RANGES = {
     **dict.fromkeys(("lora_r", "lora_alpha", "per_device_train_batch_size", "per_device_eval_batch_size"), "[1, inf)"),
     **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps"), "[1, inf)"),
@@ -251,7 +277,7 @@ RANGES = {
     **dict.fromkeys(("seed", "data_seed"), "[0, 4294967296)"),
     "max_length": "[8, inf)",
 }
-# flags of transformers that would leave rows out of the scores, change the scored model, or remove the scores
+# Flags of transformers that would drop rows from the scores, change the scored model, or remove the scores.
 NO_USE = {
     "batch_eval_metrics": False,
     "bf16_full_eval": False,
@@ -268,9 +294,9 @@ def parse(argv: list[str]) -> Arguments:
     """Parse ``[recipe.yaml] [--flag value …]``.
 
     Raises:
-        InputError: an unknown flag, a bad value, flags that contradict each other.
+        InputError: a flag is unknown, a value is invalid, or flags contradict each other.
     """
-    # ── Parser: bare switches mean true, errors are one line ─────────────────────────────────────────────────────────
+    # ── Parser: a bare switch means true, an error is one line ───────────────────────────────────────────────────────
     parser = HfArgumentParser(
         [*Arguments.__annotations__.values()],
         prog="train.py",
@@ -278,19 +304,19 @@ def parse(argv: list[str]) -> Arguments:
         allow_abbrev=False,
     )
     for action in parser._actions:
-        if action.type is string_to_bool:  # so that a bare --do_predict means true, also if the default is None
+        if action.type is string_to_bool:  # a bare --do_predict means true even if the default is None
             action.nargs, action.const = "?", True
-    parser.error = exit_parser  # argparse would print its usage, some 150 flags of it
-    known = {option: action.nargs in ("+", "*") for action in parser._actions for option in action.option_strings}
+    parser.error = exit_parser  # argparse prints the usage of all 150 flags
+    takes_list = {option: action.nargs in ("+", "*") for action in parser._actions for option in action.option_strings}
 
-    # ── Words: recipe first, so that flags override it ───────────────────────────────────────────────────────────────
+    # ── Words: flags after the recipe override it ────────────────────────────────────────────────────────────────────
     if argv and not argv[0].startswith("-"):
-        flags = {option.removeprefix("--"): several for option, several in known.items() if option.startswith("--")}
+        flags = {name.removeprefix("--"): is_list for name, is_list in takes_list.items() if name.startswith("--")}
         argv = recipe_words(argv[0], flags, replaced_sources(argv)) + argv[1:]
     for word in argv:
         name = word.split("=")[0]
-        if word.startswith("--") and name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+        if word.startswith("--") and name not in takes_list:
+            near = difflib.get_close_matches(name, takes_list, n=1)
             raise InputError(f"unknown flag {name}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
     try:
         *parsed, rest = parser.parse_args_into_dataclasses(
@@ -311,7 +337,7 @@ def parse(argv: list[str]) -> Arguments:
 
 
 def exit_parser(message: str) -> NoReturn:
-    """Raise argparse's message as an InputError, with one spelling of the flag instead of both."""
+    """Raise the message of argparse as an InputError, with one spelling of the flag."""
     raise InputError(re.sub(r"^argument (--\w+)(/--[\w-]+)?: ", r"\1: ", message))
 
 
@@ -323,45 +349,44 @@ def set_defaults(arguments: Arguments) -> None:
     if model.model_name_or_path == DEFAULT_ENCODER and model.model_revision is None:
         model.model_revision = DEFAULT_ENCODER_REVISION
     if not arguments.training.do_train:
-        data.validation_size = data.test_size = 0  # a training file's rows are not scored
+        data.validation_size = data.test_size = 0  # without training, the rows of a training file are not scored
 
 
 def check_values(arguments: Arguments) -> None:
-    """Refuse values that would fail, or silently mean something else, after hours.
+    """Check values that would fail only after hours, or be silently misread.
 
     Raises:
-        InputError: names the flag, the value and what is allowed.
+        InputError: a value is not allowed.
     """
     model, _, loss, training = arguments
     check_ranges({name: value for part in arguments for name, value in vars(part).items()})
     if model.tuning == "full" and model.quantization not in (None, "none"):
         raise InputError(
-            "--tuning full trains every weight, which quantized ones do not allow: use --quantization none"
+            "--tuning full trains every weight, and quantized weights cannot be trained: use --quantization none"
         )
     if training.max_steps == 0 or training.max_steps < -1:
         raise InputError(
-            f"--max_steps must be at least 1, or -1 for as many as the epochs have, not {training.max_steps}"
+            f"--max_steps must be at least 1, or -1 to train for --num_train_epochs, not {training.max_steps}"
         )
     if training.load_best_model_at_end and training.eval_strategy == training.save_strategy == "steps":
         evaluated, saved = training.eval_steps, training.save_steps
-        if evaluated != saved:  # the best may be one that was not saved
+        if evaluated != saved:  # the best weights may not be saved
             raise InputError(
-                f"--load_best_model_at_end needs what is evaluated to be saved: give the same --eval_steps and --save_steps, not "
+                f"--load_best_model_at_end needs a save at every evaluation: give the same --eval_steps and --save_steps, not "
                 f"{evaluated:g} and {saved:g}, or --save_strategy best"
             )
-    given = set(training.gradient_checkpointing_kwargs or {})
-    if unknown := given - inspect.signature(torch.utils.checkpoint.checkpoint).parameters.keys():
-        raise InputError(
-            f"--gradient_checkpointing_kwargs has {min(unknown)!r}, which torch's checkpoint does not know"
-        )
+    checkpoint_kwargs = inspect.signature(torch.utils.checkpoint.checkpoint).parameters.keys()
+    if unknown := set(training.gradient_checkpointing_kwargs or {}) - checkpoint_kwargs:
+        raise InputError(f"--gradient_checkpointing_kwargs: torch's checkpoint has no argument {min(unknown)!r}")
     weights = loss.level_weights
     if not all(0 <= weight < float("inf") for weight in weights) or max(weights, default=0) == 0:
         raise InputError(f"--level_weights must be non-negative and not all zero, not {weights}")
-    if wrong := [one for one in (training.optim_args or "").replace(" ", "").split(",") if one and one.count("=") != 1]:
-        raise InputError(f"--optim_args has {wrong[0]!r}: give name=value, and a comma between two of them")
+    pairs = (training.optim_args or "").replace(" ", "").split(",")
+    if malformed := [pair for pair in pairs if pair and pair.count("=") != 1]:
+        raise InputError(f"--optim_args has {malformed[0]!r}: give name=value pairs, separated by commas")
     if DebugOption.UNDERFLOW_OVERFLOW in training.debug:
         raise InputError(
-            "--debug underflow_overflow fails on an encoder's boolean masks: transformers' detector takes numbers"
+            "--debug underflow_overflow fails on an encoder's boolean masks: the detector of transformers needs numbers"
         )
     if not training.output_dir:
         raise InputError("--output_dir needs the name of a folder")
@@ -369,68 +394,74 @@ def check_values(arguments: Arguments) -> None:
     for name in training.report_to:
         if name not in installed:
             raise InputError(
-                f"--report_to {name}: no such package is installed; here are {', '.join(installed) or 'none'}"
+                f"--report_to {name}: no such package is installed; available: {', '.join(installed) or 'none'}"
             )
     if (training.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")) and training.device.type == "cpu":
         raise InputError("FSDP needs GPUs; for processes on CPUs use recipes/accelerate/ddp.yaml")
 
 
 def check_ranges(values: dict[str, Any]) -> None:
-    """Refuse values outside `RANGES`, and flags that `NO_USE` lists."""
-    for name, range_ in RANGES.items():
-        low, high = map(float, range_[1:-1].split(","))
+    """Check that values are in `RANGES`, and that the flags in `NO_USE` keep their defaults.
+
+    Raises:
+        InputError: names the flag and the value.
+    """
+    for name, interval in RANGES.items():
+        low, high = map(float, interval[1:-1].split(","))
         value = values[name]
-        if value is not None and not (low < value < high or (value == low and range_[0] == "[")):
-            least = "at least" if range_[0] == "[" else "more than"
-            most = "" if high == float("inf") else f" and below {high:,.0f}"
-            raise InputError(f"--{name} must be {least} {low:,.0f}{most}, not {value}")
-    for name, usual in NO_USE.items():
-        if values[name] not in (usual, None):
+        if value is not None and not (low < value < high or (value == low and interval[0] == "[")):
+            lower = "at least" if interval[0] == "[" else "more than"
+            upper = "" if high == float("inf") else f" and below {high:,.0f}"
+            raise InputError(f"--{name} must be {lower} {low:,.0f}{upper}, not {value}")
+    for name, default in NO_USE.items():
+        if values[name] not in (default, None):
             raise InputError(
-                f"--{name} has no use here: every row is scored, at once, with its label and the model as it is"
+                f"--{name} has no use here: every row is scored, in one pass, with its label and the unchanged model"
             )
 
 
 def check_against_data(arguments: Arguments, data: "LabelledSplits", compute_metrics: ComputeMetrics) -> None:
-    """Refuse flags that do not fit the data. Without validation rows, turn evaluation during training off.
+    """Check flags against the data. Without validation rows, turn off evaluation during training.
 
     Raises:
-        InputError: no training rows, no evaluation to select the best checkpoint by, or no decision to train.
+        InputError: there are no training rows, no evaluation selects the best checkpoint, or all decisions have weight 0.
     """
     training, weights = arguments.training, arguments.loss.level_weights
     if "train" not in data.splits:
         raise InputError("no training rows: give --train_file, --data_path or --dataset_name, or --do_train false")
     if "validation" not in data.splits:
-        logger.info("no validation rows: no early stopping, and the last weights are kept")
+        logger.info("no validation rows: early stopping is off, and the last weights are kept")
         training.eval_strategy, training.load_best_model_at_end, training.eval_on_start = "no", False, False
     elif training.load_best_model_at_end and training.eval_strategy == "no":
-        raise InputError("--eval_strategy no finds no best checkpoint: give --load_best_model_at_end false too")
+        raise InputError(
+            "--eval_strategy no cannot select the best checkpoint: also give --load_best_model_at_end false"
+        )
     if training.load_best_model_at_end:
         labels = np.unique(data.splits["validation"]["label"][:])
         check_best_metric(training.metric_for_best_model, data.taxonomy, labels, compute_metrics)
     if not any(weights[: data.taxonomy.depth]):
         raise InputError(
-            f"--level_weights {' '.join(map(str, weights))}: nothing is left to train, since the "
+            f"--level_weights {' '.join(map(str, weights))}: all levels have weight 0, since the "
             f"taxonomy has {data.taxonomy.depth} level{'s'[: data.taxonomy.depth > 1]}"
         )
 
 
 def check_best_metric(name: str, taxonomy: Taxonomy, labels: np.ndarray, compute_metrics: ComputeMetrics) -> None:
-    """Refuse a ``--metric_for_best_model`` that evaluation will not measure, or that does not rank models.
+    """Check that evaluation measures ``--metric_for_best_model``, and that it ranks models.
 
     Args:
         name: of the metric, with or without ``eval_``.
-        labels: those that occur among the validation rows.
+        labels: distinct labels of the validation rows.
 
     Raises:
-        InputError: lists the metrics that there are.
+        InputError: the metric is not available. The message lists those that are.
     """
-    # what is measured depends on how deep labels go, and whether some are leaves
-    kinds = {(label < taxonomy.num_leaves, taxonomy.levels[label]): label for label in labels.tolist() if label >= 0}
-    some = np.array([*kinds.values()], dtype=int)
-    measured = compute_metrics(EvalPrediction(np.zeros((len(some), taxonomy.num_leaves)), some))
-    known = ["loss", *(metric for metric in measured if not metric.endswith("_by_chance"))]
-    if name.removeprefix("eval_") not in known:
+    # the set of metrics depends on the levels of the labels, and on whether some are leaves
+    examples = {(label < taxonomy.num_leaves, taxonomy.levels[label]): label for label in labels.tolist() if label >= 0}
+    labels = np.array([*examples.values()], dtype=int)
+    measured = compute_metrics(EvalPrediction(np.zeros((len(labels), taxonomy.num_leaves)), labels))
+    available = ["loss", *(metric for metric in measured if not metric.endswith("_by_chance"))]
+    if name.removeprefix("eval_") not in available:
         raise InputError(
-            f"--metric_for_best_model {name} is not measured on these validation rows; it is one of {', '.join(known)}"
+            f"--metric_for_best_model {name} is not measured on these validation rows; it is one of {', '.join(available)}"
         )

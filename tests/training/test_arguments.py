@@ -78,7 +78,7 @@ def test_what_accelerate_was_told_counts_unless_a_flag_says_otherwise(tmp_path, 
 
 def test_a_precision_that_is_not_supported_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
-    with pytest.raises(InputError, match="mixed precision fp8"):
+    with pytest.raises(InputError, match="--mixed_precision fp8"):
         parse([])
 
 
