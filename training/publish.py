@@ -1,4 +1,4 @@
-"""What a training run publishes: its settings and facts for the model card, and its files on the Hub."""
+"""Collect the settings and facts of a run for its model card, and push its files to the Hub."""
 
 import dataclasses
 import logging
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_settings(arguments: Arguments, model: HierarchicalForSequenceClassification, max_length: int) -> dict[str, Any]:
-    """The settings that shaped a run, for its card. A continued adapter keeps its own rank, scale and dropout."""
+    """Return the settings of a run for its card. A continued adapter keeps its own rank, scale and dropout."""
     settings = {
         **dataclasses.asdict(arguments.model),
         **dataclasses.asdict(arguments.loss),
@@ -34,17 +34,17 @@ def run_settings(arguments: Arguments, model: HierarchicalForSequenceClassificat
     if not model.has_adapter:
         settings |= dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"))
     elif is_checkpoint(arguments.model.model_name_or_path):
-        own = model.encoder.peft_config["default"]
-        settings |= {"lora_r": own.r, "lora_alpha": own.lora_alpha, "lora_dropout": own.lora_dropout}
-        settings["lora_target_modules"] = sorted(own.target_modules)
+        adapter = model.encoder.peft_config["default"]
+        settings |= {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "lora_dropout": adapter.lora_dropout}
+        settings["lora_target_modules"] = sorted(adapter.target_modules)
     return settings
 
 
 def run_facts(arguments: Arguments, size: dict[str, int | float], data_report: dict[str, Any]) -> dict[str, Any]:
-    """Facts of a run for metrics.json: precision, sizes, versions, commit, hashes of the data.
+    """Return facts of a run for metrics.json: precision, sizes, versions, commit, hashes of the data.
 
     Args:
-        size: of `training.model.size_report`.
+        size: from `training.model.size_report`.
     """
     return {
         "train_precision": arguments.training.precision,
@@ -53,20 +53,18 @@ def run_facts(arguments: Arguments, size: dict[str, int | float], data_report: d
         "environment": {
             **describe_environment(arguments.training.device),
             "commit": source_commit(),
-            "data": {
-                source["split"]: source["sha256"] for source in data_report["sources"]
-            },  # no paths: it is published
+            # without paths, since metrics.json is published
+            "data": {source["split"]: source["sha256"] for source in data_report["sources"]},
         },
     }
 
 
 def source_commit() -> str | None:
-    """The commit of this code, with a + if files differ from it. None if this is no git checkout."""
+    """Return the commit of this code, with a "+" if files were changed, or None outside a git checkout."""
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         return None
     describe = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
-    done = subprocess.run(describe, capture_output=True, text=True)
-    return done.stdout.strip() or None
+    return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None
 
 
 def write_card(
@@ -76,13 +74,17 @@ def write_card(
     metrics: dict[str, Any],
     folder: Path,
 ) -> None:
-    """Write README.md into a checkpoint's folder, from what is known of the run so far."""
+    """Write README.md into a checkpoint's folder, with the metrics measured so far."""
     config, environment = HierarchicalConfig.from_pretrained(folder), describe_environment(trainer.args.device)
     card.write(folder, config, settings, report, metrics, model_id=trainer.hub_model_id, environment=environment)
 
 
 def check_hub(training: HierarchicalTrainingArguments, model: HierarchicalForSequenceClassification) -> None:
-    """Refuse, before training, what could not be published after it."""
+    """Check before training that the run can be published.
+
+    Raises:
+        InputError: the encoder is a local folder, or the Hub repository cannot be written to.
+    """
     if model.has_adapter:
         refuse_local_encoder(model.config, "train without --push_to_hub, then run push_to_hub.py --merge")
     api = HfApi(token=training.hub_token)
@@ -97,7 +99,11 @@ def check_hub(training: HierarchicalTrainingArguments, model: HierarchicalForSeq
 
 
 def push(trainer: HierarchicalTrainer) -> None:
-    """Publish the finished run as ``--push_to_hub`` asks."""
+    """Push the finished run to the Hub.
+
+    Raises:
+        InputError: the upload failed. The message gives the command that repeats it.
+    """
     try:
         trainer.push_to_hub()
     except HUB_ERRORS as error:
