@@ -1,10 +1,10 @@
-"""Find the checkpoint to resume from; prepare the output folder and clean up an overwritten run.
+"""Find the checkpoint to resume from, prepare the output folder, and clean up an overwritten run.
 
 Worth knowing:
 
-1. trainer_state.json is the last file of a checkpoint to be written, and older checkpoints are deleted after that. A killed
-   process leaves at most one checkpoint without it, and always a complete one once there was one.
-2. A file of torch has its directory at its end, so that a truncated one is recognised without reading it.
+1. trainer_state.json is written last, and older checkpoints are deleted after that. A killed process leaves at most one
+   checkpoint without trainer_state.json, and never deletes the only complete one.
+2. A file of torch is a zip archive with its directory at the end, so a truncated file is detected without reading the tensors.
 """
 
 import json
@@ -33,21 +33,24 @@ START_ANEW = "or --overwrite_output_dir true without --resume_from_checkpoint"
 
 
 def check_output_folder(training: HierarchicalTrainingArguments, model: str) -> None:
-    """Refuse to overwrite a finished or started run, and to delete the model that a run starts from.
+    """Check that a run may write to ``--output_dir``.
 
-    ``--resume_from_checkpoint auto`` resumes from a complete checkpoint. It starts a run if the folder holds no model yet.
+    With ``--resume_from_checkpoint auto``, a folder without a model may also hold incomplete checkpoints: a new run starts there.
+
+    Raises:
+        InputError: the folder holds a run that would be overwritten, or the model that the run starts from would be deleted.
     """
     output = Path(training.output_dir)
     check_writable("--output_dir", output)
     if not output.is_dir():
         return
-    resumable = any(damage(folder) is None for folder in checkpoints(output))
+    resumable = any(find_resume_problem(folder) is None for folder in list_checkpoints(output))
     resumes = training.do_train and is_of_run(training.resume_from_checkpoint, output)
     if resumes and (resumable or training.resume_from_checkpoint != "auto"):
         return
     if training.overwrite_output_dir:
         source = Path(model).resolve()
-        if training.do_train and any(one.resolve() in (source, *source.parents) for one in checkpoints(output)):
+        if training.do_train and any(f.resolve() in (source, *source.parents) for f in list_checkpoints(output)):
             raise InputError(
                 f"--overwrite_output_dir true would delete --model_name_or_path {model}: give another --output_dir"
             )
@@ -55,10 +58,10 @@ def check_output_folder(training: HierarchicalTrainingArguments, model: str) -> 
     has_model = (output / "config.json").exists()
     if has_model and resumes:
         raise InputError(
-            f"--output_dir {output} holds a model and no whole checkpoint to resume from: give another --output_dir, or "
-            "--overwrite_output_dir true to train anew"
+            f"--output_dir {output} holds a model and no complete checkpoint to resume from: give another --output_dir, or "
+            "--overwrite_output_dir true to start again"
         )
-    if has_model or (checkpoints(output) and not resumes):
+    if has_model or (list_checkpoints(output) and not resumes):
         remedy = "another --output_dir"
         if training.do_train:
             remedy += " or --overwrite_output_dir true" + ", or --resume_from_checkpoint auto" * resumable
@@ -66,60 +69,64 @@ def check_output_folder(training: HierarchicalTrainingArguments, model: str) -> 
 
 
 def read_earlier_texts(model: str, resume_from: str | None) -> TrainedTexts:
-    """Read which texts the initial weights were trained on."""
+    """Return the texts that the initial weights were trained on."""
     if resume_from is not None:
         return read_trained_texts(resume_from)
     if not is_checkpoint(model):
         return UNTRAINED
-    known = read_trained_texts(model)
-    return TrainedTexts(earlier=known.all, complete=known.complete)
+    trained = read_trained_texts(model)
+    return TrainedTexts(earlier=trained.all, complete=trained.complete)
 
 
-def find_checkpoint(asked: str | None, output_dir: str) -> str | None:
-    """Find the folder that ``--resume_from_checkpoint`` names. "auto" is the last complete checkpoint of the run.
+def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
+    """Return the folder of ``--resume_from_checkpoint``. "auto" selects the last complete checkpoint of the run.
 
     Raises:
-        InputError: the named folder is missing or incomplete.
+        InputError: the named folder is missing or incomplete, or is not the last of the run in ``output_dir``.
     """
-    if asked is None:
+    if requested is None:
         return None
-    if asked != "auto":
-        problem = damage(Path(asked)) if Path(asked).is_dir() else "there is no such folder"
+    if requested != "auto":
+        problem = find_resume_problem(Path(requested)) if Path(requested).is_dir() else "there is no such folder"
         if problem is not None:
-            raise InputError(f"cannot resume from {asked}: {problem}")
-        names = [folder.name for folder in checkpoints(Path(asked).parent)]
-        later = names[names.index(Path(asked).name) + 1 :] if Path(asked).name in names else []
-        if later and is_of_run(asked, Path(output_dir)):  # "auto" would take them for the continuation
+            raise InputError(f"cannot resume from {requested}: {problem}")
+        names = [folder.name for folder in list_checkpoints(Path(requested).parent)]
+        later = names[names.index(Path(requested).name) + 1 :] if Path(requested).name in names else []
+        if later and is_of_run(requested, Path(output_dir)):  # a later "auto" would resume from one of these
             raise InputError(
-                f"cannot resume from {asked}: {', '.join(later)} came after it in this run; move them away, or give another --output_dir"
+                f"cannot resume from {requested}: this run has later checkpoints, {', '.join(later)}; move them away, or give "
+                "another --output_dir"
             )
-        return asked
-    for folder in reversed(checkpoints(Path(output_dir))):
-        problem = damage(folder)
+        return requested
+    for folder in reversed(list_checkpoints(Path(output_dir))):
+        problem = find_resume_problem(folder)
         if problem is None:
             logger.info("resuming from %s", folder)
             return str(folder)
         logger.warning("skipped %s: %s", folder, problem)
-    logger.info("resuming from nothing: %s holds no whole checkpoint", output_dir)
+    logger.info("starting a new run: %s holds no complete checkpoint", output_dir)
     return None
 
 
 def check_resumed_data(checkpoint: str, taxonomy: Taxonomy, report: dict[str, Any]) -> None:
-    """Refuse to resume with another taxonomy, or with a split that may hold out rows that the run was trained on.
+    """Check that the taxonomy and the data match those of the run to resume.
 
     Args:
-        report: of the data. ``heads_init`` is taken over from the report of the checkpoint's run.
+        report: the data report. Its ``heads_init`` is set to that of the resumed run.
+
+    Raises:
+        InputError: the taxonomy differs, or carved splits may hold out rows that the run was trained on.
     """
-    if is_checkpoint(checkpoint):  # shards of FSDP come without a configuration
-        known = read_config(checkpoint).tree
-        if (known.names, known.parents) != (
-            taxonomy.names,
-            taxonomy.parents,
-        ):  # of the same shape, it would load silently
+    # ── Taxonomy: another one of the same shape would load silently ──────────────────────────────────────────────────
+    if is_checkpoint(checkpoint):  # shards of FSDP have no configuration
+        stored = read_config(checkpoint).tree
+        if (stored.names, stored.parents) != (taxonomy.names, taxonomy.parents):
             raise InputError(
-                f"cannot resume from {checkpoint}: it has another taxonomy, or its classes in another order; give the same "
+                f"cannot resume from {checkpoint}: it has another taxonomy, or another order of classes; give the same "
                 f"--taxonomy, {START_ANEW}"
             )
+
+    # ── Data: sources, columns and splits ────────────────────────────────────────────────────────────────────────────
     report["heads_init"] = None
     file = Path(checkpoint).parent / "data_report.json"
     if not file.is_file():
@@ -129,41 +136,47 @@ def check_resumed_data(checkpoint: str, taxonomy: Taxonomy, report: dict[str, An
         report["heads_init"] = before.get("heads_init")
         now, before = json.loads(json.dumps(report)), {name: before[name] for name in ("split", "columns", "sources")}
     hashes, hashes_before = (
-        [sorted(source["sha256"].values()) for source in one["sources"] if source["split"] != "test"]
-        for one in (now, before)
+        [sorted(source["sha256"].values()) for source in data["sources"] if source["split"] != "test"]
+        for data in (now, before)
     )
     if not (now["split"]["carved"] or before["split"]["carved"]):
         if hashes != hashes_before:
-            logger.warning("the data are not those that %s was trained on", checkpoint)
+            logger.warning("%s was trained on other data", checkpoint)
         return
     if hashes != hashes_before or any(now[name] != before[name] for name in ("split", "columns")):
         raise InputError(
-            f"cannot resume from {checkpoint}: the data, their columns, --seed or the shares of the splits are others, so "
+            f"cannot resume from {checkpoint}: the data, their columns, --seed or the shares of the splits differ, so "
             f"that rows it was trained on would be held out now; give the same, {START_ANEW}"
         )
 
 
 def check_model(checkpoint: str, model: HierarchicalForSequenceClassification) -> None:
-    """Refuse a checkpoint of another encoder, adapter or pooling. With the same shapes it would load silently."""
+    """Check that a checkpoint has the encoder, adapter and pooling of the model.
+
+    Weights of the same shapes would otherwise load silently.
+
+    Raises:
+        InputError: one of them differs.
+    """
     if not is_checkpoint(checkpoint):
         return
-    known, config = read_config(checkpoint), model.config
-    whole = known.adapter_subfolder is None
+    stored, config = read_config(checkpoint), model.config
+    whole = stored.adapter_subfolder is None
     pairs = {
         "--tuning": ("full" if whole else "lora", "lora" if model.has_adapter else "full"),
-        "--model_name_or_path": tuple(Path(one.encoder_name_or_path).name for one in (known, config)),
-        "--model_revision": (known.encoder_revision, config.encoder_revision),
-        "--pooling": (known.pooling, config.pooling),
+        "--model_name_or_path": tuple(Path(c.encoder_name_or_path).name for c in (stored, config)),
+        "--model_revision": (stored.encoder_revision, config.encoder_revision),
+        "--pooling": (stored.pooling, config.pooling),
     }
     if model.has_adapter and not whole:
-        own = model.encoder.peft_config["default"]
+        adapter = model.encoder.peft_config["default"]
         path = Path(checkpoint) / ADAPTER_SUBFOLDER / "adapter_config.json"
         with refusing(f"{path} cannot be read"):
-            given = json.loads(path.read_text(encoding="utf-8"))
+            settings = json.loads(path.read_text(encoding="utf-8"))
             pairs |= {
-                "--lora_r": (given["r"], own.r),
-                "--lora_alpha": (given["lora_alpha"], own.lora_alpha),
-                "--lora_target_modules": (sorted(given["target_modules"]), sorted(own.target_modules)),
+                "--lora_r": (settings["r"], adapter.r),
+                "--lora_alpha": (settings["lora_alpha"], adapter.lora_alpha),
+                "--lora_target_modules": (sorted(settings["target_modules"]), sorted(adapter.target_modules)),
             }
     for flag, (before, now) in pairs.items():
         if before != now:
@@ -175,21 +188,21 @@ def check_model(checkpoint: str, model: HierarchicalForSequenceClassification) -
 def start_run(
     trainer: Trainer, model: str, trained_texts: TrainedTexts, texts: Iterable[str], resume_from: str | None
 ) -> None:
-    """Clean up an overwritten run, and record the training texts. All processes wait for it.
+    """Clean up an overwritten run and record the training texts, while all processes wait.
 
     Args:
         model: ``--model_name_or_path``.
-        trained_texts: those that the initial weights were trained on.
-        texts: of this run's training rows.
+        trained_texts: texts that the initial weights were trained on.
+        texts: training texts of this run.
     """
     training, output = trainer.args, Path(trainer.args.output_dir)
-    trainer.accelerator.wait_for_everyone()  # all have read the texts of the former run
+    trainer.accelerator.wait_for_everyone()  # until all have read the texts of the former run
     if training.should_save:
         resumed = resume_from is not None and is_of_run(training.resume_from_checkpoint, output)
         if training.overwrite_output_dir and not resumed:
             delete_run(output)
             if output.resolve() != Path(model).resolve():
-                # if this run is killed, the former weights would be taken for its own
+                # without it, the former weights are not mistaken for this run's if it is killed
                 (output / "config.json").unlink(missing_ok=True)
         write_trained_texts(output, trained_texts, texts)
     trainer.accelerator.wait_for_everyone()
@@ -197,7 +210,7 @@ def start_run(
 
 def delete_run(output_dir: Path) -> None:
     """Delete the checkpoints and scores of a run that is overwritten."""
-    for folder in checkpoints(output_dir):
+    for folder in list_checkpoints(output_dir):
         if folder.is_symlink():
             folder.unlink()
         else:
@@ -213,27 +226,27 @@ def delete_measured(output_dir: Path) -> None:
             file.unlink(missing_ok=True)
 
 
-def is_of_run(asked: str | None, output_dir: Path) -> bool:
-    """Whether ``--resume_from_checkpoint`` continues the run in a folder, rather than starting one there."""
-    return asked == "auto" or (asked is not None and Path(asked).parent.resolve() == output_dir.resolve())
+def is_of_run(requested: str | None, output_dir: Path) -> bool:
+    """Return whether ``--resume_from_checkpoint`` continues the run in a folder instead of starting a new one there."""
+    return requested == "auto" or (requested is not None and Path(requested).parent.resolve() == output_dir.resolve())
 
 
-def checkpoints(output_dir: Path) -> list[Path]:
-    """The folders ``checkpoint-N`` of a run, sorted by N."""
-    numbers = {}
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Return the folders ``checkpoint-N`` of a run, sorted by N."""
+    folders = {}
     for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         number = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
         if folder.is_dir() and number.isdecimal():
-            numbers[int(number)] = folder
-    return [numbers[number] for number in sorted(numbers)]
+            folders[int(number)] = folder
+    return [folders[number] for number in sorted(folders)]
 
 
-def damage(checkpoint: Path) -> str | None:
-    """Why a run cannot resume from a checkpoint, or None if it can."""
+def find_resume_problem(checkpoint: Path) -> str | None:
+    """Return why a run cannot resume from a checkpoint, or None if it can."""
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
     except FileNotFoundError:
-        return "it was not finished: trainer_state.json is missing"
+        return "it is incomplete: trainer_state.json is missing"
     except (OSError, ValueError, KeyError, TypeError):
         return "trainer_state.json cannot be read"
     if not any(checkpoint.glob("pytorch_model_fsdp*")):
@@ -241,7 +254,7 @@ def damage(checkpoint: Path) -> str | None:
         if problem is not None:
             return problem
     if not any(checkpoint.glob("optimizer*")):
-        return "it holds no state of the optimizer (--save_only_model?)"
+        return "it has no optimizer state (--save_only_model?)"
     if (checkpoint / "optimizer.pt").is_file() and not (checkpoint / "scheduler.pt").is_file():
         return "scheduler.pt is missing"
     if not any(checkpoint.glob("rng_state*.pth")):
@@ -253,6 +266,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def make_folder(path: Path) -> None:
+    """Create a folder and its parents, or raise InputError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -260,6 +274,7 @@ def make_folder(path: Path) -> None:
 
 
 def write_json(path: Path, value: dict) -> None:
-    new = path.with_name(f"{path.name}.new")  # another process, or a resumed run, never reads half of it
+    """Write a JSON file atomically, so that other processes and resumed runs never read a partial one."""
+    new = path.with_name(f"{path.name}.new")
     new.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     new.replace(path)

@@ -35,7 +35,7 @@ from modeling_hierarchical import HierarchicalForSequenceClassification
 from publishing.trainer import PublishingTrainer
 from training.cpu import speed_up
 from training.losses import HierarchicalFocalLoss
-from training.resume import damage
+from training.resume import find_resume_problem
 from training.sampler import LengthGroupedSampler
 from training.views import disagreement, halves
 
@@ -275,7 +275,7 @@ class HierarchicalTrainer(PublishingTrainer):
         except Exception:
             folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             # an incomplete checkpoint only takes up disk space
-            if self.args.should_save and damage(folder) is not None:
+            if self.args.should_save and find_resume_problem(folder) is not None:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import train
 from errors import InputError
-from training.resume import checkpoints, find_checkpoint, is_of_run
+from training.resume import find_checkpoint, is_of_run, list_checkpoints
 
 WEIGHTS = ("heads.safetensors", "adapter/adapter_model.safetensors")
 
@@ -64,9 +64,9 @@ def test_killed_at_random_moments_it_ends_with_the_weights_of_an_unbroken_run(wo
     for _ in range(40):
         log = (tmp_path / "log").open("w")
         process = subprocess.Popen(line, stdout=log, stderr=log)
-        before = {folder.name for folder in checkpoints(output)} if output.is_dir() else set()
+        before = {folder.name for folder in list_checkpoints(output)} if output.is_dir() else set()
         while process.poll() is None and not (
-            output.is_dir() and {folder.name for folder in checkpoints(output)} - before
+            output.is_dir() and {folder.name for folder in list_checkpoints(output)} - before
         ):
             time.sleep(0.002)  # until it begins to write its next checkpoint
         if kills < 10:
@@ -88,11 +88,11 @@ def test_killed_at_random_moments_it_ends_with_the_weights_of_an_unbroken_run(wo
 def test_a_run_that_was_killed_after_its_last_step_takes_none_more(words, unbroken, tmp_path):
     output = tmp_path / "results"
     output.mkdir()
-    for folder in checkpoints(unbroken)[-1:]:
+    for folder in list_checkpoints(unbroken)[-1:]:
         shutil.copytree(folder, output / folder.name)
     done = run(*words, "--output_dir", output, "--resume_from_checkpoint", "auto")
     assert "nothing left to train" in done.stderr
-    assert [folder.name for folder in checkpoints(output)] == ["checkpoint-40"]
+    assert [folder.name for folder in list_checkpoints(output)] == ["checkpoint-40"]
     assert same_weights(unbroken, output)
     told = [json.loads((folder / "metrics.json").read_text()) for folder in (unbroken, output)]
     assert told[0]["test_log_loss"] == told[1]["test_log_loss"]
@@ -106,19 +106,19 @@ def test_a_run_that_stops_early_stops_there_too_when_it_was_broken_off(words, tm
     line += ["--learning_rate", "1e-30"]
     whole = tmp_path / "whole"
     run(*line, "--output_dir", whole)
-    assert [folder.name for folder in checkpoints(whole)] == [f"checkpoint-{step}" for step in (2, 4, 6, 8)]
+    assert [folder.name for folder in list_checkpoints(whole)] == [f"checkpoint-{step}" for step in (2, 4, 6, 8)]
     for step in (6, 8):
         output = tmp_path / str(step)
         shutil.copytree(whole / f"checkpoint-{step}", output / f"checkpoint-{step}")
         done = run(*line, "--output_dir", output, "--resume_from_checkpoint", "auto")
-        assert checkpoints(output)[-1].name == "checkpoint-8"
+        assert list_checkpoints(output)[-1].name == "checkpoint-8"
         assert ("nothing left to train" in done.stderr) == (step == 8)
         assert same_weights(whole, output)
     state = json.loads((output / "checkpoint-8" / "trainer_state.json").read_text())
     del state["stateful_callbacks"]  # of older versions
     (output / "checkpoint-8" / "trainer_state.json").write_text(json.dumps(state))
     run(*line, "--output_dir", output, "--resume_from_checkpoint", "auto", "--max_steps", 10)
-    assert checkpoints(output)[-1].name == "checkpoint-10"
+    assert list_checkpoints(output)[-1].name == "checkpoint-10"
 
 
 @pytest.fixture
@@ -134,25 +134,25 @@ def test_overwriting_leaves_nothing_of_the_former_run_to_go_on_from_or_to_show(w
     for path in kept | gone:
         path.parent.mkdir(exist_ok=True)
         path.write_text("of the former run")
-    before = checkpoints(run_folder)
+    before = list_checkpoints(run_folder)
     line = [*words, "--output_dir", run_folder, "--overwrite_output_dir", "true"]
     run(*line, "--resume_from_checkpoint", "auto", "--do_train", "true", "--do_eval", "false")
-    assert checkpoints(run_folder) == before
+    assert list_checkpoints(run_folder) == before
     assert all(path.exists() for path in kept | gone)  # it goes on, and overwrites nothing
     line += ["--learning_rate", "1e30", "--warmup_steps", 0, "--max_grad_norm", 0, "--save_strategy", "no"]
     assert "the loss is" in run(*line, check=False).stderr
-    assert checkpoints(run_folder) == []
+    assert list_checkpoints(run_folder) == []
     assert all(path.exists() for path in kept)
     assert not any(path.exists() for path in gone)
     assert not (run_folder / "test_predictions.csv").exists()
 
 
 def test_a_finished_run_without_checkpoints_is_not_trained_again(words, run_folder):
-    for folder in checkpoints(run_folder):
+    for folder in list_checkpoints(run_folder):
         shutil.rmtree(folder)
     before = {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()}
     line = list(map(str, [*words, "--output_dir", run_folder]))
-    with pytest.raises(InputError, match=r"holds a model and no whole checkpoint .*--overwrite_output_dir true"):
+    with pytest.raises(InputError, match=r"holds a model and no complete checkpoint .*--overwrite_output_dir true"):
         train.main([*line, "--resume_from_checkpoint", "auto"])
     with pytest.raises(InputError, match=r"already holds a run: give .*--overwrite_output_dir true") as refused:
         train.main(line)
@@ -168,7 +168,7 @@ def test_a_finished_run_without_checkpoints_is_not_trained_again(words, run_fold
             train.main([*line, *settings])
     line += ["--max_steps", "2", "--overwrite_output_dir", "true", "--resume_from_checkpoint", "auto"]
     run(*line)
-    assert [folder.name for folder in checkpoints(run_folder)] == ["checkpoint-2"]
+    assert [folder.name for folder in list_checkpoints(run_folder)] == ["checkpoint-2"]
 
 
 def test_a_run_that_was_broken_before_its_first_checkpoint_begins_again(words, unbroken, tmp_path):
@@ -187,7 +187,7 @@ def test_a_run_that_was_broken_before_its_first_checkpoint_begins_again(words, u
 
 
 def test_a_run_may_not_delete_the_checkpoint_that_it_starts_from(words, run_folder):
-    last = checkpoints(run_folder)[-1]
+    last = list_checkpoints(run_folder)[-1]
     line = [*words, "--output_dir", run_folder, "--overwrite_output_dir", "true", "--model_name_or_path", last]
     done = run(*line, check=False)
     assert done.returncode == 2
@@ -202,7 +202,7 @@ def test_a_run_does_not_go_on_with_another_taxonomy(words, run_folder, tmp_path)
     done = run(*line, "--resume_from_checkpoint", "auto", check=False)
     assert done.returncode == 2
     said = done.stderr.splitlines()[-1]
-    assert f"cannot resume from {checkpoints(run_folder)[-1]}: it has another taxonomy" in said
+    assert f"cannot resume from {list_checkpoints(run_folder)[-1]}: it has another taxonomy" in said
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_a_run_does_not_go_on_as_another(words, run_folder, tiny_encoder, tmp_pa
     line = [*words, "--output_dir", run_folder, "--resume_from_checkpoint", "auto", "--max_steps", 44]
     line += [flag.format(other=tmp_path / "other") for flag in flags]
     before = {path: path.read_bytes() for path in run_folder.glob("*") if path.is_file()}
-    with pytest.raises(InputError, match=f"cannot resume from {checkpoints(run_folder)[-1]}") as refused:
+    with pytest.raises(InputError, match=f"cannot resume from {list_checkpoints(run_folder)[-1]}") as refused:
         train.main(list(map(str, line)))
     assert message in str(refused.value)
     kept = {"config.json", "heads.safetensors", "metrics.json", "README.md", "data_report.json"}
@@ -246,18 +246,18 @@ def test_a_run_goes_on_with_the_rows_that_it_carved(tiny_encoder, tmp_path):
             train.main(list(map(str, [*line, "--max_steps", 4, *change])))
     write_csv(data, rows)
     run(*line, "--max_steps", 4)
-    assert checkpoints(tmp_path / "results")[-1].name == "checkpoint-4"
+    assert list_checkpoints(tmp_path / "results")[-1].name == "checkpoint-4"
 
 
 def test_a_checkpoint_of_another_run_is_no_leave_to_overwrite_this_one(words, run_folder, unbroken):
-    line = [*words, "--output_dir", run_folder, "--resume_from_checkpoint", checkpoints(unbroken)[0]]
+    line = [*words, "--output_dir", run_folder, "--resume_from_checkpoint", list_checkpoints(unbroken)[0]]
     with pytest.raises(InputError, match=f"--output_dir {run_folder} already holds a run"):
         train.main(list(map(str, line)))
 
 
 def test_going_back_in_a_run_needs_the_later_checkpoints_out_of_the_way(run_folder):
-    earlier, last = checkpoints(run_folder)
-    with pytest.raises(InputError, match=f"cannot resume from {earlier}: {last.name} came after it in this run"):
+    earlier, last = list_checkpoints(run_folder)
+    with pytest.raises(InputError, match=f"cannot resume from {earlier}: this run has later checkpoints, {last.name}"):
         find_checkpoint(str(earlier), str(run_folder))
     assert find_checkpoint(str(last), str(run_folder)) == str(last)
     assert find_checkpoint(str(earlier), str(run_folder.parent / "other")) == str(earlier)
@@ -266,7 +266,7 @@ def test_going_back_in_a_run_needs_the_later_checkpoints_out_of_the_way(run_fold
 def test_a_resumed_run_takes_the_learning_rate_and_weight_decay_that_it_is_given(words, run_folder):
     line = [*words, "--output_dir", run_folder, "--resume_from_checkpoint", "auto", "--max_steps", 44]
     run(*line, "--learning_rate", 3e-5, "--weight_decay", 0.5)
-    last = checkpoints(run_folder)[-1]
+    last = list_checkpoints(run_folder)[-1]
     assert last.name == "checkpoint-44"
     scheduler = torch.load(last / "scheduler.pt", weights_only=True)
     groups = torch.load(last / "optimizer.pt", weights_only=True)["param_groups"]
@@ -292,7 +292,7 @@ def test_the_best_checkpoint_is_found_where_the_run_was_moved(words, tmp_path):
     run(*line, "--output_dir", tmp_path / "there")
     (tmp_path / "there").rename(tmp_path / "here")
     line += ["--output_dir", tmp_path / "here", "--resume_from_checkpoint", "auto"]
-    best = checkpoints(tmp_path / "here")[0]
+    best = list_checkpoints(tmp_path / "here")[0]
     assert best.name == "checkpoint-2"
     done = run(*line)
     assert f"loading adapter and heads from {best}" in done.stderr
@@ -308,13 +308,13 @@ def cut(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "trainer_state.json").unlink(), "it was not finished: trainer_state.json is missing"),
+        (lambda folder: (folder / "trainer_state.json").unlink(), "it is incomplete: trainer_state.json is missing"),
         (lambda folder: cut(folder / "trainer_state.json"), "trainer_state.json cannot be read"),
         (lambda folder: cut(folder / "heads.safetensors"), "heads.safetensors is damaged"),
         (lambda folder: cut(folder / WEIGHTS[1]), "adapter/adapter_model.safetensors is damaged"),
         (lambda folder: (folder / WEIGHTS[0]).unlink(), "heads.safetensors is missing"),
         (lambda folder: cut(folder / "optimizer.pt"), "optimizer.pt is damaged"),
-        (lambda folder: (folder / "optimizer.pt").unlink(), "it holds no state of the optimizer"),
+        (lambda folder: (folder / "optimizer.pt").unlink(), "it has no optimizer state"),
         (lambda folder: cut(folder / "rng_state.pth"), "rng_state.pth is damaged"),
         (lambda folder: (folder / "rng_state.pth").unlink(), "rng_state.pth is missing"),
         (lambda folder: (folder / "scheduler.pt").unlink(), "scheduler.pt is missing"),
@@ -322,7 +322,7 @@ def cut(path: Path) -> None:
     ],
 )
 def test_a_torn_checkpoint_is_named_and_skipped(run_folder, caplog, damage, message):
-    earlier, last = checkpoints(run_folder)
+    earlier, last = list_checkpoints(run_folder)
     assert find_checkpoint("auto", str(run_folder)) == str(last)
     damage(last)
     with caplog.at_level("INFO"):
@@ -363,7 +363,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_what_to_do(words, unbrok
         said = done.stderr.splitlines()[-1]
         assert said.startswith("train.py: error: ")
         assert said.endswith("make room, then --resume_from_checkpoint auto goes on")
-        found = checkpoints(output)
+        found = list_checkpoints(output)
         assert found
         assert find_checkpoint("auto", str(output)) == str(found[-1])
         for folder in found[:-1]:
