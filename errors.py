@@ -38,8 +38,8 @@ def is_fault(error: Exception) -> bool:
 def refusing(what: str) -> Iterator[None]:
     """Convert any exception of a library call into an InputError.
 
-    Use it around library calls on users' files and settings: the libraries document no errors for these, and raise, say,
-    KeyError or ZeroDivisionError. A bug of this project passes unchanged, see `is_fault`.
+    Use it around library calls on users' files and settings: the libraries document no errors for these, and raise,
+    say, KeyError or ZeroDivisionError. A bug of this project passes unchanged, see `is_fault`.
 
     Args:
         what: the message up to its colon.

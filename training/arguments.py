@@ -39,120 +39,96 @@ ComputeMetrics = Callable[[EvalPrediction], dict[str, float]]
 FEW_ROWS = 32  # training rows a class, on average, below which heads are initialised from the class names
 
 
+# ruff: noqa: RUF009 - `flag` returns a dataclass field
+def flag(default: Any, help: str, **metadata: Any) -> Any:
+    """Return a dataclass field with the metadata that HfArgumentParser reads. Lists are copied for each instance."""
+    metadata["help"] = help
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
 @dataclass
 class ModelArguments:
     """Flags of the encoder, its quantization and the trained weights."""
 
-    model_name_or_path: str = field(
-        default=DEFAULT_ENCODER,
-        metadata={"help": "Encoder, or checkpoint of this project to continue: a Hub id or a folder."},
+    model_name_or_path: str = flag(
+        DEFAULT_ENCODER, "Encoder, or checkpoint of this project to continue: a Hub id or a folder."
     )
-    model_revision: str | None = field(
-        default=None,
-        metadata={"help": "Commit, tag or branch of the model on the Hub. The checkpoint records the commit."},
+    model_revision: str | None = flag(
+        None, "Commit, tag or branch of the model on the Hub. The checkpoint records the commit."
     )
-    quantization: Literal["none", "8bit", "4bit"] | None = field(
-        default=None,
-        metadata={
-            "help": "Quantization of the frozen encoder during training. Default: 4bit with --tuning lora, else none."
-        },
+    quantization: Literal["none", "8bit", "4bit"] | None = flag(
+        None, "Quantization of the frozen encoder during training. Default: 4bit with --tuning lora, else none."
     )
-    tuning: Literal["lora", "full"] = field(
-        default="lora", metadata={"help": "lora trains an adapter and the heads, full trains every weight."}
+    tuning: Literal["lora", "full"] = flag("lora", "lora trains an adapter and the heads, full trains every weight.")
+    lora_r: int = flag(16, "Rank of the adapter.")
+    lora_alpha: int = flag(32, "The adapter's output is scaled by lora_alpha / lora_r.")
+    lora_dropout: float = flag(0.0, "Dropout on the adapter's input.")
+    lora_target_modules: list[str] = flag(
+        ["all-linear"], "Layers with an adapter: all-linear, or the names of linear layers, such as query value."
     )
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=32, metadata={"help": "The adapter's output is scaled by lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"],
-        metadata={"help": "Layers with an adapter: all-linear, or the names of linear layers, such as query value."},
+    pooling: Literal["mean", "cls"] = flag(
+        "mean", "Vector of a text: the mean of its token vectors, or the vector of its first token."
     )
-    pooling: Literal["mean", "cls"] = field(
-        default="mean",
-        metadata={"help": "Vector of a text: the mean of its token vectors, or the vector of its first token."},
+    heads_init: Literal["label_names", "random"] | None = flag(
+        None,
+        "Initialise new heads from the encoder's embeddings of the class names, or at random. Default: label_names "
+        f"with fewer than {FEW_ROWS} training rows per class, if the names match the texts; else random.",
     )
-    heads_init: Literal["label_names", "random"] | None = field(
-        default=None,
-        metadata={
-            "help": "Initialise new heads from the encoder's embeddings of the class names, or at random. Default: label_names "
-            f"with fewer than {FEW_ROWS} training rows per class, if the names match the texts; else random."
-        },
+    lexical_head: bool | None = flag(
+        None,
+        "Fit a linear classifier on the tokens, beside the encoder. Default: true if it has at most 2^24 weights.",
     )
-    lexical_head: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Fit a linear classifier on the bag of tokens, beside the encoder. Default: true if it has at most 2^24 weights."
-        },
-    )
-    cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloads."})
+    cache_dir: str | None = flag(None, "Folder for downloads.")
 
 
 @dataclass
 class DataArguments:
     """Flags of the data: files, columns, taxonomy, splits, truncation."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the data set."})
-    data_path: str | None = field(
-        default=None,
-        metadata={"help": "File (.csv .tsv .json .jsonl .parquet) to split, or folder saved by `datasets`."},
+    dataset_name: str | None = flag(None, "Data set on the Hub.")
+    dataset_revision: str | None = flag(None, "Commit, tag or branch of the data set.")
+    data_path: str | None = flag(
+        None, "File (.csv .tsv .json .jsonl .parquet) to split, or folder saved by `datasets`."
     )
-    train_file: str | None = field(default=None, metadata={"help": "File with the training rows."})
-    validation_file: str | None = field(
-        default=None, metadata={"help": "File with the rows that select the checkpoint and calibrate it."}
+    train_file: str | None = flag(None, "File with the training rows.")
+    validation_file: str | None = flag(None, "File with the rows that select the checkpoint and calibrate it.")
+    test_file: str | None = flag(None, "File with the rows for the final scores.")
+    text_column: str | None = flag(None, "Column with the texts. Default: chosen by its name.")
+    label_column: list[str] | None = flag(
+        None, "Column with the labels, or one column per level, from the root down. Default: chosen by its name."
     )
-    test_file: str | None = field(default=None, metadata={"help": "File with the rows for the final scores."})
-    text_column: str | None = field(
-        default=None, metadata={"help": "Column with the texts. Default: chosen by its name."}
+    taxonomy: str | None = flag(
+        None,
+        "Nested .yaml or .json file, or .csv file of parent,child rows. Default: the five classes of the Medical "
+        "Abstracts corpus if they contain all labels, else the paths in the labels.",
     )
-    label_column: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Column with the labels, or one column per level, from the root down. Default: chosen by its name."
-        },
+    label_separator: str = flag("/", "Separator between the names in the path of a label.")
+    class_names: str | None = flag(
+        None, "Names of coded labels: .csv or .tsv file with the columns code and name, or JSON object."
     )
-    taxonomy: str | None = field(
-        default=None,
-        metadata={"help": "Nested .yaml or .json file, or .csv file of parent,child rows. Default: the five classes of the Medical "
-                          "Abstracts corpus if they contain all labels, else the paths in the labels."},
-    )  # fmt: skip
-    label_separator: str = field(default="/", metadata={"help": "Separator between the names in the path of a label."})
-    class_names: str | None = field(
-        default=None,
-        metadata={"help": "Names of coded labels: .csv or .tsv file with the columns code and name, or JSON object."},
+    max_length: int = flag(
+        512, "Texts are truncated to this number of tokens, or to the encoder's limit if it is smaller."
     )
-    max_length: int = field(
-        default=512,
-        metadata={"help": "Texts are truncated to this number of tokens, or to the encoder's limit if it is smaller."},
-    )
-    validation_size: float = field(
-        default=0.1, metadata={"help": "Share of the training texts for validation, if no validation rows are given."}
-    )
-    test_size: float = field(
-        default=0.1, metadata={"help": "Share of the texts for the test, if --data_path is split."}
-    )
+    validation_size: float = flag(0.1, "Share of the training texts for validation, if no validation rows are given.")
+    test_size: float = flag(0.1, "Share of the texts for the test, if --data_path is split.")
 
 
 @dataclass
 class LossArguments:
     """Flags of `training.losses` and `training.views`. The loss also uses ``--label_smoothing_factor``."""
 
-    focal_gamma: float = field(
-        default=0.0, metadata={"help": "Exponent of (1 - p) in the focal loss. 0: cross-entropy."}
+    focal_gamma: float = flag(0.0, "Exponent of (1 - p) in the focal loss. 0: cross-entropy.")
+    class_weighting: Literal["none", "balanced"] = flag(
+        "none", "Weights of sibling classes. balanced: inversely proportional to their training rows."
     )
-    class_weighting: Literal["none", "balanced"] = field(
-        default="none",
-        metadata={"help": "Weights of sibling classes. balanced: inversely proportional to their training rows."},
+    level_weights: list[float] = flag(
+        [1.0], "Weights of the decisions at level 1, 2, …; the last one applies to all deeper levels."
     )
-    level_weights: list[float] = field(
-        default_factory=lambda: [1.0],
-        metadata={"help": "Weights of the decisions at level 1, 2, …; the last one applies to all deeper levels."},
-    )
-    consistency: float = field(
-        default=0.0,
-        metadata={
-            "help": "Train on two halves of each text, with this weight of their disagreement in the loss. 0: train on whole texts."
-        },
+    consistency: float = flag(
+        0.0,
+        "Train on two halves of each text, with this weight of their disagreement in the loss. 0: on whole texts.",
     )
 
 
@@ -160,67 +136,45 @@ class LossArguments:
 class HierarchicalTrainingArguments(TrainingArguments):
     """TrainingArguments of transformers, with defaults for this task."""
 
-    output_dir: str = field(default="results", metadata={"help": "Folder for the checkpoint."})
-    overwrite_output_dir: bool = field(
-        default=False,
-        metadata={
-            "help": "Write into an output folder that already holds a run. Training deletes the checkpoints and scores of that run."
-        },
+    output_dir: str = flag("results", "Folder for the checkpoint.")
+    overwrite_output_dir: bool = flag(
+        False,
+        "Write into a folder that already holds a run. Training deletes the checkpoints and scores of that run.",
     )
-    do_train: bool | None = field(
-        default=None, metadata={"help": "Train. Default: yes, unless --do_eval or --do_predict is given."}
-    )
-    do_eval: bool | None = field(
-        default=None, metadata={"help": "Score the validation rows at the end, and calibrate on them."}
-    )
-    do_predict: bool | None = field(default=None, metadata={"help": "Score the test rows."})
-    num_train_epochs: float = field(default=5.0, metadata={"help": "Number of passes over the training rows."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Texts per device and step."})
-    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Texts per device and step in evaluation."})
-    learning_rate: float = field(default=6e-4, metadata={"help": "Peak learning rate of the encoder or its adapter."})
-    heads_learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate of the heads. Default: --learning_rate."}
-    )
-    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
-    warmup_steps: float = field(
-        default=0.1, metadata={"help": "Number of warm-up steps, or, below 1, their share of all steps."}
-    )
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save."})
+    do_train: bool | None = flag(None, "Train. Default: yes, unless --do_eval or --do_predict is given.")
+    do_eval: bool | None = flag(None, "Score the validation rows at the end, and calibrate on them.")
+    do_predict: bool | None = flag(None, "Score the test rows.")
+    num_train_epochs: float = flag(5.0, "Number of passes over the training rows.")
+    per_device_train_batch_size: int = flag(16, "Texts per device and step.")
+    per_device_eval_batch_size: int = flag(32, "Texts per device and step in evaluation.")
+    learning_rate: float = flag(6e-4, "Peak learning rate of the encoder or its adapter.")
+    heads_learning_rate: float | None = flag(None, "Peak learning rate of the heads. Default: --learning_rate.")
+    weight_decay: float = flag(0.01, "Weight decay.")
+    warmup_steps: float = flag(0.1, "Number of warm-up steps, or, below 1, their share of all steps.")
+    lr_scheduler_type: str = flag("cosine", "Schedule of the learning rate.")
+    eval_strategy: str = flag("epoch", "When to evaluate.")
+    save_strategy: str = flag("epoch", "When to save.")
     # the Trainer's filter would log the mean of earlier losses in place of a loss that is not finite
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "No effect: a loss that is not finite ends the run."}
+    logging_nan_inf_filter: bool = flag(False, "No effect: a loss that is not finite ends the run.")
+    save_total_limit: int | None = flag(2, "Number of checkpoints to keep.")
+    load_best_model_at_end: bool = flag(True, "Load the best checkpoint at the end.")
+    metric_for_best_model: str = flag("macro_f1", "Metric that selects the best checkpoint.")
+    restore_callback_states_from_checkpoint: bool = flag(
+        True, "Resume with the saved count of evaluations without improvement."
     )
-    save_total_limit: int | None = field(default=2, metadata={"help": "Number of checkpoints to keep."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "Load the best checkpoint at the end."})
-    metric_for_best_model: str = field(
-        default="macro_f1", metadata={"help": "Metric that selects the best checkpoint."}
+    early_stopping_patience: int | None = flag(
+        2, "Stop after this number of evaluations without improvement. 0: never."
     )
-    restore_callback_states_from_checkpoint: bool = field(
-        default=True, metadata={"help": "Resume with the saved count of evaluations without improvement."}
+    train_sampling_strategy: str = flag(
+        "group_by_length",
+        "Order of the training rows. group_by_length batches texts of similar length, to reduce padding.",
+        choices=["random", "sequential", "group_by_length", "batch_rebalance"],
     )
-    early_stopping_patience: int | None = field(
-        default=2, metadata={"help": "Stop after this number of evaluations without improvement. 0: never."}
-    )
-    train_sampling_strategy: str = field(
-        default="group_by_length",
-        metadata={
-            "help": "Order of the training rows. group_by_length batches texts of similar length, to reduce padding.",
-            "choices": ["random", "sequential", "group_by_length", "batch_rebalance"],
-        },
-    )
-    report_to: list[str] = field(
-        default_factory=lambda: ["none"], metadata={"help": "Services to log to: tensorboard, trackio, …"}
-    )
-    logging_steps: float = field(
-        default=10, metadata={"help": "Number of steps between log lines, or, below 1, their share of all steps."}
-    )
-    bf16: bool | None = field(
-        default=None,
-        metadata={
-            "help": "bfloat16 autocast. Default: the precision of accelerate launch, else true if the machine supports it natively."
-        },
+    report_to: list[str] = flag(["none"], "Services to log to: tensorboard, trackio, …")
+    logging_steps: float = flag(10, "Number of steps between log lines, or, below 1, their share of all steps.")
+    bf16: bool | None = flag(
+        None,
+        "bfloat16 autocast. Default: the precision of accelerate launch, else true if the machine has bfloat16.",
     )
 
     def __post_init__(self):
@@ -372,8 +326,8 @@ def check_values(arguments: Arguments) -> None:
         evaluated, saved = training.eval_steps, training.save_steps
         if evaluated != saved:  # the best weights may not be saved
             raise InputError(
-                f"--load_best_model_at_end needs a save at every evaluation: give the same --eval_steps and --save_steps, not "
-                f"{evaluated:g} and {saved:g}, or --save_strategy best"
+                f"--load_best_model_at_end needs a save at every evaluation: give the same --eval_steps and --save_steps, "
+                f"not {evaluated:g} and {saved:g}, or --save_strategy best"
             )
     checkpoint_kwargs = inspect.signature(torch.utils.checkpoint.checkpoint).parameters.keys()
     if unknown := set(training.gradient_checkpointing_kwargs or {}) - checkpoint_kwargs:
@@ -424,7 +378,7 @@ def check_against_data(arguments: Arguments, data: "LabelledSplits", compute_met
     """Check flags against the data. Without validation rows, turn off evaluation during training.
 
     Raises:
-        InputError: there are no training rows, no evaluation selects the best checkpoint, or all decisions have weight 0.
+        InputError: there are no training rows, no evaluation selects the best checkpoint, or all level weights are 0.
     """
     training, weights = arguments.training, arguments.loss.level_weights
     if "train" not in data.splits:

@@ -35,8 +35,8 @@ def shared_texts(rows: pd.DataFrame) -> dict[str, dict[str, int]]:
 def describe(rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
     """Count the rows, duplicates, conflicting labels and classes of one split.
 
-    ``accuracy_ceiling`` is the highest accuracy of any function of the text. It predicts the most common leaf of each distinct
-    text, and is measured on rows labelled with a leaf. Labels of a text conflict if they are not on one path.
+    ``accuracy_ceiling`` is the highest accuracy of any function of the text. It predicts the most common leaf of each
+    distinct text, and is measured on rows labelled with a leaf. Labels of a text conflict if they are not on one path.
 
     Args:
         dropped: number of rows that were dropped from this split.
@@ -131,8 +131,8 @@ def log_what_was_done(report: dict) -> None:
         logger.warning("%s, since the checkpoint was trained on the texts: %s", action, " and ".join(held_out))
     if before["scores"] == "unverified":
         logger.warning(
-            "the training texts of the checkpoint are unknown: no rows are carved, and scores are unverified, since the "
-            "checkpoint may have been trained on the validation or test texts"
+            "the training texts of the checkpoint are unknown: no rows are carved, and scores are unverified, since "
+            "the checkpoint may have been trained on the validation or test texts"
         )
     untrained = report["classes_without_training_rows"]
     if untrained:

@@ -4,7 +4,7 @@ Worth knowing:
 
 1. A label becomes the id of a node of the taxonomy, a leaf or an inner node. Codes are replaced by names first.
 2. Several label columns name a path from the root down. Its lower levels may be empty.
-3. Without ``--taxonomy``, the default taxonomy is used if it holds all labels. Otherwise it is built from the labels' paths.
+3. Without ``--taxonomy``, the default taxonomy is used if it holds all labels. Else it is built from their paths.
 4. A string that does not look like a name may be a text about a patient. Error messages report only its length.
 """
 
@@ -220,8 +220,8 @@ def _from_labels(
     )
     if 2 * num_texts > len(paths) > num_rows / 2:  # nothing to learn, and the model would publish the texts
         raise InputError(
-            f"{where}: {num_texts} of {len(paths)} labels are texts, not names of classes; give another --label_column, or the "
-            "classes by --taxonomy"
+            f"{where}: {num_texts} of {len(paths)} labels are texts, not names of classes; give another --label_column, or "
+            "the classes by --taxonomy"
         )
     try:
         return Taxonomy.from_paths(sorted(paths), arguments.label_separator)
@@ -253,8 +253,8 @@ def _node(taxonomy: Taxonomy, lookup: dict[Label, int], label: Label) -> int:
     if isinstance(label, tuple):
         node = taxonomy.id(taxonomy.separator.join(label))
         raise TaxonomyError(
-            f"the label columns must name the path from the root, which is {quote_name(taxonomy.path_names(node))}, not "
-            f"{quote_name(label)}"
+            f"the label columns must name the path from the root, which is {quote_name(taxonomy.path_names(node))}, "
+            f"not {quote_name(label)}"
         )
     if taxonomy.separator in label and _path(label, taxonomy.separator) in lookup:
         return lookup[_path(label, taxonomy.separator)]

@@ -4,8 +4,8 @@ Worth knowing:
 
 1. An encoder on the Hub is pinned to a commit, which the checkpoint records.
 2. Dropout inside a frozen encoder is the largest cost of a CPU step. LoRA training turns it off.
-3. If ``--model_name_or_path`` is a checkpoint of this project, training continues with its adapter and the heads of known nodes.
-   A checkpoint on the Hub is downloaded at one commit first, and treated as a folder from then on.
+3. If ``--model_name_or_path`` is a checkpoint of this project, training continues with its adapter and the heads of
+   known nodes. A checkpoint on the Hub is downloaded at one commit first, and treated as a folder from then on.
 """
 
 import logging

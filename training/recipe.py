@@ -2,8 +2,8 @@
 
 Worth knowing:
 
-1. The words of a recipe are parsed before those of the command line, so both are checked alike and a flag overrides its key.
-   argparse's ``set_defaults`` cannot replace this: it neither checks the choices of a default nor converts list items.
+1. The words of a recipe are parsed before those of the command line. Both are checked alike, and a flag overrides its
+   key. argparse's ``set_defaults`` would neither check the choices of a default nor convert the items of a list.
 2. Values stay as they are written: codes such as ``007``, ``1.10`` and ``no`` are texts.
 3. A data source on the command line replaces the data source of the recipe.
 """
@@ -55,7 +55,7 @@ def recipe_words(path: str | Path, flags: Mapping[str, bool], left_out: Collecti
         left_out: keys of the recipe to ignore.
 
     Raises:
-        InputError: the recipe cannot be read or is not a mapping, a key is unknown or repeated, or a value is neither a
+        InputError: the recipe cannot be read or is not a mapping; a key is unknown or repeated; a value is neither a
             scalar nor a list of scalars nor a mapping.
     """
     recipe, values_of = read_recipe(path)

@@ -4,7 +4,7 @@ Worth knowing:
 
 1. trainer_state.json is written last, and older checkpoints are deleted after that. A killed process leaves at most one
    checkpoint without trainer_state.json, and never deletes the only complete one.
-2. A file of torch is a zip archive with its directory at the end, so a truncated file is detected without reading the tensors.
+2. A file of torch is a zip archive with its directory at the end, so a truncated file is detected without reading it.
 """
 
 import json
@@ -35,10 +35,10 @@ START_ANEW = "or --overwrite_output_dir true without --resume_from_checkpoint"
 def check_output_folder(training: HierarchicalTrainingArguments, model: str) -> None:
     """Check that a run may write to ``--output_dir``.
 
-    With ``--resume_from_checkpoint auto``, a folder without a model may also hold incomplete checkpoints: a new run starts there.
+    With ``--resume_from_checkpoint auto``, a new run starts in a folder with neither model nor complete checkpoint.
 
     Raises:
-        InputError: the folder holds a run that would be overwritten, or the model that the run starts from would be deleted.
+        InputError: the folder already holds a run, or the model that the run starts from would be deleted.
     """
     output = Path(training.output_dir)
     check_writable("--output_dir", output)
@@ -58,8 +58,8 @@ def check_output_folder(training: HierarchicalTrainingArguments, model: str) -> 
     has_model = (output / "config.json").exists()
     if has_model and resumes:
         raise InputError(
-            f"--output_dir {output} holds a model and no complete checkpoint to resume from: give another --output_dir, or "
-            "--overwrite_output_dir true to start again"
+            f"--output_dir {output} holds a model and no complete checkpoint to resume from: give another --output_dir, "
+            "or --overwrite_output_dir true to start again"
         )
     if has_model or (list_checkpoints(output) and not resumes):
         remedy = "another --output_dir"
@@ -94,8 +94,8 @@ def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
         later = names[names.index(Path(requested).name) + 1 :] if Path(requested).name in names else []
         if later and is_of_run(requested, Path(output_dir)):  # a later "auto" would resume from one of these
             raise InputError(
-                f"cannot resume from {requested}: this run has later checkpoints, {', '.join(later)}; move them away, or give "
-                "another --output_dir"
+                f"cannot resume from {requested}: this run has later checkpoints, {', '.join(later)}; move them away, or "
+                "give another --output_dir"
             )
         return requested
     for folder in reversed(list_checkpoints(Path(output_dir))):
@@ -181,7 +181,8 @@ def check_model(checkpoint: str, model: HierarchicalForSequenceClassification) -
     for flag, (before, now) in pairs.items():
         if before != now:
             raise InputError(
-                f"cannot resume from {checkpoint}: it was trained with another {flag}, {before}, not {now}; give the same, {START_ANEW}"
+                f"cannot resume from {checkpoint}: it was trained with another {flag}, {before}, not {now}; "
+                f"give the same, {START_ANEW}"
             )
 
 

@@ -2,10 +2,10 @@
 
 Worth knowing:
 
-1. Texts are identical if `normalise_text` returns the same string. Each text is in one split only. Training rows are dropped if
-   their text is also in a validation or test file. Validation rows are dropped if their text is in the test file.
-2. Texts that an earlier run of a checkpoint was trained on are never scored. They move to the training rows or are left out.
-3. The report counts what limits any classifier: duplicates, texts with several labels, and the highest possible accuracy.
+1. Texts are identical if `normalise_text` returns the same string. Each text is in one split only: training rows with
+   a validation or test text are dropped, and so are validation rows with a test text.
+2. Texts that an earlier run of a checkpoint was trained on are never scored. They become training rows or are left out.
+3. The report counts what limits any classifier: duplicates, texts with several labels, and the accuracy ceiling.
 4. The column ``row`` counts the rows of a source from 0, without the header.
 """
 
@@ -34,8 +34,8 @@ class LabelledSplits:
     """Labelled rows of all splits, ready to be tokenized.
 
     Attributes:
-        splits: the non-empty ones of ``train``, ``validation`` and ``test``. The columns are ``text`` (str), ``label`` (int, a
-            node id), ``row`` (int, the row in the source, from 0) and ``text_id`` (int, equal for identical texts).
+        splits: the non-empty ones of ``train``, ``validation`` and ``test``. The columns are ``text`` (str), ``label``
+            (int, a node id), ``row`` (int, the row in the source, from 0) and ``text_id`` (int).
         taxonomy: the taxonomy of the node ids.
         report: a JSON-compatible dictionary:
 
@@ -44,8 +44,8 @@ class LabelledSplits:
             - ``taxonomy``: its origin.
             - ``split``: how the rows were split.
             - ``splits``: counts of each split, see `training.data_report.describe`.
-            - ``trained_before``: whether ``scores`` are verified; the number of ``texts`` of earlier runs; the ``rows`` of each
-              source split with such a text; where held-out ones were ``moved``.
+            - ``trained_before``: whether ``scores`` are verified; the number of ``texts`` of earlier runs; the ``rows``
+              of each source split with such a text; where held-out ones were ``moved``.
             - ``shared_texts``: texts in two splits, counted before rows were dropped.
             - ``classes_without_training_rows``: labels of these leaves.
     """
@@ -66,8 +66,8 @@ def load_splits(
         trained: texts that the checkpoint was trained on. No rows are carved unless all these texts are known.
 
     Raises:
-        InputError: sources are missing, unreadable or contradictory; a text or label is missing; the taxonomy lacks a label;
-            there are too few rows to split.
+        InputError: sources are missing, unreadable or contradictory; a text or label is missing; the taxonomy lacks a
+            label; there are too few rows to split.
     """
     # ── Read ─────────────────────────────────────────────────────────────────────────────────────────────────────────
     _check_sizes(arguments)
@@ -198,7 +198,7 @@ def _shares_to_carve(arguments: DataArguments, sources: dict[str, SplitSource], 
 def _carve(rows: pd.DataFrame, shares: dict[str, float], seed: int) -> pd.DataFrame:
     """Move a share of the training texts to each other split, with all rows of a text.
 
-    Texts that an earlier run was trained on stay. If too few others are left, these are divided in proportion to the shares.
+    Texts that an earlier run was trained on stay. If too few others are left, the shares of these are moved.
     """
     # scikit-learn's StratifiedGroupKFold loops over the groups and makes equal folds only. Its train_test_split
     # refuses a class with a single text, and fewer held-out texts than classes.
@@ -229,9 +229,9 @@ def _sample(
 ) -> np.ndarray:
     """Sample ``count`` texts in proportion to their strata, and leave at least one text of each stratum.
 
-    Systematic sampling along the texts, sorted by stratum (Cochran, Sampling Techniques, 1977, chapter 8). A stratum of one
-    text gives none. A share of at most one half, rounded up, leaves a text of any larger stratum. For a larger share, one text
-    of each stratum is set aside first.
+    Systematic sampling along the texts, sorted by stratum (Cochran, Sampling Techniques, 1977, chapter 8). A stratum of
+    one text gives none. A share of at most one half, rounded up, leaves a text of any larger stratum. For a larger
+    share, one text of each stratum is set aside first.
 
     Args:
         strata: (N,) class of each text.
@@ -254,8 +254,8 @@ def _sample(
         count = min(count, int(eligible.sum()))
         if not count:
             raise InputError(
-                f"cannot carve {split} rows: the checkpoint was trained on {trained.sum():,} of {len(strata):,} distinct "
-                f"training texts, and none of the others can be spared; give --{split}_file, or --{split}_size 0"
+                f"cannot carve {split} rows: the checkpoint was trained on {trained.sum():,} of {len(strata):,} "
+                f"distinct training texts, and none of the others can be spared; give --{split}_file, or --{split}_size 0"
             )
     if not 0 < count <= eligible.sum():
         raise InputError(

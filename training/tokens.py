@@ -29,17 +29,17 @@ def tokenize(
         with_sentences: splits that also get a column ``sentences``, see `training.views.sentence_numbers`.
 
     Returns:
-        The splits, with the columns ``input_ids``, ``attention_mask``, ``token_type_ids`` (if the tokenizer returns them),
-        ``length`` (of ``input_ids``), ``labels``, ``row`` and ``text_id``. And the `length_report` of each split, from the token
-        counts before truncation.
+        The splits, with the columns ``input_ids``, ``attention_mask``, ``token_type_ids`` (if the tokenizer has them),
+        ``length`` (of ``input_ids``), ``labels``, ``row`` and ``text_id``. And the `length_report` of each split, from
+        the token counts before truncation.
 
     Raises:
         InputError: the tokenizer is a slow one, without token offsets.
     """
     if not tokenizer.is_fast:
         raise InputError(
-            f"{type(tokenizer).__name__} is not a fast tokenizer (of the tokenizers library), which serving the checkpoint "
-            "requires: use another encoder"
+            f"{type(tokenizer).__name__} is not a fast tokenizer (of the tokenizers library), which serving the "
+            "checkpoint requires: use another encoder"
         )
 
     def tokens(batch: dict[str, list], with_sentences: bool) -> dict[str, list]:

@@ -2,13 +2,13 @@
 
 Worth knowing:
 
-1. The loss is divided by the number of labels in the whole accumulated batch, over all devices. DDP averages the gradients
-   afterwards, so the loss is multiplied by the number of processes.
+1. The loss is divided by the number of labels in the whole accumulated batch, over all devices. DDP averages the
+   gradients afterwards, so the loss is multiplied by the number of processes.
 2. The Trainer resumes and restores the best model by root-level file names. The adapter form has its own loader here.
-3. bitsandbytes repacks 4-bit weights in place when a layer runs in eval mode on a CPU with AVX-512 BF16. Repacked weights
-   cannot be trained, so repacking is turned off.
-4. If batches are grouped by length, the Trainer shuffles evaluation rows and reorders the rows of a resumed run. The samplers
-   here do neither.
+3. bitsandbytes repacks 4-bit weights in place when a layer runs in eval mode on a CPU with AVX-512 BF16. Repacked
+   weights cannot be trained, so repacking is turned off.
+4. If batches are grouped by length, the Trainer shuffles evaluation rows and reorders the rows of a resumed run. The
+   samplers here do neither.
 5. No ``training_args.bin`` is written, because it is a pickle and can contain a token.
 6. Reading a loss waits for the GPU. Losses are read when the Trainer waits anyway: before it logs, evaluates or saves.
 """
@@ -49,8 +49,8 @@ class HierarchicalTrainer(PublishingTrainer):
 
     Args:
         loss_function: training loss. Default: the model's own negative log-likelihood.
-        consistency: weight of the disagreement between a text's halves, see `training.views`. 0 trains on whole texts. Other
-            values need a ``loss_function``, and training rows with the columns ``sentences`` and ``row``.
+        consistency: weight of the disagreement between a text's halves, see `training.views`. 0 trains on whole texts.
+            Other values need a ``loss_function``, and training rows with the columns ``sentences`` and ``row``.
         heads_learning_rate: peak learning rate of the heads. Default: the optimizer's.
         args, kwargs: arguments of `publishing.trainer.PublishingTrainer`.
     """
@@ -183,13 +183,13 @@ class HierarchicalTrainer(PublishingTrainer):
         folder = next((str(path) for path in candidates if path.is_dir()), None)
         if folder is None and self.args.load_best_model_at_end:
             raise InputError(
-                f"cannot resume from {checkpoint}: the best checkpoint of its run, {Path(best).name}, is not in the same folder; "
-                "--load_best_model_at_end false keeps the last weights instead"
+                f"cannot resume from {checkpoint}: the best checkpoint of its run, {Path(best).name}, is not in "
+                "the same folder; --load_best_model_at_end false keeps the last weights instead"
             )
         return folder
 
     def _load_callback_state(self) -> None:
-        """Restore the callbacks' states, but keep this run's patience, and allow for states that the checkpoint lacks."""
+        """Restore the callbacks' states, but keep this run's patience. The checkpoint may lack some states."""
         self.state.best_model_checkpoint = self.best_checkpoint  # the Trainer drops the path of a moved folder
         stopping = self._early_stopping()
         super()._load_callback_state()
@@ -280,7 +280,7 @@ class HierarchicalTrainer(PublishingTrainer):
             raise
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> torch.utils.data.Sampler | None:
-        """Keep evaluation rows in order. With ``group_by_length`` the Trainer would shuffle them, and so the predictions."""
+        """Keep evaluation rows in order. With ``group_by_length`` the Trainer would shuffle them."""
         return torch.utils.data.SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
