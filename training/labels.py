@@ -124,10 +124,8 @@ def resolve_labels(
             taxonomy, origin = default, "the default, of the Medical Abstracts corpus"
         else:
             taxonomy, origin = _from_labels(named, names, places, num_rows, columns, arguments), "from the labels"
-    logger.info(
-        "taxonomy: %s: %d roots, %d leaves, %d levels",
-        origin, len(taxonomy.children(-1)), taxonomy.num_leaves, taxonomy.depth,
-    )  # fmt: skip
+    counts = len(taxonomy.children(-1)), taxonomy.num_leaves, taxonomy.depth
+    logger.info("taxonomy: %s: %d roots, %d leaves, %d levels", origin, *counts)
 
     # ── Look up the labels ───────────────────────────────────────────────────────────────────────────────────────────
     nodes, lookup = {}, _lookup(taxonomy)

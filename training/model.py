@@ -97,10 +97,10 @@ def build_model(arguments: ModelArguments, taxonomy: Taxonomy, seed: int) -> Hie
         return continue_checkpoint(arguments, taxonomy)
 
     # ── Configuration ────────────────────────────────────────────────────────────────────────────────────────────────
-    revision = pinned_revision(arguments)
-    with refusing(f"cannot load the encoder {arguments.model_name_or_path}"):
+    revision, name = pinned_revision(arguments), arguments.model_name_or_path
+    with refusing(f"cannot load the encoder {name}"):
         text_config = AutoConfig.from_pretrained(
-            arguments.model_name_or_path,
+            name,
             revision=revision or "main",
             cache_dir=arguments.cache_dir,
             trust_remote_code=False,  # the default prompts at a terminal
@@ -110,7 +110,8 @@ def build_model(arguments: ModelArguments, taxonomy: Taxonomy, seed: int) -> Hie
         config = HierarchicalConfig(
             text_config=text_config,
             taxonomy=taxonomy,
-            encoder_name_or_path=encoder_path(arguments.model_name_or_path),
+            # the absolute path of a folder, so that the checkpoint loads from any directory
+            encoder_name_or_path=str(Path(name).resolve()) if Path(name).is_dir() else name,
             encoder_revision=revision,
             pooling=arguments.pooling,
             head_dropout=HEAD_DROPOUT,
@@ -227,12 +228,6 @@ def pinned_revision(arguments: ModelArguments) -> str | None:
         return HfApi().model_info(name, revision=revision).sha
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise InputError(f"cannot find the encoder {name} on the Hub: {one_line(error)}") from error
-
-
-def encoder_path(name_or_path: str) -> str:
-    """Return the absolute path of a folder, so that the checkpoint loads from any directory. A Hub id is unchanged."""
-    path = Path(name_or_path)
-    return str(path.resolve()) if path.is_dir() else name_or_path
 
 
 def load_arguments(arguments: ModelArguments) -> dict:
