@@ -1,4 +1,4 @@
-"""train.py from the command line: what it leaves, what a stranger gets from it, and how it refuses."""
+"""Test train.py from the command line: its files, loading them in a fresh process, and its errors."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from taxonomy_hierarchical import Taxonomy
 
 @pytest.fixture(scope="session")
 def finished(tiny_encoder, tmp_path_factory):
-    """A QLoRA run on part of the synthetic corpus, as the README shows it."""
+    """Train with QLoRA on part of the synthetic corpus, as in the README."""
     output = tmp_path_factory.mktemp("run") / "results"
     files = tmp_path_factory.mktemp("data")
     flags = []

@@ -1,6 +1,6 @@
-"""Continuing and scoring a checkpoint: no score is of a text that it was trained on, whichever run that was.
+"""Test that no text is scored which this run or an earlier run of the checkpoint was trained on.
 
-What a run was trained on is told here by the input file and by the rows that it has predicted, not by the file that it keeps.
+The tests derive the training texts from the input file and the predicted rows, not from trained_texts.json.
 """
 
 import json
@@ -23,7 +23,7 @@ KEPT = "trained_texts.json"
 
 
 def labelled(count: int) -> list[dict[str, str]]:
-    """Texts with labels by chance: nothing but the texts themselves can be learnt from them."""
+    """Return texts with random labels, from which only the texts themselves can be learnt."""
     draw = random.Random(0)
     words = ("fever", "cough", "rash", "pain", "fatigue", "nausea")
     return [
@@ -60,7 +60,7 @@ def first(place, words, tiny_encoder) -> Path:
 
 @pytest.fixture(scope="module")
 def second(place, words, first) -> Path:
-    """The first, continued on a file that has grown."""
+    """Continue the first run on a larger file."""
     output = place / "second"
     run(*words, "--model_name_or_path", first, "--data_path", place / "800.csv", "--output_dir", output)
     return output
@@ -71,7 +71,7 @@ def run(*words: object) -> None:
 
 
 def scored(output: Path, rows: list[dict[str, str]] = ROWS) -> dict[str, set[str]]:
-    """The texts of the rows that a run has scored, by split."""
+    """Return the texts of the rows that a run has scored, by split."""
     files = {split: output / f"{split}_predictions.csv" for split in ("validation", "test")}
     return {
         split: {rows[int(row["row"])]["text"] for row in read_csv(file)}
@@ -81,7 +81,7 @@ def scored(output: Path, rows: list[dict[str, str]] = ROWS) -> dict[str, set[str
 
 
 def trained_on(output: Path, count: int) -> set[str]:
-    """The texts that a run was trained on, which carved its splits out of the first rows."""
+    """Return the training texts of a run that carved its splits from the first rows."""
     return {row["text"] for row in ROWS[:count]} - set().union(*scored(output).values())
 
 
@@ -114,7 +114,7 @@ def test_a_checkpoint_continued_on_a_grown_file_is_not_scored_on_what_it_was_tra
 
 
 def test_a_third_run_knows_the_texts_of_both_runs_before_it(place, words, first, second, tmp_path):
-    """On the same file: what is left to be carved is what the second had held out."""
+    """Continue on the same file, where only texts that the second run held out can be carved."""
     run(*words, "--model_name_or_path", second, "--data_path", place / "800.csv", "--output_dir", tmp_path / "third")
     known = trained_on(first, 700) | trained_on(second, 800)
     held_out = scored(tmp_path / "third")
@@ -176,7 +176,7 @@ def test_a_continued_run_goes_on_with_the_rows_that_it_carved(place, words, firs
 
 
 def test_rows_that_a_broken_run_was_trained_on_are_not_given_to_it_as_test_rows(place, words, first, tmp_path):
-    """A resumed run may be given another test file."""
+    """A resumed run may have another test file."""
     output = tmp_path / "results"
     write_csv(tmp_path / "train.csv", ROWS[700:750])
     line = [*words, "--model_name_or_path", first, "--train_file", tmp_path / "train.csv", "--validation_size", 0]

@@ -1,4 +1,4 @@
-"""Labels of one column or several, codes and names, against taxonomies worked by hand."""
+"""Test labels in one or several columns, codes and names, against taxonomies written by hand."""
 
 import json
 

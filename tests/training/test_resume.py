@@ -1,4 +1,4 @@
-"""A run that is broken goes on where it was, and ends where an unbroken one does."""
+"""Test that an interrupted run resumes, and ends with the result of an uninterrupted one."""
 
 import json
 import os
@@ -25,7 +25,7 @@ WEIGHTS = ("heads.safetensors", "adapter/adapter_model.safetensors")
 
 @pytest.fixture(scope="module")
 def words(tiny_encoder, tmp_path_factory) -> list[str]:
-    """A run of 40 steps that saves every second one."""
+    """Return the flags of a run of 40 steps that saves every second step."""
     folder = tmp_path_factory.mktemp("data")
     given = [ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", tiny_encoder]
     for split, count in (("train", 64), ("validation", 16), ("test", 16)):
@@ -101,7 +101,7 @@ def test_a_run_that_was_killed_after_its_last_step_takes_none_more(words, unbrok
 
 
 def test_a_run_that_stops_early_stops_there_too_when_it_was_broken_off(words, tmp_path):
-    """Steps of no size leave the score as it is: evaluations at 4, 6 and 8 are the three without improvement."""
+    """With tiny steps the score is constant: the evaluations at 4, 6 and 8 are the three without improvement."""
     line = [*words, "--load_best_model_at_end", "true", "--early_stopping_patience", 3, "--save_total_limit", 20]
     line += ["--learning_rate", "1e-30"]
     whole = tmp_path / "whole"
@@ -123,7 +123,7 @@ def test_a_run_that_stops_early_stops_there_too_when_it_was_broken_off(words, tm
 
 @pytest.fixture
 def run_folder(unbroken, tmp_path) -> Path:
-    """The finished run, to be damaged."""
+    """Copy the finished run, so that a test can damage it."""
     shutil.copytree(unbroken, tmp_path / "results")
     return tmp_path / "results"
 
@@ -172,7 +172,7 @@ def test_a_finished_run_without_checkpoints_is_not_trained_again(words, run_fold
 
 
 def test_a_run_that_was_broken_before_its_first_checkpoint_begins_again(words, unbroken, tmp_path):
-    """It has left a report of the data and, at most, a checkpoint that was not finished."""
+    """Such a run leaves a data report and at most an incomplete checkpoint."""
     output = tmp_path / "results"
     (output / "checkpoint-2").mkdir(parents=True)
     shutil.copy(unbroken / "data_report.json", output)
@@ -349,7 +349,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_rows(words, tmp_path):
 
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_says_what_to_do(words, unbroken, tmp_path):
-    """On a file system of 4 MB, which needs the right to mount one."""
+    """Use a file system of 4 MB. Mounting one needs the privilege."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True)

@@ -1,4 +1,4 @@
-"""Files and data sets of `datasets`: how they are read, their columns found, and bad ones named."""
+"""Test reading files and data sets, choosing their columns, and the messages for bad ones."""
 
 import hashlib
 import json

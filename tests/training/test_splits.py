@@ -1,4 +1,4 @@
-"""Splits and the report, against cases worked by hand."""
+"""Test the splits and the data report against cases worked by hand."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ def normalised(text):
 
 
 def corpus(rows, seed):
-    """Skewed classes; about a fifth of the texts again, written otherwise, some of them with another label."""
+    """Draw rows of skewed classes. A fifth of the texts repeat with other spelling, some with another label."""
     draw = random.Random(seed)
     made = [(f"Case {i} of the disease", draw.choices("abcde", (50, 25, 15, 8, 2))[0]) for i in range(rows)]
     for text, label in draw.sample(made, rows // 5):

@@ -1,4 +1,4 @@
-"""Tokens, against the tokenizer's own truncation."""
+"""Test tokenization against the tokenizer's own truncation."""
 
 import logging
 
@@ -13,7 +13,7 @@ from training.tokens import tokenize
 
 
 def word_tokenizer(side="right", **arguments):
-    """One token a word, between [CLS] and [SEP]."""
+    """Return a tokenizer with one token per word, between [CLS] and [SEP]."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(30))]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -21,7 +21,7 @@ TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attent
 
 
 def rows(count: int = 16, ignored: bool = False) -> Dataset:
-    """Token ids of unequal lengths; labels are leaves and inner nodes, and some -100."""
+    """Return token ids of unequal lengths. Labels are leaves, inner nodes and -100."""
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(4, 20, (count,), generator=generator).tolist()
     labels = torch.randint(0, TREE.num_nodes, (count,), generator=generator).tolist()
@@ -144,7 +144,7 @@ def test_the_loss_of_halves_is_that_of_each_and_their_disagreement(tmp_path, tok
 
 
 class Lengths(torch.nn.Module):
-    """Answers by the number of tokens alone, on any device."""
+    """Predict from the number of tokens only, on any device."""
 
     def __init__(self):
         super().__init__()
@@ -157,7 +157,7 @@ class Lengths(torch.nn.Module):
 
 @pytest.mark.parametrize("consistency", [0.0, 0.7])
 def test_a_loss_reads_nothing_back_from_the_device(tmp_path, tokenizer, consistency):
-    """Tensors on the meta device hold no values: to read one, for which a GPU would have to be waited for, is an error."""
+    """Reading a tensor on the meta device raises an error. On a GPU the same read would wait for the device."""
     data = rows(ignored=True)
     ours = trainer(tiny_model(), tokenizer, data, arguments(tmp_path), consistency=consistency)
     batch = send_to_device(build_collator(tokenizer)([data[i] for i in range(8)]), "meta")
@@ -193,7 +193,7 @@ def test_without_a_focal_loss_it_is_the_models_own(tmp_path, tokenizer):
 
 
 class Hungry(DataCollatorWithPadding):
-    """Asks for more memory than there is, for batches of more than ``fits`` rows, after the first ``calls`` batches."""
+    """Run out of memory for batches of more than ``fits`` rows, after the first ``calls`` batches."""
 
     def __init__(self, tokenizer, fits: int, calls: int = 0):
         super().__init__(tokenizer)
