@@ -18,7 +18,7 @@ import yaml
 from errors import InputError
 from taxonomy_hierarchical import WithoutAliases, quote_name, yaml_problem
 
-SOURCES = (  # groups of flags, of which a run uses one
+SOURCES = (  # groups of flags; a run uses one group
     ("dataset_name", "dataset_revision"),
     ("data_path",),
     ("train_file", "validation_file", "test_file"),

@@ -198,7 +198,7 @@ def _shares_to_carve(arguments: DataArguments, sources: dict[str, SplitSource], 
 def _carve(rows: pd.DataFrame, shares: dict[str, float], seed: int) -> pd.DataFrame:
     """Move a share of the training texts to each other split, with all rows of a text.
 
-    Texts that an earlier run was trained on stay. If too few others are left, the shares of these are moved.
+    Texts that an earlier run was trained on stay. If too few others are left, the counts are scaled down.
     """
     # scikit-learn's StratifiedGroupKFold loops over the groups and makes equal folds only. Its train_test_split
     # refuses a class with a single text, and fewer held-out texts than classes.
@@ -235,7 +235,7 @@ def _sample(
 
     Args:
         strata: (N,) class of each text.
-        trained: (N,) mask of texts that are never sampled. If too few others are left, all eligible ones are.
+        trained: (N,) mask of texts that are never sampled. If too few others are left, all eligible ones are sampled.
 
     Returns:
         A mask (N,).
@@ -259,7 +259,7 @@ def _sample(
             )
     if not 0 < count <= eligible.sum():
         raise InputError(
-            f"cannot carve {split} rows: {count} of {len(strata)} distinct training texts, of which one a class must "
+            f"cannot carve {split} rows: {count} of {len(strata)} distinct training texts, and one per class must "
             f"stay; change --{split}_size, or 0 for no {split} rows"
         )
     ticks = np.floor(np.cumsum(eligible) * (count / eligible.sum()) + 0.5)
