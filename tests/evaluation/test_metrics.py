@@ -156,7 +156,7 @@ def test_build_says_what_to_do_where_evaluate_cannot_write(tmp_path, monkeypatch
     (tmp_path / "file").touch()
     monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", tmp_path / "file" / "modules")
     monkeypatch.setattr(sys, "path", list(sys.path))  # `evaluate` extends it
-    with pytest.raises(InputError, match="set HF_MODULES_CACHE to a folder that can be written"):
+    with pytest.raises(InputError, match="set HF_MODULES_CACHE to a writable folder"):
         build_compute_metrics(TREE)
 
 
