@@ -1,4 +1,4 @@
-"""predict.py: against the stock pipeline, over every kind of file, killed, and with rows that cannot be read."""
+"""Compare predict.py with the stock pipeline, over every kind of file, after kills, and with unreadable rows."""
 
 import csv
 import gzip
@@ -31,7 +31,7 @@ from reading.sources import find_sources
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_encoder, tmp_path_factory) -> str:
-    """A trained checkpoint, calibrated and with a lexical head, and of an encoder that takes no time."""
+    """Return a trained checkpoint of a tiny encoder, calibrated and with a lexical head."""
     output = tmp_path_factory.mktemp("checkpoint") / "results"
     run(
         ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", tiny_encoder, "--max_steps", 5, "--eval_strategy",
@@ -53,7 +53,7 @@ def predict(*words: object, check: bool = True, given: str | None = None) -> sub
 
 
 def inside(*words: object) -> int:
-    """predict.py in this process, which saves the seconds that it takes to start."""
+    """Run predict.py in this process, which saves the seconds of its start."""
     return main([str(word) for word in words])
 
 
@@ -145,7 +145,7 @@ runpy.run_path(command, run_name="__main__")
 
 
 def start(*words: object, strike: tuple | None = None) -> subprocess.Popen:
-    """predict.py in a process of its own, which sends itself a signal at a moment.
+    """Start predict.py in its own process, which sends itself a signal at a chosen moment.
 
     Args:
         strike: an audit event of Python that comes before the moment, how a path among its arguments ends, and the signal.
@@ -157,14 +157,14 @@ def start(*words: object, strike: tuple | None = None) -> subprocess.Popen:
 
 
 def ended(process: subprocess.Popen) -> tuple[int, str]:
-    """The exit code, and what was said."""
+    """Wait for a process; return its exit code and its standard error."""
     _, said = process.communicate(timeout=300)
     return process.returncode, said
 
 
 @contextmanager
 def killed_as_it_clears_up() -> Iterator[None]:
-    """predict.py in this process: the output is at its place, and its parts are there too."""
+    """Interrupt predict.py in this process after the output is renamed, and before its parts are deleted."""
 
     def killed(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
@@ -176,7 +176,7 @@ def killed_as_it_clears_up() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def long_input(texts, tmp_path_factory) -> Path:
-    """Of three parts, with rows that cannot be read in the first and in the last."""
+    """Write an input of three parts, with unreadable rows in the first and in the last."""
     rows = pd.DataFrame({"text": [f"{i} {texts[i % 20][:60]}" for i in range(2100)]})
     rows.loc[[7, 2090], "text"] = ""
     file = tmp_path_factory.mktemp("long") / "in.csv"
@@ -186,7 +186,7 @@ def long_input(texts, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def other_checkpoint(checkpoint, tmp_path_factory) -> str:
-    """One of the same form with other heads."""
+    """Copy the checkpoint, with other heads."""
     folder = tmp_path_factory.mktemp("other") / "results"
     shutil.copytree(checkpoint, folder)
     heads = load_file(folder / "heads.safetensors")
@@ -196,7 +196,7 @@ def other_checkpoint(checkpoint, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def unbroken(checkpoint, other_checkpoint, long_input, tmp_path_factory) -> list[Path]:
-    """The outputs of both checkpoints."""
+    """Return the outputs of both checkpoints, of runs that were not killed."""
     outputs = []
     for model in (checkpoint, other_checkpoint):
         outputs.append(tmp_path_factory.mktemp("unbroken") / "out.jsonl")
@@ -221,11 +221,11 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_bytes(checkpoint, l
             with pytest.raises(InputError, match="begun with another probabilities"):
                 inside(*words, "--probabilities")
     assert inside(*words) == 1
-    assert "went on after 2,100 rows" in capsys.readouterr().err
+    assert "continued after 2,100 rows" in capsys.readouterr().err
     assert_same_files(output, unbroken[0])
     assert [row["row"] for row in read_json_lines(f"{output}.errors.jsonl")] == [7, 2090]
     assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "out.jsonl.errors.jsonl"}
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="already exists"):
         inside(*words)
 
 
@@ -239,7 +239,7 @@ def test_other_options_or_another_input_do_not_go_on_with_a_broken_run(checkpoin
         inside(*words, "--coverage", 0.5, "--batch_size", 3)
     original = (tmp_path / "in.csv").read_bytes()
     (tmp_path / "in.csv").write_bytes(original.replace(b"1 ", b"1x ", 1))
-    with pytest.raises(InputError, match="the input, or an option, is another one"):
+    with pytest.raises(InputError, match="the input or an option changed"):
         inside(*words)
 
 
@@ -255,7 +255,7 @@ def test_a_run_that_was_killed_as_it_cleared_up_is_not_done_for_another_input(cl
         for file in Path(f"{output}.parts").iterdir():
             file.unlink()
     predictions = output.read_bytes()
-    with pytest.raises(InputError, match="is there already" if cleared else "the input, or an option, is another one"):
+    with pytest.raises(InputError, match="already exists" if cleared else "the input or an option changed"):
         inside(*words, tmp_path / "two.csv")
     assert output.read_bytes() == predictions
     if not cleared:
@@ -328,7 +328,7 @@ def test_a_damaged_part_is_named_and_the_run_goes_on_without_it(damage, checkpoi
     part.write_bytes(b"".join(damage(part.read_bytes().splitlines(keepends=True))))
     with pytest.raises(InputError) as error:
         inside(*words)
-    assert str(error.value) == f"{part} is damaged: delete it, and the same command goes on"
+    assert str(error.value) == f"{part} is damaged: delete it, and run the same command again"
     assert not output.exists()
     part.unlink()
     assert inside(*words) == 1
@@ -347,7 +347,7 @@ def test_a_part_that_is_damaged_while_the_run_goes_on_is_named(checkpoint, long_
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(InputError) as error:
         inside("--model", checkpoint, "--input", long_input, "--output", output)
-    assert str(error.value) == f"{part} is damaged: delete it, and the same command goes on"
+    assert str(error.value) == f"{part} is damaged: delete it, and run the same command again"
     assert not output.exists()
 
 
@@ -382,7 +382,7 @@ def test_an_output_is_on_the_disk_before_its_parts_are_deleted(kind, checkpoint,
 
 
 def test_what_is_not_needed_is_not_imported(tmp_path):
-    """From the import to the last file, for a merged checkpoint. pyarrow imports pandas to write Parquet."""
+    """Run the whole command for a merged checkpoint. pyarrow imports pandas to write Parquet."""
     for file in (*(ROOT / "tests" / "checkpoint" / "whole_form").iterdir(), *(ROOT / name for name in SHIPPED_FILES)):
         shutil.copy(file, tmp_path)
     (tmp_path / "in.csv").write_text("text\nA study of ulcers.\n")
@@ -436,7 +436,7 @@ def test_ids_that_python_has_no_values_for_are_named(column, tmp_path):
 
 
 def assert_same_files(one: Path, other: Path) -> None:
-    """With those of their errors."""
+    """Compare two outputs and their error files."""
     assert one.read_bytes() == other.read_bytes()
     assert Path(f"{one}.errors.jsonl").read_bytes() == Path(f"{other}.errors.jsonl").read_bytes()
 
@@ -579,7 +579,7 @@ def test_int8_answers_nearly_as_float32_does(checkpoint, texts, tmp_path):
         (("--input", "in.csv", "--batch_size", "0"), "--batch_size must be at least 1"),
         (("--input", "in.csv", "--output", "out.txt"), "must end in one of"),
         (("--input", "in.csv", "--output", "there/"), "must end in one of"),
-        (("--input", "in.csv", "--output", "there.jsonl"), "is there already"),
+        (("--input", "in.csv", "--output", "there.jsonl"), "already exists"),
         (("--input", "in.csv", "--output", "locked.jsonl"), "--output locked.jsonl cannot be locked"),
         (("--input", "in.csv", "--model", "nothing"), "cannot load the model nothing"),
         (("--input", "in.csv", "--outptu", "x"), "unrecognized arguments"),
