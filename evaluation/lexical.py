@@ -60,7 +60,7 @@ class LexicalClassifier:
 
         Args:
             counts: (num_rows, V), from `token_counts`, of the training rows.
-            labels: (num_rows,), node ids or -100. Only rows labelled with a leaf take part.
+            labels: (num_rows,), node ids or -100. Only rows labelled with a leaf count.
         """
         is_leaf = (labels >= 0) & (labels < taxonomy.num_leaves)
         counts, labels = counts[is_leaf], labels[is_leaf]
