@@ -45,9 +45,9 @@ def texts() -> list[str]:
     return [row["text"] for row in read_csv(CORPUS / "test.csv")][:20]
 
 
-def predict(*words: object, check: bool = True, given: str | None = None) -> subprocess.CompletedProcess:
+def predict(*words: object, check: bool = True, stdin: str | None = None) -> subprocess.CompletedProcess:
     line = [sys.executable, str(ROOT / "predict.py"), *map(str, words)]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, input=given)
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, input=stdin)
     assert not check or done.returncode == 0, done.stderr[-4000:]
     return done
 
@@ -74,21 +74,21 @@ def test_answers_are_those_of_the_stock_pipeline_and_bad_rows_stand_apart(checkp
     assert f"done: {tmp_path / 'out.jsonl'}; 5 rows could not be read" in done.stderr
     assert "never closed" not in done.stderr
 
-    found = read_json_lines(tmp_path / "out.jsonl")
+    predictions = read_json_lines(tmp_path / "out.jsonl")
     stock = pipeline("text-classification", model=checkpoint, trust_remote_code=True)
-    for row, expected, i in zip(found, stock(texts, truncation=True, top_k=None), range(20), strict=True):
+    for row, expected, i in zip(predictions, stock(texts, truncation=True, top_k=None), range(20), strict=True):
         assert row["id"] == f"n{i}"
         assert row["label"] == expected[0]["label"] == row["path"][-1]
         assert row["score"] == pytest.approx(expected[0]["score"], abs=2e-5)
-        assert row["probabilities"] == pytest.approx({one["label"]: one["score"] for one in expected}, abs=2e-5)
+        assert row["probabilities"] == pytest.approx({entry["label"]: entry["score"] for entry in expected}, abs=2e-5)
         assert 1 <= len(row["answer"]) <= 3
     problems = read_json_lines(tmp_path / "out.jsonl.errors.jsonl")
-    assert [(one["row"], one["line"]) for one in problems] == [(2, 4), (3, 5), (4, 6), (23, 25), (24, 26)]
-    said = [one["problem"] for one in problems]
-    assert said[:4] == [
+    assert [(entry["row"], entry["line"]) for entry in problems] == [(2, 4), (3, 5), (4, 6), (23, 25), (24, 26)]
+    messages = [entry["problem"] for entry in problems]
+    assert messages[:4] == [
         "1 fields, where the header has 2", "the text is empty", "3 fields, where the header has 2", "not UTF-8",
     ]  # fmt: skip
-    assert said[4] == "a quotation mark is not closed"
+    assert messages[4] == "a quotation mark is not closed"
     assert {path.name for path in tmp_path.iterdir()} == {"in.csv", "out.jsonl", "out.jsonl.errors.jsonl"}
 
 
@@ -102,17 +102,17 @@ def test_every_kind_of_input_and_output_says_the_same(checkpoint, texts, tmp_pat
     (tmp_path / "one.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     table[:8].to_csv(tmp_path / "part-0.csv", index=False)
     table[8:].to_csv(tmp_path / "part-1.csv", index=False)
-    found = {}
+    outputs = {}
     for name in ("one.csv", "one.tsv", "one.parquet", "one.jsonl", "one.jsonl.gz", "part-*.csv", "-"):
         output = tmp_path / f"{name.replace('*', 'x')}.out.jsonl"
         form = ("--input_format", "jsonl") if name == "-" else ()
         words = ("--model", checkpoint, "--input", name if name == "-" else tmp_path / name, "--output", output, *form)
         if name == "-":
-            predict(*words, given=lines)
+            predict(*words, stdin=lines)
         else:
             assert inside(*words) == 0
-        found[name] = output.read_text()
-    assert len(set(found.values())) == 1
+        outputs[name] = output.read_text()
+    assert len(set(outputs.values())) == 1
     expected = read_json_lines(tmp_path / "one.csv.out.jsonl")
     assert [row["row"] for row in expected] == list(range(20))
 
@@ -158,8 +158,8 @@ def start(*words: object, strike: tuple | None = None) -> subprocess.Popen:
 
 def ended(process: subprocess.Popen) -> tuple[int, str]:
     """Wait for a process; return its exit code and its standard error."""
-    _, said = process.communicate(timeout=300)
-    return process.returncode, said
+    _, stderr = process.communicate(timeout=300)
+    return process.returncode, stderr
 
 
 @contextmanager
@@ -214,8 +214,8 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_bytes(checkpoint, l
         ("os.rename", "/out.jsonl", signal.SIGKILL, False),
         ("shutil.rmtree", ".parts", signal.SIGKILL, True),
     ):
-        code, said = ended(start(*words, strike=(*moment, kill)))
-        assert code == (130 if kill == signal.SIGINT else -kill), said
+        code, stderr = ended(start(*words, strike=(*moment, kill)))
+        assert code == (130 if kill == signal.SIGINT else -kill), stderr
         assert output.exists() == whole
         if not whole:
             with pytest.raises(InputError, match="begun with another probabilities"):
@@ -292,12 +292,12 @@ def test_two_models_on_one_output_are_never_mixed(checkpoint, other_checkpoint, 
     assert_same_files(output, unbroken[1])
     # at once: the second to come is refused, or, if the first is done by then, begins anew
     processes = [start(*words, "--overwrite") for words in (first, second)]
-    codes, said = zip(*map(ended, processes), strict=True)
-    assert set(codes) <= {1, 2}, said
+    codes, stderr = zip(*map(ended, processes), strict=True)
+    assert set(codes) <= {1, 2}, stderr
     assert output.read_bytes() in [unbroken[i].read_bytes() for i in (0, 1) if codes[i] == 1]
     for i in (0, 1):
         if codes[i] == 2:
-            assert said[i].splitlines()[-1].startswith(f"predict.py: error: --output {output}: another process")
+            assert stderr[i].splitlines()[-1].startswith(f"predict.py: error: --output {output}: another process")
     assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "out.jsonl.errors.jsonl"}
 
 
