@@ -1,11 +1,11 @@
-"""Classifies files of texts: ``python predict.py --model FOLDER_OR_ID --input texts.csv --output predictions.jsonl``.
+"""Classify files of texts: ``python predict.py --model FOLDER_OR_ID --input texts.csv --output predictions.jsonl``.
 
 Worth knowing:
 
 1. Texts are read, classified and written in parts, so memory does not grow with the file.
-2. Killed at any moment and started again with the same arguments, the command goes on where it was, and ends with the same
-   bytes (`prediction.output`). It refuses to go on with another model, other options or another input.
-3. Rows that cannot be read stand in ``<output>.errors.jsonl``; all others are classified, and the exit code is 1 then.
+2. A killed run continues when the same command is given again, and writes the same bytes (`prediction.output`). A run with
+   another model, another input or other options is refused.
+3. Rows that cannot be read are written to ``<output>.errors.jsonl``, and the exit code is 1. All other rows are classified.
 4. The model is loaded as any user loads it, through `pipeline`.
 """
 
@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,11 +37,12 @@ from training.files import check_writable
 from training.memory import give_back_memory, keep_memory
 from training.precision import has_bf16
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}  # in which the encoder is loaded
-KEPT_MEMORY = (32 * 2**20, 2**30, 64 * 2**20)  # of `keep_memory`, which saves a tenth of the time
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}  # the encoder is loaded in these
+KEPT_MEMORY = (32 * 2**20, 2**30, 64 * 2**20)  # arguments of `keep_memory`, which saves a tenth of the time
 
 
 def main(argv: list[str]) -> int:
+    """Run the command, and return its exit code."""
     arguments = parse(argv)
     sources = find_inputs(arguments)
     check_writable("--output", Path(arguments.output).parent)
@@ -58,26 +59,17 @@ def main(argv: list[str]) -> int:
         predict = partial(predict_rows, arguments, classifier, rows)
         with ProgressBar() as bar:
             output.write_parts(records, options(arguments, classifier), predict, bar.advance)
-            num_problems = output.put_together(rows.open)
-    return conclude(output, num_problems)
-
-
-def conclude(output: RestartableOutput, num_problems: int) -> int:
-    """Say what was done.
-
-    Returns:
-        The exit code.
-    """
+            num_problems = output.join_parts(rows.open)
     problems = f"; {num_problems:,} rows could not be read: {output.errors}" if num_problems else ""
     print(f"done: {output.path}{problems}", file=sys.stderr)
     return 1 if num_problems else 0
 
 
 def find_inputs(arguments: argparse.Namespace) -> list[Source]:
-    """Return the files that ``--input`` means.
+    """Find the files that ``--input`` names.
 
     Raises:
-        InputError: there is none, or its kind is not known.
+        InputError: no file exists, or the format of a file is unknown.
     """
     if arguments.input == "-" and arguments.input_format is None:
         raise InputError(f"--input - needs --input_format, one of {', '.join(KINDS)}")
@@ -88,44 +80,46 @@ def find_inputs(arguments: argparse.Namespace) -> list[Source]:
 
 
 def open_records(arguments: argparse.Namespace, sources: list[Source]) -> Iterator[Record]:
-    """Return the rows of the inputs.
+    """Open the inputs, and return their rows.
 
     Raises:
-        InputError: there are none, or the first input cannot be read or lacks the columns.
+        InputError: the inputs have no rows, or the first input cannot be read or lacks the columns.
     """
     records = read_records(sources, arguments.text_column, arguments.id_column)
-    first = list(islice(records, 1))
-    if not first:
+    first = next(records, None)  # now, so that an unusable input is refused before the model is loaded
+    if first is None:
         raise InputError(f"--input {arguments.input} has no rows")
-    return chain(first, records)
+    return chain([first], records)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="predict.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--model", required=True, help="a checkpoint's folder, or its id on the Hub")
-    parser.add_argument("--revision", help="commit, tag or branch of that repository")
+    parser = argparse.ArgumentParser(prog="predict.py", description="Classify files of texts.", allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="a checkpoint: a folder, or an id on the Hub")
+    parser.add_argument("--revision", help="commit, tag or branch of the model on the Hub")
+    parser.add_argument("--input", required=True, help="a file, a quoted pattern like 'part-*.csv', or - for stdin")
+    parser.add_argument("--input_format", choices=KINDS, help="default: from the file name's suffix")
     parser.add_argument(
-        "--input", required=True, help="a file, a quoted pattern such as 'part-*.csv', or - for standard input"
+        "--text_column", help="the column of texts; default: the column with a usual name, such as text"
     )
-    parser.add_argument("--input_format", choices=KINDS, help="by default what the name of the file says")
-    parser.add_argument("--text_column", help="by default found by its name")
-    parser.add_argument("--id_column", help="a column to be copied to the output")
-    parser.add_argument("--output", required=True, help=f"a file, {', '.join(OUTPUTS)}")
-    parser.add_argument("--overwrite", action="store_true", help="start anew, whatever is there already")
+    parser.add_argument("--id_column", help="a column of ids to copy to the output")
+    parser.add_argument("--output", required=True, help=f"the file to write, ending in {', '.join(OUTPUTS)}")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an existing output, and start from the beginning"
+    )
     parser.add_argument("--probabilities", action="store_true", help="write the probability of every leaf")
     parser.add_argument(
-        "--coverage", type=float, help="also write the answer that holds the right leaf for this share of texts"
+        "--coverage", type=float, help="also write an answer that contains the correct leaf for this share of texts"
     )
     parser.add_argument(
         "--dtype",
         choices=("auto", *DTYPES),
         default="auto",
-        help="by default bf16 where the machine has it, else int8 on a CPU that has its products and torchao, else fp32",
+        help="default: auto, which is bf16 if the machine supports it, int8 on a CPU with VNNI or AMX and torchao, else fp32",
     )
-    parser.add_argument("--batch_size", type=int, help="texts that go through the model together; by default by tokens")
+    parser.add_argument("--batch_size", type=int, help="texts per batch; default: batches by number of tokens")
     parser.error = refuse  # type: ignore[method-assign]
     arguments = parser.parse_args(argv)
-    if len(Path(arguments.output).name.encode()) > 200:  # it grows endings, and file systems take 255 bytes
+    if len(Path(arguments.output).name.encode()) > 200:  # suffixes are added, and file systems allow 255 bytes
         raise InputError(f"--output {arguments.output}: the name is too long")
     if Path(arguments.output).suffix not in OUTPUTS:
         raise InputError(f"--output {arguments.output}: its name must end in one of {', '.join(OUTPUTS)}")
@@ -143,8 +137,13 @@ def refuse(message: str) -> NoReturn:
 
 
 def load(arguments: argparse.Namespace) -> Pipeline:
-    # before they are imported: the one asks for kernels from the Hub, whose code is not pinned, the other lists those that do
-    # not fit
+    """Load the checkpoint as a pipeline, and replace ``--dtype auto`` by the dtype that was chosen.
+
+    Raises:
+        InputError: the checkpoint cannot be loaded, lacks thresholds for ``--coverage``, or cannot run in this dtype.
+    """
+    # before they are imported: bitsandbytes warns of kernels on the Hub, whose code is not pinned, torchao of kernels that
+    # do not fit
     for library in ("bitsandbytes", "torchao"):
         logging.getLogger(library).setLevel(logging.ERROR)
     keep_memory(*KEPT_MEMORY)
@@ -164,7 +163,7 @@ def load(arguments: argparse.Namespace) -> Pipeline:
         )
     except MemoryError:
         raise
-    except Exception as error:  # loading runs transformers, and the checkpoint's own code
+    except Exception as error:  # loading runs the checkpoint's own code, which can raise anything
         raise InputError(f"cannot load the model {arguments.model}: {cause(error)}") from error
     if arguments.dtype == "int8":
         quantize(classifier.model.encoder)
@@ -174,10 +173,10 @@ def load(arguments: argparse.Namespace) -> Pipeline:
 
 
 def cause(error: Exception) -> str:
-    """Return in one line why a model cannot be loaded."""
+    """Describe in one line why a model cannot be loaded."""
     if "Unknown task" in str(error):
         return "it is not a checkpoint of this project: its config.json names no hierarchical pipeline"
-    # transformers puts tracebacks into its message, which end with the cause
+    # this message of transformers holds tracebacks, and its last line is the cause
     if "See the original errors" in str(error):
         return str(error).strip().splitlines()[-1].partition(": ")[2]
     plain = isinstance(error, (OSError, ValueError, ImportError))
@@ -185,16 +184,20 @@ def cause(error: Exception) -> str:
 
 
 def choose_dtype(gpu: bool) -> str:
-    """Return the name of the dtype that this machine multiplies fastest."""
+    """Return the name of the fastest dtype on this machine."""
     if has_bf16(cpu=not gpu):
         return "bf16"
     capabilities = torch.cpu.get_capabilities()
-    products = any(capabilities.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
-    return "int8" if products and not gpu and importlib.util.find_spec("torchao") else "fp32"
+    multiplies_int8 = any(capabilities.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
+    return "int8" if multiplies_int8 and not gpu and importlib.util.find_spec("torchao") else "fp32"
 
 
 def quantize(encoder: torch.nn.Module) -> None:
-    """Quantize linear layers: weights with a scale for each row, inputs with a scale for each token, both in 8 bits."""
+    """Quantize linear layers to 8 bits, in place: weights with a scale per row, inputs with a scale per token.
+
+    Raises:
+        InputError: torchao is not installed.
+    """
     try:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
     except ImportError as error:
@@ -203,35 +206,25 @@ def quantize(encoder: torch.nn.Module) -> None:
 
 
 def options(arguments: argparse.Namespace, classifier: Pipeline) -> dict[str, Any]:
-    """Return all that the bytes of the output depend on, apart from the texts."""
-    names = (
-        "model",
-        "input_format",
-        "text_column",
-        "id_column",
-        "probabilities",
-        "coverage",
-        "dtype",
-        "batch_size",
-    )
+    """Collect everything that the output's bytes depend on, except the texts: flags, weights, device, torch."""
+    flags = ("model", "input_format", "text_column", "id_column", "probabilities", "coverage", "dtype", "batch_size")
     folder = Path(cached_file(arguments.model, "config.json", revision=arguments.revision)).parent
-    # without card, scores and plots, which a folder of the Hub's cache may have or not
-    names_of = {folder / name: name for name in list_files(folder, MODEL_FILES)}
-    # an encoder on the Hub is pinned by its commit, which config.json holds; one in a folder is not
+    # without card, scores and plots, which may be absent from the Hub's cache
+    names = {folder / name: name for name in list_files(folder, MODEL_FILES)}
+    # config.json pins an encoder on the Hub by its commit; an encoder in a folder needs a hash
     encoder = Path(classifier.model.config.encoder_name_or_path)
     if encoder.is_dir():
         files = sorted(file for kind in ("json", "safetensors", "bin") for file in encoder.glob(f"*.{kind}"))
-        names_of |= {file: f"encoder: {file.name}" for file in files}
+        names |= {file: f"encoder: {file.name}" for file in files}
     digest = hashlib.sha256()
-    for file, name in names_of.items():
+    for file, name in names.items():
         digest.update(name.encode())
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
-    device = (
-        torch.cuda.get_device_name(classifier.device) if classifier.device.type == "cuda" else classifier.device.type
-    )
-    versions = {"torch": torch.__version__, "device": device}
-    return {**{name: getattr(arguments, name) for name in names}, "fingerprint": digest.hexdigest(), **versions}
+    kind = classifier.device.type
+    device = torch.cuda.get_device_name(classifier.device) if kind == "cuda" else kind
+    machine = {"torch": torch.__version__, "device": device}
+    return {**{flag: getattr(arguments, flag) for flag in flags}, "fingerprint": digest.hexdigest(), **machine}
 
 
 def row_format(arguments: argparse.Namespace, classifier: Pipeline) -> RowFormat:
@@ -243,16 +236,16 @@ def row_format(arguments: argparse.Namespace, classifier: Pipeline) -> RowFormat
 def predict_rows(
     arguments: argparse.Namespace, classifier: Pipeline, rows: RowFormat, first: int, records: list[Record]
 ) -> list[dict[str, Any]]:
-    """Return the output's rows of those records that can be read.
+    """Classify the readable records, and return one output row for each.
 
     Args:
-        first: the number of the first record.
+        first: the number of the first record, counted over all inputs.
     """
     readable = [(number, record) for number, record in enumerate(records, first) if record.problem is None]
     coverage = {} if arguments.coverage is None else {"coverage": arguments.coverage}
     try:
         predictions = classifier((record.text for _, record in readable), batch_size=arguments.batch_size, **coverage)
-        return [rows.row(*one, prediction) for one, prediction in zip(readable, predictions, strict=True)]
+        return [rows.row(*numbered, prediction) for numbered, prediction in zip(readable, predictions, strict=True)]
     except ValueError as error:
         raise InputError(f"{arguments.model}: {one_line(error)}") from error
     finally:
@@ -260,12 +253,12 @@ def predict_rows(
 
 
 class ProgressBar:
-    """Progress on standard error: the share of the input, rows, rows a second, and the time that is left."""
+    """Show progress on standard error: the share of the input, rows, rows per second, and the time left."""
 
     def __init__(self) -> None:
         self.rows, self.started = 0, time.monotonic()
-        form = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-        self.bar = tqdm(total=100, bar_format=form, disable=None)
+        layout = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+        self.bar = tqdm(total=100, bar_format=layout, disable=None)
 
     def advance(self, rows: int, done: float | None) -> None:
         self.rows += rows
@@ -281,18 +274,18 @@ class ProgressBar:
 
 
 if __name__ == "__main__":
-    said, code, trace = None, 2, ""
+    message, code, trace = None, 2, ""
     try:
         code = main(sys.argv[1:])
     except InputError as error:
-        said, trace = str(error), asked_traceback()
+        message, trace = str(error), asked_traceback()
     except KeyboardInterrupt:
-        said, code = "stopped; the same command goes on where it was", 130
+        message, code = "stopped; the same command continues from here", 130
     except OSError as error:
         if not is_full_disk(error) and error.filename is None:
             raise
         remedy = "make room" if is_full_disk(error) else "it can be neither written nor read"
-        said, trace = f"{one_line(error)}: {remedy}; the same command goes on where it was", asked_traceback()
-    if said is not None:
-        exit_with_error("predict.py", said, code, trace)
+        message, trace = f"{one_line(error)}: {remedy}; the same command continues from here", asked_traceback()
+    if message is not None:
+        exit_with_error("predict.py", message, code, trace)
     sys.exit(code)

@@ -2,8 +2,8 @@
 
 Worth knowing:
 
-1. Whatever the Hub would refuse is checked first, so that a refusal leaves nothing half published.
-2. The model is one commit and the Space another. The Space is pointed at the commit of the model.
+1. All reasons for which the Hub would refuse are checked first, so a refusal leaves nothing half published.
+2. The model is one commit and the Space another. The Space serves the commit of the model.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-# before it is imported: it asks for kernels from the Hub, whose code is not pinned
+# before it is imported: it suggests kernels from the Hub, whose code is not pinned
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import transformers
@@ -44,27 +44,20 @@ Files = dict[str, Path | bytes]
 def main(argv: list[str]) -> None:
     arguments = parse(argv)
 
-    # ── Check: the checkpoint, the token, the repositories, the card ─────────────────────────────────────────────────
+    # ── Check the checkpoint, the token, the repositories, the card ─────────────────────────────────────────────────
     folder = Path(arguments.model)
     check_form(read_checkpoint(folder), folder, arguments.merge)
     api = HfApi()
     account = log_in(api)
-    target = find_target(
-        api,
-        account,
-        "--repo_id",
-        arguments.repo_id,
-        revision=arguments.revision,
-        private=arguments.private,
-        create_pr=arguments.create_pr,
-    )
+    options = {name: getattr(arguments, name) for name in ("revision", "private", "create_pr")}
+    target = find_target(api, account, "--repo_id", arguments.repo_id, **options)
     space = None
     if arguments.space_id is not None:
         space = find_target(api, account, "--space_id", arguments.space_id, "space", private=arguments.private)
     readme = read_card(folder, target.repo_id, arguments.merge)
 
     with tempfile.TemporaryDirectory() as scratch:
-        # ── Collect: the files, in the form that is asked for ────────────────────────────────────────────────────────
+        # ── Collect the files, in the requested form ─────────────────────────────────────────────────────────────────
         if arguments.merge:
             folder = export_merged(folder, Path(scratch))
         files: Files = {name: folder / name for name in list_files(folder)}
@@ -72,7 +65,7 @@ def main(argv: list[str]) -> None:
             files[ONNX_FILE] = export_onnx(folder, Path(scratch))
         files["README.md"] = readme.encode()
 
-        # ── Publish: the model, in one commit, unless this is a dry run ──────────────────────────────────────────────
+        # ── Publish the model in one commit, unless this is a dry run ────────────────────────────────────────────────
         if arguments.dry_run:
             list_changes(target, files)
             if space is not None:
@@ -82,16 +75,16 @@ def main(argv: list[str]) -> None:
         model = publish(api, target, files, CHECKPOINT_FILES, "Publish a checkpoint", arguments.create_pr)
     print(f"{target.repo_id}: {model.url}")
 
-    # ── Publish: the Space, pointed at that commit ───────────────────────────────────────────────────────────────────
+    # ── Publish the Space, which serves that commit ───────────────────────────────────────────────────────────────────
     if space is not None:
         publish_space(api, space, target, model)
 
 
 def check_form(config: HierarchicalConfig, folder: Path, merge: bool) -> None:
-    """Raise InputError if the checkpoint cannot be published in the form that is asked for."""
+    """Raise InputError if the checkpoint cannot be published in the requested form."""
     adapter = config.adapter_subfolder is not None
     if merge and not adapter:
-        raise InputError(f"--merge: {folder} is self-contained already; leave the flag out")
+        raise InputError(f"--merge: {folder} is already self-contained; leave the flag out")
     if adapter and not merge:
         refuse_local_encoder(config, "give --merge to publish a model that needs no encoder beside it")
 
@@ -102,25 +95,25 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--repo_id", required=True, help="user/name of the model on the Hub")
     parser.add_argument("--private", action="store_true", help="create missing repositories as private")
     parser.add_argument(
-        "--merge", action="store_true", help="one self-contained model, which needs no encoder beside it"
+        "--merge", action="store_true", help="merge the adapter into the encoder: one self-contained model"
     )
     parser.add_argument("--onnx", action="store_true", help="add onnx/model.onnx, for ONNX Runtime and transformers.js")
     parser.add_argument("--space_id", help="user/name of a Space that serves the model")
-    parser.add_argument("--revision", help="the branch to commit to, created if it is missing; main by default")
+    parser.add_argument("--revision", help="the branch to commit to, created if missing; default: main")
     parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument(
         "--dry_run",
         action="store_true",
-        help="check everything, the card by the Hub too, list the files, publish nothing",
+        help="check everything, including the card on the Hub, and list the files; publish nothing",
     )
     return parser.parse_args(argv)
 
 
 def read_card(folder: Path, model_id: str, merged: bool) -> str:
-    """Read the card of a checkpoint, let the Hub check its metadata, and give it the model's id.
+    """Read the card of a checkpoint, validate its metadata on the Hub, and insert the model's id.
 
     Raises:
-        InputError: it is not UTF-8 text, or the Hub would refuse its metadata.
+        InputError: the card is not UTF-8 text, or the Hub would refuse its metadata.
     """
     path = folder / "README.md"
     try:
@@ -130,9 +123,9 @@ def read_card(folder: Path, model_id: str, merged: bool) -> str:
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: save it as UTF-8") from error
     except HUB_ERRORS as error:
-        raise InputError(f"cannot ask the Hub whether it takes {path}: {reason(error)}") from error
-    except Exception as error:  # ValueError, or whatever YAML's reader raises
-        raise InputError(f"{path}, which is to be the model's card: {one_line(error)}") from error
+        raise InputError(f"cannot ask the Hub whether it accepts {path}: {reason(error)}") from error
+    except Exception as error:  # ValueError, or any error of the YAML parser
+        raise InputError(f"{path} cannot be the model's card: {one_line(error)}") from error
 
 
 def space_files(model_id: str) -> Files:
@@ -145,8 +138,8 @@ def space_files(model_id: str) -> Files:
 
 
 def publish_space(api: HfApi, space: Target, model_target: Target, model: Published) -> None:
-    """Publish the Space, and point it at the commit of the model."""
-    done = publish(api, space, space_files(model_target.repo_id), SPACE_FILES, "Publish the Space")
+    """Publish the Space, and set its variables to the commit of the model."""
+    published = publish(api, space, space_files(model_target.repo_id), SPACE_FILES, "Publish the Space")
     try:
         for key, value in (("MODEL_ID", model_target.repo_id), ("MODEL_REVISION", model.sha)):
             api.add_space_variable(space.repo_id, key, value)
@@ -154,7 +147,7 @@ def publish_space(api: HfApi, space: Target, model_target: Target, model: Publis
         raise InputError(
             f"{space.repo_id} is published, but not pointed at the model: {reason(error)}; run the same command again"
         ) from error
-    print(f"{space.repo_id}: {done.url}")
+    print(f"{space.repo_id}: {published.url}")
     if model_target.private:
         print(f"{model_target.repo_id} is private: give the Space a secret HF_TOKEN that may read it")
 

@@ -1,1 +1,1 @@
-"""What is measured on a trained model: scores, calibration, guarantees, the lexical head, plots."""
+"""Scores, calibration, coverage guarantees, the lexical head and plots of a trained model."""

@@ -2,14 +2,15 @@
 
 Worth knowing:
 
-1. On its own it is correct less often than the encoder, but on other texts. `benchmarks/quality.py` shows what it adds.
-2. It is multinomial logistic regression (scikit-learn) on the training rows, and is fitted once, after the encoder. Training
-   the two together was not tried.
-3. A token counts by its TF-IDF times how unlike the classes use it, `spread_of_log_odds`. `benchmarks/studies/words.py` shows what
-   that is worth.
-4. Its weight against the encoder is one number, fitted with the calibration on the validation rows and kept in config.json.
-5. It is one flat classifier; an inner node has the sum of its leaves' probabilities. One classifier for each decision, as in
-   HiClass, was tried on OHSUMED and was correct less often, for parents too.
+1. The lexical head alone is less accurate than the encoder, but errs on other texts. `benchmarks/quality.py` measures its
+   contribution.
+2. It is a multinomial logistic regression (scikit-learn), fitted once on the training rows, after the encoder. Joint
+   training was not tried.
+3. A token's feature is its TF-IDF times its `spread_of_log_odds`. `benchmarks/studies/words.py` measures that factor.
+4. One number weighs the lexical head against the encoder. It is fitted with the calibration on the validation rows, and
+   stored in config.json.
+5. The classifier is flat: an inner node's probability is the sum of its leaves' probabilities. One classifier per decision, as
+   in HiClass, was tried on OHSUMED and was less accurate, for parents too.
 """
 
 import logging
@@ -27,13 +28,13 @@ from taxonomy_hierarchical import Taxonomy
 
 logger = logging.getLogger(__name__)
 
-FEWEST_DOCUMENTS = 2  # of a token that is counted
+MIN_DOCUMENTS = 2  # a token in fewer training documents is ignored
 REGULARISATION = 50.0  # C of scikit-learn: weak, since the documents are vectors of length 1
-MOST_WEIGHTS = 2**24  # 64 MiB
+MAX_WEIGHTS = 2**24  # 64 MiB
 
 
 def token_counts(rows: Dataset, vocab_size: int) -> csr_matrix:
-    """Count how often each token id occurs in each row: (num_rows, vocab_size), special tokens included."""
+    """Count each token id in each row, special tokens included: (num_rows, vocab_size)."""
     columns = rows.with_format("arrow")["input_ids"]
     chunks = getattr(columns, "chunks", [columns])
     lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks])
@@ -45,79 +46,80 @@ def token_counts(rows: Dataset, vocab_size: int) -> csr_matrix:
 
 
 class LexicalClassifier:
-    """Logistic regression of the leaves over TF-IDF.
+    """Logistic regression over TF-IDF, with the leaves as classes.
 
     Attributes:
-        idf: (V,), the inverse document frequency times the spread of log odds; 0 for tokens of fewer than two training documents.
-        weight: (num_leaves, V).
-        bias: (num_leaves,). Leaves without training documents have weights of 0, and all of them together the share that one
-            document more would have, on average over the training documents.
+        idf: (V,), inverse document frequency times spread of log-odds; 0 for tokens in fewer than two training documents.
+        weight: (num_leaves, V); 0 for a leaf without training documents.
+        bias: (num_leaves,). Leaves without training documents together have mean odds of 1 / (num_documents + 1) on the
+            training documents, as if they had one document.
     """
 
     def __init__(self, taxonomy: Taxonomy, counts: csr_matrix, labels: np.ndarray):
         """Fit the classifier.
 
         Args:
-            counts: of `token_counts`, of the training rows.
-            labels: (num_rows,), node ids or -100. Only rows labelled with a leaf take part.
+            counts: (num_rows, V), from `token_counts`, of the training rows.
+            labels: (num_rows,), node ids or -100. Only rows labelled with a leaf count.
         """
         is_leaf = (labels >= 0) & (labels < taxonomy.num_leaves)
         counts, labels = counts[is_leaf], labels[is_leaf]
         tfidf = TfidfTransformer(sublinear_tf=True).fit(counts)
-        common = np.asarray((counts > 0).sum(axis=0)).ravel() >= FEWEST_DOCUMENTS
+        common = np.asarray((counts > 0).sum(axis=0)).ravel() >= MIN_DOCUMENTS
         self.idf = np.where(common, tfidf.idf_ * spread_of_log_odds(counts > 0, labels), 0.0)
         model = LogisticRegression(C=REGULARISATION, max_iter=1000, tol=1e-3).fit(self.documents(counts), labels)
         self.weight = np.zeros((taxonomy.num_leaves, counts.shape[1]))
-        two = len(model.classes_) == 2  # one row of coefficients then, the difference between the classes
-        coefficients = np.vstack([-model.coef_, model.coef_]) / 2 if two else model.coef_
-        intercepts = np.concatenate([-model.intercept_, model.intercept_]) / 2 if two else model.intercept_
+        # for two classes scikit-learn has one row of coefficients: the difference between the classes
+        is_binary = len(model.classes_) == 2
+        coefficients = np.vstack([-model.coef_, model.coef_]) / 2 if is_binary else model.coef_
+        intercepts = np.concatenate([-model.intercept_, model.intercept_]) / 2 if is_binary else model.intercept_
         self.weight[model.classes_] = coefficients
         self.bias = np.zeros(taxonomy.num_leaves)
         self.bias[model.classes_] = intercepts
         if len(unseen := np.setdiff1d(np.arange(taxonomy.num_leaves), model.classes_)):
-            # beside the others a leaf of bias b has the share exp(b - total) of a document
+            # a leaf of bias b has odds of exp(b - total) against the leaves with training documents
             total = logsumexp(self.scores(counts)[:, model.classes_], axis=1)
             share = 1 / ((len(labels) + 1) * len(unseen))
             self.bias[unseen] = np.log(share * len(labels)) - logsumexp(-total)
 
     def documents(self, counts: csr_matrix) -> csr_matrix:
         """Return TF-IDF vectors of length 1: (num_rows, V)."""
-        weighed = counts.copy()
-        weighed.data = (1 + np.log(weighed.data)) * self.idf[weighed.indices]
-        lengths = np.sqrt(weighed.multiply(weighed).sum(axis=1)).A1
-        return csr_matrix(weighed.multiply(1 / np.maximum(lengths, 1e-12)[:, None]))
+        tfidf = counts.copy()
+        tfidf.data = (1 + np.log(tfidf.data)) * self.idf[tfidf.indices]
+        lengths = np.sqrt(tfidf.multiply(tfidf).sum(axis=1)).A1
+        return csr_matrix(tfidf.multiply(1 / np.maximum(lengths, 1e-12)[:, None]))
 
     def scores(self, counts: csr_matrix) -> np.ndarray:
-        """Return scores (num_rows, num_leaves), whose softmax are this classifier's own probabilities."""
+        """Return leaf logits, (num_rows, num_leaves)."""
         return self.documents(counts) @ self.weight.T + self.bias
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the weights of a `LexicalHead` with these scores."""
+        """Return the weights of the equivalent `LexicalHead`."""
         weights = {"idf": self.idf, "weight": self.weight, "bias": self.bias}
         return {name: torch.tensor(values, dtype=torch.float32) for name, values in weights.items()}
 
 
 def spread_of_log_odds(present: csr_matrix, labels: np.ndarray) -> np.ndarray:
-    """Measure how unlike the classes use each token: the variance over classes of log P(token | class) - log P(token | others).
+    """Compute each token's variance over classes of log P(token | class) - log P(token | other classes).
 
-    P is the share of documents that have the token, with one document more that has it and one that has not (Laplace). These
-    log-odds, with their sign, weigh the words of the two-class NB-SVM (Wang and Manning, 2012, "Baselines and bigrams"); one
-    weight for all classes keeps a document one vector.
+    P is the share of documents that contain the token, smoothed by one document with it and one without (Laplace). The
+    two-class NB-SVM (Wang and Manning, 2012, "Baselines and bigrams") weighs words by these log-odds, with their sign. Here
+    one weight serves all classes, so that a document is one vector.
 
     Args:
-        present: (num_rows, V), which tokens a document has.
-        labels: (num_rows,), of at least two classes.
+        present: (num_rows, V), whether a document contains a token.
+        labels: (num_rows,), at least two classes.
 
     Returns:
-        (V,); 0 for a token that all classes use alike.
+        (V,); 0 for a token that is equally frequent in all classes.
     """
-    everywhere = np.asarray(present.sum(axis=0)).ravel()
+    overall = np.asarray(present.sum(axis=0)).ravel()
     log_odds = []
     for leaf in np.unique(labels):
         rows = labels == leaf
         inside, size = np.asarray(present[rows].sum(axis=0)).ravel(), np.count_nonzero(rows)
         others = len(labels) - size
-        log_odds.append(np.log((inside + 1) / (size + 2)) - np.log((everywhere - inside + 1) / (others + 2)))
+        log_odds.append(np.log((inside + 1) / (size + 2)) - np.log((overall - inside + 1) / (others + 2)))
     return np.var(log_odds, axis=0)
 
 
@@ -128,7 +130,7 @@ def fit_classifier(taxonomy: Taxonomy, train: Dataset, vocab_size: int) -> Lexic
         train: rows with ``input_ids`` and ``labels``.
 
     Returns:
-        None, and a line in the log, where fewer than two leaves have training rows.
+        None, with a log line, if fewer than two leaves have training rows.
     """
     labels = np.array(train["labels"])
     if len(np.unique(labels[(labels >= 0) & (labels < taxonomy.num_leaves)])) < 2:

@@ -2,14 +2,13 @@
 
 Worth knowing:
 
-1. The prediction that is scored is the most probable leaf and its ancestors: a path that always reaches a leaf.
-2. A label is a node id. A leaf counts everywhere. An inner node ("specific disease", no child known) counts in the
-   hierarchical, per-level and log-loss scores only, and -100 (no label) nowhere.
-3. A score that its documents cannot give (no leaf among the labels, none at that level) is left out, never NaN.
-4. `hierarchical_f1` is a module of the `evaluate` library in this repository. It is loaded by its absolute path, since
-   `evaluate` asks the Hub for a relative one that it does not find, and keeps its data in memory, since the processes
-   of a distributed run would otherwise share one file in the home folder. `evaluate` imports a copy of the module, which
-   it writes into HF_MODULES_CACHE.
+1. The scored prediction is the most probable leaf with its ancestors, so a predicted path always reaches a leaf.
+2. A label is a node id, or -100 for none. A leaf counts in all scores. An inner node ("specific disease", child unknown)
+   counts in the hierarchical, per-level, calibration and log-loss scores. -100 counts in none.
+3. A score without documents (no label is a leaf, or reaches the level) is left out, so no score is NaN.
+4. `hierarchical_f1` is a module of the `evaluate` library in this repository. The path is absolute, because `evaluate` looks
+   up unknown relative paths on the Hub. The module keeps its data in memory, because the processes of a distributed run
+   would share one file. `evaluate` imports a copy of the module, which it writes into HF_MODULES_CACHE.
 """
 
 import tempfile
@@ -28,37 +27,37 @@ from taxonomy_hierarchical import Taxonomy
 
 UNLABELLED = -100
 HIERARCHICAL_F1 = Path(__file__).resolve().parents[1] / "metrics" / "hierarchical_f1"
-_BLOCK = 2**22  # float64 numbers held at a time: 5,000 leaves and 100,000 documents would need 4 GB at once
+_BLOCK = 2**22  # float64 numbers per block: 100,000 documents with 5,000 leaves would need 4 GB at once
 
 
 def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict[str, float]]:
     """Build the Trainer's ``compute_metrics`` for a taxonomy.
 
-    The function it returns takes ``predictions`` of shape (num_documents, num_leaves), leaf logits whose softmax is the
-    distribution over leaves, and ``label_ids`` of shape (num_documents,), node ids or -100. It returns
+    The returned function takes ``predictions``, leaf logits (num_documents, num_leaves), and ``label_ids``, node ids or -100
+    (num_documents,). It returns:
 
-    - over documents labelled with a leaf, as scikit-learn defines them: ``accuracy``; ``macro_f1`` and ``weighted_f1``
-      over the leaves that occur as label or prediction;
-    - over all labelled documents: ``ece``, see `expected_calibration_error`, and ``ece_by_chance``, its expected value for
-      correct probabilities, see `calibration_error_by_chance`. If the label is an inner node, a prediction below it scores
-      P(prediction given label), because the true leaf is unknown. Leaving such documents out would select documents by
-      their label, and make correct probabilities look wrong;
-    - over all labelled documents: ``hierarchical_precision``, ``hierarchical_recall`` and ``hierarchical_f1``
-      (Kiritchenko, Matwin and Famili 2005). A prediction below a label that is an inner node is truncated at the label.
-      And ``log_loss``, the mean of -log P(label) in nats, where an inner node has the sum of its leaves' probabilities;
-    - for each level k that some label reaches:
+    - ``accuracy``, ``macro_f1``, ``weighted_f1``: of scikit-learn, over documents labelled with a leaf. The F1 scores
+      average over leaves that occur as label or prediction.
+    - ``ece``: see `expected_calibration_error`; ``ece_by_chance``: its expected value for correct probabilities, see
+      `calibration_error_by_chance`. Both are over all labelled documents. If the label is an inner node, a prediction
+      below it scores P(prediction given label), because the true leaf is unknown. Leaving such documents out would
+      select documents by their label, and make correct probabilities look wrong.
+    - ``hierarchical_precision``, ``hierarchical_recall``, ``hierarchical_f1`` (Kiritchenko, Matwin and Famili, 2005): over
+      all labelled documents. A prediction below a label that is an inner node is truncated at the label.
+    - ``log_loss``: the mean of -log P(label) in nats. An inner node's probability is the sum over its leaves.
+    - For each level k that some label reaches:
 
-      - ``level_k_accuracy``, over the documents whose true path reaches the level: the share whose predicted path has the
-        same node there (a shorter path is wrong);
-      - ``level_k_macro_f1``, over the nodes of the level that occur in a true or predicted path. A leaf above the level is
-        "no node at this level", a class that is not averaged. A document labelled with an inner node above the level is
-        left out, because its node there is unknown;
-      - ``level_k_ece`` and ``level_k_ece_by_chance``, as above, of the tree truncated below the level, where a leaf above
+      - ``level_k_accuracy``: over the documents whose true path reaches the level, the share whose predicted path has the
+        same node there. A shorter predicted path counts as wrong.
+      - ``level_k_macro_f1``: over the nodes of the level that occur in a true or predicted path. A leaf above the level
+        counts as "no node at this level", a class that is not averaged. A document labelled with an inner node above
+        the level is left out, because its node there is unknown.
+      - ``level_k_ece``, ``level_k_ece_by_chance``: as above, for the tree truncated below the level, where a leaf above
         the level stands for itself.
 
     Raises:
-        InputError: `evaluate` cannot write its copy of the module. The function it returns raises it for arrays of other
-            shapes, unknown label ids, logits that are not finite, no labelled document.
+        InputError: `evaluate` cannot write its copy of the module. The returned function raises InputError for arrays of
+            wrong shapes, unknown label ids, logits that are not finite, and no labelled document.
     """
     hierarchical_f1 = _load_hierarchical_f1()
     levels, paths = np.array(taxonomy.levels), np.array(taxonomy.ancestors)
@@ -70,18 +69,19 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
     def calibration_errors(
         level: int, labels: np.ndarray, predictions: np.ndarray, logits: np.ndarray
     ) -> tuple[float, float]:
-        """Return the error of the tree truncated below a level, counted from 0, and its value by chance."""
-        true, nodes = (np.where(paths[some, level] >= 0, paths[some, level], some) for some in (labels, predictions))
+        """Return the calibration error of the tree truncated below a level, counted from 0, and its value by chance."""
+        # a path that ends above the level stands for its last node
+        true, nodes = (np.where(paths[ids, level] >= 0, paths[ids, level], ids) for ids in (labels, predictions))
         at_label = paths[predictions, levels[labels] - 1]
         unknown = (labels >= taxonomy.num_leaves) & (at_label >= 0) & (levels[nodes] > levels[labels])
         known = np.where(unknown, at_label, nodes)
         probability = np.exp(_log_probability(logits, nodes, leaves_under))
-        so_far = probability.copy()  # of `known`, which is another node for few documents
+        known_probability = probability.copy()  # `known` differs from `nodes` for few documents
         if unknown.any():
-            so_far[unknown] = np.exp(_log_probability(logits[unknown], known[unknown], leaves_under))
-        correct = np.where(known == true, probability / so_far, 0.0)
+            known_probability[unknown] = np.exp(_log_probability(logits[unknown], known[unknown], leaves_under))
+        correct = np.where(known == true, probability / known_probability, 0.0)
         error = expected_calibration_error(_bin(probability, correct, bins=15))
-        return error, calibration_error_by_chance(probability, probability**2 * (1 / so_far - 1))
+        return error, calibration_error_by_chance(probability, probability**2 * (1 / known_probability - 1))
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         logits, labels = labelled_documents(taxonomy, prediction.predictions, prediction.label_ids)
@@ -107,17 +107,17 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
 
 
 def any_label_accuracy(logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> float | None:
-    """Return the share of documents whose predicted leaf labels some document of the same text.
+    """Compute the share of documents whose predicted leaf is the label of any document with the same text.
 
-    Corpora repeat texts under several labels; `accuracy` then counts a prediction as wrong that is the label of another row.
+    Corpora repeat texts under several labels. `accuracy` counts a prediction as wrong even if another row has that label.
 
     Args:
         logits: (num_documents, num_leaves).
-        labels: (num_documents,), node ids or -100; only documents labelled with a leaf take part.
+        labels: (num_documents,), node ids or -100; only documents labelled with a leaf count.
         texts: (num_documents,), the same number for the same text.
 
     Returns:
-        None where no document is labelled with a leaf.
+        None if no document is labelled with a leaf.
     """
     is_leaf = (labels >= 0) & (labels < logits.shape[1])
     if not is_leaf.any():
@@ -132,52 +132,51 @@ def bootstrap_intervals(
 ) -> dict[str, np.ndarray]:
     """Compute percentile bootstrap intervals over documents (Efron and Tibshirani, 1993, chapter 13).
 
-    A resample lacks some documents of each class and has others twice, and where classes have few, its macro-F1 is lower for that
-    alone: with 200 classes of three documents the score itself lay above its interval. So the mean of the resamples is moved to
-    the score.
+    Resampling lowers macro-F1 if classes have few documents, because a resample lacks some of them. With 200 classes of three
+    documents the score itself was above its interval. So the resamples of macro-F1 are shifted to have the score as mean.
 
     Args:
-        labels, predictions: (num_documents,), leaf ids; one document at least.
-        level: the share of resamples between the ends.
+        labels, predictions: (num_documents,), leaf ids; at least one document.
+        level: the share of resamples inside the interval.
 
     Returns:
-        The lower and the upper end, (2,), of ``accuracy`` and ``macro_f1`` (over the leaves that occur as label or prediction),
-        and (2, num_leaves) of ``f1``, that of each leaf over the resamples in which it occurs; NaN where in none.
+        Lower and upper end: (2,) for ``accuracy`` and for ``macro_f1`` over the leaves that occur as label or prediction;
+        (2, num_leaves) for ``f1`` of each leaf, over the resamples that contain the leaf, NaN if none does.
     """
 
-    def scores(true: np.ndarray, given: np.ndarray) -> dict[str, np.ndarray]:
-        correct = np.bincount(true[true == given], minlength=num_leaves)
-        occurring = np.bincount(true, minlength=num_leaves) + np.bincount(given, minlength=num_leaves)
+    def scores(true: np.ndarray, predicted: np.ndarray) -> dict[str, np.ndarray]:
+        correct = np.bincount(true[true == predicted], minlength=num_leaves)
+        occurring = np.bincount(true, minlength=num_leaves) + np.bincount(predicted, minlength=num_leaves)
         f1 = np.where(occurring > 0, 2 * correct / np.maximum(occurring, 1), np.nan)
         return {"accuracy": correct.sum() / len(true), "macro_f1": np.nanmean(f1), "f1": f1}
 
     generator = np.random.default_rng(0)
-    drawn = (generator.integers(len(labels), size=len(labels)) for _ in range(resamples))
-    resampled = [scores(labels[rows], predictions[rows]) for rows in drawn]
-    values = {name: np.array([one[name] for one in resampled]) for name in resampled[0]}
+    draws = (generator.integers(len(labels), size=len(labels)) for _ in range(resamples))
+    resampled = [scores(labels[rows], predictions[rows]) for rows in draws]
+    values = {name: np.array([sample[name] for sample in resampled]) for name in resampled[0]}
     values["macro_f1"] += scores(labels, predictions)["macro_f1"] - values["macro_f1"].mean()
     values["macro_f1"] = values["macro_f1"].clip(0, 1)
     ends = (50 * (1 - level), 50 * (1 + level))
-    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # of leaves that occur nowhere
-        return {name: np.nanpercentile(drawn_values, ends, axis=0) for name, drawn_values in values.items()}
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # for leaves in no resample
+        return {name: np.nanpercentile(samples, ends, axis=0) for name, samples in values.items()}
 
 
 def per_class_report(
     taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray
 ) -> tuple[list[dict], dict[str, list[float]]]:
-    """Score each leaf, over the documents labelled with a leaf: scikit-learn's precision, recall and F1.
+    """Compute scikit-learn's precision, recall and F1 of each leaf, over the documents labelled with a leaf.
 
     Args:
         logits: (num_documents, num_leaves).
         labels: (num_documents,), node ids or -100.
 
     Returns:
-        One row a leaf, in the order of ids: ``label``, ``support`` (documents that have it), ``precision``, ``recall``,
-        ``f1`` and ``f1_interval``, its 95 % interval of `bootstrap_intervals`, or None. A ratio whose denominator is 0
-        is 0. No rows where no document is labelled with a leaf. And the intervals of ``accuracy`` and ``macro_f1``.
+        One row per leaf, in the order of ids: ``label``, ``support`` (its number of documents), ``precision``, ``recall``,
+        ``f1`` and ``f1_interval``, the 95 % interval of `bootstrap_intervals` or None. A ratio with denominator 0 is 0.
+        Then the intervals of ``accuracy`` and ``macro_f1``. Both are empty if no document is labelled with a leaf.
 
     Raises:
-        InputError: arrays of other shapes, unknown label ids, logits that are not finite.
+        InputError: arrays of wrong shapes, unknown label ids, logits that are not finite.
     """
     logits, labels = labelled_documents(taxonomy, logits, labels)
     is_leaf = labels < taxonomy.num_leaves
@@ -204,9 +203,9 @@ def per_class_report(
 
 
 def calibration_bins(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> dict[str, np.ndarray]:
-    """Bin confidence and accuracy, in equal-width bins of the predicted leaf's probability (Guo et al. 2017).
+    """Bin documents by the predicted leaf's probability, in bins of equal width (Guo et al., 2017).
 
-    Bin m of M holds the probabilities in ((m - 1) / M, m / M]. Only documents labelled with a leaf take part.
+    Bin m of M holds the probabilities in ((m - 1) / M, m / M]. Only documents labelled with a leaf count.
 
     Args:
         logits: (num_documents, num_leaves).
@@ -214,10 +213,10 @@ def calibration_bins(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> 
         bins: M.
 
     Returns:
-        ``confidence`` and ``accuracy``, the means in each bin, NaN in an empty one, and ``count``; each of shape (bins,).
+        ``confidence`` and ``accuracy``, the mean in each bin (NaN in an empty bin), and ``count``; (bins,) each.
 
     Raises:
-        InputError: arrays of other shapes, logits that are not finite.
+        InputError: arrays of wrong shapes, logits that are not finite.
     """
     _check_arrays(logits, labels)
     is_leaf = (labels >= 0) & (labels < logits.shape[1])
@@ -226,10 +225,10 @@ def calibration_bins(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> 
 
 
 def expected_calibration_error(bins: dict[str, np.ndarray]) -> float:
-    """Return the mean over documents of |accuracy - confidence| of their bin (Guo et al. 2017, equation 3).
+    """Compute the mean over documents of their bin's |accuracy - confidence| (Guo et al., 2017, equation 3).
 
     Args:
-        bins: what `calibration_bins` returns, with at least one document in it.
+        bins: from `calibration_bins`, with at least one document.
     """
     filled = bins["count"] > 0
     gaps = np.abs(bins["accuracy"][filled] - bins["confidence"][filled])
@@ -237,14 +236,14 @@ def expected_calibration_error(bins: dict[str, np.ndarray]) -> float:
 
 
 def calibration_error_by_chance(confidence: np.ndarray, variance: np.ndarray | None = None, bins: int = 15) -> float:
-    """Return the mean of `expected_calibration_error` for as many documents whose probabilities are correct.
+    """Compute the expected value of `expected_calibration_error` if the probabilities are correct.
 
-    In a bin with probabilities p, the number of correct predictions has the variance v = Σ p (1 - p), and differs from its
-    mean by √(2 v / π) on average, as a normal variable of that variance does.
+    In a bin with probabilities p, the number of correct predictions has the variance v = Σ p (1 - p). Its mean absolute
+    deviation is √(2 v / π) in the normal approximation.
 
     Args:
-        confidence: (num_documents,), the probability of each prediction; one at least.
-        variance: (num_documents,), p (1 - p) by default.
+        confidence: (num_documents,), the probability of each prediction; at least one document.
+        variance: (num_documents,); p (1 - p) by default.
     """
     variance = confidence * (1 - confidence) if variance is None else variance
     variances = np.bincount(_bin_index(confidence, bins), weights=variance, minlength=bins)
@@ -252,14 +251,14 @@ def calibration_error_by_chance(confidence: np.ndarray, variance: np.ndarray | N
 
 
 def labelled_documents(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Check the arrays, and return the rows that have a label.
+    """Check the arrays, and return the logits and labels of the labelled documents.
 
     Args:
         logits: (num_documents, num_leaves).
         labels: (num_documents,), node ids or -100.
 
     Raises:
-        InputError: arrays of other shapes, unknown label ids, logits that are not finite.
+        InputError: arrays of wrong shapes, unknown label ids, logits that are not finite.
     """
     _check_arrays(logits, labels)
     if logits.shape[1] != taxonomy.num_leaves:
@@ -291,31 +290,31 @@ def _check_arrays(logits: np.ndarray, labels: np.ndarray) -> None:
     if len(shapes[0]) != 2 or shapes[1] != shapes[0][:1]:
         raise InputError(
             f"expected logits of shape (num_documents, num_leaves) and one label id a document, not {shapes[0]} and "
-            f"{shapes[1]}; other outputs of a model belong into its configuration's keys_to_ignore_at_inference"
+            f"{shapes[1]}; list other outputs of the model in its configuration's keys_to_ignore_at_inference"
         )
     if labels.dtype.kind not in "iu":
         raise InputError(f"label ids must be integers, not {labels.dtype}")
-    bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
-    if bad.size:
+    infinite = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+    if infinite.size:
         raise InputError(
-            f"the model's logits are not finite for {bad.size} of {len(logits)} documents, the first at row {bad[0]}: "
+            f"the model's logits are not finite for {infinite.size} of {len(logits)} documents, the first at row {infinite[0]}: "
             "training has diverged; lower --learning_rate"
         )
 
 
 def _load_hierarchical_f1() -> evaluate.EvaluationModule:
-    with tempfile.TemporaryDirectory() as folder:  # the module makes a data folder even where it keeps data in memory
+    with tempfile.TemporaryDirectory() as folder:  # the module makes a data folder even with keep_in_memory
         try:
             return evaluate.load(str(HIERARCHICAL_F1), keep_in_memory=True, cache_dir=folder)
         except OSError as error:
             raise InputError(
                 f"the `evaluate` library cannot copy {HIERARCHICAL_F1} into {evaluate.config.HF_MODULES_CACHE} "
-                f"({error.strerror or error}); set HF_MODULES_CACHE to a folder that can be written"
+                f"({error.strerror or error}); set HF_MODULES_CACHE to a writable folder"
             ) from error
 
 
 def _log_probs(logits: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yield leaf log-probabilities in float64, some documents at a time: (block, num_leaves)."""
+    """Yield blocks of documents: their rows, and their leaf log-probabilities (block, num_leaves) in float64."""
     size = max(1, _BLOCK // logits.shape[1])
     for start in range(0, len(logits), size):
         rows = slice(start, start + size)
@@ -331,17 +330,20 @@ def _flat_scores(true: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
 
 
 def _log_probability(logits: np.ndarray, nodes: np.ndarray, leaves_under: np.ndarray) -> np.ndarray:
-    """Return the log-probability that each document's row of leaf logits gives to a node of its own: (num_documents,)."""
+    """Compute the log-probability of one node per document, (num_documents,), from leaf logits."""
+    blocks = _log_probs(logits)
     return np.concatenate(
-        [
-            logsumexp(np.where(leaves_under[nodes[rows]], log_probs, -np.inf), axis=1)
-            for rows, log_probs in _log_probs(logits)
-        ]
+        [logsumexp(np.where(leaves_under[nodes[rows]], log_probs, -np.inf), axis=1) for rows, log_probs in blocks]
     )
 
 
 def _level_scores(true: np.ndarray, predicted: np.ndarray, is_leaf: np.ndarray) -> dict[str, float]:
-    """Return scores of each level from true and predicted paths, (num_documents, depth) each, and which labels are leaves."""
+    """Compute accuracy and macro-F1 of each level.
+
+    Args:
+        true, predicted: paths, (num_documents, depth), -1 below their ends.
+        is_leaf: (num_documents,), whether the label is a leaf.
+    """
     scores = {}
     for level, (nodes, predictions) in enumerate(zip(true.T, predicted.T, strict=True), start=1):
         reached = nodes >= 0
@@ -349,12 +351,10 @@ def _level_scores(true: np.ndarray, predicted: np.ndarray, is_leaf: np.ndarray) 
             continue
         known = reached | is_leaf
         occurring = np.union1d(nodes[known], predictions[known])
+        classes = occurring[occurring >= 0]
+        f1 = f1_score(nodes[known], predictions[known], labels=classes, average="macro", zero_division=0)
         scores[f"level_{level}_accuracy"] = float(accuracy_score(nodes[reached], predictions[reached]))
-        scores[f"level_{level}_macro_f1"] = float(
-            f1_score(
-                nodes[known], predictions[known], labels=occurring[occurring >= 0], average="macro", zero_division=0
-            )
-        )
+        scores[f"level_{level}_macro_f1"] = float(f1)
     return scores
 
 

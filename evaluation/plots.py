@@ -1,9 +1,9 @@
-"""Figures of a run as PNG: training curves, confusion matrices, reliability diagrams.
+"""Draw a run's training curves, confusion matrices and reliability diagrams as PNG files.
 
 Worth knowing:
 
-1. `matplotlib.figure.Figure` is used without pyplot: no global state, no display.
-2. Class names are user input. matplotlib reads ``$`` as mathematics, so it is escaped. File names hold level numbers only.
+1. `matplotlib.figure.Figure` without pyplot needs neither global state nor a display.
+2. Class names are user input, so ``$`` is escaped, which matplotlib reads as mathematics. File names hold level numbers only.
 """
 
 from pathlib import Path
@@ -30,12 +30,12 @@ CURVES = {  # panel: {key of the log: name}
 }
 MAX_CLASSES = 40
 MAX_NAME = 40  # characters
-MAX_MARKERS = 50  # a longer curve is a line without them
+MAX_MARKERS = 50  # longer curves have no markers
 PNG_DPI = 150
 
 
 def write(figure: Figure | None, path: Path) -> None:
-    """Write a figure as PNG and create its folder; do nothing for None."""
+    """Write a figure as PNG, and create its folder; do nothing for None."""
     if figure is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=PNG_DPI)
@@ -45,10 +45,10 @@ def training_curves(log_history: list[dict]) -> Figure | None:
     """Draw losses, evaluation scores and the learning rate over optimizer steps.
 
     Args:
-        log_history: as in `transformers.TrainerState`: one dict per log line, each with its ``step``.
+        log_history: from `transformers.TrainerState`: one dict per log line, each with its ``step``.
 
     Returns:
-        The figure, or None where the log holds no curve.
+        The figure, or None if the log holds no curve.
     """
     panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for panel, curves in CURVES.items():
@@ -75,21 +75,21 @@ def training_curves(log_history: list[dict]) -> Figure | None:
 
 
 def confusion_matrices(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> dict[int, Figure]:
-    """Draw one confusion matrix per level. A cell is the share of the true class, so the diagonal is the recall.
+    """Draw one confusion matrix per level. Rows are normalised, so the diagonal is the recall.
 
-    True and predicted paths are truncated at the level, so a leaf above it stands for itself. A document labelled with an inner
-    node above the level is left out, because its class there is unknown. Of more than 40 classes, those with the most documents
-    are drawn.
+    True and predicted paths are truncated at the level, so a leaf above the level stands for itself. A document labelled with
+    an inner node above the level is left out, because its class there is unknown. If a level has more than 40 classes, the 40
+    with the most documents are drawn.
 
     Args:
         logits: (num_documents, num_leaves).
         labels: (num_documents,), node ids or -100.
 
     Returns:
-        A figure per level that has documents.
+        Figures by level, for each level with documents.
 
     Raises:
-        InputError: arrays of other shapes, unknown label ids, logits that are not finite.
+        InputError: arrays of wrong shapes, unknown label ids, logits that are not finite.
     """
     logits, labels = labelled_documents(taxonomy, logits, labels)
     predictions = logits.argmax(axis=1)
@@ -104,12 +104,12 @@ def confusion_matrices(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarra
 
 
 def _confusion_matrix(taxonomy: Taxonomy, level: int, true: np.ndarray, predicted: np.ndarray) -> Figure:
-    """Draw the matrix of true and predicted nodes, (num_documents,) each."""
+    """Draw the confusion matrix of true and predicted nodes, (num_documents,) each."""
     support = np.bincount(true, minlength=taxonomy.num_nodes)
     occurring = np.union1d(true, predicted)
     largest = set(occurring[np.argsort(-support[occurring], kind="stable")][:MAX_CLASSES].tolist())
     nodes = [node for node in taxonomy.reading_order if node in largest]
-    # divided by the whole row, hidden columns included, so that the diagonal is always the recall
+    # divided by the sum of the whole row, hidden columns included, so that the diagonal is the recall
     shares = confusion_matrix(true, predicted, labels=nodes) / np.maximum(support[nodes], 1)[:, None]
     side = max(3.6, 0.4 * len(nodes))  # inches
     figure = Figure(figsize=(side + 4.6, side + 3.2), layout="constrained")
@@ -138,11 +138,11 @@ def reliability_diagram(logits: np.ndarray, labels: np.ndarray) -> Figure | None
         labels: (num_documents,), node ids or -100.
 
     Returns:
-        The figure. None where no document is labelled, or any is labelled with an inner node: leaving these out would select
+        The figure, or None if no document is labelled or any label is an inner node. Leaving inner nodes out would select
         documents by their label.
 
     Raises:
-        InputError: arrays of other shapes, logits that are not finite.
+        InputError: arrays of wrong shapes, logits that are not finite.
     """
     bins = calibration_bins(logits, labels)
     total, size = int(bins["count"].sum()), len(bins["count"])
@@ -166,7 +166,7 @@ def reliability_diagram(logits: np.ndarray, labels: np.ndarray) -> Figure | None
 
 
 def shorten(name: str) -> str:
-    """Shorten a name to 40 characters in the middle, since long names often differ in their last words, and escape ``$``."""
+    """Shorten a name to 40 characters, and escape ``$``. The middle is omitted: long names often differ in their last words."""
     if len(name) > MAX_NAME:
         tail = MAX_NAME // 3
         name = f"{name[: MAX_NAME - tail - 1].rstrip(' ,')}…{name[-tail:].lstrip()}"

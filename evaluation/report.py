@@ -1,13 +1,14 @@
-"""What a run measures once it is trained: scores, calibration, and the files that show them.
+"""Score and calibrate a trained checkpoint, and write the files that show the result.
 
 Worth knowing:
 
-1. The scored checkpoint is the one that a user loads, over a full-precision encoder, not the quantized model that was trained.
+1. Scores are of the checkpoint as a user loads it, over a full-precision encoder, not of the quantized model in training.
 2. The lexical head's weight, the temperatures and the conformal thresholds are fitted on the validation rows, from logits that
-   are computed once. The test rows take no part.
-3. The scores of the validation rows are cross-validated: a calibration on four fifths scores the other fifth. With
-   ``--load_best_model_at_end`` these rows also chose the checkpoint, which makes their scores too good (`benchmarks/studies/selection.py`).
-4. Logits are in the order of the scored rows, which are sorted by length. The column ``row`` gives their place in the source.
+   are computed once. No test row is used.
+3. Validation scores are cross-validated: a calibration on four fifths of the rows scores the other fifth. With
+   ``--load_best_model_at_end`` these rows also select the checkpoint, so their scores are optimistic
+   (`benchmarks/studies/selection.py`).
+4. Logits follow the order of the scored rows, which are sorted by length. The column ``row`` gives their place in the source.
 """
 
 import csv
@@ -18,12 +19,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict
-from transformers import (
-    AutoModel,
-    EvalPrediction,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModel, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from errors import refusing
 from evaluation import lexical, plots
@@ -41,8 +37,8 @@ from training.views import build_collator
 logger = logging.getLogger(__name__)
 
 NOTABLE_GAP = 0.005
-COVERAGE = 0.9  # of the answers that are measured
-AS_SERVED: dict[str, Any] = {  # what a Trainer must not do that only scores
+COVERAGE = 0.9  # of the measured answers
+AS_SERVED: dict[str, Any] = {  # arguments of a Trainer that only scores
     **dict.fromkeys(("bf16", "fp16", "load_best_model_at_end", "push_to_hub"), False),
     "report_to": [],
     "eval_strategy": "no",
@@ -58,7 +54,7 @@ def served_trainer(
     loss_function: HierarchicalFocalLoss | None,
     folder: str | None = None,
 ) -> HierarchicalTrainer:
-    """Build a Trainer over the checkpoint as a user loads it: by `AutoModel`, over a full-precision encoder, no autocast."""
+    """Build a Trainer that scores the checkpoint as a user loads it: by `AutoModel`, in full precision, without autocast."""
     folder = folder or training.output_dir
     with refusing(f"cannot load the checkpoint {folder}"):
         model: PreTrainedModel = AutoModel.from_pretrained(folder, trust_remote_code=True)
@@ -76,11 +72,11 @@ def served_trainer(
 def score_splits(
     trainer: HierarchicalTrainer, splits: DatasetDict, training: HierarchicalTrainingArguments
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Return metrics of the validation rows (``eval_``) and test rows (``test_``), and the leaf logits of each split."""
+    """Score the validation rows (metrics ``eval_…``) and test rows (``test_…``); also return the leaf logits of each split."""
     metrics: dict[str, float] = {}
     logits: dict[str, np.ndarray] = {}
-    for split, asked in (("validation", training.do_eval), ("test", training.do_predict)):
-        if split in splits and asked is not False:
+    for split, requested in (("validation", training.do_eval), ("test", training.do_predict)):
+        if split in splits and requested is not False:
             output = trainer.predict(splits[split], metric_key_prefix=card.PREFIXES[split])
             metrics |= output.metrics
             logits[split] = output.predictions
@@ -93,10 +89,10 @@ def score_splits(
 def lexical_classifier(
     arguments: ModelArguments, taxonomy: Taxonomy, train: Dataset, vocab_size: int
 ) -> lexical.LexicalClassifier | None:
-    """Fit the classifier of a lexical head, or return None where none is wanted or none can be fitted."""
+    """Fit the classifier of a lexical head; return None if it is not wanted or cannot be fitted."""
     wanted = arguments.lexical_head
     if wanted is None:
-        wanted = vocab_size * taxonomy.num_leaves <= lexical.MOST_WEIGHTS
+        wanted = vocab_size * taxonomy.num_leaves <= lexical.MAX_WEIGHTS
         if not wanted:
             size = f"{vocab_size:,} tokens times {taxonomy.num_leaves:,} leaves"
             logger.info("no lexical head: it would have %s weights; --lexical_head true", size)
@@ -111,15 +107,16 @@ def calibrate_model(
     splits: DatasetDict,
     max_length: int,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Fit the lexical head's weight, temperatures and conformal thresholds, and put them into the model.
+    """Fit the lexical head's weight, the temperatures and the conformal thresholds, and store them in the model.
 
     Args:
-        logits: of each scored split, by the uncalibrated model.
-        max_length: the number of tokens that the texts of the splits were truncated at.
+        logits: of each scored split, from the uncalibrated model.
+        max_length: the number of tokens at which the texts were truncated.
 
     Returns:
-        Metrics of each split, calibrated; the same without a lexical head (``without_lexical_head_``); for the test rows
-        the size and coverage of answers for `COVERAGE` (``test_answer_``). And the calibrated logits of each split.
+        Metrics of each split after calibration. With a lexical head, also the metrics without it
+        (``without_lexical_head_…``). For test rows, also size and coverage of answers for `COVERAGE` (``test_answer_…``).
+        Then the calibrated logits of each split.
     """
     labels = {split: np.array(splits[split]["labels"]) for split in logits}
     texts = {split: np.array(splits[split]["text_id"]) for split in logits}
@@ -132,14 +129,14 @@ def calibrate_model(
     fitted, calibrated = calibrate_logits(taxonomy, logits, lexical_scores, labels, texts)
     thresholds = fit_thresholds(taxonomy, calibrated["validation"], labels["validation"], texts["validation"])
 
-    # Put the outcome into the model.
+    # Store the calibration in the model.
     weight = fitted.lexical_weight
     model.set_lexical_head(classifier.weights() if classifier is not None and weight else None, weight)
     model.set_calibration(fitted.temperatures, thresholds, max_length)
     shown = ", ".join(f"{temperature:.2f}" for temperature in fitted.temperatures)
     logger.info("calibrated on the validation rows: temperatures %s; weight of the lexical head %.2f", shown, weight)
 
-    # Measure it, and what is lost without the lexical head.
+    # Measure the calibrated model, with and without the lexical head, and the coverage.
     metrics = {"lexical_weight": weight, **measure(taxonomy, calibrated, labels, texts)}
     if weight:
         _, without = calibrate_logits(taxonomy, logits, dict.fromkeys(logits), labels, texts)
@@ -160,7 +157,7 @@ def calibrate_logits(
 ) -> tuple[Calibration, dict[str, np.ndarray]]:
     """Fit a calibration on the validation rows, and apply it to the logits of each split.
 
-    The validation rows themselves are cross-validated, see `calibration.held_out`.
+    The logits of the validation rows are cross-validated, see `calibration.held_out`.
     """
     validation = (taxonomy, logits["validation"], lexical_scores["validation"], labels["validation"])
     fitted = fit_calibration(*validation)
@@ -172,7 +169,7 @@ def calibrate_logits(
 def measure(
     taxonomy: Taxonomy, logits: dict[str, np.ndarray], labels: dict[str, np.ndarray], texts: dict[str, np.ndarray]
 ) -> dict[str, float]:
-    """Return the metrics of calibrated logits, of each split."""
+    """Compute each split's metrics from calibrated logits."""
     compute_metrics, metrics = build_compute_metrics(taxonomy), {}
     for split, scores in logits.items():
         measured = compute_metrics(EvalPrediction(predictions=scores, label_ids=labels[split]))
@@ -183,12 +180,12 @@ def measure(
 
 
 def shown_split(logits: dict[str, np.ndarray]) -> str | None:
-    """Return the scored split whose details are shown: test, else validation, else None."""
+    """Return the split whose details are shown: test, else validation, else None."""
     return next((name for name in ("test", "validation") if name in logits), None)
 
 
 def leaf_scores(taxonomy: Taxonomy, logits: dict[str, np.ndarray], splits: DatasetDict) -> dict[str, Any]:
-    """Return scores of each leaf and 95 % intervals for metrics.json, of the test rows, or else of the validation rows."""
+    """Compute scores of each leaf and 95 % intervals for metrics.json, on the split of `shown_split`."""
     split = shown_split(logits)
     if split is None:
         return {}
@@ -203,7 +200,7 @@ def leaf_scores(taxonomy: Taxonomy, logits: dict[str, np.ndarray], splits: Datas
 
 
 def draw_plots(taxonomy: Taxonomy, logits: dict[str, np.ndarray], splits: DatasetDict, folder: Path) -> None:
-    """Draw confusion matrices and reliability of the test rows, or of the validation rows where there are none."""
+    """Draw the confusion matrices and the reliability diagram of the split of `shown_split`."""
     split = shown_split(logits)
     if split is not None:
         labels = np.array(splits[split]["labels"])
@@ -213,13 +210,13 @@ def draw_plots(taxonomy: Taxonomy, logits: dict[str, np.ndarray], splits: Datase
 
 
 def draw_reliability(logits: dict[str, np.ndarray], splits: DatasetDict, file: Path) -> None:
-    """Draw the reliability diagram of the test rows, or of the validation rows where there are none."""
+    """Draw the reliability diagram of the split of `shown_split`."""
     split = shown_split(logits) or "validation"
     plots.write(plots.reliability_diagram(logits[split], np.array(splits[split]["labels"])), file)
 
 
 def write_predictions(data: LabelledSplits, logits: dict[str, np.ndarray], splits: DatasetDict, folder: Path) -> None:
-    """Write ``<split>_predictions.csv``: for each scored row its number in its source, its label and its prediction."""
+    """Write ``<split>_predictions.csv``: each scored row's number in its source, label, prediction and probability."""
     names = data.taxonomy.labels
     for split, scores in logits.items():
         rows = np.array(splits[split]["row"])
@@ -228,13 +225,12 @@ def write_predictions(data: LabelledSplits, logits: dict[str, np.ndarray], split
             writer = csv.writer(file)
             writer.writerow(["row", "label", "prediction", "probability"])
             for i in np.argsort(rows, kind="stable"):
-                writer.writerow(
-                    [rows[i], names[splits[split]["labels"][i]], names[predictions[i]], f"{probabilities[i]:.6f}"]
-                )
+                label, prediction = names[splits[split]["labels"][i]], names[predictions[i]]
+                writer.writerow([rows[i], label, prediction, f"{probabilities[i]:.6f}"])
 
 
 def warn_of_quantization_gap(metrics: dict) -> None:
-    """Warn where the served model scores otherwise than the quantized one that was trained."""
+    """Warn if the scores of the served model differ from the scores of the quantized model in training."""
     for name in ("eval_accuracy", "eval_macro_f1", "test_accuracy", "test_macro_f1"):
         trained, served = metrics.get(f"quantized_{name}"), metrics.get(name)
         if trained is not None and served is not None and abs(trained - served) > NOTABLE_GAP:
@@ -242,14 +238,12 @@ def warn_of_quantization_gap(metrics: dict) -> None:
 
 
 def log_metrics(metrics: dict[str, float]) -> None:
-    """Log one line a metric, with one column a split."""
-    splits = [prefix for prefix in ("eval", "test") if f"{prefix}_log_loss" in metrics]
+    """Log one line per metric, with one column per split."""
+    splits = {prefix: split for split, prefix in card.PREFIXES.items() if f"{prefix}_log_loss" in metrics}
     names = dict.fromkeys(name for prefix, _, name in (key.partition("_") for key in metrics) if prefix in splits)
-    logger.info(
-        "%-24s" + " %10s" * len(splits), "", *("validation" if prefix == "eval" else "test" for prefix in splits)
-    )
+    line = "%-24s" + " %10s" * len(splits)
+    logger.info(line, "", *splits.values())
     for name in names:
         if not name.endswith(("_per_second", "_time", "runtime")):
             values = [metrics.get(f"{prefix}_{name}") for prefix in splits]
-            shown = ["" if value is None else f"{value:.4f}" for value in values]
-            logger.info("%-24s" + " %10s" * len(splits), name, *shown)
+            logger.info(line, name, *("" if value is None else f"{value:.4f}" for value in values))

@@ -1,1 +1,1 @@
-"""What predict.py is made of: the records of the input, a restartable output, and the forms of its rows."""
+"""The parts of predict.py: input records, a restartable output, and output rows in three formats."""

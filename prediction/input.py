@@ -1,4 +1,4 @@
-"""The texts of the input files, one at a time, each with the place where it begins."""
+"""Read the input files as records: a text, its id, and the line where it begins."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -16,12 +16,12 @@ class Record:
     """A row of the input.
 
     Attributes:
-        source: the name of its file.
-        line: where it begins there, see `reading.rows.Row`.
-        id: as JSON has it, see `json_id`. None if no ids were asked for.
-        text: None if there is a problem.
-        problem: why the row cannot be classified; None if it can.
-        done: the share of all files that was read up to here; None for standard input.
+        source: name of the row's file.
+        line: where the row begins in the file, see `reading.rows.Row`.
+        id: a JSON value, see `json_id`; None without an id column.
+        text: None for a row with a problem.
+        problem: why the row cannot be classified; None for a readable row.
+        done: share of all files read so far; None for standard input.
     """
 
     source: str
@@ -33,48 +33,48 @@ class Record:
 
 
 def read_records(sources: Sequence[Source], text_column: str | None, id_column: str | None) -> Iterator[Record]:
-    """Yield the rows of all sources, one source after the other.
+    """Yield the rows of all sources, in order.
 
     Args:
-        text_column: by default found by its name, in each source anew.
+        text_column: None to find the column by its name, in each source separately.
         id_column: None for no ids.
 
     Raises:
         InputError: a source cannot be read, is damaged, or lacks a column.
     """
     sizes = [0 if source.path == "-" else Path(source.path).stat().st_size for source in sources]
-    before, total = 0, sum(sizes)
+    bytes_before, total = 0, sum(sizes)
     for source, size in zip(sources, sizes, strict=True):
         with open_rows(source) as rows:
-            wanted = _columns(rows, text_column, id_column)
-            for row in rows.read(list(dict.fromkeys(wanted))):
-                text, key = [*map(row.values.get, wanted), None, None][:2]
-                problem, identity = row.problem, None
+            columns = _columns(rows, text_column, id_column)
+            for row in rows.read(list(dict.fromkeys(columns))):
+                text, raw_id = [*map(row.values.get, columns), None, None][:2]
+                problem, record_id = row.problem, None
                 if problem is None:
                     problem = text_problem(text)
                     try:
-                        identity = json_id(key)
+                        record_id = json_id(raw_id)
                     except ValueError as error:
                         problem = problem or str(error)
-                done = (before + size * (rows.done() or 0)) / total if total else None
-                yield Record(source.name, row.line, identity, text if problem is None else None, problem, done)
-        before += size
+                done = (bytes_before + size * (rows.done() or 0)) / total if total else None
+                yield Record(source.name, row.line, record_id, text if problem is None else None, problem, done)
+        bytes_before += size
 
 
-def _columns(rows: Rows, text: str | None, key: str | None) -> list[str]:
-    """Return the column of texts and, if asked for, that of ids; none for JSON Lines without any names."""
+def _columns(rows: Rows, text_column: str | None, id_column: str | None) -> list[str]:
+    """Return the text column, then the id column if there is one. JSON Lines without any key has no columns."""
     if not rows.columns:
         return []
     columns = {rows.name: rows.columns}
-    keys = [] if key is None else choose_columns(columns, key, (), "--id_column")
-    return [*choose_columns(columns, text, TEXT_COLUMNS, "--text_column"), *keys]
+    id_columns = [] if id_column is None else choose_columns(columns, id_column, (), "--id_column")
+    return [*choose_columns(columns, text_column, TEXT_COLUMNS, "--text_column"), *id_columns]
 
 
 def json_id(value: Any) -> Any:
-    """Return an id as JSON has it: infinite numbers, dates and bytes become texts, NaN becomes None.
+    """Convert an id to a JSON value: infinite numbers, dates and bytes become strings, NaN becomes None.
 
     Raises:
-        ValueError: it is a list or an object, or bytes that are not UTF-8. The message is a short phrase.
+        ValueError: the id is a list or an object, or bytes that are not UTF-8. The message is a short phrase.
     """
     if isinstance(value, (dict, list)):
         raise ValueError("the id is neither text nor a number")

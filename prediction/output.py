@@ -1,11 +1,11 @@
-"""An output file that is written in parts, so that a process that is killed goes on where it was.
+"""Write an output file in parts, so that a killed process can continue.
 
 Worth knowing:
 
-1. Each finished part is a file in ``<output>.parts``. Together they become the output, by one rename, and are then deleted.
-2. A part names the input rows, the model and the options that it was made from, and holds a checksum of its own content.
-   Every part is checked when a run goes on, and again when the parts are put together.
-3. One process at a time has an output. It holds a lock from its first read to its last write, which ends with the process.
+1. Each finished part is a file in ``<output>.parts``. At the end the parts are joined, renamed to the output, and deleted.
+2. A part holds a digest of its input rows, the model and the options, and a checksum of its own content. Every part is
+   checked when a run continues, and again when the parts are joined.
+3. A lock lets one process at a time write an output. The operating system releases the lock when the process ends.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from errors import InputError, one_line
 from prediction.input import Record
 
-ROWS = 1024  # of a part: read, classified and written together
+ROWS = 1024  # per part: read, classified and written together
 OPTIONS = ".options.json"
 
 
@@ -32,22 +32,22 @@ class RestartableOutput:
     """An output file and its parts.
 
     Attributes:
-        path: the file that is wanted.
-        errors: the file of the rows that could not be read, if there are any.
-        parts: the folder of the finished parts.
+        path: the output file.
+        errors: the file that lists unreadable rows; absent if there are none.
+        parts: the folder of finished parts.
     """
 
     def __init__(self, path: Path):
         self.path, self.errors, self.parts = path, Path(f"{path}.errors.jsonl"), Path(f"{path}.parts")
         self.options = ""
-        self.digests: list[str] = []  # of the input rows and the options of each part
+        self.digests: list[str] = []  # one per part, see `digest_of`
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the output for this process alone.
+        """Lock the output for this process.
 
         Raises:
-            InputError: another process holds it.
+            InputError: another process holds the lock, or the lock file cannot be written.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{self.path}.lock")
@@ -62,11 +62,11 @@ class RestartableOutput:
         try:
             yield
         finally:
-            Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: afterwards it may be another process's
+            Path(lock.lock_file).unlink(missing_ok=True)  # before the release: later it may belong to another process
             lock.release()
 
     def refuse_inputs(self, paths: Iterable[str]) -> None:
-        """Raise InputError where the output, or the file of its errors, is an input, by whatever name."""
+        """Raise InputError if the output or its error file is also an input, under any name."""
         inputs = {file_id(0 if path == "-" else path) for path in paths}
         for file in (self.path, self.errors):
             if file.exists() and file_id(file) in inputs:
@@ -74,12 +74,12 @@ class RestartableOutput:
                 raise InputError(f"--output {name} is also an input: give another name")
 
     def refuse_finished(self) -> None:
-        """Raise InputError where the output is there. With its parts, a run was killed before it deleted them."""
+        """Raise InputError if the output is finished. An output beside its parts was killed while it deleted them."""
         if self.path.exists() and not self.parts.exists():
-            raise self._already_there()
+            raise self._exists_error()
 
     def delete(self) -> None:
-        """Delete the output and all that belongs to it."""
+        """Delete the output, its error file and its parts."""
         self.path.unlink(missing_ok=True)
         self.errors.unlink(missing_ok=True)
         shutil.rmtree(self.parts, ignore_errors=True)
@@ -91,15 +91,15 @@ class RestartableOutput:
         predict: Callable[[int, list[Record]], list[dict[str, Any]]],
         progress: Callable[[int, float | None], None],
     ) -> None:
-        """Write the parts that are not there yet.
+        """Write the missing parts.
 
         Args:
-            options: all that the predictions depend on, apart from the texts.
-            predict: of the number of the first row of a part and its records, the rows of the output.
-            progress: told the number of rows of a new part, and the share of the input that was read.
+            options: everything that the predictions depend on, except the texts.
+            predict: takes the number of a part's first row and the part's records; returns output rows.
+            progress: takes the number of rows of a new part, and the share of the input read so far.
 
         Raises:
-            InputError: a part is damaged, or was made with other options or of another input.
+            InputError: a part is damaged, or was written with other options or for another input.
         """
         self.parts.mkdir(exist_ok=True)
         try:
@@ -111,25 +111,25 @@ class RestartableOutput:
                     self._read_part(index)
                     num_kept += len(chunk)
                     continue
-                if self.path.exists():  # killed while it deleted its parts, so that nothing tells of which input it is
-                    raise self._already_there()
+                if self.path.exists():  # killed while it deleted its parts: the missing part's input is unknown
+                    raise self._exists_error()
                 self._write_part(index, chunk, predict(index * ROWS, chunk))
                 progress(len(chunk), chunk[-1].done)
         except BaseException:
             if not any(self.parts.glob("0*.jsonl")):
-                shutil.rmtree(self.parts)  # nothing is whole
+                shutil.rmtree(self.parts)  # no part is finished
             raise
         if num_kept:
-            print(f"went on after {num_kept:,} rows", file=sys.stderr)
+            print(f"continued after {num_kept:,} rows", file=sys.stderr)
 
-    def put_together(self, open_rows: Callable[[Path], AbstractContextManager[Callable[[list[str]], None]]]) -> int:
-        """Make the output of its parts, and delete these once it is on the disk.
+    def join_parts(self, open_rows: Callable[[Path], AbstractContextManager[Callable[[list[str]], None]]]) -> int:
+        """Join the parts into the output, and delete them once the output is on disk.
 
         Args:
-            open_rows: of a new file, a function that writes rows, which are lines of JSON, into it.
+            open_rows: opens a new file, and yields a function that writes rows, given as lines of JSON.
 
         Returns:
-            The number of rows that could not be read.
+            The number of unreadable rows.
 
         Raises:
             InputError: a part is damaged.
@@ -146,7 +146,7 @@ class RestartableOutput:
             sync(new_errors)
             new_errors.replace(self.errors)
         else:
-            self.errors.unlink(missing_ok=True)  # of a former run
+            self.errors.unlink(missing_ok=True)  # left by an earlier run
         sync(new)
         new.replace(self.path)
         sync(self.path.parent)
@@ -154,27 +154,27 @@ class RestartableOutput:
         return num_problems
 
     def _check_options(self, options: dict[str, Any]) -> None:
-        """Keep the options beside the parts.
+        """Write the options beside the parts, or compare them with those already there.
 
         Raises:
-            InputError: these were begun with others.
+            InputError: the parts were begun with other options.
         """
         self.options = json.dumps(options, sort_keys=True)
         file = self.parts / OPTIONS
         if not file.exists():
             write_whole(file, self.options.encode())
         try:
-            known = json.loads(file.read_text(encoding="utf-8"))
-            others = [name for name, value in options.items() if known.get(name) != value]
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            changed = [name for name, value in options.items() if stored.get(name) != value]
         except (ValueError, AttributeError) as error:
-            raise InputError(f"{file} is damaged: --overwrite starts anew") from error
-        if others:
+            raise InputError(f"{file} is damaged: --overwrite starts from the beginning") from error
+        if changed:
             raise InputError(
-                f"{self.parts} was begun with another {', '.join(others)}: give the same, or --overwrite to start anew"
+                f"{self.parts} was begun with another {', '.join(changed)}: give the same, or --overwrite to replace it"
             )
 
-    def _already_there(self) -> InputError:
-        return InputError(f"--output {self.path} is there already: give another name, or --overwrite")
+    def _exists_error(self) -> InputError:
+        return InputError(f"--output {self.path} already exists: give another name, or --overwrite")
 
     def _part(self, index: int) -> Path:
         return self.parts / f"{index:09}.jsonl"
@@ -190,19 +190,19 @@ class RestartableOutput:
         write_whole(self._part(index), f"{hashlib.sha256(content).hexdigest()}\n".encode() + content)
 
     def _read_part(self, index: int) -> tuple[list[str], list[str]]:
-        """Lines of the rows and of the problems of a part.
+        """Read the lines of a part's rows, and the lines of its problems.
 
         Raises:
-            InputError: it is damaged, or was made of another input.
+            InputError: the part is damaged, or was written for another input.
         """
         checksum, _, content = self._part(index).read_bytes().partition(b"\n")
         if checksum.decode(errors="replace") != hashlib.sha256(content).hexdigest():
-            raise InputError(f"{self._part(index)} is damaged: delete it, and the same command goes on")
-        first, *lines = content.decode().split("\n")  # not splitlines: names may hold other ends of lines
+            raise InputError(f"{self._part(index)} is damaged: delete it, and run the same command again")
+        first, *lines = content.decode().split("\n")  # splitlines would also split at line ends of Unicode in names
         header = json.loads(first)
         if header["digest"] != self.digests[index]:
             raise InputError(
-                f"the input, or an option, is another one than {self.parts} was begun with: --overwrite starts anew"
+                f"the input or an option changed since {self.parts} was begun: --overwrite starts from the beginning"
             )
         end = header["rows"] + header["problems"]
         lines = [f"{line}\n" for line in lines[:end]]
@@ -210,13 +210,13 @@ class RestartableOutput:
 
 
 def file_id(file: str | Path | int) -> tuple[int, int]:
-    """What os.path.samefile compares."""
+    """Return the device and inode, which `os.path.samefile` compares."""
     status = os.stat(file)
     return status.st_dev, status.st_ino
 
 
 def digest_of(chunk: list[Record], options: str) -> str:
-    """A fingerprint of input rows, and of the options."""
+    """Return the SHA-256 of input rows and options, as hexadecimal digits."""
     digest = hashlib.sha256(options.encode())
     for record in chunk:
         digest.update(repr((record.source, record.line, record.id, record.text, record.problem)).encode())
@@ -224,7 +224,7 @@ def digest_of(chunk: list[Record], options: str) -> str:
 
 
 def write_whole(file: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write a file atomically: complete or not at all."""
     new = Path(f"{file}.new")
     try:
         new.write_bytes(content)
@@ -235,7 +235,7 @@ def write_whole(file: Path, content: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file, or the names in a folder, on the disk."""
+    """Flush a file, or the names in a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

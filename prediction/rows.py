@@ -1,4 +1,4 @@
-"""The columns of the output, and how rows are written to JSON Lines, CSV and Parquet."""
+"""The output's columns, and writers for JSON Lines, CSV and Parquet."""
 
 import csv
 import json
@@ -19,13 +19,13 @@ DIGITS = 6
 
 @dataclass(frozen=True)
 class RowFormat:
-    """The columns of an output, and the kind of its file.
+    """The columns and the file format of an output.
 
     Attributes:
         suffix: one of `OUTPUTS`.
-        by_id: rows have the id of their record, not its number.
-        answers: rows have an answer with coverage.
-        leaves: the leaves whose probabilities rows have.
+        by_id: whether a row holds its record's id in place of its number.
+        answers: whether rows hold an answer for ``--coverage``.
+        leaves: labels of the leaves whose probabilities are written.
     """
 
     suffix: str
@@ -34,7 +34,7 @@ class RowFormat:
     leaves: list[str]
 
     def row(self, number: int, record: Record, prediction: dict[str, Any]) -> dict[str, Any]:
-        """Return the row of a record, given what the pipeline returns for its text."""
+        """Build the row of a record from the pipeline's prediction."""
         row: dict[str, Any] = {"id": record.id} if self.by_id else {"row": number}
         row |= {
             "label": prediction["label"],
@@ -45,13 +45,13 @@ class RowFormat:
         if self.answers:
             row["answer"] = [node["label"] for node in prediction["answer"]]
         if self.leaves:
-            every = {label: probability for level in prediction["levels"] for label, probability in level.items()}
-            row["probabilities"] = {label: round(every[label], DIGITS) for label in self.leaves}
+            nodes = {label: probability for level in prediction["levels"] for label, probability in level.items()}
+            row["probabilities"] = {label: round(nodes[label], DIGITS) for label in self.leaves}
         return row
 
     @contextmanager
     def open(self, file: Path) -> Iterator[Callable[[list[str]], None]]:
-        """Open a new file, and yield a function that writes rows, given as lines of JSON, into it."""
+        """Open a new file, and yield a function that writes rows, given as lines of JSON."""
         if self.suffix == ".parquet":
             schema = self.schema()
             with pyarrow.parquet.ParquetWriter(file, schema) as writer:
@@ -66,9 +66,9 @@ class RowFormat:
 
             def write(rows: Iterable[list[Any]]) -> None:
                 for row in rows:
-                    # Python 3.11 leaves a lone carriage return unquoted, which ends the row for those who read it
-                    broken = any("\r" in cell for cell in row if isinstance(cell, str))
-                    (quoted if broken else plain).writerow(row)
+                    # Python 3.11 leaves a lone carriage return unquoted, which readers take for the end of the row
+                    has_return = any("\r" in cell for cell in row if isinstance(cell, str))
+                    (quoted if has_return else plain).writerow(row)
 
             write([[*self.names(), *(f"probability of {leaf}" for leaf in self.leaves)]])
             yield lambda lines: write(self.cells(json.loads(line)) for line in lines)
@@ -77,7 +77,7 @@ class RowFormat:
         return ["id" if self.by_id else "row", "label", "score", "path", "truncated", *["answer"][: self.answers]]
 
     def cells(self, row: dict[str, Any]) -> list[Any]:
-        """Return the cells of CSV: paths and answers as text, probabilities in columns of their own."""
+        """Return the CSV cells: paths and answers as text, each probability in its own column."""
         flat = {**row, "path": " > ".join(row["path"]), "answer": " | ".join(row.get("answer", []))}
         return [*(flat[name] for name in self.names()), *row.get("probabilities", {}).values()]
 
@@ -91,6 +91,6 @@ class RowFormat:
         return pyarrow.schema(fields)
 
     def typed(self, lines: list[str]) -> list[dict[str, Any]]:
-        """Parse rows, and make their ids texts, since a Parquet column has one type."""
+        """Parse rows, and convert their ids to strings, since a Parquet column has one type."""
         rows = [json.loads(line) for line in lines]
         return [row | {"id": str(row["id"])} if row.get("id") is not None else row for row in rows]

@@ -1,1 +1,1 @@
-"""A checkpoint on its way to the Hub: its files, its card, the export, the commit."""
+"""Publish a checkpoint: its model card, its exported forms, and its commit on the Hub."""

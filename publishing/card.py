@@ -1,11 +1,11 @@
-"""The model card: facts of a run, for the template card.md.jinja, which becomes README.md of a checkpoint.
+"""Write the model card: collect a run's facts, and render card.md.jinja as README.md of a checkpoint.
 
 Worth knowing:
 
-1. The front matter is what the Hub reads. It holds the results as `EvalResult`s, with the numbers of metrics.json.
-2. Names of classes, columns and files are user text. `table` and `escape` write characters that Markdown or HTML would
-   interpret as numeric entities. The fence around the taxonomy is longer than any row of backticks in it.
-3. No path of the machine is written: of a file or a folder, only its name.
+1. The Hub reads the front matter. It holds the results as `EvalResult`s, with the numbers of metrics.json.
+2. Names of classes, columns and files are user text. `table` and `escape` replace characters with a meaning in Markdown or
+   HTML by numeric entities. The fence around the taxonomy is longer than any run of backticks in it.
+3. The card holds names of files and folders, never their paths.
 4. A card is written before the id on the Hub is final. `rename` replaces the id, and keeps edits made by hand.
 """
 
@@ -25,12 +25,8 @@ TRAINING_SETTINGS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "optim", "weight_decay", "label_smoothing_factor"),
     *("load_best_model_at_end", "seed"),
 )
-NOT_SHOWN = (
-    "model_name_or_path",
-    "model_revision",
-    "cache_dir",
-)  # the encoder has a sentence; the cache is the machine's
-METRICS = {  # name in metrics.json, after its prefix: (type on the Hub, what the card calls it)
+NOT_SHOWN = ("model_name_or_path", "model_revision", "cache_dir")  # a sentence names the encoder; the cache is local
+METRICS = {  # name in metrics.json, without its prefix: (type on the Hub, title in the card)
     "accuracy": ("accuracy", "accuracy"),
     "any_label_accuracy": ("accuracy", "accuracy, any label of a repeated text counting"),
     "macro_f1": ("f1", "macro F1"),
@@ -45,9 +41,9 @@ METRICS = {  # name in metrics.json, after its prefix: (type on the Hub, what th
 LEVEL_METRICS = ("accuracy", "macro_f1", "ece", "ece_by_chance")
 HUB_METRICS = ("accuracy", "f1", "precision", "recall")  # the types that hf.co/metrics lists
 PREFIXES = {"validation": "eval", "test": "test"}
-CLASSES_SHOWN = 20  # of a level
-LEAVES_SHOWN = 50  # of the results
-NODES_SHOWN = 200  # of the tree
+CLASSES_SHOWN = 20  # per level, in the data section
+LEAVES_SHOWN = 50  # in the results
+NODES_SHOWN = 200  # in the drawn taxonomy
 
 MODEL_PLACEHOLDER = "your-name/your-model"
 PLACEHOLDER_NOTE = f"`{MODEL_PLACEHOLDER}` stands for the model's id on the Hub; the checkpoint's folder works too."
@@ -73,15 +69,15 @@ def write(
     licence: str = "apache-2.0",
     environment: dict[str, Any] | None = None,
 ) -> None:
-    """Write README.md into a checkpoint's folder, where plots and codecarbon's emissions.csv are looked for.
+    """Write README.md into a checkpoint's folder, which may also hold plots and codecarbon's emissions.csv.
 
     Args:
-        config: of the checkpoint, as it is saved.
-        settings: the flags that shaped the run.
-        data_report: as in data_report.json, or empty.
-        metrics: as in metrics.json, or empty where training is not finished.
-        model_id: on the Hub; without one the snippets name a placeholder.
-        licence: of the weights, by the Hub's identifier.
+        config: the saved configuration.
+        settings: the flags of the run.
+        data_report: content of data_report.json, or empty.
+        metrics: content of metrics.json, or empty before training is finished.
+        model_id: id on the Hub; None for a placeholder in the snippets.
+        licence: of the weights, as an identifier of the Hub.
         environment: from `publishing.environment.describe_environment`.
     """
     facts = collect_facts(folder, config, settings, data_report, metrics, environment)
@@ -94,12 +90,12 @@ def write(
 
 
 def rename(text: str, model_id: str, merged: bool = False) -> str:
-    """Give a card another id: as the name in its metadata, and where its snippets load the model.
+    """Replace the model's id in a card's metadata and snippets.
 
     Args:
-        text: of a card, which may have been edited by hand.
-        model_id: on the Hub.
-        merged: the card will stand beside the whole model, no longer beside an adapter.
+        text: the card, possibly edited by hand.
+        model_id: the new id on the Hub.
+        merged: whether to describe the merged model in place of the adapter.
 
     Raises:
         ValueError, yaml.YAMLError: the metadata cannot be read.
@@ -109,16 +105,16 @@ def rename(text: str, model_id: str, merged: bool = False) -> str:
     if card.data.model_name:
         card.data.model_name = model_id
     if merged and card.data.get("base_model_relation") == "adapter":
-        card.data.base_model_relation = "finetune"  # the Hub's "merge" is of several models into one
-    replaced = {f'"{old_id}"': f'"{model_id}"', f"{PLACEHOLDER_NOTE}\n\n": ""}
+        card.data.base_model_relation = "finetune"  # "merge" on the Hub means several models in one
+    replacements = {f'"{old_id}"': f'"{model_id}"', f"{PLACEHOLDER_NOTE}\n\n": ""}
     if merged:
-        replaced |= dict.fromkeys((ADAPTER_SENTENCE, LOCAL_ADAPTER_SENTENCE), WHOLE_MODEL_SENTENCE)
-    for before, after in replaced.items():
+        replacements |= dict.fromkeys((ADAPTER_SENTENCE, LOCAL_ADAPTER_SENTENCE), WHOLE_MODEL_SENTENCE)
+    for before, after in replacements.items():
         card.text = card.text.replace(before, after)
     return str(card) if card.data.to_dict() else card.text
 
 
-# ── facts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Facts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def collect_facts(
@@ -129,7 +125,7 @@ def collect_facts(
     metrics: dict[str, Any],
     environment: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Collect what the template shows, and what it takes that from."""
+    """Collect the template's variables."""
     tree, splits, encoder = config.tree, report.get("splits", {}), hub_encoder(config)
     names = metric_names(tree.depth)
     scores = {
@@ -144,6 +140,8 @@ def collect_facts(
     moved = report.get("trained_before", {}).get("rows", {})
     classes = sorted(metrics.get("per_class", []), key=lambda row: -row["support"])
     leaf_rows = sum(row["support"] for row in classes)
+    conflicting = {split: counts["conflicting_texts"] for split, counts in splits.items()}
+    shown = {name: value for name, value in settings.items() if value is not None and name not in NOT_SHOWN}
     return {
         **{"config": config, "settings": settings, "report": report, "metrics": metrics, "scores": scores},
         **{"tree": tree, "encoder": encoder, "environment": environment},
@@ -157,19 +155,11 @@ def collect_facts(
         "sources": [{**source, "name": read_source(source["name"])[0]} for source in report.get("sources", [])],
         "taxonomy_source": f"from {Path(origin[5:]).name}" if origin.startswith("from ") else origin,
         "moved": " and ".join(f"{rows:,} {split} rows" for split, rows in moved.items() if rows and split != "train"),
-        "conflicting": ", ".join(
-            f"{counts['conflicting_texts']:,} {split}"
-            for split, counts in splits.items()
-            if counts["conflicting_texts"]
-        ),
+        "conflicting": ", ".join(f"{texts:,} {split}" for split, texts in conflicting.items() if texts),
         # training
         "continued": start and config.encoder_name_or_path not in (start, str(Path(start).resolve()), Path(start).name),
         "resumed": f" from step {step:,} on, where it was resumed" if step else "",
-        "settings_shown": {
-            name: format_setting(value)
-            for name, value in settings.items()
-            if value is not None and name not in NOT_SHOWN
-        },
+        "settings_shown": {name: format_setting(value) for name, value in shown.items()},
         "emissions": read_emissions(folder, metrics, environment),
         # results
         "unverified": report.get("trained_before", {}).get("scores") == "unverified",
@@ -192,7 +182,7 @@ def collect_facts(
 
 
 def metric_names(depth: int) -> dict[str, tuple[str, str]]:
-    """Name the metrics that the card shows: for each its type on the Hub, and what the card calls it."""
+    """Return the metrics of the card, with the per-level metrics, in the form of `METRICS`."""
     levels = {
         f"level_{k}_{name}": (METRICS[name][0], f"level {k} {METRICS[name][1]}")
         for k in range(1, depth + 1)
@@ -202,15 +192,15 @@ def metric_names(depth: int) -> dict[str, tuple[str, str]]:
 
 
 def hub_encoder(config: HierarchicalConfig) -> str | None:
-    """Find the encoder's id on the Hub; None if it came from a folder, and so has no commit."""
+    """Return the encoder's id on the Hub, or None for an encoder from a folder, which has no commit."""
     local = Path(config.encoder_name_or_path).is_absolute() or config.encoder_revision is None
     return None if local else config.encoder_name_or_path
 
 
 def read_source(name: str) -> tuple[str, str | None]:
-    """Split a source of the data report into the name that the card shows, and its id if it is a data set on the Hub.
+    """Return the shown name of a source in the data report, and the id if the source is a data set on the Hub.
 
-    The report calls a data set ``id [split]``, and a folder saved by `datasets` alike, ``path [split]``.
+    The report names a data set ``id [split]``. A folder saved by `datasets` looks alike: ``path [split]``.
     """
     matched = re.fullmatch(r"(.+?)( \[[^\[\]]*\])?", name, re.DOTALL)
     place, split = matched.groups(default="") if matched else (name, "")
@@ -220,8 +210,8 @@ def read_source(name: str) -> tuple[str, str | None]:
 
 
 def format_setting(setting: Any) -> str:
-    """Write a setting as text; of a path, its last part."""
-    setting = getattr(setting, "value", setting)  # of an enum of transformers
+    """Format a setting as text. A path is reduced to its last part."""
+    setting = getattr(setting, "value", setting)  # transformers has enums
     if isinstance(setting, (list, tuple)):
         return ", ".join(map(format_setting, setting))
     if isinstance(setting, str) and Path(setting).is_absolute():
@@ -230,7 +220,7 @@ def format_setting(setting: Any) -> str:
 
 
 def intervals(metrics: dict[str, Any]) -> str:
-    """List the bootstrap intervals of scores over all leaves."""
+    """Format the bootstrap intervals of accuracy and macro-F1."""
     return "; ".join(
         f"{split} {METRICS[name][1]} {format_score(low)} – {format_score(high)}"
         for key, (low, high) in metrics.get("intervals", {}).items()
@@ -240,7 +230,7 @@ def intervals(metrics: dict[str, Any]) -> str:
 
 
 def quantized_rows(metrics: dict[str, Any], scores: dict[str, dict[str, float]]) -> list[list[str]]:
-    """Compare scores over the quantized encoder of training with those over the encoder in full precision."""
+    """Compare scores over the quantized encoder in training with scores over the encoder in full precision."""
     rows = []
     for split, values in scores.items():
         for name in ("accuracy", "macro_f1", "hierarchical_f1", "log_loss"):
@@ -256,11 +246,9 @@ def quantized_rows(metrics: dict[str, Any], scores: dict[str, dict[str, float]])
 def calibration_rows(
     metrics: dict[str, Any], scores: dict[str, dict[str, float]], names: dict[str, tuple[str, str]]
 ) -> list[list[str]]:
-    """Compare scores before and after calibration and, where there is one, the lexical head."""
-    steps, compared = (
-        ["uncalibrated"],
-        ["log_loss", "ece", *(name for name in names if re.fullmatch(r"level_\d+_ece", name))],
-    )
+    """Compare scores before and after calibration, and without the lexical head if there is one."""
+    steps = ["uncalibrated"]
+    compared = ["log_loss", "ece", *(name for name in names if re.fullmatch(r"level_\d+_ece", name))]
     if metrics.get("lexical_weight"):
         steps.append("without_lexical_head")
         compared = ["accuracy", "macro_f1", "hierarchical_f1", *compared]  # temperatures alone change few predictions
@@ -274,20 +262,19 @@ def calibration_rows(
 
 
 def plots(folder: Path, split: str, depth: int) -> dict[str, str]:
-    """Find the plots in a folder that the card shows: titles by name."""
-    titles = {
-        f"confusion_matrix_level_{k}": f"Confusion matrix of the {split} rows, level {k}" for k in range(1, depth + 1)
-    }
+    """Find the folder's plots; return their titles by name."""
+    levels = range(1, depth + 1)
+    titles = {f"confusion_matrix_level_{k}": f"Confusion matrix of the {split} rows, level {k}" for k in levels}
     titles["reliability_diagram"] = f"Reliability diagram of the {split} rows"
     titles["reliability_diagram_uncalibrated"] = "The same before calibration"
     return {name: title for name, title in titles.items() if (folder / "plots" / f"{name}.png").is_file()}
 
 
-# ── metadata ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Metadata ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def metadata(facts: dict[str, Any]) -> ModelCardData:
-    """Build the front matter, as in https://github.com/huggingface/hub-docs/blob/main/modelcard.md."""
+    """Build the front matter, see https://github.com/huggingface/hub-docs/blob/main/modelcard.md."""
     encoder, results = facts["encoder"], eval_results(facts)
     types = {result.metric_type for result in results}
     datasets = [read_source(source["name"])[1] for source in facts["report"].get("sources", [])]
@@ -304,12 +291,12 @@ def metadata(facts: dict[str, Any]) -> ModelCardData:
         metrics=[kind for kind in HUB_METRICS if kind in types] or None,
         eval_results=results or None,
         model_name=facts["model_id"],
-        co2_eq_emissions=None if facts["resumed"] else facts["emissions"],  # of all training, or none
+        co2_eq_emissions=None if facts["resumed"] else facts["emissions"],  # the whole training's, or none
     )
 
 
 def eval_results(facts: dict[str, Any]) -> list[EvalResult]:
-    """Build the entries of ``model-index``. Their data set is the split's own source, or the one that it was carved from."""
+    """Build the entries of ``model-index``. Their data set is the split's source, or the source of the rows it was split from."""
     sources = {source["split"]: source["name"] for source in facts["report"].get("sources", [])}
     names = metric_names(facts["tree"].depth)
     results = []
@@ -336,15 +323,15 @@ def eval_results(facts: dict[str, Any]) -> list[EvalResult]:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
-    """Write a Markdown table whose cells may be any text. The columns after the first ``text_columns`` hold numbers."""
+    """Format a Markdown table, with any text in its cells. The columns after the first ``text_columns`` hold numbers."""
     lines = [map(escape, header), ["---"] * text_columns + ["---:"] * (len(header) - text_columns)]
     lines += [map(escape, row) for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def escape(text: str) -> str:
-    """Escape text, on one line: characters that Markdown or HTML would interpret become numeric entities."""
-    special = r"[\\`*\[\]<>|&$~#!]|(?<![^\W_])_|_(?![^\W_])"  # an underscore inside a word means nothing to them
+    """Replace characters with a meaning in Markdown or HTML by numeric entities, and put the text on one line."""
+    special = r"[\\`*\[\]<>|&$~#!]|(?<![^\W_])_|_(?![^\W_])"  # an underscore inside a word has no meaning
     return re.sub(special, lambda matched: f"&#{ord(matched[0])};", " ".join(text.split()))
 
 

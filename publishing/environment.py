@@ -1,4 +1,4 @@
-"""What a run ran on, and what it emitted."""
+"""Describe the hardware and software of a run, and read its emissions."""
 
 import csv
 import math
@@ -13,10 +13,10 @@ import torch
 
 
 def describe_environment(device: torch.device | str) -> dict[str, Any]:
-    """Describe what a run ran on: ``hardware``, a text, and ``versions`` of the libraries, without names of hosts or users.
+    """Describe the machine as ``hardware`` (text) and ``versions`` (by library), without names of hosts or users.
 
     Args:
-        device: of training. Under data parallelism every process is taken to have one like it.
+        device: of training. With data parallelism, every process is assumed to have an equal device.
     """
     device, info = torch.device(device), Path("/proc/cpuinfo")
     cpu = re.search(r"(?m)^model name\s*:\s*(.+)$", info.read_text(errors="replace")) if info.is_file() else None
@@ -40,7 +40,10 @@ def describe_environment(device: torch.device | str) -> dict[str, Any]:
 def read_emissions(folder: Path, metrics: dict[str, Any], environment: dict[str, Any] | None) -> dict[str, Any] | None:
     """Read the Hub's ``co2_eq_emissions``, in grams, from codecarbon's emissions.csv, in kilograms.
 
-    Every run in a folder adds a row. If the last row's duration is not this run's, the row is an earlier run's: None.
+    Every run in a folder appends a row. A last row with another duration belongs to an earlier run.
+
+    Returns:
+        None if emissions.csv has no valid row of this run.
     """
     path, runtime = folder / "emissions.csv", metrics.get("train_runtime")
     if runtime is None or not path.is_file():
@@ -48,10 +51,10 @@ def read_emissions(folder: Path, metrics: dict[str, Any], environment: dict[str,
     try:
         with path.open(encoding="utf-8", newline="") as file:
             row = list(csv.DictReader(file))[-1]
-        kilograms, ours = float(row["emissions"]), abs(float(row["duration"]) - runtime) <= 60 + 0.1 * runtime
+        kilograms, same_run = float(row["emissions"]), abs(float(row["duration"]) - runtime) <= 60 + 0.1 * runtime
     except (IndexError, KeyError, TypeError, ValueError):
         return None
-    if not ours or not math.isfinite(kilograms):
+    if not same_run or not math.isfinite(kilograms):
         return None
     emissions = {
         "emissions": round(1000 * kilograms, 6),

@@ -1,8 +1,7 @@
-"""Other forms of a checkpoint: self-contained, with the adapter merged into the encoder, and ONNX.
+"""Export a checkpoint: self-contained, with the adapter merged into the encoder, or as ONNX.
 
-Optimum and transformers.js look for ``onnx/model.onnx`` beside config.json. Its inputs are those of the tokenizer, (batch,
-length) of any size up to the model's limit. Its output is ``logits``, (batch, num_leaves): their softmax is the
-distribution over leaves.
+Optimum and transformers.js look for ``onnx/model.onnx`` beside config.json. The inputs are the tokenizer's, (batch, length) of
+any size up to the model's limit. The output is ``logits``, (batch, num_leaves), whose softmax is the distribution over leaves.
 """
 
 import logging
@@ -23,13 +22,13 @@ ONNX_TOLERANCE = 1e-3  # of a leaf's probability
 
 
 def export_merged(folder: Path, output: Path) -> Path:
-    """Write the self-contained form of a checkpoint: the adapter added to the encoder in full precision.
+    """Write the self-contained form of a checkpoint: the adapter merged into the encoder in full precision.
 
     Returns:
-        The folder that it was written to.
+        The folder ``output``.
 
     Raises:
-        InputError: the encoder cannot be loaded, or the merged model's logits are not the checkpoint's.
+        InputError: the encoder cannot be loaded, or merging changes the logits by more than 1e-4.
     """
     load = HierarchicalForSequenceClassification.from_pretrained
     try:
@@ -38,7 +37,7 @@ def export_merged(folder: Path, output: Path) -> Path:
         merged.merge_adapter()
     except (*HUB_ERRORS, ValueError) as error:
         raise InputError(f"cannot load {folder}: {one_line(error)}") from error
-    # RoBERTa's family leaves two of its positions out
+    # RoBERTa does not use two of its positions
     length = min(64, getattr(merged.config.text_config, "max_position_embeddings", 66) - 2)
     vocab_size, generator = merged.config.text_config.vocab_size, torch.Generator().manual_seed(0)
     ids = torch.randint(5, vocab_size, (4, length), generator=generator)
@@ -57,7 +56,7 @@ def export_merged(folder: Path, output: Path) -> Path:
 
 
 class Logits(nn.Module):
-    """A model that takes tensors by position and returns its logits."""
+    """Wrap a model: take its inputs by position, and return its logits."""
 
     def __init__(self, model: nn.Module, names: list[str]):
         super().__init__()
@@ -68,21 +67,18 @@ class Logits(nn.Module):
 
 
 def export_onnx(folder: Path, output: Path) -> Path:
-    """Write the ONNX file of a checkpoint. An adapter is merged into the encoder.
-
-    Args:
-        folder: of the checkpoint.
-        output: the folder for ``onnx/model.onnx``.
+    """Write a checkpoint as ``onnx/model.onnx`` below a folder, with any adapter merged into the encoder.
 
     Returns:
-        The file that it was written to.
+        The path of the ONNX file.
 
     Raises:
-        InputError: a package is missing, or the file's probabilities differ from the model's by more than 1e-3.
+        InputError: a package is missing, the encoder cannot be exported, or probabilities change by more than 1e-3.
     """
+    # ── Load the checkpoint ──────────────────────────────────────────────────────────────────────────────────────────
     try:
         import onnxruntime
-        import onnxscript  # noqa: F401 (torch.onnx does not say what it lacks)
+        import onnxscript  # noqa: F401 (torch.onnx does not name a missing package)
     except ImportError as error:
         raise InputError(f"--onnx needs pip install onnx onnxscript onnxruntime ({one_line(error)})") from error
     model = HierarchicalForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
@@ -90,6 +86,8 @@ def export_onnx(folder: Path, output: Path) -> Path:
     names = list(dict.fromkeys([*tokenizer.model_input_names, "attention_mask"]))
     texts = ["A study of ulcers.", "A longer study of ulcers of the stomach, and of what became of them.", "Epilepsy"]
     tokenized = tokenizer(texts, padding=True, return_attention_mask=True, return_tensors="pt")
+
+    # ── Export, without the exporter's log lines ─────────────────────────────────────────────────────────────────────
     example = tuple(tokenized[name] for name in names)
     file = output / ONNX_FILE
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +108,7 @@ def export_onnx(folder: Path, output: Path) -> Path:
             output_names=["logits"],
             dynamic_shapes=(tuple(dynamic for _ in names),),
         )
-    except Exception as error:  # whatever a library raises over an encoder that it cannot follow, pages of it
+    except Exception as error:  # the exporter raises anything on an encoder that it cannot trace
         kind = type(model.encoder).__name__
         raise InputError(
             f"--onnx: {kind} cannot be exported ({type(error).__name__}): publish without --onnx"
@@ -118,9 +116,11 @@ def export_onnx(folder: Path, output: Path) -> Path:
     finally:
         for logger, level in zip(quiet, levels, strict=True):
             logger.setLevel(level)
+
+    # ── Compare with the model, also on shapes other than the example's ──────────────────────────────────────────────
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    for some in (texts, texts[:1], [" ".join(texts) * 4] * 5):  # also of other sizes than the example
-        inputs = tokenizer(some, padding=True, truncation=True, return_attention_mask=True, return_tensors="pt")
+    for batch in (texts, texts[:1], [" ".join(texts) * 4] * 5):
+        inputs = tokenizer(batch, padding=True, truncation=True, return_attention_mask=True, return_tensors="pt")
         with torch.inference_mode():
             expected = model(**inputs).logits.softmax(-1)
         (logits,) = session.run(["logits"], {name: inputs[name].numpy() for name in names})

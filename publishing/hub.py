@@ -1,10 +1,10 @@
-"""Publish files on the Hub: whose token it is, where it may write, and one commit.
+"""Publish files on the Hub: check the token and its permissions, then make one commit.
 
 Worth knowing:
 
-1. Everything that the Hub would refuse is checked first, so that a refusal leaves nothing behind.
-2. A repository changes by one commit or not at all. If the answer to the commit is lost, the repository is read to find
-   out whether it was accepted.
+1. All reasons for which the Hub would refuse are checked first, so a refusal leaves nothing behind.
+2. A repository changes by one commit or not at all. If the Hub's response to the commit is lost, the repository is read to
+   find out whether the commit was accepted.
 """
 
 import io
@@ -36,13 +36,13 @@ SPACE_FILES = (
     *(f"reading/{name}.py" for name in ("__init__", "columns", "parquet", "rows", "sources")),
 )
 SPACE_TAG = "hierarchical-text-classification"  # in the front matter of our Spaces
-OF_ANY_REPOSITORY = {".gitattributes", ".gitignore", "README.md", "LICENSE"}
-HUB_ERRORS = (HTTPError, OSError)  # the Hub's answers and lost connections
+NEUTRAL_FILES = {".gitattributes", ".gitignore", "README.md", "LICENSE"}
+HUB_ERRORS = (HTTPError, OSError)  # error responses and lost connections
 
 
 @dataclass(frozen=True)
 class Account:
-    """The user of a token, and the namespaces that it may write to."""
+    """The user of a token, and the namespaces that the token may write to."""
 
     name: str
     namespaces: tuple[str, ...]
@@ -50,7 +50,7 @@ class Account:
 
 @dataclass(frozen=True)
 class Target:
-    """A repository to publish to, as it is before."""
+    """The state of a repository before publishing."""
 
     repo_id: str
     repo_type: str
@@ -64,14 +64,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Published:
-    """A commit that the Hub has accepted, and the pull request it is in."""
+    """A commit that the Hub has accepted, with its URL or its pull request's URL."""
 
     sha: str
     url: str
 
 
 def refuse_local_encoder(config: HierarchicalConfig, remedy: str) -> None:
-    """Raise InputError if an adapter's encoder is a folder of this machine, which nobody else has."""
+    """Raise InputError if an adapter's encoder is a folder on this machine."""
     if Path(config.encoder_name_or_path).is_absolute():
         raise InputError(
             f"the adapter is for the encoder in {config.encoder_name_or_path}, which is on this machine only: {remedy}"
@@ -79,7 +79,7 @@ def refuse_local_encoder(config: HierarchicalConfig, remedy: str) -> None:
 
 
 def log_in(api: HfApi) -> Account:
-    """Find the account of the token in ``HF_TOKEN`` or of the login.
+    """Look up the account of the token, from ``HF_TOKEN`` or the login.
 
     Raises:
         InputError: there is no token, the Hub does not know it, or it may only read.
@@ -100,11 +100,9 @@ def log_in(api: HfApi) -> Account:
 
 
 def can_write(token: dict) -> bool:
-    """Tell whether any scope of a fine-grained token allows writing to a repository."""
+    """Return whether any scope of a fine-grained token allows writing to a repository."""
     scopes = token.get("fineGrained", {}).get("scoped", [])
-    return any(
-        permission in ("repo.write", "repo.content.write") for s in scopes for permission in s.get("permissions", [])
-    )
+    return any({"repo.write", "repo.content.write"} & set(scope.get("permissions", [])) for scope in scopes)
 
 
 def find_target(
@@ -120,8 +118,9 @@ def find_target(
     """Look up the repository that a flag names, and check that it can be published to.
 
     Raises:
-        InputError: the Hub would refuse it, it holds something else, or it is public and ``private`` is asked for.
+        InputError: the Hub would refuse the commit, or the repository holds something else or is public despite ``private``.
     """
+    # ── Check the names ──────────────────────────────────────────────────────────────────────────────────────────────
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -130,15 +129,17 @@ def find_target(
         repo_id = f"{account.name}/{repo_id}"
     namespace = repo_id.split("/")[0]
     if namespace not in account.namespaces and not create_pr:
-        places = ", ".join(account.namespaces)
-        raise InputError(f"{flag} {repo_id}: the token may not write to {namespace!r}, only to {places}")
+        writable = ", ".join(account.namespaces)
+        raise InputError(f"{flag} {repo_id}: the token may not write to {namespace!r}, only to {writable}")
     check_branch(revision)
+
+    # ── Look up the repository and the branch ────────────────────────────────────────────────────────────────────────
     branch = revision or "main"
     info: Any = None
-    at: Any = None
+    branch_info: Any = None
     try:
         info = api.repo_info(repo_id, repo_type=repo_type)
-        at = api.repo_info(repo_id, repo_type=repo_type, revision=branch)
+        branch_info = api.repo_info(repo_id, repo_type=repo_type, revision=branch)
     except RepositoryNotFoundError as error:
         if create_pr:
             raise InputError(f"{flag} {repo_id}: there is no such {repo_type} to open a pull request on") from error
@@ -148,19 +149,21 @@ def find_target(
             raise InputError(f"--revision {branch}: {repo_id} has no such branch to open a pull request on") from error
     except HUB_ERRORS as error:
         raise InputError(f"cannot look at {repo_id}: {reason(error)}") from error
+
+    # ── Check what the repository holds ──────────────────────────────────────────────────────────────────────────────
     if private and not info.private:
         raise InputError(f"{flag} {repo_id} is public already, which --private does not change: use its settings page")
-    known = at or info
-    files = tuple(sorted(sibling.rfilename for sibling in known.siblings or []))
-    target = Target(repo_id, repo_type, branch, True, at is not None, info.private, known.sha, files)
-    others = [name for name in files if name not in OF_ANY_REPOSITORY]
-    if others and not is_ours(api, target):
-        raise InputError(f"{flag} {repo_id} already holds something else, such as {others[0]}: choose another name")
+    current = branch_info or info
+    files = tuple(sorted(sibling.rfilename for sibling in current.siblings or []))
+    target = Target(repo_id, repo_type, branch, True, branch_info is not None, info.private, current.sha, files)
+    specific = [name for name in files if name not in NEUTRAL_FILES]
+    if specific and not is_ours(api, target):
+        raise InputError(f"{flag} {repo_id} already holds something else, such as {specific[0]}: choose another name")
     return target
 
 
 def check_branch(revision: str | None) -> None:
-    """Raise InputError if no branch can have this name."""
+    """Raise InputError if the name is not valid for a branch."""
     if revision is None:
         return
     if re.fullmatch("[0-9a-f]{40}", revision):
@@ -170,7 +173,7 @@ def check_branch(revision: str | None) -> None:
 
 
 def is_ours(api: HfApi, target: Target) -> bool:
-    """Tell whether a repository holds a model, or a Space, of this project."""
+    """Return whether a repository holds a model or a Space of this project."""
     name = "config.json" if target.repo_type == "model" else "README.md"
     if name not in target.files:
         return False
@@ -180,7 +183,7 @@ def is_ours(api: HfApi, target: Target) -> bool:
         if target.repo_type == "model":
             return json.loads(text).get("model_type") == HierarchicalConfig.model_type
         return SPACE_TAG in (RepoCard(text, ignore_metadata_errors=True).data.get("tags") or [])
-    except (ValueError, AttributeError, TypeError):  # not JSON, not a mapping, not a card: not ours
+    except (ValueError, AttributeError, TypeError):  # not JSON, not a mapping, or not a card
         return False
     except HUB_ERRORS as error:
         raise InputError(f"cannot look at {target.repo_id}: {reason(error)}") from error
@@ -190,33 +193,33 @@ def publish(
     api: HfApi,
     target: Target,
     files: Mapping[str, Path | bytes],
-    of_ours: tuple[str, ...],
+    our_patterns: tuple[str, ...],
     message: str,
     create_pr: bool = False,
 ) -> Published:
-    """Publish files as one commit, which also deletes those of ours that an earlier version left.
+    """Publish files in one commit, which also deletes our files of an earlier version.
 
-    The same files again make no new commit, and no second pull request.
+    Publishing the same files again makes no new commit, and no second pull request.
 
     Args:
         files: by their path in the repository.
-        of_ours: patterns of all files that may be ours.
+        our_patterns: patterns of all files that we may have published.
 
     Raises:
-        InputError: the commit was not accepted, or it is not known whether it was.
+        InputError: the commit was refused, or its outcome is unknown.
     """
     kind = {"repo_id": target.repo_id, "repo_type": target.repo_type}
-    operations = commit_operations(files, target.files, of_ours)
+    operations = commit_operations(files, target.files, our_patterns)
     try:
-        if create_pr and (known := open_pull_request(api, target, files, message)) is not None:
-            return known
+        if create_pr and (pull_request := open_pull_request(api, target, files, message)) is not None:
+            return pull_request
         if not target.exists:
             sdk = "gradio" if target.repo_type == "space" else None
             api.create_repo(**kind, private=target.private or None, space_sdk=sdk, exist_ok=True)
         if not target.branch_exists:
             api.create_branch(**kind, branch=target.revision, exist_ok=True)
         parent = target.sha if target.branch_exists else None
-        done = api.create_commit(
+        commit = api.create_commit(
             **kind,
             operations=operations,
             commit_message=message,
@@ -226,20 +229,20 @@ def publish(
         )
     except (*HUB_ERRORS, ValueError, RuntimeError) as error:
         return find_lost_commit(api, target, files, message, create_pr, error)
-    return Published(done.oid, done.pr_url or done.commit_url)
+    return Published(commit.oid, commit.pr_url or commit.commit_url)
 
 
 def commit_operations(
-    files: Mapping[str, Path | bytes], there: Iterable[str], of_ours: tuple[str, ...]
+    files: Mapping[str, Path | bytes], repo_files: Iterable[str], our_patterns: tuple[str, ...]
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """Add files, and delete those of ours that an earlier version left in a repository.
+    """Return the operations that add files, and delete our files of an earlier version.
 
     Args:
         files: by their path in the repository.
-        there: paths in the repository.
-        of_ours: patterns of all files that may be ours.
+        repo_files: paths of the repository's current files.
+        our_patterns: patterns of all files that we may have published.
     """
-    stale = [name for name in filter_repo_objects(there, allow_patterns=list(of_ours)) if name not in files]
+    stale = [name for name in filter_repo_objects(repo_files, allow_patterns=list(our_patterns)) if name not in files]
     return [CommitOperationAdd(*file) for file in files.items()] + [CommitOperationDelete(name) for name in stale]
 
 
@@ -251,39 +254,38 @@ def find_lost_commit(
     create_pr: bool,
     error: Exception,
 ) -> Published:
-    """Find the commit if it was accepted and only the Hub's answer was lost.
+    """Return the commit if the Hub accepted it, and only the response was lost.
 
     Args:
-        error: what the commit raised.
+        error: the error of the commit.
 
     Raises:
-        InputError: it was not accepted, or the Hub cannot be asked.
+        InputError: the commit was refused, or the Hub cannot be asked.
     """
+    published = None
     try:
         if create_pr:
-            found = open_pull_request(api, target, files, message)
-        else:
-            found = None
-            if holds_files(api, target, files, target.revision):
-                sha = api.repo_info(target.repo_id, repo_type=target.repo_type, revision=target.revision).sha
-                found = Published(sha, f"{api.endpoint}/{target.repo_id}/commit/{sha}")
+            published = open_pull_request(api, target, files, message)
+        elif holds_files(api, target, files, target.revision):
+            sha = api.repo_info(target.repo_id, repo_type=target.repo_type, revision=target.revision).sha
+            published = Published(sha, f"{api.endpoint}/{target.repo_id}/commit/{sha}")
     except (RepositoryNotFoundError, RevisionNotFoundError):
-        found = None
+        pass  # nothing was created
     except HUB_ERRORS:
         raise InputError(
             f"{target.repo_id}: {reason(error)}; the Hub cannot be asked whether it accepted the commit: run the same "
             "command again, which is safe either way"
         ) from error
-    if found is not None:
-        return found
-    before = "reads as it did before" if target.exists else "holds no file of the checkpoint"
+    if published is not None:
+        return published
+    state = "is unchanged" if target.exists else "holds no file of the checkpoint"
     raise InputError(
-        f"{target.repo_id}: {reason(error)}; nothing was committed and the repository {before}: run the same command again"
+        f"{target.repo_id}: {reason(error)}; nothing was committed and the repository {state}: run the same command again"
     ) from error
 
 
 def open_pull_request(api: HfApi, target: Target, files: Mapping[str, Path | bytes], title: str) -> Published | None:
-    """Find an open pull request of this title that holds these files already."""
+    """Find an open pull request with this title and exactly these files."""
     for pull in api.get_repo_discussions(
         target.repo_id, repo_type=target.repo_type, discussion_type="pull_request", discussion_status="open"
     ):
@@ -294,35 +296,35 @@ def open_pull_request(api: HfApi, target: Target, files: Mapping[str, Path | byt
 
 
 def holds_files(api: HfApi, target: Target, files: Mapping[str, Path | bytes], revision: str) -> bool:
-    """Tell whether a repository holds exactly these bytes under these names."""
+    """Return whether a revision holds all these files with the same content."""
     tree = api.list_repo_tree(target.repo_id, recursive=True, revision=revision, repo_type=target.repo_type)
-    there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-    return all(name in there and is_same_file(source, there[name]) for name, source in files.items())
+    entries = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+    return all(name in entries and is_same_file(source, entries[name]) for name, source in files.items())
 
 
 def is_same_file(source: Path | bytes, entry: RepoFile) -> bool:
-    """Compare a file with the one on the Hub by the hash that the Hub stores."""
+    """Compare a file with a file on the Hub, by the hash that the Hub stores."""
     with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
-        if entry.lfs is not None:  # weights, which need not fit into memory
+        if entry.lfs is not None:  # weights are hashed in chunks, since they may not fit into memory
             return sha_fileobj(file).hex() == entry.lfs.sha256
         return git_hash(file.read()) == entry.blob_id
 
 
 def status(error: Exception) -> int | None:
-    """The HTTP status of the Hub's answer; None without one."""
+    """Return the HTTP status of the Hub's response, or None without a response."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def reason(error: Exception) -> str:
-    """Say in one line why a request to the Hub failed."""
+    """Describe in one line why a request to the Hub failed."""
     if isinstance(error, HfHubHTTPError):
-        said = one_line(error.server_message or "")
+        detail = f" ({one_line(error.server_message)})" if error.server_message else ""
         if status(error) in (401, 403):
-            return f"the token may not do this{f' ({said})' if said else ''}"
+            return f"the token may not do this{detail}"
         if status(error) == 412:
             return "the repository has changed meanwhile"
-        return f"the Hub answered {status(error)}{f' ({said})' if said else ''}"
-    if isinstance(error, ConnectionError) and "xet" in str(error):  # of hf_xet, which does not fall back to LFS
+        return f"the Hub answered {status(error)}{detail}"
+    if isinstance(error, ConnectionError) and "xet" in str(error):  # hf_xet does not fall back to LFS
         return "the Hub refused an upload by Xet: set HF_HUB_DISABLE_XET=1 to upload by LFS"
     if isinstance(error, HTTPError):
         return f"the connection to the Hub failed ({one_line(error) or type(error).__name__})"

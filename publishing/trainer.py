@@ -1,11 +1,11 @@
-"""A Trainer that publishes checkpoints of this project, during training and after it.
+"""A Trainer that publishes checkpoints of this project, during and after training.
 
 Worth knowing:
 
-1. The Trainer of transformers copies the files that it knows, rewrites README.md and sends whatever lies in the folder. Here the
-   files of a checkpoint are published, with our card.
+1. The Trainer of transformers copies only the files that it knows, rewrites README.md and uploads every file of the folder.
+   This Trainer publishes the files of a checkpoint, with our card.
 2. A checkpoint to resume from is published without its pickles.
-3. A push makes one commit. `upload_folder` can make several, and would also send what lies between.
+3. A push makes one commit. `upload_folder` can make several.
 """
 
 import logging
@@ -30,10 +30,10 @@ PICKLES = ["*.pt", "*.pth", "*.bin", "*.pkl"]
 
 
 class PublishingTrainer(Trainer):
-    """A Trainer whose pushes to the Hub hold the files of a checkpoint and its card.
+    """A Trainer that pushes the files of a checkpoint and its card to the Hub.
 
     Args:
-        write_card: writes README.md into a folder; the Trainer's own card is written without one.
+        write_card: writes README.md into a folder; None for the Trainer's own card.
         args, kwargs: as for `transformers.Trainer`.
     """
 
@@ -42,7 +42,7 @@ class PublishingTrainer(Trainer):
         self.write_card = write_card
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        self.hub = HfApi(token=token or self.args.hub_token)  # one, so that its uploads wait for each other
+        self.hub = HfApi(token=token or self.args.hub_token)  # one client, so that its uploads are queued
         try:
             super().init_hf_repo(token, private)
             if self.args.hub_revision is not None and self.is_world_process_zero():
@@ -51,7 +51,7 @@ class PublishingTrainer(Trainer):
             raise InputError(f"cannot create the repository of --push_to_hub: {reason(error)}") from error
 
     def create_model_card(self, **kwargs: Any) -> None:
-        """Write our card. It takes no arguments of the Trainer's own card."""
+        """Write our card, which takes no arguments of the Trainer's own card."""
         if self.write_card is None:
             super().create_model_card(**kwargs)
         elif kwargs:
@@ -68,11 +68,11 @@ class PublishingTrainer(Trainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> CommitInfo | None:
-        """Save the model, and publish the files of the checkpoint with our card as one commit.
+        """Save the model, and publish the files of the checkpoint and our card in one commit.
 
         Args:
             commit_message, blocking, token, revision, private: as for `Trainer.push_to_hub`.
-            kwargs: for the card.
+            kwargs: as for `create_model_card`.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = self.args.hub_token if token is None else token
@@ -92,16 +92,18 @@ class PublishingTrainer(Trainer):
     def _commit(
         self, message: str, token: str | None, revision: str | None, folders: dict[str, Path] | None = None
     ) -> CommitInfo:
-        """Commit the files of the checkpoint in the output folder, and folders; delete files that an earlier commit left.
+        """Commit the output folder's checkpoint and further folders, and delete files of an earlier commit.
 
         Args:
-            folders: by their place in the repository; their pickles are left out.
+            folders: by their path in the repository; their pickles are left out.
         """
         output = Path(self.args.output_dir)
         files = {name: output / name for name in list_files(output)}
-        for place, folder in (folders or {}).items():
+        for target_folder, folder in (folders or {}).items():
             names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-            files |= {f"{place}/{name}": folder / name for name in filter_repo_objects(names, ignore_patterns=PICKLES)}
+            files |= {
+                f"{target_folder}/{name}": folder / name for name in filter_repo_objects(names, ignore_patterns=PICKLES)
+            }
         target = {"repo_id": self.hub_model_id, "revision": revision, "token": token}
         operations = commit_operations(files, self.hub.list_repo_files(**target), CHECKPOINT_FILES)
         return self.hub.create_commit(operations=operations, commit_message=message, **target)
@@ -115,12 +117,12 @@ class PublishingTrainer(Trainer):
         self._warn_of_failed_pushes()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         folder, output = Path(checkpoint_folder), Path(self.args.output_dir)
-        for name in list_files(folder):  # a copy: the checkpoint may be deleted while it is sent
+        for name in list_files(folder):  # a copy, because the checkpoint may be deleted during the upload
             (output / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / name, output / name)
         self.create_model_card()
-        place = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
-        folders = {place[self.args.hub_strategy]: folder} if self.args.hub_strategy in place else {}
+        names = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
+        folders = {names[self.args.hub_strategy]: folder} if self.args.hub_strategy in names else {}
         message = f"Training in progress, step {self.state.global_step}"
         job = self._commit_later(message, self.args.hub_token, self.args.hub_revision, folders)
         earlier = self.push_in_progress.jobs if running else []
@@ -131,7 +133,7 @@ class PublishingTrainer(Trainer):
         self._warn_of_failed_pushes()
 
     def _warn_of_failed_pushes(self) -> None:
-        """Warn once of each finished push that failed. Training goes on, and the last push sends everything."""
+        """Warn once of each failed push. Training continues, and the last push uploads everything."""
         push = getattr(self, "push_in_progress", None)
         for job in list(push.jobs) if push is not None else []:
             if push is not None and job.done():

@@ -406,7 +406,7 @@ PREDICT = [
     (("--output", "good.csv"), "--output good.csv is also an input: give another name"),
     (("--output", "good.csv/out.jsonl"), "--output good.csv: good.csv is not a folder"),
     (("--output", "n" * 250 + ".jsonl"), "the name is too long"),
-    (("--output", "there.jsonl"), "there.jsonl.parts/.options.json is damaged: --overwrite starts anew"),
+    (("--output", "there.jsonl"), "there.jsonl.parts/.options.json is damaged: --overwrite starts from the beginning"),
     (("--revision", "main"), "--revision main does not apply to the folder"),
     (("--model", "good.csv"), "cannot load the model good.csv"),
     (("--model", "../../etc"), "cannot load the model ../../etc"),
@@ -662,7 +662,7 @@ def test_a_full_disk_leaves_no_half_of_an_answer(place):
         assert done.returncode == 2
         said = done.stderr.splitlines()[-1]
         assert said.startswith("predict.py: error: ")
-        assert said.endswith("make room; the same command goes on where it was")
+        assert said.endswith("make room; the same command continues from here")
         assert "Traceback" not in done.stderr
         assert not (disk / "out.csv").exists()
     finally:

@@ -198,7 +198,7 @@ def test_full_fine_tuning_of_one_file_leaves_one_self_contained_model(tiny_encod
         "--class_names", json.dumps({code: name for name, code in codes.items()}),
     )  # fmt: skip
     card = (tmp_path / "results" / "README.md").read_text()
-    assert "Encoder: from a folder of the machine that trained" in card
+    assert "Encoder: from a local folder" in card
     assert "base_model:" not in card
     assert "lora_r" not in card
     assert "continued" not in card

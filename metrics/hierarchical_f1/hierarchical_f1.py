@@ -3,10 +3,9 @@
 Worth knowing:
 
 1. A prediction and a reference are node ids. Both are extended with their ancestors before they are compared, so a
-   sibling of the right answer costs less than a node of another branch.
-2. `evaluate` imports a copy of this file, so it imports nothing of this repository.
-3. `evaluate` takes the first `Metric` subclass it finds in the module, hence ``import evaluate`` rather than
-   ``from evaluate import Metric``.
+   sibling of the true node costs less than a node of another branch.
+2. `evaluate` imports a copy of this file, so this file imports nothing of this repository.
+3. `evaluate` takes the first `Metric` subclass in the module, hence ``import evaluate``, not ``from evaluate import Metric``.
 """
 
 from collections.abc import Sequence
@@ -42,7 +41,7 @@ _KWARGS_DESCRIPTION = """
 Args:
     predictions (`list` of `int`): the predicted node of each document.
     references (`list` of `int`): the true node of each document, in the same order.
-    parents (`list` of `int`): `parents[i]` is the parent of node `i`, or -1 where node `i` is a root.
+    parents (`list` of `int`): `parents[i]` is the parent of node `i`, or -1 if node `i` is a root.
 
 Returns:
     hierarchical_precision (`float`), hierarchical_recall (`float`), hierarchical_f1 (`float`): between 0 and 1.
@@ -90,6 +89,11 @@ class HierarchicalF1(evaluate.Metric):
 
 
 def _checked_parents(parents: Sequence[int]) -> np.ndarray:
+    """Convert parents to int64.
+
+    Raises:
+        ValueError: parents are not integers, not nodes, or form a cycle.
+    """
     parents = np.asarray(parents)
     if parents.ndim != 1 or parents.size == 0 or parents.dtype.kind not in "iu":
         raise ValueError("parents must be a non-empty list of integers: the parent's id of each node, -1 for a root")
@@ -108,10 +112,10 @@ def _checked_parents(parents: Sequence[int]) -> np.ndarray:
 
 
 def _paths(parents: np.ndarray) -> np.ndarray:
-    """The nodes from the root down to each node, -1 after it: (num_nodes, depth)."""
-    up = np.append(parents, -1)
+    """Return the path from the root to each node, padded with -1: (num_nodes, depth)."""
+    parent_of = np.append(parents, -1)  # index -1 is the virtual root, its own parent
     ancestors = [np.arange(len(parents))]
     while (ancestors[-1] >= 0).any():
-        ancestors.append(up[ancestors[-1]])
-    down = np.stack(ancestors[-2::-1], axis=1)  # from the root down to the node, but -1 before the root
-    return np.take_along_axis(down, np.argsort(down < 0, axis=1, kind="stable"), axis=1)
+        ancestors.append(parent_of[ancestors[-1]])
+    paths = np.stack(ancestors[-2::-1], axis=1)  # padded with -1 before the root
+    return np.take_along_axis(paths, np.argsort(paths < 0, axis=1, kind="stable"), axis=1)

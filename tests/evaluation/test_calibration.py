@@ -39,16 +39,16 @@ TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attent
 
 
 def drawn(tree: Taxonomy, temperatures: list[float], rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Leaf logits of a model whose right temperatures are those given, and labels drawn accordingly."""
+    """Draw leaf logits of a model, and labels for which these temperatures are correct."""
     generator = np.random.default_rng(seed)
     scores = generator.normal(scale=2, size=(rows, tree.num_nodes))
-    conditional, right = np.zeros_like(scores), np.zeros_like(scores)
+    conditional, correct = np.zeros_like(scores), np.zeros_like(scores)
     for nodes, temperature in zip(tree.decisions, temperatures, strict=True):
         conditional[:, nodes] = log_softmax(scores[:, nodes], axis=1)
-        right[:, nodes] = log_softmax(scores[:, nodes] / temperature, axis=1)
+        correct[:, nodes] = log_softmax(scores[:, nodes] / temperature, axis=1)
     leaves = [tree.path(leaf) for leaf in range(tree.num_leaves)]
     logits = np.column_stack([conditional[:, path].sum(1) for path in leaves])
-    chances = np.exp(np.column_stack([right[:, path].sum(1) for path in leaves]))
+    chances = np.exp(np.column_stack([correct[:, path].sum(1) for path in leaves]))
     return logits, np.array([generator.choice(tree.num_leaves, p=row / row.sum()) for row in chances])
 
 
@@ -57,8 +57,8 @@ def fitted(tree: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> list[float
 
 
 def test_temperatures_are_those_that_the_labels_were_drawn_with():
-    given = [2.0, 0.5, 3.0, 1.0]
-    assert fitted(TREE, *drawn(TREE, given, 20_000)) == pytest.approx(given, rel=0.1)
+    temperatures = [2.0, 0.5, 3.0, 1.0]
+    assert fitted(TREE, *drawn(TREE, temperatures, 20_000)) == pytest.approx(temperatures, rel=0.1)
 
 
 def test_the_order_in_which_a_taxonomy_names_its_nodes_changes_nothing():
@@ -81,12 +81,11 @@ def test_the_lexical_weight_is_the_one_that_the_labels_were_drawn_with():
     scores = node_log_probs(TREE, logits) + 0.7 * node_log_probs(TREE, words)
     chances = np.exp(apply_temperatures(TREE, scores, [1.5] * 4))
     labels = np.array([generator.choice(len(row), p=row / row.sum()) for row in chances])
-    found = fit_calibration(TREE, logits, words, labels)
-    assert found.lexical_weight == pytest.approx(0.7, rel=0.1)
-    assert found.temperatures == pytest.approx([1.5] * 4, rel=0.1)
-    assert (
-        fit_calibration(TREE, logits, -words, labels).lexical_weight == 0
-    )  # words that speak against the label have no say
+    calibration = fit_calibration(TREE, logits, words, labels)
+    assert calibration.lexical_weight == pytest.approx(0.7, rel=0.1)
+    assert calibration.temperatures == pytest.approx([1.5] * 4, rel=0.1)
+    # lexical scores that contradict the labels get no weight
+    assert fit_calibration(TREE, logits, -words, labels).lexical_weight == 0
     assert fit_calibration(TREE, logits, None, labels).lexical_weight == 0
     logits, labels = drawn(TREE, [1.5] * 4, 20_000)
     assert fit_calibration(TREE, logits, words, labels).lexical_weight < 0.05
@@ -95,15 +94,15 @@ def test_the_lexical_weight_is_the_one_that_the_labels_were_drawn_with():
 def test_rows_are_scored_by_a_calibration_that_has_not_seen_their_text():
     logits, labels = drawn(TREE, [2.0] * 4, 300)
     scores, texts = np.random.default_rng(1).normal(size=logits.shape), np.arange(300) // 2  # each text twice
-    found = held_out(TREE, logits, scores, labels, texts)
-    other = labels.copy()
-    other[:2] = (labels[:2] + 1) % TREE.num_leaves  # another label of the first text
-    again = held_out(TREE, logits, scores, other, texts)
-    np.testing.assert_array_equal(found[:2], again[:2])
-    changed = np.flatnonzero((found != again).any(axis=1))
-    assert len(changed) == 240  # all that four fifths of the texts had a say in
+    calibrated_logits = held_out(TREE, logits, scores, labels, texts)
+    other_labels = labels.copy()
+    other_labels[:2] = (labels[:2] + 1) % TREE.num_leaves  # the first text is labelled otherwise
+    again = held_out(TREE, logits, scores, other_labels, texts)
+    np.testing.assert_array_equal(calibrated_logits[:2], again[:2])
+    changed = np.flatnonzero((calibrated_logits != again).any(axis=1))
+    assert len(changed) == 240  # four fifths: the first text took part in their fits
     everything = fit_calibration(TREE, logits, scores, labels).apply(TREE, logits, scores)
-    np.testing.assert_allclose(found, everything, atol=1.0)
+    np.testing.assert_allclose(calibrated_logits, everything, atol=1.0)
 
 
 def test_scores_of_validation_rows_do_not_flatter_the_fit():
@@ -130,7 +129,7 @@ def test_scores_of_validation_rows_do_not_flatter_the_fit():
 
 
 def test_the_prior_weighs_as_much_as_its_formula_says():
-    """By hand: n decisions of two, each right by a margin m, and β ~ N(1, s²): n · m / (1 + exp(β · m)) = (β - 1) / s²."""
+    """For n binary decisions, each correct by a margin m, and β ~ N(1, s²): n · m / (1 + exp(β · m)) = (β - 1) / s²."""
     tree, n, m, s = Taxonomy(["a", "b"]), 40, 1.5, 0.25
     (temperature,) = fit_calibration(
         tree, np.tile([m, 0.0], (n, 1)), None, np.zeros(n, dtype=int), prior=s
@@ -143,13 +142,13 @@ def test_the_prior_weighs_as_much_as_its_formula_says():
 def test_a_decision_without_rows_takes_the_temperature_of_all():
     logits, labels = drawn(TREE, [2.0] * 4, 1200)
     labels[np.isin(labels, TREE.leaves_below[TREE.id("h")])] = -100
-    found = fitted(TREE, logits, labels)
-    assert len(set(found)) == 4
-    assert found[-1] == pytest.approx(2.0, rel=0.2)
+    temperatures = fitted(TREE, logits, labels)
+    assert len(set(temperatures)) == 4
+    assert temperatures[-1] == pytest.approx(2.0, rel=0.2)
 
 
 def test_few_rows_or_rows_that_were_all_decided_rightly_do_little_harm():
-    """Of a model that is calibrated already, on fresh rows: likelihood alone sharpens what it happened to be right about."""
+    """Measure a calibrated model on fresh rows: maximum likelihood on few rows makes it overconfident."""
     logits, labels = drawn(TREE, [1.0] * 4, 6000)
     words = np.random.default_rng(1).normal(size=logits.shape)
 
@@ -157,17 +156,17 @@ def test_few_rows_or_rows_that_were_all_decided_rightly_do_little_harm():
     known, rest = order[:1000], order[1000:]
 
     def log_loss(calibration: Calibration) -> float:
-        found = calibration.apply(TREE, logits[rest], words[rest])
-        return float(-found[np.arange(len(rest)), labels[rest]].mean())
+        log_probs = calibration.apply(TREE, logits[rest], words[rest])
+        return float(-log_probs[np.arange(len(rest)), labels[rest]].mean())
 
     def harm(rows: np.ndarray, prior: float) -> float:
         return log_loss(fit_calibration(TREE, logits[rows], words[rows], labels[rows], prior=prior)) - untouched
 
     untouched = log_loss(Calibration(0.0, [1.0] * 4))
-    right = known[logits[known].argmax(1) == labels[known]]
+    correct = known[logits[known].argmax(1) == labels[known]]
     for rows in (known[:10], known[:30], known[:100]):
         assert harm(rows, PRIOR) < min(0.05, harm(rows, np.inf))
-    for rows in (right[:10], right[:30], right[:100]):
+    for rows in (correct[:10], correct[:30], correct[:100]):
         assert harm(rows, PRIOR) < harm(rows, np.inf) / 5
     assert fit_calibration(TREE, logits, words, np.full(len(labels), -100)).temperatures == pytest.approx(
         [1.0] * 4, abs=1e-4
@@ -192,7 +191,7 @@ def test_the_model_itself_gives_the_calibrated_probabilities():
 
 @pytest.mark.parametrize("tree", [TREE, ONLY, MANY])
 def test_calibrated_probabilities_are_products_of_each_decision_by_itself(tree):
-    """The reference takes one softmax a decision, over sums of leaf probabilities."""
+    """Compare with one softmax per decision, over sums of leaf probabilities."""
     generator = np.random.default_rng(4)
     logits, words = (generator.normal(scale=5, size=(6, tree.num_leaves)) for _ in range(2))
     temperatures = generator.uniform(0.3, 3, len(tree.decisions)).tolist()
@@ -254,10 +253,10 @@ def test_nonconformity_is_the_smallest_threshold_whose_answer_holds_the_leaf(tre
         for threshold in sorted({0.0, *scores, *generator.random(20), 1.0}):
             answer = conformal_answer(tree, nodes, threshold)
             held = [leaf for node in answer for leaf in under[node]]
-            assert len(held) == len(set(held))  # no node beside one of its own ancestors
+            assert len(held) == len(set(held))  # no node beside its ancestor
             assert len(answer) <= MOST_NODES or {tree.path(node)[0] for node in answer} == set(tree.children(-1))
             assert all(len(tree.children(node)) != 1 for node in answer)
-            for inner in under[tree.num_leaves :]:  # what is held whole is one node, not its parts
+            for inner in under[tree.num_leaves :]:  # a completely covered subtree is one node
                 assert not set(inner) <= set(held) or sum(set(under[node]) <= set(inner) for node in answer) <= 1
             assert set(held) == {leaf for leaf in range(tree.num_leaves) if scores[leaf] <= threshold}
             assert before <= set(held)
@@ -318,7 +317,7 @@ def test_thresholds_are_the_ranks_of_split_conformal_prediction():
 
 
 def test_thresholds_are_rounded_to_no_less_than_the_score():
-    for scores in np.random.default_rng(0).integers(1, 10**6, size=(200, 9)) / 10**6:  # these lie on the grid already
+    for scores in np.random.default_rng(0).integers(1, 10**6, size=(200, 9)) / 10**6:  # multiples of 1e-6
         for nearest in (scores, np.nextafter(scores, 0), np.nextafter(scores, 1)):
             assert all(nearest <= [round_up(score) for score in nearest])
             assert all(nearest + 1e-6 >= [round_up(score) for score in nearest])
@@ -331,9 +330,9 @@ def test_answers_hold_the_label_as_often_as_asked(coverage):
     held, generator = [], np.random.default_rng(1)
     for _ in range(30):
         order = generator.permutation(len(labels))
-        one, other = order[:600], order[600:]
-        thresholds = fit_thresholds(MANY, logits[one], labels[one], one)
-        held.append(conformal_scores(MANY, logits[other], labels[other], other, thresholds, coverage)["coverage"])
+        validation, test = order[:600], order[600:]
+        thresholds = fit_thresholds(MANY, logits[validation], labels[validation], validation)
+        held.append(conformal_scores(MANY, logits[test], labels[test], test, thresholds, coverage)["coverage"])
     assert np.mean(held) == pytest.approx(coverage, abs=0.02)
 
 
@@ -344,14 +343,14 @@ def test_answers_hold_the_leaf_as_often_as_asked_where_some_labels_say_the_paren
     known[inside & (generator.random(len(labels)) < 0.8)] = TREE.id("b")
     thresholds = fit_thresholds(TREE, logits[:2000], known[:2000], np.arange(2000))
     for truth in (labels, known):
-        found = conformal_scores(TREE, logits[2000:], truth[2000:], np.arange(2000), thresholds, 0.8)
-        assert found["coverage"] > 0.78
+        measured = conformal_scores(TREE, logits[2000:], truth[2000:], np.arange(2000), thresholds, 0.8)
+        assert measured["coverage"] > 0.78
 
 
 @pytest.mark.parametrize("others", [0, 30])
 @pytest.mark.parametrize("one_label", [True, False])
 def test_texts_that_are_repeated_do_not_break_the_coverage(others, one_label):
-    """Validation rows are three texts, twenty times each, and others once; new texts come with any of their labels."""
+    """Repeat three validation texts twenty times each, beside others; new texts have any of their labels."""
     logits, labels = drawn(MANY, [1.0] * 17, 2000)
     chances, generator = np.exp(log_softmax(logits, axis=1)), np.random.default_rng(3)
     under = MANY.leaves_below
@@ -362,22 +361,22 @@ def test_texts_that_are_repeated_do_not_break_the_coverage(others, one_label):
         order = generator.permutation(len(labels))
         known, new = order[: 3 + others], order[3 + others :]
         texts = np.concatenate([np.repeat(known[:3], 20), known[3:]])
-        given = labels[texts]
+        row_labels = labels[texts]
         if not one_label:
-            given = np.array([generator.choice(MANY.num_leaves, p=chances[text]) for text in texts])
-        threshold = conformal_threshold(fit_thresholds(MANY, logits[texts], given, texts), 0.9)
+            row_labels = np.array([generator.choice(MANY.num_leaves, p=chances[text]) for text in texts])
+        threshold = conformal_threshold(fit_thresholds(MANY, logits[texts], row_labels, texts), 0.9)
         held.append(np.mean(scores[new] <= (1 if threshold is None else threshold)))
     assert np.mean(held) > 0.89
 
 
 def test_a_repeated_text_counts_once_in_the_coverage_that_is_measured():
-    """Three texts: one twenty times and not held, one held, one held with one of its two labels."""
+    """Score three texts: one twenty times and not covered, one covered, one covered for one of two labels."""
     leaves = np.full((23, TREE.num_leaves), 1e-9)
     leaves[:, TREE.id("c")] = 1
     labels = np.array([TREE.id("a")] * 20 + [TREE.id("c"), TREE.id("c"), TREE.id("d")])
     texts = np.array([5] * 20 + [6, 7, 7])
-    found = conformal_scores(TREE, np.log(leaves), labels, texts, [0.0] * 99, 0.9)
-    assert found == {"coverage": pytest.approx(1 / 3), "leaves": 1, "nodes": 1, "single_leaf": 1}
+    measured = conformal_scores(TREE, np.log(leaves), labels, texts, [0.0] * 99, 0.9)
+    assert measured == {"coverage": pytest.approx(1 / 3), "leaves": 1, "nodes": 1, "single_leaf": 1}
 
 
 def test_a_trained_checkpoint_answers_with_a_coverage(tiny_encoder, tmp_path):
@@ -395,7 +394,7 @@ def test_a_trained_checkpoint_answers_with_a_coverage(tiny_encoder, tmp_path):
     assert (output / "plots" / "reliability_diagram_uncalibrated.png").is_file()
     card = (output / "README.md").read_text()
     assert f"measured coverage is {metrics['test_answer_coverage']:.1%} of the test texts" in card
-    assert "choice of the checkpoint" not in card  # no evaluation chose it
+    assert "selection of the checkpoint" not in card  # no evaluation selected it
     classify = pipeline("hierarchical-text-classification", model=str(output), trust_remote_code=True)
     result = classify("A study of gastric ulcers in 40 patients.", coverage=0.9)
     tree = classify.tree
@@ -411,8 +410,8 @@ def test_a_trained_checkpoint_answers_with_a_coverage(tiny_encoder, tmp_path):
         classify("text", coverage=0.9)
 
 
-def calibrated(checkpoint: str, **given):
-    return pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True, **given)
+def calibrated(checkpoint: str, **arguments):
+    return pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True, **arguments)
 
 
 def never() -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The lexical head: against scikit-learn, and inside the model against its own definition."""
+"""Compare the lexical head with scikit-learn, and inside the model with its definition."""
 
 import math
 import statistics
@@ -28,7 +28,7 @@ TINY = {
 
 
 def rows(count: int, seed: int = 0, leaves: int = TREE.num_leaves) -> datasets.Dataset:
-    """Texts of 3 to 30 tokens, with the tokens 2i and 2i + 1 more often in texts of the leaf i."""
+    """Draw texts of 3 to 30 tokens, with the tokens 2i and 2i + 1 more frequent in texts of leaf i."""
     generator = np.random.default_rng(seed)
     labels = generator.integers(leaves, size=count)
     ids = []
@@ -40,7 +40,7 @@ def rows(count: int, seed: int = 0, leaves: int = TREE.num_leaves) -> datasets.D
 
 
 def padded(ids: list[list[int]]) -> dict[str, torch.Tensor]:
-    """Token ids with other tokens where the mask is 0."""
+    """Pad token ids with tokens that the mask hides."""
     length = max(map(len, ids))
     return {
         "input_ids": torch.tensor([one + [7] * (length - len(one)) for one in ids]),
@@ -78,8 +78,8 @@ def test_leaves_that_no_row_has_are_as_likely_as_one_row_more(unseen):
     tree = Taxonomy(["a", {"b": ["c", "d", *(f"never {i}" for i in range(unseen))]}])
     train = rows(300, leaves=3)
     counts = lexical.token_counts(train, VOCABULARY)
-    found = lexical.LexicalClassifier(tree, counts, np.array(train["labels"]))
-    odds = np.exp(found.scores(counts))
+    classifier = lexical.LexicalClassifier(tree, counts, np.array(train["labels"]))
+    odds = np.exp(classifier.scores(counts))
     assert (odds[:, 3:].sum(1) / odds[:, :3].sum(1)).mean() == pytest.approx(1 / 301)
 
 
@@ -97,17 +97,17 @@ def test_rows_labelled_with_an_inner_node_or_not_at_all_teach_no_words():
     labels = np.array(train["labels"])
     labels[:50], labels[50:100] = -100, TREE.id("b")
     counts = lexical.token_counts(train, VOCABULARY)
-    found = lexical.LexicalClassifier(TREE, counts, labels)
+    classifier = lexical.LexicalClassifier(TREE, counts, labels)
     expected = lexical.LexicalClassifier(TREE, counts[100:], labels[100:])
-    np.testing.assert_array_equal(found.weight, expected.weight)
+    np.testing.assert_array_equal(classifier.weight, expected.weight)
 
 
 @pytest.fixture
 def model() -> HierarchicalForSequenceClassification:
     torch.manual_seed(0)
-    found = HierarchicalForSequenceClassification(HierarchicalConfig(text_config=TINY, taxonomy=TREE)).eval()
-    torch.nn.init.normal_(found.heads.weight)
-    return found
+    initialised = HierarchicalForSequenceClassification(HierarchicalConfig(text_config=TINY, taxonomy=TREE)).eval()
+    torch.nn.init.normal_(initialised.heads.weight)
+    return initialised
 
 
 def test_the_model_adds_its_scores_in_each_decision_and_comes_back_the_same(model, tmp_path):
@@ -147,8 +147,8 @@ def test_a_text_alone_is_scored_as_in_a_batch_and_tokens_beyond_the_vocabulary_c
     ours.load_state_dict(classifier.weights())
     ids = [[5, 9, 9], [3] * 12, [11]]
     together = ours(**padded(ids))
-    for i, one in enumerate(ids):
-        torch.testing.assert_close(ours(torch.tensor([[*one, VOCABULARY + 3]]), None)[0], together[i])
+    for i, tokens in enumerate(ids):
+        torch.testing.assert_close(ours(torch.tensor([[*tokens, VOCABULARY + 3]]), None)[0], together[i])
 
 
 def test_embeddings_cannot_stand_in_for_tokens(model):

@@ -1,4 +1,4 @@
-"""Scores against scikit-learn, plain Python, and cases worked by hand."""
+"""Compare scores with scikit-learn, with plain Python, and with cases worked by hand."""
 
 import cProfile
 import math
@@ -35,9 +35,9 @@ TREE = Taxonomy(["a", {"B": ["c", {"D": ["e", "f"]}]}, {"G": ["h"]}])
 A, C, E, F, H, B, D, G = range(8)
 
 
-def logits_for(answers: list[int]) -> np.ndarray:
-    """Logits whose largest entry is the answer."""
-    return np.random.default_rng(0).uniform(0, 1, (len(answers), TREE.num_leaves)) + 2 * np.eye(5)[answers]
+def logits_for(predictions: list[int]) -> np.ndarray:
+    """Return logits whose maximum is at the prediction."""
+    return np.random.default_rng(0).uniform(0, 1, (len(predictions), TREE.num_leaves)) + 2 * np.eye(5)[predictions]
 
 
 def random_case(taxonomy: Taxonomy, num_documents: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -156,7 +156,7 @@ def test_build_says_what_to_do_where_evaluate_cannot_write(tmp_path, monkeypatch
     (tmp_path / "file").touch()
     monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", tmp_path / "file" / "modules")
     monkeypatch.setattr(sys, "path", list(sys.path))  # `evaluate` extends it
-    with pytest.raises(InputError, match="set HF_MODULES_CACHE to a folder that can be written"):
+    with pytest.raises(InputError, match="set HF_MODULES_CACHE to a writable folder"):
         build_compute_metrics(TREE)
 
 
@@ -188,10 +188,10 @@ def test_flat_scores_against_scikit_learn():
     logits, labels = random_case(TREE, 400)
     scores = build_compute_metrics(TREE)(EvalPrediction(logits, labels))
     leaf = (labels >= 0) & (labels < TREE.num_leaves)
-    true, answers = labels[leaf], logits[leaf].argmax(axis=1)
-    assert scores["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(true, answers))
-    assert scores["macro_f1"] == pytest.approx(sklearn.metrics.f1_score(true, answers, average="macro"))
-    assert scores["weighted_f1"] == pytest.approx(sklearn.metrics.f1_score(true, answers, average="weighted"))
+    true, predictions = labels[leaf], logits[leaf].argmax(axis=1)
+    assert scores["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(true, predictions))
+    assert scores["macro_f1"] == pytest.approx(sklearn.metrics.f1_score(true, predictions, average="macro"))
+    assert scores["weighted_f1"] == pytest.approx(sklearn.metrics.f1_score(true, predictions, average="weighted"))
     assert all(type(score) is float for score in scores.values())
 
 
@@ -235,39 +235,39 @@ def test_any_label_of_a_repeated_text_counts():
     logits, labels = logits_for([A, C, A, A, E]), np.array([A, A, C, E, E])
     texts = np.array([7, 1, 1, 2, 2])  # text 1 has the labels a and c, text 2 twice e
     assert any_label_accuracy(logits, labels, texts) == 4 / 5
-    assert any_label_accuracy(logits, np.array([A, A, -100, E, E]), texts) == 2 / 4  # nobody calls text 1 c
+    assert any_label_accuracy(logits, np.array([A, A, -100, E, E]), texts) == 2 / 4  # no row labels text 1 with c
     assert any_label_accuracy(logits, np.array([A, A, B, E, E]), texts) == 2 / 4  # an inner node is no leaf
     assert any_label_accuracy(logits, np.full(5, -100), texts) is None
 
 
 def plain_ece(documents: list[tuple[float, bool]]) -> float:
-    """The calibration error of (confidence, whether right), in plain Python."""
+    """Compute the calibration error of (confidence, correctness) pairs in plain Python."""
     error = 0.0
     for m in range(15):
-        inside = [(p, right) for p, right in documents if m / 15 < p <= (m + 1) / 15]
+        inside = [(p, correct) for p, correct in documents if m / 15 < p <= (m + 1) / 15]
         if inside:
             confidence = sum(p for p, _ in inside) / len(inside)
-            accuracy = sum(right for _, right in inside) / len(inside)
+            accuracy = sum(correct for _, correct in inside) / len(inside)
             error += len(inside) / len(documents) * abs(accuracy - confidence)
     return error
 
 
 def cut_documents(logits: np.ndarray, labels: list[int], level: int) -> list[tuple[float, float]]:
-    """Confidence and how right it is, of the labelled documents, in the tree cut below a level."""
+    """Compute confidence and correctness of the labelled documents in the tree truncated below a level."""
     documents = []
     for row, label in zip(logits, labels, strict=True):
         if label >= 0:
             leaves = softmax(row)
-            of = {
+            probability = {
                 node: sum(leaves[leaf] for leaf in range(TREE.num_leaves) if node in TREE.path(leaf))
                 for node in range(TREE.num_nodes)
             }
-            answer, path = TREE.path(leaves.index(max(leaves)))[:level], TREE.path(label)
-            if label >= TREE.num_leaves and len(path) < len(answer):  # nobody knows what is right below the label
-                right = of[answer[-1]] / of[label] if label in answer else 0
+            predicted, path = TREE.path(leaves.index(max(leaves)))[:level], TREE.path(label)
+            if label >= TREE.num_leaves and len(path) < len(predicted):  # the true leaf is unknown
+                correct = probability[predicted[-1]] / probability[label] if label in predicted else 0
             else:
-                right = answer[-1] == path[:level][-1]
-            documents.append((of[answer[-1]], right))
+                correct = predicted[-1] == path[:level][-1]
+            documents.append((probability[predicted[-1]], correct))
     return documents
 
 
@@ -336,7 +336,7 @@ def test_calibration_bins_by_hand():
     logits = np.log([[0.5, 0.5], [0.2, 0.8], [0.9, 0.1], [0.9, 0.1], [0.9, 0.1]])
     bins = calibration_bins(logits, np.array([1, 1, 0, 2, -100]), bins=2)
     assert bins["count"].tolist() == [1, 2]
-    assert bins["accuracy"].tolist() == [0, 1]  # the first of two equal classes is the answer
+    assert bins["accuracy"].tolist() == [0, 1]  # the first of two equal classes is the prediction
     assert bins["confidence"] == pytest.approx([0.5, 0.85])
     assert expected_calibration_error(bins) == pytest.approx((1 * 0.5 + 2 * 0.15) / 3)
     assert np.isnan(calibration_bins(logits, np.array([1, 1, 0, 2, -100]), bins=4)["accuracy"][0])
@@ -416,13 +416,13 @@ def test_per_class_report_of_classes_that_do_not_occur():
 def test_the_bootstrap_of_a_report_is_computed_once():
     logits, labels = random_case(TREE, 200)
     profile = cProfile.Profile()
-    found = profile.runcall(leaf_scores, TREE, {"test": logits}, {"test": {"labels": labels}})
+    scores = profile.runcall(leaf_scores, TREE, {"test": logits}, {"test": {"labels": labels}})
     calls = {function[2]: counts[0] for function, counts in pstats.Stats(profile).stats.items()}
     assert calls["bootstrap_intervals"] == 1
     leaf = (labels >= 0) & (labels < TREE.num_leaves)
     expected = bootstrap_intervals(labels[leaf], logits[leaf].argmax(axis=1), TREE.num_leaves)
-    assert found["intervals"] == {f"test_{name}": expected[name].tolist() for name in ("accuracy", "macro_f1")}
-    assert [row["f1_interval"] for row in found["per_class"]] == expected["f1"].T.tolist()
+    assert scores["intervals"] == {f"test_{name}": expected[name].tolist() for name in ("accuracy", "macro_f1")}
+    assert [row["f1_interval"] for row in scores["per_class"]] == expected["f1"].T.tolist()
     only_inner = {"test": {"labels": np.full(200, B)}}
     assert leaf_scores(TREE, {"test": logits}, only_inner) == {}
 
@@ -432,10 +432,10 @@ def test_trainer_reports_the_scores(tmp_path):
         def forward(self, scores, labels):
             return {"loss": scores.sum() * 0, "logits": scores}
 
-    answers, labels = [A, F, E, H, F, C], [A, E, D, C, F, -100]
+    predictions, labels = [A, F, E, H, F, C], [A, E, D, C, F, -100]
     rows = [
         {"scores": torch.from_numpy(row), "labels": label}
-        for row, label in zip(logits_for(answers), labels, strict=True)
+        for row, label in zip(logits_for(predictions), labels, strict=True)
     ]
     arguments = TrainingArguments(tmp_path, per_device_eval_batch_size=4, report_to=[], disable_tqdm=True, use_cpu=True)
     trainer = Trainer(Echo(), arguments, eval_dataset=rows, compute_metrics=build_compute_metrics(TREE))
@@ -448,44 +448,41 @@ def test_trainer_reports_the_scores(tmp_path):
 def test_bootstrap_intervals_against_scipy():
     generator = np.random.default_rng(0)
     labels = generator.integers(3, size=400)
-    answers = np.where(generator.random(400) < 0.7, labels, generator.integers(3, size=400))
-    found = bootstrap_intervals(labels, answers, 4)
+    predictions = np.where(generator.random(400) < 0.7, labels, generator.integers(3, size=400))
+    intervals = bootstrap_intervals(labels, predictions, 4)
 
-    def macro_f1(true, given):
-        return sklearn.metrics.f1_score(true, given, average="macro")
+    def macro_f1(true, predicted):
+        return sklearn.metrics.f1_score(true, predicted, average="macro")
 
     for name, statistic in (("accuracy", sklearn.metrics.accuracy_score), ("macro_f1", macro_f1)):
-        expected = scipy.stats.bootstrap(
-            (labels, answers), statistic, paired=True, vectorized=False, n_resamples=1000, method="percentile", rng=1
-        ).confidence_interval
-        np.testing.assert_allclose(found[name], expected, atol=0.01)
-    assert found["f1"].shape == (2, 4)
-    assert np.isnan(found["f1"][:, 3]).all()  # a leaf that does not occur
+        options = {"paired": True, "vectorized": False, "n_resamples": 1000, "method": "percentile", "rng": 1}
+        expected = scipy.stats.bootstrap((labels, predictions), statistic, **options).confidence_interval
+        np.testing.assert_allclose(intervals[name], expected, atol=0.01)
+    assert intervals["f1"].shape == (2, 4)
+    assert np.isnan(intervals["f1"][:, 3]).all()  # a leaf that does not occur
     rare = np.append(labels, 3)
-    assert bootstrap_intervals(rare, np.append(answers, 3), 4)["f1"][:, 3].tolist() == [
-        1,
-        1,
-    ]  # always right where it is drawn
-    of_each = sklearn.metrics.f1_score(labels, answers, average=None)
-    assert (found["f1"][0, :3] < of_each).all()
-    assert (of_each < found["f1"][1, :3]).all()
+    # the rare leaf is correct in every resample that contains it
+    assert bootstrap_intervals(rare, np.append(predictions, 3), 4)["f1"][:, 3].tolist() == [1, 1]
+    of_each = sklearn.metrics.f1_score(labels, predictions, average=None)
+    assert (intervals["f1"][0, :3] < of_each).all()
+    assert (of_each < intervals["f1"][1, :3]).all()
 
 
 def test_the_interval_of_macro_f1_holds_where_classes_are_many_and_rare():
-    """200 classes of three documents each: the mean score of such files is in as many intervals as it should be."""
+    """With 200 classes of three documents, the mean score lies in the expected share of intervals."""
     generator, labels = np.random.default_rng(0), np.repeat(np.arange(200), 3)
 
-    def answers() -> np.ndarray:
+    def draw_predictions() -> np.ndarray:
         return np.where(generator.random(len(labels)) < 0.6, labels, generator.integers(200, size=len(labels)))
 
-    def macro_f1(given: np.ndarray) -> float:
-        return sklearn.metrics.f1_score(labels, given, average="macro", zero_division=0)
+    def macro_f1(predictions: np.ndarray) -> float:
+        return sklearn.metrics.f1_score(labels, predictions, average="macro", zero_division=0)
 
-    expected = np.mean([macro_f1(answers()) for _ in range(200)])
+    expected = np.mean([macro_f1(draw_predictions()) for _ in range(200)])
     held = []
     for _ in range(40):
-        given = answers()
-        low, high = bootstrap_intervals(labels, given, 200, resamples=300)["macro_f1"]
-        assert low < macro_f1(given) < high
+        predictions = draw_predictions()
+        low, high = bootstrap_intervals(labels, predictions, 200, resamples=300)["macro_f1"]
+        assert low < macro_f1(predictions) < high
         held.append(low <= expected <= high)
     assert np.mean(held) > 0.8

@@ -1,4 +1,4 @@
-"""What the figures show, read from matplotlib's own objects, and that they are written as PNG."""
+"""Check figures through matplotlib's objects, and that they are written as PNG."""
 
 import struct
 from pathlib import Path
@@ -30,7 +30,7 @@ def random_case(taxonomy: Taxonomy, num_documents: int) -> tuple[np.ndarray, np.
 
 
 def matrix_of(figure) -> tuple[list[str], np.ndarray]:
-    """The names along a confusion matrix, checked to be alike on both axes, and its shares."""
+    """Return the names along a confusion matrix, checked to be equal on both axes, and its shares."""
     axes = figure.axes[0]
     names = [text.get_text() for text in axes.get_yticklabels()]
     assert [text.get_text() for text in axes.get_xticklabels()] == names
@@ -38,7 +38,7 @@ def matrix_of(figure) -> tuple[list[str], np.ndarray]:
 
 
 def picture_size(path: Path) -> tuple[int, int]:
-    """Width and height of a PNG, from its header."""
+    """Read the width and height of a PNG from its header."""
     head = path.read_bytes()[:24]
     assert head[:8] == b"\x89PNG\r\n\x1a\n"
     return struct.unpack(">II", head[16:24])

@@ -1,4 +1,4 @@
-"""predict.py: against the stock pipeline, over every kind of file, killed, and with rows that cannot be read."""
+"""Compare predict.py with the stock pipeline, over every kind of file, after kills, and with unreadable rows."""
 
 import csv
 import gzip
@@ -31,7 +31,7 @@ from reading.sources import find_sources
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_encoder, tmp_path_factory) -> str:
-    """A trained checkpoint, calibrated and with a lexical head, and of an encoder that takes no time."""
+    """Return a trained checkpoint of a tiny encoder, calibrated and with a lexical head."""
     output = tmp_path_factory.mktemp("checkpoint") / "results"
     run(
         ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", tiny_encoder, "--max_steps", 5, "--eval_strategy",
@@ -45,15 +45,15 @@ def texts() -> list[str]:
     return [row["text"] for row in read_csv(CORPUS / "test.csv")][:20]
 
 
-def predict(*words: object, check: bool = True, given: str | None = None) -> subprocess.CompletedProcess:
+def predict(*words: object, check: bool = True, stdin: str | None = None) -> subprocess.CompletedProcess:
     line = [sys.executable, str(ROOT / "predict.py"), *map(str, words)]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, input=given)
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, input=stdin)
     assert not check or done.returncode == 0, done.stderr[-4000:]
     return done
 
 
 def inside(*words: object) -> int:
-    """predict.py in this process, which saves the seconds that it takes to start."""
+    """Run predict.py in this process, which saves the seconds of its start."""
     return main([str(word) for word in words])
 
 
@@ -74,21 +74,21 @@ def test_answers_are_those_of_the_stock_pipeline_and_bad_rows_stand_apart(checkp
     assert f"done: {tmp_path / 'out.jsonl'}; 5 rows could not be read" in done.stderr
     assert "never closed" not in done.stderr
 
-    found = read_json_lines(tmp_path / "out.jsonl")
+    predictions = read_json_lines(tmp_path / "out.jsonl")
     stock = pipeline("text-classification", model=checkpoint, trust_remote_code=True)
-    for row, expected, i in zip(found, stock(texts, truncation=True, top_k=None), range(20), strict=True):
+    for row, expected, i in zip(predictions, stock(texts, truncation=True, top_k=None), range(20), strict=True):
         assert row["id"] == f"n{i}"
         assert row["label"] == expected[0]["label"] == row["path"][-1]
         assert row["score"] == pytest.approx(expected[0]["score"], abs=2e-5)
-        assert row["probabilities"] == pytest.approx({one["label"]: one["score"] for one in expected}, abs=2e-5)
+        assert row["probabilities"] == pytest.approx({entry["label"]: entry["score"] for entry in expected}, abs=2e-5)
         assert 1 <= len(row["answer"]) <= 3
     problems = read_json_lines(tmp_path / "out.jsonl.errors.jsonl")
-    assert [(one["row"], one["line"]) for one in problems] == [(2, 4), (3, 5), (4, 6), (23, 25), (24, 26)]
-    said = [one["problem"] for one in problems]
-    assert said[:4] == [
+    assert [(entry["row"], entry["line"]) for entry in problems] == [(2, 4), (3, 5), (4, 6), (23, 25), (24, 26)]
+    messages = [entry["problem"] for entry in problems]
+    assert messages[:4] == [
         "1 fields, where the header has 2", "the text is empty", "3 fields, where the header has 2", "not UTF-8",
     ]  # fmt: skip
-    assert said[4] == "a quotation mark is not closed"
+    assert messages[4] == "a quotation mark is not closed"
     assert {path.name for path in tmp_path.iterdir()} == {"in.csv", "out.jsonl", "out.jsonl.errors.jsonl"}
 
 
@@ -102,17 +102,17 @@ def test_every_kind_of_input_and_output_says_the_same(checkpoint, texts, tmp_pat
     (tmp_path / "one.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     table[:8].to_csv(tmp_path / "part-0.csv", index=False)
     table[8:].to_csv(tmp_path / "part-1.csv", index=False)
-    found = {}
+    outputs = {}
     for name in ("one.csv", "one.tsv", "one.parquet", "one.jsonl", "one.jsonl.gz", "part-*.csv", "-"):
         output = tmp_path / f"{name.replace('*', 'x')}.out.jsonl"
         form = ("--input_format", "jsonl") if name == "-" else ()
         words = ("--model", checkpoint, "--input", name if name == "-" else tmp_path / name, "--output", output, *form)
         if name == "-":
-            predict(*words, given=lines)
+            predict(*words, stdin=lines)
         else:
             assert inside(*words) == 0
-        found[name] = output.read_text()
-    assert len(set(found.values())) == 1
+        outputs[name] = output.read_text()
+    assert len(set(outputs.values())) == 1
     expected = read_json_lines(tmp_path / "one.csv.out.jsonl")
     assert [row["row"] for row in expected] == list(range(20))
 
@@ -145,7 +145,7 @@ runpy.run_path(command, run_name="__main__")
 
 
 def start(*words: object, strike: tuple | None = None) -> subprocess.Popen:
-    """predict.py in a process of its own, which sends itself a signal at a moment.
+    """Start predict.py in its own process, which sends itself a signal at a chosen moment.
 
     Args:
         strike: an audit event of Python that comes before the moment, how a path among its arguments ends, and the signal.
@@ -157,14 +157,14 @@ def start(*words: object, strike: tuple | None = None) -> subprocess.Popen:
 
 
 def ended(process: subprocess.Popen) -> tuple[int, str]:
-    """The exit code, and what was said."""
-    _, said = process.communicate(timeout=300)
-    return process.returncode, said
+    """Wait for a process; return its exit code and its standard error."""
+    _, stderr = process.communicate(timeout=300)
+    return process.returncode, stderr
 
 
 @contextmanager
 def killed_as_it_clears_up() -> Iterator[None]:
-    """predict.py in this process: the output is at its place, and its parts are there too."""
+    """Interrupt predict.py in this process after the output is renamed, and before its parts are deleted."""
 
     def killed(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
@@ -176,7 +176,7 @@ def killed_as_it_clears_up() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def long_input(texts, tmp_path_factory) -> Path:
-    """Of three parts, with rows that cannot be read in the first and in the last."""
+    """Write an input of three parts, with unreadable rows in the first and in the last."""
     rows = pd.DataFrame({"text": [f"{i} {texts[i % 20][:60]}" for i in range(2100)]})
     rows.loc[[7, 2090], "text"] = ""
     file = tmp_path_factory.mktemp("long") / "in.csv"
@@ -186,7 +186,7 @@ def long_input(texts, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def other_checkpoint(checkpoint, tmp_path_factory) -> str:
-    """One of the same form with other heads."""
+    """Copy the checkpoint, with other heads."""
     folder = tmp_path_factory.mktemp("other") / "results"
     shutil.copytree(checkpoint, folder)
     heads = load_file(folder / "heads.safetensors")
@@ -196,7 +196,7 @@ def other_checkpoint(checkpoint, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def unbroken(checkpoint, other_checkpoint, long_input, tmp_path_factory) -> list[Path]:
-    """The outputs of both checkpoints."""
+    """Return the outputs of both checkpoints, of runs that were not killed."""
     outputs = []
     for model in (checkpoint, other_checkpoint):
         outputs.append(tmp_path_factory.mktemp("unbroken") / "out.jsonl")
@@ -214,18 +214,18 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_bytes(checkpoint, l
         ("os.rename", "/out.jsonl", signal.SIGKILL, False),
         ("shutil.rmtree", ".parts", signal.SIGKILL, True),
     ):
-        code, said = ended(start(*words, strike=(*moment, kill)))
-        assert code == (130 if kill == signal.SIGINT else -kill), said
+        code, stderr = ended(start(*words, strike=(*moment, kill)))
+        assert code == (130 if kill == signal.SIGINT else -kill), stderr
         assert output.exists() == whole
         if not whole:
             with pytest.raises(InputError, match="begun with another probabilities"):
                 inside(*words, "--probabilities")
     assert inside(*words) == 1
-    assert "went on after 2,100 rows" in capsys.readouterr().err
+    assert "continued after 2,100 rows" in capsys.readouterr().err
     assert_same_files(output, unbroken[0])
     assert [row["row"] for row in read_json_lines(f"{output}.errors.jsonl")] == [7, 2090]
     assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "out.jsonl.errors.jsonl"}
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="already exists"):
         inside(*words)
 
 
@@ -239,7 +239,7 @@ def test_other_options_or_another_input_do_not_go_on_with_a_broken_run(checkpoin
         inside(*words, "--coverage", 0.5, "--batch_size", 3)
     original = (tmp_path / "in.csv").read_bytes()
     (tmp_path / "in.csv").write_bytes(original.replace(b"1 ", b"1x ", 1))
-    with pytest.raises(InputError, match="the input, or an option, is another one"):
+    with pytest.raises(InputError, match="the input or an option changed"):
         inside(*words)
 
 
@@ -255,7 +255,7 @@ def test_a_run_that_was_killed_as_it_cleared_up_is_not_done_for_another_input(cl
         for file in Path(f"{output}.parts").iterdir():
             file.unlink()
     predictions = output.read_bytes()
-    with pytest.raises(InputError, match="is there already" if cleared else "the input, or an option, is another one"):
+    with pytest.raises(InputError, match="already exists" if cleared else "the input or an option changed"):
         inside(*words, tmp_path / "two.csv")
     assert output.read_bytes() == predictions
     if not cleared:
@@ -292,12 +292,12 @@ def test_two_models_on_one_output_are_never_mixed(checkpoint, other_checkpoint, 
     assert_same_files(output, unbroken[1])
     # at once: the second to come is refused, or, if the first is done by then, begins anew
     processes = [start(*words, "--overwrite") for words in (first, second)]
-    codes, said = zip(*map(ended, processes), strict=True)
-    assert set(codes) <= {1, 2}, said
+    codes, stderr = zip(*map(ended, processes), strict=True)
+    assert set(codes) <= {1, 2}, stderr
     assert output.read_bytes() in [unbroken[i].read_bytes() for i in (0, 1) if codes[i] == 1]
     for i in (0, 1):
         if codes[i] == 2:
-            assert said[i].splitlines()[-1].startswith(f"predict.py: error: --output {output}: another process")
+            assert stderr[i].splitlines()[-1].startswith(f"predict.py: error: --output {output}: another process")
     assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "out.jsonl.errors.jsonl"}
 
 
@@ -328,7 +328,7 @@ def test_a_damaged_part_is_named_and_the_run_goes_on_without_it(damage, checkpoi
     part.write_bytes(b"".join(damage(part.read_bytes().splitlines(keepends=True))))
     with pytest.raises(InputError) as error:
         inside(*words)
-    assert str(error.value) == f"{part} is damaged: delete it, and the same command goes on"
+    assert str(error.value) == f"{part} is damaged: delete it, and run the same command again"
     assert not output.exists()
     part.unlink()
     assert inside(*words) == 1
@@ -347,7 +347,7 @@ def test_a_part_that_is_damaged_while_the_run_goes_on_is_named(checkpoint, long_
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(InputError) as error:
         inside("--model", checkpoint, "--input", long_input, "--output", output)
-    assert str(error.value) == f"{part} is damaged: delete it, and the same command goes on"
+    assert str(error.value) == f"{part} is damaged: delete it, and run the same command again"
     assert not output.exists()
 
 
@@ -382,7 +382,7 @@ def test_an_output_is_on_the_disk_before_its_parts_are_deleted(kind, checkpoint,
 
 
 def test_what_is_not_needed_is_not_imported(tmp_path):
-    """From the import to the last file, for a merged checkpoint. pyarrow imports pandas to write Parquet."""
+    """Run the whole command for a merged checkpoint. pyarrow imports pandas to write Parquet."""
     for file in (*(ROOT / "tests" / "checkpoint" / "whole_form").iterdir(), *(ROOT / name for name in SHIPPED_FILES)):
         shutil.copy(file, tmp_path)
     (tmp_path / "in.csv").write_text("text\nA study of ulcers.\n")
@@ -436,7 +436,7 @@ def test_ids_that_python_has_no_values_for_are_named(column, tmp_path):
 
 
 def assert_same_files(one: Path, other: Path) -> None:
-    """With those of their errors."""
+    """Compare two outputs and their error files."""
     assert one.read_bytes() == other.read_bytes()
     assert Path(f"{one}.errors.jsonl").read_bytes() == Path(f"{other}.errors.jsonl").read_bytes()
 
@@ -579,7 +579,7 @@ def test_int8_answers_nearly_as_float32_does(checkpoint, texts, tmp_path):
         (("--input", "in.csv", "--batch_size", "0"), "--batch_size must be at least 1"),
         (("--input", "in.csv", "--output", "out.txt"), "must end in one of"),
         (("--input", "in.csv", "--output", "there/"), "must end in one of"),
-        (("--input", "in.csv", "--output", "there.jsonl"), "is there already"),
+        (("--input", "in.csv", "--output", "there.jsonl"), "already exists"),
         (("--input", "in.csv", "--output", "locked.jsonl"), "--output locked.jsonl cannot be locked"),
         (("--input", "in.csv", "--model", "nothing"), "cannot load the model nothing"),
         (("--input", "in.csv", "--outptu", "x"), "unrecognized arguments"),

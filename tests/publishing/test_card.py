@@ -51,12 +51,12 @@ EMISSIONS = {"timestamp": "2026-01-01T00:00:00", "duration": "118.0", "emissions
 
 
 def make_config(taxonomy=DEFAULT_TAXONOMY, **changes) -> HierarchicalConfig:
-    given = {"encoder_name_or_path": ENCODER, "encoder_revision": COMMIT, "adapter_subfolder": "adapter", **changes}
-    return HierarchicalConfig(taxonomy=taxonomy, **given)
+    settings = {"encoder_name_or_path": ENCODER, "encoder_revision": COMMIT, "adapter_subfolder": "adapter", **changes}
+    return HierarchicalConfig(taxonomy=taxonomy, **settings)
 
 
 def make_report(tree: Taxonomy, sources: dict[str, str] | None = None) -> dict:
-    """A data report by the functions that make the real one; one text of each split has two labels."""
+    """Make a data report with the functions of train.py; one text of each split has two labels."""
     sources = sources or {split: f"/home/alice/data/{split}.csv" for split in ("train", "validation", "test")}
     parts = []
     for split in ("train", "validation", "test"):
@@ -79,14 +79,14 @@ def make_report(tree: Taxonomy, sources: dict[str, str] | None = None) -> dict:
 
 
 def make_metrics(tree: Taxonomy) -> dict:
-    """Metrics by the function that makes the real ones, named as train.py names them."""
-    compute, found = build_compute_metrics(tree), {}
+    """Make metrics with the function and the names of train.py."""
+    compute, metrics = build_compute_metrics(tree), {}
     generator = np.random.default_rng(0)
     for prefix in ("quantized_eval", "quantized_test", "eval", "test"):
         logits, labels = generator.normal(size=(40, tree.num_leaves)), generator.integers(tree.num_nodes, size=40)
         scores = compute(EvalPrediction(logits, labels))
         scores["any_label_accuracy"] = any_label_accuracy(logits, labels, np.arange(40) // 2)
-        found |= {f"{prefix}_{name}": value for name, value in {"loss": 0.5, "runtime": 2.0, **scores}.items()}
+        metrics |= {f"{prefix}_{name}": value for name, value in {"loss": 0.5, "runtime": 2.0, **scores}.items()}
     return {
         "train_runtime": 125.0,
         "train_precision": "bf16",
@@ -96,7 +96,7 @@ def make_metrics(tree: Taxonomy) -> dict:
         "trainable_share": 665_862 / 23_231_238,
         "encoder_bytes": 53_310_240,
         "encoder_bytes_float32": 90_261_504,
-        **found,
+        **metrics,
     }
 
 
@@ -107,7 +107,7 @@ def metrics() -> dict:
 
 @pytest.fixture
 def written(tmp_path, metrics):
-    """A function that writes a card, of a finished run unless told otherwise, and returns its text."""
+    """Return a function that writes a card, by default of a finished run, and returns its text."""
 
     def write(config=None, settings=SETTINGS, report=None, metrics=metrics, **arguments) -> str:
         config = config or make_config()
@@ -135,10 +135,12 @@ def write_emissions(folder: Path, *rows: dict) -> None:
 def test_the_results_parse_back_to_the_numbers_of_the_metrics_file(written, metrics):
     parsed = ModelCard(written(model_id="me/model")).data
     prefixes = {"validation": "eval", "test": "test"}
-    found = {f"{prefixes[r.dataset_split]}_{r.metric_name}": r.metric_value for r in parsed.eval_results}
+    published = {f"{prefixes[r.dataset_split]}_{r.metric_name}": r.metric_value for r in parsed.eval_results}
     shown = {*card.METRICS, *(f"level_{k}_{name}" for k in (1, 2) for name in ("accuracy", "macro_f1", "ece"))}
     shown -= {"ece_by_chance"}
-    assert found == {f"{prefix}_{name}": metrics[f"{prefix}_{name}"] for prefix in ("eval", "test") for name in shown}
+    assert published == {
+        f"{prefix}_{name}": metrics[f"{prefix}_{name}"] for prefix in ("eval", "test") for name in shown
+    }
     assert parsed.model_name == "me/model"
     types = {r.metric_name: r.metric_type for r in parsed.eval_results}
     assert (types["accuracy"], types["level_2_macro_f1"], types["level_1_accuracy"]) == ("accuracy", "f1", "accuracy")
@@ -192,8 +194,8 @@ def test_hostile_names_break_neither_front_matter_nor_tables_nor_code(written):
     sources = {split: f"/data/--- <b>`x|y`: \n--- {split}.csv" for split in ("train", "validation", "test")}
     report = make_report(config.tree, sources)
     report["columns"] = {"text": "te|xt", "label": ["<la`bel>"]}
-    found = make_metrics(config.tree)
-    text = written(config, report=report, metrics=found)
+    metrics = make_metrics(config.tree)
+    text = written(config, report=report, metrics=metrics)
 
     parsed = ModelCard(text)
     assert {r.dataset_name for r in parsed.data.eval_results} == {
@@ -311,11 +313,11 @@ def test_the_card_of_an_unfinished_run_has_no_results(written):
 
 
 def test_scores_stand_beside_those_of_the_quantized_encoder(written, metrics):
-    found = section(written(), "Results")
-    assert f"| accuracy | {metrics['eval_accuracy']:.4f} | {metrics['test_accuracy']:.4f} |" in found
-    assert f"| level 2 macro F1 | {metrics['eval_level_2_macro_f1']:.4f} |" in found
+    shown = section(written(), "Results")
+    assert f"| accuracy | {metrics['eval_accuracy']:.4f} | {metrics['test_accuracy']:.4f} |" in shown
+    assert f"| level 2 macro F1 | {metrics['eval_level_2_macro_f1']:.4f} |" in shown
     trained, served = metrics["quantized_test_accuracy"], metrics["test_accuracy"]
-    assert f"| test accuracy | {trained:.4f} | {served:.4f} | {served - trained:+.4f} |" in found
+    assert f"| test accuracy | {trained:.4f} | {served:.4f} | {served - trained:+.4f} |" in shown
     plain = {name: value for name, value in metrics.items() if not name.startswith("quantized")}
     assert "as trained" not in section(written(metrics=plain), "Results")
 
@@ -337,24 +339,24 @@ def test_results_show_intervals_classes_and_what_the_lexical_head_changed(writte
     }
     config = make_config()
     config.temperatures = [1.0, 2.0]
-    found = section(written(config=config, metrics=full), "Results")
-    assert "test accuracy 0.7100 – 0.7500; test macro F1 0.6000 – 0.7000" in found
+    printed = section(written(config=config, metrics=full), "Results")
+    assert "test accuracy 0.7100 – 0.7500; test macro F1 0.6000 – 0.7000" in printed
     shown = re.findall(
-        r"(?m)^\| kind &#60;(\d+)&#62; \| (\d+) \| 0.5000 \| 0.2500 \| 0.3333 \| 0.2000 – 0.4000 \|$", found
+        r"(?m)^\| kind &#60;(\d+)&#62; \| (\d+) \| 0.5000 \| 0.2500 \| 0.3333 \| 0.2000 – 0.4000 \|$", printed
     )
     assert shown == [(str(i), str(i)) for i in range(59, 9, -1)]
-    assert "and 10 less common ones" in found
-    assert f"are of the {sum(range(60)):,} test rows that are labelled with a leaf" in found
+    assert "and 10 less common ones" in printed
+    assert f"are of the {sum(range(60)):,} test rows that are labelled with a leaf" in printed
     rows[59]["f1_interval"] = None
     assert "| kind &#60;59&#62; | 59 | 0.5000 | 0.2500 | 0.3333 |  |" in section(written(metrics=full), "Results")
-    assert "a linear classifier over the words" in found
+    assert "a linear classifier over the words" in printed
     accuracy, trained = metrics["test_accuracy"], metrics["quantized_test_accuracy"]
-    assert f"| test accuracy | {accuracy - 0.01:.4f} | 0.4321 | {accuracy:.4f} |" in found
+    assert f"| test accuracy | {accuracy - 0.01:.4f} | 0.4321 | {accuracy:.4f} |" in printed
     # quantization is judged with the same heads on both sides
-    assert f"| test accuracy | {trained:.4f} | {accuracy - 0.01:.4f} | {accuracy - 0.01 - trained:+.4f} |" in found
-    assert "one temperature a decision" in found
+    assert f"| test accuracy | {trained:.4f} | {accuracy - 0.01:.4f} | {accuracy - 0.01 - trained:+.4f} |" in printed
+    assert "one temperature per decision" in printed
     none = section(written(config=config, metrics={**full, "lexical_weight": 0.0}), "Results")
-    assert "one temperature a decision" in none
+    assert "one temperature per decision" in none
     assert "linear classifier" not in none
     assert f"| test accuracy | {accuracy - 0.01:.4f} |" not in none
     assert re.search(r"(?m)^\| test log loss.*? \| [\d.]+ \| [\d.]+ \|$", none)
@@ -362,7 +364,7 @@ def test_results_show_intervals_classes_and_what_the_lexical_head_changed(writte
 
 def test_validation_scores_of_the_checkpoint_that_they_chose_are_said_to_flatter(written, metrics):
     sentence, chosen = (
-        "The validation rows also chose the checkpoint, so their scores are optimistic",
+        "The validation rows also selected the checkpoint, so their scores are optimistic",
         SETTINGS | {"load_best_model_at_end": True},
     )
     assert sentence in section(written(settings=chosen), "Results")
@@ -375,25 +377,25 @@ def test_validation_scores_of_the_checkpoint_that_they_chose_are_said_to_flatter
 def test_the_guarantee_is_worded_as_it_is_beside_the_measured_coverage(written, metrics):
     config = make_config()
     config.temperatures = [1.0, 2.0]
-    found = {**metrics, **{f"test_answer_{name}": value for name, value in
+    with_answers = {**metrics, **{f"test_answer_{name}": value for name, value in
              {"coverage": 0.8876, "leaves": 1.9, "nodes": 1.5, "single_leaf": 0.6}.items()}}  # fmt: skip
     for chosen in True, False:
         settings = SETTINGS | {"load_best_model_at_end": chosen}
-        text = " ".join(section(written(config, settings=settings, metrics=found), "Results").split())
+        text = " ".join(section(written(config, settings=settings, metrics=with_answers), "Results").split())
         assert "measured coverage is 88.8% of the test texts" in text
         assert "split conformal prediction" in text
-        assert ("up to the choice of the checkpoint on the same rows" in text) == chosen
+        assert ("up to the selection of the checkpoint on the same rows" in text) == chosen
 
 
 def test_the_training_section_shows_encoder_settings_and_size(written):
-    found = section(written(), "Training")
-    assert f"[{ENCODER}](https://huggingface.co/{ENCODER}) at revision `{COMMIT}`" in found.replace("&#95;", "_")
-    assert "665,862 of 23,231,238 parameters (2.9%)" in found
-    assert "Precision: bf16." in found
-    assert "| lora_target_modules | query, value |" in found
-    assert "| learning_rate | 0.0006 |" in found
-    assert "attn_implementation" not in found  # it was not set
-    assert "continued" not in found
+    shown = section(written(), "Training")
+    assert f"[{ENCODER}](https://huggingface.co/{ENCODER}) at revision `{COMMIT}`" in shown.replace("&#95;", "_")
+    assert "665,862 of 23,231,238 parameters (2.9%)" in shown
+    assert "Precision: bf16." in shown
+    assert "| lora_target_modules | query, value |" in shown
+    assert "| learning_rate | 0.0006 |" in shown
+    assert "attn_implementation" not in shown  # it was not set
+    assert "continued" not in shown
     assert "| train_precision | fp32 |" in section(written(settings=SETTINGS | {"train_precision": "fp32"}), "Training")
 
 
@@ -409,13 +411,13 @@ def test_only_plots_that_are_there_are_shown(written, tmp_path):
 def test_the_data_section_shows_rows_conflicts_lengths_and_classes(written):
     report = make_report(Taxonomy(DEFAULT_TAXONOMY))
     text = written(report=report)
-    found = section(text, "Data")
+    shown = section(text, "Data")
     ceiling = report["splits"]["train"]["accuracy_ceiling"]
-    assert f"| train | 6 | 0 | 1 | 1 | 2 | {ceiling:.2%} |" in found
-    assert "| test | 20 | 300 | 300 | 1 | 256 |" in found
-    assert "| neoplasms | 3 | 3 | 3 |" in found
-    assert "Classes without training rows: general pathological conditions." in found
-    assert "| train | train.csv | abababababab |" in found
+    assert f"| train | 6 | 0 | 1 | 1 | 2 | {ceiling:.2%} |" in shown
+    assert "| test | 20 | 300 | 300 | 1 | 256 |" in shown
+    assert "| neoplasms | 3 | 3 | 3 |" in shown
+    assert "Classes without training rows: general pathological conditions." in shown
+    assert "| train | train.csv | abababababab |" in shown
     assert "several labels (1 train, 1 validation, 1 test)" in section(text, "Limits and intended use")
     carved = report | {"split": {"method": "by class", "carved": {"test": 0.1}, "seed": 7}}
     assert "0.1 for test; seed 7" in section(written(report=carved), "Data")
@@ -431,9 +433,9 @@ def test_a_large_taxonomy_makes_no_large_card(written):
 
 
 def test_the_limits_are_stated(written, metrics):
-    found = section(written(), "Limits and intended use")
+    shown = section(written(), "Limits and intended use")
     for words in ("Not a medical device", "not for diagnosis", "one path", "256 tokens", f"{metrics['test_ece']:.3f}"):
-        assert words in found
+        assert words in shown
 
 
 def test_emissions_are_those_of_the_last_row_in_grams(written, tmp_path):
@@ -454,9 +456,9 @@ def test_emissions_are_those_of_the_last_row_in_grams(written, tmp_path):
 def test_a_resumed_run_says_of_which_part_time_and_emissions_are(written, metrics, tmp_path):
     write_emissions(tmp_path, EMISSIONS)
     text = written(metrics=metrics | {"resumed_from_step": 1200})
-    found = section(text, "Environmental impact")
-    assert "Training time from step 1,200 on, where it was resumed, evaluations included: 2 min 5 s." in found
-    assert "Emissions of training from step 1,200 on" in found
+    shown = section(text, "Environmental impact")
+    assert "Training time from step 1,200 on, where it was resumed, evaluations included: 2 min 5 s." in shown
+    assert "Emissions of training from step 1,200 on" in shown
     assert "co2_eq_emissions" not in text  # which the Hub reads as those of all training
 
 
@@ -469,22 +471,22 @@ def test_another_runs_or_unreadable_emissions_are_not_reported(written, tmp_path
 
 
 def test_the_environment_names_hardware_and_libraries_but_no_machine(written):
-    found = describe_environment("cpu")
-    assert {"python", "torch", "transformers", "peft", "bitsandbytes"} <= found["versions"].keys()
-    assert re.fullmatch(r".+, \d+ cores", found["hardware"])
-    assert socket.gethostname() not in json.dumps(found)
-    assert f"/{getpass.getuser()}" not in json.dumps(found)
-    text = written(environment=found)
-    assert f"transformers {found['versions']['transformers']}" in section(text, "Environmental impact")
+    environment = describe_environment("cpu")
+    assert {"python", "torch", "transformers", "peft", "bitsandbytes"} <= environment["versions"].keys()
+    assert re.fullmatch(r".+, \d+ cores", environment["hardware"])
+    assert socket.gethostname() not in json.dumps(environment)
+    assert f"/{getpass.getuser()}" not in json.dumps(environment)
+    text = written(environment=environment)
+    assert f"transformers {environment['versions']['transformers']}" in section(text, "Environmental impact")
 
 
 def test_the_citation_is_that_of_the_citation_file(written):
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    found = section(written(), "Citation")
-    assert f"title = {{{cited['title']}}}" in found
-    assert f"author = {{{' and '.join('{' + author['name'] + '}' for author in cited['authors'])}}}" in found
-    assert f"license = {{{cited['license']}}}" in found
-    assert ("year = " in found) == ("date-released" in cited)
+    shown = section(written(), "Citation")
+    assert f"title = {{{cited['title']}}}" in shown
+    assert f"author = {{{' and '.join('{' + author['name'] + '}' for author in cited['authors'])}}}" in shown
+    assert f"license = {{{cited['license']}}}" in shown
+    assert ("year = " in shown) == ("date-released" in cited)
 
 
 @pytest.mark.parametrize(

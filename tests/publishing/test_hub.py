@@ -268,7 +268,7 @@ def test_what_the_hub_would_refuse_is_one_line_before_anything_is_sent(
 
     good = {"--model": str(checkpoint), "--repo_id": "alice/new"}
     cases = [
-        ({"--model": str(tmp_path / "metadata")}, "hf_alice", "README.md, which is to be the model's card: "),
+        ({"--model": str(tmp_path / "metadata")}, "hf_alice", "README.md cannot be the model's card: "),
         ({"--model": str(tmp_path / "tags"), "--dry_run": None}, "hf_alice", '"tags" must be'),
         ({"--model": str(tmp_path / "latin")}, "hf_alice", "README.md is not UTF-8 text: save it as UTF-8"),
         ({"--model": str(shards)}, "hf_alice", "model-00001-of-00002.safetensors is missing"),
@@ -292,7 +292,7 @@ def test_what_the_hub_would_refuse_is_one_line_before_anything_is_sent(
         ({"--model": str(lacking)}, "hf_alice", "adapter/adapter_model.safetensors is missing"),
         ({"--model": tiny_encoder}, "hf_alice", "holds a 'bert' model, not a checkpoint of this project"),
         ({"--model": str(tmp_path)}, "hf_alice", "is not a checkpoint: it has no config.json"),
-        ({"--model": str(whole), "--merge": None}, "hf_alice", "is self-contained already"),
+        ({"--model": str(whole), "--merge": None}, "hf_alice", "is already self-contained"),
     ]
     words = [
         [word for pair in {**good, **change}.items() for word in pair if word is not None] for change, _, _ in cases
