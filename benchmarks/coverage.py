@@ -1,19 +1,21 @@
-"""What answers with a guarantee are worth: ``python benchmarks/coverage.py --model FOLDER --file LABELLED.csv``, with
-``--class_names labels.csv`` where labels are codes, as OHSUMED's are. Without ``--model`` it prints the tables of what was
-measured before.
+"""Compare prediction sets: ``python benchmarks/coverage.py --model FOLDER --file LABELLED.csv``.
 
-The first table compares ways to answer. The file, which the model must not have seen, is split into halves 100 times at random; one half calibrates, the other is
-answered. Peers:
+Add ``--class_names labels.csv`` if labels are codes, as in OHSUMED. Without ``--model``, the tables of earlier measurements are
+printed.
+
+The first table compares methods. The file, on which the model must not have been trained, is split into halves 100 times at
+random. One half calibrates, and the other half is predicted. Methods:
 
 - this project's answers (`pipeline_hierarchical.conformal_answer`);
 - flat conformal sets of leaves, LAC and APS, by MAPIE (``pip install mapie``), over the same leaf probabilities;
-- plain thresholding, without calibration rows: the deepest node of the most probable leaf's path whose probability is at
-  least the coverage asked, or all roots.
+- thresholding, without calibration: the deepest node on the path of the most probable leaf whose probability is at least the
+  requested coverage, or all roots.
 
-Coverage is the share of answers that hold the correct leaf; "leaves" how many they hold, "nodes" how many names are read.
+Coverage is the share of answers that contain the correct leaf. "leaves" is the mean number of leaves below an answer, and
+"nodes" the mean number of its nodes.
 
-The second table is of the recipes' runs in ``quality.py``, as a checkpoint is published: thresholds for 90 % come from the
-run's own validation rows, which are fewer and also chose the checkpoint. The coverage is that of the whole test file.
+The second table is for the recipes' runs of ``quality.py``, as a checkpoint is published. Thresholds for 90 % are fitted on the
+run's own validation rows, which are fewer and also selected the checkpoint. Coverage is measured on the whole test file.
 """
 
 import argparse
@@ -42,7 +44,7 @@ COVERAGES = (0.8, 0.9, 0.95)
 
 
 class Given(ClassifierMixin, BaseEstimator):
-    """A classifier whose probabilities are its input."""
+    """A classifier whose inputs are its probabilities."""
 
     def fit(self, probabilities: np.ndarray, labels: np.ndarray) -> "Given":
         self.classes_ = np.arange(probabilities.shape[1])
@@ -58,7 +60,7 @@ class Given(ClassifierMixin, BaseEstimator):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="with --file")
-    parser.add_argument("--file", type=Path, help="CSV with text and label, each text once")
+    parser.add_argument("--file", type=Path, help="CSV with columns text and label, without repeated texts")
     parser.add_argument("--class_names", type=Path, help="CSV whose label and name columns translate the labels")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "coverage.json")
     arguments = parser.parse_args()
@@ -71,7 +73,7 @@ def main() -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Measures this project's answers and its peers', and writes the output file."""
+    """Measure all methods, and write the output file."""
     classify = pipeline("hierarchical-text-classification", model=arguments.model, trust_remote_code=True)
     tree: Taxonomy = classify.tree
     nodes, labels = probabilities(classify, arguments.file, arguments.class_names)
@@ -105,7 +107,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def print_comparison(rows: list[dict]) -> None:
-    print("| asked | answers | held | leaves | nodes |\n| ---: | --- | ---: | ---: | ---: |")
+    print("| coverage | method | measured coverage | leaves | nodes |\n| ---: | --- | ---: | ---: | ---: |")
     for row in rows:
         print(
             f"| {row['coverage']:.0%} | {row['answers']} | {row['held']:.1%} ± {row['held_std']:.1%} "
@@ -114,10 +116,10 @@ def print_comparison(rows: list[dict]) -> None:
 
 
 def print_runs(runs: list[dict]) -> None:
-    """The coverage of each seed of the recipes, and the mean."""
+    """Print the coverage of each seed of the recipes, and the mean."""
     frame = pd.DataFrame(runs)
     recipes = frame[frame["model"] == "qlora"]
-    print("\n| recipe | asked | measured coverage, by seed | mean | leaves |\n| --- | ---: | ---: | ---: | ---: |")
+    print("\n| recipe | coverage | measured coverage, by seed | mean | leaves |\n| --- | ---: | ---: | ---: | ---: |")
     for task, found in recipes.groupby("task", sort=False):
         held = found["answer_coverage"]
         by_seed = ", ".join(f"{value:.1%}" for value in held)
@@ -125,7 +127,7 @@ def print_runs(runs: list[dict]) -> None:
 
 
 def probabilities(classify: Callable, file: Path, class_names: Path | None) -> tuple[np.ndarray, np.ndarray]:
-    """Node probabilities (documents, nodes) and leaf ids (documents,) of a labelled file."""
+    """Predict node probabilities (documents, nodes), and read leaf ids (documents,), of a labelled file."""
     with file.open(encoding="utf-8", newline="") as opened:
         rows = list(csv.DictReader(opened))
     names = {}
@@ -144,7 +146,7 @@ def probabilities(classify: Callable, file: Path, class_names: Path | None) -> t
 def flat_answers(
     known: np.ndarray, labels: np.ndarray, unknown: np.ndarray, coverage: float, score: str
 ) -> list[list[int]]:
-    """Sets of leaves by MAPIE's split conformal classifier."""
+    """Return the sets of leaves of MAPIE's split conformal classifier."""
     from mapie.classification import SplitConformalClassifier
 
     classifier = SplitConformalClassifier(
@@ -160,7 +162,7 @@ def thresholded(tree: Taxonomy, nodes: list[float], coverage: float) -> list[int
 
 
 def score(answers: list[list[int]], labels: np.ndarray, under: list[list[int]]) -> tuple[float, float, float]:
-    """Coverage, and the mean numbers of leaves held and of nodes named."""
+    """Return the coverage, and the mean numbers of leaves and of nodes."""
     held = [{leaf for node in answer for leaf in under[node]} for answer in answers]
     right = [label in leaves for label, leaves in zip(labels.tolist(), held, strict=True)]
     return float(np.mean(right)), float(np.mean(list(map(len, held)))), float(np.mean(list(map(len, answers))))

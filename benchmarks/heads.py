@@ -1,8 +1,8 @@
-"""What a taxonomy of a thousand nodes costs: ``python benchmarks/heads.py``.
+"""Measure the cost of a taxonomy of a thousand nodes: ``python benchmarks/heads.py``.
 
-The forward of the whole model, encoder included, at MiniLM's size (6 layers, 384 wide, random weights), on 16 texts of 256
-tokens, with 6 nodes and with 1,186. The two take turns, so that a slow moment of the machine hits both; the ratio is
-that of the medians.
+The forward pass of the whole model, encoder included, at MiniLM's size (6 layers, hidden size 384, random weights), on 16
+texts of 256 tokens, with 6 and with 1,186 nodes. The two models alternate, so that load on the machine affects both. The ratio
+is that of the medians.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""How much ``import modeling_hierarchical`` adds to ``import transformers``: ``python benchmarks/import_time.py``.
+"""Measure what ``import modeling_hierarchical`` adds to ``import transformers``: ``python benchmarks/import_time.py``.
 
-Fresh processes in turns, so that a busy machine weighs on both alike. What the model needs of transformers (torch, its model
-classes) is loaded on first use there, and counted on its own: a user of any model pays for it.
+Fresh processes alternate, so that load on the machine affects both. The parts of transformers that the model needs (torch, its
+model classes) are imported lazily by transformers. They are counted separately, because every model needs them.
 """
 
 import statistics

@@ -1,32 +1,20 @@
-"""Rows a second, latency, memory and agreement of inference on a CPU, beside peers over the same weights:
+"""Measure rate, latency, memory and agreement of inference on a CPU, beside peers with the same weights:
 
     pip install -r tests/requirements.txt -r tests/optional.txt
     python benchmarks/inference.py --encoder ENCODER [--texts ohsumed/test.csv] [--model CHECKPOINT]
 
-Peers: the stock ``pipeline("text-classification")`` in float32, 32 texts a batch, and in bfloat16; ONNX Runtime in float32 and
-with dynamic int8 weights, and torch.compile in bfloat16, these three over the same batches by length that this project's
-pipeline makes. Ours: ``pipeline("hierarchical-text-classification")`` in float32, bfloat16 and int8 (torchao). Peers take
-turns, round by round. "Share of the peak" sets useful FLOPs, those of tokens that are no padding, against the largest rate at
-which this machine multiplies 4,096 × 4,096 matrices of the type, measured in the same round.
+- Peers: the stock ``pipeline("text-classification")`` in float32, 32 texts a batch, and in bfloat16; ONNX Runtime in float32
+  and with dynamic int8 weights; torch.compile in bfloat16. ONNX Runtime and torch.compile use the batches by length of this
+  project's pipeline.
+- This project: ``pipeline("hierarchical-text-classification")`` in float32, bfloat16 and int8 (torchao).
 
-Each round has texts of its own, as a long file has: oneDNN compiles products for every new number of tokens, which costs more
-than the products, and would not show over texts that were there before.
+Peers alternate in every round. "Share of the peak" divides useful FLOPs, without padding, by the highest rate at which this
+machine multiplies 4,096 × 4,096 matrices of the type, measured in the same round.
 
-What a profile of the bfloat16 pipeline says, on one core, in per cent of the time. With AMX: SDPA 44, the linear layers with their
-GELU 42, layer norm 5, sums of residuals 4, all else 1 and less each; beside it, on the main thread, tokenizing and padding 4. With
-AVX-512 BF16 alone: the linear layers 71, matrix products of attention 11, softmax 11, layer norm 2, copies 1.5. Tried and
+Each round has new texts, as in a long file: oneDNN compiles products for every new number of tokens, which takes longer than
+the products themselves.
 
-- kept: few shapes (16 to 20 % of the whole over a thousand texts, with AMX, and 700 MB), attention by document instead of SDPA without
-  AMX (a tenth of the whole), keys and values padded to 32 (softmax over 479 columns took 1.5 times as long as over 480), a core
-  for each batch, oneDNN's packed weights and GELU inside the product (5 to 8 % of the whole without AMX; 2 to 5 % when it was measured
-  without `keep_memory`), SDPA with AMX (half the time of attention by document; the whole 1.2 times as fast);
-- dropped: SDPA over a packed batch, batches of 512 tokens (a sixth slower), of 1,024 (6 % slower), and of 4,096 and 8,192 (no faster
-  with AMX, 2 % without, but few texts then leave a core idle at the end), softmax without its maximum (attention 4 to 7 % faster
-  without AMX; with it, not faster than SDPA), keys and values as slices of the batch instead of padded copies (no faster beyond 100
-  tokens), SDPA document by document (with AMX: slower than by batch at lengths that are no multiple of 32), attention by document in
-  float32 (no faster than SDPA), int8 over bfloat16 layers (torchao without a compiler: 1.5 times as slow as over float32), int8 layers
-  by torch's own oneDNN operators (without AMX a product is 2.1 times as fast as in bfloat16, but by the times of its parts, quantizing
-  the input and scaling the output, operation by operation, take half to four fifths of what that saves).
+What was tried is in docs/experiments.md, "2026-11-25: Faster inference on CPUs"; profiles are in docs/speed.md.
 """
 
 import argparse
@@ -73,14 +61,16 @@ print(classify(sys.argv[2])["label"])
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", required=True)
-    parser.add_argument("--texts", type=Path, default=ROOT / "examples" / "corpus" / "test.csv", help="text, label")
-    parser.add_argument("--model", help="a trained checkpoint; by default one with random heads over the encoder")
+    parser.add_argument(
+        "--texts", type=Path, default=ROOT / "examples" / "corpus" / "test.csv", help="CSV with columns text and label"
+    )
+    parser.add_argument("--model", help="a trained checkpoint; by default random heads over the encoder")
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "inference.json")
     arguments = parser.parse_args()
-    keep_memory(*KEPT_MEMORY)  # as predict.py does, for all
+    keep_memory(*KEPT_MEMORY)  # for all peers, as in predict.py
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     csv.field_size_limit(2**24)
@@ -98,7 +88,7 @@ def main() -> None:
 
 
 def make_checkpoint(encoder: str, folder: Path, config: BertConfig | None = None) -> str:
-    """A self-contained checkpoint with random heads, and a random encoder where its configuration is given."""
+    """Write a self-contained checkpoint with random heads, and with a random encoder if its configuration is given."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     tokenizer.model_max_length = 512
@@ -134,7 +124,7 @@ def stock(model: str, dtype: str):
 
 
 class OverBatches:
-    """A function of a batch's tensors, over batches by length: (num_texts, num_leaves) probabilities."""
+    """Apply a function of a batch's tensors to batches by length. Returns probabilities (num_texts, num_leaves)."""
 
     def __init__(self, model: str, run: Callable[[dict[str, torch.Tensor]], torch.Tensor]):
         self.tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=True)
@@ -182,7 +172,7 @@ def compiled(model: str) -> OverBatches:
 
 
 def peers(model: str, scratch: Path) -> dict[str, tuple[str, Callable, Callable[[list[str]], torch.Tensor]]]:
-    """For each peer its type, what is timed, and its probabilities of the leaves (num_texts, num_leaves)."""
+    """For each peer, return its type, the function to time, and its leaf probabilities (num_texts, num_leaves)."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     names = ours(model, "fp32").tree.labels
@@ -230,14 +220,14 @@ def throughput(model: str, texts: list[str], arguments: argparse.Namespace, scra
 
 
 def base_size(model: str, texts: list[str], arguments: argparse.Namespace, scratch: Path) -> list[dict]:
-    """The same at the size of BERT base, with random weights."""
+    """Repeat the comparison at the size of BERT base, with random weights."""
     config = BertConfig(vocab_size=AutoConfig.from_pretrained(arguments.encoder).vocab_size)
     large = make_checkpoint(arguments.encoder, scratch / "base", config)
     return compare(large, texts, arguments.rows // 4, min(arguments.rounds, 3), scratch / "large")
 
 
 def compare(model: str, texts: list[str], count: int, rounds: int, scratch: Path) -> list[dict]:
-    """Each round has texts of its own, as a long file has: what is compiled for a length is not always there already."""
+    """Measure the rates of all peers. Each round has new texts, so that compiling for new lengths is included."""
     everyone = peers(model, scratch)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=True)
     config = AutoConfig.from_pretrained(model, trust_remote_code=True).text_config
@@ -248,7 +238,7 @@ def compare(model: str, texts: list[str], count: int, rounds: int, scratch: Path
     seconds: dict[str, list[float]] = {name: [] for name in everyone}
     peaks: dict[str, list[float]] = {dtype: [] for dtype in PEAK_TYPES}
     for _, call, _ in everyone.values():
-        call(first)  # which compiles, and fills caches
+        call(first)  # warm up: compile, and fill caches
     for some in others:
         for dtype in PEAK_TYPES:
             peaks[dtype].append(peak(dtype))
@@ -261,7 +251,7 @@ def compare(model: str, texts: list[str], count: int, rounds: int, scratch: Path
     for name, (dtype, _, probabilities) in everyone.items():
         found = probabilities(first)
         reference = found if reference is None else reference
-        found = found[:, : reference.shape[1]]  # ours has the inner nodes too, after the leaves
+        found = found[:, : reference.shape[1]]  # this project's outputs have inner nodes after the leaves
         speeds = [count / s for s in seconds[name]]
         rates = [f / s / p for f, s, p in zip(flops, seconds[name], peaks[dtype], strict=True)]
         rows.append(
@@ -289,13 +279,13 @@ def compare(model: str, texts: list[str], count: int, rounds: int, scratch: Path
 
 
 def useful_flops(config: BertConfig, tokens: int) -> float:
-    """Of the matrix products of a text: the linear layers, and attention over its own tokens."""
+    """Count the FLOPs of the matrix products of one text: linear layers, and attention over its own tokens."""
     h, f = config.hidden_size, config.intermediate_size
     return config.num_hidden_layers * (2 * tokens * (4 * h * h + 2 * h * f) + 4 * tokens * tokens * h)
 
 
 def peak(dtype: str) -> float:
-    """FLOP/s of a large matrix product, the best of five."""
+    """Measure the FLOP/s of a large matrix product, the best of five."""
     n = 4096
     if dtype == "int8":
         a, b = (torch.randint(-127, 127, (n, n), dtype=torch.int8) for _ in range(2))
@@ -312,7 +302,7 @@ def peak(dtype: str) -> float:
 
 
 def latency(model: str, texts: list[str], arguments: argparse.Namespace, scratch: Path) -> list[dict]:
-    """One text at a time, in turns, and the time from the start of a process to its first answer."""
+    """Measure the latency of one text at a time, peers alternating, and the time from process start to the first prediction."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     export_onnx(Path(model), scratch)
@@ -327,7 +317,7 @@ def latency(model: str, texts: list[str], arguments: argparse.Namespace, scratch
     for text in texts[:60]:
         for name, call in everyone.items():
             given = [text] if name.startswith("ONNX") else text
-            time.sleep(0.1)  # ONNX Runtime's threads wait in a loop for some time, and would slow whoever comes next
+            time.sleep(0.1)  # the threads of ONNX Runtime spin for some time, and would slow down the next peer
             begun = time.perf_counter()
             call(given, **flags.get(name, {}))
             seconds[name].append(time.perf_counter() - begun)
@@ -348,7 +338,7 @@ def latency(model: str, texts: list[str], arguments: argparse.Namespace, scratch
 
 
 def scale(model: str, texts: list[str], arguments: argparse.Namespace, scratch: Path) -> list[dict]:
-    """predict.py over 1, 10 and 100 times as many rows: time, and peak memory of its process."""
+    """Measure time and peak memory of predict.py over 1, 10 and 100 times as many rows."""
     rows = []
     for times in (1, 10, 100):
         count = times * arguments.rows // 4
@@ -372,13 +362,13 @@ def scale(model: str, texts: list[str], arguments: argparse.Namespace, scratch: 
 
 
 def peak_memory(process: int) -> int:
-    """In kB, of a process on Linux; 0 at its end. What `wait4` tells would be this process's own, where that is more."""
+    """Return the peak memory of a Linux process in kB; 0 after its end. `wait4` would include this process's own peak."""
     found = re.search(r"^VmHWM:\s+(\d+)", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
     return int(found[1]) if found else 0
 
 
 def accuracy(model: str, texts: list[str], arguments: argparse.Namespace, scratch: Path) -> list[dict]:
-    """On the labels of the file of texts, of a trained checkpoint in each type."""
+    """Measure the accuracy of a trained checkpoint in each type, on the labels of the file of texts."""
     if arguments.model is None:
         return [{"accuracy": "needs --model"}]
     with arguments.texts.open(encoding="utf-8", newline="") as file:

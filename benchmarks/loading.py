@@ -1,9 +1,9 @@
-"""What it takes to load a checkpoint: ``python benchmarks/loading.py``.
+"""Measure the time to load a checkpoint: ``python benchmarks/loading.py``.
 
-`AutoModel.from_pretrained` of the adapter form against that of its bare encoder, at the size of BERT base (110 M random
-weights), from a warm disk cache. First load: in a process of its own, which has imported torch and transformers and
-nothing else; this is what a user waits for. Load again: the second one in such a process. Rounds take turns, so that a
-slow moment of the machine hits all; the ratios are those of the medians.
+`AutoModel.from_pretrained` of the adapter form is compared with that of its bare encoder, at the size of BERT base (110 M
+random weights), from a warm disk cache. "First load" is in a fresh process that has imported only torch and transformers: the
+time that a user waits. "Load again" is the second load in that process. All variants alternate, so that load on the machine
+affects each. Ratios are those of the medians.
 """
 
 import json
@@ -42,7 +42,7 @@ print(json.dumps(seconds))
 
 
 def make(folder: Path) -> dict[str, tuple[Path, dict]]:
-    """An encoder and a checkpoint over it: what to load, and with which arguments."""
+    """Write an encoder and a checkpoint over it. Return what to load, and the arguments."""
     encoder, checkpoint = folder / "encoder", folder / "checkpoint"
     BertModel(BertConfig(), add_pooling_layer=False).save_pretrained(encoder)
     config = HierarchicalConfig(text_config=BertConfig(), encoder_name_or_path=str(encoder))

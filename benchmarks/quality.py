@@ -1,28 +1,29 @@
-"""Accuracy of the recipes beside peers, all trained here:
+"""Measure the accuracy of the recipes beside peers, all trained here:
 
     pip install setfit hiclass
     python benchmarks/quality.py --data FOLDER --encoder ENCODER [--task ohsumed --model flat-lora --seed 1 …]
 
 FOLDER holds ``ohsumed/{train,test,labels}.csv`` and ``medical_abstracts/{train,validation,test}.csv``. Models:
 
-- tfidf-svm: a linear SVM over TF-IDF of words and pairs of words, by scikit-learn;
+- tfidf-svm: a linear SVM over TF-IDF of words and word pairs, by scikit-learn;
 - hiclass-tfidf: the same for each parent of the taxonomy, by HiClass;
 - hiclass-embeddings: logistic regression over the frozen encoder's mean vectors for each parent, by HiClass;
-- setfit: the encoder fine-tuned on pairs of texts, then logistic regression, by SetFit, for `SETFIT_STEPS` steps of 16
-  pairs, texts cut at the 256 tokens that this encoder was published with, in bfloat16 where train.py would use it;
-- flat-full, flat-lora: every weight, or an adapter of rank 16 over an encoder in full precision, under one softmax over the
-  leaves, with cross-entropy over whole texts;
-- lora, qlora: the recipe, over an encoder in full precision and as it is, in 4 bits;
-- qlora-rank-16: with an adapter of that rank;
-- lora-whole, qlora-whole, qlora-halves: the same, trained on whole texts or on halves that must agree where the recipe is not.
+- setfit: the encoder fine-tuned on pairs of texts, then logistic regression, by SetFit: `SETFIT_STEPS` steps of 16 pairs,
+  texts truncated at the 256 tokens with which this encoder was published, bfloat16 where train.py would use it;
+- flat-full, flat-lora: every weight, or a rank-16 adapter over a full-precision encoder, under one softmax over the leaves, with
+  cross-entropy over whole texts;
+- lora, qlora: the recipe over a full-precision encoder, and the recipe itself, over a 4-bit encoder;
+- qlora-rank-16: the recipe with a rank-16 adapter;
+- lora-whole, qlora-whole, qlora-halves: lora or qlora trained on whole texts, or on halves with consistency, if the recipe
+  does the opposite.
 
-The flat peers are trained by ``train.py`` with the recipe's epochs, text length, label smoothing and early stopping, and temperatures from
-the validation rows; every weight at a learning rate of `FULL_LEARNING_RATE`. All models are
-given the same training rows, and those that need them the same validation rows.
+The flat peers are trained by ``train.py`` with the recipe's epochs, text length, label smoothing and early stopping, and with
+temperatures from the validation rows. The learning rate of flat-full is `FULL_LEARNING_RATE`. All models get the same training
+rows, and the same validation rows if they need any.
 
-A finished run stays in the output file and is not repeated without ``--fresh``: a benchmark that was broken off continues,
-on another machine too. All scores are of the test file, by one function, from each model's predicted leaf; log loss and
-calibration errors are the checkpoint's own. Intervals are bootstrap intervals over the test rows.
+Finished runs stay in the output file, and are repeated only with ``--fresh``. So an interrupted benchmark continues, also on
+another machine. All scores are for the test file, by one function, from each model's predicted leaf; log loss and calibration
+errors are those that the checkpoint's run measured. Intervals are bootstrap intervals over the test rows.
 """
 
 import argparse
@@ -62,7 +63,7 @@ FULL_LEARNING_RATE = 1e-4
 TFIDF: dict[str, Any] = {"ngram_range": (1, 2), "sublinear_tf": True, "min_df": 2}
 WHOLE = ("--consistency", "0")
 PLAIN = ("--lexical_head", "false", *WHOLE)
-TRAINED = {  # by train.py, with these flags after the recipe
+TRAINED = {  # trained by train.py, with these flags after the recipe
     "flat-full": ("--tuning", "full", "--learning_rate", str(FULL_LEARNING_RATE), *PLAIN),
     "flat-lora": ("--quantization", "none", "--lora_r", "16", "--lora_alpha", "32", *PLAIN),
     "lora-whole": ("--quantization", "none", *WHOLE),
@@ -82,7 +83,7 @@ SHOWN = {
     "level_1_ece": "level-1 ECE",
 }
 PARTS = ("accuracy", "macro_f1", "level_1_accuracy", "log_loss", "ece")
-OWN = (  # of the metrics of a checkpoint
+OWN = (  # from the metrics of a checkpoint
     *("test_log_loss", "test_ece", "test_level_1_ece", "test_ece_by_chance", "test_level_1_ece_by_chance"),
     *("test_any_label_accuracy", "test_answer_coverage", "test_answer_leaves", "lexical_weight"),
     *(f"{step}_test_{name}" for step in ("uncalibrated", "without_lexical_head") for name in PARTS),
@@ -95,8 +96,8 @@ class Task:
     """The rows, the taxonomy and the names of a task.
 
     Attributes:
-        files: of the splits, and of the labels where they are in a file.
-        rows: for each split, (texts, leaves), validation rows carved out of the training file where they have none.
+        files: of the splits, and of the labels if they are in a file.
+        rows: (texts, leaves) of each split; without a validation file, validation rows are split off the training file.
     """
 
     def __init__(self, name: str, folder: Path, seed: int):
@@ -110,11 +111,11 @@ class Task:
             self.labels, self.tree = None, Taxonomy(DEFAULT_TAXONOMY)
 
     def repeats(self, model: str) -> bool:
-        """Whether a model differs from the recipe only by training on what the recipe trains on."""
+        """Return whether a model is trained on what the recipe is trained on anyway."""
         return model.endswith("-halves" if self.recipe.get("consistency") else "-whole")
 
     def flags(self, runs: Path, flat: bool) -> list[str]:
-        """What tells ``train.py`` of the data."""
+        """Return the flags of ``train.py`` for the data."""
         taxonomy = runs / f"{self.name}-{'flat' if flat else 'tree'}.json"
         leaves = self.tree.labels[: self.tree.num_leaves]
         taxonomy.write_text(json.dumps(leaves if flat else self.tree.to_nested()), encoding="utf-8")
@@ -122,7 +123,7 @@ class Task:
         return [*words, "--taxonomy", str(taxonomy), *(["--class_names", str(self.labels)] if self.labels else [])]
 
     def rows(self, split: str) -> tuple[list[str], np.ndarray]:
-        """Texts and leaf ids of a split, the same rows that ``train.py`` is given."""
+        """Return texts and leaf ids of a split, the same rows as in ``train.py``."""
         classes = self.recipe.get("class_names", {})
         names = str(self.labels) if self.labels else json.dumps({str(k): v for k, v in classes.items()})
         files = {f"{name}_file": str(file) for name, file in self.files.items()}
@@ -134,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--encoder", required=True)
-    parser.add_argument("--encoder_name", help="what the results call the encoder, where it is a folder")
+    parser.add_argument("--encoder_name", help="name of the encoder in the results, if it is a folder")
     parser.add_argument("--task", choices=TASKS, nargs="+", default=TASKS)
     parser.add_argument("--model", choices=(*MODELS, *TRAINED), nargs="+", default=(*MODELS, *TRAINED))
     parser.add_argument("--seed", type=int, nargs="+", default=[1, 2, 3])
@@ -167,7 +168,7 @@ def read(output: Path) -> list[dict]:
 
 
 def keep(arguments: argparse.Namespace, run: dict) -> None:
-    """Adds a run to the output file, in the place of an earlier one of the same task, model and seed."""
+    """Add a run to the output file, replacing an earlier run of the same task, model and seed."""
     order = [*MODELS, *TRAINED]
 
     def place(other: dict) -> tuple[int, int, int]:
@@ -179,11 +180,11 @@ def keep(arguments: argparse.Namespace, run: dict) -> None:
     arguments.output.write_text(json.dumps({"encoder": encoder, "results": results}, indent=2) + "\n", encoding="utf-8")
 
 
-# ── peers; each gives the leaf ids and the answers of the test rows ─────────────────────────────────────────────────
+# ── Peers: each returns leaf ids and answers of the test rows ───────────────────────────────────────────────────────
 
 
 def vectors(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """TF-IDF of the training rows, their labels, and the same of the test rows."""
+    """Return TF-IDF of the training rows, their labels, and TF-IDF of the test rows."""
     texts, labels = task.rows("train")
     tfidf = TfidfVectorizer(**TFIDF)
     known = tfidf.fit_transform(texts)
@@ -214,7 +215,7 @@ def hiclass_embeddings(task: Task, encoder: str) -> tuple[np.ndarray, np.ndarray
 def hiclass(
     tree: Taxonomy, classifier: ClassifierMixin, known: np.ndarray, labels: np.ndarray, others: np.ndarray
 ) -> np.ndarray:
-    """Leaf ids by a local classifier for each parent, from the root down."""
+    """Return leaf ids from a local classifier for each parent, from the root down."""
     from hiclass import LocalClassifierPerParentNode
 
     def padded(leaf: int) -> list[str]:
@@ -232,7 +233,7 @@ def setfit(task: Task, encoder: str) -> tuple[np.ndarray, np.ndarray]:
 
     (texts, labels), (others, unseen) = task.rows("train"), task.rows("test")
     if has_bf16(cpu=not torch.cuda.is_available()):
-        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # SetFit's own flag knows float16 alone
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # SetFit's own flag supports only float16
     model = SetFitModel.from_pretrained(encoder)
     trainer = Trainer(
         model=model,
@@ -264,9 +265,9 @@ MODELS: dict[str, Callable[[Task, str], tuple[np.ndarray, np.ndarray]]] = {
 def train(
     task: Task, model: str, arguments: argparse.Namespace
 ) -> tuple[tuple[np.ndarray, np.ndarray], dict[str, float]]:
-    """Leaf ids and answers of the test rows by ``train.py``, and what it measured itself."""
+    """Train by ``train.py``. Return leaf ids and answers of the test rows, and the scores that the run measured."""
     folder = arguments.runs / f"{task.name}-{model}-{task.seed}"
-    if arguments.fresh:  # a finished run would go on from its end
+    if arguments.fresh:  # train.py would resume a finished run
         shutil.rmtree(folder, ignore_errors=True)
     words = [str(ROOT / "recipes" / f"{task.name}.yaml"), "--model_name_or_path", arguments.encoder]
     words += [*task.flags(arguments.runs, flat=model.startswith("flat")), *TRAINED[model]]
@@ -278,13 +279,13 @@ def train(
     labels, answers = (np.array([task.tree.id(row[name]) for row in rows]) for name in ("label", "prediction"))
     commit = metrics["environment"]["commit"]
     own = {name.removeprefix("test_"): metrics[name] for name in OWN if name in metrics}
-    if model.startswith("flat"):  # whose level 1 is the leaves
+    if model.startswith("flat"):  # its level 1 consists of leaves
         own = {name: value for name, value in own.items() if "level_1" not in name}
     return (labels, answers), {**own, "commit": commit}
 
 
 def measure(labels: np.ndarray, answers: np.ndarray, tree: Taxonomy) -> dict[str, float | list[float]]:
-    """The scores that depend on the predicted leaf alone."""
+    """Compute the scores that depend only on the predicted leaf."""
     certain = np.full((len(labels), tree.num_leaves), -100.0)
     certain[np.arange(len(labels)), answers] = 0
     scores = build_compute_metrics(tree)(EvalPrediction(predictions=certain, label_ids=labels))
@@ -296,7 +297,7 @@ def measure(labels: np.ndarray, answers: np.ndarray, tree: Taxonomy) -> dict[str
 
 
 def print_table(results: list[dict]) -> None:
-    """Means over seeds, and the standard deviation where there are several."""
+    """Print means over seeds, with the standard deviation if there are several."""
     frame = pd.DataFrame(results).reindex(columns=["task", "model", "seed", *SHOWN, "accuracy_interval"])
     print("\n| task | model | seeds | 95 % of accuracy | " + " | ".join(SHOWN.values()) + " |")
     print("| --- | --- | ---: | --- |" + " ---: |" * len(SHOWN))
@@ -307,14 +308,14 @@ def print_table(results: list[dict]) -> None:
 
 
 def print_ablation(results: list[dict]) -> None:
-    """The encoder alone, uncalibrated and calibrated, beside the whole; trained as the recipe is, and otherwise."""
+    """Print the scores of the encoder alone, with calibration, and with the lexical head."""
     parts = {
         "encoder alone": "uncalibrated_test_",
         "with temperatures": "without_lexical_head_test_",
         "with lexical head and temperatures": "",
     }
     frame = pd.DataFrame(results)
-    # runs of before a score was measured lack its column
+    # older runs lack newer scores
     shown = [prefix + name for prefix in parts.values() for name in PARTS]
     frame = frame.reindex(columns=frame.columns.union(shown, sort=False))
     print("\n| task | model | seeds | | " + " | ".join(SHOWN[name] for name in PARTS) + " |")

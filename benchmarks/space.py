@@ -1,10 +1,10 @@
-"""How the Space holds up: ``python benchmarks/space.py load --model results/quickstart`` and two more.
+"""Measure the Space: ``python benchmarks/space.py load --model results/quickstart``, or ``speed`` or ``blank``.
 
-``load``    64 clients at once, from processes of their own, until 2,000 texts were asked for: what each was told, how long it
-            took, and the memory of the server as it went on.
-``speed``   seconds for a text of 300 words, and for its explanation.
-``blank``   against which blank text words are best explained: how much probability goes when the six words that weigh most are
-            masked, and how far the integral is off.
+``load``    64 concurrent clients, in separate processes, send 2,000 texts: outcome and latency of each request, and the memory
+            of the server over time.
+``speed``   seconds to classify a text of 300 words, and to explain its prediction.
+``blank``   compare baselines of the explanations: the loss of probability when the six words with the largest weights are masked,
+            and the convergence error.
 """
 
 import argparse
@@ -35,7 +35,7 @@ CLIENTS, REQUESTS, EVERY = 64, 2_000, 250
 
 
 def texts(words: int | None = None) -> list[str]:
-    """Texts of the synthetic corpus; with ``words``, put together until they are so long."""
+    """Return texts of the synthetic corpus; with ``words``, joined until they have that many words."""
     with (ROOT / "examples" / "corpus" / "test.csv").open(encoding="utf-8", newline="") as file:
         found = [row["text"] for row in csv.DictReader(file)]
     if words is None:
@@ -44,7 +44,7 @@ def texts(words: int | None = None) -> list[str]:
 
 
 def ask(address: str, clients: int, requests: int) -> list[tuple[str, float]]:
-    """What several clients of one process were told, and how long it took."""
+    """Send the requests of several clients of one process. Return outcomes and latencies."""
     some = texts()
 
     def one(number: int) -> list[tuple[str, float]]:
@@ -55,7 +55,7 @@ def ask(address: str, clients: int, requests: int) -> list[tuple[str, float]]:
             try:
                 found = client.predict(some[(7 * number + i) % len(some)], api_name="/classify")
                 outcome = "answer" if abs(sum(found["levels"][0].values()) - 1) < 1e-3 else "wrong"
-            except Exception as error:  # whatever it is, it is counted by its name
+            except Exception as error:  # errors of any type are counted by their names
                 said = str(error).lower()
                 outcome = "busy" if "busy" in said or "queue" in said else f"{type(error).__name__}: {error}"
             told.append((outcome, time.perf_counter() - since))
@@ -68,7 +68,7 @@ def ask(address: str, clients: int, requests: int) -> list[tuple[str, float]]:
 def measure_load(model: str) -> dict:
     print(f"{CLIENTS} clients in two processes; memory after each round of {EVERY} requests")
     with tempfile.TemporaryDirectory() as folder, SpaceServer(model, Path(folder)) as server:
-        ask(server.address, 4, 5)  # what is loaded once is loaded
+        ask(server.address, 4, 5)  # warm up
         told, memory = [], [server.memory()]
         with ProcessPoolExecutor(2) as processes:
             for _ in range(REQUESTS // EVERY):
@@ -155,7 +155,7 @@ def measure_blank(model: str) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="How the Space holds up.")
+    parser = argparse.ArgumentParser(description="Measure the Space.")
     parser.add_argument("what", choices=["load", "speed", "blank"])
     parser.add_argument("--model", default="results/quickstart")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "space.json")

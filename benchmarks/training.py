@@ -1,25 +1,24 @@
-"""Speed and memory of training beside peers: ``python benchmarks/training.py --encoder FOLDER [--parts speed …]``.
+"""Measure speed and memory of training beside peers: ``python benchmarks/training.py --encoder FOLDER [--parts speed …]``.
 
-Speed: documents a second over a sample of a training file that has the file's distribution of lengths. Every measurement is
-a process of its own that trains the sample once to warm up and once for the clock; rounds take turns, so that a slow
-moment of the machine hits all, and what counts are ratios of medians. The peers, all with AdamW and 23 classes:
+Speed: documents a second over a sample of a training file with the file's distribution of lengths. Every measurement is a
+fresh process that trains the sample once to warm up and once for the clock. Peers alternate in every round, so that load on the
+machine affects all; compare ratios of medians. The peers, all with AdamW and 23 classes:
 
-- run_classification: what transformers' example script of that name does. Every weight is trained, in float32, with the
-  encoder's dropout, in random order, padded to the longest of the batch.
-- hand-written loop: as tutorials have it. float32, padded to a fixed 256, gradient checkpointing, the lower 80 % of the
-  encoder's layers frozen, rounded down, and its embeddings, dropout.
-- plain bf16 LoRA: what a careful user writes. PEFT over the unquantized encoder, bfloat16 autocast, no dropout, sorted by
+- run_classification: the transformers example script of that name. Every weight is trained, in float32, with the encoder's
+  dropout, in random order, padded to the longest text of the batch.
+- hand-written loop: as in tutorials. float32, padded to 256, gradient checkpointing, embeddings and the lower 80 % of the
+  layers frozen (rounded down), dropout.
+- plain bf16 LoRA: as a careful user writes it. PEFT over the unquantized encoder, bfloat16 autocast, no dropout, sorted by
   length, torch's SDPA.
-- LoRA, QLoRA: this project's trainer with its default settings, the encoder unquantized or in 4 bits.
+- LoRA, QLoRA: this project's trainer with its default settings, over an unquantized or a 4-bit encoder.
 
-FLOPs are the useful ones: of tokens that are no padding, forward and the gradients that training needs, no recomputation.
-They are set against the machine's peak, the best of a few large bfloat16 matrix products in the same run.
+FLOPs are useful FLOPs: without padding, for the forward pass and the gradients that training needs, without recomputation. They
+are divided by the machine's peak, the best of a few large bfloat16 matrix products in the same run.
 
-Profile: the five largest costs of a step, of the plain bf16 LoRA, which is what this project's step was before its fast
-path (`training.cpu`), and of QLoRA.
+Profile: the five largest costs of a step of plain bf16 LoRA, which this project used before `training.cpu`, and of QLoRA.
 
-Memory: peak resident memory of the process (on a GPU, the peak of what torch allocated) over two steps at the size of BERT
-base, random weights, batches without padding.
+Memory: peak resident memory of the process (on a GPU, the peak that torch allocated) over two steps at the size of BERT base,
+with random weights and batches without padding.
 """
 
 import argparse
@@ -76,7 +75,7 @@ def main() -> None:
 
 
 def machine() -> str:
-    """What was measured on."""
+    """Describe the machine."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     name = platform.processor()
@@ -87,7 +86,7 @@ def machine() -> str:
 
 
 def run(**task: object) -> dict:
-    """One measurement, in a process of its own."""
+    """Run one measurement in a fresh process."""
     line = [sys.executable, __file__, "--encoder", "", "--worker", json.dumps(task)]
     done = subprocess.run(line, capture_output=True, text=True)
     if done.returncode != 0:
@@ -103,7 +102,7 @@ def measure_speed(arguments: argparse.Namespace, _: Path) -> list[dict]:
                 done = run(
                     contender=name, encoder=arguments.encoder, length=length,
                     train_file=str(arguments.train_file),
-                    documents=arguments.documents // (4 if name == contenders[0] else 1),  # the first are slow
+                    documents=arguments.documents // (4 if name == contenders[0] else 1),  # the first steps are slow
                 )  # fmt: skip
                 runs.setdefault((length, name), []).append(done)
                 print(f"round {turn + 1}, {length} tokens, {name}: {done['documents_per_second']:.2f}/s", flush=True)
@@ -183,7 +182,7 @@ def work(
     gradient_checkpointing: bool = False,
     profiled: bool = False,
 ) -> dict:
-    """Trains a sample and tells its speed, its useful FLOP/s, the machine's peak, and the peak memory."""
+    """Train a sample. Return its speed, its useful FLOP/s, the machine's peak, and the peak memory."""
     from transformers import AutoTokenizer
 
     torch.manual_seed(0)
@@ -224,7 +223,7 @@ def work(
 
 
 def largest_costs(train: Callable[[], None], count: int = 5) -> dict[str, float]:
-    """The operators that take most time of their own, and their shares of the whole."""
+    """Return the operators with the largest self time, and their shares of the total."""
     from torch.profiler import profile
 
     with profile() as profiled:
@@ -240,7 +239,7 @@ def synchronize() -> None:
 
 
 def matmul_peak() -> float:
-    """FLOP/s of large bfloat16 matrix products."""
+    """Measure the FLOP/s of large bfloat16 matrix products."""
     device, size = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 2048)
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     best = 0.0
@@ -253,7 +252,7 @@ def matmul_peak() -> float:
 
 
 def useful_flops(encoder: str, tokens: int, contender: str) -> float:
-    """Multiply-adds, counted as two, to train one document of a BERT-like encoder."""
+    """Count the FLOPs (two for each multiply-add) to train on one document with a BERT-like encoder."""
     config = json.loads((Path(encoder) / "config.json").read_text())
     hidden, inner, layers = (config[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     linear = 2 * tokens * (4 * hidden * hidden + 2 * hidden * inner)
@@ -261,7 +260,7 @@ def useful_flops(encoder: str, tokens: int, contender: str) -> float:
     adapter = 2 * tokens * 16 * (10 * hidden + 2 * inner)  # rank 16, inputs and outputs of six layers
     if contender in ("run_classification", "full fine-tuning"):
         return layers * 3 * (linear + attention)
-    if contender == "hand-written loop":  # gradients in the upper fifth alone
+    if contender == "hand-written loop":  # gradients only in the upper fifth
         trained = layers - int(0.8 * layers)
         return layers * (linear + attention) + trained * 2 * (linear + attention)
     return layers * (2 * linear + 3 * attention + 3 * adapter)
@@ -277,7 +276,7 @@ def ours(
     batch: int,
     gradient_checkpointing: bool,
 ) -> Callable[[], None]:
-    """This project's trainer, with its defaults."""
+    """Train with this project's trainer and its defaults."""
     from datasets import Dataset
     from transformers import DataCollatorWithPadding
 
@@ -308,7 +307,7 @@ def ours(
 
 
 def run_classification(encoder: str, tokenizer: object, ids: list[list[int]], labels: list[int]) -> Callable[[], None]:
-    """The stock Trainer over the stock classifier."""
+    """Train with the stock Trainer and the stock classifier."""
     from datasets import Dataset
     from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
@@ -323,7 +322,7 @@ def run_classification(encoder: str, tokenizer: object, ids: list[list[int]], la
 
 
 def loop(model: torch.nn.Module, batches: list[dict], autocast: bool) -> Callable[[], None]:
-    """A plain training loop over given batches."""
+    """Run a plain training loop over given batches."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
@@ -342,7 +341,7 @@ def loop(model: torch.nn.Module, batches: list[dict], autocast: bool) -> Callabl
 def padded(
     tokenizer: object, ids: list[list[int]], labels: list[int], **padding: object
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches of rows as they come."""
+    """Yield batches of rows in their order."""
     for start in range(0, len(ids), BATCH):
         batch = tokenizer.pad({"input_ids": ids[start : start + BATCH]}, return_tensors="pt", **padding)
         yield {**batch, "labels": torch.tensor(labels[start : start + BATCH])}

@@ -1,6 +1,6 @@
-"""Prints the path of each text of a .csv file through a checkpoint's taxonomy: ``classify.py CHECKPOINT FILE.csv``.
+"""Print the predicted path of each text in a CSV file: ``classify.py CHECKPOINT FILE.csv``.
 
-It loads the checkpoint as any user of transformers would, and knows nothing else of this repository.
+The checkpoint is loaded through transformers alone. Nothing else of this repository is imported.
 """
 
 import csv

@@ -1,1 +1,1 @@
-"""One reader of files for every door. It imports nothing of this repository, and is copied beside the Space."""
+"""One reader of files for all commands and the Space. It imports nothing of this repository and is published with the Space."""

@@ -2,9 +2,9 @@
 
 Worth knowing:
 
-1. A name that the caller gives must be a column's name exactly.
-2. Else the first candidate decides that a column has as its name, whatever the case and the white space around it.
-3. The first row of a file without a header stands where names should. What does not look like a name is not shown.
+1. A name that the caller gives must match a column's name exactly.
+2. Without one, the first candidate that matches a column wins. Case and surrounding white space are ignored.
+3. In a file without a header, a text stands in place of a name. Messages hide whatever does not look like a name.
 """
 
 import math
@@ -16,51 +16,51 @@ from .rows import InputError, looks_like_name, quote_name
 
 TEXT_COLUMNS = ("medical_abstract", "abstract", "text", "sentence", "content", "document", "body")
 LABEL_COLUMNS = ("condition_label", "label", "labels", "category", "class", "condition_name")
-LEAST_SHARE = 0.5  # of the rows, that must have a column for it to be found by its name
-SAMPLE = 100  # rows by which the column with most characters is found
+LEAST_SHARE = 0.5  # of the rows must have a column, or its name is not matched
+SAMPLE = 100  # rows in which `longest_column` counts characters
 
 
-def find_column(columns: Mapping[str, float], asked: str | None, candidates: Sequence[str]) -> str | None:
-    """Return the column that was asked for, or else the first candidate that there is; None if there is none.
+def find_column(columns: Mapping[str, float], requested: str | None, candidates: Sequence[str]) -> str | None:
+    """Return the requested column, or the first candidate that is present, or None.
 
     Args:
-        columns: as `Rows.columns`.
+        columns: see `Rows.columns`.
         candidates: in lower case.
     """
-    if asked is not None:
-        return asked if asked in columns else None
-    usual = [column for column, share in columns.items() if share >= LEAST_SHARE]
-    known = {column.strip().casefold(): column for column in reversed(usual)} | {column: column for column in usual}
-    return next((known[name] for name in candidates if name in known), None)
+    if requested is not None:
+        return requested if requested in columns else None
+    common = [column for column, share in columns.items() if share >= LEAST_SHARE]
+    by_name = {column.strip().casefold(): column for column in reversed(common)} | {column: column for column in common}
+    return next((by_name[name] for name in candidates if name in by_name), None)
 
 
 def choose_columns(
-    sources: Mapping[str, Mapping[str, float]], asked: str | None, candidates: Sequence[str], flag: str
+    sources: Mapping[str, Mapping[str, float]], requested: str | None, candidates: Sequence[str], flag: str
 ) -> list[str]:
-    """Return a column of each source: the one that was asked for, or the first candidate that all of them have.
+    """Return one column for each source: the requested one, or the first candidate that all sources have.
 
     Args:
-        sources: `Rows.columns`, by the source's name in messages.
-        flag: that names the column, for messages.
+        sources: `Rows.columns` by source name.
+        flag: the flag that names the column, for messages.
 
     Raises:
-        InputError: no such column.
+        InputError: a source lacks the column.
     """
     for name, columns in sources.items():
         if not columns:
             raise InputError(f"{name} has no columns")
-        if find_column(columns, asked, candidates) is None:
-            if asked is not None:
-                raise InputError(f"{name} has no column {quote_name(asked)} ({flag}); it has {listed(columns)}")
+        if find_column(columns, requested, candidates) is None:
+            if requested is not None:
+                raise InputError(f"{name} has no column {quote_name(requested)} ({flag}); it has {listed(columns)}")
             raise InputError(
                 f"{name}: no column is called {', '.join(candidates)}; give {flag}, one of {listed(columns)}"
             )
-    if asked is not None:
-        return [asked] * len(sources)
+    if requested is not None:
+        return [requested] * len(sources)
     for candidate in candidates:
-        found = [find_column(columns, None, (candidate,)) for columns in sources.values()]
-        if None not in found:
-            return [column for column in found if column is not None]
+        matches = [find_column(columns, None, (candidate,)) for columns in sources.values()]
+        if None not in matches:
+            return [column for column in matches if column is not None]
     raise InputError(f"{', '.join(sources)} have no column in common for {flag}: rename it in one of them")
 
 
@@ -68,8 +68,8 @@ def longest_column(columns: Iterable[str], sample: Iterable[Mapping[str, Any]]) 
     """Return the column with the most characters of text in the first rows, or None if none has any.
 
     Args:
-        columns: as `Rows.texts`.
-        sample: `Row.values`; the first 100 count.
+        columns: see `Rows.texts`.
+        sample: `Row.values` of each row; only the first 100 are read.
     """
     counts = dict.fromkeys(columns, 0)
     for values in islice(sample, SAMPLE):
@@ -81,7 +81,7 @@ def longest_column(columns: Iterable[str], sample: Iterable[Mapping[str, Any]]) 
 
 
 def text_problem(value: Any) -> str | None:
-    """Return why a value is not a text that can be classified, or None if it is one."""
+    """Return why a value cannot be classified as a text, or None."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "the text is missing"
     if not isinstance(value, str):
@@ -90,10 +90,10 @@ def text_problem(value: Any) -> str | None:
 
 
 def listed(names: Iterable[str], most: int = 20) -> str:
-    """Return the names of columns for a message: not all of thousands, and none if one of them is a text."""
+    """Format column names for a message: the first ``most``, or none if one of them looks like a text."""
     names = list(names)
     text = next((name for name in names if not looks_like_name(name)), None)
     if text is not None:
         return f"{len(names):,} columns that are not shown, as one is called {quote_name(text)}: is the header missing?"
-    more = [f"and {len(names) - most:,} more"] if len(names) > most else []
-    return ", ".join([*map(quote_name, names[:most]), *more])
+    rest = [f"and {len(names) - most:,} more"] if len(names) > most else []
+    return ", ".join([*map(quote_name, names[:most]), *rest])

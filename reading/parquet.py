@@ -1,4 +1,4 @@
-"""Read Parquet: only the columns that are wanted, a few rows at a time, values as pyarrow gives them to Python."""
+"""Read Parquet: only the requested columns, a few rows at a time, with the Python values that pyarrow converts to."""
 
 import io
 from collections.abc import Callable, Iterator
@@ -10,14 +10,15 @@ from pyarrow import types
 
 from .rows import Fault, InputError, Raw, Row, Rows, quote_name
 
-# what pyarrow raises over a file that is not Parquet or is damaged, and over a value that Python cannot hold
+# raised for a damaged file, or one that is not Parquet
 FOREIGN = (pyarrow.ArrowException, UnicodeDecodeError, OSError)
+# raised for a value that has no Python equivalent
 UNREADABLE = (pyarrow.ArrowException, KeyError, OSError, OverflowError, ValueError)
-BATCH = 16  # rows; a repeated value is stored once but decoded for each of them, so few bound the memory
+BATCH = 16  # rows; a value that is stored once is decoded for every row, so small batches bound the memory
 
 
 def open_file(rows: Rows, stream: Any) -> Callable[[list[str]], Iterator[Row]]:
-    """Find the columns, and return what reads the rows, given the columns that are wanted."""
+    """Set the columns of ``rows``, and return a function from requested columns to an iterator of rows."""
     raw = Raw(stream)
     if not raw.seekable():
         raise InputError(f"{rows.name}: a Parquet file is read from its end, so save it to a disk first")
@@ -25,7 +26,7 @@ def open_file(rows: Rows, stream: Any) -> Callable[[list[str]], Iterator[Row]]:
     rows.check("rows", file.metadata.num_rows)
     rows.set_columns(file.schema_arrow.names)
     rows.texts = [field.name for field in file.schema_arrow if _is_text(field.type)]
-    return lambda wanted: _read(rows, file, wanted)
+    return lambda requested: _read(rows, file, requested)
 
 
 def _is_text(kind: pyarrow.DataType) -> bool:
@@ -33,19 +34,19 @@ def _is_text(kind: pyarrow.DataType) -> bool:
     return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
-def _read(rows: Rows, file: pyarrow.parquet.ParquetFile, wanted: list[str]) -> Iterator[Row]:
+def _read(rows: Rows, file: pyarrow.parquet.ParquetFile, requested: list[str]) -> Iterator[Row]:
     count, size, total = 0, 0, max(file.metadata.num_rows, 1)
     rows.done = lambda: count / total
-    for batch in file.iter_batches(BATCH, columns=wanted, use_threads=False):
-        arrays = [batch.column(name) for name in wanted]
+    for batch in file.iter_batches(BATCH, columns=requested, use_threads=False):
+        arrays = [batch.column(name) for name in requested]
         arrays = [array.dictionary_decode() if types.is_dictionary(array.type) else array for array in arrays]
         size += sum(array.nbytes for array in arrays)
         rows.check("bytes", size)
         for cells in zip(*map(_values, arrays), strict=True):
             count += 1
-            values = dict(zip(wanted, cells, strict=True))
-            faults = (f"the column {quote_name(n)} holds {v}" for n, v in values.items() if isinstance(v, Fault))
-            problem = next(faults, None)
+            values = dict(zip(requested, cells, strict=True))
+            problems = (f"the column {quote_name(n)} holds {v}" for n, v in values.items() if isinstance(v, Fault))
+            problem = next(problems, None)
             yield Row(count, {} if problem else values, problem)
 
 

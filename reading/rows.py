@@ -3,15 +3,15 @@
 Worth knowing:
 
 1. A row that cannot be read is a `Row` with a problem. The rows before and after it are still read.
-2. A source raises `InputError` if its columns cannot be known, if it is damaged, or if it exceeds its `Limits`.
-3. Values are never guessed. A CSV cell "NA" or "007" is that text, and an empty cell is an empty text. In JSON and Parquet
-   an integer beside nulls stays one, NaN is a float, and a dictionary (category) becomes its value.
-4. Text is UTF-8, with or without a byte order mark. Lines end with \\n, \\r\\n or \\r, and blank ones are not rows. Bytes
-   that are not UTF-8 are their row's problem; in a header or a JSON file they are an error. U+0000 is a character.
-5. CSV and TSV rows have as many fields as the header, and quotation marks as RFC 4180 has them. A stray mark costs the
-   rows that the csv module takes in with it; the problem names their lines.
+2. A source raises `InputError` if its columns are unknown, if it is damaged, or if it exceeds its `Limits`.
+3. Types are never inferred. A CSV cell "NA" or "007" is that text, and an empty cell is an empty text. In JSON and Parquet
+   an integer beside nulls stays an integer, NaN is a float, and a Parquet dictionary is decoded to its values.
+4. Text is UTF-8, with or without a byte order mark. Lines end with \\n, \\r\\n or \\r. Blank lines are not rows. Bytes that
+   are not UTF-8 are a problem of their row; in a header or a JSON file they are an error. U+0000 is a character.
+5. CSV and TSV rows have as many fields as the header, and are quoted as in RFC 4180. A stray quotation mark swallows rows
+   in the csv module; the problem names their lines.
 6. Memory holds one row, 16 rows of Parquet, or the first 1,024 rows of JSON Lines. Only ``json`` is read whole.
-7. No message shows a value. It shows the name of a column only if that looks like a name.
+7. Messages show no values. They show the name of a column only if it looks like a name.
 """
 
 import csv
@@ -28,13 +28,13 @@ from itertools import chain, islice
 from typing import Any
 
 KINDS = ("csv", "tsv", "jsonl", "ndjson", "json", "parquet", "txt")
-FIRST_ROWS = 1024  # of JSON Lines: their names are the columns
+FIRST_ROWS = 1024  # of JSON Lines, whose names become the columns
 NOT_UTF8 = "is not UTF-8 text: save it as UTF-8"
 TOO_DEEP = "nested too deeply"
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used. The message is one line: what, where, and what to do."""
+    """Input of the user that cannot be used. The message is one line: what, where, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Row:
     """A row of a source.
 
     Attributes:
-        line: where the row begins, from 1. In Parquet and JSON, whose rows are not lines, the number of the row.
-        values: by column name; empty if there is a problem. A row of JSON has only the names that it spells out.
-        problem: why the row cannot be read, as a short phrase; None if it can.
+        line: the line where the row begins, from 1. For Parquet and JSON, the number of the row.
+        values: by column name; empty if there is a problem. A JSON row has only the names that occur in it.
+        problem: why the row cannot be read, as a short phrase, or None.
     """
 
     line: int
@@ -54,13 +54,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that is read of a source, None for any amount. More is an `InputError`, except for ``characters``.
+    """The limits of a source; None means unlimited. Exceeding one raises `InputError`, except for ``characters``.
 
     Attributes:
-        bytes: of the file, unpacked. For Parquet, of the wanted columns, decoded.
-        rows: those with a problem included.
-        columns: for JSON Lines, all names of the first 1,024 rows.
-        characters: of a row with its line ends; a longer one is a problem. Not for JSON and Parquet.
+        bytes: size of the file, decompressed. For Parquet, size of the requested columns, decoded.
+        rows: number of rows, including rows with a problem.
+        columns: number of columns. For JSON Lines, of distinct names in the first 1,024 rows.
+        characters: length of a row with its line ends. A longer row is a problem. Ignored for JSON and Parquet.
     """
 
     bytes: int | None = None
@@ -70,23 +70,24 @@ class Limits:
 
 
 class Rows:
-    """The rows of one source, to be read once.
+    """The rows of one source. They can be read once.
 
     Args:
-        stream: binary, at its beginning. Only its read() is called, for Parquet also seek() and tell(). It stays open.
+        stream: a binary stream, at its beginning. Only read() is called; for Parquet also seek() and tell(). The caller
+            closes it.
         kind: one of `KINDS`.
-        name: what messages call the source.
-        progress: returns the share of the stream that was read. A Parquet file knows its own.
+        name: name of the source in messages.
+        progress: returns the share of the stream that was read. Ignored for Parquet.
 
     Attributes:
-        columns: the names in order, each with the share of rows that have it: 1, except for JSON. For JSON Lines the
+        columns: column names in order, each with the share of rows that have it: 1, except for JSON. For JSON Lines the
             first 1,024 rows count, and a name that occurs only later is not a column.
-        texts: those of the columns that can hold texts: for Parquet, by their type.
+        texts: the columns that can hold texts: all of them, or for Parquet those of a string type.
         unit: what `Row.line` counts: "line", or "row" for JSON and Parquet.
-        done: returns the share of the source that was read so far, None if it is not known.
+        done: returns the share of the source that was read so far, or None if it is unknown.
 
     Raises:
-        InputError: the columns cannot be known. `read` raises it for damage, or a limit, further on.
+        InputError: the columns are unknown. `read` raises it for damage, or a limit, further on.
     """
 
     def __init__(
@@ -105,37 +106,37 @@ class Rows:
         self._foreign: tuple[type[Exception], ...] = (OSError,)
         with self._explained():
             if kind == "parquet":
-                from . import parquet  # pyarrow takes a while to import
+                from . import parquet  # lazily, because pyarrow is slow to import
 
                 self._foreign = parquet.FOREIGN
                 self._read = parquet.open_file(self, stream)
             else:
                 rows = self._open_text(stream)
-                self._read = lambda wanted: rows
+                self._read = lambda requested: rows
 
-    def read(self, wanted: Sequence[str] | None = None) -> Iterator[Row]:
+    def read(self, requested: Sequence[str] | None = None) -> Iterator[Row]:
         """Yield the rows.
 
         Args:
-            wanted: columns that `Row.values` must hold, by default all. Other columns of a Parquet file are not decoded.
+            requested: columns that `Row.values` must hold; by default all. Other columns of a Parquet file are skipped.
         """
         with self._explained():
-            for count, row in enumerate(self._read(list(self.columns if wanted is None else wanted)), start=1):
+            for count, row in enumerate(self._read(list(self.columns if requested is None else requested)), start=1):
                 self.check("rows", count)
                 yield row
 
     def place(self, row: Row) -> str:
-        """Return where a row is, for a message."""
+        """Return the position of a row, for a message."""
         return f"{self.name}, {self.unit} {row.line}"
 
     def check(self, limit: str, count: int) -> None:
-        """Raise InputError if there is more than a limit."""
+        """Raise InputError if a count exceeds one of the `Limits`."""
         most = getattr(self.limits, limit)
         if most is not None and count > most:
             raise InputError(f"{self.name} has more than {most:,} {limit}, the most that is accepted")
 
     def set_columns(self, names: Sequence[str], shares: Iterable[float] | None = None) -> None:
-        """Raise InputError if a name occurs twice or there are too many."""
+        """Set the columns. Raise InputError if a name occurs twice or there are too many."""
         self.check("columns", len(names))
         self.columns = dict(zip(names, shares or [1.0] * len(names), strict=True))
         self.texts = list(self.columns)
@@ -144,7 +145,7 @@ class Rows:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turn what libraries raise over a damaged source into an `InputError`."""
+        """Convert the exceptions that libraries raise for a damaged source into an `InputError`."""
         try:
             yield
         except InputError:
@@ -162,7 +163,7 @@ class Rows:
     def _open_text(self, stream: Any) -> Iterator[Row]:
         buffered = io.BufferedReader(Raw(stream, lambda count: self.check("bytes", count)), 2**16)
         start = buffered.peek(4)[:4]
-        # UTF-16 and UTF-32: a byte order mark, or else a zero byte of the first ASCII character
+        # UTF-16 or UTF-32: a byte order mark, or a zero byte beside the first ASCII character
         if start.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in start:
             raise InputError(f"{self.name} {NOT_UTF8}")
         # bytes that are not UTF-8 become unpaired surrogates
@@ -176,19 +177,21 @@ class Rows:
         if self.kind != "txt":
             return self._open_objects((_parsed(*line) for line in filled), FIRST_ROWS)
         self.set_columns(["text"])
-        return (Row(at, {} if bad else {"text": line.rstrip("\r\n")}, bad) for at, line, bad in filled)
+        return (Row(n, {} if problem else {"text": line.rstrip("\r\n")}, problem) for n, line, problem in filled)
 
     def _open_delimited(self, lines: "RowLines", separator: str) -> Iterator[Row]:
-        # pyarrow.csv is faster, but its invalid_row_handler counts rows, not lines. It also accepts stray quotation
-        # marks without a word, takes all rows in below one that is not closed, and ends at a cell that is not UTF-8.
+        # pyarrow.csv is faster, but its invalid_row_handler counts rows, not lines. It also accepts stray quotation marks,
+        # swallows all rows below an unclosed one, and stops at a cell that is not UTF-8.
         reader = csv.reader(lines, delimiter=separator, strict=True)
-        # The limit of the csv module is the whole process's. It is only ever raised, as other threads read too.
+        # The csv module's limit is global to the process. It is only raised, never lowered, because other threads read too.
         csv.field_size_limit(max(csv.field_size_limit(), self.limits.characters))
         try:
             header = next((fields for fields in reader if not lines.end_blank(fields)), None)
         except csv.Error as error:
-            said = lines.explain(str(error))
-            raise InputError(f"{self.name}: the first line, which names the columns, cannot be read: {said}") from error
+            problem = lines.explain(str(error))
+            raise InputError(
+                f"{self.name}: the first line, which names the columns, cannot be read: {problem}"
+            ) from error
         if header is None:
             raise InputError(f"{self.name} is empty")
         if lines.problem:
@@ -211,7 +214,7 @@ class Rows:
         return self._open_objects((_object_row(i, record) for i, record in enumerate(records, start=1)), None)
 
     def _open_objects(self, rows: Iterator[Row], most: int | None) -> Iterator[Row]:
-        # the first rows together: many writers leave nulls out, so that one row alone may lack a column
+        # many writers omit nulls, so the columns are the names of several rows
         first: list[Row] = []
         counts: Counter[str] = Counter()
         for row in islice(rows, most):
@@ -228,7 +231,7 @@ class Rows:
 
 
 class Raw(io.RawIOBase):
-    """A stream of the caller's in the form that io and pyarrow expect, which close what they are given."""
+    """Wrap the caller's stream for io and pyarrow, which would close the stream itself."""
 
     def __init__(self, stream: Any, check: Callable[[int], None] = lambda count: None):
         self._stream, self._check, self._count = stream, check, 0
@@ -255,7 +258,7 @@ class Raw(io.RawIOBase):
         return len(content)
 
 
-Line = tuple[int, str, str | None]  # its number from 1, the line with its end, and what is wrong with it
+Line = tuple[int, str, str | None]  # number from 1, content with its line end, problem
 
 
 def _lines(stream: io.TextIOWrapper, limit: int) -> Iterator[Line]:
@@ -271,7 +274,7 @@ def _lines(stream: io.TextIOWrapper, limit: int) -> Iterator[Line]:
 
 
 def has_surrogate(text: str) -> bool:
-    """Return whether a text has an unpaired surrogate: no character, but JSON can escape it."""
+    """Return whether a text has an unpaired surrogate, which JSON can escape but UTF-8 cannot encode."""
     return not text.isascii() and re.search("[\ud800-\udfff]", text) is not None
 
 
@@ -279,12 +282,12 @@ def has_surrogate(text: str) -> bool:
 
 
 class RowLines:
-    """The lines that the csv module reads, and what is known of those of the present row.
+    """The lines that the csv module reads, with the state of the current row.
 
     Attributes:
-        begin: the line where the row begins.
-        number, last: the line that was read last.
-        problem: of any line of the row.
+        begin: number of the line where the row begins.
+        number, last: number and content of the line that was read last.
+        problem: the first problem of a line of the row, or None.
     """
 
     def __init__(self, lines: Iterator[Line], limit: int):
@@ -304,10 +307,10 @@ class RowLines:
         if not self.last or self._characters > self._limit:
             raise csv.Error(f"{self._limit:,} characters or more")
         self.problem = self.problem or problem
-        return self.last  # also a line that is not UTF-8: its quotation marks say where the row ends
+        return self.last  # even if it is not UTF-8, because its quotation marks determine where the row ends
 
     def end_blank(self, fields: list[str]) -> bool:
-        """Return whether a row was a blank line, and if so begin the next one."""
+        """Return whether a row was a blank line. If it was, begin the next row."""
         blank = len(fields) < 2 and not self.last.strip()
         if blank:
             self.begin_row()
@@ -345,16 +348,18 @@ def _delimited(reader: Iterator[list[str]], lines: RowLines, header: list[str], 
 
 
 def takes_in_rows(cell: str, place: int, fields: int) -> bool:
-    """Return whether a TSV cell began with a stray quotation mark and holds the rows below, by the tabs in its lines.
+    """Return whether a TSV cell began with a stray quotation mark and swallowed the rows below it.
+
+    The tabs in the lines of the cell tell: a swallowed row has as many as any other row.
 
     Args:
-        place: of the cell's column, from 0.
-        fields: of a row.
+        place: index of the cell's column, from 0.
+        fields: number of fields of a row.
     """
     if fields < 2 or ("\n" not in cell and "\r" not in cell):
         return False
     first, *others = (line.count("\t") for line in re.split("\r\n|\r|\n", cell))
-    rest = fields - 1 - place  # the fields of its own row that the cell took in first
+    rest = fields - 1 - place  # fields of its own row that the cell swallowed first
     return first == rest if rest else all(tabs == fields - 1 for tabs in others)
 
 
@@ -362,22 +367,20 @@ def takes_in_rows(cell: str, place: int, fields: int) -> bool:
 
 
 class Fault(str):
-    """What is wrong, in place of a value that cannot be had."""
+    """A problem, in place of a value that cannot be read."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Fault:
-    found = dict(pairs)
-    return (
-        found
-        if len(found) == len(pairs)
-        else Fault(f"the name {_first_twice([name for name, _ in pairs])} occurs twice")
-    )
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        return Fault(f"the name {_first_twice([name for name, _ in pairs])} occurs twice")
+    return values
 
 
 def _integer(digits: str) -> int | Fault:
     try:
         return int(digits)
-    except ValueError:  # Python's own limit, since the time grows with the square
+    except ValueError:  # Python limits the digits, because the time is quadratic in them
         return Fault("a number has too many digits")
 
 
@@ -395,34 +398,31 @@ def _parsed(number: int, line: str, problem: str | None) -> Row:
         return Row(number, {}, TOO_DEEP)
 
 
-def _object_row(number: int, found: Any) -> Row:
+def _object_row(number: int, value: Any) -> Row:
     try:
-        problem = _fault(found) or (None if isinstance(found, dict) else "not a JSON object")
+        problem = _fault(value) or (None if isinstance(value, dict) else "not a JSON object")
     except RecursionError:
         problem = TOO_DEEP
-    return Row(number, {} if problem else found, problem)
+    return Row(number, {} if problem else value, problem)
 
 
 def _fault(value: Any) -> str | None:
-    """Return what is wrong with a JSON value, or with any name or value in it."""
+    """Return the problem of a JSON value, or of a name or value inside it, or None."""
+    if isinstance(value, Fault):
+        return value
     if isinstance(value, str):
-        return (
-            value
-            if isinstance(value, Fault)
-            else "half of a surrogate pair, which is not a character"
-            if has_surrogate(value)
-            else None
-        )
+        return "half of a surrogate pair, which is not a character" if has_surrogate(value) else None
     inner = chain(value, value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
     return next(filter(None, map(_fault, inner)), None)
 
 
-# ── names in messages ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Names in messages ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def looks_like_name(text: str) -> bool:
-    """Return whether a text can be the name of a column: at most 60 characters and 5 words, no end of a sentence, and
-    more than 4 digits only if other characters are as many. The first row of a file without a header rarely is that.
+    """Return whether a text can be the name of a column, which the first row of a file without a header rarely is.
+
+    A name has at most 60 characters and 5 words, and no end of a sentence. At most 4 of its characters, or half of them, are digits.
     """
     digits = sum(map(str.isdigit, text))
     short = len(text) <= 60 and len(text.split()) <= 5
@@ -430,7 +430,7 @@ def looks_like_name(text: str) -> bool:
 
 
 def quote_name(name: str) -> str:
-    """Return the name of a column for a message, or how long it is if it does not look like a name."""
+    """Quote the name of a column for a message, or give its length if it does not look like a name."""
     return repr(name) if looks_like_name(name) else f"(a value of {len(name):,} characters)"
 
 

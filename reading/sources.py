@@ -2,9 +2,10 @@
 
 Worth knowing:
 
-1. A file's name tells its kind. A pattern such as ``part-*.csv`` means its files in sorted order, ``-`` standard input.
-2. ``.gz`` files are unpacked as they are read.
-3. `rows.Rows` needs no file: an object store's stream, or ``io.BytesIO``, is read in the same way.
+1. The kind of a file follows from its name. A pattern such as ``part-*.csv`` stands for all matching files in sorted
+   order, and ``-`` for standard input.
+2. ``.gz`` files are decompressed while they are read.
+3. `rows.Rows` reads any binary stream, such as that of an object store or ``io.BytesIO``.
 """
 
 import glob
@@ -33,14 +34,14 @@ class Source:
 
 
 def find_sources(pattern: str, kind: str | None = None) -> list[Source]:
-    """Return the files that a path or a pattern means, in sorted order.
+    """Return the files that match a path or a pattern, in sorted order.
 
     Args:
         pattern: ``-`` for standard input.
-        kind: by default what the files' names say.
+        kind: overrides the kind that the file names imply.
 
     Raises:
-        InputError: there is no such file, or its name does not tell its kind.
+        InputError: no file matches, or the kind is unknown.
     """
     if pattern == "-":
         if kind is None:
@@ -57,10 +58,10 @@ def find_sources(pattern: str, kind: str | None = None) -> list[Source]:
 
 
 def kind_of(path: str) -> str:
-    """Return the kind of a file by its name.
+    """Return the kind of a file, from its name.
 
     Raises:
-        InputError: the name does not tell it.
+        InputError: the name does not imply a kind.
     """
     name = path.lower()
     kind = Path(name.removesuffix(".gz")).suffix.removeprefix(".")
@@ -73,16 +74,16 @@ def kind_of(path: str) -> str:
 
 @contextmanager
 def open_rows(source: Source, limits: Limits | None = None) -> Iterator[Rows]:
-    """Open the rows of a source, and close it at the end.
+    """Open the rows of a source, and close the source at the end.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: the source cannot be read.
     """
     if source.path == "-":
         yield Rows(sys.stdin.buffer, source.kind, source.name, limits)
         return
     try:
-        file = open(source.path, "rb")  # noqa: SIM115 - closed below, where other errors mean other things
+        file = open(source.path, "rb")  # noqa: SIM115 - closed below; errors of the block are not errors of opening
     except OSError as error:
         raise InputError(f"cannot read {source.name}: {error.strerror}") from error
     with file, gzip.GzipFile(fileobj=file) if source.path.lower().endswith(".gz") else nullcontext(file) as stream:
@@ -95,9 +96,9 @@ class Table:
     """All rows of a source.
 
     Attributes:
-        columns: the values of each, by name; None where a row of JSON lacks the name.
-        lines: of the rows, see `Row`.
-        unit: what they count, see `Rows`.
+        columns: the values by column name; None where a JSON row lacks the name.
+        lines: `Row.line` of each row.
+        unit: see `Rows`.
     """
 
     name: str
@@ -106,23 +107,22 @@ class Table:
     unit: str = "line"
 
     def place(self, row: int) -> str:
-        """Return where a row is, for a message.
-
-        Args:
-            row: its number, from 0.
-        """
+        """Return the position of a row, counted from 0, for a message."""
         return f"{self.name}, {self.unit} {self.lines[row]}"
 
 
-def read_table(source: Source, wanted: Sequence[str] | None = None, limits: Limits | None = None) -> Table:
-    """Read columns of a source into memory, by default all.
+def read_table(source: Source, requested: Sequence[str] | None = None, limits: Limits | None = None) -> Table:
+    """Read columns of a source into memory.
+
+    Args:
+        requested: column names; by default all columns.
 
     Raises:
-        InputError: a row, the first one is named, or the source cannot be read, or it has no rows.
+        InputError: the source is damaged or has no rows, or a row cannot be read.
     """
     lines: list[int] = []
     with open_rows(source, limits) as rows:
-        columns: dict[str, list[Any]] = {name: [] for name in (rows.columns if wanted is None else wanted)}
+        columns: dict[str, list[Any]] = {name: [] for name in (rows.columns if requested is None else requested)}
         for row in rows.read(list(columns)):
             if row.problem is not None:
                 raise InputError(f"{rows.place(row)}: {row.problem}")

@@ -1,16 +1,16 @@
-"""The Space: paste a medical abstract, see its path through the taxonomy, how sure it is, and the words that weighed.
+"""Serve a checkpoint as a page and an API: the path of an abstract, its probabilities, and the words that counted.
 
     python space/app.py --model results/quickstart
 
 Worth knowing:
 
-1. On a hosted Space the model is named by the variables MODEL_ID and MODEL_REVISION, which push_to_hub.py sets. Of the
-   repository only `reading` is imported. The model and its pipeline come with the checkpoint, as for any stranger.
-2. What the page does and what the API does is the same functions. Those of the API are typed, and `gr.api` shows the types.
-3. A refusal is a message in words, beside what it is about; gradio's pop-ups, which show HTML, say nothing of the user's.
-4. An upload is read into memory and deleted at once. Downloads are deleted `KEPT_SECONDS` after they were made, and when the
-   page stops. Nothing that a user sends is logged: see `log_without_values` and `guard.py`.
-5. Texts, explanations and files wait in queues of their own, so that a file does not hold up a text.
+1. On a hosted Space the variables MODEL_ID and MODEL_REVISION name the model; push_to_hub.py sets them. The Space imports
+   only `reading` of this repository. The model and its pipeline are loaded through transformers.
+2. The page and the API call the same functions. Those of the API are typed, and `gr.api` shows the types.
+3. A refusal is a message beside its cause. The pop-ups of gradio render HTML, so they never show input of a user.
+4. An upload is read into memory and deleted at once. Downloads are deleted after `KEPT_SECONDS`, and when the page stops.
+   Nothing that a user sends is logged: see `log_without_values` and `guard.py`.
+5. Texts, explanations and files have separate queues, so a text never waits for a file.
 """
 
 import argparse
@@ -29,11 +29,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypedDict
 
-# before gradio is imported: no analytics, and none kept in memory either, which it would sum up anew after each request
+# before gradio is imported: send no analytics, and keep none in memory, because each request would aggregate them again
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "1"
 os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(10**9)
-# and a private folder for uploads and downloads: the default one may belong to somebody else
+# a private folder for uploads and downloads: the default folder may belong to another user
 os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="space-")
 
 try:
@@ -66,11 +66,11 @@ from transformers.utils import cached_file
 atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
 
 HERE = Path(__file__).parent
-ROWS = 32  # of a file, between two looks at whether it was cancelled
-PROGRESS_SECONDS = 0.5  # between two progress messages: a slow browser that gets more of them answers nobody
-PREVIEW = 50
-KEPT_SECONDS = 600
-QUEUE = 100  # requests that wait; beyond, Gradio answers "Queue is full! Please try again."
+ROWS = 32  # of a file, between two checks for cancellation
+PROGRESS_SECONDS = 0.5  # between two progress messages: a slow browser that gets more becomes unresponsive
+PREVIEW = 50  # rows of a file
+KEPT_SECONDS = 600  # until a download is deleted
+QUEUE = 100  # waiting requests; beyond, gradio replies "Queue is full! Please try again."
 COVERAGE = 0.9
 EXAMPLES = {
     "Colitis": "Whether mesalamine keeps ulcerative colitis quiet after a first attack was asked in 148 outpatients. All "
@@ -85,19 +85,19 @@ EXAMPLES = {
     "absent in a third of them, and the white cell count was of little help. Delayed antibiotics were associated with a "
     "longer stay in hospital. Early treatment of every newborn at risk is advised until cultures are known.",
 }
-HIDDEN = {"show_progress": "hidden", "api_visibility": "private"}  # of events: no spinner, no endpoint
+HIDDEN = {"show_progress": "hidden", "api_visibility": "private"}  # for events: no spinner, no endpoint
 Html = str
 
 
 class Problem(TypedDict):
-    """A row that was not classified: where it begins in the file, and why."""
+    """A row that was not classified: the line where it begins, and the reason."""
 
     line: int
     problem: str
 
 
 class Record(TypedDict):
-    """A row that was classified: where it begins in the file, its text, and what came of it, as in `Classification`."""
+    """A row that was classified: the line where it begins, its text, and its `Classification`."""
 
     line: int
     text: str
@@ -109,7 +109,7 @@ class Record(TypedDict):
 
 
 class FileResult(TypedDict):
-    """What became of a file: the column that was read, the rows that were classified, and those that were not."""
+    """The results of a file: the column of texts, the rows that were classified, and those that were not."""
 
     column: str
     rows: list[Record]
@@ -117,14 +117,14 @@ class FileResult(TypedDict):
 
 
 def gpu(function: Callable) -> Callable:
-    """On ZeroGPU hardware, the function with a GPU lent to it; elsewhere the function."""
+    """Run a function with a GPU on ZeroGPU hardware. Elsewhere, return it unchanged."""
     return function if spaces is None else spaces.GPU(function)
 
 
 def rows_classified(
     classifier: Callable[[list[str], float | None], list[Classification]], rows: list[Row], coverage: float | None
 ) -> Iterator[tuple[list[Record], list[Problem]]]:
-    """Rows, some at a time: those that were classified and those that were not."""
+    """Classify rows, `ROWS` at a time. Yield those that were classified and those that were not."""
     for start in range(0, len(rows), ROWS):
         texts, problems = [], []
         for row in rows[start : start + ROWS]:
@@ -134,27 +134,27 @@ def rows_classified(
                 texts.append((row.line, check_text(row.text)))
             except Refused as error:
                 problems.append({"line": row.line, "problem": str(error)})
-        found = classifier([text for _, text in texts], coverage) if texts else []
+        results = classifier([text for _, text in texts], coverage) if texts else []
         records = [
             {
                 "line": line,
                 "text": text,
-                "predicted": one["label"],
-                "probability": round(one["score"], 6),
-                "path": [node["label"] for node in one["path"]],
-                "answer": None if one["answer"] is None else [node["label"] for node in one["answer"]],
-                "share_read": round(one["characters_read"] / one["characters"], 4),
+                "predicted": result["label"],
+                "probability": round(result["score"], 6),
+                "path": [node["label"] for node in result["path"]],
+                "answer": None if result["answer"] is None else [node["label"] for node in result["answer"]],
+                "share_read": round(result["characters_read"] / result["characters"], 4),
             }
-            for (line, text), one in zip(texts, found, strict=True)
+            for (line, text), result in zip(texts, results, strict=True)
         ]
         yield records, problems
 
 
-def take(path: str) -> bytes:
-    """The content of an uploaded file, which is deleted.
+def take_upload(path: str) -> bytes:
+    """Read an uploaded file and delete it.
 
     Raises:
-        Refused: it is not among the uploads, or not there any more.
+        Refused: the file is no upload, was deleted, or is too large.
     """
     file = Path(path).resolve()
     if not file.is_relative_to(Path(get_upload_folder()).resolve()) or not file.is_file():
@@ -168,22 +168,22 @@ def take(path: str) -> bytes:
 
 
 class Run:
-    """A file that is classified, until it is done or cancelled."""
+    """The classification of a file, until it is done or cancelled."""
 
     def __init__(self) -> None:
         self._ended = threading.Lock()
 
     @property
-    def going(self) -> bool:
+    def active(self) -> bool:
         return not self._ended.locked()
 
     def end(self) -> bool:
-        """Ends it. True for the first who asks: a run is done or cancelled, and not both."""
+        """End the run. Return True for the first caller only, so that a run is either done or cancelled."""
         return self._ended.acquire(blocking=False)
 
 
 class Service:
-    """What the page and the API do with a model.
+    """The functions of the page and the API for one model.
 
     Args:
         classifier: as `classification.load` returns it.
@@ -196,49 +196,50 @@ class Service:
         self._classify_all = gpu(lambda texts, coverage: classify_all(classifier, texts, coverage))
         self._explain = gpu(explainer.explain)
 
-    # ── the API ──
+    # ── The API ──
 
     def classify(self, text: str, coverage: float | None = None) -> Classification:
-        """Classifies a text into the taxonomy.
+        """Classify a text into the taxonomy.
 
         Args:
             text: at most 20,000 characters.
-            coverage: between 0.5 and 0.99; the answer then holds the right leaf for this share of texts.
+            coverage: between 0.5 and 0.99; the answer then contains the correct leaf for this share of texts.
 
         Returns:
-            The most probable leaf and its probability, the path to it, the answer for the coverage, the probability of
-            every node level by level, and how many characters were read.
+            The most probable leaf and its probability, the path to that leaf, the answer for the coverage, the probability of
+            every node level by level, and the number of characters that were read.
         """
         return self._classify(text, coverage)
 
     def explain(self, text: str, node: str | None = None) -> Explanation:
-        """Weighs the words of a text for a node, by integrated gradients.
+        """Attribute the probability of a node to the words of a text, by integrated gradients.
 
         Args:
             text: at most 20,000 characters.
             node: the label of any node of the taxonomy; by default the most probable leaf.
 
         Returns:
-            The node and its probability, that of a blank text, and the words with their weights, which add up to the
-            difference but for the convergence error that is given.
+            The node, its probability for the text and for a blank text, and the words with their weights. The weights add up
+            to the difference of the two probabilities, up to the convergence error.
         """
         text = check_text(text)
         return self._explain(text, self.check_node(node) if node else self._classify(text, None)["label"])
 
     def classify_file(self, file: gr.FileData, column: str | None = None, coverage: float | None = None) -> FileResult:
-        """Classifies the rows of a file, which is deleted as soon as it is read.
+        """Classify the rows of a file. The file is deleted as soon as it is read.
 
         Args:
-            file: CSV, TSV, JSON, JSON Lines, Parquet, or text with a text a line; at most 10 MB and 10,000 rows.
-            column: that holds the texts; by default one called text or abstract, or else the one with most characters.
+            file: CSV, TSV, JSON, JSON Lines, Parquet, or plain text with one text a line; at most 10 MB and 10,000 rows.
+            column: the column of texts; by default found by its name, such as text or abstract, else the one with the most
+                characters.
             coverage: as in classify.
 
         Returns:
-            The column, the rows that were classified, and by line those that could not be, with the reason.
+            The column, the rows that were classified, and the lines and reasons of the others.
         """
         if not isinstance(file, dict) or not isinstance(file.get("path"), str):
             raise Refused("A file is needed.")
-        content = take(file["path"])
+        content = take_upload(file["path"])
         table = read_table(content, kind_of(file["path"]), column or None)
         coverage = check_coverage(self.classifier, coverage)
         result: FileResult = {"column": table.column, "rows": [], "problems": []}
@@ -252,30 +253,27 @@ class Service:
             raise Refused("The taxonomy has no such node.")
         return node
 
-    # ── the page ──
+    # ── The page ──
 
     def show_result(self, text: str, coverage: float) -> list[Any]:
-        """A result, its figures, the node whose words may be asked for, and an empty place for these."""
+        """Return the outputs of one text: its result, its figures, the node to explain, and an empty explanation."""
         coverage = coverage if is_calibrated(self.classifier) else None
         try:
-            found = self._classify(text or "", coverage)
+            result = self._classify(text or "", coverage)
         except Refused as error:
             return [views.refusal(str(error)), *self.figures(), gr.skip(), views.no_words()]
-        path = [node["label"] for node in found["path"]]
-        return [views.result(found, coverage), *self.figures(found["levels"], path), found["label"], views.no_words()]
+        path = [node["label"] for node in result["path"]]
+        figures = self.figures(result["levels"], path)
+        return [views.result(result, coverage), *figures, result["label"], views.no_words()]
 
     def figures(self, levels: list[dict[str, float]] | None = None, path: list[str] | None = None) -> list[Any]:
-        """Bars and icicle; without probabilities, the taxonomy with leaves that are alike."""
+        """Draw bars and icicle. Without probabilities, the bars are empty and all leaves of the icicle have the same size."""
         tree = self.tree
+        height = views.icicle_height(tree.num_leaves)
         if levels is None:
-            return [
-                views.bars([{tree.labels[n]: 0.0 for n in level} for level in self.levels()], []),
-                views.icicle(self.even_levels(), self.parents(), [], views.icicle_height(tree.num_leaves)),
-            ]
-        return [
-            views.bars(levels, path),
-            views.icicle(levels, self.parents(), path, views.icicle_height(tree.num_leaves)),
-        ]
+            empty = [{tree.labels[n]: 0.0 for n in level} for level in self.levels()]
+            return [views.bars(empty, []), views.icicle(self.even_levels(), self.parents(), [], height)]
+        return [views.bars(levels, path), views.icicle(levels, self.parents(), path, height)]
 
     def levels(self) -> list[list[int]]:
         tree = self.tree
@@ -291,21 +289,21 @@ class Service:
         return [{tree.labels[n]: share[n] for n in level} for level in self.levels()]
 
     def show_words(self, text: str, node: str, progress: gr.Progress = gr.Progress()) -> Html:  # noqa: B008
-        """The text with its words weighed for a node."""
+        """Return the text with the weights of its words for a node."""
         try:
             text, node = check_text(text or ""), self.check_node(node)
         except Refused as error:
             return views.refusal(str(error))
-        progress(0, desc="Weighing the words")
-        found = self._explain(text, node, lambda share: progress(share, desc="Weighing the words"))
-        return views.words(text, found)
+        progress(0, desc="Explaining")
+        explanation = self._explain(text, node, lambda share: progress(share, desc="Explaining"))
+        return views.words(text, explanation)
 
     def open_file(self, path: str | None) -> list[Any]:
-        """What of an upload is kept, in memory; its columns; and its state in words."""
+        """Read an upload into memory. Return its kind and content, its columns, and a status line."""
         if path is None:
             return [None, gr.Dropdown(choices=[], value=None), views.progress(0, 0, 0, "No file yet.")]
         try:
-            kind, content = kind_of(path), take(path)
+            kind, content = kind_of(path), take_upload(path)
             table = read_table(content, kind)
         except Refused as error:
             Path(path).unlink(missing_ok=True)
@@ -315,20 +313,21 @@ class Service:
         return [(kind, content), gr.Dropdown(choices=table.columns, value=table.column), state]
 
     def begin_file(self, run: Run | None) -> list[Any]:
-        """A run, in place of the one before, and nothing said of its end."""
+        """Start a run and end the one before. Return the run, and clear the note on how the last one ended."""
         if run:
             run.end()
         return [Run(), views.note("")]
 
     def cancel_file(self, run: Run | None) -> Html:
-        return views.note("Cancelled. Nothing of it is kept." if run and run.end() else "Nothing is running.")
+        return views.note("Cancelled. No results are kept." if run and run.end() else "Nothing is running.")
 
     def run_file(
         self, kept: tuple[str, bytes] | None, column: str, coverage: float, run: Run | None
     ) -> Iterator[list[Any]]:
-        """Progress, a preview, the problems, and two files to download, as they come, until the run is cancelled."""
+        """Classify a file. Yield progress, preview, problems and two downloads, until the run is done or cancelled."""
+        # ── Read: the run may be over, and the file refused ──
         nothing = [gr.skip()] * 5
-        if run is None or not run.going:  # cancelled while it waited for its turn
+        if run is None or not run.active:  # cancelled in the queue
             yield nothing
             return
         empty = [gr.skip(), gr.skip(), gr.DownloadButton(interactive=False), gr.DownloadButton(interactive=False)]
@@ -341,19 +340,21 @@ class Service:
             run.end()
             yield [views.refusal(str(error)), *empty]
             return
+
+        # ── Classify: some rows at a time; a part of the page is sent only if it changed ──
         coverage = coverage if is_calibrated(self.classifier) else None
         done: list[Record] = []
         bad: list[Problem] = []
         total = len(table.rows)
         yield [views.progress(0, total, 0, "Classified"), views.preview([]), views.problems([]), *empty[2:]]
-        said, previewed, listed = float("-inf"), 0, 0
+        sent, previewed, listed = float("-inf"), 0, 0
         for records, problems in rows_classified(self._classify_all, table.rows, coverage):
-            if not run.going:
+            if not run.active:
                 yield nothing
                 return
             done += records
             bad += problems
-            if time.monotonic() - said < PROGRESS_SECONDS and len(done) + len(bad) < total:
+            if time.monotonic() - sent < PROGRESS_SECONDS and len(done) + len(bad) < total:
                 continue
             yield [
                 views.progress(len(done) + len(bad), total, len(bad), "Classified"),
@@ -362,50 +363,52 @@ class Service:
                 gr.skip(),
                 gr.skip(),
             ]
-            said, previewed, listed = time.monotonic(), len(done), len(bad)
+            sent, previewed, listed = time.monotonic(), len(done), len(bad)
+
+        # ── Write: two files to download ──
         if not run.end():
             yield nothing
             return
-        with tempfile.TemporaryDirectory() as folder:  # gradio copies what it serves
-            written = {"predictions.csv": to_csv, "predictions.jsonl": to_json_lines}
-            for name, as_text in written.items():
-                (Path(folder) / name).write_bytes(as_text(done).encode())
+        with tempfile.TemporaryDirectory() as folder:  # gradio serves copies
+            formats = {"predictions.csv": to_csv, "predictions.jsonl": to_json_lines}
+            for name, to_text in formats.items():
+                (Path(folder) / name).write_bytes(to_text(done).encode())
             yield [
                 views.progress(total, total, len(bad), "Done:"),
                 gr.skip(),
                 gr.skip(),
-                *(gr.DownloadButton(value=str(Path(folder) / name), interactive=True) for name in written),
+                *(gr.DownloadButton(value=str(Path(folder) / name), interactive=True) for name in formats),
             ]
 
 
-def answering(method: Callable) -> Callable:
-    """An API function whose refusals reach the client as messages, and whose other errors as one that says nothing."""
+def endpoint(method: Callable) -> Callable:
+    """Wrap an API method: a refusal reaches the client as a message, and gradio hides all other errors."""
 
-    def answer(*arguments: Any, **named: Any) -> Any:
+    def call(*arguments: Any, **named: Any) -> Any:
         try:
             return method(*arguments, **named)
         except Refused as error:
             raise gr.Error(str(error), print_exception=False) from None
 
-    answer.__name__, answer.__doc__ = method.__name__, method.__doc__
-    answer.__annotations__, answer.__wrapped__ = method.__annotations__, method
-    return answer
+    call.__name__, call.__doc__ = method.__name__, method.__doc__
+    call.__annotations__, call.__wrapped__ = method.__annotations__, method
+    return call
 
 
 def about(classifier: Pipeline, model: str, revision: str | None) -> tuple[Html, str, str]:
-    """What the model is: a table of facts, and its card as Markdown in two parts."""
+    """Return the facts of a model as a table, and its card as Markdown in two parts."""
     config, tree = classifier.model.config, classifier.tree
-    named = Path(model).resolve().name if Path(model).is_dir() else model
+    model_name = Path(model).resolve().name if Path(model).is_dir() else model
     path = cached_file(model, "README.md", revision=revision, _raise_exceptions_for_missing_entries=False)
     card = Path(path).read_text(encoding="utf-8") if path else ""
     encoder = config.encoder_name_or_path
     facts = {
-        "Model": named if revision is None else f"{named} at {revision[:12]}",
+        "Model": model_name if revision is None else f"{model_name} at {revision[:12]}",
         "Encoder": Path(encoder).name if os.path.isabs(encoder) else encoder,
         "Taxonomy": f"{tree.num_leaves:,} classes, {tree.num_nodes:,} nodes, {tree.depth} levels",
-        "Reads": f"at most {classifier.tokenizer.model_max_length:,} tokens of a text",
+        "Text length": f"at most {classifier.tokenizer.model_max_length:,} tokens",
         "Licence": views.licence(card),
-        "Answers for a coverage": "yes" if is_calibrated(classifier) else "no: trained without validation rows",
+        "Coverage guarantee": "yes" if is_calibrated(classifier) else "no: trained without validation rows",
     }
     first, more = views.card_parts(card)
     return views.facts(facts), first or "The checkpoint has no model card.", more
@@ -419,16 +422,16 @@ def coverage_slider(service: Service, name: str) -> gr.Slider:
         step=0.01,
         value=COVERAGE,
         interactive=calibrated,
-        label="Coverage: the share of texts whose answer shall hold the right class",
-        info="The more is asked, the sooner the answer backs off to several classes or to their parent."
+        label="Coverage: the share of texts whose answer contains the correct class",
+        info="With more coverage, the answer is more often several classes or their parent."
         if calibrated
-        else "This model was trained without validation rows, and cannot answer for a coverage.",
+        else "Not available: this model was trained without validation rows.",
         elem_id=name,
     )
 
 
 def text_tab(service: Service) -> None:
-    """A text, its result, its figures, and the words that weighed."""
+    """Lay out the tab for one text: its result, its figures, and the words that counted."""
     tree = service.tree
     bars_figure, icicle_figure = service.figures()
     with gr.Tab("One text", id="text"):
@@ -453,13 +456,13 @@ def text_tab(service: Service) -> None:
                 result = gr.HTML(views.waiting(), elem_id="result")
                 gr.HTML("<h2>Probabilities, level by level</h2>", elem_classes="heading")
                 bars = gr.Plot(bars_figure, show_label=False, label="Probabilities", elem_id="bars")
-        gr.HTML("<h2>The taxonomy: how probability flows from the roots to the leaves</h2>", elem_classes="heading")
+        gr.HTML("<h2>The taxonomy: probability from the roots to the leaves</h2>", elem_classes="heading")
         icicle = gr.Plot(icicle_figure, show_label=False, label="The taxonomy", elem_id="icicle")
         with gr.Row(elem_id="ask"):
             node = gr.Dropdown(
                 choices=[(" › ".join(tree.path_names(n)), tree.labels[n]) for n in tree.reading_order],
                 value=tree.labels[tree.reading_order[0]],
-                label="Which words weighed for",
+                label="Which words counted for",
                 allow_custom_value=True,
                 elem_id="node",
                 scale=3,
@@ -494,7 +497,7 @@ def text_tab(service: Service) -> None:
 
 
 def file_tab(service: Service) -> None:
-    """A file, how far it is, its preview, its problems, and its downloads."""
+    """Lay out the tab for a file: its progress, its preview, its problems, and its downloads."""
     with gr.Tab("A file", id="file"):
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=300):
@@ -519,8 +522,7 @@ def file_tab(service: Service) -> None:
                     as_lines = gr.DownloadButton("Download JSON Lines", interactive=False, elem_id="jsonl")
                 gr.HTML(
                     "<p class='small'>The file is deleted as soon as it is read. Downloads are deleted "
-                    f"{KEPT_SECONDS // 60} minutes after they were made. Cells that a spreadsheet would run as a formula begin "
-                    "with an apostrophe.</p>"
+                    f"after {KEPT_SECONDS // 60} minutes. Cells that a spreadsheet would run as a formula get an apostrophe in front.</p>"
                 )
         kept = gr.State(None, time_to_live=KEPT_SECONDS)
         gr.HTML(f"<h2>Preview: the first {PREVIEW} rows</h2>", elem_classes="heading")
@@ -535,15 +537,15 @@ def file_tab(service: Service) -> None:
             [kept, column, file_coverage, running],
             [state, table, problems, as_csv, as_lines],
             concurrency_id="files",
-            trigger_mode="multiple",  # the one before may still wait, or end its last rows
+            trigger_mode="multiple",  # the run before may still be waiting, or finishing its last rows
             **HIDDEN,
         )
-        # it has a place of its own: progress that was on its way comes after it, and does not replace it there
+        # a separate output, because late progress messages would replace this note
         stop.click(service.cancel_file, running, ended, queue=False, **HIDDEN)
 
 
 def model_tab(classifier: Pipeline, model: str, revision: str | None) -> None:
-    """Facts of the model, and its card."""
+    """Lay out the tab for the model: its facts and its card."""
     with gr.Tab("About the model", id="model"):
         facts, card, more = about(classifier, model, revision)
         gr.HTML(facts, elem_id="facts")
@@ -553,7 +555,7 @@ def model_tab(classifier: Pipeline, model: str, revision: str | None) -> None:
 
 
 def build(classifier: Pipeline, model: str, revision: str | None = None) -> gr.Blocks:
-    """The page, with the API's endpoints ``classify``, ``explain`` and ``classify_file``."""
+    """Build the page, with the API endpoints ``classify``, ``explain`` and ``classify_file``."""
     service = Service(classifier)
     with gr.Blocks(
         title="Medical text, sorted into a taxonomy", analytics_enabled=False, delete_cache=(60, KEPT_SECONDS)
@@ -570,13 +572,13 @@ def build(classifier: Pipeline, model: str, revision: str | None = None) -> gr.B
             (service.explain, Explanation, "words"),
             (service.classify_file, FileResult, "files"),
         ):
-            described = f"{inspect.getdoc(method)}\n\n{result_type.__name__}: {inspect.getdoc(result_type)}"
-            gr.api(answering(method), api_name=method.__name__, api_description=described, concurrency_id=queue)
+            description = f"{inspect.getdoc(method)}\n\n{result_type.__name__}: {inspect.getdoc(result_type)}"
+            gr.api(endpoint(method), api_name=method.__name__, api_description=description, concurrency_id=queue)
     return page.queue(max_size=QUEUE, default_concurrency_limit=1, api_open=False)
 
 
 def theme() -> gr.themes.Base:
-    """Blue and slate, the system's own fonts, and nothing fetched from elsewhere."""
+    """Return the theme: blue and slate, system fonts, nothing downloaded."""
     fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
     return gr.themes.Base(
         primary_hue=gr.themes.colors.blue,
@@ -604,7 +606,7 @@ def theme() -> gr.themes.Base:
 
 
 def log_without_values() -> None:
-    """Errors are logged by their kind and place: gradio would print messages that can hold what a user sent."""
+    """Log only the type and the place of errors, because their messages can contain what a user sent."""
 
     def print_exc(*_: Any, **__: Any) -> None:
         error = sys.exception()
@@ -623,7 +625,7 @@ def log_without_values() -> None:
 
 
 def launch(page: gr.Blocks, **options: Any) -> Any:
-    """Serves the page: without the server's paths, history, monitoring, or what else gradio would offer."""
+    """Serve the page, without the optional features of gradio, such as history, monitoring and sharing."""
     return page.launch(
         theme=theme(),
         css_paths=HERE / "style.css",
@@ -645,7 +647,7 @@ def launch(page: gr.Blocks, **options: Any) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Serves a checkpoint as a page.")
+    parser = argparse.ArgumentParser(description="Serve a checkpoint as a page.")
     parser.add_argument("--model", default=os.environ.get("MODEL_ID"), help="folder or Hub id; MODEL_ID by default")
     parser.add_argument(
         "--revision", default=os.environ.get("MODEL_REVISION"), help="commit; MODEL_REVISION by default"

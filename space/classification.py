@@ -1,11 +1,10 @@
-"""One text in, its path through the taxonomy out: what the page and the API both answer with.
+"""Load a checkpoint and classify texts, for both the page and the API.
 
 Worth knowing:
 
-1. The model and its pipeline come with the checkpoint, by one call, as for any stranger. On the Hub the code is pinned to
-   the same commit as the weights.
-2. What cannot be answered is a `Refused`. Its message goes to the user, so it holds nothing of what the user sent.
-3. How much of a text was read is counted in characters, from the tokenizer's offsets.
+1. The model and its pipeline load in one call of transformers. On the Hub, code and weights are pinned to the same commit.
+2. An invalid request raises `Refused`. Its message is shown to the user, and contains nothing that the user sent.
+3. The part of a text that was read is counted in characters, from the tokenizer's offsets.
 """
 
 import os
@@ -27,15 +26,14 @@ class Node(TypedDict):
 
 
 class Classification(TypedDict):
-    """What became of a text.
+    """The result for one text.
 
     Attributes:
         label, score: the most probable leaf and its probability.
         path: every node from the root to that leaf.
-        answer: the nodes that hold the right leaf for the coverage asked, leaves where the model is sure, their parents
-            where it is not; None where no coverage was asked.
-        levels: for each level, from the roots down, the probability of every node there.
-        characters, characters_read: the length of the text, and how much of its beginning the model has read.
+        answer: the nodes that contain the correct leaf for the requested coverage; None without a coverage.
+        levels: for each level, from the roots down, the probability of every node.
+        characters, characters_read: the length of the text, and of the part that the model has read.
     """
 
     label: str
@@ -48,10 +46,10 @@ class Classification(TypedDict):
 
 
 def load(model: str, revision: str | None) -> Pipeline:
-    """The pipeline of a checkpoint, from a folder or from the Hub.
+    """Load the pipeline of a checkpoint, from a folder or from the Hub.
 
     Args:
-        revision: a commit of the repository on the Hub, of the code as well as of the weights.
+        revision: the commit on the Hub, for code and weights.
     """
     pinned = {} if revision is None or os.path.isdir(model) else {"revision": revision, "code_revision": revision}
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,13 +57,13 @@ def load(model: str, revision: str | None) -> Pipeline:
 
 
 def check_text(text: Any) -> str:
-    """The text itself.
+    """Return the text, if it can be classified.
 
     Raises:
-        Refused: it is no text, blank, too long, or not Unicode.
+        Refused: it is no text, blank, too long, or not valid Unicode.
     """
     if not isinstance(text, str):
-        raise Refused("A text is needed, not a number, a list or the like.")
+        raise Refused("A text is needed, not a number, a list or another type.")
     if not text.strip("\0 \t\r\n") or not text.strip():
         raise Refused("There is no text to classify.")
     if len(text) > MAX_CHARACTERS:
@@ -73,15 +71,15 @@ def check_text(text: Any) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise Refused("The text holds half a character: it is not valid Unicode.") from None
+        raise Refused("The text is not valid Unicode: it has half of a surrogate pair.") from None
     return text
 
 
 def check_coverage(classifier: Pipeline, coverage: Any) -> float | None:
-    """The coverage asked, or None.
+    """Return the requested coverage, or None.
 
     Raises:
-        Refused: it is no number between 0.5 and 0.99, or the model was not calibrated.
+        Refused: it is no number between 0.5 and 0.99, or the model is not calibrated.
     """
     if coverage is None:
         return None
@@ -90,28 +88,28 @@ def check_coverage(classifier: Pipeline, coverage: Any) -> float | None:
     if not LEAST_COVERAGE <= coverage <= MOST_COVERAGE:
         raise Refused(f"The coverage must lie between {LEAST_COVERAGE} and {MOST_COVERAGE}.")
     if not is_calibrated(classifier):
-        raise Refused("This model was trained without validation rows: it cannot answer with a coverage.")
+        raise Refused("This model was trained without validation rows, so it has no coverage guarantee.")
     return float(coverage)
 
 
 def is_calibrated(classifier: Pipeline) -> bool:
-    """Whether the checkpoint can answer with a coverage."""
+    """Return whether the checkpoint has thresholds for a coverage."""
     return classifier.model.config.conformal_thresholds is not None
 
 
 def classify(classifier: Pipeline, text: Any, coverage: Any = None) -> Classification:
-    """Classifies a text.
+    """Classify one text.
 
     Raises:
-        Refused: the text or the coverage.
+        Refused: the text or the coverage is invalid.
     """
     coverage = check_coverage(classifier, coverage)
     return classify_all(classifier, [check_text(text)], coverage)[0]
 
 
 def classify_all(classifier: Pipeline, texts: list[str], coverage: float | None) -> list[Classification]:
-    """Classifies texts that were checked, in their order."""
-    wanted = {} if coverage is None else {"coverage": coverage}
+    """Classify texts that `check_text` has returned, in their order."""
+    options = {} if coverage is None else {"coverage": coverage}
     return [
         {
             "label": result["label"],
@@ -122,11 +120,11 @@ def classify_all(classifier: Pipeline, texts: list[str], coverage: float | None)
             "characters": len(text),
             "characters_read": characters_read(classifier, text) if result["truncated"] else len(text),
         }
-        for text, result in zip(texts, classifier(texts, **wanted), strict=True)
+        for text, result in zip(texts, classifier(texts, **options), strict=True)
     ]
 
 
 def characters_read(classifier: Pipeline, text: str) -> int:
-    """Where the last token ends that the model reads of a text."""
+    """Return the number of characters up to the end of the last token that the model reads."""
     encoded = classifier.tokenizer(text, truncation=True, return_offsets_mapping=True, verbose=False)
     return max(end for _, end in encoded["offset_mapping"])

@@ -1,12 +1,12 @@
-"""What reaches gradio, and what does not.
+"""Filter the requests that reach gradio.
 
 Worth knowing:
 
-1. Gradio has routes that this page has no use for: one writes a session to the disk (``deep_link``), others fetch for the
-   client (``proxy=``, ``file=http…``) or take recordings. They answer 404.
-2. Requests other than uploads are text: beyond `MAX_BODY`, and uploads of one or several files beyond `MAX_UPLOAD`, they answer
-   413, and no more of them is read.
-3. Nothing here looks into what a request holds.
+1. Routes of gradio that the page does not use reply 404. One writes a session to the disk (``deep_link``), others fetch
+   for the client (``proxy=``, ``file=http…``) or accept recordings.
+2. An upload of more than `MAX_UPLOAD` bytes, and any other request of more than `MAX_BODY`, replies 413. The rest of its
+   body is not read.
+3. The content of requests is never inspected.
 """
 
 import re
@@ -31,7 +31,7 @@ HEADERS = [
 
 
 class TooLarge(Exception):
-    """A request is longer than it may be."""
+    """The body of a request exceeds its limit."""
 
 
 class Guard:
@@ -49,27 +49,27 @@ class Guard:
         upload = path in ("/gradio_api/upload", "/upload")
         read, started, too_large = 0, False, False
 
-        async def counted() -> Message:
+        async def counting_receive() -> Message:
             nonlocal read, too_large
             message = await receive()
             read += len(message.get("body", b""))
             if read > (MAX_UPLOAD if upload else MAX_BODY):
                 too_large = True
-                # on the one, gradio deletes what it has written
+                # gradio deletes the partial file on a MultiPartException
                 raise MultiPartException("too large") if upload else TooLarge
             return message
 
-        async def answered(message: Message) -> None:
+        async def filtering_send(message: Message) -> None:
             nonlocal started
             if too_large and not started:
-                return  # what gradio makes of a request that was broken off
+                return  # discard the reply of gradio to the aborted request
             if message["type"] == "http.response.start":
                 started = True
-                ours = HEADERS if path.startswith("/gradio_api/file=") else HEADERS[:2]
-                message["headers"] = [*message.get("headers", []), *ours]
+                added = HEADERS if path.startswith("/gradio_api/file=") else HEADERS[:2]
+                message["headers"] = [*message.get("headers", []), *added]
             await send(message)
 
         with suppress(TooLarge):
-            await self.app(scope, counted, answered)
+            await self.app(scope, counting_receive, filtering_send)
         if too_large and not started:
             await PlainTextResponse("The request is too large.", 413)(scope, receive, send)

@@ -1,12 +1,12 @@
-"""A file of texts in, its texts with their line numbers out, and what became of them as CSV or JSON Lines.
+"""Read an uploaded file of texts, and write its results as CSV or JSON Lines.
 
 Worth knowing:
 
-1. `reading` reads the file, as it does for the commands. It lies beside this folder in the repository, and in it on the Hub.
-2. A file of at most 10 MB can unpack to gigabytes, whatever it says of itself. So a process of its own reads it, this file run
-   as a script, with limits of time and, on Linux, of memory. It passes on one column, and only so much of it.
-3. Files are read from memory: nothing of them is on disk while they are classified.
-4. In a CSV for download a cell that a spreadsheet would take for a formula begins with an apostrophe.
+1. `reading` reads the file, as for the commands. In the repository it is beside this folder, and on the Hub inside it.
+2. A file of at most 10 MB can decompress to gigabytes. So a subprocess reads it, which runs this file as a script, with
+   limits of time and, on Linux, of memory. It returns only the column of texts, up to `MAX_UNPACKED` bytes.
+3. Files are read from memory: they are not on disk while they are classified.
+4. In a CSV for download, a cell that a spreadsheet would run as a formula gets an apostrophe in front.
 """
 
 import csv
@@ -29,15 +29,15 @@ from reading.rows import KINDS, InputError, Limits, Rows
 MAX_BYTES = 10 * 2**20
 MAX_ROWS = 10_000
 MAX_COLUMNS = 1_000
-MAX_UNPACKED = 4 * MAX_BYTES  # of the column with the texts
-MAX_MEMORY = 512 * 2**20  # that the reading process takes for a file
-MAX_SECONDS = 30  # that it takes
+MAX_UNPACKED = 4 * MAX_BYTES  # of the column of texts
+MAX_MEMORY = 512 * 2**20  # of the subprocess, in addition to what it has before the file
+MAX_SECONDS = 30  # of the subprocess
 LIMITS = Limits(bytes=MAX_UNPACKED, rows=MAX_ROWS, columns=MAX_COLUMNS, characters=MAX_BYTES + 1)
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
 class Refused(ValueError):
-    """What a user asked for cannot be done. The message says why. Of what they sent it shows at most names of columns."""
+    """A request that cannot be fulfilled. The message gives the reason, and shows at most names of columns."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Row:
     """A row of a file.
 
     Attributes:
-        line: where it begins in the file, see `reading.rows.Row`.
+        line: where the row begins, see `reading.rows.Row`.
         text: None if there is a problem.
-        problem: why the row cannot be classified.
+        problem: why the row cannot be classified, or None.
     """
 
     line: int
@@ -57,7 +57,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """The names of a file's columns, the one that was read, and its rows, problems included."""
+    """The columns of a file, the column of texts, and all rows, including those with a problem."""
 
     columns: list[str]
     column: str
@@ -65,36 +65,36 @@ class Table:
 
 
 def kind_of(name: str) -> str:
-    """Return the kind of a file by its name.
+    """Return the kind of a file, from its name.
 
     Raises:
-        Refused: it is none that can be read.
+        Refused: the kind cannot be read.
     """
     kind = name.lower().rpartition(".")[2]
     if kind not in KINDS:
-        raise Refused("The file must be CSV, TSV, JSON, JSON Lines (.jsonl), Parquet or text (.txt), and be named so.")
+        raise Refused(
+            "The file must be CSV, TSV, JSON, JSON Lines (.jsonl), Parquet or text (.txt), with that ending in its name."
+        )
     return kind
 
 
 def read_table(content: bytes, kind: str, column: str | None = None) -> Table:
-    """Return the rows of a file, as a process of its own reads them.
+    """Read the rows of a file in a subprocess.
 
     Args:
-        column: with the texts; by default found by its name, else the one with the most characters.
+        column: the column of texts; by default found by its name, else the one with the most characters.
 
     Raises:
-        Refused: it is too large, empty, not of its kind, has no such column, or two columns share a name.
+        Refused: the file is too large, empty, not of its kind, lacks the column, or has two columns of one name.
     """
     if len(content) > MAX_BYTES:
         raise Refused(f"The file has {len(content) / 2**20:.1f} MB; at most {MAX_BYTES // 2**20} MB are accepted.")
-    asked = json.dumps({"kind": kind, "column": column}).encode() + b"\n" + content
-    # Arrow's own allocators and glibc's arenas reserve far more than they use, which counts against the limit
-    settings = os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1"}
-    reader = [sys.executable, __file__]
+    request = json.dumps({"kind": kind, "column": column}).encode() + b"\n" + content
+    # the allocators of Arrow and the arenas of glibc reserve far more than they use, which counts against the limit
+    environment = os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     try:
-        done = subprocess.run(
-            reader, input=asked, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=MAX_SECONDS, env=settings
-        )
+        done = subprocess.run([sys.executable, __file__], input=request, timeout=MAX_SECONDS, env=environment, **pipes)
     except subprocess.TimeoutExpired:
         raise Refused(f"The file takes more than {MAX_SECONDS} seconds to read.") from None
     if done.returncode:
@@ -106,60 +106,60 @@ def read_table(content: bytes, kind: str, column: str | None = None) -> Table:
     return Table(**head, rows=[Row(*row) for row in rows])
 
 
-# in the process that reads
+# ── The subprocess ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def main() -> None:
-    """Answer `read_table`: what is asked, and the file, come by standard input; lines of JSON go to standard output."""
-    asked = json.loads(sys.stdin.buffer.readline())
-    if asked["kind"] == "parquet":
+    """Reply to `read_table`: read the request and the file from standard input, and write lines of JSON."""
+    request = json.loads(sys.stdin.buffer.readline())
+    if request["kind"] == "parquet":
         import reading.parquet  # noqa: F401 (before the limit, which counts from here)
     limit_memory()
-    written = io.BytesIO()
+    lines = io.BytesIO()
     try:
-        for line in read(sys.stdin.buffer.read(), **asked):
-            written.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-            if written.tell() > MAX_UNPACKED:
+        for line in read(sys.stdin.buffer.read(), **request):
+            lines.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            if lines.tell() > MAX_UNPACKED:
                 raise Refused(f"Unpacked, the file has more than {MAX_UNPACKED // 2**20} MB.")
-        answer = written.getbuffer()
+        reply = lines.getbuffer()
     except InputError as error:
-        answer = json.dumps({"refused": f"{error}."}).encode()
+        reply = json.dumps({"refused": f"{error}."}).encode()
     except Refused as error:
-        answer = json.dumps({"refused": str(error)}).encode()
-    sys.stdout.buffer.write(answer)
+        reply = json.dumps({"refused": str(error)}).encode()
+    sys.stdout.buffer.write(reply)
 
 
 def limit_memory() -> None:
-    """Let this process take `MAX_MEMORY` more than it has. Only Linux can."""
+    """Limit the memory of this process to `MAX_MEMORY` more than it has now, on Linux."""
     try:
         import resource
 
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MAX_MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
-    except (ImportError, OSError, ValueError):  # another system, or a lower limit already
+    except (ImportError, OSError, ValueError):  # not Linux, or a lower limit is set
         pass
 
 
 def read(content: bytes, kind: str, column: str | None) -> Iterator[Any]:
-    """Yield the columns and the one with the texts, then rows: line, text, problem.
+    """Yield the columns and the column of texts, then for each row its line, text and problem.
 
     Raises:
         Refused, InputError: as for `read_table`.
     """
     rows = open_rows(content, kind)
-    if column is not None and column not in list(rows.columns):  # it may be of any type
+    if column is not None and column not in list(rows.columns):  # a client can send any type
         raise Refused("The file has no such column.")
-    found = find_column(rows.columns, column, TEXT_COLUMNS)
-    if found is None:
-        found = longest_column(rows.texts, (row.values for row in rows.read(rows.texts) if row.problem is None))
-        if found is None:
-            found = next(iter(rows.columns), None)
+    text_column = find_column(rows.columns, column, TEXT_COLUMNS)
+    if text_column is None:
+        text_column = longest_column(rows.texts, (row.values for row in rows.read(rows.texts) if row.problem is None))
+        if text_column is None:
+            text_column = next(iter(rows.columns), None)
         rows = open_rows(content, kind)
-    yield {"columns": list(rows.columns), "column": found}
+    yield {"columns": list(rows.columns), "column": text_column}
     empty = True
-    for row in rows.read([] if found is None else [found]):
+    for row in rows.read([] if text_column is None else [text_column]):
         empty = False
-        text = row.values.get(found)
+        text = row.values.get(text_column)
         problem = row.problem or text_problem(text)
         yield [row.line, None if problem else text, problem]
     if empty:
@@ -170,15 +170,13 @@ def open_rows(content: bytes, kind: str) -> Rows:
     return Rows(io.BytesIO(content), kind, "The file", LIMITS)
 
 
-# what is downloaded
+# ── Downloads ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def to_csv(records: list[dict[str, Any]]) -> str:
-    """Records as CSV that spreadsheets may open: lists as text, formulas defused."""
+    """Format records as CSV that is safe in spreadsheets: lists as JSON, formulas defused."""
     stream = io.StringIO()
-    writer = csv.writer(
-        stream, lineterminator="\r\n"
-    )  # as RFC 4180 has it; a bare return in a cell is quoted then, too
+    writer = csv.writer(stream, lineterminator="\r\n")  # with it, a bare \r in a cell is quoted, as RFC 4180 demands
     names = list(dict.fromkeys(name for record in records for name in record))
     writer.writerow([defuse(name) for name in names])
     for record in records:
@@ -187,7 +185,7 @@ def to_csv(records: list[dict[str, Any]]) -> str:
 
 
 def defuse(value: Any) -> Any:
-    """A cell that no spreadsheet takes for a formula."""
+    """Return the value of a cell that no spreadsheet runs as a formula."""
     if value is None or isinstance(value, (int, float)):
         return value
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

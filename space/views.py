@@ -1,13 +1,12 @@
-"""What the page shows of an answer, as HTML and as plotly figures.
+"""Render results as HTML and as plotly figures.
 
 Worth knowing:
 
-1. Whatever comes from the user or the model goes through `plain` (HTML) or `label` (plotly, which reads some HTML in texts),
-   and nothing else makes markup.
-2. Colours are from Okabe and Ito's palette, which colour-blind readers tell apart; each also has a second sign: an
-   underline, a plus or minus, a number.
-3. Heights follow from the taxonomy, never from the answer, so that nothing moves when an answer arrives.
-4. Of many nodes the most probable are shown, and the others as one.
+1. All strings of the user or the model go through `plain` (HTML) or `label` (plotly, which interprets some HTML).
+2. Colours are from the palette of Okabe and Ito, which colour-blind readers can distinguish. Each colour has a second sign:
+   an underline, a plus or minus, or a number.
+3. Heights depend on the taxonomy only, so that nothing moves when a result arrives.
+4. Of many nodes, the most probable are shown, and the rest is summed up as "others".
 """
 
 import math
@@ -21,32 +20,32 @@ from attribution import Explanation
 from classification import Classification
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#9AA5B1"
-BARS = 6  # of a level
-LEVELS = 4  # with bars; deeper ones are in the icicle
+BARS = 6  # a level
+LEVELS = 4  # with bars; only the icicle shows deeper levels
 HEADING, ROW = 34, 27  # pixels
 TEXT = {"xanchor": "left", "xshift": 3, "yanchor": "middle", "align": "left", "showarrow": False}
-LEAST_SHARE = 0.01  # of an icicle: nodes below stand together as "others"
+LEAST_SHARE = 0.01  # of the icicle; smaller nodes are merged as "others"
 LONGEST_LABEL = 34
 NOT_A_DEVICE = "Not a medical device. Not for diagnosis, treatment or any decision about a patient."
-# braces would be read by gradio's HTML component, which fills templates in the browser
+# the HTML component of gradio would fill braces as templates in the browser
 BRACES = str.maketrans({"{": "&#123;", "}": "&#125;", "$": "&#36;", "`": "&#96;"})
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-TURNS = re.compile("[\u202a-\u202e\u2066-\u2069\u200e\u200f]")  # characters that turn what follows around
+TURNS = re.compile("[\u202a-\u202e\u2066-\u2069\u200e\u200f]")  # characters that change the writing direction
 
 
 def plain(value: Any) -> str:
-    """A text as HTML that shows just that text."""
+    """Escape a text for HTML."""
     return escape(CONTROLS.sub("\ufffd", str(value))).translate(BRACES)
 
 
 def label(name: str, longest: int = LONGEST_LABEL) -> str:
-    """A name as plotly shows just that name, shortened."""
+    """Shorten a name, and escape it for plotly."""
     name = TURNS.sub("", CONTROLS.sub("\ufffd", name))
     return escape(name if len(name) <= longest else name[: longest - 1] + "…", quote=False).replace("$", "&#36;")
 
 
 def percent(share: float) -> str:
-    """A probability in words that never say 0 % or 100 % of what is neither."""
+    """Format a probability. Only exact values are shown as 0 % or 100 %."""
     if 0 < share < 0.001:
         return "< 0.1 %"
     if 0.999 < share < 1:
@@ -55,39 +54,40 @@ def percent(share: float) -> str:
 
 
 def points(weight: float) -> str:
-    """A difference of probabilities."""
+    """Format a difference of probabilities, in percentage points."""
     return f"{'−' if weight < 0 else '+'}{abs(100 * weight):.1f}"
 
 
-# ── one text ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── One text ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def result(found: Classification, coverage: float | None) -> str:
-    """The predicted class, its certainty, its path, the answer for the coverage asked, and what was not read."""
-    path = "".join(f"<li>{name(node['label'])} <b>{percent(node['score'])}</b></li>" for node in found["path"])
-    if coverage is None or found["answer"] is None:
-        answer = "This model was trained without validation rows, so it gives no answer for a coverage."
+def result(classified: Classification, coverage: float | None) -> str:
+    """Render the predicted class, its probability, its path, the answer for the coverage, and the truncation."""
+    path = "".join(f"<li>{name(node['label'])} <b>{percent(node['score'])}</b></li>" for node in classified["path"])
+    if coverage is None or classified["answer"] is None:
+        answer = "This model was trained without validation rows, so it has no coverage guarantee."
     else:
-        names = " or ".join(f"<b>{name(node['label'])}</b>" for node in found["answer"])
+        names = " or ".join(f"<b>{name(node['label'])}</b>" for node in classified["answer"])
         answer = f"For {coverage:.0%} coverage: {names}"
-    if found["characters_read"] < found["characters"]:
-        unread = found["characters"] - found["characters_read"]
-        cut = (
-            f"<p class='note cut'>The end was cut: the model read the first {found['characters_read']:,} of "
-            f"{found['characters']:,} characters; {unread:,} ({unread / found['characters']:.0%}) were not read.</p>"
+    length, length_read = classified["characters"], classified["characters_read"]
+    if length_read < length:
+        unread = length - length_read
+        truncation = (
+            f"<p class='note cut'>The text was truncated: the model read the first {length_read:,} of {length:,} characters; "
+            f"{unread:,} ({unread / length:.0%}) were not read.</p>"
         )
     else:
-        cut = "<p class='note'>The whole text was read.</p>"
+        truncation = "<p class='note'>The whole text was read.</p>"
     return panel(
-        f"<p class='kicker'>Most probable class</p><p class='class'>{name(found['label'])}</p>"
-        f"<p class='certainty'><span class='meter' aria-hidden='true'><span style='width:{100 * found['score']:.1f}%'></span>"
-        f"</span>{percent(found['score'])} certain</p><ol class='path' aria-label='Path through the taxonomy'>{path}</ol>"
-        f"<p class='answer'>{answer}</p>{cut}"
+        f"<p class='kicker'>Most probable class</p><p class='class'>{name(classified['label'])}</p>"
+        f"<p class='certainty'><span class='meter' aria-hidden='true'><span style='width:{100 * classified['score']:.1f}%'></span>"
+        f"</span>{percent(classified['score'])} probability</p><ol class='path' aria-label='Path through the taxonomy'>{path}</ol>"
+        f"<p class='answer'>{answer}</p>{truncation}"
     )
 
 
 def waiting() -> str:
-    """In place of a result, before there is one."""
+    """Render the placeholder of a result."""
     return panel(
         "<p class='kicker'>Most probable class</p><p class='class none'>–</p>"
         "<p class='note'>Paste an abstract, or choose an example.</p>"
@@ -95,7 +95,7 @@ def waiting() -> str:
 
 
 def refusal(message: str) -> str:
-    """In place of a result: why there is none."""
+    """Render a refusal in place of a result."""
     return panel(f"<p class='kicker'>Not classified</p><p class='refused'>{plain(message)}</p>", role="alert")
 
 
@@ -108,16 +108,16 @@ def name(text: str) -> str:
 
 
 def bars_height(widths: list[int]) -> int:
-    """Pixels for the bars of a taxonomy whose levels have so many nodes."""
+    """Return the height of the bars in pixels, from the number of nodes of each level."""
     return sum(HEADING + ROW * min(width, BARS + 1) for width in widths[:LEVELS]) + 8
 
 
 def bars(levels: list[dict[str, float]], path: list[str]) -> go.Figure:
-    """Probability bars, level by level, those of the path in blue.
+    """Draw probability bars, level by level, with the path in blue.
 
     Args:
-        levels: as in a `Classification`; with probabilities of 0, bars to be filled.
-        path: labels of the nodes to mark.
+        levels: see `Classification`; all probabilities are 0 before there is a result.
+        path: labels of the highlighted nodes.
     """
     shown = levels[:LEVELS]
     height = bars_height([len(level) for level in levels])
@@ -149,12 +149,12 @@ def bars(levels: list[dict[str, float]], path: list[str]) -> go.Figure:
 
 
 def icicle(levels: list[dict[str, float]], parents: dict[str, str], path: list[str], height: int) -> go.Figure:
-    """The taxonomy, each node as tall as it is probable, from the roots at the left to the leaves at the right.
+    """Draw the taxonomy from the roots at the left to the leaves at the right. The height of a node is its probability.
 
     Args:
-        levels: as in a `Classification`.
-        parents: of each label; of a root, the empty text.
-        path: labels of the nodes to mark.
+        levels: see `Classification`.
+        parents: the parent of each label; for a root, the empty string.
+        path: labels of nodes that are always shown.
     """
     scores = {node: score for level in levels for node, score in level.items()}
     children: dict[str, list[str]] = {}
@@ -187,10 +187,10 @@ def icicle(levels: list[dict[str, float]], parents: dict[str, str], path: list[s
 def lay_out(
     children: dict[str, list[str]], scores: dict[str, float], path: set[str], parent: str, level: int, low: float
 ) -> Iterator[tuple[int, float, str, float, bool]]:
-    """Boxes of an icicle below a node: level from 0, lower end, text, probability, and whether nothing is below it.
+    """Yield the boxes of an icicle below a node: level from 0, lower end, text, probability, and whether it is a leaf.
 
     Args:
-        low: where the first of them begins.
+        low: lower end of the first box.
     """
     below = sorted(children.get(parent, []), key=lambda node: -scores[node])
     others = [node for node in below if scores[node] < LEAST_SHARE and node not in path]
@@ -205,12 +205,12 @@ def lay_out(
 
 
 def icicle_height(leaves: int) -> int:
-    """Pixels for the icicle of a taxonomy with so many leaves."""
+    """Return the height of the icicle in pixels, from the number of leaves."""
     return round(min(130 + 26 * leaves, 440))
 
 
 def shade(score: float) -> str:
-    """From light to dark blue, by probability."""
+    """Return a colour from light to dark blue, by probability."""
     light, dark = (220, 232, 243), (0, 92, 150)
     return "#" + "".join(f"{round(a + (b - a) * min(max(score, 0), 1)):02X}" for a, b in zip(light, dark, strict=True))
 
@@ -228,59 +228,63 @@ def dress(figure: go.Figure, height: int) -> go.Figure:
     )
 
 
-# ── words ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Words ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def no_words() -> str:
-    """In place of the words, before they were asked for."""
+    """Render the placeholder of an explanation."""
     return panel("<p class='note'>Classify a text, choose a node, and press “Show the words”.</p>")
 
 
-def words(text: str, found: Explanation) -> str:
-    """A text with its words coloured by their weights, and what these weights are."""
-    most = max((abs(word["weight"]) for word in found["words"]), default=0.0)
-    scale = max(most, 0.005)
-    parts, at = [], 0
-    for word in found["words"]:
-        parts.append(plain(text[at : word["start"]]))
+def words(text: str, explanation: Explanation) -> str:
+    """Render a text with its words coloured by their weights, and the largest weights."""
+    # ── The text: coloured words, and the end that was not read ──
+    largest = max((abs(word["weight"]) for word in explanation["words"]), default=0.0)
+    scale = max(largest, 0.005)
+    parts, position = [], 0
+    for word in explanation["words"]:
+        parts.append(plain(text[position : word["start"]]))
         strength = abs(word["weight"]) / scale
-        written = plain(text[word["start"] : word["end"]])
+        escaped = plain(text[word["start"] : word["end"]])
         if strength >= 0.08:
             kind = "for" if word["weight"] > 0 else "against"
             title = f"{points(word['weight'])} points"
             parts.append(
                 f"<span class='w {kind}' style='--s:{math.sqrt(strength):.2f}' title='{title}' "
-                f"data-weight='{word['weight']:.6f}'>{written}</span>"
+                f"data-weight='{word['weight']:.6f}'>{escaped}</span>"
             )
         else:
-            parts.append(written)
-        at = word["end"]
-    parts.append(plain(text[at : found["characters_read"]]))
-    unread = text[found["characters_read"] :]
+            parts.append(escaped)
+        position = word["end"]
+    parts.append(plain(text[position : explanation["characters_read"]]))
+    unread = text[explanation["characters_read"] :]
     if unread:
         parts.append(f"<span class='unread' title='not read by the model'>{plain(unread)}</span>")
-    nothing = "" if most >= 0.001 else "<p class='note'>No word moves this probability by as much as 0.1 points.</p>"
-    if abs(found["error"]) > 0.1:
-        nothing = (
-            "<p class='note cut'>The error is large: the probability jumps between a blank text and this one. Take the weights "
-            "as a hint at most.</p>"
+
+    # ── The warning, the error and the ranking ──
+    warning = "" if largest >= 0.001 else "<p class='note'>No word changes this probability by 0.1 points or more.</p>"
+    if abs(explanation["error"]) > 0.1:
+        warning = (
+            "<p class='note cut'>The error is large: the probability jumps between a blank text and this text. The weights "
+            "are unreliable.</p>"
         )
-    difference = found["score"] - found["blank_score"]
-    share = f", {abs(found['error'] / difference):.1%} of the difference" if abs(difference) >= 0.005 else ""
-    ranked = sorted(found["words"], key=lambda word: -word["weight"])
+    score, blank_score, error = explanation["score"], explanation["blank_score"], explanation["error"]
+    difference = score - blank_score
+    share = f", {abs(error / difference):.1%} of the difference" if abs(difference) >= 0.005 else ""
+    ranked = sorted(explanation["words"], key=lambda word: -word["weight"])
     best = [word for word in ranked if word["weight"] > 0][:8]
     worst = [word for word in ranked[::-1] if word["weight"] < 0][:8]
     return panel(
-        f"<h3>Words for and against {name(found['label'])}</h3>"
-        f"<p class='note'>Of a blank text of this length the model says {percent(found['blank_score'])}, of this text "
-        f"<b>{percent(found['score'])}</b>. The words’ weights, in percentage points, add up to that difference, "
-        f"{points(difference)}. The sum is off by {points(found['error'])} (convergence error{share}).</p>{nothing}"
+        f"<h3>Words for and against {name(explanation['label'])}</h3>"
+        f"<p class='note'>The probability is {percent(blank_score)} for a blank text of this length, and <b>{percent(score)}</b> "
+        f"for this text. The weights of the words, in percentage points, add up to the difference, {points(difference)}, with a "
+        f"convergence error of {points(error)}{share}.</p>{warning}"
         f"<p class='legend'><span class='w for' style='--s:.8'>raises</span> <span class='w against' style='--s:.8'>lowers</span> "
         f"the probability{' · <span class=unread>grey: not read</span>' if unread else ''}</p>"
-        f"<div class='text' dir='auto' tabindex='0' aria-label='The text with its words weighed'>{''.join(parts)}</div>"
-        f"<div class='ranked'>{ranking('Raise it most', best)}{ranking('Lower it most', worst)}</div>"
+        f"<div class='text' dir='auto' tabindex='0' aria-label='The text with the weights of its words'>{''.join(parts)}</div>"
+        f"<div class='ranked'>{ranking('Raise the probability most', best)}{ranking('Lower the probability most', worst)}</div>"
         "<p class='note'>Integrated gradients over the encoder’s word embeddings and, where the model has one, its lexical head. "
-        "A weight says what the model reacted to. It does not say that the word is a medical reason.</p>"
+        "A weight shows the effect of a word on the model. It is no medical reason.</p>"
     )
 
 
@@ -292,11 +296,11 @@ def ranking(title: str, some: list[dict]) -> str:
     return f"<table><caption>{title}, in points</caption><tbody>{rows}</tbody></table>"
 
 
-# ── a file ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── A file ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def progress(done: int, total: int, problems: int, state: str) -> str:
-    """How far a file is."""
+    """Render the progress of a file."""
     text = f"{state} {done:,} of {total:,} rows" if total else state
     if problems:
         text += f"; {problems:,} could not be read"
@@ -307,15 +311,15 @@ def progress(done: int, total: int, problems: int, state: str) -> str:
 
 
 def note(text: str) -> str:
-    """A line beside the progress, whose place is kept while there is none."""
+    """Render a note beside the progress. An empty note keeps its space."""
     return f"<p class='note ended' role='status' aria-live='polite'>{plain(text)}</p>"
 
 
-PROBLEMS = 200  # shown
+PROBLEMS = 200  # most that are shown
 
 
 def preview(records: list[dict[str, Any]]) -> str:
-    """Rows that were classified, with the beginnings of their texts."""
+    """Render rows that were classified, with the beginnings of their texts."""
     heads = ("line", "text", "most probable class", "probability", "answer for the coverage")
     rows = (
         (
@@ -330,15 +334,15 @@ def preview(records: list[dict[str, Any]]) -> str:
     return grid(heads, rows, "The rows that are classified are shown here.")
 
 
-def problems(found: list[dict[str, Any]]) -> str:
-    """Rows that were not classified, by line."""
-    rows = ((one["line"], plain(one["problem"])) for one in found[:PROBLEMS])
-    more = f"<p class='note'>and {len(found) - PROBLEMS:,} more</p>" if len(found) > PROBLEMS else ""
+def problems(records: list[dict[str, Any]]) -> str:
+    """Render rows that were not classified, by line."""
+    rows = ((record["line"], plain(record["problem"])) for record in records[:PROBLEMS])
+    more = f"<p class='note'>and {len(records) - PROBLEMS:,} more</p>" if len(records) > PROBLEMS else ""
     return grid(("line", "reason"), rows, "None.") + more
 
 
 def grid(heads: tuple[str, ...], rows: Iterable[tuple[Any, ...]], empty: str) -> str:
-    """A table; on a narrow page, its rows as blocks. The cells are HTML already."""
+    """Render a table from cells of HTML. On a narrow page its rows are blocks."""
     body = "".join(
         "<tr>" + "".join(f"<td data-head='{head}'>{cell}</td>" for head, cell in zip(heads, row, strict=True)) + "</tr>"
         for row in rows
@@ -349,16 +353,16 @@ def grid(heads: tuple[str, ...], rows: Iterable[tuple[Any, ...]], empty: str) ->
     return f"<table class='grid'><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 
-# ── the model ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The model ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 FIRST = ("results", "limits", "licence", "license")
 
 
 def card_parts(card: str) -> tuple[str, str]:
-    """A model card as Markdown: what a reader of this page wants first, and the rest.
+    """Split a model card into its most important sections and the rest, as Markdown.
 
-    Left out are the front matter, comments, pictures (they are files of the checkpoint), and how to load the model.
+    The front matter, comments, pictures and the section on loading the model are dropped.
     """
     body = re.sub(r"\A---\r?\n.*?\r?\n---\r?\n", "", card, flags=re.DOTALL)
     body = re.sub(r"<!--.*?-->", "", body, flags=re.DOTALL)
@@ -371,18 +375,18 @@ def card_parts(card: str) -> tuple[str, str]:
 
 
 def licence(card: str) -> str:
-    """The licence that a model card's front matter names."""
-    found = re.search(r"(?m)\A---\r?\n(?:.*\r?\n)*?license:[ \t]*(\S+)", card)
-    return found[1] if found else "not given"
+    """Return the licence in the front matter of a model card."""
+    match = re.search(r"(?m)\A---\r?\n(?:.*\r?\n)*?license:[ \t]*(\S+)", card)
+    return match[1] if match else "not given"
 
 
 def facts(known: dict[str, str]) -> str:
-    """A table of what a model is."""
+    """Render the facts of a model as a table."""
     rows = "".join(f"<tr><th scope='row'>{plain(key)}</th><td>{name(value)}</td></tr>" for key, value in known.items())
     return f"<table class='facts'><caption class='hidden'>The model</caption><tbody>{rows}</tbody></table>"
 
 
-# ── around all of it ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Head and foot ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def masthead() -> str:
@@ -393,7 +397,7 @@ def masthead() -> str:
 
 
 def footer() -> str:
-    return f"<footer><p>{NOT_A_DEVICE} What you send is not logged, stored or shared: it is classified, and forgotten.</p></footer>"
+    return f"<footer><p>{NOT_A_DEVICE} What you send is not logged, stored or shared.</p></footer>"
 
 
 HEAD = """

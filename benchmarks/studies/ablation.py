@@ -1,20 +1,19 @@
-"""What each setting of the recipes is worth, measured without a test file:
+"""Measure each setting of the recipes without a test file:
 
     python benchmarks/studies/ablation.py --data FOLDER --encoder ENCODER [--task ohsumed --variant "focal, gamma 1" … --fold 0 …]
 
-FOLDER holds ``ohsumed/{train,labels}.csv`` and ``medical_abstracts/{train,validation}.csv``. `VARIANTS` and `OF_TASK` name what
-each run changes in the task's recipe, at the rank of `BASE`.
+FOLDER holds ``ohsumed/{train,labels}.csv`` and ``medical_abstracts/{train,validation}.csv``. `VARIANTS` and `OF_TASK` list
+the change of each run to the task's recipe, at the rank of `BASE`.
 
-- ohsumed: the training file is cut in thirds; ``train.py`` is given two of them, carves its validation rows from these as
-  always, and is scored on the third, so that neither early stopping nor the calibration has seen a row that counts.
-- medical_abstracts: the training file has another mix of classes than the rest of the corpus, so the score is that of the
-  validation file. What is fitted on its rows is cross-validated, as in ``train.py``. They also chose the best of the epochs,
-  which flatters their scores (``selection.py``). Here a "fold" is a repetition with another seed.
+- ohsumed: the training file is divided into thirds. ``train.py`` gets two of them, splits its validation rows off these, and is
+  scored on the third. So early stopping and calibration use no scored row.
+- medical_abstracts: the training file has another distribution of classes than the rest of the corpus, so the scored rows are
+  the validation file. Calibration is cross-validated, as in ``train.py``. The rows also selected the epoch, so their scores
+  are too high (``selection.py``). A "fold" of this task is a repetition with another seed.
 
-Accuracies have standard errors of 1.3 points on the 1,119 rows of a third, of 2.4 points on the 366 validation rows; the tables
-therefore show how far each variant is from the recipe on the same rows, with a bootstrap interval over the rows of that
-difference. "Encoder alone" is before the lexical head and the temperatures. Finished runs stay in the output file, as in
-``quality.py``.
+Standard errors of accuracy are 1.3 points on the 1,119 rows of a third, and 2.4 points on the 366 validation rows. So the tables
+show the difference of each variant from the recipe on the same rows, with a bootstrap interval over the rows. "Encoder alone" is
+without lexical head and temperatures. Finished runs stay in the output file, as in ``quality.py``.
 
 Supports docs/experiments.md, "2026-11-26: One setting at a time".
 """
@@ -70,12 +69,12 @@ OF_TASK = {
         "every weight": ("--tuning", "full", "--learning_rate", "1e-4"),
     },
 }
-# what the runs have beside their recipe: the rank that recipes had before this comparison chose 64
+# changes to the recipe in all runs: the rank of the recipes before this comparison selected 64
 BASE = ("--lora_r", "16", "--lora_alpha", "32")
 KEPT = ("{}_log_loss", "{}_ece", "{}_macro_f1", "{}_hierarchical_f1", "{}_level_1_accuracy", "lexical_weight",
         "uncalibrated_{}_accuracy", "uncalibrated_{}_macro_f1", "uncalibrated_{}_log_loss", "epoch")  # fmt: skip
 
-# the columns of the tables beside the accuracy: what they are multiplied by, and their digits
+# columns of the tables after accuracy: factor and number of digits
 SHOWN = (
     ("macro_f1", 100, 1),
     ("log_loss", 1, 3),
@@ -90,7 +89,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--encoder", required=True)
     parser.add_argument("--task", choices=TASKS, nargs="+", default=TASKS)
-    parser.add_argument("--variant", nargs="+", help="all of the task's unless named")
+    parser.add_argument("--variant", nargs="+", help="by default all variants of the task")
     parser.add_argument("--fold", type=int, choices=range(FOLDS), nargs="+", default=[*range(FOLDS)])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "ablation")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "studies" / "results" / "ablation.json")
@@ -123,7 +122,7 @@ def keep(output: Path, run: dict) -> None:
 
 
 def train(task: str, fold: int, changes: tuple[str, ...], arguments: argparse.Namespace, name: str) -> dict:
-    """The scores of a run, and for each row that counts whether it was right, as a text of 0 and 1."""
+    """Return the scores of a run, and for each scored row whether its prediction is correct, as a string of 0 and 1."""
     split, files = FILES[task](arguments.data / task, arguments.runs / f"fold-{fold}", fold)
     prefix = {"validation": "eval", "test": "test"}[split]
     folder = arguments.runs / f"{task}-{re.sub('[^a-z0-9.]+', '-', name)}-{fold}"
@@ -139,7 +138,7 @@ def train(task: str, fold: int, changes: tuple[str, ...], arguments: argparse.Na
 
 
 def ohsumed(source: Path, folder: Path, fold: int) -> tuple[str, list]:
-    """The split that counts, and the files as flags."""
+    """Return the scored split, and the files as flags."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = pd.read_csv(source / "train.csv", dtype=str)
     known, held_out = [*StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(rows, rows["label"])][fold]
@@ -158,7 +157,7 @@ FILES = {"ohsumed": ohsumed, "medical_abstracts": medical_abstracts}
 
 
 def print_table(task: str, runs: list[dict]) -> None:
-    """The recipe's scores on each fold, and how far the variants are from it, in the mean of the folds that they have."""
+    """Print the recipe's scores on each fold, and the mean difference of each variant over its folds."""
     recipe = {run["fold"]: run for run in runs if run["variant"] == "recipe"}
     print(
         f"\n| {task} | folds | accuracy (95 %) | macro-F1 | log loss | ECE | accuracy, encoder alone | its log loss |"

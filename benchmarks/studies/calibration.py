@@ -1,14 +1,14 @@
-"""How strong the prior of the calibration should be:
+"""Measure the strength of the calibration's prior:
 
     python benchmarks/studies/calibration.py --checkpoint FOLDER --file FILE [--class_names NAMES]
 
-FOLDER is a checkpoint of ``train.py`` with a lexical head; FILE holds labelled rows that it was not trained on, NAMES as for
-``train.py``. Of these rows a few are drawn as validation rows, weight and temperatures are fitted on them as
-`evaluation.calibration` does it, and the log loss is that of the other rows, in the mean of 40 draws. The columns are standard
-deviations of the prior: "0" fits nothing, which is the encoder alone, and "inf" goes by the likelihood of the labels alone.
+FOLDER is a checkpoint of ``train.py`` with a lexical head. FILE holds labelled rows on which the checkpoint was not trained, and
+NAMES is as for ``train.py``. A few of these rows are drawn as validation rows, on which `evaluation.calibration` fits the weight
+of the lexical head and the temperatures. The log loss is measured on the other rows, as the mean of 40 draws. The columns are
+standard deviations of the prior: "0" fits nothing (the encoder alone), and "inf" is maximum likelihood.
 
-OHSUMED's numbers are of the run of ``ablation.py --task ohsumed --variant recipe --fold 0``, whose ``ohsumed-recipe-0`` is the
-checkpoint and whose ``fold-0/test.csv``, a third of the training file, is what it was not trained on.
+The numbers for OHSUMED come from ``ablation.py --task ohsumed --variant recipe --fold 0``: its ``ohsumed-recipe-0`` is the
+checkpoint, and its ``fold-0/test.csv``, a third of the training file, is FILE.
 
 Supports docs/experiments.md, "2026-11-26: Calibration with a prior".
 """
@@ -62,9 +62,9 @@ def main() -> None:
 
 
 def leaf_scores(model: PreTrainedModel, checkpoint: Path, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Leaf logits of the encoder alone, uncalibrated, and those of the lexical head: (num_texts, num_leaves) each.
+    """Return uncalibrated leaf logits of the encoder alone, and those of the lexical head, (num_texts, num_leaves) each.
 
-    The model is left without a lexical head.
+    The lexical head is removed from the model.
     """
     lexical = model.heads.lexical
     model.set_lexical_head(None)
@@ -84,7 +84,7 @@ def leaf_scores(model: PreTrainedModel, checkpoint: Path, texts: list[str]) -> t
 def losses(
     tree: Taxonomy, logits: np.ndarray, words: np.ndarray, labels: np.ndarray, known: np.ndarray, rest: np.ndarray
 ) -> np.ndarray:
-    """The log loss over the rows ``rest`` for each of `PRIORS`, if the rows ``known`` are those for validation."""
+    """Return the log loss of the rows ``rest`` for each of `PRIORS`, calibrated on the rows ``known``."""
     found = []
     for prior in PRIORS:
         calibration = Calibration(0.0, [1.0] * len(tree.decisions))

@@ -1,14 +1,14 @@
-"""How right a classifier can be where texts occur under several labels: ``python benchmarks/studies/ceiling.py --file test.csv``.
+"""Bound the accuracy if texts occur under several labels: ``python benchmarks/studies/ceiling.py --file test.csv``.
 
-The file holds the columns ``text`` (or ``medical_abstract``) and ``label`` (or ``condition_label``).
+The file has the columns ``text`` (or ``medical_abstract``) and ``label`` (or ``condition_label``).
 
-- Seen: the most rows that one answer a text can get right, from the texts that occur in the file under several labels.
-- Estimated: suppose that the Medical Abstracts corpus lists a document once under each of its classes, and that its test
-  split was drawn from these rows, a share p = 0.2 of them. Of a document's two rows both are in the split with probability
-  p², at least one with 1 - (1 - p)², so a split that shows a share s of its texts under two labels holds s · (2 - p) / p of
-  texts that have a second label somewhere; for those, one answer of two is counted right at best half of the time.
-- Where: in how many of the texts seen under several labels a class is one of them; and, where ``--predictions`` names the
-  ``test_predictions.csv`` of one or several runs, in how many of their errors it is the label or the answer.
+- Seen: the highest accuracy with one prediction a text, from the texts that occur in the file under several labels.
+- Estimated: assume that the Medical Abstracts corpus lists a document once under each of its classes, and that its test
+  split was drawn from these rows, a share p = 0.2 of them. Of a document's two rows, both are in the split with probability
+  p², and at least one with 1 - (1 - p)². So if a share s of the texts in the split has two labels there, s · (2 - p) / p of its
+  texts have a second label somewhere. For those, one prediction is counted as correct at most half of the time.
+- Where: the share of the texts seen under several labels that have each class among them; and, with ``--predictions``
+  (``test_predictions.csv`` of one or several runs), the share of errors with the class as label or prediction.
 
 Supports docs/experiments.md, "2026-11-25: Contradicting labels".
 """
@@ -27,7 +27,7 @@ from training.trained_texts import normalise_text
 
 
 def shares(sets: pd.Series) -> dict[str, float]:
-    """In how many of the sets each class is, the most frequent first."""
+    """Return the share of the sets that contain each class, the most frequent first."""
     return {str(name): float(count / len(sets)) for name, count in sets.explode().value_counts().items()}
 
 

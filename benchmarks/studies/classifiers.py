@@ -1,9 +1,11 @@
-"""Which classifier over the encoder's vectors: ``python benchmarks/studies/classifiers.py --data FOLDER --encoder ENCODER``, ten minutes.
+"""Compare classifiers over frozen vectors, in ten minutes:
 
-FOLDER holds OHSUMED's ``train.csv`` and ``labels.csv``; the test file is not read. The encoder stays as it is, so this tells what
-pooling, a hidden layer, and weights that begin as the vectors of the labels' names are worth before anything is adapted.
-Scores are cross-validated in `FOLDS` folds, for each classifier at the strength of regularisation that gives it the lowest log
-loss. Weights that "begin" somewhere are pulled back to there by the regularisation, not to zero (the mean of a Gaussian prior).
+    python benchmarks/studies/classifiers.py --data FOLDER --encoder ENCODER
+
+FOLDER holds OHSUMED's ``train.csv`` and ``labels.csv``; the test file is not read. The encoder is frozen. So the study shows the
+effect of pooling, of a hidden layer, and of initial weights from class names, before any fine-tuning. Scores are cross-validated
+in `FOLDS` folds. Each classifier has the strength of regularisation with its lowest log loss. Weights that start from class names
+are regularised towards these instead of zero (the mean of a Gaussian prior).
 
 Supports docs/experiments.md, "2026-11-27: Class names as initial head weights".
 """
@@ -26,7 +28,7 @@ from transformers import AutoModel, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDS = 3
-STRENGTHS = (1e-5, 3e-5, 1e-4, 3e-4)  # of the squared distance of all weights, beside the mean loss
+STRENGTHS = (1e-5, 3e-5, 1e-4, 3e-4)  # weight of the squared distance of all weights, added to the mean loss
 ALPHAS = (0.03, 0.1, 0.3, 1.0)
 NAMES_NORM = (2.0, 4.0, 8.0)
 
@@ -56,7 +58,7 @@ def main() -> None:
 
 
 def candidates(names: dict[str, np.ndarray]) -> list[tuple[str, str, list[Classifier]]]:
-    """Each classifier as (pooling, its name, itself with every strength of regularisation)."""
+    """Return each classifier as (pooling, its name, its models for every strength of regularisation)."""
     flat = [(pooling, "linear", [linear(0 * names[pooling], strength) for strength in STRENGTHS]) for pooling in names]
     around = names["mean"] - names["mean"].mean(0)
     around /= np.linalg.norm(around, axis=1, keepdims=True)
@@ -66,7 +68,7 @@ def candidates(names: dict[str, np.ndarray]) -> list[tuple[str, str, list[Classi
 
 
 def encode(encoder: str, texts: list[str]) -> dict[str, np.ndarray]:
-    """(len(texts), hidden_size) by each pooling."""
+    """Return vectors (len(texts), hidden_size) for each pooling."""
     tokenizer, model = AutoTokenizer.from_pretrained(encoder), AutoModel.from_pretrained(encoder).eval()
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     found: dict[str, list[Tensor]] = {"mean": [], "first token": []}
@@ -82,11 +84,11 @@ def encode(encoder: str, texts: list[str]) -> dict[str, np.ndarray]:
 
 
 def cross_validated(classifier: Classifier, vectors: np.ndarray, labels: np.ndarray) -> list[tuple[float, ...]]:
-    """(accuracy, macro-F1, log loss) of each fold."""
+    """Return (accuracy, macro-F1, log loss) of each fold."""
     scores = []
     for known, unseen in StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(vectors, labels):
         mean = vectors[known].mean(0)
-        scale = np.sqrt(((vectors[known] - mean) ** 2).sum(1).mean())  # a vector's length is 1 on average
+        scale = np.sqrt(((vectors[known] - mean) ** 2).sum(1).mean())  # mean norm 1
         probs = classifier((vectors[known] - mean) / scale, labels[known], (vectors[unseen] - mean) / scale)
         answers = probs.argmax(1)
         macro_f1 = f1_score(labels[unseen], answers, average="macro")
@@ -96,7 +98,7 @@ def cross_validated(classifier: Classifier, vectors: np.ndarray, labels: np.ndar
 
 
 def linear(begin: np.ndarray, strength: float) -> Classifier:
-    """A softmax regression whose weights are pulled to ``begin``, (num_classes, hidden_size)."""
+    """Return a softmax regression with weights regularised towards ``begin``, (num_classes, hidden_size)."""
 
     def fit(known: np.ndarray, labels: np.ndarray, unseen: np.ndarray) -> np.ndarray:
         start, inputs, targets = torch.tensor(begin), torch.tensor(known), torch.tensor(labels)
@@ -118,12 +120,12 @@ def linear(begin: np.ndarray, strength: float) -> Classifier:
 
 
 def hidden_layer(alpha: float) -> Classifier:
-    """As wide as the vectors."""
+    """Return a classifier with one hidden layer as wide as the vectors."""
 
     def fit(known: np.ndarray, labels: np.ndarray, unseen: np.ndarray) -> np.ndarray:
         model = MLPClassifier(known.shape[1], alpha=alpha, max_iter=300, random_state=0)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # it goes on getting surer of its training rows
+            warnings.simplefilter("ignore", ConvergenceWarning)  # its training loss keeps falling beyond max_iter
             return model.fit(known, labels).predict_proba(unseen)
 
     return fit

@@ -1,16 +1,13 @@
-"""How the scores of a taxonomy's nodes should depend on each other: ``python benchmarks/studies/decisions.py --data FOLDER --encoder
-ENCODER``, after ``pip install sentence-transformers``.
+"""Compare how scores of parents and children can depend on each other, after ``pip install sentence-transformers``:
 
-FOLDER holds OHSUMED's ``train.csv`` and ``labels.csv``. Linear heads are fitted on mean vectors of the frozen encoder, which
-takes minutes where training takes hours, and scored by five-fold cross-validation on the training file alone:
+    python benchmarks/studies/decisions.py --data FOLDER --encoder ENCODER
+
+FOLDER holds OHSUMED's ``train.csv`` and ``labels.csv``. Linear heads are fitted on mean vectors of the frozen encoder, and scored
+by five-fold cross-validation on the training file alone:
 
 - flat: one softmax over the leaves;
-- independent: a softmax over the children of each parent, whose score is its own alone;
+- independent: a softmax over the children of each parent; the score of a parent ignores its children;
 - nested: the same, but a parent's score includes its children's, as in `modeling_hierarchical.HierarchicalHeads`.
-
-Found: independent decisions are right on two points fewer than flat ones at each penalty; nested ones lie between, with
-the highest macro-F1 at two of three penalties. A likely reason, not tested by itself: independently, one linear function must tell "organ system
-diseases", twelve unlike classes, from the rest. The nested form contains the flat one.
 
 Supports docs/experiments.md, "2026-11-25: Nested logit".
 """
@@ -99,7 +96,7 @@ def main() -> None:
 def fit(
     kind: type[HierarchicalHeads], tree: Taxonomy, vectors: Tensor, labels: Tensor, penalty: float
 ) -> HierarchicalHeads:
-    """Heads with the least mean negative log-likelihood plus ``penalty`` times the squares of their weights."""
+    """Fit heads that minimise the mean negative log-likelihood plus ``penalty`` times the squared norm of their weights."""
     heads = kind(HierarchicalConfig(text_config={"model_type": "bert", "hidden_size": vectors.shape[1]}, taxonomy=tree))
     heads.fill_buffers()
     torch.nn.init.zeros_(heads.weight)

@@ -1,10 +1,10 @@
-"""Heads that begin as the labels' names (``--heads_init``), by rows a class: ``python benchmarks/studies/label_names.py --data FOLDER
---encoder ENCODER``, an hour and a half, less without "all".
+"""Compare initial weights of the heads (``--heads_init``) by rows a class, in an hour and a half, less without "all":
 
-FOLDER holds OHSUMED's ``train.csv`` and ``labels.csv``; the test file is not read. As in ``ablation.py`` a run is trained on two
-thirds of the training file, or on the first so many rows of each class among these, and scored on the last third. "Codes" are
-the labels as they stand in the file, C01 to C23, which tell the encoder nothing. One run each; finished ones are kept in the
-output file.
+    python benchmarks/studies/label_names.py --data FOLDER --encoder ENCODER
+
+FOLDER holds OHSUMED's ``train.csv`` and ``labels.csv``; the test file is not read. As in ``ablation.py``, a run is trained on two
+thirds of the training file, or on the first rows of each class among these, and scored on the last third. "Codes" are the labels
+in the file, C01 to C23, which mean nothing to the encoder. One run each; finished runs stay in the output file.
 
 Supports docs/experiments.md, "2026-11-27: Class names as initial head weights".
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 from ablation import ROOT, ohsumed, read
 
-ROWS = (4, 16, None)  # a class; None, all
+ROWS = (4, 16, None)  # a class; None means all rows
 INITS = {"random": "random", "label_names": "label_names", "codes": "label_names"}
 SHOWN = {"test_accuracy": 100, "test_macro_f1": 100, "test_log_loss": 1}
 ALONE = {f"uncalibrated_{name}": scale for name, scale in SHOWN.items()}
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def train(rows: int | None, begin: str, arguments: argparse.Namespace) -> dict[str, float]:
-    """The scores of a run on the rows that were left out."""
+    """Return the scores of a run on the held-out third."""
     files = arguments.runs / "files"
     ohsumed(arguments.data, files, fold=0)
     known = files / f"train-{rows or 'all'}.csv"

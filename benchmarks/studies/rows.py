@@ -1,9 +1,9 @@
-"""What held-out rows cost: ``python benchmarks/studies/rows.py --data FOLDER``, a minute.
+"""Measure the cost of held-out rows, in a minute: ``python benchmarks/studies/rows.py --data FOLDER``.
 
-FOLDER holds OHSUMED's ``train.csv`` and ``test.csv``. A linear SVM, that of ``quality.py``, is trained on a share of the training
-rows, drawn `DRAWS` times, and scored on the test rows. ``train.py`` holds out 10 % for early stopping, the calibration and the
-guarantee, which rows that the model was trained on cannot give; so its scores are to be compared with those of models that
-were trained on 90 %. Nothing is chosen by this.
+FOLDER holds OHSUMED's ``train.csv`` and ``test.csv``. The linear SVM of ``quality.py`` is trained on a share of the training rows,
+drawn `DRAWS` times, and scored on the test rows. ``train.py`` holds out 10 % for early stopping, calibration and the guarantee,
+which need rows that the model was not trained on. So its scores compare with those of models trained on 90 %. This study selects
+no setting.
 
 Supports docs/experiments.md, "2026-11-26: What held-out rows cost".
 """
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def draws(labels: pd.Series, share: float) -> list[np.ndarray]:
-    """Rows of each draw, with as much of every class."""
+    """Return the rows of each draw, stratified by class."""
     if share == 1:
         return [np.arange(len(labels))]
     cut = StratifiedShuffleSplit(DRAWS, train_size=share, random_state=0)

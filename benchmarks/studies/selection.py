@@ -1,9 +1,9 @@
-"""How much the validation rows flatter the checkpoint that they selected: ``python benchmarks/studies/selection.py``.
+"""Simulate the bias of scores on the validation rows that selected a checkpoint: ``python benchmarks/studies/selection.py``.
 
-A simulation. All evaluations of a run have the same accuracy on new rows, so what the best of them scores above it is
-chance. Two evaluations agree on whether a row is predicted correctly for 95 % of the rows: each row has a probability of
-being correct, drawn from the beta distribution that gives this mean and this agreement. Evaluations that agree less
-flatter more; printed below the table is how often the runs of ``ablation.py`` agree, which differ in a setting.
+All evaluations of a run have the same accuracy on new rows, so the excess of the best evaluation is chance. Two evaluations
+agree on whether a row is predicted correctly for 95 % of the rows. Each row has a probability of being correct, drawn from the
+beta distribution with this mean and this agreement. With less agreement, the excess is larger. Below the table is the agreement of
+the runs of ``ablation.py``, which differ in one setting.
 
 Supports docs/experiments.md, "2026-11-27: Scores on the rows that selected the checkpoint".
 """

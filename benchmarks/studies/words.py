@@ -1,22 +1,22 @@
-"""How the lexical head should weigh tokens, and have its say:
+"""Compare token weights of the lexical head, and the place where its scores are added:
 
     python benchmarks/studies/words.py --data FOLDER --encoder ENCODER [--runs RUNS]
 
-FOLDER holds OHSUMED's ``train.csv`` and ``labels.csv``; of the encoder only the tokenizer is used. Two classifiers over the
-bag of tokens, without an encoder beside them, are scored by three-fold cross-validation on the training file:
+FOLDER holds OHSUMED's ``train.csv`` and ``labels.csv``; only the tokenizer of the encoder is used. Two classifiers over the bag of
+tokens, without an encoder, are scored by three-fold cross-validation on the training file:
 
 - tf-idf: logistic regression over TF-IDF, by scikit-learn alone, at three strengths of its penalty;
-- lexical head: `evaluation.lexical`, whose tokens also count by how unlike the classes use them.
+- lexical head: `evaluation.lexical`, which also scales tokens by how differently the classes use them.
 
-The log loss is that of probabilities with the temperature that is best for each fold.
+The log loss is for probabilities with the best temperature of each fold.
 
-RUNS, the folder that ``ablation.py --task ohsumed --variant recipe --fold 0`` wrote, adds a second table: the head beside that
-run's encoder, on the third of the training file that the run has not seen. Weight and temperatures are fitted on 336 of these
-rows, as many as the recipe has for validation, and scored on the others, with 40 draws:
+RUNS, the folder that ``ablation.py --task ohsumed --variant recipe --fold 0`` wrote, adds a second table: the head with the
+encoder of that run, on the third of the training file on which the run was not trained. Weight and temperatures are fitted on 336
+of these rows, as many as the recipe has for validation, and scored on the others, with 40 draws:
 
 - the encoder alone;
-- added to the leaves: one weight and one temperature, as if the taxonomy were flat;
-- in each decision: as the model does it.
+- added to the leaves: one weight and one temperature, as in a flat taxonomy;
+- in each decision: as in the model.
 
 Supports docs/experiments.md, "2026-11-26: Lexical head".
 """
@@ -97,7 +97,7 @@ def main() -> None:
 
 
 def beside_an_encoder(data: Path, runs: Path) -> dict[str, dict[str, float]]:
-    """The second table, which is printed too."""
+    """Measure and print the second table."""
     files = DataArguments(
         train_file=str(runs / "fold-0" / "train.csv"),
         test_file=str(runs / "fold-0" / "test.csv"),

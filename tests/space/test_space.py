@@ -493,7 +493,7 @@ def test_the_api_is_typed_and_documented(server, client):
         .json()["named_endpoints"]
         .items()
     }
-    assert "Classifies a text" in described["/classify"]
+    assert "Classify a text" in described["/classify"]
     assert "integrated gradients" in described["/explain"]
     assert "10,000 rows" in described["/classify_file"]
 
