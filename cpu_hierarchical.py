@@ -2,14 +2,15 @@
 
 Worth knowing:
 
-1. Attention runs text by text, over the text's own tokens, with matrix products over all heads. torch's SDPA takes 1.3 to 1.8
-   times as long at 130 to 510 tokens, because its CPU kernel works in small blocks. In float32 both are equally fast.
+1. Attention runs text by text, over the text's own tokens, with matrix products over all heads. torch's SDPA takes 1.3
+   to 1.8 times as long at 130 to 510 tokens, because its CPU kernel works in small blocks. In float32 both are equally
+   fast.
 2. On AMX processors SDPA is faster without gradients, so it takes over there.
 3. Outputs and gradients match those of SDPA. Training uses this attention, and so does the pipeline.
 4. SDPA handles all other attention: causal, biased, with dropout, or with a mask that has holes.
 5. This file uses private names of torch and transformers. Its callers import it lazily and work without it.
-6. For inference, linear layers also keep their weights in oneDNN's order, and apply GELU while the product is in the cache.
-   torch.compile does the same. With gradients the layers run as before.
+6. For inference, linear layers also keep their weights in oneDNN's order, and apply GELU while the product is in the
+   cache. torch.compile does the same. With gradients the layers run as before.
 """
 
 from typing import Any
@@ -87,7 +88,7 @@ def text_spans(rows: int, length: int, mask: Tensor | None) -> list[slice] | Non
 
 
 class PerDocumentAttention(torch.autograd.Function):
-    """Compute softmax(s·Q·Kᵀ)·V within each row's span, (B, heads, T, D) to (B, T, heads, D). Outside, the output is zero.
+    """Compute softmax(s·Q·Kᵀ)·V within each row's span, (B, heads, T, D) to (B, T, heads, D). Elsewhere it is zero.
 
     A text of n tokens is padded to m, whole vectors of the processor, which also keeps the number of shapes small. The
     probabilities of padding are zero. The formula is from Vaswani et al., 2017.
@@ -164,7 +165,8 @@ def pack_linear_layers(encoder: PreTrainedModel) -> None:
 class PackedLinear(nn.Linear):
     """A linear layer that also keeps its weight in oneDNN's order, from its first bfloat16 inference on.
 
-    A changed weight is packed again. Changes in place through ``weight.data`` stay unnoticed, because torch does not count them.
+    A changed weight is packed again. Changes in place through ``weight.data`` stay unnoticed, because torch does not
+    count them.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 Worth knowing:
 
-1. An adapted layer multiplies by the merged weight W + s·B·A, which takes about 4 % of a step to compute. PEFT's separate
-   branch, with its casts and sums over all tokens, took a fifth.
+1. An adapted layer multiplies by the merged weight W + s·B·A, which takes about 4 % of a step to compute. PEFT's
+   separate branch, with its casts and sums over all tokens, took a fifth.
 2. Merged weights are not stored. The backward pass recomputes them, so a 4-bit encoder stays small.
 3. Attention runs document by document, without padding (`cpu_hierarchical`).
 4. Frozen tables and the activations between layers are in bfloat16. Autocast would cast them at every product.
@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 def speed_up(encoder: PreTrainedModel) -> None:
     """Prepare an encoder with an injected LoRA adapter for bfloat16 training on a CPU, in place.
 
-    8-bit layers and adapters with dropout stay as they are. So does attention where `cpu_hierarchical` does not fit the installed
-    torch and transformers, whose private names it uses; a warning says so.
+    8-bit layers and adapters with dropout stay as they are. So does attention where `cpu_hierarchical` does not fit the
+    installed torch and transformers, whose private names it uses; a warning says so.
     """
     for module in encoder.modules():
         if isinstance(module, LoraLayer) and can_merge(module):
