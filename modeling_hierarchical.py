@@ -296,7 +296,8 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         Args:
             input_ids, attention_mask, token_type_ids, position_ids: (B, T).
             inputs_embeds: (B, T, H), instead of ``input_ids``. A model with a lexical head needs ``input_ids``.
-            labels: (B,), ids of leaves or inner nodes; -100 is ignored. The loss is their negative log-likelihood in nats.
+            labels: (B,), ids of leaves or inner nodes; -100 is ignored. The loss is their negative log-likelihood in
+                nats.
             num_items_in_batch: divisor of the summed loss, by default the number of labels that are not -100.
             kwargs: for the encoder, such as ``output_hidden_states`` and ``output_attentions``.
 
@@ -350,8 +351,9 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         float32.
 
         Args:
-            merge_adapter: add a LoRA adapter to the weights that it adapts, if they are floating-point and in memory. With
-                False, or over quantized weights, PEFT keeps the adapter separate, and adapted weights cannot be offloaded.
+            merge_adapter: add a LoRA adapter to the weights that it adapts, if they are floating-point and in memory.
+                With False, or over quantized weights, PEFT keeps the adapter separate, and adapted weights cannot be
+                offloaded.
         """
         return load_checkpoint(
             cls,
