@@ -2,11 +2,11 @@
 
 Worth knowing:
 
-1. The taxonomy is stored in ``config.json`` as nested lists. JSON written with sorted keys would reorder nested objects, and
-   with them the class indices.
+1. The taxonomy is stored in ``config.json`` as nested lists. JSON written with sorted keys would reorder nested
+   objects, and with them the class indices.
 2. ``id2label`` and ``label2id`` are always derived from the taxonomy; they cannot disagree with it.
-3. The encoder's configuration is called ``text_config`` because transformers looks for that name when it resizes embeddings
-   or asks for the text part of a composite model.
+3. The encoder's configuration is called ``text_config`` because transformers looks for that name when it resizes
+   embeddings or asks for the text part of a composite model.
 """
 
 import inspect
@@ -28,7 +28,7 @@ class HierarchicalConfig(PretrainedConfig):
 
     Args:
         text_config: the encoder's configuration, as an object or a dict with ``model_type``. BERT's by default.
-        taxonomy: a `Taxonomy`, or its nested form; see there. The default is the one of the Medical Abstracts corpus.
+        taxonomy: a `Taxonomy`, or its nested form; by default that of the Medical Abstracts corpus.
         label_separator: what stands between the names of a path.
         encoder_name_or_path: Hub id or folder that the encoder's weights come from.
         encoder_revision: the commit of that repository. None for a folder.
@@ -37,16 +37,16 @@ class HierarchicalConfig(PretrainedConfig):
         pooling: ``"mean"`` over the tokens that are not padding, or ``"cls"``, the first token.
         head_dropout: dropout probability before the heads.
         initializer_range: standard deviation of fresh head weights.
-        lexical_vocab_size: the number of token ids that the lexical head knows; None where the model has no such head.
-        lexical_weight: the factor of the lexical head's log-probabilities in each decision, where the encoder's have factor 1;
-            None where the model has no such head.
-        temperatures: what the scores of each decision are divided by before their softmax, the roots' first, then those
-            of the inner nodes' children in the order of ids; None, which is 1 for all, where nothing was calibrated.
-        conformal_thresholds: for coverages of 0.01, 0.02, … 0.99, the threshold under which an answer holds the label
-            of that share of documents; see `pipeline_hierarchical.conformal_answer`. None inside means every root. Of 999
-            thresholds, for 0.001 … 0.999, which earlier versions stored, every tenth is kept.
-        conformal_max_length: the number of tokens, special ones included, that the texts were truncated at to which the
-            thresholds were fitted; None where that was not recorded.
+        lexical_vocab_size: the number of token ids that the lexical head knows; None without a lexical head.
+        lexical_weight: the factor of the lexical head's scores in each decision, where the encoder's scores have factor
+            1; None without a lexical head.
+        temperatures: one divisor of the scores for each decision, the roots' first, then those of the inner nodes'
+            children by id; None means 1 for all.
+        conformal_thresholds: for coverages of 0.01, 0.02, … 0.99, the threshold at which an answer holds the label of
+            this share of texts; see `pipeline_hierarchical.conformal_answer`. An entry of None means every root.
+            Earlier versions stored 999 thresholds; every tenth is kept.
+        conformal_max_length: the length in tokens, special ones included, at which texts were truncated when the
+            thresholds were fitted; None if unknown.
 
     Raises:
         TaxonomyError: an unusable taxonomy, or labels that are not its leaves.
@@ -129,8 +129,8 @@ class HierarchicalConfig(PretrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Read a stored configuration as in transformers, with two differences.
 
-        What is given at loading is checked like what was stored: transformers sets it afterwards. What is stored of
-        ``attn_implementation`` is left out: it can name a repository, whose code would be fetched at no pinned commit.
+        Arguments given at loading are checked like stored values; transformers would set them unchecked. A stored
+        ``attn_implementation`` is dropped, because it can name a repository whose code would be fetched unpinned.
         """
         attention = ("attn_implementation", "_attn_implementation")  # the encoder's becomes that of the whole, or None
         config_dict = {name: value for name, value in config_dict.items() if name not in attention}
@@ -159,7 +159,7 @@ def is_number(value: object) -> bool:
 
 
 def encoder_config(given: dict) -> PretrainedConfig:
-    """Build an encoder's configuration, of the class that its ``model_type`` names in transformers. The default is BERT.
+    """Build an encoder's configuration, of the class for its ``model_type``, by default BERT.
 
     Raises:
         ValueError: no such model type, or values that it does not take.
@@ -185,10 +185,7 @@ def checked_temperatures(temperatures: list[float] | None, taxonomy: Taxonomy) -
 
 
 def checked_thresholds(thresholds: list[float | None] | None) -> list[float | None] | None:
-    """Check conformal thresholds: 99 rising numbers from 0 to 1, with None for those that no document of the rows gave.
-
-    Earlier versions stored 999, for 0.001 … 0.999; every tenth of them is returned.
-    """
+    """Check conformal thresholds: 99 rising numbers from 0 to 1, then None. Of an earlier version's 999, keep every tenth."""
     if thresholds is None:
         return None
     given = list(thresholds) if isinstance(thresholds, (list, tuple)) else []

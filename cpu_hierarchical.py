@@ -1,15 +1,16 @@
-"""Faster encoders on CPUs with bfloat16 products: `attend_by_document` and `pack_linear_layers` switch it on.
+"""Speed up encoders on CPUs with bfloat16 products: `attend_by_document` and `pack_linear_layers`.
 
 Worth knowing:
 
-1. Each text is attended to over its own tokens, with matrix products over all heads. torch's SDPA, whose CPU kernel works in
-   small blocks, takes 1.3 to 1.8 times as long at 130 to 510 tokens; in float32 it is as fast as this. Where the processor
-   multiplies tiles (AMX), SDPA is the faster one without gradients, and takes over.
-2. The values are those of SDPA, and the gradients too: training uses it as well as the pipeline.
-3. What is not plain attention over texts that are padded at their ends goes to SDPA.
-4. Private names of torch and transformers are used, so this file is imported where it helps, by code that can do without.
-5. Linear layers keep their weights in oneDNN's own order too, and apply GELU while a product is in the cache: what
-   torch.compile makes of them, without its compiler. That is for inference alone; with gradients they are as they were.
+1. Attention runs text by text, over the text's own tokens, with matrix products over all heads. torch's SDPA takes 1.3
+   to 1.8 times as long at 130 to 510 tokens, because its CPU kernel works in small blocks. In float32 both are equally
+   fast.
+2. On AMX processors SDPA is faster without gradients, so it takes over there.
+3. Outputs and gradients match those of SDPA. Training uses this attention, and so does the pipeline.
+4. SDPA handles all other attention: causal, biased, with dropout, or with a mask that has holes.
+5. This file uses private names of torch and transformers. Its callers import it lazily and work without it.
+6. For inference, linear layers also keep their weights in oneDNN's order, and apply GELU while the product is in the
+   cache. torch.compile does the same. With gradients the layers run as before.
 """
 
 from typing import Any
@@ -24,18 +25,18 @@ from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
 ATTENTION = "per_document"
 LANES = 32  # bfloat16 numbers in 512 bits
-TILES = bool(torch.cpu.get_capabilities().get("amx_bf16"))
+HAS_AMX = bool(torch.cpu.get_capabilities().get("amx_bf16"))
 ONEDNN = torch.ops.mkldnn
 
 
 def attend_by_document(encoder: PreTrainedModel) -> None:
-    """Give an encoder this attention, in place, unless the user chose another than transformers' default."""
+    """Switch an encoder to this attention, in place, unless the user chose another than transformers' default."""
     if encoder.config._attn_implementation == "sdpa" and encoder._supports_attention_backend:
         encoder.set_attn_implementation(ATTENTION)
 
 
 def attention_mask(*, attention_mask: Tensor | None = None, mask_function: Any, **kwargs: Any) -> Tensor | None:
-    """Return the (B, T) padding mask where nothing else is masked, else SDPA's own (B, 1, T, T)."""
+    """Return the padding mask (B, T) if only padding is masked, else SDPA's own (B, 1, T, T)."""
     if mask_function is not bidirectional_mask_function:
         return sdpa_mask(attention_mask=attention_mask, mask_function=mask_function, **kwargs)
     return attention_mask
@@ -53,10 +54,10 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Compute attention by transformers' interface, (B, heads, T, D) to (B, T, heads, D).
 
-    What is not plain attention over texts padded at their ends goes to SDPA, and with AMX all that needs no gradient.
+    SDPA computes all but plain attention over texts padded at their ends; with AMX also all that needs no gradient.
     """
     spans = None
-    if (torch.is_grad_enabled() or not TILES) and (attention_mask is None or attention_mask.dim() == 2):
+    if (torch.is_grad_enabled() or not HAS_AMX) and (attention_mask is None or attention_mask.dim() == 2):
         spans = text_spans(query.shape[0], query.shape[2], attention_mask)
     plain = (
         dropout == 0
@@ -75,7 +76,7 @@ def attention(
 
 
 def text_spans(rows: int, length: int, mask: Tensor | None) -> list[slice] | None:
-    """Return the span of each row's text, or None where a mask has a hole or a row is empty."""
+    """Return the span of each row's text, or None if a mask (rows, length) has a hole or an empty row."""
     if mask is None:
         return [slice(0, length)] * rows
     mask = mask.bool()
@@ -87,10 +88,10 @@ def text_spans(rows: int, length: int, mask: Tensor | None) -> list[slice] | Non
 
 
 class PerDocumentAttention(torch.autograd.Function):
-    """softmax(s·Q·Kᵀ)·V (Vaswani et al., 2017) within each row's span; zero outside. (B, heads, T, D) to (B, T, heads, D).
+    """Compute softmax(s·Q·Kᵀ)·V within each row's span, (B, heads, T, D) to (B, T, heads, D). Elsewhere it is zero.
 
-    Texts are padded to whole vectors of the processor, n to m tokens, of which they need few shapes; the probabilities of
-    padding are zeros.
+    A text of n tokens is padded to m, whole vectors of the processor, which also keeps the number of shapes small. The
+    probabilities of padding are zero. The formula is from Vaswani et al., 2017.
     """
 
     @staticmethod
@@ -99,9 +100,10 @@ class PerDocumentAttention(torch.autograd.Function):
     ) -> Tensor:
         output = torch.zeros_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
         for i, span in enumerate(spans):
-            n, q = span.stop - span.start, padded(query[i, :, span]).mul_(scaling)
-            probabilities = attention_probabilities(q, padded(key[i, :, span]), n)  # (heads, m, m)
-            output[i, span] = (probabilities @ padded(value[i, :, span]))[:, :n].transpose(0, 1)
+            n = span.stop - span.start
+            q, k, v = (padded(tensor[i, :, span]) for tensor in (query, key, value))
+            probabilities = attention_probabilities(q.mul_(scaling), k, n)  # (heads, m, m)
+            output[i, span] = (probabilities @ v)[:, :n].transpose(0, 1)
         ctx.save_for_backward(query, key, value)
         ctx.spans, ctx.scaling = spans, scaling
         return output
@@ -113,7 +115,7 @@ class PerDocumentAttention(torch.autograd.Function):
         dq, dk, dv = (torch.zeros_like(d_output, memory_format=torch.contiguous_format) for _ in range(3))
         for i, span in enumerate(ctx.spans):
             n = span.stop - span.start
-            q, k, v = (padded(rows[i, :, span]) for rows in (query, key, value))
+            q, k, v = (padded(tensor[i, :, span]) for tensor in (query, key, value))
             q.mul_(ctx.scaling)
             do = padded(d_output[i, span].transpose(0, 1))  # (heads, m, D)
             p = attention_probabilities(q, k, n)  # (heads, m, m)
@@ -124,13 +126,13 @@ class PerDocumentAttention(torch.autograd.Function):
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), None, None
 
 
-def padded(rows: Tensor) -> Tensor:
+def padded(tensor: Tensor) -> Tensor:
     """Copy (heads, n, D) to (heads, m, D), with zeros up to a multiple of `LANES`."""
-    return nn.functional.pad(rows, (0, 0, 0, -rows.shape[1] % LANES))
+    return nn.functional.pad(tensor, (0, 0, 0, -tensor.shape[1] % LANES))
 
 
 def attention_probabilities(query: Tensor, key: Tensor, n: int) -> Tensor:
-    """Multiply padded queries and keys (heads, m, D) to probabilities (heads, m, m). The first n rows and columns are tokens."""
+    """Return probabilities (heads, m, m) of padded queries and keys (heads, m, D). The first n rows are tokens."""
     scores = query @ key.transpose(1, 2)
     scores[:, :, n:] = -torch.inf
     return torch.softmax(scores, -1, out=scores)
@@ -141,12 +143,12 @@ AttentionMaskInterface.register(ATTENTION, attention_mask)
 
 
 def pack_linear_layers(encoder: PreTrainedModel) -> None:
-    """Make the bfloat16 linear layers of an encoder `PackedLinear` ones, in place, where torch has oneDNN for them.
+    """Turn the linear layers of an encoder into `PackedLinear`, in place, if torch has bfloat16 products by oneDNN.
 
-    Parameters, their names and gradients stay as they are. The packed weights take as much memory again.
+    Parameters, their names and gradients stay as they are. The packed weights double the memory of these layers.
 
     Raises:
-        Exception: this version of torch has other oneDNN operations. The encoder is as it was.
+        Exception: this version of torch has other oneDNN operations. The encoder is unchanged.
     """
     if not (torch.backends.mkldnn.is_available() and ONEDNN._is_mkldnn_bf16_supported()):
         return
@@ -157,14 +159,14 @@ def pack_linear_layers(encoder: PreTrainedModel) -> None:
         if type(module) is nn.Linear:
             module.__class__ = PackedLinear
         elif {name: type(part) for name, part in module.named_children()} == FUSIBLE:
-            module.__class__ = fused(type(module))
+            module.__class__ = fused_class(type(module))
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer that also keeps its weight in oneDNN's order, from its first inference in bfloat16 on.
+    """A linear layer that also keeps its weight in oneDNN's order, from its first bfloat16 inference on.
 
-    A weight that was changed since is packed anew, unless it was changed in place through ``weight.data``, which torch does
-    not count.
+    A changed weight is packed again. Changes in place through ``weight.data`` stay unnoticed, because torch does not
+    count them.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -181,20 +183,20 @@ class PackedLinear(nn.Linear):
         )
 
     def multiply(self, input: Tensor, activation: str = "none") -> Tensor:
-        """Multiply (…, in) to (…, out), then apply the exact "gelu", or "none"."""
+        """Multiply (…, in) to (…, out), then apply ``activation``: the exact "gelu", or "none"."""
         packed, source, version = self.__dict__.get("packed", (None, None, None))
         if source is None or source.data_ptr() != self.weight.data_ptr() or version != self.weight._version:
             packed = ONEDNN._reorder_linear_weight(self.weight.detach())
-            # with the source itself: while it is held, no other weight can have its address
+            # the source is kept too: while it is alive, no other weight can have its address
             self.packed = packed, self.weight.detach(), self.weight._version
         return ONEDNN._linear_pointwise(input, packed, self.bias, activation, [], "none")
 
-    def __getstate__(self) -> dict[str, Any]:  # copies pack their own
+    def __getstate__(self) -> dict[str, Any]:  # a copy packs its own weight
         return {name: value for name, value in self.__dict__.items() if name != "packed"}
 
 
 class FusedIntermediate(nn.Module):
-    """The first half of a feed-forward block, with its GELU inside the product."""
+    """The first half of a feed-forward block, with GELU fused into the product."""
 
     dense: nn.Module
 
@@ -203,20 +205,20 @@ class FusedIntermediate(nn.Module):
             return self.dense.multiply(hidden_states, "gelu")
         return super().forward(hidden_states)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:  # no module has its class by name
-        return restored, (type(self).__mro__[2], self.__getstate__())
+    def __reduce_ex__(self, protocol: Any) -> Any:  # pickle cannot find the derived class by name
+        return restore_fused, (type(self).__mro__[2], self.__getstate__())
 
 
-FUSIBLE = {"dense": nn.Linear, "intermediate_act_fn": GELUActivation}  # the parts of such a layer
+FUSIBLE = {"dense": nn.Linear, "intermediate_act_fn": GELUActivation}  # the children of a layer that can be fused
 
 
-def fused(kind: type[nn.Module]) -> type[nn.Module]:
-    """Derive a class from an encoder's own intermediate layer, ``dense`` and then ``intermediate_act_fn``."""
-    return type(f"Fused{kind.__name__}", (FusedIntermediate, kind), {})
+def fused_class(layer_class: type[nn.Module]) -> type[nn.Module]:
+    """Derive a `FusedIntermediate` from an encoder's own class of intermediate layers."""
+    return type(f"Fused{layer_class.__name__}", (FusedIntermediate, layer_class), {})
 
 
-def restored(kind: type[nn.Module], state: dict[str, Any]) -> nn.Module:
-    """Restore a layer of `fused` for pickle."""
-    layer = nn.Module.__new__(fused(kind))
+def restore_fused(layer_class: type[nn.Module], state: dict[str, Any]) -> nn.Module:
+    """Restore a layer of a `fused_class`, for pickle."""
+    layer = nn.Module.__new__(fused_class(layer_class))
     layer.__setstate__(state)
     return layer

@@ -2,14 +2,15 @@
 
 Worth knowing:
 
-1. The heads are one matrix over all nodes and one log-softmax over groups of siblings, so a taxonomy of a thousand
-   nodes costs about what one of ten does. P(node) = P(parent) · P(node | parent) holds by construction. What a parent
-   scores includes what its children score (a nested logit): `benchmarks/studies/decisions.py` compares that with other forms.
-2. ``logits`` are leaf log-probabilities: their softmax is the leaf distribution, so flat tools work unchanged.
-3. The heads are parameters of their own module, not an ``nn.Linear``, so no ``quantization_config`` reaches them.
-4. The heads' buffers are not saved. They are refilled from the configuration in ``_init_weights``, since models are
-   built on the meta device.
-5. How a checkpoint is read, merged and written is in `checkpoint_hierarchical`.
+1. The heads are one matrix over all nodes and one log-softmax over groups of siblings. A taxonomy of a thousand nodes
+   therefore costs about as much as one of ten. P(node) = P(parent) · P(node | parent) holds by construction.
+2. A parent's score includes its children's scores (a nested logit). `benchmarks/studies/decisions.py` compares other
+   forms.
+3. ``logits`` are leaf log-probabilities: their softmax is the leaf distribution, so flat tools work unchanged.
+4. The heads are parameters of their own module, not an ``nn.Linear``, so no ``quantization_config`` reaches them.
+5. The heads' buffers are not saved. ``_init_weights`` refills them from the configuration, because transformers builds
+   models on the meta device.
+6. `checkpoint_hierarchical` reads, merges and writes checkpoints.
 """
 
 import os
@@ -44,7 +45,7 @@ except ImportError:  # as a top-level module of the repository, not as remote co
     from configuration_hierarchical import HierarchicalConfig
     from taxonomy_hierarchical import Taxonomy
 
-if TYPE_CHECKING:  # never run, but transformers fetches every relative import, where `save_pretrained` finds the file
+if TYPE_CHECKING:  # never runs, but makes transformers fetch the file, which `save_pretrained` copies
     from .pipeline_hierarchical import HierarchicalTextClassificationPipeline  # noqa: F401
 
 IGNORED_LABEL = -100
@@ -58,7 +59,7 @@ class HierarchicalOutput(ModelOutput):
         loss: scalar, when labels were given.
         logits: (B, num_leaves), log-probabilities of the leaves.
         node_log_probs: (B, num_nodes), log-probabilities of all nodes, leaves first.
-        hidden_states, attentions: the encoder's own, when asked for.
+        hidden_states, attentions: the encoder's, when requested.
     """
 
     loss: Tensor | None = None
@@ -69,14 +70,10 @@ class HierarchicalOutput(ModelOutput):
 
 
 def segment_logsumexp(scores: Tensor, group: Tensor, num_groups: int) -> Tensor:
-    """Compute the logsumexp within groups of columns.
+    """Compute the logsumexp within groups of columns, (B, N) to (B, num_groups).
 
     Args:
-        scores: (B, N).
-        group: (N,), the group of each column, in 0 … num_groups - 1; each has a column.
-
-    Returns:
-        (B, num_groups).
+        group: (N,), the group of each column, from 0 to num_groups - 1. Every group has a column.
     """
     index = group.expand_as(scores)
     peak = scores.new_full((scores.shape[0], num_groups), -torch.inf)
@@ -86,24 +83,16 @@ def segment_logsumexp(scores: Tensor, group: Tensor, num_groups: int) -> Tensor:
 
 
 def segment_log_softmax(scores: Tensor, group: Tensor, num_groups: int) -> Tensor:
-    """Compute the log-softmax within groups of columns.
-
-    Args:
-        scores: (B, N).
-        group: (N,), the group of each column, in 0 … num_groups - 1; each has a column.
-
-    Returns:
-        (B, N); the exponentials of each group add up to one.
-    """
+    """Compute the log-softmax within groups of columns, (B, N) to (B, N). ``group`` is as for `segment_logsumexp`."""
     return scores - segment_logsumexp(scores, group, num_groups)[:, group]
 
 
 class LexicalHead(nn.Module):
     """A linear classifier of the leaves over the bag of tokens, beside the encoder.
 
-    A text is weighed by TF-IDF, (1 + log count) · idf for each token, and scaled to length 1 (as scikit-learn's
-    `TfidfTransformer` with ``sublinear_tf``). ``idf`` may hold any weight of a token beside its inverse document frequency. The
-    head is fitted after the encoder, never by gradient: see `evaluation.lexical`.
+    Token weights are TF-IDF, (1 + log count) · idf, and a text's vector has length 1, as in scikit-learn's
+    `TfidfTransformer` with ``sublinear_tf``. ``idf`` may hold other token weights than the inverse document frequency.
+    `evaluation.lexical` fits the head after the encoder is trained, never by gradient.
     """
 
     def __init__(self, vocab_size: int, num_leaves: int):
@@ -113,12 +102,12 @@ class LexicalHead(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_leaves, dtype=torch.float32), requires_grad=False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Score token ids and their mask, (B, T) each, to (B, num_leaves). Ids beyond the vocabulary count for nothing."""
+        """Return leaf scores (B, num_leaves) of token ids and a mask (B, T). Ids beyond the vocabulary are ignored."""
         input_ids = input_ids.to(self.idf.device)
         counted = input_ids < len(self.idf)
         if attention_mask is not None:
             counted = counted & attention_mask.to(counted.device).bool()
-        # (B, T): equal ids side by side, and those that do not count at the end; a vector over the vocabulary would be mostly zeros
+        # sorting brings equal ids together and ignored ones to the end; a (B, V) count matrix would be mostly zeros
         ids = input_ids.where(counted, len(self.idf)).sort(1).values
         is_first = nn.functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
         group = is_first.long().cumsum(1) - 1
@@ -126,7 +115,7 @@ class LexicalHead(nn.Module):
         counts = torch.zeros_like(ones).scatter_add(1, group, ones)
         known = is_first & (ids < len(self.idf))
         ids = ids.where(known, 0)
-        tfidf = (1 + counts.gather(1, group).log()) * self.idf[ids].float() * known  # once for each token of a text
+        tfidf = (1 + counts.gather(1, group).log()) * self.idf[ids].float() * known  # at the first of equal ids
         tfidf = nn.functional.normalize(tfidf)
         if torch.compiler.is_exporting():  # ONNX has no weighted embedding_bag
             scores = (self.weight[:, ids].float() * tfidf).sum(2).T
@@ -137,9 +126,9 @@ class LexicalHead(nn.Module):
 
 
 class TreeSoftmax(nn.Module):
-    """Normalise scores within each decision of a taxonomy. It has no parameters.
+    """Normalise scores within each decision of a taxonomy, without parameters.
 
-    `evaluation.calibration` uses it in float64, on the logits of a whole split.
+    `evaluation.calibration` uses this module in float64, on the logits of a whole split.
     """
 
     def __init__(self, tree: Taxonomy):
@@ -155,23 +144,24 @@ class TreeSoftmax(nn.Module):
         """Write the taxonomy into the buffers."""
         self.group.copy_(torch.tensor(self.tree.decision_of))
         self.ancestors.copy_(torch.tensor(self.tree.ancestors))
-        nodes = torch.arange(self.num_nodes)  # the group of a node's children; of a leaf, one beyond the last
+        nodes = torch.arange(self.num_nodes)
+        # the group of a node's children; a leaf gets the index after the last group
         self.below.copy_(torch.where(nodes < self.num_leaves, self.num_groups, nodes - self.num_leaves + 1))
 
     def with_inclusive_values(self, own: Tensor) -> Tensor:
-        """Add to the scores (B, N) of inner nodes the logsumexp of their children's scores."""
+        """Add the logsumexp of the children's scores to the inner nodes' own scores, (B, N) to (B, N)."""
         scores = own
-        for _ in range(self.tree.depth - 1):  # they rise a level each time
+        for _ in range(self.tree.depth - 1):  # each pass carries the values one level up
             inclusive = segment_logsumexp(scores, self.group, self.num_groups)
             scores = own + nn.functional.pad(inclusive, (0, 1))[:, self.below]
         return scores
 
     def node_log_probs(self, scores: Tensor) -> Tensor:
-        """Return log-probabilities (B, N) of the nodes, where each decision is the softmax of its scores (B, N)."""
-        conditional = segment_log_softmax(scores, self.group, self.num_groups)  # (B, N): log P(node | parent)
-        padded = nn.functional.pad(conditional, (0, 1))  # the padding's ancestor is the last column, a zero
+        """Return log-probabilities (B, N) of the nodes. Each decision is the softmax of its scores (B, N)."""
+        conditional = segment_log_softmax(scores, self.group, self.num_groups)  # log P(node | parent)
+        padded = nn.functional.pad(conditional, (0, 1))  # padded entries of `ancestors` select this column of zeros
         total = padded[:, self.ancestors[:, 0]]
-        for level in range(1, self.tree.depth):  # at once they would take (B, N, depth)
+        for level in range(1, self.tree.depth):  # a sum over all levels at once would take (B, N, depth)
             total = total + padded[:, self.ancestors[:, level]]
         return total
 
@@ -179,20 +169,20 @@ class TreeSoftmax(nn.Module):
 class HierarchicalHeads(TreeSoftmax):
     """All decisions of a taxonomy at once: (B, hidden_size) to (B, num_nodes) log-probabilities.
 
-    A node's score is linear in the text's vector. An inner node adds the logsumexp of its children's scores, its
-    inclusive value (the nested logit: McFadden, 1978, "Modelling the choice of residential location"). Siblings share one
-    softmax. Without the inner nodes' own weights this is a flat softmax over the leaves; with them, leaves share what
-    their ancestors learn.
+    A node's score is linear in the text's vector. An inner node adds its inclusive value, the logsumexp of its
+    children's scores (the nested logit: McFadden, 1978, "Modelling the choice of residential location"). Siblings share
+    one softmax. Without the inner nodes' own weights this is a flat softmax over the leaves. With them, leaves share
+    their ancestors' weights.
 
-    A lexical head takes part in each decision. Its log-probabilities of the siblings, times its weight, are added to those
-    of the encoder (a product of experts, which is then normalised: Hinton, 2002).
+    A lexical head takes part in each decision: its weighted scores are added to the encoder's, and the sum is
+    normalised (a product of experts: Hinton, 2002).
     """
 
     def __init__(self, config: HierarchicalConfig):
         super().__init__(config.tree)
         self.temperatures, self.lexical_weight = config.temperatures, config.lexical_weight
         self.dropout = nn.Dropout(config.head_dropout)
-        # in float32, whatever the model is made in; so are the temperatures
+        # weights and temperatures are float32, whatever the default dtype is
         self.weight = nn.Parameter(torch.empty(self.num_nodes, config.hidden_size, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(self.num_nodes, dtype=torch.float32))
         temperature = torch.empty(self.num_nodes, dtype=torch.float32)
@@ -209,14 +199,16 @@ class HierarchicalHeads(TreeSoftmax):
         self.temperature.copy_(temperatures[self.tree.decision_of])
 
     def forward(self, pooled: Tensor, input_ids: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
-        """Return log-probabilities (B, num_nodes) of vectors (B, hidden_size). The lexical head takes tokens and mask (B, T)."""
+        """Return log-probabilities (B, num_nodes) of vectors (B, hidden_size). A lexical head reads the ids (B, T)."""
         with torch.autocast(pooled.device.type, enabled=False):
             own = nn.functional.linear(self.dropout(pooled.to(self.weight.dtype)), self.weight, self.bias)
             scores = self.with_inclusive_values(own.float())
             if self.lexical is not None:
-                leaves = self.lexical(input_ids, attention_mask)
-                words = self.with_inclusive_values(nn.functional.pad(leaves, (0, self.num_nodes - self.num_leaves)))
-                scores = scores + self.lexical_weight * words
+                leaf_scores = self.lexical(input_ids, attention_mask)
+                lexical = self.with_inclusive_values(
+                    nn.functional.pad(leaf_scores, (0, self.num_nodes - self.num_leaves))
+                )
+                scores = scores + self.lexical_weight * lexical
             return self.node_log_probs(scores / self.temperature)
 
 
@@ -224,8 +216,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
     """Any text encoder of transformers, pooled, with hierarchical heads.
 
     Args:
-        config: with the taxonomy and the encoder's configuration.
-        encoder: a loaded encoder; by default one with fresh weights is built from ``config.text_config``.
+        encoder: a loaded encoder. By default one with fresh weights is built from ``config.text_config``.
     """
 
     config_class = HierarchicalConfig
@@ -244,8 +235,8 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         if encoder is None:
             encoder = build_encoder(config.text_config)
         else:
-            for module in encoder.modules():  # else post_init would draw fresh weights for an injected adapter
-                module._is_hf_initialized = True
+            for module in encoder.modules():
+                module._is_hf_initialized = True  # else post_init would draw fresh weights for an injected adapter
         self.encoder = encoder
         config.text_config = encoder.config  # one object, so that resized embeddings and attention choices are saved
         self.heads = HierarchicalHeads(config)
@@ -274,7 +265,11 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         return hasattr(self.encoder, "peft_config")
 
     def pool(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Pool token vectors (B, T, H) under a mask (B, T) to (B, H), in float32."""
+        """Pool token vectors (B, T, H) under a mask (B, T) to (B, H), in float32.
+
+        Raises:
+            ValueError: mean pooling, and a mask of another shape.
+        """
         if self.config.pooling == "cls":
             return hidden[:, 0].float()
         if attention_mask is None:
@@ -296,36 +291,40 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> HierarchicalOutput:
-        """Return the log-probabilities of every node, and the loss where labels are given.
+        """Return the log-probabilities of all nodes, and the loss if labels are given.
 
         Args:
             input_ids, attention_mask, token_type_ids, position_ids: (B, T).
-            inputs_embeds: (B, T, H), instead of ``input_ids``; not with a lexical head, which reads these.
-            labels: (B,), node ids, of leaves or inner nodes; -100 is ignored. The loss is the negative log-likelihood
-                of the labelled nodes, in nats.
-            num_items_in_batch: what the summed loss is divided by; the number of labels that are not -100 by default.
-            kwargs: passed to the encoder, such as ``output_hidden_states`` and ``output_attentions``.
+            inputs_embeds: (B, T, H), instead of ``input_ids``. A model with a lexical head needs ``input_ids``.
+            labels: (B,), ids of leaves or inner nodes; -100 is ignored. The loss is their negative log-likelihood in
+                nats.
+            num_items_in_batch: divisor of the summed loss, by default the number of labels that are not -100.
+            kwargs: for the encoder, such as ``output_hidden_states`` and ``output_attentions``.
+
+        Raises:
+            ValueError: the lexical head gets no ``input_ids``, or it or mean pooling a mask that is not (B, T).
         """
-        given = {
+        # ── Encoder ──────────────────────────────────────────────────────────────────────────────────────────────────
+        encoder_inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "token_type_ids": token_type_ids,
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
         }
-        for name in ("output_hidden_states", "output_attentions"):  # asked for at loading
+        for name in ("output_hidden_states", "output_attentions"):  # requested when the model was loaded
             if getattr(self.config, name, False):
                 kwargs.setdefault(name, True)
         if self.heads.lexical is not None:
             if input_ids is None:
-                raise ValueError(
-                    "this model has a lexical head, which reads input_ids: it cannot do with inputs_embeds"
-                )
+                raise ValueError("this model has a lexical head, which needs input_ids: give these, not inputs_embeds")
             if attention_mask is not None and attention_mask.dim() != 2:
                 raise ValueError(f"the lexical head needs a mask of shape (B, T), not {tuple(attention_mask.shape)}")
-        encoded = self.encoder(**{name: value for name, value in given.items() if value is not None}, **kwargs)
+        encoded = self.encoder(**{name: value for name, value in encoder_inputs.items() if value is not None}, **kwargs)
+
+        # ── Heads ────────────────────────────────────────────────────────────────────────────────────────────────────
         pooled = self.pool(encoded.last_hidden_state, attention_mask)
-        if not self.heads.weight.is_meta:  # offloaded heads fetch what they are given
+        if not self.heads.weight.is_meta:  # offloaded heads move their inputs themselves
             pooled = pooled.to(self.heads.weight.device)
         node_log_probs = self.heads(pooled, input_ids, attention_mask)
         return HierarchicalOutput(
@@ -345,15 +344,16 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         merge_adapter: bool = True,
         **kwargs: Any,
     ) -> "HierarchicalForSequenceClassification":
-        """Load a whole model, or the encoder by its name and revision and then the adapter and heads of the checkpoint.
+        """Load a whole checkpoint, or an adapter checkpoint and its encoder, which is fetched by name and revision.
 
-        Takes what `PreTrainedModel.from_pretrained` takes. With an adapter checkpoint, ``dtype``, ``device_map``,
-        ``quantization_config`` and ``attn_implementation`` go to the encoder; the heads stay in float32 beside it.
+        Other arguments are those of `PreTrainedModel.from_pretrained`. With an adapter checkpoint, ``dtype``,
+        ``device_map``, ``quantization_config`` and ``attn_implementation`` go to the encoder. The heads stay in
+        float32.
 
         Args:
-            merge_adapter: add a LoRA adapter to the weights that it adapts, where they are floating-point numbers in
-                memory. With False, or over quantized weights, PEFT keeps it beside them; weights that an adapter belongs to
-                cannot be offloaded.
+            merge_adapter: add a LoRA adapter to the weights that it adapts, if they are floating-point and in memory.
+                With False, or over quantized weights, PEFT keeps the adapter separate, and adapted weights cannot be
+                offloaded.
         """
         return load_checkpoint(
             cls,
@@ -371,32 +371,26 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         conformal_thresholds: list[float | None] | None,
         conformal_max_length: int | None = None,
     ) -> None:
-        """Put a calibration into the configuration, and its temperatures into the heads.
-
-        Args:
-            temperatures, conformal_thresholds, conformal_max_length: as in `HierarchicalConfig`.
-        """
+        """Set a calibration, with arguments as in `HierarchicalConfig`, in the configuration and the heads."""
         self.config.temperatures = self.heads.temperatures = temperatures
         self.config.conformal_thresholds = conformal_thresholds
         self.config.conformal_max_length = conformal_max_length
         self.heads.fill_buffers()
 
     def set_lexical_head(self, weights: dict[str, Tensor] | None, lexical_weight: float = 1.0) -> None:
-        """Give the model a lexical head, or with None remove it.
+        """Set the lexical head, or remove it with None.
 
         Args:
             weights: ``idf`` (V,), ``weight`` (num_leaves, V) and ``bias`` (num_leaves,) of a `LexicalHead`.
             lexical_weight: as in `HierarchicalConfig`.
         """
-        self.heads.lexical = self.heads.lexical_weight = self.config.lexical_vocab_size = self.config.lexical_weight = (
-            None
-        )
-        if weights is not None:
-            lexical = LexicalHead(len(weights["idf"]), self.heads.num_leaves)
+        lexical = None if weights is None else LexicalHead(len(weights["idf"]), self.heads.num_leaves)
+        if lexical is not None:
             lexical.load_state_dict(weights)
-            self.heads.lexical = lexical.to(self.heads.weight.device)
-            self.heads.lexical_weight = self.config.lexical_weight = lexical_weight
-            self.config.lexical_vocab_size = len(weights["idf"])
+            lexical.to(self.heads.weight.device)
+        self.heads.lexical = lexical
+        self.heads.lexical_weight = self.config.lexical_weight = None if lexical is None else lexical_weight
+        self.config.lexical_vocab_size = None if lexical is None else len(lexical.idf)
 
     def save_pretrained(
         self,
@@ -405,10 +399,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         state_dict: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write a checkpoint that `from_pretrained` and the Auto classes load, with the code that loads it.
-
-        It has the adapter form when the encoder carries an adapter, else it is the whole model.
-        """
+        """Write a checkpoint with the code that loads it: in adapter form if the encoder has an adapter, else whole."""
         save_checkpoint(self, super().save_pretrained, Path(save_directory), is_main_process, state_dict, **kwargs)
 
     merge_adapter = merge_injected_adapter

@@ -1,21 +1,22 @@
-"""Text in, path through the taxonomy out: `pipeline("hierarchical-text-classification", …)`.
+"""Classify texts into a taxonomy: `pipeline("hierarchical-text-classification", …)`.
 
 Worth knowing:
 
-1. Texts are read some batches ahead and sorted by length, so that batches hold little padding, and each holds about as
-   many tokens. Results come in the order of the texts. The next texts are tokenized while a batch is computed.
-   Batches come in few shapes: oneDNN compiles products for each, which takes longer than the products themselves.
-2. On a CPU each core computes batches of its own: that a core waits for the others at the end of every operation costs
-   more than it gains. With bfloat16, attention and the linear layers are faster ones, where the installed libraries have
-   what these need (`cpu_hierarchical`).
-3. A text beyond the limit is truncated, and its result says so; with ``stride`` it is read in overlapping windows instead.
-4. The probabilities of windows are averaged. Sums survive an average, so children still add up to their parent.
-5. With ``coverage`` the answer is a set of nodes that holds the correct leaf for that share of texts like the validation
-   rows: split conformal prediction, with sets that a person can read. The guarantee of that method holds up to the choice
-   of the checkpoint, which was made on the same rows; the model card has the coverage that was measured. It holds for texts
-   truncated where the thresholds were fitted, so a coverage goes with no ``stride`` and no other ``max_length``.
-6. A text that cannot be classified is a ValueError that names its position, never its content. In a list it is found
-   before anything is computed; from a stream, the results before it come first.
+1. Texts are read some batches ahead and sorted by length, so batches hold little padding and about as many tokens each.
+   Results come in the order of the texts. The next texts are tokenized while a batch is computed.
+2. Batches have few shapes: oneDNN compiles a product for each shape, which takes longer than the product itself.
+3. On a CPU each core computes its own batches. Sharing a batch costs more than it gains, because each core waits for
+   the others at the end of every operation. With bfloat16, `cpu_hierarchical` speeds up attention and the linear
+   layers.
+4. A text beyond the limit is truncated, and its result says so. With ``stride`` the text is read in overlapping
+   windows.
+5. The probabilities of windows are averaged, so children still add up to their parent.
+6. With ``coverage`` a result has an answer: a set of nodes that holds the correct leaf for this share of texts (split
+   conformal prediction). The guarantee covers texts like the validation rows, truncated where the thresholds were
+   fitted. A coverage therefore excludes ``stride`` and other values of ``max_length``. The choice of the checkpoint, on
+   the same rows, is not corrected for; the model card has the measured coverage.
+7. A text that cannot be classified raises a ValueError with its position, never its content. A list is checked before
+   anything is computed. A stream first yields the results of the texts before it.
 """
 
 import copy
@@ -42,42 +43,42 @@ except ImportError:  # as a top-level module of the repository, not as remote co
 
 logger = logging.get_logger(__name__)
 
-TOKENS = {"cpu": 2048}  # of a batch, padding included
+TOKENS = {"cpu": 2048}  # in a batch, padding included
 TOKENS_ELSEWHERE = 32_768
 TEXTS_AHEAD = 512
 BATCHES_AHEAD = 32
 MOST_TOKENIZERS = 8
-MOST_NODES = 3  # in an answer: what a reader takes in at a glance
-# the numbers of cores of calls that are starting workers; no lock, which Ctrl+C could leave locked
+MOST_NODES = 3  # in an answer: as many as a reader takes in at a glance
+# core counts of the calls that are starting workers now; a lock could stay locked after Ctrl+C
 STARTING: list[int] = []
 
 
 class HierarchicalTextClassificationPipeline(Pipeline):
     """Classify texts into a taxonomy.
 
-    Called with a text it returns a result; with a list or tuple, a list; with any other iterable (a generator, a dataset,
-    a `KeyDataset`) an iterator. An item may also be a mapping that holds the text under ``"text"``. A result is
+    A text gives a result, a list or tuple gives a list, and any other iterable (a generator, a dataset, a `KeyDataset`)
+    an iterator. An item may also be a mapping that holds the text under ``"text"``. A result has
 
     - ``label``, ``score``: the most probable leaf and its probability;
     - ``path``: ``{"label", "score"}`` of every node from the root to that leaf;
-    - ``levels``: for each level, from the roots down, the probability of every node there;
+    - ``levels``: for each level, from the roots down, the probability of every node;
     - ``truncated``: whether the text was truncated;
-    - with ``coverage``, ``answer``: ``{"label", "score"}`` of at most three nodes, or of all roots, that hold the correct leaf
-      for this share of texts: leaves where the model is sure, their parents and ancestors where it is not. See
-      `conformal_answer`, and 5. at the head of this file for the guarantee.
+    - ``answer``, with ``coverage``: ``{"label", "score"}`` of at most three nodes, or of all roots, that hold the
+      correct leaf for this share of texts. The nodes are leaves where the model is sure, else their ancestors: see
+      `conformal_answer`.
 
     Args:
-        batch_size: windows of text that go through the model together; by default a power of two, of about 2,048 tokens on a CPU
-            and 32,768 elsewhere. A stream is read up to 64 batches ahead, by default 1,024 texts, and not at all with 1.
-        top_k: the number of leaves wanted; each text then gets a list of results, best first.
+        batch_size: number of windows in a batch; by default a power of two, for about 2,048 tokens on a CPU and 32,768
+            elsewhere. A stream is read up to 64 batches ahead, by default 1,024 texts, and not at all with 1.
+        top_k: number of leaves; each text then gets a list of results, best first.
         max_length: in tokens, special ones included; by default, and at most, the tokenizer's limit.
-        stride: read long texts in windows of ``max_length`` tokens that share this many, instead of cutting them.
-        coverage: the share of texts, between 0 and 1, whose answer shall hold the correct leaf; it is rounded up to a
-            hundredth. Not together with ``stride``, nor with a ``max_length`` other than that of the validation rows.
+        stride: read long texts in windows of ``max_length`` tokens that share this many, instead of truncating them.
+        coverage: share of texts, between 0 and 1, whose answer holds the correct leaf, rounded up to a hundredth. It
+            excludes ``stride``, and any ``max_length`` other than that of the validation rows.
 
     Raises:
-        ValueError: an item is empty or not a text, an argument is out of its range, or ``coverage`` is asked of a
-            checkpoint that was not calibrated, or for texts truncated otherwise than its thresholds were fitted.
+        ValueError: an item is empty or not a text, an argument is out of its range, or the checkpoint has no conformal
+            thresholds for this ``coverage`` and truncation.
     """
 
     _load_processor = False
@@ -89,9 +90,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if not self.tokenizer.is_fast:
-            raise ValueError(
-                "this pipeline needs a tokenizer of the `tokenizers` library, to follow texts into windows"
-            )
+            raise ValueError("this pipeline needs a tokenizer of the `tokenizers` library, to split texts into windows")
         check_tokenizer(self.tokenizer, self.model)
         limit = position_limit(self.model.encoder)
         if limit is not None and self.tokenizer.model_max_length > limit:
@@ -99,16 +98,16 @@ class HierarchicalTextClassificationPipeline(Pipeline):
                 f"the tokenizer's model_max_length {self.tokenizer.model_max_length:,} is beyond the encoder's {limit:,} "
                 "positions: set it in tokenizer_config.json"
             )
-        self.tree = self.model.config.tree  # built anew each time it is asked for
+        self.tree = self.model.config.tree  # the property builds a new tree at each access
         self._tokenizers: dict[tuple[int, int], Any] = {}
         in_4_bits = any(getattr(weight, "quant_state", None) is not None for weight in self.model.parameters())
         if self.device.type == "cpu" and in_4_bits:
-            # bitsandbytes repacks the weights in their first forward, which no two threads may do at once
+            # bitsandbytes repacks the weights in their first forward, which two threads must not do at once
             with torch.inference_mode():
                 self.model(**self.tokenizer("a", return_tensors="pt"))
         if self.device.type == "cpu" and self.model.encoder.dtype == torch.bfloat16:
             use_cpu_kernels(self.model.encoder)
-        self.preprocess(["a"])  # the tokenizer cuts as it will in every call, of whatever thread
+        self.preprocess(["a"])  # sets the tokenizer's truncation once, before threads share it
 
     def _sanitize_parameters(
         self,
@@ -120,79 +119,79 @@ class HierarchicalTextClassificationPipeline(Pipeline):
     ) -> tuple[dict, dict, dict]:
         if unknown:
             known = "batch_size, top_k, max_length, stride and coverage"
-            raise ValueError(f"{min(unknown)!r} is no argument of this pipeline; it has {known}")
-        for name, value, least in (("top_k", top_k, 1), ("max_length", max_length, 1), ("stride", stride, 0)):
+            raise ValueError(f"{min(unknown)!r} is not an argument of this pipeline; it has {known}")
+        for name, value, minimum in (("top_k", top_k, 1), ("max_length", max_length, 1), ("stride", stride, 0)):
             if value is not None:
-                check_number(name, value, least)
-        given = {"max_length": max_length, "stride": stride}
-        cutting = {name: value for name, value in given.items() if value is not None}
+                check_number(name, value, minimum)
         if coverage is not None:
             conformal_threshold(self.model.config.conformal_thresholds, coverage)
-        wanted = {"top_k": top_k, "coverage": coverage}
-        return cutting, {}, {name: value for name, value in wanted.items() if value is not None}
+        truncation = {"max_length": max_length, "stride": stride}
+        output = {"top_k": top_k, "coverage": coverage}
+        return without_none(truncation), {}, without_none(output)
 
     def __call__(self, inputs: str | Iterable, batch_size: int | None = None, **parameters: Any) -> Any:
-        """See the class."""
-        cutting, _, wanted = self._sanitize_parameters(**parameters)
-        cutting, wanted = {**self._preprocess_params, **cutting}, {**self._postprocess_params, **wanted}
-        window = self._window(**cutting)
-        if wanted.get("coverage") is not None:
-            self._check_guarantee(window, cutting.get("stride"))
+        """Classify a text, a list or a stream of texts. The class describes arguments and results."""
+        truncation, _, output = self._sanitize_parameters(**parameters)
+        truncation, output = {**self._preprocess_params, **truncation}, {**self._postprocess_params, **output}
+        window = self._window(**truncation)
+        if output.get("coverage") is not None:
+            self._check_guarantee(window, truncation.get("stride"))
         batch_size = self._batch_size if batch_size is None else batch_size
         if batch_size is not None:
             check_number("batch_size", batch_size, 1)
         if hasattr(inputs, "columns") and hasattr(inputs, "iloc"):
-            raise ValueError("a table is no list of texts: give the column that holds them, such as table['text']")
+            raise ValueError("a table is not a list of texts: give the column that holds them, such as table['text']")
         if isinstance(inputs, (list, tuple)):
             texts = [read_text(item, position) for position, item in enumerate(inputs)]
-            return list(self._results(texts, batch_size, cutting, wanted))
+            return list(self._classify(texts, batch_size, truncation, output))
         if isinstance(inputs, (str, bytes, Mapping)) or not (isinstance(inputs, Iterable) or is_sequence(inputs)):
-            started = self._start([read_text(inputs, 0)], batch_size, cutting, None)
-            return next(self._finish(started, wanted))
-        return self._results(inputs, batch_size, cutting, wanted)
+            pending = self._submit([read_text(inputs, 0)], batch_size, truncation, None)
+            return next(self._collect(pending, output))
+        return self._classify(inputs, batch_size, truncation, output)
 
-    def _results(self, items: Iterable, batch_size: int | None, cutting: dict, wanted: dict) -> Iterator:
+    def _classify(self, items: Iterable, batch_size: int | None, truncation: dict, output: dict) -> Iterator:
         """Yield results in the order of the items. Some batches are read ahead."""
         numbered = enumerate(items if isinstance(items, Iterable) else (items[i] for i in range(len(items))))
         ahead = TEXTS_AHEAD if batch_size is None else 1 if batch_size == 1 else BATCHES_AHEAD * batch_size
         workers = self._workers()
         try:
-            before = None  # is computed while the next texts are read and tokenized
+            previous = None  # computed while the next texts are read and tokenized
             while True:
-                texts, problem = [], None
+                texts, read_error = [], None
                 try:
                     for position, item in islice(numbered, ahead):
                         texts.append(read_text(item, position))
-                except Exception as error:  # raised again below, after the results of the texts before it
-                    problem = error
-                alone = before is None and self._on_cores()
-                started = self._start(texts, batch_size, cutting, workers, alone) if texts else None
-                for one in (before, started if ahead == 1 or problem is not None else None):
-                    if one is not None:
-                        yield from self._finish(one, wanted)
-                before = None if ahead == 1 else started
-                if problem is not None:
-                    raise problem
+                except Exception as error:  # raised below, after the results of the texts before it
+                    read_error = error
+                alone = previous is None and self._uses_cpu_threads()
+                pending = self._submit(texts, batch_size, truncation, workers, alone) if texts else None
+                if previous is not None:
+                    yield from self._collect(previous, output)
+                if pending is not None and (ahead == 1 or read_error is not None):
+                    yield from self._collect(pending, output)
+                previous = None if ahead == 1 else pending
+                if read_error is not None:
+                    raise read_error
                 if not texts:
                     return
         finally:
             workers.shutdown(cancel_futures=True)
 
-    def _on_cores(self) -> bool:
-        """Return whether the cores of a CPU compute, over weights that stay in memory."""
+    def _uses_cpu_threads(self) -> bool:
+        """Return whether each core of a CPU computes its own batches: not with offloaded weights."""
         return self.device.type == "cpu" and not hasattr(self.model, "hf_device_map")
 
     def _workers(self) -> ThreadPoolExecutor:
-        """Start the threads that compute batches: on a CPU as many as it has cores for torch, each with one core; elsewhere one."""
-        if not self._on_cores():
+        """Start the threads that compute batches: one for each core that torch uses on a CPU, else one in all."""
+        if not self._uses_cpu_threads():
             return ThreadPoolExecutor(1)
-        others = [*STARTING]  # in a new thread torch may answer with the 1 that another call's workers have just stored
+        others = [*STARTING]  # in a new thread torch may return the 1 that another call's workers have just set
         count = torch.get_num_threads()
         count = max([count, *others, *STARTING])
         ready = threading.Barrier(count + 1)
 
         def start() -> None:
-            torch.get_num_threads()  # without it, the first operation would undo the next line
+            torch.get_num_threads()  # without this call, the first operation would undo the next line
             torch.set_num_threads(1)
             ready.wait()
 
@@ -202,30 +201,29 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             for _ in range(count):
                 workers.submit(start)
             ready.wait()
-        except BaseException:  # Ctrl+C: a thread that waits would keep the process from ending
+        except BaseException:  # Ctrl+C: a waiting thread would keep the process alive
             ready.abort()
             raise
         finally:
-            torch.set_num_threads(
-                count
-            )  # the number is each thread's own, but also what threads yet to come begin with
+            torch.set_num_threads(count)  # each thread has its own number; new threads start with the last one set
             STARTING.remove(count)
         return workers
 
-    def _start(
+    def _submit(
         self,
         texts: list[str],
         batch_size: int | None,
-        cutting: dict,
+        truncation: dict,
         workers: ThreadPoolExecutor | None,
         alone: bool = True,
-    ) -> "Started":
-        """Tokenize texts, and have their batches computed by ``workers``, or at once where there are none.
+    ) -> "PendingTexts":
+        """Tokenize texts and submit their batches to ``workers``; with None compute the batches at once.
 
         Args:
-            alone: no other batch is being computed, so that all cores of a CPU may share one: a single batch is computed at once.
+            alone: whether no other batch is being computed. A single batch is then computed at once, by all cores of a
+                CPU.
         """
-        windows, owners, truncated = self.preprocess(texts, **cutting)
+        windows, owners, truncated = self.preprocess(texts, **truncation)
         lengths = [len(window["input_ids"]) for window in windows]
         batches = batches_by_length(lengths, batch_size, TOKENS.get(self.device.type, TOKENS_ELSEWHERE))
         outputs: list[Future] = []
@@ -236,7 +234,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
                     [windows[i] for i in batch],
                     padding="max_length",
                     max_length=length,
-                    padding_side="right",  # positions count from the first token, which is also what "cls" pools
+                    padding_side="right",  # positions count from the first token, and "cls" pools it
                     return_attention_mask=True,
                     return_tensors="pt",
                 )
@@ -246,21 +244,21 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             else:
                 outputs.append(Future())
                 outputs[-1].set_result(self.forward(inputs))
-        return Started(len(texts), [[owners[i] for i in batch] for batch in batches], truncated, outputs)
+        return PendingTexts(len(texts), [[owners[i] for i in batch] for batch in batches], truncated, outputs)
 
-    def _finish(self, started: "Started", wanted: dict) -> Iterator:
-        """Yield the results of texts, once their batches are computed. Average the probabilities of windows, in float64."""
-        total = torch.zeros(started.num_texts, self.tree.num_nodes, dtype=torch.float64)
-        windows = torch.zeros(started.num_texts, 1)
-        for owners, output in zip(started.owners, started.outputs, strict=True):
+    def _collect(self, pending: "PendingTexts", output: dict) -> Iterator:
+        """Yield the results of pending texts in order. The probabilities of windows are averaged in float64."""
+        total = torch.zeros(pending.num_texts, self.tree.num_nodes, dtype=torch.float64)
+        windows = torch.zeros(pending.num_texts, 1)
+        for owners, batch in zip(pending.owners, pending.outputs, strict=True):
             index = torch.tensor(owners)
-            total.index_add_(0, index, output.result()["node_log_probs"].double().exp())
+            total.index_add_(0, index, batch.result()["node_log_probs"].double().exp())
             windows.index_add_(0, index, torch.ones(len(owners), 1))
-        for nodes, cut in zip((total / windows).tolist(), started.truncated, strict=True):
-            yield self.postprocess({"nodes": nodes, "truncated": cut}, **wanted)
+        for probabilities, truncated in zip((total / windows).tolist(), pending.truncated, strict=True):
+            yield self.postprocess({"nodes": probabilities, "truncated": truncated}, **output)
 
     def _window(self, max_length: int | None = None, stride: int | None = None) -> int:
-        """Return the length of a window in tokens, checked against the encoder and the stride."""
+        """Return the length of a window in tokens. Raise ValueError if the tokenizer or the stride does not allow it."""
         limit = self.tokenizer.model_max_length
         if max_length is not None and max_length > limit:
             raise ValueError(f"max_length {max_length} is beyond the model's limit of {limit} tokens")
@@ -272,7 +270,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         return window
 
     def _check_guarantee(self, window: int, stride: int | None) -> None:
-        """Raise ValueError where texts are truncated otherwise than the rows that the conformal thresholds were fitted to."""
+        """Raise ValueError if texts are truncated differently from the rows that the thresholds were fitted on."""
         fitted = self.model.config.conformal_max_length or self.tokenizer.model_max_length
         if stride is not None or window != fitted:
             asked = f"at {window}" if stride is None else f"read in windows by stride={stride}"
@@ -286,36 +284,34 @@ class HierarchicalTextClassificationPipeline(Pipeline):
     ) -> tuple[list[dict[str, list[int]]], list[int], list[bool]]:
         """Return the tokens of each window, the index of its text, and for each text whether it was truncated."""
         encoded = self._tokenize(texts, self._window(max_length, stride), stride or 0)
-        wanted = dict.fromkeys([*self.tokenizer.model_input_names, "attention_mask"])
-        names = [name for name in wanted if name in encoded]
-        owners = encoded["overflow_to_sample_mapping"]
-        windows, kept, counts = [], [], [0] * len(texts)
-        for i, owner in enumerate(owners):
+        names = dict.fromkeys(name for name in (*self.tokenizer.model_input_names, "attention_mask") if name in encoded)
+        windows, owners, counts = [], [], [0] * len(texts)
+        for i, owner in enumerate(encoded["overflow_to_sample_mapping"]):
             counts[owner] += 1
             if stride is not None or counts[owner] == 1:
                 if not encoded["input_ids"][i]:
-                    raise ValueError("a text has no tokens: its characters mean nothing to the model's tokenizer")
+                    raise ValueError("a text has no tokens: the model's tokenizer drops all its characters")
                 windows.append({name: encoded[name][i] for name in names})
-                kept.append(owner)
-        return windows, kept, [stride is None and count > 1 for count in counts]
+                owners.append(owner)
+        return windows, owners, [stride is None and count > 1 for count in counts]
 
     def _tokenize(self, texts: list[str], window: int, stride: int) -> Any:
         """Tokenize texts, split into windows.
 
-        A fast tokenizer keeps as its state how it cuts. Calls in other threads may cut otherwise, so each way but the default
-        has a tokenizer of its own.
+        A fast tokenizer keeps its truncation settings as state, which threads share. So each setting but the default
+        has its own copy of the tokenizer.
         """
-        wanted = {"truncation": True, "max_length": window, "stride": stride, "return_overflowing_tokens": True}
-        wanted |= {"return_attention_mask": True, "verbose": False}
+        settings = {"truncation": True, "max_length": window, "stride": stride, "return_overflowing_tokens": True}
+        settings |= {"return_attention_mask": True, "verbose": False}
         default = (window, stride) == (self.tokenizer.model_max_length, 0)
         tokenizer = self.tokenizer if default else self._tokenizers.get((window, stride))
         if tokenizer is None:
             tokenizer = copy.deepcopy(self.tokenizer)
-            tokenizer(["a"], **wanted)  # from here on, its state does not change
+            tokenizer(["a"], **settings)  # its state is final from here on
             while len(self._tokenizers) >= MOST_TOKENIZERS:
                 self._tokenizers.pop(next(iter(self._tokenizers)), None)
             self._tokenizers[window, stride] = tokenizer
-        return tokenizer(texts, **wanted)
+        return tokenizer(texts, **settings)
 
     def _forward(self, model_inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"node_log_probs": self.model(**model_inputs)["node_log_probs"]}
@@ -326,35 +322,38 @@ class HierarchicalTextClassificationPipeline(Pipeline):
     def postprocess(
         self, classified: dict, top_k: int | None = None, coverage: float | None = None
     ) -> dict | list[dict]:
-        """Build a result, or with ``top_k`` a list of them, from the probabilities of the nodes. The class describes it."""
-        tree, nodes = self.tree, classified["nodes"]
-        if math.isnan(sum(nodes)):
-            raise ValueError("the model's probabilities are no numbers: its weights are damaged")
+        """Build a result, or with ``top_k`` a list of results, from the probabilities of the nodes."""
+        tree, probabilities = self.tree, classified["nodes"]
+        if math.isnan(sum(probabilities)):
+            raise ValueError("the model's probabilities are not numbers: its weights are damaged")
+
+        def with_scores(nodes: list[int]) -> list[dict]:
+            return [{"label": tree.labels[node], "score": probabilities[node]} for node in nodes]
+
         levels: list[dict[str, float]] = [{} for _ in range(tree.depth)]
         for node in tree.reading_order:
-            levels[tree.levels[node] - 1][tree.labels[node]] = nodes[node]
-        best = sorted(range(tree.num_leaves), key=lambda leaf: -nodes[leaf])[: top_k or 1]
+            levels[tree.levels[node] - 1][tree.labels[node]] = probabilities[node]
+        best = sorted(range(tree.num_leaves), key=lambda leaf: -probabilities[leaf])[: top_k or 1]
         results = [
             {
                 "label": tree.labels[leaf],
-                "score": nodes[leaf],
-                "path": [{"label": tree.labels[node], "score": nodes[node]} for node in tree.path(leaf)],
+                "score": probabilities[leaf],
+                "path": with_scores(tree.path(leaf)),
                 "levels": levels,
                 "truncated": classified["truncated"],
             }
             for leaf in best
         ]
         if coverage is not None:
-            answer = conformal_answer(
-                tree, nodes, conformal_threshold(self.model.config.conformal_thresholds, coverage)
-            )
+            threshold = conformal_threshold(self.model.config.conformal_thresholds, coverage)
+            answer = conformal_answer(tree, probabilities, threshold)
             for result in results:
-                result["answer"] = [{"label": tree.labels[node], "score": nodes[node]} for node in answer]
+                result["answer"] = with_scores(answer)
         return results[0] if top_k is None else results
 
 
 def use_cpu_kernels(encoder: PreTrainedModel) -> None:
-    """Make a bfloat16 encoder faster on a CPU, in place; with other versions of the libraries, leave it as it is and warn.
+    """Speed up a bfloat16 encoder on a CPU, in place, or warn if the installed libraries do not fit.
 
     `cpu_hierarchical` uses private names of torch and transformers. A checkpoint must load where these are renamed.
     """
@@ -373,13 +372,13 @@ def use_cpu_kernels(encoder: PreTrainedModel) -> None:
 
 
 @dataclass
-class Started:
+class PendingTexts:
     """Texts whose batches are being computed.
 
     Attributes:
-        owners: for each batch, the index of the text that each of its windows belongs to.
+        owners: for each batch, the index of each window's text.
         truncated: for each text, whether it was truncated.
-        outputs: of each batch, node log-probabilities (B, num_nodes).
+        outputs: for each batch, its node log-probabilities (B, num_nodes).
     """
 
     num_texts: int
@@ -389,11 +388,11 @@ class Started:
 
 
 def batches_by_length(lengths: list[int], batch_size: int | None, tokens: int) -> list[list[int]]:
-    """Group windows into batches of similar lengths, the longest first, and return their indices.
+    """Return batches of window indices: windows of similar lengths, the longest first.
 
     Args:
         lengths: of the windows, in tokens.
-        batch_size: windows of a batch; None for the power of two that comes closest to ``tokens`` with their padding.
+        batch_size: windows in a batch; None for the power of two whose padded batch comes closest to ``tokens``.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches: list[list[int]] = []
@@ -405,10 +404,10 @@ def batches_by_length(lengths: list[int], batch_size: int | None, tokens: int) -
 
 
 def padded_length(longest: int, rows: int, limit: int) -> int:
-    """Return the length to pad a batch to: its tokens are a multiple of 64, where at most 15 more tokens a row do that.
+    """Return the length to pad a batch to. At most 15 tokens a row are added to make the batch a multiple of 64 tokens.
 
     Args:
-        longest: of its windows, in tokens.
+        longest: length of the longest window, in tokens.
         limit: of the model, in tokens.
     """
     step = min(16, 64 // math.gcd(rows, 64))
@@ -416,10 +415,10 @@ def padded_length(longest: int, rows: int, limit: int) -> int:
 
 
 def conformal_threshold(thresholds: list[float | None] | None, coverage: float) -> float | None:
-    """Return the threshold for a coverage, which is rounded up to a hundredth. None means every root.
+    """Return the threshold for a coverage, rounded up to a hundredth. None means that the answer is every root.
 
     Args:
-        thresholds: 99, as `HierarchicalConfig` keeps them.
+        thresholds: 99, as in `HierarchicalConfig`.
 
     Raises:
         ValueError: the coverage is not between 0 and 1, or there are no thresholds.
@@ -428,39 +427,38 @@ def conformal_threshold(thresholds: list[float | None] | None, coverage: float) 
         raise ValueError(f"coverage must be a number between 0 and 1, not {coverage!r}")
     if thresholds is None:
         raise ValueError("this checkpoint was not calibrated: coverage needs one that was trained with validation rows")
-    place = max(1, math.ceil(round(100 * coverage, 6)))
-    return thresholds[place - 1] if place < 100 else None
+    percent = max(1, math.ceil(round(100 * coverage, 6)))
+    return thresholds[percent - 1] if percent < 100 else None
 
 
 def conformal_answer(tree: Taxonomy, probabilities: list[float], threshold: float | None) -> list[int]:
-    """Return nodes that hold every leaf whose probability is at least 1 - threshold, and always the most probable leaf.
+    """Return the ids of nodes that hold the likely leaves, the most probable first.
 
-    These leaves themselves where they are at most three; else the deepest level at which they lie under at most three
-    nodes; else all their roots. Children that are complete become their parent, unless it has but one child: that child
-    holds the same leaves, and says more. The sets grow with the threshold, so that split conformal prediction applies:
-    `nonconformity` is the smallest threshold whose answer holds a leaf. Sets of few nodes of a taxonomy: Mortier et al.,
-    2025, arXiv 2501.19038.
+    The likely leaves have a probability of at least 1 - threshold; the most probable leaf is always one. Up to three
+    leaves are the answer themselves. More are replaced by their ancestors at the deepest level that needs at most three
+    nodes, else by their roots. If all children of a node are in the answer, the node takes their place. An only child
+    replaces its parent, because it holds the same leaves and is more specific.
+
+    Answers grow with the threshold, so split conformal prediction applies: `nonconformity` is the smallest threshold
+    whose answer holds a leaf. Mortier et al., 2025 (arXiv 2501.19038) study such sets of few nodes of a taxonomy.
 
     Args:
         probabilities: of all nodes, by id.
         threshold: between 0 and 1; None for every root.
-
-    Returns:
-        Node ids, the most probable first.
     """
     if threshold is None:
-        held = set(tree.children(-1))
+        answer = set(tree.children(-1))
     else:
         order = sorted(range(tree.num_leaves), key=lambda leaf: -probabilities[leaf])
         count = sum(1 - probabilities[leaf] <= threshold for leaf in order)
-        *_, (_, held) = growing_answers(tree, order[: max(count, 1)])
+        *_, (_, answer) = growing_answers(tree, order[: max(count, 1)])
     while complete := {
-        parent for node in held if (parent := tree.parents[node]) >= 0 and held.issuperset(tree.children(parent))
+        parent for node in answer if (parent := tree.parents[node]) >= 0 and answer.issuperset(tree.children(parent))
     }:
-        held = complete | {node for node in held if tree.parents[node] not in complete}
-    while only := {node for node in held if len(tree.children(node)) == 1}:
-        held = (held - only) | {tree.children(node)[0] for node in only}
-    return sorted(held, key=lambda node: -probabilities[node])
+        answer = complete | {node for node in answer if tree.parents[node] not in complete}
+    while single := {node for node in answer if len(tree.children(node)) == 1}:
+        answer = (answer - single) | {tree.children(node)[0] for node in single}
+    return sorted(answer, key=lambda node: -probabilities[node])
 
 
 def nonconformity(tree: Taxonomy, probabilities: list[float], node: int) -> float:
@@ -471,14 +469,15 @@ def nonconformity(tree: Taxonomy, probabilities: list[float], node: int) -> floa
     """
     leaves = [node] if node < tree.num_leaves else range(tree.num_leaves)
     paths = [path for path in map(tree.path, leaves) if node in path]
-    cuts = {frozenset(path[min(i, len(path) - 1)] for path in paths) for i in range(tree.depth)}  # what holds them all
+    # for each level, the nodes that together hold all these leaves
+    covers = {frozenset(path[min(i, len(path) - 1)] for path in paths) for i in range(tree.depth)}
     order = sorted(range(tree.num_leaves), key=lambda leaf: -probabilities[leaf])
-    added, _ = next((added, held) for added, held in growing_answers(tree, order) if any(cut <= held for cut in cuts))
-    return 0.0 if added == order[0] else 1 - probabilities[added]
+    last = next(leaf for leaf, answer in growing_answers(tree, order) if any(cover <= answer for cover in covers))
+    return 0.0 if last == order[0] else 1 - probabilities[last]
 
 
 def growing_answers(tree: Taxonomy, leaves: list[int]) -> Iterator[tuple[int, set[int]]]:
-    """Yield each leaf in order, with the nodes that hold it and those before it: at most three, or roots."""
+    """Yield each leaf in order, with the nodes that hold this leaf and all before it: at most three, or roots."""
     at_level: list[set[int]] = [set() for _ in range(tree.depth)]
     level = tree.depth
     for leaf in leaves:
@@ -490,32 +489,40 @@ def growing_answers(tree: Taxonomy, leaves: list[int]) -> Iterator[tuple[int, se
         yield leaf, at_level[level - 1]
 
 
-def check_number(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+def check_number(name: str, value: Any, minimum: int) -> None:
+    """Raise ValueError if an argument is not an integer of at least ``minimum``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"{name} must be a whole number of at least {minimum}, not {value!r}")
+
+
+def without_none(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that are not None."""
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def is_sequence(value: Any) -> bool:
-    """Return whether a value can be read by index, as a torch data set can."""
+    """Return whether a value can be read by index, like a torch dataset."""
     return hasattr(value, "__getitem__") and hasattr(value, "__len__")
 
 
 def read_text(item: Any, position: int) -> str:
-    """Return the text of an item, checked."""
+    """Return the text of an item.
+
+    Raises:
+        ValueError: the item holds no text, or a text that is empty or not valid Unicode.
+    """
     text = item.get("text") if isinstance(item, Mapping) else item
     if not isinstance(text, str):
-        held = (
-            f"a mapping with {', '.join(map(repr, item)) or 'nothing'}"
-            if isinstance(item, Mapping)
-            else type(item).__name__
-        )
-        raise ValueError(f"the item at position {position} (counted from 0) is no text but {held}")
+        kind = type(item).__name__
+        if isinstance(item, Mapping):
+            kind = f"a mapping with {', '.join(map(repr, item)) or 'nothing'}"
+        raise ValueError(f"the item at position {position} (counted from 0) is not a text but {kind}")
     if not text.strip():
         raise ValueError(f"the text at position {position} (counted from 0) is empty")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"the text at position {position} (counted from 0) holds half of a surrogate pair, which is no character"
+            f"the text at position {position} (counted from 0) holds half of a surrogate pair, which is not a character"
         ) from error
     return text

@@ -1,12 +1,14 @@
-"""A taxonomy: a forest of named nodes, how it is read from files, and what is asked of it. It uses no torch and no numpy.
+"""Read and query a taxonomy, a forest of named nodes. This file uses no torch and no numpy.
 
 Worth knowing:
 
-1. Nodes are numbered leaves first, in reading order, then inner nodes. So class index = leaf id = index into ``id2label``.
-2. A node's label is its name, or its path (``parent/child``, and ``/root``) where two nodes share the name. Case is kept.
-3. A decision is the choice among the roots, or among the children of one inner node. The decision at the roots has id 0, the
-   one below inner node n has id n - num_leaves + 1.
-4. Questions about the tree (ancestors, leaves below, decisions) are methods of `Taxonomy`, and are worked out once.
+1. Nodes are numbered leaves first, in reading order, then inner nodes. So class index = leaf id = index into
+   ``id2label``.
+2. A node's label is its name, or its path (``parent/child``, and ``/root``) where two nodes share the name. Case is
+   kept.
+3. A decision is the choice among the roots, or among the children of one inner node. The decision at the roots has id
+   0, the one below inner node n has id n - num_leaves + 1.
+4. Questions about the tree (ancestors, leaves below, decisions) are members of `Taxonomy`, most of them cached.
 """
 
 import csv
@@ -39,7 +41,7 @@ DEFAULT_TAXONOMY = [
 MAX_DEPTH = 16
 MAX_NODES = 100_000
 MAX_NAME = 500  # characters
-# what a message shows of a user's file at most, see `looks_like_name`
+# the most that a message quotes from a user's file, see `looks_like_name`
 SHOWN_CHARACTERS, SHOWN_WORDS, SHOWN_DIGITS = 60, 5, 4
 NEAR = 0.85  # similarity by difflib from which one name may be a misspelling of another
 MOST_COMPARED = 1_000_000  # pairs of names, a few seconds
@@ -51,9 +53,10 @@ class TaxonomyError(ValueError):
 
 
 def looks_like_name(text: str) -> bool:
-    """Return whether a text can be the name of a class or column, not a text about a patient, a date or an identifier.
+    """Return whether a text can be the name of a class or column, and not patient text, a date or an identifier.
 
-    A name has at most 60 characters and 5 words, ends no sentence, and more than 4 digits only where other characters are as many.
+    A name has at most 60 characters and 5 words, and ends no sentence. With more than 4 digits, at most half are
+    digits.
     """
     digits = sum(map(str.isdigit, text))
     return (
@@ -65,7 +68,7 @@ def looks_like_name(text: str) -> bool:
 
 
 def quote_name(value: object) -> str:
-    """Quote a name for a message. Of a text that does not look like a name, give the length only."""
+    """Quote a name for a message. A text that does not look like a name is replaced by its length."""
     if isinstance(value, tuple):
         return f"({', '.join(map(quote_name, value))})"
     if isinstance(value, (list, dict)):
@@ -75,7 +78,7 @@ def quote_name(value: object) -> str:
 
 
 class WithoutAliases:
-    """For a loader of PyYAML: refuses aliases, by which a few lines stand for any number of values."""
+    """A mixin for PyYAML's loaders that refuses aliases, with which a few lines can stand for any number of values."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         import yaml
@@ -89,8 +92,8 @@ class WithoutAliases:
 def yaml_problem(error: Exception) -> str:
     """Return the error message of PyYAML, without the lines of the file that it quotes."""
     mark = getattr(error, "problem_mark", None)
-    said = getattr(error, "problem", None) or getattr(error, "context", None) or " ".join(str(error).split())
-    return said if mark is None else f"{said}, line {mark.line + 1}"
+    problem = getattr(error, "problem", None) or getattr(error, "context", None) or " ".join(str(error).split())
+    return problem if mark is None else f"{problem}, line {mark.line + 1}"
 
 
 class Taxonomy:
@@ -160,26 +163,26 @@ class Taxonomy:
         while stack:
             parent, children = stack.pop()
             items = children.items() if isinstance(children, dict) else enumerate(children)
-            found = []
+            named = []
             for key, value in items:
                 if isinstance(children, dict):
-                    found.append((key, value))
+                    named.append((key, value))
                 elif isinstance(value, dict):
-                    found.extend(value.items())
+                    named.extend(value.items())
                 else:
-                    found.append((value, None))
-            found = [(compose(name), below) for name, below in found]
-            stack.extend(((*parent, name), below or ()) for name, below in reversed(found))
+                    named.append((value, None))
+            named = [(compose(name), below) for name, below in named]
+            stack.extend(((*parent, name), below or ()) for name, below in reversed(named))
             if len(paths) + len(stack) > MAX_NODES:
                 raise TaxonomyError(f"the taxonomy has more than {MAX_NODES:,} nodes")
             if parent:
                 paths.append(parent)
-                has_children.append(bool(found))
+                has_children.append(bool(named))
                 if parent in seen:
                     where = f"under {quote_name(parent[-2])}" if len(parent) > 1 else "among the roots"
                     raise TaxonomyError(f"the name {quote_name(parent[-1])} occurs twice {where}")
                 seen.add(parent)
-            for name, below in found:
+            for name, below in named:
                 place = " > ".join(map(quote_name, parent)) or "the top level"
                 if not isinstance(name, str):
                     raise TaxonomyError(f"a name must be text, but {place} holds {quote_name(name)}; put it in quotes")
@@ -205,9 +208,10 @@ class Taxonomy:
 
     @classmethod
     def from_rows(cls, rows: Iterable[tuple[str | None, str]], separator: str = "/") -> "Taxonomy":
-        """Build a taxonomy from (parent, child) pairs of names. An empty parent, or one that is nobody's child, is a root.
+        """Build a taxonomy from (parent, child) pairs of names.
 
-        A root that is named only as a parent, and nearly as another node, may be a misspelling: a warning names both.
+        A child without a parent is a root, and so is a parent that is no node's child. If the name of such a parent
+        resembles another node's, a warning names both.
 
         Raises:
             TaxonomyError: a cycle, a child with two parents, an empty child.
@@ -219,8 +223,8 @@ class Taxonomy:
             if not child:
                 raise TaxonomyError(f"row {number} of the taxonomy has an empty name (parent {quote_name(parent)})")
             if parent_of.get(child, parent) != parent:
-                one, two = (quote_name(p) if p else "no parent" for p in (parent_of[child], parent))
-                raise TaxonomyError(f"{quote_name(child)} has two parents: {one} and {two}")
+                first, second = (quote_name(p) if p else "no parent" for p in (parent_of[child], parent))
+                raise TaxonomyError(f"{quote_name(child)} has two parents: {first} and {second}")
             if child not in parent_of:
                 parent_of[child] = parent
                 if parent is not None:
@@ -239,7 +243,7 @@ class Taxonomy:
         missed = next((name for name in parent_of if name not in reached), None)
         if missed is not None:
             chain = [missed]
-            while (above := str(parent_of[chain[-1]])) not in chain:  # none of a cycle is without a parent
+            while (above := str(parent_of[chain[-1]])) not in chain:  # every node of a cycle has a parent
                 chain.append(above)
             cycle = chain[chain.index(above) :]
             raise TaxonomyError(
@@ -249,9 +253,9 @@ class Taxonomy:
 
     @classmethod
     def from_paths(cls, paths: Iterable[str | Sequence[str]], separator: str = "/") -> "Taxonomy":
-        """Build a taxonomy from labels that are paths: ``"parent/child"`` texts, or sequences of names from the root down.
+        """Build a taxonomy from paths: ``"parent/child"`` texts, or sequences of names from the root down.
 
-        Empty names at the end of a sequence mean that the path stops there.
+        Empty names at the end of a sequence are ignored.
 
         Raises:
             TaxonomyError: an empty name inside a path.
@@ -325,7 +329,7 @@ class Taxonomy:
 
     @cached_property
     def ancestors(self) -> list[list[int]]:
-        """For each node the ids from the root to the node itself, padded with ``num_nodes`` to the depth of the tree."""
+        """For each node the ids from the root to the node itself, padded with ``num_nodes`` to length ``depth``."""
         return [[*path, *[self.num_nodes] * (self.depth - len(path))] for path in map(self.path, range(self.num_nodes))]
 
     @cached_property
@@ -339,7 +343,7 @@ class Taxonomy:
 
     @cached_property
     def decisions(self) -> list[list[int]]:
-        """The nodes that each decision chooses among, in ascending order: the roots, then the children of each inner node."""
+        """For each decision the nodes that it chooses among, ascending: the roots, then each inner node's children."""
         return [sorted(self.children(node)) for node in (-1, *range(self.num_leaves, self.num_nodes))]
 
     @cached_property
@@ -413,15 +417,12 @@ class Taxonomy:
 
 
 def compose(name: Any) -> Any:
-    """Compose the letters and accents of a name (NFC). Return anything but a text unchanged."""
+    """Return a name in Unicode form NFC, and anything but a text unchanged."""
     return unicodedata.normalize("NFC", name) if isinstance(name, str) else name
 
 
 def _warn_of_misspelt_roots(parents: list[str], names: set[str], children: dict[str, list[str]]) -> None:
-    """Warn of roots that only (parent, child) rows name, as parents, and whose name is nearly another's.
-
-    Large taxonomies, where this would take long, are not looked at.
-    """
+    """Warn of roots whose name resembles another node's. Large taxonomies, where this takes long, are skipped."""
     if len(parents) * len(names) > MOST_COMPARED:
         return
     for name in parents:
@@ -463,8 +464,8 @@ def _read_rows(text: str, delimiter: str) -> list[tuple[str, str]]:
         raise TaxonomyError(str(error) if text.strip() else "the file is empty") from error
     child = next((name for name in ("child", "name", "node") if name in header), None)
     if child is None or "parent" not in header:
-        found = ", ".join(map(quote_name, header))
-        raise TaxonomyError(f"expected columns 'parent' and 'child' (or 'name', 'node'), found {found}")
+        columns = ", ".join(map(quote_name, header))
+        raise TaxonomyError(f"expected columns 'parent' and 'child' (or 'name', 'node'), found {columns}")
     if header.count("parent") > 1 or header.count(child) > 1:
         raise TaxonomyError(f"two columns of the taxonomy are called 'parent', or {child!r}")
     for number, fields in enumerate(rows, start=1):

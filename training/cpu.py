@@ -1,19 +1,21 @@
-"""Make LoRA steps fast on a CPU with bfloat16 products, with the values of PEFT and SDPA.
+"""Speed up LoRA training steps on a CPU with bfloat16 products. Outputs and gradients match PEFT and SDPA.
 
 Worth knowing:
 
-1. A layer multiplies by W + s·B·A, computed for each product, instead of running the adapter beside the layer. Computing it
-   takes about 4 % of a step. Beside the layer, casts and sums over all tokens took a fifth.
-2. Merged weights are not stored: the backward pass computes them again, so a 4-bit encoder stays small.
+1. An adapted layer multiplies by the merged weight W + s·B·A, which takes about 4 % of a step to compute. PEFT's
+   separate branch, with its casts and sums over all tokens, took a fifth.
+2. Merged weights are not stored. The backward pass recomputes them, so a 4-bit encoder stays small.
 3. Attention runs document by document, without padding (`cpu_hierarchical`).
-4. Frozen tables are held in bfloat16, and so are the activations between layers. Autocast would cast them at every product.
+4. Frozen tables and the activations between layers are in bfloat16. Autocast would cast them at every product.
 
-What was tried without gain is in docs/experiments.md.
+docs/experiments.md lists what was tried without gain.
 """
 
+import logging
 import types
 
 import torch
+import transformers
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
@@ -21,52 +23,63 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from transformers import PreTrainedModel
 
-from cpu_hierarchical import attend_by_document
+logger = logging.getLogger(__name__)
 
 
 def speed_up(encoder: PreTrainedModel) -> None:
     """Prepare an encoder with an injected LoRA adapter for bfloat16 training on a CPU, in place.
 
-    8-bit layers and adapters with dropout stay as they are.
+    8-bit layers and adapters with dropout stay as they are. So does attention where `cpu_hierarchical` does not fit the
+    installed torch and transformers, whose private names it uses; a warning says so.
     """
-    adapted = [module for module in encoder.modules() if isinstance(module, LoraLayer)]
-    for layer in adapted:
-        if can_merge(layer):
-            layer.forward = types.MethodType(merged_forward, layer)
+    for module in encoder.modules():
+        if isinstance(module, LoraLayer) and can_merge(module):
+            module.forward = types.MethodType(merged_forward, module)
     for parameter in encoder.parameters():
         packed = getattr(parameter, "quant_state", None) is not None
         if not packed and not parameter.requires_grad and parameter.dim() > 1 and parameter.dtype == torch.float32:
             parameter.data = parameter.data.bfloat16()
-    attend_by_document(encoder)
+    try:
+        from cpu_hierarchical import attend_by_document
+
+        attend_by_document(encoder)
+    except Exception as error:  # a renamed function or argument: ImportError, AttributeError, TypeError, RuntimeError
+        logger.warning(
+            f"training without the faster CPU attention, which does not fit torch {torch.__version__} and transformers "
+            f"{transformers.__version__} ({type(error).__name__}: {error}); results are the same"
+        )
 
 
 def can_merge(layer: LoraLayer) -> bool:
-    """Whether a layer is a plain LoRA over a 4-bit or a floating-point `nn.Linear`."""
+    """Return whether a layer is a plain LoRA over a 4-bit or a floating-point `nn.Linear`."""
     base, name = layer.get_base_layer(), layer.active_adapters[0]
     plain = isinstance(layer.lora_dropout[name], nn.Identity) and not layer.lora_variant and not layer.lora_bias[name]
     return plain and (isinstance(base, Linear4bit) or type(base) is nn.Linear)
 
 
 def merged_forward(self: LoraLayer, x: Tensor) -> Tensor:
-    """Forward of an adapted layer, (…, in) to (…, out). PEFT's own forward runs if the adapter is disabled or merged."""
+    """Run an adapted layer, (…, in) to (…, out). PEFT's own forward runs if the adapter is disabled or merged."""
     if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
         return type(self).forward(self, x)
     name = self.active_adapters[0]
     factors = (self.lora_A[name].weight, self.lora_B[name].weight)
     y = MergedLinear.apply(x.reshape(-1, x.shape[-1]), *factors, self.get_base_layer(), self.scaling[name])
-    # a view made out here: Longformer changes it in place, which torch forbids for one that a Function returns
+    # the view is made here: Longformer changes it in place, and torch forbids that for a view that a Function returns
     return y.view(*x.shape[:-1], -1)
 
 
 def merged_weight(base: nn.Linear, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """W + s·B·A, (out, in), in the type of ``a``."""
+    """Return W + s·B·A, (out, in), in the dtype of ``a``."""
     state = getattr(base.weight, "quant_state", None)
     weight = base.weight if state is None else dequantize_4bit(base.weight.data, state)
     return torch.addmm(weight.to(a.dtype), b, a, alpha=scaling)
 
 
 class MergedLinear(torch.autograd.Function):
-    """y = x · (W + s·B·A)ᵀ + bias, (N, in) to (N, out), with gradients of x, A and B (Hu et al., 2021, equation 3), in bfloat16."""
+    """Compute x · (W + s·B·A)ᵀ + bias in bfloat16, (N, in) to (N, out), with gradients of x, A and B.
+
+    The formula is equation 3 of Hu et al., 2021.
+    """
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, a: Tensor, b: Tensor, base: nn.Linear, scaling: float) -> Tensor:

@@ -153,7 +153,7 @@ def test_a_text_alone_is_scored_as_in_a_batch_and_tokens_beyond_the_vocabulary_c
 
 def test_embeddings_cannot_stand_in_for_tokens(model):
     model.set_lexical_head({"idf": torch.ones(60), "weight": torch.ones(5, 60), "bias": torch.zeros(5)})
-    with pytest.raises(ValueError, match="reads input_ids"):
+    with pytest.raises(ValueError, match="needs input_ids"):
         model(inputs_embeds=torch.zeros(1, 4, 32))
     with pytest.raises(ValueError, match=r"mask of shape \(B, T\)"):
         model(input_ids=torch.ones(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 1, 4, 4))

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
@@ -145,6 +146,16 @@ def test_dropout_of_the_adapter_and_a_chosen_attention_are_kept(minilm):
     speed_up(model.encoder)
     assert not any("forward" in vars(module) for module in model.modules() if isinstance(module, LoraLayer))
     assert model.encoder.config._attn_implementation == "eager"
+
+
+def test_training_outlives_the_private_names_that_the_attention_uses(minilm, batch, monkeypatch, caplog):
+    model, plain = (lora_model(minilm, "none") for _ in range(2))
+    monkeypatch.setitem(sys.modules, "cpu_hierarchical", None)  # importing it raises ImportError
+    speed_up(plain.encoder)
+    (record,) = caplog.records
+    assert "training without the faster CPU attention" in record.getMessage()
+    assert plain.encoder.config._attn_implementation == "sdpa"
+    assert_same(model, plain, batch)
 
 
 def test_the_attention_is_not_written_into_a_checkpoint(minilm, tmp_path):

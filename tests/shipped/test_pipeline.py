@@ -182,11 +182,11 @@ def test_with_a_stride_a_long_text_is_the_mean_of_its_windows(checkpoint, classi
     [
         ("", "the text at position 2 .* is empty"),
         (" \n", "the text at position 2 .* is empty"),
-        (None, "the item at position 2 .* is no text but NoneType"),
-        (3.5, "the item at position 2 .* is no text but float"),
-        (b"bytes", "the item at position 2 .* is no text but bytes"),
-        (["nested"], "the item at position 2 .* is no text but list"),
-        ({"title": "x"}, "the item at position 2 .* is no text but a mapping with 'title'"),
+        (None, "the item at position 2 .* is not a text but NoneType"),
+        (3.5, "the item at position 2 .* is not a text but float"),
+        (b"bytes", "the item at position 2 .* is not a text but bytes"),
+        (["nested"], "the item at position 2 .* is not a text but list"),
+        ({"title": "x"}, "the item at position 2 .* is not a text but a mapping with 'title'"),
     ],
 )
 def test_what_cannot_be_classified_is_named_by_its_position(classify, item, message):
@@ -208,7 +208,7 @@ def test_what_cannot_be_classified_is_named_by_its_position(classify, item, mess
         ({"max_length": 10_000}, "beyond the model's limit of 512 tokens"),
         ({"max_length": 12, "stride": 10}, "leaves no room"),
         ({"stride": -1}, "stride must be"),
-        ({"truncation": True}, "'truncation' is no argument of this pipeline"),
+        ({"truncation": True}, "'truncation' is not an argument of this pipeline"),
     ],
 )
 def test_arguments_out_of_range_are_refused(classify, arguments, message):
