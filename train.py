@@ -118,8 +118,10 @@ def train(arguments: Arguments, data: LabelledSplits, trained_texts: TrainedText
         trainer, arguments.model.model_name_or_path, trained_texts, data.splits["train"]["text"], resume_from
     )
     if resume_from is None:
-        data.report["heads_init"] = initialise_heads(trainer, splits["train"], arguments.model)
-    settings["heads_init"] = data.report["heads_init"]
+        heads_init = initialise_heads(trainer, splits["train"], arguments.model)
+    else:
+        heads_init = data.report.pop("heads_init")  # put at the end again: the report stays the same, byte for byte
+    settings["heads_init"] = data.report["heads_init"] = heads_init
     if training.should_save:
         resume.write_json(output / "data_report.json", data.report)
     if training.device.type == "cpu" and arguments.model.tuning == "full":
