@@ -64,7 +64,10 @@ def is_full_disk(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     # safetensors, tokenizers and torch raise error types of their own
-    return any(words in str(error) for words in ("No space left", "os error 28", "PytorchStreamWriter failed"))
+    return any(
+        words in str(error)
+        for words in ("No space left", "os error 28", "PytorchStreamWriter failed", "iostream error")
+    )
 
 
 def asked_traceback() -> str:

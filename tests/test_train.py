@@ -167,7 +167,9 @@ def test_a_warm_start_with_a_grown_taxonomy_keeps_the_known_heads(finished, tmp_
     assert "Training continued from an earlier checkpoint" in card
     assert "heads kept: 6; initialised: ['infections']" in done.stderr
     own = json.loads((output / "adapter" / "adapter_config.json").read_text())
-    assert f"its own r = {own['r']}, alpha = {own['lora_alpha']}, dropout = {own['lora_dropout']}, in " in done.stderr
+    assert (
+        f"r = {own['r']}, alpha = {own['lora_alpha']}, dropout = {own['lora_dropout']}, target modules " in done.stderr
+    )
     new = AutoModel.from_pretrained(tmp_path / "results", trust_remote_code=True, merge_adapter=False)
     before, after = old.config.tree, Taxonomy.from_file(tmp_path / "grown.yaml")
     for node in range(before.num_nodes):

@@ -135,7 +135,7 @@ def test_rows_of_given_files_that_were_trained_on_become_training_rows(words, fi
         in capsys.readouterr().err
     )
     card = (tmp_path / "results" / "README.md").read_text()
-    assert "trained on: 1 validation rows and 3 test rows, which became training rows" in card
+    assert "An earlier run was trained on the texts of 1 validation rows and 3 test rows. These rows were moved" in card
     found = report(tmp_path / "results")
     assert found["trained_before"]["rows"] == {"train": 0, "validation": 1, "test": 3}
     assert {split: found["splits"][split]["rows"] for split in files} == {"train": 44, "validation": 20, "test": 40}
