@@ -26,7 +26,7 @@ from transformers import pipeline
 sys.path.insert(0, str(ROOT / "space"))
 
 import views
-from attribution import Explainer, cut
+from attribution import Explainer, split_at_jumps
 from classification import check_text, classify
 from tables import MAX_BYTES, MAX_COLUMNS, Refused, defuse, read_table, to_csv
 
@@ -154,12 +154,12 @@ def test_a_model_in_half_precision_is_explained_as_in_full(clear_checkpoint, tex
 
 
 def test_pieces_of_a_path_cover_it_and_a_jump_has_one_of_its_own():
-    pieces = cut([0.1] * 9 + [0.9] * 8)
+    pieces = split_at_jumps([0.1] * 9 + [0.9] * 8)
     assert pieces[0][0] == 0
     assert pieces[-1][1] == 1
     assert [a[1] for a in pieces[:-1]] == [b[0] for b in pieces[1:]]
     assert (8 / 16, 9 / 16) in [piece[:2] for piece in pieces]
-    assert cut([0.2] * 17) == [(0.0, 1.0, 3)]
+    assert split_at_jumps([0.2] * 17) == [(0.0, 1.0, 3)]
 
 
 # files
