@@ -337,8 +337,10 @@ class Service:
             kind, content = kept
             table = read_table(content, kind, column or "")
         except Refused as error:
-            run.end()
-            yield [views.refusal(str(error)), *empty]
+            yield [views.refusal(str(error)), *empty] if run.end() else nothing
+            return
+        if not run.active:  # cancelled while the file was read: the page may show another file by now
+            yield nothing
             return
 
         # ── Classify: some rows at a time; a part of the page is sent only if it changed ──
