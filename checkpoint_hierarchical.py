@@ -279,12 +279,12 @@ def plain_errors(name: str | os.PathLike) -> Iterator[None]:
         yield
     except Exception as error:
         if "ignore_mismatched_sizes" in str(error):
-            said = f"the weights of {name} have other shapes than its configuration says"
+            problem = f"the weights of {name} have other shapes than its configuration says"
         elif type(error).__name__ == "UnpicklingError":
-            said = f"{name} holds a .bin file with more than tensors, which could run code: it is not loaded"
+            problem = f"{name} holds a .bin file with more than tensors, which could run code: it is not loaded"
         else:
             raise
-        raise ValueError(said) from error
+        raise ValueError(problem) from error
 
 
 def refuse_missing(name: str | os.PathLike, model: PreTrainedModel, info: dict[str, Any]) -> None:
@@ -300,12 +300,12 @@ def refuse_maskless(encoder: PreTrainedModel) -> None:
         raise ValueError(f"{name} is an encoder with a decoder: use an encoder alone")
     if encoder.config.model_type in PADDING_COUNTS:
         raise ValueError(
-            f"{name} lets padding change its answers, whatever the attention mask says: use another encoder"
+            f"{name} changes its predictions with padding, despite the attention mask: use another encoder"
         )
     if getattr(encoder.config, "default_language", "") is None:  # XMOD, which has layers for each language
-        raise ValueError(f"{name} has to know the language of the texts: set default_language in its config.json")
+        raise ValueError(f"{name} needs the language of the texts: set default_language in its config.json")
     if "attention_mask" not in inspect.signature(encoder.forward).parameters:
-        raise ValueError(f"{name} takes no attention mask, so that padding changes its answers: use another encoder")
+        raise ValueError(f"{name} takes no attention mask, so padding changes its predictions: use another encoder")
 
 
 def refuse_offloaded(encoder: nn.Module, adapter_config: dict[str, Any]) -> None:

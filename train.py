@@ -91,8 +91,9 @@ def train(arguments: Arguments, data: LabelledSplits, trained_texts: TrainedText
     """Train, measure and publish a model. All files go to ``--output_dir``."""
     training = arguments.training
     check_against_data(arguments, data, build_compute_metrics(data.taxonomy))
+    heads_init = None
     if resume_from is not None:
-        resume.check_resumed_data(resume_from, data.taxonomy, data.report)
+        heads_init = resume.check_resumed_data(resume_from, data.taxonomy, data.report)
 
     # ── Model: encoder, adapter, heads, tokenizer ────────────────────────────────────────────────────────────────────
     model = build_model(arguments.model, data.taxonomy, training.seed)
@@ -119,8 +120,6 @@ def train(arguments: Arguments, data: LabelledSplits, trained_texts: TrainedText
     )
     if resume_from is None:
         heads_init = initialise_heads(trainer, splits["train"], arguments.model)
-    else:
-        heads_init = data.report.pop("heads_init")  # put at the end again: the report stays the same, byte for byte
     settings["heads_init"] = data.report["heads_init"] = heads_init
     if training.should_save:
         resume.write_json(output / "data_report.json", data.report)

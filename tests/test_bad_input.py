@@ -7,6 +7,7 @@ this process, and nothing may be left behind. ``pytest -rP tests/test_bad_input.
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, run, stranger
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
@@ -422,6 +423,25 @@ def test_prediction(place, words, message):
     given = {"--model": "whole_form", "--input": "good.csv", "--output": "out.jsonl", "--dtype": "fp32"}
     given |= dict(zip(words[::2], words[1::2], strict=True))
     assert message in refusal(predict.main, *(word for pair in given.items() for word in pair))
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line():
+    code = """
+import json
+from errors import InputError
+from training.arguments import ModelArguments
+from training.model import pinned_revision
+try:
+    pinned_revision(ModelArguments(model_name_or_path="someone/encoder"))
+except InputError as error:
+    print(json.dumps(str(error)))
+"""
+    with socket.socket() as closed:  # bound, but not listening: connections are refused
+        closed.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        message = stranger(code, ROOT, {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0"})
+    assert message.startswith("cannot find the encoder someone/encoder on the Hub: ")
+    assert "refused" in message
 
 
 def test_publishing(place):

@@ -61,9 +61,8 @@ def read_labels(table: Table, columns: list[str]) -> list[Label]:
 
 def _label_text(value: Any) -> str | None:
     """Return a label as text, "" if it is missing, or None if it is neither text nor a whole number."""
-    if (
-        isinstance(value, float) and value.is_integer()
-    ):  # JSON writers store integers as floats if the column has missing values
+    # JSON writers store integers as floats if the column has missing values
+    if isinstance(value, float) and value.is_integer():
         value = int(value)
     if value is None or value != value:  # NaN
         return ""

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from accelerate.utils import parse_flag_from_env
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig, inject_adapter_in_model, prepare_model_for_kbit_training
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -226,7 +225,7 @@ def pinned_revision(arguments: ModelArguments) -> str | None:
         return revision
     try:
         return HfApi().model_info(name, revision=revision).sha
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (*HUB_ERRORS, ValueError) as error:
         raise InputError(f"cannot find the encoder {name} on the Hub: {one_line(error)}") from error
 
 

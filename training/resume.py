@@ -108,11 +108,14 @@ def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
     return None
 
 
-def check_resumed_data(checkpoint: str, taxonomy: Taxonomy, report: dict[str, Any]) -> None:
+def check_resumed_data(checkpoint: str, taxonomy: Taxonomy, report: dict[str, Any]) -> str | None:
     """Check that the taxonomy and the data match those of the run to resume.
 
     Args:
-        report: the data report. Its ``heads_init`` is set to that of the resumed run.
+        report: the data report of this run.
+
+    Returns:
+        How the run to resume initialised its heads, see `training.label_names.initialise_heads`. None if unknown.
 
     Raises:
         InputError: the taxonomy differs, or carved splits may hold out rows that the run was trained on.
@@ -127,13 +130,12 @@ def check_resumed_data(checkpoint: str, taxonomy: Taxonomy, report: dict[str, An
             )
 
     # ── Data: sources, columns and splits ────────────────────────────────────────────────────────────────────────────
-    report["heads_init"] = None
     file = Path(checkpoint).parent / "data_report.json"
     if not file.is_file():
-        return
+        return None
     with refusing(f"{file} cannot be read"):
         before = json.loads(file.read_text(encoding="utf-8"))
-        report["heads_init"] = before.get("heads_init")
+        heads_init = before.get("heads_init")
         now, before = json.loads(json.dumps(report)), {name: before[name] for name in ("split", "columns", "sources")}
     hashes, hashes_before = (
         [sorted(source["sha256"].values()) for source in data["sources"] if source["split"] != "test"]
@@ -142,12 +144,13 @@ def check_resumed_data(checkpoint: str, taxonomy: Taxonomy, report: dict[str, An
     if not (now["split"]["carved"] or before["split"]["carved"]):
         if hashes != hashes_before:
             logger.warning("%s was trained on other data", checkpoint)
-        return
+        return heads_init
     if hashes != hashes_before or any(now[name] != before[name] for name in ("split", "columns")):
         raise InputError(
             f"cannot resume from {checkpoint}: the data, their columns, --seed or the shares of the splits differ, so "
             f"that rows it was trained on would be held out now; give the same, {START_ANEW}"
         )
+    return heads_init
 
 
 def check_model(checkpoint: str, model: HierarchicalForSequenceClassification) -> None:

@@ -427,16 +427,16 @@ def test_an_encoder_that_takes_no_attention_mask_is_refused():
         "num_hidden_layers": 1,
         "intermediate_size": 48,
     }
-    with pytest.raises(ValueError, match="FNetModel takes no attention mask, so that padding changes its answers"):
+    with pytest.raises(ValueError, match="FNetModel takes no attention mask, so padding changes its predictions"):
         HierarchicalForSequenceClassification(HierarchicalConfig(taxonomy=["a", "b"], text_config=config))
 
 
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("convbert", "ConvBertModel lets padding change its answers"),
+        ("convbert", "ConvBertModel changes its predictions with padding"),
         ("bart", "BartModel is an encoder with a decoder"),
-        ("xmod", "XmodModel has to know the language of the texts: set default_language in its config.json"),
+        ("xmod", "XmodModel needs the language of the texts: set default_language in its config.json"),
     ],
 )
 def test_models_that_cannot_read_a_text_alone_are_refused(kind, message):
