@@ -5,8 +5,8 @@ Worth knowing:
 1. The taxonomy is stored in ``config.json`` as nested lists. JSON written with sorted keys would reorder nested
    objects, and with them the class indices.
 2. ``id2label`` and ``label2id`` are always derived from the taxonomy; they cannot disagree with it.
-3. The encoder's configuration is called ``text_config`` because transformers looks for that name when it resizes
-   embeddings or asks for the text part of a composite model.
+3. The encoder's configuration is called ``text_config``. transformers looks for that name when it resizes embeddings,
+   or asks for the text part of a composite model.
 """
 
 import inspect
