@@ -31,6 +31,7 @@ from modeling_hierarchical import HierarchicalForSequenceClassification
 from taxonomy_hierarchical import TaxonomyError
 from training import resume
 from training.arguments import Arguments, HierarchicalTrainingArguments, check_against_data, parse
+from training.files import make_folder, write_json
 from training.label_names import initialise_heads
 from training.losses import HierarchicalFocalLoss
 from training.memory import keep_memory
@@ -108,7 +109,7 @@ def train(arguments: Arguments, data: LabelledSplits, trained_texts: TrainedText
     # ── Fit ──────────────────────────────────────────────────────────────────────────────────────────────────────────
     output = Path(training.output_dir)
     if training.should_save:
-        resume.make_folder(output)
+        make_folder(output)
     trainer = build_trainer(arguments, data, splits, model, tokenizer)
     settings = run_settings(arguments, model, max_length)
     metrics: dict[str, Any] = {}  # until the end, when the card is written again
@@ -122,7 +123,7 @@ def train(arguments: Arguments, data: LabelledSplits, trained_texts: TrainedText
         heads_init = initialise_heads(trainer, splits["train"], arguments.model)
     settings["heads_init"] = data.report["heads_init"] = heads_init
     if training.should_save:
-        resume.write_json(output / "data_report.json", data.report)
+        write_json(output / "data_report.json", data.report)
     if training.device.type == "cpu" and arguments.model.tuning == "full":
         keep_memory(*KEPT_MEMORY)
     result = trainer.train(resume_from_checkpoint=resume_from)
@@ -134,7 +135,7 @@ def train(arguments: Arguments, data: LabelledSplits, trained_texts: TrainedText
     scores, logits = measure(arguments, data, splits, trainer, model, metrics)
     metrics |= scores | report.leaf_scores(data.taxonomy, logits, splits)
     if training.should_save:
-        resume.write_json(output / "metrics.json", metrics)
+        write_json(output / "metrics.json", metrics)
         plots.write(plots.training_curves(trainer.state.log_history), output / "plots" / "training_curves.png")
         report.draw_plots(data.taxonomy, logits, splits, output / "plots")
         report.write_predictions(data, logits, splits, output)
@@ -240,10 +241,10 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
     )
     if training.should_save:
         output = Path(training.output_dir)
-        resume.make_folder(output)
+        make_folder(output)
         resume.delete_measured(output)
-        resume.write_json(output / "metrics.json", metrics | report.leaf_scores(data.taxonomy, logits, splits))
-        resume.write_json(output / "data_report.json", data.report)
+        write_json(output / "metrics.json", metrics | report.leaf_scores(data.taxonomy, logits, splits))
+        write_json(output / "data_report.json", data.report)
         report.draw_plots(data.taxonomy, logits, splits, output / "plots")
         report.write_predictions(data, logits, splits, output)
         logger.info("metrics and plots are in %s", output)

@@ -1,6 +1,7 @@
-"""Check that folders can be written to, and hash files."""
+"""Check, write and hash files."""
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,3 +32,18 @@ def sha256(files: Iterable[Path]) -> dict[str, str]:
         with file.open("rb") as stream:
             hashes[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return hashes
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents, or raise InputError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {path}: {error.strerror}") from error
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a JSON file atomically, so that other processes and resumed runs never read a partial one."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    new.replace(path)

@@ -267,18 +267,3 @@ def find_resume_problem(checkpoint: Path) -> str | None:
         if not zipfile.is_zipfile(file):
             return f"{file.relative_to(checkpoint)} is damaged"
     return None
-
-
-def make_folder(path: Path) -> None:
-    """Create a folder and its parents, or raise InputError."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {path}: {error.strerror}") from error
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Write a JSON file atomically, so that other processes and resumed runs never read a partial one."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    new.replace(path)
