@@ -4,7 +4,8 @@ Worth knowing:
 
 1. The taxonomy is stored in ``config.json`` as nested lists. JSON written with sorted keys would reorder nested
    objects, and with them the class indices.
-2. ``id2label`` and ``label2id`` are always derived from the taxonomy; they cannot disagree with it.
+2. ``id2label`` and ``label2id`` are always derived from the taxonomy: its leaves, or with several labels a text all its
+   nodes.
 3. The encoder's configuration is called ``text_config``. transformers looks for that name when it resizes embeddings,
    or asks for the text part of a composite model.
 """
@@ -19,6 +20,7 @@ try:
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
     from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy, TaxonomyError, compose
 
+MULTI_LABEL = "multi_label_classification"
 DEFAULT_ENCODER = "emilyalsentzer/Bio_ClinicalBERT"
 DEFAULT_ENCODER_REVISION = "d5892b39a4adaed74b92212a44081509db72f87b"
 
@@ -47,6 +49,14 @@ class HierarchicalConfig(PretrainedConfig):
             Earlier versions stored 999 thresholds; every tenth is kept.
         conformal_max_length: the length in tokens, special ones included, at which texts were truncated when the
             thresholds were fitted; None if unknown.
+        node_scales, node_biases: with several labels a text, the factor and the summand of each node's score. None means 1
+            and 0 for all.
+        node_thresholds: with several labels a text, the probability from which each node is predicted; None means 0.5.
+        recall_thresholds: with several labels a text, for recalls of 0.01, 0.02, … 0.99, the probability such that the
+            nodes of at least this probability hold this share of a text's nodes, on average. None where there were too few
+            texts.
+        recall_texts: the number of texts with labels that these were fitted on.
+        problem_type: ``"multi_label_classification"`` for several labels a text. By default a text has one path.
 
     Raises:
         TaxonomyError: an unusable taxonomy, or labels that are not its leaves.
@@ -55,7 +65,7 @@ class HierarchicalConfig(PretrainedConfig):
 
     model_type = "hierarchical_text_classification"
     sub_configs = {"text_config": AutoConfig}
-    keys_to_ignore_at_inference = ["node_log_probs", "hidden_states", "attentions"]
+    keys_to_ignore_at_inference = ["node_log_probs", "decision_logits", "hidden_states", "attentions"]
 
     def __init__(
         self,
@@ -73,6 +83,12 @@ class HierarchicalConfig(PretrainedConfig):
         temperatures: list[float] | None = None,
         conformal_thresholds: list[float | None] | None = None,
         conformal_max_length: int | None = None,
+        node_scales: list[float] | None = None,
+        node_biases: list[float] | None = None,
+        node_thresholds: list[float] | None = None,
+        recall_thresholds: list[float | None] | None = None,
+        recall_texts: int | None = None,
+        problem_type: str | None = None,
         **kwargs,
     ):
         tree: Any = taxonomy
@@ -108,21 +124,30 @@ class HierarchicalConfig(PretrainedConfig):
         if conformal_max_length is not None and not (type(conformal_max_length) is int and conformal_max_length >= 1):
             raise ValueError(f"conformal_max_length must be a whole number of tokens, not {conformal_max_length!r}")
         self.conformal_max_length = conformal_max_length
+        self.node_scales, self.node_biases, self.node_thresholds = node_scales, node_biases, node_thresholds
+        self.recall_thresholds, self.recall_texts = recall_thresholds, recall_texts
+        if problem_type not in (None, "single_label_classification", MULTI_LABEL):
+            raise ValueError(
+                f"problem_type must be 'single_label_classification' or {MULTI_LABEL!r}, not {problem_type!r}"
+            )
 
-        leaves = tree.labels[: tree.num_leaves]
+        classes = tree.labels if problem_type == MULTI_LABEL else tree.labels[: tree.num_leaves]
         given = kwargs.pop("id2label", None)
-        expected = {str(i): label for i, label in enumerate(leaves)}
+        expected = {str(i): label for i, label in enumerate(classes)}
         if given is not None and (
             not isinstance(given, dict) or {str(i): compose(given[i]) for i in given} != expected
         ):
-            raise TaxonomyError("id2label is not the list of the taxonomy's leaves; change the taxonomy instead")
-        if kwargs.pop("num_labels", len(leaves)) != len(leaves):
+            raise TaxonomyError("id2label is not the list of the taxonomy's classes; change the taxonomy instead")
+        if kwargs.pop("num_labels", len(classes)) != len(classes):
             raise TaxonomyError(
-                f"num_labels is not the {len(leaves)} leaves of the taxonomy; change the taxonomy instead"
+                f"num_labels is not the {len(classes)} classes of the taxonomy; change the taxonomy instead"
             )
         kwargs.pop("label2id", None)
         super().__init__(
-            id2label=dict(enumerate(leaves)), label2id={label: i for i, label in enumerate(leaves)}, **kwargs
+            id2label=dict(enumerate(classes)),
+            label2id={label: i for i, label in enumerate(classes)},
+            problem_type=problem_type,
+            **kwargs,
         )
 
     @classmethod
@@ -143,6 +168,11 @@ class HierarchicalConfig(PretrainedConfig):
     def tree(self) -> Taxonomy:
         """The taxonomy as an object, built from ``taxonomy`` each time it is asked for."""
         return Taxonomy(self.taxonomy, self.label_separator)
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether a text has any number of nodes, and not one path."""
+        return self.problem_type == MULTI_LABEL
 
     @property
     def hidden_size(self) -> int:

@@ -1,16 +1,19 @@
-"""A text encoder with one softmax head per decision of a taxonomy.
+"""A text encoder with a head for each decision of a taxonomy: one path a text, or any number of nodes.
 
 Worth knowing:
 
-1. The heads are one matrix over all nodes and one log-softmax over groups of siblings. A taxonomy of a thousand nodes
+1. The heads are one matrix over all nodes, normalised for all decisions at once. A taxonomy of a thousand nodes
    therefore costs about as much as one of ten. P(node) = P(parent) · P(node | parent) holds by construction.
-2. A parent's score includes its children's scores (a nested logit). `benchmarks/studies/decisions.py` compares other
-   forms.
-3. ``logits`` are leaf log-probabilities: their softmax is the leaf distribution, so flat tools work unchanged.
-4. The heads are parameters of their own module, not an ``nn.Linear``, so no ``quantization_config`` reaches them.
-5. The heads' buffers are not saved. ``_init_weights`` refills them from the configuration, because transformers builds
+2. With one path a text, siblings share a softmax (`TreeSoftmax`). A parent's score includes its children's scores (a
+   nested logit). `benchmarks/studies/decisions.py` compares other forms.
+3. With ``problem_type="multi_label_classification"``, each node is a decision of its own: given its parent, yes or no
+   (`TreeSigmoid`).
+4. ``logits`` serve flat tools unchanged: leaf log-probabilities, whose softmax is the leaf distribution, or marginal
+   logits of all nodes, whose sigmoids are their probabilities.
+5. The heads are parameters of their own module, not an ``nn.Linear``, so no ``quantization_config`` reaches them.
+6. The heads' buffers are not saved. ``_init_weights`` refills them from the configuration, because transformers builds
    models on the meta device.
-6. `checkpoint_hierarchical` reads, merges and writes checkpoints.
+7. `checkpoint_hierarchical` reads, merges and writes checkpoints.
 """
 
 import os
@@ -49,6 +52,7 @@ if TYPE_CHECKING:  # never runs, but makes transformers fetch the file, which `s
     from .pipeline_hierarchical import HierarchicalTextClassificationPipeline  # noqa: F401
 
 IGNORED_LABEL = -100
+CERTAIN = 1e4  # the logit above the roots: its sigmoid is 1
 
 
 @dataclass
@@ -57,14 +61,17 @@ class HierarchicalOutput(ModelOutput):
 
     Attributes:
         loss: scalar, when labels were given.
-        logits: (B, num_leaves), log-probabilities of the leaves.
+        logits: (B, num_leaves), log-probabilities of the leaves. With several labels a text (B, num_nodes), the logits of
+            the nodes' marginal probabilities.
         node_log_probs: (B, num_nodes), log-probabilities of all nodes, leaves first.
+        decision_logits: (B, num_nodes), with several labels a text: the logit of each node given its parent.
         hidden_states, attentions: the encoder's, when requested.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     node_log_probs: Tensor | None = None
+    decision_logits: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
@@ -88,21 +95,21 @@ def segment_log_softmax(scores: Tensor, group: Tensor, num_groups: int) -> Tenso
 
 
 class LexicalHead(nn.Module):
-    """A linear classifier of the leaves over the bag of tokens, beside the encoder.
+    """A linear classifier of the classes, leaves or all nodes, over the bag of tokens, beside the encoder.
 
     Token weights are TF-IDF, (1 + log count) · idf, and a text's vector has length 1, as in scikit-learn's
     `TfidfTransformer` with ``sublinear_tf``. ``idf`` may hold other token weights than the inverse document frequency.
     `evaluation.lexical` fits the head after the encoder is trained, never by gradient.
     """
 
-    def __init__(self, vocab_size: int, num_leaves: int):
+    def __init__(self, vocab_size: int, num_classes: int):
         super().__init__()
         self.idf = nn.Parameter(torch.empty(vocab_size, dtype=torch.float32), requires_grad=False)
-        self.weight = nn.Parameter(torch.empty(num_leaves, vocab_size, dtype=torch.float32), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(num_leaves, dtype=torch.float32), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(num_classes, vocab_size, dtype=torch.float32), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(num_classes, dtype=torch.float32), requires_grad=False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Return leaf scores (B, num_leaves) of token ids and a mask (B, T). Ids beyond the vocabulary are ignored."""
+        """Return scores (B, num_classes) of token ids and a mask (B, T). Ids beyond the vocabulary are ignored."""
         input_ids = input_ids.to(self.idf.device)
         counted = input_ids < len(self.idf)
         if attention_mask is not None:
@@ -120,7 +127,7 @@ class LexicalHead(nn.Module):
         if torch.compiler.is_exporting():  # ONNX has no weighted embedding_bag
             scores = (self.weight[:, ids].float() * tfidf).sum(2).T
         else:
-            weight = self.weight.T.float()  # (V, num_leaves)
+            weight = self.weight.T.float()  # (V, num_classes)
             scores = nn.functional.embedding_bag(ids, weight, per_sample_weights=tfidf, mode="sum")
         return scores + self.bias.float()
 
@@ -166,50 +173,104 @@ class TreeSoftmax(nn.Module):
         return total
 
 
-class HierarchicalHeads(TreeSoftmax):
-    """All decisions of a taxonomy at once: (B, hidden_size) to (B, num_nodes) log-probabilities.
+class TreeSigmoid(nn.Module):
+    """Combine the decisions of a taxonomy in which a text has any number of nodes, without parameters.
 
-    A node's score is linear in the text's vector. An inner node adds its inclusive value, the logsumexp of its
-    children's scores (the nested logit: McFadden, 1978, "Modelling the choice of residential location"). Siblings share
-    one softmax. Without the inner nodes' own weights this is a flat softmax over the leaves. With them, leaves share
-    their ancestors' weights.
+    A decision is a node: given its parent, it has the logit z. Its probability is P(parent) · σ(z), so no node is more
+    probable than its parent.
+    """
 
-    A lexical head takes part in each decision: its weighted scores are added to the encoder's, and the sum is
-    normalised (a product of experts: Hinton, 2002).
+    def __init__(self, tree: Taxonomy):
+        super().__init__()
+        self.tree = tree
+        self.register_buffer("parents", torch.empty(tree.num_nodes, dtype=torch.long), persistent=False)
+        self.fill_tree_buffers()
+
+    def fill_tree_buffers(self) -> None:
+        """Write the taxonomy into the buffer. A root's parent is the index after the last node."""
+        self.parents.copy_(torch.tensor([p if p >= 0 else self.tree.num_nodes for p in self.tree.parents]))
+
+    def marginal_logits(self, decision_logits: Tensor) -> Tensor:
+        """Return the logits u of the nodes' probabilities, (B, N) to (B, N): u = z at roots.
+
+        Below, 1 / P = (1 + exp(-u_parent)) · (1 + exp(-z)), so u = -log(exp(-u_parent) + exp(-z) + exp(-u_parent - z)).
+        Sums of log-probabilities would lose u where P is close to 1.
+        """
+        marginal = decision_logits
+        for _ in range(self.tree.depth - 1):  # each pass reaches one level more
+            above = nn.functional.pad(marginal, (0, 1), value=CERTAIN)[:, self.parents]
+            terms = torch.stack([-above, -decision_logits, -above - decision_logits])
+            marginal = -torch.logsumexp(terms, 0)
+        return marginal
+
+    def open_decisions(self, labels: Tensor) -> Tensor:
+        """Return which decisions have a known outcome, (B, N): roots, and children of nodes that the text has.
+
+        Args:
+            labels: (B, N): 1, 0, or -100 for unknown.
+        """
+        above = nn.functional.pad(labels, (0, 1), value=1)[:, self.parents]
+        return (labels != IGNORED_LABEL) & (above == 1)
+
+
+class HierarchicalHeads(nn.Module):
+    """All decisions of a taxonomy at once: (B, hidden_size) to (B, num_nodes).
+
+    A node's score is linear in the text's vector.
+
+    One path a text: an inner node adds its inclusive value, the logsumexp of its children's scores (the nested logit:
+    McFadden, 1978, "Modelling the choice of residential location"). Siblings share one softmax. Without the inner nodes'
+    own weights this is a flat softmax over the leaves. With them, leaves share their ancestors' weights.
+
+    Several labels a text: the score is the decision's logit.
+
+    A lexical head takes part in each decision: its weighted scores are added to the encoder's (a product of experts:
+    Hinton, 2002). The calibration applies to the sum.
     """
 
     def __init__(self, config: HierarchicalConfig):
-        super().__init__(config.tree)
-        self.temperatures, self.lexical_weight = config.temperatures, config.lexical_weight
+        super().__init__()
+        self.config = config
+        self.decisions = TreeSigmoid(config.tree) if config.is_multi_label else TreeSoftmax(config.tree)
+        self.num_nodes, self.num_leaves = config.tree.num_nodes, config.tree.num_leaves
         self.dropout = nn.Dropout(config.head_dropout)
-        # weights and temperatures are float32, whatever the default dtype is
+        # weights and calibration are float32, whatever the default dtype is
         self.weight = nn.Parameter(torch.empty(self.num_nodes, config.hidden_size, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(self.num_nodes, dtype=torch.float32))
-        temperature = torch.empty(self.num_nodes, dtype=torch.float32)
-        self.register_buffer("temperature", temperature, persistent=False)
+        for name in ("temperature", "scale", "shift"):
+            self.register_buffer(name, torch.empty(self.num_nodes, dtype=torch.float32), persistent=False)
         self.lexical = None
         if config.lexical_vocab_size is not None:
-            self.lexical = LexicalHead(config.lexical_vocab_size, self.num_leaves)
+            self.lexical = LexicalHead(config.lexical_vocab_size, config.num_labels)
         self.fill_buffers()
 
     def fill_buffers(self) -> None:
-        """Write the taxonomy and the temperatures into the buffers."""
-        self.fill_tree_buffers()
-        temperatures = torch.tensor(self.temperatures or [1.0] * self.num_groups, dtype=torch.float32)
-        self.temperature.copy_(temperatures[self.tree.decision_of])
+        """Write the taxonomy and the calibration into the buffers."""
+        config, tree = self.config, self.decisions.tree
+        self.decisions.fill_tree_buffers()
+        temperatures = torch.tensor(config.temperatures or [1.0] * len(tree.decisions), dtype=torch.float32)
+        self.temperature.copy_(temperatures[tree.decision_of])
+        self.scale.copy_(torch.tensor(config.node_scales or [1.0] * self.num_nodes))
+        self.shift.copy_(torch.tensor(config.node_biases or [0.0] * self.num_nodes))
 
     def forward(self, pooled: Tensor, input_ids: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
-        """Return log-probabilities (B, num_nodes) of vectors (B, hidden_size). A lexical head reads the ids (B, T)."""
+        """Return log-probabilities (B, num_nodes), or with several labels a text the logits of the decisions.
+
+        Args:
+            pooled: (B, hidden_size).
+            input_ids, attention_mask: (B, T), for a lexical head.
+        """
         with torch.autocast(pooled.device.type, enabled=False):
-            own = nn.functional.linear(self.dropout(pooled.to(self.weight.dtype)), self.weight, self.bias)
-            scores = self.with_inclusive_values(own.float())
-            if self.lexical is not None:
-                leaf_scores = self.lexical(input_ids, attention_mask)
-                lexical = self.with_inclusive_values(
-                    nn.functional.pad(leaf_scores, (0, self.num_nodes - self.num_leaves))
-                )
-                scores = scores + self.lexical_weight * lexical
-            return self.node_log_probs(scores / self.temperature)
+            own = nn.functional.linear(self.dropout(pooled.to(self.weight.dtype)), self.weight, self.bias).float()
+            lexical = None if self.lexical is None else self.lexical(input_ids, attention_mask)
+            if self.config.is_multi_label:
+                scores = own if lexical is None else own + self.config.lexical_weight * lexical
+                return self.scale * scores + self.shift
+            scores = self.decisions.with_inclusive_values(own)
+            if lexical is not None:
+                lexical = nn.functional.pad(lexical, (0, self.num_nodes - self.num_leaves))
+                scores = scores + self.config.lexical_weight * self.decisions.with_inclusive_values(lexical)
+            return self.decisions.node_log_probs(scores / self.temperature)
 
 
 class HierarchicalForSequenceClassification(PreTrainedModel):
@@ -297,8 +358,9 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             input_ids, attention_mask, token_type_ids, position_ids: (B, T).
             inputs_embeds: (B, T, H), instead of ``input_ids``. A model with a lexical head needs ``input_ids``.
             labels: (B,), ids of leaves or inner nodes; -100 is ignored. The loss is their negative log-likelihood in
-                nats.
-            num_items_in_batch: divisor of the summed loss, by default the number of labels that are not -100.
+                nats. With several labels a text (B, num_nodes): 1 for the text's nodes and their ancestors, else 0, or
+                -100 for unknown. The loss is the binary cross-entropy of the open decisions, summed over a text.
+            num_items_in_batch: divisor of the summed loss, by default the number of labelled texts.
             kwargs: for the encoder, such as ``output_hidden_states`` and ``output_attentions``.
 
         Raises:
@@ -326,11 +388,22 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         pooled = self.pool(encoded.last_hidden_state, attention_mask)
         if not self.heads.weight.is_meta:  # offloaded heads move their inputs themselves
             pooled = pooled.to(self.heads.weight.device)
-        node_log_probs = self.heads(pooled, input_ids, attention_mask)
+        scores = self.heads(pooled, input_ids, attention_mask)
+        loss = None
+        if self.config.is_multi_label:
+            logits = self.heads.decisions.marginal_logits(scores)
+            node_log_probs = nn.functional.logsigmoid(logits)
+            if labels is not None:
+                loss = binary_cross_entropy(scores, labels, self.heads.decisions, num_items_in_batch)
+        else:
+            logits, node_log_probs = scores[:, : self.heads.num_leaves], scores
+            if labels is not None:
+                loss = negative_log_likelihood(scores, labels, num_items_in_batch)
         return HierarchicalOutput(
-            loss=None if labels is None else negative_log_likelihood(node_log_probs, labels, num_items_in_batch),
-            logits=node_log_probs[:, : self.heads.num_leaves],
+            loss=loss,
+            logits=logits,
             node_log_probs=node_log_probs,
+            decision_logits=scores if self.config.is_multi_label else None,
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
@@ -365,31 +438,25 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             **kwargs,
         )
 
-    def set_calibration(
-        self,
-        temperatures: list[float] | None,
-        conformal_thresholds: list[float | None] | None,
-        conformal_max_length: int | None = None,
-    ) -> None:
-        """Set a calibration, with arguments as in `HierarchicalConfig`, in the configuration and the heads."""
-        self.config.temperatures = self.heads.temperatures = temperatures
-        self.config.conformal_thresholds = conformal_thresholds
-        self.config.conformal_max_length = conformal_max_length
+    def set_calibration(self, **fields: Any) -> None:
+        """Set fields of `HierarchicalConfig` that hold a calibration, in the configuration and the heads."""
+        for name, value in fields.items():
+            setattr(self.config, name, value)
         self.heads.fill_buffers()
 
     def set_lexical_head(self, weights: dict[str, Tensor] | None, lexical_weight: float = 1.0) -> None:
         """Set the lexical head, or remove it with None.
 
         Args:
-            weights: ``idf`` (V,), ``weight`` (num_leaves, V) and ``bias`` (num_leaves,) of a `LexicalHead`.
+            weights: ``idf`` (V,), ``weight`` (num_labels, V) and ``bias`` (num_labels,) of a `LexicalHead`.
             lexical_weight: as in `HierarchicalConfig`.
         """
-        lexical = None if weights is None else LexicalHead(len(weights["idf"]), self.heads.num_leaves)
+        lexical = None if weights is None else LexicalHead(len(weights["idf"]), self.config.num_labels)
         if lexical is not None:
             lexical.load_state_dict(weights)
             lexical.to(self.heads.weight.device)
         self.heads.lexical = lexical
-        self.heads.lexical_weight = self.config.lexical_weight = None if lexical is None else lexical_weight
+        self.config.lexical_weight = None if lexical is None else lexical_weight
         self.config.lexical_vocab_size = None if lexical is None else len(lexical.idf)
 
     def save_pretrained(
@@ -420,3 +487,18 @@ def negative_log_likelihood(
     picked = node_log_probs.gather(1, torch.where(labelled, labels, 0).unsqueeze(1)).squeeze(1)
     items = labelled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     return -torch.where(labelled, picked, 0).sum() / items
+
+
+def binary_cross_entropy(
+    decision_logits: Tensor, labels: Tensor, tree: TreeSigmoid, num_items_in_batch: Tensor | int | None = None
+) -> Tensor:
+    """Sum the binary cross-entropy of each text's open decisions; average over the texts with a known label.
+
+    Args:
+        decision_logits, labels: (B, num_nodes).
+        num_items_in_batch: divides the sum in place of the number of these texts.
+    """
+    labels = labels.to(decision_logits)
+    losses = nn.functional.binary_cross_entropy_with_logits(decision_logits, labels.clamp(min=0), reduction="none")
+    items = (labels != IGNORED_LABEL).any(1).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    return torch.where(tree.open_decisions(labels), losses, 0).sum() / items

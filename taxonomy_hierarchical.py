@@ -342,6 +342,15 @@ class Taxonomy:
         return below
 
     @cached_property
+    def nodes_below(self) -> list[list[int]]:
+        """For each node the ids of all nodes below it."""
+        below: list[list[int]] = [[] for _ in range(self.num_nodes)]
+        for node in range(self.num_nodes):
+            for ancestor in self.path(node)[:-1]:
+                below[ancestor].append(node)
+        return below
+
+    @cached_property
     def decisions(self) -> list[list[int]]:
         """For each decision the nodes that it chooses among, ascending: the roots, then each inner node's children."""
         return [sorted(self.children(node)) for node in (-1, *range(self.num_leaves, self.num_nodes))]
@@ -362,6 +371,15 @@ class Taxonomy:
             for node in self.path(label) if label >= 0 else ():
                 counts[node] += count
         return counts
+
+    def with_ancestors(self, nodes: Iterable[int]) -> set[int]:
+        """Return nodes and all their ancestors."""
+        return {ancestor for node in nodes for ancestor in self.path(node)}
+
+    def deepest(self, nodes: Iterable[int]) -> list[int]:
+        """Return the nodes that are no other one's ancestors, in ascending order."""
+        nodes = set(nodes)
+        return sorted(nodes - {ancestor for node in nodes for ancestor in self.path(node)[:-1]})
 
     def path(self, node: int) -> list[int]:
         """Return the ids from the root to the node, the node included."""

@@ -132,7 +132,9 @@ def calibrate_model(
     # Store the calibration in the model.
     weight = fitted.lexical_weight
     model.set_lexical_head(classifier.weights() if classifier is not None and weight else None, weight)
-    model.set_calibration(fitted.temperatures, thresholds, max_length)
+    model.set_calibration(
+        temperatures=fitted.temperatures, conformal_thresholds=thresholds, conformal_max_length=max_length
+    )
     shown = ", ".join(f"{temperature:.2f}" for temperature in fitted.temperatures)
     logger.info("calibrated on the validation rows: temperatures %s; weight of the lexical head %.2f", shown, weight)
 

@@ -68,7 +68,7 @@ def leaf_scores(model: PreTrainedModel, checkpoint: Path, texts: list[str]) -> t
     """
     lexical = model.heads.lexical
     model.set_lexical_head(None)
-    model.set_calibration(None, None)
+    model.set_calibration(temperatures=None, conformal_thresholds=None)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
     ids = tokenizer(texts, truncation=True)["input_ids"]
     logits, words = (np.empty((len(texts), model.config.tree.num_leaves)) for _ in range(2))

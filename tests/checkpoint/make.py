@@ -53,7 +53,7 @@ def main() -> None:
     model.set_lexical_head(
         {"idf": torch.rand(size[0]), "weight": torch.randn(size[::-1]), "bias": torch.randn(size[1])}, 0.4
     )
-    model.set_calibration([0.8, 1.5, 1.2], [place / 1000 for place in range(1, 1000)])
+    model.set_calibration(temperatures=[0.8, 1.5, 1.2], conformal_thresholds=[place / 1000 for place in range(1, 1000)])
     model.eval()
     config.encoder_name_or_path = "encoder"  # the tests load it with this folder as the current one
     model.save_pretrained(FOLDER / "adapter_form")

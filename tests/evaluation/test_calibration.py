@@ -181,7 +181,7 @@ def test_the_model_itself_gives_the_calibrated_probabilities():
     ids = torch.randint(5, 60, (7, 9))
     with torch.inference_mode():
         before = model(input_ids=ids).logits.double().numpy()
-        model.set_calibration([0.5, 2.0, 3.0, 0.7], None)
+        model.set_calibration(temperatures=[0.5, 2.0, 3.0, 0.7])
         after = model(input_ids=ids)
     expected = apply_temperatures(TREE, node_log_probs(TREE, before), [0.5, 2.0, 3.0, 0.7])
     np.testing.assert_allclose(after.logits.numpy(), expected, atol=1e-5)
@@ -209,7 +209,7 @@ def test_a_calibration_is_saved_and_loaded(tmp_path):
     config = HierarchicalConfig(text_config={"model_type": "bert", **TINY}, taxonomy=TREE)
     model = HierarchicalForSequenceClassification(config).eval()
     thresholds = [0.0] * 50 + [0.5] * 48 + [None]
-    model.set_calibration([0.5, 2.0, 3.0, 0.7], thresholds, 48)
+    model.set_calibration(temperatures=[0.5, 2.0, 3.0, 0.7], conformal_thresholds=thresholds, conformal_max_length=48)
     model.save_pretrained(tmp_path)
     loaded = HierarchicalForSequenceClassification.from_pretrained(tmp_path)
     assert loaded.config.temperatures == [0.5, 2.0, 3.0, 0.7]

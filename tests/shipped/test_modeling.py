@@ -306,10 +306,10 @@ def test_a_model_built_without_memory_fills_its_indices_when_it_is_loaded(tmp_pa
     model = small_model()
     model.save_pretrained(tmp_path)
     with torch.device("meta"):
-        assert HierarchicalForSequenceClassification(model.config).heads.group.is_meta
+        assert HierarchicalForSequenceClassification(model.config).heads.decisions.group.is_meta
     loaded = HierarchicalForSequenceClassification.from_pretrained(tmp_path)
-    assert loaded.heads.group.equal(model.heads.group)
-    assert loaded.heads.ancestors.equal(model.heads.ancestors)
+    assert loaded.heads.decisions.group.equal(model.heads.decisions.group)
+    assert loaded.heads.decisions.ancestors.equal(model.heads.decisions.ancestors)
 
 
 def test_the_heads_compile_without_a_graph_break():
@@ -468,9 +468,9 @@ def test_big_bird_answers_a_long_text_alike_before_and_after_a_short_one():
         ({"temperatures": [1.0, 0.0, 1.0, 1.0]}, "temperatures must be 4 positive numbers"),
         (
             {"id2label": dict(enumerate("hgedc"))},
-            "id2label is not the list of the taxonomy's leaves",
+            "id2label is not the list of the taxonomy's classes",
         ),
-        ({"taxonomy": ["x", "y"]}, "taxonomy's leaves"),
+        ({"taxonomy": ["x", "y"]}, "taxonomy's classes"),
         ({"lexical_weight": 0.5}, "lexical_weight must be given where lexical_vocab_size is"),
     ],
 )

@@ -1,0 +1,125 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from modeling_hierarchical import TreeSigmoid, binary_cross_entropy
+from taxonomy_hierarchical import Taxonomy
+from training.multi_label import (
+    MultiLabelFocalLoss,
+    decision_disagreement,
+    multi_hot,
+    prior_log_odds,
+)
+
+TREE = Taxonomy(["x", {"a": ["b", {"c": ["d", "e"]}]}])  # leaves x b d e are 0 to 3, a is 4, c is 5
+ID = {name: i for i, name in enumerate(TREE.labels)}
+
+
+def ids(*names):
+    return [ID[name] for name in names]
+
+
+def row(**values):
+    return [values.get(name, 0) for name in TREE.labels]
+
+
+def test_labels_bring_their_ancestors_and_nothing_else():
+    array = multi_hot(TREE, [ids("d"), ids("x", "a"), [], None])
+    assert array.tolist() == [row(a=1, c=1, d=1), row(x=1, a=1), row(), [-100] * 6]
+
+
+def test_what_is_below_a_deepest_label_is_unknown_where_labels_are_incomplete():
+    array = multi_hot(TREE, [ids("a"), ids("c", "a"), ids("b"), ids("d")], incomplete=True)
+    assert array.tolist() == [
+        row(a=1, b=-100, c=-100, d=-100, e=-100),
+        row(a=1, c=1, d=-100, e=-100),
+        row(a=1, b=1),  # that b was chosen says that a was looked into
+        row(a=1, c=1, d=1),
+    ]
+
+
+def test_marginal_logits_are_the_products_of_the_probabilities_on_the_path():
+    z = torch.randn(50, 6, dtype=torch.float64) * 3
+    p = torch.sigmoid(z)
+    expected = torch.stack(
+        [torch.stack([p[:, node] for node in TREE.path(i)]).prod(0) for i in range(TREE.num_nodes)], 1
+    )
+    torch.testing.assert_close(torch.sigmoid(TreeSigmoid(TREE).marginal_logits(z)), expected)
+
+
+@pytest.mark.parametrize("score", [60.0, -60.0, 15.0])
+def test_marginal_logits_of_extreme_scores_are_finite_and_exact(score):
+    z = torch.full((1, 6), score, requires_grad=True)
+    u = TreeSigmoid(TREE).marginal_logits(z)
+    # a node at depth k has 1 / P = (1 + exp(-s))^k, so exp(-u) is this less one
+    depth = torch.tensor(TREE.levels, dtype=torch.float64)
+    expected = -torch.log(torch.expm1(depth * torch.log1p(torch.exp(torch.tensor(-score, dtype=torch.float64)))))
+    torch.testing.assert_close(u[0].double(), expected, rtol=1e-5, atol=1e-5)
+    u.sum().backward()
+    assert z.grad.isfinite().all()
+
+
+def test_the_loss_is_the_cross_entropy_of_the_decisions_whose_parent_the_text_has():
+    z = torch.randn(3, 6)
+    labels = torch.tensor(multi_hot(TREE, [ids("d"), [], None]), dtype=torch.float32)
+    opened = [(0, ids("x", "a", "b", "c", "d", "e")), (1, ids("x", "a"))]
+    expected = sum(binary_cross_entropy_with_logits(z[i, n], labels[i, n], reduction="sum") for i, n in opened) / 2
+    torch.testing.assert_close(binary_cross_entropy(z, labels, TreeSigmoid(TREE)), expected)
+    loss = MultiLabelFocalLoss(TREE, multi_hot(TREE, [[]]))
+    torch.testing.assert_close(loss(z, labels), expected)
+    torch.testing.assert_close(loss(z, labels, 8), expected / 4)
+
+
+def test_focal_factor_weights_and_smoothing_are_those_of_the_formula():
+    rows = multi_hot(TREE, [ids("d"), ids("b"), ids("x"), []])
+    z, labels = torch.randn(4, 6, dtype=torch.float64), torch.tensor(rows, dtype=torch.float64)
+    loss = MultiLabelFocalLoss(TREE, rows, 2.0, True, [1.0, 0.5], 0.1).double()
+    total = 0.0
+    for i, node in itertools.product(range(4), range(6)):
+        parent = TREE.parents[node]
+        if parent >= 0 and rows[i, parent] != 1:
+            continue
+        reached = [r for r in rows if parent < 0 or r[parent] == 1]
+        positive, y = sum(int(r[node]) for r in reached), int(rows[i, node])
+        of_outcome = positive if y else len(reached) - positive
+        target = 0.9 * y + 0.1 * (positive + 0.5) / (len(reached) + 1)
+        p = torch.sigmoid(z[i, node])
+        entropy = -(target * p.log() + (1 - target) * (1 - p).log())
+        wrong = 1 - p if y else p
+        total += wrong**2 * entropy * len(reached) / (2 * of_outcome) * (1.0 if TREE.levels[node] == 1 else 0.5)
+    torch.testing.assert_close(loss(z, labels), total / 4, rtol=1e-6, atol=0)
+
+
+def test_prior_log_odds_are_those_of_a_node_given_its_parent():
+    rows = multi_hot(TREE, [ids("d"), ids("b"), ids("d", "b"), []])
+    odds = dict(zip(TREE.labels, prior_log_odds(TREE, rows), strict=True))
+    assert odds["a"] == pytest.approx(np.log(3.5 / 1.5))
+    assert odds["c"] == pytest.approx(np.log(2.5 / 1.5))  # of the three rows with a, two have c
+    assert odds["e"] == pytest.approx(np.log(0.5 / 2.5))
+
+
+def test_disagreement_is_the_divergence_of_the_distributions_over_sets_of_nodes():
+    tree = Taxonomy(["x", {"a": ["b", "c"]}])
+    p, q = torch.randn(2, 1, tree.num_nodes, dtype=torch.float64)
+
+    def distribution(z):
+        """Probabilities of all sets of nodes, by enumeration."""
+        probabilities = {}
+        for outcome in itertools.product((0, 1), repeat=tree.num_nodes):
+            value = 1.0
+            for node, chosen in enumerate(outcome):
+                above = tree.parents[node]
+                yes = torch.sigmoid(z[0, node]) if above < 0 or outcome[above] else torch.tensor(0.0)
+                value = value * (yes if chosen else 1 - yes)
+            if value > 0:
+                probabilities[outcome] = value
+        return probabilities
+
+    one, other = distribution(p), distribution(q)
+    expected = sum((one[s] - other[s]) * (one[s].log() - other[s].log()) for s in one) / 2
+    labels = torch.zeros(1, tree.num_nodes)
+    torch.testing.assert_close(decision_disagreement(TreeSigmoid(tree), p, q, labels), expected)
+    assert decision_disagreement(TreeSigmoid(tree), p, q, labels - 100) == 0
