@@ -10,11 +10,14 @@ Worth knowing:
    layers.
 4. A text beyond the limit is truncated, and its result says so. With ``stride`` the text is read in overlapping
    windows.
-5. The probabilities of windows are averaged, so children still add up to their parent.
+5. The probabilities of windows are averaged, so children still add up to their parent. With several labels a text the
+   maximum counts, since a label may stand in one window only.
 6. With ``coverage`` a result has an answer: a set of nodes that holds the correct leaf for this share of texts (split
    conformal prediction). The guarantee covers texts like the validation rows, truncated where the thresholds were
    fitted. A coverage therefore excludes ``stride`` and other values of ``max_length``. The choice of the checkpoint, on
-   the same rows, is not corrected for; the model card has the measured coverage.
+   the same rows, is not corrected for; the model card has the measured coverage. With several labels a text, ``recall``
+   asks for a set of nodes that holds this share of a text's nodes on average (conformal risk control), under the same
+   conditions.
 7. A text that cannot be classified raises a ValueError with its position, never its content. A list is checked before
    anything is computed. A stream first yields the results of the texts before it.
 """
@@ -48,6 +51,7 @@ TOKENS_ELSEWHERE = 32_768
 TEXTS_AHEAD = 512
 BATCHES_AHEAD = 32
 MOST_TOKENIZERS = 8
+DEFAULT_THRESHOLD = 0.5  # of an uncalibrated checkpoint with several labels a text
 MOST_NODES = 3  # in an answer: as many as a reader takes in at a glance
 # core counts of the calls that are starting workers now; a lock could stay locked after Ctrl+C
 STARTING: list[int] = []
@@ -67,14 +71,23 @@ class HierarchicalTextClassificationPipeline(Pipeline):
       correct leaf for this share of texts. The nodes are leaves where the model is sure, else their ancestors: see
       `conformal_answer`.
 
+    If the checkpoint predicts several labels a text, a result has, in place of ``label``, ``score`` and ``path``,
+
+    - ``labels``: ``{"label", "score", "path"}`` of the deepest predicted nodes, most probable first; possibly none;
+    - ``answer``, with ``recall``: ``{"label", "score"}`` of nodes that hold this share of a text's nodes on average.
+
     Args:
         batch_size: number of windows in a batch; by default a power of two, for about 2,048 tokens on a CPU and 32,768
             elsewhere. A stream is read up to 64 batches ahead, by default 1,024 texts, and not at all with 1.
-        top_k: number of leaves; each text then gets a list of results, best first.
+        top_k: number of leaves, or with several labels a text of nodes; each text then gets a list of results with
+            ``label``, ``score`` and ``path``, best first.
         max_length: in tokens, special ones included; by default, and at most, the tokenizer's limit.
-        stride: read long texts in windows of ``max_length`` tokens that share this many, instead of truncating them.
+        stride: read long texts in windows of ``max_length`` tokens that share this many, instead of truncating them. With
+            several labels a text it needs ``top_k``, because the thresholds were not fitted for windows.
         coverage: share of texts, between 0 and 1, whose answer holds the correct leaf, rounded up to a hundredth. It
             excludes ``stride``, and any ``max_length`` other than that of the validation rows.
+        recall: with several labels a text, the share of a text's nodes that the answer holds on average. Otherwise like
+            ``coverage``.
 
     Raises:
         ValueError: an item is empty or not a text, an argument is out of its range, or the checkpoint has no conformal
@@ -115,18 +128,26 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         max_length: int | None = None,
         stride: int | None = None,
         coverage: float | None = None,
+        recall: float | None = None,
         **unknown: Any,
     ) -> tuple[dict, dict, dict]:
         if unknown:
-            known = "batch_size, top_k, max_length, stride and coverage"
+            known = "batch_size, top_k, max_length, stride, coverage and recall"
             raise ValueError(f"{min(unknown)!r} is not an argument of this pipeline; it has {known}")
         for name, value, minimum in (("top_k", top_k, 1), ("max_length", max_length, 1), ("stride", stride, 0)):
             if value is not None:
                 check_number(name, value, minimum)
+        config = self.model.config
         if coverage is not None:
-            conformal_threshold(self.model.config.conformal_thresholds, coverage)
+            if config.is_multi_label:
+                raise ValueError(
+                    "coverage is for checkpoints with one path a text; this one has several labels: give recall"
+                )
+            conformal_threshold(config.conformal_thresholds, coverage)
+        if recall is not None:
+            recall_threshold(config, recall)
         truncation = {"max_length": max_length, "stride": stride}
-        output = {"top_k": top_k, "coverage": coverage}
+        output = {"top_k": top_k, "coverage": coverage, "recall": recall}
         return without_none(truncation), {}, without_none(output)
 
     def __call__(self, inputs: str | Iterable, batch_size: int | None = None, **parameters: Any) -> Any:
@@ -134,8 +155,11 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         truncation, _, output = self._sanitize_parameters(**parameters)
         truncation, output = {**self._preprocess_params, **truncation}, {**self._postprocess_params, **output}
         window = self._window(**truncation)
-        if output.get("coverage") is not None:
-            self._check_guarantee(window, truncation.get("stride"))
+        stride = truncation.get("stride")
+        if guarantee := next((name for name in ("coverage", "recall") if name in output), None):
+            self._check_guarantee(guarantee, window, stride)
+        if self.model.config.is_multi_label and stride is not None and "top_k" not in output:
+            raise ValueError("stride needs top_k with several labels a text: thresholds were not fitted for windows")
         batch_size = self._batch_size if batch_size is None else batch_size
         if batch_size is not None:
             check_number("batch_size", batch_size, 1)
@@ -247,14 +271,13 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         return PendingTexts(len(texts), [[owners[i] for i in batch] for batch in batches], truncated, outputs)
 
     def _collect(self, pending: "PendingTexts", output: dict) -> Iterator:
-        """Yield the results of pending texts in order. The probabilities of windows are averaged in float64."""
-        total = torch.zeros(pending.num_texts, self.tree.num_nodes, dtype=torch.float64)
-        windows = torch.zeros(pending.num_texts, 1)
-        for owners, batch in zip(pending.owners, pending.outputs, strict=True):
-            index = torch.tensor(owners)
-            total.index_add_(0, index, batch.result()["node_log_probs"].double().exp())
-            windows.index_add_(0, index, torch.ones(len(owners), 1))
-        for probabilities, truncated in zip((total / windows).tolist(), pending.truncated, strict=True):
+        """Yield the results of pending texts in order. The probabilities of windows are combined in float64."""
+        owners = torch.tensor([owner for batch in pending.owners for owner in batch])
+        windows = torch.cat([batch.result()["node_log_probs"].double().exp() for batch in pending.outputs])
+        combined = torch.zeros(pending.num_texts, self.tree.num_nodes, dtype=torch.float64)
+        reduce = "amax" if self.model.config.is_multi_label else "mean"
+        combined.scatter_reduce_(0, owners[:, None].expand_as(windows), windows, reduce, include_self=False)
+        for probabilities, truncated in zip(combined.tolist(), pending.truncated, strict=True):
             yield self.postprocess({"nodes": probabilities, "truncated": truncated}, **output)
 
     def _window(self, max_length: int | None = None, stride: int | None = None) -> int:
@@ -269,13 +292,13 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             )
         return window
 
-    def _check_guarantee(self, window: int, stride: int | None) -> None:
+    def _check_guarantee(self, guarantee: str, window: int, stride: int | None) -> None:
         """Raise ValueError if texts are truncated differently from the rows that the thresholds were fitted on."""
         fitted = self.model.config.conformal_max_length or self.tokenizer.model_max_length
         if stride is not None or window != fitted:
             asked = f"at {window}" if stride is None else f"read in windows by stride={stride}"
             raise ValueError(
-                f"coverage needs texts truncated at {fitted} tokens, where its thresholds were fitted, not {asked}: give "
+                f"{guarantee} needs texts truncated at {fitted} tokens, where its thresholds were fitted, not {asked}: give "
                 f"no stride, and max_length={fitted} or the tokenizer that was saved with the checkpoint"
             )
 
@@ -320,36 +343,50 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         return torch.inference_mode
 
     def postprocess(
-        self, classified: dict, top_k: int | None = None, coverage: float | None = None
+        self,
+        classified: dict,
+        top_k: int | None = None,
+        coverage: float | None = None,
+        recall: float | None = None,
     ) -> dict | list[dict]:
         """Build a result, or with ``top_k`` a list of results, from the probabilities of the nodes."""
-        tree, probabilities = self.tree, classified["nodes"]
+        tree, config, probabilities = self.tree, self.model.config, classified["nodes"]
         if math.isnan(sum(probabilities)):
             raise ValueError("the model's probabilities are not numbers: its weights are damaged")
 
-        def with_scores(nodes: list[int]) -> list[dict]:
+        def with_scores(nodes: Iterable[int]) -> list[dict]:
             return [{"label": tree.labels[node], "score": probabilities[node]} for node in nodes]
+
+        def with_paths(nodes: Iterable[int]) -> list[dict]:
+            return [{**with_scores([node])[0], "path": with_scores(tree.path(node))} for node in nodes]
 
         levels: list[dict[str, float]] = [{} for _ in range(tree.depth)]
         for node in tree.reading_order:
             levels[tree.levels[node] - 1][tree.labels[node]] = probabilities[node]
-        best = sorted(range(tree.num_leaves), key=lambda leaf: -probabilities[leaf])[: top_k or 1]
-        results = [
-            {
-                "label": tree.labels[leaf],
-                "score": probabilities[leaf],
-                "path": with_scores(tree.path(leaf)),
-                "levels": levels,
-                "truncated": classified["truncated"],
-            }
-            for leaf in best
-        ]
+        common: dict[str, Any] = {"levels": levels, "truncated": classified["truncated"]}
         if coverage is not None:
-            threshold = conformal_threshold(self.model.config.conformal_thresholds, coverage)
-            answer = conformal_answer(tree, probabilities, threshold)
-            for result in results:
-                result["answer"] = with_scores(answer)
+            threshold = conformal_threshold(config.conformal_thresholds, coverage)
+            common["answer"] = with_scores(conformal_answer(tree, probabilities, threshold))
+        if recall is not None:
+            least = recall_threshold(config, recall)
+            answer = [node for node, probability in enumerate(probabilities) if probability >= least]
+            common["answer"] = with_scores(sorted(answer, key=lambda node: -probabilities[node]))
+        if config.is_multi_label and top_k is None:
+            return {"labels": with_paths(chosen_nodes(tree, probabilities, config.node_thresholds)), **common}
+        candidates = range(tree.num_nodes if config.is_multi_label else tree.num_leaves)
+        best = sorted(candidates, key=lambda node: -probabilities[node])[: top_k or 1]
+        results = [result | common for result in with_paths(best)]
         return results[0] if top_k is None else results
+
+
+def chosen_nodes(tree: Taxonomy, probabilities: list[float], thresholds: list[float] | None) -> list[int]:
+    """Return the deepest nodes whose probability reaches their threshold, most probable first."""
+    reached = [
+        node
+        for node, probability in enumerate(probabilities)
+        if probability >= (DEFAULT_THRESHOLD if thresholds is None else thresholds[node])
+    ]
+    return sorted(tree.deepest(reached), key=lambda node: -probabilities[node])
 
 
 def use_cpu_kernels(encoder: PreTrainedModel) -> None:
@@ -429,6 +466,29 @@ def conformal_threshold(thresholds: list[float | None] | None, coverage: float) 
         raise ValueError("this checkpoint was not calibrated: coverage needs one that was trained with validation rows")
     percent = max(1, math.ceil(round(100 * coverage, 6)))
     return thresholds[percent - 1] if percent < 100 else None
+
+
+def recall_threshold(config: Any, recall: float) -> float:
+    """Return the probability from which nodes belong to the answer for a recall, rounded up to a hundredth.
+
+    Raises:
+        ValueError: the recall is not between 0 and 1, or the checkpoint has no threshold for it.
+    """
+    if not isinstance(recall, (int, float)) or not 0 < recall <= 0.99:
+        raise ValueError(f"recall must be a number above 0 and at most 0.99, not {recall!r}")
+    if not config.is_multi_label:
+        raise ValueError("recall is for checkpoints with several labels a text; this one has one path: give coverage")
+    if config.recall_thresholds is None:
+        raise ValueError("this checkpoint was not calibrated: recall needs one that was trained with validation rows")
+    percent = max(1, math.ceil(round(100 * recall, 6)))
+    threshold = config.recall_thresholds[percent - 1]
+    if threshold is None:
+        needed = -(-100 // (100 - percent)) - 1
+        raise ValueError(
+            f"recall {recall} needs {needed} validation texts with labels, and the checkpoint was calibrated on "
+            f"{config.recall_texts}: ask for less, or calibrate on more"
+        )
+    return threshold
 
 
 def conformal_answer(tree: Taxonomy, probabilities: list[float], threshold: float | None) -> list[int]:

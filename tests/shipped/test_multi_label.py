@@ -1,0 +1,196 @@
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, pipeline
+
+from checkpoint_hierarchical import load_encoder
+from configuration_hierarchical import HierarchicalConfig
+from modeling_hierarchical import HierarchicalForSequenceClassification
+from taxonomy_hierarchical import Taxonomy
+
+TREE = Taxonomy({"a": {"b": ["c", "d"], "e": None}, "f": ["g", "c"], "h": None})
+THRESHOLDS = [0.3, 0.45, 0.2, 0.5, 0.35, 0.6, 0.4, 0.25, 0.5][: TREE.num_nodes]
+TEXTS = ["Liver cirrhosis.", "A randomized trial of aspirin after myocardial infarction.", "Stroke and epilepsy", "x"]
+LONG = "headache migraine seizure tumour liver heart valve artery colon biopsy " * 30
+RECALL = [round(0.99 - 0.01 * level, 6) for level in range(95)] + [None] * 4
+
+
+def build(minilm: str, adapter: bool) -> HierarchicalForSequenceClassification:
+    torch.manual_seed(1)
+    config = HierarchicalConfig(
+        text_config=AutoConfig.from_pretrained(minilm),
+        taxonomy=TREE,
+        encoder_name_or_path=minilm,
+        problem_type="multi_label_classification",
+    )
+    model = HierarchicalForSequenceClassification(config, encoder=load_encoder(config))
+    if adapter:
+        inject_adapter_in_model(LoraConfig(r=4, target_modules=["query", "value"]), model.encoder)
+        for name, parameter in model.encoder.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.02)
+    nn.init.normal_(model.heads.weight, std=0.5)
+    model.set_calibration(
+        node_scales=np.linspace(0.8, 1.2, TREE.num_nodes).tolist(),
+        node_biases=np.linspace(-0.5, 0.5, TREE.num_nodes).tolist(),
+        node_thresholds=THRESHOLDS,
+        recall_thresholds=RECALL,
+        recall_texts=20,
+        conformal_max_length=512,
+    )
+    vocabulary = config.text_config.vocab_size
+    model.set_lexical_head(
+        {
+            "idf": torch.rand(vocabulary),
+            "weight": torch.randn(TREE.num_nodes, vocabulary),
+            "bias": torch.randn(TREE.num_nodes),
+        },
+        0.7,
+    )
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=["adapter", "whole"])
+def checkpoint(request, minilm, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp(request.param)
+    build(minilm, request.param == "adapter").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(minilm).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def classify(checkpoint):
+    return pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True)
+
+
+def by_hand(model, texts, tokenizer, **windows) -> np.ndarray:
+    """Probabilities of all nodes, (len(texts), num_nodes), from the weights alone and one text at a time."""
+    rows = []
+    for text in texts:
+        inputs = tokenizer(text, return_tensors="pt", truncation=True, **windows)
+        with torch.inference_mode():
+            hidden = model.encoder(**inputs).last_hidden_state[0].mean(0)
+        count = torch.bincount(inputs["input_ids"][0], minlength=len(model.heads.lexical.idf)).double()
+        tfidf = torch.where(count > 0, 1 + count.clamp(min=1).log(), 0) * model.heads.lexical.idf
+        words = model.heads.lexical.weight.double() @ (tfidf / tfidf.norm()) + model.heads.lexical.bias
+        own = model.heads.weight.double() @ hidden.double() + model.heads.bias
+        z = torch.tensor(model.config.node_scales) * (own + 0.7 * words) + torch.tensor(model.config.node_biases)
+        p = torch.sigmoid(z.detach()).tolist()
+        rows.append([np.prod([p[node] for node in TREE.path(i)]) for i in range(TREE.num_nodes)])
+    return np.array(rows)
+
+
+def test_probabilities_are_products_on_the_path_with_calibration_and_words(checkpoint, minilm):
+    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    inputs = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        output = model(**inputs)
+    expected = by_hand(model, TEXTS, tokenizer)
+    np.testing.assert_allclose(output.logits.sigmoid().numpy(), expected, atol=2e-5)
+    np.testing.assert_allclose(output.node_log_probs.exp().numpy(), expected, atol=2e-5)
+    assert model.config.id2label == dict(enumerate(TREE.labels))
+    assert output.decision_logits.shape == output.logits.shape == (len(TEXTS), TREE.num_nodes)
+
+
+def test_the_stock_pipeline_gives_the_same_probabilities(checkpoint, classify):
+    stock = pipeline("text-classification", model=checkpoint, trust_remote_code=True, top_k=None)
+    for scores, result in zip(stock(TEXTS), classify(TEXTS), strict=True):
+        own = {label: score for level in result["levels"] for label, score in level.items()}
+        assert {item["label"]: item["score"] for item in scores} == pytest.approx(own, abs=1e-5)
+
+
+def test_the_deepest_nodes_that_reach_their_threshold_are_predicted(classify):
+    for result in classify(TEXTS):
+        p = {label: score for level in result["levels"] for label, score in level.items()}
+        reached = {label for label, least in zip(TREE.labels, THRESHOLDS, strict=True) if p[label] >= least}
+        ids = {TREE.id(label) for label in reached}
+        deepest = {TREE.labels[i] for i in ids if not any(i in TREE.path(j)[:-1] for j in ids)}
+        assert {node["label"] for node in result["labels"]} == deepest
+        assert [node["score"] for node in result["labels"]] == sorted((p[label] for label in deepest), reverse=True)
+        for node in result["labels"]:
+            assert [step["label"] for step in node["path"]] == [
+                TREE.labels[i] for i in TREE.path(TREE.id(node["label"]))
+            ]
+            scores = [step["score"] for step in node["path"]]
+            assert scores == sorted(scores, reverse=True)
+
+
+def test_no_label_is_a_prediction(checkpoint):
+    classify = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True)
+    classify.model.config.node_thresholds = [1.1] * TREE.num_nodes
+    assert classify("Liver cirrhosis.")["labels"] == []
+
+
+def test_top_k_gives_the_most_probable_nodes(classify):
+    results = classify(TEXTS[0], top_k=3)
+    p = {label: score for level in results[0]["levels"] for label, score in level.items()}
+    assert [item["label"] for item in results] == sorted(p, key=lambda label: -p[label])[:3]
+
+
+def test_windows_count_by_their_maximum(checkpoint, classify):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    windows = tokenizer(LONG, truncation=True, max_length=64, stride=16, return_overflowing_tokens=True)["input_ids"]
+    with torch.inference_mode():
+        each = [classify.model(input_ids=torch.tensor([ids])).logits.sigmoid()[0] for ids in windows]
+    (result,) = classify([LONG], max_length=64, stride=16, top_k=1)
+    p = {label: score for level in result[0]["levels"] for label, score in level.items()}
+    expected = torch.stack(each).amax(0).tolist()
+    assert [p[label] for label in TREE.labels] == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(ValueError, match="stride needs top_k with several labels"):
+        classify([LONG], max_length=64, stride=16)
+
+
+def test_the_answer_for_a_recall_holds_the_nodes_from_its_threshold_on(classify):
+    result = classify(TEXTS[1], recall=0.605)  # rounded up to 0.61
+    p = {label: score for level in result["levels"] for label, score in level.items()}
+    assert {node["label"] for node in result["answer"]} == {label for label in p if p[label] >= RECALL[60]}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"recall": 0.97},
+            "recall 0.97 needs 33 validation texts with labels, and the checkpoint was calibrated on 20",
+        ),
+        ({"recall": 1.0}, "recall must be a number above 0 and at most 0.99"),
+        ({"coverage": 0.9}, "coverage is for checkpoints with one path a text"),
+        ({"recall": 0.5, "max_length": 64}, "recall needs texts truncated at 512 tokens"),
+        ({"recall": 0.5, "stride": 8, "top_k": 2}, "recall needs texts truncated at 512 tokens"),
+    ],
+)
+def test_what_the_checkpoint_cannot_promise_is_refused(classify, given, message):
+    with pytest.raises(ValueError, match=message):
+        classify(TEXTS, **given)
+
+
+def test_recall_is_refused_by_a_checkpoint_with_one_path(clear_checkpoint):
+    classify = pipeline("hierarchical-text-classification", model=clear_checkpoint, trust_remote_code=True)
+    with pytest.raises(ValueError, match="recall is for checkpoints with several labels a text"):
+        classify(TEXTS, recall=0.9)
+
+
+def test_an_uncalibrated_checkpoint_predicts_from_one_half_and_promises_nothing(minilm, tmp_path):
+    config = HierarchicalConfig(
+        text_config=AutoConfig.from_pretrained(minilm),
+        taxonomy=TREE,
+        encoder_name_or_path=minilm,
+        problem_type="multi_label_classification",
+    )
+    model = HierarchicalForSequenceClassification(config, encoder=load_encoder(config))
+    nn.init.normal_(model.heads.weight, std=0.5)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(minilm).save_pretrained(tmp_path)
+    classify = pipeline("hierarchical-text-classification", model=str(tmp_path), trust_remote_code=True)
+    result = classify(TEXTS[0])
+    assert all(node["score"] >= 0.5 for node in result["labels"])
+    with pytest.raises(ValueError, match="this checkpoint was not calibrated: recall needs"):
+        classify(TEXTS[0], recall=0.9)
+
+
+def test_another_problem_type_is_refused():
+    with pytest.raises(ValueError, match="problem_type must be 'single_label_classification' or"):
+        HierarchicalConfig(problem_type="regression")
