@@ -17,9 +17,11 @@ import io
 import json
 import re
 import unicodedata
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +29,15 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-DEFAULT_TAXONOMY = [
-    "general pathological conditions",
-    {
-        "specific disease": [
-            "neoplasms",
-            "digestive system diseases",
-            "nervous system diseases",
-            "cardiovascular diseases",
-        ]
-    },
-]
+DEFAULT_TAXONOMY = {
+    "general pathological conditions": None,
+    "specific disease": [
+        "neoplasms",
+        "digestive system diseases",
+        "nervous system diseases",
+        "cardiovascular diseases",
+    ],
+}
 MAX_DEPTH = 16
 MAX_NODES = 100_000
 MAX_NAME = 500  # characters
@@ -55,16 +55,11 @@ class TaxonomyError(ValueError):
 def looks_like_name(text: str) -> bool:
     """Return whether a text can be the name of a class or column, and not patient text, a date or an identifier.
 
-    A name has at most 60 characters and 5 words, and ends no sentence. With more than 4 digits, at most half are
-    digits.
+    A name has at most 60 characters and 5 words, and ends no sentence. With more than 4 digits, at most half are digits.
     """
     digits = sum(map(str.isdigit, text))
-    return (
-        len(text) <= SHOWN_CHARACTERS
-        and len(text.split()) <= SHOWN_WORDS
-        and digits <= max(SHOWN_DIGITS, len(text) // 2)
-        and re.search(r"[.?!](\s|$)|[。！？]", text) is None
-    )
+    short = len(text) <= SHOWN_CHARACTERS and len(text.split()) <= SHOWN_WORDS
+    return short and digits <= max(SHOWN_DIGITS, len(text) // 2) and not re.search(r"[.?!](\s|$)|[。！？]", text)
 
 
 def quote_name(value: object) -> str:
@@ -112,99 +107,47 @@ class Taxonomy:
         num_leaves, num_nodes, depth: ids below ``num_leaves`` are leaves; ``depth`` is the deepest level.
 
     Raises:
-        TaxonomyError: a name that is empty, longer than 500 characters or holds control characters, two siblings of one
-            name, a path that is also a name, more than 16 levels or 100,000 nodes.
+        TaxonomyError: the tree has another form, a limit above is exceeded, or two nodes cannot be told apart.
     """
 
     def __init__(self, tree: Sequence | dict, separator: str = "/"):
         if not isinstance(separator, str) or not separator:
             raise TaxonomyError(f"the label separator must be a non-empty text, not {separator!r}")
         if not isinstance(tree, (list, tuple, dict)):
-            raise TaxonomyError(f"a taxonomy is a list or a mapping of names, not {type(tree).__name__}")
+            raise TaxonomyError("a taxonomy is a list or a mapping of names")
         self.separator = separator
-        paths, has_children = self._flatten(tree)
-        order = sorted(range(len(paths)), key=lambda i: has_children[i])  # stable: leaves first, in reading order
-        self.num_nodes = len(order)
-        self.num_leaves = self.num_nodes - sum(has_children)
+        is_inner: dict[tuple[str, ...], bool] = {}  # by path, in reading order
+        for path, has_children in _walk(_named(tree)):
+            if path in is_inner:
+                where = f"under {quote_name(path[-2])}" if len(path) > 1 else "among the roots"
+                raise TaxonomyError(f"the name {quote_name(path[-1])} occurs twice {where}")
+            is_inner[path] = has_children
+            if len(is_inner) > MAX_NODES:
+                raise TaxonomyError(f"the taxonomy has more than {MAX_NODES:,} nodes")
+        self.num_nodes = len(is_inner)
+        self.num_leaves = self.num_nodes - sum(is_inner.values())
         if self.num_leaves < 2:
             raise TaxonomyError(f"a taxonomy needs at least two leaves; this one has {self.num_leaves}")
-        self._paths = [paths[i] for i in order]
-        self.reading_order = sorted(range(self.num_nodes), key=order.__getitem__)
+        self._paths = sorted(is_inner, key=is_inner.__getitem__)  # stable: leaves first, in reading order
+        id_of = {path: i for i, path in enumerate(self._paths)}
+        self.reading_order = [id_of[path] for path in is_inner]
         self.names = [path[-1] for path in self._paths]
         self.levels = [len(path) for path in self._paths]
         self.depth = max(self.levels)
-        id_of = {path: i for i, path in enumerate(self._paths)}
-        self.parents = [id_of[path[:-1]] if len(path) > 1 else -1 for path in self._paths]
+        self.parents = [id_of.get(path[:-1], -1) for path in self._paths]
 
-        by_name: dict[str, list[int]] = {}
-        for i, name in enumerate(self.names):
-            by_name.setdefault(name, []).append(i)
-        self._ambiguous = {name: ids for name, ids in by_name.items() if len(ids) > 1}
-        self.labels = []
+        uses, self.labels = Counter(self.names), []
         self._ids: dict[str, int] = {}
         for i, path in enumerate(self._paths):
             written = separator.join(path)
-            if path[-1] in self._ambiguous and len(path) == 1:
+            if len(path) == 1 and uses[written] > 1:
                 written = separator + written  # a root's path would be its bare name
-            self.labels.append(written if path[-1] in self._ambiguous else path[-1])
+            self.labels.append(written if uses[path[-1]] > 1 else path[-1])
             for key in {written, self.labels[i]}:
                 if self._ids.setdefault(key, i) != i:
                     raise TaxonomyError(
                         f"{quote_name(key)} is both the name of a node and the path to another; choose another label separator"
                     )
-
-    @staticmethod
-    def _flatten(tree: Sequence | dict) -> tuple[list[tuple[str, ...]], list[bool]]:
-        """Return every node's path in reading order, and whether it has children."""
-        paths: list[tuple[str, ...]] = []
-        has_children: list[bool] = []
-        seen: set[tuple[str, ...]] = set()
-        stack: list[tuple[tuple[str, ...], Sequence | dict]] = [((), tree)]
-        while stack:
-            parent, children = stack.pop()
-            items = children.items() if isinstance(children, dict) else enumerate(children)
-            named = []
-            for key, value in items:
-                if isinstance(children, dict):
-                    named.append((key, value))
-                elif isinstance(value, dict):
-                    named.extend(value.items())
-                else:
-                    named.append((value, None))
-            named = [(compose(name), below) for name, below in named]
-            stack.extend(((*parent, name), below or ()) for name, below in reversed(named))
-            if len(paths) + len(stack) > MAX_NODES:
-                raise TaxonomyError(f"the taxonomy has more than {MAX_NODES:,} nodes")
-            if parent:
-                paths.append(parent)
-                has_children.append(bool(named))
-                if parent in seen:
-                    where = f"under {quote_name(parent[-2])}" if len(parent) > 1 else "among the roots"
-                    raise TaxonomyError(f"the name {quote_name(parent[-1])} occurs twice {where}")
-                seen.add(parent)
-            for name, below in named:
-                place = " > ".join(map(quote_name, parent)) or "the top level"
-                if not isinstance(name, str):
-                    raise TaxonomyError(f"a name must be text, but {place} holds {quote_name(name)}; put it in quotes")
-                if not name.strip():
-                    raise TaxonomyError(f"an empty name at {place}")
-                if len(name) > MAX_NAME:
-                    raise TaxonomyError(
-                        f"a name at {place} has {len(name):,} characters, at most {MAX_NAME} are supported"
-                    )
-                if name != name.strip() or any(unicodedata.category(c) in UNWRITABLE for c in name):
-                    raise TaxonomyError(
-                        f"the name {quote_name(name)} has white space around it or a control character in it"
-                    )
-                if below is not None and below != "" and not isinstance(below, (list, tuple, dict)):
-                    raise TaxonomyError(
-                        f"the children of {quote_name(name)} must be a list or a mapping, not {quote_name(below)}"
-                    )
-                if len(parent) == MAX_DEPTH:
-                    raise TaxonomyError(
-                        f"{quote_name(name)} is at level {MAX_DEPTH + 1}; at most {MAX_DEPTH} levels are supported"
-                    )
-        return paths, has_children
 
     @classmethod
     def from_rows(cls, rows: Iterable[tuple[str | None, str]], separator: str = "/") -> "Taxonomy":
@@ -216,63 +159,34 @@ class Taxonomy:
         Raises:
             TaxonomyError: a cycle, a child with two parents, an empty child.
         """
-        parent_of: dict[str, str | None] = {}
-        order: dict[str, list[str]] = {}
-        for number, (parent, child) in enumerate(rows, start=1):
-            parent, child = compose((parent or "").strip()) or None, compose((child or "").strip())
+        parent_of: dict[str, str] = {}  # "" for no parent
+        for number, row in enumerate(rows, start=1):
+            parent, child = (compose((name or "").strip()) for name in row)
             if not child:
                 raise TaxonomyError(f"row {number} of the taxonomy has an empty name (parent {quote_name(parent)})")
-            if parent_of.get(child, parent) != parent:
+            if parent_of.setdefault(child, parent) != parent:
                 first, second = (quote_name(p) if p else "no parent" for p in (parent_of[child], parent))
                 raise TaxonomyError(f"{quote_name(child)} has two parents: {first} and {second}")
-            if child not in parent_of:
-                parent_of[child] = parent
-                if parent is not None:
-                    order.setdefault(parent, []).append(child)
-        roots = list(dict.fromkeys(parent or child for child, parent in parent_of.items()))
-        roots = [name for name in roots if parent_of.get(name) is None]
-        _warn_of_misspelt_roots([name for name in roots if name not in parent_of], {*parent_of, *roots}, order)
-
-        reached: dict[str, dict[str, list]] = {name: {name: []} for name in roots}
-        queue = list(roots)
-        for name in queue:  # grows while it is walked
-            for child in order.get(name, []):
-                reached[child] = {child: []}
-                reached[name][name].append(reached[child])
-                queue.append(child)
-        missed = next((name for name in parent_of if name not in reached), None)
-        if missed is not None:
-            chain = [missed]
-            while (above := str(parent_of[chain[-1]])) not in chain:  # every node of a cycle has a parent
-                chain.append(above)
-            cycle = chain[chain.index(above) :]
-            raise TaxonomyError(
-                "the taxonomy has a cycle: " + " > ".join(map(quote_name, [*reversed(cycle), cycle[-1]]))
-            )
-        return cls([reached[name] for name in roots], separator)
+        try:
+            TopologicalSorter({child: [parent] for child, parent in parent_of.items()}).prepare()
+        except CycleError as error:
+            raise TaxonomyError(f"the taxonomy has a cycle: {' > '.join(map(quote_name, error.args[1]))}") from error
+        children: dict[str, dict] = defaultdict(dict)
+        for child, parent in parent_of.items():
+            children[parent][child] = children[child]
+        first_named = dict.fromkeys(parent or child for child, parent in parent_of.items())
+        roots = [name for name in first_named if not parent_of.get(name)]
+        _warn_of_misspelt_roots([name for name in roots if name not in parent_of], children)
+        return cls({name: children[name] for name in roots}, separator)
 
     @classmethod
-    def from_paths(cls, paths: Iterable[str | Sequence[str]], separator: str = "/") -> "Taxonomy":
-        """Build a taxonomy from paths: ``"parent/child"`` texts, or sequences of names from the root down.
-
-        Empty names at the end of a sequence are ignored.
-
-        Raises:
-            TaxonomyError: an empty name inside a path.
-        """
+    def from_paths(cls, paths: Iterable[Sequence[str]], separator: str = "/") -> "Taxonomy":
+        """Build a taxonomy from paths: the names from the root down."""
         tree: dict = {}
         for path in paths:
-            parts = [compose(part.strip()) for part in (path.split(separator) if isinstance(path, str) else path)]
-            if not isinstance(path, str):
-                while parts and not parts[-1]:
-                    parts.pop()
-            if not parts or not all(parts):
-                raise TaxonomyError(
-                    f"the label {quote_name(path if isinstance(path, str) else tuple(path))} has an empty name in its path"
-                )
-            here = tree
-            for part in parts:
-                here = here.setdefault(part, {})
+            siblings = tree
+            for name in path:
+                siblings = siblings.setdefault(name, {})
         return cls(tree, separator)
 
     @classmethod
@@ -292,35 +206,29 @@ class Taxonomy:
             raise TaxonomyError(f"the taxonomy {path} is not UTF-8 text: save it as UTF-8") from error
         try:
             if path.suffix in (".yaml", ".yml"):
-                tree = _read_yaml(text)
-            elif path.suffix == ".json":
-                tree = json.loads(text, object_pairs_hook=_unique)
-            elif path.suffix in (".csv", ".tsv"):
+                return cls(_read_yaml(text), separator)
+            if path.suffix == ".json":
+                return cls(json.loads(text, object_pairs_hook=_unique), separator)
+            if path.suffix in (".csv", ".tsv"):
                 return cls.from_rows(_read_rows(text, "," if path.suffix == ".csv" else "\t"), separator)
-            else:
-                raise TaxonomyError(f"expected .yaml, .yml, .json, .csv or .tsv, not {path.suffix or 'no suffix'!r}")
-            if not isinstance(tree, (list, dict)) or not tree:
-                raise TaxonomyError("expected a mapping or a list of names")
-            return cls(tree, separator)
+            raise TaxonomyError(f"expected .yaml, .yml, .json, .csv or .tsv, not {path.suffix or 'no suffix'!r}")
         except RecursionError as error:
             raise TaxonomyError(f"{path} is nested too deeply; at most {MAX_DEPTH} levels are supported") from error
         except ValueError as error:  # of ours, and JSON's
             raise TaxonomyError(f"{path}: {error}") from error
 
-    def to_nested(self) -> list:
-        """Return the forest as nested lists: a leaf is its name, an inner node ``{name: [children]}``."""
-        built: list = [name if i < self.num_leaves else {name: []} for i, name in enumerate(self.names)]
-        top: list = []
-        for i in self.reading_order:  # parents come before children
-            siblings = top if self.parents[i] < 0 else built[self.parents[i]][self.names[self.parents[i]]]
-            siblings.append(built[i])
-        return top
+    def to_nested(self, node: int = -1) -> list:
+        """Return the forest below a node, or all, as nested lists: a leaf is its name, an inner node ``{name: [children]}``."""
+        return [
+            self.names[child] if child < self.num_leaves else {self.names[child]: self.to_nested(child)}
+            for child in self.children(node)
+        ]
 
     @cached_property
     def _children(self) -> dict[int, list[int]]:
         children: dict[int, list[int]] = {}
-        for i in self.reading_order:
-            children.setdefault(self.parents[i], []).append(i)
+        for node in self.reading_order:
+            children.setdefault(self.parents[node], []).append(node)
         return children
 
     def children(self, node: int) -> list[int]:
@@ -361,11 +269,7 @@ class Taxonomy:
         return [0 if parent < 0 else parent - self.num_leaves + 1 for parent in self.parents]
 
     def count_at_or_below(self, labels: Iterable[int]) -> list[int]:
-        """Count, for each node, the labels at or below it.
-
-        Args:
-            labels: node ids; negative ones are ignored.
-        """
+        """Count, for each node, the labels (node ids) at or below it; negative labels are ignored."""
         counts = [0] * self.num_nodes
         for label, count in Counter(labels).items():
             for node in self.path(label) if label >= 0 else ():
@@ -398,13 +302,13 @@ class Taxonomy:
         Raises:
             TaxonomyError: no such node, or a name that several nodes share.
         """
-        key = compose(label.strip()) if isinstance(label, str) else label
+        key = compose(label.strip())
         if key in self._ids:
             return self._ids[key]
-        if key in self._ambiguous:
-            paths = " and ".join(quote_name(self.labels[i]) for i in self._ambiguous[key][:3])
+        if same := [self.labels[node] for node, name in enumerate(self.names) if name == key]:
+            paths = " and ".join(map(quote_name, same[:3]))
             raise TaxonomyError(f"the label {quote_name(label)} is ambiguous: it names {paths}; write the path")
-        near = difflib.get_close_matches(str(key), list(self._ids), n=1)
+        near = difflib.get_close_matches(key, list(self._ids), n=1)
         few = ", ".join(map(quote_name, self.labels[:5]))
         hint = f"did you mean {quote_name(near[0])}?" if near else f"it has {few}, …"
         raise TaxonomyError(f"the label {quote_name(label)} is not in the taxonomy; {hint}")
@@ -413,25 +317,19 @@ class Taxonomy:
         """Draw the forest as text, one node a line."""
         lines: list[str] = []
 
-        def draw(node: int, prefix: str) -> None:
-            below = self.children(node)
-            for child in below:
-                last = child == below[-1]
-                mark = "" if node < 0 else ("└── " if last else "├── ")
-                lines.append(prefix + mark + self.names[child])
-                draw(child, prefix if node < 0 else prefix + ("    " if last else "│   "))
+        def draw(nodes: list[int], prefix: str) -> None:
+            for node in nodes:
+                is_last = node == nodes[-1]
+                lines.append(prefix + ("└── " if is_last else "├── ") + self.names[node])
+                draw(self.children(node), prefix + ("    " if is_last else "│   "))
 
-        draw(-1, "")
+        for root in self.children(-1):
+            lines.append(self.names[root])
+            draw(self.children(root), "")
         return "\n".join(lines)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Taxonomy) and (self._paths, self.separator) == (other._paths, other.separator)
-
-    def __hash__(self) -> int:
-        return hash((tuple(self._paths), self.separator))
-
-    def __repr__(self) -> str:
-        return f"Taxonomy({self.num_leaves} leaves, {self.num_nodes} nodes, {self.depth} levels)"
 
 
 def compose(name: Any) -> Any:
@@ -439,12 +337,47 @@ def compose(name: Any) -> Any:
     return unicodedata.normalize("NFC", name) if isinstance(name, str) else name
 
 
-def _warn_of_misspelt_roots(parents: list[str], names: set[str], children: dict[str, list[str]]) -> None:
+def _named(children: Sequence | dict) -> list[tuple[Any, Any]]:
+    """Return the name of each child, with what stands below it in the nested form."""
+    if isinstance(children, dict):
+        return list(children.items())
+    pairs = (child.items() if isinstance(child, dict) else [(child, None)] for child in children)
+    return list(chain.from_iterable(pairs))
+
+
+def _walk(named: list[tuple[Any, Any]], parent: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], bool]]:
+    """Check the nodes below a parent; yield each one's path, and whether it has children, in reading order."""
+    for name, below in named:
+        name = compose(name)
+        if problem := _problem(name, below, parent):
+            raise TaxonomyError(problem)
+        path, children = (*parent, name), _named(below or ())
+        yield path, bool(children)
+        yield from _walk(children, path)
+
+
+def _problem(name: Any, below: Any, parent: tuple[str, ...]) -> str | None:
+    """Return what is wrong with a node of the nested form, if anything."""
+    quoted, place = quote_name(name), " > ".join(map(quote_name, parent)) or "the top level"
+    if not isinstance(name, str):
+        return f"a name must be text, but {place} holds {quoted}; put it in quotes"
+    if not name.strip():
+        return f"an empty name at {place}"
+    if len(name) > MAX_NAME:
+        return f"a name at {place} has {len(name):,} characters, at most {MAX_NAME} are supported"
+    if name != name.strip() or any(unicodedata.category(c) in UNWRITABLE for c in name):
+        return f"the name {quoted} has white space around it or a control character in it"
+    if below is not None and below != "" and not isinstance(below, (list, tuple, dict)):
+        return f"the children of {quoted} must be a list or a mapping, not {quote_name(below)}"
+    if len(parent) == MAX_DEPTH:
+        return f"{quoted} is at level {MAX_DEPTH + 1}; at most {MAX_DEPTH} levels are supported"
+    return None
+
+
+def _warn_of_misspelt_roots(names: list[str], children: dict[str, dict]) -> None:
     """Warn of roots whose name resembles another node's. Large taxonomies, where this takes long, are skipped."""
-    if len(parents) * len(names) > MOST_COMPARED:
-        return
-    for name in parents:
-        others = names - {name, *children[name]}
+    for name in names if len(names) * len(children) <= MOST_COMPARED else ():
+        others = children.keys() - {name, *children[name]}
         if near := difflib.get_close_matches(name, sorted(others), n=1, cutoff=NEAR):
             logger.warning(
                 f"the taxonomy's rows name {name!r} as a parent only, so it is a root: is it {near[0]!r}, misspelt?"
@@ -462,7 +395,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
     return unique
 
 
-def _read_yaml(text: str) -> object:
+def _read_yaml(text: str) -> Any:
     import yaml
 
     class Loader(WithoutAliases, yaml.BaseLoader):  # every scalar stays text: a class called `no` or `1` keeps its name
@@ -480,12 +413,10 @@ def _read_rows(text: str, delimiter: str) -> list[tuple[str, str]]:
         header, *rows = [fields for fields in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if fields]
     except (csv.Error, ValueError) as error:
         raise TaxonomyError(str(error) if text.strip() else "the file is empty") from error
-    child = next((name for name in ("child", "name", "node") if name in header), None)
-    if child is None or "parent" not in header:
+    child = next((name for name in ("child", "name", "node") if name in header), "child")
+    if header.count("parent") != 1 or header.count(child) != 1:
         columns = ", ".join(map(quote_name, header))
-        raise TaxonomyError(f"expected columns 'parent' and 'child' (or 'name', 'node'), found {columns}")
-    if header.count("parent") > 1 or header.count(child) > 1:
-        raise TaxonomyError(f"two columns of the taxonomy are called 'parent', or {child!r}")
+        raise TaxonomyError(f"expected columns 'parent' and 'child' (or 'name', 'node'), once each, found {columns}")
     for number, fields in enumerate(rows, start=1):
         if len(fields) != len(header):
             raise TaxonomyError(

@@ -26,6 +26,7 @@ from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedTokeniz
 
 from errors import InputError, asked_traceback, exit_with_error, is_full_disk, one_line, refusing
 from evaluation import plots, report
+from evaluation.lexical import fit_classifier
 from evaluation.metrics import build_compute_metrics
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from taxonomy_hierarchical import TaxonomyError
@@ -138,7 +139,7 @@ def train(arguments: Arguments, data: LabelledSplits, trained_texts: TrainedText
         write_json(output / "metrics.json", metrics)
         plots.write(plots.training_curves(trainer.state.log_history), output / "plots" / "training_curves.png")
         report.draw_plots(data.taxonomy, logits, splits, output / "plots")
-        report.write_predictions(data, logits, splits, output)
+        report.write_predictions(data.taxonomy, logits, splits, output)
 
     # ── Publish: model card and Hub ──────────────────────────────────────────────────────────────────────────────────
     if training.should_save:
@@ -201,9 +202,10 @@ def measure(
     if arguments.model.quantization != "none":
         as_trained, _ = report.score_splits(trainer, splits, training)
         metrics |= {f"quantized_{name}": value for name, value in as_trained.items()}
-    served = report.served_trainer(training, taxonomy, trainer.processing_class, trainer.loss_function)
+    served = report.served_trainer(
+        training.output_dir, training, taxonomy, trainer.processing_class, trainer.loss_function
+    )
     scores, logits = report.score_splits(served, splits, training)
-    report.warn_of_quantization_gap(metrics | scores)
     if "validation" not in logits:
         logger.info("no validation rows were scored: no lexical head, and the model's probabilities are not calibrated")
         return scores, logits
@@ -212,7 +214,7 @@ def measure(
             logits, splits, Path(training.output_dir) / "plots" / "reliability_diagram_uncalibrated.png"
         )
     vocab_size = model.config.text_config.vocab_size
-    classifier = report.lexical_classifier(arguments.model, taxonomy, splits["train"], vocab_size)
+    classifier = fit_classifier(taxonomy, splits["train"], vocab_size, arguments.model.lexical_head)
     calibrated, logits = report.calibrate_model(
         model, classifier, taxonomy, logits, splits, trainer.processing_class.model_max_length
     )
@@ -236,9 +238,8 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
     with refusing(f"cannot load the tokenizer of {source}"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=True)
     splits = tokenize_splits(data, tokenizer, limit_length(arguments.data.max_length, tokenizer))
-    metrics, logits = report.score_splits(
-        report.served_trainer(training, data.taxonomy, tokenizer, None, source), splits, training
-    )
+    served = report.served_trainer(source, training, data.taxonomy, tokenizer)
+    metrics, logits = report.score_splits(served, splits, training)
     if training.should_save:
         output = Path(training.output_dir)
         make_folder(output)
@@ -246,7 +247,7 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
         write_json(output / "metrics.json", metrics | report.leaf_scores(data.taxonomy, logits, splits))
         write_json(output / "data_report.json", data.report)
         report.draw_plots(data.taxonomy, logits, splits, output / "plots")
-        report.write_predictions(data, logits, splits, output)
+        report.write_predictions(data.taxonomy, logits, splits, output)
         logger.info("metrics and plots are in %s", output)
     report.log_metrics(metrics)
 

@@ -7,9 +7,8 @@ Worth knowing:
    all parameters have a normal prior, in a parametrisation that is convex. With β = 1 / T, a decision is
    softmax(β · encoder scores + γ · lexical scores). First one β and one γ are fitted for all decisions, with prior means 1
    and 0. Then each decision's own β is fitted, with the common β as prior mean. All three priors have the standard deviation
-   0.25, chosen by `benchmarks/studies/calibration.py`. Class biases beside the temperatures (Alexandari et al., 2020) were
-   tried with the same prior and rejected. On other rows the log loss of OHSUMED hardly changed. The log loss of Medical
-   Abstracts, whose class shares differ between training and validation, rose. Hierarchical F1 fell on both.
+   0.25, chosen by `benchmarks/studies/calibration.py`. Class biases (Alexandari et al., 2020) with the same prior were
+   rejected: hierarchical F1 fell on OHSUMED and Medical Abstracts, and the log loss did not fall.
 2. Everything is computed from leaf logits. A node's log-probability is the logsumexp of its leaves' log-probabilities. A
    decision's scores are log P(child) - log P(parent), up to a constant that the softmax cancels. The lexical head's scores,
    times its weight, are added per decision. Adding them to the leaf logits instead would give upper decisions the wrong
@@ -23,6 +22,9 @@ Worth knowing:
    The selection of the checkpoint on the same rows is not corrected; evaluation measures the coverage on the test rows.
    A row labelled with an inner node counts as covered if the answer contains every leaf below. Leaving such rows out would
    select rows by their label, and the coverage of the other rows would be too low.
+
+In this file ``logits`` and ``lexical_scores`` are leaf logits, (num_documents, num_leaves), the latter None without a lexical
+head. ``labels`` are node ids, and ``texts`` the same number for the same text, (num_documents,) each.
 """
 
 from collections.abc import Iterator
@@ -36,7 +38,6 @@ from scipy.optimize import minimize, minimize_scalar
 from scipy.special import logsumexp
 from sklearn.model_selection import GroupKFold
 
-from evaluation.metrics import UNLABELLED, labelled_documents
 from modeling_hierarchical import TreeSoftmax
 from pipeline_hierarchical import conformal_answer, conformal_threshold, nonconformity
 from taxonomy_hierarchical import Taxonomy
@@ -48,22 +49,13 @@ FOLDS = 5
 
 @dataclass(frozen=True)
 class Calibration:
-    """The parameters fitted on the validation rows.
-
-    Attributes:
-        lexical_weight, temperatures: as in `HierarchicalConfig`; a weight of 0 means no lexical head.
-    """
+    """The fitted parameters, as in `HierarchicalConfig`; a lexical weight of 0 means no lexical head."""
 
     lexical_weight: float
     temperatures: list[float]
 
     def apply(self, taxonomy: Taxonomy, logits: np.ndarray, lexical_scores: np.ndarray | None) -> np.ndarray:
-        """Return the calibrated leaf log-probabilities, (num_documents, num_leaves) float64.
-
-        Args:
-            logits: (num_documents, num_leaves), of the encoder, at temperature 1.
-            lexical_scores: (num_documents, num_leaves), or None without a lexical head.
-        """
+        """Return the calibrated leaf log-probabilities, (num_documents, num_leaves) float64."""
         scores = node_log_probs(taxonomy, logits)
         if lexical_scores is not None:
             scores = scores + self.lexical_weight * node_log_probs(taxonomy, lexical_scores)
@@ -77,22 +69,12 @@ def fit_calibration(
     labels: np.ndarray,
     prior: float = PRIOR,
 ) -> Calibration:
-    """Return the MAP estimate of the lexical head's weight and of the temperatures.
+    """Return the MAP estimate of the lexical head's weight, at least 0, and of each decision's temperature, in [0.05, 20].
 
-    Args:
-        logits, lexical_scores: as for `Calibration.apply`.
-        labels: (num_documents,), node ids or -100.
-        prior: standard deviation of the normal priors; infinite for maximum likelihood.
-
-    Returns:
-        A weight of at least 0, and one temperature per decision (the roots, the children of each inner node) in [0.05, 20].
-
-    Raises:
-        InputError: arrays of other shapes, unknown label ids, logits that are not finite.
+    An infinite standard deviation of the prior gives maximum likelihood.
     """
-    labelled_documents(taxonomy, logits, labels)  # raises
     experts = [node_log_probs(taxonomy, scores) for scores in (logits, lexical_scores) if scores is not None]
-    taken = decisions_taken(taxonomy, np.stack(experts, axis=2), labels)  # (documents, children, experts)
+    taken = decisions_taken(taxonomy, np.stack(experts, axis=2), labels)
     mean, bounds = np.array([1.0, 0.0])[: len(experts)], [RANGE, (0.0, RANGE[1])][: len(experts)]  # of β and γ
 
     def neg_log_posterior(factors: np.ndarray) -> float:
@@ -110,19 +92,11 @@ def fit_calibration(
 def held_out(
     taxonomy: Taxonomy, logits: np.ndarray, lexical_scores: np.ndarray | None, labels: np.ndarray, texts: np.ndarray
 ) -> np.ndarray:
-    """Calibrate each fifth of the texts with parameters fitted on the other fifths (cross-validation).
-
-    Args:
-        logits, lexical_scores, labels: as for `fit_calibration`.
-        texts: (num_documents,), the same number for the same text.
-
-    Returns:
-        Leaf log-probabilities, (num_documents, num_leaves).
-    """
-    calibrated = np.empty(logits.shape)
+    """Return leaf log-probabilities: of each fifth of the texts by parameters fitted on the other fifths."""
     folds = min(FOLDS, len(np.unique(texts)))
     if folds == 1:
         return fit_calibration(taxonomy, logits, lexical_scores, labels).apply(taxonomy, logits, lexical_scores)
+    calibrated = np.empty(logits.shape)
     for fitted, scored in GroupKFold(folds, shuffle=True, random_state=0).split(logits, groups=texts):
         lexical = (None, None) if lexical_scores is None else (lexical_scores[fitted], lexical_scores[scored])
         calibration = fit_calibration(taxonomy, logits[fitted], lexical[0], labels[fitted])
@@ -131,13 +105,9 @@ def held_out(
 
 
 def inverse_temperature(scores: np.ndarray, correct: np.ndarray, prior: float, common: float = 1.0) -> float:
-    """Return the MAP estimate of one decision's inverse temperature.
+    """Return the MAP estimate of one decision's inverse temperature; its prior is normal around ``common``.
 
-    Args:
-        scores: (num_documents, num_children).
-        correct: (num_documents,), the index of the correct child.
-        prior: standard deviation of the normal prior; infinite for none.
-        common: mean of the prior.
+    Scores are (num_documents, num_children), and ``correct`` the indices of the correct children.
     """
 
     def neg_log_posterior(factor: float) -> float:
@@ -147,77 +117,49 @@ def inverse_temperature(scores: np.ndarray, correct: np.ndarray, prior: float, c
 
 
 def negative_log_likelihood(scores: np.ndarray, correct: np.ndarray) -> float:
-    """Return -Σ log P(correct child) in nats, where P is the softmax of the scores.
-
-    Args:
-        scores: (num_documents, num_children).
-        correct: (num_documents,), the index of the correct child.
-    """
-    if not len(correct):
-        return 0.0
+    """Return -Σ log P(correct child) in nats, where P is the softmax of the scores."""
     return float(logsumexp(scores, axis=1).sum() - scores[np.arange(len(correct)), correct].sum())
 
 
 def node_log_probs(taxonomy: Taxonomy, logits: np.ndarray) -> np.ndarray:
-    """Compute log-probabilities of all nodes, (num_documents, num_nodes) float64, from leaf logits."""
+    """Compute log-probabilities of all nodes, (num_documents, num_nodes) float64."""
     leaves = torch.tensor(logits, dtype=torch.float64).log_softmax(1)
     padded = torch.nn.functional.pad(leaves, (0, taxonomy.num_nodes - taxonomy.num_leaves))
     return TreeSoftmax(taxonomy).with_inclusive_values(padded).numpy()
 
 
 def node_probabilities(taxonomy: Taxonomy, logits: np.ndarray) -> Iterator[list[float]]:
-    """Yield the probabilities of all nodes for each document, from leaf logits (num_documents, num_leaves)."""
+    """Yield the probabilities of all nodes for each document."""
     for start in range(0, len(logits), 1000):  # a list of floats takes four times the memory of an array
         yield from np.exp(node_log_probs(taxonomy, logits[start : start + 1000])).tolist()
 
 
 def decisions_taken(taxonomy: Taxonomy, scores: np.ndarray, labels: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Collect each decision's scores and correct children, over the documents whose path takes the decision.
+    """Collect each decision's scores, and the index of the correct child, of the documents whose path takes the decision.
 
-    Args:
-        scores: (num_documents, num_nodes, …).
-        labels: (num_documents,), node ids or -100.
-
-    Returns:
-        For each of `Taxonomy.decisions`: scores (documents, children, …), children in the order of ids, and the index of the
-        correct child, (documents,). A decision with one child gets no documents.
+    Scores are (num_documents, num_nodes, …), and (documents, children, …) for each of `Taxonomy.decisions`. A decision with
+    one child gets no documents.
     """
-    scores, labels = scores[labels != UNLABELLED], labels[labels != UNLABELLED]
     ancestors, taken = np.array(taxonomy.ancestors), []
     for nodes in taxonomy.decisions:
-        level = taxonomy.levels[nodes[0]] - 1
-        correct = ancestors[labels, level]  # the node of each label's path at this level
+        correct = ancestors[labels, taxonomy.levels[nodes[0]] - 1]  # the node of each label's path at this level
         rows = np.isin(correct, nodes) if len(nodes) > 1 else np.zeros(len(labels), dtype=bool)
         taken.append((scores[rows][:, nodes], np.searchsorted(nodes, correct[rows])))
     return taken
 
 
 def apply_temperatures(taxonomy: Taxonomy, scores: np.ndarray, temperatures: list[float]) -> np.ndarray:
-    """Divide each decision's scores by its temperature; return leaf log-probabilities, (num_documents, num_leaves) float64.
-
-    Args:
-        scores: (num_documents, num_nodes); a decision is the softmax of its children's scores.
-    """
+    """Divide the scores (num_documents, num_nodes) of each decision by its temperature; return leaf log-probabilities."""
     divided = torch.from_numpy(scores / np.array(temperatures)[taxonomy.decision_of])
     return TreeSoftmax(taxonomy).node_log_probs(divided)[:, : taxonomy.num_leaves].numpy()
 
 
-def fit_thresholds(
-    taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray
-) -> list[float | None] | None:
+def fit_thresholds(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> list[float | None]:
     """Fit conformal thresholds for the coverages 0.01, …, 0.99, rounded up to 6 decimals, see `HierarchicalConfig`.
 
-    Args:
-        logits: (num_documents, num_leaves), of the calibrated model.
-        labels: (num_documents,), node ids or -100.
-        texts: (num_documents,), the same number for the same text.
-
-    Returns:
-        None if no document is labelled. A single threshold is None if its coverage needs more texts.
+    A threshold is None if its coverage needs more texts. The logits are of the calibrated model.
     """
     scores = nonconformity_scores(taxonomy, logits, labels, texts)
-    if not len(scores):
-        return None
     ranks = [-(-(len(scores) + 1) * percent // 100) for percent in range(1, 100)]  # ⌈(n + 1) · coverage⌉ in integers
     return [round_up(scores[rank - 1]) if rank <= len(scores) else None for rank in ranks]
 
@@ -228,22 +170,17 @@ def round_up(score: float) -> float:
 
 
 def nonconformity_scores(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """Compute one score per labelled text, the maximum over its documents, in ascending order.
+    """Compute one score per text, the maximum over its documents, in ascending order.
 
     Texts are drawn independently. Rows are not, because a repeated text brings all its rows. So a new score's rank is
     uniform among one score per text, but not among the scores of rows. The maximum is a function of the text and all its
     labels, hence exchangeable with the maximum of a new text. A row's score is at most the maximum of its text. Hence the
     coverage holds for a new text with any of its labels. One row per text, chosen by a rule, would guarantee coverage only
     for new rows that the same rule chooses.
-
-    Args:
-        logits, labels, texts: as for `fit_thresholds`.
     """
-    texts = texts[labels != UNLABELLED]
-    logits, labels = labelled_documents(taxonomy, logits, labels)
-    probabilities = node_probabilities(taxonomy, logits)
-    scores = [nonconformity(taxonomy, *document) for document in zip(probabilities, labels.tolist(), strict=True)]
-    return np.sort(pd.Series(scores, dtype=float).groupby(texts).max())
+    documents = zip(node_probabilities(taxonomy, logits), labels.tolist(), strict=True)
+    scores = pd.Series([nonconformity(taxonomy, nodes, label) for nodes, label in documents])
+    return np.sort(scores.groupby(texts).max())
 
 
 def conformal_scores(
@@ -254,34 +191,17 @@ def conformal_scores(
     thresholds: list[float | None],
     coverage: float,
 ) -> dict[str, float]:
-    """Measure answers for a coverage on labelled texts. Each text counts once.
-
-    Args:
-        logits, labels, texts: as for `fit_thresholds`.
+    """Measure answers for a coverage. Each text counts once.
 
     Returns:
         ``coverage``: the share of texts whose answers contain all their labels, where an inner node needs every leaf below.
         ``leaves`` and ``nodes``: their mean numbers in an answer. ``single_leaf``: the share of answers that are one leaf.
-        Empty without labelled texts.
     """
-    texts = texts[labels != UNLABELLED]
-    logits, labels = labelled_documents(taxonomy, logits, labels)
-    if not len(labels):
-        return {}
     threshold, leaves_below = conformal_threshold(thresholds, coverage), taxonomy.leaves_below
-    probabilities = node_probabilities(taxonomy, logits)
-    answers = [conformal_answer(taxonomy, nodes, threshold) for nodes in probabilities]
-    leaf_sets = [{leaf for node in answer for leaf in leaves_below[node]} for answer in answers]
-    rows = pd.DataFrame(
-        {
-            "coverage": [
-                leaves.issuperset(leaves_below[label]) for label, leaves in zip(labels, leaf_sets, strict=True)
-            ],
-            "leaves": [len(leaves) for leaves in leaf_sets],
-            "nodes": [len(answer) for answer in answers],
-            "single_leaf": [len(leaves) == 1 for leaves in leaf_sets],
-        },
-        dtype=float,
-    )
-    by_text = rows.groupby(texts)
+    rows = []
+    for nodes, label in zip(node_probabilities(taxonomy, logits), labels.tolist(), strict=True):
+        answer = conformal_answer(taxonomy, nodes, threshold)
+        leaves = {leaf for node in answer for leaf in leaves_below[node]}
+        rows.append((leaves.issuperset(leaves_below[label]), len(leaves), len(answer), len(leaves) == 1))
+    by_text = pd.DataFrame(rows, columns=["coverage", "leaves", "nodes", "single_leaf"], dtype=float).groupby(texts)
     return {**by_text.mean().mean(), "coverage": by_text["coverage"].min().mean()}

@@ -3,13 +3,10 @@
 Worth knowing:
 
 1. The lexical head alone is less accurate than the encoder, but errs on other texts. `benchmarks/quality.py` measures its
-   contribution.
-2. It is a multinomial logistic regression (scikit-learn), fitted once on the training rows, after the encoder. Joint
-   training was not tried.
+   contribution. One number weighs it against the encoder, fitted with the calibration on the validation rows.
+2. It is a multinomial logistic regression (scikit-learn), fitted after the encoder. Joint training was not tried.
 3. A token's feature is its TF-IDF times its `spread_of_log_odds`. `benchmarks/studies/words.py` measures that factor.
-4. One number weighs the lexical head against the encoder. It is fitted with the calibration on the validation rows, and
-   stored in config.json.
-5. The classifier is flat: an inner node's probability is the sum of its leaves' probabilities. One classifier per decision, as
+4. The classifier is flat: an inner node's probability is the sum of its leaves' probabilities. One classifier per decision, as
    in HiClass, was tried on OHSUMED and was less accurate, for parents too.
 """
 
@@ -46,94 +43,79 @@ def token_counts(rows: Dataset, vocab_size: int) -> csr_matrix:
 
 
 class LexicalClassifier:
-    """Logistic regression over TF-IDF, with the leaves as classes.
+    """Logistic regression over TF-IDF, with the leaves as classes, fitted on the rows that are labelled with a leaf.
+
+    Args:
+        counts: (num_rows, V), from `token_counts`.
+        labels: (num_rows,), node ids.
 
     Attributes:
-        idf: (V,), inverse document frequency times spread of log-odds; 0 for tokens in fewer than two training documents.
         weight: (num_leaves, V); 0 for a leaf without training documents.
         bias: (num_leaves,). Leaves without training documents together have mean odds of 1 / (num_documents + 1) on the
             training documents, as if they had one document.
     """
 
     def __init__(self, taxonomy: Taxonomy, counts: csr_matrix, labels: np.ndarray):
-        """Fit the classifier.
-
-        Args:
-            counts: (num_rows, V), from `token_counts`, of the training rows.
-            labels: (num_rows,), node ids or -100. Only rows labelled with a leaf count.
-        """
-        is_leaf = (labels >= 0) & (labels < taxonomy.num_leaves)
+        is_leaf = labels < taxonomy.num_leaves
         counts, labels = counts[is_leaf], labels[is_leaf]
-        tfidf = TfidfTransformer(sublinear_tf=True).fit(counts)
-        common = np.asarray((counts > 0).sum(axis=0)).ravel() >= MIN_DOCUMENTS
-        self.idf = np.where(common, tfidf.idf_ * spread_of_log_odds(counts > 0, labels), 0.0)
-        model = LogisticRegression(C=REGULARISATION, max_iter=1000, tol=1e-3).fit(self.documents(counts), labels)
-        self.weight = np.zeros((taxonomy.num_leaves, counts.shape[1]))
-        # for two classes scikit-learn has one row of coefficients: the difference between the classes
-        is_binary = len(model.classes_) == 2
-        coefficients = np.vstack([-model.coef_, model.coef_]) / 2 if is_binary else model.coef_
-        intercepts = np.concatenate([-model.intercept_, model.intercept_]) / 2 if is_binary else model.intercept_
-        self.weight[model.classes_] = coefficients
-        self.bias = np.zeros(taxonomy.num_leaves)
-        self.bias[model.classes_] = intercepts
+        self.tfidf = TfidfTransformer(sublinear_tf=True).fit(counts)
+        common = (counts > 0).sum(axis=0).A1 >= MIN_DOCUMENTS
+        self.tfidf.idf_ = np.where(common, self.tfidf.idf_ * spread_of_log_odds(counts > 0, labels), 0.0)
+        model = LogisticRegression(C=REGULARISATION, max_iter=1000, tol=1e-3)
+        model.fit(self.tfidf.transform(counts), labels)
+        coefficients, intercepts = model.coef_, model.intercept_
+        if len(model.classes_) == 2:  # scikit-learn has one row: the difference between the classes
+            halves = np.array([[-0.5], [0.5]])
+            coefficients, intercepts = halves * coefficients, (halves * intercepts).ravel()
+        self.weight, self.bias = np.zeros((taxonomy.num_leaves, counts.shape[1])), np.zeros(taxonomy.num_leaves)
+        self.weight[model.classes_], self.bias[model.classes_] = coefficients, intercepts
         if len(unseen := np.setdiff1d(np.arange(taxonomy.num_leaves), model.classes_)):
             # a leaf of bias b has odds of exp(b - total) against the leaves with training documents
             total = logsumexp(self.scores(counts)[:, model.classes_], axis=1)
             share = 1 / ((len(labels) + 1) * len(unseen))
             self.bias[unseen] = np.log(share * len(labels)) - logsumexp(-total)
 
-    def documents(self, counts: csr_matrix) -> csr_matrix:
-        """Return TF-IDF vectors of length 1: (num_rows, V)."""
-        tfidf = counts.copy()
-        tfidf.data = (1 + np.log(tfidf.data)) * self.idf[tfidf.indices]
-        lengths = np.sqrt(tfidf.multiply(tfidf).sum(axis=1)).A1
-        return csr_matrix(tfidf.multiply(1 / np.maximum(lengths, 1e-12)[:, None]))
-
     def scores(self, counts: csr_matrix) -> np.ndarray:
         """Return leaf logits, (num_rows, num_leaves)."""
-        return self.documents(counts) @ self.weight.T + self.bias
+        return self.tfidf.transform(counts) @ self.weight.T + self.bias
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights of the equivalent `LexicalHead`."""
-        weights = {"idf": self.idf, "weight": self.weight, "bias": self.bias}
+        weights = {"idf": self.tfidf.idf_, "weight": self.weight, "bias": self.bias}
         return {name: torch.tensor(values, dtype=torch.float32) for name, values in weights.items()}
 
 
 def spread_of_log_odds(present: csr_matrix, labels: np.ndarray) -> np.ndarray:
-    """Compute each token's variance over classes of log P(token | class) - log P(token | other classes).
+    """Compute each token's variance over classes of log P(token | class) - log P(token | other classes), (V,).
 
-    P is the share of documents that contain the token, smoothed by one document with it and one without (Laplace). The
-    two-class NB-SVM (Wang and Manning, 2012, "Baselines and bigrams") weighs words by these log-odds, with their sign. Here
-    one weight serves all classes, so that a document is one vector.
-
-    Args:
-        present: (num_rows, V), whether a document contains a token.
-        labels: (num_rows,), at least two classes.
-
-    Returns:
-        (V,); 0 for a token that is equally frequent in all classes.
+    P is the share of documents that contain the token, by ``present`` (num_rows, V), smoothed by one document with it and one
+    without (Laplace). The two-class NB-SVM (Wang and Manning, 2012, "Baselines and bigrams") weighs words by these log-odds,
+    with their sign. Here one weight serves all classes, so that a document is one vector.
     """
-    overall = np.asarray(present.sum(axis=0)).ravel()
-    log_odds = []
+    overall, log_odds = present.sum(axis=0).A1, []
     for leaf in np.unique(labels):
         rows = labels == leaf
-        inside, size = np.asarray(present[rows].sum(axis=0)).ravel(), np.count_nonzero(rows)
+        inside, size = present[rows].sum(axis=0).A1, np.count_nonzero(rows)
         others = len(labels) - size
         log_odds.append(np.log((inside + 1) / (size + 2)) - np.log((overall - inside + 1) / (others + 2)))
     return np.var(log_odds, axis=0)
 
 
-def fit_classifier(taxonomy: Taxonomy, train: Dataset, vocab_size: int) -> LexicalClassifier | None:
-    """Fit a lexical classifier on the training rows.
+def fit_classifier(
+    taxonomy: Taxonomy, train: Dataset, vocab_size: int, wanted: bool | None = None
+) -> LexicalClassifier | None:
+    """Fit a classifier on the training rows; return None if it is not wanted or fewer than two leaves have rows.
 
-    Args:
-        train: rows with ``input_ids`` and ``labels``.
-
-    Returns:
-        None, with a log line, if fewer than two leaves have training rows.
+    By default it is wanted if it has at most `MAX_WEIGHTS` weights.
     """
+    if wanted is False:
+        return None
+    if wanted is None and vocab_size * taxonomy.num_leaves > MAX_WEIGHTS:
+        size = f"{vocab_size:,} tokens times {taxonomy.num_leaves:,} leaves"
+        logger.info("no lexical head: it would have %s weights; --lexical_head true", size)
+        return None
     labels = np.array(train["labels"])
-    if len(np.unique(labels[(labels >= 0) & (labels < taxonomy.num_leaves)])) < 2:
+    if len(np.unique(labels[labels < taxonomy.num_leaves])) < 2:
         logger.info("no lexical head: fewer than two leaves have training rows")
         return None
     return LexicalClassifier(taxonomy, token_counts(train, vocab_size), labels)

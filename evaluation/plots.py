@@ -9,13 +9,14 @@ Worth knowing:
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.calibration import CalibrationDisplay
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
-from evaluation.metrics import calibration_bins, expected_calibration_error, labelled_documents
+from evaluation.metrics import BINS, calibration_bins, expected_calibration_error, predicted_probabilities
 from taxonomy_hierarchical import Taxonomy
 
 CURVES = {  # panel: {key of the log: name}
@@ -30,41 +31,32 @@ CURVES = {  # panel: {key of the log: name}
 }
 MAX_CLASSES = 40
 MAX_NAME = 40  # characters
-MAX_MARKERS = 50  # longer curves have no markers
-PNG_DPI = 150
 
 
 def write(figure: Figure | None, path: Path) -> None:
     """Write a figure as PNG, and create its folder; do nothing for None."""
     if figure is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=PNG_DPI)
+        figure.savefig(path, dpi=150)
 
 
 def training_curves(log_history: list[dict]) -> Figure | None:
-    """Draw losses, evaluation scores and the learning rate over optimizer steps.
+    """Draw losses, evaluation scores and the learning rate over optimizer steps; return None without any.
 
     Args:
         log_history: from `transformers.TrainerState`: one dict per log line, each with its ``step``.
-
-    Returns:
-        The figure, or None if the log holds no curve.
     """
-    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for panel, curves in CURVES.items():
-        points = {
-            name: [(line["step"], line[key]) for line in log_history if key in line] for key, name in curves.items()
-        }
-        if any(points.values()):
-            panels[panel] = {name: pairs for name, pairs in points.items() if pairs}
+    log = pd.DataFrame(log_history)
+    panels = {panel: log.columns.intersection(list(curves)) for panel, curves in CURVES.items()}
+    panels = {panel: keys for panel, keys in panels.items() if len(keys)}
     if not panels:
         return None
     figure = Figure(figsize=(9, 0.6 + 2.6 * len(panels)), layout="constrained")
     rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, (panel, named) in zip(rows, panels.items(), strict=True):
-        for name, pairs in named.items():
-            marker = "o" if len(pairs) <= MAX_MARKERS else ""
-            axes.plot(*zip(*pairs, strict=True), label=name, marker=marker, markersize=4)
+    for axes, (panel, keys) in zip(rows, panels.items(), strict=True):
+        for key in keys:
+            curve = log.dropna(subset=key)
+            axes.plot(curve["step"], curve[key], label=CURVES[panel][key], marker=".")
         axes.set_ylabel(panel)
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
         _grid(axes)
@@ -75,7 +67,7 @@ def training_curves(log_history: list[dict]) -> Figure | None:
 
 
 def confusion_matrices(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> dict[int, Figure]:
-    """Draw one confusion matrix per level. Rows are normalised, so the diagonal is the recall.
+    """Draw one confusion matrix per level with documents. Rows are normalised, so the diagonal is the recall.
 
     True and predicted paths are truncated at the level, so a leaf above the level stands for itself. A document labelled with
     an inner node above the level is left out, because its class there is unknown. If a level has more than 40 classes, the 40
@@ -83,20 +75,11 @@ def confusion_matrices(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarra
 
     Args:
         logits: (num_documents, num_leaves).
-        labels: (num_documents,), node ids or -100.
-
-    Returns:
-        Figures by level, for each level with documents.
-
-    Raises:
-        InputError: arrays of wrong shapes, unknown label ids, logits that are not finite.
+        labels: (num_documents,), node ids.
     """
-    logits, labels = labelled_documents(taxonomy, logits, labels)
-    predictions = logits.argmax(axis=1)
-    paths = [taxonomy.path(node) for node in range(taxonomy.num_nodes)]
-    figures = {}
+    predictions, figures = logits.argmax(axis=1), {}
     for level in range(1, taxonomy.depth + 1):
-        truncated = np.array([path[:level][-1] for path in paths])
+        truncated = np.array([taxonomy.path(node)[:level][-1] for node in range(taxonomy.num_nodes)])
         known = (labels < taxonomy.num_leaves) | (np.array(taxonomy.levels)[labels] >= level)
         if known.any():
             figures[level] = _confusion_matrix(taxonomy, level, truncated[labels[known]], truncated[predictions[known]])
@@ -122,11 +105,10 @@ def _confusion_matrix(taxonomy: Taxonomy, level: int, true: np.ndarray, predicte
     for text in display.text_.flat:
         if text.get_text() == "0%":
             text.set_text("")
-    hidden = (
-        f"the {len(nodes)} of {len(occurring)} classes with the most documents; " if len(nodes) < len(occurring) else ""
-    )
+    is_whole = len(nodes) == len(occurring)
+    shown = "" if is_whole else f"the {len(nodes)} of {len(occurring)} classes with the most documents; "
     title = f"Confusion matrix, level {level} of {taxonomy.depth}"
-    figure.suptitle(f"{title}\n{hidden}{len(true):,} documents; shares of the true class", fontsize=12)
+    figure.suptitle(f"{title}\n{shown}{len(true):,} documents; shares of the true class", fontsize=12)
     return figure
 
 
@@ -135,33 +117,24 @@ def reliability_diagram(logits: np.ndarray, labels: np.ndarray) -> Figure | None
 
     Args:
         logits: (num_documents, num_leaves).
-        labels: (num_documents,), node ids or -100.
-
-    Returns:
-        The figure, or None if no document is labelled or any label is an inner node. Leaving inner nodes out would select
-        documents by their label.
-
-    Raises:
-        InputError: arrays of wrong shapes, logits that are not finite.
+        labels: (num_documents,), node ids. If any is an inner node, None is returned: leaving such documents out would
+            select documents by their label.
     """
-    bins = calibration_bins(logits, labels)
-    total, size = int(bins["count"].sum()), len(bins["count"])
-    if not total or (labels >= logits.shape[1]).any():
+    if (labels >= logits.shape[1]).any():
         return None
+    bins = calibration_bins(predicted_probabilities(logits), logits.argmax(axis=1) == labels)
+    means = bins.div(bins["count"], axis=0)
     figure = Figure(figsize=(7, 8), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    filled = bins["count"] > 0
-    CalibrationDisplay(bins["accuracy"][filled], bins["confidence"][filled], None).plot(ax=upper, name="this model")
+    CalibrationDisplay(means["correct"], means["confidence"], None).plot(ax=upper, name="this model")
     upper.set(xlabel=None, ylabel="Accuracy", xlim=(0, 1), ylim=(0, 1.02))
-    lower.bar((np.arange(size) + 0.5) / size, bins["count"], width=1 / size, edgecolor="white")
+    lower.bar((bins.index + 0.5) / BINS, bins["count"], width=1 / BINS, edgecolor="white")
     lower.set(xlabel="Confidence (probability of the predicted class)", ylabel="Documents")
     lower.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=4, min_n_ticks=1))
     _grid(upper)
     _grid(lower)
-    error = expected_calibration_error(bins)
-    figure.suptitle(
-        f"Reliability diagram: expected calibration error {error:.3f}\n{total:,} documents, {size} bins of equal width"
-    )
+    title = f"Reliability diagram: expected calibration error {expected_calibration_error(bins):.3f}"
+    figure.suptitle(f"{title}\n{len(labels):,} documents, {BINS} bins of equal width")
     return figure
 
 

@@ -9,34 +9,35 @@ Worth knowing:
    ``--load_best_model_at_end`` these rows also select the checkpoint, so their scores are optimistic
    (`benchmarks/studies/selection.py`).
 4. Logits follow the order of the scored rows, which are sorted by length. The column ``row`` gives their place in the source.
+
+In this file ``splits`` holds tokenized rows, and ``logits`` the leaf logits of each scored split: (num_rows, num_leaves).
 """
 
-import csv
 import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from datasets import Dataset, DatasetDict
 from transformers import AutoModel, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from errors import refusing
-from evaluation import lexical, plots
+from evaluation import plots
 from evaluation.calibration import Calibration, conformal_scores, fit_calibration, fit_thresholds, held_out
-from evaluation.metrics import any_label_accuracy, build_compute_metrics, per_class_report
+from evaluation.lexical import LexicalClassifier, token_counts
+from evaluation.metrics import any_label_accuracy, build_compute_metrics, per_class_report, predicted_probabilities
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from publishing import card
+from publishing.card import PREFIXES
 from taxonomy_hierarchical import Taxonomy
-from training.arguments import HierarchicalTrainingArguments, ModelArguments
+from training.arguments import HierarchicalTrainingArguments
 from training.losses import HierarchicalFocalLoss
-from training.splits import LabelledSplits
 from training.trainer import HierarchicalTrainer
 from training.views import build_collator
 
 logger = logging.getLogger(__name__)
 
-NOTABLE_GAP = 0.005
 COVERAGE = 0.9  # of the measured answers
 AS_SERVED: dict[str, Any] = {  # arguments of a Trainer that only scores
     **dict.fromkeys(("bf16", "fp16", "load_best_model_at_end", "push_to_hub"), False),
@@ -48,20 +49,18 @@ AS_SERVED: dict[str, Any] = {  # arguments of a Trainer that only scores
 
 
 def served_trainer(
+    folder: str,
     training: HierarchicalTrainingArguments,
     taxonomy: Taxonomy,
     tokenizer: PreTrainedTokenizerBase,
-    loss_function: HierarchicalFocalLoss | None,
-    folder: str | None = None,
+    loss_function: HierarchicalFocalLoss | None = None,
 ) -> HierarchicalTrainer:
-    """Build a Trainer that scores the checkpoint as a user loads it: by `AutoModel`, in full precision, without autocast."""
-    folder = folder or training.output_dir
+    """Build a Trainer that scores a checkpoint as a user loads it: by `AutoModel`, in full precision, without autocast."""
     with refusing(f"cannot load the checkpoint {folder}"):
         model: PreTrainedModel = AutoModel.from_pretrained(folder, trust_remote_code=True)
-    plain = dataclasses.replace(training, **AS_SERVED)
     return HierarchicalTrainer(
         model=model,
-        args=plain,
+        args=dataclasses.replace(training, **AS_SERVED),
         processing_class=tokenizer,
         data_collator=build_collator(tokenizer),
         compute_metrics=build_compute_metrics(taxonomy),
@@ -72,36 +71,26 @@ def served_trainer(
 def score_splits(
     trainer: HierarchicalTrainer, splits: DatasetDict, training: HierarchicalTrainingArguments
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Score the validation rows (metrics ``eval_…``) and test rows (``test_…``); also return the leaf logits of each split."""
+    """Score the validation rows (metrics ``eval_…``) and test rows (``test_…``); also return the logits."""
     metrics: dict[str, float] = {}
     logits: dict[str, np.ndarray] = {}
     for split, requested in (("validation", training.do_eval), ("test", training.do_predict)):
         if split in splits and requested is not False:
-            output = trainer.predict(splits[split], metric_key_prefix=card.PREFIXES[split])
-            metrics |= output.metrics
+            output = trainer.predict(splits[split], metric_key_prefix=PREFIXES[split])
             logits[split] = output.predictions
-            labels, texts = (np.array(splits[split][column]) for column in ("labels", "text_id"))
-            if (any_label := any_label_accuracy(output.predictions, labels, texts)) is not None:
-                metrics[f"{card.PREFIXES[split]}_any_label_accuracy"] = any_label
+            metrics |= output.metrics | any_label_scores(split, output.predictions, splits[split])
     return metrics, logits
 
 
-def lexical_classifier(
-    arguments: ModelArguments, taxonomy: Taxonomy, train: Dataset, vocab_size: int
-) -> lexical.LexicalClassifier | None:
-    """Fit the classifier of a lexical head; return None if it is not wanted or cannot be fitted."""
-    wanted = arguments.lexical_head
-    if wanted is None:
-        wanted = vocab_size * taxonomy.num_leaves <= lexical.MAX_WEIGHTS
-        if not wanted:
-            size = f"{vocab_size:,} tokens times {taxonomy.num_leaves:,} leaves"
-            logger.info("no lexical head: it would have %s weights; --lexical_head true", size)
-    return lexical.fit_classifier(taxonomy, train, vocab_size) if wanted else None
+def any_label_scores(split: str, logits: np.ndarray, rows: Dataset) -> dict[str, float]:
+    """Compute `any_label_accuracy` of one split, if it has rows labelled with a leaf."""
+    accuracy = any_label_accuracy(logits, np.array(rows["labels"]), np.array(rows["text_id"]))
+    return {} if accuracy is None else {f"{PREFIXES[split]}_any_label_accuracy": accuracy}
 
 
 def calibrate_model(
     model: HierarchicalForSequenceClassification,
-    classifier: lexical.LexicalClassifier | None,
+    classifier: LexicalClassifier | None,
     taxonomy: Taxonomy,
     logits: dict[str, np.ndarray],
     splits: DatasetDict,
@@ -109,24 +98,26 @@ def calibrate_model(
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Fit the lexical head's weight, the temperatures and the conformal thresholds, and store them in the model.
 
-    Args:
-        logits: of each scored split, from the uncalibrated model.
-        max_length: the number of tokens at which the texts were truncated.
-
     Returns:
-        Metrics of each split after calibration. With a lexical head, also the metrics without it
-        (``without_lexical_head_…``). For test rows, also size and coverage of answers for `COVERAGE` (``test_answer_…``).
-        Then the calibrated logits of each split.
+        Metrics after calibration, and without the lexical head if there is one (``without_lexical_head_…``). For test rows,
+        also size and coverage of answers for `COVERAGE` (``test_answer_…``). Then the calibrated logits.
     """
     labels = {split: np.array(splits[split]["labels"]) for split in logits}
     texts = {split: np.array(splits[split]["text_id"]) for split in logits}
-    lexical_scores: dict[str, np.ndarray | None] = dict.fromkeys(logits)
-    if classifier is not None:
-        counts = {split: lexical.token_counts(splits[split], len(classifier.idf)) for split in logits}
-        lexical_scores = {split: classifier.scores(counts[split]) for split in logits}
+    no_scores: dict[str, np.ndarray | None] = dict.fromkeys(logits)
+
+    def calibrate(lexical: dict[str, np.ndarray | None]) -> tuple[Calibration, dict[str, np.ndarray]]:
+        validation = (taxonomy, logits["validation"], lexical["validation"], labels["validation"])
+        fitted = fit_calibration(*validation)
+        calibrated = {split: fitted.apply(taxonomy, logits[split], lexical[split]) for split in logits}
+        return fitted, calibrated | {"validation": held_out(*validation, texts["validation"])}
 
     # Fit on the validation rows.
-    fitted, calibrated = calibrate_logits(taxonomy, logits, lexical_scores, labels, texts)
+    lexical_scores = no_scores
+    if classifier is not None:
+        vocab_size = classifier.weight.shape[1]
+        lexical_scores = {split: classifier.scores(token_counts(splits[split], vocab_size)) for split in logits}
+    fitted, calibrated = calibrate(lexical_scores)
     thresholds = fit_thresholds(taxonomy, calibrated["validation"], labels["validation"], texts["validation"])
 
     # Store the calibration in the model.
@@ -139,113 +130,76 @@ def calibrate_model(
     logger.info("calibrated on the validation rows: temperatures %s; weight of the lexical head %.2f", shown, weight)
 
     # Measure the calibrated model, with and without the lexical head, and the coverage.
-    metrics = {"lexical_weight": weight, **measure(taxonomy, calibrated, labels, texts)}
+    metrics = {"lexical_weight": weight, **measure(taxonomy, calibrated, splits)}
     if weight:
-        _, without = calibrate_logits(taxonomy, logits, dict.fromkeys(logits), labels, texts)
-        measured = measure(taxonomy, without, labels, texts)
+        measured = measure(taxonomy, calibrate(no_scores)[1], splits)
         metrics |= {f"without_lexical_head_{name}": value for name, value in measured.items()}
-    if "test" in logits and thresholds is not None:
+    if "test" in logits:
         scores = conformal_scores(taxonomy, calibrated["test"], labels["test"], texts["test"], thresholds, COVERAGE)
         metrics |= {f"test_answer_{name}": value for name, value in scores.items()}
     return metrics, calibrated
 
 
-def calibrate_logits(
-    taxonomy: Taxonomy,
-    logits: dict[str, np.ndarray],
-    lexical_scores: dict[str, np.ndarray | None],
-    labels: dict[str, np.ndarray],
-    texts: dict[str, np.ndarray],
-) -> tuple[Calibration, dict[str, np.ndarray]]:
-    """Fit a calibration on the validation rows, and apply it to the logits of each split.
-
-    The logits of the validation rows are cross-validated, see `calibration.held_out`.
-    """
-    validation = (taxonomy, logits["validation"], lexical_scores["validation"], labels["validation"])
-    fitted = fit_calibration(*validation)
-    calibrated = {split: fitted.apply(taxonomy, logits[split], lexical_scores[split]) for split in logits}
-    calibrated["validation"] = held_out(*validation, texts["validation"])
-    return fitted, calibrated
-
-
-def measure(
-    taxonomy: Taxonomy, logits: dict[str, np.ndarray], labels: dict[str, np.ndarray], texts: dict[str, np.ndarray]
-) -> dict[str, float]:
+def measure(taxonomy: Taxonomy, logits: dict[str, np.ndarray], splits: DatasetDict) -> dict[str, float]:
     """Compute each split's metrics from calibrated logits."""
     compute_metrics, metrics = build_compute_metrics(taxonomy), {}
     for split, scores in logits.items():
-        measured = compute_metrics(EvalPrediction(predictions=scores, label_ids=labels[split]))
-        if (any_label := any_label_accuracy(scores, labels[split], texts[split])) is not None:
-            measured["any_label_accuracy"] = any_label
-        metrics |= {f"{card.PREFIXES[split]}_{name}": value for name, value in measured.items()}
+        measured = compute_metrics(EvalPrediction(scores, np.array(splits[split]["labels"])))
+        metrics |= {f"{PREFIXES[split]}_{name}": value for name, value in measured.items()}
+        metrics |= any_label_scores(split, scores, splits[split])
     return metrics
 
 
-def shown_split(logits: dict[str, np.ndarray]) -> str | None:
-    """Return the split whose details are shown: test, else validation, else None."""
-    return next((name for name in ("test", "validation") if name in logits), None)
+def shown_split(logits: dict[str, np.ndarray], splits: DatasetDict) -> tuple[str, np.ndarray, np.ndarray]:
+    """Return the name, the logits and the labels of the split whose details are shown."""
+    split = "test" if "test" in logits else "validation"
+    return split, logits[split], np.array(splits[split]["labels"])
 
 
 def leaf_scores(taxonomy: Taxonomy, logits: dict[str, np.ndarray], splits: DatasetDict) -> dict[str, Any]:
     """Compute scores of each leaf and 95 % intervals for metrics.json, on the split of `shown_split`."""
-    split = shown_split(logits)
-    if split is None:
+    if not logits:
         return {}
-    labels = np.array(splits[split]["labels"])
-    rows, intervals = per_class_report(taxonomy, logits[split], labels)
-    if not rows:
-        return {}
-    return {
-        "per_class": rows,
-        "intervals": {f"{card.PREFIXES[split]}_{name}": ends for name, ends in intervals.items()},
-    }
+    split, *scored = shown_split(logits, splits)
+    rows, intervals = per_class_report(taxonomy, *scored)
+    prefixed = {f"{PREFIXES[split]}_{name}": ends for name, ends in intervals.items()}
+    return {"per_class": rows, "intervals": prefixed} if rows else {}
 
 
 def draw_plots(taxonomy: Taxonomy, logits: dict[str, np.ndarray], splits: DatasetDict, folder: Path) -> None:
     """Draw the confusion matrices and the reliability diagram of the split of `shown_split`."""
-    split = shown_split(logits)
-    if split is not None:
-        labels = np.array(splits[split]["labels"])
-        for level, figure in plots.confusion_matrices(taxonomy, logits[split], labels).items():
+    if logits:
+        _, *scored = shown_split(logits, splits)
+        for level, figure in plots.confusion_matrices(taxonomy, *scored).items():
             plots.write(figure, folder / f"confusion_matrix_level_{level}.png")
         draw_reliability(logits, splits, folder / "reliability_diagram.png")
 
 
 def draw_reliability(logits: dict[str, np.ndarray], splits: DatasetDict, file: Path) -> None:
     """Draw the reliability diagram of the split of `shown_split`."""
-    split = shown_split(logits) or "validation"
-    plots.write(plots.reliability_diagram(logits[split], np.array(splits[split]["labels"])), file)
+    _, *scored = shown_split(logits, splits)
+    plots.write(plots.reliability_diagram(*scored), file)
 
 
-def write_predictions(data: LabelledSplits, logits: dict[str, np.ndarray], splits: DatasetDict, folder: Path) -> None:
+def write_predictions(taxonomy: Taxonomy, logits: dict[str, np.ndarray], splits: DatasetDict, folder: Path) -> None:
     """Write ``<split>_predictions.csv``: each scored row's number in its source, label, prediction and probability."""
-    names = data.taxonomy.labels
     for split, scores in logits.items():
-        rows = np.array(splits[split]["row"])
-        predictions, probabilities = scores.argmax(1), np.exp(scores.max(1) - np.logaddexp.reduce(scores, axis=1))
-        with (folder / f"{split}_predictions.csv").open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["row", "label", "prediction", "probability"])
-            for i in np.argsort(rows, kind="stable"):
-                label, prediction = names[splits[split]["labels"][i]], names[predictions[i]]
-                writer.writerow([rows[i], label, prediction, f"{probabilities[i]:.6f}"])
-
-
-def warn_of_quantization_gap(metrics: dict) -> None:
-    """Warn if the scores of the served model differ from the scores of the quantized model in training."""
-    for name in ("eval_accuracy", "eval_macro_f1", "test_accuracy", "test_macro_f1"):
-        trained, served = metrics.get(f"quantized_{name}"), metrics.get(name)
-        if trained is not None and served is not None and abs(trained - served) > NOTABLE_GAP:
-            logger.warning("%s: %.4f as trained (quantized), %.4f as served", name, trained, served)
+        columns = {
+            "row": splits[split]["row"],
+            "label": [taxonomy.labels[node] for node in splits[split]["labels"]],
+            "prediction": [taxonomy.labels[leaf] for leaf in scores.argmax(axis=1)],
+            "probability": predicted_probabilities(scores),
+        }
+        table = pd.DataFrame(columns).sort_values("row", kind="stable")
+        table.to_csv(folder / f"{split}_predictions.csv", index=False, float_format="%.6f")
 
 
 def log_metrics(metrics: dict[str, float]) -> None:
-    """Log one line per metric, with one column per split."""
-    splits = {prefix: split for split, prefix in card.PREFIXES.items() if f"{prefix}_log_loss" in metrics}
-    names = dict.fromkeys(name for prefix, _, name in (key.partition("_") for key in metrics) if prefix in splits)
-    line = "%-24s" + " %10s" * len(splits)
-    logger.info(line, "", *splits.values())
-    for name in names:
-        if not name.endswith(("_per_second", "_time", "runtime")):
-            values = [metrics.get(f"{prefix}_{name}") for prefix in splits]
-            logger.info(line, name, *("" if value is None else f"{value:.4f}" for value in values))
+    """Log a table of the metrics, with one column per scored split."""
+    split_of = {prefix: split for split, prefix in PREFIXES.items() if f"{prefix}_log_loss" in metrics}
+    table: dict[str, dict[str, float]] = {split: {} for split in split_of.values()}
+    for key, value in metrics.items():
+        prefix, _, name = key.partition("_")
+        if prefix in split_of and not name.endswith(("_per_second", "_time", "runtime")):
+            table[split_of[prefix]][name] = value
+    logger.info("scores\n%s", pd.DataFrame(table).to_string(float_format="%.4f", na_rep=""))

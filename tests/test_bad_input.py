@@ -107,7 +107,7 @@ TRAIN = [
     (("deep.yaml", *DATA), "the recipe deep.yaml is nested too deeply"),
     ((*DATA, "--output_dir", ""), "--output_dir needs the name of a folder"),
     (("folder.csv", *DATA), "cannot read the recipe folder.csv: Is a directory"),
-    ((*DATA, "--taxonomy", "cycle.csv"), "cycle.csv: the taxonomy has a cycle: 'a' > 'b' > 'a'"),
+    ((*DATA, "--taxonomy", "cycle.csv"), "cycle.csv: the taxonomy has a cycle: 'b' > 'a' > 'b'"),
     ((*DATA, "--taxonomy", "orphans.csv"), "orphans.csv: row 2 of the taxonomy has an empty name"),
     ((*DATA, "--taxonomy", "ragged.csv"), "row 2 of the taxonomy has 3 fields, where the header has 2"),
     ((*DATA, "--taxonomy", "levels.json"), "'a' is at level 17; at most 16 levels are supported"),

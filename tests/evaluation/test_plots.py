@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from evaluation.metrics import calibration_bins, expected_calibration_error
+from evaluation.metrics import calibration_bins, expected_calibration_error, predicted_probabilities
 from evaluation.plots import confusion_matrices, reliability_diagram, training_curves, write
 from taxonomy_hierarchical import Taxonomy
 
@@ -67,14 +67,15 @@ def test_no_curve_no_figure(log):
 
 def test_nothing_to_draw_no_figure():
     logits, labels = random_case(TREE, 4)
-    assert confusion_matrices(TREE, logits, np.full_like(labels, -100)) == {}
-    assert reliability_diagram(logits, np.full_like(labels, -100)) is None
+    assert confusion_matrices(TREE, logits, np.full_like(labels, B)).keys() == {
+        1
+    }  # no document has a class further down
     assert reliability_diagram(logits, np.array([A, A, A, B])) is None
 
 
 def test_confusion_matrices_by_hand():
-    labels = np.array([A, E, D, C, F, B, -100])
-    logits = np.eye(5)[[A, F, E, H, F, C, C]]
+    labels = np.array([A, E, D, C, F, B])
+    logits = np.eye(5)[[A, F, E, H, F, C]]
     expected = {
         # true a B B B B B, predicted a B B G B B
         1: (["a", "B", "G"], [[1, 0, 0], [0, 4, 1], [0, 0, 0]]),
@@ -125,15 +126,13 @@ def test_long_class_names_are_shortened_in_the_middle():
 
 def test_reliability_diagram_holds_the_bins_and_the_error():
     logits, labels = random_case(TREE, 300)
-    labels[:50] = -100
     figure = reliability_diagram(logits, labels)
     upper, lower = figure.axes
-    bins = calibration_bins(logits, labels)
-    filled = bins["count"] > 0
+    bins = calibration_bins(predicted_probabilities(logits), logits.argmax(axis=1) == labels)
     (curve,) = [line for line in upper.lines if line.get_label() == "this model"]
-    np.testing.assert_allclose(curve.get_xdata(), bins["confidence"][filled])
-    np.testing.assert_allclose(curve.get_ydata(), bins["accuracy"][filled])
-    assert sum(bar.get_height() for bar in lower.patches) == 250
+    np.testing.assert_allclose(curve.get_xdata(), bins["confidence"] / bins["count"])
+    np.testing.assert_allclose(curve.get_ydata(), bins["correct"] / bins["count"])
+    assert sum(bar.get_height() for bar in lower.patches) == 300
     assert f"{expected_calibration_error(bins):.3f}" in figure.get_suptitle()
 
 
