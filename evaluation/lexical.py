@@ -28,6 +28,7 @@ from torch import Tensor
 from evaluation.metrics import UNLABELLED
 from evaluation.multi_label import open_decisions
 from taxonomy_hierarchical import Taxonomy
+from training.multi_label import open_counts, prior_log_odds
 
 logger = logging.getLogger(__name__)
 
@@ -166,14 +167,14 @@ class MultiLabelLexicalClassifier(LexicalClassifier):
         common = np.asarray((counts > 0).sum(axis=0)).ravel() >= MIN_DOCUMENTS
         self.idf = np.where(common, tfidf.idf_ * spread_of_node_log_odds(counts > 0, labels), 0.0)
         self.weight, self.bias = np.zeros((taxonomy.num_nodes, counts.shape[1])), np.zeros(taxonomy.num_nodes)
-        documents, is_open = self.documents(counts), open_decisions(taxonomy, labels)
+        documents = self.documents(counts)
+        is_open, priors = open_decisions(taxonomy, labels), prior_log_odds(taxonomy, labels)
         for node in range(taxonomy.num_nodes):
             rows = is_open[:, node]
             true = labels[rows, node] == 1
             if true.any() and not true.all():
-                model = LogisticRegression(C=REGULARISATION, max_iter=1000, tol=1e-3).fit(documents[rows], true)
-                prior = np.log((true.sum() + 0.5) / ((~true).sum() + 0.5))
-                self.weight[node], self.bias[node] = model.coef_[0], model.intercept_[0] - prior
+                model = LogisticRegression(C=REGULARISATION, max_iter=1000).fit(documents[rows], true)
+                self.weight[node], self.bias[node] = model.coef_[0], model.intercept_[0] - priors[node]
 
 
 def spread_of_node_log_odds(present: csr_matrix, labels: np.ndarray) -> np.ndarray:
@@ -209,8 +210,8 @@ def fit_multi_label_classifier(
         None, with a log line, if no node has both labels in its open rows.
     """
     labels = np.array(train.with_format("numpy")["labels"][:])
-    is_open = open_decisions(taxonomy, labels)
-    if not ((labels == 1) & is_open).any(axis=0)[((labels == 0) & is_open).any(axis=0)].any():
+    positive, total = open_counts(taxonomy, labels)
+    if not ((positive > 0) & (positive < total)).any():
         logger.info("no lexical head: no node has training rows with and without it")
         return None
     return MultiLabelLexicalClassifier(taxonomy, token_counts(train, vocab_size), labels)

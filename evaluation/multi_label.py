@@ -30,38 +30,18 @@ from scipy.optimize import minimize
 from scipy.sparse import csr_matrix
 from scipy.special import expit
 from sklearn.model_selection import GroupKFold, KFold
-from torch import Tensor, nn
 from transformers import EvalPrediction
 
 from errors import InputError
 from evaluation.calibration import FOLDS, PRIOR, RANGE
 from evaluation.metrics import UNLABELLED, calibration_error_by_chance, expected_calibration_error
 from evaluation.metrics import _bin as calibration_bins
+from modeling_hierarchical import TreeSigmoid
 from taxonomy_hierarchical import Taxonomy
 
 LEAST_PROBABILITY = 0.1  # pairs below it are not in the calibration error: nearly all pairs have a probability near 0
 BINS = 15
 STRENGTHS = (math.inf, 100, 50, 20, 10, 5, 2, 0)  # of the shrinkage of thresholds, in positives
-
-
-class TreeSigmoid(nn.Module):  # replace by the one of modeling_hierarchical
-    """Compute marginal logits from the scores of conditional decisions, without parameters."""
-
-    def __init__(self, tree: Taxonomy):
-        super().__init__()
-        self.passes = tree.depth - 1
-        parents = torch.tensor(tree.parents)
-        self.register_buffer("is_root", parents < 0, persistent=False)
-        self.register_buffer("parent", parents.clamp(min=0), persistent=False)
-
-    def marginal_logits(self, scores: Tensor) -> Tensor:
-        """Return u (B, N) from z (B, N): the logits of P(node) = P(parent) · σ(z)."""
-        marginal = scores
-        for _ in range(self.passes):  # each pass is final for one more level
-            above = marginal[:, self.parent]
-            joint = -torch.stack([-above, -scores, -above - scores]).logsumexp(0)
-            marginal = torch.where(self.is_root, scores, joint)
-        return marginal
 
 
 # Calibration
@@ -100,8 +80,7 @@ def marginal_logits(taxonomy: Taxonomy, z: np.ndarray) -> np.ndarray:
 
 def open_decisions(taxonomy: Taxonomy, labels: np.ndarray) -> np.ndarray:
     """Return whether a node is open for a text, (num_texts, num_nodes): its label is known, and its parent's is 1 or it is a root."""
-    parents = np.array(taxonomy.parents)
-    return (labels != UNLABELLED) & ((parents < 0) | (labels[:, parents] == 1))
+    return TreeSigmoid(taxonomy).open_decisions(torch.from_numpy(labels)).numpy()
 
 
 def fit_calibration(
@@ -255,6 +234,7 @@ def shrunk_thresholds(
     taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray, strengths: tuple[float, ...]
 ) -> dict[float, np.ndarray]:
     """Fit the thresholds of all nodes for each strength of the shrinkage, see `fit_node_thresholds`."""
+    u, labels = np.asfortranarray(u), np.asfortranarray(labels)  # columns are read one by one
     known, true = labels != UNLABELLED, labels == 1
     common = best_threshold(u[known], true[known])
     if common is None:
@@ -266,7 +246,7 @@ def shrunk_thresholds(
 
     fitted = {}
     for strength in strengths:
-        thresholds, chosen = np.full(taxonomy.num_nodes, common), np.zeros(u.shape, dtype=bool)
+        thresholds, chosen = np.full(taxonomy.num_nodes, common), np.zeros(u.shape, dtype=bool, order="F")
         for node in deepest_first:
             rows, forced = known[:, node], chosen[:, taxonomy.children(node)].any(axis=1)
             if math.isfinite(strength):
@@ -301,7 +281,7 @@ def fit_recall_thresholds(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray)
     """
     true = labels == 1
     sizes = true.sum(axis=1)
-    num_texts = np.count_nonzero(sizes)
+    num_texts = int(np.count_nonzero(sizes))  # Python's integers below have no limit
     rows, nodes = np.nonzero(true)
     probabilities = expit(u[rows, nodes].astype(np.float64))
     order = np.argsort(probabilities)
@@ -313,7 +293,7 @@ def fit_recall_thresholds(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray)
     for percent in range(1, 100):
         budget = ((100 - percent) * (num_texts + 1) - 100) * whole // 100
         thresholds.append(None if budget < 0 else round_down(probabilities[order[bisect_right(losses, budget)]]))
-    return thresholds, int(num_texts)
+    return thresholds, num_texts
 
 
 def round_down(probability: float) -> float:
