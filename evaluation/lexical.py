@@ -8,7 +8,7 @@ Worth knowing:
 3. A token's feature is its TF-IDF times its `spread_of_log_odds`. `benchmarks/studies/words.py` measures that factor.
 4. The classifier is flat: an inner node's probability is the sum of its leaves' probabilities. One classifier per decision, as
    in HiClass, was tried on OHSUMED and was less accurate, for parents too.
-6. With several labels a text, each node has a binary logistic regression over its open rows, see `MultiLabelLexicalClassifier`.
+5. With several labels a text, each node has a binary logistic regression over its open rows, see `MultiLabelLexicalClassifier`.
 """
 
 import logging
@@ -22,8 +22,8 @@ from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from evaluation.metrics import UNLABELLED
 from evaluation.multi_label import open_decisions
+from modeling_hierarchical import IGNORED_LABEL
 from taxonomy_hierarchical import Taxonomy
 from training.multi_label import open_counts, prior_log_odds
 
@@ -105,26 +105,6 @@ def spread_of_log_odds(present: csr_matrix, labels: np.ndarray) -> np.ndarray:
     return np.var(log_odds, axis=0)
 
 
-def fit_classifier(
-    taxonomy: Taxonomy, train: Dataset, vocab_size: int, wanted: bool | None = None
-) -> LexicalClassifier | None:
-    """Fit a classifier on the training rows; return None if it is not wanted or fewer than two leaves have rows.
-
-    By default it is wanted if it has at most `MAX_WEIGHTS` weights.
-    """
-    if wanted is False:
-        return None
-    if wanted is None and vocab_size * taxonomy.num_leaves > MAX_WEIGHTS:
-        size = f"{vocab_size:,} tokens times {taxonomy.num_leaves:,} leaves"
-        logger.info("no lexical head: it would have %s weights; --lexical_head true", size)
-        return None
-    labels = np.array(train["labels"])
-    if len(np.unique(labels[labels < taxonomy.num_leaves])) < 2:
-        logger.info("no lexical head: fewer than two leaves have training rows")
-        return None
-    return LexicalClassifier(taxonomy, token_counts(train, vocab_size), labels)
-
-
 class MultiLabelLexicalClassifier(LexicalClassifier):
     """One logistic regression per node over TF-IDF, for texts with several labels.
 
@@ -132,7 +112,6 @@ class MultiLabelLexicalClassifier(LexicalClassifier):
     in these rows are subtracted, because the encoder's head starts from them. Added to it, they would count twice.
 
     Attributes:
-        idf: (V,), as for `LexicalClassifier`.
         weight, bias: (num_nodes, V) and (num_nodes,); 0 for a node whose open rows do not hold both labels.
     """
 
@@ -143,13 +122,13 @@ class MultiLabelLexicalClassifier(LexicalClassifier):
             counts: (num_rows, V), from `token_counts`, of the training rows.
             labels: (num_rows, num_nodes): 1, 0 or -100. Rows without a known label do not count.
         """
-        is_known = (labels != UNLABELLED).any(axis=1)
+        is_known = (labels != IGNORED_LABEL).any(axis=1)
         counts, labels = counts[is_known], labels[is_known]
-        tfidf = TfidfTransformer(sublinear_tf=True).fit(counts)
-        common = np.asarray((counts > 0).sum(axis=0)).ravel() >= MIN_DOCUMENTS
-        self.idf = np.where(common, tfidf.idf_ * spread_of_node_log_odds(counts > 0, labels), 0.0)
+        self.tfidf = TfidfTransformer(sublinear_tf=True).fit(counts)
+        common = (counts > 0).sum(axis=0).A1 >= MIN_DOCUMENTS
+        self.tfidf.idf_ = np.where(common, self.tfidf.idf_ * spread_of_node_log_odds(counts > 0, labels), 0.0)
         self.weight, self.bias = np.zeros((taxonomy.num_nodes, counts.shape[1])), np.zeros(taxonomy.num_nodes)
-        documents = self.documents(counts)
+        documents = self.tfidf.transform(counts)
         is_open, priors = open_decisions(taxonomy, labels), prior_log_odds(taxonomy, labels)
         for node in range(taxonomy.num_nodes):
             rows = is_open[:, node]
@@ -180,20 +159,29 @@ def spread_of_node_log_odds(present: csr_matrix, labels: np.ndarray) -> np.ndarr
     return np.var(log_shares[0] - log_shares[1], axis=0)
 
 
-def fit_multi_label_classifier(
-    taxonomy: Taxonomy, train: Dataset, vocab_size: int
-) -> MultiLabelLexicalClassifier | None:
-    """Fit a lexical classifier on the training rows.
+def fit_classifier(
+    taxonomy: Taxonomy, train: Dataset, vocab_size: int, wanted: bool | None = None
+) -> LexicalClassifier | None:
+    """Fit a classifier on the training rows; return None if it is not wanted, or there is nothing to tell apart.
 
-    Args:
-        train: rows with ``input_ids`` and ``labels``, num_nodes numbers each.
-
-    Returns:
-        None, with a log line, if no node has both labels in its open rows.
+    By default it is wanted if it has at most `MAX_WEIGHTS` weights.
     """
-    labels = np.array(train.with_format("numpy")["labels"][:])
-    positive, total = open_counts(taxonomy, labels)
-    if not ((positive > 0) & (positive < total)).any():
-        logger.info("no lexical head: no node has training rows with and without it")
+    if wanted is False:
         return None
-    return MultiLabelLexicalClassifier(taxonomy, token_counts(train, vocab_size), labels)
+    labels = np.array(train.with_format("numpy")["labels"][:])
+    multi_label = labels.ndim == 2
+    num_classes = taxonomy.num_nodes if multi_label else taxonomy.num_leaves
+    if wanted is None and vocab_size * num_classes > MAX_WEIGHTS:
+        size = f"{vocab_size:,} tokens times {num_classes:,} classes"
+        logger.info("no lexical head: it would have %s weights; --lexical_head true", size)
+        return None
+    if multi_label:
+        positive, total = open_counts(taxonomy, labels)
+        can_learn = ((positive > 0) & (positive < total)).any()
+    else:
+        can_learn = len(np.unique(labels[labels < taxonomy.num_leaves])) >= 2
+    if not can_learn:
+        logger.info("no lexical head: the training rows do not tell any two classes apart")
+        return None
+    classifier = MultiLabelLexicalClassifier if multi_label else LexicalClassifier
+    return classifier(taxonomy, token_counts(train, vocab_size), labels)

@@ -14,9 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.calibration import CalibrationDisplay
-from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
+from sklearn.metrics import ConfusionMatrixDisplay, PrecisionRecallDisplay, confusion_matrix
 
 from evaluation.metrics import BINS, calibration_bins, expected_calibration_error, predicted_probabilities
+from evaluation.multi_label import likely_pairs
+from modeling_hierarchical import IGNORED_LABEL
 from taxonomy_hierarchical import Taxonomy
 
 CURVES = {  # panel: {key of the log: name}
@@ -26,6 +28,8 @@ CURVES = {  # panel: {key of the log: name}
         "eval_macro_f1": "macro F1",
         "eval_weighted_f1": "weighted F1",
         "eval_hierarchical_f1": "hierarchical F1",
+        "eval_micro_f1": "micro F1",
+        "eval_mean_average_precision": "mean average precision",
     },
     "Learning rate": {"learning_rate": "learning rate"},
 }
@@ -112,6 +116,59 @@ def _confusion_matrix(taxonomy: Taxonomy, level: int, true: np.ndarray, predicte
     return figure
 
 
+def f1_by_frequency(per_class: list[dict]) -> Figure | None:
+    """Draw each class's F1 over its number of documents; return None without any.
+
+    Args:
+        per_class: rows with ``support``, ``f1`` and ``f1_interval``, as in metrics.json. Classes without documents are left
+            out.
+    """
+    rows = [row for row in per_class if row["support"]]
+    if not rows:
+        return None
+    support, f1 = (np.array([row[key] for row in rows]) for key in ("support", "f1"))
+    ends = np.array([row["f1_interval"] or (row["f1"], row["f1"]) for row in rows]).T
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.errorbar(support, f1, np.abs(ends - f1), fmt=".", ecolor="lightgray", markersize=9)
+    axes.set(xscale="log", xlabel="Documents of the class", ylabel="F1, with 95 % intervals", ylim=(-0.02, 1.02))
+    _grid(axes)
+    figure.suptitle(f"F1 by frequency: {len(rows)} classes")
+    return figure
+
+
+def precision_and_recall(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> Figure | None:
+    """Draw precision over recall, over all thresholds, for the pairs of document and node of each level.
+
+    Args:
+        logits, labels: (num_documents, num_nodes): marginal logits, and 1, 0 or -100.
+    """
+    levels, figure = np.array(taxonomy.levels), Figure(figsize=(6.5, 6), layout="constrained")
+    axes = figure.subplots()
+    drawn = False
+    for level in range(1, taxonomy.depth + 1):
+        pairs = (labels != IGNORED_LABEL) & (levels == level)
+        if (labels[pairs] == 1).any():
+            name, drawn = f"level {level}", True
+            PrecisionRecallDisplay.from_predictions(labels[pairs] == 1, logits[pairs], name=name, ax=axes)
+    if not drawn:
+        return None
+    axes.set(xlabel="Recall", ylabel="Precision", xlim=(0, 1.02), ylim=(0, 1.02))
+    _grid(axes)
+    figure.suptitle("Precision and recall over all thresholds")
+    return figure
+
+
+def pair_reliability_diagram(logits: np.ndarray, labels: np.ndarray) -> Figure | None:
+    """Draw the reliability diagram of pairs of document and node with a probability of at least 0.1.
+
+    Args:
+        logits, labels: (num_documents, num_nodes): marginal logits, and 1, 0 or -100.
+    """
+    probabilities, correct = likely_pairs(logits, labels)
+    return _reliability(probabilities, correct, "Pairs of document and node", "Share of correct pairs")
+
+
 def reliability_diagram(logits: np.ndarray, labels: np.ndarray) -> Figure | None:
     """Draw accuracy against confidence, over the number of documents at each confidence.
 
@@ -122,19 +179,26 @@ def reliability_diagram(logits: np.ndarray, labels: np.ndarray) -> Figure | None
     """
     if (labels >= logits.shape[1]).any():
         return None
-    bins = calibration_bins(predicted_probabilities(logits), logits.argmax(axis=1) == labels)
+    return _reliability(predicted_probabilities(logits), logits.argmax(axis=1) == labels, "Documents", "Accuracy")
+
+
+def _reliability(probabilities: np.ndarray, correct: np.ndarray, counted: str, share: str) -> Figure | None:
+    """Draw the share of correct predictions over their probability, and the number of predictions."""
+    if not len(probabilities):
+        return None
+    bins = calibration_bins(probabilities, correct)
     means = bins.div(bins["count"], axis=0)
     figure = Figure(figsize=(7, 8), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     CalibrationDisplay(means["correct"], means["confidence"], None).plot(ax=upper, name="this model")
-    upper.set(xlabel=None, ylabel="Accuracy", xlim=(0, 1), ylim=(0, 1.02))
+    upper.set(xlabel=None, ylabel=share, xlim=(0, 1), ylim=(0, 1.02))
     lower.bar((bins.index + 0.5) / BINS, bins["count"], width=1 / BINS, edgecolor="white")
-    lower.set(xlabel="Confidence (probability of the predicted class)", ylabel="Documents")
+    lower.set(xlabel="Confidence (probability of the predicted class)", ylabel=counted)
     lower.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=4, min_n_ticks=1))
     _grid(upper)
     _grid(lower)
     title = f"Reliability diagram: expected calibration error {expected_calibration_error(bins):.3f}"
-    figure.suptitle(f"{title}\n{len(labels):,} documents, {BINS} bins of equal width")
+    figure.suptitle(f"{title}\n{len(correct):,} {counted.lower()}, {BINS} bins of equal width")
     return figure
 
 

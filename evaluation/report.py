@@ -10,6 +10,8 @@ Worth knowing:
    (`benchmarks/studies/selection.py`).
 4. Logits follow the order of the scored rows, which are sorted by length. The column ``row`` gives their place in the source.
 
+With several labels a text, `evaluation.multi_label_report` has the functions from `calibrate_model` on.
+
 In this file ``splits`` holds tokenized rows, and ``logits`` the leaf logits of each scored split: (num_rows, num_leaves).
 """
 
@@ -21,6 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from datasets import Dataset, DatasetDict
+from torch import nn
 from transformers import AutoModel, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from errors import refusing
@@ -28,11 +31,11 @@ from evaluation import plots
 from evaluation.calibration import Calibration, conformal_scores, fit_calibration, fit_thresholds, held_out
 from evaluation.lexical import LexicalClassifier, token_counts
 from evaluation.metrics import any_label_accuracy, build_compute_metrics, per_class_report, predicted_probabilities
+from evaluation.multi_label import build_multi_label_metrics
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from publishing.card import PREFIXES
 from taxonomy_hierarchical import Taxonomy
-from training.arguments import HierarchicalTrainingArguments
-from training.losses import HierarchicalFocalLoss
+from training.arguments import ComputeMetrics, HierarchicalTrainingArguments
 from training.trainer import HierarchicalTrainer
 from training.views import build_collator
 
@@ -51,9 +54,8 @@ AS_SERVED: dict[str, Any] = {  # arguments of a Trainer that only scores
 def served_trainer(
     folder: str,
     training: HierarchicalTrainingArguments,
-    taxonomy: Taxonomy,
     tokenizer: PreTrainedTokenizerBase,
-    loss_function: HierarchicalFocalLoss | None = None,
+    loss_function: nn.Module | None = None,
 ) -> HierarchicalTrainer:
     """Build a Trainer that scores a checkpoint as a user loads it: by `AutoModel`, in full precision, without autocast."""
     with refusing(f"cannot load the checkpoint {folder}"):
@@ -63,22 +65,49 @@ def served_trainer(
         args=dataclasses.replace(training, **AS_SERVED),
         processing_class=tokenizer,
         data_collator=build_collator(tokenizer),
-        compute_metrics=build_compute_metrics(taxonomy),
+        compute_metrics=build_metrics(model.config.tree, model.config.is_multi_label, model.config.node_thresholds),
         loss_function=loss_function,
     )
 
 
+def build_metrics(taxonomy: Taxonomy, multi_label: bool, thresholds: list[float] | None = None) -> ComputeMetrics:
+    """Build the Trainer's ``compute_metrics``.
+
+    Args:
+        thresholds: with several labels a text, of the nodes.
+    """
+    if multi_label:
+        return build_multi_label_metrics(taxonomy, None if thresholds is None else np.array(thresholds))
+    return build_compute_metrics(taxonomy)
+
+
 def score_splits(
-    trainer: HierarchicalTrainer, splits: DatasetDict, training: HierarchicalTrainingArguments
+    trainer: HierarchicalTrainer,
+    splits: DatasetDict,
+    training: HierarchicalTrainingArguments,
+    for_calibration: bool = False,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Score the validation rows (metrics ``eval_…``) and test rows (``test_…``); also return the logits."""
+    """Score the validation rows (metrics ``eval_…``) and test rows (``test_…``); also return the logits.
+
+    Args:
+        for_calibration: with several labels a text, return the decision logits, which a calibration is fitted to.
+    """
+    config = trainer.model.config
+    ignored = [
+        key for key in config.keys_to_ignore_at_inference if key != "decision_logits" or not config.is_multi_label
+    ]
     metrics: dict[str, float] = {}
     logits: dict[str, np.ndarray] = {}
     for split, requested in (("validation", training.do_eval), ("test", training.do_predict)):
         if split in splits and requested is not False:
-            output = trainer.predict(splits[split], metric_key_prefix=PREFIXES[split])
-            logits[split] = output.predictions
-            metrics |= output.metrics | any_label_scores(split, output.predictions, splits[split])
+            output = trainer.predict(splits[split], ignored, metric_key_prefix=PREFIXES[split])
+            metrics |= output.metrics
+            if config.is_multi_label:
+                marginals, decisions = output.predictions
+                logits[split] = decisions if for_calibration else marginals
+            else:
+                logits[split] = output.predictions
+                metrics |= any_label_scores(split, output.predictions, splits[split])
     return metrics, logits
 
 
@@ -156,21 +185,25 @@ def shown_split(logits: dict[str, np.ndarray], splits: DatasetDict) -> tuple[str
     return split, logits[split], np.array(splits[split]["labels"])
 
 
-def leaf_scores(taxonomy: Taxonomy, logits: dict[str, np.ndarray], splits: DatasetDict) -> dict[str, Any]:
+def class_scores(
+    model: HierarchicalForSequenceClassification, logits: dict[str, np.ndarray], splits: DatasetDict
+) -> dict[str, Any]:
     """Compute scores of each leaf and 95 % intervals for metrics.json, on the split of `shown_split`."""
     if not logits:
         return {}
     split, *scored = shown_split(logits, splits)
-    rows, intervals = per_class_report(taxonomy, *scored)
+    rows, intervals = per_class_report(model.config.tree, *scored)
     prefixed = {f"{PREFIXES[split]}_{name}": ends for name, ends in intervals.items()}
     return {"per_class": rows, "intervals": prefixed} if rows else {}
 
 
-def draw_plots(taxonomy: Taxonomy, logits: dict[str, np.ndarray], splits: DatasetDict, folder: Path) -> None:
+def draw_plots(
+    model: HierarchicalForSequenceClassification, logits: dict[str, np.ndarray], splits: DatasetDict, folder: Path
+) -> None:
     """Draw the confusion matrices and the reliability diagram of the split of `shown_split`."""
     if logits:
         _, *scored = shown_split(logits, splits)
-        for level, figure in plots.confusion_matrices(taxonomy, *scored).items():
+        for level, figure in plots.confusion_matrices(model.config.tree, *scored).items():
             plots.write(figure, folder / f"confusion_matrix_level_{level}.png")
         draw_reliability(logits, splits, folder / "reliability_diagram.png")
 
@@ -181,8 +214,11 @@ def draw_reliability(logits: dict[str, np.ndarray], splits: DatasetDict, file: P
     plots.write(plots.reliability_diagram(*scored), file)
 
 
-def write_predictions(taxonomy: Taxonomy, logits: dict[str, np.ndarray], splits: DatasetDict, folder: Path) -> None:
+def write_predictions(
+    model: HierarchicalForSequenceClassification, logits: dict[str, np.ndarray], splits: DatasetDict, folder: Path
+) -> None:
     """Write ``<split>_predictions.csv``: each scored row's number in its source, label, prediction and probability."""
+    taxonomy = model.config.tree
     for split, scores in logits.items():
         columns = {
             "row": splits[split]["row"],
