@@ -39,7 +39,6 @@ from training.model import (
     build_model,
     fetch_checkpoint,
     is_checkpoint,
-    limit_length,
     load_tokenizer,
     log_setup,
     read_config,
@@ -67,9 +66,9 @@ def main(argv: list[str]) -> None:
     source = arguments.model.model_name_or_path
     stored_taxonomy = read_config(source).tree if is_checkpoint(source) else None
     resume.check_output_folder(training, source)
-    resume_from = (
-        resume.find_checkpoint(training.resume_from_checkpoint, training.output_dir) if training.do_train else None
-    )
+    resume_from = None
+    if training.do_train:
+        resume_from = resume.find_checkpoint(training.resume_from_checkpoint, training.output_dir)
 
     # ── Data: read, check, split ─────────────────────────────────────────────────────────────────────────────────────
     trained_texts = resume.read_earlier_texts(source, resume_from)
@@ -92,38 +91,36 @@ def train(arguments: Arguments, data: LabelledSplits, trained_texts: TrainedText
     """Train, measure and publish a model. All files go to ``--output_dir``."""
     training = arguments.training
     check_against_data(arguments, data, build_compute_metrics(data.taxonomy))
-    heads_init = None
-    if resume_from is not None:
-        heads_init = resume.check_resumed_data(resume_from, data.taxonomy, data.report)
+    heads_init = resume.check_resumed_data(resume_from, data.taxonomy, data.report) if resume_from else None
 
     # ── Model: encoder, adapter, heads, tokenizer ────────────────────────────────────────────────────────────────────
     model = build_model(arguments.model, data.taxonomy, training.seed)
-    if resume_from is not None:
+    if resume_from:
         resume.check_model(resume_from, model)
     if training.push_to_hub:
         check_hub(training, model)
     tokenizer = load_tokenizer(arguments.model, model)
-    tokenizer.model_max_length = max_length = limit_length(arguments.data.max_length, tokenizer)
-    splits = tokenize_splits(data, tokenizer, max_length, sentences=arguments.loss.consistency > 0)
+    splits = tokenize_splits(data, tokenizer, arguments.data.max_length, sentences=arguments.loss.consistency > 0)
 
-    # ── Fit ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── Run: folder, trainer, settings, initial heads ────────────────────────────────────────────────────────────────
     output = Path(training.output_dir)
     if training.should_save:
         make_folder(output)
     trainer = build_trainer(arguments, data, splits, model, tokenizer)
-    settings = run_settings(arguments, model, max_length)
+    settings = run_settings(arguments, model, tokenizer.model_max_length)
     metrics: dict[str, Any] = {}  # until the end, when the card is written again
     trainer.write_card = functools.partial(write_card, trainer, settings, data.report, metrics)
     size = size_report(model)
     log_setup(arguments.model, training, size)
-    resume.start_run(
-        trainer, arguments.model.model_name_or_path, trained_texts, data.splits["train"]["text"], resume_from
-    )
+    source, texts = arguments.model.model_name_or_path, data.splits["train"]["text"]
+    resume.start_run(trainer, source, trained_texts, texts, resume_from)
     if resume_from is None:
         heads_init = initialise_heads(trainer, splits["train"], arguments.model)
     settings["heads_init"] = data.report["heads_init"] = heads_init
     if training.should_save:
         write_json(output / "data_report.json", data.report)
+
+    # ── Fit ──────────────────────────────────────────────────────────────────────────────────────────────────────────
     if training.device.type == "cpu" and arguments.model.tuning == "full":
         keep_memory(*KEPT_MEMORY)
     result = trainer.train(resume_from_checkpoint=resume_from)
@@ -134,14 +131,11 @@ def train(arguments: Arguments, data: LabelledSplits, trained_texts: TrainedText
     metrics |= result.metrics | run_facts(arguments, size, data.report)
     scores, logits = measure(arguments, data, splits, trainer, model, metrics)
     metrics |= scores | report.leaf_scores(data.taxonomy, logits, splits)
-    if training.should_save:
-        write_json(output / "metrics.json", metrics)
-        plots.write(plots.training_curves(trainer.state.log_history), output / "plots" / "training_curves.png")
-        report.draw_plots(data.taxonomy, logits, splits, output / "plots")
-        report.write_predictions(data, logits, splits, output)
 
-    # ── Publish: model card and Hub ──────────────────────────────────────────────────────────────────────────────────
+    # ── Publish: files, model card, Hub ──────────────────────────────────────────────────────────────────────────────
     if training.should_save:
+        write_files(output, metrics, data, logits, splits)
+        plots.write(plots.training_curves(trainer.state.log_history), output / "plots" / "training_curves.png")
         trainer.write_card(output)
         logger.info("checkpoint, metrics and plots are in %s", output)
     report.log_metrics(scores)
@@ -191,11 +185,8 @@ def measure(
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Score the checkpoint that was just saved; calibrate it on the validation rows and save it again.
 
-    Args:
-        metrics: of the run. With a quantized encoder, the scores of the model as trained are added here.
-
-    Returns:
-        Scores, and the leaf logits of each split after calibration.
+    Adds the scores of the quantized model, as trained, to ``metrics``. Returns the calibrated scores, and the leaf logits
+    of each split.
     """
     training, taxonomy = arguments.training, data.taxonomy
     if arguments.model.quantization != "none":
@@ -208,9 +199,8 @@ def measure(
         logger.info("no validation rows were scored: no lexical head, and the model's probabilities are not calibrated")
         return scores, logits
     if training.should_save:
-        report.draw_reliability(
-            logits, splits, Path(training.output_dir) / "plots" / "reliability_diagram_uncalibrated.png"
-        )
+        uncalibrated = Path(training.output_dir) / "plots" / "reliability_diagram_uncalibrated.png"
+        report.draw_reliability(logits, splits, uncalibrated)
     vocab_size = model.config.text_config.vocab_size
     classifier = report.lexical_classifier(arguments.model, taxonomy, splits["train"], vocab_size)
     calibrated, logits = report.calibrate_model(
@@ -226,29 +216,32 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
     training, source = arguments.training, arguments.model.model_name_or_path
     if not set(data.splits) & {"validation", "test"}:
         left_out = sum(count for split, count in data.report["trained_before"]["rows"].items() if split != "train")
+        problem = "give --validation_file or --test_file; of one file, give the whole file as --test_file"
         if left_out:
-            raise InputError(
-                f"nothing to score: the checkpoint was trained on the texts of all {left_out:,} rows; give other rows"
-            )
-        raise InputError(
-            "nothing to score: give --validation_file or --test_file; of one file, give the whole file as --test_file"
-        )
+            problem = f"the checkpoint was trained on the texts of all {left_out:,} rows; give other rows"
+        raise InputError(f"nothing to score: {problem}")
     with refusing(f"cannot load the tokenizer of {source}"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=True)
-    splits = tokenize_splits(data, tokenizer, limit_length(arguments.data.max_length, tokenizer))
-    metrics, logits = report.score_splits(
-        report.served_trainer(training, data.taxonomy, tokenizer, None, source), splits, training
-    )
+    splits = tokenize_splits(data, tokenizer, arguments.data.max_length)
+    served = report.served_trainer(training, data.taxonomy, tokenizer, None, source)
+    metrics, logits = report.score_splits(served, splits, training)
     if training.should_save:
         output = Path(training.output_dir)
         make_folder(output)
         resume.delete_measured(output)
-        write_json(output / "metrics.json", metrics | report.leaf_scores(data.taxonomy, logits, splits))
         write_json(output / "data_report.json", data.report)
-        report.draw_plots(data.taxonomy, logits, splits, output / "plots")
-        report.write_predictions(data, logits, splits, output)
+        write_files(output, metrics | report.leaf_scores(data.taxonomy, logits, splits), data, logits, splits)
         logger.info("metrics and plots are in %s", output)
     report.log_metrics(metrics)
+
+
+def write_files(
+    output: Path, metrics: dict[str, Any], data: LabelledSplits, logits: dict[str, np.ndarray], splits: DatasetDict
+) -> None:
+    """Write metrics.json, plots and predictions."""
+    write_json(output / "metrics.json", metrics)
+    report.draw_plots(data.taxonomy, logits, splits, output / "plots")
+    report.write_predictions(data, logits, splits, output)
 
 
 def set_up_logging(training: HierarchicalTrainingArguments) -> None:
@@ -280,13 +273,13 @@ def failure(error: Exception) -> str | None:
 
 
 if __name__ == "__main__":
-    said, trace = None, ""
+    message = None
     try:
         main(sys.argv[1:])
     except Exception as error:
-        said, trace = failure(error), asked_traceback()
-        if said is None:
+        message, trace = failure(error), asked_traceback()
+        if message is None:
             raise
-    if said is not None:
+    if message is not None:
         gc.collect()  # the run, and its progress bars with it, which write once more
-        exit_with_error("train.py", said, trace=trace)
+        exit_with_error("train.py", message, trace=trace)

@@ -1,7 +1,6 @@
-"""Let glibc's malloc keep freed memory.
+"""Let glibc's malloc keep freed memory, since fetching it again from the system, page by page, takes time.
 
-By default it returns larger blocks to the system, and fetching them again, page by page, takes time. On other systems these
-functions do nothing.
+On other systems these functions do nothing.
 """
 
 import ctypes

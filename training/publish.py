@@ -41,21 +41,18 @@ def run_settings(arguments: Arguments, model: HierarchicalForSequenceClassificat
 
 
 def run_facts(arguments: Arguments, size: dict[str, int | float], data_report: dict[str, Any]) -> dict[str, Any]:
-    """Return facts of a run for metrics.json: precision, sizes, versions, commit, hashes of the data.
-
-    Args:
-        size: from `training.model.size_report`.
-    """
+    """Return facts of a run for metrics.json: precision, sizes, versions, commit, hashes of the data."""
+    environment = describe_environment(arguments.training.device) | {
+        "commit": source_commit(),
+        "data": {
+            source["split"]: source["sha256"] for source in data_report["sources"]
+        },  # without paths: it is published
+    }
     return {
         "train_precision": arguments.training.precision,
         "train_quantization": arguments.model.quantization,
         **size,
-        "environment": {
-            **describe_environment(arguments.training.device),
-            "commit": source_commit(),
-            # without paths, since metrics.json is published
-            "data": {source["split"]: source["sha256"] for source in data_report["sources"]},
-        },
+        "environment": environment,
     }
 
 
@@ -80,30 +77,17 @@ def write_card(
 
 
 def check_hub(training: HierarchicalTrainingArguments, model: HierarchicalForSequenceClassification) -> None:
-    """Check before training that the run can be published.
-
-    Raises:
-        InputError: the encoder is a local folder, or the Hub repository cannot be written to.
-    """
+    """Raise InputError before training if the encoder is a local folder, or the repository cannot be written to."""
     if model.has_adapter:
         refuse_local_encoder(model.config, "train without --push_to_hub, then run push_to_hub.py --merge")
     api = HfApi(token=training.hub_token)
-    find_target(
-        api,
-        log_in(api),
-        "--hub_model_id",
-        training.hub_model_id or Path(training.output_dir).resolve().name,
-        revision=training.hub_revision,
-        private=bool(training.hub_private_repo),
-    )
+    name = training.hub_model_id or Path(training.output_dir).resolve().name
+    private = bool(training.hub_private_repo)
+    find_target(api, log_in(api), "--hub_model_id", name, revision=training.hub_revision, private=private)
 
 
 def push(trainer: HierarchicalTrainer) -> None:
-    """Push the finished run to the Hub.
-
-    Raises:
-        InputError: the upload failed. The message gives the command that repeats it.
-    """
+    """Push the finished run to the Hub, or raise InputError with the command that repeats the upload."""
     try:
         trainer.push_to_hub()
     except HUB_ERRORS as error:

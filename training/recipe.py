@@ -4,13 +4,14 @@ Worth knowing:
 
 1. The words of a recipe are parsed before those of the command line. Both are checked alike, and a flag overrides its
    key. argparse's ``set_defaults`` would neither check the choices of a default nor convert the items of a list.
-2. Values stay as they are written: codes such as ``007``, ``1.10`` and ``no`` are texts.
+2. Values stay as they are written: codes such as ``007``, ``1.10`` and ``no`` are texts. Flags that take a mapping of
+   settings convert numbers and booleans.
 3. A data source on the command line replaces the data source of the recipe.
 """
 
 import difflib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import yaml
@@ -47,7 +48,13 @@ def replaced_sources(words: list[str]) -> set[str]:
     return {name for source in SOURCES if used and source not in used for name in source}
 
 
-def recipe_words(path: str | Path, flags: Mapping[str, bool], left_out: Collection[str] = ()) -> list[str]:
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a hint at the known name that is most like a misspelt one."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else "train.py --help lists all flags"
+
+
+def recipe_words(path: str | Path, flags: Mapping[str, bool], left_out: Collection[str]) -> list[str]:
     """Convert a recipe to command-line words.
 
     Args:
@@ -55,25 +62,16 @@ def recipe_words(path: str | Path, flags: Mapping[str, bool], left_out: Collecti
         left_out: keys of the recipe to ignore.
 
     Raises:
-        InputError: the recipe cannot be read or is not a mapping; a key is unknown or repeated; a value is neither a
-            scalar nor a list of scalars nor a mapping.
+        InputError: the recipe cannot be read; a key is unknown or repeated; a value does not fit its flag.
     """
-    recipe, values_of = read_recipe(path)
     words: list[str] = []
-    seen: set[str] = set()
-    for key, value in recipe.items():
-        name = str(key).replace("-", "_")
-        if name in seen:
-            raise InputError(f"the recipe {path} has {quote_name(key)} twice, once with another spelling")
-        seen.add(name)
+    for key, value in read_recipe(path).items():
         if key not in flags:
-            near = difflib.get_close_matches(str(key), flags, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "; its keys are flags of train.py, see --help"
-            raise InputError(f"the recipe {path} has an unknown key {quote_name(key)}{hint}")
+            raise InputError(f"the recipe {path} has an unknown key {quote_name(key)}; {nearest(str(key), flags)}")
         if value is None or key in left_out:
             continue
         if isinstance(value, dict):
-            value = json.dumps(value if name == "class_names" else values_of[key], default=str)
+            value = json.dumps(value)
         values = value if isinstance(value, list) else [value]
         if isinstance(value, list) and not flags[key]:
             raise InputError(f"the recipe {path}: {key} takes one value, not a list of {len(value)}")
@@ -83,15 +81,10 @@ def recipe_words(path: str | Path, flags: Mapping[str, bool], left_out: Collecti
     return words
 
 
-def read_recipe(path: str | Path) -> tuple[dict, dict]:
-    """Read a recipe twice: with scalars as texts, and with YAML's numbers and booleans for mappings of settings.
-
-    Raises:
-        InputError: the file cannot be read, or is not a YAML mapping.
-    """
+def read_recipe(path: str | Path) -> dict:
+    """Read a YAML mapping, with all scalars as texts."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        recipe, values_of = yaml.load(text, RecipeLoader), yaml.load(text, yaml.SafeLoader)
+        recipe = yaml.load(Path(path).read_text(encoding="utf-8-sig"), RecipeLoader)
     except OSError as error:
         raise InputError(f"cannot read the recipe {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -102,4 +95,4 @@ def read_recipe(path: str | Path) -> tuple[dict, dict]:
         raise InputError(f"the recipe {path} is nested too deeply: it must be a mapping of flags to values") from error
     if not isinstance(recipe, dict):
         raise InputError(f"the recipe {path} must be a mapping of flags to values")
-    return recipe, values_of
+    return recipe
