@@ -428,9 +428,9 @@ def test_a_hub_that_cannot_be_reached_is_one_line():
 import json
 from errors import InputError
 from training.arguments import ModelArguments
-from training.model import pinned_revision
+from training.model import fetch_model
 try:
-    pinned_revision(ModelArguments(model_name_or_path="someone/encoder"))
+    fetch_model(ModelArguments(model_name_or_path="someone/encoder"))
 except InputError as error:
     print(json.dumps(str(error)))
 """
@@ -438,8 +438,8 @@ except InputError as error:
         closed.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{closed.getsockname()[1]}"
         message = stranger(code, ROOT, {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0"})
-    assert message.startswith("cannot find the encoder someone/encoder on the Hub: ")
-    assert "refused" in message
+    assert message.startswith("cannot find the model someone/encoder on the Hub: ")
+    assert "connection" in message
 
 
 def test_publishing(place):

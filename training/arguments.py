@@ -11,9 +11,9 @@ import inspect
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -25,13 +25,11 @@ from configuration_hierarchical import DEFAULT_ENCODER, DEFAULT_ENCODER_REVISION
 from errors import InputError, is_fault, one_line
 from taxonomy_hierarchical import Taxonomy
 from training.precision import has_bf16
-from training.recipe import nearest, recipe_words, replaced_sources
-
-if TYPE_CHECKING:
-    from training.splits import LabelledSplits
+from training.recipe import insert_recipe, nearest
 
 logger = logging.getLogger(__name__)
 
+ComputeMetrics = Callable[[EvalPrediction], dict[str, float]]
 FEW_ROWS = 32  # training rows a class, on average, below which heads are initialised from the class names
 
 
@@ -197,11 +195,7 @@ NO_USE = {
 
 
 def parse(argv: list[str]) -> Arguments:
-    """Parse ``[recipe.yaml] [--flag value …]``.
-
-    Raises:
-        InputError: a flag is unknown, a value is invalid, or flags contradict each other.
-    """
+    """Parse ``[recipe.yaml] [--flag value …]``, or raise InputError."""
     # ── Parser: a bare switch means true, an error is one line ───────────────────────────────────────────────────────
     classes, usage = [*Arguments.__annotations__.values()], "train.py [recipe.yaml] [--flag value ...]"
     parser = HfArgumentParser(classes, prog="train.py", usage=usage, allow_abbrev=False)
@@ -213,7 +207,7 @@ def parse(argv: list[str]) -> Arguments:
     # ── Words: flags after the recipe override it ────────────────────────────────────────────────────────────────────
     if argv and not argv[0].startswith("-"):
         flags = {action.dest: action.nargs in ("+", "*") for action in parser._actions}
-        argv = recipe_words(argv[0], flags, replaced_sources(argv)) + argv[1:]
+        argv = insert_recipe(argv, flags)
     for word in argv:
         name = word.split("=")[0]
         if word.startswith("--") and name not in parser._option_string_actions:
@@ -297,32 +291,26 @@ def check_values(arguments: Arguments) -> None:
 
 
 def check_against_data(
-    arguments: Arguments, data: "LabelledSplits", compute_metrics: Callable[[EvalPrediction], dict[str, float]]
+    arguments: Arguments, taxonomy: Taxonomy, splits: Mapping[str, Any], compute_metrics: ComputeMetrics
 ) -> None:
-    """Check flags against the data. Without validation rows, turn off evaluation during training.
-
-    Raises:
-        InputError: there are no training rows, no evaluation selects the best checkpoint, or all level weights are 0.
-    """
-    training, weights, depth = arguments.training, arguments.loss.level_weights, data.taxonomy.depth
-    if "train" not in data.splits:
+    """Raise InputError if flags do not fit the data. Without validation rows, turn off evaluation during training."""
+    training, weights = arguments.training, arguments.loss.level_weights
+    if "train" not in splits:
         raise InputError("no training rows: give --train_file, --data_path or --dataset_name, or --do_train false")
-    if not any(weights[:depth]):
+    if not any(weights[: taxonomy.depth]):
         shown = " ".join(map(str, weights))
-        raise InputError(f"--level_weights {shown}: all levels have weight 0, since the taxonomy has only {depth}")
-    if "validation" not in data.splits:
+        raise InputError(f"--level_weights {shown}: all levels have weight 0, since there are only {taxonomy.depth}")
+    if "validation" not in splits:
         logger.info("no validation rows: early stopping is off, and the last weights are kept")
         training.eval_strategy, training.load_best_model_at_end, training.eval_on_start = "no", False, False
     if training.load_best_model_at_end:
         if training.eval_strategy == "no":
             raise InputError("--eval_strategy no selects no best checkpoint: also give --load_best_model_at_end false")
-        labels = np.unique(data.splits["validation"]["label"][:])
-        check_best_metric(training.metric_for_best_model, data.taxonomy, labels, compute_metrics)
+        labels = np.unique(splits["validation"]["label"][:])
+        check_best_metric(training.metric_for_best_model, taxonomy, labels, compute_metrics)
 
 
-def check_best_metric(
-    name: str, taxonomy: Taxonomy, labels: np.ndarray, compute_metrics: Callable[[EvalPrediction], dict[str, float]]
-) -> None:
+def check_best_metric(name: str, taxonomy: Taxonomy, labels: np.ndarray, compute_metrics: ComputeMetrics) -> None:
     """Raise InputError unless evaluation on rows with these labels measures a metric, and the metric ranks models."""
     # the set of metrics depends on the levels of the labels, and on whether some are leaves
     examples = {(label < taxonomy.num_leaves, taxonomy.levels[label]): label for label in labels.tolist() if label >= 0}

@@ -48,19 +48,17 @@ def speed_up(encoder: PreTrainedModel) -> None:
 
 
 def can_merge(layer: LoraLayer) -> bool:
-    """Return whether a layer is a plain LoRA, without dropout, over a 4-bit or a floating-point `nn.Linear`."""
-    base, name = layer.get_base_layer(), layer.active_adapters[0]
-    plain = isinstance(layer.lora_dropout[name], nn.Identity) and not layer.lora_variant and not layer.lora_bias[name]
-    return plain and (isinstance(base, Linear4bit) or type(base) is nn.Linear)
+    """Return whether a LoRA layer has no dropout, and is over a 4-bit or a floating-point `nn.Linear`."""
+    base = layer.get_base_layer()
+    return isinstance(layer.lora_dropout["default"], nn.Identity) and type(base) in (Linear4bit, nn.Linear)
 
 
 def merged_forward(self: LoraLayer, x: Tensor) -> Tensor:
     """Run an adapted layer, (…, in) to (…, out). PEFT's own forward runs if the adapter is disabled or merged."""
-    if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
+    if self.disable_adapters or self.merged:
         return type(self).forward(self, x)
-    name = self.active_adapters[0]
-    a, b = self.lora_A[name].weight, self.lora_B[name].weight
-    y = MergedLinear.apply(x.reshape(-1, x.shape[-1]), a, b, self.get_base_layer(), self.scaling[name])
+    a, b = self.lora_A["default"].weight, self.lora_B["default"].weight
+    y = MergedLinear.apply(x.reshape(-1, x.shape[-1]), a, b, self.get_base_layer(), self.scaling["default"])
     # the view is made here: Longformer changes it in place, and torch forbids that for a view that a Function returns
     return y.view(*x.shape[:-1], -1)
 

@@ -10,12 +10,9 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h, in by
 
 
 def keep_memory(threshold: int, kept: int, more: int = 2**17) -> None:
-    """Keep the memory that an operation frees for the next one.
+    """Keep at most ``kept`` bytes that an operation frees for the next one, in blocks of at most ``threshold`` bytes.
 
-    Args:
-        threshold: blocks of more bytes are returned as before.
-        kept: free bytes that are kept, at most.
-        more: bytes that are fetched beyond what is needed. Default: malloc's own.
+    ``more`` bytes are fetched beyond what is needed, by default as many as malloc does.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for parameter, value in ((M_MMAP_THRESHOLD, threshold), (M_TRIM_THRESHOLD, kept), (M_TOP_PAD, more)):

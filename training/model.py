@@ -9,13 +9,12 @@ Worth knowing:
 """
 
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from peft import LoraConfig, inject_adapter_in_model, prepare_model_for_kbit_training
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -41,16 +40,14 @@ HEAD_DROPOUT = 0.1  # of the pooled vector, in training
 def build_model(arguments: ModelArguments, taxonomy: Taxonomy, seed: int) -> HierarchicalForSequenceClassification:
     """Build a model that is ready to train. With LoRA the encoder is frozen, and only adapter and heads are trained.
 
-    Raises:
-        InputError: the encoder cannot be loaded, or a flag does not fit it.
+    Raises InputError if the encoder cannot be loaded, or a flag does not fit it.
     """
     torch.manual_seed(seed)
-    name = arguments.model_name_or_path
+    name, revision = arguments.model_name_or_path, arguments.model_revision
     if is_checkpoint(name):
         return continue_checkpoint(arguments, taxonomy)
 
     # ── Configuration ────────────────────────────────────────────────────────────────────────────────────────────────
-    revision = pinned_revision(arguments)
     with refusing(f"cannot load the encoder {name}"):
         # the default of trust_remote_code prompts at a terminal
         text_config = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
@@ -97,18 +94,14 @@ def build_model(arguments: ModelArguments, taxonomy: Taxonomy, seed: int) -> Hie
 def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> HierarchicalForSequenceClassification:
     """Load the model of a checkpoint for further training, with heads for ``taxonomy``.
 
-    Raises:
-        InputError: the checkpoint cannot be loaded, or was trained with another tuning or pooling.
+    Raises InputError if it cannot be loaded, or was trained with another tuning or pooling.
     """
     path = arguments.model_name_or_path
     config = read_config(path)
     tuning = "full" if config.adapter_subfolder is None else "lora"
-    for flag, value, stored in (
-        ("--tuning", arguments.tuning, tuning),
-        ("--pooling", arguments.pooling, config.pooling),
-    ):
-        if value != stored:
-            raise InputError(f"{path} was trained with {flag} {stored}; continue it the same way")
+    if (arguments.tuning, arguments.pooling) != (tuning, config.pooling):
+        trained = f"--tuning {tuning} --pooling {config.pooling}"
+        raise InputError(f"{path} was trained with {trained}; continue it the same way")
     if tuning == "lora":
         turn_off_dropout(config.text_config)
     # these were fitted to the earlier weights
@@ -120,9 +113,10 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
     model.set_lexical_head(None)
     if tuning == "lora":
         adapter = model.encoder.peft_config["default"]
-        settings = f"r = {adapter.r}, alpha = {adapter.lora_alpha}, dropout = {adapter.lora_dropout}"
-        targets = ", ".join(sorted(adapter.target_modules))
-        logger.info("the adapter keeps the checkpoint's settings: %s, target modules %s", settings, targets)
+        logger.info(
+            "the adapter keeps the checkpoint's settings: r = %s, alpha = %s, dropout = %s, target modules %s",
+            *(adapter.r, adapter.lora_alpha, adapter.lora_dropout, ", ".join(sorted(adapter.target_modules))),
+        )
         prepare_model_for_kbit_training(model.encoder, use_gradient_checkpointing=False)
         adapter.inference_mode = False
         for module in model.encoder.modules():
@@ -134,10 +128,7 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
 
 
 def change_taxonomy(model: HierarchicalForSequenceClassification, taxonomy: Taxonomy) -> None:
-    """Replace a model's heads by heads for another taxonomy.
-
-    A node whose path exists in the old taxonomy keeps its head. The other heads are initialised.
-    """
+    """Replace a model's heads by heads for another taxonomy. Nodes whose path the old taxonomy has keep theirs."""
     old, old_heads, config = model.config.tree, model.heads, model.config
     leaves = taxonomy.labels[: taxonomy.num_leaves]
     config.taxonomy, config.label_separator = taxonomy.to_nested(), taxonomy.separator
@@ -159,46 +150,28 @@ def change_taxonomy(model: HierarchicalForSequenceClassification, taxonomy: Taxo
 # ── Fetch and load ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def fetch_checkpoint(arguments: ModelArguments) -> None:
-    """Download a checkpoint of this project from the Hub, and point ``--model_name_or_path`` to its folder.
+def fetch_model(arguments: ModelArguments) -> None:
+    """Pin ``--model_revision`` to a commit of the Hub, and download the model if it is a checkpoint of this project.
 
-    All files come from one commit, that of ``--model_revision``. The name of a plain encoder is unchanged.
+    ``--model_name_or_path`` of a checkpoint becomes its folder.
 
-    Raises:
-        InputError: the checkpoint cannot be downloaded.
-    """
-    name = arguments.model_name_or_path
-    if Path(name).exists():
-        return
-    try:
-        config = Path(hf_hub_download(name, "config.json", revision=arguments.model_revision))
-    except (*HUB_ERRORS, ValueError):  # `build_model` reports the reason
-        return
-    if is_checkpoint(config.parent):
-        commit = config.parent.name
-        with refusing(f"cannot download the checkpoint {name} at {commit}"):
-            folder = snapshot_download(name, revision=commit, allow_patterns=list(MODEL_FILES))
-        logger.info("checkpoint: %s at %s", name, commit)
-        arguments.model_name_or_path, arguments.model_revision = folder, None
-
-
-def pinned_revision(arguments: ModelArguments) -> str | None:
-    """Return the commit of the encoder's revision, or None for a folder.
-
-    Raises:
-        InputError: the repository or revision is not on the Hub, or a folder is given with a revision.
+    Raises InputError if the Hub does not have the model, or a folder is given with a revision.
     """
     name, revision = arguments.model_name_or_path, arguments.model_revision
     if Path(name).is_dir():
         if revision is not None:
             raise InputError(f"--model_revision {revision} does not apply to the folder {name}")
-        return None
-    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
-        return revision
+        return
     try:
-        return HfApi().model_info(name, revision=revision).sha
+        config = Path(hf_hub_download(name, "config.json", revision=revision))
     except (*HUB_ERRORS, ValueError) as error:
-        raise InputError(f"cannot find the encoder {name} on the Hub: {one_line(error)}") from error
+        raise InputError(f"cannot find the model {name} on the Hub: {one_line(error)}") from error
+    arguments.model_revision = commit = config.parent.name
+    if is_checkpoint(config.parent):
+        with refusing(f"cannot download the checkpoint {name} at {commit}"):
+            folder = snapshot_download(name, revision=commit, allow_patterns=list(MODEL_FILES))
+        logger.info("checkpoint: %s at %s", name, commit)
+        arguments.model_name_or_path, arguments.model_revision = folder, None
 
 
 def load_arguments(arguments: ModelArguments) -> dict[str, Any]:
@@ -210,12 +183,8 @@ def load_arguments(arguments: ModelArguments) -> dict[str, Any]:
         return {"dtype": torch.float32}  # master weights; autocast converts them
     settings: dict[str, Any] = {"load_in_8bit": True}
     if arguments.quantization == "4bit":
-        settings = {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": torch.bfloat16,
-        }
+        settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        settings["bnb_4bit_compute_dtype"] = torch.bfloat16
         if parse_flag_from_env("ACCELERATE_USE_FSDP"):  # which needs all parameters in one floating-point type
             settings["bnb_4bit_quant_storage"] = torch.float32
     # quantization happens on the device
@@ -233,8 +202,7 @@ def turn_off_dropout(text_config: PretrainedConfig) -> None:
 def load_tokenizer(arguments: ModelArguments, model: HierarchicalForSequenceClassification) -> PreTrainedTokenizerBase:
     """Load the encoder's tokenizer, and limit ``model_max_length`` to the encoder's positions.
 
-    Raises:
-        InputError: the tokenizer cannot be loaded or is another encoder's, or the encoder has no position limit.
+    Raises InputError if it cannot be loaded or is another encoder's, or if the encoder has no position limit.
     """
     name = arguments.model_name_or_path
     continued = is_checkpoint(name)
@@ -257,32 +225,27 @@ def load_tokenizer(arguments: ModelArguments, model: HierarchicalForSequenceClas
 
 def size_report(model: HierarchicalForSequenceClassification) -> dict[str, int | float]:
     """Count all and trainable parameters, and the bytes of the encoder's weights, as stored and in float32."""
-
-    def count(parameter: nn.Parameter) -> int:
-        state = getattr(parameter, "quant_state", None)  # of 4-bit weights, two in a byte
-        return parameter.numel() if state is None else state.shape.numel()
-
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    total = sum(map(count, model.parameters()))
-    stored = model.encoder.state_dict()  # with the scales of quantized weights
+    encoder, heads = model.encoder, model.heads
+    adapter = sum(parameter.numel() for name, parameter in encoder.named_parameters() if "lora_" in name)
+    total = encoder.num_parameters() + sum(parameter.numel() for parameter in heads.parameters())
+    trainable = model.num_parameters(only_trainable=True)
+    stored = encoder.state_dict()  # with the scales of quantized weights
     return {
         "trainable_parameters": trainable,
         "all_parameters": total,
         "trainable_share": trainable / total,
         "encoder_bytes": sum(tensor.nbytes for name, tensor in stored.items() if "lora_" not in name),
-        "encoder_bytes_float32": 4
-        * sum(count(p) for name, p in model.encoder.named_parameters() if "lora_" not in name),
+        "encoder_bytes_float32": 4 * (encoder.num_parameters() - adapter),
     }
 
 
 def log_setup(arguments: ModelArguments, training: HierarchicalTrainingArguments, size: dict[str, int | float]) -> None:
     """Log device, precision, and the sizes of `size_report`."""
-    logger.info(
-        "device %s, precision %s, encoder %s, tuning %s", training.device, training.precision,
-        arguments.quantization if arguments.quantization != "none" else "not quantized", arguments.tuning,
-    )  # fmt: skip
-    logger.info(
-        "trainable: %s of %s parameters (%.2f %%); encoder: %.1f MB, %.1f MB in float32",
-        f"{size['trainable_parameters']:,}", f"{size['all_parameters']:,}", 100 * size["trainable_share"],
-        size["encoder_bytes"] / 1e6, size["encoder_bytes_float32"] / 1e6,
-    )  # fmt: skip
+    quantization = "not quantized" if arguments.quantization == "none" else arguments.quantization
+    setup = (training.device, training.precision, quantization, arguments.tuning)
+    logger.info("device %s, precision %s, encoder %s, tuning %s", *setup)
+    counts = (
+        f"{size['trainable_parameters']:,} of {size['all_parameters']:,} parameters ({size['trainable_share']:.2%})"
+    )
+    stored, in_float32 = (f"{size[name] / 1e6:.1f} MB" for name in ("encoder_bytes", "encoder_bytes_float32"))
+    logger.info("trainable: %s; encoder: %s, %s in float32", counts, stored, in_float32)

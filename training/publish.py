@@ -1,6 +1,5 @@
 """Collect the settings and facts of a run for its model card, and push its files to the Hub."""
 
-import dataclasses
 import logging
 import shutil
 import subprocess
@@ -25,8 +24,8 @@ logger = logging.getLogger(__name__)
 def run_settings(arguments: Arguments, model: HierarchicalForSequenceClassification, max_length: int) -> dict[str, Any]:
     """Return the settings of a run for its card. A continued adapter keeps its own rank, scale and dropout."""
     settings = {
-        **dataclasses.asdict(arguments.model),
-        **dataclasses.asdict(arguments.loss),
+        **vars(arguments.model),
+        **vars(arguments.loss),
         **{name: getattr(arguments.training, name) for name in card.TRAINING_SETTINGS},
         "max_length": max_length,
         "train_precision": arguments.training.precision,
@@ -42,17 +41,13 @@ def run_settings(arguments: Arguments, model: HierarchicalForSequenceClassificat
 
 def run_facts(arguments: Arguments, size: dict[str, int | float], data_report: dict[str, Any]) -> dict[str, Any]:
     """Return facts of a run for metrics.json: precision, sizes, versions, commit, hashes of the data."""
-    environment = describe_environment(arguments.training.device) | {
-        "commit": source_commit(),
-        "data": {
-            source["split"]: source["sha256"] for source in data_report["sources"]
-        },  # without paths: it is published
-    }
+    hashes = {source["split"]: source["sha256"] for source in data_report["sources"]}  # no paths: they are published
+    environment = describe_environment(arguments.training.device)
     return {
         "train_precision": arguments.training.precision,
         "train_quantization": arguments.model.quantization,
         **size,
-        "environment": environment,
+        "environment": {**environment, "commit": source_commit(), "data": hashes},
     }
 
 
@@ -64,13 +59,7 @@ def source_commit() -> str | None:
     return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None
 
 
-def write_card(
-    trainer: HierarchicalTrainer,
-    settings: dict[str, Any],
-    report: dict[str, Any],
-    metrics: dict[str, Any],
-    folder: Path,
-) -> None:
+def write_card(trainer: HierarchicalTrainer, settings: dict, report: dict, metrics: dict, folder: Path) -> None:
     """Write README.md into a checkpoint's folder, with the metrics measured so far."""
     config, environment = HierarchicalConfig.from_pretrained(folder), describe_environment(trainer.args.device)
     card.write(folder, config, settings, report, metrics, model_id=trainer.hub_model_id, environment=environment)
@@ -91,10 +80,8 @@ def push(trainer: HierarchicalTrainer) -> None:
     try:
         trainer.push_to_hub()
     except HUB_ERRORS as error:
-        output, target = trainer.args.output_dir, trainer.hub_model_id
-        raise InputError(
-            f"{output} is complete, but not on the Hub: {reason(error)}; run "
-            f"push_to_hub.py --model {output} --repo_id {target}"
-        ) from error
+        output = trainer.args.output_dir
+        command = f"push_to_hub.py --model {output} --repo_id {trainer.hub_model_id}"
+        raise InputError(f"{output} is complete, but not on the Hub: {reason(error)}; run {command}") from error
     if trainer.is_world_process_zero():
         logger.info("published as %s", trainer.hub_model_id)

@@ -11,7 +11,7 @@ Worth knowing:
 
 import difflib
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import yaml
@@ -41,34 +41,21 @@ class RecipeLoader(WithoutAliases, yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def replaced_sources(words: list[str]) -> set[str]:
-    """Return the data flags of a recipe that another data source on the command line replaces."""
-    flags = {word.split("=")[0].lstrip("-").replace("-", "_") for word in words if word.startswith("--")}
-    used = [source for source in SOURCES if flags & set(source)]
-    return {name for source in SOURCES if used and source not in used for name in source}
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a hint at the known name that is most like a misspelt one."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else "train.py --help lists all flags"
-
-
-def recipe_words(path: str | Path, flags: Mapping[str, bool], left_out: Collection[str]) -> list[str]:
-    """Convert a recipe to command-line words.
+def insert_recipe(argv: list[str], flags: Mapping[str, bool]) -> list[str]:
+    """Replace a recipe, the first word of a command line, by its words, or raise InputError.
 
     Args:
         flags: whether each flag takes several values, by its name in a recipe.
-        left_out: keys of the recipe to ignore.
-
-    Raises:
-        InputError: the recipe cannot be read; a key is unknown or repeated; a value does not fit its flag.
     """
+    path, *rest = argv
+    given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in rest if word.startswith("--")}
+    used = [group for group in SOURCES if given & {*group}]
+    replaced = {name for group in SOURCES if used and group not in used for name in group}
     words: list[str] = []
     for key, value in read_recipe(path).items():
         if key not in flags:
             raise InputError(f"the recipe {path} has an unknown key {quote_name(key)}; {nearest(str(key), flags)}")
-        if value is None or key in left_out:
+        if value is None or key in replaced:
             continue
         if isinstance(value, dict):
             value = json.dumps(value)
@@ -78,7 +65,13 @@ def recipe_words(path: str | Path, flags: Mapping[str, bool], left_out: Collecti
         if any(isinstance(item, list | dict) for item in values):
             raise InputError(f"the recipe {path}: {key} takes a plain list, without lists or mappings in it")
         words += [f"--{key}", *map(str, values)] if flags[key] else [f"--{key}={value}"]
-    return words
+    return words + rest
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a hint at the known name that is most like a misspelt one."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else "train.py --help lists all flags"
 
 
 def read_recipe(path: str | Path) -> dict:

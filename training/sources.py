@@ -33,26 +33,18 @@ SPLIT_ALIASES = {"valid": "validation", "val": "validation", "dev": "validation"
 
 @dataclass(frozen=True)
 class SplitSource:
-    """A file or data set with the rows of one split or of all splits.
+    """A file or data set with the rows of one split or of all splits."""
 
-    Attributes:
-        name: its name in messages.
-        columns: as in `reading.rows.Rows.columns`.
-        read: reads the columns of the given names.
-        sha256: hash of each of its files, by file name.
-    """
-
-    name: str
-    columns: dict[str, float]
-    read: Callable[[list[str]], Table]
-    sha256: dict[str, str]
+    name: str  # in messages
+    columns: dict[str, float]  # see `reading.rows.Rows.columns`
+    read: Callable[[list[str]], Table]  # takes the names of columns
+    sha256: dict[str, str]  # of each of its files, by file name
 
 
 def find_split_sources(arguments: DataArguments) -> tuple[dict[str, SplitSource], bool]:
     """Return the source of each split, and whether there is one source (as ``train``) from which all are carved.
 
-    Raises:
-        InputError: sources are missing, contradictory or unreadable.
+    Raises InputError if sources are missing, contradictory or unreadable.
     """
     # ── Which source is given ────────────────────────────────────────────────────────────────────────────────────────
     files = {split: path for split in SPLITS if (path := getattr(arguments, f"{split}_file")) is not None}
@@ -86,10 +78,10 @@ def find_split_sources(arguments: DataArguments) -> tuple[dict[str, SplitSource]
         split = SPLIT_ALIASES.get(key, key)
         if split in sources:
             raise InputError(f"{name} has several splits that mean {split}: {', '.join(loaded)}")
-        if split in SPLITS:
-            sources[split] = _from_dataset(f"{name} [{key}]", dataset)
-        else:
+        if split not in SPLITS:
             logger.warning("%s: the split %r is not used", name, key)
+        else:
+            sources[split] = _from_dataset(f"{name} [{key}]", dataset)
     if not sources:
         raise InputError(f"{name} has no split called train, validation or test, only {', '.join(loaded)}")
     return sources, False
@@ -122,8 +114,7 @@ def _from_file(path: str) -> SplitSource:
 def find_columns(sources: Iterable[SplitSource], arguments: DataArguments) -> dict[str, list[str]]:
     """Return the text column, then the label columns, of each source, by its name.
 
-    Raises:
-        InputError: a column is missing or named twice.
+    Raises InputError if a column is missing or named twice.
     """
     requested: list[Any] = arguments.label_column or [None]
     if len(set(requested)) < len(requested):
@@ -139,13 +130,10 @@ def find_columns(sources: Iterable[SplitSource], arguments: DataArguments) -> di
 
 
 def read_rows(sources: dict[str, SplitSource], columns: dict[str, list[str]]) -> tuple[pd.DataFrame, dict[Label, str]]:
-    """Read the columns of `find_columns` from all sources.
+    """Read the columns of `find_columns` from all sources. Raise InputError if a row has no usable text or label.
 
     Returns:
         The rows, with the columns split, row, text and label; and the place of each distinct label's first occurrence.
-
-    Raises:
-        InputError: a row has no usable text or label.
     """
     tables, places = [], dict[Label, str]()
     for split, source in sources.items():

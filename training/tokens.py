@@ -35,18 +35,12 @@ def tokenize(
 ) -> tuple[datasets.DatasetDict, dict[str, dict]]:
     """Tokenize texts, truncated at ``tokenizer.model_max_length`` and not padded.
 
-    Args:
-        sentences: whether training rows get the column ``sentences``, see `training.views.sentence_numbers`.
-
     Returns:
         The splits, with the columns of `TOKEN_COLUMNS` that the tokenizer has, ``length`` (of ``input_ids``), ``labels``,
-        ``row`` and ``text_id``. Validation and test rows are sorted by length, to reduce padding. And the `length_report`
-        of each split, from the token counts before truncation.
-
-    Raises:
-        InputError: the tokenizer is a slow one, without token offsets.
+        ``row`` and ``text_id``. If asked for, training rows have ``sentences``, see `training.views.sentence_numbers`.
+        Other rows are sorted by length, to reduce padding. And the `length_report` of each split, before truncation.
     """
-    if not tokenizer.is_fast:
+    if not tokenizer.is_fast:  # it has no token offsets
         raise InputError(
             f"{type(tokenizer).__name__} is not a fast tokenizer (of the tokenizers library), which serving the "
             "checkpoint requires: use another encoder"
