@@ -35,7 +35,7 @@ from training.files import make_folder, write_json
 from training.label_names import initialise_heads
 from training.losses import HierarchicalFocalLoss
 from training.memory import keep_memory
-from training.model import build_model, fetch_model, load_tokenizer, log_setup, size_report
+from training.model import build_model, fetch_model, load_tokenizer, size_report
 from training.publish import check_hub, push, run_facts, run_settings, write_card
 from training.splits import LabelledSplits, load_splits
 from training.tokens import tokenize_splits
@@ -101,7 +101,9 @@ def train(arguments: Arguments, data: LabelledSplits, trained_texts: TrainedText
     metrics: dict[str, Any] = {}  # until the end, when the card is written again
     trainer.write_card = functools.partial(write_card, trainer, settings, data.report, metrics)
     size = size_report(model)
-    log_setup(arguments.model, training, size)
+    counts = (f"{size[name]:,}" for name in ("trainable_parameters", "all_parameters"))
+    setup = (training.device, training.precision, arguments.model.quantization, arguments.model.tuning, *counts)
+    logger.info("device %s, precision %s, quantization %s, tuning %s: %s of %s parameters are trained", *setup)
     source = arguments.model.model_name_or_path
     resume.start_run(trainer, source, trained_texts, data.splits["train"]["text"], resume_from)
     if resume_from is None:

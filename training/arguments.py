@@ -48,12 +48,14 @@ class ModelArguments:
 
     model_name_or_path: str = flag(DEFAULT_ENCODER, "Encoder, or checkpoint to continue: a Hub id or a folder.")
     model_revision: str | None = flag(None, "Commit, tag or branch on the Hub. The checkpoint records the commit.")
-    quantization: Literal["none", "8bit", "4bit"] | None = flag(None, "Of the frozen encoder. Default: 4bit with LoRA.")
+    quantization: Literal["none", "8bit", "4bit"] | None = flag(
+        None, "Frozen encoder's storage. Default: 4bit with LoRA."
+    )
     tuning: Literal["lora", "full"] = flag("lora", "lora trains an adapter and the heads, full trains every weight.")
     lora_r: int = flag(16, "Rank of the adapter.")
     lora_alpha: int = flag(32, "The adapter's output is scaled by lora_alpha / lora_r.")
     lora_dropout: float = flag(0.0, "Dropout on the adapter's input.")
-    lora_target_modules: list[str] = flag(["all-linear"], "Linear layers with an adapter, such as query value.")
+    lora_target_modules: list[str] = flag(["all-linear"], "Names of the adapted layers, such as query value.")
     pooling: Literal["mean", "cls"] = flag("mean", "Vector of a text: the mean of its token vectors, or the first one.")
     heads_init: Literal["label_names", "random"] | None = flag(
         None, f"Initial weights of new heads. Default: label_names below {FEW_ROWS} rows per class, if the names fit."
@@ -92,8 +94,8 @@ class LossArguments:
     """Flags of `training.losses` and `training.views`. The loss also uses ``--label_smoothing_factor``."""
 
     focal_gamma: float = flag(0.0, "Exponent of (1 - p) in the focal loss. 0: cross-entropy.")
-    class_weighting: Literal["none", "balanced"] = flag("none", "balanced: inverse to the rows of sibling classes.")
-    level_weights: list[float] = flag([1.0], "Of the decisions at level 1, 2, …; the last one of all deeper levels.")
+    class_weighting: Literal["none", "balanced"] = flag("none", "balanced: more weight for siblings with fewer rows.")
+    level_weights: list[float] = flag([1.0], "Weights of decisions at level 1, 2, …; the last one for all deeper.")
     consistency: float = flag(0.0, "Train on halves of each text, with this weight of their disagreement. 0: on texts.")
 
 

@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from huggingface_hub import hf_hub_download, snapshot_download
 from peft import LoraConfig, inject_adapter_in_model, prepare_model_for_kbit_training
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.functional import cast_adapter_dtype, set_adapter
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -27,7 +27,7 @@ from errors import InputError, one_line, refusing
 from modeling_hierarchical import HierarchicalForSequenceClassification, HierarchicalHeads
 from publishing.hub import HUB_ERRORS
 from taxonomy_hierarchical import Taxonomy
-from training.arguments import HierarchicalTrainingArguments, ModelArguments
+from training.arguments import ModelArguments
 
 logger = logging.getLogger(__name__)
 
@@ -84,9 +84,7 @@ def build_model(arguments: ModelArguments, taxonomy: Taxonomy, seed: int) -> Hie
             inject_adapter_in_model(lora, encoder)
         except ValueError as error:
             raise InputError(f"--lora_target_modules {' '.join(targets)}: {one_line(error)}") from error
-        for parameter in model.parameters():  # over 4-bit layers bfloat16, in which small steps round to zero
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+        cast_adapter_dtype(encoder, "default")  # over 4-bit layers it is bfloat16, in which small steps round to zero
     model.heads.to(encoder.device)
     return model
 
@@ -119,9 +117,7 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
         )
         prepare_model_for_kbit_training(model.encoder, use_gradient_checkpointing=False)
         adapter.inference_mode = False
-        for module in model.encoder.modules():
-            if isinstance(module, BaseTunerLayer):
-                module.set_adapter("default")
+        set_adapter(model.encoder, "default")
     if model.config.tree != taxonomy:
         change_taxonomy(model, taxonomy)
     return model
@@ -151,9 +147,7 @@ def change_taxonomy(model: HierarchicalForSequenceClassification, taxonomy: Taxo
 
 
 def fetch_model(arguments: ModelArguments) -> None:
-    """Pin ``--model_revision`` to a commit of the Hub, and download the model if it is a checkpoint of this project.
-
-    ``--model_name_or_path`` of a checkpoint becomes its folder.
+    """Pin ``--model_revision`` to a commit of the Hub; download a checkpoint of this project and point to its folder.
 
     Raises InputError if the Hub does not have the model, or a folder is given with a revision.
     """
@@ -220,9 +214,6 @@ def load_tokenizer(arguments: ModelArguments, model: HierarchicalForSequenceClas
     return tokenizer
 
 
-# ── Report ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def size_report(model: HierarchicalForSequenceClassification) -> dict[str, int | float]:
     """Count all and trainable parameters, and the bytes of the encoder's weights, as stored and in float32."""
     encoder, heads = model.encoder, model.heads
@@ -237,15 +228,3 @@ def size_report(model: HierarchicalForSequenceClassification) -> dict[str, int |
         "encoder_bytes": sum(tensor.nbytes for name, tensor in stored.items() if "lora_" not in name),
         "encoder_bytes_float32": 4 * (encoder.num_parameters() - adapter),
     }
-
-
-def log_setup(arguments: ModelArguments, training: HierarchicalTrainingArguments, size: dict[str, int | float]) -> None:
-    """Log device, precision, and the sizes of `size_report`."""
-    quantization = "not quantized" if arguments.quantization == "none" else arguments.quantization
-    setup = (training.device, training.precision, quantization, arguments.tuning)
-    logger.info("device %s, precision %s, encoder %s, tuning %s", *setup)
-    counts = (
-        f"{size['trainable_parameters']:,} of {size['all_parameters']:,} parameters ({size['trainable_share']:.2%})"
-    )
-    stored, in_float32 = (f"{size[name] / 1e6:.1f} MB" for name in ("encoder_bytes", "encoder_bytes_float32"))
-    logger.info("trainable: %s; encoder: %s, %s in float32", counts, stored, in_float32)

@@ -8,7 +8,6 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from checkpoint_files import is_checkpoint
 from configuration_hierarchical import HierarchicalConfig
 from errors import ROOT, InputError
 from modeling_hierarchical import HierarchicalForSequenceClassification
@@ -30,9 +29,8 @@ def run_settings(arguments: Arguments, model: HierarchicalForSequenceClassificat
         "max_length": max_length,
         "train_precision": arguments.training.precision,
     }
-    if not model.has_adapter:
-        settings |= dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"))
-    elif is_checkpoint(arguments.model.model_name_or_path):
+    settings |= dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"))
+    if model.has_adapter:
         adapter = model.encoder.peft_config["default"]
         settings |= {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "lora_dropout": adapter.lora_dropout}
         settings["lora_target_modules"] = sorted(adapter.target_modules)
