@@ -101,9 +101,11 @@ def train(arguments: Arguments, data: LabelledSplits, trained_texts: TrainedText
     metrics: dict[str, Any] = {}  # until the end, when the card is written again
     trainer.write_card = functools.partial(write_card, trainer, settings, data.report, metrics)
     size = size_report(model)
-    counts = (f"{size[name]:,}" for name in ("trainable_parameters", "all_parameters"))
-    setup = (training.device, training.precision, arguments.model.quantization, arguments.model.tuning, *counts)
-    logger.info("device %s, precision %s, quantization %s, tuning %s: %s of %s parameters are trained", *setup)
+    setup = (training.device, training.precision, arguments.model.quantization, arguments.model.tuning)
+    logger.info("device %s, precision %s, encoder %s, tuning %s", *setup)
+    sizes = "trained: {trainable_parameters:,} of {all_parameters:,} parameters; "
+    sizes += "encoder: {encoder_bytes:,} bytes, {encoder_bytes_float32:,} in float32"
+    logger.info(sizes.format_map(size))
     source = arguments.model.model_name_or_path
     resume.start_run(trainer, source, trained_texts, data.splits["train"]["text"], resume_from)
     if resume_from is None:
