@@ -43,5 +43,7 @@ class LengthGroupedSampler(Sampler[int]):
             batches += rows[chunk][keys[chunk].argsort(descending=True, stable=True)].split(self.batch_size)
         rest = [batches.pop()] if len(batches[-1]) < self.batch_size else []  # stays the last one
         order = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-        longest = max(range(len(order)), key=lambda i: int(self.lengths[order[i]].max()), default=0)
-        return iter(torch.cat([*order[longest : longest + 1], *order[:longest], *order[longest + 1 :], *rest]).tolist())
+        if order:
+            longest = max(range(len(order)), key=lambda i: int(self.lengths[order[i]].max()))
+            order.insert(0, order.pop(longest))
+        return iter(torch.cat([*order, *rest]).tolist())
