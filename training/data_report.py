@@ -13,6 +13,11 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 LOGGED_CLASSES = 8
+LOGGED_COUNTS = (
+    "%(split)s: %(rows)d rows, %(dropped_rows)d dropped, %(normalised_duplicates)d duplicates; %(conflicting_texts)d texts "
+    "have several labels, accuracy is at most %(accuracy_ceiling).4f; a text has %(p50)d tokens in the median and at most "
+    "%(max)d, %(cut)d texts are truncated at %(max_length)d"
+)
 
 
 def parts(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -21,15 +26,10 @@ def parts(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {split: groups[split] for split in SPLITS if split in groups}
 
 
-def shared_texts(rows: pd.DataFrame) -> dict[str, dict[str, int]]:
-    """Count the texts that each pair of splits shares, and the rows with such a text."""
-    by_split = parts(rows)
-    shared = {}
-    for pair in combinations(by_split, 2):
-        texts = np.intersect1d(*(by_split[split]["text_id"] for split in pair))
-        counts = {f"{split}_rows": int(by_split[split]["text_id"].isin(texts).sum()) for split in pair}
-        shared[", ".join(pair)] = {"texts": len(texts), **counts}
-    return shared
+def shared_texts(rows: pd.DataFrame) -> dict[str, int]:
+    """Count the texts that each pair of splits shares."""
+    texts = {split: set(part["text_id"]) for split, part in parts(rows).items()}
+    return {f"{one}, {other}": len(texts[one] & texts[other]) for one, other in combinations(texts, 2)}
 
 
 def describe(rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
@@ -40,7 +40,9 @@ def describe(rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
     """
     counts = rows.groupby(["text_id", "label"], as_index=False).size()
     several = counts[counts.duplicated("text_id", keep=False)].groupby("text_id").agg({"label": list, "size": "sum"})
-    conflicting = several.loc[[not _on_one_path(labels, taxonomy) for labels in several["label"]]]
+    deepest = [max(labels, key=lambda label: taxonomy.levels[label]) for labels in several["label"]]
+    on_one_path = [{*labels} <= {*taxonomy.path(node)} for labels, node in zip(several["label"], deepest, strict=True)]
+    conflicting = several[~np.array(on_one_path, dtype=bool)]
     leaves = counts[counts["label"] < taxonomy.num_leaves]
     correct = int(leaves.groupby("text_id")["size"].max().sum())
     classes: dict[str, dict[str, int]] = {str(level): {} for level in range(1, taxonomy.depth + 1)}
@@ -49,7 +51,6 @@ def describe(rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
     return {
         "rows": len(rows),
         "dropped_rows": dropped,
-        "exact_duplicates": len(rows) - int(rows["text"].nunique()),
         "normalised_duplicates": len(rows) - int(counts["text_id"].nunique()),
         "conflicting_texts": len(conflicting),
         "conflicting_rows": int(conflicting["size"].sum()),
@@ -58,13 +59,8 @@ def describe(rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
     }
 
 
-def _on_one_path(labels: list[int], taxonomy: Taxonomy) -> bool:
-    """Return whether all labels are ancestors of the deepest one, or that label itself."""
-    return set(labels) <= set(taxonomy.path(max(labels, key=lambda label: taxonomy.levels[label])))
-
-
 def untrained_classes(rows: pd.DataFrame, taxonomy: Taxonomy) -> list[str]:
-    """Return the labels of leaves without a training row, or an empty list if there is no training split."""
+    """Return the labels of leaves without a training row, or none if there is no training split."""
     train = rows.loc[rows["split"] == "train", "label"].tolist()
     seen = taxonomy.count_at_or_below(train)
     return [taxonomy.labels[leaf] for leaf in range(taxonomy.num_leaves) if train and not seen[leaf]]
@@ -87,24 +83,16 @@ def length_report(lengths: Sequence[int], max_length: int) -> dict:
 
 
 def log_what_was_done(report: dict) -> None:
-    """Log the sources, the carved splits, and warnings about shared texts and untrained classes."""
+    """Log the sources and carved splits, and warn of dropped or moved rows, unknown texts and untrained classes."""
     for source in report["sources"]:
         logger.info("%s rows from %s", source["split"], source["name"])
     if carved := report["split"]["carved"]:
         shares = " and ".join(f"{share:g} for {split}" for split, share in carved.items())
         logger.info("carved from the training texts, identical texts kept together: %s", shares)
-    shared = {pair.replace(", ", " and "): counts["texts"] for pair, counts in report["shared_texts"].items()}
-    if any(shared.values()):
-        dropped = {f"{split} rows": counts["dropped_rows"] for split, counts in report["splits"].items()}
-        texts = _listed({f"in {pair}": count for pair, count in shared.items()}, ", ")
-        logger.warning("texts in two splits: %s; dropped: %s", texts, _listed(dropped, ", "))
+    if dropped := _listed({split: counts["dropped_rows"] for split, counts in report["splits"].items()}):
+        logger.warning("dropped, since a later split has the texts: %s", dropped)
     before = report["trained_before"]
-    if before["texts"]:
-        logger.info(
-            "earlier runs of the checkpoint were trained on %s texts; %s training rows with such a text are not carved",
-            f"{before['texts']:,}", f"{before['rows'].get('train', 0):,}",
-        )  # fmt: skip
-    if held_out := _listed({f"{split} rows": count for split, count in before["rows"].items() if split != "train"}):
+    if held_out := _listed({split: count for split, count in before["rows"].items() if split != "train"}):
         action = "moved to the training rows" if before["moved"] == "to train" else "left out"
         logger.warning("%s, since the checkpoint was trained on the texts: %s", action, held_out)
     if before["scores"] == "unverified":
@@ -113,28 +101,15 @@ def log_what_was_done(report: dict) -> None:
             "the checkpoint may have been trained on the validation or test texts"
         )
     if untrained := report["classes_without_training_rows"]:
-        names = ", ".join([*map(quote_name, untrained[:LOGGED_CLASSES]), *["…"][: len(untrained) > LOGGED_CLASSES]])
-        logger.warning("%d classes without training rows: %s", len(untrained), names)
+        names = ", ".join(map(quote_name, untrained[:LOGGED_CLASSES]))
+        logger.warning("%d classes without training rows, such as %s", len(untrained), names)
 
 
-def _listed(counts: dict[str, int], separator: str = " and ") -> str:
-    """List the counts above zero."""
-    return separator.join(f"{count:,} {name}" for name, count in counts.items() if count)
+def _listed(rows: dict[str, int]) -> str:
+    return " and ".join(f"{count:,} {split} rows" for split, count in rows.items() if count)
 
 
 def log_report(report: dict) -> None:
-    """Log what limits any classifier of each split; data_report.json and the card have the classes too."""
+    """Log what limits any classifier of each split. data_report.json has the classes too."""
     for split, counts in report["splits"].items():
-        logger.info(
-            "%s: %s rows, %s dropped, %s duplicates; %s texts with several labels, in %s rows; accuracy ceiling %.1f%%",
-            split,
-            *(f"{counts[key]:,}" for key in ("rows", "dropped_rows", "normalised_duplicates", "conflicting_texts",
-                                             "conflicting_rows")),
-            100 * counts["accuracy_ceiling"],
-        )  # fmt: skip
-    for split, lengths in report["lengths"].items():
-        logger.info(
-            "%s: tokens: median %s, 90%% within %s, longest %s; %s texts (%.1f%%) are truncated at %s",
-            split, lengths["p50"], lengths["p90"], lengths["max"], f"{lengths['cut']:,}",
-            100 * lengths["cut_share"], lengths["max_length"],
-        )  # fmt: skip
+        logger.info(LOGGED_COUNTS, {"split": split, **counts, **report["lengths"][split]})

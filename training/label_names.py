@@ -28,11 +28,7 @@ BATCH = 16
 def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: ModelArguments) -> str | None:
     """Initialise fresh heads as ``--heads_init`` says; by default from the class names if there are few rows a class.
 
-    Args:
-        rows: training rows, with the columns ``input_ids`` and ``labels``.
-
-    Returns:
-        "label_names" or "random"; None for a continued checkpoint, which keeps its heads.
+    Return "label_names" or "random"; None for a continued checkpoint, which keeps its heads.
     """
     if is_checkpoint(arguments.model_name_or_path):
         return None
@@ -85,8 +81,9 @@ def embed(trainer: HierarchicalTrainer, inputs: Sequence[list[int]]) -> Tensor:
     """Embed texts given as token ids: pooled vectors, (len(inputs), hidden_size)."""
     model, pooled = trainer.model, []
     for start in range(0, len(inputs), BATCH):
-        batch = trainer.data_collator([{"input_ids": ids} for ids in inputs[start : start + BATCH]])
-        batch = {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}
+        batch = trainer.data_collator([{"input_ids": ids} for ids in inputs[start : start + BATCH]]).to(
+            trainer.args.device
+        )
         with trainer.compute_loss_context_manager():
             hidden = model.encoder(**batch).last_hidden_state
         pooled.append(model.pool(hidden, batch["attention_mask"]).to(model.heads.weight.device))

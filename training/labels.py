@@ -2,10 +2,9 @@
 
 Worth knowing:
 
-1. A label becomes the id of a node of the taxonomy, a leaf or an inner node. Codes are replaced by names first.
-2. Several label columns name a path from the root down. Its lower levels may be empty.
-3. Without ``--taxonomy``, the default taxonomy is used if it holds all labels. Else it is built from their paths.
-4. A string that does not look like a name may be a text about a patient. Error messages report only its length.
+1. Several label columns name a path from the root down. Its lower levels may be empty.
+2. Without ``--taxonomy``, the default taxonomy is used if it holds all labels. Else it is built from their paths.
+3. A string that does not look like a name may be a text about a patient. Error messages report only its length.
 """
 
 import json
@@ -43,8 +42,7 @@ def read_labels(table: Table, columns: list[str]) -> list[Label]:
     Raises:
         InputError: a label is missing, too long, not text or a whole number, or its path has a gap.
     """
-    rows = zip(*(map(_label_text, table.columns[column]) for column in columns), strict=True)
-    paths: list[tuple[Any, ...]] = list(rows)
+    paths: list[Any] = list(zip(*(map(_label_text, table.columns[column]) for column in columns), strict=True))
     refuse_rows(table, " ".join(columns), map(_label_problem, paths))
     return [tuple(filter(None, path)) if len(columns) > 1 else path[0] for path in paths]
 
@@ -89,15 +87,12 @@ def refuse_rows(table: Table, column: str, problems: Iterable[str | None]) -> No
 def resolve_labels(
     places: dict[Label, str], num_rows: int, columns: list[str], arguments: DataArguments, taxonomy: Taxonomy | None
 ) -> tuple[Taxonomy, str, dict[Label, int]]:
-    """Map each distinct label to a node.
+    """Return the taxonomy, a phrase that tells its origin, and the node id of each label.
 
     Args:
         places: the first occurrence of each label, for error messages.
         num_rows: number of rows of all splits.
-        taxonomy: of a checkpoint. Without it, ``--taxonomy``, the default taxonomy or the labels define it.
-
-    Returns:
-        The taxonomy, a phrase that tells its origin, and the node id of each label.
+        taxonomy: of a checkpoint, if there is one.
 
     Raises:
         InputError: the taxonomy cannot be read or built, or it lacks a label.
@@ -151,9 +146,6 @@ def read_class_names(path_or_json: str) -> dict[str, str]:
 
     In a file, the column ``code`` or ``label`` holds the codes and ``name`` or ``condition_name`` the names. Without
     these, the first two columns are used.
-
-    Raises:
-        InputError: the value is neither a file nor JSON, a code or name is empty, or a code has two names.
     """
     where = "--class_names"
     if path_or_json.lstrip().startswith("{"):
@@ -170,12 +162,10 @@ def read_class_names(path_or_json: str) -> dict[str, str]:
         if len(table) < 2:
             raise InputError(f"{where}: expected two columns, code and name")
         shares = dict.fromkeys(table, 1.0)
-        columns: list[Any] = [
-            find_column(shares, None, known) for known in (("code", "label"), ("name", "condition_name"))
-        ]
-        if None in columns:
-            columns = list(table)[:2]
-        pairs = list(zip(*(table[column] for column in columns), strict=True))
+        code, name = (find_column(shares, None, known) for known in (("code", "label"), ("name", "condition_name")))
+        if code is None or name is None:
+            code, name, *_ = table
+        pairs = list(zip(table[code], table[name], strict=True))
     names: dict[str, str] = {}
     for code, name in pairs:
         if not isinstance(name, str) or not name.strip() or not code.strip():

@@ -3,7 +3,7 @@
 Worth knowing:
 
 1. A decision is a softmax over siblings. A document labelled with an inner node trains only the decisions down to that node.
-2. With gamma 0, no class weights, level weights 1 and no smoothing, it is the model's own negative log-likelihood.
+2. With the defaults, it is the model's own negative log-likelihood.
 3. The sum is divided by the labelled documents of the whole accumulated batch, over all devices. The gradient does not depend
    on how the batch was split.
 """
@@ -22,9 +22,7 @@ def balanced_weights(counts: Tensor, group: Tensor) -> Tensor:
 
     n_c of the n documents of K siblings have the class. A class without documents is not counted in K and has weight 1.
 
-    Args:
-        counts: (num_nodes,), documents per node.
-        group: (num_nodes,), which nodes are siblings.
+    ``counts`` and ``group`` (num_nodes,) are the documents per node, and which nodes are siblings.
     """
     seen = counts > 0
     documents, classes = (torch.bincount(group, values.double())[group] for values in (counts, seen))
@@ -45,7 +43,6 @@ class HierarchicalFocalLoss(nn.Module):
     -(1 - ε) log p - ε / K · Σ log p_k. The focal factor is from Lin et al. (2017, arXiv 1708.02002).
 
     Args:
-        tree: the taxonomy.
         counts: (num_nodes,), training documents a node, its descendants' included: see `Taxonomy.count_at_or_below`.
         gamma: γ ≥ 0.
         balanced: weight classes by `balanced_weights`; else α is 1.
@@ -76,13 +73,7 @@ class HierarchicalFocalLoss(nn.Module):
         self.register_buffer("weights", nn.functional.pad(weights, (0, 1))[ancestors] * levels)  # (num_nodes, depth)
 
     def forward(self, node_log_probs: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """The loss, in nats.
-
-        Args:
-            node_log_probs: (B, num_nodes), as `HierarchicalForSequenceClassification` gives them.
-            labels: (B,), node ids; -100 is ignored.
-            num_items_in_batch: divisor of the sum. Default: the number of labels in this batch.
-        """
+        """Return the loss in nats for log-probabilities (B, num_nodes) of the model and labels (B,); -100 is ignored."""
         nodes = labels.clamp(min=0)
         # (B, num_nodes): log P(node | parent)
         conditional = node_log_probs - nn.functional.pad(node_log_probs, (0, 1))[:, self.parents]

@@ -41,12 +41,9 @@ MEASURED = ("metrics.json", "validation_predictions.csv", "test_predictions.csv"
 
 
 def check_output_folder(training: HierarchicalTrainingArguments, model: str) -> None:
-    """Check that a run may write to ``--output_dir``.
+    """Raise InputError if ``--output_dir`` holds a run already, or the model that would be deleted by this one.
 
     With ``--resume_from_checkpoint auto``, a new run starts in a folder with neither model nor complete checkpoint.
-
-    Raises:
-        InputError: the folder already holds a run, or the model that the run starts from would be deleted.
     """
     output = Path(training.output_dir)
     check_writable("--output_dir", output)
@@ -63,9 +60,10 @@ def check_output_folder(training: HierarchicalTrainingArguments, model: str) -> 
             )
     elif has_model or (checkpoints and not resumes):
         problem = "holds a model and no complete checkpoint to resume from" if resumes else "already holds a run"
-        remedy = "another --output_dir" + ", or --overwrite_output_dir true" * bool(training.do_train)
-        remedy += ", or --resume_from_checkpoint auto" * bool(training.do_train and resumable)
-        raise InputError(f"--output_dir {output} {problem}: give {remedy}")
+        remedies = ["another --output_dir"]
+        if training.do_train:
+            remedies += ["--overwrite_output_dir true", *["--resume_from_checkpoint auto"][:resumable]]
+        raise InputError(f"--output_dir {output} {problem}: give {', or '.join(remedies)}")
 
 
 def read_earlier_texts(model: str, resume_from: str | None) -> TrainedTexts:
@@ -81,8 +79,7 @@ def read_earlier_texts(model: str, resume_from: str | None) -> TrainedTexts:
 def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
     """Return the folder of ``--resume_from_checkpoint``. "auto" selects the last complete checkpoint of the run.
 
-    Raises:
-        InputError: the named folder is missing or incomplete, or is not the last of the run in ``output_dir``.
+    A named folder that is missing or incomplete, or not the last of the run in ``output_dir``, raises InputError.
     """
     if requested is None:
         return None
@@ -110,16 +107,14 @@ def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
 
 
 def check_resumed_data(checkpoint: str, taxonomy: Taxonomy, report: dict[str, Any]) -> str | None:
-    """Check that the taxonomy and the data match those of the run to resume.
+    """Raise InputError if the taxonomy differs from that of the run to resume, or carved splits may hold out rows that
+    the run was trained on.
 
     Args:
         report: the data report of this run.
 
     Returns:
         How the run to resume initialised its heads, see `training.label_names.initialise_heads`. None if unknown.
-
-    Raises:
-        InputError: the taxonomy differs, or carved splits may hold out rows that the run was trained on.
     """
     # ── Taxonomy: another one of the same shape would load silently ──────────────────────────────────────────────────
     if is_checkpoint(checkpoint):  # shards of FSDP have no configuration
@@ -137,11 +132,8 @@ def check_resumed_data(checkpoint: str, taxonomy: Taxonomy, report: dict[str, An
     with refusing(f"{file} cannot be read"):
         stored_report = json.loads(file.read_text(encoding="utf-8"))
         before, now = (
-            {
-                "split": data["split"],
-                "columns": data["columns"],
-                "hashes": [sorted(s["sha256"].values()) for s in data["sources"] if s["split"] != "test"],
-            }
+            {name: data[name] for name in ("split", "columns")}
+            | {"hashes": [sorted(source["sha256"].values()) for source in data["sources"] if source["split"] != "test"]}
             for data in (stored_report, report)
         )
     if before != now and (before["split"]["carved"] or now["split"]["carved"]):
@@ -155,24 +147,17 @@ def check_resumed_data(checkpoint: str, taxonomy: Taxonomy, report: dict[str, An
 
 
 def check_model(checkpoint: str, model: HierarchicalForSequenceClassification) -> None:
-    """Check that a checkpoint has the encoder, adapter and pooling of the model.
-
-    Weights of the same shapes would otherwise load silently.
-
-    Raises:
-        InputError: one of them differs.
-    """
+    """Raise InputError if a checkpoint has another encoder, adapter or pooling, whose weights might load silently."""
     if not is_checkpoint(checkpoint):
         return
     stored, config = read_config(checkpoint), model.config
-    whole = stored.adapter_subfolder is None
     pairs = {
-        "--tuning": ("full" if whole else "lora", "lora" if model.has_adapter else "full"),
+        "--tuning": ("lora" if stored.adapter_subfolder else "full", "lora" if model.has_adapter else "full"),
         "--model_name_or_path": tuple(Path(c.encoder_name_or_path).name for c in (stored, config)),
         "--model_revision": (stored.encoder_revision, config.encoder_revision),
         "--pooling": (stored.pooling, config.pooling),
     }
-    if model.has_adapter and not whole:
+    if model.has_adapter and stored.adapter_subfolder:
         adapter = model.encoder.peft_config["default"]
         path = Path(checkpoint) / ADAPTER_SUBFOLDER / "adapter_config.json"
         with refusing(f"{path} cannot be read"):
@@ -195,10 +180,7 @@ def start_run(
 ) -> None:
     """Clean up an overwritten run and record the training texts, while all processes wait.
 
-    Args:
-        model: ``--model_name_or_path``.
-        trained_texts: texts that the initial weights were trained on.
-        texts: training texts of this run.
+    The initial weights, ``model``, were trained on ``trained_texts``. This run trains on ``texts``.
     """
     training, output = trainer.args, Path(trainer.args.output_dir)
     trainer.accelerator.wait_for_everyone()  # until all have read the texts of the former run

@@ -18,9 +18,7 @@ class LengthGroupedSampler(Sampler[int]):
     The sampler of this name in transformers draws from the global generator, so a resumed run gets another order. It also
     sorts few batches at a time: with 400 rows an eighth of its tokens are padding, here a twentieth.
 
-    Args:
-        batch_size: rows of an optimizer step, over all processes.
-        lengths: tokens of each row.
+    ``batch_size`` is the number of rows of an optimizer step, over all processes.
     """
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int):

@@ -5,8 +5,7 @@ Worth knowing:
 1. Texts are identical if `normalise_text` returns the same string. Each text is in one split only: training rows with
    a validation or test text are dropped, and so are validation rows with a test text.
 2. Texts that an earlier run of a checkpoint was trained on are never scored. They become training rows or are left out.
-3. The report counts what limits any classifier: duplicates, texts with several labels, and the accuracy ceiling.
-4. The column ``row`` counts the rows of a source from 0, without the header.
+3. The column ``row`` counts the rows of a source from 0, without the header.
 """
 
 import hashlib
@@ -60,16 +59,12 @@ def load_splits(
         trained: texts that the checkpoint was trained on. No rows are carved unless all these texts are known.
 
     Raises:
-        InputError: sources are missing, unreadable or contradictory; a text or label is missing; the taxonomy lacks a
-            label; there are too few rows to split.
+        InputError: the sources, a text, a label, the taxonomy or the shares cannot be used.
     """
     # ── Read ─────────────────────────────────────────────────────────────────────────────────────────────────────────
     sizes = arguments.validation_size, arguments.test_size
     if not (min(sizes) >= 0 and sum(sizes) < 1):
-        raise InputError(
-            f"--validation_size and --test_size are shares of the rows, from 0, whose sum is below 1, not {sizes[0]} and "
-            f"{sizes[1]}"
-        )
+        raise InputError(f"--validation_size and --test_size are shares of the rows, whose sum is below 1, not {sizes}")
     sources, single = find_split_sources(arguments)
     columns = find_columns(sources.values(), arguments)
     text_column, *label_columns = next(iter(columns.values()))  # other sources may use another case
@@ -173,18 +168,15 @@ def _carve(rows: pd.DataFrame, shares: dict[str, float], seed: int) -> pd.DataFr
         counts = {split: count * int((~trained).sum()) // sum(counts.values()) for split, count in counts.items()}
     for split, count in counts.items():
         train = rows["split"] == "train"
-        label_of = _most_common_labels(rows[train])
+        sizes = rows[train].groupby(["text_id", "label"], as_index=False).size()
+        sizes = sizes.sort_values(["text_id", "size", "label"], ascending=[True, False, True])
+        label_of = sizes.drop_duplicates("text_id").set_index("text_id")[
+            "label"
+        ]  # the most common, the smallest of ties
         is_trained = trained[label_of.index].to_numpy()
         held_out = label_of.index[_sample(label_of.to_numpy(), count, split, generator, is_trained)]
         rows.loc[train & rows["text_id"].isin(held_out), "split"] = split
     return rows
-
-
-def _most_common_labels(rows: pd.DataFrame) -> pd.Series:
-    """Return the most common label of each text id, and the smallest of ties."""
-    counts = rows.groupby(["text_id", "label"], as_index=False).size()
-    counts = counts.sort_values(["text_id", "size", "label"], ascending=[True, False, True])
-    return counts.drop_duplicates("text_id").set_index("text_id")["label"]
 
 
 def _sample(

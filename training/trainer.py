@@ -112,9 +112,9 @@ class HierarchicalTrainer(PublishingTrainer):
 
     def check_losses(self) -> None:
         """Read the training losses since the last call. Raise InputError if one is not finite."""
-        steps, self.unchecked = self.unchecked, []
-        losses = torch.stack([loss for _, loss, _ in steps]).tolist() if steps else []
-        for (step, _, rows), loss in zip(steps, losses, strict=True):
+        unchecked, self.unchecked = self.unchecked, []
+        losses = torch.stack([loss for _, loss, _ in unchecked]).tolist() if unchecked else []
+        for (step, _, rows), loss in zip(unchecked, losses, strict=True):
             if not math.isfinite(loss):
                 where = "" if rows is None else f", rows {', '.join(map(str, rows.tolist()))} of the training data"
                 raise InputError(
@@ -264,18 +264,17 @@ class HierarchicalTrainer(PublishingTrainer):
         wanted = [dict(group) for group in self.optimizer.param_groups]
         with refusing(problem):
             super()._load_optimizer_and_scheduler(checkpoint)
-        groups, peaks = self.optimizer.param_groups, getattr(self.lr_scheduler, "base_lrs", [])
+        groups = self.optimizer.param_groups
         if not wanted[0].keys() <= groups[0].keys():
             raise InputError(f"{problem}: --optim differs")
-        for i, (group, ours) in enumerate(zip(groups, wanted, strict=True)):
+        for group, ours in zip(groups, wanted, strict=True):
             before, rate = group.get("initial_lr"), ours.get("initial_lr")
             if rate and before and rate != before:
                 logger.info("the peak learning rate changes to %g from %g", rate, before)
-                group["lr"], group["initial_lr"] = group["lr"] * rate / before, rate
-                if i < len(peaks):
-                    peaks[i] = rate
-            if "weight_decay" in ours:
-                group["weight_decay"] = ours["weight_decay"]
+                group["lr"] = group["lr"] * rate / before
+            group |= {name: ours[name] for name in ("initial_lr", "weight_decay") if name in ours}
+        if hasattr(self.lr_scheduler, "base_lrs"):
+            self.lr_scheduler.base_lrs = [group["initial_lr"] for group in groups]
 
     def _load_best_model(self) -> None:
         if not self._load_adapter_form(self.state.best_model_checkpoint):

@@ -9,9 +9,8 @@ Worth knowing:
 3. The halves have similar lengths, and each is truncated at 55 % of the text's tokens. A batch of halves has 1.1 times the tokens
    of its texts with padding (OHSUMED). By coin tosses and without truncation it would have 1.8 times as many.
 4. The assignment depends on the seed, the step and the row only. Splitting a batch does not change it, and a resumed run
-   continues bit for bit.
+   continues bit for bit. Inference uses whole texts.
 5. Numbers of rows and sentences are NumPy arrays. They stay on the CPU, so no step waits for a GPU to make halves.
-6. `benchmarks/quality.py` measures the gain. Inference uses whole texts.
 """
 
 import math
@@ -33,10 +32,9 @@ BOUNDARY = re.compile(r"(?<=[.?!])\s+|(?<=[。！？])")
 
 
 def sentence_numbers(text: str, ends: Sequence[int]) -> list[int]:
-    """Number the sentence that each token of a text is in, from 0.
+    """Number the sentence that each token of a text is in, from 0, by the characters where the tokens end.
 
-    Args:
-        ends: where each token ends in the text, in characters; 0 for a special token, whose sentence is -1.
+    A special token ends at 0, and its sentence is -1.
     """
     starts = [boundary.end() for boundary in BOUNDARY.finditer(text)]
     numbers = np.searchsorted(starts, np.asarray(ends) - 1, side="right")
