@@ -41,7 +41,7 @@ MEASURED = ("metrics.json", "validation_predictions.csv", "test_predictions.csv"
 
 
 def check_output_folder(training: HierarchicalTrainingArguments, model: str) -> None:
-    """Raise InputError if ``--output_dir`` holds a run already, or the model that would be deleted by this one.
+    """Raise InputError if ``--output_dir`` already holds a run, or the model that this run would delete.
 
     With ``--resume_from_checkpoint auto``, a new run starts in a folder with neither model nor complete checkpoint.
     """
@@ -62,7 +62,8 @@ def check_output_folder(training: HierarchicalTrainingArguments, model: str) -> 
         problem = "holds a model and no complete checkpoint to resume from" if resumes else "already holds a run"
         remedies = ["another --output_dir"]
         if training.do_train:
-            remedies += ["--overwrite_output_dir true", *["--resume_from_checkpoint auto"][:resumable]]
+            remedies += ["--overwrite_output_dir true"]
+            remedies += ["--resume_from_checkpoint auto"] if resumable else []
         raise InputError(f"--output_dir {output} {problem}: give {', or '.join(remedies)}")
 
 
