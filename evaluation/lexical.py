@@ -11,6 +11,7 @@ Worth knowing:
    stored in config.json.
 5. The classifier is flat: an inner node's probability is the sum of its leaves' probabilities. One classifier per decision, as
    in HiClass, was tried on OHSUMED and was less accurate, for parents too.
+6. With several labels a text, each node has a binary logistic regression over its open rows, see `MultiLabelLexicalClassifier`.
 """
 
 import logging
@@ -24,7 +25,10 @@ from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
+from evaluation.metrics import UNLABELLED
+from evaluation.multi_label import open_decisions
 from taxonomy_hierarchical import Taxonomy
+from training.multi_label import open_counts, prior_log_odds
 
 logger = logging.getLogger(__name__)
 
@@ -137,3 +141,77 @@ def fit_classifier(taxonomy: Taxonomy, train: Dataset, vocab_size: int) -> Lexic
         logger.info("no lexical head: fewer than two leaves have training rows")
         return None
     return LexicalClassifier(taxonomy, token_counts(train, vocab_size), labels)
+
+
+class MultiLabelLexicalClassifier(LexicalClassifier):
+    """One logistic regression per node over TF-IDF, for texts with several labels.
+
+    A node's rows are the open ones: its label is known, and its parent's label is 1 or it is a root. The log-odds of the node
+    in these rows are subtracted, because the encoder's head starts from them. Added to it, they would count twice.
+
+    Attributes:
+        idf: (V,), as for `LexicalClassifier`.
+        weight, bias: (num_nodes, V) and (num_nodes,); 0 for a node whose open rows do not hold both labels.
+    """
+
+    def __init__(self, taxonomy: Taxonomy, counts: csr_matrix, labels: np.ndarray):
+        """Fit the classifier.
+
+        Args:
+            counts: (num_rows, V), from `token_counts`, of the training rows.
+            labels: (num_rows, num_nodes): 1, 0 or -100. Rows without a known label do not count.
+        """
+        is_known = (labels != UNLABELLED).any(axis=1)
+        counts, labels = counts[is_known], labels[is_known]
+        tfidf = TfidfTransformer(sublinear_tf=True).fit(counts)
+        common = np.asarray((counts > 0).sum(axis=0)).ravel() >= MIN_DOCUMENTS
+        self.idf = np.where(common, tfidf.idf_ * spread_of_node_log_odds(counts > 0, labels), 0.0)
+        self.weight, self.bias = np.zeros((taxonomy.num_nodes, counts.shape[1])), np.zeros(taxonomy.num_nodes)
+        documents = self.documents(counts)
+        is_open, priors = open_decisions(taxonomy, labels), prior_log_odds(taxonomy, labels)
+        for node in range(taxonomy.num_nodes):
+            rows = is_open[:, node]
+            true = labels[rows, node] == 1
+            if true.any() and not true.all():
+                model = LogisticRegression(C=REGULARISATION, max_iter=1000).fit(documents[rows], true)
+                self.weight[node], self.bias[node] = model.coef_[0], model.intercept_[0] - priors[node]
+
+
+def spread_of_node_log_odds(present: csr_matrix, labels: np.ndarray) -> np.ndarray:
+    """Compute each token's variance over nodes of log P(token | node) - log P(token | not the node).
+
+    P is smoothed as in `spread_of_log_odds`, which this is for labels that exclude each other.
+
+    Args:
+        present: (num_rows, V), whether a document contains a token.
+        labels: (num_rows, num_nodes): 1, 0 or -100. Nodes without both labels do not count.
+
+    Returns:
+        (V,); 0 for a token that is equally frequent with and without each node.
+    """
+    inside, outside = labels == 1, labels == 0
+    both = inside.any(axis=0) & outside.any(axis=0)
+    log_shares = []
+    for rows in (inside[:, both], outside[:, both]):
+        documents = (csr_matrix(rows.T, dtype=np.float64) @ present).toarray()
+        log_shares.append(np.log((documents + 1) / (rows.sum(axis=0)[:, None] + 2)))
+    return np.var(log_shares[0] - log_shares[1], axis=0)
+
+
+def fit_multi_label_classifier(
+    taxonomy: Taxonomy, train: Dataset, vocab_size: int
+) -> MultiLabelLexicalClassifier | None:
+    """Fit a lexical classifier on the training rows.
+
+    Args:
+        train: rows with ``input_ids`` and ``labels``, num_nodes numbers each.
+
+    Returns:
+        None, with a log line, if no node has both labels in its open rows.
+    """
+    labels = np.array(train.with_format("numpy")["labels"][:])
+    positive, total = open_counts(taxonomy, labels)
+    if not ((positive > 0) & (positive < total)).any():
+        logger.info("no lexical head: no node has training rows with and without it")
+        return None
+    return MultiLabelLexicalClassifier(taxonomy, token_counts(train, vocab_size), labels)
