@@ -14,7 +14,6 @@ from typing import NoReturn
 
 from reading.rows import InputError
 
-TRACEBACK = "HIERARCHICAL_TRACEBACK"
 ROOT = Path(__file__).parent
 
 
@@ -36,16 +35,9 @@ def is_fault(error: Exception) -> bool:
 
 @contextmanager
 def refusing(what: str) -> Iterator[None]:
-    """Convert any exception of a library call into an InputError.
+    """Convert any exception of a library call on users' files or settings into an InputError, "what: reason".
 
-    Use it around library calls on users' files and settings: the libraries document no errors for these, and raise,
-    say, KeyError or ZeroDivisionError. A bug of this project passes unchanged, see `is_fault`.
-
-    Args:
-        what: the message up to its colon.
-
-    Raises:
-        InputError: the call failed.
+    The libraries document no errors for these, and raise, say, KeyError. A bug of this project passes, see `is_fault`.
     """
     try:
         yield
@@ -63,23 +55,17 @@ def is_full_disk(error: Exception) -> bool:
     """Return whether a write failed because the disk or quota is full."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    # safetensors, tokenizers and torch raise error types of their own
-    return any(
-        words in str(error)
-        for words in ("No space left", "os error 28", "PytorchStreamWriter failed", "iostream error")
-    )
+    # of safetensors, tokenizers and torch, which raise error types of their own
+    messages = ("No space left", "os error 28", "PytorchStreamWriter failed", "iostream error")
+    return any(message in str(error) for message in messages)
 
 
 def asked_traceback() -> str:
     """Return the traceback of the current exception if HIERARCHICAL_TRACEBACK is set, else an empty string."""
-    return traceback.format_exc() if os.environ.get(TRACEBACK) else ""
+    return traceback.format_exc() if os.environ.get("HIERARCHICAL_TRACEBACK") else ""
 
 
 def exit_with_error(command: str, message: str, code: int = 2, trace: str = "") -> NoReturn:
-    """Print one line to standard error and exit.
-
-    Args:
-        trace: traceback to print before the line, from `asked_traceback`.
-    """
+    """Print one line to standard error, after a traceback from `asked_traceback`, and exit."""
     print(f"{trace}{command}: error: {message}", file=sys.stderr)
     sys.exit(code)

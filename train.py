@@ -12,6 +12,7 @@ import gc
 import logging
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 # before it is imported: it asks for kernels from the Hub, whose code is not pinned, and warns of each 8-bit layer's cast
@@ -22,13 +23,13 @@ import torch
 import transformers
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import DatasetDict
-from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedTokenizerBase, set_seed
+from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from checkpoint_files import is_checkpoint, read_config
 from errors import InputError, asked_traceback, exit_with_error, is_full_disk, one_line, refusing
-from evaluation import plots, report
+from evaluation import multi_label_report, plots, report
 from evaluation.lexical import fit_classifier
 from evaluation.metrics import build_compute_metrics
-from modeling_hierarchical import HierarchicalForSequenceClassification
 from taxonomy_hierarchical import TaxonomyError
 from training import resume
 from training.arguments import Arguments, HierarchicalTrainingArguments, check_against_data, parse
@@ -36,16 +37,7 @@ from training.files import make_folder, write_json
 from training.label_names import initialise_heads
 from training.losses import HierarchicalFocalLoss
 from training.memory import keep_memory
-from training.model import (
-    build_model,
-    fetch_checkpoint,
-    is_checkpoint,
-    limit_length,
-    load_tokenizer,
-    log_setup,
-    read_config,
-    size_report,
-)
+from training.model import build_model, fetch_model, load_tokenizer, size_report
 from training.publish import check_hub, push, run_facts, run_settings, write_card
 from training.splits import LabelledSplits, load_splits
 from training.tokens import tokenize_splits
@@ -55,8 +47,6 @@ from training.views import build_collator
 
 logger = logging.getLogger("train")
 
-KEPT_MEMORY = (2**30, 2**31 - 1)  # of `keep_memory`; an adapter's steps are as fast without
-
 
 def main(argv: list[str]) -> None:
     # ── Arguments: recipe, flags, output folder ──────────────────────────────────────────────────────────────────────
@@ -64,13 +54,13 @@ def main(argv: list[str]) -> None:
     training = arguments.training
     set_up_logging(training)
     set_seed(training.seed)
-    fetch_checkpoint(arguments.model)
+    fetch_model(arguments.model)
     source = arguments.model.model_name_or_path
     stored_taxonomy = read_config(source).tree if is_checkpoint(source) else None
     resume.check_output_folder(training, source)
-    resume_from = (
-        resume.find_checkpoint(training.resume_from_checkpoint, training.output_dir) if training.do_train else None
-    )
+    resume_from = None
+    if training.do_train:
+        resume_from = resume.find_checkpoint(training.resume_from_checkpoint, training.output_dir)
 
     # ── Data: read, check, split ─────────────────────────────────────────────────────────────────────────────────────
     trained_texts = resume.read_earlier_texts(source, resume_from)
@@ -92,57 +82,56 @@ def main(argv: list[str]) -> None:
 def train(arguments: Arguments, data: LabelledSplits, trained_texts: TrainedTexts, resume_from: str | None) -> None:
     """Train, measure and publish a model. All files go to ``--output_dir``."""
     training = arguments.training
-    check_against_data(arguments, data, build_compute_metrics(data.taxonomy))
-    heads_init = None
-    if resume_from is not None:
-        heads_init = resume.check_resumed_data(resume_from, data.taxonomy, data.report)
+    check_against_data(arguments, data.taxonomy, data.splits, build_compute_metrics(data.taxonomy))
+    heads_init = resume.check_resumed_data(resume_from, data.taxonomy, data.report) if resume_from else None
 
     # ── Model: encoder, adapter, heads, tokenizer ────────────────────────────────────────────────────────────────────
     model = build_model(arguments.model, data.taxonomy, training.seed)
-    if resume_from is not None:
+    if resume_from:
         resume.check_model(resume_from, model)
     if training.push_to_hub:
         check_hub(training, model)
     tokenizer = load_tokenizer(arguments.model, model)
-    tokenizer.model_max_length = max_length = limit_length(arguments.data.max_length, tokenizer)
-    splits = tokenize_splits(data, tokenizer, max_length, sentences=arguments.loss.consistency > 0)
+    splits = tokenize_splits(data, tokenizer, arguments.data.max_length, sentences=arguments.loss.consistency > 0)
 
-    # ── Fit ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── Run: folder, trainer, settings, initial heads ────────────────────────────────────────────────────────────────
     output = Path(training.output_dir)
     if training.should_save:
         make_folder(output)
-    trainer = build_trainer(arguments, data, splits, model, tokenizer)
-    settings = run_settings(arguments, model, max_length)
+    trainer = build_trainer(arguments, splits, model, tokenizer)
+    settings = run_settings(arguments, model, tokenizer.model_max_length)
     metrics: dict[str, Any] = {}  # until the end, when the card is written again
     trainer.write_card = functools.partial(write_card, trainer, settings, data.report, metrics)
     size = size_report(model)
-    log_setup(arguments.model, training, size)
-    resume.start_run(
-        trainer, arguments.model.model_name_or_path, trained_texts, data.splits["train"]["text"], resume_from
-    )
+    setup = (training.device, training.precision, arguments.model.quantization, arguments.model.tuning)
+    logger.info("device %s, precision %s, encoder %s, tuning %s", *setup)
+    sizes = "trained: {trainable_parameters:,} of {all_parameters:,} parameters; "
+    sizes += "encoder: {encoder_bytes:,} bytes, {encoder_bytes_float32:,} in float32"
+    logger.info(sizes.format_map(size))
+    source = arguments.model.model_name_or_path
+    resume.start_run(trainer, source, trained_texts, data.splits["train"]["text"], resume_from)
     if resume_from is None:
         heads_init = initialise_heads(trainer, splits["train"], arguments.model)
     settings["heads_init"] = data.report["heads_init"] = heads_init
     if training.should_save:
         write_json(output / "data_report.json", data.report)
+
+    # ── Fit ──────────────────────────────────────────────────────────────────────────────────────────────────────────
     if training.device.type == "cpu" and arguments.model.tuning == "full":
-        keep_memory(*KEPT_MEMORY)
+        keep_memory(2**30, 2**31 - 1)  # an adapter's steps are as fast without
     result = trainer.train(resume_from_checkpoint=resume_from)
     trainer.save_model(_internal_call=True)  # else it is pushed here, before it is measured
     trainer.accelerator.wait_for_everyone()  # all processes load it
 
     # ── Measure: the checkpoint, loaded back ─────────────────────────────────────────────────────────────────────────
     metrics |= result.metrics | run_facts(arguments, size, data.report)
-    scores, logits = measure(arguments, data, splits, trainer, model, metrics)
-    metrics |= scores | report.leaf_scores(data.taxonomy, logits, splits)
-    if training.should_save:
-        write_json(output / "metrics.json", metrics)
-        plots.write(plots.training_curves(trainer.state.log_history), output / "plots" / "training_curves.png")
-        report.draw_plots(data.taxonomy, logits, splits, output / "plots")
-        report.write_predictions(data.taxonomy, logits, splits, output)
+    scores, logits = measure(arguments, splits, trainer, model)
+    metrics |= scores | report_of(model).class_scores(model, logits, splits)
 
-    # ── Publish: model card and Hub ──────────────────────────────────────────────────────────────────────────────────
+    # ── Publish: files, model card, Hub ──────────────────────────────────────────────────────────────────────────────
     if training.should_save:
+        write_files(output, metrics, model, logits, splits)
+        plots.write(plots.training_curves(trainer.state.log_history), output / "plots" / "training_curves.png")
         trainer.write_card(output)
         logger.info("checkpoint, metrics and plots are in %s", output)
     report.log_metrics(scores)
@@ -151,14 +140,10 @@ def train(arguments: Arguments, data: LabelledSplits, trained_texts: TrainedText
 
 
 def build_trainer(
-    arguments: Arguments,
-    data: LabelledSplits,
-    splits: DatasetDict,
-    model: HierarchicalForSequenceClassification,
-    tokenizer: PreTrainedTokenizerBase,
+    arguments: Arguments, splits: DatasetDict, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> HierarchicalTrainer:
-    training, loss = arguments.training, arguments.loss
-    counts = torch.tensor(data.taxonomy.count_at_or_below(splits["train"]["labels"][:]))
+    training, loss, taxonomy = arguments.training, arguments.loss, model.config.tree
+    counts = torch.tensor(taxonomy.count_at_or_below(splits["train"]["labels"][:]))
     patience = training.early_stopping_patience if training.load_best_model_at_end else None
     return HierarchicalTrainer(
         model=model,
@@ -167,10 +152,10 @@ def build_trainer(
         eval_dataset=splits.get("validation"),
         processing_class=tokenizer,
         data_collator=build_collator(tokenizer),
-        compute_metrics=build_compute_metrics(data.taxonomy),
+        compute_metrics=build_compute_metrics(taxonomy),
         callbacks=[EarlyStoppingCallback(patience)] if patience else None,
         loss_function=HierarchicalFocalLoss(
-            data.taxonomy,
+            taxonomy,
             counts,
             gamma=loss.focal_gamma,
             balanced=loss.class_weighting == "balanced",
@@ -183,44 +168,31 @@ def build_trainer(
 
 
 def measure(
-    arguments: Arguments,
-    data: LabelledSplits,
-    splits: DatasetDict,
-    trainer: HierarchicalTrainer,
-    model: HierarchicalForSequenceClassification,
-    metrics: dict[str, Any],
+    arguments: Arguments, splits: DatasetDict, trainer: HierarchicalTrainer, model: PreTrainedModel
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Score the checkpoint that was just saved; calibrate it on the validation rows and save it again.
 
-    Args:
-        metrics: of the run. With a quantized encoder, the scores of the model as trained are added here.
-
-    Returns:
-        Scores, and the leaf logits of each split after calibration.
+    Returns the scores, also those of the quantized model as trained, and the calibrated leaf logits of each split.
     """
-    training, taxonomy = arguments.training, data.taxonomy
+    training, taxonomy, as_trained = arguments.training, model.config.tree, {}
     if arguments.model.quantization != "none":
-        as_trained, _ = report.score_splits(trainer, splits, training)
-        metrics |= {f"quantized_{name}": value for name, value in as_trained.items()}
-    served = report.served_trainer(
-        training.output_dir, training, taxonomy, trainer.processing_class, trainer.loss_function
-    )
-    scores, logits = report.score_splits(served, splits, training)
+        scores, *_ = report.score_splits(trainer, splits, training)
+        as_trained = {f"quantized_{name}": value for name, value in scores.items()}
+    served = report.served_trainer(training.output_dir, training, trainer.processing_class, trainer.loss_function)
+    scores, logits, decisions = report.score_splits(served, splits, training)
     if "validation" not in logits:
         logger.info("no validation rows were scored: no lexical head, and the model's probabilities are not calibrated")
-        return scores, logits
+        return as_trained | scores, logits
     if training.should_save:
-        report.draw_reliability(
-            logits, splits, Path(training.output_dir) / "plots" / "reliability_diagram_uncalibrated.png"
-        )
-    vocab_size = model.config.text_config.vocab_size
+        file = Path(training.output_dir) / "plots" / "reliability_diagram_uncalibrated.png"
+        report_of(model).draw_reliability(logits, splits, file)
+    vocab_size, max_length = model.config.text_config.vocab_size, trainer.processing_class.model_max_length
     classifier = fit_classifier(taxonomy, splits["train"], vocab_size, arguments.model.lexical_head)
-    calibrated, logits = report.calibrate_model(
-        model, classifier, taxonomy, logits, splits, trainer.processing_class.model_max_length
-    )
+    calibrated, logits = report_of(model).calibrate_model(model, classifier, taxonomy, decisions, splits, max_length)
     trainer.save_model(_internal_call=True)
     before = {name: scores.pop(name) for name in [*scores] if name in calibrated or name.endswith("_loss")}
-    return scores | {f"uncalibrated_{name}": value for name, value in before.items()} | calibrated, logits
+    uncalibrated = {f"uncalibrated_{name}": value for name, value in before.items()}
+    return as_trained | scores | uncalibrated | calibrated, logits
 
 
 def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
@@ -228,28 +200,39 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
     training, source = arguments.training, arguments.model.model_name_or_path
     if not set(data.splits) & {"validation", "test"}:
         left_out = sum(count for split, count in data.report["trained_before"]["rows"].items() if split != "train")
+        problem = "give --validation_file or --test_file; of one file, give the whole file as --test_file"
         if left_out:
-            raise InputError(
-                f"nothing to score: the checkpoint was trained on the texts of all {left_out:,} rows; give other rows"
-            )
-        raise InputError(
-            "nothing to score: give --validation_file or --test_file; of one file, give the whole file as --test_file"
-        )
+            problem = f"the checkpoint was trained on the texts of all {left_out:,} rows; give other rows"
+        raise InputError(f"nothing to score: {problem}")
     with refusing(f"cannot load the tokenizer of {source}"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=True)
-    splits = tokenize_splits(data, tokenizer, limit_length(arguments.data.max_length, tokenizer))
-    served = report.served_trainer(source, training, data.taxonomy, tokenizer)
-    metrics, logits = report.score_splits(served, splits, training)
+    splits = tokenize_splits(data, tokenizer, arguments.data.max_length)
+    served = report.served_trainer(source, training, tokenizer)
+    metrics, logits, _ = report.score_splits(served, splits, training)
     if training.should_save:
         output = Path(training.output_dir)
         make_folder(output)
         resume.delete_measured(output)
-        write_json(output / "metrics.json", metrics | report.leaf_scores(data.taxonomy, logits, splits))
         write_json(output / "data_report.json", data.report)
-        report.draw_plots(data.taxonomy, logits, splits, output / "plots")
-        report.write_predictions(data.taxonomy, logits, splits, output)
+        model = served.model
+        scored = metrics | report_of(model).class_scores(model, logits, splits)
+        write_files(output, scored, model, logits, splits)
         logger.info("metrics and plots are in %s", output)
     report.log_metrics(metrics)
+
+
+def write_files(
+    output: Path, metrics: dict[str, Any], model: PreTrainedModel, logits: dict[str, np.ndarray], splits: DatasetDict
+) -> None:
+    """Write metrics.json, plots and predictions."""
+    write_json(output / "metrics.json", metrics)
+    report_of(model).draw_plots(model, logits, splits, output / "plots")
+    report_of(model).write_predictions(model, logits, splits, output)
+
+
+def report_of(model: PreTrainedModel) -> ModuleType:
+    """Return the module that calibrates such a model and shows its scores."""
+    return multi_label_report if model.config.is_multi_label else report
 
 
 def set_up_logging(training: HierarchicalTrainingArguments) -> None:
@@ -281,13 +264,13 @@ def failure(error: Exception) -> str | None:
 
 
 if __name__ == "__main__":
-    said, trace = None, ""
+    message = None
     try:
         main(sys.argv[1:])
     except Exception as error:
-        said, trace = failure(error), asked_traceback()
-        if said is None:
+        message, trace = failure(error), asked_traceback()
+        if message is None:
             raise
-    if said is not None:
+    if message is not None:
         gc.collect()  # the run, and its progress bars with it, which write once more
-        exit_with_error("train.py", said, trace=trace)
+        exit_with_error("train.py", message, trace=trace)

@@ -82,33 +82,29 @@ def build_metrics(taxonomy: Taxonomy, multi_label: bool, thresholds: list[float]
 
 
 def score_splits(
-    trainer: HierarchicalTrainer,
-    splits: DatasetDict,
-    training: HierarchicalTrainingArguments,
-    for_calibration: bool = False,
-) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Score the validation rows (metrics ``eval_…``) and test rows (``test_…``); also return the logits.
+    trainer: HierarchicalTrainer, splits: DatasetDict, training: HierarchicalTrainingArguments
+) -> tuple[dict[str, float], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Score the validation rows (metrics ``eval_…``) and test rows (``test_…``).
 
-    Args:
-        for_calibration: with several labels a text, return the decision logits, which a calibration is fitted to.
+    Returns:
+        The metrics; the logits; and the logits that a calibration is fitted to: those of the decisions with several labels a
+        text, else the same.
     """
-    config = trainer.model.config
+    config, metrics = trainer.model.config, dict[str, float]()
     ignored = [
         key for key in config.keys_to_ignore_at_inference if key != "decision_logits" or not config.is_multi_label
     ]
-    metrics: dict[str, float] = {}
-    logits: dict[str, np.ndarray] = {}
+    logits, decisions = dict[str, np.ndarray](), dict[str, np.ndarray]()
     for split, requested in (("validation", training.do_eval), ("test", training.do_predict)):
         if split in splits and requested is not False:
             output = trainer.predict(splits[split], ignored, metric_key_prefix=PREFIXES[split])
             metrics |= output.metrics
             if config.is_multi_label:
-                marginals, decisions = output.predictions
-                logits[split] = decisions if for_calibration else marginals
+                logits[split], decisions[split] = output.predictions
             else:
-                logits[split] = output.predictions
+                logits[split] = decisions[split] = output.predictions
                 metrics |= any_label_scores(split, output.predictions, splits[split])
-    return metrics, logits
+    return metrics, logits, decisions
 
 
 def any_label_scores(split: str, logits: np.ndarray, rows: Dataset) -> dict[str, float]:

@@ -25,7 +25,7 @@ TRAINING_SETTINGS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "optim", "weight_decay", "label_smoothing_factor"),
     *("load_best_model_at_end", "seed"),
 )
-NOT_SHOWN = ("model_name_or_path", "model_revision", "cache_dir")  # a sentence names the encoder; the cache is local
+NOT_SHOWN = ("model_name_or_path", "model_revision")  # a sentence names the encoder
 METRICS = {  # name in metrics.json, without its prefix: (type on the Hub, title in the card)
     "accuracy": ("accuracy", "accuracy"),
     "any_label_accuracy": ("accuracy", "accuracy, any label of a repeated text counting"),

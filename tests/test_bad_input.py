@@ -98,7 +98,7 @@ TRAIN = [
     (("--dataset_name", "../../etc"), "cannot load --dataset_name ../../etc"),
     (("bad.yaml", *DATA), "the recipe bad.yaml is not YAML"),
     (("utf16.yaml", *DATA), "the recipe utf16.yaml is not UTF-8 text"),
-    (("key.yaml", *DATA), "the recipe key.yaml has an unknown key 'lora_rr'; did you mean 'lora_r'?"),
+    (("key.yaml", *DATA), "the recipe key.yaml has an unknown key 'lora_rr'; did you mean lora_r?"),
     (("number.yaml", *DATA), "--lora_r: invalid int value: 'many'"),
     (("list.yaml", *DATA), "the recipe list.yaml: lora_r takes one value, not a list of 2"),
     (("nested.yaml", *DATA), "level_weights takes a plain list"),
@@ -129,23 +129,21 @@ TRAIN = [
     ((*DATA, "--level_weights", "1", "inf"), "--level_weights must be non-negative and not all zero"),
     ((*DATA, "--level_weights", "0", "0", "1"), "--level_weights 0.0 0.0 1.0: all levels have weight 0, since"),
     ((*DATA, "--remove_unused_columns", "false"), "--remove_unused_columns has no use here"),
-    ((*DATA, "--optim_args", "beta2=0.9,fast"), "--optim_args has 'fast': give name=value"),
-    ((*DATA, "--debug", "underflow_overflow"), "--debug underflow_overflow fails on an encoder's boolean masks"),
+    ((*DATA, "--optim_args", "beta2=0.9,fast"), "--optim_args must be name=value pairs, separated by commas, not 'beta2=0.9,fast'"),
     ((*DATA, "--num_train_epochs", "0"), "--num_train_epochs must be more than 0"),
     ((*DATA, "--per_device_train_batch_size", "0"), "--per_device_train_batch_size must be at least 1"),
     ((*DATA, "--gradient_accumulation_steps", "0"), "--gradient_accumulation_steps must be at least 1"),
     ((*DATA, "--seed", "-1"), "--seed must be at least 0 and below 4,294,967,296"),
     ((*DATA, "--train_sampling_strategy", "magic"), "invalid choice: 'magic'"),
     ((*DATA, "--metric_for_best_model", "acuracy"), "--metric_for_best_model acuracy is not measured on these validation rows; it is one of loss, "),
-    ((*DATA, "--report_to", "nothing_of_the_kind"), "--report_to nothing_of_the_kind: no such package is installed"),
+    ((*DATA, *RANDOM, "--report_to", "nothing_of_the_kind"), "cannot set up training: nothing_of_the_kind is not supported"),
     ((*DATA, "--metric_for_best_model", "ece_by_chance"), "--metric_for_best_model ece_by_chance is not measured"),
     ((*DATA, "--bf16_full_eval", "true"), "--bf16_full_eval has no use here"),
     ((*DATA, "--dataloader_drop_last", "true"), "--dataloader_drop_last has no use here"),
-    ((*DATA, "--max_steps", "0"), "--max_steps must be at least 1, or -1"),
     ((*DATA, "--save_total_limit", "0"), "--save_total_limit must be at least 1"),
     ((*DATA, "--eval_strategy", "steps", "--save_strategy", "steps", "--eval_steps", "1", "--save_steps", "3"),
-     "--load_best_model_at_end needs a save at every evaluation: give the same --eval_steps and --save_steps, not 1 and 3"),
-    ((*DATA, "--gradient_checkpointing_kwargs", '{"foo": 1}'), "--gradient_checkpointing_kwargs: torch's checkpoint has no argument 'foo'"),
+     "--load_best_model_at_end needs a save at every evaluation: give the same --eval_steps and --save_steps"),
+    ((*DATA, "--gradient_checkpointing_kwargs", '{"foo": 1}'), "--gradient_checkpointing_kwargs has an unknown name"),
     ((*DATA, *RANDOM, "--lr_scheduler_type", "warmup_stable_decay"), "cannot set up --lr_scheduler_type"),
     ((*DATA, *RANDOM, "--lr_scheduler_kwargs", '{"foo": 2}'), "cannot set up --lr_scheduler_type cosine"),
     ((*DATA, *RANDOM, "--adam_beta1", "2"), "cannot set up the optimizer: Invalid beta parameter"),
@@ -430,9 +428,9 @@ def test_a_hub_that_cannot_be_reached_is_one_line():
 import json
 from errors import InputError
 from training.arguments import ModelArguments
-from training.model import pinned_revision
+from training.model import fetch_model
 try:
-    pinned_revision(ModelArguments(model_name_or_path="someone/encoder"))
+    fetch_model(ModelArguments(model_name_or_path="someone/encoder"))
 except InputError as error:
     print(json.dumps(str(error)))
 """
@@ -440,8 +438,8 @@ except InputError as error:
         closed.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{closed.getsockname()[1]}"
         message = stranger(code, ROOT, {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0"})
-    assert message.startswith("cannot find the encoder someone/encoder on the Hub: ")
-    assert "refused" in message
+    assert message.startswith("cannot find the model someone/encoder on the Hub: ")
+    assert "connection" in message
 
 
 def test_publishing(place):

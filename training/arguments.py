@@ -7,31 +7,25 @@ Worth knowing:
 3. The precision depends on the machine if neither ``--bf16`` nor ``--fp16`` is given.
 """
 
-import difflib
 import inspect
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import EvalPrediction, HfArgumentParser, TrainingArguments
-from transformers.debug_utils import DebugOption
 from transformers.hf_argparser import string_to_bool
-from transformers.integrations import get_available_reporting_integrations
 
 from configuration_hierarchical import DEFAULT_ENCODER, DEFAULT_ENCODER_REVISION
 from errors import InputError, is_fault, one_line
 from taxonomy_hierarchical import Taxonomy
 from training.precision import has_bf16
-from training.recipe import recipe_words, replaced_sources
-
-if TYPE_CHECKING:
-    from training.splits import LabelledSplits
+from training.recipe import insert_recipe, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -52,35 +46,21 @@ def flag(default: Any, help: str, **metadata: Any) -> Any:
 class ModelArguments:
     """Flags of the encoder, its quantization and the trained weights."""
 
-    model_name_or_path: str = flag(
-        DEFAULT_ENCODER, "Encoder, or checkpoint of this project to continue: a Hub id or a folder."
-    )
-    model_revision: str | None = flag(
-        None, "Commit, tag or branch of the model on the Hub. The checkpoint records the commit."
-    )
+    model_name_or_path: str = flag(DEFAULT_ENCODER, "Encoder, or checkpoint to continue: a Hub id or a folder.")
+    model_revision: str | None = flag(None, "Commit, tag or branch on the Hub. The checkpoint records the commit.")
     quantization: Literal["none", "8bit", "4bit"] | None = flag(
-        None, "Quantization of the frozen encoder during training. Default: 4bit with --tuning lora, else none."
+        None, "Frozen encoder's storage. Default: 4bit with LoRA."
     )
     tuning: Literal["lora", "full"] = flag("lora", "lora trains an adapter and the heads, full trains every weight.")
     lora_r: int = flag(16, "Rank of the adapter.")
     lora_alpha: int = flag(32, "The adapter's output is scaled by lora_alpha / lora_r.")
     lora_dropout: float = flag(0.0, "Dropout on the adapter's input.")
-    lora_target_modules: list[str] = flag(
-        ["all-linear"], "Layers with an adapter: all-linear, or the names of linear layers, such as query value."
-    )
-    pooling: Literal["mean", "cls"] = flag(
-        "mean", "Vector of a text: the mean of its token vectors, or the vector of its first token."
-    )
+    lora_target_modules: list[str] = flag(["all-linear"], "Names of the adapted layers, such as query value.")
+    pooling: Literal["mean", "cls"] = flag("mean", "Vector of a text: the mean of its token vectors, or the first one.")
     heads_init: Literal["label_names", "random"] | None = flag(
-        None,
-        "Initialise new heads from the encoder's embeddings of the class names, or at random. Default: label_names "
-        f"with fewer than {FEW_ROWS} training rows per class, if the names match the texts; else random.",
+        None, f"Initial weights of new heads. Default: label_names below {FEW_ROWS} rows per class, if the names fit."
     )
-    lexical_head: bool | None = flag(
-        None,
-        "Fit a linear classifier on the tokens, beside the encoder. Default: true if it has at most 2^24 weights.",
-    )
-    cache_dir: str | None = flag(None, "Folder for downloads.")
+    lexical_head: bool | None = flag(None, "Add a linear classifier of the tokens. Default: true up to 2^24 weights.")
 
 
 @dataclass
@@ -89,15 +69,13 @@ class DataArguments:
 
     dataset_name: str | None = flag(None, "Data set on the Hub.")
     dataset_revision: str | None = flag(None, "Commit, tag or branch of the data set.")
-    data_path: str | None = flag(
-        None, "File (.csv .tsv .json .jsonl .parquet) to split, or folder saved by `datasets`."
-    )
+    data_path: str | None = flag(None, "File (.csv .tsv .json .jsonl .parquet) to split, or folder of `datasets`.")
     train_file: str | None = flag(None, "File with the training rows.")
     validation_file: str | None = flag(None, "File with the rows that select the checkpoint and calibrate it.")
     test_file: str | None = flag(None, "File with the rows for the final scores.")
     text_column: str | None = flag(None, "Column with the texts. Default: chosen by its name.")
     label_column: list[str] | None = flag(
-        None, "Column with the labels, or one column per level, from the root down. Default: chosen by its name."
+        None, "Column with the labels, or one per level. Default: chosen by its name."
     )
     taxonomy: str | None = flag(
         None,
@@ -105,12 +83,8 @@ class DataArguments:
         "Abstracts corpus if they contain all labels, else the paths in the labels.",
     )
     label_separator: str = flag("/", "Separator between the names in the path of a label.")
-    class_names: str | None = flag(
-        None, "Names of coded labels: .csv or .tsv file with the columns code and name, or JSON object."
-    )
-    max_length: int = flag(
-        512, "Texts are truncated to this number of tokens, or to the encoder's limit if it is smaller."
-    )
+    class_names: str | None = flag(None, "Names of coded labels: .csv or .tsv file of code,name rows, or JSON object.")
+    max_length: int = flag(512, "Texts are truncated to this number of tokens, or to the encoder's limit.")
     validation_size: float = flag(0.1, "Share of the training texts for validation, if no validation rows are given.")
     test_size: float = flag(0.1, "Share of the texts for the test, if --data_path is split.")
 
@@ -120,16 +94,9 @@ class LossArguments:
     """Flags of `training.losses` and `training.views`. The loss also uses ``--label_smoothing_factor``."""
 
     focal_gamma: float = flag(0.0, "Exponent of (1 - p) in the focal loss. 0: cross-entropy.")
-    class_weighting: Literal["none", "balanced"] = flag(
-        "none", "Weights of sibling classes. balanced: inversely proportional to their training rows."
-    )
-    level_weights: list[float] = flag(
-        [1.0], "Weights of the decisions at level 1, 2, …; the last one applies to all deeper levels."
-    )
-    consistency: float = flag(
-        0.0,
-        "Train on two halves of each text, with this weight of their disagreement in the loss. 0: on whole texts.",
-    )
+    class_weighting: Literal["none", "balanced"] = flag("none", "balanced: more weight for siblings with fewer rows.")
+    level_weights: list[float] = flag([1.0], "Weights of decisions at level 1, 2, …; the last one for all deeper.")
+    consistency: float = flag(0.0, "Train on halves of each text, with this weight of their disagreement. 0: on texts.")
 
 
 @dataclass
@@ -137,10 +104,7 @@ class HierarchicalTrainingArguments(TrainingArguments):
     """TrainingArguments of transformers, with defaults for this task."""
 
     output_dir: str = flag("results", "Folder for the checkpoint.")
-    overwrite_output_dir: bool = flag(
-        False,
-        "Write into a folder that already holds a run. Training deletes the checkpoints and scores of that run.",
-    )
+    overwrite_output_dir: bool = flag(False, "Overwrite the folder's run: training deletes its checkpoints and scores.")
     do_train: bool | None = flag(None, "Train. Default: yes, unless --do_eval or --do_predict is given.")
     do_eval: bool | None = flag(None, "Score the validation rows at the end, and calibrate on them.")
     do_predict: bool | None = flag(None, "Score the test rows.")
@@ -159,12 +123,8 @@ class HierarchicalTrainingArguments(TrainingArguments):
     save_total_limit: int | None = flag(2, "Number of checkpoints to keep.")
     load_best_model_at_end: bool = flag(True, "Load the best checkpoint at the end.")
     metric_for_best_model: str = flag("macro_f1", "Metric that selects the best checkpoint.")
-    restore_callback_states_from_checkpoint: bool = flag(
-        True, "Resume with the saved count of evaluations without improvement."
-    )
-    early_stopping_patience: int | None = flag(
-        2, "Stop after this number of evaluations without improvement. 0: never."
-    )
+    restore_callback_states_from_checkpoint: bool = flag(True, "Resume with the saved count for early stopping.")
+    early_stopping_patience: int | None = flag(2, "Stop after this many evaluations without improvement. 0: never.")
     train_sampling_strategy: str = flag(
         "group_by_length",
         "Order of the training rows. group_by_length batches texts of similar length, to reduce padding.",
@@ -172,10 +132,7 @@ class HierarchicalTrainingArguments(TrainingArguments):
     )
     report_to: list[str] = flag(["none"], "Services to log to: tensorboard, trackio, …")
     logging_steps: float = flag(10, "Number of steps between log lines, or, below 1, their share of all steps.")
-    bf16: bool | None = flag(
-        None,
-        "bfloat16 autocast. Default: the precision of accelerate launch, else true if the machine has bfloat16.",
-    )
+    bf16: bool | None = flag(None, "bfloat16 autocast. Default: as accelerate launch says, else true if it is fast.")
 
     def __post_init__(self):
         if not (torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()):
@@ -187,9 +144,9 @@ class HierarchicalTrainingArguments(TrainingArguments):
             )
         if self.bf16 is None:
             precision = launcher
-            if precision == "no" and has_bf16(self.use_cpu):
+            if launcher == "no" and has_bf16(self.use_cpu):
                 precision = "bf16"
-            elif precision == "no" and torch.cuda.is_available() and not self.use_cpu:
+            elif launcher == "no" and torch.cuda.is_available() and not self.use_cpu:
                 precision = "fp16"
             self.bf16 = precision == "bf16" and not self.fp16
             self.fp16 = self.fp16 or precision == "fp16"
@@ -202,7 +159,7 @@ class HierarchicalTrainingArguments(TrainingArguments):
         if self.do_train is None:
             self.do_train = not (self.do_eval or self.do_predict)
         # the Trainer would otherwise prefer the launcher's precision to an explicit --bf16 false
-        self.mixed_precision = "fp16" if self.fp16 else "bf16" if self.bf16 else "no"
+        self.mixed_precision = "no" if self.precision == "fp32" else self.precision
 
     @property
     def precision(self) -> str:
@@ -222,56 +179,41 @@ class Arguments(NamedTuple):
 # Intervals: a bracket includes the bound, a parenthesis excludes it.
 RANGES = {
     **dict.fromkeys(("lora_r", "lora_alpha", "per_device_train_batch_size", "per_device_eval_batch_size"), "[1, inf)"),
-    **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps"), "[1, inf)"),
+    **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps", "save_total_limit"), "[1, inf)"),
     **dict.fromkeys(("lora_dropout", "label_smoothing_factor"), "[0, 1)"),
     **dict.fromkeys(("learning_rate", "heads_learning_rate", "num_train_epochs"), "(0, inf)"),
     **dict.fromkeys(("focal_gamma", "consistency", "weight_decay", "max_grad_norm"), "[0, inf)"),
     **dict.fromkeys(("early_stopping_patience", "dataloader_num_workers"), "[0, inf)"),
-    "save_total_limit": "[1, inf)",
     **dict.fromkeys(("seed", "data_seed"), "[0, 4294967296)"),
     "max_length": "[8, inf)",
 }
 # Flags of transformers that would drop rows from the scores, change the scored model, or remove the scores.
 NO_USE = {
-    "batch_eval_metrics": False,
-    "bf16_full_eval": False,
-    "dataloader_drop_last": False,
-    "eval_do_concat_batches": True,
-    "fp16_full_eval": False,
+    **dict.fromkeys(("batch_eval_metrics", "dataloader_drop_last", "prediction_loss_only"), False),
+    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), False),
+    **dict.fromkeys(("eval_do_concat_batches", "remove_unused_columns"), True),
     "label_names": None,
-    "prediction_loss_only": False,
-    "remove_unused_columns": True,
 }
 
 
 def parse(argv: list[str]) -> Arguments:
-    """Parse ``[recipe.yaml] [--flag value …]``.
-
-    Raises:
-        InputError: a flag is unknown, a value is invalid, or flags contradict each other.
-    """
+    """Parse ``[recipe.yaml] [--flag value …]``, or raise InputError."""
     # ── Parser: a bare switch means true, an error is one line ───────────────────────────────────────────────────────
-    parser = HfArgumentParser(
-        [*Arguments.__annotations__.values()],
-        prog="train.py",
-        usage="train.py [recipe.yaml] [--flag value ...]",
-        allow_abbrev=False,
-    )
+    classes, usage = [*Arguments.__annotations__.values()], "train.py [recipe.yaml] [--flag value ...]"
+    parser = HfArgumentParser(classes, prog="train.py", usage=usage, allow_abbrev=False)
     for action in parser._actions:
         if action.type is string_to_bool:  # a bare --do_predict means true even if the default is None
             action.nargs, action.const = "?", True
     parser.error = exit_parser  # argparse prints the usage of all 150 flags
-    takes_list = {option: action.nargs in ("+", "*") for action in parser._actions for option in action.option_strings}
 
     # ── Words: flags after the recipe override it ────────────────────────────────────────────────────────────────────
     if argv and not argv[0].startswith("-"):
-        flags = {name.removeprefix("--"): is_list for name, is_list in takes_list.items() if name.startswith("--")}
-        argv = recipe_words(argv[0], flags, replaced_sources(argv)) + argv[1:]
+        flags = {action.dest: action.nargs in ("+", "*") for action in parser._actions}
+        argv = insert_recipe(argv, flags)
     for word in argv:
         name = word.split("=")[0]
-        if word.startswith("--") and name not in takes_list:
-            near = difflib.get_close_matches(name, takes_list, n=1)
-            raise InputError(f"unknown flag {name}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+        if word.startswith("--") and name not in parser._option_string_actions:
+            raise InputError(f"unknown flag {name}; {nearest(name, parser._option_string_actions)}")
     try:
         *parsed, rest = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
@@ -286,7 +228,13 @@ def parse(argv: list[str]) -> Arguments:
     # ── Checks, then defaults that depend on other flags ─────────────────────────────────────────────────────────────
     arguments = Arguments(*parsed)
     check_values(arguments)
-    set_defaults(arguments)
+    model, data, _, training = arguments
+    if model.quantization is None:
+        model.quantization = "4bit" if model.tuning == "lora" else "none"
+    if model.model_name_or_path == DEFAULT_ENCODER and model.model_revision is None:
+        model.model_revision = DEFAULT_ENCODER_REVISION
+    if not training.do_train:
+        data.validation_size = data.test_size = 0  # without training, the rows of a training file are not scored
     return arguments
 
 
@@ -295,74 +243,12 @@ def exit_parser(message: str) -> NoReturn:
     raise InputError(re.sub(r"^argument (--\w+)(/--[\w-]+)?: ", r"\1: ", message))
 
 
-def set_defaults(arguments: Arguments) -> None:
-    """Set the defaults that depend on other flags."""
-    model, data = arguments.model, arguments.data
-    if model.quantization is None:
-        model.quantization = "4bit" if model.tuning == "lora" else "none"
-    if model.model_name_or_path == DEFAULT_ENCODER and model.model_revision is None:
-        model.model_revision = DEFAULT_ENCODER_REVISION
-    if not arguments.training.do_train:
-        data.validation_size = data.test_size = 0  # without training, the rows of a training file are not scored
-
-
 def check_values(arguments: Arguments) -> None:
-    """Check values that would fail only after hours, or be silently misread.
-
-    Raises:
-        InputError: a value is not allowed.
-    """
-    model, _, loss, training = arguments
-    check_ranges({name: value for part in arguments for name, value in vars(part).items()})
-    if model.tuning == "full" and model.quantization not in (None, "none"):
-        raise InputError(
-            "--tuning full trains every weight, and quantized weights cannot be trained: use --quantization none"
-        )
-    if training.max_steps == 0 or training.max_steps < -1:
-        raise InputError(
-            f"--max_steps must be at least 1, or -1 to train for --num_train_epochs, not {training.max_steps}"
-        )
-    if training.load_best_model_at_end and training.eval_strategy == training.save_strategy == "steps":
-        evaluated, saved = training.eval_steps, training.save_steps
-        if evaluated != saved:  # the best weights may not be saved
-            raise InputError(
-                f"--load_best_model_at_end needs a save at every evaluation: give the same --eval_steps and --save_steps, "
-                f"not {evaluated:g} and {saved:g}, or --save_strategy best"
-            )
-    checkpoint_kwargs = inspect.signature(torch.utils.checkpoint.checkpoint).parameters.keys()
-    if unknown := set(training.gradient_checkpointing_kwargs or {}) - checkpoint_kwargs:
-        raise InputError(f"--gradient_checkpointing_kwargs: torch's checkpoint has no argument {min(unknown)!r}")
-    weights = loss.level_weights
-    if not all(0 <= weight < float("inf") for weight in weights) or max(weights, default=0) == 0:
-        raise InputError(f"--level_weights must be non-negative and not all zero, not {weights}")
-    pairs = (training.optim_args or "").replace(" ", "").split(",")
-    if malformed := [pair for pair in pairs if pair and pair.count("=") != 1]:
-        raise InputError(f"--optim_args has {malformed[0]!r}: give name=value pairs, separated by commas")
-    if DebugOption.UNDERFLOW_OVERFLOW in training.debug:
-        raise InputError(
-            "--debug underflow_overflow fails on an encoder's boolean masks: the detector of transformers needs numbers"
-        )
-    if not training.output_dir:
-        raise InputError("--output_dir needs the name of a folder")
-    installed = get_available_reporting_integrations()
-    for name in training.report_to:
-        if name not in installed:
-            raise InputError(
-                f"--report_to {name}: no such package is installed; available: {', '.join(installed) or 'none'}"
-            )
-    if (training.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")) and training.device.type == "cpu":
-        raise InputError("FSDP needs GPUs; for processes on CPUs use recipes/accelerate/ddp.yaml")
-
-
-def check_ranges(values: dict[str, Any]) -> None:
-    """Check that values are in `RANGES`, and that the flags in `NO_USE` keep their defaults.
-
-    Raises:
-        InputError: names the flag and the value.
-    """
+    """Raise InputError for a value that would fail only after hours, or be silently misread."""
+    # ── Single values ────────────────────────────────────────────────────────────────────────────────────────────────
+    values = {name: value for part in arguments for name, value in vars(part).items()}
     for name, interval in RANGES.items():
-        low, high = map(float, interval[1:-1].split(","))
-        value = values[name]
+        value, (low, high) = values[name], map(float, interval[1:-1].split(","))
         if value is not None and not (low < value < high or (value == low and interval[0] == "[")):
             lower = "at least" if interval[0] == "[" else "more than"
             upper = "" if high == float("inf") else f" and below {high:,.0f}"
@@ -373,43 +259,61 @@ def check_ranges(values: dict[str, Any]) -> None:
                 f"--{name} has no use here: every row is scored, in one pass, with its label and the unchanged model"
             )
 
+    # ── What else can be wrong, and whether it is ────────────────────────────────────────────────────────────────────
+    model, _, loss, training = arguments
+    weights = loss.level_weights
+    optim_args = (training.optim_args or "").replace(" ", "")
+    checkpoint_kwargs = inspect.signature(torch.utils.checkpoint.checkpoint).parameters.keys()
+    problems = {
+        "--tuning full trains every weight, and quantized weights cannot be trained: use --quantization none": (
+            model.tuning == "full" and model.quantization not in (None, "none")
+        ),
+        "--load_best_model_at_end needs a save at every evaluation: give the same --eval_steps and --save_steps": (
+            training.load_best_model_at_end
+            and training.eval_strategy == training.save_strategy == "steps"
+            and training.eval_steps != training.save_steps
+        ),
+        "--gradient_checkpointing_kwargs has an unknown name: it takes the arguments of torch's checkpoint": (
+            not checkpoint_kwargs >= {*(training.gradient_checkpointing_kwargs or {})}
+        ),
+        f"--level_weights must be non-negative and not all zero, not {weights}": (
+            not all(0 <= weight < float("inf") for weight in weights) or not any(weights)
+        ),
+        f"--optim_args must be name=value pairs, separated by commas, not {optim_args!r}": (
+            re.fullmatch("([^=,]+=[^=,]+,?)*", optim_args) is None
+        ),
+        "--output_dir needs the name of a folder": not training.output_dir,
+        "FSDP needs GPUs; for processes on CPUs use recipes/accelerate/ddp.yaml": (
+            bool(training.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")) and training.device.type == "cpu"
+        ),
+    }
+    for problem, is_there in problems.items():
+        if is_there:
+            raise InputError(problem)
 
-def check_against_data(arguments: Arguments, data: "LabelledSplits", compute_metrics: ComputeMetrics) -> None:
-    """Check flags against the data. Without validation rows, turn off evaluation during training.
 
-    Raises:
-        InputError: there are no training rows, no evaluation selects the best checkpoint, or all level weights are 0.
-    """
+def check_against_data(
+    arguments: Arguments, taxonomy: Taxonomy, splits: Mapping[str, Any], compute_metrics: ComputeMetrics
+) -> None:
+    """Raise InputError if flags do not fit the data. Without validation rows, turn off evaluation during training."""
     training, weights = arguments.training, arguments.loss.level_weights
-    if "train" not in data.splits:
+    if "train" not in splits:
         raise InputError("no training rows: give --train_file, --data_path or --dataset_name, or --do_train false")
-    if "validation" not in data.splits:
+    if not any(weights[: taxonomy.depth]):
+        shown = " ".join(map(str, weights))
+        raise InputError(f"--level_weights {shown}: all levels have weight 0, since there are only {taxonomy.depth}")
+    if "validation" not in splits:
         logger.info("no validation rows: early stopping is off, and the last weights are kept")
         training.eval_strategy, training.load_best_model_at_end, training.eval_on_start = "no", False, False
-    elif training.load_best_model_at_end and training.eval_strategy == "no":
-        raise InputError(
-            "--eval_strategy no cannot select the best checkpoint: also give --load_best_model_at_end false"
-        )
     if training.load_best_model_at_end:
-        labels = np.unique(data.splits["validation"]["label"][:])
-        check_best_metric(training.metric_for_best_model, data.taxonomy, labels, compute_metrics)
-    if not any(weights[: data.taxonomy.depth]):
-        raise InputError(
-            f"--level_weights {' '.join(map(str, weights))}: all levels have weight 0, since the "
-            f"taxonomy has {data.taxonomy.depth} level{'s'[: data.taxonomy.depth > 1]}"
-        )
+        if training.eval_strategy == "no":
+            raise InputError("--eval_strategy no selects no best checkpoint: also give --load_best_model_at_end false")
+        labels = np.unique(splits["validation"]["label"][:])
+        check_best_metric(training.metric_for_best_model, taxonomy, labels, compute_metrics)
 
 
 def check_best_metric(name: str, taxonomy: Taxonomy, labels: np.ndarray, compute_metrics: ComputeMetrics) -> None:
-    """Check that evaluation measures ``--metric_for_best_model``, and that it ranks models.
-
-    Args:
-        name: of the metric, with or without ``eval_``.
-        labels: distinct labels of the validation rows.
-
-    Raises:
-        InputError: the metric is not available. The message lists those that are.
-    """
+    """Raise InputError unless evaluation on rows with these labels measures a metric, and the metric ranks models."""
     # the set of metrics depends on the levels of the labels, and on whether some are leaves
     examples = {(label < taxonomy.num_leaves, taxonomy.levels[label]): label for label in labels.tolist() if label >= 0}
     labels = np.array([*examples.values()], dtype=int)

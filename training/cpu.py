@@ -27,23 +27,20 @@ logger = logging.getLogger(__name__)
 
 
 def speed_up(encoder: PreTrainedModel) -> None:
-    """Prepare an encoder with an injected LoRA adapter for bfloat16 training on a CPU, in place.
-
-    8-bit layers and adapters with dropout stay as they are. So does attention where `cpu_hierarchical` does not fit the
-    installed torch and transformers, whose private names it uses; a warning says so.
-    """
+    """Prepare an encoder with an injected LoRA adapter for bfloat16 training on a CPU, in place."""
     for module in encoder.modules():
         if isinstance(module, LoraLayer) and can_merge(module):
             module.forward = types.MethodType(merged_forward, module)
     for parameter in encoder.parameters():
-        packed = getattr(parameter, "quant_state", None) is not None
-        if not packed and not parameter.requires_grad and parameter.dim() > 1 and parameter.dtype == torch.float32:
+        is_packed = getattr(parameter, "quant_state", None) is not None
+        is_frozen_table = not parameter.requires_grad and parameter.dim() > 1 and parameter.dtype == torch.float32
+        if is_frozen_table and not is_packed:
             parameter.data = parameter.data.bfloat16()
     try:
         from cpu_hierarchical import attend_by_document
 
         attend_by_document(encoder)
-    except Exception as error:  # a renamed function or argument: ImportError, AttributeError, TypeError, RuntimeError
+    except Exception as error:  # `cpu_hierarchical` uses private names of torch and transformers, which may change
         logger.warning(
             f"training without the faster CPU attention, which does not fit torch {torch.__version__} and transformers "
             f"{transformers.__version__} ({type(error).__name__}: {error}); results are the same"
@@ -51,19 +48,17 @@ def speed_up(encoder: PreTrainedModel) -> None:
 
 
 def can_merge(layer: LoraLayer) -> bool:
-    """Return whether a layer is a plain LoRA over a 4-bit or a floating-point `nn.Linear`."""
-    base, name = layer.get_base_layer(), layer.active_adapters[0]
-    plain = isinstance(layer.lora_dropout[name], nn.Identity) and not layer.lora_variant and not layer.lora_bias[name]
-    return plain and (isinstance(base, Linear4bit) or type(base) is nn.Linear)
+    """Return whether a LoRA layer has no dropout, and is over a 4-bit or a floating-point `nn.Linear`."""
+    base = layer.get_base_layer()
+    return isinstance(layer.lora_dropout["default"], nn.Identity) and type(base) in (Linear4bit, nn.Linear)
 
 
 def merged_forward(self: LoraLayer, x: Tensor) -> Tensor:
     """Run an adapted layer, (…, in) to (…, out). PEFT's own forward runs if the adapter is disabled or merged."""
-    if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
+    if self.disable_adapters or self.merged:
         return type(self).forward(self, x)
-    name = self.active_adapters[0]
-    factors = (self.lora_A[name].weight, self.lora_B[name].weight)
-    y = MergedLinear.apply(x.reshape(-1, x.shape[-1]), *factors, self.get_base_layer(), self.scaling[name])
+    a, b = self.lora_A["default"].weight, self.lora_B["default"].weight
+    y = MergedLinear.apply(x.reshape(-1, x.shape[-1]), a, b, self.get_base_layer(), self.scaling["default"])
     # the view is made here: Longformer changes it in place, and torch forbids that for a view that a Function returns
     return y.view(*x.shape[:-1], -1)
 
@@ -76,10 +71,7 @@ def merged_weight(base: nn.Linear, a: Tensor, b: Tensor, scaling: float) -> Tens
 
 
 class MergedLinear(torch.autograd.Function):
-    """Compute x · (W + s·B·A)ᵀ + bias in bfloat16, (N, in) to (N, out), with gradients of x, A and B.
-
-    The formula is equation 3 of Hu et al., 2021.
-    """
+    """Compute x · (W + s·B·A)ᵀ + bias (Hu et al., 2021, equation 3) in bfloat16, (N, in) to (N, out)."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, a: Tensor, b: Tensor, base: nn.Linear, scaling: float) -> Tensor:
@@ -95,9 +87,7 @@ class MergedLinear(torch.autograd.Function):
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
         x, a, b = ctx.saved_tensors
         dy = dy.to(x.dtype)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = dy @ merged_weight(ctx.base, a, b, ctx.scaling)
+        dx = dy @ merged_weight(ctx.base, a, b, ctx.scaling) if ctx.needs_input_grad[0] else None
         da = ((dy @ b).T @ x).float() * ctx.scaling  # (r, in)
         db = (dy.T @ (x @ a.T)).float() * ctx.scaling  # (out, r)
         return dx, da, db, None, None

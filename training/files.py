@@ -10,11 +10,7 @@ from errors import InputError
 
 
 def check_writable(flag: str, path: Path) -> None:
-    """Check, without creating it, that a folder can be created and written to.
-
-    Raises:
-        InputError: the path or a parent is a file or not writable, or the name is too long.
-    """
+    """Check, without creating it, that a folder can be created and written to; else raise InputError."""
     try:
         existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     except OSError as error:

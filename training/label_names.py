@@ -5,6 +5,7 @@ A leaf's weights are the embedding of its name minus the mean over all names. Th
 meaning, such as codes, do harm: `benchmarks/studies/label_names.py`.
 """
 
+import copy
 import logging
 from collections.abc import Sequence
 
@@ -13,7 +14,6 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from modeling_hierarchical import HierarchicalForSequenceClassification
 from training.arguments import FEW_ROWS, ModelArguments
 from training.model import is_checkpoint
 from training.trainer import HierarchicalTrainer
@@ -28,11 +28,7 @@ BATCH = 16
 def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: ModelArguments) -> str | None:
     """Initialise fresh heads as ``--heads_init`` says; by default from the class names if there are few rows a class.
 
-    Args:
-        rows: training rows, with the columns ``input_ids`` and ``labels``.
-
-    Returns:
-        "label_names" or "random"; None for a continued checkpoint, which keeps its heads.
+    Return "label_names" or "random"; None for a continued checkpoint, which keeps its heads.
     """
     if is_checkpoint(arguments.model_name_or_path):
         return None
@@ -49,61 +45,46 @@ def set_heads_from_names(trainer: HierarchicalTrainer, rows: Dataset, only_if_be
         LARGEST · u · (v - m) / s
 
     u is the direction of the name's embedding from the mean of all names, m the mean of some texts' embeddings, and s the
-    root of their mean squared distance from m.
-
-    Args:
-        rows: with the columns ``input_ids`` and ``labels``.
-        only_if_better: keep the heads unless these make the labels of the texts more likely.
-
-    Returns:
-        Whether the heads were set.
+    root of their mean squared distance from m. With ``only_if_better``, the heads are kept unless these make the labels of
+    the texts more likely. Return whether the heads were set.
     """
-    model, tokenizer = trainer.model, trainer.processing_class
-    tree, heads = model.config.tree, model.heads
-    some = [rows[int(row)] for row in sorted(np.random.default_rng(0).permutation(len(rows))[:TEXTS])]
-    texts = embed(trainer, [row["input_ids"] for row in some])
+    model = trainer.model
+    tree, heads, was_training = model.config.tree, model.heads, model.training
+    model.eval()
+    some = rows.select(np.sort(np.random.default_rng(0).permutation(len(rows))[:TEXTS]))
+    labels = torch.tensor(some["labels"][:], device=trainer.args.device)[:, None]
     names = [label.replace(tree.separator, " ") for label in tree.labels[: tree.num_leaves]]
-    named = embed(trainer, tokenizer(names, truncation=True)["input_ids"])
-    mean = texts.mean(0)
-    spread = (texts - mean).square().sum(1).mean().sqrt()
-    directions = torch.nn.functional.normalize(named - named.mean(0))
-    own = {name: tensor.clone() for name, tensor in heads.state_dict().items()}
-    labels = torch.tensor([row["labels"] for row in some], device=texts.device)
     with torch.no_grad():
-        before = log_likelihood(model, texts, labels)
+        texts = embed(trainer, some["input_ids"][:])
+        named = embed(trainer, trainer.processing_class(names, truncation=True)["input_ids"])
+        mean = texts.mean(0)
+        spread = (texts - mean).square().sum(1).mean().sqrt()
+        directions = torch.nn.functional.normalize(named - named.mean(0))
+        before, likelihood = copy.deepcopy(heads.state_dict()), heads(texts).gather(1, labels).mean()
         heads.weight.zero_()
         heads.bias.zero_()
         heads.weight[: tree.num_leaves] = LARGEST / spread.clamp(min=1e-6) * directions
         heads.bias[: tree.num_leaves] = -heads.weight[: tree.num_leaves] @ mean
-        if only_if_better and log_likelihood(model, texts, labels) <= before:
-            heads.load_state_dict(own)
-            logger.info(
-                "heads are initialised at random: the class names do not fit the texts; --class_names gives better names"
-            )
-            return False
-    logger.info("heads are initialised from the class names")
-    return True
-
-
-def log_likelihood(model: HierarchicalForSequenceClassification, texts: Tensor, labels: Tensor) -> float:
-    """Mean log-likelihood of labels (N,) given embeddings (N, hidden_size)."""
-    training = model.heads.training
-    mean = model.heads.eval()(texts).gather(1, labels[:, None]).mean()
-    model.heads.train(training)
-    return float(mean)
+        is_better = bool(heads(texts).gather(1, labels).mean() > likelihood)
+    if is_better or not only_if_better:
+        logger.info("heads are initialised from the class names")
+    else:
+        heads.load_state_dict(before)
+        logger.info(
+            "heads are initialised at random: the class names do not fit the texts; --class_names gives better names"
+        )
+    model.train(was_training)
+    return is_better or not only_if_better
 
 
 def embed(trainer: HierarchicalTrainer, inputs: Sequence[list[int]]) -> Tensor:
     """Embed texts given as token ids: pooled vectors, (len(inputs), hidden_size)."""
-    model = trainer.model
-    training = model.training
-    model.eval()
-    pooled = []
+    model, pooled = trainer.model, []
     for start in range(0, len(inputs), BATCH):
-        batch = trainer.data_collator([{"input_ids": ids} for ids in inputs[start : start + BATCH]])
-        batch = {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}
-        with torch.no_grad(), trainer.compute_loss_context_manager():
+        batch = trainer.data_collator([{"input_ids": ids} for ids in inputs[start : start + BATCH]]).to(
+            trainer.args.device
+        )
+        with trainer.compute_loss_context_manager():
             hidden = model.encoder(**batch).last_hidden_state
         pooled.append(model.pool(hidden, batch["attention_mask"]).to(model.heads.weight.device))
-    model.train(training)
     return torch.cat(pooled)

@@ -2,10 +2,9 @@
 
 Worth knowing:
 
-1. A label becomes the id of a node of the taxonomy, a leaf or an inner node. Codes are replaced by names first.
-2. Several label columns name a path from the root down. Its lower levels may be empty.
-3. Without ``--taxonomy``, the default taxonomy is used if it holds all labels. Else it is built from their paths.
-4. A string that does not look like a name may be a text about a patient. Error messages report only its length.
+1. Several label columns name a path from the root down. Its lower levels may be empty.
+2. Without ``--taxonomy``, the default taxonomy is used if it holds all labels. Else it is built from their paths.
+3. A string that does not look like a name may be a text about a patient. Error messages report only its length.
 """
 
 import json
@@ -43,20 +42,9 @@ def read_labels(table: Table, columns: list[str]) -> list[Label]:
     Raises:
         InputError: a label is missing, too long, not text or a whole number, or its path has a gap.
     """
-    levels = []
-    for column in columns:
-        labels = [_label_text(value) for value in table.columns[column]]
-        refuse_rows(table, column, map(_label_problem, labels))
-        levels.append([label or "" for label in labels])
-    name = " ".join(columns)
-    paths = list(zip(*levels, strict=True))
-    ends = [next((i for i in range(len(path), 0, -1) if path[i - 1]), 0) for path in paths]
-    refuse_rows(table, name, (None if end else "the label is missing" for end in ends))
-    if len(columns) == 1:
-        return [*levels[0]]
-    paths = [path[:end] for path, end in zip(paths, ends, strict=True)]
-    refuse_rows(table, name, (None if all(path) else "the label has a gap above a filled level" for path in paths))
-    return list(paths)
+    paths: list[Any] = list(zip(*(map(_label_text, table.columns[column]) for column in columns), strict=True))
+    refuse_rows(table, " ".join(columns), map(_label_problem, paths))
+    return [tuple(filter(None, path)) if len(columns) > 1 else path[0] for path in paths]
 
 
 def _label_text(value: Any) -> str | None:
@@ -71,11 +59,17 @@ def _label_text(value: Any) -> str | None:
     return compose(str(value).strip())
 
 
-def _label_problem(label: str | None) -> str | None:
-    """Return the error message of an invalid label, or None."""
-    if label is None:
+def _label_problem(path: tuple[Any, ...]) -> str | None:
+    """Return what is wrong with a row's labels, one per column, or None."""
+    if None in path:
         return "the label is neither text nor a whole number"
-    return f"the label has more than {LONGEST_LABEL} characters" if len(label) > LONGEST_LABEL else None
+    if not any(path):
+        return "the label is missing"
+    if any(len(name) > LONGEST_LABEL for name in path):
+        return f"the label has more than {LONGEST_LABEL} characters"
+    if "" in path and any(path[path.index("") :]):
+        return "the label has a gap above a filled level"
+    return None
 
 
 def refuse_rows(table: Table, column: str, problems: Iterable[str | None]) -> None:
@@ -93,84 +87,83 @@ def refuse_rows(table: Table, column: str, problems: Iterable[str | None]) -> No
 def resolve_labels(
     places: dict[Label, str], num_rows: int, columns: list[str], arguments: DataArguments, taxonomy: Taxonomy | None
 ) -> tuple[Taxonomy, str, dict[Label, int]]:
-    """Map each distinct label to a node.
+    """Return the taxonomy, a phrase that tells its origin, and the node id of each label.
 
     Args:
         places: the first occurrence of each label, for error messages.
         num_rows: number of rows of all splits.
-        taxonomy: of a checkpoint. Without it, ``--taxonomy``, the default taxonomy or the labels define it.
-
-    Returns:
-        The taxonomy, a phrase that tells its origin, and the node id of each label.
+        taxonomy: of a checkpoint, if there is one.
 
     Raises:
         InputError: the taxonomy cannot be read or built, or it lacks a label.
     """
+    codes = {} if arguments.class_names is None else read_class_names(arguments.class_names)
+    names = {label: _name(label, codes) for label in places}
+    separator = arguments.label_separator
+
     # ── Choose the taxonomy ──────────────────────────────────────────────────────────────────────────────────────────
-    names = {} if arguments.class_names is None else read_class_names(arguments.class_names)
-    origin = "the checkpoint's"
-    if taxonomy is None and arguments.taxonomy is not None:
+    if taxonomy is not None:
+        origin = "the checkpoint's"
+    elif arguments.taxonomy is not None:
         origin = f"from {arguments.taxonomy}"
         try:
-            taxonomy = Taxonomy.from_file(arguments.taxonomy, arguments.label_separator)
+            taxonomy = Taxonomy.from_file(arguments.taxonomy, separator)
         except TaxonomyError as error:
             raise InputError(f"--taxonomy: {error}") from error
-
-    named = {label: _name(label, names) for label in places}
-    if taxonomy is None:
-        default = Taxonomy(DEFAULT_TAXONOMY, arguments.label_separator)
-        if _holds(default, named.values()):
-            taxonomy, origin = default, "the default, of the Medical Abstracts corpus"
-        else:
-            taxonomy, origin = _from_labels(named, names, places, num_rows, columns, arguments), "from the labels"
+    elif _holds(default := Taxonomy(DEFAULT_TAXONOMY, separator), names.values()):
+        taxonomy, origin = default, "the default, of the Medical Abstracts corpus"
+    else:
+        _refuse_unknown_codes(codes, places)
+        where = f"column {quote_name(' '.join(columns))}"
+        taxonomy, origin = _from_labels(names, places, num_rows, where, separator), "from the labels"
     counts = len(taxonomy.children(-1)), taxonomy.num_leaves, taxonomy.depth
     logger.info("taxonomy: %s: %d roots, %d leaves, %d levels", origin, *counts)
 
     # ── Look up the labels ───────────────────────────────────────────────────────────────────────────────────────────
     nodes, lookup = {}, _lookup(taxonomy)
-    for label, name in named.items():
+    for label, name in names.items():
         try:
             nodes[label] = _node(taxonomy, lookup, name)
         except TaxonomyError as error:
-            if names and name == label:
-                raise _unknown_code(label, places[label], arguments) from error
+            if name == label:
+                _refuse_unknown_codes(codes, {label: places[label]})
             raise InputError(f"{places[label]}: {error}") from error
     return taxonomy, origin, nodes
 
 
-def _unknown_code(label: Label, place: str, arguments: DataArguments) -> InputError:
-    file = "" if (arguments.class_names or "").lstrip().startswith("{") else f" {arguments.class_names}"
-    return InputError(
-        f"{place}: the label {quote_name(label)} is neither a code of --class_names{file} nor in the taxonomy"
-    )
+def _refuse_unknown_codes(codes: dict[str, str], places: dict[Label, str]) -> None:
+    """Raise InputError if there are codes, and a label has a level that is neither a code nor the name of one."""
+    known = {*codes, *codes.values()}
+    for label, place in places.items():
+        if codes and not known.issuperset([label] if isinstance(label, str) else label):
+            raise InputError(
+                f"{place}: the label {quote_name(label)} is neither a code of --class_names nor in the taxonomy"
+            )
 
 
 def read_class_names(path_or_json: str) -> dict[str, str]:
-    """Read the names of coded labels from a ``.csv`` or ``.tsv`` file or from a JSON object.
+    """Read the names of coded labels from a JSON object, or from a ``.csv`` or ``.tsv`` file.
 
     In a file, the column ``code`` or ``label`` holds the codes and ``name`` or ``condition_name`` the names. Without
     these, the first two columns are used.
-
-    Raises:
-        InputError: the value is neither a file nor JSON, a code or name is empty, or a code has two names.
     """
+    where = "--class_names"
     if path_or_json.lstrip().startswith("{"):
         try:
             pairs = json.loads(path_or_json, object_pairs_hook=list)
         except json.JSONDecodeError as error:
-            raise InputError(f"--class_names is not JSON: {error}") from error
-        where = "--class_names"
+            raise InputError(f"{where} is not JSON: {error}") from error
     else:
-        where = f"--class_names {path_or_json}"
+        where += f" {path_or_json}"
         source = Source(path_or_json, kind_of(path_or_json))
         if source.kind not in ("csv", "tsv"):
             raise InputError(f"{where}: expected a .csv or .tsv file (code, name), or a JSON object")
         table = read_table(source).columns
+        if len(table) < 2:
+            raise InputError(f"{where}: expected two columns, code and name")
         shares = dict.fromkeys(table, 1.0)
-        code, name = (find_column(shares, None, names) for names in (("code", "label"), ("name", "condition_name")))
+        code, name = (find_column(shares, None, known) for known in (("code", "label"), ("name", "condition_name")))
         if code is None or name is None:
-            if len(table) < 2:
-                raise InputError(f"{where}: expected two columns, code and name")
             code, name, *_ = table
         pairs = list(zip(table[code], table[name], strict=True))
     names: dict[str, str] = {}
@@ -184,34 +177,25 @@ def read_class_names(path_or_json: str) -> dict[str, str]:
     return names
 
 
-def _name(label: Label, names: dict[str, str]) -> Label:
+def _name(label: Label, codes: dict[str, str]) -> Label:
     """Replace the codes in a label by their names."""
     if isinstance(label, str):
-        return names.get(label, label)
-    return tuple(names.get(level, level) for level in label)
+        return codes.get(label, label)
+    return tuple(codes.get(level, level) for level in label)
 
 
 def _from_labels(
-    named: dict[Label, Label],
-    names: dict[str, str],
-    places: dict[Label, str],
-    num_rows: int,
-    columns: list[str],
-    arguments: DataArguments,
+    names: dict[Label, Label], places: dict[Label, str], num_rows: int, where: str, separator: str
 ) -> Taxonomy:
     """Build the taxonomy from the labels' paths, in sorted order."""
-    where, paths = f"column {quote_name(' '.join(columns))}", set()
-    for label, name in named.items():
-        levels = (label,) if isinstance(label, str) else label
-        if names and not all(level in names or level in names.values() for level in levels):
-            raise _unknown_code(label, places[label], arguments)
-        path = _path(name, arguments.label_separator)
+    path_of = {label: _path(name, separator) for label, name in names.items()}
+    for label, path in path_of.items():
         if not all(path):
             raise InputError(f"{places[label]}: the label {quote_name(label)} has an empty name in its path")
-        paths.add(path)
+    paths = sorted({*path_of.values()})
     if len(paths) == 1:
-        only = arguments.label_separator.join(*paths)
-        raise InputError(f"{where}: every row has the label {quote_name(only)}; at least two are needed")
+        only = quote_name(separator.join(paths[0]))
+        raise InputError(f"{where}: every row has the label {only}; at least two are needed")
     num_texts = sum(
         any(len(name) > SHOWN_CHARACTERS or len(name.split()) > SHOWN_WORDS for name in path) for path in paths
     )
@@ -221,7 +205,7 @@ def _from_labels(
             "the classes by --taxonomy"
         )
     try:
-        return Taxonomy.from_paths(sorted(paths), arguments.label_separator)
+        return Taxonomy.from_paths(paths, separator)
     except TaxonomyError as error:
         raise InputError(f"{where}: the labels do not make a taxonomy: {error}") from error
 
@@ -240,30 +224,23 @@ def _lookup(taxonomy: Taxonomy) -> dict[Label, int]:
 
 
 def _node(taxonomy: Taxonomy, lookup: dict[Label, int], label: Label) -> int:
-    """Return the node id of a label.
-
-    Raises:
-        TaxonomyError: the taxonomy lacks the label, or several nodes have it.
-    """
+    """Return the node id of a label, or raise TaxonomyError if there is none or several nodes have it."""
     if label in lookup:
         return lookup[label]
-    if isinstance(label, tuple):
-        node = taxonomy.id(taxonomy.separator.join(label))
-        raise TaxonomyError(
-            f"the label columns must name the path from the root, which is {quote_name(taxonomy.path_names(node))}, "
-            f"not {quote_name(label)}"
-        )
-    if taxonomy.separator in label and _path(label, taxonomy.separator) in lookup:
-        return lookup[_path(label, taxonomy.separator)]
-    return taxonomy.id(label)
+    if isinstance(label, str):
+        path = _path(label, taxonomy.separator)
+        return lookup[path] if taxonomy.separator in label and path in lookup else taxonomy.id(label)
+    node = taxonomy.id(taxonomy.separator.join(label))
+    raise TaxonomyError(
+        f"the label columns must name the path from the root, which is {quote_name(taxonomy.path_names(node))}, "
+        f"not {quote_name(label)}"
+    )
 
 
 def _holds(taxonomy: Taxonomy, labels: Iterable[Label]) -> bool:
     """Return whether a taxonomy has a node for every label."""
     lookup = _lookup(taxonomy)
     try:
-        for label in labels:
-            _node(taxonomy, lookup, label)
+        return all(_node(taxonomy, lookup, label) >= 0 for label in labels)
     except TaxonomyError:
         return False
-    return True

@@ -3,10 +3,12 @@
 Worth knowing:
 
 1. A decision is a softmax over siblings. A document labelled with an inner node trains only the decisions down to that node.
-2. With gamma 0, no class weights, level weights 1 and no smoothing, it is the model's own negative log-likelihood.
+2. With the defaults, it is the model's own negative log-likelihood.
 3. The sum is divided by the labelled documents of the whole accumulated batch, over all devices. The gradient does not depend
    on how the batch was split.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,19 +22,18 @@ def balanced_weights(counts: Tensor, group: Tensor) -> Tensor:
 
     n_c of the n documents of K siblings have the class. A class without documents is not counted in K and has weight 1.
 
-    Args:
-        counts: (num_nodes,), documents per node.
-        group: (num_nodes,), which nodes are siblings.
-
-    Returns:
-        (num_nodes,), float32.
+    ``counts`` and ``group`` (num_nodes,) are the documents per node, and which nodes are siblings.
     """
     seen = counts > 0
+    documents, classes = (torch.bincount(group, values.double())[group] for values in (counts, seen))
+    return torch.where(seen, documents / (classes * counts), 1).float()
 
-    def over_siblings(values: Tensor) -> Tensor:
-        return torch.zeros(int(group.max()) + 1, dtype=values.dtype).index_add_(0, group, values)[group]
 
-    return torch.where(seen, over_siblings(counts.double()) / (over_siblings(seen.double()) * counts), 1).float()
+def average_over_labels(values: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+    """Sum the values (B,) of labelled texts, and divide by ``num_items`` or else by the number of labels."""
+    labelled = labels != IGNORED_LABEL
+    items = labelled.sum().clamp(min=1) if num_items is None else num_items
+    return torch.where(labelled, values, 0).sum() / items
 
 
 class HierarchicalFocalLoss(nn.Module):
@@ -42,7 +43,6 @@ class HierarchicalFocalLoss(nn.Module):
     -(1 - ε) log p - ε / K · Σ log p_k. The focal factor is from Lin et al. (2017, arXiv 1708.02002).
 
     Args:
-        tree: the taxonomy.
         counts: (num_nodes,), training documents a node, its descendants' included: see `Taxonomy.count_at_or_below`.
         gamma: γ ≥ 0.
         balanced: weight classes by `balanced_weights`; else α is 1.
@@ -56,41 +56,32 @@ class HierarchicalFocalLoss(nn.Module):
         counts: Tensor,
         gamma: float = 0.0,
         balanced: bool = False,
-        level_weights: list[float] | tuple[float, ...] = (1.0,),
+        level_weights: Sequence[float] = (1.0,),
         label_smoothing: float = 0.0,
     ):
         super().__init__()
         self.gamma, self.label_smoothing = gamma, label_smoothing
         group, ancestors = torch.tensor(tree.decision_of), torch.tensor(tree.ancestors)
-        self.num_groups = int(group.max()) + 1
         size = torch.bincount(group)[group]
         levels = torch.tensor([level_weights[min(i, len(level_weights) - 1)] for i in range(tree.depth)])
-        padding = torch.zeros(1)
-        self.register_buffer("group", group)
-        self.register_buffer("parents", torch.tensor([p if p >= 0 else tree.num_nodes for p in tree.parents]))
-        self.register_buffer("ancestors", ancestors)
-        self.register_buffer("size", size)
         # an only child is no decision: its p is 1 whatever the weights, and so are its loss and gradient 0
         weights = (balanced_weights(counts, group) if balanced else torch.ones(tree.num_nodes)) * (size > 1)
-        self.register_buffer("weights", torch.cat([weights, padding])[ancestors] * levels)  # (num_nodes, depth)
+        self.register_buffer("group", group)
+        self.register_buffer("parents", torch.tensor([p if p >= 0 else tree.num_nodes for p in tree.parents]))
+        self.register_buffer("ancestors", ancestors)  # (num_nodes, depth), padded with num_nodes
+        self.register_buffer("size", size)
+        self.register_buffer("weights", nn.functional.pad(weights, (0, 1))[ancestors] * levels)  # (num_nodes, depth)
 
     def forward(self, node_log_probs: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """The loss, in nats.
-
-        Args:
-            node_log_probs: (B, num_nodes), as `HierarchicalForSequenceClassification` gives them.
-            labels: (B,), node ids; -100 is ignored.
-            num_items_in_batch: divisor of the sum. Default: the number of labels in this batch.
-        """
-        labelled = labels != IGNORED_LABEL
-        labels = torch.where(labelled, labels, 0)
-        parent_log_probs = nn.functional.pad(node_log_probs, (0, 1))[:, self.parents]
-        conditional = node_log_probs - parent_log_probs  # (B, N): log P(node | parent)
-        path = self.ancestors[labels]  # (B, depth), padded with N
-        log_p = nn.functional.pad(conditional, (0, 1)).gather(1, path)
+        """Return the loss in nats for log-probabilities (B, num_nodes) of the model and labels (B,); -100 is ignored."""
+        nodes = labels.clamp(min=0)
+        # (B, num_nodes): log P(node | parent)
+        conditional = node_log_probs - nn.functional.pad(node_log_probs, (0, 1))[:, self.parents]
+        path = self.ancestors[nodes]
+        log_p = nn.functional.pad(conditional, (0, 1)).gather(1, path)  # (B, depth)
         loss = -log_p
         if self.label_smoothing:
-            over_siblings = conditional.new_zeros(len(labels), self.num_groups).scatter_add(
+            over_siblings = torch.zeros_like(conditional).scatter_add(
                 1, self.group.expand_as(conditional), conditional / self.size
             )
             mean = nn.functional.pad(over_siblings[:, self.group], (0, 1)).gather(1, path)
@@ -98,6 +89,4 @@ class HierarchicalFocalLoss(nn.Module):
         if self.gamma:
             # the floor keeps the slope of x^γ finite at x = 0 when γ < 1
             loss = loss * (-torch.expm1(log_p)).clamp(min=1e-7) ** self.gamma
-        loss = (loss * self.weights[labels]).sum(1)
-        items = labelled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return torch.where(labelled, loss, 0).sum() / items
+        return average_over_labels((loss * self.weights[nodes]).sum(1), labels, num_items_in_batch)

@@ -1,7 +1,6 @@
-"""Let glibc's malloc keep freed memory.
+"""Let glibc's malloc keep freed memory, since fetching it again from the system, page by page, takes time.
 
-By default it returns larger blocks to the system, and fetching them again, page by page, takes time. On other systems these
-functions do nothing.
+On other systems these functions do nothing.
 """
 
 import ctypes
@@ -11,12 +10,9 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h, in by
 
 
 def keep_memory(threshold: int, kept: int, more: int = 2**17) -> None:
-    """Keep the memory that an operation frees for the next one.
+    """Keep at most ``kept`` bytes that an operation frees for the next one, in blocks of at most ``threshold`` bytes.
 
-    Args:
-        threshold: blocks of more bytes are returned as before.
-        kept: free bytes that are kept, at most.
-        more: bytes that are fetched beyond what is needed. Default: malloc's own.
+    ``more`` bytes are fetched beyond what is needed, by default as many as malloc does.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for parameter, value in ((M_MMAP_THRESHOLD, threshold), (M_TRIM_THRESHOLD, kept), (M_TOP_PAD, more)):

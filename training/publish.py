@@ -1,6 +1,5 @@
 """Collect the settings and facts of a run for its model card, and push its files to the Hub."""
 
-import dataclasses
 import logging
 import shutil
 import subprocess
@@ -9,7 +8,6 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from checkpoint_files import is_checkpoint
 from configuration_hierarchical import HierarchicalConfig
 from errors import ROOT, InputError
 from modeling_hierarchical import HierarchicalForSequenceClassification
@@ -25,15 +23,14 @@ logger = logging.getLogger(__name__)
 def run_settings(arguments: Arguments, model: HierarchicalForSequenceClassification, max_length: int) -> dict[str, Any]:
     """Return the settings of a run for its card. A continued adapter keeps its own rank, scale and dropout."""
     settings = {
-        **dataclasses.asdict(arguments.model),
-        **dataclasses.asdict(arguments.loss),
+        **vars(arguments.model),
+        **vars(arguments.loss),
         **{name: getattr(arguments.training, name) for name in card.TRAINING_SETTINGS},
         "max_length": max_length,
         "train_precision": arguments.training.precision,
     }
-    if not model.has_adapter:
-        settings |= dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"))
-    elif is_checkpoint(arguments.model.model_name_or_path):
+    settings |= dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"))
+    if model.has_adapter:
         adapter = model.encoder.peft_config["default"]
         settings |= {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "lora_dropout": adapter.lora_dropout}
         settings["lora_target_modules"] = sorted(adapter.target_modules)
@@ -41,21 +38,14 @@ def run_settings(arguments: Arguments, model: HierarchicalForSequenceClassificat
 
 
 def run_facts(arguments: Arguments, size: dict[str, int | float], data_report: dict[str, Any]) -> dict[str, Any]:
-    """Return facts of a run for metrics.json: precision, sizes, versions, commit, hashes of the data.
-
-    Args:
-        size: from `training.model.size_report`.
-    """
+    """Return facts of a run for metrics.json: precision, sizes, versions, commit, hashes of the data."""
+    hashes = {source["split"]: source["sha256"] for source in data_report["sources"]}  # no paths: they are published
+    environment = describe_environment(arguments.training.device)
     return {
         "train_precision": arguments.training.precision,
         "train_quantization": arguments.model.quantization,
         **size,
-        "environment": {
-            **describe_environment(arguments.training.device),
-            "commit": source_commit(),
-            # without paths, since metrics.json is published
-            "data": {source["split"]: source["sha256"] for source in data_report["sources"]},
-        },
+        "environment": {**environment, "commit": source_commit(), "data": hashes},
     }
 
 
@@ -67,50 +57,29 @@ def source_commit() -> str | None:
     return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None
 
 
-def write_card(
-    trainer: HierarchicalTrainer,
-    settings: dict[str, Any],
-    report: dict[str, Any],
-    metrics: dict[str, Any],
-    folder: Path,
-) -> None:
+def write_card(trainer: HierarchicalTrainer, settings: dict, report: dict, metrics: dict, folder: Path) -> None:
     """Write README.md into a checkpoint's folder, with the metrics measured so far."""
     config, environment = HierarchicalConfig.from_pretrained(folder), describe_environment(trainer.args.device)
     card.write(folder, config, settings, report, metrics, model_id=trainer.hub_model_id, environment=environment)
 
 
 def check_hub(training: HierarchicalTrainingArguments, model: HierarchicalForSequenceClassification) -> None:
-    """Check before training that the run can be published.
-
-    Raises:
-        InputError: the encoder is a local folder, or the Hub repository cannot be written to.
-    """
+    """Raise InputError before training if the encoder is a local folder, or the repository cannot be written to."""
     if model.has_adapter:
         refuse_local_encoder(model.config, "train without --push_to_hub, then run push_to_hub.py --merge")
     api = HfApi(token=training.hub_token)
-    find_target(
-        api,
-        log_in(api),
-        "--hub_model_id",
-        training.hub_model_id or Path(training.output_dir).resolve().name,
-        revision=training.hub_revision,
-        private=bool(training.hub_private_repo),
-    )
+    name = training.hub_model_id or Path(training.output_dir).resolve().name
+    private = bool(training.hub_private_repo)
+    find_target(api, log_in(api), "--hub_model_id", name, revision=training.hub_revision, private=private)
 
 
 def push(trainer: HierarchicalTrainer) -> None:
-    """Push the finished run to the Hub.
-
-    Raises:
-        InputError: the upload failed. The message gives the command that repeats it.
-    """
+    """Push the finished run to the Hub, or raise InputError with the command that repeats the upload."""
     try:
         trainer.push_to_hub()
     except HUB_ERRORS as error:
-        output, target = trainer.args.output_dir, trainer.hub_model_id
-        raise InputError(
-            f"{output} is complete, but not on the Hub: {reason(error)}; run "
-            f"push_to_hub.py --model {output} --repo_id {target}"
-        ) from error
+        output = trainer.args.output_dir
+        command = f"push_to_hub.py --model {output} --repo_id {trainer.hub_model_id}"
+        raise InputError(f"{output} is complete, but not on the Hub: {reason(error)}; run {command}") from error
     if trainer.is_world_process_zero():
         logger.info("published as %s", trainer.hub_model_id)

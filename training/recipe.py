@@ -4,13 +4,14 @@ Worth knowing:
 
 1. The words of a recipe are parsed before those of the command line. Both are checked alike, and a flag overrides its
    key. argparse's ``set_defaults`` would neither check the choices of a default nor convert the items of a list.
-2. Values stay as they are written: codes such as ``007``, ``1.10`` and ``no`` are texts.
+2. Values stay as they are written: codes such as ``007``, ``1.10`` and ``no`` are texts. Flags that take a mapping of
+   settings convert numbers and booleans.
 3. A data source on the command line replaces the data source of the recipe.
 """
 
 import difflib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import yaml
@@ -40,58 +41,43 @@ class RecipeLoader(WithoutAliases, yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def replaced_sources(words: list[str]) -> set[str]:
-    """Return the data flags of a recipe that another data source on the command line replaces."""
-    flags = {word.split("=")[0].lstrip("-").replace("-", "_") for word in words if word.startswith("--")}
-    used = [source for source in SOURCES if flags & set(source)]
-    return {name for source in SOURCES if used and source not in used for name in source}
-
-
-def recipe_words(path: str | Path, flags: Mapping[str, bool], left_out: Collection[str] = ()) -> list[str]:
-    """Convert a recipe to command-line words.
+def insert_recipe(argv: list[str], flags: Mapping[str, bool]) -> list[str]:
+    """Replace a recipe, the first word of a command line, by its words, or raise InputError.
 
     Args:
         flags: whether each flag takes several values, by its name in a recipe.
-        left_out: keys of the recipe to ignore.
-
-    Raises:
-        InputError: the recipe cannot be read or is not a mapping; a key is unknown or repeated; a value is neither a
-            scalar nor a list of scalars nor a mapping.
     """
-    recipe, values_of = read_recipe(path)
+    path, *rest = argv
+    given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in rest if word.startswith("--")}
+    used = [group for group in SOURCES if given & {*group}]
+    replaced = {name for group in SOURCES if used and group not in used for name in group}
     words: list[str] = []
-    seen: set[str] = set()
-    for key, value in recipe.items():
-        name = str(key).replace("-", "_")
-        if name in seen:
-            raise InputError(f"the recipe {path} has {quote_name(key)} twice, once with another spelling")
-        seen.add(name)
+    for key, value in read_recipe(path).items():
         if key not in flags:
-            near = difflib.get_close_matches(str(key), flags, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "; its keys are flags of train.py, see --help"
-            raise InputError(f"the recipe {path} has an unknown key {quote_name(key)}{hint}")
-        if value is None or key in left_out:
+            raise InputError(f"the recipe {path} has an unknown key {quote_name(key)}; {nearest(str(key), flags)}")
+        if value is None or key in replaced:
             continue
         if isinstance(value, dict):
-            value = json.dumps(value if name == "class_names" else values_of[key], default=str)
+            value = json.dumps(value)
         values = value if isinstance(value, list) else [value]
         if isinstance(value, list) and not flags[key]:
             raise InputError(f"the recipe {path}: {key} takes one value, not a list of {len(value)}")
         if any(isinstance(item, list | dict) for item in values):
             raise InputError(f"the recipe {path}: {key} takes a plain list, without lists or mappings in it")
         words += [f"--{key}", *map(str, values)] if flags[key] else [f"--{key}={value}"]
-    return words
+    return words + rest
 
 
-def read_recipe(path: str | Path) -> tuple[dict, dict]:
-    """Read a recipe twice: with scalars as texts, and with YAML's numbers and booleans for mappings of settings.
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a hint at the known name that is most like a misspelt one."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else "train.py --help lists all flags"
 
-    Raises:
-        InputError: the file cannot be read, or is not a YAML mapping.
-    """
+
+def read_recipe(path: str | Path) -> dict:
+    """Read a YAML mapping, with all scalars as texts."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        recipe, values_of = yaml.load(text, RecipeLoader), yaml.load(text, yaml.SafeLoader)
+        recipe = yaml.load(Path(path).read_text(encoding="utf-8-sig"), RecipeLoader)
     except OSError as error:
         raise InputError(f"cannot read the recipe {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -102,4 +88,4 @@ def read_recipe(path: str | Path) -> tuple[dict, dict]:
         raise InputError(f"the recipe {path} is nested too deeply: it must be a mapping of flags to values") from error
     if not isinstance(recipe, dict):
         raise InputError(f"the recipe {path} must be a mapping of flags to values")
-    return recipe, values_of
+    return recipe

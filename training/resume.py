@@ -9,6 +9,7 @@ Worth knowing:
 
 import json
 import logging
+import re
 import shutil
 import zipfile
 from collections.abc import Iterable
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer import TRAINER_STATE_NAME
 
 from checkpoint_files import find_damage, is_checkpoint, read_config
 from checkpoint_hierarchical import ADAPTER_SUBFOLDER
@@ -30,42 +31,40 @@ from training.trained_texts import UNTRAINED, TrainedTexts, read_trained_texts, 
 logger = logging.getLogger(__name__)
 
 START_ANEW = "or --overwrite_output_dir true without --resume_from_checkpoint"
+# glob patterns of what a checkpoint must hold beside the model, and what is said if it does not
+NEEDED = {
+    "optimizer*": "it has no optimizer state (--save_only_model?)",
+    "scheduler.pt": "scheduler.pt is missing",
+    "rng_state*.pth": "rng_state.pth is missing",
+}
+MEASURED = ("metrics.json", "validation_predictions.csv", "test_predictions.csv", "plots/*.png")
 
 
 def check_output_folder(training: HierarchicalTrainingArguments, model: str) -> None:
-    """Check that a run may write to ``--output_dir``.
+    """Raise InputError if ``--output_dir`` already holds a run, or the model that this run would delete.
 
     With ``--resume_from_checkpoint auto``, a new run starts in a folder with neither model nor complete checkpoint.
-
-    Raises:
-        InputError: the folder already holds a run, or the model that the run starts from would be deleted.
     """
     output = Path(training.output_dir)
     check_writable("--output_dir", output)
-    if not output.is_dir():
-        return
-    resumable = any(find_resume_problem(folder) is None for folder in list_checkpoints(output))
+    checkpoints, has_model = list_checkpoints(output), (output / "config.json").exists()
+    resumable = any(find_resume_problem(folder) is None for folder in checkpoints)
     resumes = training.do_train and is_of_run(training.resume_from_checkpoint, output)
     if resumes and (resumable or training.resume_from_checkpoint != "auto"):
         return
     if training.overwrite_output_dir:
         source = Path(model).resolve()
-        if training.do_train and any(f.resolve() in (source, *source.parents) for f in list_checkpoints(output)):
+        if training.do_train and any(folder.resolve() in (source, *source.parents) for folder in checkpoints):
             raise InputError(
                 f"--overwrite_output_dir true would delete --model_name_or_path {model}: give another --output_dir"
             )
-        return
-    has_model = (output / "config.json").exists()
-    if has_model and resumes:
-        raise InputError(
-            f"--output_dir {output} holds a model and no complete checkpoint to resume from: give another --output_dir, "
-            "or --overwrite_output_dir true to start again"
-        )
-    if has_model or (list_checkpoints(output) and not resumes):
-        remedy = "another --output_dir"
+    elif has_model or (checkpoints and not resumes):
+        problem = "holds a model and no complete checkpoint to resume from" if resumes else "already holds a run"
+        remedies = ["another --output_dir"]
         if training.do_train:
-            remedy += " or --overwrite_output_dir true" + ", or --resume_from_checkpoint auto" * resumable
-        raise InputError(f"--output_dir {output} already holds a run: give {remedy}")
+            remedies += ["--overwrite_output_dir true"]
+            remedies += ["--resume_from_checkpoint auto"] if resumable else []
+        raise InputError(f"--output_dir {output} {problem}: give {', or '.join(remedies)}")
 
 
 def read_earlier_texts(model: str, resume_from: str | None) -> TrainedTexts:
@@ -81,22 +80,22 @@ def read_earlier_texts(model: str, resume_from: str | None) -> TrainedTexts:
 def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
     """Return the folder of ``--resume_from_checkpoint``. "auto" selects the last complete checkpoint of the run.
 
-    Raises:
-        InputError: the named folder is missing or incomplete, or is not the last of the run in ``output_dir``.
+    A named folder that is missing or incomplete, or not the last of the run in ``output_dir``, raises InputError.
     """
     if requested is None:
         return None
     if requested != "auto":
-        problem = find_resume_problem(Path(requested)) if Path(requested).is_dir() else "there is no such folder"
+        folder = Path(requested)
+        problem = find_resume_problem(folder) if folder.is_dir() else "there is no such folder"
+        names = [other.name for other in list_checkpoints(folder.parent)]
+        later = names[names.index(folder.name) + 1 :] if folder.name in names else []
+        if problem is None and later and is_of_run(requested, Path(output_dir)):
+            # a later "auto" would resume from one of these
+            problem = (
+                f"this run has later checkpoints, {', '.join(later)}; move them away, or give another --output_dir"
+            )
         if problem is not None:
             raise InputError(f"cannot resume from {requested}: {problem}")
-        names = [folder.name for folder in list_checkpoints(Path(requested).parent)]
-        later = names[names.index(Path(requested).name) + 1 :] if Path(requested).name in names else []
-        if later and is_of_run(requested, Path(output_dir)):  # a later "auto" would resume from one of these
-            raise InputError(
-                f"cannot resume from {requested}: this run has later checkpoints, {', '.join(later)}; move them away, or "
-                "give another --output_dir"
-            )
         return requested
     for folder in reversed(list_checkpoints(Path(output_dir))):
         problem = find_resume_problem(folder)
@@ -109,16 +108,14 @@ def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
 
 
 def check_resumed_data(checkpoint: str, taxonomy: Taxonomy, report: dict[str, Any]) -> str | None:
-    """Check that the taxonomy and the data match those of the run to resume.
+    """Raise InputError if the taxonomy differs from that of the run to resume, or carved splits may hold out rows that
+    the run was trained on.
 
     Args:
         report: the data report of this run.
 
     Returns:
         How the run to resume initialised its heads, see `training.label_names.initialise_heads`. None if unknown.
-
-    Raises:
-        InputError: the taxonomy differs, or carved splits may hold out rows that the run was trained on.
     """
     # ── Taxonomy: another one of the same shape would load silently ──────────────────────────────────────────────────
     if is_checkpoint(checkpoint):  # shards of FSDP have no configuration
@@ -134,44 +131,34 @@ def check_resumed_data(checkpoint: str, taxonomy: Taxonomy, report: dict[str, An
     if not file.is_file():
         return None
     with refusing(f"{file} cannot be read"):
-        before = json.loads(file.read_text(encoding="utf-8"))
-        heads_init = before.get("heads_init")
-        now, before = json.loads(json.dumps(report)), {name: before[name] for name in ("split", "columns", "sources")}
-    hashes, hashes_before = (
-        [sorted(source["sha256"].values()) for source in data["sources"] if source["split"] != "test"]
-        for data in (now, before)
-    )
-    if not (now["split"]["carved"] or before["split"]["carved"]):
-        if hashes != hashes_before:
-            logger.warning("%s was trained on other data", checkpoint)
-        return heads_init
-    if hashes != hashes_before or any(now[name] != before[name] for name in ("split", "columns")):
+        stored_report = json.loads(file.read_text(encoding="utf-8"))
+        before, now = (
+            {name: data[name] for name in ("split", "columns")}
+            | {"hashes": [sorted(source["sha256"].values()) for source in data["sources"] if source["split"] != "test"]}
+            for data in (stored_report, report)
+        )
+    if before != now and (before["split"]["carved"] or now["split"]["carved"]):
         raise InputError(
             f"cannot resume from {checkpoint}: the data, their columns, --seed or the shares of the splits differ, so "
             f"that rows it was trained on would be held out now; give the same, {START_ANEW}"
         )
-    return heads_init
+    if before["hashes"] != now["hashes"]:
+        logger.warning("%s was trained on other data", checkpoint)
+    return stored_report.get("heads_init")
 
 
 def check_model(checkpoint: str, model: HierarchicalForSequenceClassification) -> None:
-    """Check that a checkpoint has the encoder, adapter and pooling of the model.
-
-    Weights of the same shapes would otherwise load silently.
-
-    Raises:
-        InputError: one of them differs.
-    """
+    """Raise InputError if a checkpoint has another encoder, adapter or pooling, whose weights might load silently."""
     if not is_checkpoint(checkpoint):
         return
     stored, config = read_config(checkpoint), model.config
-    whole = stored.adapter_subfolder is None
     pairs = {
-        "--tuning": ("full" if whole else "lora", "lora" if model.has_adapter else "full"),
+        "--tuning": ("lora" if stored.adapter_subfolder else "full", "lora" if model.has_adapter else "full"),
         "--model_name_or_path": tuple(Path(c.encoder_name_or_path).name for c in (stored, config)),
         "--model_revision": (stored.encoder_revision, config.encoder_revision),
         "--pooling": (stored.pooling, config.pooling),
     }
-    if model.has_adapter and not whole:
+    if model.has_adapter and stored.adapter_subfolder:
         adapter = model.encoder.peft_config["default"]
         path = Path(checkpoint) / ADAPTER_SUBFOLDER / "adapter_config.json"
         with refusing(f"{path} cannot be read"):
@@ -194,17 +181,19 @@ def start_run(
 ) -> None:
     """Clean up an overwritten run and record the training texts, while all processes wait.
 
-    Args:
-        model: ``--model_name_or_path``.
-        trained_texts: texts that the initial weights were trained on.
-        texts: training texts of this run.
+    The initial weights, ``model``, were trained on ``trained_texts``. This run trains on ``texts``.
     """
     training, output = trainer.args, Path(trainer.args.output_dir)
     trainer.accelerator.wait_for_everyone()  # until all have read the texts of the former run
     if training.should_save:
         resumed = resume_from is not None and is_of_run(training.resume_from_checkpoint, output)
         if training.overwrite_output_dir and not resumed:
-            delete_run(output)
+            for folder in list_checkpoints(output):
+                if folder.is_symlink():
+                    folder.unlink()
+                else:
+                    shutil.rmtree(folder)
+            delete_measured(output)
             if output.resolve() != Path(model).resolve():
                 # without it, the former weights are not mistaken for this run's if it is killed
                 (output / "config.json").unlink(missing_ok=True)
@@ -212,20 +201,9 @@ def start_run(
     trainer.accelerator.wait_for_everyone()
 
 
-def delete_run(output_dir: Path) -> None:
-    """Delete the checkpoints and scores of a run that is overwritten."""
-    for folder in list_checkpoints(output_dir):
-        if folder.is_symlink():
-            folder.unlink()
-        else:
-            shutil.rmtree(folder)
-    delete_measured(output_dir)
-
-
 def delete_measured(output_dir: Path) -> None:
     """Delete scores, predictions and plots in a folder."""
-    predictions = ("validation_predictions.csv", "test_predictions.csv")
-    for pattern in ("metrics.json", *predictions, "plots/*.png"):
+    for pattern in MEASURED:
         for file in output_dir.glob(pattern):
             file.unlink(missing_ok=True)
 
@@ -237,33 +215,23 @@ def is_of_run(requested: str | None, output_dir: Path) -> bool:
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Return the folders ``checkpoint-N`` of a run, sorted by N."""
-    folders = {}
-    for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        number = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if folder.is_dir() and number.isdecimal():
-            folders[int(number)] = folder
-    return [folders[number] for number in sorted(folders)]
+    folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(filter(Path.is_dir, folders), key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
 
 
 def find_resume_problem(checkpoint: Path) -> str | None:
     """Return why a run cannot resume from a checkpoint, or None if it can."""
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
     except FileNotFoundError:
-        return "it is incomplete: trainer_state.json is missing"
+        return f"it is incomplete: {TRAINER_STATE_NAME} is missing"
     except (OSError, ValueError, KeyError, TypeError):
-        return "trainer_state.json cannot be read"
+        return f"{TRAINER_STATE_NAME} cannot be read"
     if not any(checkpoint.glob("pytorch_model_fsdp*")):
         problem = find_damage(checkpoint, adapter_form=(checkpoint / ADAPTER_SUBFOLDER).is_dir())
         if problem is not None:
             return problem
-    if not any(checkpoint.glob("optimizer*")):
-        return "it has no optimizer state (--save_only_model?)"
-    if (checkpoint / "optimizer.pt").is_file() and not (checkpoint / "scheduler.pt").is_file():
-        return "scheduler.pt is missing"
-    if not any(checkpoint.glob("rng_state*.pth")):
-        return "rng_state.pth is missing"
-    for file in (*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")):
-        if not zipfile.is_zipfile(file):
-            return f"{file.relative_to(checkpoint)} is damaged"
-    return None
+    missing = [problem for pattern, problem in NEEDED.items() if not any(checkpoint.glob(pattern))]
+    archives = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]
+    damaged = [f"{file.name} is damaged" for file in archives if not zipfile.is_zipfile(file)]
+    return next(iter(missing + damaged), None)

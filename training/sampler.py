@@ -18,9 +18,7 @@ class LengthGroupedSampler(Sampler[int]):
     The sampler of this name in transformers draws from the global generator, so a resumed run gets another order. It also
     sorts few batches at a time: with 400 rows an eighth of its tokens are padding, here a twentieth.
 
-    Args:
-        batch_size: rows of an optimizer step, over all processes.
-        lengths: tokens of each row.
+    ``batch_size`` is the number of rows of an optimizer step, over all processes.
     """
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int):
@@ -43,5 +41,7 @@ class LengthGroupedSampler(Sampler[int]):
             batches += rows[chunk][keys[chunk].argsort(descending=True, stable=True)].split(self.batch_size)
         rest = [batches.pop()] if len(batches[-1]) < self.batch_size else []  # stays the last one
         order = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-        longest = max(range(len(order)), key=lambda i: int(self.lengths[order[i]].max()), default=0)
-        return iter(torch.cat([*order[longest : longest + 1], *order[:longest], *order[longest + 1 :], *rest]).tolist())
+        if order:
+            longest = max(range(len(order)), key=lambda i: int(self.lengths[order[i]].max()))
+            order.insert(0, order.pop(longest))
+        return iter(torch.cat([*order, *rest]).tolist())

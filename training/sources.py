@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pandas as pd
-import pyarrow
-from huggingface_hub.errors import HfHubHTTPError
 
-from errors import InputError
+from errors import InputError, refusing
 from reading.columns import LABEL_COLUMNS, TEXT_COLUMNS, choose_columns, text_problem
 from reading.sources import Source, Table, kind_of, open_rows, read_table
 from taxonomy_hierarchical import quote_name
@@ -34,77 +33,58 @@ SPLIT_ALIASES = {"valid": "validation", "val": "validation", "dev": "validation"
 
 @dataclass(frozen=True)
 class SplitSource:
-    """A file or data set with the rows of one split or of all splits.
+    """A file or data set with the rows of one split or of all splits."""
 
-    Attributes:
-        name: its name in messages.
-        columns: as in `reading.rows.Rows.columns`.
-        read: reads the columns of the given names.
-        sha256: hash of each of its files, by file name.
-    """
-
-    name: str
-    columns: dict[str, float]
-    read: Callable[[list[str]], Table]
-    sha256: dict[str, str]
+    name: str  # in messages
+    columns: dict[str, float]  # see `reading.rows.Rows.columns`
+    read: Callable[[list[str]], Table]  # takes the names of columns
+    sha256: dict[str, str]  # of each of its files, by file name
 
 
 def find_split_sources(arguments: DataArguments) -> tuple[dict[str, SplitSource], bool]:
-    """Find the source of each split.
+    """Return the source of each split, and whether there is one source (as ``train``) from which all are carved.
 
-    Returns:
-        The sources by split, and whether there is a single source (as ``train``) from which all splits are carved.
-
-    Raises:
-        InputError: sources are missing, contradictory or unreadable.
+    Raises InputError if sources are missing, contradictory or unreadable.
     """
-    files = {f"{split}_file": split for split in SPLITS if getattr(arguments, f"{split}_file") is not None}
+    # ── Which source is given ────────────────────────────────────────────────────────────────────────────────────────
+    files = {split: path for split in SPLITS if (path := getattr(arguments, f"{split}_file")) is not None}
     others = [name for name in ("dataset_name", "data_path") if getattr(arguments, name) is not None]
     if not others and not files:
         raise InputError("no data: give --dataset_name, --data_path, or --train_file, --validation_file, --test_file")
-    if len(others) > 1 or (others and files):
-        flags = " and ".join(f"--{name}" for name in [*others, *files])
+    if len(others) + bool(files) > 1:
+        flags = " and ".join(f"--{name}" for name in [*others, *(f"{split}_file" for split in files)])
         raise InputError(f"{flags} contradict each other: give one source")
     if arguments.dataset_revision is not None and arguments.dataset_name is None:
         raise InputError("--dataset_revision needs --dataset_name")
 
-    if arguments.dataset_name is not None:
-        return _named_splits(arguments.dataset_name, _load_from_hub(arguments)), False
-    if arguments.data_path is None:
-        return {split: _from_file(getattr(arguments, flag)) for flag, split in files.items()}, False
-    if not Path(arguments.data_path).is_dir():
-        return {"train": _from_file(arguments.data_path)}, True
-    try:
-        loaded = datasets.load_from_disk(arguments.data_path)
-    except (OSError, ValueError, pyarrow.ArrowInvalid) as error:
-        raise InputError(f"--data_path {arguments.data_path} is not a folder saved by `datasets`") from error
-    if isinstance(loaded, datasets.DatasetDict):
-        return _named_splits(arguments.data_path, loaded), False
-    return {"train": _from_dataset(arguments.data_path, loaded)}, True
+    # ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────
+    if files:
+        return {split: _from_file(path) for split, path in files.items()}, False
+    name = arguments.dataset_name or arguments.data_path or ""
+    if arguments.dataset_name is None and not Path(name).is_dir():
+        return {"train": _from_file(name)}, True
 
-
-def _load_from_hub(arguments: DataArguments) -> datasets.DatasetDict:
-    name, revision = arguments.dataset_name, arguments.dataset_revision
-    try:
-        return datasets.load_dataset(name, revision=revision)
-    except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"cannot load --dataset_name {name} (revision {revision or 'main'}): {reason}") from error
-
-
-def _named_splits(name: str, loaded: datasets.DatasetDict) -> dict[str, SplitSource]:
+    # ── Data sets ────────────────────────────────────────────────────────────────────────────────────────────────────
+    if arguments.dataset_name is None:
+        with refusing(f"--data_path {name} is not a folder saved by `datasets`"):
+            loaded = datasets.load_from_disk(name)
+    else:
+        with refusing(f"cannot load --dataset_name {name} (revision {arguments.dataset_revision or 'main'})"):
+            loaded = datasets.load_dataset(name, revision=arguments.dataset_revision)
+    if isinstance(loaded, datasets.Dataset):
+        return {"train": _from_dataset(name, loaded)}, True
     sources: dict[str, SplitSource] = {}
     for key, dataset in loaded.items():
         split = SPLIT_ALIASES.get(key, key)
         if split in sources:
             raise InputError(f"{name} has several splits that mean {split}: {', '.join(loaded)}")
-        if split in SPLITS:
-            sources[split] = _from_dataset(f"{name} [{key}]", dataset)
-        else:
+        if split not in SPLITS:
             logger.warning("%s: the split %r is not used", name, key)
+        else:
+            sources[split] = _from_dataset(f"{name} [{key}]", dataset)
     if not sources:
         raise InputError(f"{name} has no split called train, validation or test, only {', '.join(loaded)}")
-    return sources
+    return sources, False
 
 
 def _from_dataset(name: str, dataset: datasets.Dataset) -> SplitSource:
@@ -132,21 +112,16 @@ def _from_file(path: str) -> SplitSource:
 
 
 def find_columns(sources: Iterable[SplitSource], arguments: DataArguments) -> dict[str, list[str]]:
-    """Choose the text column and the label columns of each source.
+    """Return the text column, then the label columns, of each source, by its name.
 
-    Returns:
-        A list per source name: the text column, then the label columns.
-
-    Raises:
-        InputError: a column is missing or named twice.
+    Raises InputError if a column is missing or named twice.
     """
-    names = arguments.label_column
-    if names is not None and len(set(names)) < len(names):
-        raise InputError(f"--label_column names a column twice: {' '.join(names)}")
+    requested: list[Any] = arguments.label_column or [None]
+    if len(set(requested)) < len(requested):
+        raise InputError(f"--label_column names a column twice: {' '.join(requested)}")
     columns = {source.name: source.columns for source in sources}
     texts = choose_columns(columns, arguments.text_column, TEXT_COLUMNS, "--text_column")
-    flags: list[str | None] = [None] if names is None else [*names]
-    labels = [choose_columns(columns, name, LABEL_COLUMNS, "--label_column") for name in flags]
+    labels = [choose_columns(columns, name, LABEL_COLUMNS, "--label_column") for name in requested]
     chosen = {source: list(names) for source, *names in zip(columns, texts, *labels, strict=True)}
     for text, *label_columns in chosen.values():
         if text in label_columns:
@@ -155,16 +130,10 @@ def find_columns(sources: Iterable[SplitSource], arguments: DataArguments) -> di
 
 
 def read_rows(sources: dict[str, SplitSource], columns: dict[str, list[str]]) -> tuple[pd.DataFrame, dict[Label, str]]:
-    """Read all sources.
-
-    Args:
-        columns: from `find_columns`.
+    """Read the columns of `find_columns` from all sources. Raise InputError if a row has no usable text or label.
 
     Returns:
         The rows, with the columns split, row, text and label; and the place of each distinct label's first occurrence.
-
-    Raises:
-        InputError: a row has no usable text or label.
     """
     tables, places = [], dict[Label, str]()
     for split, source in sources.items():

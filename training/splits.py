@@ -5,14 +5,12 @@ Worth knowing:
 1. Texts are identical if `normalise_text` returns the same string. Each text is in one split only: training rows with
    a validation or test text are dropped, and so are validation rows with a test text.
 2. Texts that an earlier run of a checkpoint was trained on are never scored. They become training rows or are left out.
-3. The report counts what limits any classifier: duplicates, texts with several labels, and the accuracy ceiling.
-4. The column ``row`` counts the rows of a source from 0, without the header.
+3. The column ``row`` counts the rows of a source from 0, without the header.
 """
 
 import hashlib
 import logging
 from dataclasses import dataclass
-from typing import Any
 
 import datasets
 import numpy as np
@@ -23,10 +21,15 @@ from taxonomy_hierarchical import Taxonomy, quote_name
 from training.arguments import DataArguments
 from training.data_report import SPLITS, describe, log_what_was_done, parts, shared_texts, untrained_classes
 from training.labels import resolve_labels
-from training.sources import SplitSource, find_columns, find_split_sources, read_rows
+from training.sources import find_columns, find_split_sources, read_rows
 from training.trained_texts import UNTRAINED, TrainedTexts, normalise_text, text_hash
 
 logger = logging.getLogger(__name__)
+
+# a plain string column of Arrow holds at most 2 GB
+FEATURES = datasets.Features(
+    {"text": datasets.Value("large_string")} | dict.fromkeys(("label", "row", "text_id"), datasets.Value("int64"))
+)
 
 
 @dataclass(frozen=True)
@@ -34,20 +37,10 @@ class LabelledSplits:
     """Labelled rows of all splits, ready to be tokenized.
 
     Attributes:
-        splits: the non-empty ones of ``train``, ``validation`` and ``test``. The columns are ``text`` (str), ``label``
-            (int, a node id), ``row`` (int, the row in the source, from 0) and ``text_id`` (int).
+        splits: the non-empty ones of ``train``, ``validation`` and ``test``, with the columns of `FEATURES`: the text, the id
+            of its node, its row in the source, and the same ``text_id`` for identical texts.
         taxonomy: the taxonomy of the node ids.
-        report: a JSON-compatible dictionary:
-
-            - ``sources``: their names and SHA-256.
-            - ``columns``: the text column and the label columns.
-            - ``taxonomy``: its origin.
-            - ``split``: how the rows were split.
-            - ``splits``: counts of each split, see `training.data_report.describe`.
-            - ``trained_before``: whether ``scores`` are verified; the number of ``texts`` of earlier runs; the ``rows``
-              of each source split with such a text; where held-out ones were ``moved``.
-            - ``shared_texts``: texts in two splits, counted before rows were dropped.
-            - ``classes_without_training_rows``: labels of these leaves.
+        report: the content of data_report.json.
     """
 
     splits: datasets.DatasetDict
@@ -61,21 +54,21 @@ def load_splits(
     """Read, check and split the data that the arguments name.
 
     Args:
-        seed: seed for carving validation and test rows.
+        seed: for carving validation and test rows.
         taxonomy: taxonomy of a finished checkpoint. It takes precedence over ``arguments.taxonomy``.
         trained: texts that the checkpoint was trained on. No rows are carved unless all these texts are known.
 
     Raises:
-        InputError: sources are missing, unreadable or contradictory; a text or label is missing; the taxonomy lacks a
-            label; there are too few rows to split.
+        InputError: the sources, a text, a label, the taxonomy or the shares cannot be used.
     """
     # ── Read ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-    _check_sizes(arguments)
+    sizes = arguments.validation_size, arguments.test_size
+    if not (min(sizes) >= 0 and sum(sizes) < 1):
+        raise InputError(f"--validation_size and --test_size are shares of the rows, whose sum is below 1, not {sizes}")
     sources, single = find_split_sources(arguments)
     columns = find_columns(sources.values(), arguments)
     text_column, *label_columns = next(iter(columns.values()))  # other sources may use another case
     logger.info("columns: text %s, label %s", quote_name(text_column), ", ".join(map(quote_name, label_columns)))
-
     rows, places = read_rows(sources, columns)
 
     # ── Map labels to nodes ──────────────────────────────────────────────────────────────────────────────────────────
@@ -84,14 +77,32 @@ def load_splits(
 
     # ── Split ────────────────────────────────────────────────────────────────────────────────────────────────────────
     rows["text_id"], texts = pd.factorize(pd.Series(map(normalise_text, rows["text"]), dtype=object))
+    is_train = rows["split"] == "train"
     rows["trained"] = _is_trained(rows, texts, trained)
-    trained_before = _report_trained(rows, trained)
-    rows = _move_trained(rows)
+    trained_before = {
+        "scores": "verified" if trained.complete else "unverified",
+        "texts": len(trained.earlier),
+        "rows": {split: int(part["trained"].sum()) for split, part in parts(rows).items()},
+        "moved": "to train" if is_train.any() else "left out",
+    }
+    if is_train.any():
+        rows.loc[rows["trained"], "split"] = "train"
+    else:
+        rows = rows[~rows["trained"]].reset_index(drop=True)
     rows, dropped = _drop_shared(rows)
-    shares = _shares_to_carve(arguments, sources, single) if trained.complete else {}
+    shares = {"test": arguments.test_size} if single else {}
+    if "train" in sources and "validation" not in sources:
+        shares["validation"] = arguments.validation_size
+    shares = {split: share for split, share in shares.items() if share and trained.complete}
     rows = _carve(rows, shares, seed)
 
     # ── Report ───────────────────────────────────────────────────────────────────────────────────────────────────────
+    method = {"method": "as given", "carved": shares, "seed": seed}
+    if shares:
+        numbers = np.sort(rows.loc[rows["split"] == "train", "row"].to_numpy(np.int64))
+        method["method"] = "by class, identical texts kept together"
+        # a resumed run checks that its training rows are the same
+        method["train_rows_sha256"] = hashlib.sha256(numbers.tobytes()).hexdigest()
     report = {
         "sources": [
             {"split": "all" if single else split, "name": source.name, "sha256": source.sha256}
@@ -99,13 +110,7 @@ def load_splits(
         ],
         "columns": {"text": text_column, "label": label_columns},
         "taxonomy": origin,
-        "split": {
-            "method": "by class, identical texts kept together" if shares else "as given",
-            "carved": shares,
-            "seed": seed,
-            # a resumed run checks that its training rows are the same
-            **({"train_rows_sha256": hash_of_rows(rows.loc[rows["split"] == "train", "row"])} if shares else {}),
-        },
+        "split": method,
         "splits": {
             split: describe(part, taxonomy, int((dropped["split"] == split).sum()))
             for split, part in parts(rows).items()
@@ -115,18 +120,11 @@ def load_splits(
         "classes_without_training_rows": untrained_classes(rows, taxonomy),
     }
     log_what_was_done(report)
-    return LabelledSplits(_to_datasets(rows), taxonomy, report)
-
-
-def _check_sizes(arguments: DataArguments) -> None:
-    for flag in ("validation_size", "test_size"):
-        if not 0 <= getattr(arguments, flag) < 1:
-            raise InputError(f"--{flag} is a share of the rows, from 0 to below 1, not {getattr(arguments, flag)}")
-    if arguments.validation_size + arguments.test_size >= 1:
-        raise InputError(
-            f"--validation_size {arguments.validation_size} and --test_size {arguments.test_size} "
-            "leave nothing to train on"
-        )
+    splits = {
+        split: datasets.Dataset.from_pandas(part[list(FEATURES)], features=FEATURES, preserve_index=False)
+        for split, part in parts(rows).items()
+    }
+    return LabelledSplits(datasets.DatasetDict(splits), taxonomy, report)
 
 
 def _is_trained(rows: pd.DataFrame, texts: pd.Index, trained: TrainedTexts) -> np.ndarray:
@@ -142,57 +140,17 @@ def _is_trained(rows: pd.DataFrame, texts: pd.Index, trained: TrainedTexts) -> n
     return np.where(rows["split"] == "train", earlier[ids], ever[ids])
 
 
-def _report_trained(rows: pd.DataFrame, trained: TrainedTexts) -> dict[str, Any]:
-    """Return the ``trained_before`` of the report."""
-    return {
-        "scores": "verified" if trained.complete else "unverified",
-        "texts": len(trained.earlier),
-        "rows": {split: int(part["trained"].sum()) for split, part in parts(rows).items()},
-        "moved": "to train" if (rows["split"] == "train").any() else "left out",
-    }
-
-
-def _move_trained(rows: pd.DataFrame) -> pd.DataFrame:
-    """Move held-out rows whose text was trained on to the training rows. Without training rows, drop them."""
-    held_out = rows["trained"] & (rows["split"] != "train")
-    if not (rows["split"] == "train").any():
-        return rows[~held_out].reset_index(drop=True)
-    return rows.assign(split=rows["split"].where(~held_out, "train"))
-
-
 def _drop_shared(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Drop rows whose text is also in a later split, in the order train, validation, test.
-
-    Returns:
-        The rows that stay and the dropped rows.
-
-    Raises:
-        InputError: a split loses all its rows.
-    """
+    """Drop rows whose text is also in a later split, in the order train, validation, test. Return the others, and these."""
     dropped = pd.Series(False, index=rows.index)
-    for place, split in enumerate(SPLITS[:-1]):
-        own, later = rows["split"] == split, rows["split"].isin(SPLITS[place + 1 :])
+    for place, split in enumerate(SPLITS[:-1], start=1):
+        own, later = rows["split"] == split, rows["split"].isin(SPLITS[place:])
         shared = own & rows["text_id"].isin(rows.loc[later, "text_id"].unique())
         if own.any() and shared.sum() == own.sum():
-            others = " or ".join(SPLITS[place + 1 :])
+            others = " or ".join(SPLITS[place:])
             raise InputError(f"every {split} text is also in {others}: nothing is left of the {split} rows")
         dropped |= shared
     return rows[~dropped].reset_index(drop=True), rows[dropped]
-
-
-def hash_of_rows(numbers: pd.Series) -> str:
-    """Return the SHA-256 of a set of row numbers."""
-    return hashlib.sha256(np.sort(numbers.to_numpy(np.int64)).tobytes()).hexdigest()
-
-
-def _shares_to_carve(arguments: DataArguments, sources: dict[str, SplitSource], single: bool) -> dict[str, float]:
-    """Return the share of the training texts that each missing split gets."""
-    shares = {}
-    if single and arguments.test_size:
-        shares["test"] = arguments.test_size
-    if "train" in sources and "validation" not in sources and arguments.validation_size:
-        shares["validation"] = arguments.validation_size
-    return shares
 
 
 def _carve(rows: pd.DataFrame, shares: dict[str, float], seed: int) -> pd.DataFrame:
@@ -210,38 +168,27 @@ def _carve(rows: pd.DataFrame, shares: dict[str, float], seed: int) -> pd.DataFr
         counts = {split: count * int((~trained).sum()) // sum(counts.values()) for split, count in counts.items()}
     for split, count in counts.items():
         train = rows["split"] == "train"
-        label_of = _most_common_labels(rows[train])
+        sizes = rows[train].groupby(["text_id", "label"], as_index=False).size()
+        sizes = sizes.sort_values(["text_id", "size", "label"], ascending=[True, False, True])
+        label_of = sizes.drop_duplicates("text_id").set_index("text_id")[
+            "label"
+        ]  # the most common, the smallest of ties
         is_trained = trained[label_of.index].to_numpy()
         held_out = label_of.index[_sample(label_of.to_numpy(), count, split, generator, is_trained)]
         rows.loc[train & rows["text_id"].isin(held_out), "split"] = split
     return rows
 
 
-def _most_common_labels(rows: pd.DataFrame) -> pd.Series:
-    """Return the most common label of each text id, and the smallest of ties."""
-    counts = rows.groupby(["text_id", "label"]).size().reset_index(name="rows")
-    counts = counts.sort_values(["text_id", "rows", "label"], ascending=[True, False, True])
-    return counts.drop_duplicates("text_id").set_index("text_id")["label"]
-
-
 def _sample(
     strata: np.ndarray, count: int, split: str, generator: np.random.Generator, trained: np.ndarray
 ) -> np.ndarray:
-    """Sample ``count`` texts in proportion to their strata, and leave at least one text of each stratum.
+    """Sample ``count`` texts in proportion to their ``strata`` (N,), and leave at least one text of each stratum.
 
     Systematic sampling along the texts, sorted by stratum (Cochran, Sampling Techniques, 1977, chapter 8). A stratum of
     one text gives none. A share of at most one half, rounded up, leaves a text of any larger stratum. For a larger
     share, one text of each stratum is set aside first.
 
-    Args:
-        strata: (N,) class of each text.
-        trained: (N,) mask of texts that are never sampled. If too few others are left, all eligible ones are sampled.
-
-    Returns:
-        A mask (N,).
-
-    Raises:
-        InputError: too few texts are eligible.
+    Texts in the mask ``trained`` (N,) are never sampled. If too few others are left, all eligible ones are. Return a mask.
     """
     order = generator.permutation(len(strata))
     rank = generator.permutation(strata.max() + 1)
@@ -250,37 +197,18 @@ def _sample(
     several = ((np.bincount(strata)[strata[order]] > 1) | keeps) & ~trained[order]
     not_first = ((np.diff(strata[order], prepend=-1) == 0) | keeps) & ~trained[order]
     eligible = several if 2 * count <= several.sum() else not_first
+    reason = f"{count} of {len(strata):,} distinct training texts, and one per class must stay"
     if trained.any():
         count = min(count, int(eligible.sum()))
-        if not count:
-            raise InputError(
-                f"cannot carve {split} rows: the checkpoint was trained on {trained.sum():,} of {len(strata):,} "
-                f"distinct training texts, and none of the others can be spared; give --{split}_file, or --{split}_size 0"
-            )
+        reason = (
+            f"the checkpoint was trained on {trained.sum():,} of {len(strata):,} distinct training texts, and none of "
+            "the others can be spared"
+        )
     if not 0 < count <= eligible.sum():
         raise InputError(
-            f"cannot carve {split} rows: {count} of {len(strata)} distinct training texts, and one per class must "
-            f"stay; change --{split}_size, or 0 for no {split} rows"
+            f"cannot carve {split} rows: {reason}; change --{split}_size, or 0 for no {split} rows, or give --{split}_file"
         )
     ticks = np.floor(np.cumsum(eligible) * (count / eligible.sum()) + 0.5)
     mask = np.zeros(len(strata), dtype=bool)
     mask[order] = np.diff(ticks, prepend=0) > 0
     return mask
-
-
-def _to_datasets(rows: pd.DataFrame) -> datasets.DatasetDict:
-    # a plain string column of Arrow holds at most 2 GB
-    features = datasets.Features(
-        {
-            "text": datasets.Value("large_string"),
-            "label": datasets.Value("int64"),
-            "row": datasets.Value("int64"),
-            "text_id": datasets.Value("int64"),
-        }
-    )
-    return datasets.DatasetDict(
-        {
-            split: datasets.Dataset.from_pandas(part[list(features)], features=features, preserve_index=False)
-            for split, part in parts(rows).items()
-        }
-    )

@@ -1,58 +1,63 @@
 """Tokenize texts."""
 
-from collections.abc import Collection
+import logging
 from typing import Any
 
 import datasets
 import numpy as np
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from errors import InputError
 from training.data_report import length_report, log_report
 from training.splits import LabelledSplits
 from training.views import sentence_numbers
 
+logger = logging.getLogger(__name__)
+
 TOKEN_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
 
 
-def tokenize(
-    splits: datasets.DatasetDict,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    with_sentences: Collection[str] = (),
-) -> tuple[datasets.DatasetDict, dict[str, dict]]:
-    """Tokenize texts, truncated at ``max_length`` and not padded.
+def tokenize_splits(
+    data: LabelledSplits, tokenizer: PreTrainedTokenizerBase, max_length: int, sentences: bool = False
+) -> datasets.DatasetDict:
+    """Lower the tokenizer's limit to ``max_length``, tokenize the splits and log the data report."""
+    limit = tokenizer.model_max_length
+    if max_length > limit:
+        logger.info("--max_length %d exceeds the model's limit: texts are truncated at %d tokens", max_length, limit)
+    tokenizer.model_max_length = min(max_length, limit)
+    splits, data.report["lengths"] = tokenize(data.splits, tokenizer, sentences)
+    log_report(data.report)
+    return splits
 
-    Args:
-        splits: from `training.splits.load_splits`.
-        max_length: most tokens of a text, special tokens included.
-        with_sentences: splits that also get a column ``sentences``, see `training.views.sentence_numbers`.
+
+def tokenize(
+    splits: datasets.DatasetDict, tokenizer: PreTrainedTokenizerBase, sentences: bool = False
+) -> tuple[datasets.DatasetDict, dict[str, dict]]:
+    """Tokenize texts, truncated at ``tokenizer.model_max_length`` and not padded.
 
     Returns:
-        The splits, with the columns ``input_ids``, ``attention_mask``, ``token_type_ids`` (if the tokenizer has them),
-        ``length`` (of ``input_ids``), ``labels``, ``row`` and ``text_id``. And the `length_report` of each split, from
-        the token counts before truncation.
-
-    Raises:
-        InputError: the tokenizer is a slow one, without token offsets.
+        The splits, with the columns of `TOKEN_COLUMNS` that the tokenizer has, ``length`` (of ``input_ids``), ``labels``,
+        ``row`` and ``text_id``. If asked for, training rows have ``sentences``, see `training.views.sentence_numbers`.
+        Other rows are sorted by length, to reduce padding. And the `length_report` of each split, before truncation.
     """
-    if not tokenizer.is_fast:
+    if not tokenizer.is_fast:  # it has no token offsets
         raise InputError(
             f"{type(tokenizer).__name__} is not a fast tokenizer (of the tokenizers library), which serving the "
             "checkpoint requires: use another encoder"
         )
+    special = tokenizer.num_special_tokens_to_add()  # every overflowing piece has its own
 
-    def tokens(batch: dict[str, list], with_sentences: bool) -> dict[str, list]:
-        encoded: Any
-        encoded, lengths = _encode(batch["text"], tokenizer, max_length)
-        kept = {column: encoded[column] for column in TOKEN_COLUMNS if column in encoded}
-        if with_sentences:
-            ends = [[end for _, end in piece.offsets] for piece in encoded.encodings]
-            kept["sentences"] = [sentence_numbers(*pair) for pair in zip(batch["text"], ends, strict=True)]
+    def tokens(batch: dict[str, list], sentences: bool) -> dict[str, list]:
+        encoded: Any = tokenizer(list(batch["text"]), truncation=True, return_attention_mask=True, stride=0)
+        pieces = encoded.encodings
+        columns = {column: encoded[column] for column in TOKEN_COLUMNS if column in encoded}
+        if sentences:
+            ends = [[end for _, end in piece.offsets] for piece in pieces]
+            columns["sentences"] = [sentence_numbers(*pair) for pair in zip(batch["text"], ends, strict=True)]
         return {
-            **kept,
-            "length": [len(ids) for ids in encoded["input_ids"]],
-            "full_length": lengths,
+            **columns,
+            "length": [len(piece) for piece in pieces],
+            "full_length": [len(piece) + sum(len(rest) - special for rest in piece.overflowing) for piece in pieces],
             "labels": batch["label"],
             "row": batch["row"],
             "text_id": batch["text_id"],
@@ -60,39 +65,15 @@ def tokenize(
 
     tokenized, reports = datasets.DatasetDict(), {}
     for split, rows in splits.items():
+        training = split == "train"
         rows = rows.map(
             tokens,
             batched=True,
             remove_columns=rows.column_names,
             desc=f"tokenizing {split}",
-            fn_kwargs={"with_sentences": split in with_sentences},
+            fn_kwargs={"sentences": sentences and training},
         )
-        reports[split] = length_report(rows.with_format("numpy")["full_length"][:], max_length)
-        tokenized[split] = rows.remove_columns("full_length")
+        reports[split] = length_report(rows.with_format("numpy")["full_length"][:], tokenizer.model_max_length)
+        rows = rows.remove_columns("full_length")
+        tokenized[split] = rows if training else rows.select(np.argsort(rows["length"], kind="stable"))
     return tokenized, reports
-
-
-def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[BatchEncoding, list[int]]:
-    """Return the encoded batch, and the token count of each text before truncation."""
-    encoded = tokenizer(
-        list(texts), truncation=True, max_length=max_length, padding=False, return_attention_mask=True, stride=0
-    )
-    special = tokenizer.num_special_tokens_to_add()  # every overflowing piece has its own
-    lengths = [len(piece) + sum(len(rest) - special for rest in piece.overflowing) for piece in encoded.encodings]
-    return encoded, lengths
-
-
-def tokenize_splits(
-    data: LabelledSplits, tokenizer: PreTrainedTokenizerBase, max_length: int, sentences: bool = False
-) -> datasets.DatasetDict:
-    """Tokenize the splits and log the data report. Validation and test rows are sorted by length to reduce padding.
-
-    Args:
-        sentences: whether training rows get the column ``sentences``, see `training.views`.
-    """
-    with_sentences = ("train",) if sentences else ()
-    splits, data.report["lengths"] = tokenize(data.splits, tokenizer, max_length, with_sentences)
-    for name in splits.keys() - {"train"}:
-        splits[name] = splits[name].select(np.argsort(splits[name]["length"], kind="stable"))
-    log_report(data.report)
-    return splits

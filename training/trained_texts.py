@@ -18,18 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from errors import refusing
+from training.files import write_json
 
 TRAINED_TEXTS = "trained_texts.json"
 
 
 @dataclass(frozen=True)
 class TrainedTexts:
-    """Hashes of the texts that a checkpoint was trained on.
+    """Hashes of the texts that a checkpoint was trained on, by the runs that this run continues and by this run.
 
-    Attributes:
-        earlier: hashes of the runs that this run continues.
-        this_run: hashes of this run.
-        complete: whether all training texts are known. False if a run continued a checkpoint without this file.
+    ``complete`` is false if a run continued a checkpoint without this file.
     """
 
     earlier: frozenset[str] = frozenset()
@@ -41,7 +39,7 @@ class TrainedTexts:
         return self.earlier | self.this_run
 
 
-UNTRAINED, UNKNOWN = TrainedTexts(), TrainedTexts(complete=False)
+UNTRAINED = TrainedTexts()
 
 
 def normalise_text(text: str) -> str:
@@ -60,34 +58,19 @@ def text_hash(normalised: str) -> str:
 
 
 def read_trained_texts(checkpoint: str | Path) -> TrainedTexts:
-    """Read the hashes of a checkpoint's training texts. For a ``checkpoint-N``, the run's folder is searched too.
-
-    Returns:
-        The hashes, or `UNKNOWN` without such a file.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
+    """Read what a checkpoint was trained on. For a ``checkpoint-N``, the run's folder is searched too."""
     folder = Path(os.path.abspath(checkpoint))  # a symbolic link belongs to the run that contains the link
     folders = [folder, folder.parent] if re.fullmatch(r"checkpoint-\d+", folder.name) else [folder]
     file = next((path for parent in folders if (path := parent / TRAINED_TEXTS).is_file()), None)
     if file is None:
-        return UNKNOWN
+        return TrainedTexts(complete=False)
     with refusing(f"{file}, which tells what {checkpoint} was trained on, cannot be read"):
         content = json.loads(file.read_text(encoding="utf-8"))
         return TrainedTexts(frozenset(content["earlier"]), frozenset(content["this_run"]), bool(content["complete"]))
 
 
 def write_trained_texts(folder: Path, before: TrainedTexts, texts: Iterable[str]) -> None:
-    """Write the hashes of a run that is about to train.
-
-    Args:
-        folder: output folder of the run.
-        before: the hashes of its initial weights. For a resumed run, ``this_run`` holds the run's own.
-        texts: the training texts of the run.
-    """
+    """Write what a run is about to be trained on: ``texts``, and what its initial weights were trained on."""
     this_run = before.this_run | {text_hash(normalise_text(text)) for text in texts}
     content = {"complete": before.complete, "earlier": sorted(before.earlier), "this_run": sorted(this_run)}
-    new = folder / f"{TRAINED_TEXTS}.new"
-    new.write_text(json.dumps(content, indent=0) + "\n", encoding="utf-8")
-    new.replace(folder / TRAINED_TEXTS)  # atomic: other runs never read a partial file
+    write_json(folder / TRAINED_TEXTS, content)

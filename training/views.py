@@ -9,9 +9,8 @@ Worth knowing:
 3. The halves have similar lengths, and each is truncated at 55 % of the text's tokens. A batch of halves has 1.1 times the tokens
    of its texts with padding (OHSUMED). By coin tosses and without truncation it would have 1.8 times as many.
 4. The assignment depends on the seed, the step and the row only. Splitting a batch does not change it, and a resumed run
-   continues bit for bit.
+   continues bit for bit. Inference uses whole texts.
 5. Numbers of rows and sentences are NumPy arrays. They stay on the CPU, so no step waits for a GPU to make halves.
-6. `benchmarks/quality.py` measures the gain. Inference uses whole texts.
 """
 
 import math
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from modeling_hierarchical import IGNORED_LABEL
+from training.losses import average_over_labels
 
 FIRST_IN_BOTH = 0.7  # how often the first sentence is
 LONGEST = 0.55  # of a text's tokens in one half
@@ -33,10 +32,9 @@ BOUNDARY = re.compile(r"(?<=[.?!])\s+|(?<=[。！？])")
 
 
 def sentence_numbers(text: str, ends: Sequence[int]) -> list[int]:
-    """Number the sentence that each token of a text is in, from 0.
+    """Number the sentence that each token of a text is in, from 0, by the characters where the tokens end.
 
-    Args:
-        ends: where each token ends in the text, in characters; 0 for a special token, whose sentence is -1.
+    A special token ends at 0, and its sentence is -1.
     """
     starts = [boundary.end() for boundary in BOUNDARY.finditer(text)]
     numbers = np.searchsorted(starts, np.asarray(ends) - 1, side="right")
@@ -47,14 +45,14 @@ class CollatorWithSentences(DataCollatorWithPadding):
     """Pad the column ``sentences`` of training rows too. This column and ``row`` become NumPy arrays, not tensors."""
 
     def __call__(self, features: list[dict]) -> BatchEncoding:
-        numpy_columns = [name for name in ("row", "sentences") if name in features[0]]
-        batch = super().__call__([{k: v for k, v in feature.items() if k not in numpy_columns} for feature in features])
-        if "row" in numpy_columns:
-            batch["row"] = np.array([feature["row"] for feature in features])
-        if "sentences" in numpy_columns:
+        own = {name: [row[name] for row in features] for name in ("row", "sentences") if name in features[0]}
+        batch = super().__call__([{k: v for k, v in row.items() if k not in own} for row in features])
+        if "row" in own:
+            batch["row"] = np.array(own["row"])
+        if "sentences" in own:
             tokens = batch["attention_mask"].bool().numpy()
             batch["sentences"] = np.full(tokens.shape, PADDING)
-            batch["sentences"][tokens] = np.concatenate([feature["sentences"] for feature in features])
+            batch["sentences"][tokens] = np.concatenate(own["sentences"])
         return batch
 
 
@@ -93,20 +91,13 @@ def halves(
         torch.from_numpy(array).to(inputs["input_ids"].device, non_blocking=True)
         for array in (np.arange(longest) < lengths[:, None], order, *map(np.array, (sources, first, second)))
     )
-    padding = {"input_ids": pad_token_id}
-    halved = {
-        name: torch.where(inside, values[source].gather(1, places), padding.get(name, 0))
-        for name, values in inputs.items()
-    }
+    halved = {name: torch.where(inside, values[source].gather(1, places), 0) for name, values in inputs.items()}
+    halved["input_ids"].masked_fill_(~inside, pad_token_id)
     return halved, *pair
 
 
 def deal(counts: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Assign sentences to halves, (2, S) bool. In random order, each goes to the half with fewer tokens.
-
-    Args:
-        counts: (S,), the tokens of each sentence.
-    """
+    """Assign sentences of ``counts`` (S,) tokens to halves, (2, S). In random order, each goes to the one with fewer."""
     parts, tokens = np.zeros((2, len(counts)), dtype=bool), [0, 0]
     for sentence in generator.permutation(len(counts)):
         half = int(tokens[1] < tokens[0])
@@ -119,20 +110,11 @@ def deal(counts: np.ndarray, generator: np.random.Generator) -> np.ndarray:
 def disagreement(
     log_p: Tensor, log_q: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """Half the sum of both Kullback-Leibler divergences of two predictions for a text, in nats.
-
-    Args:
-        log_p, log_q: (B, C), log-probabilities.
-        labels: (B,); texts of label -100 are ignored.
-        num_items_in_batch: divisor of the sum over texts. Default: the number of labels in this batch.
-    """
-    labelled = labels != IGNORED_LABEL
+    """Half the sum of both Kullback-Leibler divergences of two predictions (B, C), in nats, averaged as the loss is."""
     divergence = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(1) / 2
-    items = labelled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    return torch.where(labelled, divergence, 0).sum() / items
+    return average_over_labels(divergence, labels, num_items_in_batch)
 
 
 def build_collator(tokenizer: PreTrainedTokenizerBase) -> CollatorWithSentences:
     """Return a collator that pads to a multiple of 8 tokens, and never beyond the tokenizer's limit."""
-    step = math.gcd(8, tokenizer.model_max_length)
-    return CollatorWithSentences(tokenizer, pad_to_multiple_of=step)
+    return CollatorWithSentences(tokenizer, pad_to_multiple_of=math.gcd(8, tokenizer.model_max_length))

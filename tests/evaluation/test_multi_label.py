@@ -593,7 +593,7 @@ def test_texts_without_a_known_label_teach_no_words():
     classifier = lexical.MultiLabelLexicalClassifier(TREE, counted(ids), labels)
     expected = lexical.MultiLabelLexicalClassifier(TREE, counted(ids[50:]), labels[50:])
     np.testing.assert_array_equal(classifier.weight, expected.weight)
-    np.testing.assert_array_equal(classifier.idf, expected.idf)
+    np.testing.assert_array_equal(classifier.tfidf.idf_, expected.idf)
 
 
 def test_the_spread_over_nodes_is_the_spread_over_classes_where_labels_exclude_each_other():
@@ -611,8 +611,8 @@ def test_a_lexical_classifier_is_fitted_if_any_node_has_both_labels(caplog):
     caplog.set_level("INFO")
     ids, labels = rows(60)
     train = datasets.Dataset.from_dict({"input_ids": ids, "labels": labels.tolist()})
-    fitted = lexical.fit_multi_label_classifier(TREE, train, VOCABULARY)
+    fitted = lexical.fit_classifier(TREE, train, VOCABULARY)
     np.testing.assert_array_equal(fitted.weight, lexical.MultiLabelLexicalClassifier(TREE, counted(ids), labels).weight)
     same = datasets.Dataset.from_dict({"input_ids": ids, "labels": np.zeros_like(labels).tolist()})
-    assert lexical.fit_multi_label_classifier(TREE, same, VOCABULARY) is None
+    assert lexical.fit_classifier(TREE, same, VOCABULARY) is None
     assert "no node has training rows with and without it" in caplog.text

@@ -36,7 +36,6 @@ HOSTILE = [
 SETTINGS = {
     "model_name_or_path": ENCODER,
     "model_revision": COMMIT,
-    "cache_dir": "/home/alice/cache",
     "quantization": "4bit",
     "tuning": "lora",
     "lora_target_modules": ["query", "value"],

@@ -37,7 +37,7 @@ def test_several_label_columns_name_the_path_from_the_root(tmp_path):
         "2": {"lung": 1, "heart": 1},
         "3": {"valve": 1},
     }
-    gap = csv_file(tmp_path / "b.csv", [("one", "body", "", "valve"), ("two", "", "", "")], ("text", "l1", "l2", "l3"))
+    gap = csv_file(tmp_path / "b.csv", [("one", "body", "", ""), ("two", "", "", "")], ("text", "l1", "l2", "l3"))
     with pytest.raises(InputError, match="line 3, column 'l1 l2 l3': the label is missing"):
         load(train_file=gap, label_column=["l1", "l2", "l3"])
     gap = csv_file(tmp_path / "b.csv", [("one", "body", "", "valve")], ("text", "l1", "l2", "l3"))

@@ -113,10 +113,10 @@ def test_missing_file(tmp_path):
         ({"data_path": "a.csv", "train_file": "b.csv"}, "--data_path and --train_file contradict"),
         ({"data_path": "a.csv", "dataset_name": "b"}, "--dataset_name and --data_path contradict"),
         ({"train_file": "a.csv", "dataset_revision": "v1"}, "--dataset_revision needs"),
-        ({"data_path": "a.csv", "test_size": -0.1}, "--test_size is a share"),
-        ({"data_path": "a.csv", "validation_size": 1.0}, "--validation_size is a share"),
-        ({"data_path": "a.csv", "validation_size": float("nan")}, "--validation_size is a share"),
-        ({"data_path": "a.csv", "validation_size": 0.5, "test_size": 0.5}, "leave nothing"),
+        ({"data_path": "a.csv", "test_size": -0.1}, "--validation_size and --test_size are shares"),
+        ({"data_path": "a.csv", "validation_size": 1.0}, "--validation_size and --test_size are shares"),
+        ({"data_path": "a.csv", "validation_size": float("nan")}, "--validation_size and --test_size are shares"),
+        ({"data_path": "a.csv", "validation_size": 0.5, "test_size": 0.5}, "whose sum is below 1"),
     ],
 )
 def test_contradictory_arguments(given, message):

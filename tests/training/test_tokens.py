@@ -45,7 +45,7 @@ def warnings_of_transformers(caplog):
 def test_tokens_are_those_of_the_tokenizers_own_truncation(side, warnings_of_transformers):
     words = [1, 5, 6, 7, 13, 30, 29]  # with two special tokens: 3, 7, 8, 9, 15, 32, 31
     splits, tokenizer = texts_of_lengths(words), word_tokenizer(side, model_input_names=["input_ids", "attention_mask"])
-    tokenized, lengths = tokenize(splits, tokenizer, 8)
+    tokenized, lengths = tokenize(splits, tokenizer)
     assert "longer than" not in warnings_of_transformers.text
     rows = tokenized["test"]
     assert set(rows.column_names) == {"input_ids", "attention_mask", "length", "labels", "row", "text_id"}
@@ -62,9 +62,9 @@ def test_tokens_are_those_of_the_tokenizers_own_truncation(side, warnings_of_tra
 
 def test_token_types_only_where_the_tokenizer_has_them():
     names = ["input_ids", "token_type_ids", "attention_mask"]
-    tokenized, _ = tokenize(texts_of_lengths([3]), word_tokenizer(model_input_names=names), 8)
+    tokenized, _ = tokenize(texts_of_lengths([3]), word_tokenizer(model_input_names=names))
     assert tokenized["test"]["token_type_ids"][:] == [[0] * 5]
-    tokenized, _ = tokenize(texts_of_lengths([3]), word_tokenizer(model_input_names=["input_ids"]), 8)
+    tokenized, _ = tokenize(texts_of_lengths([3]), word_tokenizer(model_input_names=["input_ids"]))
     assert set(tokenized["test"].column_names) == {"input_ids", "attention_mask", "length", "labels", "row", "text_id"}
 
 
@@ -74,7 +74,9 @@ def test_tokens_of_training_texts_know_their_sentences(side):
     for split in ("train", "test"):
         splits[split] = texts_of_lengths([1, 1]).pop("test")
         splits[split] = splits[split].remove_columns("text").add_column("text", ["a b. c d e? f g", "a"])
-    tokenized, _ = tokenize(splits, word_tokenizer(side), 6, {"train"})
+    tokenizer = word_tokenizer(side)
+    tokenizer.model_max_length = 6
+    tokenized, _ = tokenize(splits, tokenizer, sentences=True)
     cut = [0, 0, 1, 1] if side == "right" else [1, 1, 2, 2]
     assert tokenized["train"]["sentences"][:] == [[-1, *cut, -1], [-1, 0, -1]]
     assert "sentences" not in tokenized["test"].column_names
