@@ -126,7 +126,7 @@ def train(arguments: Arguments, data: LabelledSplits, trained_texts: TrainedText
     # ── Measure: the checkpoint, loaded back ─────────────────────────────────────────────────────────────────────────
     metrics |= result.metrics | run_facts(arguments, size, data.report)
     scores, logits = measure(arguments, splits, trainer, model)
-    metrics |= scores | report_of(model).class_scores(model, logits, splits)
+    metrics |= scores | report_of(model).class_scores(model.config, logits, splits)
 
     # ── Publish: files, model card, Hub ──────────────────────────────────────────────────────────────────────────────
     if training.should_save:
@@ -215,7 +215,7 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
         resume.delete_measured(output)
         write_json(output / "data_report.json", data.report)
         model = served.model
-        scored = metrics | report_of(model).class_scores(model, logits, splits)
+        scored = metrics | report_of(model).class_scores(model.config, logits, splits)
         write_files(output, scored, model, logits, splits)
         logger.info("metrics and plots are in %s", output)
     report.log_metrics(metrics)
@@ -226,8 +226,8 @@ def write_files(
 ) -> None:
     """Write metrics.json, plots and predictions."""
     write_json(output / "metrics.json", metrics)
-    report_of(model).draw_plots(model, logits, splits, output / "plots")
-    report_of(model).write_predictions(model, logits, splits, output)
+    report_of(model).draw_plots(model.config, logits, splits, output / "plots")
+    report_of(model).write_predictions(model.config, logits, splits, output)
 
 
 def report_of(model: PreTrainedModel) -> ModuleType:

@@ -14,6 +14,7 @@ from datasets import Dataset, DatasetDict
 from scipy.special import expit
 from transformers import EvalPrediction
 
+from configuration_hierarchical import HierarchicalConfig
 from evaluation import plots
 from evaluation.lexical import MultiLabelLexicalClassifier, token_counts
 from evaluation.multi_label import (
@@ -115,11 +116,9 @@ def measure(
     return metrics
 
 
-def stored_thresholds(
-    model: HierarchicalForSequenceClassification, logits: np.ndarray, labels: np.ndarray
-) -> np.ndarray:
+def stored_thresholds(config: HierarchicalConfig, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return the thresholds of a calibrated model; for another the common one that is best on these rows."""
-    stored = model.config.node_thresholds
+    stored = config.node_thresholds
     return np.full(logits.shape[1], common_threshold(logits, labels)) if stored is None else np.array(stored)
 
 
@@ -129,26 +128,22 @@ def shown_split(logits: dict[str, np.ndarray], splits: DatasetDict) -> tuple[str
     return split, logits[split], label_array(splits[split])
 
 
-def class_scores(
-    model: HierarchicalForSequenceClassification, logits: dict[str, np.ndarray], splits: DatasetDict
-) -> dict[str, Any]:
+def class_scores(config: HierarchicalConfig, logits: dict[str, np.ndarray], splits: DatasetDict) -> dict[str, Any]:
     """Compute scores of each node and 95 % intervals for metrics.json, on the split of `shown_split`."""
     if not logits:
         return {}
     split, scores, labels = shown_split(logits, splits)
-    thresholds = stored_thresholds(model, scores, labels)
-    rows, intervals = per_node_report(model.config.tree, scores, labels, thresholds)
+    thresholds = stored_thresholds(config, scores, labels)
+    rows, intervals = per_node_report(config.tree, scores, labels, thresholds)
     prefixed = {f"{PREFIXES[split]}_{name}": ends for name, ends in intervals.items()}
     return {"per_class": rows, "intervals": prefixed} if rows else {}
 
 
-def draw_plots(
-    model: HierarchicalForSequenceClassification, logits: dict[str, np.ndarray], splits: DatasetDict, folder: Path
-) -> None:
+def draw_plots(config: HierarchicalConfig, logits: dict[str, np.ndarray], splits: DatasetDict, folder: Path) -> None:
     """Draw F1 by frequency, precision and recall, and the reliability diagram, of the split of `shown_split`."""
     if logits:
-        tree, (_, scores, labels) = model.config.tree, shown_split(logits, splits)
-        rows, _ = per_node_report(tree, scores, labels, stored_thresholds(model, scores, labels))
+        tree, (_, scores, labels) = config.tree, shown_split(logits, splits)
+        rows, _ = per_node_report(tree, scores, labels, stored_thresholds(config, scores, labels))
         plots.write(plots.f1_by_frequency(rows), folder / "f1_by_frequency.png")
         plots.write(plots.precision_and_recall(tree, scores, labels), folder / "precision_recall.png")
         draw_reliability(logits, splits, folder / "reliability_diagram.png")
@@ -161,16 +156,16 @@ def draw_reliability(logits: dict[str, np.ndarray], splits: DatasetDict, file: P
 
 
 def write_predictions(
-    model: HierarchicalForSequenceClassification, logits: dict[str, np.ndarray], splits: DatasetDict, folder: Path
+    config: HierarchicalConfig, logits: dict[str, np.ndarray], splits: DatasetDict, folder: Path
 ) -> None:
     """Write ``<split>_predictions.csv``: each text's row in its source, its labels, and the predicted nodes and probabilities.
 
     Only the deepest nodes are written, joined by ``; ``.
     """
-    tree = model.config.tree
+    tree = config.tree
     for split, scores in logits.items():
         labels, probabilities = label_array(splits[split]), expit(scores)
-        chosen = choose(tree, probabilities, stored_thresholds(model, scores, labels))
+        chosen = choose(tree, probabilities, stored_thresholds(config, scores, labels))
         rows = []
         for row, true, nodes, of_nodes in zip(splits[split]["row"], labels == 1, chosen, probabilities, strict=True):
             predicted = sorted(tree.deepest(np.flatnonzero(nodes).tolist()), key=lambda node: -of_nodes[node])

@@ -26,6 +26,7 @@ from datasets import Dataset, DatasetDict
 from torch import nn
 from transformers import AutoModel, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
+from configuration_hierarchical import HierarchicalConfig
 from errors import refusing
 from evaluation import plots
 from evaluation.calibration import Calibration, conformal_scores, fit_calibration, fit_thresholds, held_out
@@ -181,25 +182,21 @@ def shown_split(logits: dict[str, np.ndarray], splits: DatasetDict) -> tuple[str
     return split, logits[split], np.array(splits[split]["labels"])
 
 
-def class_scores(
-    model: HierarchicalForSequenceClassification, logits: dict[str, np.ndarray], splits: DatasetDict
-) -> dict[str, Any]:
+def class_scores(config: HierarchicalConfig, logits: dict[str, np.ndarray], splits: DatasetDict) -> dict[str, Any]:
     """Compute scores of each leaf and 95 % intervals for metrics.json, on the split of `shown_split`."""
     if not logits:
         return {}
     split, *scored = shown_split(logits, splits)
-    rows, intervals = per_class_report(model.config.tree, *scored)
+    rows, intervals = per_class_report(config.tree, *scored)
     prefixed = {f"{PREFIXES[split]}_{name}": ends for name, ends in intervals.items()}
     return {"per_class": rows, "intervals": prefixed} if rows else {}
 
 
-def draw_plots(
-    model: HierarchicalForSequenceClassification, logits: dict[str, np.ndarray], splits: DatasetDict, folder: Path
-) -> None:
+def draw_plots(config: HierarchicalConfig, logits: dict[str, np.ndarray], splits: DatasetDict, folder: Path) -> None:
     """Draw the confusion matrices and the reliability diagram of the split of `shown_split`."""
     if logits:
         _, *scored = shown_split(logits, splits)
-        for level, figure in plots.confusion_matrices(model.config.tree, *scored).items():
+        for level, figure in plots.confusion_matrices(config.tree, *scored).items():
             plots.write(figure, folder / f"confusion_matrix_level_{level}.png")
         draw_reliability(logits, splits, folder / "reliability_diagram.png")
 
@@ -211,10 +208,10 @@ def draw_reliability(logits: dict[str, np.ndarray], splits: DatasetDict, file: P
 
 
 def write_predictions(
-    model: HierarchicalForSequenceClassification, logits: dict[str, np.ndarray], splits: DatasetDict, folder: Path
+    config: HierarchicalConfig, logits: dict[str, np.ndarray], splits: DatasetDict, folder: Path
 ) -> None:
     """Write ``<split>_predictions.csv``: each scored row's number in its source, label, prediction and probability."""
-    taxonomy = model.config.tree
+    taxonomy = config.tree
     for split, scores in logits.items():
         columns = {
             "row": splits[split]["row"],

@@ -16,6 +16,7 @@ import sklearn.metrics
 import torch
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
+from configuration_hierarchical import HierarchicalConfig
 from errors import InputError
 from evaluation.metrics import (
     any_label_accuracy,
@@ -25,7 +26,7 @@ from evaluation.metrics import (
     expected_calibration_error,
     per_class_report,
 )
-from evaluation.report import leaf_scores
+from evaluation.report import class_scores
 from taxonomy_hierarchical import Taxonomy
 
 MODULE = Path(__file__).resolve().parents[2] / "metrics" / "hierarchical_f1"
@@ -402,7 +403,9 @@ def test_the_bootstrap_of_a_report_is_computed_once():
     logits, labels = random_case(TREE, 200)
     logits, labels = logits[labels >= 0], labels[labels >= 0]
     profile = cProfile.Profile()
-    scores = profile.runcall(leaf_scores, TREE, {"test": logits}, {"test": {"labels": labels}})
+    scores = profile.runcall(
+        class_scores, HierarchicalConfig(taxonomy=TREE), {"test": logits}, {"test": {"labels": labels}}
+    )
     calls = {function[2]: counts[0] for function, counts in pstats.Stats(profile).stats.items()}
     assert calls["bootstrap_intervals"] == 1
     leaf = labels < TREE.num_leaves
@@ -410,7 +413,7 @@ def test_the_bootstrap_of_a_report_is_computed_once():
     assert scores["intervals"] == {f"test_{name}": expected[name].tolist() for name in ("accuracy", "macro_f1")}
     assert [row["f1_interval"] for row in scores["per_class"]] == expected["f1"].T.tolist()
     only_inner = {"test": {"labels": np.full(len(labels), B)}}
-    assert leaf_scores(TREE, {"test": logits}, only_inner) == {}
+    assert class_scores(HierarchicalConfig(taxonomy=TREE), {"test": logits}, only_inner) == {}
 
 
 def test_trainer_reports_the_scores(tmp_path):

@@ -593,7 +593,7 @@ def test_texts_without_a_known_label_teach_no_words():
     classifier = lexical.MultiLabelLexicalClassifier(TREE, counted(ids), labels)
     expected = lexical.MultiLabelLexicalClassifier(TREE, counted(ids[50:]), labels[50:])
     np.testing.assert_array_equal(classifier.weight, expected.weight)
-    np.testing.assert_array_equal(classifier.tfidf.idf_, expected.idf)
+    np.testing.assert_array_equal(classifier.tfidf.idf_, expected.tfidf.idf_)
 
 
 def test_the_spread_over_nodes_is_the_spread_over_classes_where_labels_exclude_each_other():
@@ -615,4 +615,4 @@ def test_a_lexical_classifier_is_fitted_if_any_node_has_both_labels(caplog):
     np.testing.assert_array_equal(fitted.weight, lexical.MultiLabelLexicalClassifier(TREE, counted(ids), labels).weight)
     same = datasets.Dataset.from_dict({"input_ids": ids, "labels": np.zeros_like(labels).tolist()})
     assert lexical.fit_classifier(TREE, same, VOCABULARY) is None
-    assert "no node has training rows with and without it" in caplog.text
+    assert "the training rows do not tell any two classes apart" in caplog.text
