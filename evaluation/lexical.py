@@ -25,8 +25,8 @@ from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from evaluation.metrics import UNLABELLED
 from evaluation.multi_label import open_decisions
+from modeling_hierarchical import IGNORED_LABEL
 from taxonomy_hierarchical import Taxonomy
 from training.multi_label import open_counts, prior_log_odds
 
@@ -161,7 +161,7 @@ class MultiLabelLexicalClassifier(LexicalClassifier):
             counts: (num_rows, V), from `token_counts`, of the training rows.
             labels: (num_rows, num_nodes): 1, 0 or -100. Rows without a known label do not count.
         """
-        is_known = (labels != UNLABELLED).any(axis=1)
+        is_known = (labels != IGNORED_LABEL).any(axis=1)
         counts, labels = counts[is_known], labels[is_known]
         tfidf = TfidfTransformer(sublinear_tf=True).fit(counts)
         common = np.asarray((counts > 0).sum(axis=0)).ravel() >= MIN_DOCUMENTS

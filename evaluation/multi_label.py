@@ -34,9 +34,9 @@ from transformers import EvalPrediction
 
 from errors import InputError
 from evaluation.calibration import FOLDS, PRIOR, RANGE
-from evaluation.metrics import UNLABELLED, calibration_error_by_chance, expected_calibration_error
 from evaluation.metrics import _bin as calibration_bins
-from modeling_hierarchical import TreeSigmoid
+from evaluation.metrics import calibration_error_by_chance, expected_calibration_error
+from modeling_hierarchical import IGNORED_LABEL, TreeSigmoid
 from taxonomy_hierarchical import Taxonomy
 
 LEAST_PROBABILITY = 0.1  # pairs below it are not in the calibration error: nearly all pairs have a probability near 0
@@ -235,7 +235,7 @@ def shrunk_thresholds(
 ) -> dict[float, np.ndarray]:
     """Fit the thresholds of all nodes for each strength of the shrinkage, see `fit_node_thresholds`."""
     u, labels = np.asfortranarray(u), np.asfortranarray(labels)  # columns are read one by one
-    known, true = labels != UNLABELLED, labels == 1
+    known, true = labels != IGNORED_LABEL, labels == 1
     common = best_threshold(u[known], true[known])
     if common is None:
         return dict.fromkeys(strengths, np.full(taxonomy.num_nodes, 0.5))
@@ -352,7 +352,7 @@ def build_multi_label_metrics(
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         u = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
         u, labels = u.astype(np.float64), prediction.label_ids
-        known, true = labels != UNLABELLED, labels == 1
+        known, true = labels != IGNORED_LABEL, labels == 1
         if not known.any():
             raise InputError("no document to be scored has a label; give a file with labels")
         infinite = np.flatnonzero(~np.isfinite(u).all(axis=1))
@@ -387,14 +387,14 @@ def build_multi_label_metrics(
 
 def common_threshold(u: np.ndarray, labels: np.ndarray) -> float:
     """Return the one probability from which nodes are chosen with the best micro-F1; 0.5 if no label is 1."""
-    known = labels != UNLABELLED
+    known = labels != IGNORED_LABEL
     threshold = best_threshold(u[known], labels[known] == 1)
     return 0.5 if threshold is None else float(expit(threshold))
 
 
 def node_counts(chosen: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Count each node's true positives, predictions and labels: (3, num_nodes). Unknown labels do not count."""
-    true, chosen = labels == 1, chosen & (labels != UNLABELLED)
+    true, chosen = labels == 1, chosen & (labels != IGNORED_LABEL)
     return np.stack([pairs.sum(axis=0) for pairs in (true & chosen, chosen, true)])
 
 
@@ -416,7 +416,7 @@ def macro_f1(counts: np.ndarray) -> float:
 
 def example_f1(chosen: np.ndarray, labels: np.ndarray) -> float:
     """Compute the mean F1 of texts with a known label; 1 where neither the labels nor the prediction has a node."""
-    is_known = (labels != UNLABELLED).any(axis=1)
+    is_known = (labels != IGNORED_LABEL).any(axis=1)
     f1 = node_f1(node_counts(chosen[is_known].T, labels[is_known].T))
     return float(np.nan_to_num(f1, nan=1.0).mean())
 
@@ -427,7 +427,7 @@ def average_precisions(u: np.ndarray, labels: np.ndarray) -> np.ndarray:
     for node, (scores, truth) in enumerate(zip(u.T, labels.T, strict=True)):
         positive = np.sort(scores[truth == 1])
         if len(positive):
-            ranked = np.sort(scores[truth != UNLABELLED])
+            ranked = np.sort(scores[truth != IGNORED_LABEL])
             found = len(positive) - np.searchsorted(positive, positive)  # at or above each positive
             precisions[node] = (found / (len(ranked) - np.searchsorted(ranked, positive))).mean()
     return precisions
@@ -436,7 +436,7 @@ def average_precisions(u: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def likely_pairs(u: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return P(node) and whether the label is 1, of the pairs with a known label and P(node) >= 0.1: (num_pairs,) each."""
     probabilities = expit(u.astype(np.float64))
-    likely = (labels != UNLABELLED) & (probabilities >= LEAST_PROBABILITY)
+    likely = (labels != IGNORED_LABEL) & (probabilities >= LEAST_PROBABILITY)
     return probabilities[likely], labels[likely] == 1
 
 
@@ -454,7 +454,7 @@ def per_node_report(
         and ``f1_interval``, the interval of `bootstrap_intervals` or None. A ratio with denominator 0 is 0. Then the intervals
         of ``micro_f1`` and ``macro_f1``. Both are empty if no label is known.
     """
-    if not (labels != UNLABELLED).any():
+    if not (labels != IGNORED_LABEL).any():
         return [], {}
     chosen = choose(taxonomy, expit(u.astype(np.float64)), thresholds)
     counts, intervals = node_counts(chosen, labels), bootstrap_intervals(chosen, labels)
@@ -486,7 +486,7 @@ def bootstrap_intervals(chosen: np.ndarray, labels: np.ndarray, resamples: int =
         Lower and upper end: (2,) for ``micro_f1`` and ``macro_f1``, (2, num_nodes) for ``f1`` of each node, over the resamples
         in which the node occurs, NaN if it never does.
     """
-    true, chosen = labels == 1, chosen & (labels != UNLABELLED)
+    true, chosen = labels == 1, chosen & (labels != IGNORED_LABEL)
     pairs = [csr_matrix(array, dtype=np.float64) for array in (true & chosen, chosen, true)]
     generator = np.random.default_rng(0)
     draws = (generator.integers(len(labels), size=len(labels)) for _ in range(resamples))
