@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -34,26 +35,20 @@ try:
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
     from configuration_hierarchical import HierarchicalConfig
 
+MODEL_CLASS = "modeling_hierarchical.HierarchicalForSequenceClassification"
 AUTO_MAP = {
     "AutoConfig": "configuration_hierarchical.HierarchicalConfig",
-    "AutoModel": "modeling_hierarchical.HierarchicalForSequenceClassification",
-    "AutoModelForSequenceClassification": "modeling_hierarchical.HierarchicalForSequenceClassification",
+    "AutoModel": MODEL_CLASS,
+    "AutoModelForSequenceClassification": MODEL_CLASS,
 }
-CUSTOM_PIPELINES = {
-    "hierarchical-text-classification": {
-        "impl": "pipeline_hierarchical.HierarchicalTextClassificationPipeline",
-        "pt": ["AutoModelForSequenceClassification"],
-        "type": "text",
-    }
+PIPELINE = {
+    "impl": "pipeline_hierarchical.HierarchicalTextClassificationPipeline",
+    "pt": ["AutoModelForSequenceClassification"],
+    "type": "text",
 }
-SHIPPED_FILES = (
-    "taxonomy_hierarchical.py",
-    "configuration_hierarchical.py",
-    "checkpoint_hierarchical.py",
-    "modeling_hierarchical.py",
-    "cpu_hierarchical.py",
-    "pipeline_hierarchical.py",
-)
+CUSTOM_PIPELINES = {"hierarchical-text-classification": PIPELINE}
+MODULES = ("taxonomy", "configuration", "checkpoint", "modeling", "cpu", "pipeline")
+SHIPPED_FILES = tuple(f"{module}_hierarchical.py" for module in MODULES)
 ADAPTER_SUBFOLDER = "adapter"
 ADAPTER_PREFIX = "base_model.model."  # how PeftModel names the module that it wraps
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -87,19 +82,16 @@ def load_checkpoint(
     """Load a checkpoint of either form, see `HierarchicalForSequenceClassification.from_pretrained`.
 
     Args:
-        model_class: called with the configuration and the loaded encoder, for the adapter form.
-        load_whole_form: the `from_pretrained` of transformers, for that class.
+        load_whole_form: the `from_pretrained` of transformers, for ``model_class``.
         config: a configuration, the name of one, or None for that of the checkpoint.
     """
     # AutoModel passes a config whose class is another object than the one imported here, so its base class is asked for
     if not isinstance(config, PretrainedConfig):
-        kept = {key: kwargs[key] for key in (*HUB_ARGUMENTS, "dtype", "torch_dtype") if key in kwargs}
-        config, kwargs = HierarchicalConfig.from_pretrained(
-            name if config is None else config,
-            return_unused_kwargs=True,
-            **{key: value for key, value in kwargs.items() if key not in ("dtype", "torch_dtype")},
-        )
-        kwargs |= kept  # the configuration would have kept these for itself
+        dtype = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
+        kept = dtype | {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}  # the configuration takes these out
+        source = name if config is None else config
+        config, kwargs = HierarchicalConfig.from_pretrained(source, return_unused_kwargs=True, **kwargs)
+        kwargs |= kept
     info_wanted = kwargs.pop("output_loading_info", False)
     if config.adapter_subfolder is not None:
         model, info = load_adapter_form(model_class, name, config, merge_adapter, **kwargs)
@@ -118,19 +110,14 @@ def load_adapter_form(
     """Load the encoder by its name and revision, then the adapter and heads of the checkpoint.
 
     Returns:
-        The model, in evaluation mode, and the loading info of transformers, which reports nothing missing.
+        The model, in evaluation mode, and the loading info of transformers.
     """
     hub = {argument: kwargs[argument] for argument in HUB_ARGUMENTS if argument in kwargs}
-
-    def fetch(filename: str) -> str:
-        return cached_file(name, filename, **hub)
-
-    heads = load_file(fetch(HEADS_WEIGHTS))
-    adapter_config = Path(fetch(f"{config.adapter_subfolder}/adapter_config.json"))
-    lora = read_adapter_config(adapter_config)
-    adapter = load_file(fetch(f"{config.adapter_subfolder}/{ADAPTER_WEIGHTS}"))
-    kwargs = {argument: value for argument, value in kwargs.items() if argument not in NOT_FOR_THE_ENCODER}
-    encoder = load_encoder(config, **kwargs)
+    subfolder = config.adapter_subfolder
+    files = (HEADS_WEIGHTS, f"{subfolder}/adapter_config.json", f"{subfolder}/{ADAPTER_WEIGHTS}")
+    heads_file, adapter_config, adapter_file = (Path(cached_file(name, file, **hub)) for file in files)
+    heads, lora, adapter = load_file(heads_file), read_adapter_config(adapter_config), load_file(adapter_file)
+    encoder = load_encoder(config, **{key: kwargs[key] for key in kwargs if key not in NOT_FOR_THE_ENCODER})
     with init.no_init_weights():  # everything is loaded
         model = model_class(copy.deepcopy(config), encoder=encoder)
     refuse_offloaded(encoder, lora)
@@ -146,7 +133,7 @@ def load_adapter_form(
         placed = {".".join(filter(None, ("encoder", part))): at for part, at in encoder.hf_device_map.items()}
         model.hf_device_map = {**placed, "heads": next(iter(placed.values()))}
     model.name_or_path = model.config.name_or_path = str(name)
-    # anything else was an error
+    # anything missing was an error
     return model.eval(), {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
 
 
@@ -154,7 +141,7 @@ def load_encoder(config: HierarchicalConfig, **kwargs: Any) -> PreTrainedModel:
     """Load the encoder that ``config`` names, at its pinned revision, by `AutoModel.from_pretrained`.
 
     Raises:
-        ValueError: the repository lacks some of the encoder's weights, or its commit is not pinned.
+        ValueError: weights are missing, the commit is not pinned, or padding would change predictions.
         OSError: the repository, or that commit of it, is not there.
     """
     name, revision = config.encoder_name_or_path, config.encoder_revision
@@ -180,7 +167,6 @@ def load_encoder(config: HierarchicalConfig, **kwargs: Any) -> PreTrainedModel:
             **without_pooler(config.text_config),
             **kwargs,
         )
-    encoder.vocab_size_at_load = config.text_config.vocab_size
     refuse_missing(name, encoder, info)
     refuse_maskless(encoder)
     return encoder
@@ -194,20 +180,13 @@ def build_encoder(text_config: PretrainedConfig) -> PreTrainedModel:
 
 
 def without_pooler(text_config: PretrainedConfig) -> dict[str, bool]:
-    """Return the argument that leaves out an encoder's pooler, where it has one.
-
-    Pooling happens in this project's model, and a layer without a gradient is an error under DDP.
-    """
+    """Return the argument that leaves out a pooler: it would get no gradient, which is an error under DDP."""
     parameters = inspect.signature(MODEL_MAPPING[type(text_config)].__init__).parameters
     return {"add_pooling_layer": False} if "add_pooling_layer" in parameters else {}
 
 
 def load_heads(model: Any, heads: dict[str, Tensor]) -> None:
-    """Load heads as they are stored in a checkpoint.
-
-    Raises:
-        ValueError: weights are missing, left over, or of another shape.
-    """
+    """Load heads as they are stored in a checkpoint."""
     check_weights("heads", heads, model.heads.state_dict())
     model.heads.load_state_dict(heads)
 
@@ -219,9 +198,6 @@ def load_heads_and_adapter(
 
     Args:
         adapter_config: a `peft.PeftConfig`, injected first; None when an adapter is already there.
-
-    Raises:
-        ValueError: weights are missing, left over, or of another shape.
     """
     peft = import_peft()
     if adapter_config is not None:
@@ -248,21 +224,14 @@ def import_peft() -> Any:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Silence warnings of poolers and pretraining heads, which are left out on purpose.
-
-    Also switch off the conversion of .bin files, for which transformers would send the user's token to a Space.
-    """
-    verbosity, before = logging.get_verbosity(), os.environ.get("DISABLE_SAFETENSORS_CONVERSION")
+    """Silence warnings of poolers and pretraining heads, and never send the user's token to the Space that converts .bin files."""
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
-    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     try:
-        yield
+        with patch.dict(os.environ, DISABLE_SAFETENSORS_CONVERSION="1"):
+            yield
     finally:
         logging.set_verbosity(verbosity)
-        if before is None:
-            del os.environ["DISABLE_SAFETENSORS_CONVERSION"]
-        else:
-            os.environ["DISABLE_SAFETENSORS_CONVERSION"] = before
 
 
 # --- Check what was loaded ---------------------------------------------------------------------------------------------
@@ -270,11 +239,7 @@ def quiet_loading() -> Iterator[None]:
 
 @contextmanager
 def plain_errors(name: str | os.PathLike) -> Iterator[None]:
-    """Replace errors of transformers that point at a log, or that say how to run the code in a .bin file.
-
-    Raises:
-        ValueError: weights of other shapes than the configuration's, or a file with more than tensors.
-    """
+    """Replace errors of transformers that point at a log, or that say how to run the code in a .bin file."""
     try:
         yield
     except Exception as error:
@@ -295,17 +260,22 @@ def refuse_missing(name: str | os.PathLike, model: PreTrainedModel, info: dict[s
 
 def refuse_maskless(encoder: PreTrainedModel) -> None:
     """Raise ValueError where padding would change predictions, and for models that are more than an encoder."""
-    name = type(encoder).__name__
-    if encoder.config.is_encoder_decoder:
-        raise ValueError(f"{name} is an encoder with a decoder: use an encoder alone")
-    if encoder.config.model_type in PADDING_COUNTS:
-        raise ValueError(
-            f"{name} changes its predictions with padding, despite the attention mask: use another encoder"
-        )
-    if getattr(encoder.config, "default_language", "") is None:  # XMOD, which has layers for each language
-        raise ValueError(f"{name} needs the language of the texts: set default_language in its config.json")
-    if "attention_mask" not in inspect.signature(encoder.forward).parameters:
-        raise ValueError(f"{name} takes no attention mask, so padding changes its predictions: use another encoder")
+    config, inputs = encoder.config, inspect.signature(encoder.forward).parameters
+    refused = {
+        "is an encoder with a decoder: use an encoder alone": config.is_encoder_decoder,
+        "changes its predictions with padding, despite the attention mask: use another encoder": (
+            config.model_type in PADDING_COUNTS
+        ),
+        "needs the language of the texts: set default_language in its config.json": (
+            getattr(config, "default_language", "") is None  # XMOD, which has layers for each language
+        ),
+        "takes no attention mask, so padding changes its predictions: use another encoder": (
+            "attention_mask" not in inputs
+        ),
+    }
+    for problem, applies in refused.items():
+        if applies:
+            raise ValueError(f"{type(encoder).__name__} {problem}")
 
 
 def refuse_offloaded(encoder: nn.Module, adapter_config: dict[str, Any]) -> None:
@@ -345,22 +315,20 @@ def position_limit(encoder: PreTrainedModel) -> int | None:
 
 def check_weights(what: str, stored: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Raise ValueError, naming the first, where stored tensors are missing, left over or of another shape."""
-    for name in sorted(stored.keys() ^ expected.keys()):
-        problem = "does not fit this model" if name in stored else "is missing from the checkpoint"
+    for name in sorted(stored.keys() | expected.keys()):
+        if name not in expected:
+            problem = "does not fit this model"
+        elif name not in stored:
+            problem = "is missing from the checkpoint"
+        elif stored[name].shape != expected[name].shape:
+            problem = f"has shape {tuple(stored[name].shape)}, expected {tuple(expected[name].shape)}"
+        else:
+            continue
         raise ValueError(f"the {what} weight {name!r} {problem}")
-    for name, tensor in stored.items():
-        if tensor.shape != expected[name].shape:
-            raise ValueError(
-                f"the {what} weight {name!r} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
-            )
 
 
 def read_adapter_config(path: Path) -> dict[str, Any]:
-    """Read an adapter_config.json.
-
-    Raises:
-        ValueError: the file is not JSON, or names no kind of adapter.
-    """
+    """Read an adapter_config.json, or raise ValueError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -395,15 +363,7 @@ def is_mergeable(encoder: nn.Module, adapter_config: dict[str, Any]) -> bool:
 
 @torch.no_grad()
 def merge_lora(encoder: nn.Module, adapter: dict[str, Tensor], adapter_config: dict[str, Any]) -> None:
-    """Add a LoRA adapter to the weights that it adapts: W + (alpha / r) · B · A (Hu et al., 2021, section 4.1).
-
-    Args:
-        adapter: the adapter's weights, as they are stored.
-        adapter_config: the content of its adapter_config.json.
-
-    Raises:
-        ValueError: weights are missing, left over, or of another shape.
-    """
+    """Add a stored LoRA adapter to the weights that it adapts: W + (alpha / r) · B · A (Hu et al., 2021, section 4.1)."""
     targets, r = adapter_config["target_modules"], adapter_config["r"]
     adapter = {name.removeprefix(ADAPTER_PREFIX): tensor for name, tensor in adapter.items()}
     modules = {name: module for name, module in encoder.named_modules() if is_target(name, targets)}
@@ -417,17 +377,6 @@ def merge_lora(encoder: nn.Module, adapter: dict[str, Tensor], adapter_config: d
         a, b = (adapter[f"{name}.lora_{part}.weight"].to(weight.device, torch.float32) for part in "AB")
         merged = torch.addmm(weight.float(), b, a, alpha=adapter_config["lora_alpha"] / r)
         weight.data = merged.to(weight.dtype)  # a new tensor: the old one can be the file itself, mapped into memory
-
-
-def merge_injected_adapter(model: Any) -> None:
-    """Merge an injected adapter into the weights that it adapts, and remove PEFT's layers."""
-    peft = import_peft()
-    for name, module in list(model.encoder.named_modules()):
-        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
-            module.merge(safe_merge=True)  # with an error where a weight is not finite
-            parent, _, child = name.rpartition(".")
-            setattr(model.encoder.get_submodule(parent), child, module.get_base_layer())
-    del model.encoder.peft_config
 
 
 # --- Write a checkpoint ------------------------------------------------------------------------------------------------
@@ -446,8 +395,6 @@ def save_checkpoint(
     Args:
         save_whole_form: the `save_pretrained` of transformers, of that model.
     """
-    if folder.is_file():
-        raise ValueError(f"{folder} is a file; a checkpoint needs a folder")
     if kwargs.get("push_to_hub"):  # which would publish before the code is written
         raise ValueError("save_pretrained writes a folder; to publish it, run push_to_hub.py on that folder")
     code = read_shipped_files() if is_main_process else {}
@@ -464,11 +411,7 @@ def save_checkpoint(
 
 
 def read_shipped_files() -> dict[str, bytes]:
-    """Read the code that travels with a checkpoint: this file, and those beside it.
-
-    Raises:
-        ValueError: a file is gone, such as when the cache of transformers was emptied since the model was loaded.
-    """
+    """Read the code that travels with a checkpoint. It can be gone, as when the cache was emptied after loading."""
     try:
         return {name: (Path(__file__).parent / name).read_bytes() for name in SHIPPED_FILES}
     except OSError as error:
@@ -477,46 +420,39 @@ def read_shipped_files() -> dict[str, bytes]:
         ) from error
 
 
-def prepare_whole_form(model: Any) -> None:
-    """Set the configuration of a model that is about to be saved whole.
+def name_code(config: Any) -> None:
+    """Name the code that loads a checkpoint in its configuration, and drop a path of this machine."""
+    config.auto_map, config.custom_pipelines = AUTO_MAP, CUSTOM_PIPELINES
+    config.text_config.name_or_path = ""
 
-    Raises:
-        ValueError: bitsandbytes has repacked the weights, which would be saved in that order.
-    """
+
+def prepare_whole_form(model: Any) -> None:
+    """Set the configuration of a model that is about to be saved whole."""
     for name, weight in model.named_parameters():
         if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
             raise ValueError(
                 f"{name} was repacked by bitsandbytes when the model first ran on this CPU, and would be saved "
                 "so: save the model before, or load it again"
             )
-    config = model.config
-    config.adapter_subfolder = None
-    config.auto_map, config.custom_pipelines = AUTO_MAP, CUSTOM_PIPELINES
+    name_code(model.config)
+    model.config.adapter_subfolder = None
     # a local path means nothing on another machine, and nobody loads the encoder again
-    config.text_config.name_or_path = ""
-    if os.path.isabs(config.encoder_name_or_path):
-        config.encoder_name_or_path = os.path.basename(config.encoder_name_or_path)
+    if os.path.isabs(model.config.encoder_name_or_path):
+        model.config.encoder_name_or_path = os.path.basename(model.config.encoder_name_or_path)
 
 
 def save_adapter_form(model: Any, folder: Path, state_dict: dict[str, Tensor]) -> None:
-    """Write the heads, the adapter and the configuration, without the encoder.
-
-    Raises:
-        ValueError: the embeddings were resized.
-    """
-    vocab_size = model.config.text_config.vocab_size
-    if vocab_size != getattr(model.encoder, "vocab_size_at_load", vocab_size):
-        raise ValueError("an adapter checkpoint holds no embeddings, and these were resized: train with --tuning full")
+    """Write the heads, the adapter and the configuration, without the encoder."""
     # Heads and adapter.
-    part = {
-        prefix: {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
+    heads, encoder = (
+        {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
         for prefix in ("heads.", "encoder.")
-    }
-    (folder / ADAPTER_SUBFOLDER).mkdir(parents=True, exist_ok=True)
-    save_file(contiguous(part["heads."]), folder / HEADS_WEIGHTS, {"format": "pt"})
-    adapter = import_peft().get_peft_model_state_dict(model.encoder, state_dict=part["encoder."])
+    )
+    adapter = import_peft().get_peft_model_state_dict(model.encoder, state_dict=encoder)
     adapter = {ADAPTER_PREFIX + name: tensor for name, tensor in adapter.items()}
-    save_file(contiguous(adapter), folder / ADAPTER_SUBFOLDER / ADAPTER_WEIGHTS, {"format": "pt"})
+    (folder / ADAPTER_SUBFOLDER).mkdir(parents=True, exist_ok=True)
+    save_file(heads, folder / HEADS_WEIGHTS, {"format": "pt"})
+    save_file(adapter, folder / ADAPTER_SUBFOLDER / ADAPTER_WEIGHTS, {"format": "pt"})
 
     # The adapter's configuration.
     adapter_config = copy.deepcopy(model.encoder.peft_config["default"])
@@ -527,21 +463,14 @@ def save_adapter_form(model: Any, folder: Path, state_dict: dict[str, Tensor]) -
 
     # The model's configuration.
     config = copy.deepcopy(model.config)
-    config.auto_map, config.custom_pipelines = AUTO_MAP, CUSTOM_PIPELINES
-    config.text_config.name_or_path = ""  # a path on this machine
+    name_code(config)
     config.architectures = [type(model).__name__]
     config.adapter_subfolder = ADAPTER_SUBFOLDER
     # how the encoder was held in memory is no property of the checkpoint: it loads as its own repository has it
     config.dtype = config.text_config.dtype = None
-    for part_config in (config, config.text_config):
-        if hasattr(part_config, "quantization_config"):
-            del part_config.quantization_config
+    for part in (config, config.text_config):
+        vars(part).pop("quantization_config", None)
     config.save_pretrained(folder)
-
-
-def contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors as safetensors requires them."""
-    return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
 
 
 def follow_umask(folder: Path) -> None:
