@@ -63,23 +63,18 @@ def find_damage(folder: Path, adapter_form: bool) -> str | None:
 
     The header of a safetensors file holds the sizes, so a truncated file is detected without reading the tensors.
     """
-    needed, index = [WEIGHTS], folder / WEIGHTS_INDEX
-    if adapter_form:
-        needed = list(ADAPTER_FILES)
-    elif index.is_file():
-        try:
-            needed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return f"{index.name} is damaged"
-    for name in needed:
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        try:
+    needed, name = [*ADAPTER_FILES] if adapter_form else [WEIGHTS], WEIGHTS_INDEX
+    try:
+        if not adapter_form and (folder / name).is_file():
+            needed = sorted(set(json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values()))
+        for name in needed:
+            if not (folder / name).is_file():
+                return f"{name} is missing"
             if name.endswith(".safetensors"):
                 with safe_open(folder / name, "pt"):
                     pass
-        except (SafetensorError, OSError):
-            return f"{name} is damaged"
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{name} is damaged"
     return None
 
 

@@ -5,11 +5,10 @@ Worth knowing:
 1. A checkpoint is either whole (``model.safetensors``) or an adapter: ``heads.safetensors`` beside a plain PEFT adapter in
    ``adapter/``, over an encoder that is fetched by name. The adapter is in a subfolder because a root-level
    ``adapter_config.json`` on the Hub makes ``AutoModel`` load the bare encoder instead.
-2. Loading merges the adapter into the encoder's weights. That needs no PEFT, which takes longer to import than everything
-   else, and it makes every forward faster. Over quantized weights, or on demand, PEFT keeps the adapter beside them.
+2. Loading merges the adapter into the encoder's weights, which needs no PEFT and makes every forward faster. Over
+   quantized weights, or on demand, PEFT keeps the adapter beside them.
 3. The functions take the model as an argument, so this file does not import the file that holds it.
-4. transformers fetches remote code by scanning for relative imports. A file that none of the others imports in this way
-   would not reach the folder that `save_pretrained` copies the code from.
+4. transformers fetches and copies only those shipped files that another one imports by a relative import.
 """
 
 import copy
@@ -62,7 +61,7 @@ NOT_FOR_THE_ENCODER = (
 )
 # settings of a LoRA adapter that do not change what is added to a weight, whatever their value
 HARMLESS_LORA_SETTINGS = (
-    *("peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("auto_mapping", "r", "lora_alpha", "lora_dropout", "target_modules", "megatron_core", "qalora_group_size"),
 )
 
@@ -125,8 +124,8 @@ def load_adapter_form(
         merge_lora(encoder, adapter, lora)
         load_heads(model, heads)
     else:
-        peft_config = import_peft().PeftConfig.from_pretrained(adapter_config.parent)
-        load_heads_and_adapter(model, heads, adapter, peft_config)
+        inject_adapter(encoder, adapter_config.parent)
+        load_heads_and_adapter(model, heads, adapter)
     in_memory = (parameter.device for parameter in encoder.parameters() if not parameter.is_meta)
     model.heads.to(next(in_memory, torch.device("cpu")))
     if hasattr(encoder, "hf_device_map"):  # how pipelines and Trainers see that a model is already placed
@@ -191,26 +190,24 @@ def load_heads(model: Any, heads: dict[str, Tensor]) -> None:
     model.heads.load_state_dict(heads)
 
 
-def load_heads_and_adapter(
-    model: Any, heads: dict[str, Tensor], adapter: dict[str, Tensor], adapter_config: Any = None
-) -> None:
-    """Load heads and adapter weights as they are stored in a checkpoint, with PEFT.
-
-    Args:
-        adapter_config: a `peft.PeftConfig`, injected first; None when an adapter is already there.
-    """
+def load_heads_and_adapter(model: Any, heads: dict[str, Tensor], adapter: dict[str, Tensor]) -> None:
+    """Load heads and adapter weights, as they are stored in a checkpoint, into a model with an adapter."""
     peft = import_peft()
-    if adapter_config is not None:
-        peft.inject_adapter_in_model(adapter_config, model.encoder)
-        model.encoder.requires_grad_(False)
-        # PEFT injects in the type of the encoder, or of the products of 4-bit weights, to which the adapter would be rounded
-        for name, parameter in model.encoder.named_parameters():
-            if "lora_" in name:
-                parameter.data = parameter.data.float()
     adapter = {name.removeprefix(ADAPTER_PREFIX): tensor for name, tensor in adapter.items()}
     check_weights("adapter", adapter, peft.get_peft_model_state_dict(model.encoder))
     load_heads(model, heads)
     peft.set_peft_model_state_dict(model.encoder, adapter)
+
+
+def inject_adapter(encoder: PreTrainedModel, folder: Path) -> None:
+    """Add the adapter of a checkpoint to its encoder, with fresh weights in float32."""
+    peft = import_peft()
+    peft.inject_adapter_in_model(peft.PeftConfig.from_pretrained(folder), encoder)
+    encoder.requires_grad_(False)
+    # PEFT injects in the type of the encoder, or of the products of 4-bit weights, to which the adapter would be rounded
+    for name, parameter in encoder.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
 
 
 def import_peft() -> Any:
@@ -261,19 +258,14 @@ def refuse_missing(name: str | os.PathLike, model: PreTrainedModel, info: dict[s
 def refuse_maskless(encoder: PreTrainedModel) -> None:
     """Raise ValueError where padding would change predictions, and for models that are more than an encoder."""
     config, inputs = encoder.config, inspect.signature(encoder.forward).parameters
-    refused = {
-        "is an encoder with a decoder: use an encoder alone": config.is_encoder_decoder,
-        "changes its predictions with padding, despite the attention mask: use another encoder": (
-            config.model_type in PADDING_COUNTS
-        ),
-        "needs the language of the texts: set default_language in its config.json": (
-            getattr(config, "default_language", "") is None  # XMOD, which has layers for each language
-        ),
-        "takes no attention mask, so padding changes its predictions: use another encoder": (
-            "attention_mask" not in inputs
-        ),
-    }
-    for problem, applies in refused.items():
+    needs_language = getattr(config, "default_language", "") is None  # XMOD, which has layers for each language
+    refused = (
+        (config.is_encoder_decoder, "is an encoder with a decoder: use an encoder alone"),
+        (config.model_type in PADDING_COUNTS, "changes its predictions with padding: use another encoder"),
+        (needs_language, "needs the language of the texts: set default_language in its config.json"),
+        ("attention_mask" not in inputs, "takes no attention mask, so padding changes its predictions: use another"),
+    )
+    for applies, problem in refused:
         if applies:
             raise ValueError(f"{type(encoder).__name__} {problem}")
 
@@ -350,15 +342,18 @@ def is_target(name: str, targets: list[str] | str) -> bool:
 
 def is_mergeable(encoder: nn.Module, adapter_config: dict[str, Any]) -> bool:
     """Return whether an adapter is LoRA as published, over linear layers that hold floating-point numbers."""
-    others = {name: value for name, value in adapter_config.items() if name not in HARMLESS_LORA_SETTINGS and value}
-    if adapter_config["peft_type"] != "LORA" or others.pop("bias", "none") != "none":
-        return False
-    if others.pop("init_lora_weights", True) not in (True, "gaussian") or others:
-        return False
-    targets = [m for name, m in encoder.named_modules() if is_target(name, adapter_config["target_modules"])]
-    # the weights of torchao are tensors of its own in plain layers
-    plain = all(type(m) is nn.Linear and type(m.weight) is nn.Parameter for m in targets)
-    return plain and all(m.weight.is_floating_point() and not m.weight.is_meta for m in targets)
+    plain = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, "gaussian")}
+    for name, value in adapter_config.items():
+        if value and name not in HARMLESS_LORA_SETTINGS and value not in plain.get(name, ()):
+            return False
+    for name, module in encoder.named_modules():
+        if is_target(name, adapter_config["target_modules"]):
+            # torchao keeps plain layers, whose weights are tensors of its own
+            if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
+                return False
+            if module.weight.is_meta or not module.weight.is_floating_point():
+                return False
+    return True
 
 
 @torch.no_grad()
@@ -383,12 +378,7 @@ def merge_lora(encoder: nn.Module, adapter: dict[str, Tensor], adapter_config: d
 
 
 def save_checkpoint(
-    model: Any,
-    save_whole_form: Callable,
-    folder: Path,
-    is_main_process: bool,
-    state_dict: dict[str, Tensor] | None,
-    **kwargs: Any,
+    model: Any, save_whole_form: Callable, folder: Path, is_main_process: bool, state_dict: dict | None, **kwargs: Any
 ) -> None:
     """Write a model and the code that loads it, see `HierarchicalForSequenceClassification.save_pretrained`.
 

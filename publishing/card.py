@@ -3,10 +3,8 @@
 Worth knowing:
 
 1. The Hub reads the front matter. It holds the results as `EvalResult`s, with the numbers of metrics.json.
-2. Names of classes, columns and files are user text. `table` and `escape` replace characters with a meaning in Markdown or
-   HTML by numeric entities. The fence around the taxonomy is longer than any run of backticks in it.
-3. The card holds names of files and folders, never their paths.
-4. A card is written before the id on the Hub is final. `rename` replaces the id, and keeps edits made by hand.
+2. Names of classes, columns and files are user text, which `escape` makes harmless. Files and folders have no paths.
+3. A card is written before the id on the Hub is final. `rename` replaces the id, and keeps edits made by hand.
 """
 
 import re
@@ -40,8 +38,6 @@ METRICS = {  # name in metrics.json, without its prefix: (type on the Hub, title
 LEVEL_METRICS = ("accuracy", "macro_f1", "ece", "ece_by_chance")
 HUB_METRICS = ("accuracy", "f1", "precision", "recall")  # the types that hf.co/metrics lists
 PREFIXES = {"validation": "eval", "test": "test"}
-CLASSES_SHOWN = 20  # per level, in the data section
-LEAVES_SHOWN = 50  # in the results
 NODES_SHOWN = 200  # in the drawn taxonomy
 
 LICENCE = "apache-2.0"  # of the weights, as an identifier of the Hub
@@ -71,10 +67,8 @@ def write(
     """Write README.md into a checkpoint's folder, which may also hold plots.
 
     Args:
-        config: the saved configuration.
         settings: the flags of the run.
-        data_report: content of data_report.json, or empty.
-        metrics: content of metrics.json, or empty before training is finished.
+        data_report, metrics: content of data_report.json and metrics.json. Both may be empty.
         model_id: id on the Hub; None for a placeholder in the snippets.
         environment: from `publishing.environment.describe_environment`.
     """
@@ -116,15 +110,16 @@ def collect_facts(
     folder: Path, config: HierarchicalConfig, settings: dict[str, Any], report: dict[str, Any], metrics: dict[str, Any]
 ) -> dict[str, Any]:
     """Collect the template's variables."""
-    tree, splits, encoder = config.tree, report.get("splits", {}), hub_encoder(config)
+    tree, splits = config.tree, report.get("splits", {})
     # ── Model and training ───────────────────────────────────────────────────────────────────────────────────────────
-    adapter = ADAPTER_SENTENCE if encoder else LOCAL_ADAPTER_SENTENCE
+    local = Path(config.encoder_name_or_path).is_absolute() or config.encoder_revision is None
+    adapter = LOCAL_ADAPTER_SENTENCE if local else ADAPTER_SENTENCE
     drawn = tree.tree().split("\n")
     start = settings.get("model_name_or_path")
     shown = {name: value for name, value in settings.items() if value is not None and name not in NOT_SHOWN}
     facts = {
         **{"config": config, "settings": settings, "report": report, "metrics": metrics, "tree": tree},
-        **{"encoder": encoder, "classes_shown": CLASSES_SHOWN, "leaves_shown": LEAVES_SHOWN},
+        "encoder": None if local else config.encoder_name_or_path,
         "form": adapter if config.adapter_subfolder else WHOLE_MODEL_SENTENCE,
         "drawn": "\n".join(drawn[:NODES_SHOWN]),
         "hidden_nodes": len(drawn) - NODES_SHOWN,
@@ -154,9 +149,8 @@ def collect_facts(
     leaf_rows = sum(row["support"] for row in classes)
     titles = {f"{prefix}_{name}": f"{split} {names[name][1]}" for split, prefix in PREFIXES.items() for name in names}
     return facts | {
-        "scores": scores,
+        **{"scores": scores, "names": names},
         "unverified": report.get("trained_before", {}).get("scores") == "unverified",
-        "chosen": settings.get("load_best_model_at_end"),
         "best_split": best_split,
         "scored_rows": ", ".join(f"{splits[split]['rows']:,} {split} rows" for split in scores if split in splits),
         "leaf_rows": leaf_rows if leaf_rows != splits.get(best_split, {}).get("rows", leaf_rows) else 0,
@@ -185,12 +179,6 @@ def metric_names(depth: int) -> dict[str, tuple[str, str]]:
         for name in LEVEL_METRICS
     }
     return METRICS | levels
-
-
-def hub_encoder(config: HierarchicalConfig) -> str | None:
-    """Return the encoder's id on the Hub, or None for an encoder from a folder, which has no commit."""
-    local = Path(config.encoder_name_or_path).is_absolute() or config.encoder_revision is None
-    return None if local else config.encoder_name_or_path
 
 
 def read_source(name: str) -> tuple[str, str | None]:
@@ -274,7 +262,6 @@ def metadata(facts: dict[str, Any]) -> ModelCardData:
 def eval_results(facts: dict[str, Any]) -> list[EvalResult]:
     """Build the entries of ``model-index``. Their data set is the split's source, or the source of the rows it was split from."""
     sources = {source["split"]: source["name"] for source in facts["report"].get("sources", [])}
-    names = metric_names(facts["tree"].depth)
     results = []
     for split, values in facts["scores"].items():
         source = sources.get(split) or sources.get("all") or sources.get("train")
@@ -285,7 +272,7 @@ def eval_results(facts: dict[str, Any]) -> list[EvalResult]:
                 dataset_type=dataset or "unknown",
                 dataset_name=dataset or name,
                 dataset_split=split,
-                metric_type=names[metric][0],
+                metric_type=facts["names"][metric][0],
                 metric_name=f"{metric} (unverified)" if facts["unverified"] else metric,
                 metric_value=value,
             )

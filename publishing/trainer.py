@@ -27,16 +27,9 @@ PICKLES = ["*.pt", "*.pth", "*.bin", "*.pkl"]
 
 
 class PublishingTrainer(Trainer):
-    """A Trainer that pushes the files of a checkpoint and its card to the Hub.
+    """A Trainer that pushes the files of a checkpoint and its card, which ``write_card`` writes into a folder, to the Hub."""
 
-    Args:
-        write_card: writes README.md into a folder; None for the Trainer's own card.
-        args, kwargs: as for `transformers.Trainer`.
-    """
-
-    def __init__(self, *args: Any, write_card: Callable[[Path], None] | None = None, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.write_card = write_card
+    write_card: Callable[[Path], None] | None = None
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         self.hub = HfApi(token=token or self.args.hub_token)  # one client, so that its uploads are queued
@@ -49,9 +42,7 @@ class PublishingTrainer(Trainer):
 
     def create_model_card(self, **kwargs: Any) -> None:
         """Write our card, which takes no arguments of the Trainer's own card."""
-        if self.write_card is None:
-            super().create_model_card(**kwargs)
-        elif self.is_world_process_zero():
+        if self.write_card is not None and self.is_world_process_zero():
             self.write_card(Path(self.args.output_dir))
 
     def push_to_hub(

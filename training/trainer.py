@@ -52,7 +52,7 @@ class HierarchicalTrainer(PublishingTrainer):
         consistency: weight of the disagreement between a text's halves, see `training.views`. 0 trains on whole texts.
             Other values need a ``loss_function``, and training rows with the columns ``sentences`` and ``row``.
         heads_learning_rate: peak learning rate of the heads. Default: the optimizer's.
-        args, kwargs: arguments of `publishing.trainer.PublishingTrainer`.
+        args, kwargs: as for `transformers.Trainer`.
     """
 
     loss_is_scaled_for_ga = True
