@@ -111,6 +111,7 @@ def collect_facts(
 ) -> dict[str, Any]:
     """Collect the template's variables."""
     tree, splits = config.tree, report.get("splits", {})
+
     # ── Model and training ───────────────────────────────────────────────────────────────────────────────────────────
     local = Path(config.encoder_name_or_path).is_absolute() or config.encoder_revision is None
     adapter = LOCAL_ADAPTER_SENTENCE if local else ADAPTER_SENTENCE
@@ -127,6 +128,7 @@ def collect_facts(
         "continued": start and config.encoder_name_or_path not in (start, str(Path(start).resolve()), Path(start).name),
         "settings_shown": {name: format_setting(value) for name, value in shown.items()},
     }
+
     # ── Data ─────────────────────────────────────────────────────────────────────────────────────────────────────────
     origin = report.get("taxonomy", "")
     moved = report.get("trained_before", {}).get("rows", {})
@@ -137,6 +139,7 @@ def collect_facts(
         "moved": " and ".join(f"{rows:,} {split} rows" for split, rows in moved.items() if rows and split != "train"),
         "conflicting": ", ".join(f"{texts:,} {split}" for split, texts in conflicting.items() if texts),
     }
+
     # ── Results ──────────────────────────────────────────────────────────────────────────────────────────────────────
     names = metric_names(tree.depth)
     scores = {
