@@ -36,11 +36,7 @@ def list_files(folder: Path, patterns: tuple[str, ...] = CHECKPOINT_FILES) -> li
 
 
 def read_model_type(folder: str | Path) -> Any:
-    """Return the ``model_type`` in a folder's config.json, or None without a config.json.
-
-    Raises:
-        InputError: config.json is not a JSON object.
-    """
+    """Return the ``model_type`` in a folder's config.json, or None without one. InputError: it is not a JSON object."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         return None
@@ -57,11 +53,7 @@ def is_checkpoint(name_or_path: str | Path) -> bool:
 
 
 def read_config(folder: str | Path) -> HierarchicalConfig:
-    """Read the configuration of a checkpoint of this project.
-
-    Raises:
-        InputError: config.json cannot be loaded.
-    """
+    """Read the configuration of a checkpoint of this project, or raise InputError."""
     with refusing(f"{Path(folder) / 'config.json'} cannot be used"):
         return HierarchicalConfig.from_pretrained(folder)
 
@@ -71,39 +63,33 @@ def find_damage(folder: Path, adapter_form: bool) -> str | None:
 
     The header of a safetensors file holds the sizes, so a truncated file is detected without reading the tensors.
     """
-    needed, index = [WEIGHTS], folder / WEIGHTS_INDEX
-    if adapter_form:
-        needed = list(ADAPTER_FILES)
-    elif index.is_file():
-        try:
-            needed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return f"{index.name} is damaged"
-    for name in needed:
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        try:
+    needed, name = [*ADAPTER_FILES] if adapter_form else [WEIGHTS], WEIGHTS_INDEX
+    try:
+        if not adapter_form and (folder / name).is_file():
+            needed = sorted(set(json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values()))
+        for name in needed:
+            if not (folder / name).is_file():
+                return f"{name} is missing"
             if name.endswith(".safetensors"):
                 with safe_open(folder / name, "pt"):
                     pass
-        except (SafetensorError, OSError):
-            return f"{name} is damaged"
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{name} is damaged"
     return None
 
 
 def read_checkpoint(folder: Path) -> HierarchicalConfig:
-    """Check that a folder holds a complete checkpoint, and read its configuration.
-
-    Raises:
-        InputError: the folder holds no checkpoint of this project, or a file is missing or damaged.
-    """
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is not a checkpoint: it has no config.json")
+    """Check that a folder holds a complete checkpoint of this project, or raise InputError; return its configuration."""
     if (model_type := read_model_type(folder)) != HierarchicalConfig.model_type:
-        raise InputError(f"{folder} holds a {model_type!r} model, not a checkpoint of this project")
+        missing = (
+            "it has no config.json" if not (folder / "config.json").is_file() else f"it holds a {model_type!r} model"
+        )
+        raise InputError(f"{folder} is not a checkpoint of this project: {missing}")
     config = read_config(folder)
-    other_files = (*SHIPPED_FILES, "tokenizer_config.json", "README.md")
-    missing = next((f"{name} is missing" for name in other_files if not (folder / name).is_file()), None)
-    if problem := find_damage(folder, config.adapter_subfolder is not None) or missing:
+    problem = find_damage(folder, config.adapter_subfolder is not None)
+    for name in (*SHIPPED_FILES, "tokenizer_config.json", "README.md"):
+        if problem is None and not (folder / name).is_file():
+            problem = f"{name} is missing"
+    if problem is not None:
         raise InputError(f"{folder} is not a complete checkpoint: {problem}; train.py writes complete ones")
     return config

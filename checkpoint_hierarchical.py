@@ -5,11 +5,10 @@ Worth knowing:
 1. A checkpoint is either whole (``model.safetensors``) or an adapter: ``heads.safetensors`` beside a plain PEFT adapter in
    ``adapter/``, over an encoder that is fetched by name. The adapter is in a subfolder because a root-level
    ``adapter_config.json`` on the Hub makes ``AutoModel`` load the bare encoder instead.
-2. Loading merges the adapter into the encoder's weights. That needs no PEFT, which takes longer to import than everything
-   else, and it makes every forward faster. Over quantized weights, or on demand, PEFT keeps the adapter beside them.
+2. Loading merges the adapter into the encoder's weights, which needs no PEFT and makes every forward faster. Over
+   quantized weights, or on demand, PEFT keeps the adapter beside them.
 3. The functions take the model as an argument, so this file does not import the file that holds it.
-4. transformers fetches remote code by scanning for relative imports. A file that none of the others imports in this way
-   would not reach the folder that `save_pretrained` copies the code from.
+4. transformers fetches and copies only those shipped files that another one imports by a relative import.
 """
 
 import copy
@@ -21,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -34,26 +34,20 @@ try:
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
     from configuration_hierarchical import HierarchicalConfig
 
+MODEL_CLASS = "modeling_hierarchical.HierarchicalForSequenceClassification"
 AUTO_MAP = {
     "AutoConfig": "configuration_hierarchical.HierarchicalConfig",
-    "AutoModel": "modeling_hierarchical.HierarchicalForSequenceClassification",
-    "AutoModelForSequenceClassification": "modeling_hierarchical.HierarchicalForSequenceClassification",
+    "AutoModel": MODEL_CLASS,
+    "AutoModelForSequenceClassification": MODEL_CLASS,
 }
-CUSTOM_PIPELINES = {
-    "hierarchical-text-classification": {
-        "impl": "pipeline_hierarchical.HierarchicalTextClassificationPipeline",
-        "pt": ["AutoModelForSequenceClassification"],
-        "type": "text",
-    }
+PIPELINE = {
+    "impl": "pipeline_hierarchical.HierarchicalTextClassificationPipeline",
+    "pt": ["AutoModelForSequenceClassification"],
+    "type": "text",
 }
-SHIPPED_FILES = (
-    "taxonomy_hierarchical.py",
-    "configuration_hierarchical.py",
-    "checkpoint_hierarchical.py",
-    "modeling_hierarchical.py",
-    "cpu_hierarchical.py",
-    "pipeline_hierarchical.py",
-)
+CUSTOM_PIPELINES = {"hierarchical-text-classification": PIPELINE}
+MODULES = ("taxonomy", "configuration", "checkpoint", "modeling", "cpu", "pipeline")
+SHIPPED_FILES = tuple(f"{module}_hierarchical.py" for module in MODULES)
 ADAPTER_SUBFOLDER = "adapter"
 ADAPTER_PREFIX = "base_model.model."  # how PeftModel names the module that it wraps
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -67,7 +61,7 @@ NOT_FOR_THE_ENCODER = (
 )
 # settings of a LoRA adapter that do not change what is added to a weight, whatever their value
 HARMLESS_LORA_SETTINGS = (
-    *("peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("auto_mapping", "r", "lora_alpha", "lora_dropout", "target_modules", "megatron_core", "qalora_group_size"),
 )
 
@@ -87,19 +81,16 @@ def load_checkpoint(
     """Load a checkpoint of either form, see `HierarchicalForSequenceClassification.from_pretrained`.
 
     Args:
-        model_class: called with the configuration and the loaded encoder, for the adapter form.
-        load_whole_form: the `from_pretrained` of transformers, for that class.
+        load_whole_form: the `from_pretrained` of transformers, for ``model_class``.
         config: a configuration, the name of one, or None for that of the checkpoint.
     """
     # AutoModel passes a config whose class is another object than the one imported here, so its base class is asked for
     if not isinstance(config, PretrainedConfig):
-        kept = {key: kwargs[key] for key in (*HUB_ARGUMENTS, "dtype", "torch_dtype") if key in kwargs}
-        config, kwargs = HierarchicalConfig.from_pretrained(
-            name if config is None else config,
-            return_unused_kwargs=True,
-            **{key: value for key, value in kwargs.items() if key not in ("dtype", "torch_dtype")},
-        )
-        kwargs |= kept  # the configuration would have kept these for itself
+        dtype = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
+        kept = dtype | {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}  # the configuration takes these out
+        source = name if config is None else config
+        config, kwargs = HierarchicalConfig.from_pretrained(source, return_unused_kwargs=True, **kwargs)
+        kwargs |= kept
     info_wanted = kwargs.pop("output_loading_info", False)
     if config.adapter_subfolder is not None:
         model, info = load_adapter_form(model_class, name, config, merge_adapter, **kwargs)
@@ -118,19 +109,14 @@ def load_adapter_form(
     """Load the encoder by its name and revision, then the adapter and heads of the checkpoint.
 
     Returns:
-        The model, in evaluation mode, and the loading info of transformers, which reports nothing missing.
+        The model, in evaluation mode, and the loading info of transformers.
     """
     hub = {argument: kwargs[argument] for argument in HUB_ARGUMENTS if argument in kwargs}
-
-    def fetch(filename: str) -> str:
-        return cached_file(name, filename, **hub)
-
-    heads = load_file(fetch(HEADS_WEIGHTS))
-    adapter_config = Path(fetch(f"{config.adapter_subfolder}/adapter_config.json"))
-    lora = read_adapter_config(adapter_config)
-    adapter = load_file(fetch(f"{config.adapter_subfolder}/{ADAPTER_WEIGHTS}"))
-    kwargs = {argument: value for argument, value in kwargs.items() if argument not in NOT_FOR_THE_ENCODER}
-    encoder = load_encoder(config, **kwargs)
+    subfolder = config.adapter_subfolder
+    files = (HEADS_WEIGHTS, f"{subfolder}/adapter_config.json", f"{subfolder}/{ADAPTER_WEIGHTS}")
+    heads_file, adapter_config, adapter_file = (Path(cached_file(name, file, **hub)) for file in files)
+    heads, lora, adapter = load_file(heads_file), read_adapter_config(adapter_config), load_file(adapter_file)
+    encoder = load_encoder(config, **{key: kwargs[key] for key in kwargs if key not in NOT_FOR_THE_ENCODER})
     with init.no_init_weights():  # everything is loaded
         model = model_class(copy.deepcopy(config), encoder=encoder)
     refuse_offloaded(encoder, lora)
@@ -138,15 +124,15 @@ def load_adapter_form(
         merge_lora(encoder, adapter, lora)
         load_heads(model, heads)
     else:
-        peft_config = import_peft().PeftConfig.from_pretrained(adapter_config.parent)
-        load_heads_and_adapter(model, heads, adapter, peft_config)
+        inject_adapter(encoder, adapter_config.parent)
+        load_heads_and_adapter(model, heads, adapter)
     in_memory = (parameter.device for parameter in encoder.parameters() if not parameter.is_meta)
     model.heads.to(next(in_memory, torch.device("cpu")))
     if hasattr(encoder, "hf_device_map"):  # how pipelines and Trainers see that a model is already placed
         placed = {".".join(filter(None, ("encoder", part))): at for part, at in encoder.hf_device_map.items()}
         model.hf_device_map = {**placed, "heads": next(iter(placed.values()))}
     model.name_or_path = model.config.name_or_path = str(name)
-    # anything else was an error
+    # anything missing was an error
     return model.eval(), {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
 
 
@@ -154,7 +140,7 @@ def load_encoder(config: HierarchicalConfig, **kwargs: Any) -> PreTrainedModel:
     """Load the encoder that ``config`` names, at its pinned revision, by `AutoModel.from_pretrained`.
 
     Raises:
-        ValueError: the repository lacks some of the encoder's weights, or its commit is not pinned.
+        ValueError: weights are missing, the commit is not pinned, or padding would change predictions.
         OSError: the repository, or that commit of it, is not there.
     """
     name, revision = config.encoder_name_or_path, config.encoder_revision
@@ -180,7 +166,6 @@ def load_encoder(config: HierarchicalConfig, **kwargs: Any) -> PreTrainedModel:
             **without_pooler(config.text_config),
             **kwargs,
         )
-    encoder.vocab_size_at_load = config.text_config.vocab_size
     refuse_missing(name, encoder, info)
     refuse_maskless(encoder)
     return encoder
@@ -194,47 +179,35 @@ def build_encoder(text_config: PretrainedConfig) -> PreTrainedModel:
 
 
 def without_pooler(text_config: PretrainedConfig) -> dict[str, bool]:
-    """Return the argument that leaves out an encoder's pooler, where it has one.
-
-    Pooling happens in this project's model, and a layer without a gradient is an error under DDP.
-    """
+    """Return the argument that leaves out a pooler: it would get no gradient, which is an error under DDP."""
     parameters = inspect.signature(MODEL_MAPPING[type(text_config)].__init__).parameters
     return {"add_pooling_layer": False} if "add_pooling_layer" in parameters else {}
 
 
 def load_heads(model: Any, heads: dict[str, Tensor]) -> None:
-    """Load heads as they are stored in a checkpoint.
-
-    Raises:
-        ValueError: weights are missing, left over, or of another shape.
-    """
+    """Load heads as they are stored in a checkpoint."""
     check_weights("heads", heads, model.heads.state_dict())
     model.heads.load_state_dict(heads)
 
 
-def load_heads_and_adapter(
-    model: Any, heads: dict[str, Tensor], adapter: dict[str, Tensor], adapter_config: Any = None
-) -> None:
-    """Load heads and adapter weights as they are stored in a checkpoint, with PEFT.
-
-    Args:
-        adapter_config: a `peft.PeftConfig`, injected first; None when an adapter is already there.
-
-    Raises:
-        ValueError: weights are missing, left over, or of another shape.
-    """
+def load_heads_and_adapter(model: Any, heads: dict[str, Tensor], adapter: dict[str, Tensor]) -> None:
+    """Load heads and adapter weights, as they are stored in a checkpoint, into a model with an adapter."""
     peft = import_peft()
-    if adapter_config is not None:
-        peft.inject_adapter_in_model(adapter_config, model.encoder)
-        model.encoder.requires_grad_(False)
-        # PEFT injects in the type of the encoder, or of the products of 4-bit weights, to which the adapter would be rounded
-        for name, parameter in model.encoder.named_parameters():
-            if "lora_" in name:
-                parameter.data = parameter.data.float()
     adapter = {name.removeprefix(ADAPTER_PREFIX): tensor for name, tensor in adapter.items()}
     check_weights("adapter", adapter, peft.get_peft_model_state_dict(model.encoder))
     load_heads(model, heads)
     peft.set_peft_model_state_dict(model.encoder, adapter)
+
+
+def inject_adapter(encoder: PreTrainedModel, folder: Path) -> None:
+    """Add the adapter of a checkpoint to its encoder, with fresh weights in float32."""
+    peft = import_peft()
+    peft.inject_adapter_in_model(peft.PeftConfig.from_pretrained(folder), encoder)
+    encoder.requires_grad_(False)
+    # PEFT injects in the type of the encoder, or of the products of 4-bit weights, to which the adapter would be rounded
+    for name, parameter in encoder.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
 
 
 def import_peft() -> Any:
@@ -248,21 +221,14 @@ def import_peft() -> Any:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Silence warnings of poolers and pretraining heads, which are left out on purpose.
-
-    Also switch off the conversion of .bin files, for which transformers would send the user's token to a Space.
-    """
-    verbosity, before = logging.get_verbosity(), os.environ.get("DISABLE_SAFETENSORS_CONVERSION")
+    """Silence warnings of poolers and pretraining heads, and never send the user's token to the Space that converts .bin files."""
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
-    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     try:
-        yield
+        with patch.dict(os.environ, DISABLE_SAFETENSORS_CONVERSION="1"):
+            yield
     finally:
         logging.set_verbosity(verbosity)
-        if before is None:
-            del os.environ["DISABLE_SAFETENSORS_CONVERSION"]
-        else:
-            os.environ["DISABLE_SAFETENSORS_CONVERSION"] = before
 
 
 # --- Check what was loaded ---------------------------------------------------------------------------------------------
@@ -270,11 +236,7 @@ def quiet_loading() -> Iterator[None]:
 
 @contextmanager
 def plain_errors(name: str | os.PathLike) -> Iterator[None]:
-    """Replace errors of transformers that point at a log, or that say how to run the code in a .bin file.
-
-    Raises:
-        ValueError: weights of other shapes than the configuration's, or a file with more than tensors.
-    """
+    """Replace errors of transformers that point at a log, or that say how to run the code in a .bin file."""
     try:
         yield
     except Exception as error:
@@ -295,17 +257,17 @@ def refuse_missing(name: str | os.PathLike, model: PreTrainedModel, info: dict[s
 
 def refuse_maskless(encoder: PreTrainedModel) -> None:
     """Raise ValueError where padding would change predictions, and for models that are more than an encoder."""
-    name = type(encoder).__name__
-    if encoder.config.is_encoder_decoder:
-        raise ValueError(f"{name} is an encoder with a decoder: use an encoder alone")
-    if encoder.config.model_type in PADDING_COUNTS:
-        raise ValueError(
-            f"{name} changes its predictions with padding, despite the attention mask: use another encoder"
-        )
-    if getattr(encoder.config, "default_language", "") is None:  # XMOD, which has layers for each language
-        raise ValueError(f"{name} needs the language of the texts: set default_language in its config.json")
-    if "attention_mask" not in inspect.signature(encoder.forward).parameters:
-        raise ValueError(f"{name} takes no attention mask, so padding changes its predictions: use another encoder")
+    config, inputs = encoder.config, inspect.signature(encoder.forward).parameters
+    needs_language = getattr(config, "default_language", "") is None  # XMOD, which has layers for each language
+    refused = (
+        (config.is_encoder_decoder, "is an encoder with a decoder: use an encoder alone"),
+        (config.model_type in PADDING_COUNTS, "changes its predictions with padding: use another encoder"),
+        (needs_language, "needs the language of the texts: set default_language in its config.json"),
+        ("attention_mask" not in inputs, "takes no attention mask, so padding changes its predictions: use another"),
+    )
+    for applies, problem in refused:
+        if applies:
+            raise ValueError(f"{type(encoder).__name__} {problem}")
 
 
 def refuse_offloaded(encoder: nn.Module, adapter_config: dict[str, Any]) -> None:
@@ -345,22 +307,20 @@ def position_limit(encoder: PreTrainedModel) -> int | None:
 
 def check_weights(what: str, stored: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Raise ValueError, naming the first, where stored tensors are missing, left over or of another shape."""
-    for name in sorted(stored.keys() ^ expected.keys()):
-        problem = "does not fit this model" if name in stored else "is missing from the checkpoint"
+    for name in sorted(stored.keys() | expected.keys()):
+        if name not in expected:
+            problem = "does not fit this model"
+        elif name not in stored:
+            problem = "is missing from the checkpoint"
+        elif stored[name].shape != expected[name].shape:
+            problem = f"has shape {tuple(stored[name].shape)}, expected {tuple(expected[name].shape)}"
+        else:
+            continue
         raise ValueError(f"the {what} weight {name!r} {problem}")
-    for name, tensor in stored.items():
-        if tensor.shape != expected[name].shape:
-            raise ValueError(
-                f"the {what} weight {name!r} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
-            )
 
 
 def read_adapter_config(path: Path) -> dict[str, Any]:
-    """Read an adapter_config.json.
-
-    Raises:
-        ValueError: the file is not JSON, or names no kind of adapter.
-    """
+    """Read an adapter_config.json, or raise ValueError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -382,28 +342,23 @@ def is_target(name: str, targets: list[str] | str) -> bool:
 
 def is_mergeable(encoder: nn.Module, adapter_config: dict[str, Any]) -> bool:
     """Return whether an adapter is LoRA as published, over linear layers that hold floating-point numbers."""
-    others = {name: value for name, value in adapter_config.items() if name not in HARMLESS_LORA_SETTINGS and value}
-    if adapter_config["peft_type"] != "LORA" or others.pop("bias", "none") != "none":
-        return False
-    if others.pop("init_lora_weights", True) not in (True, "gaussian") or others:
-        return False
-    targets = [m for name, m in encoder.named_modules() if is_target(name, adapter_config["target_modules"])]
-    # the weights of torchao are tensors of its own in plain layers
-    plain = all(type(m) is nn.Linear and type(m.weight) is nn.Parameter for m in targets)
-    return plain and all(m.weight.is_floating_point() and not m.weight.is_meta for m in targets)
+    plain = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, "gaussian")}
+    for name, value in adapter_config.items():
+        if value and name not in HARMLESS_LORA_SETTINGS and value not in plain.get(name, ()):
+            return False
+    for name, module in encoder.named_modules():
+        if is_target(name, adapter_config["target_modules"]):
+            # torchao keeps plain layers, whose weights are tensors of its own
+            if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
+                return False
+            if module.weight.is_meta or not module.weight.is_floating_point():
+                return False
+    return True
 
 
 @torch.no_grad()
 def merge_lora(encoder: nn.Module, adapter: dict[str, Tensor], adapter_config: dict[str, Any]) -> None:
-    """Add a LoRA adapter to the weights that it adapts: W + (alpha / r) · B · A (Hu et al., 2021, section 4.1).
-
-    Args:
-        adapter: the adapter's weights, as they are stored.
-        adapter_config: the content of its adapter_config.json.
-
-    Raises:
-        ValueError: weights are missing, left over, or of another shape.
-    """
+    """Add a stored LoRA adapter to the weights that it adapts: W + (alpha / r) · B · A (Hu et al., 2021, section 4.1)."""
     targets, r = adapter_config["target_modules"], adapter_config["r"]
     adapter = {name.removeprefix(ADAPTER_PREFIX): tensor for name, tensor in adapter.items()}
     modules = {name: module for name, module in encoder.named_modules() if is_target(name, targets)}
@@ -419,35 +374,17 @@ def merge_lora(encoder: nn.Module, adapter: dict[str, Tensor], adapter_config: d
         weight.data = merged.to(weight.dtype)  # a new tensor: the old one can be the file itself, mapped into memory
 
 
-def merge_injected_adapter(model: Any) -> None:
-    """Merge an injected adapter into the weights that it adapts, and remove PEFT's layers."""
-    peft = import_peft()
-    for name, module in list(model.encoder.named_modules()):
-        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
-            module.merge(safe_merge=True)  # with an error where a weight is not finite
-            parent, _, child = name.rpartition(".")
-            setattr(model.encoder.get_submodule(parent), child, module.get_base_layer())
-    del model.encoder.peft_config
-
-
 # --- Write a checkpoint ------------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(
-    model: Any,
-    save_whole_form: Callable,
-    folder: Path,
-    is_main_process: bool,
-    state_dict: dict[str, Tensor] | None,
-    **kwargs: Any,
+    model: Any, save_whole_form: Callable, folder: Path, is_main_process: bool, state_dict: dict | None, **kwargs: Any
 ) -> None:
     """Write a model and the code that loads it, see `HierarchicalForSequenceClassification.save_pretrained`.
 
     Args:
         save_whole_form: the `save_pretrained` of transformers, of that model.
     """
-    if folder.is_file():
-        raise ValueError(f"{folder} is a file; a checkpoint needs a folder")
     if kwargs.get("push_to_hub"):  # which would publish before the code is written
         raise ValueError("save_pretrained writes a folder; to publish it, run push_to_hub.py on that folder")
     code = read_shipped_files() if is_main_process else {}
@@ -464,11 +401,7 @@ def save_checkpoint(
 
 
 def read_shipped_files() -> dict[str, bytes]:
-    """Read the code that travels with a checkpoint: this file, and those beside it.
-
-    Raises:
-        ValueError: a file is gone, such as when the cache of transformers was emptied since the model was loaded.
-    """
+    """Read the code that travels with a checkpoint. It can be gone, as when the cache was emptied after loading."""
     try:
         return {name: (Path(__file__).parent / name).read_bytes() for name in SHIPPED_FILES}
     except OSError as error:
@@ -477,46 +410,39 @@ def read_shipped_files() -> dict[str, bytes]:
         ) from error
 
 
-def prepare_whole_form(model: Any) -> None:
-    """Set the configuration of a model that is about to be saved whole.
+def name_code(config: Any) -> None:
+    """Name the code that loads a checkpoint in its configuration, and drop a path of this machine."""
+    config.auto_map, config.custom_pipelines = AUTO_MAP, CUSTOM_PIPELINES
+    config.text_config.name_or_path = ""
 
-    Raises:
-        ValueError: bitsandbytes has repacked the weights, which would be saved in that order.
-    """
+
+def prepare_whole_form(model: Any) -> None:
+    """Set the configuration of a model that is about to be saved whole."""
     for name, weight in model.named_parameters():
         if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
             raise ValueError(
                 f"{name} was repacked by bitsandbytes when the model first ran on this CPU, and would be saved "
                 "so: save the model before, or load it again"
             )
-    config = model.config
-    config.adapter_subfolder = None
-    config.auto_map, config.custom_pipelines = AUTO_MAP, CUSTOM_PIPELINES
+    name_code(model.config)
+    model.config.adapter_subfolder = None
     # a local path means nothing on another machine, and nobody loads the encoder again
-    config.text_config.name_or_path = ""
-    if os.path.isabs(config.encoder_name_or_path):
-        config.encoder_name_or_path = os.path.basename(config.encoder_name_or_path)
+    if os.path.isabs(model.config.encoder_name_or_path):
+        model.config.encoder_name_or_path = os.path.basename(model.config.encoder_name_or_path)
 
 
 def save_adapter_form(model: Any, folder: Path, state_dict: dict[str, Tensor]) -> None:
-    """Write the heads, the adapter and the configuration, without the encoder.
-
-    Raises:
-        ValueError: the embeddings were resized.
-    """
-    vocab_size = model.config.text_config.vocab_size
-    if vocab_size != getattr(model.encoder, "vocab_size_at_load", vocab_size):
-        raise ValueError("an adapter checkpoint holds no embeddings, and these were resized: train with --tuning full")
+    """Write the heads, the adapter and the configuration, without the encoder."""
     # Heads and adapter.
-    part = {
-        prefix: {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
+    heads, encoder = (
+        {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
         for prefix in ("heads.", "encoder.")
-    }
-    (folder / ADAPTER_SUBFOLDER).mkdir(parents=True, exist_ok=True)
-    save_file(contiguous(part["heads."]), folder / HEADS_WEIGHTS, {"format": "pt"})
-    adapter = import_peft().get_peft_model_state_dict(model.encoder, state_dict=part["encoder."])
+    )
+    adapter = import_peft().get_peft_model_state_dict(model.encoder, state_dict=encoder)
     adapter = {ADAPTER_PREFIX + name: tensor for name, tensor in adapter.items()}
-    save_file(contiguous(adapter), folder / ADAPTER_SUBFOLDER / ADAPTER_WEIGHTS, {"format": "pt"})
+    (folder / ADAPTER_SUBFOLDER).mkdir(parents=True, exist_ok=True)
+    save_file(heads, folder / HEADS_WEIGHTS, {"format": "pt"})
+    save_file(adapter, folder / ADAPTER_SUBFOLDER / ADAPTER_WEIGHTS, {"format": "pt"})
 
     # The adapter's configuration.
     adapter_config = copy.deepcopy(model.encoder.peft_config["default"])
@@ -527,21 +453,14 @@ def save_adapter_form(model: Any, folder: Path, state_dict: dict[str, Tensor]) -
 
     # The model's configuration.
     config = copy.deepcopy(model.config)
-    config.auto_map, config.custom_pipelines = AUTO_MAP, CUSTOM_PIPELINES
-    config.text_config.name_or_path = ""  # a path on this machine
+    name_code(config)
     config.architectures = [type(model).__name__]
     config.adapter_subfolder = ADAPTER_SUBFOLDER
     # how the encoder was held in memory is no property of the checkpoint: it loads as its own repository has it
     config.dtype = config.text_config.dtype = None
-    for part_config in (config, config.text_config):
-        if hasattr(part_config, "quantization_config"):
-            del part_config.quantization_config
+    for part in (config, config.text_config):
+        vars(part).pop("quantization_config", None)
     config.save_pretrained(folder)
-
-
-def contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors as safetensors requires them."""
-    return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
 
 
 def follow_umask(folder: Path) -> None:

@@ -32,7 +32,6 @@ try:
         build_encoder,
         load_checkpoint,
         load_heads_and_adapter,
-        merge_injected_adapter,
         save_checkpoint,
     )
     from .configuration_hierarchical import HierarchicalConfig
@@ -42,7 +41,6 @@ except ImportError:  # as a top-level module of the repository, not as remote co
         build_encoder,
         load_checkpoint,
         load_heads_and_adapter,
-        merge_injected_adapter,
         save_checkpoint,
     )
     from configuration_hierarchical import HierarchicalConfig
@@ -469,7 +467,6 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         """Write a checkpoint with the code that loads it: in adapter form if the encoder has an adapter, else whole."""
         save_checkpoint(self, super().save_pretrained, Path(save_directory), is_main_process, state_dict, **kwargs)
 
-    merge_adapter = merge_injected_adapter
     load_heads_and_adapter = load_heads_and_adapter
 
 

@@ -16,25 +16,14 @@ from pathlib import Path
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import transformers
-from huggingface_hub import HfApi, RepoCard
+from huggingface_hub import CommitInfo, HfApi, RepoCard
 from huggingface_hub.utils import disable_progress_bars
 
 from checkpoint_files import CHECKPOINT_FILES, ONNX_FILE, list_files, read_checkpoint
-from configuration_hierarchical import HierarchicalConfig
 from errors import InputError, asked_traceback, exit_with_error, one_line
 from publishing import card
 from publishing.export import export_merged, export_onnx
-from publishing.hub import (
-    HUB_ERRORS,
-    SPACE_FILES,
-    Published,
-    Target,
-    find_target,
-    log_in,
-    publish,
-    reason,
-    refuse_local_encoder,
-)
+from publishing.hub import HUB_ERRORS, SPACE_FILES, Target, find_target, log_in, publish, reason, refuse_local_encoder
 
 ROOT = Path(__file__).parent
 SPACE_FOLDER = ROOT / "space"
@@ -46,20 +35,25 @@ def main(argv: list[str]) -> None:
 
     # ── Check the checkpoint, the token, the repositories, the card ─────────────────────────────────────────────────
     folder = Path(arguments.model)
-    check_form(read_checkpoint(folder), folder, arguments.merge)
+    config = read_checkpoint(folder)
+    if arguments.merge and config.adapter_subfolder is None:
+        raise InputError(f"--merge: {folder} is already self-contained; leave the flag out")
+    if config.adapter_subfolder is not None and not arguments.merge:
+        refuse_local_encoder(config, "give --merge to publish a model that needs no encoder beside it")
     api = HfApi()
-    account = log_in(api)
-    options = {name: getattr(arguments, name) for name in ("revision", "private", "create_pr")}
-    target = find_target(api, account, "--repo_id", arguments.repo_id, **options)
+    namespaces = log_in(api)
+    branch = {"revision": arguments.revision, "create_pr": arguments.create_pr}
+    target = find_target(api, namespaces, "--repo_id", arguments.repo_id, private=arguments.private, **branch)
     space = None
     if arguments.space_id is not None:
-        space = find_target(api, account, "--space_id", arguments.space_id, "space", private=arguments.private)
+        space = find_target(api, namespaces, "--space_id", arguments.space_id, "space", private=arguments.private)
     readme = read_card(folder, target.repo_id, arguments.merge)
 
     with tempfile.TemporaryDirectory() as scratch:
         # ── Collect the files, in the requested form ─────────────────────────────────────────────────────────────────
         if arguments.merge:
-            folder = export_merged(folder, Path(scratch))
+            export_merged(folder, Path(scratch))
+            folder = Path(scratch)
         files: Files = {name: folder / name for name in list_files(folder)}
         if arguments.onnx:
             files[ONNX_FILE] = export_onnx(folder, Path(scratch))
@@ -73,20 +67,11 @@ def main(argv: list[str]) -> None:
             print("nothing was published")
             return
         model = publish(api, target, files, CHECKPOINT_FILES, "Publish a checkpoint", arguments.create_pr)
-    print(f"{target.repo_id}: {model.url}")
+    print(f"{target.repo_id}: {model.pr_url or model.commit_url}")
 
     # ── Publish the Space, which serves that commit ───────────────────────────────────────────────────────────────────
     if space is not None:
         publish_space(api, space, target, model)
-
-
-def check_form(config: HierarchicalConfig, folder: Path, merge: bool) -> None:
-    """Raise InputError if the checkpoint cannot be published in the requested form."""
-    adapter = config.adapter_subfolder is not None
-    if merge and not adapter:
-        raise InputError(f"--merge: {folder} is already self-contained; leave the flag out")
-    if adapter and not merge:
-        refuse_local_encoder(config, "give --merge to publish a model that needs no encoder beside it")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -94,27 +79,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="the folder that train.py wrote")
     parser.add_argument("--repo_id", required=True, help="user/name of the model on the Hub")
     parser.add_argument("--private", action="store_true", help="create missing repositories as private")
-    parser.add_argument(
-        "--merge", action="store_true", help="merge the adapter into the encoder: one self-contained model"
-    )
+    parser.add_argument("--merge", action="store_true", help="merge the adapter: one self-contained model")
     parser.add_argument("--onnx", action="store_true", help="add onnx/model.onnx, for ONNX Runtime and transformers.js")
     parser.add_argument("--space_id", help="user/name of a Space that serves the model")
     parser.add_argument("--revision", help="the branch to commit to, created if missing; default: main")
     parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
-    parser.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="check everything, including the card on the Hub, and list the files; publish nothing",
-    )
+    parser.add_argument("--dry_run", action="store_true", help="check everything, list the files, publish nothing")
     return parser.parse_args(argv)
 
 
 def read_card(folder: Path, model_id: str, merged: bool) -> str:
-    """Read the card of a checkpoint, validate its metadata on the Hub, and insert the model's id.
-
-    Raises:
-        InputError: the card is not UTF-8 text, or the Hub would refuse its metadata.
-    """
+    """Read the card of a checkpoint, validate its metadata on the Hub, and insert the model's id."""
     path = folder / "README.md"
     try:
         readme = path.read_text(encoding="utf-8-sig")
@@ -137,24 +112,24 @@ def space_files(model_id: str) -> Files:
     return files
 
 
-def publish_space(api: HfApi, space: Target, model_target: Target, model: Published) -> None:
+def publish_space(api: HfApi, space: Target, model_target: Target, model: CommitInfo) -> None:
     """Publish the Space, and set its variables to the commit of the model."""
     published = publish(api, space, space_files(model_target.repo_id), SPACE_FILES, "Publish the Space")
     try:
-        for key, value in (("MODEL_ID", model_target.repo_id), ("MODEL_REVISION", model.sha)):
+        for key, value in (("MODEL_ID", model_target.repo_id), ("MODEL_REVISION", model.oid)):
             api.add_space_variable(space.repo_id, key, value)
     except HUB_ERRORS as error:
         raise InputError(
             f"{space.repo_id} is published, but not pointed at the model: {reason(error)}; run the same command again"
         ) from error
-    print(f"{space.repo_id}: {published.url}")
+    print(f"{space.repo_id}: {published.commit_url}")
     if model_target.private:
         print(f"{model_target.repo_id} is private: give the Space a secret HF_TOKEN that may read it")
 
 
 def list_changes(target: Target, files: Files) -> None:
     """Print what would be published."""
-    state = "changed" if target.exists else "created, private" if target.private else "created, public"
+    state = "changed" if target.sha else "created, private" if target.private else "created, public"
     print(f"{target.repo_type} {target.repo_id}, branch {target.revision}, would be {state}:")
     for name, source in sorted(files.items()):
         size = len(source) if isinstance(source, bytes) else source.stat().st_size

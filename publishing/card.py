@@ -3,10 +3,8 @@
 Worth knowing:
 
 1. The Hub reads the front matter. It holds the results as `EvalResult`s, with the numbers of metrics.json.
-2. Names of classes, columns and files are user text. `table` and `escape` replace characters with a meaning in Markdown or
-   HTML by numeric entities. The fence around the taxonomy is longer than any run of backticks in it.
-3. The card holds names of files and folders, never their paths.
-4. A card is written before the id on the Hub is final. `rename` replaces the id, and keeps edits made by hand.
+2. Names of classes, columns and files are user text, which `escape` makes harmless. Files and folders have no paths.
+3. A card is written before the id on the Hub is final. `rename` replaces the id, and keeps edits made by hand.
 """
 
 import re
@@ -17,7 +15,6 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from configuration_hierarchical import HierarchicalConfig
-from publishing.environment import read_emissions
 
 TEMPLATE = Path(__file__).parent / "card.md.jinja"
 TRAINING_SETTINGS = (
@@ -41,10 +38,9 @@ METRICS = {  # name in metrics.json, without its prefix: (type on the Hub, title
 LEVEL_METRICS = ("accuracy", "macro_f1", "ece", "ece_by_chance")
 HUB_METRICS = ("accuracy", "f1", "precision", "recall")  # the types that hf.co/metrics lists
 PREFIXES = {"validation": "eval", "test": "test"}
-CLASSES_SHOWN = 20  # per level, in the data section
-LEAVES_SHOWN = 50  # in the results
 NODES_SHOWN = 200  # in the drawn taxonomy
 
+LICENCE = "apache-2.0"  # of the weights, as an identifier of the Hub
 MODEL_PLACEHOLDER = "your-name/your-model"
 PLACEHOLDER_NOTE = f"`{MODEL_PLACEHOLDER}` stands for the model's id on the Hub; the checkpoint's folder works too."
 ADAPTER_SENTENCE = (
@@ -66,35 +62,28 @@ def write(
     metrics: dict[str, Any],
     *,
     model_id: str | None = None,
-    licence: str = "apache-2.0",
     environment: dict[str, Any] | None = None,
 ) -> None:
-    """Write README.md into a checkpoint's folder, which may also hold plots and codecarbon's emissions.csv.
+    """Write README.md into a checkpoint's folder, which may also hold plots.
 
     Args:
-        config: the saved configuration.
         settings: the flags of the run.
-        data_report: content of data_report.json, or empty.
-        metrics: content of metrics.json, or empty before training is finished.
+        data_report, metrics: content of data_report.json and metrics.json. Both may be empty.
         model_id: id on the Hub; None for a placeholder in the snippets.
-        licence: of the weights, as an identifier of the Hub.
         environment: from `publishing.environment.describe_environment`.
     """
-    facts = collect_facts(folder, config, settings, data_report, metrics, environment)
-    facts |= {"model_id": model_id or MODEL_PLACEHOLDER, "licence": licence}
+    facts = collect_facts(folder, config, settings, data_report, metrics)
+    facts |= {"model_id": model_id or MODEL_PLACEHOLDER, "licence": LICENCE, "environment": environment}
     facts["placeholder_note"] = "" if model_id else PLACEHOLDER_NOTE
-    helpers = {"escape": escape, "table": table, "count": "{:,}".format, "score": format_score}
-    helpers["duration"] = format_duration
-    card = ModelCard.from_template(metadata(facts), template_path=str(TEMPLATE), **facts, **helpers)
+    facts |= {"escape": escape, "table": table, "count": "{:,}".format, "score": format_score}
+    card = ModelCard.from_template(metadata(facts), template_path=str(TEMPLATE), **facts)
     (folder / "README.md").write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
 
 
 def rename(text: str, model_id: str, merged: bool = False) -> str:
-    """Replace the model's id in a card's metadata and snippets.
+    """Replace the model's id in a card's metadata and snippets, and keep edits made by hand.
 
     Args:
-        text: the card, possibly edited by hand.
-        model_id: the new id on the Hub.
         merged: whether to describe the merged model in place of the adapter.
 
     Raises:
@@ -118,52 +107,53 @@ def rename(text: str, model_id: str, merged: bool = False) -> str:
 
 
 def collect_facts(
-    folder: Path,
-    config: HierarchicalConfig,
-    settings: dict[str, Any],
-    report: dict[str, Any],
-    metrics: dict[str, Any],
-    environment: dict[str, Any] | None,
+    folder: Path, config: HierarchicalConfig, settings: dict[str, Any], report: dict[str, Any], metrics: dict[str, Any]
 ) -> dict[str, Any]:
     """Collect the template's variables."""
-    tree, splits, encoder = config.tree, report.get("splits", {}), hub_encoder(config)
+    tree, splits = config.tree, report.get("splits", {})
+
+    # ── Model and training ───────────────────────────────────────────────────────────────────────────────────────────
+    local = Path(config.encoder_name_or_path).is_absolute() or config.encoder_revision is None
+    adapter = LOCAL_ADAPTER_SENTENCE if local else ADAPTER_SENTENCE
+    drawn = tree.tree().split("\n")
+    start = settings.get("model_name_or_path")
+    shown = {name: value for name, value in settings.items() if value is not None and name not in NOT_SHOWN}
+    facts = {
+        **{"config": config, "settings": settings, "report": report, "metrics": metrics, "tree": tree},
+        "encoder": None if local else config.encoder_name_or_path,
+        "form": adapter if config.adapter_subfolder else WHOLE_MODEL_SENTENCE,
+        "drawn": "\n".join(drawn[:NODES_SHOWN]),
+        "hidden_nodes": len(drawn) - NODES_SHOWN,
+        "fence": "`" * max(3, 1 + max(map(len, re.findall("`+", "\n".join(drawn))), default=0)),
+        "continued": start and config.encoder_name_or_path not in (start, str(Path(start).resolve()), Path(start).name),
+        "settings_shown": {name: format_setting(value) for name, value in shown.items()},
+    }
+
+    # ── Data ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+    origin = report.get("taxonomy", "")
+    moved = report.get("trained_before", {}).get("rows", {})
+    conflicting = {split: counts["conflicting_texts"] for split, counts in splits.items()}
+    facts |= {
+        "sources": [{**source, "name": read_source(source["name"])[0]} for source in report.get("sources", [])],
+        "taxonomy_source": f"from {Path(origin[5:]).name}" if origin.startswith("from ") else origin,
+        "moved": " and ".join(f"{rows:,} {split} rows" for split, rows in moved.items() if rows and split != "train"),
+        "conflicting": ", ".join(f"{texts:,} {split}" for split, texts in conflicting.items() if texts),
+    }
+
+    # ── Results ──────────────────────────────────────────────────────────────────────────────────────────────────────
     names = metric_names(tree.depth)
     scores = {
         split: {name: metrics[f"{prefix}_{name}"] for name in names if f"{prefix}_{name}" in metrics}
         for split, prefix in PREFIXES.items()
         if f"{prefix}_log_loss" in metrics
     }
-    adapter = ADAPTER_SENTENCE if encoder else LOCAL_ADAPTER_SENTENCE
-    drawn = tree.tree().split("\n")
-    start, step = settings.get("model_name_or_path"), metrics.get("resumed_from_step")
-    origin, best_split = report.get("taxonomy", ""), "test" if "test" in scores else "validation"
-    moved = report.get("trained_before", {}).get("rows", {})
+    best_split = "test" if "test" in scores else "validation"
     classes = sorted(metrics.get("per_class", []), key=lambda row: -row["support"])
     leaf_rows = sum(row["support"] for row in classes)
-    conflicting = {split: counts["conflicting_texts"] for split, counts in splits.items()}
-    shown = {name: value for name, value in settings.items() if value is not None and name not in NOT_SHOWN}
-    return {
-        **{"config": config, "settings": settings, "report": report, "metrics": metrics, "scores": scores},
-        **{"tree": tree, "encoder": encoder, "environment": environment},
-        **{"classes_shown": CLASSES_SHOWN, "leaves_shown": LEAVES_SHOWN},
-        # the model
-        "form": adapter if config.adapter_subfolder else WHOLE_MODEL_SENTENCE,
-        "drawn": "\n".join(drawn[:NODES_SHOWN]),
-        "hidden_nodes": len(drawn) - NODES_SHOWN,
-        "fence": "`" * max(3, 1 + max(map(len, re.findall("`+", "\n".join(drawn))), default=0)),
-        # data
-        "sources": [{**source, "name": read_source(source["name"])[0]} for source in report.get("sources", [])],
-        "taxonomy_source": f"from {Path(origin[5:]).name}" if origin.startswith("from ") else origin,
-        "moved": " and ".join(f"{rows:,} {split} rows" for split, rows in moved.items() if rows and split != "train"),
-        "conflicting": ", ".join(f"{texts:,} {split}" for split, texts in conflicting.items() if texts),
-        # training
-        "continued": start and config.encoder_name_or_path not in (start, str(Path(start).resolve()), Path(start).name),
-        "resumed": f" from step {step:,} on, where it was resumed" if step else "",
-        "settings_shown": {name: format_setting(value) for name, value in shown.items()},
-        "emissions": read_emissions(folder, metrics, environment),
-        # results
+    titles = {f"{prefix}_{name}": f"{split} {names[name][1]}" for split, prefix in PREFIXES.items() for name in names}
+    return facts | {
+        **{"scores": scores, "names": names},
         "unverified": report.get("trained_before", {}).get("scores") == "unverified",
-        "chosen": settings.get("load_best_model_at_end"),
         "best_split": best_split,
         "scored_rows": ", ".join(f"{splits[split]['rows']:,} {split} rows" for split in scores if split in splits),
         "leaf_rows": leaf_rows if leaf_rows != splits.get(best_split, {}).get("rows", leaf_rows) else 0,
@@ -172,29 +162,26 @@ def collect_facts(
             for name, (_, title) in names.items()
             if any(name in values for values in scores.values())
         ],
-        "intervals": intervals(metrics),
+        "intervals": "; ".join(
+            f"{titles[name]} {format_score(low)} – {format_score(high)}"
+            for name, (low, high) in metrics.get("intervals", {}).items()
+        ),
         "classes": classes,
-        "quantized_rows": quantized_rows(metrics, scores),
+        "quantized_rows": quantized_rows(metrics, titles),
         "uncalibrated": any(name.startswith("uncalibrated_") for name in metrics),
-        "calibration_rows": calibration_rows(metrics, scores, names),
+        "calibration_rows": calibration_rows(metrics, titles),
         "plots": plots(folder, best_split, tree.depth),
     }
 
 
 def metric_names(depth: int) -> dict[str, tuple[str, str]]:
-    """Return the metrics of the card, with the per-level metrics, in the form of `METRICS`."""
+    """Return `METRICS` with the metrics of each level."""
     levels = {
         f"level_{k}_{name}": (METRICS[name][0], f"level {k} {METRICS[name][1]}")
         for k in range(1, depth + 1)
         for name in LEVEL_METRICS
     }
     return METRICS | levels
-
-
-def hub_encoder(config: HierarchicalConfig) -> str | None:
-    """Return the encoder's id on the Hub, or None for an encoder from a folder, which has no commit."""
-    local = Path(config.encoder_name_or_path).is_absolute() or config.encoder_revision is None
-    return None if local else config.encoder_name_or_path
 
 
 def read_source(name: str) -> tuple[str, str | None]:
@@ -219,46 +206,28 @@ def format_setting(setting: Any) -> str:
     return f"{setting:g}" if isinstance(setting, float) else str(setting)
 
 
-def intervals(metrics: dict[str, Any]) -> str:
-    """Format the bootstrap intervals of accuracy and macro-F1."""
-    return "; ".join(
-        f"{split} {METRICS[name][1]} {format_score(low)} – {format_score(high)}"
-        for key, (low, high) in metrics.get("intervals", {}).items()
-        for split, prefix in PREFIXES.items()
-        if (name := key.removeprefix(f"{prefix}_")) != key
-    )
-
-
-def quantized_rows(metrics: dict[str, Any], scores: dict[str, dict[str, float]]) -> list[list[str]]:
+def quantized_rows(metrics: dict[str, Any], titles: dict[str, str]) -> list[list[str]]:
     """Compare scores over the quantized encoder in training with scores over the encoder in full precision."""
     rows = []
-    for split, values in scores.items():
-        for name in ("accuracy", "macro_f1", "hierarchical_f1", "log_loss"):
-            trained = metrics.get(f"quantized_{PREFIXES[split]}_{name}")
-            if trained is not None and name in values:
-                full = metrics.get(f"uncalibrated_{PREFIXES[split]}_{name}", values[name])
-                rows.append(
-                    [f"{split} {METRICS[name][1]}", format_score(trained), format_score(full), f"{full - trained:+.4f}"]
-                )
+    for name, title in titles.items():
+        trained, full = metrics.get(f"quantized_{name}"), metrics.get(f"uncalibrated_{name}", metrics.get(name))
+        compared = re.fullmatch(r"(eval|test)_(accuracy|macro_f1|hierarchical_f1|log_loss)", name)
+        if compared and trained is not None and full is not None:
+            rows.append([title, format_score(trained), format_score(full), f"{full - trained:+.4f}"])
     return rows
 
 
-def calibration_rows(
-    metrics: dict[str, Any], scores: dict[str, dict[str, float]], names: dict[str, tuple[str, str]]
-) -> list[list[str]]:
+def calibration_rows(metrics: dict[str, Any], titles: dict[str, str]) -> list[list[str]]:
     """Compare scores before and after calibration, and without the lexical head if there is one."""
-    steps = ["uncalibrated"]
-    compared = ["log_loss", "ece", *(name for name in names if re.fullmatch(r"level_\d+_ece", name))]
+    steps, compared = ["uncalibrated_"], r"(eval|test)_(log_loss|(level_\d+_)?ece)"
     if metrics.get("lexical_weight"):
-        steps.append("without_lexical_head")
-        compared = ["accuracy", "macro_f1", "hierarchical_f1", *compared]  # temperatures alone change few predictions
-    rows = []
-    for split, values in scores.items():
-        for name in compared:
-            before = [metrics.get(f"{step}_{PREFIXES[split]}_{name}") for step in steps]
-            if before[0] is not None and name in values:
-                rows.append([f"{split} {names[name][1]}", *map(format_score, before), format_score(values[name])])
-    return rows
+        steps.append("without_lexical_head_")
+        compared += r"|(eval|test)_(accuracy|macro_f1|hierarchical_f1)"  # temperatures alone change few predictions
+    return [
+        [title, *(format_score(metrics.get(f"{step}{name}")) for step in (*steps, ""))]
+        for name, title in titles.items()
+        if re.fullmatch(compared, name) and name in metrics and f"uncalibrated_{name}" in metrics
+    ]
 
 
 def plots(folder: Path, split: str, depth: int) -> dict[str, str]:
@@ -276,7 +245,6 @@ def plots(folder: Path, split: str, depth: int) -> dict[str, str]:
 def metadata(facts: dict[str, Any]) -> ModelCardData:
     """Build the front matter, see https://github.com/huggingface/hub-docs/blob/main/modelcard.md."""
     encoder, results = facts["encoder"], eval_results(facts)
-    types = {result.metric_type for result in results}
     datasets = [read_source(source["name"])[1] for source in facts["report"].get("sources", [])]
     lora = ["lora"] if facts["settings"].get("tuning") == "lora" else []
     relation = "adapter" if facts["config"].adapter_subfolder else "finetune"
@@ -288,17 +256,15 @@ def metadata(facts: dict[str, Any]) -> ModelCardData:
         base_model=encoder,
         base_model_relation=relation if encoder else None,
         datasets=list(dict.fromkeys(filter(None, datasets))) or None,
-        metrics=[kind for kind in HUB_METRICS if kind in types] or None,
+        metrics=[*HUB_METRICS] if results else None,
         eval_results=results or None,
         model_name=facts["model_id"],
-        co2_eq_emissions=None if facts["resumed"] else facts["emissions"],  # the whole training's, or none
     )
 
 
 def eval_results(facts: dict[str, Any]) -> list[EvalResult]:
     """Build the entries of ``model-index``. Their data set is the split's source, or the source of the rows it was split from."""
     sources = {source["split"]: source["name"] for source in facts["report"].get("sources", [])}
-    names = metric_names(facts["tree"].depth)
     results = []
     for split, values in facts["scores"].items():
         source = sources.get(split) or sources.get("all") or sources.get("train")
@@ -309,7 +275,7 @@ def eval_results(facts: dict[str, Any]) -> list[EvalResult]:
                 dataset_type=dataset or "unknown",
                 dataset_name=dataset or name,
                 dataset_split=split,
-                metric_type=names[metric][0],
+                metric_type=facts["names"][metric][0],
                 metric_name=f"{metric} (unverified)" if facts["unverified"] else metric,
                 metric_value=value,
             )
@@ -322,10 +288,9 @@ def eval_results(facts: dict[str, Any]) -> list[EvalResult]:
 # ── Markdown ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
-    """Format a Markdown table, with any text in its cells. The columns after the first ``text_columns`` hold numbers."""
-    lines = [map(escape, header), ["---"] * text_columns + ["---:"] * (len(header) - text_columns)]
-    lines += [map(escape, row) for row in rows]
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Format a Markdown table, with any text in its cells. The columns after the first hold numbers."""
+    lines = [map(escape, header), ["---"] + ["---:"] * (len(header) - 1), *(map(escape, row) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -337,9 +302,3 @@ def escape(text: str) -> str:
 
 def format_score(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
-
-
-def format_duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

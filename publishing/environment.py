@@ -1,7 +1,5 @@
-"""Describe the hardware and software of a run, and read its emissions."""
+"""Describe the hardware and software of a run."""
 
-import csv
-import math
 import os
 import platform
 import re
@@ -35,32 +33,3 @@ def describe_environment(device: torch.device | str) -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return {"hardware": hardware, "versions": versions}
-
-
-def read_emissions(folder: Path, metrics: dict[str, Any], environment: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Read the Hub's ``co2_eq_emissions``, in grams, from codecarbon's emissions.csv, in kilograms.
-
-    Every run in a folder appends a row. A last row with another duration belongs to an earlier run.
-
-    Returns:
-        None if emissions.csv has no valid row of this run.
-    """
-    path, runtime = folder / "emissions.csv", metrics.get("train_runtime")
-    if runtime is None or not path.is_file():
-        return None
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            row = list(csv.DictReader(file))[-1]
-        kilograms, same_run = float(row["emissions"]), abs(float(row["duration"]) - runtime) <= 60 + 0.1 * runtime
-    except (IndexError, KeyError, TypeError, ValueError):
-        return None
-    if not same_run or not math.isfinite(kilograms):
-        return None
-    emissions = {
-        "emissions": round(1000 * kilograms, 6),
-        "source": f"CodeCarbon {row.get('codecarbon_version') or ''}".strip(),
-        "training_type": "fine-tuning",
-        "geographical_location": row.get("country_name"),
-        "hardware_used": environment and environment["hardware"],
-    }
-    return {name: value for name, value in emissions.items() if value not in (None, "")}

@@ -3,19 +3,17 @@
 Worth knowing:
 
 1. All reasons for which the Hub would refuse are checked first, so a refusal leaves nothing behind.
-2. A repository changes by one commit or not at all. If the Hub's response to the commit is lost, the repository is read to
-   find out whether the commit was accepted.
+2. A repository changes by one commit or not at all, and unchanged files make no commit. So a command whose response was
+   lost is run again.
 """
 
-import io
 import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -23,9 +21,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
-from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from configuration_hierarchical import HierarchicalConfig
 from errors import InputError, one_line
@@ -41,33 +37,15 @@ HUB_ERRORS = (HTTPError, OSError)  # error responses and lost connections
 
 
 @dataclass(frozen=True)
-class Account:
-    """The user of a token, and the namespaces that the token may write to."""
-
-    name: str
-    namespaces: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Target:
-    """The state of a repository before publishing."""
+    """The state of a repository before publishing. A repository that does not exist has no commit ``sha``."""
 
     repo_id: str
     repo_type: str
     revision: str
-    exists: bool
-    branch_exists: bool
     private: bool
-    sha: str | None
-    files: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Published:
-    """A commit that the Hub has accepted, with its URL or its pull request's URL."""
-
-    sha: str
-    url: str
+    sha: str | None = None
+    files: tuple[str, ...] = ()
 
 
 def refuse_local_encoder(config: HierarchicalConfig, remedy: str) -> None:
@@ -78,8 +56,8 @@ def refuse_local_encoder(config: HierarchicalConfig, remedy: str) -> None:
         )
 
 
-def log_in(api: HfApi) -> Account:
-    """Look up the account of the token, from ``HF_TOKEN`` or the login.
+def log_in(api: HfApi) -> tuple[str, ...]:
+    """Return the namespaces that the token may write to, the user's own first.
 
     Raises:
         InputError: there is no token, the Hub does not know it, or it may only read.
@@ -89,25 +67,21 @@ def log_in(api: HfApi) -> Account:
     try:
         who = api.whoami()
     except HUB_ERRORS as error:
-        if status(error) == 401:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
             raise InputError("the Hub does not know the token in HF_TOKEN, or of the login: make a new one") from error
         raise InputError(f"cannot ask the Hub whose token this is: {reason(error)}") from error
     token = who.get("auth", {}).get("accessToken", {})
-    if token.get("role") == "read" or (token.get("role") == "fineGrained" and not can_write(token)):
-        raise InputError("the Hub token may only read: make one that may write")
-    organizations = [org["name"] for org in who.get("orgs", []) if org.get("roleInOrg") != "read"]
-    return Account(who["name"], (who["name"], *organizations))
-
-
-def can_write(token: dict) -> bool:
-    """Return whether any scope of a fine-grained token allows writing to a repository."""
     scopes = token.get("fineGrained", {}).get("scoped", [])
-    return any({"repo.write", "repo.content.write"} & set(scope.get("permissions", [])) for scope in scopes)
+    permissions = {permission for scope in scopes for permission in scope.get("permissions", [])}
+    fine_grained_read = token.get("role") == "fineGrained" and not permissions & {"repo.write", "repo.content.write"}
+    if token.get("role") == "read" or fine_grained_read:
+        raise InputError("the Hub token may only read: make one that may write")
+    return who["name"], *(org["name"] for org in who.get("orgs", []) if org.get("roleInOrg") != "read")
 
 
 def find_target(
     api: HfApi,
-    account: Account,
+    namespaces: tuple[str, ...],
     flag: str,
     repo_id: str,
     repo_type: str = "model",
@@ -126,24 +100,24 @@ def find_target(
     except HFValidationError as error:
         raise InputError(f"{flag} {repo_id}: {one_line(error)}") from error
     if "/" not in repo_id:
-        repo_id = f"{account.name}/{repo_id}"
-    namespace = repo_id.split("/")[0]
-    if namespace not in account.namespaces and not create_pr:
-        writable = ", ".join(account.namespaces)
+        repo_id = f"{namespaces[0]}/{repo_id}"
+    namespace, branch = repo_id.split("/")[0], "main" if revision is None else revision
+    if namespace not in namespaces and not create_pr:
+        writable = ", ".join(namespaces)
         raise InputError(f"{flag} {repo_id}: the token may not write to {namespace!r}, only to {writable}")
-    check_branch(revision)
+    if re.fullmatch("[0-9a-f]{40}", branch):
+        raise InputError(f"--revision {branch} is a commit; name a branch")
+    if not branch or re.search(r"[\s~^:?*\[\\\x00-\x1f\x7f]|\.\.|^[-/.]|[/.]$|\.lock$|//|@\{", branch):
+        raise InputError(f"--revision {branch!r} is no name for a branch")
 
     # ── Look up the repository and the branch ────────────────────────────────────────────────────────────────────────
-    branch = revision or "main"
-    info: Any = None
-    branch_info: Any = None
     try:
-        info = api.repo_info(repo_id, repo_type=repo_type)
-        branch_info = api.repo_info(repo_id, repo_type=repo_type, revision=branch)
+        info = current = api.repo_info(repo_id, repo_type=repo_type)
+        current = api.repo_info(repo_id, repo_type=repo_type, revision=branch)
     except RepositoryNotFoundError as error:
         if create_pr:
             raise InputError(f"{flag} {repo_id}: there is no such {repo_type} to open a pull request on") from error
-        return Target(repo_id, repo_type, branch, False, branch == "main", private, None, ())
+        return Target(repo_id, repo_type, branch, private)
     except RevisionNotFoundError as error:
         if create_pr:
             raise InputError(f"--revision {branch}: {repo_id} has no such branch to open a pull request on") from error
@@ -153,34 +127,24 @@ def find_target(
     # ── Check what the repository holds ──────────────────────────────────────────────────────────────────────────────
     if private and not info.private:
         raise InputError(f"{flag} {repo_id} is public already, which --private does not change: use its settings page")
-    current = branch_info or info
     files = tuple(sorted(sibling.rfilename for sibling in current.siblings or []))
-    target = Target(repo_id, repo_type, branch, True, branch_info is not None, info.private, current.sha, files)
+    target = Target(repo_id, repo_type, branch, bool(info.private), current.sha, files)
     specific = [name for name in files if name not in NEUTRAL_FILES]
     if specific and not is_ours(api, target):
         raise InputError(f"{flag} {repo_id} already holds something else, such as {specific[0]}: choose another name")
     return target
 
 
-def check_branch(revision: str | None) -> None:
-    """Raise InputError if the name is not valid for a branch."""
-    if revision is None:
-        return
-    if re.fullmatch("[0-9a-f]{40}", revision):
-        raise InputError(f"--revision {revision} is a commit; name a branch")
-    if not revision or re.search(r"[\s~^:?*\[\\\x00-\x1f\x7f]|\.\.|^[-/.]|[/.]$|\.lock$|//|@\{", revision):
-        raise InputError(f"--revision {revision!r} is no name for a branch")
-
-
 def is_ours(api: HfApi, target: Target) -> bool:
     """Return whether a repository holds a model or a Space of this project."""
-    name = "config.json" if target.repo_type == "model" else "README.md"
+    is_model = target.repo_type == "model"
+    name = "config.json" if is_model else "README.md"
     if name not in target.files:
         return False
     try:
         path = api.hf_hub_download(target.repo_id, name, repo_type=target.repo_type, revision=target.sha)
         text = Path(path).read_text(encoding="utf-8")
-        if target.repo_type == "model":
+        if is_model:
             return json.loads(text).get("model_type") == HierarchicalConfig.model_type
         return SPACE_TAG in (RepoCard(text, ignore_metadata_errors=True).data.get("tags") or [])
     except (ValueError, AttributeError, TypeError):  # not JSON, not a mapping, or not a card
@@ -196,136 +160,52 @@ def publish(
     our_patterns: tuple[str, ...],
     message: str,
     create_pr: bool = False,
-) -> Published:
-    """Publish files in one commit, which also deletes our files of an earlier version.
-
-    Publishing the same files again makes no new commit, and no second pull request.
-
-    Args:
-        files: by their path in the repository.
-        our_patterns: patterns of all files that we may have published.
+) -> CommitInfo:
+    """Publish files in one commit, or none if nothing changed. Arguments are as for `commit_operations`.
 
     Raises:
-        InputError: the commit was refused, or its outcome is unknown.
+        InputError: the commit was refused, or the connection was lost.
     """
-    kind = {"repo_id": target.repo_id, "repo_type": target.repo_type}
-    operations = commit_operations(files, target.files, our_patterns)
+    repo = {"repo_id": target.repo_id, "repo_type": target.repo_type}
     try:
-        if create_pr and (pull_request := open_pull_request(api, target, files, message)) is not None:
-            return pull_request
-        if not target.exists:
+        if target.sha is None:
             sdk = "gradio" if target.repo_type == "space" else None
-            api.create_repo(**kind, private=target.private or None, space_sdk=sdk, exist_ok=True)
-        if not target.branch_exists:
-            api.create_branch(**kind, branch=target.revision, exist_ok=True)
-        parent = target.sha if target.branch_exists else None
-        commit = api.create_commit(
-            **kind,
-            operations=operations,
+            api.create_repo(**repo, private=target.private or None, space_sdk=sdk, exist_ok=True)
+        if target.revision != "main" and not create_pr:
+            api.create_branch(**repo, branch=target.revision, exist_ok=True)
+        return api.create_commit(
+            **repo,
+            operations=commit_operations(files, target.files, our_patterns),
             commit_message=message,
             revision=target.revision,
             create_pr=create_pr,
-            parent_commit=parent,
+            parent_commit=target.sha,
         )
     except (*HUB_ERRORS, ValueError, RuntimeError) as error:
-        return find_lost_commit(api, target, files, message, create_pr, error)
-    return Published(commit.oid, commit.pr_url or commit.commit_url)
+        remedy = "run the same command again, which commits nothing twice"
+        if create_pr:
+            remedy = "run the same command again, unless the pull request is on the Hub"
+        raise InputError(f"{target.repo_id}: {reason(error)}; {remedy}") from error
 
 
 def commit_operations(
     files: Mapping[str, Path | bytes], repo_files: Iterable[str], our_patterns: tuple[str, ...]
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """Return the operations that add files, and delete our files of an earlier version.
-
-    Args:
-        files: by their path in the repository.
-        repo_files: paths of the repository's current files.
-        our_patterns: patterns of all files that we may have published.
-    """
+    """Return the operations that add files, by path in the repository, and delete our files of an earlier version."""
     stale = [name for name in filter_repo_objects(repo_files, allow_patterns=list(our_patterns)) if name not in files]
     return [CommitOperationAdd(*file) for file in files.items()] + [CommitOperationDelete(name) for name in stale]
-
-
-def find_lost_commit(
-    api: HfApi,
-    target: Target,
-    files: Mapping[str, Path | bytes],
-    message: str,
-    create_pr: bool,
-    error: Exception,
-) -> Published:
-    """Return the commit if the Hub accepted it, and only the response was lost.
-
-    Args:
-        error: the error of the commit.
-
-    Raises:
-        InputError: the commit was refused, or the Hub cannot be asked.
-    """
-    published = None
-    try:
-        if create_pr:
-            published = open_pull_request(api, target, files, message)
-        elif holds_files(api, target, files, target.revision):
-            sha = api.repo_info(target.repo_id, repo_type=target.repo_type, revision=target.revision).sha
-            published = Published(sha, f"{api.endpoint}/{target.repo_id}/commit/{sha}")
-    except (RepositoryNotFoundError, RevisionNotFoundError):
-        pass  # nothing was created
-    except HUB_ERRORS:
-        raise InputError(
-            f"{target.repo_id}: {reason(error)}; the Hub cannot be asked whether it accepted the commit: run the same "
-            "command again, which is safe either way"
-        ) from error
-    if published is not None:
-        return published
-    state = "is unchanged" if target.exists else "holds no file of the checkpoint"
-    raise InputError(
-        f"{target.repo_id}: {reason(error)}; nothing was committed and the repository {state}: run the same command again"
-    ) from error
-
-
-def open_pull_request(api: HfApi, target: Target, files: Mapping[str, Path | bytes], title: str) -> Published | None:
-    """Find an open pull request with this title and exactly these files."""
-    for pull in api.get_repo_discussions(
-        target.repo_id, repo_type=target.repo_type, discussion_type="pull_request", discussion_status="open"
-    ):
-        if pull.title == title and holds_files(api, target, files, pull.git_reference):
-            sha = api.repo_info(target.repo_id, repo_type=target.repo_type, revision=pull.git_reference).sha
-            return Published(sha, pull.url)
-    return None
-
-
-def holds_files(api: HfApi, target: Target, files: Mapping[str, Path | bytes], revision: str) -> bool:
-    """Return whether a revision holds all these files with the same content."""
-    tree = api.list_repo_tree(target.repo_id, recursive=True, revision=revision, repo_type=target.repo_type)
-    entries = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-    return all(name in entries and is_same_file(source, entries[name]) for name, source in files.items())
-
-
-def is_same_file(source: Path | bytes, entry: RepoFile) -> bool:
-    """Compare a file with a file on the Hub, by the hash that the Hub stores."""
-    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
-        if entry.lfs is not None:  # weights are hashed in chunks, since they may not fit into memory
-            return sha_fileobj(file).hex() == entry.lfs.sha256
-        return git_hash(file.read()) == entry.blob_id
-
-
-def status(error: Exception) -> int | None:
-    """Return the HTTP status of the Hub's response, or None without a response."""
-    return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def reason(error: Exception) -> str:
     """Describe in one line why a request to the Hub failed."""
     if isinstance(error, HfHubHTTPError):
         detail = f" ({one_line(error.server_message)})" if error.server_message else ""
-        if status(error) in (401, 403):
+        status = error.response.status_code
+        if status in (401, 403):
             return f"the token may not do this{detail}"
-        if status(error) == 412:
-            return "the repository has changed meanwhile"
-        return f"the Hub answered {status(error)}{detail}"
+        return "the repository has changed meanwhile" if status == 412 else f"the Hub answered {status}{detail}"
     if isinstance(error, ConnectionError) and "xet" in str(error):  # hf_xet does not fall back to LFS
         return "the Hub refused an upload by Xet: set HF_HUB_DISABLE_XET=1 to upload by LFS"
     if isinstance(error, HTTPError):
-        return f"the connection to the Hub failed ({one_line(error) or type(error).__name__})"
-    return one_line(error) or type(error).__name__
+        return f"the connection to the Hub failed ({one_line(error)})"
+    return one_line(error)

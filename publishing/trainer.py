@@ -1,11 +1,8 @@
 """A Trainer that publishes checkpoints of this project, during and after training.
 
-Worth knowing:
-
-1. The Trainer of transformers copies only the files that it knows, rewrites README.md and uploads every file of the folder.
-   This Trainer publishes the files of a checkpoint, with our card.
-2. A checkpoint to resume from is published without its pickles.
-3. A push makes one commit. `upload_folder` can make several.
+The Trainer of transformers copies only the files that it knows, rewrites README.md, uploads every file of the folder, and
+may do so in several commits. This one makes one commit of the files of a checkpoint and our card. A checkpoint to resume
+from is published without its pickles.
 """
 
 import logging
@@ -30,16 +27,9 @@ PICKLES = ["*.pt", "*.pth", "*.bin", "*.pkl"]
 
 
 class PublishingTrainer(Trainer):
-    """A Trainer that pushes the files of a checkpoint and its card to the Hub.
+    """A Trainer that pushes the files of a checkpoint and its card, which ``write_card`` writes into a folder, to the Hub."""
 
-    Args:
-        write_card: writes README.md into a folder; None for the Trainer's own card.
-        args, kwargs: as for `transformers.Trainer`.
-    """
-
-    def __init__(self, *args: Any, write_card: Callable[[Path], None] | None = None, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.write_card = write_card
+    write_card: Callable[[Path], None] | None = None
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         self.hub = HfApi(token=token or self.args.hub_token)  # one client, so that its uploads are queued
@@ -52,11 +42,7 @@ class PublishingTrainer(Trainer):
 
     def create_model_card(self, **kwargs: Any) -> None:
         """Write our card, which takes no arguments of the Trainer's own card."""
-        if self.write_card is None:
-            super().create_model_card(**kwargs)
-        elif kwargs:
-            raise TypeError(f"the card is written from the run; it takes no {', '.join(kwargs)}")
-        elif self.is_world_process_zero():
+        if self.write_card is not None and self.is_world_process_zero():
             self.write_card(Path(self.args.output_dir))
 
     def push_to_hub(
@@ -68,14 +54,8 @@ class PublishingTrainer(Trainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> CommitInfo | None:
-        """Save the model, and publish the files of the checkpoint and our card in one commit.
-
-        Args:
-            commit_message, blocking, token, revision, private: as for `Trainer.push_to_hub`.
-            kwargs: as for `create_model_card`.
-        """
+        """Save the model, and publish its files and card in one commit. Arguments are as for `Trainer.push_to_hub`."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        token = self.args.hub_token if token is None else token
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
         self.save_model(_internal_call=True)
@@ -83,27 +63,19 @@ class PublishingTrainer(Trainer):
             return None
         self.create_model_card(**kwargs)
         self._finish_current_push()
-        commit = self._commit if blocking else self._commit_later
-        return commit(commit_message or "End of training", token, revision or self.args.hub_revision)
-
-    def _commit_later(self, *commit: Any) -> Any:
-        return self.hub.run_as_future(self._commit, *commit)
+        message, revision = commit_message or "End of training", revision or self.args.hub_revision
+        job = self.hub.run_as_future(self._commit, message, revision, {}, token)
+        return job.result() if blocking else job
 
     def _commit(
-        self, message: str, token: str | None, revision: str | None, folders: dict[str, Path] | None = None
+        self, message: str, revision: str | None, folders: dict[str, Path], token: str | None = None
     ) -> CommitInfo:
-        """Commit the output folder's checkpoint and further folders, and delete files of an earlier commit.
-
-        Args:
-            folders: by their path in the repository; their pickles are left out.
-        """
+        """Commit the output folder's checkpoint, and further folders by their path in the repository."""
         output = Path(self.args.output_dir)
         files = {name: output / name for name in list_files(output)}
-        for target_folder, folder in (folders or {}).items():
+        for place, folder in folders.items():
             names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-            files |= {
-                f"{target_folder}/{name}": folder / name for name in filter_repo_objects(names, ignore_patterns=PICKLES)
-            }
+            files |= {f"{place}/{name}": folder / name for name in filter_repo_objects(names, ignore_patterns=PICKLES)}
         target = {"repo_id": self.hub_model_id, "revision": revision, "token": token}
         operations = commit_operations(files, self.hub.list_repo_files(**target), CHECKPOINT_FILES)
         return self.hub.create_commit(operations=operations, commit_message=message, **target)
@@ -121,12 +93,11 @@ class PublishingTrainer(Trainer):
             (output / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / name, output / name)
         self.create_model_card()
-        names = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
-        folders = {names[self.args.hub_strategy]: folder} if self.args.hub_strategy in names else {}
+        places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
+        folders = {place: folder for strategy, place in places.items() if strategy == self.args.hub_strategy}
         message = f"Training in progress, step {self.state.global_step}"
-        job = self._commit_later(message, self.args.hub_token, self.args.hub_revision, folders)
-        earlier = self.push_in_progress.jobs if running else []
-        self.push_in_progress = PushInProgress([*earlier, job])
+        job = self.hub.run_as_future(self._commit, message, self.args.hub_revision, folders)
+        self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if running else []), job])
 
     def _finish_current_push(self) -> None:
         super()._finish_current_push()
@@ -134,9 +105,8 @@ class PublishingTrainer(Trainer):
 
     def _warn_of_failed_pushes(self) -> None:
         """Warn once of each failed push. Training continues, and the last push uploads everything."""
-        push = getattr(self, "push_in_progress", None)
-        for job in list(push.jobs) if push is not None else []:
-            if push is not None and job.done():
-                push.jobs.remove(job)
-                if job.exception() is not None:
-                    logger.warning("a push during training failed: %s", reason(job.exception()))
+        jobs = self.push_in_progress.jobs if getattr(self, "push_in_progress", None) is not None else []
+        for job in [job for job in jobs if job.done()]:
+            jobs.remove(job)
+            if job.exception() is not None:
+                logger.warning("a push during training failed: %s", reason(job.exception()))

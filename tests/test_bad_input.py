@@ -448,8 +448,8 @@ def test_publishing(place):
     cut(WHOLE)(place / "whole_form")
     for folder, message in (
         ("whole_form", "model.safetensors is damaged"),
-        ("encoder", "holds a 'bert' model, not a checkpoint of this project"),
-        ("good.csv", "is not a checkpoint: it has no config.json"),
+        ("encoder", "is not a checkpoint of this project: it holds a 'bert' model"),
+        ("good.csv", "is not a checkpoint of this project: it has no config.json"),
     ):
         assert message in refusal(push_to_hub.main, "--model", folder, "--repo_id", "../../etc/passwd")
 

@@ -1,6 +1,5 @@
 """The model card: it parses back to the run's own numbers, no name breaks it, no path leaks, and it can be renamed."""
 
-import csv
 import getpass
 import json
 import re
@@ -45,8 +44,6 @@ SETTINGS = {
     "max_length": 256,
 }
 ENVIRONMENT = {"hardware": "AMD EPYC, 2 cores", "versions": {"python": "3.11.7", "torch": "2.13.0"}}
-EMISSIONS = {"timestamp": "2026-01-01T00:00:00", "duration": "118.0", "emissions": "0.00123", "country_name": "Iceland",
-             "longitude": "-21.9", "latitude": "64.1", "codecarbon_version": "3.3.2"}  # fmt: skip
 
 
 def make_config(taxonomy=DEFAULT_TAXONOMY, **changes) -> HierarchicalConfig:
@@ -121,13 +118,6 @@ def section(text: str, title: str) -> str:
     return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
-def write_emissions(folder: Path, *rows: dict) -> None:
-    with (folder / "emissions.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, EMISSIONS)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 # ── front matter ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -148,13 +138,13 @@ def test_the_results_parse_back_to_the_numbers_of_the_metrics_file(written, metr
 
 
 def test_the_front_matter_says_what_the_hub_asks(written):
-    front = ModelCard(written(licence="mit")).data.to_dict()
-    assert front["license"] == "mit"
+    front = ModelCard(written()).data.to_dict()
+    assert front["license"] == "apache-2.0"
     assert (front["library_name"], front["pipeline_tag"]) == ("transformers", "text-classification")
     assert {"hierarchical-text-classification", "medical", "lora"} <= set(front["tags"])
     assert (front["base_model"], front["base_model_relation"]) == (ENCODER, "adapter")
     assert front["metrics"] == ["accuracy", "f1", "precision", "recall"]
-    assert front.keys().isdisjoint({"datasets", "language", "co2_eq_emissions", "model_name"})
+    assert front.keys().isdisjoint({"datasets", "language", "model_name"})
 
 
 def test_a_whole_model_is_a_finetune_of_its_encoder(written):
@@ -437,36 +427,10 @@ def test_the_limits_are_stated(written, metrics):
         assert words in shown
 
 
-def test_emissions_are_those_of_the_last_row_in_grams(written, tmp_path):
-    write_emissions(tmp_path, EMISSIONS | {"emissions": "9"}, EMISSIONS)
-    text = written()
-    assert ModelCard(text).data.co2_eq_emissions == {
-        "emissions": pytest.approx(1.23),
-        "source": "CodeCarbon 3.3.2",
-        "training_type": "fine-tuning",
-        "geographical_location": "Iceland",
-        "hardware_used": ENVIRONMENT["hardware"],
-    }
-    assert "1.23 g" in section(text, "Environmental impact")
-    assert "64.1" not in text
-    assert "2 min 5 s" in section(text, "Environmental impact")
-
-
-def test_a_resumed_run_says_of_which_part_time_and_emissions_are(written, metrics, tmp_path):
-    write_emissions(tmp_path, EMISSIONS)
-    text = written(metrics=metrics | {"resumed_from_step": 1200})
-    shown = section(text, "Environmental impact")
-    assert "Training time from step 1,200 on, where it was resumed, evaluations included: 2 min 5 s." in shown
-    assert "Emissions of training from step 1,200 on" in shown
-    assert "co2_eq_emissions" not in text  # which the Hub reads as those of all training
-
-
-@pytest.mark.parametrize("change", [{"duration": "9000"}, {"emissions": ""}, {"emissions": "nan"}, None])
-def test_another_runs_or_unreadable_emissions_are_not_reported(written, tmp_path, change):
-    write_emissions(tmp_path, *([] if change is None else [EMISSIONS | change]))
-    text = written()
-    assert "co2_eq_emissions" not in text
-    assert "--report_to codecarbon" in section(text, "Environmental impact")
+def test_the_training_time_is_in_minutes_and_a_resumed_run_says_of_which_part(written, metrics):
+    assert "Training time, evaluations included: 2.1 minutes." in section(written(), "Environmental impact")
+    shown = section(written(metrics=metrics | {"resumed_from_step": 1200}), "Environmental impact")
+    assert "Training time from step 1,200 on, where it was resumed, evaluations included: 2.1 minutes." in shown
 
 
 def test_the_environment_names_hardware_and_libraries_but_no_machine(written):

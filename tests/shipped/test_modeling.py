@@ -398,12 +398,6 @@ def test_a_checkpoint_that_lost_a_weight_is_refused(adapted, tmp_path):
         HierarchicalForSequenceClassification.from_pretrained(tmp_path)
 
 
-def test_resized_embeddings_under_an_adapter_are_refused_instead_of_lost(adapted, tmp_path):
-    adapted.resize_token_embeddings(adapted.config.text_config.vocab_size + 3)
-    with pytest.raises(ValueError, match="these were resized"):
-        adapted.save_pretrained(tmp_path)
-
-
 def test_saving_one_form_leaves_nothing_of_the_other(adapted, tmp_path):
     adapted.save_pretrained(tmp_path)
     small_model().save_pretrained(tmp_path)
@@ -503,12 +497,11 @@ def test_offloaded_weights_answer_as_in_memory_or_are_refused(adapted, tmp_path)
         else:
             found = load(tmp_path / "adapter", **options)(**inputs).logits
             torch.testing.assert_close(found, adapted(**inputs).logits, atol=1e-4, rtol=0)
-    adapted.merge_adapter()
-    adapted.save_pretrained(tmp_path / "whole")
+    load(tmp_path / "adapter", trust_remote_code=True).save_pretrained(tmp_path / "whole")
     for places in ({"encoder": "cpu", "heads": "disk"}, {"encoder": "disk", "heads": "cpu"}):
         whole = load(tmp_path / "whole", **(options | {"device_map": places}))
         with torch.inference_mode():
-            torch.testing.assert_close(whole(**inputs).logits, adapted(**inputs).logits, atol=1e-5, rtol=0)
+            torch.testing.assert_close(whole(**inputs).logits, adapted(**inputs).logits, atol=1e-4, rtol=0)
 
 
 def test_saving_publishes_nothing_before_the_code_is_there(adapted, tmp_path):
