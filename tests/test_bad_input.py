@@ -73,7 +73,7 @@ FILES: dict[str, str | bytes] = {
     "utf16_tree.yaml": "- a\n- b\n".encode("utf-16"),
     "field.csv": "parent,child\n," + "a" * 200_000 + "\n,b\n",
     "header.jsonl": "\n\n",
-    "there.jsonl.parts/.options.json": "[]",
+    "there.jsonl.parts/000000000.jsonl": "[]",
     "folder.csv/inside": "",
 }  # fmt: skip
 
@@ -405,7 +405,10 @@ PREDICT = [
     (("--output", "good.csv"), "--output good.csv is also an input: give another name"),
     (("--output", "good.csv/out.jsonl"), "--output good.csv: good.csv is not a folder"),
     (("--output", "n" * 250 + ".jsonl"), "the name is too long"),
-    (("--output", "there.jsonl"), "there.jsonl.parts/.options.json is damaged: --overwrite starts from the beginning"),
+    (
+        ("--output", "there.jsonl"),
+        "there.jsonl.parts/000000000.jsonl is damaged: delete it, and run the same command again",
+    ),
     (("--revision", "main"), "--revision main does not apply to the folder"),
     (("--model", "good.csv"), "cannot load the model good.csv"),
     (("--model", "../../etc"), "cannot load the model ../../etc"),
