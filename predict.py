@@ -57,8 +57,10 @@ def main(argv: list[str]) -> int:
         classifier = load(arguments)
         if arguments.overwrite:
             output.delete()
-        leaves = classifier.tree.labels[: classifier.tree.num_leaves] if arguments.probabilities else []
-        rows = RowFormat(arguments.id_column is not None, arguments.coverage is not None, leaves)
+        config, by_id = classifier.model.config, arguments.id_column is not None
+        classes = [*config.id2label.values()] if arguments.probabilities else []
+        answers = (arguments.coverage, arguments.recall) != (None, None)
+        rows = RowFormat(by_id, config.is_multi_label, answers, classes)
         predict = partial(predict_rows, classifier, rows)
         with tqdm(unit=" rows", disable=None) as bar:
             output.write_parts(chain([first], records), options(arguments, classifier), predict, partial(advance, bar))
@@ -79,8 +81,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--id_column", help="a column of ids to copy to the output")
     add("--output", required=True, help=f"the file to write, ending in {', '.join(OUTPUTS)}")
     add("--overwrite", action="store_true", help="replace an existing output, and start from the beginning")
-    add("--probabilities", action="store_true", help="write the probability of every leaf")
+    add("--probabilities", action="store_true", help="write the probability of every class")
     add("--coverage", type=float, help="also write an answer that contains the correct leaf for this share of texts")
+    add(
+        "--recall", type=float, help="with several labels a text: an answer that contains this share of them on average"
+    )
     dtypes = "bf16 if the machine supports it, int8 on a CPU with VNNI or AMX and torchao, else fp32"
     add("--dtype", choices=("auto", *DTYPES), default="auto", help=f"default: auto, which is {dtypes}")
     add("--batch_size", type=int, help="texts per batch; default: batches by number of tokens")
@@ -92,8 +97,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         refuse(f"--output {arguments.output}: its name must end in one of {', '.join(OUTPUTS)}")
     if arguments.revision is not None and Path(arguments.model).is_dir():
         refuse(f"--revision {arguments.revision} does not apply to the folder {arguments.model}")
-    if arguments.coverage is not None and not 0 < arguments.coverage < 1:
-        refuse(f"--coverage must be between 0 and 1, not {arguments.coverage}")
+    for flag, share in (("coverage", arguments.coverage), ("recall", arguments.recall)):
+        if share is not None and not 0 < share < 1:
+            refuse(f"--{flag} must be between 0 and 1, not {share}")
     return arguments
 
 
@@ -123,6 +129,7 @@ def load(arguments: argparse.Namespace) -> Pipeline:
             device=0 if gpu else "cpu",
             batch_size=arguments.batch_size,
             coverage=arguments.coverage,
+            recall=arguments.recall,
         )
     except Exception as error:  # loading runs the checkpoint's own code, which can raise anything
         raise InputError(f"cannot load the model {arguments.model}: {cause(error)}") from error
@@ -162,7 +169,17 @@ def quantize(encoder: torch.nn.Module) -> None:
 
 def options(arguments: argparse.Namespace, classifier: Pipeline) -> dict[str, Any]:
     """Collect everything that the output's bytes depend on, except the texts: flags, weights, device, torch."""
-    flags = ("model", "input_format", "text_column", "id_column", "probabilities", "coverage", "dtype", "batch_size")
+    flags = (
+        "model",
+        "input_format",
+        "text_column",
+        "id_column",
+        "probabilities",
+        "coverage",
+        "recall",
+        "dtype",
+        "batch_size",
+    )
     folder = Path(cached_file(arguments.model, "config.json", revision=arguments.revision)).parent
     # without card, scores and plots, which may be absent from the Hub's cache
     hashes = [sha256(folder / name for name in list_files(folder, MODEL_FILES))]

@@ -15,6 +15,7 @@ from prediction.input import Record
 
 OUTPUTS = (".jsonl", ".csv", ".parquet")
 DIGITS = 6
+SEPARATORS = {"path": " > ", "answer": " | ", "labels": "; ", "scores": "; "}  # in the cells of a CSV file
 
 
 class RowFormat:
@@ -22,35 +23,43 @@ class RowFormat:
 
     Args:
         by_id: whether a row holds its record's id in place of its number.
-        answers: whether rows hold an answer for ``--coverage``.
-        leaves: labels of the leaves whose probabilities are written.
+        multi_label: whether a text has any number of labels, and not one path.
+        answers: whether rows hold an answer for ``--coverage`` or ``--recall``.
+        classes: labels of the leaves or nodes whose probabilities are written.
     """
 
-    def __init__(self, by_id: bool, answers: bool, leaves: list[str]):
-        self.leaves = leaves
-        text, texts, number = pyarrow.string(), pyarrow.list_(pyarrow.string()), pyarrow.float64()
+    def __init__(self, by_id: bool, multi_label: bool, answers: bool, classes: list[str]):
+        self.classes = classes
+        text, number = pyarrow.string(), pyarrow.float64()
+        texts, numbers = pyarrow.list_(text), pyarrow.list_(number)
         # a Parquet column has one type, so ids are strings
         self.types = {"id": text} if by_id else {"row": pyarrow.int64()}
-        self.types |= {"label": text, "score": number, "path": texts, "truncated": pyarrow.bool_()}
+        self.types |= (
+            {"labels": texts, "scores": numbers} if multi_label else {"label": text, "score": number, "path": texts}
+        )
+        self.types["truncated"] = pyarrow.bool_()
         if answers:
             self.types["answer"] = texts
-        if leaves:
-            self.types["probabilities"] = pyarrow.struct([(leaf, number) for leaf in leaves])
+        if classes:
+            self.types["probabilities"] = pyarrow.struct([(label, number) for label in classes])
 
     def row(self, number: int, record: Record, prediction: dict[str, Any]) -> dict[str, Any]:
         """Build the row of a record from the pipeline's prediction."""
         row = {
             "id": record.id,
             "row": number,
-            "label": prediction["label"],
-            "score": round(prediction["score"], DIGITS),
-            "path": [node["label"] for node in prediction["path"]],
             "truncated": prediction["truncated"],
             "answer": [node["label"] for node in prediction.get("answer", [])],
         }
-        if self.leaves:
+        if "labels" in self.types:
+            row["labels"] = [node["label"] for node in prediction["labels"]]
+            row["scores"] = [round(node["score"], DIGITS) for node in prediction["labels"]]
+        else:
+            row["label"], row["score"] = prediction["label"], round(prediction["score"], DIGITS)
+            row["path"] = [node["label"] for node in prediction["path"]]
+        if self.classes:
             nodes = {label: probability for level in prediction["levels"] for label, probability in level.items()}
-            row["probabilities"] = {label: round(nodes[label], DIGITS) for label in self.leaves}
+            row["probabilities"] = {label: round(nodes[label], DIGITS) for label in self.classes}
         return {name: row[name] for name in self.types}
 
     @contextmanager
@@ -68,14 +77,14 @@ class RowFormat:
             lines = SimpleNamespace(write=lambda line: stream.write(line.removesuffix("\r\n") + "\n"))
             writer = csv.writer(lines, lineterminator="\r\n")
             names = [name for name in self.types if name != "probabilities"]
-            writer.writerow([*names, *(f"probability of {leaf}" for leaf in self.leaves)])
+            writer.writerow([*names, *(f"probability of {label}" for label in self.classes)])
             yield lambda lines: writer.writerows(self.cells(json.loads(line)) for line in lines)
 
     def cells(self, row: dict[str, Any]) -> list[Any]:
-        """Return the CSV cells: paths and answers as text, each probability in its own column."""
+        """Return the CSV cells: lists as text, each probability in its own column."""
         probabilities = row.pop("probabilities", {})
-        joined = {"path": " > ".join(row["path"]), "answer": " | ".join(row.get("answer", []))}
-        return [*((row | joined)[name] for name in row), *probabilities.values()]
+        joined = {name: SEPARATORS[name].join(map(str, row[name])) for name in SEPARATORS if name in row}
+        return [*(row | joined).values(), *probabilities.values()]
 
     def table(self, lines: list[str]) -> pyarrow.Table:
         rows = [json.loads(line) for line in lines]
