@@ -140,7 +140,7 @@ def collect_facts(
     moved = report.get("trained_before", {}).get("rows", {})
     classes = sorted(metrics.get("per_class", []), key=lambda row: -row["support"])
     leaf_rows = sum(row["support"] for row in classes)
-    conflicting = {split: counts["conflicting_texts"] for split, counts in splits.items()}
+    conflicting = {split: counts.get("conflicting_texts", 0) for split, counts in splits.items()}
     shown = {name: value for name, value in settings.items() if value is not None and name not in NOT_SHOWN}
     return {
         **{"config": config, "settings": settings, "report": report, "metrics": metrics, "scores": scores},
