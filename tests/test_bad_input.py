@@ -493,7 +493,7 @@ WITH_TEXTS = [
      "the label (a value of 68 characters) is not in the taxonomy; it has 'x', 'y', …"),
     (("--train_file", "data.csv", "--text_column", "label", "--label_column", "text", "--class_names", '{"a": "b"}'),
      "the label (a value of 68 characters) is neither a code of"),
-    (("--train_file", "same.csv"), "every row has the label (a value of 68 characters)"),
+    (("--train_file", "same.csv"), "the only label is (a value of 68 characters)"),
     (("--train_file", "same.csv", "--label_column", "label", "text", "--text_column", "text"), "cannot be both"),
     (("--train_file", "data.csv", "--class_names", "codes.csv"), "the code 'a' has two names"),
     (("--train_file", "data.csv", "--taxonomy", "data.json"), "the children of 'text' must be a list or a mapping, not (a value"),
