@@ -18,7 +18,7 @@ import pandas as pd
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import CORPUS, ROOT, read_csv, run, stranger
+from conftest import CORPUS, ROOT, complete, read_csv, run, stranger
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
@@ -45,13 +45,6 @@ def texts() -> list[str]:
     return [row["text"] for row in read_csv(CORPUS / "test.csv")][:20]
 
 
-def predict(*words: object, check: bool = True, stdin: str | None = None) -> subprocess.CompletedProcess:
-    line = [sys.executable, str(ROOT / "predict.py"), *map(str, words)]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, input=stdin)
-    assert not check or done.returncode == 0, done.stderr[-4000:]
-    return done
-
-
 def inside(*words: object) -> int:
     """Run predict.py in this process, which saves the seconds of its start."""
     return main([str(word) for word in words])
@@ -69,7 +62,8 @@ def test_answers_are_those_of_the_stock_pipeline_and_bad_rows_stand_apart(checkp
     with (tmp_path / "in.csv").open("ab") as file:
         file.write(b'latin,"caf\xe9 au lait"\nopen,"never closed\n')
     words = ("--model", checkpoint, "--input", tmp_path / "in.csv", "--id_column", "id", "--dtype", "fp32")
-    done = predict(*words, "--output", tmp_path / "out.jsonl", "--probabilities", "--coverage", 0.9, check=False)
+    words += ("--output", tmp_path / "out.jsonl", "--probabilities", "--coverage", 0.9)
+    done = run(*words, command="predict.py", check=False, fresh=True)
     assert done.returncode == 1
     assert f"done: {tmp_path / 'out.jsonl'}; 5 rows could not be read" in done.stderr
     assert "never closed" not in done.stderr
@@ -108,7 +102,7 @@ def test_every_kind_of_input_and_output_says_the_same(checkpoint, texts, tmp_pat
         form = ("--input_format", "jsonl") if name == "-" else ()
         words = ("--model", checkpoint, "--input", name if name == "-" else tmp_path / name, "--output", output, *form)
         if name == "-":
-            predict(*words, stdin=lines)
+            run(*words, command="predict.py", given=lines)
         else:
             assert inside(*words) == 0
         outputs[name] = output.read_text()
@@ -214,8 +208,8 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_bytes(checkpoint, l
         ("os.rename", "/out.jsonl", signal.SIGKILL, False),
         ("shutil.rmtree", ".parts", signal.SIGKILL, True),
     ):
-        code, stderr = ended(start(*words, strike=(*moment, kill)))
-        assert code == (130 if kill == signal.SIGINT else -kill), stderr
+        done = complete("-c", STRIKE, ROOT / "predict.py", *moment, int(kill), *words)
+        assert done.returncode == (130 if kill == signal.SIGINT else -kill), done.stderr
         assert output.exists() == whole
         if not whole:
             with pytest.raises(InputError, match="begun with another probabilities"):
@@ -400,7 +394,7 @@ for kind in ("jsonl", "csv"):
     assert predict.main(words) == 0
 print(json.dumps([after_import, loaded()]))
 """
-    assert stranger(code, tmp_path) == [[], []]
+    assert stranger(code, tmp_path, fresh=True) == [[], []]
 
 
 def test_json_lines_have_the_columns_of_their_first_objects_together(tmp_path):
@@ -555,7 +549,7 @@ def test_int8_answers_nearly_as_float32_does(checkpoint, texts, tmp_path):
     words = ("--model", checkpoint, "--input", tmp_path / "in.csv", "--probabilities", "--output")
     inside(*words, tmp_path / "a.jsonl", "--dtype", "fp32")
     int8 = (*words, tmp_path / "b.jsonl", "--dtype", "int8")
-    run(*int8, command="predict.py", settings={"PYTHONPATH": str(optional)})
+    run(*int8, command="predict.py", settings={"PYTHONPATH": str(optional)}, fresh=True)
     pairs = list(zip(*(read_json_lines(tmp_path / name) for name in ("a.jsonl", "b.jsonl")), strict=True))
     assert any(a != b for a, b in pairs)
     for a, b in pairs:
@@ -606,7 +600,8 @@ def test_what_cannot_be_done_is_one_line(checkpoint, words, message, tmp_path, m
 
 
 def test_the_command_says_it_in_one_line(tmp_path):
-    done = predict("--model", "nothing", "--input", "none.csv", "--output", tmp_path / "out.jsonl", check=False)
+    words = ("--model", "nothing", "--input", "none.csv", "--output", tmp_path / "out.jsonl")
+    done = run(*words, command="predict.py", check=False, fresh=True)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1] == "predict.py: error: --input none.csv: there is no such file"
     assert "Traceback" not in done.stderr
