@@ -9,7 +9,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,10 +30,18 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 CORPUS = ROOT / "examples" / "corpus"
 
 
-@cache
+SERVERS: dict[tuple[str, ...], Server] = {}  # of this session, by what they have imported
+
+
 def server(modules: tuple[str, ...]) -> Server:
-    """This session's server that has imported these modules."""
-    return Server(modules)
+    if modules not in SERVERS:
+        SERVERS[modules] = Server(modules)
+    return SERVERS[modules]
+
+
+def pytest_unconfigure() -> None:
+    for one in SERVERS.values():
+        one.close()
 
 
 def start(*words: object, output, cwd=ROOT, settings: dict[str, str] | None = None, modules=COMMANDS) -> Process:

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import types
 from collections.abc import Callable
@@ -128,6 +129,7 @@ def keep(status: int, request: dict, streams: list[int]) -> NoReturn:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    tempfile.tempdir = None  # which was that of the server's environment
     first, *sys.argv = request["words"] if request["words"][0] == "-c" else ["", *request["words"]]
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     if first == "-c":
@@ -164,3 +166,4 @@ def end(script: Callable[[], None]) -> NoReturn:
 
 if __name__ == "__main__":
     serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])
+    os._exit(0)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import date, datetime
 from decimal import Decimal
@@ -124,6 +125,7 @@ def test_every_kind_of_input_and_output_says_the_same(checkpoint, texts, tmp_pat
         assert {**record, "path": list(record["path"])} == row
 
 
+# runs a command that sends itself a signal at a moment: before an audit event of Python, by how a path in it ends
 STRIKE = """
 import os, runpy, sys
 _, command, name, ending, signal, *words = sys.argv
@@ -136,24 +138,6 @@ sys.addaudithook(strike)
 sys.argv = [command, *words]
 runpy.run_path(command, run_name="__main__")
 """
-
-
-def start(*words: object, strike: tuple | None = None) -> subprocess.Popen:
-    """Start predict.py in its own process, which sends itself a signal at a chosen moment.
-
-    Args:
-        strike: an audit event of Python that comes before the moment, how a path among its arguments ends, and the signal.
-    """
-    first = [] if strike is None else ["-c", STRIKE]
-    moment = [] if strike is None else [*strike[:2], str(int(strike[2]))]
-    line = [sys.executable, *first, str(ROOT / "predict.py"), *moment, *map(str, words)]
-    return subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-
-
-def ended(process: subprocess.Popen) -> tuple[int, str]:
-    """Wait for a process; return its exit code and its standard error."""
-    _, stderr = process.communicate(timeout=300)
-    return process.returncode, stderr
 
 
 @contextmanager
@@ -264,7 +248,9 @@ def test_two_models_on_one_output_are_never_mixed(checkpoint, other_checkpoint, 
         ("--model", model, "--input", long_input, "--output", output) for model in (checkpoint, other_checkpoint)
     )
     # the first stands still with one part written and the next one under way
-    process = start(*first, strike=("os.rename", "/000000001.jsonl", signal.SIGSTOP))
+    moment = ("os.rename", "/000000001.jsonl", str(int(signal.SIGSTOP)))
+    line = [sys.executable, "-c", STRIKE, str(ROOT / "predict.py"), *moment, *map(str, first)]
+    process = subprocess.Popen(line, stderr=subprocess.PIPE)
     try:
         assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
         before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -285,8 +271,9 @@ def test_two_models_on_one_output_are_never_mixed(checkpoint, other_checkpoint, 
     assert inside(*second, "--overwrite") == 1
     assert_same_files(output, unbroken[1])
     # at once: the second to come is refused, or, if the first is done by then, begins anew
-    processes = [start(*words, "--overwrite") for words in (first, second)]
-    codes, stderr = zip(*map(ended, processes), strict=True)
+    with ThreadPoolExecutor(2) as pool:
+        ended = pool.map(lambda words: run(*words, "--overwrite", command="predict.py", check=False), (first, second))
+        codes, stderr = zip(*((done.returncode, done.stderr) for done in ended), strict=True)
     assert set(codes) <= {1, 2}, stderr
     assert output.read_bytes() in [unbroken[i].read_bytes() for i in (0, 1) if codes[i] == 1]
     for i in (0, 1):
@@ -601,7 +588,7 @@ def test_what_cannot_be_done_is_one_line(checkpoint, words, message, tmp_path, m
 
 def test_the_command_says_it_in_one_line(tmp_path):
     words = ("--model", "nothing", "--input", "none.csv", "--output", tmp_path / "out.jsonl")
-    done = run(*words, command="predict.py", check=False, fresh=True)
+    done = run(*words, command="predict.py", check=False)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1] == "predict.py: error: --input none.csv: there is no such file"
     assert "Traceback" not in done.stderr
