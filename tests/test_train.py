@@ -28,6 +28,7 @@ def finished(tiny_encoder, tmp_path_factory):
         "--output_dir", output,
         "--num_train_epochs", "2",
         *flags,
+        fresh=True,
     )  # fmt: skip
     return output, files, done.stderr
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import date, datetime
 from decimal import Decimal
@@ -18,7 +19,7 @@ import pandas as pd
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import CORPUS, ROOT, read_csv, run, stranger
+from conftest import CORPUS, ROOT, complete, read_csv, run, stranger
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
@@ -45,13 +46,6 @@ def texts() -> list[str]:
     return [row["text"] for row in read_csv(CORPUS / "test.csv")][:20]
 
 
-def predict(*words: object, check: bool = True, stdin: str | None = None) -> subprocess.CompletedProcess:
-    line = [sys.executable, str(ROOT / "predict.py"), *map(str, words)]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, input=stdin)
-    assert not check or done.returncode == 0, done.stderr[-4000:]
-    return done
-
-
 def inside(*words: object) -> int:
     """Run predict.py in this process, which saves the seconds of its start."""
     return main([str(word) for word in words])
@@ -69,7 +63,8 @@ def test_answers_are_those_of_the_stock_pipeline_and_bad_rows_stand_apart(checkp
     with (tmp_path / "in.csv").open("ab") as file:
         file.write(b'latin,"caf\xe9 au lait"\nopen,"never closed\n')
     words = ("--model", checkpoint, "--input", tmp_path / "in.csv", "--id_column", "id", "--dtype", "fp32")
-    done = predict(*words, "--output", tmp_path / "out.jsonl", "--probabilities", "--coverage", 0.9, check=False)
+    words += ("--output", tmp_path / "out.jsonl", "--probabilities", "--coverage", 0.9)
+    done = run(*words, command="predict.py", check=False, fresh=True)
     assert done.returncode == 1
     assert f"done: {tmp_path / 'out.jsonl'}; 5 rows could not be read" in done.stderr
     assert "never closed" not in done.stderr
@@ -108,7 +103,7 @@ def test_every_kind_of_input_and_output_says_the_same(checkpoint, texts, tmp_pat
         form = ("--input_format", "jsonl") if name == "-" else ()
         words = ("--model", checkpoint, "--input", name if name == "-" else tmp_path / name, "--output", output, *form)
         if name == "-":
-            predict(*words, stdin=lines)
+            run(*words, command="predict.py", given=lines)
         else:
             assert inside(*words) == 0
         outputs[name] = output.read_text()
@@ -130,6 +125,7 @@ def test_every_kind_of_input_and_output_says_the_same(checkpoint, texts, tmp_pat
         assert {**record, "path": list(record["path"])} == row
 
 
+# runs a command that sends itself a signal at a moment: before an audit event of Python, by how a path in it ends
 STRIKE = """
 import os, runpy, sys
 _, command, name, ending, signal, *words = sys.argv
@@ -142,24 +138,6 @@ sys.addaudithook(strike)
 sys.argv = [command, *words]
 runpy.run_path(command, run_name="__main__")
 """
-
-
-def start(*words: object, strike: tuple | None = None) -> subprocess.Popen:
-    """Start predict.py in its own process, which sends itself a signal at a chosen moment.
-
-    Args:
-        strike: an audit event of Python that comes before the moment, how a path among its arguments ends, and the signal.
-    """
-    first = [] if strike is None else ["-c", STRIKE]
-    moment = [] if strike is None else [*strike[:2], str(int(strike[2]))]
-    line = [sys.executable, *first, str(ROOT / "predict.py"), *moment, *map(str, words)]
-    return subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-
-
-def ended(process: subprocess.Popen) -> tuple[int, str]:
-    """Wait for a process; return its exit code and its standard error."""
-    _, stderr = process.communicate(timeout=300)
-    return process.returncode, stderr
 
 
 @contextmanager
@@ -214,8 +192,8 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_bytes(checkpoint, l
         ("os.rename", "/out.jsonl", signal.SIGKILL, False),
         ("shutil.rmtree", ".parts", signal.SIGKILL, True),
     ):
-        code, stderr = ended(start(*words, strike=(*moment, kill)))
-        assert code == (130 if kill == signal.SIGINT else -kill), stderr
+        done = complete("-c", STRIKE, ROOT / "predict.py", *moment, int(kill), *words)
+        assert done.returncode == (130 if kill == signal.SIGINT else -kill), done.stderr
         assert output.exists() == whole
         if not whole:
             with pytest.raises(InputError, match="begun with another probabilities"):
@@ -270,7 +248,9 @@ def test_two_models_on_one_output_are_never_mixed(checkpoint, other_checkpoint, 
         ("--model", model, "--input", long_input, "--output", output) for model in (checkpoint, other_checkpoint)
     )
     # the first stands still with one part written and the next one under way
-    process = start(*first, strike=("os.rename", "/000000001.jsonl", signal.SIGSTOP))
+    moment = ("os.rename", "/000000001.jsonl", str(int(signal.SIGSTOP)))
+    line = [sys.executable, "-c", STRIKE, str(ROOT / "predict.py"), *moment, *map(str, first)]
+    process = subprocess.Popen(line, stderr=subprocess.PIPE)
     try:
         assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
         before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -291,8 +271,9 @@ def test_two_models_on_one_output_are_never_mixed(checkpoint, other_checkpoint, 
     assert inside(*second, "--overwrite") == 1
     assert_same_files(output, unbroken[1])
     # at once: the second to come is refused, or, if the first is done by then, begins anew
-    processes = [start(*words, "--overwrite") for words in (first, second)]
-    codes, stderr = zip(*map(ended, processes), strict=True)
+    with ThreadPoolExecutor(2) as pool:
+        ended = pool.map(lambda words: run(*words, "--overwrite", command="predict.py", check=False), (first, second))
+        codes, stderr = zip(*((done.returncode, done.stderr) for done in ended), strict=True)
     assert set(codes) <= {1, 2}, stderr
     assert output.read_bytes() in [unbroken[i].read_bytes() for i in (0, 1) if codes[i] == 1]
     for i in (0, 1):
@@ -400,7 +381,7 @@ for kind in ("jsonl", "csv"):
     assert predict.main(words) == 0
 print(json.dumps([after_import, loaded()]))
 """
-    assert stranger(code, tmp_path) == [[], []]
+    assert stranger(code, tmp_path, fresh=True) == [[], []]
 
 
 def test_json_lines_have_the_columns_of_their_first_objects_together(tmp_path):
@@ -555,7 +536,7 @@ def test_int8_answers_nearly_as_float32_does(checkpoint, texts, tmp_path):
     words = ("--model", checkpoint, "--input", tmp_path / "in.csv", "--probabilities", "--output")
     inside(*words, tmp_path / "a.jsonl", "--dtype", "fp32")
     int8 = (*words, tmp_path / "b.jsonl", "--dtype", "int8")
-    run(*int8, command="predict.py", settings={"PYTHONPATH": str(optional)})
+    run(*int8, command="predict.py", settings={"PYTHONPATH": str(optional)}, fresh=True)
     pairs = list(zip(*(read_json_lines(tmp_path / name) for name in ("a.jsonl", "b.jsonl")), strict=True))
     assert any(a != b for a, b in pairs)
     for a, b in pairs:
@@ -604,7 +585,8 @@ def test_what_cannot_be_done_is_one_line(checkpoint, words, message, tmp_path, m
 
 
 def test_the_command_says_it_in_one_line(tmp_path):
-    done = predict("--model", "nothing", "--input", "none.csv", "--output", tmp_path / "out.jsonl", check=False)
+    words = ("--model", "nothing", "--input", "none.csv", "--output", tmp_path / "out.jsonl")
+    done = run(*words, command="predict.py", check=False)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1] == "predict.py: error: --input none.csv: there is no such file"
     assert "Traceback" not in done.stderr

@@ -90,7 +90,7 @@ def published(hub, checkpoint, tmp_path_factory) -> dict[str, str]:
     home = tmp_path_factory.mktemp("home")
     for name, flags in (("adapter", []), ("merged", ["--merge"])):
         words = ["--model", checkpoint, "--repo_id", f"alice/{name}", *flags]
-        done = run(*words, command="push_to_hub.py", settings=settings(hub, home, "hf_alice"))
+        done = run(*words, command="push_to_hub.py", settings=settings(hub, home, "hf_alice"), fresh=True)
         sha = hub.commits(f"alice/{name}")[-1].sha
         assert done.stdout == f"alice/{name}: {hub.endpoint}/alice/{name}/commit/{sha}\n"
     return {"adapter": "alice/adapter", "merged": "alice/merged"}
@@ -720,7 +720,7 @@ for repo in {list(published.values())!r}:
 known = [name in sys.modules for name in ("peft", "bitsandbytes")]
 print(json.dumps([torch.equal(before, torch.get_rng_state()), *known]))
 """
-    assert stranger(code, tmp_path, settings(hub, tmp_path / "home")) == [True, False, False]
+    assert stranger(code, tmp_path, settings(hub, tmp_path / "home"), fresh=True) == [True, False, False]
 
 
 # the card

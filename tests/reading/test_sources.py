@@ -143,5 +143,5 @@ print(json.dumps([find_column(dict.fromkeys(texts, 1.0), None, TEXT_COLUMNS), te
     code = "import json, sys\nimport reading.sources, reading.columns, reading.parquet\n"
     code += f"print(json.dumps([n for n, m in sys.modules.items() if str(getattr(m, '__file__', '')).startswith({str(ROOT)!r})"
     code += " and '.venv' not in m.__file__]))"
-    found = stranger(code, ROOT)
+    found = stranger(code, ROOT, fresh=True)
     assert sorted(found) == ["reading", "reading.columns", "reading.parquet", "reading.rows", "reading.sources"]

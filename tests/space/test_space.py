@@ -355,7 +355,7 @@ for file in sorted(Path({str(tmp_path)!r}).glob("*.*")):
         said[file.name] = str(error)
 print(json.dumps([said, most(resource.RUSAGE_SELF) - rest + most(resource.RUSAGE_CHILDREN)]))
 """
-    said, memory = stranger(code, tmp_path)
+    said, memory = stranger(code, tmp_path, fresh=True)
     assert memory < 10**9, said
     packed = [said[name] for name in said if name.endswith("parquet") and name != "lists.parquet"]
     assert all("more than 41,943,040 bytes" in one or "more memory than there is" in one for one in packed), packed

@@ -7,13 +7,11 @@ import json
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, read_csv, write_csv
+from conftest import ROOT, read_csv, start, write_csv
 
 import push_to_hub
 import train
@@ -148,7 +146,7 @@ def test_a_killed_run_has_told_what_it_was_trained_on(place, words, first, secon
     output = tmp_path / "killed"
     line = [*words, "--model_name_or_path", tiny_encoder, "--data_path", place / "700.csv", "--output_dir", output]
     log = (tmp_path / "log").open("w")
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, line)], stdout=log, stderr=log)
+    process = start(ROOT / "train.py", *line, output=log)
     while process.poll() is None and not (output / "checkpoint-2" / "trainer_state.json").is_file():
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)

@@ -1,0 +1,169 @@
+"""Python processes that begin with their imports done: a server imports the libraries once and forks each of them.
+
+Importing torch and transformers takes longer than most tests. A forked process is as any other, with its own arguments,
+folder, environment, streams, signals and exit code, but for two things: `sys.modules` holds more from the beginning, and
+variables that libraries read as they are imported are those of the server. What tests these takes `subprocess`.
+"""
+
+import atexit
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARIES = (  # which read no variable that a test sets; transformers, datasets and huggingface_hub do
+    "matplotlib.figure",
+    "pandas",
+    "pyarrow.dataset",
+    "pyarrow.parquet",
+    "scipy.optimize",
+    "scipy.stats",
+    "sklearn.linear_model",
+    "sklearn.metrics",
+    "torch._dynamo",
+    "torch.distributed.tensor",
+)
+COMMANDS = (*LIBRARIES, "train", "predict", "push_to_hub")
+
+
+class Server:
+    """A process that has imported modules, some of which may be of this repository."""
+
+    def __init__(self, modules: tuple[str, ...]) -> None:
+        self.connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        line = [sys.executable, __file__, str(theirs.fileno()), *modules]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        self._process = subprocess.Popen(line, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
+        theirs.close()
+
+    def close(self) -> None:
+        self.connection.close()
+        self._process.wait()
+
+
+class Process:
+    """A forked process, with the methods of `subprocess.Popen` that tests need.
+
+    Args:
+        words: what follows python on a command line: a script or -c and code, and their arguments.
+        streams: files for standard input, output and error.
+    """
+
+    def __init__(
+        self, server: Server, words: list[str], cwd: object, environment: dict[str, str], streams: list
+    ) -> None:
+        self._status, theirs = os.pipe()
+        request = {"words": words, "cwd": str(cwd), "environment": environment}
+        handles = [*(stream.fileno() for stream in streams), theirs]
+        socket.send_fds(server.connection, [json.dumps(request).encode()], handles)
+        os.close(theirs)
+        self.pid = int(os.read(self._status, 16))
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        return self.wait(timeout=0)
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Wait until it has ended, or for so many seconds; return its exit code, or None."""
+        if self.returncode is None and select.select([self._status], [], [], timeout)[0]:
+            self.returncode = int(os.read(self._status, 16))
+            os.close(self._status)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+
+def serve(connection: socket.socket, modules: list[str]) -> None:
+    """Import modules, then fork a process for each request, until the other side is closed or Ctrl+C is pressed."""
+    del sys.path[0]  # the folder of this file
+    if "train" in modules:
+        sys.path.insert(0, str(ROOT))
+    for name in modules:
+        importlib.import_module(name)
+    if "train" in modules:
+        del sys.path[0]
+    gc.freeze()  # so that forked processes share this memory
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the keepers
+    while True:
+        try:
+            content, handles, _, _ = socket.recv_fds(connection, 2**20, 4)
+        except KeyboardInterrupt:
+            return
+        if not content:
+            return
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            connection.close()
+            keep(handles.pop(), json.loads(content), handles)
+        for handle in handles:
+            os.close(handle)
+
+
+def keep(status: int, request: dict, streams: list[int]) -> NoReturn:
+    """Fork the process of a request, and tell its number and its exit code."""
+    pid = os.fork()
+    if pid:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for handle in (0, 1, 2, *streams):
+            os.close(handle)
+        os.write(status, b"%16d" % pid)
+        os.write(status, b"%16d" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        os._exit(0)
+    os.close(status)
+    for target, handle in enumerate(streams):
+        os.dup2(handle, target)
+        os.close(handle)
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    tempfile.tempdir = None  # which was that of the server's environment
+    first, *sys.argv = request["words"] if request["words"][0] == "-c" else ["", *request["words"]]
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    if first == "-c":
+        code, name, sys.argv[0] = sys.argv[0], "<string>", "-c"
+        sys.path.insert(0, "")
+    else:
+        name = main.__file__ = sys.argv[0]
+        code = Path(name).read_text(encoding="utf-8")
+        sys.path.insert(0, str(Path(name).parent))
+    end(lambda: exec(compile(code, name, "exec"), main.__dict__))
+
+
+def end(script: Callable[[], None]) -> NoReturn:
+    """Run a script and end as the interpreter does, but without taking every module apart, which takes seconds."""
+    code = 0
+    try:
+        script()
+    except SystemExit as error:
+        code = error.code
+        if not isinstance(code, int | None):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.modules["__main__"].__dict__.clear()
+    gc.collect()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
+
+
+if __name__ == "__main__":
+    serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])
+    os._exit(0)
