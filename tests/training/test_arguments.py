@@ -12,9 +12,10 @@ from transformers import Trainer
 from configuration_hierarchical import DEFAULT_ENCODER_REVISION
 from errors import InputError
 from evaluation.metrics import build_compute_metrics
+from evaluation.multi_label import build_multi_label_metrics
 from evaluation.report import AS_SERVED
 from taxonomy_hierarchical import Taxonomy
-from training.arguments import check_best_metric, parse
+from training.arguments import check_against_data, check_best_metric, parse
 
 
 def recipe(folder: Path, **flags) -> str:
@@ -180,6 +181,30 @@ def test_a_metric_that_the_validation_rows_cannot_give_selects_no_checkpoint():
             message = f"{name} is not measured on these validation rows; it is one of loss, "
             with pytest.raises(InputError, match=message):
                 check_best_metric(*given)
+
+
+def test_with_several_labels_the_metric_must_be_measured_on_the_validation_rows():
+    taxonomy = Taxonomy(["a", {"b": ["c", {"d": ["e", "f"]}]}])
+    for name, labels, measured in (
+        ("macro_f1", [["a"], []], True),
+        ("eval_micro_f1", [["b"], ["c", "a"]], True),
+        ("mean_average_precision", [[], []], False),
+        ("level_3_micro_f1", [["a"], ["d"]], False),
+        ("level_3_micro_f1", [["a"], ["e", "c"]], True),
+        ("accuracy", [["a"], ["e"]], False),
+        ("ece_by_chance", [["a"], ["e"]], False),
+    ):
+        ids = [sorted(map(taxonomy.id, row)) for row in labels]
+        arguments = parse(["--metric_for_best_model", name])
+        splits = {"train": {}, "validation": {"label": ids}}
+        given = (arguments, taxonomy, splits, build_multi_label_metrics(taxonomy))
+        if measured:
+            check_against_data(*given)
+        else:
+            with pytest.raises(
+                InputError, match=f"{name} is not measured on these validation rows; it is one of loss, "
+            ):
+                check_against_data(*given)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)

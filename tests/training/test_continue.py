@@ -10,8 +10,11 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT, read_csv, start, write_csv
+from safetensors.torch import load_file
 
 import push_to_hub
 import train
@@ -274,3 +277,62 @@ def test_a_file_that_was_cut_short_is_an_error(place, words, first, tmp_path):
     line = [*words, "--model_name_or_path", output, "--data_path", place / "800.csv", "--output_dir", tmp_path / "next"]
     with pytest.raises(InputError, match=f"{KEPT}, which tells what .* was trained on, cannot be read"):
         run(*line)
+
+
+# ── Several labels a text ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def write_sets(file: Path, sets: dict[str, list[str]]) -> Path:
+    rows = [{"text": text, "label": labels} for text, labels in sets.items()]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def several(place, words, tiny_encoder) -> Path:
+    """A run of several labels a text, of the classes a, b and g > c."""
+    sets = {f"Case {i}": [["a", "b"], ["a"], ["g > c", "b"], []][i % 4] for i in range(80)}
+    output, file = place / "several", write_sets(place / "sets.jsonl", sets)
+    flags = ["--label_separator", " > ", "--learning_rate", 1e-9, "--validation_size", 0]
+    run(*words, *flags, "--model_name_or_path", tiny_encoder, "--train_file", file, "--output_dir", output)
+    return output
+
+
+def test_a_checkpoint_of_another_problem_type_is_refused(place, words, first, several, tmp_path):
+    sets = write_sets(tmp_path / "sets.jsonl", {"x": ["a"], "y": ["b"], "z": []})
+    for source, data, kind in ((first, sets, "one label a text"), (several, place / "700.csv", "any number of labels")):
+        for asked in ([], ["--do_train", "false"]):
+            flags = ["--model_name_or_path", source, "--output_dir", tmp_path / "out", *asked]
+            flags += ["--test_file" if asked else "--train_file", data]
+            with pytest.raises(InputError, match=f"is for {kind}.*, the data are for") as refused:
+                run(*words, *flags)
+            assert "\n" not in str(refused.value)
+
+
+def test_a_run_is_not_resumed_as_one_of_another_problem_type(words, tiny_encoder, tmp_path):
+    rows = [{"text": f"Case {i}", "label": "ab"[i % 2]} for i in range(40)]
+    line = [*words, "--train_file", write_csv(tmp_path / "rows.csv", rows), "--validation_size", 0]
+    line += ["--model_name_or_path", tiny_encoder, "--output_dir", tmp_path / "out"]
+    run(*line)
+    with pytest.raises(InputError, match="it was trained with another --problem_type, single_label_classification"):
+        run(*line, "--resume_from_checkpoint", "auto", "--problem_type", "multi_label_classification")
+
+
+def test_heads_of_known_nodes_are_kept_and_new_ones_start_at_the_log_odds(words, several, tmp_path):
+    sets = {f"New case {i}": [["a"], ["g > c"], ["g > d", "a"], ["e"], []][i % 5] for i in range(50)}
+    tree = tmp_path / "tree.json"
+    tree.write_text(json.dumps(["e", "a", {"g": ["d", "c"]}]), encoding="utf-8")
+    flags = ["--label_separator", " > ", "--learning_rate", 1e-9, "--validation_size", 0, "--taxonomy", tree]
+    file, output = write_sets(tmp_path / "sets.jsonl", sets), tmp_path / "out"
+    run(*words, *flags, "--model_name_or_path", several, "--train_file", file, "--output_dir", output)
+    config = json.loads((output / "config.json").read_text())
+    assert config["problem_type"] == "multi_label_classification"
+    assert config["id2label"] == {"0": "e", "1": "a", "2": "d", "3": "c", "4": "g"}
+    before, after = (load_file(folder / "heads.safetensors") for folder in (several, output))
+    old = json.loads((several / "config.json").read_text())["label2id"]
+    for i, label in config["id2label"].items():
+        if label in old:
+            for name in ("weight", "bias"):
+                torch.testing.assert_close(after[name][int(i)], before[name][old[label]], atol=1e-6, rtol=0)
+    positive, given = np.array([10, 10]), np.array([50, 20])  # e among all texts, d among those with g
+    np.testing.assert_allclose(after["bias"][[0, 2]], np.log((positive + 0.5) / (given - positive + 0.5)), atol=1e-5)

@@ -1,6 +1,5 @@
 """Two processes, by accelerate and gloo, against one with the same effective batch."""
 
-import csv
 import json
 import os
 import socket
@@ -35,22 +34,28 @@ def train(words: list, output: Path, processes: int, batch: int) -> dict:
     done = subprocess.run([str(word) for word in line], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
     state = json.loads((output / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
-    with (output / "test_predictions.csv").open(encoding="utf-8") as file:
-        predictions = list(csv.DictReader(file))
+    file = output / "test_predictions.csv"
+    predictions = read_csv(file) if file.exists() else []
     metrics = json.loads((output / "metrics.json").read_text())
     return {"log": state["log_history"], "metrics": metrics, "predictions": predictions, "said": done.stderr}
+
+
+def save_model(encoder: str, folder: Path, problem_type: str | None = None) -> Path:
+    """Save a checkpoint to continue, without dropout, whose masks depend on the number of processes."""
+    tree = Taxonomy.from_file(ROOT / "examples" / "taxonomy.yaml")
+    model = build_model(ModelArguments(encoder), tree, seed=0, problem_type=problem_type)
+    model.config.head_dropout = 0.0
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def runs(tiny_encoder, tmp_path_factory) -> tuple[dict, dict]:
     """The same run in one process and in two, over two epochs; 37 rows to score cannot be shared evenly."""
     folder = tmp_path_factory.mktemp("distributed")
-    # a checkpoint to continue, without dropout, whose masks depend on the number of processes
-    model = build_model(ModelArguments(tiny_encoder), Taxonomy.from_file(ROOT / "examples" / "taxonomy.yaml"), seed=0)
-    model.config.head_dropout = 0.0
-    model.save_pretrained(folder / "model")
-    AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(folder / "model")
-    words: list = [ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", folder / "model"]
+    model = save_model(tiny_encoder, folder / "model")
+    words: list = [ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", model]
     for split, count in (("train", 160), ("validation", 37), ("test", 37)):
         words += [f"--{split}_file", write_csv(folder / f"{split}.csv", read_csv(CORPUS / f"{split}.csv")[:count])]
     words += [
@@ -75,6 +80,26 @@ def test_the_loss_curve_is_that_of_one_process_with_the_same_effective_batch(run
         assert two[step]["loss"] == pytest.approx(one[step]["loss"], abs=1e-4)
         assert two[step]["grad_norm"] == pytest.approx(one[step]["grad_norm"], abs=1e-3)
         assert two[step]["learning_rate"] == one[step]["learning_rate"]
+
+
+def test_with_several_labels_two_processes_train_and_evaluate_as_one(tiny_encoder, tmp_path):
+    model, corpus = save_model(tiny_encoder, tmp_path / "model", "multi_label_classification"), ROOT / "examples"
+    words: list = [ROOT / "recipes" / "multi_label.yaml", "--model_name_or_path", model, "--max_length", 64]
+    for split, count in (("train", 160), ("validation", 37), ("test", 37)):
+        file = tmp_path / f"{split}.jsonl"
+        lines = (corpus / "multi_label" / file.name).read_text(encoding="utf-8").splitlines(keepends=True)
+        file.write_text("".join(lines[:count]), encoding="utf-8")
+        words += [f"--{split}_file", file]
+    words += ["--max_steps", STEPS, "--logging_steps", 1, "--consistency", 1, "--per_device_eval_batch_size", 8]
+    for name in ("save", "eval"):
+        words += [f"--{name}_strategy", "steps", f"--{name}_steps", 10]
+    one, two = train(words, tmp_path / "one", 1, 16), train(words, tmp_path / "two", 2, 8)
+    assert len(one["log"]) == len(two["log"]) > STEPS
+    for alone, shared in zip(one["log"], two["log"], strict=True):
+        names = [name for name in alone if name in ("loss", "grad_norm") or name.startswith("eval_")]
+        for name in names:
+            if not name.endswith(("runtime", "per_second", "eval_loss")):
+                assert shared[name] == pytest.approx(alone[name], abs=2e-3), name
 
 
 def test_every_row_is_scored_once(runs):

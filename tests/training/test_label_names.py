@@ -1,5 +1,6 @@
 """Heads that initialised from the class names, against vectors that transformers gives by itself, and from the command line."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import CLEAR, read_csv, run, write_csv
@@ -10,7 +11,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 from training.arguments import ModelArguments
-from training.label_names import LARGEST, TEXTS, set_heads_from_names
+from training.label_names import LARGEST, TEXTS, initialise_heads, set_heads_from_names
 from training.model import build_model
 from training.trainer import HierarchicalTrainer
 from training.views import build_collator
@@ -141,3 +142,54 @@ def test_what_is_trained_goes_on_with_its_own_heads(clear_checkpoint, tmp_path):
     before, after = (load_file(f"{folder}/heads.safetensors") for folder in (clear_checkpoint, tmp_path / "out"))
     for name in ("weight", "bias"):
         torch.testing.assert_close(after[name], before[name], atol=1e-6, rtol=0)
+
+
+def several_labels(tokenizer, minilm, folder) -> tuple[HierarchicalTrainer, Dataset, np.ndarray]:
+    """A trainer of several labels a text, rows with two labels each, and each node's log-odds given its parent."""
+    model = build_model(ModelArguments(minilm, quantization="none"), TREE, 1, problem_type="multi_label_classification")
+    trainer = HierarchicalTrainer(
+        model=model, args=arguments(folder), processing_class=tokenizer, data_collator=build_collator(tokenizer)
+    )
+    labels = np.zeros((len(ROWS), TREE.num_nodes), dtype=np.int8)
+    for i in range(len(ROWS)):
+        for node in (TREE.id(ROWS[i]["label"]), TREE.id(ROWS[i // 2]["label"])):
+            labels[i, TREE.path(node)] = 1
+    data = Dataset.from_dict({"input_ids": tokenizer([row["text"] for row in ROWS])["input_ids"]})
+    odds = []
+    for node, parent in enumerate(TREE.parents):
+        given = labels if parent < 0 else labels[labels[:, parent] == 1]
+        odds.append(np.log((given[:, node].sum() + 0.5) / (len(given) - given[:, node].sum() + 0.5)))
+    return trainer, data.add_column("labels", [*labels]), np.array(odds)
+
+
+def test_with_several_labels_every_nodes_score_is_worked_by_hand(minilm, tmp_path):
+    tokenizer, encoder = AutoTokenizer.from_pretrained(minilm), AutoModel.from_pretrained(minilm).eval()
+
+    def vectors(texts: list[str]) -> np.ndarray:
+        with torch.no_grad():
+            return np.stack(
+                [encoder(**tokenizer(t, return_tensors="pt")).last_hidden_state[0].mean(0).numpy() for t in texts]
+            )
+
+    trainer, data, odds = several_labels(tokenizer, minilm, tmp_path)
+    texts, names = vectors([row["text"] for row in ROWS]), vectors(TREE.labels)
+    spread = np.sqrt(((texts - texts.mean(0)) ** 2).sum(1).mean())
+    directions = names - names.mean(0)
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    expected = odds + LARGEST * (texts - texts.mean(0)) @ directions.T / spread
+    given = ModelArguments(minilm, heads_init="label_names")
+    assert initialise_heads(trainer, data, given) == "label_names"
+    model = trainer.model.eval()
+    with torch.no_grad():
+        found = torch.cat(
+            [model(**tokenizer(row["text"], return_tensors="pt")).decision_logits for row in ROWS]
+        ).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def test_with_several_labels_biases_start_at_the_log_odds_of_the_training_rows(minilm, tmp_path):
+    trainer, data, odds = several_labels(AutoTokenizer.from_pretrained(minilm), minilm, tmp_path)
+    weight = trainer.model.heads.weight.detach().clone()
+    assert initialise_heads(trainer, data, ModelArguments(minilm, heads_init="random")) == "random"
+    np.testing.assert_allclose(trainer.model.heads.bias.detach(), odds, atol=1e-6)
+    torch.testing.assert_close(trainer.model.heads.weight.detach(), weight, atol=0, rtol=0)

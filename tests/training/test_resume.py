@@ -83,6 +83,39 @@ def test_killed_at_random_moments_it_ends_with_the_weights_of_an_unbroken_run(wo
     )
 
 
+def test_with_several_labels_a_killed_and_resumed_run_ends_with_the_same_weights(tiny_encoder, tmp_path):
+    """Over a 4-bit encoder, with halves that must agree."""
+    folder = ROOT / "examples" / "multi_label"
+    words = [ROOT / "recipes" / "multi_label.yaml", "--model_name_or_path", tiny_encoder, "--max_length", 64]
+    for split, count in (("train", 64), ("validation", 16), ("test", 16)):
+        file, lines = tmp_path / f"{split}.jsonl", (folder / f"{split}.jsonl").read_text().splitlines(keepends=True)
+        file.write_text("".join(lines[:count]))
+        words += [f"--{split}_file", file]
+    words += ["--max_steps", 12, "--per_device_train_batch_size", 4, "--lora_dropout", 0.1, "--consistency", 1]
+    for name in ("save", "eval"):
+        words += [f"--{name}_strategy", "steps", f"--{name}_steps", 2]
+    words = [*map(str, words), "--metric_for_best_model", "micro_f1"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(*words, "--output_dir", whole)
+    line = [sys.executable, str(ROOT / "train.py"), *words, "--output_dir", str(broken)]
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (broken / "checkpoint-4" / "trainer_state.json").exists():
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (broken / "metrics.json").exists()
+    done = run(*words, "--output_dir", broken, "--resume_from_checkpoint", "auto")
+    assert "resuming from" in done.stderr
+    assert same_weights(whole, broken)
+    logs = [
+        json.loads((folder / "checkpoint-12" / "trainer_state.json").read_text())["log_history"]
+        for folder in (whole, broken)
+    ]
+    scores = [[entry["eval_micro_f1"] for entry in log if "eval_micro_f1" in entry] for log in logs]
+    assert len(scores[0]) == 6
+    assert scores[0] == scores[1]
+
+
 def test_a_run_that_was_killed_after_its_last_step_takes_none_more(words, unbroken, tmp_path):
     output = tmp_path / "results"
     output.mkdir()

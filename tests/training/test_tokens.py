@@ -3,13 +3,18 @@
 import logging
 
 import datasets
+import numpy as np
 import pytest
 import transformers
+from sklearn.preprocessing import MultiLabelBinarizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from taxonomy_hierarchical import Taxonomy
 from training.data_report import length_report
+from training.multi_label import label_arrays
 from training.tokens import tokenize
+from training.views import build_collator
 
 
 def word_tokenizer(side="right", **arguments):
@@ -80,3 +85,21 @@ def test_tokens_of_training_texts_know_their_sentences(side):
     cut = [0, 0, 1, 1] if side == "right" else [1, 1, 2, 2]
     assert tokenized["train"]["sentences"][:] == [[-1, *cut, -1], [-1, 0, -1]]
     assert "sentences" not in tokenized["test"].column_names
+
+
+def test_label_sets_become_arrays_of_all_nodes_and_floats_in_a_batch():
+    tree = Taxonomy(["x", {"a": ["b", "c"]}])  # leaves x b c are 0 to 2, a is 3
+    splits = texts_of_lengths([3, 5, 2, 9]).pop("test").remove_columns("label")
+    splits = datasets.DatasetDict(train=splits.add_column("label", [[0], [], [1, 2], [0, 3]]))
+    expected = MultiLabelBinarizer(classes=range(4)).fit_transform([{0}, set(), {1, 2, 3}, {0, 3}])
+    rows = tokenize(splits, word_tokenizer(), taxonomy=tree)[0]["train"]
+    assert rows.features["labels"] == datasets.List(datasets.Value("int8"))
+    assert rows["labels"][:] == expected.tolist()
+    assert label_arrays(rows).dtype == np.int8
+    np.testing.assert_array_equal(label_arrays(rows), expected)
+    np.testing.assert_array_equal(label_arrays(rows.select([3, 1])), expected[[3, 1]])
+    batch = build_collator(word_tokenizer())([{**row, "row": 0} for row in rows.remove_columns(["length", "text_id"])])
+    assert batch["labels"].dtype.is_floating_point
+    assert batch["labels"].tolist() == expected.tolist()
+    rows = tokenize(splits, word_tokenizer(), taxonomy=tree, incomplete_labels=True)[0]["train"]
+    assert rows["labels"][3] == [1, -100, -100, 1]

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from accelerate.utils import send_to_device
@@ -12,6 +13,7 @@ from taxonomy_hierarchical import Taxonomy
 from training.arguments import HierarchicalTrainingArguments, ModelArguments
 from training.losses import HierarchicalFocalLoss
 from training.model import build_model, size_report
+from training.multi_label import MultiLabelFocalLoss, decision_disagreement, label_arrays, multi_hot
 from training.sampler import LengthGroupedSampler
 from training.trainer import HierarchicalTrainer
 from training.views import build_collator, halves
@@ -66,16 +68,30 @@ def trainer(model, tokenizer, data, args, **settings) -> HierarchicalTrainer:
         eval_dataset=data,
         processing_class=tokenizer,
         data_collator=settings.pop("data_collator", build_collator(tokenizer)),
-        loss_function=settings.pop("loss_function", loss(data)),
+        loss_function=settings.pop("loss_function") if "loss_function" in settings else loss(data),
         **settings,
     )
 
 
-def tiny_model() -> HierarchicalForSequenceClassification:
+def rows_of_label_sets(count: int = 16) -> Dataset:
+    """Return the token ids of `rows` with any number of labels. Two texts have none, and of two they are unknown."""
+    generator = torch.Generator().manual_seed(2)
+    sets: list = [torch.randint(0, TREE.num_nodes, (i % 3 + 1,), generator=generator).tolist() for i in range(count)]
+    sets[2], sets[5], sets[1], sets[6] = [], [], None, None
+    return rows(count).remove_columns("labels").add_column("labels", [*multi_hot(TREE, sets, incomplete=True)])
+
+
+def loss_of_label_sets(data: Dataset) -> MultiLabelFocalLoss:
+    return MultiLabelFocalLoss(TREE, label_arrays(data), 2.0, True, [0.3, 0.7], 0.1)
+
+
+def tiny_model(problem_type: str | None = None) -> HierarchicalForSequenceClassification:
     torch.manual_seed(0)
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return HierarchicalForSequenceClassification(
-        HierarchicalConfig(text_config={"model_type": "bert", **TINY, **dropout}, taxonomy=TREE)
+        HierarchicalConfig(
+            text_config={"model_type": "bert", **TINY, **dropout}, taxonomy=TREE, problem_type=problem_type
+        )
     )
 
 
@@ -141,6 +157,89 @@ def test_the_loss_of_halves_is_that_of_each_and_their_disagreement(tmp_path, tok
     model.eval()  # where texts are whole
     evaluated = ours.compute_loss(model, inputs)
     torch.testing.assert_close(evaluated, loss(data)(model(**whole).node_log_probs, labels))
+
+
+SEVERAL = "multi_label_classification"
+
+
+@pytest.mark.parametrize(("focal", "consistency"), [(True, 0.0), (True, 1.5), (False, 0.0)])
+def test_with_several_labels_accumulation_gives_the_gradient_of_one_large_batch(
+    tmp_path, tokenizer, focal, consistency
+):
+    data, after = rows_of_label_sets(), []
+    for size, steps in ((16, 1), (4, 4)):
+        model = tiny_model(SEVERAL)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        args = arguments(
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            max_steps=1,
+            max_grad_norm=0.0,
+        )
+        given = {"loss_function": loss_of_label_sets(data) if focal else None, "consistency": consistency}
+        trainer(model, tokenizer, data, args, optimizers=(optimizer, scheduler), **given).train()
+        after.append(trained_weights(model))
+    moved = max((after[0][name] - p).abs().max() for name, p in tiny_model(SEVERAL).named_parameters())
+    assert moved > 1e-3
+    for name in after[0]:
+        torch.testing.assert_close(after[0][name], after[1][name], atol=1e-5, rtol=0, msg=name)
+
+
+def test_with_several_labels_texts_are_counted_not_elements_of_label_arrays(tmp_path, tokenizer):
+    data = rows_of_label_sets()
+    ours = trainer(tiny_model(SEVERAL), tokenizer, data, arguments(tmp_path), loss_function=loss_of_label_sets(data))
+    batches = [build_collator(tokenizer)([data[i] for i in part]) for part in (range(8), range(8, 16))]
+    assert ours._get_num_items_in_batch(batches, torch.device("cpu")) == 14
+    single = rows(ignored=True)
+    ours = trainer(tiny_model(), tokenizer, single, arguments(tmp_path))
+    batch = build_collator(tokenizer)([single[i] for i in range(16)])
+    assert ours._get_num_items_in_batch([batch], torch.device("cpu")) == 13
+
+
+def test_with_several_labels_the_loss_of_halves_is_that_of_each_and_their_disagreement(tmp_path, tokenizer):
+    data, model = rows_of_label_sets(), tiny_model(SEVERAL).train()
+    function = loss_of_label_sets(data)
+    ours = trainer(
+        model, tokenizer, data, arguments(tmp_path, seed=5), consistency=0.7, loss_function=loss_of_label_sets(data)
+    )
+    inputs = build_collator(tokenizer)([data[i] for i in range(8)])
+    found = ours.compute_loss(model, inputs, num_items_in_batch=11)
+    labels, sentences = inputs["labels"], inputs["sentences"]
+    whole = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    views, first, second = halves(whole, sentences, list(range(8)), tokenizer.pad_token_id, 5, 0)
+    scores = model(**views).decision_logits
+    one, other = scores[first], scores[second]
+    expected = sum(function(half, labels, 11) for half in (one, other)) / 2
+    expected = expected + 0.7 * decision_disagreement(model.heads.decisions, one, other, labels, 11)
+    torch.testing.assert_close(found, expected)
+    model.eval()  # where texts are whole
+    evaluated = ours.compute_loss(model, inputs)
+    torch.testing.assert_close(evaluated, function(model(**whole).decision_logits, labels))
+
+
+def test_without_a_loss_function_several_labels_are_scored_by_the_models_own_loss(tmp_path, tokenizer):
+    data, model = rows_of_label_sets(), tiny_model(SEVERAL).eval()
+    ours = trainer(model, tokenizer, data, arguments(tmp_path), loss_function=None)
+    inputs = build_collator(tokenizer)([data[i] for i in range(8)])
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
+    torch.testing.assert_close(ours.compute_loss(model, inputs), model(**given).loss)
+
+
+def test_several_labels_are_learnt_and_scored_as_marginals_of_all_nodes(tmp_path, tokenizer):
+    data, model = rows_of_label_sets(), tiny_model(SEVERAL)
+    args = arguments(tmp_path, max_steps=60, learning_rate=5e-3, per_device_eval_batch_size=5)
+    ours = trainer(model, tokenizer, data, args, loss_function=None)
+    before = ours.evaluate()["eval_loss"]
+    ours.train()
+    output = ours.predict(data)
+    assert output.metrics["test_loss"] < before / 4
+    labels = label_arrays(data)
+    assert output.predictions.shape == labels.shape
+    np.testing.assert_array_equal(output.label_ids, labels)
+    known = labels != -100
+    assert ((output.predictions > 0) == (labels == 1))[known].mean() > 0.95
 
 
 class Lengths(torch.nn.Module):
