@@ -2,23 +2,16 @@
 
 Worth knowing:
 
-1. Texts are read some batches ahead and sorted by length, so batches hold little padding and about as many tokens each.
-   Results come in the order of the texts. The next texts are tokenized while a batch is computed.
+1. Texts are read some batches ahead and sorted by length, so batches hold little padding. The next texts are tokenized
+   while a batch is computed.
 2. Batches have few shapes: oneDNN compiles a product for each shape, which takes longer than the product itself.
-3. On a CPU each core computes its own batches. Sharing a batch costs more than it gains, because each core waits for
-   the others at the end of every operation. With bfloat16, `cpu_hierarchical` speeds up attention and the linear
-   layers.
-4. A text beyond the limit is truncated, and its result says so. With ``stride`` the text is read in overlapping
-   windows.
-5. The probabilities of windows are averaged, so children still add up to their parent. With several labels a text the
-   maximum counts, since a label may stand in one window only.
-6. With ``coverage`` a result has an answer: a set of nodes that holds the correct leaf for this share of texts (split
-   conformal prediction). The guarantee covers texts like the validation rows, truncated where the thresholds were
-   fitted. A coverage therefore excludes ``stride`` and other values of ``max_length``. The choice of the checkpoint, on
-   the same rows, is not corrected for; the model card has the measured coverage. With several labels a text, ``recall``
-   asks for a set of nodes that holds this share of a text's nodes on average (conformal risk control), under the same
-   conditions.
-7. A text that cannot be classified raises a ValueError with its position, never its content. A list is checked before
+3. On a CPU each core computes its own batches: in a shared batch, each would wait for the others after every operation.
+4. The probabilities of a text's windows are averaged, so children still add up to their parent. With several labels a
+   text the maximum counts, since a label may stand in one window only.
+5. ``coverage`` rests on split conformal prediction, ``recall`` on conformal risk control. Both guarantees cover texts like
+   the validation rows, truncated as these were. The choice of the checkpoint, on the same rows, is not corrected for;
+   the model card has the measured shares.
+6. A text that cannot be classified raises a ValueError with its position, never its content. A list is checked before
    anything is computed. A stream first yields the results of the texts before it.
 """
 
@@ -65,16 +58,11 @@ class HierarchicalTextClassificationPipeline(Pipeline):
 
     - ``label``, ``score``: the most probable leaf and its probability;
     - ``path``: ``{"label", "score"}`` of every node from the root to that leaf;
+    - ``labels``, in place of these three if the checkpoint predicts several labels a text: ``{"label", "score", "path"}``
+      of the deepest predicted nodes, most probable first; possibly none;
     - ``levels``: for each level, from the roots down, the probability of every node;
     - ``truncated``: whether the text was truncated;
-    - ``answer``, with ``coverage``: ``{"label", "score"}`` of at most three nodes, or of all roots, that hold the
-      correct leaf for this share of texts. The nodes are leaves where the model is sure, else their ancestors: see
-      `conformal_answer`.
-
-    If the checkpoint predicts several labels a text, a result has, in place of ``label``, ``score`` and ``path``,
-
-    - ``labels``: ``{"label", "score", "path"}`` of the deepest predicted nodes, most probable first; possibly none;
-    - ``answer``, with ``recall``: ``{"label", "score"}`` of nodes that hold this share of a text's nodes on average.
+    - ``answer``, with ``coverage`` or ``recall``: ``{"label", "score"}`` of its nodes.
 
     Args:
         batch_size: number of windows in a batch; by default a power of two, for about 2,048 tokens on a CPU and 32,768
@@ -84,14 +72,15 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         max_length: in tokens, special ones included; by default, and at most, the tokenizer's limit.
         stride: read long texts in windows of ``max_length`` tokens that share this many, instead of truncating them. With
             several labels a text it needs ``top_k``, because the thresholds were not fitted for windows.
-        coverage: share of texts, between 0 and 1, whose answer holds the correct leaf, rounded up to a hundredth. It
-            excludes ``stride``, and any ``max_length`` other than that of the validation rows.
+        coverage: share of texts whose answer holds the correct leaf, rounded up to a hundredth. The answer is at most
+            three nodes, or all roots: see `conformal_answer`. It excludes ``stride`` and other values of ``max_length``
+            than that of the validation rows.
         recall: with several labels a text, the share of a text's nodes that the answer holds on average. Otherwise like
             ``coverage``.
 
     Raises:
-        ValueError: an item is empty or not a text, an argument is out of its range, or the checkpoint has no conformal
-            thresholds for this ``coverage`` and truncation.
+        ValueError: an item is empty or not a text, an argument is out of its range, or the checkpoint has no thresholds
+            for this guarantee and truncation.
     """
 
     _load_processor = False
@@ -140,15 +129,13 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         config = self.model.config
         if coverage is not None:
             if config.is_multi_label:
-                raise ValueError(
-                    "coverage is for checkpoints with one path a text; this one has several labels: give recall"
-                )
+                raise ValueError("coverage is for checkpoints with one path a text; with several labels give recall")
             conformal_threshold(config.conformal_thresholds, coverage)
         if recall is not None:
             recall_threshold(config, recall)
-        truncation = {"max_length": max_length, "stride": stride}
-        output = {"top_k": top_k, "coverage": coverage, "recall": recall}
-        return without_none(truncation), {}, without_none(output)
+        groups = {"max_length": max_length, "stride": stride}, {"top_k": top_k, "coverage": coverage, "recall": recall}
+        truncation, output = ({name: group[name] for name in group if group[name] is not None} for group in groups)
+        return truncation, {}, output
 
     def __call__(self, inputs: str | Iterable, batch_size: int | None = None, **parameters: Any) -> Any:
         """Classify a text, a list or a stream of texts. The class describes arguments and results."""
@@ -243,9 +230,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
     ) -> "PendingTexts":
         """Tokenize texts and submit their batches to ``workers``; with None compute the batches at once.
 
-        Args:
-            alone: whether no other batch is being computed. A single batch is then computed at once, by all cores of a
-                CPU.
+        If no other batch is being computed (``alone``), a single one is computed at once, by all cores of a CPU.
         """
         windows, owners, truncated = self.preprocess(texts, **truncation)
         lengths = [len(window["input_ids"]) for window in windows]
@@ -281,7 +266,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             yield self.postprocess({"nodes": probabilities, "truncated": truncated}, **output)
 
     def _window(self, max_length: int | None = None, stride: int | None = None) -> int:
-        """Return the length of a window in tokens. Raise ValueError if the tokenizer or the stride does not allow it."""
+        """Return the length of a window in tokens, or raise ValueError if the tokenizer or the stride does not allow it."""
         limit = self.tokenizer.model_max_length
         if max_length is not None and max_length > limit:
             raise ValueError(f"max_length {max_length} is beyond the model's limit of {limit} tokens")
@@ -298,8 +283,8 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         if stride is not None or window != fitted:
             asked = f"at {window}" if stride is None else f"read in windows by stride={stride}"
             raise ValueError(
-                f"{guarantee} needs texts truncated at {fitted} tokens, where its thresholds were fitted, not {asked}: give "
-                f"no stride, and max_length={fitted} or the tokenizer that was saved with the checkpoint"
+                f"{guarantee} needs texts truncated at {fitted} tokens, like the validation rows, not {asked}: give no "
+                f"stride, and max_length={fitted} or the tokenizer that was saved with the checkpoint"
             )
 
     def preprocess(
@@ -319,13 +304,10 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         return windows, owners, [stride is None and count > 1 for count in counts]
 
     def _tokenize(self, texts: list[str], window: int, stride: int) -> Any:
-        """Tokenize texts, split into windows.
-
-        A fast tokenizer keeps its truncation settings as state, which threads share. So each setting but the default
-        has its own copy of the tokenizer.
-        """
+        """Tokenize texts, split into windows."""
         settings = {"truncation": True, "max_length": window, "stride": stride, "return_overflowing_tokens": True}
         settings |= {"return_attention_mask": True, "verbose": False}
+        # a tokenizer keeps its truncation as state, which threads share: each setting but the default has its own copy
         default = (window, stride) == (self.tokenizer.model_max_length, 0)
         tokenizer = self.tokenizer if default else self._tokenizers.get((window, stride))
         if tokenizer is None:
@@ -343,11 +325,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         return torch.inference_mode
 
     def postprocess(
-        self,
-        classified: dict,
-        top_k: int | None = None,
-        coverage: float | None = None,
-        recall: float | None = None,
+        self, classified: dict, top_k: int | None = None, coverage: float | None = None, recall: float | None = None
     ) -> dict | list[dict]:
         """Build a result, or with ``top_k`` a list of results, from the probabilities of the nodes."""
         tree, config, probabilities = self.tree, self.model.config, classified["nodes"]
@@ -367,32 +345,23 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         if coverage is not None:
             threshold = conformal_threshold(config.conformal_thresholds, coverage)
             common["answer"] = with_scores(conformal_answer(tree, probabilities, threshold))
+        # inner nodes are candidates with several labels a text alone
+        order = sorted(range(config.num_labels), key=lambda node: -probabilities[node])
         if recall is not None:
             least = recall_threshold(config, recall)
-            answer = [node for node, probability in enumerate(probabilities) if probability >= least]
-            common["answer"] = with_scores(sorted(answer, key=lambda node: -probabilities[node]))
+            common["answer"] = with_scores(node for node in order if probabilities[node] >= least)
         if config.is_multi_label and top_k is None:
-            return {"labels": with_paths(chosen_nodes(tree, probabilities, config.node_thresholds)), **common}
-        candidates = range(tree.num_nodes if config.is_multi_label else tree.num_leaves)
-        best = sorted(candidates, key=lambda node: -probabilities[node])[: top_k or 1]
-        results = [result | common for result in with_paths(best)]
+            thresholds = config.node_thresholds or [DEFAULT_THRESHOLD] * tree.num_nodes
+            predicted = set(tree.deepest(node for node in order if probabilities[node] >= thresholds[node]))
+            return {"labels": with_paths(node for node in order if node in predicted), **common}
+        results = [result | common for result in with_paths(order[: top_k or 1])]
         return results[0] if top_k is None else results
-
-
-def chosen_nodes(tree: Taxonomy, probabilities: list[float], thresholds: list[float] | None) -> list[int]:
-    """Return the deepest nodes whose probability reaches their threshold, most probable first."""
-    reached = [
-        node
-        for node, probability in enumerate(probabilities)
-        if probability >= (DEFAULT_THRESHOLD if thresholds is None else thresholds[node])
-    ]
-    return sorted(tree.deepest(reached), key=lambda node: -probabilities[node])
 
 
 def use_cpu_kernels(encoder: PreTrainedModel) -> None:
     """Speed up a bfloat16 encoder on a CPU, in place, or warn if the installed libraries do not fit.
 
-    `cpu_hierarchical` uses private names of torch and transformers. A checkpoint must load where these are renamed.
+    Their names there are private. A checkpoint must load where these are renamed.
     """
     try:
         if __package__:  # as remote code of a checkpoint
@@ -410,26 +379,18 @@ def use_cpu_kernels(encoder: PreTrainedModel) -> None:
 
 @dataclass
 class PendingTexts:
-    """Texts whose batches are being computed.
-
-    Attributes:
-        owners: for each batch, the index of each window's text.
-        truncated: for each text, whether it was truncated.
-        outputs: for each batch, its node log-probabilities (B, num_nodes).
-    """
+    """Texts whose batches are being computed."""
 
     num_texts: int
-    owners: list[list[int]]
+    owners: list[list[int]]  # for each batch, the index of each window's text
     truncated: list[bool]
-    outputs: list[Future]
+    outputs: list[Future]  # for each batch, its node log-probabilities (B, num_nodes)
 
 
 def batches_by_length(lengths: list[int], batch_size: int | None, tokens: int) -> list[list[int]]:
     """Return batches of window indices: windows of similar lengths, the longest first.
 
-    Args:
-        lengths: of the windows, in tokens.
-        batch_size: windows in a batch; None for the power of two whose padded batch comes closest to ``tokens``.
+    Without a ``batch_size``, a batch has the power of two of windows that comes closest to ``tokens``, padding included.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches: list[list[int]] = []
@@ -441,12 +402,7 @@ def batches_by_length(lengths: list[int], batch_size: int | None, tokens: int) -
 
 
 def padded_length(longest: int, rows: int, limit: int) -> int:
-    """Return the length to pad a batch to. At most 15 tokens a row are added to make the batch a multiple of 64 tokens.
-
-    Args:
-        longest: length of the longest window, in tokens.
-        limit: of the model, in tokens.
-    """
+    """Return the length to pad a batch to: at most 15 tokens a row more, to make the batch a multiple of 64 tokens."""
     step = min(16, 64 // math.gcd(rows, 64))
     return min(longest + -longest % step, limit)
 
@@ -454,11 +410,7 @@ def padded_length(longest: int, rows: int, limit: int) -> int:
 def conformal_threshold(thresholds: list[float | None] | None, coverage: float) -> float | None:
     """Return the threshold for a coverage, rounded up to a hundredth. None means that the answer is every root.
 
-    Args:
-        thresholds: 99, as in `HierarchicalConfig`.
-
-    Raises:
-        ValueError: the coverage is not between 0 and 1, or there are no thresholds.
+    Raises ValueError if the coverage is not between 0 and 1, or there are no thresholds.
     """
     if not isinstance(coverage, (int, float)) or not 0 < coverage < 1:
         raise ValueError(f"coverage must be a number between 0 and 1, not {coverage!r}")
@@ -471,13 +423,12 @@ def conformal_threshold(thresholds: list[float | None] | None, coverage: float) 
 def recall_threshold(config: Any, recall: float) -> float:
     """Return the probability from which nodes belong to the answer for a recall, rounded up to a hundredth.
 
-    Raises:
-        ValueError: the recall is not between 0 and 1, or the checkpoint has no threshold for it.
+    Raises ValueError if the recall is out of its range, or the checkpoint has no threshold for it.
     """
     if not isinstance(recall, (int, float)) or not 0 < recall <= 0.99:
         raise ValueError(f"recall must be a number above 0 and at most 0.99, not {recall!r}")
     if not config.is_multi_label:
-        raise ValueError("recall is for checkpoints with several labels a text; this one has one path: give coverage")
+        raise ValueError("recall is for checkpoints with several labels a text; with one path give coverage")
     if config.recall_thresholds is None:
         raise ValueError("this checkpoint was not calibrated: recall needs one that was trained with validation rows")
     percent = max(1, math.ceil(round(100 * recall, 6)))
@@ -501,10 +452,7 @@ def conformal_answer(tree: Taxonomy, probabilities: list[float], threshold: floa
 
     Answers grow with the threshold, so split conformal prediction applies: `nonconformity` is the smallest threshold
     whose answer holds a leaf. Mortier et al., 2025 (arXiv 2501.19038) study such sets of few nodes of a taxonomy.
-
-    Args:
-        probabilities: of all nodes, by id.
-        threshold: between 0 and 1; None for every root.
+    ``probabilities`` are those of all nodes, by id. A threshold of None asks for every root.
     """
     if threshold is None:
         answer = set(tree.children(-1))
@@ -522,11 +470,7 @@ def conformal_answer(tree: Taxonomy, probabilities: list[float], threshold: floa
 
 
 def nonconformity(tree: Taxonomy, probabilities: list[float], node: int) -> float:
-    """Return the smallest threshold at which `conformal_answer` holds a leaf, or every leaf below an inner node.
-
-    Args:
-        probabilities: of all nodes, by id.
-    """
+    """Return the smallest threshold at which `conformal_answer` holds a leaf, or every leaf below an inner node."""
     leaves = [node] if node < tree.num_leaves else range(tree.num_leaves)
     paths = [path for path in map(tree.path, leaves) if node in path]
     # for each level, the nodes that together hold all these leaves
@@ -550,14 +494,8 @@ def growing_answers(tree: Taxonomy, leaves: list[int]) -> Iterator[tuple[int, se
 
 
 def check_number(name: str, value: Any, minimum: int) -> None:
-    """Raise ValueError if an argument is not an integer of at least ``minimum``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"{name} must be a whole number of at least {minimum}, not {value!r}")
-
-
-def without_none(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments that are not None."""
-    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def is_sequence(value: Any) -> bool:
@@ -566,23 +504,17 @@ def is_sequence(value: Any) -> bool:
 
 
 def read_text(item: Any, position: int) -> str:
-    """Return the text of an item.
-
-    Raises:
-        ValueError: the item holds no text, or a text that is empty or not valid Unicode.
-    """
+    """Return the text of an item, or raise ValueError if it holds none, or one that is empty or not valid Unicode."""
     text = item.get("text") if isinstance(item, Mapping) else item
+    where = f"at position {position} (counted from 0)"
     if not isinstance(text, str):
-        kind = type(item).__name__
-        if isinstance(item, Mapping):
-            kind = f"a mapping with {', '.join(map(repr, item)) or 'nothing'}"
-        raise ValueError(f"the item at position {position} (counted from 0) is not a text but {kind}")
+        names = ", ".join(map(repr, item)) or "nothing" if isinstance(item, Mapping) else ""
+        kind = f"a mapping with {names}" if names else type(item).__name__
+        raise ValueError(f"the item {where} is not a text but {kind}")
     if not text.strip():
-        raise ValueError(f"the text at position {position} (counted from 0) is empty")
+        raise ValueError(f"the text {where} is empty")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"the text at position {position} (counted from 0) holds half of a surrogate pair, which is not a character"
-        ) from error
+        raise ValueError(f"the text {where} holds half of a surrogate pair, which is not a character") from error
     return text
