@@ -74,8 +74,8 @@ def find_damage(folder: Path, adapter_form: bool) -> str | None:
 def read_checkpoint(folder: Path) -> HierarchicalConfig:
     """Check that a folder holds a complete checkpoint of this project, or raise InputError; return its configuration."""
     if (model_type := read_model_type(folder)) != HierarchicalConfig.model_type:
-        problem = f"it holds a {model_type!r} model" if (folder / "config.json").is_file() else "it has no config.json"
-        raise InputError(f"{folder} is not a checkpoint of this project: {problem}")
+        held = f"it holds a {model_type!r} model" if (folder / "config.json").is_file() else "it has no config.json"
+        raise InputError(f"{folder} is not a checkpoint of this project: {held}")
     config = read_config(folder)
     problem = find_damage(folder, config.adapter_subfolder is not None)
     for name in (*SHIPPED_FILES, "tokenizer_config.json", "README.md"):

@@ -69,15 +69,9 @@ HARMLESS_LORA_SETTINGS = (
 
 
 def load_checkpoint(
-    model_class: type,
-    load_whole_form: Callable,
-    name: str | os.PathLike,
-    *model_args: Any,
-    config: Any,
-    merge_adapter: bool,
-    **kwargs: Any,
+    model_class: type, load_whole_form: Callable, name: str | Path, config: Any, merge_adapter: bool, **kwargs: Any
 ) -> Any:
-    """Load a checkpoint of either form. ``load_whole_form`` is the `from_pretrained` of transformers, for ``model_class``."""
+    """Load a checkpoint of either form. ``load_whole_form`` is transformers' `from_pretrained` for ``model_class``."""
     # AutoModel passes a config whose class is another object than the one imported here, so its base class is asked for
     if not isinstance(config, PretrainedConfig):
         dtype = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
@@ -90,7 +84,7 @@ def load_checkpoint(
         model, info = load_adapter_form(model_class, name, config, merge_adapter, **kwargs)
     else:
         with plain_errors(name):
-            model, info = load_whole_form(name, *model_args, config=config, output_loading_info=True, **kwargs)
+            model, info = load_whole_form(name, config=config, output_loading_info=True, **kwargs)
         refuse_missing(name, model, info)
         if left_over := [weight for weight in info["unexpected_keys"] if weight.startswith("heads.")]:
             raise ValueError(f"the weight {min(left_over)!r} of {name} does not fit its config.json")
@@ -98,7 +92,7 @@ def load_checkpoint(
 
 
 def load_adapter_form(
-    model_class: type, name: str | os.PathLike, config: Any, merge_adapter: bool, **kwargs: Any
+    model_class: type, name: str | Path, config: Any, merge_adapter: bool, **kwargs: Any
 ) -> tuple[Any, dict[str, Any]]:
     """Load the encoder by its name and revision, then the adapter and heads. Return the model and the loading info."""
     hub = {argument: kwargs[argument] for argument in HUB_ARGUMENTS if argument in kwargs}
@@ -135,23 +129,15 @@ def load_encoder(config: HierarchicalConfig, **kwargs: Any) -> PreTrainedModel:
     if os.path.isdir(name):
         revision = "main"
     elif os.path.isabs(name):
-        raise ValueError(
-            f"the encoder is the folder {name}, which is not on this machine: publish such a checkpoint by "
-            "push_to_hub.py --merge, or set encoder_name_or_path and encoder_revision in its config.json"
-        )
+        advice = "publish it by push_to_hub.py --merge, or set encoder_name_or_path and encoder_revision in config.json"
+        raise ValueError(f"the encoder is the folder {name}, which is not on this machine: {advice}")
     elif re.fullmatch("[0-9a-f]{40}", revision or "") is None:
         commit = f"the commit of {name} that this was trained on, 40 hexadecimal digits"
         raise ValueError(f"encoder_revision must be {commit}, not {revision!r}")
+    kwargs |= {"config": config.text_config, "revision": revision, **without_pooler(config.text_config)}
+    kwargs |= {"output_loading_info": True, "trust_remote_code": False}  # with None it asks at a terminal
     with quiet_loading(), plain_errors(name):
-        encoder, info = AutoModel.from_pretrained(
-            name,
-            config=config.text_config,
-            revision=revision,
-            output_loading_info=True,
-            trust_remote_code=False,  # else transformers asks at a terminal
-            **without_pooler(config.text_config),
-            **kwargs,
-        )
+        encoder, info = AutoModel.from_pretrained(name, **kwargs)
     refuse_missing(name, encoder, info)
     refuse_maskless(encoder)
     return encoder
@@ -205,7 +191,7 @@ def import_peft() -> Any:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Silence warnings of poolers and pretraining heads, and never send the user's token to the Space that converts .bin files."""
+    """Silence warnings of poolers and pretraining heads; send no token to the Space that converts .bin files."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -219,7 +205,7 @@ def quiet_loading() -> Iterator[None]:
 
 
 @contextmanager
-def plain_errors(name: str | os.PathLike) -> Iterator[None]:
+def plain_errors(name: str | Path) -> Iterator[None]:
     """Replace errors of transformers that point at a log, or that say how to run the code in a .bin file."""
     try:
         yield
@@ -233,7 +219,7 @@ def plain_errors(name: str | os.PathLike) -> Iterator[None]:
         raise ValueError(problem) from error
 
 
-def refuse_missing(name: str | os.PathLike, model: PreTrainedModel, info: dict[str, Any]) -> None:
+def refuse_missing(name: str | Path, model: PreTrainedModel, info: dict[str, Any]) -> None:
     """Raise ValueError where weights are missing: transformers draws them at random, with a warning."""
     if missing := info["missing_keys"]:
         raise ValueError(f"{name} lacks {len(missing)} weights of a {type(model).__name__}, such as {min(missing)!r}")
@@ -258,10 +244,8 @@ def refuse_offloaded(encoder: nn.Module, adapter_config: dict[str, Any]) -> None
     targets = adapter_config.get("target_modules")
     for name, parameter in encoder.named_parameters():
         if parameter.is_meta and (not targets or is_target(name.rpartition(".")[0], targets)):
-            raise ValueError(
-                f"the encoder's {name} is offloaded, and the adapter cannot be added to it: give the model more memory, or "
-                "load a checkpoint that was published by push_to_hub.py --merge"
-            )
+            advice = "give the model more memory, or load a checkpoint that was published by push_to_hub.py --merge"
+            raise ValueError(f"the encoder's {name} is offloaded, and the adapter cannot be added to it: {advice}")
 
 
 def check_tokenizer(tokenizer: Any, model: Any) -> None:
@@ -301,10 +285,10 @@ def check_weights(what: str, stored: dict[str, Tensor], expected: dict[str, Tens
 def read_adapter_config(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or "peft_type" not in content:
+            raise ValueError("it names no peft_type")
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict) or "peft_type" not in content:
-        raise ValueError(f"{path} is not the configuration of a PEFT adapter: it names no peft_type")
+        raise ValueError(f"{path} is not the configuration of a PEFT adapter: {error}") from error
     return content
 
 
@@ -339,10 +323,8 @@ def merge_lora(encoder: nn.Module, adapter: dict[str, Tensor], adapter_config: d
     targets, r = adapter_config["target_modules"], adapter_config["r"]
     adapter = {name.removeprefix(ADAPTER_PREFIX): tensor for name, tensor in adapter.items()}
     modules = {name: module for name, module in encoder.named_modules() if is_target(name, targets)}
-    expected = {}
-    for name, module in modules.items():
-        expected[f"{name}.lora_A.weight"] = torch.empty(r, module.in_features, device="meta")
-        expected[f"{name}.lora_B.weight"] = torch.empty(module.out_features, r, device="meta")
+    expected = {f"{name}.lora_A.weight": torch.empty(r, modules[name].in_features, device="meta") for name in modules}
+    expected |= {f"{name}.lora_B.weight": torch.empty(modules[name].out_features, r, device="meta") for name in modules}
     check_weights("adapter", adapter, expected)
     for name, module in modules.items():
         weight = module.weight
@@ -383,7 +365,7 @@ def read_shipped_files() -> dict[str, bytes]:
 
 
 def name_code(config: Any) -> None:
-    """Name the code that loads a checkpoint in its configuration, and drop a path of this machine."""
+    """Name the code that loads a checkpoint in its configuration, and drop a local path."""
     config.auto_map, config.custom_pipelines = AUTO_MAP, CUSTOM_PIPELINES
     config.text_config.name_or_path = ""
 
@@ -439,7 +421,8 @@ def follow_umask(folder: Path) -> None:
 
 def remove_other_form(folder: Path, adapter_form: bool) -> None:
     """Delete the weights of an earlier checkpoint of the other form, which would be published along."""
-    whole = [*folder.glob("model.safetensors*"), *folder.glob("model-*-of-*.safetensors")]
-    adapter = [folder / ADAPTER_SUBFOLDER / name for name in (ADAPTER_WEIGHTS, "adapter_config.json")]
-    for file in whole if adapter_form else [folder / HEADS_WEIGHTS, *adapter]:
-        file.unlink(missing_ok=True)
+    whole = ("model.safetensors*", "model-*-of-*.safetensors")
+    adapter = (HEADS_WEIGHTS, f"{ADAPTER_SUBFOLDER}/{ADAPTER_WEIGHTS}", f"{ADAPTER_SUBFOLDER}/adapter_config.json")
+    for pattern in whole if adapter_form else adapter:
+        for file in folder.glob(pattern):
+            file.unlink()

@@ -104,10 +104,8 @@ class HierarchicalConfig(PretrainedConfig):
         self.head_dropout = head_dropout
         self.initializer_range = initializer_range
         if (lexical_vocab_size is None) != (lexical_weight is None):
-            raise ValueError(
-                "lexical_weight must be given where lexical_vocab_size is, and only there; a checkpoint without it is from an "
-                "earlier version: load it by its own code, with trust_remote_code=True, or train again"
-            )
+            advice = "a checkpoint without it is from an earlier version: load it with trust_remote_code=True, or train again"
+            raise ValueError(f"lexical_weight must be given where lexical_vocab_size is, and only there; {advice}")
         self.lexical_vocab_size = lexical_vocab_size
         self.lexical_weight = lexical_weight
         self.temperatures = checked_temperatures(temperatures, tree)
@@ -138,12 +136,9 @@ class HierarchicalConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Read a stored configuration as in transformers, with two differences.
-
-        Arguments given at loading are checked like stored values; transformers would set them unchecked. A stored
-        ``attn_implementation`` is dropped, because it can name a repository whose code would be fetched unpinned.
-        """
-        attention = ("attn_implementation", "_attn_implementation")  # the encoder's becomes that of the whole, or None
+        """Read a stored configuration, and check arguments given at loading as if they were stored."""
+        # the encoder's becomes that of the whole; a stored one can name a repository, whose code would be unpinned
+        attention = ("attn_implementation", "_attn_implementation")
         config_dict = {name: value for name, value in config_dict.items() if name not in attention}
         own = {*inspect.signature(cls.__init__).parameters, "id2label", "label2id", "num_labels"}
         own -= {"self", "kwargs", "text_config"}

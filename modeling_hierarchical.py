@@ -13,7 +13,6 @@ Worth knowing:
    models on the meta device.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -274,12 +273,6 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.encoder.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.encoder.set_input_embeddings(value)
-
     @property
     def has_adapter(self) -> bool:
         """Return whether a PEFT adapter is injected into the encoder."""
@@ -320,13 +313,8 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             kwargs: for the encoder, such as ``output_hidden_states`` and ``output_attentions``.
         """
         # ── Encoder ──────────────────────────────────────────────────────────────────────────────────────────────────
-        encoder_inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "token_type_ids": token_type_ids,
-            "position_ids": position_ids,
-            "inputs_embeds": inputs_embeds,
-        }
+        optional = {"token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        kwargs |= {name: value for name, value in optional.items() if value is not None}
         for name in ("output_hidden_states", "output_attentions"):  # requested when the model was loaded
             if getattr(self.config, name, False):
                 kwargs.setdefault(name, True)
@@ -335,7 +323,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
                 raise ValueError("this model has a lexical head, which needs input_ids: give these, not inputs_embeds")
             if attention_mask is not None and attention_mask.dim() != 2:
                 raise ValueError(f"the lexical head needs a mask of shape (B, T), not {tuple(attention_mask.shape)}")
-        encoded = self.encoder(**{name: value for name, value in encoder_inputs.items() if value is not None}, **kwargs)
+        encoded = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
         # ── Heads ────────────────────────────────────────────────────────────────────────────────────────────────────
         pooled = self.pool(encoded.last_hidden_state, attention_mask)
@@ -363,12 +351,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike,
-        *model_args: Any,
-        config: Any = None,
-        merge_adapter: bool = True,
-        **kwargs: Any,
+        cls, pretrained_model_name_or_path: str | Path, config: Any = None, merge_adapter: bool = True, **kwargs: Any
     ) -> "HierarchicalForSequenceClassification":
         """Load a whole checkpoint, or an adapter checkpoint and its encoder, which is fetched by name and revision.
 
@@ -376,18 +359,11 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         PEFT keeps it separate. Other arguments are those of `PreTrainedModel.from_pretrained`. With an adapter
         checkpoint, ``dtype``, ``device_map``, ``quantization_config`` and ``attn_implementation`` go to the encoder.
         """
-        return load_checkpoint(
-            cls,
-            super().from_pretrained,
-            pretrained_model_name_or_path,
-            *model_args,
-            config=config,
-            merge_adapter=merge_adapter,
-            **kwargs,
-        )
+        load_whole_form = super().from_pretrained
+        return load_checkpoint(cls, load_whole_form, pretrained_model_name_or_path, config, merge_adapter, **kwargs)
 
     def set_calibration(self, **fields: Any) -> None:
-        """Set fields of `HierarchicalConfig` that hold a calibration, in the configuration and the heads."""
+        """Set the calibration, fields of `HierarchicalConfig`, in the configuration and the heads."""
         for name, value in fields.items():
             setattr(self.config, name, value)
         self.heads.fill_buffers()
@@ -403,11 +379,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         self.config.lexical_weight, self.config.lexical_vocab_size = lexical_weight, len(lexical.idf)
 
     def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        **kwargs: Any,
+        self, save_directory: str | Path, is_main_process: bool = True, state_dict: dict | None = None, **kwargs: Any
     ) -> None:
         """Write a checkpoint with the code that loads it: in adapter form if the encoder has an adapter, else whole."""
         save_checkpoint(self, super().save_pretrained, Path(save_directory), is_main_process, state_dict, **kwargs)

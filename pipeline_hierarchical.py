@@ -96,11 +96,11 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         check_tokenizer(self.tokenizer, self.model)
         limit = position_limit(self.model.encoder)
         if limit is not None and self.tokenizer.model_max_length > limit:
-            raise ValueError(
-                f"the tokenizer's model_max_length {self.tokenizer.model_max_length:,} is beyond the encoder's {limit:,} "
-                "positions: set it in tokenizer_config.json"
-            )
+            problem = f"{self.tokenizer.model_max_length:,} is beyond the encoder's {limit:,} positions"
+            raise ValueError(f"the tokenizer's model_max_length {problem}: set it in tokenizer_config.json")
         self.tree = self.model.config.tree  # the property builds a new tree at each access
+        # each core of a CPU computes its own batches, unless weights are offloaded
+        self._uses_cpu_threads = self.device.type == "cpu" and not hasattr(self.model, "hf_device_map")
         self._tokenizers: dict[tuple[int, int], Any] = {}
         in_4_bits = any(getattr(weight, "quant_state", None) is not None for weight in self.model.parameters())
         if self.device.type == "cpu" and in_4_bits:
@@ -124,8 +124,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             known = "batch_size, top_k, max_length, stride, coverage and recall"
             raise ValueError(f"{min(unknown)!r} is not an argument of this pipeline; it has {known}")
         for name, value, minimum in (("top_k", top_k, 1), ("max_length", max_length, 1), ("stride", stride, 0)):
-            if value is not None:
-                check_number(name, value, minimum)
+            check_number(name, value, minimum)
         config = self.model.config
         if coverage is not None:
             if config.is_multi_label:
@@ -142,20 +141,24 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         truncation, _, output = self._sanitize_parameters(**parameters)
         truncation, output = {**self._preprocess_params, **truncation}, {**self._postprocess_params, **output}
         window = self._window(**truncation)
-        stride = truncation.get("stride")
         if guarantee := next((name for name in ("coverage", "recall") if name in output), None):
-            self._check_guarantee(guarantee, window, stride)
-        if self.model.config.is_multi_label and stride is not None and "top_k" not in output:
+            fitted = self.model.config.conformal_max_length or self.tokenizer.model_max_length
+            if "stride" in truncation or window != fitted:
+                raise ValueError(
+                    f"{guarantee} needs texts truncated at {fitted} tokens, like the validation rows: give no stride, and "
+                    f"max_length={fitted} or the tokenizer that was saved with the checkpoint"
+                )
+        if self.model.config.is_multi_label and "stride" in truncation and "top_k" not in output:
             raise ValueError("stride needs top_k with several labels a text: thresholds were not fitted for windows")
         batch_size = self._batch_size if batch_size is None else batch_size
-        if batch_size is not None:
-            check_number("batch_size", batch_size, 1)
+        check_number("batch_size", batch_size, 1)
         if hasattr(inputs, "columns") and hasattr(inputs, "iloc"):
             raise ValueError("a table is not a list of texts: give the column that holds them, such as table['text']")
         if isinstance(inputs, (list, tuple)):
             texts = [read_text(item, position) for position, item in enumerate(inputs)]
             return list(self._classify(texts, batch_size, truncation, output))
-        if isinstance(inputs, (str, bytes, Mapping)) or not (isinstance(inputs, Iterable) or is_sequence(inputs)):
+        is_stream = isinstance(inputs, Iterable) or (hasattr(inputs, "__getitem__") and hasattr(inputs, "__len__"))
+        if isinstance(inputs, (str, bytes, Mapping)) or not is_stream:
             pending = self._submit([read_text(inputs, 0)], batch_size, truncation, None)
             return next(self._collect(pending, output))
         return self._classify(inputs, batch_size, truncation, output)
@@ -174,7 +177,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
                         texts.append(read_text(item, position))
                 except Exception as error:  # raised below, after the results of the texts before it
                     read_error = error
-                alone = previous is None and self._uses_cpu_threads()
+                alone = previous is None and self._uses_cpu_threads
                 pending = self._submit(texts, batch_size, truncation, workers, alone) if texts else None
                 if previous is not None:
                     yield from self._collect(previous, output)
@@ -188,13 +191,9 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         finally:
             workers.shutdown(cancel_futures=True)
 
-    def _uses_cpu_threads(self) -> bool:
-        """Return whether each core of a CPU computes its own batches: not with offloaded weights."""
-        return self.device.type == "cpu" and not hasattr(self.model, "hf_device_map")
-
     def _workers(self) -> ThreadPoolExecutor:
         """Start the threads that compute batches: one for each core that torch uses on a CPU, else one in all."""
-        if not self._uses_cpu_threads():
+        if not self._uses_cpu_threads:
             return ThreadPoolExecutor(1)
         others = [*STARTING]  # in a new thread torch may return the 1 that another call's workers have just set
         count = torch.get_num_threads()
@@ -238,54 +237,37 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         outputs: list[Future] = []
         for batch in batches:
             length = padded_length(lengths[batch[0]], len(batch), self.tokenizer.model_max_length)
-            inputs = dict(
-                self.tokenizer.pad(
-                    [windows[i] for i in batch],
-                    padding="max_length",
-                    max_length=length,
-                    padding_side="right",  # positions count from the first token, and "cls" pools it
-                    return_attention_mask=True,
-                    return_tensors="pt",
-                )
-            )
+            # on the right: positions count from the first token, and "cls" pools it
+            padding = {"padding": "max_length", "max_length": length, "padding_side": "right"}
+            rows = [windows[i] for i in batch]
+            inputs = dict(self.tokenizer.pad(rows, **padding, return_attention_mask=True, return_tensors="pt"))
             if workers is not None and not (alone and len(batches) == 1):
                 outputs.append(workers.submit(self.forward, inputs))
             else:
                 outputs.append(Future())
                 outputs[-1].set_result(self.forward(inputs))
-        return PendingTexts(len(texts), [[owners[i] for i in batch] for batch in batches], truncated, outputs)
+        return PendingTexts([owners[i] for batch in batches for i in batch], truncated, outputs)
 
     def _collect(self, pending: "PendingTexts", output: dict) -> Iterator:
         """Yield the results of pending texts in order. The probabilities of windows are combined in float64."""
-        owners = torch.tensor([owner for batch in pending.owners for owner in batch])
+        owners = torch.tensor(pending.owners)
         windows = torch.cat([batch.result()["node_log_probs"].double().exp() for batch in pending.outputs])
-        combined = torch.zeros(pending.num_texts, self.tree.num_nodes, dtype=torch.float64)
+        combined = torch.zeros(len(pending.truncated), self.tree.num_nodes, dtype=torch.float64)
         reduce = "amax" if self.model.config.is_multi_label else "mean"
         combined.scatter_reduce_(0, owners[:, None].expand_as(windows), windows, reduce, include_self=False)
         for probabilities, truncated in zip(combined.tolist(), pending.truncated, strict=True):
             yield self.postprocess({"nodes": probabilities, "truncated": truncated}, **output)
 
     def _window(self, max_length: int | None = None, stride: int | None = None) -> int:
-        """Return the length of a window in tokens, or raise ValueError if the tokenizer or the stride does not allow it."""
+        """Return the length of a window in tokens, or raise ValueError if the tokenizer or stride does not allow it."""
         limit = self.tokenizer.model_max_length
         if max_length is not None and max_length > limit:
             raise ValueError(f"max_length {max_length} is beyond the model's limit of {limit} tokens")
         window, special = max_length or limit, self.tokenizer.num_special_tokens_to_add()
         if window <= special + (stride or 0):
-            raise ValueError(
-                f"a window of {window} tokens leaves no room for {special} special tokens and a stride of {stride or 0}"
-            )
+            needed = f"{special} special tokens and a stride of {stride or 0}"
+            raise ValueError(f"a window of {window} tokens leaves no room for {needed}")
         return window
-
-    def _check_guarantee(self, guarantee: str, window: int, stride: int | None) -> None:
-        """Raise ValueError if texts are truncated differently from the rows that the thresholds were fitted on."""
-        fitted = self.model.config.conformal_max_length or self.tokenizer.model_max_length
-        if stride is not None or window != fitted:
-            asked = f"at {window}" if stride is None else f"read in windows by stride={stride}"
-            raise ValueError(
-                f"{guarantee} needs texts truncated at {fitted} tokens, like the validation rows, not {asked}: give no "
-                f"stride, and max_length={fitted} or the tokenizer that was saved with the checkpoint"
-            )
 
     def preprocess(
         self, texts: list[str], max_length: int | None = None, stride: int | None = None
@@ -381,9 +363,8 @@ def use_cpu_kernels(encoder: PreTrainedModel) -> None:
 class PendingTexts:
     """Texts whose batches are being computed."""
 
-    num_texts: int
-    owners: list[list[int]]  # for each batch, the index of each window's text
-    truncated: list[bool]
+    owners: list[int]  # the index of each window's text, in the order of the batches
+    truncated: list[bool]  # one a text
     outputs: list[Future]  # for each batch, its node log-probabilities (B, num_nodes)
 
 
@@ -435,10 +416,10 @@ def recall_threshold(config: Any, recall: float) -> float:
     threshold = config.recall_thresholds[percent - 1]
     if threshold is None:
         needed = -(-100 // (100 - percent)) - 1
-        raise ValueError(
-            f"recall {recall} needs {needed} validation texts with labels, and the checkpoint was calibrated on "
-            f"{config.recall_texts}: ask for less, or calibrate on more"
+        problem = (
+            f"needs {needed} validation texts with labels, and the checkpoint was calibrated on {config.recall_texts}"
         )
+        raise ValueError(f"recall {recall} {problem}: ask for less, or calibrate on more")
     return threshold
 
 
@@ -447,12 +428,11 @@ def conformal_answer(tree: Taxonomy, probabilities: list[float], threshold: floa
 
     The likely leaves have a probability of at least 1 - threshold; the most probable leaf is always one. Up to three
     leaves are the answer themselves. More are replaced by their ancestors at the deepest level that needs at most three
-    nodes, else by their roots. If all children of a node are in the answer, the node takes their place. An only child
-    replaces its parent, because it holds the same leaves and is more specific.
+    nodes, else by their roots, as with a threshold of None. If all children of a node are in the answer, the node takes
+    their place. An only child replaces its parent, because it is more specific.
 
     Answers grow with the threshold, so split conformal prediction applies: `nonconformity` is the smallest threshold
     whose answer holds a leaf. Mortier et al., 2025 (arXiv 2501.19038) study such sets of few nodes of a taxonomy.
-    ``probabilities`` are those of all nodes, by id. A threshold of None asks for every root.
     """
     if threshold is None:
         answer = set(tree.children(-1))
@@ -494,13 +474,8 @@ def growing_answers(tree: Taxonomy, leaves: list[int]) -> Iterator[tuple[int, se
 
 
 def check_number(name: str, value: Any, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < minimum):
         raise ValueError(f"{name} must be a whole number of at least {minimum}, not {value!r}")
-
-
-def is_sequence(value: Any) -> bool:
-    """Return whether a value can be read by index, like a torch dataset."""
-    return hasattr(value, "__getitem__") and hasattr(value, "__len__")
 
 
 def read_text(item: Any, position: int) -> str:

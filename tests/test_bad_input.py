@@ -356,7 +356,7 @@ CHECKPOINTS = {
         "adapter_form", configure("config.json", encoder_name_or_path="a/b"), "encoder_revision must be the commit"),
     "heads torn": ("adapter_form", cut(HEADS), "SafetensorError"),
     "heads lost": ("adapter_form", lose(HEADS, "weight"), "the heads weight 'weight' is missing"),
-    "adapter config torn": ("adapter_form", cut(ADAPTER_CONFIG), "adapter_config.json is not JSON"),
+    "adapter config torn": ("adapter_form", cut(ADAPTER_CONFIG), "adapter_config.json is not the configuration of a PEFT adapter"),
     "adapter config empty": ("adapter_form", write(ADAPTER_CONFIG, b"{}"), "it names no peft_type"),
     "weights lost": ("whole_form", lose(WHOLE, "heads.weight"), "lacks 1 weights of a Hierarchical"),
     "weights left over": (
