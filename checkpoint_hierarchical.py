@@ -170,7 +170,7 @@ def load_heads_and_adapter(model: Any, heads: dict[str, Tensor], adapter: dict[s
 
 
 def inject_adapter(encoder: PreTrainedModel, folder: Path) -> None:
-    """Add the adapter of a checkpoint to its encoder, with fresh weights in float32."""
+    """Add an adapter to an encoder by its stored configuration, with fresh weights in float32."""
     peft = import_peft()
     peft.inject_adapter_in_model(peft.PeftConfig.from_pretrained(folder), encoder)
     encoder.requires_grad_(False)
@@ -373,9 +373,7 @@ def name_code(config: Any) -> None:
 def prepare_whole_form(model: Any) -> None:
     for name, weight in model.named_parameters():
         if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
-            raise ValueError(
-                f"{name} was repacked by bitsandbytes for this CPU: load the model again, and save it unused"
-            )
+            raise ValueError(f"{name} was repacked by bitsandbytes for this CPU: load the model again to save it")
     name_code(model.config)
     model.config.adapter_subfolder = None
     # a local path means nothing on another machine, and nobody loads the encoder again

@@ -32,14 +32,13 @@ class HierarchicalConfig(PretrainedConfig):
         text_config: the encoder's configuration, as an object or a dict with ``model_type``. BERT's by default.
         taxonomy: a `Taxonomy`, or its nested form; by default that of the Medical Abstracts corpus.
         label_separator: what stands between the names of a path.
-        encoder_name_or_path: Hub id or folder that the encoder's weights come from.
-        encoder_revision: the commit of that repository. None for a folder.
+        encoder_name_or_path, encoder_revision: Hub id and commit of the encoder's weights, or a folder and None.
         adapter_subfolder: the folder of the checkpoint that holds a PEFT adapter; None if it holds the whole model.
         pooling: ``"mean"`` over the tokens that are not padding, or ``"cls"``, the first token.
         head_dropout: dropout probability before the heads.
         initializer_range: standard deviation of fresh head weights.
-        lexical_vocab_size: the number of token ids that the lexical head knows; None without a lexical head.
-        lexical_weight: the factor of the lexical head's scores, where the encoder's have 1; None without a lexical head.
+        lexical_vocab_size, lexical_weight: the number of token ids that the lexical head knows, and the factor of its
+            scores, where the encoder's have 1. None without a lexical head.
         temperatures: one divisor of the scores for each decision, by id; None means 1 for all.
         conformal_thresholds: for coverages of 0.01, 0.02, … 0.99, the threshold at which an answer holds the label of
             this share of texts; see `pipeline_hierarchical.conformal_answer`. An entry of None means every root.
@@ -52,9 +51,7 @@ class HierarchicalConfig(PretrainedConfig):
         recall_texts: the number of texts with labels that these were fitted on.
         problem_type: ``"multi_label_classification"`` for several labels a text. By default a text has one path.
 
-    Raises:
-        TaxonomyError: an unusable taxonomy, or labels that are not its leaves.
-        ValueError: any other value out of its range.
+    A value out of its range raises ValueError: for the taxonomy and labels that do not fit it, TaxonomyError.
     """
 
     model_type = "hierarchical_text_classification"
@@ -92,22 +89,18 @@ class HierarchicalConfig(PretrainedConfig):
             raise ValueError(f"pooling must be 'mean' or 'cls', not {pooling!r}")
         self.text_config = text_config if isinstance(text_config, PretrainedConfig) else encoder_config(text_config)
         if getattr(self.text_config, "attention_type", None) == "block_sparse":
-            self.text_config.attention_type = (
-                "original_full"  # the first short text would switch BigBird to it for good
-            )
+            # the first short text would switch BigBird to it for good
+            self.text_config.attention_type = "original_full"
         self.taxonomy = tree.to_nested()
         self.label_separator = tree.separator
-        self.encoder_name_or_path = encoder_name_or_path
-        self.encoder_revision = encoder_revision
+        self.encoder_name_or_path, self.encoder_revision = encoder_name_or_path, encoder_revision
         self.adapter_subfolder = adapter_subfolder
         self.pooling = pooling
-        self.head_dropout = head_dropout
-        self.initializer_range = initializer_range
+        self.head_dropout, self.initializer_range = head_dropout, initializer_range
         if (lexical_vocab_size is None) != (lexical_weight is None):
             advice = "a checkpoint without it is from an earlier version: load it with trust_remote_code=True, or train again"
             raise ValueError(f"lexical_weight must be given where lexical_vocab_size is, and only there; {advice}")
-        self.lexical_vocab_size = lexical_vocab_size
-        self.lexical_weight = lexical_weight
+        self.lexical_vocab_size, self.lexical_weight = lexical_vocab_size, lexical_weight
         self.temperatures = checked_temperatures(temperatures, tree)
         self.conformal_thresholds = checked_thresholds(conformal_thresholds)
         if conformal_max_length is not None and not (type(conformal_max_length) is int and conformal_max_length >= 1):
@@ -168,7 +161,7 @@ def is_number(value: object) -> bool:
 
 
 def encoder_config(given: dict | None) -> PretrainedConfig:
-    """Build an encoder's configuration, of the class for its ``model_type``, by default BERT, or raise ValueError."""
+    """Build an encoder's configuration by its ``model_type``, by default BERT, or raise ValueError."""
     try:
         return AutoConfig.for_model(**{"model_type": "bert", **(given or {})})
     except Exception as error:  # each configuration checks its values in its own way

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.activations import GELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -42,20 +42,13 @@ def attention_mask(*, attention_mask: Tensor | None = None, mask_function: Any, 
 
 
 def attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Compute attention by transformers' interface, (B, heads, T, D) to (B, T, heads, D)."""
     plain = (
         (torch.is_grad_enabled() or not HAS_AMX)
         and (attention_mask is None or attention_mask.dim() == 2)
-        and dropout == 0
+        and not kwargs.get("dropout")
         and query.shape == key.shape == value.shape
         and kwargs.get("position_bias") is None
         and not (kwargs.get("is_causal") or getattr(module, "is_causal", False))
@@ -64,8 +57,8 @@ def attention(
     if spans is None:
         if attention_mask is not None and attention_mask.dim() == 2:
             attention_mask = attention_mask[:, None, None, :].bool()
-        kwargs |= {"dropout": dropout, "scaling": scaling}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    scaling = kwargs.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return PerDocumentAttention.apply(query, key, value, spans, scaling), None
 
@@ -90,9 +83,7 @@ class PerDocumentAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, spans: list[slice], scaling: float
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, spans: list[slice], scaling: float) -> Tensor:
         output = torch.zeros_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
         for i, span in enumerate(spans):
             n = span.stop - span.start
@@ -105,7 +96,7 @@ class PerDocumentAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, d_output: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value = ctx.saved_tensors
         dq, dk, dv = (torch.zeros_like(d_output, memory_format=torch.contiguous_format) for _ in range(3))
         for i, span in enumerate(ctx.spans):

@@ -56,10 +56,7 @@ class HierarchicalOutput(ModelOutput):
 
 
 def segment_logsumexp(scores: Tensor, group: Tensor, num_groups: int) -> Tensor:
-    """Compute the logsumexp within groups of columns, (B, N) to (B, num_groups).
-
-    ``group`` (N,) is the group of each column, from 0 to num_groups - 1. Every group has a column.
-    """
+    """Compute the logsumexp within groups of columns, (B, N) to (B, num_groups). ``group`` (N,) leaves none empty."""
     index = group.expand_as(scores)
     peak = scores.new_full((scores.shape[0], num_groups), -torch.inf)
     peak = peak.scatter_reduce(1, index, scores.detach(), "amax")
@@ -68,7 +65,7 @@ def segment_logsumexp(scores: Tensor, group: Tensor, num_groups: int) -> Tensor:
 
 
 def segment_log_softmax(scores: Tensor, group: Tensor, num_groups: int) -> Tensor:
-    """Compute the log-softmax within groups of columns, (B, N) to (B, N). ``group`` is as for `segment_logsumexp`."""
+    """Compute the log-softmax within groups of columns, (B, N) to (B, N)."""
     return scores - segment_logsumexp(scores, group, num_groups)[:, group]
 
 
@@ -219,10 +216,7 @@ class HierarchicalHeads(nn.Module):
         self.shift.copy_(torch.tensor(config.node_biases or [0.0] * self.num_nodes))
 
     def forward(self, pooled: Tensor, input_ids: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
-        """Return log-probabilities (B, num_nodes), or with several labels a text the logits of the decisions.
-
-        Only a lexical head uses ``input_ids`` and ``attention_mask`` (B, T).
-        """
+        """Return log-probabilities (B, num_nodes), or with several labels a text the logits of the decisions."""
         with torch.autocast(pooled.device.type, enabled=False):
             own = nn.functional.linear(self.dropout(pooled.to(self.weight.dtype)), self.weight, self.bias).float()
             lexical = None if self.lexical is None else self.lexical(input_ids, attention_mask)
@@ -275,7 +269,6 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
 
     @property
     def has_adapter(self) -> bool:
-        """Return whether a PEFT adapter is injected into the encoder."""
         return hasattr(self.encoder, "peft_config")
 
     def pool(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -401,10 +394,7 @@ def negative_log_likelihood(
 def binary_cross_entropy(
     decision_logits: Tensor, labels: Tensor, tree: TreeSigmoid, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """Sum the binary cross-entropy of each text's open decisions; average over the texts with a known label.
-
-    Logits and labels are (B, num_nodes). ``num_items_in_batch`` takes the place of the number of texts.
-    """
+    """Sum the binary cross-entropy of the open decisions (B, num_nodes); average over the texts with a known label."""
     labels = labels.to(decision_logits)
     losses = nn.functional.binary_cross_entropy_with_logits(decision_logits, labels.clamp(min=0), reduction="none")
     items = (labels != IGNORED_LABEL).any(1).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch

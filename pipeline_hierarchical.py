@@ -2,16 +2,15 @@
 
 Worth knowing:
 
-1. Texts are read some batches ahead and sorted by length, so batches hold little padding. The next texts are tokenized
-   while a batch is computed.
-2. Batches have few shapes: oneDNN compiles a product for each shape, which takes longer than the product itself.
-3. On a CPU each core computes its own batches: in a shared batch, each would wait for the others after every operation.
-4. The probabilities of a text's windows are averaged, so children still add up to their parent. With several labels a
+1. Texts are read some batches ahead and sorted by length, so batches hold little padding. They have few shapes, because
+   oneDNN compiles a product for each. The next texts are tokenized while a batch is computed.
+2. On a CPU each core computes its own batches: in a shared batch, each would wait for the others after every operation.
+3. The probabilities of a text's windows are averaged, so children still add up to their parent. With several labels a
    text the maximum counts, since a label may stand in one window only.
-5. ``coverage`` rests on split conformal prediction, ``recall`` on conformal risk control. Both guarantees cover texts like
+4. ``coverage`` rests on split conformal prediction, ``recall`` on conformal risk control. Both guarantees cover texts like
    the validation rows, truncated as these were. The choice of the checkpoint, on the same rows, is not corrected for;
    the model card has the measured shares.
-6. A text that cannot be classified raises a ValueError with its position, never its content. A list is checked before
+5. A text that cannot be classified raises a ValueError with its position, never its content. A list is checked before
    anything is computed. A stream first yields the results of the texts before it.
 """
 
@@ -19,7 +18,7 @@ import copy
 import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -79,8 +78,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             ``coverage``.
 
     Raises:
-        ValueError: an item is empty or not a text, an argument is out of its range, or the checkpoint has no thresholds
-            for this guarantee and truncation.
+        ValueError: an item or argument cannot be used, or the checkpoint has no thresholds for the guarantee.
     """
 
     _load_processor = False
@@ -220,17 +218,9 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         return workers
 
     def _submit(
-        self,
-        texts: list[str],
-        batch_size: int | None,
-        truncation: dict,
-        workers: ThreadPoolExecutor | None,
-        alone: bool = True,
+        self, texts: list[str], batch_size: int | None, truncation: dict, workers: Executor | None, alone: bool = True
     ) -> "PendingTexts":
-        """Tokenize texts and submit their batches to ``workers``; with None compute the batches at once.
-
-        If no other batch is being computed (``alone``), a single one is computed at once, by all cores of a CPU.
-        """
+        """Tokenize texts and submit their batches to ``workers``; with None compute the batches at once."""
         windows, owners, truncated = self.preprocess(texts, **truncation)
         lengths = [len(window["input_ids"]) for window in windows]
         batches = batches_by_length(lengths, batch_size, TOKENS.get(self.device.type, TOKENS_ELSEWHERE))
@@ -241,6 +231,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             padding = {"padding": "max_length", "max_length": length, "padding_side": "right"}
             rows = [windows[i] for i in batch]
             inputs = dict(self.tokenizer.pad(rows, **padding, return_attention_mask=True, return_tensors="pt"))
+            # a single batch, with no other being computed, gets all cores of a CPU
             if workers is not None and not (alone and len(batches) == 1):
                 outputs.append(workers.submit(self.forward, inputs))
             else:
@@ -286,7 +277,6 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         return windows, owners, [stride is None and count > 1 for count in counts]
 
     def _tokenize(self, texts: list[str], window: int, stride: int) -> Any:
-        """Tokenize texts, split into windows."""
         settings = {"truncation": True, "max_length": window, "stride": stride, "return_overflowing_tokens": True}
         settings |= {"return_attention_mask": True, "verbose": False}
         # a tokenizer keeps its truncation as state, which threads share: each setting but the default has its own copy
@@ -341,10 +331,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
 
 
 def use_cpu_kernels(encoder: PreTrainedModel) -> None:
-    """Speed up a bfloat16 encoder on a CPU, in place, or warn if the installed libraries do not fit.
-
-    Their names there are private. A checkpoint must load where these are renamed.
-    """
+    """Speed up a bfloat16 encoder on a CPU, in place, or warn where private names of the libraries have changed."""
     try:
         if __package__:  # as remote code of a checkpoint
             from .cpu_hierarchical import attend_by_document, pack_linear_layers
@@ -369,13 +356,10 @@ class PendingTexts:
 
 
 def batches_by_length(lengths: list[int], batch_size: int | None, tokens: int) -> list[list[int]]:
-    """Return batches of window indices: windows of similar lengths, the longest first.
-
-    Without a ``batch_size``, a batch has the power of two of windows that comes closest to ``tokens``, padding included.
-    """
+    """Return batches of window indices: windows of similar lengths, the longest first."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches: list[list[int]] = []
-    while order:
+    while order:  # by default a batch has the power of two of windows that comes closest to ``tokens``
         count = batch_size or 2 ** max(0, round(math.log2(tokens / lengths[order[0]])))
         batches.append(order[:count])
         order = order[count:]
@@ -389,10 +373,7 @@ def padded_length(longest: int, rows: int, limit: int) -> int:
 
 
 def conformal_threshold(thresholds: list[float | None] | None, coverage: float) -> float | None:
-    """Return the threshold for a coverage, rounded up to a hundredth. None means that the answer is every root.
-
-    Raises ValueError if the coverage is not between 0 and 1, or there are no thresholds.
-    """
+    """Return the threshold for a coverage, rounded up to a hundredth. None means that the answer is every root."""
     if not isinstance(coverage, (int, float)) or not 0 < coverage < 1:
         raise ValueError(f"coverage must be a number between 0 and 1, not {coverage!r}")
     if thresholds is None:
@@ -402,10 +383,7 @@ def conformal_threshold(thresholds: list[float | None] | None, coverage: float) 
 
 
 def recall_threshold(config: Any, recall: float) -> float:
-    """Return the probability from which nodes belong to the answer for a recall, rounded up to a hundredth.
-
-    Raises ValueError if the recall is out of its range, or the checkpoint has no threshold for it.
-    """
+    """Return the probability from which nodes belong to the answer for a recall, rounded up to a hundredth."""
     if not isinstance(recall, (int, float)) or not 0 < recall <= 0.99:
         raise ValueError(f"recall must be a number above 0 and at most 0.99, not {recall!r}")
     if not config.is_multi_label:
@@ -415,10 +393,8 @@ def recall_threshold(config: Any, recall: float) -> float:
     percent = max(1, math.ceil(round(100 * recall, 6)))
     threshold = config.recall_thresholds[percent - 1]
     if threshold is None:
-        needed = -(-100 // (100 - percent)) - 1
-        problem = (
-            f"needs {needed} validation texts with labels, and the checkpoint was calibrated on {config.recall_texts}"
-        )
+        needed, known = -(-100 // (100 - percent)) - 1, config.recall_texts
+        problem = f"needs {needed} validation texts with labels, and the checkpoint was calibrated on {known}"
         raise ValueError(f"recall {recall} {problem}: ask for less, or calibrate on more")
     return threshold
 

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     space = None
     if arguments.space_id is not None:
         space = find_target(api, namespaces, "--space_id", arguments.space_id, "space", private=arguments.private)
-    readme = read_card(folder, target.repo_id, arguments.merge)
+    readme = read_card(folder / "README.md", target.repo_id, arguments.merge)
 
     with tempfile.TemporaryDirectory() as scratch:
         # ── Collect the files, in the requested form ─────────────────────────────────────────────────────────────────
@@ -85,9 +85,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_card(folder: Path, model_id: str, merged: bool) -> str:
+def read_card(path: Path, model_id: str, merged: bool) -> str:
     """Read the card of a checkpoint, let the Hub validate its metadata, and insert the model's id."""
-    path = folder / "README.md"
     try:
         readme = path.read_text(encoding="utf-8-sig")
         RepoCard(readme).validate()

@@ -4,8 +4,7 @@ Worth knowing:
 
 1. Nodes are numbered leaves first, in reading order, then inner nodes. So class index = leaf id = index into
    ``id2label``.
-2. A node's label is its name, or its path (``parent/child``, and ``/root``) where two nodes share the name. Case is
-   kept.
+2. A node's label is its name, or its path (``parent/child``, and ``/root``) where two nodes share the name.
 3. A decision is the choice among the roots, or among the children of one inner node. The decision at the roots has id
    0, the one below inner node n has id n - num_leaves + 1.
 """
@@ -162,7 +161,6 @@ class Taxonomy:
 
     @classmethod
     def from_paths(cls, paths: Iterable[Sequence[str]], separator: str = "/") -> "Taxonomy":
-        """Build a taxonomy from paths: the names from the root down."""
         tree: dict = {}
         for path in paths:
             siblings = tree
@@ -284,18 +282,15 @@ class Taxonomy:
 
     def tree(self) -> str:
         """Draw the forest as text, one node a line."""
-        lines: list[str] = []
 
-        def draw(nodes: list[int], prefix: str) -> None:
+        def draw(nodes: list[int], prefix: str) -> Iterator[str]:
             for node in nodes:
-                is_last = node == nodes[-1]
-                lines.append(prefix + ("└── " if is_last else "├── ") + self.names[node])
-                draw(self.children(node), prefix + ("    " if is_last else "│   "))
+                first, rest = ("└── ", "    ") if node == nodes[-1] else ("├── ", "│   ")
+                yield prefix + first + self.names[node]
+                yield from draw(self.children(node), prefix + rest)
 
-        for root in self.children(-1):
-            lines.append(self.names[root])
-            draw(self.children(root), "")
-        return "\n".join(lines)
+        trees = ([self.names[root], *draw(self.children(root), "")] for root in self.children(-1))
+        return "\n".join(chain.from_iterable(trees))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Taxonomy) and (self._paths, self.separator) == (other._paths, other.separator)
