@@ -339,7 +339,7 @@ def merge_lora(encoder: nn.Module, adapter: dict[str, Tensor], adapter_config: d
 def save_checkpoint(
     model: Any, save_whole_form: Callable, folder: Path, is_main_process: bool, state_dict: dict | None, **kwargs: Any
 ) -> None:
-    """Write a model and the code that loads it. ``save_whole_form`` is the model's `save_pretrained` of transformers."""
+    """Write a model and the code that loads it. ``save_whole_form`` is transformers' `save_pretrained`."""
     if kwargs.get("push_to_hub"):  # which would publish before the code is written
         raise ValueError("save_pretrained writes a folder; to publish it, run push_to_hub.py on that folder")
     code = read_shipped_files() if is_main_process else {}

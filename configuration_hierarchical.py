@@ -98,7 +98,7 @@ class HierarchicalConfig(PretrainedConfig):
         self.pooling = pooling
         self.head_dropout, self.initializer_range = head_dropout, initializer_range
         if (lexical_vocab_size is None) != (lexical_weight is None):
-            advice = "a checkpoint without it is from an earlier version: load it with trust_remote_code=True, or train again"
+            advice = "a checkpoint without it is from an earlier version: load its own code, or train again"
             raise ValueError(f"lexical_weight must be given where lexical_vocab_size is, and only there; {advice}")
         self.lexical_vocab_size, self.lexical_weight = lexical_vocab_size, lexical_weight
         self.temperatures = checked_temperatures(temperatures, tree)
@@ -180,7 +180,7 @@ def checked_temperatures(temperatures: list[float] | None, taxonomy: Taxonomy) -
 
 
 def checked_thresholds(thresholds: list[float | None] | None) -> list[float | None] | None:
-    """Check conformal thresholds: 99 rising numbers from 0 to 1, then None. Of an earlier version's 999, keep a tenth."""
+    """Check conformal thresholds: 99 rising numbers from 0 to 1, then None. Of the 999 of old versions, keep 99."""
     if thresholds is None:
         return None
     given = list(thresholds) if isinstance(thresholds, (list, tuple)) else []

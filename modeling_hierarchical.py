@@ -362,7 +362,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         self.heads.fill_buffers()
 
     def set_lexical_head(self, weights: dict[str, Tensor] | None, lexical_weight: float = 1.0) -> None:
-        """Set the lexical head from its ``idf`` (V,), ``weight`` (num_labels, V) and ``bias``, or remove it with None."""
+        """Set the lexical head from ``idf`` (V,), ``weight`` (num_labels, V) and ``bias``, or remove it with None."""
         if weights is None:
             self.heads.lexical = self.config.lexical_weight = self.config.lexical_vocab_size = None
             return

@@ -143,8 +143,8 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             fitted = self.model.config.conformal_max_length or self.tokenizer.model_max_length
             if "stride" in truncation or window != fitted:
                 raise ValueError(
-                    f"{guarantee} needs texts truncated at {fitted} tokens, like the validation rows: give no stride, and "
-                    f"max_length={fitted} or the tokenizer that was saved with the checkpoint"
+                    f"{guarantee} needs texts truncated at {fitted} tokens, like the validation rows: give no stride, "
+                    f"and max_length={fitted} or the tokenizer that was saved with the checkpoint"
                 )
         if self.model.config.is_multi_label and "stride" in truncation and "top_k" not in output:
             raise ValueError("stride needs top_k with several labels a text: thresholds were not fitted for windows")

@@ -195,7 +195,7 @@ class Taxonomy:
             raise TaxonomyError(f"{path}: {error}") from error
 
     def to_nested(self, node: int = -1) -> list:
-        """Return the forest below a node, or all, as nested lists: leaves are names, inner nodes ``{name: [children]}``."""
+        """Return the forest below a node, or all, as nested lists: leaves are names, inner nodes ``{name: […]}``."""
         return [
             self.names[child] if child < self.num_leaves else {self.names[child]: self.to_nested(child)}
             for child in self.children(node)
