@@ -1,7 +1,4 @@
-"""Define which files form a checkpoint, and check that a folder holds a complete one.
-
-A checkpoint has one of two forms: an adapter with heads, over an encoder that is stored elsewhere, or the whole model.
-"""
+"""Define which files form a checkpoint, and check that a folder holds a complete one."""
 
 import json
 from pathlib import Path
@@ -48,7 +45,6 @@ def read_model_type(folder: str | Path) -> Any:
 
 
 def is_checkpoint(name_or_path: str | Path) -> bool:
-    """Return whether a folder holds a checkpoint of this project."""
     return read_model_type(name_or_path) == HierarchicalConfig.model_type
 
 
@@ -59,10 +55,7 @@ def read_config(folder: str | Path) -> HierarchicalConfig:
 
 
 def find_damage(folder: Path, adapter_form: bool) -> str | None:
-    """Return a message that names the first missing or damaged weights file, or None if all are complete.
-
-    The header of a safetensors file holds the sizes, so a truncated file is detected without reading the tensors.
-    """
+    """Return a message that names the first missing or damaged weights file, or None if all are complete."""
     needed, name = [*ADAPTER_FILES] if adapter_form else [WEIGHTS], WEIGHTS_INDEX
     try:
         if not adapter_form and (folder / name).is_file():
@@ -71,7 +64,7 @@ def find_damage(folder: Path, adapter_form: bool) -> str | None:
             if not (folder / name).is_file():
                 return f"{name} is missing"
             if name.endswith(".safetensors"):
-                with safe_open(folder / name, "pt"):
+                with safe_open(folder / name, "pt"):  # its header holds the sizes, so a truncated file is an error
                     pass
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{name} is damaged"
@@ -81,10 +74,8 @@ def find_damage(folder: Path, adapter_form: bool) -> str | None:
 def read_checkpoint(folder: Path) -> HierarchicalConfig:
     """Check that a folder holds a complete checkpoint of this project, or raise InputError; return its configuration."""
     if (model_type := read_model_type(folder)) != HierarchicalConfig.model_type:
-        missing = (
-            "it has no config.json" if not (folder / "config.json").is_file() else f"it holds a {model_type!r} model"
-        )
-        raise InputError(f"{folder} is not a checkpoint of this project: {missing}")
+        held = f"it holds a {model_type!r} model" if (folder / "config.json").is_file() else "it has no config.json"
+        raise InputError(f"{folder} is not a checkpoint of this project: {held}")
     config = read_config(folder)
     problem = find_damage(folder, config.adapter_subfolder is not None)
     for name in (*SHIPPED_FILES, "tokenizer_config.json", "README.md"):

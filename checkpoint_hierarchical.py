@@ -5,10 +5,8 @@ Worth knowing:
 1. A checkpoint is either whole (``model.safetensors``) or an adapter: ``heads.safetensors`` beside a plain PEFT adapter in
    ``adapter/``, over an encoder that is fetched by name. The adapter is in a subfolder because a root-level
    ``adapter_config.json`` on the Hub makes ``AutoModel`` load the bare encoder instead.
-2. Loading merges the adapter into the encoder's weights, which needs no PEFT and makes every forward faster. Over
-   quantized weights, or on demand, PEFT keeps the adapter beside them.
-3. The functions take the model as an argument, so this file does not import the file that holds it.
-4. transformers fetches and copies only those shipped files that another one imports by a relative import.
+2. Loading merges the adapter into the encoder's weights, which needs no PEFT and makes every forward faster.
+3. transformers fetches and copies only those shipped files that another one imports by a relative import.
 """
 
 import copy
@@ -40,12 +38,13 @@ AUTO_MAP = {
     "AutoModel": MODEL_CLASS,
     "AutoModelForSequenceClassification": MODEL_CLASS,
 }
-PIPELINE = {
-    "impl": "pipeline_hierarchical.HierarchicalTextClassificationPipeline",
-    "pt": ["AutoModelForSequenceClassification"],
-    "type": "text",
+CUSTOM_PIPELINES = {
+    "hierarchical-text-classification": {
+        "impl": "pipeline_hierarchical.HierarchicalTextClassificationPipeline",
+        "pt": ["AutoModelForSequenceClassification"],
+        "type": "text",
+    }
 }
-CUSTOM_PIPELINES = {"hierarchical-text-classification": PIPELINE}
 MODULES = ("taxonomy", "configuration", "checkpoint", "modeling", "cpu", "pipeline")
 SHIPPED_FILES = tuple(f"{module}_hierarchical.py" for module in MODULES)
 ADAPTER_SUBFOLDER = "adapter"
@@ -70,20 +69,9 @@ HARMLESS_LORA_SETTINGS = (
 
 
 def load_checkpoint(
-    model_class: type,
-    load_whole_form: Callable,
-    name: str | os.PathLike,
-    *model_args: Any,
-    config: Any,
-    merge_adapter: bool,
-    **kwargs: Any,
+    model_class: type, load_whole_form: Callable, name: str | Path, config: Any, merge_adapter: bool, **kwargs: Any
 ) -> Any:
-    """Load a checkpoint of either form, see `HierarchicalForSequenceClassification.from_pretrained`.
-
-    Args:
-        load_whole_form: the `from_pretrained` of transformers, for ``model_class``.
-        config: a configuration, the name of one, or None for that of the checkpoint.
-    """
+    """Load a checkpoint of either form. ``load_whole_form`` is transformers' `from_pretrained` for ``model_class``."""
     # AutoModel passes a config whose class is another object than the one imported here, so its base class is asked for
     if not isinstance(config, PretrainedConfig):
         dtype = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
@@ -96,7 +84,7 @@ def load_checkpoint(
         model, info = load_adapter_form(model_class, name, config, merge_adapter, **kwargs)
     else:
         with plain_errors(name):
-            model, info = load_whole_form(name, *model_args, config=config, output_loading_info=True, **kwargs)
+            model, info = load_whole_form(name, config=config, output_loading_info=True, **kwargs)
         refuse_missing(name, model, info)
         if left_over := [weight for weight in info["unexpected_keys"] if weight.startswith("heads.")]:
             raise ValueError(f"the weight {min(left_over)!r} of {name} does not fit its config.json")
@@ -104,13 +92,9 @@ def load_checkpoint(
 
 
 def load_adapter_form(
-    model_class: type, name: str | os.PathLike, config: Any, merge_adapter: bool, **kwargs: Any
+    model_class: type, name: str | Path, config: Any, merge_adapter: bool, **kwargs: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """Load the encoder by its name and revision, then the adapter and heads of the checkpoint.
-
-    Returns:
-        The model, in evaluation mode, and the loading info of transformers.
-    """
+    """Load the encoder by its name and revision, then the adapter and heads. Return the model and the loading info."""
     hub = {argument: kwargs[argument] for argument in HUB_ARGUMENTS if argument in kwargs}
     subfolder = config.adapter_subfolder
     files = (HEADS_WEIGHTS, f"{subfolder}/adapter_config.json", f"{subfolder}/{ADAPTER_WEIGHTS}")
@@ -139,40 +123,27 @@ def load_adapter_form(
 def load_encoder(config: HierarchicalConfig, **kwargs: Any) -> PreTrainedModel:
     """Load the encoder that ``config`` names, at its pinned revision, by `AutoModel.from_pretrained`.
 
-    Raises:
-        ValueError: weights are missing, the commit is not pinned, or padding would change predictions.
-        OSError: the repository, or that commit of it, is not there.
+    Raises ValueError where weights are missing, the commit is not pinned, or padding would change predictions.
     """
     name, revision = config.encoder_name_or_path, config.encoder_revision
     if os.path.isdir(name):
         revision = "main"
     elif os.path.isabs(name):
-        raise ValueError(
-            f"the encoder is the folder {name}, which is not on this machine: publish such a checkpoint by "
-            "push_to_hub.py --merge, or set encoder_name_or_path and encoder_revision in its config.json"
-        )
+        advice = "publish it by push_to_hub.py --merge, or set encoder_name_or_path and encoder_revision in config.json"
+        raise ValueError(f"the encoder is the folder {name}, which is not on this machine: {advice}")
     elif re.fullmatch("[0-9a-f]{40}", revision or "") is None:
-        raise ValueError(
-            f"encoder_revision must be the commit of {name} that this was trained on, 40 hexadecimal digits, not "
-            f"{revision!r}: a branch can move, and the encoder with it"
-        )
+        commit = f"the commit of {name} that this was trained on, 40 hexadecimal digits"
+        raise ValueError(f"encoder_revision must be {commit}, not {revision!r}")
+    kwargs |= {"config": config.text_config, "revision": revision, **without_pooler(config.text_config)}
+    kwargs |= {"output_loading_info": True, "trust_remote_code": False}  # with None it asks at a terminal
     with quiet_loading(), plain_errors(name):
-        encoder, info = AutoModel.from_pretrained(
-            name,
-            config=config.text_config,
-            revision=revision,
-            output_loading_info=True,
-            trust_remote_code=False,  # else transformers asks at a terminal
-            **without_pooler(config.text_config),
-            **kwargs,
-        )
+        encoder, info = AutoModel.from_pretrained(name, **kwargs)
     refuse_missing(name, encoder, info)
     refuse_maskless(encoder)
     return encoder
 
 
 def build_encoder(text_config: PretrainedConfig) -> PreTrainedModel:
-    """Build an encoder with fresh weights."""
     encoder = AutoModel.from_config(text_config, **without_pooler(text_config))
     refuse_maskless(encoder)
     return encoder
@@ -185,13 +156,12 @@ def without_pooler(text_config: PretrainedConfig) -> dict[str, bool]:
 
 
 def load_heads(model: Any, heads: dict[str, Tensor]) -> None:
-    """Load heads as they are stored in a checkpoint."""
     check_weights("heads", heads, model.heads.state_dict())
     model.heads.load_state_dict(heads)
 
 
 def load_heads_and_adapter(model: Any, heads: dict[str, Tensor], adapter: dict[str, Tensor]) -> None:
-    """Load heads and adapter weights, as they are stored in a checkpoint, into a model with an adapter."""
+    """Load stored heads and adapter weights into a model with an adapter."""
     peft = import_peft()
     adapter = {name.removeprefix(ADAPTER_PREFIX): tensor for name, tensor in adapter.items()}
     check_weights("adapter", adapter, peft.get_peft_model_state_dict(model.encoder))
@@ -200,7 +170,7 @@ def load_heads_and_adapter(model: Any, heads: dict[str, Tensor], adapter: dict[s
 
 
 def inject_adapter(encoder: PreTrainedModel, folder: Path) -> None:
-    """Add the adapter of a checkpoint to its encoder, with fresh weights in float32."""
+    """Add an adapter to an encoder by its stored configuration, with fresh weights in float32."""
     peft = import_peft()
     peft.inject_adapter_in_model(peft.PeftConfig.from_pretrained(folder), encoder)
     encoder.requires_grad_(False)
@@ -221,7 +191,7 @@ def import_peft() -> Any:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Silence warnings of poolers and pretraining heads, and never send the user's token to the Space that converts .bin files."""
+    """Silence warnings of poolers and pretraining heads; send no token to the Space that converts .bin files."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -235,7 +205,7 @@ def quiet_loading() -> Iterator[None]:
 
 
 @contextmanager
-def plain_errors(name: str | os.PathLike) -> Iterator[None]:
+def plain_errors(name: str | Path) -> Iterator[None]:
     """Replace errors of transformers that point at a log, or that say how to run the code in a .bin file."""
     try:
         yield
@@ -249,7 +219,7 @@ def plain_errors(name: str | os.PathLike) -> Iterator[None]:
         raise ValueError(problem) from error
 
 
-def refuse_missing(name: str | os.PathLike, model: PreTrainedModel, info: dict[str, Any]) -> None:
+def refuse_missing(name: str | Path, model: PreTrainedModel, info: dict[str, Any]) -> None:
     """Raise ValueError where weights are missing: transformers draws them at random, with a warning."""
     if missing := info["missing_keys"]:
         raise ValueError(f"{name} lacks {len(missing)} weights of a {type(model).__name__}, such as {min(missing)!r}")
@@ -257,17 +227,16 @@ def refuse_missing(name: str | os.PathLike, model: PreTrainedModel, info: dict[s
 
 def refuse_maskless(encoder: PreTrainedModel) -> None:
     """Raise ValueError where padding would change predictions, and for models that are more than an encoder."""
-    config, inputs = encoder.config, inspect.signature(encoder.forward).parameters
-    needs_language = getattr(config, "default_language", "") is None  # XMOD, which has layers for each language
-    refused = (
-        (config.is_encoder_decoder, "is an encoder with a decoder: use an encoder alone"),
-        (config.model_type in PADDING_COUNTS, "changes its predictions with padding: use another encoder"),
-        (needs_language, "needs the language of the texts: set default_language in its config.json"),
-        ("attention_mask" not in inputs, "takes no attention mask, so padding changes its predictions: use another"),
-    )
-    for applies, problem in refused:
-        if applies:
-            raise ValueError(f"{type(encoder).__name__} {problem}")
+    config = encoder.config
+    if config.is_encoder_decoder:
+        problem = "is an encoder with a decoder: use an encoder alone"
+    elif config.model_type in PADDING_COUNTS or "attention_mask" not in inspect.signature(encoder.forward).parameters:
+        problem = "changes its predictions with padding: use another encoder"
+    elif getattr(config, "default_language", "") is None:  # XMOD, which has layers for each language
+        problem = "needs the language of the texts: set default_language in its config.json"
+    else:
+        return
+    raise ValueError(f"{type(encoder).__name__} {problem}")
 
 
 def refuse_offloaded(encoder: nn.Module, adapter_config: dict[str, Any]) -> None:
@@ -275,10 +244,8 @@ def refuse_offloaded(encoder: nn.Module, adapter_config: dict[str, Any]) -> None
     targets = adapter_config.get("target_modules")
     for name, parameter in encoder.named_parameters():
         if parameter.is_meta and (not targets or is_target(name.rpartition(".")[0], targets)):
-            raise ValueError(
-                f"the encoder's {name} is offloaded, and the adapter cannot be added to it: give the model more memory, or "
-                "load a checkpoint that was published by push_to_hub.py --merge"
-            )
+            advice = "give the model more memory, or load a checkpoint that was published by push_to_hub.py --merge"
+            raise ValueError(f"the encoder's {name} is offloaded, and the adapter cannot be added to it: {advice}")
 
 
 def check_tokenizer(tokenizer: Any, model: Any) -> None:
@@ -289,19 +256,15 @@ def check_tokenizer(tokenizer: Any, model: Any) -> None:
         raise ValueError(f"{name} holds no tokenizer: its vocabulary has {len(tokenizer)} special tokens and no words")
     largest = max(tokenizer.get_vocab().values())
     if largest >= embeddings:
-        raise ValueError(
-            f"the tokenizer of {name} is another encoder's: it has token {largest:,}, and the encoder {embeddings:,} embeddings"
-        )
+        problem = f"it has token {largest:,}, and the encoder {embeddings:,} embeddings"
+        raise ValueError(f"the tokenizer of {name} is another encoder's: {problem}")
 
 
 def position_limit(encoder: PreTrainedModel) -> int | None:
-    """Return the longest input, in tokens, that an encoder has positions for; None where it names no limit.
-
-    RoBERTa's family counts positions from ``padding_idx + 1``, which takes as many from its table.
-    """
+    """Return the longest input, in tokens, that an encoder has positions for; None where it names no limit."""
     limit = getattr(encoder.config, "max_position_embeddings", None)
     table = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
-    offset = getattr(table, "padding_idx", None)
+    offset = getattr(table, "padding_idx", None)  # RoBERTa's family counts positions from padding_idx + 1
     return limit if limit is None or offset is None else limit - offset - 1
 
 
@@ -320,13 +283,12 @@ def check_weights(what: str, stored: dict[str, Tensor], expected: dict[str, Tens
 
 
 def read_adapter_config(path: Path) -> dict[str, Any]:
-    """Read an adapter_config.json, or raise ValueError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or "peft_type" not in content:
+            raise ValueError("it names no peft_type")
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict) or "peft_type" not in content:
-        raise ValueError(f"{path} is not the configuration of a PEFT adapter: it names no peft_type")
+        raise ValueError(f"{path} is not the configuration of a PEFT adapter: {error}") from error
     return content
 
 
@@ -334,7 +296,7 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
 
 
 def is_target(name: str, targets: list[str] | str) -> bool:
-    """Return whether PEFT adapts the module of this name: by the end of its name, or by a pattern for all of it."""
+    """Return whether PEFT adapts the module of this name: by the end of it, or by a pattern for all of it."""
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
@@ -346,14 +308,13 @@ def is_mergeable(encoder: nn.Module, adapter_config: dict[str, Any]) -> bool:
     for name, value in adapter_config.items():
         if value and name not in HARMLESS_LORA_SETTINGS and value not in plain.get(name, ()):
             return False
-    for name, module in encoder.named_modules():
-        if is_target(name, adapter_config["target_modules"]):
-            # torchao keeps plain layers, whose weights are tensors of its own
-            if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
-                return False
-            if module.weight.is_meta or not module.weight.is_floating_point():
-                return False
-    return True
+    targets = [module for name, module in encoder.named_modules() if is_target(name, adapter_config["target_modules"])]
+    return all(
+        type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter  # torchao keeps plain layers, whose weights are tensors of its own
+        and module.weight.is_floating_point()
+        for module in targets
+    )
 
 
 @torch.no_grad()
@@ -362,10 +323,8 @@ def merge_lora(encoder: nn.Module, adapter: dict[str, Tensor], adapter_config: d
     targets, r = adapter_config["target_modules"], adapter_config["r"]
     adapter = {name.removeprefix(ADAPTER_PREFIX): tensor for name, tensor in adapter.items()}
     modules = {name: module for name, module in encoder.named_modules() if is_target(name, targets)}
-    expected = {}
-    for name, module in modules.items():
-        expected[f"{name}.lora_A.weight"] = torch.empty(r, module.in_features, device="meta")
-        expected[f"{name}.lora_B.weight"] = torch.empty(module.out_features, r, device="meta")
+    expected = {f"{name}.lora_A.weight": torch.empty(r, modules[name].in_features, device="meta") for name in modules}
+    expected |= {f"{name}.lora_B.weight": torch.empty(modules[name].out_features, r, device="meta") for name in modules}
     check_weights("adapter", adapter, expected)
     for name, module in modules.items():
         weight = module.weight
@@ -380,11 +339,7 @@ def merge_lora(encoder: nn.Module, adapter: dict[str, Tensor], adapter_config: d
 def save_checkpoint(
     model: Any, save_whole_form: Callable, folder: Path, is_main_process: bool, state_dict: dict | None, **kwargs: Any
 ) -> None:
-    """Write a model and the code that loads it, see `HierarchicalForSequenceClassification.save_pretrained`.
-
-    Args:
-        save_whole_form: the `save_pretrained` of transformers, of that model.
-    """
+    """Write a model and the code that loads it. ``save_whole_form`` is transformers' `save_pretrained`."""
     if kwargs.get("push_to_hub"):  # which would publish before the code is written
         raise ValueError("save_pretrained writes a folder; to publish it, run push_to_hub.py on that folder")
     code = read_shipped_files() if is_main_process else {}
@@ -405,25 +360,20 @@ def read_shipped_files() -> dict[str, bytes]:
     try:
         return {name: (Path(__file__).parent / name).read_bytes() for name in SHIPPED_FILES}
     except OSError as error:
-        raise ValueError(
-            f"cannot save the model: its code {error.filename} cannot be read ({error.strerror}); load the model again"
-        ) from error
+        problem = f"its code {error.filename} cannot be read ({error.strerror})"
+        raise ValueError(f"cannot save the model: {problem}; load the model again") from error
 
 
 def name_code(config: Any) -> None:
-    """Name the code that loads a checkpoint in its configuration, and drop a path of this machine."""
+    """Name the code that loads a checkpoint in its configuration, and drop a local path."""
     config.auto_map, config.custom_pipelines = AUTO_MAP, CUSTOM_PIPELINES
     config.text_config.name_or_path = ""
 
 
 def prepare_whole_form(model: Any) -> None:
-    """Set the configuration of a model that is about to be saved whole."""
     for name, weight in model.named_parameters():
         if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
-            raise ValueError(
-                f"{name} was repacked by bitsandbytes when the model first ran on this CPU, and would be saved "
-                "so: save the model before, or load it again"
-            )
+            raise ValueError(f"{name} was repacked by bitsandbytes for this CPU: load the model again to save it")
     name_code(model.config)
     model.config.adapter_subfolder = None
     # a local path means nothing on another machine, and nobody loads the encoder again
@@ -433,7 +383,6 @@ def prepare_whole_form(model: Any) -> None:
 
 def save_adapter_form(model: Any, folder: Path, state_dict: dict[str, Tensor]) -> None:
     """Write the heads, the adapter and the configuration, without the encoder."""
-    # Heads and adapter.
     heads, encoder = (
         {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
         for prefix in ("heads.", "encoder.")
@@ -444,14 +393,12 @@ def save_adapter_form(model: Any, folder: Path, state_dict: dict[str, Tensor]) -
     save_file(heads, folder / HEADS_WEIGHTS, {"format": "pt"})
     save_file(adapter, folder / ADAPTER_SUBFOLDER / ADAPTER_WEIGHTS, {"format": "pt"})
 
-    # The adapter's configuration.
     adapter_config = copy.deepcopy(model.encoder.peft_config["default"])
     adapter_config.inference_mode = True
     adapter_config.base_model_name_or_path = model.config.encoder_name_or_path
     adapter_config.revision = model.config.encoder_revision
     adapter_config.save_pretrained(folder / ADAPTER_SUBFOLDER)
 
-    # The model's configuration.
     config = copy.deepcopy(model.config)
     name_code(config)
     config.architectures = [type(model).__name__]
@@ -472,7 +419,8 @@ def follow_umask(folder: Path) -> None:
 
 def remove_other_form(folder: Path, adapter_form: bool) -> None:
     """Delete the weights of an earlier checkpoint of the other form, which would be published along."""
-    whole = [*folder.glob("model.safetensors*"), *folder.glob("model-*-of-*.safetensors")]
-    adapter = [folder / ADAPTER_SUBFOLDER / name for name in (ADAPTER_WEIGHTS, "adapter_config.json")]
-    for file in whole if adapter_form else [folder / HEADS_WEIGHTS, *adapter]:
-        file.unlink(missing_ok=True)
+    whole = ("model.safetensors*", "model-*-of-*.safetensors")
+    adapter = (HEADS_WEIGHTS, f"{ADAPTER_SUBFOLDER}/{ADAPTER_WEIGHTS}", f"{ADAPTER_SUBFOLDER}/adapter_config.json")
+    for pattern in whole if adapter_form else adapter:
+        for file in folder.glob(pattern):
+            file.unlink()

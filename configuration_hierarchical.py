@@ -6,11 +6,11 @@ Worth knowing:
    objects, and with them the class indices.
 2. ``id2label`` and ``label2id`` are always derived from the taxonomy: its leaves, or with several labels a text all its
    nodes.
-3. The encoder's configuration is called ``text_config``. transformers looks for that name when it resizes embeddings,
-   or asks for the text part of a composite model.
+3. The encoder's configuration is called ``text_config``, because transformers looks for that name.
 """
 
 import inspect
+from itertools import pairwise
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
@@ -32,35 +32,26 @@ class HierarchicalConfig(PretrainedConfig):
         text_config: the encoder's configuration, as an object or a dict with ``model_type``. BERT's by default.
         taxonomy: a `Taxonomy`, or its nested form; by default that of the Medical Abstracts corpus.
         label_separator: what stands between the names of a path.
-        encoder_name_or_path: Hub id or folder that the encoder's weights come from.
-        encoder_revision: the commit of that repository. None for a folder.
-        adapter_subfolder: the folder of the checkpoint that holds a PEFT adapter, beside the heads; None when the
-            checkpoint holds the whole model.
+        encoder_name_or_path, encoder_revision: Hub id and commit of the encoder's weights, or a folder and None.
+        adapter_subfolder: the folder of the checkpoint that holds a PEFT adapter; None if it holds the whole model.
         pooling: ``"mean"`` over the tokens that are not padding, or ``"cls"``, the first token.
         head_dropout: dropout probability before the heads.
         initializer_range: standard deviation of fresh head weights.
-        lexical_vocab_size: the number of token ids that the lexical head knows; None without a lexical head.
-        lexical_weight: the factor of the lexical head's scores in each decision, where the encoder's scores have factor
-            1; None without a lexical head.
-        temperatures: one divisor of the scores for each decision, the roots' first, then those of the inner nodes'
-            children by id; None means 1 for all.
+        lexical_vocab_size, lexical_weight: the number of token ids that the lexical head knows, and the factor of its
+            scores, where the encoder's have 1. None without a lexical head.
+        temperatures: one divisor of the scores for each decision, by id; None means 1 for all.
         conformal_thresholds: for coverages of 0.01, 0.02, … 0.99, the threshold at which an answer holds the label of
             this share of texts; see `pipeline_hierarchical.conformal_answer`. An entry of None means every root.
-            Earlier versions stored 999 thresholds; every tenth is kept.
         conformal_max_length: the length in tokens, special ones included, at which texts were truncated when the
             thresholds were fitted; None if unknown.
-        node_scales, node_biases: with several labels a text, the factor and the summand of each node's score. None means 1
-            and 0 for all.
-        node_thresholds: with several labels a text, the probability from which each node is predicted; None means 0.5.
-        recall_thresholds: with several labels a text, for recalls of 0.01, 0.02, … 0.99, the probability such that the
-            nodes of at least this probability hold this share of a text's nodes, on average. None where there were too few
-            texts.
+        node_scales, node_biases: factor and summand of each node's score, with several labels a text. None: 1 and 0.
+        node_thresholds: the probability from which each node is predicted, with several labels a text. None: 0.5.
+        recall_thresholds: with several labels a text, for recalls of 0.01, 0.02, … 0.99, the probability from which nodes
+            hold this share of a text's nodes, on average. None where there were too few texts.
         recall_texts: the number of texts with labels that these were fitted on.
         problem_type: ``"multi_label_classification"`` for several labels a text. By default a text has one path.
 
-    Raises:
-        TaxonomyError: an unusable taxonomy, or labels that are not its leaves.
-        ValueError: an unknown pooling; temperatures, thresholds or a length of a wrong number or range.
+    A value out of its range raises ValueError: for the taxonomy and labels that do not fit it, TaxonomyError.
     """
 
     model_type = "hierarchical_text_classification"
@@ -96,29 +87,20 @@ class HierarchicalConfig(PretrainedConfig):
             tree = Taxonomy(DEFAULT_TAXONOMY if tree is None else tree, label_separator)
         if pooling not in ("mean", "cls"):
             raise ValueError(f"pooling must be 'mean' or 'cls', not {pooling!r}")
-        if isinstance(text_config, dict):
-            text_config = encoder_config(text_config)
-        elif text_config is not None and not isinstance(text_config, PretrainedConfig):
-            raise ValueError(f"text_config must be the encoder's configuration, not {type(text_config).__name__}")
-        encoder: PretrainedConfig = AutoConfig.for_model("bert") if text_config is None else text_config
-        if getattr(encoder, "attention_type", None) == "block_sparse":
-            encoder.attention_type = "original_full"  # the first short text would switch BigBird to it for good
-        self.text_config = encoder
+        self.text_config = text_config if isinstance(text_config, PretrainedConfig) else encoder_config(text_config)
+        if getattr(self.text_config, "attention_type", None) == "block_sparse":
+            # the first short text would switch BigBird to it for good
+            self.text_config.attention_type = "original_full"
         self.taxonomy = tree.to_nested()
         self.label_separator = tree.separator
-        self.encoder_name_or_path = encoder_name_or_path
-        self.encoder_revision = encoder_revision
+        self.encoder_name_or_path, self.encoder_revision = encoder_name_or_path, encoder_revision
         self.adapter_subfolder = adapter_subfolder
         self.pooling = pooling
-        self.head_dropout = head_dropout
-        self.initializer_range = initializer_range
+        self.head_dropout, self.initializer_range = head_dropout, initializer_range
         if (lexical_vocab_size is None) != (lexical_weight is None):
-            raise ValueError(
-                "lexical_weight must be given where lexical_vocab_size is, and only there; a checkpoint without it comes from an "
-                "earlier version of this code: load it by its own, with trust_remote_code=True, or train again"
-            )
-        self.lexical_vocab_size = lexical_vocab_size
-        self.lexical_weight = lexical_weight
+            advice = "a checkpoint without it is from an earlier version: load its own code, or train again"
+            raise ValueError(f"lexical_weight must be given where lexical_vocab_size is, and only there; {advice}")
+        self.lexical_vocab_size, self.lexical_weight = lexical_vocab_size, lexical_weight
         self.temperatures = checked_temperatures(temperatures, tree)
         self.conformal_thresholds = checked_thresholds(conformal_thresholds)
         if conformal_max_length is not None and not (type(conformal_max_length) is int and conformal_max_length >= 1):
@@ -127,21 +109,16 @@ class HierarchicalConfig(PretrainedConfig):
         self.node_scales, self.node_biases, self.node_thresholds = node_scales, node_biases, node_thresholds
         self.recall_thresholds, self.recall_texts = recall_thresholds, recall_texts
         if problem_type not in (None, "single_label_classification", MULTI_LABEL):
-            raise ValueError(
-                f"problem_type must be 'single_label_classification' or {MULTI_LABEL!r}, not {problem_type!r}"
-            )
+            expected = f"'single_label_classification' or {MULTI_LABEL!r}"
+            raise ValueError(f"problem_type must be {expected}, not {problem_type!r}")
 
         classes = tree.labels if problem_type == MULTI_LABEL else tree.labels[: tree.num_leaves]
         given = kwargs.pop("id2label", None)
-        expected = {str(i): label for i, label in enumerate(classes)}
-        if given is not None and (
-            not isinstance(given, dict) or {str(i): compose(given[i]) for i in given} != expected
-        ):
+        given = {str(i): compose(label) for i, label in given.items()} if isinstance(given, dict) else given
+        if given not in (None, {str(i): label for i, label in enumerate(classes)}):
             raise TaxonomyError("id2label is not the list of the taxonomy's classes; change the taxonomy instead")
         if kwargs.pop("num_labels", len(classes)) != len(classes):
-            raise TaxonomyError(
-                f"num_labels is not the {len(classes)} classes of the taxonomy; change the taxonomy instead"
-            )
+            raise TaxonomyError("num_labels is not the number of the taxonomy's classes; change the taxonomy instead")
         kwargs.pop("label2id", None)
         super().__init__(
             id2label=dict(enumerate(classes)),
@@ -152,12 +129,9 @@ class HierarchicalConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Read a stored configuration as in transformers, with two differences.
-
-        Arguments given at loading are checked like stored values; transformers would set them unchecked. A stored
-        ``attn_implementation`` is dropped, because it can name a repository whose code would be fetched unpinned.
-        """
-        attention = ("attn_implementation", "_attn_implementation")  # the encoder's becomes that of the whole, or None
+        """Read a stored configuration, and check arguments given at loading as if they were stored."""
+        # the encoder's becomes that of the whole; a stored one can name a repository, whose code would be unpinned
+        attention = ("attn_implementation", "_attn_implementation")
         config_dict = {name: value for name, value in config_dict.items() if name not in attention}
         own = {*inspect.signature(cls.__init__).parameters, "id2label", "label2id", "num_labels"}
         own -= {"self", "kwargs", "text_config"}
@@ -171,12 +145,10 @@ class HierarchicalConfig(PretrainedConfig):
 
     @property
     def is_multi_label(self) -> bool:
-        """Whether a text has any number of nodes, and not one path."""
         return self.problem_type == MULTI_LABEL
 
     @property
     def hidden_size(self) -> int:
-        """Width of the encoder's output."""
         return self.text_config.hidden_size
 
     @hidden_size.setter
@@ -188,41 +160,32 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def encoder_config(given: dict) -> PretrainedConfig:
-    """Build an encoder's configuration, of the class for its ``model_type``, by default BERT.
-
-    Raises:
-        ValueError: no such model type, or values that it does not take.
-    """
-    kind = given.get("model_type", "bert")
+def encoder_config(given: dict | None) -> PretrainedConfig:
+    """Build an encoder's configuration by its ``model_type``, by default BERT, or raise ValueError."""
     try:
-        return AutoConfig.for_model(kind, **{name: value for name, value in given.items() if name != "model_type"})
+        return AutoConfig.for_model(**{"model_type": "bert", **(given or {})})
     except Exception as error:  # each configuration checks its values in its own way
-        raise ValueError(f"text_config is no configuration of a {kind!r} model: {error}") from error
+        raise ValueError(f"text_config is not the configuration of an encoder: {error}") from error
 
 
 def checked_temperatures(temperatures: list[float] | None, taxonomy: Taxonomy) -> list[float] | None:
     """Check temperatures against a taxonomy: one a decision, positive and finite."""
-    decisions = taxonomy.num_nodes - taxonomy.num_leaves + 1
     if temperatures is None:
         return None
-    positive = isinstance(temperatures, (list, tuple)) and all(
-        is_number(value) and 0 < value < float("inf") for value in temperatures
-    )
-    if not positive or len(temperatures) != decisions:
+    decisions = len(taxonomy.decisions)
+    given = list(temperatures) if isinstance(temperatures, (list, tuple)) else []
+    if len(given) != decisions or not all(is_number(value) and 0 < value < float("inf") for value in given):
         raise ValueError(f"temperatures must be {decisions} positive numbers, one for each decision of the taxonomy")
-    return list(temperatures)
+    return given
 
 
 def checked_thresholds(thresholds: list[float | None] | None) -> list[float | None] | None:
-    """Check conformal thresholds: 99 rising numbers from 0 to 1, then None. Of an earlier version's 999, keep every tenth."""
+    """Check conformal thresholds: 99 rising numbers from 0 to 1, then None. Of the 999 of old versions, keep 99."""
     if thresholds is None:
         return None
     given = list(thresholds) if isinstance(thresholds, (list, tuple)) else []
     known = [value for value in given if value is not None]
-    rising = all(map(is_number, known)) and all(
-        0 <= one <= other <= 1 for one, other in zip([0, *known], [*known, 1], strict=True)
-    )
+    rising = all(map(is_number, known)) and all(one <= other for one, other in pairwise([0, *known, 1]))
     if len(given) not in (99, 999) or given[: len(known)] != known or not rising:
         raise ValueError("conformal_thresholds must be 99 rising numbers from 0 to 1, None at the end alone")
     return given[9::10] if len(given) == 999 else given

@@ -4,12 +4,11 @@ Worth knowing:
 
 1. Attention runs text by text, over the text's own tokens, with matrix products over all heads. torch's SDPA takes 1.3
    to 1.8 times as long at 130 to 510 tokens, because its CPU kernel works in small blocks. In float32 both are equally
-   fast.
-2. On AMX processors SDPA is faster without gradients, so it takes over there.
-3. Outputs and gradients match those of SDPA. Training uses this attention, and so does the pipeline.
-4. SDPA handles all other attention: causal, biased, with dropout, or with a mask that has holes.
-5. This file uses private names of torch and transformers. Its callers import it lazily and work without it.
-6. For inference, linear layers also keep their weights in oneDNN's order, and apply GELU while the product is in the
+   fast. Outputs and gradients match those of SDPA.
+2. SDPA handles all other attention: causal, biased, with dropout, or with a mask that has holes. On AMX processors it
+   is faster without gradients, so it takes over there too.
+3. This file uses private names of torch and transformers. Its callers import it lazily and work without it.
+4. For inference, linear layers also keep their weights in oneDNN's order, and apply GELU while the product is in the
    cache. torch.compile does the same. With gradients the layers run as before.
 """
 
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.activations import GELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -43,34 +42,23 @@ def attention_mask(*, attention_mask: Tensor | None = None, mask_function: Any, 
 
 
 def attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Compute attention by transformers' interface, (B, heads, T, D) to (B, T, heads, D).
-
-    SDPA computes all but plain attention over texts padded at their ends; with AMX also all that needs no gradient.
-    """
-    spans = None
-    if (torch.is_grad_enabled() or not HAS_AMX) and (attention_mask is None or attention_mask.dim() == 2):
-        spans = text_spans(query.shape[0], query.shape[2], attention_mask)
+    """Compute attention by transformers' interface, (B, heads, T, D) to (B, T, heads, D)."""
     plain = (
-        dropout == 0
+        (torch.is_grad_enabled() or not HAS_AMX)
+        and (attention_mask is None or attention_mask.dim() == 2)
+        and not kwargs.get("dropout")
         and query.shape == key.shape == value.shape
         and kwargs.get("position_bias") is None
         and not (kwargs.get("is_causal") or getattr(module, "is_causal", False))
     )
-    if spans is None or not plain:
+    spans = text_spans(query.shape[0], query.shape[2], attention_mask) if plain else None
+    if spans is None:
         if attention_mask is not None and attention_mask.dim() == 2:
             attention_mask = attention_mask[:, None, None, :].bool()
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    scaling = kwargs.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return PerDocumentAttention.apply(query, key, value, spans, scaling), None
 
@@ -91,13 +79,11 @@ class PerDocumentAttention(torch.autograd.Function):
     """Compute softmax(s·Q·Kᵀ)·V within each row's span, (B, heads, T, D) to (B, T, heads, D). Elsewhere it is zero.
 
     A text of n tokens is padded to m, whole vectors of the processor, which also keeps the number of shapes small. The
-    probabilities of padding are zero. The formula is from Vaswani et al., 2017.
+    formula is from Vaswani et al., 2017.
     """
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, spans: list[slice], scaling: float
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, spans: list[slice], scaling: float) -> Tensor:
         output = torch.zeros_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
         for i, span in enumerate(spans):
             n = span.stop - span.start
@@ -110,7 +96,7 @@ class PerDocumentAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, d_output: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value = ctx.saved_tensors
         dq, dk, dv = (torch.zeros_like(d_output, memory_format=torch.contiguous_format) for _ in range(3))
         for i, span in enumerate(ctx.spans):
@@ -145,10 +131,8 @@ AttentionMaskInterface.register(ATTENTION, attention_mask)
 def pack_linear_layers(encoder: PreTrainedModel) -> None:
     """Turn the linear layers of an encoder into `PackedLinear`, in place, if torch has bfloat16 products by oneDNN.
 
-    Parameters, their names and gradients stay as they are. The packed weights double the memory of these layers.
-
-    Raises:
-        Exception: this version of torch has other oneDNN operations. The encoder is unchanged.
+    Parameters, their names and gradients stay as they are. The packed weights double the memory of these layers. If this
+    version of torch has other oneDNN operations, it raises their error, and the encoder is unchanged.
     """
     if not (torch.backends.mkldnn.is_available() and ONEDNN._is_mkldnn_bf16_supported()):
         return
@@ -165,8 +149,7 @@ def pack_linear_layers(encoder: PreTrainedModel) -> None:
 class PackedLinear(nn.Linear):
     """A linear layer that also keeps its weight in oneDNN's order, from its first bfloat16 inference on.
 
-    A changed weight is packed again. Changes in place through ``weight.data`` stay unnoticed, because torch does not
-    count them.
+    A changed weight is packed again, but torch does not count changes in place through ``weight.data``.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -198,8 +181,6 @@ class PackedLinear(nn.Linear):
 class FusedIntermediate(nn.Module):
     """The first half of a feed-forward block, with GELU fused into the product."""
 
-    dense: nn.Module
-
     def forward(self, hidden_states: Tensor) -> Tensor:
         if type(self.dense) is PackedLinear and self.dense.can_pack(hidden_states):
             return self.dense.multiply(hidden_states, "gelu")
@@ -213,12 +194,10 @@ FUSIBLE = {"dense": nn.Linear, "intermediate_act_fn": GELUActivation}  # the chi
 
 
 def fused_class(layer_class: type[nn.Module]) -> type[nn.Module]:
-    """Derive a `FusedIntermediate` from an encoder's own class of intermediate layers."""
     return type(f"Fused{layer_class.__name__}", (FusedIntermediate, layer_class), {})
 
 
 def restore_fused(layer_class: type[nn.Module], state: dict[str, Any]) -> nn.Module:
-    """Restore a layer of a `fused_class`, for pickle."""
     layer = nn.Module.__new__(fused_class(layer_class))
     layer.__setstate__(state)
     return layer

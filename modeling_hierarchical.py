@@ -4,19 +4,15 @@ Worth knowing:
 
 1. The heads are one matrix over all nodes, normalised for all decisions at once. A taxonomy of a thousand nodes
    therefore costs about as much as one of ten. P(node) = P(parent) · P(node | parent) holds by construction.
-2. With one path a text, siblings share a softmax (`TreeSoftmax`). A parent's score includes its children's scores (a
-   nested logit). `benchmarks/studies/decisions.py` compares other forms.
-3. With ``problem_type="multi_label_classification"``, each node is a decision of its own: given its parent, yes or no
-   (`TreeSigmoid`).
-4. ``logits`` serve flat tools unchanged: leaf log-probabilities, whose softmax is the leaf distribution, or marginal
-   logits of all nodes, whose sigmoids are their probabilities.
-5. The heads are parameters of their own module, not an ``nn.Linear``, so no ``quantization_config`` reaches them.
-6. The heads' buffers are not saved. ``_init_weights`` refills them from the configuration, because transformers builds
+2. With one path a text, siblings share a softmax (`TreeSoftmax`). `benchmarks/studies/decisions.py` compares other
+   forms. With several labels a text, each node is a yes or no, given its parent (`TreeSigmoid`).
+3. ``logits`` serve flat tools unchanged: their softmax is the leaf distribution. With several labels a text, their
+   sigmoids are the probabilities of all nodes.
+4. The heads are parameters of their own module, not an ``nn.Linear``, so no ``quantization_config`` reaches them.
+5. The heads' buffers are not saved. ``_init_weights`` refills them from the configuration, because transformers builds
    models on the meta device.
-7. `checkpoint_hierarchical` reads, merges and writes checkpoints.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,21 +24,11 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
 try:
-    from .checkpoint_hierarchical import (
-        build_encoder,
-        load_checkpoint,
-        load_heads_and_adapter,
-        save_checkpoint,
-    )
+    from .checkpoint_hierarchical import build_encoder, load_checkpoint, load_heads_and_adapter, save_checkpoint
     from .configuration_hierarchical import HierarchicalConfig
     from .taxonomy_hierarchical import Taxonomy
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
-    from checkpoint_hierarchical import (
-        build_encoder,
-        load_checkpoint,
-        load_heads_and_adapter,
-        save_checkpoint,
-    )
+    from checkpoint_hierarchical import build_encoder, load_checkpoint, load_heads_and_adapter, save_checkpoint
     from configuration_hierarchical import HierarchicalConfig
     from taxonomy_hierarchical import Taxonomy
 
@@ -57,29 +43,20 @@ CERTAIN = 1e4  # the logit above the roots: its sigmoid is 1
 class HierarchicalOutput(ModelOutput):
     """Output of `HierarchicalForSequenceClassification`.
 
-    Attributes:
-        loss: scalar, when labels were given.
-        logits: (B, num_leaves), log-probabilities of the leaves. With several labels a text (B, num_nodes), the logits of
-            the nodes' marginal probabilities.
-        node_log_probs: (B, num_nodes), log-probabilities of all nodes, leaves first.
-        decision_logits: (B, num_nodes), with several labels a text: the logit of each node given its parent.
-        hidden_states, attentions: the encoder's, when requested.
+    ``logits`` are the log-probabilities of the leaves (B, num_leaves). With several labels a text they are the logits of
+    the nodes' marginal probabilities (B, num_nodes), and ``decision_logits`` those of each node given its parent.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    node_log_probs: Tensor | None = None
-    decision_logits: Tensor | None = None
+    node_log_probs: Tensor | None = None  # (B, num_nodes), leaves first
+    decision_logits: Tensor | None = None  # (B, num_nodes)
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
 
 def segment_logsumexp(scores: Tensor, group: Tensor, num_groups: int) -> Tensor:
-    """Compute the logsumexp within groups of columns, (B, N) to (B, num_groups).
-
-    Args:
-        group: (N,), the group of each column, from 0 to num_groups - 1. Every group has a column.
-    """
+    """Compute the logsumexp within groups of columns, (B, N) to (B, num_groups). ``group`` (N,) leaves none empty."""
     index = group.expand_as(scores)
     peak = scores.new_full((scores.shape[0], num_groups), -torch.inf)
     peak = peak.scatter_reduce(1, index, scores.detach(), "amax")
@@ -88,7 +65,7 @@ def segment_logsumexp(scores: Tensor, group: Tensor, num_groups: int) -> Tensor:
 
 
 def segment_log_softmax(scores: Tensor, group: Tensor, num_groups: int) -> Tensor:
-    """Compute the log-softmax within groups of columns, (B, N) to (B, N). ``group`` is as for `segment_logsumexp`."""
+    """Compute the log-softmax within groups of columns, (B, N) to (B, N)."""
     return scores - segment_logsumexp(scores, group, num_groups)[:, group]
 
 
@@ -96,8 +73,8 @@ class LexicalHead(nn.Module):
     """A linear classifier of the classes, leaves or all nodes, over the bag of tokens, beside the encoder.
 
     Token weights are TF-IDF, (1 + log count) · idf, and a text's vector has length 1, as in scikit-learn's
-    `TfidfTransformer` with ``sublinear_tf``. ``idf`` may hold other token weights than the inverse document frequency.
-    `evaluation.lexical` fits the head after the encoder is trained, never by gradient.
+    `TfidfTransformer` with ``sublinear_tf``. `evaluation.lexical` weights ``idf`` by class, and fits the head after
+    training, never by gradient.
     """
 
     def __init__(self, vocab_size: int, num_classes: int):
@@ -131,10 +108,7 @@ class LexicalHead(nn.Module):
 
 
 class TreeSoftmax(nn.Module):
-    """Normalise scores within each decision of a taxonomy, without parameters.
-
-    `evaluation.calibration` uses this module in float64, on the logits of a whole split.
-    """
+    """Normalise scores within each decision of a taxonomy, without parameters."""
 
     def __init__(self, tree: Taxonomy):
         super().__init__()
@@ -146,7 +120,6 @@ class TreeSoftmax(nn.Module):
         self.fill_tree_buffers()
 
     def fill_tree_buffers(self) -> None:
-        """Write the taxonomy into the buffers."""
         self.group.copy_(torch.tensor(self.tree.decision_of))
         self.ancestors.copy_(torch.tensor(self.tree.ancestors))
         nodes = torch.arange(self.num_nodes)
@@ -174,8 +147,7 @@ class TreeSoftmax(nn.Module):
 class TreeSigmoid(nn.Module):
     """Combine the decisions of a taxonomy in which a text has any number of nodes, without parameters.
 
-    A decision is a node: given its parent, it has the logit z. Its probability is P(parent) · σ(z), so no node is more
-    probable than its parent.
+    Given its parent, a node has the logit z. Its probability is P(parent) · σ(z), at most that of its parent.
     """
 
     def __init__(self, tree: Taxonomy):
@@ -185,7 +157,7 @@ class TreeSigmoid(nn.Module):
         self.fill_tree_buffers()
 
     def fill_tree_buffers(self) -> None:
-        """Write the taxonomy into the buffer. A root's parent is the index after the last node."""
+        # a root's parent is the index after the last node
         self.parents.copy_(torch.tensor([p if p >= 0 else self.tree.num_nodes for p in self.tree.parents]))
 
     def marginal_logits(self, decision_logits: Tensor) -> Tensor:
@@ -202,11 +174,7 @@ class TreeSigmoid(nn.Module):
         return marginal
 
     def open_decisions(self, labels: Tensor) -> Tensor:
-        """Return which decisions have a known outcome, (B, N): roots, and children of nodes that the text has.
-
-        Args:
-            labels: (B, N): 1, 0, or -100 for unknown.
-        """
+        """Return which decisions have a known outcome, (B, N): roots, and children of nodes that the text has."""
         above = nn.functional.pad(labels, (0, 1), value=1)[:, self.parents]
         return (labels != IGNORED_LABEL) & (above == 1)
 
@@ -214,13 +182,10 @@ class TreeSigmoid(nn.Module):
 class HierarchicalHeads(nn.Module):
     """All decisions of a taxonomy at once: (B, hidden_size) to (B, num_nodes).
 
-    A node's score is linear in the text's vector.
-
-    One path a text: an inner node adds its inclusive value, the logsumexp of its children's scores (the nested logit:
-    McFadden, 1978, "Modelling the choice of residential location"). Siblings share one softmax. Without the inner nodes'
-    own weights this is a flat softmax over the leaves. With them, leaves share their ancestors' weights.
-
-    Several labels a text: the score is the decision's logit.
+    A node's score is linear in the text's vector. With several labels a text it is the decision's logit. With one path,
+    an inner node adds its inclusive value, the logsumexp of its children's scores (the nested logit: McFadden, 1978,
+    "Modelling the choice of residential location"). Without the inner nodes' own weights this is a flat softmax over the
+    leaves. With them, leaves share their ancestors' weights.
 
     A lexical head takes part in each decision: its weighted scores are added to the encoder's (a product of experts:
     Hinton, 2002). The calibration applies to the sum.
@@ -243,7 +208,6 @@ class HierarchicalHeads(nn.Module):
         self.fill_buffers()
 
     def fill_buffers(self) -> None:
-        """Write the taxonomy and the calibration into the buffers."""
         config, tree = self.config, self.decisions.tree
         self.decisions.fill_tree_buffers()
         temperatures = torch.tensor(config.temperatures or [1.0] * len(tree.decisions), dtype=torch.float32)
@@ -252,12 +216,7 @@ class HierarchicalHeads(nn.Module):
         self.shift.copy_(torch.tensor(config.node_biases or [0.0] * self.num_nodes))
 
     def forward(self, pooled: Tensor, input_ids: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
-        """Return log-probabilities (B, num_nodes), or with several labels a text the logits of the decisions.
-
-        Args:
-            pooled: (B, hidden_size).
-            input_ids, attention_mask: (B, T), for a lexical head.
-        """
+        """Return log-probabilities (B, num_nodes), or with several labels a text the logits of the decisions."""
         with torch.autocast(pooled.device.type, enabled=False):
             own = nn.functional.linear(self.dropout(pooled.to(self.weight.dtype)), self.weight, self.bias).float()
             lexical = None if self.lexical is None else self.lexical(input_ids, attention_mask)
@@ -272,11 +231,7 @@ class HierarchicalHeads(nn.Module):
 
 
 class HierarchicalForSequenceClassification(PreTrainedModel):
-    """Any text encoder of transformers, pooled, with hierarchical heads.
-
-    Args:
-        encoder: a loaded encoder. By default one with fresh weights is built from ``config.text_config``.
-    """
+    """Any text encoder of transformers, pooled, with hierarchical heads. By default the encoder has fresh weights."""
 
     config_class = HierarchicalConfig
     base_model_prefix = "encoder"
@@ -312,23 +267,12 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.encoder.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.encoder.set_input_embeddings(value)
-
     @property
     def has_adapter(self) -> bool:
-        """Return whether a PEFT adapter is injected into the encoder."""
         return hasattr(self.encoder, "peft_config")
 
     def pool(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Pool token vectors (B, T, H) under a mask (B, T) to (B, H), in float32.
-
-        Raises:
-            ValueError: mean pooling, and a mask of another shape.
-        """
+        """Pool token vectors (B, T, H) under a mask (B, T) to (B, H), in float32."""
         if self.config.pooling == "cls":
             return hidden[:, 0].float()
         if attention_mask is None:
@@ -360,18 +304,10 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
                 -100 for unknown. The loss is the binary cross-entropy of the open decisions, summed over a text.
             num_items_in_batch: divisor of the summed loss, by default the number of labelled texts.
             kwargs: for the encoder, such as ``output_hidden_states`` and ``output_attentions``.
-
-        Raises:
-            ValueError: the lexical head gets no ``input_ids``, or it or mean pooling a mask that is not (B, T).
         """
         # ── Encoder ──────────────────────────────────────────────────────────────────────────────────────────────────
-        encoder_inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "token_type_ids": token_type_ids,
-            "position_ids": position_ids,
-            "inputs_embeds": inputs_embeds,
-        }
+        optional = {"token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        kwargs |= {name: value for name, value in optional.items() if value is not None}
         for name in ("output_hidden_states", "output_attentions"):  # requested when the model was loaded
             if getattr(self.config, name, False):
                 kwargs.setdefault(name, True)
@@ -380,7 +316,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
                 raise ValueError("this model has a lexical head, which needs input_ids: give these, not inputs_embeds")
             if attention_mask is not None and attention_mask.dim() != 2:
                 raise ValueError(f"the lexical head needs a mask of shape (B, T), not {tuple(attention_mask.shape)}")
-        encoded = self.encoder(**{name: value for name, value in encoder_inputs.items() if value is not None}, **kwargs)
+        encoded = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
         # ── Heads ────────────────────────────────────────────────────────────────────────────────────────────────────
         pooled = self.pool(encoded.last_hidden_state, attention_mask)
@@ -408,61 +344,35 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike,
-        *model_args: Any,
-        config: Any = None,
-        merge_adapter: bool = True,
-        **kwargs: Any,
+        cls, pretrained_model_name_or_path: str | Path, config: Any = None, merge_adapter: bool = True, **kwargs: Any
     ) -> "HierarchicalForSequenceClassification":
         """Load a whole checkpoint, or an adapter checkpoint and its encoder, which is fetched by name and revision.
 
-        Other arguments are those of `PreTrainedModel.from_pretrained`. With an adapter checkpoint, ``dtype``,
-        ``device_map``, ``quantization_config`` and ``attn_implementation`` go to the encoder. The heads stay in
-        float32.
-
-        Args:
-            merge_adapter: add a LoRA adapter to the weights that it adapts, if they are floating-point and in memory.
-                With False, or over quantized weights, PEFT keeps the adapter separate, and adapted weights cannot be
-                offloaded.
+        With ``merge_adapter``, a LoRA adapter is added to the weights that it adapts, if they are floating-point. Else
+        PEFT keeps it separate. Other arguments are those of `PreTrainedModel.from_pretrained`. With an adapter
+        checkpoint, ``dtype``, ``device_map``, ``quantization_config`` and ``attn_implementation`` go to the encoder.
         """
-        return load_checkpoint(
-            cls,
-            super().from_pretrained,
-            pretrained_model_name_or_path,
-            *model_args,
-            config=config,
-            merge_adapter=merge_adapter,
-            **kwargs,
-        )
+        load_whole_form = super().from_pretrained
+        return load_checkpoint(cls, load_whole_form, pretrained_model_name_or_path, config, merge_adapter, **kwargs)
 
     def set_calibration(self, **fields: Any) -> None:
-        """Set fields of `HierarchicalConfig` that hold a calibration, in the configuration and the heads."""
+        """Set the calibration, fields of `HierarchicalConfig`, in the configuration and the heads."""
         for name, value in fields.items():
             setattr(self.config, name, value)
         self.heads.fill_buffers()
 
     def set_lexical_head(self, weights: dict[str, Tensor] | None, lexical_weight: float = 1.0) -> None:
-        """Set the lexical head, or remove it with None.
-
-        Args:
-            weights: ``idf`` (V,), ``weight`` (num_labels, V) and ``bias`` (num_labels,) of a `LexicalHead`.
-            lexical_weight: as in `HierarchicalConfig`.
-        """
-        lexical = None if weights is None else LexicalHead(len(weights["idf"]), self.config.num_labels)
-        if lexical is not None:
-            lexical.load_state_dict(weights)
-            lexical.to(self.heads.weight.device)
-        self.heads.lexical = lexical
-        self.config.lexical_weight = None if lexical is None else lexical_weight
-        self.config.lexical_vocab_size = None if lexical is None else len(lexical.idf)
+        """Set the lexical head from ``idf`` (V,), ``weight`` (num_labels, V) and ``bias``, or remove it with None."""
+        if weights is None:
+            self.heads.lexical = self.config.lexical_weight = self.config.lexical_vocab_size = None
+            return
+        lexical = LexicalHead(len(weights["idf"]), self.config.num_labels)
+        lexical.load_state_dict(weights)
+        self.heads.lexical = lexical.to(self.heads.weight.device)
+        self.config.lexical_weight, self.config.lexical_vocab_size = lexical_weight, len(lexical.idf)
 
     def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        **kwargs: Any,
+        self, save_directory: str | Path, is_main_process: bool = True, state_dict: dict | None = None, **kwargs: Any
     ) -> None:
         """Write a checkpoint with the code that loads it: in adapter form if the encoder has an adapter, else whole."""
         save_checkpoint(self, super().save_pretrained, Path(save_directory), is_main_process, state_dict, **kwargs)
@@ -473,12 +383,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
 def negative_log_likelihood(
     node_log_probs: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """Average -log P(label) over the labels that are not -100, or divide their sum by ``num_items_in_batch``.
-
-    Args:
-        node_log_probs: (B, num_nodes).
-        labels: (B,), node ids.
-    """
+    """Average -log P(label) over the labels (B,) that are not -100, or divide their sum by ``num_items_in_batch``."""
     labels = labels.to(node_log_probs.device)
     labelled = labels != IGNORED_LABEL
     picked = node_log_probs.gather(1, torch.where(labelled, labels, 0).unsqueeze(1)).squeeze(1)
@@ -489,12 +394,7 @@ def negative_log_likelihood(
 def binary_cross_entropy(
     decision_logits: Tensor, labels: Tensor, tree: TreeSigmoid, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """Sum the binary cross-entropy of each text's open decisions; average over the texts with a known label.
-
-    Args:
-        decision_logits, labels: (B, num_nodes).
-        num_items_in_batch: divides the sum in place of the number of these texts.
-    """
+    """Sum the binary cross-entropy of the open decisions (B, num_nodes); average over the texts with a known label."""
     labels = labels.to(decision_logits)
     losses = nn.functional.binary_cross_entropy_with_logits(decision_logits, labels.clamp(min=0), reduction="none")
     items = (labels != IGNORED_LABEL).any(1).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch

@@ -2,23 +2,15 @@
 
 Worth knowing:
 
-1. Texts are read some batches ahead and sorted by length, so batches hold little padding and about as many tokens each.
-   Results come in the order of the texts. The next texts are tokenized while a batch is computed.
-2. Batches have few shapes: oneDNN compiles a product for each shape, which takes longer than the product itself.
-3. On a CPU each core computes its own batches. Sharing a batch costs more than it gains, because each core waits for
-   the others at the end of every operation. With bfloat16, `cpu_hierarchical` speeds up attention and the linear
-   layers.
-4. A text beyond the limit is truncated, and its result says so. With ``stride`` the text is read in overlapping
-   windows.
-5. The probabilities of windows are averaged, so children still add up to their parent. With several labels a text the
-   maximum counts, since a label may stand in one window only.
-6. With ``coverage`` a result has an answer: a set of nodes that holds the correct leaf for this share of texts (split
-   conformal prediction). The guarantee covers texts like the validation rows, truncated where the thresholds were
-   fitted. A coverage therefore excludes ``stride`` and other values of ``max_length``. The choice of the checkpoint, on
-   the same rows, is not corrected for; the model card has the measured coverage. With several labels a text, ``recall``
-   asks for a set of nodes that holds this share of a text's nodes on average (conformal risk control), under the same
-   conditions.
-7. A text that cannot be classified raises a ValueError with its position, never its content. A list is checked before
+1. Texts are read some batches ahead and sorted by length, so batches hold little padding. They have few shapes, because
+   oneDNN compiles a product for each. The next texts are tokenized while a batch is computed.
+2. On a CPU each core computes its own batches: in a shared batch, each would wait for the others after every operation.
+3. The probabilities of a text's windows are averaged, so children still add up to their parent. With several labels a
+   text the maximum counts, since a label may stand in one window only.
+4. ``coverage`` rests on split conformal prediction, ``recall`` on conformal risk control. Both guarantees cover texts like
+   the validation rows, truncated as these were. The choice of the checkpoint, on the same rows, is not corrected for;
+   the model card has the measured shares.
+5. A text that cannot be classified raises a ValueError with its position, never its content. A list is checked before
    anything is computed. A stream first yields the results of the texts before it.
 """
 
@@ -26,7 +18,7 @@ import copy
 import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -65,16 +57,11 @@ class HierarchicalTextClassificationPipeline(Pipeline):
 
     - ``label``, ``score``: the most probable leaf and its probability;
     - ``path``: ``{"label", "score"}`` of every node from the root to that leaf;
+    - ``labels``, in place of these three if the checkpoint predicts several labels a text: ``{"label", "score", "path"}``
+      of the deepest predicted nodes, most probable first; possibly none;
     - ``levels``: for each level, from the roots down, the probability of every node;
     - ``truncated``: whether the text was truncated;
-    - ``answer``, with ``coverage``: ``{"label", "score"}`` of at most three nodes, or of all roots, that hold the
-      correct leaf for this share of texts. The nodes are leaves where the model is sure, else their ancestors: see
-      `conformal_answer`.
-
-    If the checkpoint predicts several labels a text, a result has, in place of ``label``, ``score`` and ``path``,
-
-    - ``labels``: ``{"label", "score", "path"}`` of the deepest predicted nodes, most probable first; possibly none;
-    - ``answer``, with ``recall``: ``{"label", "score"}`` of nodes that hold this share of a text's nodes on average.
+    - ``answer``, with ``coverage`` or ``recall``: ``{"label", "score"}`` of its nodes.
 
     Args:
         batch_size: number of windows in a batch; by default a power of two, for about 2,048 tokens on a CPU and 32,768
@@ -84,14 +71,14 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         max_length: in tokens, special ones included; by default, and at most, the tokenizer's limit.
         stride: read long texts in windows of ``max_length`` tokens that share this many, instead of truncating them. With
             several labels a text it needs ``top_k``, because the thresholds were not fitted for windows.
-        coverage: share of texts, between 0 and 1, whose answer holds the correct leaf, rounded up to a hundredth. It
-            excludes ``stride``, and any ``max_length`` other than that of the validation rows.
+        coverage: share of texts whose answer holds the correct leaf, rounded up to a hundredth. The answer is at most
+            three nodes, or all roots: see `conformal_answer`. It excludes ``stride`` and other values of ``max_length``
+            than that of the validation rows.
         recall: with several labels a text, the share of a text's nodes that the answer holds on average. Otherwise like
             ``coverage``.
 
     Raises:
-        ValueError: an item is empty or not a text, an argument is out of its range, or the checkpoint has no conformal
-            thresholds for this ``coverage`` and truncation.
+        ValueError: an item or argument cannot be used, or the checkpoint has no thresholds for the guarantee.
     """
 
     _load_processor = False
@@ -107,11 +94,11 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         check_tokenizer(self.tokenizer, self.model)
         limit = position_limit(self.model.encoder)
         if limit is not None and self.tokenizer.model_max_length > limit:
-            raise ValueError(
-                f"the tokenizer's model_max_length {self.tokenizer.model_max_length:,} is beyond the encoder's {limit:,} "
-                "positions: set it in tokenizer_config.json"
-            )
+            problem = f"{self.tokenizer.model_max_length:,} is beyond the encoder's {limit:,} positions"
+            raise ValueError(f"the tokenizer's model_max_length {problem}: set it in tokenizer_config.json")
         self.tree = self.model.config.tree  # the property builds a new tree at each access
+        # each core of a CPU computes its own batches, unless weights are offloaded
+        self._uses_cpu_threads = self.device.type == "cpu" and not hasattr(self.model, "hf_device_map")
         self._tokenizers: dict[tuple[int, int], Any] = {}
         in_4_bits = any(getattr(weight, "quant_state", None) is not None for weight in self.model.parameters())
         if self.device.type == "cpu" and in_4_bits:
@@ -135,40 +122,41 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             known = "batch_size, top_k, max_length, stride, coverage and recall"
             raise ValueError(f"{min(unknown)!r} is not an argument of this pipeline; it has {known}")
         for name, value, minimum in (("top_k", top_k, 1), ("max_length", max_length, 1), ("stride", stride, 0)):
-            if value is not None:
-                check_number(name, value, minimum)
+            check_number(name, value, minimum)
         config = self.model.config
         if coverage is not None:
             if config.is_multi_label:
-                raise ValueError(
-                    "coverage is for checkpoints with one path a text; this one has several labels: give recall"
-                )
+                raise ValueError("coverage is for checkpoints with one path a text; with several labels give recall")
             conformal_threshold(config.conformal_thresholds, coverage)
         if recall is not None:
             recall_threshold(config, recall)
-        truncation = {"max_length": max_length, "stride": stride}
-        output = {"top_k": top_k, "coverage": coverage, "recall": recall}
-        return without_none(truncation), {}, without_none(output)
+        groups = {"max_length": max_length, "stride": stride}, {"top_k": top_k, "coverage": coverage, "recall": recall}
+        truncation, output = ({name: group[name] for name in group if group[name] is not None} for group in groups)
+        return truncation, {}, output
 
     def __call__(self, inputs: str | Iterable, batch_size: int | None = None, **parameters: Any) -> Any:
         """Classify a text, a list or a stream of texts. The class describes arguments and results."""
         truncation, _, output = self._sanitize_parameters(**parameters)
         truncation, output = {**self._preprocess_params, **truncation}, {**self._postprocess_params, **output}
         window = self._window(**truncation)
-        stride = truncation.get("stride")
         if guarantee := next((name for name in ("coverage", "recall") if name in output), None):
-            self._check_guarantee(guarantee, window, stride)
-        if self.model.config.is_multi_label and stride is not None and "top_k" not in output:
+            fitted = self.model.config.conformal_max_length or self.tokenizer.model_max_length
+            if "stride" in truncation or window != fitted:
+                raise ValueError(
+                    f"{guarantee} needs texts truncated at {fitted} tokens, like the validation rows: give no stride, "
+                    f"and max_length={fitted} or the tokenizer that was saved with the checkpoint"
+                )
+        if self.model.config.is_multi_label and "stride" in truncation and "top_k" not in output:
             raise ValueError("stride needs top_k with several labels a text: thresholds were not fitted for windows")
         batch_size = self._batch_size if batch_size is None else batch_size
-        if batch_size is not None:
-            check_number("batch_size", batch_size, 1)
+        check_number("batch_size", batch_size, 1)
         if hasattr(inputs, "columns") and hasattr(inputs, "iloc"):
             raise ValueError("a table is not a list of texts: give the column that holds them, such as table['text']")
         if isinstance(inputs, (list, tuple)):
             texts = [read_text(item, position) for position, item in enumerate(inputs)]
             return list(self._classify(texts, batch_size, truncation, output))
-        if isinstance(inputs, (str, bytes, Mapping)) or not (isinstance(inputs, Iterable) or is_sequence(inputs)):
+        is_stream = isinstance(inputs, Iterable) or (hasattr(inputs, "__getitem__") and hasattr(inputs, "__len__"))
+        if isinstance(inputs, (str, bytes, Mapping)) or not is_stream:
             pending = self._submit([read_text(inputs, 0)], batch_size, truncation, None)
             return next(self._collect(pending, output))
         return self._classify(inputs, batch_size, truncation, output)
@@ -187,7 +175,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
                         texts.append(read_text(item, position))
                 except Exception as error:  # raised below, after the results of the texts before it
                     read_error = error
-                alone = previous is None and self._uses_cpu_threads()
+                alone = previous is None and self._uses_cpu_threads
                 pending = self._submit(texts, batch_size, truncation, workers, alone) if texts else None
                 if previous is not None:
                     yield from self._collect(previous, output)
@@ -201,13 +189,9 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         finally:
             workers.shutdown(cancel_futures=True)
 
-    def _uses_cpu_threads(self) -> bool:
-        """Return whether each core of a CPU computes its own batches: not with offloaded weights."""
-        return self.device.type == "cpu" and not hasattr(self.model, "hf_device_map")
-
     def _workers(self) -> ThreadPoolExecutor:
         """Start the threads that compute batches: one for each core that torch uses on a CPU, else one in all."""
-        if not self._uses_cpu_threads():
+        if not self._uses_cpu_threads:
             return ThreadPoolExecutor(1)
         others = [*STARTING]  # in a new thread torch may return the 1 that another call's workers have just set
         count = torch.get_num_threads()
@@ -234,73 +218,47 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         return workers
 
     def _submit(
-        self,
-        texts: list[str],
-        batch_size: int | None,
-        truncation: dict,
-        workers: ThreadPoolExecutor | None,
-        alone: bool = True,
+        self, texts: list[str], batch_size: int | None, truncation: dict, workers: Executor | None, alone: bool = True
     ) -> "PendingTexts":
-        """Tokenize texts and submit their batches to ``workers``; with None compute the batches at once.
-
-        Args:
-            alone: whether no other batch is being computed. A single batch is then computed at once, by all cores of a
-                CPU.
-        """
+        """Tokenize texts and submit their batches to ``workers``; with None compute the batches at once."""
         windows, owners, truncated = self.preprocess(texts, **truncation)
         lengths = [len(window["input_ids"]) for window in windows]
         batches = batches_by_length(lengths, batch_size, TOKENS.get(self.device.type, TOKENS_ELSEWHERE))
         outputs: list[Future] = []
         for batch in batches:
             length = padded_length(lengths[batch[0]], len(batch), self.tokenizer.model_max_length)
-            inputs = dict(
-                self.tokenizer.pad(
-                    [windows[i] for i in batch],
-                    padding="max_length",
-                    max_length=length,
-                    padding_side="right",  # positions count from the first token, and "cls" pools it
-                    return_attention_mask=True,
-                    return_tensors="pt",
-                )
-            )
+            # on the right: positions count from the first token, and "cls" pools it
+            padding = {"padding": "max_length", "max_length": length, "padding_side": "right"}
+            rows = [windows[i] for i in batch]
+            inputs = dict(self.tokenizer.pad(rows, **padding, return_attention_mask=True, return_tensors="pt"))
+            # a single batch, with no other being computed, gets all cores of a CPU
             if workers is not None and not (alone and len(batches) == 1):
                 outputs.append(workers.submit(self.forward, inputs))
             else:
                 outputs.append(Future())
                 outputs[-1].set_result(self.forward(inputs))
-        return PendingTexts(len(texts), [[owners[i] for i in batch] for batch in batches], truncated, outputs)
+        return PendingTexts([owners[i] for batch in batches for i in batch], truncated, outputs)
 
     def _collect(self, pending: "PendingTexts", output: dict) -> Iterator:
         """Yield the results of pending texts in order. The probabilities of windows are combined in float64."""
-        owners = torch.tensor([owner for batch in pending.owners for owner in batch])
+        owners = torch.tensor(pending.owners)
         windows = torch.cat([batch.result()["node_log_probs"].double().exp() for batch in pending.outputs])
-        combined = torch.zeros(pending.num_texts, self.tree.num_nodes, dtype=torch.float64)
+        combined = torch.zeros(len(pending.truncated), self.tree.num_nodes, dtype=torch.float64)
         reduce = "amax" if self.model.config.is_multi_label else "mean"
         combined.scatter_reduce_(0, owners[:, None].expand_as(windows), windows, reduce, include_self=False)
         for probabilities, truncated in zip(combined.tolist(), pending.truncated, strict=True):
             yield self.postprocess({"nodes": probabilities, "truncated": truncated}, **output)
 
     def _window(self, max_length: int | None = None, stride: int | None = None) -> int:
-        """Return the length of a window in tokens. Raise ValueError if the tokenizer or the stride does not allow it."""
+        """Return the length of a window in tokens, or raise ValueError if the tokenizer or stride does not allow it."""
         limit = self.tokenizer.model_max_length
         if max_length is not None and max_length > limit:
             raise ValueError(f"max_length {max_length} is beyond the model's limit of {limit} tokens")
         window, special = max_length or limit, self.tokenizer.num_special_tokens_to_add()
         if window <= special + (stride or 0):
-            raise ValueError(
-                f"a window of {window} tokens leaves no room for {special} special tokens and a stride of {stride or 0}"
-            )
+            needed = f"{special} special tokens and a stride of {stride or 0}"
+            raise ValueError(f"a window of {window} tokens leaves no room for {needed}")
         return window
-
-    def _check_guarantee(self, guarantee: str, window: int, stride: int | None) -> None:
-        """Raise ValueError if texts are truncated differently from the rows that the thresholds were fitted on."""
-        fitted = self.model.config.conformal_max_length or self.tokenizer.model_max_length
-        if stride is not None or window != fitted:
-            asked = f"at {window}" if stride is None else f"read in windows by stride={stride}"
-            raise ValueError(
-                f"{guarantee} needs texts truncated at {fitted} tokens, where its thresholds were fitted, not {asked}: give "
-                f"no stride, and max_length={fitted} or the tokenizer that was saved with the checkpoint"
-            )
 
     def preprocess(
         self, texts: list[str], max_length: int | None = None, stride: int | None = None
@@ -319,13 +277,9 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         return windows, owners, [stride is None and count > 1 for count in counts]
 
     def _tokenize(self, texts: list[str], window: int, stride: int) -> Any:
-        """Tokenize texts, split into windows.
-
-        A fast tokenizer keeps its truncation settings as state, which threads share. So each setting but the default
-        has its own copy of the tokenizer.
-        """
         settings = {"truncation": True, "max_length": window, "stride": stride, "return_overflowing_tokens": True}
         settings |= {"return_attention_mask": True, "verbose": False}
+        # a tokenizer keeps its truncation as state, which threads share: each setting but the default has its own copy
         default = (window, stride) == (self.tokenizer.model_max_length, 0)
         tokenizer = self.tokenizer if default else self._tokenizers.get((window, stride))
         if tokenizer is None:
@@ -343,11 +297,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         return torch.inference_mode
 
     def postprocess(
-        self,
-        classified: dict,
-        top_k: int | None = None,
-        coverage: float | None = None,
-        recall: float | None = None,
+        self, classified: dict, top_k: int | None = None, coverage: float | None = None, recall: float | None = None
     ) -> dict | list[dict]:
         """Build a result, or with ``top_k`` a list of results, from the probabilities of the nodes."""
         tree, config, probabilities = self.tree, self.model.config, classified["nodes"]
@@ -367,33 +317,21 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         if coverage is not None:
             threshold = conformal_threshold(config.conformal_thresholds, coverage)
             common["answer"] = with_scores(conformal_answer(tree, probabilities, threshold))
+        # inner nodes are candidates with several labels a text alone
+        order = sorted(range(config.num_labels), key=lambda node: -probabilities[node])
         if recall is not None:
             least = recall_threshold(config, recall)
-            answer = [node for node, probability in enumerate(probabilities) if probability >= least]
-            common["answer"] = with_scores(sorted(answer, key=lambda node: -probabilities[node]))
+            common["answer"] = with_scores(node for node in order if probabilities[node] >= least)
         if config.is_multi_label and top_k is None:
-            return {"labels": with_paths(chosen_nodes(tree, probabilities, config.node_thresholds)), **common}
-        candidates = range(tree.num_nodes if config.is_multi_label else tree.num_leaves)
-        best = sorted(candidates, key=lambda node: -probabilities[node])[: top_k or 1]
-        results = [result | common for result in with_paths(best)]
+            thresholds = config.node_thresholds or [DEFAULT_THRESHOLD] * tree.num_nodes
+            predicted = set(tree.deepest(node for node in order if probabilities[node] >= thresholds[node]))
+            return {"labels": with_paths(node for node in order if node in predicted), **common}
+        results = [result | common for result in with_paths(order[: top_k or 1])]
         return results[0] if top_k is None else results
 
 
-def chosen_nodes(tree: Taxonomy, probabilities: list[float], thresholds: list[float] | None) -> list[int]:
-    """Return the deepest nodes whose probability reaches their threshold, most probable first."""
-    reached = [
-        node
-        for node, probability in enumerate(probabilities)
-        if probability >= (DEFAULT_THRESHOLD if thresholds is None else thresholds[node])
-    ]
-    return sorted(tree.deepest(reached), key=lambda node: -probabilities[node])
-
-
 def use_cpu_kernels(encoder: PreTrainedModel) -> None:
-    """Speed up a bfloat16 encoder on a CPU, in place, or warn if the installed libraries do not fit.
-
-    `cpu_hierarchical` uses private names of torch and transformers. A checkpoint must load where these are renamed.
-    """
+    """Speed up a bfloat16 encoder on a CPU, in place, or warn where private names of the libraries have changed."""
     try:
         if __package__:  # as remote code of a checkpoint
             from .cpu_hierarchical import attend_by_document, pack_linear_layers
@@ -410,30 +348,18 @@ def use_cpu_kernels(encoder: PreTrainedModel) -> None:
 
 @dataclass
 class PendingTexts:
-    """Texts whose batches are being computed.
+    """Texts whose batches are being computed."""
 
-    Attributes:
-        owners: for each batch, the index of each window's text.
-        truncated: for each text, whether it was truncated.
-        outputs: for each batch, its node log-probabilities (B, num_nodes).
-    """
-
-    num_texts: int
-    owners: list[list[int]]
-    truncated: list[bool]
-    outputs: list[Future]
+    owners: list[int]  # the index of each window's text, in the order of the batches
+    truncated: list[bool]  # one a text
+    outputs: list[Future]  # for each batch, its node log-probabilities (B, num_nodes)
 
 
 def batches_by_length(lengths: list[int], batch_size: int | None, tokens: int) -> list[list[int]]:
-    """Return batches of window indices: windows of similar lengths, the longest first.
-
-    Args:
-        lengths: of the windows, in tokens.
-        batch_size: windows in a batch; None for the power of two whose padded batch comes closest to ``tokens``.
-    """
+    """Return batches of window indices: windows of similar lengths, the longest first."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches: list[list[int]] = []
-    while order:
+    while order:  # by default a batch has the power of two of windows that comes closest to ``tokens``
         count = batch_size or 2 ** max(0, round(math.log2(tokens / lengths[order[0]])))
         batches.append(order[:count])
         order = order[count:]
@@ -441,25 +367,13 @@ def batches_by_length(lengths: list[int], batch_size: int | None, tokens: int) -
 
 
 def padded_length(longest: int, rows: int, limit: int) -> int:
-    """Return the length to pad a batch to. At most 15 tokens a row are added to make the batch a multiple of 64 tokens.
-
-    Args:
-        longest: length of the longest window, in tokens.
-        limit: of the model, in tokens.
-    """
+    """Return the length to pad a batch to: at most 15 tokens a row more, to make the batch a multiple of 64 tokens."""
     step = min(16, 64 // math.gcd(rows, 64))
     return min(longest + -longest % step, limit)
 
 
 def conformal_threshold(thresholds: list[float | None] | None, coverage: float) -> float | None:
-    """Return the threshold for a coverage, rounded up to a hundredth. None means that the answer is every root.
-
-    Args:
-        thresholds: 99, as in `HierarchicalConfig`.
-
-    Raises:
-        ValueError: the coverage is not between 0 and 1, or there are no thresholds.
-    """
+    """Return the threshold for a coverage, rounded up to a hundredth. None means that the answer is every root."""
     if not isinstance(coverage, (int, float)) or not 0 < coverage < 1:
         raise ValueError(f"coverage must be a number between 0 and 1, not {coverage!r}")
     if thresholds is None:
@@ -469,25 +383,19 @@ def conformal_threshold(thresholds: list[float | None] | None, coverage: float) 
 
 
 def recall_threshold(config: Any, recall: float) -> float:
-    """Return the probability from which nodes belong to the answer for a recall, rounded up to a hundredth.
-
-    Raises:
-        ValueError: the recall is not between 0 and 1, or the checkpoint has no threshold for it.
-    """
+    """Return the probability from which nodes belong to the answer for a recall, rounded up to a hundredth."""
     if not isinstance(recall, (int, float)) or not 0 < recall <= 0.99:
         raise ValueError(f"recall must be a number above 0 and at most 0.99, not {recall!r}")
     if not config.is_multi_label:
-        raise ValueError("recall is for checkpoints with several labels a text; this one has one path: give coverage")
+        raise ValueError("recall is for checkpoints with several labels a text; with one path give coverage")
     if config.recall_thresholds is None:
         raise ValueError("this checkpoint was not calibrated: recall needs one that was trained with validation rows")
     percent = max(1, math.ceil(round(100 * recall, 6)))
     threshold = config.recall_thresholds[percent - 1]
     if threshold is None:
-        needed = -(-100 // (100 - percent)) - 1
-        raise ValueError(
-            f"recall {recall} needs {needed} validation texts with labels, and the checkpoint was calibrated on "
-            f"{config.recall_texts}: ask for less, or calibrate on more"
-        )
+        needed, known = -(-100 // (100 - percent)) - 1, config.recall_texts
+        problem = f"needs {needed} validation texts with labels, and the checkpoint was calibrated on {known}"
+        raise ValueError(f"recall {recall} {problem}: ask for less, or calibrate on more")
     return threshold
 
 
@@ -496,15 +404,11 @@ def conformal_answer(tree: Taxonomy, probabilities: list[float], threshold: floa
 
     The likely leaves have a probability of at least 1 - threshold; the most probable leaf is always one. Up to three
     leaves are the answer themselves. More are replaced by their ancestors at the deepest level that needs at most three
-    nodes, else by their roots. If all children of a node are in the answer, the node takes their place. An only child
-    replaces its parent, because it holds the same leaves and is more specific.
+    nodes, else by their roots, as with a threshold of None. If all children of a node are in the answer, the node takes
+    their place. An only child replaces its parent, because it is more specific.
 
     Answers grow with the threshold, so split conformal prediction applies: `nonconformity` is the smallest threshold
     whose answer holds a leaf. Mortier et al., 2025 (arXiv 2501.19038) study such sets of few nodes of a taxonomy.
-
-    Args:
-        probabilities: of all nodes, by id.
-        threshold: between 0 and 1; None for every root.
     """
     if threshold is None:
         answer = set(tree.children(-1))
@@ -522,11 +426,7 @@ def conformal_answer(tree: Taxonomy, probabilities: list[float], threshold: floa
 
 
 def nonconformity(tree: Taxonomy, probabilities: list[float], node: int) -> float:
-    """Return the smallest threshold at which `conformal_answer` holds a leaf, or every leaf below an inner node.
-
-    Args:
-        probabilities: of all nodes, by id.
-    """
+    """Return the smallest threshold at which `conformal_answer` holds a leaf, or every leaf below an inner node."""
     leaves = [node] if node < tree.num_leaves else range(tree.num_leaves)
     paths = [path for path in map(tree.path, leaves) if node in path]
     # for each level, the nodes that together hold all these leaves
@@ -550,39 +450,22 @@ def growing_answers(tree: Taxonomy, leaves: list[int]) -> Iterator[tuple[int, se
 
 
 def check_number(name: str, value: Any, minimum: int) -> None:
-    """Raise ValueError if an argument is not an integer of at least ``minimum``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < minimum):
         raise ValueError(f"{name} must be a whole number of at least {minimum}, not {value!r}")
 
 
-def without_none(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments that are not None."""
-    return {name: value for name, value in arguments.items() if value is not None}
-
-
-def is_sequence(value: Any) -> bool:
-    """Return whether a value can be read by index, like a torch dataset."""
-    return hasattr(value, "__getitem__") and hasattr(value, "__len__")
-
-
 def read_text(item: Any, position: int) -> str:
-    """Return the text of an item.
-
-    Raises:
-        ValueError: the item holds no text, or a text that is empty or not valid Unicode.
-    """
+    """Return the text of an item, or raise ValueError if it holds none, or one that is empty or not valid Unicode."""
     text = item.get("text") if isinstance(item, Mapping) else item
+    where = f"at position {position} (counted from 0)"
     if not isinstance(text, str):
-        kind = type(item).__name__
-        if isinstance(item, Mapping):
-            kind = f"a mapping with {', '.join(map(repr, item)) or 'nothing'}"
-        raise ValueError(f"the item at position {position} (counted from 0) is not a text but {kind}")
+        names = ", ".join(map(repr, item)) or "nothing" if isinstance(item, Mapping) else ""
+        kind = f"a mapping with {names}" if names else type(item).__name__
+        raise ValueError(f"the item {where} is not a text but {kind}")
     if not text.strip():
-        raise ValueError(f"the text at position {position} (counted from 0) is empty")
+        raise ValueError(f"the text {where} is empty")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"the text at position {position} (counted from 0) holds half of a surrogate pair, which is not a character"
-        ) from error
+        raise ValueError(f"the text {where} holds half of a surrogate pair, which is not a character") from error
     return text

@@ -1,9 +1,6 @@
 """Publish a checkpoint, and a Space that serves it: ``python push_to_hub.py --model results --repo_id user/name``.
 
-Worth knowing:
-
-1. All reasons for which the Hub would refuse are checked first, so a refusal leaves nothing half published.
-2. The model is one commit and the Space another. The Space serves the commit of the model.
+All reasons for which the Hub would refuse are checked first, so a refusal leaves nothing half published.
 """
 
 import argparse
@@ -47,7 +44,7 @@ def main(argv: list[str]) -> None:
     space = None
     if arguments.space_id is not None:
         space = find_target(api, namespaces, "--space_id", arguments.space_id, "space", private=arguments.private)
-    readme = read_card(folder, target.repo_id, arguments.merge)
+    readme = read_card(folder / "README.md", target.repo_id, arguments.merge)
 
     with tempfile.TemporaryDirectory() as scratch:
         # ── Collect the files, in the requested form ─────────────────────────────────────────────────────────────────
@@ -88,9 +85,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_card(folder: Path, model_id: str, merged: bool) -> str:
-    """Read the card of a checkpoint, validate its metadata on the Hub, and insert the model's id."""
-    path = folder / "README.md"
+def read_card(path: Path, model_id: str, merged: bool) -> str:
+    """Read the card of a checkpoint, let the Hub validate its metadata, and insert the model's id."""
     try:
         readme = path.read_text(encoding="utf-8-sig")
         RepoCard(readme).validate()
@@ -104,7 +100,6 @@ def read_card(folder: Path, model_id: str, merged: bool) -> str:
 
 
 def space_files(model_id: str) -> Files:
-    """Collect the files of the Space. Its card names the model that it serves."""
     files: Files = {name: (ROOT if name.startswith("reading/") else SPACE_FOLDER) / name for name in SPACE_FILES}
     readme = RepoCard((SPACE_FOLDER / "README.md").read_text(encoding="utf-8"))
     readme.data.models = [model_id]
@@ -119,16 +114,14 @@ def publish_space(api: HfApi, space: Target, model_target: Target, model: Commit
         for key, value in (("MODEL_ID", model_target.repo_id), ("MODEL_REVISION", model.oid)):
             api.add_space_variable(space.repo_id, key, value)
     except HUB_ERRORS as error:
-        raise InputError(
-            f"{space.repo_id} is published, but not pointed at the model: {reason(error)}; run the same command again"
-        ) from error
+        problem = f"is published, but not pointed at the model: {reason(error)}"
+        raise InputError(f"{space.repo_id} {problem}; run the same command again") from error
     print(f"{space.repo_id}: {published.commit_url}")
     if model_target.private:
         print(f"{model_target.repo_id} is private: give the Space a secret HF_TOKEN that may read it")
 
 
 def list_changes(target: Target, files: Files) -> None:
-    """Print what would be published."""
     state = "changed" if target.sha else "created, private" if target.private else "created, public"
     print(f"{target.repo_type} {target.repo_id}, branch {target.revision}, would be {state}:")
     for name, source in sorted(files.items()):

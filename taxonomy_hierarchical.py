@@ -4,11 +4,9 @@ Worth knowing:
 
 1. Nodes are numbered leaves first, in reading order, then inner nodes. So class index = leaf id = index into
    ``id2label``.
-2. A node's label is its name, or its path (``parent/child``, and ``/root``) where two nodes share the name. Case is
-   kept.
+2. A node's label is its name, or its path (``parent/child``, and ``/root``) where two nodes share the name.
 3. A decision is the choice among the roots, or among the children of one inner node. The decision at the roots has id
    0, the one below inner node n has id n - num_leaves + 1.
-4. Questions about the tree (ancestors, leaves below, decisions) are members of `Taxonomy`, most of them cached.
 """
 
 import csv
@@ -29,15 +27,8 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-DEFAULT_TAXONOMY = {
-    "general pathological conditions": None,
-    "specific disease": [
-        "neoplasms",
-        "digestive system diseases",
-        "nervous system diseases",
-        "cardiovascular diseases",
-    ],
-}
+DISEASES = ["neoplasms", "digestive system diseases", "nervous system diseases", "cardiovascular diseases"]
+DEFAULT_TAXONOMY = {"general pathological conditions": None, "specific disease": DISEASES}
 MAX_DEPTH = 16
 MAX_NODES = 100_000
 MAX_NAME = 500  # characters
@@ -53,10 +44,7 @@ class TaxonomyError(ValueError):
 
 
 def looks_like_name(text: str) -> bool:
-    """Return whether a text can be the name of a class or column, and not patient text, a date or an identifier.
-
-    A name has at most 60 characters and 5 words, and ends no sentence. With more than 4 digits, at most half are digits.
-    """
+    """Return whether a text can be the name of a class or column, and not patient text, a date or an identifier."""
     digits = sum(map(str.isdigit, text))
     short = len(text) <= SHOWN_CHARACTERS and len(text.split()) <= SHOWN_WORDS
     return short and digits <= max(SHOWN_DIGITS, len(text) // 2) and not re.search(r"[.?!](\s|$)|[。！？]", text)
@@ -73,7 +61,7 @@ def quote_name(value: object) -> str:
 
 
 class WithoutAliases:
-    """A mixin for PyYAML's loaders that refuses aliases, with which a few lines can stand for any number of values."""
+    """A mixin for PyYAML's loaders that refuses aliases: with them, a few lines can stand for any number of values."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         import yaml
@@ -96,18 +84,14 @@ class Taxonomy:
 
     Args:
         tree: the forest, nested. A leaf is a string; an inner node is a one-item mapping of its name to its children.
-            Mappings with several items, and empty or missing children (a leaf), are read too, so that
-            ``{"a": {"b": None, "c": ["d", "e"]}}`` is a taxonomy as well.
+            Mappings with several items and leaves without children, such as ``{"a": {"b": None, "c": ["d", "e"]}}``, are
+            read too. TaxonomyError says what is wrong.
         separator: what stands between the names of a path.
 
     Attributes:
-        names, parents, levels, labels: one entry a node: its name, its parent's id (-1 for a root), its depth (roots
-            are at 1), its label.
+        names, parents, levels, labels: one entry a node. A root has parent -1 and level 1.
         reading_order: the ids of all nodes, each parent before its children, as a tree is drawn.
         num_leaves, num_nodes, depth: ids below ``num_leaves`` are leaves; ``depth`` is the deepest level.
-
-    Raises:
-        TaxonomyError: the tree has another form, a limit above is exceeded, or two nodes cannot be told apart.
     """
 
     def __init__(self, tree: Sequence | dict, separator: str = "/"):
@@ -145,19 +129,15 @@ class Taxonomy:
             self.labels.append(written if uses[path[-1]] > 1 else path[-1])
             for key in {written, self.labels[i]}:
                 if self._ids.setdefault(key, i) != i:
-                    raise TaxonomyError(
-                        f"{quote_name(key)} is both the name of a node and the path to another; choose another label separator"
-                    )
+                    problem = f"{quote_name(key)} is both the name of a node and the path to another"
+                    raise TaxonomyError(f"{problem}; choose another label separator")
 
     @classmethod
     def from_rows(cls, rows: Iterable[tuple[str | None, str]], separator: str = "/") -> "Taxonomy":
         """Build a taxonomy from (parent, child) pairs of names.
 
-        A child without a parent is a root, and so is a parent that is no node's child. If the name of such a parent
-        resembles another node's, a warning names both.
-
-        Raises:
-            TaxonomyError: a cycle, a child with two parents, an empty child.
+        A child without a parent is a root, and so is a parent that is no node's child: a warning follows if its name
+        resembles another node's. TaxonomyError: a cycle, a child with two parents, an empty child.
         """
         parent_of: dict[str, str] = {}  # "" for no parent
         for number, row in enumerate(rows, start=1):
@@ -181,7 +161,6 @@ class Taxonomy:
 
     @classmethod
     def from_paths(cls, paths: Iterable[Sequence[str]], separator: str = "/") -> "Taxonomy":
-        """Build a taxonomy from paths: the names from the root down."""
         tree: dict = {}
         for path in paths:
             siblings = tree
@@ -191,11 +170,9 @@ class Taxonomy:
 
     @classmethod
     def from_file(cls, path: str | Path, separator: str = "/") -> "Taxonomy":
-        """Read a taxonomy from a file: nested ``.yaml``/``.yml``/``.json``, or ``.csv``/``.tsv`` rows with a ``parent`` column and a
-        ``child`` (or ``name``, or ``node``) column.
+        """Read nested ``.yaml``, ``.yml`` or ``.json``, or rows of ``.csv`` or ``.tsv``, or raise TaxonomyError.
 
-        Raises:
-            TaxonomyError: the file is missing, of another kind, or does not hold a taxonomy.
+        Rows have a column ``parent``, and one called ``child``, ``name`` or ``node``.
         """
         path = Path(path)
         try:
@@ -218,7 +195,7 @@ class Taxonomy:
             raise TaxonomyError(f"{path}: {error}") from error
 
     def to_nested(self, node: int = -1) -> list:
-        """Return the forest below a node, or all, as nested lists: a leaf is its name, an inner node ``{name: [children]}``."""
+        """Return the forest below a node, or all, as nested lists: leaves are names, inner nodes ``{name: […]}``."""
         return [
             self.names[child] if child < self.num_leaves else {self.names[child]: self.to_nested(child)}
             for child in self.children(node)
@@ -237,21 +214,17 @@ class Taxonomy:
 
     @cached_property
     def ancestors(self) -> list[list[int]]:
-        """For each node the ids from the root to the node itself, padded with ``num_nodes`` to length ``depth``."""
+        """For each node its `path`, padded with ``num_nodes`` to length ``depth``."""
         return [[*path, *[self.num_nodes] * (self.depth - len(path))] for path in map(self.path, range(self.num_nodes))]
 
     @cached_property
     def leaves_below(self) -> list[list[int]]:
         """For each node the ids of the leaves at or below it, in ascending order."""
-        below: list[list[int]] = [[] for _ in range(self.num_nodes)]
-        for leaf in range(self.num_leaves):
-            for node in self.path(leaf):
-                below[node].append(leaf)
-        return below
+        return [[n for n in (node, *below) if n < self.num_leaves] for node, below in enumerate(self.nodes_below)]
 
     @cached_property
     def nodes_below(self) -> list[list[int]]:
-        """For each node the ids of all nodes below it."""
+        """For each node the ids of all nodes below it, in ascending order."""
         below: list[list[int]] = [[] for _ in range(self.num_nodes)]
         for node in range(self.num_nodes):
             for ancestor in self.path(node)[:-1]:
@@ -277,7 +250,6 @@ class Taxonomy:
         return counts
 
     def with_ancestors(self, nodes: Iterable[int]) -> set[int]:
-        """Return nodes and all their ancestors."""
         return {ancestor for node in nodes for ancestor in self.path(node)}
 
     def deepest(self, nodes: Iterable[int]) -> list[int]:
@@ -286,22 +258,17 @@ class Taxonomy:
         return sorted(nodes - {ancestor for node in nodes for ancestor in self.path(node)[:-1]})
 
     def path(self, node: int) -> list[int]:
-        """Return the ids from the root to the node, the node included."""
+        """Return the ids from the root to the node."""
         path = [node]
         while self.parents[path[-1]] >= 0:
             path.append(self.parents[path[-1]])
         return path[::-1]
 
     def path_names(self, node: int) -> tuple[str, ...]:
-        """Return the names from the root to the node."""
         return self._paths[node]
 
     def id(self, label: str) -> int:
-        """Return the id of the node with this label or path.
-
-        Raises:
-            TaxonomyError: no such node, or a name that several nodes share.
-        """
+        """Return the id of the node with this label or path. TaxonomyError: there is none, or several share the name."""
         key = compose(label.strip())
         if key in self._ids:
             return self._ids[key]
@@ -315,18 +282,15 @@ class Taxonomy:
 
     def tree(self) -> str:
         """Draw the forest as text, one node a line."""
-        lines: list[str] = []
 
-        def draw(nodes: list[int], prefix: str) -> None:
+        def draw(nodes: list[int], prefix: str) -> Iterator[str]:
             for node in nodes:
-                is_last = node == nodes[-1]
-                lines.append(prefix + ("└── " if is_last else "├── ") + self.names[node])
-                draw(self.children(node), prefix + ("    " if is_last else "│   "))
+                first, rest = ("└── ", "    ") if node == nodes[-1] else ("├── ", "│   ")
+                yield prefix + first + self.names[node]
+                yield from draw(self.children(node), prefix + rest)
 
-        for root in self.children(-1):
-            lines.append(self.names[root])
-            draw(self.children(root), "")
-        return "\n".join(lines)
+        trees = ([self.names[root], *draw(self.children(root), "")] for root in self.children(-1))
+        return "\n".join(chain.from_iterable(trees))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Taxonomy) and (self._paths, self.separator) == (other._paths, other.separator)
@@ -338,7 +302,7 @@ def compose(name: Any) -> Any:
 
 
 def _named(children: Sequence | dict) -> list[tuple[Any, Any]]:
-    """Return the name of each child, with what stands below it in the nested form."""
+    """Return (name, what stands below it) of each child in the nested form."""
     if isinstance(children, dict):
         return list(children.items())
     pairs = (child.items() if isinstance(child, dict) else [(child, None)] for child in children)
@@ -357,7 +321,6 @@ def _walk(named: list[tuple[Any, Any]], parent: tuple[str, ...] = ()) -> Iterato
 
 
 def _problem(name: Any, below: Any, parent: tuple[str, ...]) -> str | None:
-    """Return what is wrong with a node of the nested form, if anything."""
     quoted, place = quote_name(name), " > ".join(map(quote_name, parent)) or "the top level"
     if not isinstance(name, str):
         return f"a name must be text, but {place} holds {quoted}; put it in quotes"
@@ -379,9 +342,7 @@ def _warn_of_misspelt_roots(names: list[str], children: dict[str, dict]) -> None
     for name in names if len(names) * len(children) <= MOST_COMPARED else ():
         others = children.keys() - {name, *children[name]}
         if near := difflib.get_close_matches(name, sorted(others), n=1, cutoff=NEAR):
-            logger.warning(
-                f"the taxonomy's rows name {name!r} as a parent only, so it is a root: is it {near[0]!r}, misspelt?"
-            )
+            logger.warning(f"{name!r} is a parent only in the taxonomy, so it is a root: is it {near[0]!r}, misspelt?")
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:
@@ -419,7 +380,5 @@ def _read_rows(text: str, delimiter: str) -> list[tuple[str, str]]:
         raise TaxonomyError(f"expected columns 'parent' and 'child' (or 'name', 'node'), once each, found {columns}")
     for number, fields in enumerate(rows, start=1):
         if len(fields) != len(header):
-            raise TaxonomyError(
-                f"row {number} of the taxonomy has {len(fields)} fields, where the header has {len(header)}"
-            )
+            raise TaxonomyError(f"row {number} has {len(fields)} fields, where the header has {len(header)}")
     return [(fields[header.index("parent")], fields[header.index(child)]) for fields in rows]

@@ -109,7 +109,7 @@ TRAIN = [
     (("folder.csv", *DATA), "cannot read the recipe folder.csv: Is a directory"),
     ((*DATA, "--taxonomy", "cycle.csv"), "cycle.csv: the taxonomy has a cycle: 'b' > 'a' > 'b'"),
     ((*DATA, "--taxonomy", "orphans.csv"), "orphans.csv: row 2 of the taxonomy has an empty name"),
-    ((*DATA, "--taxonomy", "ragged.csv"), "row 2 of the taxonomy has 3 fields, where the header has 2"),
+    ((*DATA, "--taxonomy", "ragged.csv"), "ragged.csv: row 2 has 3 fields, where the header has 2"),
     ((*DATA, "--taxonomy", "levels.json"), "'a' is at level 17; at most 16 levels are supported"),
     ((*DATA, "--taxonomy", "depths.json"), "depths.json is nested too deeply; at most 16 levels"),
     ((*DATA, "--taxonomy", "name.json"), "has 10,240 characters, at most 500 are supported"),
@@ -356,7 +356,7 @@ CHECKPOINTS = {
         "adapter_form", configure("config.json", encoder_name_or_path="a/b"), "encoder_revision must be the commit"),
     "heads torn": ("adapter_form", cut(HEADS), "SafetensorError"),
     "heads lost": ("adapter_form", lose(HEADS, "weight"), "the heads weight 'weight' is missing"),
-    "adapter config torn": ("adapter_form", cut(ADAPTER_CONFIG), "adapter_config.json is not JSON"),
+    "adapter config torn": ("adapter_form", cut(ADAPTER_CONFIG), "adapter_config.json is not the configuration of a PEFT adapter"),
     "adapter config empty": ("adapter_form", write(ADAPTER_CONFIG, b"{}"), "it names no peft_type"),
     "weights lost": ("whole_form", lose(WHOLE, "heads.weight"), "lacks 1 weights of a Hierarchical"),
     "weights left over": (

@@ -421,7 +421,7 @@ def test_an_encoder_that_takes_no_attention_mask_is_refused():
         "num_hidden_layers": 1,
         "intermediate_size": 48,
     }
-    with pytest.raises(ValueError, match="FNetModel takes no attention mask, so padding changes its predictions"):
+    with pytest.raises(ValueError, match="FNetModel changes its predictions with padding"):
         HierarchicalForSequenceClassification(HierarchicalConfig(taxonomy=["a", "b"], text_config=config))
 
 
