@@ -1,11 +1,7 @@
 """The training loss: a focal loss per decision on the path to a document's label.
 
-Worth knowing:
-
-1. A decision is a softmax over siblings. A document labelled with an inner node trains only the decisions down to that node.
-2. With the defaults, it is the model's own negative log-likelihood.
-3. The sum is divided by the labelled documents of the whole accumulated batch, over all devices. The gradient does not depend
-   on how the batch was split.
+A decision is a softmax over siblings. A document labelled with an inner node trains only the decisions down to that node.
+With the defaults, the loss is the model's own negative log-likelihood.
 """
 
 from collections.abc import Sequence
@@ -21,8 +17,6 @@ def balanced_weights(counts: Tensor, group: Tensor) -> Tensor:
     """Weight each class among its siblings by n / (K · n_c), as scikit-learn's ``compute_class_weight("balanced")``.
 
     n_c of the n documents of K siblings have the class. A class without documents is not counted in K and has weight 1.
-
-    ``counts`` and ``group`` (num_nodes,) are the documents per node, and which nodes are siblings.
     """
     seen = counts > 0
     documents, classes = (torch.bincount(group, values.double())[group] for values in (counts, seen))
@@ -30,10 +24,16 @@ def balanced_weights(counts: Tensor, group: Tensor) -> Tensor:
 
 
 def average_over_labels(values: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
-    """Sum the values (B,) of labelled texts, and divide by ``num_items`` or else by the number of labels."""
-    labelled = labels != IGNORED_LABEL
+    """Sum the values (B,) of texts that `has_labels`, and divide by ``num_items``, by default the number of these texts."""
+    labelled = has_labels(labels)
     items = labelled.sum().clamp(min=1) if num_items is None else num_items
     return torch.where(labelled, values, 0).sum() / items
+
+
+def has_labels(labels: Tensor) -> Tensor:
+    """Return which texts have a known label: (B,), from ids (B,) or arrays (B, num_nodes)."""
+    known = labels != IGNORED_LABEL
+    return known if known.dim() == 1 else known.any(1)
 
 
 class HierarchicalFocalLoss(nn.Module):
@@ -44,10 +44,9 @@ class HierarchicalFocalLoss(nn.Module):
 
     Args:
         counts: (num_nodes,), training documents a node, its descendants' included: see `Taxonomy.count_at_or_below`.
-        gamma: γ ≥ 0.
+
         balanced: weight classes by `balanced_weights`; else α is 1.
         level_weights: w of levels 1, 2, …; the last one serves all deeper levels.
-        label_smoothing: ε.
     """
 
     def __init__(

@@ -34,8 +34,8 @@ from errors import InputError, refusing
 from modeling_hierarchical import IGNORED_LABEL, binary_cross_entropy, negative_log_likelihood
 from publishing.trainer import PublishingTrainer
 from training.cpu import speed_up
-from training.losses import HierarchicalFocalLoss
-from training.multi_label import MultiLabelFocalLoss, decision_disagreement, has_labels
+from training.losses import HierarchicalFocalLoss, has_labels
+from training.multi_label import MultiLabelFocalLoss, decision_disagreement
 from training.sampler import LengthGroupedSampler
 from training.views import disagreement, halves
 
