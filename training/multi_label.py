@@ -103,7 +103,7 @@ class MultiLabelFocalLoss(nn.Module):
 
 
 def decision_disagreement(
-    decisions: TreeSigmoid, p: Tensor, q: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    decisions: TreeSigmoid, p: Tensor, q: Tensor, labels: Tensor, num_items: Tensor | int | None = None
 ) -> Tensor:
     """Half the sum of both Kullback-Leibler divergences of two predictions for a text, in nats.
 
@@ -116,4 +116,4 @@ def decision_disagreement(
         yes, no = nn.functional.logsigmoid(one), nn.functional.logsigmoid(-one)
         gap_yes, gap_no = yes - nn.functional.logsigmoid(other), no - nn.functional.logsigmoid(-other)
         divergence = divergence + (above * (yes.exp() * gap_yes + no.exp() * gap_no)).sum(1) / 2
-    return average_over_labels(divergence, labels, num_items_in_batch)
+    return average_over_labels(divergence, labels, num_items)

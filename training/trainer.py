@@ -2,15 +2,11 @@
 
 Worth knowing:
 
-1. The loss is divided by the number of labels in the whole accumulated batch, over all devices. DDP averages the
-   gradients afterwards, so the loss is multiplied by the number of processes.
+1. The loss is divided by the number of labels in the whole accumulated batch, over all devices, so the gradient does not
+   depend on how the batch is split. DDP averages gradients afterwards, so the loss is multiplied by the number of processes.
 2. The Trainer resumes and restores the best model by root-level file names. The adapter form has its own loader here.
-3. bitsandbytes repacks 4-bit weights in place when a layer runs in eval mode on a CPU with AVX-512 BF16. Repacked
-   weights cannot be trained, so repacking is turned off.
-4. If batches are grouped by length, the Trainer shuffles evaluation rows and reorders the rows of a resumed run. The
-   samplers here do neither.
-5. No ``training_args.bin`` is written, because it is a pickle and can contain a token.
-6. Reading a loss waits for the GPU. Losses are read when the Trainer waits anyway: before it logs, evaluates or saves.
+3. No ``training_args.bin`` is written, because it is a pickle and can contain a token.
+4. Reading a loss waits for the GPU. Losses are read when the Trainer waits anyway: before it logs, evaluates or saves.
 """
 
 import logging
@@ -23,7 +19,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import EarlyStoppingCallback, TrainerState, trainer_pt_utils
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
@@ -42,6 +38,7 @@ from training.views import disagreement, halves
 logger = logging.getLogger(__name__)
 
 MAX_UNCHECKED = 100  # losses of micro-batches that stay on the device before they are read
+GO_ON = "--resume_from_checkpoint auto continues from the last checkpoint"
 
 
 class HierarchicalTrainer(PublishingTrainer):
@@ -50,7 +47,6 @@ class HierarchicalTrainer(PublishingTrainer):
     Args:
         loss_function: training loss. Default: the model's own.
         consistency: weight of the disagreement between a text's halves, see `training.views`. 0 trains on whole texts.
-            Other values need training rows with the columns ``sentences`` and ``row``.
         heads_learning_rate: peak learning rate of the heads. Default: the optimizer's.
     """
 
@@ -86,11 +82,7 @@ class HierarchicalTrainer(PublishingTrainer):
             speed_up(self.model.encoder)
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, Any]:
         """Compute the loss per labelled text of the accumulated batch, or in evaluation of this batch."""
         inputs = dict(inputs)
@@ -124,10 +116,7 @@ class HierarchicalTrainer(PublishingTrainer):
         for (step, _, rows), loss in zip(unchecked, losses, strict=True):
             if not math.isfinite(loss):
                 where = "" if rows is None else f", rows {', '.join(map(str, rows.tolist()))} of the training data"
-                raise InputError(
-                    f"the loss is {loss} at step {step}{where}: lower --learning_rate, or look at these texts; "
-                    "--resume_from_checkpoint auto continues from the last checkpoint"
-                )
+                raise InputError(f"the loss is {loss} at step {step}{where}: lower --learning_rate; {GO_ON}")
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Check the losses whenever the Trainer waits for the device anyway."""
@@ -136,10 +125,7 @@ class HierarchicalTrainer(PublishingTrainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Train or resume. A run that has reached ``max_steps`` or stopped early takes no further step.
-
-        The metrics of a resumed run have ``resumed_from_step``.
-        """
+        """Train or resume. A run that has reached ``max_steps`` or stopped early takes no further step."""
         if not isinstance(resume_from_checkpoint, str):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
@@ -157,7 +143,6 @@ class HierarchicalTrainer(PublishingTrainer):
         return output._replace(metrics=output.metrics | {"resumed_from_step": step})
 
     def _had_stopped_early(self, state: TrainerState) -> bool:
-        """Return whether a saved run has exhausted the early-stopping patience of this run."""
         saved = state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
         if saved is None or self.patience is None or not self.args.restore_callback_states_from_checkpoint:
             return False
@@ -170,9 +155,9 @@ class HierarchicalTrainer(PublishingTrainer):
         stored = Path(state.best_model_checkpoint)
         best = next((str(path) for path in (Path(checkpoint).parent / stored.name, stored) if path.is_dir()), None)
         if best is None and self.args.load_best_model_at_end:
+            problem = f"the best checkpoint of its run, {stored.name}, is not in the same folder"
             raise InputError(
-                f"cannot resume from {checkpoint}: the best checkpoint of its run, {stored.name}, is not in "
-                "the same folder; --load_best_model_at_end false keeps the last weights instead"
+                f"cannot resume from {checkpoint}: {problem}; move it there, or give --load_best_model_at_end false"
             )
         return best
 
@@ -194,9 +179,8 @@ class HierarchicalTrainer(PublishingTrainer):
         effective = args.per_device_train_batch_size * args.gradient_accumulation_steps
         limit = batch_size if self.tried_batch_size is None else self.tried_batch_size - 1
         if limit == 0:
-            raise InputError(
-                "a batch of one text does not fit in memory: lower --max_length, or --gradient_checkpointing true"
-            )
+            problem = "a batch of one text does not fit in memory"
+            raise InputError(f"{problem}: lower --max_length, or --gradient_checkpointing true")
         size = max(n for n in range(1, limit + 1) if effective % n == 0)
         if self.tried_batch_size is not None:
             logger.info("out of memory: continuing with %d texts a step, over %d steps", size, effective // size)
@@ -208,14 +192,12 @@ class HierarchicalTrainer(PublishingTrainer):
             if not should_reduce_batch_size(error) or self.state.global_step == self._initial_global_step:
                 raise
             smaller = max(size // 2, 1)
-            raise InputError(
-                f"out of memory at step {self.state.global_step + 1}, after earlier steps had fit: "
-                f"--per_device_train_batch_size {smaller} --gradient_accumulation_steps {effective // smaller}; "
-                "--resume_from_checkpoint auto continues from the last checkpoint"
-            ) from error
+            problem = f"out of memory at step {self.state.global_step + 1}, after earlier steps had fit"
+            fit = f"--per_device_train_batch_size {smaller} --gradient_accumulation_steps {effective // smaller}"
+            raise InputError(f"{problem}: {fit}; {GO_ON}") from error
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
-        """Count the texts with a known label. The Trainer would count the elements of label arrays."""
+        """Count the texts with a known label, not the elements of label arrays."""
         one_each = [{"labels": torch.where(has_labels(batch["labels"]), 0, IGNORED_LABEL)} for batch in batch_samples]
         return super()._get_num_items_in_batch(one_each, device)
 
@@ -237,16 +219,16 @@ class HierarchicalTrainer(PublishingTrainer):
         with refusing(f"cannot set up --lr_scheduler_type {self.args.lr_scheduler_type.value} (--lr_scheduler_kwargs)"):
             return super().create_scheduler(num_training_steps, optimizer)
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, trainer_pt_utils.LengthGroupedSampler):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             sampler = LengthGroupedSampler(sampler.batch_size * self.args.world_size, sampler.lengths, seed)
         return sampler
 
-    def _get_eval_sampler(self, eval_dataset: Dataset) -> torch.utils.data.Sampler | None:
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
         """Keep evaluation rows in order. With ``group_by_length`` the Trainer would shuffle them."""
-        return torch.utils.data.SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the column ``row`` for error messages, and ``sentences`` for training on halves."""
@@ -304,7 +286,7 @@ class HierarchicalTrainer(PublishingTrainer):
 
 
 def keep_trainable(model: nn.Module) -> None:
-    """Turn off the repacking of 4-bit layers for inference on a CPU."""
+    """Turn off bitsandbytes' repacking of 4-bit layers, in eval mode on a CPU with AVX-512 BF16: it ends training."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
