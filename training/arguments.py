@@ -200,9 +200,7 @@ def parse(argv: list[str]) -> Arguments:
         if word.startswith("--") and name not in parser._option_string_actions:
             raise InputError(f"unknown flag {name}; {nearest(name, parser._option_string_actions)}")
     try:
-        *parsed, rest = parser.parse_args_into_dataclasses(
-            argv, return_remaining_strings=True, look_for_args_file=False
-        )
+        *parsed, rest = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
     except (ValueError, TypeError, ImportError, OSError) as error:
         if is_fault(error):
             raise
@@ -300,13 +298,12 @@ def check_against_data(
 
 
 def check_best_metric(name: str, taxonomy: Taxonomy, labels: np.ndarray, compute_metrics: ComputeMetrics) -> None:
-    """Raise InputError unless evaluation on rows with these labels, ids or `multi_hot`, has the metric and it ranks models."""
+    """Raise InputError unless evaluation on rows with these labels, ids or `multi_hot`, measures what can rank models."""
     predictions = np.zeros(labels.shape)
     if labels.ndim == 1:
         # the set of metrics depends on the levels of the labels, and on whether some are leaves
-        nodes = [label for label in labels.tolist() if label >= 0]
-        examples = {(node < taxonomy.num_leaves, taxonomy.levels[node]): node for node in nodes}
-        labels = np.array([*examples.values()], dtype=int)
+        examples = {(node < taxonomy.num_leaves, taxonomy.levels[node]): node for node in labels.tolist()}
+        labels = np.array([*examples.values()])
         predictions = np.zeros((len(labels), taxonomy.num_leaves))
     measured = compute_metrics(EvalPrediction(predictions, labels))
     available = ["loss", *(metric for metric in measured if not metric.endswith("_by_chance"))]

@@ -89,10 +89,9 @@ def texts_by_node(label_sets: Iterable[Iterable[int]], taxonomy: Taxonomy) -> li
 
 
 def _by_level(taxonomy: Taxonomy, counts: Sequence[int]) -> dict[str, dict[str, int]]:
-    classes: dict[str, dict[str, int]] = {str(level): {} for level in range(1, taxonomy.depth + 1)}
-    for node, count in enumerate(counts):
-        classes[str(taxonomy.levels[node])][taxonomy.labels[node]] = count
-    return classes
+    nodes = [*zip(taxonomy.levels, taxonomy.labels, counts, strict=True)]
+    levels = range(1, taxonomy.depth + 1)
+    return {str(level): {label: count for at, label, count in nodes if at == level} for level in levels}
 
 
 def untrained_classes(rows: pd.DataFrame, taxonomy: Taxonomy) -> list[str]:

@@ -1,9 +1,6 @@
 """Read labels from their columns and map them to nodes of a taxonomy.
 
-Worth knowing:
-
-1. Without ``--taxonomy``, the default taxonomy is used if it holds all labels. Else it is built from their paths.
-2. A string that does not look like a name may be a text about a patient. Error messages report only its length.
+A string that does not look like a name may be a text about a patient. Error messages report only its length.
 """
 
 import json

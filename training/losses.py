@@ -40,13 +40,9 @@ class HierarchicalFocalLoss(nn.Module):
     """Sum over the decisions on a label's path of  w_level · α_class · (1 - p)^γ · CE, over the number of labels.
 
     p is the probability of the correct child among its siblings, and CE its cross-entropy, with label smoothing ε:
-    -(1 - ε) log p - ε / K · Σ log p_k. The focal factor is from Lin et al. (2017, arXiv 1708.02002).
-
-    Args:
-        counts: (num_nodes,), training documents a node, its descendants' included: see `Taxonomy.count_at_or_below`.
-
-        balanced: weight classes by `balanced_weights`; else α is 1.
-        level_weights: w of levels 1, 2, …; the last one serves all deeper levels.
+    -(1 - ε) log p - ε / K · Σ log p_k. The focal factor is from Lin et al. (2017, arXiv 1708.02002). α is of
+    `balanced_weights` or 1, from the counts (num_nodes,) of `Taxonomy.count_at_or_below`. The last of ``level_weights``
+    serves all deeper levels.
     """
 
     def __init__(
@@ -80,9 +76,8 @@ class HierarchicalFocalLoss(nn.Module):
         log_p = nn.functional.pad(conditional, (0, 1)).gather(1, path)  # (B, depth)
         loss = -log_p
         if self.label_smoothing:
-            over_siblings = torch.zeros_like(conditional).scatter_add(
-                1, self.group.expand_as(conditional), conditional / self.size
-            )
+            groups = self.group.expand_as(conditional)
+            over_siblings = torch.zeros_like(conditional).scatter_add(1, groups, conditional / self.size)
             mean = nn.functional.pad(over_siblings[:, self.group], (0, 1)).gather(1, path)
             loss = (1 - self.label_smoothing) * loss - self.label_smoothing * mean
         if self.gamma:

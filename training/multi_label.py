@@ -1,10 +1,6 @@
 """Several labels a text: label arrays, the training loss, and the disagreement of two halves.
 
-Worth knowing:
-
-1. A text with a node has all its ancestors. Each node is a decision given its parent, open where the text has the parent.
-2. A node's bias starts at its log-odds among the training rows. From zero biases, a flat model of MiniLM with usual
-   learning rates learnt nothing but these frequencies in ten epochs.
+A text with a node has all its ancestors. Each node is a decision given its parent, open where the text has the parent.
 """
 
 from collections.abc import Sequence
@@ -50,7 +46,10 @@ def open_counts(taxonomy: Taxonomy, labels: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def prior_log_odds(taxonomy: Taxonomy, labels: np.ndarray) -> np.ndarray:
-    """Return each node's log-odds given its parent, smoothed by half a row of each outcome: (num_nodes,)."""
+    """Return each node's log-odds given its parent, smoothed by half a row of each outcome: (num_nodes,).
+
+    Biases start there. From zero, a flat model of MiniLM learnt nothing but these frequencies in ten epochs.
+    """
     positive, total = open_counts(taxonomy, labels)
     return np.log((positive + 0.5) / (total - positive + 0.5))
 
@@ -59,13 +58,8 @@ class MultiLabelFocalLoss(nn.Module):
     """Sum over a text's open decisions of  w_level · α · (1 - p)^γ · BCE, over the number of texts.
 
     p is the probability of the correct outcome. BCE is the binary cross-entropy with the target (1 - ε) · y + ε · r, where r
-    is the node's rate in the training rows given its parent. Towards ½ would raise rare nodes. The focal factor is
-    from Lin et al. (2017, arXiv 1708.02002).
-
-    Args:
-        labels: (num_rows, num_nodes), of the training rows, for the rates.
-        balanced: α is n / (2 · n_y) for outcome y of a decision that is open in n rows; else 1.
-        level_weights: w of levels 1, 2, …; the last one serves all deeper levels.
+    is the node's rate in the training rows given its parent. Towards ½ would raise rare nodes. If ``balanced``, α is
+    n / (2 · n_y) for outcome y of a decision that is open in n training rows. See also `HierarchicalFocalLoss`.
     """
 
     def __init__(

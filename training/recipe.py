@@ -1,10 +1,7 @@
 """Convert a recipe, a YAML file of flags, to command-line words.
 
-Worth knowing:
-
-1. These words are parsed before those of the command line, so a flag overrides its key. A data source on the command line
-   replaces that of the recipe. argparse's ``set_defaults`` would neither check choices nor convert the items of a list.
-2. Values stay as they are written: codes such as ``007``, ``1.10`` and ``no`` are texts.
+These words are parsed before those of the command line, so a flag overrides its key. A data source on the command line
+replaces that of the recipe. Values stay as they are written: codes such as ``007``, ``1.10`` and ``no`` are texts.
 """
 
 import difflib

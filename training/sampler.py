@@ -15,8 +15,7 @@ class LengthGroupedSampler(Sampler[int]):
     the longest row comes first, so that too little memory shows at once. In a data set of at most 50 batches, lengths are
     first perturbed by 5 %, else each epoch would have the same batches.
 
-    The sampler of this name in transformers draws from the global generator, so a resumed run gets another order. It also
-    sorts few batches at a time: with 400 rows an eighth of its tokens are padding, here a twentieth.
+    The sampler of this name in transformers draws from the global generator, so a resumed run gets another order.
     """
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int):

@@ -88,13 +88,9 @@ def _from_dataset(name: str, dataset: datasets.Dataset) -> SplitSource:
         arrow = dataset.select_columns(names).with_format("arrow")[:]
         columns = {name: arrow.column(name).to_pylist() for name in names}
         for column, values in columns.items():
-            feature = getattr(
-                dataset.features[column], "feature", dataset.features[column]
-            )  # that of a list, or itself
+            feature = getattr(dataset.features[column], "feature", dataset.features[column])  # of a list, or itself
             if isinstance(feature, datasets.ClassLabel):
-                columns[column] = _class_names(
-                    values, [*feature.names, None]
-                )  # `datasets` stores a missing label as -1
+                columns[column] = _class_names(values, [*feature.names, None])  # a missing label is stored as -1
         return Table(name, columns, [*range(1, len(dataset) + 1)], "row")
 
     hashes = sha256(Path(file["filename"]) for file in dataset.cache_files)

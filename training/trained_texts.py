@@ -1,9 +1,7 @@
 """Record which texts a checkpoint was trained on, so that none of them is scored.
 
-Worth knowing:
-
-1. The hashes are never published: they reveal who is in the training data.
-2. A resumed run carves its splits by the texts of earlier runs only, and so repeats its first split.
+The hashes are never published: they reveal who is in the training data. A resumed run carves its splits by the texts of
+earlier runs only, and so repeats its first split.
 """
 
 import hashlib

@@ -44,10 +44,8 @@ GO_ON = "--resume_from_checkpoint auto continues from the last checkpoint"
 class HierarchicalTrainer(PublishingTrainer):
     """A Trainer whose loss is a `HierarchicalFocalLoss`, or with several labels a text a `MultiLabelFocalLoss`.
 
-    Args:
-        loss_function: training loss. Default: the model's own.
-        consistency: weight of the disagreement between a text's halves, see `training.views`. 0 trains on whole texts.
-        heads_learning_rate: peak learning rate of the heads. Default: the optimizer's.
+    Without ``loss_function``, it is the model's own. ``consistency`` weights the disagreement between a text's halves, see
+    `training.views`; 0 trains on whole texts.
     """
 
     loss_is_scaled_for_ga = True
@@ -156,9 +154,8 @@ class HierarchicalTrainer(PublishingTrainer):
         best = next((str(path) for path in (Path(checkpoint).parent / stored.name, stored) if path.is_dir()), None)
         if best is None and self.args.load_best_model_at_end:
             problem = f"the best checkpoint of its run, {stored.name}, is not in the same folder"
-            raise InputError(
-                f"cannot resume from {checkpoint}: {problem}; move it there, or give --load_best_model_at_end false"
-            )
+            remedy = "move it there, or give --load_best_model_at_end false"
+            raise InputError(f"cannot resume from {checkpoint}: {problem}; {remedy}")
         return best
 
     def _load_callback_state(self) -> None:
