@@ -70,7 +70,7 @@ class DataArguments:
     label_delimiter: str | None = flag(None, "What separates the labels of a text in the column, such as ';'.")
     incomplete_labels: bool = flag(False, "Several labels a text: whether a label has its children's is unknown.")
     taxonomy: str | None = flag(
-        None, "Nested .yaml or .json file, or .csv file of parent,child rows. Default: the paths in the labels."
+        None, "Nested .yaml or .json, or .csv of parent,child rows. Default: the labels' paths."
     )
     label_separator: str = flag("/", "Separator between the names in the path of a label.")
     class_names: str | None = flag(None, "Names of coded labels: .csv or .tsv file of code,name rows, or JSON object.")

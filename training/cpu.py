@@ -1,12 +1,8 @@
 """Speed up LoRA training steps on a CPU with bfloat16 products. Outputs and gradients match PEFT and SDPA.
 
-Worth knowing:
-
-1. An adapted layer multiplies by the merged weight W + s·B·A, which takes about 4 % of a step to compute. PEFT's
-   separate branch, with its casts and sums over all tokens, took a fifth.
-2. Merged weights are not stored. The backward pass recomputes them, so a 4-bit encoder stays small.
-3. Attention runs document by document, without padding (`cpu_hierarchical`).
-4. Frozen tables and the activations between layers are in bfloat16. Autocast would cast them at every product.
+An adapted layer multiplies by the merged weight W + s·B·A, which takes about 4 % of a step to compute; PEFT's separate
+branch took a fifth. Merged weights are not stored: the backward pass recomputes them, so a 4-bit encoder stays small.
+Frozen tables and the activations between layers are in bfloat16. Autocast would cast them at every product.
 """
 
 import logging

@@ -81,15 +81,13 @@ class MultiLabelFocalLoss(nn.Module):
         self.register_buffer("weights", torch.tensor(alpha * levels, dtype=torch.float32))
         self.register_buffer("rates", torch.tensor((positive + 0.5) / (total + 1), dtype=torch.float32))
 
-    def forward(
-        self, decision_logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
+    def forward(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Return the loss in nats for logits (B, num_nodes) and labels (B, num_nodes): 1, 0 or -100."""
         is_open, outcome = self.decisions.open_decisions(labels), labels.clamp(min=0)
         target = outcome + self.label_smoothing * (self.rates - outcome)
-        loss = nn.functional.binary_cross_entropy_with_logits(decision_logits, target, reduction="none")
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
         if self.gamma:
-            missed = torch.sigmoid((1 - 2 * outcome) * decision_logits)  # 1 - p
+            missed = torch.sigmoid((1 - 2 * outcome) * logits)  # 1 - p
             loss = loss * missed.clamp(min=1e-7) ** self.gamma  # the floor keeps the slope finite when γ < 1
         loss = loss * torch.where(outcome == 1, self.weights[1], self.weights[0])
         items = has_labels(labels).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch

@@ -124,11 +124,10 @@ def load_splits(
         report["united_rows"] = {split: int(count) for split, count in united.items()}
     data_report.log_what_was_done(report)
     features = MULTI_LABEL_FEATURES if several else FEATURES
-    splits = {
-        split: datasets.Dataset.from_pandas(part[list(features)], features=features, preserve_index=False)
-        for split, part in parts(rows).items()
-    }
-    return LabelledSplits(datasets.DatasetDict(splits), taxonomy, report, is_multi_label=several)
+    splits = datasets.DatasetDict()
+    for split, part in parts(rows).items():
+        splits[split] = datasets.Dataset.from_pandas(part[[*features]], features=features, preserve_index=False)
+    return LabelledSplits(splits, taxonomy, report, is_multi_label=several)
 
 
 def _is_trained(rows: pd.DataFrame, texts: pd.Index, trained: TrainedTexts) -> np.ndarray:
@@ -168,7 +167,7 @@ def _carve(rows: pd.DataFrame, shares: dict[str, float], seed: int, taxonomy: Ta
 
     Texts that an earlier run was trained on stay. If too few others are left, the counts are scaled down.
     """
-    generator = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     rows = rows.copy()
     trained = rows.loc[rows["split"] == "train"].groupby("text_id")["trained"].any()
     counts = {split: round(share * len(trained)) for split, share in shares.items()}
@@ -185,14 +184,12 @@ def _carve(rows: pd.DataFrame, shares: dict[str, float], seed: int, taxonomy: Ta
             sizes = sizes.sort_values(["text_id", "size", "label"], ascending=[True, False, True])
             label_of = sizes.drop_duplicates("text_id").set_index("text_id")["label"]  # most common, smallest of ties
             is_trained = trained[label_of.index].to_numpy()
-            held_out = label_of.index[_sample(label_of.to_numpy(), count, split, generator, is_trained)]
+            held_out = label_of.index[_sample(label_of.to_numpy(), count, split, rng, is_trained)]
         rows.loc[train & rows["text_id"].isin(held_out), "split"] = split
     return rows
 
 
-def _sample(
-    strata: np.ndarray, count: int, split: str, generator: np.random.Generator, trained: np.ndarray
-) -> np.ndarray:
+def _sample(strata: np.ndarray, count: int, split: str, rng: np.random.Generator, trained: np.ndarray) -> np.ndarray:
     """Return a mask of ``count`` texts in proportion to their ``strata`` (N,), and leave a text of each stratum.
 
     Systematic sampling along the texts, sorted by stratum (Cochran, Sampling Techniques, 1977, chapter 8). A share of at
@@ -202,8 +199,8 @@ def _sample(
     """
     # scikit-learn's StratifiedGroupKFold loops over the groups and makes equal folds only. Its train_test_split
     # refuses a class with a single text, and fewer held-out texts than classes.
-    order = generator.permutation(len(strata))
-    rank = generator.permutation(strata.max() + 1)
+    order = rng.permutation(len(strata))
+    rank = rng.permutation(strata.max() + 1)
     order = order[np.argsort(rank[strata[order]], kind="stable")]
     keeps = (np.bincount(strata, trained) > 0)[strata[order]]  # the stratum has a text that stays
     several = ((np.bincount(strata)[strata[order]] > 1) | keeps) & ~trained[order]

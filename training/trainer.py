@@ -75,7 +75,9 @@ class HierarchicalTrainer(PublishingTrainer):
         self.tried_batch_size: int | None = None
         self.best_checkpoint: str | None = None
         self.unchecked: list[tuple[int, Tensor, Any]] = []  # step, loss, rows
-        keep_trainable(self.model)
+        for module in self.model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack 4-bit weights in eval mode
+                module.support_avx512bf16_for_cpu = False
         if self.args.bf16 and self.args.device.type == "cpu" and self.model.has_adapter and not self.is_fsdp_enabled:
             speed_up(self.model.encoder)
 
@@ -129,7 +131,11 @@ class HierarchicalTrainer(PublishingTrainer):
         state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
         self.best_checkpoint = state.best_model_checkpoint = self._find_best_checkpoint(state, resume_from_checkpoint)
         step = state.global_step
-        if 0 < self.args.max_steps <= step or self._had_stopped_early(state):
+        stopping = state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
+        had_stopped = False
+        if stopping and self.patience is not None and self.args.restore_callback_states_from_checkpoint:
+            had_stopped = stopping["attributes"]["early_stopping_patience_counter"] >= self.patience
+        if 0 < self.args.max_steps <= step or had_stopped:
             logger.info("nothing left to train: %s is at step %d", resume_from_checkpoint, step)
             self.state = state
             self._load_from_checkpoint(resume_from_checkpoint)
@@ -139,12 +145,6 @@ class HierarchicalTrainer(PublishingTrainer):
         else:
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         return output._replace(metrics=output.metrics | {"resumed_from_step": step})
-
-    def _had_stopped_early(self, state: TrainerState) -> bool:
-        saved = state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
-        if saved is None or self.patience is None or not self.args.restore_callback_states_from_checkpoint:
-            return False
-        return saved["attributes"]["early_stopping_patience_counter"] >= self.patience
 
     def _find_best_checkpoint(self, state: TrainerState, checkpoint: str) -> str | None:
         """Return the best checkpoint of a resumed run. Its folder may have moved since its path was stored."""
@@ -280,10 +280,3 @@ class HierarchicalTrainer(PublishingTrainer):
         adapter = load_file(Path(folder) / ADAPTER_SUBFOLDER / ADAPTER_WEIGHTS)
         model.load_heads_and_adapter(load_file(Path(folder) / HEADS_WEIGHTS), adapter)
         return True
-
-
-def keep_trainable(model: nn.Module) -> None:
-    """Turn off bitsandbytes' repacking of 4-bit layers, in eval mode on a CPU with AVX-512 BF16: it ends training."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
