@@ -81,9 +81,7 @@ def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
         problem = find_resume_problem(folder) if folder.is_dir() else "there is no such folder"
         names = [other.name for other in list_checkpoints(folder.parent)]
         later = names[names.index(folder.name) + 1 :] if folder.name in names else []
-        if (
-            problem is None and later and is_of_run(requested, Path(output_dir))
-        ):  # "auto" would resume from one of these
+        if problem is None and later and is_of_run(requested, Path(output_dir)):  # a later "auto" would take them
             problem = f"this run has later checkpoints, {', '.join(later)}; move them, or give another --output_dir"
         if problem is not None:
             raise InputError(f"cannot resume from {requested}: {problem}")

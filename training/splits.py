@@ -101,8 +101,7 @@ def load_splits(
     method = {"method": "as given", "carved": shares, "seed": seed}
     if shares:
         numbers = np.sort(rows.loc[rows["split"] == "train", "row"].to_numpy(np.int64))
-        kind = "combination of classes" if several else "class"
-        method["method"] = f"by {kind}, identical texts kept together"
+        method["method"] = f"by {'combination of classes' if several else 'class'}, identical texts kept together"
         # a resumed run checks that its training rows are the same
         method["train_rows_sha256"] = hashlib.sha256(numbers.tobytes()).hexdigest()
     describe = data_report.describe_label_sets if several else data_report.describe

@@ -55,23 +55,17 @@ def tokenize(
         if sentences:
             ends = [[end for _, end in piece.offsets] for piece in pieces]
             columns["sentences"] = [sentence_numbers(*pair) for pair in zip(batch["text"], ends, strict=True)]
-        return {
-            **columns,
-            "length": [len(piece) for piece in pieces],
-            "full_length": [len(piece) + sum(len(rest) - special for rest in piece.overflowing) for piece in pieces],
-            "labels": list(encode_labels(batch["label"])),
-        }
+        columns["length"] = [len(piece) for piece in pieces]
+        overflow = [sum(len(rest) - special for rest in piece.overflowing) for piece in pieces]
+        columns["full_length"] = [len(piece) + more for piece, more in zip(pieces, overflow, strict=True)]
+        columns["labels"] = list(encode_labels(batch["label"]))
+        return columns
 
     tokenized, reports = DatasetDict(), {}
     for split, rows in splits.items():
         training = split == "train"
-        rows = rows.map(
-            tokens,
-            batched=True,
-            remove_columns=["text", "label"],
-            desc=f"tokenizing {split}",
-            fn_kwargs={"sentences": sentences and training},
-        )
+        encode = partial(tokens, sentences=sentences and training)
+        rows = rows.map(encode, batched=True, remove_columns=["text", "label"], desc=f"tokenizing {split}")
         reports[split] = length_report(rows.with_format("numpy")["full_length"][:], tokenizer.model_max_length)
         rows = rows.remove_columns("full_length")
         tokenized[split] = rows if training else rows.select(np.argsort(rows["length"], kind="stable"))

@@ -8,7 +8,6 @@ Worth knowing:
 2. The halves have similar lengths, and each is truncated at 55 % of the text's tokens. A batch of halves has 1.1 times the tokens
    of its texts with padding (OHSUMED). By coin tosses and without truncation it would have 1.8 times as many.
 3. The assignment depends on the seed, the step and the row only, so a resumed run continues bit for bit.
-4. Numbers of rows and sentences are NumPy arrays. They stay on the CPU, so no step waits for a GPU to make halves.
 """
 
 import math
@@ -37,12 +36,12 @@ def sentence_numbers(text: str, ends: Sequence[int]) -> list[int]:
 
 
 class CollatorWithSentences(DataCollatorWithPadding):
-    """Pad ``sentences`` of training rows too. They and ``row`` become NumPy arrays, arrays of labels become float32."""
+    """Pad ``sentences`` of training rows too. They and ``row`` become NumPy arrays: no step waits for a GPU to make halves."""
 
     def __call__(self, features: list[dict]) -> BatchEncoding:
         own = {name: [row[name] for row in features] for name in ("row", "sentences") if name in features[0]}
         batch = super().__call__([{k: v for k, v in row.items() if k not in own} for row in features])
-        if "labels" in batch and batch["labels"].dim() == 2:
+        if "labels" in batch and batch["labels"].dim() == 2:  # of several labels, for binary cross-entropy
             batch["labels"] = batch["labels"].float()
         if "row" in own:
             batch["row"] = np.array(own["row"])
