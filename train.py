@@ -150,7 +150,7 @@ def build_trainer(
         "level_weights": loss.level_weights,
         "label_smoothing": training.label_smoothing_factor,
     }
-    loss_function: HierarchicalFocalLoss | MultiLabelFocalLoss
+    loss_function: torch.nn.Module
     if model.config.is_multi_label:
         loss_function = MultiLabelFocalLoss(taxonomy, label_arrays(splits["train"]), **loss_settings)
     else:
@@ -168,7 +168,6 @@ def build_trainer(
         callbacks=[EarlyStoppingCallback(patience)] if patience else None,
         loss_function=loss_function,
         consistency=loss.consistency,
-        heads_learning_rate=training.heads_learning_rate,
     )
 
 

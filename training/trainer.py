@@ -30,8 +30,8 @@ from errors import InputError, refusing
 from modeling_hierarchical import IGNORED_LABEL, binary_cross_entropy, negative_log_likelihood
 from publishing.trainer import PublishingTrainer
 from training.cpu import speed_up
-from training.losses import HierarchicalFocalLoss, has_labels
-from training.multi_label import MultiLabelFocalLoss, decision_disagreement
+from training.losses import has_labels
+from training.multi_label import decision_disagreement
 from training.sampler import LengthGroupedSampler
 from training.views import disagreement, halves
 
@@ -50,14 +50,7 @@ class HierarchicalTrainer(PublishingTrainer):
 
     loss_is_scaled_for_ga = True
 
-    def __init__(
-        self,
-        *args: Any,
-        loss_function: HierarchicalFocalLoss | MultiLabelFocalLoss | None = None,
-        consistency: float = 0.0,
-        heads_learning_rate: float | None = None,
-        **kwargs: Any,
-    ):
+    def __init__(self, *args: Any, loss_function: nn.Module | None = None, consistency: float = 0.0, **kwargs: Any):
         with refusing("cannot set up training"):
             super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
@@ -69,7 +62,6 @@ class HierarchicalTrainer(PublishingTrainer):
         self.loss_function: Any = loss_function.to(self.args.device) if loss_function else own
         self.disagreement: Any = partial(decision_disagreement, decisions) if self.is_multi_label else disagreement
         self.consistency = consistency
-        self.heads_learning_rate = heads_learning_rate
         stopping = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
         self.patience: int | None = stopping[0].early_stopping_patience if stopping else None
         self.tried_batch_size: int | None = None
@@ -203,13 +195,13 @@ class HierarchicalTrainer(PublishingTrainer):
         is_new = self.optimizer is None
         with refusing("cannot set up the optimizer"):
             optimizer = super().create_optimizer(model)
-        if is_new and self.heads_learning_rate is not None:
+        if is_new and self.args.heads_learning_rate is not None:
             heads = {id(p) for p in self.accelerator.unwrap_model(self.model).heads.parameters()}
             for group in list(optimizer.param_groups):
                 in_heads = [p for p in group["params"] if id(p) in heads]
                 group["params"] = [p for p in group["params"] if id(p) not in heads]
                 if in_heads:
-                    optimizer.add_param_group({**group, "params": in_heads, "lr": self.heads_learning_rate})
+                    optimizer.add_param_group({**group, "params": in_heads, "lr": self.args.heads_learning_rate})
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
