@@ -1,7 +1,7 @@
 """Train a hierarchical classifier: ``python train.py [recipe.yaml] [--flag value …]``.
 
-Scores are of the checkpoint as a user loads it, over a full-precision encoder. The validation rows select it, then fit its
-lexical head, temperatures and thresholds.
+Scores are of the checkpoint as a user loads it, over a full-precision encoder. The validation rows select it, then fit
+its lexical head, temperatures and thresholds.
 """
 
 import functools

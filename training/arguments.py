@@ -244,7 +244,6 @@ def check_values(arguments: Arguments) -> None:
     model, data, loss, training = arguments
     weights = loss.level_weights
     by_steps = training.eval_strategy == training.save_strategy == "steps"
-    same_steps = not by_steps or training.eval_steps == training.save_steps
     checkpoint_kwargs = inspect.signature(torch.utils.checkpoint.checkpoint).parameters.keys()
     optim_args = (training.optim_args or "").replace(" ", "")
     columns, delimiter = data.label_column or [], data.label_delimiter
@@ -254,7 +253,7 @@ def check_values(arguments: Arguments) -> None:
             model.tuning == "full" and model.quantization not in (None, "none")
         ),
         "--load_best_model_at_end needs a save at every evaluation: give the same --eval_steps and --save_steps": (
-            training.load_best_model_at_end and not same_steps
+            training.load_best_model_at_end and by_steps and training.eval_steps != training.save_steps
         ),
         "--gradient_checkpointing_kwargs has an unknown name: it takes the arguments of torch's checkpoint": (
             not checkpoint_kwargs >= {*(training.gradient_checkpointing_kwargs or {})}
@@ -298,7 +297,7 @@ def check_against_data(
 
 
 def check_best_metric(name: str, taxonomy: Taxonomy, labels: np.ndarray, compute_metrics: ComputeMetrics) -> None:
-    """Raise InputError unless evaluation on rows with these labels, ids or `multi_hot`, measures what can rank models."""
+    """Raise InputError unless rows with these labels, ids or `multi_hot`, have a metric, and it ranks models."""
     predictions = np.zeros(labels.shape)
     if labels.ndim == 1:
         # the set of metrics depends on the levels of the labels, and on whether some are leaves

@@ -37,10 +37,10 @@ def shared_texts(rows: pd.DataFrame) -> dict[str, int]:
 
 
 def describe(rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
-    """Count the rows, duplicates, conflicting labels and classes of one split, from which ``dropped`` rows were dropped.
+    """Count the rows, duplicates, conflicting labels and classes of one split, from which rows were ``dropped``.
 
-    ``accuracy_ceiling``, of rows labelled with a leaf, is that of a function which predicts the most common leaf of each
-    distinct text. Labels of a text conflict if they are not on one path.
+    ``accuracy_ceiling``, of rows labelled with a leaf, is that of a function which predicts the most common leaf of
+    each distinct text. Labels of a text conflict if they are not on one path.
     """
     counts = rows.groupby(["text_id", "label"], as_index=False).size()
     several = counts[counts.duplicated("text_id", keep=False)].groupby("text_id").agg({"label": list, "size": "sum"})
@@ -95,7 +95,7 @@ def _by_level(taxonomy: Taxonomy, counts: Sequence[int]) -> dict[str, dict[str, 
 
 
 def untrained_classes(rows: pd.DataFrame, taxonomy: Taxonomy) -> list[str]:
-    """Return the leaves, or with several labels a text the nodes, without a training row; none without training split."""
+    """Return the leaves, or with several labels a text the nodes, without a training row, if there are any rows."""
     train = rows.loc[rows["split"] == "train", "label"].tolist()
     if train and isinstance(train[0], list):
         return [taxonomy.labels[i] for i, count in enumerate(texts_by_node(train, taxonomy)) if not count]

@@ -1,7 +1,7 @@
-"""Initialise heads from the encoder's embeddings of the class names, and biases of several labels a text from frequencies.
+"""Initialise heads from the encoder's embeddings of the class names, biases of several labels a text from frequencies.
 
-This is dataless classification (Chang et al., 2008, "Importance of Semantic Representation") as the start of training. It
-helps most with few rows a class. Names without meaning, such as codes, do harm: `benchmarks/studies/label_names.py`.
+This is dataless classification (Chang et al., 2008, "Importance of Semantic Representation") as the start of training.
+It helps most with few rows a class. Names without meaning, such as codes, do harm: `benchmarks/studies/label_names.py`.
 """
 
 import copy
@@ -27,7 +27,7 @@ BATCH = 16
 
 
 def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: ModelArguments) -> str | None:
-    """Initialise fresh heads as ``--heads_init`` says. With several labels a text, biases always start at `prior_log_odds`.
+    """Initialise fresh heads as ``--heads_init`` says, and biases of several labels a text at `prior_log_odds`.
 
     Return "label_names" or "random"; None for a continued checkpoint, which keeps its heads.
     """
@@ -53,10 +53,10 @@ def set_heads_from_names(trainer: HierarchicalTrainer, rows: Dataset, only_if_be
 
         LARGEST · u · (v - m) / s
 
-    u is the direction of the name's embedding from the mean of all names, m the mean of some texts' embeddings, and s the
-    root of their mean squared distance from m. With several labels a text, each node has this score, added to its
-    `prior_log_odds`. With ``only_if_better``, the heads are kept if they make the texts' labels more likely. Return
-    whether they were set.
+    u is the direction of the name's embedding from the mean of all names, m the mean of some texts' embeddings, and s
+    the root of their mean squared distance from m. With several labels a text, each node has this score, added to its
+    `prior_log_odds`. With ``only_if_better``, the former heads stay unless these make the texts' labels more
+    likely. Return whether they were set.
     """
     model = trainer.model
     tree, heads, was_training = model.config.tree, model.heads, model.training

@@ -35,7 +35,7 @@ Label = str | tuple[str, ...]  # a name or path as written, or one name per labe
 
 
 def read_labels(table: Table, columns: list[str]) -> list[Label]:
-    """Return one label per row: the text of a single column, or the path from the root down that several columns name."""
+    """Return one label per row: the text of a single column, or the path from the root that several columns name."""
     paths: list[Any] = list(zip(*(map(_label_text, table.columns[column]) for column in columns), strict=True))
     refuse_rows(table, " ".join(columns), map(_label_problem, paths))
     return [tuple(filter(None, path)) if len(columns) > 1 else path[0] for path in paths]

@@ -1,7 +1,7 @@
 """The training loss: a focal loss per decision on the path to a document's label.
 
-A decision is a softmax over siblings. A document labelled with an inner node trains only the decisions down to that node.
-With the defaults, the loss is the model's own negative log-likelihood.
+A decision is a softmax over siblings. A document labelled with an inner node trains only the decisions down to it. With
+the defaults, the loss is the model's own negative log-likelihood.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def balanced_weights(counts: Tensor, group: Tensor) -> Tensor:
 
 
 def average_over_labels(values: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
-    """Sum the values (B,) of texts that `has_labels`, and divide by ``num_items``, by default the number of these texts."""
+    """Sum the values (B,) of texts that `has_labels`, and divide by ``num_items``, by default their number."""
     labelled = has_labels(labels)
     items = labelled.sum().clamp(min=1) if num_items is None else num_items
     return torch.where(labelled, values, 0).sum() / items

@@ -34,7 +34,7 @@ class RecipeLoader(WithoutAliases, yaml.SafeLoader):
 
 
 def insert_recipe(argv: list[str], flags: Mapping[str, bool]) -> list[str]:
-    """Replace a recipe, the first word of a command line, by its words. ``flags`` tells which ones take several values."""
+    """Replace a recipe, the first word of a command line, by its words. ``flags`` tells which take several values."""
     path, *rest = argv
     given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in rest if word.startswith("--")}
     used = [group for group in SOURCES if given & {*group}]

@@ -11,9 +11,9 @@ BATCHES_SORTED = 50
 class LengthGroupedSampler(Sampler[int]):
     """Order rows so that each batch holds texts of similar length. The order depends on the seed and the epoch only.
 
-    Rows are shuffled, sorted by length within each 50 batches, and split into batches, which are shuffled. The batch with
-    the longest row comes first, so that too little memory shows at once. In a data set of at most 50 batches, lengths are
-    first perturbed by 5 %, else each epoch would have the same batches.
+    Rows are shuffled, sorted by length within each 50 batches, and split into batches, which are shuffled. The batch
+    with the longest row comes first, so that too little memory shows at once. In a data set of at most 50 batches,
+    lengths are first perturbed by 5 %, else each epoch would have the same batches.
 
     The sampler of this name in transformers draws from the global generator, so a resumed run gets another order.
     """

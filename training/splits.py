@@ -55,8 +55,8 @@ def load_splits(
 ) -> LabelledSplits:
     """Read, check and split the data that the arguments name.
 
-    The ``taxonomy`` of a finished checkpoint takes precedence over ``arguments.taxonomy``. No rows are carved unless all
-    texts that it was trained on are known.
+    The ``taxonomy`` of a finished checkpoint takes precedence over ``arguments.taxonomy``. No rows are carved unless
+    all texts that it was trained on are known.
     """
     # ── Read ─────────────────────────────────────────────────────────────────────────────────────────────────────────
     sizes = arguments.validation_size, arguments.test_size
@@ -130,7 +130,7 @@ def load_splits(
 
 
 def _is_trained(rows: pd.DataFrame, texts: pd.Index, trained: TrainedTexts) -> np.ndarray:
-    """Return a mask (N,) of the rows whose text was trained on. Texts of a resumed run itself count for held-out rows."""
+    """Return a mask (N,) of the rows whose text was trained on, for held-out rows also by a resumed run itself."""
     if not trained.all:
         return np.zeros(len(rows), dtype=bool)
     hashes = [text_hash(text) for text in texts]
@@ -191,8 +191,8 @@ def _carve(rows: pd.DataFrame, shares: dict[str, float], seed: int, taxonomy: Ta
 def _sample(strata: np.ndarray, count: int, split: str, rng: np.random.Generator, trained: np.ndarray) -> np.ndarray:
     """Return a mask of ``count`` texts in proportion to their ``strata`` (N,), and leave a text of each stratum.
 
-    Systematic sampling along the texts, sorted by stratum (Cochran, Sampling Techniques, 1977, chapter 8). A share of at
-    most one half, rounded up, leaves a text of any stratum of several. For a larger share, one is set aside first.
+    Systematic sampling along the texts, sorted by stratum (Cochran, Sampling Techniques, 1977, chapter 8). A share of
+    at most one half, rounded up, leaves a text of any stratum of several. For a larger share, one is set aside first.
 
     Texts in the mask ``trained`` (N,) are never sampled. If too few others are left, all eligible ones are.
     """
@@ -217,8 +217,8 @@ def _sample(strata: np.ndarray, count: int, split: str, rng: np.random.Generator
 def _sample_by_combinations(labels: np.ndarray, count: int, split: str, seed: int, trained: np.ndarray) -> np.ndarray:
     """Return the indices of about ``count`` texts, in proportion to their classes and combinations, see `_sample`.
 
-    Iterative stratification (Sechidis, Tsoumakas and Vlahavas, 2011, "On the Stratification of Multi-Label Data") deals out
-    the texts of the rarest remaining class first. ``labels`` are of `multi_hot`, (N, num_nodes).
+    Iterative stratification (Sechidis, Tsoumakas and Vlahavas, 2011, "On the Stratification of Multi-Label Data") deals
+    out the texts of the rarest remaining class first. ``labels`` are of `multi_hot`, (N, num_nodes).
     """
     free = np.flatnonzero(~trained)
     if trained.any() and len(free) <= count:

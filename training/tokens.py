@@ -37,11 +37,11 @@ def tokenize_splits(arguments: Arguments, data: LabelledSplits, tokenizer: PreTr
 def tokenize(
     splits: DatasetDict, tokenizer: PreTrainedTokenizerBase, sentences: bool = False, encode_labels: Callable = list
 ) -> tuple[DatasetDict, dict[str, dict]]:
-    """Tokenize texts, truncated at ``tokenizer.model_max_length`` and not padded. Also return each split's `length_report`.
+    """Tokenize texts, truncated at ``tokenizer.model_max_length`` and not padded, and measure them by `length_report`.
 
-    The columns are those of `TOKEN_COLUMNS` that the tokenizer has, ``length`` (of ``input_ids``), ``labels``, ``row`` and
-    ``text_id``. If asked for, training rows have ``sentences``, see `training.views.sentence_numbers`. Other rows are sorted
-    by length, to reduce padding.
+    The columns are those of `TOKEN_COLUMNS` that the tokenizer has, ``length`` (of ``input_ids``), ``labels``, ``row``
+    and ``text_id``. If asked for, training rows have ``sentences``, see `training.views.sentence_numbers`. Other rows
+    are sorted by length, to reduce padding.
     """
     if not tokenizer.is_fast:  # it has no token offsets
         problem = "is not a fast tokenizer (of the tokenizers library), which serving the checkpoint requires"

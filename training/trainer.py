@@ -2,8 +2,8 @@
 
 Worth knowing:
 
-1. The loss is divided by the number of labels in the whole accumulated batch, over all devices, so the gradient does not
-   depend on how the batch is split. DDP averages gradients afterwards, so the loss is multiplied by the number of processes.
+1. The loss is divided by the number of labels in the whole accumulated batch, over all devices: how the batch is split
+   does not change the gradient. DDP averages gradients, so the loss is multiplied by the number of processes.
 2. The Trainer resumes and restores the best model by root-level file names. The adapter form has its own loader here.
 3. No ``training_args.bin`` is written, because it is a pickle and can contain a token.
 4. Reading a loss waits for the GPU. Losses are read when the Trainer waits anyway: before it logs, evaluates or saves.
@@ -44,8 +44,8 @@ GO_ON = "--resume_from_checkpoint auto continues from the last checkpoint"
 class HierarchicalTrainer(PublishingTrainer):
     """A Trainer whose loss is a `HierarchicalFocalLoss`, or with several labels a text a `MultiLabelFocalLoss`.
 
-    Without ``loss_function``, it is the model's own. ``consistency`` weights the disagreement between a text's halves, see
-    `training.views`; 0 trains on whole texts.
+    Without ``loss_function``, it is the model's own. ``consistency`` weights the disagreement between a text's halves,
+    see `training.views`; 0 trains on whole texts.
     """
 
     loss_is_scaled_for_ga = True

@@ -36,7 +36,7 @@ def sentence_numbers(text: str, ends: Sequence[int]) -> list[int]:
 
 
 class CollatorWithSentences(DataCollatorWithPadding):
-    """Pad ``sentences`` of training rows too. They and ``row`` become NumPy arrays: no step waits for a GPU to make halves."""
+    """Pad ``sentences`` too. They and ``row`` become NumPy arrays, so no step waits for a GPU to make halves."""
 
     def __call__(self, features: list[dict]) -> BatchEncoding:
         own = {name: [row[name] for row in features] for name in ("row", "sentences") if name in features[0]}
@@ -58,8 +58,8 @@ def halves(
     """Split a batch of texts, whose ``inputs`` and ``sentences`` are (B, T), into halves. Special tokens are in both.
 
     Returns:
-        The inputs of the halves, (V, T'), truncated; and the indices of each text's two halves among them, (B,) each. A text
-        of one sentence stays whole and occurs once, so V is between B and 2B.
+        The inputs of the halves, (V, T'), truncated; and the indices of each text's two halves among them, (B,) each. A
+        text of one sentence stays whole and occurs once, so V is between B and 2B.
     """
     sources, views, first, second = [], [], [], []
     for i, (row, own) in enumerate(zip(rows, sentences, strict=True)):
