@@ -26,8 +26,7 @@ LOGGED_LENGTHS = "%(p50)d tokens a text in the median, %(max)d at most; %(cut)d 
 
 def parts(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Group rows by split, in the order of `SPLITS`."""
-    groups = dict(iter(rows.groupby("split")))
-    return {split: groups[split] for split in SPLITS if split in groups}
+    return {split: part for split in SPLITS if len(part := rows[rows["split"] == split])}
 
 
 def shared_texts(rows: pd.DataFrame) -> dict[str, int]:
