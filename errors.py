@@ -1,7 +1,4 @@
-"""Report errors that the user can fix, in one line and with exit code 2.
-
-Every room and command imports `InputError` from here. The class is defined in `reading`, which imports no other room.
-"""
+"""Report errors that the user can fix, in one line and with exit code 2."""
 
 import errno
 import os
@@ -12,13 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from reading.rows import InputError
+from reading.rows import InputError  # defined there, since `reading` imports no other room
 
 ROOT = Path(__file__).parent
 
 
 def one_line(error: object) -> str:
-    """Return an error's message on one line, or the name of its type if the message is empty."""
+    """Return an error's message on one line, or the name of its type if there is none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

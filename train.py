@@ -1,10 +1,7 @@
 """Train a hierarchical classifier: ``python train.py [recipe.yaml] [--flag value …]``.
 
-Worth knowing:
-
-1. Scores are of the checkpoint as a user loads it, over a full-precision encoder.
-2. The validation rows select the checkpoint, then fit its lexical head, temperatures and thresholds.
-3. ``--do_train false`` scores a finished checkpoint.
+Scores are of the checkpoint as a user loads it, over a full-precision encoder. The validation rows select it, then fit
+its lexical head, temperatures and thresholds.
 """
 
 import functools
@@ -32,7 +29,7 @@ from evaluation import multi_label_report, plots, report
 from evaluation.lexical import fit_classifier
 from taxonomy_hierarchical import TaxonomyError
 from training import resume
-from training.arguments import Arguments, HierarchicalTrainingArguments, check_against_data, parse
+from training.arguments import Arguments, check_against_data, parse
 from training.files import make_folder, write_json
 from training.label_names import initialise_heads
 from training.losses import HierarchicalFocalLoss
@@ -53,28 +50,24 @@ def main(argv: list[str]) -> None:
     # ── Arguments: recipe, flags, output folder ──────────────────────────────────────────────────────────────────────
     arguments = parse(argv)
     training = arguments.training
-    set_up_logging(training)
+    set_up_logging(training.process_index == 0)
     set_seed(training.seed)
     fetch_model(arguments.model)
     source = arguments.model.model_name_or_path
     stored = read_config(source) if is_checkpoint(source) else None
     stored_taxonomy = stored.tree if stored else None
     resume.check_output_folder(training, source)
-    resume_from = None
-    if training.do_train:
-        resume_from = resume.find_checkpoint(training.resume_from_checkpoint, training.output_dir)
+    requested = training.resume_from_checkpoint if training.do_train else None
+    resume_from = resume.find_checkpoint(requested, training.output_dir)
 
     # ── Data: read, check, split ─────────────────────────────────────────────────────────────────────────────────────
     trained_texts = resume.read_earlier_texts(source, resume_from)
     with training.main_process_first(desc="reading the data"):
         taxonomy = stored_taxonomy if arguments.data.taxonomy is None else None
         data = load_splits(arguments.data, training.seed, taxonomy, trained_texts)
-
     if stored and stored.is_multi_label != data.is_multi_label:
-        kinds = {True: f"any number of labels a text (--problem_type {MULTI_LABEL})", False: "one label a text"}
-        raise InputError(
-            f"{source} is for {kinds[stored.is_multi_label]}, the data are for {kinds[data.is_multi_label]}"
-        )
+        kinds = "one label a text", f"any number of labels a text (--problem_type {MULTI_LABEL})"
+        raise InputError(f"{source} is for {kinds[stored.is_multi_label]}, the data for {kinds[data.is_multi_label]}")
 
     # ── Model, fit, measure, publish ─────────────────────────────────────────────────────────────────────────────────
     if training.do_train:
@@ -94,16 +87,13 @@ def train(arguments: Arguments, data: LabelledSplits, trained_texts: TrainedText
     heads_init = resume.check_resumed_data(resume_from, data.taxonomy, data.report) if resume_from else None
 
     # ── Model: encoder, adapter, heads, tokenizer ────────────────────────────────────────────────────────────────────
-    model = build_model(
-        arguments.model, data.taxonomy, training.seed, problem_type=MULTI_LABEL if data.is_multi_label else None
-    )
+    model = build_model(arguments.model, data.taxonomy, training.seed, MULTI_LABEL if data.is_multi_label else None)
     if resume_from:
         resume.check_model(resume_from, model)
     if training.push_to_hub:
         check_hub(training, model)
     tokenizer = load_tokenizer(arguments.model, model)
-    sentences, incomplete = arguments.loss.consistency > 0, arguments.data.incomplete_labels
-    splits = tokenize_splits(data, tokenizer, arguments.data.max_length, sentences, incomplete)
+    splits = tokenize_splits(arguments, data, tokenizer)
 
     # ── Run: folder, trainer, settings, initial heads ────────────────────────────────────────────────────────────────
     output = Path(training.output_dir)
@@ -119,8 +109,8 @@ def train(arguments: Arguments, data: LabelledSplits, trained_texts: TrainedText
     sizes = "trained: {trainable_parameters:,} of {all_parameters:,} parameters; "
     sizes += "encoder: {encoder_bytes:,} bytes, {encoder_bytes_float32:,} in float32"
     logger.info(sizes.format_map(size))
-    source = arguments.model.model_name_or_path
-    resume.start_run(trainer, source, trained_texts, data.splits["train"]["text"], resume_from)
+    texts = data.splits["train"]["text"]
+    resume.start_run(trainer, arguments.model.model_name_or_path, trained_texts, texts, resume_from)
     if resume_from is None:
         heads_init = initialise_heads(trainer, splits["train"], arguments.model)
     settings["heads_init"] = data.report["heads_init"] = heads_init
@@ -160,7 +150,7 @@ def build_trainer(
         "level_weights": loss.level_weights,
         "label_smoothing": training.label_smoothing_factor,
     }
-    loss_function: HierarchicalFocalLoss | MultiLabelFocalLoss
+    loss_function: torch.nn.Module
     if model.config.is_multi_label:
         loss_function = MultiLabelFocalLoss(taxonomy, label_arrays(splits["train"]), **loss_settings)
     else:
@@ -178,7 +168,6 @@ def build_trainer(
         callbacks=[EarlyStoppingCallback(patience)] if patience else None,
         loss_function=loss_function,
         consistency=loss.consistency,
-        heads_learning_rate=training.heads_learning_rate,
     )
 
 
@@ -187,7 +176,7 @@ def measure(
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Score the checkpoint that was just saved; calibrate it on the validation rows and save it again.
 
-    Returns the scores, also those of the quantized model as trained, and the calibrated leaf logits of each split.
+    The scores include those of the quantized model as trained. The logits are calibrated ones of each split's leaves.
     """
     training, taxonomy, as_trained = arguments.training, model.config.tree, {}
     if arguments.model.quantization != "none":
@@ -221,8 +210,7 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
         raise InputError(f"nothing to score: {problem}")
     with refusing(f"cannot load the tokenizer of {source}"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=True)
-    incomplete = arguments.data.incomplete_labels
-    splits = tokenize_splits(data, tokenizer, arguments.data.max_length, incomplete_labels=incomplete)
+    splits = tokenize_splits(arguments, data, tokenizer)
     served = report.served_trainer(source, training, tokenizer)
     metrics, logits, _ = report.score_splits(served, splits, training)
     if training.should_save:
@@ -240,7 +228,6 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
 def write_files(
     output: Path, metrics: dict[str, Any], model: PreTrainedModel, logits: dict[str, np.ndarray], splits: DatasetDict
 ) -> None:
-    """Write metrics.json, plots and predictions."""
     write_json(output / "metrics.json", metrics)
     report_of(model).draw_plots(model.config, logits, splits, output / "plots")
     report_of(model).write_predictions(model.config, logits, splits, output)
@@ -251,8 +238,7 @@ def report_of(model: PreTrainedModel) -> ModuleType:
     return multi_label_report if model.config.is_multi_label else report
 
 
-def set_up_logging(training: HierarchicalTrainingArguments) -> None:
-    first = training.process_index == 0
+def set_up_logging(first: bool) -> None:
     logging.basicConfig(format="%(asctime)s  %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, force=True)
     for name in ("train", "training", "evaluation", "publishing"):
         logging.getLogger(name).setLevel(logging.INFO if first else logging.ERROR)
@@ -267,12 +253,8 @@ def failure(error: Exception) -> str | None:
     if is_full_disk(error):
         return f"{one_line(error)}: make room, then --resume_from_checkpoint auto goes on"
     if should_reduce_batch_size(error):
-        return (
-            f"{one_line(error)}; --auto_find_batch_size true finds a batch that fits and accumulates to the same size, "
-            "--gradient_checkpointing true needs less memory"
-        )
-    # what a flag needs and requirements.txt does not have
-    if isinstance(error, ImportError) and "install" in str(error):
+        return f"{one_line(error)}; give --auto_find_batch_size true or --gradient_checkpointing true"
+    if isinstance(error, ImportError) and "install" in str(error):  # of a flag that needs more than requirements.txt
         return one_line(error)
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"

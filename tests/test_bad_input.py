@@ -597,7 +597,7 @@ print((peak() - before) // 1024)
 
 
 FAULTS = {
-    "NameError": "import training.trainer; del training.trainer.keep_trainable",  # while the Trainer is set up
+    "NameError": "import training.trainer; del training.trainer.EarlyStoppingCallback",  # while the Trainer is set up
     "TypeError": "import training.arguments; training.arguments.has_bf16 = None",  # while flags are read
     "AttributeError": "import taxonomy_hierarchical; taxonomy_hierarchical.unicodedata = None",  # in `from_pretrained`
 }

@@ -1,1 +1,1 @@
-"""From flags to a trained model: arguments and recipes, data, encoder and adapter, losses, sampler, trainer, resuming."""
+"""From flags to a trained model: arguments and recipes, data, encoder, adapter, losses, sampler, trainer, resuming."""

@@ -1,11 +1,4 @@
-"""Define, parse and check the flags of train.py.
-
-Worth knowing:
-
-1. A recipe is converted to command-line words, which are parsed before the other words: see `training.recipe`.
-2. An unknown flag is an error that names the nearest known one.
-3. The precision depends on the machine if neither ``--bf16`` nor ``--fp16`` is given.
-"""
+"""Define, parse and check the flags of train.py."""
 
 import inspect
 import logging
@@ -37,7 +30,7 @@ FEW_ROWS = 32  # training rows a class, on average, below which heads are initia
 
 # ruff: noqa: RUF009 - `flag` returns a dataclass field
 def flag(default: Any, help: str, **metadata: Any) -> Any:
-    """Return a dataclass field with the metadata that HfArgumentParser reads. Lists are copied for each instance."""
+    """Return a dataclass field with the metadata that HfArgumentParser reads."""
     metadata["help"] = help
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
@@ -46,13 +39,9 @@ def flag(default: Any, help: str, **metadata: Any) -> Any:
 
 @dataclass
 class ModelArguments:
-    """Flags of the encoder, its quantization and the trained weights."""
-
     model_name_or_path: str = flag(DEFAULT_ENCODER, "Encoder, or checkpoint to continue: a Hub id or a folder.")
     model_revision: str | None = flag(None, "Commit, tag or branch on the Hub. The checkpoint records the commit.")
-    quantization: Literal["none", "8bit", "4bit"] | None = flag(
-        None, "Frozen encoder's storage. Default: 4bit with LoRA."
-    )
+    quantization: Literal["none", "8bit", "4bit"] | None = flag(None, "Frozen encoder. Default: 4bit with LoRA.")
     tuning: Literal["lora", "full"] = flag("lora", "lora trains an adapter and the heads, full trains every weight.")
     lora_r: int = flag(16, "Rank of the adapter.")
     lora_alpha: int = flag(32, "The adapter's output is scaled by lora_alpha / lora_r.")
@@ -60,15 +49,13 @@ class ModelArguments:
     lora_target_modules: list[str] = flag(["all-linear"], "Names of the adapted layers, such as query value.")
     pooling: Literal["mean", "cls"] = flag("mean", "Vector of a text: the mean of its token vectors, or the first one.")
     heads_init: Literal["label_names", "random"] | None = flag(
-        None, f"Initial weights of new heads. Default: label_names below {FEW_ROWS} rows per class, if the names fit."
+        None, f"Initial heads. Default: label_names below {FEW_ROWS} rows per class, if the names fit."
     )
     lexical_head: bool | None = flag(None, "Add a linear classifier of the tokens. Default: true up to 2^24 weights.")
 
 
 @dataclass
 class DataArguments:
-    """Flags of the data: files, columns, taxonomy, splits, truncation."""
-
     dataset_name: str | None = flag(None, "Data set on the Hub.")
     dataset_revision: str | None = flag(None, "Commit, tag or branch of the data set.")
     data_path: str | None = flag(None, "File (.csv .tsv .json .jsonl .parquet) to split, or folder of `datasets`.")
@@ -76,18 +63,14 @@ class DataArguments:
     validation_file: str | None = flag(None, "File with the rows that select the checkpoint and calibrate it.")
     test_file: str | None = flag(None, "File with the rows for the final scores.")
     text_column: str | None = flag(None, "Column with the texts. Default: chosen by its name.")
-    label_column: list[str] | None = flag(
-        None, "Column with the labels, or one per level, or one of 0 and 1 per label. Default: chosen by its name."
-    )
+    label_column: list[str] | None = flag(None, "Column of the labels, or one per level, or one of 0 and 1 per label.")
     problem_type: Literal["single_label_classification", "multi_label_classification"] | None = flag(
         None, "Whether a text has one label or any number. Default: any number if the column holds lists."
     )
     label_delimiter: str | None = flag(None, "What separates the labels of a text in the column, such as ';'.")
     incomplete_labels: bool = flag(False, "Several labels a text: whether a label has its children's is unknown.")
     taxonomy: str | None = flag(
-        None,
-        "Nested .yaml or .json file, or .csv file of parent,child rows. Default: the five classes of the Medical "
-        "Abstracts corpus if they contain all labels, else the paths in the labels.",
+        None, "Nested .yaml or .json, or .csv of parent,child rows. Default: the labels' paths."
     )
     label_separator: str = flag("/", "Separator between the names in the path of a label.")
     class_names: str | None = flag(None, "Names of coded labels: .csv or .tsv file of code,name rows, or JSON object.")
@@ -134,7 +117,7 @@ class HierarchicalTrainingArguments(TrainingArguments):
     early_stopping_patience: int | None = flag(2, "Stop after this many evaluations without improvement. 0: never.")
     train_sampling_strategy: str = flag(
         "group_by_length",
-        "Order of the training rows. group_by_length batches texts of similar length, to reduce padding.",
+        "Order of the training rows. group_by_length reduces padding.",
         choices=["random", "sequential", "group_by_length", "batch_rebalance"],
     )
     report_to: list[str] = flag(["none"], "Services to log to: tensorboard, trackio, …")
@@ -144,16 +127,13 @@ class HierarchicalTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if not (torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()):
             self.use_cpu = True
-        launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # accelerate launch --mixed_precision
-        if launcher not in ("no", "fp16", "bf16"):
-            raise InputError(
-                f"accelerate launch has --mixed_precision {launcher}, which is not supported: use no, bf16 or fp16"
-            )
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if precision not in ("no", "fp16", "bf16"):
+            raise InputError(f"accelerate launch --mixed_precision {precision} is not supported: use no, bf16 or fp16")
         if self.bf16 is None:
-            precision = launcher
-            if launcher == "no" and has_bf16(self.use_cpu):
+            if precision == "no" and has_bf16(self.use_cpu):
                 precision = "bf16"
-            elif launcher == "no" and torch.cuda.is_available() and not self.use_cpu:
+            elif precision == "no" and torch.cuda.is_available() and not self.use_cpu:
                 precision = "fp16"
             self.bf16 = precision == "bf16" and not self.fp16
             self.fp16 = self.fp16 or precision == "fp16"
@@ -175,8 +155,6 @@ class HierarchicalTrainingArguments(TrainingArguments):
 
 
 class Arguments(NamedTuple):
-    """All arguments of a run."""
-
     model: ModelArguments
     data: DataArguments
     loss: LossArguments
@@ -209,7 +187,7 @@ def parse(argv: list[str]) -> Arguments:
     classes, usage = [*Arguments.__annotations__.values()], "train.py [recipe.yaml] [--flag value ...]"
     parser = HfArgumentParser(classes, prog="train.py", usage=usage, allow_abbrev=False)
     for action in parser._actions:
-        if action.type is string_to_bool:  # a bare --do_predict means true even if the default is None
+        if action.type is string_to_bool:
             action.nargs, action.const = "?", True
     parser.error = exit_parser  # argparse prints the usage of all 150 flags
 
@@ -222,9 +200,7 @@ def parse(argv: list[str]) -> Arguments:
         if word.startswith("--") and name not in parser._option_string_actions:
             raise InputError(f"unknown flag {name}; {nearest(name, parser._option_string_actions)}")
     try:
-        *parsed, rest = parser.parse_args_into_dataclasses(
-            argv, return_remaining_strings=True, look_for_args_file=False
-        )
+        *parsed, rest = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
     except (ValueError, TypeError, ImportError, OSError) as error:
         if is_fault(error):
             raise
@@ -262,23 +238,22 @@ def check_values(arguments: Arguments) -> None:
             raise InputError(f"--{name} must be {lower} {low:,.0f}{upper}, not {value}")
     for name, default in NO_USE.items():
         if values[name] not in (default, None):
-            raise InputError(
-                f"--{name} has no use here: every row is scored, in one pass, with its label and the unchanged model"
-            )
+            raise InputError(f"--{name} has no use here: every row is scored, in one pass, by the unchanged model")
 
     # ── What else can be wrong, and whether it is ────────────────────────────────────────────────────────────────────
     model, data, loss, training = arguments
     weights = loss.level_weights
-    optim_args = (training.optim_args or "").replace(" ", "")
+    by_steps = training.eval_strategy == training.save_strategy == "steps"
     checkpoint_kwargs = inspect.signature(torch.utils.checkpoint.checkpoint).parameters.keys()
+    optim_args = (training.optim_args or "").replace(" ", "")
+    columns, delimiter = data.label_column or [], data.label_delimiter
+    fsdp = training.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
     problems = {
         "--tuning full trains every weight, and quantized weights cannot be trained: use --quantization none": (
             model.tuning == "full" and model.quantization not in (None, "none")
         ),
         "--load_best_model_at_end needs a save at every evaluation: give the same --eval_steps and --save_steps": (
-            training.load_best_model_at_end
-            and training.eval_strategy == training.save_strategy == "steps"
-            and training.eval_steps != training.save_steps
+            training.load_best_model_at_end and by_steps and training.eval_steps != training.save_steps
         ),
         "--gradient_checkpointing_kwargs has an unknown name: it takes the arguments of torch's checkpoint": (
             not checkpoint_kwargs >= {*(training.gradient_checkpointing_kwargs or {})}
@@ -290,13 +265,9 @@ def check_values(arguments: Arguments) -> None:
             re.fullmatch("([^=,]+=[^=,]+,?)*", optim_args) is None
         ),
         "--output_dir needs the name of a folder": not training.output_dir,
-        "--label_delimiter must not be empty": data.label_delimiter == "",
-        "--label_delimiter needs the one --label_column that it separates": (
-            data.label_delimiter is not None and len(data.label_column or []) > 1
-        ),
-        "FSDP needs GPUs; for processes on CPUs use recipes/accelerate/ddp.yaml": (
-            bool(training.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")) and training.device.type == "cpu"
-        ),
+        "--label_delimiter must not be empty": delimiter == "",
+        "--label_delimiter needs one --label_column": delimiter is not None and len(columns) > 1,
+        "FSDP needs GPUs; on CPUs use recipes/accelerate/ddp.yaml": fsdp and training.device.type == "cpu",
     }
     for problem, is_there in problems.items():
         if is_there:
@@ -326,21 +297,15 @@ def check_against_data(
 
 
 def check_best_metric(name: str, taxonomy: Taxonomy, labels: np.ndarray, compute_metrics: ComputeMetrics) -> None:
-    """Raise InputError unless evaluation on rows with these labels measures a metric, and the metric ranks models.
-
-    Args:
-        labels: node ids (num_rows,), or the array (num_rows, num_nodes) of `multi_hot`.
-    """
+    """Raise InputError unless rows with these labels, ids or `multi_hot`, have a metric, and it ranks models."""
     predictions = np.zeros(labels.shape)
     if labels.ndim == 1:
         # the set of metrics depends on the levels of the labels, and on whether some are leaves
-        nodes = [label for label in labels.tolist() if label >= 0]
-        examples = {(node < taxonomy.num_leaves, taxonomy.levels[node]): node for node in nodes}
-        labels = np.array([*examples.values()], dtype=int)
+        examples = {(node < taxonomy.num_leaves, taxonomy.levels[node]): node for node in labels.tolist()}
+        labels = np.array([*examples.values()])
         predictions = np.zeros((len(labels), taxonomy.num_leaves))
     measured = compute_metrics(EvalPrediction(predictions, labels))
     available = ["loss", *(metric for metric in measured if not metric.endswith("_by_chance"))]
     if name.removeprefix("eval_") not in available:
-        raise InputError(
-            f"--metric_for_best_model {name} is not measured on these validation rows; it is one of {', '.join(available)}"
-        )
+        problem = f"--metric_for_best_model {name} is not measured on these validation rows"
+        raise InputError(f"{problem}; it is one of {', '.join(available)}")

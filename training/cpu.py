@@ -1,21 +1,14 @@
 """Speed up LoRA training steps on a CPU with bfloat16 products. Outputs and gradients match PEFT and SDPA.
 
-Worth knowing:
-
-1. An adapted layer multiplies by the merged weight W + s·B·A, which takes about 4 % of a step to compute. PEFT's
-   separate branch, with its casts and sums over all tokens, took a fifth.
-2. Merged weights are not stored. The backward pass recomputes them, so a 4-bit encoder stays small.
-3. Attention runs document by document, without padding (`cpu_hierarchical`).
-4. Frozen tables and the activations between layers are in bfloat16. Autocast would cast them at every product.
-
-docs/experiments.md lists what was tried without gain.
+An adapted layer multiplies by the merged weight W + s·B·A, which takes about 4 % of a step to compute; PEFT's separate
+branch took a fifth. Merged weights are not stored: the backward pass recomputes them, so a 4-bit encoder stays small.
+Frozen tables and the activations between layers are in bfloat16. Autocast would cast them at every product.
 """
 
 import logging
 import types
 
 import torch
-import transformers
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
@@ -29,8 +22,10 @@ logger = logging.getLogger(__name__)
 def speed_up(encoder: PreTrainedModel) -> None:
     """Prepare an encoder with an injected LoRA adapter for bfloat16 training on a CPU, in place."""
     for module in encoder.modules():
-        if isinstance(module, LoraLayer) and can_merge(module):
-            module.forward = types.MethodType(merged_forward, module)
+        if isinstance(module, LoraLayer):
+            has_dropout = not isinstance(module.lora_dropout["default"], nn.Identity)
+            if type(module.get_base_layer()) in (Linear4bit, nn.Linear) and not has_dropout:
+                module.forward = types.MethodType(merged_forward, module)
     for parameter in encoder.parameters():
         is_packed = getattr(parameter, "quant_state", None) is not None
         is_frozen_table = not parameter.requires_grad and parameter.dim() > 1 and parameter.dtype == torch.float32
@@ -41,20 +36,12 @@ def speed_up(encoder: PreTrainedModel) -> None:
 
         attend_by_document(encoder)
     except Exception as error:  # `cpu_hierarchical` uses private names of torch and transformers, which may change
-        logger.warning(
-            f"training without the faster CPU attention, which does not fit torch {torch.__version__} and transformers "
-            f"{transformers.__version__} ({type(error).__name__}: {error}); results are the same"
-        )
-
-
-def can_merge(layer: LoraLayer) -> bool:
-    """Return whether a LoRA layer has no dropout, and is over a 4-bit or a floating-point `nn.Linear`."""
-    base = layer.get_base_layer()
-    return isinstance(layer.lora_dropout["default"], nn.Identity) and type(base) in (Linear4bit, nn.Linear)
+        problem = f"which does not fit this torch or transformers ({type(error).__name__}: {error})"
+        logger.warning("training without the faster CPU attention, %s; results are the same", problem)
 
 
 def merged_forward(self: LoraLayer, x: Tensor) -> Tensor:
-    """Run an adapted layer, (…, in) to (…, out). PEFT's own forward runs if the adapter is disabled or merged."""
+    """Run an adapted layer, (…, in) to (…, out), by PEFT's own forward if the adapter is disabled or merged."""
     if self.disable_adapters or self.merged:
         return type(self).forward(self, x)
     a, b = self.lora_A["default"].weight, self.lora_B["default"].weight

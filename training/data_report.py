@@ -18,20 +18,15 @@ MOST_PAIRS = 20  # of labels that occur together
 RAREST = 20
 LOGGED_COUNTS = (
     "%(split)s: %(rows)d rows, %(dropped_rows)d dropped, %(normalised_duplicates)d duplicates; %(conflicting_texts)d texts "
-    "have several labels, accuracy is at most %(accuracy_ceiling).4f; a text has %(p50)d tokens in the median and at most "
-    "%(max)d, %(cut)d texts are truncated at %(max_length)d"
+    "have several labels, accuracy is at most %(accuracy_ceiling).4f; "
 )
-LOGGED_LABEL_SETS = (
-    "%(split)s: %(rows)d texts, %(dropped_rows)d dropped; %(labels_per_text).2f labels a text, %(texts_without_labels)d "
-    "texts have none; a text has %(p50)d tokens in the median and at most %(max)d, %(cut)d texts are truncated at "
-    "%(max_length)d"
-)
+LOGGED_LABEL_SETS = "%(split)s: %(rows)d texts, %(dropped_rows)d dropped; %(labels_per_text).2f labels a text; "
+LOGGED_LENGTHS = "%(p50)d tokens a text in the median, %(max)d at most; %(cut)d texts truncated at %(max_length)d"
 
 
 def parts(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Group rows by split, in the order of `SPLITS`."""
-    groups = dict(iter(rows.groupby("split")))
-    return {split: groups[split] for split in SPLITS if split in groups}
+    return {split: part for split in SPLITS if len(part := rows[rows["split"] == split])}
 
 
 def shared_texts(rows: pd.DataFrame) -> dict[str, int]:
@@ -41,10 +36,10 @@ def shared_texts(rows: pd.DataFrame) -> dict[str, int]:
 
 
 def describe(rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
-    """Count the rows, duplicates, conflicting labels and classes of one split, from which ``dropped`` rows were dropped.
+    """Count the rows, duplicates, conflicting labels and classes of one split, from which rows were ``dropped``.
 
-    ``accuracy_ceiling`` is the highest accuracy of any function of the text. It predicts the most common leaf of each
-    distinct text, and is measured on rows labelled with a leaf. Labels of a text conflict if they are not on one path.
+    ``accuracy_ceiling``, of rows labelled with a leaf, is that of a function which predicts the most common leaf of
+    each distinct text. Labels of a text conflict if they are not on one path.
     """
     counts = rows.groupby(["text_id", "label"], as_index=False).size()
     several = counts[counts.duplicated("text_id", keep=False)].groupby("text_id").agg({"label": list, "size": "sum"})
@@ -67,8 +62,7 @@ def describe(rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
 def describe_label_sets(rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
     """Count the texts, labels and classes of one split, in which a text has any number of labels and one row.
 
-    ``labels_per_text`` and ``texts_by_number_of_labels`` count a text's deepest labels. ``classes`` counts the texts with
-    a node or one below. ``rarest_classes`` are those of the least counts, ``pairs`` the deepest labels that most texts share.
+    ``classes`` counts the texts with a node or one below. All else counts a text's deepest labels.
     """
     deepest = [taxonomy.deepest(labels) for labels in rows["label"]]
     numbers = Counter(map(len, deepest))
@@ -94,17 +88,13 @@ def texts_by_node(label_sets: Iterable[Iterable[int]], taxonomy: Taxonomy) -> li
 
 
 def _by_level(taxonomy: Taxonomy, counts: Sequence[int]) -> dict[str, dict[str, int]]:
-    classes: dict[str, dict[str, int]] = {str(level): {} for level in range(1, taxonomy.depth + 1)}
-    for node, count in enumerate(counts):
-        classes[str(taxonomy.levels[node])][taxonomy.labels[node]] = count
-    return classes
+    nodes = [*zip(taxonomy.levels, taxonomy.labels, counts, strict=True)]
+    levels = range(1, taxonomy.depth + 1)
+    return {str(level): {label: count for at, label, count in nodes if at == level} for level in levels}
 
 
 def untrained_classes(rows: pd.DataFrame, taxonomy: Taxonomy) -> list[str]:
-    """Return the labels of classes without a training row, or none if there is no training split.
-
-    Classes are the leaves; with several labels a text, all nodes.
-    """
+    """Return the leaves, or with several labels a text the nodes, without a training row, if there are any rows."""
     train = rows.loc[rows["split"] == "train", "label"].tolist()
     if train and isinstance(train[0], list):
         return [taxonomy.labels[i] for i, count in enumerate(texts_by_node(train, taxonomy)) if not count]
@@ -113,10 +103,7 @@ def untrained_classes(rows: pd.DataFrame, taxonomy: Taxonomy) -> list[str]:
 
 
 def length_report(lengths: Sequence[int], max_length: int) -> dict:
-    """Return percentiles of token counts, and how many texts are truncated at ``max_length``.
-
-    The percentile q is the smallest count that at least q % of the texts do not exceed. Counts include special tokens.
-    """
+    """Return percentiles of token counts, with special tokens, and how many texts are truncated at ``max_length``."""
     counts = np.asarray(lengths)
     truncated = int((counts > max_length).sum())
     return {
@@ -129,7 +116,6 @@ def length_report(lengths: Sequence[int], max_length: int) -> dict:
 
 
 def log_what_was_done(report: dict) -> None:
-    """Log the sources and carved splits, and warn of dropped or moved rows, unknown texts and untrained classes."""
     for source in report["sources"]:
         logger.info("%s rows from %s", source["split"], source["name"])
     if carved := report["split"]["carved"]:
@@ -144,10 +130,7 @@ def log_what_was_done(report: dict) -> None:
         action = "moved to the training rows" if before["moved"] == "to train" else "left out"
         logger.warning("%s, since the checkpoint was trained on the texts: %s", action, held_out)
     if before["scores"] == "unverified":
-        logger.warning(
-            "the training texts of the checkpoint are unknown: no rows are carved, and scores are unverified, since "
-            "the checkpoint may have been trained on the validation or test texts"
-        )
+        logger.warning("the checkpoint's training texts are unknown: no rows are carved, and scores are unverified")
     if untrained := report["classes_without_training_rows"]:
         names = ", ".join(map(quote_name, untrained[:LOGGED_CLASSES]))
         logger.warning("%d classes without training rows, such as %s", len(untrained), names)
@@ -158,7 +141,6 @@ def _listed(rows: dict[str, int]) -> str:
 
 
 def log_report(report: dict) -> None:
-    """Log what limits any classifier of each split. data_report.json has the classes too."""
     for split, counts in report["splits"].items():
         line = LOGGED_LABEL_SETS if "labels_per_text" in counts else LOGGED_COUNTS
-        logger.info(line, {"split": split, **counts, **report["lengths"][split]})
+        logger.info(line + LOGGED_LENGTHS, {"split": split, **counts, **report["lengths"][split]})

@@ -15,10 +15,9 @@ def check_writable(flag: str, path: Path) -> None:
         existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     except OSError as error:
         raise InputError(f"{flag} {path}: {error.strerror}") from error
-    if not existing.is_dir():
-        raise InputError(f"{flag} {path}: {existing} is not a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"{flag} {path}: {existing} may not be written to")
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        problem = "may not be written to" if existing.is_dir() else "is not a folder"
+        raise InputError(f"{flag} {path}: {existing} {problem}")
 
 
 def sha256(files: Iterable[Path]) -> dict[str, str]:
@@ -31,7 +30,6 @@ def sha256(files: Iterable[Path]) -> dict[str, str]:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents, or raise InputError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -39,7 +37,7 @@ def make_folder(path: Path) -> None:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write a JSON file atomically, so that other processes and resumed runs never read a partial one."""
+    """Write a JSON file atomically, so that nobody reads a partial one."""
     new = path.with_name(f"{path.name}.new")
     new.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     new.replace(path)

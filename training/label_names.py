@@ -1,8 +1,7 @@
-"""Initialise heads: from the encoder's embeddings of the class names, or with several labels a text from their frequencies.
+"""Initialise heads from the encoder's embeddings of the class names, biases of several labels a text from frequencies.
 
-A class's weights are the embedding of its name minus the mean over all names. This is dataless classification (Chang et al.,
-2008, "Importance of Semantic Representation") as the start of training. It helps most with few rows a class. Names without
-meaning, such as codes, do harm: `benchmarks/studies/label_names.py`.
+This is dataless classification (Chang et al., 2008, "Importance of Semantic Representation") as the start of training.
+It helps most with few rows a class. Names without meaning, such as codes, do harm: `benchmarks/studies/label_names.py`.
 """
 
 import copy
@@ -28,9 +27,7 @@ BATCH = 16
 
 
 def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: ModelArguments) -> str | None:
-    """Initialise fresh heads as ``--heads_init`` says; by default from the class names if there are few rows a class.
-
-    With several labels a text, biases start at `prior_log_odds` in any case.
+    """Initialise fresh heads as ``--heads_init`` says, and biases of several labels a text at `prior_log_odds`.
 
     Return "label_names" or "random"; None for a continued checkpoint, which keeps its heads.
     """
@@ -56,10 +53,10 @@ def set_heads_from_names(trainer: HierarchicalTrainer, rows: Dataset, only_if_be
 
         LARGEST · u · (v - m) / s
 
-    u is the direction of the name's embedding from the mean of all names, m the mean of some texts' embeddings, and s the
-    root of their mean squared distance from m. With several labels a text, this holds for all nodes, and the score is
-    added to the node's `prior_log_odds`. With ``only_if_better``, the heads are kept unless these make the labels of the
-    texts more likely. Return whether the heads were set.
+    u is the direction of the name's embedding from the mean of all names, m the mean of some texts' embeddings, and s
+    the root of their mean squared distance from m. With several labels a text, each node has this score, added to its
+    `prior_log_odds`. With ``only_if_better``, the former heads stay unless these make the texts' labels more
+    likely. Return whether they were set.
     """
     model = trainer.model
     tree, heads, was_training = model.config.tree, model.heads, model.training
@@ -79,22 +76,19 @@ def set_heads_from_names(trainer: HierarchicalTrainer, rows: Dataset, only_if_be
         heads.bias.copy_(prior(trainer, rows) if trainer.is_multi_label else torch.zeros_like(heads.bias))
         heads.weight[:classes] = LARGEST / spread.clamp(min=1e-6) * directions
         heads.bias[:classes] -= heads.weight[:classes] @ mean
-        is_better = bool(likelihood_of(heads, texts, labels) > likelihood)
-    if is_better or not only_if_better:
+        is_set = not only_if_better or bool(likelihood_of(heads, texts, labels) > likelihood)
+    if is_set:
         logger.info("heads are initialised from the class names")
     else:
         heads.load_state_dict(before)
-        logger.info(
-            "heads are initialised at random: the class names do not fit the texts; --class_names gives better names"
-        )
+        logger.info("heads are initialised at random: the names do not fit the texts; --class_names gives better ones")
     model.train(was_training)
-    return is_better or not only_if_better
+    return is_set
 
 
 def prior(trainer: HierarchicalTrainer, rows: Dataset) -> Tensor:
-    """Return each node's log-odds given its parent among the rows, (num_nodes,), for the heads."""
-    bias = trainer.model.heads.bias
-    return torch.from_numpy(prior_log_odds(trainer.model.config.tree, label_arrays(rows))).to(bias)
+    log_odds = prior_log_odds(trainer.model.config.tree, label_arrays(rows))
+    return torch.from_numpy(log_odds).to(trainer.model.heads.bias)
 
 
 def likelihood_of(heads: HierarchicalHeads, texts: Tensor, labels: Tensor) -> Tensor:
@@ -109,9 +103,8 @@ def embed(trainer: HierarchicalTrainer, inputs: Sequence[list[int]]) -> Tensor:
     """Embed texts given as token ids: pooled vectors, (len(inputs), hidden_size)."""
     model, pooled = trainer.model, []
     for start in range(0, len(inputs), BATCH):
-        batch = trainer.data_collator([{"input_ids": ids} for ids in inputs[start : start + BATCH]]).to(
-            trainer.args.device
-        )
+        batch = trainer.data_collator([{"input_ids": ids} for ids in inputs[start : start + BATCH]])
+        batch = batch.to(trainer.args.device)
         with trainer.compute_loss_context_manager():
             hidden = model.encoder(**batch).last_hidden_state
         pooled.append(model.pool(hidden, batch["attention_mask"]).to(model.heads.weight.device))

@@ -1,12 +1,6 @@
 """Read labels from their columns and map them to nodes of a taxonomy.
 
-Worth knowing:
-
-1. Several label columns name a path from the root down. Its lower levels may be empty.
-2. With several labels a text, these stand in a list, or in one text with a delimiter between them. Or each column is a
-   label, with 1 for the texts that have it. A missing list, or an empty cell, means no labels.
-3. Without ``--taxonomy``, the default taxonomy is used if it holds all labels. Else it is built from their paths.
-4. A string that does not look like a name may be a text about a patient. Error messages report only its length.
+A string that does not look like a name may be a text about a patient. Error messages report only its length.
 """
 
 import json
@@ -32,7 +26,6 @@ from training.arguments import DataArguments
 logger = logging.getLogger(__name__)
 
 LONGEST_LABEL = 500  # characters; a longer label means that the column holds texts
-
 ZERO_OR_ONE = {**dict.fromkeys(("0", "0.0", "false"), 0), **dict.fromkeys(("1", "1.0", "true"), 1)}
 
 Label = str | tuple[str, ...]  # a name or path as written, or one name per label column, from the root down
@@ -42,11 +35,7 @@ Label = str | tuple[str, ...]  # a name or path as written, or one name per labe
 
 
 def read_labels(table: Table, columns: list[str]) -> list[Label]:
-    """Return one label per row: the text of a single column, or the path that several columns name.
-
-    Raises:
-        InputError: a label is missing, too long, not text or a whole number, or its path has a gap.
-    """
+    """Return one label per row: the text of a single column, or the path from the root that several columns name."""
     paths: list[Any] = list(zip(*(map(_label_text, table.columns[column]) for column in columns), strict=True))
     refuse_rows(table, " ".join(columns), map(_label_problem, paths))
     return [tuple(filter(None, path)) if len(columns) > 1 else path[0] for path in paths]
@@ -55,13 +44,12 @@ def read_labels(table: Table, columns: list[str]) -> list[Label]:
 def read_label_sets(table: Table, columns: list[str], delimiter: str | None) -> list[tuple[str, ...]]:
     """Return the labels of each row: of a list, or of a text between delimiters, or the names of the columns with 1.
 
-    Raises:
-        InputError: a label is too long, not text or a whole number; a cell of several columns is neither 0 nor 1.
+    A missing list, or an empty cell, means no labels.
     """
     if len(columns) > 1:
         marks = [[ZERO_OR_ONE.get(str(cell).strip().casefold()) for cell in table.columns[name]] for name in columns]
+        problem = "the cell is neither 0 nor 1, as each of several label columns must be"
         for name, cells in zip(columns, marks, strict=True):
-            problem = "the cell is neither 0 nor 1, as each of several label columns must be"
             refuse_rows(table, name, (problem if cell is None else None for cell in cells))
         names = [compose(name.strip()) for name in columns]
         return [tuple(compress(names, row)) for row in zip(*marks, strict=True)]
@@ -119,18 +107,16 @@ def resolve_labels(
 ) -> tuple[Taxonomy, str, dict[Label, int]]:
     """Return the taxonomy, a phrase that tells its origin, and the node id of each label.
 
-    Args:
-        places: the first occurrence of each label, for error messages.
-        num_rows: number of rows of all splits.
-        taxonomy: of a checkpoint, if there is one.
-
-    Raises:
-        InputError: there is no label, the taxonomy cannot be read or built, or it lacks a label.
+    ``places`` are the first occurrences of the labels, for messages. A checkpoint's ``taxonomy`` is kept.
     """
+    where = f"column {quote_name(' '.join(columns))}"
     if not places:
-        raise InputError(f"column {quote_name(' '.join(columns))}: no row has a label")
+        raise InputError(f"{where}: no row has a label")
     codes = {} if arguments.class_names is None else read_class_names(arguments.class_names)
-    names = {label: _name(label, codes) for label in places}
+    names = {
+        label: codes.get(label, label) if isinstance(label, str) else tuple(codes.get(name, name) for name in label)
+        for label in places
+    }
     separator = arguments.label_separator
 
     # ── Choose the taxonomy ──────────────────────────────────────────────────────────────────────────────────────────
@@ -146,7 +132,6 @@ def resolve_labels(
         taxonomy, origin = default, "the default, of the Medical Abstracts corpus"
     else:
         _refuse_unknown_codes(codes, places)
-        where = f"column {quote_name(' '.join(columns))}"
         taxonomy, origin = _from_labels(names, places, num_rows, where, separator), "from the labels"
     counts = len(taxonomy.children(-1)), taxonomy.num_leaves, taxonomy.depth
     logger.info("taxonomy: %s: %d roots, %d leaves, %d levels", origin, *counts)
@@ -168,16 +153,14 @@ def _refuse_unknown_codes(codes: dict[str, str], places: dict[Label, str]) -> No
     known = {*codes, *codes.values()}
     for label, place in places.items():
         if codes and not known.issuperset([label] if isinstance(label, str) else label):
-            raise InputError(
-                f"{place}: the label {quote_name(label)} is neither a code of --class_names nor in the taxonomy"
-            )
+            problem = "is neither a code of --class_names nor in the taxonomy"
+            raise InputError(f"{place}: the label {quote_name(label)} {problem}")
 
 
 def read_class_names(path_or_json: str) -> dict[str, str]:
     """Read the names of coded labels from a JSON object, or from a ``.csv`` or ``.tsv`` file.
 
-    In a file, the column ``code`` or ``label`` holds the codes and ``name`` or ``condition_name`` the names. Without
-    these, the first two columns are used.
+    Its columns are ``code`` or ``label``, and ``name`` or ``condition_name``; without these, the first two.
     """
     where = "--class_names"
     if path_or_json.lstrip().startswith("{"):
@@ -209,13 +192,6 @@ def read_class_names(path_or_json: str) -> dict[str, str]:
     return names
 
 
-def _name(label: Label, codes: dict[str, str]) -> Label:
-    """Replace the codes in a label by their names."""
-    if isinstance(label, str):
-        return codes.get(label, label)
-    return tuple(codes.get(level, level) for level in label)
-
-
 def _from_labels(
     names: dict[Label, Label], places: dict[Label, str], num_rows: int, where: str, separator: str
 ) -> Taxonomy:
@@ -228,14 +204,10 @@ def _from_labels(
     if len(paths) == 1:
         only = quote_name(separator.join(paths[0]))
         raise InputError(f"{where}: the only label is {only}; at least two are needed")
-    num_texts = sum(
-        any(len(name) > SHOWN_CHARACTERS or len(name.split()) > SHOWN_WORDS for name in path) for path in paths
-    )
-    if 2 * num_texts > len(paths) > num_rows / 2:  # nothing to learn, and the model would publish the texts
-        raise InputError(
-            f"{where}: {num_texts} of {len(paths)} labels are texts, not names of classes; give another --label_column, or "
-            "the classes by --taxonomy"
-        )
+    is_text = [any(len(x) > SHOWN_CHARACTERS or len(x.split()) > SHOWN_WORDS for x in path) for path in paths]
+    if 2 * sum(is_text) > len(paths) > num_rows / 2:  # nothing to learn, and the model would publish the texts
+        problem = f"{sum(is_text)} of {len(paths)} labels are texts, not names of classes"
+        raise InputError(f"{where}: {problem}; give another --label_column, or --taxonomy")
     try:
         return Taxonomy.from_paths(paths, separator)
     except TaxonomyError as error:
@@ -263,15 +235,12 @@ def _node(taxonomy: Taxonomy, lookup: dict[Label, int], label: Label) -> int:
     if isinstance(label, str):
         path = _path(label, taxonomy.separator)
         return lookup[path] if taxonomy.separator in label and path in lookup else taxonomy.id(label)
-    node = taxonomy.id(taxonomy.separator.join(label))
-    raise TaxonomyError(
-        f"the label columns must name the path from the root, which is {quote_name(taxonomy.path_names(node))}, "
-        f"not {quote_name(label)}"
-    )
+    path = taxonomy.path_names(taxonomy.id(taxonomy.separator.join(label)))
+    problem = f"the label columns must name the path from the root, which is {quote_name(path)}"
+    raise TaxonomyError(f"{problem}, not {quote_name(label)}")
 
 
 def _holds(taxonomy: Taxonomy, labels: Iterable[Label]) -> bool:
-    """Return whether a taxonomy has a node for every label."""
     lookup = _lookup(taxonomy)
     try:
         return all(_node(taxonomy, lookup, label) >= 0 for label in labels)

@@ -1,11 +1,7 @@
 """The training loss: a focal loss per decision on the path to a document's label.
 
-Worth knowing:
-
-1. A decision is a softmax over siblings. A document labelled with an inner node trains only the decisions down to that node.
-2. With the defaults, it is the model's own negative log-likelihood.
-3. The sum is divided by the labelled documents of the whole accumulated batch, over all devices. The gradient does not depend
-   on how the batch was split.
+A decision is a softmax over siblings. A document labelled with an inner node trains only the decisions down to it. With
+the defaults, the loss is the model's own negative log-likelihood.
 """
 
 from collections.abc import Sequence
@@ -21,8 +17,6 @@ def balanced_weights(counts: Tensor, group: Tensor) -> Tensor:
     """Weight each class among its siblings by n / (K · n_c), as scikit-learn's ``compute_class_weight("balanced")``.
 
     n_c of the n documents of K siblings have the class. A class without documents is not counted in K and has weight 1.
-
-    ``counts`` and ``group`` (num_nodes,) are the documents per node, and which nodes are siblings.
     """
     seen = counts > 0
     documents, classes = (torch.bincount(group, values.double())[group] for values in (counts, seen))
@@ -30,24 +24,25 @@ def balanced_weights(counts: Tensor, group: Tensor) -> Tensor:
 
 
 def average_over_labels(values: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
-    """Sum the values (B,) of labelled texts, and divide by ``num_items`` or else by the number of labels."""
-    labelled = labels != IGNORED_LABEL
+    """Sum the values (B,) of texts that `has_labels`, and divide by ``num_items``, by default their number."""
+    labelled = has_labels(labels)
     items = labelled.sum().clamp(min=1) if num_items is None else num_items
     return torch.where(labelled, values, 0).sum() / items
+
+
+def has_labels(labels: Tensor) -> Tensor:
+    """Return which texts have a known label: (B,), from ids (B,) or arrays (B, num_nodes)."""
+    known = labels != IGNORED_LABEL
+    return known if known.dim() == 1 else known.any(1)
 
 
 class HierarchicalFocalLoss(nn.Module):
     """Sum over the decisions on a label's path of  w_level · α_class · (1 - p)^γ · CE, over the number of labels.
 
     p is the probability of the correct child among its siblings, and CE its cross-entropy, with label smoothing ε:
-    -(1 - ε) log p - ε / K · Σ log p_k. The focal factor is from Lin et al. (2017, arXiv 1708.02002).
-
-    Args:
-        counts: (num_nodes,), training documents a node, its descendants' included: see `Taxonomy.count_at_or_below`.
-        gamma: γ ≥ 0.
-        balanced: weight classes by `balanced_weights`; else α is 1.
-        level_weights: w of levels 1, 2, …; the last one serves all deeper levels.
-        label_smoothing: ε.
+    -(1 - ε) log p - ε / K · Σ log p_k. The focal factor is from Lin et al. (2017, arXiv 1708.02002). α is of
+    `balanced_weights` or 1, from the counts (num_nodes,) of `Taxonomy.count_at_or_below`. The last of ``level_weights``
+    serves all deeper levels.
     """
 
     def __init__(
@@ -81,9 +76,8 @@ class HierarchicalFocalLoss(nn.Module):
         log_p = nn.functional.pad(conditional, (0, 1)).gather(1, path)  # (B, depth)
         loss = -log_p
         if self.label_smoothing:
-            over_siblings = torch.zeros_like(conditional).scatter_add(
-                1, self.group.expand_as(conditional), conditional / self.size
-            )
+            groups = self.group.expand_as(conditional)
+            over_siblings = torch.zeros_like(conditional).scatter_add(1, groups, conditional / self.size)
             mean = nn.functional.pad(over_siblings[:, self.group], (0, 1)).gather(1, path)
             loss = (1 - self.label_smoothing) * loss - self.label_smoothing * mean
         if self.gamma:

@@ -1,7 +1,4 @@
-"""Let glibc's malloc keep freed memory, since fetching it again from the system, page by page, takes time.
-
-On other systems these functions do nothing.
-"""
+"""Let glibc's malloc keep freed memory, since fetching it again, page by page, takes time. Does nothing elsewhere."""
 
 import ctypes
 import sys
@@ -20,6 +17,6 @@ def keep_memory(threshold: int, kept: int, more: int = 2**17) -> None:
 
 
 def give_back_memory() -> None:
-    """Return what `keep_memory` kept. Otherwise the gaps between its blocks add up."""
+    """Return what `keep_memory` kept: the gaps between its blocks add up."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)

@@ -1,11 +1,7 @@
 """Build a model that is ready to train: encoder, quantization, adapter, heads.
 
-Worth knowing:
-
-1. An encoder on the Hub is pinned to a commit, which the checkpoint records.
-2. Dropout inside a frozen encoder is the largest cost of a CPU step. LoRA training turns it off.
-3. If ``--model_name_or_path`` is a checkpoint of this project, training continues with its adapter and the heads of
-   known nodes. A checkpoint on the Hub is downloaded at one commit first, and treated as a folder from then on.
+If ``--model_name_or_path`` is a checkpoint of this project, training continues with its adapter and the heads of known
+nodes. A checkpoint on the Hub is downloaded at one commit first, and treated as a folder from then on.
 """
 
 import logging
@@ -40,12 +36,7 @@ HEAD_DROPOUT = 0.1  # of the pooled vector, in training
 def build_model(
     arguments: ModelArguments, taxonomy: Taxonomy, seed: int, problem_type: str | None = None
 ) -> HierarchicalForSequenceClassification:
-    """Build a model that is ready to train. With LoRA the encoder is frozen, and only adapter and heads are trained.
-
-    ``problem_type`` is as in `HierarchicalConfig`; a checkpoint keeps its own.
-
-    Raises InputError if the encoder cannot be loaded, or a flag does not fit it.
-    """
+    """Build a model that is ready to train. With LoRA the encoder is frozen, and only adapter and heads are trained."""
     torch.manual_seed(seed)
     name, revision = arguments.model_name_or_path, arguments.model_revision
     if is_checkpoint(name):
@@ -56,7 +47,7 @@ def build_model(
         # the default of trust_remote_code prompts at a terminal
         text_config = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
         if arguments.tuning == "lora":
-            turn_off_dropout(text_config)
+            turn_off_dropout(text_config)  # inside a frozen encoder, the largest cost of a CPU step
         config = HierarchicalConfig(
             text_config=text_config,
             taxonomy=taxonomy,
@@ -95,10 +86,7 @@ def build_model(
 
 
 def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> HierarchicalForSequenceClassification:
-    """Load the model of a checkpoint for further training, with heads for ``taxonomy``.
-
-    Raises InputError if it cannot be loaded, or was trained with another tuning or pooling.
-    """
+    """Load the model of a checkpoint for further training, with heads for ``taxonomy``."""
     path = arguments.model_name_or_path
     config = read_config(path)
     tuning = "full" if config.adapter_subfolder is None else "lora"
@@ -118,10 +106,8 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
     model.set_lexical_head(None)
     if tuning == "lora":
         adapter = model.encoder.peft_config["default"]
-        logger.info(
-            "the adapter keeps the checkpoint's settings: r = %s, alpha = %s, dropout = %s, target modules %s",
-            *(adapter.r, adapter.lora_alpha, adapter.lora_dropout, ", ".join(sorted(adapter.target_modules))),
-        )
+        kept = adapter.r, adapter.lora_alpha, adapter.lora_dropout, ", ".join(sorted(adapter.target_modules))
+        logger.info("the adapter keeps its settings: r = %s, alpha = %s, dropout = %s, target modules %s", *kept)
         prepare_model_for_kbit_training(model.encoder, use_gradient_checkpointing=False)
         adapter.inference_mode = False
         set_adapter(model.encoder, "default")
@@ -154,10 +140,7 @@ def change_taxonomy(model: HierarchicalForSequenceClassification, taxonomy: Taxo
 
 
 def fetch_model(arguments: ModelArguments) -> None:
-    """Pin ``--model_revision`` to a commit of the Hub; download a checkpoint of this project and point to its folder.
-
-    Raises InputError if the Hub does not have the model, or a folder is given with a revision.
-    """
+    """Pin ``--model_revision`` to a commit of the Hub; download a checkpoint of this project and point to its folder."""
     name, revision = arguments.model_name_or_path, arguments.model_revision
     if Path(name).is_dir():
         if revision is not None:
@@ -194,17 +177,13 @@ def load_arguments(arguments: ModelArguments) -> dict[str, Any]:
 
 
 def turn_off_dropout(text_config: PretrainedConfig) -> None:
-    """Set every dropout probability in an encoder's configuration to 0."""
     for name, value in text_config.to_dict().items():
         if ("dropout" in name or "_pdrop" in name) and isinstance(value, float):
             setattr(text_config, name, 0.0)
 
 
 def load_tokenizer(arguments: ModelArguments, model: HierarchicalForSequenceClassification) -> PreTrainedTokenizerBase:
-    """Load the encoder's tokenizer, and limit ``model_max_length`` to the encoder's positions.
-
-    Raises InputError if it cannot be loaded or is another encoder's, or if the encoder has no position limit.
-    """
+    """Load the encoder's tokenizer, and limit ``model_max_length`` to the encoder's positions."""
     name = arguments.model_name_or_path
     continued = is_checkpoint(name)
     revision = model.config.encoder_revision or "main"

@@ -1,11 +1,6 @@
 """Several labels a text: label arrays, the training loss, and the disagreement of two halves.
 
-Worth knowing:
-
-1. A text with a node has all its ancestors. Each node is a decision given its parent, open where the text has the parent.
-2. The loss is summed over a text's open decisions and divided by the number of texts, as with one path a text.
-3. A node's bias starts at its log-odds among the training rows. From zero biases, a flat model of MiniLM with usual
-   learning rates learnt nothing but these frequencies in ten epochs.
+A text with a node has all its ancestors. Each node is a decision given its parent, open where the text has the parent.
 """
 
 from collections.abc import Sequence
@@ -17,14 +12,13 @@ from torch import Tensor, nn
 
 from modeling_hierarchical import IGNORED_LABEL, TreeSigmoid
 from taxonomy_hierarchical import Taxonomy
+from training.losses import average_over_labels, has_labels
 
 
 def multi_hot(taxonomy: Taxonomy, labels: Sequence[Sequence[int] | None], incomplete: bool = False) -> np.ndarray:
     """Return the labels of texts as an array (num_texts, num_nodes) of int8: 1 for a text's nodes and their ancestors.
 
-    Args:
-        labels: node ids of each text; None for a text without known labels, whose row is -100.
-        incomplete: the children of a deepest node are unknown, -100, with all below. Else they are 0.
+    The row of None, a text without known labels, is -100. So are all nodes below the deepest ones if ``incomplete``.
     """
     array = np.zeros((len(labels), taxonomy.num_nodes), dtype=np.int8)
     below = [np.array(nodes, dtype=int) for nodes in taxonomy.nodes_below] if incomplete else []
@@ -46,17 +40,16 @@ def label_arrays(rows: Dataset) -> np.ndarray:
 
 
 def open_counts(taxonomy: Taxonomy, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Count each node's positive rows, and the rows in which its decision is open: (num_nodes,) each.
-
-    Args:
-        labels: (num_rows, num_nodes), of `multi_hot`.
-    """
+    """Count each node's positive rows of `multi_hot`, and the rows in which its decision is open: (num_nodes,) each."""
     is_open = TreeSigmoid(taxonomy).open_decisions(torch.from_numpy(labels)).numpy()
     return ((labels == 1) & is_open).sum(0), is_open.sum(0)
 
 
 def prior_log_odds(taxonomy: Taxonomy, labels: np.ndarray) -> np.ndarray:
-    """Return each node's log-odds given its parent, smoothed by half a row of each outcome: (num_nodes,)."""
+    """Return each node's log-odds given its parent, smoothed by half a row of each outcome: (num_nodes,).
+
+    Biases start there. From zero, a flat model of MiniLM learnt nothing but these frequencies in ten epochs.
+    """
     positive, total = open_counts(taxonomy, labels)
     return np.log((positive + 0.5) / (total - positive + 0.5))
 
@@ -65,17 +58,8 @@ class MultiLabelFocalLoss(nn.Module):
     """Sum over a text's open decisions of  w_level · α · (1 - p)^γ · BCE, over the number of texts.
 
     p is the probability of the correct outcome. BCE is the binary cross-entropy with the target (1 - ε) · y + ε · r, where r
-    is the node's rate in the training rows given its parent. Towards ½ would raise rare nodes. The focal factor is
-    from Lin et al. (2017, arXiv 1708.02002).
-
-    Args:
-        tree: the taxonomy.
-        labels: (num_rows, num_nodes), of the training rows, for the rates.
-        gamma: γ ≥ 0.
-        balanced: α is n / (2 · n_y) for outcome y of a decision that is open in n rows, as scikit-learn's
-            ``compute_class_weight("balanced")``; else 1.
-        level_weights: w of levels 1, 2, …; the last one serves all deeper levels.
-        label_smoothing: ε.
+    is the node's rate in the training rows given its parent. Towards ½ would raise rare nodes. If ``balanced``, α is
+    n / (2 · n_y) for outcome y of a decision that is open in n training rows. See also `HierarchicalFocalLoss`.
     """
 
     def __init__(
@@ -97,44 +81,26 @@ class MultiLabelFocalLoss(nn.Module):
         self.register_buffer("weights", torch.tensor(alpha * levels, dtype=torch.float32))
         self.register_buffer("rates", torch.tensor((positive + 0.5) / (total + 1), dtype=torch.float32))
 
-    def forward(
-        self, decision_logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """Return the loss, in nats.
-
-        Args:
-            decision_logits: (B, num_nodes), of `HierarchicalOutput`.
-            labels: (B, num_nodes), 1, 0 or -100.
-            num_items_in_batch: divisor of the sum. Default: the number of texts with a known label in this batch.
-        """
+    def forward(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Return the loss in nats for logits (B, num_nodes) and labels (B, num_nodes): 1, 0 or -100."""
         is_open, outcome = self.decisions.open_decisions(labels), labels.clamp(min=0)
         target = outcome + self.label_smoothing * (self.rates - outcome)
-        loss = nn.functional.binary_cross_entropy_with_logits(decision_logits, target, reduction="none")
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
         if self.gamma:
-            missed = torch.sigmoid((1 - 2 * outcome) * decision_logits)  # 1 - p
+            missed = torch.sigmoid((1 - 2 * outcome) * logits)  # 1 - p
             loss = loss * missed.clamp(min=1e-7) ** self.gamma  # the floor keeps the slope finite when γ < 1
         loss = loss * torch.where(outcome == 1, self.weights[1], self.weights[0])
         items = has_labels(labels).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return torch.where(is_open, loss, 0).sum() / items
 
 
-def has_labels(labels: Tensor) -> Tensor:
-    """Return which texts have a known label: (B,), from ids (B,) or arrays (B, num_nodes)."""
-    known = labels != IGNORED_LABEL
-    return known if known.dim() == 1 else known.any(1)
-
-
 def decision_disagreement(
-    decisions: TreeSigmoid, p: Tensor, q: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    decisions: TreeSigmoid, p: Tensor, q: Tensor, labels: Tensor, num_items: Tensor | int | None = None
 ) -> Tensor:
     """Half the sum of both Kullback-Leibler divergences of two predictions for a text, in nats.
 
-    The divergence is ½ Σ over nodes of P(parent) · KL(p ‖ q) + Q(parent) · KL(q ‖ p), by the chain rule over decisions.
-
-    Args:
-        p, q: (B, num_nodes), decision logits of both predictions.
-        labels: (B, num_nodes); texts without a known label are ignored.
-        num_items_in_batch: divisor of the sum over texts. Default: the number of texts with a known label.
+    It is ½ Σ over nodes of P(parent) · KL(p ‖ q) + Q(parent) · KL(q ‖ p), by the chain rule, averaged as the loss is.
+    ``p`` and ``q`` are decision logits, (B, num_nodes).
     """
     divergence = torch.zeros_like(p[:, 0])
     for one, other in ((p, q), (q, p)):
@@ -142,6 +108,4 @@ def decision_disagreement(
         yes, no = nn.functional.logsigmoid(one), nn.functional.logsigmoid(-one)
         gap_yes, gap_no = yes - nn.functional.logsigmoid(other), no - nn.functional.logsigmoid(-other)
         divergence = divergence + (above * (yes.exp() * gap_yes + no.exp() * gap_no)).sum(1) / 2
-    known = has_labels(labels)
-    items = known.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    return torch.where(known, divergence, 0).sum() / items
+    return average_over_labels(divergence, labels, num_items)

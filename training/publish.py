@@ -38,14 +38,13 @@ def run_settings(arguments: Arguments, model: HierarchicalForSequenceClassificat
 
 
 def run_facts(arguments: Arguments, size: dict[str, int | float], data_report: dict[str, Any]) -> dict[str, Any]:
-    """Return facts of a run for metrics.json: precision, sizes, versions, commit, hashes of the data."""
+    """Return facts of a run for metrics.json."""
     hashes = {source["split"]: source["sha256"] for source in data_report["sources"]}  # no paths: they are published
-    environment = describe_environment(arguments.training.device)
     return {
         "train_precision": arguments.training.precision,
         "train_quantization": arguments.model.quantization,
         **size,
-        "environment": {**environment, "commit": source_commit(), "data": hashes},
+        "environment": {**describe_environment(arguments.training.device), "commit": source_commit(), "data": hashes},
     }
 
 

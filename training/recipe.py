@@ -1,12 +1,7 @@
 """Convert a recipe, a YAML file of flags, to command-line words.
 
-Worth knowing:
-
-1. The words of a recipe are parsed before those of the command line. Both are checked alike, and a flag overrides its
-   key. argparse's ``set_defaults`` would neither check the choices of a default nor convert the items of a list.
-2. Values stay as they are written: codes such as ``007``, ``1.10`` and ``no`` are texts. Flags that take a mapping of
-   settings convert numbers and booleans.
-3. A data source on the command line replaces the data source of the recipe.
+These words are parsed before those of the command line, so a flag overrides its key. A data source on the command line
+replaces that of the recipe. Values stay as they are written: codes such as ``007``, ``1.10`` and ``no`` are texts.
 """
 
 import difflib
@@ -19,11 +14,8 @@ import yaml
 from errors import InputError
 from taxonomy_hierarchical import WithoutAliases, quote_name, yaml_problem
 
-SOURCES = (  # groups of flags; a run uses one group
-    ("dataset_name", "dataset_revision"),
-    ("data_path",),
-    ("train_file", "validation_file", "test_file"),
-)
+# groups of flags; a run uses one group
+SOURCES = ("dataset_name", "dataset_revision"), ("data_path",), ("train_file", "validation_file", "test_file")
 
 
 class RecipeLoader(WithoutAliases, yaml.SafeLoader):
@@ -42,11 +34,7 @@ class RecipeLoader(WithoutAliases, yaml.SafeLoader):
 
 
 def insert_recipe(argv: list[str], flags: Mapping[str, bool]) -> list[str]:
-    """Replace a recipe, the first word of a command line, by its words, or raise InputError.
-
-    Args:
-        flags: whether each flag takes several values, by its name in a recipe.
-    """
+    """Replace a recipe, the first word of a command line, by its words. ``flags`` tells which take several values."""
     path, *rest = argv
     given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in rest if word.startswith("--")}
     used = [group for group in SOURCES if given & {*group}]
@@ -69,13 +57,11 @@ def insert_recipe(argv: list[str], flags: Mapping[str, bool]) -> list[str]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a hint at the known name that is most like a misspelt one."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]}?" if near else "train.py --help lists all flags"
 
 
 def read_recipe(path: str | Path) -> dict:
-    """Read a YAML mapping, with all scalars as texts."""
     try:
         recipe = yaml.load(Path(path).read_text(encoding="utf-8-sig"), RecipeLoader)
     except OSError as error:

@@ -1,10 +1,7 @@
 """Find the checkpoint to resume from, prepare the output folder, and clean up an overwritten run.
 
-Worth knowing:
-
-1. trainer_state.json is written last, and older checkpoints are deleted after that. A killed process leaves at most one
-   checkpoint without trainer_state.json, and never deletes the only complete one.
-2. A file of torch is a zip archive with its directory at the end, so a truncated file is detected without reading it.
+trainer_state.json is written last, and older checkpoints are deleted after that. A killed process leaves at most one
+checkpoint without trainer_state.json, and never deletes the only complete one.
 """
 
 import json
@@ -31,7 +28,7 @@ from training.trained_texts import UNTRAINED, TrainedTexts, read_trained_texts, 
 logger = logging.getLogger(__name__)
 
 START_ANEW = "or --overwrite_output_dir true without --resume_from_checkpoint"
-# glob patterns of what a checkpoint must hold beside the model, and what is said if it does not
+# what a checkpoint must hold beside the model, and what is said if it does not
 NEEDED = {
     "optimizer*": "it has no optimizer state (--save_only_model?)",
     "scheduler.pt": "scheduler.pt is missing",
@@ -55,9 +52,7 @@ def check_output_folder(training: HierarchicalTrainingArguments, model: str) -> 
     if training.overwrite_output_dir:
         source = Path(model).resolve()
         if training.do_train and any(folder.resolve() in (source, *source.parents) for folder in checkpoints):
-            raise InputError(
-                f"--overwrite_output_dir true would delete --model_name_or_path {model}: give another --output_dir"
-            )
+            raise InputError(f"--overwrite_output_dir true would delete {model}: give another --output_dir")
     elif has_model or (checkpoints and not resumes):
         problem = "holds a model and no complete checkpoint to resume from" if resumes else "already holds a run"
         remedies = ["another --output_dir"]
@@ -78,10 +73,7 @@ def read_earlier_texts(model: str, resume_from: str | None) -> TrainedTexts:
 
 
 def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
-    """Return the folder of ``--resume_from_checkpoint``. "auto" selects the last complete checkpoint of the run.
-
-    A named folder that is missing or incomplete, or not the last of the run in ``output_dir``, raises InputError.
-    """
+    """Return the folder of ``--resume_from_checkpoint``. "auto" selects the last complete checkpoint of the run."""
     if requested is None:
         return None
     if requested != "auto":
@@ -89,11 +81,8 @@ def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
         problem = find_resume_problem(folder) if folder.is_dir() else "there is no such folder"
         names = [other.name for other in list_checkpoints(folder.parent)]
         later = names[names.index(folder.name) + 1 :] if folder.name in names else []
-        if problem is None and later and is_of_run(requested, Path(output_dir)):
-            # a later "auto" would resume from one of these
-            problem = (
-                f"this run has later checkpoints, {', '.join(later)}; move them away, or give another --output_dir"
-            )
+        if problem is None and later and is_of_run(requested, Path(output_dir)):  # a later "auto" would take them
+            problem = f"this run has later checkpoints, {', '.join(later)}; move them, or give another --output_dir"
         if problem is not None:
             raise InputError(f"cannot resume from {requested}: {problem}")
         return requested
@@ -108,23 +97,16 @@ def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
 
 
 def check_resumed_data(checkpoint: str, taxonomy: Taxonomy, report: dict[str, Any]) -> str | None:
-    """Raise InputError if the taxonomy differs from that of the run to resume, or carved splits may hold out rows that
-    the run was trained on.
+    """Raise InputError if the run to resume had another taxonomy, or was trained on rows that may now be held out.
 
-    Args:
-        report: the data report of this run.
-
-    Returns:
-        How the run to resume initialised its heads, see `training.label_names.initialise_heads`. None if unknown.
+    ``report`` is the data report of this run. Return how the run to resume initialised its heads, None if unknown.
     """
     # ── Taxonomy: another one of the same shape would load silently ──────────────────────────────────────────────────
     if is_checkpoint(checkpoint):  # shards of FSDP have no configuration
         stored = read_config(checkpoint).tree
         if (stored.names, stored.parents) != (taxonomy.names, taxonomy.parents):
-            raise InputError(
-                f"cannot resume from {checkpoint}: it has another taxonomy, or another order of classes; give the same "
-                f"--taxonomy, {START_ANEW}"
-            )
+            problem = "it has another taxonomy, or another order of classes; give the same --taxonomy"
+            raise InputError(f"cannot resume from {checkpoint}: {problem}, {START_ANEW}")
 
     # ── Data: sources, columns and splits ────────────────────────────────────────────────────────────────────────────
     file = Path(checkpoint).parent / "data_report.json"
@@ -138,10 +120,8 @@ def check_resumed_data(checkpoint: str, taxonomy: Taxonomy, report: dict[str, An
             for data in (stored_report, report)
         )
     if before != now and (before["split"]["carved"] or now["split"]["carved"]):
-        raise InputError(
-            f"cannot resume from {checkpoint}: the data, their columns, --seed or the shares of the splits differ, so "
-            f"that rows it was trained on would be held out now; give the same, {START_ANEW}"
-        )
+        problem = "rows it was trained on would be held out now; give the same data, columns, --seed and split sizes"
+        raise InputError(f"cannot resume from {checkpoint}: {problem}, {START_ANEW}")
     if before["hashes"] != now["hashes"]:
         logger.warning("%s was trained on other data", checkpoint)
     return stored_report.get("heads_init")
@@ -171,18 +151,16 @@ def check_model(checkpoint: str, model: HierarchicalForSequenceClassification) -
             }
     for flag, (before, now) in pairs.items():
         if before != now:
-            raise InputError(
-                f"cannot resume from {checkpoint}: it was trained with another {flag}, {before}, not {now}; "
-                f"give the same, {START_ANEW}"
-            )
+            problem = f"it was trained with another {flag}, {before}, not {now}; give the same"
+            raise InputError(f"cannot resume from {checkpoint}: {problem}, {START_ANEW}")
 
 
 def start_run(
     trainer: Trainer, model: str, trained_texts: TrainedTexts, texts: Iterable[str], resume_from: str | None
 ) -> None:
-    """Clean up an overwritten run and record the training texts, while all processes wait.
+    """Clean up an overwritten run and record the training ``texts``, while all processes wait.
 
-    The initial weights, ``model``, were trained on ``trained_texts``. This run trains on ``texts``.
+    The initial weights, ``model``, were trained on ``trained_texts``.
     """
     training, output = trainer.args, Path(trainer.args.output_dir)
     trainer.accelerator.wait_for_everyone()  # until all have read the texts of the former run
@@ -195,15 +173,13 @@ def start_run(
                 else:
                     shutil.rmtree(folder)
             delete_measured(output)
-            if output.resolve() != Path(model).resolve():
-                # without it, the former weights are not mistaken for this run's if it is killed
+            if output.resolve() != Path(model).resolve():  # else a killed run would leave the former weights as its own
                 (output / "config.json").unlink(missing_ok=True)
         write_trained_texts(output, trained_texts, texts)
     trainer.accelerator.wait_for_everyone()
 
 
 def delete_measured(output_dir: Path) -> None:
-    """Delete scores, predictions and plots in a folder."""
     for pattern in MEASURED:
         for file in output_dir.glob(pattern):
             file.unlink(missing_ok=True)
@@ -228,11 +204,10 @@ def find_resume_problem(checkpoint: Path) -> str | None:
         return f"it is incomplete: {TRAINER_STATE_NAME} is missing"
     except (OSError, ValueError, KeyError, TypeError):
         return f"{TRAINER_STATE_NAME} cannot be read"
+    damage = None
     if not any(checkpoint.glob("pytorch_model_fsdp*")):
-        problem = find_damage(checkpoint, adapter_form=(checkpoint / ADAPTER_SUBFOLDER).is_dir())
-        if problem is not None:
-            return problem
+        damage = find_damage(checkpoint, adapter_form=(checkpoint / ADAPTER_SUBFOLDER).is_dir())
     missing = [problem for pattern, problem in NEEDED.items() if not any(checkpoint.glob(pattern))]
-    archives = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]
+    archives = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]  # zip files, whose directory is at the end
     damaged = [f"{file.name} is damaged" for file in archives if not zipfile.is_zipfile(file)]
-    return next(iter(missing + damaged), None)
+    return damage or next(iter(missing + damaged), None)

@@ -11,14 +11,11 @@ BATCHES_SORTED = 50
 class LengthGroupedSampler(Sampler[int]):
     """Order rows so that each batch holds texts of similar length. The order depends on the seed and the epoch only.
 
-    - Rows are shuffled, sorted by length within each 50 batches, and split into batches, which are shuffled.
-    - The batch with the longest row comes first, so that too little memory shows at once.
-    - In a data set of at most 50 batches, lengths are first perturbed by 5 %. Otherwise each epoch has the same batches.
+    Rows are shuffled, sorted by length within each 50 batches, and split into batches, which are shuffled. The batch
+    with the longest row comes first, so that too little memory shows at once. In a data set of at most 50 batches,
+    lengths are first perturbed by 5 %, else each epoch would have the same batches.
 
-    The sampler of this name in transformers draws from the global generator, so a resumed run gets another order. It also
-    sorts few batches at a time: with 400 rows an eighth of its tokens are padding, here a twentieth.
-
-    ``batch_size`` is the number of rows of an optimizer step, over all processes.
+    The sampler of this name in transformers draws from the global generator, so a resumed run gets another order.
     """
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int):

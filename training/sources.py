@@ -1,10 +1,4 @@
-"""Find the files and data sets of the splits, choose their columns and read their rows.
-
-Worth knowing:
-
-1. `reading` reads the files and infers no types. The CSV cells "NA" and "007" are these texts.
-2. A malformed row, an empty text or a missing label is an error. The message names the line where the row begins.
-"""
+"""Find the files and data sets of the splits, choose their columns and read their rows."""
 
 import logging
 from collections.abc import Callable, Iterable
@@ -40,14 +34,11 @@ class SplitSource:
     name: str  # in messages
     columns: dict[str, float]  # see `reading.rows.Rows.columns`
     read: Callable[[list[str]], Table]  # takes the names of columns
-    sha256: dict[str, str]  # of each of its files, by file name
+    sha256: dict[str, str]
 
 
 def find_split_sources(arguments: DataArguments) -> tuple[dict[str, SplitSource], bool]:
-    """Return the source of each split, and whether there is one source (as ``train``) from which all are carved.
-
-    Raises InputError if sources are missing, contradictory or unreadable.
-    """
+    """Return the source of each split, and whether there is one source (as ``train``) from which all are carved."""
     # ── Which source is given ────────────────────────────────────────────────────────────────────────────────────────
     files = {split: path for split in SPLITS if (path := getattr(arguments, f"{split}_file")) is not None}
     others = [name for name in ("dataset_name", "data_path") if getattr(arguments, name) is not None]
@@ -97,10 +88,9 @@ def _from_dataset(name: str, dataset: datasets.Dataset) -> SplitSource:
         arrow = dataset.select_columns(names).with_format("arrow")[:]
         columns = {name: arrow.column(name).to_pylist() for name in names}
         for column, values in columns.items():
-            feature = dataset.features[column]
-            if isinstance(getattr(feature, "feature", feature), datasets.ClassLabel):  # itself, or that of a list
-                classes = [*getattr(feature, "feature", feature).names, None]  # `datasets` stores a missing label as -1
-                columns[column] = [_class_names(value, classes) for value in values]
+            feature = getattr(dataset.features[column], "feature", dataset.features[column])  # of a list, or itself
+            if isinstance(feature, datasets.ClassLabel):
+                columns[column] = _class_names(values, [*feature.names, None])  # a missing label is stored as -1
         return Table(name, columns, [*range(1, len(dataset) + 1)], "row")
 
     hashes = sha256(Path(file["filename"]) for file in dataset.cache_files)
@@ -116,15 +106,11 @@ def _class_names(value: Any, classes: list[str | None]) -> Any:
 def _from_file(path: str) -> SplitSource:
     source = Source(path, kind_of(path))
     with open_rows(source) as rows:
-        columns = rows.columns
-    return SplitSource(path, columns, partial(read_table, source), sha256([Path(path)]))
+        return SplitSource(path, rows.columns, partial(read_table, source), sha256([Path(path)]))
 
 
 def find_columns(sources: Iterable[SplitSource], arguments: DataArguments) -> dict[str, list[str]]:
-    """Return the text column, then the label columns, of each source, by its name.
-
-    Raises InputError if a column is missing or named twice.
-    """
+    """Return the text column, then the label columns, of each source, by its name."""
     requested: list[Any] = arguments.label_column or [None]
     if len(set(requested)) < len(requested):
         raise InputError(f"--label_column names a column twice: {' '.join(requested)}")
@@ -141,7 +127,7 @@ def find_columns(sources: Iterable[SplitSource], arguments: DataArguments) -> di
 def read_rows(
     sources: dict[str, SplitSource], columns: dict[str, list[str]], arguments: DataArguments
 ) -> tuple[pd.DataFrame, dict[Label, str], bool]:
-    """Read the columns of `find_columns` from all sources. Raise InputError if a row has no usable text or label.
+    """Read the columns of `find_columns` from all sources.
 
     Returns:
         The rows, with the columns split, row, text and label, which is a tuple of labels if a text may have several. The
@@ -155,11 +141,8 @@ def read_rows(
         text_column, *label_columns = columns[source.name]
         texts = table.columns[text_column]
         refuse_rows(table, text_column, map(text_problem, texts))
-        labels: list[Any] = (
-            read_label_sets(table, label_columns, arguments.label_delimiter)
-            if several
-            else read_labels(table, label_columns)
-        )
+        read = partial(read_label_sets, delimiter=arguments.label_delimiter) if several else read_labels
+        labels: list[Any] = read(table, label_columns)
         for i, label in enumerate(labels):
             for one in label if several else [label]:
                 if one not in places:
@@ -175,10 +158,7 @@ def read_rows(
 
 
 def has_several_labels(lists: bool, arguments: DataArguments) -> bool:
-    """Return whether a text may have several labels, given whether a label column holds lists.
-
-    Raises InputError if flags contradict that.
-    """
+    """Return whether a text may have several labels, given whether a label column holds lists."""
     delimited = arguments.label_delimiter is not None
     if arguments.problem_type == "single_label_classification" and (lists or delimited):
         found = "the label column holds lists" if lists else "--label_delimiter is given"

@@ -6,7 +6,6 @@ Worth knowing:
    a validation or test text are dropped, and so are validation rows with a test text.
 2. Texts that an earlier run of a checkpoint was trained on are never scored. They become training rows or are left out.
 3. With several labels a text, rows of one text within a split are united, and have the labels of all of them.
-4. The column ``row`` counts the rows of a source from 0, without the header.
 """
 
 import hashlib
@@ -20,16 +19,9 @@ from iterstrat.ml_stratifiers import MultilabelStratifiedShuffleSplit
 
 from errors import InputError
 from taxonomy_hierarchical import Taxonomy, quote_name
+from training import data_report
 from training.arguments import DataArguments
-from training.data_report import (
-    SPLITS,
-    describe,
-    describe_label_sets,
-    log_what_was_done,
-    parts,
-    shared_texts,
-    untrained_classes,
-)
+from training.data_report import SPLITS, parts
 from training.labels import resolve_labels
 from training.multi_label import multi_hot
 from training.sources import find_columns, find_split_sources, read_rows
@@ -46,20 +38,15 @@ MULTI_LABEL_FEATURES = datasets.Features({**FEATURES, "label": datasets.List(dat
 
 @dataclass(frozen=True)
 class LabelledSplits:
-    """Labelled rows of all splits, ready to be tokenized.
+    """Labelled rows of all non-empty splits, ready to be tokenized.
 
-    Attributes:
-        splits: the non-empty ones of ``train``, ``validation`` and ``test``, with the columns of `FEATURES`: the text, the id
-            of its node, its row in the source, and the same ``text_id`` for identical texts. With several labels a text,
-            ``label`` is an ascending list of ids, and ``row`` the first of the text.
-        taxonomy: the taxonomy of the node ids.
-        report: the content of data_report.json.
-        is_multi_label: whether a text may have any number of labels.
+    Their columns are the text, the id of its node, its row in the source, from 0 without the header, and the same
+    ``text_id`` for identical texts. With several labels a text, ``label`` is an ascending list of ids.
     """
 
     splits: datasets.DatasetDict
     taxonomy: Taxonomy
-    report: dict
+    report: dict  # the content of data_report.json
     is_multi_label: bool = False
 
 
@@ -68,13 +55,8 @@ def load_splits(
 ) -> LabelledSplits:
     """Read, check and split the data that the arguments name.
 
-    Args:
-        seed: for carving validation and test rows.
-        taxonomy: taxonomy of a finished checkpoint. It takes precedence over ``arguments.taxonomy``.
-        trained: texts that the checkpoint was trained on. No rows are carved unless all these texts are known.
-
-    Raises:
-        InputError: the sources, a text, a label, the taxonomy or the shares cannot be used.
+    The ``taxonomy`` of a finished checkpoint takes precedence over ``arguments.taxonomy``. No rows are carved unless
+    all texts that it was trained on are known.
     """
     # ── Read ─────────────────────────────────────────────────────────────────────────────────────────────────────────
     sizes = arguments.validation_size, arguments.test_size
@@ -119,10 +101,11 @@ def load_splits(
     method = {"method": "as given", "carved": shares, "seed": seed}
     if shares:
         numbers = np.sort(rows.loc[rows["split"] == "train", "row"].to_numpy(np.int64))
-        kind = "combination of classes" if several else "class"
-        method["method"] = f"by {kind}, identical texts kept together"
+        method["method"] = f"by {'combination of classes' if several else 'class'}, identical texts kept together"
         # a resumed run checks that its training rows are the same
         method["train_rows_sha256"] = hashlib.sha256(numbers.tobytes()).hexdigest()
+    describe = data_report.describe_label_sets if several else data_report.describe
+    num_dropped = {split: int((dropped["split"] == split).sum()) for split in SPLITS}
     report = {
         "sources": [
             {"split": "all" if single else split, "name": source.name, "sha256": source.sha256}
@@ -131,32 +114,23 @@ def load_splits(
         "columns": {"text": text_column, "label": label_columns},
         "taxonomy": origin,
         "split": method,
-        "splits": {
-            split: (describe_label_sets if several else describe)(
-                part, taxonomy, int((dropped["split"] == split).sum())
-            )
-            for split, part in parts(rows).items()
-        },
+        "splits": {split: describe(part, taxonomy, num_dropped[split]) for split, part in parts(rows).items()},
         "trained_before": trained_before,
-        "shared_texts": shared_texts(pd.concat([rows, dropped])),
-        "classes_without_training_rows": untrained_classes(rows, taxonomy),
+        "shared_texts": data_report.shared_texts(pd.concat([rows, dropped])),
+        "classes_without_training_rows": data_report.untrained_classes(rows, taxonomy),
     }
     if several:
         report["united_rows"] = {split: int(count) for split, count in united.items()}
-    log_what_was_done(report)
+    data_report.log_what_was_done(report)
     features = MULTI_LABEL_FEATURES if several else FEATURES
-    splits = {
-        split: datasets.Dataset.from_pandas(part[list(features)], features=features, preserve_index=False)
-        for split, part in parts(rows).items()
-    }
-    return LabelledSplits(datasets.DatasetDict(splits), taxonomy, report, is_multi_label=several)
+    splits = datasets.DatasetDict()
+    for split, part in parts(rows).items():
+        splits[split] = datasets.Dataset.from_pandas(part[[*features]], features=features, preserve_index=False)
+    return LabelledSplits(splits, taxonomy, report, is_multi_label=several)
 
 
 def _is_trained(rows: pd.DataFrame, texts: pd.Index, trained: TrainedTexts) -> np.ndarray:
-    """Return a mask (N,) of the rows whose text was trained on.
-
-    Training rows may be carved, so for them the texts of a resumed run itself do not count. For other rows they do.
-    """
+    """Return a mask (N,) of the rows whose text was trained on, for held-out rows also by a resumed run itself."""
     if not trained.all:
         return np.zeros(len(rows), dtype=bool)
     hashes = [text_hash(text) for text in texts]
@@ -182,8 +156,7 @@ def _drop_shared(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
         own, later = rows["split"] == split, rows["split"].isin(SPLITS[place:])
         shared = own & rows["text_id"].isin(rows.loc[later, "text_id"].unique())
         if own.any() and shared.sum() == own.sum():
-            others = " or ".join(SPLITS[place:])
-            raise InputError(f"every {split} text is also in {others}: nothing is left of the {split} rows")
+            raise InputError(f"every {split} text is also in {' or '.join(SPLITS[place:])}: nothing is left of it")
         dropped |= shared
     return rows[~dropped].reset_index(drop=True), rows[dropped]
 
@@ -193,9 +166,7 @@ def _carve(rows: pd.DataFrame, shares: dict[str, float], seed: int, taxonomy: Ta
 
     Texts that an earlier run was trained on stay. If too few others are left, the counts are scaled down.
     """
-    # scikit-learn's StratifiedGroupKFold loops over the groups and makes equal folds only. Its train_test_split
-    # refuses a class with a single text, and fewer held-out texts than classes.
-    generator = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     rows = rows.copy()
     trained = rows.loc[rows["split"] == "train"].groupby("text_id")["trained"].any()
     counts = {split: round(share * len(trained)) for split, share in shares.items()}
@@ -204,34 +175,31 @@ def _carve(rows: pd.DataFrame, shares: dict[str, float], seed: int, taxonomy: Ta
     for split, count in counts.items():
         train = rows["split"] == "train"
         if isinstance(rows["label"].iloc[0], list):  # of several labels; a text has one row
-            labels, is_trained = multi_hot(taxonomy, [*rows.loc[train, "label"]]), rows.loc[train, "trained"].to_numpy()
-            sampled = _sample_by_combinations(labels, count, split, seed, is_trained)
-            held_out = rows.loc[train, "text_id"].to_numpy()[sampled]
+            texts = rows[train]
+            labels, is_trained = multi_hot(taxonomy, [*texts["label"]]), texts["trained"].to_numpy()
+            held_out = texts["text_id"].iloc[_sample_by_combinations(labels, count, split, seed, is_trained)]
         else:
             sizes = rows[train].groupby(["text_id", "label"], as_index=False).size()
             sizes = sizes.sort_values(["text_id", "size", "label"], ascending=[True, False, True])
-            label_of = sizes.drop_duplicates("text_id").set_index("text_id")[
-                "label"
-            ]  # the most common, the smallest of ties
+            label_of = sizes.drop_duplicates("text_id").set_index("text_id")["label"]  # most common, smallest of ties
             is_trained = trained[label_of.index].to_numpy()
-            held_out = label_of.index[_sample(label_of.to_numpy(), count, split, generator, is_trained)]
+            held_out = label_of.index[_sample(label_of.to_numpy(), count, split, rng, is_trained)]
         rows.loc[train & rows["text_id"].isin(held_out), "split"] = split
     return rows
 
 
-def _sample(
-    strata: np.ndarray, count: int, split: str, generator: np.random.Generator, trained: np.ndarray
-) -> np.ndarray:
-    """Sample ``count`` texts in proportion to their ``strata`` (N,), and leave at least one text of each stratum.
+def _sample(strata: np.ndarray, count: int, split: str, rng: np.random.Generator, trained: np.ndarray) -> np.ndarray:
+    """Return a mask of ``count`` texts in proportion to their ``strata`` (N,), and leave a text of each stratum.
 
-    Systematic sampling along the texts, sorted by stratum (Cochran, Sampling Techniques, 1977, chapter 8). A stratum of
-    one text gives none. A share of at most one half, rounded up, leaves a text of any larger stratum. For a larger
-    share, one text of each stratum is set aside first.
+    Systematic sampling along the texts, sorted by stratum (Cochran, Sampling Techniques, 1977, chapter 8). A share of
+    at most one half, rounded up, leaves a text of any stratum of several. For a larger share, one is set aside first.
 
-    Texts in the mask ``trained`` (N,) are never sampled. If too few others are left, all eligible ones are. Return a mask.
+    Texts in the mask ``trained`` (N,) are never sampled. If too few others are left, all eligible ones are.
     """
-    order = generator.permutation(len(strata))
-    rank = generator.permutation(strata.max() + 1)
+    # scikit-learn's StratifiedGroupKFold loops over the groups and makes equal folds only. Its train_test_split
+    # refuses a class with a single text, and fewer held-out texts than classes.
+    order = rng.permutation(len(strata))
+    rank = rng.permutation(strata.max() + 1)
     order = order[np.argsort(rank[strata[order]], kind="stable")]
     keeps = (np.bincount(strata, trained) > 0)[strata[order]]  # the stratum has a text that stays
     several = ((np.bincount(strata)[strata[order]] > 1) | keeps) & ~trained[order]
@@ -247,17 +215,10 @@ def _sample(
 
 
 def _sample_by_combinations(labels: np.ndarray, count: int, split: str, seed: int, trained: np.ndarray) -> np.ndarray:
-    """Sample about ``count`` texts with about their share of each class and of the classes that occur together.
+    """Return the indices of about ``count`` texts, in proportion to their classes and combinations, see `_sample`.
 
-    Iterative stratification (Sechidis, Tsoumakas and Vlahavas, 2011, "On the Stratification of Multi-Label Data") deals out
-    the texts of the rarest remaining class first.
-
-    Args:
-        labels: (N, num_nodes), of `multi_hot`.
-        trained: (N,), texts that are never sampled. If too few others are left, all of them are.
-
-    Returns:
-        Indices.
+    Iterative stratification (Sechidis, Tsoumakas and Vlahavas, 2011, "On the Stratification of Multi-Label Data") deals
+    out the texts of the rarest remaining class first. ``labels`` are of `multi_hot`, (N, num_nodes).
     """
     free = np.flatnonzero(~trained)
     if trained.any() and len(free) <= count:
@@ -273,11 +234,7 @@ def _check_count(count: int, available: int, split: str, trained: np.ndarray, st
     """Raise InputError unless ``count`` of the ``available`` training texts, at least one, can be carved."""
     reason = f"{count} of {len(trained):,} distinct training texts, and {stays}"
     if trained.any():
-        reason = (
-            f"the checkpoint was trained on {trained.sum():,} of {len(trained):,} distinct training texts, and none of "
-            "the others can be spared"
-        )
+        reason = f"the checkpoint was trained on {trained.sum():,} of {len(trained):,} distinct training texts"
     if not 0 < count <= available:
-        raise InputError(
-            f"cannot carve {split} rows: {reason}; change --{split}_size, or 0 for no {split} rows, or give --{split}_file"
-        )
+        remedy = f"change --{split}_size, or 0 for no {split} rows, or give --{split}_file"
+        raise InputError(f"cannot carve {split} rows: {reason}; {remedy}")

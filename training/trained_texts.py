@@ -1,11 +1,7 @@
 """Record which texts a checkpoint was trained on, so that none of them is scored.
 
-Worth knowing:
-
-1. A run's folder holds hashes of the training texts of this run and of all runs that it continues. The file is written
-   before the first step, so a killed run has one too.
-2. The hashes are never published: they reveal who is in the training data.
-3. A resumed run carves its splits by the texts of earlier runs only, and so repeats its first split.
+The hashes are never published: they reveal who is in the training data. A resumed run carves its splits by the texts of
+earlier runs only, and so repeats its first split.
 """
 
 import hashlib
@@ -53,7 +49,6 @@ def normalise_text(text: str) -> str:
 
 
 def text_hash(normalised: str) -> str:
-    """Return the 128-bit BLAKE2b hash of a normalised text, in hexadecimal."""
     return hashlib.blake2b(normalised.encode(), digest_size=16).hexdigest()
 
 
@@ -70,7 +65,7 @@ def read_trained_texts(checkpoint: str | Path) -> TrainedTexts:
 
 
 def write_trained_texts(folder: Path, before: TrainedTexts, texts: Iterable[str]) -> None:
-    """Write what a run is about to be trained on: ``texts``, and what its initial weights were trained on."""
+    """Write, before the first step, what a run is trained on: ``texts``, and what its initial weights had been."""
     this_run = before.this_run | {text_hash(normalise_text(text)) for text in texts}
     content = {"complete": before.complete, "earlier": sorted(before.earlier), "this_run": sorted(this_run)}
     write_json(folder / TRAINED_TEXTS, content)

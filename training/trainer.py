@@ -2,15 +2,11 @@
 
 Worth knowing:
 
-1. The loss is divided by the number of labels in the whole accumulated batch, over all devices. DDP averages the
-   gradients afterwards, so the loss is multiplied by the number of processes.
+1. The loss is divided by the number of labels in the whole accumulated batch, over all devices: how the batch is split
+   does not change the gradient. DDP averages gradients, so the loss is multiplied by the number of processes.
 2. The Trainer resumes and restores the best model by root-level file names. The adapter form has its own loader here.
-3. bitsandbytes repacks 4-bit weights in place when a layer runs in eval mode on a CPU with AVX-512 BF16. Repacked
-   weights cannot be trained, so repacking is turned off.
-4. If batches are grouped by length, the Trainer shuffles evaluation rows and reorders the rows of a resumed run. The
-   samplers here do neither.
-5. No ``training_args.bin`` is written, because it is a pickle and can contain a token.
-6. Reading a loss waits for the GPU. Losses are read when the Trainer waits anyway: before it logs, evaluates or saves.
+3. No ``training_args.bin`` is written, because it is a pickle and can contain a token.
+4. Reading a loss waits for the GPU. Losses are read when the Trainer waits anyway: before it logs, evaluates or saves.
 """
 
 import logging
@@ -23,7 +19,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import EarlyStoppingCallback, TrainerState, trainer_pt_utils
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
@@ -34,36 +30,27 @@ from errors import InputError, refusing
 from modeling_hierarchical import IGNORED_LABEL, binary_cross_entropy, negative_log_likelihood
 from publishing.trainer import PublishingTrainer
 from training.cpu import speed_up
-from training.losses import HierarchicalFocalLoss
-from training.multi_label import MultiLabelFocalLoss, decision_disagreement, has_labels
+from training.losses import has_labels
+from training.multi_label import decision_disagreement
 from training.sampler import LengthGroupedSampler
 from training.views import disagreement, halves
 
 logger = logging.getLogger(__name__)
 
 MAX_UNCHECKED = 100  # losses of micro-batches that stay on the device before they are read
+GO_ON = "--resume_from_checkpoint auto continues from the last checkpoint"
 
 
 class HierarchicalTrainer(PublishingTrainer):
     """A Trainer whose loss is a `HierarchicalFocalLoss`, or with several labels a text a `MultiLabelFocalLoss`.
 
-    Args:
-        loss_function: training loss. Default: the model's own.
-        consistency: weight of the disagreement between a text's halves, see `training.views`. 0 trains on whole texts.
-            Other values need training rows with the columns ``sentences`` and ``row``.
-        heads_learning_rate: peak learning rate of the heads. Default: the optimizer's.
+    Without ``loss_function``, it is the model's own. ``consistency`` weights the disagreement between a text's halves,
+    see `training.views`; 0 trains on whole texts.
     """
 
     loss_is_scaled_for_ga = True
 
-    def __init__(
-        self,
-        *args: Any,
-        loss_function: HierarchicalFocalLoss | MultiLabelFocalLoss | None = None,
-        consistency: float = 0.0,
-        heads_learning_rate: float | None = None,
-        **kwargs: Any,
-    ):
+    def __init__(self, *args: Any, loss_function: nn.Module | None = None, consistency: float = 0.0, **kwargs: Any):
         with refusing("cannot set up training"):
             super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
@@ -75,22 +62,19 @@ class HierarchicalTrainer(PublishingTrainer):
         self.loss_function: Any = loss_function.to(self.args.device) if loss_function else own
         self.disagreement: Any = partial(decision_disagreement, decisions) if self.is_multi_label else disagreement
         self.consistency = consistency
-        self.heads_learning_rate = heads_learning_rate
         stopping = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
         self.patience: int | None = stopping[0].early_stopping_patience if stopping else None
         self.tried_batch_size: int | None = None
         self.best_checkpoint: str | None = None
         self.unchecked: list[tuple[int, Tensor, Any]] = []  # step, loss, rows
-        keep_trainable(self.model)
+        for module in self.model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack 4-bit weights in eval mode
+                module.support_avx512bf16_for_cpu = False
         if self.args.bf16 and self.args.device.type == "cpu" and self.model.has_adapter and not self.is_fsdp_enabled:
             speed_up(self.model.encoder)
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, Any]:
         """Compute the loss per labelled text of the accumulated batch, or in evaluation of this batch."""
         inputs = dict(inputs)
@@ -124,10 +108,7 @@ class HierarchicalTrainer(PublishingTrainer):
         for (step, _, rows), loss in zip(unchecked, losses, strict=True):
             if not math.isfinite(loss):
                 where = "" if rows is None else f", rows {', '.join(map(str, rows.tolist()))} of the training data"
-                raise InputError(
-                    f"the loss is {loss} at step {step}{where}: lower --learning_rate, or look at these texts; "
-                    "--resume_from_checkpoint auto continues from the last checkpoint"
-                )
+                raise InputError(f"the loss is {loss} at step {step}{where}: lower --learning_rate; {GO_ON}")
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Check the losses whenever the Trainer waits for the device anyway."""
@@ -136,16 +117,17 @@ class HierarchicalTrainer(PublishingTrainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Train or resume. A run that has reached ``max_steps`` or stopped early takes no further step.
-
-        The metrics of a resumed run have ``resumed_from_step``.
-        """
+        """Train or resume. A run that has reached ``max_steps`` or stopped early takes no further step."""
         if not isinstance(resume_from_checkpoint, str):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
         self.best_checkpoint = state.best_model_checkpoint = self._find_best_checkpoint(state, resume_from_checkpoint)
         step = state.global_step
-        if 0 < self.args.max_steps <= step or self._had_stopped_early(state):
+        stopping = state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
+        had_stopped = False
+        if stopping and self.patience is not None and self.args.restore_callback_states_from_checkpoint:
+            had_stopped = stopping["attributes"]["early_stopping_patience_counter"] >= self.patience
+        if 0 < self.args.max_steps <= step or had_stopped:
             logger.info("nothing left to train: %s is at step %d", resume_from_checkpoint, step)
             self.state = state
             self._load_from_checkpoint(resume_from_checkpoint)
@@ -156,13 +138,6 @@ class HierarchicalTrainer(PublishingTrainer):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         return output._replace(metrics=output.metrics | {"resumed_from_step": step})
 
-    def _had_stopped_early(self, state: TrainerState) -> bool:
-        """Return whether a saved run has exhausted the early-stopping patience of this run."""
-        saved = state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
-        if saved is None or self.patience is None or not self.args.restore_callback_states_from_checkpoint:
-            return False
-        return saved["attributes"]["early_stopping_patience_counter"] >= self.patience
-
     def _find_best_checkpoint(self, state: TrainerState, checkpoint: str) -> str | None:
         """Return the best checkpoint of a resumed run. Its folder may have moved since its path was stored."""
         if state.best_model_checkpoint is None:
@@ -170,10 +145,9 @@ class HierarchicalTrainer(PublishingTrainer):
         stored = Path(state.best_model_checkpoint)
         best = next((str(path) for path in (Path(checkpoint).parent / stored.name, stored) if path.is_dir()), None)
         if best is None and self.args.load_best_model_at_end:
-            raise InputError(
-                f"cannot resume from {checkpoint}: the best checkpoint of its run, {stored.name}, is not in "
-                "the same folder; --load_best_model_at_end false keeps the last weights instead"
-            )
+            problem = f"the best checkpoint of its run, {stored.name}, is not in the same folder"
+            remedy = "move it there, or give --load_best_model_at_end false"
+            raise InputError(f"cannot resume from {checkpoint}: {problem}; {remedy}")
         return best
 
     def _load_callback_state(self) -> None:
@@ -194,9 +168,8 @@ class HierarchicalTrainer(PublishingTrainer):
         effective = args.per_device_train_batch_size * args.gradient_accumulation_steps
         limit = batch_size if self.tried_batch_size is None else self.tried_batch_size - 1
         if limit == 0:
-            raise InputError(
-                "a batch of one text does not fit in memory: lower --max_length, or --gradient_checkpointing true"
-            )
+            problem = "a batch of one text does not fit in memory"
+            raise InputError(f"{problem}: lower --max_length, or --gradient_checkpointing true")
         size = max(n for n in range(1, limit + 1) if effective % n == 0)
         if self.tried_batch_size is not None:
             logger.info("out of memory: continuing with %d texts a step, over %d steps", size, effective // size)
@@ -208,14 +181,12 @@ class HierarchicalTrainer(PublishingTrainer):
             if not should_reduce_batch_size(error) or self.state.global_step == self._initial_global_step:
                 raise
             smaller = max(size // 2, 1)
-            raise InputError(
-                f"out of memory at step {self.state.global_step + 1}, after earlier steps had fit: "
-                f"--per_device_train_batch_size {smaller} --gradient_accumulation_steps {effective // smaller}; "
-                "--resume_from_checkpoint auto continues from the last checkpoint"
-            ) from error
+            problem = f"out of memory at step {self.state.global_step + 1}, after earlier steps had fit"
+            fit = f"--per_device_train_batch_size {smaller} --gradient_accumulation_steps {effective // smaller}"
+            raise InputError(f"{problem}: {fit}; {GO_ON}") from error
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
-        """Count the texts with a known label. The Trainer would count the elements of label arrays."""
+        """Count the texts with a known label, not the elements of label arrays."""
         one_each = [{"labels": torch.where(has_labels(batch["labels"]), 0, IGNORED_LABEL)} for batch in batch_samples]
         return super()._get_num_items_in_batch(one_each, device)
 
@@ -224,29 +195,29 @@ class HierarchicalTrainer(PublishingTrainer):
         is_new = self.optimizer is None
         with refusing("cannot set up the optimizer"):
             optimizer = super().create_optimizer(model)
-        if is_new and self.heads_learning_rate is not None:
+        if is_new and self.args.heads_learning_rate is not None:
             heads = {id(p) for p in self.accelerator.unwrap_model(self.model).heads.parameters()}
             for group in list(optimizer.param_groups):
                 in_heads = [p for p in group["params"] if id(p) in heads]
                 group["params"] = [p for p in group["params"] if id(p) not in heads]
                 if in_heads:
-                    optimizer.add_param_group({**group, "params": in_heads, "lr": self.heads_learning_rate})
+                    optimizer.add_param_group({**group, "params": in_heads, "lr": self.args.heads_learning_rate})
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         with refusing(f"cannot set up --lr_scheduler_type {self.args.lr_scheduler_type.value} (--lr_scheduler_kwargs)"):
             return super().create_scheduler(num_training_steps, optimizer)
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, trainer_pt_utils.LengthGroupedSampler):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             sampler = LengthGroupedSampler(sampler.batch_size * self.args.world_size, sampler.lengths, seed)
         return sampler
 
-    def _get_eval_sampler(self, eval_dataset: Dataset) -> torch.utils.data.Sampler | None:
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
         """Keep evaluation rows in order. With ``group_by_length`` the Trainer would shuffle them."""
-        return torch.utils.data.SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the column ``row`` for error messages, and ``sentences`` for training on halves."""
@@ -301,10 +272,3 @@ class HierarchicalTrainer(PublishingTrainer):
         adapter = load_file(Path(folder) / ADAPTER_SUBFOLDER / ADAPTER_WEIGHTS)
         model.load_heads_and_adapter(load_file(Path(folder) / HEADS_WEIGHTS), adapter)
         return True
-
-
-def keep_trainable(model: nn.Module) -> None:
-    """Turn off the repacking of 4-bit layers for inference on a CPU."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False

@@ -5,12 +5,9 @@ Worth knowing:
 1. Each step assigns the sentences of a text to two halves at random. Both halves learn the text's label. The loss adds the
    symmetric divergence of their predictions, as R-Drop does (Liang et al., 2021, arXiv 2106.14448). R-Drop's views differ by
    dropout, the largest cost of a training step on a CPU; halves need none.
-2. The first sentence, usually a title, is in both halves in most cases.
-3. The halves have similar lengths, and each is truncated at 55 % of the text's tokens. A batch of halves has 1.1 times the tokens
+2. The halves have similar lengths, and each is truncated at 55 % of the text's tokens. A batch of halves has 1.1 times the tokens
    of its texts with padding (OHSUMED). By coin tosses and without truncation it would have 1.8 times as many.
-4. The assignment depends on the seed, the step and the row only. Splitting a batch does not change it, and a resumed run
-   continues bit for bit. Inference uses whole texts.
-5. Numbers of rows and sentences are NumPy arrays. They stay on the CPU, so no step waits for a GPU to make halves.
+3. The assignment depends on the seed, the step and the row only, so a resumed run continues bit for bit.
 """
 
 import math
@@ -24,7 +21,7 @@ from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedToken
 
 from training.losses import average_over_labels
 
-FIRST_IN_BOTH = 0.7  # how often the first sentence is
+FIRST_IN_BOTH = 0.7  # how often the first sentence is, usually a title
 LONGEST = 0.55  # of a text's tokens in one half
 NO_SENTENCE = -1  # special tokens
 PADDING = -2
@@ -32,25 +29,19 @@ BOUNDARY = re.compile(r"(?<=[.?!])\s+|(?<=[。！？])")
 
 
 def sentence_numbers(text: str, ends: Sequence[int]) -> list[int]:
-    """Number the sentence that each token of a text is in, from 0, by the characters where the tokens end.
-
-    A special token ends at 0, and its sentence is -1.
-    """
+    """Number the sentence of each token, from 0, by the characters where tokens end. Special tokens, at 0, have -1."""
     starts = [boundary.end() for boundary in BOUNDARY.finditer(text)]
     numbers = np.searchsorted(starts, np.asarray(ends) - 1, side="right")
     return np.where(np.asarray(ends) == 0, NO_SENTENCE, numbers).tolist()
 
 
 class CollatorWithSentences(DataCollatorWithPadding):
-    """Pad the column ``sentences`` of training rows too. This column and ``row`` become NumPy arrays, not tensors.
-
-    Arrays of labels become float32, as binary cross-entropy takes them.
-    """
+    """Pad ``sentences`` too. They and ``row`` become NumPy arrays, so no step waits for a GPU to make halves."""
 
     def __call__(self, features: list[dict]) -> BatchEncoding:
         own = {name: [row[name] for row in features] for name in ("row", "sentences") if name in features[0]}
         batch = super().__call__([{k: v for k, v in row.items() if k not in own} for row in features])
-        if "labels" in batch and batch["labels"].dim() == 2:
+        if "labels" in batch and batch["labels"].dim() == 2:  # of several labels, for binary cross-entropy
             batch["labels"] = batch["labels"].float()
         if "row" in own:
             batch["row"] = np.array(own["row"])
@@ -64,17 +55,11 @@ class CollatorWithSentences(DataCollatorWithPadding):
 def halves(
     inputs: dict[str, Tensor], sentences: np.ndarray, rows: Sequence[int], pad_token_id: int, seed: int, step: int
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Split a batch of texts into halves.
-
-    Args:
-        inputs: ``input_ids``, ``attention_mask`` and what else the model takes, each (B, T).
-        sentences: (B, T), of `sentence_numbers`; -1 for special tokens, which are in both halves, and -2 for padding.
-        rows: the number of each text among the training rows.
-        step: optimizer steps taken.
+    """Split a batch of texts, whose ``inputs`` and ``sentences`` are (B, T), into halves. Special tokens are in both.
 
     Returns:
-        The inputs of the halves, (V, T'), truncated; and the indices of each text's two halves among them, (B,) each. A text
-        of one sentence stays whole and occurs once, so V is between B and 2B.
+        The inputs of the halves, (V, T'), truncated; and the indices of each text's two halves among them, (B,) each. A
+        text of one sentence stays whole and occurs once, so V is between B and 2B.
     """
     sources, views, first, second = [], [], [], []
     for i, (row, own) in enumerate(zip(rows, sentences, strict=True)):
@@ -112,12 +97,10 @@ def deal(counts: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     return parts
 
 
-def disagreement(
-    log_p: Tensor, log_q: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
-) -> Tensor:
+def disagreement(log_p: Tensor, log_q: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
     """Half the sum of both Kullback-Leibler divergences of two predictions (B, C), in nats, averaged as the loss is."""
     divergence = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(1) / 2
-    return average_over_labels(divergence, labels, num_items_in_batch)
+    return average_over_labels(divergence, labels, num_items)
 
 
 def build_collator(tokenizer: PreTrainedTokenizerBase) -> CollatorWithSentences:

@@ -195,7 +195,7 @@ def test_where_nothing_is_known_nothing_is_carved_and_scores_are_unverified(plac
     line = [*words, "--model_name_or_path", unknown]
     run(*line, "--data_path", place / "800.csv", "--output_dir", tmp_path / "next")
     said = capsys.readouterr().err
-    assert "the training texts of the checkpoint are unknown: no rows are carved" in said
+    assert "the checkpoint's training texts are unknown: no rows are carved" in said
     assert report(tmp_path / "next")["splits"].keys() == {"train"}
     assert report(tmp_path / "next")["trained_before"]["scores"] == "unverified"
     assert scored(tmp_path / "next") == {}

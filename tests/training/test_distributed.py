@@ -131,5 +131,5 @@ def test_fsdp_on_cpus_is_refused_and_not_replaced(tiny_encoder, tmp_path):
     line += ["--use_cpu", "true", "--output_dir", tmp_path / "results"]
     done = subprocess.run([str(word) for word in line], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode != 0
-    assert "train.py: error: FSDP needs GPUs; for processes on CPUs use recipes/accelerate/ddp.yaml" in done.stderr
+    assert "train.py: error: FSDP needs GPUs; on CPUs use recipes/accelerate/ddp.yaml" in done.stderr
     assert not (tmp_path / "results").exists()

@@ -434,7 +434,7 @@ def test_predictions_come_in_the_order_of_their_rows(tmp_path, tokenizer, strate
 
 def test_heads_have_a_learning_rate_of_their_own(tmp_path, tokenizer):
     model = tiny_model()
-    run = trainer(model, tokenizer, rows(), arguments(tmp_path, learning_rate=1e-4), heads_learning_rate=1e-2)
+    run = trainer(model, tokenizer, rows(), arguments(tmp_path, learning_rate=1e-4, heads_learning_rate=1e-2))
     rate_of = {id(p): group["lr"] for group in run.create_optimizer().param_groups for p in group["params"]}
     assert rate_of.keys() == {id(p) for p in model.parameters()}
     for name, p in model.named_parameters():
