@@ -27,14 +27,9 @@ def find_column(columns: Mapping[str, float], requested: str | None, candidates:
 def choose_columns(
     sources: Mapping[str, Mapping[str, float]], requested: str | None, candidates: Sequence[str], flag: str
 ) -> list[str]:
-    """Return one column for each source: the requested one, or the first candidate that all sources have.
+    """Return one column for each source, given their `Rows.columns`: the requested one, or the first candidate that all have.
 
-    Args:
-        sources: `Rows.columns` by source name.
-        flag: the flag that names the column, for messages.
-
-    Raises:
-        InputError: a source lacks the column.
+    Raise InputError if a source lacks the column. Messages name the flag that requests it.
     """
     for candidate in candidates if requested is None else [requested]:
         matches = [find_column(columns, requested, [candidate]) for columns in sources.values()]
@@ -67,5 +62,5 @@ def listed(names: Iterable[str], most: int = 20) -> str:
     text = next((name for name in names if not looks_like_name(name)), None)
     if text is not None:
         return f"{len(names):,} columns that are not shown, as one is called {quote_name(text)}: is the header missing?"
-    rest = [f"and {len(names) - most:,} more"] if len(names) > most else []
-    return ", ".join([*map(quote_name, names[:most]), *rest])
+    rest = f", and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(map(quote_name, names[:most])) + rest

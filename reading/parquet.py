@@ -10,10 +10,8 @@ from pyarrow import types
 
 from .rows import Fault, InputError, Raw, Row, Rows, quote_name
 
-# raised for a damaged file, or one that is not Parquet
-FOREIGN = (pyarrow.ArrowException, UnicodeDecodeError, OSError)
-# raised for a value that has no Python equivalent
-UNREADABLE = (pyarrow.ArrowException, KeyError, OSError, OverflowError, ValueError)
+FOREIGN = (pyarrow.ArrowException, UnicodeDecodeError, OSError)  # for a damaged file, or one that is not Parquet
+UNREADABLE = (pyarrow.ArrowException, KeyError, OSError, OverflowError, ValueError)  # a value without Python equivalent
 BATCH = 16  # rows; a value that is stored once is decoded for every row, so small batches bound the memory
 
 
@@ -38,11 +36,10 @@ def _read(rows: Rows, file: pyarrow.parquet.ParquetFile, requested: list[str]) -
         for cells in zip(*map(_values, arrays), strict=True):
             count += 1
             values = dict(zip(requested, cells, strict=True))
-            fault = next((name for name, value in values.items() if isinstance(value, Fault)), None)
-            if fault is None:
-                yield Row(count, values)
-            else:
-                yield Row(count, {}, f"the column {quote_name(fault)} holds {values[fault]}")
+            faults = [
+                f"the column {quote_name(n)} holds {value}" for n, value in values.items() if isinstance(value, Fault)
+            ]
+            yield Row(count, {}, faults[0]) if faults else Row(count, values)
 
 
 def _values(array: pyarrow.Array) -> list[Any]:
