@@ -150,10 +150,7 @@ def apply_temperatures(taxonomy: Taxonomy, scores: np.ndarray, temperatures: lis
 
 
 def fit_thresholds(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> list[float | None]:
-    """Fit conformal thresholds for the coverages 0.01, …, 0.99; None where the coverage needs more texts.
-
-    The logits are calibrated.
-    """
+    """Fit conformal thresholds to calibrated logits, for the coverages 0.01, …, 0.99; None where it needs more texts."""
     scores = nonconformity_scores(taxonomy, logits, labels, texts)
     ranks = [-(-(len(scores) + 1) * percent // 100) for percent in range(1, 100)]  # ⌈(n + 1) · coverage⌉ in integers
     return [round_up(scores[rank - 1]) if rank <= len(scores) else None for rank in ranks]

@@ -49,12 +49,8 @@ def token_counts(rows: Dataset, vocab_size: int) -> csr_matrix:
 class LexicalClassifier:
     """Logistic regression over TF-IDF: multinomial over the leaves, or with several labels a text binary for each node.
 
-    Args:
-        counts: (num_rows, V), from `token_counts`.
-        labels: (num_rows,), node ids, of which leaves count; or (num_rows, num_nodes): 1, 0, or -100 for unknown.
-
-    Attributes:
-        weight, bias: (num_leaves, V) and (num_leaves,), or the same of nodes.
+    ``counts`` are (num_rows, V), and ``labels`` node ids (num_rows,), of which leaves count, or arrays (num_rows, num_nodes):
+    1, 0, or -100 for unknown. The attribute ``weight`` is (num_classes, V), and ``bias`` (num_classes,).
     """
 
     def __init__(self, taxonomy: Taxonomy, counts: csr_matrix, labels: np.ndarray):
@@ -117,11 +113,8 @@ def spread_of_log_odds(present: csr_matrix, labels: np.ndarray) -> np.ndarray:
 
     P is the share of documents that contain the token, smoothed by one document with it and one without (Laplace). The
     two-class NB-SVM (Wang and Manning, 2012, "Baselines and bigrams") weighs words by these log-odds, with their sign. Here
-    one weight serves all classes, so that a document is one vector.
-
-    Args:
-        present: (num_rows, V), whether a document contains a token.
-        labels: (num_rows, num_classes): 1, 0 or -100. Classes without both labels do not count.
+    one weight serves all classes, so that a document is one vector. Labels are (num_rows, num_classes): 1, 0 or -100. Classes
+    without both labels do not count.
     """
     labels = labels[:, (labels == 1).any(axis=0) & (labels == 0).any(axis=0)]
     inside, unknown = ((csr_matrix(rows.T, dtype=float) @ present).toarray() for rows in (labels == 1, labels < 0))

@@ -3,8 +3,7 @@
 Worth knowing:
 
 1. The scored prediction is the most probable leaf with its ancestors, so a predicted path always reaches a leaf.
-2. A label is a node id. A leaf counts in all scores. An inner node ("specific disease", child unknown) counts in the
-   hierarchical, per-level, calibration and log-loss scores.
+2. A label that is an inner node ("specific disease", child unknown) counts in all scores but the flat ones.
 3. A score without documents (no label is a leaf, or reaches the level) is left out, so no score is NaN.
 4. `evaluate` imports a copy of the module `hierarchical_f1` from HF_MODULES_CACHE. Its path is absolute, because unknown
    relative paths are looked up on the Hub. Data stay in memory: the processes of a distributed run would share one file.
@@ -33,8 +32,8 @@ BINS = 15  # of the calibration error
 def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict[str, float]]:
     """Build the Trainer's ``compute_metrics`` for a taxonomy.
 
-    The returned function takes ``predictions``, leaf logits (num_documents, num_leaves), and ``label_ids``, node ids
-    (num_documents,), or -100 for documents to leave out. It returns:
+    The returned function takes leaf logits (num_documents, num_leaves), and node ids (num_documents,) or -100 for documents to
+    leave out. It raises InputError for logits that are not finite. It returns:
 
     - ``accuracy``, ``macro_f1``, ``weighted_f1``: of scikit-learn, over documents labelled with a leaf. The F1 scores
       average over leaves that occur as label or prediction.
@@ -50,8 +49,6 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
       as "no node at this level", a class that is not averaged. A document labelled with an inner node above the level is
       left out, because its node there is unknown.
     - ``level_k_ece``, ``level_k_ece_by_chance``: for the tree truncated below the level. A leaf above stands for itself.
-
-    It raises InputError for logits that are not finite.
     """
     hierarchical_f1 = _load_hierarchical_f1()
     levels, paths = np.array(taxonomy.levels), np.array(taxonomy.ancestors)
@@ -134,11 +131,9 @@ def any_label_accuracy(logits: np.ndarray, labels: np.ndarray, texts: np.ndarray
 
 
 def node_counts(chosen: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Count each class's true positives, predictions and labels: (3, num_classes). Unknown labels do not count.
+    """Count each class's true positives, predictions and labels: (3, num_classes).
 
-    Args:
-        chosen: (num_documents, num_classes), the predictions.
-        labels: (num_documents, num_classes): 1, 0, or -100 for unknown.
+    ``chosen`` and ``labels`` are (num_documents, num_classes). Unknown labels, -100, do not count.
     """
     true, chosen = labels == 1, chosen & (labels != IGNORED_LABEL)
     return np.stack([pairs.sum(axis=0) for pairs in (true & chosen, chosen, true)])
@@ -171,12 +166,9 @@ def bootstrap_intervals(labels: np.ndarray, chosen: np.ndarray, resamples: int =
     Resampling lowers macro-F1 if classes have few documents, because a resample lacks some of them. With 200 classes of three
     documents the score itself was above its interval. So the resamples of macro-F1 are shifted to have the score as mean.
 
-    Args:
-        labels, chosen: as for `node_counts`.
-
-    Returns:
-        Lower and upper end: (2,) for ``micro_f1``, which is the accuracy with one label a document, and for ``macro_f1``;
-        (2, num_classes) for ``f1`` of each class, over the resamples in which it occurs, NaN if it never does.
+    Labels and predictions are those of `node_counts`. Lower and upper end are (2,) for ``micro_f1``, which is the accuracy with
+    one label a document, and for ``macro_f1``; (2, num_classes) for ``f1`` over the resamples in which a class occurs, NaN if
+    it never does.
     """
     true, chosen = labels == 1, chosen & (labels != IGNORED_LABEL)
     pairs = [csr_matrix(array, dtype=np.float64) for array in (true & chosen, chosen, true)]
@@ -194,15 +186,10 @@ def bootstrap_intervals(labels: np.ndarray, chosen: np.ndarray, resamples: int =
 def per_class_report(
     names: list[str], labels: np.ndarray, chosen: np.ndarray
 ) -> tuple[list[dict], dict[str, list[float]]]:
-    """Compute precision, recall and F1 of each class, with 95 % intervals.
+    """Compute one row per class with precision, recall and F1, and the intervals of micro- and macro-F1.
 
-    Args:
-        labels, chosen: as for `node_counts`.
-
-    Returns:
-        One row per class: ``label``, ``support`` (its number of labels), ``precision``, ``recall``, ``f1`` and ``f1_interval``,
-        the interval of `bootstrap_intervals` or None. A ratio with denominator 0 is 0. Then the intervals of ``micro_f1`` and
-        ``macro_f1``. Both are empty if no label is known.
+    Labels and predictions are those of `node_counts`. ``support`` is the number of labels, and ``f1_interval`` is None for a
+    class that does not occur. A ratio with denominator 0 is 0. Rows and intervals are empty if no label is known.
     """
     if not (labels != IGNORED_LABEL).any():
         return [], {}

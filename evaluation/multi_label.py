@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from scipy.optimize import minimize
 from scipy.special import expit
+from sklearn.metrics import average_precision_score
 from sklearn.model_selection import KFold
 from transformers import EvalPrediction
 
@@ -286,15 +287,18 @@ def build_multi_label_metrics(
         check_finite(u)
         chosen = choose(taxonomy, expit(u), common_threshold(u, labels) if thresholds is None else thresholds)
 
-        counts = node_counts(chosen, labels)
-        leaves = counts[:, : taxonomy.num_leaves]
+        counts, has_known = node_counts(chosen, labels), known.any(axis=1)
+        leaves, of_texts = counts[:, : taxonomy.num_leaves], node_counts(chosen[has_known].T, labels[has_known].T)
         metrics = {
             **{"micro_f1": micro_f1(counts), "macro_f1": macro_f1(counts)},
             **{"leaf_micro_f1": micro_f1(leaves), "leaf_macro_f1": macro_f1(leaves)},
-            "example_f1": example_f1(chosen, labels),
+            "example_f1": float(np.nan_to_num(node_f1(of_texts), nan=1.0).mean()),
         }
-        if true.any():
-            metrics["mean_average_precision"] = float(np.nanmean(average_precisions(u, labels)))
+        occurring = np.flatnonzero(true.any(axis=0))
+        if len(occurring):
+            pairs = ((known[:, node], node) for node in occurring)
+            precisions = [average_precision_score(true[of_node], u[of_node]) for of_node in pairs]
+            metrics["mean_average_precision"] = float(np.mean(precisions))
         metrics["log_loss"] = float((np.logaddexp(0, u) - true * u)[known].mean())
         for level in range(1, taxonomy.depth + 1):
             if true[:, levels == level].any():
@@ -314,25 +318,6 @@ def common_threshold(u: np.ndarray, labels: np.ndarray) -> float:
     known = labels != IGNORED_LABEL
     threshold = best_threshold(u[known], labels[known] == 1)
     return 0.5 if threshold is None else float(expit(threshold))
-
-
-def example_f1(chosen: np.ndarray, labels: np.ndarray) -> float:
-    """Compute the mean F1 of texts with a known label; 1 where neither the labels nor the prediction has a node."""
-    is_known = (labels != IGNORED_LABEL).any(axis=1)
-    f1 = node_f1(node_counts(chosen[is_known].T, labels[is_known].T))
-    return float(np.nan_to_num(f1, nan=1.0).mean())
-
-
-def average_precisions(u: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Compute scikit-learn's average precision of each node, (num_nodes,); NaN for a node without a label 1."""
-    precisions = np.full(u.shape[1], np.nan)
-    for node, (scores, truth) in enumerate(zip(u.T, labels.T, strict=True)):
-        positive = np.sort(scores[truth == 1])
-        if len(positive):
-            ranked = np.sort(scores[truth != IGNORED_LABEL])
-            found = len(positive) - np.searchsorted(positive, positive)  # at or above each positive
-            precisions[node] = (found / (len(ranked) - np.searchsorted(ranked, positive))).mean()
-    return precisions
 
 
 def likely_pairs(u: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

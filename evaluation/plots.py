@@ -1,9 +1,7 @@
 """Draw a run's training curves, confusion matrices and reliability diagrams as PNG files.
 
-Worth knowing:
-
-1. `matplotlib.figure.Figure` without pyplot needs neither global state nor a display.
-2. Class names are user input, so ``$`` is escaped, which matplotlib reads as mathematics. File names hold level numbers only.
+`matplotlib.figure.Figure` without pyplot needs neither global state nor a display. Class names are user input, so ``$`` is
+escaped, which matplotlib reads as mathematics.
 """
 
 from pathlib import Path

@@ -132,10 +132,7 @@ def calibrate_model(
     splits: DatasetDict,
     max_length: int,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Fit the lexical head's weight, the calibration and the thresholds, and store them in the model.
-
-    Args:
-        logits: the last of `score_splits`.
+    """Fit the lexical head's weight, the calibration and the thresholds to the last of `score_splits`; store them in the model.
 
     Returns:
         Metrics after calibration, and without the lexical head if there is one (``without_lexical_head_…``). For test rows,

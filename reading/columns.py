@@ -1,8 +1,4 @@
-"""Find the column of texts or labels.
-
-A name that the caller gives must match a column exactly. Without one, the first candidate that matches a column wins; case
-and surrounding white space are ignored.
-"""
+"""Find the column of texts or labels."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +12,10 @@ LEAST_SHARE = 0.5  # of the rows must have a column, or its name is not matched
 
 
 def find_column(columns: Mapping[str, float], requested: str | None, candidates: Sequence[str]) -> str | None:
-    """Return the requested one of `Rows.columns`, or the first lower-case candidate that is present, or None."""
+    """Return the requested one of `Rows.columns`, which must match exactly, or None.
+
+    Without one, return the first candidate that is present; case and surrounding white space are ignored.
+    """
     if requested is not None:
         return requested if requested in columns else None
     common = [column for column, share in columns.items() if share >= LEAST_SHARE]
