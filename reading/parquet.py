@@ -36,10 +36,11 @@ def _read(rows: Rows, file: pyarrow.parquet.ParquetFile, requested: list[str]) -
         for cells in zip(*map(_values, arrays), strict=True):
             count += 1
             values = dict(zip(requested, cells, strict=True))
-            faults = [
-                f"the column {quote_name(n)} holds {value}" for n, value in values.items() if isinstance(value, Fault)
-            ]
-            yield Row(count, {}, faults[0]) if faults else Row(count, values)
+            fault = next((name for name, value in values.items() if isinstance(value, Fault)), None)
+            if fault is None:
+                yield Row(count, values)
+            else:
+                yield Row(count, {}, f"the column {quote_name(fault)} holds {values[fault]}")
 
 
 def _values(array: pyarrow.Array) -> list[Any]:

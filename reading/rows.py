@@ -66,7 +66,7 @@ class Rows:
         columns: column names in order, each with the share of rows that have it: 1, except for JSON. For JSON Lines, the
             names of the first 1,024 rows.
         unit: what `Row.line` counts: "line", or "row" for JSON and Parquet.
-        done: the progress.
+        done: returns the share of the source that was read so far, or None.
     """
 
     def __init__(
