@@ -83,9 +83,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace an existing output, and start from the beginning")
     add("--probabilities", action="store_true", help="write the probability of every class")
     add("--coverage", type=float, help="also write an answer that contains the correct leaf for this share of texts")
-    add(
-        "--recall", type=float, help="with several labels a text: an answer that contains this share of them on average"
-    )
+    add("--recall", type=float, help="with several labels a text: an answer that holds this share of them on average")
     dtypes = "bf16 if the machine supports it, int8 on a CPU with VNNI or AMX and torchao, else fp32"
     add("--dtype", choices=("auto", *DTYPES), default="auto", help=f"default: auto, which is {dtypes}")
     add("--batch_size", type=int, help="texts per batch; default: batches by number of tokens")
@@ -109,8 +107,7 @@ def refuse(message: str) -> NoReturn:
 
 def load(arguments: argparse.Namespace) -> Pipeline:
     """Load the checkpoint as a pipeline, and replace ``--dtype auto`` by the dtype that was chosen."""
-    # before they are imported: bitsandbytes warns of kernels on the Hub, whose code is not pinned, torchao of kernels that
-    # do not fit
+    # before they are imported: they warn of kernels
     for library in ("bitsandbytes", "torchao"):
         logging.getLogger(library).setLevel(logging.ERROR)
     keep_memory(*KEPT_MEMORY)
@@ -169,17 +166,7 @@ def quantize(encoder: torch.nn.Module) -> None:
 
 def options(arguments: argparse.Namespace, classifier: Pipeline) -> dict[str, Any]:
     """Collect everything that the output's bytes depend on, except the texts: flags, weights, device, torch."""
-    flags = (
-        "model",
-        "input_format",
-        "text_column",
-        "id_column",
-        "probabilities",
-        "coverage",
-        "recall",
-        "dtype",
-        "batch_size",
-    )
+    ignored = {"revision", "input", "output", "overwrite"}
     folder = Path(cached_file(arguments.model, "config.json", revision=arguments.revision)).parent
     # without card, scores and plots, which may be absent from the Hub's cache
     hashes = [sha256(folder / name for name in list_files(folder, MODEL_FILES))]
@@ -188,7 +175,7 @@ def options(arguments: argparse.Namespace, classifier: Pipeline) -> dict[str, An
     if encoder.is_dir():
         hashes.append(sha256(file for kind in ("json", "safetensors", "bin") for file in encoder.glob(f"*.{kind}")))
     return {
-        **{flag: getattr(arguments, flag) for flag in flags},
+        **{flag: value for flag, value in vars(arguments).items() if flag not in ignored},
         "fingerprint": hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(classifier.device) if classifier.device.type == "cuda" else "cpu",

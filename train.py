@@ -9,7 +9,6 @@ import gc
 import logging
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 # before it is imported: it asks for kernels from the Hub, whose code is not pinned, and warns of each 8-bit layer's cast
@@ -25,7 +24,7 @@ from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedModel, 
 from checkpoint_files import is_checkpoint, read_config
 from configuration_hierarchical import MULTI_LABEL
 from errors import InputError, asked_traceback, exit_with_error, is_full_disk, one_line, refusing
-from evaluation import multi_label_report, plots, report
+from evaluation import plots, report
 from evaluation.lexical import fit_classifier
 from taxonomy_hierarchical import TaxonomyError
 from training import resume
@@ -127,7 +126,7 @@ def train(arguments: Arguments, data: LabelledSplits, trained_texts: TrainedText
     # ── Measure: the checkpoint, loaded back ─────────────────────────────────────────────────────────────────────────
     metrics |= result.metrics | run_facts(arguments, size, data.report)
     scores, logits = measure(arguments, splits, trainer, model)
-    metrics |= scores | report_of(model).class_scores(model.config, logits, splits)
+    metrics |= scores | report.class_scores(model.config, logits, splits)
 
     # ── Publish: files, model card, Hub ──────────────────────────────────────────────────────────────────────────────
     if training.should_save:
@@ -189,10 +188,11 @@ def measure(
         return as_trained | scores, logits
     if training.should_save:
         file = Path(training.output_dir) / "plots" / "reliability_diagram_uncalibrated.png"
-        report_of(model).draw_reliability(logits, splits, file)
+        _, *scored = report.shown_split(model.config, logits, splits)
+        plots.write(plots.reliability_diagram(*scored), file)
     vocab_size, max_length = model.config.text_config.vocab_size, trainer.processing_class.model_max_length
     classifier = fit_classifier(taxonomy, splits["train"], vocab_size, arguments.model.lexical_head)
-    calibrated, logits = report_of(model).calibrate_model(model, classifier, taxonomy, decisions, splits, max_length)
+    calibrated, logits = report.calibrate_model(model, classifier, decisions, splits, max_length)
     trainer.save_model(_internal_call=True)
     before = {name: scores.pop(name) for name in [*scores] if name in calibrated or name.endswith("_loss")}
     uncalibrated = {f"uncalibrated_{name}": value for name, value in before.items()}
@@ -219,7 +219,7 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
         resume.delete_measured(output)
         write_json(output / "data_report.json", data.report)
         model = served.model
-        scored = metrics | report_of(model).class_scores(model.config, logits, splits)
+        scored = metrics | report.class_scores(model.config, logits, splits)
         write_files(output, scored, model, logits, splits)
         logger.info("metrics and plots are in %s", output)
     report.log_metrics(metrics)
@@ -229,13 +229,8 @@ def write_files(
     output: Path, metrics: dict[str, Any], model: PreTrainedModel, logits: dict[str, np.ndarray], splits: DatasetDict
 ) -> None:
     write_json(output / "metrics.json", metrics)
-    report_of(model).draw_plots(model.config, logits, splits, output / "plots")
-    report_of(model).write_predictions(model.config, logits, splits, output)
-
-
-def report_of(model: PreTrainedModel) -> ModuleType:
-    """Return the module that calibrates such a model and shows its scores."""
-    return multi_label_report if model.config.is_multi_label else report
+    report.draw_plots(model.config, logits, splits, metrics.get("per_class", []), output / "plots")
+    report.write_predictions(model.config, logits, splits, output)
 
 
 def set_up_logging(first: bool) -> None:

@@ -51,7 +51,7 @@ from transformers import EvalPrediction
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from evaluation.metrics import bootstrap_intervals, build_compute_metrics
+from evaluation.metrics import bootstrap_intervals, build_compute_metrics, one_hot
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 from training.arguments import DataArguments
 from training.precision import has_bf16
@@ -289,8 +289,8 @@ def measure(labels: np.ndarray, answers: np.ndarray, tree: Taxonomy) -> dict[str
     certain = np.full((len(labels), tree.num_leaves), -100.0)
     certain[np.arange(len(labels)), answers] = 0
     scores = build_compute_metrics(tree)(EvalPrediction(predictions=certain, label_ids=labels))
-    ends = bootstrap_intervals(labels, answers, tree.num_leaves)
-    intervals = {f"{name}_interval": ends[name].tolist() for name in ("accuracy", "macro_f1")}
+    ends = bootstrap_intervals(one_hot(labels, tree.num_leaves), one_hot(answers, tree.num_leaves))
+    intervals = {"accuracy_interval": ends["micro_f1"].tolist(), "macro_f1_interval": ends["macro_f1"].tolist()}
     return {
         name: value for name, value in scores.items() if not name.endswith(("log_loss", "ece", "ece_by_chance"))
     } | intervals

@@ -2,34 +2,32 @@
 
 Worth knowing:
 
-1. Each decision has one temperature (Guo et al., 2017), fitted by scipy on the rows whose path takes this decision. Few rows,
-   or rows that are all correct, determine a temperature badly: its maximum-likelihood estimate can be any number, or 0. So
-   all parameters have a normal prior, in a parametrisation that is convex. With β = 1 / T, a decision is
-   softmax(β · encoder scores + γ · lexical scores). First one β and one γ are fitted for all decisions, with prior means 1
-   and 0. Then each decision's own β is fitted, with the common β as prior mean. All three priors have the standard deviation
-   0.25, chosen by `benchmarks/studies/calibration.py`. Class biases (Alexandari et al., 2020) with the same prior were
-   rejected: hierarchical F1 fell on OHSUMED and Medical Abstracts, and the log loss did not fall.
-2. Everything is computed from leaf logits. A node's log-probability is the logsumexp of its leaves' log-probabilities. A
-   decision's scores are log P(child) - log P(parent), up to a constant that the softmax cancels. The lexical head's scores,
-   times its weight, are added per decision. Adding them to the leaf logits instead would give upper decisions the wrong
+1. Each decision has one temperature T (Guo et al., 2017), fitted on the rows whose path takes this decision. Few rows, or
+   rows that are all correct, determine it badly, so all parameters have a normal prior. With β = 1 / T, a decision is
+   softmax(β · encoder scores + γ · lexical scores), which is convex. First one β and one γ are fitted for all decisions, with
+   prior means 1 and 0. Then each decision's own β is fitted, with the common β as prior mean. The standard deviation 0.25 was
+   chosen by `benchmarks/studies/calibration.py`. Class biases (Alexandari et al., 2020) lowered hierarchical F1.
+2. Everything is computed from leaf logits. A decision's scores are log P(child) - log P(parent), up to a constant that the
+   softmax cancels. The lexical scores are added per decision. Added to the leaf logits, upper decisions would get the wrong
    weight: on OHSUMED that cost a point of level-1 accuracy (`benchmarks/studies/words.py`).
 3. The thresholds are quantiles of the nonconformity scores of `pipeline_hierarchical`. Split conformal prediction (Vovk et
    al., 2005) takes the k-th smallest of n scores, k = ⌈(n + 1) · coverage⌉. A new document's score is at most this threshold
    with at least that probability, if the document is drawn like the validation rows. Two conditions follow:
-   - The scored model must not be fitted to these rows. Hence each fifth of the rows is scored by a calibration on the other
-     four fifths (cross-conformal prediction: Vovk, 2015).
+   - The scored model must not be fitted to these rows, hence `held_out` (cross-conformal prediction: Vovk, 2015).
    - The scores must be exchangeable, which scores of several rows of one text are not: see `nonconformity_scores`.
    The selection of the checkpoint on the same rows is not corrected; evaluation measures the coverage on the test rows.
    A row labelled with an inner node counts as covered if the answer contains every leaf below. Leaving such rows out would
    select rows by their label, and the coverage of the other rows would be too low.
 
 In this file ``logits`` and ``lexical_scores`` are leaf logits, (num_documents, num_leaves), the latter None without a lexical
-head. ``labels`` are node ids, and ``texts`` the same number for the same text, (num_documents,) each.
+head. ``labels`` are node ids, and ``texts`` the same number for the same text, (num_documents,) each. `held_out` also serves
+several labels a text, with the arrays of `evaluation.multi_label`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -63,11 +61,7 @@ class Calibration:
 
 
 def fit_calibration(
-    taxonomy: Taxonomy,
-    logits: np.ndarray,
-    lexical_scores: np.ndarray | None,
-    labels: np.ndarray,
-    prior: float = PRIOR,
+    taxonomy: Taxonomy, logits: np.ndarray, lexical_scores: np.ndarray | None, labels: np.ndarray, prior: float = PRIOR
 ) -> Calibration:
     """Return the MAP estimate of the lexical head's weight, at least 0, and of each decision's temperature, in [0.05, 20].
 
@@ -90,25 +84,27 @@ def fit_calibration(
 
 
 def held_out(
-    taxonomy: Taxonomy, logits: np.ndarray, lexical_scores: np.ndarray | None, labels: np.ndarray, texts: np.ndarray
+    fit: Callable[..., Any],
+    taxonomy: Taxonomy,
+    logits: np.ndarray,
+    lexical_scores: np.ndarray | None,
+    labels: np.ndarray,
+    texts: np.ndarray,
 ) -> np.ndarray:
-    """Return leaf log-probabilities: of each fifth of the texts by parameters fitted on the other fifths."""
+    """Calibrate each fifth of the texts with parameters that ``fit`` estimates on the other fifths."""
     folds = min(FOLDS, len(np.unique(texts)))
     if folds == 1:
-        return fit_calibration(taxonomy, logits, lexical_scores, labels).apply(taxonomy, logits, lexical_scores)
+        return fit(taxonomy, logits, lexical_scores, labels).apply(taxonomy, logits, lexical_scores)
     calibrated = np.empty(logits.shape)
     for fitted, scored in GroupKFold(folds, shuffle=True, random_state=0).split(logits, groups=texts):
         lexical = (None, None) if lexical_scores is None else (lexical_scores[fitted], lexical_scores[scored])
-        calibration = fit_calibration(taxonomy, logits[fitted], lexical[0], labels[fitted])
+        calibration = fit(taxonomy, logits[fitted], lexical[0], labels[fitted])
         calibrated[scored] = calibration.apply(taxonomy, logits[scored], lexical[1])
     return calibrated
 
 
 def inverse_temperature(scores: np.ndarray, correct: np.ndarray, prior: float, common: float = 1.0) -> float:
-    """Return the MAP estimate of one decision's inverse temperature; its prior is normal around ``common``.
-
-    Scores are (num_documents, num_children), and ``correct`` the indices of the correct children.
-    """
+    """Return the MAP estimate of one decision's inverse temperature; its prior is normal around ``common``."""
 
     def neg_log_posterior(factor: float) -> float:
         return negative_log_likelihood(factor * scores, correct) + (factor - common) ** 2 / (2 * prior**2)
@@ -117,7 +113,7 @@ def inverse_temperature(scores: np.ndarray, correct: np.ndarray, prior: float, c
 
 
 def negative_log_likelihood(scores: np.ndarray, correct: np.ndarray) -> float:
-    """Return -Σ log P(correct child) in nats, where P is the softmax of the scores."""
+    """Return -Σ log P(correct child) in nats from scores (num_documents, num_children) and the children's indices."""
     return float(logsumexp(scores, axis=1).sum() - scores[np.arange(len(correct)), correct].sum())
 
 
@@ -137,8 +133,7 @@ def node_probabilities(taxonomy: Taxonomy, logits: np.ndarray) -> Iterator[list[
 def decisions_taken(taxonomy: Taxonomy, scores: np.ndarray, labels: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     """Collect each decision's scores, and the index of the correct child, of the documents whose path takes the decision.
 
-    Scores are (num_documents, num_nodes, …), and (documents, children, …) for each of `Taxonomy.decisions`. A decision with
-    one child gets no documents.
+    Scores are (num_documents, num_nodes, …). A decision with one child gets no documents.
     """
     ancestors, taken = np.array(taxonomy.ancestors), []
     for nodes in taxonomy.decisions:
@@ -155,28 +150,22 @@ def apply_temperatures(taxonomy: Taxonomy, scores: np.ndarray, temperatures: lis
 
 
 def fit_thresholds(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> list[float | None]:
-    """Fit conformal thresholds for the coverages 0.01, …, 0.99, rounded up to 6 decimals, see `HierarchicalConfig`.
-
-    A threshold is None if its coverage needs more texts. The logits are of the calibrated model.
-    """
+    """Fit conformal thresholds to calibrated logits, for the coverages 0.01, …, 0.99; None where it needs more texts."""
     scores = nonconformity_scores(taxonomy, logits, labels, texts)
     ranks = [-(-(len(scores) + 1) * percent // 100) for percent in range(1, 100)]  # ⌈(n + 1) · coverage⌉ in integers
     return [round_up(scores[rank - 1]) if rank <= len(scores) else None for rank in ranks]
 
 
 def round_up(score: float) -> float:
-    """Round a score up to 6 decimals: a larger threshold covers at least as much."""
+    """Round a threshold up to 6 decimals: a larger one covers at least as much."""
     return float(Decimal(float(score)).quantize(Decimal("1e-6"), rounding=ROUND_CEILING))
 
 
 def nonconformity_scores(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> np.ndarray:
     """Compute one score per text, the maximum over its documents, in ascending order.
 
-    Texts are drawn independently. Rows are not, because a repeated text brings all its rows. So a new score's rank is
-    uniform among one score per text, but not among the scores of rows. The maximum is a function of the text and all its
-    labels, hence exchangeable with the maximum of a new text. A row's score is at most the maximum of its text. Hence the
-    coverage holds for a new text with any of its labels. One row per text, chosen by a rule, would guarantee coverage only
-    for new rows that the same rule chooses.
+    Texts are drawn independently. Rows are not, because a repeated text brings all its rows. A text's maximum is exchangeable
+    with that of a new text, and no row's score is above it. Hence the coverage holds for a new text with any of its labels.
     """
     documents = zip(node_probabilities(taxonomy, logits), labels.tolist(), strict=True)
     scores = pd.Series([nonconformity(taxonomy, nodes, label) for nodes, label in documents])
@@ -193,9 +182,8 @@ def conformal_scores(
 ) -> dict[str, float]:
     """Measure answers for a coverage. Each text counts once.
 
-    Returns:
-        ``coverage``: the share of texts whose answers contain all their labels, where an inner node needs every leaf below.
-        ``leaves`` and ``nodes``: their mean numbers in an answer. ``single_leaf``: the share of answers that are one leaf.
+    ``coverage`` is the share of texts whose answers contain all their labels, ``single_leaf`` that of answers that are one
+    leaf. ``leaves`` and ``nodes`` are their mean numbers in an answer.
     """
     threshold, leaves_below = conformal_threshold(thresholds, coverage), taxonomy.leaves_below
     rows = []

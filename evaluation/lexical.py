@@ -4,11 +4,10 @@ Worth knowing:
 
 1. The lexical head alone is less accurate than the encoder, but errs on other texts. `benchmarks/quality.py` measures its
    contribution. One number weighs it against the encoder, fitted with the calibration on the validation rows.
-2. It is a multinomial logistic regression (scikit-learn), fitted after the encoder. Joint training was not tried.
+2. It is fitted after the encoder. Joint training was not tried.
 3. A token's feature is its TF-IDF times its `spread_of_log_odds`. `benchmarks/studies/words.py` measures that factor.
-4. The classifier is flat: an inner node's probability is the sum of its leaves' probabilities. One classifier per decision, as
+4. With one label a text it is flat: an inner node's probability is the sum of its leaves' probabilities. One classifier per decision, as
    in HiClass, was tried on OHSUMED and was less accurate, for parents too.
-5. With several labels a text, each node has a binary logistic regression over its open rows, see `MultiLabelLexicalClassifier`.
 """
 
 import logging
@@ -22,6 +21,7 @@ from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
+from evaluation.metrics import one_hot
 from evaluation.multi_label import open_decisions
 from modeling_hierarchical import IGNORED_LABEL
 from taxonomy_hierarchical import Taxonomy
@@ -47,40 +47,59 @@ def token_counts(rows: Dataset, vocab_size: int) -> csr_matrix:
 
 
 class LexicalClassifier:
-    """Logistic regression over TF-IDF, with the leaves as classes, fitted on the rows that are labelled with a leaf.
+    """Logistic regression over TF-IDF: multinomial over the leaves, or with several labels a text binary for each node.
 
-    Args:
-        counts: (num_rows, V), from `token_counts`.
-        labels: (num_rows,), node ids.
-
-    Attributes:
-        weight: (num_leaves, V); 0 for a leaf without training documents.
-        bias: (num_leaves,). Leaves without training documents together have mean odds of 1 / (num_documents + 1) on the
-            training documents, as if they had one document.
+    ``counts`` are (num_rows, V), and ``labels`` node ids (num_rows,), of which leaves count, or arrays (num_rows, num_nodes):
+    1, 0, or -100 for unknown. The attribute ``weight`` is (num_classes, V), and ``bias`` (num_classes,).
     """
 
     def __init__(self, taxonomy: Taxonomy, counts: csr_matrix, labels: np.ndarray):
-        is_leaf = labels < taxonomy.num_leaves
-        counts, labels = counts[is_leaf], labels[is_leaf]
+        several = labels.ndim == 2
+        known = (labels != IGNORED_LABEL).any(axis=1) if several else labels < taxonomy.num_leaves
+        counts, labels = counts[known], labels[known]
+        classes = labels if several else one_hot(labels, taxonomy.num_leaves)
         self.tfidf = TfidfTransformer(sublinear_tf=True).fit(counts)
         common = (counts > 0).sum(axis=0).A1 >= MIN_DOCUMENTS
-        self.tfidf.idf_ = np.where(common, self.tfidf.idf_ * spread_of_log_odds(counts > 0, labels), 0.0)
-        model = LogisticRegression(C=REGULARISATION, max_iter=1000, tol=1e-3)
-        model.fit(self.tfidf.transform(counts), labels)
+        self.tfidf.idf_ = np.where(common, self.tfidf.idf_ * spread_of_log_odds(counts > 0, classes), 0.0)
+        self.weight, self.bias = np.zeros((classes.shape[1], counts.shape[1])), np.zeros(classes.shape[1])
+        documents = self.tfidf.transform(counts)
+        if several:
+            self._fit_nodes(taxonomy, documents, labels)
+        else:
+            self._fit_leaves(documents, labels)
+
+    def _fit_leaves(self, documents: csr_matrix, labels: np.ndarray) -> None:
+        """Fit a multinomial regression.
+
+        Leaves without training documents get weights of 0. Together they have mean odds of 1 / (num_documents + 1) on the
+        training documents, as if they had one document.
+        """
+        model = LogisticRegression(C=REGULARISATION, max_iter=1000, tol=1e-3).fit(documents, labels)
         coefficients, intercepts = model.coef_, model.intercept_
         if len(model.classes_) == 2:  # scikit-learn has one row: the difference between the classes
             halves = np.array([[-0.5], [0.5]])
             coefficients, intercepts = halves * coefficients, (halves * intercepts).ravel()
-        self.weight, self.bias = np.zeros((taxonomy.num_leaves, counts.shape[1])), np.zeros(taxonomy.num_leaves)
         self.weight[model.classes_], self.bias[model.classes_] = coefficients, intercepts
-        if len(unseen := np.setdiff1d(np.arange(taxonomy.num_leaves), model.classes_)):
+        if len(unseen := np.setdiff1d(np.arange(len(self.bias)), model.classes_)):
             # a leaf of bias b has odds of exp(b - total) against the leaves with training documents
-            total = logsumexp(self.scores(counts)[:, model.classes_], axis=1)
+            total = logsumexp(documents @ coefficients.T + intercepts, axis=1)
             share = 1 / ((len(labels) + 1) * len(unseen))
             self.bias[unseen] = np.log(share * len(labels)) - logsumexp(-total)
 
+    def _fit_nodes(self, taxonomy: Taxonomy, documents: csr_matrix, labels: np.ndarray) -> None:
+        """Fit one regression per node over its open rows; weights of 0 for a node whose open rows do not hold both labels.
+
+        The node's log-odds in these rows are subtracted: the encoder's head starts from them, and they would count twice.
+        """
+        is_open, priors = open_decisions(taxonomy, labels), prior_log_odds(taxonomy, labels)
+        for node, rows in enumerate(is_open.T):
+            true = labels[rows, node] == 1
+            if true.any() and not true.all():
+                model = LogisticRegression(C=REGULARISATION, max_iter=1000).fit(documents[rows], true)
+                self.weight[node], self.bias[node] = model.coef_[0], model.intercept_[0] - priors[node]
+
     def scores(self, counts: csr_matrix) -> np.ndarray:
-        """Return leaf logits, (num_rows, num_leaves)."""
+        """Return logits of leaves or nodes, (num_rows, num_classes)."""
         return self.tfidf.transform(counts) @ self.weight.T + self.bias
 
     def weights(self) -> dict[str, Tensor]:
@@ -90,73 +109,18 @@ class LexicalClassifier:
 
 
 def spread_of_log_odds(present: csr_matrix, labels: np.ndarray) -> np.ndarray:
-    """Compute each token's variance over classes of log P(token | class) - log P(token | other classes), (V,).
+    """Compute each token's variance over classes of log P(token | class) - log P(token | not the class), (V,).
 
-    P is the share of documents that contain the token, by ``present`` (num_rows, V), smoothed by one document with it and one
-    without (Laplace). The two-class NB-SVM (Wang and Manning, 2012, "Baselines and bigrams") weighs words by these log-odds,
-    with their sign. Here one weight serves all classes, so that a document is one vector.
+    P is the share of documents that contain the token, smoothed by one document with it and one without (Laplace). The
+    two-class NB-SVM (Wang and Manning, 2012, "Baselines and bigrams") weighs words by these log-odds, with their sign. Here
+    one weight serves all classes, so that a document is one vector. Labels are (num_rows, num_classes): 1, 0 or -100. Classes
+    without both labels do not count.
     """
-    overall, log_odds = present.sum(axis=0).A1, []
-    for leaf in np.unique(labels):
-        rows = labels == leaf
-        inside, size = present[rows].sum(axis=0).A1, np.count_nonzero(rows)
-        others = len(labels) - size
-        log_odds.append(np.log((inside + 1) / (size + 2)) - np.log((overall - inside + 1) / (others + 2)))
-    return np.var(log_odds, axis=0)
-
-
-class MultiLabelLexicalClassifier(LexicalClassifier):
-    """One logistic regression per node over TF-IDF, for texts with several labels.
-
-    A node's rows are the open ones: its label is known, and its parent's label is 1 or it is a root. The log-odds of the node
-    in these rows are subtracted, because the encoder's head starts from them. Added to it, they would count twice.
-
-    Attributes:
-        weight, bias: (num_nodes, V) and (num_nodes,); 0 for a node whose open rows do not hold both labels.
-    """
-
-    def __init__(self, taxonomy: Taxonomy, counts: csr_matrix, labels: np.ndarray):
-        """Fit the classifier.
-
-        Args:
-            counts: (num_rows, V), from `token_counts`, of the training rows.
-            labels: (num_rows, num_nodes): 1, 0 or -100. Rows without a known label do not count.
-        """
-        is_known = (labels != IGNORED_LABEL).any(axis=1)
-        counts, labels = counts[is_known], labels[is_known]
-        self.tfidf = TfidfTransformer(sublinear_tf=True).fit(counts)
-        common = (counts > 0).sum(axis=0).A1 >= MIN_DOCUMENTS
-        self.tfidf.idf_ = np.where(common, self.tfidf.idf_ * spread_of_node_log_odds(counts > 0, labels), 0.0)
-        self.weight, self.bias = np.zeros((taxonomy.num_nodes, counts.shape[1])), np.zeros(taxonomy.num_nodes)
-        documents = self.tfidf.transform(counts)
-        is_open, priors = open_decisions(taxonomy, labels), prior_log_odds(taxonomy, labels)
-        for node in range(taxonomy.num_nodes):
-            rows = is_open[:, node]
-            true = labels[rows, node] == 1
-            if true.any() and not true.all():
-                model = LogisticRegression(C=REGULARISATION, max_iter=1000).fit(documents[rows], true)
-                self.weight[node], self.bias[node] = model.coef_[0], model.intercept_[0] - priors[node]
-
-
-def spread_of_node_log_odds(present: csr_matrix, labels: np.ndarray) -> np.ndarray:
-    """Compute each token's variance over nodes of log P(token | node) - log P(token | not the node).
-
-    P is smoothed as in `spread_of_log_odds`, which this is for labels that exclude each other.
-
-    Args:
-        present: (num_rows, V), whether a document contains a token.
-        labels: (num_rows, num_nodes): 1, 0 or -100. Nodes without both labels do not count.
-
-    Returns:
-        (V,); 0 for a token that is equally frequent with and without each node.
-    """
-    inside, outside = labels == 1, labels == 0
-    both = inside.any(axis=0) & outside.any(axis=0)
-    log_shares = []
-    for rows in (inside[:, both], outside[:, both]):
-        documents = (csr_matrix(rows.T, dtype=np.float64) @ present).toarray()
-        log_shares.append(np.log((documents + 1) / (rows.sum(axis=0)[:, None] + 2)))
-    return np.var(log_shares[0] - log_shares[1], axis=0)
+    labels = labels[:, (labels == 1).any(axis=0) & (labels == 0).any(axis=0)]
+    inside, unknown = ((csr_matrix(rows.T, dtype=float) @ present).toarray() for rows in (labels == 1, labels < 0))
+    outside = present.sum(axis=0).A1 - inside - unknown
+    sizes = [(labels == label).sum(axis=0)[:, None] for label in (1, 0)]
+    return np.var(np.log((inside + 1) / (sizes[0] + 2)) - np.log((outside + 1) / (sizes[1] + 2)), axis=0)
 
 
 def fit_classifier(
@@ -183,5 +147,4 @@ def fit_classifier(
     if not can_learn:
         logger.info("no lexical head: the training rows do not tell any two classes apart")
         return None
-    classifier = MultiLabelLexicalClassifier if multi_label else LexicalClassifier
-    return classifier(taxonomy, token_counts(train, vocab_size), labels)
+    return LexicalClassifier(taxonomy, token_counts(train, vocab_size), labels)

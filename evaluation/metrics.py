@@ -1,14 +1,12 @@
-"""Flat, hierarchical and per-level scores, the log loss, and the calibration error.
+"""Flat, hierarchical and per-level scores, the log loss, the calibration error, and bootstrap intervals.
 
 Worth knowing:
 
 1. The scored prediction is the most probable leaf with its ancestors, so a predicted path always reaches a leaf.
-2. A label is a node id. A leaf counts in all scores. An inner node ("specific disease", child unknown) counts in the
-   hierarchical, per-level, calibration and log-loss scores.
+2. A label that is an inner node ("specific disease", child unknown) counts in all scores but the flat ones.
 3. A score without documents (no label is a leaf, or reaches the level) is left out, so no score is NaN.
-4. `hierarchical_f1` is a module of the `evaluate` library in this repository, which imports a copy of it from
-   HF_MODULES_CACHE. The path is absolute, because `evaluate` looks up unknown relative paths on the Hub. The data is kept in
-   memory, because the processes of a distributed run would share one file.
+4. `evaluate` imports a copy of the module `hierarchical_f1` from HF_MODULES_CACHE. Its path is absolute, because unknown
+   relative paths are looked up on the Hub. Data stay in memory: the processes of a distributed run would share one file.
 """
 
 import tempfile
@@ -19,10 +17,12 @@ from pathlib import Path
 import evaluate
 import numpy as np
 import pandas as pd
-from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
+from scipy.sparse import csr_matrix
+from sklearn.metrics import accuracy_score, f1_score
 from transformers import EvalPrediction
 
 from errors import InputError
+from modeling_hierarchical import IGNORED_LABEL
 from taxonomy_hierarchical import Taxonomy
 
 HIERARCHICAL_F1 = Path(__file__).resolve().parents[1] / "metrics" / "hierarchical_f1"
@@ -32,8 +32,8 @@ BINS = 15  # of the calibration error
 def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict[str, float]]:
     """Build the Trainer's ``compute_metrics`` for a taxonomy.
 
-    The returned function takes ``predictions``, leaf logits (num_documents, num_leaves), and ``label_ids``, node ids
-    (num_documents,), or -100 for documents to leave out. It returns:
+    The returned function takes leaf logits (num_documents, num_leaves), and node ids (num_documents,) or -100 for documents to
+    leave out. It raises InputError for logits that are not finite. It returns:
 
     - ``accuracy``, ``macro_f1``, ``weighted_f1``: of scikit-learn, over documents labelled with a leaf. The F1 scores
       average over leaves that occur as label or prediction.
@@ -49,10 +49,6 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
       as "no node at this level", a class that is not averaged. A document labelled with an inner node above the level is
       left out, because its node there is unknown.
     - ``level_k_ece``, ``level_k_ece_by_chance``: for the tree truncated below the level. A leaf above stands for itself.
-
-    Raises:
-        InputError: `evaluate` cannot write its copy of the module. The returned function raises InputError for logits that
-            are not finite.
     """
     hierarchical_f1 = _load_hierarchical_f1()
     levels, paths = np.array(taxonomy.levels), np.array(taxonomy.ancestors)
@@ -63,12 +59,7 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         logits, labels = prediction.predictions, prediction.label_ids
-        infinite = np.count_nonzero(~np.isfinite(logits).all(axis=1))
-        if infinite:
-            raise InputError(
-                f"the model's logits are not finite for {infinite} of {len(logits)} documents: training has diverged; "
-                "lower --learning_rate"
-            )
+        check_finite(logits)
         logits, labels = logits[labels >= 0], labels[labels >= 0]
         predictions, is_leaf = logits.argmax(axis=1), labels < taxonomy.num_leaves
         at_label = paths[predictions, levels[labels] - 1]  # the predicted node at the label's level, or -1
@@ -80,8 +71,7 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
             return np.exp(_logsumexp(logits, leaves_under[nodes]) - total)
 
         def calibration_errors(level: int) -> tuple[float, float]:
-            """Return the calibration error of the tree truncated below a level, and its value by chance."""
-            # a path that ends above the level stands for its last node
+            # of the tree truncated below the level: a path that ends above stands for its last node
             true, nodes = (np.where(paths[ids, level] >= 0, paths[ids, level], ids) for ids in (labels, predictions))
             known = np.where(beyond & (levels[nodes] > levels[labels]), at_label, nodes)
             confidence, of_known = probability(nodes), probability(known)
@@ -118,12 +108,18 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
     return compute_metrics
 
 
+def check_finite(logits: np.ndarray) -> None:
+    """Raise InputError for logits that are not finite, (num_documents, num_classes)."""
+    infinite = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+    if infinite.size:
+        where = f"{infinite.size} of {len(logits)} documents, the first at row {infinite[0]}"
+        raise InputError(f"the model's logits are not finite for {where}: training has diverged; lower --learning_rate")
+
+
 def any_label_accuracy(logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> float | None:
     """Compute the share of documents whose predicted leaf is the label of any document with the same text.
 
-    Corpora repeat texts under several labels. `accuracy` counts a prediction as wrong even if another row has that label.
-
-    Only documents labelled with a leaf count. Without any, None is returned. ``texts`` are numbers, the same for the same text.
+    Only documents labelled with a leaf count; None without any. ``texts`` are numbers, the same for the same text.
     """
     is_leaf = labels < logits.shape[1]
     true, predicted = (
@@ -134,61 +130,81 @@ def any_label_accuracy(logits: np.ndarray, labels: np.ndarray, texts: np.ndarray
     return float(np.mean(hits)) if hits else None
 
 
-def bootstrap_intervals(
-    labels: np.ndarray, predictions: np.ndarray, num_leaves: int, resamples: int = 1000
-) -> dict[str, np.ndarray]:
+def node_counts(chosen: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Count each class's true positives, predictions and labels: (3, num_classes).
+
+    ``chosen`` and ``labels`` are (num_documents, num_classes). Unknown labels, -100, do not count.
+    """
+    true, chosen = labels == 1, chosen & (labels != IGNORED_LABEL)
+    return np.stack([pairs.sum(axis=0) for pairs in (true & chosen, chosen, true)])
+
+
+def node_f1(counts: np.ndarray) -> np.ndarray:
+    """Compute F1 (…, num_classes) from counts (3, …, num_classes); NaN for a class in no label and no prediction."""
+    occurring = counts[1] + counts[2]
+    return np.where(occurring > 0, 2 * counts[0] / np.maximum(occurring, 1), np.nan)
+
+
+def micro_f1(counts: np.ndarray) -> float:
+    """Compute F1 over all pairs from counts (3, num_classes); 0 without a label and a prediction."""
+    return float(2 * counts[0].sum() / max(counts[1:].sum(), 1))
+
+
+def macro_f1(counts: np.ndarray) -> float:
+    """Compute the mean F1 of the classes in labels or predictions from counts (3, num_classes); 0 if there is none."""
+    return float(np.nanmean(node_f1(counts))) if counts.any() else 0.0
+
+
+def one_hot(ids: np.ndarray, num_classes: int) -> np.ndarray:
+    """Return ids (num_documents,) as an array (num_documents, num_classes) of bool."""
+    return ids[:, None] == np.arange(num_classes)
+
+
+def bootstrap_intervals(labels: np.ndarray, chosen: np.ndarray, resamples: int = 1000) -> dict[str, np.ndarray]:
     """Compute 95 % percentile bootstrap intervals over documents (Efron and Tibshirani, 1993, chapter 13).
 
     Resampling lowers macro-F1 if classes have few documents, because a resample lacks some of them. With 200 classes of three
     documents the score itself was above its interval. So the resamples of macro-F1 are shifted to have the score as mean.
 
-    Returns:
-        Lower and upper end: (2,) for ``accuracy`` and for ``macro_f1`` over the leaves that occur as label or prediction;
-        (2, num_leaves) for ``f1`` of each leaf, over the resamples that contain the leaf, NaN if none does.
+    Labels and predictions are those of `node_counts`. Lower and upper end are (2,) for ``micro_f1``, which is the accuracy with
+    one label a document, and for ``macro_f1``; (2, num_classes) for ``f1`` over the resamples in which a class occurs, NaN if
+    it never does.
     """
-
-    def scores(true: np.ndarray, predicted: np.ndarray) -> dict[str, np.ndarray]:
-        correct = np.bincount(true[true == predicted], minlength=num_leaves)
-        occurring = np.bincount(true, minlength=num_leaves) + np.bincount(predicted, minlength=num_leaves)
-        f1 = np.where(occurring > 0, 2 * correct / np.maximum(occurring, 1), np.nan)
-        return {"accuracy": correct.sum() / len(true), "macro_f1": np.nanmean(f1), "f1": f1}
-
-    generator = np.random.default_rng(0)
-    draws = (generator.integers(len(labels), size=len(labels)) for _ in range(resamples))
-    resampled = [scores(labels[rows], predictions[rows]) for rows in draws]
-    values = {name: np.array([sample[name] for sample in resampled]) for name in resampled[0]}
-    values["macro_f1"] += scores(labels, predictions)["macro_f1"] - values["macro_f1"].mean()
-    values["macro_f1"] = values["macro_f1"].clip(0, 1)
-    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # for leaves in no resample
-        return {name: np.nanpercentile(samples, (2.5, 97.5), axis=0) for name, samples in values.items()}
+    true, chosen = labels == 1, chosen & (labels != IGNORED_LABEL)
+    pairs = [csr_matrix(array, dtype=np.float64) for array in (true & chosen, chosen, true)]
+    generator, size = np.random.default_rng(0), len(labels)
+    draws = (np.bincount(generator.integers(size, size=size), minlength=size) for _ in range(resamples))
+    resampled = [np.stack([times @ array for array in pairs]) for times in draws]
+    macro = np.array([macro_f1(counts) for counts in resampled])
+    macro = (macro + macro_f1(node_counts(chosen, labels)) - macro.mean()).clip(0, 1)
+    micro = np.array([micro_f1(counts) for counts in resampled])
+    samples = {"micro_f1": micro, "macro_f1": macro, "f1": np.array([node_f1(counts) for counts in resampled])}
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # for classes in no resample
+        return {name: np.nanpercentile(values, (2.5, 97.5), axis=0) for name, values in samples.items()}
 
 
 def per_class_report(
-    taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray
+    names: list[str], labels: np.ndarray, chosen: np.ndarray
 ) -> tuple[list[dict], dict[str, list[float]]]:
-    """Compute scikit-learn's precision, recall and F1 of each leaf, over the documents labelled with a leaf.
+    """Compute one row per class with precision, recall and F1, and the intervals of micro- and macro-F1.
 
-    Returns:
-        One row per leaf: ``label``, ``support`` (its number of documents), ``precision``, ``recall``, ``f1`` and
-        ``f1_interval``, the interval of `bootstrap_intervals` or None. A ratio with denominator 0 is 0. Then the intervals
-        of ``accuracy`` and ``macro_f1``. Both are empty if no document is labelled with a leaf.
+    Labels and predictions are those of `node_counts`. ``support`` is the number of labels, and ``f1_interval`` is None for a
+    class that does not occur. A ratio with denominator 0 is 0. Rows and intervals are empty if no label is known.
     """
-    is_leaf = labels < taxonomy.num_leaves
-    if not is_leaf.any():
+    if not (labels != IGNORED_LABEL).any():
         return [], {}
-    labels, predictions = labels[is_leaf], logits[is_leaf].argmax(axis=1)
-    leaves = range(taxonomy.num_leaves)
-    columns = precision_recall_fscore_support(labels, predictions, labels=leaves, zero_division=0)
-    intervals = bootstrap_intervals(labels, predictions, taxonomy.num_leaves)
+    counts, intervals = node_counts(chosen, labels), bootstrap_intervals(labels, chosen)
+    precision, recall = counts[0] / np.maximum(counts[1:], 1)
+    columns = (precision, recall, np.nan_to_num(node_f1(counts)))
     rows = [
         {
-            **{"label": taxonomy.labels[leaf], "support": int(support)},
-            **{"precision": float(precision), "recall": float(recall), "f1": float(f1)},
+            **{"label": name, "support": int(support)},
+            **dict(zip(("precision", "recall", "f1"), map(float, scores), strict=True)),
             "f1_interval": ends.tolist() if np.isfinite(ends).all() else None,
         }
-        for leaf, precision, recall, f1, support, ends in zip(leaves, *columns, intervals["f1"].T, strict=True)
+        for name, support, ends, *scores in zip(names, counts[2], intervals["f1"].T, *columns, strict=True)
     ]
-    return rows, {name: intervals[name].tolist() for name in ("accuracy", "macro_f1")}
+    return rows, {name: intervals[name].tolist() for name in ("micro_f1", "macro_f1")}
 
 
 def predicted_probabilities(logits: np.ndarray) -> np.ndarray:
@@ -197,14 +213,10 @@ def predicted_probabilities(logits: np.ndarray) -> np.ndarray:
 
 
 def calibration_bins(confidence: np.ndarray, correct: np.ndarray, variance: np.ndarray | float = 0.0) -> pd.DataFrame:
-    """Sum up documents by confidence, in 15 bins of equal width (Guo et al., 2017), and count them.
+    """Sum up documents by confidence in 15 bins (Guo et al., 2017), and count them: one row per bin with documents.
 
-    Args:
-        confidence, correct: (num_documents,), the probability of each prediction, and whether it is correct.
-        variance: (num_documents,), the variance of ``correct`` if the probabilities are correct.
-
-    Returns:
-        One row per bin with documents. Row m holds confidences in (m / 15, (m + 1) / 15].
+    Row m holds confidences in (m / 15, (m + 1) / 15]. ``variance`` is the variance of ``correct`` if the probabilities are
+    correct. All arguments are (num_documents,).
     """
     index = np.digitize(confidence, np.arange(1, BINS) / BINS, right=True)
     columns = {"confidence": confidence, "correct": correct, "variance": variance, "count": 1}
@@ -235,7 +247,5 @@ def _load_hierarchical_f1() -> evaluate.EvaluationModule:
         try:
             return evaluate.load(str(HIERARCHICAL_F1), keep_in_memory=True, cache_dir=folder)
         except OSError as error:
-            raise InputError(
-                f"the `evaluate` library cannot copy {HIERARCHICAL_F1} into {evaluate.config.HF_MODULES_CACHE} "
-                f"({error.strerror or error}); set HF_MODULES_CACHE to a writable folder"
-            ) from error
+            cache = f"{evaluate.config.HF_MODULES_CACHE} ({error.strerror or error})"
+            raise InputError(f"cannot write to {cache}; set HF_MODULES_CACHE to a writable folder") from error

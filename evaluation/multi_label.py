@@ -2,39 +2,48 @@
 
 Worth knowing:
 
-1. Each node is a decision with a score z, given its parent: P(node) = P(parent) · σ(z). A decision is open for a text if the
-   text has the parent, or the node is a root. Only open decisions tell how well z is calibrated, so z is fitted on these
-   pairs of text and node, never on marginal probabilities.
+1. Each node is a decision with a score z, given its parent: P(node) = P(parent) · σ(z). It is open for a text that has the
+   parent, or if the node is a root. Only open decisions tell how well z is calibrated, so z is fitted on these pairs.
 2. The calibration is z = a · (s + γ · w) + b, with the encoder's score s and the lexical score w. First one a and one γ are
    fitted for all nodes, with prior means 1 and 0. Then each node's own a and b are fitted, with the common a and 0 as prior
    means. All priors are normal with the standard deviation of `evaluation.calibration`. Both fits are convex.
-3. The thresholds shrink to a common one. A node's own threshold is the one of best F1. It is fitted from the deepest level
-   upwards, because a chosen child brings its parent. A node with few positives gets a threshold near the common one.
+3. Each node's threshold of best F1 is shrunk to a common one: with few positives it is near the common one. It is fitted
+   from the deepest level upwards, because a chosen child brings its parent.
 4. The guarantee is conformal risk control (Angelopoulos, Bates, Fisch, Lei and Schuster, 2022). The loss of a text is the share
-   of its true nodes that the set {P(node) >= t} misses. Texts without true nodes have no such share, and do not count. The
-   scores must come from a model that was not fitted to these texts, hence `held_out`.
-5. Labels are (num_texts, num_nodes): 1, 0, or -100 for unknown; a node with the label 1 has it at all ancestors too. Unknown
-   pairs count in no fit and in no score. Marginal logits u are those whose sigmoid is P(node).
+   of its true nodes that the set {P(node) >= t} misses. Texts without true nodes do not count. The scores must come from a
+   model that was not fitted to these texts, hence `evaluation.calibration.held_out`.
+
+In this file ``labels`` are 1, 0, or -100 for unknown; a node with the label 1 has it at all ancestors too. Unknown pairs count
+in no fit and in no score. ``z`` and ``lexical`` are conditional scores, the latter None without a lexical head, and ``u``
+marginal logits, whose sigmoid is P(node). All are (num_texts, num_nodes), and ``thresholds`` are probabilities, (num_nodes,).
 """
 
 import math
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
-from decimal import ROUND_FLOOR, Decimal
 from itertools import accumulate
 
 import numpy as np
 import torch
 from scipy.optimize import minimize
-from scipy.sparse import csr_matrix
 from scipy.special import expit
-from sklearn.model_selection import GroupKFold, KFold
+from sklearn.metrics import average_precision_score
+from sklearn.model_selection import KFold
 from transformers import EvalPrediction
 
 from errors import InputError
-from evaluation.calibration import FOLDS, PRIOR, RANGE
-from evaluation.metrics import calibration_bins, calibration_error_by_chance, expected_calibration_error
+from evaluation.calibration import FOLDS, PRIOR, RANGE, round_up
+from evaluation.metrics import (
+    calibration_bins,
+    calibration_error_by_chance,
+    check_finite,
+    expected_calibration_error,
+    macro_f1,
+    micro_f1,
+    node_counts,
+    node_f1,
+)
 from modeling_hierarchical import IGNORED_LABEL, TreeSigmoid
 from taxonomy_hierarchical import Taxonomy
 
@@ -47,24 +56,14 @@ STRENGTHS = (math.inf, 100, 50, 20, 10, 5, 2, 0)  # of the shrinkage of threshol
 
 @dataclass(frozen=True)
 class MultiLabelCalibration:
-    """The parameters of z = a · (s + γ · w) + b.
-
-    Attributes:
-        lexical_weight: γ; 0 means no lexical head.
-        node_scales, node_biases: a and b, (num_nodes,) each, as in `HierarchicalConfig`.
-    """
+    """The parameters γ, a and b, as in `HierarchicalConfig`; a lexical weight of 0 means no lexical head."""
 
     lexical_weight: float
     node_scales: list[float]
     node_biases: list[float]
 
     def apply(self, taxonomy: Taxonomy, z: np.ndarray, lexical: np.ndarray | None) -> np.ndarray:
-        """Return the calibrated marginal logits, (num_texts, num_nodes) float64.
-
-        Args:
-            z: (num_texts, num_nodes), the encoder's conditional scores.
-            lexical: (num_texts, num_nodes), or None without a lexical head.
-        """
+        """Return the calibrated marginal logits, in float64."""
         scores = z.astype(np.float64)
         if lexical is not None:
             scores += self.lexical_weight * lexical
@@ -72,30 +71,23 @@ class MultiLabelCalibration:
 
 
 def marginal_logits(taxonomy: Taxonomy, z: np.ndarray) -> np.ndarray:
-    """Compute marginal logits from conditional scores, both (num_texts, num_nodes), in float64."""
+    """Compute marginal logits from conditional scores, in float64."""
     return TreeSigmoid(taxonomy).marginal_logits(torch.tensor(z, dtype=torch.float64)).numpy()
 
 
 def open_decisions(taxonomy: Taxonomy, labels: np.ndarray) -> np.ndarray:
-    """Return whether a node is open for a text, (num_texts, num_nodes): its label is known, and its parent's is 1 or it is a root."""
+    """Return whether a node's label is known, and its parent's is 1 or it is a root: (num_texts, num_nodes)."""
     return TreeSigmoid(taxonomy).open_decisions(torch.from_numpy(labels)).numpy()
 
 
 def fit_calibration(
     taxonomy: Taxonomy, z: np.ndarray, lexical: np.ndarray | None, labels: np.ndarray
 ) -> MultiLabelCalibration:
-    """Return the MAP estimate of the calibration on the open decisions.
+    """Return the MAP estimate on the open decisions: a weight of at least 0, scales in [0.05, 20], and biases.
 
-    Args:
-        z, lexical: as for `MultiLabelCalibration.apply`.
-        labels: (num_texts, num_nodes).
-
-    Returns:
-        A weight of at least 0, scales in [0.05, 20], and biases. A node without open decisions has the prior means: the common
-        scale and the bias 0.
+    A node without open decisions has the prior means: the common scale and the bias 0.
     """
-    is_open = open_decisions(taxonomy, labels)
-    true = labels == 1
+    is_open, true = open_decisions(taxonomy, labels), labels == 1
     experts = [scores.astype(np.float64) for scores in (z, lexical) if scores is not None]
 
     # common to all nodes
@@ -119,13 +111,9 @@ def fit_calibration(
 
 
 def map_estimate(features: np.ndarray, true: np.ndarray, mean: np.ndarray, bounds: list[tuple]) -> np.ndarray:
-    """Return the MAP estimate of a logistic regression with normal priors.
+    """Return the MAP estimate of a logistic regression with normal priors of the given means.
 
-    Args:
-        features: (num_decisions, num_parameters).
-        true: (num_decisions,), bool.
-        mean: (num_parameters,), of the priors; their standard deviation is `PRIOR`.
-        bounds: (least, greatest) of each parameter, None for none.
+    Features are (num_decisions, num_parameters). Bounds are (least, greatest) of each parameter, None for none.
     """
 
     def neg_log_posterior(parameters: np.ndarray) -> tuple[float, np.ndarray]:
@@ -138,58 +126,27 @@ def map_estimate(features: np.ndarray, true: np.ndarray, mean: np.ndarray, bound
     return minimize(neg_log_posterior, x0=mean, jac=True, bounds=bounds, method="L-BFGS-B").x
 
 
-def held_out(
-    taxonomy: Taxonomy, z: np.ndarray, lexical: np.ndarray | None, labels: np.ndarray, texts: np.ndarray
-) -> np.ndarray:
-    """Calibrate each fifth of the texts with parameters fitted on the other fifths (cross-validation).
-
-    Args:
-        z, lexical, labels: as for `fit_calibration`.
-        texts: (num_texts,), the same number for the same text.
-
-    Returns:
-        Marginal logits, (num_texts, num_nodes).
-    """
-    calibrated = np.empty(z.shape)
-    folds = min(FOLDS, len(np.unique(texts)))
-    if folds == 1:
-        return fit_calibration(taxonomy, z, lexical, labels).apply(taxonomy, z, lexical)
-    for fitted, scored in GroupKFold(folds, shuffle=True, random_state=0).split(z, groups=texts):
-        words = (None, None) if lexical is None else (lexical[fitted], lexical[scored])
-        calibration = fit_calibration(taxonomy, z[fitted], words[0], labels[fitted])
-        calibrated[scored] = calibration.apply(taxonomy, z[scored], words[1])
-    return calibrated
-
-
 # Thresholds
 
 
-def choose(taxonomy: Taxonomy, probabilities: np.ndarray, thresholds: np.ndarray | float) -> np.ndarray:
-    """Return the chosen nodes: those that reach their thresholds, and their ancestors.
+def choose(taxonomy: Taxonomy, probabilities: np.ndarray, thresholds: np.ndarray | list[float] | float) -> np.ndarray:
+    """Return the nodes that reach their thresholds, and their ancestors: (num_texts, num_nodes) bool."""
+    chosen = probabilities >= thresholds
+    for node in deepest_first(taxonomy):
+        if taxonomy.parents[node] >= 0:
+            chosen[:, taxonomy.parents[node]] |= chosen[:, node]
+    return chosen
 
-    Args:
-        probabilities: (num_texts, num_nodes).
-        thresholds: (num_nodes,), or one for all nodes.
 
-    Returns:
-        (num_texts, num_nodes) bool, closed upwards.
-    """
-    paths = [taxonomy.path(node) for node in range(taxonomy.num_nodes)]
-    pointers = np.cumsum([0, *map(len, paths)])
-    indices = np.concatenate(paths)
-    lineage = csr_matrix((np.ones(len(indices), np.float32), indices, pointers), shape=(taxonomy.num_nodes,) * 2)
-    return (csr_matrix(probabilities >= thresholds, dtype=np.float32) @ lineage).toarray() > 0
+def deepest_first(taxonomy: Taxonomy) -> list[int]:
+    return sorted(range(taxonomy.num_nodes), key=lambda node: -taxonomy.levels[node])
 
 
 def best_threshold(scores: np.ndarray, true: np.ndarray, forced: int = 0, forced_true: int = 0) -> float | None:
-    """Return the threshold of best F1, halfway between two scores (half a unit beyond the first or last one).
+    """Return the greatest threshold of best F1, halfway between two scores (half a unit beyond the first or last one).
 
-    Args:
-        scores, true: (num_pairs,); a pair is chosen if its score reaches the threshold.
-        forced, forced_true: the number of further pairs that are chosen whatever the threshold, and of true ones among them.
-
-    Returns:
-        None if no pair is true, or if there is nothing to choose. The greatest threshold of equally good ones.
+    Scores and truth are (num_pairs,). ``forced`` further pairs, ``forced_true`` of them true, are chosen whatever the
+    threshold. None is returned if no pair is true, or if there is nothing to choose.
     """
     if not len(scores) or not (true.any() or forced_true):
         return None
@@ -203,19 +160,13 @@ def best_threshold(scores: np.ndarray, true: np.ndarray, forced: int = 0, forced
 
 
 def fit_node_thresholds(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Fit the threshold of each node, (num_nodes,) probabilities.
+    """Fit the thresholds of the nodes to calibrated logits that were not fitted to these texts; 0.5 if no label is 1.
 
     A node's own threshold is the one of best F1, given the choices below it. It is averaged with the common threshold of
     best micro-F1, in logits, with weights k and m: k is the node's number of positives. m is the value of `STRENGTHS` with the
     greatest sum of micro- and macro-F1 in cross-validation; of equally good ones the greatest.
-
-    Args:
-        u: (num_texts, num_nodes), calibrated marginal logits that were not fitted to these texts.
-        labels: (num_texts, num_nodes).
-
-    Returns:
-        0.5 for all nodes if no label is 1.
     """
+    best = math.inf
     if len(u) > 1:
         totals = dict.fromkeys(STRENGTHS, np.zeros((3, taxonomy.num_nodes)))
         for fitted, scored in KFold(min(FOLDS, len(u)), shuffle=True, random_state=0).split(u):
@@ -223,8 +174,6 @@ def fit_node_thresholds(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray) -
                 chosen = choose(taxonomy, expit(u[scored]), thresholds)
                 totals[strength] = totals[strength] + node_counts(chosen, labels[scored])
         best = max(STRENGTHS, key=lambda strength: micro_f1(totals[strength]) + macro_f1(totals[strength]))
-    else:
-        best = math.inf
     return shrunk_thresholds(taxonomy, u, labels, (best,))[best]
 
 
@@ -237,7 +186,7 @@ def shrunk_thresholds(
     common = best_threshold(u[known], true[known])
     if common is None:
         return dict.fromkeys(strengths, np.full(taxonomy.num_nodes, 0.5))
-    positives, deepest_first = true.sum(axis=0), np.argsort(-np.array(taxonomy.levels), kind="stable")
+    positives = true.sum(axis=0)
     of_leaves = [
         best_threshold(u[rows, node], true[rows, node]) for node, rows in enumerate(known.T[: taxonomy.num_leaves])
     ]
@@ -245,7 +194,7 @@ def shrunk_thresholds(
     fitted = {}
     for strength in strengths:
         thresholds, chosen = np.full(taxonomy.num_nodes, common), np.zeros(u.shape, dtype=bool, order="F")
-        for node in deepest_first:
+        for node in deepest_first(taxonomy):
             rows, forced = known[:, node], chosen[:, taxonomy.children(node)].any(axis=1)
             if math.isfinite(strength):
                 own = of_leaves[node] if node < taxonomy.num_leaves else best_threshold(
@@ -263,19 +212,15 @@ def shrunk_thresholds(
 # Answers with a guaranteed recall
 
 
-def fit_recall_thresholds(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray) -> tuple[list[float | None], int]:
-    """Fit the thresholds of answers for the recalls 0.01, …, 0.99, see `HierarchicalConfig`.
+def fit_recall_thresholds(u: np.ndarray, labels: np.ndarray) -> tuple[list[float | None], int]:
+    """Fit the thresholds of answers for the recalls 0.01, …, 0.99 to calibrated logits that were not fitted to these texts.
 
-    The threshold of a recall is the greatest t with (Σ loss + 1) / (n + 1) <= 1 - recall. A text's loss is the share of its
-    true nodes with P(node) < t. The sum changes at probabilities of true nodes only, and is computed in integers, so that t
-    is exact. It is rounded down to 6 decimals, which misses no more.
-
-    Args:
-        u: (num_texts, num_nodes), calibrated marginal logits that were not fitted to these texts.
-        labels: (num_texts, num_nodes). Only texts with a label 1 count.
+    The threshold of a recall is the greatest t with (Σ loss + 1) / (n + 1) <= 1 - recall, over the n texts with a label 1.
+    The sum changes at probabilities of true nodes only, and is computed in integers, so that t is exact. It is rounded down
+    to 6 decimals, which misses no more.
 
     Returns:
-        The thresholds; a single one is None if its recall needs more texts: 1 / (n + 1) > 1 - recall. Then n.
+        The thresholds, None where 1 / (n + 1) > 1 - recall: the recall needs more texts. Then n.
     """
     true = labels == 1
     sizes = true.sum(axis=1)
@@ -290,30 +235,20 @@ def fit_recall_thresholds(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray)
     thresholds: list[float | None] = []
     for percent in range(1, 100):
         budget = ((100 - percent) * (num_texts + 1) - 100) * whole // 100
-        thresholds.append(None if budget < 0 else round_down(probabilities[order[bisect_right(losses, budget)]]))
+        thresholds.append(None if budget < 0 else -round_up(-probabilities[order[bisect_right(losses, budget)]]))
     return thresholds, num_texts
 
 
-def round_down(probability: float) -> float:
-    """Round a probability down to 6 decimals: a smaller threshold misses no more."""
-    return float(Decimal(float(probability)).quantize(Decimal("1e-6"), rounding=ROUND_FLOOR))
-
-
-def recall_scores(u: np.ndarray, labels: np.ndarray, threshold: float) -> dict[str, float]:
+def recall_scores(u: np.ndarray, labels: np.ndarray, threshold: float | None) -> dict[str, float]:
     """Measure the answers {P(node) >= threshold} on the texts with a label 1.
 
-    Args:
-        u, labels: (num_texts, num_nodes).
-
-    Returns:
-        ``recall``, the mean share of a text's true nodes in its answer, and ``nodes``, the mean number of nodes in an answer.
-        Empty without such texts.
+    ``recall`` is the mean share of a text's true nodes in its answer, ``nodes`` the mean number of nodes in an answer.
+    Without such texts, or a threshold, an empty dict is returned.
     """
-    true = labels == 1
-    has_label = true.any(axis=1)
-    if not has_label.any():
+    has_label = (labels == 1).any(axis=1)
+    if threshold is None or not has_label.any():
         return {}
-    true, answers = true[has_label], expit(u[has_label].astype(np.float64)) >= threshold
+    true, answers = labels[has_label] == 1, expit(u[has_label].astype(np.float64)) >= threshold
     recall = (true & answers).sum(axis=1) / true.sum(axis=1)
     return {"recall": float(recall.mean()), "nodes": float(answers.sum(axis=1).mean())}
 
@@ -322,12 +257,12 @@ def recall_scores(u: np.ndarray, labels: np.ndarray, threshold: float) -> dict[s
 
 
 def build_multi_label_metrics(
-    taxonomy: Taxonomy, thresholds: np.ndarray | None = None
+    taxonomy: Taxonomy, thresholds: np.ndarray | list[float] | None = None
 ) -> Callable[[EvalPrediction], dict[str, float]]:
     """Build the Trainer's ``compute_metrics`` for a taxonomy and several labels a text.
 
-    The returned function takes ``predictions``, marginal logits (num_texts, num_nodes) or a tuple that begins with them, and
-    ``label_ids`` (num_texts, num_nodes). Predictions and labels are closed upwards. It returns:
+    The returned function takes ``predictions``, marginal logits or a tuple that begins with them, and ``label_ids``. It raises
+    InputError for logits that are not finite, and if no label is known. It returns, with predictions closed upwards:
 
     - ``micro_f1``: over all pairs of text and node. With closed sets this is the hierarchical F1 (Kiritchenko, Matwin and
       Famili, 2005). ``macro_f1``: the mean over nodes that occur in labels or predictions.
@@ -339,11 +274,7 @@ def build_multi_label_metrics(
     - ``ece``, ``ece_by_chance``: the calibration error, see `expected_calibration_error`, and its expected value for correct
       probabilities, over pairs with P(node) >= 0.1. Left out if there is none.
 
-    Args:
-        thresholds: (num_nodes,), probabilities; by default the common one that maximises micro-F1 on the scored texts.
-
-    Raises:
-        InputError: by the returned function, for logits that are not finite and if no label is known.
+    Without thresholds, nodes are chosen by the common one that maximises micro-F1 on the scored texts.
     """
     levels = np.array(taxonomy.levels)
 
@@ -353,23 +284,21 @@ def build_multi_label_metrics(
         known, true = labels != IGNORED_LABEL, labels == 1
         if not known.any():
             raise InputError("no document to be scored has a label; give a file with labels")
-        infinite = np.flatnonzero(~np.isfinite(u).all(axis=1))
-        if infinite.size:
-            raise InputError(
-                f"the model's logits are not finite for {infinite.size} of {len(u)} documents, the first at row "
-                f"{infinite[0]}: training has diverged; lower --learning_rate"
-            )
+        check_finite(u)
         chosen = choose(taxonomy, expit(u), common_threshold(u, labels) if thresholds is None else thresholds)
 
-        counts = node_counts(chosen, labels)
-        leaves = counts[:, : taxonomy.num_leaves]
+        counts, has_known = node_counts(chosen, labels), known.any(axis=1)
+        leaves, of_texts = counts[:, : taxonomy.num_leaves], node_counts(chosen[has_known].T, labels[has_known].T)
         metrics = {
             **{"micro_f1": micro_f1(counts), "macro_f1": macro_f1(counts)},
             **{"leaf_micro_f1": micro_f1(leaves), "leaf_macro_f1": macro_f1(leaves)},
-            "example_f1": example_f1(chosen, labels),
+            "example_f1": float(np.nan_to_num(node_f1(of_texts), nan=1.0).mean()),
         }
-        if true.any():
-            metrics["mean_average_precision"] = float(np.nanmean(average_precisions(u, labels)))
+        occurring = np.flatnonzero(true.any(axis=0))
+        if len(occurring):
+            pairs = ((known[:, node], node) for node in occurring)
+            precisions = [average_precision_score(true[of_node], u[of_node]) for of_node in pairs]
+            metrics["mean_average_precision"] = float(np.mean(precisions))
         metrics["log_loss"] = float((np.logaddexp(0, u) - true * u)[known].mean())
         for level in range(1, taxonomy.depth + 1):
             if true[:, levels == level].any():
@@ -391,116 +320,8 @@ def common_threshold(u: np.ndarray, labels: np.ndarray) -> float:
     return 0.5 if threshold is None else float(expit(threshold))
 
 
-def node_counts(chosen: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Count each node's true positives, predictions and labels: (3, num_nodes). Unknown labels do not count."""
-    true, chosen = labels == 1, chosen & (labels != IGNORED_LABEL)
-    return np.stack([pairs.sum(axis=0) for pairs in (true & chosen, chosen, true)])
-
-
-def node_f1(counts: np.ndarray) -> np.ndarray:
-    """Compute F1 (…, num_nodes) from counts (3, …, num_nodes); NaN for a node in no label and no prediction."""
-    occurring = counts[1] + counts[2]
-    return np.where(occurring > 0, 2 * counts[0] / np.maximum(occurring, 1), np.nan)
-
-
-def micro_f1(counts: np.ndarray) -> float:
-    """Compute F1 over all pairs from counts (3, num_nodes); 0 without a label and a prediction."""
-    return float(2 * counts[0].sum() / max(counts[1:].sum(), 1))
-
-
-def macro_f1(counts: np.ndarray) -> float:
-    """Compute the mean F1 of the nodes that occur in labels or predictions from counts (3, num_nodes); 0 if none does."""
-    return float(np.nanmean(node_f1(counts))) if counts.any() else 0.0
-
-
-def example_f1(chosen: np.ndarray, labels: np.ndarray) -> float:
-    """Compute the mean F1 of texts with a known label; 1 where neither the labels nor the prediction has a node."""
-    is_known = (labels != IGNORED_LABEL).any(axis=1)
-    f1 = node_f1(node_counts(chosen[is_known].T, labels[is_known].T))
-    return float(np.nan_to_num(f1, nan=1.0).mean())
-
-
-def average_precisions(u: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Compute scikit-learn's average precision of each node, (num_nodes,); NaN for a node without a label 1."""
-    precisions = np.full(u.shape[1], np.nan)
-    for node, (scores, truth) in enumerate(zip(u.T, labels.T, strict=True)):
-        positive = np.sort(scores[truth == 1])
-        if len(positive):
-            ranked = np.sort(scores[truth != IGNORED_LABEL])
-            found = len(positive) - np.searchsorted(positive, positive)  # at or above each positive
-            precisions[node] = (found / (len(ranked) - np.searchsorted(ranked, positive))).mean()
-    return precisions
-
-
 def likely_pairs(u: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return P(node) and whether the label is 1, of the pairs with a known label and P(node) >= 0.1: (num_pairs,) each."""
     probabilities = expit(u.astype(np.float64))
     likely = (labels != IGNORED_LABEL) & (probabilities >= LEAST_PROBABILITY)
     return probabilities[likely], labels[likely] == 1
-
-
-def per_node_report(
-    taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray, thresholds: np.ndarray
-) -> tuple[list[dict], dict[str, list[float]]]:
-    """Compute precision, recall and F1 of each node, with 95 % intervals.
-
-    Args:
-        u, labels: (num_texts, num_nodes).
-        thresholds: (num_nodes,), probabilities.
-
-    Returns:
-        One row per node, in the order of ids: ``label``, ``support`` (its number of labels), ``precision``, ``recall``, ``f1``
-        and ``f1_interval``, the interval of `bootstrap_intervals` or None. A ratio with denominator 0 is 0. Then the intervals
-        of ``micro_f1`` and ``macro_f1``. Both are empty if no label is known.
-    """
-    if not (labels != IGNORED_LABEL).any():
-        return [], {}
-    chosen = choose(taxonomy, expit(u.astype(np.float64)), thresholds)
-    counts, intervals = node_counts(chosen, labels), bootstrap_intervals(chosen, labels)
-    precision, recall = counts[0] / np.maximum(counts[1:], 1)
-    f1, ends = np.nan_to_num(node_f1(counts)), intervals["f1"]
-    rows = [
-        {
-            "label": label,
-            "support": int(counts[2, node]),
-            "precision": float(precision[node]),
-            "recall": float(recall[node]),
-            "f1": float(f1[node]),
-            "f1_interval": ends[:, node].tolist() if np.isfinite(ends[:, node]).all() else None,
-        }
-        for node, label in enumerate(taxonomy.labels)
-    ]
-    return rows, {name: intervals[name].tolist() for name in ("micro_f1", "macro_f1")}
-
-
-def bootstrap_intervals(chosen: np.ndarray, labels: np.ndarray, resamples: int = 1000) -> dict[str, np.ndarray]:
-    """Compute 95 % percentile bootstrap intervals over texts (Efron and Tibshirani, 1993, chapter 13).
-
-    The resamples of macro-F1 are shifted to have the score as mean, see `evaluation.metrics.bootstrap_intervals`.
-
-    Args:
-        chosen, labels: (num_texts, num_nodes).
-
-    Returns:
-        Lower and upper end: (2,) for ``micro_f1`` and ``macro_f1``, (2, num_nodes) for ``f1`` of each node, over the resamples
-        in which the node occurs, NaN if it never does.
-    """
-    true, chosen = labels == 1, chosen & (labels != IGNORED_LABEL)
-    pairs = [csr_matrix(array, dtype=np.float64) for array in (true & chosen, chosen, true)]
-    generator = np.random.default_rng(0)
-    draws = (generator.integers(len(labels), size=len(labels)) for _ in range(resamples))
-    times = np.stack([np.bincount(rows, minlength=len(labels)) for rows in draws]).astype(np.float64)
-    counts = np.stack([times @ array for array in pairs])  # (3, resamples, num_nodes)
-    f1 = node_f1(counts)
-    samples = {
-        "micro_f1": np.array([micro_f1(sample) for sample in counts.swapaxes(0, 1)]),
-        "macro_f1": np.array([macro_f1(sample) for sample in counts.swapaxes(0, 1)]),
-    }
-    samples["macro_f1"] += macro_f1(node_counts(chosen, labels)) - samples["macro_f1"].mean()
-    samples["macro_f1"] = samples["macro_f1"].clip(0, 1)
-    intervals = {name: np.percentile(values, (2.5, 97.5)) for name, values in samples.items()}
-    ends = np.full((2, labels.shape[1]), np.nan)
-    occurring = ~np.isnan(f1).all(axis=0)
-    if occurring.any():
-        ends[:, occurring] = np.nanpercentile(f1[:, occurring], (2.5, 97.5), axis=0)
-    return {**intervals, "f1": ends}

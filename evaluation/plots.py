@@ -1,9 +1,7 @@
 """Draw a run's training curves, confusion matrices and reliability diagrams as PNG files.
 
-Worth knowing:
-
-1. `matplotlib.figure.Figure` without pyplot needs neither global state nor a display.
-2. Class names are user input, so ``$`` is escaped, which matplotlib reads as mathematics. File names hold level numbers only.
+`matplotlib.figure.Figure` without pyplot needs neither global state nor a display. Class names are user input, so ``$`` is
+escaped, which matplotlib reads as mathematics.
 """
 
 from pathlib import Path
@@ -45,11 +43,7 @@ def write(figure: Figure | None, path: Path) -> None:
 
 
 def training_curves(log_history: list[dict]) -> Figure | None:
-    """Draw losses, evaluation scores and the learning rate over optimizer steps; return None without any.
-
-    Args:
-        log_history: from `transformers.TrainerState`: one dict per log line, each with its ``step``.
-    """
+    """Draw losses, evaluation scores and the learning rate of a `TrainerState.log_history`; return None without any."""
     log = pd.DataFrame(log_history)
     panels = {panel: log.columns.intersection(list(curves)) for panel, curves in CURVES.items()}
     panels = {panel: keys for panel, keys in panels.items() if len(keys)}
@@ -75,11 +69,7 @@ def confusion_matrices(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarra
 
     True and predicted paths are truncated at the level, so a leaf above the level stands for itself. A document labelled with
     an inner node above the level is left out, because its class there is unknown. If a level has more than 40 classes, the 40
-    with the most documents are drawn.
-
-    Args:
-        logits: (num_documents, num_leaves).
-        labels: (num_documents,), node ids.
+    with the most documents are drawn. ``logits`` are of leaves, and ``labels`` node ids.
     """
     predictions, figures = logits.argmax(axis=1), {}
     for level in range(1, taxonomy.depth + 1):
@@ -91,7 +81,6 @@ def confusion_matrices(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarra
 
 
 def _confusion_matrix(taxonomy: Taxonomy, level: int, true: np.ndarray, predicted: np.ndarray) -> Figure:
-    """Draw the confusion matrix of true and predicted nodes, (num_documents,) each."""
     support = np.bincount(true, minlength=taxonomy.num_nodes)
     occurring = np.union1d(true, predicted)
     largest = set(occurring[np.argsort(-support[occurring], kind="stable")][:MAX_CLASSES].tolist())
@@ -102,10 +91,8 @@ def _confusion_matrix(taxonomy: Taxonomy, level: int, true: np.ndarray, predicte
     figure = Figure(figsize=(side + 4.6, side + 3.2), layout="constrained")
     display = ConfusionMatrixDisplay(shares, display_labels=[shorten(taxonomy.labels[node]) for node in nodes])
     small = {"fontsize": 7 if len(nodes) > 10 else 10}
-    display.plot(
-        ax=figure.subplots(), cmap="Blues", values_format=".0%", xticks_rotation="vertical",
-        colorbar=False, im_kw={"vmin": 0, "vmax": 1}, text_kw=small,
-    )  # fmt: skip
+    style = {"cmap": "Blues", "im_kw": {"vmin": 0, "vmax": 1}, "colorbar": False, "text_kw": small}
+    display.plot(ax=figure.subplots(), values_format=".0%", xticks_rotation="vertical", **style)
     for text in display.text_.flat:
         if text.get_text() == "0%":
             text.set_text("")
@@ -117,12 +104,7 @@ def _confusion_matrix(taxonomy: Taxonomy, level: int, true: np.ndarray, predicte
 
 
 def f1_by_frequency(per_class: list[dict]) -> Figure | None:
-    """Draw each class's F1 over its number of documents; return None without any.
-
-    Args:
-        per_class: rows with ``support``, ``f1`` and ``f1_interval``, as in metrics.json. Classes without documents are left
-            out.
-    """
+    """Draw each class's F1 over its number of documents, from the rows of `per_class_report`; return None without any."""
     rows = [row for row in per_class if row["support"]]
     if not rows:
         return None
@@ -138,52 +120,36 @@ def f1_by_frequency(per_class: list[dict]) -> Figure | None:
 
 
 def precision_and_recall(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> Figure | None:
-    """Draw precision over recall, over all thresholds, for the pairs of document and node of each level.
-
-    Args:
-        logits, labels: (num_documents, num_nodes): marginal logits, and 1, 0 or -100.
-    """
+    """Draw precision over recall, over all thresholds, for the pairs of document and node of each level."""
+    if not (labels == 1).any():
+        return None
     levels, figure = np.array(taxonomy.levels), Figure(figsize=(6.5, 6), layout="constrained")
     axes = figure.subplots()
-    drawn = False
     for level in range(1, taxonomy.depth + 1):
         pairs = (labels != IGNORED_LABEL) & (levels == level)
         if (labels[pairs] == 1).any():
-            name, drawn = f"level {level}", True
-            PrecisionRecallDisplay.from_predictions(labels[pairs] == 1, logits[pairs], name=name, ax=axes)
-    if not drawn:
-        return None
+            PrecisionRecallDisplay.from_predictions(labels[pairs] == 1, logits[pairs], name=f"level {level}", ax=axes)
     axes.set(xlabel="Recall", ylabel="Precision", xlim=(0, 1.02), ylim=(0, 1.02))
     _grid(axes)
     figure.suptitle("Precision and recall over all thresholds")
     return figure
 
 
-def pair_reliability_diagram(logits: np.ndarray, labels: np.ndarray) -> Figure | None:
-    """Draw the reliability diagram of pairs of document and node with a probability of at least 0.1.
-
-    Args:
-        logits, labels: (num_documents, num_nodes): marginal logits, and 1, 0 or -100.
-    """
-    probabilities, correct = likely_pairs(logits, labels)
-    return _reliability(probabilities, correct, "Pairs of document and node", "Share of correct pairs")
-
-
 def reliability_diagram(logits: np.ndarray, labels: np.ndarray) -> Figure | None:
-    """Draw accuracy against confidence, over the number of documents at each confidence.
+    """Draw the share of correct predictions over their probability, and the number of predictions; return None without any.
 
-    Args:
-        logits: (num_documents, num_leaves).
-        labels: (num_documents,), node ids. If any is an inner node, None is returned: leaving such documents out would
-            select documents by their label.
+    Predictions are the most probable leaves, or with several labels a text the pairs of document and node with a probability
+    of at least 0.1. If any label (num_documents,) is an inner node, None is returned: leaving such documents out would select
+    documents by their label.
     """
-    if (labels >= logits.shape[1]).any():
+    if labels.ndim == 2:
+        counted, share = "Pairs of document and node", "Share of correct pairs"
+        probabilities, correct = likely_pairs(logits, labels)
+    elif (labels >= logits.shape[1]).any():
         return None
-    return _reliability(predicted_probabilities(logits), logits.argmax(axis=1) == labels, "Documents", "Accuracy")
-
-
-def _reliability(probabilities: np.ndarray, correct: np.ndarray, counted: str, share: str) -> Figure | None:
-    """Draw the share of correct predictions over their probability, and the number of predictions."""
+    else:
+        counted, share = "Documents", "Accuracy"
+        probabilities, correct = predicted_probabilities(logits), logits.argmax(axis=1) == labels
     if not len(probabilities):
         return None
     bins = calibration_bins(probabilities, correct)
@@ -203,7 +169,7 @@ def _reliability(probabilities: np.ndarray, correct: np.ndarray, counted: str, s
 
 
 def shorten(name: str) -> str:
-    """Shorten a name to 40 characters, and escape ``$``. The middle is omitted: long names often differ in their last words."""
+    """Shorten a name to 40 characters, without its middle: long names often differ in their last words. Escape ``$``."""
     if len(name) > MAX_NAME:
         tail = MAX_NAME // 3
         name = f"{name[: MAX_NAME - tail - 1].rstrip(' ,')}…{name[-tail:].lstrip()}"

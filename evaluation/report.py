@@ -3,16 +3,14 @@
 Worth knowing:
 
 1. Scores are of the checkpoint as a user loads it, over a full-precision encoder, not of the quantized model in training.
-2. The lexical head's weight, the temperatures and the conformal thresholds are fitted on the validation rows, from logits that
-   are computed once. No test row is used.
+2. The calibration and the thresholds are fitted on the validation rows, from logits that are computed once.
 3. Validation scores are cross-validated: a calibration on four fifths of the rows scores the other fifth. With
    ``--load_best_model_at_end`` these rows also select the checkpoint, so their scores are optimistic
    (`benchmarks/studies/selection.py`).
 4. Logits follow the order of the scored rows, which are sorted by length. The column ``row`` gives their place in the source.
 
-With several labels a text, `evaluation.multi_label_report` has the functions from `calibrate_model` on.
-
-In this file ``splits`` holds tokenized rows, and ``logits`` the leaf logits of each scored split: (num_rows, num_leaves).
+In this file ``splits`` holds tokenized rows, and ``logits`` the logits of each scored split: of leaves (num_rows, num_leaves),
+or with several labels a text the marginal logits (num_rows, num_nodes).
 """
 
 import dataclasses
@@ -23,26 +21,41 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from datasets import Dataset, DatasetDict
+from scipy.special import expit
 from torch import nn
 from transformers import AutoModel, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from configuration_hierarchical import HierarchicalConfig
 from errors import refusing
-from evaluation import plots
-from evaluation.calibration import Calibration, conformal_scores, fit_calibration, fit_thresholds, held_out
+from evaluation import multi_label, plots
+from evaluation.calibration import conformal_scores, fit_calibration, fit_thresholds, held_out
 from evaluation.lexical import LexicalClassifier, token_counts
-from evaluation.metrics import any_label_accuracy, build_compute_metrics, per_class_report, predicted_probabilities
-from evaluation.multi_label import build_multi_label_metrics
+from evaluation.metrics import (
+    any_label_accuracy,
+    build_compute_metrics,
+    one_hot,
+    per_class_report,
+    predicted_probabilities,
+)
+from evaluation.multi_label import (
+    build_multi_label_metrics,
+    choose,
+    common_threshold,
+    fit_node_thresholds,
+    fit_recall_thresholds,
+    recall_scores,
+)
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from publishing.card import PREFIXES
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import ComputeMetrics, HierarchicalTrainingArguments
+from training.multi_label import label_arrays
 from training.trainer import HierarchicalTrainer
 from training.views import build_collator
 
 logger = logging.getLogger(__name__)
 
-COVERAGE = 0.9  # of the measured answers
+COVERAGE, RECALL = 0.9, 0.9  # of the measured answers
 AS_SERVED: dict[str, Any] = {  # arguments of a Trainer that only scores
     **dict.fromkeys(("bf16", "fp16", "load_best_model_at_end", "push_to_hub"), False),
     "report_to": [],
@@ -72,14 +85,8 @@ def served_trainer(
 
 
 def build_metrics(taxonomy: Taxonomy, multi_label: bool, thresholds: list[float] | None = None) -> ComputeMetrics:
-    """Build the Trainer's ``compute_metrics``.
-
-    Args:
-        thresholds: with several labels a text, of the nodes.
-    """
-    if multi_label:
-        return build_multi_label_metrics(taxonomy, None if thresholds is None else np.array(thresholds))
-    return build_compute_metrics(taxonomy)
+    """Build the Trainer's ``compute_metrics``; thresholds of the nodes are for several labels a text."""
+    return build_multi_label_metrics(taxonomy, thresholds) if multi_label else build_compute_metrics(taxonomy)
 
 
 def score_splits(
@@ -92,9 +99,8 @@ def score_splits(
         text, else the same.
     """
     config, metrics = trainer.model.config, dict[str, float]()
-    ignored = [
-        key for key in config.keys_to_ignore_at_inference if key != "decision_logits" or not config.is_multi_label
-    ]
+    kept = {"decision_logits"} if config.is_multi_label else set()
+    ignored = [key for key in config.keys_to_ignore_at_inference if key not in kept]
     logits, decisions = dict[str, np.ndarray](), dict[str, np.ndarray]()
     for split, requested in (("validation", training.do_eval), ("test", training.do_predict)):
         if split in splits and requested is not False:
@@ -114,113 +120,170 @@ def any_label_scores(split: str, logits: np.ndarray, rows: Dataset) -> dict[str,
     return {} if accuracy is None else {f"{PREFIXES[split]}_any_label_accuracy": accuracy}
 
 
+def read_labels(config: HierarchicalConfig, rows: Dataset) -> np.ndarray:
+    """Return node ids (num_rows,), or with several labels a text arrays (num_rows, num_nodes)."""
+    return label_arrays(rows) if config.is_multi_label else np.array(rows["labels"])
+
+
 def calibrate_model(
     model: HierarchicalForSequenceClassification,
     classifier: LexicalClassifier | None,
-    taxonomy: Taxonomy,
     logits: dict[str, np.ndarray],
     splits: DatasetDict,
     max_length: int,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Fit the lexical head's weight, the temperatures and the conformal thresholds, and store them in the model.
+    """Fit the lexical head's weight, the calibration and the thresholds to the last of `score_splits`; store them in the model.
 
     Returns:
         Metrics after calibration, and without the lexical head if there is one (``without_lexical_head_…``). For test rows,
-        also size and coverage of answers for `COVERAGE` (``test_answer_…``). Then the calibrated logits.
+        also of answers for `COVERAGE` or `RECALL` (``test_answer_…``). Then the calibrated logits.
     """
-    labels = {split: np.array(splits[split]["labels"]) for split in logits}
+    config, taxonomy = model.config, model.config.tree
+    labels = {split: read_labels(config, splits[split]) for split in logits}
     texts = {split: np.array(splits[split]["text_id"]) for split in logits}
     no_scores: dict[str, np.ndarray | None] = dict.fromkeys(logits)
+    fit: Any = multi_label.fit_calibration if config.is_multi_label else fit_calibration
 
-    def calibrate(lexical: dict[str, np.ndarray | None]) -> tuple[Calibration, dict[str, np.ndarray]]:
+    def calibrate(lexical: dict[str, np.ndarray | None]) -> tuple[Any, dict[str, np.ndarray], Any]:
         validation = (taxonomy, logits["validation"], lexical["validation"], labels["validation"])
-        fitted = fit_calibration(*validation)
+        fitted = fit(*validation)
         calibrated = {split: fitted.apply(taxonomy, logits[split], lexical[split]) for split in logits}
-        return fitted, calibrated | {"validation": held_out(*validation, texts["validation"])}
+        calibrated["validation"] = held_out(fit, *validation, texts["validation"])
+        if not config.is_multi_label:
+            return fitted, calibrated, None
+        thresholds = fit_node_thresholds(taxonomy, calibrated["validation"], labels["validation"])
+        return fitted, calibrated, thresholds.tolist()
 
-    # Fit on the validation rows.
+    # ── Fit on the validation rows ───────────────────────────────────────────────────────────────────────────────────
     lexical_scores = no_scores
     if classifier is not None:
         vocab_size = classifier.weight.shape[1]
         lexical_scores = {split: classifier.scores(token_counts(splits[split], vocab_size)) for split in logits}
-    fitted, calibrated = calibrate(lexical_scores)
-    thresholds = fit_thresholds(taxonomy, calibrated["validation"], labels["validation"], texts["validation"])
+    fitted, calibrated, thresholds = calibrate(lexical_scores)
 
-    # Store the calibration in the model.
-    weight = fitted.lexical_weight
+    # ── Store in the model ───────────────────────────────────────────────────────────────────────────────────────────
+    fields = dataclasses.asdict(fitted) | {"conformal_max_length": max_length}
+    weight = fields.pop("lexical_weight")
     model.set_lexical_head(classifier.weights() if classifier is not None and weight else None, weight)
-    model.set_calibration(
-        temperatures=fitted.temperatures, conformal_thresholds=thresholds, conformal_max_length=max_length
-    )
-    shown = ", ".join(f"{temperature:.2f}" for temperature in fitted.temperatures)
-    logger.info("calibrated on the validation rows: temperatures %s; weight of the lexical head %.2f", shown, weight)
+    logger.info("calibrated on the validation rows: weight of the lexical head %.2f", weight)
+    validation = (calibrated["validation"], labels["validation"])
+    if config.is_multi_label:
+        of_answers, recall_texts = fit_recall_thresholds(*validation)
+        fields |= {"node_thresholds": thresholds, "recall_thresholds": of_answers, "recall_texts": recall_texts}
+        logger.info("thresholds of the nodes: from %.2f to %.2f", min(thresholds), max(thresholds))
+    else:
+        of_answers = fields["conformal_thresholds"] = fit_thresholds(taxonomy, *validation, texts["validation"])
+        logger.info("temperatures %s", ", ".join(f"{temperature:.2f}" for temperature in fitted.temperatures))
+    model.set_calibration(**fields)
 
-    # Measure the calibrated model, with and without the lexical head, and the coverage.
-    metrics = {"lexical_weight": weight, **measure(taxonomy, calibrated, splits)}
+    # ── Measure, with and without the lexical head, and the answers ──────────────────────────────────────────────────
+    metrics = {"lexical_weight": weight, **measure(config, calibrated, thresholds, splits)}
     if weight:
-        measured = measure(taxonomy, calibrate(no_scores)[1], splits)
+        measured = measure(config, *calibrate(no_scores)[1:], splits)
         metrics |= {f"without_lexical_head_{name}": value for name, value in measured.items()}
     if "test" in logits:
-        scores = conformal_scores(taxonomy, calibrated["test"], labels["test"], texts["test"], thresholds, COVERAGE)
+        scored = (calibrated["test"], labels["test"])
+        if config.is_multi_label:
+            scores = recall_scores(*scored, of_answers[round(100 * RECALL) - 1])
+        else:
+            scores = conformal_scores(taxonomy, *scored, texts["test"], of_answers, COVERAGE)
         metrics |= {f"test_answer_{name}": value for name, value in scores.items()}
     return metrics, calibrated
 
 
-def measure(taxonomy: Taxonomy, logits: dict[str, np.ndarray], splits: DatasetDict) -> dict[str, float]:
+def measure(
+    config: HierarchicalConfig, logits: dict[str, np.ndarray], thresholds: list[float] | None, splits: DatasetDict
+) -> dict[str, float]:
     """Compute each split's metrics from calibrated logits."""
-    compute_metrics, metrics = build_compute_metrics(taxonomy), {}
+    compute_metrics, metrics = build_metrics(config.tree, config.is_multi_label, thresholds), dict[str, float]()
     for split, scores in logits.items():
-        measured = compute_metrics(EvalPrediction(scores, np.array(splits[split]["labels"])))
+        measured = compute_metrics(EvalPrediction(scores, read_labels(config, splits[split])))
         metrics |= {f"{PREFIXES[split]}_{name}": value for name, value in measured.items()}
-        metrics |= any_label_scores(split, scores, splits[split])
+        if not config.is_multi_label:
+            metrics |= any_label_scores(split, scores, splits[split])
     return metrics
 
 
-def shown_split(logits: dict[str, np.ndarray], splits: DatasetDict) -> tuple[str, np.ndarray, np.ndarray]:
+def choose_nodes(config: HierarchicalConfig, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return the chosen nodes, by the stored thresholds, or by the common one that is best on these rows."""
+    thresholds = common_threshold(logits, labels) if config.node_thresholds is None else config.node_thresholds
+    return choose(config.tree, expit(logits.astype(np.float64)), thresholds)
+
+
+def shown_split(
+    config: HierarchicalConfig, logits: dict[str, np.ndarray], splits: DatasetDict
+) -> tuple[str, np.ndarray, np.ndarray]:
     """Return the name, the logits and the labels of the split whose details are shown."""
     split = "test" if "test" in logits else "validation"
-    return split, logits[split], np.array(splits[split]["labels"])
+    return split, logits[split], read_labels(config, splits[split])
 
 
 def class_scores(config: HierarchicalConfig, logits: dict[str, np.ndarray], splits: DatasetDict) -> dict[str, Any]:
-    """Compute scores of each leaf and 95 % intervals for metrics.json, on the split of `shown_split`."""
+    """Compute scores and 95 % intervals for metrics.json, on the split of `shown_split`.
+
+    The classes are the nodes, or with one label a text the leaves, over the documents labelled with a leaf.
+    """
     if not logits:
         return {}
-    split, *scored = shown_split(logits, splits)
-    rows, intervals = per_class_report(config.tree, *scored)
+    split, scores, labels = shown_split(config, logits, splits)
+    if config.is_multi_label:
+        rows, intervals = per_class_report(config.tree.labels, labels, choose_nodes(config, scores, labels))
+    else:
+        num_leaves = config.tree.num_leaves
+        is_leaf = labels < num_leaves
+        pairs = (one_hot(ids[is_leaf], num_leaves) for ids in (labels, scores.argmax(axis=1)))
+        rows, intervals = per_class_report(config.tree.labels[:num_leaves], *pairs)
+        intervals = {name.replace("micro_f1", "accuracy"): ends for name, ends in intervals.items()}
     prefixed = {f"{PREFIXES[split]}_{name}": ends for name, ends in intervals.items()}
     return {"per_class": rows, "intervals": prefixed} if rows else {}
 
 
-def draw_plots(config: HierarchicalConfig, logits: dict[str, np.ndarray], splits: DatasetDict, folder: Path) -> None:
-    """Draw the confusion matrices and the reliability diagram of the split of `shown_split`."""
-    if logits:
-        _, *scored = shown_split(logits, splits)
-        for level, figure in plots.confusion_matrices(config.tree, *scored).items():
+def draw_plots(
+    config: HierarchicalConfig, logits: dict[str, np.ndarray], splits: DatasetDict, per_class: list[dict], folder: Path
+) -> None:
+    """Draw the split of `shown_split`: the reliability diagram; and confusion matrices, or precision, recall and F1."""
+    if not logits:
+        return
+    _, scores, labels = shown_split(config, logits, splits)
+    if config.is_multi_label:
+        plots.write(plots.f1_by_frequency(per_class), folder / "f1_by_frequency.png")
+        plots.write(plots.precision_and_recall(config.tree, scores, labels), folder / "precision_recall.png")
+    else:
+        for level, figure in plots.confusion_matrices(config.tree, scores, labels).items():
             plots.write(figure, folder / f"confusion_matrix_level_{level}.png")
-        draw_reliability(logits, splits, folder / "reliability_diagram.png")
-
-
-def draw_reliability(logits: dict[str, np.ndarray], splits: DatasetDict, file: Path) -> None:
-    """Draw the reliability diagram of the split of `shown_split`."""
-    _, *scored = shown_split(logits, splits)
-    plots.write(plots.reliability_diagram(*scored), file)
+    plots.write(plots.reliability_diagram(scores, labels), folder / "reliability_diagram.png")
 
 
 def write_predictions(
     config: HierarchicalConfig, logits: dict[str, np.ndarray], splits: DatasetDict, folder: Path
 ) -> None:
-    """Write ``<split>_predictions.csv``: each scored row's number in its source, label, prediction and probability."""
-    taxonomy = config.tree
+    """Write ``<split>_predictions.csv``: each scored row's number in its source, labels, predictions and probabilities."""
     for split, scores in logits.items():
-        columns = {
-            "row": splits[split]["row"],
-            "label": [taxonomy.labels[node] for node in splits[split]["labels"]],
-            "prediction": [taxonomy.labels[leaf] for leaf in scores.argmax(axis=1)],
-            "probability": predicted_probabilities(scores),
-        }
-        table = pd.DataFrame(columns).sort_values("row", kind="stable")
+        labels = read_labels(config, splits[split])
+        if config.is_multi_label:
+            columns = deepest_nodes(config, scores, labels)
+        else:
+            names = config.tree.labels
+            columns = {
+                "label": [names[node] for node in labels],
+                "prediction": [names[leaf] for leaf in scores.argmax(axis=1)],
+                "probability": predicted_probabilities(scores),
+            }
+        table = pd.DataFrame({"row": splits[split]["row"], **columns}).sort_values("row", kind="stable")
         table.to_csv(folder / f"{split}_predictions.csv", index=False, float_format="%.6f")
+
+
+def deepest_nodes(config: HierarchicalConfig, logits: np.ndarray, labels: np.ndarray) -> dict[str, list[str]]:
+    """Return the deepest nodes of each text's labels and prediction, the most probable first, joined by ``; ``."""
+    tree, columns = config.tree, {"labels": list[str](), "predictions": list[str](), "probabilities": list[str]()}
+    chosen, probabilities = choose_nodes(config, logits, labels), expit(logits)
+    for true, nodes, of_nodes in zip(labels == 1, chosen, probabilities, strict=True):
+        predicted = sorted(tree.deepest(np.flatnonzero(nodes).tolist()), key=lambda node: -of_nodes[node])
+        names = [tree.labels[node] for node in tree.deepest(np.flatnonzero(true).tolist())]
+        columns["labels"].append("; ".join(names))
+        columns["predictions"].append("; ".join(tree.labels[node] for node in predicted))
+        columns["probabilities"].append("; ".join(f"{of_nodes[node]:.6f}" for node in predicted))
+    return columns
 
 
 def log_metrics(metrics: dict[str, float]) -> None:

@@ -23,11 +23,7 @@ class Record:
 
 
 def read_records(sources: Sequence[Source], text_column: str | None, id_column: str | None) -> Iterator[Record]:
-    """Yield the rows of all sources, in order. Without a text column, find one by its name, in each source separately.
-
-    Raises:
-        InputError: a source cannot be read, is damaged, or lacks a column.
-    """
+    """Yield the rows of all sources, in order. Without a text column, find one by its name, in each source separately."""
     sizes = [0 if source.path == "-" else os.path.getsize(source.path) for source in sources]
     bytes_before, total = 0, sum(sizes)
     for source, size in zip(sources, sizes, strict=True):
@@ -46,10 +42,7 @@ def read_records(sources: Sequence[Source], text_column: str | None, id_column: 
 
 
 def json_id(value: Any) -> tuple[Any, str | None]:
-    """Convert an id to a JSON value, and return its problem, or None.
-
-    Infinite numbers, dates and bytes become strings, and NaN becomes None.
-    """
+    """Convert an id to a JSON value, and return its problem or None. Infinity, dates and bytes become strings, NaN None."""
     if isinstance(value, dict | list):
         return None, "the id is neither text nor a number"
     if isinstance(value, bytes):

@@ -3,8 +3,7 @@
 Worth knowing:
 
 1. Each finished part is a file in ``<output>.parts``. At the end the parts are joined, renamed to the output, and deleted.
-2. A part holds the options, a digest of its input rows, and a checksum of its own content. Every part is checked when a run
-   continues, and again when the parts are joined.
+2. A part holds the options, a digest of its input rows, and a checksum of its content, and is checked when it is read.
 3. A lock, which ends with its process, lets one process at a time write an output.
 """
 
@@ -46,8 +45,7 @@ class RestartableOutput:
                 finally:
                     file.unlink(missing_ok=True)  # before the release: later it may belong to another process
         except Timeout as error:
-            busy = f"--output {self.path}: another process is writing it; wait for it, or give another name"
-            raise InputError(busy) from error
+            raise InputError(f"--output {self.path}: another process is writing it; give another name") from error
 
     def check(self, inputs: Iterable[str], overwrite: bool) -> None:
         """Raise InputError if the output is finished, or if it or its error file is also an input, under any name."""
@@ -72,15 +70,12 @@ class RestartableOutput:
         predict: Callable[[int, list[Record]], list[dict[str, Any]]],
         progress: Callable[[int, float | None], None],
     ) -> None:
-        """Write the missing parts.
+        """Write the missing parts. Raise InputError if a part is damaged, or is of other options or another input.
 
         Args:
             options: everything that the predictions depend on, except the texts.
             predict: takes the number of a part's first row and the part's records; returns output rows.
             progress: takes the number of rows of a part, and the share of the input read so far.
-
-        Raises:
-            InputError: a part is damaged, or was written with other options or for another input.
         """
         num_kept = 0
         for index, chunk in enumerate(iter(lambda: list(islice(records, ROWS)), [])):
@@ -100,11 +95,7 @@ class RestartableOutput:
     def join_parts(self, open_rows: Callable[[Path], AbstractContextManager[Callable[[list[str]], None]]]) -> int:
         """Join the parts into the output, delete them once it is on disk, and return the number of unreadable rows.
 
-        Args:
-            open_rows: opens a new file, of the format that its suffix names, and yields a function that writes rows, given as lines of JSON.
-
-        Raises:
-            InputError: a part is damaged.
+        ``open_rows`` is `prediction.rows.RowFormat.open`.
         """
         new, new_errors = self.parts / f"output{self.path.suffix}", self.parts / "errors.jsonl"
         num_problems = 0
@@ -150,9 +141,7 @@ class RestartableOutput:
         header, expected = json.loads(first), self.headers[index]
         changed = [name for name, value in expected["options"].items() if header["options"].get(name) != value]
         if changed:
-            raise InputError(
-                f"{self.parts} was begun with another {', '.join(changed)}: give the same, or --overwrite to replace it"
-            )
+            raise InputError(f"{self.parts} was begun with another {', '.join(changed)}: give the same, or --overwrite")
         if header["digest"] != expected["digest"]:
             raise InputError(f"the input changed since {self.parts} was begun: --overwrite starts from the beginning")
         lines = [f"{line}\n" for line in lines]

@@ -23,7 +23,6 @@ class RowFormat:
 
     Args:
         by_id: whether a row holds its record's id in place of its number.
-        multi_label: whether a text has any number of labels, and not one path.
         answers: whether rows hold an answer for ``--coverage`` or ``--recall``.
         classes: labels of the leaves or nodes whose probabilities are written.
     """
@@ -45,12 +44,8 @@ class RowFormat:
 
     def row(self, number: int, record: Record, prediction: dict[str, Any]) -> dict[str, Any]:
         """Build the row of a record from the pipeline's prediction."""
-        row = {
-            "id": record.id,
-            "row": number,
-            "truncated": prediction["truncated"],
-            "answer": [node["label"] for node in prediction.get("answer", [])],
-        }
+        row = {"id": record.id, "row": number, "truncated": prediction["truncated"]}
+        row["answer"] = [node["label"] for node in prediction.get("answer", [])]
         if "labels" in self.types:
             row["labels"] = [node["label"] for node in prediction["labels"]]
             row["scores"] = [round(node["score"], DIGITS) for node in prediction["labels"]]

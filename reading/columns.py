@@ -1,8 +1,4 @@
-"""Find the column of texts or labels.
-
-A name that the caller gives must match a column exactly. Without one, the first candidate that matches a column wins; case
-and surrounding white space are ignored.
-"""
+"""Find the column of texts or labels."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +12,10 @@ LEAST_SHARE = 0.5  # of the rows must have a column, or its name is not matched
 
 
 def find_column(columns: Mapping[str, float], requested: str | None, candidates: Sequence[str]) -> str | None:
-    """Return the requested one of `Rows.columns`, or the first lower-case candidate that is present, or None."""
+    """Return the requested one of `Rows.columns`, which must match exactly, or None.
+
+    Without one, return the first candidate that is present; case and surrounding white space are ignored.
+    """
     if requested is not None:
         return requested if requested in columns else None
     common = [column for column, share in columns.items() if share >= LEAST_SHARE]
@@ -27,14 +26,9 @@ def find_column(columns: Mapping[str, float], requested: str | None, candidates:
 def choose_columns(
     sources: Mapping[str, Mapping[str, float]], requested: str | None, candidates: Sequence[str], flag: str
 ) -> list[str]:
-    """Return one column for each source: the requested one, or the first candidate that all sources have.
+    """Return one column for each source, given their `Rows.columns`: the requested one, or the first candidate that all have.
 
-    Args:
-        sources: `Rows.columns` by source name.
-        flag: the flag that names the column, for messages.
-
-    Raises:
-        InputError: a source lacks the column.
+    Raise InputError if a source lacks the column. Messages name the flag that requests it.
     """
     for candidate in candidates if requested is None else [requested]:
         matches = [find_column(columns, requested, [candidate]) for columns in sources.values()]
@@ -67,5 +61,5 @@ def listed(names: Iterable[str], most: int = 20) -> str:
     text = next((name for name in names if not looks_like_name(name)), None)
     if text is not None:
         return f"{len(names):,} columns that are not shown, as one is called {quote_name(text)}: is the header missing?"
-    rest = [f"and {len(names) - most:,} more"] if len(names) > most else []
-    return ", ".join([*map(quote_name, names[:most]), *rest])
+    rest = f", and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(map(quote_name, names[:most])) + rest

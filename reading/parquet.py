@@ -10,10 +10,8 @@ from pyarrow import types
 
 from .rows import Fault, InputError, Raw, Row, Rows, quote_name
 
-# raised for a damaged file, or one that is not Parquet
-FOREIGN = (pyarrow.ArrowException, UnicodeDecodeError, OSError)
-# raised for a value that has no Python equivalent
-UNREADABLE = (pyarrow.ArrowException, KeyError, OSError, OverflowError, ValueError)
+FOREIGN = (pyarrow.ArrowException, UnicodeDecodeError, OSError)  # for a damaged file, or one that is not Parquet
+UNREADABLE = (pyarrow.ArrowException, KeyError, OSError, OverflowError, ValueError)  # a value without Python equivalent
 BATCH = 16  # rows; a value that is stored once is decoded for every row, so small batches bound the memory
 
 

@@ -8,7 +8,7 @@ Worth knowing:
    an integer beside nulls stays an integer.
 4. Text is UTF-8, with or without a byte order mark. Lines end with \\n, \\r\\n or \\r. Blank lines are not rows.
 5. CSV and TSV rows are quoted as in RFC 4180. A stray quotation mark swallows rows; the problem names their lines.
-6. Memory holds one row, 16 rows of Parquet, or the first 1,024 rows of JSON Lines. Only ``json`` is read whole.
+6. Memory holds a few rows, or the first 1,024 of JSON Lines. Only ``json`` is read whole.
 7. Messages show no values. They show the name of a column only if it looks like a name.
 """
 
@@ -60,13 +60,13 @@ class Rows:
         stream: a binary stream, which the caller closes. Only read() is called; for Parquet also seekable() and seek().
         kind: one of `KINDS`.
         name: name of the source in messages.
-        progress: returns the share of the stream that was read. Ignored for Parquet.
+        progress: returns the share of the stream that was read, or None if it is unknown. Ignored for Parquet.
 
     Attributes:
         columns: column names in order, each with the share of rows that have it: 1, except for JSON. For JSON Lines, the
             names of the first 1,024 rows.
         unit: what `Row.line` counts: "line", or "row" for JSON and Parquet.
-        done: returns the share of the source that was read so far, or None if it is unknown.
+        done: returns the share of the source that was read so far, or None.
     """
 
     def __init__(
@@ -264,8 +264,7 @@ class RowLines:
 def _delimited(lines: RowLines, separator: str) -> Iterator[tuple[int, list[str], str | None]]:
     """Yield the first line, the fields and the problem of each row. The first row is the header.
 
-    pyarrow.csv is faster, but its invalid_row_handler counts rows, not lines. It also accepts stray quotation marks,
-    swallows all rows below an unclosed one, and stops at a cell that is not UTF-8.
+    pyarrow.csv is faster, but does not count lines, accepts stray quotation marks, and stops at a cell that is not UTF-8.
     """
     reader, width = csv.reader(lines, delimiter=separator, strict=True), 0
     while True:
@@ -323,7 +322,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Fault:
 def _integer(digits: str) -> int | Fault:
     try:
         return int(digits)
-    except ValueError:  # Python limits the digits, because the time is quadratic in them
+    except ValueError:  # Python limits the digits
         return Fault("a number has too many digits")
 
 

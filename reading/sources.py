@@ -1,7 +1,6 @@
 """Open files, patterns, ``.gz`` files and standard input, and read whole tables.
 
-The kind of a file follows from its name, and ``.gz`` files are decompressed while they are read. For other sources, such as
-an object store or ``io.BytesIO``, `rows.Rows` reads any binary stream.
+The kind of a file follows from its name. For other sources, such as ``io.BytesIO``, `rows.Rows` reads any binary stream.
 """
 
 import glob
@@ -30,14 +29,9 @@ class Source:
 
 
 def find_sources(pattern: str, kind: str | None = None) -> list[Source]:
-    """Return the files that match a path or a pattern such as ``part-*.csv``, in sorted order.
+    """Return the files that match a path, a pattern such as ``part-*.csv``, or ``-`` for standard input, in sorted order.
 
-    Args:
-        pattern: ``-`` for standard input.
-        kind: overrides the kind that the file names imply.
-
-    Raises:
-        InputError: no file matches, or the kind is unknown.
+    The kind overrides the one that the file names imply. InputError is raised if no file matches, or the kind is unknown.
     """
     if pattern == "-":
         if kind is None:
@@ -92,11 +86,7 @@ class Table:
 
 
 def read_table(source: Source, requested: Sequence[str] | None = None) -> Table:
-    """Read columns of a source, by default all, into memory.
-
-    Raises:
-        InputError: the source is damaged or has no rows, or a row cannot be read.
-    """
+    """Read columns of a source, by default all, into memory. Raise InputError if there are none, or one cannot be read."""
     lines: list[int] = []
     with open_rows(source) as rows:
         columns: dict[str, list[Any]] = {name: [] for name in (rows.columns if requested is None else requested)}

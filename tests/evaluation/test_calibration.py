@@ -94,10 +94,10 @@ def test_the_lexical_weight_is_the_one_that_the_labels_were_drawn_with():
 def test_rows_are_scored_by_a_calibration_that_has_not_seen_their_text():
     logits, labels = drawn(TREE, [2.0] * 4, 300)
     scores, texts = np.random.default_rng(1).normal(size=logits.shape), np.arange(300) // 2  # each text twice
-    calibrated_logits = held_out(TREE, logits, scores, labels, texts)
+    calibrated_logits = held_out(fit_calibration, TREE, logits, scores, labels, texts)
     other_labels = labels.copy()
     other_labels[:2] = (labels[:2] + 1) % TREE.num_leaves  # the first text is labelled otherwise
-    again = held_out(TREE, logits, scores, other_labels, texts)
+    again = held_out(fit_calibration, TREE, logits, scores, other_labels, texts)
     np.testing.assert_array_equal(calibrated_logits[:2], again[:2])
     changed = np.flatnonzero((calibrated_logits != again).any(axis=1))
     assert len(changed) == 240  # four fifths: the first text took part in their fits
@@ -122,7 +122,7 @@ def test_scores_of_validation_rows_do_not_flatter_the_fit():
             {split: Dataset.from_dict({"labels": labels[some], "text_id": some}) for split, some in rows.items()}
         )
         known = {split: logits[some] for split, some in rows.items()}
-        metrics, _ = calibrate_model(model, None, TREE, known, splits, 512)
+        metrics, _ = calibrate_model(model, None, known, splits, 512)
         before = log_loss(rows["validation"]) - log_loss(rows["test"])
         gaps.append(metrics["eval_log_loss"] - metrics["test_log_loss"] - before)
     assert np.mean(gaps) == pytest.approx(0, abs=0.015)  # by the fit to these very rows, -0.035

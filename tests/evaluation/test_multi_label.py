@@ -18,23 +18,20 @@ from transformers import EvalPrediction
 
 from errors import InputError
 from evaluation import lexical
-from evaluation.calibration import PRIOR
+from evaluation.calibration import PRIOR, held_out
+from evaluation.metrics import bootstrap_intervals, node_counts, one_hot, per_class_report
 from evaluation.multi_label import (
     MultiLabelCalibration,
     best_threshold,
-    bootstrap_intervals,
     build_multi_label_metrics,
     choose,
     common_threshold,
     fit_calibration,
     fit_node_thresholds,
     fit_recall_thresholds,
-    held_out,
     likely_pairs,
     marginal_logits,
-    node_counts,
     open_decisions,
-    per_node_report,
     recall_scores,
     shrunk_thresholds,
 )
@@ -175,14 +172,14 @@ def test_calibration_is_applied_node_by_node():
 def test_texts_are_scored_by_a_calibration_that_has_not_seen_them():
     z, labels = case(TREE, 300)
     texts = np.arange(300) // 2  # each text twice
-    u = held_out(TREE, z, z, labels, texts)
+    u = held_out(fit_calibration, TREE, z, z, labels, texts)
     other = labels.copy()
     other[:2] = 1 - labels[:2, [A]]  # the first text is labelled otherwise
-    again = held_out(TREE, z, z, other, texts)
+    again = held_out(fit_calibration, TREE, z, z, other, texts)
     np.testing.assert_array_equal(u[:2], again[:2])
     assert np.count_nonzero((u != again).any(axis=1)) == 240
     np.testing.assert_allclose(u, fit_calibration(TREE, z, z, labels).apply(TREE, z, z), atol=1.0)
-    single = held_out(TREE, z[:1], None, labels[:1], texts[:1])
+    single = held_out(fit_calibration, TREE, z[:1], None, labels[:1], texts[:1])
     np.testing.assert_array_equal(single, fit_calibration(TREE, z[:1], None, labels[:1]).apply(TREE, z[:1], None))
 
 
@@ -317,7 +314,7 @@ def test_recall_thresholds_against_their_definition(rows):
     z = z.round()  # ties
     labels = labels[:rows]
     u = marginal_logits(TREE, z[:rows])
-    thresholds, num_texts = fit_recall_thresholds(TREE, u, labels)
+    thresholds, num_texts = fit_recall_thresholds(u, labels)
     assert num_texts == (labels == 1).any(axis=1).sum()
     assert len(thresholds) == 99
     risk_at = risks(expit(u), labels)
@@ -332,10 +329,9 @@ def test_recall_thresholds_against_their_definition(rows):
 
 
 def test_recall_thresholds_are_exact_for_texts_of_very_different_sizes():
-    tree = Taxonomy([f"node {i}" for i in range(60)])
     labels = (np.arange(60) <= np.arange(60)[:, None]).astype(np.int8)  # 1 to 60 nodes
     u = np.random.default_rng(0).normal(size=labels.shape)
-    thresholds, _ = fit_recall_thresholds(tree, u, labels)
+    thresholds, _ = fit_recall_thresholds(u, labels)
     risk_at = risks(expit(u), labels)
     for percent in range(1, 99):
         expected = max(t for t, risk in risk_at.items() if risk <= 1 - Fraction(percent, 100))
@@ -346,7 +342,7 @@ def test_recall_thresholds_worked_by_hand():
     # four texts: the losses of t just above 0.2, 0.4, 0.6, 0.8 are 1/2, 1/2 + 1, 2 + 1/2, …
     probabilities = np.array([[0.2, 0.9, 0.1], [0.4, 0.3, 0.1], [0.6, 0.5, 0.1], [0.8, 0.5, 0.2], [0.01, 0.02, 0.03]])
     labels = np.array([[1, 1, 0], [1, 0, 0], [1, -100, 0], [1, -100, -100], [0, 0, 0]])
-    thresholds, num_texts = fit_recall_thresholds(FLAT, logit(probabilities), labels)
+    thresholds, num_texts = fit_recall_thresholds(logit(probabilities), labels)
     assert num_texts == 4
     # (loss + 1) / 5 <= 1 - recall: a loss of 0 up to recall 0.8, 1/2 up to 0.7, 3/2 up to 0.5, 5/2 up to 0.3, 7/2 up to 0.1
     expected = {0.8: 0.2, 0.71: 0.2, 0.7: 0.4, 0.51: 0.4, 0.5: 0.6, 0.31: 0.6, 0.3: 0.8, 0.11: 0.8, 0.1: 0.9, 0.01: 0.9}
@@ -358,7 +354,7 @@ def test_recall_thresholds_worked_by_hand():
     assert present == sorted(present, reverse=True)
     assert recall_scores(logit(probabilities), labels, 0.5) == {"recall": pytest.approx(2.5 / 4), "nodes": 5 / 4}
     assert recall_scores(logit(probabilities), np.zeros_like(labels), 0.5) == {}
-    assert fit_recall_thresholds(FLAT, logit(probabilities), np.zeros_like(labels)) == ([None] * 99, 0)
+    assert fit_recall_thresholds(logit(probabilities), np.zeros_like(labels)) == ([None] * 99, 0)
 
 
 @pytest.mark.parametrize(("recall", "num_texts"), [(90, 60), (70, 30), (95, 200)])
@@ -372,7 +368,7 @@ def test_the_mean_recall_over_splits_is_what_was_asked_and_hardly_more(recall, n
     for seed in range(200):
         order = np.random.default_rng(seed).permutation(len(u))
         fitted, scored = order[:num_texts], order[num_texts:]
-        thresholds, _ = fit_recall_thresholds(TREE, u[fitted], labels[fitted])
+        thresholds, _ = fit_recall_thresholds(u[fitted], labels[fitted])
         recalls.append(recall_scores(u[scored], labels[scored], thresholds[recall - 1])["recall"])
     mean, error = statistics.mean(recalls), statistics.stdev(recalls) / math.sqrt(200)
     assert recall / 100 - 2 * error <= mean <= recall / 100 + 2 / (num_texts + 1) + 0.01
@@ -501,8 +497,8 @@ def test_the_report_of_nodes_against_scikit_learn():
     labels[:, [G, H]] = 0
     u, thresholds = marginal_logits(TREE, z), np.full(8, 0.4)
     u[:, [G, H]] = -9
-    rows, intervals = per_node_report(TREE, u, labels, thresholds)
     chosen = choose(TREE, expit(u), thresholds)
+    rows, intervals = per_class_report(TREE.labels, labels, chosen)
     expected = sklearn.metrics.precision_recall_fscore_support(labels, chosen, zero_division=0)
     assert [row["label"] for row in rows] == TREE.labels
     for name, values in zip(("precision", "recall", "f1", "support"), expected, strict=True):
@@ -515,7 +511,7 @@ def test_the_report_of_nodes_against_scikit_learn():
     metrics = measured(TREE, u, labels, thresholds)
     for name in ("micro_f1", "macro_f1"):
         assert intervals[name][0] < metrics[name] < intervals[name][1]
-    assert per_node_report(TREE, u, np.full_like(labels, -100), thresholds) == ([], {})
+    assert per_class_report(TREE.labels, np.full_like(labels, -100), chosen) == ([], {})
 
 
 def test_intervals_against_the_spread_of_other_samples():
@@ -526,7 +522,7 @@ def test_intervals_against_the_spread_of_other_samples():
         counts = node_counts(choose(TREE, expit(marginal_logits(TREE, scores)), 0.4), labels)
         values.append(2 * counts[0].sum() / counts[1:].sum())
     labels = drawn(TREE, z)
-    ends = bootstrap_intervals(choose(TREE, expit(u), 0.4), labels)["micro_f1"]
+    ends = bootstrap_intervals(labels, choose(TREE, expit(u), 0.4))["micro_f1"]
     assert ends[1] - ends[0] == pytest.approx(2 * 1.96 * statistics.stdev(values), rel=0.2)
 
 
@@ -553,8 +549,8 @@ def counted(ids: list[list[int]]) -> csr_matrix:
 
 def test_each_node_has_scikit_learns_logistic_regression_over_its_open_rows():
     (ids, labels), (unseen, _) = rows(300), rows(30, seed=1)
-    classifier = lexical.MultiLabelLexicalClassifier(TREE, counted(ids), labels)
-    spread = lexical.spread_of_node_log_odds(counted(ids) > 0, labels)
+    classifier = lexical.LexicalClassifier(TREE, counted(ids), labels)
+    spread = lexical.spread_of_log_odds(counted(ids) > 0, labels)
 
     def features(ids: list[list[int]]) -> np.ndarray:
         weighed = TfidfTransformer(sublinear_tf=True, norm=None).fit(counted(rows(300)[0])).transform(counted(ids))
@@ -580,7 +576,7 @@ def test_a_node_that_is_never_or_always_true_has_no_words():
     ids, labels = rows(200)
     labels[:, [G, H]] = 0
     labels[labels[:, B] == 1, C] = 1
-    classifier = lexical.MultiLabelLexicalClassifier(TREE, counted(ids), labels)
+    classifier = lexical.LexicalClassifier(TREE, counted(ids), labels)
     for node in (G, H, C):
         assert not classifier.weight[node].any()
         assert classifier.bias[node] == 0
@@ -590,21 +586,21 @@ def test_a_node_that_is_never_or_always_true_has_no_words():
 def test_texts_without_a_known_label_teach_no_words():
     ids, labels = rows(200)
     labels[:50] = -100
-    classifier = lexical.MultiLabelLexicalClassifier(TREE, counted(ids), labels)
-    expected = lexical.MultiLabelLexicalClassifier(TREE, counted(ids[50:]), labels[50:])
+    classifier = lexical.LexicalClassifier(TREE, counted(ids), labels)
+    expected = lexical.LexicalClassifier(TREE, counted(ids[50:]), labels[50:])
     np.testing.assert_array_equal(classifier.weight, expected.weight)
     np.testing.assert_array_equal(classifier.tfidf.idf_, expected.tfidf.idf_)
 
 
-def test_the_spread_over_nodes_is_the_spread_over_classes_where_labels_exclude_each_other():
+def test_classes_without_both_labels_and_rows_without_labels_do_not_count_in_the_spread():
     present = csr_matrix(np.random.default_rng(0).random((50, 12)) < 0.3)
     classes = np.random.default_rng(1).integers(0, 3, 50)
-    expected = lexical.spread_of_log_odds(present, classes)
+    expected = lexical.spread_of_log_odds(present, one_hot(classes, 3))
     labels = np.eye(4, dtype=int)[classes]  # the last node has one label only
-    np.testing.assert_allclose(lexical.spread_of_node_log_odds(present, labels), expected)
+    np.testing.assert_allclose(lexical.spread_of_log_odds(present, labels), expected)
     more = np.vstack([labels, np.full((7, 4), -100)])
     others = csr_matrix(np.vstack([present.toarray(), np.ones((7, 12), dtype=bool)]))
-    np.testing.assert_allclose(lexical.spread_of_node_log_odds(others, more), expected)
+    np.testing.assert_allclose(lexical.spread_of_log_odds(others, more), expected)
 
 
 def test_a_lexical_classifier_is_fitted_if_any_node_has_both_labels(caplog):
@@ -612,7 +608,7 @@ def test_a_lexical_classifier_is_fitted_if_any_node_has_both_labels(caplog):
     ids, labels = rows(60)
     train = datasets.Dataset.from_dict({"input_ids": ids, "labels": labels.tolist()})
     fitted = lexical.fit_classifier(TREE, train, VOCABULARY)
-    np.testing.assert_array_equal(fitted.weight, lexical.MultiLabelLexicalClassifier(TREE, counted(ids), labels).weight)
+    np.testing.assert_array_equal(fitted.weight, lexical.LexicalClassifier(TREE, counted(ids), labels).weight)
     same = datasets.Dataset.from_dict({"input_ids": ids, "labels": np.zeros_like(labels).tolist()})
     assert lexical.fit_classifier(TREE, same, VOCABULARY) is None
     assert "the training rows do not tell any two classes apart" in caplog.text
