@@ -11,6 +11,8 @@ Worth knowing:
 4. An upload is read into memory and deleted at once. Downloads are deleted after `KEPT_SECONDS`, and when the page stops.
    Nothing that a user sends is logged: see `log_without_values` and `guard.py`.
 5. Texts, explanations and files have separate queues, so a text never waits for a file.
+6. `Service` serves a model that predicts one path a text, and `MultiLabelService` one that predicts several labels. Below, the
+   level of the guarantee is a coverage for the first, and a recall for the second.
 """
 
 import argparse
@@ -45,21 +47,25 @@ import gradio as gr
 import views
 from attribution import Explainer, Explanation
 from classification import (
-    LEAST_COVERAGE,
+    LEAST_LEVEL,
     MAX_CHARACTERS,
-    MOST_COVERAGE,
+    MOST_LEVEL,
     Classification,
-    check_coverage,
+    MultiLabelClassification,
+    check_level,
     check_text,
     classify,
     classify_all,
+    guarantee,
+    highest_level,
     is_calibrated,
+    is_multi_label,
     load,
 )
 from gradio.utils import get_upload_folder
 from guard import Guard
 from starlette.middleware import Middleware
-from tables import KINDS, MAX_BYTES, MAX_ROWS, Refused, Row, kind_of, read_table, to_csv, to_json_lines
+from tables import KINDS, MAX_BYTES, MAX_ROWS, Refused, Row, join_lists, kind_of, read_table, to_csv, to_json_lines
 from transformers import Pipeline
 from transformers.utils import cached_file
 
@@ -71,7 +77,7 @@ PROGRESS_SECONDS = 0.5  # between two progress messages: a slow browser that get
 PREVIEW = 50  # rows of a file
 KEPT_SECONDS = 600  # until a download is deleted
 QUEUE = 100  # waiting requests; beyond, gradio replies "Queue is full! Please try again."
-COVERAGE = 0.9
+LEVEL = 0.9  # of the guarantee, at the start
 EXAMPLES = {
     "Colitis": "Whether mesalamine keeps ulcerative colitis quiet after a first attack was asked in 148 outpatients. All "
     "underwent colonoscopy with biopsy at entry and after one year. Mucosal inflammation returned in 31 % under treatment "
@@ -116,15 +122,41 @@ class FileResult(TypedDict):
     problems: list[Problem]
 
 
+class MultiLabelRecord(TypedDict):
+    """A row that was classified: the line where it begins, its text, and its `MultiLabelClassification`."""
+
+    line: int
+    text: str
+    labels: list[str]
+    scores: list[float]
+    answer: list[str] | None
+    share_read: float
+
+
+class MultiLabelFileResult(TypedDict):
+    """The results of a file: the column of texts, the rows that were classified, and those that were not."""
+
+    column: str
+    rows: list[MultiLabelRecord]
+    problems: list[Problem]
+
+
 def gpu(function: Callable) -> Callable:
     """Run a function with a GPU on ZeroGPU hardware. Elsewhere, return it unchanged."""
     return function if spaces is None else spaces.GPU(function)
 
 
 def rows_classified(
-    classifier: Callable[[list[str], float | None], list[Classification]], rows: list[Row], coverage: float | None
-) -> Iterator[tuple[list[Record], list[Problem]]]:
-    """Classify rows, `ROWS` at a time. Yield those that were classified and those that were not."""
+    classifier: Callable[[list[str], float | None], list[dict[str, Any]]],
+    outcome: Callable[[dict[str, Any]], dict[str, Any]],
+    rows: list[Row],
+    level: float | None,
+) -> Iterator[tuple[list[dict[str, Any]], list[Problem]]]:
+    """Classify rows, `ROWS` at a time. Yield those that were classified and those that were not.
+
+    Args:
+        outcome: returns the predictions of a result, as they are in a record.
+    """
     for start in range(0, len(rows), ROWS):
         texts, problems = [], []
         for row in rows[start : start + ROWS]:
@@ -134,14 +166,12 @@ def rows_classified(
                 texts.append((row.line, check_text(row.text)))
             except Refused as error:
                 problems.append({"line": row.line, "problem": str(error)})
-        results = classifier([text for _, text in texts], coverage) if texts else []
+        results = classifier([text for _, text in texts], level) if texts else []
         records = [
             {
                 "line": line,
                 "text": text,
-                "predicted": result["label"],
-                "probability": round(result["score"], 6),
-                "path": [node["label"] for node in result["path"]],
+                **outcome(result),
                 "answer": None if result["answer"] is None else [node["label"] for node in result["answer"]],
                 "share_read": round(result["characters_read"] / result["characters"], 4),
             }
@@ -189,11 +219,21 @@ class Service:
         classifier: as `classification.load` returns it.
     """
 
+    kicker = "Most probable class"
+    level_label = "Coverage: the share of texts whose answer contains the correct class"
+    level_info = "With more coverage, the answer is more often several classes or their parent."
+    plots: tuple[tuple[str, str, str], ...] = (  # element, heading, and label of each figure
+        ("bars", "Probabilities, level by level", "Probabilities"),
+        ("icicle", "The taxonomy: probability from the roots to the leaves", "The taxonomy"),
+    )
+    result, answer = staticmethod(views.result), staticmethod(views.coverage_answer)
+    preview, to_csv = staticmethod(views.preview), staticmethod(to_csv)
+
     def __init__(self, classifier: Pipeline):
         self.classifier, self.tree = classifier, classifier.tree
         explainer = Explainer(classifier)
-        self._classify = gpu(lambda text, coverage: classify(classifier, text, coverage))
-        self._classify_all = gpu(lambda texts, coverage: classify_all(classifier, texts, coverage))
+        self._classify = gpu(lambda text, level: classify(classifier, text, level))
+        self._classify_all = gpu(lambda texts, level: classify_all(classifier, texts, level))
         self._explain = gpu(explainer.explain)
 
     # ── The API ──
@@ -223,7 +263,7 @@ class Service:
             to the difference of the two probabilities, up to the convergence error.
         """
         text = check_text(text)
-        return self._explain(text, self.check_node(node) if node else self._classify(text, None)["label"])
+        return self._explain(text, self.check_node(node) if node else self.main_node(self._classify(text, None)))
 
     def classify_file(self, file: gr.FileData, column: str | None = None, coverage: float | None = None) -> FileResult:
         """Classify the rows of a file. The file is deleted as soon as it is read.
@@ -237,13 +277,16 @@ class Service:
         Returns:
             The column, the rows that were classified, and the lines and reasons of the others.
         """
+        return self._classify_file(file, column, coverage)
+
+    def _classify_file(self, file: Any, column: str | None, level: float | None) -> dict[str, Any]:
         if not isinstance(file, dict) or not isinstance(file.get("path"), str):
             raise Refused("A file is needed.")
         content = take_upload(file["path"])
         table = read_table(content, kind_of(file["path"]), column or None)
-        coverage = check_coverage(self.classifier, coverage)
-        result: FileResult = {"column": table.column, "rows": [], "problems": []}
-        for records, problems in rows_classified(self._classify_all, table.rows, coverage):
+        level = check_level(self.classifier, level)
+        result: dict[str, Any] = {"column": table.column, "rows": [], "problems": []}
+        for records, problems in rows_classified(self._classify_all, self.outcome, table.rows, level):
             result["rows"] += records
             result["problems"] += problems
         return result
@@ -255,24 +298,40 @@ class Service:
 
     # ── The page ──
 
-    def show_result(self, text: str, coverage: float) -> list[Any]:
+    def show_result(self, text: str, level: float) -> list[Any]:
         """Return the outputs of one text: its result, its figures, the node to explain, and an empty explanation."""
-        coverage = coverage if is_calibrated(self.classifier) else None
+        no_answer = ""
         try:
-            result = self._classify(text or "", coverage)
+            level = check_level(self.classifier, level)
+        except Refused as error:
+            level, no_answer = None, views.plain(str(error))
+        try:
+            result = self._classify(text or "", level)
         except Refused as error:
             return [views.refusal(str(error)), *self.figures(), gr.skip(), views.no_words()]
-        path = [node["label"] for node in result["path"]]
-        figures = self.figures(result["levels"], path)
-        return [views.result(result, coverage), *figures, result["label"], views.no_words()]
+        answer = no_answer or self.answer(level, result["answer"])
+        return [self.result(result, answer), *self.figures(result), self.main_node(result), views.no_words()]
 
-    def figures(self, levels: list[dict[str, float]] | None = None, path: list[str] | None = None) -> list[Any]:
-        """Draw bars and icicle. Without probabilities, the bars are empty and all leaves of the icicle have the same size."""
+    def main_node(self, result: dict[str, Any]) -> str:
+        """Return the label of the node that is explained by default."""
+        return result["label"]
+
+    def outcome(self, result: dict[str, Any]) -> dict[str, Any]:
+        """Return the predictions of a result, as they are in a `Record`."""
+        return {
+            "predicted": result["label"],
+            "probability": round(result["score"], 6),
+            "path": [node["label"] for node in result["path"]],
+        }
+
+    def figures(self, result: dict[str, Any] | None = None) -> list[Any]:
+        """Draw bars and icicle. Without a result, the bars are empty and all leaves of the icicle have the same size."""
         tree = self.tree
         height = views.icicle_height(tree.num_leaves)
-        if levels is None:
+        if result is None:
             empty = [{tree.labels[n]: 0.0 for n in level} for level in self.levels()]
             return [views.bars(empty, []), views.icicle(self.even_levels(), self.parents(), [], height)]
+        levels, path = result["levels"], [node["label"] for node in result["path"]]
         return [views.bars(levels, path), views.icicle(levels, self.parents(), path, height)]
 
     def levels(self) -> list[list[int]]:
@@ -296,7 +355,7 @@ class Service:
             return views.refusal(str(error))
         progress(0, desc="Explaining")
         explanation = self._explain(text, node, lambda share: progress(share, desc="Explaining"))
-        return views.words(text, explanation)
+        return views.words(text, explanation, is_multi_label(self.classifier))
 
     def open_file(self, path: str | None) -> list[Any]:
         """Read an upload into memory. Return its kind and content, its columns, and a status line."""
@@ -322,7 +381,7 @@ class Service:
         return views.note("Cancelled. No results are kept." if run and run.end() else "Nothing is running.")
 
     def run_file(
-        self, kept: tuple[str, bytes] | None, column: str, coverage: float, run: Run | None
+        self, kept: tuple[str, bytes] | None, column: str, level: float, run: Run | None
     ) -> Iterator[list[Any]]:
         """Classify a file. Yield progress, preview, problems and two downloads, until the run is done or cancelled."""
         # ── Read: the run may be over, and the file refused ──
@@ -335,6 +394,7 @@ class Service:
             if kept is None:
                 raise Refused("There is no file: choose one first.")
             kind, content = kept
+            level = check_level(self.classifier, level if is_calibrated(self.classifier) else None)
             table = read_table(content, kind, column or "")
         except Refused as error:
             yield [views.refusal(str(error)), *empty] if run.end() else nothing
@@ -344,13 +404,12 @@ class Service:
             return
 
         # ── Classify: some rows at a time; a part of the page is sent only if it changed ──
-        coverage = coverage if is_calibrated(self.classifier) else None
-        done: list[Record] = []
+        done: list[dict[str, Any]] = []
         bad: list[Problem] = []
         total = len(table.rows)
-        yield [views.progress(0, total, 0, "Classified"), views.preview([]), views.problems([]), *empty[2:]]
+        yield [views.progress(0, total, 0, "Classified"), self.preview([]), views.problems([]), *empty[2:]]
         sent, previewed, listed = float("-inf"), 0, 0
-        for records, problems in rows_classified(self._classify_all, table.rows, coverage):
+        for records, problems in rows_classified(self._classify_all, self.outcome, table.rows, level):
             if not run.active:
                 yield nothing
                 return
@@ -360,7 +419,7 @@ class Service:
                 continue
             yield [
                 views.progress(len(done) + len(bad), total, len(bad), "Classified"),
-                views.preview(done[:PREVIEW]) if previewed < min(len(done), PREVIEW) else gr.skip(),
+                self.preview(done[:PREVIEW]) if previewed < min(len(done), PREVIEW) else gr.skip(),
                 views.problems(bad) if listed < len(bad) else gr.skip(),
                 gr.skip(),
                 gr.skip(),
@@ -372,7 +431,7 @@ class Service:
             yield nothing
             return
         with tempfile.TemporaryDirectory() as folder:  # gradio serves copies
-            formats = {"predictions.csv": to_csv, "predictions.jsonl": to_json_lines}
+            formats = {"predictions.csv": self.to_csv, "predictions.jsonl": to_json_lines}
             for name, to_text in formats.items():
                 (Path(folder) / name).write_bytes(to_text(done).encode())
             yield [
@@ -381,6 +440,79 @@ class Service:
                 gr.skip(),
                 *(gr.DownloadButton(value=str(Path(folder) / name), interactive=True) for name in formats),
             ]
+
+
+class MultiLabelService(Service):
+    """The functions for a model that predicts several labels a text."""
+
+    kicker = "Predicted labels"
+    level_label = "Recall: the share of a text's correct nodes that the answer contains on average"
+    level_info = "With more recall, the answer has more nodes."
+    plots = (("tree", "The taxonomy: probability of each node. ✓: predicted", "The taxonomy"),)
+    result, answer = staticmethod(views.labels_result), staticmethod(views.recall_answer)
+    preview = staticmethod(views.labels_preview)
+    to_csv = staticmethod(lambda records: to_csv([join_lists(record) for record in records]))
+
+    def classify(self, text: str, recall: float | None = None) -> MultiLabelClassification:
+        """Classify a text into the taxonomy.
+
+        Args:
+            text: at most 20,000 characters.
+            recall: between 0.5 and 0.99; the answer then contains this share of a text's correct nodes on average.
+
+        Returns:
+            The deepest predicted nodes with their probabilities and paths, possibly none, the answer for the recall, the
+            probability of every node level by level, and the number of characters that were read.
+        """
+        return self._classify(text, recall)
+
+    def explain(self, text: str, node: str | None = None) -> Explanation:
+        """Attribute the log-odds of a node to the words of a text, by integrated gradients.
+
+        Args:
+            text: at most 20,000 characters.
+            node: the label of any node of the taxonomy; by default the most probable label.
+
+        Returns:
+            The node, its probability for the text and for a blank text, and the words with their weights. The weights add up
+            to the difference of the log-odds of the two probabilities, up to the convergence error.
+        """
+        return super().explain(text, node)
+
+    def classify_file(
+        self, file: gr.FileData, column: str | None = None, recall: float | None = None
+    ) -> MultiLabelFileResult:
+        """Classify the rows of a file. The file is deleted as soon as it is read.
+
+        Args:
+            file: CSV, TSV, JSON, JSON Lines, Parquet, or plain text with one text a line; at most 10 MB and 10,000 rows.
+            column: the column of texts; by default found by its name, such as text or abstract, else the one with the most
+                characters.
+            recall: as in classify.
+
+        Returns:
+            The column, the rows that were classified, and the lines and reasons of the others.
+        """
+        return self._classify_file(file, column, recall)
+
+    def main_node(self, result: dict[str, Any]) -> str:
+        roots = result["levels"][0]
+        return result["labels"][0]["label"] if result["labels"] else max(roots, key=roots.get)
+
+    def outcome(self, result: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "labels": [node["label"] for node in result["labels"]],
+            "scores": [round(node["score"], 6) for node in result["labels"]],
+        }
+
+    def figures(self, result: dict[str, Any] | None = None) -> list[Any]:
+        """Draw the tree. Without a result, its bars are empty."""
+        tree = self.tree
+        nodes = [(tree.labels[n], tree.levels[n]) for n in tree.reading_order]
+        if result is None:
+            return [views.tree(nodes, None, set())]
+        scores = {label: score for level in result["levels"] for label, score in level.items()}
+        return [views.tree(nodes, scores, {step["label"] for node in result["labels"] for step in node["path"]})]
 
 
 def endpoint(method: Callable) -> Callable:
@@ -404,38 +536,49 @@ def about(classifier: Pipeline, model: str, revision: str | None) -> tuple[Html,
     path = cached_file(model, "README.md", revision=revision, _raise_exceptions_for_missing_entries=False)
     card = Path(path).read_text(encoding="utf-8") if path else ""
     encoder = config.encoder_name_or_path
+    guaranteed = "yes" if is_calibrated(classifier) else "no: trained without validation rows"
+    labels = {}
+    if is_multi_label(classifier):
+        labels["Labels"] = "any number of nodes a text, none included"
+        if is_calibrated(classifier):
+            guaranteed = f"up to {highest_level(classifier):.0%}, fitted on {config.recall_texts:,} texts with labels"
     facts = {
         "Model": model_name if revision is None else f"{model_name} at {revision[:12]}",
         "Encoder": Path(encoder).name if os.path.isabs(encoder) else encoder,
         "Taxonomy": f"{tree.num_leaves:,} classes, {tree.num_nodes:,} nodes, {tree.depth} levels",
+        **labels,
         "Text length": f"at most {classifier.tokenizer.model_max_length:,} tokens",
         "Licence": views.licence(card),
-        "Coverage guarantee": "yes" if is_calibrated(classifier) else "no: trained without validation rows",
+        f"{guarantee(classifier).capitalize()} guarantee": guaranteed,
     }
     first, more = views.card_parts(card)
     return views.facts(facts), first or "The checkpoint has no model card.", more
 
 
-def coverage_slider(service: Service, name: str) -> gr.Slider:
+def level_slider(service: Service, prefix: str = "") -> gr.Slider:
+    highest = highest_level(service.classifier)
     calibrated = is_calibrated(service.classifier)
     return gr.Slider(
-        minimum=LEAST_COVERAGE,
-        maximum=MOST_COVERAGE,
+        minimum=LEAST_LEVEL,
+        maximum=MOST_LEVEL,
         step=0.01,
-        value=COVERAGE,
+        value=min(LEVEL, highest) if calibrated else LEVEL,
         interactive=calibrated,
-        label="Coverage: the share of texts whose answer contains the correct class",
-        info="With more coverage, the answer is more often several classes or their parent."
-        if calibrated
-        else "Not available: this model was trained without validation rows.",
-        elem_id=name,
+        label=service.level_label,
+        info=service.level_info if calibrated else "Not available: this model was trained without validation rows.",
+        elem_id=prefix + guarantee(service.classifier),
     )
+
+
+def plot(element: str, heading: str, label: str, figure: Any) -> gr.Plot:
+    gr.HTML(f"<h2>{heading}</h2>", elem_classes="heading")
+    return gr.Plot(figure, show_label=False, label=label, elem_id=element)
 
 
 def text_tab(service: Service) -> None:
     """Lay out the tab for one text: its result, its figures, and the words that counted."""
     tree = service.tree
-    bars_figure, icicle_figure = service.figures()
+    first, *others = zip(service.plots, service.figures(), strict=True)
     with gr.Tab("One text", id="text"):
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=300):
@@ -453,13 +596,11 @@ def text_tab(service: Service) -> None:
                 gr.HTML("<p class='small' id='examples-label'>Examples, made up for this page:</p>")
                 with gr.Row(elem_id="examples"):
                     examples = [gr.Button(name, size="sm") for name in EXAMPLES]
-                coverage = coverage_slider(service, "coverage")
+                level = level_slider(service)
             with gr.Column(scale=6, min_width=300):
-                result = gr.HTML(views.waiting(), elem_id="result")
-                gr.HTML("<h2>Probabilities, level by level</h2>", elem_classes="heading")
-                bars = gr.Plot(bars_figure, show_label=False, label="Probabilities", elem_id="bars")
-        gr.HTML("<h2>The taxonomy: probability from the roots to the leaves</h2>", elem_classes="heading")
-        icicle = gr.Plot(icicle_figure, show_label=False, label="The taxonomy", elem_id="icicle")
+                result = gr.HTML(views.waiting(service.kicker), elem_id="result")
+                plots = [plot(*first[0], first[1])]
+        plots += [plot(*words, figure) for words, figure in others]
         with gr.Row(elem_id="ask"):
             node = gr.Dropdown(
                 choices=[(" › ".join(tree.path_names(n)), tree.labels[n]) for n in tree.reading_order],
@@ -472,16 +613,16 @@ def text_tab(service: Service) -> None:
             show = gr.Button("Show the words", elem_id="show", scale=1)
         words = gr.HTML(views.no_words(), elem_id="words")
 
-        results = [result, bars, icicle, node, words]
-        asked = [text, coverage]
+        results = [result, *plots, node, words]
+        asked = [text, level]
         texts = {"concurrency_id": "texts", **HIDDEN}
         gr.on([run.click, text.submit], service.show_result, asked, results, **texts)
-        gr.on([coverage.release], service.show_result, asked, results, **texts)
+        gr.on([level.release], service.show_result, asked, results, **texts)
         for button, example in zip(examples, EXAMPLES.values(), strict=True):
             filled = button.click(lambda example=example: example, None, text, queue=False, **HIDDEN)
             filled.then(service.show_result, asked, results, **texts)
         clear.click(
-            lambda: ["", views.waiting(), *service.figures(), gr.skip(), views.no_words()],
+            lambda: ["", views.waiting(service.kicker), *service.figures(), gr.skip(), views.no_words()],
             None,
             [text, *results],
             queue=False,
@@ -512,7 +653,7 @@ def file_tab(service: Service) -> None:
                 column = gr.Dropdown(
                     choices=[], label="Column with the texts", allow_custom_value=True, elem_id="column"
                 )
-                file_coverage = coverage_slider(service, "file-coverage")
+                file_level = level_slider(service, "file-")
                 with gr.Row():
                     start = gr.Button("Classify the file", variant="primary", elem_id="start")
                     stop = gr.Button("Cancel", variant="stop", elem_id="cancel")
@@ -528,7 +669,7 @@ def file_tab(service: Service) -> None:
                 )
         kept = gr.State(None, time_to_live=KEPT_SECONDS)
         gr.HTML(f"<h2>Preview: the first {PREVIEW} rows</h2>", elem_classes="heading")
-        table = gr.HTML(views.preview([]), elem_id="preview")
+        table = gr.HTML(service.preview([]), elem_id="preview")
         gr.HTML("<h2>Rows that could not be classified</h2>", elem_classes="heading")
         problems = gr.HTML(views.problems([]), elem_id="problems")
         opened = [kept, column, state]
@@ -536,7 +677,7 @@ def file_tab(service: Service) -> None:
         running = gr.State(None)
         start.click(service.begin_file, running, [running, ended], queue=False, **HIDDEN).then(
             service.run_file,
-            [kept, column, file_coverage, running],
+            [kept, column, file_level, running],
             [state, table, problems, as_csv, as_lines],
             concurrency_id="files",
             trigger_mode="multiple",  # the run before may still be waiting, or finishing its last rows
@@ -558,7 +699,7 @@ def model_tab(classifier: Pipeline, model: str, revision: str | None) -> None:
 
 def build(classifier: Pipeline, model: str, revision: str | None = None) -> gr.Blocks:
     """Build the page, with the API endpoints ``classify``, ``explain`` and ``classify_file``."""
-    service = Service(classifier)
+    service = MultiLabelService(classifier) if is_multi_label(classifier) else Service(classifier)
     with gr.Blocks(
         title="Medical text, sorted into a taxonomy", analytics_enabled=False, delete_cache=(60, KEPT_SECONDS)
     ) as page:
@@ -569,11 +710,12 @@ def build(classifier: Pipeline, model: str, revision: str | None = None) -> gr.B
             model_tab(classifier, model, revision)
         gr.HTML(views.footer(), elem_id="foot")
 
-        for method, result_type, queue in (
-            (service.classify, Classification, "texts"),
-            (service.explain, Explanation, "words"),
-            (service.classify_file, FileResult, "files"),
+        for method, queue in (
+            (service.classify, "texts"),
+            (service.explain, "words"),
+            (service.classify_file, "files"),
         ):
+            result_type = method.__annotations__["return"]
             description = f"{inspect.getdoc(method)}\n\n{result_type.__name__}: {inspect.getdoc(result_type)}"
             gr.api(endpoint(method), api_name=method.__name__, api_description=description, concurrency_id=queue)
     return page.queue(max_size=QUEUE, default_concurrency_limit=1, api_open=False)

@@ -1,17 +1,19 @@
-"""Attribute the probability of a node to words: integrated gradients (Sundararajan et al., 2017, arXiv 1703.01365).
+"""Attribute the value of a node to words: integrated gradients (Sundararajan et al., 2017, arXiv 1703.01365).
 
 Worth knowing:
 
-1. The baseline is a blank text of the same length, made of padding. The weights of the words add up to the difference
-   between the probabilities of the text and of the blank text. `benchmarks/space.py blank` compares baselines.
-2. The model reads a word twice: as a vector in the encoder's embedding layer, and as a count in the lexical head, if there
+1. The value is the node's probability. If the model predicts several labels a text, the value is the log-odds of that
+   probability, which words still move where the probability is close to 0 or 1.
+2. The baseline is a blank text of the same length, made of padding. The weights of the words add up to the difference
+   between the values of the text and of the blank text. `benchmarks/space.py blank` compares baselines.
+3. The model reads a word twice: as a vector in the encoder's embedding layer, and as a count in the lexical head, if there
    is one. The integration path changes both together, and the weight of a word is the sum of both contributions.
-3. Along the path, the probability often jumps within a few hundredths. A scan without gradients finds the jumps, and the
+4. Along the path, the value often jumps within a few hundredths. A scan without gradients finds the jumps, and the
    path is split there. The intervals with the largest error are halved while steps and time last (adaptive quadrature).
-   The error of an interval is known, because its integral is a difference of two probabilities.
-4. The gradients run on a copy of the model that shares its weights. So hooks on the copy do not affect the model, which
+   The error of an interval is known, because its integral is a difference of two values.
+5. The gradients run on a copy of the model that shares its weights. So hooks on the copy do not affect the model, which
    classifies at the same time.
-5. The TF-IDF values come from the lexical head itself, called with rows of the identity as its weights. So the formula is
+6. The TF-IDF values come from the lexical head itself, called with rows of the identity as its weights. So the formula is
    implemented in the checkpoint only.
 """
 
@@ -37,16 +39,18 @@ STEPS = {"steep": 6, "flat": 3}  # with gradients, a piece
 WORK = 16_000  # most tokens times steps, for all pieces
 SECONDS = 7  # after which pieces are not halved any more
 TOLERANCE = 0.005  # error of a piece, in probability, above which it is halved
+LOG_ODDS = 4  # times as large are differences of log-odds as those of the probability, at one half
 BATCH = 6  # points of the path, for one forward pass
 PROBED = 32  # tokens, for one call of the lexical head
 
 
 class Word(TypedDict):
-    """A word of the text, and its contribution to the probability.
+    """A word of the text, and its contribution to the value of a node.
 
     Attributes:
         start, end: position in the text, in characters.
-        weight: contribution in units of probability, through encoder and lexical head.
+        weight: contribution through encoder and lexical head, in units of probability, or of log-odds if the model predicts
+            several labels a text.
         lexical: the part of the weight that goes through the lexical head; 0 without one.
     """
 
@@ -63,9 +67,10 @@ class Explanation(TypedDict):
     Attributes:
         label, score: the node and its probability.
         blank_score: its probability for a blank text.
-        words: in the order of the text. Their weights, ``rest`` and ``- error`` add up to ``score - blank_score``.
+        words: in the order of the text. Their weights, ``rest`` and ``- error`` add up to ``score - blank_score``, or to the
+            difference of the log-odds.
         rest: contribution of the special tokens.
-        error: sum of all contributions minus ``score - blank_score`` (the convergence delta of captum).
+        error: sum of all contributions minus that difference (the convergence delta of captum).
         characters_read: length of the part of the text that the model reads.
     """
 
@@ -79,7 +84,7 @@ class Explanation(TypedDict):
 
 
 class Path(nn.Module):
-    """The straight line from a blank text, at 0, to the text, at 1, with the probabilities of all nodes along it.
+    """The straight line from a blank text, at 0, to the text, at 1, with the values of all nodes along it.
 
     Args:
         model: the model; hooks replace the outputs of its embedding layer and of its lexical head.
@@ -92,6 +97,7 @@ class Path(nn.Module):
         super().__init__()
         self.model, self.inputs, self.on_point = [model], inputs, on_point  # in a list, so that it is no submodule
         self.embeddings, self.lexical_head = [model.get_input_embeddings()], [model.heads.lexical]
+        self.log_odds = model.config.problem_type == "multi_label_classification"
         self.vectors, self.contributions = nn.Identity(), nn.Identity()  # the layers of which captum takes gradients
         with torch.no_grad():
             self.first = self.embeddings[0](blank_ids).float()  # (1, T, H); in half precision the steps would be lost
@@ -101,11 +107,11 @@ class Path(nn.Module):
                 mask = inputs["attention_mask"]
                 values = [tfidf(head, ids, mask, self.tokens) for ids in (inputs["input_ids"], blank_ids)]  # (U,)
                 known = self.tokens.clamp(max=len(head.idf) - 1)
-                self.first_scores = head(blank_ids, mask)  # (1, L)
+                self.first_scores = head(blank_ids, mask)  # (1, L), for L leaves or nodes
                 self.lexical_span = head.weight[:, known].float() * (values[0] - values[1])  # (L, U)
 
     def forward(self, position: Tensor) -> Tensor:
-        """Compute probabilities (B, num_nodes) at positions (B, 1) between 0 and 1."""
+        """Compute values (B, num_nodes) at positions (B, 1) between 0 and 1."""
         self.on_point(len(position))
         vectors = self.vectors(self.first + position.unsqueeze(-1) * self.span)  # (B, T, H)
         hooks = [self.embeddings[0].register_forward_hook(lambda _module, _args, output: vectors.to(output.dtype))]
@@ -115,7 +121,8 @@ class Path(nn.Module):
             hooks.append(self.lexical_head[0].register_forward_hook(lambda *_: scores))
         try:
             inputs = {name: values.expand(len(position), -1) for name, values in self.inputs.items()}
-            return self.model[0](**inputs)["node_log_probs"].exp()
+            outputs = self.model[0](**inputs)
+            return outputs["logits"] if self.log_odds else outputs["node_log_probs"].exp()
         finally:
             for hook in hooks:
                 hook.remove()
@@ -181,14 +188,17 @@ class Explainer:
         with torch.no_grad():
             values = torch.cat([path(chunk)[:, node] for chunk in scan.split(BATCH)]).tolist()
         known = {i / SCAN: value for i, value in enumerate(values)}
+        tolerance = TOLERANCE * (LOG_ODDS if path.log_odds else 1)
 
         # ── Integrate each piece, and halve the worst until the error, the steps or the time is reached ──
-        pieces = [integrate(path, node, start, end, steps, known) for start, end, steps in split_at_jumps(values)]
+        pieces = [
+            integrate(path, node, start, end, steps, known) for start, end, steps in split_at_jumps(values, tolerance)
+        ]
         spent = sum(piece.steps for piece in pieces)
         while True:
             worst = max(pieces, key=lambda piece: abs(piece.error))
             spent += 2 * STEPS["steep"]
-            if abs(worst.error) <= TOLERANCE or spent > max_steps or time.monotonic() - start_time > SECONDS:
+            if abs(worst.error) <= tolerance or spent > max_steps or time.monotonic() - start_time > SECONDS:
                 break
             middle = (worst.start + worst.end) / 2
             halves = ((worst.start, middle), (middle, worst.end))
@@ -206,8 +216,8 @@ class Explainer:
         total = sum(word["weight"] for word in words) + rest
         return {
             "label": label,
-            "score": values[-1],
-            "blank_score": values[0],
+            "score": probability(values[-1], path.log_odds),
+            "blank_score": probability(values[0], path.log_odds),
             "words": words,
             "rest": rest,
             "error": total - (values[-1] - values[0]),
@@ -227,7 +237,7 @@ class Piece:
     Attributes:
         vectors: contributions of the token vectors, (T,).
         lexical: contributions of the distinct tokens in the lexical head, (U,).
-        error: sum of the contributions minus the difference of the probabilities at both ends.
+        error: sum of the contributions minus the difference of the values at both ends.
     """
 
     start: float
@@ -238,11 +248,15 @@ class Piece:
     error: float
 
 
+def probability(value: float, log_odds: bool) -> float:
+    return torch.tensor(value, dtype=torch.float64).sigmoid().item() if log_odds else value
+
+
 def integrate(path: Path, node: int, start: float, end: float, steps: int, known: dict[float, float]) -> Piece:
-    """Integrate the gradients of a node's probability over a piece of a path.
+    """Integrate the gradients of a node's value over a piece of a path.
 
     Args:
-        known: probabilities by position; those of both ends are added.
+        known: values by position; those of both ends are added.
     """
     layers = [path.vectors] if path.lexical_head[0] is None else [path.vectors, path.contributions]
     ends = path.first.new_tensor([[start], [end]])
@@ -260,16 +274,17 @@ def integrate(path: Path, node: int, start: float, end: float, steps: int, known
     return Piece(start, end, steps, vectors.detach(), lexical.detach(), error)
 
 
-def split_at_jumps(values: list[float]) -> list[tuple[float, float, int]]:
+def split_at_jumps(values: list[float], tolerance: float = TOLERANCE) -> list[tuple[float, float, int]]:
     """Split a path into pieces: start, end and number of steps. The largest changes are in short pieces.
 
     Args:
-        values: probabilities at evenly spaced positions, both ends included.
+        values: at evenly spaced positions, both ends included.
+        tolerance: largest change that is no jump.
     """
     count = len(values) - 1
     change = [abs(values[i + 1] - values[i]) for i in range(count)]
     steep = sorted(range(count), key=lambda i: -change[i])[:STEEP]
-    steep = [i for i in steep if change[i] > TOLERANCE]
+    steep = [i for i in steep if change[i] > tolerance]
     ends = sorted({0, count, *steep, *(i + 1 for i in steep)})
     return [(a / count, b / count, STEPS["steep" if a in steep else "flat"]) for a, b in pairwise(ends)]
 

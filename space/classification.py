@@ -5,6 +5,8 @@ Worth knowing:
 1. The model and its pipeline load in one call of transformers. On the Hub, code and weights are pinned to the same commit.
 2. An invalid request raises `Refused`. Its message is shown to the user, and contains nothing that the user sent.
 3. The part of a text that was read is counted in characters, from the tokenizer's offsets.
+4. A model predicts one path a text, and guarantees a coverage. Or it predicts several labels a text, and guarantees a recall.
+   Below, both are the level of the guarantee.
 """
 
 import os
@@ -15,7 +17,7 @@ from tables import Refused
 from transformers import Pipeline, pipeline
 
 MAX_CHARACTERS = 20_000
-LEAST_COVERAGE, MOST_COVERAGE = 0.5, 0.99
+LEAST_LEVEL, MOST_LEVEL = 0.5, 0.99
 
 
 class Node(TypedDict):
@@ -39,6 +41,29 @@ class Classification(TypedDict):
     label: str
     score: float
     path: list[Node]
+    answer: list[Node] | None
+    levels: list[dict[str, float]]
+    characters: int
+    characters_read: int
+
+
+class Prediction(Node):
+    """A predicted node, and every node from the root to it."""
+
+    path: list[Node]
+
+
+class MultiLabelClassification(TypedDict):
+    """The result for one text, of a model that predicts several labels a text.
+
+    Attributes:
+        labels: the deepest predicted nodes, most probable first; possibly none.
+        answer: the nodes that hold the requested share of a text's nodes on average, most probable first; None without a recall.
+        levels: for each level, from the roots down, the probability of every node. They do not add up to 1.
+        characters, characters_read: the length of the text, and of the part that the model has read.
+    """
+
+    labels: list[Prediction]
     answer: list[Node] | None
     levels: list[dict[str, float]]
     characters: int
@@ -75,53 +100,75 @@ def check_text(text: Any) -> str:
     return text
 
 
-def check_coverage(classifier: Pipeline, coverage: Any) -> float | None:
-    """Return the requested coverage, or None.
+def is_multi_label(classifier: Pipeline) -> bool:
+    """Return whether the model predicts several labels a text."""
+    return classifier.model.config.problem_type == "multi_label_classification"
 
-    Raises:
-        Refused: it is no number between 0.5 and 0.99, or the model is not calibrated.
-    """
-    if coverage is None:
-        return None
-    if isinstance(coverage, bool) or not isinstance(coverage, (int, float)):
-        raise Refused("The coverage must be a number.")
-    if not LEAST_COVERAGE <= coverage <= MOST_COVERAGE:
-        raise Refused(f"The coverage must lie between {LEAST_COVERAGE} and {MOST_COVERAGE}.")
-    if not is_calibrated(classifier):
-        raise Refused("This model was trained without validation rows, so it has no coverage guarantee.")
-    return float(coverage)
+
+def guarantee(classifier: Pipeline) -> str:
+    """Return what the model guarantees. The pipeline has an argument of this name."""
+    return "recall" if is_multi_label(classifier) else "coverage"
+
+
+def highest_level(classifier: Pipeline) -> float:
+    """Return the highest level for which the checkpoint has a threshold; 0 if it has none."""
+    config = classifier.model.config
+    if is_multi_label(classifier):
+        return sum(threshold is not None for threshold in config.recall_thresholds or []) / 100
+    return 0.0 if config.conformal_thresholds is None else MOST_LEVEL
 
 
 def is_calibrated(classifier: Pipeline) -> bool:
-    """Return whether the checkpoint has thresholds for a coverage."""
-    return classifier.model.config.conformal_thresholds is not None
+    return highest_level(classifier) >= LEAST_LEVEL
 
 
-def classify(classifier: Pipeline, text: Any, coverage: Any = None) -> Classification:
-    """Classify one text.
+def check_level(classifier: Pipeline, level: Any) -> float | None:
+    """Return the requested coverage or recall, or None.
 
     Raises:
-        Refused: the text or the coverage is invalid.
+        Refused: it is no number between 0.5 and 0.99, or the checkpoint has no threshold for it.
     """
-    coverage = check_coverage(classifier, coverage)
-    return classify_all(classifier, [check_text(text)], coverage)[0]
+    if level is None:
+        return None
+    name = guarantee(classifier)
+    if isinstance(level, bool) or not isinstance(level, (int, float)):
+        raise Refused(f"The {name} must be a number.")
+    if not LEAST_LEVEL <= level <= MOST_LEVEL:
+        raise Refused(f"The {name} must lie between {LEAST_LEVEL} and {MOST_LEVEL}.")
+    if not is_calibrated(classifier):
+        raise Refused(f"This model was trained without validation rows, so it has no {name} guarantee.")
+    try:
+        classifier._sanitize_parameters(**{name: level})
+    except ValueError as error:  # too few validation texts
+        raise Refused(f"{str(error).capitalize()}.") from None
+    return float(level)
 
 
-def classify_all(classifier: Pipeline, texts: list[str], coverage: float | None) -> list[Classification]:
+def classify(classifier: Pipeline, text: Any, level: Any = None) -> Classification | MultiLabelClassification:
+    """Classify one text.
+
+    Args:
+        level: coverage or recall, for an answer.
+
+    Raises:
+        Refused: the text or the level is invalid.
+    """
+    level = check_level(classifier, level)
+    return classify_all(classifier, [check_text(text)], level)[0]
+
+
+def classify_all(
+    classifier: Pipeline, texts: list[str], level: float | None
+) -> list[Classification] | list[MultiLabelClassification]:
     """Classify texts that `check_text` has returned, in their order."""
-    options = {} if coverage is None else {"coverage": coverage}
-    return [
-        {
-            "label": result["label"],
-            "score": result["score"],
-            "path": result["path"],
-            "answer": result.get("answer"),
-            "levels": result["levels"],
-            "characters": len(text),
-            "characters_read": characters_read(classifier, text) if result["truncated"] else len(text),
-        }
-        for text, result in zip(texts, classifier(texts, **options), strict=True)
-    ]
+    options = {} if level is None else {guarantee(classifier): level}
+    results = classifier(texts, **options)
+    for text, result in zip(texts, results, strict=True):
+        truncated = result.pop("truncated")
+        result.setdefault("answer", None)
+        result["characters"] = len(text)
+        result["characters_read"] = characters_read(classifier, text) if truncated else len(text)
+    return results
 
 
 def characters_read(classifier: Pipeline, text: str) -> int:

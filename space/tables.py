@@ -194,6 +194,11 @@ def to_csv(records: list[dict[str, Any]]) -> str:
     return stream.getvalue()
 
 
+def join_lists(record: dict[str, Any]) -> dict[str, Any]:
+    """Join the lists of a record by "; ", as `train.py --label_delimiter ";"` reads labels."""
+    return {name: "; ".join(map(str, value)) if isinstance(value, list) else value for name, value in record.items()}
+
+
 def defuse(value: Any) -> Any:
     """Return the value of a cell that no spreadsheet runs as a formula."""
     if value is None or isinstance(value, (int, float)):

@@ -7,21 +7,24 @@ Worth knowing:
    an underline, a plus or minus, or a number.
 3. Heights depend on the taxonomy only, so that nothing moves when a result arrives.
 4. Of many nodes, the most probable are shown, and the rest is summed up as "others".
+5. Several labels a text: probabilities of siblings do not add up. So no figure adds them, and `tree` has a bar for each node.
 """
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from html import escape
 from typing import Any
 
 import plotly.graph_objects as go
-from attribution import Explanation
-from classification import Classification
+from attribution import LOG_ODDS, Explanation
+from classification import Classification, MultiLabelClassification, Node
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#9AA5B1"
 BARS = 6  # a level
 LEVELS = 4  # with bars; only the icicle shows deeper levels
+TREE_ROWS, INDENT = 30, 18  # of the tree, and of a level in pixels
+ANSWER = 20  # most nodes of an answer for a recall
 HEADING, ROW = 34, 27  # pixels
 TEXT = {"xanchor": "left", "xshift": 3, "yanchor": "middle", "align": "left", "showarrow": False}
 LEAST_SHARE = 0.01  # of the icicle; smaller nodes are merged as "others"
@@ -58,38 +61,71 @@ def points(weight: float) -> str:
     return f"{'−' if weight < 0 else '+'}{abs(100 * weight):.1f}"
 
 
+def log_odds(weight: float) -> str:
+    """Format a difference of log-odds."""
+    return f"{'−' if weight < 0 else '+'}{abs(weight):.2f}"
+
+
 # ── One text ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def result(classified: Classification, coverage: float | None) -> str:
-    """Render the predicted class, its probability, its path, the answer for the coverage, and the truncation."""
-    path = "".join(f"<li>{name(node['label'])} <b>{percent(node['score'])}</b></li>" for node in classified["path"])
-    if coverage is None or classified["answer"] is None:
-        answer = "This model was trained without validation rows, so it has no coverage guarantee."
-    else:
-        names = " or ".join(f"<b>{name(node['label'])}</b>" for node in classified["answer"])
-        answer = f"For {coverage:.0%} coverage: {names}"
-    length, length_read = classified["characters"], classified["characters_read"]
-    if length_read < length:
-        unread = length - length_read
-        truncation = (
-            f"<p class='note cut'>The text was truncated: the model read the first {length_read:,} of {length:,} characters; "
-            f"{unread:,} ({unread / length:.0%}) were not read.</p>"
-        )
-    else:
-        truncation = "<p class='note'>The whole text was read.</p>"
+def result(classified: Classification, answer: str) -> str:
+    """Render the predicted class, its probability, its path, the answer, and the truncation.
+
+    Args:
+        answer: HTML, of `coverage_answer` or why there is none.
+    """
     return panel(
-        f"<p class='kicker'>Most probable class</p><p class='class'>{name(classified['label'])}</p>"
-        f"<p class='certainty'><span class='meter' aria-hidden='true'><span style='width:{100 * classified['score']:.1f}%'></span>"
-        f"</span>{percent(classified['score'])} probability</p><ol class='path' aria-label='Path through the taxonomy'>{path}</ol>"
-        f"<p class='answer'>{answer}</p>{truncation}"
+        f"<p class='kicker'>Most probable class</p>{predicted(classified)}<p class='answer'>{answer}</p>{truncation(classified)}"
     )
 
 
-def waiting() -> str:
+def labels_result(classified: MultiLabelClassification, answer: str) -> str:
+    """Render the predicted nodes, each with its probability and its path, the answer, and the truncation."""
+    nodes = "".join(predicted(node) for node in classified["labels"])
+    none = "<p class='class none'>No label</p><p class='note'>No node of the taxonomy is probable enough.</p>"
+    return panel(
+        f"<p class='kicker'>Predicted labels</p>{nodes or none}<p class='answer'>{answer}</p>{truncation(classified)}"
+    )
+
+
+def predicted(node: dict[str, Any]) -> str:
+    """Render a predicted node, its probability and its path."""
+    path = "".join(f"<li>{name(step['label'])} <b>{percent(step['score'])}</b></li>" for step in node["path"])
+    return (
+        f"<p class='class'>{name(node['label'])}</p>"
+        f"<p class='certainty'><span class='meter' aria-hidden='true'><span style='width:{100 * node['score']:.1f}%'></span>"
+        f"</span>{percent(node['score'])} probability</p><ol class='path' aria-label='Path through the taxonomy'>{path}</ol>"
+    )
+
+
+def coverage_answer(coverage: float, nodes: list[Node]) -> str:
+    names = " or ".join(f"<b>{name(node['label'])}</b>" for node in nodes)
+    return f"For {coverage:.0%} coverage: {names}"
+
+
+def recall_answer(recall: float, nodes: list[Node]) -> str:
+    names = ", ".join(f"<b>{name(node['label'])}</b>" for node in nodes[:ANSWER])
+    more = f" and {len(nodes) - ANSWER:,} more" if len(nodes) > ANSWER else ""
+    return f"For {recall:.0%} recall: {names or 'no node'}{more}"
+
+
+def truncation(classified: Classification | MultiLabelClassification) -> str:
+    """Render how much of the text was read."""
+    length, length_read = classified["characters"], classified["characters_read"]
+    if length_read == length:
+        return "<p class='note'>The whole text was read.</p>"
+    unread = length - length_read
+    return (
+        f"<p class='note cut'>The text was truncated: the model read the first {length_read:,} of {length:,} characters; "
+        f"{unread:,} ({unread / length:.0%}) were not read.</p>"
+    )
+
+
+def waiting(kicker: str) -> str:
     """Render the placeholder of a result."""
     return panel(
-        "<p class='kicker'>Most probable class</p><p class='class none'>–</p>"
+        f"<p class='kicker'>{kicker}</p><p class='class none'>–</p>"
         "<p class='note'>Paste an abstract, or choose an example.</p>"
     )
 
@@ -129,23 +165,65 @@ def bars(levels: list[dict[str, float]], path: list[str]) -> go.Figure:
         if len(order) > BARS:
             rows.append((f"{len(order) - BARS:,} others", sum(level[node] for node in order[BARS:]), False))
         figure.add_annotation(text=f"<b>Level {depth}</b>", y=top + 20, x=0, **TEXT)
-        figure.add_bar(
-            x=[score for _, score, _ in rows],
-            y=[top + HEADING + ROW * (i + 0.5) for i in range(len(rows))],
-            width=ROW - 5,
-            orientation="h",
-            opacity=0.45,
-            marker={"color": [BLUE if marked else GREY for *_, marked in rows]},
-            hovertext=[f"{text}: {percent(score)}" for text, score, _ in rows],
-            hoverinfo="text",
-        )
-        for i, (text, score, _) in enumerate(rows):
-            written = f"{text}  <b>{percent(score)}</b>" if path else text
-            figure.add_annotation(text=written, y=top + HEADING + ROW * (i + 0.5), x=0, **TEXT)
+        draw_rows(figure, [(text, score, marked, 0) for text, score, marked in rows], top + HEADING, bool(path))
         top += HEADING + ROW * len(rows)
+    return dress_rows(figure, height)
+
+
+def draw_rows(figure: go.Figure, rows: list[tuple[str, float, bool, int]], top: float, with_numbers: bool) -> None:
+    """Draw bars, one below the other, each with its text on it.
+
+    Args:
+        rows: text, probability, whether the bar is marked, and indentation of the text in levels.
+        top: upper end of the first row, in pixels.
+    """
+    places = [top + ROW * (i + 0.5) for i in range(len(rows))]
+    figure.add_bar(
+        x=[score for _, score, *_ in rows],
+        y=places,
+        width=ROW - 5,
+        orientation="h",
+        opacity=0.45,
+        marker={"color": [BLUE if marked else GREY for _, _, marked, _ in rows]},
+        hovertext=[f"{text}: {percent(score)}" for text, score, *_ in rows],
+        hoverinfo="text",
+    )
+    for place, (text, score, _, indent) in zip(places, rows, strict=True):
+        written = f"{text}  <b>{percent(score)}</b>" if with_numbers else text
+        figure.add_annotation(text=written, y=place, x=0, **TEXT | {"xshift": 3 + INDENT * indent})
+
+
+def dress_rows(figure: go.Figure, height: int) -> go.Figure:
     figure.update_xaxes(range=[0, 1], fixedrange=True, visible=False)
     figure.update_yaxes(range=[height, 0], fixedrange=True, visible=False)
     return dress(figure, height).update_layout(bargap=0, barmode="overlay")
+
+
+def tree(nodes: list[tuple[str, int]], scores: dict[str, float] | None, chosen: set[str]) -> go.Figure:
+    """Draw the taxonomy, one node a row, with a bar for its probability. Of many nodes, the most probable are shown.
+
+    No node is more probable than its parent, so the parents of these are shown too.
+
+    Args:
+        nodes: label and level, in reading order.
+        scores: the probability of each label; None before there is a result.
+        chosen: labels of the predicted nodes and their ancestors, which are marked and come first.
+    """
+    known = scores or {}
+    order = sorted(nodes, key=lambda node: (node[0] not in chosen, -known.get(node[0], 0.0), node[1]))
+    shown, others = set(order[:TREE_ROWS]), order[TREE_ROWS:]
+    height = ROW * min(len(nodes), TREE_ROWS + 1) + 8
+    rows = [
+        (f"✓ {label(node)}" if node in chosen else label(node), known.get(node, 0.0), node in chosen, level - 1)
+        for node, level in nodes
+        if (node, level) in shown
+    ]
+    figure = go.Figure()
+    draw_rows(figure, rows, 0, scores is not None)
+    if others:
+        most = f", each at most {percent(max(scores[node] for node, _ in others))}" if scores else ""
+        figure.add_annotation(text=f"{len(others):,} others{most}", y=ROW * (TREE_ROWS + 0.5), x=0, **TEXT)
+    return dress_rows(figure, height)
 
 
 def icicle(levels: list[dict[str, float]], parents: dict[str, str], path: list[str], height: int) -> go.Figure:
@@ -236,11 +314,16 @@ def no_words() -> str:
     return panel("<p class='note'>Classify a text, choose a node, and press “Show the words”.</p>")
 
 
-def words(text: str, explanation: Explanation) -> str:
-    """Render a text with its words coloured by their weights, and the largest weights."""
+def words(text: str, explanation: Explanation, in_log_odds: bool = False) -> str:
+    """Render a text with its words coloured by their weights, and the largest weights.
+
+    Args:
+        in_log_odds: the unit of the weights, else probability.
+    """
+    factor, written, unit = (LOG_ODDS, log_odds, "log-odds") if in_log_odds else (1, points, "points")
     # ── The text: coloured words, and the end that was not read ──
     largest = max((abs(word["weight"]) for word in explanation["words"]), default=0.0)
-    scale = max(largest, 0.005)
+    scale = max(largest, 0.005 * factor)
     parts, position = [], 0
     for word in explanation["words"]:
         parts.append(plain(text[position : word["start"]]))
@@ -248,7 +331,7 @@ def words(text: str, explanation: Explanation) -> str:
         escaped = plain(text[word["start"] : word["end"]])
         if strength >= 0.08:
             kind = "for" if word["weight"] > 0 else "against"
-            title = f"{points(word['weight'])} points"
+            title = f"{written(word['weight'])} {unit}"
             parts.append(
                 f"<span class='w {kind}' style='--s:{math.sqrt(strength):.2f}' title='{title}' "
                 f"data-weight='{word['weight']:.6f}'>{escaped}</span>"
@@ -262,38 +345,41 @@ def words(text: str, explanation: Explanation) -> str:
         parts.append(f"<span class='unread' title='not read by the model'>{plain(unread)}</span>")
 
     # ── The warning, the error and the ranking ──
-    warning = "" if largest >= 0.001 else "<p class='note'>No word changes this probability by 0.1 points or more.</p>"
-    if abs(explanation["error"]) > 0.1:
+    least = "the log-odds by 0.004" if in_log_odds else "this probability by 0.1 points"
+    warning = "" if largest >= 0.001 * factor else f"<p class='note'>No word changes {least} or more.</p>"
+    if abs(explanation["error"]) > 0.1 * factor:
         warning = (
             "<p class='note cut'>The error is large: the probability jumps between a blank text and this text. The weights "
             "are unreliable.</p>"
         )
     score, blank_score, error = explanation["score"], explanation["blank_score"], explanation["error"]
-    difference = score - blank_score
-    share = f", {abs(error / difference):.1%} of the difference" if abs(difference) >= 0.005 else ""
+    difference = sum(word["weight"] for word in explanation["words"]) + explanation["rest"] - error
+    share = f", {abs(error / difference):.1%} of the difference" if abs(difference) >= 0.005 * factor else ""
+    of_words = "log-odds" if in_log_odds else "percentage points"
     ranked = sorted(explanation["words"], key=lambda word: -word["weight"])
     best = [word for word in ranked if word["weight"] > 0][:8]
     worst = [word for word in ranked[::-1] if word["weight"] < 0][:8]
     return panel(
         f"<h3>Words for and against {name(explanation['label'])}</h3>"
         f"<p class='note'>The probability is {percent(blank_score)} for a blank text of this length, and <b>{percent(score)}</b> "
-        f"for this text. The weights of the words, in percentage points, add up to the difference, {points(difference)}, with a "
-        f"convergence error of {points(error)}{share}.</p>{warning}"
+        f"for this text. The weights of the words, in {of_words}, add up to the difference, {written(difference)}, with a "
+        f"convergence error of {written(error)}{share}.</p>{warning}"
         f"<p class='legend'><span class='w for' style='--s:.8'>raises</span> <span class='w against' style='--s:.8'>lowers</span> "
         f"the probability{' · <span class=unread>grey: not read</span>' if unread else ''}</p>"
         f"<div class='text' dir='auto' tabindex='0' aria-label='The text with the weights of its words'>{''.join(parts)}</div>"
-        f"<div class='ranked'>{ranking('Raise the probability most', best)}{ranking('Lower the probability most', worst)}</div>"
+        f"<div class='ranked'>{ranking(f'Raise the probability most, in {unit}', best, written)}"
+        f"{ranking(f'Lower the probability most, in {unit}', worst, written)}</div>"
         "<p class='note'>Integrated gradients over the encoder’s word embeddings and, where the model has one, its lexical head. "
         "A weight shows the effect of a word on the model. It is no medical reason.</p>"
     )
 
 
-def ranking(title: str, some: list[dict]) -> str:
+def ranking(title: str, some: list[dict], written: Callable[[float], str]) -> str:
     rows = "".join(
-        f"<tr><th scope='row'>{name(word['word'])}</th><td>{points(word['weight'])}</td></tr>" for word in some
+        f"<tr><th scope='row'>{name(word['word'])}</th><td>{written(word['weight'])}</td></tr>" for word in some
     )
     rows = rows or "<tr><td colspan='2'>none</td></tr>"
-    return f"<table><caption>{title}, in points</caption><tbody>{rows}</tbody></table>"
+    return f"<table><caption>{title}</caption><tbody>{rows}</tbody></table>"
 
 
 # ── A file ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -324,7 +410,7 @@ def preview(records: list[dict[str, Any]]) -> str:
     rows = (
         (
             record["line"],
-            name(record["text"] if len(record["text"]) <= 160 else record["text"][:159] + "…"),
+            beginning(record["text"]),
             name(record["predicted"]),
             percent(record["probability"]),
             " or ".join(name(node) for node in record["answer"] or []) or "–",
@@ -332,6 +418,30 @@ def preview(records: list[dict[str, Any]]) -> str:
         for record in records
     )
     return grid(heads, rows, "The rows that are classified are shown here.")
+
+
+def labels_preview(records: list[dict[str, Any]]) -> str:
+    """Render rows with their predicted nodes and probabilities."""
+    rows = (
+        (
+            record["line"],
+            beginning(record["text"]),
+            "; ".join(
+                f"{name(label)} {percent(score)}"
+                for label, score in zip(record["labels"], record["scores"], strict=True)
+            )
+            or "no label",
+            "; ".join(name(node) for node in record["answer"] or []) or "–",
+        )
+        for record in records
+    )
+    return grid(
+        ("line", "text", "labels", "answer for the recall"), rows, "The rows that are classified are shown here."
+    )
+
+
+def beginning(text: str) -> str:
+    return name(text if len(text) <= 160 else text[:159] + "…")
 
 
 def problems(records: list[dict[str, Any]]) -> str:

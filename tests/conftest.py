@@ -21,7 +21,7 @@ import pytest
 import torch
 import transformers
 from forked import COMMANDS, LIBRARIES, Process, Server
-from transformers import AutoTokenizer, BertConfig, BertModel
+from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel
 
 # a shell has what it starts in the background ignore Ctrl+C, and so would the commands that the tests start
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -238,3 +238,44 @@ def clear_checkpoint(tiny_encoder, tmp_path_factory) -> str:
         *("--load_best_model_at_end", "false", "--quantization", "none", "--output_dir", folder / "results"),
     )
     return str(folder / "results")
+
+
+@pytest.fixture(scope="session")
+def labels_checkpoint(tiny_encoder, tmp_path_factory) -> str:
+    """A checkpoint that predicts several labels a text: each one whose disease the text names. Made by hand, calibrated on 20
+    texts."""
+    from checkpoint_hierarchical import load_encoder
+    from configuration_hierarchical import HierarchicalConfig
+    from modeling_hierarchical import HierarchicalForSequenceClassification
+    from taxonomy_hierarchical import Taxonomy
+
+    general = "general pathological conditions"
+    tree = Taxonomy({"specific disease": [label for label in CLEAR if label != general], general: None})
+    config = HierarchicalConfig(
+        text_config=AutoConfig.from_pretrained(tiny_encoder),
+        taxonomy=tree,
+        encoder_name_or_path=tiny_encoder,
+        problem_type="multi_label_classification",
+    )
+    torch.manual_seed(1)
+    model = HierarchicalForSequenceClassification(config, encoder=load_encoder(config))
+    torch.nn.init.normal_(model.heads.weight, std=0.03)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder, model_max_length=128)
+    idf, weight = torch.full((len(tokenizer),), 0.05), torch.zeros(tree.num_nodes, len(tokenizer))
+    for label, names in CLEAR.items():
+        for token in tokenizer.convert_tokens_to_ids([name for name in names if name in tokenizer.vocab]):
+            idf[token] = 1.0
+            weight[tree.path(tree.id(label)), token] = 10.0
+    model.set_lexical_head({"idf": idf, "weight": weight, "bias": torch.full((tree.num_nodes,), -3.0)}, 1.0)
+    model.set_calibration(
+        node_scales=[1.0] * tree.num_nodes,
+        node_biases=[0.0] * tree.num_nodes,
+        node_thresholds=[0.5] * tree.num_nodes,
+        recall_thresholds=[round(0.99 - 0.01 * level, 6) for level in range(95)] + [None] * 4,
+        recall_texts=20,
+        conformal_max_length=128,
+    )
+    folder = tmp_path_factory.mktemp("labels")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import re
 import sys
 import time
@@ -28,7 +29,7 @@ sys.path.insert(0, str(ROOT / "space"))
 import views
 from attribution import Explainer, split_at_jumps
 from classification import check_text, classify
-from tables import MAX_BYTES, MAX_COLUMNS, Refused, defuse, read_table, to_csv
+from tables import MAX_BYTES, MAX_COLUMNS, Refused, defuse, join_lists, read_table, to_csv
 
 from publishing.hub import SPACE_FILES
 
@@ -38,6 +39,11 @@ HOSTILE = "<img src=x onerror=alert(1)> ${alert(2)} {{this}} `x` & ' \" \u202eev
 @pytest.fixture(scope="module")
 def classifier(clear_checkpoint):
     return pipeline("hierarchical-text-classification", model=clear_checkpoint, trust_remote_code=True)
+
+
+@pytest.fixture(scope="module")
+def labels_classifier(labels_checkpoint):
+    return pipeline("hierarchical-text-classification", model=labels_checkpoint, trust_remote_code=True)
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +62,21 @@ def client(server) -> Client:
     return Client(server.address, verbose=False)
 
 
+@pytest.fixture(scope="module")
+def labels_client(labels_checkpoint, tmp_path_factory):
+    with SpaceServer(labels_checkpoint, tmp_path_factory.mktemp("space")) as started:
+        yield Client(started.address, verbose=False)
+
+
 # words
 
 
-def test_weights_are_the_integral_of_the_gradient_word_by_word(classifier, texts, monkeypatch):
+@pytest.mark.parametrize("kind", ["classifier", "labels_classifier"])
+def test_weights_are_the_integral_of_the_gradient_word_by_word(kind, request, texts, monkeypatch):
     """Against 2,000 steps of the trapezoidal rule, by autograd, over embeddings and the lexical head's counts."""
+    classifier = request.getfixturevalue(kind)
     explainer = Explainer(classifier)
-    text = "Allodynia, a nervous complaint. " + texts[0]
+    text = "Allodynia and epilepsy, nervous complaints. " + texts[0]
     found = explainer.explain(text, "nervous system diseases")
     model, tokenizer = classifier.model, classifier.tokenizer
     node = classifier.tree.id("nervous system diseases")
@@ -89,9 +103,11 @@ def test_weights_are_the_integral_of_the_gradient_word_by_word(classifier, texts
         encoder = model.encoder(inputs_embeds=x, attention_mask=mask.expand(len(part), -1)).last_hidden_state
         with monkeypatch.context() as patched:
             patched.setattr(head, "forward", lambda ids, mask, s=s: s @ head.weight.T + head.bias)
-            log_probs = model.heads(model.pool(encoder, mask.expand(len(part), -1)), ids, mask)
+            scores = model.heads(model.pool(encoder, mask.expand(len(part), -1)), ids, mask)
+            several = model.config.is_multi_label
+            values = model.heads.decisions.marginal_logits(scores) if several else scores.exp()
         step = torch.where((part == 0) | (part == 1), 0.5, 1.0) / steps
-        g, h = torch.autograd.grad((log_probs[:, node].exp() * step).sum(), (x, s))
+        g, h = torch.autograd.grad((values[:, node] * step).sum(), (x, s))
         by_place += (g * (vectors[1] - vectors[0])).sum((0, 2))
         by_token += h.sum(0) * (tfidf[1] - tfidf[0])
     expected: dict[int, float] = {}
@@ -100,7 +116,9 @@ def test_weights_are_the_integral_of_the_gradient_word_by_word(classifier, texts
             token = ids[0, place]
             share = by_token[token] / (ids[0] == token).sum()
             expected[word] = expected.get(word, 0.0) + (by_place[place] + share).item()
-    assert [word["weight"] for word in found["words"]] == pytest.approx(list(expected.values()), abs=2e-3)
+    assert [word["weight"] for word in found["words"]] == pytest.approx(
+        list(expected.values()), abs=8e-3 if classifier.model.config.is_multi_label else 2e-3
+    )
     assert max(abs(weight) for weight in expected.values()) > 0.01
     for word in found["words"]:
         assert text[word["start"] : word["end"]] == word["word"]
@@ -120,6 +138,18 @@ def test_weights_add_up_and_the_pieces_of_a_word_are_one_word(classifier, texts)
             assert found["score"] == pytest.approx(
                 next(level[node] for level in probability if node in level), abs=1e-5
             )
+
+
+def test_weights_of_a_label_add_up_to_its_log_odds(labels_classifier):
+    found = Explainer(labels_classifier).explain("Outcomes of epilepsy after hypertension.", "nervous system diseases")
+    total = sum(word["weight"] for word in found["words"]) + found["rest"] - found["error"]
+    odds = [found[name] / (1 - found[name]) for name in ("score", "blank_score")]
+    assert total == pytest.approx(math.log(odds[0] / odds[1]), abs=1e-3)
+    weights = {word["word"]: word["weight"] for word in found["words"]}
+    assert max(weights, key=weights.get) == "epilepsy"
+    page = views.words("Outcomes of epilepsy after hypertension.", found, True)
+    assert f"data-weight='{weights['epilepsy']:.6f}'" in page
+    assert f"{views.log_odds(weights['epilepsy'])} log-odds" in page
 
 
 def test_explaining_changes_nothing_for_those_who_classify_meanwhile(classifier, texts):
@@ -392,15 +422,21 @@ def test_nothing_hostile_becomes_markup(classifier):
     }  # fmt: skip
     record = {"line": 1, "text": HOSTILE, "predicted": HOSTILE, "probability": 1.0, "answer": [HOSTILE]}
     pages = [
-        views.result(found, 0.9), views.words(HOSTILE, explained), views.refusal(HOSTILE), views.facts({HOSTILE: HOSTILE}),
+        views.result(found, views.coverage_answer(0.9, found["path"])), views.words(HOSTILE, explained), views.refusal(HOSTILE), views.facts({HOSTILE: HOSTILE}),
         views.preview([record]), views.problems([{"line": 1, "problem": HOSTILE}]),
+        views.labels_result(found | {"labels": [found]}, ""), views.recall_answer(0.9, found["path"]),
+        views.labels_preview([record | {"labels": [HOSTILE], "scores": [1.0]}]),
     ]  # fmt: skip
     for page in pages:
         assert "<img" not in page
         assert "alert(1)&gt;" in page
         assert not re.search(r"[${}`\x07]", page)
     levels = [{HOSTILE: 0.7, "b": 0.3}]
-    for figure in (views.bars(levels, [HOSTILE]), views.icicle(levels, {HOSTILE: "", "b": ""}, [HOSTILE], 300)):
+    for figure in (
+        views.bars(levels, [HOSTILE]),
+        views.icicle(levels, {HOSTILE: "", "b": ""}, [HOSTILE], 300),
+        views.tree([(HOSTILE, 1), ("b", 1)], levels[0], {HOSTILE}),
+    ):
         assert "<img" not in figure.to_json()
         assert "\\u003cimg" not in figure.to_json()
 
@@ -424,6 +460,37 @@ def test_a_deep_taxonomy_of_thousands_is_drawn_with_few_boxes():
         views.bars(levels, chain).layout.height
         == views.bars([dict.fromkeys(level, 0.0) for level in levels], []).layout.height
     )
+
+
+def test_the_tree_of_several_labels_has_a_bar_a_node_and_adds_nothing_up():
+    nodes = [("a", 1), ("b", 2), ("c", 2), ("d", 1)]
+    figure = views.tree(nodes, {"a": 0.9, "b": 0.8, "c": 0.7, "d": 0.6}, {"a", "c"})
+    assert list(figure.data[0].x) == [0.9, 0.8, 0.7, 0.6]
+    said = [note.text for note in figure.layout.annotations]
+    assert said == ["✓ a  <b>90.0 %</b>", "b  <b>80.0 %</b>", "✓ c  <b>70.0 %</b>", "d  <b>60.0 %</b>"]
+    shift = [note.xshift for note in figure.layout.annotations]
+    assert shift[1] == shift[2] > shift[0] == shift[3]
+    assert views.tree(nodes, None, set()).layout.height == figure.layout.height
+
+
+def test_a_tree_of_thousands_shows_what_is_predicted_and_most_probable_with_the_nodes_above():
+    nodes = [("root", 1), *((f"leaf {i}", 2) for i in range(3000))]
+    scores = {label: 1 - i / 3001 for i, (label, _) in enumerate(nodes)}
+    figure = views.tree(nodes, scores, {"root", "leaf 2999"})
+    said = [note.text for note in figure.layout.annotations]
+    assert len(said) == views.TREE_ROWS + 1
+    assert said[0].startswith("✓ root")
+    assert said[-2].startswith("✓ leaf 2999")
+    assert said[-1] == f"2,971 others, each at most {views.percent(scores['leaf 28'])}"
+
+
+def test_no_label_and_a_long_answer_are_said_plainly(labels_classifier):
+    found = classify(labels_classifier, "We report on the weather.")
+    assert found["labels"] == []
+    assert "No label" in views.labels_result(found, "")
+    assert views.recall_answer(0.5, []) == "For 50% recall: no node"
+    long = views.recall_answer(0.9, [{"label": f"n{i}", "score": 0.5} for i in range(100)])
+    assert long.endswith("<bdi>n19</bdi></b> and 80 more")
 
 
 def test_a_probability_is_never_said_to_be_what_it_is_not():
@@ -454,6 +521,63 @@ def test_answers_are_those_of_the_pipeline(client, classifier, texts):
         for level, other in zip(found["levels"], expected["levels"], strict=True):
             assert level == pytest.approx(other, abs=1e-5)
     assert client.predict(texts[0], api_name="/classify")["answer"] is None
+
+
+def test_labels_are_those_of_the_pipeline(labels_client, labels_classifier):
+    for text in ("Outcomes of epilepsy after hypertension.", "Fever and dementia", "We report on the weather."):
+        expected = labels_classifier(text, recall=0.8)
+        found = labels_client.predict(text, 0.8, api_name="/classify")
+        for name in ("labels", "answer"):
+            assert [node["label"] for node in found[name]] == [node["label"] for node in expected[name]]
+            assert [node["score"] for node in found[name]] == pytest.approx(
+                [node["score"] for node in expected[name]], abs=1e-5
+            )
+        assert [node["path"][0]["label"] for node in found["labels"]] == [
+            node["path"][0]["label"] for node in expected["labels"]
+        ]
+        for level, other in zip(found["levels"], expected["levels"], strict=True):
+            assert level == pytest.approx(other, abs=1e-5)
+    assert found["labels"] == []
+    found = labels_client.predict("Outcomes of epilepsy after hypertension.", api_name="/classify")
+    assert {node["label"] for node in found["labels"]} == {"nervous system diseases", "cardiovascular diseases"}
+    assert found["answer"] is None
+    words = labels_client.predict("Outcomes of epilepsy after hypertension.", api_name="/explain")
+    assert words["label"] == found["labels"][0]["label"]
+
+
+def test_a_file_of_several_labels_a_text(labels_client, tmp_path):
+    (tmp_path / "in.txt").write_text("Outcomes of epilepsy after hypertension.\nWe report on the weather.\n")
+    file = handle_file(str(tmp_path / "in.txt"))
+    found = labels_client.predict(file, None, 0.9, api_name="/classify_file")
+    first, second = found["rows"]
+    assert set(first["labels"]) == {"nervous system diseases", "cardiovascular diseases"}
+    assert all(score > 0.5 for score in first["scores"])
+    assert set(first["labels"]) < set(first["answer"])
+    assert (second["labels"], second["scores"]) == ([], [])
+    (row, other) = csv.DictReader(io.StringIO(to_csv([join_lists(record) for record in found["rows"]]), newline=""))
+    assert row["labels"].split("; ") == first["labels"]
+    assert [float(score) for score in row["scores"].split("; ")] == first["scores"]
+    assert (other["labels"], other["scores"]) == ("", "")
+
+
+def test_the_api_of_several_labels_is_typed(labels_client):
+    api = labels_client.view_api(return_format="dict")["named_endpoints"]
+    returned = api["/classify"]["returns"][0]["python_type"]["type"]
+    assert "labels: list[dict(" in returned
+    assert [parameter["parameter_name"] for parameter in api["/classify"]["parameters"]] == ["text", "recall"]
+    assert "scores: list[float]" in api["/classify_file"]["returns"][0]["python_type"]["type"]
+
+
+@pytest.mark.parametrize(
+    ("recall", "message"),
+    [
+        (0.97, "Recall 0.97 needs 33 validation texts with labels, and the checkpoint was calibrated on 20"),
+        (2, "The recall must lie between 0.5 and 0.99"),
+    ],
+)
+def test_a_recall_that_is_not_guaranteed_is_refused(labels_client, recall, message):
+    with pytest.raises(AppError, match=message):
+        labels_client.predict("Epilepsy", recall, api_name="/classify")
 
 
 def test_what_was_read_is_what_the_answer_depends_on(client, texts):

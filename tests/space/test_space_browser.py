@@ -54,14 +54,14 @@ def chromium(downloads, tmp_path_factory):
 class Page:
     """The Space as it stands in the browser."""
 
-    def __init__(self, driver, address: str):
-        self.driver, self.address = driver, address
+    def __init__(self, driver, address: str, figures: tuple[str, ...] = ("bars", "icicle")):
+        self.driver, self.address, self.figures = driver, address, figures
 
     def open(self, width: int = 1280, height: int = 900, scheme: str = "light") -> "Page":
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         self.driver.get(f"{self.address}/?__theme={scheme}")
-        self.until(lambda: self.all("#classify") and self.all("#bars .main-svg") and self.all("#icicle .main-svg"))
+        self.until(lambda: self.all("#classify") and all(self.all(f"#{name} .main-svg") for name in self.figures))
         return self
 
     def until(self, condition, seconds: int = 60):
@@ -436,3 +436,61 @@ def test_the_browser_had_nothing_to_complain_about(page):
     severe = [e["message"] for e in page.driver.get_log("browser") if e["level"] == "SEVERE"]
     ours = [message for message in severe if page.address in message.split(" ")[0]]
     assert ours == []
+
+
+def test_several_labels_are_read_in_the_result_the_tree_the_words_and_the_file(
+    chromium, labels_checkpoint, downloads, tmp_path
+):
+    text = "The outcomes of epilepsy and of hypertension."
+    with SpaceServer(labels_checkpoint, tmp_path) as started:
+        page = Page(chromium, started.address, figures=("tree",))
+        page.open()
+
+        # ── The result, the tree, and the answer ──
+        page.classify(text)
+        shown = {element.text for element in page.all("#result .class")}
+        assert shown == {"nervous system diseases", "cardiovascular diseases"}
+        assert "For 90% recall: specific disease" in page.text("#result .answer")
+        content = "return document.querySelector('#tree').textContent"
+        page.until(lambda: "✓ nervous system diseases" in page.driver.execute_script(content))
+        assert "✓ specific disease" in page.driver.execute_script(content)
+        assert "✓ neoplasms" not in page.driver.execute_script(content)
+        assert not page.all("#bars, #icicle")
+
+        # ── The words of a predicted node, and of another ──
+        weights = page.show()
+        assert max(weights, key=weights.get) in ("epilepsy", "hypertension")
+        assert "log-odds" in page.text("#words")
+        page.pick("neoplasms")
+        page.weights()
+        assert "neoplasms" in page.text("#words h3")
+
+        # ── A recall that needs more texts, and no label ──
+        box = page.one("#recall input[type=number]")
+        page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", box)
+        box.send_keys(Keys.CONTROL, "a")
+        box.send_keys("0.97", Keys.TAB)
+        page.classify("We report on the weather.")
+        page.until(lambda: "Recall 0.97 needs 33 validation texts" in page.text("#result .answer"))
+        assert page.text("#result .class") == "No label"
+
+        # ── A file and its download, narrow pages, and the facts ──
+        page.open(390, 844)
+        page.tab("A file")
+        page.upload(write_table(tmp_path / "labels.csv", [["text"], [text], ["We report on the weather."]]))
+        page.until(lambda: "of 2 rows" in page.text("#state"))
+        page.press("#start")
+        page.until(lambda: "Done: 2 of 2 rows" in page.text("#state"))
+        assert "no label" in page.text("#preview")
+        assert not page.wide()
+        for file in downloads.glob("*.csv"):
+            file.unlink()
+        page.until(lambda: page.driver.execute_script("return !document.querySelector('#csv').disabled"))
+        page.press("#csv")
+        page.until((downloads / "predictions.csv").exists)
+        time.sleep(0.2)
+        rows = list(csv.DictReader((downloads / "predictions.csv").read_text(encoding="utf-8").splitlines()))
+        assert set(rows[0]["labels"].split("; ")) == {"nervous system diseases", "cardiovascular diseases"}
+        assert rows[1]["labels"] == ""
+        page.tab("About the model")
+        page.until(lambda: "up to 95%, fitted on 20 texts with labels" in page.text("#facts"))

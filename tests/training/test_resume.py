@@ -97,8 +97,8 @@ def test_with_several_labels_a_killed_and_resumed_run_ends_with_the_same_weights
     words = [*map(str, words), "--metric_for_best_model", "micro_f1"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run(*words, "--output_dir", whole)
-    line = [sys.executable, str(ROOT / "train.py"), *words, "--output_dir", str(broken)]
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with (tmp_path / "log").open("w") as log:
+        process = start(ROOT / "train.py", *words, "--output_dir", broken, output=log)
     while process.poll() is None and not (broken / "checkpoint-4" / "trainer_state.json").exists():
         time.sleep(0.01)
     process.kill()
