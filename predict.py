@@ -6,16 +6,14 @@ Worth knowing:
 2. A killed run continues when the same command is given again, and writes the same bytes (`prediction.output`). A run with
    another model, another input or other options is refused.
 3. Rows that cannot be read are written to ``<output>.errors.jsonl``, and the exit code is 1. All other rows are classified.
-4. The model is loaded as any user loads it, through `pipeline`.
 """
 
 import argparse
 import hashlib
 import importlib.util
+import json
 import logging
 import sys
-import time
-from collections.abc import Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -32,8 +30,8 @@ from prediction.input import Record, read_records
 from prediction.output import RestartableOutput
 from prediction.rows import OUTPUTS, RowFormat
 from reading.rows import KINDS
-from reading.sources import Source, find_sources
-from training.files import check_writable
+from reading.sources import find_sources
+from training.files import check_writable, sha256
 from training.memory import give_back_memory, keep_memory
 from training.precision import has_bf16
 
@@ -44,91 +42,64 @@ KEPT_MEMORY = (32 * 2**20, 2**30, 64 * 2**20)  # arguments of `keep_memory`, whi
 def main(argv: list[str]) -> int:
     """Run the command, and return its exit code."""
     arguments = parse(argv)
-    sources = find_inputs(arguments)
+    try:
+        sources = find_sources(arguments.input, arguments.input_format)
+    except InputError as error:
+        raise InputError(f"--input {error}") from error
     check_writable("--output", Path(arguments.output).parent)
     output = RestartableOutput(Path(arguments.output))
-    output.refuse_inputs(source.path for source in sources)
     with output.lock():
-        if not arguments.overwrite:
-            output.refuse_finished()
-        records = open_records(arguments, sources)
+        output.check((source.path for source in sources), arguments.overwrite)
+        records = read_records(sources, arguments.text_column, arguments.id_column)
+        first = next(records, None)  # refuses an unusable input before the model is loaded
+        if first is None:
+            raise InputError(f"--input {arguments.input} has no rows")
         classifier = load(arguments)
         if arguments.overwrite:
             output.delete()
-        rows = row_format(arguments, classifier)
-        predict = partial(predict_rows, arguments, classifier, rows)
-        with ProgressBar() as bar:
-            output.write_parts(records, options(arguments, classifier), predict, bar.advance)
-            num_problems = output.join_parts(rows.open)
+        config, by_id = classifier.model.config, arguments.id_column is not None
+        classes = [*config.id2label.values()] if arguments.probabilities else []
+        answers = (arguments.coverage, arguments.recall) != (None, None)
+        rows = RowFormat(by_id, config.is_multi_label, answers, classes)
+        predict = partial(predict_rows, classifier, rows)
+        with tqdm(unit=" rows", disable=None) as bar:
+            output.write_parts(chain([first], records), options(arguments, classifier), predict, partial(advance, bar))
+        num_problems = output.join_parts(rows.open)
     problems = f"; {num_problems:,} rows could not be read: {output.errors}" if num_problems else ""
     print(f"done: {output.path}{problems}", file=sys.stderr)
     return 1 if num_problems else 0
 
 
-def find_inputs(arguments: argparse.Namespace) -> list[Source]:
-    """Find the files that ``--input`` names.
-
-    Raises:
-        InputError: no file exists, or the format of a file is unknown.
-    """
-    if arguments.input == "-" and arguments.input_format is None:
-        raise InputError(f"--input - needs --input_format, one of {', '.join(KINDS)}")
-    try:
-        return find_sources(arguments.input, arguments.input_format)
-    except InputError as error:
-        raise InputError(f"--input {error}") from error
-
-
-def open_records(arguments: argparse.Namespace, sources: list[Source]) -> Iterator[Record]:
-    """Open the inputs, and return their rows.
-
-    Raises:
-        InputError: the inputs have no rows, or the first input cannot be read or lacks the columns.
-    """
-    records = read_records(sources, arguments.text_column, arguments.id_column)
-    first = next(records, None)  # now, so that an unusable input is refused before the model is loaded
-    if first is None:
-        raise InputError(f"--input {arguments.input} has no rows")
-    return chain([first], records)
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="predict.py", description="Classify files of texts.", allow_abbrev=False)
-    parser.add_argument("--model", required=True, help="a checkpoint: a folder, or an id on the Hub")
-    parser.add_argument("--revision", help="commit, tag or branch of the model on the Hub")
-    parser.add_argument("--input", required=True, help="a file, a quoted pattern like 'part-*.csv', or - for stdin")
-    parser.add_argument("--input_format", choices=KINDS, help="default: from the file name's suffix")
-    parser.add_argument(
-        "--text_column", help="the column of texts; default: the column with a usual name, such as text"
+    add = parser.add_argument
+    add("--model", required=True, help="a checkpoint: a folder, or an id on the Hub")
+    add("--revision", help="commit, tag or branch of the model on the Hub")
+    add("--input", required=True, help="a file, a quoted pattern like 'part-*.csv', or - for stdin")
+    add("--input_format", choices=KINDS, help="default: from the file name's suffix")
+    add("--text_column", help="the column of texts; default: the column with a usual name, such as text")
+    add("--id_column", help="a column of ids to copy to the output")
+    add("--output", required=True, help=f"the file to write, ending in {', '.join(OUTPUTS)}")
+    add("--overwrite", action="store_true", help="replace an existing output, and start from the beginning")
+    add("--probabilities", action="store_true", help="write the probability of every class")
+    add("--coverage", type=float, help="also write an answer that contains the correct leaf for this share of texts")
+    add(
+        "--recall", type=float, help="with several labels a text: an answer that contains this share of them on average"
     )
-    parser.add_argument("--id_column", help="a column of ids to copy to the output")
-    parser.add_argument("--output", required=True, help=f"the file to write, ending in {', '.join(OUTPUTS)}")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace an existing output, and start from the beginning"
-    )
-    parser.add_argument("--probabilities", action="store_true", help="write the probability of every leaf")
-    parser.add_argument(
-        "--coverage", type=float, help="also write an answer that contains the correct leaf for this share of texts"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", *DTYPES),
-        default="auto",
-        help="default: auto, which is bf16 if the machine supports it, int8 on a CPU with VNNI or AMX and torchao, else fp32",
-    )
-    parser.add_argument("--batch_size", type=int, help="texts per batch; default: batches by number of tokens")
+    dtypes = "bf16 if the machine supports it, int8 on a CPU with VNNI or AMX and torchao, else fp32"
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help=f"default: auto, which is {dtypes}")
+    add("--batch_size", type=int, help="texts per batch; default: batches by number of tokens")
     parser.error = refuse  # type: ignore[method-assign]
     arguments = parser.parse_args(argv)
     if len(Path(arguments.output).name.encode()) > 200:  # suffixes are added, and file systems allow 255 bytes
-        raise InputError(f"--output {arguments.output}: the name is too long")
+        refuse(f"--output {arguments.output}: the name is too long")
     if Path(arguments.output).suffix not in OUTPUTS:
-        raise InputError(f"--output {arguments.output}: its name must end in one of {', '.join(OUTPUTS)}")
+        refuse(f"--output {arguments.output}: its name must end in one of {', '.join(OUTPUTS)}")
     if arguments.revision is not None and Path(arguments.model).is_dir():
-        raise InputError(f"--revision {arguments.revision} does not apply to the folder {arguments.model}")
-    if arguments.batch_size is not None and arguments.batch_size < 1:
-        raise InputError(f"--batch_size must be at least 1, not {arguments.batch_size}")
-    if arguments.coverage is not None and not 0 < arguments.coverage < 1:
-        raise InputError(f"--coverage must be between 0 and 1, not {arguments.coverage}")
+        refuse(f"--revision {arguments.revision} does not apply to the folder {arguments.model}")
+    for flag, share in (("coverage", arguments.coverage), ("recall", arguments.recall)):
+        if share is not None and not 0 < share < 1:
+            refuse(f"--{flag} must be between 0 and 1, not {share}")
     return arguments
 
 
@@ -137,11 +108,7 @@ def refuse(message: str) -> NoReturn:
 
 
 def load(arguments: argparse.Namespace) -> Pipeline:
-    """Load the checkpoint as a pipeline, and replace ``--dtype auto`` by the dtype that was chosen.
-
-    Raises:
-        InputError: the checkpoint cannot be loaded, lacks thresholds for ``--coverage``, or cannot run in this dtype.
-    """
+    """Load the checkpoint as a pipeline, and replace ``--dtype auto`` by the dtype that was chosen."""
     # before they are imported: bitsandbytes warns of kernels on the Hub, whose code is not pinned, torchao of kernels that
     # do not fit
     for library in ("bitsandbytes", "torchao"):
@@ -160,15 +127,14 @@ def load(arguments: argparse.Namespace) -> Pipeline:
             trust_remote_code=True,
             dtype=DTYPES[arguments.dtype],
             device=0 if gpu else "cpu",
+            batch_size=arguments.batch_size,
+            coverage=arguments.coverage,
+            recall=arguments.recall,
         )
-    except MemoryError:
-        raise
     except Exception as error:  # loading runs the checkpoint's own code, which can raise anything
         raise InputError(f"cannot load the model {arguments.model}: {cause(error)}") from error
     if arguments.dtype == "int8":
         quantize(classifier.model.encoder)
-    if arguments.coverage is not None and classifier.model.config.conformal_thresholds is None:
-        raise InputError(f"--coverage needs a checkpoint that was calibrated, which {arguments.model} is not")
     return classifier
 
 
@@ -179,7 +145,7 @@ def cause(error: Exception) -> str:
     # this message of transformers holds tracebacks, and its last line is the cause
     if "See the original errors" in str(error):
         return str(error).strip().splitlines()[-1].partition(": ")[2]
-    plain = isinstance(error, (OSError, ValueError, ImportError))
+    plain = isinstance(error, OSError | ValueError | ImportError)
     return one_line(error) if plain else f"{type(error).__name__}: {one_line(error)}"
 
 
@@ -193,11 +159,7 @@ def choose_dtype(gpu: bool) -> str:
 
 
 def quantize(encoder: torch.nn.Module) -> None:
-    """Quantize linear layers to 8 bits, in place: weights with a scale per row, inputs with a scale per token.
-
-    Raises:
-        InputError: torchao is not installed.
-    """
+    """Quantize linear layers to 8 bits, in place: weights with a scale per row, inputs with a scale per token."""
     try:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
     except ImportError as error:
@@ -207,85 +169,60 @@ def quantize(encoder: torch.nn.Module) -> None:
 
 def options(arguments: argparse.Namespace, classifier: Pipeline) -> dict[str, Any]:
     """Collect everything that the output's bytes depend on, except the texts: flags, weights, device, torch."""
-    flags = ("model", "input_format", "text_column", "id_column", "probabilities", "coverage", "dtype", "batch_size")
+    flags = (
+        "model",
+        "input_format",
+        "text_column",
+        "id_column",
+        "probabilities",
+        "coverage",
+        "recall",
+        "dtype",
+        "batch_size",
+    )
     folder = Path(cached_file(arguments.model, "config.json", revision=arguments.revision)).parent
     # without card, scores and plots, which may be absent from the Hub's cache
-    names = {folder / name: name for name in list_files(folder, MODEL_FILES)}
-    # config.json pins an encoder on the Hub by its commit; an encoder in a folder needs a hash
+    hashes = [sha256(folder / name for name in list_files(folder, MODEL_FILES))]
+    # config.json pins an encoder on the Hub by its commit; an encoder in a folder needs hashes
     encoder = Path(classifier.model.config.encoder_name_or_path)
     if encoder.is_dir():
-        files = sorted(file for kind in ("json", "safetensors", "bin") for file in encoder.glob(f"*.{kind}"))
-        names |= {file: f"encoder: {file.name}" for file in files}
-    digest = hashlib.sha256()
-    for file, name in names.items():
-        digest.update(name.encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    kind = classifier.device.type
-    device = torch.cuda.get_device_name(classifier.device) if kind == "cuda" else kind
-    machine = {"torch": torch.__version__, "device": device}
-    return {**{flag: getattr(arguments, flag) for flag in flags}, "fingerprint": digest.hexdigest(), **machine}
+        hashes.append(sha256(file for kind in ("json", "safetensors", "bin") for file in encoder.glob(f"*.{kind}")))
+    return {
+        **{flag: getattr(arguments, flag) for flag in flags},
+        "fingerprint": hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(classifier.device) if classifier.device.type == "cuda" else "cpu",
+    }
 
 
-def row_format(arguments: argparse.Namespace, classifier: Pipeline) -> RowFormat:
-    leaves = classifier.tree.labels[: classifier.tree.num_leaves] if arguments.probabilities else []
-    suffix = Path(arguments.output).suffix
-    return RowFormat(suffix, arguments.id_column is not None, arguments.coverage is not None, leaves)
-
-
-def predict_rows(
-    arguments: argparse.Namespace, classifier: Pipeline, rows: RowFormat, first: int, records: list[Record]
-) -> list[dict[str, Any]]:
-    """Classify the readable records, and return one output row for each.
-
-    Args:
-        first: the number of the first record, counted over all inputs.
-    """
+def predict_rows(classifier: Pipeline, rows: RowFormat, first: int, records: list[Record]) -> list[dict[str, Any]]:
+    """Classify the readable records, numbered from ``first``, and return one output row for each."""
     readable = [(number, record) for number, record in enumerate(records, first) if record.problem is None]
-    coverage = {} if arguments.coverage is None else {"coverage": arguments.coverage}
     try:
-        predictions = classifier((record.text for _, record in readable), batch_size=arguments.batch_size, **coverage)
+        predictions = classifier(record.text for _, record in readable)
         return [rows.row(*numbered, prediction) for numbered, prediction in zip(readable, predictions, strict=True)]
     except ValueError as error:
-        raise InputError(f"{arguments.model}: {one_line(error)}") from error
+        raise InputError(f"{classifier.model.name_or_path}: {one_line(error)}") from error
     finally:
         give_back_memory()
 
 
-class ProgressBar:
-    """Show progress on standard error: the share of the input, rows, rows per second, and the time left."""
-
-    def __init__(self) -> None:
-        self.rows, self.started = 0, time.monotonic()
-        layout = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-        self.bar = tqdm(total=100, bar_format=layout, disable=None)
-
-    def advance(self, rows: int, done: float | None) -> None:
-        self.rows += rows
-        self.bar.n = 100 * (done or 0.0)
-        speed = self.rows / (time.monotonic() - self.started)
-        self.bar.set_postfix_str(f"{self.rows:,} rows, {speed:.1f} rows/s")
-
-    def __enter__(self) -> "ProgressBar":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
+def advance(bar: tqdm, rows: int, done: float | None) -> None:
+    """Advance the progress bar, and estimate its total from the share of the input that was read."""
+    bar.total = round((bar.n + rows) / done) if done else None
+    bar.update(rows)
 
 
 if __name__ == "__main__":
-    message, code, trace = None, 2, ""
     try:
-        code = main(sys.argv[1:])
+        sys.exit(main(sys.argv[1:]))
     except InputError as error:
-        message, trace = str(error), asked_traceback()
+        exit_with_error("predict.py", str(error), trace=asked_traceback())
     except KeyboardInterrupt:
-        message, code = "stopped; the same command continues from here", 130
+        exit_with_error("predict.py", "stopped; the same command continues from here", 130)
     except OSError as error:
         if not is_full_disk(error) and error.filename is None:
             raise
         remedy = "make room" if is_full_disk(error) else "it can be neither written nor read"
-        message, trace = f"{one_line(error)}: {remedy}; the same command continues from here", asked_traceback()
-    if message is not None:
-        exit_with_error("predict.py", message, code, trace)
-    sys.exit(code)
+        message = f"{one_line(error)}: {remedy}; the same command continues from here"
+        exit_with_error("predict.py", message, trace=asked_traceback())

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from datasets import Dataset, DatasetDict
+from datasets import DatasetDict
 from scipy.special import expit
 from transformers import EvalPrediction
 
@@ -32,15 +32,11 @@ from evaluation.multi_label import (
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from publishing.card import PREFIXES
 from taxonomy_hierarchical import Taxonomy
+from training.multi_label import label_arrays
 
 logger = logging.getLogger(__name__)
 
 RECALL = 0.9  # of the measured answers
-
-
-def label_array(rows: Dataset) -> np.ndarray:
-    """Return the labels of tokenized rows: (num_texts, num_nodes)."""
-    return np.array(rows.with_format("numpy")["labels"][:])
 
 
 def calibrate_model(
@@ -57,7 +53,7 @@ def calibrate_model(
         Metrics after calibration, and without the lexical head if there is one (``without_lexical_head_…``). For test rows,
         also recall and size of answers for `RECALL` (``test_answer_…``). Then the calibrated marginal logits.
     """
-    labels = {split: label_array(splits[split]) for split in decision_logits}
+    labels = {split: label_arrays(splits[split]) for split in decision_logits}
     texts = np.array(splits["validation"]["text_id"])
     no_scores: dict[str, np.ndarray | None] = dict.fromkeys(decision_logits)
 
@@ -111,7 +107,7 @@ def measure(
     """Compute each split's metrics from calibrated logits."""
     compute_metrics, metrics = build_multi_label_metrics(taxonomy, thresholds), {}
     for split, scores in logits.items():
-        measured = compute_metrics(EvalPrediction(scores, label_array(splits[split])))
+        measured = compute_metrics(EvalPrediction(scores, label_arrays(splits[split])))
         metrics |= {f"{PREFIXES[split]}_{name}": value for name, value in measured.items()}
     return metrics
 
@@ -125,7 +121,7 @@ def stored_thresholds(config: HierarchicalConfig, logits: np.ndarray, labels: np
 def shown_split(logits: dict[str, np.ndarray], splits: DatasetDict) -> tuple[str, np.ndarray, np.ndarray]:
     """Return the name, the logits and the labels of the split whose details are shown."""
     split = "test" if "test" in logits else "validation"
-    return split, logits[split], label_array(splits[split])
+    return split, logits[split], label_arrays(splits[split])
 
 
 def class_scores(config: HierarchicalConfig, logits: dict[str, np.ndarray], splits: DatasetDict) -> dict[str, Any]:
@@ -164,7 +160,7 @@ def write_predictions(
     """
     tree = config.tree
     for split, scores in logits.items():
-        labels, probabilities = label_array(splits[split]), expit(scores)
+        labels, probabilities = label_arrays(splits[split]), expit(scores)
         chosen = choose(tree, probabilities, stored_thresholds(config, scores, labels))
         rows = []
         for row, true, nodes, of_nodes in zip(splits[split]["row"], labels == 1, chosen, probabilities, strict=True):

@@ -3,9 +3,9 @@
 Worth knowing:
 
 1. Each finished part is a file in ``<output>.parts``. At the end the parts are joined, renamed to the output, and deleted.
-2. A part holds a digest of its input rows, the model and the options, and a checksum of its own content. Every part is
-   checked when a run continues, and again when the parts are joined.
-3. A lock lets one process at a time write an output. The operating system releases the lock when the process ends.
+2. A part holds the options, a digest of its input rows, and a checksum of its own content. Every part is checked when a run
+   continues, and again when the parts are joined.
+3. A lock, which ends with its process, lets one process at a time write an output.
 """
 
 import hashlib
@@ -21,61 +21,42 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from errors import InputError, one_line
+from errors import InputError
 from prediction.input import Record
 
 ROWS = 1024  # per part: read, classified and written together
-OPTIONS = ".options.json"
 
 
 class RestartableOutput:
-    """An output file and its parts.
-
-    Attributes:
-        path: the output file.
-        errors: the file that lists unreadable rows; absent if there are none.
-        parts: the folder of finished parts.
-    """
+    """An output file, the file that lists its unreadable rows, and the folder of its finished parts."""
 
     def __init__(self, path: Path):
         self.path, self.errors, self.parts = path, Path(f"{path}.errors.jsonl"), Path(f"{path}.parts")
-        self.options = ""
-        self.digests: list[str] = []  # one per part, see `digest_of`
+        self.headers: list[dict[str, Any]] = []  # of the parts: options, and digest of the input rows
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Lock the output for this process.
-
-        Raises:
-            InputError: another process holds the lock, or the lock file cannot be written.
-        """
+        """Lock the output for this process. Raise InputError if another process holds the lock."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{self.path}.lock")
+        file = Path(f"{self.path}.lock")
         try:
-            lock.acquire(timeout=0)
+            with FileLock(file, timeout=0):
+                try:
+                    yield
+                finally:
+                    file.unlink(missing_ok=True)  # before the release: later it may belong to another process
         except Timeout as error:
-            raise InputError(
-                f"--output {self.path}: another process is writing it; wait for it, or give another name"
-            ) from error
-        except OSError as error:
-            raise InputError(f"--output {self.path} cannot be locked: {error.strerror or one_line(error)}") from error
-        try:
-            yield
-        finally:
-            Path(lock.lock_file).unlink(missing_ok=True)  # before the release: later it may belong to another process
-            lock.release()
+            busy = f"--output {self.path}: another process is writing it; wait for it, or give another name"
+            raise InputError(busy) from error
 
-    def refuse_inputs(self, paths: Iterable[str]) -> None:
-        """Raise InputError if the output or its error file is also an input, under any name."""
-        inputs = {file_id(0 if path == "-" else path) for path in paths}
-        for file in (self.path, self.errors):
-            if file.exists() and file_id(file) in inputs:
-                name = self.path if file == self.path else f"{self.path}: {file}"
+    def check(self, inputs: Iterable[str], overwrite: bool) -> None:
+        """Raise InputError if the output is finished, or if it or its error file is also an input, under any name."""
+        files = [0 if path == "-" else path for path in inputs]
+        for file, name in ((self.path, self.path), (self.errors, f"{self.path}: {self.errors}")):
+            if file.exists() and any(os.path.samefile(file, other) for other in files):
                 raise InputError(f"--output {name} is also an input: give another name")
-
-    def refuse_finished(self) -> None:
-        """Raise InputError if the output is finished. An output beside its parts was killed while it deleted them."""
-        if self.path.exists() and not self.parts.exists():
+        # an output beside its parts was killed while it deleted them
+        if self.path.exists() and not self.parts.exists() and not overwrite:
             raise self._exists_error()
 
     def delete(self) -> None:
@@ -96,82 +77,50 @@ class RestartableOutput:
         Args:
             options: everything that the predictions depend on, except the texts.
             predict: takes the number of a part's first row and the part's records; returns output rows.
-            progress: takes the number of rows of a new part, and the share of the input read so far.
+            progress: takes the number of rows of a part, and the share of the input read so far.
 
         Raises:
             InputError: a part is damaged, or was written with other options or for another input.
         """
-        self.parts.mkdir(exist_ok=True)
-        try:
-            self._check_options(options)
-            num_kept = 0
-            for index, chunk in enumerate(iter(lambda: list(islice(records, ROWS)), [])):
-                self.digests.append(digest_of(chunk, self.options))
-                if self._part(index).exists():
-                    self._read_part(index)
-                    num_kept += len(chunk)
-                    continue
-                if self.path.exists():  # killed while it deleted its parts: the missing part's input is unknown
-                    raise self._exists_error()
+        num_kept = 0
+        for index, chunk in enumerate(iter(lambda: list(islice(records, ROWS)), [])):
+            digest = hashlib.sha256(repr([(r.source, r.line, r.id, r.text, r.problem) for r in chunk]).encode())
+            self.headers.append({"options": options, "digest": digest.hexdigest()})
+            if self._part(index).exists():
+                self._read_part(index)
+                num_kept += len(chunk)
+            elif self.path.exists():  # killed while it deleted its parts: the missing part's input is unknown
+                raise self._exists_error()
+            else:
                 self._write_part(index, chunk, predict(index * ROWS, chunk))
-                progress(len(chunk), chunk[-1].done)
-        except BaseException:
-            if not any(self.parts.glob("0*.jsonl")):
-                shutil.rmtree(self.parts)  # no part is finished
-            raise
+            progress(len(chunk), chunk[-1].done)
         if num_kept:
             print(f"continued after {num_kept:,} rows", file=sys.stderr)
 
     def join_parts(self, open_rows: Callable[[Path], AbstractContextManager[Callable[[list[str]], None]]]) -> int:
-        """Join the parts into the output, and delete them once the output is on disk.
+        """Join the parts into the output, delete them once it is on disk, and return the number of unreadable rows.
 
         Args:
-            open_rows: opens a new file, and yields a function that writes rows, given as lines of JSON.
-
-        Returns:
-            The number of unreadable rows.
+            open_rows: opens a new file, of the format that its suffix names, and yields a function that writes rows, given as lines of JSON.
 
         Raises:
             InputError: a part is damaged.
         """
-        new, new_errors = self.parts / "output.new", self.parts / "errors.new"
+        new, new_errors = self.parts / f"output{self.path.suffix}", self.parts / "errors.jsonl"
         num_problems = 0
         with new_errors.open("w", encoding="utf-8", newline="") as errors, open_rows(new) as write:
-            for index in range(len(self.digests)):
+            for index in range(len(self.headers)):
                 rows, problems = self._read_part(index)
                 write(rows)
                 errors.writelines(problems)
                 num_problems += len(problems)
-        if num_problems:
-            sync(new_errors)
-            new_errors.replace(self.errors)
-        else:
-            self.errors.unlink(missing_ok=True)  # left by an earlier run
-        sync(new)
-        new.replace(self.path)
+        replace(new_errors, self.errors)
+        if not num_problems:
+            self.errors.unlink()
+        replace(new, self.path)
         sync(self.path.parent)
         shutil.rmtree(self.parts, ignore_errors=True)
         return num_problems
-
-    def _check_options(self, options: dict[str, Any]) -> None:
-        """Write the options beside the parts, or compare them with those already there.
-
-        Raises:
-            InputError: the parts were begun with other options.
-        """
-        self.options = json.dumps(options, sort_keys=True)
-        file = self.parts / OPTIONS
-        if not file.exists():
-            write_whole(file, self.options.encode())
-        try:
-            stored = json.loads(file.read_text(encoding="utf-8"))
-            changed = [name for name, value in options.items() if stored.get(name) != value]
-        except (ValueError, AttributeError) as error:
-            raise InputError(f"{file} is damaged: --overwrite starts from the beginning") from error
-        if changed:
-            raise InputError(
-                f"{self.parts} was begun with another {', '.join(changed)}: give the same, or --overwrite to replace it"
-            )
 
     def _exists_error(self) -> InputError:
         return InputError(f"--output {self.path} already exists: give another name, or --overwrite")
@@ -185,53 +134,35 @@ class RestartableOutput:
             for i, record in enumerate(chunk)
             if record.problem is not None
         ]
-        header = {"digest": self.digests[index], "rows": len(rows), "problems": len(problems)}
+        header = {**self.headers[index], "rows": len(rows), "problems": len(problems)}
         content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (header, *rows, *problems)).encode()
-        write_whole(self._part(index), f"{hashlib.sha256(content).hexdigest()}\n".encode() + content)
+        self.parts.mkdir(exist_ok=True)
+        new = self.parts / "part.new"
+        new.write_bytes(f"{hashlib.sha256(content).hexdigest()}\n".encode() + content)
+        replace(new, self._part(index))
 
     def _read_part(self, index: int) -> tuple[list[str], list[str]]:
-        """Read the lines of a part's rows, and the lines of its problems.
-
-        Raises:
-            InputError: the part is damaged, or was written for another input.
-        """
+        """Return the lines of a part's rows, and of its problems. Raise InputError as `write_parts`."""
         checksum, _, content = self._part(index).read_bytes().partition(b"\n")
         if checksum.decode(errors="replace") != hashlib.sha256(content).hexdigest():
             raise InputError(f"{self._part(index)} is damaged: delete it, and run the same command again")
-        first, *lines = content.decode().split("\n")  # splitlines would also split at line ends of Unicode in names
-        header = json.loads(first)
-        if header["digest"] != self.digests[index]:
+        first, *lines = content.decode().split("\n")[:-1]  # splitlines also splits at line ends of Unicode in names
+        header, expected = json.loads(first), self.headers[index]
+        changed = [name for name, value in expected["options"].items() if header["options"].get(name) != value]
+        if changed:
             raise InputError(
-                f"the input or an option changed since {self.parts} was begun: --overwrite starts from the beginning"
+                f"{self.parts} was begun with another {', '.join(changed)}: give the same, or --overwrite to replace it"
             )
-        end = header["rows"] + header["problems"]
-        lines = [f"{line}\n" for line in lines[:end]]
+        if header["digest"] != expected["digest"]:
+            raise InputError(f"the input changed since {self.parts} was begun: --overwrite starts from the beginning")
+        lines = [f"{line}\n" for line in lines]
         return lines[: header["rows"]], lines[header["rows"] :]
 
 
-def file_id(file: str | Path | int) -> tuple[int, int]:
-    """Return the device and inode, which `os.path.samefile` compares."""
-    status = os.stat(file)
-    return status.st_dev, status.st_ino
-
-
-def digest_of(chunk: list[Record], options: str) -> str:
-    """Return the SHA-256 of input rows and options, as hexadecimal digits."""
-    digest = hashlib.sha256(options.encode())
-    for record in chunk:
-        digest.update(repr((record.source, record.line, record.id, record.text, record.problem)).encode())
-    return digest.hexdigest()
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Write a file atomically: complete or not at all."""
-    new = Path(f"{file}.new")
-    try:
-        new.write_bytes(content)
-        sync(new)
-        new.replace(file)
-    finally:
-        new.unlink(missing_ok=True)
+def replace(new: Path, file: Path) -> None:
+    """Rename a file that is complete, once it is on disk."""
+    sync(new)
+    new.replace(file)
 
 
 def sync(path: Path) -> None:

@@ -2,10 +2,10 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow
@@ -15,82 +15,80 @@ from prediction.input import Record
 
 OUTPUTS = (".jsonl", ".csv", ".parquet")
 DIGITS = 6
+SEPARATORS = {"path": " > ", "answer": " | ", "labels": "; ", "scores": "; "}  # in the cells of a CSV file
 
 
-@dataclass(frozen=True)
 class RowFormat:
-    """The columns and the file format of an output.
+    """The columns of an output.
 
-    Attributes:
-        suffix: one of `OUTPUTS`.
+    Args:
         by_id: whether a row holds its record's id in place of its number.
-        answers: whether rows hold an answer for ``--coverage``.
-        leaves: labels of the leaves whose probabilities are written.
+        multi_label: whether a text has any number of labels, and not one path.
+        answers: whether rows hold an answer for ``--coverage`` or ``--recall``.
+        classes: labels of the leaves or nodes whose probabilities are written.
     """
 
-    suffix: str
-    by_id: bool
-    answers: bool
-    leaves: list[str]
+    def __init__(self, by_id: bool, multi_label: bool, answers: bool, classes: list[str]):
+        self.classes = classes
+        text, number = pyarrow.string(), pyarrow.float64()
+        texts, numbers = pyarrow.list_(text), pyarrow.list_(number)
+        # a Parquet column has one type, so ids are strings
+        self.types = {"id": text} if by_id else {"row": pyarrow.int64()}
+        self.types |= (
+            {"labels": texts, "scores": numbers} if multi_label else {"label": text, "score": number, "path": texts}
+        )
+        self.types["truncated"] = pyarrow.bool_()
+        if answers:
+            self.types["answer"] = texts
+        if classes:
+            self.types["probabilities"] = pyarrow.struct([(label, number) for label in classes])
 
     def row(self, number: int, record: Record, prediction: dict[str, Any]) -> dict[str, Any]:
         """Build the row of a record from the pipeline's prediction."""
-        row: dict[str, Any] = {"id": record.id} if self.by_id else {"row": number}
-        row |= {
-            "label": prediction["label"],
-            "score": round(prediction["score"], DIGITS),
-            "path": [node["label"] for node in prediction["path"]],
+        row = {
+            "id": record.id,
+            "row": number,
             "truncated": prediction["truncated"],
+            "answer": [node["label"] for node in prediction.get("answer", [])],
         }
-        if self.answers:
-            row["answer"] = [node["label"] for node in prediction["answer"]]
-        if self.leaves:
+        if "labels" in self.types:
+            row["labels"] = [node["label"] for node in prediction["labels"]]
+            row["scores"] = [round(node["score"], DIGITS) for node in prediction["labels"]]
+        else:
+            row["label"], row["score"] = prediction["label"], round(prediction["score"], DIGITS)
+            row["path"] = [node["label"] for node in prediction["path"]]
+        if self.classes:
             nodes = {label: probability for level in prediction["levels"] for label, probability in level.items()}
-            row["probabilities"] = {label: round(nodes[label], DIGITS) for label in self.leaves}
-        return row
+            row["probabilities"] = {label: round(nodes[label], DIGITS) for label in self.classes}
+        return {name: row[name] for name in self.types}
 
     @contextmanager
     def open(self, file: Path) -> Iterator[Callable[[list[str]], None]]:
         """Open a new file, and yield a function that writes rows, given as lines of JSON."""
-        if self.suffix == ".parquet":
-            schema = self.schema()
-            with pyarrow.parquet.ParquetWriter(file, schema) as writer:
-                yield lambda lines: writer.write_table(pyarrow.Table.from_pylist(self.typed(lines), schema=schema))
+        if file.suffix == ".parquet":
+            with pyarrow.parquet.ParquetWriter(file, pyarrow.schema(self.types)) as writer:
+                yield lambda lines: writer.write_table(self.table(lines))
             return
         with file.open("w", encoding="utf-8", newline="") as stream:
-            if self.suffix == ".jsonl":
+            if file.suffix == ".jsonl":
                 yield stream.writelines
                 return
-            plain = csv.writer(stream, lineterminator="\n")
-            quoted = csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-
-            def write(rows: Iterable[list[Any]]) -> None:
-                for row in rows:
-                    # Python 3.11 leaves a lone carriage return unquoted, which readers take for the end of the row
-                    has_return = any("\r" in cell for cell in row if isinstance(cell, str))
-                    (quoted if has_return else plain).writerow(row)
-
-            write([[*self.names(), *(f"probability of {leaf}" for leaf in self.leaves)]])
-            yield lambda lines: write(self.cells(json.loads(line)) for line in lines)
-
-    def names(self) -> list[str]:
-        return ["id" if self.by_id else "row", "label", "score", "path", "truncated", *["answer"][: self.answers]]
+            # Python 3.11 quotes a lone carriage return only if the writer's line end has one
+            lines = SimpleNamespace(write=lambda line: stream.write(line.removesuffix("\r\n") + "\n"))
+            writer = csv.writer(lines, lineterminator="\r\n")
+            names = [name for name in self.types if name != "probabilities"]
+            writer.writerow([*names, *(f"probability of {label}" for label in self.classes)])
+            yield lambda lines: writer.writerows(self.cells(json.loads(line)) for line in lines)
 
     def cells(self, row: dict[str, Any]) -> list[Any]:
-        """Return the CSV cells: paths and answers as text, each probability in its own column."""
-        flat = {**row, "path": " > ".join(row["path"]), "answer": " | ".join(row.get("answer", []))}
-        return [*(flat[name] for name in self.names()), *row.get("probabilities", {}).values()]
+        """Return the CSV cells: lists as text, each probability in its own column."""
+        probabilities = row.pop("probabilities", {})
+        joined = {name: SEPARATORS[name].join(map(str, row[name])) for name in SEPARATORS if name in row}
+        return [*(row | joined).values(), *probabilities.values()]
 
-    def schema(self) -> pyarrow.Schema:
-        names = pyarrow.list_(pyarrow.string())
-        types = {"row": pyarrow.int64(), "id": pyarrow.string(), "label": pyarrow.string(), "score": pyarrow.float64()}
-        types |= {"path": names, "answer": names, "truncated": pyarrow.bool_()}
-        fields = [(name, types[name]) for name in self.names()]
-        if self.leaves:
-            fields.append(("probabilities", pyarrow.struct([(leaf, pyarrow.float64()) for leaf in self.leaves])))
-        return pyarrow.schema(fields)
-
-    def typed(self, lines: list[str]) -> list[dict[str, Any]]:
-        """Parse rows, and convert their ids to strings, since a Parquet column has one type."""
+    def table(self, lines: list[str]) -> pyarrow.Table:
         rows = [json.loads(line) for line in lines]
-        return [row | {"id": str(row["id"])} if row.get("id") is not None else row for row in rows]
+        for row in rows:
+            if row.get("id") is not None:
+                row["id"] = str(row["id"])
+        return pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(self.types))

@@ -1,15 +1,11 @@
 """Find the column of texts or labels.
 
-Worth knowing:
-
-1. A name that the caller gives must match a column's name exactly.
-2. Without one, the first candidate that matches a column wins. Case and surrounding white space are ignored.
-3. In a file without a header, a text stands in place of a name. Messages hide whatever does not look like a name.
+A name that the caller gives must match a column exactly. Without one, the first candidate that matches a column wins; case
+and surrounding white space are ignored.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 from .rows import InputError, looks_like_name, quote_name
@@ -17,16 +13,10 @@ from .rows import InputError, looks_like_name, quote_name
 TEXT_COLUMNS = ("medical_abstract", "abstract", "text", "sentence", "content", "document", "body")
 LABEL_COLUMNS = ("condition_label", "label", "labels", "category", "class", "condition_name")
 LEAST_SHARE = 0.5  # of the rows must have a column, or its name is not matched
-SAMPLE = 100  # rows in which `longest_column` counts characters
 
 
 def find_column(columns: Mapping[str, float], requested: str | None, candidates: Sequence[str]) -> str | None:
-    """Return the requested column, or the first candidate that is present, or None.
-
-    Args:
-        columns: see `Rows.columns`.
-        candidates: in lower case.
-    """
+    """Return the requested one of `Rows.columns`, or the first lower-case candidate that is present, or None."""
     if requested is not None:
         return requested if requested in columns else None
     common = [column for column, share in columns.items() if share >= LEAST_SHARE]
@@ -46,38 +36,20 @@ def choose_columns(
     Raises:
         InputError: a source lacks the column.
     """
+    for candidate in candidates if requested is None else [requested]:
+        matches = [find_column(columns, requested, [candidate]) for columns in sources.values()]
+        chosen = [column for column in matches if column is not None]
+        if len(chosen) == len(sources):
+            return chosen
     for name, columns in sources.items():
         if not columns:
             raise InputError(f"{name} has no columns")
-        if find_column(columns, requested, candidates) is None:
-            if requested is not None:
-                raise InputError(f"{name} has no column {quote_name(requested)} ({flag}); it has {listed(columns)}")
-            raise InputError(
-                f"{name}: no column is called {', '.join(candidates)}; give {flag}, one of {listed(columns)}"
-            )
-    if requested is not None:
-        return [requested] * len(sources)
-    for candidate in candidates:
-        matches = [find_column(columns, None, (candidate,)) for columns in sources.values()]
-        if None not in matches:
-            return [column for column in matches if column is not None]
+        if find_column(columns, requested, candidates) is not None:
+            continue
+        if requested is not None:
+            raise InputError(f"{name} has no column {quote_name(requested)} ({flag}); it has {listed(columns)}")
+        raise InputError(f"{name}: no column is called {', '.join(candidates)}; give {flag}, one of {listed(columns)}")
     raise InputError(f"{', '.join(sources)} have no column in common for {flag}: rename it in one of them")
-
-
-def longest_column(columns: Iterable[str], sample: Iterable[Mapping[str, Any]]) -> str | None:
-    """Return the column with the most characters of text in the first rows, or None if none has any.
-
-    Args:
-        columns: see `Rows.texts`.
-        sample: `Row.values` of each row; only the first 100 are read.
-    """
-    counts = dict.fromkeys(columns, 0)
-    for values in islice(sample, SAMPLE):
-        for column in counts:
-            value = values.get(column)
-            counts[column] += len(value) if isinstance(value, str) else 0
-    best = max(counts, key=counts.__getitem__, default="")
-    return best if counts.get(best) else None
 
 
 def text_problem(value: Any) -> str | None:

@@ -23,15 +23,8 @@ def open_file(rows: Rows, stream: Any) -> Callable[[list[str]], Iterator[Row]]:
     if not raw.seekable():
         raise InputError(f"{rows.name}: a Parquet file is read from its end, so save it to a disk first")
     file = pyarrow.parquet.ParquetFile(io.BufferedReader(raw), pre_buffer=False)
-    rows.check("rows", file.metadata.num_rows)
     rows.set_columns(file.schema_arrow.names)
-    rows.texts = [field.name for field in file.schema_arrow if _is_text(field.type)]
     return lambda requested: _read(rows, file, requested)
-
-
-def _is_text(kind: pyarrow.DataType) -> bool:
-    kind = kind.value_type if types.is_dictionary(kind) else kind
-    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
 def _read(rows: Rows, file: pyarrow.parquet.ParquetFile, requested: list[str]) -> Iterator[Row]:
@@ -45,21 +38,24 @@ def _read(rows: Rows, file: pyarrow.parquet.ParquetFile, requested: list[str]) -
         for cells in zip(*map(_values, arrays), strict=True):
             count += 1
             values = dict(zip(requested, cells, strict=True))
-            problems = (f"the column {quote_name(n)} holds {v}" for n, v in values.items() if isinstance(v, Fault))
-            problem = next(problems, None)
-            yield Row(count, {} if problem else values, problem)
+            fault = next((name for name, value in values.items() if isinstance(value, Fault)), None)
+            if fault is None:
+                yield Row(count, values)
+            else:
+                yield Row(count, {}, f"the column {quote_name(fault)} holds {values[fault]}")
 
 
 def _values(array: pyarrow.Array) -> list[Any]:
     try:
         return array.to_pylist()
     except UNREADABLE:
-        return [_value(scalar) for scalar in array]
+        return list(map(_value, array))
 
 
 def _value(scalar: pyarrow.Scalar) -> Any:
     try:
         return scalar.as_py()
-    except UNREADABLE as error:
-        utf8 = isinstance(error, UnicodeDecodeError)
-        return Fault("text that is not UTF-8" if utf8 else "what cannot be read, such as a time beyond the year 9999")
+    except UnicodeDecodeError:
+        return Fault("text that is not UTF-8")
+    except UNREADABLE:
+        return Fault("what cannot be read, such as a time beyond the year 9999")

@@ -1,11 +1,7 @@
 """Open files, patterns, ``.gz`` files and standard input, and read whole tables.
 
-Worth knowing:
-
-1. The kind of a file follows from its name. A pattern such as ``part-*.csv`` stands for all matching files in sorted
-   order, and ``-`` for standard input.
-2. ``.gz`` files are decompressed while they are read.
-3. `rows.Rows` reads any binary stream, such as that of an object store or ``io.BytesIO``.
+The kind of a file follows from its name, and ``.gz`` files are decompressed while they are read. For other sources, such as
+an object store or ``io.BytesIO``, `rows.Rows` reads any binary stream.
 """
 
 import glob
@@ -18,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .rows import KINDS, InputError, Limits, Rows
+from .rows import KINDS, InputError, Rows
 
 
 @dataclass(frozen=True)
@@ -34,7 +30,7 @@ class Source:
 
 
 def find_sources(pattern: str, kind: str | None = None) -> list[Source]:
-    """Return the files that match a path or a pattern, in sorted order.
+    """Return the files that match a path or a pattern such as ``part-*.csv``, in sorted order.
 
     Args:
         pattern: ``-`` for standard input.
@@ -45,9 +41,7 @@ def find_sources(pattern: str, kind: str | None = None) -> list[Source]:
     """
     if pattern == "-":
         if kind is None:
-            raise InputError(f"standard input has no name that tells its kind: give one of {', '.join(KINDS)}")
-        if kind == "parquet":
-            raise InputError("a Parquet file is read from its end: it cannot come by standard input")
+            raise InputError(f"- has no name that tells its kind: give --input_format, one of {', '.join(KINDS)}")
         return [Source("-", kind)]
     paths = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, glob.glob(pattern)))
     if not paths and os.path.isdir(pattern):
@@ -58,11 +52,7 @@ def find_sources(pattern: str, kind: str | None = None) -> list[Source]:
 
 
 def kind_of(path: str) -> str:
-    """Return the kind of a file, from its name.
-
-    Raises:
-        InputError: the name does not imply a kind.
-    """
+    """Return the kind of a file from its name, or raise InputError."""
     name = path.lower()
     kind = Path(name.removesuffix(".gz")).suffix.removeprefix(".")
     if kind not in KINDS:
@@ -73,14 +63,10 @@ def kind_of(path: str) -> str:
 
 
 @contextmanager
-def open_rows(source: Source, limits: Limits | None = None) -> Iterator[Rows]:
-    """Open the rows of a source, and close the source at the end.
-
-    Raises:
-        InputError: the source cannot be read.
-    """
+def open_rows(source: Source) -> Iterator[Rows]:
+    """Open the rows of a source, and close the source at the end. Raise InputError if it cannot be read."""
     if source.path == "-":
-        yield Rows(sys.stdin.buffer, source.kind, source.name, limits)
+        yield Rows(sys.stdin.buffer, source.kind, source.name)
         return
     try:
         file = open(source.path, "rb")  # noqa: SIM115 - closed below; errors of the block are not errors of opening
@@ -88,40 +74,31 @@ def open_rows(source: Source, limits: Limits | None = None) -> Iterator[Rows]:
         raise InputError(f"cannot read {source.name}: {error.strerror}") from error
     with file, gzip.GzipFile(fileobj=file) if source.path.lower().endswith(".gz") else nullcontext(file) as stream:
         size = max(os.fstat(file.fileno()).st_size, 1)
-        yield Rows(stream, source.kind, source.name, limits, lambda: file.tell() / size)
+        yield Rows(stream, source.kind, source.name, progress=lambda: file.tell() / size)
 
 
 @dataclass(frozen=True)
 class Table:
-    """All rows of a source.
-
-    Attributes:
-        columns: the values by column name; None where a JSON row lacks the name.
-        lines: `Row.line` of each row.
-        unit: see `Rows`.
-    """
+    """All rows of a source."""
 
     name: str
-    columns: dict[str, list[Any]]
-    lines: list[int]
-    unit: str = "line"
+    columns: dict[str, list[Any]]  # the values by column name; None where a JSON row lacks the name
+    lines: list[int]  # `Row.line` of each row
+    unit: str = "line"  # see `Rows`
 
     def place(self, row: int) -> str:
         """Return the position of a row, counted from 0, for a message."""
         return f"{self.name}, {self.unit} {self.lines[row]}"
 
 
-def read_table(source: Source, requested: Sequence[str] | None = None, limits: Limits | None = None) -> Table:
-    """Read columns of a source into memory.
-
-    Args:
-        requested: column names; by default all columns.
+def read_table(source: Source, requested: Sequence[str] | None = None) -> Table:
+    """Read columns of a source, by default all, into memory.
 
     Raises:
         InputError: the source is damaged or has no rows, or a row cannot be read.
     """
     lines: list[int] = []
-    with open_rows(source, limits) as rows:
+    with open_rows(source) as rows:
         columns: dict[str, list[Any]] = {name: [] for name in (rows.columns if requested is None else requested)}
         for row in rows.read(list(columns)):
             if row.problem is not None:

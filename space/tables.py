@@ -17,13 +17,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 if not Path(__file__).with_name("reading").exists():  # in the repository
     sys.path.append(str(Path(__file__).parent.parent))
 
-from reading.columns import TEXT_COLUMNS, find_column, longest_column, text_problem
+from reading.columns import TEXT_COLUMNS, find_column, text_problem
 from reading.rows import KINDS, InputError, Limits, Rows
 
 MAX_BYTES = 10 * 2**20
@@ -32,6 +33,7 @@ MAX_COLUMNS = 1_000
 MAX_UNPACKED = 4 * MAX_BYTES  # of the column of texts
 MAX_MEMORY = 512 * 2**20  # of the subprocess, in addition to what it has before the file
 MAX_SECONDS = 30  # of the subprocess
+SAMPLE = 100  # rows in which `longest_column` counts characters
 LIMITS = Limits(bytes=MAX_UNPACKED, rows=MAX_ROWS, columns=MAX_COLUMNS, characters=MAX_BYTES + 1)
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
@@ -151,9 +153,7 @@ def read(content: bytes, kind: str, column: str | None) -> Iterator[Any]:
         raise Refused("The file has no such column.")
     text_column = find_column(rows.columns, column, TEXT_COLUMNS)
     if text_column is None:
-        text_column = longest_column(rows.texts, (row.values for row in rows.read(rows.texts) if row.problem is None))
-        if text_column is None:
-            text_column = next(iter(rows.columns), None)
+        text_column = longest_column(rows)
         rows = open_rows(content, kind)
     yield {"columns": list(rows.columns), "column": text_column}
     empty = True
@@ -164,6 +164,16 @@ def read(content: bytes, kind: str, column: str | None) -> Iterator[Any]:
         yield [row.line, None if problem else text, problem]
     if empty:
         raise Refused("The file has no rows.")
+
+
+def longest_column(rows: Rows) -> str | None:
+    """Return the column with the most characters of text in the first rows, or None without columns."""
+    counts = dict.fromkeys(rows.columns, 0)
+    for row in islice(rows.read(), SAMPLE):
+        for column, value in row.values.items():
+            if isinstance(value, str) and column in counts:
+                counts[column] += len(value)
+    return max(counts, key=counts.__getitem__, default=None)
 
 
 def open_rows(content: bytes, kind: str) -> Rows:

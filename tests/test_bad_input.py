@@ -73,7 +73,7 @@ FILES: dict[str, str | bytes] = {
     "utf16_tree.yaml": "- a\n- b\n".encode("utf-16"),
     "field.csv": "parent,child\n," + "a" * 200_000 + "\n,b\n",
     "header.jsonl": "\n\n",
-    "there.jsonl.parts/.options.json": "[]",
+    "there.jsonl.parts/000000000.jsonl": "[]",
     "folder.csv/inside": "",
 }  # fmt: skip
 
@@ -83,9 +83,9 @@ NO_FOLDER = "cannot make the folder /proc/results" if os.geteuid() == 0 else "/p
 TRAIN = [
     (("--train_file", "utf16.csv"), "utf16.csv is not UTF-8 text: save it as UTF-8"),
     (("--train_file", "bytes.csv"), "bytes.csv is not UTF-8 text"),
-    (("--train_file", "one_class.csv"), "every row has the label 'a'; at least two are needed"),
-    (("--train_file", "one_row.csv"), "every row has the label 'a'; at least two are needed"),
-    (("--train_file", "mixed.json"), "every row has the label '1'"),
+    (("--train_file", "one_class.csv"), "the only label is 'a'; at least two are needed"),
+    (("--train_file", "one_row.csv"), "the only label is 'a'; at least two are needed"),
+    (("--train_file", "mixed.json"), "the only label is '1'"),
     (("--train_file", "wide.csv"), "'column19', and 2,980 more"),
     (("--train_file", "long_header.csv"), "(a value of 50,000 characters): is the header missing?"),
     (("--train_file", "deep.json"), "deep.json is nested too deeply"),
@@ -405,7 +405,10 @@ PREDICT = [
     (("--output", "good.csv"), "--output good.csv is also an input: give another name"),
     (("--output", "good.csv/out.jsonl"), "--output good.csv: good.csv is not a folder"),
     (("--output", "n" * 250 + ".jsonl"), "the name is too long"),
-    (("--output", "there.jsonl"), "there.jsonl.parts/.options.json is damaged: --overwrite starts from the beginning"),
+    (
+        ("--output", "there.jsonl"),
+        "there.jsonl.parts/000000000.jsonl is damaged: delete it, and run the same command again",
+    ),
     (("--revision", "main"), "--revision main does not apply to the folder"),
     (("--model", "good.csv"), "cannot load the model good.csv"),
     (("--model", "../../etc"), "cannot load the model ../../etc"),
@@ -493,7 +496,7 @@ WITH_TEXTS = [
      "the label (a value of 68 characters) is not in the taxonomy; it has 'x', 'y', …"),
     (("--train_file", "data.csv", "--text_column", "label", "--label_column", "text", "--class_names", '{"a": "b"}'),
      "the label (a value of 68 characters) is neither a code of"),
-    (("--train_file", "same.csv"), "every row has the label (a value of 68 characters)"),
+    (("--train_file", "same.csv"), "the only label is (a value of 68 characters)"),
     (("--train_file", "same.csv", "--label_column", "label", "text", "--text_column", "text"), "cannot be both"),
     (("--train_file", "data.csv", "--class_names", "codes.csv"), "the code 'a' has two names"),
     (("--train_file", "data.csv", "--taxonomy", "data.json"), "the children of 'text' must be a list or a mapping, not (a value"),

@@ -10,7 +10,6 @@ from reading.columns import (
     choose_columns,
     find_column,
     listed,
-    longest_column,
     text_problem,
 )
 from reading.rows import InputError
@@ -57,15 +56,6 @@ def test_several_sources_share_a_candidate():
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             choose_columns(given, asked, TEXT_COLUMNS, "--text_column")
-
-
-def test_the_column_with_the_most_characters_counts_texts_only():
-    rows = [{"id": "1", "vector": [0.25] * 99, "note": None, "story": "x" * 20}, {"id": "2" * 30, "story": "y" * 20}]
-    assert longest_column(["id", "vector", "note", "story"], rows) == "story"
-    assert longest_column(["vector", "note"], rows) is None
-    assert longest_column([], rows) is None
-    late = [{"a": "x"}] * 100 + [{"b": "y" * 999}]
-    assert longest_column(["b", "a"], late) == "a"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,325 @@
+"""Several labels a text: reading, uniting, carving and reporting."""
+
+import json
+import logging
+from collections import Counter
+from itertools import combinations
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+from iterstrat.ml_stratifiers import MultilabelStratifiedShuffleSplit
+from labelled_files import SECRET, csv_file, load, write
+from sklearn.preprocessing import MultiLabelBinarizer
+
+from errors import InputError
+from training.arguments import DataArguments, parse
+from training.data_report import describe_label_sets
+from training.splits import load_splits
+from training.trained_texts import TrainedTexts, normalise_text, text_hash
+
+TREE = {"a": ["x", "y"], "b": ["z", {"c": ["u", "v"]}]}
+SETS = [["x"], ["x", "z"], [], ["y", "u"], ["c", "a"], ["v"]]
+
+
+@pytest.fixture
+def taxonomy(tmp_path):
+    return write(tmp_path / "taxonomy.json", json.dumps(TREE))
+
+
+def labels_of(data, split="train"):
+    """The sets of labels of a split, by text."""
+    rows = data.splits[split]
+    return {text: {data.taxonomy.labels[i] for i in ids} for text, ids in zip(rows["text"], rows["label"], strict=True)}
+
+
+def rows_of(sets):
+    return [{"text": f"text {i}", "label": labels} for i, labels in enumerate(sets)]
+
+
+def expected(sets):
+    return {f"text {i}": set(labels) for i, labels in enumerate(sets)}
+
+
+# ── Read ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def as_jsonl(folder, rows):
+    return {"train_file": write(folder / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))}
+
+
+def as_parquet(folder, rows):
+    pd.DataFrame(rows).to_parquet(folder / "a.parquet")
+    return {"train_file": folder / "a.parquet"}
+
+
+def as_sequence(folder, rows):
+    datasets.Dataset.from_list(rows).save_to_disk(folder / "saved")
+    return {"data_path": folder / "saved", "test_size": 0.0}
+
+
+def as_sequence_of_class_label(folder, rows):
+    names = datasets.ClassLabel(names=["x", "y", "z", "c", "u", "v", "a"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.List(names)})
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(folder / "saved")
+    return {"data_path": folder / "saved", "test_size": 0.0}
+
+
+def as_delimited(folder, rows):
+    lines = [(row["text"], " ; ".join(row["label"])) for row in rows]
+    return {"train_file": csv_file(folder / "a.csv", lines), "label_delimiter": ";"}
+
+
+def as_columns(folder, rows):
+    binarizer = MultiLabelBinarizer()
+    marks = binarizer.fit_transform([row["label"] for row in rows])
+    table = pd.DataFrame(marks, columns=binarizer.classes_).assign(text=[row["text"] for row in rows])
+    table.to_csv(folder / "a.csv", index=False)
+    several = {"problem_type": "multi_label_classification", "label_column": list(binarizer.classes_)}
+    return {"train_file": folder / "a.csv", **several}
+
+
+def as_booleans(folder, rows):
+    given = as_columns(folder, rows)
+    table = pd.read_csv(given["train_file"])
+    table[given["label_column"]] = table[given["label_column"]].astype(bool)
+    table.to_csv(given["train_file"], index=False)
+    return given
+
+
+FORMS = [as_jsonl, as_parquet, as_sequence, as_sequence_of_class_label, as_delimited, as_columns, as_booleans]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_every_form_of_labels_gives_the_same_sets(tmp_path, taxonomy, form):
+    data = load(**form(tmp_path, rows_of(SETS)), taxonomy=taxonomy, validation_size=0.0)
+    assert labels_of(data) == expected(SETS)
+    assert data.is_multi_label
+    assert data.splits["train"].features["label"] == datasets.List(datasets.Value("int64"))
+    assert data.splits["train"]["row"][:] == [*range(len(SETS))]
+    assert all(ids == sorted(set(ids)) for ids in data.splits["train"]["label"])
+
+
+def test_a_list_column_says_what_it_means_and_other_columns_are_as_before(tmp_path, taxonomy, caplog):
+    with caplog.at_level(logging.INFO):
+        load(**as_jsonl(tmp_path, rows_of(SETS)), taxonomy=taxonomy, validation_size=0.0)
+    assert "the label column holds lists: any number of labels a text" in caplog.text
+    single = load(train_file=csv_file(tmp_path / "b.csv", [("p", "x"), ("q", "z")]), validation_size=0.0)
+    assert not single.is_multi_label
+    assert single.splits["train"].features["label"] == datasets.Value("int64")
+
+
+def test_a_missing_list_a_null_and_an_empty_cell_mean_no_labels(tmp_path, taxonomy):
+    rows = [
+        {"text": "p", "label": None},
+        {"text": "q", "label": ["x", None, " "]},
+        {"text": "r"},
+        {"text": "s", "label": []},
+    ]
+    data = load(**as_jsonl(tmp_path, rows), taxonomy=taxonomy, validation_size=0.0)
+    assert labels_of(data) == {"p": set(), "q": {"x"}, "r": set(), "s": set()}
+    file = csv_file(tmp_path / "a.csv", [("p", ""), ("q", "x;;"), ("r", ";")])
+    data = load(train_file=file, label_delimiter=";", taxonomy=taxonomy, validation_size=0.0)
+    assert labels_of(data) == {"p": set(), "q": {"x"}, "r": set()}
+
+
+def test_a_long_table_with_one_label_a_row_is_united_within_each_split(tmp_path, taxonomy):
+    train = csv_file(tmp_path / "a.csv", [("P", "x"), ("q", "z"), ("p", "u"), ("p ", "x"), ("q", "")])
+    test = csv_file(tmp_path / "b.csv", [("r", "y"), ("r", "b")])
+    flags = {"problem_type": "multi_label_classification", "taxonomy": taxonomy, "validation_size": 0.0}
+    data = load(train_file=train, test_file=test, **flags)
+    assert labels_of(data) == {"P": {"x", "u"}, "q": {"z"}}
+    assert labels_of(data, "test") == {"r": {"y", "b"}}
+    assert data.splits["train"]["row"][:] == [0, 1]
+    assert data.report["united_rows"] == {"train": 3, "test": 1}
+
+
+def test_names_with_slashes_and_names_under_two_parents_are_read_by_another_separator(tmp_path):
+    sets = [["g > cell cycle", "h > cell cycle"], ["Glycolysis/Warburg effect"], ["g > s/t"], ["h"], ["> g > s/t", "g"]]
+    data = load(**as_jsonl(tmp_path, rows_of(sets)), label_separator=" > ", validation_size=0.0)
+    assert set(data.taxonomy.labels) == {
+        "g",
+        "h",
+        "s/t",
+        "Glycolysis/Warburg effect",
+        "g > cell cycle",
+        "h > cell cycle",
+    }
+    found = labels_of(data)
+    assert found["text 0"] == {"g > cell cycle", "h > cell cycle"}
+    assert found["text 2"] == {"s/t"}
+    assert found["text 4"] == {"s/t", "g"}
+
+
+def test_a_label_of_the_taxonomy_is_read_back_as_it_is_written(tmp_path):
+    """A root whose name is not unique is written with a leading separator."""
+    tree = write(tmp_path / "t.json", json.dumps({"cell cycle": ["p", "q"], "h": ["cell cycle", "r"]}))
+    sets = [[" > cell cycle"], ["h > cell cycle"], ["p"]]
+    data = load(**as_jsonl(tmp_path, rows_of(sets)), taxonomy=tree, label_separator=" > ", validation_size=0.0)
+    assert labels_of(data) == expected(sets)
+
+
+def test_a_column_that_no_text_has_is_a_class(tmp_path):
+    lines = [("p", 1, 0, 0), ("q", 0, 1, 0)]
+    file = csv_file(tmp_path / "a.csv", lines, header=("text", "x", "y", "never"))
+    data = load(
+        train_file=file,
+        label_column=["x", "y", "never"],
+        problem_type="multi_label_classification",
+        validation_size=0.0,
+    )
+    assert data.taxonomy.labels == ["never", "x", "y"]
+    assert data.report["classes_without_training_rows"] == ["never"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "message"),
+    [
+        ([["x"], ["x", "nope"]], {}, r"a.jsonl, line 2, column 'label': the label 'nope' is not in the taxonomy"),
+        ([["x"], ["x", 1.5]], {}, r"a.jsonl, line 2, column 'label': the label is neither text nor a whole number"),
+        ([["x"], {"x": 1}], {}, r"a.jsonl, line 2, column 'label': the label is neither text nor a whole number"),
+        ([["x"], [SECRET * 50]], {}, r"a.jsonl, line 2, column 'label': the label has more than 500 characters"),
+        ([[], []], {}, r"column 'label': no row has a label"),
+        ([["x"]], {"problem_type": "single_label_classification"}, r"means one label a text, but the label column holds"),
+        (["x"], {"problem_type": "single_label_classification", "label_delimiter": ";"}, r"but --label_delimiter is given"),
+        (["x", "y"], {"incomplete_labels": True}, r"--incomplete_labels needs several labels a text"),
+    ],
+)  # fmt: skip
+def test_one_bad_row_or_label_is_one_clear_line(tmp_path, taxonomy, rows, flags, message):
+    with pytest.raises(InputError, match=message) as refused:
+        load(**as_jsonl(tmp_path, rows_of(rows)), taxonomy=taxonomy, validation_size=0.0, **flags)
+    assert "\n" not in str(refused.value)
+    assert SECRET not in str(refused.value)
+
+
+def test_a_cell_that_is_neither_0_nor_1(tmp_path):
+    file = csv_file(tmp_path / "a.csv", [("p", 1, 0), ("q", 0, 2), ("r", "", 1)], header=("text", "x", "y"))
+    flags = {"label_column": ["x", "y"], "problem_type": "multi_label_classification"}
+    with pytest.raises(InputError, match="line 4, column 'x': the cell is neither 0 nor 1"):
+        load(train_file=file, **flags)
+
+
+@pytest.mark.parametrize(
+    "words", [["--label_delimiter="], ["--label_delimiter", ";", "--label_column", "a", "b"], ["--problem_type", "x"]]
+)
+def test_flags_that_cannot_be(words):
+    with pytest.raises(InputError, match=words[0].strip("=")):
+        parse(words)
+
+
+# ── Split ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def corpus(count=400, seed=0):
+    """Texts with labels of unlike frequency that occur together, some without, and every fifth text twice."""
+    generator = np.random.default_rng(seed)
+    names, rates = np.array(["x", "y", "z", "u", "v"]), [0.4, 0.2, 0.3, 0.1, 0.05]
+    rows = [{"text": f"text {i}", "label": names[generator.random(5) < rates].tolist()} for i in range(count)]
+    return rows + [{"text": f"TEXT {i}", "label": ["x"]} for i in range(0, count, 5)]
+
+
+def write_corpus(folder, rows):
+    return write(folder / "all.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_carved_splits_have_the_rates_of_all_texts_and_share_none(tmp_path, taxonomy):
+    file = write_corpus(tmp_path, corpus())
+    data = load(data_path=file, taxonomy=taxonomy, validation_size=0.2, test_size=0.2)
+    sizes = {split: len(part) for split, part in data.splits.items()}
+    assert sum(sizes.values()) == 400
+    assert sizes["test"] == pytest.approx(80, abs=4)
+    assert sizes["validation"] == pytest.approx(80, abs=4)
+    texts = {split: {normalise_text(text) for text in part["text"]} for split, part in data.splits.items()}
+    assert all(not texts[one] & texts[other] for one, other in combinations(texts, 2))
+    binarizer = MultiLabelBinarizer(classes=["x", "y", "z", "u", "v"])
+    counts = {split: binarizer.fit_transform(labels_of(data, split).values()).sum(0) for split in data.splits}
+    total = sum(counts.values())
+    for split in ("test", "validation"):
+        np.testing.assert_allclose(counts[split], total * sizes[split] / 400, atol=2.5)
+    assert data.report["split"]["method"] == "by combination of classes, identical texts kept together"
+    again = load(data_path=file, taxonomy=taxonomy, validation_size=0.2, test_size=0.2)
+    assert labels_of(again, "test") == labels_of(data, "test")
+    other = load(1, data_path=file, taxonomy=taxonomy, validation_size=0.2, test_size=0.2)
+    assert labels_of(other, "test") != labels_of(data, "test")
+
+
+def test_carving_is_that_of_the_package_on_closed_labels(tmp_path, taxonomy):
+    rows = corpus()[:100]
+    above = {"x": "a", "y": "a", "z": "b", "u": "c b", "v": "c b"}
+    closed = [{*row["label"], *" ".join(above[label] for label in row["label"]).split()} for row in rows]
+    data = load(train_file=write_corpus(tmp_path, rows), taxonomy=taxonomy, validation_size=0.3)
+    marks = MultiLabelBinarizer(classes=data.taxonomy.labels).fit_transform(closed)
+    splitter = MultilabelStratifiedShuffleSplit(n_splits=1, test_size=30, random_state=0)
+    _, expected = next(splitter.split(np.zeros(100), marks))
+    assert sorted(data.splits["validation"]["row"]) == sorted(expected.tolist())
+
+
+def test_a_class_of_one_text_stays_in_the_training_rows(tmp_path, taxonomy):
+    rows = [{"text": f"text {i}", "label": ["x"]} for i in range(50)] + [{"text": "rare", "label": ["v", "x"]}]
+    for seed in range(5):
+        data = load(seed, train_file=write_corpus(tmp_path, rows), taxonomy=taxonomy, validation_size=0.2)
+        assert "rare" in labels_of(data)
+
+
+@pytest.mark.parametrize("left", [5, 60])
+def test_texts_of_an_earlier_run_are_never_carved(tmp_path, taxonomy, left):
+    rows = corpus(100)[:100]
+    known = frozenset(text_hash(normalise_text(row["text"])) for row in rows[left:])
+    arguments = DataArguments(train_file=str(write_corpus(tmp_path, rows)), taxonomy=str(taxonomy), validation_size=0.2)
+    data = load_splits(arguments, 0, trained=TrainedTexts(earlier=known))
+    carved = set(data.splits["validation"]["row"])
+    assert carved <= set(range(left))
+    assert len(carved) == pytest.approx(min(20, left), abs=2)
+
+
+def test_too_few_texts_to_carve_from(tmp_path, taxonomy):
+    file = write_corpus(tmp_path, rows_of(SETS))
+    with pytest.raises(InputError, match="cannot carve validation rows: 0 of 6 distinct training texts"):
+        load(train_file=file, taxonomy=taxonomy, validation_size=0.01)
+
+
+def test_training_texts_of_other_splits_are_dropped(tmp_path, taxonomy):
+    train = write_corpus(tmp_path, rows_of(SETS))
+    test = write(tmp_path / "test.jsonl", json.dumps({"text": "Text 1", "label": ["y"]}))
+    data = load(train_file=train, test_file=test, taxonomy=taxonomy, validation_size=0.0)
+    assert "text 1" not in labels_of(data)
+    assert data.report["splits"]["train"]["dropped_rows"] == 1
+    assert labels_of(data, "test") == {"Text 1": {"y"}}
+
+
+# ── Report ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_report_counts_labels_texts_and_pairs(tmp_path, taxonomy):
+    rows = corpus(200)[:200]
+    data = load(train_file=write_corpus(tmp_path, rows), taxonomy=taxonomy, validation_size=0.0)
+    report = data.report["splits"]["train"]
+    sets = [row["label"] for row in rows]
+    assert report["rows"] == 200
+    assert report["labels_per_text"] == pytest.approx(np.mean([len(labels) for labels in sets]))
+    assert report["texts_without_labels"] == sum(not labels for labels in sets)
+    assert report["texts_by_number_of_labels"] == {str(k): n for k, n in sorted(Counter(map(len, sets)).items())}
+    pairs = Counter(frozenset(pair) for labels in sets for pair in combinations(labels, 2))
+    assert {frozenset(pair["labels"]): pair["texts"] for pair in report["pairs"]} == dict(pairs)
+    assert [pair["texts"] for pair in report["pairs"]] == sorted(pairs.values(), reverse=True)
+    counts = {name: sum(name in labels for labels in sets) for name in "xyzuv"}
+    inner = {
+        "a": sum(bool({"x", "y"} & {*labels}) for labels in sets),
+        "b": sum(bool({"z", "u", "v"} & {*labels}) for labels in sets),
+        "c": sum(bool({"u", "v"} & {*labels}) for labels in sets),
+    }
+    assert {name: n for level in report["classes"].values() for name, n in level.items()} == counts | inner
+    assert next(iter(report["rarest_classes"].items())) == ("v", counts["v"])
+    assert "accuracy_ceiling" not in report
+
+
+def test_a_label_and_its_ancestor_are_one_deepest_label(taxonomy, tmp_path):
+    tree = load(**as_jsonl(tmp_path, rows_of(SETS)), taxonomy=taxonomy, validation_size=0.0).taxonomy
+    rows = pd.DataFrame({"label": [[tree.id("a"), tree.id("x")], [tree.id("c")]]})
+    assert describe_label_sets(rows, tree, 0)["labels_per_text"] == 1
+
+
+def test_a_class_of_several_labels_without_training_rows_may_be_an_inner_node(tmp_path, taxonomy):
+    data = load(**as_jsonl(tmp_path, rows_of([["x"], ["y"], ["z"]])), taxonomy=taxonomy, validation_size=0.0)
+    assert sorted(data.report["classes_without_training_rows"]) == ["c", "u", "v"]
