@@ -559,6 +559,9 @@ def test_a_multi_label_card_says_how_thresholds_and_answers_were_fitted(written_
     assert len([line for line in printed.splitlines() if re.match(r"\| [\w ]+ \| \d+ \| [\d.]+ \|", line)]) == 6
     assert "Conformal risk control" in section(text, "Citation")
     assert "path" not in section(text, "Limits and intended use")
+    incomplete = section(written_multi_label(settings=SETTINGS | {"incomplete_labels": True})[0], "Results")
+    assert "below its deepest labels is unknown, and not scored" in incomplete
+    assert "unknown, and not scored" not in shown
 
 
 def test_a_multi_label_card_describes_the_label_sets(written_multi_label):
