@@ -10,6 +10,7 @@ Worth knowing:
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -36,10 +37,24 @@ METRICS = {  # name in metrics.json, without its prefix: (type on the Hub, title
     "ece_by_chance": ("ece", "calibration error by chance alone"),
 }
 LEVEL_METRICS = ("accuracy", "macro_f1", "ece", "ece_by_chance")
+MULTI_LABEL_METRICS = {
+    "micro_f1": ("f1", "micro F1"),
+    "macro_f1": ("f1", "macro F1"),
+    "leaf_micro_f1": ("f1", "micro F1 of the leaves"),
+    "leaf_macro_f1": ("f1", "macro F1 of the leaves"),
+    "example_f1": ("f1", "F1 of a text, on average"),
+    "mean_average_precision": ("mean_average_precision", "mean average precision"),
+    "log_loss": ("log_loss", "log loss of a node (nats)"),
+    "ece": ("ece", "expected calibration error"),
+    "ece_by_chance": ("ece", "calibration error by chance alone"),
+}
+COMPARED = "accuracy|micro_f1|macro_f1|hierarchical_f1|mean_average_precision"  # between stages of training
 HUB_METRICS = ("accuracy", "f1", "precision", "recall")  # the types that hf.co/metrics lists
 PREFIXES = {"validation": "eval", "test": "test"}
 NODES_SHOWN = 200  # in the drawn taxonomy
 
+EXAMPLE = "Colonoscopy was performed in 120 patients with suspected inflammatory bowel disease."
+MEASURED_RECALL = 0.9  # of the answers in metrics.json
 LICENCE = "apache-2.0"  # of the weights, as an identifier of the Hub
 MODEL_PLACEHOLDER = "your-name/your-model"
 PLACEHOLDER_NOTE = f"`{MODEL_PLACEHOLDER}` stands for the model's id on the Hub; the checkpoint's folder works too."
@@ -75,7 +90,7 @@ def write(
     facts = collect_facts(folder, config, settings, data_report, metrics)
     facts |= {"model_id": model_id or MODEL_PLACEHOLDER, "licence": LICENCE, "environment": environment}
     facts["placeholder_note"] = "" if model_id else PLACEHOLDER_NOTE
-    facts |= {"escape": escape, "table": table, "count": "{:,}".format, "score": format_score}
+    facts |= {"escape": escape, "table": table, "count": "{:,}".format, "score": format_score, "example": EXAMPLE}
     card = ModelCard.from_template(metadata(facts), template_path=str(TEMPLATE), **facts)
     (folder / "README.md").write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
 
@@ -125,23 +140,26 @@ def collect_facts(
         "drawn": "\n".join(drawn[:NODES_SHOWN]),
         "hidden_nodes": len(drawn) - NODES_SHOWN,
         "fence": "`" * max(3, 1 + max(map(len, re.findall("`+", "\n".join(drawn))), default=0)),
+        "multi_label": config.is_multi_label,
+        "offers_recall": (config.recall_thresholds or [None] * 99)[round(100 * MEASURED_RECALL) - 1] is not None,
         "continued": start and config.encoder_name_or_path not in (start, str(Path(start).resolve()), Path(start).name),
         "settings_shown": {name: format_setting(value) for name, value in shown.items()},
     }
 
     # ── Data ─────────────────────────────────────────────────────────────────────────────────────────────────────────
     origin = report.get("taxonomy", "")
-    moved = report.get("trained_before", {}).get("rows", {})
+    moved, united = report.get("trained_before", {}).get("rows", {}), report.get("united_rows", {})
     conflicting = {split: counts.get("conflicting_texts", 0) for split, counts in splits.items()}
     facts |= {
         "sources": [{**source, "name": read_source(source["name"])[0]} for source in report.get("sources", [])],
         "taxonomy_source": f"from {Path(origin[5:]).name}" if origin.startswith("from ") else origin,
         "moved": " and ".join(f"{rows:,} {split} rows" for split, rows in moved.items() if rows and split != "train"),
+        "united": " and ".join(f"{rows:,} {split} rows" for split, rows in united.items() if rows),
         "conflicting": ", ".join(f"{texts:,} {split}" for split, texts in conflicting.items() if texts),
     }
 
     # ── Results ──────────────────────────────────────────────────────────────────────────────────────────────────────
-    names = metric_names(tree.depth)
+    names = metric_names(config)
     scores = {
         split: {name: metrics[f"{prefix}_{name}"] for name in names if f"{prefix}_{name}" in metrics}
         for split, prefix in PREFIXES.items()
@@ -149,7 +167,7 @@ def collect_facts(
     }
     best_split = "test" if "test" in scores else "validation"
     classes = sorted(metrics.get("per_class", []), key=lambda row: -row["support"])
-    leaf_rows = sum(row["support"] for row in classes)
+    leaf_rows = 0 if config.is_multi_label else sum(row["support"] for row in classes)
     titles = {f"{prefix}_{name}": f"{split} {names[name][1]}" for split, prefix in PREFIXES.items() for name in names}
     return facts | {
         **{"scores": scores, "names": names},
@@ -167,21 +185,23 @@ def collect_facts(
             for name, (low, high) in metrics.get("intervals", {}).items()
         ),
         "classes": classes,
+        "thresholds": [pick(config.node_thresholds) for pick in (min, median, max)] if config.node_thresholds else [],
         "quantized_rows": quantized_rows(metrics, titles),
         "uncalibrated": any(name.startswith("uncalibrated_") for name in metrics),
         "calibration_rows": calibration_rows(metrics, titles),
-        "plots": plots(folder, best_split, tree.depth),
+        "plots": plots(folder, best_split, config),
     }
 
 
-def metric_names(depth: int) -> dict[str, tuple[str, str]]:
-    """Return `METRICS` with the metrics of each level."""
+def metric_names(config: HierarchicalConfig) -> dict[str, tuple[str, str]]:
+    """Return `METRICS` or `MULTI_LABEL_METRICS`, with the metrics of each level."""
+    metrics = MULTI_LABEL_METRICS if config.is_multi_label else METRICS
     levels = {
-        f"level_{k}_{name}": (METRICS[name][0], f"level {k} {METRICS[name][1]}")
-        for k in range(1, depth + 1)
-        for name in LEVEL_METRICS
+        f"level_{k}_{name}": (metrics[name][0], f"level {k} {metrics[name][1]}")
+        for k in range(1, config.tree.depth + 1)
+        for name in (("micro_f1",) if config.is_multi_label else LEVEL_METRICS)
     }
-    return METRICS | levels
+    return metrics | levels
 
 
 def read_source(name: str) -> tuple[str, str | None]:
@@ -211,7 +231,7 @@ def quantized_rows(metrics: dict[str, Any], titles: dict[str, str]) -> list[list
     rows = []
     for name, title in titles.items():
         trained, full = metrics.get(f"quantized_{name}"), metrics.get(f"uncalibrated_{name}", metrics.get(name))
-        compared = re.fullmatch(r"(eval|test)_(accuracy|macro_f1|hierarchical_f1|log_loss)", name)
+        compared = re.fullmatch(rf"(eval|test)_({COMPARED}|log_loss)", name)
         if compared and trained is not None and full is not None:
             rows.append([title, format_score(trained), format_score(full), f"{full - trained:+.4f}"])
     return rows
@@ -222,7 +242,7 @@ def calibration_rows(metrics: dict[str, Any], titles: dict[str, str]) -> list[li
     steps, compared = ["uncalibrated_"], r"(eval|test)_(log_loss|(level_\d+_)?ece)"
     if metrics.get("lexical_weight"):
         steps.append("without_lexical_head_")
-        compared += r"|(eval|test)_(accuracy|macro_f1|hierarchical_f1)"  # temperatures alone change few predictions
+        compared += rf"|(eval|test)_({COMPARED})"  # temperatures alone change few predictions
     return [
         [title, *(format_score(metrics.get(f"{step}{name}")) for step in (*steps, ""))]
         for name, title in titles.items()
@@ -230,10 +250,13 @@ def calibration_rows(metrics: dict[str, Any], titles: dict[str, str]) -> list[li
     ]
 
 
-def plots(folder: Path, split: str, depth: int) -> dict[str, str]:
+def plots(folder: Path, split: str, config: HierarchicalConfig) -> dict[str, str]:
     """Find the folder's plots; return their titles by name."""
-    levels = range(1, depth + 1)
+    levels = range(1, config.tree.depth + 1)
     titles = {f"confusion_matrix_level_{k}": f"Confusion matrix of the {split} rows, level {k}" for k in levels}
+    if config.is_multi_label:
+        titles = {"f1_by_frequency": f"F1 of each node over its number of {split} texts"}
+        titles["precision_recall"] = f"Precision and recall of the {split} rows over all thresholds"
     titles["reliability_diagram"] = f"Reliability diagram of the {split} rows"
     titles["reliability_diagram_uncalibrated"] = "The same before calibration"
     return {name: title for name, title in titles.items() if (folder / "plots" / f"{name}.png").is_file()}
@@ -248,6 +271,7 @@ def metadata(facts: dict[str, Any]) -> ModelCardData:
     datasets = [read_source(source["name"])[1] for source in facts["report"].get("sources", [])]
     lora = ["lora"] if facts["settings"].get("tuning") == "lora" else []
     relation = "adapter" if facts["config"].adapter_subfolder else "finetune"
+    types = {result.metric_type for result in results}
     return ModelCardData(
         license=facts["licence"],
         library_name="transformers",
@@ -256,9 +280,10 @@ def metadata(facts: dict[str, Any]) -> ModelCardData:
         base_model=encoder,
         base_model_relation=relation if encoder else None,
         datasets=list(dict.fromkeys(filter(None, datasets))) or None,
-        metrics=[*HUB_METRICS] if results else None,
+        metrics=[name for name in HUB_METRICS if name in types] or None,
         eval_results=results or None,
         model_name=facts["model_id"],
+        widget=[{"text": EXAMPLE}] if facts["multi_label"] else None,
     )
 
 

@@ -130,6 +130,13 @@ def write_csv(path, rows: list[dict[str, str]]) -> str:
     return str(path)
 
 
+def train_label_sets(encoder: str, output: Path, *flags: object, settings: dict[str, str] | None = None) -> str:
+    """Train four steps on the synthetic corpus with several labels a text, and return what was logged."""
+    words = [ROOT / "recipes" / "multi_label.yaml", "--model_name_or_path", encoder, "--output_dir", output]
+    words += ["--max_steps", 4, "--eval_strategy", "no", "--load_best_model_at_end", "false", *flags]
+    return run(*words, settings=settings).stderr
+
+
 def snippets(card: str) -> list[str]:
     """The Python code in a model card's section Use."""
     use = card.split("\n## Use\n")[1].split("\n## ")[0]

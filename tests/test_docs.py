@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, run, train_label_sets
 
 import predict
 import push_to_hub
@@ -57,6 +57,13 @@ def flags_of(script: str) -> set[str]:
     return set(re.findall(r"--\w+", run("--help", command=script).stdout))
 
 
+@pytest.fixture(scope="module")
+def label_sets_checkpoint(tiny_encoder, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("label_sets") / "results"
+    train_label_sets(tiny_encoder, output, "--save_strategy", "no", "--quantization", "none")
+    return output
+
+
 def test_readme_is_read_in_five_minutes():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 150
@@ -64,10 +71,11 @@ def test_readme_is_read_in_five_minutes():
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
-def test_snippets_run_in_a_fresh_process(page, clear_checkpoint, tmp_path):
-    for name in ("results/quickstart", "user/name"):
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).symlink_to(clear_checkpoint)
+def test_snippets_run_in_a_fresh_process(page, clear_checkpoint, label_sets_checkpoint, tmp_path):
+    checkpoints = {"results/quickstart": clear_checkpoint, "user/name": clear_checkpoint}
+    for name, checkpoint in {**checkpoints, "results/multi_label": label_sets_checkpoint}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(checkpoint)
     code = "\n".join(blocks(page, "python"))
     settings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=settings, capture_output=True, text=True)

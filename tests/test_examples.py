@@ -40,6 +40,17 @@ def test_every_label_is_a_node_and_every_leaf_is_in_every_split(corpus):
         assert (ids >= taxonomy.num_leaves).mean() == (pytest.approx(0.03) if split == "train" else 0)
 
 
+def test_texts_with_several_labels_join_texts_of_the_same_split(corpus):
+    for split, count in (("train", 480), ("validation", 120), ("test", 120)):
+        rows = pd.read_json(EXAMPLES / "multi_label" / f"{split}.jsonl", lines=True)
+        label_of = corpus[split].set_index("text")["label"]
+        assert len(rows) == count
+        for text, labels in zip(rows["text"], rows["labels"], strict=True):
+            joined = [label_of[part] for part in text.split("\n")] if labels else []
+            assert sorted(joined) == sorted(set(labels))
+            assert len(labels) <= 3
+
+
 def test_a_bag_of_words_does_not_solve_it(corpus):
     train, test = corpus["train"], corpus["test"]
     train = train[train["label"].isin(test["label"])]  # rows labelled with a leaf

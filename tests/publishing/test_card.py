@@ -16,10 +16,12 @@ from transformers import EvalPrediction
 
 from configuration_hierarchical import HierarchicalConfig
 from evaluation.metrics import any_label_accuracy, build_compute_metrics
+from evaluation.multi_label import build_multi_label_metrics, per_node_report
 from publishing import card
 from publishing.environment import describe_environment
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 from training.data_report import describe, length_report, shared_texts, untrained_classes
+from training.multi_label import multi_hot
 
 ENCODER, COMMIT = "emilyalsentzer/Bio_ClinicalBERT", "d5892b39a4adaed74b92212a44081509db72f87b"
 HOSTILE = [
@@ -463,3 +465,145 @@ def test_the_citation_is_that_of_the_citation_file(written):
 )
 def test_only_methods_that_were_used_are_cited(written, settings, cited):
     assert re.findall(r"^- (\w+)", section(written(settings=settings), "Citation"), re.M) == cited
+
+
+# ── several labels a text ────────────────────────────────────────────────────────────────────────────────────────────
+
+MULTI_LABEL_REPORT = {
+    "sources": [{"split": "all", "name": "/home/alice/all.jsonl", "sha256": {"all.jsonl": "ab" * 32}}],
+    "columns": {"text": "text", "label": ["labels"]},
+    "taxonomy": "from /home/alice/taxonomy.yaml",
+    "split": {"method": "by combination of classes", "carved": {"test": 0.1}, "seed": 42},
+    "splits": {
+        split: {
+            "rows": rows,
+            "dropped_rows": 1,
+            "labels_per_text": 1.25,
+            "texts_without_labels": 4,
+            "pairs": [{"labels": ["neoplasms", "a | b"], "texts": 9}] if split == "train" else [],
+            "classes": {"1": {"specific disease": 40}, "2": {"neoplasms": 30, "nervous system diseases": 2}},
+        }
+        for split, rows in (("train", 400), ("validation", 50), ("test", 50))
+    },
+    "united_rows": {"train": 7, "validation": 0, "test": 1},
+    "classes_without_training_rows": [],
+    "lengths": {split: length_report([10, 20, 300], 256) for split in ("train", "validation", "test")},
+}
+
+
+@pytest.fixture
+def written_multi_label(written):
+    """Return a function that writes the card of a multi-label run, by default a finished one, and returns its text."""
+    config = make_config(problem_type="multi_label_classification")
+    tree, generator = config.tree, np.random.default_rng(0)
+    config.node_scales, config.node_biases = [1.0] * tree.num_nodes, [0.0] * tree.num_nodes
+    config.node_thresholds = np.linspace(0.2, 0.5, tree.num_nodes).tolist()
+    config.recall_thresholds, config.recall_texts = [round(0.99 - i / 100, 2) for i in range(99)], 120
+    labels = multi_hot(tree, [[i % tree.num_nodes] if i % 5 else [] for i in range(50)])
+    measured = {"train_runtime": 60.0, "test_answer_recall": 0.9123, "test_answer_nodes": 2.25, "lexical_weight": 0.3}
+    for step in ("quantized_", "uncalibrated_", "without_lexical_head_", ""):
+        for prefix in ("eval", "test"):
+            u = generator.normal(size=labels.shape) + labels
+            scores = build_multi_label_metrics(tree)(EvalPrediction(u, labels))
+            measured |= {f"{step}{prefix}_{name}": value for name, value in scores.items()}
+    rows, intervals = per_node_report(tree, u, labels, np.array(config.node_thresholds))
+    measured |= {"per_class": rows, "intervals": {f"test_{name}": ends for name, ends in intervals.items()}}
+
+    def write(config=config, metrics=measured, report=MULTI_LABEL_REPORT, **arguments) -> tuple[str, dict]:
+        return written(config, metrics=metrics, report=report, **arguments), metrics
+
+    return write
+
+
+def test_a_multi_label_card_names_its_scores_as_the_metrics_file_does(written_multi_label):
+    text, metrics = written_multi_label(model_id="me/model")
+    parsed = ModelCard(text).data
+    published = {f"{r.dataset_split}_{r.metric_name}": (r.metric_type, r.metric_value) for r in parsed.eval_results}
+    for name in ("micro_f1", "macro_f1", "leaf_micro_f1", "leaf_macro_f1", "example_f1", "level_2_micro_f1"):
+        assert published[f"test_{name}"] == ("f1", metrics[f"test_{name}"])
+        assert published[f"validation_{name}"] == ("f1", metrics[f"eval_{name}"])
+    assert {"test_mean_average_precision", "test_log_loss", "test_ece"} < published.keys()
+    assert not any("by_chance" in name for name in published)
+    assert parsed.to_dict()["metrics"] == ["f1"]
+    assert parsed.to_dict()["widget"] == [{"text": card.EXAMPLE}]
+    assert ModelCard(card.rename(text, "you/model")).data.model_name == "you/model"
+
+
+def test_a_multi_label_card_says_how_thresholds_and_answers_were_fitted(written_multi_label):
+    text, metrics = written_multi_label(settings=SETTINGS | {"load_best_model_at_end": True})
+    shown = " ".join(section(text, "Results").split())
+    for words in (
+        "every node that reaches its threshold, with its ancestors",
+        "lie between 0.20 and 0.50, with a median of 0.35",
+        "F1 scores of the validation rows are of the rows that the thresholds were fitted on, so they are optimistic",
+        "calibrated by a factor and a summand",
+        "a linear classifier over the words",
+        "holds at least 90 % of a text's nodes on average",
+        "up to the selection of the checkpoint on the same rows",
+        "The measured recall is 91.2% of a test text's nodes. An answer had 2.2 nodes on average.",
+        "fitted on 120 texts",
+        "| node | texts | precision | recall | F1 | 95 % of F1 |",
+        "95 % bootstrap intervals: test micro F1",
+    ):
+        assert words in shown, words
+    for words in ("leaf.", "temperature", "coverage", "labelled with a leaf", "points of accuracy"):
+        assert words not in shown, words
+    printed = section(text, "Results")
+    for name, title in (("micro_f1", "micro F1"), ("log_loss", "log loss of a node (nats)")):
+        parts = [f"{metrics[f'{step}test_{name}']:.4f}" for step in ("uncalibrated_", "without_lexical_head_", "")]
+        assert f"| test {title} | {' | '.join(parts)} |" in printed
+        assert f"| test {title} | {metrics[f'quantized_test_{name}']:.4f} | {parts[0]} |" in printed
+    assert (
+        printed.count("| expected calibration error |") == printed.count("| calibration error by chance alone |") == 1
+    )
+    assert len([line for line in printed.splitlines() if re.match(r"\| [\w ]+ \| \d+ \| [\d.]+ \|", line)]) == 6
+    assert "Conformal risk control" in section(text, "Citation")
+    assert "path" not in section(text, "Limits and intended use")
+    incomplete = section(written_multi_label(settings=SETTINGS | {"incomplete_labels": True})[0], "Results")
+    assert "below its deepest labels is unknown, and not scored" in incomplete
+    assert "unknown, and not scored" not in shown
+
+
+def test_a_multi_label_card_describes_the_label_sets(written_multi_label):
+    shown = section(written_multi_label()[0], "Data")
+    assert "| train | 400 | 1 | 1.25 | 4 |" in shown
+    assert "7 train rows and 1 test rows" in shown
+    assert "in the train texts: neoplasms and a &#124; b (9)." in shown
+    assert "| neoplasms | 30 | 30 | 30 |" in shown
+    assert "ceiling" not in shown
+
+
+def test_the_snippets_of_a_multi_label_card_ask_only_for_what_the_checkpoint_has(written_multi_label):
+    for text, offered in ((written_multi_label()[0], True), (unfinished_multi_label(written_multi_label), False)):
+        code = snippets(text)
+        assert len(code) == 3
+        for snippet in code:
+            compile(snippet, "snippet", "exec")
+        assert ("recall=0.9" in code[0]) == offered
+        assert "top_k=3" in code[0]
+        assert "top_k=None" in code[1]
+        tables = [lines for block in text.split("\n\n") if (lines := block.split("\n"))[0].startswith("| ")]
+        for lines in tables:
+            assert {line.count("|") for line in lines} == {lines[0].count("|")}
+
+
+def unfinished_multi_label(write) -> str:
+    return write(make_config(problem_type="multi_label_classification"), metrics={}, report={}, environment=None)[0]
+
+
+def test_an_uncalibrated_multi_label_card_says_at_which_threshold_it_was_scored(written_multi_label):
+    _, metrics = written_multi_label()
+    test_only = {name: value for name, value in metrics.items() if re.match("test_(?!answer)", name)}
+    text, _ = written_multi_label(make_config(problem_type="multi_label_classification"), metrics=test_only)
+    shown = " ".join(section(text, "Results").split())
+    assert "one common threshold, which is the best on the scored rows" in shown
+    assert "The pipeline predicts the nodes of probability 0.5 or more." in shown
+    assert "recall=0.9" not in text
+
+
+def test_a_multi_label_card_shows_its_plots(written_multi_label, tmp_path):
+    (tmp_path / "plots").mkdir()
+    for name in ("f1_by_frequency", "precision_recall", "reliability_diagram", "confusion_matrix_level_1"):
+        (tmp_path / "plots" / f"{name}.png").touch()
+    images = re.findall(r"!\[.*?\]\(plots/(.*?)\.png\)", written_multi_label()[0])
+    assert images == ["f1_by_frequency", "precision_recall", "reliability_diagram"]

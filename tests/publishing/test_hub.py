@@ -15,15 +15,18 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import CORPUS, ROOT, read_csv, run, snippets, stranger, write_csv
+from conftest import CORPUS, ROOT, read_csv, run, snippets, stranger, train_label_sets, write_csv
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from hub_server import HubServer
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
-from checkpoint_hierarchical import SHIPPED_FILES
-from modeling_hierarchical import HierarchicalForSequenceClassification
+from checkpoint_hierarchical import SHIPPED_FILES, load_encoder
+from configuration_hierarchical import HierarchicalConfig
+from modeling_hierarchical import HierarchicalForSequenceClassification, TreeSigmoid
+from publishing.export import export_onnx
+from taxonomy_hierarchical import Taxonomy
 
 ADAPTER_REPOSITORY = {
     *(".gitattributes", "README.md", "config.json", "metrics.json"),
@@ -98,7 +101,12 @@ def published(hub, checkpoint, tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def expected(checkpoint, hub) -> torch.Tensor:
-    """Node log-probabilities of TEXTS by PEFT the plain way, from the local files: (2, num_nodes)."""
+    """Node log-probabilities of TEXTS: (2, num_nodes)."""
+    return by_hand(hub, checkpoint)
+
+
+def by_hand(hub: HubServer, checkpoint: Path) -> torch.Tensor:
+    """Outputs of a checkpoint's heads for TEXTS by PEFT the plain way, from the local files: (2, num_nodes)."""
     from peft import PeftModel
     from transformers import AutoModel
 
@@ -115,7 +123,7 @@ def expected(checkpoint, hub) -> torch.Tensor:
         rows = []
         for text in TEXTS:
             inputs = tokenizer(text, return_tensors="pt", truncation=True, max_length=128)
-            rows.append(heads(encoder(**inputs).last_hidden_state.mean(1)))
+            rows.append(heads(encoder(**inputs).last_hidden_state.mean(1), inputs["input_ids"]))
     return torch.cat(rows)
 
 
@@ -168,6 +176,33 @@ def test_an_onnx_file_answers_as_the_model_does_for_any_batch_and_length(hub, ch
         inputs = tokenizer(texts, padding=True, return_tensors="np")
         (logits,) = session.run(["logits"], {one.name: inputs[one.name] for one in session.get_inputs()})
         np.testing.assert_allclose(np.exp(logits) / np.exp(logits).sum(1, keepdims=True), wanted, atol=1e-3)
+
+
+@pytest.mark.parametrize("score", [60.0, 10.0])
+def test_an_onnx_file_of_several_labels_stays_finite_for_large_scores(tiny_encoder, tmp_path, score):
+    tree = Taxonomy({"a": {"b": ["c", "d"], "e": ["f", "g"]}, "h": {"i": ["j"], "k": None}})
+    config = HierarchicalConfig(
+        text_config=AutoConfig.from_pretrained(tiny_encoder),
+        taxonomy=tree,
+        encoder_name_or_path=tiny_encoder,
+        problem_type="multi_label_classification",
+    )
+    model = HierarchicalForSequenceClassification(config, encoder=load_encoder(config)).eval()
+    with torch.no_grad():  # every mix of signs along a path
+        model.heads.bias.copy_(torch.tensor([score if name in "abcfhj" else -score for name in tree.names]))
+    model.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder, model_max_length=128)
+    tokenizer.save_pretrained(tmp_path)
+    session = onnxruntime.InferenceSession(export_onnx(tmp_path, tmp_path), providers=["CPUExecutionProvider"])
+    for texts in (TEXTS[:1], TEXTS * 3, [" ".join(TEXTS) * 9]):
+        inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        with torch.inference_mode():
+            output = model(**inputs)
+        (logits,) = session.run(["logits"], {one.name: inputs[one.name].numpy() for one in session.get_inputs()})
+        assert np.isfinite(logits).all()
+        assert output.decision_logits.abs().max() > score - 1
+        np.testing.assert_allclose(logits, output.logits.numpy(), rtol=1e-4, atol=1e-3)
+        assert (logits <= logits[:, tree.parents] + 1e-3)[:, np.array(tree.parents) >= 0].all()
 
 
 def test_a_dry_run_lists_the_files_and_sends_nothing(hub, checkpoint, tmp_path):
@@ -781,6 +816,97 @@ print(json.dumps({{
         pictures = [part.split(")")[0] for part in card["text"].split("](")[1:] if part.startswith("plots/")]
         assert any("confusion" in picture for picture in pictures)
         assert set(pictures) <= hub.files(repo).keys()
+
+
+# several labels a text
+
+
+@pytest.fixture(scope="module")
+def label_sets(hub, tmp_path_factory) -> Path:
+    """A run with several labels a text, which pushed its checkpoints; both forms are published too, the merged one with ONNX."""
+    folder = tmp_path_factory.mktemp("label_sets")
+    environment = settings(hub, folder / "home", "hf_alice")
+    flags = ["--push_to_hub", "true", "--hub_model_id", "alice/sets-adapter", "--hub_strategy", "every_save"]
+    flags += ["--hub_always_push", "true", "--save_strategy", "steps", "--save_steps", 2]
+    train_label_sets("base/tiny", folder / "results", *flags, settings=environment)
+    words = ["--model", folder / "results", "--repo_id", "alice/sets-merged", "--merge", "--onnx"]
+    run(*words, command="push_to_hub.py", settings=environment)
+    return folder / "results"
+
+
+@pytest.fixture(scope="module")
+def expected_probabilities(hub, label_sets) -> np.ndarray:
+    tree = HierarchicalConfig.from_pretrained(label_sets).tree
+    return TreeSigmoid(tree).marginal_logits(by_hand(hub, label_sets)).sigmoid().numpy()
+
+
+def test_training_with_several_labels_pushes_whole_checkpoints(hub, label_sets):
+    plots = ("f1_by_frequency", "precision_recall", "reliability_diagram", "reliability_diagram_uncalibrated")
+    shared = {name for name in ADAPTER_REPOSITORY if not name.startswith("plots/")}
+    shared |= {f"plots/{name}.png" for name in plots}
+    assert hub.files("alice/sets-adapter").keys() == shared
+    adapter = {name for name in shared if name.startswith("adapter/") or name == "heads.safetensors"}
+    assert hub.files("alice/sets-merged").keys() == shared - adapter | {"model.safetensors", "onnx/model.onnx"}
+    assert hub.commits("alice/sets-adapter")[-1].title == "End of training"
+    for commit in hub.commits("alice/sets-adapter")[1:]:
+        there = hub.files("alice/sets-adapter", commit.sha)
+        assert {"README.md", "heads.safetensors", "adapter/adapter_model.safetensors", "config.json"} <= there.keys()
+        offered = json.loads(there["config.json"])["recall_thresholds"] is not None
+        assert ("recall=0.9" in there["README.md"].decode()) == offered
+    assert offered
+    assert hub.files("alice/sets-adapter")["README.md"] == (label_sets / "README.md").read_bytes()
+
+
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+def test_a_stranger_gets_several_labels_a_text(hub, label_sets, expected_probabilities, tmp_path, form):
+    """By `AutoModel`, by both pipelines, and by the snippets of the card, over HTTP from an empty cache."""
+    repo = f"alice/sets-{form}"
+    code = f"""
+import contextlib, io, json
+from huggingface_hub import ModelCard
+from transformers import AutoModel, AutoTokenizer, pipeline
+model = AutoModel.from_pretrained({repo!r}, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({repo!r}, trust_remote_code=True)
+logits = model(**tokenizer({TEXTS!r}, padding=True, return_tensors="pt")).logits
+own = pipeline("hierarchical-text-classification", model={repo!r}, trust_remote_code=True)
+stock = pipeline("text-classification", model={repo!r}, trust_remote_code=True, top_k=None)
+said = []
+for snippet in {snippets(hub.files(repo)["README.md"].decode())!r}:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(snippet, "snippet", "exec"), {{"__name__": "snippet"}})
+    said.append(out.getvalue())
+ModelCard.load({repo!r}).validate()
+print(json.dumps([logits.sigmoid().tolist(), own({TEXTS!r}, recall=0.9), stock({TEXTS!r}, truncation=True), said]))
+"""
+    model, own, stock, said = stranger(code, tmp_path, settings(hub, tmp_path / "home"))
+    config = HierarchicalConfig.from_pretrained(label_sets)
+    labels, least = config.tree.labels, config.recall_thresholds[89]
+    np.testing.assert_allclose(model, expected_probabilities, atol=1e-4)
+    for wanted, result, flat in zip(expected_probabilities, own, stock, strict=True):
+        nodes = {label: score for level in result["levels"] for label, score in level.items()}
+        assert nodes == pytest.approx(dict(zip(labels, wanted.tolist(), strict=True)), abs=1e-4)
+        assert {one["label"]: one["score"] for one in flat} == pytest.approx(nodes, abs=1e-4)
+        assert {one["label"] for one in result["answer"]} == {label for label in nodes if nodes[label] >= least}
+    top = ast.literal_eval(said[0].splitlines()[-1])
+    flat = ast.literal_eval(said[1])
+    (flat,) = flat if isinstance(flat[0], list) else (flat,)
+    assert [label for label, _ in top] == [one["label"] for one in flat[:3]]
+    assert len(said[2].splitlines()) == len(said[0].splitlines()) - 2  # the predicted nodes
+
+
+def test_an_onnx_file_of_several_labels_answers_as_the_model_does(hub, label_sets, expected_probabilities):
+    content = hub.files("alice/sets-merged")["onnx/model.onnx"]
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    tokenizer = AutoTokenizer.from_pretrained(label_sets)
+    for texts, wanted in (
+        (TEXTS, expected_probabilities),
+        (TEXTS[:1], expected_probabilities[:1]),
+        (TEXTS * 3, np.tile(expected_probabilities, (3, 1))),
+    ):
+        inputs = tokenizer(texts, padding=True, return_tensors="np")
+        (logits,) = session.run(["logits"], {one.name: inputs[one.name] for one in session.get_inputs()})
+        np.testing.assert_allclose(1 / (1 + np.exp(-logits)), wanted, atol=1e-3)
 
 
 # continuing and scoring
