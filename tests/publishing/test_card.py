@@ -15,8 +15,8 @@ from huggingface_hub import ModelCard
 from transformers import EvalPrediction
 
 from configuration_hierarchical import HierarchicalConfig
-from evaluation.metrics import any_label_accuracy, build_compute_metrics
-from evaluation.multi_label import build_multi_label_metrics, per_node_report
+from evaluation.metrics import any_label_accuracy, build_compute_metrics, per_class_report
+from evaluation.multi_label import build_multi_label_metrics, choose
 from publishing import card
 from publishing.environment import describe_environment
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
@@ -506,7 +506,8 @@ def written_multi_label(written):
             u = generator.normal(size=labels.shape) + labels
             scores = build_multi_label_metrics(tree)(EvalPrediction(u, labels))
             measured |= {f"{step}{prefix}_{name}": value for name, value in scores.items()}
-    rows, intervals = per_node_report(tree, u, labels, np.array(config.node_thresholds))
+    chosen = choose(tree, 1 / (1 + np.exp(-u)), config.node_thresholds)
+    rows, intervals = per_class_report(tree.labels, labels, chosen)
     measured |= {"per_class": rows, "intervals": {f"test_{name}": ends for name, ends in intervals.items()}}
 
     def write(config=config, metrics=measured, report=MULTI_LABEL_REPORT, **arguments) -> tuple[str, dict]:

@@ -414,7 +414,7 @@ def test_ctrl_c_at_any_line_leaves_no_thread_that_keeps_the_process_alive(small_
         waited = time.monotonic()
         while threading.active_count() > before and time.monotonic() - waited < 60:
             time.sleep(0.001)
-        assert threading.active_count() == before, f"after line {interruptions}"
+        assert threading.active_count() <= before, f"after line {interruptions}"
     assert interruptions > 50
 
 
@@ -424,7 +424,7 @@ def test_an_error_in_a_batch_comes_out_and_no_thread_stays(checkpoint):
     before = threading.active_count()
     with pytest.raises(RuntimeError, match=r"shapes|size"):
         broken(TEXTS)
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # threads of earlier tests may end meanwhile
 
 
 def test_4_bit_weights_answer_alike_in_threads_and_alone(checkpoint):

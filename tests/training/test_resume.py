@@ -101,7 +101,7 @@ def test_with_several_labels_a_killed_and_resumed_run_ends_with_the_same_weights
         process = start(ROOT / "train.py", *words, "--output_dir", broken, output=log)
     while process.poll() is None and not (broken / "checkpoint-4" / "trainer_state.json").exists():
         time.sleep(0.01)
-    process.kill()
+    process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (broken / "metrics.json").exists()
     done = run(*words, "--output_dir", broken, "--resume_from_checkpoint", "auto")

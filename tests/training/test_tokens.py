@@ -1,6 +1,7 @@
 """Test tokenization against the tokenizer's own truncation."""
 
 import logging
+from functools import partial
 
 import datasets
 import numpy as np
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from taxonomy_hierarchical import Taxonomy
 from training.data_report import length_report
-from training.multi_label import label_arrays
+from training.multi_label import label_arrays, multi_hot
 from training.tokens import tokenize
 from training.views import build_collator
 
@@ -92,7 +93,7 @@ def test_label_sets_become_arrays_of_all_nodes_and_floats_in_a_batch():
     splits = texts_of_lengths([3, 5, 2, 9]).pop("test").remove_columns("label")
     splits = datasets.DatasetDict(train=splits.add_column("label", [[0], [], [1, 2], [0, 3]]))
     expected = MultiLabelBinarizer(classes=range(4)).fit_transform([{0}, set(), {1, 2, 3}, {0, 3}])
-    rows = tokenize(splits, word_tokenizer(), taxonomy=tree)[0]["train"]
+    rows = tokenize(splits, word_tokenizer(), encode_labels=partial(multi_hot, tree))[0]["train"]
     assert rows.features["labels"] == datasets.List(datasets.Value("int8"))
     assert rows["labels"][:] == expected.tolist()
     assert label_arrays(rows).dtype == np.int8
@@ -101,5 +102,5 @@ def test_label_sets_become_arrays_of_all_nodes_and_floats_in_a_batch():
     batch = build_collator(word_tokenizer())([{**row, "row": 0} for row in rows.remove_columns(["length", "text_id"])])
     assert batch["labels"].dtype.is_floating_point
     assert batch["labels"].tolist() == expected.tolist()
-    rows = tokenize(splits, word_tokenizer(), taxonomy=tree, incomplete_labels=True)[0]["train"]
+    rows = tokenize(splits, word_tokenizer(), encode_labels=partial(multi_hot, tree, incomplete=True))[0]["train"]
     assert rows["labels"][3] == [1, -100, -100, 1]
