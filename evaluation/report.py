@@ -165,16 +165,16 @@ def calibrate_model(
     fields = dataclasses.asdict(fitted) | {"conformal_max_length": max_length}
     weight = fields.pop("lexical_weight")
     model.set_lexical_head(classifier.weights() if classifier is not None and weight else None, weight)
-    logger.info("calibrated on the validation rows: weight of the lexical head %.2f", weight)
     validation = (calibrated["validation"], labels["validation"])
     if config.is_multi_label:
         of_answers, recall_texts = fit_recall_thresholds(*validation)
         fields |= {"node_thresholds": thresholds, "recall_thresholds": of_answers, "recall_texts": recall_texts}
-        logger.info("thresholds of the nodes: from %.2f to %.2f", min(thresholds), max(thresholds))
+        shown = f"thresholds of the nodes from {min(thresholds):.2f} to {max(thresholds):.2f}"
     else:
         of_answers = fields["conformal_thresholds"] = fit_thresholds(taxonomy, *validation, texts["validation"])
-        logger.info("temperatures %s", ", ".join(f"{temperature:.2f}" for temperature in fitted.temperatures))
+        shown = "temperatures " + ", ".join(f"{temperature:.2f}" for temperature in fitted.temperatures)
     model.set_calibration(**fields)
+    logger.info("calibrated on the validation rows: %s; weight of the lexical head %.2f", shown, weight)
 
     # ── Measure, with and without the lexical head, and the answers ──────────────────────────────────────────────────
     metrics = {"lexical_weight": weight, **measure(config, calibrated, thresholds, splits)}
