@@ -68,7 +68,7 @@ def test_the_log_names_columns_precision_and_sizes(finished):
     assert "'label'" in log
     assert "encoder 4bit, tuning lora" in log
     assert "in float32" in log
-    table = log.split("validation       test\n")[1]
+    table = re.split(r"validation +test\n", log)[1]
     for name in ("log_loss", "accuracy", "macro_f1", "ece", "level_2_ece"):
         assert re.search(rf"  {name} +\d\.\d{{4}} +\d\.\d{{4}}\n", table), name
     assert re.search(r"  answer_coverage +\d\.\d{4}\n", table)  # of the test rows alone

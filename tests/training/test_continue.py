@@ -304,7 +304,7 @@ def test_a_checkpoint_of_another_problem_type_is_refused(place, words, first, se
         for asked in ([], ["--do_train", "false"]):
             flags = ["--model_name_or_path", source, "--output_dir", tmp_path / "out", *asked]
             flags += ["--validation_size", 0, "--test_file" if asked else "--train_file", data]
-            with pytest.raises(InputError, match=f"is for {kind}.*, the data are for") as refused:
+            with pytest.raises(InputError, match=f"is for {kind}.*, the data for") as refused:
                 run(*words, *flags)
             assert "\n" not in str(refused.value)
 
