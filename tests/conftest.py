@@ -269,8 +269,11 @@ def labels_checkpoint(tiny_encoder, tmp_path_factory) -> str:
     torch.nn.init.normal_(model.heads.weight, std=0.03)
     tokenizer = AutoTokenizer.from_pretrained(tiny_encoder, model_max_length=128)
     idf, weight = torch.full((len(tokenizer),), 0.05), torch.zeros(tree.num_nodes, len(tokenizer))
-    for label, names in CLEAR.items():
-        for token in tokenizer.convert_tokens_to_ids([name for name in names if name in tokenizer.vocab]):
+    pieces = {
+        label: set(tokenizer(" ".join(names), add_special_tokens=False).input_ids) for label, names in CLEAR.items()
+    }
+    for label, own in pieces.items():
+        for token in own.difference(*(others for other, others in pieces.items() if other != label)):
             idf[token] = 1.0
             weight[tree.path(tree.id(label)), token] = 10.0
     model.set_lexical_head({"idf": idf, "weight": weight, "bias": torch.full((tree.num_nodes,), -3.0)}, 1.0)
