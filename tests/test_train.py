@@ -70,8 +70,8 @@ def test_the_log_names_columns_precision_and_sizes(finished):
     assert "in float32" in log
     table = re.split(r"validation +test\n", log)[1]
     for name in ("log_loss", "accuracy", "macro_f1", "ece", "level_2_ece"):
-        assert re.search(rf"  {name} +\d\.\d{{4}} +\d\.\d{{4}}\n", table), name
-    assert re.search(r"  answer_coverage +\d\.\d{4}\n", table)  # of the test rows alone
+        assert re.search(rf"^{name} +\d\.\d{{4}} +\d\.\d{{4}}$", table, re.MULTILINE), name
+    assert re.search(r"^answer_coverage +\d\.\d{4}$", table, re.MULTILINE)  # of the test rows alone
 
 
 def test_metrics_have_the_promised_names_and_agree_with_scikit_learn(finished):

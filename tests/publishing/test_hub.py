@@ -978,8 +978,10 @@ def test_training_pushes_what_loads_the_same_by_every_strategy(hub, tmp_path, st
     titles = [commit.title for commit in hub.commits(repo)]
     saves = [int(folder.name.split("-")[1]) for folder in output.glob("checkpoint-*")]
     assert titles[-1] == "End of training"
-    assert len(titles) == (2 if strategy == "end" else 2 + 2), titles
     assert len(saves) == 2
+    # an upload reads the files when its turn comes: where the best model is already in place again, nothing has changed
+    during = [] if strategy == "end" else [f"Training in progress, step {step}" for step in sorted(saves)]
+    assert titles[1:-1] in ([during, during[:1]] if strategy == "every_save" else [during])
     files = hub.files(repo)
     folders = {
         "checkpoint": {"last-checkpoint"},
