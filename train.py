@@ -26,10 +26,10 @@ from datasets import DatasetDict
 from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from checkpoint_files import is_checkpoint, read_config
+from configuration_hierarchical import MULTI_LABEL
 from errors import InputError, asked_traceback, exit_with_error, is_full_disk, one_line, refusing
 from evaluation import multi_label_report, plots, report
 from evaluation.lexical import fit_classifier
-from evaluation.metrics import build_compute_metrics
 from taxonomy_hierarchical import TaxonomyError
 from training import resume
 from training.arguments import Arguments, HierarchicalTrainingArguments, check_against_data, parse
@@ -38,6 +38,7 @@ from training.label_names import initialise_heads
 from training.losses import HierarchicalFocalLoss
 from training.memory import keep_memory
 from training.model import build_model, fetch_model, load_tokenizer, size_report
+from training.multi_label import MultiLabelFocalLoss, label_arrays
 from training.publish import check_hub, push, run_facts, run_settings, write_card
 from training.splits import LabelledSplits, load_splits
 from training.tokens import tokenize_splits
@@ -56,7 +57,8 @@ def main(argv: list[str]) -> None:
     set_seed(training.seed)
     fetch_model(arguments.model)
     source = arguments.model.model_name_or_path
-    stored_taxonomy = read_config(source).tree if is_checkpoint(source) else None
+    stored = read_config(source) if is_checkpoint(source) else None
+    stored_taxonomy = stored.tree if stored else None
     resume.check_output_folder(training, source)
     resume_from = None
     if training.do_train:
@@ -67,6 +69,12 @@ def main(argv: list[str]) -> None:
     with training.main_process_first(desc="reading the data"):
         taxonomy = stored_taxonomy if arguments.data.taxonomy is None else None
         data = load_splits(arguments.data, training.seed, taxonomy, trained_texts)
+
+    if stored and stored.is_multi_label != data.is_multi_label:
+        kinds = {True: f"any number of labels a text (--problem_type {MULTI_LABEL})", False: "one label a text"}
+        raise InputError(
+            f"{source} is for {kinds[stored.is_multi_label]}, the data are for {kinds[data.is_multi_label]}"
+        )
 
     # ── Model, fit, measure, publish ─────────────────────────────────────────────────────────────────────────────────
     if training.do_train:
@@ -82,17 +90,20 @@ def main(argv: list[str]) -> None:
 def train(arguments: Arguments, data: LabelledSplits, trained_texts: TrainedTexts, resume_from: str | None) -> None:
     """Train, measure and publish a model. All files go to ``--output_dir``."""
     training = arguments.training
-    check_against_data(arguments, data.taxonomy, data.splits, build_compute_metrics(data.taxonomy))
+    check_against_data(arguments, data.taxonomy, data.splits, report.build_metrics(data.taxonomy, data.is_multi_label))
     heads_init = resume.check_resumed_data(resume_from, data.taxonomy, data.report) if resume_from else None
 
     # ── Model: encoder, adapter, heads, tokenizer ────────────────────────────────────────────────────────────────────
-    model = build_model(arguments.model, data.taxonomy, training.seed)
+    model = build_model(
+        arguments.model, data.taxonomy, training.seed, problem_type=MULTI_LABEL if data.is_multi_label else None
+    )
     if resume_from:
         resume.check_model(resume_from, model)
     if training.push_to_hub:
         check_hub(training, model)
     tokenizer = load_tokenizer(arguments.model, model)
-    splits = tokenize_splits(data, tokenizer, arguments.data.max_length, sentences=arguments.loss.consistency > 0)
+    sentences, incomplete = arguments.loss.consistency > 0, arguments.data.incomplete_labels
+    splits = tokenize_splits(data, tokenizer, arguments.data.max_length, sentences, incomplete)
 
     # ── Run: folder, trainer, settings, initial heads ────────────────────────────────────────────────────────────────
     output = Path(training.output_dir)
@@ -143,7 +154,18 @@ def build_trainer(
     arguments: Arguments, splits: DatasetDict, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> HierarchicalTrainer:
     training, loss, taxonomy = arguments.training, arguments.loss, model.config.tree
-    counts = torch.tensor(taxonomy.count_at_or_below(splits["train"]["labels"][:]))
+    loss_settings: dict[str, Any] = {
+        "gamma": loss.focal_gamma,
+        "balanced": loss.class_weighting == "balanced",
+        "level_weights": loss.level_weights,
+        "label_smoothing": training.label_smoothing_factor,
+    }
+    loss_function: HierarchicalFocalLoss | MultiLabelFocalLoss
+    if model.config.is_multi_label:
+        loss_function = MultiLabelFocalLoss(taxonomy, label_arrays(splits["train"]), **loss_settings)
+    else:
+        counts = torch.tensor(taxonomy.count_at_or_below(splits["train"]["labels"][:]))
+        loss_function = HierarchicalFocalLoss(taxonomy, counts, **loss_settings)
     patience = training.early_stopping_patience if training.load_best_model_at_end else None
     return HierarchicalTrainer(
         model=model,
@@ -152,16 +174,9 @@ def build_trainer(
         eval_dataset=splits.get("validation"),
         processing_class=tokenizer,
         data_collator=build_collator(tokenizer),
-        compute_metrics=build_compute_metrics(taxonomy),
+        compute_metrics=report.build_metrics(taxonomy, model.config.is_multi_label),
         callbacks=[EarlyStoppingCallback(patience)] if patience else None,
-        loss_function=HierarchicalFocalLoss(
-            taxonomy,
-            counts,
-            gamma=loss.focal_gamma,
-            balanced=loss.class_weighting == "balanced",
-            level_weights=loss.level_weights,
-            label_smoothing=training.label_smoothing_factor,
-        ),
+        loss_function=loss_function,
         consistency=loss.consistency,
         heads_learning_rate=training.heads_learning_rate,
     )
@@ -206,7 +221,8 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
         raise InputError(f"nothing to score: {problem}")
     with refusing(f"cannot load the tokenizer of {source}"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=True)
-    splits = tokenize_splits(data, tokenizer, arguments.data.max_length)
+    incomplete = arguments.data.incomplete_labels
+    splits = tokenize_splits(data, tokenizer, arguments.data.max_length, incomplete_labels=incomplete)
     served = report.served_trainer(source, training, tokenizer)
     metrics, logits, _ = report.score_splits(served, splits, training)
     if training.should_save:

@@ -132,7 +132,7 @@ def collect_facts(
     # ── Data ─────────────────────────────────────────────────────────────────────────────────────────────────────────
     origin = report.get("taxonomy", "")
     moved = report.get("trained_before", {}).get("rows", {})
-    conflicting = {split: counts["conflicting_texts"] for split, counts in splits.items()}
+    conflicting = {split: counts.get("conflicting_texts", 0) for split, counts in splits.items()}
     facts |= {
         "sources": [{**source, "name": read_source(source["name"])[0]} for source in report.get("sources", [])],
         "taxonomy_source": f"from {Path(origin[5:]).name}" if origin.startswith("from ") else origin,

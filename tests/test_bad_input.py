@@ -83,9 +83,9 @@ NO_FOLDER = "cannot make the folder /proc/results" if os.geteuid() == 0 else "/p
 TRAIN = [
     (("--train_file", "utf16.csv"), "utf16.csv is not UTF-8 text: save it as UTF-8"),
     (("--train_file", "bytes.csv"), "bytes.csv is not UTF-8 text"),
-    (("--train_file", "one_class.csv"), "every row has the label 'a'; at least two are needed"),
-    (("--train_file", "one_row.csv"), "every row has the label 'a'; at least two are needed"),
-    (("--train_file", "mixed.json"), "every row has the label '1'"),
+    (("--train_file", "one_class.csv"), "the only label is 'a'; at least two are needed"),
+    (("--train_file", "one_row.csv"), "the only label is 'a'; at least two are needed"),
+    (("--train_file", "mixed.json"), "the only label is '1'"),
     (("--train_file", "wide.csv"), "'column19', and 2,980 more"),
     (("--train_file", "long_header.csv"), "(a value of 50,000 characters): is the header missing?"),
     (("--train_file", "deep.json"), "deep.json is nested too deeply"),

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
@@ -24,6 +25,7 @@ from transformers.hf_argparser import string_to_bool
 from configuration_hierarchical import DEFAULT_ENCODER, DEFAULT_ENCODER_REVISION
 from errors import InputError, is_fault, one_line
 from taxonomy_hierarchical import Taxonomy
+from training.multi_label import multi_hot
 from training.precision import has_bf16
 from training.recipe import insert_recipe, nearest
 
@@ -75,8 +77,13 @@ class DataArguments:
     test_file: str | None = flag(None, "File with the rows for the final scores.")
     text_column: str | None = flag(None, "Column with the texts. Default: chosen by its name.")
     label_column: list[str] | None = flag(
-        None, "Column with the labels, or one per level. Default: chosen by its name."
+        None, "Column with the labels, or one per level, or one of 0 and 1 per label. Default: chosen by its name."
     )
+    problem_type: Literal["single_label_classification", "multi_label_classification"] | None = flag(
+        None, "Whether a text has one label or any number. Default: any number if the column holds lists."
+    )
+    label_delimiter: str | None = flag(None, "What separates the labels of a text in the column, such as ';'.")
+    incomplete_labels: bool = flag(False, "Several labels a text: whether a label has its children's is unknown.")
     taxonomy: str | None = flag(
         None,
         "Nested .yaml or .json file, or .csv file of parent,child rows. Default: the five classes of the Medical "
@@ -260,7 +267,7 @@ def check_values(arguments: Arguments) -> None:
             )
 
     # ── What else can be wrong, and whether it is ────────────────────────────────────────────────────────────────────
-    model, _, loss, training = arguments
+    model, data, loss, training = arguments
     weights = loss.level_weights
     optim_args = (training.optim_args or "").replace(" ", "")
     checkpoint_kwargs = inspect.signature(torch.utils.checkpoint.checkpoint).parameters.keys()
@@ -283,6 +290,10 @@ def check_values(arguments: Arguments) -> None:
             re.fullmatch("([^=,]+=[^=,]+,?)*", optim_args) is None
         ),
         "--output_dir needs the name of a folder": not training.output_dir,
+        "--label_delimiter must not be empty": data.label_delimiter == "",
+        "--label_delimiter needs the one --label_column that it separates": (
+            data.label_delimiter is not None and len(data.label_column or []) > 1
+        ),
         "FSDP needs GPUs; for processes on CPUs use recipes/accelerate/ddp.yaml": (
             bool(training.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")) and training.device.type == "cpu"
         ),
@@ -308,16 +319,26 @@ def check_against_data(
     if training.load_best_model_at_end:
         if training.eval_strategy == "no":
             raise InputError("--eval_strategy no selects no best checkpoint: also give --load_best_model_at_end false")
-        labels = np.unique(splits["validation"]["label"][:])
+        given = splits["validation"]["label"][:]
+        several = isinstance(given[0], list)  # then one text with the labels of all of them is enough
+        labels = multi_hot(taxonomy, [[*chain(*given)]]) if several else np.unique(given)
         check_best_metric(training.metric_for_best_model, taxonomy, labels, compute_metrics)
 
 
 def check_best_metric(name: str, taxonomy: Taxonomy, labels: np.ndarray, compute_metrics: ComputeMetrics) -> None:
-    """Raise InputError unless evaluation on rows with these labels measures a metric, and the metric ranks models."""
-    # the set of metrics depends on the levels of the labels, and on whether some are leaves
-    examples = {(label < taxonomy.num_leaves, taxonomy.levels[label]): label for label in labels.tolist() if label >= 0}
-    labels = np.array([*examples.values()], dtype=int)
-    measured = compute_metrics(EvalPrediction(np.zeros((len(labels), taxonomy.num_leaves)), labels))
+    """Raise InputError unless evaluation on rows with these labels measures a metric, and the metric ranks models.
+
+    Args:
+        labels: node ids (num_rows,), or the array (num_rows, num_nodes) of `multi_hot`.
+    """
+    predictions = np.zeros(labels.shape)
+    if labels.ndim == 1:
+        # the set of metrics depends on the levels of the labels, and on whether some are leaves
+        nodes = [label for label in labels.tolist() if label >= 0]
+        examples = {(node < taxonomy.num_leaves, taxonomy.levels[node]): node for node in nodes}
+        labels = np.array([*examples.values()], dtype=int)
+        predictions = np.zeros((len(labels), taxonomy.num_leaves))
+    measured = compute_metrics(EvalPrediction(predictions, labels))
     available = ["loss", *(metric for metric in measured if not metric.endswith("_by_chance"))]
     if name.removeprefix("eval_") not in available:
         raise InputError(

@@ -1,8 +1,9 @@
 """Count what in the data limits any classifier, for data_report.json and the log."""
 
 import logging
-from collections.abc import Sequence
-from itertools import combinations
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import chain, combinations
 
 import numpy as np
 import pandas as pd
@@ -13,10 +14,17 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 LOGGED_CLASSES = 8
+MOST_PAIRS = 20  # of labels that occur together
+RAREST = 20
 LOGGED_COUNTS = (
     "%(split)s: %(rows)d rows, %(dropped_rows)d dropped, %(normalised_duplicates)d duplicates; %(conflicting_texts)d texts "
     "have several labels, accuracy is at most %(accuracy_ceiling).4f; a text has %(p50)d tokens in the median and at most "
     "%(max)d, %(cut)d texts are truncated at %(max_length)d"
+)
+LOGGED_LABEL_SETS = (
+    "%(split)s: %(rows)d texts, %(dropped_rows)d dropped; %(labels_per_text).2f labels a text, %(texts_without_labels)d "
+    "texts have none; a text has %(p50)d tokens in the median and at most %(max)d, %(cut)d texts are truncated at "
+    "%(max_length)d"
 )
 
 
@@ -45,9 +53,6 @@ def describe(rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
     conflicting = several[~np.array(on_one_path, dtype=bool)]
     leaves = counts[counts["label"] < taxonomy.num_leaves]
     correct = int(leaves.groupby("text_id")["size"].max().sum())
-    classes: dict[str, dict[str, int]] = {str(level): {} for level in range(1, taxonomy.depth + 1)}
-    for node, count in enumerate(taxonomy.count_at_or_below(rows["label"].tolist())):
-        classes[str(taxonomy.levels[node])][taxonomy.labels[node]] = count
     return {
         "rows": len(rows),
         "dropped_rows": dropped,
@@ -55,13 +60,54 @@ def describe(rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
         "conflicting_texts": len(conflicting),
         "conflicting_rows": int(conflicting["size"].sum()),
         "accuracy_ceiling": correct / int(leaves["size"].sum()) if len(leaves) else 1.0,
-        "classes": classes,
+        "classes": _by_level(taxonomy, taxonomy.count_at_or_below(rows["label"].tolist())),
     }
 
 
+def describe_label_sets(rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
+    """Count the texts, labels and classes of one split, in which a text has any number of labels and one row.
+
+    ``labels_per_text`` and ``texts_by_number_of_labels`` count a text's deepest labels. ``classes`` counts the texts with
+    a node or one below. ``rarest_classes`` are those of the least counts, ``pairs`` the deepest labels that most texts share.
+    """
+    deepest = [taxonomy.deepest(labels) for labels in rows["label"]]
+    numbers = Counter(map(len, deepest))
+    texts_of = texts_by_node(rows["label"], taxonomy)
+    pairs = Counter(chain.from_iterable(combinations(labels, 2) for labels in deepest)).most_common(MOST_PAIRS)
+    names = taxonomy.labels
+    return {
+        "rows": len(rows),
+        "dropped_rows": dropped,
+        "labels_per_text": sum(map(len, deepest)) / len(rows),
+        "texts_without_labels": numbers[0],
+        "texts_by_number_of_labels": {str(number): numbers[number] for number in sorted(numbers)},
+        "rarest_classes": {names[i]: texts_of[i] for i in np.argsort(texts_of, kind="stable")[:RAREST]},
+        "pairs": [{"labels": [names[i], names[j]], "texts": count} for (i, j), count in pairs],
+        "classes": _by_level(taxonomy, texts_of),
+    }
+
+
+def texts_by_node(label_sets: Iterable[Iterable[int]], taxonomy: Taxonomy) -> list[int]:
+    """Count, for each node, the texts that have it or a node below."""
+    counts = Counter(chain.from_iterable(map(taxonomy.with_ancestors, label_sets)))
+    return [counts[node] for node in range(taxonomy.num_nodes)]
+
+
+def _by_level(taxonomy: Taxonomy, counts: Sequence[int]) -> dict[str, dict[str, int]]:
+    classes: dict[str, dict[str, int]] = {str(level): {} for level in range(1, taxonomy.depth + 1)}
+    for node, count in enumerate(counts):
+        classes[str(taxonomy.levels[node])][taxonomy.labels[node]] = count
+    return classes
+
+
 def untrained_classes(rows: pd.DataFrame, taxonomy: Taxonomy) -> list[str]:
-    """Return the labels of leaves without a training row, or none if there is no training split."""
+    """Return the labels of classes without a training row, or none if there is no training split.
+
+    Classes are the leaves; with several labels a text, all nodes.
+    """
     train = rows.loc[rows["split"] == "train", "label"].tolist()
+    if train and isinstance(train[0], list):
+        return [taxonomy.labels[i] for i, count in enumerate(texts_by_node(train, taxonomy)) if not count]
     seen = taxonomy.count_at_or_below(train)
     return [taxonomy.labels[leaf] for leaf in range(taxonomy.num_leaves) if train and not seen[leaf]]
 
@@ -91,6 +137,8 @@ def log_what_was_done(report: dict) -> None:
         logger.info("carved from the training texts, identical texts kept together: %s", shares)
     if dropped := _listed({split: counts["dropped_rows"] for split, counts in report["splits"].items()}):
         logger.warning("dropped, since a later split has the texts: %s", dropped)
+    if united := _listed(report.get("united_rows", {})):
+        logger.info("united with another row of the same text: %s", united)
     before = report["trained_before"]
     if held_out := _listed({split: count for split, count in before["rows"].items() if split != "train"}):
         action = "moved to the training rows" if before["moved"] == "to train" else "left out"
@@ -112,4 +160,5 @@ def _listed(rows: dict[str, int]) -> str:
 def log_report(report: dict) -> None:
     """Log what limits any classifier of each split. data_report.json has the classes too."""
     for split, counts in report["splits"].items():
-        logger.info(LOGGED_COUNTS, {"split": split, **counts, **report["lengths"][split]})
+        line = LOGGED_LABEL_SETS if "labels_per_text" in counts else LOGGED_COUNTS
+        logger.info(line, {"split": split, **counts, **report["lengths"][split]})

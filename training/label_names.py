@@ -1,6 +1,6 @@
-"""Initialise leaf heads from the encoder's embeddings of the class names.
+"""Initialise heads: from the encoder's embeddings of the class names, or with several labels a text from their frequencies.
 
-A leaf's weights are the embedding of its name minus the mean over all names. This is dataless classification (Chang et al.,
+A class's weights are the embedding of its name minus the mean over all names. This is dataless classification (Chang et al.,
 2008, "Importance of Semantic Representation") as the start of training. It helps most with few rows a class. Names without
 meaning, such as codes, do harm: `benchmarks/studies/label_names.py`.
 """
@@ -14,8 +14,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from checkpoint_files import is_checkpoint, read_config
+from modeling_hierarchical import HierarchicalHeads, binary_cross_entropy
 from training.arguments import FEW_ROWS, ModelArguments
-from training.model import is_checkpoint
+from training.multi_label import label_arrays, prior_log_odds
 from training.trainer import HierarchicalTrainer
 
 logger = logging.getLogger(__name__)
@@ -28,9 +30,19 @@ BATCH = 16
 def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: ModelArguments) -> str | None:
     """Initialise fresh heads as ``--heads_init`` says; by default from the class names if there are few rows a class.
 
+    With several labels a text, biases start at `prior_log_odds` in any case.
+
     Return "label_names" or "random"; None for a continued checkpoint, which keeps its heads.
     """
-    if is_checkpoint(arguments.model_name_or_path):
+    continued = is_checkpoint(arguments.model_name_or_path)
+    if trainer.is_multi_label:
+        tree = trainer.model.config.tree
+        old = read_config(arguments.model_name_or_path).tree if continued else None
+        known = {old.path_names(node) for node in range(old.num_nodes)} if old else set()
+        new = [node for node in range(tree.num_nodes) if tree.path_names(node) not in known]
+        with torch.no_grad():
+            trainer.model.heads.bias[new] = prior(trainer, rows)[new]
+    if continued:
         return None
     given = arguments.heads_init
     few_rows = len(rows) < FEW_ROWS * trainer.model.config.tree.num_leaves
@@ -45,27 +57,29 @@ def set_heads_from_names(trainer: HierarchicalTrainer, rows: Dataset, only_if_be
         LARGEST · u · (v - m) / s
 
     u is the direction of the name's embedding from the mean of all names, m the mean of some texts' embeddings, and s the
-    root of their mean squared distance from m. With ``only_if_better``, the heads are kept unless these make the labels of
-    the texts more likely. Return whether the heads were set.
+    root of their mean squared distance from m. With several labels a text, this holds for all nodes, and the score is
+    added to the node's `prior_log_odds`. With ``only_if_better``, the heads are kept unless these make the labels of the
+    texts more likely. Return whether the heads were set.
     """
     model = trainer.model
     tree, heads, was_training = model.config.tree, model.heads, model.training
     model.eval()
     some = rows.select(np.sort(np.random.default_rng(0).permutation(len(rows))[:TEXTS]))
-    labels = torch.tensor(some["labels"][:], device=trainer.args.device)[:, None]
-    names = [label.replace(tree.separator, " ") for label in tree.labels[: tree.num_leaves]]
+    labels = torch.tensor(some["labels"][:], device=trainer.args.device)
+    classes = model.config.num_labels
+    names = [label.replace(tree.separator, " ") for label in tree.labels[:classes]]
     with torch.no_grad():
         texts = embed(trainer, some["input_ids"][:])
         named = embed(trainer, trainer.processing_class(names, truncation=True)["input_ids"])
         mean = texts.mean(0)
         spread = (texts - mean).square().sum(1).mean().sqrt()
         directions = torch.nn.functional.normalize(named - named.mean(0))
-        before, likelihood = copy.deepcopy(heads.state_dict()), heads(texts).gather(1, labels).mean()
+        before, likelihood = copy.deepcopy(heads.state_dict()), likelihood_of(heads, texts, labels)
         heads.weight.zero_()
-        heads.bias.zero_()
-        heads.weight[: tree.num_leaves] = LARGEST / spread.clamp(min=1e-6) * directions
-        heads.bias[: tree.num_leaves] = -heads.weight[: tree.num_leaves] @ mean
-        is_better = bool(heads(texts).gather(1, labels).mean() > likelihood)
+        heads.bias.copy_(prior(trainer, rows) if trainer.is_multi_label else torch.zeros_like(heads.bias))
+        heads.weight[:classes] = LARGEST / spread.clamp(min=1e-6) * directions
+        heads.bias[:classes] -= heads.weight[:classes] @ mean
+        is_better = bool(likelihood_of(heads, texts, labels) > likelihood)
     if is_better or not only_if_better:
         logger.info("heads are initialised from the class names")
     else:
@@ -75,6 +89,20 @@ def set_heads_from_names(trainer: HierarchicalTrainer, rows: Dataset, only_if_be
         )
     model.train(was_training)
     return is_better or not only_if_better
+
+
+def prior(trainer: HierarchicalTrainer, rows: Dataset) -> Tensor:
+    """Return each node's log-odds given its parent among the rows, (num_nodes,), for the heads."""
+    bias = trainer.model.heads.bias
+    return torch.from_numpy(prior_log_odds(trainer.model.config.tree, label_arrays(rows))).to(bias)
+
+
+def likelihood_of(heads: HierarchicalHeads, texts: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean log-probability of the labels, (B,) or (B, num_nodes), of embedded texts (B, hidden_size)."""
+    scores = heads(texts)
+    if labels.dim() == 2:
+        return -binary_cross_entropy(scores, labels, heads.decisions)
+    return scores.gather(1, labels[:, None]).mean()
 
 
 def embed(trainer: HierarchicalTrainer, inputs: Sequence[list[int]]) -> Tensor:

@@ -3,13 +3,16 @@
 Worth knowing:
 
 1. Several label columns name a path from the root down. Its lower levels may be empty.
-2. Without ``--taxonomy``, the default taxonomy is used if it holds all labels. Else it is built from their paths.
-3. A string that does not look like a name may be a text about a patient. Error messages report only its length.
+2. With several labels a text, these stand in a list, or in one text with a delimiter between them. Or each column is a
+   label, with 1 for the texts that have it. A missing list, or an empty cell, means no labels.
+3. Without ``--taxonomy``, the default taxonomy is used if it holds all labels. Else it is built from their paths.
+4. A string that does not look like a name may be a text about a patient. Error messages report only its length.
 """
 
 import json
 import logging
 from collections.abc import Iterable
+from itertools import compress
 from typing import Any
 
 from errors import InputError
@@ -30,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 LONGEST_LABEL = 500  # characters; a longer label means that the column holds texts
 
+ZERO_OR_ONE = {**dict.fromkeys(("0", "0.0", "false"), 0), **dict.fromkeys(("1", "1.0", "true"), 1)}
+
 Label = str | tuple[str, ...]  # a name or path as written, or one name per label column, from the root down
 
 
@@ -45,6 +50,31 @@ def read_labels(table: Table, columns: list[str]) -> list[Label]:
     paths: list[Any] = list(zip(*(map(_label_text, table.columns[column]) for column in columns), strict=True))
     refuse_rows(table, " ".join(columns), map(_label_problem, paths))
     return [tuple(filter(None, path)) if len(columns) > 1 else path[0] for path in paths]
+
+
+def read_label_sets(table: Table, columns: list[str], delimiter: str | None) -> list[tuple[str, ...]]:
+    """Return the labels of each row: of a list, or of a text between delimiters, or the names of the columns with 1.
+
+    Raises:
+        InputError: a label is too long, not text or a whole number; a cell of several columns is neither 0 nor 1.
+    """
+    if len(columns) > 1:
+        marks = [[ZERO_OR_ONE.get(str(cell).strip().casefold()) for cell in table.columns[name]] for name in columns]
+        for name, cells in zip(columns, marks, strict=True):
+            problem = "the cell is neither 0 nor 1, as each of several label columns must be"
+            refuse_rows(table, name, (problem if cell is None else None for cell in cells))
+        names = [compose(name.strip()) for name in columns]
+        return [tuple(compress(names, row)) for row in zip(*marks, strict=True)]
+    (column,) = columns
+    rows = []
+    for cell in table.columns[column]:
+        if isinstance(cell, str) and delimiter is not None:
+            cell = cell.split(delimiter)
+        labels = map(_label_text, cell if isinstance(cell, list) else [cell])
+        rows.append([label for label in labels if label != ""])
+    problems = (next(filter(None, (_label_problem((label,)) for label in labels)), None) for labels in rows)
+    refuse_rows(table, column, problems)
+    return list(map(tuple, rows))  # type: ignore[arg-type]
 
 
 def _label_text(value: Any) -> str | None:
@@ -95,8 +125,10 @@ def resolve_labels(
         taxonomy: of a checkpoint, if there is one.
 
     Raises:
-        InputError: the taxonomy cannot be read or built, or it lacks a label.
+        InputError: there is no label, the taxonomy cannot be read or built, or it lacks a label.
     """
+    if not places:
+        raise InputError(f"column {quote_name(' '.join(columns))}: no row has a label")
     codes = {} if arguments.class_names is None else read_class_names(arguments.class_names)
     names = {label: _name(label, codes) for label in places}
     separator = arguments.label_separator
@@ -195,7 +227,7 @@ def _from_labels(
     paths = sorted({*path_of.values()})
     if len(paths) == 1:
         only = quote_name(separator.join(paths[0]))
-        raise InputError(f"{where}: every row has the label {only}; at least two are needed")
+        raise InputError(f"{where}: the only label is {only}; at least two are needed")
     num_texts = sum(
         any(len(name) > SHOWN_CHARACTERS or len(name.split()) > SHOWN_WORDS for name in path) for path in paths
     )
@@ -214,13 +246,14 @@ def _path(label: Label, separator: str) -> tuple[str, ...]:
     """Return the names in a label from the root down. A leading separator marks a root whose name is not unique."""
     if isinstance(label, tuple):
         return label
-    return tuple(part.strip() for part in label.removeprefix(separator).split(separator))
+    # white space around a label was removed, also at the beginning of a separator " > "
+    return tuple(part.strip() for part in label.removeprefix(separator.lstrip()).split(separator))
 
 
 def _lookup(taxonomy: Taxonomy) -> dict[Label, int]:
     """Map full paths and unique labels to node ids."""
     paths: dict[Label, int] = {taxonomy.path_names(node): node for node in range(taxonomy.num_nodes)}
-    return {**paths, **{label: node for node, label in enumerate(taxonomy.labels)}}
+    return {**paths, **{label.strip(): node for node, label in enumerate(taxonomy.labels)}}
 
 
 def _node(taxonomy: Taxonomy, lookup: dict[Label, int], label: Label) -> int:

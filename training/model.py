@@ -37,8 +37,12 @@ HEAD_DROPOUT = 0.1  # of the pooled vector, in training
 # ── Build a model, or continue one ───────────────────────────────────────────────────────────────────────────────────
 
 
-def build_model(arguments: ModelArguments, taxonomy: Taxonomy, seed: int) -> HierarchicalForSequenceClassification:
+def build_model(
+    arguments: ModelArguments, taxonomy: Taxonomy, seed: int, problem_type: str | None = None
+) -> HierarchicalForSequenceClassification:
     """Build a model that is ready to train. With LoRA the encoder is frozen, and only adapter and heads are trained.
+
+    ``problem_type`` is as in `HierarchicalConfig`; a checkpoint keeps its own.
 
     Raises InputError if the encoder cannot be loaded, or a flag does not fit it.
     """
@@ -61,6 +65,7 @@ def build_model(arguments: ModelArguments, taxonomy: Taxonomy, seed: int) -> Hie
             encoder_revision=revision,
             pooling=arguments.pooling,
             head_dropout=HEAD_DROPOUT,
+            problem_type=problem_type,
         )
         encoder = load_encoder(config, **load_arguments(arguments))
     logger.info("encoder: %s%s", config.encoder_name_or_path, f" at {revision}" if revision else "")
@@ -104,6 +109,8 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
         turn_off_dropout(config.text_config)
     # these were fitted to the earlier weights
     config.temperatures = config.conformal_thresholds = config.conformal_max_length = None
+    config.node_scales = config.node_biases = config.node_thresholds = None
+    config.recall_thresholds = config.recall_texts = None
     with refusing(f"cannot load the checkpoint {path}"):
         model = HierarchicalForSequenceClassification.from_pretrained(
             path, config=config, merge_adapter=False, **load_arguments(arguments)
@@ -126,11 +133,11 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
 def change_taxonomy(model: HierarchicalForSequenceClassification, taxonomy: Taxonomy) -> None:
     """Replace a model's heads by heads for another taxonomy. Nodes whose path the old taxonomy has keep theirs."""
     old, old_heads, config = model.config.tree, model.heads, model.config
-    leaves = taxonomy.labels[: taxonomy.num_leaves]
+    classes = taxonomy.labels if config.is_multi_label else taxonomy.labels[: taxonomy.num_leaves]
     config.taxonomy, config.label_separator = taxonomy.to_nested(), taxonomy.separator
-    config.id2label = dict(enumerate(leaves))
-    config.label2id = {label: i for i, label in enumerate(leaves)}
-    model.num_labels = len(leaves)
+    config.id2label = dict(enumerate(classes))
+    config.label2id = {label: i for i, label in enumerate(classes)}
+    model.num_labels = len(classes)
     model.heads = HierarchicalHeads(config).to(old_heads.weight.device)
     model._init_weights(model.heads)  # initialize_weights() would draw a new adapter as well
     old_id = {old.path_names(i): i for i in range(old.num_nodes)}

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 
 from modeling_hierarchical import IGNORED_LABEL, TreeSigmoid
@@ -36,6 +37,12 @@ def multi_hot(taxonomy: Taxonomy, labels: Sequence[Sequence[int] | None], incomp
             for node in taxonomy.deepest(nodes):
                 row[below[node]] = IGNORED_LABEL
     return array
+
+
+def label_arrays(rows: Dataset) -> np.ndarray:
+    """Return the column ``labels`` of tokenized rows, (num_rows, num_nodes) of int8."""
+    column = rows.with_format("arrow")[:].column("labels").combine_chunks()
+    return np.array(column.flatten()).reshape(len(rows), -1)
 
 
 def open_counts(taxonomy: Taxonomy, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -157,6 +157,7 @@ def check_model(checkpoint: str, model: HierarchicalForSequenceClassification) -
         "--model_name_or_path": tuple(Path(c.encoder_name_or_path).name for c in (stored, config)),
         "--model_revision": (stored.encoder_revision, config.encoder_revision),
         "--pooling": (stored.pooling, config.pooling),
+        "--problem_type": tuple(c.problem_type or "single_label_classification" for c in (stored, config)),
     }
     if model.has_adapter and stored.adapter_subfolder:
         adapter = model.encoder.peft_config["default"]

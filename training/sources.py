@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,15 @@ import datasets
 import numpy as np
 import pandas as pd
 
+from configuration_hierarchical import MULTI_LABEL
 from errors import InputError, refusing
 from reading.columns import LABEL_COLUMNS, TEXT_COLUMNS, choose_columns, text_problem
 from reading.sources import Source, Table, kind_of, open_rows, read_table
-from taxonomy_hierarchical import quote_name
+from taxonomy_hierarchical import compose, quote_name
 from training.arguments import DataArguments
 from training.data_report import SPLITS
 from training.files import sha256
-from training.labels import Label, read_labels, refuse_rows
+from training.labels import Label, read_label_sets, read_labels, refuse_rows
 
 logger = logging.getLogger(__name__)
 
@@ -95,13 +97,20 @@ def _from_dataset(name: str, dataset: datasets.Dataset) -> SplitSource:
         arrow = dataset.select_columns(names).with_format("arrow")[:]
         columns = {name: arrow.column(name).to_pylist() for name in names}
         for column, values in columns.items():
-            if isinstance(feature := dataset.features[column], datasets.ClassLabel):
-                classes = [*feature.names, None]  # `datasets` stores a missing label as -1
-                columns[column] = [None if value is None else classes[value] for value in values]
+            feature = dataset.features[column]
+            if isinstance(getattr(feature, "feature", feature), datasets.ClassLabel):  # itself, or that of a list
+                classes = [*getattr(feature, "feature", feature).names, None]  # `datasets` stores a missing label as -1
+                columns[column] = [_class_names(value, classes) for value in values]
         return Table(name, columns, [*range(1, len(dataset) + 1)], "row")
 
     hashes = sha256(Path(file["filename"]) for file in dataset.cache_files)
     return SplitSource(name, dict.fromkeys(dataset.column_names, 1.0), read, hashes)
+
+
+def _class_names(value: Any, classes: list[str | None]) -> Any:
+    if isinstance(value, list):
+        return [_class_names(item, classes) for item in value]
+    return None if value is None else classes[value]
 
 
 def _from_file(path: str) -> SplitSource:
@@ -129,24 +138,54 @@ def find_columns(sources: Iterable[SplitSource], arguments: DataArguments) -> di
     return chosen
 
 
-def read_rows(sources: dict[str, SplitSource], columns: dict[str, list[str]]) -> tuple[pd.DataFrame, dict[Label, str]]:
+def read_rows(
+    sources: dict[str, SplitSource], columns: dict[str, list[str]], arguments: DataArguments
+) -> tuple[pd.DataFrame, dict[Label, str], bool]:
     """Read the columns of `find_columns` from all sources. Raise InputError if a row has no usable text or label.
 
     Returns:
-        The rows, with the columns split, row, text and label; and the place of each distinct label's first occurrence.
+        The rows, with the columns split, row, text and label, which is a tuple of labels if a text may have several. The
+        place of each distinct label's first occurrence. Whether a text may have several labels.
     """
-    tables, places = [], dict[Label, str]()
-    for split, source in sources.items():
+    tables = [source.read(columns[source.name]) for source in sources.values()]
+    cells = (table.columns[name] for table in tables for name in [*table.columns][1:])
+    several = has_several_labels(any(isinstance(cell, list) for cell in chain(*cells)), arguments)
+    parts, places = [], dict[Label, str]()
+    for (split, source), table in zip(sources.items(), tables, strict=True):
         text_column, *label_columns = columns[source.name]
-        table = source.read([text_column, *label_columns])
         texts = table.columns[text_column]
         refuse_rows(table, text_column, map(text_problem, texts))
-        labels = read_labels(table, label_columns)
+        labels: list[Any] = (
+            read_label_sets(table, label_columns, arguments.label_delimiter)
+            if several
+            else read_labels(table, label_columns)
+        )
         for i, label in enumerate(labels):
-            if label not in places:
-                places[label] = f"{table.place(i)}, column {quote_name(' '.join(label_columns))}"
+            for one in label if several else [label]:
+                if one not in places:
+                    places[one] = f"{table.place(i)}, column {quote_name(' '.join(label_columns))}"
+        if several and len(label_columns) > 1:  # each is a label, even if no text has it
+            for name in label_columns:
+                places.setdefault(compose(name.strip()), f"{table.name}, column {quote_name(name)}")
         rows = pd.DataFrame({"split": split, "row": np.arange(len(texts))})
         # dtype object: labels may be tuples, and texts are neither converted nor copied
         rows["text"], rows["label"] = pd.Series(texts, dtype=object), pd.Series(labels, dtype=object)
-        tables.append(rows)
-    return pd.concat(tables, ignore_index=True), places
+        parts.append(rows)
+    return pd.concat(parts, ignore_index=True), places, several
+
+
+def has_several_labels(lists: bool, arguments: DataArguments) -> bool:
+    """Return whether a text may have several labels, given whether a label column holds lists.
+
+    Raises InputError if flags contradict that.
+    """
+    delimited = arguments.label_delimiter is not None
+    if arguments.problem_type == "single_label_classification" and (lists or delimited):
+        found = "the label column holds lists" if lists else "--label_delimiter is given"
+        raise InputError(f"--problem_type {arguments.problem_type} means one label a text, but {found}")
+    several = lists or delimited or arguments.problem_type == MULTI_LABEL
+    if arguments.incomplete_labels and not several:
+        raise InputError(f"--incomplete_labels needs several labels a text: give --problem_type {MULTI_LABEL}")
+    if lists and arguments.problem_type is None:
+        logger.info("the label column holds lists: any number of labels a text (--problem_type %s)", MULTI_LABEL)
+    return several

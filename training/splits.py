@@ -5,7 +5,8 @@ Worth knowing:
 1. Texts are identical if `normalise_text` returns the same string. Each text is in one split only: training rows with
    a validation or test text are dropped, and so are validation rows with a test text.
 2. Texts that an earlier run of a checkpoint was trained on are never scored. They become training rows or are left out.
-3. The column ``row`` counts the rows of a source from 0, without the header.
+3. With several labels a text, rows of one text within a split are united, and have the labels of all of them.
+4. The column ``row`` counts the rows of a source from 0, without the header.
 """
 
 import hashlib
@@ -15,12 +16,22 @@ from dataclasses import dataclass
 import datasets
 import numpy as np
 import pandas as pd
+from iterstrat.ml_stratifiers import MultilabelStratifiedShuffleSplit
 
 from errors import InputError
 from taxonomy_hierarchical import Taxonomy, quote_name
 from training.arguments import DataArguments
-from training.data_report import SPLITS, describe, log_what_was_done, parts, shared_texts, untrained_classes
+from training.data_report import (
+    SPLITS,
+    describe,
+    describe_label_sets,
+    log_what_was_done,
+    parts,
+    shared_texts,
+    untrained_classes,
+)
 from training.labels import resolve_labels
+from training.multi_label import multi_hot
 from training.sources import find_columns, find_split_sources, read_rows
 from training.trained_texts import UNTRAINED, TrainedTexts, normalise_text, text_hash
 
@@ -30,6 +41,7 @@ logger = logging.getLogger(__name__)
 FEATURES = datasets.Features(
     {"text": datasets.Value("large_string")} | dict.fromkeys(("label", "row", "text_id"), datasets.Value("int64"))
 )
+MULTI_LABEL_FEATURES = datasets.Features({**FEATURES, "label": datasets.List(datasets.Value("int64"))})
 
 
 @dataclass(frozen=True)
@@ -38,14 +50,17 @@ class LabelledSplits:
 
     Attributes:
         splits: the non-empty ones of ``train``, ``validation`` and ``test``, with the columns of `FEATURES`: the text, the id
-            of its node, its row in the source, and the same ``text_id`` for identical texts.
+            of its node, its row in the source, and the same ``text_id`` for identical texts. With several labels a text,
+            ``label`` is an ascending list of ids, and ``row`` the first of the text.
         taxonomy: the taxonomy of the node ids.
         report: the content of data_report.json.
+        is_multi_label: whether a text may have any number of labels.
     """
 
     splits: datasets.DatasetDict
     taxonomy: Taxonomy
     report: dict
+    is_multi_label: bool = False
 
 
 def load_splits(
@@ -69,11 +84,11 @@ def load_splits(
     columns = find_columns(sources.values(), arguments)
     text_column, *label_columns = next(iter(columns.values()))  # other sources may use another case
     logger.info("columns: text %s, label %s", quote_name(text_column), ", ".join(map(quote_name, label_columns)))
-    rows, places = read_rows(sources, columns)
+    rows, places, several = read_rows(sources, columns, arguments)
 
     # ── Map labels to nodes ──────────────────────────────────────────────────────────────────────────────────────────
     taxonomy, origin, nodes = resolve_labels(places, len(rows), label_columns, arguments, taxonomy)
-    rows["label"] = [nodes[label] for label in rows["label"]]
+    rows["label"] = [sorted({nodes[one] for one in label}) if several else nodes[label] for label in rows["label"]]
 
     # ── Split ────────────────────────────────────────────────────────────────────────────────────────────────────────
     rows["text_id"], texts = pd.factorize(pd.Series(map(normalise_text, rows["text"]), dtype=object))
@@ -89,18 +104,23 @@ def load_splits(
         rows.loc[rows["trained"], "split"] = "train"
     else:
         rows = rows[~rows["trained"]].reset_index(drop=True)
+    counts = rows["split"].value_counts()
+    if several:
+        rows = _unite(rows)
+    united = counts - rows["split"].value_counts()
     rows, dropped = _drop_shared(rows)
     shares = {"test": arguments.test_size} if single else {}
     if "train" in sources and "validation" not in sources:
         shares["validation"] = arguments.validation_size
     shares = {split: share for split, share in shares.items() if share and trained.complete}
-    rows = _carve(rows, shares, seed)
+    rows = _carve(rows, shares, seed, taxonomy)
 
     # ── Report ───────────────────────────────────────────────────────────────────────────────────────────────────────
     method = {"method": "as given", "carved": shares, "seed": seed}
     if shares:
         numbers = np.sort(rows.loc[rows["split"] == "train", "row"].to_numpy(np.int64))
-        method["method"] = "by class, identical texts kept together"
+        kind = "combination of classes" if several else "class"
+        method["method"] = f"by {kind}, identical texts kept together"
         # a resumed run checks that its training rows are the same
         method["train_rows_sha256"] = hashlib.sha256(numbers.tobytes()).hexdigest()
     report = {
@@ -112,19 +132,24 @@ def load_splits(
         "taxonomy": origin,
         "split": method,
         "splits": {
-            split: describe(part, taxonomy, int((dropped["split"] == split).sum()))
+            split: (describe_label_sets if several else describe)(
+                part, taxonomy, int((dropped["split"] == split).sum())
+            )
             for split, part in parts(rows).items()
         },
         "trained_before": trained_before,
         "shared_texts": shared_texts(pd.concat([rows, dropped])),
         "classes_without_training_rows": untrained_classes(rows, taxonomy),
     }
+    if several:
+        report["united_rows"] = {split: int(count) for split, count in united.items()}
     log_what_was_done(report)
+    features = MULTI_LABEL_FEATURES if several else FEATURES
     splits = {
-        split: datasets.Dataset.from_pandas(part[list(FEATURES)], features=FEATURES, preserve_index=False)
+        split: datasets.Dataset.from_pandas(part[list(features)], features=features, preserve_index=False)
         for split, part in parts(rows).items()
     }
-    return LabelledSplits(datasets.DatasetDict(splits), taxonomy, report)
+    return LabelledSplits(datasets.DatasetDict(splits), taxonomy, report, is_multi_label=several)
 
 
 def _is_trained(rows: pd.DataFrame, texts: pd.Index, trained: TrainedTexts) -> np.ndarray:
@@ -140,6 +165,16 @@ def _is_trained(rows: pd.DataFrame, texts: pd.Index, trained: TrainedTexts) -> n
     return np.where(rows["split"] == "train", earlier[ids], ever[ids])
 
 
+def _unite(rows: pd.DataFrame) -> pd.DataFrame:
+    """Replace the rows of a text within a split by its first one, with the labels of all."""
+    united: dict[tuple, set[int]] = {}
+    keys = ["split", "text_id"]
+    for *key, labels in rows[[*keys, "label"]].itertuples(index=False):
+        united.setdefault(tuple(key), set()).update(labels)
+    rows = rows.drop_duplicates(keys, ignore_index=True)
+    return rows.assign(label=pd.Series(map(sorted, united.values()), dtype=object))
+
+
 def _drop_shared(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Drop rows whose text is also in a later split, in the order train, validation, test. Return the others, and these."""
     dropped = pd.Series(False, index=rows.index)
@@ -153,7 +188,7 @@ def _drop_shared(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     return rows[~dropped].reset_index(drop=True), rows[dropped]
 
 
-def _carve(rows: pd.DataFrame, shares: dict[str, float], seed: int) -> pd.DataFrame:
+def _carve(rows: pd.DataFrame, shares: dict[str, float], seed: int, taxonomy: Taxonomy) -> pd.DataFrame:
     """Move a share of the training texts to each other split, with all rows of a text.
 
     Texts that an earlier run was trained on stay. If too few others are left, the counts are scaled down.
@@ -168,13 +203,18 @@ def _carve(rows: pd.DataFrame, shares: dict[str, float], seed: int) -> pd.DataFr
         counts = {split: count * int((~trained).sum()) // sum(counts.values()) for split, count in counts.items()}
     for split, count in counts.items():
         train = rows["split"] == "train"
-        sizes = rows[train].groupby(["text_id", "label"], as_index=False).size()
-        sizes = sizes.sort_values(["text_id", "size", "label"], ascending=[True, False, True])
-        label_of = sizes.drop_duplicates("text_id").set_index("text_id")[
-            "label"
-        ]  # the most common, the smallest of ties
-        is_trained = trained[label_of.index].to_numpy()
-        held_out = label_of.index[_sample(label_of.to_numpy(), count, split, generator, is_trained)]
+        if isinstance(rows["label"].iloc[0], list):  # of several labels; a text has one row
+            labels, is_trained = multi_hot(taxonomy, [*rows.loc[train, "label"]]), rows.loc[train, "trained"].to_numpy()
+            sampled = _sample_by_combinations(labels, count, split, seed, is_trained)
+            held_out = rows.loc[train, "text_id"].to_numpy()[sampled]
+        else:
+            sizes = rows[train].groupby(["text_id", "label"], as_index=False).size()
+            sizes = sizes.sort_values(["text_id", "size", "label"], ascending=[True, False, True])
+            label_of = sizes.drop_duplicates("text_id").set_index("text_id")[
+                "label"
+            ]  # the most common, the smallest of ties
+            is_trained = trained[label_of.index].to_numpy()
+            held_out = label_of.index[_sample(label_of.to_numpy(), count, split, generator, is_trained)]
         rows.loc[train & rows["text_id"].isin(held_out), "split"] = split
     return rows
 
@@ -197,18 +237,47 @@ def _sample(
     several = ((np.bincount(strata)[strata[order]] > 1) | keeps) & ~trained[order]
     not_first = ((np.diff(strata[order], prepend=-1) == 0) | keeps) & ~trained[order]
     eligible = several if 2 * count <= several.sum() else not_first
-    reason = f"{count} of {len(strata):,} distinct training texts, and one per class must stay"
     if trained.any():
         count = min(count, int(eligible.sum()))
-        reason = (
-            f"the checkpoint was trained on {trained.sum():,} of {len(strata):,} distinct training texts, and none of "
-            "the others can be spared"
-        )
-    if not 0 < count <= eligible.sum():
-        raise InputError(
-            f"cannot carve {split} rows: {reason}; change --{split}_size, or 0 for no {split} rows, or give --{split}_file"
-        )
+    _check_count(count, int(eligible.sum()), split, trained, "one per class must stay")
     ticks = np.floor(np.cumsum(eligible) * (count / eligible.sum()) + 0.5)
     mask = np.zeros(len(strata), dtype=bool)
     mask[order] = np.diff(ticks, prepend=0) > 0
     return mask
+
+
+def _sample_by_combinations(labels: np.ndarray, count: int, split: str, seed: int, trained: np.ndarray) -> np.ndarray:
+    """Sample about ``count`` texts with about their share of each class and of the classes that occur together.
+
+    Iterative stratification (Sechidis, Tsoumakas and Vlahavas, 2011, "On the Stratification of Multi-Label Data") deals out
+    the texts of the rarest remaining class first.
+
+    Args:
+        labels: (N, num_nodes), of `multi_hot`.
+        trained: (N,), texts that are never sampled. If too few others are left, all of them are.
+
+    Returns:
+        Indices.
+    """
+    free = np.flatnonzero(~trained)
+    if trained.any() and len(free) <= count:
+        _check_count(len(free), len(free), split, trained)
+        return free
+    _check_count(count, len(free) - 1, split, trained, "one must stay")
+    splitter = MultilabelStratifiedShuffleSplit(n_splits=1, test_size=count, random_state=seed)
+    _, sampled = next(splitter.split(free, labels[free]))
+    return free[sampled]
+
+
+def _check_count(count: int, available: int, split: str, trained: np.ndarray, stays: str = "") -> None:
+    """Raise InputError unless ``count`` of the ``available`` training texts, at least one, can be carved."""
+    reason = f"{count} of {len(trained):,} distinct training texts, and {stays}"
+    if trained.any():
+        reason = (
+            f"the checkpoint was trained on {trained.sum():,} of {len(trained):,} distinct training texts, and none of "
+            "the others can be spared"
+        )
+    if not 0 < count <= available:
+        raise InputError(
+            f"cannot carve {split} rows: {reason}; change --{split}_size, or 0 for no {split} rows, or give --{split}_file"
+        )

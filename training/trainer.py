@@ -15,6 +15,7 @@ Worth knowing:
 
 import logging
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,11 @@ from transformers.trainer_utils import TrainOutput
 
 from checkpoint_hierarchical import ADAPTER_SUBFOLDER, ADAPTER_WEIGHTS, HEADS_WEIGHTS
 from errors import InputError, refusing
-from modeling_hierarchical import negative_log_likelihood
+from modeling_hierarchical import IGNORED_LABEL, binary_cross_entropy, negative_log_likelihood
 from publishing.trainer import PublishingTrainer
 from training.cpu import speed_up
 from training.losses import HierarchicalFocalLoss
+from training.multi_label import MultiLabelFocalLoss, decision_disagreement, has_labels
 from training.sampler import LengthGroupedSampler
 from training.views import disagreement, halves
 
@@ -43,10 +45,10 @@ MAX_UNCHECKED = 100  # losses of micro-batches that stay on the device before th
 
 
 class HierarchicalTrainer(PublishingTrainer):
-    """A Trainer whose loss is a `HierarchicalFocalLoss`.
+    """A Trainer whose loss is a `HierarchicalFocalLoss`, or with several labels a text a `MultiLabelFocalLoss`.
 
     Args:
-        loss_function: training loss. Default: the model's own negative log-likelihood.
+        loss_function: training loss. Default: the model's own.
         consistency: weight of the disagreement between a text's halves, see `training.views`. 0 trains on whole texts.
             Other values need training rows with the columns ``sentences`` and ``row``.
         heads_learning_rate: peak learning rate of the heads. Default: the optimizer's.
@@ -57,7 +59,7 @@ class HierarchicalTrainer(PublishingTrainer):
     def __init__(
         self,
         *args: Any,
-        loss_function: HierarchicalFocalLoss | None = None,
+        loss_function: HierarchicalFocalLoss | MultiLabelFocalLoss | None = None,
         consistency: float = 0.0,
         heads_learning_rate: float | None = None,
         **kwargs: Any,
@@ -68,7 +70,10 @@ class HierarchicalTrainer(PublishingTrainer):
             logger.warning("using one of %d GPUs; `accelerate launch train.py …` uses all of them", self.args.n_gpu)
             self.args._n_gpu = 1
             self._train_batch_size = self.args.train_batch_size
-        self.loss_function: Any = loss_function.to(self.args.device) if loss_function else negative_log_likelihood
+        self.is_multi_label, decisions = self.model.config.is_multi_label, self.model.heads.decisions
+        own: Any = partial(binary_cross_entropy, tree=decisions) if self.is_multi_label else negative_log_likelihood
+        self.loss_function: Any = loss_function.to(self.args.device) if loss_function else own
+        self.disagreement: Any = partial(decision_disagreement, decisions) if self.is_multi_label else disagreement
         self.consistency = consistency
         self.heads_learning_rate = heads_learning_rate
         stopping = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
@@ -87,21 +92,23 @@ class HierarchicalTrainer(PublishingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """Compute the loss per label of the accumulated batch, or in evaluation of this batch."""
+        """Compute the loss per labelled text of the accumulated batch, or in evaluation of this batch."""
         inputs = dict(inputs)
         labels, rows, sentences = inputs.pop("labels"), inputs.pop("row", None), inputs.pop("sentences", None)
         items = num_items_in_batch if model.training else None
+        scores = "decision_logits" if self.is_multi_label else "node_log_probs"
         if self.consistency and model.training:
             padding, seed, step = self.processing_class.pad_token_id, self.args.seed, self.state.global_step
             inputs, *pair = halves(inputs, sentences, rows.tolist(), padding, seed, step)
             outputs = model(**inputs)
-            leaves = outputs["logits"].shape[1]
-            first, second = (outputs["node_log_probs"][half] for half in pair)
-            loss = (self.loss_function(first, labels, items) + self.loss_function(second, labels, items)) / 2
-            loss = loss + self.consistency * disagreement(first[:, :leaves], second[:, :leaves], labels, items)
+            compared = outputs["logits"].shape[1]  # leaves, or with several labels all nodes
+            first, second = (outputs[scores][half] for half in pair)
+            losses = [self.loss_function(half, labels, num_items_in_batch=items) for half in (first, second)]
+            apart = self.disagreement(first[:, :compared], second[:, :compared], labels, items)
+            loss = sum(losses) / 2 + self.consistency * apart
         else:
             outputs = model(**inputs)
-            loss = self.loss_function(outputs["node_log_probs"], labels, items)
+            loss = self.loss_function(outputs[scores], labels, num_items_in_batch=items)
         if model.training:
             self.unchecked.append((self.state.global_step + 1, loss.detach(), rows))
             if len(self.unchecked) == MAX_UNCHECKED:
@@ -206,6 +213,11 @@ class HierarchicalTrainer(PublishingTrainer):
                 f"--per_device_train_batch_size {smaller} --gradient_accumulation_steps {effective // smaller}; "
                 "--resume_from_checkpoint auto continues from the last checkpoint"
             ) from error
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """Count the texts with a known label. The Trainer would count the elements of label arrays."""
+        one_each = [{"labels": torch.where(has_labels(batch["labels"]), 0, IGNORED_LABEL)} for batch in batch_samples]
+        return super()._get_num_items_in_batch(one_each, device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer, with separate parameter groups for the heads if they have their own learning rate."""

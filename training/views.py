@@ -42,11 +42,16 @@ def sentence_numbers(text: str, ends: Sequence[int]) -> list[int]:
 
 
 class CollatorWithSentences(DataCollatorWithPadding):
-    """Pad the column ``sentences`` of training rows too. This column and ``row`` become NumPy arrays, not tensors."""
+    """Pad the column ``sentences`` of training rows too. This column and ``row`` become NumPy arrays, not tensors.
+
+    Arrays of labels become float32, as binary cross-entropy takes them.
+    """
 
     def __call__(self, features: list[dict]) -> BatchEncoding:
         own = {name: [row[name] for row in features] for name in ("row", "sentences") if name in features[0]}
         batch = super().__call__([{k: v for k, v in row.items() if k not in own} for row in features])
+        if "labels" in batch and batch["labels"].dim() == 2:
+            batch["labels"] = batch["labels"].float()
         if "row" in own:
             batch["row"] = np.array(own["row"])
         if "sentences" in own:

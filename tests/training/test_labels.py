@@ -153,7 +153,7 @@ def test_label_that_the_taxonomy_does_not_hold(tmp_path):
     with pytest.raises(InputError, match=r"--taxonomy: .*at least two leaves"):
         load(train_file=path, taxonomy=broken)
     alone = csv_file(tmp_path / "b.csv", [("one", "x"), ("two", "x")])
-    with pytest.raises(InputError, match="every row has the label 'x'; at least two are needed"):
+    with pytest.raises(InputError, match="the only label is 'x'; at least two are needed"):
         load(train_file=alone)
     hole = csv_file(tmp_path / "c.csv", [("one", "x"), ("two", "x//y")])
     with pytest.raises(InputError, match=r"c\.csv, line 3, .*'x//y' has an empty name"):
