@@ -1,9 +1,12 @@
 """Measure the accuracy of the recipes beside peers, all trained here:
 
-    pip install setfit hiclass
+    pip install setfit hiclass napkinxc
     python benchmarks/quality.py --data FOLDER --encoder ENCODER [--task ohsumed --model flat-lora --seed 1 …]
 
-FOLDER holds ``ohsumed/{train,test,labels}.csv`` and ``medical_abstracts/{train,validation,test}.csv``. Models:
+FOLDER holds ``ohsumed/{train,test,labels}.csv``, ``medical_abstracts/{train,validation,test}.csv``,
+``hallmarks_of_cancer/{train,validation,test}.jsonl`` with ``taxonomy.json``, and ``ohsumed_multilabel/{train,test}.jsonl``.
+
+Models for one label a text (ohsumed, medical_abstracts):
 
 - tfidf-svm: a linear SVM over TF-IDF of words and word pairs, by scikit-learn;
 - hiclass-tfidf: the same for each parent of the taxonomy, by HiClass;
@@ -21,9 +24,25 @@ The flat peers are trained by ``train.py`` with the recipe's epochs, text length
 temperatures from the validation rows. The learning rate of flat-full is `FULL_LEARNING_RATE`. All models get the same training
 rows, and the same validation rows if they need any.
 
+Models for several labels a text (hallmarks, ohsumed_multilabel), over all nodes, closed upwards:
+
+- tfidf-logistic, tfidf-svm: one-vs-rest logistic regression or linear SVM over TF-IDF, by scikit-learn;
+- napkinxc: a probabilistic label tree over TF-IDF, by napkinXC;
+- flat-lora: a rank-16 adapter over the encoder and one linear layer over the mean token vector, with binary cross-entropy,
+  by transformers' Trainer and PEFT: texts of 512 tokens, batches of 8, learning rates `ADAPTER_RATE` and `HEAD_RATE`, no
+  dropout, as in ``train.py``;
+- flat-lora-max: the same with each node's maximum over itself and its descendants, and the max constraint loss (C-HMCNN,
+  Giunchiglia and Lukasiewicz, 2020);
+- lora, qlora: as above.
+
+The settings of the TF-IDF models are those of best micro-F1 on the validation rows, which also select the epoch of the
+fine-tuned ones: at most the recipe's epochs, stopped early as by ``train.py``. Each peer has the one threshold of best micro-F1
+on the validation rows, the recipe its thresholds of the nodes. The difference to the best peer has a paired bootstrap interval.
+
 Finished runs stay in the output file, and are repeated only with ``--fresh``. So an interrupted benchmark continues, also on
-another machine. All scores are for the test file, by one function, from each model's predicted leaf; log loss and calibration
-errors are those that the checkpoint's run measured. Intervals are bootstrap intervals over the test rows.
+another machine. All scores are for the test file, by one function. With one label a text, it reads each model's predicted leaf,
+and log loss and calibration errors are those that the checkpoint's run measured. Intervals are bootstrap intervals over the
+test rows.
 """
 
 import argparse
@@ -51,16 +70,26 @@ from transformers import EvalPrediction
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+<<<<<<< HEAD
 from evaluation.metrics import bootstrap_intervals, build_compute_metrics, one_hot
+=======
+from multi_label_peers import PEERS, TFIDF, paired_intervals, score_checkpoint, score_peer, unpack
+
+from evaluation.metrics import bootstrap_intervals, build_compute_metrics
+from evaluation.multi_label_report import RECALL
+>>>>>>> multi-bench
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 from training.arguments import DataArguments
+from training.multi_label import multi_hot
 from training.precision import has_bf16
 from training.splits import load_splits
 
-TASKS = ("ohsumed", "medical_abstracts")
+SINGLE_LABEL_TASKS = ("ohsumed", "medical_abstracts")
+MULTI_LABEL_TASKS = ("hallmarks", "ohsumed_multilabel")
+TASKS = (*SINGLE_LABEL_TASKS, *MULTI_LABEL_TASKS)
+FOLDERS = {"hallmarks": "hallmarks_of_cancer"}  # named otherwise than the task
 SETFIT_STEPS = 500
 FULL_LEARNING_RATE = 1e-4
-TFIDF: dict[str, Any] = {"ngram_range": (1, 2), "sublinear_tf": True, "min_df": 2}
 WHOLE = ("--consistency", "0")
 PLAIN = ("--lexical_head", "false", *WHOLE)
 TRAINED = {  # trained by train.py, with these flags after the recipe
@@ -82,14 +111,37 @@ SHOWN = {
     "ece": "ECE",
     "level_1_ece": "level-1 ECE",
 }
+MULTI_LABEL_SHOWN = {
+    "micro_f1": "micro-F1",
+    "macro_f1": "macro-F1",
+    "example_f1": "example-based F1",
+    "mean_average_precision": "mean average precision",
+    "log_loss": "log loss",
+    "ece": "ECE",
+    "ece_by_chance": "ECE by chance",
+}
 PARTS = ("accuracy", "macro_f1", "level_1_accuracy", "log_loss", "ece")
+MULTI_LABEL_PARTS = ("micro_f1", "macro_f1", "mean_average_precision", "log_loss", "ece")
 OWN = (  # from the metrics of a checkpoint
     *("test_log_loss", "test_ece", "test_level_1_ece", "test_ece_by_chance", "test_level_1_ece_by_chance"),
     *("test_any_label_accuracy", "test_answer_coverage", "test_answer_leaves", "lexical_weight"),
-    *(f"{step}_test_{name}" for step in ("uncalibrated", "without_lexical_head") for name in PARTS),
-    *("quantized_test_accuracy", "quantized_test_macro_f1", "eval_accuracy", "eval_macro_f1"),
-    *("uncalibrated_eval_accuracy", "uncalibrated_eval_macro_f1", "epoch", "train_samples_per_second"),
+    *("test_answer_recall", "test_answer_nodes", "epoch", "train_samples_per_second"),
+    *(
+        f"{step}_test_{name}"
+        for step in ("uncalibrated", "without_lexical_head")
+        for name in dict.fromkeys((*PARTS, *MULTI_LABEL_PARTS))
+    ),
+    *(
+        f"{step}_{name}"
+        for step in ("quantized_test", "eval", "uncalibrated_eval")
+        for name in ("accuracy", "micro_f1", "macro_f1")
+    ),
 )
+
+
+def models_of(task: str) -> list[str]:
+    """Return the names of a task's models, in the order of the tables."""
+    return [*PEERS, "lora", "qlora"] if task in MULTI_LABEL_TASKS else [*MODELS, *TRAINED]
 
 
 class Task:
@@ -97,22 +149,25 @@ class Task:
 
     Attributes:
         files: of the splits, and of the labels if they are in a file.
-        rows: (texts, leaves) of each split; without a validation file, validation rows are split off the training file.
     """
 
-    def __init__(self, name: str, folder: Path, seed: int):
-        self.name, self.seed = name, seed
+    def __init__(self, name: str, data: Path, seed: int):
+        self.name, self.seed, self.is_multi_label = name, seed, name in MULTI_LABEL_TASKS
         self.recipe = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())
-        self.files = {split: folder / f"{split}.csv" for split in ("train", "validation", "test")}
+        folder, suffix = data / FOLDERS.get(name, name), "jsonl" if self.is_multi_label else "csv"
+        self.files = {split: folder / f"{split}.{suffix}" for split in ("train", "validation", "test")}
         self.files = {split: file for split, file in self.files.items() if file.exists()}
-        if name == "ohsumed":
-            self.labels, self.tree = folder / "labels.csv", Taxonomy.from_file(folder / "labels.csv")
+        self.separator = self.recipe.get("label_separator", "/")
+        self.labels = data / "ohsumed" / "labels.csv" if name.startswith("ohsumed") else None
+        if name == "medical_abstracts":
+            self.tree = Taxonomy(DEFAULT_TAXONOMY)
         else:
-            self.labels, self.tree = None, Taxonomy(DEFAULT_TAXONOMY)
+            self.tree = Taxonomy.from_file(self.labels or folder / "taxonomy.json", self.separator)
 
-    def repeats(self, model: str) -> bool:
-        """Return whether a model is trained on what the recipe is trained on anyway."""
-        return model.endswith("-halves" if self.recipe.get("consistency") else "-whole")
+    def has(self, model: str) -> bool:
+        """Return whether a model is one of the task's. One that is trained as the recipe is anyway is not."""
+        repeated = "-halves" if self.recipe.get("consistency") else "-whole"
+        return model in models_of(self.name) and not model.endswith(repeated)
 
     def flags(self, runs: Path, flat: bool) -> list[str]:
         """Return the flags of ``train.py`` for the data."""
@@ -123,12 +178,18 @@ class Task:
         return [*words, "--taxonomy", str(taxonomy), *(["--class_names", str(self.labels)] if self.labels else [])]
 
     def rows(self, split: str) -> tuple[list[str], np.ndarray]:
-        """Return texts and leaf ids of a split, the same rows as in ``train.py``."""
+        """Return texts and labels of a split, the same rows as in ``train.py``.
+
+        Without a validation file, validation rows are split off the training file. Labels are leaf ids, or with several
+        labels a text the array of `multi_hot`.
+        """
         classes = self.recipe.get("class_names", {})
         names = str(self.labels) if self.labels else json.dumps({str(k): v for k, v in classes.items()})
         files = {f"{name}_file": str(file) for name, file in self.files.items()}
-        found = load_splits(DataArguments(**files, class_names=names), self.seed, self.tree).splits[split]
-        return list(found["text"]), np.array(found["label"])
+        arguments = DataArguments(**files, class_names=names, label_separator=self.separator)
+        found = load_splits(arguments, self.seed, self.tree).splits[split]
+        labels = list(found["label"])
+        return list(found["text"]), multi_hot(self.tree, labels) if self.is_multi_label else np.array(labels)
 
 
 def main() -> None:
@@ -137,7 +198,8 @@ def main() -> None:
     parser.add_argument("--encoder", required=True)
     parser.add_argument("--encoder_name", help="name of the encoder in the results, if it is a folder")
     parser.add_argument("--task", choices=TASKS, nargs="+", default=TASKS)
-    parser.add_argument("--model", choices=(*MODELS, *TRAINED), nargs="+", default=(*MODELS, *TRAINED))
+    models = [*dict.fromkeys(model for task in TASKS for model in models_of(task))]
+    parser.add_argument("--model", choices=models, nargs="+", default=models)
     parser.add_argument("--seed", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--fresh", action="store_true", help="repeat finished runs")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quality")
@@ -146,21 +208,59 @@ def main() -> None:
     arguments.runs.mkdir(parents=True, exist_ok=True)
     for name in arguments.task:
         for seed in arguments.seed:
-            task = Task(name, arguments.data / name, seed)
-            for model in (model for model in arguments.model if not task.repeats(model)):
+            task = Task(name, arguments.data, seed)
+            for model in filter(task.has, arguments.model):
                 key = {"task": name, "model": model, "seed": seed}
                 if arguments.fresh or not any(key.items() <= run.items() for run in read(arguments.output)):
                     started = time.time()
-                    if model in TRAINED:
-                        pairs, own = train(task, model, arguments)
-                    else:
-                        labels, answers = MODELS[model](task, arguments.encoder)
-                        pairs, own = (labels, answers), {}
-                    scores = measure(*pairs, task.tree) | own | {"minutes": (time.time() - started) / 60}
-                    keep(arguments, {**key, **scores})
-                    print(f"{name}, {model}, seed {seed}: accuracy {scores['accuracy']:.4f}", flush=True)
-    print_table(read(arguments.output))
-    print_ablation(read(arguments.output))
+                    scores = (multi_label if task.is_multi_label else single_label)(task, model, arguments)
+                    keep(arguments, {**key, **scores, "minutes": (time.time() - started) / 60})
+                    metric = "micro_f1" if task.is_multi_label else "accuracy"
+                    print(f"{name}, {model}, seed {seed}: {metric} {scores[metric]:.4f}", flush=True)
+    # ── Tables ───────────────────────────────────────────────────────────────────────────────────────────────────────
+    results = read(arguments.output)
+    for shown, parts, tasks in (
+        (SHOWN, PARTS, SINGLE_LABEL_TASKS),
+        (MULTI_LABEL_SHOWN, MULTI_LABEL_PARTS, MULTI_LABEL_TASKS),
+    ):
+        if of_kind := [run for run in results if run["task"] in tasks]:
+            print_table(of_kind, shown)
+            print_ablation(of_kind, parts)
+    print_answers([run for run in results if "splits_answer_recall" in run])
+    for name in filter(MULTI_LABEL_TASKS.__contains__, arguments.task):
+        labels = Task(name, arguments.data, arguments.seed[0]).rows("test")[1]
+        print_differences(name, [run for run in results if run["task"] == name], labels)
+
+
+def single_label(task: Task, model: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train and score a model for one label a text."""
+    if model not in TRAINED:
+        return measure(*MODELS[model](task, arguments.encoder), task.tree)
+    folder, own = train(task, model, arguments)
+    with (folder / "test_predictions.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    labels, answers = (np.array([task.tree.id(row[name]) for row in rows]) for name in ("label", "prediction"))
+    if model.startswith("flat"):  # its level 1 consists of leaves
+        own = {name: value for name, value in own.items() if "level_1" not in name}
+    return measure(labels, answers, task.tree) | own
+
+
+def multi_label(task: Task, model: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train and score a model for several labels a text."""
+    rows = {split: task.rows(split) for split in ("train", "validation", "test")}
+    if model not in PEERS:
+        folder, own = train(task, model, arguments)
+        return own | score_checkpoint(folder, task.tree, rows)
+    return score_peer(
+        model,
+        task.tree,
+        rows,
+        seed=task.seed,
+        encoder=arguments.encoder,
+        epochs=task.recipe["num_train_epochs"],
+        folder=arguments.runs / f"{task.name}-{model}-{task.seed}",
+        fresh=arguments.fresh,
+    )
 
 
 def read(output: Path) -> list[dict]:
@@ -169,10 +269,9 @@ def read(output: Path) -> list[dict]:
 
 def keep(arguments: argparse.Namespace, run: dict) -> None:
     """Add a run to the output file, replacing an earlier run of the same task, model and seed."""
-    order = [*MODELS, *TRAINED]
 
     def place(other: dict) -> tuple[int, int, int]:
-        return TASKS.index(other["task"]), order.index(other["model"]), other["seed"]
+        return TASKS.index(other["task"]), models_of(other["task"]).index(other["model"]), other["seed"]
 
     results = sorted([*(other for other in read(arguments.output) if place(other) != place(run)), run], key=place)
     encoder = arguments.encoder_name or Path(arguments.encoder).name
@@ -262,10 +361,8 @@ MODELS: dict[str, Callable[[Task, str], tuple[np.ndarray, np.ndarray]]] = {
 # ── train.py, scores, the table ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def train(
-    task: Task, model: str, arguments: argparse.Namespace
-) -> tuple[tuple[np.ndarray, np.ndarray], dict[str, float]]:
-    """Train by ``train.py``. Return leaf ids and answers of the test rows, and the scores that the run measured."""
+def train(task: Task, model: str, arguments: argparse.Namespace) -> tuple[Path, dict[str, float]]:
+    """Train by ``train.py``. Return the folder of the run, and the scores that it measured."""
     folder = arguments.runs / f"{task.name}-{model}-{task.seed}"
     if arguments.fresh:  # train.py would resume a finished run
         shutil.rmtree(folder, ignore_errors=True)
@@ -274,14 +371,8 @@ def train(
     words += ["--seed", str(task.seed), "--output_dir", str(folder), "--resume_from_checkpoint", "auto"]
     subprocess.run([sys.executable, str(ROOT / "train.py"), *words], check=True)
     metrics = json.loads((folder / "metrics.json").read_text())
-    with (folder / "test_predictions.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    labels, answers = (np.array([task.tree.id(row[name]) for row in rows]) for name in ("label", "prediction"))
-    commit = metrics["environment"]["commit"]
     own = {name.removeprefix("test_"): metrics[name] for name in OWN if name in metrics}
-    if model.startswith("flat"):  # its level 1 consists of leaves
-        own = {name: value for name, value in own.items() if "level_1" not in name}
-    return (labels, answers), {**own, "commit": commit}
+    return folder, {**own, "commit": metrics["environment"]["commit"]}
 
 
 def measure(labels: np.ndarray, answers: np.ndarray, tree: Taxonomy) -> dict[str, float | list[float]]:
@@ -296,19 +387,20 @@ def measure(labels: np.ndarray, answers: np.ndarray, tree: Taxonomy) -> dict[str
     } | intervals
 
 
-def print_table(results: list[dict]) -> None:
-    """Print means over seeds, with the standard deviation if there are several."""
-    frame = pd.DataFrame(results).reindex(columns=["task", "model", "seed", *SHOWN, "accuracy_interval"])
-    print("\n| task | model | seeds | 95 % of accuracy | " + " | ".join(SHOWN.values()) + " |")
-    print("| --- | --- | ---: | --- |" + " ---: |" * len(SHOWN))
+def print_table(results: list[dict], shown: dict[str, str]) -> None:
+    """Print means over seeds of the scores in ``shown``, with the standard deviation if there are several seeds."""
+    first, interval = next(iter(shown.values())), f"{next(iter(shown))}_interval"
+    frame = pd.DataFrame(results).reindex(columns=["task", "model", "seed", *shown, interval])
+    print(f"\n| task | model | seeds | 95 % of {first} | " + " | ".join(shown.values()) + " |")
+    print("| --- | --- | ---: | --- |" + " ---: |" * len(shown))
     for (task, model), runs in frame.groupby(["task", "model"], sort=False):
-        low, high = (100 * np.mean([ends[i] for ends in runs["accuracy_interval"]]) for i in (0, 1))
-        cells = [spread(runs[name], name) for name in SHOWN]
+        low, high = (100 * np.mean([ends[i] for ends in runs[interval]]) for i in (0, 1))
+        cells = [spread(runs[name], name) for name in shown]
         print(f"| {task} | {model} | {len(runs)} | {low:.1f} – {high:.1f} | " + " | ".join(cells) + " |")
 
 
-def print_ablation(results: list[dict]) -> None:
-    """Print the scores of the encoder alone, with calibration, and with the lexical head."""
+def print_ablation(results: list[dict], names: tuple[str, ...]) -> None:
+    """Print scores of the encoder alone, with calibration, and with the lexical head."""
     parts = {
         "encoder alone": "uncalibrated_test_",
         "with temperatures": "without_lexical_head_test_",
@@ -316,23 +408,57 @@ def print_ablation(results: list[dict]) -> None:
     }
     frame = pd.DataFrame(results)
     # older runs lack newer scores
-    shown = [prefix + name for prefix in parts.values() for name in PARTS]
+    shown = [prefix + name for prefix in parts.values() for name in names]
     frame = frame.reindex(columns=frame.columns.union(shown, sort=False))
-    print("\n| task | model | seeds | | " + " | ".join(SHOWN[name] for name in PARTS) + " |")
-    print("| --- | --- | ---: | --- |" + " ---: |" * len(PARTS))
+    rows = []
     for task in frame["task"].unique():
         for model in ("qlora-whole", "qlora-halves", "qlora-rank-16", "qlora"):
             runs = frame[(frame["task"] == task) & (frame["model"] == model)]
             for title, prefix in parts.items():
-                if len(runs) and runs[f"{prefix}accuracy"].notna().any():
-                    cells = " | ".join(spread(runs[prefix + name], name) for name in PARTS)
-                    print(f"| {task} | {model} | {len(runs)} | {title} | {cells} |")
+                if len(runs) and runs[prefix + names[0]].notna().any():
+                    cells = " | ".join(spread(runs[prefix + name], name) for name in names)
+                    rows.append(f"| {task} | {model} | {len(runs)} | {title} | {cells} |")
+    header = "| task | model | seeds | | " + " | ".join((SHOWN | MULTI_LABEL_SHOWN)[name] for name in names) + " |"
+    print_rows(header, "| --- | --- | ---: | --- |" + " ---: |" * len(names), rows)
+
+
+def print_answers(results: list[dict]) -> None:
+    """Print the recall of answers over random splits, beside the requested one and the most that the project's goal allows."""
+    rows = []
+    for run in results:
+        recall, nodes, texts = (run[f"splits_answer_{name}"] for name in ("recall", "nodes", "texts"))
+        most = RECALL + 0.01 + 2 / (texts + 1)
+        cells = f"{100 * RECALL:.0f} | {100 * recall:.2f} | {100 * most:.2f} | {nodes:.2f}"
+        rows.append(f"| {run['task']} | {run['model']} | {run['seed']} | {cells} |")
+    header = "| task | model | seed | requested | recall of answers | at most | nodes |"
+    print_rows(header, "| --- | --- |" + " ---: |" * 5, rows)
+
+
+def print_differences(task: str, results: list[dict], labels: np.ndarray) -> None:
+    """Print by how much the recipes are better than the best peer of each metric, with paired intervals."""
+    runs = dict([*pd.DataFrame(results).groupby("model", sort=False)])
+    peers, rows = runs.keys() & PEERS.keys(), []
+    for model in runs.keys() - PEERS.keys() if peers else ():
+        for metric in ("micro_f1", "macro_f1"):
+            best = max(peers, key=lambda peer: runs[peer][metric].mean())
+            own, other = ([unpack(run, labels.shape) for run in runs[name]["choices"]] for name in (model, best))
+            difference, low, high = (100 * value for value in paired_intervals(own, other, labels)[metric])
+            cells = f"{MULTI_LABEL_SHOWN[metric]} | {best} | {difference:.1f} | {low:.1f} – {high:.1f}"
+            rows.append(f"| {task} | {model} | {cells} |")
+    header = "| task | model | metric | best peer | points more | 95 % |"
+    print_rows(header, "| --- | --- | --- | --- | ---: | --- |", rows)
+
+
+def print_rows(header: str, line: str, rows: list[str]) -> None:
+    """Print a table, unless it is empty."""
+    if rows:
+        print("", header, line, *rows, sep="\n")
 
 
 def spread(values: pd.Series, name: str) -> str:
     if values.isna().all():
         return ""
-    factor, digits = (1, 3) if name.endswith(("log_loss", "ece")) else (100, 1)
+    factor, digits = (1, 3) if name.endswith(("log_loss", "ece", "ece_by_chance")) else (100, 1)
     deviation = f" ± {factor * values.std():.{digits}f}" if len(values) > 1 else ""
     return f"{factor * values.mean():.{digits}f}{deviation}"
 

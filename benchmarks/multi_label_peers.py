@@ -1,0 +1,355 @@
+"""Train models for several labels a text, and measure them. `quality.py` runs this file, and its docstring names the models.
+
+Each peer returns marginal logits u of the validation and test texts, (num_texts, num_nodes), whose sigmoid is P(node).
+"""
+
+import base64
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from scipy.special import expit, logit
+from sklearn.base import ClassifierMixin
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.svm import LinearSVC
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EarlyStoppingCallback,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    Trainer,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from evaluation.multi_label import (
+    bootstrap_intervals,
+    build_multi_label_metrics,
+    choose,
+    common_threshold,
+    fit_calibration,
+    fit_recall_thresholds,
+    held_out,
+    marginal_logits,
+    node_f1,
+    recall_scores,
+)
+from evaluation.multi_label_report import RECALL
+from taxonomy_hierarchical import Taxonomy
+from training.arguments import HierarchicalTrainingArguments
+from training.model import turn_off_dropout
+
+Logits = dict[str, np.ndarray]  # of each split in SCORED
+Rows = tuple[list[str], np.ndarray]  # texts, and labels (num_texts, num_nodes)
+
+SCORED = ("validation", "test")
+TFIDF: dict[str, Any] = {"ngram_range": (1, 2), "sublinear_tf": True, "min_df": 2}
+SVM_STRENGTHS, LOGISTIC_STRENGTHS = (0.1, 1.0, 10.0, 100.0), (1.0, 10.0, 100.0, 1e3, 1e4)  # C
+MOST_LEAVES = (2, 100)  # below one node of napkinXC's tree: a binary tree, and one node above all labels
+ADAPTER_RATE, HEAD_RATE = 1e-3, 3e-2
+SPLITS = 100
+PROBABILITIES = ("log_loss", "ece", "ece_by_chance")
+
+
+# ── Linear peers ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def vectors(rows: dict[str, Rows]) -> dict[str, Any]:
+    """Return TF-IDF of each split."""
+    tfidf = TfidfVectorizer(**TFIDF).fit(rows["train"][0])
+    return {split: tfidf.transform(texts) for split, (texts, _) in rows.items()}
+
+
+def choose_settings(
+    tree: Taxonomy, labels: np.ndarray, grid: Iterable[dict], fit: Callable[..., Logits]
+) -> tuple[Logits, dict]:
+    """Return the logits and the settings with the best micro-F1 on the validation rows, whose ``labels`` are given."""
+
+    def micro_f1(fitted: tuple[Logits, dict]) -> float:
+        closed = maximum_below(tree, fitted[0]["validation"])
+        return build_multi_label_metrics(tree)(EvalPrediction(closed, labels))["micro_f1"]
+
+    return max(((fit(**settings), settings) for settings in grid), key=micro_f1)
+
+
+def one_vs_rest(classifier: type[ClassifierMixin], strengths: tuple[float, ...], **fixed: Any) -> Callable:
+    def peer(tree: Taxonomy, rows: dict[str, Rows], seed: int, **_: Any) -> tuple[Logits, dict]:
+        features = vectors(rows)
+
+        def fit(**settings: Any) -> Logits:
+            model = OneVsRestClassifier(classifier(random_state=seed, **fixed, **settings))
+            model.fit(features["train"], rows["train"][1])
+            return {split: model.decision_function(features[split]) for split in SCORED}
+
+        grid = ({"C": strength, "class_weight": weight} for strength in strengths for weight in (None, "balanced"))
+        return choose_settings(tree, rows["validation"][1], grid, fit)
+
+    return peer
+
+
+def napkinxc(tree: Taxonomy, rows: dict[str, Rows], seed: int, **_: Any) -> tuple[Logits, dict]:
+    from napkinxc.models import PLT
+
+    features = vectors(rows)
+    labels = [np.flatnonzero(row).tolist() for row in rows["train"][1]]
+
+    def fit(liblinear_c: float, max_leaves: int) -> Logits:
+        with tempfile.TemporaryDirectory() as folder:
+            model = PLT(folder, liblinear_c=liblinear_c, max_leaves=max_leaves, seed=seed, threads=1)
+            model.fit(features["train"], labels)
+            predicted = {split: model.predict_proba(features[split], top_k=tree.num_nodes) for split in SCORED}
+        found = {split: np.zeros(rows[split][1].shape) for split in SCORED}
+        for split, pairs in predicted.items():
+            for probabilities, pairs_of_text in zip(found[split], pairs, strict=True):
+                for node, probability in pairs_of_text:
+                    probabilities[node] = probability
+        return {split: logit(probabilities.clip(1e-9, 1 - 1e-9)) for split, probabilities in found.items()}
+
+    grid = ({"liblinear_c": strength, "max_leaves": most} for strength in LOGISTIC_STRENGTHS for most in MOST_LEAVES)
+    return choose_settings(tree, rows["validation"][1], grid, fit)
+
+
+# ── Flat fine-tuning ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def is_below(tree: Taxonomy) -> Tensor:
+    """Return whether a node is another one or below it: (num_nodes, num_nodes), of [upper, lower]."""
+    below = torch.zeros(tree.num_nodes, tree.num_nodes, dtype=torch.bool)
+    for node in range(tree.num_nodes):
+        below[tree.path(node), node] = True
+    return below
+
+
+def highest(below: Tensor, scores: Tensor) -> Tensor:
+    """Return the maximum over each node and its descendants, of scores (B, num_nodes)."""
+    return scores.unsqueeze(1).masked_fill(~below, -torch.inf).amax(-1)
+
+
+def maximum_below(tree: Taxonomy, scores: np.ndarray) -> np.ndarray:
+    return highest(is_below(tree), torch.from_numpy(scores)).numpy()
+
+
+class FlatModel(nn.Module):
+    """An encoder with a LoRA adapter, and one linear layer over the mean token vector, with binary cross-entropy.
+
+    Args:
+        labels: (num_rows, num_nodes), of the training rows. The biases start at the nodes' log-odds among them.
+        below: of `is_below`, for the max constraint and its loss (C-HMCNN, Giunchiglia and Lukasiewicz, 2020), in which a
+            node's positives are explained only by true nodes at or below it. Default: none.
+    """
+
+    accepts_loss_kwargs = False  # else the Trainer passes more than the tokens
+
+    def __init__(self, encoder: str, labels: np.ndarray, below: Tensor | None):
+        from peft import LoraConfig, get_peft_model
+
+        super().__init__()
+        settings = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+        config = AutoConfig.from_pretrained(encoder)
+        turn_off_dropout(config)
+        self.encoder = get_peft_model(AutoModel.from_pretrained(encoder, config=config), settings)
+        self.head = nn.Linear(self.encoder.config.hidden_size, labels.shape[1])
+        rates = (labels.sum(0) + 0.5) / (len(labels) + 1)
+        self.head.bias.data = torch.tensor(logit(rates), dtype=torch.float32)
+        self.register_buffer("below", below, persistent=False)
+
+    def forward(self, labels: Tensor | None = None, **inputs: Tensor) -> dict[str, Tensor]:
+        mask = inputs["attention_mask"].unsqueeze(-1)
+        states = self.encoder(**inputs).last_hidden_state.float() * mask
+        scores = self.head(states.sum(1) / mask.sum(1)).float()
+        logits = trained = scores if self.below is None else highest(self.below, scores)
+        if labels is None:
+            return {"logits": logits}
+        if self.below is not None:
+            of_true = highest(self.below, scores.masked_fill(labels == 0, -torch.inf))
+            trained = torch.where(labels == 1, of_true, logits)
+        loss = nn.functional.binary_cross_entropy_with_logits(trained, labels.float())
+        return {"loss": loss, "logits": logits}
+
+
+def flat_lora(maximum: bool) -> Callable:
+    def peer(
+        tree: Taxonomy, rows: dict[str, Rows], seed: int, encoder: str, epochs: float, folder: Path, fresh: bool
+    ) -> tuple[Logits, dict]:
+        # ── Model and data ───────────────────────────────────────────────────────────────────────────────────────────
+        set_seed(seed)
+        model = FlatModel(encoder, rows["train"][1], is_below(tree) if maximum else None)
+        tokenizer = AutoTokenizer.from_pretrained(encoder)
+        tokenizer.model_max_length = 512
+        tokenized = {
+            split: Dataset.from_dict({**tokenizer(texts, truncation=True), "labels": labels})
+            for split, (texts, labels) in rows.items()
+        }
+
+        # ── Fit ──────────────────────────────────────────────────────────────────────────────────────────────────────
+        if fresh:
+            shutil.rmtree(folder, ignore_errors=True)
+        training = HierarchicalTrainingArguments(
+            output_dir=str(folder),
+            num_train_epochs=epochs,
+            per_device_train_batch_size=8,
+            learning_rate=ADAPTER_RATE,
+            metric_for_best_model="micro_f1",
+            remove_unused_columns=False,
+            seed=seed,
+        )
+        rates = [
+            {"params": [weight for weight in model.encoder.parameters() if weight.requires_grad], "lr": ADAPTER_RATE},
+            {"params": model.head.parameters(), "lr": HEAD_RATE},
+        ]
+        trainer = Trainer(
+            model=model,
+            args=training,
+            train_dataset=tokenized["train"],
+            eval_dataset=tokenized["validation"],
+            data_collator=DataCollatorWithPadding(tokenizer),
+            compute_metrics=build_multi_label_metrics(tree),
+            callbacks=[EarlyStoppingCallback(training.early_stopping_patience)],
+            optimizers=(torch.optim.AdamW(rates, weight_decay=0.0), None),
+        )
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.exists() else None)
+        logits = {split: predict(model, tokenizer, rows[split][0], "logits") for split in SCORED}
+        return logits, {"epoch": trainer.state.epoch}
+
+    return peer
+
+
+@torch.no_grad()
+def predict(model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: list[str], output: str) -> np.ndarray:
+    """Return an output of a model for each text, (num_texts, num_nodes) float64, without autocast."""
+    model.eval()
+    device = next(model.parameters()).device
+    encoded = tokenizer(texts, truncation=True)
+    order = np.argsort([len(ids) for ids in encoded["input_ids"]])
+    found = []
+    for rows in np.array_split(order, -(-len(order) // 32)):
+        batch = tokenizer.pad(
+            {name: [values[row] for row in rows] for name, values in encoded.items()}, return_tensors="pt"
+        )
+        found.append(model(**batch.to(device))[output].double().cpu().numpy())
+    return np.concatenate(found)[np.argsort(order)]
+
+
+# With the tree, the rows, the seed, the encoder, the epochs and a folder, they return logits and chosen settings.
+PEERS: dict[str, Callable[..., tuple[Logits, dict]]] = {
+    "tfidf-logistic": one_vs_rest(LogisticRegression, LOGISTIC_STRENGTHS, solver="liblinear"),
+    "tfidf-svm": one_vs_rest(LinearSVC, SVM_STRENGTHS),
+    "napkinxc": napkinxc,
+    "flat-lora": flat_lora(maximum=False),
+    "flat-lora-max": flat_lora(maximum=True),
+}
+
+
+# ── Scores ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def score_peer(name: str, tree: Taxonomy, rows: dict[str, Rows], **arguments: Any) -> dict[str, Any]:
+    """Train a peer, and return its scores of the test rows."""
+    logits, settings = PEERS[name](tree, rows, **arguments)
+    # closed upwards, as the chosen nodes are
+    threshold = common_threshold(maximum_below(tree, logits["validation"]), rows["validation"][1])
+    scores = score(tree, logits["test"], rows["test"][1], np.full(tree.num_nodes, threshold))
+    if name == "tfidf-svm":  # its logits are margins
+        scores = {metric: value for metric, value in scores.items() if metric not in PROBABILITIES}
+    return {**scores, "threshold": threshold, "settings": settings}
+
+
+def score_checkpoint(folder: Path, tree: Taxonomy, rows: dict[str, Rows]) -> dict[str, Any]:
+    """Load a checkpoint as a user does, and return its scores of the test rows."""
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    decisions = {split: predict(model, tokenizer, rows[split][0], "decision_logits") for split in SCORED}
+    np.savez_compressed(folder / "decision_logits.npz", **decisions)
+    config, labels = model.config, np.concatenate([rows[split][1] for split in SCORED])
+    uncalibrated = np.concatenate([*decisions.values()]) - np.array(config.node_biases)
+    guarantee = answers(tree, uncalibrated / np.array(config.node_scales), labels, len(decisions["validation"]))
+    u = marginal_logits(tree, decisions["test"])
+    return score(tree, u, rows["test"][1], np.array(config.node_thresholds)) | guarantee
+
+
+def score(tree: Taxonomy, u: np.ndarray, labels: np.ndarray, thresholds: np.ndarray) -> dict[str, Any]:
+    """Return the scores of the chosen nodes, their bootstrap intervals over texts, and the chosen nodes, packed."""
+    scores = build_multi_label_metrics(tree, thresholds)(EvalPrediction(u, labels))
+    chosen = choose(tree, expit(u), thresholds)
+    ends = bootstrap_intervals(chosen, labels)
+    intervals = {f"{name}_interval": ends[name].tolist() for name in ("micro_f1", "macro_f1")}
+    packed = base64.b64encode(zlib.compress(np.packbits(chosen).tobytes(), 9)).decode()
+    return {**scores, **intervals, "choices": packed}
+
+
+def unpack(choices: str, shape: tuple[int, int]) -> np.ndarray:
+    """Return the chosen nodes, bool of this shape, as `score` packed them."""
+    bits = np.frombuffer(zlib.decompress(base64.b64decode(choices)), np.uint8)
+    return np.unpackbits(bits, count=shape[0] * shape[1]).reshape(shape).astype(bool)
+
+
+def answers(tree: Taxonomy, scores: np.ndarray, labels: np.ndarray, num_fitted: int) -> dict[str, float]:
+    """Measure the answers of a guaranteed recall on random splits of validation and test texts.
+
+    In each split, some texts calibrate the scores and fit the threshold as ``train.py`` does, and the others are answered.
+
+    Args:
+        scores: (num_texts, num_nodes), conditional and uncalibrated, of the encoder and the lexical head.
+        num_fitted: the number of texts that calibrate.
+
+    Returns:
+        The mean recall of the splits, its standard deviation, the mean number of nodes, and that of fitted texts with labels.
+    """
+    generator, found = np.random.default_rng(0), []
+    for _ in range(SPLITS):
+        fitted, scored = np.split(generator.permutation(len(scores)), [num_fitted])
+        given = (tree, scores[fitted], None, labels[fitted])
+        thresholds, num_texts = fit_recall_thresholds(tree, held_out(*given, fitted), labels[fitted])
+        u = fit_calibration(*given).apply(tree, scores[scored], None)
+        measured = recall_scores(u, labels[scored], thresholds[round(100 * RECALL) - 1])
+        found.append((measured["recall"], measured["nodes"], num_texts))
+    recall, nodes, num_texts = np.mean(found, axis=0)
+    return {
+        "splits_answer_recall": recall,
+        "splits_answer_recall_std": np.std(found, axis=0)[0],
+        "splits_answer_nodes": nodes,
+        "splits_answer_texts": num_texts,
+    }
+
+
+def paired_intervals(
+    own: list[np.ndarray], other: list[np.ndarray], labels: np.ndarray, resamples: int = 1000
+) -> dict[str, tuple[float, float, float]]:
+    """Return the differences of micro- and macro-F1 of two models, with 95 % bootstrap intervals over the same test texts.
+
+    The resamples are shifted to have the difference as mean, as in `evaluation.multi_label.bootstrap_intervals`.
+
+    Args:
+        own, other: the chosen nodes of each seed, (num_texts, num_nodes) bool. Scores are means over the seeds.
+
+    Returns:
+        The difference, and the lower and upper end.
+    """
+    generator, texts = np.random.default_rng(0), len(labels)
+    draws = (generator.integers(texts, size=texts) for _ in range(resamples))
+    times = np.stack([np.ones(texts), *(np.bincount(rows, minlength=texts) for rows in draws)])  # the first: all texts
+
+    def f1(chosen: np.ndarray) -> np.ndarray:
+        true = labels == 1
+        counts = np.stack([times @ pairs.astype(float) for pairs in (true & chosen, chosen, true)])
+        return np.stack([2 * counts[0].sum(1) / counts[1:].sum((0, 2)), np.nanmean(node_f1(counts), axis=1)])
+
+    differences = np.mean([f1(chosen) for chosen in own], axis=0) - np.mean([f1(chosen) for chosen in other], axis=0)
+    found = {}
+    for name, (difference, *resampled) in zip(("micro_f1", "macro_f1"), differences, strict=True):
+        shifted = np.array(resampled) + difference - np.mean(resampled)
+        found[name] = (difference, *np.percentile(shifted, (2.5, 97.5)))
+    return found
