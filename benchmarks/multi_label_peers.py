@@ -46,7 +46,7 @@ from evaluation.multi_label import (
     node_f1,
     recall_scores,
 )
-from evaluation.multi_label_report import RECALL
+from evaluation.report import RECALL
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import HierarchicalTrainingArguments
 from training.model import turn_off_dropout
@@ -312,7 +312,7 @@ def answers(tree: Taxonomy, scores: np.ndarray, labels: np.ndarray, num_fitted: 
     for _ in range(SPLITS):
         fitted, scored = np.split(generator.permutation(len(scores)), [num_fitted])
         given = (tree, scores[fitted], None, labels[fitted])
-        thresholds, num_texts = fit_recall_thresholds(tree, held_out(*given, fitted), labels[fitted])
+        thresholds, num_texts = fit_recall_thresholds(held_out(*given, fitted), labels[fitted])
         u = fit_calibration(*given).apply(tree, scores[scored], None)
         measured = recall_scores(u, labels[scored], thresholds[round(100 * RECALL) - 1])
         found.append((measured["recall"], measured["nodes"], num_texts))

@@ -70,14 +70,10 @@ from transformers import EvalPrediction
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-<<<<<<< HEAD
-from evaluation.metrics import bootstrap_intervals, build_compute_metrics, one_hot
-=======
 from multi_label_peers import PEERS, TFIDF, paired_intervals, score_checkpoint, score_peer, unpack
 
-from evaluation.metrics import bootstrap_intervals, build_compute_metrics
-from evaluation.multi_label_report import RECALL
->>>>>>> multi-bench
+from evaluation.metrics import bootstrap_intervals, build_compute_metrics, one_hot
+from evaluation.report import RECALL
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 from training.arguments import DataArguments
 from training.multi_label import multi_hot
