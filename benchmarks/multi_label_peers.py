@@ -34,16 +34,15 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from evaluation.calibration import held_out
+from evaluation.metrics import bootstrap_intervals, node_f1
 from evaluation.multi_label import (
-    bootstrap_intervals,
     build_multi_label_metrics,
     choose,
     common_threshold,
     fit_calibration,
     fit_recall_thresholds,
-    held_out,
     marginal_logits,
-    node_f1,
     recall_scores,
 )
 from evaluation.report import RECALL
@@ -284,7 +283,7 @@ def score(tree: Taxonomy, u: np.ndarray, labels: np.ndarray, thresholds: np.ndar
     """Return the scores of the chosen nodes, their bootstrap intervals over texts, and the chosen nodes, packed."""
     scores = build_multi_label_metrics(tree, thresholds)(EvalPrediction(u, labels))
     chosen = choose(tree, expit(u), thresholds)
-    ends = bootstrap_intervals(chosen, labels)
+    ends = bootstrap_intervals(labels, chosen)
     intervals = {f"{name}_interval": ends[name].tolist() for name in ("micro_f1", "macro_f1")}
     packed = base64.b64encode(zlib.compress(np.packbits(chosen).tobytes(), 9)).decode()
     return {**scores, **intervals, "choices": packed}
@@ -312,7 +311,7 @@ def answers(tree: Taxonomy, scores: np.ndarray, labels: np.ndarray, num_fitted: 
     for _ in range(SPLITS):
         fitted, scored = np.split(generator.permutation(len(scores)), [num_fitted])
         given = (tree, scores[fitted], None, labels[fitted])
-        thresholds, num_texts = fit_recall_thresholds(held_out(*given, fitted), labels[fitted])
+        thresholds, num_texts = fit_recall_thresholds(held_out(fit_calibration, *given, fitted), labels[fitted])
         u = fit_calibration(*given).apply(tree, scores[scored], None)
         measured = recall_scores(u, labels[scored], thresholds[round(100 * RECALL) - 1])
         found.append((measured["recall"], measured["nodes"], num_texts))
@@ -330,7 +329,7 @@ def paired_intervals(
 ) -> dict[str, tuple[float, float, float]]:
     """Return the differences of micro- and macro-F1 of two models, with 95 % bootstrap intervals over the same test texts.
 
-    The resamples are shifted to have the difference as mean, as in `evaluation.multi_label.bootstrap_intervals`.
+    The resamples are shifted to have the difference as mean, as in `evaluation.metrics.bootstrap_intervals`.
 
     Args:
         own, other: the chosen nodes of each seed, (num_texts, num_nodes) bool. Scores are means over the seeds.
