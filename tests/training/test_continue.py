@@ -303,13 +303,8 @@ def test_a_checkpoint_of_another_problem_type_is_refused(place, words, first, se
     for source, data, kind in ((first, sets, "one label a text"), (several, place / "700.csv", "any number of labels")):
         for asked in ([], ["--do_train", "false"]):
             flags = ["--model_name_or_path", source, "--output_dir", tmp_path / "out", *asked]
-<<<<<<< HEAD
             flags += ["--validation_size", 0, "--test_file" if asked else "--train_file", data]
             with pytest.raises(InputError, match=f"is for {kind}.*, the data for") as refused:
-=======
-            flags += ["--test_file" if asked else "--train_file", data, "--validation_size", 0]
-            with pytest.raises(InputError, match=f"is for {kind}.*, the data are for") as refused:
->>>>>>> multi-data
                 run(*words, *flags)
             assert "\n" not in str(refused.value)
 
