@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,9 @@ Rows = tuple[list[str], np.ndarray]  # texts, and labels (num_texts, num_nodes)
 
 SCORED = ("validation", "test")
 TFIDF: dict[str, Any] = {"ngram_range": (1, 2), "sublinear_tf": True, "min_df": 2}
-SVM_STRENGTHS, LOGISTIC_STRENGTHS = (0.1, 1.0, 10.0, 100.0), (1.0, 10.0, 100.0, 1e3, 1e4)  # C
+STOP_WORDS = (None, "english")
+SVM_STRENGTHS, LOGISTIC_STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0), (1.0, 3.0, 10.0, 30.0, 100.0)  # C
+TREE_STRENGTHS = (10.0, 100.0, 1e3, 1e4)
 MOST_LEAVES = (2, 100)  # below one node of napkinXC's tree: a binary tree, and one node above all labels
 ADAPTER_RATE, HEAD_RATE = 1e-3, 3e-2
 SPLITS = 100
@@ -65,10 +68,13 @@ PROBABILITIES = ("log_loss", "ece", "ece_by_chance")
 # ── Linear peers ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def vectors(rows: dict[str, Rows]) -> dict[str, Any]:
-    """Return TF-IDF of each split."""
-    tfidf = TfidfVectorizer(**TFIDF).fit(rows["train"][0])
-    return {split: tfidf.transform(texts) for split, (texts, _) in rows.items()}
+def vectors(rows: dict[str, Rows]) -> dict[str | None, dict[str, Any]]:
+    """Return TF-IDF of each split, with each of `STOP_WORDS` left out."""
+    tfidf = {left_out: TfidfVectorizer(**TFIDF, stop_words=left_out).fit(rows["train"][0]) for left_out in STOP_WORDS}
+    return {
+        left_out: {split: fitted.transform(texts) for split, (texts, _) in rows.items()}
+        for left_out, fitted in tfidf.items()
+    }
 
 
 def choose_settings(
@@ -85,14 +91,18 @@ def choose_settings(
 
 def one_vs_rest(classifier: type[ClassifierMixin], strengths: tuple[float, ...], **fixed: Any) -> Callable:
     def peer(tree: Taxonomy, rows: dict[str, Rows], seed: int, **_: Any) -> tuple[Logits, dict]:
-        features = vectors(rows)
+        all_features = vectors(rows)
 
-        def fit(**settings: Any) -> Logits:
+        def fit(stop_words: str | None, **settings: Any) -> Logits:
+            features = all_features[stop_words]
             model = OneVsRestClassifier(classifier(random_state=seed, **fixed, **settings))
             model.fit(features["train"], rows["train"][1])
             return {split: model.decision_function(features[split]) for split in SCORED}
 
-        grid = ({"C": strength, "class_weight": weight} for strength in strengths for weight in (None, "balanced"))
+        grid = (
+            {"stop_words": left_out, "C": strength, "class_weight": weight}
+            for left_out, strength, weight in product(STOP_WORDS, strengths, (None, "balanced"))
+        )
         return choose_settings(tree, rows["validation"][1], grid, fit)
 
     return peer
@@ -101,12 +111,13 @@ def one_vs_rest(classifier: type[ClassifierMixin], strengths: tuple[float, ...],
 def napkinxc(tree: Taxonomy, rows: dict[str, Rows], seed: int, **_: Any) -> tuple[Logits, dict]:
     from napkinxc.models import PLT
 
-    features = vectors(rows)
+    all_features = vectors(rows)
     labels = [np.flatnonzero(row).tolist() for row in rows["train"][1]]
 
-    def fit(liblinear_c: float, max_leaves: int) -> Logits:
+    def fit(stop_words: str | None, **settings: Any) -> Logits:
+        features = all_features[stop_words]
         with tempfile.TemporaryDirectory() as folder:
-            model = PLT(folder, liblinear_c=liblinear_c, max_leaves=max_leaves, seed=seed, threads=1)
+            model = PLT(folder, **settings, seed=seed, threads=1)
             model.fit(features["train"], labels)
             predicted = {split: model.predict_proba(features[split], top_k=tree.num_nodes) for split in SCORED}
         found = {split: np.zeros(rows[split][1].shape) for split in SCORED}
@@ -116,7 +127,10 @@ def napkinxc(tree: Taxonomy, rows: dict[str, Rows], seed: int, **_: Any) -> tupl
                     probabilities[node] = probability
         return {split: logit(probabilities.clip(1e-9, 1 - 1e-9)) for split, probabilities in found.items()}
 
-    grid = ({"liblinear_c": strength, "max_leaves": most} for strength in LOGISTIC_STRENGTHS for most in MOST_LEAVES)
+    grid = (
+        {"stop_words": left_out, "liblinear_c": strength, "max_leaves": most}
+        for left_out, strength, most in product(STOP_WORDS, TREE_STRENGTHS, MOST_LEAVES)
+    )
     return choose_settings(tree, rows["validation"][1], grid, fit)
 
 

@@ -35,9 +35,10 @@ Models for several labels a text (hallmarks, ohsumed_multilabel), over all nodes
   Giunchiglia and Lukasiewicz, 2020);
 - lora, qlora: as above.
 
-The settings of the TF-IDF models are those of best micro-F1 on the validation rows, which also select the epoch of the
-fine-tuned ones: at most the recipe's epochs, stopped early as by ``train.py``. Each peer has the one threshold of best micro-F1
-on the validation rows, the recipe its thresholds of the nodes. The difference to the best peer has a paired bootstrap interval.
+The settings of the TF-IDF models, such as the strength and whether stop words are left out, are those of best
+micro-F1 on the validation rows, which also select the epoch of the fine-tuned ones: at most the recipe's epochs,
+stopped early as by ``train.py``. Each peer has the one threshold of best micro-F1 on the validation rows, the recipe
+its thresholds of the nodes. The difference to the best peer has a paired bootstrap interval.
 
 Finished runs stay in the output file, and are repeated only with ``--fresh``. So an interrupted benchmark continues, also on
 another machine. All scores are for the test file, by one function. With one label a text, it reads each model's predicted leaf,
