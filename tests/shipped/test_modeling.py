@@ -398,6 +398,12 @@ def test_a_checkpoint_that_lost_a_weight_is_refused(adapted, tmp_path):
         HierarchicalForSequenceClassification.from_pretrained(tmp_path)
 
 
+def test_resized_embeddings_under_an_adapter_are_refused_instead_of_lost(adapted, tmp_path):
+    adapted.resize_token_embeddings(adapted.config.text_config.vocab_size + 3)
+    with pytest.raises(ValueError, match="these were resized"):
+        adapted.save_pretrained(tmp_path)
+
+
 def test_saving_one_form_leaves_nothing_of_the_other(adapted, tmp_path):
     adapted.save_pretrained(tmp_path)
     small_model().save_pretrained(tmp_path)
