@@ -1,7 +1,7 @@
 """Train a hierarchical classifier: ``python train.py [recipe.yaml] [--flag value …]``.
 
 Scores are of the checkpoint as a user loads it, over a full-precision encoder. The validation rows select it, then fit
-its lexical head, temperatures and thresholds.
+its lexical head, calibration and thresholds.
 """
 
 import functools
@@ -175,7 +175,7 @@ def measure(
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Score the checkpoint that was just saved; calibrate it on the validation rows and save it again.
 
-    The scores include those of the quantized model as trained. The logits are calibrated ones of each split's leaves.
+    The scores include those of the quantized model as trained. The logits are the calibrated ones of each split.
     """
     training, taxonomy, as_trained = arguments.training, model.config.tree, {}
     if arguments.model.quantization != "none":
@@ -218,9 +218,8 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
         make_folder(output)
         resume.delete_measured(output)
         write_json(output / "data_report.json", data.report)
-        model = served.model
-        scored = metrics | report.class_scores(model.config, logits, splits)
-        write_files(output, scored, model, logits, splits)
+        scored = metrics | report.class_scores(served.model.config, logits, splits)
+        write_files(output, scored, served.model, logits, splits)
         logger.info("metrics and plots are in %s", output)
     report.log_metrics(metrics)
 

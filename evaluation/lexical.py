@@ -22,10 +22,9 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from evaluation.metrics import one_hot
-from evaluation.multi_label import open_decisions
 from modeling_hierarchical import IGNORED_LABEL
 from taxonomy_hierarchical import Taxonomy
-from training.multi_label import open_counts, prior_log_odds
+from training.multi_label import open_counts, open_decisions, prior_log_odds
 
 logger = logging.getLogger(__name__)
 

@@ -46,6 +46,7 @@ from evaluation.metrics import (
 )
 from modeling_hierarchical import IGNORED_LABEL, TreeSigmoid
 from taxonomy_hierarchical import Taxonomy
+from training.multi_label import open_decisions
 
 LEAST_PROBABILITY = 0.1  # pairs below it are not in the calibration error: nearly all pairs have a probability near 0
 STRENGTHS = (math.inf, 100, 50, 20, 10, 5, 2, 0)  # of the shrinkage of thresholds, in positives
@@ -73,11 +74,6 @@ class MultiLabelCalibration:
 def marginal_logits(taxonomy: Taxonomy, z: np.ndarray) -> np.ndarray:
     """Compute marginal logits from conditional scores, in float64."""
     return TreeSigmoid(taxonomy).marginal_logits(torch.tensor(z, dtype=torch.float64)).numpy()
-
-
-def open_decisions(taxonomy: Taxonomy, labels: np.ndarray) -> np.ndarray:
-    """Return whether a node's label is known, and its parent's is 1 or it is a root: (num_texts, num_nodes)."""
-    return TreeSigmoid(taxonomy).open_decisions(torch.from_numpy(labels)).numpy()
 
 
 def fit_calibration(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from modeling_hierarchical import IGNORED_LABEL, TreeSigmoid
 from taxonomy_hierarchical import Taxonomy
-from training.losses import average_over_labels, has_labels
+from training.losses import average_over_labels
 
 
 def multi_hot(taxonomy: Taxonomy, labels: Sequence[Sequence[int] | None], incomplete: bool = False) -> np.ndarray:
@@ -39,9 +39,14 @@ def label_arrays(rows: Dataset) -> np.ndarray:
     return np.array(column.flatten()).reshape(len(rows), -1)
 
 
+def open_decisions(taxonomy: Taxonomy, labels: np.ndarray) -> np.ndarray:
+    """Return whether a node's label is known, and its parent's is 1 or it is a root: (num_rows, num_nodes)."""
+    return TreeSigmoid(taxonomy).open_decisions(torch.from_numpy(labels)).numpy()
+
+
 def open_counts(taxonomy: Taxonomy, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Count each node's positive rows of `multi_hot`, and the rows in which its decision is open: (num_nodes,) each."""
-    is_open = TreeSigmoid(taxonomy).open_decisions(torch.from_numpy(labels)).numpy()
+    is_open = open_decisions(taxonomy, labels)
     return ((labels == 1) & is_open).sum(0), is_open.sum(0)
 
 
@@ -58,8 +63,9 @@ class MultiLabelFocalLoss(nn.Module):
     """Sum over a text's open decisions of  w_level · α · (1 - p)^γ · BCE, over the number of texts.
 
     p is the probability of the correct outcome. BCE is the binary cross-entropy with the target (1 - ε) · y + ε · r, where r
-    is the node's rate in the training rows given its parent. Towards ½ would raise rare nodes. If ``balanced``, α is
-    n / (2 · n_y) for outcome y of a decision that is open in n training rows. See also `HierarchicalFocalLoss`.
+    is the node's rate in the training rows given its parent. Smoothing towards ½ would make rare nodes too probable. If
+    ``balanced``, α is n / (2 · n_y) for outcome y of a decision that is open in n training rows. See also
+    `HierarchicalFocalLoss`.
     """
 
     def __init__(
@@ -90,8 +96,7 @@ class MultiLabelFocalLoss(nn.Module):
             missed = torch.sigmoid((1 - 2 * outcome) * logits)  # 1 - p
             loss = loss * missed.clamp(min=1e-7) ** self.gamma  # the floor keeps the slope finite when γ < 1
         loss = loss * torch.where(outcome == 1, self.weights[1], self.weights[0])
-        items = has_labels(labels).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return torch.where(is_open, loss, 0).sum() / items
+        return average_over_labels(torch.where(is_open, loss, 0).sum(1), labels, num_items_in_batch)
 
 
 def decision_disagreement(

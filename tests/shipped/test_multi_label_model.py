@@ -17,15 +17,19 @@ LONG = "headache migraine seizure tumour liver heart valve artery colon biopsy "
 RECALL = [round(0.99 - 0.01 * level, 6) for level in range(95)] + [None] * 4
 
 
-def build(minilm: str, adapter: bool) -> HierarchicalForSequenceClassification:
-    torch.manual_seed(1)
+def uncalibrated(minilm: str) -> HierarchicalForSequenceClassification:
     config = HierarchicalConfig(
         text_config=AutoConfig.from_pretrained(minilm),
         taxonomy=TREE,
         encoder_name_or_path=minilm,
         problem_type="multi_label_classification",
     )
-    model = HierarchicalForSequenceClassification(config, encoder=load_encoder(config))
+    return HierarchicalForSequenceClassification(config, encoder=load_encoder(config))
+
+
+def build(minilm: str, adapter: bool) -> HierarchicalForSequenceClassification:
+    torch.manual_seed(1)
+    model = uncalibrated(minilm)
     if adapter:
         inject_adapter_in_model(LoraConfig(r=4, target_modules=["query", "value"]), model.encoder)
         for name, parameter in model.encoder.named_parameters():
@@ -40,7 +44,7 @@ def build(minilm: str, adapter: bool) -> HierarchicalForSequenceClassification:
         recall_texts=20,
         conformal_max_length=512,
     )
-    vocabulary = config.text_config.vocab_size
+    vocabulary = model.config.text_config.vocab_size
     model.set_lexical_head(
         {
             "idf": torch.rand(vocabulary),
@@ -174,13 +178,7 @@ def test_recall_is_refused_by_a_checkpoint_with_one_path(clear_checkpoint):
 
 
 def test_an_uncalibrated_checkpoint_predicts_from_one_half_and_promises_nothing(minilm, tmp_path):
-    config = HierarchicalConfig(
-        text_config=AutoConfig.from_pretrained(minilm),
-        taxonomy=TREE,
-        encoder_name_or_path=minilm,
-        problem_type="multi_label_classification",
-    )
-    model = HierarchicalForSequenceClassification(config, encoder=load_encoder(config))
+    model = uncalibrated(minilm)
     nn.init.normal_(model.heads.weight, std=0.5)
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(minilm).save_pretrained(tmp_path)

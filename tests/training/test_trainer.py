@@ -22,6 +22,9 @@ TREE = Taxonomy({"a": ["b", "c"], "d": None, "e": ["f", "g", "h"]})
 TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 
 
+SEVERAL = "multi_label_classification"
+
+
 def rows(count: int = 16, ignored: bool = False) -> Dataset:
     """Return token ids of unequal lengths. Labels are leaves, inner nodes and -100."""
     generator = torch.Generator().manual_seed(1)
@@ -110,11 +113,13 @@ def trained_weights(model) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize(("focal", "consistency"), [(True, 0.0), (True, 1.5), (False, 0.0)])
-def test_accumulation_gives_the_gradient_of_one_large_batch(tmp_path, tokenizer, focal, consistency):
-    data, after = rows(ignored=True), []
+def test_accumulation_gives_the_gradient_of_one_large_batch(tmp_path, tokenizer, focal, consistency, several):
+    problem_type = SEVERAL if several else None
+    data, after = rows_of_label_sets() if several else rows(ignored=True), []
     for size, steps in ((16, 1), (4, 4)):
-        model = tiny_model()
+        model = tiny_model(problem_type)
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
         args = arguments(
@@ -124,10 +129,13 @@ def test_accumulation_gives_the_gradient_of_one_large_batch(tmp_path, tokenizer,
             max_steps=1,
             max_grad_norm=0.0,
         )
-        given = {"loss_function": loss(data) if focal else None, "consistency": consistency}
+        given = {
+            "loss_function": (loss_of_label_sets if several else loss)(data) if focal else None,
+            "consistency": consistency,
+        }
         trainer(model, tokenizer, data, args, optimizers=(optimizer, scheduler), **given).train()
         after.append(trained_weights(model))
-    moved = max((after[0][name] - p).abs().max() for name, p in tiny_model().named_parameters())
+    moved = max((after[0][name] - p).abs().max() for name, p in tiny_model(problem_type).named_parameters())
     assert moved > 1e-3
     for name in after[0]:
         torch.testing.assert_close(after[0][name], after[1][name], atol=1e-5, rtol=0, msg=name)
@@ -157,34 +165,6 @@ def test_the_loss_of_halves_is_that_of_each_and_their_disagreement(tmp_path, tok
     model.eval()  # where texts are whole
     evaluated = ours.compute_loss(model, inputs)
     torch.testing.assert_close(evaluated, loss(data)(model(**whole).node_log_probs, labels))
-
-
-SEVERAL = "multi_label_classification"
-
-
-@pytest.mark.parametrize(("focal", "consistency"), [(True, 0.0), (True, 1.5), (False, 0.0)])
-def test_with_several_labels_accumulation_gives_the_gradient_of_one_large_batch(
-    tmp_path, tokenizer, focal, consistency
-):
-    data, after = rows_of_label_sets(), []
-    for size, steps in ((16, 1), (4, 4)):
-        model = tiny_model(SEVERAL)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-        args = arguments(
-            tmp_path,
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=steps,
-            max_steps=1,
-            max_grad_norm=0.0,
-        )
-        given = {"loss_function": loss_of_label_sets(data) if focal else None, "consistency": consistency}
-        trainer(model, tokenizer, data, args, optimizers=(optimizer, scheduler), **given).train()
-        after.append(trained_weights(model))
-    moved = max((after[0][name] - p).abs().max() for name, p in tiny_model(SEVERAL).named_parameters())
-    assert moved > 1e-3
-    for name in after[0]:
-        torch.testing.assert_close(after[0][name], after[1][name], atol=1e-5, rtol=0, msg=name)
 
 
 def test_with_several_labels_texts_are_counted_not_elements_of_label_arrays(tmp_path, tokenizer):
