@@ -143,7 +143,7 @@ CORPUS: dict[str, tuple[str, bytes, list[tuple[int, dict | str]]]] = {
         (4, {"a": "😀"})]),
     "a number of thousands of digits": ("jsonl", b'{"a": ' + b"1" * 5000 + b'}\n{"a": ' + b"1" * 4000 + b"}\n", [
         (1, "a number has too many digits"), (2, {"a": int("1" * 4000)})]),
-    "nested too deeply": ("jsonl", b'{"a": ' + b"[" * 10**5 + b'\n{"a": ' + b"[" * 5000 + b"]" * 5000 + b'}\n{"a": 1}\n', [
+    "nested too deeply": ("jsonl", b'{"a": ' + b"[" * 10**5 + b'\n{"a": ' + b"[" * 10**5 + b"]" * 10**5 + b'}\n{"a": 1}\n', [
         (1, "nested too deeply"), (2, "nested too deeply"), (3, {"a": 1})]),
     "a list of objects": ("json", b'\xef\xbb\xbf[{"a": 1},\n\n {"b": null}, 7, {"a": 1, "a": 2}]', [
         (1, {"a": 1}), (2, {"b": None}), (3, "not a JSON object"), (4, "the name 'a' occurs twice")]),
