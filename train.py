@@ -179,6 +179,7 @@ def measure(
     """
     training, taxonomy, as_trained = arguments.training, model.config.tree, {}
     if arguments.model.quantization != "none":
+        trainer.compute_metrics = report.served_metrics(model.config)  # F1 in training is at the best threshold
         scores, *_ = report.score_splits(trainer, splits, training)
         as_trained = {f"quantized_{name}": value for name, value in scores.items()}
     served = report.served_trainer(training.output_dir, training, trainer.processing_class, trainer.loss_function)

@@ -218,9 +218,12 @@ def calibration_bins(confidence: np.ndarray, correct: np.ndarray, variance: np.n
     Row m holds confidences in (m / 15, (m + 1) / 15]. ``variance`` is the variance of ``correct`` if the probabilities are
     correct. All arguments are (num_documents,).
     """
-    index = np.digitize(confidence, np.arange(1, BINS) / BINS, right=True)
     columns = {"confidence": confidence, "correct": correct, "variance": variance, "count": 1}
-    return pd.DataFrame(columns, dtype=float).groupby(index).sum()
+    return pd.DataFrame(columns, dtype=float).groupby(bin_index(confidence)).sum()
+
+
+def bin_index(confidence: np.ndarray) -> np.ndarray:
+    return np.digitize(confidence, np.arange(1, BINS) / BINS, right=True)
 
 
 def expected_calibration_error(bins: pd.DataFrame) -> float:

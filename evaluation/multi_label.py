@@ -35,6 +35,7 @@ from transformers import EvalPrediction
 from errors import InputError
 from evaluation.calibration import FOLDS, PRIOR, RANGE, round_up
 from evaluation.metrics import (
+    bin_index,
     calibration_bins,
     calibration_error_by_chance,
     check_finite,
@@ -253,7 +254,7 @@ def recall_scores(u: np.ndarray, labels: np.ndarray, threshold: float | None) ->
 
 
 def build_multi_label_metrics(
-    taxonomy: Taxonomy, thresholds: np.ndarray | list[float] | None = None
+    taxonomy: Taxonomy, thresholds: np.ndarray | list[float] | float | None = None
 ) -> Callable[[EvalPrediction], dict[str, float]]:
     """Build the Trainer's ``compute_metrics`` for a taxonomy and several labels a text.
 
@@ -268,7 +269,8 @@ def build_multi_label_metrics(
     - ``mean_average_precision``: of scikit-learn's average precision, over nodes with a label 1; left out if there is none.
     - ``log_loss``: the mean binary cross-entropy of the marginals over pairs, in nats.
     - ``ece``, ``ece_by_chance``: the calibration error, see `expected_calibration_error`, and its expected value for correct
-      probabilities, over pairs with P(node) >= 0.1. Left out if there is none.
+      probabilities, over pairs with P(node) >= 0.1. Left out if there is none. By chance, nodes of one text depend on each
+      other as in the tree, see `pair_variance`.
 
     Without thresholds, nodes are chosen by the common one that maximises micro-F1 on the scored texts.
     """
@@ -301,7 +303,7 @@ def build_multi_label_metrics(
                 metrics[f"level_{level}_micro_f1"] = micro_f1(counts[:, levels == level])
         confidence, correct = likely_pairs(u, labels)
         if len(confidence):
-            bins = calibration_bins(confidence, correct, variance=confidence * (1 - confidence))
+            bins = calibration_bins(confidence, correct, variance=pair_variance(taxonomy, u, labels))
             metrics["ece"] = float(expected_calibration_error(bins))
             metrics["ece_by_chance"] = float(calibration_error_by_chance(bins))
         return metrics
@@ -317,7 +319,33 @@ def common_threshold(u: np.ndarray, labels: np.ndarray) -> float:
 
 
 def likely_pairs(u: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return P(node) and whether the label is 1, of the pairs with a known label and P(node) >= 0.1: (num_pairs,) each."""
-    probabilities = expit(u.astype(np.float64))
-    likely = (labels != IGNORED_LABEL) & (probabilities >= LEAST_PROBABILITY)
-    return probabilities[likely], labels[likely] == 1
+    """Return P(node) and whether the label is 1, of the pairs of `is_likely`: (num_pairs,) each."""
+    likely = is_likely(u, labels)
+    return expit(u[likely].astype(np.float64)), labels[likely] == 1
+
+
+def is_likely(u: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return which pairs have a known label and P(node) >= 0.1: (num_texts, num_nodes)."""
+    return (labels != IGNORED_LABEL) & (expit(u.astype(np.float64)) >= LEAST_PROBABILITY)
+
+
+def pair_variance(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return each likely pair's part of the variance of its bin's number of correct pairs, if P is correct: (num_pairs,).
+
+    Decisions are independent given their parents. So nodes i and j of one text, whose lowest common ancestor or self is k, have
+    the covariance P(i) P(j) (1 / P(k) - 1), and 0 in different trees. With i = j it is P(i) (1 - P(i)). A pair's part is the
+    sum over the pairs of its text in its bin.
+    """
+    ancestors, likely = np.array(taxonomy.ancestors), is_likely(u, labels)
+    ancestors = np.pad(ancestors, ((0, 0), (1, 0)), constant_values=taxonomy.num_nodes)  # above all trees, with P = 1
+    probabilities = np.pad(expit(u.astype(np.float64)), ((0, 0), (0, 1)), constant_values=1.0)
+    parts = []
+    for of_text, nodes in zip(probabilities, map(np.flatnonzero, likely), strict=True):
+        if not len(nodes):
+            continue
+        paths, bins = ancestors[nodes], bin_index(of_text[nodes])
+        shared = (paths[:, None] == paths) & (paths < taxonomy.num_nodes)  # (pairs, pairs, depth + 1)
+        lowest = paths[np.arange(len(nodes))[:, None], shared.sum(axis=2)]
+        covariance = np.outer(of_text[nodes], of_text[nodes]) * (1 / of_text[lowest] - 1)
+        parts.append((covariance * (bins[:, None] == bins)).sum(axis=1))
+    return np.concatenate(parts)

@@ -40,12 +40,12 @@ from evaluation.metrics import (
 from evaluation.multi_label import (
     build_multi_label_metrics,
     choose,
-    common_threshold,
     fit_node_thresholds,
     fit_recall_thresholds,
     recall_scores,
 )
 from modeling_hierarchical import HierarchicalForSequenceClassification
+from pipeline_hierarchical import DEFAULT_THRESHOLD
 from publishing.card import PREFIXES
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import ComputeMetrics, HierarchicalTrainingArguments
@@ -79,14 +79,21 @@ def served_trainer(
         args=dataclasses.replace(training, **AS_SERVED),
         processing_class=tokenizer,
         data_collator=build_collator(tokenizer),
-        compute_metrics=build_metrics(model.config.tree, model.config.is_multi_label, model.config.node_thresholds),
+        compute_metrics=served_metrics(model.config),
         loss_function=loss_function,
     )
 
 
-def build_metrics(taxonomy: Taxonomy, multi_label: bool, thresholds: list[float] | None = None) -> ComputeMetrics:
+def build_metrics(
+    taxonomy: Taxonomy, multi_label: bool, thresholds: list[float] | float | None = None
+) -> ComputeMetrics:
     """Build the Trainer's ``compute_metrics``; thresholds of the nodes are for several labels a text."""
     return build_multi_label_metrics(taxonomy, thresholds) if multi_label else build_compute_metrics(taxonomy)
+
+
+def served_metrics(config: HierarchicalConfig) -> ComputeMetrics:
+    """Build the ``compute_metrics`` of the predictions that the pipeline makes: with the stored thresholds, or 0.5."""
+    return build_metrics(config.tree, config.is_multi_label, config.node_thresholds or DEFAULT_THRESHOLD)
 
 
 def score_splits(
@@ -204,10 +211,9 @@ def measure(
     return metrics
 
 
-def choose_nodes(config: HierarchicalConfig, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return the chosen nodes, by the stored thresholds, or by the common one that is best on these rows."""
-    thresholds = common_threshold(logits, labels) if config.node_thresholds is None else config.node_thresholds
-    return choose(config.tree, expit(logits.astype(np.float64)), thresholds)
+def choose_nodes(config: HierarchicalConfig, logits: np.ndarray) -> np.ndarray:
+    """Return the nodes that the pipeline predicts."""
+    return choose(config.tree, expit(logits.astype(np.float64)), config.node_thresholds or DEFAULT_THRESHOLD)
 
 
 def shown_split(
@@ -227,7 +233,7 @@ def class_scores(config: HierarchicalConfig, logits: dict[str, np.ndarray], spli
         return {}
     split, scores, labels = shown_split(config, logits, splits)
     if config.is_multi_label:
-        rows, intervals = per_class_report(config.tree.labels, labels, choose_nodes(config, scores, labels))
+        rows, intervals = per_class_report(config.tree.labels, labels, choose_nodes(config, scores))
     else:
         num_leaves = config.tree.num_leaves
         is_leaf = labels < num_leaves
@@ -276,7 +282,7 @@ def write_predictions(
 def deepest_nodes(config: HierarchicalConfig, logits: np.ndarray, labels: np.ndarray) -> dict[str, list[str]]:
     """Return the deepest nodes of each text's labels and prediction, the most probable first, joined by ``; ``."""
     tree, columns = config.tree, {"labels": list[str](), "predictions": list[str](), "probabilities": list[str]()}
-    chosen, probabilities = choose_nodes(config, logits, labels), expit(logits)
+    chosen, probabilities = choose_nodes(config, logits), expit(logits)
     for true, nodes, of_nodes in zip(labels == 1, chosen, probabilities, strict=True):
         predicted = sorted(tree.deepest(np.flatnonzero(nodes).tolist()), key=lambda node: -of_nodes[node])
         names = [tree.labels[node] for node in tree.deepest(np.flatnonzero(true).tolist())]

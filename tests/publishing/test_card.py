@@ -597,7 +597,7 @@ def test_an_uncalibrated_multi_label_card_says_at_which_threshold_it_was_scored(
     test_only = {name: value for name, value in metrics.items() if re.match("test_(?!answer)", name)}
     text, _ = written_multi_label(make_config(problem_type="multi_label_classification"), metrics=test_only)
     shown = " ".join(section(text, "Results").split())
-    assert "one common threshold, which is the best on the scored rows" in shown
+    assert "every node that reaches the probability 0.5, with its ancestors" in shown
     assert "The pipeline predicts the nodes of probability 0.5 or more." in shown
     assert "recall=0.9" not in text
 
