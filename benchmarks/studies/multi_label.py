@@ -1,0 +1,135 @@
+"""Compare losses and settings for several labels a text on Hallmarks of Cancer, without its test file:
+
+    python benchmarks/studies/multi_label.py --data FOLDER --encoder ENCODER [--variant recipe "every decision" …]
+
+FOLDER holds ``hallmarks_of_cancer/{train,validation}.jsonl`` with ``taxonomy.json``. A fifth of the training texts is scored.
+``train.py`` trains on the others, over a full-precision encoder. The validation file selects the epoch, calibrates, and gives the
+thresholds. So the scored rows are used for nothing else. With about 200 rows, a difference of 2 points of F1 is chance; mean
+average precision and log loss vary less. Finished runs are not repeated.
+
+Supports docs/experiments.md, "2026-11-27: Losses and settings for several labels a text".
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import train
+from modeling_hierarchical import TreeSigmoid
+from training.losses import average_over_labels
+from training.multi_label import MultiLabelFocalLoss
+
+SCORED = 0.2  # of the training texts
+FLAGS: dict[str, tuple[str, ...]] = {
+    "recipe": (),
+    "3 epochs": ("--num_train_epochs", "3"),
+    "3 epochs, rank 64": ("--num_train_epochs", "3", "--lora_r", "64", "--lora_alpha", "128"),
+    "3 epochs, batches of 16": ("--num_train_epochs", "3", "--per_device_train_batch_size", "16"),
+    "3 epochs, learning rate 5e-4": ("--num_train_epochs", "3", "--learning_rate", "5e-4"),
+    "3 epochs, learning rate 2e-3": ("--num_train_epochs", "3", "--learning_rate", "2e-3"),
+    "3 epochs, adapter dropout 0.1": ("--num_train_epochs", "3", "--lora_dropout", "0.1"),
+    "3 epochs, heads 1e-2": ("--num_train_epochs", "3", "--heads_learning_rate", "1e-2"),
+    "3 epochs, focal, gamma 1": ("--num_train_epochs", "3", "--focal_gamma", "1"),
+}
+SHOWN = {"micro_f1": 100, "macro_f1": 100, "mean_average_precision": 100, "log_loss": 1, "ece": 1, "ece_by_chance": 1}
+
+
+class EveryDecision(MultiLabelFocalLoss):
+    """Train a decision whether its parent's label is 1 or not."""
+
+    def forward(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        target = labels.clamp(min=0).float()
+        target = target + self.label_smoothing * (self.rates - target)
+        loss = binary_cross_entropy_with_logits(logits, target, reduction="none")
+        return average_over_labels(torch.where(labels >= 0, loss, 0).sum(1), labels, num_items_in_batch)
+
+
+class Marginals(MultiLabelFocalLoss):
+    """Train the marginal probability of every node, without label smoothing."""
+
+    def __init__(self, tree, *arguments, **settings):
+        super().__init__(tree, *arguments, **settings)
+        self.tree_sigmoid = TreeSigmoid(tree)
+
+    def forward(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        u = self.tree_sigmoid.marginal_logits(logits.float())
+        loss = binary_cross_entropy_with_logits(u, labels.clamp(min=0).float(), reduction="none")
+        return average_over_labels(torch.where(labels >= 0, loss, 0).sum(1), labels, num_items_in_batch)
+
+
+class Asymmetric(MultiLabelFocalLoss):
+    """Asymmetric loss of the open decisions (Ridnik et al., 2021): γ+ = 0, γ- = 2, probabilities shifted by 0.05."""
+
+    def forward(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        shifted = (torch.sigmoid(logits.float()) - 0.05).clamp(min=0)
+        positive = -torch.nn.functional.logsigmoid(logits.float())
+        negative = -(shifted**2) * torch.log1p(-shifted)
+        loss = torch.where(labels == 1, positive, negative)
+        is_open = self.decisions.open_decisions(labels)
+        return average_over_labels(torch.where(is_open, loss, 0).sum(1), labels, num_items_in_batch)
+
+
+LOSSES: dict[str, Callable] = {
+    "3 epochs, every decision": EveryDecision,
+    "3 epochs, marginals": Marginals,
+    "3 epochs, asymmetric loss": Asymmetric,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--encoder", required=True)
+    parser.add_argument("--variant", choices=[*FLAGS, *LOSSES], nargs="+", default=[*FLAGS, *LOSSES])
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "multi_label")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # train in this process
+    arguments = parser.parse_args()
+    print(f"| variant | epoch | {' | '.join(SHOWN)} | mean average precision, encoder alone | its log loss |")
+    for variant in arguments.variant:
+        folder = arguments.runs / variant.replace(" ", "-").replace(",", "")
+        if not (folder / "metrics.json").exists():
+            words = flags(variant, folder, arguments)
+            if arguments.here:
+                train.MultiLabelFocalLoss = LOSSES.get(variant, MultiLabelFocalLoss)  # type: ignore[misc]
+                sys.exit(train.main(words))
+            command = [sys.executable, __file__, "--here", "--variant", variant, "--data", arguments.data]
+            command += ["--encoder", arguments.encoder, "--runs", arguments.runs]
+            subprocess.run([*map(str, command)], check=True, stdout=sys.stderr)
+        metrics = json.loads((folder / "metrics.json").read_text())
+        alone = (metrics[f"without_lexical_head_test_{name}"] for name in ("mean_average_precision", "log_loss"))
+        cells = [f"{factor * metrics[f'test_{name}']:.{1 if factor > 1 else 3}f}" for name, factor in SHOWN.items()]
+        cells += [f"{value * factor:.{digits}f}" for value, factor, digits in zip(alone, (100, 1), (1, 3), strict=True)]
+        print(f"| {variant} | {metrics['epoch']:.0f} | {' | '.join(cells)} |", flush=True)
+
+
+def flags(variant: str, folder: Path, arguments: argparse.Namespace) -> list[str]:
+    """Write the rows of a run, and return its words for ``train.py``."""
+    data = arguments.data / "hallmarks_of_cancer"
+    rows = [*(data / "train.jsonl").open(encoding="utf-8")]
+    texts = sorted({json.loads(row)["text"] for row in rows})
+    random.Random(0).shuffle(texts)
+    scored = set(texts[: round(SCORED * len(texts))])
+    arguments.runs.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        kept = [row for row in rows if (json.loads(row)["text"] in scored) == (split == "test")]
+        (arguments.runs / f"{split}.jsonl").write_text("".join(kept), encoding="utf-8")
+    words = [ROOT / "recipes" / "hallmarks.yaml", "--model_name_or_path", arguments.encoder, "--quantization", "none"]
+    words += ["--train_file", arguments.runs / "train.jsonl", "--test_file", arguments.runs / "test.jsonl"]
+    words += ["--validation_file", data / "validation.jsonl", "--taxonomy", data / "taxonomy.json"]
+    epochs = ("--num_train_epochs", "3") if variant in LOSSES else ()
+    return [*map(str, words), "--output_dir", str(folder), *FLAGS.get(variant, ()), *epochs]
+
+
+if __name__ == "__main__":
+    main()
