@@ -34,7 +34,8 @@ class HierarchicalConfig(PretrainedConfig):
         label_separator: what stands between the names of a path.
         encoder_name_or_path, encoder_revision: Hub id and commit of the encoder's weights, or a folder and None.
         adapter_subfolder: the folder of the checkpoint that holds a PEFT adapter; None if it holds the whole model.
-        pooling: ``"mean"`` over the tokens that are not padding, or ``"cls"``, the first token.
+        pooling: ``"mean"`` over the tokens that are not padding; ``"cls"``, the first token; or ``"label_attention"``, a
+            weighted mean for each node.
         head_dropout: dropout probability before the heads.
         initializer_range: standard deviation of fresh head weights.
         lexical_vocab_size, lexical_weight: the number of token ids that the lexical head knows, and the factor of its
@@ -85,8 +86,8 @@ class HierarchicalConfig(PretrainedConfig):
         tree: Any = taxonomy
         if not isinstance(tree, Taxonomy):
             tree = Taxonomy(DEFAULT_TAXONOMY if tree is None else tree, label_separator)
-        if pooling not in ("mean", "cls"):
-            raise ValueError(f"pooling must be 'mean' or 'cls', not {pooling!r}")
+        if pooling not in ("mean", "cls", "label_attention"):
+            raise ValueError(f"pooling must be 'mean', 'cls' or 'label_attention', not {pooling!r}")
         self.text_config = text_config if isinstance(text_config, PretrainedConfig) else encoder_config(text_config)
         if getattr(self.text_config, "attention_type", None) == "block_sparse":
             # the first short text would switch BigBird to it for good

@@ -180,15 +180,18 @@ class TreeSigmoid(nn.Module):
 
 
 class HierarchicalHeads(nn.Module):
-    """All decisions of a taxonomy at once: (B, hidden_size) to (B, num_nodes).
+    """All decisions of a taxonomy at once: (B, hidden_size), or with label attention (B, T, hidden_size), to (B, num_nodes).
 
-    A node's score is linear in the text's vector. With several labels a text it is the decision's logit. With one path,
-    an inner node adds its inclusive value, the logsumexp of its children's scores (the nested logit: McFadden, 1978,
-    "Modelling the choice of residential location"). Without the inner nodes' own weights this is a flat softmax over the
-    leaves. With them, leaves share their ancestors' weights.
+       A node's score is linear in the text's vector. With label attention each node has its own vector of the text, a mean of the
+       token vectors with the weights softmax(h · q / √hidden_size) over the tokens, for the node's query q (Mullenbach et al.,
+       2018, "Explainable prediction of medical codes from clinical text"). Queries start at 0, which is mean pooling.
+    With several labels a text it is the decision's logit. With one path,
+       an inner node adds its inclusive value, the logsumexp of its children's scores (the nested logit: McFadden, 1978,
+       "Modelling the choice of residential location"). Without the inner nodes' own weights this is a flat softmax over the
+       leaves. With them, leaves share their ancestors' weights.
 
-    A lexical head takes part in each decision: its weighted scores are added to the encoder's (a product of experts:
-    Hinton, 2002). The calibration applies to the sum.
+       A lexical head takes part in each decision: its weighted scores are added to the encoder's (a product of experts:
+       Hinton, 2002). The calibration applies to the sum.
     """
 
     def __init__(self, config: HierarchicalConfig):
@@ -200,6 +203,7 @@ class HierarchicalHeads(nn.Module):
         # weights and calibration are float32, whatever the default dtype is
         self.weight = nn.Parameter(torch.empty(self.num_nodes, config.hidden_size, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(self.num_nodes, dtype=torch.float32))
+        self.query = nn.Parameter(torch.empty_like(self.weight)) if config.pooling == "label_attention" else None
         for name in ("temperature", "scale", "shift"):
             self.register_buffer(name, torch.empty(self.num_nodes, dtype=torch.float32), persistent=False)
         self.lexical = None
@@ -215,10 +219,21 @@ class HierarchicalHeads(nn.Module):
         self.scale.copy_(torch.tensor(config.node_scales or [1.0] * self.num_nodes))
         self.shift.copy_(torch.tensor(config.node_biases or [0.0] * self.num_nodes))
 
-    def forward(self, pooled: Tensor, input_ids: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
+    def own_scores(self, vectors: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Score vectors of texts (B, H), or of their tokens (B, T, H), without the lexical head: (B, num_nodes)."""
+        vectors = self.dropout(vectors.to(self.weight.dtype))
+        if vectors.dim() == 2:
+            return nn.functional.linear(vectors, self.weight, self.bias).float()
+        attention = nn.functional.linear(vectors, self.query) / vectors.shape[-1] ** 0.5  # (B, T, num_nodes)
+        if attention_mask is not None:
+            padding = attention_mask.to(vectors.device).unsqueeze(-1) == 0
+            attention = attention.masked_fill(padding, torch.finfo(attention.dtype).min)
+        return (attention.softmax(1) * nn.functional.linear(vectors, self.weight)).sum(1).float() + self.bias
+
+    def forward(self, vectors: Tensor, input_ids: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
         """Return log-probabilities (B, num_nodes), or with several labels a text the logits of the decisions."""
-        with torch.autocast(pooled.device.type, enabled=False):
-            own = nn.functional.linear(self.dropout(pooled.to(self.weight.dtype)), self.weight, self.bias).float()
+        with torch.autocast(vectors.device.type, enabled=False):
+            own = self.own_scores(vectors, attention_mask)
             lexical = None if self.lexical is None else self.lexical(input_ids, attention_mask)
             if self.config.is_multi_label:
                 scores = own if lexical is None else own + self.config.lexical_weight * lexical
@@ -260,6 +275,8 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         if isinstance(module, HierarchicalHeads):
             init.normal_(module.weight, std=self.config.initializer_range)
             init.zeros_(module.bias)
+            if module.query is not None:
+                init.zeros_(module.query)
             module.fill_buffers()
         elif isinstance(module, LexicalHead):
             for parameter in module.parameters():
@@ -272,7 +289,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         return hasattr(self.encoder, "peft_config")
 
     def pool(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Pool token vectors (B, T, H) under a mask (B, T) to (B, H), in float32."""
+        """Pool token vectors (B, T, H) under a mask (B, T) to (B, H), in float32; with label attention to their mean."""
         if self.config.pooling == "cls":
             return hidden[:, 0].float()
         if attention_mask is None:
@@ -319,10 +336,12 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         encoded = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
         # ── Heads ────────────────────────────────────────────────────────────────────────────────────────────────────
-        pooled = self.pool(encoded.last_hidden_state, attention_mask)
+        vectors = encoded.last_hidden_state
+        if self.heads.query is None:
+            vectors = self.pool(vectors, attention_mask)
         if not self.heads.weight.is_meta:  # offloaded heads move their inputs themselves
-            pooled = pooled.to(self.heads.weight.device)
-        scores = self.heads(pooled, input_ids, attention_mask)
+            vectors = vectors.to(self.heads.weight.device)
+        scores = self.heads(vectors, input_ids, attention_mask)
         loss = None
         if self.config.is_multi_label:
             logits = self.heads.decisions.marginal_logits(scores)

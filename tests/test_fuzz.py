@@ -143,7 +143,12 @@ def test_taxonomy_files(file, suffix, content):
 # ── configurations ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@given(TREES, st.floats(0, 0.9), st.sampled_from(["mean", "cls"]), st.one_of(st.none(), st.integers(1, 1000)))
+@given(
+    TREES,
+    st.floats(0, 0.9),
+    st.sampled_from(["mean", "cls", "label_attention"]),
+    st.one_of(st.none(), st.integers(1, 1000)),
+)
 def test_configurations_come_back(tree, dropout, pooling, lexical_vocab_size):
     weight = None if lexical_vocab_size is None else 0.3
     try:

@@ -47,7 +47,9 @@ class ModelArguments:
     lora_alpha: int = flag(32, "The adapter's output is scaled by lora_alpha / lora_r.")
     lora_dropout: float = flag(0.0, "Dropout on the adapter's input.")
     lora_target_modules: list[str] = flag(["all-linear"], "Names of the adapted layers, such as query value.")
-    pooling: Literal["mean", "cls"] = flag("mean", "Vector of a text: the mean of its token vectors, or the first one.")
+    pooling: Literal["mean", "cls", "label_attention"] = flag(
+        "mean", "Vector of a text: the mean of its token vectors, the first one, or for each class a weighted mean."
+    )
     heads_init: Literal["label_names", "random"] | None = flag(
         None, f"Initial heads. Default: label_names below {FEW_ROWS} rows per class, if the names fit."
     )

@@ -129,8 +129,8 @@ def change_taxonomy(model: HierarchicalForSequenceClassification, taxonomy: Taxo
     old_id = {old.path_names(i): i for i in range(old.num_nodes)}
     kept = {i: old_id[path] for i in range(taxonomy.num_nodes) if (path := taxonomy.path_names(i)) in old_id}
     with torch.no_grad():
-        for name in ("weight", "bias"):
-            getattr(model.heads, name)[[*kept]] = getattr(old_heads, name)[[*kept.values()]]
+        for new, old_weights in zip(model.heads.parameters(), old_heads.parameters(), strict=True):
+            new[[*kept]] = old_weights[[*kept.values()]]
     fresh = [label for i, label in enumerate(taxonomy.labels) if i not in kept]
     dropped = [label for i, label in enumerate(old.labels) if i not in kept.values()]
     logger.info("heads kept: %d; initialised: %s; dropped: %s", len(kept), fresh or "none", dropped or "none")

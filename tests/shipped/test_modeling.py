@@ -1,7 +1,9 @@
 import itertools
 import json
+import math
 import os
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
@@ -121,15 +123,44 @@ def test_a_flat_taxonomy_is_cross_entropy():
     torch.testing.assert_close(output.loss, nn.functional.cross_entropy(scores + model.heads.bias, labels))
 
 
-@pytest.mark.parametrize(("kind", "pooling"), list(itertools.product(ENCODERS, ["mean", "cls"])))
+@pytest.mark.parametrize(("kind", "pooling"), list(itertools.product(ENCODERS, ["mean", "cls", "label_attention"])))
 def test_padding_changes_nothing_whatever_the_encoder(kind, pooling):
     model = small_model(kind, pooling=pooling)
+    if pooling == "label_attention":
+        nn.init.normal_(model.heads.query)
     inputs = batch()
     together = model(**inputs).node_log_probs
     for row in range(3):
         length = int(inputs["attention_mask"][row].sum())
         alone = model(**{name: tensor[row : row + 1, :length] for name, tensor in inputs.items()}).node_log_probs
         torch.testing.assert_close(together[row : row + 1], alone, atol=2e-5, rtol=1e-4)
+
+
+def test_label_attention_weighs_the_tokens_for_each_node(tmp_path):
+    model, inputs = small_model(pooling="label_attention"), batch()
+    plain = small_model()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    # queries start at 0, which is the mean
+    torch.testing.assert_close(model(**inputs).logits, plain(**inputs).logits, atol=1e-6, rtol=1e-5)
+
+    heads = model.heads
+    nn.init.normal_(heads.query)
+    hidden = model.encoder(**inputs).last_hidden_state.detach().numpy()
+    query, weight, bias = (p.detach().numpy() for p in (heads.query, heads.weight, heads.bias))
+    expected = np.empty((3, len(bias)))
+    for row, node in itertools.product(range(3), range(len(bias))):
+        tokens = hidden[row][inputs["attention_mask"][row].numpy() == 1]
+        share = np.exp(tokens @ query[node] / math.sqrt(hidden.shape[-1]))
+        expected[row, node] = weight[node] @ (share / share.sum() @ tokens) + bias[node]
+    found = heads.own_scores(torch.from_numpy(hidden), inputs["attention_mask"])
+    np.testing.assert_allclose(found.detach().numpy(), expected, atol=1e-5)
+
+    # it trains, is saved, and comes back
+    model(**inputs, labels=torch.tensor([0, 5, 6])).loss.backward()
+    assert heads.query.grad.abs().sum() > 0
+    model.eval().save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
+    torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
@@ -464,7 +495,7 @@ def test_big_bird_answers_a_long_text_alike_before_and_after_a_short_one():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"pooling": "max"}, "pooling must be 'mean' or 'cls'"),
+        ({"pooling": "max"}, "pooling must be 'mean', 'cls' or 'label_attention'"),
         ({"temperatures": [1.0, 0.0, 1.0, 1.0]}, "temperatures must be 4 positive numbers"),
         (
             {"id2label": dict(enumerate("hgedc"))},
