@@ -123,7 +123,8 @@ def by_hand(hub: HubServer, checkpoint: Path) -> torch.Tensor:
         rows = []
         for text in TEXTS:
             inputs = tokenizer(text, return_tensors="pt", truncation=True, max_length=128)
-            rows.append(heads(encoder(**inputs).last_hidden_state.mean(1), inputs["input_ids"]))
+            tokens = encoder(**inputs).last_hidden_state
+            rows.append(heads(tokens.mean(1) if config.pooling == "mean" else tokens, inputs["input_ids"]))
     return torch.cat(rows)
 
 
@@ -178,16 +179,19 @@ def test_an_onnx_file_answers_as_the_model_does_for_any_batch_and_length(hub, ch
         np.testing.assert_allclose(np.exp(logits) / np.exp(logits).sum(1, keepdims=True), wanted, atol=1e-3)
 
 
-@pytest.mark.parametrize("score", [60.0, 10.0])
-def test_an_onnx_file_of_several_labels_stays_finite_for_large_scores(tiny_encoder, tmp_path, score):
+@pytest.mark.parametrize(("score", "pooling"), [(60.0, "mean"), (10.0, "label_attention")])
+def test_an_onnx_file_of_several_labels_stays_finite_for_large_scores(tiny_encoder, tmp_path, score, pooling):
     tree = Taxonomy({"a": {"b": ["c", "d"], "e": ["f", "g"]}, "h": {"i": ["j"], "k": None}})
     config = HierarchicalConfig(
         text_config=AutoConfig.from_pretrained(tiny_encoder),
         taxonomy=tree,
         encoder_name_or_path=tiny_encoder,
         problem_type="multi_label_classification",
+        pooling=pooling,
     )
     model = HierarchicalForSequenceClassification(config, encoder=load_encoder(config)).eval()
+    if pooling == "label_attention":
+        torch.nn.init.normal_(model.heads.query, std=5.0)
     with torch.no_grad():  # every mix of signs along a path
         model.heads.bias.copy_(torch.tensor([score if name in "abcfhj" else -score for name in tree.names]))
     model.save_pretrained(tmp_path)
@@ -828,6 +832,7 @@ def label_sets(hub, tmp_path_factory) -> Path:
     environment = settings(hub, folder / "home", "hf_alice")
     flags = ["--push_to_hub", "true", "--hub_model_id", "alice/sets-adapter", "--hub_strategy", "every_save"]
     flags += ["--hub_always_push", "true", "--save_strategy", "steps", "--save_steps", 2]
+    flags += ["--pooling", "label_attention", "--heads_learning_rate", "0.1"]
     train_label_sets("base/tiny", folder / "results", *flags, settings=environment)
     words = ["--model", folder / "results", "--repo_id", "alice/sets-merged", "--merge", "--onnx"]
     run(*words, command="push_to_hub.py", settings=environment)
