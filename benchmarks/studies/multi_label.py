@@ -31,16 +31,13 @@ from training.losses import average_over_labels
 from training.multi_label import MultiLabelFocalLoss
 
 SCORED = 0.2  # of the training texts
+MEAN = ("--pooling", "mean")
 FLAGS: dict[str, tuple[str, ...]] = {
     "recipe": (),
-    "3 epochs": ("--num_train_epochs", "3"),
-    "3 epochs, rank 64": ("--num_train_epochs", "3", "--lora_r", "64", "--lora_alpha", "128"),
-    "3 epochs, batches of 16": ("--num_train_epochs", "3", "--per_device_train_batch_size", "16"),
-    "3 epochs, learning rate 5e-4": ("--num_train_epochs", "3", "--learning_rate", "5e-4"),
-    "3 epochs, learning rate 2e-3": ("--num_train_epochs", "3", "--learning_rate", "2e-3"),
-    "3 epochs, adapter dropout 0.1": ("--num_train_epochs", "3", "--lora_dropout", "0.1"),
-    "3 epochs, heads 1e-2": ("--num_train_epochs", "3", "--heads_learning_rate", "1e-2"),
-    "3 epochs, focal, gamma 1": ("--num_train_epochs", "3", "--focal_gamma", "1"),
+    "focal, gamma 1": ("--focal_gamma", "1"),
+    "mean pooling": MEAN,
+    "mean pooling, rank 64": (*MEAN, "--lora_r", "64", "--lora_alpha", "128"),
+    "mean pooling, learning rate 5e-4": (*MEAN, "--learning_rate", "5e-4"),
 }
 SHOWN = {"micro_f1": 100, "macro_f1": 100, "mean_average_precision": 100, "log_loss": 1, "ece": 1, "ece_by_chance": 1}
 
@@ -81,9 +78,9 @@ class Asymmetric(MultiLabelFocalLoss):
 
 
 LOSSES: dict[str, Callable] = {
-    "3 epochs, every decision": EveryDecision,
-    "3 epochs, marginals": Marginals,
-    "3 epochs, asymmetric loss": Asymmetric,
+    "every decision": EveryDecision,
+    "marginals": Marginals,
+    "asymmetric loss": Asymmetric,
 }
 
 
@@ -127,8 +124,7 @@ def flags(variant: str, folder: Path, arguments: argparse.Namespace) -> list[str
     words = [ROOT / "recipes" / "hallmarks.yaml", "--model_name_or_path", arguments.encoder, "--quantization", "none"]
     words += ["--train_file", arguments.runs / "train.jsonl", "--test_file", arguments.runs / "test.jsonl"]
     words += ["--validation_file", data / "validation.jsonl", "--taxonomy", data / "taxonomy.json"]
-    epochs = ("--num_train_epochs", "3") if variant in LOSSES else ()
-    return [*map(str, words), "--output_dir", str(folder), *FLAGS.get(variant, ()), *epochs]
+    return [*map(str, words), "--output_dir", str(folder), *FLAGS.get(variant, ())]
 
 
 if __name__ == "__main__":
