@@ -8,6 +8,7 @@ import functools
 import gc
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,11 @@ from training.views import build_collator
 
 logger = logging.getLogger("train")
 
+Prepare = Callable[[HierarchicalTrainer], HierarchicalTrainer]
 
-def main(argv: list[str]) -> None:
+
+def main(argv: list[str], prepare: Prepare = lambda trainer: trainer) -> None:
+    """Run a command line. ``prepare`` may change the Trainer before it trains, as in examples/ray_train.py."""
     # ── Arguments: recipe, flags, output folder ──────────────────────────────────────────────────────────────────────
     arguments = parse(argv)
     training = arguments.training
@@ -70,7 +74,7 @@ def main(argv: list[str]) -> None:
 
     # ── Model, fit, measure, publish ─────────────────────────────────────────────────────────────────────────────────
     if training.do_train:
-        train(arguments, data, trained_texts, resume_from)
+        train(arguments, data, trained_texts, resume_from, prepare)
     elif stored_taxonomy is None:
         raise InputError(f"--do_train false needs a trained checkpoint, which {source} is not")
     elif data.taxonomy != stored_taxonomy:
@@ -79,7 +83,13 @@ def main(argv: list[str]) -> None:
         score_checkpoint(arguments, data)
 
 
-def train(arguments: Arguments, data: LabelledSplits, trained_texts: TrainedTexts, resume_from: str | None) -> None:
+def train(
+    arguments: Arguments,
+    data: LabelledSplits,
+    trained_texts: TrainedTexts,
+    resume_from: str | None,
+    prepare: Prepare,
+) -> None:
     """Train, measure and publish a model. All files go to ``--output_dir``."""
     training = arguments.training
     check_against_data(arguments, data.taxonomy, data.splits, report.build_metrics(data.taxonomy, data.is_multi_label))
@@ -98,7 +108,7 @@ def train(arguments: Arguments, data: LabelledSplits, trained_texts: TrainedText
     output = Path(training.output_dir)
     if training.should_save:
         make_folder(output)
-    trainer = build_trainer(arguments, splits, model, tokenizer)
+    trainer = prepare(build_trainer(arguments, splits, model, tokenizer))
     settings = run_settings(arguments, model, tokenizer.model_max_length)
     metrics: dict[str, Any] = {}  # until the end, when the card is written again
     trainer.write_card = functools.partial(write_card, trainer, settings, data.report, metrics)

@@ -24,20 +24,32 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def train(words: list, output: Path, processes: int, batch: int) -> dict:
-    """What a run leaves: its log by step, its metrics and its predictions."""
+def train(words: list, output: Path, processes: int, batch: int, machines: int = 1) -> dict:
+    """What a run leaves: its log by step, its metrics and its predictions.
+
+    Several machines are several launchers on this one.
+    """
     launch = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "recipes" / "accelerate" / "ddp.yaml"]
     launch += ["--num_processes", processes, "--main_process_port", free_port()]
-    line = [sys.executable, *(launch if processes > 1 else []), ROOT / "train.py", *words, "--use_cpu", "true"]
+    if machines > 1:
+        launch += ["--num_machines", machines, "--main_process_ip", "127.0.0.1"]
+    line = [ROOT / "train.py", *words, "--use_cpu", "true"]
     line += ["--output_dir", output, "--per_device_train_batch_size", batch]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([str(word) for word in line], capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-4000:]
+    environment, launched, said = {**os.environ, "OMP_NUM_THREADS": "1"}, [], ""
+    for rank in range(machines):
+        start = [*launch, "--machine_rank", rank] if processes > 1 else []
+        command = [str(word) for word in (sys.executable, *start, *line)]
+        streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        launched.append(subprocess.Popen(command, **streams, text=True, env=environment, cwd=ROOT))
+    for machine in launched:
+        _, errors = machine.communicate()
+        assert machine.returncode == 0, errors[-4000:]
+        said += errors
     state = json.loads((output / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
     file = output / "test_predictions.csv"
     predictions = read_csv(file) if file.exists() else []
     metrics = json.loads((output / "metrics.json").read_text())
-    return {"log": state["log_history"], "metrics": metrics, "predictions": predictions, "said": done.stderr}
+    return {"log": state["log_history"], "metrics": metrics, "predictions": predictions, "said": said}
 
 
 def save_model(encoder: str, folder: Path, problem_type: str | None = None) -> Path:
@@ -52,7 +64,7 @@ def save_model(encoder: str, folder: Path, problem_type: str | None = None) -> P
 
 @pytest.fixture(scope="module")
 def runs(tiny_encoder, tmp_path_factory) -> tuple[dict, dict]:
-    """The same run in one process and in two, over two epochs; 37 rows to score cannot be shared evenly."""
+    """The same run in one process and in two, as on two machines; 37 rows to score cannot be shared evenly."""
     folder = tmp_path_factory.mktemp("distributed")
     model = save_model(tiny_encoder, folder / "model")
     words: list = [ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", model]
@@ -70,7 +82,7 @@ def runs(tiny_encoder, tmp_path_factory) -> tuple[dict, dict]:
     ]
     for name in ("save", "eval"):
         words += [f"--{name}_strategy", "steps", f"--{name}_steps", 10]
-    return train(words, folder / "one", 1, 16), train(words, folder / "two", 2, 8)
+    return train(words, folder / "one", 1, 16), train(words, folder / "two", 2, 8, machines=2)
 
 
 def test_the_loss_curve_is_that_of_one_process_with_the_same_effective_batch(runs):

@@ -1,0 +1,110 @@
+"""Train on a Ray cluster: ``python examples/ray_train.py --workers N [--address ADDRESS] -- RECIPE [--flag value …]``.
+
+The words after ``--`` are a command line of train.py. Each worker runs it as one process of a distributed run.
+If a worker or its node fails, Ray restarts all workers, and they resume from the last checkpoint.
+See docs/distributed_training.md.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from errors import InputError, exit_with_error, one_line, refusing
+
+try:
+    import ray
+    from ray.train import ControllerError, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback, report
+    from ray.train.torch import TorchTrainer
+except ImportError as error:
+    exit_with_error("ray_train.py", f"{error}: pip install 'ray[default,train]'")
+
+MAX_FAILURES = 3  # restarts of one run; after more, the same command resumes it
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="ray_train.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--workers", type=int, required=True, help="Number of training processes.")
+    parser.add_argument("--address", default="local", help="Ray cluster, such as auto. Default: start Ray here.")
+    parser.add_argument("--cpus_per_worker", type=int, default=1, help="Cores, and threads, of a worker.")
+    parser.add_argument("--gpu", action="store_true", help="Give each worker one GPU.")
+    parser.add_argument("words", nargs="+", metavar="RECIPE", help="After --, the command line of train.py.")
+    given = parser.parse_args(argv)
+
+    # nodes of a cluster have declared their cores; here, Ray takes what the workers are to have
+    cores = {"num_cpus": given.workers * given.cpus_per_worker} if given.address == "local" else {}
+    environment = {"env_vars": {"PYTHONPATH": str(ROOT)}, "worker_process_setup_hook": name_own_cluster}
+    with refusing(f"cannot use the Ray cluster {given.address}"):
+        ray.init(given.address, runtime_env=environment, **cores)
+    trainer = TorchTrainer(
+        run_worker,
+        train_loop_config={"folder": os.getcwd(), "argv": [*given.words, "--resume_from_checkpoint", "auto"]},
+        scaling_config=ScalingConfig(
+            num_workers=given.workers, use_gpu=given.gpu, resources_per_worker={"CPU": given.cpus_per_worker}
+        ),
+        run_config=RunConfig(
+            failure_config=FailureConfig(MAX_FAILURES),
+            callbacks=[TellFailures()],
+            logging_config=LoggingConfig("CRITICAL"),  # else each failure is shown with several tracebacks
+        ),
+    )
+    try:
+        trainer.fit()
+    except ControllerError as error:
+        import train
+
+        message = train.failure(error.controller_failure)
+        if message is None:
+            raise
+        raise InputError(message) from error
+
+
+def name_own_cluster() -> None:
+    """Name the cluster to Ray Train. It would ask another one on the same machine for its run, and end it as lost."""
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+
+
+def run_worker(settings: dict[str, Any]) -> None:
+    """Run train.py in a worker. Ray has already set up the process group, with gloo or, on GPUs, NCCL."""
+    import train
+
+    os.chdir(settings["folder"])  # Ray starts workers in a folder of its own
+    train.main(settings["argv"], prepare)
+
+
+def prepare(trainer: Trainer) -> Trainer:
+    """Add the report to Ray. Its own `prepare_trainer` only replaces the data loaders of Ray data sets."""
+    trainer.add_callback(ReportScores())
+    return trainer
+
+
+class ReportScores(TrainerCallback):
+    """Report each evaluation to Ray. Checkpoints need no report: all workers find them in ``--output_dir``."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        report(metrics)
+
+
+class TellFailures(UserCallback):
+    """Show why workers failed. An error that the user has to correct ends the run: restarted workers would meet it again."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        import train
+
+        for rank, error in worker_exceptions.items():
+            print(f"worker {rank} failed: {one_line(error)}", file=sys.stderr)
+        if all(train.failure(error) for error in worker_exceptions.values()):
+            raise next(iter(worker_exceptions.values()))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        exit_with_error("ray_train.py", str(error))
