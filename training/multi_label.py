@@ -60,12 +60,15 @@ def prior_log_odds(taxonomy: Taxonomy, labels: np.ndarray) -> np.ndarray:
 
 
 class MultiLabelFocalLoss(nn.Module):
-    """Sum over a text's open decisions of  w_level · α · (1 - p)^γ · BCE, over the number of texts.
+    """Sum over a text's known nodes of  w_level · α · (1 - p)^γ · BCE, over the number of texts.
 
-    p is the probability of the correct outcome. BCE is the binary cross-entropy with the target (1 - ε) · y + ε · r, where r
-    is the node's rate in the training rows given its parent. Smoothing towards ½ would make rare nodes too probable. If
-    ``balanced``, α is n / (2 · n_y) for outcome y of a decision that is open in n training rows. See also
+    p is the probability of the correct outcome. BCE is the binary cross-entropy of P(node) with the target
+    (1 - ε) · y + ε · r, where r is the node's rate in the training rows. Smoothing towards ½ would make rare nodes too probable.
+    If ``balanced``, α is n / (2 · n_y) for outcome y of a node that is known in n training rows. See also
     `HierarchicalFocalLoss`.
+
+    This is not the likelihood of the open decisions, the model's own loss. There a node learns nothing from texts without its
+    parent, and ranked texts worse (docs/experiments.md, "Losses and settings for several labels a text").
     """
 
     def __init__(
@@ -80,7 +83,7 @@ class MultiLabelFocalLoss(nn.Module):
         super().__init__()
         self.gamma, self.label_smoothing = gamma, label_smoothing
         self.decisions = TreeSigmoid(tree)
-        positive, total = open_counts(tree, labels)
+        positive, total = (labels == 1).sum(0), (labels != IGNORED_LABEL).sum(0)
         outcomes = np.stack([total - positive, positive])  # (2, N): rows with outcome 0 and 1
         alpha = np.where(outcomes > 0, total / np.maximum(2 * outcomes, 1), 1) if balanced else np.ones(outcomes.shape)
         levels = np.array([level_weights[min(level, len(level_weights)) - 1] for level in tree.levels])
@@ -88,15 +91,15 @@ class MultiLabelFocalLoss(nn.Module):
         self.register_buffer("rates", torch.tensor((positive + 0.5) / (total + 1), dtype=torch.float32))
 
     def forward(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Return the loss in nats for logits (B, num_nodes) and labels (B, num_nodes): 1, 0 or -100."""
-        is_open, outcome = self.decisions.open_decisions(labels), labels.clamp(min=0)
+        """Return the loss in nats for decision logits (B, num_nodes) and labels (B, num_nodes): 1, 0 or -100."""
+        marginal, outcome = self.decisions.marginal_logits(logits), labels.clamp(min=0)
         target = outcome + self.label_smoothing * (self.rates - outcome)
-        loss = nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        loss = nn.functional.binary_cross_entropy_with_logits(marginal, target, reduction="none")
         if self.gamma:
-            missed = torch.sigmoid((1 - 2 * outcome) * logits)  # 1 - p
+            missed = torch.sigmoid((1 - 2 * outcome) * marginal)  # 1 - p
             loss = loss * missed.clamp(min=1e-7) ** self.gamma  # the floor keeps the slope finite when γ < 1
         loss = loss * torch.where(outcome == 1, self.weights[1], self.weights[0])
-        return average_over_labels(torch.where(is_open, loss, 0).sum(1), labels, num_items_in_batch)
+        return average_over_labels(torch.where(labels != IGNORED_LABEL, loss, 0).sum(1), labels, num_items_in_batch)
 
 
 def decision_disagreement(

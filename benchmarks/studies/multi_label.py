@@ -15,80 +15,85 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import train
-from modeling_hierarchical import TreeSigmoid
+from taxonomy_hierarchical import Taxonomy
 from training.losses import average_over_labels
-from training.multi_label import MultiLabelFocalLoss
+from training.multi_label import MultiLabelFocalLoss, open_counts
 
 SCORED = 0.2  # of the training texts
 MEAN = ("--pooling", "mean")
 FLAGS: dict[str, tuple[str, ...]] = {
     "recipe": (),
-    "focal, gamma 1": ("--focal_gamma", "1"),
     "mean pooling": MEAN,
-    "mean pooling, rank 64": (*MEAN, "--lora_r", "64", "--lora_alpha", "128"),
-    "mean pooling, learning rate 5e-4": (*MEAN, "--learning_rate", "5e-4"),
+    "focal, gamma 1": ("--focal_gamma", "1"),
+    "no label smoothing": ("--label_smoothing_factor", "0"),
+    "open decisions": (),
+    "open decisions, mean pooling": MEAN,
+    "open decisions, mean pooling, rank 64": (*MEAN, "--lora_r", "64", "--lora_alpha", "128"),
+    "every decision": (),
+    "asymmetric loss": (),
 }
 SHOWN = {"micro_f1": 100, "macro_f1": 100, "mean_average_precision": 100, "log_loss": 1, "ece": 1, "ece_by_chance": 1}
 
 
-class EveryDecision(MultiLabelFocalLoss):
+class OpenDecisions(MultiLabelFocalLoss):
+    """Train the decisions whose parent's label is 1: the likelihood of the labels."""
+
+    def __init__(self, tree: Taxonomy, labels: np.ndarray, *arguments: Any, **settings: Any):
+        super().__init__(tree, labels, *arguments, **settings)
+        positive, total = open_counts(tree, labels)
+        self.rates = torch.tensor((positive + 0.5) / (total + 1), dtype=torch.float32)
+
+    def forward(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        loss = binary_cross_entropy_with_logits(logits, self.target(labels), reduction="none")
+        return average_over_labels(torch.where(self.is_trained(labels), loss, 0).sum(1), labels, num_items_in_batch)
+
+    def target(self, labels: Tensor) -> Tensor:
+        outcome = labels.clamp(min=0).float()
+        return outcome + self.label_smoothing * (self.rates.to(outcome.device) - outcome)
+
+    def is_trained(self, labels: Tensor) -> Tensor:
+        return self.decisions.open_decisions(labels)
+
+
+class EveryDecision(OpenDecisions):
     """Train a decision whether its parent's label is 1 or not."""
 
-    def forward(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        target = labels.clamp(min=0).float()
-        target = target + self.label_smoothing * (self.rates - target)
-        loss = binary_cross_entropy_with_logits(logits, target, reduction="none")
-        return average_over_labels(torch.where(labels >= 0, loss, 0).sum(1), labels, num_items_in_batch)
-
-
-class Marginals(MultiLabelFocalLoss):
-    """Train the marginal probability of every node, without label smoothing."""
-
-    def __init__(self, tree, *arguments, **settings):
-        super().__init__(tree, *arguments, **settings)
-        self.tree_sigmoid = TreeSigmoid(tree)
-
-    def forward(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        u = self.tree_sigmoid.marginal_logits(logits.float())
-        loss = binary_cross_entropy_with_logits(u, labels.clamp(min=0).float(), reduction="none")
-        return average_over_labels(torch.where(labels >= 0, loss, 0).sum(1), labels, num_items_in_batch)
+    def is_trained(self, labels: Tensor) -> Tensor:
+        return labels >= 0
 
 
 class Asymmetric(MultiLabelFocalLoss):
-    """Asymmetric loss of the open decisions (Ridnik et al., 2021): γ+ = 0, γ- = 2, probabilities shifted by 0.05."""
+    """Asymmetric loss of the nodes (Ridnik et al., 2021): γ+ = 0, γ- = 2, probabilities shifted by 0.05."""
 
     def forward(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        shifted = (torch.sigmoid(logits.float()) - 0.05).clamp(min=0)
-        positive = -torch.nn.functional.logsigmoid(logits.float())
-        negative = -(shifted**2) * torch.log1p(-shifted)
-        loss = torch.where(labels == 1, positive, negative)
-        is_open = self.decisions.open_decisions(labels)
-        return average_over_labels(torch.where(is_open, loss, 0).sum(1), labels, num_items_in_batch)
+        marginal = self.decisions.marginal_logits(logits)
+        shifted = (torch.sigmoid(marginal) - 0.05).clamp(min=0)
+        loss = torch.where(labels == 1, -logsigmoid(marginal), -(shifted**2) * torch.log1p(-shifted))
+        return average_over_labels(torch.where(labels >= 0, loss, 0).sum(1), labels, num_items_in_batch)
 
 
-LOSSES: dict[str, Callable] = {
-    "every decision": EveryDecision,
-    "marginals": Marginals,
-    "asymmetric loss": Asymmetric,
-}
+def loss_of(variant: str) -> type[MultiLabelFocalLoss]:
+    others = {"open decisions": OpenDecisions, "every decision": EveryDecision, "asymmetric loss": Asymmetric}
+    return others.get(variant.split(", mean")[0], MultiLabelFocalLoss)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--encoder", required=True)
-    parser.add_argument("--variant", choices=[*FLAGS, *LOSSES], nargs="+", default=[*FLAGS, *LOSSES])
+    parser.add_argument("--variant", choices=FLAGS, nargs="+", default=[*FLAGS])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "multi_label")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # train in this process
     arguments = parser.parse_args()
@@ -98,7 +103,7 @@ def main() -> None:
         if not (folder / "metrics.json").exists():
             words = flags(variant, folder, arguments)
             if arguments.here:
-                train.MultiLabelFocalLoss = LOSSES.get(variant, MultiLabelFocalLoss)  # type: ignore[misc]
+                train.MultiLabelFocalLoss = loss_of(variant)  # type: ignore[misc]
                 sys.exit(train.main(words))
             command = [sys.executable, __file__, "--here", "--variant", variant, "--data", arguments.data]
             command += ["--encoder", arguments.encoder, "--runs", arguments.runs]
@@ -124,7 +129,7 @@ def flags(variant: str, folder: Path, arguments: argparse.Namespace) -> list[str
     words = [ROOT / "recipes" / "hallmarks.yaml", "--model_name_or_path", arguments.encoder, "--quantization", "none"]
     words += ["--train_file", arguments.runs / "train.jsonl", "--test_file", arguments.runs / "test.jsonl"]
     words += ["--validation_file", data / "validation.jsonl", "--taxonomy", data / "taxonomy.json"]
-    return [*map(str, words), "--output_dir", str(folder), *FLAGS.get(variant, ())]
+    return [*map(str, words), "--output_dir", str(folder), *FLAGS[variant]]
 
 
 if __name__ == "__main__":

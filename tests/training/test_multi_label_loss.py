@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn import functional
 
 from modeling_hierarchical import TreeSigmoid, binary_cross_entropy
 from taxonomy_hierarchical import Taxonomy
@@ -66,30 +66,44 @@ def test_the_loss_is_the_cross_entropy_of_the_decisions_whose_parent_the_text_ha
     z = torch.randn(3, 6)
     labels = torch.tensor(multi_hot(TREE, [ids("d"), [], None]), dtype=torch.float32)
     opened = [(0, ids("x", "a", "b", "c", "d", "e")), (1, ids("x", "a"))]
-    expected = sum(binary_cross_entropy_with_logits(z[i, n], labels[i, n], reduction="sum") for i, n in opened) / 2
+    expected = (
+        sum(functional.binary_cross_entropy_with_logits(z[i, n], labels[i, n], reduction="sum") for i, n in opened) / 2
+    )
     torch.testing.assert_close(binary_cross_entropy(z, labels, TreeSigmoid(TREE)), expected)
-    loss = MultiLabelFocalLoss(TREE, multi_hot(TREE, [[]]))
+    torch.testing.assert_close(binary_cross_entropy(z, labels, TreeSigmoid(TREE), 8), expected / 4)
+
+
+def marginals(z):
+    """The product of the probabilities on each node's path."""
+    return torch.stack([torch.sigmoid(z[:, TREE.path(node)]).prod(1) for node in range(TREE.num_nodes)], 1)
+
+
+def test_training_minimises_the_cross_entropy_of_the_known_nodes():
+    z = torch.randn(4, 6, dtype=torch.float64)
+    rows = multi_hot(TREE, [ids("d"), ids("b", "x"), [], None], incomplete=True)
+    labels = torch.tensor(rows, dtype=torch.float64)
+    known = labels >= 0
+    expected = (
+        functional.binary_cross_entropy(marginals(z)[known], labels[known], reduction="sum") / 3
+    )  # texts with labels
+    loss = MultiLabelFocalLoss(TREE, rows)
     torch.testing.assert_close(loss(z, labels), expected)
-    torch.testing.assert_close(loss(z, labels, 8), expected / 4)
+    torch.testing.assert_close(loss(z, labels, 6), expected / 2)
 
 
 def test_focal_factor_weights_and_smoothing_are_those_of_the_formula():
     rows = multi_hot(TREE, [ids("d"), ids("b"), ids("x"), []])
     z, labels = torch.randn(4, 6, dtype=torch.float64), torch.tensor(rows, dtype=torch.float64)
     loss = MultiLabelFocalLoss(TREE, rows, 2.0, True, [1.0, 0.5], 0.1).double()
-    total = 0.0
+    probabilities, total = marginals(z), 0.0
     for i, node in itertools.product(range(4), range(6)):
-        parent = TREE.parents[node]
-        if parent >= 0 and rows[i, parent] != 1:
-            continue
-        reached = [r for r in rows if parent < 0 or r[parent] == 1]
-        positive, y = sum(int(r[node]) for r in reached), int(rows[i, node])
-        of_outcome = positive if y else len(reached) - positive
-        target = 0.9 * y + 0.1 * (positive + 0.5) / (len(reached) + 1)
-        p = torch.sigmoid(z[i, node])
+        positive, y = int((rows[:, node] == 1).sum()), int(rows[i, node])
+        of_outcome = positive if y else 4 - positive
+        target = 0.9 * y + 0.1 * (positive + 0.5) / (4 + 1)
+        p = probabilities[i, node]
         entropy = -(target * p.log() + (1 - target) * (1 - p).log())
         wrong = 1 - p if y else p
-        total += wrong**2 * entropy * len(reached) / (2 * of_outcome) * (1.0 if TREE.levels[node] == 1 else 0.5)
+        total += wrong**2 * entropy * 4 / (2 * of_outcome) * (1.0 if TREE.levels[node] == 1 else 0.5)
     torch.testing.assert_close(loss(z, labels), total / 4, rtol=1e-6, atol=0)
 
 
