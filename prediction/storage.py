@@ -94,8 +94,8 @@ class Bucket:
         """Check that objects can be written and deleted, or raise InputError."""
         probe = Path(self._new.name) / "probe"
         probe.write_bytes(b"")
-        self.put(probe, f"{name}.parts/probe")
-        self.delete(f"{name}.parts/probe")
+        self.put(probe, f"{name}.probe")
+        self.delete(f"{name}.probe")
         yield
 
     def is_input(self, name: str, sources: Sequence[Source]) -> bool:

@@ -82,12 +82,17 @@ class Stream:
     """A file of pyarrow whose errors are InputErrors that name it."""
 
     def __init__(self, file: Any, url: str):
-        self._file, self._url = file, url
-        self.tell = file.tell
+        self._file, self._url, self._num_read = file, url, 0
+
+    def tell(self) -> int:
+        """Return how many bytes were read."""
+        return self._num_read
 
     def read(self, size: int = -1) -> bytes:
         with explained(self._url):
-            return self._file.read(None if size < 0 else size)
+            content = self._file.read(None if size < 0 else size)
+        self._num_read += len(content)
+        return content
 
     def seekable(self) -> bool:
         return self._file.seekable()
