@@ -101,6 +101,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for flag, share in (("coverage", arguments.coverage), ("recall", arguments.recall)):
         if share is not None and not 0 < share < 1:
             refuse(f"--{flag} must be between 0 and 1, not {share}")
+    if arguments.ray_cpus_per_actor < 1:
+        refuse(f"--ray_cpus_per_actor must be at least 1, not {arguments.ray_cpus_per_actor}")
     return arguments
 
 

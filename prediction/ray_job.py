@@ -73,7 +73,7 @@ class RayJob:
         model = os.path.abspath(arguments.model) if is_folder else arguments.model
         self._arguments = Namespace(**{**vars(arguments), "model": model, "model_folder": is_folder})
         self._actors: dict[Any, deque[tuple[Any, Block]]] = {}  # the references and blocks of their tasks
-        self._starting: dict[Any, Any] = {}  # actors by the reference of their `load`
+        self._starting: dict[Any, tuple[Any, int]] = {}  # by the reference of `load`: actors, and failed starts before
         self._tasks: dict[Any, Any] = {}  # actors by the reference of a task
         self._waiting: deque[Block] = deque()
         self._deaths: Counter[int] = Counter()  # by the index of a block
@@ -89,12 +89,11 @@ class RayJob:
         gpus = self._arguments.ray_gpus_per_actor
         gpus = float(ray.cluster_resources().get("GPU", 0) > 0) if gpus is None else gpus
         self._needs = {"CPU": self._arguments.ray_cpus_per_actor, "GPU": gpus}
-        self._start()
         since = time.monotonic()
         while not self._actors:
-            [*self._receive()]
-            if not self._starting and not self._actors:
+            if not self._starting:
                 self._start()
+            list(self._receive())
             if since and time.monotonic() - since > 60:
                 needed = " and ".join(f"{number:g} {kind}" for kind, number in self._needs.items() if number)
                 print(f"no actor is ready yet: each needs a node with {needed} free", file=sys.stderr)
@@ -126,7 +125,7 @@ class RayJob:
         return bool(self._waiting)
 
     def _submit(self, actor: Any, block: Block) -> None:
-        name = f"rows {block.first} to {block.first + len(block.records) - 1}"
+        name = f"Scorer: rows {block.first} to {block.first + len(block.records) - 1}"
         task = actor.predict.options(name=name).remote(block.first, block.records)
         self._actors[actor].append((task, block))
         self._tasks[task] = actor
@@ -137,14 +136,17 @@ class RayJob:
         for task in finished:
             try:
                 result = ray.get(task)
-            except RayTaskError as error:  # raised by the code of the task
+            except RayTaskError as error:  # raised by the code of the task, or a package is missing
+                if task in self._starting and not isinstance(error.cause, InputError):
+                    reason = f"{type(error.cause).__name__}: {one_line(error.cause)}"
+                    raise InputError(f"an actor cannot load the model: {reason}") from error
                 raise error.cause from error
             except RayError as error:
                 self._lose(task, error)
                 continue
             if task in self._starting:
                 self._check(*result)
-                self._actors[self._starting.pop(task)] = deque()
+                self._actors[self._starting.pop(task)[0]] = deque()
                 self._failed_starts = 0
             elif task in self._tasks:  # otherwise its actor was lost just now, and its block waits again
                 tasks = self._actors[self._tasks.pop(task)]
@@ -154,11 +156,14 @@ class RayJob:
 
     def _lose(self, task: Any, error: RayError) -> None:
         """Forget the actor of a task, and have its blocks wait again. Raise InputError if this happens time after time."""
+        self._next_look = 0.0
         if task in self._starting:
-            ray.kill(self._starting.pop(task))
-            self._failed_starts += 1
+            actor, failures = self._starting.pop(task)
+            ray.kill(actor)
+            # those that started together may have died together, with their node: they count once
+            self._failed_starts += failures == self._failed_starts
             if self._failed_starts == MOST_DEATHS:
-                raise InputError(f"{MOST_DEATHS} workers died while they loaded the model: {one_line(error)}")
+                raise InputError(f"workers die while they load the model, {MOST_DEATHS} in a row: {one_line(error)}")
         elif task in self._tasks:
             actor = self._tasks[task]
             ray.kill(actor)  # it may only be out of reach
@@ -195,16 +200,16 @@ class RayJob:
 
     def _start(self) -> None:
         self._num_started += 1
-        name = f"scorer {self._num_started}"
+        name = f"Scorer {self._num_started}"
         cpus, gpus = self._needs.values()
         actor = ray.remote(Scorer).options(name=name, num_cpus=cpus, num_gpus=gpus).remote()
-        task = actor.load.options(name="load the model").remote(self._arguments, cpus, gpus)
-        self._starting[task] = actor
+        task = actor.load.options(name="Scorer: load").remote(self._arguments, cpus, gpus)
+        self._starting[task] = actor, self._failed_starts
 
     def _shrink(self) -> None:
         """Stop the actors that have nothing left to do."""
         for task in [*self._starting]:
-            ray.kill(self._starting.pop(task))
+            ray.kill(self._starting.pop(task)[0])
         for actor in [actor for actor, tasks in self._actors.items() if not tasks]:
             del self._actors[actor]
             ray.kill(actor)

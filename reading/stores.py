@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
+from urllib.parse import quote
 
 from .rows import InputError
 
@@ -27,8 +28,9 @@ def connect(url: str) -> tuple[Any, str]:
     if ":" in rest.partition("/")[0].rpartition("@")[0]:
         raise InputError(f"{scheme}://...: give credentials in the environment, not in the URL")
     with explained(url):
-        try:
-            filesystem, path = FileSystem.from_uri(url)
+        try:  # "[" and blanks are not allowed in a URI; fsspec, which serves hf://, takes names as they are
+            quoted = url if scheme == "hf" else quote(url, safe="/:@?=&%*,+~")
+            filesystem, path = FileSystem.from_uri(quoted)
         except ValueError as error:
             if "Unrecognized filesystem type" not in str(error):
                 raise
