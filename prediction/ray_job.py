@@ -53,8 +53,11 @@ class Scorer:
             raise InputError(f"node {node}: its torch {torch.__version__} cannot use a GPU")
         # the first load on a node writes the checkpoint's code into this folder, and the others would read parts of it
         os.makedirs(HF_MODULES_CACHE, exist_ok=True)
-        with FileLock(Path(HF_MODULES_CACHE) / "predict.lock"):
-            self.model = Model(arguments, gpu=gpus > 0)
+        try:
+            with FileLock(Path(HF_MODULES_CACHE) / "predict.lock"):
+                self.model = Model(arguments, gpu=gpus > 0)
+        except InputError as error:
+            raise InputError(f"node {node}: {error}") from error
         return node, self.model.description, self.model.rows
 
     def predict(self, first: int, records: list) -> Rows:
