@@ -42,7 +42,7 @@ from checkpoint_hierarchical import load_encoder
 from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from pipeline_hierarchical import TOKENS, batches_by_length, padded_length
-from predict import KEPT_MEMORY, quantize
+from prediction.model import KEPT_MEMORY, quantize
 from publishing.export import export_onnx
 from taxonomy_hierarchical import Taxonomy
 from training.memory import keep_memory

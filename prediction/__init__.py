@@ -1,1 +1,1 @@
-"""The parts of predict.py: input records, a restartable output, and output rows in three formats."""
+"""The parts of predict.py: records, model, rows in three formats, a restartable output on disks and in stores, the Ray job."""

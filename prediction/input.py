@@ -1,7 +1,6 @@
 """Read the input files as records: a text, its id, and the line where it begins."""
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ class Record:
 
 def read_records(sources: Sequence[Source], text_column: str | None, id_column: str | None) -> Iterator[Record]:
     """Yield the rows of all sources, in order. Without a text column, find one by its name, in each source separately."""
-    sizes = [0 if source.path == "-" else os.path.getsize(source.path) for source in sources]
+    sizes = [source.size for source in sources]
     bytes_before, total = 0, sum(sizes)
     for source, size in zip(sources, sizes, strict=True):
         with open_rows(source) as rows:

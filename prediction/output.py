@@ -1,140 +1,198 @@
-"""Write an output file in parts, so that a killed process can continue.
+"""Write an output in parts, so that a killed process can continue.
 
 Worth knowing:
 
-1. Each finished part is a file in ``<output>.parts``. At the end the parts are joined, renamed to the output, and deleted.
+1. Each finished block of rows is a file in ``<output>.parts``. At the end these parts are joined to the output, and
+   deleted. A part's name follows from its rows, so a block that is classified twice is in the output once.
 2. A part holds the options, a digest of its input rows, and a checksum of its content, and is checked when it is read.
-3. A lock, which ends with its process, lets one process at a time write an output.
+3. The output is one file, or a folder of files with about 100,000 rows each. The folder's manifest is written last: an output
+   is complete once its `marker` exists, which is the file or the manifest.
+4. On a disk a lock, which ends with its process, lets one process at a time write an output.
 """
 
 import hashlib
 import json
-import os
-import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from errors import InputError
 from prediction.input import Record
+from prediction.storage import Bucket, Disk
+from reading.sources import Source
+from reading.stores import connect, is_url
 
-ROWS = 1024  # per part: read, classified and written together
+ROWS = 1024  # per block: read, classified and written together
+BLOCKS_PER_FILE = 97  # in a folder: 99,328 rows
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Records that follow one another in the input."""
+
+    index: int
+    records: list[Record]
+
+    @property
+    def first(self) -> int:
+        """The number of the first record."""
+        return self.index * ROWS
+
+    def digest(self) -> str:
+        content = repr([(r.source, r.line, r.id, r.text, r.problem) for r in self.records])
+        return hashlib.sha256(content.encode()).hexdigest()
 
 
 class RestartableOutput:
-    """An output file, the file that lists its unreadable rows, and the folder of its finished parts."""
+    """An output, the file that lists its unreadable rows, and the folder of its finished parts.
 
-    def __init__(self, path: Path):
-        self.path, self.errors, self.parts = path, Path(f"{path}.errors.jsonl"), Path(f"{path}.parts")
+    Args:
+        name: a file or, with a slash at its end, a folder; a path or URL.
+        kind: suffix of the file, or of the files in the folder.
+    """
+
+    def __init__(self, name: str, kind: str):
+        self.is_folder, self.kind = name.partition("?")[0].endswith("/"), kind
+        if is_url(name):
+            filesystem, name = connect(name)
+            self.store: Bucket | Disk = Bucket(filesystem)
+        else:
+            self.store = Disk()
+        self.name = name.rstrip("/")
+        self.parts = f"{self.name}.parts"
+        self.marker = f"{self.name}/manifest.json" if self.is_folder else self.name
+        self.errors = f"{self.name}/errors.jsonl" if self.is_folder else f"{self.name}.errors.jsonl"
         self.headers: list[dict[str, Any]] = []  # of the parts: options, and digest of the input rows
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Lock the output for this process. Raise InputError if another process holds the lock."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = Path(f"{self.path}.lock")
-        try:
-            with FileLock(file, timeout=0):
-                try:
-                    yield
-                finally:
-                    file.unlink(missing_ok=True)  # before the release: later it may belong to another process
-        except Timeout as error:
-            raise InputError(f"--output {self.path}: another process is writing it; give another name") from error
+    def lock(self) -> AbstractContextManager[None]:
+        """Lock the output for this process. Raise InputError if it cannot be written."""
+        return self.store.lock(self.name)
 
-    def check(self, inputs: Iterable[str], overwrite: bool) -> None:
-        """Raise InputError if the output is finished, or if it or its error file is also an input, under any name."""
-        files = [0 if path == "-" else path for path in inputs]
-        for file, name in ((self.path, self.path), (self.errors, f"{self.path}: {self.errors}")):
-            if file.exists() and any(os.path.samefile(file, other) for other in files):
-                raise InputError(f"--output {name} is also an input: give another name")
-        # an output beside its parts was killed while it deleted them
-        if self.path.exists() and not self.parts.exists() and not overwrite:
+    def check(self, sources: Sequence[Source], overwrite: bool) -> None:
+        """Raise InputError if the output is finished, or if one of its files is also an input, under any name."""
+        for file in (self.name, self.errors, *self._files()):
+            if self.store.is_input(file, sources):
+                others = "" if file == self.name else f": {file}"
+                raise InputError(f"--output {self.name}{others} is also an input: give another name")
+        # an output beside its parts was killed while it wrote files of a folder, or deleted the parts
+        is_begun = self.store.exists(self.marker) or self._files()
+        if is_begun and not self.store.names(self.parts) and not overwrite:
             raise self._exists_error()
 
     def delete(self) -> None:
         """Delete the output, its error file and its parts."""
-        self.path.unlink(missing_ok=True)
-        self.errors.unlink(missing_ok=True)
-        shutil.rmtree(self.parts, ignore_errors=True)
+        for file in (self.marker, self.errors, *self._files()):
+            self.store.delete(file)
+        self.store.delete_folder(self.parts)
 
     def write_parts(
         self,
         records: Iterator[Record],
         options: dict[str, Any],
-        predict: Callable[[int, list[Record]], list[dict[str, Any]]],
-        progress: Callable[[int, float | None], None],
+        predict_blocks: Callable[[Iterator[Block]], Iterable[tuple[Block, Rows]]],
+        progress: Callable[[int, int | None], None],
     ) -> None:
         """Write the missing parts. Raise InputError if a part is damaged, or is of other options or another input.
 
         Args:
             options: everything that the predictions depend on, except the texts.
-            predict: takes the number of a part's first row and the part's records; returns output rows.
-            progress: takes the number of rows of a part, and the share of the input read so far.
+            predict_blocks: takes blocks; yields them, in any order, with their output rows.
+            progress: takes a number of new rows, and the estimated number of all rows.
         """
-        num_kept = 0
-        for index, chunk in enumerate(iter(lambda: list(islice(records, ROWS)), [])):
-            digest = hashlib.sha256(repr([(r.source, r.line, r.id, r.text, r.problem) for r in chunk]).encode())
-            self.headers.append({"options": options, "digest": digest.hexdigest()})
-            if self._part(index).exists():
-                self._read_part(index)
-                num_kept += len(chunk)
-            elif self.path.exists():  # killed while it deleted its parts: the missing part's input is unknown
-                raise self._exists_error()
-            else:
-                self._write_part(index, chunk, predict(index * ROWS, chunk))
-            progress(len(chunk), chunk[-1].done)
+        existing, is_finished = self.store.names(self.parts), self.store.exists(self.marker)
+        num_read, num_kept, total = 0, 0, None
+
+        def missing() -> Iterator[Block]:
+            nonlocal num_read, num_kept, total
+            blocks = iter(lambda: list(islice(records, ROWS)), [])
+            for block in (Block(index, chunk) for index, chunk in enumerate(blocks)):
+                num_read, done = num_read + len(block.records), block.records[-1].done
+                total = round(num_read / done) if done else None
+                self.headers.append({"options": options, "digest": block.digest()})
+                if part_name(block.index) in existing:
+                    self._read_part(block.index)
+                    num_kept += len(block.records)
+                    progress(len(block.records), total)
+                elif is_finished:  # killed while it deleted its parts: the missing part's input is unknown
+                    raise self._exists_error()
+                else:
+                    yield block
+
+        for block, rows in predict_blocks(missing()):
+            self._write_part(block, rows)
+            progress(len(block.records), total)
         if num_kept:
             print(f"continued after {num_kept:,} rows", file=sys.stderr)
 
-    def join_parts(self, open_rows: Callable[[Path], AbstractContextManager[Callable[[list[str]], None]]]) -> int:
-        """Join the parts into the output, delete them once it is on disk, and return the number of unreadable rows.
+    def join_parts(
+        self,
+        open_rows: Callable[[Path], AbstractContextManager[Callable[[list[str]], None]]],
+        manifest: dict[str, Any],
+    ) -> int:
+        """Join the parts into the output, delete them once it is stored, and return the number of unreadable rows.
 
-        ``open_rows`` is `prediction.rows.RowFormat.open`.
+        Args:
+            open_rows: `prediction.rows.RowFormat.open`.
+            manifest: what a folder's manifest says of input and model.
         """
-        new, new_errors = self.parts / f"output{self.path.suffix}", self.parts / "errors.jsonl"
-        num_problems = 0
-        with new_errors.open("w", encoding="utf-8", newline="") as errors, open_rows(new) as write:
-            for index in range(len(self.headers)):
-                rows, problems = self._read_part(index)
-                write(rows)
-                errors.writelines(problems)
-                num_problems += len(problems)
-        replace(new_errors, self.errors)
-        if not num_problems:
-            self.errors.unlink()
-        replace(new, self.path)
-        sync(self.path.parent)
-        shutil.rmtree(self.parts, ignore_errors=True)
+        folder, size = self.store.new_folder(self.parts), BLOCKS_PER_FILE if self.is_folder else len(self.headers)
+        new, new_errors = folder / f"output{self.kind}", folder / "errors.jsonl"
+        num_problems, files = 0, list[dict[str, Any]]()
+        with new_errors.open("w", encoding="utf-8", newline="") as errors:
+            for number, first in enumerate(range(0, len(self.headers), size)):
+                num_rows = 0
+                with open_rows(new) as write:
+                    for index in range(first, min(first + size, len(self.headers))):
+                        rows, problems = self._read_part(index)
+                        write(rows)
+                        errors.writelines(problems)
+                        num_rows, num_problems = num_rows + len(rows), num_problems + len(problems)
+                if self.is_folder:
+                    files.append({"name": f"part-{number:05}{self.kind}", "rows": num_rows})
+                    self.store.put(new, f"{self.name}/{files[-1]['name']}")
+        if self.is_folder:
+            counts = {"rows": sum(file["rows"] for file in files), "problems": num_problems, "parts": files}
+            new.write_text(json.dumps(manifest | counts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if num_problems:
+            self.store.put(new_errors, self.errors)
+        else:
+            self.store.delete(self.errors)
+        self.store.put(new, self.marker)
+        self.store.sync(str(Path(self.marker).parent))
+        self.store.delete_folder(self.parts)
         return num_problems
 
+    def _files(self) -> list[str]:
+        """Return the files of rows in the folder."""
+        names = self.store.names(self.name) if self.is_folder else ()
+        return [f"{self.name}/{name}" for name in sorted(names) if name.startswith("part-")]
+
     def _exists_error(self) -> InputError:
-        return InputError(f"--output {self.path} already exists: give another name, or --overwrite")
+        return InputError(f"--output {self.name} already exists: give another name, or --overwrite")
 
-    def _part(self, index: int) -> Path:
-        return self.parts / f"{index:09}.jsonl"
+    def _part(self, index: int) -> str:
+        return f"{self.parts}/{part_name(index)}"
 
-    def _write_part(self, index: int, chunk: list[Record], rows: list[dict[str, Any]]) -> None:
+    def _write_part(self, block: Block, rows: Rows) -> None:
         problems = [
-            {"row": index * ROWS + i, "source": record.source, "line": record.line, "problem": record.problem}
-            for i, record in enumerate(chunk)
+            {"row": block.first + i, "source": record.source, "line": record.line, "problem": record.problem}
+            for i, record in enumerate(block.records)
             if record.problem is not None
         ]
-        header = {**self.headers[index], "rows": len(rows), "problems": len(problems)}
+        header = {**self.headers[block.index], "rows": len(rows), "problems": len(problems)}
         content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (header, *rows, *problems)).encode()
-        self.parts.mkdir(exist_ok=True)
-        new = self.parts / "part.new"
+        new = self.store.new_folder(self.parts) / "part.new"
         new.write_bytes(f"{hashlib.sha256(content).hexdigest()}\n".encode() + content)
-        replace(new, self._part(index))
+        self.store.put(new, self._part(block.index))
 
     def _read_part(self, index: int) -> tuple[list[str], list[str]]:
         """Return the lines of a part's rows, and of its problems. Raise InputError as `write_parts`."""
-        checksum, _, content = self._part(index).read_bytes().partition(b"\n")
+        checksum, _, content = self.store.read(self._part(index)).partition(b"\n")
         if checksum.decode(errors="replace") != hashlib.sha256(content).hexdigest():
             raise InputError(f"{self._part(index)} is damaged: delete it, and run the same command again")
         first, *lines = content.decode().split("\n")[:-1]  # splitlines also splits at line ends of Unicode in names
@@ -148,16 +206,5 @@ class RestartableOutput:
         return lines[: header["rows"]], lines[header["rows"] :]
 
 
-def replace(new: Path, file: Path) -> None:
-    """Rename a file that is complete, once it is on disk."""
-    sync(new)
-    new.replace(file)
-
-
-def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def part_name(index: int) -> str:
+    return f"{index:09}.jsonl"

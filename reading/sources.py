@@ -1,4 +1,4 @@
-"""Open files, patterns, ``.gz`` files and standard input, and read whole tables.
+"""Open files, patterns, folders, URLs, ``.gz`` files and standard input, and read whole tables.
 
 The kind of a file follows from its name. For other sources, such as ``io.BytesIO``, `rows.Rows` reads any binary stream.
 """
@@ -9,40 +9,64 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .rows import KINDS, InputError, Rows
+from .stores import find_files, is_url, open_stream
 
 
 @dataclass(frozen=True)
 class Source:
     """A file of one of the `KINDS`, or standard input if the path is ``-``."""
 
-    path: str
+    path: str  # or URL
     kind: str
+    filesystem: Any = field(default=None, compare=False)  # of pyarrow, for a URL
+    bytes: int = field(default=0, compare=False)  # of a URL's file
 
     @property
     def name(self) -> str:
         return "standard input" if self.path == "-" else self.path
 
+    @property
+    def size(self) -> int:
+        """The size of the file in bytes; 0 for standard input."""
+        return self.bytes if self.path == "-" or self.filesystem is not None else os.path.getsize(self.path)
+
 
 def find_sources(pattern: str, kind: str | None = None) -> list[Source]:
-    """Return the files that match a path, a pattern such as ``part-*.csv``, or ``-`` for standard input, in sorted order.
+    """Return the files of a path, URL, pattern such as ``part-*.csv``, folder, or ``-`` for standard input, in sorted order.
 
-    The kind overrides the one that the file names imply. InputError is raised if no file matches, or the kind is unknown.
+    Of a folder these are the files of all `KINDS`, without hidden ones and those that begin with ``_``. The kind overrides
+    the one that the file names imply. InputError is raised if no file matches, or the kind is unknown.
     """
     if pattern == "-":
         if kind is None:
             raise InputError(f"- has no name that tells its kind: give --input_format, one of {', '.join(KINDS)}")
         return [Source("-", kind)]
-    paths = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, glob.glob(pattern)))
-    if not paths and os.path.isdir(pattern):
-        raise InputError(f"{pattern} is a folder: give a pattern such as '{pattern}/*.csv'")
-    if not paths:
-        raise InputError(f"{pattern}: there is no such file")
-    return [Source(path, kind or kind_of(path)) for path in paths]
+    filesystem, is_folder = None, os.path.isdir(pattern)
+    if is_url(pattern):
+        filesystem, files, is_folder = find_files(pattern)
+    else:
+        names = glob.glob(os.path.join(glob.escape(pattern), "*") if is_folder else pattern)
+        names = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, names))
+        files = [(name, 0) for name in names]
+    if is_folder:
+        files = [(path, size) for path, size in files if not path.rpartition("/")[2].startswith((".", "_"))]
+        files = [(path, size) for path, size in files if kind or has_kind(path)]
+    if not files:
+        raise InputError(f"{pattern}: there is no {'file of a known kind in it' if is_folder else 'such file'}")
+    return [Source(path, kind or kind_of(path), filesystem, size) for path, size in files]
+
+
+def has_kind(path: str) -> bool:
+    try:
+        kind_of(path)
+    except InputError:
+        return False
+    return True
 
 
 def kind_of(path: str) -> str:
@@ -62,12 +86,16 @@ def open_rows(source: Source) -> Iterator[Rows]:
     if source.path == "-":
         yield Rows(sys.stdin.buffer, source.kind, source.name)
         return
-    try:
-        file = open(source.path, "rb")  # noqa: SIM115 - closed below; errors of the block are not errors of opening
-    except OSError as error:
-        raise InputError(f"cannot read {source.name}: {error.strerror}") from error
-    with file, gzip.GzipFile(fileobj=file) if source.path.lower().endswith(".gz") else nullcontext(file) as stream:
-        size = max(os.fstat(file.fileno()).st_size, 1)
+    is_packed = source.path.lower().endswith(".gz")
+    if source.filesystem is not None:
+        opened: Any = open_stream(source.filesystem, source.path, seekable=source.kind == "parquet")
+    else:
+        try:
+            opened = open(source.path, "rb")  # noqa: SIM115 - closed below; errors of the block are not errors of opening
+        except OSError as error:
+            raise InputError(f"cannot read {source.name}: {error.strerror}") from error
+    with opened as file, gzip.GzipFile(fileobj=file) if is_packed else nullcontext(file) as stream:
+        size = max(source.size, 1)
         yield Rows(stream, source.kind, source.name, progress=lambda: file.tell() / size)
 
 

@@ -401,7 +401,7 @@ PREDICT = [
     (("--input", "wide.csv"), "'column19', and 2,980 more"),
     (("--input", "header.jsonl"), "--input header.jsonl has no rows"),
     (("--input", "damaged.parquet"), "damaged.parquet is not a Parquet file, or is damaged"),
-    (("--input", "folder.csv"), "--input folder.csv is a folder: give a pattern"),
+    (("--input", "folder.csv"), "--input folder.csv: there is no file of a known kind in it"),
     (("--output", "good.csv"), "--output good.csv is also an input: give another name"),
     (("--output", "good.csv/out.jsonl"), "--output good.csv: good.csv is not a folder"),
     (("--output", "n" * 250 + ".jsonl"), "the name is too long"),

@@ -373,7 +373,7 @@ sys.path.insert(0, {str(ROOT)!r})
 import predict
 
 def loaded():
-    return [name for name in ("peft", "bitsandbytes", "pandas") if name in sys.modules]
+    return [name for name in ("peft", "bitsandbytes", "pandas", "ray") if name in sys.modules]
 
 after_import = loaded()
 for kind in ("jsonl", "csv"):
@@ -559,7 +559,8 @@ def test_int8_answers_nearly_as_float32_does(checkpoint, texts, tmp_path):
         (("--input", "in.csv", "--coverage", "2"), "--coverage must be between 0 and 1"),
         (("--input", "in.csv", "--batch_size", "0"), "batch_size must be"),
         (("--input", "in.csv", "--output", "out.txt"), "must end in one of"),
-        (("--input", "in.csv", "--output", "there/"), "must end in one of"),
+        (("--input", "in.csv", "--output", "there"), "must end in one of .jsonl, .csv, .parquet, or in / for a folder"),
+        (("--input", "in.csv", "--output", "hf://datasets/me/out/"), "write to a disk or an object store"),
         (("--input", "in.csv", "--output", "there.jsonl"), "already exists"),
         (("--input", "in.csv", "--model", "nothing"), "cannot load the model nothing"),
         (("--input", "in.csv", "--outptu", "x"), "unrecognized arguments"),

@@ -32,12 +32,27 @@ def test_a_pattern_means_its_files_in_sorted_order(tmp_path, monkeypatch):
     assert find_sources("-", "jsonl")[0].name == "standard input"
     for pattern, kind, message in (
         ("none*.csv", None, "none*.csv: there is no such file"),
-        ("part-3.csv", None, "part-3.csv is a folder: give a pattern such as 'part-3.csv/*.csv'"),
+        ("part-3.csv", None, "part-3.csv: there is no file of a known kind in it"),
+        ("s3://key:secret@bucket/a.csv", None, "s3://...: give credentials in the environment, not in the URL"),
+        ("none://bucket/a.csv", None, "none://bucket/a.csv: "),
         ("-", None, "- has no name that tells its kind: give --input_format, one of csv, tsv"),
     ):
         with pytest.raises(InputError) as refused:
             find_sources(pattern, kind)
         assert message in str(refused.value)
+
+
+def test_a_folder_means_its_files_of_known_kinds(tmp_path):
+    (tmp_path / "nested").mkdir()
+    for name in ("b.csv", "a.jsonl.gz", "_temporary.csv", ".hidden.csv", "_SUCCESS", "README", "nested/c.csv"):
+        (tmp_path / name).write_bytes(b"")
+    for name in (str(tmp_path), f"{tmp_path}/"):
+        assert [(os.path.basename(source.path), source.kind) for source in find_sources(name)] == [
+            ("a.jsonl.gz", "jsonl"), ("b.csv", "csv"),
+        ]  # fmt: skip
+    assert [os.path.basename(source.path) for source in find_sources(str(tmp_path), "txt")] == [
+        "README", "a.jsonl.gz", "b.csv",
+    ]  # fmt: skip
 
 
 def test_a_name_tells_the_kind():
@@ -144,4 +159,5 @@ print(json.dumps([find_column(dict.fromkeys(texts, 1.0), None, TEXT_COLUMNS), te
     code += f"print(json.dumps([n for n, m in sys.modules.items() if str(getattr(m, '__file__', '')).startswith({str(ROOT)!r})"
     code += " and '.venv' not in m.__file__]))"
     found = stranger(code, ROOT, fresh=True)
-    assert sorted(found) == ["reading", "reading.columns", "reading.parquet", "reading.rows", "reading.sources"]
+    modules = ("columns", "parquet", "rows", "sources", "stores")
+    assert sorted(found) == ["reading", *(f"reading.{name}" for name in modules)]

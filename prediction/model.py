@@ -1,0 +1,146 @@
+"""Load a checkpoint to classify records, and describe what its predictions depend on."""
+
+import hashlib
+import importlib.util
+import json
+import logging
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Pipeline, pipeline
+from transformers.utils import cached_file
+
+from checkpoint_files import MODEL_FILES, list_files
+from errors import InputError, one_line
+from prediction.input import Record
+from prediction.output import Block
+from prediction.rows import RowFormat
+from training.files import sha256
+from training.memory import give_back_memory, keep_memory
+from training.precision import has_bf16
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}  # the encoder is loaded in these
+KEPT_MEMORY = (32 * 2**20, 2**30, 64 * 2**20)  # arguments of `keep_memory`, which saves a tenth of the time
+
+
+class Model:
+    """A checkpoint on the GPU or the cores of one process.
+
+    Args:
+        arguments: the flags of predict.py; ``revision`` is a commit, or None for a folder.
+
+    Attributes:
+        rows: the format of the output rows.
+        description: what predictions depend on, except flags and texts: dtype, weights, device and torch.
+    """
+
+    def __init__(self, arguments: Namespace, gpu: bool):
+        dtype = choose_dtype(gpu) if arguments.dtype == "auto" else arguments.dtype
+        self._pipeline = load(arguments, dtype, gpu)
+        config, by_id = self._pipeline.model.config, arguments.id_column is not None
+        classes = [*config.id2label.values()] if arguments.probabilities else []
+        answers = (arguments.coverage, arguments.recall) != (None, None)
+        self.rows = RowFormat(by_id, config.is_multi_label, answers, classes)
+        self.description = {
+            "dtype": dtype,
+            "fingerprint": fingerprint(arguments.model, arguments.revision, Path(config.encoder_name_or_path)),
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(self._pipeline.device) if gpu else "cpu",
+        }
+
+    def predict(self, first: int, records: list[Record]) -> list[dict[str, Any]]:
+        """Classify the readable records, numbered from ``first``, and return one output row for each."""
+        readable = [(number, record) for number, record in enumerate(records, first) if record.problem is None]
+        try:
+            predictions = self._pipeline(record.text for _, record in readable)
+            return [self.rows.row(*one, prediction) for one, prediction in zip(readable, predictions, strict=True)]
+        except ValueError as error:
+            raise InputError(f"{self._pipeline.model.name_or_path}: {one_line(error)}") from error
+        finally:
+            give_back_memory()
+
+    def predict_blocks(self, blocks: Iterable[Block]) -> Iterator[tuple[Block, list[dict[str, Any]]]]:
+        """Yield each block with its output rows."""
+        for block in blocks:
+            yield block, self.predict(block.first, block.records)
+
+
+def find_commit(model: str, revision: str | None) -> str | None:
+    """Return the commit of a model on the Hub, so that all processes load the same, or None for a folder."""
+    if Path(model).is_dir():
+        return None
+    try:
+        return Path(cached_file(model, "config.json", revision=revision)).parent.name
+    except Exception as error:  # network, permission, a name that is none
+        raise InputError(f"cannot load the model {model}: {cause(error)}") from error
+
+
+def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
+    """Load the checkpoint as a pipeline, or raise InputError."""
+    # before they are imported: they warn of kernels
+    for library in ("bitsandbytes", "torchao"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    keep_memory(*KEPT_MEMORY)
+    if dtype == "int8" and gpu:
+        raise InputError("--dtype int8 is for CPUs: give bf16 or fp32")
+    try:
+        classifier = pipeline(
+            "hierarchical-text-classification",
+            model=arguments.model,
+            revision=arguments.revision,
+            code_revision=arguments.revision,
+            trust_remote_code=True,
+            dtype=DTYPES[dtype],
+            device=0 if gpu else "cpu",
+            batch_size=arguments.batch_size,
+            coverage=arguments.coverage,
+            recall=arguments.recall,
+        )
+    except Exception as error:  # loading runs the checkpoint's own code, which can raise anything
+        raise InputError(f"cannot load the model {arguments.model}: {cause(error)}") from error
+    if dtype == "int8":
+        quantize(classifier.model.encoder)
+    return classifier
+
+
+def cause(error: Exception) -> str:
+    """Describe in one line why a model cannot be loaded."""
+    if "Unknown task" in str(error):
+        return "it is not a checkpoint of this project: its config.json names no hierarchical pipeline"
+    # this message of transformers holds tracebacks, and its last line is the cause
+    if "See the original errors" in str(error):
+        return str(error).strip().splitlines()[-1].partition(": ")[2]
+    plain = isinstance(error, OSError | ValueError | ImportError)
+    return one_line(error) if plain else f"{type(error).__name__}: {one_line(error)}"
+
+
+def choose_dtype(gpu: bool) -> str:
+    """Return the name of the fastest dtype on this machine."""
+    if has_bf16(cpu=not gpu):
+        return "bf16"
+    capabilities = torch.cpu.get_capabilities()
+    multiplies_int8 = any(capabilities.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
+    return "int8" if multiplies_int8 and not gpu and importlib.util.find_spec("torchao") else "fp32"
+
+
+def quantize(encoder: torch.nn.Module) -> None:
+    """Quantize linear layers to 8 bits, in place: weights with a scale per row, inputs with a scale per token."""
+    try:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    except ImportError as error:
+        raise InputError(f"--dtype int8 needs torchao: pip install torchao ({one_line(error)})") from error
+    quantize_(encoder, Int8DynamicActivationInt8WeightConfig())
+
+
+def fingerprint(model: str, revision: str | None, encoder: Path) -> str:
+    """Hash the files of a checkpoint, and of its encoder."""
+    folder = Path(cached_file(model, "config.json", revision=revision)).parent
+    # without card, scores and plots, which may be absent from the Hub's cache
+    hashes = [sha256(folder / name for name in list_files(folder, MODEL_FILES))]
+    # config.json pins an encoder on the Hub by its commit; an encoder in a folder needs hashes
+    if encoder.is_dir():
+        hashes.append(sha256(file for kind in ("json", "safetensors", "bin") for file in encoder.glob(f"*.{kind}")))
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,228 @@
+"""Classify on a Ray cluster: the driver reads and writes, and actors turn blocks of records into output rows.
+
+Worth knowing:
+
+1. All state is in the driver's output (`prediction.output`). So a lost actor or node costs the blocks that it had, a killed
+   driver continues like any other run, and no disk is shared.
+2. While blocks wait, the driver asks for twice as many actors as there is room for. Ray starts the others when nodes join.
+   Until then they are demand, for which an autoscaling cluster adds nodes.
+3. An actor has two blocks: one is computed while the other is on its way. The driver holds no others, so its memory does not
+   grow with the input.
+4. All actors must describe their model alike. Otherwise the output would mix, say, bfloat16 and float32.
+"""
+
+import os
+import sys
+import time
+from argparse import Namespace
+from collections import Counter, deque
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from filelock import FileLock
+from ray.exceptions import RayError, RayTaskError
+from transformers.utils.hub import HF_MODULES_CACHE
+
+from errors import ROOT, InputError, one_line, refusing
+from prediction.model import Model
+from prediction.output import Block, Rows
+from prediction.rows import RowFormat
+
+BLOCKS_AHEAD = 2  # of an actor
+SECONDS = 3  # between two looks at the cluster
+MOST_DEATHS = 5  # of the workers of a block, or of workers that load the model, one after the other
+SHIPPED = ("*_hierarchical.py", "checkpoint_files.py", "errors.py", "prediction", "reading", "training")
+
+
+class Scorer:
+    """An actor. It loads the model in a method, because Ray hides the cause of an error in a constructor."""
+
+    def load(self, arguments: Namespace, cpus: int, gpus: float) -> tuple[str, dict[str, Any], RowFormat]:
+        """Load the model, and return the node's address, the model's description and the format of its rows."""
+        os.environ["RAYON_NUM_THREADS"] = str(cpus)  # of the tokenizer
+        torch.set_num_threads(cpus)
+        node = ray.util.get_node_ip_address()
+        if arguments.model_folder and not os.path.isdir(arguments.model):
+            remedy = "give an id on the Hub, or a folder that all nodes share"
+            raise InputError(f"node {node} has no folder {arguments.model}: {remedy}")
+        if gpus and not torch.cuda.is_available():
+            raise InputError(f"node {node}: its torch {torch.__version__} cannot use a GPU")
+        # the first load on a node writes the checkpoint's code into this folder, and the others would read parts of it
+        os.makedirs(HF_MODULES_CACHE, exist_ok=True)
+        try:
+            with FileLock(Path(HF_MODULES_CACHE) / "predict.lock"):
+                self.model = Model(arguments, gpu=gpus > 0)
+        except InputError as error:
+            raise InputError(f"node {node}: {error}") from error
+        return node, self.model.description, self.model.rows
+
+    def predict(self, first: int, records: list) -> Rows:
+        return self.model.predict(first, records)
+
+
+class RayJob:
+    """Actors on a cluster, with the attributes and methods of `prediction.model.Model`. A context manager.
+
+    Args:
+        arguments: the flags of predict.py; ``revision`` is a commit, or None for a folder.
+    """
+
+    def __init__(self, arguments: Namespace):
+        is_folder = Path(arguments.model).is_dir()
+        model = os.path.abspath(arguments.model) if is_folder else arguments.model
+        self._arguments = Namespace(**{**vars(arguments), "model": model, "model_folder": is_folder})
+        self._actors: dict[Any, deque[tuple[Any, Block]]] = {}  # the references and blocks of their tasks
+        self._starting: dict[Any, tuple[Any, int]] = {}  # by the reference of `load`: actors, and failed starts before
+        self._tasks: dict[Any, Any] = {}  # actors by the reference of a task
+        self._waiting: deque[Block] = deque()
+        self._deaths: Counter[int] = Counter()  # by the index of a block
+        self._num_started, self._num_loaded, self._failed_starts, self._next_look = 0, 0, 0, 0.0
+
+    def __enter__(self) -> "RayJob":
+        """Connect to the cluster, and wait until one actor has loaded the model."""
+        address = self._arguments.ray
+        with refusing(f"--ray {address}"):
+            dashboard = connect(address)
+        if dashboard:
+            print(f"Ray's dashboard: http://{dashboard}", file=sys.stderr)
+        gpus = self._arguments.ray_gpus_per_actor
+        gpus = float(ray.cluster_resources().get("GPU", 0) > 0) if gpus is None else gpus
+        self._needs = {"CPU": self._arguments.ray_cpus_per_actor, "GPU": gpus}
+        since = time.monotonic()
+        while not self._actors:
+            if not self._starting:
+                self._start()
+            list(self._receive())
+            if since and time.monotonic() - since > 60:
+                needed = " and ".join(f"{number:g} {kind}" for kind, number in self._needs.items() if number)
+                print(f"no actor is ready yet: each needs a node with {needed} free", file=sys.stderr)
+                since = 0.0
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        ray.shutdown()
+
+    def predict_blocks(self, blocks: Iterator[Block]) -> Iterator[tuple[Block, Rows]]:
+        """Yield each block with its output rows, as they are finished. Blocks of lost actors go to others."""
+        while True:
+            for depth in range(BLOCKS_AHEAD):
+                for actor, tasks in self._actors.items():
+                    if len(tasks) == depth and self._wait(blocks):
+                        self._submit(actor, self._waiting.popleft())
+            if self._wait(blocks):
+                self._grow()
+            else:
+                self._shrink()
+                if not self._tasks:
+                    return
+            yield from self._receive()
+
+    def _wait(self, blocks: Iterator[Block]) -> bool:
+        """Return whether a block waits for an actor, after reading one if none did."""
+        if not self._waiting:
+            self._waiting.extend(islice(blocks, 1))
+        return bool(self._waiting)
+
+    def _submit(self, actor: Any, block: Block) -> None:
+        name = f"Scorer: rows {block.first} to {block.first + len(block.records) - 1}"
+        task = actor.predict.options(name=name).remote(block.first, block.records)
+        self._actors[actor].append((task, block))
+        self._tasks[task] = actor
+
+    def _receive(self) -> Iterator[tuple[Block, Rows]]:
+        """Wait for tasks, yield the blocks and rows of those that ended, and take note of actors that started or died."""
+        finished, _ = ray.wait([*self._tasks, *self._starting], timeout=SECONDS)
+        for task in finished:
+            try:
+                result = ray.get(task)
+            except RayTaskError as error:  # raised by the code of the task, or a package is missing
+                if task in self._starting and not isinstance(error.cause, InputError):
+                    reason = f"{type(error.cause).__name__}: {one_line(error.cause)}"
+                    raise InputError(f"an actor cannot load the model: {reason}") from error
+                raise error.cause from error
+            except RayError as error:
+                self._lose(task, error)
+                continue
+            if task in self._starting:
+                self._check(*result)
+                self._actors[self._starting.pop(task)[0]] = deque()
+                self._failed_starts = 0
+            elif task in self._tasks:  # otherwise its actor was lost just now, and its block waits again
+                tasks = self._actors[self._tasks.pop(task)]
+                block = next(block for other, block in tasks if other == task)
+                tasks.remove((task, block))
+                yield block, result
+
+    def _lose(self, task: Any, error: RayError) -> None:
+        """Forget the actor of a task, and have its blocks wait again. Raise InputError if this happens time after time."""
+        self._next_look = 0.0
+        if task in self._starting:
+            actor, failures = self._starting.pop(task)
+            ray.kill(actor)
+            # those that started together may have died together, with their node: they count once
+            self._failed_starts += failures == self._failed_starts
+            if self._failed_starts == MOST_DEATHS:
+                raise InputError(f"workers die while they load the model, {MOST_DEATHS} in a row: {one_line(error)}")
+        elif task in self._tasks:
+            actor = self._tasks[task]
+            ray.kill(actor)  # it may only be out of reach
+            tasks = self._actors.pop(actor)
+            for other, block in reversed(tasks):
+                del self._tasks[other]
+                self._waiting.appendleft(block)
+            block = tasks[0][1]  # computed when the worker died
+            self._deaths[block.index] += 1
+            if self._deaths[block.index] == MOST_DEATHS:
+                first, last = (
+                    f"{record.source}, line {record.line}" for record in (block.records[0], block.records[-1])
+                )
+                raise InputError(f"{MOST_DEATHS} workers died of the rows from {first}, to {last}: {one_line(error)}")
+
+    def _check(self, node: str, description: dict[str, Any], rows: RowFormat) -> None:
+        """Take the first actor's description for all. Raise InputError if another actor's is different."""
+        if self._num_loaded == 0:
+            self.description, self.rows = description, rows
+        self._num_loaded += 1
+        for name, value in self.description.items():
+            if description[name] != value:
+                remedy = "give --dtype" if name == "dtype" else "use nodes that are alike"
+                raise InputError(f"node {node} has another {name}, {description[name]}, not {value}: {remedy}")
+
+    def _grow(self) -> None:
+        """Ask for actors, every few seconds."""
+        if time.monotonic() > self._next_look:
+            self._next_look = time.monotonic() + SECONDS
+            resources = ray.cluster_resources()
+            room = min(int(resources.get(kind, 0) / number) for kind, number in self._needs.items() if number)
+            for _ in range(2 * max(room, 1) - len(self._actors) - len(self._starting)):
+                self._start()
+
+    def _start(self) -> None:
+        self._num_started += 1
+        name = f"Scorer {self._num_started}"
+        cpus, gpus = self._needs.values()
+        actor = ray.remote(Scorer).options(name=name, num_cpus=cpus, num_gpus=gpus).remote()
+        task = actor.load.options(name="Scorer: load").remote(self._arguments, cpus, gpus)
+        self._starting[task] = actor, self._failed_starts
+
+    def _shrink(self) -> None:
+        """Stop the actors that have nothing left to do."""
+        for task in [*self._starting]:
+            ray.kill(self._starting.pop(task)[0])
+        for actor in [actor for actor, tasks in self._actors.items() if not tasks]:
+            del self._actors[actor]
+            ray.kill(actor)
+
+
+def connect(address: str) -> str | None:
+    """Connect to a cluster, or start one on this machine if the address is ``local``, and return its dashboard's address."""
+    quiet = {"log_to_driver": False, "logging_level": "error"}
+    if address == "local":
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report them to its makers
+        return ray.init("local", num_cpus=torch.get_num_threads(), **quiet).dashboard_url
+    modules = [str(path) for pattern in SHIPPED for path in sorted(ROOT.glob(pattern))]
+    return ray.init(address, runtime_env={"py_modules": modules, "excludes": ["__pycache__"]}, **quiet).dashboard_url

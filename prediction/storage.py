@@ -1,0 +1,144 @@
+"""Where an output is kept: on this machine's disk, or in an object store. A file is whole or absent in both."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from errors import InputError, refusing
+from reading.sources import Source
+from training.files import check_writable
+
+
+class Disk:
+    """This machine's disk. Files are flushed before they are renamed, and a lock keeps other processes out."""
+
+    @contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Lock an output for this process. Raise InputError if it may not be written, or another process has the lock."""
+        check_writable("--output", Path(name).parent)
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        file = Path(f"{name}.lock")
+        try:
+            with FileLock(file, timeout=0):
+                try:
+                    yield
+                finally:
+                    file.unlink(missing_ok=True)  # before the release: later it may belong to another process
+        except Timeout as error:
+            raise InputError(f"--output {name}: another process is writing it; give another name") from error
+
+    def is_input(self, name: str, sources: Sequence[Source]) -> bool:
+        """Return whether a file is also an input, under any name."""
+        files = [0 if source.path == "-" else source.path for source in sources if source.filesystem is None]
+        return os.path.exists(name) and any(os.path.samefile(name, file) for file in files)
+
+    def exists(self, name: str) -> bool:
+        return os.path.exists(name)
+
+    def names(self, folder: str) -> set[str]:
+        """Return the names of the files in a folder, which need not exist."""
+        return set(os.listdir(folder)) if os.path.isdir(folder) else set()
+
+    def new_folder(self, parts: str) -> Path:
+        """Return the folder for files that are being written."""
+        os.makedirs(parts, exist_ok=True)
+        return Path(parts)
+
+    def read(self, name: str) -> bytes:
+        return Path(name).read_bytes()
+
+    def put(self, new: Path, name: str) -> None:
+        """Move a file that is complete to its name."""
+        os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+        sync(new)
+        new.replace(name)
+
+    def sync(self, folder: str) -> None:
+        """Flush the names in a folder to disk."""
+        sync(Path(folder))
+
+    def delete(self, name: str) -> None:
+        Path(name).unlink(missing_ok=True)
+
+    def delete_folder(self, folder: str) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Bucket:
+    """An object store, whose objects appear when their upload is complete. Its names are URLs without a query.
+
+    It has no lock. Two processes that write one output have the same options, or `output` refuses the other's parts.
+    """
+
+    def __init__(self, filesystem: Any):
+        self._filesystem = filesystem
+        self._new = tempfile.TemporaryDirectory()
+
+    @contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Check that objects can be written and deleted, or raise InputError."""
+        probe = Path(self._new.name) / "probe"
+        probe.write_bytes(b"")
+        self.put(probe, f"{name}.probe")
+        self.delete(f"{name}.probe")
+        yield
+
+    def is_input(self, name: str, sources: Sequence[Source]) -> bool:
+        return any(source.path == name for source in sources)
+
+    def exists(self, name: str) -> bool:
+        with refusing(f"--output {name}"):
+            return self._filesystem.get_file_info(path_of(name)).is_file
+
+    def names(self, folder: str) -> set[str]:
+        from pyarrow.fs import FileSelector
+
+        with refusing(f"--output {folder}"):
+            found = self._filesystem.get_file_info(FileSelector(path_of(folder), allow_not_found=True))
+        return {info.base_name for info in found if info.is_file}
+
+    def new_folder(self, parts: str) -> Path:
+        return Path(self._new.name)
+
+    def read(self, name: str) -> bytes:
+        with refusing(f"cannot read {name}"), self._filesystem.open_input_stream(path_of(name)) as stream:
+            return stream.read()
+
+    def put(self, new: Path, name: str) -> None:
+        from pyarrow.fs import LocalFileSystem, copy_files
+
+        # one call, which Ctrl+C does not interrupt: a stream that is closed early leaves a part of the object
+        with refusing(f"--output {name}"):
+            copy_files(str(new), path_of(name), LocalFileSystem(), self._filesystem, chunk_size=2**23)
+        new.unlink()
+
+    def sync(self, folder: str) -> None:
+        pass  # an object that can be seen is stored
+
+    def delete(self, name: str) -> None:
+        if self.exists(name):
+            with refusing(f"--output {name}"):
+                self._filesystem.delete_file(path_of(name))
+
+    def delete_folder(self, folder: str) -> None:
+        with refusing(f"--output {folder}"):
+            self._filesystem.delete_dir(path_of(folder))
+
+
+def path_of(url: str) -> str:
+    return url.partition("://")[2]

@@ -1,0 +1,114 @@
+"""Files in object stores and other file systems by URL: ``s3://``, ``gs://``, ``hf://datasets/...``, and what fsspec knows.
+
+pyarrow serves the stores that it knows, which honours, for example, ``AWS_ENDPOINT_URL``. Credentials come from the
+environment or from the files of the store's own tools, never from the URL, which is shown in messages.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+from urllib.parse import quote
+
+from .rows import InputError
+
+READ_AHEAD = 2**23  # bytes of a request
+
+
+def is_url(name: str) -> bool:
+    return re.match(r"[a-z][a-z0-9+.-]*://", name) is not None
+
+
+def connect(url: str) -> tuple[Any, str]:
+    """Return the pyarrow file system of a URL, and the URL as it is shown: without a query, and not quoted."""
+    from pyarrow.fs import FileSystem  # lazily, because pyarrow is slow to import
+
+    scheme, _, rest = url.partition("://")
+    if ":" in rest.partition("/")[0].rpartition("@")[0]:
+        raise InputError(f"{scheme}://...: give credentials in the environment, not in the URL")
+    with explained(url):
+        try:  # "[" and blanks are not allowed in a URI; fsspec, which serves hf://, takes names as they are
+            quoted = url if scheme == "hf" else quote(url, safe="/:@?=&%*,+~")
+            filesystem, path = FileSystem.from_uri(quoted)
+        except ValueError as error:
+            if "Unrecognized filesystem type" not in str(error):
+                raise
+            filesystem, path = FileSystem.from_uri(f"fsspec+{url}")
+    return filesystem, f"{scheme}://{path}"
+
+
+def find_files(url: str) -> tuple[Any, list[tuple[str, int]], bool]:
+    """Return the file system of a URL, the URLs and sizes of its files in sorted order, and whether it is a folder.
+
+    The URL names a file, a folder, or files by a pattern such as ``s3://bucket/2*/part-*.csv``.
+    """
+    from pyarrow.fs import FileSelector, FileType
+
+    filesystem, shown = connect(url)
+    scheme, _, path = shown.partition("://")
+    with explained(url):
+        info = filesystem.get_file_info(path)
+        if info.type == FileType.Directory:
+            found = filesystem.get_file_info(FileSelector(path))
+        elif info.type == FileType.NotFound and re.search("[*[]", path):
+            parts = path.split("/")
+            fixed = next(i for i, part in enumerate(parts) if re.search("[*[]", part))
+            selector = FileSelector("/".join(parts[:fixed]), recursive=fixed < len(parts) - 1, allow_not_found=True)
+            found = [one for one in filesystem.get_file_info(selector) if matches(one.path, parts)]
+        else:
+            found = [info]
+    files = sorted((f"{scheme}://{one.path}", one.size) for one in found if one.type == FileType.File)
+    return filesystem, files, info.type == FileType.Directory
+
+
+def matches(path: str, pattern: list[str]) -> bool:
+    names = path.split("/")
+    return len(names) == len(pattern) and all(map(fnmatchcase, names, pattern))
+
+
+@contextmanager
+def open_stream(filesystem: Any, url: str, seekable: bool) -> Iterator["Stream"]:
+    """Open a file for reading, in large requests unless it has to be seekable."""
+    path = url.partition("://")[2]
+    with explained(url):
+        if seekable:
+            file = filesystem.open_input_file(path)
+        else:
+            file = filesystem.open_input_stream(path, compression=None, buffer_size=READ_AHEAD)
+    with file:
+        yield Stream(file, url)
+
+
+class Stream:
+    """A file of pyarrow whose errors are InputErrors that name it."""
+
+    def __init__(self, file: Any, url: str):
+        self._file, self._url, self._num_read = file, url, 0
+
+    def tell(self) -> int:
+        """Return how many bytes were read."""
+        return self._num_read
+
+    def read(self, size: int = -1) -> bytes:
+        with explained(self._url):
+            content = self._file.read(None if size < 0 else size)
+        self._num_read += len(content)
+        return content
+
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+
+@contextmanager
+def explained(url: str) -> Iterator[None]:
+    """Convert what a store raises into an InputError. Its messages are long, but name bucket, cause and request."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{url.partition('?')[0]}: {' '.join(str(error).split()) or type(error).__name__}") from error

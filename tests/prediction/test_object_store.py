@@ -1,0 +1,156 @@
+"""Read from and write to an object store: an S3 server on this machine. Skipped without moto."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+from errors import InputError
+from predict import main
+from prediction.input import read_records
+from reading.sources import find_sources
+
+boto3 = pytest.importorskip("boto3")
+moto = pytest.importorskip("moto.server")
+BUCKET = "pubmed"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[dict[str, str]]:
+    """Serve S3, and yield the environment of a client."""
+    one = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    one.start()
+    yield {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{one.get_host_and_port()[1]}",
+        "AWS_ACCESS_KEY_ID": "someone",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    one.stop()
+
+
+@pytest.fixture
+def bucket(server, monkeypatch) -> Iterator:
+    """Make an empty bucket, and set the environment of a client."""
+    for name, value in server.items():
+        monkeypatch.setenv(name, value)
+    store = boto3.resource("s3")
+    one = store.create_bucket(Bucket=BUCKET)
+    yield one
+    one.objects.all().delete()
+    one.delete()
+
+
+def inside(*words: object) -> int:
+    """Run predict.py in this process."""
+    return main([str(word) for word in words])
+
+
+def contents(bucket) -> dict[str, bytes]:
+    """Return the objects of the bucket by name, without the empty ones that stand for folders."""
+    return {one.key: one.get()["Body"].read() for one in bucket.objects.all() if not one.key.endswith("/")}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    """Write a folder of two files with 6,000 rows, one of them unreadable."""
+    folder = tmp_path_factory.mktemp("texts")
+    table = pd.DataFrame({"text": [f"We treated {i} patients with fever." for i in range(6000)]})
+    table.loc[5000, "text"] = ""
+    table[:3500].to_csv(folder / "part-1.csv", index=False)
+    table[3500:].to_json(folder / "part-2.jsonl.gz", orient="records", lines=True)
+    return folder
+
+
+def upload(bucket, folder: Path) -> None:
+    for file in folder.iterdir():
+        bucket.upload_file(str(file), f"in/{file.name}")
+    bucket.put_object(Key="in/_SUCCESS", Body=b"")
+
+
+def test_a_run_in_a_store_is_killed_and_ends_with_the_bytes_of_one_on_a_disk(
+    bucket, clear_checkpoint, texts, tmp_path, capsys
+):
+    upload(bucket, texts)
+    before = contents(bucket)
+    for output in ("out.csv", "folder/"):
+        local = ("--model", clear_checkpoint, "--input", texts, "--output", f"{tmp_path}/{output}")
+        assert inside(*local) == 1
+    local = {str(file.relative_to(tmp_path)): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
+    for output, name in (("out.csv", "out.csv"), ("folder/", "folder/part-00000.parquet")):
+        words = ("--model", clear_checkpoint, "--input", f"s3://{BUCKET}/in/", "--output", f"s3://{BUCKET}/{output}")
+        line = [sys.executable, str(ROOT / "predict.py"), *words]
+        process = subprocess.Popen(line, stderr=subprocess.DEVNULL)
+        parts = f"{output.rstrip('/')}.parts/00"
+        while process.poll() is None and sum(1 for _ in bucket.objects.filter(Prefix=parts)) < 2:
+            time.sleep(0.2)  # which leaves the server time for others
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert name not in {one.key for one in bucket.objects.all()}
+        with pytest.raises(InputError, match=rf"s3://{BUCKET}/\S+.parts was begun with another probabilities"):
+            inside(*words, "--probabilities")
+        assert inside(*words) == 1
+        assert "continued after" in capsys.readouterr().err
+        with pytest.raises(InputError, match="already exists"):
+            inside(*words)
+    found = {key: value for key, value in contents(bucket).items() if key not in before}
+    assert found.keys() == local.keys()
+    assert found["out.csv"] == local["out.csv"]
+    assert found["folder/part-00000.parquet"] == local["folder/part-00000.parquet"]
+    for key in ("out.csv.errors.jsonl", "folder/errors.jsonl"):  # which name the input's files
+        assert found[key] == local[key].replace(str(texts).encode(), f"s3://{BUCKET}/in".encode())
+
+
+def test_every_kind_of_source_is_read_as_on_a_disk(bucket, texts):
+    upload(bucket, texts)
+    pd.read_csv(texts / "part-1.csv").to_parquet(texts / "part-3.parquet")
+    bucket.upload_file(str(texts / "part-3.parquet"), "in/part-3.parquet")
+    (texts / "part-3.parquet").unlink()
+    table = [(None if text == "" else text) for text in pd.read_csv(texts / "part-1.csv")["text"]]
+    for name, count in (
+        ("in/part-1.csv", 3500),
+        ("in/part-2*", 2500),
+        ("in/part-3.parquet", 3500),
+        ("*/part-[12]*", 6000),
+    ):
+        sources = find_sources(f"s3://{BUCKET}/{name}")
+        records = list(read_records(sources, None, None))
+        assert len(records) == count
+        assert records[-1].done == 1
+        if count == 3500:
+            assert [record.text for record in records] == table
+    names = [source.name for source in find_sources(f"s3://{BUCKET}/in")]
+    assert names == [f"s3://{BUCKET}/in/{name}" for name in ("part-1.csv", "part-2.jsonl.gz", "part-3.parquet")]
+
+
+def test_what_a_store_refuses_is_one_line(bucket, clear_checkpoint, texts, tmp_path, monkeypatch):
+    upload(bucket, texts)
+    words = {"--model": clear_checkpoint, "--input": str(texts / "part-1.csv"), "--output": f"{tmp_path}/out.csv"}
+    for flag, value, message in (
+        ("--output", "s3://no-such-bucket/out.csv", "--output s3://no-such-bucket/out.csv"),
+        ("--input", "s3://no-such-bucket/*.csv", "--input s3://no-such-bucket/*.csv: there is no such file"),
+        ("--input", f"s3://{BUCKET}/in/none.csv", f"--input s3://{BUCKET}/in/none.csv: there is no such file"),
+        ("--output", f"s3://{BUCKET}/in/part-1.csv", "is also an input"),
+    ):
+        given = {**words, flag: value}
+        if "also" in message:
+            given["--input"] = value
+        with pytest.raises(InputError) as error:
+            inside(*(word for pair in given.items() for word in pair))
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
+    with socket.socket() as closed:  # bound, but not listening: connections are refused
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        with pytest.raises(InputError, match=rf"^--input s3://{BUCKET}/in: .*NETWORK_CONNECTION"):
+            inside("--model", clear_checkpoint, "--input", f"s3://{BUCKET}/in", "--output", tmp_path / "out.csv")
+    assert not [*tmp_path.iterdir()]

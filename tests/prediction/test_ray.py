@@ -1,0 +1,209 @@
+"""Compare ``--ray`` with one process while drivers, workers and nodes are killed. Skipped without Ray."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import CLEAR, ROOT, run
+from safetensors.torch import load_file, save_file
+
+from errors import InputError
+from predict import main
+
+ray = pytest.importorskip("ray")
+SETTINGS = {"OMP_NUM_THREADS": "2", "RAY_worker_niceness": "0"}  # Ray's workers would give way to all other tests
+NAMES = [name for names in CLEAR.values() for name in names]
+
+
+def inside(*words: object) -> int:
+    """Run predict.py in this process."""
+    return main([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    """Write a folder with three files, 15,000 rows in all, two of them unreadable."""
+    folder = tmp_path_factory.mktemp("texts")
+    texts = [f"We treated {i} patients with {NAMES[i % 30]} and {NAMES[i * 7 % 30]}." for i in range(15_000)]
+    texts[7] = texts[14_000] = ""
+    for i in range(3):
+        pd.DataFrame({"text": texts[i::3]}).to_csv(folder / f"{i}.csv", index=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(clear_checkpoint, labels_checkpoint, texts, tmp_path_factory) -> dict[str, Path]:
+    """Classify the texts in one process, with both checkpoints."""
+    outputs = {}
+    for checkpoint in (clear_checkpoint, labels_checkpoint):
+        outputs[checkpoint] = tmp_path_factory.mktemp("expected") / "out.jsonl"
+        assert inside("--model", checkpoint, "--input", texts, "--output", outputs[checkpoint]) == 1
+        assert sum(1 for _ in outputs[checkpoint].open()) == 14_998
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator:
+    """Start a cluster with three nodes of one core. Tests that remove nodes add others."""
+    from ray.cluster_utils import Cluster
+
+    os.environ.update(SETTINGS)
+    one = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    for _ in range(3):
+        one.add_node(num_cpus=1)
+    yield one
+    one.shutdown()
+
+
+def wait_for(condition: Callable[[], object], driver: subprocess.Popen | None = None) -> None:
+    """Wait until a condition holds. Fail if the driver ends before."""
+    while not condition():
+        assert driver is None or driver.poll() is None
+        time.sleep(0.02)
+
+
+def num_parts(output: object) -> int:
+    return len([*Path(f"{str(output).rstrip('/')}.parts").glob("0*.jsonl")])
+
+
+def children(pid: int) -> list[tuple[int, str]]:
+    """Return the process ids and command lines of a process's children."""
+    lines = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    return [(int(line.split()[0]), line) for line in lines.splitlines()]
+
+
+def scorers(cluster) -> dict[int, object]:
+    """Return the process ids of the actors on a cluster, with their nodes."""
+    raylets = {node.all_processes["raylet"][0].process.pid: node for node in cluster.list_all_nodes()}
+    return {pid: node for raylet, node in raylets.items() for pid, line in children(raylet) if "ray::Scorer" in line}
+
+
+def start(*words: object) -> subprocess.Popen:
+    """Start predict.py in a process of its own, which would use two cores."""
+    line = [sys.executable, str(ROOT / "predict.py"), *map(str, words)]
+    return subprocess.Popen(line, env=os.environ | SETTINGS)
+
+
+def test_workers_and_a_node_are_killed_and_no_row_is_lost_or_doubled(
+    cluster, labels_checkpoint, texts, expected, tmp_path
+):
+    output = tmp_path / "out.jsonl"
+    driver = start("--model", labels_checkpoint, "--input", texts, "--output", output, "--ray", cluster.address)
+    wait_for(lambda: num_parts(output) >= 3 and scorers(cluster), driver)
+    os.kill(next(iter(scorers(cluster))), signal.SIGKILL)
+    wait_for(lambda: num_parts(output) >= 6 and scorers(cluster), driver)
+    cluster.remove_node(next(iter(scorers(cluster).values())), allow_graceful=False)
+    cluster.add_node(num_cpus=1)
+    assert driver.wait() == 1
+    assert output.read_bytes() == expected[labels_checkpoint].read_bytes()
+    errors = Path(f"{output}.errors.jsonl")
+    assert errors.read_bytes() == Path(f"{expected[labels_checkpoint]}.errors.jsonl").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {output.name, errors.name}
+
+
+def test_a_driver_is_killed_and_its_cluster_ends_with_it(clear_checkpoint, texts, expected, tmp_path):
+    """Write a folder with a Ray of its own, and look at rows, problems and manifest."""
+    output = tmp_path / "out"
+    words = ("--model", clear_checkpoint, "--input", texts, "--output", f"{output}/", "--output_format", "jsonl")
+    driver = start(*words, "--ray", "local")
+    try:
+        wait_for(lambda: num_parts(output) >= 4, driver)
+        ray_processes = [pid for pid, _ in children(driver.pid)]
+        assert ray_processes
+    finally:
+        driver.kill()
+    assert driver.wait() == -signal.SIGKILL
+    started = num_parts(output)
+    assert not (output / "manifest.json").exists()
+    with pytest.raises(InputError, match="begun with another batch_size"):
+        inside(*words, "--batch_size", 3)
+    done = run(*words, "--ray", command="predict.py", check=False, settings=SETTINGS, fresh=True)
+    assert done.returncode == 1
+    assert f"continued after {1024 * started:,}" in done.stderr
+    assert not [pid for pid in ray_processes if Path(f"/proc/{pid}").exists()]
+    assert (output / "part-00000.jsonl").read_bytes() == expected[clear_checkpoint].read_bytes()
+    problems = (output / "errors.jsonl").read_text().splitlines()
+    assert problems == Path(f"{expected[clear_checkpoint]}.errors.jsonl").read_text().splitlines()
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert [Path(file["name"]).name for file in manifest["input"]] == ["0.csv", "1.csv", "2.csv"]
+    assert [file["bytes"] for file in manifest["input"]] == [file.stat().st_size for file in sorted(texts.iterdir())]
+    assert (manifest["rows"], manifest["problems"]) == (14_998, 2)
+    assert manifest["parts"] == [{"name": "part-00000.jsonl", "rows": 14_998}]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_rows_that_kill_every_worker_are_named(cluster, clear_checkpoint, tmp_path, monkeypatch):
+    """The checkpoint's own code ends the process at one of the texts."""
+    model = tmp_path / "model"
+    shutil.copytree(clear_checkpoint, model)
+    code = (model / "pipeline_hierarchical.py").read_text()
+    poisoned = 'texts.append(read_text(item, position)); item == "poison" and __import__("os")._exit(1)'
+    assert "texts.append(read_text(item, position))" in code
+    (model / "pipeline_hierarchical.py").write_text(code.replace("texts.append(read_text(item, position))", poisoned))
+    rows = ["a fever"] * 3000
+    rows[1500] = "poison"
+    pd.DataFrame({"text": rows}).to_csv(tmp_path / "in.csv", index=False)
+    monkeypatch.setattr("prediction.ray_job.MOST_DEATHS", 2)
+    output = tmp_path / "out.jsonl"
+    with pytest.raises(InputError) as error:
+        inside("--model", model, "--input", tmp_path / "in.csv", "--output", output, "--ray", cluster.address)
+    assert str(error.value).startswith(
+        f"2 workers died of the rows from {tmp_path / 'in.csv'}, line 1026, to {tmp_path / 'in.csv'}, line 2049: "
+    )
+    assert "poison" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_actors_with_another_model_do_not_take_part(cluster, clear_checkpoint, texts, tmp_path):
+    """The folder of the model changes during the run, and a new actor would load what is in it now."""
+    model, output = tmp_path / "model", tmp_path / "out.jsonl"
+    shutil.copytree(clear_checkpoint, model)
+
+    def change() -> None:
+        wait_for(lambda: num_parts(output) >= 1)
+        heads = model / "heads.safetensors"
+        save_file({name: weight.flip(0) for name, weight in load_file(heads).items()}, heads, {"format": "pt"})
+        os.kill(next(iter(scorers(cluster))), signal.SIGKILL)
+
+    changer = threading.Thread(target=change)
+    changer.start()
+    with pytest.raises(
+        InputError, match=r"^node [\d.]+ has another fingerprint, \w+, not \w+: use nodes that are alike$"
+    ):
+        inside("--model", model, "--input", texts, "--output", output, "--ray", cluster.address)
+    changer.join()
+    assert not output.exists()
+
+
+def test_what_cannot_be_done_is_one_line(clear_checkpoint, texts, tmp_path, monkeypatch):
+    model = tmp_path / "model"
+    shutil.copytree(clear_checkpoint, model)
+    heads = model / "heads.safetensors"
+    heads.write_bytes(heads.read_bytes()[:-100])
+    words = ("--input", texts, "--output", tmp_path / "out.jsonl", "--ray")
+    done = run("--model", model, *words, command="predict.py", check=False, fresh=True)
+    assert done.returncode == 2
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("predict.py: error: node ")
+    assert f"cannot load the model {model}: " in said
+    assert "Traceback" not in done.stderr
+    for flags, message in (
+        (["127.0.0.1:1"], "--ray 127.0.0.1:1: "),
+        (["--model", "none"], "cannot load the model none: "),
+    ):
+        with pytest.raises(InputError) as error:
+            inside("--model", clear_checkpoint, *words, *flags)
+        assert str(error.value).startswith(message)
+        assert "\n" not in str(error.value)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match=r'--ray needs Ray: pip install "ray\[default\]"'):
+        inside("--model", clear_checkpoint, *words)
