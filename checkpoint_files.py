@@ -17,13 +17,17 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model"),
 )
-ONNX_FILE = "onnx/model.onnx"
+ONNX_FILE, QUANTIZED_ONNX_FILE = "onnx/model.onnx", "onnx/model_quantized.onnx"
+TRUNCATION_FILE = "sentence_bert_config.json"  # where text-embeddings-inference reads the length to truncate at
 # Glob patterns. MODEL_FILES are read to load a checkpoint; CHECKPOINT_FILES are published.
 MODEL_FILES = (
     *("config.json", *SHIPPED_FILES, *TOKENIZER_FILES),
     *(*ADAPTER_FILES, WEIGHTS, WEIGHTS_INDEX, "model-*-of-*.safetensors"),
 )
-CHECKPOINT_FILES = (*MODEL_FILES, "README.md", "metrics.json", "plots/*.png", ONNX_FILE)
+CHECKPOINT_FILES = (
+    *(*MODEL_FILES, "README.md", "metrics.json", "plots/*.png"),
+    *(ONNX_FILE, QUANTIZED_ONNX_FILE, TRUNCATION_FILE),
+)
 
 
 def list_files(folder: Path, patterns: tuple[str, ...] = CHECKPOINT_FILES) -> list[str]:
