@@ -1,4 +1,4 @@
-"""What is published is in the form that other engines read: ONNX Runtime and text-embeddings-inference.
+"""What is published is in the form that other engines read: ONNX Runtime, text-embeddings-inference, OpenVINO.
 
 text-embeddings-inference is not installed: what it reads and computes is written here again, from its source.
 """
@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import CLEAR, run
+from conftest import CLEAR, ROOT, run, stranger
 from hub_server import HubServer
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, MPNetConfig, pipeline
@@ -191,3 +191,31 @@ def test_fields_of_the_encoder_in_the_configuration_follow_the_encoder(published
     config = HierarchicalConfig.from_pretrained(tmp_path)  # the encoder's own count
     assert (config.text_config.num_hidden_layers, config.hidden_size) == (1, 64)
     assert HierarchicalConfig(text_config=MPNetConfig()).to_dict()["pad_token_id"] == 1
+
+
+# OpenVINO
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_openvino_gives_the_probabilities_of_the_pipeline(published, form, tmp_path):
+    optional = ROOT / ".venv" / "optional"  # see the Makefile
+    if not (optional / "openvino").exists():
+        pytest.skip("openvino is not in .venv/optional, where make test puts it")
+    tokenizer = AutoTokenizer.from_pretrained(published[form], trust_remote_code=True)
+    np.savez(tmp_path / "inputs.npz", **tokenizer(TEXTS, padding=True, truncation=True, return_tensors="np"))
+    code = f"""
+import json
+import numpy as np
+import openvino
+core = openvino.Core()
+model = core.compile_model(core.read_model({str(published[form] / "onnx" / "model.onnx")!r}), "CPU")
+names = {{one.any_name for one in model.inputs}}
+inputs = {{name: ids for name, ids in np.load("inputs.npz").items() if name in names}}
+print(json.dumps(model(inputs)["logits"].tolist()))
+"""
+    logits = np.array(stranger(code, tmp_path, {"PYTHONPATH": str(optional)}, fresh=True))
+    expected = probabilities(published[form], TEXTS)
+    # on a processor with bfloat16 products OpenVINO rounds to them
+    np.testing.assert_allclose(LINK[form](logits), expected, atol=0.02)
+    if form == "one_path":
+        assert (logits.argmax(1) == expected.argmax(1)).all()
