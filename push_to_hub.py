@@ -21,7 +21,7 @@ from checkpoint_files import (
     ONNX_FILE,
     QUANTIZED_ONNX_FILE,
     TRUNCATION_FILE,
-    list_files,
+    published_files,
     read_checkpoint,
 )
 from errors import InputError, asked_traceback, exit_with_error, one_line
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
         if arguments.merge:
             export_merged(folder, Path(scratch))
             folder = Path(scratch)
-        files: Files = {name: folder / name for name in list_files(folder)}
+        files: Files = published_files(folder)
         if arguments.onnx:
             files[ONNX_FILE], files[QUANTIZED_ONNX_FILE] = export_onnx(folder, Path(scratch))
             files[TRUNCATION_FILE] = describe_truncation(folder)

@@ -1,9 +1,10 @@
-"""What is published is in the form that other engines read: ONNX Runtime, text-embeddings-inference, OpenVINO.
+"""What is published is in the form that other engines read: ONNX Runtime, text-embeddings-inference, OpenVINO, Inference Endpoints.
 
 text-embeddings-inference is not installed: what it reads and computes is written here again, from its source.
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -219,3 +220,88 @@ print(json.dumps(model(inputs)["logits"].tolist()))
     np.testing.assert_allclose(LINK[form](logits), expected, atol=0.02)
     if form == "one_path":
         assert (logits.argmax(1) == expected.argmax(1)).all()
+
+
+# Inference Endpoints
+
+TOOLKIT = """
+import importlib.util, json, sys
+folder = {folder!r}
+spec = importlib.util.spec_from_file_location("handler.EndpointHandler", folder + "/handler.py")
+sys.path.insert(0, folder)
+handler = importlib.util.module_from_spec(spec)
+sys.modules["handler.EndpointHandler"] = handler
+spec.loader.exec_module(handler)
+serve = handler.EndpointHandler(folder)
+answers = []
+for request in json.loads({requests!r}):
+    try:
+        answers.append(serve(request))
+    except Exception as error:
+        answers.append({{"error": str(error)}})
+print(json.dumps(answers))
+"""
+
+
+def serve(folder: Path, requests: list) -> list:
+    """What the toolkit of Inference Endpoints answers, in a process of its own."""
+    return stranger(TOOLKIT.format(folder=str(folder), requests=json.dumps(requests)), folder.parent, fresh=True)
+
+
+@pytest.mark.parametrize(
+    ("form", "parameters"),
+    [
+        ("one_path", {"coverage": 0.8}),
+        ("several_labels", {"recall": 0.8}),
+        ("one_path", {"stride": 16, "top_k": 2}),
+        ("several_labels", {"stride": 16, "top_k": 2}),
+    ],
+)
+def test_an_endpoint_answers_as_the_pipeline(published, form, parameters):
+    texts = [*TEXTS[::7], LONG]
+    bodies = [
+        {"inputs": texts, "parameters": parameters},
+        {"inputs": texts[0]},
+        {"inputs": texts[:1], "parameters": None},
+    ]
+    with_parameters, text, texts_without = serve(published[form], bodies)
+    assert with_parameters == close(classify(published[form], texts, **parameters))
+    assert text == close(classify(published[form], texts[:1])[0])
+    assert texts_without == close([text])
+
+
+def close(value):
+    """The value, with numbers up to rounding: batches of another shape are summed in another order."""
+    if isinstance(value, dict):
+        return {name: close(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [close(one) for one in value]
+    return pytest.approx(value, abs=1e-5) if isinstance(value, float) else value
+
+
+def test_what_a_client_gets_wrong_is_one_line_without_its_text(published):
+    secret = "Mrs Smith has colitis"
+    cases = [
+        ({"parameters": {}}, 'a request is {"inputs": a text or a list of texts}'),
+        ({"inputs": {"text": secret}}, 'a request is {"inputs": a text or a list of texts}'),
+        ([secret], 'a request is {"inputs": a text or a list of texts}'),
+        ({"inputs": [secret, 5]}, "the item at position 1 (counted from 0) is not a text but int"),
+        ({"inputs": " "}, "the text at position 0 (counted from 0) is empty"),
+        ({"inputs": secret, "parameters": [1]}, '"parameters" must be an object with any of top_k'),
+        ({"inputs": secret, "parameters": {"batch_size": 10**9}}, "cannot hold 'batch_size', only top_k"),
+        ({"inputs": secret, "parameters": {"top_k": "3"}}, "top_k must be a whole number of at least 1"),
+        ({"inputs": secret, "parameters": {"coverage": 2}}, "coverage must be a number between 0 and 1"),
+        ({"inputs": secret, "parameters": {"recall": 0.9}}, "recall is for checkpoints with several labels a text"),
+        ({"inputs": secret, "parameters": {"stride": 500}}, "leaves no room"),
+    ]
+    answers = serve(published["one_path"], [request for request, _ in cases])
+    for answer, (_, message) in zip(answers, cases, strict=True):
+        assert message in answer["error"]
+        assert "\n" not in answer["error"]
+        assert secret not in answer["error"]
+
+
+def test_an_endpoint_installs_what_the_checkpoint_needs(published):
+    ours = dict(re.findall(r"(?m)^([\w-]+)(.*)$", (ROOT / "requirements.txt").read_text()))
+    installed = (published["one_path"] / "requirements.txt").read_text().splitlines()
+    assert installed == [f"{name}{ours[name]}" for name in ("torch", "transformers")]

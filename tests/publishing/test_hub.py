@@ -30,6 +30,7 @@ from taxonomy_hierarchical import Taxonomy
 
 ADAPTER_REPOSITORY = {
     *(".gitattributes", "README.md", "config.json", "metrics.json"),
+    *("handler.py", "requirements.txt"),  # for Inference Endpoints
     *("taxonomy_hierarchical.py", "configuration_hierarchical.py", "modeling_hierarchical.py"),
     *("checkpoint_hierarchical.py", "cpu_hierarchical.py", "pipeline_hierarchical.py"),
     *("heads.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
@@ -135,7 +136,7 @@ def test_only_the_files_of_the_checkpoint_go_up(hub, published, checkpoint):
     files = hub.files("alice/adapter")
     assert files.keys() == ADAPTER_REPOSITORY
     assert hub.files("alice/merged").keys() == MERGED_REPOSITORY
-    for name in ADAPTER_REPOSITORY - {".gitattributes", "README.md"}:
+    for name in ADAPTER_REPOSITORY - {".gitattributes", "README.md", "handler.py", "requirements.txt"}:
         assert files[name] == (checkpoint / name).read_bytes()
 
 
