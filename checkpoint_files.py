@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from checkpoint_hierarchical import ADAPTER_SUBFOLDER, ADAPTER_WEIGHTS, HEADS_WEIGHTS, SHIPPED_FILES
 from configuration_hierarchical import HierarchicalConfig
-from errors import InputError, refusing
+from errors import ROOT, InputError, refusing
 
 ADAPTER_FILES = (HEADS_WEIGHTS, f"{ADAPTER_SUBFOLDER}/adapter_config.json", f"{ADAPTER_SUBFOLDER}/{ADAPTER_WEIGHTS}")
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -17,19 +17,36 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model"),
 )
-ONNX_FILE = "onnx/model.onnx"
+ONNX_FILE, QUANTIZED_ONNX_FILE = "onnx/model.onnx", "onnx/model_quantized.onnx"
+TRUNCATION_FILE = "sentence_bert_config.json"  # where text-embeddings-inference reads the length to truncate at
+ENDPOINT_FILES = ("handler.py", "requirements.txt")  # for Inference Endpoints
 # Glob patterns. MODEL_FILES are read to load a checkpoint; CHECKPOINT_FILES are published.
 MODEL_FILES = (
     *("config.json", *SHIPPED_FILES, *TOKENIZER_FILES),
     *(*ADAPTER_FILES, WEIGHTS, WEIGHTS_INDEX, "model-*-of-*.safetensors"),
 )
-CHECKPOINT_FILES = (*MODEL_FILES, "README.md", "metrics.json", "plots/*.png", ONNX_FILE)
+CHECKPOINT_FILES = (
+    *(*MODEL_FILES, "README.md", "metrics.json", "plots/*.png"),
+    *(*ENDPOINT_FILES, ONNX_FILE, QUANTIZED_ONNX_FILE, TRUNCATION_FILE),
+)
 
 
 def list_files(folder: Path, patterns: tuple[str, ...] = CHECKPOINT_FILES) -> list[str]:
     """Return the paths of a checkpoint's files, relative to its folder. Other files are left out."""
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return list(filter_repo_objects(files, allow_patterns=list(patterns)))
+
+
+def published_files(folder: Path) -> dict[str, Path | bytes]:
+    """Return the files to publish of a checkpoint, by their path in the repository, with `ENDPOINT_FILES` of this version."""
+    files: dict[str, Path | bytes] = {name: folder / name for name in list_files(folder)}
+    files["handler.py"] = ROOT / "publishing" / "handler.py"
+    # loading merges the adapter, so it needs no PEFT
+    requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines(keepends=True)
+    files["requirements.txt"] = "".join(
+        line for line in requirements if line.startswith(("torch>", "transformers>"))
+    ).encode()
+    return files
 
 
 def read_model_type(folder: str | Path) -> Any:

@@ -7,6 +7,8 @@ Worth knowing:
 2. ``id2label`` and ``label2id`` are always derived from the taxonomy: its leaves, or with several labels a text all its
    nodes.
 3. The encoder's configuration is called ``text_config``, because transformers looks for that name.
+4. `ENCODER_FIELDS` are also written at the top level of ``config.json``, where text-embeddings-inference reads them. They
+   are never read back.
 """
 
 import inspect
@@ -21,6 +23,7 @@ except ImportError:  # as a top-level module of the repository, not as remote co
     from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy, TaxonomyError, compose
 
 MULTI_LABEL = "multi_label_classification"
+ENCODER_FIELDS = ("hidden_size", "num_hidden_layers", "max_position_embeddings", "pad_token_id")
 DEFAULT_ENCODER = "emilyalsentzer/Bio_ClinicalBERT"
 DEFAULT_ENCODER_REVISION = "d5892b39a4adaed74b92212a44081509db72f87b"
 
@@ -132,12 +135,17 @@ class HierarchicalConfig(PretrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Read a stored configuration, and check arguments given at loading as if they were stored."""
         # the encoder's becomes that of the whole; a stored one can name a repository, whose code would be unpinned
-        attention = ("attn_implementation", "_attn_implementation")
-        config_dict = {name: value for name, value in config_dict.items() if name not in attention}
+        not_read = ("attn_implementation", "_attn_implementation", *ENCODER_FIELDS)
+        config_dict = {name: value for name, value in config_dict.items() if name not in not_read}
         own = {*inspect.signature(cls.__init__).parameters, "id2label", "label2id", "num_labels"}
         own -= {"self", "kwargs", "text_config"}
         given = {name: kwargs.pop(name) for name in [*kwargs] if name in own}
         return super().from_dict({**config_dict, **given}, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as stored, with `ENCODER_FIELDS` of the encoder."""
+        fields = {name: getattr(self.text_config, name, None) for name in ENCODER_FIELDS}
+        return super().to_dict() | {name: value for name, value in fields.items() if value is not None}
 
     @property
     def tree(self) -> Taxonomy:

@@ -16,10 +16,17 @@ import transformers
 from huggingface_hub import CommitInfo, HfApi, RepoCard
 from huggingface_hub.utils import disable_progress_bars
 
-from checkpoint_files import CHECKPOINT_FILES, ONNX_FILE, list_files, read_checkpoint
+from checkpoint_files import (
+    CHECKPOINT_FILES,
+    ONNX_FILE,
+    QUANTIZED_ONNX_FILE,
+    TRUNCATION_FILE,
+    published_files,
+    read_checkpoint,
+)
 from errors import InputError, asked_traceback, exit_with_error, one_line
 from publishing import card
-from publishing.export import export_merged, export_onnx
+from publishing.export import describe_truncation, export_merged, export_onnx
 from publishing.hub import HUB_ERRORS, SPACE_FILES, Target, find_target, log_in, publish, reason, refuse_local_encoder
 
 ROOT = Path(__file__).parent
@@ -51,9 +58,10 @@ def main(argv: list[str]) -> None:
         if arguments.merge:
             export_merged(folder, Path(scratch))
             folder = Path(scratch)
-        files: Files = {name: folder / name for name in list_files(folder)}
+        files: Files = published_files(folder)
         if arguments.onnx:
-            files[ONNX_FILE] = export_onnx(folder, Path(scratch))
+            files[ONNX_FILE], files[QUANTIZED_ONNX_FILE] = export_onnx(folder, Path(scratch))
+            files[TRUNCATION_FILE] = describe_truncation(folder)
         files["README.md"] = readme.encode()
 
         # ── Publish the model in one commit, unless this is a dry run ────────────────────────────────────────────────
@@ -77,7 +85,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--repo_id", required=True, help="user/name of the model on the Hub")
     parser.add_argument("--private", action="store_true", help="create missing repositories as private")
     parser.add_argument("--merge", action="store_true", help="merge the adapter: one self-contained model")
-    parser.add_argument("--onnx", action="store_true", help="add onnx/model.onnx, for ONNX Runtime and transformers.js")
+    parser.add_argument("--onnx", action="store_true", help="add onnx/, for other engines such as ONNX Runtime")
     parser.add_argument("--space_id", help="user/name of a Space that serves the model")
     parser.add_argument("--revision", help="the branch to commit to, created if missing; default: main")
     parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")

@@ -17,7 +17,7 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
-from checkpoint_files import CHECKPOINT_FILES, list_files
+from checkpoint_files import CHECKPOINT_FILES, list_files, published_files
 from errors import InputError
 from publishing.hub import HUB_ERRORS, commit_operations, reason
 
@@ -72,7 +72,7 @@ class PublishingTrainer(Trainer):
     ) -> CommitInfo:
         """Commit the output folder's checkpoint, and further folders by their path in the repository."""
         output = Path(self.args.output_dir)
-        files = {name: output / name for name in list_files(output)}
+        files = published_files(output)
         for place, folder in folders.items():
             names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
             files |= {f"{place}/{name}": folder / name for name in filter_repo_objects(names, ignore_patterns=PICKLES)}

@@ -30,6 +30,7 @@ from taxonomy_hierarchical import Taxonomy
 
 ADAPTER_REPOSITORY = {
     *(".gitattributes", "README.md", "config.json", "metrics.json"),
+    *("handler.py", "requirements.txt"),  # for Inference Endpoints
     *("taxonomy_hierarchical.py", "configuration_hierarchical.py", "modeling_hierarchical.py"),
     *("checkpoint_hierarchical.py", "cpu_hierarchical.py", "pipeline_hierarchical.py"),
     *("heads.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
@@ -41,6 +42,7 @@ MERGED_REPOSITORY = {
     *(name for name in ADAPTER_REPOSITORY if not name.startswith("adapter/") and name != "heads.safetensors"),
     "model.safetensors",
 }
+ENGINE_FILES = {"onnx/model.onnx", "onnx/model_quantized.onnx", "sentence_bert_config.json"}  # by --onnx
 TEXTS = ["Chest pain after exercise, and narrowed coronary arteries.", "A tumour of the liver was removed."]
 
 
@@ -135,7 +137,7 @@ def test_only_the_files_of_the_checkpoint_go_up(hub, published, checkpoint):
     files = hub.files("alice/adapter")
     assert files.keys() == ADAPTER_REPOSITORY
     assert hub.files("alice/merged").keys() == MERGED_REPOSITORY
-    for name in ADAPTER_REPOSITORY - {".gitattributes", "README.md"}:
+    for name in ADAPTER_REPOSITORY - {".gitattributes", "README.md", "handler.py", "requirements.txt"}:
         assert files[name] == (checkpoint / name).read_bytes()
 
 
@@ -169,7 +171,7 @@ def test_an_onnx_file_answers_as_the_model_does_for_any_batch_and_length(hub, ch
     words = ["--model", checkpoint, "--repo_id", "alice/onnx", "--onnx"]
     run(*words, command="push_to_hub.py", settings=settings(hub, tmp_path / "home", "hf_alice"))
     files = hub.files("alice/onnx")
-    assert files.keys() == ADAPTER_REPOSITORY | {"onnx/model.onnx"}
+    assert files.keys() == ADAPTER_REPOSITORY | ENGINE_FILES
     session = onnxruntime.InferenceSession(files["onnx/model.onnx"], providers=["CPUExecutionProvider"])
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
     leaves = expected[:, : session.get_outputs()[0].shape[1]].softmax(-1).numpy()
@@ -197,7 +199,7 @@ def test_an_onnx_file_of_several_labels_stays_finite_for_large_scores(tiny_encod
     model.save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tiny_encoder, model_max_length=128)
     tokenizer.save_pretrained(tmp_path)
-    session = onnxruntime.InferenceSession(export_onnx(tmp_path, tmp_path), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(export_onnx(tmp_path, tmp_path)[0], providers=["CPUExecutionProvider"])
     for texts in (TEXTS[:1], TEXTS * 3, [" ".join(TEXTS) * 9]):
         inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
         with torch.inference_mode():
@@ -851,7 +853,7 @@ def test_training_with_several_labels_pushes_whole_checkpoints(hub, label_sets):
     shared |= {f"plots/{name}.png" for name in plots}
     assert hub.files("alice/sets-adapter").keys() == shared
     adapter = {name for name in shared if name.startswith("adapter/") or name == "heads.safetensors"}
-    assert hub.files("alice/sets-merged").keys() == shared - adapter | {"model.safetensors", "onnx/model.onnx"}
+    assert hub.files("alice/sets-merged").keys() == shared - adapter | {"model.safetensors"} | ENGINE_FILES
     assert hub.commits("alice/sets-adapter")[-1].title == "End of training"
     for commit in hub.commits("alice/sets-adapter")[1:]:
         there = hub.files("alice/sets-adapter", commit.sha)

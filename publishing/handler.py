@@ -1,0 +1,40 @@
+"""Serve a checkpoint on Hugging Face Inference Endpoints, whose toolkit imports this file and calls `EndpointHandler`.
+
+It is published as ``handler.py`` beside the checkpoint, and imports nothing else of this project. The toolkit returns the
+message of any exception to the client, with status 400.
+"""
+
+from typing import Any
+
+from transformers import pipeline
+
+PARAMETERS = ("top_k", "coverage", "recall", "stride")
+
+
+class EndpointHandler:
+    """Classify the texts of a request.
+
+    Args:
+        path: the folder of the checkpoint.
+    """
+
+    def __init__(self, path: str = ""):
+        self.classify = pipeline("hierarchical-text-classification", model=path, trust_remote_code=True)
+
+    def __call__(self, data: dict[str, Any]) -> dict | list:
+        """Return the pipeline's result for a text under ``"inputs"``, or its results for a list of texts.
+
+        ``"parameters"`` may hold ``top_k``, ``coverage``, ``recall`` and ``stride``, as arguments of the pipeline.
+
+        Raises:
+            ValueError: the request cannot be used. The message is one line and holds no text of the request.
+        """
+        if not isinstance(data, dict) or not isinstance(data.get("inputs"), (str, list)):
+            raise ValueError('a request is {"inputs": a text or a list of texts}, and optionally "parameters"')
+        parameters = data.get("parameters") or {}
+        known = ", ".join(PARAMETERS)
+        if not isinstance(parameters, dict):
+            raise ValueError(f'"parameters" must be an object with any of {known}')
+        if unknown := parameters.keys() - {*PARAMETERS}:
+            raise ValueError(f'"parameters" cannot hold {min(unknown)!r}, only {known}')
+        return self.classify(data["inputs"], **parameters)

@@ -1,0 +1,307 @@
+"""What is published is in the form that other engines read: ONNX Runtime, text-embeddings-inference, OpenVINO, Inference Endpoints.
+
+text-embeddings-inference is not installed: what it reads and computes is written here again, from its source.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from conftest import CLEAR, ROOT, run, stranger
+from hub_server import HubServer
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoTokenizer, MPNetConfig, pipeline
+
+from checkpoint_hierarchical import load_encoder
+from configuration_hierarchical import HierarchicalConfig
+from modeling_hierarchical import HierarchicalForSequenceClassification
+from publishing.export import export_onnx
+from taxonomy_hierarchical import Taxonomy
+
+TEXTS = [f"We treated {name} and compared it with {names[0]}." for names in CLEAR.values() for name in names]
+LONG = " ".join(
+    f"{text} Two years later the findings were the same." for text in TEXTS
+)  # beyond the model's 128 tokens
+FORMS = ("one_path", "several_labels")
+
+
+@pytest.fixture(scope="module")
+def published(clear_checkpoint, labels_checkpoint, tmp_path_factory) -> dict[str, Path]:
+    """By form, a folder with the files that push_to_hub.py put on the Hub."""
+    folder = tmp_path_factory.mktemp("engines")
+    shutil.copytree(labels_checkpoint, folder / "labels")
+    (folder / "labels" / "README.md").write_text("A checkpoint.")
+    # made by hand, it pads as its encoder's tokenizer does, which train.py changes
+    tokenizer = AutoTokenizer.from_pretrained(folder / "labels", padding_side="right", trust_remote_code=True)
+    tokenizer.save_pretrained(folder / "labels")
+    with HubServer() as hub:
+        hub.add_user("alice", "hf_alice")
+        environment = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(folder / "home"), "HF_TOKEN": "hf_alice"}
+        environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        sources = (("one_path", clear_checkpoint, ["--merge"]), ("several_labels", folder / "labels", []))
+        for i, (form, checkpoint, flags) in enumerate(sources):
+            words = ["--model", checkpoint, "--repo_id", f"alice/{i}", "--onnx", *flags]
+            run(*words, command="push_to_hub.py", settings=environment)
+            for name, content in hub.files(f"alice/{i}").items():
+                (folder / form / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / form / name).write_bytes(content)
+    return {form: folder / form for form in FORMS}
+
+
+def classify(folder: Path, texts: list[str], **parameters) -> list:
+    return pipeline("hierarchical-text-classification", model=str(folder), trust_remote_code=True)(texts, **parameters)
+
+
+def probabilities(folder: Path, texts: list[str]) -> np.ndarray:
+    """Of the classes in the order of id2label, by this project's pipeline."""
+    results = classify(folder, texts, top_k=99)
+    labels = json.loads((folder / "config.json").read_text())["label2id"]
+    scores = np.zeros((len(texts), len(labels)))
+    for row, result in zip(scores, results, strict=True):
+        for one in result:
+            row[labels[one["label"]]] = one["score"]
+    return scores
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    return np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-logits))
+
+
+LINK = {"one_path": softmax, "several_labels": sigmoid}
+
+
+def run_onnx(file: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return session.run(["logits"], {one.name: inputs[one.name] for one in session.get_inputs()})[0]
+
+
+# ONNX
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("name", "tolerance"), [("model", 1e-3), ("model_quantized", 0.1)])
+def test_the_onnx_files_give_the_probabilities_of_the_pipeline(published, form, name, tolerance):
+    tokenizer = AutoTokenizer.from_pretrained(published[form], trust_remote_code=True)
+    inputs = tokenizer(TEXTS, padding=True, truncation=True, return_tensors="np")
+    logits = run_onnx(published[form] / "onnx" / f"{name}.onnx", inputs)
+    np.testing.assert_allclose(LINK[form](logits), probabilities(published[form], TEXTS), atol=tolerance)
+
+
+def served_softmax(logits: np.ndarray) -> np.ndarray:
+    """The softmax of text-embeddings-inference: in float32, less the logit of the largest absolute value."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        powers = np.exp(logits - logits[np.abs(logits).argmax()], dtype=np.float32)
+        return powers / powers.sum(dtype=np.float32)
+
+
+def test_the_softmax_of_text_embeddings_inference_stays_finite_for_improbable_leaves(tiny_encoder, tmp_path):
+    tree = Taxonomy({"a": {"b": ["c", "d"], "e": None}, "f": None})
+    config = HierarchicalConfig(
+        text_config=AutoConfig.from_pretrained(tiny_encoder), taxonomy=tree, encoder_name_or_path=tiny_encoder
+    )
+    model = HierarchicalForSequenceClassification(config, encoder=load_encoder(config)).eval()
+    with torch.no_grad():  # P(c) is about exp(-60), P(d) about exp(-180)
+        model.heads.bias.copy_(torch.tensor([{"b": -60.0, "d": -120.0}.get(name, 0.0) for name in tree.names]))
+    model.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder, model_max_length=128, padding_side="right")
+    tokenizer.save_pretrained(tmp_path)
+    inputs = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        expected = model(**inputs).logits
+    exact = expected.double().exp().numpy()
+    assert exact.min() < 1e-70
+    logits = run_onnx(export_onnx(tmp_path, tmp_path)[0], {name: ids.numpy() for name, ids in inputs.items()})
+    for row, unclamped, wanted in zip(logits, expected.numpy(), exact, strict=True):
+        assert np.isnan(served_softmax(unclamped)).any()
+        likely = wanted > 1e-30
+        assert 2 < likely.sum() < len(wanted)
+        np.testing.assert_allclose(served_softmax(row)[likely], wanted[likely], rtol=1e-3)
+        assert served_softmax(row)[~likely].max() < 1e-30
+
+
+# text-embeddings-inference
+
+
+def usize(value: object) -> int:
+    assert type(value) is int
+    assert 0 <= value < 2**64
+    return value
+
+
+def served_logits(folder: Path, texts: list[str]) -> tuple[list[str], np.ndarray]:
+    """The labels and raw scores of text-embeddings-inference on a CPU, which truncates: by its reading of a repository."""
+    config = json.loads((folder / "config.json").read_text())
+    assert any(architecture.endswith("Classification") for architecture in config["architectures"])
+    assert isinstance(config["model_type"], str)
+    for name in ("max_position_embeddings", "hidden_size", "num_hidden_layers", "pad_token_id"):
+        usize(config[name])
+    labels = [config["id2label"][str(i)] for i in range(len(config["id2label"]))]
+    assert {label: usize(i) for label, i in config["label2id"].items()} == {label: i for i, label in enumerate(labels)}
+    length = usize(json.loads((folder / "sentence_bert_config.json").read_text())["max_seq_length"])
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(length)
+    rows = [tokenizer.encode(text) for text in texts]
+    longest = max(map(len, rows))
+
+    def padded(values: list[int], padding: int) -> list[int]:
+        missing = [padding] * (longest - len(values))
+        left = json.loads((folder / "tokenizer_config.json").read_text()).get("padding_side") == "left"
+        return missing + values if left else values + missing
+
+    inputs = {
+        "input_ids": [padded(row.ids, config["pad_token_id"]) for row in rows],
+        "attention_mask": [padded([1] * len(row), 0) for row in rows],
+        "token_type_ids": [padded(row.type_ids, 0) for row in rows],
+    }
+    return labels, run_onnx(folder / "onnx" / "model.onnx", {name: np.array(ids) for name, ids in inputs.items()})
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_text_embeddings_inference_gives_the_probabilities_of_the_pipeline(published, form):
+    texts = [*TEXTS[::5], LONG]
+    labels, logits = served_logits(published[form], texts)
+    assert labels == list(json.loads((published[form] / "config.json").read_text())["id2label"].values())
+    # it applies no sigmoid to several labels: clients ask for raw scores
+    scores = sigmoid(logits) if form == "several_labels" else [served_softmax(row) for row in logits]
+    assert classify(published[form], texts)[-1]["truncated"]
+    np.testing.assert_allclose(scores, probabilities(published[form], texts), atol=1e-3)
+
+
+def test_fields_of_the_encoder_in_the_configuration_follow_the_encoder(published, tmp_path):
+    stored = json.loads((published["one_path"] / "config.json").read_text())
+    config = AutoConfig.from_pretrained(published["one_path"], trust_remote_code=True)
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == stored
+    config.text_config.num_hidden_layers += 1
+    config.save_pretrained(tmp_path)
+    changed = json.loads((tmp_path / "config.json").read_text())
+    assert (
+        changed["num_hidden_layers"] == changed["text_config"]["num_hidden_layers"] == stored["num_hidden_layers"] + 1
+    )
+    (tmp_path / "config.json").write_text(json.dumps({**stored, "num_hidden_layers": 99, "hidden_size": 99}))
+    config = HierarchicalConfig.from_pretrained(tmp_path)  # the encoder's own count
+    assert (config.text_config.num_hidden_layers, config.hidden_size) == (1, 64)
+    assert HierarchicalConfig(text_config=MPNetConfig()).to_dict()["pad_token_id"] == 1
+
+
+# OpenVINO
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_openvino_gives_the_probabilities_of_the_pipeline(published, form, tmp_path):
+    optional = ROOT / ".venv" / "optional"  # see the Makefile
+    if not (optional / "openvino").exists():
+        pytest.skip("openvino is not in .venv/optional, where make test puts it")
+    tokenizer = AutoTokenizer.from_pretrained(published[form], trust_remote_code=True)
+    np.savez(tmp_path / "inputs.npz", **tokenizer(TEXTS, padding=True, truncation=True, return_tensors="np"))
+    code = f"""
+import json
+import numpy as np
+import openvino
+core = openvino.Core()
+model = core.compile_model(core.read_model({str(published[form] / "onnx" / "model.onnx")!r}), "CPU")
+names = {{one.any_name for one in model.inputs}}
+inputs = {{name: ids for name, ids in np.load("inputs.npz").items() if name in names}}
+print(json.dumps(model(inputs)["logits"].tolist()))
+"""
+    logits = np.array(stranger(code, tmp_path, {"PYTHONPATH": str(optional)}, fresh=True))
+    expected = probabilities(published[form], TEXTS)
+    # on a processor with bfloat16 products OpenVINO rounds to them
+    np.testing.assert_allclose(LINK[form](logits), expected, atol=0.02)
+    if form == "one_path":
+        assert (logits.argmax(1) == expected.argmax(1)).all()
+
+
+# Inference Endpoints
+
+TOOLKIT = """
+import importlib.util, json, sys
+folder = {folder!r}
+spec = importlib.util.spec_from_file_location("handler.EndpointHandler", folder + "/handler.py")
+sys.path.insert(0, folder)
+handler = importlib.util.module_from_spec(spec)
+sys.modules["handler.EndpointHandler"] = handler
+spec.loader.exec_module(handler)
+serve = handler.EndpointHandler(folder)
+answers = []
+for request in json.loads({requests!r}):
+    try:
+        answers.append(serve(request))
+    except Exception as error:
+        answers.append({{"error": str(error)}})
+print(json.dumps(answers))
+"""
+
+
+def serve(folder: Path, requests: list) -> list:
+    """What the toolkit of Inference Endpoints answers, in a process of its own."""
+    return stranger(TOOLKIT.format(folder=str(folder), requests=json.dumps(requests)), folder.parent, fresh=True)
+
+
+@pytest.mark.parametrize(
+    ("form", "parameters"),
+    [
+        ("one_path", {"coverage": 0.8}),
+        ("several_labels", {"recall": 0.8}),
+        ("one_path", {"stride": 16, "top_k": 2}),
+        ("several_labels", {"stride": 16, "top_k": 2}),
+    ],
+)
+def test_an_endpoint_answers_as_the_pipeline(published, form, parameters):
+    texts = [*TEXTS[::7], LONG]
+    bodies = [
+        {"inputs": texts, "parameters": parameters},
+        {"inputs": texts[0]},
+        {"inputs": texts[:1], "parameters": None},
+    ]
+    with_parameters, text, texts_without = serve(published[form], bodies)
+    assert with_parameters == close(classify(published[form], texts, **parameters))
+    assert text == close(classify(published[form], texts[:1])[0])
+    assert texts_without == close([text])
+
+
+def close(value):
+    """The value, with numbers up to rounding: batches of another shape are summed in another order."""
+    if isinstance(value, dict):
+        return {name: close(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [close(one) for one in value]
+    return pytest.approx(value, abs=1e-5) if isinstance(value, float) else value
+
+
+def test_what_a_client_gets_wrong_is_one_line_without_its_text(published):
+    secret = "Mrs Smith has colitis"
+    cases = [
+        ({"parameters": {}}, 'a request is {"inputs": a text or a list of texts}'),
+        ({"inputs": {"text": secret}}, 'a request is {"inputs": a text or a list of texts}'),
+        ([secret], 'a request is {"inputs": a text or a list of texts}'),
+        ({"inputs": [secret, 5]}, "the item at position 1 (counted from 0) is not a text but int"),
+        ({"inputs": " "}, "the text at position 0 (counted from 0) is empty"),
+        ({"inputs": secret, "parameters": [1]}, '"parameters" must be an object with any of top_k'),
+        ({"inputs": secret, "parameters": {"batch_size": 10**9}}, "cannot hold 'batch_size', only top_k"),
+        ({"inputs": secret, "parameters": {"top_k": "3"}}, "top_k must be a whole number of at least 1"),
+        ({"inputs": secret, "parameters": {"coverage": 2}}, "coverage must be a number between 0 and 1"),
+        ({"inputs": secret, "parameters": {"recall": 0.9}}, "recall is for checkpoints with several labels a text"),
+        ({"inputs": secret, "parameters": {"stride": 500}}, "leaves no room"),
+    ]
+    answers = serve(published["one_path"], [request for request, _ in cases])
+    for answer, (_, message) in zip(answers, cases, strict=True):
+        assert message in answer["error"]
+        assert "\n" not in answer["error"]
+        assert secret not in answer["error"]
+
+
+def test_an_endpoint_installs_what_the_checkpoint_needs(published):
+    ours = dict(re.findall(r"(?m)^([\w-]+)(.*)$", (ROOT / "requirements.txt").read_text()))
+    installed = (published["one_path"] / "requirements.txt").read_text().splitlines()
+    assert installed == [f"{name}{ours[name]}" for name in ("torch", "transformers")]
