@@ -181,6 +181,35 @@ def inject_adapter(encoder: PreTrainedModel, folder: Path) -> None:
             parameter.data = parameter.data.float()
 
 
+def share_encoder(model: Any, other: Any) -> None:
+    """Let a model use the encoder weights of ``other``, so that both hold them once. Both keep their own adapter and heads.
+
+    Load both with ``merge_adapter=False``. Predictions do not change.
+
+    Raises ValueError where an adapter is merged, weights are quantized, or the models have different encoders.
+    """
+    if not (model.has_adapter and other.has_adapter):
+        raise ValueError("only encoders whose adapters are separate can be shared: load both with merge_adapter=False")
+    own, shared = (
+        {
+            name.replace(".base_layer", ""): weight
+            for name, weight in one.encoder.named_parameters()
+            if "lora_" not in name
+        }
+        for one in (model, other)
+    )
+    identity = ("encoder_name_or_path", "encoder_revision")
+    if any(getattr(model.config, name) != getattr(other.config, name) for name in identity):
+        names = [f"{one.config.encoder_name_or_path} at {one.config.encoder_revision}" for one in (model, other)]
+        raise ValueError(f"the encoders are different: {' and '.join(names)}")
+    if not all(weight.is_floating_point() for weight in (*own.values(), *shared.values())):
+        raise ValueError("quantized encoders cannot be shared: load both without quantization_config")
+    if any((own[name].dtype, own[name].device) != (shared[name].dtype, shared[name].device) for name in own):
+        raise ValueError("the encoders differ in dtype or device: load both with the same arguments")
+    for name, weight in own.items():
+        weight.data = shared[name].data
+
+
 def import_peft() -> Any:
     """Import PEFT, only where it is needed, because its import takes longer than everything else."""
     if is_peft_available():

@@ -24,11 +24,23 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
 try:
-    from .checkpoint_hierarchical import build_encoder, load_checkpoint, load_heads_and_adapter, save_checkpoint
+    from .checkpoint_hierarchical import (
+        build_encoder,
+        load_checkpoint,
+        load_heads_and_adapter,
+        save_checkpoint,
+        share_encoder,
+    )
     from .configuration_hierarchical import HierarchicalConfig
     from .taxonomy_hierarchical import Taxonomy
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
-    from checkpoint_hierarchical import build_encoder, load_checkpoint, load_heads_and_adapter, save_checkpoint
+    from checkpoint_hierarchical import (
+        build_encoder,
+        load_checkpoint,
+        load_heads_and_adapter,
+        save_checkpoint,
+        share_encoder,
+    )
     from configuration_hierarchical import HierarchicalConfig
     from taxonomy_hierarchical import Taxonomy
 
@@ -397,6 +409,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         save_checkpoint(self, super().save_pretrained, Path(save_directory), is_main_process, state_dict, **kwargs)
 
     load_heads_and_adapter = load_heads_and_adapter
+    share_encoder = share_encoder
 
 
 def negative_log_likelihood(

@@ -111,7 +111,8 @@ def export_onnx(folder: Path, output: Path) -> list[Path]:
         except Exception as error:  # the exporter raises anything on an encoder that it cannot trace
             problem = f"{type(model.encoder).__name__} cannot be exported ({type(error).__name__})"
             raise InputError(f"--onnx: {problem}: publish without --onnx") from error
-        # with a scale for each column and 7 bits, predictions change a third as often as with the defaults
+        # With a scale for each column, decisions change a third as often as with one scale (benchmarks/studies/quantized.py).
+        # Sums of 8-bit products overflow on processors without VNNI, those of 7-bit weights do not.
         quantize_dynamic(file, quantized, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
 
     for exported, tolerance in ((file, ONNX_TOLERANCE), (quantized, QUANTIZED_TOLERANCE)):

@@ -1,0 +1,108 @@
+"""Measure a process that serves many checkpoints over one encoder: ``python benchmarks/adapters.py --checkpoint FOLDER``.
+
+Each of ``--count`` checkpoints is a copy of one in adapter form. "merged" loads each as usual, so each has an encoder of its own.
+"shared" loads each with ``merge_adapter=False``, and all use the encoder of the first (`share_encoder`). Memory is the proportional
+set size of a process that holds them all, less that before the first; it counts mapped files once. "Alternating" classifies one text
+by each checkpoint in turn; "repeated" by the first alone. Their difference is the cost of switching. Linux only.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from checkpoint_hierarchical import SHIPPED_FILES
+
+TOKENS = 256
+
+
+def proportional_set_size() -> float:
+    """Return the memory of this process in MiB, with pages that are mapped several times counted once."""
+    return int(re.search(r"(?m)^Pss: +(\d+)", Path("/proc/self/smaps_rollup").read_text())[1]) / 1024
+
+
+def serve(way: str, folders: list[str], rounds: int) -> dict[str, float]:
+    """Load checkpoints, classify one text by each, and return times in milliseconds and memory in MiB."""
+    import torch
+    import transformers
+    from transformers import AutoModel
+
+    transformers.utils.logging.disable_progress_bar()
+    # the process then holds PEFT, and the code of the checkpoints
+    AutoModel.from_pretrained(folders[0], trust_remote_code=True, merge_adapter=False)
+    before, models, seconds = proportional_set_size(), [], []
+    inputs = {
+        "input_ids": torch.arange(TOKENS)[None] % 99 + 5,
+        "attention_mask": torch.ones(1, TOKENS, dtype=torch.long),
+    }
+
+    def classify(model: torch.nn.Module) -> float:
+        started = time.perf_counter()
+        with torch.inference_mode():
+            model(**inputs)
+        return 1000 * (time.perf_counter() - started)
+
+    for folder in folders:
+        started = time.perf_counter()
+        model = AutoModel.from_pretrained(folder, trust_remote_code=True, merge_adapter=way == "merged")
+        if way == "shared" and models:
+            model.share_encoder(models[0])
+        seconds.append(time.perf_counter() - started)
+        models.append(model)
+    for model in models:  # the first forward reads weights that are mapped files
+        classify(model)
+    return {
+        "memory": proportional_set_size() - before,
+        "load": 1000 * statistics.median(seconds[1:]),
+        "repeated": statistics.median(classify(models[0]) for _ in range(rounds * len(models))),
+        "alternating": statistics.median(classify(model) for _ in range(rounds) for model in models),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--checkpoint", type=Path, required=True, help="the folder of a checkpoint in adapter form")
+    parser.add_argument("--count", type=int, default=20, help="checkpoints in the process")
+    parser.add_argument("--rounds", type=int, default=5, help="texts for each checkpoint")
+    parser.add_argument("--serve", choices=("merged", "shared"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        folders = sorted(map(str, arguments.checkpoint.iterdir()))
+        print(json.dumps(serve(arguments.serve, folders, arguments.rounds)))
+        return
+    result = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for i in range(arguments.count):
+            left_out = shutil.ignore_patterns("checkpoint-*", "plots")
+            copied = shutil.copytree(arguments.checkpoint, Path(scratch) / f"copy_{i:03}", ignore=left_out)
+            for name in SHIPPED_FILES:  # the code of today
+                shutil.copy(ROOT / name, copied)
+        for way in ("merged", "shared"):
+            command = [
+                sys.executable,
+                __file__,
+                "--checkpoint",
+                scratch,
+                "--serve",
+                way,
+                "--rounds",
+                str(arguments.rounds),
+            ]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            result[way] = measured = json.loads(done.stdout.splitlines()[-1])
+            print(f"{way:8}", "  ".join(f"{name} {value:.1f}" for name, value in measured.items()), flush=True)
+    output = ROOT / "benchmarks" / "results" / "adapters.json"
+    output.write_text(json.dumps({"count": arguments.count, **result}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

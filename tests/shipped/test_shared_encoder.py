@@ -1,0 +1,76 @@
+"""Models in one process share the weights of their encoder, and each predicts as it does alone."""
+
+import re
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from transformers import AutoConfig, AutoTokenizer
+
+from checkpoint_hierarchical import load_encoder
+from configuration_hierarchical import HierarchicalConfig
+from modeling_hierarchical import HierarchicalForSequenceClassification
+from taxonomy_hierarchical import Taxonomy
+
+
+def write_adapter(encoder: str, folder, taxonomy: dict, seed: int, **lora) -> str:
+    """Write a checkpoint in adapter form whose adapter changes predictions."""
+    torch.manual_seed(seed)
+    config = HierarchicalConfig(
+        text_config=AutoConfig.from_pretrained(encoder), taxonomy=Taxonomy(taxonomy), encoder_name_or_path=encoder
+    )
+    model = HierarchicalForSequenceClassification(config, encoder=load_encoder(config))
+    inject_adapter_in_model(LoraConfig(**lora), model.encoder)
+    for name, parameter in model.encoder.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tiny_encoder, tmp_path_factory) -> list[str]:
+    """Two checkpoints with other adapted layers, ranks and taxonomies."""
+    folder = tmp_path_factory.mktemp("shared")
+    return [
+        write_adapter(tiny_encoder, folder / "a", {"a": ["b", "c"]}, 1, r=4, target_modules=["query", "value"]),
+        write_adapter(
+            tiny_encoder, folder / "b", {"d": None, "e": ["f", "g"]}, 2, r=8, target_modules=["query", "dense"]
+        ),
+    ]
+
+
+def load(checkpoint: str, **arguments) -> HierarchicalForSequenceClassification:
+    return HierarchicalForSequenceClassification.from_pretrained(checkpoint, **{"merge_adapter": False, **arguments})
+
+
+def test_shared_weights_are_held_once_and_predictions_stay(checkpoints, tiny_encoder):
+    inputs = AutoTokenizer.from_pretrained(tiny_encoder)("Hepatitis in 41 patients.", return_tensors="pt")
+    models = [load(checkpoint) for checkpoint in checkpoints]
+    with torch.inference_mode():
+        alone = [model(**inputs).logits for model in models]
+        models[1].share_encoder(models[0])
+        together = [model(**inputs).logits for model in (*models, *models)]  # in turn
+    for logits, wanted in zip(together, alone * 2, strict=True):
+        assert torch.equal(logits, wanted)
+    first, second = (
+        {weight.data_ptr() for name, weight in model.encoder.named_parameters() if "lora_" not in name}
+        for model in models
+    )
+    assert first == second
+    merged = load(checkpoints[1], merge_adapter=True)
+    torch.testing.assert_close(merged(**inputs).logits, alone[1], atol=1e-5, rtol=1e-4)
+
+
+def test_encoders_that_differ_are_not_shared(checkpoints):
+    first, other = (load(checkpoint) for checkpoint in checkpoints)
+    merged = load(checkpoints[0], merge_adapter=True)
+    with pytest.raises(ValueError, match="load both with merge_adapter=False"):
+        merged.share_encoder(other)
+    with pytest.raises(ValueError, match="load both with merge_adapter=False"):
+        other.share_encoder(merged)
+    with pytest.raises(ValueError, match="differ in dtype or device"):
+        load(checkpoints[0], dtype=torch.bfloat16).share_encoder(other)
+    other.config.encoder_revision = "0" * 40
+    with pytest.raises(ValueError, match=re.escape(f"are different: {first.config.encoder_name_or_path} at None and")):
+        first.share_encoder(other)
