@@ -12,6 +12,7 @@ Worth knowing:
 """
 
 import os
+import socket
 import sys
 import time
 from argparse import Namespace
@@ -224,5 +225,8 @@ def connect(address: str) -> str | None:
     if address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report them to its makers
         return ray.init("local", num_cpus=torch.get_num_threads(), **quiet).dashboard_url
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if port.isdigit():  # where nothing listens, Ray would try for minutes
+        socket.create_connection((host, int(port)), timeout=10).close()
     modules = [str(path) for pattern in SHIPPED for path in sorted(ROOT.glob(pattern))]
     return ray.init(address, runtime_env={"py_modules": modules, "excludes": ["__pycache__"]}, **quiet).dashboard_url
