@@ -155,7 +155,7 @@ def memory(texts: list[str], arguments: argparse.Namespace, scratch: Path) -> li
         one = measure(model, write(scratch / f"in-{rows}", short, rows), scratch / f"out-{rows}", rows, "--ray")
         if results:
             more = one["driver, processor seconds"] - results[-1]["driver, processor seconds"]
-            one["ms of the driver for one more row"] = round(1000 * more / (rows - results[-1]["rows"]), 4)
+            one["driver, ms for one more row"] = round(1000 * more / (rows - results[-1]["rows"]), 4)
         results.append(one)
     return results
 
