@@ -153,6 +153,7 @@ def memory(texts: list[str], arguments: argparse.Namespace, scratch: Path) -> li
     results: list[dict] = []
     for rows in arguments.memory_rows:
         one = measure(model, write(scratch / f"in-{rows}", short, rows), scratch / f"out-{rows}", rows, "--ray")
+        one["driver, ms for one more row"] = None
         if results:
             more = one["driver, processor seconds"] - results[-1]["driver, processor seconds"]
             one["driver, ms for one more row"] = round(1000 * more / (rows - results[-1]["rows"]), 4)
