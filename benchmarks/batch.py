@@ -4,9 +4,8 @@
     python benchmarks/batch.py --encoder ENCODER --data ohsumed
 
 - overhead: ``--ray local`` with one core an actor and with all cores an actor, beside one process. Same rows and model.
-- growth: rows a second of ``--ray local`` over 10 and 100 times as many rows.
-- memory: peak memory and processor time of the driver up to a million short rows, with a tiny encoder. The processor time of
-  one more row bounds the rows a second of any cluster, because one driver reads and writes.
+- growth: rows a second, and peak memory and processor time of the driver, up to a million short rows, with a tiny encoder. The
+  processor time of one more row bounds the rows a second of any cluster, because one driver reads and writes.
 - chaos: 100,000 rows in 40 files on a cluster of three nodes, while actors, nodes and the driver are killed at ten random
   moments. Rows are counted, and compared with those of one process.
 
@@ -43,8 +42,7 @@ def main() -> None:
     parser.add_argument("--encoder", required=True)
     parser.add_argument("--data", type=Path, required=True, help="a folder with train.csv and test.csv, column text")
     parser.add_argument("--rows", type=int, default=20 * ROWS, help="of the part overhead")
-    parser.add_argument("--growth_rows", type=int, nargs="+", default=[1_000, 10_000, 100_000])
-    parser.add_argument("--memory_rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--growth_rows", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--chaos_rows", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
@@ -140,18 +138,10 @@ def overhead(texts: list[str], arguments: argparse.Namespace, scratch: Path) -> 
 
 
 def growth(texts: list[str], arguments: argparse.Namespace, scratch: Path) -> list[dict]:
-    model = make_checkpoint(arguments.encoder, scratch / "model")
-    return [
-        measure(model, write(scratch / f"in-{rows}", texts, rows), scratch / f"out-{rows}", rows, "--ray")
-        for rows in arguments.growth_rows
-    ]
-
-
-def memory(texts: list[str], arguments: argparse.Namespace, scratch: Path) -> list[dict]:
     model = tiny_checkpoint(arguments, scratch / "model")
     short = [text[:100] for text in texts]
     results: list[dict] = []
-    for rows in arguments.memory_rows:
+    for rows in arguments.growth_rows:
         one = measure(model, write(scratch / f"in-{rows}", short, rows), scratch / f"out-{rows}", rows, "--ray")
         one["driver, ms for one more row"] = None
         if results:
@@ -221,7 +211,7 @@ def scorers(node) -> list[int]:
     return [int(match[1]) for match in re.finditer(r"^ *(\d+) ray::Scorer", lines, re.MULTILINE)]
 
 
-PARTS = {"overhead": overhead, "growth": growth, "memory": memory, "chaos": chaos}
+PARTS = {"overhead": overhead, "growth": growth, "chaos": chaos}
 
 if __name__ == "__main__":
     main()

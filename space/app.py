@@ -482,18 +482,9 @@ class MultiLabelService(Service):
     def classify_file(
         self, file: gr.FileData, column: str | None = None, recall: float | None = None
     ) -> MultiLabelFileResult:
-        """Classify the rows of a file. The file is deleted as soon as it is read.
-
-        Args:
-            file: CSV, TSV, JSON, JSON Lines, Parquet, or plain text with one text a line; at most 10 MB and 10,000 rows.
-            column: the column of texts; by default found by its name, such as text or abstract, else the one with the most
-                characters.
-            recall: as in classify.
-
-        Returns:
-            The column, the rows that were classified, and the lines and reasons of the others.
-        """
         return self._classify_file(file, column, recall)
+
+    classify_file.__doc__ = str(Service.classify_file.__doc__).replace("coverage", "recall")
 
     def main_node(self, result: dict[str, Any]) -> str:
         roots = result["levels"][0]

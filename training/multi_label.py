@@ -67,8 +67,8 @@ class MultiLabelFocalLoss(nn.Module):
     If ``balanced``, α is n / (2 · n_y) for outcome y of a node that is known in n training rows. See also
     `HierarchicalFocalLoss`.
 
-    This is not the likelihood of the open decisions, the model's own loss. There a node learns nothing from texts without its
-    parent, and ranked texts worse (docs/experiments.md, "Losses and settings for several labels a text").
+    The model's own loss is another one, the likelihood of the open decisions. It teaches a node nothing about texts without its
+    parent, and models trained with it rank texts worse (docs/experiments.md, "Losses and settings for several labels a text").
     """
 
     def __init__(
