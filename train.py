@@ -1,11 +1,13 @@
 """Train a hierarchical classifier: ``python train.py [recipe.yaml] [--flag value …]``.
 
 Scores are of the checkpoint as a user loads it, over a full-precision encoder. The validation rows select it, then fit
-its lexical head, calibration and thresholds.
+its lexical head, calibration and thresholds. ``--refit`` then trains another one, on the validation rows too.
 """
 
+import dataclasses
 import functools
 import gc
+import json
 import logging
 import sys
 from collections.abc import Callable
@@ -18,18 +20,19 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 import numpy as np
 import torch
 import transformers
+from accelerate import PartialState
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import DatasetDict
 from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from checkpoint_files import is_checkpoint, read_config
-from configuration_hierarchical import MULTI_LABEL
+from configuration_hierarchical import MULTI_LABEL, HierarchicalConfig
 from errors import InputError, asked_traceback, exit_with_error, is_full_disk, one_line, refusing
 from evaluation import plots, report
 from evaluation.lexical import fit_classifier
 from taxonomy_hierarchical import TaxonomyError
 from training import resume
-from training.arguments import Arguments, check_against_data, parse
+from training.arguments import Arguments, HierarchicalTrainingArguments, check_against_data, parse
 from training.files import make_folder, write_json
 from training.label_names import initialise_heads
 from training.losses import HierarchicalFocalLoss
@@ -37,13 +40,15 @@ from training.memory import keep_memory
 from training.model import build_model, fetch_model, load_tokenizer, size_report
 from training.multi_label import MultiLabelFocalLoss, label_arrays
 from training.publish import check_hub, push, run_facts, run_settings, write_card
-from training.splits import LabelledSplits, load_splits
+from training.splits import LabelledSplits, load_splits, train_on_validation_rows
 from training.tokens import tokenize_splits
 from training.trained_texts import TrainedTexts
 from training.trainer import HierarchicalTrainer
 from training.views import build_collator
 
 logger = logging.getLogger("train")
+
+SELECTION = "selection"  # folder of the run that chooses the epochs for --refit, in the output folder
 
 Prepare = Callable[[HierarchicalTrainer], HierarchicalTrainer]
 
@@ -59,9 +64,12 @@ def main(argv: list[str], prepare: Prepare = lambda trainer: trainer) -> None:
     source = arguments.model.model_name_or_path
     stored = read_config(source) if is_checkpoint(source) else None
     stored_taxonomy = stored.tree if stored else None
+    first = selection_run(arguments) if training.do_train and training.refit else arguments
     resume.check_output_folder(training, source)
+    if first is not arguments:
+        resume.check_output_folder(first.training, source)
     requested = training.resume_from_checkpoint if training.do_train else None
-    resume_from = resume.find_checkpoint(requested, training.output_dir)
+    resume_from = resume.find_checkpoint(requested, first.training.output_dir)
 
     # ── Data: read, check, split ─────────────────────────────────────────────────────────────────────────────────────
     trained_texts = resume.read_earlier_texts(source, resume_from)
@@ -73,7 +81,9 @@ def main(argv: list[str], prepare: Prepare = lambda trainer: trainer) -> None:
         raise InputError(f"{source} is for {kinds[stored.is_multi_label]}, the data for {kinds[data.is_multi_label]}")
 
     # ── Model, fit, measure, publish ─────────────────────────────────────────────────────────────────────────────────
-    if training.do_train:
+    if first is not arguments:
+        refit(arguments, first, data, trained_texts, resume_from, prepare)
+    elif training.do_train:
         train(arguments, data, trained_texts, resume_from, prepare)
     elif stored_taxonomy is None:
         raise InputError(f"--do_train false needs a trained checkpoint, which {source} is not")
@@ -83,14 +93,65 @@ def main(argv: list[str], prepare: Prepare = lambda trainer: trainer) -> None:
         score_checkpoint(arguments, data)
 
 
+def selection_run(arguments: Arguments) -> Arguments:
+    """Return the arguments of the run that chooses the number of epochs and the calibration for ``--refit``."""
+    folder = str(Path(arguments.training.output_dir) / SELECTION)
+    changed: dict[str, Any] = {"output_dir": folder, "push_to_hub": False, "refit": False}
+    return arguments._replace(training=dataclasses.replace(arguments.training, **changed))
+
+
+def refit(
+    arguments: Arguments,
+    first: Arguments,
+    data: LabelledSplits,
+    trained_texts: TrainedTexts,
+    resume_from: str | None,
+    prepare: Prepare,
+) -> None:
+    """Train two models: ``first`` on the training rows, and then, with its epochs and calibration, one on all rows.
+
+    The test rows are left out. ``resume_from`` is a checkpoint of ``first``.
+    """
+    # ── First run, unless it is finished ─────────────────────────────────────────────────────────────────────────────
+    training, folder = arguments.training, Path(first.training.output_dir)
+    if not {"train", "validation"} <= data.splits.keys():
+        raise InputError("--refit needs training and validation rows")
+    if resume_from is not None and (folder / "metrics.json").is_file():
+        resume.check_resumed_data(resume_from, data.taxonomy, data.report)
+    else:
+        train(first, data, trained_texts, resume_from, prepare, published=training)
+        PartialState().wait_for_everyone()  # one process writes metrics.json
+    epochs = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["best_epoch"]
+
+    # ── Second run, on all rows ──────────────────────────────────────────────────────────────────────────────────────
+    data = train_on_validation_rows(data)
+    logger.info(
+        "training anew on all %s rows but the test rows, for %g epochs", f"{len(data.splits['train']):,}", epochs
+    )
+    # new arguments, because the first run's scoring has changed the precision of accelerate
+    changed: dict[str, Any] = {"num_train_epochs": epochs, "max_steps": -1}
+    training = dataclasses.replace(training, **changed)
+    arguments = arguments._replace(training=training)
+    resume_from = resume.find_checkpoint(training.resume_from_checkpoint, training.output_dir)
+    set_seed(training.seed)
+    train(arguments, data, trained_texts, resume_from, prepare, calibrated=read_config(str(folder)))
+
+
 def train(
     arguments: Arguments,
     data: LabelledSplits,
     trained_texts: TrainedTexts,
     resume_from: str | None,
     prepare: Prepare,
+    published: HierarchicalTrainingArguments | None = None,
+    calibrated: HierarchicalConfig | None = None,
 ) -> None:
-    """Train, measure and publish a model. All files go to ``--output_dir``."""
+    """Train, measure and publish a model. All files go to ``--output_dir``.
+
+    Args:
+        published: arguments of the run that is pushed to the Hub, if it is another one.
+        calibrated: the configuration of a finished run, whose calibration the model gets.
+    """
     training = arguments.training
     check_against_data(arguments, data.taxonomy, data.splits, report.build_metrics(data.taxonomy, data.is_multi_label))
     heads_init = resume.check_resumed_data(resume_from, data.taxonomy, data.report) if resume_from else None
@@ -99,8 +160,8 @@ def train(
     model = build_model(arguments.model, data.taxonomy, training.seed, MULTI_LABEL if data.is_multi_label else None)
     if resume_from:
         resume.check_model(resume_from, model)
-    if training.push_to_hub:
-        check_hub(training, model)
+    if (published or training).push_to_hub:
+        check_hub(published or training, model)
     tokenizer = load_tokenizer(arguments.model, model)
     splits = tokenize_splits(arguments, data, tokenizer)
 
@@ -130,11 +191,13 @@ def train(
     if training.device.type == "cpu" and arguments.model.tuning == "full":
         keep_memory(2**30, 2**31 - 1)  # an adapter's steps are as fast without
     result = trainer.train(resume_from_checkpoint=resume_from)
+    if calibrated is not None:
+        report.copy_calibration(model, calibrated, splits["train"])
     trainer.save_model(_internal_call=True)  # else it is pushed here, before it is measured
     trainer.accelerator.wait_for_everyone()  # all processes load it
 
     # ── Measure: the checkpoint, loaded back ─────────────────────────────────────────────────────────────────────────
-    metrics |= result.metrics | run_facts(arguments, size, data.report)
+    metrics |= result.metrics | run_facts(arguments, size, data.report) | {"best_epoch": trainer.best_epoch}
     scores, logits = measure(arguments, splits, trainer, model)
     metrics |= scores | report.class_scores(model.config, logits, splits)
 
@@ -194,6 +257,8 @@ def measure(
         as_trained = {f"quantized_{name}": value for name, value in scores.items()}
     served = report.served_trainer(training.output_dir, training, trainer.processing_class, trainer.loss_function)
     scores, logits, decisions = report.score_splits(served, splits, training)
+    if training.refit:  # the second run, which was calibrated before
+        return as_trained | scores | report.answer_scores(model.config, logits, splits), logits
     if "validation" not in logits:
         logger.info("no validation rows were scored: no lexical head, and the model's probabilities are not calibrated")
         return as_trained | scores, logits

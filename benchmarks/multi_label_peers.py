@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +192,19 @@ class FlatModel(nn.Module):
         return {"loss": loss, "logits": logits}
 
 
-def flat_lora(maximum: bool) -> Callable:
+def flat_lora(maximum: bool = False, refit: bool = False) -> Callable:
     def peer(
+        tree: Taxonomy, rows: dict[str, Rows], seed: int, encoder: str, epochs: float, folder: Path, fresh: bool
+    ) -> tuple[Logits, dict]:
+        logits, found = fit(tree, rows, seed, encoder, epochs, folder, fresh)
+        if refit:
+            texts, labels = zip(rows["train"], rows["validation"], strict=True)
+            everything = {"train": ([*chain(*texts)], np.concatenate(labels)), "test": rows["test"]}
+            again = folder.with_name(f"{folder.name}-again")
+            logits |= fit(tree, everything, seed, encoder, found["epoch"], again, fresh)[0]
+        return logits, found
+
+    def fit(
         tree: Taxonomy, rows: dict[str, Rows], seed: int, encoder: str, epochs: float, folder: Path, fresh: bool
     ) -> tuple[Logits, dict]:
         # ── Model and data ───────────────────────────────────────────────────────────────────────────────────────────
@@ -215,6 +226,7 @@ def flat_lora(maximum: bool) -> Callable:
             per_device_train_batch_size=8,
             learning_rate=ADAPTER_RATE,
             metric_for_best_model="micro_f1",
+            **({} if "validation" in rows else {"eval_strategy": "no", "load_best_model_at_end": False}),
             remove_unused_columns=False,
             seed=seed,
         )
@@ -226,15 +238,16 @@ def flat_lora(maximum: bool) -> Callable:
             model=model,
             args=training,
             train_dataset=tokenized["train"],
-            eval_dataset=tokenized["validation"],
+            eval_dataset=tokenized.get("validation"),
             data_collator=DataCollatorWithPadding(tokenizer),
             compute_metrics=build_multi_label_metrics(tree),
-            callbacks=[EarlyStoppingCallback(training.early_stopping_patience)],
+            callbacks=[EarlyStoppingCallback(training.early_stopping_patience)] if "validation" in rows else [],
             optimizers=(torch.optim.AdamW(rates, weight_decay=0.0), None),
         )
         trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.exists() else None)
-        logits = {split: predict(model, tokenizer, rows[split][0], "logits") for split in SCORED}
-        return logits, {"epoch": trainer.state.epoch}
+        logits = {split: predict(model, tokenizer, rows[split][0], "logits") for split in SCORED if split in rows}
+        steps = trainer.state.best_global_step or trainer.state.global_step
+        return logits, {"epoch": steps * epochs / trainer.state.max_steps}
 
     return peer
 
@@ -260,8 +273,9 @@ PEERS: dict[str, Callable[..., tuple[Logits, dict]]] = {
     "tfidf-logistic": one_vs_rest(LogisticRegression, LOGISTIC_STRENGTHS, solver="liblinear"),
     "tfidf-svm": one_vs_rest(LinearSVC, SVM_STRENGTHS),
     "napkinxc": napkinxc,
-    "flat-lora": flat_lora(maximum=False),
+    "flat-lora": flat_lora(),
     "flat-lora-max": flat_lora(maximum=True),
+    "flat-lora-refit": flat_lora(refit=True),
 }
 
 
@@ -279,18 +293,20 @@ def score_peer(name: str, tree: Taxonomy, rows: dict[str, Rows], **arguments: An
     return {**scores, "threshold": threshold, "settings": settings}
 
 
-def score_checkpoint(folder: Path, tree: Taxonomy, rows: dict[str, Rows]) -> dict[str, Any]:
-    """Load a checkpoint as a user does, and return its scores of the test rows."""
+def score_checkpoint(folder: Path, tree: Taxonomy, rows: dict[str, Rows], refit: bool) -> dict[str, Any]:
+    """Load a checkpoint as a user does, and return its scores of the test rows. With ``refit``, without those of `answers`."""
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     decisions = {split: predict(model, tokenizer, rows[split][0], "decision_logits") for split in SCORED}
     np.savez_compressed(folder / "decision_logits.npz", **decisions)
-    config, labels = model.config, np.concatenate([rows[split][1] for split in SCORED])
+    config, u = model.config, marginal_logits(tree, decisions["test"])
+    scores = score(tree, u, rows["test"][1], np.array(config.node_thresholds))
+    if refit:  # it was trained on the validation rows
+        return scores
+    labels = np.concatenate([rows[split][1] for split in SCORED])
     uncalibrated = np.concatenate([*decisions.values()]) - np.array(config.node_biases)
-    guarantee = answers(tree, uncalibrated / np.array(config.node_scales), labels, len(decisions["validation"]))
-    u = marginal_logits(tree, decisions["test"])
-    return score(tree, u, rows["test"][1], np.array(config.node_thresholds)) | guarantee
+    return scores | answers(tree, uncalibrated / np.array(config.node_scales), labels, len(decisions["validation"]))
 
 
 def score(tree: Taxonomy, u: np.ndarray, labels: np.ndarray, thresholds: np.ndarray) -> dict[str, Any]:

@@ -17,6 +17,7 @@ Models for one label a text (ohsumed, medical_abstracts):
   cross-entropy over whole texts;
 - lora, qlora: the recipe over a full-precision encoder, and the recipe itself, over a 4-bit encoder;
 - qlora-rank-16: the recipe with a rank-16 adapter;
+- lora-refit, qlora-refit, flat-lora-refit: the same, trained anew on training and validation rows (``--refit``);
 - lora-whole, qlora-whole, qlora-halves: lora or qlora trained on whole texts, or on halves with consistency, if the recipe
   does the opposite.
 
@@ -33,7 +34,8 @@ Models for several labels a text (hallmarks, ohsumed_multilabel), over all nodes
   dropout, as in ``train.py``;
 - flat-lora-max: the same with each node's maximum over itself and its descendants, and the max constraint loss (C-HMCNN,
   Giunchiglia and Lukasiewicz, 2020);
-- lora, qlora: as above.
+- flat-lora-refit: flat-lora, trained anew on training and validation rows for the best number of epochs;
+- lora, qlora, lora-refit, qlora-refit: as above.
 
 The settings of the TF-IDF models, such as the strength and whether stop words are left out, are those of best
 micro-F1 on the validation rows, which also select the epoch of the fine-tuned ones: at most the recipe's epochs,
@@ -98,6 +100,9 @@ TRAINED = {  # trained by train.py, with these flags after the recipe
     "qlora-rank-16": ("--lora_r", "16", "--lora_alpha", "32"),
     "lora": ("--quantization", "none"),
     "qlora": (),
+    "flat-lora-refit": ("--quantization", "none", "--lora_r", "16", "--lora_alpha", "32", *PLAIN, "--refit"),
+    "lora-refit": ("--quantization", "none", "--refit"),
+    "qlora-refit": ("--refit",),
 }
 SHOWN = {
     "accuracy": "accuracy",
@@ -138,7 +143,7 @@ OWN = (  # from the metrics of a checkpoint
 
 def models_of(task: str) -> list[str]:
     """Return the names of a task's models, in the order of the tables."""
-    return [*PEERS, "lora", "qlora"] if task in MULTI_LABEL_TASKS else [*MODELS, *TRAINED]
+    return [*PEERS, "lora", "qlora", "lora-refit", "qlora-refit"] if task in MULTI_LABEL_TASKS else [*MODELS, *TRAINED]
 
 
 class Task:
@@ -247,7 +252,7 @@ def multi_label(task: Task, model: str, arguments: argparse.Namespace) -> dict[s
     rows = {split: task.rows(split) for split in ("train", "validation", "test")}
     if model not in PEERS:
         folder, own = train(task, model, arguments)
-        return own | score_checkpoint(folder, task.tree, rows)
+        return own | score_checkpoint(folder, task.tree, rows, refit=model.endswith("refit"))
     return score_peer(
         model,
         task.tree,

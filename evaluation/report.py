@@ -49,6 +49,7 @@ from pipeline_hierarchical import DEFAULT_THRESHOLD
 from publishing.card import PREFIXES
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import ComputeMetrics, HierarchicalTrainingArguments
+from training.model import CALIBRATION
 from training.multi_label import label_arrays
 from training.trainer import HierarchicalTrainer
 from training.views import build_collator
@@ -174,11 +175,11 @@ def calibrate_model(
     model.set_lexical_head(classifier.weights() if classifier is not None and weight else None, weight)
     validation = (calibrated["validation"], labels["validation"])
     if config.is_multi_label:
-        of_answers, recall_texts = fit_recall_thresholds(*validation)
-        fields |= {"node_thresholds": thresholds, "recall_thresholds": of_answers, "recall_texts": recall_texts}
+        fields["recall_thresholds"], fields["recall_texts"] = fit_recall_thresholds(*validation)
+        fields["node_thresholds"] = thresholds
         shown = f"thresholds of the nodes from {min(thresholds):.2f} to {max(thresholds):.2f}"
     else:
-        of_answers = fields["conformal_thresholds"] = fit_thresholds(taxonomy, *validation, texts["validation"])
+        fields["conformal_thresholds"] = fit_thresholds(taxonomy, *validation, texts["validation"])
         shown = "temperatures " + ", ".join(f"{temperature:.2f}" for temperature in fitted.temperatures)
     model.set_calibration(**fields)
     logger.info("calibrated on the validation rows: %s; weight of the lexical head %.2f", shown, weight)
@@ -188,14 +189,29 @@ def calibrate_model(
     if weight:
         measured = measure(config, *calibrate(no_scores)[1:], splits)
         metrics |= {f"without_lexical_head_{name}": value for name, value in measured.items()}
-    if "test" in logits:
-        scored = (calibrated["test"], labels["test"])
-        if config.is_multi_label:
-            scores = recall_scores(*scored, of_answers[round(100 * RECALL) - 1])
-        else:
-            scores = conformal_scores(taxonomy, *scored, texts["test"], of_answers, COVERAGE)
-        metrics |= {f"test_answer_{name}": value for name, value in scores.items()}
-    return metrics, calibrated
+    return metrics | answer_scores(config, calibrated, splits), calibrated
+
+
+def copy_calibration(model: HierarchicalForSequenceClassification, source: HierarchicalConfig, train: Dataset) -> None:
+    """Store the calibration and thresholds of another run in the model, and a lexical head that is fitted to ``train``."""
+    if source.lexical_weight:
+        counts = token_counts(train, model.config.text_config.vocab_size)
+        classifier = LexicalClassifier(source.tree, counts, read_labels(source, train))
+        model.set_lexical_head(classifier.weights(), source.lexical_weight)
+    model.set_calibration(**{name: getattr(source, name) for name in CALIBRATION})
+
+
+def answer_scores(config: HierarchicalConfig, logits: dict[str, np.ndarray], splits: DatasetDict) -> dict[str, float]:
+    """Measure the answers for `COVERAGE` or `RECALL` on the test rows, from calibrated logits: ``test_answer_…``."""
+    if "test" not in logits:
+        return {}
+    scored = logits["test"], read_labels(config, splits["test"])
+    thresholds: Any = config.recall_thresholds if config.is_multi_label else config.conformal_thresholds
+    if config.is_multi_label:
+        scores = recall_scores(*scored, thresholds[round(100 * RECALL) - 1])
+    else:
+        scores = conformal_scores(config.tree, *scored, np.array(splits["test"]["text_id"]), thresholds, COVERAGE)
+    return {f"test_answer_{name}": value for name, value in scores.items()}
 
 
 def measure(

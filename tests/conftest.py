@@ -221,24 +221,26 @@ CLEAR = {  # what a text of each class is about, so plainly that a bag of words 
 }
 
 
+def clear_rows(offset: int) -> list[dict[str, str]]:
+    """Rows whose texts name their disease. One in six has a wrong label, so that a model is not sure beyond all measure."""
+    texts = ("{} was studied in adults with {}.", "We treated {} and compared it with {}.", "Outcomes of {} after {}.")
+    rows = [
+        {"text": text.format(name, names[(i + offset) % len(names)]), "label": label}
+        for label, names in CLEAR.items()
+        for i, name in enumerate(names)
+        for text in texts
+    ]
+    for row, other in zip(rows[::6], rows[18::6] + rows[:18:6], strict=True):
+        row["label"] = other["label"]
+    return rows
+
+
 @pytest.fixture(scope="session")
 def clear_checkpoint(tiny_encoder, tmp_path_factory) -> str:
-    """A trained checkpoint, calibrated and with a lexical head, that is right about texts that name their disease.
-
-    One row in six has a wrong label, so that the checkpoint is not sure beyond all measure.
-    """
+    """A trained checkpoint, calibrated and with a lexical head, that is right about texts that name their disease."""
     folder = tmp_path_factory.mktemp("clear")
-    texts = ("{} was studied in adults with {}.", "We treated {} and compared it with {}.", "Outcomes of {} after {}.")
     for split, offset in (("train", 1), ("validation", 2)):
-        rows = [
-            {"text": text.format(name, names[(i + offset) % len(names)]), "label": label}
-            for label, names in CLEAR.items()
-            for i, name in enumerate(names)
-            for text in texts
-        ]
-        for row, other in zip(rows[::6], rows[18::6] + rows[:18:6], strict=True):
-            row["label"] = other["label"]
-        write_csv(folder / f"{split}.csv", rows)
+        write_csv(folder / f"{split}.csv", clear_rows(offset))
     run(
         *("--train_file", folder / "train.csv", "--validation_file", folder / "validation.csv"),
         *("--model_name_or_path", tiny_encoder, "--max_steps", 5, "--eval_strategy", "no", "--save_strategy", "no"),

@@ -100,6 +100,7 @@ class HierarchicalTrainingArguments(TrainingArguments):
     do_train: bool | None = flag(None, "Train. Default: yes, unless --do_eval or --do_predict is given.")
     do_eval: bool | None = flag(None, "Score the validation rows at the end, and calibrate on them.")
     do_predict: bool | None = flag(None, "Score the test rows.")
+    refit: bool = flag(False, "Then train anew on all rows but the test rows, for the best number of epochs.")
     num_train_epochs: float = flag(5.0, "Number of passes over the training rows.")
     per_device_train_batch_size: int = flag(16, "Texts per device and step.")
     per_device_eval_batch_size: int = flag(32, "Texts per device and step in evaluation.")
@@ -267,6 +268,11 @@ def check_values(arguments: Arguments) -> None:
             re.fullmatch("([^=,]+=[^=,]+,?)*", optim_args) is None
         ),
         "--output_dir needs the name of a folder": not training.output_dir,
+        "--refit continues with --resume_from_checkpoint auto, from no other checkpoint": (
+            training.refit and training.resume_from_checkpoint not in (None, "auto")
+        ),
+        "--refit calibrates on the validation rows: leave out --do_eval false": training.refit
+        and training.do_eval is False,
         "--label_delimiter must not be empty": delimiter == "",
         "--label_delimiter needs one --label_column": delimiter is not None and len(columns) > 1,
         "FSDP needs GPUs; on CPUs use recipes/accelerate/ddp.yaml": fsdp and training.device.type == "cpu",

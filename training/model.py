@@ -28,6 +28,10 @@ from training.arguments import ModelArguments
 logger = logging.getLogger(__name__)
 
 HEAD_DROPOUT = 0.1  # of the pooled vector, in training
+CALIBRATION = (  # fields of the configuration that are fitted to trained weights, without those of the lexical head
+    *("temperatures", "node_scales", "node_biases", "node_thresholds"),
+    *("conformal_thresholds", "conformal_max_length", "recall_thresholds", "recall_texts"),
+)
 
 
 # ── Build a model, or continue one ───────────────────────────────────────────────────────────────────────────────────
@@ -95,10 +99,8 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
         raise InputError(f"{path} was trained with {trained}; continue it the same way")
     if tuning == "lora":
         turn_off_dropout(config.text_config)
-    # these were fitted to the earlier weights
-    config.temperatures = config.conformal_thresholds = config.conformal_max_length = None
-    config.node_scales = config.node_biases = config.node_thresholds = None
-    config.recall_thresholds = config.recall_texts = None
+    for name in CALIBRATION:  # fitted to the earlier weights
+        setattr(config, name, None)
     with refusing(f"cannot load the checkpoint {path}"):
         model = HierarchicalForSequenceClassification.from_pretrained(
             path, config=config, merge_adapter=False, **load_arguments(arguments)

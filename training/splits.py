@@ -8,6 +8,7 @@ Worth knowing:
 3. With several labels a text, rows of one text within a split are united, and have the labels of all of them.
 """
 
+import dataclasses
 import hashlib
 import logging
 from dataclasses import dataclass
@@ -127,6 +128,21 @@ def load_splits(
     for split, part in parts(rows).items():
         splits[split] = datasets.Dataset.from_pandas(part[[*features]], features=features, preserve_index=False)
     return LabelledSplits(splits, taxonomy, report, is_multi_label=several)
+
+
+def train_on_validation_rows(data: LabelledSplits) -> LabelledSplits:
+    """Return the data with the validation rows among the training rows."""
+    splits, counts = datasets.DatasetDict(data.splits), dict(data.report["splits"])
+    splits["train"] = datasets.concatenate_datasets([splits["train"], splits.pop("validation")])
+    dropped = counts.pop("validation")["dropped_rows"] + counts["train"]["dropped_rows"]
+    rows = splits["train"].to_pandas().assign(split="train")
+    if data.is_multi_label:
+        rows["label"] = rows["label"].map(list)
+    describe = data_report.describe_label_sets if data.is_multi_label else data_report.describe
+    counts["train"] = describe(rows, data.taxonomy, dropped)
+    untrained = data_report.untrained_classes(rows, data.taxonomy)
+    report = data.report | {"splits": counts, "classes_without_training_rows": untrained}
+    return dataclasses.replace(data, splits=splits, report=report)
 
 
 def _is_trained(rows: pd.DataFrame, texts: pd.Index, trained: TrainedTexts) -> np.ndarray:

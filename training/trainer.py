@@ -73,6 +73,12 @@ class HierarchicalTrainer(PublishingTrainer):
         if self.args.bf16 and self.args.device.type == "cpu" and self.model.has_adapter and not self.is_fsdp_enabled:
             speed_up(self.model.encoder)
 
+    @property
+    def best_epoch(self) -> float:
+        """The number of epochs after which the kept weights were saved."""
+        step = self.state.best_global_step if self.args.load_best_model_at_end else None
+        return next((entry["epoch"] for entry in self.state.log_history if entry["step"] == step), self.state.epoch)
+
     def compute_loss(
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, Any]:

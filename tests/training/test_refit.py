@@ -1,0 +1,135 @@
+"""Test ``--refit``: a second model is trained on all rows but the test rows, with what the first one has chosen."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import CORPUS, ROOT, clear_rows, read_csv, run, start, train_label_sets, write_csv
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, pipeline
+
+import train
+from errors import InputError
+from training.trained_texts import normalise_text, text_hash
+
+FITTED = ("temperatures", "conformal_thresholds", "conformal_max_length", "lexical_weight")
+
+
+@pytest.fixture(scope="module")
+def words(tiny_encoder, tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("data")
+    given = ["--model_name_or_path", tiny_encoder]
+    for offset, split in enumerate(("train", "validation", "test"), start=1):
+        given += [f"--{split}_file", write_csv(folder / f"{split}.csv", clear_rows(offset))]
+    given += ["--num_train_epochs", 3, "--early_stopping_patience", 0, "--refit"]
+    return list(map(str, given))
+
+
+@pytest.fixture(scope="module")
+def refitted(words, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("refitted") / "results"
+    run(*words, "--output_dir", output)
+    return output
+
+
+def read(file: Path) -> dict:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def hashes(words: list[str], *splits: str) -> set[str]:
+    files = [words[words.index(f"--{split}_file") + 1] for split in splits]
+    return {text_hash(normalise_text(row["text"])) for file in files for row in read_csv(file)}
+
+
+def test_the_second_model_is_trained_on_the_validation_rows_too_for_the_best_epochs(words, refitted):
+    chosen, final = read(refitted / "selection" / "metrics.json"), read(refitted / "metrics.json")
+    states = [*(refitted / "selection").glob("checkpoint-*/trainer_state.json")]
+    last = read(max(states, key=lambda file: int(file.parent.name.removeprefix("checkpoint-"))))
+    best = max((entry for entry in last["log_history"] if "eval_macro_f1" in entry), key=lambda e: e["eval_macro_f1"])
+    assert chosen["best_epoch"] == best["epoch"] == final["epoch"]
+    assert set(read(refitted / "selection" / "trained_texts.json")["this_run"]) == hashes(words, "train")
+    assert set(read(refitted / "trained_texts.json")["this_run"]) == hashes(words, "train", "validation")
+    weights = [load_file(folder / "heads.safetensors")["weight"] for folder in (refitted / "selection", refitted)]
+    assert not weights[0].equal(weights[1])
+
+
+def test_it_has_the_calibration_of_the_first_one_and_a_lexical_head_of_all_rows(words, refitted):
+    chosen, final = (read(folder / "config.json") for folder in (refitted / "selection", refitted))
+    assert {name: final[name] for name in FITTED} == {name: chosen[name] for name in FITTED}
+    assert final["lexical_weight"] > 0
+    tokenizer = AutoTokenizer.from_pretrained(refitted)
+    for folder, splits in ((refitted / "selection", ("train",)), (refitted, ("train", "validation"))):
+        texts = [row["text"] for split in splits for row in read_csv(words[words.index(f"--{split}_file") + 1])]
+        documents = np.zeros(len(tokenizer))
+        for ids in tokenizer(texts, truncation=True)["input_ids"]:
+            documents[[*set(ids)]] += 1
+        stored = load_file(folder / "heads.safetensors")["lexical.idf"].numpy()
+        assert ((stored != 0) == (documents >= 2)).all()  # a token in one document is ignored
+
+
+def test_its_scores_are_those_of_what_it_predicts(words, refitted):
+    classify = pipeline("hierarchical-text-classification", model=str(refitted), trust_remote_code=True, device="cpu")
+    rows = read_csv(words[words.index("--test_file") + 1])
+    results = classify([row["text"] for row in rows], coverage=0.9)
+    metrics, tree = read(refitted / "metrics.json"), classify.model.config.tree
+    labels = [tree.id(row["label"]) for row in rows]
+    correct = [tree.id(result["label"]) == label for result, label in zip(results, labels, strict=True)]
+    covered = [
+        any(label in tree.leaves_below[tree.id(node["label"])] for node in result["answer"])
+        for result, label in zip(results, labels, strict=True)
+    ]
+    assert metrics["test_accuracy"] == pytest.approx(np.mean(correct))
+    assert metrics["test_answer_coverage"] == pytest.approx(np.mean(covered))
+    assert not any(name.startswith("eval_") for name in metrics)  # it was trained on these rows
+    assert "the guarantee does not hold for it" in (refitted / "README.md").read_text()
+    assert "the guarantee does not hold" not in (refitted / "selection" / "README.md").read_text()
+
+
+def test_killed_in_either_run_it_ends_with_the_same_weights(words, refitted, tmp_path):
+    output = tmp_path / "results"
+    line = [ROOT / "train.py", *words, "--output_dir", output, "--resume_from_checkpoint", "auto"]
+    for folder in (output / "selection", output):
+        with (tmp_path / "log").open("w") as log:
+            process = start(*line, output=log)
+            while process.poll() is None and not [*folder.glob("checkpoint-*/trainer_state.json")]:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        assert process.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()[-3000:]
+        assert not (folder / "metrics.json").exists()
+    run(*line[1:])
+    for name in ("heads.safetensors", "adapter/adapter_model.safetensors"):
+        weights, expected = load_file(output / name), load_file(refitted / name)
+        assert all(weights[key].equal(expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--validation_size", "0"], "--refit needs training and validation rows"),
+        (["--do_eval", "false"], "leave out --do_eval false"),
+        (["--resume_from_checkpoint", "results/checkpoint-4"], "--resume_from_checkpoint auto"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_at_the_start(flags, problem, tiny_encoder, tmp_path):
+    given = ["--train_file", str(CORPUS / "train.csv"), "--model_name_or_path", tiny_encoder, "--refit"]
+    with pytest.raises(InputError, match=problem):
+        train.main([*given, "--output_dir", str(tmp_path / "results"), *flags])
+    assert not (tmp_path / "results").exists()
+
+
+def test_with_several_labels_it_has_the_thresholds_of_the_first_model(tiny_encoder, tmp_path):
+    train_label_sets(tiny_encoder, tmp_path / "results", "--refit", "--max_length", 64)
+    chosen, final = (read(tmp_path / "results" / name) for name in ("selection/config.json", "config.json"))
+    for name in ("node_scales", "node_biases", "node_thresholds", "recall_thresholds"):
+        assert final[name] == chosen[name]
+    counts = [
+        len(ROOT.joinpath(f"examples/multi_label/{name}.jsonl").open().readlines()) for name in ("train", "validation")
+    ]
+    report = read(tmp_path / "results" / "data_report.json")
+    assert report["splits"]["train"]["rows"] == sum(counts)
+    assert "validation" not in report["splits"]
+    assert 0 <= read(tmp_path / "results" / "metrics.json")["test_answer_recall"] <= 1
