@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from errors import InputError, asked_traceback, exit_with_error, is_full_disk, one_line
 from prediction.input import read_records
-from prediction.model import DTYPES, Model, find_commit
+from prediction.model import DTYPES, Model, find_commit, read_costs
 from prediction.output import RestartableOutput
 from prediction.rows import OUTPUTS
 from reading.rows import KINDS
@@ -39,6 +39,7 @@ def main(argv: list[str]) -> int:
     """Run the command, and return its exit code."""
     arguments = parse(argv)
     sources = find_inputs(arguments)
+    arguments.costs, costs = read_costs(arguments.costs)
     output = RestartableOutput(arguments.output, output_kind(arguments))
     with output.lock():
         output.check(sources, arguments.overwrite)
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> int:
             if arguments.overwrite:
                 output.delete()
             flags = {flag: value for flag, value in vars(arguments).items() if flag not in WITHOUT_EFFECT}
-            options = flags | model.description
+            options = flags | {"costs": costs} | model.description
             with tqdm(unit=" rows", disable=None) as bar:
                 output.write_parts(chain([first], records), options, model.predict_blocks, partial(advance, bar))
         files = [{"name": source.name, "bytes": source.size} for source in sources]
@@ -79,6 +80,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--probabilities", action="store_true", help="write the probability of every class")
     add("--coverage", type=float, help="also write an answer that contains the correct leaf for this share of texts")
     add("--recall", type=float, help="with several labels a text: an answer that holds this share of them on average")
+    costs = "distance in the tree, a CSV file of leaf by leaf, or missing=NUMBER,inventing=NUMBER with several labels"
+    add("--costs", help=f"predict what costs least on average: {costs}")
     dtypes = "bf16 if the machine supports it, int8 on a CPU with VNNI or AMX and torchao, else fp32"
     add("--dtype", choices=("auto", *DTYPES), default="auto", help=f"default: auto, which is {dtypes}")
     add("--batch_size", type=int, help="texts per batch; default: batches by number of tokens")

@@ -15,6 +15,7 @@ from transformers.utils import cached_file
 
 from checkpoint_files import MODEL_FILES, list_files
 from errors import InputError, one_line
+from pipeline_hierarchical import read_cost_table
 from prediction.input import Record
 from prediction.output import Block
 from prediction.rows import RowFormat
@@ -43,7 +44,8 @@ class Model:
         config, by_id = self._pipeline.model.config, arguments.id_column is not None
         classes = [*config.id2label.values()] if arguments.probabilities else []
         answers = (arguments.coverage, arguments.recall) != (None, None)
-        self.rows = RowFormat(by_id, config.is_multi_label, answers, classes)
+        costs = arguments.costs is not None
+        self.rows = RowFormat(by_id, config.is_multi_label, answers, costs, classes)
         self.description = {
             "dtype": dtype,
             "fingerprint": fingerprint(arguments.model, arguments.revision, Path(config.encoder_name_or_path)),
@@ -78,6 +80,25 @@ def find_commit(model: str, revision: str | None) -> str | None:
         raise InputError(f"cannot load the model {model}: {cause(error)}") from error
 
 
+def read_costs(word: str | None) -> tuple[str | dict | None, str | None]:
+    """Return the value of ``--costs`` as an argument of the pipeline, and a description that changes with a file's content.
+
+    The file is read here, because the nodes of a cluster may not have it.
+    """
+    if word is None or word == "distance":
+        return word, word
+    if word.endswith(".csv"):
+        try:
+            table = read_cost_table(word)
+        except ValueError as error:
+            raise InputError(f"--costs: {error}") from error
+        return table, hashlib.sha256(json.dumps(table).encode()).hexdigest()
+    pairs = [pair.partition("=") for pair in word.split(",")]
+    if [name for name, _, _ in pairs] != ["missing", "inventing"]:
+        raise InputError(f"--costs {word}: give distance, a .csv file, or missing=NUMBER,inventing=NUMBER")
+    return {name: cost for name, _, cost in pairs}, word
+
+
 def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
     """Load the checkpoint as a pipeline, or raise InputError."""
     # before they are imported: they warn of kernels
@@ -98,6 +119,7 @@ def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
             batch_size=arguments.batch_size,
             coverage=arguments.coverage,
             recall=arguments.recall,
+            costs=arguments.costs,
         )
     except Exception as error:  # loading runs the checkpoint's own code, which can raise anything
         raise InputError(f"cannot load the model {arguments.model}: {cause(error)}") from error

@@ -24,10 +24,11 @@ class RowFormat:
     Args:
         by_id: whether a row holds its record's id in place of its number.
         answers: whether rows hold an answer for ``--coverage`` or ``--recall``.
+        costs: whether the predictions are those of least expected cost.
         classes: labels of the leaves or nodes whose probabilities are written.
     """
 
-    def __init__(self, by_id: bool, multi_label: bool, answers: bool, classes: list[str]):
+    def __init__(self, by_id: bool, multi_label: bool, answers: bool, costs: bool, classes: list[str]):
         self.classes = classes
         text, number = pyarrow.string(), pyarrow.float64()
         texts, numbers = pyarrow.list_(text), pyarrow.list_(number)
@@ -36,6 +37,8 @@ class RowFormat:
         self.types |= (
             {"labels": texts, "scores": numbers} if multi_label else {"label": text, "score": number, "path": texts}
         )
+        if costs and not multi_label:
+            self.types["expected_cost"] = number
         self.types["truncated"] = pyarrow.bool_()
         if answers:
             self.types["answer"] = texts
@@ -52,6 +55,7 @@ class RowFormat:
         else:
             row["label"], row["score"] = prediction["label"], round(prediction["score"], DIGITS)
             row["path"] = [node["label"] for node in prediction["path"]]
+            row["expected_cost"] = round(prediction.get("expected_cost", 0.0), DIGITS)
         if self.classes:
             nodes = {label: probability for level in prediction["levels"] for label, probability in level.items()}
             row["probabilities"] = {label: round(nodes[label], DIGITS) for label in self.classes}

@@ -528,6 +528,54 @@ def test_an_input_is_not_taken_for_an_output(given, output, message, more, tmp_p
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_costs_choose_the_leaf_and_their_content_is_an_option(checkpoint, texts, tmp_path):
+    classify = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True)
+    leaves = classify.tree.labels[: classify.tree.num_leaves]
+    costs = {one: {other: 0 if one == other else 9 - i for i, other in enumerate(leaves)} for one in leaves}
+    table = pd.DataFrame(costs).T  # rows are the correct leaves
+    table.to_csv(tmp_path / "costs.csv")
+    pd.DataFrame({"text": texts}).to_csv(tmp_path / "in.csv", index=False)
+    words = (
+        "--model",
+        checkpoint,
+        "--input",
+        tmp_path / "in.csv",
+        "--dtype",
+        "fp32",
+        "--costs",
+        tmp_path / "costs.csv",
+    )
+    with killed_as_it_clears_up(), pytest.raises(KeyboardInterrupt):
+        inside(*words, "--output", tmp_path / "out.jsonl")
+    rows = read_json_lines(tmp_path / "out.jsonl")
+    expected = classify(texts, costs=costs)
+    assert [row["label"] for row in rows] == [one["label"] for one in expected]
+    assert [row["label"] for row in rows] != [one["label"] for one in classify(texts)]
+    assert [row["expected_cost"] for row in rows] == pytest.approx([one["expected_cost"] for one in expected], abs=2e-5)
+
+    table.iloc[0, 1] += 1
+    table.to_csv(tmp_path / "costs.csv")
+    with pytest.raises(InputError, match="begun with another costs:"):
+        inside(*words, "--output", tmp_path / "out.jsonl")
+    for kind in ("csv", "parquet"):
+        inside(*words[:-1], "distance", "--output", tmp_path / f"out.{kind}")
+    expected = [one["expected_cost"] for one in classify(texts, costs="distance")]
+    assert pd.read_csv(tmp_path / "out.csv")["expected_cost"].tolist() == pytest.approx(expected, abs=2e-5)
+    assert pd.read_parquet(tmp_path / "out.parquet")["expected_cost"].tolist() == pytest.approx(expected, abs=2e-5)
+
+
+def test_with_several_labels_costs_replace_the_thresholds(labels_checkpoint, texts, tmp_path):
+    pd.DataFrame({"text": texts}).to_csv(tmp_path / "in.csv", index=False)
+    words = ("--model", labels_checkpoint, "--input", tmp_path / "in.csv", "--dtype", "fp32", "--probabilities")
+    inside(*words, "--output", tmp_path / "out.jsonl", "--costs", "missing=9,inventing=1")
+    for row in read_json_lines(tmp_path / "out.jsonl"):
+        assert "expected_cost" not in row
+        assert all(score >= 0.1 for score in row["scores"])
+        reached = {label for label, probability in row["probabilities"].items() if probability >= 0.1}
+        inner = {"specific disease"} if reached - {"specific disease", "general pathological conditions"} else set()
+        assert {*row["labels"]} == reached - inner
+
+
 def test_int8_answers_nearly_as_float32_does(checkpoint, texts, tmp_path):
     optional = ROOT / ".venv" / "optional"  # see the Makefile
     if not optional.exists():
@@ -558,6 +606,10 @@ def test_int8_answers_nearly_as_float32_does(checkpoint, texts, tmp_path):
         (("--input", "wrong.parquet"), "not a Parquet file"),
         (("--input", "in.csv", "--coverage", "2"), "--coverage must be between 0 and 1"),
         (("--input", "in.csv", "--batch_size", "0"), "batch_size must be"),
+        (("--input", "in.csv", "--costs", "away"), "--costs away: give distance, a .csv file, or missing=NUMBER"),
+        (("--input", "in.csv", "--costs", "none.csv"), "--costs: cannot read the costs none.csv: No such file"),
+        (("--input", "in.csv", "--costs", "empty.csv"), "--costs: the costs empty.csv are not a CSV table in UTF-8"),
+        (("--input", "in.csv", "--costs", "missing=1,inventing=2"), "with one path a text, costs are"),
         (("--input", "in.csv", "--output", "out.txt"), "must end in one of"),
         (("--input", "in.csv", "--output", "there"), "must end in one of .jsonl, .csv, .parquet, or in / for a folder"),
         (("--input", "in.csv", "--output", "hf://datasets/me/out/"), "write to a disk or an object store"),
