@@ -42,10 +42,17 @@ class Model:
         dtype = choose_dtype(gpu) if arguments.dtype == "auto" else arguments.dtype
         self._pipeline = load(arguments, dtype, gpu)
         config, by_id = self._pipeline.model.config, arguments.id_column is not None
-        classes = [*config.id2label.values()] if arguments.probabilities else []
-        answers = (arguments.coverage, arguments.recall) != (None, None)
-        costs = arguments.costs is not None
-        self.rows = RowFormat(by_id, config.is_multi_label, answers, costs, classes)
+        tree, multi_label = config.tree, config.is_multi_label
+        parents = {tree.labels[node]: tree.labels[parent] for node, parent in enumerate(tree.parents) if parent >= 0}
+        self.rows = RowFormat(
+            by_id,
+            multi_label,
+            answers=(arguments.coverage, arguments.recall) != (None, None),
+            costs=arguments.costs is not None,
+            uncertainty=arguments.uncertainty,
+            classes=[*config.id2label.values()] if arguments.probabilities else [],
+            parents=parents,
+        )
         self.description = {
             "dtype": dtype,
             "fingerprint": fingerprint(arguments.model, arguments.revision, Path(config.encoder_name_or_path)),

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,11 +26,23 @@ class RowFormat:
         by_id: whether a row holds its record's id in place of its number.
         answers: whether rows hold an answer for ``--coverage`` or ``--recall``.
         costs: whether the predictions are those of least expected cost.
+        uncertainty: whether rows hold the entropy, and the level that adds most of it.
         classes: labels of the leaves or nodes whose probabilities are written.
+        parents: the label of each node's parent, by the node's label; roots are absent.
     """
 
-    def __init__(self, by_id: bool, multi_label: bool, answers: bool, costs: bool, classes: list[str]):
-        self.classes = classes
+    def __init__(
+        self,
+        by_id: bool,
+        multi_label: bool,
+        *,
+        answers: bool,
+        costs: bool,
+        uncertainty: bool,
+        classes: list[str],
+        parents: dict[str, str],
+    ):
+        self.classes, self.parents = classes, parents
         text, number = pyarrow.string(), pyarrow.float64()
         texts, numbers = pyarrow.list_(text), pyarrow.list_(number)
         # a Parquet column has one type, so ids are strings
@@ -39,6 +52,8 @@ class RowFormat:
         )
         if costs and not multi_label:
             self.types["expected_cost"] = number
+        if uncertainty:
+            self.types |= {"uncertainty": number, "unsure_level": pyarrow.int64()}
         self.types["truncated"] = pyarrow.bool_()
         if answers:
             self.types["answer"] = texts
@@ -56,10 +71,33 @@ class RowFormat:
             row["label"], row["score"] = prediction["label"], round(prediction["score"], DIGITS)
             row["path"] = [node["label"] for node in prediction["path"]]
             row["expected_cost"] = round(prediction.get("expected_cost", 0.0), DIGITS)
+        if "uncertainty" in self.types:
+            entropies = self.entropies(prediction["levels"])
+            row["uncertainty"] = round(sum(entropies), DIGITS)
+            row["unsure_level"] = 1 + entropies.index(max(entropies))
         if self.classes:
             nodes = {label: probability for level in prediction["levels"] for label, probability in level.items()}
             row["probabilities"] = {label: round(nodes[label], DIGITS) for label in self.classes}
         return {name: row[name] for name in self.types}
+
+    def entropies(self, levels: list[dict[str, float]]) -> list[float]:
+        """Return what the decisions of each level add to the entropy of a prediction, in nats.
+
+        With one path a text a decision is the choice among siblings, and the sum over levels is the entropy of the leaf
+        (the chain rule: Cover and Thomas, 2006, "Elements of Information Theory", theorem 2.5.1). With several labels a text
+        each node is a yes or no given its parent. Then the sum is the entropy of the set of nodes, if siblings are
+        independent given their parent, as the model's decisions are.
+        """
+        reached, entropies = dict[str | None, float]({None: 1.0}), []
+        for level in levels:
+            entropies.append(0.0)
+            for label, probability in level.items():
+                above = reached[self.parents.get(label)]
+                entropies[-1] += above * entropy_term(probability / above if above else 0.0)
+                if "labels" in self.types:
+                    entropies[-1] += above * entropy_term(1 - probability / above if above else 0.0)
+            reached.update(level.items())
+        return entropies
 
     @contextmanager
     def open(self, file: Path) -> Iterator[Callable[[list[str]], None]]:
@@ -91,3 +129,8 @@ class RowFormat:
             if row.get("id") is not None:
                 row["id"] = str(row["id"])
         return pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(self.types))
+
+
+def entropy_term(share: float) -> float:
+    """Return -p · log(p) in nats, 0 for a share p of 0. Rounding may have left it outside of 0 and 1."""
+    return -share * math.log(share) if 0 < share < 1 else 0.0

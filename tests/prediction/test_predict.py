@@ -13,21 +13,26 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import date, datetime
 from decimal import Decimal
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import CORPUS, ROOT, complete, read_csv, run, stranger
 from safetensors.torch import load_file, save_file
+from scipy.stats import entropy
 from transformers import pipeline
 
 from checkpoint_hierarchical import SHIPPED_FILES
 from errors import InputError
 from predict import main
-from prediction.input import read_records
+from prediction.input import Record, read_records
+from prediction.rows import RowFormat
 from reading.sources import find_sources
+from taxonomy_hierarchical import Taxonomy
 
 
 @pytest.fixture(scope="module")
@@ -574,6 +579,80 @@ def test_with_several_labels_costs_replace_the_thresholds(labels_checkpoint, tex
         reached = {label for label, probability in row["probabilities"].items() if probability >= 0.1}
         inner = {"specific disease"} if reached - {"specific disease", "general pathological conditions"} else set()
         assert {*row["labels"]} == reached - inner
+
+
+def test_the_uncertainty_is_the_entropy_and_names_the_level_that_adds_most(checkpoint, texts, tmp_path):
+    pd.DataFrame({"text": texts}).to_csv(tmp_path / "in.csv", index=False)
+    words = ("--model", checkpoint, "--input", tmp_path / "in.csv", "--uncertainty")
+    inside(*words, "--probabilities", "--output", tmp_path / "out.jsonl")
+    rows = read_json_lines(tmp_path / "out.jsonl")
+    for row in rows:
+        leaves = pd.Series(row["probabilities"])
+        general = leaves["general pathological conditions"]
+        at_roots = entropy([general, 1 - general])
+        assert row["uncertainty"] == pytest.approx(entropy(leaves), abs=1e-4)
+        assert row["unsure_level"] == 1 + int(entropy(leaves) - at_roots > at_roots)
+    for kind, read in (("csv", pd.read_csv), ("parquet", pd.read_parquet)):
+        inside(*words, "--output", tmp_path / f"out.{kind}")
+        table = read(tmp_path / f"out.{kind}")
+        assert table["uncertainty"].tolist() == [row["uncertainty"] for row in rows]
+        assert table["unsure_level"].tolist() == [row["unsure_level"] for row in rows]
+
+
+TREE = Taxonomy({"a": {"b": ["c", "d"], "e": None}, "f": ["g", "h"], "i": None})
+
+
+def row_of(probabilities: np.ndarray, multi_label: bool) -> dict:
+    """Return the row of a prediction with these node probabilities."""
+    parents = {
+        label: TREE.labels[parent] for label, parent in zip(TREE.labels, TREE.parents, strict=True) if parent >= 0
+    }
+    columns = {"answers": False, "costs": False, "uncertainty": True, "classes": [], "parents": parents}
+    rows = RowFormat(False, multi_label, **columns)
+    nodes = dict(zip(TREE.labels, probabilities.tolist(), strict=True))
+    levels = [
+        {TREE.labels[node]: nodes[TREE.labels[node]] for node in TREE.reading_order if TREE.levels[node] == level}
+        for level in range(1, TREE.depth + 1)
+    ]
+    one = {"label": "c", "score": 1.0, "path": []}
+    prediction = {**one, "labels": [], "levels": levels, "truncated": False}
+    return rows.row(0, Record("in.csv", 1, None, "text", None, None), prediction)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_levels_share_the_entropy_of_the_leaf(seed):
+    leaves = np.random.default_rng(seed).dirichlet(np.full(TREE.num_leaves, 0.5))
+    leaves[seed % TREE.num_leaves] = 0.0
+    leaves /= leaves.sum()
+    nodes = np.array([leaves[below].sum() for below in TREE.leaves_below])
+    # of where the leaf is, down to a level: leaves above that level stand for themselves
+    known = [0.0]
+    for level in range(1, TREE.depth + 1):
+        cells = {TREE.path(leaf)[:level][-1] for leaf in range(TREE.num_leaves)}
+        known.append(entropy([nodes[cell] for cell in cells]))
+    row = row_of(nodes, multi_label=False)
+    assert row["uncertainty"] == pytest.approx(entropy(leaves), abs=1e-6)
+    assert row["unsure_level"] == 1 + np.diff(known).argmax()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_with_several_labels_the_uncertainty_is_the_entropy_of_their_set(seed):
+    given_parent = np.random.default_rng(seed).beta(0.5, 0.5, TREE.num_nodes)
+    given_parent[seed] = seed % 2
+    nodes = np.array([np.prod(given_parent[TREE.path(node)]) for node in range(TREE.num_nodes)])
+    total, by_level = 0.0, np.zeros(TREE.depth)
+    for present in product([False, True], repeat=TREE.num_nodes):
+        is_open = [parent < 0 or present[parent] for parent in TREE.parents]
+        if any(one and not possible for one, possible in zip(present, is_open, strict=True)):
+            continue
+        shares = np.where(present, given_parent, 1 - given_parent)[is_open]
+        probability = shares.prod()
+        if probability > 0:
+            total -= probability * np.log(probability)
+            np.add.at(by_level, np.array(TREE.levels)[is_open] - 1, -probability * np.log(shares))
+    row = row_of(nodes, multi_label=True)
+    assert row["uncertainty"] == pytest.approx(total, abs=1e-6)
+    assert row["unsure_level"] == 1 + by_level.argmax()
 
 
 def test_int8_answers_nearly_as_float32_does(checkpoint, texts, tmp_path):
