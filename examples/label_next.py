@@ -33,6 +33,8 @@ def main() -> None:
     largest = heapq.nlargest(arguments.count, uncertainties(outputs))
     rows = {-negative: uncertainty for uncertainty, negative in largest}
     texts = dict(texts_of(inputs, arguments.text_column, rows))
+    if inputs and len(texts) < len(rows):
+        raise InputError(f"--input has no row {max(rows.keys() - texts.keys())}: give the input of these predictions")
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["row", "uncertainty", "text"] if inputs else ["row", "uncertainty"])
     writer.writerows([row, uncertainty, *([texts[row]] if inputs else [])] for row, uncertainty in rows.items())

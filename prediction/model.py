@@ -18,7 +18,7 @@ from errors import InputError, one_line
 from pipeline_hierarchical import read_cost_table
 from prediction.input import Record
 from prediction.output import Block
-from prediction.rows import RowFormat
+from prediction.rows import TASKS, RowFormat, output_kind
 from training.files import sha256
 from training.memory import give_back_memory, keep_memory
 from training.precision import has_bf16
@@ -42,6 +42,8 @@ class Model:
         dtype = choose_dtype(gpu) if arguments.dtype == "auto" else arguments.dtype
         self._pipeline = load(arguments, dtype, gpu)
         config, by_id = self._pipeline.model.config, arguments.id_column is not None
+        weights = fingerprint(arguments.model, arguments.revision, Path(config.encoder_name_or_path))
+        writes_tasks = output_kind(arguments.output, arguments.output_format) == TASKS
         tree, multi_label = config.tree, config.is_multi_label
         parents = {tree.labels[node]: tree.labels[parent] for node, parent in enumerate(tree.parents) if parent >= 0}
         self.rows = RowFormat(
@@ -52,10 +54,11 @@ class Model:
             uncertainty=arguments.uncertainty,
             classes=[*config.id2label.values()] if arguments.probabilities else [],
             parents=parents,
+            version=weights[:12] if writes_tasks else None,
         )
         self.description = {
             "dtype": dtype,
-            "fingerprint": fingerprint(arguments.model, arguments.revision, Path(config.encoder_name_or_path)),
+            "fingerprint": weights,
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name(self._pipeline.device) if gpu else "cpu",
         }

@@ -690,7 +690,10 @@ def test_int8_answers_nearly_as_float32_does(checkpoint, texts, tmp_path):
         (("--input", "in.csv", "--costs", "empty.csv"), "--costs: the costs empty.csv are not a CSV table in UTF-8"),
         (("--input", "in.csv", "--costs", "missing=1,inventing=2"), "with one path a text, costs are"),
         (("--input", "in.csv", "--output", "out.txt"), "must end in one of"),
-        (("--input", "in.csv", "--output", "there"), "must end in one of .jsonl, .csv, .parquet, or in / for a folder"),
+        (
+            ("--input", "in.csv", "--output", "there"),
+            "must end in one of .jsonl, .csv, .parquet, .tasks.json, or in / for",
+        ),
         (("--input", "in.csv", "--output", "hf://datasets/me/out/"), "write to a disk or an object store"),
         (("--input", "in.csv", "--output", "there.jsonl"), "already exists"),
         (("--input", "in.csv", "--model", "nothing"), "cannot load the model nothing"),
