@@ -7,7 +7,7 @@ The file must be unknown to the model. Two kinds of costs are used, and each pre
 - distance: the number of edges between the correct and the predicted leaf (`costs="distance"`);
 - root: 5 for a leaf under another root, 1 for another leaf under the same root (a table).
 
-The interval is a paired bootstrap over the rows: the cost of a prediction less that of the most probable leaf.
+"Saved" is the cost of the most probable leaf less that of the prediction: a paired bootstrap interval over the rows.
 """
 
 import argparse
@@ -49,12 +49,12 @@ def main() -> None:
     }
     rows = [score(name, leaves, predictions["most probable"], labels, tables) for name, leaves in predictions.items()]
     arguments.output.write_text(json.dumps({"documents": len(labels), "rows": rows}, indent=2) + "\n", encoding="utf-8")
-    print("| predicted leaf | changed | accuracy | distance | less by (95 %) | root cost | less by (95 %) |")
+    print("| predicted leaf | changed | accuracy | distance | saved (95 %) | root cost | saved (95 %) |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for row in rows:
         cells = [f"{row['changed']:.1%}", f"{row['accuracy']:.1%}"]
         for name in tables:
-            cells += [f"{row[name]:.3f}", " to ".join(f"{less:.3f}" for less in row[f"{name}_less"])]
+            cells += [f"{row[name]:.3f}", " to ".join(f"{end:.3f}" for end in row[f"{name}_saved"])]
         print(f"| {row['predicted']} | {' | '.join(cells)} |")
 
 
@@ -78,9 +78,9 @@ def score(
     row = {"predicted": name, "changed": (leaves != most_probable).mean(), "accuracy": (leaves == labels).mean()}
     generator = np.random.default_rng(0)
     for kind, costs in tables.items():
-        less = costs[labels, most_probable] - costs[labels, leaves]
-        means = [less[generator.integers(0, len(less), len(less))].mean() for _ in range(RESAMPLES)]
-        row[kind], row[f"{kind}_less"] = costs[labels, leaves].mean(), np.quantile(means, (0.025, 0.975)).tolist()
+        saved = costs[labels, most_probable] - costs[labels, leaves]
+        means = [saved[generator.integers(0, len(saved), len(saved))].mean() for _ in range(RESAMPLES)]
+        row[kind], row[f"{kind}_saved"] = costs[labels, leaves].mean(), np.quantile(means, (0.025, 0.975)).tolist()
     return row
 
 
