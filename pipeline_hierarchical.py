@@ -15,7 +15,9 @@ Worth knowing:
 """
 
 import copy
+import csv
 import math
+import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -25,16 +27,16 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Pipeline, PreTrainedModel
 from transformers.utils import logging
 
 try:
     from .checkpoint_hierarchical import check_tokenizer, position_limit
-    from .taxonomy_hierarchical import Taxonomy
+    from .taxonomy_hierarchical import Taxonomy, quote_name
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
     from checkpoint_hierarchical import check_tokenizer, position_limit
-    from taxonomy_hierarchical import Taxonomy
+    from taxonomy_hierarchical import Taxonomy, quote_name
 
 logger = logging.get_logger(__name__)
 
@@ -61,7 +63,8 @@ class HierarchicalTextClassificationPipeline(Pipeline):
       of the deepest predicted nodes, most probable first; possibly none;
     - ``levels``: for each level, from the roots down, the probability of every node;
     - ``truncated``: whether the text was truncated;
-    - ``answer``, with ``coverage`` or ``recall``: ``{"label", "score"}`` of its nodes.
+    - ``answer``, with ``coverage`` or ``recall``: ``{"label", "score"}`` of its nodes;
+    - ``expected_cost``, with ``costs`` and one path a text: that of the predicted leaf.
 
     Args:
         batch_size: number of windows in a batch; by default a power of two, for about 2,048 tokens on a CPU and 32,768
@@ -76,6 +79,12 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             than that of the validation rows.
         recall: with several labels a text, the share of a text's nodes that the answer holds on average. Otherwise like
             ``coverage``.
+        costs: predict what costs least on average (see `expected_costs`), in place of the most probable leaf:
+            ``"distance"``, the number of edges from the correct leaf to the predicted one, with roots joined by a node
+            above them; or a table, ``{correct leaf: {predicted leaf: cost}}`` or the path of a CSV file whose first
+            column names the correct leaves and whose first row the predicted ones. With several labels a text
+            ``{"missing": a, "inventing": b}``, the costs of each node that a prediction leaves out or adds: see
+            `cost_threshold`. Excludes ``top_k``.
 
     Raises:
         ValueError: an item or argument cannot be used, or the checkpoint has no thresholds for the guarantee.
@@ -116,10 +125,11 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         stride: int | None = None,
         coverage: float | None = None,
         recall: float | None = None,
+        costs: str | os.PathLike | Mapping | None = None,
         **unknown: Any,
     ) -> tuple[dict, dict, dict]:
         if unknown:
-            known = "batch_size, top_k, max_length, stride, coverage and recall"
+            known = "batch_size, top_k, max_length, stride, coverage, recall and costs"
             raise ValueError(f"{min(unknown)!r} is not an argument of this pipeline; it has {known}")
         for name, value, minimum in (("top_k", top_k, 1), ("max_length", max_length, 1), ("stride", stride, 0)):
             check_number(name, value, minimum)
@@ -130,7 +140,9 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             conformal_threshold(config.conformal_thresholds, coverage)
         if recall is not None:
             recall_threshold(config, recall)
-        groups = {"max_length": max_length, "stride": stride}, {"top_k": top_k, "coverage": coverage, "recall": recall}
+        prepared = None if costs is None else prepare_costs(config, costs)
+        decision = {"top_k": top_k, "coverage": coverage, "recall": recall, "costs": prepared}
+        groups = {"max_length": max_length, "stride": stride}, decision
         truncation, output = ({name: group[name] for name in group if group[name] is not None} for group in groups)
         return truncation, {}, output
 
@@ -148,6 +160,8 @@ class HierarchicalTextClassificationPipeline(Pipeline):
                 )
         if self.model.config.is_multi_label and "stride" in truncation and "top_k" not in output:
             raise ValueError("stride needs top_k with several labels a text: thresholds were not fitted for windows")
+        if {"costs", "top_k"} <= output.keys():
+            raise ValueError("costs choose one prediction for each text: give either costs or top_k")
         batch_size = self._batch_size if batch_size is None else batch_size
         check_number("batch_size", batch_size, 1)
         if hasattr(inputs, "columns") and hasattr(inputs, "iloc"):
@@ -246,8 +260,12 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         combined = torch.zeros(len(pending.truncated), self.tree.num_nodes, dtype=torch.float64)
         reduce = "amax" if self.model.config.is_multi_label else "mean"
         combined.scatter_reduce_(0, owners[:, None].expand_as(windows), windows, reduce, include_self=False)
-        for probabilities, truncated in zip(combined.tolist(), pending.truncated, strict=True):
-            yield self.postprocess({"nodes": probabilities, "truncated": truncated}, **output)
+        columns = {"nodes": combined.tolist(), "truncated": pending.truncated}
+        if "costs" in output and not self.model.config.is_multi_label:
+            least = expected_costs(self.tree, combined, output["costs"]).min(1)
+            columns |= {"leaf": least.indices.tolist(), "expected_cost": least.values.tolist()}
+        for values in zip(*columns.values(), strict=True):
+            yield self.postprocess(dict(zip(columns, values, strict=True)), **output)
 
     def _window(self, max_length: int | None = None, stride: int | None = None) -> int:
         """Return the length of a window in tokens, or raise ValueError if the tokenizer or stride does not allow it."""
@@ -297,7 +315,12 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         return torch.inference_mode
 
     def postprocess(
-        self, classified: dict, top_k: int | None = None, coverage: float | None = None, recall: float | None = None
+        self,
+        classified: dict,
+        top_k: int | None = None,
+        coverage: float | None = None,
+        recall: float | None = None,
+        costs: "float | str | Tensor | None" = None,  # of `prepare_costs`
     ) -> dict | list[dict]:
         """Build a result, or with ``top_k`` a list of results, from the probabilities of the nodes."""
         tree, config, probabilities = self.tree, self.model.config, classified["nodes"]
@@ -324,8 +347,13 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             common["answer"] = with_scores(node for node in order if probabilities[node] >= least)
         if config.is_multi_label and top_k is None:
             thresholds = config.node_thresholds or [DEFAULT_THRESHOLD] * tree.num_nodes
+            if costs is not None:
+                thresholds = [costs] * tree.num_nodes
             predicted = set(tree.deepest(node for node in order if probabilities[node] >= thresholds[node]))
             return {"labels": with_paths(node for node in order if node in predicted), **common}
+        if costs is not None:
+            common["expected_cost"] = classified["expected_cost"]
+            order = [classified["leaf"]]
         results = [result | common for result in with_paths(order[: top_k or 1])]
         return results[0] if top_k is None else results
 
@@ -447,6 +475,108 @@ def growing_answers(tree: Taxonomy, leaves: list[int]) -> Iterator[tuple[int, se
         while level > 1 and len(at_level[level - 1]) > MOST_NODES:
             level -= 1
         yield leaf, at_level[level - 1]
+
+
+def prepare_costs(config: Any, costs: Any) -> float | str | Tensor:
+    """Check the costs of errors. Return the nodes' threshold with several labels a text, else "distance" or a table.
+
+    The table is (num_leaves, num_leaves): correct leaves by predicted ones.
+    """
+    is_pair = isinstance(costs, Mapping) and costs.keys() <= {"missing", "inventing"}
+    if config.is_multi_label:
+        if not is_pair or len(costs) < 2:
+            raise ValueError('with several labels a text, costs are {"missing": a number, "inventing": a number}')
+        return cost_threshold(*(read_cost(costs[name], f"{name} a node") for name in ("missing", "inventing")))
+    if isinstance(costs, str) and costs == "distance":
+        return costs
+    if is_pair or not isinstance(costs, (str, os.PathLike, Mapping)):
+        raise ValueError(
+            'with one path a text, costs are "distance", a CSV file, or {correct leaf: {predicted leaf: cost}}'
+        )
+    tree, table = config.tree, costs if isinstance(costs, Mapping) else read_cost_table(costs)
+    rows = []
+    for correct, row in by_leaf(tree, table, "rows").items():
+        where = f"the row of {quote_name(correct)}"
+        predicted = by_leaf(tree, row, where)
+        rows.append([read_cost(cost, f"{where}, {quote_name(leaf)}") for leaf, cost in predicted.items()])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def expected_costs(tree: Taxonomy, nodes: Tensor, costs: str | Tensor) -> Tensor:
+    """Return the expected cost of predicting each leaf, (B, num_leaves), from node probabilities (B, num_nodes).
+
+    A prediction j costs the mean of costs[i, j] over the correct leaf i. The least of these is the Bayes decision (Elkan,
+    2001, "The Foundations of Cost-Sensitive Learning"). The distance of two leaves is the number of nodes that are in the
+    path of one of them alone. So its mean is the sum of 1 - P over the nodes of j's path, and of P over all others.
+    """
+    if isinstance(costs, Tensor):
+        return nodes[:, : tree.num_leaves] @ costs
+    paths = torch.tensor(tree.ancestors[: tree.num_leaves])
+    on_path = nn.functional.pad(nodes, (0, 1))[:, paths].sum(2)  # (B, num_leaves); padding selects the zeros
+    return nodes.sum(1, keepdim=True) - on_path + torch.tensor(tree.levels[: tree.num_leaves]) - on_path
+
+
+def cost_threshold(missing: float, inventing: float) -> float:
+    """Return the probability from which a node is predicted with several labels a text: inventing / (missing + inventing).
+
+    A predicted node is wrong with probability 1 - P, and a node that is left out is missing with probability P. Costs add
+    up over nodes, so each is decided alone: predicted if inventing · (1 - P) <= missing · P. No node is more probable than
+    its parent, so the ancestors of a predicted node are predicted too.
+    """
+    if missing + inventing == 0:
+        raise ValueError("the costs of missing and of inventing a node are both 0: one must be positive")
+    return inventing / (missing + inventing)
+
+
+def read_cost_table(path: str | os.PathLike) -> dict[str, dict[str, str]]:
+    """Read a CSV file of costs: the first column names the correct leaves, the first row the predicted ones."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            (_, *predicted), *rows = [fields for fields in csv.reader(file) if fields]
+    except OSError as error:
+        raise ValueError(f"cannot read the costs {path}: {error.strerror}") from error
+    except (csv.Error, ValueError) as error:
+        raise ValueError(f"the costs {path} are not a CSV table in UTF-8") from error
+    table = {}
+    for number, (correct, *costs) in enumerate(rows, start=2):
+        if len(costs) != len(predicted):
+            raise ValueError(
+                f"the costs {path}, row {number}: {len(costs)} costs for {len(predicted)} predicted leaves"
+            )
+        table[correct] = dict(zip(predicted, costs, strict=True))
+    if len(table) < len(rows) or len({*predicted}) < len(predicted):
+        raise ValueError(f"the costs {path} name a leaf twice")
+    return table
+
+
+def by_leaf(tree: Taxonomy, given: Any, where: str) -> dict[str, Any]:
+    """Return a mapping whose keys name all leaves with their labels as keys, in order, or raise ValueError."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"costs: {where} must map leaves to costs, not {type(given).__name__}")
+    values: dict[int, Any] = {}
+    for name, value in given.items():
+        try:
+            leaf = tree.id(str(name))
+        except ValueError as error:
+            raise ValueError(f"costs: {where}: {error}") from error
+        if leaf >= tree.num_leaves:
+            raise ValueError(f"costs: {where}: {quote_name(name)} is an inner node, and costs are of leaves")
+        if leaf in values:
+            raise ValueError(f"costs: {where}: {quote_name(name)} occurs twice, once as a path")
+        values[leaf] = value
+    if missing := [tree.labels[leaf] for leaf in range(tree.num_leaves) if leaf not in values]:
+        raise ValueError(f"costs: {where}: the leaf {quote_name(missing[0])} is missing; all leaves need costs")
+    return {tree.labels[leaf]: values[leaf] for leaf in range(tree.num_leaves)}
+
+
+def read_cost(value: Any, what: str) -> float:
+    try:
+        cost = float(value)
+    except (TypeError, ValueError):
+        cost = math.nan
+    if not 0 <= cost < math.inf:
+        raise ValueError(f"costs: {what}: a cost is a number of at least 0, not {quote_name(value)}")
+    return cost
 
 
 def check_number(name: str, value: Any, minimum: int) -> None:

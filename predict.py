@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from errors import InputError, asked_traceback, exit_with_error, is_full_disk, one_line
 from prediction.input import read_records
-from prediction.model import DTYPES, Model, find_commit
+from prediction.model import DTYPES, Model, find_commit, read_costs
 from prediction.output import RestartableOutput
-from prediction.rows import OUTPUTS
+from prediction.rows import OUTPUTS, output_kind
 from reading.rows import KINDS
 from reading.sources import Source, find_sources
 
@@ -39,7 +39,8 @@ def main(argv: list[str]) -> int:
     """Run the command, and return its exit code."""
     arguments = parse(argv)
     sources = find_inputs(arguments)
-    output = RestartableOutput(arguments.output, output_kind(arguments))
+    arguments.costs, costs = read_costs(arguments.costs)
+    output = RestartableOutput(arguments.output, output_kind(arguments.output, arguments.output_format))
     with output.lock():
         output.check(sources, arguments.overwrite)
         records = read_records(sources, arguments.text_column, arguments.id_column)
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> int:
             if arguments.overwrite:
                 output.delete()
             flags = {flag: value for flag, value in vars(arguments).items() if flag not in WITHOUT_EFFECT}
-            options = flags | model.description
+            options = flags | {"costs": costs} | model.description
             with tqdm(unit=" rows", disable=None) as bar:
                 output.write_parts(chain([first], records), options, model.predict_blocks, partial(advance, bar))
         files = [{"name": source.name, "bytes": source.size} for source in sources]
@@ -74,11 +75,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--id_column", help="a column of ids to copy to the output")
     suffixes = ", ".join(OUTPUTS)
     add("--output", required=True, help=f"the file to write, ending in {suffixes}, or a folder, ending in /; or a URL")
-    add("--output_format", choices=("parquet", "jsonl"), help="of the files in a folder; default: parquet")
+    add(
+        "--output_format", choices=("parquet", "jsonl", "tasks.json"), help="of the files in a folder; default: parquet"
+    )
     add("--overwrite", action="store_true", help="replace an existing output, and start from the beginning")
     add("--probabilities", action="store_true", help="write the probability of every class")
     add("--coverage", type=float, help="also write an answer that contains the correct leaf for this share of texts")
     add("--recall", type=float, help="with several labels a text: an answer that holds this share of them on average")
+    costs = "distance in the tree, a CSV file of leaf by leaf, or missing=NUMBER,inventing=NUMBER with several labels"
+    add("--costs", help=f"predict what costs least on average: {costs}")
+    add("--uncertainty", action="store_true", help="also write the entropy, and the level that adds most of it")
     dtypes = "bf16 if the machine supports it, int8 on a CPU with VNNI or AMX and torchao, else fp32"
     add("--dtype", choices=("auto", *DTYPES), default="auto", help=f"default: auto, which is {dtypes}")
     add("--batch_size", type=int, help="texts per batch; default: batches by number of tokens")
@@ -92,7 +98,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     name = Path(arguments.output.partition("?")[0])
     if len(name.name.encode()) > 200:  # suffixes are added, and file systems allow 255 bytes
         refuse(f"--output {arguments.output}: the name is too long")
-    if output_kind(arguments) not in OUTPUTS:
+    if output_kind(arguments.output, arguments.output_format) not in OUTPUTS:
         refuse(f"--output {arguments.output}: its name must end in one of {suffixes}, or in / for a folder")
     if arguments.output.startswith("hf://"):  # each block would be a commit
         refuse(f"--output {arguments.output}: write to a disk or an object store, and upload the result")
@@ -104,12 +110,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if arguments.ray_cpus_per_actor < 1:
         refuse(f"--ray_cpus_per_actor must be at least 1, not {arguments.ray_cpus_per_actor}")
     return arguments
-
-
-def output_kind(arguments: argparse.Namespace) -> str:
-    """Return the suffix of the output's file, or of the files in its folder."""
-    name = arguments.output.partition("?")[0]
-    return f".{arguments.output_format or 'parquet'}" if name.endswith("/") else Path(name).suffix
 
 
 def refuse(message: str) -> NoReturn:

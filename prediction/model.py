@@ -15,9 +15,10 @@ from transformers.utils import cached_file
 
 from checkpoint_files import MODEL_FILES, list_files
 from errors import InputError, one_line
+from pipeline_hierarchical import read_cost_table
 from prediction.input import Record
 from prediction.output import Block
-from prediction.rows import RowFormat
+from prediction.rows import TASKS, RowFormat, output_kind
 from training.files import sha256
 from training.memory import give_back_memory, keep_memory
 from training.precision import has_bf16
@@ -41,12 +42,23 @@ class Model:
         dtype = choose_dtype(gpu) if arguments.dtype == "auto" else arguments.dtype
         self._pipeline = load(arguments, dtype, gpu)
         config, by_id = self._pipeline.model.config, arguments.id_column is not None
-        classes = [*config.id2label.values()] if arguments.probabilities else []
-        answers = (arguments.coverage, arguments.recall) != (None, None)
-        self.rows = RowFormat(by_id, config.is_multi_label, answers, classes)
+        weights = fingerprint(arguments.model, arguments.revision, Path(config.encoder_name_or_path))
+        writes_tasks = output_kind(arguments.output, arguments.output_format) == TASKS
+        tree, multi_label = config.tree, config.is_multi_label
+        parents = {tree.labels[node]: tree.labels[parent] for node, parent in enumerate(tree.parents) if parent >= 0}
+        self.rows = RowFormat(
+            by_id,
+            multi_label,
+            answers=(arguments.coverage, arguments.recall) != (None, None),
+            costs=arguments.costs is not None,
+            uncertainty=arguments.uncertainty,
+            classes=[*config.id2label.values()] if arguments.probabilities else [],
+            parents=parents,
+            version=weights[:12] if writes_tasks else None,
+        )
         self.description = {
             "dtype": dtype,
-            "fingerprint": fingerprint(arguments.model, arguments.revision, Path(config.encoder_name_or_path)),
+            "fingerprint": weights,
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name(self._pipeline.device) if gpu else "cpu",
         }
@@ -78,6 +90,25 @@ def find_commit(model: str, revision: str | None) -> str | None:
         raise InputError(f"cannot load the model {model}: {cause(error)}") from error
 
 
+def read_costs(word: str | None) -> tuple[str | dict | None, str | None]:
+    """Return the value of ``--costs`` as an argument of the pipeline, and a description that changes with a file's content.
+
+    The file is read here, because the nodes of a cluster may not have it.
+    """
+    if word is None or word == "distance":
+        return word, word
+    if word.endswith(".csv"):
+        try:
+            table = read_cost_table(word)
+        except ValueError as error:
+            raise InputError(f"--costs: {error}") from error
+        return table, hashlib.sha256(json.dumps(table).encode()).hexdigest()
+    pairs = [pair.partition("=") for pair in word.split(",")]
+    if [name for name, _, _ in pairs] != ["missing", "inventing"]:
+        raise InputError(f"--costs {word}: give distance, a .csv file, or missing=NUMBER,inventing=NUMBER")
+    return {name: cost for name, _, cost in pairs}, word
+
+
 def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
     """Load the checkpoint as a pipeline, or raise InputError."""
     # before they are imported: they warn of kernels
@@ -98,6 +129,7 @@ def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
             batch_size=arguments.batch_size,
             coverage=arguments.coverage,
             recall=arguments.recall,
+            costs=arguments.costs,
         )
     except Exception as error:  # loading runs the checkpoint's own code, which can raise anything
         raise InputError(f"cannot load the model {arguments.model}: {cause(error)}") from error

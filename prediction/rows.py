@@ -1,9 +1,15 @@
-"""The output's columns, and writers for JSON Lines, CSV and Parquet."""
+"""The output's columns, and writers for JSON Lines, CSV, Parquet and tasks of Label Studio.
+
+A task is a JSON object that holds the row, its text, and the prediction as a pre-annotation:
+https://labelstud.io/guide/predictions. No other output holds texts.
+"""
 
 import csv
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain, repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +19,8 @@ import pyarrow.parquet
 
 from prediction.input import Record
 
-OUTPUTS = (".jsonl", ".csv", ".parquet")
+TASKS = ".tasks.json"
+OUTPUTS = (".jsonl", ".csv", ".parquet", TASKS)
 DIGITS = 6
 SEPARATORS = {"path": " > ", "answer": " | ", "labels": "; ", "scores": "; "}  # in the cells of a CSV file
 
@@ -24,11 +31,26 @@ class RowFormat:
     Args:
         by_id: whether a row holds its record's id in place of its number.
         answers: whether rows hold an answer for ``--coverage`` or ``--recall``.
+        costs: whether the predictions are those of least expected cost.
+        uncertainty: whether rows hold the entropy, and the level that adds most of it.
         classes: labels of the leaves or nodes whose probabilities are written.
+        parents: the label of each node's parent, by the node's label; roots are absent.
+        version: of the model, for tasks; None for rows.
     """
 
-    def __init__(self, by_id: bool, multi_label: bool, answers: bool, classes: list[str]):
-        self.classes = classes
+    def __init__(
+        self,
+        by_id: bool,
+        multi_label: bool,
+        *,
+        answers: bool,
+        costs: bool,
+        uncertainty: bool,
+        classes: list[str],
+        parents: dict[str, str],
+        version: str | None = None,
+    ):
+        self.classes, self.parents, self.version = classes, parents, version
         text, number = pyarrow.string(), pyarrow.float64()
         texts, numbers = pyarrow.list_(text), pyarrow.list_(number)
         # a Parquet column has one type, so ids are strings
@@ -36,6 +58,10 @@ class RowFormat:
         self.types |= (
             {"labels": texts, "scores": numbers} if multi_label else {"label": text, "score": number, "path": texts}
         )
+        if costs and not multi_label:
+            self.types["expected_cost"] = number
+        if uncertainty:
+            self.types |= {"uncertainty": number, "unsure_level": pyarrow.int64()}
         self.types["truncated"] = pyarrow.bool_()
         if answers:
             self.types["answer"] = texts
@@ -43,7 +69,7 @@ class RowFormat:
             self.types["probabilities"] = pyarrow.struct([(label, number) for label in classes])
 
     def row(self, number: int, record: Record, prediction: dict[str, Any]) -> dict[str, Any]:
-        """Build the row of a record from the pipeline's prediction."""
+        """Build the row, or the task, of a record from the pipeline's prediction."""
         row = {"id": record.id, "row": number, "truncated": prediction["truncated"]}
         row["answer"] = [node["label"] for node in prediction.get("answer", [])]
         if "labels" in self.types:
@@ -52,10 +78,45 @@ class RowFormat:
         else:
             row["label"], row["score"] = prediction["label"], round(prediction["score"], DIGITS)
             row["path"] = [node["label"] for node in prediction["path"]]
+            row["expected_cost"] = round(prediction.get("expected_cost", 0.0), DIGITS)
+        if "uncertainty" in self.types:
+            entropies = self.entropies(prediction["levels"])
+            row["uncertainty"] = round(sum(entropies), DIGITS)
+            row["unsure_level"] = 1 + entropies.index(max(entropies))
         if self.classes:
             nodes = {label: probability for level in prediction["levels"] for label, probability in level.items()}
             row["probabilities"] = {label: round(nodes[label], DIGITS) for label in self.classes}
-        return {name: row[name] for name in self.types}
+        row = {name: row[name] for name in self.types}
+        return row if self.version is None else self.task(row, record.text, prediction)
+
+    def task(self, row: dict[str, Any], text: str | None, prediction: dict[str, Any]) -> dict[str, Any]:
+        """Build a task with the predicted paths. Its score is the probability of the least certain one."""
+        predicted = prediction["labels"] if "labels" in row else [prediction]
+        paths = [[node["label"] for node in one["path"]] for one in predicted]
+        choice = {"from_name": "taxonomy", "to_name": "text", "type": "taxonomy", "value": {"taxonomy": paths}}
+        annotation: dict[str, Any] = {"model_version": self.version, "result": [choice] if paths else []}
+        if paths:
+            annotation["score"] = round(min(one["score"] for one in predicted), DIGITS)
+        return {"data": {"text": text, **row}, "predictions": [annotation]}
+
+    def entropies(self, levels: list[dict[str, float]]) -> list[float]:
+        """Return what the decisions of each level add to the entropy of a prediction, in nats.
+
+        With one path a text a decision is the choice among siblings, and the sum over levels is the entropy of the leaf
+        (the chain rule: Cover and Thomas, 2006, "Elements of Information Theory", theorem 2.5.1). With several labels a text
+        each node is a yes or no given its parent. Then the sum is the entropy of the set of nodes, if siblings are
+        independent given their parent, as the model's decisions are.
+        """
+        reached, entropies = dict[str | None, float]({None: 1.0}), []
+        for level in levels:
+            entropies.append(0.0)
+            for label, probability in level.items():
+                above = reached[self.parents.get(label)]
+                entropies[-1] += above * entropy_term(probability / above if above else 0.0)
+                if "labels" in self.types:
+                    entropies[-1] += above * entropy_term(1 - probability / above if above else 0.0)
+            reached.update(level.items())
+        return entropies
 
     @contextmanager
     def open(self, file: Path) -> Iterator[Callable[[list[str]], None]]:
@@ -67,6 +128,11 @@ class RowFormat:
         with file.open("w", encoding="utf-8", newline="") as stream:
             if file.suffix == ".jsonl":
                 yield stream.writelines
+                return
+            if file.suffix == ".json":
+                before = chain("[", repeat(","))
+                yield lambda lines: stream.writelines(f"{next(before)}{line}" for line in lines)
+                stream.write("[]\n" if next(before) == "[" else "]\n")
                 return
             # Python 3.11 quotes a lone carriage return only if the writer's line end has one
             lines = SimpleNamespace(write=lambda line: stream.write(line.removesuffix("\r\n") + "\n"))
@@ -87,3 +153,16 @@ class RowFormat:
             if row.get("id") is not None:
                 row["id"] = str(row["id"])
         return pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(self.types))
+
+
+def entropy_term(share: float) -> float:
+    """Return -p · log(p) in nats, 0 for a share p of 0. Rounding may have left it outside of 0 and 1."""
+    return -share * math.log(share) if 0 < share < 1 else 0.0
+
+
+def output_kind(output: str, output_format: str | None) -> str:
+    """Return the suffix of the output's file, or of the files in its folder."""
+    name = output.partition("?")[0]
+    if name.endswith("/"):
+        return f".{output_format or 'parquet'}"
+    return TASKS if name.endswith(TASKS) else Path(name).suffix

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import pipeline
 
-PARAMETERS = ("top_k", "coverage", "recall", "stride")
+PARAMETERS = ("top_k", "coverage", "recall", "stride", "costs")
 
 
 class EndpointHandler:
@@ -24,7 +24,8 @@ class EndpointHandler:
     def __call__(self, data: dict[str, Any]) -> dict | list:
         """Return the pipeline's result for a text under ``"inputs"``, or its results for a list of texts.
 
-        ``"parameters"`` may hold ``top_k``, ``coverage``, ``recall`` and ``stride``, as arguments of the pipeline.
+        ``"parameters"`` may hold ``top_k``, ``coverage``, ``recall``, ``stride`` and ``costs``, as arguments of the
+        pipeline. Costs are no file: a client must not have the server read its own files.
 
         Raises:
             ValueError: the request cannot be used. The message is one line and holds no text of the request.
@@ -37,4 +38,6 @@ class EndpointHandler:
             raise ValueError(f'"parameters" must be an object with any of {known}')
         if unknown := parameters.keys() - {*PARAMETERS}:
             raise ValueError(f'"parameters" cannot hold {min(unknown)!r}, only {known}')
+        if isinstance(parameters.get("costs"), str) and parameters["costs"] != "distance":
+            raise ValueError('"costs" must be "distance" or an object')
         return self.classify(data["inputs"], **parameters)

@@ -67,14 +67,14 @@ def candidates(names: dict[str, np.ndarray]) -> list[tuple[str, str, list[Classi
     return [*flat, ("mean", "linear, begins as the labels' names", named), ("mean", "one hidden layer", deep)]
 
 
-def encode(encoder: str, texts: list[str]) -> dict[str, np.ndarray]:
+def encode(encoder: str, texts: list[str], max_length: int = 512) -> dict[str, np.ndarray]:
     """Return vectors (len(texts), hidden_size) for each pooling."""
     tokenizer, model = AutoTokenizer.from_pretrained(encoder), AutoModel.from_pretrained(encoder).eval()
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     found: dict[str, list[Tensor]] = {"mean": [], "first token": []}
     for start in range(0, len(texts), 16):
         some = [texts[i] for i in order[start : start + 16]]
-        batch = tokenizer(some, truncation=True, max_length=512, padding=True, return_tensors="pt")
+        batch = tokenizer(some, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
         with torch.inference_mode():
             hidden = model(**batch).last_hidden_state
         mask = batch["attention_mask"].unsqueeze(-1)

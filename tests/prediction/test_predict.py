@@ -13,21 +13,26 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import date, datetime
 from decimal import Decimal
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import CORPUS, ROOT, complete, read_csv, run, stranger
 from safetensors.torch import load_file, save_file
+from scipy.stats import entropy
 from transformers import pipeline
 
 from checkpoint_hierarchical import SHIPPED_FILES
 from errors import InputError
 from predict import main
-from prediction.input import read_records
+from prediction.input import Record, read_records
+from prediction.rows import RowFormat
 from reading.sources import find_sources
+from taxonomy_hierarchical import Taxonomy
 
 
 @pytest.fixture(scope="module")
@@ -528,6 +533,128 @@ def test_an_input_is_not_taken_for_an_output(given, output, message, more, tmp_p
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_costs_choose_the_leaf_and_their_content_is_an_option(checkpoint, texts, tmp_path):
+    classify = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True)
+    leaves = classify.tree.labels[: classify.tree.num_leaves]
+    costs = {one: {other: 0 if one == other else 9 - i for i, other in enumerate(leaves)} for one in leaves}
+    table = pd.DataFrame(costs).T  # rows are the correct leaves
+    table.to_csv(tmp_path / "costs.csv")
+    pd.DataFrame({"text": texts}).to_csv(tmp_path / "in.csv", index=False)
+    words = (
+        "--model",
+        checkpoint,
+        "--input",
+        tmp_path / "in.csv",
+        "--dtype",
+        "fp32",
+        "--costs",
+        tmp_path / "costs.csv",
+    )
+    with killed_as_it_clears_up(), pytest.raises(KeyboardInterrupt):
+        inside(*words, "--output", tmp_path / "out.jsonl")
+    rows = read_json_lines(tmp_path / "out.jsonl")
+    expected = classify(texts, costs=costs)
+    assert [row["label"] for row in rows] == [one["label"] for one in expected]
+    assert [row["label"] for row in rows] != [one["label"] for one in classify(texts)]
+    assert [row["expected_cost"] for row in rows] == pytest.approx([one["expected_cost"] for one in expected], abs=2e-5)
+
+    table.iloc[0, 1] += 1
+    table.to_csv(tmp_path / "costs.csv")
+    with pytest.raises(InputError, match="begun with another costs:"):
+        inside(*words, "--output", tmp_path / "out.jsonl")
+    for kind in ("csv", "parquet"):
+        inside(*words[:-1], "distance", "--output", tmp_path / f"out.{kind}")
+    expected = [one["expected_cost"] for one in classify(texts, costs="distance")]
+    assert pd.read_csv(tmp_path / "out.csv")["expected_cost"].tolist() == pytest.approx(expected, abs=2e-5)
+    assert pd.read_parquet(tmp_path / "out.parquet")["expected_cost"].tolist() == pytest.approx(expected, abs=2e-5)
+
+
+def test_with_several_labels_costs_replace_the_thresholds(labels_checkpoint, texts, tmp_path):
+    pd.DataFrame({"text": texts}).to_csv(tmp_path / "in.csv", index=False)
+    words = ("--model", labels_checkpoint, "--input", tmp_path / "in.csv", "--dtype", "fp32", "--probabilities")
+    inside(*words, "--output", tmp_path / "out.jsonl", "--costs", "missing=9,inventing=1")
+    for row in read_json_lines(tmp_path / "out.jsonl"):
+        assert "expected_cost" not in row
+        assert all(score >= 0.1 for score in row["scores"])
+        reached = {label for label, probability in row["probabilities"].items() if probability >= 0.1}
+        inner = {"specific disease"} if reached - {"specific disease", "general pathological conditions"} else set()
+        assert {*row["labels"]} == reached - inner
+
+
+def test_the_uncertainty_is_the_entropy_and_names_the_level_that_adds_most(checkpoint, texts, tmp_path):
+    pd.DataFrame({"text": texts}).to_csv(tmp_path / "in.csv", index=False)
+    words = ("--model", checkpoint, "--input", tmp_path / "in.csv", "--uncertainty")
+    inside(*words, "--probabilities", "--output", tmp_path / "out.jsonl")
+    rows = read_json_lines(tmp_path / "out.jsonl")
+    for row in rows:
+        leaves = pd.Series(row["probabilities"])
+        general = leaves["general pathological conditions"]
+        at_roots = entropy([general, 1 - general])
+        assert row["uncertainty"] == pytest.approx(entropy(leaves), abs=1e-4)
+        assert row["unsure_level"] == 1 + int(entropy(leaves) - at_roots > at_roots)
+    for kind, read in (("csv", pd.read_csv), ("parquet", pd.read_parquet)):
+        inside(*words, "--output", tmp_path / f"out.{kind}")
+        table = read(tmp_path / f"out.{kind}")
+        assert table["uncertainty"].tolist() == [row["uncertainty"] for row in rows]
+        assert table["unsure_level"].tolist() == [row["unsure_level"] for row in rows]
+
+
+TREE = Taxonomy({"a": {"b": ["c", "d"], "e": None}, "f": ["g", "h"], "i": None})
+
+
+def row_of(probabilities: np.ndarray, multi_label: bool) -> dict:
+    """Return the row of a prediction with these node probabilities."""
+    parents = {
+        label: TREE.labels[parent] for label, parent in zip(TREE.labels, TREE.parents, strict=True) if parent >= 0
+    }
+    columns = {"answers": False, "costs": False, "uncertainty": True, "classes": [], "parents": parents}
+    rows = RowFormat(False, multi_label, **columns)
+    nodes = dict(zip(TREE.labels, probabilities.tolist(), strict=True))
+    levels = [
+        {TREE.labels[node]: nodes[TREE.labels[node]] for node in TREE.reading_order if TREE.levels[node] == level}
+        for level in range(1, TREE.depth + 1)
+    ]
+    one = {"label": "c", "score": 1.0, "path": []}
+    prediction = {**one, "labels": [], "levels": levels, "truncated": False}
+    return rows.row(0, Record("in.csv", 1, None, "text", None, None), prediction)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_levels_share_the_entropy_of_the_leaf(seed):
+    leaves = np.random.default_rng(seed).dirichlet(np.full(TREE.num_leaves, 0.5))
+    leaves[seed % TREE.num_leaves] = 0.0
+    leaves /= leaves.sum()
+    nodes = np.array([leaves[below].sum() for below in TREE.leaves_below])
+    # of where the leaf is, down to a level: leaves above that level stand for themselves
+    known = [0.0]
+    for level in range(1, TREE.depth + 1):
+        cells = {TREE.path(leaf)[:level][-1] for leaf in range(TREE.num_leaves)}
+        known.append(entropy([nodes[cell] for cell in cells]))
+    row = row_of(nodes, multi_label=False)
+    assert row["uncertainty"] == pytest.approx(entropy(leaves), abs=1e-6)
+    assert row["unsure_level"] == 1 + np.diff(known).argmax()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_with_several_labels_the_uncertainty_is_the_entropy_of_their_set(seed):
+    given_parent = np.random.default_rng(seed).beta(0.5, 0.5, TREE.num_nodes)
+    given_parent[seed] = seed % 2
+    nodes = np.array([np.prod(given_parent[TREE.path(node)]) for node in range(TREE.num_nodes)])
+    total, by_level = 0.0, np.zeros(TREE.depth)
+    for present in product([False, True], repeat=TREE.num_nodes):
+        is_open = [parent < 0 or present[parent] for parent in TREE.parents]
+        if any(one and not possible for one, possible in zip(present, is_open, strict=True)):
+            continue
+        shares = np.where(present, given_parent, 1 - given_parent)[is_open]
+        probability = shares.prod()
+        if probability > 0:
+            total -= probability * np.log(probability)
+            np.add.at(by_level, np.array(TREE.levels)[is_open] - 1, -probability * np.log(shares))
+    row = row_of(nodes, multi_label=True)
+    assert row["uncertainty"] == pytest.approx(total, abs=1e-6)
+    assert row["unsure_level"] == 1 + by_level.argmax()
+
+
 def test_int8_answers_nearly_as_float32_does(checkpoint, texts, tmp_path):
     optional = ROOT / ".venv" / "optional"  # see the Makefile
     if not optional.exists():
@@ -558,8 +685,15 @@ def test_int8_answers_nearly_as_float32_does(checkpoint, texts, tmp_path):
         (("--input", "wrong.parquet"), "not a Parquet file"),
         (("--input", "in.csv", "--coverage", "2"), "--coverage must be between 0 and 1"),
         (("--input", "in.csv", "--batch_size", "0"), "batch_size must be"),
+        (("--input", "in.csv", "--costs", "away"), "--costs away: give distance, a .csv file, or missing=NUMBER"),
+        (("--input", "in.csv", "--costs", "none.csv"), "--costs: cannot read the costs none.csv: No such file"),
+        (("--input", "in.csv", "--costs", "empty.csv"), "--costs: the costs empty.csv are not a CSV table in UTF-8"),
+        (("--input", "in.csv", "--costs", "missing=1,inventing=2"), "with one path a text, costs are"),
         (("--input", "in.csv", "--output", "out.txt"), "must end in one of"),
-        (("--input", "in.csv", "--output", "there"), "must end in one of .jsonl, .csv, .parquet, or in / for a folder"),
+        (
+            ("--input", "in.csv", "--output", "there"),
+            "must end in one of .jsonl, .csv, .parquet, .tasks.json, or in / for",
+        ),
         (("--input", "in.csv", "--output", "hf://datasets/me/out/"), "write to a disk or an object store"),
         (("--input", "in.csv", "--output", "there.jsonl"), "already exists"),
         (("--input", "in.csv", "--model", "nothing"), "cannot load the model nothing"),

@@ -253,6 +253,8 @@ def serve(folder: Path, requests: list) -> list:
     [
         ("one_path", {"coverage": 0.8}),
         ("several_labels", {"recall": 0.8}),
+        ("one_path", {"costs": "distance"}),
+        ("several_labels", {"costs": {"missing": 5, "inventing": 1}}),
         ("one_path", {"stride": 16, "top_k": 2}),
         ("several_labels", {"stride": 16, "top_k": 2}),
     ],
@@ -293,6 +295,7 @@ def test_what_a_client_gets_wrong_is_one_line_without_its_text(published):
         ({"inputs": secret, "parameters": {"coverage": 2}}, "coverage must be a number between 0 and 1"),
         ({"inputs": secret, "parameters": {"recall": 0.9}}, "recall is for checkpoints with several labels a text"),
         ({"inputs": secret, "parameters": {"stride": 500}}, "leaves no room"),
+        ({"inputs": secret, "parameters": {"costs": "/etc/passwd"}}, '"costs" must be "distance" or an object'),
     ]
     answers = serve(published["one_path"], [request for request, _ in cases])
     for answer, (_, message) in zip(answers, cases, strict=True):

@@ -1,3 +1,5 @@
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -120,6 +122,38 @@ def test_the_deepest_nodes_that_reach_their_threshold_are_predicted(classify):
             ]
             scores = [step["score"] for step in node["path"]]
             assert scores == sorted(scores, reverse=True)
+
+
+@pytest.mark.parametrize(("missing", "inventing"), [(5, 1), (1, 1), (1, 4), (2, 0), (0, 1)])
+def test_with_costs_no_other_set_of_nodes_has_a_lower_expected_cost(classify, missing, inventing):
+    sets = np.array(list(product([False, True], repeat=TREE.num_nodes)))
+    parents = np.array(TREE.parents)
+    closed = np.all((parents < 0) | sets[:, parents] | ~sets, axis=1)  # with a node its parent
+    for result in classify(TEXTS, costs={"missing": missing, "inventing": inventing}):
+        p = np.array([next(level[label] for level in result["levels"] if label in level) for label in TREE.labels])
+        costs = np.where(sets[closed], inventing * (1 - p), missing * p).sum(1)
+        predicted = TREE.with_ancestors(TREE.id(node["label"]) for node in result["labels"])
+        cost = sum(inventing * (1 - p[i]) if i in predicted else missing * p[i] for i in range(TREE.num_nodes))
+        assert cost == pytest.approx(costs.min(), abs=1e-9)
+        assert "expected_cost" not in result
+
+
+@pytest.mark.parametrize(
+    ("costs", "message"),
+    [
+        ("distance", 'with several labels a text, costs are {"missing": a number, "inventing": a number}'),
+        ({"missing": 1}, 'with several labels a text, costs are {"missing": a number, "inventing": a number}'),
+        ({"missing": 1, "inventing": 1, "other": 1}, "with several labels a text, costs are"),
+        ({"missing": -1, "inventing": 1}, "costs: missing a node: a cost is a number of at least 0, not -1"),
+        ({"missing": 1, "inventing": "inf"}, "costs: inventing a node: a cost is a number of at least 0"),
+        ({"missing": 0, "inventing": 0}, "are both 0: one must be positive"),
+    ],
+)
+def test_costs_that_cannot_be_used_are_refused(classify, costs, message):
+    with pytest.raises(ValueError, match=message):
+        classify(TEXTS[0], costs=costs)
+    with pytest.raises(ValueError, match="give either costs or top_k"):
+        classify(TEXTS[0], costs={"missing": 1, "inventing": 1}, top_k=1)
 
 
 def test_no_label_is_a_prediction(checkpoint):

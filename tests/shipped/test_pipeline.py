@@ -1,3 +1,4 @@
+import csv
 import os
 import random
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, stranger
 from datasets import Dataset
+from scipy.sparse.csgraph import shortest_path
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BitsAndBytesConfig, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
@@ -30,6 +32,7 @@ TEXTS = [
     "Colonoscopy found a carcinoma of the sigmoid colon; resection was followed by chemotherapy. " * 3,
     "x",
 ]
+LEAVES = UNEVEN.labels[: UNEVEN.num_leaves]
 LONG = "headache migraine seizure tumour liver heart valve artery colon biopsy " * 30
 
 
@@ -157,6 +160,125 @@ def test_top_k_leaves_best_first(checkpoint, classify):
         order = np.argsort(-nodes)[:k]
         assert [result["label"] for result in results] == [UNEVEN.labels[leaf] for leaf in order]
         np.testing.assert_allclose([result["score"] for result in results], nodes[order], atol=1e-5)
+
+
+def edges_between_leaves() -> np.ndarray:
+    """Lengths of the shortest paths through UNEVEN, whose roots hang from one node: (num_leaves, num_leaves)."""
+    nodes = ["", "a", "b", "a/b/c", "d", "e", "f", "g", "f/c", "h"]
+    graph = np.zeros((len(nodes), len(nodes)))
+    for parent, *children in (["", "a", "f", "h"], ["a", "b", "e"], ["b", "a/b/c", "d"], ["f", "g", "f/c"]):
+        for child in children:
+            graph[nodes.index(parent), nodes.index(child)] = 1
+    leaves = [nodes.index(leaf) for leaf in LEAVES]
+    return shortest_path(graph, directed=False)[np.ix_(leaves, leaves)]
+
+
+def a_table() -> np.ndarray:
+    """Costs for which the most probable leaf is seldom the best: (num_leaves, num_leaves)."""
+    costs = np.random.default_rng(0).exponential(1, (len(LEAVES), len(LEAVES))).round(3)
+    np.fill_diagonal(costs, 0.2)
+    return costs
+
+
+def write_table(path, costs: np.ndarray, rows: list[str], columns: list[str]) -> str:
+    """Write costs as a CSV file, with its rows and columns in any order."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["correct", *columns])
+        for row in rows:
+            writer.writerow([row, *(costs[LEAVES.index(row), LEAVES.index(column)] for column in columns)])
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["distance", "table", "file"])
+def test_with_costs_the_leaf_of_least_expected_cost_is_predicted(kind, small_checkpoint, tmp_path):
+    classify = pipeline("hierarchical-text-classification", model=small_checkpoint, trust_remote_code=True)
+    costs = edges_between_leaves() if kind == "distance" else a_table()
+    given = {
+        "distance": "distance",
+        "table": {one: dict(zip(LEAVES, row, strict=True)) for one, row in zip(LEAVES, costs.tolist(), strict=True)},
+        "file": write_table(tmp_path / "costs.csv", costs, LEAVES[::-1], [*LEAVES[2:], *LEAVES[:2]]),
+    }[kind]
+    texts = [f"{text} {number}" for number in range(20) for text in TEXTS]
+    probabilities = one_by_one(small_checkpoint, texts)[:, : len(LEAVES)].astype(np.float64)
+    expected = probabilities @ costs
+    most_probable, results = classify(texts), classify(texts, costs=given)
+    assert any(one["label"] != other["label"] for one, other in zip(results, most_probable, strict=True))
+    for result, same, row, leaves in zip(results, most_probable, expected, probabilities, strict=True):
+        best = LEAVES.index(result["label"])
+        assert row[best] <= row.min() + 1e-4
+        assert result["expected_cost"] == pytest.approx(row[best], abs=1e-4)
+        assert result["score"] == pytest.approx(leaves[best], abs=1e-5)
+        assert [step["label"] for step in result["path"]] == [UNEVEN.labels[node] for node in UNEVEN.path(best)]
+        assert result["levels"] == same["levels"]
+
+
+def test_equal_costs_of_all_errors_give_the_most_probable_leaf(classify):
+    costs = {one: {other: float(one != other) for other in LEAVES} for one in LEAVES}
+    for result, same in zip(classify(TEXTS, costs=costs), classify(TEXTS), strict=True):
+        assert result["label"] == same["label"]
+        assert result["expected_cost"] == pytest.approx(1 - same["score"], abs=1e-6)
+
+
+def test_costs_of_the_pipeline_are_those_of_its_calls(checkpoint, classify):
+    costly = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True, costs="distance")
+    windows = {"stride": 16, "max_length": 64}
+    for given in ({}, windows):
+        expected = classify([*TEXTS, LONG], costs="distance", **given)
+        assert [one["expected_cost"] for one in costly([*TEXTS, LONG], **given)] == pytest.approx(
+            [one["expected_cost"] for one in expected], abs=1e-5
+        )
+
+
+def table_without(row: str, column: str | None = None) -> dict:
+    table = {one: dict.fromkeys(LEAVES, 1.0) for one in LEAVES if column is not None or one != row}
+    if column is not None:
+        del table[row][column]
+    return table
+
+
+@pytest.mark.parametrize(
+    ("costs", "message"),
+    [
+        ({"missing": 5, "inventing": 1}, 'with one path a text, costs are "distance", a CSV file, or'),
+        (3, 'with one path a text, costs are "distance", a CSV file, or'),
+        ("none.csv", "cannot read the costs none.csv: No such file"),
+        (table_without("d"), "costs: rows: the leaf 'd' is missing"),
+        (table_without("g", "d"), "costs: the row of 'g': the leaf 'd' is missing"),
+        (table_without("d") | {"D": {}}, "costs: rows: the label 'D' is not in the taxonomy"),
+        (table_without("d") | {"b": {}}, "costs: rows: 'b' is an inner node, and costs are of leaves"),
+        (table_without("d") | {"d": 1.0}, "costs: the row of 'd' must map leaves to costs, not float"),
+        (table_without("d") | {"d": dict.fromkeys(LEAVES, -1)}, "the row of 'd', .*: a cost is a number of at least 0"),
+        (table_without("d") | {"d": dict.fromkeys(LEAVES, "x")}, "a cost is a number of at least 0, not 'x'"),
+        (table_without("d") | {"d": dict.fromkeys(LEAVES, float("nan"))}, "a cost is a number of at least 0, not nan"),
+        (table_without("d") | {"d": dict.fromkeys(LEAVES, float("inf"))}, "a cost is a number of at least 0, not inf"),
+    ],
+)
+def test_costs_that_cannot_be_used_are_refused(classify, costs, message):
+    with pytest.raises(ValueError, match=message) as error:
+        classify("text", costs=costs)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "are not a CSV table in UTF-8"),
+        ("correct,d,e\nd,0\n", "row 2: 1 costs for 2 predicted leaves"),
+        ("correct,d,d\nd,0,1\n", "name a leaf twice"),
+        ("correct,d\nd,0\nd,1\n", "name a leaf twice"),
+        ("correct,d\nd,0\n", "costs: rows: the leaf 'a/b/c' is missing"),
+    ],
+)
+def test_files_of_costs_that_cannot_be_used_are_refused(classify, content, message, tmp_path):
+    (tmp_path / "costs.csv").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        classify("text", costs=tmp_path / "costs.csv")
+
+
+def test_costs_exclude_top_k(classify):
+    with pytest.raises(ValueError, match="give either costs or top_k"):
+        classify("text", costs="distance", top_k=2)
 
 
 def test_a_long_text_is_cut_and_flagged(checkpoint, classify):

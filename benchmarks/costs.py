@@ -1,0 +1,88 @@
+"""Compare the most probable leaf with the leaf of least expected cost:
+
+    python benchmarks/costs.py --model CHECKPOINT --file LABELLED.csv --class_names labels.csv
+
+The file must be unknown to the model. Two kinds of costs are used, and each prediction is scored by both:
+
+- distance: the number of edges between the correct and the predicted leaf (`costs="distance"`);
+- root: 5 for a leaf under another root, 1 for another leaf under the same root (a table).
+
+"Saved" is the cost of the most probable leaf less that of the prediction: a paired bootstrap interval over the rows.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from coverage import probabilities
+from transformers import pipeline
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from pipeline_hierarchical import expected_costs
+from taxonomy_hierarchical import Taxonomy
+
+OTHER_ROOT, SAME_ROOT = 5, 1
+RESAMPLES = 1000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--file", type=Path, required=True, help="CSV with columns text and label, all labels leaves")
+    parser.add_argument("--class_names", type=Path, help="CSV whose label and name columns translate the labels")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "costs.json")
+    arguments = parser.parse_args()
+    classify = pipeline("hierarchical-text-classification", model=arguments.model, trust_remote_code=True)
+    tree: Taxonomy = classify.tree
+    found, labels = probabilities(classify, arguments.file, arguments.class_names)
+    nodes = torch.tensor(found)
+    tables = {"distance": distances(tree), "root": root_costs(tree)}
+    predictions = {
+        "most probable": found[:, : tree.num_leaves].argmax(1),
+        "least distance": expected_costs(tree, nodes, "distance").argmin(1).numpy(),
+        "least root cost": expected_costs(tree, nodes, torch.tensor(tables["root"])).argmin(1).numpy(),
+    }
+    rows = [score(name, leaves, predictions["most probable"], labels, tables) for name, leaves in predictions.items()]
+    arguments.output.write_text(json.dumps({"documents": len(labels), "rows": rows}, indent=2) + "\n", encoding="utf-8")
+    print("| predicted leaf | changed | accuracy | distance | saved (95 %) | root cost | saved (95 %) |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for row in rows:
+        cells = [f"{row['changed']:.1%}", f"{row['accuracy']:.1%}"]
+        for name in tables:
+            cells += [f"{row[name]:.3f}", " to ".join(f"{end:.3f}" for end in row[f"{name}_saved"])]
+        print(f"| {row['predicted']} | {' | '.join(cells)} |")
+
+
+def distances(tree: Taxonomy) -> np.ndarray:
+    """Count the nodes that are in one of two leaves' paths alone: (num_leaves, num_leaves)."""
+    paths = [{*tree.path(leaf)} for leaf in range(tree.num_leaves)]
+    return np.array([[len(one ^ other) for other in paths] for one in paths], dtype=float)
+
+
+def root_costs(tree: Taxonomy) -> np.ndarray:
+    roots = np.array([tree.path(leaf)[0] for leaf in range(tree.num_leaves)])
+    costs = np.where(roots[:, None] == roots, float(SAME_ROOT), float(OTHER_ROOT))
+    np.fill_diagonal(costs, 0)
+    return costs
+
+
+def score(
+    name: str, leaves: np.ndarray, most_probable: np.ndarray, labels: np.ndarray, tables: dict[str, np.ndarray]
+) -> dict:
+    """Return the mean costs of predicted leaves (documents,), and what they save against the most probable ones."""
+    row = {"predicted": name, "changed": (leaves != most_probable).mean(), "accuracy": (leaves == labels).mean()}
+    generator = np.random.default_rng(0)
+    for kind, costs in tables.items():
+        saved = costs[labels, most_probable] - costs[labels, leaves]
+        means = [saved[generator.integers(0, len(saved), len(saved))].mean() for _ in range(RESAMPLES)]
+        row[kind], row[f"{kind}_saved"] = costs[labels, leaves].mean(), np.quantile(means, (0.025, 0.975)).tolist()
+    return row
+
+
+if __name__ == "__main__":
+    main()

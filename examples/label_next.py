@@ -1,0 +1,65 @@
+"""Print the rows of which the model is least certain, as CSV, the least certain first:
+
+    python examples/label_next.py predictions.jsonl --count 200 --input texts.csv > next.csv
+
+The first argument is an output of ``predict.py --uncertainty``: a file, or a folder ending in /. With ``--input``, the input of that
+run, each row comes with its text. Files are read as streams, so memory holds no more than the printed rows.
+"""
+
+import argparse
+import csv
+import heapq
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from errors import InputError, exit_with_error
+from prediction.input import read_records
+from reading.sources import Source, find_sources, open_rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("predictions")
+    parser.add_argument("--count", type=int, required=True)
+    parser.add_argument("--input", nargs="+", default=[], help="as for predict.py")
+    parser.add_argument("--text_column", help="as for predict.py")
+    arguments = parser.parse_args()
+    folder = arguments.predictions.endswith("/")
+    outputs = find_sources(f"{arguments.predictions}part-*" if folder else arguments.predictions)
+    inputs = [source for pattern in arguments.input for source in find_sources(pattern)]
+    largest = heapq.nlargest(arguments.count, uncertainties(outputs))
+    rows = {-negative: uncertainty for uncertainty, negative in largest}
+    texts = dict(texts_of(inputs, arguments.text_column, rows))
+    if inputs and len(texts) < len(rows):
+        raise InputError(f"--input has no row {max(rows.keys() - texts.keys())}: give the input of these predictions")
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["row", "uncertainty", "text"] if inputs else ["row", "uncertainty"])
+    writer.writerows([row, uncertainty, *([texts[row]] if inputs else [])] for row, uncertainty in rows.items())
+
+
+def uncertainties(outputs: list[Source]) -> Iterator[tuple[float, int]]:
+    """Yield the uncertainty and the negative number of each row, so that of equal rows the first one is the largest."""
+    for source in outputs:
+        with open_rows(source) as rows:
+            if missing := {"row", "uncertainty"} - rows.columns.keys():
+                raise InputError(
+                    f"{source.name} has no column {min(missing)}: predict with --uncertainty, without --id_column"
+                )
+            for row in rows.read(["row", "uncertainty"]):
+                yield float(row.values["uncertainty"]), -int(row.values["row"])
+
+
+def texts_of(inputs: list[Source], text_column: str | None, rows: dict[int, float]) -> Iterator[tuple[int, str | None]]:
+    for number, record in enumerate(read_records(inputs, text_column, None)):
+        if number in rows:
+            yield number, record.text
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        exit_with_error("label_next.py", str(error))

@@ -1,0 +1,55 @@
+"""Label in Label Studio the tasks that ``predict.py --output next.tasks.json`` wrote:
+
+    python examples/label_studio.py config CHECKPOINT > config.xml
+    python examples/label_studio.py rows EXPORT.json > labelled.jsonl
+
+The first command prints the labelling configuration for a checkpoint's taxonomy. The second reads an export, in the format "JSON",
+and prints training rows for ``train.py``, with the column ``label``, or ``labels`` if the tasks have several labels. Tasks that
+nobody labelled, or that were skipped, are left out. Of several annotations of a task, the latest counts.
+"""
+
+import json
+import sys
+from typing import Any
+from xml.etree import ElementTree
+
+from transformers import AutoConfig
+
+
+def configuration(checkpoint: str) -> str:
+    """Return the labelling configuration, whose choices are the labels of the nodes."""
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=True)
+    view = ElementTree.Element("View")
+    ElementTree.SubElement(view, "Text", name="text", value="$text")
+    single = {} if config.is_multi_label else {"maxUsages": "1"}
+    elements = {-1: ElementTree.SubElement(view, "Taxonomy", name="taxonomy", toName="text", **single)}
+    tree = config.tree
+    for node in tree.reading_order:  # parents first
+        elements[node] = ElementTree.SubElement(elements[tree.parents[node]], "Choice", value=tree.labels[node])
+    ElementTree.indent(view)
+    return ElementTree.tostring(view, encoding="unicode")
+
+
+def training_row(task: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the training row of an exported task, or None if it has no label."""
+    annotations = [one for one in task["annotations"] if not one.get("was_cancelled")]
+    if not annotations:
+        return None
+    latest = max(annotations, key=lambda one: one.get("updated_at") or "")
+    paths = [path for one in latest["result"] if one["type"] == "taxonomy" for path in one["value"]["taxonomy"]]
+    labels = [path[-1] for path in paths if not any(path == other[: len(path)] for other in paths if other != path)]
+    if "labels" in task["data"]:
+        return {"text": task["data"]["text"], "labels": labels}
+    if len(labels) > 1:
+        sys.exit(f"label_studio.py: error: the task {task['id']} has {len(labels)} labels, and its model predicts one")
+    return {"text": task["data"]["text"], "label": labels[0]} if labels else None
+
+
+if __name__ == "__main__":
+    action, file = sys.argv[1:]
+    if action == "config":
+        print(configuration(file))
+    else:
+        with open(file, encoding="utf-8") as export:
+            rows = [row for task in json.load(export) if (row := training_row(task))]
+        sys.stdout.writelines(json.dumps(row) + "\n" for row in rows)

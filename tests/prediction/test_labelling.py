@@ -1,0 +1,166 @@
+"""From predictions to training rows: the rows to label next, tasks of Label Studio, and the way back from its export."""
+
+import csv
+import io
+import json
+import os
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pandas as pd
+import pytest
+from conftest import CLEAR, run
+from datasets import concatenate_datasets
+
+from predict import main
+from training.arguments import DataArguments
+from training.splits import load_splits
+
+NAMES = [name for names in CLEAR.values() for name in names]
+TEXTS = [f'We treated "{i}" patients with {NAMES[i % 30]}\nand {NAMES[i * 7 % 30]}, é.' for i in range(60)]
+
+
+def predict(checkpoint: str, output, texts: list[str], *words: object) -> int:
+    pd.DataFrame({"text": texts}).to_csv(output.parent / "in.csv", index=False)
+    words = ("--model", checkpoint, "--input", output.parent / "in.csv", "--output", output, *words)
+    return main([str(word) for word in words])
+
+
+def tasks_of(checkpoint: str, folder: Path, *words: object) -> list[dict]:
+    assert predict(checkpoint, folder / "out.tasks.json", TEXTS, *words) == 0
+    return json.loads((folder / "out.tasks.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(params=["one path", "several labels"])
+def checkpoint(request, clear_checkpoint, labels_checkpoint) -> str:
+    return {"one path": clear_checkpoint, "several labels": labels_checkpoint}[request.param]
+
+
+def test_a_task_holds_the_text_the_row_and_the_predicted_paths(checkpoint, tmp_path):
+    tasks = tasks_of(checkpoint, tmp_path, "--uncertainty")
+    predict(checkpoint, tmp_path / "out.jsonl", TEXTS, "--uncertainty")
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    view = ElementTree.fromstring(run("config", checkpoint, command="examples/label_studio.py").stdout)
+    text, taxonomy = view
+    choices = {(choice.get("value"),): choice for choice in taxonomy}
+    for path, choice in list(choices.items()):
+        choices |= {(*path, below.get("value")): below for below in choice}
+    assert (view.tag, text.tag, text.get("value"), taxonomy.tag) == ("View", "Text", "$text", "Taxonomy")
+    for i, (task, row) in enumerate(zip(tasks, rows, strict=True)):
+        assert task["data"] == {"text": TEXTS[i], **row}
+        (prediction,) = task["predictions"]
+        scores = row["scores"] if "scores" in row else [row["score"]]
+        if not scores:
+            assert prediction["result"] == []
+            continue
+        (result,) = prediction["result"]
+        assert prediction["score"] == min(scores)
+        assert (result["type"], result["from_name"]) == ("taxonomy", taxonomy.get("name"))
+        assert result["to_name"] == taxonomy.get("toName") == text.get("name")
+        paths = result["value"]["taxonomy"]
+        assert {tuple(path) for path in paths} <= choices.keys()
+        assert [path[-1] for path in paths] == (row["labels"] if "labels" in row else [row["label"]])
+    assert taxonomy.get("maxUsages") == (None if "labels" in rows[0] else "1")
+
+
+def test_tasks_of_a_run_that_was_stopped_are_those_of_a_whole_run(clear_checkpoint, tmp_path, monkeypatch):
+    texts = [f"{TEXTS[i % 60]} {i}" for i in range(2100)]
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+    predict(clear_checkpoint, tmp_path / "whole" / "out.tasks.json", texts)
+
+    def stop(source: Path, target: Path, replace=os.replace) -> None:
+        if str(target).endswith("000000001.jsonl"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        predict(clear_checkpoint, tmp_path / "stopped" / "out.tasks.json", texts)
+    monkeypatch.undo()
+    predict(clear_checkpoint, tmp_path / "stopped" / "out.tasks.json", texts)
+    one, other = ((tmp_path / name / "out.tasks.json").read_bytes() for name in ("whole", "stopped"))
+    assert one == other
+    assert [task["data"]["row"] for task in json.loads(one)] == [*range(2100)]
+    predict(clear_checkpoint, tmp_path / "whole" / "none.tasks.json", [""])
+    assert json.loads((tmp_path / "whole" / "none.tasks.json").read_text()) == []
+    # in a folder
+    words = ("--model", clear_checkpoint, "--input", tmp_path / "whole" / "in.csv", "--output_format", "tasks.json")
+    pd.DataFrame({"text": texts[:3]}).to_csv(tmp_path / "whole" / "in.csv", index=False)
+    main([*map(str, words), "--output", f"{tmp_path}/tasks/"])
+    assert [
+        task["data"]["text"] for task in json.loads((tmp_path / "tasks" / "part-00000.tasks.json").read_text())
+    ] == texts[:3]
+
+
+def annotated(task: dict, number: int, paths: list[list[str]], **more: object) -> dict:
+    """Return a task as Label Studio exports it, with the paths that an annotator chose."""
+    choice = {"id": "x", "type": "taxonomy", "from_name": "taxonomy", "to_name": "text", "origin": "manual"}
+    result = [{**choice, "value": {"taxonomy": paths}}] if paths else []
+    old = {"id": 1, "result": [], "updated_at": "2026-11-01T10:00:00.000000Z", "was_cancelled": False}
+    new = {"id": 2, "result": result, "updated_at": "2026-11-02T10:00:00.000000Z", "was_cancelled": False, **more}
+    return {"id": number, "annotations": [new, old], **task}
+
+
+def test_the_export_is_training_data(checkpoint, tmp_path):
+    tasks = tasks_of(checkpoint, tmp_path)
+    several = "labels" in tasks[0]["data"]
+    chosen = [["specific disease", label] if "general" not in label else [label] for label in CLEAR]
+    export, expected = [], {}
+    for i, task in enumerate(tasks[:50]):
+        paths = [chosen[i % 5], *([chosen[(i + 1) % 5]] if several else [])]
+        expected[task["data"]["text"]] = sorted(path[-1] for path in paths)
+        # some annotators also choose the parents
+        export.append(annotated(task, i, [*(path[:-1] for path in paths if i % 3 == 0 and len(path) > 1), *paths]))
+    export.append(annotated(tasks[50], 50, [chosen[0]], was_cancelled=True))
+    export[-1]["annotations"].pop()
+    export.append({"id": 51, "annotations": [], **tasks[51]})
+    export.append(annotated(tasks[52], 52, []))
+    if several:
+        expected[tasks[52]["data"]["text"]] = []  # an annotator said that no label applies
+    (tmp_path / "export.json").write_text(json.dumps(export), encoding="utf-8")
+    lines = run("rows", tmp_path / "export.json", command="examples/label_studio.py").stdout
+    (tmp_path / "labelled.jsonl").write_text(lines, encoding="utf-8")
+    data = load_splits(DataArguments(data_path=str(tmp_path / "labelled.jsonl")), seed=0)
+    tree, rows = data.taxonomy, concatenate_datasets([*data.splits.values()])
+    found = {}
+    for text, label in zip(rows["text"], rows["label"], strict=True):
+        found[text] = sorted(tree.labels[node] for node in tree.deepest(label if several else [label]))
+    assert found == expected
+
+
+def test_two_labels_for_a_model_of_one_path_are_refused(clear_checkpoint, tmp_path):
+    (task, *_) = tasks_of(clear_checkpoint, tmp_path)
+    export = [annotated(task, 7, [["specific disease", "neoplasms"], ["general pathological conditions"]])]
+    (tmp_path / "export.json").write_text(json.dumps(export))
+    done = run("rows", tmp_path / "export.json", command="examples/label_studio.py", check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("label_studio.py: error: the task 7 has 2 labels")
+
+
+@pytest.mark.parametrize("output", ["out.jsonl", "out.csv", "out.parquet", "out/"])
+def test_the_rows_to_label_next_are_the_least_certain(output, clear_checkpoint, tmp_path):
+    folder = (tmp_path / output, "/") if output.endswith("/") else (tmp_path / output, "")
+    name = f"{folder[0]}{folder[1]}"
+    pd.DataFrame({"text": TEXTS}).to_csv(tmp_path / "in.csv", index=False)
+    words = ["--model", clear_checkpoint, "--input", tmp_path / "in.csv", "--output", name, "--uncertainty"]
+    main([str(word) for word in words])
+    table = {
+        "out.jsonl": lambda: pd.read_json(name, lines=True),
+        "out.csv": lambda: pd.read_csv(name),
+        "out.parquet": lambda: pd.read_parquet(name),
+        "out/": lambda: pd.read_parquet(f"{name}part-00000.parquet"),
+    }[output]()
+    best = table.nlargest(7, "uncertainty")  # of equal ones the first
+    command = (name, "--count", 7, "--input", tmp_path / "in.csv")
+    printed = [*csv.DictReader(io.StringIO(run(*command, command="examples/label_next.py").stdout, newline=""))]
+    assert [int(row["row"]) for row in printed] == best["row"].tolist()
+    assert [float(row["uncertainty"]) for row in printed] == pytest.approx(best["uncertainty"].tolist(), abs=1e-9)
+    assert [row["text"] for row in printed] == [TEXTS[row] for row in best["row"]]
+
+
+def test_predictions_without_an_uncertainty_are_named(clear_checkpoint, tmp_path):
+    predict(clear_checkpoint, tmp_path / "out.jsonl", TEXTS[:3])
+    done = run(tmp_path / "out.jsonl", "--count", 2, command="examples/label_next.py", check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("has no column uncertainty: predict with --uncertainty, without --id_column")
