@@ -1,4 +1,4 @@
-"""Find training rows whose labels are probably wrong, by confident learning.
+"""Find training rows whose labels may be wrong, by confident learning.
 
 Worth knowing:
 
@@ -36,12 +36,12 @@ def write_label_issues(taxonomy: Taxonomy, rows: Dataset, vocab_size: int, folde
     """Write ``label_issues.csv`` for tokenized training rows; return the number of rows in it."""
     file, issues = folder / "label_issues.csv", list_label_issues(taxonomy, rows, vocab_size)
     issues.to_csv(file, index=False, float_format="%.6f")
-    logger.info("%d of %d training rows have labels that are probably wrong: %s", len(issues), len(rows), file)
+    logger.info("%d of %d training rows have a label that may be wrong: %s", len(issues), len(rows), file)
     return len(issues)
 
 
 def list_label_issues(taxonomy: Taxonomy, rows: Dataset, vocab_size: int) -> pd.DataFrame:
-    """List the rows whose labels are probably wrong, the most suspicious first, in `COLUMNS`; see docs/training.md."""
+    """List the rows whose labels may be wrong, the least probable label first, in `COLUMNS`; see docs/training.md."""
     labels, texts, names = np.array(rows.with_format("numpy")["labels"][:]), np.array(rows["text_id"]), taxonomy.labels
     logits = out_of_fold(taxonomy, token_counts(rows, vocab_size), labels, texts)
     judged = [] if logits is None else [*judge(taxonomy, logits, labels, texts)]

@@ -168,6 +168,7 @@ def study(
                 "listed": int(listed.sum()),
                 "precision": precision_score(exchanged, listed),
                 "recall": recall_score(exchanged, listed),
+                "precision_of_first_100": exchanged[np.argsort(quality, kind="stable")[:100]].mean(),
                 "average_precision": average_precision_score(exchanged, -quality),
             }
             if name == OURS:
