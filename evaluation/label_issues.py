@@ -7,7 +7,7 @@ Worth knowing:
    judges each decision of the taxonomy, over the rows whose path takes it. With several labels a text, each node is a decision,
    over the texts with its parent. So labels may be inner nodes.
 3. A node with fewer than `FOLDS` texts teaches too little. Its rows are not judged in that decision.
-4. Rows are ranked by the probability of the label. `benchmarks/studies/label_issues.py` compares this with other rules.
+4. Rows are ranked by the probability of the label. Many listed labels are correct: `benchmarks/studies/label_issues.py`.
 """
 
 import logging
