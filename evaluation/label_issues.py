@@ -124,8 +124,11 @@ def deal(labels: np.ndarray, texts: np.ndarray) -> np.ndarray:
 
 
 def decisions(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> Iterator[tuple]:
-    """Yield each decision: its parent, or with several labels a text its node; the choices; its rows, the indices of their
-    labels' choices, and scores (num_rows, num_choices), of which the softmax is P(choice | parent)."""
+    """Yield each decision's node, choices, rows, and these rows' choices and scores.
+
+    The node is the parent, or with several labels a text the node itself, of which the choices are -1, absent, and its id. A row's
+    choice is an index. The softmax of scores (num_rows, num_choices) is P(choice | parent).
+    """
     if labels.ndim == 1:
         log_probs = node_log_probs(taxonomy, logits)
         for nodes, rows, given in takers(taxonomy, labels):
