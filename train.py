@@ -29,6 +29,7 @@ from checkpoint_files import is_checkpoint, read_config
 from configuration_hierarchical import MULTI_LABEL, HierarchicalConfig
 from errors import InputError, asked_traceback, exit_with_error, is_full_disk, one_line, refusing
 from evaluation import plots, report
+from evaluation.label_issues import write_label_issues
 from evaluation.lexical import fit_classifier
 from taxonomy_hierarchical import TaxonomyError
 from training import resume
@@ -185,6 +186,9 @@ def train(
         heads_init = initialise_heads(trainer, splits["train"], arguments.model)
     settings["heads_init"] = data.report["heads_init"] = heads_init
     if training.should_save:
+        if arguments.data.label_issues:
+            vocab_size = model.config.text_config.vocab_size
+            data.report["label_issues"] = write_label_issues(data.taxonomy, splits["train"], vocab_size, output)
         write_json(output / "data_report.json", data.report)
 
     # ── Fit ──────────────────────────────────────────────────────────────────────────────────────────────────────────

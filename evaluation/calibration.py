@@ -135,12 +135,16 @@ def decisions_taken(taxonomy: Taxonomy, scores: np.ndarray, labels: np.ndarray) 
 
     Scores are (num_documents, num_nodes, …). A decision with one child gets no documents.
     """
-    ancestors, taken = np.array(taxonomy.ancestors), []
+    return [(scores[rows][:, nodes], correct) for nodes, rows, correct in takers(taxonomy, labels)]
+
+
+def takers(taxonomy: Taxonomy, labels: np.ndarray) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+    """Yield each decision's nodes, the documents whose path takes it, and the index of the correct node for each of them."""
+    ancestors = np.array(taxonomy.ancestors)
     for nodes in taxonomy.decisions:
         correct = ancestors[labels, taxonomy.levels[nodes[0]] - 1]  # the node of each label's path at this level
-        rows = np.isin(correct, nodes) if len(nodes) > 1 else np.zeros(len(labels), dtype=bool)
-        taken.append((scores[rows][:, nodes], np.searchsorted(nodes, correct[rows])))
-    return taken
+        rows = np.flatnonzero(np.isin(correct, nodes) & (len(nodes) > 1))
+        yield nodes, rows, np.searchsorted(nodes, correct[rows])
 
 
 def apply_temperatures(taxonomy: Taxonomy, scores: np.ndarray, temperatures: list[float]) -> np.ndarray:

@@ -132,18 +132,20 @@ def fit_classifier(
     if wanted is False:
         return None
     labels = np.array(train.with_format("numpy")["labels"][:])
-    multi_label = labels.ndim == 2
-    num_classes = taxonomy.num_nodes if multi_label else taxonomy.num_leaves
+    num_classes = taxonomy.num_nodes if labels.ndim == 2 else taxonomy.num_leaves
     if wanted is None and vocab_size * num_classes > MAX_WEIGHTS:
         size = f"{vocab_size:,} tokens times {num_classes:,} classes"
         logger.info("no lexical head: it would have %s weights; --lexical_head true", size)
         return None
-    if multi_label:
-        positive, total = open_counts(taxonomy, labels)
-        can_learn = ((positive > 0) & (positive < total)).any()
-    else:
-        can_learn = len(np.unique(labels[labels < taxonomy.num_leaves])) >= 2
-    if not can_learn:
+    if not can_learn(taxonomy, labels):
         logger.info("no lexical head: the training rows do not tell any two classes apart")
         return None
     return LexicalClassifier(taxonomy, token_counts(train, vocab_size), labels)
+
+
+def can_learn(taxonomy: Taxonomy, labels: np.ndarray) -> bool:
+    """Return whether labels of training rows, as in `LexicalClassifier`, tell any two classes apart."""
+    if labels.ndim == 2:
+        positive, total = open_counts(taxonomy, labels)
+        return bool(((positive > 0) & (positive < total)).any())
+    return len(np.unique(labels[labels < taxonomy.num_leaves])) >= 2

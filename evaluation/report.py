@@ -316,4 +316,5 @@ def log_metrics(metrics: dict[str, float]) -> None:
         prefix, _, name = key.partition("_")
         if prefix in split_of and not name.endswith(("_per_second", "_time", "runtime")):
             table[split_of[prefix]][name] = value
-    logger.info("scores\n%s", pd.DataFrame(table).to_string(float_format="%.4f", na_rep=""))
+    if table:  # rows were scored
+        logger.info("scores\n%s", pd.DataFrame(table).to_string(float_format="%.4f", na_rep=""))

@@ -79,6 +79,7 @@ class DataArguments:
     max_length: int = flag(512, "Texts are truncated to this number of tokens, or to the encoder's limit.")
     validation_size: float = flag(0.1, "Share of the training texts for validation, if no validation rows are given.")
     test_size: float = flag(0.1, "Share of the texts for the test, if --data_path is split.")
+    label_issues: bool = flag(False, "Before training, list the training rows whose labels may be wrong.")
 
 
 @dataclass

@@ -39,13 +39,10 @@ def describe(rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
     """Count the rows, duplicates, conflicting labels and classes of one split, from which rows were ``dropped``.
 
     ``accuracy_ceiling``, of rows labelled with a leaf, is that of a function which predicts the most common leaf of
-    each distinct text. Labels of a text conflict if they are not on one path.
+    each distinct text.
     """
-    counts = rows.groupby(["text_id", "label"], as_index=False).size()
-    several = counts[counts.duplicated("text_id", keep=False)].groupby("text_id").agg({"label": list, "size": "sum"})
-    deepest = [max(labels, key=lambda label: taxonomy.levels[label]) for labels in several["label"]]
-    on_one_path = [{*labels} <= {*taxonomy.path(node)} for labels, node in zip(several["label"], deepest, strict=True)]
-    conflicting = several[~np.array(on_one_path, dtype=bool)]
+    counts = count_labels(rows)
+    conflicting = conflicts(counts, taxonomy)
     leaves = counts[counts["label"] < taxonomy.num_leaves]
     correct = int(leaves.groupby("text_id")["size"].max().sum())
     return {
@@ -57,6 +54,19 @@ def describe(rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
         "accuracy_ceiling": correct / int(leaves["size"].sum()) if len(leaves) else 1.0,
         "classes": _by_level(taxonomy, taxonomy.count_at_or_below(rows["label"].tolist())),
     }
+
+
+def count_labels(rows: pd.DataFrame) -> pd.DataFrame:
+    """Count the rows of each text with each of its labels, in columns ``text_id``, ``label`` and ``size``."""
+    return rows.groupby(["text_id", "label"], as_index=False).size()
+
+
+def conflicts(counts: pd.DataFrame, taxonomy: Taxonomy) -> pd.DataFrame:
+    """Select from `count_labels` the texts whose labels are not on one path: lists ``label``, and ``size``, by text_id."""
+    several = counts[counts.duplicated("text_id", keep=False)].groupby("text_id").agg({"label": list, "size": "sum"})
+    deepest = [max(labels, key=lambda label: taxonomy.levels[label]) for labels in several["label"]]
+    on_one_path = [{*labels} <= {*taxonomy.path(node)} for labels, node in zip(several["label"], deepest, strict=True)]
+    return several[~np.array(on_one_path, dtype=bool)]
 
 
 def describe_label_sets(rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:

@@ -34,7 +34,7 @@ NEEDED = {
     "scheduler.pt": "scheduler.pt is missing",
     "rng_state*.pth": "rng_state.pth is missing",
 }
-MEASURED = ("metrics.json", "validation_predictions.csv", "test_predictions.csv", "plots/*.png")
+MEASURED = ("metrics.json", "label_issues.csv", "validation_predictions.csv", "test_predictions.csv", "plots/*.png")
 
 
 def check_output_folder(training: HierarchicalTrainingArguments, model: str) -> None:

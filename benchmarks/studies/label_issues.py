@@ -1,0 +1,222 @@
+"""Measure how many labels that were exchanged by chance ``--label_issues`` finds, and what dropping them gains:
+
+    python benchmarks/studies/label_issues.py --data FOLDER --encoder ENCODER [--task ohsumed ohsumed_multilabel]
+
+FOLDER holds ``ohsumed/{train,test,labels}.csv`` and ``ohsumed_multilabel/{train,test}.jsonl``; only the tokenizer of the encoder is
+used. A share of the training texts gets one label exchanged for another leaf, drawn evenly: among the siblings of the label, or
+anywhere. The two methods have the same cross-validated probabilities of the lexical classifier:
+
+- per decision: `evaluation.label_issues`;
+- flat: cleanlab over the probabilities of the leaves, for several labels a text with one list of labels a text.
+
+The corpus's own wrong labels count as false alarms, so precision is a lower bound. Average precision is that of the whole list, with
+the texts that are not listed at its end. Then the lexical classifier alone is trained on the rows and scored on the test file.
+
+Supports docs/experiments.md, "2026-11-27: Labels that are wrong".
+"""
+
+import argparse
+import json
+import sys
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.sparse import csr_matrix
+from scipy.special import expit, softmax
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, average_precision_score, f1_score, precision_score, recall_score
+from transformers import AutoTokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from cleanlab import filter, multilabel_classification, rank
+
+from evaluation.label_issues import FILTER, judge, out_of_fold, rank_issues
+from evaluation.lexical import REGULARISATION, LexicalClassifier, token_counts
+from evaluation.multi_label import marginal_logits
+from taxonomy_hierarchical import Taxonomy
+from training.arguments import DataArguments
+from training.multi_label import multi_hot, prior_log_odds
+from training.splits import load_splits
+from training.tokens import tokenize
+
+SHARES = (0.05, 0.1)
+SCORE = "self_confidence"  # of cleanlab: the probability of the label
+
+
+class WeightedClassifier(LexicalClassifier):
+    """Weigh the training rows, all of which are labelled with leaves."""
+
+    def __init__(self, taxonomy: Taxonomy, counts: csr_matrix, labels: np.ndarray, weights: np.ndarray):
+        self.row_weights = weights
+        super().__init__(taxonomy, counts, labels)
+
+    def _fit_leaves(self, documents: csr_matrix, labels: np.ndarray) -> None:
+        model = LogisticRegression(C=REGULARISATION, max_iter=1000, tol=1e-3).fit(documents, labels, self.row_weights)
+        self.weight[model.classes_], self.bias[model.classes_] = model.coef_, model.intercept_
+
+
+def load(task: str, data: Path, encoder: str) -> tuple[Taxonomy, dict[str, csr_matrix], dict[str, list], np.ndarray]:
+    """Return the taxonomy, the token counts and labels of each split, and the ids of the training texts."""
+    names = str(data / "ohsumed" / "labels.csv")
+    files = {f"{split}_file": str(next((data / task).glob(f"{split}.*"))) for split in ("train", "test")}
+    loaded = load_splits(DataArguments(**files, class_names=names, taxonomy=names, validation_size=0), seed=0)
+    tokenizer = AutoTokenizer.from_pretrained(encoder, model_max_length=512)
+    rows, _ = tokenize(loaded.splits, tokenizer)
+    counts = {split: token_counts(part, len(tokenizer)) for split, part in rows.items()}
+    labels = {split: part["labels"][:] for split, part in rows.items()}
+    return loaded.taxonomy, counts, labels, np.array(rows["train"]["text_id"])
+
+
+def exchange(tree: Taxonomy, labels: list, share: float, where: str, seed: int) -> tuple[list, np.ndarray]:
+    """Exchange one label of a share of the rows for another leaf; return all labels, and a mask of these rows."""
+    generator, changed = np.random.default_rng(seed), list(labels)
+    exchanged = np.zeros(len(labels), dtype=bool)
+    for row in generator.permutation(len(labels)):
+        if exchanged.sum() == round(share * len(labels)):
+            break
+        given = np.atleast_1d(labels[row]).tolist()
+        old = int(generator.choice(given))
+        others = set(tree.children(tree.parents[old]) if where == "siblings" else range(tree.num_leaves)) - {*given}
+        if others:
+            new = int(generator.choice(sorted(others)))
+            several = isinstance(labels[row], list)
+            changed[row] = sorted({*given, new} - {old}) if several else new
+            exchanged[row] = True
+    return changed, exchanged
+
+
+def per_decision(
+    tree: Taxonomy, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray, ranked: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return a mask of the listed rows, and the quality of their labels from 0 to 1; it is 1 for other rows.
+
+    The quality is the probability of the label, or if not ``ranked``, of its choice in the worst decision.
+    """
+    tables = [*judge(tree, logits, labels, texts)]
+    issues = rank_issues(tree, tables, logits, labels) if ranked else pd.concat(tables)
+    lowest = issues.groupby("index")["probability_of_label"].min()
+    listed, quality = np.zeros(len(texts), dtype=bool), np.ones(len(texts))
+    listed[lowest.index], quality[lowest.index] = True, lowest
+    return listed, quality
+
+
+def flat(
+    tree: Taxonomy, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray, rule: str = FILTER, score: str = SCORE
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the same by cleanlab over the leaves alone, with its name of a rule and of a score."""
+    if labels.ndim == 2:
+        probabilities = expit(marginal_logits(tree, logits)[:, : tree.num_leaves])
+        given = [np.flatnonzero(row == 1).tolist() for row in labels[:, : tree.num_leaves]]
+        listed = multilabel_classification.filter.find_label_issues(given, probabilities, filter_by=rule, n_jobs=1)
+        quality = multilabel_classification.get_label_quality_scores(given, probabilities, method=score)
+    else:
+        probabilities = softmax(logits, axis=1)
+        listed = filter.find_label_issues(labels, probabilities, filter_by=rule, n_jobs=1)
+        quality = rank.get_label_quality_scores(labels, probabilities, method=score)
+    return listed, np.where(listed, quality, 1)
+
+
+OURS = "per decision"
+METHODS = {
+    OURS: per_decision,
+    "per decision, by its worst choice": partial(per_decision, ranked=False),
+    "flat": flat,
+    "flat, by its margin": partial(flat, score="normalized_margin"),
+    "flat, default rule": partial(flat, rule="prune_by_noise_rate"),
+}
+
+
+def fit(tree: Taxonomy, counts: dict[str, csr_matrix], labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Train the lexical classifier; return its scores of the test rows: of leaves, or the probabilities of nodes."""
+    kept = weights > 0
+    rows = counts["train"][kept], labels[kept]
+    if labels.ndim == 1:
+        return WeightedClassifier(tree, *rows, weights[kept]).scores(counts["test"])
+    logits = LexicalClassifier(tree, *rows).scores(counts["test"]) + prior_log_odds(tree, labels[kept])
+    return expit(marginal_logits(tree, logits))
+
+
+def measure(true: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+    """Return scores of the test rows."""
+    if true.ndim == 1:
+        answers = scores.argmax(axis=1)
+        return {"accuracy": accuracy_score(true, answers), "macro_f1": f1_score(true, answers, average="macro")}
+    precision = average_precision_score(true, scores, average="macro")
+    return {"mean_average_precision": precision, "micro_f1": f1_score(true, scores >= 0.5, average="micro")}
+
+
+def study(
+    tree: Taxonomy, counts: dict[str, csr_matrix], labels: dict[str, list], texts: np.ndarray, seeds: int
+) -> list[dict]:
+    """Measure all forms and shares of exchanged labels."""
+    several = isinstance(labels["train"][0], list)
+    arrays = (lambda given: multi_hot(tree, given)) if several else np.array
+    test, results = arrays(labels["test"]), []
+    for seed, where, share in product(range(seeds), ("siblings", "anywhere"), SHARES):
+        changed, exchanged = exchange(tree, labels["train"], share, where, seed)
+        given = arrays(changed)
+        logits = out_of_fold(tree, counts["train"], given, texts)
+        found, trained = {}, {}
+        for name, method in METHODS.items():
+            listed, quality = method(tree, logits, given, texts)
+            found[name] = {
+                "listed": int(listed.sum()),
+                "precision": precision_score(exchanged, listed),
+                "recall": recall_score(exchanged, listed),
+                "precision_of_first_100": exchanged[np.argsort(quality, kind="stable")[:100]].mean(),
+                "average_precision": average_precision_score(exchanged, -quality),
+            }
+            if name == OURS:
+                everything = np.ones(len(texts))
+                weights = {"all rows": everything, "listed rows dropped": everything - listed}
+                if not several:
+                    weights["listed rows weighted by quality"] = quality
+                weights["exchanged rows dropped"] = everything - exchanged
+        for name, weight in weights.items():
+            trained[name] = measure(test, fit(tree, counts, given, weight))
+        results.append({"where": where, "share": share, "seed": seed, "found": found, "trained": trained})
+        print(json.dumps(results[-1]), flush=True)
+    return results
+
+
+def show(results: list[dict]) -> None:
+    """Print the means over the seeds."""
+    for part in ("found", "trained"):
+        names = [*next(iter(results[0][part].values()))]
+        print(f"\n| exchanged | share | {part} | {' | '.join(names)} |\n| --- | ---: | --- |{' ---: |' * len(names)}")
+        rows = [
+            {"where": one["where"], "share": one["share"], "name": name, **scores}
+            for one in results
+            for name, scores in one[part].items()
+        ]
+        for (where, share, name), means in (
+            pd.DataFrame(rows).groupby(["where", "share", "name"], sort=False).mean().iterrows()
+        ):
+            cells = (f"{value:.0f}" if value > 1 else f"{100 * value:.1f}" for value in means)
+            print(f"| {where} | {share:.0%} | {name} | {' | '.join(cells)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--encoder", required=True)
+    parser.add_argument("--task", nargs="+", default=["ohsumed", "ohsumed_multilabel"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "benchmarks" / "studies" / "results" / "label_issues.json"
+    )
+    arguments = parser.parse_args()
+    results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    for task in arguments.task:
+        results[task] = study(*load(task, arguments.data, arguments.encoder), arguments.seeds)
+        show(results[task])
+        arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Find training rows whose labels may be wrong, by confident learning.
+
+Worth knowing:
+
+1. Each row is scored by a lexical classifier that was fitted on other texts. The encoder is not used.
+2. Confident learning (Northcutt, Jiang and Chuang, 2021, "Confident Learning: Estimating Uncertainty in Dataset Labels") then
+   judges each decision of the taxonomy, over the rows whose path takes it. With several labels a text, each node is a decision,
+   over the texts with its parent. So labels may be inner nodes.
+3. A node with fewer than `FOLDS` texts teaches too little. Its rows are not judged in that decision.
+4. Rows are ranked by the probability of the label. Many listed labels are correct: `benchmarks/studies/label_issues.py`.
+"""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from datasets import Dataset
+from scipy.sparse import csr_matrix
+from scipy.special import softmax
+
+from evaluation.calibration import FOLDS, node_log_probs, takers
+from evaluation.lexical import LexicalClassifier, can_learn, token_counts
+from taxonomy_hierarchical import Taxonomy
+from training.data_report import conflicts, count_labels
+from training.multi_label import open_decisions, prior_log_odds
+
+logger = logging.getLogger(__name__)
+
+FILTER = "both"  # of cleanlab: the rows that two of its rules find
+COLUMNS = ("row", "label", "better_label", "why", "decision", "probability_of_label", "probability_of_better_label")
+
+
+def write_label_issues(taxonomy: Taxonomy, rows: Dataset, vocab_size: int, folder: Path) -> int:
+    """Write ``label_issues.csv`` for tokenized training rows; return the number of rows in it."""
+    file, issues = folder / "label_issues.csv", list_label_issues(taxonomy, rows, vocab_size)
+    issues.to_csv(file, index=False, float_format="%.6f")
+    logger.info("%d of %d training rows have a label that may be wrong: %s", len(issues), len(rows), file)
+    return len(issues)
+
+
+def list_label_issues(taxonomy: Taxonomy, rows: Dataset, vocab_size: int) -> pd.DataFrame:
+    """List the rows whose labels may be wrong, the least probable label first, in `COLUMNS`; see docs/training.md."""
+    labels, texts, names = np.array(rows.with_format("numpy")["labels"][:]), np.array(rows["text_id"]), taxonomy.labels
+    logits = out_of_fold(taxonomy, token_counts(rows, vocab_size), labels, texts)
+    judged = [] if logits is None else [*judge(taxonomy, logits, labels, texts)]
+    if logits is None or not judged:
+        return pd.DataFrame(columns=COLUMNS)
+    issues = rank_issues(taxonomy, judged, logits, labels)
+    index = issues["index"].to_numpy()
+    if labels.ndim == 2:
+        given = [{*np.flatnonzero(labels[row] == 1).tolist()} for row in index]
+        better = [corrected(taxonomy, *pair) for pair in zip(given, issues["questioned"], strict=True)]
+        why = np.where(issues["better"] < 0, "unlikely label", "missing label")
+    else:
+        given, better = [{label} for label in labels[index]], [{label} for label in issues["better"]]
+        contradicted = conflicts(count_labels(pd.DataFrame({"text_id": texts, "label": labels})), taxonomy).index
+        why = np.where(np.isin(texts[index], contradicted), "conflicting duplicate", "unlikely label")
+    columns = {
+        "row": np.array(rows["row"])[index],
+        "label": ["; ".join(names[node] for node in taxonomy.deepest(nodes)) for nodes in given],
+        "better_label": ["; ".join(names[node] for node in taxonomy.deepest(nodes)) for nodes in better],
+        "why": why,
+        "decision": [names[node] if node >= 0 else "" for node in issues["decision"]],
+    }
+    return issues.assign(**columns)[[*COLUMNS]]
+
+
+def corrected(taxonomy: Taxonomy, nodes: set[int], questioned: set[int]) -> set[int]:
+    """Add the questioned nodes that a text has not, and remove those that it has, with the nodes below them."""
+    changed = nodes ^ questioned
+    return {node for node in changed if changed.issuperset(taxonomy.path(node))}
+
+
+def rank_issues(taxonomy: Taxonomy, judged: list[pd.DataFrame], logits: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
+    """Return one line for each row in the tables of `judge`, sorted by ``probability_of_label``.
+
+    ``index`` is the row's, ``decision`` the one that finds the label's choice least probable, and ``better`` another node: the
+    most probable leaf below that decision's best other choice, or, for a label that is no leaf, this choice.
+
+    With several labels a text, the choice is whether it has the node, and probabilities are given the parent. ``better`` is the
+    node if it is missing, else -1. ``questioned`` is the set of the nodes that are, all of them.
+    """
+    issues = pd.concat(judged).sort_values("probability_of_label", kind="stable")
+    listed = issues.drop_duplicates("index").reset_index(drop=True)
+    if labels.ndim == 2:
+        questioned = issues.groupby("index")["decision"].agg(set)
+        return listed.assign(questioned=questioned[listed["index"]].to_numpy())
+    index = listed["index"].to_numpy()
+    is_leaf, probabilities = labels[index] < taxonomy.num_leaves, np.exp(node_log_probs(taxonomy, logits[index]))
+    for place in np.flatnonzero(is_leaf):
+        leaves = taxonomy.leaves_below[listed.at[place, "better"]]
+        listed.at[place, "better"] = leaves[logits[index[place], leaves].argmax()]
+    listed["probability_of_label"] = np.take_along_axis(probabilities, labels[index, None], axis=1)
+    listed["probability_of_better_label"] = np.take_along_axis(probabilities, listed[["better"]].to_numpy(), axis=1)
+    return listed.sort_values("probability_of_label", kind="stable")
+
+
+def out_of_fold(taxonomy: Taxonomy, counts: csr_matrix, labels: np.ndarray, texts: np.ndarray) -> np.ndarray | None:
+    """Return logits (num_rows, num_classes) of leaves, or of the nodes given their parents, by classifiers fitted on other texts.
+
+    Arguments are those of `LexicalClassifier`, and ids of the texts. Return None if rows are too few to tell classes apart.
+    """
+    fold = deal(labels, texts)
+    logits = np.empty((len(labels), labels.shape[1] if labels.ndim == 2 else taxonomy.num_leaves))
+    for held_out in np.unique(fold):
+        fitted, scored = fold != held_out, fold == held_out
+        if not can_learn(taxonomy, labels[fitted]):
+            return None
+        logits[scored] = LexicalClassifier(taxonomy, counts[fitted], labels[fitted]).scores(counts[scored])
+        if labels.ndim == 2:
+            logits[scored] += prior_log_odds(taxonomy, labels[fitted])
+    return logits
+
+
+def deal(labels: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    """Deal texts to `FOLDS` folds in turn, sorted by their labels, so that each class is spread evenly: (num_rows,)."""
+    _, first, text_of = np.unique(texts, return_index=True, return_inverse=True)
+    _, classes = np.unique(labels[first], axis=0, return_inverse=True)
+    shuffled = np.random.default_rng(0).permutation(len(first))
+    order = shuffled[np.argsort(classes[shuffled], kind="stable")]
+    return (np.argsort(order) % FOLDS)[text_of]
+
+
+def decisions(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> Iterator[tuple]:
+    """Yield each decision's node, choices, rows, and these rows' choices and scores.
+
+    The node is the parent, or with several labels a text the node itself, of which the choices are -1, absent, and its id. A row's
+    choice is an index. The softmax of scores (num_rows, num_choices) is P(choice | parent).
+    """
+    if labels.ndim == 1:
+        log_probs = node_log_probs(taxonomy, logits)
+        for nodes, rows, given in takers(taxonomy, labels):
+            yield taxonomy.parents[nodes[0]], np.array(nodes), rows, given, log_probs[rows][:, nodes]
+        return
+    for node, is_open in enumerate(open_decisions(taxonomy, labels).T):
+        rows = np.flatnonzero(is_open)
+        scores = logits[rows, node]
+        yield node, np.array([-1, node]), rows, labels[rows, node], np.stack([np.zeros(len(rows)), scores], axis=1)
+
+
+def judge(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> Iterator[pd.DataFrame]:
+    """Yield each decision's rows that confident learning finds mislabelled.
+
+    Their columns are those of `rank_issues`, with the decision's best other choice, and probabilities given the parent.
+    """
+    from cleanlab.filter import find_label_issues  # imported here: it takes a second
+
+    for decision, choices, rows, given, scores in decisions(taxonomy, logits, labels):
+        chosen = np.unique(np.stack([given, texts[rows]]), axis=1)[0]  # by each text
+        kept = np.flatnonzero(np.bincount(chosen, minlength=len(choices)) >= FOLDS)
+        if len(kept) < 2:
+            continue
+        judged = np.isin(given, kept)
+        label, probabilities = np.searchsorted(kept, given[judged]), softmax(scores[judged][:, kept], axis=1)
+        issues = np.flatnonzero(find_label_issues(label, probabilities, filter_by=FILTER, n_jobs=1))
+        places, label, probabilities = np.arange(len(issues)), label[issues], probabilities[issues]
+        others = probabilities.copy()
+        others[places, label] = -1
+        better = others.argmax(axis=1)
+        yield pd.DataFrame(
+            {
+                "index": rows[judged][issues],
+                "decision": decision,
+                "better": choices[kept][better],
+                "probability_of_label": probabilities[places, label],
+                "probability_of_better_label": probabilities[places, better],
+            }
+        )
