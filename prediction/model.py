@@ -117,6 +117,10 @@ def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
     keep_memory(*KEPT_MEMORY)
     if dtype == "int8" and gpu:
         raise InputError("--dtype int8 is for CPUs: give bf16 or fp32")
+    named = {name: getattr(arguments, name) for name in ("batch_size", "coverage", "recall", "costs")}
+    given = {
+        name: value for name, value in named.items() if value is not None
+    }  # older checkpoints lack newer arguments
     try:
         classifier = pipeline(
             "hierarchical-text-classification",
@@ -126,10 +130,7 @@ def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
             trust_remote_code=True,
             dtype=DTYPES[dtype],
             device=0 if gpu else "cpu",
-            batch_size=arguments.batch_size,
-            coverage=arguments.coverage,
-            recall=arguments.recall,
-            costs=arguments.costs,
+            **given,
         )
     except Exception as error:  # loading runs the checkpoint's own code, which can raise anything
         raise InputError(f"cannot load the model {arguments.model}: {cause(error)}") from error

@@ -569,6 +569,43 @@ def test_costs_choose_the_leaf_and_their_content_is_an_option(checkpoint, texts,
     assert pd.read_parquet(tmp_path / "out.parquet")["expected_cost"].tolist() == pytest.approx(expected, abs=2e-5)
 
 
+OLDER = """
+_today = HierarchicalTextClassificationPipeline._sanitize_parameters
+
+
+def _before(self, **given):
+    if "costs" in given:
+        raise ValueError("'costs' is not an argument of this pipeline")
+    return _today(self, **given)
+
+
+HierarchicalTextClassificationPipeline._sanitize_parameters = _before
+"""
+
+
+def test_a_checkpoint_whose_pipeline_is_older_than_costs_predicts_without_them(checkpoint, texts, tmp_path):
+    older = shutil.copytree(checkpoint, tmp_path / "older")
+    with (older / "pipeline_hierarchical.py").open("a", encoding="utf-8") as file:
+        file.write(OLDER)
+    pd.DataFrame({"text": texts}).to_csv(tmp_path / "in.csv", index=False)
+    for model in (checkpoint, older):
+        inside("--model", model, "--input", tmp_path / "in.csv", "--output", f"{tmp_path}/{Path(model).name}.jsonl")
+    expected = (tmp_path / f"{Path(checkpoint).name}.jsonl").read_bytes()
+    assert (tmp_path / "older.jsonl").read_bytes() == expected
+    words = (
+        "--model",
+        older,
+        "--input",
+        tmp_path / "in.csv",
+        "--output",
+        tmp_path / "out.jsonl",
+        "--costs",
+        "distance",
+    )
+    with pytest.raises(InputError, match="'costs' is not an argument of this pipeline"):
+        inside(*words)
+
+
 def test_with_several_labels_costs_replace_the_thresholds(labels_checkpoint, texts, tmp_path):
     pd.DataFrame({"text": texts}).to_csv(tmp_path / "in.csv", index=False)
     words = ("--model", labels_checkpoint, "--input", tmp_path / "in.csv", "--dtype", "fp32", "--probabilities")
