@@ -8,12 +8,18 @@ and prints training rows for ``train.py``, with the column ``label``, or ``label
 nobody labelled, or that were skipped, are left out. Of several annotations of a task, the latest counts.
 """
 
+import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 from transformers import AutoConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from errors import InputError, exit_with_error, refusing
 
 
 def configuration(checkpoint: str) -> str:
@@ -41,15 +47,27 @@ def training_row(task: dict[str, Any]) -> dict[str, Any] | None:
     if "labels" in task["data"]:
         return {"text": task["data"]["text"], "labels": labels}
     if len(labels) > 1:
-        sys.exit(f"label_studio.py: error: the task {task['id']} has {len(labels)} labels, and its model predicts one")
+        raise InputError(f"the task {task['id']} has {len(labels)} labels, and its model predicts one")
     return {"text": task["data"]["text"], "label": labels[0]} if labels else None
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("config", "rows"))
+    parser.add_argument("file", help="a checkpoint, or an export")
+    arguments = parser.parse_args()
+    if arguments.action == "config":
+        with refusing(f"cannot read the checkpoint {arguments.file}"):
+            print(configuration(arguments.file))
+        return
+    with refusing(f"{arguments.file} is not an export in the format JSON"):
+        tasks = json.loads(Path(arguments.file).read_text(encoding="utf-8"))
+        rows = [row for task in tasks if (row := training_row(task))]
+    sys.stdout.writelines(json.dumps(row) + "\n" for row in rows)
+
+
 if __name__ == "__main__":
-    action, file = sys.argv[1:]
-    if action == "config":
-        print(configuration(file))
-    else:
-        with open(file, encoding="utf-8") as export:
-            rows = [row for task in json.load(export) if (row := training_row(task))]
-        sys.stdout.writelines(json.dumps(row) + "\n" for row in rows)
+    try:
+        main()
+    except InputError as error:
+        exit_with_error("label_studio.py", str(error), 1)

@@ -118,9 +118,8 @@ def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
     if dtype == "int8" and gpu:
         raise InputError("--dtype int8 is for CPUs: give bf16 or fp32")
     named = {name: getattr(arguments, name) for name in ("batch_size", "coverage", "recall", "costs")}
-    given = {
-        name: value for name, value in named.items() if value is not None
-    }  # older checkpoints lack newer arguments
+    # pipelines of older checkpoints lack newer arguments
+    given = {name: value for name, value in named.items() if value is not None}
     try:
         classifier = pipeline(
             "hierarchical-text-classification",

@@ -130,9 +130,10 @@ class RowFormat:
                 yield stream.writelines
                 return
             if file.suffix == ".json":
-                before = chain("[", repeat(","))
+                before = chain("[", repeat(","))  # of each row
                 yield lambda lines: stream.writelines(f"{next(before)}{line}" for line in lines)
-                stream.write("[]\n" if next(before) == "[" else "]\n")
+                is_empty = next(before) == "["
+                stream.write("[]\n" if is_empty else "]\n")
                 return
             # Python 3.11 quotes a lone carriage return only if the writer's line end has one
             lines = SimpleNamespace(write=lambda line: stream.write(line.removesuffix("\r\n") + "\n"))

@@ -272,8 +272,9 @@ def check_values(arguments: Arguments) -> None:
         "--refit continues with --resume_from_checkpoint auto, from no other checkpoint": (
             training.refit and training.resume_from_checkpoint not in (None, "auto")
         ),
-        "--refit calibrates on the validation rows: leave out --do_eval false": training.refit
-        and training.do_eval is False,
+        "--refit calibrates on the validation rows: leave out --do_eval false": (
+            training.refit and training.do_eval is False
+        ),
         "--label_delimiter must not be empty": delimiter == "",
         "--label_delimiter needs one --label_column": delimiter is not None and len(columns) > 1,
         "FSDP needs GPUs; on CPUs use recipes/accelerate/ddp.yaml": fsdp and training.device.type == "cpu",

@@ -138,6 +138,15 @@ def test_two_labels_for_a_model_of_one_path_are_refused(clear_checkpoint, tmp_pa
     assert done.stderr.strip().splitlines()[-1].startswith("label_studio.py: error: the task 7 has 2 labels")
 
 
+def test_what_is_no_export_is_one_line(tmp_path):
+    (tmp_path / "rows.json").write_text('[{"text": "a secret"}]')
+    for file in ("rows.json", "none.json"):
+        done = run("rows", tmp_path / file, command="examples/label_studio.py", check=False)
+        (line,) = done.stderr.strip().splitlines()
+        assert line.startswith(f"label_studio.py: error: {tmp_path / file} is not an export in the format JSON")
+        assert "secret" not in line
+
+
 @pytest.mark.parametrize("output", ["out.jsonl", "out.csv", "out.parquet", "out/"])
 def test_the_rows_to_label_next_are_the_least_certain(output, clear_checkpoint, tmp_path):
     folder = (tmp_path / output, "/") if output.endswith("/") else (tmp_path / output, "")
