@@ -32,6 +32,7 @@ from errors import ROOT, InputError, one_line, refusing
 from prediction.model import Model
 from prediction.output import Block, Rows
 from prediction.rows import RowFormat
+from training.memory import give_back_memory
 
 BLOCKS_AHEAD = 2  # of an actor
 SECONDS = 3  # between two looks at the cluster
@@ -157,6 +158,7 @@ class RayJob:
                 block = next(block for other, block in tasks if other == task)
                 tasks.remove((task, block))
                 yield block, result
+                give_back_memory()
 
     def _lose(self, task: Any, error: RayError) -> None:
         """Forget the actor of a task, and have its blocks wait again. Raise InputError if this happens time after time."""
