@@ -35,6 +35,7 @@ class HierarchicalConfig(PretrainedConfig):
         text_config: the encoder's configuration, as an object or a dict with ``model_type``. BERT's by default.
         taxonomy: a `Taxonomy`, or its nested form; by default that of the Medical Abstracts corpus.
         label_separator: what stands between the names of a path.
+        descriptions: of some nodes, by label.
         encoder_name_or_path, encoder_revision: Hub id and commit of the encoder's weights, or a folder and None.
         adapter_subfolder: the folder of the checkpoint that holds a PEFT adapter; None if it holds the whole model.
         pooling: ``"mean"`` over the tokens that are not padding; ``"cls"``, the first token; or ``"label_attention"``, a
@@ -67,6 +68,7 @@ class HierarchicalConfig(PretrainedConfig):
         text_config: dict | PretrainedConfig | None = None,
         taxonomy: "Taxonomy | list | dict | None" = None,
         label_separator: str = "/",
+        descriptions: dict[str, str] | None = None,
         encoder_name_or_path: str = DEFAULT_ENCODER,
         encoder_revision: str | None = None,
         adapter_subfolder: str | None = None,
@@ -88,7 +90,7 @@ class HierarchicalConfig(PretrainedConfig):
     ):
         tree: Any = taxonomy
         if not isinstance(tree, Taxonomy):
-            tree = Taxonomy(DEFAULT_TAXONOMY if tree is None else tree, label_separator)
+            tree = Taxonomy(DEFAULT_TAXONOMY if tree is None else tree, label_separator, descriptions)
         if pooling not in ("mean", "cls", "label_attention"):
             raise ValueError(f"pooling must be 'mean', 'cls' or 'label_attention', not {pooling!r}")
         self.text_config = text_config if isinstance(text_config, PretrainedConfig) else encoder_config(text_config)
@@ -96,7 +98,7 @@ class HierarchicalConfig(PretrainedConfig):
             # the first short text would switch BigBird to it for good
             self.text_config.attention_type = "original_full"
         self.taxonomy = tree.to_nested()
-        self.label_separator = tree.separator
+        self.label_separator, self.descriptions = tree.separator, tree.descriptions or None
         self.encoder_name_or_path, self.encoder_revision = encoder_name_or_path, encoder_revision
         self.adapter_subfolder = adapter_subfolder
         self.pooling = pooling
@@ -150,7 +152,7 @@ class HierarchicalConfig(PretrainedConfig):
     @property
     def tree(self) -> Taxonomy:
         """The taxonomy as an object, built from ``taxonomy`` each time it is asked for."""
-        return Taxonomy(self.taxonomy, self.label_separator)
+        return Taxonomy(self.taxonomy, self.label_separator, self.descriptions)
 
     @property
     def is_multi_label(self) -> bool:

@@ -87,6 +87,7 @@ class Taxonomy:
             Mappings with several items and leaves without children, such as ``{"a": {"b": None, "c": ["d", "e"]}}``, are
             read too. TaxonomyError says what is wrong.
         separator: what stands between the names of a path.
+        descriptions: of some nodes, by label.
 
     Attributes:
         names, parents, levels, labels: one entry a node. A root has parent -1 and level 1.
@@ -94,12 +95,12 @@ class Taxonomy:
         num_leaves, num_nodes, depth: ids below ``num_leaves`` are leaves; ``depth`` is the deepest level.
     """
 
-    def __init__(self, tree: Sequence | dict, separator: str = "/"):
+    def __init__(self, tree: Sequence | dict, separator: str = "/", descriptions: dict[str, str] | None = None):
         if not isinstance(separator, str) or not separator:
             raise TaxonomyError(f"the label separator must be a non-empty text, not {separator!r}")
         if not isinstance(tree, (list, tuple, dict)):
             raise TaxonomyError("a taxonomy is a list or a mapping of names")
-        self.separator = separator
+        self.separator, self.descriptions = separator, descriptions or {}
         is_inner: dict[tuple[str, ...], bool] = {}  # by path, in reading order
         for path, has_children in _walk(_named(tree)):
             if path in is_inner:
@@ -133,7 +134,12 @@ class Taxonomy:
                     raise TaxonomyError(f"{problem}; choose another label separator")
 
     @classmethod
-    def from_rows(cls, rows: Iterable[tuple[str | None, str]], separator: str = "/") -> "Taxonomy":
+    def from_rows(
+        cls,
+        rows: Iterable[tuple[str | None, str]],
+        separator: str = "/",
+        descriptions: dict[str, str] | None = None,
+    ) -> "Taxonomy":
         """Build a taxonomy from (parent, child) pairs of names.
 
         A child without a parent is a root, and so is a parent that is no node's child: a warning follows if its name
@@ -157,7 +163,7 @@ class Taxonomy:
         first_named = dict.fromkeys(parent or child for child, parent in parent_of.items())
         roots = [name for name in first_named if not parent_of.get(name)]
         _warn_of_misspelt_roots([name for name in roots if name not in parent_of], children)
-        return cls({name: children[name] for name in roots}, separator)
+        return cls({name: children[name] for name in roots}, separator, descriptions)
 
     @classmethod
     def from_paths(cls, paths: Iterable[Sequence[str]], separator: str = "/") -> "Taxonomy":
@@ -172,7 +178,7 @@ class Taxonomy:
     def from_file(cls, path: str | Path, separator: str = "/") -> "Taxonomy":
         """Read nested ``.yaml``, ``.yml`` or ``.json``, or rows of ``.csv`` or ``.tsv``, or raise TaxonomyError.
 
-        Rows have a column ``parent``, and one called ``child``, ``name`` or ``node``.
+        Rows have a column ``parent``, one called ``child``, ``name`` or ``node``, and possibly one called ``description``.
         """
         path = Path(path)
         try:
@@ -187,7 +193,8 @@ class Taxonomy:
             if path.suffix == ".json":
                 return cls(json.loads(text, object_pairs_hook=_unique), separator)
             if path.suffix in (".csv", ".tsv"):
-                return cls.from_rows(_read_rows(text, "," if path.suffix == ".csv" else "\t"), separator)
+                pairs, descriptions = _read_rows(text, "," if path.suffix == ".csv" else "\t")
+                return cls.from_rows(pairs, separator, descriptions)
             raise TaxonomyError(f"expected .yaml, .yml, .json, .csv or .tsv, not {path.suffix or 'no suffix'!r}")
         except RecursionError as error:
             raise TaxonomyError(f"{path} is nested too deeply; at most {MAX_DEPTH} levels are supported") from error
@@ -281,16 +288,20 @@ class Taxonomy:
         raise TaxonomyError(f"the label {quote_name(label)} is not in the taxonomy; {hint}")
 
     def tree(self) -> str:
-        """Draw the forest as text, one node a line."""
+        """Draw the forest as text, one node a line, with descriptions."""
 
         def draw(nodes: list[int], prefix: str) -> Iterator[str]:
             for node in nodes:
                 first, rest = ("└── ", "    ") if node == nodes[-1] else ("├── ", "│   ")
-                yield prefix + first + self.names[node]
+                yield prefix + first + self._described(node)
                 yield from draw(self.children(node), prefix + rest)
 
-        trees = ([self.names[root], *draw(self.children(root), "")] for root in self.children(-1))
+        trees = ([self._described(root), *draw(self.children(root), "")] for root in self.children(-1))
         return "\n".join(chain.from_iterable(trees))
+
+    def _described(self, node: int) -> str:
+        description = self.descriptions.get(self.labels[node])
+        return f"{self.names[node]} – {description}" if description else self.names[node]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Taxonomy) and (self._paths, self.separator) == (other._paths, other.separator)
@@ -369,7 +380,8 @@ def _read_yaml(text: str) -> Any:
         raise TaxonomyError(yaml_problem(error)) from error
 
 
-def _read_rows(text: str, delimiter: str) -> list[tuple[str, str]]:
+def _read_rows(text: str, delimiter: str) -> tuple[list[tuple[str, str]], dict[str, str]]:
+    """Return (parent, child) pairs, and the children's descriptions."""
     try:
         header, *rows = [fields for fields in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if fields]
     except (csv.Error, ValueError) as error:
@@ -381,4 +393,7 @@ def _read_rows(text: str, delimiter: str) -> list[tuple[str, str]]:
     for number, fields in enumerate(rows, start=1):
         if len(fields) != len(header):
             raise TaxonomyError(f"row {number} has {len(fields)} fields, where the header has {len(header)}")
-    return [(fields[header.index("parent")], fields[header.index(child)]) for fields in rows]
+    pairs = [(fields[header.index("parent")], fields[header.index(child)]) for fields in rows]
+    column = header.index("description") if "description" in header else None
+    texts = ["" if column is None else " ".join(fields[column].split()) for fields in rows]
+    return pairs, {compose(name.strip()): text for (_, name), text in zip(pairs, texts, strict=True) if text}

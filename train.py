@@ -252,12 +252,14 @@ def measure(
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Score the checkpoint that was just saved; calibrate it on the validation rows and save it again.
 
-    The scores include those of the quantized model as trained. The logits are the calibrated ones of each split.
+    The scores include those of the quantized model as trained, on the validation rows. The logits are the calibrated
+    ones of each split.
     """
     training, taxonomy, as_trained = arguments.training, model.config.tree, {}
     if arguments.model.quantization != "none":
         trainer.compute_metrics = report.served_metrics(model.config)  # F1 in training is at the best threshold
-        scores, *_ = report.score_splits(trainer, splits, training)
+        held_out = DatasetDict({split: rows for split, rows in splits.items() if split == "validation"})
+        scores, *_ = report.score_splits(trainer, held_out, training)
         as_trained = {f"quantized_{name}": value for name, value in scores.items()}
     served = report.served_trainer(training.output_dir, training, trainer.processing_class, trainer.loss_function)
     scores, logits, decisions = report.score_splits(served, splits, training)

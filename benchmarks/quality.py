@@ -135,7 +135,7 @@ OWN = (  # from the metrics of a checkpoint
     ),
     *(
         f"{step}_{name}"
-        for step in ("quantized_test", "eval", "uncalibrated_eval")
+        for step in ("quantized_eval", "eval", "uncalibrated_eval")
         for name in ("accuracy", "micro_f1", "macro_f1")
     ),
 )

@@ -231,6 +231,7 @@ class Service:
 
     def __init__(self, classifier: Pipeline):
         self.classifier, self.tree = classifier, classifier.tree
+        self.descriptions = getattr(self.tree, "descriptions", {})  # older checkpoints have none
         explainer = Explainer(classifier)
         self._classify = gpu(lambda text, level: classify(classifier, text, level))
         self._classify_all = gpu(lambda texts, level: classify_all(classifier, texts, level))
@@ -310,7 +311,12 @@ class Service:
         except Refused as error:
             return [views.refusal(str(error)), *self.figures(), gr.skip(), views.no_words()]
         answer = no_answer or self.answer(level, result["answer"])
-        return [self.result(result, answer), *self.figures(result), self.main_node(result), views.no_words()]
+        return [
+            self.result(result, answer, self.descriptions),
+            *self.figures(result),
+            self.main_node(result),
+            views.no_words(),
+        ]
 
     def main_node(self, result: dict[str, Any]) -> str:
         """Return the label of the node that is explained by default."""

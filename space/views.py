@@ -69,31 +69,35 @@ def log_odds(weight: float) -> str:
 # ── One text ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def result(classified: Classification, answer: str) -> str:
+def result(classified: Classification, answer: str, descriptions: dict[str, str]) -> str:
     """Render the predicted class, its probability, its path, the answer, and the truncation.
 
     Args:
         answer: HTML, of `coverage_answer` or why there is none.
+        descriptions: of some nodes, by label.
     """
+    node = predicted(classified, descriptions)
     return panel(
-        f"<p class='kicker'>Most probable class</p>{predicted(classified)}<p class='answer'>{answer}</p>{truncation(classified)}"
+        f"<p class='kicker'>Most probable class</p>{node}<p class='answer'>{answer}</p>{truncation(classified)}"
     )
 
 
-def labels_result(classified: MultiLabelClassification, answer: str) -> str:
+def labels_result(classified: MultiLabelClassification, answer: str, descriptions: dict[str, str]) -> str:
     """Render the predicted nodes, each with its probability and its path, the answer, and the truncation."""
-    nodes = "".join(predicted(node) for node in classified["labels"])
+    nodes = "".join(predicted(node, descriptions) for node in classified["labels"])
     none = "<p class='class none'>No label</p><p class='note'>No node of the taxonomy is probable enough.</p>"
     return panel(
         f"<p class='kicker'>Predicted labels</p>{nodes or none}<p class='answer'>{answer}</p>{truncation(classified)}"
     )
 
 
-def predicted(node: dict[str, Any]) -> str:
-    """Render a predicted node, its probability and its path."""
+def predicted(node: dict[str, Any], descriptions: dict[str, str]) -> str:
+    """Render a predicted node, its description, its probability and its path."""
+    description = descriptions.get(node["label"])
+    described = f"<p class='note'>{plain(description)}</p>" if description else ""
     path = "".join(f"<li>{name(step['label'])} <b>{percent(step['score'])}</b></li>" for step in node["path"])
     return (
-        f"<p class='class'>{name(node['label'])}</p>"
+        f"<p class='class'>{name(node['label'])}</p>{described}"
         f"<p class='certainty'><span class='meter' aria-hidden='true'><span style='width:{100 * node['score']:.1f}%'></span>"
         f"</span>{percent(node['score'])} probability</p><ol class='path' aria-label='Path through the taxonomy'>{path}</ol>"
     )

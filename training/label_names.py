@@ -56,7 +56,8 @@ def set_heads_from_names(trainer: HierarchicalTrainer, rows: Dataset, only_if_be
     u is the direction of the name's embedding from the mean of all names, m the mean of some texts' embeddings, and s
     the root of their mean squared distance from m. With several labels a text, each node has this score, added to its
     `prior_log_odds`. With ``only_if_better``, the former heads stay unless these make the texts' labels more
-    likely. Return whether they were set.
+    likely. If nodes have descriptions, names with and without them are tried, and the likelier ones kept. Return whether
+    heads were set.
     """
     model = trainer.model
     tree, heads, was_training = model.config.tree, model.heads, model.training
@@ -65,25 +66,34 @@ def set_heads_from_names(trainer: HierarchicalTrainer, rows: Dataset, only_if_be
     labels = torch.tensor(some["labels"][:], device=trainer.args.device)
     classes = model.config.num_labels
     names = [label.replace(tree.separator, " ") for label in tree.labels[:classes]]
+    sources = {"the class names": names}
+    if tree.descriptions:
+        known = [tree.descriptions.get(label) for label in tree.labels[:classes]]
+        described = [f"{name}: {text}" if text else name for name, text in zip(names, known, strict=True)]
+        sources["the class names and descriptions"] = described
     with torch.no_grad():
         texts = embed(trainer, some["input_ids"][:])
-        named = embed(trainer, trainer.processing_class(names, truncation=True)["input_ids"])
         mean = texts.mean(0)
         spread = (texts - mean).square().sum(1).mean().sqrt()
-        directions = torch.nn.functional.normalize(named - named.mean(0))
-        before, likelihood = copy.deepcopy(heads.state_dict()), likelihood_of(heads, texts, labels)
-        heads.weight.zero_()
-        heads.bias.copy_(prior(trainer, rows) if trainer.is_multi_label else torch.zeros_like(heads.bias))
-        heads.weight[:classes] = LARGEST / spread.clamp(min=1e-6) * directions
-        heads.bias[:classes] -= heads.weight[:classes] @ mean
-        is_set = not only_if_better or bool(likelihood_of(heads, texts, labels) > likelihood)
-    if is_set:
-        logger.info("heads are initialised from the class names")
-    else:
-        heads.load_state_dict(before)
+        tried = (
+            {None: (likelihood_of(heads, texts, labels), copy.deepcopy(heads.state_dict()))} if only_if_better else {}
+        )
+        for source, written in sources.items():
+            named = embed(trainer, trainer.processing_class(written, truncation=True)["input_ids"])
+            directions = torch.nn.functional.normalize(named - named.mean(0))
+            heads.weight.zero_()
+            heads.bias.copy_(prior(trainer, rows) if trainer.is_multi_label else torch.zeros_like(heads.bias))
+            heads.weight[:classes] = LARGEST / spread.clamp(min=1e-6) * directions
+            heads.bias[:classes] -= heads.weight[:classes] @ mean
+            tried[source] = likelihood_of(heads, texts, labels), copy.deepcopy(heads.state_dict())
+    best = max(tried, key=lambda source: tried[source][0])
+    heads.load_state_dict(tried[best][1])
+    if best is None:
         logger.info("heads are initialised at random: the names do not fit the texts; --class_names gives better ones")
+    else:
+        logger.info("heads are initialised from %s", best)
     model.train(was_training)
-    return is_set
+    return best is not None
 
 
 def prior(trainer: HierarchicalTrainer, rows: Dataset) -> Tensor:

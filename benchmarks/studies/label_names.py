@@ -4,7 +4,8 @@
 
 FOLDER holds OHSUMED's ``train.csv`` and ``labels.csv``; the test file is not read. As in ``ablation.py``, a run is trained on two
 thirds of the training file, or on the first rows of each class among these, and scored on the last third. "Codes" are the labels
-in the file, C01 to C23, which mean nothing to the encoder. One run each; finished runs stay in the output file.
+in the file, C01 to C23, which mean nothing to the encoder. "Descriptions" are those of descriptions.csv, beside this file. One run
+each; finished runs stay in the output file.
 
 Supports docs/experiments.md, "2026-11-27: Class names as initial head weights".
 """
@@ -18,8 +19,9 @@ from pathlib import Path
 import pandas as pd
 from ablation import ROOT, ohsumed, read
 
+DESCRIPTIONS = Path(__file__).with_name("descriptions.csv")
 ROWS = (4, 16, None)  # a class; None means all rows
-INITS = {"random": "random", "label_names": "label_names", "codes": "label_names"}
+INITS = {"random": "random", "label_names": "label_names", "codes": "label_names", "descriptions": "label_names"}
 SHOWN = {"test_accuracy": 100, "test_macro_f1": 100, "test_log_loss": 1}
 ALONE = {f"uncalibrated_{name}": scale for name, scale in SHOWN.items()}
 
@@ -59,6 +61,10 @@ def train(rows: int | None, begin: str, arguments: argparse.Namespace) -> dict[s
         tree = pd.read_csv(labels, dtype=str)
         labels = files / "codes.csv"
         tree.assign(name=tree["label"]).to_csv(labels, index=False)
+    if begin == "descriptions":
+        described = pd.read_csv(labels, dtype=str).merge(pd.read_csv(DESCRIPTIONS, dtype=str), on="label")
+        labels = files / "descriptions.csv"
+        described.to_csv(labels, index=False)
     folder = arguments.runs / f"{begin}-{rows or 'all'}"
     words = [ROOT / "recipes" / "ohsumed.yaml", "--model_name_or_path", arguments.encoder, "--heads_init", INITS[begin]]
     words += ["--train_file", known, "--test_file", files / "test.csv", "--class_names", labels, "--taxonomy", labels]

@@ -65,6 +65,19 @@ def test_every_form_and_every_file_gives_the_same_taxonomy(tmp_path):
     assert Taxonomy(expected.to_nested()) == expected
 
 
+def test_descriptions_of_a_table_stay_with_their_nodes_in_the_configuration_and_in_the_drawing(tmp_path):
+    (tmp_path / "tree.csv").write_text(
+        'parent,child,description\n,heart,"the heart,\n and its vessels"\nheart,angina,\nheart,caf\u00e9, of coffee \n,other,\n'
+    )
+    tree = Taxonomy.from_file(tmp_path / "tree.csv")
+    assert tree.descriptions == {"heart": "the heart, and its vessels", "caf\u00e9": "of coffee"}
+    HierarchicalConfig(taxonomy=tree).save_pretrained(tmp_path)
+    stored = HierarchicalConfig.from_pretrained(tmp_path).tree
+    assert stored == tree
+    assert stored.descriptions == tree.descriptions
+    assert stored.tree() == ("heart – the heart, and its vessels\n├── angina\n└── caf\u00e9 – of coffee\nother")
+
+
 def test_yaml_names_stay_as_they_are_written(tmp_path):
     (tmp_path / "tree.yaml").write_text("no:\n  - 1\n  - 2.50\nnull: \n")
     assert Taxonomy.from_file(tmp_path / "tree.yaml").names == ["1", "2.50", "null", "no"]

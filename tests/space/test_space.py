@@ -422,9 +422,9 @@ def test_nothing_hostile_becomes_markup(classifier):
     }  # fmt: skip
     record = {"line": 1, "text": HOSTILE, "predicted": HOSTILE, "probability": 1.0, "answer": [HOSTILE]}
     pages = [
-        views.result(found, views.coverage_answer(0.9, found["path"])), views.words(HOSTILE, explained), views.refusal(HOSTILE), views.facts({HOSTILE: HOSTILE}),
+        views.result(found, views.coverage_answer(0.9, found["path"]), {HOSTILE: HOSTILE}), views.words(HOSTILE, explained), views.refusal(HOSTILE), views.facts({HOSTILE: HOSTILE}),
         views.preview([record]), views.problems([{"line": 1, "problem": HOSTILE}]),
-        views.labels_result(found | {"labels": [found]}, ""), views.recall_answer(0.9, found["path"]),
+        views.labels_result(found | {"labels": [found]}, "", {HOSTILE: HOSTILE}), views.recall_answer(0.9, found["path"]),
         views.labels_preview([record | {"labels": [HOSTILE], "scores": [1.0]}]),
     ]  # fmt: skip
     for page in pages:
@@ -487,7 +487,7 @@ def test_a_tree_of_thousands_shows_what_is_predicted_and_most_probable_with_the_
 def test_no_label_and_a_long_answer_are_said_plainly(labels_classifier):
     found = classify(labels_classifier, "We report on the weather.")
     assert found["labels"] == []
-    assert "No label" in views.labels_result(found, "")
+    assert "No label" in views.labels_result(found, "", {})
     assert views.recall_answer(0.5, []) == "For 50% recall: no node"
     long = views.recall_answer(0.9, [{"label": f"n{i}", "score": 0.5} for i in range(100)])
     assert long.endswith("<bdi>n19</bdi></b> and 80 more")

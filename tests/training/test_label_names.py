@@ -85,6 +85,29 @@ def test_it_is_right_about_most_texts_before_it_is_trained(accuracy):
     assert accuracy["label_names"] > accuracy["random"] + 0.2
 
 
+def test_descriptions_are_used_where_names_say_nothing_and_not_where_they_say_nothing_themselves(minilm, tmp_path):
+    """From the command line, with codes as names. Then with the names, which the descriptions contradict."""
+    codes = {label: f"X{i}" for i, label in enumerate(CLEAR)}
+    others = dict(zip(CLEAR, [*list(CLEAR)[1:], next(iter(CLEAR))], strict=True))
+    for names, described, used in ((codes, {x: x for x in CLEAR}, True), ({x: x for x in CLEAR}, others, False)):
+        rows = [{"text": row["text"], "label": names[row["label"]]} for row in ROWS]
+        classes = [{"parent": "", "name": names[label], "description": described[label]} for label in CLEAR]
+        done = run(
+            *("--train_file", write_csv(tmp_path / "train.csv", rows), "--validation_size", 0, "--max_steps", 1),
+            *(
+                "--test_file",
+                write_csv(tmp_path / "test.csv", [{**r, "text": f"{r['text']} All lived."} for r in rows]),
+            ),
+            *("--taxonomy", write_csv(tmp_path / "classes.csv", classes), "--learning_rate", 1e-9),
+            *("--model_name_or_path", minilm, "--output_dir", tmp_path / f"out-{used}"),
+        )
+        assert ("initialised from the class names and descriptions" in done.stderr) == used
+        found = read_csv(tmp_path / f"out-{used}" / "test_predictions.csv")
+        assert sum(row["label"] == row["prediction"] for row in found) / len(found) > 0.6
+        card = (tmp_path / f"out-{used}" / "README.md").read_text()
+        assert all(f"{names[label]} – {described[label]}" in card for label in CLEAR)
+
+
 def test_names_that_say_nothing_leave_the_heads_as_they_are(minilm, tmp_path):
     """The names stand for other classes than their own."""
     tokenizer = AutoTokenizer.from_pretrained(minilm)
