@@ -29,7 +29,7 @@ import torch
 from scipy.optimize import minimize
 from scipy.special import expit
 from sklearn.metrics import average_precision_score
-from sklearn.model_selection import KFold
+from sklearn.model_selection import RepeatedKFold
 from transformers import EvalPrediction
 
 from errors import InputError
@@ -51,6 +51,7 @@ from training.multi_label import open_decisions
 
 LEAST_PROBABILITY = 0.1  # pairs below it are not in the calibration error: nearly all pairs have a probability near 0
 STRENGTHS = (math.inf, 100, 50, 20, 10, 5, 2, 0)  # of the shrinkage of thresholds, in positives
+REPEATS = 6  # of the cross-validation that chooses among them; with one, chance decides
 
 
 # Calibration
@@ -161,12 +162,13 @@ def fit_node_thresholds(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray) -
 
     A node's own threshold is the one of best F1, given the choices below it. It is averaged with the common threshold of
     best micro-F1, in logits, with weights k and m: k is the node's number of positives. m is the value of `STRENGTHS` with the
-    greatest sum of micro- and macro-F1 in cross-validation; of equally good ones the greatest.
+    greatest sum of micro- and macro-F1 in repeated cross-validation; of equally good ones the greatest.
     """
     best = math.inf
     if len(u) > 1:
         totals = dict.fromkeys(STRENGTHS, np.zeros((3, taxonomy.num_nodes)))
-        for fitted, scored in KFold(min(FOLDS, len(u)), shuffle=True, random_state=0).split(u):
+        folds = RepeatedKFold(n_splits=min(FOLDS, len(u)), n_repeats=REPEATS, random_state=0)
+        for fitted, scored in folds.split(u):
             for strength, thresholds in shrunk_thresholds(taxonomy, u[fitted], labels[fitted], STRENGTHS).items():
                 chosen = choose(taxonomy, expit(u[scored]), thresholds)
                 totals[strength] = totals[strength] + node_counts(chosen, labels[scored])

@@ -149,15 +149,17 @@ def test_a_checkpoint_is_scored_without_training_as_it_was_after_training(finish
 def test_a_warm_start_with_a_grown_taxonomy_keeps_the_known_heads(finished, tmp_path):
     output, files, _ = finished
     old = AutoModel.from_pretrained(output, trust_remote_code=True, merge_adapter=False)
-    (tmp_path / "grown.yaml").write_text(
-        "general pathological conditions:\nspecific disease:\n  - neoplasms\n  - infections\n"
-        "  - digestive system diseases\n  - nervous system diseases\n  - cardiovascular diseases\n"
+    (tmp_path / "grown.csv").write_text(
+        "parent,name,description\n,general pathological conditions,\n,specific disease,\n"
+        "specific disease,neoplasms,cancer and benign tumours\nspecific disease,infections,\n"
+        "specific disease,digestive system diseases,\nspecific disease,nervous system diseases,\n"
+        "specific disease,cardiovascular diseases,\n"
     )
     done = run(
         "--model_name_or_path", output,
         "--train_file", files / "train.csv",
         "--validation_file", files / "validation.csv",
-        "--taxonomy", tmp_path / "grown.yaml",
+        "--taxonomy", tmp_path / "grown.csv",
         "--output_dir", tmp_path / "results",
         "--max_steps", "1",
         "--learning_rate", "1e-12",
@@ -172,7 +174,8 @@ def test_a_warm_start_with_a_grown_taxonomy_keeps_the_known_heads(finished, tmp_
         f"r = {own['r']}, alpha = {own['lora_alpha']}, dropout = {own['lora_dropout']}, target modules " in done.stderr
     )
     new = AutoModel.from_pretrained(tmp_path / "results", trust_remote_code=True, merge_adapter=False)
-    before, after = old.config.tree, Taxonomy.from_file(tmp_path / "grown.yaml")
+    before, after = old.config.tree, Taxonomy.from_file(tmp_path / "grown.csv")
+    assert new.config.tree.descriptions == {"neoplasms": "cancer and benign tumours"}
     for node in range(before.num_nodes):
         torch.testing.assert_close(new.heads.weight[after.id(before.labels[node])], old.heads.weight[node])
     adapters = [{n: p for n, p in m.encoder.named_parameters() if "lora" in n} for m in (old, new)]

@@ -75,9 +75,9 @@ def set_heads_from_names(trainer: HierarchicalTrainer, rows: Dataset, only_if_be
         texts = embed(trainer, some["input_ids"][:])
         mean = texts.mean(0)
         spread = (texts - mean).square().sum(1).mean().sqrt()
-        tried = (
-            {None: (likelihood_of(heads, texts, labels), copy.deepcopy(heads.state_dict()))} if only_if_better else {}
-        )
+        tried: dict[str | None, tuple[Tensor, dict[str, Tensor]]] = {}
+        if only_if_better:
+            tried[None] = likelihood_of(heads, texts, labels), copy.deepcopy(heads.state_dict())
         for source, written in sources.items():
             named = embed(trainer, trainer.processing_class(written, truncation=True)["input_ids"])
             directions = torch.nn.functional.normalize(named - named.mean(0))

@@ -115,6 +115,7 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
         set_adapter(model.encoder, "default")
     if model.config.tree != taxonomy:
         change_taxonomy(model, taxonomy)
+    model.config.descriptions = taxonomy.descriptions or model.config.descriptions
     return model
 
 

@@ -1,0 +1,74 @@
+"""Compare how often cross-validation is repeated to choose the shrinkage of thresholds (`evaluation.multi_label`):
+
+    python benchmarks/studies/thresholds.py --data FOLDER --runs RUNS
+
+RUNS holds finished runs of ``benchmarks/quality.py`` for several labels a text, with the validation and test scores that it
+stored. The thresholds are fitted to the validation texts, in 20 random orders, which deal them into other folds. Each line has
+the mean and standard deviation over the orders of F1 on the test file, and the shrinkages that were chosen.
+
+Supports docs/experiments.md, "2026-11-27: Repeated cross-validation for thresholds".
+"""
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+from scipy.special import expit
+from transformers import AutoConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
+
+from quality import MULTI_LABEL_TASKS, Task
+
+from evaluation import multi_label
+from evaluation.calibration import held_out
+from evaluation.metrics import macro_f1, micro_f1, node_counts
+
+REPEATS, ORDERS = (1, 2, 6, 12), 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, required=True)
+    arguments = parser.parse_args()
+    print("| run | repeats | micro-F1 | macro-F1 | shrinkage m: times chosen |\n| --- | ---: | ---: | ---: | --- |")
+    for file in sorted(arguments.runs.glob("*/decision_logits.npz")):
+        name, _, seed = file.parent.name.split("-", 2)[0], *file.parent.name.rsplit("-", 1)
+        if name in MULTI_LABEL_TASKS and "refit" not in file.parent.name:
+            study(Task(name, arguments.data, int(seed)), file)
+
+
+def study(task: Task, file: Path) -> None:
+    """Print the table of one run."""
+    tree, labels = task.tree, {split: task.rows(split)[1] for split in ("validation", "test")}
+    config = AutoConfig.from_pretrained(file.parent, trust_remote_code=True)
+    scores = {
+        split: (z - np.array(config.node_biases)) / np.array(config.node_scales) for split, z in np.load(file).items()
+    }
+    fit, texts = multi_label.fit_calibration, np.arange(len(scores["validation"]))
+    u = held_out(fit, tree, scores["validation"], None, labels["validation"], texts)
+    probabilities = expit(fit(tree, scores["validation"], None, labels["validation"]).apply(tree, scores["test"], None))
+    for repeats in REPEATS:
+        found, chosen = [], Counter[float]()
+        for order in range(ORDERS):
+            rows = np.random.default_rng(order).permutation(texts)
+            with (
+                mock.patch.object(multi_label, "REPEATS", repeats),
+                mock.patch.object(multi_label, "shrunk_thresholds", wraps=multi_label.shrunk_thresholds) as called,
+            ):
+                thresholds = multi_label.fit_node_thresholds(tree, u[rows], labels["validation"][rows])
+            chosen[called.call_args.args[3][0]] += 1
+            counts = node_counts(multi_label.choose(tree, probabilities, thresholds), labels["test"])
+            found.append((100 * micro_f1(counts), 100 * macro_f1(counts)))
+        cells = (f"{mean:.2f} ± {std:.2f}" for mean, std in zip(np.mean(found, 0), np.std(found, 0), strict=True))
+        times = ", ".join(f"{strength:g}: {count}" for strength, count in sorted(chosen.items()))
+        print(f"| {file.parent.name} | {repeats} | {' | '.join(cells)} | {times} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
