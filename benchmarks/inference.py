@@ -37,7 +37,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, pipel
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from checkpoint_files import ONNX_FILE
+from checkpoint_files import ONNX_FILE, QUANTIZED_ONNX_FILE
 from checkpoint_hierarchical import load_encoder
 from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import HierarchicalForSequenceClassification
@@ -173,11 +173,8 @@ def compiled(model: str) -> OverBatches:
 
 def peers(model: str, scratch: Path) -> dict[str, tuple[str, Callable, Callable[[list[str]], torch.Tensor]]]:
     """For each peer, return its type, the function to time, and its leaf probabilities (num_texts, num_leaves)."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
     names = ours(model, "fp32").tree.labels
     export_onnx(Path(model), scratch)
-    quantize_dynamic(scratch / ONNX_FILE, scratch / "int8.onnx", weight_type=QuantType.QInt8)
     found: dict = {}
     for dtype in ("fp32", "bf16"):
         classify = stock(model, dtype)
@@ -188,7 +185,7 @@ def peers(model: str, scratch: Path) -> dict[str, tuple[str, Callable, Callable[
         )
     for name, dtype, call in (
         ("ONNX Runtime, fp32", "fp32", runtime(model, scratch / ONNX_FILE)),
-        ("ONNX Runtime, int8", "int8", runtime(model, scratch / "int8.onnx")),
+        ("ONNX Runtime, int8", "int8", runtime(model, scratch / QUANTIZED_ONNX_FILE)),
         ("torch.compile, bf16", "bf16", compiled(model)),
     ):
         found[name] = (dtype, call, call)
@@ -303,13 +300,10 @@ def peak(dtype: str) -> float:
 
 def latency(model: str, texts: list[str], arguments: argparse.Namespace, scratch: Path) -> list[dict]:
     """Measure the latency of one text at a time, peers alternating, and the time from process start to the first prediction."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
     export_onnx(Path(model), scratch)
-    quantize_dynamic(scratch / ONNX_FILE, scratch / "int8.onnx", weight_type=QuantType.QInt8)
     everyone = {
         "stock pipeline, fp32": stock(model, "fp32"),
-        "ONNX Runtime, int8": runtime(model, scratch / "int8.onnx"),
+        "ONNX Runtime, int8": runtime(model, scratch / QUANTIZED_ONNX_FILE),
         **{f"this project, {dtype}": ours(model, dtype) for dtype in ("fp32", "bf16")},
     }
     flags = {"stock pipeline, fp32": {"truncation": True}}

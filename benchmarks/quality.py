@@ -17,6 +17,7 @@ Models for one label a text (ohsumed, medical_abstracts):
   cross-entropy over whole texts;
 - lora, qlora: the recipe over a full-precision encoder, and the recipe itself, over a 4-bit encoder;
 - qlora-rank-16: the recipe with a rank-16 adapter;
+- qlora-gamma-0, qlora-gamma-0.5, …: the recipe with another γ of the focal loss;
 - lora-refit, qlora-refit, flat-lora-refit: the same, trained anew on training and validation rows (``--refit``);
 - lora-whole, qlora-whole, qlora-halves: lora or qlora trained on whole texts, or on halves with consistency, if the recipe
   does the opposite.
@@ -98,6 +99,7 @@ TRAINED = {  # trained by train.py, with these flags after the recipe
     "qlora-whole": WHOLE,
     "qlora-halves": ("--consistency", "1"),
     "qlora-rank-16": ("--lora_r", "16", "--lora_alpha", "32"),
+    **{f"qlora-gamma-{gamma}": ("--focal_gamma", gamma) for gamma in ("0", "0.5", "1", "2")},
     "lora": ("--quantization", "none"),
     "qlora": (),
     "flat-lora-refit": ("--quantization", "none", "--lora_r", "16", "--lora_alpha", "32", *PLAIN, "--refit"),
@@ -136,7 +138,7 @@ OWN = (  # from the metrics of a checkpoint
     *(
         f"{step}_{name}"
         for step in ("quantized_eval", "eval", "uncalibrated_eval")
-        for name in ("accuracy", "micro_f1", "macro_f1")
+        for name in ("accuracy", "micro_f1", "macro_f1", "log_loss")
     ),
 )
 
@@ -168,8 +170,9 @@ class Task:
 
     def has(self, model: str) -> bool:
         """Return whether a model is one of the task's. One that is trained as the recipe is anyway is not."""
+        gamma = f"-gamma-{self.recipe.get('focal_gamma', 0):g}"
         repeated = "-halves" if self.recipe.get("consistency") else "-whole"
-        return model in models_of(self.name) and not model.endswith(repeated)
+        return model in models_of(self.name) and not model.endswith((repeated, gamma))
 
     def flags(self, runs: Path, flat: bool) -> list[str]:
         """Return the flags of ``train.py`` for the data."""
