@@ -1,0 +1,113 @@
+"""Count the rows that Ray Data's own checkpointing (beta) loses or writes twice when workers and the driver are killed:
+
+    python benchmarks/studies/ray_checkpoint.py
+
+20,000 rows in 40 files are read, passed through a function that sleeps, and written to Parquet files. At 10 random numbers of
+written files, all workers of Ray or the driver are killed, as soon as the next file appears: a file is written before its
+checkpoint. A driver that is killed, or fails, is started again.
+
+Supports docs/experiments.md, "2026-11-27: Ray Data's own checkpointing".
+"""
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROWS, FILES, KILLS = 20_000, 40, 10
+
+
+def run(folder: Path) -> None:
+    """Process what is missing, in this process."""
+    import ray
+    from ray.data import DataContext
+    from ray.data.checkpoint import CheckpointConfig
+
+    def slow(batch: dict) -> dict:
+        time.sleep(0.5)
+        return batch
+
+    ray.init("local", num_cpus=2, log_to_driver=False, logging_level="error")
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.checkpoint_config = CheckpointConfig("id", str(folder / "checkpoint"), delete_checkpoint_on_success=False)
+    rows = ray.data.read_parquet(str(folder / "in")).repartition(target_num_rows_per_block=ROWS // FILES)
+    rows.map_batches(slow, batch_size=None).write_parquet(str(folder / "out"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, nargs="+", default=[1])
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of `run`
+    arguments = parser.parse_args()
+    if arguments.folder:
+        run(arguments.folder)
+        return
+    print(
+        "| seed | killed: workers | killed: driver | started again | rows | missing | twice |\n" + "| ---: " * 7 + "|"
+    )
+    for seed in arguments.seed:
+        with tempfile.TemporaryDirectory() as scratch:
+            counts = disturb(Path(scratch), random.Random(seed))
+            ids = Counter(pq.read_table(Path(scratch) / "out", columns=["id"])["id"].to_pylist())
+        rows, twice = ids.total(), sum(count - 1 for count in ids.values())
+        cells = (seed, counts["workers"], counts["driver"], counts["starts"], rows, ROWS - len(ids), twice)
+        print("|", " | ".join(map(str, cells)), "|", flush=True)
+
+
+def disturb(folder: Path, draw: random.Random) -> Counter[str]:
+    """Run to the end, with `KILLS` strikes. Return how many hit the workers and the driver, and further starts."""
+    (folder / "in").mkdir()
+    for number in range(FILES):
+        ids = pa.array(range(number, ROWS, FILES))
+        pq.write_table(pa.table({"id": ids}), folder / "in" / f"{number:03}.parquet")
+    line = [sys.executable, __file__, "--folder", str(folder)]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    moments, counts = sorted(draw.sample(range(1, FILES - 4), KILLS)), Counter[str]()
+    driver = subprocess.Popen(line, **quiet)  # type: ignore[call-overload]
+    try:
+        while driver.poll() != 0:
+            if driver.poll() is not None:  # killed, or failed because its workers were
+                driver = subprocess.Popen(line, **quiet)  # type: ignore[call-overload]
+                counts["starts"] += 1
+            elif moments and len([*(folder / "out").glob("*.parquet")]) >= moments[0]:
+                del moments[0]
+                strike = draw.choice(("workers", "driver"))
+                counts[strike] += 1
+                for process in descendants(driver.pid) if strike == "workers" else [driver.pid]:
+                    os.kill(process, signal.SIGKILL)
+                if strike == "driver":
+                    driver.wait()
+            time.sleep(0.001)
+    finally:
+        driver.kill()
+    return counts
+
+
+def descendants(process: int) -> list[int]:
+    """Return the process ids of the workers of Ray that a driver has started."""
+    table = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True).stdout
+    rows = [line.split(None, 2) for line in table.splitlines()]
+    parents = {int(pid): int(parent) for pid, parent, _ in rows}
+
+    def is_below(pid: int) -> bool:
+        while pid in parents:
+            pid = parents[pid]
+            if pid == process:
+                return True
+        return False
+
+    return [int(pid) for pid, _, words in rows if words.startswith("ray::") and is_below(int(pid))]
+
+
+if __name__ == "__main__":
+    main()
