@@ -11,6 +11,7 @@ Worth knowing:
 
 import logging
 import math
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,9 @@ class HierarchicalTrainer(PublishingTrainer):
     loss_is_scaled_for_ga = True
 
     def __init__(self, *args: Any, loss_function: nn.Module | None = None, consistency: float = 0.0, **kwargs: Any):
-        with refusing("cannot set up training"):
+        with refusing("cannot set up training"), warnings.catch_warnings():
+            # the Trainer's own smoothing is not used, that of the loss is
+            warnings.filterwarnings("ignore", "Label smoothing is not compatible")
             super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             logger.warning("using one of %d GPUs; `accelerate launch train.py …` uses all of them", self.args.n_gpu)

@@ -122,7 +122,9 @@ def test_what_it_cannot_do_is_refused_at_the_start(flags, problem, tiny_encoder,
 
 
 def test_with_several_labels_it_has_the_thresholds_of_the_first_model(tiny_encoder, tmp_path):
-    train_label_sets(tiny_encoder, tmp_path / "results", "--refit", "--max_length", 64)
+    flags = ("--refit", "--max_length", 64, "--label_smoothing_factor", 0.1)
+    log = train_label_sets(tiny_encoder, tmp_path / "results", *flags)
+    assert "Disabling label smoothing" not in log  # the Trainer's own
     chosen, final = (read(tmp_path / "results" / name) for name in ("selection/config.json", "config.json"))
     for name in ("node_scales", "node_biases", "node_thresholds", "recall_thresholds"):
         assert final[name] == chosen[name]
