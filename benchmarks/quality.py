@@ -22,9 +22,9 @@ Models for one label a text (ohsumed, medical_abstracts):
 - lora-whole, qlora-whole, qlora-halves: lora or qlora trained on whole texts, or on halves with consistency, if the recipe
   does the opposite.
 
-The flat peers are trained by ``train.py`` with the recipe's epochs, text length, label smoothing and early stopping, and with
-temperatures from the validation rows. The learning rate of flat-full is `FULL_LEARNING_RATE`. All models get the same training
-rows, and the same validation rows if they need any.
+The flat peers are trained by ``train.py`` with cross-entropy, the recipe's epochs, text length, label smoothing and early
+stopping, and with temperatures from the validation rows. The learning rate of flat-full is `FULL_LEARNING_RATE`. All models get
+the same training rows, and the same validation rows if they need any.
 
 Models for several labels a text (hallmarks, ohsumed_multilabel), over all nodes, closed upwards:
 
@@ -91,7 +91,7 @@ FOLDERS = {"hallmarks": "hallmarks_of_cancer"}  # named otherwise than the task
 SETFIT_STEPS = 500
 FULL_LEARNING_RATE = 1e-4
 WHOLE = ("--consistency", "0")
-PLAIN = ("--lexical_head", "false", *WHOLE)
+PLAIN = ("--lexical_head", "false", "--focal_gamma", "0", *WHOLE)
 TRAINED = {  # trained by train.py, with these flags after the recipe
     "flat-full": ("--tuning", "full", "--learning_rate", str(FULL_LEARNING_RATE), *PLAIN),
     "flat-lora": ("--quantization", "none", "--lora_r", "16", "--lora_alpha", "32", *PLAIN),

@@ -3,7 +3,7 @@
     python benchmarks/studies/ablation.py --data FOLDER --encoder ENCODER [--task ohsumed --variant "focal, gamma 1" … --fold 0 …]
 
 FOLDER holds ``ohsumed/{train,labels}.csv`` and ``medical_abstracts/{train,validation}.csv``. `VARIANTS` and `OF_TASK` list
-the change of each run to the task's recipe, at the rank of `BASE`.
+the change of each run to the task's recipe, at the rank and γ of `BASE`.
 
 - ohsumed: the training file is divided into thirds. ``train.py`` gets two of them, splits its validation rows off these, and is
   scored on the third. So early stopping and calibration use no scored row.
@@ -69,8 +69,8 @@ OF_TASK = {
         "every weight": ("--tuning", "full", "--learning_rate", "1e-4"),
     },
 }
-# changes to the recipe in all runs: the rank of the recipes before this comparison selected 64
-BASE = ("--lora_r", "16", "--lora_alpha", "32")
+# changes to the recipe in all runs: the recipes' settings before this comparison
+BASE = ("--lora_r", "16", "--lora_alpha", "32", "--focal_gamma", "0")
 KEPT = ("{}_log_loss", "{}_ece", "{}_macro_f1", "{}_hierarchical_f1", "{}_level_1_accuracy", "lexical_weight",
         "uncalibrated_{}_accuracy", "uncalibrated_{}_macro_f1", "uncalibrated_{}_log_loss", "epoch")  # fmt: skip
 
