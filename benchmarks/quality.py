@@ -417,7 +417,7 @@ def print_ablation(results: list[dict], names: tuple[str, ...]) -> None:
     frame = frame.reindex(columns=frame.columns.union(shown, sort=False))
     rows = []
     for task in frame["task"].unique():
-        for model in ("qlora-whole", "qlora-halves", "qlora-rank-16", "qlora"):
+        for model in ("qlora-whole", "qlora-halves", "qlora-rank-16", "qlora-gamma-0", "qlora"):
             runs = frame[(frame["task"] == task) & (frame["model"] == model)]
             for title, prefix in parts.items():
                 if len(runs) and runs[prefix + names[0]].notna().any():
