@@ -53,7 +53,7 @@ def is_full_disk(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     # of safetensors, tokenizers and torch, which raise error types of their own
-    messages = ("No space left", "os error 28", "PytorchStreamWriter failed", "iostream error")
+    messages = ("No space left", "os error 28", "PytorchStreamWriter failed", "iostream error", "unexpected pos")
     return any(message in str(error) for message in messages)
 
 

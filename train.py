@@ -327,7 +327,7 @@ def failure(error: Exception) -> str | None:
     if isinstance(error, (InputError, TaxonomyError)):
         return str(error)
     if is_full_disk(error):
-        return f"{one_line(error)}: make room, then --resume_from_checkpoint auto goes on"
+        return f"the disk is full ({one_line(error)}): make room, then --resume_from_checkpoint auto goes on"
     if should_reduce_batch_size(error):
         return f"{one_line(error)}; give --auto_find_batch_size true or --gradient_checkpointing true"
     if isinstance(error, ImportError) and "install" in str(error):  # of a flag that needs more than requirements.txt
