@@ -140,7 +140,7 @@ class Taxonomy:
         separator: str = "/",
         descriptions: dict[str, str] | None = None,
     ) -> "Taxonomy":
-        """Build a taxonomy from (parent, child) pairs of names.
+        """Build a taxonomy from (parent, child) pairs of names, and descriptions of some children.
 
         A child without a parent is a root, and so is a parent that is no node's child: a warning follows if its name
         resembles another node's. TaxonomyError: a cycle, a child with two parents, an empty child.
@@ -394,6 +394,7 @@ def _read_rows(text: str, delimiter: str) -> tuple[list[tuple[str, str]], dict[s
         if len(fields) != len(header):
             raise TaxonomyError(f"row {number} has {len(fields)} fields, where the header has {len(header)}")
     pairs = [(fields[header.index("parent")], fields[header.index(child)]) for fields in rows]
-    column = header.index("description") if "description" in header else None
-    texts = ["" if column is None else " ".join(fields[column].split()) for fields in rows]
+    if "description" not in header:
+        return pairs, {}
+    texts = [" ".join(fields[header.index("description")].split()) for fields in rows]
     return pairs, {compose(name.strip()): text for (_, name), text in zip(pairs, texts, strict=True) if text}

@@ -161,19 +161,26 @@ def fit_node_thresholds(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray) -
     """Fit the thresholds of the nodes to calibrated logits that were not fitted to these texts; 0.5 if no label is 1.
 
     A node's own threshold is the one of best F1, given the choices below it. It is averaged with the common threshold of
-    best micro-F1, in logits, with weights k and m: k is the node's number of positives. m is the value of `STRENGTHS` with the
-    greatest sum of micro- and macro-F1 in repeated cross-validation; of equally good ones the greatest.
+    best micro-F1, in logits, with weights k and m: k is the node's number of positives, and m of `choose_strength`.
     """
-    best = math.inf
-    if len(u) > 1:
-        totals = dict.fromkeys(STRENGTHS, np.zeros((3, taxonomy.num_nodes)))
-        folds = RepeatedKFold(n_splits=min(FOLDS, len(u)), n_repeats=REPEATS, random_state=0)
-        for fitted, scored in folds.split(u):
-            for strength, thresholds in shrunk_thresholds(taxonomy, u[fitted], labels[fitted], STRENGTHS).items():
-                chosen = choose(taxonomy, expit(u[scored]), thresholds)
-                totals[strength] = totals[strength] + node_counts(chosen, labels[scored])
-        best = max(STRENGTHS, key=lambda strength: micro_f1(totals[strength]) + macro_f1(totals[strength]))
-    return shrunk_thresholds(taxonomy, u, labels, (best,))[best]
+    strength = choose_strength(taxonomy, u, labels)
+    return shrunk_thresholds(taxonomy, u, labels, (strength,))[strength]
+
+
+def choose_strength(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray, repeats: int = REPEATS) -> float:
+    """Return the value of `STRENGTHS` with the greatest sum of micro- and macro-F1 in repeated cross-validation.
+
+    Of equally good ones it is the greatest.
+    """
+    if len(u) < 2:
+        return math.inf
+    totals = dict.fromkeys(STRENGTHS, np.zeros((3, taxonomy.num_nodes)))
+    folds = RepeatedKFold(n_splits=min(FOLDS, len(u)), n_repeats=repeats, random_state=0)
+    for fitted, scored in folds.split(u):
+        for strength, thresholds in shrunk_thresholds(taxonomy, u[fitted], labels[fitted], STRENGTHS).items():
+            chosen = choose(taxonomy, expit(u[scored]), thresholds)
+            totals[strength] = totals[strength] + node_counts(chosen, labels[scored])
+    return max(STRENGTHS, key=lambda strength: micro_f1(totals[strength]) + macro_f1(totals[strength]))
 
 
 def shrunk_thresholds(

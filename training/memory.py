@@ -17,6 +17,6 @@ def keep_memory(threshold: int, kept: int, more: int = 2**17) -> None:
 
 
 def give_back_memory() -> None:
-    """Return freed memory to the system: the gaps between blocks in use add up, by 60 bytes a row in the driver of a cluster."""
+    """Return freed memory to the system: in a long run, the gaps between blocks in use add up."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)

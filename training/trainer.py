@@ -53,7 +53,7 @@ class HierarchicalTrainer(PublishingTrainer):
 
     def __init__(self, *args: Any, loss_function: nn.Module | None = None, consistency: float = 0.0, **kwargs: Any):
         with refusing("cannot set up training"), warnings.catch_warnings():
-            # the Trainer's own smoothing is not used, that of the loss is
+            # the loss smooths labels itself, and the Trainer warns that it cannot with several labels a text
             warnings.filterwarnings("ignore", "Label smoothing is not compatible")
             super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:

@@ -2,17 +2,15 @@
 
     python benchmarks/studies/ray_checkpoint.py
 
-20,000 rows in 40 files are read, passed through a function that sleeps, and written to Parquet files. At 10 random numbers of
-written files, all workers of Ray or the driver are killed, as soon as the next file appears: a file is written before its
-checkpoint. A driver that is killed, or fails, is started again.
+20,000 rows in 40 files are read, passed through a function that sleeps, and written to Parquet files. Ten times,
+at random numbers of written files, all workers of Ray or the driver are killed as soon as a file appears. A file is written before
+its checkpoint. A driver that is killed, or fails, is started again.
 
 Supports docs/experiments.md, "2026-11-27: Ray Data's own checkpointing".
 """
 
 import argparse
-import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +18,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -52,9 +51,8 @@ def main() -> None:
     if arguments.folder:
         run(arguments.folder)
         return
-    print(
-        "| seed | killed: workers | killed: driver | started again | rows | missing | twice |\n" + "| ---: " * 7 + "|"
-    )
+    print("| seed | killed: workers | killed: driver | started again | rows | missing | twice |")
+    print("| ---: " * 7 + "|")
     for seed in arguments.seed:
         with tempfile.TemporaryDirectory() as scratch:
             counts = disturb(Path(scratch), random.Random(seed))
@@ -83,30 +81,17 @@ def disturb(folder: Path, draw: random.Random) -> Counter[str]:
                 del moments[0]
                 strike = draw.choice(("workers", "driver"))
                 counts[strike] += 1
-                for process in descendants(driver.pid) if strike == "workers" else [driver.pid]:
-                    os.kill(process, signal.SIGKILL)
                 if strike == "driver":
+                    driver.kill()
                     driver.wait()
+                else:
+                    for process in psutil.Process(driver.pid).children(recursive=True):
+                        if process.cmdline() and process.cmdline()[0].startswith("ray::"):
+                            process.kill()
             time.sleep(0.001)
     finally:
         driver.kill()
     return counts
-
-
-def descendants(process: int) -> list[int]:
-    """Return the process ids of the workers of Ray that a driver has started."""
-    table = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True).stdout
-    rows = [line.split(None, 2) for line in table.splitlines()]
-    parents = {int(pid): int(parent) for pid, parent, _ in rows}
-
-    def is_below(pid: int) -> bool:
-        while pid in parents:
-            pid = parents[pid]
-            if pid == process:
-                return True
-        return False
-
-    return [int(pid) for pid, _, words in rows if words.startswith("ray::") and is_below(int(pid))]
 
 
 if __name__ == "__main__":
