@@ -43,8 +43,12 @@ class Model:
         self._pipeline = load(arguments, dtype, gpu)
         config, by_id = self._pipeline.model.config, arguments.id_column is not None
         weights = fingerprint(arguments.model, arguments.revision, Path(config.encoder_name_or_path))
-        writes_tasks = output_kind(arguments.output, arguments.output_format) == TASKS
+        kind = output_kind(arguments.output, arguments.output_format)
         tree, multi_label = config.tree, config.is_multi_label
+        if multi_label and kind == ".csv" and (split := [label for label in tree.labels if ";" in label]):
+            raise InputError(
+                f"--output {arguments.output}: a CSV joins labels by ';', which {split[0]!r} holds: write JSON Lines"
+            )
         parents = {tree.labels[node]: tree.labels[parent] for node, parent in enumerate(tree.parents) if parent >= 0}
         self.rows = RowFormat(
             by_id,
@@ -54,7 +58,7 @@ class Model:
             uncertainty=arguments.uncertainty,
             classes=[*config.id2label.values()] if arguments.probabilities else [],
             parents=parents,
-            version=weights[:12] if writes_tasks else None,
+            version=weights[:12] if kind == TASKS else None,
         )
         self.description = {
             "dtype": dtype,

@@ -606,6 +606,17 @@ def test_a_checkpoint_whose_pipeline_is_older_than_costs_predicts_without_them(c
         inside(*words)
 
 
+def test_labels_that_a_csv_cannot_tell_apart_are_refused(labels_checkpoint, tmp_path):
+    folder = shutil.copytree(labels_checkpoint, tmp_path / "checkpoint")
+    config = (folder / "config.json").read_text(encoding="utf-8")
+    (folder / "config.json").write_text(config.replace("nervous system", "nervous; system"), encoding="utf-8")
+    words = ("--model", folder, "--input", CORPUS / "test.csv", "--dtype", "fp32", "--output")
+    with pytest.raises(InputError, match="a CSV joins labels by ';', which 'nervous; system diseases' holds"):
+        inside(*words, tmp_path / "out.csv")
+    inside(*words, tmp_path / "out.jsonl")
+    assert any("nervous; system diseases" in row["labels"] for row in read_json_lines(tmp_path / "out.jsonl"))
+
+
 def test_with_several_labels_costs_replace_the_thresholds(labels_checkpoint, texts, tmp_path):
     pd.DataFrame({"text": texts}).to_csv(tmp_path / "in.csv", index=False)
     words = ("--model", labels_checkpoint, "--input", tmp_path / "in.csv", "--dtype", "fp32", "--probabilities")
