@@ -8,7 +8,8 @@ FOLDER holds ``ohsumed/{train,test,labels}.csv``, ``medical_abstracts/{train,val
 
 Models for one label a text (ohsumed, medical_abstracts):
 
-- tfidf-svm: a linear SVM over TF-IDF of words and word pairs, by scikit-learn;
+- tfidf-svm: a linear SVM over TF-IDF of words and word pairs, by scikit-learn. Strength, class weights and whether stop words
+  are left out are those of best accuracy on the validation rows;
 - hiclass-tfidf: the same for each parent of the taxonomy, by HiClass;
 - hiclass-embeddings: logistic regression over the frozen encoder's mean vectors for each parent, by HiClass;
 - setfit: the encoder fine-tuned on pairs of texts, then logistic regression, by SetFit: `SETFIT_STEPS` steps of 16 pairs,
@@ -58,6 +59,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +68,8 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
+from scipy.sparse import csr_matrix
 from sklearn.base import ClassifierMixin
-from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
 from transformers import EvalPrediction
@@ -74,7 +77,7 @@ from transformers import EvalPrediction
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from multi_label_peers import PEERS, TFIDF, paired_intervals, score_checkpoint, score_peer, unpack
+from multi_label_peers import PEERS, SVM_STRENGTHS, paired_intervals, score_checkpoint, score_peer, unpack, vectors
 
 from evaluation.metrics import bootstrap_intervals, build_compute_metrics, one_hot
 from evaluation.report import RECALL
@@ -83,6 +86,8 @@ from training.arguments import DataArguments
 from training.multi_label import multi_hot
 from training.precision import has_bf16
 from training.splits import load_splits
+
+Predict = Callable[[Any], np.ndarray]
 
 SINGLE_LABEL_TASKS = ("ohsumed", "medical_abstracts")
 MULTI_LABEL_TASKS = ("hallmarks", "ohsumed_multilabel")
@@ -287,23 +292,28 @@ def keep(arguments: argparse.Namespace, run: dict) -> None:
 # ── Peers: each returns leaf ids and answers of the test rows ───────────────────────────────────────────────────────
 
 
-def vectors(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return TF-IDF of the training rows, their labels, and TF-IDF of the test rows."""
-    texts, labels = task.rows("train")
-    tfidf = TfidfVectorizer(**TFIDF)
-    known = tfidf.fit_transform(texts)
-    texts, unseen = task.rows("test")
-    return known, labels, tfidf.transform(texts), unseen
-
-
 def tfidf_svm(task: Task, encoder: str) -> tuple[np.ndarray, np.ndarray]:
-    known, labels, others, unseen = vectors(task)
-    return unseen, LinearSVC(random_state=task.seed).fit(known, labels).predict(others)
+    return best_on_validation(task, lambda svm, known, labels: svm.fit(known, labels).predict)
 
 
 def hiclass_tfidf(task: Task, encoder: str) -> tuple[np.ndarray, np.ndarray]:
-    known, labels, others, unseen = vectors(task)
-    return unseen, hiclass(task.tree, LinearSVC(random_state=task.seed), known, labels, others)
+    return best_on_validation(task, partial(hiclass, task.tree))
+
+
+def best_on_validation(
+    task: Task, fit: Callable[[LinearSVC, csr_matrix, np.ndarray], Predict]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fit linear SVMs over TF-IDF. Return labels and predictions of the test rows, by the SVM of best validation accuracy."""
+    rows = {split: task.rows(split) for split in ("train", "validation", "test")}
+    most_accurate, answers = -1.0, np.array([])
+    for features in vectors(rows).values():
+        for strength, weight in product(SVM_STRENGTHS, (None, "balanced")):
+            svm = LinearSVC(C=strength, class_weight=weight, random_state=task.seed)
+            predict = fit(svm, features["train"], rows["train"][1])
+            accuracy = float((predict(features["validation"]) == rows["validation"][1]).mean())
+            if accuracy > most_accurate:
+                most_accurate, answers = accuracy, predict(features["test"])
+    return rows["test"][1], answers
 
 
 def hiclass_embeddings(task: Task, encoder: str) -> tuple[np.ndarray, np.ndarray]:
@@ -313,13 +323,11 @@ def hiclass_embeddings(task: Task, encoder: str) -> tuple[np.ndarray, np.ndarray
     body.max_seq_length = 512
     (texts, labels), (others, unseen) = task.rows("train"), task.rows("test")
     known, others = (body.encode(some, batch_size=16) for some in (texts, others))
-    return unseen, hiclass(task.tree, LogisticRegression(C=10, max_iter=2000), known, labels, others)
+    return unseen, hiclass(task.tree, LogisticRegression(C=10, max_iter=2000), known, labels)(others)
 
 
-def hiclass(
-    tree: Taxonomy, classifier: ClassifierMixin, known: np.ndarray, labels: np.ndarray, others: np.ndarray
-) -> np.ndarray:
-    """Return leaf ids from a local classifier for each parent, from the root down."""
+def hiclass(tree: Taxonomy, classifier: ClassifierMixin, known: np.ndarray, labels: np.ndarray) -> Predict:
+    """Fit a local classifier for each parent. Return a function that predicts leaf ids, from the root down."""
     from hiclass import LocalClassifierPerParentNode
 
     def padded(leaf: int) -> list[str]:
@@ -328,10 +336,10 @@ def hiclass(
 
     model = LocalClassifierPerParentNode(local_classifier=classifier)
     model.fit(known, np.array([padded(leaf) for leaf in labels], dtype=object))
-    return np.array([int([node for node in path if node != ""][-1]) for path in model.predict(others)])
+    return lambda others: np.array([int([node for node in path if node != ""][-1]) for path in model.predict(others)])
 
 
-def setfit(task: Task, encoder: str) -> tuple[np.ndarray, np.ndarray]:
+def setfit(task: Task, encoder: str, steps: int = SETFIT_STEPS) -> tuple[np.ndarray, np.ndarray]:
     from datasets import Dataset
     from setfit import SetFitModel, Trainer, TrainingArguments
 
@@ -344,7 +352,7 @@ def setfit(task: Task, encoder: str) -> tuple[np.ndarray, np.ndarray]:
         args=TrainingArguments(
             output_dir=str(ROOT / "runs" / "setfit"),
             batch_size=16,
-            max_steps=SETFIT_STEPS,
+            max_steps=steps,
             seed=task.seed,
             save_strategy="no",
             report_to="none",
