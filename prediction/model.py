@@ -45,10 +45,9 @@ class Model:
         weights = fingerprint(arguments.model, arguments.revision, Path(config.encoder_name_or_path))
         kind = output_kind(arguments.output, arguments.output_format)
         tree, multi_label = config.tree, config.is_multi_label
-        if multi_label and kind == ".csv" and (split := [label for label in tree.labels if ";" in label]):
-            raise InputError(
-                f"--output {arguments.output}: a CSV joins labels by ';', which {split[0]!r} holds: write JSON Lines"
-            )
+        if multi_label and kind == ".csv" and (ambiguous := [label for label in tree.labels if ";" in label]):
+            reason = f"a CSV file joins labels by ';', and the label {ambiguous[0]!r} contains one"
+            raise InputError(f"--output {arguments.output}: {reason}; write .jsonl or .parquet")
         parents = {tree.labels[node]: tree.labels[parent] for node, parent in enumerate(tree.parents) if parent >= 0}
         self.rows = RowFormat(
             by_id,

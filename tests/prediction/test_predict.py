@@ -611,7 +611,7 @@ def test_labels_that_a_csv_cannot_tell_apart_are_refused(labels_checkpoint, tmp_
     config = (folder / "config.json").read_text(encoding="utf-8")
     (folder / "config.json").write_text(config.replace("nervous system", "nervous; system"), encoding="utf-8")
     words = ("--model", folder, "--input", CORPUS / "test.csv", "--dtype", "fp32", "--output")
-    with pytest.raises(InputError, match="a CSV joins labels by ';', which 'nervous; system diseases' holds"):
+    with pytest.raises(InputError, match="the label 'nervous; system diseases' contains one; write"):
         inside(*words, tmp_path / "out.csv")
     inside(*words, tmp_path / "out.jsonl")
     assert any("nervous; system diseases" in row["labels"] for row in read_json_lines(tmp_path / "out.jsonl"))
