@@ -114,7 +114,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             # bitsandbytes repacks the weights in their first forward, which two threads must not do at once
             with torch.inference_mode():
                 self.model(**self.tokenizer("a", return_tensors="pt"))
-        if self.device.type == "cpu" and self.model.encoder.dtype == torch.bfloat16:
+        if self.device.type == "cpu":
             use_cpu_kernels(self.model.encoder)
         self.preprocess(["a"])  # sets the tokenizer's truncation once, before threads share it
 
@@ -359,13 +359,14 @@ class HierarchicalTextClassificationPipeline(Pipeline):
 
 
 def use_cpu_kernels(encoder: PreTrainedModel) -> None:
-    """Speed up a bfloat16 encoder on a CPU, in place, or warn where private names of the libraries have changed."""
+    """Speed up an encoder on a CPU, in place, or warn where private names of the libraries have changed."""
     try:
         if __package__:  # as remote code of a checkpoint
             from .cpu_hierarchical import attend_by_document, pack_linear_layers
         else:
             from cpu_hierarchical import attend_by_document, pack_linear_layers
-        attend_by_document(encoder)
+        if encoder.dtype == torch.bfloat16:
+            attend_by_document(encoder)
         pack_linear_layers(encoder)
     except Exception as error:  # a renamed function or argument: ImportError, AttributeError, TypeError, RuntimeError
         logger.warning_once(

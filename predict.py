@@ -85,7 +85,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     costs = "distance in the tree, a CSV file of leaf by leaf, or missing=NUMBER,inventing=NUMBER with several labels"
     add("--costs", help=f"predict what costs least on average: {costs}")
     add("--uncertainty", action="store_true", help="also write the entropy, and the level that adds most of it")
-    dtypes = "bf16 if the machine supports it, int8 on a CPU with VNNI or AMX and torchao, else fp32"
+    dtypes = "bf16 if the machine supports it, int8 on another CPU with VNNI or AMX, else fp32"
     add("--dtype", choices=("auto", *DTYPES), default="auto", help=f"default: auto, which is {dtypes}")
     add("--batch_size", type=int, help="texts per batch; default: batches by number of tokens")
     addresses = "the cluster's address, auto, or local, which starts Ray on this machine; default: local"

@@ -1,12 +1,18 @@
 """Measure rate, latency, memory and agreement of inference on a CPU, beside peers with the same weights:
 
-    pip install -r tests/requirements.txt -r tests/optional.txt
+    pip install -r tests/requirements.txt -r tests/optional.txt nncf
     python benchmarks/inference.py --encoder ENCODER [--texts ohsumed/test.csv] [--model CHECKPOINT]
 
 - Peers: the stock ``pipeline("text-classification")`` in float32, 32 texts a batch, and in bfloat16; ONNX Runtime in float32
-  and with dynamic int8 weights; torch.compile in bfloat16. ONNX Runtime and torch.compile use the batches by length of this
-  project's pipeline.
-- This project: ``pipeline("hierarchical-text-classification")`` in float32, bfloat16 and int8 (torchao).
+  and with dynamic int8 weights; torch.compile in bfloat16; OpenVINO in float32, in bfloat16, and in int8 by NNCF, calibrated on
+  `CALIBRATION_TEXTS` texts. ONNX Runtime and torch.compile use the batches by length of this project's pipeline, and
+  OpenVINO runs the encoder inside it.
+- This project: ``pipeline("hierarchical-text-classification")`` in float32, bfloat16 and int8.
+
+A laptop without bfloat16 products is measured with the instruction set held down. torch and OpenVINO obey, as their profiles
+show. ONNX Runtime reads no such variable, so its rates are upper bounds:
+
+    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2_VNNI python benchmarks/inference.py …
 
 Peers alternate in every round. "Share of the peak" divides useful FLOPs, without padding, by the highest rate at which this
 machine multiplies 4,096 × 4,096 matrices of the type, measured in the same round.
@@ -26,13 +32,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, pipeline
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, PreTrainedTokenizerBase, pipeline
+from transformers.modeling_outputs import BaseModelOutput
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -42,19 +52,26 @@ from checkpoint_hierarchical import load_encoder
 from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from pipeline_hierarchical import TOKENS, batches_by_length, padded_length
-from prediction.model import KEPT_MEMORY, quantize
+from prediction.int8 import quantize
+from prediction.model import KEPT_MEMORY
 from publishing.export import export_onnx
 from taxonomy_hierarchical import Taxonomy
 from training.memory import keep_memory
 
 PEAK_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+PRECISIONS = {"fp32": "f32", "bf16": "bf16"}  # OpenVINO's names
+CALIBRATION_TEXTS = 300  # NNCF's default
+HELD_DOWN = {name: os.environ[name] for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA") if name in os.environ}
+DTYPES = [dtype for dtype in PEAK_TYPES if dtype != "bf16" or not HELD_DOWN]
+AROUND_INT8 = "fp32" if HELD_DOWN else "bf16"  # OpenVINO's type of operations around int8 products
 TAXONOMY = {f"group {i}": [f"class {i}.{j}" for j in range(5)] for i in range(5)}
 COLD = """
 import sys
 from transformers import pipeline
 import torch
-classify = pipeline("hierarchical-text-classification", model=sys.argv[1], trust_remote_code=True, dtype=torch.bfloat16)
-print(classify(sys.argv[2])["label"])
+dtype = getattr(torch, sys.argv[2])
+classify = pipeline("hierarchical-text-classification", model=sys.argv[1], trust_remote_code=True, dtype=dtype)
+print(classify(sys.argv[3])["label"])
 """
 
 
@@ -81,7 +98,7 @@ def main() -> None:
         model = arguments.model or make_checkpoint(arguments.encoder, Path(scratch) / "model")
         for part in arguments.parts:
             found[part] = PARTS[part](model, texts, arguments, Path(scratch))
-            found["machine"] = {"cpu": torch.cpu.get_capabilities()["cpu_name"], "cores": os.cpu_count()}
+            found["machine"] = {"cpu": torch.cpu.get_capabilities()["cpu_name"], "cores": os.cpu_count(), **HELD_DOWN}
             arguments.output.write_text(json.dumps(found, indent=1) + "\n")
             print(f"\n{part}\n")
             table(found[part])
@@ -157,6 +174,60 @@ def runtime(model: str, file: Path) -> OverBatches:
     )
 
 
+class OpenVinoEncoder(nn.Module):
+    """Run an encoder by OpenVINO, with its fused attention. Threads have a request each.
+
+    Args:
+        tokenizer: its inputs are the encoder's.
+        calibration: texts on which NNCF quantizes to int8; none for floating point.
+        settings: OpenVINO's, such as INFERENCE_PRECISION_HINT.
+    """
+
+    def __init__(self, encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, calibration: list[str], **settings: str):
+        import nncf
+        from openvino import Core, convert_model
+
+        super().__init__()
+        self.names = names = tokenizer.model_input_names
+
+        class Hidden(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.encoder = encoder
+
+            def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+                return self.encoder(**dict(zip(names, inputs, strict=True))).last_hidden_state
+
+        example = tuple(torch.ones(2, 7, dtype=torch.long) for _ in names)
+        sizes = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+        with torch.no_grad():
+            converted = convert_model(torch.export.export(Hidden(), example, dynamic_shapes=((sizes,) * len(names),)))
+        if calibration:
+            tokenize = partial(tokenizer, truncation=True, return_tensors="np")
+            dataset = nncf.Dataset(calibration, lambda text: [tokenize(text)[name] for name in names])
+            converted = nncf.quantize(
+                converted, dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(calibration)
+            )
+        self.compiled = Core().compile_model(converted, "CPU", settings)
+        self.of_thread = threading.local()
+
+    def forward(self, **inputs: torch.Tensor) -> BaseModelOutput:
+        if not hasattr(self.of_thread, "request"):
+            self.of_thread.request = self.compiled.create_infer_request()
+        self.of_thread.request.infer([inputs[name].numpy() for name in self.names])
+        return BaseModelOutput(torch.tensor(self.of_thread.request.get_output_tensor().data))
+
+
+def openvino(model: str, dtype: str, texts: list[str], hint: str = "THROUGHPUT"):
+    """Return this project's pipeline with its encoder in OpenVINO."""
+    classify = ours(model, "fp32")
+    precision = PRECISIONS[AROUND_INT8 if dtype == "int8" else dtype]
+    settings = {"PERFORMANCE_HINT": hint, "INFERENCE_PRECISION_HINT": precision}
+    calibration = texts[-CALIBRATION_TEXTS:] if dtype == "int8" else []
+    classify.model.encoder = OpenVinoEncoder(classify.model.encoder, classify.tokenizer, calibration, **settings)
+    return classify
+
+
 def compiled(model: str) -> OverBatches:
     import torch._inductor.config
 
@@ -171,12 +242,14 @@ def compiled(model: str) -> OverBatches:
     return OverBatches(model, call)
 
 
-def peers(model: str, scratch: Path) -> dict[str, tuple[str, Callable, Callable[[list[str]], torch.Tensor]]]:
+def peers(
+    model: str, scratch: Path, texts: list[str]
+) -> dict[str, tuple[str, Callable, Callable[[list[str]], torch.Tensor]]]:
     """For each peer, return its type, the function to time, and its leaf probabilities (num_texts, num_leaves)."""
     names = ours(model, "fp32").tree.labels
     export_onnx(Path(model), scratch)
     found: dict = {}
-    for dtype in ("fp32", "bf16"):
+    for dtype in filter(PRECISIONS.__contains__, DTYPES):
         classify = stock(model, dtype)
         found[f"stock pipeline, {dtype}"] = (
             dtype,
@@ -188,11 +261,14 @@ def peers(model: str, scratch: Path) -> dict[str, tuple[str, Callable, Callable[
         ("ONNX Runtime, int8", "int8", runtime(model, scratch / QUANTIZED_ONNX_FILE)),
         ("torch.compile, bf16", "bf16", compiled(model)),
     ):
-        found[name] = (dtype, call, call)
-    for dtype in ("fp32", "int8", "bf16"):
-        classify = ours(model, dtype)
-        found[f"this project, {dtype}"] = (
-            dtype,
+        if dtype in DTYPES:
+            found[name] = (dtype, call, call)
+    pipelines = {f"OpenVINO, {dtype}": partial(openvino, model, dtype, texts) for dtype in DTYPES}
+    pipelines |= {f"this project, {dtype}": partial(ours, model, dtype) for dtype in DTYPES}
+    for name, load in pipelines.items():
+        classify = load()
+        found[name] = (
+            name.rpartition(" ")[2],
             classify,
             lambda texts, classify=classify: in_order(
                 [
@@ -225,7 +301,7 @@ def base_size(model: str, texts: list[str], arguments: argparse.Namespace, scrat
 
 def compare(model: str, texts: list[str], count: int, rounds: int, scratch: Path) -> list[dict]:
     """Measure the rates of all peers. Each round has new texts, so that compiling for new lengths is included."""
-    everyone = peers(model, scratch)
+    everyone = peers(model, scratch, texts)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=True)
     config = AutoConfig.from_pretrained(model, trust_remote_code=True).text_config
     first, *others = ([texts[(turn * count + i) % len(texts)] for i in range(count)] for turn in range(rounds + 1))
@@ -233,11 +309,11 @@ def compare(model: str, texts: list[str], count: int, rounds: int, scratch: Path
         sum(useful_flops(config, len(ids)) for ids in tokenizer(some, truncation=True)["input_ids"]) for some in others
     ]
     seconds: dict[str, list[float]] = {name: [] for name in everyone}
-    peaks: dict[str, list[float]] = {dtype: [] for dtype in PEAK_TYPES}
+    peaks: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}
     for _, call, _ in everyone.values():
         call(first)  # warm up: compile, and fill caches
     for some in others:
-        for dtype in PEAK_TYPES:
+        for dtype in DTYPES:
             peaks[dtype].append(peak(dtype))
         for name, (_, call, _) in everyone.items():
             begun = time.perf_counter()
@@ -304,7 +380,8 @@ def latency(model: str, texts: list[str], arguments: argparse.Namespace, scratch
     everyone = {
         "stock pipeline, fp32": stock(model, "fp32"),
         "ONNX Runtime, int8": runtime(model, scratch / QUANTIZED_ONNX_FILE),
-        **{f"this project, {dtype}": ours(model, dtype) for dtype in ("fp32", "bf16")},
+        **{f"OpenVINO, {dtype}": openvino(model, dtype, texts, "LATENCY") for dtype in DTYPES},
+        **{f"this project, {dtype}": ours(model, dtype) for dtype in DTYPES},
     }
     flags = {"stock pipeline, fp32": {"truncation": True}}
     seconds: dict[str, list[float]] = {name: [] for name in everyone}
@@ -326,9 +403,11 @@ def latency(model: str, texts: list[str], arguments: argparse.Namespace, scratch
     starts = []
     for _ in range(3):
         begun = time.perf_counter()
-        subprocess.run([sys.executable, "-W", "ignore", "-c", COLD, model, texts[0]], check=True, capture_output=True)
+        dtype = "bfloat16" if "bf16" in DTYPES else "float32"
+        command = [sys.executable, "-W", "ignore", "-c", COLD, model, dtype, texts[0]]
+        subprocess.run(command, check=True, capture_output=True)
         starts.append(time.perf_counter() - begun)
-    return [*rows, {"pipeline": "this project, bf16: a new process", "p50 ms": round(1000 * statistics.median(starts))}]
+    return [*rows, {"pipeline": "this project: a new process", "p50 ms": round(1000 * statistics.median(starts))}]
 
 
 def scale(model: str, texts: list[str], arguments: argparse.Namespace, scratch: Path) -> list[dict]:
@@ -367,17 +446,18 @@ def accuracy(model: str, texts: list[str], arguments: argparse.Namespace, scratc
         return [{"accuracy": "needs --model"}]
     with arguments.texts.open(encoding="utf-8", newline="") as file:
         labels = [row["label"] for row in csv.DictReader(file)]
-    tree = AutoConfig.from_pretrained(model, trust_remote_code=True).tree
     names = dict(zip(sorted(set(labels)), sorted(set(labels)), strict=True))
     classes = arguments.texts.parent / "labels.csv"
     if classes.exists():
         with classes.open(encoding="utf-8", newline="") as file:
             names = {row["label"]: row["name"] for row in csv.DictReader(file)}
+    pipelines = {f"this project, {dtype}": partial(ours, model, dtype) for dtype in DTYPES}
+    pipelines["OpenVINO, int8"] = partial(openvino, model, "int8", texts)
     rows = []
-    for dtype in ("fp32", "bf16", "int8"):
-        results = ours(model, dtype)(texts)
+    for name, load in pipelines.items():
+        results = load()(texts)
         right = sum(one["label"].rpartition("/")[2] == names[label] for one, label in zip(results, labels, strict=True))
-        rows.append({"type": dtype, "accuracy, %": round(100 * right / len(labels), 2), "leaves": tree.num_leaves})
+        rows.append({"pipeline": name, "accuracy, %": round(100 * right / len(labels), 2)})
     return rows
 
 

@@ -1,7 +1,6 @@
 """Load a checkpoint to classify records, and describe what its predictions depend on."""
 
 import hashlib
-import importlib.util
 import json
 import logging
 from argparse import Namespace
@@ -17,6 +16,7 @@ from checkpoint_files import MODEL_FILES, list_files
 from errors import InputError, one_line
 from pipeline_hierarchical import read_cost_table
 from prediction.input import Record
+from prediction.int8 import has_int8_products, quantize
 from prediction.output import Block
 from prediction.rows import TASKS, RowFormat, output_kind
 from training.files import sha256
@@ -114,12 +114,12 @@ def read_costs(word: str | None) -> tuple[str | dict | None, str | None]:
 
 def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
     """Load the checkpoint as a pipeline, or raise InputError."""
-    # before they are imported: they warn of kernels
-    for library in ("bitsandbytes", "torchao"):
-        logging.getLogger(library).setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # before it is imported: it warns of kernels
     keep_memory(*KEPT_MEMORY)
     if dtype == "int8" and gpu:
         raise InputError("--dtype int8 is for CPUs: give bf16 or fp32")
+    if dtype == "int8" and not has_int8_products():
+        raise InputError("--dtype int8 needs a processor with VNNI or AMX: give fp32")
     named = {name: getattr(arguments, name) for name in ("batch_size", "coverage", "recall", "costs")}
     # pipelines of older checkpoints lack newer arguments
     given = {name: value for name, value in named.items() if value is not None}
@@ -156,18 +156,7 @@ def choose_dtype(gpu: bool) -> str:
     """Return the name of the fastest dtype on this machine."""
     if has_bf16(cpu=not gpu):
         return "bf16"
-    capabilities = torch.cpu.get_capabilities()
-    multiplies_int8 = any(capabilities.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
-    return "int8" if multiplies_int8 and not gpu and importlib.util.find_spec("torchao") else "fp32"
-
-
-def quantize(encoder: torch.nn.Module) -> None:
-    """Quantize linear layers to 8 bits, in place: weights with a scale per row, inputs with a scale per token."""
-    try:
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-    except ImportError as error:
-        raise InputError(f"--dtype int8 needs torchao: pip install torchao ({one_line(error)})") from error
-    quantize_(encoder, Int8DynamicActivationInt8WeightConfig())
+    return "int8" if has_int8_products() and not gpu else "fp32"
 
 
 def fingerprint(model: str, revision: str | None, encoder: Path) -> str:

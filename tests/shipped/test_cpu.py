@@ -190,12 +190,15 @@ packs = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
     reason="torch has no bfloat16 products by oneDNN here",
 )
+CLOSE = {torch.bfloat16: {"atol": 0.06, "rtol": 0.02}, torch.float32: {"atol": 1e-5, "rtol": 1e-5}}
 
 
-def encoders(kind: str) -> tuple[torch.nn.Module, torch.nn.Module, dict[str, torch.Tensor]]:
-    """A random encoder in bfloat16 and its copy with packed layers, and a batch."""
+def encoders(
+    kind: str, dtype: torch.dtype = torch.bfloat16
+) -> tuple[torch.nn.Module, torch.nn.Module, dict[str, torch.Tensor]]:
+    """A random encoder and its copy with packed layers, and a batch."""
     torch.manual_seed(0)
-    plain = AutoModel.from_config(AutoConfig.for_model(kind, **ENCODERS[kind])).bfloat16().eval()
+    plain = AutoModel.from_config(AutoConfig.for_model(kind, **ENCODERS[kind])).to(dtype).eval()
     packed = copy.deepcopy(plain)
     pack_linear_layers(packed)
     return plain, packed, {"input_ids": torch.randint(5, 90, (3, 20)), "attention_mask": torch.ones(3, 20).long()}
@@ -207,12 +210,13 @@ def hidden(encoder: torch.nn.Module, given: dict[str, torch.Tensor]) -> torch.Te
 
 
 @packs
+@pytest.mark.parametrize("dtype", CLOSE)
 @pytest.mark.parametrize("kind", ENCODERS)
-def test_packed_layers_answer_as_plain_ones_do(kind):
-    plain, packed, given = encoders(kind)
-    torch.testing.assert_close(hidden(packed, given), hidden(plain, given), atol=0.06, rtol=0.02)
+def test_packed_layers_answer_as_plain_ones_do(kind, dtype):
+    plain, packed, given = encoders(kind, dtype)
+    torch.testing.assert_close(hidden(packed, given), hidden(plain, given), **CLOSE[dtype])
     pack_linear_layers(packed)  # a second pipeline over the same model
-    torch.testing.assert_close(hidden(packed, given), hidden(plain, given), atol=0.06, rtol=0.02)
+    torch.testing.assert_close(hidden(packed, given), hidden(plain, given), **CLOSE[dtype])
     layers = [module for module in packed.modules() if isinstance(module, PackedLinear)]
     assert len(layers) == sum(type(module) is torch.nn.Linear for module in plain.modules())
     assert any("packed" in vars(module) for module in layers)

@@ -1,0 +1,55 @@
+"""Multiply in 8 bits on CPUs, by the oneDNN operators into which torch.compile translates quantized layers.
+
+A weight has one scale for each output, and an input one for each token. So the rounding of a text's tokens does not depend
+on the other texts of its batch, and needs no example texts.
+"""
+
+import torch
+from torch import Tensor, nn
+
+ONEDNN = torch.ops.onednn
+LARGEST = 127  # the largest absolute value of 8 bits with a sign
+ZERO_POINT = 128  # inputs have no sign: with one, oneDNN's kernel is its reference code, a thousand times as slow
+
+
+def has_int8_products() -> bool:
+    """Return whether this processor and this version of torch multiply in 8 bits without overflow."""
+    capabilities = torch.cpu.get_capabilities()
+    has_vnni = any(capabilities.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
+    return has_vnni and hasattr(ONEDNN, "qlinear_prepack") and hasattr(ONEDNN, "qlinear_pointwise")
+
+
+def quantize(encoder: nn.Module) -> None:
+    """Replace the linear layers of a float32 encoder by `Int8Linear`, in place."""
+    for module in encoder.modules():
+        for name, layer in module.named_children():
+            if isinstance(layer, nn.Linear):
+                setattr(module, name, Int8Linear(layer))
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with 8-bit weights, for inference. It multiplies (…, in) to (…, out) in float32."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        weight = linear.weight.detach()
+        self.scales = scales_of(weight)[:, 0]
+        self.zero_points = torch.zeros(linear.out_features, dtype=torch.int32)
+        rounded = (weight / self.scales[:, None]).round().to(torch.int8)
+        self.packed = ONEDNN.qlinear_prepack(rounded, None)  # in oneDNN's order of this processor
+        self.bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+
+    def forward(self, input: Tensor) -> Tensor:
+        tokens = input.flatten(0, -2)
+        scales = scales_of(tokens)
+        rounded = (tokens / scales).add_(ZERO_POINT + 0.5).to(torch.uint8)  # positive, so this rounds to the nearest
+        weight = (self.packed, self.scales, self.zero_points)
+        products = ONEDNN.qlinear_pointwise(
+            rounded, 1.0, ZERO_POINT, *weight, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return torch.addcmul(self.bias, products, scales, out=products).view(*input.shape[:-1], -1)
+
+
+def scales_of(rows: Tensor) -> Tensor:
+    """Return the step of 8-bit numbers that reach each row's largest absolute value, (num_rows, 1)."""
+    return rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny) / LARGEST

@@ -1,0 +1,57 @@
+"""Compare 8-bit layers with the products of rounded integers, computed by numpy."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from prediction.int8 import Int8Linear, has_int8_products, quantize
+
+pytestmark = pytest.mark.skipif(not has_int8_products(), reason="this processor has no 8-bit products")
+
+
+def rounded(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the nearest integers of at most 127, and the step of each row."""
+    steps = np.abs(rows).max(1, keepdims=True) / 127
+    return np.floor(rows / steps + 0.5), steps
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_layer_multiplies_rounded_numbers_exactly(has_bias):
+    torch.manual_seed(0)
+    layer, tokens = nn.Linear(100, 70, bias=has_bias), torch.randn(2, 9, 100)
+    with torch.inference_mode():
+        found = Int8Linear(layer)(tokens).numpy()
+    (x, steps), (w, of_outputs) = (
+        rounded(tokens.double().numpy().reshape(18, 100)),
+        rounded(layer.weight.detach().double().numpy()),
+    )
+    expected = (x @ w.T) * steps * of_outputs.T + (layer.bias.detach().numpy() if has_bias else 0)
+    # a number halfway between two integers may be rounded to either
+    np.testing.assert_allclose(
+        found, expected.reshape(2, 9, 70), atol=2 * float(steps.max() * np.abs(w * of_outputs).max())
+    )
+    assert np.median(np.abs(found - expected.reshape(2, 9, 70))) < 1e-5
+
+
+def test_the_largest_numbers_do_not_overflow_and_zeros_stay_zeros():
+    layer = nn.Linear(4096, 2, bias=False)
+    layer.weight.data = torch.stack([torch.full((4096,), 3.0), torch.zeros(4096)])
+    tokens = torch.stack([torch.full((4096,), 1e3), torch.full((4096,), -1e3), torch.zeros(4096)])
+    with torch.inference_mode():
+        found = Int8Linear(layer)(tokens)
+    torch.testing.assert_close(found, torch.tensor([[1.2288e7, 0], [-1.2288e7, 0], [0, 0]]))
+
+
+def test_a_token_is_rounded_alone_and_every_linear_layer_is_replaced():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Sequential(nn.Linear(64, 32)))
+    small, large = torch.randn(5, 64), 1e4 * torch.randn(5, 64)
+    quantize(model)
+    assert [type(module) for module in model.modules() if not list(module.children())] == [
+        Int8Linear,
+        nn.GELU,
+        Int8Linear,
+    ]
+    with torch.inference_mode():
+        torch.testing.assert_close(model(torch.cat([small, large]))[:5], model(small), atol=1e-5, rtol=1e-5)
