@@ -9,8 +9,8 @@ Worth knowing:
    is faster without gradients, so it takes over there too.
 3. This file uses private names of torch and transformers. Its callers import it lazily and work without it.
 4. For inference, linear layers also keep their weights in oneDNN's order, and apply GELU while the product is in the
-   cache. torch.compile does the same. With gradients the layers run as before. In float32 torch would use MKL, which on
-   AMD processors takes up to 2.4 times as long.
+   cache. torch.compile does the same. With gradients the layers run as before. In float32 torch's own layers use MKL,
+   which takes up to 2.4 times as long on an AMD EPYC.
 """
 
 from functools import cache
@@ -131,7 +131,7 @@ AttentionMaskInterface.register(ATTENTION, attention_mask)
 
 
 def pack_linear_layers(encoder: PreTrainedModel) -> None:
-    """Turn the linear layers of an encoder into `PackedLinear`, in place, if torch has such products by oneDNN.
+    """Turn the linear layers of an encoder into `PackedLinear`, in place, if oneDNN has products of its type here.
 
     Parameters, their names and gradients stay as they are. The packed weights double the memory of these layers. If this
     version of torch has other oneDNN operations, it raises their error, and the encoder is unchanged.
@@ -150,6 +150,7 @@ def pack_linear_layers(encoder: PreTrainedModel) -> None:
 
 @cache
 def packable_dtypes() -> tuple[torch.dtype, ...]:
+    """Return the types that oneDNN multiplies on this processor."""
     return (torch.float32, torch.bfloat16) if ONEDNN._is_mkldnn_bf16_supported() else (torch.float32,)
 
 

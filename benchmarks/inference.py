@@ -4,13 +4,13 @@
     python benchmarks/inference.py --encoder ENCODER [--texts ohsumed/test.csv] [--model CHECKPOINT]
 
 - Peers: the stock ``pipeline("text-classification")`` in float32, 32 texts a batch, and in bfloat16; ONNX Runtime in float32
-  and with dynamic int8 weights; torch.compile in bfloat16; OpenVINO in float32, in bfloat16, and in int8 by NNCF, calibrated on
-  `CALIBRATION_TEXTS` texts. ONNX Runtime and torch.compile use the batches by length of this project's pipeline, and
-  OpenVINO runs the encoder inside it.
+  and with dynamic int8 weights; torch.compile in bfloat16; OpenVINO in float32, in bfloat16, in static int8 by NNCF, calibrated
+  on `CALIBRATION_TEXTS` texts, and in dynamic int8, where each token is rounded in groups of `GROUP` numbers. ONNX Runtime and
+  torch.compile use the batches by length of this project's pipeline, and OpenVINO runs the encoder inside it.
 - This project: ``pipeline("hierarchical-text-classification")`` in float32, bfloat16 and int8.
 
-A laptop without bfloat16 products is measured with the instruction set held down. torch and OpenVINO obey, as their profiles
-show. ONNX Runtime reads no such variable, so its rates are upper bounds:
+A laptop without bfloat16 products is measured with the instruction set held down. torch and OpenVINO obey. ONNX Runtime reads no
+such variable, so its rates are upper bounds:
 
     ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2_VNNI python benchmarks/inference.py …
 
@@ -52,7 +52,7 @@ from checkpoint_hierarchical import load_encoder
 from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from pipeline_hierarchical import TOKENS, batches_by_length, padded_length
-from prediction.int8 import quantize
+from prediction.int8 import quantize, replace_linear_layers, scales_of
 from prediction.model import KEPT_MEMORY
 from publishing.export import export_onnx
 from taxonomy_hierarchical import Taxonomy
@@ -61,7 +61,9 @@ from training.memory import keep_memory
 PEAK_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}  # OpenVINO's names
 CALIBRATION_TEXTS = 300  # NNCF's default
+GROUP = 64  # the largest group size whose rate is not lower; its rounding error is the least
 HELD_DOWN = {name: os.environ[name] for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA") if name in os.environ}
+OPENVINO_DTYPES = [*([] if HELD_DOWN else ["bf16"]), "fp32", "static int8", "dynamic int8"]
 DTYPES = [dtype for dtype in PEAK_TYPES if dtype != "bf16" or not HELD_DOWN]
 AROUND_INT8 = "fp32" if HELD_DOWN else "bf16"  # OpenVINO's type of operations around int8 products
 TAXONOMY = {f"group {i}": [f"class {i}.{j}" for j in range(5)] for i in range(5)}
@@ -174,20 +176,40 @@ def runtime(model: str, file: Path) -> OverBatches:
     )
 
 
+class Int8Weights(nn.Module):
+    """A linear layer whose weights are stored in 8 bits. OpenVINO rounds its inputs too."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.scales = scales_of(linear.weight.detach())
+        self.weight, self.bias = (linear.weight.detach() / self.scales).round().to(torch.int8), linear.bias
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(input, self.weight * self.scales, self.bias)
+
+
 class OpenVinoEncoder(nn.Module):
     """Run an encoder by OpenVINO, with its fused attention. Threads have a request each.
 
     Args:
+        encoder: is changed for dynamic int8.
         tokenizer: its inputs are the encoder's.
-        calibration: texts on which NNCF quantizes to int8; none for floating point.
-        settings: OpenVINO's, such as INFERENCE_PRECISION_HINT.
+        dtype: a key of `PRECISIONS`, "static int8" or "dynamic int8".
+        texts: on which NNCF quantizes to static int8.
+        settings: OpenVINO's, such as PERFORMANCE_HINT.
     """
 
-    def __init__(self, encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, calibration: list[str], **settings: str):
+    def __init__(
+        self, encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, dtype: str, texts: list[str], **settings: str
+    ):
         import nncf
         from openvino import Core, convert_model
 
         super().__init__()
+        settings["INFERENCE_PRECISION_HINT"] = PRECISIONS[AROUND_INT8 if dtype.endswith("int8") else dtype]
+        if dtype == "dynamic int8":
+            replace_linear_layers(encoder, Int8Weights)
+            settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = str(GROUP)
         self.names = names = tokenizer.model_input_names
 
         class Hidden(nn.Module):
@@ -202,12 +224,10 @@ class OpenVinoEncoder(nn.Module):
         sizes = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
         with torch.no_grad():
             converted = convert_model(torch.export.export(Hidden(), example, dynamic_shapes=((sizes,) * len(names),)))
-        if calibration:
+        if dtype == "static int8":
             tokenize = partial(tokenizer, truncation=True, return_tensors="np")
-            dataset = nncf.Dataset(calibration, lambda text: [tokenize(text)[name] for name in names])
-            converted = nncf.quantize(
-                converted, dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(calibration)
-            )
+            dataset = nncf.Dataset(texts, lambda text: [tokenize(text)[name] for name in names])
+            converted = nncf.quantize(converted, dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(texts))
         self.compiled = Core().compile_model(converted, "CPU", settings)
         self.of_thread = threading.local()
 
@@ -219,12 +239,12 @@ class OpenVinoEncoder(nn.Module):
 
 
 def openvino(model: str, dtype: str, texts: list[str], hint: str = "THROUGHPUT"):
-    """Return this project's pipeline with its encoder in OpenVINO."""
+    """Return this project's pipeline with its encoder in OpenVINO. See `OpenVinoEncoder` for the types."""
     classify = ours(model, "fp32")
-    precision = PRECISIONS[AROUND_INT8 if dtype == "int8" else dtype]
-    settings = {"PERFORMANCE_HINT": hint, "INFERENCE_PRECISION_HINT": precision}
-    calibration = texts[-CALIBRATION_TEXTS:] if dtype == "int8" else []
-    classify.model.encoder = OpenVinoEncoder(classify.model.encoder, classify.tokenizer, calibration, **settings)
+    some = texts[-CALIBRATION_TEXTS:]
+    classify.model.encoder = OpenVinoEncoder(
+        classify.model.encoder, classify.tokenizer, dtype, some, PERFORMANCE_HINT=hint
+    )
     return classify
 
 
@@ -263,7 +283,7 @@ def peers(
     ):
         if dtype in DTYPES:
             found[name] = (dtype, call, call)
-    pipelines = {f"OpenVINO, {dtype}": partial(openvino, model, dtype, texts) for dtype in DTYPES}
+    pipelines = {f"OpenVINO, {dtype}": partial(openvino, model, dtype, texts) for dtype in OPENVINO_DTYPES}
     pipelines |= {f"this project, {dtype}": partial(ours, model, dtype) for dtype in DTYPES}
     for name, load in pipelines.items():
         classify = load()
@@ -380,7 +400,7 @@ def latency(model: str, texts: list[str], arguments: argparse.Namespace, scratch
     everyone = {
         "stock pipeline, fp32": stock(model, "fp32"),
         "ONNX Runtime, int8": runtime(model, scratch / QUANTIZED_ONNX_FILE),
-        **{f"OpenVINO, {dtype}": openvino(model, dtype, texts, "LATENCY") for dtype in DTYPES},
+        **{f"OpenVINO, {dtype}": openvino(model, dtype, texts, "LATENCY") for dtype in OPENVINO_DTYPES},
         **{f"this project, {dtype}": ours(model, dtype) for dtype in DTYPES},
     }
     flags = {"stock pipeline, fp32": {"truncation": True}}
@@ -452,7 +472,7 @@ def accuracy(model: str, texts: list[str], arguments: argparse.Namespace, scratc
         with classes.open(encoding="utf-8", newline="") as file:
             names = {row["label"]: row["name"] for row in csv.DictReader(file)}
     pipelines = {f"this project, {dtype}": partial(ours, model, dtype) for dtype in DTYPES}
-    pipelines["OpenVINO, int8"] = partial(openvino, model, "int8", texts)
+    pipelines |= {f"OpenVINO, {dtype}": partial(openvino, model, dtype, texts) for dtype in OPENVINO_DTYPES[-2:]}
     rows = []
     for name, load in pipelines.items():
         results = load()(texts)

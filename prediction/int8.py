@@ -1,15 +1,17 @@
 """Multiply in 8 bits on CPUs, by the oneDNN operators into which torch.compile translates quantized layers.
 
-A weight has one scale for each output, and an input one for each token. So the rounding of a text's tokens does not depend
-on the other texts of its batch, and needs no example texts.
+A weight has one scale for each output, and an input has one for each token. So a text is rounded in the same way in every batch, and
+no example texts are needed.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 ONEDNN = torch.ops.onednn
 LARGEST = 127  # the largest absolute value of 8 bits with a sign
-ZERO_POINT = 128  # inputs have no sign: with one, oneDNN's kernel is its reference code, a thousand times as slow
+ZERO_POINT = 128  # inputs have no sign: with one, oneDNN falls back to its slow reference code
 
 
 def has_int8_products() -> bool:
@@ -21,10 +23,15 @@ def has_int8_products() -> bool:
 
 def quantize(encoder: nn.Module) -> None:
     """Replace the linear layers of a float32 encoder by `Int8Linear`, in place."""
+    replace_linear_layers(encoder, Int8Linear)
+
+
+def replace_linear_layers(encoder: nn.Module, kind: Callable[[nn.Linear], nn.Module]) -> None:
+    """Replace the linear layers of an encoder, in place."""
     for module in encoder.modules():
         for name, layer in module.named_children():
             if isinstance(layer, nn.Linear):
-                setattr(module, name, Int8Linear(layer))
+                setattr(module, name, kind(layer))
 
 
 class Int8Linear(nn.Module):
@@ -42,7 +49,8 @@ class Int8Linear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         tokens = input.flatten(0, -2)
         scales = scales_of(tokens)
-        rounded = (tokens / scales).add_(ZERO_POINT + 0.5).to(torch.uint8)  # positive, so this rounds to the nearest
+        # through int8, because torch converts to uint8 without vector instructions; the sum wraps around
+        rounded = (tokens / scales).round_().to(torch.int8).view(torch.uint8).add_(ZERO_POINT)
         weight = (self.packed, self.scales, self.zero_points)
         products = ONEDNN.qlinear_pointwise(
             rounded, 1.0, ZERO_POINT, *weight, None, 1.0, 0, torch.float32, "none", [], ""
@@ -52,4 +60,4 @@ class Int8Linear(nn.Module):
 
 def scales_of(rows: Tensor) -> Tensor:
     """Return the step of 8-bit numbers that reach each row's largest absolute value, (num_rows, 1)."""
-    return rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny) / LARGEST
+    return rows.abs().amax(1, keepdim=True).div_(LARGEST).clamp_min_(torch.finfo(rows.dtype).tiny)
