@@ -135,7 +135,7 @@ def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
             **given,
         )
     except Exception as error:  # loading runs the checkpoint's own code, which can raise anything
-        raise InputError(f"cannot load the model {arguments.model}: {cause(error)}") from error
+        raise InputError(f"cannot use the model {arguments.model}: {cause(error)}") from error
     if dtype == "int8":
         quantize(classifier.model.encoder)
     return classifier

@@ -195,8 +195,13 @@ def to_csv(records: list[dict[str, Any]]) -> str:
 
 
 def join_lists(record: dict[str, Any]) -> dict[str, Any]:
-    """Join the lists of a record by "; ", as `train.py --label_delimiter ";"` reads labels."""
-    return {name: "; ".join(map(str, value)) if isinstance(value, list) else value for name, value in record.items()}
+    """Join the lists of a record by "; ", as `train.py --label_delimiter ";"` reads labels, unless an item contains ";"."""
+    return {name: joined(value) if isinstance(value, list) else value for name, value in record.items()}
+
+
+def joined(items: list[Any]) -> str | list[Any]:
+    words = [*map(str, items)]
+    return items if any(";" in word for word in words) else "; ".join(words)
 
 
 def defuse(value: Any) -> Any:

@@ -366,7 +366,7 @@ CHECKPOINTS = {
     "tokenizer without limit": (
         "whole_form", configure("tokenizer_config.json", model_max_length=10**9), "beyond the encoder's 32 positions"),
     "tokenizer missing": (
-        "whole_form", remove("tokenizer.json", "tokenizer_config.json"), "cannot load the model checkpoint"),
+        "whole_form", remove("tokenizer.json", "tokenizer_config.json"), "cannot use the model checkpoint"),
 }  # fmt: skip
 
 
@@ -635,7 +635,7 @@ def test_a_download_that_breaks_off_is_one_line_without_the_token(place):
         done = run(*words, command="predict.py", check=False, cwd=place, settings=settings)
         assert any(request.headers.get("authorization", "").endswith(token) for request in hub.requests)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("predict.py: error: cannot load the model alice/model: ")
+    assert done.stderr.splitlines()[-1].startswith("predict.py: error: cannot use the model alice/model: ")
     assert "Traceback" not in done.stderr
     assert token not in done.stdout + done.stderr
     assert not list(place.glob("out*"))

@@ -194,7 +194,7 @@ def test_what_cannot_be_done_is_one_line(clear_checkpoint, texts, tmp_path, monk
     assert done.returncode == 2
     said = done.stderr.splitlines()[-1]
     assert said.startswith("predict.py: error: node ")
-    assert f"cannot load the model {model}: " in said
+    assert f"cannot use the model {model}: " in said
     assert "Traceback" not in done.stderr
     for flags, message in (
         (["127.0.0.1:1"], "--ray 127.0.0.1:1: "),

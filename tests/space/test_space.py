@@ -558,6 +558,9 @@ def test_a_file_of_several_labels_a_text(labels_client, tmp_path):
     assert row["labels"].split("; ") == first["labels"]
     assert [float(score) for score in row["scores"].split("; ")] == first["scores"]
     assert (other["labels"], other["scores"]) == ("", "")
+    ambiguous = {"labels": ["ulcers; other", "burns"]}  # two labels, which must not be read back as three
+    (row,) = csv.DictReader(io.StringIO(to_csv([join_lists(ambiguous)])))
+    assert json.loads(row["labels"]) == ambiguous["labels"]
 
 
 def test_the_api_of_several_labels_is_typed(labels_client):
