@@ -25,7 +25,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from inference import CALIBRATION_TEXTS, OPENVINO_DTYPES, OpenVinoEncoder
+from inference import CALIBRATION_TEXTS, OPENVINO_INT8, OpenVinoEncoder
 
 from prediction.int8 import quantize
 
@@ -48,7 +48,7 @@ def main() -> None:
     exact = mean_vectors(load(), tokenizer, texts[:NUM_TEXTS])
     spread = (exact - exact.mean(0)).norm()
     print("| int8 | rounding error |\n| --- | ---: |")
-    for name in ("this project", *OPENVINO_DTYPES[-2:]):
+    for name in ("this project", *OPENVINO_INT8):
         encoder = load()
         if name == "this project":
             quantize(encoder)
