@@ -45,7 +45,7 @@ from evaluation.multi_label import (
     recall_scores,
 )
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from pipeline_hierarchical import DEFAULT_THRESHOLD
+from pipeline_hierarchical import DEFAULT_THRESHOLD, use_cpu_kernels
 from publishing.card import PREFIXES
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import ComputeMetrics, HierarchicalTrainingArguments
@@ -72,9 +72,11 @@ def served_trainer(
     tokenizer: PreTrainedTokenizerBase,
     loss_function: nn.Module | None = None,
 ) -> HierarchicalTrainer:
-    """Build a Trainer that scores a checkpoint as a user loads it: by `AutoModel`, in full precision, without autocast."""
+    """Build a Trainer that scores a checkpoint as the pipeline does: loaded by `AutoModel`, without autocast."""
     with refusing(f"cannot load the checkpoint {folder}"):
         model: PreTrainedModel = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    if training.device.type == "cpu":
+        use_cpu_kernels(model.encoder)
     return HierarchicalTrainer(
         model=model,
         args=dataclasses.replace(training, **AS_SERVED),
