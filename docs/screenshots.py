@@ -1,7 +1,6 @@
 """Makes the pictures of the Space that docs/space.md shows: ``python docs/screenshots.py --model results/quickstart``.
 
-Starts the Space on a free port, opens it in headless Chromium at 1280 and 390 pixels, light and dark, and writes what a user
-sees of each view as PNG. Needs Debian's chromium and chromium-driver, and selenium.
+Starts the Space on a free port, opens it in headless Chromium, and writes `PICTURES` as PNG. Needs Debian's chromium and chromium-driver, and selenium.
 """
 
 import argparse
@@ -20,6 +19,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {1280: 900, 390: 844}
+PICTURES = ("start-390-dark", "text-1280-light", "file-1280-light")
 SAMPLE = ROOT / "examples" / "unseen.csv"
 
 
@@ -51,7 +51,9 @@ def browser() -> webdriver.Chrome:
 
 
 def shoot(driver: webdriver.Chrome, file: Path, width: int) -> None:
-    """The whole page, as far as its content reaches."""
+    """The whole page, as far as its content reaches, if it is one of `PICTURES`."""
+    if file.stem not in PICTURES:
+        return
     height = driver.execute_script(
         "return Math.ceil(document.querySelector('#foot').getBoundingClientRect().bottom + scrollY)"
     )
@@ -103,10 +105,6 @@ def views(driver: webdriver.Chrome, address: str, width: int, scheme: str, folde
     until(driver, "document.querySelector('#state').innerText.includes('Done')")
     time.sleep(1)
     shoot(driver, folder / f"file-{name}.png", width)
-    tab(driver, "About the model")
-    until(driver, "document.querySelector('#card h1, #card h2')")
-    time.sleep(0.5)
-    shoot(driver, folder / f"model-{name}.png", width)
 
 
 def main() -> None:
@@ -119,13 +117,12 @@ def main() -> None:
     process, address = serve(arguments.model)
     try:
         urllib.request.urlopen(address).read()
-        for width in SIZES:
-            for scheme in ("light", "dark"):
-                driver = browser()
-                try:
-                    views(driver, address, width, scheme, arguments.output)
-                finally:
-                    driver.quit()
+        for width, scheme in ((1280, "light"), (390, "dark")):
+            driver = browser()
+            try:
+                views(driver, address, width, scheme, arguments.output)
+            finally:
+                driver.quit()
     finally:
         process.terminate()
         process.wait()
