@@ -2,7 +2,7 @@
 
 Worth knowing:
 
-1. A checkpoint is either whole (``model.safetensors``) or an adapter: ``heads.safetensors`` beside a plain PEFT adapter in
+1. A checkpoint is either self-contained (``model.safetensors``) or an adapter: ``heads.safetensors`` beside a plain PEFT adapter in
    ``adapter/``, over an encoder that is fetched by name. The adapter is in a subfolder because a root-level
    ``adapter_config.json`` on the Hub makes ``AutoModel`` load the bare encoder instead.
 2. Loading merges the adapter into the encoder's weights, which needs no PEFT and makes every forward faster.
@@ -69,9 +69,9 @@ HARMLESS_LORA_SETTINGS = (
 
 
 def load_checkpoint(
-    model_class: type, load_whole_form: Callable, name: str | Path, config: Any, merge_adapter: bool, **kwargs: Any
+    model_class: type, load_self_contained: Callable, name: str | Path, config: Any, merge_adapter: bool, **kwargs: Any
 ) -> Any:
-    """Load a checkpoint of either form. ``load_whole_form`` is transformers' `from_pretrained` for ``model_class``."""
+    """Load a checkpoint of either form. ``load_self_contained`` is transformers' `from_pretrained` for ``model_class``."""
     # AutoModel passes a config whose class is another object than the one imported here, so its base class is asked for
     if not isinstance(config, PretrainedConfig):
         dtype = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
@@ -84,7 +84,7 @@ def load_checkpoint(
         model, info = load_adapter_form(model_class, name, config, merge_adapter, **kwargs)
     else:
         with plain_errors(name):
-            model, info = load_whole_form(name, config=config, output_loading_info=True, **kwargs)
+            model, info = load_self_contained(name, config=config, output_loading_info=True, **kwargs)
         refuse_missing(name, model, info)
         if left_over := [weight for weight in info["unexpected_keys"] if weight.startswith("heads.")]:
             raise ValueError(f"the weight {min(left_over)!r} of {name} does not fit its config.json")
@@ -123,7 +123,7 @@ def load_adapter_form(
 def load_encoder(config: HierarchicalConfig, **kwargs: Any) -> PreTrainedModel:
     """Load the encoder that ``config`` names, at its pinned revision, by `AutoModel.from_pretrained`.
 
-    Raises ValueError where weights are missing, the commit is not pinned, or padding would change predictions.
+    Raises ValueError where the folder or weights are missing, the commit is not pinned, or `check_encoder` raises it.
     """
     name, revision = config.encoder_name_or_path, config.encoder_revision
     if os.path.isdir(name):
@@ -140,13 +140,13 @@ def load_encoder(config: HierarchicalConfig, **kwargs: Any) -> PreTrainedModel:
         encoder, info = AutoModel.from_pretrained(name, **kwargs)
     encoder.vocab_size_at_load = config.text_config.vocab_size
     refuse_missing(name, encoder, info)
-    refuse_maskless(encoder)
+    check_encoder(encoder)
     return encoder
 
 
 def build_encoder(text_config: PretrainedConfig) -> PreTrainedModel:
     encoder = AutoModel.from_config(text_config, **without_pooler(text_config))
-    refuse_maskless(encoder)
+    check_encoder(encoder)
     return encoder
 
 
@@ -221,7 +221,7 @@ def import_peft() -> Any:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Silence warnings of poolers and pretraining heads; send no token to the Space that converts .bin files."""
+    """Silence warnings of poolers and pretraining heads. Disable the online conversion of .bin files, which sends the token."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -255,8 +255,8 @@ def refuse_missing(name: str | Path, model: PreTrainedModel, info: dict[str, Any
         raise ValueError(f"{name} lacks {len(missing)} weights of a {type(model).__name__}, such as {min(missing)!r}")
 
 
-def refuse_maskless(encoder: PreTrainedModel) -> None:
-    """Raise ValueError where padding would change predictions, and for models that are more than an encoder."""
+def check_encoder(encoder: PreTrainedModel) -> None:
+    """Raise ValueError for a model with a decoder, one whose outputs change with padding, or XMOD without a language."""
     config = encoder.config
     if config.is_encoder_decoder:
         problem = "is an encoder with a decoder: use an encoder alone"
@@ -367,15 +367,20 @@ def merge_lora(encoder: nn.Module, adapter: dict[str, Tensor], adapter_config: d
 
 
 def save_checkpoint(
-    model: Any, save_whole_form: Callable, folder: Path, is_main_process: bool, state_dict: dict | None, **kwargs: Any
+    model: Any,
+    save_self_contained: Callable,
+    folder: Path,
+    is_main_process: bool,
+    state_dict: dict | None,
+    **kwargs: Any,
 ) -> None:
-    """Write a model and the code that loads it. ``save_whole_form`` is transformers' `save_pretrained`."""
+    """Write a model and the code that loads it. ``save_self_contained`` is transformers' `save_pretrained`."""
     if kwargs.get("push_to_hub"):  # which would publish before the code is written
         raise ValueError("save_pretrained writes a folder; to publish it, run push_to_hub.py on that folder")
     code = read_shipped_files() if is_main_process else {}
     if not model.has_adapter:
-        prepare_whole_form(model)
-        save_whole_form(folder, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+        prepare_self_contained(model)
+        save_self_contained(folder, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
     elif is_main_process:
         save_adapter_form(model, folder, model.state_dict() if state_dict is None else state_dict)
     if is_main_process:
@@ -400,7 +405,7 @@ def name_code(config: Any) -> None:
     config.text_config.name_or_path = ""
 
 
-def prepare_whole_form(model: Any) -> None:
+def prepare_self_contained(model: Any) -> None:
     for name, weight in model.named_parameters():
         if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
             raise ValueError(f"{name} was repacked by bitsandbytes for this CPU: load the model again to save it")

@@ -42,11 +42,11 @@ class HierarchicalConfig(PretrainedConfig):
             weighted mean for each node.
         head_dropout: dropout probability before the heads.
         initializer_range: standard deviation of fresh head weights.
-        lexical_vocab_size, lexical_weight: the number of token ids that the lexical head knows, and the factor of its
-            scores, where the encoder's have 1. None without a lexical head.
+        lexical_vocab_size, lexical_weight: the number of token ids that the lexical head knows, and the weight of its
+            scores; the encoder's have the weight 1. None without a lexical head.
         temperatures: one divisor of the scores for each decision, by id; None means 1 for all.
-        conformal_thresholds: for coverages of 0.01, 0.02, … 0.99, the threshold at which an answer holds the label of
-            this share of texts; see `pipeline_hierarchical.conformal_answer`. An entry of None means every root.
+        conformal_thresholds: for coverages of 0.01, 0.02, … 0.99, the threshold with which this share of answers
+            contains the correct label; see `pipeline_hierarchical.conformal_answer`. An entry of None means every root.
         conformal_max_length: the length in tokens, special ones included, at which texts were truncated when the
             thresholds were fitted; None if unknown.
         node_scales, node_biases: factor and summand of each node's score, with several labels a text. None: 1 and 0.
@@ -136,7 +136,7 @@ class HierarchicalConfig(PretrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Read a stored configuration, and check arguments given at loading as if they were stored."""
-        # the encoder's becomes that of the whole; a stored one can name a repository, whose code would be unpinned
+        # ENCODER_FIELDS repeat text_config, and a stored attn_implementation can name a repository of unpinned code
         not_read = ("attn_implementation", "_attn_implementation", *ENCODER_FIELDS)
         config_dict = {name: value for name, value in config_dict.items() if name not in not_read}
         own = {*inspect.signature(cls.__init__).parameters, "id2label", "label2id", "num_labels"}
@@ -191,12 +191,12 @@ def checked_temperatures(temperatures: list[float] | None, taxonomy: Taxonomy) -
 
 
 def checked_thresholds(thresholds: list[float | None] | None) -> list[float | None] | None:
-    """Check conformal thresholds: 99 rising numbers from 0 to 1, then None. Of the 999 of old versions, keep 99."""
+    """Check conformal thresholds: 99 rising numbers from 0 to 1, then None."""
     if thresholds is None:
         return None
     given = list(thresholds) if isinstance(thresholds, (list, tuple)) else []
     known = [value for value in given if value is not None]
     rising = all(map(is_number, known)) and all(one <= other for one, other in pairwise([0, *known, 1]))
-    if len(given) not in (99, 999) or given[: len(known)] != known or not rising:
+    if len(given) != 99 or given[: len(known)] != known or not rising:
         raise ValueError("conformal_thresholds must be 99 rising numbers from 0 to 1, None at the end alone")
-    return given[9::10] if len(given) == 999 else given
+    return given

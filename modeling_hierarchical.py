@@ -194,16 +194,17 @@ class TreeSigmoid(nn.Module):
 class HierarchicalHeads(nn.Module):
     """All decisions of a taxonomy at once: (B, hidden_size), or with label attention (B, T, hidden_size), to (B, num_nodes).
 
-       A node's score is linear in the text's vector. With label attention each node has its own vector of the text, a mean of the
-       token vectors with the weights softmax(h · q / √hidden_size) over the tokens, for the node's query q (Mullenbach et al.,
-       2018, "Explainable prediction of medical codes from clinical text"). Queries start at 0, which is mean pooling.
-    With several labels a text it is the decision's logit. With one path,
-       an inner node adds its inclusive value, the logsumexp of its children's scores (the nested logit: McFadden, 1978,
-       "Modelling the choice of residential location"). Without the inner nodes' own weights this is a flat softmax over the
-       leaves. With them, leaves share their ancestors' weights.
+    A node's score is linear in the text's vector. With label attention each node has its own vector of the text, a mean of
+    the token vectors with the weights softmax(h · q / √hidden_size) over the tokens, for the node's query q (Mullenbach et
+    al., 2018, "Explainable prediction of medical codes from clinical text"). Queries start at 0, which is mean pooling.
 
-       A lexical head takes part in each decision: its weighted scores are added to the encoder's (a product of experts:
-       Hinton, 2002). The calibration applies to the sum.
+    With several labels a text, the score is the decision's logit. With one path, an inner node adds its inclusive value, the
+    logsumexp of its children's scores (the nested logit: McFadden, 1978, "Modelling the choice of residential location").
+    Without the inner nodes' own weights this is a flat softmax over the leaves. With them, leaves share their ancestors'
+    weights.
+
+    A lexical head takes part in each decision: its weighted scores are added to the encoder's (a product of experts:
+    Hinton, 2002). The calibration applies to the sum.
     """
 
     def __init__(self, config: HierarchicalConfig):
@@ -383,8 +384,8 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         PEFT keeps it separate. Other arguments are those of `PreTrainedModel.from_pretrained`. With an adapter
         checkpoint, ``dtype``, ``device_map``, ``quantization_config`` and ``attn_implementation`` go to the encoder.
         """
-        load_whole_form = super().from_pretrained
-        return load_checkpoint(cls, load_whole_form, pretrained_model_name_or_path, config, merge_adapter, **kwargs)
+        load_self_contained = super().from_pretrained
+        return load_checkpoint(cls, load_self_contained, pretrained_model_name_or_path, config, merge_adapter, **kwargs)
 
     def set_calibration(self, **fields: Any) -> None:
         """Set the calibration, fields of `HierarchicalConfig`, in the configuration and the heads."""

@@ -347,7 +347,7 @@ CHECKPOINTS = {
     "taxonomy a text": ("adapter_form", configure("config.json", taxonomy="abc"), "a taxonomy is a list or a mapping"),
     "taxonomy of another": (
         "adapter_form", configure("config.json", taxonomy=["a", "b"]), "temperatures must be 1 positive numbers"),
-    "another width": ("whole_form", encoder(hidden_size=32), "have other shapes than its configuration says"),
+    "another width": ("self_contained", encoder(hidden_size=32), "have other shapes than its configuration says"),
     "another width, adapter": ("adapter_form", encoder(hidden_size=32), "have other shapes than its configuration says"),
     "words without weight": ("adapter_form", configure("config.json", lexical_weight=None), "from an earlier version"),
     "encoder elsewhere": (
@@ -358,15 +358,15 @@ CHECKPOINTS = {
     "heads lost": ("adapter_form", lose(HEADS, "weight"), "the heads weight 'weight' is missing"),
     "adapter config torn": ("adapter_form", cut(ADAPTER_CONFIG), "adapter_config.json is not the configuration of a PEFT adapter"),
     "adapter config empty": ("adapter_form", write(ADAPTER_CONFIG, b"{}"), "it names no peft_type"),
-    "weights lost": ("whole_form", lose(WHOLE, "heads.weight"), "lacks 1 weights of a Hierarchical"),
+    "weights lost": ("self_contained", lose(WHOLE, "heads.weight"), "lacks 1 weights of a Hierarchical"),
     "weights left over": (
-        "whole_form", configure("config.json", lexical_vocab_size=None, lexical_weight=None), "does not fit its config.json"),
-    "weights torn": ("whole_form", cut(WHOLE), "SafetensorError"),
-    "tokenizer of another": ("whole_form", more_tokens, "the tokenizer of checkpoint is another encoder's: it has token 73"),
+        "self_contained", configure("config.json", lexical_vocab_size=None, lexical_weight=None), "does not fit its config.json"),
+    "weights torn": ("self_contained", cut(WHOLE), "SafetensorError"),
+    "tokenizer of another": ("self_contained", more_tokens, "the tokenizer of checkpoint is another encoder's: it has token 73"),
     "tokenizer without limit": (
-        "whole_form", configure("tokenizer_config.json", model_max_length=10**9), "beyond the encoder's 32 positions"),
+        "self_contained", configure("tokenizer_config.json", model_max_length=10**9), "beyond the encoder's 32 positions"),
     "tokenizer missing": (
-        "whole_form", remove("tokenizer.json", "tokenizer_config.json"), "cannot use the model checkpoint"),
+        "self_contained", remove("tokenizer.json", "tokenizer_config.json"), "cannot use the model checkpoint"),
 }  # fmt: skip
 
 
@@ -379,7 +379,7 @@ def test_a_checkpoint_that_is_none(place, name):
 
 
 def test_weights_that_are_no_numbers_are_no_answer(place):
-    copy_checkpoint("whole_form", place / "checkpoint")
+    copy_checkpoint("self_contained", place / "checkpoint")
     tensors = load_file(place / "checkpoint" / WHOLE)
     save_file({**tensors, "heads.weight": tensors["heads.weight"] * float("nan")}, place / "checkpoint" / WHOLE)
     words = ("--model", "checkpoint", "--input", "good.csv", "--output", "out.jsonl", "--dtype", "fp32")
@@ -388,7 +388,7 @@ def test_weights_that_are_no_numbers_are_no_answer(place):
 
 def test_a_coverage_that_was_fitted_at_another_length(place):
     """The tokenizer of the checkpoint truncates at 32 tokens."""
-    copy_checkpoint("whole_form", place / "checkpoint")
+    copy_checkpoint("self_contained", place / "checkpoint")
     config = json.loads((place / "checkpoint" / "config.json").read_text())
     (place / "checkpoint" / "config.json").write_text(json.dumps({**config, "conformal_max_length": 24}))
     words = ("--model", "checkpoint", "--input", "good.csv", "--output", "out.jsonl", "--coverage", "0.9")
@@ -420,8 +420,8 @@ PREDICT = [
     ("words", "message"), PREDICT, ids=lambda value: " ".join(value)[:60] if isinstance(value, tuple) else ""
 )
 def test_prediction(place, words, message):
-    copy_checkpoint("whole_form", place / "whole_form")
-    given = {"--model": "whole_form", "--input": "good.csv", "--output": "out.jsonl", "--dtype": "fp32"}
+    copy_checkpoint("self_contained", place / "self_contained")
+    given = {"--model": "self_contained", "--input": "good.csv", "--output": "out.jsonl", "--dtype": "fp32"}
     given |= dict(zip(words[::2], words[1::2], strict=True))
     assert message in refusal(predict.main, *(word for pair in given.items() for word in pair))
 
@@ -446,11 +446,11 @@ except InputError as error:
 
 
 def test_publishing(place):
-    copy_checkpoint("whole_form", place / "whole_form")
-    (place / "whole_form" / "README.md").write_text("# A card\n")
-    cut(WHOLE)(place / "whole_form")
+    copy_checkpoint("self_contained", place / "self_contained")
+    (place / "self_contained" / "README.md").write_text("# A card\n")
+    cut(WHOLE)(place / "self_contained")
     for folder, message in (
-        ("whole_form", "model.safetensors is damaged"),
+        ("self_contained", "model.safetensors is damaged"),
         ("encoder", "is not a checkpoint of this project: it holds a 'bert' model"),
         ("good.csv", "is not a checkpoint of this project: it has no config.json"),
     ):
@@ -544,8 +544,8 @@ def test_a_text_that_stands_where_a_name_should_is_not_shown(place, capfd, words
 @pytest.mark.parametrize("name", ["headerless.csv", "doubled.csv", "keys.jsonl", "commas.csv"])
 def test_predicting_shows_no_text_that_stands_where_a_name_should(place, capfd, name):
     (place / name).write_text(TEXTS[name])
-    shutil.copytree(CHECKPOINT / "whole_form", place / "whole_form")
-    words = ("--model", "whole_form", "--input", name, "--output", "out.jsonl", "--dtype", "fp32")
+    shutil.copytree(CHECKPOINT / "self_contained", place / "self_contained")
+    words = ("--model", "self_contained", "--input", name, "--output", "out.jsonl", "--dtype", "fp32")
     said = refusal(predict.main, *words)
     assert "a value of" in said
     shown = "".join(capfd.readouterr())
@@ -622,7 +622,7 @@ def test_a_download_that_breaks_off_is_one_line_without_the_token(place):
     token = "hf_" + "secret" * 5
     with HubServer() as hub:
         hub.add_user("alice", token)
-        hub.add_repo("alice/model", copy_checkpoint("whole_form", place / "published"), private=True)
+        hub.add_repo("alice/model", copy_checkpoint("self_contained", place / "published"), private=True)
         for attempt in range(1, 20):
             hub.fail_at(attempt, "GET /cdn/")
         settings = {
@@ -673,7 +673,7 @@ def test_a_full_disk_leaves_no_half_of_an_answer(place):
         (place / "many.csv").write_text("text\n" + "a headache\n" * 3000)
         words = (
             "--model",
-            copy_checkpoint("whole_form", place / "model"),
+            copy_checkpoint("self_contained", place / "model"),
             "--input",
             "many.csv",
             "--output",

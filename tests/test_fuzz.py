@@ -280,7 +280,7 @@ def test_recipes(file, content):
 @pytest.fixture(scope="module")
 def classify(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz") / "checkpoint"
-    shutil.copytree(CHECKPOINT / "whole_form", folder)
+    shutil.copytree(CHECKPOINT / "self_contained", folder)
     for file in SHIPPED_FILES:  # the code of today
         shutil.copy(ROOT / file, folder)
     return pipeline("hierarchical-text-classification", model=str(folder), trust_remote_code=True)

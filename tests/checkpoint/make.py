@@ -33,7 +33,7 @@ WORDS = "a an and aspirin bowel brain carcinoma colon colonoscopy day headache o
 
 def main() -> None:
     torch.manual_seed(0)
-    for name in ("encoder", "adapter_form", "whole_form"):
+    for name in ("encoder", "adapter_form", "self_contained"):
         shutil.rmtree(FOLDER / name, ignore_errors=True)
     tokenizer = make_tokenizer()
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -54,13 +54,15 @@ def main() -> None:
     model.set_lexical_head(
         {"idf": torch.rand(size[0]), "weight": torch.randn(size[::-1]), "bias": torch.randn(size[1])}, 0.4
     )
-    model.set_calibration(temperatures=[0.8, 1.5, 1.2], conformal_thresholds=[place / 1000 for place in range(1, 1000)])
+    model.set_calibration(
+        temperatures=[0.8, 1.5, 1.2], conformal_thresholds=[percent / 100 for percent in range(1, 100)]
+    )
     model.eval()
     config.encoder_name_or_path = "encoder"  # the tests load it with this folder as the current one
     model.save_pretrained(FOLDER / "adapter_form")
     os.chdir(FOLDER)
-    HierarchicalForSequenceClassification.from_pretrained("adapter_form").save_pretrained("whole_form")
-    for form in ("adapter_form", "whole_form"):
+    HierarchicalForSequenceClassification.from_pretrained("adapter_form").save_pretrained("self_contained")
+    for form in ("adapter_form", "self_contained"):
         tokenizer.save_pretrained(FOLDER / form)
         for name in SHIPPED_FILES:
             (FOLDER / form / name).unlink()

@@ -370,7 +370,10 @@ def test_an_output_is_on_the_disk_before_its_parts_are_deleted(kind, checkpoint,
 
 def test_what_is_not_needed_is_not_imported(tmp_path):
     """Run the whole command for a merged checkpoint. pyarrow imports pandas to write Parquet."""
-    for file in (*(ROOT / "tests" / "checkpoint" / "whole_form").iterdir(), *(ROOT / name for name in SHIPPED_FILES)):
+    for file in (
+        *(ROOT / "tests" / "checkpoint" / "self_contained").iterdir(),
+        *(ROOT / name for name in SHIPPED_FILES),
+    ):
         shutil.copy(file, tmp_path)
     (tmp_path / "in.csv").write_text("text\nA study of ulcers.\n")
     code = f"""

@@ -612,7 +612,7 @@ except ValueError as error:
 
 def test_a_loaded_model_is_saved_without_the_hub_or_not_at_all(hub, tmp_path):
     """From a private repository, by a token and a cache that saving is not told of, and from a folder that is gone since."""
-    checkpoint = ROOT / "tests" / "checkpoint" / "whole_form"
+    checkpoint = ROOT / "tests" / "checkpoint" / "self_contained"
     shutil.copytree(checkpoint, tmp_path / "folder")
     for name in SHIPPED_FILES:
         shutil.copy(ROOT / name, tmp_path / "folder")
