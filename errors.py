@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from reading.rows import InputError  # defined there, since `reading` imports no other room
+from reading.rows import InputError  # defined there, since `reading` imports no other package
 
 ROOT = Path(__file__).parent
 

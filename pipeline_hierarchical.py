@@ -141,8 +141,8 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         if recall is not None:
             recall_threshold(config, recall)
         prepared = None if costs is None else prepare_costs(config, costs)
-        decision = {"top_k": top_k, "coverage": coverage, "recall": recall, "costs": prepared}
-        groups = {"max_length": max_length, "stride": stride}, decision
+        answer = {"top_k": top_k, "coverage": coverage, "recall": recall, "costs": prepared}
+        groups = {"max_length": max_length, "stride": stride}, answer
         truncation, output = ({name: group[name] for name in group if group[name] is not None} for group in groups)
         return truncation, {}, output
 
@@ -431,8 +431,8 @@ def recall_threshold(config: Any, recall: float) -> float:
 def conformal_answer(tree: Taxonomy, probabilities: list[float], threshold: float | None) -> list[int]:
     """Return the ids of nodes that hold the likely leaves, the most probable first.
 
-    The likely leaves have a probability of at least 1 - threshold; the most probable leaf is always one. Up to three
-    leaves are the answer themselves. More are replaced by their ancestors at the deepest level that needs at most three
+    The likely leaves have a probability of at least 1 - threshold, and always include the most probable leaf. Up to three
+    form the answer. More are replaced by their ancestors at the deepest level that needs at most three
     nodes, else by their roots, as with a threshold of None. If all children of a node are in the answer, the node takes
     their place. An only child replaces its parent, because it is more specific.
 

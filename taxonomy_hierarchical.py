@@ -260,7 +260,7 @@ class Taxonomy:
         return {ancestor for node in nodes for ancestor in self.path(node)}
 
     def deepest(self, nodes: Iterable[int]) -> list[int]:
-        """Return the nodes that are no other one's ancestors, in ascending order."""
+        """Return the nodes without a descendant among them, in ascending order."""
         nodes = set(nodes)
         return sorted(nodes - {ancestor for node in nodes for ancestor in self.path(node)[:-1]})
 

@@ -65,12 +65,12 @@ def main(argv: list[str], prepare: Prepare = lambda trainer: trainer) -> None:
     source = arguments.model.model_name_or_path
     stored = read_config(source) if is_checkpoint(source) else None
     stored_taxonomy = stored.tree if stored else None
-    first = selection_run(arguments) if training.do_train and training.refit else arguments
+    selection = selection_run(arguments) if training.do_train and training.refit else None
     resume.check_output_folder(training, source)
-    if first is not arguments:
-        resume.check_output_folder(first.training, source)
+    if selection:
+        resume.check_output_folder(selection.training, source)
     requested = training.resume_from_checkpoint if training.do_train else None
-    resume_from = resume.find_checkpoint(requested, first.training.output_dir)
+    resume_from = resume.find_checkpoint(requested, (selection or arguments).training.output_dir)
 
     # ── Data: read, check, split ─────────────────────────────────────────────────────────────────────────────────────
     trained_texts = resume.read_earlier_texts(source, resume_from)
@@ -82,8 +82,8 @@ def main(argv: list[str], prepare: Prepare = lambda trainer: trainer) -> None:
         raise InputError(f"{source} is for {kinds[stored.is_multi_label]}, the data for {kinds[data.is_multi_label]}")
 
     # ── Model, fit, measure, publish ─────────────────────────────────────────────────────────────────────────────────
-    if first is not arguments:
-        refit(arguments, first, data, trained_texts, resume_from, prepare)
+    if selection:
+        refit(arguments, selection, data, trained_texts, resume_from, prepare)
     elif training.do_train:
         train(arguments, data, trained_texts, resume_from, prepare)
     elif stored_taxonomy is None:
@@ -103,24 +103,24 @@ def selection_run(arguments: Arguments) -> Arguments:
 
 def refit(
     arguments: Arguments,
-    first: Arguments,
+    selection: Arguments,
     data: LabelledSplits,
     trained_texts: TrainedTexts,
     resume_from: str | None,
     prepare: Prepare,
 ) -> None:
-    """Train two models: ``first`` on the training rows, and then, with its epochs and calibration, one on all rows.
+    """Train two models: ``selection`` on the training rows, and then, with its epochs and calibration, one on all rows.
 
-    The test rows are left out. ``resume_from`` is a checkpoint of ``first``.
+    The test rows are left out. ``resume_from`` is a checkpoint of ``selection``.
     """
     # ── First run, unless it is finished ─────────────────────────────────────────────────────────────────────────────
-    training, folder = arguments.training, Path(first.training.output_dir)
+    training, folder = arguments.training, Path(selection.training.output_dir)
     if not {"train", "validation"} <= data.splits.keys():
         raise InputError("--refit needs training and validation rows")
     if resume_from is not None and (folder / "metrics.json").is_file():
         resume.check_resumed_data(resume_from, data.taxonomy, data.report)
     else:
-        train(first, data, trained_texts, resume_from, prepare, published=training)
+        train(selection, data, trained_texts, resume_from, prepare, published=training)
         PartialState().wait_for_everyone()  # one process writes metrics.json
     epochs = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["best_epoch"]
 
@@ -252,8 +252,8 @@ def measure(
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Score the checkpoint that was just saved; calibrate it on the validation rows and save it again.
 
-    The scores include those of the quantized model as trained, on the validation rows. The logits are the calibrated
-    ones of each split.
+    The scores include those of the quantized model as trained, on the validation rows. The logits of each split
+    are calibrated if there are validation rows.
     """
     training, taxonomy, as_trained = arguments.training, model.config.tree, {}
     if arguments.model.quantization != "none":
@@ -262,7 +262,7 @@ def measure(
         scores, *_ = report.score_splits(trainer, held_out, training)
         as_trained = {f"quantized_{name}": value for name, value in scores.items()}
     served = report.served_trainer(training.output_dir, training, trainer.processing_class, trainer.loss_function)
-    scores, logits, decisions = report.score_splits(served, splits, training)
+    scores, logits, to_calibrate = report.score_splits(served, splits, training)
     if training.refit:  # the second run, which was calibrated before
         return as_trained | scores | report.answer_scores(model.config, logits, splits), logits
     if "validation" not in logits:
@@ -274,7 +274,7 @@ def measure(
         plots.write(plots.reliability_diagram(*scored), file)
     vocab_size, max_length = model.config.text_config.vocab_size, trainer.processing_class.model_max_length
     classifier = fit_classifier(taxonomy, splits["train"], vocab_size, arguments.model.lexical_head)
-    calibrated, logits = report.calibrate_model(model, classifier, decisions, splits, max_length)
+    calibrated, logits = report.calibrate_model(model, classifier, to_calibrate, splits, max_length)
     trainer.save_model(_internal_call=True)
     before = {name: scores.pop(name) for name in [*scores] if name in calibrated or name.endswith("_loss")}
     uncalibrated = {f"uncalibrated_{name}": value for name, value in before.items()}

@@ -35,7 +35,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from evaluation.calibration import held_out
+from evaluation.calibration import calibrate_out_of_fold
 from evaluation.metrics import bootstrap_intervals, node_f1
 from evaluation.multi_label import (
     build_multi_label_metrics,
@@ -341,7 +341,9 @@ def answers(tree: Taxonomy, scores: np.ndarray, labels: np.ndarray, num_fitted: 
     for _ in range(SPLITS):
         fitted, scored = np.split(generator.permutation(len(scores)), [num_fitted])
         given = (tree, scores[fitted], None, labels[fitted])
-        thresholds, num_texts = fit_recall_thresholds(held_out(fit_calibration, *given, fitted), labels[fitted])
+        thresholds, num_texts = fit_recall_thresholds(
+            calibrate_out_of_fold(fit_calibration, *given, fitted), labels[fitted]
+        )
         u = fit_calibration(*given).apply(tree, scores[scored], None)
         measured = recall_scores(u, labels[scored], thresholds[round(100 * RECALL) - 1])
         found.append((measured["recall"], measured["nodes"], num_texts))

@@ -83,7 +83,7 @@ def fit_calibration(
     )
 
 
-def held_out(
+def calibrate_out_of_fold(
     fit: Callable[..., Any],
     taxonomy: Taxonomy,
     logits: np.ndarray,
@@ -91,7 +91,7 @@ def held_out(
     labels: np.ndarray,
     texts: np.ndarray,
 ) -> np.ndarray:
-    """Calibrate each fifth of the texts with parameters that ``fit`` estimates on the other fifths."""
+    """Calibrate each fifth of the texts with parameters that ``fit`` estimates on the other fifths; return logits as given."""
     folds = min(FOLDS, len(np.unique(texts)))
     if folds == 1:
         return fit(taxonomy, logits, lexical_scores, labels).apply(taxonomy, logits, lexical_scores)
@@ -135,10 +135,10 @@ def decisions_taken(taxonomy: Taxonomy, scores: np.ndarray, labels: np.ndarray) 
 
     Scores are (num_documents, num_nodes, …). A decision with one child gets no documents.
     """
-    return [(scores[rows][:, nodes], correct) for nodes, rows, correct in takers(taxonomy, labels)]
+    return [(scores[rows][:, nodes], correct) for nodes, rows, correct in rows_by_decision(taxonomy, labels)]
 
 
-def takers(taxonomy: Taxonomy, labels: np.ndarray) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+def rows_by_decision(taxonomy: Taxonomy, labels: np.ndarray) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
     """Yield each decision's nodes, the documents whose path takes it, and the index of the correct node for each of them."""
     ancestors = np.array(taxonomy.ancestors)
     for nodes in taxonomy.decisions:

@@ -20,7 +20,7 @@ from datasets import Dataset
 from scipy.sparse import csr_matrix
 from scipy.special import softmax
 
-from evaluation.calibration import FOLDS, node_log_probs, takers
+from evaluation.calibration import FOLDS, node_log_probs, rows_by_decision
 from evaluation.lexical import LexicalClassifier, can_learn, token_counts
 from taxonomy_hierarchical import Taxonomy
 from training.data_report import conflicts, count_labels
@@ -76,11 +76,11 @@ def corrected(taxonomy: Taxonomy, nodes: set[int], questioned: set[int]) -> set[
 def rank_issues(taxonomy: Taxonomy, judged: list[pd.DataFrame], logits: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
     """Return one line for each row in the tables of `judge`, sorted by ``probability_of_label``.
 
-    ``index`` is the row's, ``decision`` the one that finds the label's choice least probable, and ``better`` another node: the
-    most probable leaf below that decision's best other choice, or, for a label that is no leaf, this choice.
+    Columns: ``index`` of the row; ``decision`` in which its label is least probable; ``better``, the most probable leaf below
+    that decision's best other choice. For a label that is an inner node, ``better`` is this choice itself.
 
     With several labels a text, the choice is whether it has the node, and probabilities are given the parent. ``better`` is the
-    node if it is missing, else -1. ``questioned`` is the set of the nodes that are, all of them.
+    node if it is missing, else -1. ``questioned`` is the set of all questioned nodes of the text.
     """
     issues = pd.concat(judged).sort_values("probability_of_label", kind="stable")
     listed = issues.drop_duplicates("index").reset_index(drop=True)
@@ -123,7 +123,7 @@ def deal(labels: np.ndarray, texts: np.ndarray) -> np.ndarray:
     return (np.argsort(order) % FOLDS)[text_of]
 
 
-def decisions(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> Iterator[tuple]:
+def each_decision(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> Iterator[tuple]:
     """Yield each decision's node, choices, rows, and these rows' choices and scores.
 
     The node is the parent, or with several labels a text the node itself, of which the choices are -1, absent, and its id. A row's
@@ -131,7 +131,7 @@ def decisions(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> Ite
     """
     if labels.ndim == 1:
         log_probs = node_log_probs(taxonomy, logits)
-        for nodes, rows, given in takers(taxonomy, labels):
+        for nodes, rows, given in rows_by_decision(taxonomy, labels):
             yield taxonomy.parents[nodes[0]], np.array(nodes), rows, given, log_probs[rows][:, nodes]
         return
     for node, is_open in enumerate(open_decisions(taxonomy, labels).T):
@@ -147,7 +147,7 @@ def judge(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray, texts: np.
     """
     from cleanlab.filter import find_label_issues  # imported here: it takes a second
 
-    for decision, choices, rows, given, scores in decisions(taxonomy, logits, labels):
+    for decision, choices, rows, given, scores in each_decision(taxonomy, logits, labels):
         chosen = np.unique(np.stack([given, texts[rows]]), axis=1)[0]  # by each text
         kept = np.flatnonzero(np.bincount(chosen, minlength=len(choices)) >= FOLDS)
         if len(kept) < 2:

@@ -11,7 +11,7 @@ Worth knowing:
    from the deepest level upwards, because a chosen child brings its parent.
 4. The guarantee is conformal risk control (Angelopoulos, Bates, Fisch, Lei and Schuster, 2022). The loss of a text is the share
    of its true nodes that the set {P(node) >= t} misses. Texts without true nodes do not count. The scores must come from a
-   model that was not fitted to these texts, hence `evaluation.calibration.held_out`.
+   model that was not fitted to these texts, hence `evaluation.calibration.calibrate_out_of_fold`.
 
 In this file ``labels`` are 1, 0, or -100 for unknown; a node with the label 1 has it at all ancestors too. Unknown pairs count
 in no fit and in no score. ``z`` and ``lexical`` are conditional scores, the latter None without a lexical head, and ``u``
@@ -161,7 +161,7 @@ def fit_node_thresholds(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray) -
     """Fit the thresholds of the nodes to calibrated logits that were not fitted to these texts; 0.5 if no label is 1.
 
     A node's own threshold is the one of best F1, given the choices below it. It is averaged with the common threshold of
-    best micro-F1, in logits, with weights k and m: k is the node's number of positives, and m of `choose_strength`.
+    best micro-F1, in logits. Its weight is the node's number of positives, and that of the common one is `choose_strength`'s.
     """
     strength = choose_strength(taxonomy, u, labels)
     return shrunk_thresholds(taxonomy, u, labels, (strength,))[strength]

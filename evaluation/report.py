@@ -28,7 +28,7 @@ from transformers import AutoModel, EvalPrediction, PreTrainedModel, PreTrainedT
 from configuration_hierarchical import HierarchicalConfig
 from errors import refusing
 from evaluation import multi_label, plots
-from evaluation.calibration import conformal_scores, fit_calibration, fit_thresholds, held_out
+from evaluation.calibration import calibrate_out_of_fold, conformal_scores, fit_calibration, fit_thresholds
 from evaluation.lexical import LexicalClassifier, token_counts
 from evaluation.metrics import (
     any_label_accuracy,
@@ -111,17 +111,17 @@ def score_splits(
     config, metrics = trainer.model.config, dict[str, float]()
     kept = {"decision_logits"} if config.is_multi_label else set()
     ignored = [key for key in config.keys_to_ignore_at_inference if key not in kept]
-    logits, decisions = dict[str, np.ndarray](), dict[str, np.ndarray]()
+    logits, to_calibrate = dict[str, np.ndarray](), dict[str, np.ndarray]()
     for split, requested in (("validation", training.do_eval), ("test", training.do_predict)):
         if split in splits and requested is not False:
             output = trainer.predict(splits[split], ignored, metric_key_prefix=PREFIXES[split])
             metrics |= output.metrics
             if config.is_multi_label:
-                logits[split], decisions[split] = output.predictions
+                logits[split], to_calibrate[split] = output.predictions
             else:
-                logits[split] = decisions[split] = output.predictions
+                logits[split] = to_calibrate[split] = output.predictions
                 metrics |= any_label_scores(split, output.predictions, splits[split])
-    return metrics, logits, decisions
+    return metrics, logits, to_calibrate
 
 
 def any_label_scores(split: str, logits: np.ndarray, rows: Dataset) -> dict[str, float]:
@@ -142,7 +142,7 @@ def calibrate_model(
     splits: DatasetDict,
     max_length: int,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Fit the lexical head's weight, the calibration and the thresholds to the last of `score_splits`; store them in the model.
+    """Fit the lexical head's weight, the calibration and the thresholds, and store them in the model.
 
     Returns:
         Metrics after calibration, and without the lexical head if there is one (``without_lexical_head_…``). For test rows,
@@ -158,7 +158,7 @@ def calibrate_model(
         validation = (taxonomy, logits["validation"], lexical["validation"], labels["validation"])
         fitted = fit(*validation)
         calibrated = {split: fitted.apply(taxonomy, logits[split], lexical[split]) for split in logits}
-        calibrated["validation"] = held_out(fit, *validation, texts["validation"])
+        calibrated["validation"] = calibrate_out_of_fold(fit, *validation, texts["validation"])
         if not config.is_multi_label:
             return fitted, calibrated, None
         thresholds = fit_node_thresholds(taxonomy, calibrated["validation"], labels["validation"])

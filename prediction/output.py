@@ -79,7 +79,7 @@ class RestartableOutput:
             if self.store.is_input(file, sources):
                 others = "" if file == self.name else f": {file}"
                 raise InputError(f"--output {self.name}{others} is also an input: give another name")
-        # an output beside its parts was killed while it wrote files of a folder, or deleted the parts
+        # files and parts together: the run was killed while it wrote a folder's files or deleted the parts
         is_begun = self.store.exists(self.marker) or self._files()
         if is_begun and not self.store.names(self.parts) and not overwrite:
             raise self._exists_error()

@@ -4,8 +4,7 @@ Worth knowing:
 
 1. All state is in the driver's output (`prediction.output`). So a lost actor or node costs the blocks that it had, a killed
    driver continues like any other run, and no disk is shared.
-2. While blocks wait, the driver asks for twice as many actors as there is room for. Ray starts the others when nodes join.
-   Until then they are demand, for which an autoscaling cluster adds nodes.
+2. While blocks wait, the driver requests twice the actors that fit. An autoscaling cluster adds nodes for the pending ones.
 3. An actor has two blocks: one is computed while the other is on its way. The driver holds no others, so its memory does not
    grow with the input.
 4. All actors must describe their model alike. Otherwise the output would mix, say, bfloat16 and float32.

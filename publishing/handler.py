@@ -25,7 +25,7 @@ class EndpointHandler:
         """Return the pipeline's result for a text under ``"inputs"``, or its results for a list of texts.
 
         ``"parameters"`` may hold ``top_k``, ``coverage``, ``recall``, ``stride`` and ``costs``, as arguments of the
-        pipeline. Costs are no file: a client must not have the server read its own files.
+        pipeline. ``costs`` cannot be a path: a client must not read the server's files.
 
         Raises:
             ValueError: the request cannot be used. The message is one line and holds no text of the request.

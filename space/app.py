@@ -12,7 +12,7 @@ Worth knowing:
    Nothing that a user sends is logged: see `log_without_values` and `guard.py`.
 5. Texts, explanations and files have separate queues, so a text never waits for a file.
 6. `Service` serves a model that predicts one path a text, and `MultiLabelService` one that predicts several labels. Below, the
-   level of the guarantee is a coverage for the first, and a recall for the second.
+   target of the guarantee is a coverage for the first, and a recall for the second.
 """
 
 import argparse
@@ -47,17 +47,17 @@ import gradio as gr
 import views
 from attribution import Explainer, Explanation
 from classification import (
-    LEAST_LEVEL,
+    LEAST_TARGET,
     MAX_CHARACTERS,
-    MOST_LEVEL,
+    MOST_TARGET,
     Classification,
     MultiLabelClassification,
-    check_level,
+    check_target,
     check_text,
     classify,
     classify_all,
     guarantee,
-    highest_level,
+    highest_target,
     is_calibrated,
     is_multi_label,
     load,
@@ -150,7 +150,7 @@ def rows_classified(
     classifier: Callable[[list[str], float | None], list[dict[str, Any]]],
     outcome: Callable[[dict[str, Any]], dict[str, Any]],
     rows: list[Row],
-    level: float | None,
+    target: float | None,
 ) -> Iterator[tuple[list[dict[str, Any]], list[Problem]]]:
     """Classify rows, `ROWS` at a time. Yield those that were classified and those that were not.
 
@@ -166,7 +166,7 @@ def rows_classified(
                 texts.append((row.line, check_text(row.text)))
             except Refused as error:
                 problems.append({"line": row.line, "problem": str(error)})
-        results = classifier([text for _, text in texts], level) if texts else []
+        results = classifier([text for _, text in texts], target) if texts else []
         records = [
             {
                 "line": line,
@@ -220,8 +220,8 @@ class Service:
     """
 
     kicker = "Most probable class"
-    level_label = "Coverage: the share of texts whose answer contains the correct class"
-    level_info = "With more coverage, the answer is more often several classes or their parent."
+    target_label = "Coverage: the share of texts whose answer contains the correct class"
+    target_info = "With more coverage, the answer is more often several classes or their parent."
     plots: tuple[tuple[str, str, str], ...] = (  # element, heading, and label of each figure
         ("bars", "Probabilities, level by level", "Probabilities"),
         ("icicle", "The taxonomy: probability from the roots to the leaves", "The taxonomy"),
@@ -233,8 +233,8 @@ class Service:
         self.classifier, self.tree = classifier, classifier.tree
         self.descriptions = getattr(self.tree, "descriptions", {})  # older checkpoints have none
         explainer = Explainer(classifier)
-        self._classify = gpu(lambda text, level: classify(classifier, text, level))
-        self._classify_all = gpu(lambda texts, level: classify_all(classifier, texts, level))
+        self._classify = gpu(lambda text, target: classify(classifier, text, target))
+        self._classify_all = gpu(lambda texts, target: classify_all(classifier, texts, target))
         self._explain = gpu(explainer.explain)
 
     # ── The API ──
@@ -280,14 +280,14 @@ class Service:
         """
         return self._classify_file(file, column, coverage)
 
-    def _classify_file(self, file: Any, column: str | None, level: float | None) -> dict[str, Any]:
+    def _classify_file(self, file: Any, column: str | None, target: float | None) -> dict[str, Any]:
         if not isinstance(file, dict) or not isinstance(file.get("path"), str):
             raise Refused("A file is needed.")
         content = take_upload(file["path"])
         table = read_table(content, kind_of(file["path"]), column or None)
-        level = check_level(self.classifier, level)
+        target = check_target(self.classifier, target)
         result: dict[str, Any] = {"column": table.column, "rows": [], "problems": []}
-        for records, problems in rows_classified(self._classify_all, self.outcome, table.rows, level):
+        for records, problems in rows_classified(self._classify_all, self.outcome, table.rows, target):
             result["rows"] += records
             result["problems"] += problems
         return result
@@ -299,18 +299,18 @@ class Service:
 
     # ── The page ──
 
-    def show_result(self, text: str, level: float) -> list[Any]:
+    def show_result(self, text: str, target: float) -> list[Any]:
         """Return the outputs of one text: its result, its figures, the node to explain, and an empty explanation."""
         no_answer = ""
         try:
-            level = check_level(self.classifier, level)
+            target = check_target(self.classifier, target)
         except Refused as error:
-            level, no_answer = None, views.plain(str(error))
+            target, no_answer = None, views.plain(str(error))
         try:
-            result = self._classify(text or "", level)
+            result = self._classify(text or "", target)
         except Refused as error:
             return [views.refusal(str(error)), *self.figures(), gr.skip(), views.no_words()]
-        answer = no_answer or self.answer(level, result["answer"])
+        answer = no_answer or self.answer(target, result["answer"])
         return [
             self.result(result, answer, self.descriptions),
             *self.figures(result),
@@ -387,7 +387,7 @@ class Service:
         return views.note("Cancelled. No results are kept." if run and run.end() else "Nothing is running.")
 
     def run_file(
-        self, kept: tuple[str, bytes] | None, column: str, level: float, run: Run | None
+        self, kept: tuple[str, bytes] | None, column: str, target: float, run: Run | None
     ) -> Iterator[list[Any]]:
         """Classify a file. Yield progress, preview, problems and two downloads, until the run is done or cancelled."""
         # ── Read: the run may be over, and the file refused ──
@@ -400,7 +400,7 @@ class Service:
             if kept is None:
                 raise Refused("There is no file: choose one first.")
             kind, content = kept
-            level = check_level(self.classifier, level if is_calibrated(self.classifier) else None)
+            target = check_target(self.classifier, target if is_calibrated(self.classifier) else None)
             table = read_table(content, kind, column or "")
         except Refused as error:
             yield [views.refusal(str(error)), *empty] if run.end() else nothing
@@ -415,7 +415,7 @@ class Service:
         total = len(table.rows)
         yield [views.progress(0, total, 0, "Classified"), self.preview([]), views.problems([]), *empty[2:]]
         sent, previewed, listed = float("-inf"), 0, 0
-        for records, problems in rows_classified(self._classify_all, self.outcome, table.rows, level):
+        for records, problems in rows_classified(self._classify_all, self.outcome, table.rows, target):
             if not run.active:
                 yield nothing
                 return
@@ -452,8 +452,8 @@ class MultiLabelService(Service):
     """The functions for a model that predicts several labels a text."""
 
     kicker = "Predicted labels"
-    level_label = "Recall: the share of a text's correct nodes that the answer contains on average"
-    level_info = "With more recall, the answer has more nodes."
+    target_label = "Recall: the share of a text's correct nodes that the answer contains on average"
+    target_info = "With more recall, the answer has more nodes."
     plots = (("tree", "The taxonomy: probability of each node. ✓: predicted", "The taxonomy"),)
     result, answer = staticmethod(views.labels_result), staticmethod(views.recall_answer)
     preview = staticmethod(views.labels_preview)
@@ -538,7 +538,7 @@ def about(classifier: Pipeline, model: str, revision: str | None) -> tuple[Html,
     if is_multi_label(classifier):
         labels["Labels"] = "any number of nodes a text, none included"
         if is_calibrated(classifier):
-            guaranteed = f"up to {highest_level(classifier):.0%}, fitted on {config.recall_texts:,} texts with labels"
+            guaranteed = f"up to {highest_target(classifier):.0%}, fitted on {config.recall_texts:,} texts with labels"
     facts = {
         "Model": model_name if revision is None else f"{model_name} at {revision[:12]}",
         "Encoder": Path(encoder).name if os.path.isabs(encoder) else encoder,
@@ -552,17 +552,17 @@ def about(classifier: Pipeline, model: str, revision: str | None) -> tuple[Html,
     return views.facts(facts), first or "The checkpoint has no model card.", more
 
 
-def level_slider(service: Service, prefix: str = "") -> gr.Slider:
-    highest = highest_level(service.classifier)
+def target_slider(service: Service, prefix: str = "") -> gr.Slider:
+    highest = highest_target(service.classifier)
     calibrated = is_calibrated(service.classifier)
     return gr.Slider(
-        minimum=LEAST_LEVEL,
-        maximum=MOST_LEVEL,
+        minimum=LEAST_TARGET,
+        maximum=MOST_TARGET,
         step=0.01,
         value=min(LEVEL, highest) if calibrated else LEVEL,
         interactive=calibrated,
-        label=service.level_label,
-        info=service.level_info if calibrated else "Not available: this model was trained without validation rows.",
+        label=service.target_label,
+        info=service.target_info if calibrated else "Not available: this model was trained without validation rows.",
         elem_id=prefix + guarantee(service.classifier),
     )
 
@@ -593,7 +593,7 @@ def text_tab(service: Service) -> None:
                 gr.HTML("<p class='small' id='examples-label'>Examples, made up for this page:</p>")
                 with gr.Row(elem_id="examples"):
                     examples = [gr.Button(name, size="sm") for name in EXAMPLES]
-                level = level_slider(service)
+                target = target_slider(service)
             with gr.Column(scale=6, min_width=300):
                 result = gr.HTML(views.waiting(service.kicker), elem_id="result")
                 plots = [plot(*first[0], first[1])]
@@ -611,10 +611,10 @@ def text_tab(service: Service) -> None:
         words = gr.HTML(views.no_words(), elem_id="words")
 
         results = [result, *plots, node, words]
-        asked = [text, level]
+        asked = [text, target]
         texts = {"concurrency_id": "texts", **HIDDEN}
         gr.on([run.click, text.submit], service.show_result, asked, results, **texts)
-        gr.on([level.release], service.show_result, asked, results, **texts)
+        gr.on([target.release], service.show_result, asked, results, **texts)
         for button, example in zip(examples, EXAMPLES.values(), strict=True):
             filled = button.click(lambda example=example: example, None, text, queue=False, **HIDDEN)
             filled.then(service.show_result, asked, results, **texts)
@@ -650,7 +650,7 @@ def file_tab(service: Service) -> None:
                 column = gr.Dropdown(
                     choices=[], label="Column with the texts", allow_custom_value=True, elem_id="column"
                 )
-                file_level = level_slider(service, "file-")
+                file_target = target_slider(service, "file-")
                 with gr.Row():
                     start = gr.Button("Classify the file", variant="primary", elem_id="start")
                     stop = gr.Button("Cancel", variant="stop", elem_id="cancel")
@@ -674,7 +674,7 @@ def file_tab(service: Service) -> None:
         running = gr.State(None)
         start.click(service.begin_file, running, [running, ended], queue=False, **HIDDEN).then(
             service.run_file,
-            [kept, column, file_level, running],
+            [kept, column, file_target, running],
             [state, table, problems, as_csv, as_lines],
             concurrency_id="files",
             trigger_mode="multiple",  # the run before may still be waiting, or finishing its last rows

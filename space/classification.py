@@ -6,7 +6,7 @@ Worth knowing:
 2. An invalid request raises `Refused`. Its message is shown to the user, and contains nothing that the user sent.
 3. The part of a text that was read is counted in characters, from the tokenizer's offsets.
 4. A model predicts one path a text, and guarantees a coverage. Or it predicts several labels a text, and guarantees a recall.
-   Below, both are the level of the guarantee.
+   Below, both are the target of the guarantee.
 """
 
 import os
@@ -17,7 +17,7 @@ from tables import Refused
 from transformers import Pipeline, pipeline
 
 MAX_CHARACTERS = 20_000
-LEAST_LEVEL, MOST_LEVEL = 0.5, 0.99
+LEAST_TARGET, MOST_TARGET = 0.5, 0.99
 
 
 class Node(TypedDict):
@@ -110,58 +110,58 @@ def guarantee(classifier: Pipeline) -> str:
     return "recall" if is_multi_label(classifier) else "coverage"
 
 
-def highest_level(classifier: Pipeline) -> float:
-    """Return the highest level for which the checkpoint has a threshold; 0 if it has none."""
+def highest_target(classifier: Pipeline) -> float:
+    """Return the highest target for which the checkpoint has a threshold; 0 if it has none."""
     config = classifier.model.config
     if is_multi_label(classifier):
         return sum(threshold is not None for threshold in config.recall_thresholds or []) / 100
-    return 0.0 if config.conformal_thresholds is None else MOST_LEVEL
+    return 0.0 if config.conformal_thresholds is None else MOST_TARGET
 
 
 def is_calibrated(classifier: Pipeline) -> bool:
-    return highest_level(classifier) >= LEAST_LEVEL
+    return highest_target(classifier) >= LEAST_TARGET
 
 
-def check_level(classifier: Pipeline, level: Any) -> float | None:
+def check_target(classifier: Pipeline, target: Any) -> float | None:
     """Return the requested coverage or recall, or None.
 
     Raises:
         Refused: it is no number between 0.5 and 0.99, or the checkpoint has no threshold for it.
     """
-    if level is None:
+    if target is None:
         return None
     name = guarantee(classifier)
-    if isinstance(level, bool) or not isinstance(level, (int, float)):
+    if isinstance(target, bool) or not isinstance(target, (int, float)):
         raise Refused(f"The {name} must be a number.")
-    if not LEAST_LEVEL <= level <= MOST_LEVEL:
-        raise Refused(f"The {name} must lie between {LEAST_LEVEL} and {MOST_LEVEL}.")
+    if not LEAST_TARGET <= target <= MOST_TARGET:
+        raise Refused(f"The {name} must lie between {LEAST_TARGET} and {MOST_TARGET}.")
     if not is_calibrated(classifier):
         raise Refused(f"This model was trained without validation rows, so it has no {name} guarantee.")
     try:
-        classifier._sanitize_parameters(**{name: level})
+        classifier._sanitize_parameters(**{name: target})
     except ValueError as error:  # too few validation texts
         raise Refused(f"{str(error).capitalize()}.") from None
-    return float(level)
+    return float(target)
 
 
-def classify(classifier: Pipeline, text: Any, level: Any = None) -> Classification | MultiLabelClassification:
+def classify(classifier: Pipeline, text: Any, target: Any = None) -> Classification | MultiLabelClassification:
     """Classify one text.
 
     Args:
-        level: coverage or recall, for an answer.
+        target: coverage or recall, for an answer.
 
     Raises:
-        Refused: the text or the level is invalid.
+        Refused: the text or the target is invalid.
     """
-    level = check_level(classifier, level)
-    return classify_all(classifier, [check_text(text)], level)[0]
+    target = check_target(classifier, target)
+    return classify_all(classifier, [check_text(text)], target)[0]
 
 
 def classify_all(
-    classifier: Pipeline, texts: list[str], level: float | None
+    classifier: Pipeline, texts: list[str], target: float | None
 ) -> list[Classification] | list[MultiLabelClassification]:
     """Classify texts that `check_text` has returned, in their order."""
-    options = {} if level is None else {guarantee(classifier): level}
+    options = {} if target is None else {guarantee(classifier): target}
     results = classifier(texts, **options)
     for text, result in zip(texts, results, strict=True):
         truncated = result.pop("truncated")

@@ -20,7 +20,7 @@ import plotly.graph_objects as go
 from attribution import LOG_ODDS, Explanation
 from classification import Classification, MultiLabelClassification, Node
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#9AA5B1"
+BLUE, GREY = "#0072B2", "#9AA5B1"
 BARS = 6  # a level
 LEVELS = 4  # with bars; only the icicle shows deeper levels
 TREE_ROWS, INDENT = 30, 18  # of the tree, and of a level in pixels
@@ -366,7 +366,7 @@ def words(text: str, explanation: Explanation, in_log_odds: bool = False) -> str
     return panel(
         f"<h3>Words for and against {name(explanation['label'])}</h3>"
         f"<p class='note'>The probability is {percent(blank_score)} for a blank text of this length, and <b>{percent(score)}</b> "
-        f"for this text. The weights of the words, in {of_words}, add up to the difference, {written(difference)}, with a "
+        f"for this text. The weights of words and special tokens, in {of_words}, add up to the difference, {written(difference)}, with a "
         f"convergence error of {written(error)}{share}.</p>{warning}"
         f"<p class='legend'><span class='w for' style='--s:.8'>raises</span> <span class='w against' style='--s:.8'>lowers</span> "
         f"the probability{' · <span class=unread>grey: not read</span>' if unread else ''}</p>"

@@ -70,7 +70,9 @@ class DataArguments:
         None, "Whether a text has one label or any number. Default: any number if the column holds lists."
     )
     label_delimiter: str | None = flag(None, "What separates the labels of a text in the column, such as ';'.")
-    incomplete_labels: bool = flag(False, "Several labels a text: whether a label has its children's is unknown.")
+    incomplete_labels: bool = flag(
+        False, "Several labels a text: nodes below the given labels are unknown, not absent."
+    )
     taxonomy: str | None = flag(
         None, "Nested .yaml or .json, or .csv of parent,child rows. Default: the labels' paths."
     )

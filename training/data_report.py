@@ -21,7 +21,7 @@ LOGGED_COUNTS = (
     "have several labels, accuracy is at most %(accuracy_ceiling).4f; "
 )
 LOGGED_LABEL_SETS = "%(split)s: %(rows)d texts, %(dropped_rows)d dropped; %(labels_per_text).2f labels a text; "
-LOGGED_LENGTHS = "%(p50)d tokens a text in the median, %(max)d at most; %(cut)d texts truncated at %(max_length)d"
+LOGGED_LENGTHS = "%(p50)d tokens a text in the median, %(max)d at most; %(truncated)d texts truncated at %(max_length)d"
 
 
 def parts(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -38,8 +38,7 @@ def shared_texts(rows: pd.DataFrame) -> dict[str, int]:
 def describe(rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
     """Count the rows, duplicates, conflicting labels and classes of one split, from which rows were ``dropped``.
 
-    ``accuracy_ceiling``, of rows labelled with a leaf, is that of a function which predicts the most common leaf of
-    each distinct text.
+    ``accuracy_ceiling`` is the accuracy on rows labelled with a leaf, if each text's most common leaf is predicted.
     """
     counts = count_labels(rows)
     conflicting = conflicts(counts, taxonomy)
@@ -120,17 +119,17 @@ def length_report(lengths: Sequence[int], max_length: int) -> dict:
         **{f"p{q}": int(np.percentile(counts, q, method="inverted_cdf")) for q in (50, 90, 95, 99)},
         "max": int(counts.max()),
         "max_length": max_length,
-        "cut": truncated,
-        "cut_share": truncated / counts.size,
+        "truncated": truncated,
+        "truncated_share": truncated / counts.size,
     }
 
 
 def log_what_was_done(report: dict) -> None:
     for source in report["sources"]:
         logger.info("%s rows from %s", source["split"], source["name"])
-    if carved := report["split"]["carved"]:
-        shares = " and ".join(f"{share:g} for {split}" for split, share in carved.items())
-        logger.info("carved from the training texts, identical texts kept together: %s", shares)
+    if split_off := report["split"]["split_off"]:
+        shares = " and ".join(f"{share:g} for {split}" for split, share in split_off.items())
+        logger.info("split off the training texts, identical texts kept together: %s", shares)
     if dropped := _listed({split: counts["dropped_rows"] for split, counts in report["splits"].items()}):
         logger.warning("dropped, since a later split has the texts: %s", dropped)
     if united := _listed(report.get("united_rows", {})):
@@ -140,7 +139,7 @@ def log_what_was_done(report: dict) -> None:
         action = "moved to the training rows" if before["moved"] == "to train" else "left out"
         logger.warning("%s, since the checkpoint was trained on the texts: %s", action, held_out)
     if before["scores"] == "unverified":
-        logger.warning("the checkpoint's training texts are unknown: no rows are carved, and scores are unverified")
+        logger.warning("the checkpoint's training texts are unknown: no rows are split off, and scores are unverified")
     if untrained := report["classes_without_training_rows"]:
         names = ", ".join(map(quote_name, untrained[:LOGGED_CLASSES]))
         logger.warning("%d classes without training rows, such as %s", len(untrained), names)

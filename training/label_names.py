@@ -49,15 +49,16 @@ def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: Mod
 
 
 def set_heads_from_names(trainer: HierarchicalTrainer, rows: Dataset, only_if_better: bool = False) -> bool:
-    """Set the heads of a trainer's model: inner nodes to zero, and the score of a leaf for a text's embedding v to
+    """Initialise the heads of a trainer's model from embeddings of the class names. Return whether heads were set.
+
+    Inner nodes get 0. For a text's embedding v, the score of a leaf is
 
         LARGEST · u · (v - m) / s
 
     u is the direction of the name's embedding from the mean of all names, m the mean of some texts' embeddings, and s
     the root of their mean squared distance from m. With several labels a text, each node has this score, added to its
-    `prior_log_odds`. With ``only_if_better``, the former heads stay unless these make the texts' labels more
-    likely. If nodes have descriptions, names with and without them are tried, and the likelier ones kept. Return whether
-    heads were set.
+    `prior_log_odds`. With ``only_if_better``, the former heads stay unless these make the texts' labels more likely.
+    If nodes have descriptions, names with and without them are tried, and the likelier ones are kept.
     """
     model = trainer.model
     tree, heads, was_training = model.config.tree, model.heads, model.training

@@ -53,7 +53,7 @@ def open_counts(taxonomy: Taxonomy, labels: np.ndarray) -> tuple[np.ndarray, np.
 def prior_log_odds(taxonomy: Taxonomy, labels: np.ndarray) -> np.ndarray:
     """Return each node's log-odds given its parent, smoothed by half a row of each outcome: (num_nodes,).
 
-    Biases start there. From zero, a flat model of MiniLM learnt nothing but these frequencies in ten epochs.
+    Biases start there. From zero, training would first have to learn these frequencies.
     """
     positive, total = open_counts(taxonomy, labels)
     return np.log((positive + 0.5) / (total - positive + 0.5))

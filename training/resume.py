@@ -119,7 +119,7 @@ def check_resumed_data(checkpoint: str, taxonomy: Taxonomy, report: dict[str, An
             | {"hashes": [sorted(source["sha256"].values()) for source in data["sources"] if source["split"] != "test"]}
             for data in (stored_report, report)
         )
-    if before != now and (before["split"]["carved"] or now["split"]["carved"]):
+    if before != now and (before["split"]["split_off"] or now["split"]["split_off"]):
         problem = "rows it was trained on would be held out now; give the same data, columns, --seed and split sizes"
         raise InputError(f"cannot resume from {checkpoint}: {problem}, {START_ANEW}")
     if before["hashes"] != now["hashes"]:

@@ -56,7 +56,7 @@ def load_splits(
 ) -> LabelledSplits:
     """Read, check and split the data that the arguments name.
 
-    The ``taxonomy`` of a finished checkpoint takes precedence over ``arguments.taxonomy``. No rows are carved unless
+    The ``taxonomy`` of a finished checkpoint takes precedence over ``arguments.taxonomy``. No rows are split off unless
     all texts that it was trained on are known.
     """
     # ── Read ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -96,10 +96,10 @@ def load_splits(
     if "train" in sources and "validation" not in sources:
         shares["validation"] = arguments.validation_size
     shares = {split: share for split, share in shares.items() if share and trained.complete}
-    rows = _carve(rows, shares, seed, taxonomy)
+    rows = _split_off(rows, shares, seed, taxonomy)
 
     # ── Report ───────────────────────────────────────────────────────────────────────────────────────────────────────
-    method = {"method": "as given", "carved": shares, "seed": seed}
+    method = {"method": "as given", "split_off": shares, "seed": seed}
     if shares:
         numbers = np.sort(rows.loc[rows["split"] == "train", "row"].to_numpy(np.int64))
         method["method"] = f"by {'combination of classes' if several else 'class'}, identical texts kept together"
@@ -177,7 +177,7 @@ def _drop_shared(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     return rows[~dropped].reset_index(drop=True), rows[dropped]
 
 
-def _carve(rows: pd.DataFrame, shares: dict[str, float], seed: int, taxonomy: Taxonomy) -> pd.DataFrame:
+def _split_off(rows: pd.DataFrame, shares: dict[str, float], seed: int, taxonomy: Taxonomy) -> pd.DataFrame:
     """Move a share of the training texts to each other split, with all rows of a text.
 
     Texts that an earlier run was trained on stay. If too few others are left, the counts are scaled down.
@@ -247,10 +247,10 @@ def _sample_by_combinations(labels: np.ndarray, count: int, split: str, seed: in
 
 
 def _check_count(count: int, available: int, split: str, trained: np.ndarray, stays: str = "") -> None:
-    """Raise InputError unless ``count`` of the ``available`` training texts, at least one, can be carved."""
+    """Raise InputError unless ``count`` of the ``available`` training texts, at least one, can be split off."""
     reason = f"{count} of {len(trained):,} distinct training texts, and {stays}"
     if trained.any():
         reason = f"the checkpoint was trained on {trained.sum():,} of {len(trained):,} distinct training texts"
     if not 0 < count <= available:
         remedy = f"change --{split}_size, or 0 for no {split} rows, or give --{split}_file"
-        raise InputError(f"cannot carve {split} rows: {reason}; {remedy}")
+        raise InputError(f"cannot split off {split} rows: {reason}; {remedy}")

@@ -1,6 +1,6 @@
 """Record which texts a checkpoint was trained on, so that none of them is scored.
 
-The hashes are never published: they reveal who is in the training data. A resumed run carves its splits by the texts of
+The hashes are never published: they reveal who is in the training data. A resumed run splits its rows by the texts of
 earlier runs only, and so repeats its first split.
 """
 
@@ -65,7 +65,7 @@ def read_trained_texts(checkpoint: str | Path) -> TrainedTexts:
 
 
 def write_trained_texts(folder: Path, before: TrainedTexts, texts: Iterable[str]) -> None:
-    """Write, before the first step, what a run is trained on: ``texts``, and what its initial weights had been."""
+    """Before the first step, write hashes of ``texts``, and of the texts behind the initial weights."""
     this_run = before.this_run | {text_hash(normalise_text(text)) for text in texts}
     content = {"complete": before.complete, "earlier": sorted(before.earlier), "this_run": sorted(this_run)}
     write_json(folder / TRAINED_TEXTS, content)

@@ -2,12 +2,9 @@
 
 Worth knowing:
 
-1. Each step assigns the sentences of a text to two halves at random. Both halves learn the text's label. The loss adds the
-   symmetric divergence of their predictions, as R-Drop does (Liang et al., 2021, arXiv 2106.14448). R-Drop's views differ by
-   dropout, the largest cost of a training step on a CPU; halves need none.
-2. The halves have similar lengths, and each is truncated at 55 % of the text's tokens. A batch of halves has 1.1 times the tokens
-   of its texts with padding (OHSUMED). By coin tosses and without truncation it would have 1.8 times as many.
-3. The assignment depends on the seed, the step and the row only, so a resumed run continues bit for bit.
+1. The method is in docs/method.md, "Consistency training". The two views of a text differ by their sentences; those of R-Drop
+   (Liang et al., 2021, arXiv 2106.14448) differ by dropout, the largest cost of a training step on a CPU.
+2. By coin tosses and without truncation, a batch of halves would have 1.8 times the tokens of its texts, in place of 1.1.
 """
 
 import math

@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
 from quality import MULTI_LABEL_TASKS, Task
 
 from evaluation import multi_label
-from evaluation.calibration import held_out
+from evaluation.calibration import calibrate_out_of_fold
 from evaluation.metrics import macro_f1, micro_f1, node_counts
 
 REPEATS, ORDERS = (1, 2, 6, 12), 20
@@ -50,7 +50,7 @@ def study(task: Task, file: Path) -> None:
         split: (z - np.array(config.node_biases)) / np.array(config.node_scales) for split, z in np.load(file).items()
     }
     fit, texts = multi_label.fit_calibration, np.arange(len(scores["validation"]))
-    u = held_out(fit, tree, scores["validation"], None, labels["validation"], texts)
+    u = calibrate_out_of_fold(fit, tree, scores["validation"], None, labels["validation"], texts)
     probabilities = expit(fit(tree, scores["validation"], None, labels["validation"]).apply(tree, scores["test"], None))
     for repeats in REPEATS:
         found, chosen = [], Counter[float]()

@@ -17,10 +17,10 @@ from evaluation.calibration import (
     PRIOR,
     Calibration,
     apply_temperatures,
+    calibrate_out_of_fold,
     conformal_scores,
     fit_calibration,
     fit_thresholds,
-    held_out,
     node_log_probs,
     nonconformity_scores,
     round_up,
@@ -94,10 +94,10 @@ def test_the_lexical_weight_is_the_one_that_the_labels_were_drawn_with():
 def test_rows_are_scored_by_a_calibration_that_has_not_seen_their_text():
     logits, labels = drawn(TREE, [2.0] * 4, 300)
     scores, texts = np.random.default_rng(1).normal(size=logits.shape), np.arange(300) // 2  # each text twice
-    calibrated_logits = held_out(fit_calibration, TREE, logits, scores, labels, texts)
+    calibrated_logits = calibrate_out_of_fold(fit_calibration, TREE, logits, scores, labels, texts)
     other_labels = labels.copy()
     other_labels[:2] = (labels[:2] + 1) % TREE.num_leaves  # the first text is labelled otherwise
-    again = held_out(fit_calibration, TREE, logits, scores, other_labels, texts)
+    again = calibrate_out_of_fold(fit_calibration, TREE, logits, scores, other_labels, texts)
     np.testing.assert_array_equal(calibrated_logits[:2], again[:2])
     changed = np.flatnonzero((calibrated_logits != again).any(axis=1))
     assert len(changed) == 240  # four fifths: the first text took part in their fits

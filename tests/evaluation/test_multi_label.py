@@ -18,7 +18,7 @@ from transformers import EvalPrediction
 
 from errors import InputError
 from evaluation import lexical
-from evaluation.calibration import PRIOR, held_out
+from evaluation.calibration import PRIOR, calibrate_out_of_fold
 from evaluation.metrics import bootstrap_intervals, node_counts, one_hot, per_class_report
 from evaluation.multi_label import (
     MultiLabelCalibration,
@@ -172,14 +172,14 @@ def test_calibration_is_applied_node_by_node():
 def test_texts_are_scored_by_a_calibration_that_has_not_seen_them():
     z, labels = case(TREE, 300)
     texts = np.arange(300) // 2  # each text twice
-    u = held_out(fit_calibration, TREE, z, z, labels, texts)
+    u = calibrate_out_of_fold(fit_calibration, TREE, z, z, labels, texts)
     other = labels.copy()
     other[:2] = 1 - labels[:2, [A]]  # the first text is labelled otherwise
-    again = held_out(fit_calibration, TREE, z, z, other, texts)
+    again = calibrate_out_of_fold(fit_calibration, TREE, z, z, other, texts)
     np.testing.assert_array_equal(u[:2], again[:2])
     assert np.count_nonzero((u != again).any(axis=1)) == 240
     np.testing.assert_allclose(u, fit_calibration(TREE, z, z, labels).apply(TREE, z, z), atol=1.0)
-    single = held_out(fit_calibration, TREE, z[:1], None, labels[:1], texts[:1])
+    single = calibrate_out_of_fold(fit_calibration, TREE, z[:1], None, labels[:1], texts[:1])
     np.testing.assert_array_equal(single, fit_calibration(TREE, z[:1], None, labels[:1]).apply(TREE, z[:1], None))
 
 

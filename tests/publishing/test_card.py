@@ -68,7 +68,7 @@ def make_report(tree: Taxonomy, sources: dict[str, str] | None = None) -> dict:
         "sources": [{"split": s, "name": name, "sha256": {Path(name).name: "ab" * 32}} for s, name in sources.items()],
         "columns": {"text": "text", "label": ["label"]},
         "taxonomy": "from /home/alice/taxonomy.yaml",
-        "split": {"method": "as given", "carved": {}, "seed": 42},
+        "split": {"method": "as given", "split_off": {}, "seed": 42},
         "splits": {part["split"].iloc[0]: describe(part, tree, 0) for part in parts},
         "shared_texts": shared_texts(rows),
         "classes_without_training_rows": untrained_classes(rows, tree),
@@ -410,8 +410,8 @@ def test_the_data_section_shows_rows_conflicts_lengths_and_classes(written):
     assert "Classes without training rows: general pathological conditions." in shown
     assert "| train | train.csv | abababababab |" in shown
     assert "several labels (1 train, 1 validation, 1 test)" in section(text, "Limits and intended use")
-    carved = report | {"split": {"method": "by class", "carved": {"test": 0.1}, "seed": 7}}
-    assert "0.1 for test; seed 7" in section(written(report=carved), "Data")
+    split_off = report | {"split": {"method": "by class", "split_off": {"test": 0.1}, "seed": 7}}
+    assert "0.1 for test; seed 7" in section(written(report=split_off), "Data")
 
 
 def test_a_large_taxonomy_makes_no_large_card(written):
@@ -473,7 +473,7 @@ MULTI_LABEL_REPORT = {
     "sources": [{"split": "all", "name": "/home/alice/all.jsonl", "sha256": {"all.jsonl": "ab" * 32}}],
     "columns": {"text": "text", "label": ["labels"]},
     "taxonomy": "from /home/alice/taxonomy.yaml",
-    "split": {"method": "by combination of classes", "carved": {"test": 0.1}, "seed": 42},
+    "split": {"method": "by combination of classes", "split_off": {"test": 0.1}, "seed": 42},
     "splits": {
         split: {
             "rows": rows,

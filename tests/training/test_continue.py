@@ -82,7 +82,7 @@ def scored(output: Path, rows: list[dict[str, str]] = ROWS) -> dict[str, set[str
 
 
 def trained_on(output: Path, count: int) -> set[str]:
-    """Return the training texts of a run that carved its splits from the first rows."""
+    """Return the training texts of a run that split its rows off the first rows."""
     return {row["text"] for row in ROWS[:count]} - set().union(*scored(output).values())
 
 
@@ -115,7 +115,7 @@ def test_a_checkpoint_continued_on_a_grown_file_is_not_scored_on_what_it_was_tra
 
 
 def test_a_third_run_knows_the_texts_of_both_runs_before_it(place, words, first, second, tmp_path):
-    """Continue on the same file, where only texts that the second run held out can be carved."""
+    """Continue on the same file, where only texts that the second run held out can be split off."""
     run(*words, "--model_name_or_path", second, "--data_path", place / "800.csv", "--output_dir", tmp_path / "third")
     known = trained_on(first, 700) | trained_on(second, 800)
     held_out = scored(tmp_path / "third")
@@ -162,7 +162,7 @@ def test_a_killed_run_has_told_what_it_was_trained_on(place, words, first, secon
     assert held_out == scored(second)  # which knew as much
 
 
-def test_a_continued_run_goes_on_with_the_rows_that_it_carved(place, words, first, second, tmp_path):
+def test_a_continued_run_goes_on_with_the_rows_that_it_split_off(place, words, first, second, tmp_path):
     broken = tmp_path / "second"
     for name in ("data_report.json", KEPT):
         (broken / name).parent.mkdir(exist_ok=True)
@@ -189,13 +189,13 @@ def test_rows_that_a_broken_run_was_trained_on_are_not_given_to_it_as_test_rows(
     assert report(output)["trained_before"]["rows"]["test"] >= 40
 
 
-def test_where_nothing_is_known_nothing_is_carved_and_scores_are_unverified(place, words, first, tmp_path, capsys):
+def test_where_nothing_is_known_nothing_is_split_off_and_scores_are_unverified(place, words, first, tmp_path, capsys):
     unknown = copy(first, tmp_path / "unknown")
     (unknown / KEPT).unlink()
     line = [*words, "--model_name_or_path", unknown]
     run(*line, "--data_path", place / "800.csv", "--output_dir", tmp_path / "next")
     said = capsys.readouterr().err
-    assert "the checkpoint's training texts are unknown: no rows are carved" in said
+    assert "the checkpoint's training texts are unknown: no rows are split off" in said
     assert report(tmp_path / "next")["splits"].keys() == {"train"}
     assert report(tmp_path / "next")["trained_before"]["scores"] == "unverified"
     assert scored(tmp_path / "next") == {}
@@ -266,7 +266,7 @@ def test_a_run_that_continues_in_its_own_folder_forgets_nothing(place, words, fi
 def test_a_checkpoint_of_which_every_text_was_trained_on_has_none_to_be_scored(place, words, first, tmp_path):
     rows = [row for row in ROWS[:700] if row["text"] in trained_on(first, 700)]
     line = [*words, "--model_name_or_path", first, "--data_path", write_csv(tmp_path / "a.csv", rows)]
-    message = "cannot carve test rows: the checkpoint was trained on 560 of 560 distinct training texts"
+    message = "cannot split off test rows: the checkpoint was trained on 560 of 560 distinct training texts"
     with pytest.raises(InputError, match=message):
         run(*line, "--output_dir", tmp_path / "results")
 

@@ -1,4 +1,4 @@
-"""Several labels a text: reading, uniting, carving and reporting."""
+"""Several labels a text: reading, uniting, splitting and reporting."""
 
 import json
 import logging
@@ -223,7 +223,7 @@ def write_corpus(folder, rows):
     return write(folder / "all.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_carved_splits_have_the_rates_of_all_texts_and_share_none(tmp_path, taxonomy):
+def test_split_off_splits_have_the_rates_of_all_texts_and_share_none(tmp_path, taxonomy):
     file = write_corpus(tmp_path, corpus())
     data = load(data_path=file, taxonomy=taxonomy, validation_size=0.2, test_size=0.2)
     sizes = {split: len(part) for split, part in data.splits.items()}
@@ -244,7 +244,7 @@ def test_carved_splits_have_the_rates_of_all_texts_and_share_none(tmp_path, taxo
     assert labels_of(other, "test") != labels_of(data, "test")
 
 
-def test_carving_is_that_of_the_package_on_closed_labels(tmp_path, taxonomy):
+def test_splitting_is_that_of_the_package_on_closed_labels(tmp_path, taxonomy):
     rows = corpus()[:100]
     above = {"x": "a", "y": "a", "z": "b", "u": "c b", "v": "c b"}
     closed = [{*row["label"], *" ".join(above[label] for label in row["label"]).split()} for row in rows]
@@ -263,19 +263,19 @@ def test_a_class_of_one_text_stays_in_the_training_rows(tmp_path, taxonomy):
 
 
 @pytest.mark.parametrize("left", [5, 60])
-def test_texts_of_an_earlier_run_are_never_carved(tmp_path, taxonomy, left):
+def test_texts_of_an_earlier_run_are_never_split_off(tmp_path, taxonomy, left):
     rows = corpus(100)[:100]
     known = frozenset(text_hash(normalise_text(row["text"])) for row in rows[left:])
     arguments = DataArguments(train_file=str(write_corpus(tmp_path, rows)), taxonomy=str(taxonomy), validation_size=0.2)
     data = load_splits(arguments, 0, trained=TrainedTexts(earlier=known))
-    carved = set(data.splits["validation"]["row"])
-    assert carved <= set(range(left))
-    assert len(carved) == pytest.approx(min(20, left), abs=2)
+    split_off = set(data.splits["validation"]["row"])
+    assert split_off <= set(range(left))
+    assert len(split_off) == pytest.approx(min(20, left), abs=2)
 
 
-def test_too_few_texts_to_carve_from(tmp_path, taxonomy):
+def test_too_few_texts_to_split(tmp_path, taxonomy):
     file = write_corpus(tmp_path, rows_of(SETS))
-    with pytest.raises(InputError, match="cannot carve validation rows: 0 of 6 distinct training texts"):
+    with pytest.raises(InputError, match="cannot split off validation rows: 0 of 6 distinct training texts"):
         load(train_file=file, taxonomy=taxonomy, validation_size=0.01)
 
 

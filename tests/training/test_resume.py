@@ -261,7 +261,7 @@ def test_a_run_does_not_go_on_as_another(words, run_folder, tiny_encoder, tmp_pa
     assert all(path.read_bytes() == content for path, content in before.items() if path.name in kept)
 
 
-def test_a_run_goes_on_with_the_rows_that_it_carved(tiny_encoder, tmp_path):
+def test_a_run_goes_on_with_the_rows_that_it_split_off(tiny_encoder, tmp_path):
     rows = read_csv(CORPUS / "train.csv")[:60]
     data = write_csv(tmp_path / "data.csv", rows)
     line = [ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", tiny_encoder, "--data_path", data]

@@ -57,7 +57,7 @@ def test_one_file_is_split_by_class_with_identical_texts_together(tmp_path, seed
             assert abs(found[label] - share * count) <= 3 + 0.15 * share * count, (split, label)
     trained_on = np.sort(np.array(data.splits["train"]["row"], dtype=np.int64)).tobytes()
     assert data.report["split"] == {
-        "method": "by class, identical texts kept together", "carved": {"test": 0.1, "validation": 0.15}, "seed": seed,
+        "method": "by class, identical texts kept together", "split_off": {"test": 0.1, "validation": 0.15}, "seed": seed,
         "train_rows_sha256": hashlib.sha256(trained_on).hexdigest(),
     }  # fmt: skip
 
@@ -118,14 +118,14 @@ def test_sizes_of_zero_and_files_that_were_given(tmp_path):
         data = load(known=Taxonomy(["a", "b"]), **{flag: test})
         assert list(data.splits) == [flag.removesuffix("_file")]
         assert data.report["classes_without_training_rows"] == []
-        assert data.report["split"]["carved"] == {}
+        assert data.report["split"]["split_off"] == {}
 
 
 def test_too_few_rows_to_split(tmp_path):
     path = csv_file(tmp_path / "a.csv", [("one", "a"), ("two", "b"), ("three", "a")])
-    with pytest.raises(InputError, match=r"cannot carve test rows: 0 of 3 .*--test_size, or 0 for no test rows"):
+    with pytest.raises(InputError, match=r"cannot split off test rows: 0 of 3 .*--test_size, or 0 for no test rows"):
         load(data_path=path)
-    with pytest.raises(InputError, match="cannot carve validation rows: 2 of 3"):
+    with pytest.raises(InputError, match="cannot split off validation rows: 2 of 3"):
         load(train_file=path, validation_size=0.7)
 
 
@@ -179,7 +179,7 @@ def test_unicode_variants_of_a_text_are_that_text(tmp_path, variant):
     assert data.report["splits"]["train"]["dropped_rows"] == 1
 
 
-def test_carved_validation_has_no_text_of_the_test_file(tmp_path):
+def test_split_off_validation_has_no_text_of_the_test_file(tmp_path):
     rows = [(f"text {i}", "ab"[i % 2]) for i in range(60)]
     train = csv_file(tmp_path / "a.csv", rows)
     test = csv_file(tmp_path / "b.csv", [(text.upper(), label) for text, label in rows[:20]])
@@ -229,7 +229,7 @@ def test_log_report_shows_the_numbers_and_no_text(tmp_path, caplog):
 def test_length_report_by_hand():
     # 1 … 100: the smallest count that q % of the texts do not exceed is q
     assert length_report(list(range(1, 101)), 90) == {
-        "p50": 50, "p90": 90, "p95": 95, "p99": 99, "max": 100, "max_length": 90, "cut": 10, "cut_share": 0.1,
+        "p50": 50, "p90": 90, "p95": 95, "p99": 99, "max": 100, "max_length": 90, "truncated": 10, "truncated_share": 0.1,
     }  # fmt: skip
-    assert length_report([4], 4)["cut"] == 0
+    assert length_report([4], 4)["truncated"] == 0
     assert length_report([1, 10], 8)["p50"] == 1  # a count that occurs, not the middle of two

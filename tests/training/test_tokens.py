@@ -61,7 +61,7 @@ def test_tokens_are_those_of_the_tokenizers_own_truncation(side, warnings_of_tra
     assert rows["labels"][:] == [0, 1, 2, 3, 4, 5, 6]
     assert rows["row"][:] == [10, 11, 12, 13, 14, 15, 16]
     assert lengths == {"test": length_report([n + 2 for n in words], 8)}
-    assert (lengths["test"]["cut"], lengths["test"]["max"]) == (4, 32)
+    assert (lengths["test"]["truncated"], lengths["test"]["max"]) == (4, 32)
     tokenizer(splits["test"]["text"][:])
     assert "longer than" in warnings_of_transformers.text  # so it would have been seen
 
