@@ -11,6 +11,7 @@ Worth knowing:
 
 import argparse
 import importlib.util
+import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -107,6 +108,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for flag, share in (("coverage", arguments.coverage), ("recall", arguments.recall)):
         if share is not None and not 0 < share < 1:
             refuse(f"--{flag} must be between 0 and 1, not {share}")
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        refuse(f"--batch_size must be at least 1, not {arguments.batch_size}")
+    if arguments.output_format and not arguments.output.partition("?")[0].endswith("/"):
+        refuse(f"--output_format is for a folder, and --output {arguments.output} is a file: leave it out")
+    if arguments.ray is None and arguments.ray_gpus_per_actor is not None:
+        refuse("--ray_gpus_per_actor needs --ray")
     if arguments.ray_cpus_per_actor < 1:
         refuse(f"--ray_cpus_per_actor must be at least 1, not {arguments.ray_cpus_per_actor}")
     return arguments
@@ -122,7 +129,10 @@ def find_inputs(arguments: argparse.Namespace) -> list[Source]:
         found = [source for pattern in arguments.input for source in find_sources(pattern, arguments.input_format)]
     except InputError as error:
         raise InputError(f"--input {error}") from error
-    return list(dict.fromkeys(found))
+    unique: dict[str, Source] = {}
+    for source in found:
+        unique.setdefault(os.path.realpath(source.path) if source.filesystem is None else source.path, source)
+    return list(unique.values())
 
 
 def open_model(arguments: argparse.Namespace) -> "AbstractContextManager[Model | RayJob]":
@@ -142,16 +152,19 @@ def advance(bar: tqdm, rows: int, total: int | None) -> None:
     bar.update(rows)
 
 
+def go_on() -> str:
+    return f"the same command{' without --overwrite' if '--overwrite' in sys.argv else ''} continues from here"
+
+
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except InputError as error:
         exit_with_error("predict.py", str(error), trace=asked_traceback())
     except KeyboardInterrupt:
-        exit_with_error("predict.py", "stopped; the same command continues from here", 130)
+        exit_with_error("predict.py", f"stopped; {go_on()}", 130)
     except OSError as error:
         if not is_full_disk(error) and error.filename is None:
             raise
         remedy = "make room" if is_full_disk(error) else "it can be neither written nor read"
-        message = f"{one_line(error)}: {remedy}; the same command continues from here"
-        exit_with_error("predict.py", message, trace=asked_traceback())
+        exit_with_error("predict.py", f"{one_line(error)}: {remedy}; {go_on()}", trace=asked_traceback())

@@ -134,10 +134,11 @@ def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
             device=0 if gpu else "cpu",
             **given,
         )
+        if dtype == "int8":
+            quantize(classifier.model.encoder)
+        classifier("a")  # checks the arguments before an existing output is overwritten
     except Exception as error:  # loading runs the checkpoint's own code, which can raise anything
         raise InputError(f"cannot use the model {arguments.model}: {cause(error)}") from error
-    if dtype == "int8":
-        quantize(classifier.model.encoder)
     return classifier
 
 

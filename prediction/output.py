@@ -12,6 +12,7 @@ Worth knowing:
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -58,6 +59,7 @@ class RestartableOutput:
 
     def __init__(self, name: str, kind: str):
         self.is_folder, self.kind = name.partition("?")[0].endswith("/"), kind
+        name = name.removeprefix("file://")
         if is_url(name):
             filesystem, name = connect(name)
             self.store: Bucket | Disk = Bucket(filesystem)
@@ -79,6 +81,8 @@ class RestartableOutput:
             if self.store.is_input(file, sources):
                 others = "" if file == self.name else f": {file}"
                 raise InputError(f"--output {self.name}{others} is also an input: give another name")
+        if foreign := self._files(ours=False):
+            raise InputError(f"--output {self.name}/ holds {foreign[0]} of another program: give another folder")
         # files and parts together: the run was killed while it wrote a folder's files or deleted the parts
         is_begun = self.store.exists(self.marker) or self._files()
         if is_begun and not self.store.names(self.parts) and not overwrite:
@@ -167,10 +171,11 @@ class RestartableOutput:
         self.store.delete_folder(self.parts)
         return num_problems
 
-    def _files(self) -> list[str]:
-        """Return the files of rows in the folder."""
-        names = self.store.names(self.name) if self.is_folder else ()
-        return [f"{self.name}/{name}" for name in sorted(names) if name.startswith("part-")]
+    def _files(self, ours: bool = True) -> list[str]:
+        """Return the files of rows in the folder, or those of other programs, whose readers would take them together."""
+        names = sorted(self.store.names(self.name)) if self.is_folder else []
+        rows = [name for name in names if name.startswith("part-")]
+        return [f"{self.name}/{name}" for name in rows if ours == bool(re.fullmatch(r"part-\d{5,}\.[a-z.]+", name))]
 
     def _exists_error(self) -> InputError:
         return InputError(f"--output {self.name} already exists: give another name, or --overwrite")

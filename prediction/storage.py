@@ -136,8 +136,9 @@ class Bucket:
                 self._filesystem.delete_file(path_of(name))
 
     def delete_folder(self, folder: str) -> None:
-        with refusing(f"--output {folder}"):
-            self._filesystem.delete_dir(path_of(folder))
+        if self.names(folder):
+            with refusing(f"--output {folder}"):
+                self._filesystem.delete_dir(path_of(folder))
 
 
 def path_of(url: str) -> str:

@@ -42,6 +42,7 @@ def find_sources(pattern: str, kind: str | None = None) -> list[Source]:
     Of a folder these are the files of all `KINDS`, without hidden ones and those that begin with ``_``. The kind overrides
     the one that the file names imply. InputError is raised if no file matches, or the kind is unknown.
     """
+    pattern = pattern.removeprefix("file://")
     if pattern == "-":
         if kind is None:
             raise InputError(f"- has no name that tells its kind: give --input_format, one of {', '.join(KINDS)}")

@@ -102,6 +102,7 @@ def test_a_run_in_a_store_is_killed_and_ends_with_the_bytes_of_one_on_a_disk(
         assert "continued after" in capsys.readouterr().err
         with pytest.raises(InputError, match="already exists"):
             inside(*words)
+        assert inside(*words, "--overwrite") == 1
     found = {key: value for key, value in contents(bucket).items() if key not in before}
     assert found.keys() == local.keys()
     assert found["out.csv"] == local["out.csv"]

@@ -198,9 +198,12 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_bytes(checkpoint, l
         ("os.rename", "/out.jsonl", signal.SIGKILL, False),
         ("shutil.rmtree", ".parts", signal.SIGKILL, True),
     ):
-        done = complete("-c", STRIKE, ROOT / "predict.py", *moment, int(kill), *words)
+        more = ("--overwrite",) if kill == signal.SIGINT else ()
+        done = complete("-c", STRIKE, ROOT / "predict.py", *moment, int(kill), *words, *more)
         assert done.returncode == (130 if kill == signal.SIGINT else -kill), done.stderr
         assert output.exists() == whole
+        if kill == signal.SIGINT:
+            assert done.stderr.endswith("stopped; the same command without --overwrite continues from here\n")
         if not whole:
             with pytest.raises(InputError, match="begun with another probabilities"):
                 inside(*words, "--probabilities")
@@ -537,6 +540,51 @@ def test_an_input_is_not_taken_for_an_output(given, output, message, more, tmp_p
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_an_output_is_overwritten_only_once_its_run_can_begin(checkpoint, texts, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "model")
+    pd.DataFrame({"text": texts[:2]}).to_csv(tmp_path / "in.csv", index=False)
+    output = tmp_path / "out.jsonl"
+    words = (
+        "--model",
+        tmp_path / "model",
+        "--input",
+        tmp_path / "in.csv",
+        tmp_path / "." / "in.csv",
+        "--output",
+        output,
+    )
+    assert inside(*words) == 0
+    before = output.read_bytes()
+    assert len(before.splitlines()) == 2  # an input that is given twice is read once
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    limit = config["conformal_max_length"]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"conformal_max_length": limit - 1}))
+    for wrong in (("--batch_size", 0), ("--coverage", 0.5)):
+        with pytest.raises(InputError):
+            inside(*words, "--overwrite", *wrong)
+        assert output.read_bytes() == before
+    assert inside(*words, "--overwrite", "--probabilities") == 0
+    assert output.read_bytes() != before
+
+
+def test_files_of_another_program_are_not_overwritten(checkpoint, texts, tmp_path):
+    pd.DataFrame({"text": texts[:2]}).to_csv(tmp_path / "in.csv", index=False)
+    (tmp_path / "spark").mkdir()
+    theirs = tmp_path / "spark" / "part-00000-2f1a.c000.snappy.parquet"
+    theirs.write_bytes(b"rows")
+    for more in ((), ("--overwrite",)):
+        with pytest.raises(InputError, match=r"spark/ holds \S+/part-00000-2f1a\S+ of another program"):
+            inside("--model", checkpoint, "--input", tmp_path / "in.csv", "--output", f"{tmp_path}/spark/", *more)
+    assert theirs.read_bytes() == b"rows"
+
+
+def test_a_file_url_is_a_path(checkpoint, texts, tmp_path):
+    pd.DataFrame({"text": texts[:2]}).to_csv(tmp_path / "in.csv", index=False)
+    words = ("--model", checkpoint, "--input", f"file://{tmp_path}/in.csv", "--output", f"file://{tmp_path}/out/")
+    assert inside(*words) == 0
+    assert len(pd.read_parquet(tmp_path / "out" / "part-00000.parquet")) == 2
+
+
 def test_costs_choose_the_leaf_and_their_content_is_an_option(checkpoint, texts, tmp_path):
     classify = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True)
     leaves = classify.tree.labels[: classify.tree.num_leaves]
@@ -733,7 +781,9 @@ def test_int8_answers_nearly_as_float32_does(checkpoint, texts, tmp_path):
         (("--input", "cut.csv.gz"), "cut.csv.gz is damaged or incomplete"),
         (("--input", "wrong.parquet"), "not a Parquet file"),
         (("--input", "in.csv", "--coverage", "2"), "--coverage must be between 0 and 1"),
-        (("--input", "in.csv", "--batch_size", "0"), "batch_size must be"),
+        (("--input", "in.csv", "--batch_size", "0"), "--batch_size must be at least 1, not 0"),
+        (("--input", "in.csv", "--output_format", "parquet"), "--output_format is for a folder"),
+        (("--input", "in.csv", "--ray_gpus_per_actor", "1"), "--ray_gpus_per_actor needs --ray"),
         (("--input", "in.csv", "--costs", "away"), "--costs away: give distance, a .csv file, or missing=NUMBER"),
         (("--input", "in.csv", "--costs", "none.csv"), "--costs: cannot read the costs none.csv: No such file"),
         (("--input", "in.csv", "--costs", "empty.csv"), "--costs: the costs empty.csv are not a CSV table in UTF-8"),
