@@ -112,8 +112,11 @@ class HierarchicalConfig(PretrainedConfig):
         if conformal_max_length is not None and not (type(conformal_max_length) is int and conformal_max_length >= 1):
             raise ValueError(f"conformal_max_length must be a whole number of tokens, not {conformal_max_length!r}")
         self.conformal_max_length = conformal_max_length
-        self.node_scales, self.node_biases, self.node_thresholds = node_scales, node_biases, node_thresholds
-        self.recall_thresholds, self.recall_texts = recall_thresholds, recall_texts
+        self.node_scales = checked_numbers("node_scales", node_scales, tree.num_nodes)
+        self.node_biases = checked_numbers("node_biases", node_biases, tree.num_nodes)
+        self.node_thresholds = checked_numbers("node_thresholds", node_thresholds, tree.num_nodes)
+        self.recall_thresholds = checked_numbers("recall_thresholds", recall_thresholds, 99, or_none=True)
+        self.recall_texts = recall_texts
         if problem_type not in (None, "single_label_classification", MULTI_LABEL):
             expected = f"'single_label_classification' or {MULTI_LABEL!r}"
             raise ValueError(f"problem_type must be {expected}, not {problem_type!r}")
@@ -188,6 +191,15 @@ def checked_temperatures(temperatures: list[float] | None, taxonomy: Taxonomy) -
     if len(given) != decisions or not all(is_number(value) and 0 < value < float("inf") for value in given):
         raise ValueError(f"temperatures must be {decisions} positive numbers, one for each decision of the taxonomy")
     return given
+
+
+def checked_numbers(name: str, values: list | None, count: int, or_none: bool = False) -> list | None:
+    """Check that a field is None, or a list of ``count`` numbers, each of which may be None if ``or_none``."""
+    given = list(values) if isinstance(values, (list, tuple)) else []
+    are_numbers = all(is_number(value) or (or_none and value is None) for value in given)
+    if values is not None and (len(given) != count or not are_numbers):
+        raise ValueError(f"{name} must be a list of {count} numbers")
+    return None if values is None else given
 
 
 def checked_thresholds(thresholds: list[float | None] | None) -> list[float | None] | None:

@@ -18,7 +18,9 @@ import copy
 import csv
 import math
 import os
+import re
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -43,6 +45,7 @@ logger = logging.get_logger(__name__)
 TOKENS = {"cpu": 2048}  # in a batch, padding included
 TOKENS_ELSEWHERE = 32_768
 TEXTS_AHEAD = 512
+CHARACTERS_PER_TOKEN = 8  # most texts have fewer
 BATCHES_AHEAD = 32
 MOST_TOKENIZERS = 8
 DEFAULT_THRESHOLD = 0.5  # of an uncalibrated checkpoint with several labels a text
@@ -282,17 +285,26 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         self, texts: list[str], max_length: int | None = None, stride: int | None = None
     ) -> tuple[list[dict[str, list[int]]], list[int], list[bool]]:
         """Return the tokens of each window, the index of its text, and for each text whether it was truncated."""
-        encoded = self._tokenize(texts, self._window(max_length, stride), stride or 0)
+        window = self._window(max_length, stride)
+        # of long texts no more is tokenized than is read: tokens of a whole book take 60 times its memory
+        reads_start_only = stride is None and self.tokenizer.truncation_side == "right"
+        characters = CHARACTERS_PER_TOKEN * window if reads_start_only else math.inf
+        while True:
+            starts = [start_of(text, characters) for text in texts]
+            encoded = self._tokenize(starts, window, stride or 0)
+            counts = Counter(encoded["overflow_to_sample_mapping"])
+            if all(counts[i] > 1 or len(starts[i]) == len(texts[i]) for i in range(len(texts))):
+                break
+            characters *= 4  # a text of long words has fewer tokens than that
         names = dict.fromkeys(name for name in (*self.tokenizer.model_input_names, "attention_mask") if name in encoded)
-        windows, owners, counts = [], [], [0] * len(texts)
+        windows, owners = [], list[int]()
         for i, owner in enumerate(encoded["overflow_to_sample_mapping"]):
-            counts[owner] += 1
-            if stride is not None or counts[owner] == 1:
+            if stride is not None or [owner] != owners[-1:]:
                 if not encoded["input_ids"][i]:
                     raise ValueError("a text has no tokens: the model's tokenizer drops all its characters")
                 windows.append({name: encoded[name][i] for name in names})
                 owners.append(owner)
-        return windows, owners, [stride is None and count > 1 for count in counts]
+        return windows, owners, [stride is None and counts[i] > 1 for i in range(len(texts))]
 
     def _tokenize(self, texts: list[str], window: int, stride: int) -> Any:
         settings = {"truncation": True, "max_length": window, "stride": stride, "return_overflowing_tokens": True}
@@ -393,6 +405,12 @@ def batches_by_length(lengths: list[int], batch_size: int | None, tokens: int) -
         batches.append(order[:count])
         order = order[count:]
     return batches
+
+
+def start_of(text: str, characters: float) -> str:
+    """Return a text up to the first blank or line end after so many characters."""
+    end = re.compile(r"[ \n]").search(text, int(characters)) if len(text) > characters else None
+    return text[: end.start()] if end else text
 
 
 def padded_length(longest: int, rows: int, limit: int) -> int:
@@ -590,8 +608,9 @@ def read_text(item: Any, position: int) -> str:
     text = item.get("text") if isinstance(item, Mapping) else item
     where = f"at position {position} (counted from 0)"
     if not isinstance(text, str):
-        names = ", ".join(map(repr, item)) or "nothing" if isinstance(item, Mapping) else ""
-        kind = f"a mapping with {names}" if names else type(item).__name__
+        kind = type(text if isinstance(item, Mapping) and "text" in item else item).__name__
+        if isinstance(item, Mapping) and "text" not in item:
+            kind = f"a mapping with {', '.join(map(repr, item)) or 'nothing'}"
         raise ValueError(f"the item {where} is not a text but {kind}")
     if not text.strip():
         raise ValueError(f"the text {where} is empty")

@@ -383,9 +383,13 @@ def _read_yaml(text: str) -> Any:
 def _read_rows(text: str, delimiter: str) -> tuple[list[tuple[str, str]], dict[str, str]]:
     """Return (parent, child) pairs, and the children's descriptions."""
     try:
-        header, *rows = [fields for fields in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if fields]
+        lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        header, *rows = [fields for fields in lines if fields]
     except (csv.Error, ValueError) as error:
-        raise TaxonomyError(str(error) if text.strip() else "the file is empty") from error
+        problem = str(error) if text.strip() else "the file is empty"
+        if problem == "unexpected end of data":
+            problem = "a quotation mark is not closed"
+        raise TaxonomyError(problem) from error
     child = next((name for name in ("child", "name", "node") if name in header), "child")
     if header.count("parent") != 1 or header.count(child) != 1:
         columns = ", ".join(map(quote_name, header))

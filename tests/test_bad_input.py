@@ -347,6 +347,10 @@ CHECKPOINTS = {
     "taxonomy a text": ("adapter_form", configure("config.json", taxonomy="abc"), "a taxonomy is a list or a mapping"),
     "taxonomy of another": (
         "adapter_form", configure("config.json", taxonomy=["a", "b"]), "temperatures must be 1 positive numbers"),
+    "thresholds of another": (
+        "self_contained", configure("config.json", node_thresholds=[0.5]), "node_thresholds must be a list of 7 numbers"),
+    "recall not a list": (
+        "self_contained", configure("config.json", recall_thresholds=0.3), "recall_thresholds must be a list of 99 numbers"),
     "another width": ("self_contained", encoder(hidden_size=32), "have other shapes than its configuration says"),
     "another width, adapter": ("adapter_form", encoder(hidden_size=32), "have other shapes than its configuration says"),
     "words without weight": ("adapter_form", configure("config.json", lexical_weight=None), "from an earlier version"),

@@ -327,6 +327,7 @@ def test_with_a_stride_a_long_text_is_the_mean_of_its_windows(checkpoint, classi
         (b"bytes", "the item at position 2 .* is not a text but bytes"),
         (["nested"], "the item at position 2 .* is not a text but list"),
         ({"title": "x"}, "the item at position 2 .* is not a text but a mapping with 'title'"),
+        ({"text": None}, "the item at position 2 .* is not a text but NoneType"),
     ],
 )
 def test_what_cannot_be_classified_is_named_by_its_position(classify, item, message):
@@ -464,6 +465,28 @@ print(json.dumps([answers, warned, torch.ops.mkldnn._is_mkldnn_bf16_supported()]
         assert {*SHIPPED_FILES} <= {*os.listdir(tmp_path / f"{folder}_saved")}
         for one, other in zip(answers["none"], answers[folder], strict=True):
             assert other == pytest.approx(one, abs=0.02)
+
+
+@pytest.mark.parametrize("length", [5, 16, 128])
+def test_the_start_of_a_long_text_has_the_tokens_of_the_whole_text(checkpoint, length):
+    classify = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True)
+    texts = [
+        *(
+            LONG * 40,
+            "a" * 9000,
+            "x y " * 3000,
+            "蛋白质" * 2000,
+            "deoxyribonucleic" * 400 + " acid" * 900,
+            "e\u0301 " * 4000,
+        ),
+        *(" " * 9000 + "fever" + " " * 9000 + "cold", "\n".join(TEXTS * 50), LONG[:1024], *TEXTS),
+    ]
+    windows, owners, truncated = classify.preprocess(texts, max_length=length)
+    assert owners == list(range(len(texts)))
+    for text, window, was_truncated in zip(texts, windows, truncated, strict=True):
+        whole = classify.tokenizer(text, verbose=False)["input_ids"]
+        assert window["input_ids"] == [*whole[: length - 1], whole[-1]] if was_truncated else whole
+        assert was_truncated == (len(whole) > length)
 
 
 def test_calls_in_threads_that_cut_at_different_lengths_do_not_cut_for_each_other(checkpoint):

@@ -187,6 +187,7 @@ def test_five_thousand_nodes_survive_the_round_trip():
         ("t.json", '{"a": null, "b": null, "a": null}', "'a' occurs twice"),
         ("t.json", "{", "t.json: "),
         ("t.csv", "x,y\n1,2\n", "expected columns 'parent' and 'child'"),
+        ("t.csv", 'parent,child,description\n,a,"of a\n,b,of b\n', "t.csv: a quotation mark is not closed"),
         ("t.txt", "a", "'.txt'"),
         ("t.yaml", "just a name", "a taxonomy is a list or a mapping"),
     ],
