@@ -11,8 +11,9 @@ from transformers import pipeline
 
 checkpoint, file = sys.argv[1:]
 classify = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True)
-with open(file, encoding="utf-8", newline="") as rows:
+with open(file, encoding="utf-8-sig", newline="") as rows:
     texts = [row["text"] for row in csv.DictReader(rows)]
 for text, result in zip(texts, classify(texts), strict=True):
     print("\n" + textwrap.fill(text, 100, initial_indent="  ", subsequent_indent="  "))
-    print("→ " + " → ".join(f"{node['label']} ({node['score']:.0%})" for node in result["path"]))
+    for one in result.get("labels", [result]):  # of a checkpoint that predicts several labels a text
+        print("→ " + " → ".join(f"{node['label']} ({node['score']:.0%})" for node in one["path"]))

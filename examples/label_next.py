@@ -49,6 +49,8 @@ def uncertainties(outputs: list[Source]) -> Iterator[tuple[float, int]]:
                     f"{source.name} has no column {min(missing)}: predict with --uncertainty, without --id_column"
                 )
             for row in rows.read(["row", "uncertainty"]):
+                if row.problem or row.values.get("uncertainty") in (None, ""):
+                    raise InputError(f"{rows.place(row)}: {row.problem or 'it has no uncertainty'}")
                 yield float(row.values["uncertainty"]), -int(row.values["row"])
 
 

@@ -47,7 +47,9 @@ def training_row(task: dict[str, Any]) -> dict[str, Any] | None:
     if "labels" in task["data"]:
         return {"text": task["data"]["text"], "labels": labels}
     if len(labels) > 1:
-        raise InputError(f"the task {task['id']} has {len(labels)} labels, and its model predicts one")
+        raise InputError(
+            f"the task {task.get('id', 'without id')} has {len(labels)} labels, and its model predicts one"
+        )
     return {"text": task["data"]["text"], "label": labels[0]} if labels else None
 
 
@@ -61,7 +63,7 @@ def main() -> None:
             print(configuration(arguments.file))
         return
     with refusing(f"{arguments.file} is not an export in the format JSON"):
-        tasks = json.loads(Path(arguments.file).read_text(encoding="utf-8"))
+        tasks = json.loads(Path(arguments.file).read_text(encoding="utf-8-sig"))
         rows = [row for task in tasks if (row := training_row(task))]
     sys.stdout.writelines(json.dumps(row) + "\n" for row in rows)
 

@@ -799,7 +799,15 @@ def main() -> None:
     log_without_values()
     revision = None if Path(arguments.model).is_dir() else arguments.revision or None
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    launch(build(load(arguments.model, revision), arguments.model, revision))
+    try:
+        classifier = load(arguments.model, revision)
+    except Exception as error:  # loading runs the checkpoint's own code, which can raise anything
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        problem = "it is not a checkpoint of this project" if "Unknown task" in lines[0] else " ".join(lines)
+        if "See the original errors" in problem:  # with tracebacks; the last line is the cause
+            problem = lines[-1].partition(": ")[2]
+        parser.error(f"cannot load the model {arguments.model}: {problem}")
+    launch(build(classifier, arguments.model, revision))
 
 
 if __name__ == "__main__":

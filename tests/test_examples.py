@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import run
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.pipeline import make_pipeline
 from sklearn.svm import LinearSVC
+from transformers import pipeline
 
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 
@@ -49,6 +51,16 @@ def test_texts_with_several_labels_join_texts_of_the_same_split(corpus):
             joined = [label_of[part] for part in text.split("\n")] if labels else []
             assert sorted(joined) == sorted(set(labels))
             assert len(labels) <= 3
+
+
+def test_the_script_prints_a_path_for_each_predicted_label(labels_checkpoint, tmp_path):
+    (tmp_path / "texts.csv").write_text("text\nColitis with epilepsy\n", encoding="utf-8-sig")  # as Excel saves it
+    printed = run(labels_checkpoint, tmp_path / "texts.csv", command="examples/classify.py").stdout.split("\n")
+    classify = pipeline("hierarchical-text-classification", model=labels_checkpoint, trust_remote_code=True)
+    paths = [one["path"] for one in classify("Colitis with epilepsy")["labels"]]
+    assert len(paths) == 2
+    expected = ["→ " + " → ".join(f"{node['label']} ({node['score']:.0%})" for node in path) for path in paths]
+    assert printed == ["", "  Colitis with epilepsy", *expected, ""]
 
 
 def test_a_bag_of_words_does_not_solve_it(corpus):

@@ -118,7 +118,7 @@ def test_the_export_is_training_data(checkpoint, tmp_path):
     export.append(annotated(tasks[52], 52, []))
     if several:
         expected[tasks[52]["data"]["text"]] = []  # an annotator said that no label applies
-    (tmp_path / "export.json").write_text(json.dumps(export), encoding="utf-8")
+    (tmp_path / "export.json").write_text(json.dumps(export), encoding="utf-8-sig")
     lines = run("rows", tmp_path / "export.json", command="examples/label_studio.py").stdout
     (tmp_path / "labelled.jsonl").write_text(lines, encoding="utf-8")
     data = load_splits(DataArguments(data_path=str(tmp_path / "labelled.jsonl")), seed=0)
@@ -173,3 +173,14 @@ def test_predictions_without_an_uncertainty_are_named(clear_checkpoint, tmp_path
     done = run(tmp_path / "out.jsonl", "--count", 2, command="examples/label_next.py", check=False)
     assert done.returncode == 2
     assert done.stderr.strip().endswith("has no column uncertainty: predict with --uncertainty, without --id_column")
+
+
+@pytest.mark.parametrize(
+    ("last", "message"), [('{"row": 1, "unc', "out.jsonl, line 2: "), ('{"row": 1}', "line 2: it has no uncertainty")]
+)
+def test_a_row_without_an_uncertainty_is_named(last, message, tmp_path):
+    (tmp_path / "out.jsonl").write_text(f'{{"row": 0, "uncertainty": 0.5}}\n{last}\n')
+    done = run(tmp_path / "out.jsonl", "--count", 2, command="examples/label_next.py", check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert message in line

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import CORPUS, ROOT, read_csv, stranger
+from conftest import CORPUS, ROOT, read_csv, run, stranger
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from gradio_client.utils import QueueError, TooManyRequestsError
@@ -793,6 +793,21 @@ print(json.dumps([len(spaces.lent), service.classify("A text.")["label"]]))
     count, label = stranger(code, tmp_path, {"HF_HUB_OFFLINE": "1"})
     assert count == 3
     assert label
+
+
+def test_a_model_that_cannot_be_loaded_is_one_line(tiny_encoder, tmp_path):
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "config.json").write_text('{"model_type": ')
+    for model, message in (
+        (tiny_encoder, "it is not a checkpoint of this project"),
+        (tmp_path / "torn", "config.json"),
+    ):
+        done = run("--model", model, command="space/app.py", check=False)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith(f"app.py: error: cannot load the model {model}: ")
+        assert message in last
 
 
 def test_the_space_starts_where_gradios_own_folder_cannot_be_made(clear_checkpoint, tmp_path):
