@@ -65,7 +65,9 @@ def tokenize(
     for split, rows in splits.items():
         training = split == "train"
         encode = partial(tokens, sentences=sentences and training)
-        rows = rows.map(encode, batched=True, remove_columns=["text", "label"], desc=f"tokenizing {split}")
+        rows = rows.map(
+            encode, batched=True, batch_size=100, remove_columns=["text", "label"], desc=f"tokenizing {split}"
+        )
         reports[split] = length_report(rows.with_format("numpy")["full_length"][:], tokenizer.model_max_length)
         rows = rows.remove_columns("full_length")
         tokenized[split] = rows if training else rows.select(np.argsort(rows["length"], kind="stable"))
