@@ -120,6 +120,8 @@ def refit(
     if resume_from is not None and (folder / "metrics.json").is_file():
         resume.check_resumed_data(resume_from, data.taxonomy, data.report)
     else:
+        resume.clear_for_refit(training, arguments.model.model_name_or_path)
+        PartialState().wait_for_everyone()
         train(selection, data, trained_texts, resume_from, prepare, published=training)
         PartialState().wait_for_everyone()  # one process writes metrics.json
     epochs = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["best_epoch"]
@@ -186,7 +188,7 @@ def train(
         heads_init = initialise_heads(trainer, splits["train"], arguments.model)
     settings["heads_init"] = data.report["heads_init"] = heads_init
     if training.should_save:
-        if arguments.data.label_issues:
+        if arguments.data.label_issues and calibrated is None:  # with --refit: row numbers are of the training file
             vocab_size = model.config.text_config.vocab_size
             data.report["label_issues"] = write_label_issues(data.taxonomy, splits["train"], vocab_size, output)
         write_json(output / "data_report.json", data.report)

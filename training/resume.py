@@ -167,16 +167,34 @@ def start_run(
     if training.should_save:
         resumed = resume_from is not None and is_of_run(training.resume_from_checkpoint, output)
         if training.overwrite_output_dir and not resumed:
-            for folder in list_checkpoints(output):
-                if folder.is_symlink():
-                    folder.unlink()
-                else:
-                    shutil.rmtree(folder)
-            delete_measured(output)
-            if output.resolve() != Path(model).resolve():  # else a killed run would leave the former weights as its own
-                (output / "config.json").unlink(missing_ok=True)
+            delete_run(output, model)
         write_trained_texts(output, trained_texts, texts)
     trainer.accelerator.wait_for_everyone()
+
+
+def clear_for_refit(training: HierarchicalTrainingArguments, model: str) -> None:
+    """Delete the former run in ``--output_dir``, before the selection run: later its checkpoints would pass for this run's.
+
+    Raise InputError if there is one and ``--overwrite_output_dir`` is not given.
+    """
+    output = Path(training.output_dir)
+    if list_checkpoints(output) and not training.overwrite_output_dir:
+        problem = f"--output_dir {output} holds the checkpoints of a run without --refit"
+        raise InputError(f"{problem}: give another --output_dir, or --overwrite_output_dir true")
+    if training.should_save and training.overwrite_output_dir:
+        delete_run(output, model)
+
+
+def delete_run(output: Path, model: str) -> None:
+    """Delete a run's checkpoints, scores and configuration. The folder ``output`` may be that of the initial ``model``."""
+    for folder in list_checkpoints(output):
+        if folder.is_symlink():
+            folder.unlink()
+        else:
+            shutil.rmtree(folder)
+    delete_measured(output)
+    if output.resolve() != Path(model).resolve():  # else a killed run would leave the former weights as its own
+        (output / "config.json").unlink(missing_ok=True)
 
 
 def delete_measured(output_dir: Path) -> None:

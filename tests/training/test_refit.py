@@ -106,6 +106,31 @@ def test_killed_in_either_run_it_ends_with_the_same_weights(words, refitted, tmp
         assert all(weights[key].equal(expected[key]) for key in expected)
 
 
+def test_checkpoints_of_a_former_run_are_never_taken_for_its_own(words, tmp_path):
+    output, plain = tmp_path / "results", [word for word in words if word != "--refit"]
+    run(*plain, "--output_dir", output)
+    former = {folder.name for folder in output.glob("checkpoint-*")}
+    assert former
+    with pytest.raises(InputError, match="holds the checkpoints of a run without --refit"):
+        train.main([*words, "--output_dir", str(output), "--resume_from_checkpoint", "auto"])
+    assert {folder.name for folder in output.glob("checkpoint-*")} == former
+    with (tmp_path / "log").open("w") as log:
+        line = [ROOT / "train.py", *words, "--output_dir", output, "--overwrite_output_dir", "true"]
+        process = start(*line, output=log)
+        while process.poll() is None and not [*(output / "selection").glob("checkpoint-*/trainer_state.json")]:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert process.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()[-3000:]
+    assert not [*output.glob("checkpoint-*"), *output.glob("metrics.json")]
+
+
+def test_label_issues_name_rows_of_the_training_file(words, tmp_path):
+    run(*words, "--output_dir", tmp_path / "results", "--label_issues", "--max_steps", 2)
+    (file,) = (tmp_path / "results").rglob("label_issues.csv")
+    assert file.parent.name == "selection"
+
+
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
