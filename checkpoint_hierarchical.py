@@ -281,6 +281,8 @@ def refuse_offloaded(encoder: nn.Module, adapter_config: dict[str, Any]) -> None
 def check_tokenizer(tokenizer: Any, model: Any) -> None:
     """Raise ValueError where a tokenizer is not that of the encoder, as far as numbers tell."""
     name, embeddings = tokenizer.name_or_path, model.get_input_embeddings().num_embeddings
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"the tokenizer of {name} has no padding token: set pad_token in its tokenizer_config.json")
     # from a folder without a tokenizer transformers makes one that knows special tokens alone
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ValueError(f"{name} holds no tokenizer: its vocabulary has {len(tokenizer)} special tokens and no words")
@@ -293,6 +295,8 @@ def check_tokenizer(tokenizer: Any, model: Any) -> None:
 def position_limit(encoder: PreTrainedModel) -> int | None:
     """Return the longest input, in tokens, that an encoder has positions for; None where it names no limit."""
     limit = getattr(encoder.config, "max_position_embeddings", None)
+    if limit is not None and limit < 1:  # XLNet's -1
+        return None
     table = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
     offset = getattr(table, "padding_idx", None)  # RoBERTa's family counts positions from padding_idx + 1
     return limit if limit is None or offset is None else limit - offset - 1

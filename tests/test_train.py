@@ -6,9 +6,9 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import CORPUS, ROOT, read_csv, run, stranger, write_csv
+from conftest import CORPUS, ROOT, clear_rows, read_csv, run, stranger, write_csv
 from sklearn.metrics import accuracy_score, f1_score, log_loss
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from taxonomy_hierarchical import Taxonomy
 
@@ -31,6 +31,21 @@ def finished(tiny_encoder, tmp_path_factory):
         fresh=True,
     )  # fmt: skip
     return output, files, done.stderr
+
+
+def test_a_checkpoint_is_scored_at_its_own_length(tiny_encoder, tmp_path):
+    config = AutoConfig.from_pretrained(tiny_encoder, max_position_embeddings=1024)
+    AutoModel.from_config(config).save_pretrained(tmp_path / "encoder")
+    AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(tmp_path / "encoder")
+    padding = "the patient was seen in the clinic again " * 80  # 640 tokens, then what tells the class
+    rows = [{**row, "text": padding + row["text"]} for row in clear_rows(1)]
+    data = ("--validation_size", 0, "--test_file", write_csv(tmp_path / "test.csv", rows))
+    train = ("--train_file", write_csv(tmp_path / "train.csv", clear_rows(0)), *data, "--max_length", 1024)
+    run(*train, "--model_name_or_path", tmp_path / "encoder", "--output_dir", tmp_path / "run", "--max_steps", 2)
+    words = ("--do_train", "false", "--do_predict", "--model_name_or_path", tmp_path / "run")
+    run(*words, *data, "--output_dir", tmp_path / "scores")
+    one, other = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("run", "scores"))
+    assert other["test_log_loss"] == pytest.approx(one["test_log_loss"], abs=1e-6)
 
 
 def test_the_output_folder_is_what_the_readme_promises(finished, tiny_encoder):

@@ -78,7 +78,9 @@ class DataArguments:
     )
     label_separator: str = flag("/", "Separator between the names in the path of a label.")
     class_names: str | None = flag(None, "Names of coded labels: .csv or .tsv file of code,name rows, or JSON object.")
-    max_length: int = flag(512, "Texts are truncated to this number of tokens, or to the encoder's limit.")
+    max_length: int | None = flag(
+        None, "Texts are truncated to this number of tokens. Default: 512, or that of the checkpoint to be scored."
+    )
     validation_size: float = flag(0.1, "Share of the training texts for validation, if no validation rows are given.")
     test_size: float = flag(0.1, "Share of the texts for the test, if --data_path is split.")
     label_issues: bool = flag(False, "Before training, list the training rows whose labels may be wrong.")
@@ -199,8 +201,7 @@ def parse(argv: list[str]) -> Arguments:
 
     # ── Words: flags after the recipe override it ────────────────────────────────────────────────────────────────────
     if argv and not argv[0].startswith("-"):
-        flags = {action.dest: action.nargs in ("+", "*") for action in parser._actions}
-        argv = insert_recipe(argv, flags)
+        argv = insert_recipe(argv, {action.dest: action for action in parser._actions})
     for word in argv:
         name = word.split("=")[0]
         if word.startswith("--") and name not in parser._option_string_actions:
@@ -222,6 +223,8 @@ def parse(argv: list[str]) -> Arguments:
         model.quantization = "4bit" if model.tuning == "lora" else "none"
     if model.model_name_or_path == DEFAULT_ENCODER and model.model_revision is None:
         model.model_revision = DEFAULT_ENCODER_REVISION
+    if training.do_train and data.max_length is None:
+        data.max_length = 512
     if not training.do_train:
         data.validation_size = data.test_size = 0  # without training, the rows of a training file are not scored
     return arguments
@@ -277,6 +280,9 @@ def check_values(arguments: Arguments) -> None:
         "--refit calibrates on the validation rows: leave out --do_eval false": (
             training.refit and training.do_eval is False
         ),
+        "--dataloader_persistent_workers draws other dropout after a resume: leave it out": (
+            training.dataloader_persistent_workers
+        ),
         "--label_delimiter must not be empty": delimiter == "",
         "--label_delimiter needs one --label_column": delimiter is not None and len(columns) > 1,
         "FSDP needs GPUs; on CPUs use recipes/accelerate/ddp.yaml": fsdp and training.device.type == "cpu",
@@ -293,9 +299,11 @@ def check_against_data(
     training, weights = arguments.training, arguments.loss.level_weights
     if "train" not in splits:
         raise InputError("no training rows: give --train_file, --data_path or --dataset_name, or --do_train false")
-    if not any(weights[: taxonomy.depth]):
+    several = isinstance(splits["train"]["label"][0], list)  # then an only child is a choice, too
+    levels = {taxonomy.levels[nodes[0]] for nodes in taxonomy.decisions if several or len(nodes) > 1}
+    if not any(weights[min(level, len(weights)) - 1] for level in levels):
         shown = " ".join(map(str, weights))
-        raise InputError(f"--level_weights {shown}: all levels have weight 0, since there are only {taxonomy.depth}")
+        raise InputError(f"--level_weights {shown}: all levels with a choice have weight 0: {sorted(levels)}")
     if "validation" not in splits:
         logger.info("no validation rows: early stopping is off, and the last weights are kept")
         training.eval_strategy, training.load_best_model_at_end, training.eval_on_start = "no", False, False
@@ -303,7 +311,7 @@ def check_against_data(
         if training.eval_strategy == "no":
             raise InputError("--eval_strategy no selects no best checkpoint: also give --load_best_model_at_end false")
         given = splits["validation"]["label"][:]
-        several = isinstance(given[0], list)  # then one text with the labels of all of them is enough
+        # with several labels a text, one text with the labels of all of them is enough
         labels = multi_hot(taxonomy, [[*chain(*given)]]) if several else np.unique(given)
         check_best_metric(training.metric_for_best_model, taxonomy, labels, compute_metrics)
 
@@ -317,7 +325,9 @@ def check_best_metric(name: str, taxonomy: Taxonomy, labels: np.ndarray, compute
         labels = np.array([*examples.values()])
         predictions = np.zeros((len(labels), taxonomy.num_leaves))
     measured = compute_metrics(EvalPrediction(predictions, labels))
-    available = ["loss", *(metric for metric in measured if not metric.endswith("_by_chance"))]
+    # with several labels a text, a model that finds no node probable has no ECE
+    excluded = ("_by_chance", "ece") if labels.ndim == 2 else "_by_chance"
+    available = ["loss", *(metric for metric in measured if not metric.endswith(excluded))]
     if name.removeprefix("eval_") not in available:
         problem = f"--metric_for_best_model {name} is not measured on these validation rows"
         raise InputError(f"{problem}; it is one of {', '.join(available)}")

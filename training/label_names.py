@@ -116,7 +116,7 @@ def embed(trainer: HierarchicalTrainer, inputs: Sequence[list[int]]) -> Tensor:
     for start in range(0, len(inputs), BATCH):
         batch = trainer.data_collator([{"input_ids": ids} for ids in inputs[start : start + BATCH]])
         batch = batch.to(trainer.args.device)
-        with trainer.compute_loss_context_manager():
+        with trainer.accelerator.autocast():
             hidden = model.encoder(**batch).last_hidden_state
         pooled.append(model.pool(hidden, batch["attention_mask"]).to(model.heads.weight.device))
     return torch.cat(pooled)

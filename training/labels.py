@@ -47,7 +47,7 @@ def read_label_sets(table: Table, columns: list[str], delimiter: str | None) -> 
     A missing list, or an empty cell, means no labels.
     """
     if len(columns) > 1:
-        marks = [[ZERO_OR_ONE.get(str(cell).strip().casefold()) for cell in table.columns[name]] for name in columns]
+        marks = [[read_mark(cell) for cell in table.columns[name]] for name in columns]
         problem = "the cell is neither 0 nor 1, as each of several label columns must be"
         for name, cells in zip(columns, marks, strict=True):
             refuse_rows(table, name, (problem if cell is None else None for cell in cells))
@@ -63,6 +63,11 @@ def read_label_sets(table: Table, columns: list[str], delimiter: str | None) -> 
     problems = (next(filter(None, (_label_problem((label,)) for label in labels)), None) for labels in rows)
     refuse_rows(table, column, problems)
     return list(map(tuple, rows))  # type: ignore[arg-type]
+
+
+def read_mark(cell: Any) -> int | None:
+    """Return 0 or 1, or None for anything else."""
+    return ZERO_OR_ONE.get(str(cell).strip().casefold())
 
 
 def _label_text(value: Any) -> str | None:
@@ -201,6 +206,10 @@ def _from_labels(
         if not all(path):
             raise InputError(f"{places[label]}: the label {quote_name(label)} has an empty name in its path")
     paths = sorted({*path_of.values()})
+    for label in names:
+        if isinstance(label, str) and label.startswith("[") and label.endswith("]"):
+            advice = "save the data as .jsonl or .parquet, or join the labels and give --label_delimiter"
+            raise InputError(f"{places[label]}: the label is a list written as text: {advice}")
     if len(paths) == 1:
         only = quote_name(separator.join(paths[0]))
         raise InputError(f"{where}: the only label is {only}; at least two are needed")

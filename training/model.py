@@ -13,6 +13,7 @@ from accelerate.utils import parse_flag_from_env
 from huggingface_hub import hf_hub_download, snapshot_download
 from peft import LoraConfig, inject_adapter_in_model, prepare_model_for_kbit_training
 from peft.functional import cast_adapter_dtype, set_adapter
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -84,6 +85,9 @@ def build_model(
             inject_adapter_in_model(lora, encoder)
         except ValueError as error:
             raise InputError(f"--lora_target_modules {' '.join(targets)}: {one_line(error)}") from error
+        for name, module in encoder.named_modules():
+            if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Embedding):
+                raise InputError(f"--lora_target_modules {' '.join(targets)}: {name} is an embedding, not a layer")
         cast_adapter_dtype(encoder, "default")  # over 4-bit layers it is bfloat16, in which small steps round to zero
     model.heads.to(encoder.device)
     return model

@@ -4,10 +4,12 @@ These words are parsed before those of the command line, so a flag overrides its
 replaces that of the recipe. Values stay as they are written: codes such as ``007``, ``1.10`` and ``no`` are texts.
 """
 
+import argparse
 import difflib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -33,8 +35,8 @@ class RecipeLoader(WithoutAliases, yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def insert_recipe(argv: list[str], flags: Mapping[str, bool]) -> list[str]:
-    """Replace a recipe, the first word of a command line, by its words. ``flags`` tells which take several values."""
+def insert_recipe(argv: list[str], flags: Mapping[str, argparse.Action]) -> list[str]:
+    """Replace a recipe, the first word of a command line, by its words."""
     path, *rest = argv
     given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in rest if word.startswith("--")}
     used = [group for group in SOURCES if given & {*group}]
@@ -43,17 +45,32 @@ def insert_recipe(argv: list[str], flags: Mapping[str, bool]) -> list[str]:
     for key, value in read_recipe(path).items():
         if key not in flags:
             raise InputError(f"the recipe {path} has an unknown key {quote_name(key)}; {nearest(str(key), flags)}")
-        if value is None or key in replaced:
+        if key in replaced:
             continue
+        several = flags[key].nargs in ("+", "*")
+        if value is None and flags[key].default is None:
+            continue
+        if value is None:
+            raise InputError(f"the recipe {path}: {key} has no value; leave the key out for its default")
         if isinstance(value, dict):
-            value = json.dumps(value)
+            value = json.dumps(value if key == "class_names" else typed(value))
         values = value if isinstance(value, list) else [value]
-        if isinstance(value, list) and not flags[key]:
+        if isinstance(value, list) and not several:
             raise InputError(f"the recipe {path}: {key} takes one value, not a list of {len(value)}")
         if any(isinstance(item, list | dict) for item in values):
             raise InputError(f"the recipe {path}: {key} takes a plain list, without lists or mappings in it")
-        words += [f"--{key}", *map(str, values)] if flags[key] else [f"--{key}={value}"]
+        words += [f"--{key}", *map(str, values)] if several else [f"--{key}={value}"]
     return words + rest
+
+
+def typed(value: Any) -> Any:
+    """Convert the texts in a mapping to the numbers and truth values that they are in JSON."""
+    if isinstance(value, dict):
+        return {name: typed(item) for name, item in value.items()}
+    try:
+        return json.loads(value)
+    except (TypeError, ValueError):
+        return value
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from taxonomy_hierarchical import compose, quote_name
 from training.arguments import DataArguments
 from training.data_report import SPLITS
 from training.files import sha256
-from training.labels import Label, read_label_sets, read_labels, refuse_rows
+from training.labels import Label, read_label_sets, read_labels, read_mark, refuse_rows
 
 logger = logging.getLogger(__name__)
 
@@ -134,8 +133,16 @@ def read_rows(
         place of each distinct label's first occurrence. Whether a text may have several labels.
     """
     tables = [source.read(columns[source.name]) for source in sources.values()]
-    cells = (table.columns[name] for table in tables for name in [*table.columns][1:])
-    several = has_several_labels(any(isinstance(cell, list) for cell in chain(*cells)), arguments)
+    cells = [cell for table in tables for name in [*table.columns][1:] for cell in table.columns[name]]
+    several = has_several_labels(any(isinstance(cell, list) for cell in cells), arguments)
+    names = next(iter(columns.values()))[1:]
+    if (
+        len(names) > 1
+        and (arguments.problem_type, arguments.taxonomy) == (None, None)
+        and None not in map(read_mark, cells)
+    ):
+        advice = f"give --problem_type {MULTI_LABEL}, or single_label_classification if they name the levels of a path"
+        raise InputError(f"the columns {', '.join(map(quote_name, names))} hold 0 and 1 alone: {advice}")
     parts, places = [], dict[Label, str]()
     for (split, source), table in zip(sources.items(), tables, strict=True):
         text_column, *label_columns = columns[source.name]

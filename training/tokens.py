@@ -23,7 +23,8 @@ TOKEN_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
 
 def tokenize_splits(arguments: Arguments, data: LabelledSplits, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
     """Lower the tokenizer's limit to ``--max_length``, tokenize the splits and log the data report."""
-    max_length, limit = arguments.data.max_length, tokenizer.model_max_length
+    limit = tokenizer.model_max_length
+    max_length = limit if arguments.data.max_length is None else arguments.data.max_length
     if max_length > limit:
         logger.info("--max_length %d exceeds the model's limit: texts are truncated at %d tokens", max_length, limit)
     tokenizer.model_max_length = min(max_length, limit)

@@ -56,6 +56,9 @@ class HierarchicalTrainer(PublishingTrainer):
             # the loss smooths labels itself, and the Trainer warns that it cannot with several labels a text
             warnings.filterwarnings("ignore", "Label smoothing is not compatible")
             super().__init__(*args, **kwargs)
+        encoder = self.model.encoder
+        if self.args.gradient_checkpointing and not encoder.supports_gradient_checkpointing:
+            raise InputError(f"--gradient_checkpointing: {type(encoder).__name__} of transformers does not support it")
         if self.args.n_gpu > 1:
             logger.warning("using one of %d GPUs; `accelerate launch train.py …` uses all of them", self.args.n_gpu)
             self.args._n_gpu = 1

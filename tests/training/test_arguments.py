@@ -34,6 +34,13 @@ def test_flags_override_the_recipe_and_the_recipe_the_defaults(tmp_path):
     assert data.max_length == 512
 
 
+def test_a_mapping_in_a_recipe_has_numbers_but_codes_stay_text(tmp_path):
+    path = recipe(tmp_path, lr_scheduler_kwargs={"min_lr": "1e-5", "name": "x"}, class_names={"007": "1"})
+    _, data, _, training = parse([path])
+    assert training.lr_scheduler_kwargs == {"min_lr": 1e-5, "name": "x"}
+    assert json.loads(data.class_names) == {"007": "1"}
+
+
 def test_the_command_line_replaces_where_the_recipe_takes_its_data_from(tmp_path):
     path = recipe(tmp_path, dataset_name="someone/corpus", dataset_revision="main", class_names={1: "a"})
     data = parse([path, "--train_file", "mine.csv"])[1]
@@ -192,11 +199,12 @@ def test_with_several_labels_the_metric_must_be_measured_on_the_validation_rows(
         ("level_3_micro_f1", [["a"], ["d"]], False),
         ("level_3_micro_f1", [["a"], ["e", "c"]], True),
         ("accuracy", [["a"], ["e"]], False),
+        ("ece", [["a"], ["e"]], False),
         ("ece_by_chance", [["a"], ["e"]], False),
     ):
         ids = [sorted(map(taxonomy.id, row)) for row in labels]
         arguments = parse(["--metric_for_best_model", name])
-        splits = {"train": {}, "validation": {"label": ids}}
+        splits = {split: {"label": ids} for split in ("train", "validation")}
         given = (arguments, taxonomy, splits, build_multi_label_metrics(taxonomy))
         if measured:
             check_against_data(*given)

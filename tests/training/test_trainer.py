@@ -76,6 +76,17 @@ def trainer(model, tokenizer, data, args, **settings) -> HierarchicalTrainer:
     )
 
 
+def test_gradient_checkpointing_that_an_encoder_lacks_is_refused(tmp_path):
+    config = HierarchicalConfig(text_config={"model_type": "mpnet", **TINY}, taxonomy=TREE)
+    with pytest.raises(InputError, match="--gradient_checkpointing: MPNetModel of transformers does not support it"):
+        HierarchicalTrainer(
+            model=HierarchicalForSequenceClassification(config),
+            args=HierarchicalTrainingArguments(
+                str(tmp_path), gradient_checkpointing=True, eval_strategy="no", load_best_model_at_end=False
+            ),
+        )
+
+
 def rows_of_label_sets(count: int = 16) -> Dataset:
     """Return the token ids of `rows` with any number of labels. Two texts have none, and of two they are unknown."""
     generator = torch.Generator().manual_seed(2)
