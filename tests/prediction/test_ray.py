@@ -56,12 +56,14 @@ def cluster() -> Iterator:
     """Start a cluster with three nodes of one core. Tests that remove nodes add others."""
     from ray.cluster_utils import Cluster
 
-    os.environ.update(SETTINGS)
-    one = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    for _ in range(3):
-        one.add_node(num_cpus=1)
-    yield one
-    one.shutdown()
+    with pytest.MonkeyPatch.context() as patch:  # tests of other files must not see them
+        for name, value in SETTINGS.items():
+            patch.setenv(name, value)
+        one = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        for _ in range(3):
+            one.add_node(num_cpus=1)
+        yield one
+        one.shutdown()
 
 
 def wait_for(condition: Callable[[], object], driver: subprocess.Popen | None = None) -> None:
