@@ -91,7 +91,10 @@ def calibrate_out_of_fold(
     labels: np.ndarray,
     texts: np.ndarray,
 ) -> np.ndarray:
-    """Calibrate each fifth of the texts with parameters that ``fit`` estimates on the other fifths; return logits as given."""
+    """Calibrate each fifth of the texts with parameters that ``fit`` estimates on the other fifths.
+
+    Returns logits of the same shape.
+    """
     folds = min(FOLDS, len(np.unique(texts)))
     if folds == 1:
         return fit(taxonomy, logits, lexical_scores, labels).apply(taxonomy, logits, lexical_scores)

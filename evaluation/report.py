@@ -144,6 +144,8 @@ def calibrate_model(
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Fit the lexical head's weight, the calibration and the thresholds, and store them in the model.
 
+    ``logits`` are those to calibrate, of `score_splits`.
+
     Returns:
         Metrics after calibration, and without the lexical head if there is one (``without_lexical_head_…``). For test rows,
         also of answers for `COVERAGE` or `RECALL` (``test_answer_…``). Then the calibrated logits.

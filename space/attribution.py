@@ -4,8 +4,8 @@ Worth knowing:
 
 1. The value is the node's probability. If the model predicts several labels a text, the value is the log-odds of that
    probability, which words still move where the probability is close to 0 or 1.
-2. The baseline is a blank text of the same length, made of padding. The weights of the words and special tokens add up to the difference
-   between the values of the text and of the blank text. `benchmarks/space.py blank` compares baselines.
+2. The baseline is a blank text of the same length, made of padding. The weights of the words and special tokens add up to
+   the difference between the values of the text and of the blank text. `benchmarks/space.py blank` compares baselines.
 3. The model reads a word twice: as a vector in the encoder's embedding layer, and as a count in the lexical head, if there
    is one. The integration path changes both together, and the weight of a word is the sum of both contributions.
 4. Along the path, the value often jumps within a few hundredths. A scan without gradients finds the jumps, and the

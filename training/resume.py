@@ -178,11 +178,12 @@ def clear_for_refit(training: HierarchicalTrainingArguments, model: str) -> None
     Raise InputError if there is one and ``--overwrite_output_dir`` is not given.
     """
     output = Path(training.output_dir)
-    if list_checkpoints(output) and not training.overwrite_output_dir:
+    if training.overwrite_output_dir:
+        if training.should_save:
+            delete_run(output, model)
+    elif list_checkpoints(output):
         problem = f"--output_dir {output} holds the checkpoints of a run without --refit"
         raise InputError(f"{problem}: give another --output_dir, or --overwrite_output_dir true")
-    if training.should_save and training.overwrite_output_dir:
-        delete_run(output, model)
 
 
 def delete_run(output: Path, model: str) -> None:
