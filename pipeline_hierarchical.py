@@ -11,7 +11,8 @@ Worth knowing:
    the validation rows, truncated as these were. The choice of the checkpoint, on the same rows, is not corrected for;
    the model card has the measured shares.
 5. A text that cannot be classified raises a ValueError with its position, never its content. A list is checked before
-   anything is computed. A stream first yields the results of the texts before it.
+   anything is computed. A stream first yields the results of the texts before it. Only a text that turns out to have no
+   tokens is found later, and its error has no position.
 """
 
 import copy

@@ -1,7 +1,7 @@
 """Train a hierarchical classifier: ``python train.py [recipe.yaml] [--flag value …]``.
 
 Scores are of the checkpoint as a user loads it, over a full-precision encoder. The validation rows select it, then fit
-its lexical head, calibration and thresholds. ``--refit`` then trains another one, on the validation rows too.
+its lexical head, calibration and thresholds. ``--refit`` then trains a second model, on training and validation rows.
 """
 
 import dataclasses
@@ -195,7 +195,7 @@ def train(
 
     # ── Fit ──────────────────────────────────────────────────────────────────────────────────────────────────────────
     if training.device.type == "cpu" and arguments.model.tuning == "full":
-        keep_memory(2**30, 2**31 - 1)  # an adapter's steps are as fast without
+        keep_memory(2**30, 2**31 - 1)  # each step allocates and frees much; with an adapter it saves no time
     result = trainer.train(resume_from_checkpoint=resume_from)
     if calibrated is not None:
         report.copy_calibration(model, calibrated, splits["train"])
@@ -204,7 +204,7 @@ def train(
 
     # ── Measure: the checkpoint, loaded back ─────────────────────────────────────────────────────────────────────────
     metrics |= result.metrics | run_facts(arguments, size, data.report) | {"best_epoch": trainer.best_epoch}
-    scores, logits = measure(arguments, splits, trainer, model)
+    scores, logits = score_and_calibrate(arguments, splits, trainer, model)
     metrics |= scores | report.class_scores(model.config, logits, splits)
 
     # ── Publish: files, model card, Hub ──────────────────────────────────────────────────────────────────────────────
@@ -249,7 +249,7 @@ def build_trainer(
     )
 
 
-def measure(
+def score_and_calibrate(
     arguments: Arguments, splits: DatasetDict, trainer: HierarchicalTrainer, model: PreTrainedModel
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Score the checkpoint that was just saved; calibrate it on the validation rows and save it again.

@@ -150,8 +150,8 @@ def best_threshold(scores: np.ndarray, true: np.ndarray, forced: int = 0, forced
         return None
     order = np.argsort(-scores)
     padded = np.concatenate([[scores[order[0]] + 1], scores[order], [scores[order[-1]] - 1]])
-    found = forced_true + np.concatenate([[0], np.cumsum(true[order])])
-    f1 = 2 * found / (forced + np.arange(len(found)) + found[-1])
+    true_positives = forced_true + np.concatenate([[0], np.cumsum(true[order])])
+    f1 = 2 * true_positives / (forced + np.arange(len(true_positives)) + true_positives[-1])
     f1[padded[:-1] == padded[1:]] = -1  # no threshold separates equal scores
     best = np.argmax(f1)
     return float(padded[best] + padded[best + 1]) / 2

@@ -6,7 +6,8 @@ Worth knowing:
 2. The calibration and the thresholds are fitted on the validation rows, from logits that are computed once.
 3. Validation scores are cross-validated: a calibration on four fifths of the rows scores the other fifth. With
    ``--load_best_model_at_end`` these rows also select the checkpoint, so their scores are optimistic
-   (`benchmarks/studies/selection.py`).
+   (`benchmarks/studies/selection.py`). With several labels a text, the thresholds are fitted on the scored rows, so F1 is
+   optimistic too.
 4. Logits follow the order of the scored rows, which are sorted by length. The column ``row`` gives their place in the source.
 
 In this file ``splits`` holds tokenized rows, and ``logits`` the logits of each scored split: of leaves (num_rows, num_leaves),
@@ -46,7 +47,7 @@ from evaluation.multi_label import (
 )
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from pipeline_hierarchical import DEFAULT_THRESHOLD, use_cpu_kernels
-from publishing.card import PREFIXES
+from publishing.card import MEASURED_RECALL, PREFIXES
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import ComputeMetrics, HierarchicalTrainingArguments
 from training.model import CALIBRATION
@@ -56,7 +57,7 @@ from training.views import build_collator
 
 logger = logging.getLogger(__name__)
 
-COVERAGE, RECALL = 0.9, 0.9  # of the measured answers
+COVERAGE = 0.9  # of the measured answers
 AS_SERVED: dict[str, Any] = {  # arguments of a Trainer that only scores
     **dict.fromkeys(("bf16", "fp16", "load_best_model_at_end", "push_to_hub"), False),
     "report_to": [],
@@ -148,7 +149,7 @@ def calibrate_model(
 
     Returns:
         Metrics after calibration, and without the lexical head if there is one (``without_lexical_head_…``). For test rows,
-        also of answers for `COVERAGE` or `RECALL` (``test_answer_…``). Then the calibrated logits.
+        also of answers for `COVERAGE` or `MEASURED_RECALL` (``test_answer_…``). Then the calibrated logits.
     """
     config, taxonomy = model.config, model.config.tree
     labels = {split: read_labels(config, splits[split]) for split in logits}
@@ -206,13 +207,13 @@ def copy_calibration(model: HierarchicalForSequenceClassification, source: Hiera
 
 
 def answer_scores(config: HierarchicalConfig, logits: dict[str, np.ndarray], splits: DatasetDict) -> dict[str, float]:
-    """Measure the answers for `COVERAGE` or `RECALL` on the test rows, from calibrated logits: ``test_answer_…``."""
+    """Measure the answers for `COVERAGE` or `MEASURED_RECALL` on the test rows, from calibrated logits: ``test_answer_…``."""
     if "test" not in logits:
         return {}
     scored = logits["test"], read_labels(config, splits["test"])
     thresholds: Any = config.recall_thresholds if config.is_multi_label else config.conformal_thresholds
     if config.is_multi_label:
-        scores = recall_scores(*scored, thresholds[round(100 * RECALL) - 1])
+        scores = recall_scores(*scored, thresholds[round(100 * MEASURED_RECALL) - 1])
     else:
         scores = conformal_scores(config.tree, *scored, np.array(splits["test"]["text_id"]), thresholds, COVERAGE)
     return {f"test_answer_{name}": value for name, value in scores.items()}
@@ -287,7 +288,7 @@ def write_predictions(
     for split, scores in logits.items():
         labels = read_labels(config, splits[split])
         if config.is_multi_label:
-            columns = deepest_nodes(config, scores, labels)
+            columns = label_set_columns(config, scores, labels)
         else:
             names = config.tree.labels
             columns = {
@@ -299,8 +300,11 @@ def write_predictions(
         table.to_csv(folder / f"{split}_predictions.csv", index=False, float_format="%.6f")
 
 
-def deepest_nodes(config: HierarchicalConfig, logits: np.ndarray, labels: np.ndarray) -> dict[str, list[str]]:
-    """Return the deepest nodes of each text's labels and prediction, the most probable first, joined by ``; ``."""
+def label_set_columns(config: HierarchicalConfig, logits: np.ndarray, labels: np.ndarray) -> dict[str, list[str]]:
+    """Return the columns of a CSV: each text's deepest labels, and its deepest predicted nodes with their probabilities.
+
+    Names are joined by ``; ``, predicted ones with the most probable first.
+    """
     tree, columns = config.tree, {"labels": list[str](), "predictions": list[str](), "probabilities": list[str]()}
     chosen, probabilities = choose_nodes(config, logits), expit(logits)
     for true, nodes, of_nodes in zip(labels == 1, chosen, probabilities, strict=True):

@@ -72,12 +72,12 @@ from transformers.utils import cached_file
 atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
 
 HERE = Path(__file__).parent
-ROWS = 32  # of a file, between two checks for cancellation
+ROWS_BETWEEN_CHECKS = 32  # of a file, for cancellation
 PROGRESS_SECONDS = 0.5  # between two progress messages: a slow browser that gets more becomes unresponsive
 PREVIEW = 50  # rows of a file
 KEPT_SECONDS = 600  # until a download is deleted
-QUEUE = 100  # waiting requests; beyond, gradio replies "Queue is full! Please try again."
-LEVEL = 0.9  # of the guarantee, at the start
+MAX_WAITING = 100  # requests; beyond, gradio replies "Queue is full! Please try again."
+START_TARGET = 0.9  # of the guarantee
 EXAMPLES = {
     "Colitis": "Whether mesalamine keeps ulcerative colitis quiet after a first attack was asked in 148 outpatients. All "
     "underwent colonoscopy with biopsy at entry and after one year. Mucosal inflammation returned in 31 % under treatment "
@@ -152,14 +152,14 @@ def rows_classified(
     rows: list[Row],
     target: float | None,
 ) -> Iterator[tuple[list[dict[str, Any]], list[Problem]]]:
-    """Classify rows, `ROWS` at a time. Yield those that were classified and those that were not.
+    """Classify rows, `ROWS_BETWEEN_CHECKS` at a time. Yield those that were classified and those that were not.
 
     Args:
         outcome: returns the predictions of a result, as they are in a record.
     """
-    for start in range(0, len(rows), ROWS):
+    for start in range(0, len(rows), ROWS_BETWEEN_CHECKS):
         texts, problems = [], []
-        for row in rows[start : start + ROWS]:
+        for row in rows[start : start + ROWS_BETWEEN_CHECKS]:
             try:
                 if row.problem is not None:
                     raise Refused(row.problem)
@@ -312,11 +312,15 @@ class Service:
             return [views.refusal(str(error)), *self.figures(), gr.skip(), views.no_words()]
         answer = no_answer or self.answer(target, result["answer"])
         return [
-            self.result(result, answer, self.descriptions),
+            self.result(self.kicker, result, answer, self.descriptions),
             *self.figures(result),
             self.main_node(result),
             views.no_words(),
         ]
+
+    def show_result_again(self, text: str, target: float) -> list[Any]:
+        """Return the outputs of a text for another target. Without a text, they stay as they are."""
+        return self.show_result(text, target) if (text or "").strip() else [gr.skip()] * (3 + len(self.figures()))
 
     def main_node(self, result: dict[str, Any]) -> str:
         """Return the label of the node that is explained by default."""
@@ -358,24 +362,30 @@ class Service:
         try:
             text, node = check_text(text or ""), self.check_node(node)
         except Refused as error:
-            return views.refusal(str(error))
+            return views.refusal(str(error), "Not explained")
         progress(0, desc="Explaining")
         explanation = self._explain(text, node, lambda share: progress(share, desc="Explaining"))
         return views.words(text, explanation, is_multi_label(self.classifier))
 
-    def open_file(self, path: str | None) -> list[Any]:
-        """Read an upload into memory. Return its kind and content, its columns, and a status line."""
+    def open_file(self, path: str | None, run: Run | None) -> list[Any]:
+        """Read an upload into memory, and end the run of the file before.
+
+        Return its kind and content, its columns, a status line, and nothing for what a run shows.
+        """
+        if run:
+            run.end()
+        cleared = [self.preview([]), views.problems([]), *no_downloads(), views.note("")]
         if path is None:
-            return [None, gr.Dropdown(choices=[], value=None), views.progress(0, 0, 0, "No file yet.")]
+            return [None, gr.Dropdown(choices=[], value=None), views.progress(0, 0, 0, "No file yet."), *cleared]
         try:
             kind, content = kind_of(path), take_upload(path)
             table = read_table(content, kind)
         except Refused as error:
             Path(path).unlink(missing_ok=True)
-            return [None, gr.Dropdown(choices=[], value=None), views.refusal(str(error))]
+            return [None, gr.Dropdown(choices=[], value=None), views.refusal(str(error), "Not read"), *cleared]
         problems = sum(row.problem is not None for row in table.rows)
         state = views.progress(0, len(table.rows), problems, "Read, and deleted from the disk. Classified:")
-        return [(kind, content), gr.Dropdown(choices=table.columns, value=table.column), state]
+        return [(kind, content), gr.Dropdown(choices=table.columns, value=table.column), state, *cleared]
 
     def begin_file(self, run: Run | None) -> list[Any]:
         """Start a run and end the one before. Return the run, and clear the note on how the last one ended."""
@@ -395,7 +405,6 @@ class Service:
         if run is None or not run.active:  # cancelled in the queue
             yield nothing
             return
-        empty = [gr.skip(), gr.skip(), gr.DownloadButton(interactive=False), gr.DownloadButton(interactive=False)]
         try:
             if kept is None:
                 raise Refused("There is no file: choose one first.")
@@ -403,7 +412,7 @@ class Service:
             target = check_target(self.classifier, target if is_calibrated(self.classifier) else None)
             table = read_table(content, kind, column or "")
         except Refused as error:
-            yield [views.refusal(str(error)), *empty] if run.end() else nothing
+            yield [views.refusal(str(error)), gr.skip(), gr.skip(), *no_downloads()] if run.end() else nothing
             return
         if not run.active:  # cancelled while the file was read: the page may show another file by now
             yield nothing
@@ -413,7 +422,7 @@ class Service:
         done: list[dict[str, Any]] = []
         bad: list[Problem] = []
         total = len(table.rows)
-        yield [views.progress(0, total, 0, "Classified"), self.preview([]), views.problems([]), *empty[2:]]
+        yield [views.progress(0, total, 0, "Classified"), self.preview([]), views.problems([]), *no_downloads()]
         sent, previewed, listed = float("-inf"), 0, 0
         for records, problems in rows_classified(self._classify_all, self.outcome, table.rows, target):
             if not run.active:
@@ -552,6 +561,10 @@ def about(classifier: Pipeline, model: str, revision: str | None) -> tuple[Html,
     return views.facts(facts), first or "The checkpoint has no model card.", more
 
 
+def no_downloads() -> list[gr.DownloadButton]:
+    return [gr.DownloadButton(interactive=False), gr.DownloadButton(interactive=False)]
+
+
 def target_slider(service: Service, prefix: str = "") -> gr.Slider:
     highest = highest_target(service.classifier)
     calibrated = is_calibrated(service.classifier)
@@ -559,7 +572,7 @@ def target_slider(service: Service, prefix: str = "") -> gr.Slider:
         minimum=LEAST_TARGET,
         maximum=MOST_TARGET,
         step=0.01,
-        value=min(LEVEL, highest) if calibrated else LEVEL,
+        value=min(START_TARGET, highest) if calibrated else START_TARGET,
         interactive=calibrated,
         label=service.target_label,
         info=service.target_info if calibrated else "Not available: this model was trained without validation rows.",
@@ -597,7 +610,7 @@ def text_tab(service: Service) -> None:
             with gr.Column(scale=6, min_width=300):
                 result = gr.HTML(views.waiting(service.kicker), elem_id="result")
                 plots = [plot(*first[0], first[1])]
-        plots += [plot(*words, figure) for words, figure in others]
+        plots += [plot(*captions, figure) for captions, figure in others]
         with gr.Row(elem_id="ask"):
             node = gr.Dropdown(
                 choices=[(" › ".join(tree.path_names(n)), tree.labels[n]) for n in tree.reading_order],
@@ -611,13 +624,13 @@ def text_tab(service: Service) -> None:
         words = gr.HTML(views.no_words(), elem_id="words")
 
         results = [result, *plots, node, words]
-        asked = [text, target]
+        inputs = [text, target]
         texts = {"concurrency_id": "texts", **HIDDEN}
-        gr.on([run.click, text.submit], service.show_result, asked, results, **texts)
-        gr.on([target.release], service.show_result, asked, results, **texts)
+        gr.on([run.click, text.submit], service.show_result, inputs, results, **texts)
+        target.release(service.show_result_again, inputs, results, **texts)
         for button, example in zip(examples, EXAMPLES.values(), strict=True):
             filled = button.click(lambda example=example: example, None, text, queue=False, **HIDDEN)
-            filled.then(service.show_result, asked, results, **texts)
+            filled.then(service.show_result, inputs, results, **texts)
         clear.click(
             lambda: ["", views.waiting(service.kicker), *service.figures(), gr.skip(), views.no_words()],
             None,
@@ -669,13 +682,14 @@ def file_tab(service: Service) -> None:
         table = gr.HTML(service.preview([]), elem_id="preview")
         gr.HTML("<h2>Rows that could not be classified</h2>", elem_classes="heading")
         problems = gr.HTML(views.problems([]), elem_id="problems")
-        opened = [kept, column, state]
-        gr.on([file.upload, file.clear], service.open_file, file, opened, concurrency_id="opening", **HIDDEN)
         running = gr.State(None)
+        shown = [state, table, problems, as_csv, as_lines]
+        opened = [kept, column, *shown, ended]
+        gr.on([file.upload, file.clear], service.open_file, [file, running], opened, concurrency_id="opening", **HIDDEN)
         start.click(service.begin_file, running, [running, ended], queue=False, **HIDDEN).then(
             service.run_file,
             [kept, column, file_target, running],
-            [state, table, problems, as_csv, as_lines],
+            shown,
             concurrency_id="files",
             trigger_mode="multiple",  # the run before may still be waiting, or finishing its last rows
             **HIDDEN,
@@ -715,7 +729,7 @@ def build(classifier: Pipeline, model: str, revision: str | None = None) -> gr.B
             result_type = method.__annotations__["return"]
             description = f"{inspect.getdoc(method)}\n\n{result_type.__name__}: {inspect.getdoc(result_type)}"
             gr.api(endpoint(method), api_name=method.__name__, api_description=description, concurrency_id=queue)
-    return page.queue(max_size=QUEUE, default_concurrency_limit=1, api_open=False)
+    return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
 
 
 def theme() -> gr.themes.Base:

@@ -69,7 +69,7 @@ def log_odds(weight: float) -> str:
 # ── One text ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def result(classified: Classification, answer: str, descriptions: dict[str, str]) -> str:
+def result(kicker: str, classified: Classification, answer: str, descriptions: dict[str, str]) -> str:
     """Render the predicted class, its probability, its path, the answer, and the truncation.
 
     Args:
@@ -77,18 +77,14 @@ def result(classified: Classification, answer: str, descriptions: dict[str, str]
         descriptions: of some nodes, by label.
     """
     node = predicted(classified, descriptions)
-    return panel(
-        f"<p class='kicker'>Most probable class</p>{node}<p class='answer'>{answer}</p>{truncation(classified)}"
-    )
+    return panel(f"<p class='kicker'>{kicker}</p>{node}<p class='answer'>{answer}</p>{truncation(classified)}")
 
 
-def labels_result(classified: MultiLabelClassification, answer: str, descriptions: dict[str, str]) -> str:
+def labels_result(kicker: str, classified: MultiLabelClassification, answer: str, descriptions: dict[str, str]) -> str:
     """Render the predicted nodes, each with its probability and its path, the answer, and the truncation."""
     nodes = "".join(predicted(node, descriptions) for node in classified["labels"])
     none = "<p class='class none'>No label</p><p class='note'>No node of the taxonomy is probable enough.</p>"
-    return panel(
-        f"<p class='kicker'>Predicted labels</p>{nodes or none}<p class='answer'>{answer}</p>{truncation(classified)}"
-    )
+    return panel(f"<p class='kicker'>{kicker}</p>{nodes or none}<p class='answer'>{answer}</p>{truncation(classified)}")
 
 
 def predicted(node: dict[str, Any], descriptions: dict[str, str]) -> str:
@@ -134,9 +130,9 @@ def waiting(kicker: str) -> str:
     )
 
 
-def refusal(message: str) -> str:
+def refusal(message: str, kicker: str = "Not classified") -> str:
     """Render a refusal in place of a result."""
-    return panel(f"<p class='kicker'>Not classified</p><p class='refused'>{plain(message)}</p>", role="alert")
+    return panel(f"<p class='kicker'>{kicker}</p><p class='refused'>{plain(message)}</p>", role="alert")
 
 
 def panel(content: str, role: str = "status") -> str:
@@ -165,9 +161,10 @@ def bars(levels: list[dict[str, float]], path: list[str]) -> go.Figure:
     top = 0.0
     for depth, level in enumerate(shown, start=1):
         order = sorted(level, key=lambda node: -level[node])
-        rows = [(label(node), level[node], node in path) for node in order[:BARS]]
-        if len(order) > BARS:
-            rows.append((f"{len(order) - BARS:,} others", sum(level[node] for node in order[BARS:]), False))
+        count = BARS if len(order) > BARS + 1 else len(order)  # the last row is a node, or all others
+        rows = [(label(node), level[node], node in path) for node in order[:count]]
+        if order[count:]:
+            rows.append((f"{len(order) - count:,} others", sum(level[node] for node in order[count:]), False))
         figure.add_annotation(text=f"<b>Level {depth}</b>", y=top + 20, x=0, **TEXT)
         draw_rows(figure, [(text, score, marked, 0) for text, score, marked in rows], top + HEADING, bool(path))
         top += HEADING + ROW * len(rows)
@@ -215,7 +212,8 @@ def tree(nodes: list[tuple[str, int]], scores: dict[str, float] | None, chosen: 
     """
     known = scores or {}
     order = sorted(nodes, key=lambda node: (node[0] not in chosen, -known.get(node[0], 0.0), node[1]))
-    shown, others = set(order[:TREE_ROWS]), order[TREE_ROWS:]
+    count = TREE_ROWS if len(order) > TREE_ROWS + 1 else len(order)  # the last row is a node, or all others
+    shown, others = set(order[:count]), order[count:]
     height = ROW * min(len(nodes), TREE_ROWS + 1) + 8
     rows = [
         (f"✓ {label(node)}" if node in chosen else label(node), known.get(node, 0.0), node in chosen, level - 1)

@@ -41,7 +41,9 @@ def flag(default: Any, help: str, **metadata: Any) -> Any:
 class ModelArguments:
     model_name_or_path: str = flag(DEFAULT_ENCODER, "Encoder, or checkpoint to continue: a Hub id or a folder.")
     model_revision: str | None = flag(None, "Commit, tag or branch on the Hub. The checkpoint records the commit.")
-    quantization: Literal["none", "8bit", "4bit"] | None = flag(None, "Frozen encoder. Default: 4bit with LoRA.")
+    quantization: Literal["none", "8bit", "4bit"] | None = flag(
+        None, "Precision of the frozen weights. Default: 4bit with LoRA, else none."
+    )
     tuning: Literal["lora", "full"] = flag("lora", "lora trains an adapter and the heads, full trains every weight.")
     lora_r: int = flag(16, "Rank of the adapter.")
     lora_alpha: int = flag(32, "The adapter's output is scaled by lora_alpha / lora_r.")
@@ -103,8 +105,8 @@ class HierarchicalTrainingArguments(TrainingArguments):
     output_dir: str = flag("results", "Folder for the checkpoint.")
     overwrite_output_dir: bool = flag(False, "Overwrite the folder's run: training deletes its checkpoints and scores.")
     do_train: bool | None = flag(None, "Train. Default: yes, unless --do_eval or --do_predict is given.")
-    do_eval: bool | None = flag(None, "Score the validation rows at the end, and calibrate on them.")
-    do_predict: bool | None = flag(None, "Score the test rows.")
+    do_eval: bool | None = flag(None, "Score the validation rows at the end, and calibrate on them. Default: yes.")
+    do_predict: bool | None = flag(None, "Score the test rows. Default: yes.")
     refit: bool = flag(False, "Then train anew on all rows but the test rows, for the best number of epochs.")
     num_train_epochs: float = flag(5.0, "Number of passes over the training rows.")
     per_device_train_batch_size: int = flag(16, "Texts per device and step.")
@@ -122,7 +124,9 @@ class HierarchicalTrainingArguments(TrainingArguments):
     load_best_model_at_end: bool = flag(True, "Load the best checkpoint at the end.")
     metric_for_best_model: str = flag("macro_f1", "Metric that selects the best checkpoint.")
     restore_callback_states_from_checkpoint: bool = flag(True, "Resume with the saved count for early stopping.")
-    early_stopping_patience: int | None = flag(2, "Stop after this many evaluations without improvement. 0: never.")
+    early_stopping_patience: int | None = flag(
+        2, "Stop after this many evaluations without improvement, with --load_best_model_at_end. 0: never."
+    )
     train_sampling_strategy: str = flag(
         "group_by_length",
         "Order of the training rows. group_by_length reduces padding.",

@@ -158,14 +158,14 @@ def _refuse_unknown_codes(codes: dict[str, str], places: dict[Label, str]) -> No
     known = {*codes, *codes.values()}
     for label, place in places.items():
         if codes and not known.issuperset([label] if isinstance(label, str) else label):
-            problem = "is neither a code of --class_names nor in the taxonomy"
+            problem = "is neither a code nor a name of --class_names"
             raise InputError(f"{place}: the label {quote_name(label)} {problem}")
 
 
 def read_class_names(path_or_json: str) -> dict[str, str]:
     """Read the names of coded labels from a JSON object, or from a ``.csv`` or ``.tsv`` file.
 
-    Its columns are ``code`` or ``label``, and ``name`` or ``condition_name``; without these, the first two.
+    Its columns are ``code`` or ``label``, and ``name`` or ``condition_name``; in place of a missing one, the first of the others.
     """
     where = "--class_names"
     if path_or_json.lstrip().startswith("{"):
@@ -182,9 +182,9 @@ def read_class_names(path_or_json: str) -> dict[str, str]:
         if len(table) < 2:
             raise InputError(f"{where}: expected two columns, code and name")
         shares = dict.fromkeys(table, 1.0)
-        code, name = (find_column(shares, None, known) for known in (("code", "label"), ("name", "condition_name")))
-        if code is None or name is None:
-            code, name, *_ = table
+        found = [find_column(shares, None, known) for known in (("code", "label"), ("name", "condition_name"))]
+        others = [column for column in table if column not in found]
+        code, name = (others.pop(0) if column is None else column for column in found)
         pairs = list(zip(table[code], table[name], strict=True))
     names: dict[str, str] = {}
     for code, name in pairs:

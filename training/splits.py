@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import numpy as np
@@ -73,25 +74,16 @@ def load_splits(
     taxonomy, origin, nodes = resolve_labels(places, len(rows), label_columns, arguments, taxonomy)
     rows["label"] = [sorted({nodes[one] for one in label}) if several else nodes[label] for label in rows["label"]]
 
-    # ── Split ────────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── Repeated texts: trained on before, in several rows, in several splits ────────────────────────────────────────
     rows["text_id"], texts = pd.factorize(pd.Series(map(normalise_text, rows["text"]), dtype=object))
-    is_train = rows["split"] == "train"
-    rows["trained"] = _is_trained(rows, texts, trained)
-    trained_before = {
-        "scores": "verified" if trained.complete else "unverified",
-        "texts": len(trained.earlier),
-        "rows": {split: int(part["trained"].sum()) for split, part in parts(rows).items()},
-        "moved": "to train" if is_train.any() else "left out",
-    }
-    if is_train.any():
-        rows.loc[rows["trained"], "split"] = "train"
-    else:
-        rows = rows[~rows["trained"]].reset_index(drop=True)
+    rows, trained_before = _place_trained_rows(rows, texts, trained)
     counts = rows["split"].value_counts()
     if several:
         rows = _unite(rows)
     united = counts - rows["split"].value_counts()
     rows, dropped = _drop_shared(rows)
+
+    # ── Split off ────────────────────────────────────────────────────────────────────────────────────────────────────
     shares = {"test": arguments.test_size} if single else {}
     if "train" in sources and "validation" not in sources:
         shares["validation"] = arguments.validation_size
@@ -145,8 +137,27 @@ def train_on_validation_rows(data: LabelledSplits) -> LabelledSplits:
     return dataclasses.replace(data, splits=splits, report=report)
 
 
+def _place_trained_rows(
+    rows: pd.DataFrame, texts: pd.Index, trained: TrainedTexts
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Move rows whose text was trained on to the training rows, or without these leave them out. Return a report, too."""
+    rows = rows.assign(trained=_is_trained(rows, texts, trained))
+    has_training_rows = (rows["split"] == "train").any()
+    report = {
+        "scores": "verified" if trained.complete else "unverified",
+        "texts": len(trained.earlier),
+        "rows": {split: int(part["trained"].sum()) for split, part in parts(rows).items()},
+        "moved": "to train" if has_training_rows else "left out",
+    }
+    if has_training_rows:
+        rows.loc[rows["trained"], "split"] = "train"
+    else:
+        rows = rows[~rows["trained"]].reset_index(drop=True)
+    return rows, report
+
+
 def _is_trained(rows: pd.DataFrame, texts: pd.Index, trained: TrainedTexts) -> np.ndarray:
-    """Return a mask (N,) of the rows whose text was trained on, for held-out rows also by a resumed run itself."""
+    """Return a mask (N,) of the rows whose text an earlier run was trained on; for held-out rows, or the resumed run."""
     if not trained.all:
         return np.zeros(len(rows), dtype=bool)
     hashes = [text_hash(text) for text in texts]
@@ -207,8 +218,8 @@ def _split_off(rows: pd.DataFrame, shares: dict[str, float], seed: int, taxonomy
 def _sample(strata: np.ndarray, count: int, split: str, rng: np.random.Generator, trained: np.ndarray) -> np.ndarray:
     """Return a mask of ``count`` texts in proportion to their ``strata`` (N,), and leave a text of each stratum.
 
-    Systematic sampling along the texts, sorted by stratum (Cochran, Sampling Techniques, 1977, chapter 8). A share of
-    at most one half, rounded up, leaves a text of any stratum of several. For a larger share, one is set aside first.
+    Systematic sampling along the texts, sorted by stratum (Cochran, Sampling Techniques, 1977, chapter 8). If at most half
+    of the eligible texts are sampled, each stratum of several keeps one. Else the first text of each stratum is set aside.
 
     Texts in the mask ``trained`` (N,) are never sampled. If too few others are left, all eligible ones are.
     """
@@ -243,6 +254,8 @@ def _sample_by_combinations(labels: np.ndarray, count: int, split: str, seed: in
     _check_count(count, len(free) - 1, split, trained, "one must stay")
     splitter = MultilabelStratifiedShuffleSplit(n_splits=1, test_size=count, random_state=seed)
     _, sampled = next(splitter.split(free, labels[free]))
+    if not len(sampled):  # it deals out about as many as asked
+        sampled = np.random.default_rng(seed).integers(len(free), size=1)
     return free[sampled]
 
 

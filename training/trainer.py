@@ -2,8 +2,8 @@
 
 Worth knowing:
 
-1. The loss is divided by the number of labels in the whole accumulated batch, over all devices: how the batch is split
-   does not change the gradient. DDP averages gradients, so the loss is multiplied by the number of processes.
+1. The loss is divided by the number of labelled texts in the whole accumulated batch, over all devices: how the batch is
+   split does not change the gradient. DDP averages gradients, so the loss is multiplied by the number of processes.
 2. The Trainer resumes and restores the best model by root-level file names. The adapter form has its own loader here.
 3. No ``training_args.bin`` is written, because it is a pickle and can contain a token.
 4. Reading a loss waits for the GPU. Losses are read when the Trainer waits anyway: before it logs, evaluates or saves.
@@ -39,7 +39,7 @@ from training.views import disagreement, halves
 logger = logging.getLogger(__name__)
 
 MAX_UNCHECKED = 100  # losses of micro-batches that stay on the device before they are read
-GO_ON = "--resume_from_checkpoint auto continues from the last checkpoint"
+RESUME_HINT = "--resume_from_checkpoint auto continues from the last checkpoint"
 
 
 class HierarchicalTrainer(PublishingTrainer):
@@ -64,8 +64,10 @@ class HierarchicalTrainer(PublishingTrainer):
             self.args._n_gpu = 1
             self._train_batch_size = self.args.train_batch_size
         self.is_multi_label, decisions = self.model.config.is_multi_label, self.model.heads.decisions
-        own: Any = partial(binary_cross_entropy, tree=decisions) if self.is_multi_label else negative_log_likelihood
-        self.loss_function: Any = loss_function.to(self.args.device) if loss_function else own
+        model_loss: Any = negative_log_likelihood
+        if self.is_multi_label:
+            model_loss = partial(binary_cross_entropy, tree=decisions)
+        self.loss_function: Any = loss_function.to(self.args.device) if loss_function else model_loss
         self.disagreement: Any = partial(decision_disagreement, decisions) if self.is_multi_label else disagreement
         self.consistency = consistency
         stopping = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
@@ -100,8 +102,8 @@ class HierarchicalTrainer(PublishingTrainer):
             compared = outputs["logits"].shape[1]  # leaves, or with several labels all nodes
             first, second = (outputs[scores][half] for half in pair)
             losses = [self.loss_function(half, labels, num_items_in_batch=items) for half in (first, second)]
-            apart = self.disagreement(first[:, :compared], second[:, :compared], labels, items)
-            loss = sum(losses) / 2 + self.consistency * apart
+            inconsistency = self.disagreement(first[:, :compared], second[:, :compared], labels, items)
+            loss = sum(losses) / 2 + self.consistency * inconsistency
         else:
             outputs = model(**inputs)
             loss = self.loss_function(outputs[scores], labels, num_items_in_batch=items)
@@ -120,7 +122,7 @@ class HierarchicalTrainer(PublishingTrainer):
         for (step, _, rows), loss in zip(unchecked, losses, strict=True):
             if not math.isfinite(loss):
                 where = "" if rows is None else f", rows {', '.join(map(str, rows.tolist()))} of the training data"
-                raise InputError(f"the loss is {loss} at step {step}{where}: lower --learning_rate; {GO_ON}")
+                raise InputError(f"the loss is {loss} at step {step}{where}: lower --learning_rate; {RESUME_HINT}")
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Check the losses whenever the Trainer waits for the device anyway."""
@@ -179,9 +181,6 @@ class HierarchicalTrainer(PublishingTrainer):
             return super()._inner_training_loop(batch_size, args, **kwargs)
         effective = args.per_device_train_batch_size * args.gradient_accumulation_steps
         limit = batch_size if self.tried_batch_size is None else self.tried_batch_size - 1
-        if limit == 0:
-            problem = "a batch of one text does not fit in memory"
-            raise InputError(f"{problem}: lower --max_length, or --gradient_checkpointing true")
         size = max(n for n in range(1, limit + 1) if effective % n == 0)
         if self.tried_batch_size is not None:
             logger.info("out of memory: continuing with %d texts a step, over %d steps", size, effective // size)
@@ -190,12 +189,17 @@ class HierarchicalTrainer(PublishingTrainer):
         try:
             return super()._inner_training_loop(size, args, **kwargs)
         except RuntimeError as error:
-            if not should_reduce_batch_size(error) or self.state.global_step == self._initial_global_step:
+            if not should_reduce_batch_size(error):
                 raise
-            smaller = max(size // 2, 1)
+            if size == 1:
+                problem = "a batch of one text does not fit in memory"
+                raise InputError(f"{problem}: lower --max_length, or --gradient_checkpointing true") from error
+            if self.state.global_step == self._initial_global_step:
+                raise
+            smaller = size // 2
             problem = f"out of memory at step {self.state.global_step + 1}, after earlier steps had fit"
             fit = f"--per_device_train_batch_size {smaller} --gradient_accumulation_steps {effective // smaller}"
-            raise InputError(f"{problem}: {fit}; {GO_ON}") from error
+            raise InputError(f"{problem}: {fit}; {RESUME_HINT}") from error
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         """Count the texts with a known label, not the elements of label arrays."""

@@ -422,7 +422,7 @@ def test_nothing_hostile_becomes_markup(classifier):
     }  # fmt: skip
     record = {"line": 1, "text": HOSTILE, "predicted": HOSTILE, "probability": 1.0, "answer": [HOSTILE]}
     pages = [
-        views.result(found, views.coverage_answer(0.9, found["path"]), {HOSTILE: HOSTILE}), views.words(HOSTILE, explained), views.refusal(HOSTILE), views.facts({HOSTILE: HOSTILE}),
+        views.result("", found, views.coverage_answer(0.9, found["path"]), {HOSTILE: HOSTILE}), views.words(HOSTILE, explained), views.refusal(HOSTILE), views.facts({HOSTILE: HOSTILE}),
         views.preview([record]), views.problems([{"line": 1, "problem": HOSTILE}]),
         views.labels_result(found | {"labels": [found]}, "", {HOSTILE: HOSTILE}), views.recall_answer(0.9, found["path"]),
         views.labels_preview([record | {"labels": [HOSTILE], "scores": [1.0]}]),
@@ -484,10 +484,18 @@ def test_a_tree_of_thousands_shows_what_is_predicted_and_most_probable_with_the_
     assert said[-1] == f"2,971 others, each at most {views.percent(scores['leaf 28'])}"
 
 
+def test_one_node_too_many_is_drawn_itself():
+    level = {f"leaf {i}": 1 / (views.BARS + 1) for i in range(views.BARS + 1)}
+    assert not any("others" in note.text for note in views.bars([level], []).layout.annotations)
+    nodes = [(f"leaf {i}", 1) for i in range(views.TREE_ROWS + 1)]
+    said = [note.text for note in views.tree(nodes, None, set()).layout.annotations]
+    assert said == [label for label, _ in nodes]
+
+
 def test_no_label_and_a_long_answer_are_said_plainly(labels_classifier):
     found = classify(labels_classifier, "We report on the weather.")
     assert found["labels"] == []
-    assert "No label" in views.labels_result(found, "", {})
+    assert "No label" in views.labels_result("", found, "", {})
     assert views.recall_answer(0.5, []) == "For 50% recall: no node"
     long = views.recall_answer(0.9, [{"label": f"n{i}", "score": 0.5} for i in range(100)])
     assert long.endswith("<bdi>n19</bdi></b> and 80 more")

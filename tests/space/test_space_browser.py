@@ -307,7 +307,8 @@ def test_a_file_is_classified_and_its_downloads_parse(page, downloads, tmp_path)
         assert [row["predicted"] for row in found][::2] == ["nervous system diseases", "cardiovascular diseases"]
 
 
-def test_a_file_is_cancelled_and_the_next_one_runs(page, tmp_path):
+def test_a_file_is_cancelled_or_removed_and_the_next_one_runs(page, tmp_path):
+    remove = "#file button[aria-label*=lear], #file button[title*=lear], #file .icon-button"
     page.open()
     page.tab("A file")
     page.upload(write_table(tmp_path / "many.csv", [["text"], *[[NEURO + " word" * 90]] * 9000]))
@@ -323,11 +324,12 @@ def test_a_file_is_cancelled_and_the_next_one_runs(page, tmp_path):
     assert page.text("#state") == stopped_at
     assert "Cancelled" in page.text("#ended")  # and it stays so
     page.press("#start")
-    page.until(lambda: page.text("#ended") == "")
-    page.press("#cancel")
-    page.until(lambda: "Cancelled" in page.text("#ended"))
-    page.press("#file button[aria-label*=lear], #file button[title*=lear], #file .icon-button")
-    page.until(lambda: page.all("#file input[type=file]"))
+    page.until(lambda: re.search("Classified [1-9]", page.text("#state")))
+    page.press(remove)  # ends the run, too
+    page.until(lambda: page.all("#file input[type=file]") and "No file yet" in page.text("#state"))
+    assert not page.all("#preview tbody tr")
+    time.sleep(2)
+    assert "No file yet" in page.text("#state")
     page.upload(write_table(tmp_path / "few.csv", [["text"], [NEURO]]))
     page.until(lambda: "of 1 rows" in page.text("#state"))
     page.press("#start")
@@ -336,6 +338,11 @@ def test_a_file_is_cancelled_and_the_next_one_runs(page, tmp_path):
     page.press("#cancel")
     page.until(lambda: "Nothing is running" in page.text("#ended"))
     assert "Done" in page.text("#state")
+    assert page.all("#preview tbody tr")
+    page.press(remove)
+    page.until(lambda: "No file yet" in page.text("#state"))
+    assert not page.all("#preview tbody tr")
+    page.until(lambda: page.driver.execute_script("return document.querySelector('#csv').disabled"))
 
 
 @pytest.mark.parametrize(

@@ -255,6 +255,14 @@ def test_splitting_is_that_of_the_package_on_closed_labels(tmp_path, taxonomy):
     assert sorted(data.splits["validation"]["row"]) == sorted(expected.tolist())
 
 
+def test_of_few_texts_one_is_split_off(tmp_path, taxonomy):
+    for seed in range(100):  # the package deals out none in some of these draws
+        has = np.random.default_rng(seed).random((12, 5)) < 0.3
+        sets = [[name for name, has_it in zip("xyzuv", row, strict=True) if has_it] for row in has]
+        file = write_corpus(tmp_path, [{"text": f"text {i}", "label": labels} for i, labels in enumerate(sets)])
+        assert len(load(train_file=file, taxonomy=taxonomy, validation_size=0.1).splits["validation"]) >= 1
+
+
 def test_a_class_of_one_text_stays_in_the_training_rows(tmp_path, taxonomy):
     rows = [{"text": f"text {i}", "label": ["x"]} for i in range(50)] + [{"text": "rare", "label": ["v", "x"]}]
     for seed in range(5):

@@ -188,9 +188,7 @@ def test_one_file_as_taxonomy_and_as_class_names(tmp_path):
     data = load(**arguments)
     assert labels_of(data, "train") == ["Lung", "Sleep", "body", "Heart"]
     rows = csv_file(tmp_path / "a.csv", [("one", "C2"), ("two", "C4")])
-    with pytest.raises(
-        InputError, match=r"a\.csv, line 3, .*'C4' is neither a code of --class_names .*nor in the taxonomy"
-    ):
+    with pytest.raises(InputError, match=r"a\.csv, line 3, .*'C4' is neither a code nor a name of --class_names"):
         load(**arguments)
 
 
@@ -220,6 +218,8 @@ def test_class_names_in_their_forms(tmp_path):
     assert read_class_names('{"1": "one", "02": " two "}') == expected
     assert read_class_names(str(write(tmp_path / "a.csv", "id,what\n1,one\n02,two\n"))) == expected
     assert read_class_names(str(write(tmp_path / "a.tsv", "name\tcode\none\t1\ntwo\t02\n"))) == expected
+    assert read_class_names(str(write(tmp_path / "c.csv", "id,note,name\n1,a,one\n02,b,two\n"))) == expected
+    assert read_class_names(str(write(tmp_path / "d.csv", "name,id\none,1\ntwo,02\n"))) == expected
     corpus = write(tmp_path / "b.csv", "condition_label,condition_name\n1,one\n02,two\n")
     assert read_class_names(str(corpus)) == expected
 
