@@ -184,7 +184,8 @@ def inject_adapter(encoder: PreTrainedModel, folder: Path) -> None:
 def share_encoder(model: Any, other: Any) -> None:
     """Let a model use the encoder weights of ``other``, so that both hold them once. Both keep their own adapter and heads.
 
-    Load both with ``merge_adapter=False``. Predictions do not change.
+    Load both with ``merge_adapter=False``. Predictions do not change. Linear layers are the same modules afterwards, so weights
+    that a pipeline packs for the CPU are held once too; move both models to a device, or neither.
 
     Raises ValueError where an adapter is merged, weights are quantized, or the models have different encoders.
     """
@@ -208,6 +209,16 @@ def share_encoder(model: Any, other: Any) -> None:
         raise ValueError("the encoders differ in dtype or device: load both with the same arguments")
     for name, weight in own.items():
         weight.data = shared[name].data
+    linear = {name.replace(".base_layer", ""): module for name, module in linear_layers(other.encoder)}
+    for name, _ in linear_layers(model.encoder):
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.encoder.get_submodule(parent), attribute, linear[name.replace(".base_layer", "")])
+
+
+def linear_layers(encoder: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the names and modules of an encoder's linear layers, without those of adapters."""
+    named = encoder.named_modules(remove_duplicate=False)
+    return [(name, module) for name, module in named if isinstance(module, nn.Linear) and "lora_" not in name]
 
 
 def import_peft() -> Any:

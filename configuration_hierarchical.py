@@ -54,6 +54,8 @@ class HierarchicalConfig(PretrainedConfig):
         recall_thresholds: with several labels a text, for recalls of 0.01, 0.02, … 0.99, the probability from which nodes
             hold this share of a text's nodes, on average. None where there were too few texts.
         recall_texts: the number of texts with labels that these were fitted on.
+        refitted: whether the weights were trained on the rows that the thresholds were fitted on too (``--refit``), so that
+            neither coverage nor recall is guaranteed.
         problem_type: ``"multi_label_classification"`` for several labels a text. By default a text has one path.
 
     A value out of its range raises ValueError: for the taxonomy and labels that do not fit it, TaxonomyError.
@@ -85,6 +87,7 @@ class HierarchicalConfig(PretrainedConfig):
         node_thresholds: list[float] | None = None,
         recall_thresholds: list[float | None] | None = None,
         recall_texts: int | None = None,
+        refitted: bool | None = None,
         problem_type: str | None = None,
         **kwargs,
     ):
@@ -117,6 +120,7 @@ class HierarchicalConfig(PretrainedConfig):
         self.node_thresholds = checked_numbers("node_thresholds", node_thresholds, tree.num_nodes)
         self.recall_thresholds = checked_numbers("recall_thresholds", recall_thresholds, 99, or_none=True)
         self.recall_texts = recall_texts
+        self.refitted = refitted
         if problem_type not in (None, "single_label_classification", MULTI_LABEL):
             expected = f"'single_label_classification' or {MULTI_LABEL!r}"
             raise ValueError(f"problem_type must be {expected}, not {problem_type!r}")

@@ -162,6 +162,10 @@ class HierarchicalTextClassificationPipeline(Pipeline):
                     f"{guarantee} needs texts truncated at {fitted} tokens, like the validation rows: give no stride, "
                     f"and max_length={fitted} or the tokenizer that was saved with the checkpoint"
                 )
+            if self.model.config.refitted:
+                logger.warning_once(
+                    f"the {guarantee} is not guaranteed: the model was trained on the validation rows too"
+                )
         if self.model.config.is_multi_label and "stride" in truncation and "top_k" not in output:
             raise ValueError("stride needs top_k with several labels a text: thresholds were not fitted for windows")
         if {"costs", "top_k"} <= output.keys():

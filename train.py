@@ -131,6 +131,7 @@ def refit(
     logger.info(
         "training anew on all %s rows but the test rows, for %g epochs", f"{len(data.splits['train']):,}", epochs
     )
+    logger.warning("coverage and recall are not guaranteed for this second model: it is trained on the validation rows")
     # new arguments, because the first run's scoring has changed the precision of accelerate
     changed: dict[str, Any] = {"num_train_epochs": epochs, "max_steps": -1}
     training = dataclasses.replace(training, **changed)

@@ -2,8 +2,9 @@
 
 Each of ``--count`` checkpoints is a copy of one in adapter form. "merged" loads each as usual, so each has an encoder of its own.
 "shared" loads each with ``merge_adapter=False``, and all use the encoder of the first (`share_encoder`). Memory is the proportional
-set size of a process that holds them all, less that before the first; it counts mapped files once. "Alternating" classifies one text
-by each checkpoint in turn; "repeated" by the first alone. Their difference is the cost of switching. Linux only.
+set size of a process that holds them all, less that before the first; it counts mapped files once. All run with the pipeline's
+kernels, which pack the weights once more. "Alternating" classifies one text by each checkpoint in turn; "repeated" by the first
+alone. Their difference is the cost of switching. Linux only.
 """
 
 import argparse
@@ -36,6 +37,8 @@ def serve(way: str, folders: list[str], rounds: int) -> dict[str, float]:
     import transformers
     from transformers import AutoModel
 
+    from pipeline_hierarchical import use_cpu_kernels
+
     transformers.utils.logging.disable_progress_bar()
     # the process then holds PEFT, and the code of the checkpoints
     AutoModel.from_pretrained(folders[0], trust_remote_code=True, merge_adapter=False)
@@ -56,6 +59,7 @@ def serve(way: str, folders: list[str], rounds: int) -> dict[str, float]:
         model = AutoModel.from_pretrained(folder, trust_remote_code=True, merge_adapter=way == "merged")
         if way == "shared" and models:
             model.share_encoder(models[0])
+        use_cpu_kernels(model.encoder)
         seconds.append(time.perf_counter() - started)
         models.append(model)
     for model in models:  # the first forward reads weights that are mapped files

@@ -198,12 +198,15 @@ def calibrate_model(
 
 
 def copy_calibration(model: HierarchicalForSequenceClassification, source: HierarchicalConfig, train: Dataset) -> None:
-    """Store the calibration and thresholds of another run in the model, and a lexical head that is fitted to ``train``."""
+    """Store the calibration and thresholds of another run in the model, and a lexical head that is fitted to ``train``.
+
+    ``train`` holds the rows that calibrated the other run, so the thresholds guarantee nothing any more.
+    """
     if source.lexical_weight:
         counts = token_counts(train, model.config.text_config.vocab_size)
         classifier = LexicalClassifier(source.tree, counts, read_labels(source, train))
         model.set_lexical_head(classifier.weights(), source.lexical_weight)
-    model.set_calibration(**{name: getattr(source, name) for name in CALIBRATION})
+    model.set_calibration(**{name: getattr(source, name) for name in CALIBRATION} | {"refitted": True})
 
 
 def answer_scores(config: HierarchicalConfig, logits: dict[str, np.ndarray], splits: DatasetDict) -> dict[str, float]:

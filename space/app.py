@@ -77,6 +77,7 @@ PROGRESS_SECONDS = 0.5  # between two progress messages: a slow browser that get
 PREVIEW = 50  # rows of a file
 KEPT_SECONDS = 600  # until a download is deleted
 MAX_WAITING = 100  # requests; beyond, gradio replies "Queue is full! Please try again."
+NOT_GUARANTEED = "no: trained on the validation rows too"
 START_TARGET = 0.9  # of the guarantee
 EXAMPLES = {
     "Colitis": "Whether mesalamine keeps ulcerative colitis quiet after a first attack was asked in 148 outpatients. All "
@@ -542,11 +543,15 @@ def about(classifier: Pipeline, model: str, revision: str | None) -> tuple[Html,
     path = cached_file(model, "README.md", revision=revision, _raise_exceptions_for_missing_entries=False)
     card = Path(path).read_text(encoding="utf-8") if path else ""
     encoder = config.encoder_name_or_path
-    guaranteed = "yes" if is_calibrated(classifier) else "no: trained without validation rows"
+    guaranteed = "yes"
+    if not is_calibrated(classifier):
+        guaranteed = "no: trained without validation rows"
+    elif config.refitted:
+        guaranteed = NOT_GUARANTEED
     labels = {}
     if is_multi_label(classifier):
         labels["Labels"] = "any number of nodes a text, none included"
-        if is_calibrated(classifier):
+        if guaranteed == "yes":
             guaranteed = f"up to {highest_target(classifier):.0%}, fitted on {config.recall_texts:,} texts with labels"
     facts = {
         "Model": model_name if revision is None else f"{model_name} at {revision[:12]}",
@@ -568,6 +573,9 @@ def no_downloads() -> list[gr.DownloadButton]:
 def target_slider(service: Service, prefix: str = "") -> gr.Slider:
     highest = highest_target(service.classifier)
     calibrated = is_calibrated(service.classifier)
+    info = service.target_info if calibrated else "Not available: this model was trained without validation rows."
+    if service.classifier.model.config.refitted:
+        info += f" Guaranteed: {NOT_GUARANTEED}."
     return gr.Slider(
         minimum=LEAST_TARGET,
         maximum=MOST_TARGET,
@@ -575,7 +583,7 @@ def target_slider(service: Service, prefix: str = "") -> gr.Slider:
         value=min(START_TARGET, highest) if calibrated else START_TARGET,
         interactive=calibrated,
         label=service.target_label,
-        info=service.target_info if calibrated else "Not available: this model was trained without validation rows.",
+        info=info,
         elem_id=prefix + guarantee(service.classifier),
     )
 

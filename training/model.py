@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 HEAD_DROPOUT = 0.1  # of the pooled vector, in training
 CALIBRATION = (  # fields of the configuration that are fitted to trained weights, without those of the lexical head
     *("temperatures", "node_scales", "node_biases", "node_thresholds"),
-    *("conformal_thresholds", "conformal_max_length", "recall_thresholds", "recall_texts"),
+    *("conformal_thresholds", "conformal_max_length", "recall_thresholds", "recall_texts", "refitted"),
 )
 
 

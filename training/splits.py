@@ -94,7 +94,7 @@ def load_splits(
     method = {"method": "as given", "split_off": shares, "seed": seed}
     if shares:
         numbers = np.sort(rows.loc[rows["split"] == "train", "row"].to_numpy(np.int64))
-        method["method"] = f"by {'combination of classes' if several else 'class'}, identical texts kept together"
+        method["method"] = "by class, identical texts kept together"
         # a resumed run checks that its training rows are the same
         method["train_rows_sha256"] = hashlib.sha256(numbers.tobytes()).hexdigest()
     describe = data_report.describe_label_sets if several else data_report.describe
@@ -204,7 +204,7 @@ def _split_off(rows: pd.DataFrame, shares: dict[str, float], seed: int, taxonomy
         if isinstance(rows["label"].iloc[0], list):  # of several labels; a text has one row
             texts = rows[train]
             labels, is_trained = multi_hot(taxonomy, [*texts["label"]]), texts["trained"].to_numpy()
-            held_out = texts["text_id"].iloc[_sample_by_combinations(labels, count, split, seed, is_trained)]
+            held_out = texts["text_id"].iloc[_sample_by_labels(labels, count, split, seed, is_trained)]
         else:
             sizes = rows[train].groupby(["text_id", "label"], as_index=False).size()
             sizes = sizes.sort_values(["text_id", "size", "label"], ascending=[True, False, True])
@@ -241,8 +241,8 @@ def _sample(strata: np.ndarray, count: int, split: str, rng: np.random.Generator
     return mask
 
 
-def _sample_by_combinations(labels: np.ndarray, count: int, split: str, seed: int, trained: np.ndarray) -> np.ndarray:
-    """Return the indices of about ``count`` texts, in proportion to their classes and combinations, see `_sample`.
+def _sample_by_labels(labels: np.ndarray, count: int, split: str, seed: int, trained: np.ndarray) -> np.ndarray:
+    """Return the indices of about ``count`` texts, in proportion to their labels, see `_sample`.
 
     Iterative stratification (Sechidis, Tsoumakas and Vlahavas, 2011, "On the Stratification of Multi-Label Data") deals
     out the texts of the rarest remaining class first. ``labels`` are of `multi_hot`, (N, num_nodes).

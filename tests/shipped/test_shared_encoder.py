@@ -1,6 +1,7 @@
 """Models in one process share the weights of their encoder, and each predicts as it does alone."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoConfig, AutoTokenizer
 from checkpoint_hierarchical import load_encoder
 from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import HierarchicalForSequenceClassification
+from pipeline_hierarchical import HierarchicalTextClassificationPipeline
 from taxonomy_hierarchical import Taxonomy
 
 
@@ -60,6 +62,23 @@ def test_shared_weights_are_held_once_and_predictions_stay(checkpoints, tiny_enc
     assert first == second
     merged = load(checkpoints[1], merge_adapter=True)
     torch.testing.assert_close(merged(**inputs).logits, alone[1], atol=1e-5, rtol=1e-4)
+
+
+def test_pipelines_over_one_encoder_pack_its_weights_once(checkpoints, tiny_encoder):
+    texts, tokenizer = ["Hepatitis in 41 patients.", "Angina."], AutoTokenizer.from_pretrained(tiny_encoder)
+    tokenizer.model_max_length = 128
+    build = partial(HierarchicalTextClassificationPipeline, tokenizer=tokenizer, device="cpu")
+    alone = [build(model=load(checkpoint))(texts) for checkpoint in checkpoints]
+    first, second = (load(checkpoint) for checkpoint in checkpoints)
+    second.share_encoder(first)
+    pipelines = [build(model=first), build(model=second)]
+    assert [classify(texts) for classify in pipelines * 2] == alone * 2
+    packed = [
+        {id(m.packed[0]) for name, m in model.named_modules() if "lora_" not in name and "packed" in vars(m)}
+        for model in (first, second)
+    ]
+    assert packed[0]
+    assert packed[0] == packed[1]
 
 
 def test_encoders_that_differ_are_not_shared(checkpoints):

@@ -237,7 +237,7 @@ def test_split_off_splits_have_the_rates_of_all_texts_and_share_none(tmp_path, t
     total = sum(counts.values())
     for split in ("test", "validation"):
         np.testing.assert_allclose(counts[split], total * sizes[split] / 400, atol=2.5)
-    assert data.report["split"]["method"] == "by combination of classes, identical texts kept together"
+    assert data.report["split"]["method"] == "by class, identical texts kept together"
     again = load(data_path=file, taxonomy=taxonomy, validation_size=0.2, test_size=0.2)
     assert labels_of(again, "test") == labels_of(data, "test")
     other = load(1, data_path=file, taxonomy=taxonomy, validation_size=0.2, test_size=0.2)

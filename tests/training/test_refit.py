@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -86,6 +88,22 @@ def test_its_scores_are_those_of_what_it_predicts(words, refitted):
     assert not any(name.startswith("eval_") for name in metrics)  # it was trained on these rows
     assert "the guarantee does not hold for it" in (refitted / "README.md").read_text()
     assert "the guarantee does not hold" not in (refitted / "selection" / "README.md").read_text()
+
+
+def test_everything_that_answers_says_that_nothing_is_guaranteed(refitted, tmp_path):
+    file = tmp_path / "texts.txt"
+    file.write_text("Hepatitis in 41 patients.\n")
+    said = {}
+    for folder in (refitted / "selection", refitted):
+        words = ["--model", folder, "--input", file, "--output", tmp_path / f"{folder.name}.jsonl", "--coverage", 0.9]
+        said[folder] = run(*words, command="predict.py").stderr
+    assert "the coverage is not guaranteed" in said[refitted]
+    assert "not guaranteed" not in said[refitted / "selection"]
+    guaranteed = [read(folder / "config.json").get("refitted") for folder in said]
+    assert guaranteed == [None, True]
+    code = f"import app; print(app.about(app.load({str(refitted)!r}, None), {str(refitted)!r}, None)[0])"
+    facts = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "space", capture_output=True, text=True, check=True)
+    assert "no: trained on the validation rows too" in facts.stdout
 
 
 def test_killed_in_either_run_it_ends_with_the_same_weights(words, refitted, tmp_path):
