@@ -167,7 +167,9 @@ class HierarchicalTextClassificationPipeline(Pipeline):
                     f"the {guarantee} is not guaranteed: the model was trained on the validation rows too"
                 )
         if self.model.config.is_multi_label and "stride" in truncation and "top_k" not in output:
-            raise ValueError("stride needs top_k with several labels a text: thresholds were not fitted for windows")
+            raise ValueError(
+                "stride needs top_k with several labels, and no costs: thresholds were not fitted for windows"
+            )
         if {"costs", "top_k"} <= output.keys():
             raise ValueError("costs choose one prediction for each text: give either costs or top_k")
         batch_size = self._batch_size if batch_size is None else batch_size
