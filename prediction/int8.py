@@ -4,10 +4,15 @@ A weight has one scale for each output, and an input has one for each token. So 
 no example texts are needed.
 """
 
+import logging
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from errors import one_line
+
+logger = logging.getLogger(__name__)
 
 ONEDNN = torch.ops.onednn
 LARGEST = 127  # the largest absolute value of 8 bits with a sign
@@ -17,8 +22,14 @@ ZERO_POINT = 128  # inputs have no sign: with one, oneDNN falls back to its slow
 def has_int8_products() -> bool:
     """Return whether this processor and this version of torch multiply in 8 bits without overflow."""
     capabilities = torch.cpu.get_capabilities()
-    has_vnni = any(capabilities.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
-    return has_vnni and hasattr(ONEDNN, "qlinear_prepack") and hasattr(ONEDNN, "qlinear_pointwise")
+    if not any(capabilities.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8")):
+        return False
+    try:
+        Int8Linear(nn.Linear(64, 64))(torch.zeros(1, 64))
+    except (AttributeError, TypeError, RuntimeError) as error:  # the private operators have changed
+        logger.warning("no 8-bit products: they do not fit torch %s (%s)", torch.__version__, one_line(error))
+        return False
+    return True
 
 
 def quantize(encoder: nn.Module) -> None:

@@ -119,7 +119,7 @@ def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
     if dtype == "int8" and gpu:
         raise InputError("--dtype int8 is for CPUs: give bf16 or fp32")
     if dtype == "int8" and not has_int8_products():
-        raise InputError("--dtype int8 needs a processor with VNNI or AMX: give fp32")
+        raise InputError("--dtype int8 needs a processor with VNNI or AMX, and a torch that it fits: give fp32")
     named = {name: getattr(arguments, name) for name in ("batch_size", "coverage", "recall", "costs")}
     # pipelines of older checkpoints lack newer arguments
     given = {name: value for name, value in named.items() if value is not None}

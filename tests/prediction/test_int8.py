@@ -1,10 +1,13 @@
 """Compare 8-bit layers with the products of rounded integers, computed by numpy."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from prediction import int8, model
 from prediction.int8 import Int8Linear, has_int8_products, quantize
 
 pytestmark = pytest.mark.skipif(not has_int8_products(), reason="this processor has no 8-bit products")
@@ -55,3 +58,11 @@ def test_a_token_is_rounded_alone_and_every_linear_layer_is_replaced():
     ]
     with torch.inference_mode():
         torch.testing.assert_close(model(torch.cat([small, large]))[:5], model(small), atol=1e-5, rtol=1e-5)
+
+
+def test_a_torch_with_other_private_operators_predicts_in_float32(monkeypatch, caplog):
+    operators = SimpleNamespace(qlinear_prepack=int8.ONEDNN.qlinear_prepack, qlinear_pointwise=lambda rounded: rounded)
+    monkeypatch.setattr(int8, "ONEDNN", operators)
+    monkeypatch.setattr(model, "has_bf16", lambda cpu: False)
+    assert model.choose_dtype(gpu=False) == "fp32"
+    assert "no 8-bit products: they do not fit torch" in caplog.text
