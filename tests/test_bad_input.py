@@ -510,7 +510,7 @@ WITH_TEXTS = [
     (("--train_file", "data.csv", "--text_column", "label", "--label_column", "text", "--taxonomy", "aliased.yaml"),
      "the label (a value of 68 characters) is not in the taxonomy; it has 'x', 'y', …"),
     (("--train_file", "data.csv", "--text_column", "label", "--label_column", "text", "--class_names", '{"a": "b"}'),
-     "the label (a value of 68 characters) is neither a code of"),
+     "the label (a value of 68 characters) is neither a code nor a name"),
     (("--train_file", "same.csv"), "the only label is (a value of 68 characters)"),
     (("--train_file", "same.csv", "--label_column", "label", "text", "--text_column", "text"), "cannot be both"),
     (("--train_file", "data.csv", "--class_names", "codes.csv"), "the code 'a' has two names"),

@@ -424,7 +424,7 @@ def test_nothing_hostile_becomes_markup(classifier):
     pages = [
         views.result("", found, views.coverage_answer(0.9, found["path"]), {HOSTILE: HOSTILE}), views.words(HOSTILE, explained), views.refusal(HOSTILE), views.facts({HOSTILE: HOSTILE}),
         views.preview([record]), views.problems([{"line": 1, "problem": HOSTILE}]),
-        views.labels_result(found | {"labels": [found]}, "", {HOSTILE: HOSTILE}), views.recall_answer(0.9, found["path"]),
+        views.labels_result("", found | {"labels": [found]}, "", {HOSTILE: HOSTILE}), views.recall_answer(0.9, found["path"]),
         views.labels_preview([record | {"labels": [HOSTILE], "scores": [1.0]}]),
     ]  # fmt: skip
     for page in pages:
