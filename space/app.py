@@ -60,6 +60,7 @@ from classification import (
     highest_target,
     is_calibrated,
     is_multi_label,
+    is_refitted,
     load,
 )
 from gradio.utils import get_upload_folder
@@ -319,9 +320,9 @@ class Service:
             views.no_words(),
         ]
 
-    def show_result_again(self, text: str, target: float) -> list[Any]:
+    def show_result_again(self, text: str, target: float) -> Any:
         """Return the outputs of a text for another target. Without a text, they stay as they are."""
-        return self.show_result(text, target) if (text or "").strip() else [gr.skip()] * (3 + len(self.figures()))
+        return self.show_result(text, target) if (text or "").strip() else gr.skip()
 
     def main_node(self, result: dict[str, Any]) -> str:
         """Return the label of the node that is explained by default."""
@@ -371,7 +372,7 @@ class Service:
     def open_file(self, path: str | None, run: Run | None) -> list[Any]:
         """Read an upload into memory, and end the run of the file before.
 
-        Return its kind and content, its columns, a status line, and nothing for what a run shows.
+        Return its kind and content, its columns, a status line, and cleared outputs of the run.
         """
         if run:
             run.end()
@@ -543,16 +544,15 @@ def about(classifier: Pipeline, model: str, revision: str | None) -> tuple[Html,
     path = cached_file(model, "README.md", revision=revision, _raise_exceptions_for_missing_entries=False)
     card = Path(path).read_text(encoding="utf-8") if path else ""
     encoder = config.encoder_name_or_path
-    guaranteed = "yes"
-    if not is_calibrated(classifier):
-        guaranteed = "no: trained without validation rows"
-    elif config.refitted:
-        guaranteed = NOT_GUARANTEED
-    labels = {}
+    guaranteed, labels = "yes", {}
     if is_multi_label(classifier):
         labels["Labels"] = "any number of nodes a text, none included"
-        if guaranteed == "yes":
-            guaranteed = f"up to {highest_target(classifier):.0%}, fitted on {config.recall_texts:,} texts with labels"
+    if not is_calibrated(classifier):
+        guaranteed = "no: trained without validation rows"
+    elif is_refitted(classifier):
+        guaranteed = NOT_GUARANTEED
+    elif is_multi_label(classifier):
+        guaranteed = f"up to {highest_target(classifier):.0%}, fitted on {config.recall_texts:,} texts with labels"
     facts = {
         "Model": model_name if revision is None else f"{model_name} at {revision[:12]}",
         "Encoder": Path(encoder).name if os.path.isabs(encoder) else encoder,
@@ -574,7 +574,7 @@ def target_slider(service: Service, prefix: str = "") -> gr.Slider:
     highest = highest_target(service.classifier)
     calibrated = is_calibrated(service.classifier)
     info = service.target_info if calibrated else "Not available: this model was trained without validation rows."
-    if service.classifier.model.config.refitted:
+    if is_refitted(service.classifier):
         info += f" Guaranteed: {NOT_GUARANTEED}."
     return gr.Slider(
         minimum=LEAST_TARGET,

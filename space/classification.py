@@ -122,6 +122,11 @@ def is_calibrated(classifier: Pipeline) -> bool:
     return highest_target(classifier) >= LEAST_TARGET
 
 
+def is_refitted(classifier: Pipeline) -> bool:
+    """Return whether the model was trained on the validation rows too, so that nothing is guaranteed."""
+    return bool(getattr(classifier.model.config, "refitted", False))  # older checkpoints do not say
+
+
 def check_target(classifier: Pipeline, target: Any) -> float | None:
     """Return the requested coverage or recall, or None.
 
