@@ -51,6 +51,7 @@ ADAPTER_SUBFOLDER = "adapter"
 ADAPTER_PREFIX = "base_model.model."  # how PeftModel names the module that it wraps
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 HEADS_WEIGHTS = "heads.safetensors"
+ADAPTER_FILES = (HEADS_WEIGHTS, f"{ADAPTER_SUBFOLDER}/adapter_config.json", f"{ADAPTER_SUBFOLDER}/{ADAPTER_WEIGHTS}")
 PADDING_COUNTS = ("convbert", "yoso")  # their convolutions and hashes take padding in
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 # the encoder is in a repository of its own, with another revision, and its code is transformers' own
@@ -473,7 +474,6 @@ def follow_umask(folder: Path) -> None:
 def remove_other_form(folder: Path, adapter_form: bool) -> None:
     """Delete the weights of an earlier checkpoint of the other form, which would be published along."""
     whole = ("model.safetensors*", "model-*-of-*.safetensors")
-    adapter = (HEADS_WEIGHTS, f"{ADAPTER_SUBFOLDER}/{ADAPTER_WEIGHTS}", f"{ADAPTER_SUBFOLDER}/adapter_config.json")
-    for pattern in whole if adapter_form else adapter:
+    for pattern in whole if adapter_form else ADAPTER_FILES:
         for file in folder.glob(pattern):
             file.unlink()

@@ -12,7 +12,6 @@ Worth knowing:
 """
 
 import inspect
-from itertools import pairwise
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
@@ -51,10 +50,10 @@ class HierarchicalConfig(PretrainedConfig):
             thresholds were fitted; None if unknown.
         node_scales, node_biases: factor and summand of each node's score, with several labels a text. None: 1 and 0.
         node_thresholds: the probability from which each node is predicted, with several labels a text. None: 0.5.
-        recall_thresholds: with several labels a text, for recalls of 0.01, 0.02, … 0.99, the probability from which nodes
-            hold this share of a text's nodes, on average. None where there were too few texts.
+        recall_thresholds: with several labels a text, for recalls of 0.01, 0.02, … 0.99, the least probability of a node in the
+            answer. None where there were too few texts.
         recall_texts: the number of texts with labels that these were fitted on.
-        refitted: whether the weights were trained on the rows that the thresholds were fitted on too (``--refit``), so that
+        refitted: whether the weights were also trained on the rows that the thresholds were fitted on (``--refit``). If so,
             neither coverage nor recall is guaranteed.
         problem_type: ``"multi_label_classification"`` for several labels a text. By default a text has one path.
 
@@ -110,10 +109,8 @@ class HierarchicalConfig(PretrainedConfig):
             advice = "a checkpoint without it is from an earlier version: load its own code, or train again"
             raise ValueError(f"lexical_weight must be given where lexical_vocab_size is, and only there; {advice}")
         self.lexical_vocab_size, self.lexical_weight = lexical_vocab_size, lexical_weight
-        self.temperatures = checked_temperatures(temperatures, tree)
-        self.conformal_thresholds = checked_thresholds(conformal_thresholds)
-        if conformal_max_length is not None and not (type(conformal_max_length) is int and conformal_max_length >= 1):
-            raise ValueError(f"conformal_max_length must be a whole number of tokens, not {conformal_max_length!r}")
+        self.temperatures = checked_numbers("temperatures", temperatures, len(tree.decisions))
+        self.conformal_thresholds = checked_numbers("conformal_thresholds", conformal_thresholds, 99, or_none=True)
         self.conformal_max_length = conformal_max_length
         self.node_scales = checked_numbers("node_scales", node_scales, tree.num_nodes)
         self.node_biases = checked_numbers("node_biases", node_biases, tree.num_nodes)
@@ -186,17 +183,6 @@ def encoder_config(given: dict | None) -> PretrainedConfig:
         raise ValueError(f"text_config is not the configuration of an encoder: {error}") from error
 
 
-def checked_temperatures(temperatures: list[float] | None, taxonomy: Taxonomy) -> list[float] | None:
-    """Check temperatures against a taxonomy: one a decision, positive and finite."""
-    if temperatures is None:
-        return None
-    decisions = len(taxonomy.decisions)
-    given = list(temperatures) if isinstance(temperatures, (list, tuple)) else []
-    if len(given) != decisions or not all(is_number(value) and 0 < value < float("inf") for value in given):
-        raise ValueError(f"temperatures must be {decisions} positive numbers, one for each decision of the taxonomy")
-    return given
-
-
 def checked_numbers(name: str, values: list | None, count: int, or_none: bool = False) -> list | None:
     """Check that a field is None, or a list of ``count`` numbers, each of which may be None if ``or_none``."""
     given = list(values) if isinstance(values, (list, tuple)) else []
@@ -204,15 +190,3 @@ def checked_numbers(name: str, values: list | None, count: int, or_none: bool = 
     if values is not None and (len(given) != count or not are_numbers):
         raise ValueError(f"{name} must be a list of {count} numbers")
     return None if values is None else given
-
-
-def checked_thresholds(thresholds: list[float | None] | None) -> list[float | None] | None:
-    """Check conformal thresholds: 99 rising numbers from 0 to 1, then None."""
-    if thresholds is None:
-        return None
-    given = list(thresholds) if isinstance(thresholds, (list, tuple)) else []
-    known = [value for value in given if value is not None]
-    rising = all(map(is_number, known)) and all(one <= other for one, other in pairwise([0, *known, 1]))
-    if len(given) != 99 or given[: len(known)] != known or not rising:
-        raise ValueError("conformal_thresholds must be 99 rising numbers from 0 to 1, None at the end alone")
-    return given

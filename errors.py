@@ -19,6 +19,12 @@ def one_line(error: object) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def describe(error: BaseException) -> str:
+    """Return an error's message on one line, after its type if the message may not be readable without it."""
+    is_plain = isinstance(error, (OSError, ValueError, ImportError)) or not str(error)
+    return one_line(error) if is_plain else f"{type(error).__name__}: {one_line(error)}"
+
+
 def is_fault(error: Exception) -> bool:
     """Return whether an error is a bug of this project: a name, type or attribute error raised by its own code."""
     if not isinstance(error, (AttributeError, NameError, TypeError)):
@@ -43,16 +49,14 @@ def refusing(what: str) -> Iterator[None]:
     except Exception as error:
         if is_fault(error):
             raise
-        is_readable = isinstance(error, (OSError, ValueError, ImportError)) and bool(str(error))
-        reason = one_line(error) if is_readable else f"{type(error).__name__}: {one_line(error)}"
-        raise InputError(f"{what}: {reason}") from error
+        raise InputError(f"{what}: {describe(error)}") from error
 
 
 def is_full_disk(error: Exception) -> bool:
     """Return whether a write failed because the disk or quota is full."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    # of safetensors, tokenizers and torch, which raise error types of their own
+    # safetensors, tokenizers and torch raise error types of their own
     messages = ("No space left", "os error 28", "PytorchStreamWriter failed", "iostream error", "unexpected pos")
     return any(message in str(error) for message in messages)
 

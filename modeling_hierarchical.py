@@ -194,9 +194,10 @@ class TreeSigmoid(nn.Module):
 class HierarchicalHeads(nn.Module):
     """All decisions of a taxonomy at once: (B, hidden_size), or with label attention (B, T, hidden_size), to (B, num_nodes).
 
-    A node's score is linear in the text's vector. With label attention each node has its own vector of the text, a mean of
-    the token vectors with the weights softmax(h · q / √hidden_size) over the tokens, for the node's query q (Mullenbach et
-    al., 2018, "Explainable prediction of medical codes from clinical text"). Queries start at 0, which is mean pooling.
+    A node's score is linear in the text's vector. With label attention, each node has its own vector of the text: a weighted
+    mean of the token vectors h. The weights are softmax(h · q / √hidden_size) over the tokens, for the node's query q
+    (Mullenbach et al., 2018, "Explainable prediction of medical codes from clinical text"). Queries start at 0, which is mean
+    pooling.
 
     With several labels a text, the score is the decision's logit. With one path, an inner node adds its inclusive value, the
     logsumexp of its children's scores (the nested logit: McFadden, 1978, "Modelling the choice of residential location").

@@ -426,14 +426,18 @@ def padded_length(longest: int, rows: int, limit: int) -> int:
     return min(longest + -longest % step, limit)
 
 
+def threshold_index(share: float) -> int:
+    """Return the index of a coverage or recall, rounded up to a hundredth, among the thresholds for 1 % to 99 %."""
+    return max(1, math.ceil(round(100 * share, 6))) - 1
+
+
 def conformal_threshold(thresholds: list[float | None] | None, coverage: float) -> float | None:
     """Return the threshold for a coverage, rounded up to a hundredth. None means that the answer is every root."""
     if not isinstance(coverage, (int, float)) or not 0 < coverage < 1:
         raise ValueError(f"coverage must be a number between 0 and 1, not {coverage!r}")
     if thresholds is None:
         raise ValueError("this checkpoint was not calibrated: coverage needs one that was trained with validation rows")
-    percent = max(1, math.ceil(round(100 * coverage, 6)))
-    return thresholds[percent - 1] if percent < 100 else None
+    return thresholds[index] if (index := threshold_index(coverage)) < len(thresholds) else None
 
 
 def recall_threshold(config: Any, recall: float) -> float:
@@ -444,10 +448,10 @@ def recall_threshold(config: Any, recall: float) -> float:
         raise ValueError("recall is for checkpoints with several labels a text; with one path give coverage")
     if config.recall_thresholds is None:
         raise ValueError("this checkpoint was not calibrated: recall needs one that was trained with validation rows")
-    percent = max(1, math.ceil(round(100 * recall, 6)))
-    threshold = config.recall_thresholds[percent - 1]
+    index = threshold_index(recall)
+    threshold = config.recall_thresholds[index]
     if threshold is None:
-        needed, known = -(-100 // (100 - percent)) - 1, config.recall_texts
+        needed, known = -(-100 // (99 - index)) - 1, config.recall_texts
         problem = f"needs {needed} validation texts with labels, and the checkpoint was calibrated on {known}"
         raise ValueError(f"recall {recall} {problem}: ask for less, or calibrate on more")
     return threshold

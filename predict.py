@@ -152,7 +152,7 @@ def advance(bar: tqdm, rows: int, total: int | None) -> None:
     bar.update(rows)
 
 
-def go_on() -> str:
+def resume_hint() -> str:
     return f"the same command{' without --overwrite' if '--overwrite' in sys.argv else ''} continues from here"
 
 
@@ -162,9 +162,9 @@ if __name__ == "__main__":
     except InputError as error:
         exit_with_error("predict.py", str(error), trace=asked_traceback())
     except KeyboardInterrupt:
-        exit_with_error("predict.py", f"stopped; {go_on()}", 130)
+        exit_with_error("predict.py", f"stopped; {resume_hint()}", 130)
     except OSError as error:
         if not is_full_disk(error) and error.filename is None:
             raise
         remedy = "make room" if is_full_disk(error) else "it can be neither written nor read"
-        exit_with_error("predict.py", f"{one_line(error)}: {remedy}; {go_on()}", trace=asked_traceback())
+        exit_with_error("predict.py", f"{one_line(error)}: {remedy}; {resume_hint()}", trace=asked_traceback())

@@ -142,8 +142,8 @@ class Taxonomy:
     ) -> "Taxonomy":
         """Build a taxonomy from (parent, child) pairs of names, and descriptions of some children.
 
-        A child without a parent is a root, and so is a parent that is no node's child: a warning follows if its name
-        resembles another node's. TaxonomyError: a cycle, a child with two parents, an empty child.
+        A child without a parent is a root. So is a parent that is no node's child; if its name resembles another node's, a
+        warning follows. TaxonomyError: a cycle, a child with two parents, an empty child.
         """
         parent_of: dict[str, str] = {}  # "" for no parent
         for number, row in enumerate(rows, start=1):
@@ -287,7 +287,7 @@ class Taxonomy:
         hint = f"did you mean {quote_name(near[0])}?" if near else f"it has {few}, …"
         raise TaxonomyError(f"the label {quote_name(label)} is not in the taxonomy; {hint}")
 
-    def tree(self) -> str:
+    def draw(self) -> str:
         """Draw the forest as text, one node a line, with descriptions."""
 
         def draw(nodes: list[int], prefix: str) -> Iterator[str]:

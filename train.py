@@ -34,7 +34,7 @@ from evaluation.lexical import fit_classifier
 from taxonomy_hierarchical import TaxonomyError
 from training import resume
 from training.arguments import Arguments, HierarchicalTrainingArguments, check_against_data, parse
-from training.files import make_folder, write_json
+from training.files import write_json
 from training.label_names import initialise_heads
 from training.losses import HierarchicalFocalLoss
 from training.memory import keep_memory
@@ -172,7 +172,7 @@ def train(
     # ── Run: folder, trainer, settings, initial heads ────────────────────────────────────────────────────────────────
     output = Path(training.output_dir)
     if training.should_save:
-        make_folder(output)
+        output.mkdir(parents=True, exist_ok=True)
     trainer = prepare(build_trainer(arguments, splits, model, tokenizer))
     settings = run_settings(arguments, model, tokenizer.model_max_length)
     metrics: dict[str, Any] = {}  # until the end, when the card is written again
@@ -273,7 +273,7 @@ def score_and_calibrate(
         return as_trained | scores, logits
     if training.should_save:
         file = Path(training.output_dir) / "plots" / "reliability_diagram_uncalibrated.png"
-        _, *scored = report.shown_split(model.config, logits, splits)
+        _, *scored = report.detailed_split(model.config, logits, splits)
         plots.write(plots.reliability_diagram(*scored), file)
     vocab_size, max_length = model.config.text_config.vocab_size, trainer.processing_class.model_max_length
     classifier = fit_classifier(taxonomy, splits["train"], vocab_size, arguments.model.lexical_head)
@@ -300,7 +300,7 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
     metrics, logits, _ = report.score_splits(served, splits, training)
     if training.should_save:
         output = Path(training.output_dir)
-        make_folder(output)
+        output.mkdir(parents=True, exist_ok=True)
         resume.delete_measured(output)
         write_json(output / "data_report.json", data.report)
         scored = metrics | report.class_scores(served.model.config, logits, splits)
@@ -326,11 +326,11 @@ def set_up_logging(first: bool) -> None:
 
 
 def failure(error: Exception) -> str | None:
-    """The one line for an error that a user can correct, or None for a bug of this project."""
+    """Return the message for an error that a user can correct, on one line, or None for a bug of this project."""
     if isinstance(error, (InputError, TaxonomyError)):
         return str(error)
     if is_full_disk(error):
-        return f"the disk is full ({one_line(error)}): make room, then --resume_from_checkpoint auto goes on"
+        return f"the disk is full ({one_line(error)}): make room, then --resume_from_checkpoint auto resumes"
     if should_reduce_batch_size(error):
         return f"{one_line(error)}; give --auto_find_batch_size true or --gradient_checkpointing true"
     if isinstance(error, ImportError) and "install" in str(error):  # of a flag that needs more than requirements.txt

@@ -102,7 +102,7 @@ def out_of_fold(taxonomy: Taxonomy, counts: csr_matrix, labels: np.ndarray, text
 
     Arguments are those of `LexicalClassifier`, and ids of the texts. Return None if rows are too few to tell classes apart.
     """
-    fold = deal(labels, texts)
+    fold = assign_folds(labels, texts)
     logits = np.empty((len(labels), labels.shape[1] if labels.ndim == 2 else taxonomy.num_leaves))
     for held_out in np.unique(fold):
         fitted, scored = fold != held_out, fold == held_out
@@ -114,7 +114,7 @@ def out_of_fold(taxonomy: Taxonomy, counts: csr_matrix, labels: np.ndarray, text
     return logits
 
 
-def deal(labels: np.ndarray, texts: np.ndarray) -> np.ndarray:
+def assign_folds(labels: np.ndarray, texts: np.ndarray) -> np.ndarray:
     """Deal texts to `FOLDS` folds in turn, sorted by their labels, so that each class is spread evenly: (num_rows,)."""
     _, first, text_of = np.unique(texts, return_index=True, return_inverse=True)
     _, classes = np.unique(labels[first], axis=0, return_inverse=True)

@@ -219,7 +219,7 @@ def shrunk_thresholds(
 
 
 def fit_recall_thresholds(u: np.ndarray, labels: np.ndarray) -> tuple[list[float | None], int]:
-    """Fit the thresholds of answers for the recalls 0.01, …, 0.99 to calibrated logits that were not fitted to these texts.
+    """Fit the thresholds of answers for the recalls 0.01, …, 0.99, to logits whose calibration was fitted to other texts.
 
     The threshold of a recall is the greatest t with (Σ loss + 1) / (n + 1) <= 1 - recall, over the n texts with a label 1.
     The sum changes at probabilities of true nodes only, and is computed in integers, so that t is exact. It is rounded down
@@ -341,8 +341,8 @@ def is_likely(u: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def pair_variance(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return each likely pair's part of the variance of its bin's number of correct pairs, if P is correct: (num_pairs,).
 
-    Decisions are independent given their parents. So nodes i and j of one text, whose lowest common ancestor or self is k, have
-    the covariance P(i) P(j) (1 / P(k) - 1), and 0 in different trees. With i = j it is P(i) (1 - P(i)). A pair's part is the
+    Decisions are independent given their parents. Let k be the lowest common ancestor of nodes i and j of one text, or one of
+    them. Their covariance is P(i) P(j) (1 / P(k) - 1), and 0 in different trees. With i = j it is P(i) (1 - P(i)). A pair's part is the
     sum over the pairs of its text in its bin.
     """
     ancestors, likely = np.array(taxonomy.ancestors), is_likely(u, labels)

@@ -10,8 +10,8 @@ Worth knowing:
    optimistic too.
 4. Logits follow the order of the scored rows, which are sorted by length. The column ``row`` gives their place in the source.
 
-In this file ``splits`` holds tokenized rows, and ``logits`` the logits of each scored split: of leaves (num_rows, num_leaves),
-or with several labels a text the marginal logits (num_rows, num_nodes).
+In this file ``splits`` holds tokenized rows. ``logits`` holds the logits of each scored split: of the leaves, (num_rows,
+num_leaves), or with several labels a text the marginal logits of all nodes, (num_rows, num_nodes).
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ from evaluation.multi_label import (
     recall_scores,
 )
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from pipeline_hierarchical import DEFAULT_THRESHOLD, use_cpu_kernels
+from pipeline_hierarchical import DEFAULT_THRESHOLD, threshold_index, use_cpu_kernels
 from publishing.card import MEASURED_RECALL, PREFIXES
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import ComputeMetrics, HierarchicalTrainingArguments
@@ -216,7 +216,7 @@ def answer_scores(config: HierarchicalConfig, logits: dict[str, np.ndarray], spl
     scored = logits["test"], read_labels(config, splits["test"])
     thresholds: Any = config.recall_thresholds if config.is_multi_label else config.conformal_thresholds
     if config.is_multi_label:
-        scores = recall_scores(*scored, thresholds[round(100 * MEASURED_RECALL) - 1])
+        scores = recall_scores(*scored, thresholds[threshold_index(MEASURED_RECALL)])
     else:
         scores = conformal_scores(config.tree, *scored, np.array(splits["test"]["text_id"]), thresholds, COVERAGE)
     return {f"test_answer_{name}": value for name, value in scores.items()}
@@ -240,7 +240,7 @@ def choose_nodes(config: HierarchicalConfig, logits: np.ndarray) -> np.ndarray:
     return choose(config.tree, expit(logits.astype(np.float64)), config.node_thresholds or DEFAULT_THRESHOLD)
 
 
-def shown_split(
+def detailed_split(
     config: HierarchicalConfig, logits: dict[str, np.ndarray], splits: DatasetDict
 ) -> tuple[str, np.ndarray, np.ndarray]:
     """Return the name, the logits and the labels of the split whose details are shown."""
@@ -249,13 +249,13 @@ def shown_split(
 
 
 def class_scores(config: HierarchicalConfig, logits: dict[str, np.ndarray], splits: DatasetDict) -> dict[str, Any]:
-    """Compute scores and 95 % intervals for metrics.json, on the split of `shown_split`.
+    """Compute scores and 95 % intervals for metrics.json, on the split of `detailed_split`.
 
     The classes are the nodes, or with one label a text the leaves, over the documents labelled with a leaf.
     """
     if not logits:
         return {}
-    split, scores, labels = shown_split(config, logits, splits)
+    split, scores, labels = detailed_split(config, logits, splits)
     if config.is_multi_label:
         rows, intervals = per_class_report(config.tree.labels, labels, choose_nodes(config, scores))
     else:
@@ -271,10 +271,10 @@ def class_scores(config: HierarchicalConfig, logits: dict[str, np.ndarray], spli
 def draw_plots(
     config: HierarchicalConfig, logits: dict[str, np.ndarray], splits: DatasetDict, per_class: list[dict], folder: Path
 ) -> None:
-    """Draw the split of `shown_split`: the reliability diagram; and confusion matrices, or precision, recall and F1."""
+    """Draw the split of `detailed_split`: the reliability diagram; and confusion matrices, or precision, recall and F1."""
     if not logits:
         return
-    _, scores, labels = shown_split(config, logits, splits)
+    _, scores, labels = detailed_split(config, logits, splits)
     if config.is_multi_label:
         plots.write(plots.f1_by_frequency(per_class), folder / "f1_by_frequency.png")
         plots.write(plots.precision_and_recall(config.tree, scores, labels), folder / "precision_recall.png")

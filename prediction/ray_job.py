@@ -27,7 +27,7 @@ from filelock import FileLock
 from ray.exceptions import RayError, RayTaskError
 from transformers.utils.hub import HF_MODULES_CACHE
 
-from errors import ROOT, InputError, one_line, refusing
+from errors import ROOT, InputError, describe, one_line, refusing
 from prediction.model import Model
 from prediction.output import Block, Rows
 from prediction.rows import RowFormat
@@ -142,8 +142,7 @@ class RayJob:
                 result = ray.get(task)
             except RayTaskError as error:  # raised by the code of the task, or a package is missing
                 if task in self._starting and not isinstance(error.cause, InputError):
-                    reason = f"{type(error.cause).__name__}: {one_line(error.cause)}"
-                    raise InputError(f"an actor cannot load the model: {reason}") from error
+                    raise InputError(f"an actor cannot load the model: {describe(error.cause)}") from error
                 raise error.cause from error
             except RayError as error:
                 self._lose(task, error)

@@ -56,12 +56,12 @@ class Disk:
     def put(self, new: Path, name: str) -> None:
         """Move a file that is complete to its name."""
         os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
-        sync(new)
+        flush_to_disk(new)
         new.replace(name)
 
     def sync(self, folder: str) -> None:
         """Flush the names in a folder to disk."""
-        sync(Path(folder))
+        flush_to_disk(Path(folder))
 
     def delete(self, name: str) -> None:
         Path(name).unlink(missing_ok=True)
@@ -70,7 +70,7 @@ class Disk:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def sync(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
     """Flush a file, or the names in a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

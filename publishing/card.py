@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from configuration_hierarchical import HierarchicalConfig
+from pipeline_hierarchical import threshold_index
 
 TEMPLATE = Path(__file__).parent / "card.md.jinja"
 TRAINING_SETTINGS = (
@@ -130,7 +131,7 @@ def collect_facts(
     # ── Model and training ───────────────────────────────────────────────────────────────────────────────────────────
     local = Path(config.encoder_name_or_path).is_absolute() or config.encoder_revision is None
     adapter = LOCAL_ADAPTER_SENTENCE if local else ADAPTER_SENTENCE
-    drawn = tree.tree().split("\n")
+    drawn = tree.draw().split("\n")
     start = settings.get("model_name_or_path")
     shown = {name: value for name, value in settings.items() if value is not None and name not in NOT_SHOWN}
     facts = {
@@ -141,7 +142,7 @@ def collect_facts(
         "hidden_nodes": len(drawn) - NODES_SHOWN,
         "fence": "`" * max(3, 1 + max(map(len, re.findall("`+", "\n".join(drawn))), default=0)),
         "multi_label": config.is_multi_label,
-        "offers_recall": (config.recall_thresholds or [None] * 99)[round(100 * MEASURED_RECALL) - 1] is not None,
+        "offers_recall": (config.recall_thresholds or [None] * 99)[threshold_index(MEASURED_RECALL)] is not None,
         "continued": start and config.encoder_name_or_path not in (start, str(Path(start).resolve()), Path(start).name),
         "settings_shown": {name: format_setting(value) for name, value in shown.items()},
     }

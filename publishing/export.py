@@ -1,9 +1,9 @@
 """Export a checkpoint: self-contained, with the adapter merged into the encoder, or as ONNX.
 
-Optimum, text-embeddings-inference and transformers.js look for ``onnx/model.onnx`` beside config.json, transformers.js also for
-``onnx/model_quantized.onnx``. The inputs are the tokenizer's, (batch, length) of any size up to the model's limit. The output is
-``logits``: (batch, num_leaves), whose softmax is the distribution over leaves, or with several labels a text (batch, num_nodes),
-whose sigmoids are the nodes' probabilities.
+Optimum, text-embeddings-inference and transformers.js look for ``onnx/model.onnx`` beside config.json. transformers.js also
+looks for ``onnx/model_quantized.onnx``. The inputs are the tokenizer's, (batch, length) of any size up to the model's limit. The
+output is ``logits``, (batch, num_leaves), whose softmax is the distribution over the leaves. With several labels a text it is
+(batch, num_nodes), and its sigmoids are the nodes' probabilities.
 """
 
 import json

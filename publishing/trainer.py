@@ -1,7 +1,7 @@
 """A Trainer that publishes checkpoints of this project, during and after training.
 
-The Trainer of transformers copies only the files that it knows, rewrites README.md, uploads every file of the folder, and
-may do so in several commits. This one makes one commit of the files of a checkpoint and our card. A checkpoint to resume
+The Trainer of transformers copies only the files that it knows, and rewrites README.md. It uploads every file of the folder,
+possibly in several commits. This one makes one commit of the files of a checkpoint and our card. A checkpoint to resume
 from is published without its pickles.
 """
 

@@ -12,7 +12,7 @@ from .rows import Fault, InputError, Raw, Row, Rows, quote_name
 
 FOREIGN = (pyarrow.ArrowException, UnicodeDecodeError, OSError)  # for a damaged file, or one that is not Parquet
 UNREADABLE = (pyarrow.ArrowException, KeyError, OSError, OverflowError, ValueError)  # a value without Python equivalent
-BATCH = 16  # rows; a value that is stored once is decoded for every row, so small batches bound the memory
+ROWS_PER_BATCH = 16  # a value that is stored once is decoded for every row, so small batches bound the memory
 
 
 def open_file(rows: Rows, stream: Any) -> Callable[[list[str]], Iterator[Row]]:
@@ -28,7 +28,7 @@ def open_file(rows: Rows, stream: Any) -> Callable[[list[str]], Iterator[Row]]:
 def _read(rows: Rows, file: pyarrow.parquet.ParquetFile, requested: list[str]) -> Iterator[Row]:
     count, size, total = 0, 0, max(file.metadata.num_rows, 1)
     rows.done = lambda: count / total
-    for batch in file.iter_batches(BATCH, columns=requested, use_threads=False):
+    for batch in file.iter_batches(ROWS_PER_BATCH, columns=requested, use_threads=False):
         arrays = [batch.column(name) for name in requested]
         arrays = [array.dictionary_decode() if types.is_dictionary(array.type) else array for array in arrays]
         size += sum(array.nbytes for array in arrays)

@@ -249,8 +249,10 @@ class Service:
             coverage: between 0.5 and 0.99; the answer then contains the correct leaf for this share of texts.
 
         Returns:
-            The most probable leaf and its probability, the path to that leaf, the answer for the coverage, the probability of
-            every node level by level, and the number of characters that were read.
+            - the most probable leaf, its probability and its path;
+            - the answer for the coverage;
+            - the probability of every node, level by level;
+            - the number of characters that were read.
         """
         return self._classify(text, coverage)
 
@@ -478,8 +480,10 @@ class MultiLabelService(Service):
             recall: between 0.5 and 0.99; the answer then contains this share of a text's correct nodes on average.
 
         Returns:
-            The deepest predicted nodes with their probabilities and paths, possibly none, the answer for the recall, the
-            probability of every node level by level, and the number of characters that were read.
+            - the deepest predicted nodes with their probabilities and paths, possibly none;
+            - the answer for the recall;
+            - the probability of every node, level by level;
+            - the number of characters that were read.
         """
         return self._classify(text, recall)
 

@@ -40,7 +40,7 @@ WORK = 16_000  # most tokens times steps, for all pieces
 SECONDS = 7  # after which pieces are not halved any more
 TOLERANCE = 0.005  # error of a piece, in probability, above which it is halved
 LOG_ODDS = 4  # times as large are differences of log-odds as those of the probability, at one half
-BATCH = 6  # points of the path, for one forward pass
+POINTS_PER_PASS = 6  # of the integration path, in one forward pass
 PROBED = 32  # tokens, for one call of the lexical head
 
 
@@ -83,7 +83,7 @@ class Explanation(TypedDict):
     characters_read: int
 
 
-class Path(nn.Module):
+class IntegrationPath(nn.Module):
     """The straight line from a blank text, at 0, to the text, at 1, with the values of all nodes along it.
 
     Args:
@@ -183,10 +183,10 @@ class Explainer:
             on_progress(min(done / (SCAN + max_steps), 1.0))
 
         # ── Scan without gradients, and split the path at the jumps ──
-        path = Path(self.model, inputs, blank_ids, count)
+        path = IntegrationPath(self.model, inputs, blank_ids, count)
         scan = torch.linspace(0, 1, SCAN + 1, device=device).unsqueeze(1)
         with torch.no_grad():
-            values = torch.cat([path(chunk)[:, node] for chunk in scan.split(BATCH)]).tolist()
+            values = torch.cat([path(chunk)[:, node] for chunk in scan.split(POINTS_PER_PASS)]).tolist()
         known = {i / SCAN: value for i, value in enumerate(values)}
         tolerance = TOLERANCE * (LOG_ODDS if path.log_odds else 1)
 
@@ -252,7 +252,9 @@ def probability(value: float, log_odds: bool) -> float:
     return torch.tensor(value, dtype=torch.float64).sigmoid().item() if log_odds else value
 
 
-def integrate(path: Path, node: int, start: float, end: float, steps: int, known: dict[float, float]) -> Piece:
+def integrate(
+    path: IntegrationPath, node: int, start: float, end: float, steps: int, known: dict[float, float]
+) -> Piece:
     """Integrate the gradients of a node's value over a piece of a path.
 
     Args:
@@ -261,7 +263,7 @@ def integrate(path: Path, node: int, start: float, end: float, steps: int, known
     layers = [path.vectors] if path.lexical_head[0] is None else [path.vectors, path.contributions]
     ends = path.first.new_tensor([[start], [end]])
     attributions = LayerIntegratedGradients(path, layers).attribute(
-        ends[1:], ends[:1], target=node, n_steps=steps, internal_batch_size=BATCH
+        ends[1:], ends[:1], target=node, n_steps=steps, internal_batch_size=POINTS_PER_PASS
     )
     parts = [part[0] if isinstance(part, tuple) else part for part in attributions]
     vectors = parts[0][0].sum(-1)

@@ -83,7 +83,7 @@ FILES: dict[str, str | bytes] = {
 
 DATA = ("--train_file", "good.csv")
 RANDOM = ("--quantization", "none", "--validation_size", "0")
-NO_FOLDER = "cannot make the folder /proc/results" if os.geteuid() == 0 else "/proc may not be written to"
+NO_FOLDER = "/proc/results: No such file" if os.geteuid() == 0 else "/proc may not be written to"
 TRAIN = [
     (("--train_file", "utf16.csv"), "utf16.csv is not UTF-8 text: save it as UTF-8"),
     (("--train_file", "bytes.csv"), "bytes.csv is not UTF-8 text"),
@@ -357,7 +357,7 @@ CHECKPOINTS = {
     "of another kind": ("encoder", lambda folder: None, "it is not a checkpoint of this project"),
     "taxonomy a text": ("adapter_form", configure("config.json", taxonomy="abc"), "a taxonomy is a list or a mapping"),
     "taxonomy of another": (
-        "adapter_form", configure("config.json", taxonomy=["a", "b"]), "temperatures must be 1 positive numbers"),
+        "adapter_form", configure("config.json", taxonomy=["a", "b"]), "temperatures must be a list of 1 numbers"),
     "thresholds of another": (
         "self_contained", configure("config.json", node_thresholds=[0.5]), "node_thresholds must be a list of 7 numbers"),
     "recall not a list": (

@@ -118,7 +118,7 @@ class HierarchicalTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = flag("cosine", "Schedule of the learning rate.")
     eval_strategy: str = flag("epoch", "When to evaluate.")
     save_strategy: str = flag("epoch", "When to save.")
-    # the Trainer's filter would log the mean of earlier losses in place of a loss that is not finite
+    # the Trainer's filter waits for the GPU at every step, and logs earlier losses in place of one that is not finite
     logging_nan_inf_filter: bool = flag(False, "No effect: a loss that is not finite ends the run.")
     save_total_limit: int | None = flag(2, "Number of checkpoints to keep.")
     load_best_model_at_end: bool = flag(True, "Load the best checkpoint at the end.")
@@ -185,7 +185,7 @@ RANGES = {
     "max_length": "[8, inf)",
 }
 # Flags of transformers that would drop rows from the scores, change the scored model, or remove the scores.
-NO_USE = {
+FIXED_FLAGS = {
     **dict.fromkeys(("batch_eval_metrics", "dataloader_drop_last", "prediction_loss_only"), False),
     **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), False),
     **dict.fromkeys(("eval_do_concat_batches", "remove_unused_columns"), True),
@@ -201,7 +201,7 @@ def parse(argv: list[str]) -> Arguments:
     for action in parser._actions:
         if action.type is string_to_bool:
             action.nargs, action.const = "?", True
-    parser.error = exit_parser  # argparse prints the usage of all 150 flags
+    parser.error = raise_parser_error  # argparse prints the usage of all 150 flags
 
     # ── Words: flags after the recipe override it ────────────────────────────────────────────────────────────────────
     if argv and not argv[0].startswith("-"):
@@ -234,7 +234,7 @@ def parse(argv: list[str]) -> Arguments:
     return arguments
 
 
-def exit_parser(message: str) -> NoReturn:
+def raise_parser_error(message: str) -> NoReturn:
     """Raise the message of argparse as an InputError, with one spelling of the flag."""
     raise InputError(re.sub(r"^argument (--\w+)(/--[\w-]+)?: ", r"\1: ", message))
 
@@ -249,7 +249,7 @@ def check_values(arguments: Arguments) -> None:
             lower = "at least" if interval[0] == "[" else "more than"
             upper = "" if high == float("inf") else f" and below {high:,.0f}"
             raise InputError(f"--{name} must be {lower} {low:,.0f}{upper}, not {value}")
-    for name, default in NO_USE.items():
+    for name, default in FIXED_FLAGS.items():
         if values[name] not in (default, None):
             raise InputError(f"--{name} has no use here: every row is scored, in one pass, by the unchanged model")
 

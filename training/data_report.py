@@ -24,14 +24,14 @@ LOGGED_LABEL_SETS = "%(split)s: %(rows)d texts, %(dropped_rows)d dropped; %(labe
 LOGGED_LENGTHS = "%(p50)d tokens a text in the median, %(max)d at most; %(truncated)d texts truncated at %(max_length)d"
 
 
-def parts(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+def rows_by_split(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Group rows by split, in the order of `SPLITS`."""
     return {split: part for split in SPLITS if len(part := rows[rows["split"] == split])}
 
 
 def shared_texts(rows: pd.DataFrame) -> dict[str, int]:
     """Count the texts that each pair of splits shares."""
-    texts = {split: set(part["text_id"]) for split, part in parts(rows).items()}
+    texts = {split: set(part["text_id"]) for split, part in rows_by_split(rows).items()}
     return {f"{one}, {other}": len(texts[one] & texts[other]) for one, other in combinations(texts, 2)}
 
 

@@ -29,13 +29,6 @@ def sha256(files: Iterable[Path]) -> dict[str, str]:
     return hashes
 
 
-def make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {path}: {error.strerror}") from error
-
-
 def write_json(path: Path, value: dict) -> None:
     """Write a JSON file atomically, so that nobody reads a partial one."""
     new = path.with_name(f"{path.name}.new")

@@ -21,9 +21,9 @@ from training.trainer import HierarchicalTrainer
 
 logger = logging.getLogger(__name__)
 
-LARGEST = 4.0  # score of a text whose distance from the mean is typical, in the direction of its class
+TYPICAL_SCORE = 4.0  # of a text at the typical distance from the mean, in the direction of its class
 TEXTS = 64  # that estimate the mean and the distance
-BATCH = 16
+TEXTS_PER_BATCH = 16
 
 
 def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: ModelArguments) -> str | None:
@@ -53,10 +53,10 @@ def set_heads_from_names(trainer: HierarchicalTrainer, rows: Dataset, only_if_be
 
     Inner nodes get 0. For a text's embedding v, the score of a leaf is
 
-        LARGEST · u · (v - m) / s
+        TYPICAL_SCORE · u · (v - m) / s
 
-    u is the direction of the name's embedding from the mean of all names, m the mean of some texts' embeddings, and s
-    the root of their mean squared distance from m. With several labels a text, each node has this score, added to its
+    u is the direction of the name's embedding from the mean of all names. m is the mean of some texts' embeddings, and s the
+    root of their mean squared distance from m. With several labels a text, each node has this score, added to its
     `prior_log_odds`. With ``only_if_better``, the former heads stay unless these make the texts' labels more likely.
     If nodes have descriptions, names with and without them are tried, and the likelier ones are kept.
     """
@@ -84,7 +84,7 @@ def set_heads_from_names(trainer: HierarchicalTrainer, rows: Dataset, only_if_be
             directions = torch.nn.functional.normalize(named - named.mean(0))
             heads.weight.zero_()
             heads.bias.copy_(prior(trainer, rows) if trainer.is_multi_label else torch.zeros_like(heads.bias))
-            heads.weight[:classes] = LARGEST / spread.clamp(min=1e-6) * directions
+            heads.weight[:classes] = TYPICAL_SCORE / spread.clamp(min=1e-6) * directions
             heads.bias[:classes] -= heads.weight[:classes] @ mean
             tried[source] = likelihood_of(heads, texts, labels), copy.deepcopy(heads.state_dict())
     best = max(tried, key=lambda source: tried[source][0])
@@ -113,8 +113,8 @@ def likelihood_of(heads: HierarchicalHeads, texts: Tensor, labels: Tensor) -> Te
 def embed(trainer: HierarchicalTrainer, inputs: Sequence[list[int]]) -> Tensor:
     """Embed texts given as token ids: pooled vectors, (len(inputs), hidden_size)."""
     model, pooled = trainer.model, []
-    for start in range(0, len(inputs), BATCH):
-        batch = trainer.data_collator([{"input_ids": ids} for ids in inputs[start : start + BATCH]])
+    for start in range(0, len(inputs), TEXTS_PER_BATCH):
+        batch = trainer.data_collator([{"input_ids": ids} for ids in inputs[start : start + TEXTS_PER_BATCH]])
         batch = batch.to(trainer.args.device)
         with trainer.accelerator.autocast():
             hidden = model.encoder(**batch).last_hidden_state

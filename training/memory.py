@@ -6,13 +6,13 @@ import sys
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h, in bytes
 
 
-def keep_memory(threshold: int, kept: int, more: int = 2**17) -> None:
-    """Keep at most ``kept`` bytes that an operation frees for the next one, in blocks of at most ``threshold`` bytes.
+def keep_memory(largest_block: int, most_kept: int, extra: int = 2**17) -> None:
+    """Keep up to ``most_kept`` freed bytes for later allocations, in blocks of at most ``largest_block`` bytes.
 
-    ``more`` bytes are fetched beyond what is needed, by default as many as malloc does.
+    Each time memory is fetched, ``extra`` bytes more are fetched, by default as many as malloc does.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        for parameter, value in ((M_MMAP_THRESHOLD, threshold), (M_TRIM_THRESHOLD, kept), (M_TOP_PAD, more)):
+        for parameter, value in ((M_MMAP_THRESHOLD, largest_block), (M_TRIM_THRESHOLD, most_kept), (M_TOP_PAD, extra)):
             libc.mallopt(parameter, value)
 
 

@@ -68,7 +68,7 @@ class MultiLabelFocalLoss(nn.Module):
     `HierarchicalFocalLoss`.
 
     The model's own loss is another one, the likelihood of the open decisions. It teaches a node nothing about texts without its
-    parent, and models trained with it rank texts worse (docs/experiments.md, "Losses and settings for several labels a text").
+    parent. Models trained with it rank texts worse: docs/experiments.md, "Losses and settings for several labels a text".
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class MultiLabelFocalLoss(nn.Module):
 def decision_disagreement(
     decisions: TreeSigmoid, p: Tensor, q: Tensor, labels: Tensor, num_items: Tensor | int | None = None
 ) -> Tensor:
-    """Half the sum of both Kullback-Leibler divergences of two predictions for a text, in nats.
+    """Compute half the sum of both Kullback-Leibler divergences of two predictions for a text, in nats.
 
     It is ½ Σ over nodes of P(parent) · KL(p ‖ q) + Q(parent) · KL(q ‖ p), by the chain rule, averaged as the loss is.
     ``p`` and ``q`` are decision logits, (B, num_nodes).

@@ -4,7 +4,7 @@ import torch
 
 
 def has_bf16(cpu: bool) -> bool:
-    """Whether bfloat16 matrix products are native, and so faster than float32, on the device that will train."""
+    """Return whether bfloat16 matrix products are native, and so faster than float32, on the device that will train."""
     if cpu:
         capabilities = torch.cpu.get_capabilities()
         return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))

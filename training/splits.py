@@ -2,8 +2,8 @@
 
 Worth knowing:
 
-1. Texts are identical if `normalise_text` returns the same string. Each text is in one split only: training rows with
-   a validation or test text are dropped, and so are validation rows with a test text.
+1. Texts are identical if `normalise_text` returns the same string. Each text is in one split only. Training rows with a
+   validation or test text are dropped, and so are validation rows with a test text.
 2. Texts that an earlier run of a checkpoint was trained on are never scored. They become training rows or are left out.
 3. With several labels a text, rows of one text within a split are united, and have the labels of all of them.
 """
@@ -23,7 +23,7 @@ from errors import InputError
 from taxonomy_hierarchical import Taxonomy, quote_name
 from training import data_report
 from training.arguments import DataArguments
-from training.data_report import SPLITS, parts
+from training.data_report import SPLITS, rows_by_split
 from training.labels import resolve_labels
 from training.multi_label import multi_hot
 from training.sources import find_columns, find_split_sources, read_rows
@@ -42,8 +42,8 @@ MULTI_LABEL_FEATURES = datasets.Features({**FEATURES, "label": datasets.List(dat
 class LabelledSplits:
     """Labelled rows of all non-empty splits, ready to be tokenized.
 
-    Their columns are the text, the id of its node, its row in the source, from 0 without the header, and the same
-    ``text_id`` for identical texts. With several labels a text, ``label`` is an ascending list of ids.
+    Their columns are ``text``, the id of its node ``label``, ``row`` in the source, from 0 without the header, and ``text_id``,
+    the same for identical texts. With several labels a text, ``label`` is an ascending list of ids.
     """
 
     splits: datasets.DatasetDict
@@ -107,7 +107,7 @@ def load_splits(
         "columns": {"text": text_column, "label": label_columns},
         "taxonomy": origin,
         "split": method,
-        "splits": {split: describe(part, taxonomy, num_dropped[split]) for split, part in parts(rows).items()},
+        "splits": {split: describe(part, taxonomy, num_dropped[split]) for split, part in rows_by_split(rows).items()},
         "trained_before": trained_before,
         "shared_texts": data_report.shared_texts(pd.concat([rows, dropped])),
         "classes_without_training_rows": data_report.untrained_classes(rows, taxonomy),
@@ -117,7 +117,7 @@ def load_splits(
     data_report.log_what_was_done(report)
     features = MULTI_LABEL_FEATURES if several else FEATURES
     splits = datasets.DatasetDict()
-    for split, part in parts(rows).items():
+    for split, part in rows_by_split(rows).items():
         splits[split] = datasets.Dataset.from_pandas(part[[*features]], features=features, preserve_index=False)
     return LabelledSplits(splits, taxonomy, report, is_multi_label=several)
 
@@ -146,7 +146,7 @@ def _place_trained_rows(
     report = {
         "scores": "verified" if trained.complete else "unverified",
         "texts": len(trained.earlier),
-        "rows": {split: int(part["trained"].sum()) for split, part in parts(rows).items()},
+        "rows": {split: int(part["trained"].sum()) for split, part in rows_by_split(rows).items()},
         "moved": "to train" if has_training_rows else "left out",
     }
     if has_training_rows:

@@ -2,8 +2,8 @@
 
 Worth knowing:
 
-1. The loss is divided by the number of labelled texts in the whole accumulated batch, over all devices: how the batch is
-   split does not change the gradient. DDP averages gradients, so the loss is multiplied by the number of processes.
+1. The loss is divided by the number of labelled texts in the accumulated batch, over all devices. So the gradient does not
+   depend on how the batch is split. DDP averages gradients, so the loss is multiplied by the number of processes.
 2. The Trainer resumes and restores the best model by root-level file names. The adapter form has its own loader here.
 3. No ``training_args.bin`` is written, because it is a pickle and can contain a token.
 4. Reading a loss waits for the GPU. Losses are read when the Trainer waits anyway: before it logs, evaluates or saves.

@@ -18,9 +18,9 @@ from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedToken
 
 from training.losses import average_over_labels
 
-FIRST_IN_BOTH = 0.7  # how often the first sentence is, usually a title
-LONGEST = 0.55  # of a text's tokens in one half
-NO_SENTENCE = -1  # special tokens
+FIRST_IN_BOTH = 0.7  # how often both halves have the first sentence, which is usually a title
+LONGEST_HALF = 0.55  # largest share of a text's tokens in one half
+NO_SENTENCE = -1  # the number of special tokens
 PADDING = -2
 BOUNDARY = re.compile(r"(?<=[.?!])\s+|(?<=[。！？])")
 
@@ -64,8 +64,8 @@ def halves(
         if np.count_nonzero(counts) < 2:
             own_views = [own != PADDING]
         else:
-            parts = deal(counts, np.random.default_rng([seed, step, row]))[:, own] & (own >= 0)
-            own_views = list((own == NO_SENTENCE) | (parts & (parts.cumsum(1) <= LONGEST * counts.sum())))
+            parts = split_sentences(counts, np.random.default_rng([seed, step, row]))[:, own] & (own >= 0)
+            own_views = list((own == NO_SENTENCE) | (parts & (parts.cumsum(1) <= LONGEST_HALF * counts.sum())))
         first.append(len(views))
         views += own_views
         second.append(len(views) - 1)
@@ -83,7 +83,7 @@ def halves(
     return halved, *pair
 
 
-def deal(counts: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+def split_sentences(counts: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Assign sentences of ``counts`` (S,) tokens to halves, (2, S). In random order, each goes to the one with fewer."""
     parts, tokens = np.zeros((2, len(counts)), dtype=bool), [0, 0]
     for sentence in generator.permutation(len(counts)):
@@ -95,7 +95,7 @@ def deal(counts: np.ndarray, generator: np.random.Generator) -> np.ndarray:
 
 
 def disagreement(log_p: Tensor, log_q: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
-    """Half the sum of both Kullback-Leibler divergences of two predictions (B, C), in nats, averaged as the loss is."""
+    """Compute half the sum of both Kullback-Leibler divergences of two predictions (B, C), in nats, averaged as the loss is."""
     divergence = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(1) / 2
     return average_over_labels(divergence, labels, num_items)
 

@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, Normalizer
 
-from evaluation.label_issues import COLUMNS, deal, list_label_issues
+from evaluation.label_issues import COLUMNS, assign_folds, list_label_issues
 from evaluation.lexical import spread_of_log_odds
 from evaluation.metrics import one_hot
 from taxonomy_hierarchical import Taxonomy
@@ -73,7 +73,7 @@ def test_a_decision_is_cleanlab_over_scikit_learns_probabilities(leaves):
     listed = list_label_issues(TREE, dataset(ids, given), VOCABULARY)
 
     counts = np.array([np.bincount(one, minlength=VOCABULARY) for one in ids])
-    probabilities, fold = np.empty((len(leaves), TREE.num_leaves)), deal(given, texts)
+    probabilities, fold = np.empty((len(leaves), TREE.num_leaves)), assign_folds(given, texts)
     for held_out in range(5):
         rest = fold != held_out
         spread = spread_of_log_odds(csr_matrix(counts[rest] > 0), one_hot(given[rest], TREE.num_leaves))
@@ -103,7 +103,7 @@ def test_identical_texts_are_in_one_fold_and_classes_are_spread_evenly():
     generator = np.random.default_rng(0)
     text_labels = np.repeat([0, 1, 2, 3], [100, 40, 5, 1])
     texts = generator.permutation(np.repeat(np.arange(146), 2))
-    fold = deal(text_labels[texts], texts)
+    fold = assign_folds(text_labels[texts], texts)
     of_text = {text: set(fold[texts == text]) for text in range(146)}
     assert all(len(folds) == 1 for folds in of_text.values())
     single = np.array([folds.pop() for folds in of_text.values()])

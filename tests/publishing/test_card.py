@@ -195,7 +195,7 @@ def test_hostile_names_break_neither_front_matter_nor_tables_nor_code(written):
     assert parsed.text.lstrip().startswith("# Hierarchical text classifier")
 
     fence, drawn = re.search(r"^(`{5,})text\n(.*?)\n\1$", text, re.M | re.S).groups()
-    assert drawn == config.tree.tree()  # whole, and ended by nothing in it
+    assert drawn == config.tree.draw()  # whole, and ended by nothing in it
     outside = text.replace(f"{fence}text\n{drawn}\n{fence}", "")
     for code in re.findall(r"^```\w+\n.*?^```$", outside, re.M | re.S):
         outside = outside.replace(code, "")

@@ -496,7 +496,7 @@ def test_big_bird_answers_a_long_text_alike_before_and_after_a_short_one():
     ("given", "message"),
     [
         ({"pooling": "max"}, "pooling must be 'mean', 'cls' or 'label_attention'"),
-        ({"temperatures": [1.0, 0.0, 1.0, 1.0]}, "temperatures must be 4 positive numbers"),
+        ({"temperatures": [1.0, 1.0, 1.0]}, "temperatures must be a list of 4 numbers"),
         (
             {"id2label": dict(enumerate("hgedc"))},
             "id2label is not the list of the taxonomy's classes",

@@ -75,7 +75,7 @@ def test_descriptions_of_a_table_stay_with_their_nodes_in_the_configuration_and_
     stored = HierarchicalConfig.from_pretrained(tmp_path).tree
     assert stored == tree
     assert stored.descriptions == tree.descriptions
-    assert stored.tree() == ("heart – the heart, and its vessels\n├── angina\n└── caf\u00e9 – of coffee\nother")
+    assert stored.draw() == ("heart – the heart, and its vessels\n├── angina\n└── caf\u00e9 – of coffee\nother")
 
 
 def test_yaml_names_stay_as_they_are_written(tmp_path):
@@ -236,7 +236,7 @@ def test_labels_that_are_not_the_leaves_are_refused():
 
 
 def test_the_taxonomy_is_drawn_as_a_tree():
-    assert Taxonomy({"a": ["b", {"c": ["d"]}], "e": None}).tree() == "a\n├── b\n└── c\n    └── d\ne"
+    assert Taxonomy({"a": ["b", {"c": ["d"]}], "e": None}).draw() == "a\n├── b\n└── c\n    └── d\ne"
 
 
 def test_questions_about_the_tree_by_hand():

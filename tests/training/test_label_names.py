@@ -1,4 +1,4 @@
-"""Heads that initialised from the class names, against vectors that transformers gives by itself, and from the command line."""
+"""Heads that are initialised from the class names, against vectors that transformers gives by itself, and from the command line."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 from training.arguments import ModelArguments
-from training.label_names import LARGEST, TEXTS, initialise_heads, set_heads_from_names
+from training.label_names import TEXTS, TYPICAL_SCORE, initialise_heads, set_heads_from_names
 from training.model import build_model
 from training.trainer import HierarchicalTrainer
 from training.views import build_collator
@@ -38,7 +38,7 @@ def test_scores_are_those_worked_by_hand(minilm, tmp_path):
     spread = sum(float((one - texts.mean(0)) @ (one - texts.mean(0))) for one in texts) / len(texts)
     directions = [(one - names.mean(0)) / (one - names.mean(0)).norm() for one in names]
     expected = torch.tensor(
-        [[LARGEST * float(u @ (one - texts.mean(0))) / spread**0.5 for u in directions] for one in texts]
+        [[TYPICAL_SCORE * float(u @ (one - texts.mean(0))) / spread**0.5 for u in directions] for one in texts]
     ).log_softmax(-1)
 
     model = build_model(ModelArguments(minilm, quantization="none"), TREE, seed=1)
@@ -199,7 +199,7 @@ def test_with_several_labels_every_nodes_score_is_worked_by_hand(minilm, tmp_pat
     spread = np.sqrt(((texts - texts.mean(0)) ** 2).sum(1).mean())
     directions = names - names.mean(0)
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-    expected = odds + LARGEST * (texts - texts.mean(0)) @ directions.T / spread
+    expected = odds + TYPICAL_SCORE * (texts - texts.mean(0)) @ directions.T / spread
     given = ModelArguments(minilm, heads_init="label_names")
     assert initialise_heads(trainer, data, given) == "label_names"
     model = trainer.model.eval()

@@ -393,7 +393,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_what_to_do(words, unbrok
         assert done.returncode == 2, done.stderr[-3000:]
         said = done.stderr.splitlines()[-1]
         assert said.startswith("train.py: error: ")
-        assert said.endswith("make room, then --resume_from_checkpoint auto goes on")
+        assert said.endswith("make room, then --resume_from_checkpoint auto resumes")
         found = [folder for folder in list_checkpoints(output) if find_resume_problem(folder) is None]
         assert found
         assert find_checkpoint("auto", str(output)) == str(found[-1])

@@ -14,10 +14,10 @@ from training.views import (
     NO_SENTENCE,
     CollatorWithSentences,
     build_collator,
-    deal,
     disagreement,
     halves,
     sentence_numbers,
+    split_sentences,
 )
 
 TEXTS = [
@@ -104,7 +104,7 @@ def test_halves_are_of_like_length():
     generator = np.random.default_rng(0)
     for _ in range(200):
         counts = generator.integers(1, 40, size=generator.integers(2, 15))
-        one, other = deal(counts, generator)
+        one, other = split_sentences(counts, generator)
         assert (one | other).all()
         assert not (one & other)[1:].any()
         title, gap = counts[0], (one[1:].astype(int) - other[1:]) @ counts[1:]
