@@ -66,7 +66,7 @@ HELD_DOWN = {name: os.environ[name] for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_
 OPENVINO_INT8 = ["static int8", "dynamic int8"]
 OPENVINO_DTYPES = [*([] if HELD_DOWN else ["bf16"]), "fp32", *OPENVINO_INT8]
 DTYPES = [dtype for dtype in PEAK_TYPES if dtype != "bf16" or not HELD_DOWN]
-AROUND_INT8 = "fp32" if HELD_DOWN else "bf16"  # OpenVINO's type of operations around int8 products
+AROUND_INT8 = "fp32" if HELD_DOWN else "bf16"  # the type of operations around int8 products
 TAXONOMY = {f"group {i}": [f"class {i}.{j}" for j in range(5)] for i in range(5)}
 COLD = """
 import sys
@@ -128,7 +128,7 @@ def ours(model: str, dtype: str, **kwargs):
         "hierarchical-text-classification",
         model=model,
         trust_remote_code=True,
-        dtype=PEAK_TYPES["bf16" if dtype == "bf16" else "fp32"],
+        dtype=PEAK_TYPES[AROUND_INT8 if dtype == "int8" else dtype],
         device="cpu",
         **kwargs,
     )

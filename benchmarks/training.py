@@ -10,6 +10,7 @@ machine affects all; compare ratios of medians. The peers, all with AdamW and 23
   layers frozen (rounded down), dropout.
 - plain bf16 LoRA: as a careful user writes it. PEFT over the unquantized encoder, bfloat16 autocast, no dropout, sorted by
   length, torch's SDPA.
+- compiled bf16 LoRA: the same through torch.compile, forward and backward, for batches of any shape. The warm-up compiles.
 - LoRA, QLoRA: this project's trainer with its default settings, over an unquantized or a 4-bit encoder.
 
 FLOPs are useful FLOPs: without padding, for the forward pass and the gradients that training needs, without recomputation. They
@@ -32,6 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,8 +46,8 @@ BATCH = 16
 CLASSES = 23
 OURS = {"LoRA": ("lora", "none"), "QLoRA": ("lora", "4bit"), "full fine-tuning": ("full", "none")}
 SPEED = {
-    512: ("run_classification", "plain bf16 LoRA", "LoRA", "QLoRA"),
-    256: ("hand-written loop", "plain bf16 LoRA", "LoRA", "QLoRA"),
+    512: ("run_classification", "plain bf16 LoRA", "compiled bf16 LoRA", "LoRA", "QLoRA"),
+    256: ("hand-written loop", "plain bf16 LoRA", "compiled bf16 LoRA", "LoRA", "QLoRA"),
 }
 MEMORY = [
     (batch, length, checkpointing) for batch in (1, 8) for length in (128, 512) for checkpointing in (False, True)
@@ -358,7 +360,9 @@ def hand_written_loop(encoder: str, tokenizer: object, ids: list[list[int]], lab
     return loop(model, list(padded(tokenizer, ids, labels, padding="max_length", max_length=256)), autocast=False)
 
 
-def plain_lora(encoder: str, tokenizer: object, ids: list[list[int]], labels: list[int]) -> Callable[[], None]:
+def plain_lora(
+    encoder: str, tokenizer: object, ids: list[list[int]], labels: list[int], compiled: bool = False
+) -> Callable[[], None]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification
 
@@ -367,6 +371,8 @@ def plain_lora(encoder: str, tokenizer: object, ids: list[list[int]], labels: li
     )
     targets = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="SEQ_CLS"))
+    if compiled:
+        model = torch.compile(model, dynamic=True)
     return loop(model, list(padded(tokenizer, sorted(ids, key=len), labels)), autocast=True)
 
 
@@ -374,6 +380,7 @@ PEERS = {
     "run_classification": run_classification,
     "hand-written loop": hand_written_loop,
     "plain bf16 LoRA": plain_lora,
+    "compiled bf16 LoRA": partial(plain_lora, compiled=True),
 }
 
 

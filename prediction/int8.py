@@ -15,7 +15,7 @@ from errors import one_line
 logger = logging.getLogger(__name__)
 
 ONEDNN = torch.ops.onednn
-LARGEST = 127  # the largest absolute value of 8 bits with a sign
+LARGEST_INT8 = 127  # the largest absolute value of 8 bits with a sign
 ZERO_POINT = 128  # inputs have no sign: with one, oneDNN falls back to its slow reference code
 
 
@@ -33,7 +33,7 @@ def has_int8_products() -> bool:
 
 
 def quantize(encoder: nn.Module) -> None:
-    """Replace the linear layers of a float32 encoder by `Int8Linear`, in place."""
+    """Replace the linear layers of a float32 or bfloat16 encoder by `Int8Linear`, in place."""
     replace_linear_layers(encoder, Int8Linear)
 
 
@@ -46,29 +46,32 @@ def replace_linear_layers(encoder: nn.Module, kind: Callable[[nn.Linear], nn.Mod
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with 8-bit weights, for inference. It multiplies (…, in) to (…, out) in float32."""
+    """A linear layer with 8-bit weights, for inference: (…, in) to (…, out), in the float32 or bfloat16 of both."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        weight = linear.weight.detach()
+        weight = linear.weight.detach().float()
         self.scales = scales_of(weight)[:, 0]
         self.zero_points = torch.zeros(linear.out_features, dtype=torch.int32)
         rounded = (weight / self.scales[:, None]).round().to(torch.int8)
         self.packed = ONEDNN.qlinear_prepack(rounded, None)  # in oneDNN's order of this processor
-        self.bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+        bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+        self.bias = bias.to(linear.weight.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        tokens = input.flatten(0, -2)
+        tokens = input.flatten(0, -2).float()  # torch rounds float32 faster than bfloat16
         scales = scales_of(tokens)
         # through int8, because torch converts to uint8 without vector instructions; the sum wraps around
         rounded = (tokens / scales).round_().to(torch.int8).view(torch.uint8).add_(ZERO_POINT)
         weight = (self.packed, self.scales, self.zero_points)
         products = ONEDNN.qlinear_pointwise(
-            rounded, 1.0, ZERO_POINT, *weight, None, 1.0, 0, torch.float32, "none", [], ""
+            rounded, 1.0, ZERO_POINT, *weight, None, 1.0, 0, input.dtype, "none", [], ""
         )
+        scales = scales.to(input.dtype)
         return torch.addcmul(self.bias, products, scales, out=products).view(*input.shape[:-1], -1)
 
 
 def scales_of(rows: Tensor) -> Tensor:
     """Return the step of 8-bit numbers that reach each row's largest absolute value, (num_rows, 1)."""
-    return rows.abs().amax(1, keepdim=True).div_(LARGEST).clamp_min_(torch.finfo(rows.dtype).tiny)
+    largest = torch.maximum(rows.amax(1, keepdim=True), -rows.amin(1, keepdim=True))  # without a copy of all rows
+    return largest.div_(LARGEST_INT8).clamp_min_(torch.finfo(rows.dtype).tiny)

@@ -13,7 +13,7 @@ from transformers import Pipeline, pipeline
 from transformers.utils import cached_file
 
 from checkpoint_files import MODEL_FILES, list_files
-from errors import InputError, one_line
+from errors import InputError, describe, one_line
 from pipeline_hierarchical import read_cost_table
 from prediction.input import Record
 from prediction.int8 import has_int8_products, quantize
@@ -23,7 +23,7 @@ from training.files import sha256
 from training.memory import give_back_memory, keep_memory
 from training.precision import has_bf16
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}  # the encoder is loaded in these
+DTYPES = ("fp32", "bf16", "int8")
 KEPT_MEMORY = (32 * 2**20, 2**30, 64 * 2**20)  # arguments of `keep_memory`, which saves a tenth of the time
 
 
@@ -61,6 +61,7 @@ class Model:
         )
         self.description = {
             "dtype": dtype,
+            "operation_dtype": str(operation_dtype(dtype)),
             "fingerprint": weights,
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name(self._pipeline.device) if gpu else "cpu",
@@ -130,7 +131,7 @@ def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
             revision=arguments.revision,
             code_revision=arguments.revision,
             trust_remote_code=True,
-            dtype=DTYPES[dtype],
+            dtype=operation_dtype(dtype),
             device=0 if gpu else "cpu",
             **given,
         )
@@ -149,8 +150,7 @@ def cause(error: Exception) -> str:
     # this message of transformers holds tracebacks, and its last line is the cause
     if "See the original errors" in str(error):
         return str(error).strip().splitlines()[-1].partition(": ")[2]
-    plain = isinstance(error, OSError | ValueError | ImportError)
-    return one_line(error) if plain else f"{type(error).__name__}: {one_line(error)}"
+    return describe(error)
 
 
 def choose_dtype(gpu: bool) -> str:
@@ -158,6 +158,12 @@ def choose_dtype(gpu: bool) -> str:
     if has_bf16(cpu=not gpu):
         return "bf16"
     return "int8" if has_int8_products() and not gpu else "fp32"
+
+
+def operation_dtype(dtype: str) -> torch.dtype:
+    """Return the dtype of the encoder's operations. Around 8-bit products it is the faster one on this machine."""
+    is_bf16 = has_bf16(cpu=True) if dtype == "int8" else dtype == "bf16"
+    return torch.bfloat16 if is_bf16 else torch.float32
 
 
 def fingerprint(model: str, revision: str | None, encoder: Path) -> str:

@@ -20,21 +20,23 @@ def rounded(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_a_layer_multiplies_rounded_numbers_exactly(has_bias):
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
+def test_a_layer_multiplies_rounded_numbers_exactly(dtype, error, has_bias):
     torch.manual_seed(0)
-    layer, tokens = nn.Linear(100, 70, bias=has_bias), torch.randn(2, 9, 100)
+    layer, tokens = nn.Linear(100, 70, bias=has_bias, dtype=dtype), torch.randn(2, 9, 100, dtype=dtype)
     with torch.inference_mode():
-        found = Int8Linear(layer)(tokens).numpy()
+        output = Int8Linear(layer)(tokens)
+    assert output.dtype == dtype
+    layer, found = layer.double(), output.double().numpy()
     (x, steps), (w, of_outputs) = (
         rounded(tokens.double().numpy().reshape(18, 100)),
-        rounded(layer.weight.detach().double().numpy()),
+        rounded(layer.weight.detach().numpy()),
     )
     expected = (x @ w.T) * steps * of_outputs.T + (layer.bias.detach().numpy() if has_bias else 0)
     # a number halfway between two integers may be rounded to either
-    np.testing.assert_allclose(
-        found, expected.reshape(2, 9, 70), atol=2 * float(steps.max() * np.abs(w * of_outputs).max())
-    )
-    assert np.median(np.abs(found - expected.reshape(2, 9, 70))) < 1e-5
+    atol, rtol = 2 * float(steps.max() * np.abs(w * of_outputs).max()), 2 * torch.finfo(dtype).eps
+    np.testing.assert_allclose(found, expected.reshape(2, 9, 70), atol=atol, rtol=rtol)
+    assert np.median(np.abs(found - expected.reshape(2, 9, 70))) < error
 
 
 def test_the_largest_numbers_do_not_overflow_and_zeros_stay_zeros():
