@@ -39,6 +39,7 @@ VARIANTS = {
     "8 bits": ("--quantization", "8bit"),
     "focal, gamma 1": ("--focal_gamma", "1"),
     "focal, gamma 2": ("--focal_gamma", "2"),
+    "balanced class weights": ("--class_weighting", "balanced"),
     "level 1 counts half": ("--level_weights", "0.5", "1"),
     "no label smoothing": ("--label_smoothing_factor", "0"),
     "label smoothing 0.15": ("--label_smoothing_factor", "0.15"),
