@@ -57,7 +57,7 @@ class HierarchicalConfig(PretrainedConfig):
             neither coverage nor recall is guaranteed.
         problem_type: ``"multi_label_classification"`` for several labels a text. By default a text has one path.
 
-    A value out of its range raises ValueError: for the taxonomy and labels that do not fit it, TaxonomyError.
+    A field of another type or length raises ValueError; a taxonomy, or labels that do not fit it, raise TaxonomyError.
     """
 
     model_type = "hierarchical_text_classification"

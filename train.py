@@ -26,7 +26,7 @@ from datasets import DatasetDict
 from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from checkpoint_files import is_checkpoint, read_config
-from configuration_hierarchical import MULTI_LABEL, HierarchicalConfig
+from configuration_hierarchical import MULTI_LABEL
 from errors import InputError, asked_traceback, exit_with_error, is_full_disk, one_line, refusing
 from evaluation import plots, report
 from evaluation.label_issues import write_label_issues
@@ -120,8 +120,7 @@ def refit(
     if resume_from is not None and (folder / "metrics.json").is_file():
         resume.check_resumed_data(resume_from, data.taxonomy, data.report)
     else:
-        resume.clear_for_refit(training, arguments.model.model_name_or_path)
-        PartialState().wait_for_everyone()
+        resume.check_refit_folder(training)
         train(selection, data, trained_texts, resume_from, prepare, published=training)
         PartialState().wait_for_everyone()  # one process writes metrics.json
     epochs = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["best_epoch"]
@@ -138,7 +137,7 @@ def refit(
     arguments = arguments._replace(training=training)
     resume_from = resume.find_checkpoint(training.resume_from_checkpoint, training.output_dir)
     set_seed(training.seed)
-    train(arguments, data, trained_texts, resume_from, prepare, calibrated=read_config(str(folder)))
+    train(arguments, data, trained_texts, resume_from, prepare, selected=folder)
 
 
 def train(
@@ -148,13 +147,13 @@ def train(
     resume_from: str | None,
     prepare: Prepare,
     published: HierarchicalTrainingArguments | None = None,
-    calibrated: HierarchicalConfig | None = None,
+    selected: Path | None = None,
 ) -> None:
     """Train, measure and publish a model. All files go to ``--output_dir``.
 
     Args:
-        published: arguments of the run that is pushed to the Hub, if it is another one.
-        calibrated: the configuration of a finished run, whose calibration the model gets.
+        published: arguments of the second run of ``--refit``, in its first one.
+        selected: folder of the first run of ``--refit``, whose calibration the model gets, in its second one.
     """
     training = arguments.training
     check_against_data(arguments, data.taxonomy, data.splits, report.build_metrics(data.taxonomy, data.is_multi_label))
@@ -162,8 +161,8 @@ def train(
 
     # ── Model: encoder, adapter, heads, tokenizer ────────────────────────────────────────────────────────────────────
     model = build_model(arguments.model, data.taxonomy, training.seed, MULTI_LABEL if data.is_multi_label else None)
-    if resume_from:
-        resume.check_model(resume_from, model)
+    for checkpoint in filter(None, (resume_from, selected)):
+        resume.check_model(str(checkpoint), model)
     if (published or training).push_to_hub:
         check_hub(published or training, model)
     tokenizer = load_tokenizer(arguments.model, model)
@@ -184,12 +183,13 @@ def train(
     sizes += "encoder: {encoder_bytes:,} bytes, {encoder_bytes_float32:,} in float32"
     logger.info(sizes.format_map(size))
     texts = data.splits["train"]["text"]
-    resume.start_run(trainer, arguments.model.model_name_or_path, trained_texts, texts, resume_from)
+    outputs = [training.output_dir] if published is None else [training.output_dir, published.output_dir]
+    resume.start_run(trainer, arguments.model.model_name_or_path, trained_texts, texts, resume_from, outputs)
     if resume_from is None:
         heads_init = initialise_heads(trainer, splits["train"], arguments.model)
     settings["heads_init"] = data.report["heads_init"] = heads_init
     if training.should_save:
-        if arguments.data.label_issues and calibrated is None:  # with --refit: row numbers are of the training file
+        if arguments.data.label_issues and selected is None:  # with --refit: row numbers are of the training file
             vocab_size = model.config.text_config.vocab_size
             data.report["label_issues"] = write_label_issues(data.taxonomy, splits["train"], vocab_size, output)
         write_json(output / "data_report.json", data.report)
@@ -198,8 +198,8 @@ def train(
     if training.device.type == "cpu" and arguments.model.tuning == "full":
         keep_memory(2**30, 2**31 - 1)  # each step allocates and frees much; with an adapter it saves no time
     result = trainer.train(resume_from_checkpoint=resume_from)
-    if calibrated is not None:
-        report.copy_calibration(model, calibrated, splits["train"])
+    if selected is not None:
+        report.copy_calibration(model, read_config(str(selected)), splits["train"])
     trainer.save_model(_internal_call=True)  # else it is pushed here, before it is measured
     trainer.accelerator.wait_for_everyone()  # all processes load it
 

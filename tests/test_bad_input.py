@@ -160,6 +160,8 @@ TRAIN = [
     ((*DATA, *RANDOM, "--adam_beta1", "2"), "cannot set up the optimizer: Invalid beta parameter"),
     ((*DATA, "--eval_strategy", "no", "--save_strategy", "no"), "also give --load_best_model_at_end false"),
     ((*DATA, "--prediction_loss_only", "true"), "--prediction_loss_only has no use here"),
+    ((*DATA, *RANDOM, "--lr_scheduler_type", "reduce_lr_on_plateau"), "reduce_lr_on_plateau needs validation rows"),
+    ((*DATA, "--refit", "--lr_scheduler_type", "greedy"), "greedy follows evaluations, and the second run of --refit"),
     ((*DATA, "--accelerator_config", "nowhere.json"), "No such file or directory: 'nowhere.json'"),
     ((*DATA, "--model_revision", "main"), "--model_revision main does not apply to the folder"),
     ((*DATA, "--output_dir", "good.csv/results"), "good.csv is not a folder"),

@@ -12,8 +12,9 @@ from typing import Any, Literal, NamedTuple, NoReturn
 import numpy as np
 import torch
 from accelerate.utils import parse_flag_from_env
-from transformers import EvalPrediction, HfArgumentParser, TrainingArguments
+from transformers import EvalPrediction, HfArgumentParser, SchedulerType, TrainingArguments
 from transformers.hf_argparser import string_to_bool
+from transformers.trainer_utils import SaveStrategy
 
 from configuration_hierarchical import DEFAULT_ENCODER, DEFAULT_ENCODER_REVISION
 from errors import InputError, is_fault, one_line
@@ -122,7 +123,7 @@ class HierarchicalTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = flag(False, "No effect: a loss that is not finite ends the run.")
     save_total_limit: int | None = flag(2, "Number of checkpoints to keep.")
     load_best_model_at_end: bool = flag(True, "Load the best checkpoint at the end.")
-    metric_for_best_model: str = flag("macro_f1", "Metric that selects the best checkpoint.")
+    metric_for_best_model: str | None = flag("macro_f1", "Metric that selects the best checkpoint.")
     restore_callback_states_from_checkpoint: bool = flag(True, "Resume with the saved count for early stopping.")
     early_stopping_patience: int | None = flag(
         2, "Stop after this many evaluations without improvement, with --load_best_model_at_end. 0: never."
@@ -191,6 +192,7 @@ FIXED_FLAGS = {
     **dict.fromkeys(("eval_do_concat_batches", "remove_unused_columns"), True),
     "label_names": None,
 }
+METRIC_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # they follow the metric of the evaluations
 
 
 def parse(argv: list[str]) -> Arguments:
@@ -259,7 +261,11 @@ def check_values(arguments: Arguments) -> None:
     by_steps = training.eval_strategy == training.save_strategy == "steps"
     checkpoint_kwargs = inspect.signature(torch.utils.checkpoint.checkpoint).parameters.keys()
     optim_args = (training.optim_args or "").replace(" ", "")
-    columns, delimiter = data.label_column or [], data.label_delimiter
+    columns, delimiter, schedule = (
+        data.label_column or [],
+        data.label_delimiter,
+        SchedulerType(training.lr_scheduler_type),
+    )
     fsdp = training.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
     problems = {
         "--tuning full trains every weight, and quantized weights cannot be trained: use --quantization none": (
@@ -284,6 +290,9 @@ def check_values(arguments: Arguments) -> None:
         "--refit calibrates on the validation rows: leave out --do_eval false": (
             training.refit and training.do_eval is False
         ),
+        f"--lr_scheduler_type {schedule.value} follows evaluations, and the second run of --refit has none": (
+            training.refit and schedule in METRIC_SCHEDULERS
+        ),
         "--dataloader_persistent_workers draws other dropout after a resume: leave it out": (
             training.dataloader_persistent_workers
         ),
@@ -301,6 +310,8 @@ def check_against_data(
 ) -> None:
     """Raise InputError if flags do not fit the data. Without validation rows, turn off evaluation during training."""
     training, weights = arguments.training, arguments.loss.level_weights
+    schedule = SchedulerType(training.lr_scheduler_type)
+    follows_metric = schedule in METRIC_SCHEDULERS
     if "train" not in splits:
         raise InputError("no training rows: give --train_file, --data_path or --dataset_name, or --do_train false")
     several = isinstance(splits["train"]["label"][0], list)  # then an only child is a choice, too
@@ -311,13 +322,19 @@ def check_against_data(
     if "validation" not in splits:
         logger.info("no validation rows: early stopping is off, and the last weights are kept")
         training.eval_strategy, training.load_best_model_at_end, training.eval_on_start = "no", False, False
-    if training.load_best_model_at_end:
-        if training.eval_strategy == "no":
-            raise InputError("--eval_strategy no selects no best checkpoint: also give --load_best_model_at_end false")
+        if training.save_strategy == "best":
+            training.save_strategy = SaveStrategy.EPOCH
+        if follows_metric:
+            raise InputError(f"--lr_scheduler_type {schedule.value} needs validation rows")
+    if training.load_best_model_at_end and training.eval_strategy == "no":
+        raise InputError("--eval_strategy no selects no best checkpoint: also give --load_best_model_at_end false")
+    if not (training.load_best_model_at_end or training.save_strategy == "best" or follows_metric):
+        training.metric_for_best_model = None  # else the Trainer looks for it at every evaluation
+    elif training.eval_strategy != "no":
         given = splits["validation"]["label"][:]
         # with several labels a text, one text with the labels of all of them is enough
         labels = multi_hot(taxonomy, [[*chain(*given)]]) if several else np.unique(given)
-        check_best_metric(training.metric_for_best_model, taxonomy, labels, compute_metrics)
+        check_best_metric(training.metric_for_best_model or "loss", taxonomy, labels, compute_metrics)
 
 
 def check_best_metric(name: str, taxonomy: Taxonomy, labels: np.ndarray, compute_metrics: ComputeMetrics) -> None:

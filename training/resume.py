@@ -9,7 +9,7 @@ import logging
 import re
 import shutil
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
 
 
 def check_resumed_data(checkpoint: str, taxonomy: Taxonomy, report: dict[str, Any]) -> str | None:
-    """Raise InputError if the run to resume had another taxonomy, or was trained on rows that may now be held out.
+    """Raise InputError if the run to resume had another taxonomy, or other training or validation rows.
 
     ``report`` is the data report of this run. Return how the run to resume initialised its heads, None if unknown.
     """
@@ -119,11 +119,9 @@ def check_resumed_data(checkpoint: str, taxonomy: Taxonomy, report: dict[str, An
             | {"hashes": [sorted(source["sha256"].values()) for source in data["sources"] if source["split"] != "test"]}
             for data in (stored_report, report)
         )
-    if before != now and (before["split"]["split_off"] or now["split"]["split_off"]):
-        problem = "rows it was trained on would be held out now; give the same data, columns, --seed and split sizes"
+    if before != now:
+        problem = "it was trained on other rows; give the same data, columns, --seed and split sizes"
         raise InputError(f"cannot resume from {checkpoint}: {problem}, {START_ANEW}")
-    if before["hashes"] != now["hashes"]:
-        logger.warning("%s was trained on other data", checkpoint)
     return stored_report.get("heads_init")
 
 
@@ -156,9 +154,14 @@ def check_model(checkpoint: str, model: HierarchicalForSequenceClassification) -
 
 
 def start_run(
-    trainer: Trainer, model: str, trained_texts: TrainedTexts, texts: Iterable[str], resume_from: str | None
+    trainer: Trainer,
+    model: str,
+    trained_texts: TrainedTexts,
+    texts: Iterable[str],
+    resume_from: str | None,
+    outputs: Sequence[str],
 ) -> None:
-    """Clean up an overwritten run and record the training ``texts``, while all processes wait.
+    """Clean up the overwritten runs in ``outputs`` and record the training ``texts``, while all processes wait.
 
     The initial weights, ``model``, were trained on ``trained_texts``.
     """
@@ -166,22 +169,16 @@ def start_run(
     trainer.accelerator.wait_for_everyone()  # until all have read the texts of the former run
     if training.should_save:
         resumed = resume_from is not None and is_of_run(training.resume_from_checkpoint, output)
-        if training.overwrite_output_dir and not resumed:
-            delete_run(output, model)
+        for folder in outputs if training.overwrite_output_dir and not resumed else ():
+            delete_run(Path(folder), model)
         write_trained_texts(output, trained_texts, texts)
     trainer.accelerator.wait_for_everyone()
 
 
-def clear_for_refit(training: HierarchicalTrainingArguments, model: str) -> None:
-    """Delete the former run in ``--output_dir``, before the selection run: later its checkpoints would pass for this run's.
-
-    Raise InputError if there is one and ``--overwrite_output_dir`` is not given.
-    """
+def check_refit_folder(training: HierarchicalTrainingArguments) -> None:
+    """Raise InputError if ``--output_dir`` has checkpoints before the first run of ``--refit``: they would pass for its own."""
     output = Path(training.output_dir)
-    if training.overwrite_output_dir:
-        if training.should_save:
-            delete_run(output, model)
-    elif list_checkpoints(output):
+    if list_checkpoints(output) and not training.overwrite_output_dir:
         problem = f"--output_dir {output} holds the checkpoints of a run without --refit"
         raise InputError(f"{problem}: give another --output_dir, or --overwrite_output_dir true")
 

@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 
 # a plain string column of Arrow holds at most 2 GB
 FEATURES = datasets.Features(
-    {"text": datasets.Value("large_string")} | dict.fromkeys(("label", "row", "text_id"), datasets.Value("int64"))
+    {"text": datasets.Value("large_string"), "moved": datasets.Value("bool")}
+    | dict.fromkeys(("label", "row", "text_id"), datasets.Value("int64"))
 )
 MULTI_LABEL_FEATURES = datasets.Features({**FEATURES, "label": datasets.List(datasets.Value("int64"))})
 
@@ -43,7 +44,8 @@ class LabelledSplits:
     """Labelled rows of all non-empty splits, ready to be tokenized.
 
     Their columns are ``text``, the id of its node ``label``, ``row`` in the source, from 0 without the header, and ``text_id``,
-    the same for identical texts. With several labels a text, ``label`` is an ascending list of ids.
+    the same for identical texts. ``moved`` rows are training rows from another source than the training rows'. With several
+    labels a text, ``label`` is an ascending list of ids.
     """
 
     splits: datasets.DatasetDict
@@ -142,6 +144,7 @@ def _place_trained_rows(
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Move rows whose text was trained on to the training rows, or without these leave them out. Return a report, too."""
     rows = rows.assign(trained=_is_trained(rows, texts, trained))
+    rows["moved"] = rows["trained"] & (rows["split"] != "train")
     has_training_rows = (rows["split"] == "train").any()
     report = {
         "scores": "verified" if trained.complete else "unverified",

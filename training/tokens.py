@@ -40,8 +40,8 @@ def tokenize(
 ) -> tuple[DatasetDict, dict[str, dict]]:
     """Tokenize texts, truncated at ``tokenizer.model_max_length`` and not padded, and measure them by `length_report`.
 
-    The columns are those of `TOKEN_COLUMNS` that the tokenizer has, ``length`` (of ``input_ids``), ``labels``, ``row``
-    and ``text_id``. If asked for, training rows have ``sentences``, see `training.views.sentence_numbers`. Other rows
+    The columns are those of `TOKEN_COLUMNS` that the tokenizer has, ``length`` (of ``input_ids``), ``labels``, ``row``,
+    ``text_id`` and ``moved``. If asked for, training rows have ``sentences``, see `training.views.sentence_numbers`. Other rows
     are sorted by length, to reduce padding.
     """
     if not tokenizer.is_fast:  # it has no token offsets

@@ -24,15 +24,17 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import EarlyStoppingCallback, TrainerState, trainer_pt_utils
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from checkpoint_hierarchical import ADAPTER_SUBFOLDER, ADAPTER_WEIGHTS, HEADS_WEIGHTS
 from errors import InputError, refusing
 from modeling_hierarchical import IGNORED_LABEL, binary_cross_entropy, negative_log_likelihood
 from publishing.trainer import PublishingTrainer
+from training.arguments import METRIC_SCHEDULERS
 from training.cpu import speed_up
 from training.losses import has_labels
 from training.multi_label import decision_disagreement
+from training.resume import START_ANEW
 from training.sampler import LengthGroupedSampler
 from training.views import disagreement, halves
 
@@ -156,6 +158,12 @@ class HierarchicalTrainer(PublishingTrainer):
         """Return the best checkpoint of a resumed run. Its folder may have moved since its path was stored."""
         if state.best_model_checkpoint is None:
             return None
+        if self.args.load_best_model_at_end:
+            name = self.args.metric_for_best_model
+            entries = [entry for entry in state.log_history if entry["step"] == state.best_global_step]
+            if state.best_metric not in [entry.get(f"eval_{name.removeprefix('eval_')}") for entry in entries]:
+                problem = f"its best checkpoint was not selected by --metric_for_best_model {name}; give the same"
+                raise InputError(f"cannot resume from {checkpoint}: {problem}, {START_ANEW}")
         stored = Path(state.best_model_checkpoint)
         best = next((str(path) for path in (Path(checkpoint).parent / stored.name, stored) if path.is_dir()), None)
         if best is None and self.args.load_best_model_at_end:
@@ -201,6 +209,16 @@ class HierarchicalTrainer(PublishingTrainer):
             fit = f"--per_device_train_batch_size {smaller} --gradient_accumulation_steps {effective // smaller}"
             raise InputError(f"{problem}: {fit}; {RESUME_HINT}") from error
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Evaluate. Out of memory, name the flag that helps."""
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            problem = "out of memory in evaluation: lower --per_device_eval_batch_size"
+            raise InputError(f"{problem}, now {self.args.per_device_eval_batch_size}; {RESUME_HINT}") from error
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         """Count the texts with a known label, not the elements of label arrays."""
         one_each = [{"labels": torch.where(has_labels(batch["labels"]), 0, IGNORED_LABEL)} for batch in batch_samples]
@@ -221,7 +239,10 @@ class HierarchicalTrainer(PublishingTrainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        with refusing(f"cannot set up --lr_scheduler_type {self.args.lr_scheduler_type.value} (--lr_scheduler_kwargs)"):
+        kind, given = self.args.lr_scheduler_type, self.args.lr_scheduler_kwargs or {}
+        if kind in METRIC_SCHEDULERS:  # torch takes a lower metric for the better one
+            self.args.lr_scheduler_kwargs = {"mode": "max" if self.args.greater_is_better else "min"} | given
+        with refusing(f"cannot set up --lr_scheduler_type {kind.value} (--lr_scheduler_kwargs)"):
             return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
@@ -264,7 +285,7 @@ class HierarchicalTrainer(PublishingTrainer):
         with refusing(problem):
             super()._load_optimizer_and_scheduler(checkpoint)
         groups = self.optimizer.param_groups
-        if not wanted[0].keys() <= groups[0].keys():
+        if wanted[0].keys() | {"initial_lr"} != groups[0].keys() | {"initial_lr"}:
             raise InputError(f"{problem}: --optim differs")
         for group, ours in zip(groups, wanted, strict=True):
             before, rate = group.get("initial_lr"), ours.get("initial_lr")

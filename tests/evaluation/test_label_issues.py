@@ -38,7 +38,7 @@ def dataset(ids: list[list[int]], labels: list, texts: list[int] | None = None) 
     """Tokenized training rows, whose numbers in the source are 100, 101, …"""
     numbers = np.arange(len(ids))
     columns = {"input_ids": ids, "labels": labels, "row": 100 + numbers, "text_id": numbers if texts is None else texts}
-    return datasets.Dataset.from_dict(columns)
+    return datasets.Dataset.from_dict({**columns, "moved": [False] * len(ids)})
 
 
 @pytest.fixture
@@ -175,6 +175,17 @@ def test_few_rows_give_an_empty_list(several):
     assert list_label_issues(TREE, dataset([[1], [2], [3]], labels), VOCABULARY).empty
     labels = multi_hot(TREE, [[0]] * 8) if several else [0] * 8
     assert list_label_issues(TREE, dataset([[1]] * 8, labels), VOCABULARY).empty
+
+
+def test_rows_that_moved_from_another_file_are_not_listed(leaves):
+    given = leaves.copy()
+    given[[3, 50]] = given[[60, 10]]
+    rows = dataset(texts_of([[leaf] for leaf in leaves]), given.tolist())
+    assert {103, 150} <= {*list_label_issues(TREE, rows, VOCABULARY)["row"]}
+    rows = rows.remove_columns("moved").add_column("moved", [row == 103 for row in rows["row"]])
+    listed = {*list_label_issues(TREE, rows, VOCABULARY)["row"]}
+    assert 103 not in listed
+    assert 150 in listed
 
 
 def test_the_flag_writes_the_list_before_training(tiny_encoder, tmp_path):

@@ -1,6 +1,7 @@
 """Test ``--refit``: a second model is trained on all rows but the test rows, with what the first one has chosen."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,6 +142,28 @@ def test_checkpoints_of_a_former_run_are_never_taken_for_its_own(words, tmp_path
         process.wait()
     assert process.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()[-3000:]
     assert not [*output.glob("checkpoint-*"), *output.glob("metrics.json")]
+
+
+def test_a_command_that_is_refused_deletes_nothing_of_the_former_run(words, refitted, tmp_path):
+    output = tmp_path / "results"
+    shutil.copytree(refitted, output)
+    former = sorted(output.rglob("*"))
+    line = [*words, "--output_dir", str(output), "--overwrite_output_dir", "true"]
+    for wrong, message in (
+        (["--metric_for_best_model", "f"], "is not measured"),
+        (["--lora_target_modules", "q"], "'q'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            train.main([*line, *wrong])
+        assert sorted(output.rglob("*")) == former
+
+
+def test_a_resumed_run_gets_no_calibration_of_another_model(words, refitted, tmp_path):
+    shutil.copytree(refitted / "selection", tmp_path / "results" / "selection")
+    line = [*words, "--output_dir", str(tmp_path / "results"), "--resume_from_checkpoint", "auto"]
+    with pytest.raises(InputError, match="it was trained with another --pooling, mean, not cls"):
+        train.main([*line, "--pooling", "cls"])
+    assert not [*(tmp_path / "results").glob("*.safetensors")]
 
 
 def test_label_issues_name_rows_of_the_training_file(words, tmp_path):

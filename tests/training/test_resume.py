@@ -247,12 +247,16 @@ def test_a_run_does_not_go_on_with_another_taxonomy(words, run_folder, tmp_path)
         (["--model_name_or_path", "{other}"], "it was trained with another --model_name_or_path, encoder"),
         (["--heads_learning_rate", "1e-3"], "its optimizer does not match the settings of this run: "),
         (["--optim", "adafactor"], "its optimizer does not match the settings of this run: --optim differs"),
+        (["--optim", "lion_32bit"], "its optimizer does not match the settings of this run: --optim differs"),
+        (["--train_file", "{rows}"], "it was trained on other rows; give the same data"),
+        (["--validation_file", "{rows}"], "it was trained on other rows; give the same data"),
     ],
 )
 def test_a_run_does_not_go_on_as_another(words, run_folder, tiny_encoder, tmp_path, flags, message):
     shutil.copytree(tiny_encoder, tmp_path / "other")
     line = [*words, "--output_dir", run_folder, "--resume_from_checkpoint", "auto", "--max_steps", 44]
-    line += [flag.format(other=tmp_path / "other") for flag in flags]
+    file = write_csv(tmp_path / "rows.csv", read_csv(CORPUS / "validation.csv")[16:32])
+    line += [flag.format(other=tmp_path / "other", rows=file) for flag in flags]
     before = {path: path.read_bytes() for path in run_folder.glob("*") if path.is_file()}
     with pytest.raises(InputError, match=f"cannot resume from {list_checkpoints(run_folder)[-1]}") as refused:
         train.main(list(map(str, line)))
@@ -269,7 +273,7 @@ def test_a_run_goes_on_with_the_rows_that_it_split_off(tiny_encoder, tmp_path):
     line += ["--load_best_model_at_end", "false"]
     line += ["--output_dir", tmp_path / "results", "--resume_from_checkpoint", "auto"]
     run(*line, "--max_steps", 2)
-    message = "rows it was trained on would be held out now"
+    message = "it was trained on other rows; give the same data"
     for change in (["--seed", 9], ["--test_size", 0.2], []):
         if not change:
             write_csv(data, [*rows, {**rows[0], "text": "One more text."}])
@@ -278,6 +282,22 @@ def test_a_run_goes_on_with_the_rows_that_it_split_off(tiny_encoder, tmp_path):
     write_csv(data, rows)
     run(*line, "--max_steps", 4)
     assert list_checkpoints(tmp_path / "results")[-1].name == "checkpoint-4"
+
+
+def test_the_best_checkpoint_of_a_run_is_that_of_one_metric(words, tmp_path):
+    line = [
+        *words,
+        "--output_dir",
+        tmp_path / "results",
+        "--load_best_model_at_end",
+        "true",
+        "--resume_from_checkpoint",
+        "auto",
+    ]
+    run(*line, "--max_steps", 4)
+    with pytest.raises(InputError, match="was not selected by --metric_for_best_model log_loss; give the same, or"):
+        train.main(list(map(str, [*line, "--max_steps", 6, "--metric_for_best_model", "log_loss"])))
+    run(*line, "--max_steps", 6)
 
 
 def test_a_checkpoint_of_another_run_is_no_leave_to_overwrite_this_one(words, run_folder, unbroken):

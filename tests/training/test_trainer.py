@@ -327,6 +327,29 @@ def test_memory_that_runs_out_for_one_text_or_in_the_middle_is_an_error(tmp_path
         trainer(tiny_model(), tokenizer, data, args, data_collator=Hungry(tokenizer, 0, calls=4)).train()
 
 
+def test_memory_that_runs_out_in_an_evaluation_names_the_flag_that_helps(tmp_path, tokenizer):
+    args = arguments(tmp_path, per_device_train_batch_size=4, per_device_eval_batch_size=8, auto_find_batch_size=True,
+                     eval_strategy="steps", eval_steps=1, max_steps=2)  # fmt: skip
+    message = "out of memory in evaluation: lower --per_device_eval_batch_size, now 8; --resume_from_checkpoint auto"
+    for method in ("train", "evaluate"):
+        hungry = trainer(tiny_model(), tokenizer, rows(32), args, data_collator=Hungry(tokenizer, 4))
+        with pytest.raises(InputError, match=message):
+            getattr(hungry, method)()
+
+
+@pytest.mark.parametrize(("metric", "scores"), [("accuracy", (0.1, 0.2, 0.3)), ("loss", (0.3, 0.2, 0.1))])
+@pytest.mark.parametrize("getting", ["better", "worse"])
+def test_a_plateau_is_where_the_metric_gets_no_better(tmp_path, tokenizer, metric, scores, getting):
+    kind = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0, "factor": 0.5}}
+    args = arguments(tmp_path, metric_for_best_model=metric, eval_strategy="epoch", **kind)
+    scheduler = trainer(tiny_model(), tokenizer, rows(8), args)
+    scheduler.create_optimizer_and_scheduler(3)
+    before = scheduler.optimizer.param_groups[0]["lr"]
+    for score in scores if getting == "better" else scores[::-1]:
+        scheduler.lr_scheduler.step(score)
+    assert scheduler.optimizer.param_groups[0]["lr"] == (before if getting == "better" else before / 4)
+
+
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
 def test_evaluating_in_the_middle_of_quantized_training_changes_nothing(tmp_path, minilm, tokenizer, quantization):
     data, after = rows(), {}
