@@ -199,6 +199,17 @@ def test_a_warm_start_with_a_grown_taxonomy_keeps_the_known_heads(finished, tmp_
         torch.testing.assert_close(adapters[1][name], tensor)
 
 
+def test_flags_that_need_no_metric_train_without_it(tiny_encoder, tmp_path):
+    rows = clear_rows(1)
+    train_file = write_csv(tmp_path / "train.csv", rows)
+    inner = write_csv(tmp_path / "inner.csv", [{"text": f"Texts of {i}.", "label": "specific disease"} for i in range(6)])
+    words = ["--train_file", train_file, "--model_name_or_path", tiny_encoder, "--max_steps", 2]
+    run(*words, "--output_dir", tmp_path / "a", "--validation_size", 0, "--save_strategy", "best")
+    assert (tmp_path / "a" / "checkpoint-2").is_dir()
+    run(*words, "--output_dir", tmp_path / "b", "--validation_file", inner, "--load_best_model_at_end", "false")
+    assert (tmp_path / "b" / "config.json").is_file()
+
+
 def test_full_fine_tuning_of_one_file_leaves_one_self_contained_model(tiny_encoder, tmp_path):
     rows = read_csv(CORPUS / "validation.csv")
     codes = {"neoplasms": "1", "digestive system diseases": "2", "nervous system diseases": "3"}
