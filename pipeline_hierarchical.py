@@ -49,6 +49,7 @@ TEXTS_AHEAD = 512
 CHARACTERS_PER_TOKEN = 8  # most texts have fewer
 BATCHES_AHEAD = 32
 MOST_TOKENIZERS = 8
+HIGHEST_COST = 1e300  # the sum of two is finite
 DEFAULT_THRESHOLD = 0.5  # of an uncalibrated checkpoint with several labels a text
 MOST_NODES = 3  # in an answer: as many as a reader takes in at a glance
 # core counts of the calls that are starting workers now; a lock could stay locked after Ctrl+C
@@ -304,10 +305,10 @@ class HierarchicalTextClassificationPipeline(Pipeline):
                 break
             characters *= 4  # a text of long words has fewer tokens than that
         names = dict.fromkeys(name for name in (*self.tokenizer.model_input_names, "attention_mask") if name in encoded)
-        windows, owners = [], list[int]()
+        windows, owners, special = [], list[int](), self.tokenizer.num_special_tokens_to_add()
         for i, owner in enumerate(encoded["overflow_to_sample_mapping"]):
             if stride is not None or [owner] != owners[-1:]:
-                if not encoded["input_ids"][i]:
+                if len(encoded["input_ids"][i]) <= special:
                     raise ValueError("a text has no tokens: the model's tokenizer drops all its characters")
                 windows.append({name: encoded[name][i] for name in names})
                 owners.append(owner)
@@ -602,10 +603,10 @@ def by_leaf(tree: Taxonomy, given: Any, where: str) -> dict[str, Any]:
 def read_cost(value: Any, what: str) -> float:
     try:
         cost = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         cost = math.nan
-    if not 0 <= cost < math.inf:
-        raise ValueError(f"costs: {what}: a cost is a number of at least 0, not {quote_name(value)}")
+    if not 0 <= cost <= HIGHEST_COST:
+        raise ValueError(f"costs: {what}: a cost is a number from 0 to 1e300, not {quote_name(value)}")
     return cost
 
 

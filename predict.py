@@ -11,7 +11,6 @@ Worth knowing:
 
 import argparse
 import importlib.util
-import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -28,7 +27,7 @@ from prediction.model import DTYPES, Model, find_commit, read_costs
 from prediction.output import RestartableOutput
 from prediction.rows import OUTPUTS, output_kind
 from reading.rows import KINDS
-from reading.sources import Source, find_sources
+from reading.sources import Source, find_all_sources
 
 if TYPE_CHECKING:
     from prediction.ray_job import RayJob
@@ -124,15 +123,10 @@ def refuse(message: str) -> NoReturn:
 
 
 def find_inputs(arguments: argparse.Namespace) -> list[Source]:
-    """Find the files of all inputs, each once."""
     try:
-        found = [source for pattern in arguments.input for source in find_sources(pattern, arguments.input_format)]
+        return find_all_sources(arguments.input, arguments.input_format)
     except InputError as error:
         raise InputError(f"--input {error}") from error
-    unique: dict[str, Source] = {}
-    for source in found:
-        unique.setdefault(os.path.realpath(source.path) if source.filesystem is None else source.path, source)
-    return list(unique.values())
 
 
 def open_model(arguments: argparse.Namespace) -> "AbstractContextManager[Model | RayJob]":
@@ -163,6 +157,13 @@ if __name__ == "__main__":
         exit_with_error("predict.py", str(error), trace=asked_traceback())
     except KeyboardInterrupt:
         exit_with_error("predict.py", f"stopped; {resume_hint()}", 130)
+    except RuntimeError as error:
+        from accelerate.utils.memory import should_reduce_batch_size
+
+        if not should_reduce_batch_size(error):
+            raise
+        message = "out of memory: give a smaller --batch_size, and --overwrite"
+        exit_with_error("predict.py", message, trace=asked_traceback())
     except OSError as error:
         if not is_full_disk(error) and error.filename is None:
             raise

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from errors import InputError, exit_with_error
 from prediction.input import read_records
-from reading.sources import Source, find_sources, open_rows
+from reading.sources import Source, find_all_sources, find_sources, open_rows
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.predictions.endswith("/")
     outputs = find_sources(f"{arguments.predictions}part-*" if folder else arguments.predictions)
-    inputs = [source for pattern in arguments.input for source in find_sources(pattern)]
+    inputs = find_all_sources(arguments.input)
     largest = heapq.nlargest(arguments.count, uncertainties(outputs))
     rows = {-negative: uncertainty for uncertainty, negative in largest}
     texts = dict(texts_of(inputs, arguments.text_column, rows))

@@ -26,6 +26,8 @@ def read_records(sources: Sequence[Source], text_column: str | None, id_column: 
     sizes = [source.size for source in sources]
     bytes_before, total = 0, sum(sizes)
     for source, size in zip(sources, sizes, strict=True):
+        if not size and source.path != "-" and len(sources) > 1:  # an empty file among others has no rows
+            continue
         with open_rows(source) as rows:
             columns = {rows.name: rows.columns} if rows.columns else {}  # JSON Lines without any name has no columns
             names = choose_columns(columns, text_column, TEXT_COLUMNS, "--text_column") if columns else []

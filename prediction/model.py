@@ -45,14 +45,17 @@ class Model:
         weights = fingerprint(arguments.model, arguments.revision, Path(config.encoder_name_or_path))
         kind = output_kind(arguments.output, arguments.output_format)
         tree, multi_label = config.tree, config.is_multi_label
-        if multi_label and kind == ".csv" and (ambiguous := [label for label in tree.labels if ";" in label]):
-            reason = f"a CSV file joins labels by ';', and the label {ambiguous[0]!r} contains one"
-            raise InputError(f"--output {arguments.output}: {reason}; write .jsonl or .parquet")
+        answers = (arguments.coverage, arguments.recall) != (None, None)
+        separators = [";" if multi_label else " > ", *([" | "] if answers else [])]
+        for separator in separators if kind == ".csv" else ():
+            if ambiguous := [label for label in tree.labels if separator in label]:
+                reason = f"a CSV file joins labels by {separator!r}, and the label {ambiguous[0]!r} contains it"
+                raise InputError(f"--output {arguments.output}: {reason}; write .jsonl or .parquet")
         parents = {tree.labels[node]: tree.labels[parent] for node, parent in enumerate(tree.parents) if parent >= 0}
         self.rows = RowFormat(
             by_id,
             multi_label,
-            answers=(arguments.coverage, arguments.recall) != (None, None),
+            answers=answers,
             costs=arguments.costs is not None,
             uncertainty=arguments.uncertainty,
             classes=[*config.id2label.values()] if arguments.probabilities else [],

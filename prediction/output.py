@@ -29,6 +29,7 @@ from reading.stores import connect, is_url
 
 ROWS = 1024  # per block: read, classified and written together
 BLOCKS_PER_FILE = 97  # in a folder: 99,328 rows
+OWN_PARTS = r"\d{9}\.jsonl|part\.new|output\..+|errors\.jsonl"  # names of files in the folder of parts
 Rows = list[dict[str, Any]]
 
 
@@ -83,10 +84,15 @@ class RestartableOutput:
                 raise InputError(f"--output {self.name}{others} is also an input: give another name")
         if foreign := self._files(ours=False):
             raise InputError(f"--output {self.name}/ holds {foreign[0]} of another program: give another folder")
+        parts = self.store.names(self.parts)
+        if foreign_parts := sorted(name for name in parts if not re.fullmatch(OWN_PARTS, name)):
+            raise InputError(f"{self.parts}/{foreign_parts[0]} is of another program: give another --output")
         # files and parts together: the run was killed while it wrote a folder's files or deleted the parts
-        is_begun = self.store.exists(self.marker) or self._files()
-        if is_begun and not self.store.names(self.parts) and not overwrite:
-            raise self._exists_error()
+        if not parts and not overwrite:
+            if self.store.exists(self.marker) or self._files():
+                raise self._exists_error()
+            if self.store.exists(self.errors):
+                raise InputError(f"{self.errors} already exists: give another --output, or --overwrite")
 
     def delete(self) -> None:
         """Delete the output, its error file and its parts."""

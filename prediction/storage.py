@@ -23,7 +23,7 @@ class Disk:
         """Lock an output for this process. Raise InputError if it may not be written, or another process has the lock."""
         check_writable("--output", Path(name).parent)
         Path(name).parent.mkdir(parents=True, exist_ok=True)
-        file = Path(f"{name}.lock")
+        file = Path(f"{name}.predict.lock")  # a folder uv/ beside a uv.lock is possible
         try:
             with FileLock(file, timeout=0):
                 try:

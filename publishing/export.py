@@ -37,10 +37,7 @@ def export_merged(folder: Path, output: Path) -> None:
     Raises:
         InputError: the encoder cannot be loaded, or the adapter cannot be merged.
     """
-    try:
-        merged = HierarchicalForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-    except (*HUB_ERRORS, ValueError) as error:
-        raise InputError(f"cannot load {folder}: {one_line(error)}") from error
+    merged = load_merged(folder)
     if merged.has_adapter:
         raise InputError(f"--merge: the adapter of {folder} is not plain LoRA over floating-point weights")
     merged.save_pretrained(output)
@@ -48,6 +45,14 @@ def export_merged(folder: Path, output: Path) -> None:
         if not (output / name).exists():
             (output / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / name, output / name)
+
+
+def load_merged(folder: Path) -> HierarchicalForSequenceClassification:
+    """Load a checkpoint in float32, its adapter merged, or raise InputError."""
+    try:
+        return HierarchicalForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    except (*HUB_ERRORS, ValueError) as error:
+        raise InputError(f"cannot load {folder}: {one_line(error)}") from error
 
 
 class Logits(nn.Module):
@@ -87,7 +92,7 @@ def export_onnx(folder: Path, output: Path) -> list[Path]:
         from onnxruntime.quantization import QuantType, quantize_dynamic
     except ImportError as error:
         raise InputError(f"--onnx needs pip install onnx onnxscript onnxruntime ({one_line(error)})") from error
-    model = HierarchicalForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    model = load_merged(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     names = list(dict.fromkeys([*tokenizer.model_input_names, "attention_mask"]))
     tokenized = tokenizer(TEXTS, padding=True, return_attention_mask=True, return_tensors="pt")

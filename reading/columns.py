@@ -1,6 +1,7 @@
 """Find the column of texts or labels."""
 
 import math
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,12 +13,15 @@ LEAST_SHARE = 0.5  # of the rows must have a column, or its name is not matched
 
 
 def find_column(columns: Mapping[str, float], requested: str | None, candidates: Sequence[str]) -> str | None:
-    """Return the requested one of `Rows.columns`, which must match exactly, or None.
+    """Return the requested one of `Rows.columns`, which must match up to Unicode's normal forms, or None.
 
     Without one, return the first candidate that is present; case and surrounding white space are ignored.
     """
-    if requested is not None:
-        return requested if requested in columns else None
+    if requested in columns:
+        return requested
+    if requested is not None:  # an accent may be a character of its own, as in files from macOS
+        composed = {unicodedata.normalize("NFC", column): column for column in columns}
+        return composed.get(unicodedata.normalize("NFC", requested))
     common = [column for column, share in columns.items() if share >= LEAST_SHARE]
     by_name = {column.strip().casefold(): column for column in reversed(common)} | {column: column for column in common}
     return next((by_name[name] for name in candidates if name in by_name), None)
@@ -52,7 +56,12 @@ def text_problem(value: Any) -> str | None:
         return "the text is missing"
     if not isinstance(value, str):
         return f"the text is not a text but {type(value).__name__}"
-    return None if value.strip() else "the text is empty"
+    return "the text is empty" if is_blank(value) else None
+
+
+def is_blank(text: str) -> bool:
+    """Return whether a text has only characters that are not seen: spaces, control and format characters."""
+    return all(unicodedata.category(character)[0] in "CZ" for character in text)
 
 
 def listed(names: Iterable[str], most: int = 20) -> str:

@@ -112,8 +112,9 @@ class Rows:
     def set_columns(self, names: Sequence[str], shares: Iterable[float] | None = None) -> None:
         self.check("columns", len(names))
         self.columns = dict(zip(names, shares or [1.0] * len(names), strict=True))
-        if len(self.columns) < len(names):
-            raise InputError(f"{self.name} has two columns called {_first_twice(names)}: rename or remove one")
+        named = [name for name in names if name]  # spreadsheets leave empty names at the end
+        if len({*named}) < len(named):
+            raise InputError(f"{self.name} has two columns called {_first_twice(named)}: rename or remove one")
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ import glob
 import gzip
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +37,7 @@ class Source:
 
 
 def find_sources(pattern: str, kind: str | None = None) -> list[Source]:
-    """Return the files of a path, URL, pattern such as ``part-*.csv``, folder, or ``-`` for standard input, in sorted order.
+    """Return the files of a path, URL, pattern such as ``part-*.csv`` or ``**/*.csv``, folder, or ``-`` for standard input, in sorted order.
 
     Of a folder these are the files of all `KINDS`, without hidden ones and those that begin with ``_``. The kind overrides
     the one that the file names imply. InputError is raised if no file matches, or the kind is unknown.
@@ -51,7 +51,7 @@ def find_sources(pattern: str, kind: str | None = None) -> list[Source]:
     if is_url(pattern):
         filesystem, files, is_folder = find_files(pattern)
     else:
-        names = glob.glob(os.path.join(glob.escape(pattern), "*") if is_folder else pattern)
+        names = glob.glob(os.path.join(glob.escape(pattern), "*") if is_folder else pattern, recursive=True)
         names = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, names))
         files = [(name, 0) for name in names]
     if is_folder:
@@ -60,6 +60,14 @@ def find_sources(pattern: str, kind: str | None = None) -> list[Source]:
     if not files:
         raise InputError(f"{pattern}: there is no {'file of a known kind in it' if is_folder else 'such file'}")
     return [Source(path, kind or kind_of(path), filesystem, size) for path, size in files]
+
+
+def find_all_sources(patterns: Iterable[str], kind: str | None = None) -> list[Source]:
+    """Return the files of several patterns, each once, although a link may give it another name."""
+    unique: dict[str, Source] = {}
+    for source in (source for pattern in patterns for source in find_sources(pattern, kind)):
+        unique.setdefault(os.path.realpath(source.path) if source.filesystem is None else source.path, source)
+    return list(unique.values())
 
 
 def has_kind(path: str) -> bool:

@@ -54,17 +54,22 @@ def find_files(url: str) -> tuple[Any, list[tuple[str, int]], bool]:
         elif info.type == FileType.NotFound and re.search("[*[]", path):
             parts = path.split("/")
             fixed = next(i for i, part in enumerate(parts) if re.search("[*[]", part))
-            selector = FileSelector("/".join(parts[:fixed]), recursive=fixed < len(parts) - 1, allow_not_found=True)
-            found = [one for one in filesystem.get_file_info(selector) if matches(one.path, parts)]
+            recursive = fixed < len(parts) - 1 or parts[-1] == "**"
+            selector = FileSelector("/".join(parts[:fixed]), recursive=recursive, allow_not_found=True)
+            found = [one for one in filesystem.get_file_info(selector) if matches(one.path.split("/"), parts)]
         else:
             found = [info]
     files = sorted((f"{scheme}://{one.path}", one.size) for one in found if one.type == FileType.File)
     return filesystem, files, info.type == FileType.Directory
 
 
-def matches(path: str, pattern: list[str]) -> bool:
-    names = path.split("/")
-    return len(names) == len(pattern) and all(map(fnmatchcase, names, pattern))
+def matches(names: list[str], pattern: list[str]) -> bool:
+    """Return whether the names of a path match a pattern, in which ``**`` stands for any number of folders."""
+    if not pattern or not names:
+        return not names and set(pattern) <= {"**"}
+    if pattern[0] == "**":
+        return matches(names, pattern[1:]) or matches(names[1:], pattern)
+    return fnmatchcase(names[0], pattern[0]) and matches(names[1:], pattern[1:])
 
 
 @contextmanager

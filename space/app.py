@@ -54,7 +54,6 @@ from classification import (
     MultiLabelClassification,
     check_target,
     check_text,
-    classify,
     classify_all,
     guarantee,
     highest_target,
@@ -234,10 +233,9 @@ class Service:
     def __init__(self, classifier: Pipeline):
         self.classifier, self.tree = classifier, classifier.tree
         self.descriptions = getattr(self.tree, "descriptions", {})  # older checkpoints have none
-        explainer = Explainer(classifier)
-        self._classify = gpu(lambda text, target: classify(classifier, text, target))
+        # on ZeroGPU, they run in another process, which takes no functions and returns no messages of errors
         self._classify_all = gpu(lambda texts, target: classify_all(classifier, texts, target))
-        self._explain = gpu(explainer.explain)
+        self._explain = gpu(Explainer(classifier).explain)
 
     # ── The API ──
 
@@ -295,6 +293,10 @@ class Service:
             result["rows"] += records
             result["problems"] += problems
         return result
+
+    def _classify(self, text: Any, target: Any) -> Any:
+        target = check_target(self.classifier, target)
+        return self._classify_all([check_text(text)], target)[0]
 
     def check_node(self, node: Any) -> str:
         if not isinstance(node, str) or node not in self.tree.labels:
@@ -368,16 +370,18 @@ class Service:
         except Refused as error:
             return views.refusal(str(error), "Not explained")
         progress(0, desc="Explaining")
-        explanation = self._explain(text, node, lambda share: progress(share, desc="Explaining"))
+        report = () if spaces else (lambda share: progress(share, desc="Explaining"),)
+        explanation = self._explain(text, node, *report)
         return views.words(text, explanation, is_multi_label(self.classifier))
 
-    def open_file(self, path: str | None, run: Run | None) -> list[Any]:
-        """Read an upload into memory, and end the run of the file before.
-
-        Return its kind and content, its columns, a status line, and cleared outputs of the run.
-        """
+    def close_file(self, run: Run | None) -> list[Any]:
+        """Forget the file before, and end its run, before the next one is read. Return the outputs of `open_file`."""
         if run:
             run.end()
+        return self.open_file(None)
+
+    def open_file(self, path: str | None) -> list[Any]:
+        """Read an upload into memory. Return its kind and content, its columns, a status line, and cleared outputs of a run."""
         cleared = [self.preview([]), views.problems([]), *no_downloads(), views.note("")]
         if path is None:
             return [None, gr.Dropdown(choices=[], value=None), views.progress(0, 0, 0, "No file yet."), *cleared]
@@ -411,7 +415,7 @@ class Service:
             return
         try:
             if kept is None:
-                raise Refused("There is no file: choose one first.")
+                raise Refused(f"There is no file: choose one. It is kept for {KEPT_SECONDS // 60} minutes.")
             kind, content = kept
             target = check_target(self.classifier, target if is_calibrated(self.classifier) else None)
             table = read_table(content, kind, column or "")
@@ -697,7 +701,8 @@ def file_tab(service: Service) -> None:
         running = gr.State(None)
         shown = [state, table, problems, as_csv, as_lines]
         opened = [kept, column, *shown, ended]
-        gr.on([file.upload, file.clear], service.open_file, [file, running], opened, concurrency_id="opening", **HIDDEN)
+        closed = gr.on([file.upload, file.clear], service.close_file, running, opened, queue=False, **HIDDEN)
+        closed.then(service.open_file, file, opened, concurrency_id="opening", **HIDDEN)
         start.click(service.begin_file, running, [running, ended], queue=False, **HIDDEN).then(
             service.run_file,
             [kept, column, file_target, running],

@@ -16,6 +16,8 @@ import torch
 from tables import Refused
 from transformers import Pipeline, pipeline
 
+from reading.columns import is_blank
+
 MAX_CHARACTERS = 20_000
 LEAST_TARGET, MOST_TARGET = 0.5, 0.99
 
@@ -89,7 +91,7 @@ def check_text(text: Any) -> str:
     """
     if not isinstance(text, str):
         raise Refused("A text is needed, not a number, a list or another type.")
-    if not text.strip("\0 \t\r\n") or not text.strip():
+    if is_blank(text):
         raise Refused("There is no text to classify.")
     if len(text) > MAX_CHARACTERS:
         raise Refused(f"The text has {len(text):,} characters; at most {MAX_CHARACTERS:,} are accepted.")
@@ -149,23 +151,10 @@ def check_target(classifier: Pipeline, target: Any) -> float | None:
     return float(target)
 
 
-def classify(classifier: Pipeline, text: Any, target: Any = None) -> Classification | MultiLabelClassification:
-    """Classify one text.
-
-    Args:
-        target: coverage or recall, for an answer.
-
-    Raises:
-        Refused: the text or the target is invalid.
-    """
-    target = check_target(classifier, target)
-    return classify_all(classifier, [check_text(text)], target)[0]
-
-
 def classify_all(
     classifier: Pipeline, texts: list[str], target: float | None
 ) -> list[Classification] | list[MultiLabelClassification]:
-    """Classify texts that `check_text` has returned, in their order."""
+    """Classify texts that `check_text` has returned, in their order, with answers for a target of `check_target`."""
     options = {} if target is None else {guarantee(classifier): target}
     results = classifier(texts, **options)
     for text, result in zip(texts, results, strict=True):

@@ -202,7 +202,9 @@ def test_a_warm_start_with_a_grown_taxonomy_keeps_the_known_heads(finished, tmp_
 def test_flags_that_need_no_metric_train_without_it(tiny_encoder, tmp_path):
     rows = clear_rows(1)
     train_file = write_csv(tmp_path / "train.csv", rows)
-    inner = write_csv(tmp_path / "inner.csv", [{"text": f"Texts of {i}.", "label": "specific disease"} for i in range(6)])
+    inner = write_csv(
+        tmp_path / "inner.csv", [{"text": f"Texts of {i}.", "label": "specific disease"} for i in range(6)]
+    )
     words = ["--train_file", train_file, "--model_name_or_path", tiny_encoder, "--max_steps", 2]
     run(*words, "--output_dir", tmp_path / "a", "--validation_size", 0, "--save_strategy", "best")
     assert (tmp_path / "a" / "checkpoint-2").is_dir()

@@ -5,11 +5,13 @@
 
 - float32: torch's own layer, which calls MKL, and the packed weights of ``cpu_hierarchical.py`` (oneDNN);
 - bfloat16: the same two, both by oneDNN;
-- int8: torchao without a compiler, and `prediction.int8`. Both quantize each token of the input.
+- int8: torchao without a compiler, and `prediction.int8` with inputs and outputs in float32 or bfloat16. Both quantize each
+  token of the input.
 
 The freed memory of the outputs is kept, as in predict.py. ``ONEDNN_MAX_CPU_ISA=AVX2_VNNI`` and ``ATEN_CPU_CAPABILITY=avx2``
 hold the instruction set down to that of a laptop.
 
+The last column is for "2026-11-28: int8 between bfloat16 operations".
 Supports docs/experiments.md, "2026-11-28: int8 and float32 products without torchao and MKL".
 """
 
@@ -47,6 +49,7 @@ def main() -> None:
     torch.set_num_threads(1)
     keep_memory(*KEPT_MEMORY)
     names = ["float32, MKL", "float32, packed", "bfloat16", "bfloat16, packed", "int8, torchao", "int8, this project"]
+    names += ["int8 in bfloat16"]
     print("| layer | " + " | ".join(f"{name}, ms" for name in names) + " |\n| --- |" + " ---: |" * len(names))
     for layer, (inputs, outputs) in LAYERS.items():
         torch.manual_seed(0)
@@ -60,6 +63,7 @@ def main() -> None:
         if torch.bfloat16 in packable_dtypes():
             half = [copy.deepcopy(one).bfloat16() for one in (plain, packed)]
             timed |= {name: (one, tokens.bfloat16()) for name, one in zip(names[2:4], half, strict=True)}
+            timed["int8 in bfloat16"] = Int8Linear(half[0]), tokens.bfloat16()
         cells = [f"{milliseconds(*timed[name]):.2f}" if name in timed else "" for name in names]
         print(f"| {layer} | " + " | ".join(cells) + " |", flush=True)
 

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -465,7 +466,11 @@ def test_errors_of_a_former_run_are_not_said_to_be_of_this_one(checkpoint, texts
     assert inside(*words) == 1
     (tmp_path / "out.jsonl").unlink()
     pd.DataFrame({"text": texts[:2]}).to_csv(tmp_path / "in.csv", index=False)
-    assert inside(*words) == 0
+    with pytest.raises(
+        InputError, match=r"out.jsonl.errors.jsonl already exists: give another --output, or --overwrite"
+    ):
+        inside(*words)
+    assert inside(*words, "--overwrite") == 0
     assert {path.name for path in tmp_path.iterdir()} == {"in.csv", "out.jsonl"}
 
 
@@ -576,6 +581,27 @@ def test_files_of_another_program_are_not_overwritten(checkpoint, texts, tmp_pat
         with pytest.raises(InputError, match=r"spark/ holds \S+/part-00000-2f1a\S+ of another program"):
             inside("--model", checkpoint, "--input", tmp_path / "in.csv", "--output", f"{tmp_path}/spark/", *more)
     assert theirs.read_bytes() == b"rows"
+    (tmp_path / "mine.parts").mkdir()
+    (tmp_path / "mine.parts" / "a.txt").write_text("theirs")
+    with pytest.raises(InputError, match=r"mine.parts/a.txt is of another program"):
+        inside("--model", checkpoint, "--input", tmp_path / "in.csv", "--output", f"{tmp_path}/mine/", "--overwrite")
+    (tmp_path / "uv.lock").write_text("theirs")
+    assert inside("--model", checkpoint, "--input", tmp_path / "in.csv", "--output", f"{tmp_path}/uv/") == 0
+    assert (tmp_path / "uv.lock").read_text() == (tmp_path / "mine.parts" / "a.txt").read_text() == "theirs"
+
+
+def test_texts_that_cannot_be_seen_and_empty_files_cost_no_other_row(checkpoint, texts, tmp_path):
+    (tmp_path / "in").mkdir()
+    unseen = ["\u200b", "\ufeff\u2060", "\xad \x01"]
+    header = "Re\u0301sume\u0301,,\n"  # as macOS writes accents, and spreadsheets empty columns
+    lines = [header, *(f'"{text}",,\n' for text in [texts[0], *unseen, texts[1]])]
+    (tmp_path / "in" / "a.csv").write_text("".join(lines), encoding="utf-8")
+    (tmp_path / "in" / "b.csv").write_bytes(b"")
+    words = ("--model", checkpoint, "--input", tmp_path / "in", "--text_column", "R\xe9sum\xe9")
+    assert inside(*words, "--output", tmp_path / "out.jsonl") == 1
+    assert [row["row"] for row in read_json_lines(tmp_path / "out.jsonl")] == [0, 4]
+    problems = read_json_lines(tmp_path / "out.jsonl.errors.jsonl")
+    assert [(row["row"], row["problem"]) for row in problems] == [(n, "the text is empty") for n in (1, 2, 3)]
 
 
 def test_a_file_url_is_a_path(checkpoint, texts, tmp_path):
@@ -663,10 +689,25 @@ def test_labels_that_a_csv_cannot_tell_apart_are_refused(labels_checkpoint, tmp_
     config = (folder / "config.json").read_text(encoding="utf-8")
     (folder / "config.json").write_text(config.replace("nervous system", "nervous; system"), encoding="utf-8")
     words = ("--model", folder, "--input", CORPUS / "test.csv", "--dtype", "fp32", "--output")
-    with pytest.raises(InputError, match="the label 'nervous; system diseases' contains one; write"):
+    with pytest.raises(InputError, match="joins labels by ';', and the label 'nervous; system diseases' contains it; "):
         inside(*words, tmp_path / "out.csv")
     inside(*words, tmp_path / "out.jsonl")
     assert any("nervous; system diseases" in row["labels"] for row in read_json_lines(tmp_path / "out.jsonl"))
+
+
+def test_paths_that_a_csv_cannot_tell_apart_are_refused(checkpoint, texts, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    pd.DataFrame({"text": texts[:1]}).to_csv(tmp_path / "in.csv", index=False)
+    words = ("--model", folder, "--input", tmp_path / "in.csv", "--output")
+    inside(*words, tmp_path / "a.jsonl")
+    leaf = read_json_lines(tmp_path / "a.jsonl")[0]["label"]
+    config = (folder / "config.json").read_text(encoding="utf-8")
+    for name, flags, separator in ((f"{leaf} > 9", (), " > "), (f"{leaf} | 9", ("--coverage", 0.8), r" \| ")):
+        (folder / "config.json").write_text(config.replace(json.dumps(leaf), json.dumps(name)), encoding="utf-8")
+        with pytest.raises(InputError, match=f"joins labels by '{separator}', and the label {re.escape(repr(name))}"):
+            inside(*words, tmp_path / "b.csv", *flags)
+    inside(*words, tmp_path / "b.jsonl", "--coverage", 0.8)
+    assert read_json_lines(tmp_path / "b.jsonl")[0]["label"] == name
 
 
 def test_with_several_labels_costs_replace_the_thresholds(labels_checkpoint, texts, tmp_path):

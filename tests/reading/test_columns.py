@@ -62,7 +62,10 @@ def test_several_sources_share_a_candidate():
     ("value", "problem"),
     [
         ("a text", None),
-        ("\0", None),
+        ("\0a", None),
+        ("\U0001f600", None),
+        ("\0", "the text is empty"),
+        ("\u200b\ufeff", "the text is empty"),
         ("", "the text is empty"),
         (" \n\u2003", "the text is empty"),
         (None, "the text is missing"),

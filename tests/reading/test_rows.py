@@ -209,7 +209,6 @@ def test_numbers_that_json_does_not_know_are_floats():
         ),
         ("csv", b'"text,id\na,1\n', "cannot be read: a quotation mark is not closed (lines 1 to 2)"),
         ("csv", b"text,id,text\na,1,b\n", "a file has two columns called 'text': rename or remove one"),
-        ("tsv", b"text\t\t\na\tb\tc\n", "a file has two columns called ''"),
         ("json", b'[{"a": "\xfc"}]', "a file is not UTF-8 text"),
         ("json", b'[{"a": 1},\n', "a file, line 2, is not JSON: Expecting value"),
         ("json", b"", "a file, line 1, is not JSON"),

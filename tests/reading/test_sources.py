@@ -1,5 +1,6 @@
 """Files, patterns, .gz, standard input and whole tables; and the package by itself, as it is copied beside the Space."""
 
+import glob
 import gzip
 import io
 import json
@@ -14,7 +15,8 @@ import pytest
 from conftest import ROOT, stranger
 
 from reading.rows import InputError
-from reading.sources import Source, Table, find_sources, kind_of, open_rows, read_table
+from reading.sources import Source, Table, find_all_sources, find_sources, kind_of, open_rows, read_table
+from reading.stores import matches
 
 CSV = b"text,id\na,1\n\nb,2\n"
 
@@ -40,6 +42,26 @@ def test_a_pattern_means_its_files_in_sorted_order(tmp_path, monkeypatch):
         with pytest.raises(InputError) as refused:
             find_sources(pattern, kind)
         assert message in str(refused.value)
+
+
+def test_two_stars_mean_any_number_of_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a" / "x" / "y").mkdir(parents=True)
+    names = ["a/1.csv", "a/x/2.csv", "a/x/y/3.csv", "a/x/y/4.txt"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    assert [source.path for source in find_sources("a/**/*.csv")] == names[:3]
+    for pattern in ("a/**/*.csv", "**/*.txt", "a/x/**/3.csv", "a/**", "**/x/*", "a/**/y/**/*", "*/**/[34].*"):
+        expected = [name for name in names if name in glob.glob(pattern, recursive=True)]  # and in an object store
+        assert [name for name in names if matches(name.split("/"), pattern.split("/"))] == expected, pattern
+
+
+def test_a_file_that_is_named_twice_is_read_once(tmp_path):
+    (tmp_path / "a.csv").write_bytes(CSV)
+    (tmp_path / "b.csv").symlink_to(tmp_path / "a.csv")
+    (tmp_path / "c.csv").write_bytes(CSV)
+    found = find_all_sources([f"{tmp_path}/a.csv", str(tmp_path), f"{tmp_path}/*.csv"])
+    assert [os.path.basename(source.path) for source in found] == ["a.csv", "c.csv"]
 
 
 def test_a_folder_means_its_files_of_known_kinds(tmp_path):

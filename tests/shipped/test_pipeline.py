@@ -248,10 +248,13 @@ def table_without(row: str, column: str | None = None) -> dict:
         (table_without("d") | {"D": {}}, "costs: rows: the label 'D' is not in the taxonomy"),
         (table_without("d") | {"b": {}}, "costs: rows: 'b' is an inner node, and costs are of leaves"),
         (table_without("d") | {"d": 1.0}, "costs: the row of 'd' must map leaves to costs, not float"),
-        (table_without("d") | {"d": dict.fromkeys(LEAVES, -1)}, "the row of 'd', .*: a cost is a number of at least 0"),
-        (table_without("d") | {"d": dict.fromkeys(LEAVES, "x")}, "a cost is a number of at least 0, not 'x'"),
-        (table_without("d") | {"d": dict.fromkeys(LEAVES, float("nan"))}, "a cost is a number of at least 0, not nan"),
-        (table_without("d") | {"d": dict.fromkeys(LEAVES, float("inf"))}, "a cost is a number of at least 0, not inf"),
+        (
+            table_without("d") | {"d": dict.fromkeys(LEAVES, -1)},
+            "the row of 'd', .*: a cost is a number from 0 to 1e300",
+        ),
+        (table_without("d") | {"d": dict.fromkeys(LEAVES, "x")}, "a cost is a number from 0 to 1e300, not 'x'"),
+        (table_without("d") | {"d": dict.fromkeys(LEAVES, float("nan"))}, "a cost is a number from 0 to 1e300, not nan"),
+        (table_without("d") | {"d": dict.fromkeys(LEAVES, float("inf"))}, "a cost is a number from 0 to 1e300, not inf"),
     ],
 )
 def test_costs_that_cannot_be_used_are_refused(classify, costs, message):
@@ -357,9 +360,11 @@ def test_arguments_out_of_range_are_refused(classify, arguments, message):
         classify("text", **arguments)
 
 
-def test_a_text_that_is_no_tokens_is_refused(checkpoint):
+@pytest.mark.parametrize("has_special_tokens", [True, False])
+def test_a_text_that_is_no_tokens_is_refused(checkpoint, has_special_tokens):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
-    tokenizer.backend_tokenizer.post_processor = None  # which puts [CLS] and [SEP] around a text
+    if not has_special_tokens:
+        tokenizer.backend_tokenizer.post_processor = None  # which puts [CLS] and [SEP] around a text
     model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
     classify = HierarchicalTextClassificationPipeline(model=model, tokenizer=tokenizer)
     for texts in ("\u200b", ["liver", "\u200b"]):

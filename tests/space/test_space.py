@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT / "space"))
 
 import views
 from attribution import Explainer, split_at_jumps
-from classification import check_text, classify
+from classification import check_text, classify_all
 from tables import MAX_BYTES, MAX_COLUMNS, Refused, defuse, join_lists, read_table, to_csv
 
 from publishing.hub import SPACE_FILES
@@ -134,7 +134,7 @@ def test_weights_add_up_and_the_pieces_of_a_word_are_one_word(classifier, texts)
             assert abs(found["error"]) < 0.02
             shown = [word["word"] for word in found["words"] if word["word"].isalpha()]
             assert shown == re.findall(r"[A-Za-z]+", re.sub(r"\w*\d\w*", "", text))
-            probability = classify(classifier, text)["levels"]
+            probability = classify_all(classifier, [text], None)[0]["levels"]
             assert found["score"] == pytest.approx(
                 next(level[node] for level in probability if node in level), abs=1e-5
             )
@@ -154,12 +154,14 @@ def test_weights_of_a_label_add_up_to_its_log_odds(labels_classifier):
 
 def test_explaining_changes_nothing_for_those_who_classify_meanwhile(classifier, texts):
     explainer = Explainer(classifier)
-    before = [classify(classifier, text)["score"] for text in texts[:6]]
+    before = [classify_all(classifier, [text], None)[0]["score"] for text in texts[:6]]
     with ThreadPoolExecutor(1) as pool:
         busy = pool.submit(lambda: [explainer.explain(text, "neoplasms") for text in texts[:6]])
         rounds = 0
         while not busy.done() or rounds == 0:
-            assert [classify(classifier, text)["score"] for text in texts[:6]] == pytest.approx(before, abs=1e-6)
+            assert [classify_all(classifier, [text], None)[0]["score"] for text in texts[:6]] == pytest.approx(
+                before, abs=1e-6
+            )
             rounds += 1
     assert len(busy.result()) == 6
 
@@ -414,7 +416,7 @@ def test_formulas_are_defused_and_all_else_comes_back_as_it_was():
 
 
 def test_nothing_hostile_becomes_markup(classifier):
-    found = classify(classifier, HOSTILE)
+    found = classify_all(classifier, [HOSTILE], None)[0]
     found["label"] = found["path"][-1]["label"] = HOSTILE
     explained = {
         "label": HOSTILE, "score": 0.5, "blank_score": 0.1, "rest": 0.0, "error": 0.0, "characters_read": 20,
@@ -493,7 +495,7 @@ def test_one_node_too_many_is_drawn_itself():
 
 
 def test_no_label_and_a_long_answer_are_said_plainly(labels_classifier):
-    found = classify(labels_classifier, "We report on the weather.")
+    found = classify_all(labels_classifier, ["We report on the weather."], None)[0]
     assert found["labels"] == []
     assert "No label" in views.labels_result("", found, "", {})
     assert views.recall_answer(0.5, []) == "For 50% recall: no node"
@@ -789,18 +791,56 @@ def test_every_package_that_the_space_imports_is_required():
     assert others <= required
 
 
+# As in the package of this name: arguments and results are pickled, and an error comes back as its type's name.
+ZERO_GPU = """
+import pickle
+lent = 0
+def GPU(function):
+    global lent
+    lent += 1
+    def run(*arguments):
+        try:
+            return pickle.loads(pickle.dumps(function(*pickle.loads(pickle.dumps(arguments)))))
+        except Exception as error:
+            raise RuntimeError(type(error).__name__) from None
+    return run
+"""
+
+
 def test_where_zerogpu_is_its_decorator_is_used(clear_checkpoint, tmp_path):
-    (tmp_path / "spaces.py").write_text("lent = []\ndef GPU(f):\n    lent.append(f)\n    return f\n")
+    (tmp_path / "spaces.py").write_text(ZERO_GPU)
     code = f"""
 import json, sys
 sys.path[:0] = [{str(ROOT / "space")!r}, {str(tmp_path)!r}]
 import spaces, app
 service = app.Service(app.load({clear_checkpoint!r}, None))
-print(json.dumps([len(spaces.lent), service.classify("A text.")["label"]]))
+node = service.classify("A study of angina.")["label"]
+progress = lambda share, desc: None
+pages = [service.show_result("", 0.9)[0], service.show_result("A study of angina.", 2)[0]]
+pages += [service.show_words("A study of angina.", node, progress), service.explain("A study of angina.", node)["label"]]
+print(json.dumps([spaces.lent, node, *pages]))
 """
-    count, label = stranger(code, tmp_path, {"HF_HUB_OFFLINE": "1"})
-    assert count == 3
-    assert label
+    count, node, empty, high, words, explained = stranger(code, tmp_path, {"HF_HUB_OFFLINE": "1"})
+    assert count == 2
+    assert "There is no text to classify." in empty
+    assert node in high
+    assert "The coverage must lie between 0.5 and 0.99." in high
+    assert "angina" in words
+    assert explained == node
+
+
+def test_a_file_is_forgotten_before_the_next_one_is_read(classifier):
+    import app
+
+    page = app.build(classifier, "model")
+    (close,) = (function for function in page.fns.values() if function.name == "close_file")
+    (opening,) = (function for function in page.fns.values() if function.name == "open_file")
+    assert {event for _, event in close.targets} == {"upload", "clear"}
+    assert not close.queue  # it does not wait for the run that it ends
+    assert opening.trigger_after == close._id
+    run = app.Run()
+    assert app.Service(classifier).close_file(run)[0] is None
+    assert not run.active
 
 
 def test_a_model_that_cannot_be_loaded_is_one_line(tiny_encoder, tmp_path):
