@@ -12,6 +12,7 @@ Worth knowing:
 import argparse
 import importlib.util
 import sys
+import traceback
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
@@ -150,22 +151,29 @@ def resume_hint() -> str:
     return f"the same command{' without --overwrite' if '--overwrite' in sys.argv else ''} continues from here"
 
 
+def failure(error: Exception) -> str | None:
+    """Return the message for an error that a user can correct, on one line, or None for a bug of this project."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    if isinstance(error, InputError):
+        return str(error)
+    if should_reduce_batch_size(error):
+        return "out of memory: give a smaller --batch_size, and --overwrite"
+    if is_full_disk(error):
+        return f"{one_line(error)}: make room; {resume_hint()}"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{one_line(error)}: it can be neither written nor read; {resume_hint()}"
+    return None
+
+
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except InputError as error:
-        exit_with_error("predict.py", str(error), trace=asked_traceback())
     except KeyboardInterrupt:
         exit_with_error("predict.py", f"stopped; {resume_hint()}", 130)
-    except RuntimeError as error:
-        from accelerate.utils.memory import should_reduce_batch_size
-
-        if not should_reduce_batch_size(error):
-            raise
-        message = "out of memory: give a smaller --batch_size, and --overwrite"
+    except Exception as error:
+        message = failure(error)
+        if message is None:
+            traceback.print_exc()
+            sys.exit(3)  # 1 says that rows could not be read
         exit_with_error("predict.py", message, trace=asked_traceback())
-    except OSError as error:
-        if not is_full_disk(error) and error.filename is None:
-            raise
-        remedy = "make room" if is_full_disk(error) else "it can be neither written nor read"
-        exit_with_error("predict.py", f"{one_line(error)}: {remedy}; {resume_hint()}", trace=asked_traceback())

@@ -253,8 +253,14 @@ def table_without(row: str, column: str | None = None) -> dict:
             "the row of 'd', .*: a cost is a number from 0 to 1e300",
         ),
         (table_without("d") | {"d": dict.fromkeys(LEAVES, "x")}, "a cost is a number from 0 to 1e300, not 'x'"),
-        (table_without("d") | {"d": dict.fromkeys(LEAVES, float("nan"))}, "a cost is a number from 0 to 1e300, not nan"),
-        (table_without("d") | {"d": dict.fromkeys(LEAVES, float("inf"))}, "a cost is a number from 0 to 1e300, not inf"),
+        (
+            table_without("d") | {"d": dict.fromkeys(LEAVES, float("nan"))},
+            "a cost is a number from 0 to 1e300, not nan",
+        ),
+        (
+            table_without("d") | {"d": dict.fromkeys(LEAVES, float("inf"))},
+            "a cost is a number from 0 to 1e300, not inf",
+        ),
     ],
 )
 def test_costs_that_cannot_be_used_are_refused(classify, costs, message):
