@@ -361,7 +361,7 @@ def test_a_file_that_cannot_be_read_is_refused_in_words(page, tmp_path, name, co
     page.until(lambda: page.all("#state [role=alert]"))
     assert message in page.text("#state")
     page.press("#start")
-    page.until(lambda: "choose one first" in page.text("#state"))
+    page.until(lambda: "There is no file: choose one." in page.text("#state"))
 
 
 def test_a_file_of_more_than_10_mb_is_refused_in_words(page, tmp_path):
