@@ -13,6 +13,7 @@ import resource
 import shutil
 import tempfile
 from pathlib import Path
+from unicodedata import category
 
 import pyarrow
 import pyarrow.parquet
@@ -195,7 +196,7 @@ def test_tables_hold_what_was_written(file, rows, kind):
     assert list(zip(*read_table(source).columns.values(), strict=True)) == [tuple(row) for row in rows]
     found = list(read_records([source], "text", "a"))
     assert [(record.id, record.text) for record in found] == [
-        (row[0], row[2] if row[2].strip() else None) for row in rows
+        (row[0], row[2] if any(category(one)[0] not in "CZ" for one in row[2]) else None) for row in rows
     ]
 
 

@@ -33,8 +33,11 @@ logger = logging.getLogger(__name__)
 
 # a plain string column of Arrow holds at most 2 GB
 FEATURES = datasets.Features(
-    {"text": datasets.Value("large_string"), "moved": datasets.Value("bool")}
-    | dict.fromkeys(("label", "row", "text_id"), datasets.Value("int64"))
+    {
+        "text": datasets.Value("large_string"),
+        **dict.fromkeys(("label", "row", "text_id"), datasets.Value("int64")),
+        "moved": datasets.Value("bool"),
+    }
 )
 MULTI_LABEL_FEATURES = datasets.Features({**FEATURES, "label": datasets.List(datasets.Value("int64"))})
 
