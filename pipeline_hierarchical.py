@@ -438,7 +438,8 @@ def conformal_threshold(thresholds: list[float | None] | None, coverage: float) 
         raise ValueError(f"coverage must be a number between 0 and 1, not {coverage!r}")
     if thresholds is None:
         raise ValueError("this checkpoint was not calibrated: coverage needs one that was trained with validation rows")
-    return thresholds[index] if (index := threshold_index(coverage)) < len(thresholds) else None
+    index = threshold_index(coverage)
+    return thresholds[index] if index < len(thresholds) else None
 
 
 def recall_threshold(config: Any, recall: float) -> float:

@@ -46,6 +46,7 @@ from evaluation.multi_label import (
     marginal_logits,
     recall_scores,
 )
+from pipeline_hierarchical import threshold_index
 from publishing.card import MEASURED_RECALL
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import HierarchicalTrainingArguments
@@ -345,7 +346,7 @@ def answers(tree: Taxonomy, scores: np.ndarray, labels: np.ndarray, num_fitted: 
             calibrate_out_of_fold(fit_calibration, *given, fitted), labels[fitted]
         )
         u = fit_calibration(*given).apply(tree, scores[scored], None)
-        measured = recall_scores(u, labels[scored], thresholds[round(100 * MEASURED_RECALL) - 1])
+        measured = recall_scores(u, labels[scored], thresholds[threshold_index(MEASURED_RECALL)])
         found.append((measured["recall"], measured["nodes"], num_texts))
     recall, nodes, num_texts = np.mean(found, axis=0)
     return {

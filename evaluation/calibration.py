@@ -13,15 +13,16 @@ Worth knowing:
 3. The thresholds are quantiles of the nonconformity scores of `pipeline_hierarchical`. Split conformal prediction (Vovk et
    al., 2005) takes the k-th smallest of n scores, k = ⌈(n + 1) · coverage⌉. A new document's score is at most this threshold
    with at least that probability, if the document is drawn like the validation rows. Two conditions follow:
-   - The scored model must not be fitted to these rows, hence `calibrate_out_of_fold` (cross-conformal prediction: Vovk, 2015).
+   - The scored model must not be fitted to these rows, hence `calibrate_out_of_fold` (cross-conformal prediction: Vovk,
+     2015).
    - The scores must be exchangeable, which scores of several rows of one text are not: see `nonconformity_scores`.
    The selection of the checkpoint on the same rows is not corrected; evaluation measures the coverage on the test rows.
    A row labelled with an inner node counts as covered if the answer contains every leaf below. Leaving such rows out would
    select rows by their label, and the coverage of the other rows would be too low.
 
 In this file ``logits`` and ``lexical_scores`` are leaf logits, (num_documents, num_leaves), the latter None without a lexical
-head. ``labels`` are node ids, and ``texts`` the same number for the same text, (num_documents,) each. `calibrate_out_of_fold` also serves
-several labels a text, with the arrays of `evaluation.multi_label`.
+head. ``labels`` are node ids, and ``texts`` the same number for the same text, (num_documents,) each. With several labels a
+text, `calibrate_out_of_fold` gets the arrays of `evaluation.multi_label`.
 """
 
 from collections.abc import Callable, Iterator

@@ -48,7 +48,7 @@ def list_label_issues(taxonomy: Taxonomy, rows: Dataset, vocab_size: int) -> pd.
     if logits is None or not judged:
         return pd.DataFrame(columns=COLUMNS)
     issues = rank_issues(taxonomy, judged, logits, labels)
-    issues = issues[~np.array(rows["moved"])[issues["index"]]]  # their row numbers are of another file
+    issues = issues[~np.array(rows["moved"])[issues["index"]]]  # whose numbers are those of another file
     index = issues["index"].to_numpy()
     if labels.ndim == 2:
         given = [{*np.flatnonzero(labels[row] == 1).tolist()} for row in index]

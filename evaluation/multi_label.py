@@ -341,9 +341,9 @@ def is_likely(u: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def pair_variance(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return each likely pair's part of the variance of its bin's number of correct pairs, if P is correct: (num_pairs,).
 
-    Decisions are independent given their parents. Let k be the lowest common ancestor of nodes i and j of one text, or one of
-    them. Their covariance is P(i) P(j) (1 / P(k) - 1), and 0 in different trees. With i = j it is P(i) (1 - P(i)). A pair's part is the
-    sum over the pairs of its text in its bin.
+    Decisions are independent given their parents. Let k be the lowest node on the paths of both i and j, nodes of one text.
+    Their covariance is P(i) P(j) (1 / P(k) - 1), and 0 in different trees. With i = j it is P(i) (1 - P(i)). A pair's part is
+    the sum over the pairs of its text in its bin.
     """
     ancestors, likely = np.array(taxonomy.ancestors), is_likely(u, labels)
     ancestors = np.pad(ancestors, ((0, 0), (1, 0)), constant_values=taxonomy.num_nodes)  # above all trees, with P = 1

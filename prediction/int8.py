@@ -46,7 +46,7 @@ def replace_linear_layers(encoder: nn.Module, kind: Callable[[nn.Linear], nn.Mod
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with 8-bit weights, for inference: (…, in) to (…, out), in the float32 or bfloat16 of both."""
+    """A linear layer with 8-bit weights, for inference: (…, in) to (…, out). Both are float32 or bfloat16."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()

@@ -37,9 +37,9 @@ class Source:
 
 
 def find_sources(pattern: str, kind: str | None = None) -> list[Source]:
-    """Return the files of a path, URL, pattern such as ``part-*.csv`` or ``**/*.csv``, folder, or ``-`` for standard input, in sorted order.
+    """Return the files of a path, URL, pattern or folder, in sorted order. ``-`` is standard input.
 
-    Of a folder these are the files of all `KINDS`, without hidden ones and those that begin with ``_``. The kind overrides
+    Patterns are such as ``part-*.csv`` or ``**/*.csv``. Of a folder these are the files of all `KINDS`, without hidden ones and those that begin with ``_``. The kind overrides
     the one that the file names imply. InputError is raised if no file matches, or the kind is unknown.
     """
     pattern = pattern.removeprefix("file://")

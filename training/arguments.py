@@ -261,11 +261,8 @@ def check_values(arguments: Arguments) -> None:
     by_steps = training.eval_strategy == training.save_strategy == "steps"
     checkpoint_kwargs = inspect.signature(torch.utils.checkpoint.checkpoint).parameters.keys()
     optim_args = (training.optim_args or "").replace(" ", "")
-    columns, delimiter, schedule = (
-        data.label_column or [],
-        data.label_delimiter,
-        SchedulerType(training.lr_scheduler_type),
-    )
+    columns, delimiter = data.label_column or [], data.label_delimiter
+    schedule = SchedulerType(training.lr_scheduler_type)
     fsdp = training.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
     problems = {
         "--tuning full trains every weight, and quantized weights cannot be trained: use --quantization none": (

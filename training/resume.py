@@ -115,8 +115,13 @@ def check_resumed_data(checkpoint: str, taxonomy: Taxonomy, report: dict[str, An
     with refusing(f"{file} cannot be read"):
         stored_report = json.loads(file.read_text(encoding="utf-8"))
         before, now = (
-            {name: data[name] for name in ("split", "columns")}
-            | {"hashes": [sorted(source["sha256"].values()) for source in data["sources"] if source["split"] != "test"]}
+            {
+                "split": {name: value for name, value in data["split"].items() if name != "seed"},
+                "columns": data["columns"],
+                "hashes": [
+                    sorted(source["sha256"].values()) for source in data["sources"] if source["split"] != "test"
+                ],
+            }
             for data in (stored_report, report)
         )
     if before != now:

@@ -20,7 +20,7 @@ from training.losses import average_over_labels
 
 FIRST_IN_BOTH = 0.7  # how often both halves have the first sentence, which is usually a title
 LONGEST_HALF = 0.55  # largest share of a text's tokens in one half
-NO_SENTENCE = -1  # the number of special tokens
+NO_SENTENCE = -1  # in place of a special token's sentence number
 PADDING = -2
 BOUNDARY = re.compile(r"(?<=[.?!])\s+|(?<=[。！？])")
 
