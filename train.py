@@ -35,11 +35,11 @@ from taxonomy_hierarchical import TaxonomyError
 from training import resume
 from training.arguments import Arguments, HierarchicalTrainingArguments, check_against_data, parse
 from training.files import write_json
-from training.label_names import initialise_heads
 from training.losses import HierarchicalFocalLoss
 from training.memory import keep_memory
 from training.model import build_model, fetch_model, load_tokenizer, size_report
 from training.multi_label import MultiLabelFocalLoss, label_arrays
+from training.prototypes import initialise_heads
 from training.publish import check_hub, push, run_facts, run_settings, write_card
 from training.splits import LabelledSplits, load_splits, train_on_validation_rows
 from training.tokens import tokenize_splits

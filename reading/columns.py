@@ -60,8 +60,8 @@ def text_problem(value: Any) -> str | None:
 
 
 def is_blank(text: str) -> bool:
-    """Return whether a text has only characters that are not seen: spaces, control and format characters."""
-    return all(unicodedata.category(character)[0] in "CZ" for character in text)
+    """Return whether a text has nothing to read: only spaces, control and format characters, and accents without a letter."""
+    return all(unicodedata.category(character)[0] in "CMZ" for character in text)
 
 
 def listed(names: Iterable[str], most: int = 20) -> str:

@@ -152,6 +152,11 @@ TRAIN = [
     ((*DATA, "--bf16_full_eval", "true"), "--bf16_full_eval has no use here"),
     ((*DATA, "--dataloader_drop_last", "true"), "--dataloader_drop_last has no use here"),
     ((*DATA, "--save_total_limit", "0"), "--save_total_limit must be at least 1"),
+    ((*DATA, "--neftune_noise_alpha", "-1"), "--neftune_noise_alpha must be at least 0, not -1"),
+    (
+        (*DATA, "--dataloader_num_workers", "1", "--dataloader_prefetch_factor", "0"),
+        "--dataloader_prefetch_factor must be at least 1, not 0",
+    ),
     ((*DATA, "--eval_strategy", "steps", "--save_strategy", "steps", "--eval_steps", "1", "--save_steps", "3"),
      "--load_best_model_at_end needs a save at every evaluation: give the same --eval_steps and --save_steps"),
     ((*DATA, "--gradient_checkpointing_kwargs", '{"foo": 1}'), "--gradient_checkpointing_kwargs has an unknown name"),

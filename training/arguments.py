@@ -53,8 +53,8 @@ class ModelArguments:
     pooling: Literal["mean", "cls", "label_attention"] = flag(
         "mean", "Vector of a text: the mean of its token vectors, the first one, or for each class a weighted mean."
     )
-    heads_init: Literal["label_names", "random"] | None = flag(
-        None, f"Initial heads. Default: label_names below {FEW_ROWS} rows per class, if the names fit."
+    heads_init: Literal["prototypes", "random"] | None = flag(
+        None, f"Initial heads. Default: prototypes, from texts and class names, below {FEW_ROWS} rows per class."
     )
     lexical_head: bool | None = flag(None, "Add a linear classifier of the tokens. Default: true up to 2^24 weights.")
 
@@ -181,7 +181,8 @@ RANGES = {
     **dict.fromkeys(("lora_dropout", "label_smoothing_factor"), "[0, 1)"),
     **dict.fromkeys(("learning_rate", "heads_learning_rate", "num_train_epochs"), "(0, inf)"),
     **dict.fromkeys(("focal_gamma", "consistency", "weight_decay", "max_grad_norm"), "[0, inf)"),
-    **dict.fromkeys(("early_stopping_patience", "dataloader_num_workers"), "[0, inf)"),
+    **dict.fromkeys(("early_stopping_patience", "dataloader_num_workers", "neftune_noise_alpha"), "[0, inf)"),
+    "dataloader_prefetch_factor": "[1, inf)",
     **dict.fromkeys(("seed", "data_seed"), "[0, 4294967296)"),
     "max_length": "[8, inf)",
 }

@@ -44,7 +44,7 @@ VARIANTS = {
     "no label smoothing": ("--label_smoothing_factor", "0"),
     "label smoothing 0.15": ("--label_smoothing_factor", "0.15"),
     "first token": ("--pooling", "cls"),
-    "heads begin as the labels' names": ("--heads_init", "label_names"),
+    "heads begin as prototypes": ("--heads_init", "prototypes"),
     "rank 4": ("--lora_r", "4", "--lora_alpha", "8"),
     "rank 64": ("--lora_r", "64", "--lora_alpha", "128"),
     "query and value": ("--lora_target_modules", "query", "value"),

@@ -21,7 +21,7 @@ from ablation import ROOT, ohsumed, read
 
 DESCRIPTIONS = Path(__file__).with_name("descriptions.csv")
 ROWS = (4, 16, None)  # a class; None means all rows
-INITS = {"random": "random", "label_names": "label_names", "codes": "label_names", "descriptions": "label_names"}
+INITS = {"random": "random", "label_names": "prototypes", "codes": "prototypes", "descriptions": "prototypes"}
 SHOWN = {"test_accuracy": 100, "test_macro_f1": 100, "test_log_loss": 1}
 ALONE = {f"uncalibrated_{name}": scale for name, scale in SHOWN.items()}
 

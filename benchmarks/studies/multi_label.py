@@ -1,6 +1,6 @@
 """Compare losses and settings for several labels a text on Hallmarks of Cancer, without its test file:
 
-    python benchmarks/studies/multi_label.py --data FOLDER --encoder ENCODER [--variant recipe "every decision" …]
+    python benchmarks/studies/multi_label.py --data FOLDER --encoder ENCODER [--variant recipe "every decision" … --seed 1 2 …]
 
 FOLDER holds ``hallmarks_of_cancer/{train,validation}.jsonl`` with ``taxonomy.json``. A fifth of the training texts is scored.
 ``train.py`` trains on the others, over a full-precision encoder. The validation file selects the epoch, calibrates, and gives the
@@ -8,6 +8,7 @@ thresholds. So the scored rows are used for nothing else. With about 200 rows, a
 average precision and log loss vary less. Finished runs are not repeated.
 
 Supports docs/experiments.md, "2026-11-27: Losses and settings for several labels a text".
+The variant "nested scores" has an entry of its own: "2026-11-28: Nested scores for several labels a text".
 """
 
 import argparse
@@ -15,21 +16,23 @@ import json
 import random
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, pad
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import train
+from modeling_hierarchical import HierarchicalHeads, TreeSoftmax, segment_logsumexp
 from taxonomy_hierarchical import Taxonomy
 from training.losses import average_over_labels
-from training.multi_label import MultiLabelFocalLoss, open_counts
+from training.multi_label import MultiLabelFocalLoss, open_counts, prior_log_odds
 
 SCORED = 0.2  # of the training texts
 MEAN = ("--pooling", "mean")
@@ -43,6 +46,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "open decisions, mean pooling, rank 64": (*MEAN, "--lora_r", "64", "--lora_alpha", "128"),
     "every decision": (),
     "asymmetric loss": (),
+    "nested scores": (),
 }
 SHOWN = {"micro_f1": 100, "macro_f1": 100, "mean_average_precision": 100, "log_loss": 1, "ece": 1, "ece_by_chance": 1}
 
@@ -84,8 +88,32 @@ class Asymmetric(MultiLabelFocalLoss):
         return average_over_labels(torch.where(labels >= 0, loss, 0).sum(1), labels, num_items_in_batch)
 
 
+class NestedScores(MultiLabelFocalLoss):
+    """The recipe's loss, of scores that include the logsumexp of the children's scores, as with one path a text.
+
+    The constant at which a node's score starts is taken off, so that its initial bias stays its log-odds.
+    """
+
+    def __init__(self, tree: Taxonomy, labels: np.ndarray, *arguments: Any, **settings: Any):
+        super().__init__(tree, labels, *arguments, **settings)
+        nested, plain = TreeSoftmax(tree), HierarchicalHeads.own_scores
+        prior = torch.from_numpy(prior_log_odds(tree, labels)).float()[None]
+        inclusive = segment_logsumexp(prior, nested.group, nested.num_groups)
+        initial = pad(inclusive, (0, 1))[:, nested.below]
+
+        def own_scores(heads: HierarchicalHeads, *inputs: Any) -> Tensor:
+            return nested.with_inclusive_values(plain(heads, *inputs) - initial)
+
+        HierarchicalHeads.own_scores = own_scores  # type: ignore[method-assign,assignment]
+
+
 def loss_of(variant: str) -> type[MultiLabelFocalLoss]:
-    others = {"open decisions": OpenDecisions, "every decision": EveryDecision, "asymmetric loss": Asymmetric}
+    others = {
+        "open decisions": OpenDecisions,
+        "every decision": EveryDecision,
+        "asymmetric loss": Asymmetric,
+        "nested scores": NestedScores,
+    }
     return others.get(variant.split(", mean")[0], MultiLabelFocalLoss)
 
 
@@ -94,25 +122,26 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--encoder", required=True)
     parser.add_argument("--variant", choices=FLAGS, nargs="+", default=[*FLAGS])
+    parser.add_argument("--seed", type=int, nargs="+", default=[42])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "multi_label")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # train in this process
     arguments = parser.parse_args()
-    print(f"| variant | epoch | {' | '.join(SHOWN)} | mean average precision, encoder alone | its log loss |")
-    for variant in arguments.variant:
-        folder = arguments.runs / variant.replace(" ", "-").replace(",", "")
+    print(f"| variant | seed | epoch | {' | '.join(SHOWN)} | mean average precision, encoder alone | its log loss |")
+    for variant, seed in product(arguments.variant, arguments.seed):
+        folder = arguments.runs / f"{variant.replace(' ', '-').replace(',', '')}-{seed}"
         if not (folder / "metrics.json").exists():
-            words = flags(variant, folder, arguments)
+            words = [*flags(variant, folder, arguments), "--seed", str(seed)]
             if arguments.here:
                 train.MultiLabelFocalLoss = loss_of(variant)  # type: ignore[misc]
                 sys.exit(train.main(words))
-            command = [sys.executable, __file__, "--here", "--variant", variant, "--data", arguments.data]
-            command += ["--encoder", arguments.encoder, "--runs", arguments.runs]
+            command = [sys.executable, __file__, "--here", "--variant", variant, "--seed", seed]
+            command += ["--data", arguments.data, "--encoder", arguments.encoder, "--runs", arguments.runs]
             subprocess.run([*map(str, command)], check=True, stdout=sys.stderr)
         metrics = json.loads((folder / "metrics.json").read_text())
         alone = (metrics[f"without_lexical_head_test_{name}"] for name in ("mean_average_precision", "log_loss"))
         cells = [f"{factor * metrics[f'test_{name}']:.{1 if factor > 1 else 3}f}" for name, factor in SHOWN.items()]
         cells += [f"{value * factor:.{digits}f}" for value, factor, digits in zip(alone, (100, 1), (1, 3), strict=True)]
-        print(f"| {variant} | {metrics['epoch']:.0f} | {' | '.join(cells)} |", flush=True)
+        print(f"| {variant} | {seed} | {metrics['epoch']:.0f} | {' | '.join(cells)} |", flush=True)
 
 
 def flags(variant: str, folder: Path, arguments: argparse.Namespace) -> list[str]:

@@ -592,16 +592,16 @@ def test_files_of_another_program_are_not_overwritten(checkpoint, texts, tmp_pat
 
 def test_texts_that_cannot_be_seen_and_empty_files_cost_no_other_row(checkpoint, texts, tmp_path):
     (tmp_path / "in").mkdir()
-    unseen = ["\u200b", "\ufeff\u2060", "\xad \x01"]
+    unseen = ["\u200b", "\ufeff\u2060", "\xad \x01", "\u0301 \u0308"]
     header = "Re\u0301sume\u0301,,\n"  # as macOS writes accents, and spreadsheets empty columns
     lines = [header, *(f'"{text}",,\n' for text in [texts[0], *unseen, texts[1]])]
     (tmp_path / "in" / "a.csv").write_text("".join(lines), encoding="utf-8")
     (tmp_path / "in" / "b.csv").write_bytes(b"")
     words = ("--model", checkpoint, "--input", tmp_path / "in", "--text_column", "R\xe9sum\xe9")
     assert inside(*words, "--output", tmp_path / "out.jsonl") == 1
-    assert [row["row"] for row in read_json_lines(tmp_path / "out.jsonl")] == [0, 4]
+    assert [row["row"] for row in read_json_lines(tmp_path / "out.jsonl")] == [0, 5]
     problems = read_json_lines(tmp_path / "out.jsonl.errors.jsonl")
-    assert [(row["row"], row["problem"]) for row in problems] == [(n, "the text is empty") for n in (1, 2, 3)]
+    assert [(row["row"], row["problem"]) for row in problems] == [(n, "the text is empty") for n in (1, 2, 3, 4)]
 
 
 def test_a_file_url_is_a_path(checkpoint, texts, tmp_path):

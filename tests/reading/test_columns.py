@@ -66,6 +66,7 @@ def test_several_sources_share_a_candidate():
         ("\U0001f600", None),
         ("\0", "the text is empty"),
         ("\u200b\ufeff", "the text is empty"),
+        ("\u0301 \u0308", "the text is empty"),  # accents without a letter
         ("", "the text is empty"),
         (" \n\u2003", "the text is empty"),
         (None, "the text is missing"),

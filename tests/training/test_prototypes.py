@@ -1,0 +1,239 @@
+"""Heads that are initialised from texts and class names, against vectors that transformers gives, and from the command line."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLEAR, read_csv, run, write_csv
+from datasets import Dataset
+from safetensors.torch import load_file
+from scipy.special import log_softmax
+from test_trainer import arguments
+from transformers import AutoModel, AutoTokenizer
+
+from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
+from training.arguments import ModelArguments
+from training.model import build_model
+from training.prototypes import DESCRIPTION_WEIGHT, NAME_WEIGHT, TYPICAL_SCORE, initialise_heads
+from training.trainer import HierarchicalTrainer
+from training.views import build_collator
+
+TREE = Taxonomy(DEFAULT_TAXONOMY)
+ROWS = [
+    {"text": f"We studied {name} in adults, and report how {name} was treated.", "label": label}
+    for label, names in CLEAR.items()
+    for name in names
+]
+DESCRIPTIONS = {
+    "neoplasms": "carcinoma, lymphoma, sarcoma",
+    "digestive system diseases": "gastritis, hepatitis, ulcer",
+    "nervous system diseases": "epilepsy, dementia, seizures",
+    "cardiovascular diseases": "angina, infarction, thrombosis",
+}
+FITS = (
+    "the training texts and the class names",
+    "the training texts alone",
+    "the training texts, the class names and their descriptions",
+)
+ASKED = {"heads_init": "prototypes"}
+
+
+def vectors(minilm: str, texts: list[str]) -> np.ndarray:
+    """Mean token vectors of the encoder as it is, loaded the plain way."""
+    tokenizer, encoder = AutoTokenizer.from_pretrained(minilm), AutoModel.from_pretrained(minilm).eval()
+    with torch.no_grad():
+        return np.stack(
+            [encoder(**tokenizer(t, return_tensors="pt")).last_hidden_state[0].mean(0).numpy() for t in texts]
+        )
+
+
+def unit(vector: np.ndarray) -> np.ndarray:
+    return vector / np.linalg.norm(vector)
+
+
+def offsets_and_names(minilm: str, names: list[str]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The texts' vectors less their mean, over their spread, and the directions of the names."""
+    texts, named = vectors(minilm, [row["text"] for row in ROWS]), vectors(minilm, names)
+    offsets = texts - texts.mean(0)
+    return offsets / np.sqrt((offsets**2).sum(1).mean()), [unit(one - named.mean(0)) for one in named]
+
+
+def trainer_of(minilm: str, folder, tree: Taxonomy = TREE, **settings) -> HierarchicalTrainer:
+    tokenizer = AutoTokenizer.from_pretrained(minilm)
+    model = build_model(ModelArguments(minilm, quantization="none"), tree, seed=1, **settings)
+    return HierarchicalTrainer(
+        model=model, args=arguments(folder), processing_class=tokenizer, data_collator=build_collator(tokenizer)
+    )
+
+
+def tokenized(trainer: HierarchicalTrainer, labels) -> Dataset:
+    inputs = trainer.processing_class([row["text"] for row in ROWS])["input_ids"]
+    return Dataset.from_dict({"input_ids": inputs}).add_column("labels", [*labels])
+
+
+def predicted(trainer: HierarchicalTrainer, output: str) -> np.ndarray:
+    model = trainer.model.eval()
+    with torch.no_grad():
+        inputs = [trainer.processing_class(row["text"], return_tensors="pt") for row in ROWS]
+        return np.concatenate([model(**one)[output].numpy() for one in inputs])
+
+
+@pytest.mark.parametrize(
+    ("fits", "shift", "descriptions"),
+    [
+        (FITS[0], 0, {}),
+        (FITS[1], 1, {}),
+        (FITS[2], 0, DESCRIPTIONS),
+    ],
+)
+def test_scores_are_those_worked_by_hand(minilm, tmp_path, caplog, fits, shift, descriptions):
+    """With labels that the names fit, with those of the next class, and with descriptions of all classes but one.
+
+    Each text is left out to see what fits.
+    """
+    classes = TREE.labels[: TREE.num_leaves]
+    offsets, names = offsets_and_names(minilm, classes)
+    _, described = offsets_and_names(
+        minilm, [f"{name}: {descriptions[name]}" if name in descriptions else name for name in classes]
+    )
+    labels = [(classes.index(row["label"]) + shift) % len(classes) for row in ROWS]
+
+    def scores(directions, weights, left_out: int | None = None) -> np.ndarray:
+        known = [i for i in range(len(ROWS)) if i != left_out]
+        sums = [sum(offsets[i] for i in known if labels[i] == leaf) for leaf in range(len(classes))]
+        prototypes = [unit(k * u + one) for k, u, one in zip(weights, directions, sums, strict=True)]
+        return log_softmax(TYPICAL_SCORE * offsets @ np.transpose(prototypes), axis=1)
+
+    def likelihood(source: str) -> float:
+        weights = [0 if "alone" in source else NAME_WEIGHT] * len(classes)
+        return sum(scores(sources[source], weights, left_out=i)[i, labels[i]] for i in range(len(ROWS)))
+
+    sources = dict(zip(FITS, (names, names, described), strict=True))
+    assert max(sources, key=likelihood) == fits
+    weights = [
+        DESCRIPTION_WEIGHT if name in descriptions else 0 if "alone" in fits else NAME_WEIGHT for name in classes
+    ]
+    trainer = trainer_of(minilm, tmp_path, Taxonomy(DEFAULT_TAXONOMY, descriptions=descriptions))
+    trainer.model.train()
+    with caplog.at_level("INFO"):
+        assert initialise_heads(trainer, tokenized(trainer, labels), ModelArguments(minilm, **ASKED)) == "prototypes"
+    assert trainer.model.training
+    assert f"heads are initialised from {fits}" in caplog.text
+    np.testing.assert_allclose(predicted(trainer, "logits"), scores(sources[fits], weights), atol=5e-4)
+
+
+@pytest.fixture(scope="module")
+def accuracy(minilm, tmp_path_factory) -> dict[str, float]:
+    """Of other diseases of the same classes after a step that is too small to teach anything, for each way to begin."""
+    folder = tmp_path_factory.mktemp("names")
+    known, unseen = (write_csv(folder / f"{start}.csv", ROWS[start::2]) for start in (0, 1))
+    found = {}
+    flags = {"prototypes": [], "random": ["--heads_init", "random"]}  # the former comes by itself, with 15 rows
+    for begin, words in flags.items():
+        output = folder / begin
+        done = run(
+            *("--train_file", known, "--test_file", unseen, "--validation_size", 0, "--max_steps", 1),
+            *("--learning_rate", 1e-9, "--model_name_or_path", minilm, "--output_dir", output, *words),
+        )
+        assert ("initialised from the training texts and the class names" in done.stderr) == (begin == "prototypes")
+        rows = read_csv(output / "test_predictions.csv")
+        found[begin] = sum(row["label"] == row["prediction"] for row in rows) / len(rows)
+    return found
+
+
+def test_it_is_right_about_most_texts_before_it_is_trained(accuracy):
+    assert accuracy["prototypes"] > 0.6
+    assert accuracy["prototypes"] > accuracy["random"] + 0.2
+
+
+def test_descriptions_are_used_where_names_say_nothing_and_not_where_they_say_nothing_themselves(minilm, tmp_path):
+    """From the command line, with a row a class and codes as names. Then with the names, which the descriptions contradict."""
+    codes = {label: f"X{i}" for i, label in enumerate(CLEAR)}
+    others = dict(zip(CLEAR, [*list(CLEAR)[1:], next(iter(CLEAR))], strict=True))
+    for names, described, used in ((codes, {x: x for x in CLEAR}, True), ({x: x for x in CLEAR}, others, False)):
+        rows = [{"text": row["text"], "label": names[row["label"]]} for row in ROWS]
+        known, unseen = rows[::6], [row for i, row in enumerate(rows) if i % 6]
+        classes = [{"parent": "", "name": names[label], "description": described[label]} for label in CLEAR]
+        done = run(
+            *("--train_file", write_csv(tmp_path / "train.csv", known), "--validation_size", 0, "--max_steps", 1),
+            *("--test_file", write_csv(tmp_path / "test.csv", unseen), "--learning_rate", 1e-9),
+            *("--taxonomy", write_csv(tmp_path / "classes.csv", classes)),
+            *("--model_name_or_path", minilm, "--output_dir", tmp_path / f"out-{used}"),
+        )
+        assert ("the class names and their descriptions" in done.stderr) == used
+        found = read_csv(tmp_path / f"out-{used}" / "test_predictions.csv")
+        assert sum(row["label"] == row["prediction"] for row in found) / len(found) > 0.6
+        card = (tmp_path / f"out-{used}" / "README.md").read_text()
+        assert all(f"{names[label]} – {described[label]}" in card for label in CLEAR)
+
+
+def test_with_many_rows_a_class_it_begins_by_chance_unless_asked(tiny_encoder, tmp_path):
+    rows = [{**row, "text": f"{row['text']} {i} took part."} for row in ROWS for i in range(6)]  # 36 a class
+    words = ("--train_file", write_csv(tmp_path / "rows.csv", rows), "--validation_size", 0, "--max_steps", 1)
+    words += ("--model_name_or_path", tiny_encoder, "--quantization", "none")
+    for asked, begun in ([], False), (["--heads_init", "prototypes"], True):
+        done = run(*words, "--output_dir", tmp_path / f"out-{begun}", *asked)
+        assert ("heads are initialised from" in done.stderr) == begun
+
+
+@pytest.mark.parametrize(
+    ("asked", "asked_again", "expected"), [([], "random", "prototypes"), (["random"], "prototypes", "random")]
+)
+def test_the_card_of_a_resumed_run_says_how_the_heads_began(tiny_encoder, tmp_path, asked, asked_again, expected):
+    words = ("--train_file", write_csv(tmp_path / "rows.csv", ROWS), "--validation_size", 0, "--test_size", 0)
+    words += ("--model_name_or_path", tiny_encoder, "--quantization", "none", "--lexical_head", "false")
+    words += ("--output_dir", tmp_path / "out")
+    done = run(*words, "--max_steps", 1, *(["--heads_init", *asked] if asked else []))
+    assert ("heads are initialised from" in done.stderr) == (expected == "prototypes")
+    done = run(*words, "--max_steps", 2, "--resume_from_checkpoint", "auto", "--heads_init", asked_again)
+    assert f"resuming from {tmp_path / 'out' / 'checkpoint-1'}" in done.stderr
+    assert "heads are initialised from" not in done.stderr
+    assert f"| heads_init | {expected} |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_what_is_trained_goes_on_with_its_own_heads(clear_checkpoint, tmp_path):
+    file = write_csv(tmp_path / "rows.csv", ROWS)
+    done = run(
+        *("--train_file", file, "--validation_size", 0, "--max_steps", 1, "--learning_rate", 1e-9),
+        *("--quantization", "none"),
+        *("--lexical_head", "false", "--model_name_or_path", clear_checkpoint, "--output_dir", tmp_path / "out"),
+    )
+    assert "heads are initialised from" not in done.stderr
+    before, after = (load_file(f"{folder}/heads.safetensors") for folder in (clear_checkpoint, tmp_path / "out"))
+    for name in ("weight", "bias"):
+        torch.testing.assert_close(after[name], before[name], atol=1e-6, rtol=0)
+
+
+def several_labels() -> tuple[np.ndarray, np.ndarray]:
+    """Two labels for each row, and each node's log-odds given its parent."""
+    labels = np.zeros((len(ROWS), TREE.num_nodes), dtype=np.int8)
+    for i in range(len(ROWS)):
+        for node in (TREE.id(ROWS[i]["label"]), TREE.id(ROWS[i // 2]["label"])):
+            labels[i, TREE.path(node)] = 1
+    odds = []
+    for node, parent in enumerate(TREE.parents):
+        given = labels if parent < 0 else labels[labels[:, parent] == 1]
+        odds.append(np.log((given[:, node].sum() + 0.5) / (len(given) - given[:, node].sum() + 0.5)))
+    return labels, np.array(odds)
+
+
+def test_with_several_labels_every_nodes_score_is_worked_by_hand(minilm, tmp_path, caplog):
+    labels, odds = several_labels()
+    offsets, names = offsets_and_names(minilm, TREE.labels)
+    trainer = trainer_of(minilm, tmp_path, problem_type="multi_label_classification")
+    with caplog.at_level("INFO"):
+        assert initialise_heads(trainer, tokenized(trainer, labels), ModelArguments(minilm, **ASKED)) == "prototypes"
+    weight = 0 if "the class names do not fit them" in caplog.text else NAME_WEIGHT
+    prototypes = [unit(weight * u + offsets[labels[:, node] == 1].sum(0)) for node, u in enumerate(names)]
+    expected = odds + TYPICAL_SCORE * offsets @ np.transpose(prototypes)
+    np.testing.assert_allclose(predicted(trainer, "decision_logits"), expected, atol=1e-3)
+
+
+def test_with_several_labels_biases_start_at_the_log_odds_of_the_training_rows(minilm, tmp_path):
+    labels, odds = several_labels()
+    trainer = trainer_of(minilm, tmp_path, problem_type="multi_label_classification")
+    weight = trainer.model.heads.weight.detach().clone()
+    assert (
+        initialise_heads(trainer, tokenized(trainer, labels), ModelArguments(minilm, heads_init="random")) == "random"
+    )
+    np.testing.assert_allclose(trainer.model.heads.bias.detach(), odds, atol=1e-6)
+    torch.testing.assert_close(trainer.model.heads.weight.detach(), weight, atol=0, rtol=0)
