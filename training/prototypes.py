@@ -40,8 +40,9 @@ def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: Mod
         old = read_config(arguments.model_name_or_path).tree if continued else None
         known = {old.path_names(node) for node in range(old.num_nodes)} if old else set()
         new = [node for node in range(tree.num_nodes) if tree.path_names(node) not in known]
+        bias = trainer.model.heads.bias
         with torch.no_grad():
-            trainer.model.heads.bias[new] = prior(trainer, rows)[new]
+            bias[new] = torch.from_numpy(prior_log_odds(tree, label_arrays(rows))).to(bias)[new]
     if continued:
         return None
     few_rows = len(rows) < FEW_ROWS * trainer.model.config.tree.num_leaves
@@ -53,7 +54,7 @@ def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: Mod
 
 @torch.no_grad()
 def set_prototypes(trainer: HierarchicalTrainer, rows: Dataset) -> None:
-    """Initialise the heads of a trainer's model from embeddings of the training texts and the class names.
+    """Initialise fresh heads of a trainer's model from embeddings of the training texts and the class names.
 
     Inner nodes get 0. For a text's embedding v, the score of a leaf is
 
@@ -62,7 +63,7 @@ def set_prototypes(trainer: HierarchicalTrainer, rows: Dataset) -> None:
     m is the mean of the texts' embeddings, and s the root of their mean squared distance from m. The prototype p is the direction
     of k · u + Σ (v - m) / s over the leaf's texts. u is the direction of the name's embedding from the mean of all names, and k
     is NAME_WEIGHT, or DESCRIPTION_WEIGHT for a name with a description. With several labels a text, each node has this score,
-    added to its `prior_log_odds`.
+    added to its initial bias.
 
     Names with descriptions, names alone, and u = 0 are compared, with k = NAME_WEIGHT. The one is kept that makes the texts'
     labels most likely, each text left out of its own prototypes.
@@ -82,7 +83,6 @@ def set_prototypes(trainer: HierarchicalTrainer, rows: Dataset) -> None:
     labels = torch.from_numpy(found).to(offsets.device)
     nodes = labels == 1 if trainer.is_multi_label else one_hot(labels, tree.num_nodes)
     members = nodes[:, :classes].to(offsets.dtype)  # (B, C): a text of inner nodes alone is in no class
-    heads.bias.copy_(prior(trainer, rows) if trainer.is_multi_label else torch.zeros_like(heads.bias))
 
     # ── Names ────────────────────────────────────────────────────────────────────────────────────────────────────────
     names = [label.replace(tree.separator, " ") for label in tree.labels[:classes]]
@@ -110,8 +110,7 @@ def set_prototypes(trainer: HierarchicalTrainer, rows: Dataset) -> None:
 
     best = max(directions, key=likelihood)
     logger.info("heads are initialised from %s", best)
-    has_description = [bool(text) and sources.get(best) is described for text in known]
-    weights = [[DESCRIPTION_WEIGHT if has else NAME_WEIGHT] for has in has_description]
+    weights = [[DESCRIPTION_WEIGHT if text and sources.get(best) is described else NAME_WEIGHT] for text in known]
     heads.weight.zero_()
     heads.weight[:classes] = (
         TYPICAL_SCORE / spread * normalize(of_texts + offsets.new_tensor(weights) * directions[best])
@@ -125,11 +124,6 @@ def left_out_scores(offsets: Tensor, members: Tensor, sums: Tensor) -> Tensor:
     products, squares = offsets @ sums.T, offsets.square().sum(1, keepdim=True)
     lengths = sums.square().sum(1) - members * (2 * products - squares)  # |sum - text|²
     return TYPICAL_SCORE * (products - members * squares) / lengths.clamp(min=1e-6).sqrt()
-
-
-def prior(trainer: HierarchicalTrainer, rows: Dataset) -> Tensor:
-    log_odds = prior_log_odds(trainer.model.config.tree, label_arrays(rows))
-    return torch.from_numpy(log_odds).to(trainer.model.heads.bias)
 
 
 def embed(trainer: HierarchicalTrainer, inputs: Sequence[list[int]]) -> Tensor:

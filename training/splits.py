@@ -47,8 +47,8 @@ class LabelledSplits:
     """Labelled rows of all non-empty splits, ready to be tokenized.
 
     Their columns are ``text``, the id of its node ``label``, ``row`` in the source, from 0 without the header, and ``text_id``,
-    the same for identical texts. ``moved`` is true for training rows that come from the file of another
-    split. With several labels a text, ``label`` is an ascending list of ids.
+    the same for identical texts. ``moved`` is true for training rows that come from the file of another split.
+    With several labels a text, ``label`` is an ascending list of ids.
     """
 
     splits: datasets.DatasetDict
