@@ -6,7 +6,8 @@
 FOLDER is that of ``quality.py``. Each seed draws ``--rows`` training rows of each class, or all rows of a class that has fewer, and
 `TEST` rows of the test file. All models get the same rows, and none gets validation rows.
 
-- names: ``recipes/few_rows.yaml`` over a full-precision encoder, from 16 rows a class on with a learning rate of 6e-4;
+- names: ``recipes/few_rows.yaml`` over a full-precision encoder, with 1 row a class or at least 16 with 5 epochs, and from 16
+  rows a class on with a learning rate of 6e-4;
 - descriptions: the same with the class descriptions of ``studies/descriptions.csv``;
 - flat-lora: a rank-16 adapter under one softmax over the leaves, initialised at random, with a learning rate of 6e-4, for 120
   steps, or 5 epochs from 16 rows a class on;
@@ -31,7 +32,8 @@ from sklearn.metrics import accuracy_score, f1_score
 
 ROWS, TEST, SETFIT_STEPS = (1, 4, 16, 64), 1000, 100
 DESCRIPTIONS = ROOT / "benchmarks" / "studies" / "descriptions.csv"
-FLAT = ("--lora_r", "16", "--lora_alpha", "32", "--heads_init", "random", "--learning_rate", "6e-4")
+FLAT = ("--lora_r", "16", "--lora_alpha", "32", "--heads_init", "random", "--contrastive_steps", "0")
+FLAT += ("--learning_rate", "6e-4")
 MODELS = ("setfit", "flat-lora", "names", "descriptions")
 SHOWN = ("accuracy", "macro_f1", "log_loss")
 
@@ -95,6 +97,7 @@ def train(task: FewRows, model: str, arguments: argparse.Namespace) -> dict[str,
     few, flat = task.rows_per_class < 16, model == "flat-lora"
     words = [ROOT / "recipes" / "few_rows.yaml", "--model_name_or_path", arguments.encoder, "--quantization", "none"]
     words += [*task.flags(arguments.runs, flat), *(() if few else ("--learning_rate", "6e-4"))]
+    words += () if task.rows_per_class == 4 else ("--num_train_epochs", 5)
     if flat:
         words += [*FLAT, *(("--max_steps", 120) if few else ())]
     if model == "descriptions":

@@ -56,6 +56,7 @@ class ModelArguments:
     heads_init: Literal["prototypes", "random"] | None = flag(
         None, f"Initial heads. Default: prototypes, from texts and class names, below {FEW_ROWS} rows per class."
     )
+    contrastive_steps: int = flag(0, "Steps that draw texts of one class together, before the heads are initialised.")
     lexical_head: bool | None = flag(None, "Add a linear classifier of the tokens. Default: true up to 2^24 weights.")
 
 
@@ -182,6 +183,7 @@ RANGES = {
     **dict.fromkeys(("learning_rate", "heads_learning_rate", "num_train_epochs"), "(0, inf)"),
     **dict.fromkeys(("focal_gamma", "consistency", "weight_decay", "max_grad_norm"), "[0, inf)"),
     **dict.fromkeys(("early_stopping_patience", "dataloader_num_workers", "neftune_noise_alpha"), "[0, inf)"),
+    "contrastive_steps": "[0, inf)",
     "dataloader_prefetch_factor": "[1, inf)",
     **dict.fromkeys(("seed", "data_seed"), "[0, 4294967296)"),
     "max_length": "[8, inf)",

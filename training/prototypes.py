@@ -6,7 +6,7 @@ Representation"). It helps most with few rows a class.
 """
 
 import logging
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch.nn.functional import normalize, one_hot, pad
 from checkpoint_files import is_checkpoint, read_config
 from modeling_hierarchical import binary_cross_entropy
 from training.arguments import FEW_ROWS, ModelArguments
+from training.contrastive import train_contrastively
 from training.multi_label import label_arrays, prior_log_odds
 from training.trainer import HierarchicalTrainer
 
@@ -26,11 +27,20 @@ TYPICAL_SCORE = 4.0  # of a text at the typical distance from the mean, in the d
 NAME_WEIGHT = 4.0  # texts that a class name counts as
 DESCRIPTION_WEIGHT = 16.0  # texts that a name with a description counts as
 MOST_TEXTS = 4096  # that are embedded
-TEXTS_PER_BATCH = 16
+
+
+class Names(NamedTuple):
+    """What prototypes start from. ``weights`` are the numbers of texts that the phrases of the classes count as."""
+
+    source: str
+    phrases: list[str]
+    weights: list[float]
 
 
 def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: ModelArguments) -> str | None:
     """Initialise fresh heads as ``--heads_init`` says, and biases of several labels a text at `prior_log_odds`.
+
+    Before fresh heads, the encoder is trained for ``--contrastive_steps``.
 
     Return "prototypes" or "random"; None for a continued checkpoint, which keeps its heads.
     """
@@ -47,13 +57,57 @@ def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: Mod
         return None
     few_rows = len(rows) < FEW_ROWS * trainer.model.config.tree.num_leaves
     chosen = arguments.heads_init or ("prototypes" if few_rows else "random")
-    if chosen == "prototypes":
-        set_prototypes(trainer, rows)
+    some = rows.select(np.sort(np.random.default_rng(0).permutation(len(rows))[:MOST_TEXTS]))
+    # before the encoder has learnt these texts: later, they alone would seem to fit best
+    names = choose_names(trainer, some) if chosen == "prototypes" else None
+    if arguments.contrastive_steps:
+        members = class_members(trainer, rows)[:, : trainer.model.config.tree.num_leaves]
+        train_contrastively(trainer, rows["input_ids"][:], members, arguments.contrastive_steps)
+    if names:
+        set_prototypes(trainer, some, names)
     return chosen
 
 
 @torch.no_grad()
-def set_prototypes(trainer: HierarchicalTrainer, rows: Dataset) -> None:
+def choose_names(trainer: HierarchicalTrainer, rows: Dataset) -> Names:
+    """Return what makes the texts' labels most likely, each text left out of its own prototypes.
+
+    Names with descriptions, names alone, and no names are compared. A phrase counts as NAME_WEIGHT, or as 0.
+    """
+    model = trainer.model
+    tree, heads, classes = model.config.tree, model.heads, model.config.num_labels
+    # ── Names, with and without descriptions ─────────────────────────────────────────────────────────────────────────
+    phrases = [label.replace(tree.separator, " ") for label in tree.labels[:classes]]
+    known = [tree.descriptions.get(label) for label in tree.labels[:classes]]
+    alone = "the training texts alone: the class names do not fit them; --class_names gives better ones"
+    tried = [
+        Names(alone, phrases, [0.0] * classes),
+        Names("the training texts and the class names", phrases, [NAME_WEIGHT] * classes),
+    ]
+    if tree.descriptions:
+        described = [f"{name}: {text}" if text else name for name, text in zip(phrases, known, strict=True)]
+        weights = [DESCRIPTION_WEIGHT if text else NAME_WEIGHT for text in known]
+        tried.append(Names("the training texts, the class names and their descriptions", described, weights))
+
+    # ── The likeliest ────────────────────────────────────────────────────────────────────────────────────────────────
+    offsets, *_ = standardise(embed(trainer, rows["input_ids"][:]))
+    found = label_arrays(rows) if trainer.is_multi_label else np.array(rows["labels"][:])
+    labels, members = torch.from_numpy(found).to(offsets.device), class_members(trainer, rows)
+
+    def likelihood(names: Names) -> float:
+        sums = members.T @ offsets + min(names.weights[0], NAME_WEIGHT) * directions(trainer, names)
+        own = left_out_scores(offsets, members, sums)
+        scores = pad(own, (0, tree.num_nodes - classes)) + heads.bias
+        if trainer.is_multi_label:
+            return -float(binary_cross_entropy(scores, labels, heads.decisions))
+        log_probs = heads.decisions.node_log_probs(heads.decisions.with_inclusive_values(scores))
+        return float(log_probs.gather(1, labels[:, None]).mean())
+
+    return max(tried, key=likelihood)
+
+
+@torch.no_grad()
+def set_prototypes(trainer: HierarchicalTrainer, rows: Dataset, names: Names) -> None:
     """Initialise fresh heads of a trainer's model from embeddings of the training texts and the class names.
 
     Inner nodes get 0. For a text's embedding v, the score of a leaf is
@@ -62,61 +116,48 @@ def set_prototypes(trainer: HierarchicalTrainer, rows: Dataset) -> None:
 
     m is the mean of the texts' embeddings, and s the root of their mean squared distance from m. The prototype p is the direction
     of k · u + Σ (v - m) / s over the leaf's texts. u is the direction of the name's embedding from the mean of all names, and k
-    is NAME_WEIGHT, or DESCRIPTION_WEIGHT for a name with a description. With several labels a text, each node has this score,
-    added to its initial bias.
-
-    Names with descriptions, names alone, and u = 0 are compared, with k = NAME_WEIGHT. The one is kept that makes the texts'
-    labels most likely, each text left out of its own prototypes.
+    its weight. With several labels a text, each node has this score, added to its initial bias.
     """
-    model = trainer.model
-    tree, heads, was_training, classes = model.config.tree, model.heads, model.training, model.config.num_labels
-    model.eval()
-
-    # ── Texts ────────────────────────────────────────────────────────────────────────────────────────────────────────
-    order = np.random.default_rng(0).permutation(len(rows))
-    some = rows.select(np.sort(order[:MOST_TEXTS]))
-    texts = embed(trainer, some["input_ids"][:])
-    mean = texts.mean(0)
-    spread = (texts - mean).square().sum(1).mean().sqrt().clamp(min=1e-6)
-    offsets = (texts - mean) / spread
-    found = label_arrays(some) if trainer.is_multi_label else np.array(some["labels"][:])
-    labels = torch.from_numpy(found).to(offsets.device)
-    nodes = labels == 1 if trainer.is_multi_label else one_hot(labels, tree.num_nodes)
-    members = nodes[:, :classes].to(offsets.dtype)  # (B, C): a text of inner nodes alone is in no class
-
-    # ── Names ────────────────────────────────────────────────────────────────────────────────────────────────────────
-    names = [label.replace(tree.separator, " ") for label in tree.labels[:classes]]
-    known = [tree.descriptions.get(label) for label in tree.labels[:classes]]
-    described = [f"{name}: {text}" if text else name for name, text in zip(names, known, strict=True)]
-    sources = {"the training texts and the class names": names}
-    if tree.descriptions:
-        sources["the training texts, the class names and their descriptions"] = described
-    alone = "the training texts alone: the class names do not fit them; --class_names gives better ones"
-    directions = {alone: torch.zeros_like(heads.weight[:classes])}
-    for source, phrases in sources.items():
-        named = embed(trainer, trainer.processing_class(phrases, truncation=True)["input_ids"])
-        directions[source] = normalize(named - named.mean(0))
-
-    # ── The likeliest ────────────────────────────────────────────────────────────────────────────────────────────────
-    of_texts = members.T @ offsets
-
-    def likelihood(source: str) -> float:
-        own = left_out_scores(offsets, members, of_texts + NAME_WEIGHT * directions[source])
-        scores = pad(own, (0, tree.num_nodes - classes)) + heads.bias
-        if trainer.is_multi_label:
-            return -float(binary_cross_entropy(scores, labels, heads.decisions))
-        log_probs = heads.decisions.node_log_probs(heads.decisions.with_inclusive_values(scores))
-        return float(log_probs.gather(1, labels[:, None]).mean())
-
-    best = max(directions, key=likelihood)
-    logger.info("heads are initialised from %s", best)
-    weights = [[DESCRIPTION_WEIGHT if text and sources.get(best) is described else NAME_WEIGHT] for text in known]
+    heads, classes = trainer.model.heads, trainer.model.config.num_labels
+    offsets, mean, spread = standardise(embed(trainer, rows["input_ids"][:]))
+    weights = offsets.new_tensor(names.weights)[:, None]
+    prototypes = normalize(class_members(trainer, rows).T @ offsets + weights * directions(trainer, names))
     heads.weight.zero_()
-    heads.weight[:classes] = (
-        TYPICAL_SCORE / spread * normalize(of_texts + offsets.new_tensor(weights) * directions[best])
-    )
+    heads.weight[:classes] = TYPICAL_SCORE / spread * prototypes
     heads.bias[:classes] -= heads.weight[:classes] @ mean
-    model.train(was_training)
+    logger.info("heads are initialised from %s", names.source)
+
+
+def embed(trainer: HierarchicalTrainer, inputs: list[list[int]]) -> Tensor:
+    """Embed texts without dropout, (len(inputs), hidden_size)."""
+    was_training = trainer.model.training
+    trainer.model.eval()
+    vectors = trainer.embed(inputs)
+    trainer.model.train(was_training)
+    return vectors
+
+
+def standardise(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the offsets of vectors (B, H) from their mean, over their spread; the mean (H,); and the spread."""
+    mean = vectors.mean(0)
+    spread = (vectors - mean).square().sum(1).mean().sqrt().clamp(min=1e-6)
+    return (vectors - mean) / spread, mean, spread
+
+
+def directions(trainer: HierarchicalTrainer, names: Names) -> Tensor:
+    """Return the directions of the names' embeddings from their mean, (C, H)."""
+    named = embed(trainer, trainer.processing_class(names.phrases, truncation=True)["input_ids"])
+    return normalize(named - named.mean(0))
+
+
+def class_members(trainer: HierarchicalTrainer, rows: Dataset) -> Tensor:
+    """Return which classes texts are in, (B, C), 1 or 0 in float32. A text of inner nodes alone is in none."""
+    tree = trainer.model.config.tree
+    if trainer.is_multi_label:
+        nodes = torch.from_numpy(label_arrays(rows) == 1)
+    else:
+        nodes = one_hot(torch.tensor(rows["labels"][:]), tree.num_nodes)
+    return nodes[:, : trainer.model.config.num_labels].float().to(trainer.model.heads.weight.device)
 
 
 def left_out_scores(offsets: Tensor, members: Tensor, sums: Tensor) -> Tensor:
@@ -124,15 +165,3 @@ def left_out_scores(offsets: Tensor, members: Tensor, sums: Tensor) -> Tensor:
     products, squares = offsets @ sums.T, offsets.square().sum(1, keepdim=True)
     lengths = sums.square().sum(1) - members * (2 * products - squares)  # |sum - text|²
     return TYPICAL_SCORE * (products - members * squares) / lengths.clamp(min=1e-6).sqrt()
-
-
-def embed(trainer: HierarchicalTrainer, inputs: Sequence[list[int]]) -> Tensor:
-    """Embed texts given as token ids: pooled vectors, (len(inputs), hidden_size)."""
-    model, pooled = trainer.model, []
-    for start in range(0, len(inputs), TEXTS_PER_BATCH):
-        batch = trainer.data_collator([{"input_ids": ids} for ids in inputs[start : start + TEXTS_PER_BATCH]])
-        batch = batch.to(trainer.args.device)
-        with trainer.accelerator.autocast():
-            hidden = model.encoder(**batch).last_hidden_state
-        pooled.append(model.pool(hidden, batch["attention_mask"]).to(model.heads.weight.device))
-    return torch.cat(pooled)

@@ -12,6 +12,7 @@ Worth knowing:
 import logging
 import math
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from training.views import disagreement, halves
 
 logger = logging.getLogger(__name__)
 
+EMBEDDED_AT_ONCE = 16  # texts
 MAX_UNCHECKED = 100  # losses of micro-batches that stay on the device before they are read
 RESUME_HINT = "--resume_from_checkpoint auto continues from the last checkpoint"
 
@@ -88,6 +90,17 @@ class HierarchicalTrainer(PublishingTrainer):
         """The number of epochs after which the kept weights were saved."""
         step = self.state.best_global_step if self.args.load_best_model_at_end else None
         return next((entry["epoch"] for entry in self.state.log_history if entry["step"] == step), self.state.epoch)
+
+    def embed(self, inputs: Sequence[list[int]]) -> Tensor:
+        """Embed texts given as token ids: pooled vectors, (len(inputs), hidden_size)."""
+        pooled = []
+        for start in range(0, len(inputs), EMBEDDED_AT_ONCE):
+            batch = self.data_collator([{"input_ids": ids} for ids in inputs[start : start + EMBEDDED_AT_ONCE]])
+            batch = batch.to(self.model.device)
+            with self.accelerator.autocast():
+                hidden = self.model.encoder(**batch).last_hidden_state
+            pooled.append(self.model.pool(hidden, batch["attention_mask"]).to(self.model.heads.weight.device))
+        return torch.cat(pooled)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -1,0 +1,86 @@
+"""Contrastive learning before prototypes: its loss worked by hand, and what it does to texts that it was not trained on."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLEAR, run, write_csv
+from test_prototypes import ROWS, TREE, tokenized, trainer_of
+
+from training.arguments import ModelArguments
+from training.contrastive import TEMPERATURE, contrastive_loss
+from training.prototypes import choose_names, initialise_heads
+
+
+def test_the_loss_is_that_of_the_paper_worked_by_hand():
+    """With several labels a text: the first three texts are in pairs, the fourth and fifth are not."""
+    vectors = np.random.default_rng(0).normal(size=(5, 8))
+    classes = [{0}, {0, 1}, {1}, {2}, set()]
+    z = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    losses = []
+    for i in range(5):
+        others = [j for j in range(5) if j != i]
+        positive = [p for p in others if classes[i] & classes[p]]
+        if positive:
+            total = sum(np.exp(z[i] @ z[a] / TEMPERATURE) for a in others)
+            losses.append(-np.mean([np.log(np.exp(z[i] @ z[p] / TEMPERATURE) / total) for p in positive]))
+    members = torch.tensor([[float(c in own) for c in range(3)] for own in classes])
+    assert len(losses) == 3
+    assert contrastive_loss(torch.from_numpy(vectors), members).item() == pytest.approx(np.mean(losses), rel=1e-6)
+
+
+def separation(trainer, rows: list[int]) -> float:
+    """Mean cosine of texts of one class, less that of texts of two classes."""
+    with torch.no_grad():
+        vectors = trainer.embed([trainer.processing_class(ROWS[row]["text"])["input_ids"] for row in rows])
+    unit = torch.nn.functional.normalize(vectors).numpy()
+    cosines, labels = unit @ unit.T, np.array([ROWS[row]["label"] for row in rows])
+    same = labels[:, None] == labels
+    return cosines[same & ~np.eye(len(rows), dtype=bool)].mean() - cosines[~same].mean()
+
+
+def test_names_are_chosen_before_the_encoder_knows_the_texts(minilm, tmp_path, caplog):
+    """Afterwards, the training texts alone would seem to fit best."""
+    trainer = trainer_of(minilm, tmp_path)
+    trainer.args.learning_rate = 1e-3
+    with caplog.at_level("INFO"):
+        rows = tokenized(trainer, [TREE.id(row["label"]) for row in ROWS])
+        initialise_heads(trainer, rows, ModelArguments(minilm, contrastive_steps=20))
+    assert "heads are initialised from the training texts and the class names" in caplog.text
+    assert "the training texts alone" in choose_names(trainer, rows).source
+
+
+@pytest.mark.parametrize("settings", [{}, {"problem_type": "multi_label_classification"}])
+def test_unseen_texts_of_a_class_come_closer(minilm, tmp_path, settings):
+    trainer = trainer_of(minilm, tmp_path, **settings)
+    trainer.args.learning_rate = 1e-3
+    known, unseen = range(0, len(ROWS), 2), range(1, len(ROWS), 2)
+    leaves = [TREE.id(row["label"]) for row in ROWS]
+    labels = leaves
+    if settings:
+        labels = np.zeros((len(ROWS), TREE.num_nodes), dtype=np.int8)
+        for row, leaf in enumerate(leaves):
+            labels[row, TREE.path(leaf)] = 1
+    before, frozen = separation(trainer, unseen), trainer.model.encoder.get_input_embeddings().weight.clone()
+    rows = tokenized(trainer, labels).select(known)
+    initialise_heads(trainer, rows, ModelArguments(minilm, contrastive_steps=10))
+    assert separation(trainer, unseen) > before + 0.05
+    torch.testing.assert_close(trainer.model.encoder.get_input_embeddings().weight, frozen, atol=0, rtol=0)
+
+
+def test_the_log_says_what_was_done_and_a_resumed_run_does_not_repeat_it(tiny_encoder, tmp_path):
+    words = ("--train_file", write_csv(tmp_path / "rows.csv", ROWS), "--validation_size", 0, "--test_size", 0)
+    words += ("--model_name_or_path", tiny_encoder, "--quantization", "none", "--output_dir", tmp_path / "out")
+    words += ("--contrastive_steps", 2)
+    assert "contrastive learning: 2 steps, loss " in run(*words, "--max_steps", 1).stderr
+    resumed = run(*words, "--max_steps", 2, "--resume_from_checkpoint", "auto").stderr
+    assert "contrastive" not in resumed
+
+
+def test_with_one_text_a_class_there_is_nothing_to_compare(tiny_encoder, tmp_path):
+    one_each = [{"text": f"We studied {names[0]}.", "label": label} for label, names in CLEAR.items()]
+    done = run(
+        *("--train_file", write_csv(tmp_path / "rows.csv", one_each), "--validation_size", 0, "--test_size", 0),
+        *("--model_name_or_path", tiny_encoder, "--quantization", "none", "--output_dir", tmp_path / "out"),
+        *("--contrastive_steps", 2, "--max_steps", 1),
+    )
+    assert "no contrastive steps: no class has two training texts" in done.stderr

@@ -1,0 +1,82 @@
+"""Train the encoder on few rows by the supervised contrastive loss, before prototypes initialise the heads.
+
+A prototype contains its own training texts. So from prototypes, the cross-entropy of a few rows starts near 0 and teaches
+the encoder little. The contrastive loss compares a text only with others (Khosla et al., 2020, "Supervised Contrastive
+Learning").
+"""
+
+import logging
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import get_cosine_schedule_with_warmup
+
+from training.trainer import HierarchicalTrainer
+
+logger = logging.getLogger(__name__)
+
+TEMPERATURE = 0.1
+TEXTS_PER_CLASS = 4
+
+
+def train_contrastively(trainer: HierarchicalTrainer, inputs: list[list[int]], members: Tensor, steps: int) -> None:
+    """Train the encoder, or its adapter, at the trainer's learning rate.
+
+    Each step has ``per_device_train_batch_size`` texts or somewhat fewer: up to `TEXTS_PER_CLASS` of random classes.
+
+    Args:
+        inputs: token ids of the texts.
+        members: (num_texts, num_classes), 1 for the classes of a text. Classes with one text are left out.
+    """
+    classes = [texts for texts in map(np.flatnonzero, members.T.cpu().numpy()) if len(texts) > 1]
+    if not classes:
+        logger.info("no contrastive steps: no class has two training texts")
+        return
+    # ── Optimizer, as the Trainer would set it up ────────────────────────────────────────────────────────────────────
+    model, training = trainer.model, trainer.args
+    if training.gradient_checkpointing:
+        model.gradient_checkpointing_enable(training.gradient_checkpointing_kwargs)
+    weights = [weight for weight in model.encoder.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=training.learning_rate, weight_decay=0.0)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, training.get_warmup_steps(steps), steps)
+    scaler = torch.amp.GradScaler(training.device.type, enabled=training.fp16)
+    generator, losses = np.random.default_rng(training.seed), []
+    num_classes = min(len(classes), max(2, training.per_device_train_batch_size // TEXTS_PER_CLASS))
+
+    # ── Steps ────────────────────────────────────────────────────────────────────────────────────────────────────────
+    model.train()
+    for _ in range(steps):
+        chosen = [classes[i] for i in generator.choice(len(classes), num_classes, replace=False)]
+        drawn = [generator.choice(texts, min(TEXTS_PER_CLASS, len(texts)), replace=False) for texts in chosen]
+        rows = np.unique(np.concatenate(drawn))
+        loss = contrastive_loss(trainer.embed([inputs[row] for row in rows]), members[rows])
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        if training.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(weights, training.max_grad_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        scheduler.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    logger.info("contrastive learning: %d steps, loss %.3f to %.3f", steps, losses[0], losses[-1])
+
+
+def contrastive_loss(vectors: Tensor, members: Tensor) -> Tensor:
+    """Compute the supervised contrastive loss of texts, L_out of Khosla et al. (2020), equation 2.
+
+    Args:
+        vectors: (B, H).
+        members: (B, C), 1 for the classes of a text. Two texts with a class in common are a positive pair.
+
+    Returns:
+        The mean over all texts that are in a positive pair.
+    """
+    unit = normalize(vectors)
+    itself = torch.eye(len(unit), dtype=torch.bool, device=unit.device)
+    log_probs = (unit @ unit.T / TEMPERATURE).masked_fill(itself, -torch.inf).log_softmax(1)
+    positive = ((members @ members.T) > 0) & ~itself
+    of_texts = -log_probs.masked_fill(~positive, 0).sum(1) / positive.sum(1).clamp(min=1)
+    return of_texts[positive.any(1)].mean()
