@@ -56,7 +56,7 @@ class ModelArguments:
     heads_init: Literal["prototypes", "random"] | None = flag(
         None, f"Initial heads. Default: prototypes, from texts and class names, below {FEW_ROWS} rows per class."
     )
-    contrastive_steps: int = flag(0, "Steps that draw texts of one class together, before the heads are initialised.")
+    contrastive_steps: int = flag(0, "Steps that draw texts of one class together, before fresh heads are initialised.")
     lexical_head: bool | None = flag(None, "Add a linear classifier of the tokens. Default: true up to 2^24 weights.")
 
 

@@ -24,17 +24,18 @@ TEXTS_PER_CLASS = 4
 def train_contrastively(trainer: HierarchicalTrainer, inputs: list[list[int]], members: Tensor, steps: int) -> None:
     """Train the encoder, or its adapter, at the trainer's learning rate.
 
-    Each step has ``per_device_train_batch_size`` texts or somewhat fewer: up to `TEXTS_PER_CLASS` of random classes.
+    Each step compares up to `TEXTS_PER_CLASS` texts of at least two random classes: ``per_device_train_batch_size`` texts,
+    if that is 8 or more.
 
     Args:
         inputs: token ids of the texts.
         members: (num_texts, num_classes), 1 for the classes of a text. Classes with one text are left out.
     """
     classes = [texts for texts in map(np.flatnonzero, members.T.cpu().numpy()) if len(texts) > 1]
-    if not classes:
-        logger.info("no contrastive steps: no class has two training texts")
+    if len(classes) < 2:
+        logger.info("no contrastive steps: they need two classes with two training texts each")
         return
-    # ── Optimizer, as the Trainer would set it up ────────────────────────────────────────────────────────────────────
+    # ── Optimizer ────────────────────────────────────────────────────────────────────────────────────────────────────
     model, training = trainer.model, trainer.args
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable(training.gradient_checkpointing_kwargs)

@@ -40,9 +40,8 @@ class Names(NamedTuple):
 def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: ModelArguments) -> str | None:
     """Initialise fresh heads as ``--heads_init`` says, and biases of several labels a text at `prior_log_odds`.
 
-    Before fresh heads, the encoder is trained for ``--contrastive_steps``.
-
-    Return "prototypes" or "random"; None for a continued checkpoint, which keeps its heads.
+    Before fresh heads, the encoder is trained for ``--contrastive_steps``. Return "prototypes" or "random"; None for a
+    continued checkpoint, which keeps its heads and is trained without contrastive steps.
     """
     continued = is_checkpoint(arguments.model_name_or_path)
     if trainer.is_multi_label:
@@ -93,10 +92,11 @@ def choose_names(trainer: HierarchicalTrainer, rows: Dataset) -> Names:
     offsets, *_ = standardise(embed(trainer, rows["input_ids"][:]))
     found = label_arrays(rows) if trainer.is_multi_label else np.array(rows["labels"][:])
     labels, members = torch.from_numpy(found).to(offsets.device), class_members(trainer, rows)
+    of_texts = members.T @ offsets
 
     def likelihood(names: Names) -> float:
-        sums = members.T @ offsets + min(names.weights[0], NAME_WEIGHT) * directions(trainer, names)
-        own = left_out_scores(offsets, members, sums)
+        of_names = NAME_WEIGHT * directions(trainer, names) if any(names.weights) else 0
+        own = left_out_scores(offsets, members, of_texts + of_names)
         scores = pad(own, (0, tree.num_nodes - classes)) + heads.bias
         if trainer.is_multi_label:
             return -float(binary_cross_entropy(scores, labels, heads.decisions))

@@ -76,11 +76,12 @@ def test_the_log_says_what_was_done_and_a_resumed_run_does_not_repeat_it(tiny_en
     assert "contrastive" not in resumed
 
 
-def test_with_one_text_a_class_there_is_nothing_to_compare(tiny_encoder, tmp_path):
-    one_each = [{"text": f"We studied {names[0]}.", "label": label} for label, names in CLEAR.items()]
+def test_without_two_classes_of_two_texts_there_is_nothing_to_compare(tiny_encoder, tmp_path):
+    rows = [{"text": f"We studied {names[0]}.", "label": label} for label, names in CLEAR.items()]
+    rows.append({**rows[0], "text": "We report another patient."})
     done = run(
-        *("--train_file", write_csv(tmp_path / "rows.csv", one_each), "--validation_size", 0, "--test_size", 0),
+        *("--train_file", write_csv(tmp_path / "rows.csv", rows), "--validation_size", 0, "--test_size", 0),
         *("--model_name_or_path", tiny_encoder, "--quantization", "none", "--output_dir", tmp_path / "out"),
         *("--contrastive_steps", 2, "--max_steps", 1),
     )
-    assert "no contrastive steps: no class has two training texts" in done.stderr
+    assert "no contrastive steps: they need two classes with two training texts each" in done.stderr
