@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 
 COVERAGE = 0.9  # of the measured answers
 AS_SERVED: dict[str, Any] = {  # arguments of a Trainer that only scores
-    **dict.fromkeys(("bf16", "fp16", "load_best_model_at_end", "push_to_hub"), False),
+    **dict.fromkeys(("bf16", "fp16", "load_best_model_at_end", "push_to_hub", "enable_jit_checkpoint"), False),
     "report_to": [],
     "eval_strategy": "no",
     "lr_scheduler_type": "linear",  # some need an evaluation

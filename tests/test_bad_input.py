@@ -152,6 +152,10 @@ TRAIN = [
     ((*DATA, "--bf16_full_eval", "true"), "--bf16_full_eval has no use here"),
     ((*DATA, "--dataloader_drop_last", "true"), "--dataloader_drop_last has no use here"),
     ((*DATA, "--save_total_limit", "0"), "--save_total_limit must be at least 1"),
+    (
+        (*DATA, "--enable_jit_checkpoint", "true", "--save_total_limit", "1"),
+        "--enable_jit_checkpoint needs room for its checkpoint beside the best one: --save_total_limit 2 or more",
+    ),
     ((*DATA, "--neftune_noise_alpha", "-1"), "--neftune_noise_alpha must be at least 0, not -1"),
     (
         (*DATA, "--dataloader_num_workers", "1", "--dataloader_prefetch_factor", "0"),

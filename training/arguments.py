@@ -287,6 +287,9 @@ def check_values(arguments: Arguments) -> None:
         "--refit continues with --resume_from_checkpoint auto, from no other checkpoint": (
             training.refit and training.resume_from_checkpoint not in (None, "auto")
         ),
+        "--enable_jit_checkpoint needs room for its checkpoint beside the best one: --save_total_limit 2 or more": (
+            training.enable_jit_checkpoint and training.save_total_limit == 1
+        ),
         "--refit calibrates on the validation rows: leave out --do_eval false": (
             training.refit and training.do_eval is False
         ),

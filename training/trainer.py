@@ -25,6 +25,7 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import EarlyStoppingCallback, TrainerState, trainer_pt_utils
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from checkpoint_hierarchical import ADAPTER_SUBFOLDER, ADAPTER_WEIGHTS, HEADS_WEIGHTS
@@ -74,8 +75,13 @@ class HierarchicalTrainer(PublishingTrainer):
         self.loss_function: Any = loss_function.to(self.args.device) if loss_function else model_loss
         self.disagreement: Any = partial(decision_disagreement, decisions) if self.is_multi_label else disagreement
         self.consistency = consistency
-        stopping = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
-        self.patience: int | None = stopping[0].early_stopping_patience if stopping else None
+        self.stopping = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+        for callback in self.callback_handler.callbacks:
+            if isinstance(
+                callback, JITCheckpointCallback
+            ):  # only after a step is the random state the one to resume with
+                callback.on_step_begin = callback.on_pre_optimizer_step = lambda *args, **kwargs: None
+        self.patience: int | None = self.stopping[0].early_stopping_patience if self.stopping else None
         self.tried_batch_size: int | None = None
         self.best_checkpoint: str | None = None
         self.unchecked: list[tuple[int, Tensor, Any]] = []  # step, loss, rows
@@ -148,7 +154,9 @@ class HierarchicalTrainer(PublishingTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Train or resume. A run that has reached ``max_steps`` or stopped early takes no further step."""
         if not isinstance(resume_from_checkpoint, str):
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            self._check_finished()
+            return output
         state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
         self.best_checkpoint = state.best_model_checkpoint = self._find_best_checkpoint(state, resume_from_checkpoint)
         step = state.global_step
@@ -165,7 +173,15 @@ class HierarchicalTrainer(PublishingTrainer):
             output = TrainOutput(step, float("nan"), {"epoch": state.epoch})
         else:
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            self._check_finished()
         return output._replace(metrics=output.metrics | {"resumed_from_step": step})
+
+    def _check_finished(self) -> None:
+        """Raise InputError if ``--enable_jit_checkpoint`` ended training, after SIGTERM."""
+        stopped_early = any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in self.stopping)
+        if self.args.enable_jit_checkpoint and self.state.global_step < self.state.max_steps and not stopped_early:
+            steps = f"{self.state.global_step} of {self.state.max_steps} steps"
+            raise InputError(f"stopped by SIGTERM after {steps}, and saved: {RESUME_HINT}")
 
     def _find_best_checkpoint(self, state: TrainerState, checkpoint: str) -> str | None:
         """Return the best checkpoint of a resumed run. Its folder may have moved since its path was stored."""
