@@ -53,6 +53,8 @@ def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: Mod
         with torch.no_grad():
             bias[new] = torch.from_numpy(prior_log_odds(tree, label_arrays(rows))).to(bias)[new]
     if continued:
+        if arguments.contrastive_steps or arguments.heads_init:
+            logger.info("trained heads are kept: --contrastive_steps and --heads_init have no effect")
         return None
     few_rows = len(rows) < FEW_ROWS * trainer.model.config.tree.num_leaves
     chosen = arguments.heads_init or ("prototypes" if few_rows else "random")

@@ -67,13 +67,17 @@ def test_unseen_texts_of_a_class_come_closer(minilm, tmp_path, settings):
     torch.testing.assert_close(trainer.model.encoder.get_input_embeddings().weight, frozen, atol=0, rtol=0)
 
 
-def test_the_log_says_what_was_done_and_a_resumed_run_does_not_repeat_it(tiny_encoder, tmp_path):
+def test_log_and_card_say_what_was_done_and_a_resumed_or_continued_run_does_not_repeat_it(tiny_encoder, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
     words = ("--train_file", write_csv(tmp_path / "rows.csv", ROWS), "--validation_size", 0, "--test_size", 0)
-    words += ("--model_name_or_path", tiny_encoder, "--quantization", "none", "--output_dir", tmp_path / "out")
-    words += ("--contrastive_steps", 2)
-    assert "contrastive learning: 2 steps, loss " in run(*words, "--max_steps", 1).stderr
-    resumed = run(*words, "--max_steps", 2, "--resume_from_checkpoint", "auto").stderr
+    words += ("--quantization", "none", "--contrastive_steps", 2)
+    fresh = (*words, "--model_name_or_path", tiny_encoder, "--output_dir", first)
+    assert "contrastive learning: 2 steps, loss " in run(*fresh, "--max_steps", 1).stderr
+    resumed = run(*fresh, "--max_steps", 2, "--resume_from_checkpoint", "auto").stderr
     assert "contrastive" not in resumed
+    continued = run(*words, "--model_name_or_path", first, "--output_dir", second, "--max_steps", 1).stderr
+    assert "trained heads are kept: --contrastive_steps and --heads_init have no effect" in continued
+    assert ["contrastive_steps" in (folder / "README.md").read_text() for folder in (first, second)] == [True, False]
 
 
 def test_without_two_classes_of_two_texts_there_is_nothing_to_compare(tiny_encoder, tmp_path):
