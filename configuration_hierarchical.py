@@ -48,7 +48,8 @@ class HierarchicalConfig(PretrainedConfig):
             contains the correct label; see `pipeline_hierarchical.conformal_answer`. An entry of None means every root.
         conformal_max_length: the length in tokens, special ones included, at which texts were truncated when the
             thresholds were fitted; None if unknown.
-        node_scales, node_biases: factor and summand of each node's score, with several labels a text. None: 1 and 0.
+        node_biases: summand of each node's score, after the temperature or scale. None: 0.
+        node_scales: factor of each node's score, with several labels a text. None: 1.
         node_thresholds: the probability from which each node is predicted, with several labels a text. None: 0.5.
         recall_thresholds: with several labels a text, for recalls of 0.01, 0.02, … 0.99, the least probability of a node in the
             answer. None where there were too few texts.

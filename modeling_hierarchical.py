@@ -256,7 +256,7 @@ class HierarchicalHeads(nn.Module):
             if lexical is not None:
                 lexical = nn.functional.pad(lexical, (0, self.num_nodes - self.num_leaves))
                 scores = scores + self.config.lexical_weight * self.decisions.with_inclusive_values(lexical)
-            return self.decisions.node_log_probs(scores / self.temperature)
+            return self.decisions.node_log_probs(scores / self.temperature + self.shift)
 
 
 class HierarchicalForSequenceClassification(PreTrainedModel):

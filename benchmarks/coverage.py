@@ -19,7 +19,6 @@ run's own validation rows, which are fewer and also selected the checkpoint. Cov
 """
 
 import argparse
-import csv
 import json
 import sys
 from collections.abc import Callable
@@ -128,19 +127,22 @@ def print_runs(runs: list[dict]) -> None:
 
 def probabilities(classify: Callable, file: Path, class_names: Path | None) -> tuple[np.ndarray, np.ndarray]:
     """Predict node probabilities (documents, nodes), and read leaf ids (documents,), of a labelled file."""
-    with file.open(encoding="utf-8", newline="") as opened:
-        rows = list(csv.DictReader(opened))
-    names = {}
-    if class_names is not None:
-        with class_names.open(encoding="utf-8", newline="") as opened:
-            names = {row["label"]: row["name"] for row in csv.DictReader(opened)}
     tree = classify.tree
-    nodes = np.zeros((len(rows), tree.num_nodes))
-    for i, result in enumerate(classify([row["text"] for row in rows])):
+    texts, labels = read_rows(tree, file, class_names)
+    nodes = np.zeros((len(texts), tree.num_nodes))
+    for i, result in enumerate(classify(texts)):
         for level in result["levels"]:
             for label, probability in level.items():
                 nodes[i, tree.id(label)] = probability
-    return nodes, np.array([tree.id(names.get(row["label"], row["label"])) for row in rows])
+    return nodes, labels
+
+
+def read_rows(tree: Taxonomy, file: Path, class_names: Path | None) -> tuple[list[str], np.ndarray]:
+    """Read the texts and leaf ids (documents,) of a labelled file."""
+    rows, names = pd.read_csv(file, dtype=str), {}
+    if class_names is not None:
+        names = pd.read_csv(class_names, dtype=str).set_index("label")["name"].to_dict()
+    return list(rows["text"]), np.array([tree.id(names.get(label, label)) for label in rows["label"]])
 
 
 def flat_answers(

@@ -24,7 +24,7 @@ Models for one label a text (ohsumed, medical_abstracts):
   does the opposite.
 
 The flat peers are trained by ``train.py`` with cross-entropy, the recipe's epochs, text length, label smoothing and early
-stopping, and with temperatures from the validation rows. The learning rate of flat-full is `FULL_LEARNING_RATE`. All models get
+stopping, and are calibrated on the validation rows. The learning rate of flat-full is `FULL_LEARNING_RATE`. All models get
 the same training rows, and the same validation rows if they need any.
 
 Models for several labels a text (hallmarks, ohsumed_multilabel), over all nodes, closed upwards:
@@ -416,8 +416,8 @@ def print_ablation(results: list[dict], names: tuple[str, ...]) -> None:
     """Print scores of the encoder alone, with calibration, and with the lexical head."""
     parts = {
         "encoder alone": "uncalibrated_test_",
-        "with temperatures": "without_lexical_head_test_",
-        "with lexical head and temperatures": "",
+        "calibrated": "without_lexical_head_test_",
+        "with lexical head, calibrated": "",
     }
     frame = pd.DataFrame(results)
     # older runs lack newer scores

@@ -1,12 +1,12 @@
-"""Fit temperatures and conformal thresholds on the validation rows.
+"""Fit temperatures, biases and conformal thresholds on the validation rows.
 
 Worth knowing:
 
-1. Each decision has one temperature T (Guo et al., 2017), fitted on the rows whose path takes this decision. Few rows, or
-   rows that are all correct, determine it badly, so all parameters have a normal prior. With β = 1 / T, a decision is
-   softmax(β · encoder scores + γ · lexical scores), which is convex. First one β and one γ are fitted for all decisions, with
-   prior means 1 and 0. Then each decision's own β is fitted, with the common β as prior mean. The standard deviation 0.25 was
-   chosen by `benchmarks/studies/calibration.py`. Class biases (Alexandari et al., 2020) lowered hierarchical F1.
+1. Each decision has one temperature T (Guo et al., 2017), and each node a bias b (Alexandari et al., 2020), fitted on the rows
+   whose path takes this decision. Few rows, or rows that are all correct, determine them badly, so all parameters have a normal
+   prior. With β = 1 / T, a decision is softmax(β · encoder scores + γ · lexical scores + b), which is convex. First one β and one
+   γ are fitted for all decisions, with prior means 1 and 0. Then each decision's own β is fitted, with the common β as prior
+   mean, and its biases, with prior mean 0. The standard deviation 0.25 was chosen by `benchmarks/studies/calibration.py`.
 2. Everything is computed from leaf logits. A decision's scores are log P(child) - log P(parent), up to a constant that the
    softmax cancels. The lexical scores are added per decision. Added to the leaf logits, upper decisions would get the wrong
    weight: on OHSUMED that cost a point of level-1 accuracy (`benchmarks/studies/words.py`).
@@ -33,8 +33,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy.optimize import minimize, minimize_scalar
-from scipy.special import logsumexp
+from scipy.optimize import minimize
+from scipy.special import logsumexp, softmax
 from sklearn.model_selection import GroupKFold
 
 from modeling_hierarchical import TreeSoftmax
@@ -52,21 +52,29 @@ class Calibration:
 
     lexical_weight: float
     temperatures: list[float]
+    node_biases: list[float]
 
     def apply(self, taxonomy: Taxonomy, logits: np.ndarray, lexical_scores: np.ndarray | None) -> np.ndarray:
         """Return the calibrated leaf log-probabilities, (num_documents, num_leaves) float64."""
         scores = node_log_probs(taxonomy, logits)
         if lexical_scores is not None:
             scores = scores + self.lexical_weight * node_log_probs(taxonomy, lexical_scores)
-        return apply_temperatures(taxonomy, scores, self.temperatures)
+        temperatures = np.array(self.temperatures)[taxonomy.decision_of]
+        calibrated = torch.from_numpy(scores / temperatures + np.array(self.node_biases))
+        return TreeSoftmax(taxonomy).node_log_probs(calibrated)[:, : taxonomy.num_leaves].numpy()
 
 
 def fit_calibration(
-    taxonomy: Taxonomy, logits: np.ndarray, lexical_scores: np.ndarray | None, labels: np.ndarray, prior: float = PRIOR
+    taxonomy: Taxonomy,
+    logits: np.ndarray,
+    lexical_scores: np.ndarray | None,
+    labels: np.ndarray,
+    prior: float = PRIOR,
+    bias_prior: float = PRIOR,
 ) -> Calibration:
-    """Return the MAP estimate of the lexical head's weight, at least 0, and of each decision's temperature, in [0.05, 20].
+    """Return the MAP estimate of the lexical head's weight, at least 0, and of temperatures, in [0.05, 20], and biases.
 
-    An infinite standard deviation of the prior gives maximum likelihood.
+    An infinite standard deviation of a prior gives maximum likelihood, and a ``bias_prior`` of 0 no biases.
     """
     experts = [node_log_probs(taxonomy, scores) for scores in (logits, lexical_scores) if scores is not None]
     taken = decisions_taken(taxonomy, np.stack(experts, axis=2), labels)
@@ -78,10 +86,12 @@ def fit_calibration(
 
     factors = minimize(neg_log_posterior, x0=mean, bounds=bounds, method="L-BFGS-B").x
     common, weights = float(factors[0]), factors / factors[0]
-    return Calibration(
-        lexical_weight=float(weights[1]) if len(experts) == 2 else 0.0,
-        temperatures=[1 / inverse_temperature(scores @ weights, correct, prior, common) for scores, correct in taken],
-    )
+    temperatures, biases = [], np.zeros(taxonomy.num_nodes)
+    for nodes, (scores, correct) in zip(taxonomy.decisions, taken, strict=True):
+        inverse, biases[nodes] = fit_decision(scores @ weights, correct, prior, bias_prior, common)
+        temperatures.append(1 / inverse)
+    lexical_weight = float(weights[1]) if len(experts) == 2 else 0.0
+    return Calibration(lexical_weight, temperatures, biases.tolist())
 
 
 def calibrate_out_of_fold(
@@ -107,13 +117,26 @@ def calibrate_out_of_fold(
     return calibrated
 
 
-def inverse_temperature(scores: np.ndarray, correct: np.ndarray, prior: float, common: float = 1.0) -> float:
-    """Return the MAP estimate of one decision's inverse temperature; its prior is normal around ``common``."""
+def fit_decision(
+    scores: np.ndarray, correct: np.ndarray, prior: float, bias_prior: float, common: float = 1.0
+) -> tuple[float, np.ndarray]:
+    """Return the MAP estimates of one decision's inverse temperature and biases, with prior means ``common`` and 0.
 
-    def neg_log_posterior(factor: float) -> float:
-        return negative_log_likelihood(factor * scores, correct) + (factor - common) ** 2 / (2 * prior**2)
+    Scores are (num_documents, num_children), and ``correct`` the indices of the correct children.
+    """
+    mean = np.array([common, *[0.0] * scores.shape[1]])
+    deviations = np.array([prior, *[bias_prior or np.inf] * scores.shape[1]])
+    bounds = [RANGE, *[(None, None) if bias_prior else (0.0, 0.0)] * scores.shape[1]]
 
-    return float(minimize_scalar(neg_log_posterior, bounds=RANGE, method="bounded", options={"xatol": 1e-5}).x)
+    def neg_log_posterior(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        logits, shift = parameters[0] * scores + parameters[1:], (parameters - mean) / deviations
+        errors = softmax(logits, axis=1)
+        errors[np.arange(len(correct)), correct] -= 1
+        slope = np.array([(errors * scores).sum(), *errors.sum(0)]) + shift / deviations
+        return negative_log_likelihood(logits, correct) + (shift**2).sum() / 2, slope
+
+    inverse, *biases = minimize(neg_log_posterior, x0=mean, jac=True, bounds=bounds, method="L-BFGS-B").x
+    return float(inverse), np.array(biases)
 
 
 def negative_log_likelihood(scores: np.ndarray, correct: np.ndarray) -> float:
@@ -149,12 +172,6 @@ def rows_by_decision(taxonomy: Taxonomy, labels: np.ndarray) -> Iterator[tuple[l
         correct = ancestors[labels, taxonomy.levels[nodes[0]] - 1]  # the node of each label's path at this level
         rows = np.flatnonzero(np.isin(correct, nodes) & (len(nodes) > 1))
         yield nodes, rows, np.searchsorted(nodes, correct[rows])
-
-
-def apply_temperatures(taxonomy: Taxonomy, scores: np.ndarray, temperatures: list[float]) -> np.ndarray:
-    """Divide the scores (num_documents, num_nodes) of each decision by its temperature; return leaf log-probabilities."""
-    divided = torch.from_numpy(scores / np.array(temperatures)[taxonomy.decision_of])
-    return TreeSoftmax(taxonomy).node_log_probs(divided)[:, : taxonomy.num_leaves].numpy()
 
 
 def fit_thresholds(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> list[float | None]:

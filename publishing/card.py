@@ -240,10 +240,9 @@ def quantized_rows(metrics: dict[str, Any], titles: dict[str, str]) -> list[list
 
 def calibration_rows(metrics: dict[str, Any], titles: dict[str, str]) -> list[list[str]]:
     """Compare scores before and after calibration, and without the lexical head if there is one."""
-    steps, compared = ["uncalibrated_"], r"(eval|test)_(log_loss|(level_\d+_)?ece)"
+    steps, compared = ["uncalibrated_"], rf"(eval|test)_({COMPARED}|log_loss|(level_\d+_)?ece)"
     if metrics.get("lexical_weight"):
         steps.append("without_lexical_head_")
-        compared += rf"|(eval|test)_({COMPARED})"  # temperatures alone change few predictions
     return [
         [title, *(format_score(metrics.get(f"{step}{name}")) for step in (*steps, ""))]
         for name, title in titles.items()

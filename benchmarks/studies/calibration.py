@@ -1,11 +1,14 @@
-"""Measure the strength of the calibration's prior:
+"""Measure the strength of the calibration's priors:
 
     python benchmarks/studies/calibration.py --checkpoint FOLDER --file FILE [--class_names NAMES]
 
 FOLDER is a checkpoint of ``train.py`` with a lexical head. FILE holds labelled rows on which the checkpoint was not trained, and
 NAMES is as for ``train.py``. A few of these rows are drawn as validation rows, on which `evaluation.calibration` fits the weight
-of the lexical head and the temperatures. The log loss is measured on the other rows, as the mean of 40 draws. The columns are
-standard deviations of the prior: "0" fits nothing (the encoder alone), and "inf" is maximum likelihood.
+of the lexical head, the temperatures and the biases. Scores are measured on the other rows, as the mean of 40 draws.
+
+The first table is the log loss without biases. Its columns are standard deviations of the prior: "0" fits nothing (the encoder
+alone), and "inf" is maximum likelihood. The second table is for standard deviations of the biases' prior, 0 for no biases, with
+0.25 for the other parameters ("2026-11-29: Biases in the calibration").
 
 The numbers for OHSUMED come from ``ablation.py --task ohsumed --variant recipe --fold 0``: its ``ohsumed-recipe-0`` is the
 checkpoint, and its ``fold-0/test.csv``, a third of the training file, is FILE.
@@ -16,16 +19,20 @@ Supports docs/experiments.md, "2026-11-26: Calibration with a prior".
 import argparse
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoModel, AutoTokenizer, EvalPrediction, PreTrainedModel
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from evaluation.calibration import Calibration, fit_calibration
+from evaluation.calibration import PRIOR, Calibration, fit_calibration
+from evaluation.metrics import build_compute_metrics
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import DataArguments
 from training.splits import load_splits
@@ -33,6 +40,8 @@ from training.splits import load_splits
 DRAWS = 40
 ROWS = (10, 20, 50, 100, 200, 336)
 PRIORS = (0.0, 0.1, 0.25, 0.5, 1.0, np.inf)
+BIAS_PRIORS = (0.0, 0.1, 0.25, 0.5, 1.0)
+SHOWN = ("log_loss", "accuracy", "macro_f1", "hierarchical_f1", "level_1_accuracy", "ece", "level_1_ece")
 
 
 def main() -> None:
@@ -47,18 +56,30 @@ def main() -> None:
     rows = load_splits(files, seed=0, taxonomy=tree).splits["validation"]
     labels = np.array(rows["label"])
     logits, words = leaf_scores(model, arguments.checkpoint, list(rows["text"]))
-    table = []
+    score = partial(scores, tree, logits, words, labels)
+    table = {"prior": draws(score, [(prior, 0.0) for prior in PRIORS], ROWS)}
+    table["bias_prior"] = draws(score, [(PRIOR, bias_prior) for bias_prior in BIAS_PRIORS], (100, 336))
+    # ── Tables ───────────────────────────────────────────────────────────────────────────────────────────────────────
     print("| validation rows | " + " | ".join(f"{prior:g}" for prior in PRIORS) + " |")
     print("| ---: |" + " ---: |" * len(PRIORS))
-    for number in (number for number in ROWS if number < 0.7 * len(labels)):
-        found, generator = np.zeros(len(PRIORS)), np.random.default_rng(0)
-        for _ in range(DRAWS):
-            drawn = generator.permutation(len(labels))
-            found += losses(tree, logits, words, labels, drawn[:number], drawn[number:])
-        means = dict(zip(map(str, PRIORS), (found / DRAWS).tolist(), strict=True))
-        table.append({"validation_rows": number, "log_loss_by_prior": means})
-        print(f"| {number} | " + " | ".join(f"{value:.3f}" for value in means.values()) + " |")
-    arguments.output.write_text(json.dumps({"rows": len(labels), "table": table}, indent=2) + "\n", encoding="utf-8")
+    for number, of_priors in table["prior"].items():
+        print(f"| {number} | " + " | ".join(f"{found['log_loss']:.3f}" for found in of_priors) + " |")
+    print("\n| validation rows | prior of the biases | " + " | ".join(SHOWN) + " |")
+    print("| ---: | ---: |" + " ---: |" * len(SHOWN))
+    for number, of_priors in table["bias_prior"].items():
+        for prior, found in zip(BIAS_PRIORS, of_priors, strict=True):
+            print(f"| {number} | {prior:g} | " + " | ".join(f"{found[name]:.4f}" for name in SHOWN) + " |")
+    arguments.output.write_text(json.dumps({"rows": len(labels), **table}, indent=2) + "\n", encoding="utf-8")
+
+
+def draws(
+    score: Callable[..., dict[str, float]], priors: list[tuple[float, float]], numbers: tuple[int, ...]
+) -> dict[int, list[dict[str, float]]]:
+    """Return the mean scores of `DRAWS` draws for each number of validation rows, and each pair of priors."""
+    return {
+        number: [dict(pd.DataFrame([score(*pair, number, seed) for seed in range(DRAWS)]).mean()) for pair in priors]
+        for number in numbers
+    }
 
 
 def leaf_scores(model: PreTrainedModel, checkpoint: Path, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -68,7 +89,7 @@ def leaf_scores(model: PreTrainedModel, checkpoint: Path, texts: list[str]) -> t
     """
     lexical = model.heads.lexical
     model.set_lexical_head(None)
-    model.set_calibration(temperatures=None, conformal_thresholds=None)
+    model.set_calibration(temperatures=None, node_biases=None, conformal_thresholds=None)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
     ids = tokenizer(texts, truncation=True)["input_ids"]
     logits, words = (np.empty((len(texts), model.config.tree.num_leaves)) for _ in range(2))
@@ -81,18 +102,24 @@ def leaf_scores(model: PreTrainedModel, checkpoint: Path, texts: list[str]) -> t
     return logits, words
 
 
-def losses(
-    tree: Taxonomy, logits: np.ndarray, words: np.ndarray, labels: np.ndarray, known: np.ndarray, rest: np.ndarray
-) -> np.ndarray:
-    """Return the log loss of the rows ``rest`` for each of `PRIORS`, calibrated on the rows ``known``."""
-    found = []
-    for prior in PRIORS:
-        calibration = Calibration(0.0, [1.0] * len(tree.decisions))
-        if prior:
-            calibration = fit_calibration(tree, logits[known], words[known], labels[known], prior)
-        log_probs = calibration.apply(tree, logits[rest], words[rest])
-        found.append(-log_probs[np.arange(len(rest)), labels[rest]].mean())
-    return np.array(found)
+def scores(
+    tree: Taxonomy,
+    logits: np.ndarray,
+    words: np.ndarray,
+    labels: np.ndarray,
+    prior: float,
+    bias_prior: float,
+    number: int,
+    seed: int,
+) -> dict[str, float]:
+    """Draw ``number`` rows, calibrate on them, and return the scores of the other rows."""
+    known, rest = np.split(np.random.default_rng(seed).permutation(len(labels)), [number])
+    calibration = Calibration(0.0, [1.0] * len(tree.decisions), [0.0] * tree.num_nodes)
+    if prior:
+        calibration = fit_calibration(tree, logits[known], words[known], labels[known], prior, bias_prior)
+    calibrated = calibration.apply(tree, logits[rest], words[rest])
+    measured = build_compute_metrics(tree)(EvalPrediction(calibrated, labels[rest]))
+    return {name: measured[name] for name in SHOWN}
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ sys.path.insert(0, str(ROOT))
 
 from calibration import leaf_scores
 
-from evaluation.calibration import fit_calibration, inverse_temperature
+from evaluation.calibration import fit_calibration, fit_decision
 from evaluation.lexical import LexicalClassifier, token_counts
 from evaluation.metrics import build_compute_metrics
 from taxonomy_hierarchical import Taxonomy
@@ -84,7 +84,7 @@ def main() -> None:
         logits = np.empty((len(labels), len(names)))
         for known, unknown in StratifiedKFold(3, shuffle=True, random_state=0).split(labels, labels):
             scores = scorer(known, unknown)
-            logits[unknown] = log_softmax(scores * inverse_temperature(scores, labels[unknown], prior=np.inf), axis=1)
+            logits[unknown] = log_softmax(scores * fit_decision(scores, labels[unknown], np.inf, 0)[0], axis=1)
         answers = logits.argmax(axis=1)
         accuracy, f1 = accuracy_score(labels, answers), f1_score(labels, answers, average="macro")
         loss = -logits[np.arange(len(labels)), labels].mean()
@@ -122,7 +122,7 @@ def beside_an_encoder(data: Path, runs: Path) -> dict[str, dict[str, float]]:
         known, rest = rows[:VALIDATION_ROWS], rows[VALIDATION_ROWS:]
         for title, (fitted, beside) in forms.items():
             calibration = fit_calibration(
-                fitted, logits[known], None if beside is None else beside[known], labels[known]
+                fitted, logits[known], None if beside is None else beside[known], labels[known], bias_prior=0
             )
             answers = calibration.apply(fitted, logits[rest], None if beside is None else beside[rest])
             measured = build_compute_metrics(tree)(EvalPrediction(predictions=answers, label_ids=labels[rest]))

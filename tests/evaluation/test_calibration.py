@@ -1,4 +1,4 @@
-"""Calibration: temperatures against drawn labels and the model itself, thresholds against their definition."""
+"""Calibration: temperatures and biases against drawn labels and the model itself, thresholds against their definition."""
 
 import json
 from collections.abc import Iterator
@@ -16,7 +16,6 @@ from configuration_hierarchical import HierarchicalConfig
 from evaluation.calibration import (
     PRIOR,
     Calibration,
-    apply_temperatures,
     calibrate_out_of_fold,
     conformal_scores,
     fit_calibration,
@@ -38,14 +37,16 @@ MANY = Taxonomy({f"parent {i}": {f"{i} {j}": [f"{i} {j} {k}" for k in range(3)] 
 TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
 
 
-def drawn(tree: Taxonomy, temperatures: list[float], rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Draw leaf logits of a model, and labels for which these temperatures are correct."""
-    generator = np.random.default_rng(seed)
+def drawn(
+    tree: Taxonomy, temperatures: list[float], rows: int, seed: int = 0, biases: np.ndarray | float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw leaf logits of a model, and labels for which these temperatures and biases (num_nodes,) are correct."""
+    generator, biases = np.random.default_rng(seed), np.broadcast_to(biases, tree.num_nodes)
     scores = generator.normal(scale=2, size=(rows, tree.num_nodes))
     conditional, correct = np.zeros_like(scores), np.zeros_like(scores)
     for nodes, temperature in zip(tree.decisions, temperatures, strict=True):
         conditional[:, nodes] = log_softmax(scores[:, nodes], axis=1)
-        correct[:, nodes] = log_softmax(scores[:, nodes] / temperature, axis=1)
+        correct[:, nodes] = log_softmax(scores[:, nodes] / temperature + biases[nodes], axis=1)
     leaves = [tree.path(leaf) for leaf in range(tree.num_leaves)]
     logits = np.column_stack([conditional[:, path].sum(1) for path in leaves])
     chances = np.exp(np.column_stack([correct[:, path].sum(1) for path in leaves]))
@@ -56,9 +57,15 @@ def fitted(tree: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> list[float
     return fit_calibration(tree, logits, None, labels).temperatures
 
 
-def test_temperatures_are_those_that_the_labels_were_drawn_with():
-    temperatures = [2.0, 0.5, 3.0, 1.0]
-    assert fitted(TREE, *drawn(TREE, temperatures, 20_000)) == pytest.approx(temperatures, rel=0.1)
+def test_temperatures_and_biases_are_those_that_the_labels_were_drawn_with():
+    temperatures, biases = [2.0, 0.5, 3.0, 1.0], np.random.default_rng(1).normal(scale=0.5, size=TREE.num_nodes)
+    for nodes in TREE.decisions:
+        biases[nodes] -= biases[nodes].mean()  # a constant changes no softmax
+    logits, labels = drawn(TREE, temperatures, 20_000, biases=biases)
+    calibration = fit_calibration(TREE, logits, None, labels)
+    assert calibration.temperatures == pytest.approx(temperatures, rel=0.1)
+    assert calibration.node_biases == pytest.approx(biases.tolist(), abs=0.1)
+    assert fit_calibration(TREE, logits, None, labels, bias_prior=0).node_biases == [0.0] * TREE.num_nodes
 
 
 def test_the_order_in_which_a_taxonomy_names_its_nodes_changes_nothing():
@@ -78,8 +85,7 @@ def test_the_order_in_which_a_taxonomy_names_its_nodes_changes_nothing():
 def test_the_lexical_weight_is_the_one_that_the_labels_were_drawn_with():
     generator = np.random.default_rng(0)
     logits, words = (generator.normal(scale=2, size=(20_000, TREE.num_leaves)) for _ in range(2))
-    scores = node_log_probs(TREE, logits) + 0.7 * node_log_probs(TREE, words)
-    chances = np.exp(apply_temperatures(TREE, scores, [1.5] * 4))
+    chances = np.exp(Calibration(0.7, [1.5] * 4, [0.0] * TREE.num_nodes).apply(TREE, logits, words))
     labels = np.array([generator.choice(len(row), p=row / row.sum()) for row in chances])
     calibration = fit_calibration(TREE, logits, words, labels)
     assert calibration.lexical_weight == pytest.approx(0.7, rel=0.1)
@@ -129,14 +135,16 @@ def test_scores_of_validation_rows_do_not_flatter_the_fit():
 
 
 def test_the_prior_weighs_as_much_as_its_formula_says():
-    """For n binary decisions, each correct by a margin m, and β ~ N(1, s²): n · m / (1 + exp(β · m)) = (β - 1) / s²."""
-    tree, n, m, s = Taxonomy(["a", "b"]), 40, 1.5, 0.25
-    (temperature,) = fit_calibration(
-        tree, np.tile([m, 0.0], (n, 1)), None, np.zeros(n, dtype=int), prior=s
-    ).temperatures
+    """For n binary decisions, each correct by a margin m, β ~ N(1, s²) and biases ±b, b ~ N(0, t²).
+
+    First without biases, n · m / (1 + exp(β · m)) = (β - 1) / s². Then n / (1 + exp(β · m + 2 b)) = b / t² = (β - β₁) / (m s²).
+    """
+    tree, n, m, s, t = Taxonomy(["a", "b"]), 40, 1.5, 0.25, 0.2
+    found = fit_calibration(tree, np.tile([m, 0.0], (n, 1)), None, np.zeros(n, dtype=int), prior=s, bias_prior=t)
     common = brentq(lambda factor: n * m / (1 + np.exp(factor * m)) - (factor - 1) / s**2, 1, 20)
-    own = brentq(lambda factor: n * m / (1 + np.exp(factor * m)) - (factor - common) / s**2, 1, 20)
-    assert 1 / temperature == pytest.approx(own, rel=1e-3)
+    bias = brentq(lambda b: n / (1 + np.exp((common + b * m * s**2 / t**2) * m + 2 * b)) - b / t**2, 0, 20)
+    assert found.node_biases == pytest.approx([bias, -bias], rel=1e-3)
+    assert 1 / found.temperatures[0] == pytest.approx(common + bias * m * s**2 / t**2, rel=1e-3)
 
 
 def test_a_decision_without_rows_takes_the_temperature_of_all():
@@ -162,7 +170,7 @@ def test_few_rows_or_rows_that_were_all_decided_rightly_do_little_harm():
     def harm(rows: np.ndarray, prior: float) -> float:
         return log_loss(fit_calibration(TREE, logits[rows], words[rows], labels[rows], prior=prior)) - untouched
 
-    untouched = log_loss(Calibration(0.0, [1.0] * 4))
+    untouched = log_loss(Calibration(0.0, [1.0] * 4, [0.0] * TREE.num_nodes))
     correct = known[logits[known].argmax(1) == labels[known]]
     for rows in (known[:10], known[:30], known[:100]):
         assert harm(rows, PRIOR) < min(0.05, harm(rows, np.inf))
@@ -179,12 +187,14 @@ def test_the_model_itself_gives_the_calibrated_probabilities():
     ids = torch.randint(5, 60, (7, 9))
     with torch.inference_mode():
         before = model(input_ids=ids).logits.double().numpy()
-        model.set_calibration(temperatures=[0.5, 2.0, 3.0, 0.7])
+        calibration = Calibration(0.0, [0.5, 2.0, 3.0, 0.7], torch.randn(TREE.num_nodes).tolist())
+        model.set_calibration(temperatures=calibration.temperatures, node_biases=calibration.node_biases)
         after = model(input_ids=ids)
-    expected = apply_temperatures(TREE, node_log_probs(TREE, before), [0.5, 2.0, 3.0, 0.7])
+    expected = calibration.apply(TREE, before, None)
     np.testing.assert_allclose(after.logits.numpy(), expected, atol=1e-5)
     np.testing.assert_allclose(after.node_log_probs.numpy(), node_log_probs(TREE, expected), atol=1e-5)
-    np.testing.assert_allclose(apply_temperatures(TREE, node_log_probs(TREE, before), [1.0] * 4), before, atol=1e-6)
+    untouched = Calibration(0.0, [1.0] * 4, [0.0] * TREE.num_nodes)
+    np.testing.assert_allclose(untouched.apply(TREE, before, None), before, atol=1e-6)
 
 
 @pytest.mark.parametrize("tree", [TREE, ONLY, MANY])
@@ -192,25 +202,29 @@ def test_calibrated_probabilities_are_products_of_each_decision_by_itself(tree):
     """Compare with one softmax per decision, over sums of leaf probabilities."""
     generator = np.random.default_rng(4)
     logits, words = (generator.normal(scale=5, size=(6, tree.num_leaves)) for _ in range(2))
-    temperatures = generator.uniform(0.3, 3, len(tree.decisions)).tolist()
+    temperatures, biases = generator.uniform(0.3, 3, len(tree.decisions)), generator.normal(size=tree.num_nodes)
     below = np.array([[leaf in leaves for leaf in range(tree.num_leaves)] for leaves in tree.leaves_below])
     encoder, lexical = (np.log(softmax(scores, axis=1) @ below.T) for scores in (logits, words))
     conditional = np.zeros_like(encoder)
     for nodes, temperature in zip(tree.decisions, temperatures, strict=True):
-        conditional[:, nodes] = log_softmax((encoder + 0.7 * lexical)[:, nodes] / temperature, axis=1)
+        scores = (encoder + 0.7 * lexical)[:, nodes] / temperature + biases[nodes]
+        conditional[:, nodes] = log_softmax(scores, axis=1)
     expected = np.column_stack([conditional[:, tree.path(leaf)].sum(axis=1) for leaf in range(tree.num_leaves)])
     np.testing.assert_allclose(node_log_probs(tree, logits), encoder, atol=1e-12)
-    np.testing.assert_allclose(Calibration(0.7, temperatures).apply(tree, logits, words), expected, atol=1e-12)
+    calibration = Calibration(0.7, temperatures.tolist(), biases.tolist())
+    np.testing.assert_allclose(calibration.apply(tree, logits, words), expected, atol=1e-12)
 
 
 def test_a_calibration_is_saved_and_loaded(tmp_path):
     config = HierarchicalConfig(text_config={"model_type": "bert", **TINY}, taxonomy=TREE)
     model = HierarchicalForSequenceClassification(config).eval()
-    thresholds = [0.0] * 50 + [0.5] * 48 + [None]
-    model.set_calibration(temperatures=[0.5, 2.0, 3.0, 0.7], conformal_thresholds=thresholds, conformal_max_length=48)
+    thresholds, biases = [0.0] * 50 + [0.5] * 48 + [None], [0.1 * node for node in range(TREE.num_nodes)]
+    fitted = {"temperatures": [0.5, 2.0, 3.0, 0.7], "node_biases": biases, "conformal_thresholds": thresholds}
+    model.set_calibration(**fitted, conformal_max_length=48)
     model.save_pretrained(tmp_path)
     loaded = HierarchicalForSequenceClassification.from_pretrained(tmp_path)
     assert loaded.config.temperatures == [0.5, 2.0, 3.0, 0.7]
+    assert loaded.config.node_biases == biases
     assert loaded.config.conformal_thresholds == thresholds
     assert loaded.config.conformal_max_length == 48
     ids = torch.randint(5, 60, (3, 9))
@@ -377,9 +391,9 @@ def test_a_trained_checkpoint_answers_with_a_coverage(tiny_encoder, tmp_path):
     )  # fmt: skip
     assert "calibrated on the validation rows: temperatures" in done.stderr
     metrics = json.loads((output / "metrics.json").read_text())
-    steps = ("uncalibrated_eval_log_loss", "without_lexical_head_eval_log_loss", "eval_log_loss")
     assert metrics["lexical_weight"] > 0
-    assert [metrics[name] for name in steps] == sorted((metrics[name] for name in steps), reverse=True)
+    assert metrics["eval_log_loss"] < metrics["uncalibrated_eval_log_loss"]
+    assert metrics["eval_log_loss"] < metrics["without_lexical_head_eval_log_loss"]
     assert 0.8 < metrics["test_answer_coverage"] <= 1
     assert (output / "plots" / "reliability_diagram_uncalibrated.png").is_file()
     card = (output / "README.md").read_text()

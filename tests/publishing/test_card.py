@@ -345,11 +345,11 @@ def test_results_show_intervals_classes_and_what_the_lexical_head_changed(writte
     assert f"| test accuracy | {accuracy - 0.01:.4f} | 0.4321 | {accuracy:.4f} |" in printed
     # quantization is judged with the same heads on both sides
     assert f"| test accuracy | {trained:.4f} | {accuracy - 0.01:.4f} | {accuracy - 0.01 - trained:+.4f} |" in printed
-    assert "one temperature per decision" in printed
+    assert "one temperature per decision and one bias per node" in printed
     none = section(written(config=config, metrics={**full, "lexical_weight": 0.0}), "Results")
     assert "one temperature per decision" in none
     assert "linear classifier" not in none
-    assert f"| test accuracy | {accuracy - 0.01:.4f} |" not in none
+    assert f"| test accuracy | {accuracy - 0.01:.4f} | {accuracy:.4f} |" in none
     assert re.search(r"(?m)^\| test log loss.*? \| [\d.]+ \| [\d.]+ \|$", none)
 
 
