@@ -1,8 +1,8 @@
-"""Train the encoder on few rows by the supervised contrastive loss, before prototypes initialise the heads.
+"""Train the encoder by the supervised contrastive loss, before the heads are initialised.
 
-A prototype contains its own training texts. So from prototypes, the cross-entropy of a few rows starts near 0 and teaches
-the encoder little. The contrastive loss compares a text only with others (Khosla et al., 2020, "Supervised Contrastive
-Learning").
+The contrastive loss compares a text only with others (Khosla et al., 2020, "Supervised Contrastive Learning"). With few rows
+this matters most. A prototype contains its own training texts, so from prototypes the cross-entropy starts near 0 and teaches
+the encoder little.
 """
 
 import logging
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from training.trainer import HierarchicalTrainer
@@ -48,7 +49,8 @@ def train_contrastively(trainer: HierarchicalTrainer, inputs: list[list[int]], m
 
     # ── Steps ────────────────────────────────────────────────────────────────────────────────────────────────────────
     model.train()
-    for _ in range(steps):
+    hidden = training.disable_tqdm or not trainer.is_world_process_zero()
+    for _ in tqdm(range(steps), desc="contrastive steps", disable=hidden):
         chosen = [classes[i] for i in generator.choice(len(classes), num_classes, replace=False)]
         drawn = [generator.choice(texts, min(TEXTS_PER_CLASS, len(texts)), replace=False) for texts in chosen]
         rows = np.unique(np.concatenate(drawn))

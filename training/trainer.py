@@ -42,7 +42,7 @@ from training.views import disagreement, halves
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED_AT_ONCE = 16  # texts
+EMBEDDED_AT_ONCE = 8  # texts
 MAX_UNCHECKED = 100  # losses of micro-batches that stay on the device before they are read
 RESUME_HINT = "--resume_from_checkpoint auto continues from the last checkpoint"
 
@@ -99,14 +99,14 @@ class HierarchicalTrainer(PublishingTrainer):
 
     def embed(self, inputs: Sequence[list[int]]) -> Tensor:
         """Embed texts given as token ids: pooled vectors, (len(inputs), hidden_size)."""
-        pooled = []
+        pooled, order = [], sorted(range(len(inputs)), key=lambda row: len(inputs[row]))  # by length: less padding
         for start in range(0, len(inputs), EMBEDDED_AT_ONCE):
-            batch = self.data_collator([{"input_ids": ids} for ids in inputs[start : start + EMBEDDED_AT_ONCE]])
-            batch = batch.to(self.model.device)
+            rows = order[start : start + EMBEDDED_AT_ONCE]
+            batch = self.data_collator([{"input_ids": inputs[row]} for row in rows]).to(self.model.device)
             with self.accelerator.autocast():
                 hidden = self.model.encoder(**batch).last_hidden_state
             pooled.append(self.model.pool(hidden, batch["attention_mask"]).to(self.model.heads.weight.device))
-        return torch.cat(pooled)
+        return torch.cat(pooled)[torch.tensor(order).argsort()]
 
     def compute_loss(
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None

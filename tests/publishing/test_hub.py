@@ -682,7 +682,12 @@ def without(*names: str):
 def other_taxonomy(files: dict[str, bytes]) -> dict[str, bytes]:
     config = json.loads(files["config.json"])
     config.pop("id2label")
-    return {**files, "config.json": json.dumps({**config, "taxonomy": ["a", "b", "c"], "temperatures": None}).encode()}
+    return {
+        **files,
+        "config.json": json.dumps(
+            {**config, "taxonomy": ["a", "b", "c"], "temperatures": None, "node_biases": None}
+        ).encode(),
+    }
 
 
 def smaller_rank(files: dict[str, bytes]) -> dict[str, bytes]:
