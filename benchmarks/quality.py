@@ -19,6 +19,7 @@ Models for one label a text (ohsumed, medical_abstracts):
 - lora, qlora: the recipe over a full-precision encoder, and the recipe itself, over a 4-bit encoder;
 - qlora-rank-16: the recipe with a rank-16 adapter;
 - qlora-gamma-0, qlora-gamma-0.5, …: the recipe with another γ of the focal loss;
+- qlora-contrast-200: the recipe with 200 contrastive steps;
 - lora-refit, qlora-refit, flat-lora-refit: the same, trained anew on training and validation rows (``--refit``);
 - lora-whole, qlora-whole, qlora-halves: lora or qlora trained on whole texts, or on halves with consistency, if the recipe
   does the opposite.
@@ -105,6 +106,7 @@ TRAINED = {  # trained by train.py, with these flags after the recipe
     "qlora-halves": ("--consistency", "1"),
     "qlora-rank-16": ("--lora_r", "16", "--lora_alpha", "32"),
     **{f"qlora-gamma-{gamma}": ("--focal_gamma", gamma) for gamma in ("0", "0.5", "1", "2")},
+    "qlora-contrast-200": ("--contrastive_steps", "200"),
     "lora": ("--quantization", "none"),
     "qlora": (),
     "flat-lora-refit": ("--quantization", "none", "--lora_r", "16", "--lora_alpha", "32", *PLAIN, "--refit"),
