@@ -139,7 +139,7 @@ def probabilities(classify: Callable, file: Path, class_names: Path | None) -> t
 
 def read_rows(tree: Taxonomy, file: Path, class_names: Path | None) -> tuple[list[str], np.ndarray]:
     """Read the texts and leaf ids (documents,) of a labelled file."""
-    rows, names = pd.read_csv(file, dtype=str), {}
+    rows, names = pd.read_csv(file, dtype=str, keep_default_na=False), {}
     if class_names is not None:
         names = pd.read_csv(class_names, dtype=str).set_index("label")["name"].to_dict()
     return list(rows["text"]), np.array([tree.id(names.get(label, label)) for label in rows["label"]])

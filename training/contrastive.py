@@ -49,8 +49,8 @@ def train_contrastively(trainer: HierarchicalTrainer, inputs: list[list[int]], m
 
     # ── Steps ────────────────────────────────────────────────────────────────────────────────────────────────────────
     model.train()
-    hidden = training.disable_tqdm or not trainer.is_world_process_zero()
-    for _ in tqdm(range(steps), desc="contrastive steps", disable=hidden):
+    silent = training.disable_tqdm or not trainer.is_world_process_zero()
+    for _ in tqdm(range(steps), desc="contrastive steps", disable=silent):
         chosen = [classes[i] for i in generator.choice(len(classes), num_classes, replace=False)]
         drawn = [generator.choice(texts, min(TEXTS_PER_CLASS, len(texts)), replace=False) for texts in chosen]
         rows = np.unique(np.concatenate(drawn))

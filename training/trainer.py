@@ -77,9 +77,8 @@ class HierarchicalTrainer(PublishingTrainer):
         self.consistency = consistency
         self.stopping = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
         for callback in self.callback_handler.callbacks:
-            if isinstance(
-                callback, JITCheckpointCallback
-            ):  # only after a step is the random state the one to resume with
+            if isinstance(callback, JITCheckpointCallback):
+                # it saves only after a step: before the optimizer's step, the random state is already that of the next one
                 callback.on_step_begin = callback.on_pre_optimizer_step = lambda *args, **kwargs: None
         self.patience: int | None = self.stopping[0].early_stopping_patience if self.stopping else None
         self.tried_batch_size: int | None = None
@@ -154,9 +153,7 @@ class HierarchicalTrainer(PublishingTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Train or resume. A run that has reached ``max_steps`` or stopped early takes no further step."""
         if not isinstance(resume_from_checkpoint, str):
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-            self._check_finished()
-            return output
+            return self._train_to_the_end(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
         self.best_checkpoint = state.best_model_checkpoint = self._find_best_checkpoint(state, resume_from_checkpoint)
         step = state.global_step
@@ -172,16 +169,17 @@ class HierarchicalTrainer(PublishingTrainer):
                 self._load_best_model()
             output = TrainOutput(step, float("nan"), {"epoch": state.epoch})
         else:
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-            self._check_finished()
+            output = self._train_to_the_end(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         return output._replace(metrics=output.metrics | {"resumed_from_step": step})
 
-    def _check_finished(self) -> None:
-        """Raise InputError if ``--enable_jit_checkpoint`` ended training, after SIGTERM."""
+    def _train_to_the_end(self, **kwargs: Any) -> TrainOutput:
+        """Train as the Trainer does. Raise InputError if SIGTERM ended the training (``--enable_jit_checkpoint``)."""
+        output = super().train(**kwargs)
         stopped_early = any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in self.stopping)
         if self.args.enable_jit_checkpoint and self.state.global_step < self.state.max_steps and not stopped_early:
             steps = f"{self.state.global_step} of {self.state.max_steps} steps"
             raise InputError(f"stopped by SIGTERM after {steps}, and saved: {RESUME_HINT}")
+        return output
 
     def _find_best_checkpoint(self, state: TrainerState, checkpoint: str) -> str | None:
         """Return the best checkpoint of a resumed run. Its folder may have moved since its path was stored."""
