@@ -82,7 +82,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace an existing output, and start from the beginning")
     add("--probabilities", action="store_true", help="write the probability of every class")
     add("--coverage", type=float, help="also write an answer that contains the correct leaf for this share of texts")
-    add("--recall", type=float, help="with several labels a text: an answer that holds this share of them on average")
+    add("--recall", type=float, help="several labels a text: also write an answer that holds this share of its nodes")
     costs = "distance in the tree, a CSV file of leaf by leaf, or missing=NUMBER,inventing=NUMBER with several labels"
     add("--costs", help=f"predict what costs least on average: {costs}")
     add("--uncertainty", action="store_true", help="also write the entropy, and the level that adds most of it")

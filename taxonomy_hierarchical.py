@@ -353,7 +353,8 @@ def _warn_of_misspelt_roots(names: list[str], children: dict[str, dict]) -> None
     for name in names if len(names) * len(children) <= MOST_COMPARED else ():
         others = children.keys() - {name, *children[name]}
         if near := difflib.get_close_matches(name, sorted(others), n=1, cutoff=NEAR):
-            logger.warning(f"{name!r} is a parent only in the taxonomy, so it is a root: is it {near[0]!r}, misspelt?")
+            one, other = quote_name(name), quote_name(near[0])
+            logger.warning(f"{one} is a parent only in the taxonomy, so it is a root: is it {other}, misspelt?")
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:

@@ -222,7 +222,7 @@ class Service:
 
     kicker = "Most probable class"
     target_label = "Coverage: the share of texts whose answer contains the correct class"
-    target_info = "With more coverage, the answer is more often several classes or their parent."
+    target_info = "With more coverage, the answer is more often several classes, or nodes above them."
     plots: tuple[tuple[str, str, str], ...] = (  # element, heading, and label of each figure
         ("bars", "Probabilities, level by level", "Probabilities"),
         ("icicle", "The taxonomy: probability from the roots to the leaves", "The taxonomy"),

@@ -183,7 +183,7 @@ def test_a_warm_start_with_a_grown_taxonomy_keeps_the_known_heads(finished, tmp_
     card = (tmp_path / "results" / "README.md").read_text()
     assert "| lora_r | 16 |" in card
     assert "Training continued from an earlier checkpoint" in card
-    assert "heads kept: 6; initialised: ['infections']" in done.stderr
+    assert "heads kept: 6; initialised: 'infections'" in done.stderr
     own = json.loads((output / "adapter" / "adapter_config.json").read_text())
     assert (
         f"r = {own['r']}, alpha = {own['lora_alpha']}, dropout = {own['lora_dropout']}, target modules " in done.stderr

@@ -78,7 +78,7 @@ class DataArguments:
         False, "Several labels a text: nodes below the given labels are unknown, not absent."
     )
     taxonomy: str | None = flag(
-        None, "Nested .yaml or .json, or .csv of parent,child rows. Default: the labels' paths."
+        None, "Nested .yaml or .json, or .csv of parent,child rows. Default: Medical Abstracts, or the labels' paths."
     )
     label_separator: str = flag("/", "Separator between the names in the path of a label.")
     class_names: str | None = flag(None, "Names of coded labels: .csv or .tsv file of code,name rows, or JSON object.")

@@ -23,7 +23,7 @@ from configuration_hierarchical import HierarchicalConfig
 from errors import InputError, one_line, refusing
 from modeling_hierarchical import HierarchicalForSequenceClassification, HierarchicalHeads
 from publishing.hub import HUB_ERRORS
-from taxonomy_hierarchical import Taxonomy
+from taxonomy_hierarchical import Taxonomy, quote_name
 from training.arguments import ModelArguments
 
 logger = logging.getLogger(__name__)
@@ -138,9 +138,10 @@ def change_taxonomy(model: HierarchicalForSequenceClassification, taxonomy: Taxo
     with torch.no_grad():
         for new, old_weights in zip(model.heads.parameters(), old_heads.parameters(), strict=True):
             new[[*kept]] = old_weights[[*kept.values()]]
-    fresh = [label for i, label in enumerate(taxonomy.labels) if i not in kept]
-    dropped = [label for i, label in enumerate(old.labels) if i not in kept.values()]
-    logger.info("heads kept: %d; initialised: %s; dropped: %s", len(kept), fresh or "none", dropped or "none")
+    fresh = [quote_name(label) for i, label in enumerate(taxonomy.labels) if i not in kept]
+    dropped = [quote_name(label) for i, label in enumerate(old.labels) if i not in kept.values()]
+    listed = [", ".join(names) or "none" for names in (fresh, dropped)]
+    logger.info("heads kept: %d; initialised: %s; dropped: %s", len(kept), *listed)
 
 
 # ── Fetch and load ───────────────────────────────────────────────────────────────────────────────────────────────────
