@@ -94,7 +94,7 @@ def read_checkpoint(folder: Path) -> HierarchicalConfig:
         raise InputError(f"{folder} is not a checkpoint of this project: {held}")
     config = read_config(folder)
     problem = find_damage(folder, config.adapter_subfolder is not None)
-    for name in (*SHIPPED_FILES, "tokenizer_config.json", "README.md"):
+    for name in (*SHIPPED_FILES, "tokenizer.json", "tokenizer_config.json", "README.md"):
         if problem is None and not (folder / name).is_file():
             problem = f"{name} is missing"
     if problem is not None:

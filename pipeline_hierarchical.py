@@ -79,8 +79,8 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         max_length: in tokens, special ones included; by default, and at most, the tokenizer's limit.
         stride: read long texts in windows of ``max_length`` tokens that share this many, instead of truncating them. With
             several labels a text it needs ``top_k``, because the thresholds were not fitted for windows.
-        coverage: share of texts whose answer holds the correct leaf, rounded up to a hundredth. The answer is at most
-            three nodes, or all roots: see `conformal_answer`. It excludes ``stride`` and other values of ``max_length``
+        coverage: share of texts whose answer holds the correct leaf, rounded up to a hundredth. The answer has at most
+            three nodes, or consists of roots: see `conformal_answer`. It excludes ``stride`` and other values of ``max_length``
             than that of the validation rows.
         recall: with several labels a text, the share of a text's nodes that the answer holds on average. Otherwise like
             ``coverage``.

@@ -27,7 +27,7 @@ from prediction.input import read_records
 from prediction.model import DTYPES, Model, find_commit, read_costs
 from prediction.output import RestartableOutput
 from prediction.rows import OUTPUTS, output_kind
-from reading.rows import KINDS
+from reading.rows import KINDS, has_surrogate
 from reading.sources import Source, find_all_sources
 
 if TYPE_CHECKING:
@@ -91,14 +91,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--batch_size", type=int, help="texts per batch; default: batches by number of tokens")
     addresses = "the cluster's address, auto, or local, which starts Ray on this machine; default: local"
     add("--ray", nargs="?", const="local", metavar="ADDRESS", help=f"classify on a Ray cluster: {addresses}")
-    add("--ray_cpus_per_actor", type=int, default=1, help="cores of each copy of the model; default: 1")
+    add("--ray_cpus_per_actor", type=int, help="cores of each copy of the model; default: 1")
     gpus = "GPUs of each copy of the model, possibly a fraction; default: 1 if the cluster has GPUs, else 0"
     add("--ray_gpus_per_actor", type=float, help=gpus)
     parser.error = refuse  # type: ignore[method-assign]
     arguments = parser.parse_args(argv)
     name = Path(arguments.output.partition("?")[0])
-    if len(name.name.encode()) > 200:  # suffixes are added, and file systems allow 255 bytes
+    if len(name.name.encode(errors="surrogateescape")) > 200:  # suffixes are added, and file systems allow 255 bytes
         refuse(f"--output {arguments.output}: the name is too long")
+    if has_surrogate(arguments.output):  # pyarrow cannot write to it
+        refuse(f"--output {arguments.output!a}: the name is not UTF-8")
     if output_kind(arguments.output, arguments.output_format) not in OUTPUTS:
         refuse(f"--output {arguments.output}: its name must end in one of {suffixes}, or in / for a folder")
     if arguments.output.startswith("hf://"):  # each block would be a commit
@@ -112,10 +114,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
         refuse(f"--batch_size must be at least 1, not {arguments.batch_size}")
     if arguments.output_format and not arguments.output.partition("?")[0].endswith("/"):
         refuse(f"--output_format is for a folder, and --output {arguments.output} is a file: leave it out")
-    if arguments.ray is None and arguments.ray_gpus_per_actor is not None:
-        refuse("--ray_gpus_per_actor needs --ray")
-    if arguments.ray_cpus_per_actor < 1:
-        refuse(f"--ray_cpus_per_actor must be at least 1, not {arguments.ray_cpus_per_actor}")
+    cpus, gpus = arguments.ray_cpus_per_actor, arguments.ray_gpus_per_actor
+    for flag, number in (("--ray_cpus_per_actor", cpus), ("--ray_gpus_per_actor", gpus)):
+        if arguments.ray is None and number is not None:
+            refuse(f"{flag} needs --ray")
+    if cpus is not None and cpus < 1:
+        refuse(f"--ray_cpus_per_actor must be at least 1, not {cpus}")
+    if gpus is not None and not (0 <= gpus < 1 or (gpus.is_integer() and gpus > 0)):
+        refuse(f"--ray_gpus_per_actor must be a number of GPUs, or a fraction of one, not {gpus:g}")
     return arguments
 
 

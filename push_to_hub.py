@@ -24,7 +24,7 @@ from checkpoint_files import (
     published_files,
     read_checkpoint,
 )
-from errors import InputError, asked_traceback, exit_with_error, one_line
+from errors import InputError, asked_traceback, exit_with_error, is_full_disk, one_line
 from publishing import card
 from publishing.export import describe_truncation, export_merged, export_onnx
 from publishing.hub import HUB_ERRORS, SPACE_FILES, Target, find_target, log_in, publish, reason, refuse_local_encoder
@@ -144,3 +144,8 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except InputError as error:
         exit_with_error("push_to_hub.py", str(error), trace=asked_traceback())
+    except Exception as error:
+        if not is_full_disk(error):
+            raise
+        message = f"{one_line(error)}: set TMPDIR to a folder with more room"
+        exit_with_error("push_to_hub.py", message, trace=asked_traceback())

@@ -26,6 +26,7 @@ from datasets import DatasetDict
 from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from checkpoint_files import is_checkpoint, read_config
+from checkpoint_hierarchical import check_tokenizer
 from configuration_hierarchical import MULTI_LABEL
 from errors import InputError, asked_traceback, exit_with_error, is_full_disk, one_line, refusing
 from evaluation import plots, report
@@ -295,8 +296,9 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
         raise InputError(f"nothing to score: {problem}")
     with refusing(f"cannot load the tokenizer of {source}"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=True)
+        served = report.served_trainer(source, training, tokenizer)
+        check_tokenizer(tokenizer, served.model)
     splits = tokenize_splits(arguments, data, tokenizer)
-    served = report.served_trainer(source, training, tokenizer)
     metrics, logits, _ = report.score_splits(served, splits, training)
     if training.should_save:
         output = Path(training.output_dir)
@@ -332,7 +334,7 @@ def failure(error: Exception) -> str | None:
     if is_full_disk(error):
         return f"the disk is full ({one_line(error)}): make room, then --resume_from_checkpoint auto resumes"
     if should_reduce_batch_size(error):
-        return f"{one_line(error)}; give --auto_find_batch_size true or --gradient_checkpointing true"
+        return f"{one_line(error)}; give --auto_find_batch_size true or --activation_checkpointing true"
     if isinstance(error, ImportError) and "install" in str(error):  # of a flag that needs more than requirements.txt
         return one_line(error)
     if isinstance(error, OSError) and error.filename is not None:

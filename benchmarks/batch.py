@@ -89,7 +89,7 @@ def start(model: str, source: Path, output: object, *flags: object) -> subproces
     return subprocess.Popen(line, stderr=subprocess.DEVNULL)
 
 
-def num_parts(output: Path) -> int:
+def num_parts(output: object) -> int:
     return len([*Path(f"{output}.parts").glob("0*.jsonl")])
 
 
@@ -101,7 +101,7 @@ def measure(model: str, source: Path, output: Path, rows: int, *flags: object) -
     while process.poll() is None:
         memory = max(memory, peak_memory(process.pid))
         seconds = max(seconds, processor_time(process.pid))
-        if (count := num_parts(output)) > seen[-1][0]:
+        if (count := num_parts(f"{output}/")) > seen[-1][0]:
             seen.append((count, time.perf_counter()))
         time.sleep(0.05)
     if process.returncode:

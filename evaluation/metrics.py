@@ -112,8 +112,8 @@ def check_finite(logits: np.ndarray) -> None:
     """Raise InputError for logits that are not finite, (num_documents, num_classes)."""
     infinite = np.flatnonzero(~np.isfinite(logits).all(axis=1))
     if infinite.size:
-        where = f"{infinite.size} of {len(logits)} documents, the first at row {infinite[0]}"
-        raise InputError(f"the model's logits are not finite for {where}: training has diverged; lower --learning_rate")
+        where = f"{infinite.size} of {len(logits)} documents"
+        raise InputError(f"the model's logits are not finite for {where}: training diverged; lower --learning_rate")
 
 
 def any_label_accuracy(logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> float | None:

@@ -19,6 +19,7 @@ from prediction.input import Record
 from prediction.int8 import has_int8_products, quantize
 from prediction.output import Block
 from prediction.rows import TASKS, RowFormat, output_kind
+from taxonomy_hierarchical import quote_name
 from training.files import sha256
 from training.memory import give_back_memory, keep_memory
 from training.precision import has_bf16
@@ -42,14 +43,16 @@ class Model:
         dtype = choose_dtype(gpu) if arguments.dtype == "auto" else arguments.dtype
         self._pipeline = load(arguments, dtype, gpu)
         config, by_id = self._pipeline.model.config, arguments.id_column is not None
-        weights = fingerprint(arguments.model, arguments.revision, Path(config.encoder_name_or_path))
+        encoder = None if config.adapter_subfolder is None else Path(config.encoder_name_or_path)
+        weights = fingerprint(arguments.model, arguments.revision, encoder)
         kind = output_kind(arguments.output, arguments.output_format)
         tree, multi_label = config.tree, config.is_multi_label
         answers = (arguments.coverage, arguments.recall) != (None, None)
         separators = [";" if multi_label else " > ", *([" | "] if answers else [])]
         for separator in separators if kind == ".csv" else ():
             if ambiguous := [label for label in tree.labels if separator in label]:
-                reason = f"a CSV file joins labels by {separator!r}, and the label {ambiguous[0]!r} contains it"
+                label = quote_name(ambiguous[0])
+                reason = f"a CSV file joins labels by {separator!r}, and the label {label} contains it"
                 raise InputError(f"--output {arguments.output}: {reason}; write .jsonl or .parquet")
         parents = {tree.labels[node]: tree.labels[parent] for node, parent in enumerate(tree.parents) if parent >= 0}
         self.rows = RowFormat(
@@ -169,12 +172,12 @@ def operation_dtype(dtype: str) -> torch.dtype:
     return torch.bfloat16 if is_bf16 else torch.float32
 
 
-def fingerprint(model: str, revision: str | None, encoder: Path) -> str:
-    """Hash the files of a checkpoint, and of its encoder."""
+def fingerprint(model: str, revision: str | None, encoder: Path | None) -> str:
+    """Hash the files of a checkpoint, and of the encoder that an adapter needs."""
     folder = Path(cached_file(model, "config.json", revision=revision)).parent
     # without card, scores and plots, which may be absent from the Hub's cache
     hashes = [sha256(folder / name for name in list_files(folder, MODEL_FILES))]
     # config.json pins an encoder on the Hub by its commit; an encoder in a folder needs hashes
-    if encoder.is_dir():
+    if encoder is not None and encoder.is_dir():
         hashes.append(sha256(file for kind in ("json", "safetensors", "bin") for file in encoder.glob(f"*.{kind}")))
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()

@@ -2,8 +2,8 @@
 
 Worth knowing:
 
-1. Each finished block of rows is a file in ``<output>.parts``. At the end these parts are joined to the output, and
-   deleted. A part's name follows from its rows, so a block that is classified twice is in the output once.
+1. Each finished block of rows is a file in ``<output>.parts``, or ``.parts`` in a folder, which may be a disk of its own. At the
+   end these parts are joined to the output, and deleted. A part's name follows from its rows, so a block that is classified twice is in the output once.
 2. A part holds the options, a digest of its input rows, and a checksum of its content, and is checked when it is read.
 3. The output is one file, or a folder of files with about 100,000 rows each. The folder's manifest is written last: an output
    is complete once its `marker` exists, which is the file or the manifest.
@@ -67,14 +67,15 @@ class RestartableOutput:
         else:
             self.store = Disk()
         self.name = name.rstrip("/")
-        self.parts = f"{self.name}.parts"
+        self._stem = f"{self.name}/" if self.is_folder else self.name
+        self.parts = f"{self._stem}.parts"
         self.marker = f"{self.name}/manifest.json" if self.is_folder else self.name
         self.errors = f"{self.name}/errors.jsonl" if self.is_folder else f"{self.name}.errors.jsonl"
         self.headers: list[dict[str, Any]] = []  # of the parts: options, and digest of the input rows
 
     def lock(self) -> AbstractContextManager[None]:
         """Lock the output for this process. Raise InputError if it cannot be written."""
-        return self.store.lock(self.name)
+        return self.store.lock(self._stem)
 
     def check(self, sources: Sequence[Source], overwrite: bool) -> None:
         """Raise InputError if the output is finished, or if one of its files is also an input, under any name."""

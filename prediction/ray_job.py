@@ -90,9 +90,12 @@ class RayJob:
             dashboard = connect(address)
         if dashboard:
             print(f"Ray's dashboard: http://{dashboard}", file=sys.stderr)
-        gpus = self._arguments.ray_gpus_per_actor
-        gpus = float(ray.cluster_resources().get("GPU", 0) > 0) if gpus is None else gpus
-        self._needs = {"CPU": self._arguments.ray_cpus_per_actor, "GPU": gpus}
+        resources, gpus = ray.cluster_resources(), self._arguments.ray_gpus_per_actor
+        gpus = float(resources.get("GPU", 0) > 0) if gpus is None else gpus
+        self._needs = {"CPU": self._arguments.ray_cpus_per_actor or 1, "GPU": gpus}
+        for kind, number in self._needs.items():
+            if address == "local" and number > (room := resources.get(kind, 0)):
+                raise InputError(f"--ray local: an actor needs {number:g} {kind}, and this machine has {room:g}")
         since = time.monotonic()
         while not self._actors:
             if not self._starting:

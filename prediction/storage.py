@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from errors import InputError, refusing
 from reading.sources import Source
+from reading.stores import path_of
 from training.files import check_writable
 
 
@@ -21,9 +22,9 @@ class Disk:
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
         """Lock an output for this process. Raise InputError if it may not be written, or another process has the lock."""
-        check_writable("--output", Path(name).parent)
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        file = Path(f"{name}.predict.lock")  # a folder uv/ beside a uv.lock is possible
+        file = Path(f"{name}.predict.lock")  # an output uv may stand beside a uv.lock
+        check_writable("--output", file.parent)
+        file.parent.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(file, timeout=0):
                 try:
@@ -139,7 +140,3 @@ class Bucket:
         if self.names(folder):
             with refusing(f"--output {folder}"):
                 self._filesystem.delete_dir(path_of(folder))
-
-
-def path_of(url: str) -> str:
-    return url.partition("://")[2]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from checkpoint_files import ADAPTER_FILES, ONNX_FILE, QUANTIZED_ONNX_FILE, list_files
-from errors import InputError, one_line
+from errors import InputError, is_full_disk, one_line
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from publishing.hub import HUB_ERRORS
 
@@ -114,6 +114,8 @@ def export_onnx(folder: Path, output: Path) -> list[Path]:
                 dynamic_shapes=(tuple({0: "batch", 1: "length"} for _ in names),),
             )
         except Exception as error:  # the exporter raises anything on an encoder that it cannot trace
+            if is_full_disk(error):
+                raise
             problem = f"{type(model.encoder).__name__} cannot be exported ({type(error).__name__})"
             raise InputError(f"--onnx: {problem}: publish without --onnx") from error
         # With a scale for each column, decisions change a third as often as with one scale (benchmarks/studies/quantized.py).

@@ -106,9 +106,9 @@ def find_target(
         writable = ", ".join(namespaces)
         raise InputError(f"{flag} {repo_id}: the token may not write to {namespace!r}, only to {writable}")
     if re.fullmatch("[0-9a-f]{40}", branch):
-        raise InputError(f"--revision {branch} is a commit; name a branch")
+        raise InputError(f"{branch} is a commit; name a branch")
     if not branch or re.search(r"[\s~^:?*\[\\\x00-\x1f\x7f]|\.\.|^[-/.]|[/.]$|\.lock$|//|@\{", branch):
-        raise InputError(f"--revision {branch!r} is no name for a branch")
+        raise InputError(f"{branch!r} is no name for a branch")
 
     # ── Look up the repository and the branch ────────────────────────────────────────────────────────────────────────
     try:

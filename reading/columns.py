@@ -46,6 +46,8 @@ def choose_columns(
             continue
         if requested is not None:
             raise InputError(f"{name} has no column {quote_name(requested)} ({flag}); it has {listed(columns)}")
+        if rare := find_column(dict.fromkeys(columns, 1.0), None, candidates):
+            raise InputError(f"{name}: fewer than half of the first rows have {quote_name(rare)}; give {flag} {rare}")
         raise InputError(f"{name}: no column is called {', '.join(candidates)}; give {flag}, one of {listed(columns)}")
     raise InputError(f"{', '.join(sources)} have no column in common for {flag}: rename it in one of them")
 
@@ -60,8 +62,11 @@ def text_problem(value: Any) -> str | None:
 
 
 def is_blank(text: str) -> bool:
-    """Return whether a text has nothing to read: only spaces, control and format characters, and accents without a letter."""
-    return all(unicodedata.category(character)[0] in "CMZ" for character in text)
+    """Return whether a text has nothing to read.
+
+    It holds only spaces, control and format characters, accents without a letter, and U+FFFD, which replaces lost characters.
+    """
+    return all(character == "\ufffd" or unicodedata.category(character)[0] in "CMZ" for character in text)
 
 
 def listed(names: Iterable[str], most: int = 20) -> str:

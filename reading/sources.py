@@ -28,7 +28,8 @@ class Source:
 
     @property
     def name(self) -> str:
-        return "standard input" if self.path == "-" else self.path
+        """How messages and outputs call it. Bytes of a path that are not UTF-8 are escaped."""
+        return "standard input" if self.path == "-" else os.fsencode(self.path).decode(errors="backslashreplace")
 
     @property
     def size(self) -> int:

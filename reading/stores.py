@@ -29,13 +29,21 @@ def connect(url: str) -> tuple[Any, str]:
         raise InputError(f"{scheme}://...: give credentials in the environment, not in the URL")
     with explained(url):
         try:  # "[" and blanks are not allowed in a URI; fsspec, which serves hf://, takes names as they are
-            quoted = url if scheme == "hf" else quote(url, safe="/:@?=&%*,+~")
+            quoted = url if scheme == "hf" else quote(url, safe="/:@?=&*,+~")
             filesystem, path = FileSystem.from_uri(quoted)
         except ValueError as error:
             if "Unrecognized filesystem type" not in str(error):
                 raise
             filesystem, path = FileSystem.from_uri(f"fsspec+{url}")
-    return filesystem, f"{scheme}://{path}"
+    return filesystem, url_of(scheme, path)
+
+
+def url_of(scheme: str, path: str) -> str:
+    return path if is_url(path) else f"{scheme}://{path}"  # fsspec's paths over HTTP are URLs
+
+
+def path_of(url: str) -> str:
+    return url if url.startswith("http") else url.partition("://")[2]
 
 
 def find_files(url: str) -> tuple[Any, list[tuple[str, int]], bool]:
@@ -46,7 +54,7 @@ def find_files(url: str) -> tuple[Any, list[tuple[str, int]], bool]:
     from pyarrow.fs import FileSelector, FileType
 
     filesystem, shown = connect(url)
-    scheme, _, path = shown.partition("://")
+    scheme, path = shown.partition("://")[0], path_of(shown)
     with explained(url):
         info = filesystem.get_file_info(path)
         if info.type == FileType.Directory:
@@ -59,23 +67,30 @@ def find_files(url: str) -> tuple[Any, list[tuple[str, int]], bool]:
             found = [one for one in filesystem.get_file_info(selector) if matches(one.path.split("/"), parts)]
         else:
             found = [info]
-    files = sorted((f"{scheme}://{one.path}", one.size) for one in found if one.type == FileType.File)
+    files = sorted((url_of(scheme, one.path), one.size) for one in found if one.type == FileType.File)
     return filesystem, files, info.type == FileType.Directory
 
 
 def matches(names: list[str], pattern: list[str]) -> bool:
-    """Return whether the names of a path match a pattern, in which ``**`` stands for any number of folders."""
+    """Return whether the names of a path match a pattern, in which ``**`` stands for any number of folders.
+
+    As on a disk, only a dot matches the dot of a hidden name.
+    """
     if not pattern or not names:
         return not names and set(pattern) <= {"**"}
+    if pattern[0] == "**" and matches(names, pattern[1:]):
+        return True
+    if names[0].startswith(".") and not pattern[0].startswith("."):
+        return False
     if pattern[0] == "**":
-        return matches(names, pattern[1:]) or matches(names[1:], pattern)
+        return matches(names[1:], pattern)
     return fnmatchcase(names[0], pattern[0]) and matches(names[1:], pattern[1:])
 
 
 @contextmanager
 def open_stream(filesystem: Any, url: str, seekable: bool) -> Iterator["Stream"]:
     """Open a file for reading, in large requests unless it has to be seekable."""
-    path = url.partition("://")[2]
+    path = path_of(url)
     with explained(url):
         if seekable:
             file = filesystem.open_input_file(path)

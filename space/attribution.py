@@ -36,7 +36,7 @@ warnings.filterwarnings("ignore", message="Multiple layers provided", category=U
 SCAN = 16  # intervals of the scan
 STEEP = 3  # most intervals of the scan that become pieces of their own
 STEPS = {"steep": 6, "flat": 3}  # with gradients, a piece
-WORK = 16_000  # most tokens times steps, for all pieces
+WORK = 16_000  # tokens times steps, for all pieces; a long text takes more, for 2 · SCAN steps
 SECONDS = 7  # after which pieces are not halved any more
 TOLERANCE = 0.005  # error of a piece, in probability, above which it is halved
 LOG_ODDS = 4  # times as large are differences of log-odds as those of the probability, at one half

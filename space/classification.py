@@ -3,7 +3,7 @@
 Worth knowing:
 
 1. The model and its pipeline load in one call of transformers. On the Hub, code and weights are pinned to the same commit.
-2. An invalid request raises `Refused`. Its message is shown to the user, and contains nothing that the user sent.
+2. An invalid request raises `Refused`. Its message is shown to the user, and contains no text, at most names of columns.
 3. The part of a text that was read is counted in characters, from the tokenizer's offsets.
 4. A model predicts one path a text, and guarantees a coverage. Or it predicts several labels a text, and guarantees a recall.
    Below, both are the target of the guarantee.

@@ -163,7 +163,7 @@ TRAIN = [
     ),
     ((*DATA, "--eval_strategy", "steps", "--save_strategy", "steps", "--eval_steps", "1", "--save_steps", "3"),
      "--load_best_model_at_end needs a save at every evaluation: give the same --eval_steps and --save_steps"),
-    ((*DATA, "--gradient_checkpointing_kwargs", '{"foo": 1}'), "--gradient_checkpointing_kwargs has an unknown name"),
+    ((*DATA, "--activation_checkpointing_kwargs", '{"foo": 1}'), "--activation_checkpointing_kwargs has an unknown name"),
     ((*DATA, *RANDOM, "--lr_scheduler_type", "warmup_stable_decay"), "cannot set up --lr_scheduler_type"),
     ((*DATA, *RANDOM, "--lr_scheduler_kwargs", '{"foo": 2}'), "cannot set up --lr_scheduler_type cosine"),
     ((*DATA, *RANDOM, "--adam_beta1", "2"), "cannot set up the optimizer: Invalid beta parameter"),
@@ -402,6 +402,13 @@ def test_a_checkpoint_that_is_none(place, name):
     change(copy_checkpoint(form, place / "checkpoint"))
     words = ("--model", "checkpoint", "--input", "good.csv", "--output", "out.jsonl", "--dtype", "fp32")
     assert message in refusal(predict.main, *words)
+
+
+def test_a_checkpoint_without_its_vocabulary_is_not_scored(place):
+    (copy_checkpoint("self_contained", place / "checkpoint") / "tokenizer.json").unlink()
+    (place / "rows.csv").write_text("text,label\na headache,general\n")
+    words = ("--do_train", "false", "--do_predict", "--model_name_or_path", "checkpoint", "--test_file", "rows.csv")
+    assert "checkpoint holds no tokenizer" in refusal(train.main, *words, "--output_dir", "results")
 
 
 def test_weights_that_are_no_numbers_are_no_answer(place):

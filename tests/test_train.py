@@ -159,6 +159,9 @@ def test_a_checkpoint_is_scored_without_training_as_it_was_after_training(finish
     for name in ("test_accuracy", "test_macro_f1", "test_log_loss", "test_ece", "test_level_1_accuracy"):
         assert scored[name] == pytest.approx(trained[name], abs=1e-6), name
     assert not (tmp_path / "scores" / "config.json").exists()
+    again = run("--do_train", "false", "--do_predict", *flags, check=False)
+    assert "scores already holds a run: give another --output_dir, or --overwrite_output_dir true" in again.stderr
+    run("--do_train", "false", "--do_predict", *flags, "--overwrite_output_dir", "true")
 
 
 def test_a_warm_start_with_a_grown_taxonomy_keeps_the_known_heads(finished, tmp_path):

@@ -38,8 +38,10 @@ def train_contrastively(trainer: HierarchicalTrainer, inputs: list[list[int]], m
         return
     # ── Optimizer ────────────────────────────────────────────────────────────────────────────────────────────────────
     model, training = trainer.model, trainer.args
-    if training.gradient_checkpointing:
-        model.gradient_checkpointing_enable(training.gradient_checkpointing_kwargs)
+    if training.activation_checkpointing:
+        settings = dict(training.activation_checkpointing_kwargs or {})
+        own = {name: settings.pop(name) for name in ("every_n_layers", "offload") if name in settings}
+        model.activation_checkpointing_enable(settings or None, **own)
     weights = [weight for weight in model.encoder.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=training.learning_rate, weight_decay=0.0)
     scheduler = get_cosine_schedule_with_warmup(optimizer, training.get_warmup_steps(steps), steps)

@@ -99,8 +99,9 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
     config = read_config(path)
     tuning = "full" if config.adapter_subfolder is None else "lora"
     if (arguments.tuning, arguments.pooling) != (tuning, config.pooling):
-        trained = f"--tuning {tuning} --pooling {config.pooling}"
-        raise InputError(f"{path} was trained with {trained}; continue it the same way")
+        same = f"--tuning {tuning} --pooling {config.pooling}"
+        held = "an adapter" if tuning == "lora" else "full or merged weights"
+        raise InputError(f"{path} holds {held}, with {config.pooling} pooling: continue it with {same}")
     if tuning == "lora":
         turn_off_dropout(config.text_config)
     for name in CALIBRATION:  # fitted to the earlier weights

@@ -81,9 +81,10 @@ def push(trainer: HierarchicalTrainer) -> None:
     """Push the finished run to the Hub, or raise InputError with the command that repeats the upload."""
     try:
         trainer.push_to_hub()
-    except HUB_ERRORS as error:
-        output = trainer.args.output_dir
+    except (*HUB_ERRORS, ValueError, RuntimeError) as error:
+        output, branch = trainer.args.output_dir, trainer.args.hub_revision
         command = f"push_to_hub.py --model {output} --repo_id {trainer.hub_model_id}"
+        command += f" --revision {branch}" if branch else ""
         raise InputError(f"{output} is complete, but not on the Hub: {reason(error)}; run {command}") from error
     if trainer.is_world_process_zero():
         logger.info("published as %s", trainer.hub_model_id)

@@ -45,6 +45,7 @@ def check_output_folder(training: HierarchicalTrainingArguments, model: str) -> 
     output = Path(training.output_dir)
     check_writable("--output_dir", output)
     checkpoints, has_model = list_checkpoints(output), (output / "config.json").exists()
+    has_scores = not training.do_train and (output / "metrics.json").exists()
     resumable = any(find_resume_problem(folder) is None for folder in checkpoints)
     resumes = training.do_train and is_of_run(training.resume_from_checkpoint, output)
     if resumes and (resumable or training.resume_from_checkpoint != "auto"):
@@ -53,12 +54,11 @@ def check_output_folder(training: HierarchicalTrainingArguments, model: str) -> 
         source = Path(model).resolve()
         if training.do_train and any(folder.resolve() in (source, *source.parents) for folder in checkpoints):
             raise InputError(f"--overwrite_output_dir true would delete {model}: give another --output_dir")
-    elif has_model or (checkpoints and not resumes):
+    elif has_model or has_scores or (checkpoints and not resumes):
         problem = "holds a model and no complete checkpoint to resume from" if resumes else "already holds a run"
         remedies = ["another --output_dir"]
-        if training.do_train:
-            remedies += ["--overwrite_output_dir true"]
-            remedies += ["--resume_from_checkpoint auto"] if resumable else []
+        remedies += ["--overwrite_output_dir true"] if training.do_train or not has_model else []
+        remedies += ["--resume_from_checkpoint auto"] if training.do_train and resumable else []
         raise InputError(f"--output_dir {output} {problem}: give {', or '.join(remedies)}")
 
 
@@ -97,7 +97,7 @@ def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
 
 
 def check_resumed_data(checkpoint: str, taxonomy: Taxonomy, report: dict[str, Any]) -> str | None:
-    """Raise InputError if the run to resume had another taxonomy, or other training or validation rows.
+    """Raise InputError if the run to resume had another taxonomy, or other training or validation rows or labels.
 
     ``report`` is the data report of this run. Return how the run to resume initialised its heads, None if unknown.
     """
@@ -125,7 +125,7 @@ def check_resumed_data(checkpoint: str, taxonomy: Taxonomy, report: dict[str, An
             for data in (stored_report, report)
         )
     if before != now:
-        problem = "it was trained on other rows; give the same data, columns, --seed and split sizes"
+        problem = "it was trained on other rows or labels; give the same data, columns, names, --seed and split sizes"
         raise InputError(f"cannot resume from {checkpoint}: {problem}, {START_ANEW}")
     return stored_report.get("heads_init")
 

@@ -10,6 +10,7 @@ Worth knowing:
 
 import dataclasses
 import hashlib
+import json
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +80,10 @@ def load_splits(
     taxonomy, origin, nodes = resolve_labels(places, len(rows), label_columns, arguments, taxonomy)
     rows["label"] = [sorted({nodes[one] for one in label}) if several else nodes[label] for label in rows["label"]]
 
+    learnt = rows.loc[rows["split"] != "test", "label"]
+    content = json.dumps([arguments.incomplete_labels, [label if several else [label] for label in learnt]])
+    labels_hash = hashlib.sha256(content.encode()).hexdigest()
+
     # ── Repeated texts: trained on before, in several rows, in several splits ────────────────────────────────────────
     rows["text_id"], texts = pd.factorize(pd.Series(map(normalise_text, rows["text"]), dtype=object))
     rows, trained_before = _place_trained_rows(rows, texts, trained)
@@ -96,11 +101,11 @@ def load_splits(
     rows = _split_off(rows, shares, seed, taxonomy)
 
     # ── Report ───────────────────────────────────────────────────────────────────────────────────────────────────────
-    method = {"method": "as given", "split_off": shares, "seed": seed}
+    # a resumed run checks that its labels and training rows are the same
+    method = {"method": "as given", "split_off": shares, "seed": seed, "labels_sha256": labels_hash}
     if shares:
         numbers = np.sort(rows.loc[rows["split"] == "train", "row"].to_numpy(np.int64))
         method["method"] = "by class, identical texts kept together"
-        # a resumed run checks that its training rows are the same
         method["train_rows_sha256"] = hashlib.sha256(numbers.tobytes()).hexdigest()
     describe = data_report.describe_label_sets if several else data_report.describe
     num_dropped = {split: int((dropped["split"] == split).sum()) for split in SPLITS}

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import EarlyStoppingCallback, TrainerState, trainer_pt_utils
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+from transformers.trainer_jit_checkpoint import CheckpointManager, JITCheckpointCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from checkpoint_hierarchical import ADAPTER_SUBFOLDER, ADAPTER_WEIGHTS, HEADS_WEIGHTS
@@ -62,8 +62,10 @@ class HierarchicalTrainer(PublishingTrainer):
             warnings.filterwarnings("ignore", "Label smoothing is not compatible")
             super().__init__(*args, **kwargs)
         encoder = self.model.encoder
-        if self.args.gradient_checkpointing and not encoder.supports_gradient_checkpointing:
-            raise InputError(f"--gradient_checkpointing: {type(encoder).__name__} of transformers does not support it")
+        if self.args.activation_checkpointing and not encoder.supports_gradient_checkpointing:
+            raise InputError(
+                f"--activation_checkpointing: {type(encoder).__name__} of transformers does not support it"
+            )
         if self.args.n_gpu > 1:
             logger.warning("using one of %d GPUs; `accelerate launch train.py …` uses all of them", self.args.n_gpu)
             self.args._n_gpu = 1
@@ -75,12 +77,16 @@ class HierarchicalTrainer(PublishingTrainer):
         self.loss_function: Any = loss_function.to(self.args.device) if loss_function else model_loss
         self.disagreement: Any = partial(decision_disagreement, decisions) if self.is_multi_label else disagreement
         self.consistency = consistency
-        self.stopping = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+        self.patience: int | None = None
+        self.sigterm: CheckpointManager | None = None
         for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                self.patience = callback.early_stopping_patience
             if isinstance(callback, JITCheckpointCallback):
-                # it saves only after a step: before the optimizer's step, the random state is already that of the next one
-                callback.on_step_begin = callback.on_pre_optimizer_step = lambda *args, **kwargs: None
-        self.patience: int | None = self.stopping[0].early_stopping_patience if self.stopping else None
+                self.sigterm = callback.jit_manager
+                for event in ("step_begin", "pre_optimizer_step", "step_end", "epoch_end"):  # see `_stop_if_terminated`
+                    setattr(callback, f"on_{event}", lambda *args, **kwargs: None)
+        self.passed_step = self.saved_step = -1
         self.tried_batch_size: int | None = None
         self.best_checkpoint: str | None = None
         self.unchecked: list[tuple[int, Tensor, Any]] = []  # step, loss, rows
@@ -149,11 +155,27 @@ class HierarchicalTrainer(PublishingTrainer):
         if self.control.should_log or self.control.should_evaluate or self.control.should_training_stop:
             self.check_losses()
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._stop_if_terminated()
+
+    def _stop_if_terminated(self) -> None:
+        """After SIGTERM (``--enable_jit_checkpoint``), save a checkpoint and raise InputError.
+
+        transformers saves before the evaluations of a step or epoch, and makes one in mid-epoch that an unbroken run does
+        not make. Here a checkpoint is saved after them, so that the resumed run ends with the same weights. The Trainer
+        calls this after each step, and once more where an epoch or the training ends.
+        """
+        is_called_again, self.passed_step = self.passed_step == self.state.global_step, self.state.global_step
+        will_be_called_again = not is_called_again and (self.control.should_training_stop or self.state.epoch % 1 == 0)
+        if self.sigterm and self.sigterm.is_checkpoint_requested and not will_be_called_again:
+            if self.saved_step != self.state.global_step:
+                self._save_checkpoint(self.model, trial=None)
+            steps = f"{self.state.global_step} of {self.state.max_steps} steps"
+            raise InputError(f"stopped by SIGTERM after {steps}, and saved: {RESUME_HINT}")
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Train or resume. A run that has reached ``max_steps`` or stopped early takes no further step."""
         if not isinstance(resume_from_checkpoint, str):
-            return self._train_to_the_end(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
         self.best_checkpoint = state.best_model_checkpoint = self._find_best_checkpoint(state, resume_from_checkpoint)
         step = state.global_step
@@ -169,17 +191,8 @@ class HierarchicalTrainer(PublishingTrainer):
                 self._load_best_model()
             output = TrainOutput(step, float("nan"), {"epoch": state.epoch})
         else:
-            output = self._train_to_the_end(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         return output._replace(metrics=output.metrics | {"resumed_from_step": step})
-
-    def _train_to_the_end(self, **kwargs: Any) -> TrainOutput:
-        """Train as the Trainer does. Raise InputError if SIGTERM ended the training (``--enable_jit_checkpoint``)."""
-        output = super().train(**kwargs)
-        stopped_early = any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in self.stopping)
-        if self.args.enable_jit_checkpoint and self.state.global_step < self.state.max_steps and not stopped_early:
-            steps = f"{self.state.global_step} of {self.state.max_steps} steps"
-            raise InputError(f"stopped by SIGTERM after {steps}, and saved: {RESUME_HINT}")
-        return output
 
     def _find_best_checkpoint(self, state: TrainerState, checkpoint: str) -> str | None:
         """Return the best checkpoint of a resumed run. Its folder may have moved since its path was stored."""
@@ -228,7 +241,7 @@ class HierarchicalTrainer(PublishingTrainer):
                 raise
             if size == 1:
                 problem = "a batch of one text does not fit in memory"
-                raise InputError(f"{problem}: lower --max_length, or --gradient_checkpointing true") from error
+                raise InputError(f"{problem}: lower --max_length, or --activation_checkpointing true") from error
             if self.state.global_step == self._initial_global_step:
                 raise
             smaller = size // 2
@@ -299,6 +312,7 @@ class HierarchicalTrainer(PublishingTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.check_losses()
         super()._save_checkpoint(model, trial)
+        self.saved_step = self.state.global_step
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with refusing(f"cannot resume from {resume_from_checkpoint}"):

@@ -90,7 +90,7 @@ def test_a_run_in_a_store_is_killed_and_ends_with_the_bytes_of_one_on_a_disk(
         words = ("--model", clear_checkpoint, "--input", f"s3://{BUCKET}/in/", "--output", f"s3://{BUCKET}/{output}")
         line = [sys.executable, str(ROOT / "predict.py"), *words]
         process = subprocess.Popen(line, stderr=subprocess.DEVNULL)
-        parts = f"{output.rstrip('/')}.parts/00"
+        parts = f"{output}.parts/00"
         while process.poll() is None and sum(1 for _ in bucket.objects.filter(Prefix=parts)) < 2:
             time.sleep(0.2)  # which leaves the server time for others
         process.kill()
@@ -129,6 +129,12 @@ def test_every_kind_of_source_is_read_as_on_a_disk(bucket, texts):
         assert records[-1].done == 1
         if count == 3500:
             assert [record.text for record in records] == table
+    for key in ("odd/.a.csv", "odd/a%20b.csv", "odd/a b.csv"):
+        bucket.put_object(Key=key, Body=b"text\na\n")
+    assert [source.name for source in find_sources(f"s3://{BUCKET}/odd/*.csv")] == [
+        f"s3://{BUCKET}/odd/{name}" for name in ("a b.csv", "a%20b.csv")
+    ]
+    assert find_sources(f"s3://{BUCKET}/odd/a%20b.csv")[0].name == f"s3://{BUCKET}/odd/a%20b.csv"
     names = [source.name for source in find_sources(f"s3://{BUCKET}/in")]
     assert names == [f"s3://{BUCKET}/in/{name}" for name in ("part-1.csv", "part-2.jsonl.gz", "part-3.parquet")]
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -581,13 +582,37 @@ def test_files_of_another_program_are_not_overwritten(checkpoint, texts, tmp_pat
         with pytest.raises(InputError, match=r"spark/ holds \S+/part-00000-2f1a\S+ of another program"):
             inside("--model", checkpoint, "--input", tmp_path / "in.csv", "--output", f"{tmp_path}/spark/", *more)
     assert theirs.read_bytes() == b"rows"
-    (tmp_path / "mine.parts").mkdir()
-    (tmp_path / "mine.parts" / "a.txt").write_text("theirs")
-    with pytest.raises(InputError, match=r"mine.parts/a.txt is of another program"):
-        inside("--model", checkpoint, "--input", tmp_path / "in.csv", "--output", f"{tmp_path}/mine/", "--overwrite")
-    (tmp_path / "uv.lock").write_text("theirs")
-    assert inside("--model", checkpoint, "--input", tmp_path / "in.csv", "--output", f"{tmp_path}/uv/") == 0
-    assert (tmp_path / "uv.lock").read_text() == (tmp_path / "mine.parts" / "a.txt").read_text() == "theirs"
+    for output in ("mine/", "mine.csv"):
+        theirs = tmp_path / f"{output}.parts" / "a.txt"
+        theirs.parent.mkdir(parents=True)
+        theirs.write_text("theirs")
+        with pytest.raises(InputError, match=rf"{output}.parts/a.txt is of another program"):
+            inside(
+                "--model", checkpoint, "--input", tmp_path / "in.csv", "--output", f"{tmp_path}/{output}", "--overwrite"
+            )
+        assert theirs.read_text() == "theirs"
+    (tmp_path / "uv.csv.lock").write_text("theirs")
+    assert inside("--model", checkpoint, "--input", tmp_path / "in.csv", "--output", f"{tmp_path}/uv.csv") == 0
+    assert (tmp_path / "uv.csv.lock").read_text() == "theirs"
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="there is no second file system")
+def test_an_output_folder_may_be_a_disk_of_its_own(checkpoint, texts, tmp_path):
+    pd.DataFrame({"text": texts[:2]}).to_csv(tmp_path / "in.csv", index=False)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        assert os.stat(other).st_dev != os.stat(tmp_path).st_dev
+        (tmp_path / "out").symlink_to(other)
+        assert inside("--model", checkpoint, "--input", tmp_path / "in.csv", "--output", f"{tmp_path}/out/") == 0
+        assert {path.name for path in Path(other).iterdir()} == {"part-00000.parquet", "manifest.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"in.csv", "out"}
+
+
+def test_an_input_whose_name_is_not_utf_8_is_named_with_escapes(checkpoint, texts, tmp_path):
+    name, output = tmp_path / os.fsdecode(b"caf\xe9.csv"), tmp_path / "out"
+    pd.DataFrame({"text": [texts[0], ""]}).to_csv(name, index=False)
+    assert inside("--model", checkpoint, "--input", name, "--output", f"{output}/") == 1
+    assert json.loads((output / "manifest.json").read_text())["input"][0]["name"] == f"{tmp_path}/caf\\xe9.csv"
+    assert read_json_lines(output / "errors.jsonl")[0]["source"] == f"{tmp_path}/caf\\xe9.csv"
 
 
 def test_texts_that_cannot_be_seen_and_empty_files_cost_no_other_row(checkpoint, texts, tmp_path):
@@ -825,6 +850,9 @@ def test_int8_answers_nearly_as_float32_does(checkpoint, texts, tmp_path):
         (("--input", "in.csv", "--batch_size", "0"), "--batch_size must be at least 1, not 0"),
         (("--input", "in.csv", "--output_format", "parquet"), "--output_format is for a folder"),
         (("--input", "in.csv", "--ray_gpus_per_actor", "1"), "--ray_gpus_per_actor needs --ray"),
+        (("--input", "in.csv", "--ray_cpus_per_actor", "1"), "--ray_cpus_per_actor needs --ray"),
+        (("--input", "in.csv", "--ray", "local", "--ray_cpus_per_actor", "0"), "must be at least 1, not 0"),
+        (("--input", "in.csv", "--ray", "local", "--ray_gpus_per_actor", "-1"), "or a fraction of one, not -1"),
         (("--input", "in.csv", "--costs", "away"), "--costs away: give distance, a .csv file, or missing=NUMBER"),
         (("--input", "in.csv", "--costs", "none.csv"), "--costs: cannot read the costs none.csv: No such file"),
         (("--input", "in.csv", "--costs", "empty.csv"), "--costs: the costs empty.csv are not a CSV table in UTF-8"),
@@ -835,6 +863,7 @@ def test_int8_answers_nearly_as_float32_does(checkpoint, texts, tmp_path):
             "must end in one of .jsonl, .csv, .parquet, .tasks.json, or in / for",
         ),
         (("--input", "in.csv", "--output", "hf://datasets/me/out/"), "write to a disk or an object store"),
+        (("--input", "in.csv", "--output", os.fsdecode(b"out\xe9/")), "--output 'out\\udce9/': the name is not UTF-8"),
         (("--input", "in.csv", "--output", "there.jsonl"), "already exists"),
         (("--input", "in.csv", "--model", "nothing"), "cannot load the model nothing"),
         (("--input", "in.csv", "--outptu", "x"), "unrecognized arguments"),

@@ -74,7 +74,7 @@ def wait_for(condition: Callable[[], object], driver: subprocess.Popen | None = 
 
 
 def num_parts(output: object) -> int:
-    return len([*Path(f"{str(output).rstrip('/')}.parts").glob("0*.jsonl")])
+    return len([*Path(f"{output}.parts").glob("0*.jsonl")])
 
 
 def children(pid: int) -> list[tuple[int, str]]:
@@ -118,13 +118,13 @@ def test_a_driver_is_killed_and_its_cluster_ends_with_it(clear_checkpoint, texts
     words = ("--model", clear_checkpoint, "--input", texts, "--output", f"{output}/", "--output_format", "jsonl")
     driver = start(*words, "--ray", "local")
     try:
-        wait_for(lambda: num_parts(output) >= 4, driver)
+        wait_for(lambda: num_parts(f"{output}/") >= 4, driver)
         ray_processes = [pid for pid, _ in children(driver.pid)]
         assert ray_processes
     finally:
         driver.kill()
     assert driver.wait() == -signal.SIGKILL
-    started = num_parts(output)
+    started = num_parts(f"{output}/")
     assert not (output / "manifest.json").exists()
     with pytest.raises(InputError, match="begun with another batch_size"):
         inside(*words, "--batch_size", 3)
@@ -201,6 +201,7 @@ def test_what_cannot_be_done_is_one_line(clear_checkpoint, texts, tmp_path, monk
     for flags, message in (
         (["127.0.0.1:1"], "--ray 127.0.0.1:1: "),
         (["--model", "none"], "cannot load the model none: "),
+        (["local", "--ray_cpus_per_actor", 999], "--ray local: an actor needs 999 CPU, and this machine has "),
     ):
         with pytest.raises(InputError) as error:
             inside("--model", clear_checkpoint, *words, *flags)

@@ -329,7 +329,7 @@ def test_results_show_intervals_classes_and_what_the_lexical_head_changed(writte
         "intervals": {"test_accuracy": [0.71, 0.75], "test_macro_f1": [0.6, 0.7]},
     }
     config = make_config()
-    config.temperatures = [1.0, 2.0]
+    config.temperatures, config.lexical_weight = [1.0, 2.0], 0.4
     printed = section(written(config=config, metrics=full), "Results")
     assert "test accuracy 0.7100 – 0.7500; test macro F1 0.6000 – 0.7000" in printed
     shown = re.findall(
@@ -346,11 +346,23 @@ def test_results_show_intervals_classes_and_what_the_lexical_head_changed(writte
     # quantization is judged with the same heads on both sides
     assert f"| test accuracy | {trained:.4f} | {accuracy - 0.01:.4f} | {accuracy - 0.01 - trained:+.4f} |" in printed
     assert "one temperature per decision and one bias per node" in printed
+    config.lexical_weight = 0.0
     none = section(written(config=config, metrics={**full, "lexical_weight": 0.0}), "Results")
     assert "one temperature per decision" in none
     assert "linear classifier" not in none
     assert f"| test accuracy | {accuracy - 0.01:.4f} | {accuracy:.4f} |" in none
     assert re.search(r"(?m)^\| test log loss.*? \| [\d.]+ \| [\d.]+ \|$", none)
+
+
+def test_the_card_of_a_refit_says_to_which_model_the_calibration_was_fitted(written, metrics):
+    config = make_config()
+    config.temperatures, config.lexical_weight = [1.0, 2.0], 0.4
+    tests = {name: value for name, value in metrics.items() if name.startswith("test_")}
+    shown = section(written(config=config, settings=SETTINGS | {"refit": True}, metrics=tests), "Results")
+    assert "a linear classifier over the words" in shown
+    assert "fitted to a model that was trained without the validation rows." in shown
+    assert "The effect of each part" not in shown
+    assert "without the validation rows" not in section(written(config=config), "Results")
 
 
 def test_validation_scores_of_the_checkpoint_that_they_chose_are_said_to_flatter(written, metrics):
@@ -495,6 +507,7 @@ MULTI_LABEL_REPORT = {
 def written_multi_label(written):
     """Return a function that writes the card of a multi-label run, by default a finished one, and returns its text."""
     config = make_config(problem_type="multi_label_classification")
+    config.lexical_weight = 0.3
     tree, generator = config.tree, np.random.default_rng(0)
     config.node_scales, config.node_biases = [1.0] * tree.num_nodes, [0.0] * tree.num_nodes
     config.node_thresholds = np.linspace(0.2, 0.5, tree.num_nodes).tolist()

@@ -290,6 +290,9 @@ def test_what_the_hub_would_refuse_is_one_line_before_anything_is_sent(
     lacking = tmp_path / "lacking"
     shutil.copytree(checkpoint, lacking)
     (lacking / "adapter" / "adapter_model.safetensors").unlink()
+    wordless = tmp_path / "wordless"
+    shutil.copytree(checkpoint, wordless)
+    (wordless / "tokenizer.json").unlink()
     whole = tmp_path / "whole"
     for name, content in hub.files("alice/merged").items():
         (whole / name).parent.mkdir(parents=True, exist_ok=True)
@@ -328,6 +331,7 @@ def test_what_the_hub_would_refuse_is_one_line_before_anything_is_sent(
         ({"--model": str(local)}, "hf_alice", "which is on this machine only: give --merge"),
         ({"--model": str(torn)}, "hf_alice", "heads.safetensors is damaged"),
         ({"--model": str(lacking)}, "hf_alice", "adapter/adapter_model.safetensors is missing"),
+        ({"--model": str(wordless)}, "hf_alice", "tokenizer.json is missing"),
         ({"--model": tiny_encoder}, "hf_alice", "is not a checkpoint of this project: it holds a 'bert' model"),
         ({"--model": str(tmp_path)}, "hf_alice", "is not a checkpoint of this project: it has no config.json"),
         ({"--model": str(whole), "--merge": None}, "hf_alice", "is already self-contained"),
@@ -919,6 +923,22 @@ def test_an_onnx_file_of_several_labels_answers_as_the_model_does(hub, label_set
         inputs = tokenizer(texts, padding=True, return_tensors="np")
         (logits,) = session.run(["logits"], {one.name: inputs[one.name] for one in session.get_inputs()})
         np.testing.assert_allclose(1 / (1 + np.exp(-logits)), wanted, atol=1e-3)
+
+
+def test_a_full_temporary_folder_is_one_line(hub, checkpoint, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no right to mount a small file system")
+    try:
+        words = ("--model", checkpoint, "--repo_id", "alice/new", "--merge")
+        environment = settings(hub, tmp_path / "home", "hf_alice") | {"TMPDIR": str(disk)}
+        done = run(*words, command="push_to_hub.py", check=False, settings=environment, fresh=True)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("set TMPDIR to a folder with more room")
+    assert "Traceback" not in done.stderr
 
 
 # continuing and scoring

@@ -51,6 +51,7 @@ def test_several_sources_share_a_candidate():
     assert choose_columns({"a.csv": columns("body")}, "body", (), "--text_column") == ["body"]
     for given, asked, message in (
         ({"a.csv": columns("x", "y")}, None, "a.csv: no column is called medical_abstract, .*; give --text_column, one of 'x', 'y'"),
+        ({"a.jsonl": columns("id", "text", text=0.4)}, None, "a.jsonl: fewer than half of the first rows have 'text'; give --text_column text"),
         ({"a.csv": columns("text"), "b.csv": columns("x")}, "text", r"b.csv has no column 'text' \(--text_column\); it has 'x'"),
         ({"a.csv": columns("text"), "b.csv": columns("body")}, None, "a.csv, b.csv have no column in common for --text_column"),
     ):  # fmt: skip
@@ -66,6 +67,7 @@ def test_several_sources_share_a_candidate():
         ("\U0001f600", None),
         ("\0", "the text is empty"),
         ("\u200b\ufeff", "the text is empty"),
+        ("\ufffd \ufffd", "the text is empty"),
         ("\u0301 \u0308", "the text is empty"),  # accents without a letter
         ("", "the text is empty"),
         (" \n\u2003", "the text is empty"),

@@ -47,11 +47,13 @@ def test_a_pattern_means_its_files_in_sorted_order(tmp_path, monkeypatch):
 def test_two_stars_mean_any_number_of_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a" / "x" / "y").mkdir(parents=True)
-    names = ["a/1.csv", "a/x/2.csv", "a/x/y/3.csv", "a/x/y/4.txt"]
+    names = ["a/1.csv", "a/x/2.csv", "a/x/y/3.csv", "a/x/y/4.txt", "a/.5.csv", "a/x/.y/6.csv"]
+    (tmp_path / "a" / "x" / ".y").mkdir()
     for name in names:
         (tmp_path / name).write_bytes(b"")
     assert [source.path for source in find_sources("a/**/*.csv")] == names[:3]
-    for pattern in ("a/**/*.csv", "**/*.txt", "a/x/**/3.csv", "a/**", "**/x/*", "a/**/y/**/*", "*/**/[34].*"):
+    several = ("a/**/*.csv", "**/*.txt", "a/x/**/3.csv", "a/**", "**/x/*", "a/**/y/**/*", "*/**/[34].*")
+    for pattern in (*several, "a/*.csv", "a/.*.csv", "a/**/.y/*", "**/.*"):
         expected = [name for name in names if name in glob.glob(pattern, recursive=True)]  # and in an object store
         assert [name for name in names if matches(name.split("/"), pattern.split("/"))] == expected, pattern
 

@@ -270,15 +270,18 @@ def test_a_run_does_not_go_on_with_another_taxonomy(words, run_folder, tmp_path)
         (["--heads_learning_rate", "1e-3"], "its optimizer does not match the settings of this run: "),
         (["--optim", "adafactor"], "its optimizer does not match the settings of this run: --optim differs"),
         (["--optim", "lion_32bit"], "its optimizer does not match the settings of this run: --optim differs"),
-        (["--train_file", "{rows}"], "it was trained on other rows; give the same data"),
-        (["--validation_file", "{rows}"], "it was trained on other rows; give the same data"),
+        (["--train_file", "{rows}"], "it was trained on other rows or labels; give the same data"),
+        (["--class_names", "{swapped}"], "it was trained on other rows or labels; give the same data, columns, names"),
+        (["--validation_file", "{rows}"], "it was trained on other rows or labels; give the same data"),
     ],
 )
 def test_a_run_does_not_go_on_as_another(words, run_folder, tiny_encoder, tmp_path, flags, message):
     shutil.copytree(tiny_encoder, tmp_path / "other")
     line = [*words, "--output_dir", run_folder, "--resume_from_checkpoint", "auto", "--max_steps", 44]
     file = write_csv(tmp_path / "rows.csv", read_csv(CORPUS / "validation.csv")[16:32])
-    line += [flag.format(other=tmp_path / "other", rows=file) for flag in flags]
+    names = sorted({row["label"] for row in read_csv(CORPUS / "train.csv")})
+    swapped = json.dumps(dict(zip(names, names[1:] + names[:1], strict=True)))
+    line += [flag.format(other=tmp_path / "other", rows=file, swapped=swapped) for flag in flags]
     before = {path: path.read_bytes() for path in run_folder.glob("*") if path.is_file()}
     with pytest.raises(InputError, match=f"cannot resume from {list_checkpoints(run_folder)[-1]}") as refused:
         train.main(list(map(str, line)))
@@ -295,7 +298,7 @@ def test_a_run_goes_on_with_the_rows_that_it_split_off(tiny_encoder, tmp_path):
     line += ["--load_best_model_at_end", "false"]
     line += ["--output_dir", tmp_path / "results", "--resume_from_checkpoint", "auto"]
     run(*line, "--max_steps", 2)
-    message = "it was trained on other rows; give the same data"
+    message = "it was trained on other rows or labels; give the same data"
     for change in (["--seed", 9], ["--test_size", 0.2], []):
         if not change:
             write_csv(data, [*rows, {**rows[0], "text": "One more text."}])

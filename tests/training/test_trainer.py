@@ -1,10 +1,15 @@
+import os
+import signal
+import time
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, DataCollatorWithPadding
+from transformers import AutoTokenizer, DataCollatorWithPadding, EarlyStoppingCallback, TrainerCallback
 
 from configuration_hierarchical import HierarchicalConfig
 from errors import InputError
@@ -76,9 +81,65 @@ def trainer(model, tokenizer, data, args, **settings) -> HierarchicalTrainer:
     )
 
 
+class Terminate(TrainerCallback):
+    """Send SIGTERM to this process during a step."""
+
+    def __init__(self, trainer: HierarchicalTrainer, step: int):
+        self.manager, self.step = trainer.sigterm, step
+        self.manager.kill_wait = 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not self.manager.is_checkpoint_requested:
+                time.sleep(0.001)
+
+
+@pytest.fixture
+def sigterm() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("strategy", ["epoch", "steps"])
+def test_ended_by_sigterm_at_any_step_it_resumes_to_the_same_evaluations_and_weights(
+    strategy, tokenizer, tmp_path, sigterm
+):
+    data, steps = rows(), 12  # 4 an epoch
+
+    def run(folder, step: int | None = None, checkpoint: str | None = None) -> HierarchicalTrainer:
+        settings = arguments(
+            folder, per_device_train_batch_size=4, learning_rate=0.01, metric_for_best_model="loss", eval_steps=3,
+            save_steps=3, eval_strategy=strategy, save_strategy=strategy, load_best_model_at_end=True,
+            enable_jit_checkpoint=True, num_train_epochs=3,
+        )  # fmt: skip
+        one = trainer(tiny_model(), tokenizer, data, settings, callbacks=[EarlyStoppingCallback(9)])
+        if step is not None:
+            one.add_callback(Terminate(one, step))
+        one.train(resume_from_checkpoint=checkpoint)
+        return one
+
+    def evaluations(one: HierarchicalTrainer) -> list[tuple]:
+        return [(entry["step"], entry["eval_loss"]) for entry in one.state.log_history if "eval_loss" in entry]
+
+    whole = run(tmp_path / "whole")
+    assert len(evaluations(whole)) == {"epoch": 3, "steps": 4}[strategy]
+    for step in (1, 3, 4, 5, steps):
+        folder = tmp_path / str(step)
+        with pytest.raises(InputError, match=f"stopped by SIGTERM after {step} of 12 steps, and saved"):
+            run(folder, step)
+        resumed = run(folder, checkpoint=str(folder / f"checkpoint-{step}"))
+        assert evaluations(resumed) == evaluations(whole)
+        for (name, one), other in zip(
+            whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
+        ):
+            assert one.equal(other), (step, name)
+
+
 def test_gradient_checkpointing_that_an_encoder_lacks_is_refused(tmp_path):
     config = HierarchicalConfig(text_config={"model_type": "mpnet", **TINY}, taxonomy=TREE)
-    with pytest.raises(InputError, match="--gradient_checkpointing: MPNetModel of transformers does not support it"):
+    with pytest.raises(InputError, match="--activation_checkpointing: MPNetModel of transformers does not support it"):
         HierarchicalTrainer(
             model=HierarchicalForSequenceClassification(config),
             args=HierarchicalTrainingArguments(
