@@ -17,12 +17,12 @@ Models for one label a text (ohsumed, medical_abstracts):
 - flat-full, flat-lora: every weight, or a rank-16 adapter over a full-precision encoder, under one softmax over the leaves, with
   cross-entropy over whole texts;
 - lora, qlora: the recipe over a full-precision encoder, and the recipe itself, over a 4-bit encoder;
-- qlora-rank-16: the recipe with a rank-16 adapter;
+- lora-no-contrast, qlora-no-contrast: the same without contrastive steps;
+- qlora-rank-16: qlora-no-contrast with a rank-16 adapter;
 - qlora-gamma-0, qlora-gamma-0.5, …: the recipe with another γ of the focal loss;
-- qlora-contrast-200: the recipe with 200 contrastive steps;
 - lora-refit, qlora-refit, flat-lora-refit: the same, trained anew on training and validation rows (``--refit``);
-- lora-whole, qlora-whole, qlora-halves: lora or qlora trained on whole texts, or on halves with consistency, if the recipe
-  does the opposite.
+- lora-whole, qlora-whole, qlora-halves: lora or qlora trained on whole texts without contrastive steps, or on halves with
+  consistency, if the recipe does the opposite.
 
 The flat peers are trained by ``train.py`` with cross-entropy, the recipe's epochs, text length, label smoothing and early
 stopping, and are calibrated on the validation rows. The learning rate of flat-full is `FULL_LEARNING_RATE`. All models get
@@ -96,7 +96,8 @@ TASKS = (*SINGLE_LABEL_TASKS, *MULTI_LABEL_TASKS)
 FOLDERS = {"hallmarks": "hallmarks_of_cancer"}  # named otherwise than the task
 SETFIT_STEPS = 500
 FULL_LEARNING_RATE = 1e-4
-WHOLE = ("--consistency", "0")
+NO_CONTRAST = ("--contrastive_steps", "0")
+WHOLE = ("--consistency", "0", *NO_CONTRAST)
 PLAIN = ("--lexical_head", "false", "--focal_gamma", "0", *WHOLE)
 TRAINED = {  # trained by train.py, with these flags after the recipe
     "flat-full": ("--tuning", "full", "--learning_rate", str(FULL_LEARNING_RATE), *PLAIN),
@@ -104,9 +105,10 @@ TRAINED = {  # trained by train.py, with these flags after the recipe
     "lora-whole": ("--quantization", "none", *WHOLE),
     "qlora-whole": WHOLE,
     "qlora-halves": ("--consistency", "1"),
-    "qlora-rank-16": ("--lora_r", "16", "--lora_alpha", "32"),
+    "qlora-rank-16": ("--lora_r", "16", "--lora_alpha", "32", *NO_CONTRAST),
     **{f"qlora-gamma-{gamma}": ("--focal_gamma", gamma) for gamma in ("0", "0.5", "1", "2")},
-    "qlora-contrast-200": ("--contrastive_steps", "200"),
+    "lora-no-contrast": ("--quantization", "none", *NO_CONTRAST),
+    "qlora-no-contrast": NO_CONTRAST,
     "lora": ("--quantization", "none"),
     "qlora": (),
     "flat-lora-refit": ("--quantization", "none", "--lora_r", "16", "--lora_alpha", "32", *PLAIN, "--refit"),
@@ -178,8 +180,9 @@ class Task:
     def has(self, model: str) -> bool:
         """Return whether a model is one of the task's. One that is trained as the recipe is anyway is not."""
         gamma = f"-gamma-{self.recipe.get('focal_gamma', 0):g}"
-        repeated = "-halves" if self.recipe.get("consistency") else "-whole"
-        return model in models_of(self.name) and not model.endswith((repeated, gamma))
+        halves = "-halves" if self.recipe.get("consistency") else "-whole"
+        contrast = () if self.recipe.get("contrastive_steps") else ("-no-contrast",)
+        return model in models_of(self.name) and not model.endswith((gamma, halves, *contrast))
 
     def flags(self, runs: Path, flat: bool) -> list[str]:
         """Return the flags of ``train.py`` for the data."""
@@ -427,7 +430,7 @@ def print_ablation(results: list[dict], names: tuple[str, ...]) -> None:
     frame = frame.reindex(columns=frame.columns.union(shown, sort=False))
     rows = []
     for task in frame["task"].unique():
-        for model in ("qlora-whole", "qlora-halves", "qlora-rank-16", "qlora-gamma-0", "qlora"):
+        for model in ("qlora-whole", "qlora-halves", "qlora-rank-16", "qlora-gamma-0", "qlora-no-contrast", "qlora"):
             runs = frame[(frame["task"] == task) & (frame["model"] == model)]
             for title, prefix in parts.items():
                 if len(runs) and runs[prefix + names[0]].notna().any():
