@@ -334,7 +334,7 @@ def failure(error: Exception) -> str | None:
     if is_full_disk(error):
         return f"the disk is full ({one_line(error)}): make room, then --resume_from_checkpoint auto resumes"
     if should_reduce_batch_size(error):
-        return f"{one_line(error)}; give --auto_find_batch_size true or --activation_checkpointing true"
+        return f"{one_line(error)}; give --activation_checkpointing true, or a lower --per_device_train_batch_size"
     if isinstance(error, ImportError) and "install" in str(error):  # of a flag that needs more than requirements.txt
         return one_line(error)
     if isinstance(error, OSError) and error.filename is not None:

@@ -24,6 +24,7 @@ class Disk:
         """Lock an output for this process. Raise InputError if it may not be written, or another process has the lock."""
         file = Path(f"{name}.predict.lock")  # an output uv may stand beside a uv.lock
         check_writable("--output", file.parent)
+        existed = file.parent.exists()
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(file, timeout=0):
@@ -31,6 +32,8 @@ class Disk:
                     yield
                 finally:
                     file.unlink(missing_ok=True)  # before the release: later it may belong to another process
+                    if not existed and not any(file.parent.iterdir()):
+                        file.parent.rmdir()
         except Timeout as error:
             raise InputError(f"--output {name}: another process is writing it; give another name") from error
 

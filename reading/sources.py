@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .rows import KINDS, InputError, Rows
-from .stores import find_files, is_url, open_stream
+from .stores import find_files, is_url, open_stream, without_query
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Source:
     @property
     def name(self) -> str:
         """How messages and outputs call it. Bytes of a path that are not UTF-8 are escaped."""
-        return "standard input" if self.path == "-" else os.fsencode(self.path).decode(errors="backslashreplace")
+        path = without_query(self.path)
+        return "standard input" if path == "-" else os.fsencode(path).decode(errors="backslashreplace")
 
     @property
     def size(self) -> int:
@@ -60,7 +61,9 @@ def find_sources(pattern: str, kind: str | None = None) -> list[Source]:
         files = [(path, size) for path, size in files if not path.rpartition("/")[2].startswith((".", "_"))]
         files = [(path, size) for path, size in files if kind or has_kind(path)]
     if not files:
-        raise InputError(f"{pattern}: there is no {'file of a known kind in it' if is_folder else 'such file'}")
+        raise InputError(
+            f"{without_query(pattern)}: there is no {'file of a known kind in it' if is_folder else 'such file'}"
+        )
     return [Source(path, kind or kind_of(path), filesystem, size) for path, size in files]
 
 
@@ -82,6 +85,7 @@ def has_kind(path: str) -> bool:
 
 def kind_of(path: str) -> str:
     """Return the kind of a file from its name, or raise InputError."""
+    path = without_query(path)
     name = path.lower()
     kind = Path(name.removesuffix(".gz")).suffix.removeprefix(".")
     if kind not in KINDS:

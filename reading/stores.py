@@ -29,7 +29,10 @@ def connect(url: str) -> tuple[Any, str]:
         raise InputError(f"{scheme}://...: give credentials in the environment, not in the URL")
     with explained(url):
         try:  # "[" and blanks are not allowed in a URI; fsspec, which serves hf://, takes names as they are
-            quoted = url if scheme == "hf" else quote(url, safe="/:@?=&*,+~")
+            location, mark, query = url.partition("?")
+            quoted = (
+                url if scheme == "hf" else quote(location, safe="/:@=&*,+~") + mark + quote(query, safe="/:@?=&%*,+~")
+            )
             filesystem, path = FileSystem.from_uri(quoted)
         except ValueError as error:
             if "Unrecognized filesystem type" not in str(error):
@@ -40,6 +43,10 @@ def connect(url: str) -> tuple[Any, str]:
 
 def url_of(scheme: str, path: str) -> str:
     return path if is_url(path) else f"{scheme}://{path}"  # fsspec's paths over HTTP are URLs
+
+
+def without_query(url: str) -> str:
+    return url.partition("?")[0] if url.startswith("http") else url  # which may hold a signature
 
 
 def path_of(url: str) -> str:
@@ -67,7 +74,7 @@ def find_files(url: str) -> tuple[Any, list[tuple[str, int]], bool]:
             found = [one for one in filesystem.get_file_info(selector) if matches(one.path.split("/"), parts)]
         else:
             found = [info]
-    files = sorted((url_of(scheme, one.path), one.size) for one in found if one.type == FileType.File)
+    files = sorted((url_of(scheme, one.path), one.size or 0) for one in found if one.type == FileType.File)
     return filesystem, files, info.type == FileType.Directory
 
 

@@ -161,6 +161,8 @@ def test_a_checkpoint_is_scored_without_training_as_it_was_after_training(finish
     assert not (tmp_path / "scores" / "config.json").exists()
     again = run("--do_train", "false", "--do_predict", *flags, check=False)
     assert "scores already holds a run: give another --output_dir, or --overwrite_output_dir true" in again.stderr
+    train_anew = run("--train_file", test_file, *flags, check=False)
+    assert "scores already holds a run: give another --output_dir, or --overwrite_output_dir true" in train_anew.stderr
     run("--do_train", "false", "--do_predict", *flags, "--overwrite_output_dir", "true")
 
 

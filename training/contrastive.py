@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
+from errors import InputError
 from training.trainer import HierarchicalTrainer
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ def train_contrastively(trainer: HierarchicalTrainer, inputs: list[list[int]], m
         chosen = [classes[i] for i in generator.choice(len(classes), num_classes, replace=False)]
         drawn = [generator.choice(texts, min(TEXTS_PER_CLASS, len(texts)), replace=False) for texts in chosen]
         rows = np.unique(np.concatenate(drawn))
+        if trainer.sigterm and trainer.sigterm.is_checkpoint_requested:
+            raise InputError("stopped by SIGTERM in the contrastive steps: the same command starts anew")
         loss = contrastive_loss(trainer.embed([inputs[row] for row in rows]), members[rows])
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)

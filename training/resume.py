@@ -45,7 +45,7 @@ def check_output_folder(training: HierarchicalTrainingArguments, model: str) -> 
     output = Path(training.output_dir)
     check_writable("--output_dir", output)
     checkpoints, has_model = list_checkpoints(output), (output / "config.json").exists()
-    has_scores = not training.do_train and (output / "metrics.json").exists()
+    has_scores = (output / "metrics.json").exists()
     resumable = any(find_resume_problem(folder) is None for folder in checkpoints)
     resumes = training.do_train and is_of_run(training.resume_from_checkpoint, output)
     if resumes and (resumable or training.resume_from_checkpoint != "auto"):

@@ -154,6 +154,8 @@ class HierarchicalTrainer(PublishingTrainer):
         """Check the losses whenever the Trainer waits for the device anyway."""
         if self.control.should_log or self.control.should_evaluate or self.control.should_training_stop:
             self.check_losses()
+        if self.control.should_evaluate:
+            self.saved_step = -1  # a checkpoint of this step lacks the evaluation
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self._stop_if_terminated()
 

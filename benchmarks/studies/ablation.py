@@ -71,7 +71,7 @@ OF_TASK = {
     },
 }
 # changes to the recipe in all runs: the recipes' settings before this comparison
-BASE = ("--lora_r", "16", "--lora_alpha", "32", "--focal_gamma", "0")
+BASE = ("--lora_r", "16", "--lora_alpha", "32", "--focal_gamma", "0", "--contrastive_steps", "0")
 KEPT = ("{}_log_loss", "{}_ece", "{}_macro_f1", "{}_hierarchical_f1", "{}_level_1_accuracy", "lexical_weight",
         "uncalibrated_{}_accuracy", "uncalibrated_{}_macro_f1", "uncalibrated_{}_log_loss", "epoch")  # fmt: skip
 

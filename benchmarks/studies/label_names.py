@@ -68,7 +68,7 @@ def train(rows: int | None, begin: str, arguments: argparse.Namespace) -> dict[s
     folder = arguments.runs / f"{begin}-{rows or 'all'}"
     words = [ROOT / "recipes" / "ohsumed.yaml", "--model_name_or_path", arguments.encoder, "--heads_init", INITS[begin]]
     words += ["--train_file", known, "--test_file", files / "test.csv", "--class_names", labels, "--taxonomy", labels]
-    words += ["--output_dir", folder, "--seed", 1, "--resume_from_checkpoint", "auto"]
+    words += ["--output_dir", folder, "--seed", 1, "--contrastive_steps", 0, "--resume_from_checkpoint", "auto"]
     subprocess.run([sys.executable, str(ROOT / "train.py"), *map(str, words)], check=True)
     metrics = json.loads((folder / "metrics.json").read_text())
     return {name: metrics[name] for name in SHOWN | ALONE}

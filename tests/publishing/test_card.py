@@ -360,7 +360,7 @@ def test_the_card_of_a_refit_says_to_which_model_the_calibration_was_fitted(writ
     tests = {name: value for name, value in metrics.items() if name.startswith("test_")}
     shown = section(written(config=config, settings=SETTINGS | {"refit": True}, metrics=tests), "Results")
     assert "a linear classifier over the words" in shown
-    assert "fitted to a model that was trained without the validation rows." in shown
+    assert "The calibration was fitted to a model that was trained without the validation rows." in shown
     assert "The effect of each part" not in shown
     assert "without the validation rows" not in section(written(config=config), "Results")
 

@@ -1,13 +1,16 @@
 """Files, patterns, .gz, standard input and whole tables; and the package by itself, as it is copied beside the Space."""
 
+import functools
 import glob
 import gzip
+import http.server
 import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import pyarrow
 import pyarrow.parquet
@@ -56,6 +59,22 @@ def test_two_stars_mean_any_number_of_folders(tmp_path, monkeypatch):
     for pattern in (*several, "a/*.csv", "a/.*.csv", "a/**/.y/*", "**/.*"):
         expected = [name for name in names if name in glob.glob(pattern, recursive=True)]  # and in an object store
         assert [name for name in names if matches(name.split("/"), pattern.split("/"))] == expected, pattern
+
+
+def test_a_signed_url_is_read_and_shown_without_its_signature(tmp_path):
+    pytest.importorskip("aiohttp")
+    (tmp_path / "a.csv").write_bytes(CSV)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        root = f"http://127.0.0.1:{server.server_port}"
+        (source,) = find_sources(f"{root}/a.csv?signature=secret")
+        assert source.name == f"{root}/a.csv"
+        assert read_table(source).columns["text"] == ["a", "b"]
+        with pytest.raises(InputError) as refused:
+            find_sources(f"{root}/none.csv?signature=secret")
+        assert "secret" not in str(refused.value)
+        server.shutdown()
 
 
 def test_a_file_that_is_named_twice_is_read_once(tmp_path):

@@ -1,9 +1,12 @@
 """Contrastive learning before prototypes: its loss worked by hand, and what it does to texts that it was not trained on."""
 
+import signal
+import time
+
 import numpy as np
 import pytest
 import torch
-from conftest import CLEAR, run, write_csv
+from conftest import CLEAR, ROOT, run, start, write_csv
 from test_prototypes import ROWS, TREE, tokenized, trainer_of
 
 from training.arguments import ModelArguments
@@ -89,3 +92,17 @@ def test_without_two_classes_of_two_texts_there_is_nothing_to_compare(tiny_encod
         *("--contrastive_steps", 2, "--max_steps", 1),
     )
     assert "no contrastive steps: they need two classes with two training texts each" in done.stderr
+
+
+def test_sigterm_ends_the_contrastive_steps(tiny_encoder, tmp_path):
+    words = ("--train_file", write_csv(tmp_path / "rows.csv", ROWS), "--validation_size", 0, "--test_size", 0)
+    words += ("--model_name_or_path", tiny_encoder, "--quantization", "none", "--output_dir", tmp_path / "out")
+    words += ("--contrastive_steps", 10**6, "--max_steps", 1, "--enable_jit_checkpoint", "true")
+    with (tmp_path / "log").open("w") as log:
+        process = start(ROOT / "train.py", *words, output=log)
+    while process.poll() is None and "contrastive steps:" not in (tmp_path / "log").read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 2
+    last = (tmp_path / "log").read_text().splitlines()[-1]
+    assert last == "train.py: error: stopped by SIGTERM in the contrastive steps: the same command starts anew"

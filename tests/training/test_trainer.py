@@ -102,16 +102,17 @@ def sigterm() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.parametrize("strategy", ["epoch", "steps"])
+@pytest.mark.parametrize(("evaluated", "saved"), [("epoch", "epoch"), ("steps", "steps"), ("epoch", "steps")])
 def test_ended_by_sigterm_at_any_step_it_resumes_to_the_same_evaluations_and_weights(
-    strategy, tokenizer, tmp_path, sigterm
+    evaluated, saved, tokenizer, tmp_path, sigterm
 ):
     data, steps = rows(), 12  # 4 an epoch
 
     def run(folder, step: int | None = None, checkpoint: str | None = None) -> HierarchicalTrainer:
         settings = arguments(
             folder, per_device_train_batch_size=4, learning_rate=0.01, metric_for_best_model="loss", eval_steps=3,
-            save_steps=3, eval_strategy=strategy, save_strategy=strategy, load_best_model_at_end=True,
+            save_steps=3 if saved == evaluated else 4, eval_strategy=evaluated, save_strategy=saved,
+            load_best_model_at_end=saved == evaluated,
             enable_jit_checkpoint=True, num_train_epochs=3,
         )  # fmt: skip
         one = trainer(tiny_model(), tokenizer, data, settings, callbacks=[EarlyStoppingCallback(9)])
@@ -124,7 +125,7 @@ def test_ended_by_sigterm_at_any_step_it_resumes_to_the_same_evaluations_and_wei
         return [(entry["step"], entry["eval_loss"]) for entry in one.state.log_history if "eval_loss" in entry]
 
     whole = run(tmp_path / "whole")
-    assert len(evaluations(whole)) == {"epoch": 3, "steps": 4}[strategy]
+    assert len(evaluations(whole)) == {"epoch": 3, "steps": 4}[evaluated]
     for step in (1, 3, 4, 5, steps):
         folder = tmp_path / str(step)
         with pytest.raises(InputError, match=f"stopped by SIGTERM after {step} of 12 steps, and saved"):
