@@ -104,5 +104,5 @@ def test_sigterm_ends_the_contrastive_steps(tiny_encoder, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 2
-    last = (tmp_path / "log").read_text().splitlines()[-1]
-    assert last == "train.py: error: stopped by SIGTERM in the contrastive steps: the same command starts anew"
+    said = (tmp_path / "log").read_text()
+    assert "train.py: error: stopped by SIGTERM in the contrastive steps: the same command starts anew" in said
