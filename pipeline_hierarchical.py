@@ -80,8 +80,8 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         stride: read long texts in windows of ``max_length`` tokens that share this many, instead of truncating them. With
             several labels a text it needs ``top_k``, because the thresholds were not fitted for windows.
         coverage: share of texts whose answer holds the correct leaf, rounded up to a hundredth. The answer has at most
-            three nodes, or consists of roots: see `conformal_answer`. It excludes ``stride`` and other values of ``max_length``
-            than that of the validation rows.
+            three nodes, or consists of roots: see `conformal_answer`. It excludes ``stride`` and other values of
+            ``max_length`` than that of the validation rows.
         recall: with several labels a text, the share of a text's nodes that the answer holds on average. Otherwise like
             ``coverage``.
         costs: predict what costs least on average (see `expected_costs`), in place of the most probable leaf:

@@ -97,10 +97,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.error = refuse  # type: ignore[method-assign]
     arguments = parser.parse_args(argv)
     name = Path(arguments.output.partition("?")[0])
-    if len(name.name.encode(errors="surrogateescape")) > 200:  # suffixes are added, and file systems allow 255 bytes
-        refuse(f"--output {arguments.output}: the name is too long")
     if has_surrogate(arguments.output):  # pyarrow cannot write to it
         refuse(f"--output {arguments.output!a}: the name is not UTF-8")
+    if len(name.name.encode()) > 200:  # suffixes are added, and file systems allow 255 bytes
+        refuse(f"--output {arguments.output}: the name is too long")
     if output_kind(arguments.output, arguments.output_format) not in OUTPUTS:
         refuse(f"--output {arguments.output}: its name must end in one of {suffixes}, or in / for a folder")
     if arguments.output.startswith("hf://"):  # each block would be a commit

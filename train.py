@@ -296,7 +296,8 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
         raise InputError(f"nothing to score: {problem}")
     with refusing(f"cannot load the tokenizer of {source}"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=True)
-        served = report.served_trainer(source, training, tokenizer)
+    served = report.served_trainer(source, training, tokenizer)
+    with refusing(f"cannot score {source}"):
         check_tokenizer(tokenizer, served.model)
     splits = tokenize_splits(arguments, data, tokenizer)
     metrics, logits, _ = report.score_splits(served, splits, training)

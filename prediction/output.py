@@ -2,8 +2,9 @@
 
 Worth knowing:
 
-1. Each finished block of rows is a file in ``<output>.parts``, or ``.parts`` in a folder, which may be a disk of its own. At the
-   end these parts are joined to the output, and deleted. A part's name follows from its rows, so a block that is classified twice is in the output once.
+1. Each finished block of rows is a file in ``<output>.parts``, or in ``.parts`` inside an output folder, which may be a disk of
+   its own. At the end these parts are joined to the output, and deleted. A part's name follows from its rows, so a block that is
+   classified twice is in the output once.
 2. A part holds the options, a digest of its input rows, and a checksum of its content, and is checked when it is read.
 3. The output is one file, or a folder of files with about 100,000 rows each. The folder's manifest is written last: an output
    is complete once its `marker` exists, which is the file or the manifest.

@@ -30,10 +30,8 @@ def connect(url: str) -> tuple[Any, str]:
     with explained(url):
         try:  # "[" and blanks are not allowed in a URI; fsspec, which serves hf://, takes names as they are
             location, mark, query = url.partition("?")
-            quoted = (
-                url if scheme == "hf" else quote(location, safe="/:@=&*,+~") + mark + quote(query, safe="/:@?=&%*,+~")
-            )
-            filesystem, path = FileSystem.from_uri(quoted)
+            quoted = quote(location, safe="/:@=&*,+~") + mark + quote(query, safe="/:@?=&%*,+~")
+            filesystem, path = FileSystem.from_uri(url if scheme == "hf" else quoted)
         except ValueError as error:
             if "Unrecognized filesystem type" not in str(error):
                 raise
@@ -42,15 +40,18 @@ def connect(url: str) -> tuple[Any, str]:
 
 
 def url_of(scheme: str, path: str) -> str:
-    return path if is_url(path) else f"{scheme}://{path}"  # fsspec's paths over HTTP are URLs
-
-
-def without_query(url: str) -> str:
-    return url.partition("?")[0] if url.startswith("http") else url  # which may hold a signature
+    """Return the URL of a file system's path. The paths of fsspec over HTTP are URLs themselves."""
+    return path if is_url(path) else f"{scheme}://{path}"
 
 
 def path_of(url: str) -> str:
+    """Return the path that a URL has in its file system."""
     return url if url.startswith("http") else url.partition("://")[2]
+
+
+def without_query(url: str) -> str:
+    """Return a URL over HTTP without its query, which may hold a signature, and other URLs and paths unchanged."""
+    return url.partition("?")[0] if url.startswith("http") else url
 
 
 def find_files(url: str) -> tuple[Any, list[tuple[str, int]], bool]:

@@ -262,10 +262,8 @@ def check_values(arguments: Arguments) -> None:
     model, data, loss, training = arguments
     weights = loss.level_weights
     by_steps = training.eval_strategy == training.save_strategy == "steps"
-    checkpoint_kwargs = inspect.signature(torch.utils.checkpoint.checkpoint).parameters.keys() | {
-        "every_n_layers",
-        "offload",
-    }
+    of_torch = inspect.signature(torch.utils.checkpoint.checkpoint).parameters
+    checkpoint_kwargs = {*of_torch, "every_n_layers", "offload"}
     optim_args = (training.optim_args or "").replace(" ", "")
     columns, delimiter = data.label_column or [], data.label_delimiter
     schedule = SchedulerType(training.lr_scheduler_type)
@@ -277,7 +275,7 @@ def check_values(arguments: Arguments) -> None:
         "--load_best_model_at_end needs a save at every evaluation: give the same --eval_steps and --save_steps": (
             training.load_best_model_at_end and by_steps and training.eval_steps != training.save_steps
         ),
-        "--activation_checkpointing_kwargs has an unknown name: it takes those of torch's checkpoint, every_n_layers, offload": (
+        "--activation_checkpointing_kwargs has an unknown name: give arguments of torch's checkpoint, every_n_layers, offload": (
             not checkpoint_kwargs >= {*(training.activation_checkpointing_kwargs or {})}
         ),
         f"--level_weights must be non-negative and not all zero, not {weights}": (

@@ -54,11 +54,11 @@ def train_contrastively(trainer: HierarchicalTrainer, inputs: list[list[int]], m
     model.train()
     silent = training.disable_tqdm or not trainer.is_world_process_zero()
     for _ in tqdm(range(steps), desc="contrastive steps", disable=silent):
+        if trainer.sigterm and trainer.sigterm.is_checkpoint_requested:
+            raise InputError("stopped by SIGTERM in the contrastive steps: the same command starts anew")
         chosen = [classes[i] for i in generator.choice(len(classes), num_classes, replace=False)]
         drawn = [generator.choice(texts, min(TEXTS_PER_CLASS, len(texts)), replace=False) for texts in chosen]
         rows = np.unique(np.concatenate(drawn))
-        if trainer.sigterm and trainer.sigterm.is_checkpoint_requested:
-            raise InputError("stopped by SIGTERM in the contrastive steps: the same command starts anew")
         loss = contrastive_loss(trainer.embed([inputs[row] for row in rows]), members[rows])
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)

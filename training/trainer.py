@@ -86,7 +86,7 @@ class HierarchicalTrainer(PublishingTrainer):
                 self.sigterm = callback.jit_manager
                 for event in ("step_begin", "pre_optimizer_step", "step_end", "epoch_end"):  # see `_stop_if_terminated`
                     setattr(callback, f"on_{event}", lambda *args, **kwargs: None)
-        self.passed_step = self.saved_step = -1
+        self.passed_step = -1
         self.tried_batch_size: int | None = None
         self.best_checkpoint: str | None = None
         self.unchecked: list[tuple[int, Tensor, Any]] = []  # step, loss, rows
@@ -154,8 +154,6 @@ class HierarchicalTrainer(PublishingTrainer):
         """Check the losses whenever the Trainer waits for the device anyway."""
         if self.control.should_log or self.control.should_evaluate or self.control.should_training_stop:
             self.check_losses()
-        if self.control.should_evaluate:
-            self.saved_step = -1  # a checkpoint of this step lacks the evaluation
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self._stop_if_terminated()
 
@@ -169,8 +167,7 @@ class HierarchicalTrainer(PublishingTrainer):
         is_called_again, self.passed_step = self.passed_step == self.state.global_step, self.state.global_step
         will_be_called_again = not is_called_again and (self.control.should_training_stop or self.state.epoch % 1 == 0)
         if self.sigterm and self.sigterm.is_checkpoint_requested and not will_be_called_again:
-            if self.saved_step != self.state.global_step:
-                self._save_checkpoint(self.model, trial=None)
+            self._save_checkpoint(self.model, trial=None)
             steps = f"{self.state.global_step} of {self.state.max_steps} steps"
             raise InputError(f"stopped by SIGTERM after {steps}, and saved: {RESUME_HINT}")
 
@@ -314,7 +311,6 @@ class HierarchicalTrainer(PublishingTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.check_losses()
         super()._save_checkpoint(model, trial)
-        self.saved_step = self.state.global_step
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with refusing(f"cannot resume from {resume_from_checkpoint}"):
