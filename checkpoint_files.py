@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from checkpoint_hierarchical import ADAPTER_FILES, SHIPPED_FILES
 from configuration_hierarchical import HierarchicalConfig
-from errors import ROOT, InputError, refusing
+from errors import ROOT, InputError, as_input_error
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (
@@ -53,7 +53,7 @@ def read_model_type(folder: str | Path) -> Any:
     path = Path(folder) / "config.json"
     if not path.is_file():
         return None
-    with refusing(f"{path} is not a configuration"):
+    with as_input_error(f"{path} is not a configuration"):
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("it is not a JSON object")
@@ -66,7 +66,7 @@ def is_checkpoint(name_or_path: str | Path) -> bool:
 
 def read_config(folder: str | Path) -> HierarchicalConfig:
     """Read the configuration of a checkpoint of this project, or raise InputError."""
-    with refusing(f"{Path(folder) / 'config.json'} cannot be used"):
+    with as_input_error(f"{Path(folder) / 'config.json'} cannot be used"):
         return HierarchicalConfig.from_pretrained(folder)
 
 

@@ -84,7 +84,7 @@ def load_checkpoint(
     if config.adapter_subfolder is not None:
         model, info = load_adapter_form(model_class, name, config, merge_adapter, **kwargs)
     else:
-        with plain_errors(name):
+        with as_value_error(name):
             model, info = load_self_contained(name, config=config, output_loading_info=True, **kwargs)
         refuse_missing(name, model, info)
         if left_over := [weight for weight in info["unexpected_keys"] if weight.startswith("heads.")]:
@@ -137,7 +137,7 @@ def load_encoder(config: HierarchicalConfig, **kwargs: Any) -> PreTrainedModel:
         raise ValueError(f"encoder_revision must be {commit}, not {revision!r}")
     kwargs |= {"config": config.text_config, "revision": revision, **without_pooler(config.text_config)}
     kwargs |= {"output_loading_info": True, "trust_remote_code": False}  # with None it asks at a terminal
-    with quiet_loading(), plain_errors(name):
+    with quiet_loading(), as_value_error(name):
         encoder, info = AutoModel.from_pretrained(name, **kwargs)
     encoder.vocab_size_at_load = config.text_config.vocab_size
     refuse_missing(name, encoder, info)
@@ -185,8 +185,8 @@ def inject_adapter(encoder: PreTrainedModel, folder: Path) -> None:
 def share_encoder(model: Any, other: Any) -> None:
     """Let a model use the encoder weights of ``other``, so that both hold them once. Both keep their own adapter and heads.
 
-    Load both with ``merge_adapter=False``. Predictions do not change. Linear layers are the same modules afterwards, so weights
-    that a pipeline packs for the CPU are held once too; move both models to a device, or neither.
+    Load both with ``merge_adapter=False``. Predictions do not change. Both models then contain the same linear modules. So weights
+    that a pipeline packs for the CPU are held once, too. Move both models to a device, or neither.
 
     Raises ValueError where an adapter is merged, weights are quantized, or the models have different encoders.
     """
@@ -247,7 +247,7 @@ def quiet_loading() -> Iterator[None]:
 
 
 @contextmanager
-def plain_errors(name: str | Path) -> Iterator[None]:
+def as_value_error(name: str | Path) -> Iterator[None]:
     """Replace errors of transformers that point at a log, or that say how to run the code in a .bin file."""
     try:
         yield
@@ -273,7 +273,7 @@ def check_encoder(encoder: PreTrainedModel) -> None:
     if config.is_encoder_decoder:
         problem = "is an encoder with a decoder: use an encoder alone"
     elif config.model_type in PADDING_COUNTS or "attention_mask" not in inspect.signature(encoder.forward).parameters:
-        problem = "changes its predictions with padding: use another encoder"
+        problem = "gives other outputs when its inputs are padded: use another encoder"
     elif getattr(config, "default_language", "") is None:  # XMOD, which has layers for each language
         problem = "needs the language of the texts: set default_language in its config.json"
     else:
@@ -301,7 +301,7 @@ def check_tokenizer(tokenizer: Any, model: Any) -> None:
     largest = max(tokenizer.get_vocab().values())
     if largest >= embeddings:
         problem = f"it has token {largest:,}, and the encoder {embeddings:,} embeddings"
-        raise ValueError(f"the tokenizer of {name} is another encoder's: {problem}")
+        raise ValueError(f"the tokenizer of {name} does not belong to this encoder: {problem}")
 
 
 def position_limit(encoder: PreTrainedModel) -> int | None:

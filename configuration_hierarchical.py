@@ -4,7 +4,7 @@ Worth knowing:
 
 1. The taxonomy is stored in ``config.json`` as nested lists. JSON written with sorted keys would reorder nested
    objects, and with them the class indices.
-2. ``id2label`` and ``label2id`` are always derived from the taxonomy: its leaves, or with several labels a text all its
+2. ``id2label`` and ``label2id`` are always derived from the taxonomy: its leaves, or for multi-label models all its
    nodes.
 3. The encoder's configuration is called ``text_config``, because transformers looks for that name.
 4. `ENCODER_FIELDS` are also written at the top level of ``config.json``, where text-embeddings-inference reads them. They
@@ -17,9 +17,9 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 try:
-    from .taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy, TaxonomyError, compose
+    from .taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy, TaxonomyError, to_nfc
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
-    from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy, TaxonomyError, compose
+    from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy, TaxonomyError, to_nfc
 
 MULTI_LABEL = "multi_label_classification"
 ENCODER_FIELDS = ("hidden_size", "num_hidden_layers", "max_position_embeddings", "pad_token_id")
@@ -34,13 +34,13 @@ class HierarchicalConfig(PretrainedConfig):
         text_config: the encoder's configuration, as an object or a dict with ``model_type``. BERT's by default.
         taxonomy: a `Taxonomy`, or its nested form; by default that of the Medical Abstracts corpus.
         label_separator: what stands between the names of a path.
-        descriptions: of some nodes, by label.
+        descriptions: a phrase for each node that has one, by label.
         encoder_name_or_path, encoder_revision: Hub id and commit of the encoder's weights, or a folder and None.
         adapter_subfolder: the folder of the checkpoint that holds a PEFT adapter; None if it holds the whole model.
         pooling: ``"mean"`` over the tokens that are not padding; ``"cls"``, the first token; or ``"label_attention"``, a
             weighted mean for each node.
         head_dropout: dropout probability before the heads.
-        initializer_range: standard deviation of fresh head weights.
+        initializer_range: standard deviation of new head weights.
         lexical_vocab_size, lexical_weight: the number of token ids that the lexical head knows, and the weight of its
             scores; the encoder's have the weight 1. None without a lexical head.
         temperatures: one divisor of the scores for each decision, by id; None means 1 for all.
@@ -48,15 +48,15 @@ class HierarchicalConfig(PretrainedConfig):
             contains the correct label; see `pipeline_hierarchical.conformal_answer`. An entry of None means every root.
         conformal_max_length: the length in tokens, special ones included, at which texts were truncated when the
             thresholds were fitted; None if unknown.
-        node_biases: summand of each node's score, after the temperature or scale. None: 0.
-        node_scales: factor of each node's score, with several labels a text. None: 1.
-        node_thresholds: the probability from which each node is predicted, with several labels a text. None: 0.5.
-        recall_thresholds: with several labels a text, for recalls of 0.01, 0.02, … 0.99, the least probability of a node in the
+        node_biases: added to each node's score, after the temperature or scale. None: 0.
+        node_scales: factor of each node's score, for multi-label models. None: 1.
+        node_thresholds: least probability at which each node is predicted, for multi-label models. None: 0.5.
+        recall_thresholds: for multi-label models and recalls of 0.01, 0.02, … 0.99, the least probability of a node in the
             answer. None where there were too few texts.
-        recall_texts: the number of texts with labels that these were fitted on.
+        recall_texts: number of labelled texts that ``recall_thresholds`` were fitted on.
         refitted: whether the weights were also trained on the rows that the thresholds were fitted on (``--refit``). If so,
             neither coverage nor recall is guaranteed.
-        problem_type: ``"multi_label_classification"`` for several labels a text. By default a text has one path.
+        problem_type: ``"multi_label_classification"`` for multi-label models. By default a text has one path.
 
     A field of another type or length raises ValueError; a taxonomy, or labels that do not fit it, raise TaxonomyError.
     """
@@ -125,7 +125,7 @@ class HierarchicalConfig(PretrainedConfig):
 
         classes = tree.labels if problem_type == MULTI_LABEL else tree.labels[: tree.num_leaves]
         given = kwargs.pop("id2label", None)
-        given = {str(i): compose(label) for i, label in given.items()} if isinstance(given, dict) else given
+        given = {str(i): to_nfc(label) for i, label in given.items()} if isinstance(given, dict) else given
         if given not in (None, {str(i): label for i, label in enumerate(classes)}):
             raise TaxonomyError("id2label is not the list of the taxonomy's classes; change the taxonomy instead")
         if kwargs.pop("num_labels", len(classes)) != len(classes):
@@ -172,10 +172,6 @@ class HierarchicalConfig(PretrainedConfig):
         self.text_config.hidden_size = value
 
 
-def is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def encoder_config(given: dict | None) -> PretrainedConfig:
     """Build an encoder's configuration by its ``model_type``, by default BERT, or raise ValueError."""
     try:
@@ -187,7 +183,8 @@ def encoder_config(given: dict | None) -> PretrainedConfig:
 def checked_numbers(name: str, values: list | None, count: int, or_none: bool = False) -> list | None:
     """Check that a field is None, or a list of ``count`` numbers, each of which may be None if ``or_none``."""
     given = list(values) if isinstance(values, (list, tuple)) else []
-    are_numbers = all(is_number(value) or (or_none and value is None) for value in given)
+    numbers = (int, float, type(None)) if or_none else (int, float)
+    are_numbers = all(isinstance(value, numbers) and not isinstance(value, bool) for value in given)
     if values is not None and (len(given) != count or not are_numbers):
         raise ValueError(f"{name} must be a list of {count} numbers")
     return None if values is None else given

@@ -19,13 +19,13 @@ def one_line(error: object) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def describe(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Return an error's message on one line, after its type if the message may not be readable without it."""
     is_plain = isinstance(error, (OSError, ValueError, ImportError)) or not str(error)
     return one_line(error) if is_plain else f"{type(error).__name__}: {one_line(error)}"
 
 
-def is_fault(error: Exception) -> bool:
+def is_own_bug(error: Exception) -> bool:
     """Return whether an error is a bug of this project: a name, type or attribute error raised by its own code."""
     if not isinstance(error, (AttributeError, NameError, TypeError)):
         return False
@@ -37,19 +37,20 @@ def is_fault(error: Exception) -> bool:
 
 
 @contextmanager
-def refusing(what: str) -> Iterator[None]:
-    """Convert any exception of a library call on users' files or settings into an InputError, "what: reason".
+def as_input_error(what: str) -> Iterator[None]:
+    """Convert any exception in the block into an InputError with the message "what: reason".
 
-    The libraries document no errors for these, and raise, say, KeyError. A bug of this project passes, see `is_fault`.
+    The block calls a library on files or settings of the user. Libraries document no errors for these, and raise, say, KeyError.
+    A bug of this project passes through, see `is_own_bug`.
     """
     try:
         yield
     except (InputError, MemoryError):
         raise
     except Exception as error:
-        if is_fault(error):
+        if is_own_bug(error):
             raise
-        raise InputError(f"{what}: {describe(error)}") from error
+        raise InputError(f"{what}: {describe_error(error)}") from error
 
 
 def is_full_disk(error: Exception) -> bool:
@@ -61,12 +62,12 @@ def is_full_disk(error: Exception) -> bool:
     return any(message in str(error) for message in messages)
 
 
-def asked_traceback() -> str:
+def requested_traceback() -> str:
     """Return the traceback of the current exception if HIERARCHICAL_TRACEBACK is set, else an empty string."""
     return traceback.format_exc() if os.environ.get("HIERARCHICAL_TRACEBACK") else ""
 
 
 def exit_with_error(command: str, message: str, code: int = 2, trace: str = "") -> NoReturn:
-    """Print one line to standard error, after a traceback from `asked_traceback`, and exit."""
+    """Print one line to standard error, after a traceback from `requested_traceback`, and exit."""
     print(f"{trace}{command}: error: {message}", file=sys.stderr)
     sys.exit(code)

@@ -1,12 +1,12 @@
-"""A text encoder with a head for each decision of a taxonomy: one path a text, or any number of nodes.
+"""A text encoder with a head for each decision of a taxonomy: one path per text, or any number of nodes.
 
 Worth knowing:
 
 1. The heads are one matrix over all nodes, normalised for all decisions at once. A taxonomy of a thousand nodes
    therefore costs about as much as one of ten. P(node) = P(parent) · P(node | parent) holds by construction.
-2. With one path a text, siblings share a softmax (`TreeSoftmax`). `benchmarks/studies/decisions.py` compares other
-   forms. With several labels a text, each node is a yes or no, given its parent (`TreeSigmoid`).
-3. ``logits`` serve flat tools unchanged: their softmax is the leaf distribution. With several labels a text, their
+2. For single-path models, siblings share a softmax (`TreeSoftmax`). `benchmarks/studies/decisions.py` compares other
+   forms. For multi-label models, each node is a yes or no, given its parent (`TreeSigmoid`).
+3. ``logits`` serve flat tools unchanged: their softmax is the leaf distribution. For multi-label models, their
    sigmoids are the probabilities of all nodes.
 4. The heads are parameters of their own module, not an ``nn.Linear``, so no ``quantization_config`` reaches them.
 5. The heads' buffers are not saved. ``_init_weights`` refills them from the configuration, because transformers builds
@@ -48,14 +48,14 @@ if TYPE_CHECKING:  # never runs, but makes transformers fetch the file, which `s
     from .pipeline_hierarchical import HierarchicalTextClassificationPipeline  # noqa: F401
 
 IGNORED_LABEL = -100
-CERTAIN = 1e4  # the logit above the roots: its sigmoid is 1
+ROOT_PARENT_LOGIT = 1e4  # the logit above the roots: its sigmoid is 1
 
 
 @dataclass
 class HierarchicalOutput(ModelOutput):
     """Output of `HierarchicalForSequenceClassification`.
 
-    ``logits`` are the log-probabilities of the leaves (B, num_leaves). With several labels a text they are the logits of
+    ``logits`` are the log-probabilities of the leaves (B, num_leaves). For multi-label models they are the logits of
     the nodes' marginal probabilities (B, num_nodes), and ``decision_logits`` those of each node given its parent.
     """
 
@@ -133,7 +133,7 @@ class TreeSoftmax(nn.Module):
 
     def fill_tree_buffers(self) -> None:
         self.group.copy_(torch.tensor(self.tree.decision_of))
-        self.ancestors.copy_(torch.tensor(self.tree.ancestors))
+        self.ancestors.copy_(torch.tensor(self.tree.padded_paths))
         nodes = torch.arange(self.num_nodes)
         # the group of a node's children; a leaf gets the index after the last group
         self.below.copy_(torch.where(nodes < self.num_leaves, self.num_groups, nodes - self.num_leaves + 1))
@@ -180,7 +180,7 @@ class TreeSigmoid(nn.Module):
         """
         marginal = decision_logits
         for _ in range(self.tree.depth - 1):  # each pass reaches one level more
-            above = nn.functional.pad(marginal, (0, 1), value=CERTAIN)[:, self.parents]
+            above = nn.functional.pad(marginal, (0, 1), value=ROOT_PARENT_LOGIT)[:, self.parents]
             terms = torch.stack([-above, -decision_logits, -above - decision_logits])
             marginal = -torch.logsumexp(terms, 0)
         return marginal
@@ -199,7 +199,7 @@ class HierarchicalHeads(nn.Module):
     (Mullenbach et al., 2018, "Explainable prediction of medical codes from clinical text"). Queries start at 0, which is mean
     pooling.
 
-    With several labels a text, the score is the decision's logit. With one path, an inner node adds its inclusive value, the
+    For multi-label models, the score is the decision's logit. With one path, an inner node adds its inclusive value, the
     logsumexp of its children's scores (the nested logit: McFadden, 1978, "Modelling the choice of residential location").
     Without the inner nodes' own weights this is a flat softmax over the leaves. With them, leaves share their ancestors'
     weights.
@@ -245,7 +245,7 @@ class HierarchicalHeads(nn.Module):
         return (attention.softmax(1) * nn.functional.linear(vectors, self.weight)).sum(1).float() + self.bias
 
     def forward(self, vectors: Tensor, input_ids: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
-        """Return log-probabilities (B, num_nodes), or with several labels a text the logits of the decisions."""
+        """Return log-probabilities (B, num_nodes), or for multi-label models the logits of the decisions."""
         with torch.autocast(vectors.device.type, enabled=False):
             own = self.own_scores(vectors, attention_mask)
             lexical = None if self.lexical is None else self.lexical(input_ids, attention_mask)
@@ -331,7 +331,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             input_ids, attention_mask, token_type_ids, position_ids: (B, T).
             inputs_embeds: (B, T, H), instead of ``input_ids``. A model with a lexical head needs ``input_ids``.
             labels: (B,), ids of leaves or inner nodes; -100 is ignored. The loss is their negative log-likelihood in
-                nats. With several labels a text (B, num_nodes): 1 for the text's nodes and their ancestors, else 0, or
+                nats. For multi-label models (B, num_nodes): 1 for the text's nodes and their ancestors, else 0, or
                 -100 for unknown. The loss is the binary cross-entropy of the open decisions, summed over a text.
             num_items_in_batch: divisor of the summed loss, by default the number of labelled texts.
             kwargs: for the encoder, such as ``output_hidden_states`` and ``output_attentions``.
@@ -414,22 +414,32 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
     share_encoder = share_encoder
 
 
+def has_labels(labels: Tensor) -> Tensor:
+    """Return which texts have a known label: (B,), from ids (B,) or arrays (B, num_nodes)."""
+    known = labels != IGNORED_LABEL
+    return known if known.dim() == 1 else known.any(1)
+
+
+def average_over_labels(values: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+    """Sum the values (B,) of texts that `has_labels`, and divide by ``num_items``, by default their number."""
+    labelled = has_labels(labels)
+    items = labelled.sum().clamp(min=1) if num_items is None else num_items
+    return torch.where(labelled, values, 0).sum() / items
+
+
 def negative_log_likelihood(
     node_log_probs: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """Average -log P(label) over the labels (B,) that are not -100, or divide their sum by ``num_items_in_batch``."""
+    """Average -log P(label) of the labels (B,), see `average_over_labels`."""
     labels = labels.to(node_log_probs.device)
-    labelled = labels != IGNORED_LABEL
-    picked = node_log_probs.gather(1, torch.where(labelled, labels, 0).unsqueeze(1)).squeeze(1)
-    items = labelled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    return -torch.where(labelled, picked, 0).sum() / items
+    picked = node_log_probs.gather(1, labels.clamp(min=0).unsqueeze(1)).squeeze(1)
+    return average_over_labels(-picked, labels, num_items_in_batch)
 
 
 def binary_cross_entropy(
     decision_logits: Tensor, labels: Tensor, tree: TreeSigmoid, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """Sum the binary cross-entropy of the open decisions (B, num_nodes); average over the texts with a known label."""
+    """Sum the binary cross-entropy of the open decisions (B, num_nodes) of each text, see `average_over_labels`."""
     labels = labels.to(decision_logits)
     losses = nn.functional.binary_cross_entropy_with_logits(decision_logits, labels.clamp(min=0), reduction="none")
-    items = (labels != IGNORED_LABEL).any(1).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    return torch.where(tree.open_decisions(labels), losses, 0).sum() / items
+    return average_over_labels(torch.where(tree.open_decisions(labels), losses, 0).sum(1), labels, num_items_in_batch)

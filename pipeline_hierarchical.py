@@ -43,14 +43,14 @@ except ImportError:  # as a top-level module of the repository, not as remote co
 
 logger = logging.get_logger(__name__)
 
-TOKENS = {"cpu": 2048}  # in a batch, padding included
+TOKENS_PER_BATCH = {"cpu": 2048}  # in a batch, padding included
 TOKENS_ELSEWHERE = 32_768
 TEXTS_AHEAD = 512
 CHARACTERS_PER_TOKEN = 8  # most texts have fewer
 BATCHES_AHEAD = 32
 MOST_TOKENIZERS = 8
 HIGHEST_COST = 1e300  # the sum of two is finite
-DEFAULT_THRESHOLD = 0.5  # of an uncalibrated checkpoint with several labels a text
+DEFAULT_THRESHOLD = 0.5  # of an uncalibrated multi-label checkpoint
 MOST_NODES = 3  # in an answer: as many as a reader takes in at a glance
 # core counts of the calls that are starting workers now; a lock could stay locked after Ctrl+C
 STARTING: list[int] = []
@@ -64,32 +64,31 @@ class HierarchicalTextClassificationPipeline(Pipeline):
 
     - ``label``, ``score``: the most probable leaf and its probability;
     - ``path``: ``{"label", "score"}`` of every node from the root to that leaf;
-    - ``labels``, in place of these three if the checkpoint predicts several labels a text: ``{"label", "score", "path"}``
+    - ``labels``, in place of these three in multi-label checkpoints: ``{"label", "score", "path"}``
       of the deepest predicted nodes, most probable first; possibly none;
     - ``levels``: for each level, from the roots down, the probability of every node;
     - ``truncated``: whether the text was truncated;
     - ``answer``, with ``coverage`` or ``recall``: ``{"label", "score"}`` of its nodes;
-    - ``expected_cost``, with ``costs`` and one path a text: that of the predicted leaf.
+    - ``expected_cost``, with ``costs`` and one path per text: that of the predicted leaf.
 
     Args:
         batch_size: number of windows in a batch; by default a power of two, for about 2,048 tokens on a CPU and 32,768
             elsewhere. A stream is read up to 64 batches ahead, by default 1,024 texts, and not at all with 1.
-        top_k: number of leaves, or with several labels a text of nodes; each text then gets a list of results with
+        top_k: number of leaves, or for multi-label models of nodes; each text then gets a list of results with
             ``label``, ``score`` and ``path``, best first.
         max_length: in tokens, special ones included; by default, and at most, the tokenizer's limit.
-        stride: read long texts in windows of ``max_length`` tokens that share this many, instead of truncating them. With
-            several labels a text it needs ``top_k``, because the thresholds were not fitted for windows.
+        stride: read long texts in windows of ``max_length`` tokens that share this many, instead of truncating them. In
+            multi-label models it needs ``top_k``, because the thresholds were not fitted for windows.
         coverage: share of texts whose answer holds the correct leaf, rounded up to a hundredth. The answer has at most
             three nodes, or consists of roots: see `conformal_answer`. It excludes ``stride`` and other values of
             ``max_length`` than that of the validation rows.
-        recall: with several labels a text, the share of a text's nodes that the answer holds on average. Otherwise like
+        recall: for multi-label models, the share of a text's correct nodes that the answer holds on average. Otherwise like
             ``coverage``.
-        costs: predict what costs least on average (see `expected_costs`), in place of the most probable leaf:
-            ``"distance"``, the number of edges from the correct leaf to the predicted one, with roots joined by a node
-            above them; or a table, ``{correct leaf: {predicted leaf: cost}}`` or the path of a CSV file whose first
-            column names the correct leaves and whose first row the predicted ones. With several labels a text
-            ``{"missing": a, "inventing": b}``, the costs of each node that a prediction leaves out or adds: see
-            `cost_threshold`. Excludes ``top_k``.
+        costs: predict the leaf of least expected cost (see `expected_costs`), in place of the most probable one. Excludes
+            ``top_k``. ``"distance"`` is the number of edges between correct and predicted leaf, with roots joined by a node
+            above them. A table is ``{correct leaf: {predicted leaf: cost}}``, or the path of a CSV file. Its first column names
+            the correct leaves, and its first row the predicted ones. For multi-label models ``{"missing": a, "inventing": b}``
+            are the costs of each false negative and each false positive node: see `cost_threshold`.
 
     Raises:
         ValueError: an item or argument cannot be used, or the checkpoint has no thresholds for the guarantee.
@@ -141,7 +140,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         config = self.model.config
         if coverage is not None:
             if config.is_multi_label:
-                raise ValueError("coverage is for checkpoints with one path a text; with several labels give recall")
+                raise ValueError("coverage is for single-path checkpoints; for a multi-label checkpoint give recall")
             conformal_threshold(config.conformal_thresholds, coverage)
         if recall is not None:
             recall_threshold(config, recall)
@@ -248,7 +247,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         """Tokenize texts and submit their batches to ``workers``; with None compute the batches at once."""
         windows, owners, truncated = self.preprocess(texts, **truncation)
         lengths = [len(window["input_ids"]) for window in windows]
-        batches = batches_by_length(lengths, batch_size, TOKENS.get(self.device.type, TOKENS_ELSEWHERE))
+        batches = batches_by_length(lengths, batch_size, TOKENS_PER_BATCH.get(self.device.type, TOKENS_ELSEWHERE))
         outputs: list[Future] = []
         for batch in batches:
             length = padded_length(lengths[batch[0]], len(batch), self.tokenizer.model_max_length)
@@ -360,7 +359,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         if coverage is not None:
             threshold = conformal_threshold(config.conformal_thresholds, coverage)
             common["answer"] = with_scores(conformal_answer(tree, probabilities, threshold))
-        # inner nodes are candidates with several labels a text alone
+        # inner nodes are candidates only in multi-label models
         order = sorted(range(config.num_labels), key=lambda node: -probabilities[node])
         if recall is not None:
             least = recall_threshold(config, recall)
@@ -447,7 +446,7 @@ def recall_threshold(config: Any, recall: float) -> float:
     if not isinstance(recall, (int, float)) or not 0 < recall <= 0.99:
         raise ValueError(f"recall must be a number above 0 and at most 0.99, not {recall!r}")
     if not config.is_multi_label:
-        raise ValueError("recall is for checkpoints with several labels a text; with one path give coverage")
+        raise ValueError("recall is for multi-label checkpoints; for a single-path checkpoint give coverage")
     if config.recall_thresholds is None:
         raise ValueError("this checkpoint was not calibrated: recall needs one that was trained with validation rows")
     index = threshold_index(recall)
@@ -510,20 +509,20 @@ def growing_answers(tree: Taxonomy, leaves: list[int]) -> Iterator[tuple[int, se
 
 
 def prepare_costs(config: Any, costs: Any) -> float | str | Tensor:
-    """Check the costs of errors. Return the nodes' threshold with several labels a text, else "distance" or a table.
+    """Check the costs of errors. Return the nodes' threshold for multi-label models, else "distance" or a table.
 
     The table is (num_leaves, num_leaves): correct leaves by predicted ones.
     """
     is_pair = isinstance(costs, Mapping) and costs.keys() <= {"missing", "inventing"}
     if config.is_multi_label:
         if not is_pair or len(costs) < 2:
-            raise ValueError('with several labels a text, costs are {"missing": a number, "inventing": a number}')
+            raise ValueError('for multi-label models, costs are {"missing": a number, "inventing": a number}')
         return cost_threshold(*(read_cost(costs[name], f"{name} a node") for name in ("missing", "inventing")))
     if isinstance(costs, str) and costs == "distance":
         return costs
     if is_pair or not isinstance(costs, (str, os.PathLike, Mapping)):
         raise ValueError(
-            'with one path a text, costs are "distance", a CSV file, or {correct leaf: {predicted leaf: cost}}'
+            'for single-path models, costs are "distance", a CSV file, or {correct leaf: {predicted leaf: cost}}'
         )
     tree, table = config.tree, costs if isinstance(costs, Mapping) else read_cost_table(costs)
     rows = []
@@ -543,13 +542,13 @@ def expected_costs(tree: Taxonomy, nodes: Tensor, costs: str | Tensor) -> Tensor
     """
     if isinstance(costs, Tensor):
         return nodes[:, : tree.num_leaves] @ costs
-    paths = torch.tensor(tree.ancestors[: tree.num_leaves])
+    paths = torch.tensor(tree.padded_paths[: tree.num_leaves])
     on_path = nn.functional.pad(nodes, (0, 1))[:, paths].sum(2)  # (B, num_leaves); padding selects the zeros
     return nodes.sum(1, keepdim=True) - on_path + torch.tensor(tree.levels[: tree.num_leaves]) - on_path
 
 
 def cost_threshold(missing: float, inventing: float) -> float:
-    """Return the probability from which a node is predicted with several labels a text: inventing / (missing + inventing).
+    """Return the probability from which a node is predicted for multi-label models: inventing / (missing + inventing).
 
     A predicted node is wrong with probability 1 - P, and a node that is left out is missing with probability P. Costs add
     up over nodes, so each is decided alone: predicted if inventing · (1 - P) <= missing · P. No node is more probable than

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from tqdm import tqdm
 
-from errors import InputError, asked_traceback, exit_with_error, is_full_disk, one_line
+from errors import InputError, exit_with_error, is_full_disk, one_line, requested_traceback
 from prediction.input import read_records
 from prediction.model import DTYPES, Model, find_commit, read_costs
 from prediction.output import RestartableOutput
@@ -82,10 +82,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace an existing output, and start from the beginning")
     add("--probabilities", action="store_true", help="write the probability of every class")
     add("--coverage", type=float, help="also write an answer that contains the correct leaf for this share of texts")
-    add("--recall", type=float, help="several labels a text: also write an answer that holds this share of its nodes")
-    costs = "distance in the tree, a CSV file of leaf by leaf, or missing=NUMBER,inventing=NUMBER with several labels"
-    add("--costs", help=f"predict what costs least on average: {costs}")
-    add("--uncertainty", action="store_true", help="also write the entropy, and the level that adds most of it")
+    add(
+        "--recall",
+        type=float,
+        help="multi-label models: also write an answer with this share of a text's correct nodes",
+    )
+    costs = "distance, a CSV table of correct by predicted leaves, or missing=NUMBER,inventing=NUMBER for multi-label models"
+    add("--costs", help=f"predict what has the least expected cost: {costs}")
+    add(
+        "--uncertainty",
+        action="store_true",
+        help="also write the entropy of the prediction, and the level that contributes most to it",
+    )
     dtypes = "bf16 if the machine supports it, int8 on another CPU with VNNI or AMX, else fp32"
     add("--dtype", choices=("auto", *DTYPES), default="auto", help=f"default: auto, which is {dtypes}")
     add("--batch_size", type=int, help="texts per batch; default: batches by number of tokens")
@@ -157,18 +165,18 @@ def resume_hint() -> str:
     return f"the same command{' without --overwrite' if '--overwrite' in sys.argv else ''} continues from here"
 
 
-def failure(error: Exception) -> str | None:
+def user_error_message(error: Exception) -> str | None:
     """Return the message for an error that a user can correct, on one line, or None for a bug of this project."""
     from accelerate.utils.memory import should_reduce_batch_size
 
     if isinstance(error, InputError):
         return str(error)
     if should_reduce_batch_size(error):
-        return "out of memory: give a smaller --batch_size, and --overwrite"
+        return "out of memory: start over with a smaller --batch_size and --overwrite"
     if is_full_disk(error):
         return f"{one_line(error)}: make room; {resume_hint()}"
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{one_line(error)}: it can be neither written nor read; {resume_hint()}"
+        return f"cannot read or write a file: {one_line(error)}; {resume_hint()}"
     return None
 
 
@@ -178,8 +186,8 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         exit_with_error("predict.py", f"stopped; {resume_hint()}", 130)
     except Exception as error:
-        message = failure(error)
+        message = user_error_message(error)
         if message is None:
             traceback.print_exc()
             sys.exit(3)  # 1 says that rows could not be read
-        exit_with_error("predict.py", message, trace=asked_traceback())
+        exit_with_error("predict.py", message, trace=requested_traceback())

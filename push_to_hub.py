@@ -16,18 +16,20 @@ import transformers
 from huggingface_hub import CommitInfo, HfApi, RepoCard
 from huggingface_hub.utils import disable_progress_bars
 
-from checkpoint_files import (
-    CHECKPOINT_FILES,
-    ONNX_FILE,
-    QUANTIZED_ONNX_FILE,
-    TRUNCATION_FILE,
-    published_files,
-    read_checkpoint,
-)
-from errors import InputError, asked_traceback, exit_with_error, is_full_disk, one_line
+from checkpoint_files import CHECKPOINT_FILES, published_files, read_checkpoint
+from errors import InputError, exit_with_error, is_full_disk, one_line, requested_traceback
 from publishing import card
-from publishing.export import describe_truncation, export_merged, export_onnx
-from publishing.hub import HUB_ERRORS, SPACE_FILES, Target, find_target, log_in, publish, reason, refuse_local_encoder
+from publishing.export import export_merged, export_onnx
+from publishing.hub import (
+    HUB_ERRORS,
+    SPACE_FILES,
+    Target,
+    describe_hub_error,
+    find_target,
+    log_in,
+    publish,
+    refuse_local_encoder,
+)
 
 ROOT = Path(__file__).parent
 SPACE_FOLDER = ROOT / "space"
@@ -60,8 +62,7 @@ def main(argv: list[str]) -> None:
             folder = Path(scratch)
         files: Files = published_files(folder)
         if arguments.onnx:
-            files[ONNX_FILE], files[QUANTIZED_ONNX_FILE] = export_onnx(folder, Path(scratch))
-            files[TRUNCATION_FILE] = describe_truncation(folder)
+            files |= export_onnx(folder, Path(scratch))
         files["README.md"] = readme.encode()
 
         # ── Publish the model in one commit, unless this is a dry run ────────────────────────────────────────────────
@@ -102,7 +103,7 @@ def read_card(path: Path, model_id: str, merged: bool) -> str:
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: save it as UTF-8") from error
     except HUB_ERRORS as error:
-        raise InputError(f"cannot ask the Hub whether it accepts {path}: {reason(error)}") from error
+        raise InputError(f"cannot ask the Hub whether it accepts {path}: {describe_hub_error(error)}") from error
     except Exception as error:  # ValueError, or any error of the YAML parser
         raise InputError(f"{path} cannot be the model's card: {one_line(error)}") from error
 
@@ -122,7 +123,7 @@ def publish_space(api: HfApi, space: Target, model_target: Target, model: Commit
         for key, value in (("MODEL_ID", model_target.repo_id), ("MODEL_REVISION", model.oid)):
             api.add_space_variable(space.repo_id, key, value)
     except HUB_ERRORS as error:
-        problem = f"is published, but not pointed at the model: {reason(error)}"
+        problem = f"is published, but not pointed at the model: {describe_hub_error(error)}"
         raise InputError(f"{space.repo_id} {problem}; run the same command again") from error
     print(f"{space.repo_id}: {published.commit_url}")
     if model_target.private:
@@ -143,9 +144,9 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except InputError as error:
-        exit_with_error("push_to_hub.py", str(error), trace=asked_traceback())
+        exit_with_error("push_to_hub.py", str(error), trace=requested_traceback())
     except Exception as error:
         if not is_full_disk(error):
             raise
         message = f"{one_line(error)}: set TMPDIR to a folder with more room"
-        exit_with_error("push_to_hub.py", message, trace=asked_traceback())
+        exit_with_error("push_to_hub.py", message, trace=requested_traceback())

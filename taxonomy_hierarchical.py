@@ -36,6 +36,7 @@ MAX_NAME = 500  # characters
 SHOWN_CHARACTERS, SHOWN_WORDS, SHOWN_DIGITS = 60, 5, 4
 NEAR = 0.85  # similarity by difflib from which one name may be a misspelling of another
 MOST_COMPARED = 1_000_000  # pairs of names, a few seconds
+NO_VALUE = ("", "null", "~")  # what stands for nothing in YAML, where `read_yaml` leaves all values text
 UNWRITABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, halves of surrogate pairs, line and paragraph separators
 
 
@@ -60,25 +61,6 @@ def quote_name(value: object) -> str:
     return repr(value) if looks_like_name(text) else f"(a value of {len(text):,} characters)"
 
 
-class WithoutAliases:
-    """A mixin for PyYAML's loaders that refuses aliases: with them, a few lines can stand for any number of values."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        import yaml
-
-        if self.check_event(yaml.AliasEvent):  # type: ignore[attr-defined]
-            problem = "an alias (*name) is not supported: write out what the alias stands for"
-            raise yaml.composer.ComposerError(problem=problem, problem_mark=self.peek_event().start_mark)  # type: ignore[attr-defined]
-        return super().compose_node(parent, index)  # type: ignore[misc]
-
-
-def yaml_problem(error: Exception) -> str:
-    """Return the error message of PyYAML, without the lines of the file that it quotes."""
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or getattr(error, "context", None) or " ".join(str(error).split())
-    return problem if mark is None else f"{problem}, line {mark.line + 1}"
-
-
 class Taxonomy:
     """A forest of named nodes, of any depth up to 16, with leaves at any depth.
 
@@ -87,7 +69,7 @@ class Taxonomy:
             Mappings with several items and leaves without children, such as ``{"a": {"b": None, "c": ["d", "e"]}}``, are
             read too. TaxonomyError says what is wrong.
         separator: what stands between the names of a path.
-        descriptions: of some nodes, by label.
+        descriptions: a phrase for each node that has one, by label.
 
     Attributes:
         names, parents, levels, labels: one entry a node. A root has parent -1 and level 1.
@@ -147,7 +129,7 @@ class Taxonomy:
         """
         parent_of: dict[str, str] = {}  # "" for no parent
         for number, row in enumerate(rows, start=1):
-            parent, child = (compose((name or "").strip()) for name in row)
+            parent, child = (to_nfc((name or "").strip()) for name in row)
             if not child:
                 raise TaxonomyError(f"row {number} of the taxonomy has an empty name (parent {quote_name(parent)})")
             if parent_of.setdefault(child, parent) != parent:
@@ -189,7 +171,7 @@ class Taxonomy:
             raise TaxonomyError(f"the taxonomy {path} is not UTF-8 text: save it as UTF-8") from error
         try:
             if path.suffix in (".yaml", ".yml"):
-                return cls(_read_yaml(text), separator)
+                return cls(read_yaml(text), separator)
             if path.suffix == ".json":
                 return cls(json.loads(text, object_pairs_hook=_unique), separator)
             if path.suffix in (".csv", ".tsv"):
@@ -220,12 +202,12 @@ class Taxonomy:
         return self._children.get(node, [])
 
     @cached_property
-    def ancestors(self) -> list[list[int]]:
+    def padded_paths(self) -> list[list[int]]:
         """For each node its `path`, padded with ``num_nodes`` to length ``depth``."""
         return [[*path, *[self.num_nodes] * (self.depth - len(path))] for path in map(self.path, range(self.num_nodes))]
 
     @cached_property
-    def leaves_below(self) -> list[list[int]]:
+    def leaves_at_or_below(self) -> list[list[int]]:
         """For each node the ids of the leaves at or below it, in ascending order."""
         return [[n for n in (node, *below) if n < self.num_leaves] for node, below in enumerate(self.nodes_below)]
 
@@ -276,7 +258,7 @@ class Taxonomy:
 
     def id(self, label: str) -> int:
         """Return the id of the node with this label or path. TaxonomyError: there is none, or several share the name."""
-        key = compose(label.strip())
+        key = to_nfc(label.strip())
         if key in self._ids:
             return self._ids[key]
         if same := [self.labels[node] for node, name in enumerate(self.names) if name == key]:
@@ -307,7 +289,7 @@ class Taxonomy:
         return isinstance(other, Taxonomy) and (self._paths, self.separator) == (other._paths, other.separator)
 
 
-def compose(name: Any) -> Any:
+def to_nfc(name: Any) -> Any:
     """Return a name in Unicode form NFC, and anything but a text unchanged."""
     return unicodedata.normalize("NFC", name) if isinstance(name, str) else name
 
@@ -323,7 +305,7 @@ def _named(children: Sequence | dict) -> list[tuple[Any, Any]]:
 def _walk(named: list[tuple[Any, Any]], parent: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], bool]]:
     """Check the nodes below a parent; yield each one's path, and whether it has children, in reading order."""
     for name, below in named:
-        name = compose(name)
+        name, below = to_nfc(name), None if below in NO_VALUE else below
         if problem := _problem(name, below, parent):
             raise TaxonomyError(problem)
         path, children = (*parent, name), _named(below or ())
@@ -341,7 +323,7 @@ def _problem(name: Any, below: Any, parent: tuple[str, ...]) -> str | None:
         return f"a name at {place} has {len(name):,} characters, at most {MAX_NAME} are supported"
     if name != name.strip() or any(unicodedata.category(c) in UNWRITABLE for c in name):
         return f"the name {quoted} has white space around it or a control character in it"
-    if below is not None and below != "" and not isinstance(below, (list, tuple, dict)):
+    if below is not None and not isinstance(below, (list, tuple, dict)):
         return f"the children of {quoted} must be a list or a mapping, not {quote_name(below)}"
     if len(parent) == MAX_DEPTH:
         return f"{quoted} is at level {MAX_DEPTH + 1}; at most {MAX_DEPTH} levels are supported"
@@ -368,17 +350,32 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
     return unique
 
 
-def _read_yaml(text: str) -> Any:
+def read_yaml(text: str) -> Any:
+    """Parse YAML in which every scalar is text: a class called ``no`` or ``1`` keeps its name.
+
+    Raises:
+        TaxonomyError: no YAML, a name twice in a mapping, or an alias, because a few aliases can stand for any number of values.
+    """
     import yaml
 
-    class Loader(WithoutAliases, yaml.BaseLoader):  # every scalar stays text: a class called `no` or `1` keeps its name
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {}
+
+        def compose_node(self, parent, index):
+            if self.check_event(yaml.AliasEvent):
+                problem = "an alias (*name) is not supported: write out what the alias stands for"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.peek_event().start_mark)
+            return super().compose_node(parent, index)
+
         def construct_mapping(self, node, deep=False):
             return _unique([(self.construct_object(k, True), self.construct_object(v, True)) for k, v in node.value])
 
     try:
         return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise TaxonomyError(yaml_problem(error)) from error
+    except yaml.YAMLError as error:  # whose own message quotes lines of the file
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or getattr(error, "context", None) or " ".join(str(error).split())
+        raise TaxonomyError(problem if mark is None else f"{problem}, line {mark.line + 1}") from error
 
 
 def _read_rows(text: str, delimiter: str) -> tuple[list[tuple[str, str]], dict[str, str]]:
@@ -402,4 +399,4 @@ def _read_rows(text: str, delimiter: str) -> tuple[list[tuple[str, str]], dict[s
     if "description" not in header:
         return pairs, {}
     texts = [" ".join(fields[header.index("description")].split()) for fields in rows]
-    return pairs, {compose(name.strip()): text for (_, name), text in zip(pairs, texts, strict=True) if text}
+    return pairs, {to_nfc(name.strip()): text for (_, name), text in zip(pairs, texts, strict=True) if text}

@@ -28,7 +28,7 @@ from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedModel, 
 from checkpoint_files import is_checkpoint, read_config
 from checkpoint_hierarchical import check_tokenizer
 from configuration_hierarchical import MULTI_LABEL
-from errors import InputError, asked_traceback, exit_with_error, is_full_disk, one_line, refusing
+from errors import InputError, as_input_error, exit_with_error, is_full_disk, one_line, requested_traceback
 from evaluation import plots, report
 from evaluation.label_issues import write_label_issues
 from evaluation.lexical import fit_classifier
@@ -79,7 +79,7 @@ def main(argv: list[str], prepare: Prepare = lambda trainer: trainer) -> None:
         taxonomy = stored_taxonomy if arguments.data.taxonomy is None else None
         data = load_splits(arguments.data, training.seed, taxonomy, trained_texts)
     if stored and stored.is_multi_label != data.is_multi_label:
-        kinds = "one label a text", f"any number of labels a text (--problem_type {MULTI_LABEL})"
+        kinds = "one label per text", f"any number of labels per text (--problem_type {MULTI_LABEL})"
         raise InputError(f"{source} is for {kinds[stored.is_multi_label]}, the data for {kinds[data.is_multi_label]}")
 
     # ── Model, fit, measure, publish ─────────────────────────────────────────────────────────────────────────────────
@@ -90,7 +90,7 @@ def main(argv: list[str], prepare: Prepare = lambda trainer: trainer) -> None:
     elif stored_taxonomy is None:
         raise InputError(f"--do_train false needs a trained checkpoint, which {source} is not")
     elif data.taxonomy != stored_taxonomy:
-        raise InputError("--taxonomy is another one than the checkpoint's; leave it out to score a checkpoint")
+        raise InputError("--taxonomy differs from the checkpoint's taxonomy; leave it out to score a checkpoint")
     else:
         score_checkpoint(arguments, data)
 
@@ -122,7 +122,7 @@ def refit(
         resume.check_resumed_data(resume_from, data.taxonomy, data.report)
     else:
         resume.check_refit_folder(training)
-        train(selection, data, trained_texts, resume_from, prepare, published=training)
+        train(selection, data, trained_texts, resume_from, prepare, second_run=training)
         PartialState().wait_for_everyone()  # one process writes metrics.json
     epochs = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["best_epoch"]
 
@@ -138,7 +138,7 @@ def refit(
     arguments = arguments._replace(training=training)
     resume_from = resume.find_checkpoint(training.resume_from_checkpoint, training.output_dir)
     set_seed(training.seed)
-    train(arguments, data, trained_texts, resume_from, prepare, selected=folder)
+    train(arguments, data, trained_texts, resume_from, prepare, first_run_folder=folder)
 
 
 def train(
@@ -147,14 +147,15 @@ def train(
     trained_texts: TrainedTexts,
     resume_from: str | None,
     prepare: Prepare,
-    published: HierarchicalTrainingArguments | None = None,
-    selected: Path | None = None,
+    second_run: HierarchicalTrainingArguments | None = None,
+    first_run_folder: Path | None = None,
 ) -> None:
     """Train, measure and publish a model. All files go to ``--output_dir``.
 
     Args:
-        published: arguments of the second run of ``--refit``, in its first one.
-        selected: folder of the first run of ``--refit``, whose calibration the model gets, in its second one.
+        second_run: the arguments of the second run of ``--refit``. The first run gets them, checks the Hub for both, and cleans up
+            both folders.
+        first_run_folder: the folder of the first run of ``--refit``. The second run gets it, and copies the calibration from there.
     """
     training = arguments.training
     check_against_data(arguments, data.taxonomy, data.splits, report.build_metrics(data.taxonomy, data.is_multi_label))
@@ -162,10 +163,10 @@ def train(
 
     # ── Model: encoder, adapter, heads, tokenizer ────────────────────────────────────────────────────────────────────
     model = build_model(arguments.model, data.taxonomy, training.seed, MULTI_LABEL if data.is_multi_label else None)
-    for checkpoint in filter(None, (resume_from, selected)):
+    for checkpoint in filter(None, (resume_from, first_run_folder)):
         resume.check_model(str(checkpoint), model)
-    if (published or training).push_to_hub:
-        check_hub(published or training, model)
+    if (second_run or training).push_to_hub:
+        check_hub(second_run or training, model)
     tokenizer = load_tokenizer(arguments.model, model)
     splits = tokenize_splits(arguments, data, tokenizer)
 
@@ -184,13 +185,15 @@ def train(
     sizes += "encoder: {encoder_bytes:,} bytes, {encoder_bytes_float32:,} in float32"
     logger.info(sizes.format_map(size))
     texts = data.splits["train"]["text"]
-    outputs = [training.output_dir] if published is None else [training.output_dir, published.output_dir]
+    outputs = [training.output_dir] if second_run is None else [training.output_dir, second_run.output_dir]
     resume.start_run(trainer, arguments.model.model_name_or_path, trained_texts, texts, resume_from, outputs)
     if resume_from is None:
         heads_init = initialise_heads(trainer, splits["train"], arguments.model)
     settings["heads_init"] = data.report["heads_init"] = heads_init
     if training.should_save:
-        if arguments.data.label_issues and selected is None:  # with --refit: row numbers are of the training file
+        if (
+            arguments.data.label_issues and first_run_folder is None
+        ):  # with --refit: row numbers are of the training file
             vocab_size = model.config.text_config.vocab_size
             data.report["label_issues"] = write_label_issues(data.taxonomy, splits["train"], vocab_size, output)
         write_json(output / "data_report.json", data.report)
@@ -199,8 +202,8 @@ def train(
     if training.device.type == "cpu" and arguments.model.tuning == "full":
         keep_memory(2**30, 2**31 - 1)  # each step allocates and frees much; with an adapter it saves no time
     result = trainer.train(resume_from_checkpoint=resume_from)
-    if selected is not None:
-        report.copy_calibration(model, read_config(str(selected)), splits["train"])
+    if first_run_folder is not None:
+        report.copy_calibration(model, read_config(str(first_run_folder)), splits["train"])
     trainer.save_model(_internal_call=True)  # else it is pushed here, before it is measured
     trainer.accelerator.wait_for_everyone()  # all processes load it
 
@@ -261,12 +264,12 @@ def score_and_calibrate(
     """
     training, taxonomy, as_trained = arguments.training, model.config.tree, {}
     if arguments.model.quantization != "none":
-        trainer.compute_metrics = report.served_metrics(model.config)  # F1 in training is at the best threshold
+        trainer.compute_metrics = report.pipeline_metrics(model.config)  # F1 in training is at the best threshold
         held_out = DatasetDict({split: rows for split, rows in splits.items() if split == "validation"})
         scores, *_ = report.score_splits(trainer, held_out, training)
         as_trained = {f"quantized_{name}": value for name, value in scores.items()}
-    served = report.served_trainer(training.output_dir, training, trainer.processing_class, trainer.loss_function)
-    scores, logits, to_calibrate = report.score_splits(served, splits, training)
+    scorer = report.scoring_trainer(training.output_dir, training, trainer.processing_class, trainer.loss_function)
+    scores, logits, to_calibrate = report.score_splits(scorer, splits, training)
     if training.refit:  # the second run, which was calibrated before
         return as_trained | scores | report.answer_scores(model.config, logits, splits), logits
     if "validation" not in logits:
@@ -274,7 +277,7 @@ def score_and_calibrate(
         return as_trained | scores, logits
     if training.should_save:
         file = Path(training.output_dir) / "plots" / "reliability_diagram_uncalibrated.png"
-        _, *scored = report.detailed_split(model.config, logits, splits)
+        _, *scored = report.reported_split(model.config, logits, splits)
         plots.write(plots.reliability_diagram(*scored), file)
     vocab_size, max_length = model.config.text_config.vocab_size, trainer.processing_class.model_max_length
     classifier = fit_classifier(taxonomy, splits["train"], vocab_size, arguments.model.lexical_head)
@@ -294,20 +297,20 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
         if left_out:
             problem = f"the checkpoint was trained on the texts of all {left_out:,} rows; give other rows"
         raise InputError(f"nothing to score: {problem}")
-    with refusing(f"cannot load the tokenizer of {source}"):
+    with as_input_error(f"cannot load the tokenizer of {source}"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=True)
-    served = report.served_trainer(source, training, tokenizer)
-    with refusing(f"cannot score {source}"):
-        check_tokenizer(tokenizer, served.model)
+    scorer = report.scoring_trainer(source, training, tokenizer)
+    with as_input_error(f"cannot score {source}"):
+        check_tokenizer(tokenizer, scorer.model)
     splits = tokenize_splits(arguments, data, tokenizer)
-    metrics, logits, _ = report.score_splits(served, splits, training)
+    metrics, logits, _ = report.score_splits(scorer, splits, training)
     if training.should_save:
         output = Path(training.output_dir)
         output.mkdir(parents=True, exist_ok=True)
-        resume.delete_measured(output)
+        resume.delete_scores(output)
         write_json(output / "data_report.json", data.report)
-        scored = metrics | report.class_scores(served.model.config, logits, splits)
-        write_files(output, scored, served.model, logits, splits)
+        scored = metrics | report.class_scores(scorer.model.config, logits, splits)
+        write_files(output, scored, scorer.model, logits, splits)
         logger.info("metrics and plots are in %s", output)
     report.log_metrics(metrics)
 
@@ -328,7 +331,7 @@ def set_up_logging(first: bool) -> None:
         transformers.logging.set_verbosity_error()
 
 
-def failure(error: Exception) -> str | None:
+def user_error_message(error: Exception) -> str | None:
     """Return the message for an error that a user can correct, on one line, or None for a bug of this project."""
     if isinstance(error, (InputError, TaxonomyError)):
         return str(error)
@@ -348,7 +351,7 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except Exception as error:
-        message, trace = failure(error), asked_traceback()
+        message, trace = user_error_message(error), requested_traceback()
         if message is None:
             raise
     if message is not None:

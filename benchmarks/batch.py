@@ -208,7 +208,7 @@ def scorers(node) -> list[int]:
     """Return the process ids of the actors on a node."""
     raylet = node.all_processes["raylet"][0].process.pid
     lines = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(raylet)], capture_output=True, text=True).stdout
-    return [int(match[1]) for match in re.finditer(r"^ *(\d+) ray::Scorer", lines, re.MULTILINE)]
+    return [int(match[1]) for match in re.finditer(r"^ *(\d+) ray::Classifier", lines, re.MULTILINE)]
 
 
 PARTS = {"overhead": overhead, "growth": growth, "chaos": chaos}

@@ -32,7 +32,7 @@ from transformers import pipeline
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from evaluation.calibration import fit_thresholds
+from evaluation.calibration import fit_conformal_thresholds
 from evaluation.report import COVERAGE
 from pipeline_hierarchical import conformal_answer, conformal_threshold
 from taxonomy_hierarchical import Taxonomy
@@ -77,7 +77,7 @@ def compare(arguments: argparse.Namespace) -> None:
     tree: Taxonomy = classify.tree
     nodes, labels = probabilities(classify, arguments.file, arguments.class_names)
     leaves = nodes[:, : tree.num_leaves] / nodes[:, : tree.num_leaves].sum(axis=1, keepdims=True)
-    under = tree.leaves_below
+    under = tree.leaves_at_or_below
     rows = []
     for coverage in COVERAGES:
         found: dict[str, list[tuple[float, float, float]]] = {}
@@ -85,7 +85,9 @@ def compare(arguments: argparse.Namespace) -> None:
         for _ in range(SPLITS):
             order = generator.permutation(len(labels))
             one, other = order[: len(order) // 2], order[len(order) // 2 :]
-            thresholds = fit_thresholds(tree, np.log(leaves[one].clip(1e-30)), labels[one], one)  # each row is a text
+            thresholds = fit_conformal_thresholds(
+                tree, np.log(leaves[one].clip(1e-30)), labels[one], one
+            )  # each row is a text
             threshold = conformal_threshold(thresholds, coverage)
             answers = [conformal_answer(tree, row, threshold) for row in nodes[other].tolist()]
             found.setdefault("this project", []).append(score(answers, labels[other], under))

@@ -1,8 +1,8 @@
 """Measure the cost of a taxonomy of a thousand nodes: ``python benchmarks/heads.py``.
 
 The forward pass of the whole model, encoder included, at MiniLM's size (6 layers, hidden size 384, random weights), on 16
-texts of 256 tokens, with 6 and with 1,186 nodes, for one label a text, for several, and for several with label attention. The models alternate, so that load on the
-machine affects all. The ratio is that of the medians.
+texts of 256 tokens, with 6 and with 1,186 nodes, for single-path models, multi-label models, and these with label attention. The
+models alternate, so that load on the machine affects all. The ratio is that of the medians.
 """
 
 import json

@@ -51,8 +51,8 @@ from checkpoint_files import ONNX_FILE, QUANTIZED_ONNX_FILE
 from checkpoint_hierarchical import load_encoder
 from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from pipeline_hierarchical import TOKENS, batches_by_length, padded_length
-from prediction.int8 import quantize, replace_linear_layers, scales_of
+from pipeline_hierarchical import TOKENS_PER_BATCH, batches_by_length, padded_length
+from prediction.int8 import quantize, scales_of
 from prediction.model import KEPT_MEMORY
 from publishing.export import export_onnx
 from taxonomy_hierarchical import Taxonomy
@@ -152,7 +152,7 @@ class OverBatches:
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
         encoded = self.tokenizer(texts, truncation=True, verbose=False)
-        batches = batches_by_length([len(ids) for ids in encoded["input_ids"]], None, TOKENS["cpu"])
+        batches = batches_by_length([len(ids) for ids in encoded["input_ids"]], None, TOKENS_PER_BATCH["cpu"])
         outputs = []
         for batch in batches:
             length = padded_length(len(encoded["input_ids"][batch[0]]), len(batch), self.tokenizer.model_max_length)
@@ -209,7 +209,7 @@ class OpenVinoEncoder(nn.Module):
         super().__init__()
         settings["INFERENCE_PRECISION_HINT"] = PRECISIONS[AROUND_INT8 if dtype.endswith("int8") else dtype]
         if dtype == "dynamic int8":
-            replace_linear_layers(encoder, Int8Weights)
+            quantize(encoder, Int8Weights)
             settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = str(GROUP)
         self.names = names = tokenizer.model_input_names
 

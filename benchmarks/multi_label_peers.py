@@ -1,4 +1,4 @@
-"""Train models for several labels a text, and measure them. `quality.py` runs this file, and its docstring names the models.
+"""Train multi-label baselines, and measure them. `quality.py` runs this file, and its docstring names the models.
 
 Each peer returns marginal logits u of the validation and test texts, (num_texts, num_nodes), whose sigmoid is P(node).
 """
@@ -39,11 +39,11 @@ from evaluation.calibration import calibrate_out_of_fold
 from evaluation.metrics import bootstrap_intervals, node_f1
 from evaluation.multi_label import (
     build_multi_label_metrics,
-    choose,
     common_threshold,
     fit_calibration,
     fit_recall_thresholds,
     marginal_logits,
+    predict_nodes,
     recall_scores,
 )
 from pipeline_hierarchical import threshold_index
@@ -313,7 +313,7 @@ def score_checkpoint(folder: Path, tree: Taxonomy, rows: dict[str, Rows], refit:
 def score(tree: Taxonomy, u: np.ndarray, labels: np.ndarray, thresholds: np.ndarray) -> dict[str, Any]:
     """Return the scores of the chosen nodes, their bootstrap intervals over texts, and the chosen nodes, packed."""
     scores = build_multi_label_metrics(tree, thresholds)(EvalPrediction(u, labels))
-    chosen = choose(tree, expit(u), thresholds)
+    chosen = predict_nodes(tree, expit(u), thresholds)
     ends = bootstrap_intervals(labels, chosen)
     intervals = {f"{name}_interval": ends[name].tolist() for name in ("micro_f1", "macro_f1")}
     packed = base64.b64encode(zlib.compress(np.packbits(chosen).tobytes(), 9)).decode()

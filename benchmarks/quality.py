@@ -6,7 +6,7 @@
 FOLDER holds ``ohsumed/{train,test,labels}.csv``, ``medical_abstracts/{train,validation,test}.csv``,
 ``hallmarks_of_cancer/{train,validation,test}.jsonl`` with ``taxonomy.json``, and ``ohsumed_multilabel/{train,test}.jsonl``.
 
-Models for one label a text (ohsumed, medical_abstracts):
+Models for one label per text (ohsumed, medical_abstracts):
 
 - tfidf-svm: a linear SVM over TF-IDF of words and word pairs, by scikit-learn. Strength, class weights and whether stop words
   are left out are those of best accuracy on the validation rows;
@@ -28,7 +28,7 @@ The flat peers are trained by ``train.py`` with cross-entropy, the recipe's epoc
 stopping, and are calibrated on the validation rows. The learning rate of flat-full is `FULL_LEARNING_RATE`. All models get
 the same training rows, and the same validation rows if they need any.
 
-Models for several labels a text (hallmarks, ohsumed_multilabel), over all nodes, closed upwards:
+Models for multi-label tasks (hallmarks, ohsumed_multilabel), over all nodes, closed upwards:
 
 - tfidf-logistic, tfidf-svm: one-vs-rest logistic regression or linear SVM over TF-IDF, by scikit-learn;
 - napkinxc: a probabilistic label tree over TF-IDF, by napkinXC;
@@ -46,7 +46,7 @@ stopped early as by ``train.py``. Each peer has the one threshold of best micro-
 its thresholds of the nodes. The difference to the best peer has a paired bootstrap interval.
 
 Finished runs stay in the output file, and are repeated only with ``--fresh``. So an interrupted benchmark continues, also on
-another machine. All scores are for the test file, by one function. With one label a text, it reads each model's predicted leaf,
+another machine. All scores are for the test file, by one function. With one label per text, it reads each model's predicted leaf,
 and log loss and calibration errors are those that the checkpoint's run measured. Intervals are bootstrap intervals over the
 test rows.
 """
@@ -195,8 +195,8 @@ class Task:
     def rows(self, split: str) -> tuple[list[str], np.ndarray]:
         """Return texts and labels of a split, the same rows as in ``train.py``.
 
-        Without a validation file, validation rows are split off the training file. Labels are leaf ids, or with several
-        labels a text the array of `multi_hot`.
+        Without a validation file, validation rows are split off the training file. Labels are leaf ids, or in multi-label
+        tasks the array of `multi_hot`.
         """
         classes = self.recipe.get("class_names", {})
         names = str(self.labels) if self.labels else json.dumps({str(k): v for k, v in classes.items()})
@@ -248,7 +248,7 @@ def main() -> None:
 
 
 def single_label(task: Task, model: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train and score a model for one label a text."""
+    """Train and score a model for one label per text."""
     if model not in TRAINED:
         return measure(*MODELS[model](task, arguments.encoder), task.tree)
     folder, own = train(task, model, arguments)
@@ -261,7 +261,7 @@ def single_label(task: Task, model: str, arguments: argparse.Namespace) -> dict[
 
 
 def multi_label(task: Task, model: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train and score a model for several labels a text."""
+    """Train and score a multi-label model."""
     rows = {split: task.rows(split) for split in ("train", "validation", "test")}
     if model not in PEERS:
         folder, own = train(task, model, arguments)

@@ -2,11 +2,11 @@
 
 Worth knowing:
 
-1. Each decision has one temperature T (Guo et al., 2017), and each node a bias b (Alexandari et al., 2020), fitted on the rows
-   whose path takes this decision. Few rows, or rows that are all correct, determine them badly, so all parameters have a normal
-   prior. With β = 1 / T, a decision is softmax(β · encoder scores + γ · lexical scores + b), which is convex. First one β and one
-   γ are fitted for all decisions, with prior means 1 and 0. Then each decision's own β is fitted, with the common β as prior
-   mean, and its biases, with prior mean 0. The standard deviation 0.25 was chosen by `benchmarks/studies/calibration.py`.
+1. Each decision has one temperature T (Guo et al., 2017), and each node one bias b (Alexandari et al., 2020). A decision is fitted
+   on the rows whose path takes it. With few rows, or rows that are all correct, maximum likelihood overfits. So all parameters have
+   a normal prior, and the fit is a MAP estimate. With β = 1 / T, a decision is softmax(β · encoder scores + γ · lexical scores +
+   b), which is convex. First one β and one γ are fitted for all decisions, with prior means 1 and 0. Then each decision's own β and
+   biases are fitted, with the common β and 0 as prior means. `benchmarks/studies/calibration.py` chose the standard deviation 0.25.
 2. Everything is computed from leaf logits. A decision's scores are log P(child) - log P(parent), up to a constant that the
    softmax cancels. The lexical scores are added per decision. Added to the leaf logits, upper decisions would get the wrong
    weight: on OHSUMED that cost a point of level-1 accuracy (`benchmarks/studies/words.py`).
@@ -20,9 +20,9 @@ Worth knowing:
    A row labelled with an inner node counts as covered if the answer contains every leaf below. Leaving such rows out would
    select rows by their label, and the coverage of the other rows would be too low.
 
-In this file ``logits`` and ``lexical_scores`` are leaf logits, (num_documents, num_leaves), the latter None without a lexical
-head. ``labels`` are node ids, and ``texts`` the same number for the same text, (num_documents,) each. With several labels a
-text, `calibrate_out_of_fold` gets the arrays of `evaluation.multi_label`.
+In this file ``logits`` and ``lexical_scores`` are leaf logits, (num_rows, num_leaves), the latter None without a lexical
+head. ``labels`` are node ids, and ``texts`` the same number for the same text, (num_rows,) each. For multi-label models,
+`calibrate_out_of_fold` gets the arrays of `evaluation.multi_label`.
 """
 
 from collections.abc import Callable, Iterator
@@ -41,8 +41,8 @@ from modeling_hierarchical import TreeSoftmax
 from pipeline_hierarchical import conformal_answer, conformal_threshold, nonconformity
 from taxonomy_hierarchical import Taxonomy
 
-PRIOR = 0.25  # standard deviation of every prior
-RANGE = (0.05, 20.0)  # bounds of 1 / temperature
+PRIOR_STD = 0.25  # standard deviation of every prior
+SCALE_BOUNDS = (0.05, 20.0)  # bounds of 1 / temperature
 FOLDS = 5
 
 
@@ -55,7 +55,7 @@ class Calibration:
     node_biases: list[float]
 
     def apply(self, taxonomy: Taxonomy, logits: np.ndarray, lexical_scores: np.ndarray | None) -> np.ndarray:
-        """Return the calibrated leaf log-probabilities, (num_documents, num_leaves) float64."""
+        """Return the calibrated leaf log-probabilities, (num_rows, num_leaves) float64."""
         scores = node_log_probs(taxonomy, logits)
         if lexical_scores is not None:
             scores = scores + self.lexical_weight * node_log_probs(taxonomy, lexical_scores)
@@ -69,16 +69,20 @@ def fit_calibration(
     logits: np.ndarray,
     lexical_scores: np.ndarray | None,
     labels: np.ndarray,
-    prior: float = PRIOR,
-    bias_prior: float = PRIOR,
+    prior: float = PRIOR_STD,
+    bias_prior: float = PRIOR_STD,
 ) -> Calibration:
     """Return the MAP estimate of the lexical head's weight, at least 0, and of temperatures, in [0.05, 20], and biases.
 
     An infinite standard deviation of a prior gives maximum likelihood, and a ``bias_prior`` of 0 no biases.
     """
     experts = [node_log_probs(taxonomy, scores) for scores in (logits, lexical_scores) if scores is not None]
-    taken = decisions_taken(taxonomy, np.stack(experts, axis=2), labels)
-    mean, bounds = np.array([1.0, 0.0])[: len(experts)], [RANGE, (0.0, RANGE[1])][: len(experts)]  # of β and γ
+    stacked = np.stack(experts, axis=2)  # (num_rows, num_nodes, num_experts)
+    taken = [(stacked[rows][:, nodes], correct) for nodes, rows, correct in rows_by_decision(taxonomy, labels)]
+    mean, bounds = (
+        np.array([1.0, 0.0])[: len(experts)],
+        [SCALE_BOUNDS, (0.0, SCALE_BOUNDS[1])][: len(experts)],
+    )  # of β and γ
 
     def neg_log_posterior(factors: np.ndarray) -> float:
         loss = sum(negative_log_likelihood(scores @ factors, correct) for scores, correct in taken)
@@ -122,11 +126,11 @@ def fit_decision(
 ) -> tuple[float, np.ndarray]:
     """Return the MAP estimates of one decision's inverse temperature and biases, with prior means ``common`` and 0.
 
-    Scores are (num_documents, num_children), and ``correct`` the indices of the correct children.
+    Scores are (num_rows, num_children), and ``correct`` the indices of the correct children.
     """
     mean = np.array([common, *[0.0] * scores.shape[1]])
     deviations = np.array([prior, *[bias_prior or np.inf] * scores.shape[1]])
-    bounds = [RANGE, *[(None, None) if bias_prior else (0.0, 0.0)] * scores.shape[1]]
+    bounds = [SCALE_BOUNDS, *[(None, None) if bias_prior else (0.0, 0.0)] * scores.shape[1]]
 
     def neg_log_posterior(parameters: np.ndarray) -> tuple[float, np.ndarray]:
         logits, shift = parameters[0] * scores + parameters[1:], (parameters - mean) / deviations
@@ -140,12 +144,12 @@ def fit_decision(
 
 
 def negative_log_likelihood(scores: np.ndarray, correct: np.ndarray) -> float:
-    """Return -Σ log P(correct child) in nats from scores (num_documents, num_children) and the children's indices."""
+    """Return -Σ log P(correct child) in nats from scores (num_rows, num_children) and the children's indices."""
     return float(logsumexp(scores, axis=1).sum() - scores[np.arange(len(correct)), correct].sum())
 
 
 def node_log_probs(taxonomy: Taxonomy, logits: np.ndarray) -> np.ndarray:
-    """Compute log-probabilities of all nodes, (num_documents, num_nodes) float64."""
+    """Compute log-probabilities of all nodes, (num_rows, num_nodes) float64."""
     leaves = torch.tensor(logits, dtype=torch.float64).log_softmax(1)
     padded = torch.nn.functional.pad(leaves, (0, taxonomy.num_nodes - taxonomy.num_leaves))
     return TreeSoftmax(taxonomy).with_inclusive_values(padded).numpy()
@@ -157,24 +161,21 @@ def node_probabilities(taxonomy: Taxonomy, logits: np.ndarray) -> Iterator[list[
         yield from np.exp(node_log_probs(taxonomy, logits[start : start + 1000])).tolist()
 
 
-def decisions_taken(taxonomy: Taxonomy, scores: np.ndarray, labels: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Collect each decision's scores, and the index of the correct child, of the documents whose path takes the decision.
-
-    Scores are (num_documents, num_nodes, …). A decision with one child gets no documents.
-    """
-    return [(scores[rows][:, nodes], correct) for nodes, rows, correct in rows_by_decision(taxonomy, labels)]
-
-
 def rows_by_decision(taxonomy: Taxonomy, labels: np.ndarray) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-    """Yield each decision's nodes, the documents whose path takes it, and the index of the correct node for each of them."""
-    ancestors = np.array(taxonomy.ancestors)
+    """Yield each decision's nodes, the rows whose path takes it, and the index of the correct node for each of them.
+
+    A decision with one node has no rows.
+    """
+    ancestors = np.array(taxonomy.padded_paths)
     for nodes in taxonomy.decisions:
         correct = ancestors[labels, taxonomy.levels[nodes[0]] - 1]  # the node of each label's path at this level
         rows = np.flatnonzero(np.isin(correct, nodes) & (len(nodes) > 1))
         yield nodes, rows, np.searchsorted(nodes, correct[rows])
 
 
-def fit_thresholds(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> list[float | None]:
+def fit_conformal_thresholds(
+    taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray
+) -> list[float | None]:
     """Fit conformal thresholds to calibrated logits, for the coverages 0.01, …, 0.99; None where it needs more texts."""
     scores = nonconformity_scores(taxonomy, logits, labels, texts)
     ranks = [-(-(len(scores) + 1) * percent // 100) for percent in range(1, 100)]  # ⌈(n + 1) · coverage⌉ in integers
@@ -197,7 +198,7 @@ def nonconformity_scores(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndar
     return np.sort(scores.groupby(texts).max())
 
 
-def conformal_scores(
+def coverage_scores(
     taxonomy: Taxonomy,
     logits: np.ndarray,
     labels: np.ndarray,
@@ -205,16 +206,18 @@ def conformal_scores(
     thresholds: list[float | None],
     coverage: float,
 ) -> dict[str, float]:
-    """Measure answers for a coverage. Each text counts once.
+    """Measure the answers for a coverage. Each text counts once.
 
-    ``coverage`` is the share of texts whose answers contain all their labels, ``single_leaf`` that of answers that are one
-    leaf. ``leaves`` and ``nodes`` are their mean numbers in an answer.
+    Returns:
+        coverage: share of texts whose answers contain all their labels.
+        single_leaf: share of answers that are one leaf.
+        leaves, nodes: mean number of leaves in an answer, and of nodes that it names.
     """
-    threshold, leaves_below = conformal_threshold(thresholds, coverage), taxonomy.leaves_below
+    threshold, leaves_at_or_below = conformal_threshold(thresholds, coverage), taxonomy.leaves_at_or_below
     rows = []
     for nodes, label in zip(node_probabilities(taxonomy, logits), labels.tolist(), strict=True):
         answer = conformal_answer(taxonomy, nodes, threshold)
-        leaves = {leaf for node in answer for leaf in leaves_below[node]}
-        rows.append((leaves.issuperset(leaves_below[label]), len(leaves), len(answer), len(leaves) == 1))
+        leaves = {leaf for node in answer for leaf in leaves_at_or_below[node]}
+        rows.append((leaves.issuperset(leaves_at_or_below[label]), len(leaves), len(answer), len(leaves) == 1))
     by_text = pd.DataFrame(rows, columns=["coverage", "leaves", "nodes", "single_leaf"], dtype=float).groupby(texts)
     return {**by_text.mean().mean(), "coverage": by_text["coverage"].min().mean()}

@@ -4,7 +4,7 @@ Worth knowing:
 
 1. Each row is scored by a lexical classifier that was fitted on other texts. The encoder is not used.
 2. Confident learning (Northcutt, Jiang and Chuang, 2021, "Confident Learning: Estimating Uncertainty in Dataset Labels") then
-   judges each decision of the taxonomy, over the rows whose path takes it. With several labels a text, each node is a decision,
+   judges each decision of the taxonomy, over the rows whose path takes it. In multi-label data, each node is a decision,
    over the texts with its parent. So labels may be inner nodes.
 3. A node with fewer than `FOLDS` texts teaches too little. Its rows are not judged in that decision.
 4. Rows are ranked by the probability of the label. Many listed labels are correct: `benchmarks/studies/label_issues.py`.
@@ -75,13 +75,16 @@ def corrected(taxonomy: Taxonomy, nodes: set[int], questioned: set[int]) -> set[
 
 
 def rank_issues(taxonomy: Taxonomy, judged: list[pd.DataFrame], logits: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
-    """Return one line for each row in the tables of `judge`, sorted by ``probability_of_label``.
+    """Return one line per listed row, from the tables of `judge`, sorted by ``probability_of_label``.
 
-    Columns: ``index`` of the row; ``decision`` in which its label is least probable; ``better``, the most probable leaf below
-    that decision's best other choice. For a label that is an inner node, ``better`` is this choice itself.
+    Columns:
+        index: of the row.
+        decision: the decision in which the row's label is least probable.
+        better: the suggested label. For a leaf, it is the most probable leaf below the decision's best other choice. For an
+            inner node, it is this choice itself.
 
-    With several labels a text, the choice is whether it has the node, and probabilities are given the parent. ``better`` is the
-    node if it is missing, else -1. ``questioned`` is the set of all questioned nodes of the text.
+    In multi-label data, ``better`` is the node if the text should have it, else -1. Probabilities are given the parent. The column
+    ``questioned`` has all listed nodes of the text.
     """
     issues = pd.concat(judged).sort_values("probability_of_label", kind="stable")
     listed = issues.drop_duplicates("index").reset_index(drop=True)
@@ -91,7 +94,7 @@ def rank_issues(taxonomy: Taxonomy, judged: list[pd.DataFrame], logits: np.ndarr
     index = listed["index"].to_numpy()
     is_leaf, probabilities = labels[index] < taxonomy.num_leaves, np.exp(node_log_probs(taxonomy, logits[index]))
     for place in np.flatnonzero(is_leaf):
-        leaves = taxonomy.leaves_below[listed.at[place, "better"]]
+        leaves = taxonomy.leaves_at_or_below[listed.at[place, "better"]]
         listed.at[place, "better"] = leaves[logits[index[place], leaves].argmax()]
     listed["probability_of_label"] = np.take_along_axis(probabilities, labels[index, None], axis=1)
     listed["probability_of_better_label"] = np.take_along_axis(probabilities, listed[["better"]].to_numpy(), axis=1)
@@ -125,10 +128,11 @@ def assign_folds(labels: np.ndarray, texts: np.ndarray) -> np.ndarray:
 
 
 def each_decision(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> Iterator[tuple]:
-    """Yield each decision's node, choices, rows, and these rows' choices and scores.
+    """Yield each decision: its node, its choices, its rows, and the rows' given choices and scores.
 
-    The node is the parent, or with several labels a text the node itself, of which the choices are -1, absent, and its id. A row's
-    choice is an index. The softmax of scores (num_rows, num_choices) is P(choice | parent).
+    For single-path labels, the node is the parent (-1 for the roots), and the choices are its children. In multi-label data, each
+    node is a decision; its choices are -1, if the text lacks the node, and the node's id. Given choices are indices into the
+    choices. The softmax of the scores (num_rows, num_choices) is P(choice | parent).
     """
     if labels.ndim == 1:
         log_probs = node_log_probs(taxonomy, logits)

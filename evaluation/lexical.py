@@ -5,9 +5,9 @@ Worth knowing:
 1. The lexical head alone is less accurate than the encoder, but errs on other texts. `benchmarks/quality.py` measures its
    contribution. One number weighs it against the encoder, fitted with the calibration on the validation rows.
 2. It is fitted after the encoder. Joint training was not tried.
-3. A token's feature is its TF-IDF times its `spread_of_log_odds`. `benchmarks/studies/words.py` measures that factor.
-4. With one label a text it is flat: an inner node's probability is the sum of its leaves' probabilities. One classifier per decision, as
-   in HiClass, was tried on OHSUMED and was less accurate, for parents too.
+3. A token's feature is its TF-IDF times its `log_odds_variance`. `benchmarks/studies/words.py` measures that factor.
+4. With one label per text it is flat: an inner node's probability is the sum of its leaves' probabilities. One classifier per
+   decision, as in HiClass, was tried on OHSUMED and was less accurate, for parents too.
 """
 
 import logging
@@ -28,7 +28,7 @@ from training.multi_label import open_counts, open_decisions, prior_log_odds
 
 logger = logging.getLogger(__name__)
 
-MIN_DOCUMENTS = 2  # a token in fewer training documents is ignored
+MIN_ROWS = 2  # a token in fewer training documents is ignored
 REGULARISATION = 50.0  # C of scikit-learn: weak, since the documents are vectors of length 1
 MAX_WEIGHTS = 2**24  # 64 MiB
 
@@ -46,7 +46,7 @@ def token_counts(rows: Dataset, vocab_size: int) -> csr_matrix:
 
 
 class LexicalClassifier:
-    """Logistic regression over TF-IDF: multinomial over the leaves, or with several labels a text binary for each node.
+    """Logistic regression over TF-IDF: multinomial over the leaves, or for multi-label models binary for each node.
 
     ``counts`` are (num_rows, V), and ``labels`` node ids (num_rows,), of which leaves count, or arrays (num_rows, num_nodes):
     1, 0, or -100 for unknown. The attribute ``weight`` is (num_classes, V), and ``bias`` (num_classes,).
@@ -58,8 +58,8 @@ class LexicalClassifier:
         counts, labels = counts[known], labels[known]
         classes = labels if several else one_hot(labels, taxonomy.num_leaves)
         self.tfidf = TfidfTransformer(sublinear_tf=True).fit(counts)
-        common = (counts > 0).sum(axis=0).A1 >= MIN_DOCUMENTS
-        self.tfidf.idf_ = np.where(common, self.tfidf.idf_ * spread_of_log_odds(counts > 0, classes), 0.0)
+        common = (counts > 0).sum(axis=0).A1 >= MIN_ROWS
+        self.tfidf.idf_ = np.where(common, self.tfidf.idf_ * log_odds_variance(counts > 0, classes), 0.0)
         self.weight, self.bias = np.zeros((classes.shape[1], counts.shape[1])), np.zeros(classes.shape[1])
         documents = self.tfidf.transform(counts)
         if several:
@@ -70,7 +70,7 @@ class LexicalClassifier:
     def _fit_leaves(self, documents: csr_matrix, labels: np.ndarray) -> None:
         """Fit a multinomial regression.
 
-        Leaves without training documents get weights of 0. Together they have mean odds of 1 / (num_documents + 1) on the
+        Leaves without training documents get weights of 0. Together they have mean odds of 1 / (num_rows + 1) on the
         training documents, as if they had one document.
         """
         model = LogisticRegression(C=REGULARISATION, max_iter=1000, tol=1e-3).fit(documents, labels)
@@ -107,7 +107,7 @@ class LexicalClassifier:
         return {name: torch.tensor(values, dtype=torch.float32) for name, values in weights.items()}
 
 
-def spread_of_log_odds(present: csr_matrix, labels: np.ndarray) -> np.ndarray:
+def log_odds_variance(present: csr_matrix, labels: np.ndarray) -> np.ndarray:
     """Compute each token's variance over classes of log P(token | class) - log P(token | not the class), (V,).
 
     P is the share of documents that contain the token, smoothed by one document with it and one without (Laplace). The

@@ -32,7 +32,7 @@ BINS = 15  # of the calibration error
 def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict[str, float]]:
     """Build the Trainer's ``compute_metrics`` for a taxonomy.
 
-    The returned function takes leaf logits (num_documents, num_leaves), and node ids (num_documents,) or -100 for documents to
+    The returned function takes leaf logits (num_rows, num_leaves), and node ids (num_rows,) or -100 for documents to
     leave out. It raises InputError for logits that are not finite. It returns:
 
     - ``accuracy``, ``macro_f1``, ``weighted_f1``: of scikit-learn, over documents labelled with a leaf. The F1 scores
@@ -51,10 +51,10 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
     - ``level_k_ece``, ``level_k_ece_by_chance``: for the tree truncated below the level. A leaf above stands for itself.
     """
     hierarchical_f1 = _load_hierarchical_f1()
-    levels, paths = np.array(taxonomy.levels), np.array(taxonomy.ancestors)
+    levels, paths = np.array(taxonomy.levels), np.array(taxonomy.padded_paths)
     paths[paths == taxonomy.num_nodes] = -1
     leaves_under = np.zeros((taxonomy.num_nodes, taxonomy.num_leaves), dtype=bool)
-    for node, leaves in enumerate(taxonomy.leaves_below):
+    for node, leaves in enumerate(taxonomy.leaves_at_or_below):
         leaves_under[node, leaves] = True
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -109,7 +109,7 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
 
 
 def check_finite(logits: np.ndarray) -> None:
-    """Raise InputError for logits that are not finite, (num_documents, num_classes)."""
+    """Raise InputError for logits that are not finite, (num_rows, num_classes)."""
     infinite = np.flatnonzero(~np.isfinite(logits).all(axis=1))
     if infinite.size:
         where = f"{infinite.size} of {len(logits)} documents"
@@ -130,10 +130,10 @@ def any_label_accuracy(logits: np.ndarray, labels: np.ndarray, texts: np.ndarray
     return float(np.mean(hits)) if hits else None
 
 
-def node_counts(chosen: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def confusion_counts(chosen: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Count each class's true positives, predictions and labels: (3, num_classes).
 
-    ``chosen`` and ``labels`` are (num_documents, num_classes). Unknown labels, -100, do not count.
+    ``chosen`` and ``labels`` are (num_rows, num_classes). Unknown labels, -100, do not count.
     """
     true, chosen = labels == 1, chosen & (labels != IGNORED_LABEL)
     return np.stack([pairs.sum(axis=0) for pairs in (true & chosen, chosen, true)])
@@ -156,19 +156,22 @@ def macro_f1(counts: np.ndarray) -> float:
 
 
 def one_hot(ids: np.ndarray, num_classes: int) -> np.ndarray:
-    """Return ids (num_documents,) as an array (num_documents, num_classes) of bool."""
+    """Return ids (num_rows,) as an array (num_rows, num_classes) of bool."""
     return ids[:, None] == np.arange(num_classes)
 
 
 def bootstrap_intervals(labels: np.ndarray, chosen: np.ndarray, resamples: int = 1000) -> dict[str, np.ndarray]:
-    """Compute 95 % percentile bootstrap intervals over documents (Efron and Tibshirani, 1993, chapter 13).
+    """Compute 95 % percentile bootstrap intervals over rows (Efron and Tibshirani, 1993, chapter 13).
 
-    Resampling lowers macro-F1 if classes have few documents, because a resample lacks some of them. With 200 classes of three
-    documents the score itself was above its interval. So the resamples of macro-F1 are shifted to have the score as mean.
+    A resample lacks some classes with few rows, which lowers its macro-F1. With 200 classes of three rows, the interval lay below
+    the score itself. So the resampled values of macro-F1 are shifted until their mean is the score.
 
-    Labels and predictions are those of `node_counts`. Lower and upper end are (2,) for ``micro_f1``, which is the accuracy with
-    one label a document, and for ``macro_f1``; (2, num_classes) for ``f1`` over the resamples in which a class occurs, NaN if
-    it never does.
+    Args:
+        labels, chosen: as for `confusion_counts`.
+
+    Returns:
+        Lower and upper ends: ``micro_f1`` and ``macro_f1``, (2,); ``f1``, (2, num_classes), over the resamples in which the class
+        occurs, NaN if there are none. With one label per row, ``micro_f1`` is the accuracy.
     """
     true, chosen = labels == 1, chosen & (labels != IGNORED_LABEL)
     pairs = [csr_matrix(array, dtype=np.float64) for array in (true & chosen, chosen, true)]
@@ -176,7 +179,7 @@ def bootstrap_intervals(labels: np.ndarray, chosen: np.ndarray, resamples: int =
     draws = (np.bincount(generator.integers(size, size=size), minlength=size) for _ in range(resamples))
     resampled = [np.stack([times @ array for array in pairs]) for times in draws]
     macro = np.array([macro_f1(counts) for counts in resampled])
-    macro = (macro + macro_f1(node_counts(chosen, labels)) - macro.mean()).clip(0, 1)
+    macro = (macro + macro_f1(confusion_counts(chosen, labels)) - macro.mean()).clip(0, 1)
     micro = np.array([micro_f1(counts) for counts in resampled])
     samples = {"micro_f1": micro, "macro_f1": macro, "f1": np.array([node_f1(counts) for counts in resampled])}
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # for classes in no resample
@@ -188,12 +191,12 @@ def per_class_report(
 ) -> tuple[list[dict], dict[str, list[float]]]:
     """Compute one row per class with precision, recall and F1, and the intervals of micro- and macro-F1.
 
-    Labels and predictions are those of `node_counts`. ``support`` is the number of labels, and ``f1_interval`` is None for a
+    Labels and predictions are those of `confusion_counts`. ``support`` is the number of labels, and ``f1_interval`` is None for a
     class that does not occur. A ratio with denominator 0 is 0. Rows and intervals are empty if no label is known.
     """
     if not (labels != IGNORED_LABEL).any():
         return [], {}
-    counts, intervals = node_counts(chosen, labels), bootstrap_intervals(labels, chosen)
+    counts, intervals = confusion_counts(chosen, labels), bootstrap_intervals(labels, chosen)
     precision, recall = counts[0] / np.maximum(counts[1:], 1)
     columns = (precision, recall, np.nan_to_num(node_f1(counts)))
     rows = [
@@ -208,7 +211,7 @@ def per_class_report(
 
 
 def predicted_probabilities(logits: np.ndarray) -> np.ndarray:
-    """Return the probability of each document's most probable leaf, (num_documents,), from leaf logits."""
+    """Return the probability of each document's most probable leaf, (num_rows,), from leaf logits."""
     return np.exp(logits.max(axis=1) - _logsumexp(logits))
 
 
@@ -216,7 +219,7 @@ def calibration_bins(confidence: np.ndarray, correct: np.ndarray, variance: np.n
     """Sum up documents by confidence in 15 bins (Guo et al., 2017), and count them: one row per bin with documents.
 
     Row m holds confidences in (m / 15, (m + 1) / 15]. ``variance`` is the variance of ``correct`` if the probabilities are
-    correct. All arguments are (num_documents,).
+    correct. All arguments are (num_rows,).
     """
     columns = {"confidence": confidence, "correct": correct, "variance": variance, "count": 1}
     return pd.DataFrame(columns, dtype=float).groupby(bin_index(confidence)).sum()

@@ -33,16 +33,16 @@ from sklearn.model_selection import RepeatedKFold
 from transformers import EvalPrediction
 
 from errors import InputError
-from evaluation.calibration import FOLDS, PRIOR, RANGE, round_up
+from evaluation.calibration import FOLDS, PRIOR_STD, SCALE_BOUNDS, round_up
 from evaluation.metrics import (
     bin_index,
     calibration_bins,
     calibration_error_by_chance,
     check_finite,
+    confusion_counts,
     expected_calibration_error,
     macro_f1,
     micro_f1,
-    node_counts,
     node_f1,
 )
 from modeling_hierarchical import IGNORED_LABEL, TreeSigmoid
@@ -90,7 +90,7 @@ def fit_calibration(
 
     # common to all nodes
     features = np.column_stack([scores[is_open] for scores in experts])
-    mean, bounds = np.array([1.0, 0.0])[: len(experts)], [RANGE, (0.0, RANGE[1])][: len(experts)]
+    mean, bounds = np.array([1.0, 0.0])[: len(experts)], [SCALE_BOUNDS, (0.0, SCALE_BOUNDS[1])][: len(experts)]
     common = map_estimate(features, true[is_open], mean, bounds)
     weights = common / common[0]
     scores = sum(weight * expert for weight, expert in zip(weights, experts, strict=True))
@@ -100,7 +100,9 @@ def fit_calibration(
     for node in range(taxonomy.num_nodes):
         rows = is_open[:, node]
         features = np.column_stack([scores[rows, node], np.ones(np.count_nonzero(rows))])
-        fitted[node] = map_estimate(features, true[rows, node], np.array([common[0], 0.0]), [RANGE, (None, None)])
+        fitted[node] = map_estimate(
+            features, true[rows, node], np.array([common[0], 0.0]), [SCALE_BOUNDS, (None, None)]
+        )
     return MultiLabelCalibration(
         lexical_weight=float(weights[1]) if len(experts) == 2 else 0.0,
         node_scales=fitted[:, 0].tolist(),
@@ -116,8 +118,8 @@ def map_estimate(features: np.ndarray, true: np.ndarray, mean: np.ndarray, bound
 
     def neg_log_posterior(parameters: np.ndarray) -> tuple[float, np.ndarray]:
         logits, shift = features @ parameters, parameters - mean
-        value = (np.logaddexp(0, logits) - true * logits).sum() + (shift**2).sum() / (2 * PRIOR**2)
-        return value, features.T @ (expit(logits) - true) + shift / PRIOR**2
+        value = (np.logaddexp(0, logits) - true * logits).sum() + (shift**2).sum() / (2 * PRIOR_STD**2)
+        return value, features.T @ (expit(logits) - true) + shift / PRIOR_STD**2
 
     if not len(true):
         return mean
@@ -127,7 +129,9 @@ def map_estimate(features: np.ndarray, true: np.ndarray, mean: np.ndarray, bound
 # Thresholds
 
 
-def choose(taxonomy: Taxonomy, probabilities: np.ndarray, thresholds: np.ndarray | list[float] | float) -> np.ndarray:
+def predict_nodes(
+    taxonomy: Taxonomy, probabilities: np.ndarray, thresholds: np.ndarray | list[float] | float
+) -> np.ndarray:
     """Return the nodes that reach their thresholds, and their ancestors: (num_texts, num_nodes) bool."""
     chosen = probabilities >= thresholds
     for node in deepest_first(taxonomy):
@@ -141,10 +145,15 @@ def deepest_first(taxonomy: Taxonomy) -> list[int]:
 
 
 def best_threshold(scores: np.ndarray, true: np.ndarray, forced: int = 0, forced_true: int = 0) -> float | None:
-    """Return the greatest threshold of best F1, halfway between two scores (half a unit beyond the first or last one).
+    """Return the greatest threshold of best F1: halfway between two scores, or half a unit beyond the first or last one.
 
-    Scores and truth are (num_pairs,). ``forced`` further pairs, ``forced_true`` of them true, are chosen whatever the
-    threshold. None is returned if no pair is true, or if there is nothing to choose.
+    Args:
+        scores, true: (num_pairs,).
+        forced: number of further pairs that are predicted at any threshold, because a node below is predicted.
+        forced_true: how many of these are true.
+
+    Returns:
+        None if no pair is true, or if there are no scores.
     """
     if not len(scores) or not (true.any() or forced_true):
         return None
@@ -158,10 +167,11 @@ def best_threshold(scores: np.ndarray, true: np.ndarray, forced: int = 0, forced
 
 
 def fit_node_thresholds(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Fit the thresholds of the nodes to calibrated logits that were not fitted to these texts; 0.5 if no label is 1.
+    """Fit one threshold per node, a probability (num_nodes,); 0.5 for all if no label is 1.
 
-    A node's own threshold is the one of best F1, given the choices below it. It is averaged with the common threshold of
-    best micro-F1, in logits. Its weight is the node's number of positives, and that of the common one is `choose_strength`'s.
+    A node's own threshold has the best F1, given the predictions below it. The common threshold has the best micro-F1. The result
+    is their weighted mean in logits. The weights are the node's number of positives, and the strength of `choose_strength`. The
+    logits must be calibrated by parameters that were fitted to other texts.
     """
     strength = choose_strength(taxonomy, u, labels)
     return shrunk_thresholds(taxonomy, u, labels, (strength,))[strength]
@@ -178,8 +188,8 @@ def choose_strength(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray, repea
     folds = RepeatedKFold(n_splits=min(FOLDS, len(u)), n_repeats=repeats, random_state=0)
     for fitted, scored in folds.split(u):
         for strength, thresholds in shrunk_thresholds(taxonomy, u[fitted], labels[fitted], STRENGTHS).items():
-            chosen = choose(taxonomy, expit(u[scored]), thresholds)
-            totals[strength] = totals[strength] + node_counts(chosen, labels[scored])
+            chosen = predict_nodes(taxonomy, expit(u[scored]), thresholds)
+            totals[strength] = totals[strength] + confusion_counts(chosen, labels[scored])
     return max(STRENGTHS, key=lambda strength: micro_f1(totals[strength]) + macro_f1(totals[strength]))
 
 
@@ -265,7 +275,7 @@ def recall_scores(u: np.ndarray, labels: np.ndarray, threshold: float | None) ->
 def build_multi_label_metrics(
     taxonomy: Taxonomy, thresholds: np.ndarray | list[float] | float | None = None
 ) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Build the Trainer's ``compute_metrics`` for a taxonomy and several labels a text.
+    """Build the Trainer's ``compute_metrics`` for a taxonomy and several labels per text.
 
     The returned function takes ``predictions``, marginal logits or a tuple that begins with them, and ``label_ids``. It raises
     InputError for logits that are not finite, and if no label is known. It returns, with predictions closed upwards:
@@ -292,10 +302,10 @@ def build_multi_label_metrics(
         if not known.any():
             raise InputError("no document to be scored has a label; give a file with labels")
         check_finite(u)
-        chosen = choose(taxonomy, expit(u), common_threshold(u, labels) if thresholds is None else thresholds)
+        chosen = predict_nodes(taxonomy, expit(u), common_threshold(u, labels) if thresholds is None else thresholds)
 
-        counts, has_known = node_counts(chosen, labels), known.any(axis=1)
-        leaves, of_texts = counts[:, : taxonomy.num_leaves], node_counts(chosen[has_known].T, labels[has_known].T)
+        counts, has_known = confusion_counts(chosen, labels), known.any(axis=1)
+        leaves, of_texts = counts[:, : taxonomy.num_leaves], confusion_counts(chosen[has_known].T, labels[has_known].T)
         metrics = {
             **{"micro_f1": micro_f1(counts), "macro_f1": macro_f1(counts)},
             **{"leaf_micro_f1": micro_f1(leaves), "leaf_macro_f1": macro_f1(leaves)},
@@ -345,7 +355,7 @@ def pair_variance(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray) -> np.n
     Their covariance is P(i) P(j) (1 / P(k) - 1), and 0 in different trees. With i = j it is P(i) (1 - P(i)). A pair's part is
     the sum over the pairs of its text in its bin.
     """
-    ancestors, likely = np.array(taxonomy.ancestors), is_likely(u, labels)
+    ancestors, likely = np.array(taxonomy.padded_paths), is_likely(u, labels)
     ancestors = np.pad(ancestors, ((0, 0), (1, 0)), constant_values=taxonomy.num_nodes)  # above all trees, with P = 1
     probabilities = np.pad(expit(u.astype(np.float64)), ((0, 0), (0, 1)), constant_values=1.0)
     parts = []

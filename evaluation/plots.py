@@ -138,8 +138,8 @@ def precision_and_recall(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndar
 def reliability_diagram(logits: np.ndarray, labels: np.ndarray) -> Figure | None:
     """Draw the share of correct predictions over their probability, and the number of predictions; return None without any.
 
-    Predictions are the most probable leaves, or with several labels a text the pairs of document and node with a probability
-    of at least 0.1. If any label (num_documents,) is an inner node, None is returned: leaving such documents out would select
+    Predictions are the most probable leaves, or in multi-label data the pairs of document and node with a probability
+    of at least 0.1. If any label (num_rows,) is an inner node, None is returned: leaving such documents out would select
     documents by their label.
     """
     if labels.ndim == 2:

@@ -6,12 +6,12 @@ Worth knowing:
 2. The calibration and the thresholds are fitted on the validation rows, from logits that are computed once.
 3. Validation scores are cross-validated: a calibration on four fifths of the rows scores the other fifth. With
    ``--load_best_model_at_end`` these rows also select the checkpoint, so their scores are optimistic
-   (`benchmarks/studies/selection.py`). With several labels a text, the thresholds are fitted on the scored rows, so F1 is
+   (`benchmarks/studies/selection.py`). In multi-label data, the thresholds are fitted on the scored rows, so F1 is
    optimistic too.
 4. Logits follow the order of the scored rows, which are sorted by length. The column ``row`` gives their place in the source.
 
 In this file ``splits`` holds tokenized rows. ``logits`` holds the logits of each scored split: of the leaves, (num_rows,
-num_leaves), or with several labels a text the marginal logits of all nodes, (num_rows, num_nodes).
+num_leaves), or in multi-label data the marginal logits of all nodes, (num_rows, num_nodes).
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ from torch import nn
 from transformers import AutoModel, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from configuration_hierarchical import HierarchicalConfig
-from errors import refusing
+from errors import as_input_error
 from evaluation import multi_label, plots
-from evaluation.calibration import calibrate_out_of_fold, conformal_scores, fit_calibration, fit_thresholds
+from evaluation.calibration import calibrate_out_of_fold, coverage_scores, fit_calibration, fit_conformal_thresholds
 from evaluation.lexical import LexicalClassifier, token_counts
 from evaluation.metrics import (
     any_label_accuracy,
@@ -40,9 +40,9 @@ from evaluation.metrics import (
 )
 from evaluation.multi_label import (
     build_multi_label_metrics,
-    choose,
     fit_node_thresholds,
     fit_recall_thresholds,
+    predict_nodes,
     recall_scores,
 )
 from modeling_hierarchical import HierarchicalForSequenceClassification
@@ -58,7 +58,7 @@ from training.views import build_collator
 logger = logging.getLogger(__name__)
 
 COVERAGE = 0.9  # of the measured answers
-AS_SERVED: dict[str, Any] = {  # arguments of a Trainer that only scores
+SCORING_ARGUMENTS: dict[str, Any] = {  # arguments of a Trainer that only scores
     **dict.fromkeys(("bf16", "fp16", "load_best_model_at_end", "push_to_hub", "enable_jit_checkpoint"), False),
     "report_to": [],
     "eval_strategy": "no",
@@ -67,23 +67,23 @@ AS_SERVED: dict[str, Any] = {  # arguments of a Trainer that only scores
 }
 
 
-def served_trainer(
+def scoring_trainer(
     folder: str,
     training: HierarchicalTrainingArguments,
     tokenizer: PreTrainedTokenizerBase,
     loss_function: nn.Module | None = None,
 ) -> HierarchicalTrainer:
     """Build a Trainer that scores a checkpoint as the pipeline does: loaded by `AutoModel`, without autocast."""
-    with refusing(f"cannot load the checkpoint {folder}"):
+    with as_input_error(f"cannot load the checkpoint {folder}"):
         model: PreTrainedModel = AutoModel.from_pretrained(folder, trust_remote_code=True)
     if training.device.type == "cpu":
         use_cpu_kernels(model.encoder)
     return HierarchicalTrainer(
         model=model,
-        args=dataclasses.replace(training, **AS_SERVED),
+        args=dataclasses.replace(training, **SCORING_ARGUMENTS),
         processing_class=tokenizer,
         data_collator=build_collator(tokenizer),
-        compute_metrics=served_metrics(model.config),
+        compute_metrics=pipeline_metrics(model.config),
         loss_function=loss_function,
     )
 
@@ -91,11 +91,11 @@ def served_trainer(
 def build_metrics(
     taxonomy: Taxonomy, multi_label: bool, thresholds: list[float] | float | None = None
 ) -> ComputeMetrics:
-    """Build the Trainer's ``compute_metrics``; thresholds of the nodes are for several labels a text."""
+    """Build the Trainer's ``compute_metrics``; thresholds of the nodes are for multi-label models."""
     return build_multi_label_metrics(taxonomy, thresholds) if multi_label else build_compute_metrics(taxonomy)
 
 
-def served_metrics(config: HierarchicalConfig) -> ComputeMetrics:
+def pipeline_metrics(config: HierarchicalConfig) -> ComputeMetrics:
     """Build the ``compute_metrics`` of the predictions that the pipeline makes: with the stored thresholds, or 0.5."""
     return build_metrics(config.tree, config.is_multi_label, config.node_thresholds or DEFAULT_THRESHOLD)
 
@@ -106,8 +106,8 @@ def score_splits(
     """Score the validation rows (metrics ``eval_…``) and test rows (``test_…``).
 
     Returns:
-        The metrics; the logits; and the logits that a calibration is fitted to: those of the decisions with several labels a
-        text, else the same.
+        The metrics; the logits; and the logits that a calibration is fitted to: for multi-label models the decision logits, else
+        the same.
     """
     config, metrics = trainer.model.config, dict[str, float]()
     kept = {"decision_logits"} if config.is_multi_label else set()
@@ -132,7 +132,7 @@ def any_label_scores(split: str, logits: np.ndarray, rows: Dataset) -> dict[str,
 
 
 def read_labels(config: HierarchicalConfig, rows: Dataset) -> np.ndarray:
-    """Return node ids (num_rows,), or with several labels a text arrays (num_rows, num_nodes)."""
+    """Return node ids (num_rows,), or in multi-label data arrays (num_rows, num_nodes)."""
     return label_arrays(rows) if config.is_multi_label else np.array(rows["labels"])
 
 
@@ -184,7 +184,7 @@ def calibrate_model(
         fields["node_thresholds"] = thresholds
         shown = f"thresholds of the nodes from {min(thresholds):.2f} to {max(thresholds):.2f}"
     else:
-        fields["conformal_thresholds"] = fit_thresholds(taxonomy, *validation, texts["validation"])
+        fields["conformal_thresholds"] = fit_conformal_thresholds(taxonomy, *validation, texts["validation"])
         shown = "temperatures " + ", ".join(f"{temperature:.2f}" for temperature in fitted.temperatures)
     model.set_calibration(**fields)
     logger.info("calibrated on the validation rows: %s; weight of the lexical head %.2f", shown, weight)
@@ -218,7 +218,7 @@ def answer_scores(config: HierarchicalConfig, logits: dict[str, np.ndarray], spl
     if config.is_multi_label:
         scores = recall_scores(*scored, thresholds[threshold_index(MEASURED_RECALL)])
     else:
-        scores = conformal_scores(config.tree, *scored, np.array(splits["test"]["text_id"]), thresholds, COVERAGE)
+        scores = coverage_scores(config.tree, *scored, np.array(splits["test"]["text_id"]), thresholds, COVERAGE)
     return {f"test_answer_{name}": value for name, value in scores.items()}
 
 
@@ -235,29 +235,29 @@ def measure(
     return metrics
 
 
-def choose_nodes(config: HierarchicalConfig, logits: np.ndarray) -> np.ndarray:
+def predict_with_stored_thresholds(config: HierarchicalConfig, logits: np.ndarray) -> np.ndarray:
     """Return the nodes that the pipeline predicts."""
-    return choose(config.tree, expit(logits.astype(np.float64)), config.node_thresholds or DEFAULT_THRESHOLD)
+    return predict_nodes(config.tree, expit(logits.astype(np.float64)), config.node_thresholds or DEFAULT_THRESHOLD)
 
 
-def detailed_split(
+def reported_split(
     config: HierarchicalConfig, logits: dict[str, np.ndarray], splits: DatasetDict
 ) -> tuple[str, np.ndarray, np.ndarray]:
-    """Return the name, the logits and the labels of the split whose details are shown."""
+    """Return the split that plots and class scores show, test before validation: its name, logits and labels."""
     split = "test" if "test" in logits else "validation"
     return split, logits[split], read_labels(config, splits[split])
 
 
 def class_scores(config: HierarchicalConfig, logits: dict[str, np.ndarray], splits: DatasetDict) -> dict[str, Any]:
-    """Compute scores and 95 % intervals for metrics.json, on the split of `detailed_split`.
+    """Compute scores and 95 % intervals for metrics.json, on the split of `reported_split`.
 
-    The classes are the nodes, or with one label a text the leaves, over the documents labelled with a leaf.
+    The classes are the nodes, or with one label per text the leaves, over the documents labelled with a leaf.
     """
     if not logits:
         return {}
-    split, scores, labels = detailed_split(config, logits, splits)
+    split, scores, labels = reported_split(config, logits, splits)
     if config.is_multi_label:
-        rows, intervals = per_class_report(config.tree.labels, labels, choose_nodes(config, scores))
+        rows, intervals = per_class_report(config.tree.labels, labels, predict_with_stored_thresholds(config, scores))
     else:
         num_leaves = config.tree.num_leaves
         is_leaf = labels < num_leaves
@@ -271,10 +271,10 @@ def class_scores(config: HierarchicalConfig, logits: dict[str, np.ndarray], spli
 def draw_plots(
     config: HierarchicalConfig, logits: dict[str, np.ndarray], splits: DatasetDict, per_class: list[dict], folder: Path
 ) -> None:
-    """Draw the split of `detailed_split`: the reliability diagram; and confusion matrices, or precision, recall and F1."""
+    """Draw the split of `reported_split`: the reliability diagram; and confusion matrices, or precision, recall and F1."""
     if not logits:
         return
-    _, scores, labels = detailed_split(config, logits, splits)
+    _, scores, labels = reported_split(config, logits, splits)
     if config.is_multi_label:
         plots.write(plots.f1_by_frequency(per_class), folder / "f1_by_frequency.png")
         plots.write(plots.precision_and_recall(config.tree, scores, labels), folder / "precision_recall.png")
@@ -309,7 +309,7 @@ def label_set_columns(config: HierarchicalConfig, logits: np.ndarray, labels: np
     Names are joined by ``; ``, predicted ones with the most probable first.
     """
     tree, columns = config.tree, {"labels": list[str](), "predictions": list[str](), "probabilities": list[str]()}
-    chosen, probabilities = choose_nodes(config, logits), expit(logits)
+    chosen, probabilities = predict_with_stored_thresholds(config, logits), expit(logits)
     for true, nodes, of_nodes in zip(labels == 1, chosen, probabilities, strict=True):
         predicted = sorted(tree.deepest(np.flatnonzero(nodes).tolist()), key=lambda node: -of_nodes[node])
         names = [tree.labels[node] for node in tree.deepest(np.flatnonzero(true).tolist())]

@@ -15,5 +15,5 @@ with open(file, encoding="utf-8-sig", newline="") as rows:
     texts = [row["text"] for row in csv.DictReader(rows)]
 for text, result in zip(texts, classify(texts), strict=True):
     print("\n" + textwrap.fill(text, 100, initial_indent="  ", subsequent_indent="  "))
-    for one in result.get("labels", [result]):  # of a checkpoint that predicts several labels a text
+    for one in result.get("labels", [result]):  # of a multi-label checkpoint
         print("→ " + " → ".join(f"{node['label']} ({node['score']:.0%})" for node in one["path"]))

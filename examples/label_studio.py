@@ -19,7 +19,7 @@ from transformers import AutoConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from errors import InputError, exit_with_error, refusing
+from errors import InputError, as_input_error, exit_with_error
 
 
 def configuration(checkpoint: str) -> str:
@@ -59,10 +59,10 @@ def main() -> None:
     parser.add_argument("file", help="a checkpoint, or an export")
     arguments = parser.parse_args()
     if arguments.action == "config":
-        with refusing(f"cannot read the checkpoint {arguments.file}"):
+        with as_input_error(f"cannot read the checkpoint {arguments.file}"):
             print(configuration(arguments.file))
         return
-    with refusing(f"{arguments.file} is not an export in the format JSON"):
+    with as_input_error(f"{arguments.file} is not an export in the format JSON"):
         tasks = json.loads(Path(arguments.file).read_text(encoding="utf-8-sig"))
         rows = [row for task in tasks if (row := training_row(task))]
     sys.stdout.writelines(json.dumps(row) + "\n" for row in rows)

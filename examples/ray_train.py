@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from errors import InputError, exit_with_error, one_line, refusing
+from errors import InputError, as_input_error, exit_with_error, one_line
 
 try:
     import ray
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
     # nodes of a cluster have declared their cores; here, Ray takes what the workers are to have
     cores = {"num_cpus": given.workers * given.cpus_per_worker} if given.address == "local" else {}
     environment = {"env_vars": {"PYTHONPATH": str(ROOT)}, "worker_process_setup_hook": name_own_cluster}
-    with refusing(f"cannot use the Ray cluster {given.address}"):
+    with as_input_error(f"cannot use the Ray cluster {given.address}"):
         ray.init(given.address, runtime_env=environment, **cores)
     trainer = TorchTrainer(
         run_worker,
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     except ControllerError as error:
         import train
 
-        message = train.failure(error.controller_failure)
+        message = train.user_error_message(error.controller_failure)
         if message is None:
             raise
         raise InputError(message) from error
@@ -99,7 +99,7 @@ class TellFailures(UserCallback):
 
         for rank, error in worker_exceptions.items():
             print(f"worker {rank} failed: {one_line(error)}", file=sys.stderr)
-        if all(train.failure(error) for error in worker_exceptions.values()):
+        if all(train.user_error_message(error) for error in worker_exceptions.values()):
             raise next(iter(worker_exceptions.values()))
 
 

@@ -5,7 +5,6 @@ no example texts are needed.
 """
 
 import logging
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -32,19 +31,6 @@ def has_int8_products() -> bool:
     return True
 
 
-def quantize(encoder: nn.Module) -> None:
-    """Replace the linear layers of a float32 or bfloat16 encoder by `Int8Linear`, in place."""
-    replace_linear_layers(encoder, Int8Linear)
-
-
-def replace_linear_layers(encoder: nn.Module, kind: Callable[[nn.Linear], nn.Module]) -> None:
-    """Replace the linear layers of an encoder, in place."""
-    for module in encoder.modules():
-        for name, layer in module.named_children():
-            if isinstance(layer, nn.Linear):
-                setattr(module, name, kind(layer))
-
-
 class Int8Linear(nn.Module):
     """A linear layer with 8-bit weights, for inference: (…, in) to (…, out). Both are float32 or bfloat16."""
 
@@ -69,6 +55,14 @@ class Int8Linear(nn.Module):
         )
         scales = scales.to(input.dtype)
         return torch.addcmul(self.bias, products, scales, out=products).view(*input.shape[:-1], -1)
+
+
+def quantize(encoder: nn.Module, kind: type[nn.Module] = Int8Linear) -> None:
+    """Replace the linear layers of a float32 or bfloat16 encoder, in place."""
+    for module in encoder.modules():
+        for name, layer in module.named_children():
+            if isinstance(layer, nn.Linear):
+                setattr(module, name, kind(layer))
 
 
 def scales_of(rows: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from transformers import Pipeline, pipeline
 from transformers.utils import cached_file
 
 from checkpoint_files import MODEL_FILES, list_files
-from errors import InputError, describe, one_line
+from errors import InputError, describe_error, one_line
 from pipeline_hierarchical import read_cost_table
 from prediction.input import Record
 from prediction.int8 import has_int8_products, quantize
@@ -97,7 +97,7 @@ def find_commit(model: str, revision: str | None) -> str | None:
     try:
         return Path(cached_file(model, "config.json", revision=revision)).parent.name
     except Exception as error:  # network, permission, a name that is none
-        raise InputError(f"cannot load the model {model}: {cause(error)}") from error
+        raise InputError(f"cannot load the model {model}: {describe_load_error(error)}") from error
 
 
 def read_costs(word: str | None) -> tuple[str | dict | None, str | None]:
@@ -126,7 +126,7 @@ def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
     if dtype == "int8" and gpu:
         raise InputError("--dtype int8 is for CPUs: give bf16 or fp32")
     if dtype == "int8" and not has_int8_products():
-        raise InputError("--dtype int8 needs a processor with VNNI or AMX, and a torch that it fits: give fp32")
+        raise InputError("--dtype int8 needs a processor with VNNI or AMX, and a supported version of torch: give fp32")
     named = {name: getattr(arguments, name) for name in ("batch_size", "coverage", "recall", "costs")}
     # pipelines of older checkpoints lack newer arguments
     given = {name: value for name, value in named.items() if value is not None}
@@ -145,18 +145,18 @@ def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
             quantize(classifier.model.encoder)
         classifier("a")  # checks the arguments before an existing output is overwritten
     except Exception as error:  # loading runs the checkpoint's own code, which can raise anything
-        raise InputError(f"cannot use the model {arguments.model}: {cause(error)}") from error
+        raise InputError(f"cannot use the model {arguments.model}: {describe_load_error(error)}") from error
     return classifier
 
 
-def cause(error: Exception) -> str:
+def describe_load_error(error: Exception) -> str:
     """Describe in one line why a model cannot be loaded."""
     if "Unknown task" in str(error):
         return "it is not a checkpoint of this project: its config.json names no hierarchical pipeline"
     # this message of transformers holds tracebacks, and its last line is the cause
     if "See the original errors" in str(error):
         return str(error).strip().splitlines()[-1].partition(": ")[2]
-    return describe(error)
+    return describe_error(error)
 
 
 def choose_dtype(gpu: bool) -> str:

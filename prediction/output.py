@@ -212,7 +212,9 @@ class RestartableOutput:
         header, expected = json.loads(first), self.headers[index]
         changed = [name for name, value in expected["options"].items() if header["options"].get(name) != value]
         if changed:
-            raise InputError(f"{self.parts} was begun with another {', '.join(changed)}: give the same, or --overwrite")
+            raise InputError(
+                f"{self.parts} was started with another {', '.join(changed)}: give the same, or --overwrite"
+            )
         if header["digest"] != expected["digest"]:
             raise InputError(f"the input changed since {self.parts} was begun: --overwrite starts from the beginning")
         lines = [f"{line}\n" for line in lines]

@@ -27,19 +27,19 @@ from filelock import FileLock
 from ray.exceptions import RayError, RayTaskError
 from transformers.utils.hub import HF_MODULES_CACHE
 
-from errors import ROOT, InputError, describe, one_line, refusing
+from errors import ROOT, InputError, as_input_error, describe_error, one_line
 from prediction.model import Model
 from prediction.output import Block, Rows
 from prediction.rows import RowFormat
 from training.memory import give_back_memory
 
 BLOCKS_AHEAD = 2  # of an actor
-SECONDS = 3  # between two looks at the cluster
+POLL_SECONDS = 3  # between two looks at the cluster
 MOST_DEATHS = 5  # of the workers of a block, or of workers that load the model, one after the other
 SHIPPED = ("*_hierarchical.py", "checkpoint_files.py", "errors.py", "prediction", "reading", "training")
 
 
-class Scorer:
+class Classifier:
     """An actor. It loads the model in a method, because Ray hides the cause of an error in a constructor."""
 
     def load(self, arguments: Namespace, cpus: int, gpus: float) -> tuple[str, dict[str, Any], RowFormat]:
@@ -86,7 +86,7 @@ class RayJob:
     def __enter__(self) -> "RayJob":
         """Connect to the cluster, and wait until one actor has loaded the model."""
         address = self._arguments.ray
-        with refusing(f"--ray {address}"):
+        with as_input_error(f"--ray {address}"):
             dashboard = connect(address)
         if dashboard:
             print(f"Ray's dashboard: http://{dashboard}", file=sys.stderr)
@@ -115,9 +115,9 @@ class RayJob:
         while True:
             for depth in range(BLOCKS_AHEAD):
                 for actor, tasks in self._actors.items():
-                    if len(tasks) == depth and self._wait(blocks):
+                    if len(tasks) == depth and self._has_waiting_block(blocks):
                         self._submit(actor, self._waiting.popleft())
-            if self._wait(blocks):
+            if self._has_waiting_block(blocks):
                 self._grow()
             else:
                 self._shrink()
@@ -125,27 +125,27 @@ class RayJob:
                     return
             yield from self._receive()
 
-    def _wait(self, blocks: Iterator[Block]) -> bool:
+    def _has_waiting_block(self, blocks: Iterator[Block]) -> bool:
         """Return whether a block waits for an actor, after reading one if none did."""
         if not self._waiting:
             self._waiting.extend(islice(blocks, 1))
         return bool(self._waiting)
 
     def _submit(self, actor: Any, block: Block) -> None:
-        name = f"Scorer: rows {block.first} to {block.first + len(block.records) - 1}"
+        name = f"Classifier: rows {block.first} to {block.first + len(block.records) - 1}"
         task = actor.predict.options(name=name).remote(block.first, block.records)
         self._actors[actor].append((task, block))
         self._tasks[task] = actor
 
     def _receive(self) -> Iterator[tuple[Block, Rows]]:
         """Wait for tasks, yield the blocks and rows of those that ended, and take note of actors that started or died."""
-        finished, _ = ray.wait([*self._tasks, *self._starting], timeout=SECONDS)
+        finished, _ = ray.wait([*self._tasks, *self._starting], timeout=POLL_SECONDS)
         for task in finished:
             try:
                 result = ray.get(task)
             except RayTaskError as error:  # raised by the code of the task, or a package is missing
                 if task in self._starting and not isinstance(error.cause, InputError):
-                    raise InputError(f"an actor cannot load the model: {describe(error.cause)}") from error
+                    raise InputError(f"an actor cannot load the model: {describe_error(error.cause)}") from error
                 raise error.cause from error
             except RayError as error:
                 self._lose(task, error)
@@ -184,7 +184,9 @@ class RayJob:
                 first, last = (
                     f"{record.source}, line {record.line}" for record in (block.records[0], block.records[-1])
                 )
-                raise InputError(f"{MOST_DEATHS} workers died of the rows from {first}, to {last}: {one_line(error)}")
+                raise InputError(
+                    f"{MOST_DEATHS} workers died while they classified the rows from {first}, to {last}: {one_line(error)}"
+                )
 
     def _check(self, node: str, description: dict[str, Any], rows: RowFormat) -> None:
         """Take the first actor's description for all. Raise InputError if another actor's is different."""
@@ -199,7 +201,7 @@ class RayJob:
     def _grow(self) -> None:
         """Ask for actors, every few seconds."""
         if time.monotonic() > self._next_look:
-            self._next_look = time.monotonic() + SECONDS
+            self._next_look = time.monotonic() + POLL_SECONDS
             resources = ray.cluster_resources()
             room = min(int(resources.get(kind, 0) / number) for kind, number in self._needs.items() if number)
             for _ in range(2 * max(room, 1) - len(self._actors) - len(self._starting)):
@@ -207,10 +209,10 @@ class RayJob:
 
     def _start(self) -> None:
         self._num_started += 1
-        name = f"Scorer {self._num_started}"
+        name = f"Classifier {self._num_started}"
         cpus, gpus = self._needs.values()
-        actor = ray.remote(Scorer).options(name=name, num_cpus=cpus, num_gpus=gpus).remote()
-        task = actor.load.options(name="Scorer: load").remote(self._arguments, cpus, gpus)
+        actor = ray.remote(Classifier).options(name=name, num_cpus=cpus, num_gpus=gpus).remote()
+        task = actor.load.options(name="Classifier: load").remote(self._arguments, cpus, gpus)
         self._starting[task] = actor, self._failed_starts
 
     def _shrink(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from errors import InputError, refusing
+from errors import InputError, as_input_error
 from reading.sources import Source
 from reading.stores import path_of
 from training.files import check_writable
@@ -106,13 +106,13 @@ class Bucket:
         return any(source.path == name for source in sources)
 
     def exists(self, name: str) -> bool:
-        with refusing(f"--output {name}"):
+        with as_input_error(f"--output {name}"):
             return self._filesystem.get_file_info(path_of(name)).is_file
 
     def names(self, folder: str) -> set[str]:
         from pyarrow.fs import FileSelector
 
-        with refusing(f"--output {folder}"):
+        with as_input_error(f"--output {folder}"):
             found = self._filesystem.get_file_info(FileSelector(path_of(folder), allow_not_found=True))
         return {info.base_name for info in found if info.is_file}
 
@@ -120,14 +120,14 @@ class Bucket:
         return Path(self._new.name)
 
     def read(self, name: str) -> bytes:
-        with refusing(f"cannot read {name}"), self._filesystem.open_input_stream(path_of(name)) as stream:
+        with as_input_error(f"cannot read {name}"), self._filesystem.open_input_stream(path_of(name)) as stream:
             return stream.read()
 
     def put(self, new: Path, name: str) -> None:
         from pyarrow.fs import LocalFileSystem, copy_files
 
         # one call, which Ctrl+C does not interrupt: a stream that is closed early leaves a part of the object
-        with refusing(f"--output {name}"):
+        with as_input_error(f"--output {name}"):
             copy_files(str(new), path_of(name), LocalFileSystem(), self._filesystem, chunk_size=2**23)
         new.unlink()
 
@@ -136,10 +136,10 @@ class Bucket:
 
     def delete(self, name: str) -> None:
         if self.exists(name):
-            with refusing(f"--output {name}"):
+            with as_input_error(f"--output {name}"):
                 self._filesystem.delete_file(path_of(name))
 
     def delete_folder(self, folder: str) -> None:
         if self.names(folder):
-            with refusing(f"--output {folder}"):
+            with as_input_error(f"--output {folder}"):
                 self._filesystem.delete_dir(path_of(folder))

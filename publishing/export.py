@@ -2,7 +2,7 @@
 
 Optimum, text-embeddings-inference and transformers.js look for ``onnx/model.onnx`` beside config.json. transformers.js also
 looks for ``onnx/model_quantized.onnx``. The inputs are the tokenizer's, (batch, length) of any size up to the model's limit. The
-output is ``logits``, (batch, num_leaves), whose softmax is the distribution over the leaves. With several labels a text it is
+output is ``logits``, (batch, num_leaves), whose softmax is the distribution over the leaves. For multi-label models it is
 (batch, num_nodes), and its sigmoids are the nodes' probabilities.
 """
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from checkpoint_files import ADAPTER_FILES, ONNX_FILE, QUANTIZED_ONNX_FILE, list_files
+from checkpoint_files import ADAPTER_FILES, ONNX_FILE, QUANTIZED_ONNX_FILE, TRUNCATION_FILE, list_files
 from errors import InputError, is_full_disk, one_line
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from publishing.hub import HUB_ERRORS
@@ -77,10 +77,10 @@ def quiet_logs() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def export_onnx(folder: Path, output: Path) -> list[Path]:
-    """Write a checkpoint as `ONNX_FILE` and, with int8 weights, as `QUANTIZED_ONNX_FILE` below a folder. Return their paths.
+def export_onnx(folder: Path, output: Path) -> dict[str, Path]:
+    """Write a checkpoint as `ONNX_FILE` and, with int8 weights, as `QUANTIZED_ONNX_FILE` below a folder. An adapter is merged.
 
-    An adapter is merged.
+    `TRUNCATION_FILE` has the tokenizer's limit, as sentence-transformers writes it. Paths are returned by name.
 
     Raises:
         InputError: a package is missing, the encoder cannot be exported, or probabilities change by more than 1e-3, or
@@ -126,7 +126,9 @@ def export_onnx(folder: Path, output: Path) -> list[Path]:
         gap = largest_gap(exported, model, tokenizer, names)
         if not gap <= tolerance:
             raise InputError(f"{exported.name} changes the probabilities by {gap:.1e}; publish without --onnx")
-    return [file, quantized]
+    truncation = output / TRUNCATION_FILE
+    truncation.write_text(json.dumps({"max_seq_length": tokenizer.model_max_length}))
+    return {ONNX_FILE: file, QUANTIZED_ONNX_FILE: quantized, TRUNCATION_FILE: truncation}
 
 
 def largest_gap(file: Path, model: HierarchicalForSequenceClassification, tokenizer: Any, names: list[str]) -> float:
@@ -143,9 +145,3 @@ def largest_gap(file: Path, model: HierarchicalForSequenceClassification, tokeni
         (logits,) = session.run(["logits"], {name: inputs[name].numpy() for name in names})
         gaps.append((probabilities(torch.from_numpy(logits)) - expected).abs().max())
     return torch.stack(gaps).max().item()
-
-
-def describe_truncation(folder: Path) -> bytes:
-    """Return the content of `checkpoint_files.TRUNCATION_FILE`: the tokenizer's limit, as sentence-transformers writes it."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    return json.dumps({"max_seq_length": tokenizer.model_max_length}).encode()

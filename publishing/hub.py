@@ -69,7 +69,7 @@ def log_in(api: HfApi) -> tuple[str, ...]:
     except HUB_ERRORS as error:
         if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
             raise InputError("the Hub does not know the token in HF_TOKEN, or of the login: make a new one") from error
-        raise InputError(f"cannot ask the Hub whose token this is: {reason(error)}") from error
+        raise InputError(f"cannot ask the Hub whose token this is: {describe_hub_error(error)}") from error
     token = who.get("auth", {}).get("accessToken", {})
     scopes = token.get("fineGrained", {}).get("scoped", [])
     permissions = {permission for scope in scopes for permission in scope.get("permissions", [])}
@@ -122,7 +122,7 @@ def find_target(
         if create_pr:
             raise InputError(f"--revision {branch}: {repo_id} has no such branch to open a pull request on") from error
     except HUB_ERRORS as error:
-        raise InputError(f"cannot look at {repo_id}: {reason(error)}") from error
+        raise InputError(f"cannot look at {repo_id}: {describe_hub_error(error)}") from error
 
     # ── Check what the repository holds ──────────────────────────────────────────────────────────────────────────────
     if private and not info.private:
@@ -150,7 +150,7 @@ def is_ours(api: HfApi, target: Target) -> bool:
     except (ValueError, AttributeError, TypeError):  # not JSON, not a mapping, or not a card
         return False
     except HUB_ERRORS as error:
-        raise InputError(f"cannot look at {target.repo_id}: {reason(error)}") from error
+        raise InputError(f"cannot look at {target.repo_id}: {describe_hub_error(error)}") from error
 
 
 def publish(
@@ -185,7 +185,7 @@ def publish(
         remedy = "run the same command again, which commits nothing twice"
         if create_pr:
             remedy = "run the same command again, unless the pull request is on the Hub"
-        raise InputError(f"{target.repo_id}: {reason(error)}; {remedy}") from error
+        raise InputError(f"{target.repo_id}: {describe_hub_error(error)}; {remedy}") from error
 
 
 def commit_operations(
@@ -196,7 +196,7 @@ def commit_operations(
     return [CommitOperationAdd(*file) for file in files.items()] + [CommitOperationDelete(name) for name in stale]
 
 
-def reason(error: Exception) -> str:
+def describe_hub_error(error: Exception) -> str:
     """Describe in one line why a request to the Hub failed."""
     if isinstance(error, HfHubHTTPError):
         detail = f" ({one_line(error.server_message)})" if error.server_message else ""

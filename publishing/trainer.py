@@ -19,7 +19,7 @@ from transformers.utils import PushInProgress
 
 from checkpoint_files import CHECKPOINT_FILES, list_files, published_files
 from errors import InputError
-from publishing.hub import HUB_ERRORS, commit_operations, reason
+from publishing.hub import HUB_ERRORS, commit_operations, describe_hub_error
 
 logger = logging.getLogger(__name__)
 
@@ -38,45 +38,31 @@ class PublishingTrainer(Trainer):
             if self.args.hub_revision is not None and self.is_world_process_zero():
                 self.hub.create_branch(self.hub_model_id, branch=self.args.hub_revision, exist_ok=True)
         except HUB_ERRORS as error:
-            raise InputError(f"cannot create the repository of --push_to_hub: {reason(error)}") from error
+            raise InputError(f"cannot create the repository of --push_to_hub: {describe_hub_error(error)}") from error
 
     def create_model_card(self, **kwargs: Any) -> None:
         """Write our card, which takes no arguments of the Trainer's own card."""
         if self.write_card is not None and self.is_world_process_zero():
             self.write_card(Path(self.args.output_dir))
 
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> CommitInfo | None:
-        """Save the model, and publish its files and card in one commit. Arguments are as for `Trainer.push_to_hub`."""
+    def push_to_hub(self, commit_message: str = "End of training") -> CommitInfo | None:
+        """Save the model, and publish its files and card in one commit. The other arguments are those of training."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        self.create_model_card(**kwargs)
+        self.create_model_card()
         self._finish_current_push()
-        message, revision = commit_message or "End of training", revision or self.args.hub_revision
-        job = self.hub.run_as_future(self._commit, message, revision, {}, token)
-        return job.result() if blocking else job
+        return self._commit(commit_message, {})
 
-    def _commit(
-        self, message: str, revision: str | None, folders: dict[str, Path], token: str | None = None
-    ) -> CommitInfo:
+    def _commit(self, message: str, folders: dict[str, Path]) -> CommitInfo:
         """Commit the output folder's checkpoint, and further folders by their path in the repository."""
         output = Path(self.args.output_dir)
         files = published_files(output)
         for place, folder in folders.items():
             names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
             files |= {f"{place}/{name}": folder / name for name in filter_repo_objects(names, ignore_patterns=PICKLES)}
-        target = {"repo_id": self.hub_model_id, "revision": revision, "token": token}
+        target = {"repo_id": self.hub_model_id, "revision": self.args.hub_revision}
         operations = commit_operations(files, self.hub.list_repo_files(**target), CHECKPOINT_FILES)
         return self.hub.create_commit(operations=operations, commit_message=message, **target)
 
@@ -96,7 +82,7 @@ class PublishingTrainer(Trainer):
         places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
         folders = {place: folder for strategy, place in places.items() if strategy == self.args.hub_strategy}
         message = f"Training in progress, step {self.state.global_step}"
-        job = self.hub.run_as_future(self._commit, message, self.args.hub_revision, folders)
+        job = self.hub.run_as_future(self._commit, message, folders)
         self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if running else []), job])
 
     def _finish_current_push(self) -> None:
@@ -109,4 +95,4 @@ class PublishingTrainer(Trainer):
         for job in [job for job in jobs if job.done()]:
             jobs.remove(job)
             if job.exception() is not None:
-                logger.warning("a push during training failed: %s", reason(job.exception()))
+                logger.warning("a push during training failed: %s", describe_hub_error(job.exception()))

@@ -57,7 +57,7 @@ def text_problem(value: Any) -> str | None:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "the text is missing"
     if not isinstance(value, str):
-        return f"the text is not a text but {type(value).__name__}"
+        return f"the value is not text but {type(value).__name__}"
     return "the text is empty" if is_blank(value) else None
 
 

@@ -82,7 +82,7 @@ class Rows:
         self.columns: dict[str, float] = {}
         self._read: Callable[[list[str]], Iterator[Row]]
         self._foreign: tuple[type[Exception], ...] = (OSError,)
-        with self._explained():
+        with self._as_input_error():
             if kind == "parquet":
                 from . import parquet  # lazily, because pyarrow is slow to import
 
@@ -94,7 +94,7 @@ class Rows:
 
     def read(self, requested: Sequence[str] | None = None) -> Iterator[Row]:
         """Yield the rows, with the requested columns, by default all. Other columns of a Parquet file are skipped."""
-        with self._explained():
+        with self._as_input_error():
             for count, row in enumerate(self._read(list(self.columns if requested is None else requested)), start=1):
                 self.check("rows", count)
                 yield row
@@ -117,12 +117,12 @@ class Rows:
             raise InputError(f"{self.name} has two columns called {_first_twice(named)}: rename or remove one")
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _as_input_error(self) -> Iterator[None]:
         """Convert the exceptions that libraries raise for a damaged source into an `InputError`."""
         try:
             yield
         except MemoryError as error:
-            raise InputError(f"{self.name} takes more memory than there is, or is damaged: split it") from error
+            raise InputError(f"{self.name} does not fit in memory, or is damaged: split it") from error
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise InputError(f"{self.name} is damaged or incomplete: copy or download it again") from error
         except self._foreign as error:

@@ -16,6 +16,8 @@ from typing import Any
 from .rows import KINDS, InputError, Rows
 from .stores import find_files, is_url, open_stream, without_query
 
+SUFFIXES = tuple(f".{kind}{gz}" for kind in KINDS for gz in ("", ".gz") if (kind, gz) != ("parquet", ".gz"))
+
 
 @dataclass(frozen=True)
 class Source:
@@ -48,7 +50,7 @@ def find_sources(pattern: str, kind: str | None = None) -> list[Source]:
     pattern = pattern.removeprefix("file://")
     if pattern == "-":
         if kind is None:
-            raise InputError(f"- has no name that tells its kind: give --input_format, one of {', '.join(KINDS)}")
+            raise InputError(f"- has no file name: give --input_format, one of {', '.join(KINDS)}")
         return [Source("-", kind)]
     filesystem, is_folder = None, os.path.isdir(pattern)
     if is_url(pattern):
@@ -59,7 +61,7 @@ def find_sources(pattern: str, kind: str | None = None) -> list[Source]:
         files = [(name, 0) for name in names]
     if is_folder:
         files = [(path, size) for path, size in files if not path.rpartition("/")[2].startswith((".", "_"))]
-        files = [(path, size) for path, size in files if kind or has_kind(path)]
+        files = [(path, size) for path, size in files if kind or path.lower().endswith(SUFFIXES)]
     if not files:
         raise InputError(
             f"{without_query(pattern)}: there is no {'file of a known kind in it' if is_folder else 'such file'}"
@@ -73,14 +75,6 @@ def find_all_sources(patterns: Iterable[str], kind: str | None = None) -> list[S
     for source in (source for pattern in patterns for source in find_sources(pattern, kind)):
         unique.setdefault(os.path.realpath(source.path) if source.filesystem is None else source.path, source)
     return list(unique.values())
-
-
-def has_kind(path: str) -> bool:
-    try:
-        kind_of(path)
-    except InputError:
-        return False
-    return True
 
 
 def kind_of(path: str) -> str:

@@ -11,7 +11,7 @@ Worth knowing:
 4. An upload is read into memory and deleted at once. Downloads are deleted after `KEPT_SECONDS`, and when the page stops.
    Nothing that a user sends is logged: see `log_without_values` and `guard.py`.
 5. Texts, explanations and files have separate queues, so a text never waits for a file.
-6. `Service` serves a model that predicts one path a text, and `MultiLabelService` one that predicts several labels. Below, the
+6. `Service` serves a single-path model, and `MultiLabelService` one that predicts several labels. Below, the
    target of the guarantee is a coverage for the first, and a recall for the second.
 """
 
@@ -232,7 +232,7 @@ class Service:
 
     def __init__(self, classifier: Pipeline):
         self.classifier, self.tree = classifier, classifier.tree
-        self.descriptions = getattr(self.tree, "descriptions", {})  # older checkpoints have none
+        self.descriptions = self.tree.descriptions
         # on ZeroGPU, they run in another process, which takes no functions and returns no messages of errors
         self._classify_all = gpu(lambda texts, target: classify_all(classifier, texts, target))
         self._explain = gpu(Explainer(classifier).explain)
@@ -259,11 +259,11 @@ class Service:
 
         Args:
             text: at most 20,000 characters.
-            node: the label of any node of the taxonomy; by default the most probable leaf.
+            node: the label of any node of the taxonomy; by default the first predicted one, or the most probable root.
 
         Returns:
             The node, its probability for the text and for a blank text, and the words with their weights. The weights add up
-            to the difference of the two probabilities, up to the convergence error.
+            to the difference of the two probabilities, or for multi-label models of their log-odds, up to the convergence error.
         """
         text = check_text(text)
         return self._explain(text, self.check_node(node) if node else self.main_node(self._classify(text, None)))
@@ -343,12 +343,11 @@ class Service:
     def figures(self, result: dict[str, Any] | None = None) -> list[Any]:
         """Draw bars and icicle. Without a result, the bars are empty and all leaves of the icicle have the same size."""
         tree = self.tree
-        height = views.icicle_height(tree.num_leaves)
         if result is None:
             empty = [{tree.labels[n]: 0.0 for n in level} for level in self.levels()]
-            return [views.bars(empty, []), views.icicle(self.even_levels(), self.parents(), [], height)]
+            return [views.bars(empty, []), views.icicle(self.even_levels(), self.parents(), [])]
         levels, path = result["levels"], [node["label"] for node in result["path"]]
-        return [views.bars(levels, path), views.icicle(levels, self.parents(), path, height)]
+        return [views.bars(levels, path), views.icicle(levels, self.parents(), path)]
 
     def levels(self) -> list[list[int]]:
         tree = self.tree
@@ -360,7 +359,7 @@ class Service:
 
     def even_levels(self) -> list[dict[str, float]]:
         tree = self.tree
-        share = [len(leaves) / tree.num_leaves for leaves in tree.leaves_below]
+        share = [len(leaves) / tree.num_leaves for leaves in tree.leaves_at_or_below]
         return [{tree.labels[n]: share[n] for n in level} for level in self.levels()]
 
     def show_words(self, text: str, node: str, progress: gr.Progress = gr.Progress()) -> Html:  # noqa: B008
@@ -466,7 +465,7 @@ class Service:
 
 
 class MultiLabelService(Service):
-    """The functions for a model that predicts several labels a text."""
+    """The functions for a multi-label model."""
 
     kicker = "Predicted labels"
     target_label = "Recall: the share of a text's correct nodes that the answer contains on average"
@@ -490,19 +489,6 @@ class MultiLabelService(Service):
             - the number of characters that were read.
         """
         return self._classify(text, recall)
-
-    def explain(self, text: str, node: str | None = None) -> Explanation:
-        """Attribute the log-odds of a node to the words of a text, by integrated gradients.
-
-        Args:
-            text: at most 20,000 characters.
-            node: the label of any node of the taxonomy; by default the most probable label.
-
-        Returns:
-            The node, its probability for the text and for a blank text, and the words with their weights. The weights add up
-            to the difference of the log-odds of the two probabilities, up to the convergence error.
-        """
-        return super().explain(text, node)
 
     def classify_file(
         self, file: gr.FileData, column: str | None = None, recall: float | None = None

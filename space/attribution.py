@@ -2,7 +2,7 @@
 
 Worth knowing:
 
-1. The value is the node's probability. If the model predicts several labels a text, the value is the log-odds of that
+1. The value is the node's probability. For a multi-label model, the value is the log-odds of that
    probability, which words still move where the probability is close to 0 or 1.
 2. The baseline is a blank text of the same length, made of padding. The weights of the words and special tokens add up to
    the difference between the values of the text and of the blank text. `benchmarks/space.py blank` compares baselines.
@@ -34,12 +34,12 @@ from transformers import Pipeline
 warnings.filterwarnings("ignore", message="Multiple layers provided", category=UserWarning)
 
 SCAN = 16  # intervals of the scan
-STEEP = 3  # most intervals of the scan that become pieces of their own
-STEPS = {"steep": 6, "flat": 3}  # with gradients, a piece
-WORK = 16_000  # tokens times steps, for all pieces; a long text takes more, for 2 · SCAN steps
-SECONDS = 7  # after which pieces are not halved any more
-TOLERANCE = 0.005  # error of a piece, in probability, above which it is halved
-LOG_ODDS = 4  # times as large are differences of log-odds as those of the probability, at one half
+STEEP = 3  # at most this many intervals of the scan, those with the largest change, become pieces of their own
+STEPS = {"steep": 6, "flat": 3}  # steps with gradients for one piece
+WORK = 16_000  # budget of tokens × steps for all pieces; a long text gets at least 2 · SCAN steps
+SECONDS = 7  # time limit, after which no piece is halved
+TOLERANCE = 0.005  # a piece with a larger error, in probability, is halved
+LOG_ODDS = 4  # slope of the log-odds at a probability of 0.5; converts tolerances from probability to log-odds
 POINTS_PER_PASS = 6  # of the integration path, in one forward pass
 PROBED = 32  # tokens, for one call of the lexical head
 
@@ -50,7 +50,7 @@ class Word(TypedDict):
     Attributes:
         start, end: position in the text, in characters.
         weight: contribution through encoder and lexical head, in units of probability, or of log-odds if the model predicts
-            several labels a text.
+            several labels per text.
         lexical: the part of the weight that goes through the lexical head; 0 without one.
     """
 

@@ -5,8 +5,8 @@ Worth knowing:
 1. The model and its pipeline load in one call of transformers. On the Hub, code and weights are pinned to the same commit.
 2. An invalid request raises `Refused`. Its message is shown to the user, and contains no text, at most names of columns.
 3. The part of a text that was read is counted in characters, from the tokenizer's offsets.
-4. A model predicts one path a text, and guarantees a coverage. Or it predicts several labels a text, and guarantees a recall.
-   Below, both are the target of the guarantee.
+4. A single-path model predicts one path per text, and guarantees a coverage. A multi-label model predicts any number of nodes,
+   and guarantees a recall. Below, both are the target of the guarantee.
 """
 
 import os
@@ -56,7 +56,7 @@ class Prediction(Node):
 
 
 class MultiLabelClassification(TypedDict):
-    """The result for one text, of a model that predicts several labels a text.
+    """The result for one text, of a multi-label model.
 
     Attributes:
         labels: the deepest predicted nodes, most probable first; possibly none.
@@ -103,7 +103,7 @@ def check_text(text: Any) -> str:
 
 
 def is_multi_label(classifier: Pipeline) -> bool:
-    """Return whether the model predicts several labels a text."""
+    """Return whether the model is multi-label."""
     return classifier.model.config.problem_type == "multi_label_classification"
 
 
@@ -126,7 +126,7 @@ def is_calibrated(classifier: Pipeline) -> bool:
 
 def is_refitted(classifier: Pipeline) -> bool:
     """Return whether the model was trained on the validation rows too, so that nothing is guaranteed."""
-    return bool(getattr(classifier.model.config, "refitted", False))  # older checkpoints do not say
+    return bool(classifier.model.config.refitted)
 
 
 def check_target(classifier: Pipeline, target: Any) -> float | None:

@@ -7,7 +7,7 @@ Worth knowing:
    an underline, a plus or minus, or a number.
 3. Heights depend on the taxonomy only, so that nothing moves when a result arrives. Only a list of labels can grow.
 4. Of many nodes, the most probable are shown, and the rest is summed up as "others".
-5. Several labels a text: probabilities of siblings do not add up. So no figure adds them, and `tree` has a bar for each node.
+5. Multi-label models: probabilities of siblings do not add up. So no figure adds them, and `tree` has a bar for each node.
 """
 
 import math
@@ -74,7 +74,7 @@ def result(kicker: str, classified: Classification, answer: str, descriptions: d
 
     Args:
         answer: HTML, of `coverage_answer` or why there is none.
-        descriptions: of some nodes, by label.
+        descriptions: a phrase for each node that has one, by label.
     """
     node = predicted(classified, descriptions)
     return panel(f"<p class='kicker'>{kicker}</p>{node}<p class='answer'>{answer}</p>{truncation(classified)}")
@@ -143,11 +143,6 @@ def name(text: str) -> str:
     return f"<bdi>{plain(text)}</bdi>"
 
 
-def bars_height(widths: list[int]) -> int:
-    """Return the height of the bars in pixels, from the number of nodes of each level."""
-    return sum(HEADING + ROW * min(width, BARS + 1) for width in widths[:LEVELS]) + 8
-
-
 def bars(levels: list[dict[str, float]], path: list[str]) -> go.Figure:
     """Draw probability bars, level by level, with the path in blue.
 
@@ -156,7 +151,7 @@ def bars(levels: list[dict[str, float]], path: list[str]) -> go.Figure:
         path: labels of the highlighted nodes.
     """
     shown = levels[:LEVELS]
-    height = bars_height([len(level) for level in levels])
+    height = sum(HEADING + ROW * min(len(level), BARS + 1) for level in shown) + 8
     figure = go.Figure()
     top = 0.0
     for depth, level in enumerate(shown, start=1):
@@ -228,7 +223,7 @@ def tree(nodes: list[tuple[str, int]], scores: dict[str, float] | None, chosen: 
     return dress_rows(figure, height)
 
 
-def icicle(levels: list[dict[str, float]], parents: dict[str, str], path: list[str], height: int) -> go.Figure:
+def icicle(levels: list[dict[str, float]], parents: dict[str, str], path: list[str]) -> go.Figure:
     """Draw the taxonomy from the roots at the left to the leaves at the right. The height of a node is its probability.
 
     Args:
@@ -261,7 +256,8 @@ def icicle(levels: list[dict[str, float]], parents: dict[str, str], path: list[s
     )
     figure.update_xaxes(range=[0, len(levels)], visible=False, fixedrange=True)
     figure.update_yaxes(range=[1, 0], visible=False, fixedrange=True)
-    return dress(figure, height).update_layout(uniformtext={"minsize": 8, "mode": "hide"})
+    num_leaves = len(parents.keys() - children.keys())
+    return dress(figure, min(130 + 26 * num_leaves, 440)).update_layout(uniformtext={"minsize": 8, "mode": "hide"})
 
 
 def lay_out(
@@ -282,11 +278,6 @@ def lay_out(
     if others:
         rest = sum(scores[node] for node in others)
         yield level, low, f"{len(others):,} other{'s' if len(others) > 1 else ''}", rest, True
-
-
-def icicle_height(leaves: int) -> int:
-    """Return the height of the icicle in pixels, from the number of leaves."""
-    return round(min(130 + 26 * leaves, 440))
 
 
 def shade(score: float) -> str:
@@ -372,7 +363,7 @@ def words(text: str, explanation: Explanation, in_log_odds: bool = False) -> str
         f"<div class='ranked'>{ranking(f'Raise the probability most, in {unit}', best, written)}"
         f"{ranking(f'Lower the probability most, in {unit}', worst, written)}</div>"
         "<p class='note'>Integrated gradients over the encoder’s word embeddings and, where the model has one, its lexical head. "
-        "A weight shows the effect of a word on the model. It is no medical reason.</p>"
+        "A weight shows the effect of a word on the model. It is not medical evidence.</p>"
     )
 
 
@@ -509,7 +500,7 @@ def masthead() -> str:
 
 
 def footer() -> str:
-    return f"<footer><p>{NOT_A_DEVICE} What you send is not logged, stored or shared.</p></footer>"
+    return f"<footer><p>{NOT_A_DEVICE} What you send is not logged or shared. Files are deleted within ten minutes.</p></footer>"
 
 
 HEAD = """

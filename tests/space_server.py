@@ -7,16 +7,17 @@ import sys
 import time
 from pathlib import Path
 
-from conftest import ROOT
+from conftest import ROOT, free_port
 
 
 class SpaceServer:
     """`python space/app.py` on a free port of this machine; a context, which stops it.
 
     Args:
-        model: the checkpoint.
+        model: the checkpoint; None where settings name it, as on the Hub.
         folder: for its log and its temporary files.
         app: another copy of it.
+        settings: environment variables on top of this process's.
 
     Attributes:
         address: of the page.
@@ -24,10 +25,14 @@ class SpaceServer:
         pid: of the process.
     """
 
-    def __init__(self, model: str, folder: Path, app: Path = ROOT / "space" / "app.py"):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+    def __init__(
+        self,
+        model: str | None,
+        folder: Path,
+        app: Path = ROOT / "space" / "app.py",
+        settings: dict[str, str] | None = None,
+    ):
+        port = free_port()
         self.address, self.scratch, self._log = f"http://127.0.0.1:{port}", folder / "tmp", folder / "log"
         self.scratch.mkdir()
         ours = {
@@ -38,13 +43,21 @@ class SpaceServer:
         }
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, str(app), "--model", model],
+                [sys.executable, str(app), *(() if model is None else ("--model", model))],
                 cwd=folder,  # not the repository: on the Hub there is none
-                env=os.environ | ours,
+                env=os.environ | ours | (settings or {}),
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
         self.pid = self._process.pid
+        try:
+            self._wait_for(port)
+        except BaseException:  # such as a time limit: nobody else would stop it
+            self._process.kill()
+            self._process.wait()
+            raise
+
+    def _wait_for(self, port: int) -> None:
         for _ in range(480):
             assert self._process.poll() is None, self.log()
             with socket.socket() as there:
@@ -74,5 +87,7 @@ class SpaceServer:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._process.poll() is None:
+        try:
             self.stop()
+        finally:
+            self._process.kill()  # what has not stopped

@@ -7,7 +7,6 @@ this process, and nothing may be left behind. ``pytest -rP tests/test_bad_input.
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import ROOT, complete, run, stranger
+from conftest import ROOT, complete, copy_checkpoint, run, stranger
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
@@ -25,7 +24,6 @@ from transformers import AutoModel
 import predict
 import push_to_hub
 import train
-from checkpoint_hierarchical import SHIPPED_FILES
 from errors import InputError
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import parse
@@ -51,6 +49,8 @@ FILES: dict[str, str | bytes] = {
     "mixed.json": json.dumps([{"text": f"text {i}", "label": (1, "1")[i % 2]} for i in range(40)]),
     "damaged.parquet": b"PAR1" + bytes(500) + b"PAR1",
     "bad.yaml": "seed: {",
+    "items.yaml": "- seed\n- 1\n",
+    "words.yaml": "just words",
     "utf16.yaml": "seed: 1\n".encode("utf-16"),
     "key.yaml": "lora_rr: 8\n",
     "number.yaml": "lora_r: many\n",
@@ -101,6 +101,8 @@ TRAIN = [
     (("--data_path", "folder.csv"), "is not a folder saved by `datasets`"),
     (("--dataset_name", "../../etc"), "cannot load --dataset_name ../../etc"),
     (("bad.yaml", *DATA), "the recipe bad.yaml is not YAML"),
+    (("items.yaml", *DATA), "the recipe items.yaml must be a mapping of flags to values"),
+    (("words.yaml", *DATA), "the recipe words.yaml must be a mapping of flags to values"),
     (("utf16.yaml", *DATA), "the recipe utf16.yaml is not UTF-8 text"),
     (("key.yaml", *DATA), "the recipe key.yaml has an unknown key 'lora_rr'; did you mean lora_r?"),
     (("number.yaml", *DATA), "--lora_r: invalid int value: 'many'"),
@@ -133,8 +135,8 @@ TRAIN = [
     ((*DATA, "--level_weights", "1", "inf"), "--level_weights must be non-negative and not all zero"),
     ((*DATA, "--level_weights", "0", "0", "1"), "--level_weights 0.0 0.0 1.0: all levels with a choice have weight 0: [1]"),
     ((*DATA, "--taxonomy", "one_root.json", "--level_weights", "1", "0"), "all levels with a choice have weight 0: [2]"),
-    ((*DATA, "--remove_unused_columns", "false"), "--remove_unused_columns has no use here"),
-    ((*DATA, "--dataloader_persistent_workers", "true"), "--dataloader_persistent_workers draws other dropout"),
+    ((*DATA, "--remove_unused_columns", "false"), "--remove_unused_columns is not supported"),
+    ((*DATA, "--dataloader_persistent_workers", "true"), "--dataloader_persistent_workers changes the random numbers"),
     ((*DATA, *RANDOM, "--lora_target_modules", "query", "word_embeddings"), "embeddings.word_embeddings is an embedding"),
     (("null.yaml", *DATA), "the recipe null.yaml: save_total_limit has no value; leave the key out for its default"),
     (("--train_file", "lists.csv"), "lists.csv, line 2, column 'label': the label is a list written as text"),
@@ -149,8 +151,8 @@ TRAIN = [
     ((*DATA, "--metric_for_best_model", "acuracy"), "--metric_for_best_model acuracy is not measured on these validation rows; it is one of loss, "),
     ((*DATA, *RANDOM, "--report_to", "nothing_of_the_kind"), "cannot set up training: nothing_of_the_kind is not supported"),
     ((*DATA, "--metric_for_best_model", "ece_by_chance"), "--metric_for_best_model ece_by_chance is not measured"),
-    ((*DATA, "--bf16_full_eval", "true"), "--bf16_full_eval has no use here"),
-    ((*DATA, "--dataloader_drop_last", "true"), "--dataloader_drop_last has no use here"),
+    ((*DATA, "--bf16_full_eval", "true"), "--bf16_full_eval is not supported"),
+    ((*DATA, "--dataloader_drop_last", "true"), "--dataloader_drop_last is not supported"),
     ((*DATA, "--save_total_limit", "0"), "--save_total_limit must be at least 1"),
     (
         (*DATA, "--enable_jit_checkpoint", "true", "--save_total_limit", "1"),
@@ -168,7 +170,7 @@ TRAIN = [
     ((*DATA, *RANDOM, "--lr_scheduler_kwargs", '{"foo": 2}'), "cannot set up --lr_scheduler_type cosine"),
     ((*DATA, *RANDOM, "--adam_beta1", "2"), "cannot set up the optimizer: Invalid beta parameter"),
     ((*DATA, "--eval_strategy", "no", "--save_strategy", "no"), "also give --load_best_model_at_end false"),
-    ((*DATA, "--prediction_loss_only", "true"), "--prediction_loss_only has no use here"),
+    ((*DATA, "--prediction_loss_only", "true"), "--prediction_loss_only is not supported"),
     ((*DATA, *RANDOM, "--lr_scheduler_type", "reduce_lr_on_plateau"), "reduce_lr_on_plateau needs validation rows"),
     ((*DATA, "--refit", "--lr_scheduler_type", "greedy"), "greedy follows evaluations, and the second run of --refit"),
     ((*DATA, "--accelerator_config", "nowhere.json"), "No such file or directory: 'nowhere.json'"),
@@ -177,6 +179,7 @@ TRAIN = [
     ((*DATA, "--output_dir", "/proc/results"), NO_FOLDER),
     ((*DATA, "--output_dir", "n" * 300), "File name too long"),
     ((*DATA, "--resume_from_checkpoint", "nowhere"), "cannot resume from nowhere: there is no such folder"),
+    ((*DATA, "--do_train", "false"), "--do_train false needs a trained checkpoint"),
 ]  # fmt: skip
 
 
@@ -194,20 +197,12 @@ def place(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def copy_checkpoint(form: str, folder: Path) -> Path:
-    """A folder of tests/checkpoint with the code of today, which a release will ship."""
-    shutil.copytree(CHECKPOINT / form, folder)
-    for file in SHIPPED_FILES:
-        shutil.copy(ROOT / file, folder)
-    return folder
-
-
 def refusal(main: Callable, *words: object) -> str:
     """The one line that a command refuses with, printed too. It leaves no file behind."""
     before = {path for path in Path().rglob("*") if "__pycache__" not in path.parts}
     with pytest.raises(Exception) as refused:  # noqa: PT011 - what it may be is said below
         main([str(word) for word in words])
-    said = train.failure(refused.value) if main is train.main else str(refused.value)
+    said = train.user_error_message(refused.value) if main is train.main else str(refused.value)
     assert main is train.main or isinstance(refused.value, InputError), repr(refused.value)
     assert said is not None, repr(refused.value)
     assert len(said) < 1500
@@ -327,7 +322,7 @@ ENCODERS = {
     "tokenizer missing": (remove("tokenizer.json", "tokenizer_config.json"), "holds no tokenizer"),
     "tokenizer torn": (cut("tokenizer.json"), "cannot load the tokenizer of encoder"),
     "tokenizer empty": (write("tokenizer.json", b"{}"), "cannot load the tokenizer of encoder"),
-    "tokenizer of another": (more_tokens, "the tokenizer of encoder is another encoder's: it has token 73"),
+    "tokenizer of another": (more_tokens, "the tokenizer of encoder does not belong to this encoder: it has token 73"),
     "tokenizer slow": (
         slow_tokenizer,
         "BertweetTokenizer is not a fast tokenizer (of the tokenizers library), which serving the checkpoint requires",
@@ -388,7 +383,7 @@ CHECKPOINTS = {
     "weights left over": (
         "self_contained", configure("config.json", lexical_vocab_size=None, lexical_weight=None), "does not fit its config.json"),
     "weights torn": ("self_contained", cut(WHOLE), "SafetensorError"),
-    "tokenizer of another": ("self_contained", more_tokens, "the tokenizer of checkpoint is another encoder's: it has token 73"),
+    "tokenizer of another": ("self_contained", more_tokens, "the tokenizer of checkpoint does not belong to this encoder: it has token 73"),
     "tokenizer without limit": (
         "self_contained", configure("tokenizer_config.json", model_max_length=10**9), "beyond the encoder's 32 positions"),
     "tokenizer missing": (
@@ -409,6 +404,13 @@ def test_a_checkpoint_without_its_vocabulary_is_not_scored(place):
     (place / "rows.csv").write_text("text,label\na headache,general\n")
     words = ("--do_train", "false", "--do_predict", "--model_name_or_path", "checkpoint", "--test_file", "rows.csv")
     assert "checkpoint holds no tokenizer" in refusal(train.main, *words, "--output_dir", "results")
+
+
+def test_no_rows_are_split_off_to_score_a_checkpoint(place):
+    copy_checkpoint("self_contained", place / "checkpoint")
+    (place / "rows.csv").write_text("text,label\na headache,general\n")
+    words = ("--do_train", "false", "--model_name_or_path", "checkpoint", "--data_path", "rows.csv")
+    assert "give the whole file as --test_file" in refusal(train.main, *words, "--output_dir", "results")
 
 
 def test_weights_that_are_no_numbers_are_no_answer(place):
@@ -459,7 +461,7 @@ def test_prediction(place, words, message):
     assert message in refusal(predict.main, *(word for pair in given.items() for word in pair))
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line():
+def test_a_hub_that_cannot_be_reached_is_one_line(closed_port):
     code = """
 import json
 from errors import InputError
@@ -470,10 +472,8 @@ try:
 except InputError as error:
     print(json.dumps(str(error)))
 """
-    with socket.socket() as closed:  # bound, but not listening: connections are refused
-        closed.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
-        message = stranger(code, ROOT, {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0"})
+    settings = {"HF_ENDPOINT": f"http://127.0.0.1:{closed_port}", "HF_HUB_OFFLINE": "0"}
+    message = stranger(code, ROOT, settings)
     assert message.startswith("cannot find the model someone/encoder on the Hub: ")
     assert "connection" in message
 
@@ -589,11 +589,12 @@ def test_predicting_shows_no_text_that_stands_where_a_name_should(place, capfd, 
 # ── what needs a process of its own ──────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_traceback_comes_where_it_is_asked_for(place):
+@pytest.mark.parametrize("settings", [{}, {"HIERARCHICAL_TRACEBACK": "1"}])
+def test_a_traceback_comes_only_where_it_is_asked_for(place, settings):
     words = ("--model", "x", "--input", "none.csv", "--output", "out.jsonl")
-    done = run(*words, command="predict.py", check=False, cwd=place, settings={"HIERARCHICAL_TRACEBACK": "1"})
+    done = run(*words, command="predict.py", check=False, cwd=place, settings=settings)
     assert done.returncode == 2
-    assert "Traceback (most recent call last):" in done.stderr
+    assert ("Traceback (most recent call last):" in done.stderr) == bool(settings)
     assert done.stderr.splitlines()[-1] == "predict.py: error: --input none.csv: there is no such file"
 
 

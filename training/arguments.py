@@ -17,7 +17,7 @@ from transformers.hf_argparser import string_to_bool
 from transformers.trainer_utils import SaveStrategy
 
 from configuration_hierarchical import DEFAULT_ENCODER, DEFAULT_ENCODER_REVISION
-from errors import InputError, is_fault, one_line
+from errors import InputError, is_own_bug, one_line
 from taxonomy_hierarchical import Taxonomy
 from training.multi_label import multi_hot
 from training.precision import has_bf16
@@ -26,7 +26,7 @@ from training.recipe import insert_recipe, nearest
 logger = logging.getLogger(__name__)
 
 ComputeMetrics = Callable[[EvalPrediction], dict[str, float]]
-FEW_ROWS = 32  # training rows a class, on average, below which heads are initialised from the class names
+FEW_ROWS = 32  # training rows per class, on average, below which heads start from prototypes
 
 
 # ruff: noqa: RUF009 - `flag` returns a dataclass field
@@ -51,12 +51,13 @@ class ModelArguments:
     lora_dropout: float = flag(0.0, "Dropout on the adapter's input.")
     lora_target_modules: list[str] = flag(["all-linear"], "Names of the adapted layers, such as query value.")
     pooling: Literal["mean", "cls", "label_attention"] = flag(
-        "mean", "Vector of a text: the mean of its token vectors, the first one, or for each class a weighted mean."
+        "mean",
+        "mean: of the token vectors; cls: the first token's vector; label_attention: a weighted mean for each node.",
     )
     heads_init: Literal["prototypes", "random"] | None = flag(
         None, f"Initial heads. Default: prototypes, from texts and class names, below {FEW_ROWS} rows per class."
     )
-    contrastive_steps: int = flag(0, "Steps that draw texts of one class together, before fresh heads are initialised.")
+    contrastive_steps: int = flag(0, "Steps of supervised contrastive training, before new heads are initialised.")
     lexical_head: bool | None = flag(None, "Add a linear classifier of the tokens. Default: true up to 2^24 weights.")
 
 
@@ -74,9 +75,7 @@ class DataArguments:
         None, "Whether a text has one label or any number. Default: any number if the column holds lists."
     )
     label_delimiter: str | None = flag(None, "What separates the labels of a text in the column, such as ';'.")
-    incomplete_labels: bool = flag(
-        False, "Several labels a text: nodes below the given labels are unknown, not absent."
-    )
+    incomplete_labels: bool = flag(False, "For multi-label data: nodes below the given labels are unknown, not absent.")
     taxonomy: str | None = flag(
         None, "Nested .yaml or .json, or .csv of parent,child rows. Default: Medical Abstracts, or the labels' paths."
     )
@@ -97,7 +96,7 @@ class LossArguments:
     focal_gamma: float = flag(0.0, "Exponent of (1 - p) in the focal loss. 0: cross-entropy.")
     class_weighting: Literal["none", "balanced"] = flag("none", "balanced: more weight for siblings with fewer rows.")
     level_weights: list[float] = flag([1.0], "Weights of decisions at level 1, 2, …; the last one for all deeper.")
-    consistency: float = flag(0.0, "Train on halves of each text, with this weight of their disagreement. 0: on texts.")
+    consistency: float = flag(0.0, "Weight of the consistency loss between two halves of each text. 0: train on texts.")
 
 
 @dataclass
@@ -109,7 +108,7 @@ class HierarchicalTrainingArguments(TrainingArguments):
     do_train: bool | None = flag(None, "Train. Default: yes, unless --do_eval or --do_predict is given.")
     do_eval: bool | None = flag(None, "Score the validation rows at the end, and calibrate on them. Default: yes.")
     do_predict: bool | None = flag(None, "Score the test rows. Default: yes.")
-    refit: bool = flag(False, "Then train anew on all rows but the test rows, for the best number of epochs.")
+    refit: bool = flag(False, "After the run, train a second model on training and validation rows.")
     num_train_epochs: float = flag(5.0, "Number of passes over the training rows.")
     per_device_train_batch_size: int = flag(16, "Texts per device and step.")
     per_device_eval_batch_size: int = flag(32, "Texts per device and step in evaluation.")
@@ -218,7 +217,7 @@ def parse(argv: list[str]) -> Arguments:
     try:
         *parsed, rest = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
     except (ValueError, TypeError, ImportError, OSError) as error:
-        if is_fault(error):
+        if is_own_bug(error):
             raise
         raise InputError(one_line(error)) from error
     if rest:
@@ -256,7 +255,7 @@ def check_values(arguments: Arguments) -> None:
             raise InputError(f"--{name} must be {lower} {low:,.0f}{upper}, not {value}")
     for name, default in FIXED_FLAGS.items():
         if values[name] not in (default, None):
-            raise InputError(f"--{name} has no use here: every row is scored, in one pass, by the unchanged model")
+            raise InputError(f"--{name} is not supported: it would change which rows are scored, or the scored model")
 
     # ── What else can be wrong, and whether it is ────────────────────────────────────────────────────────────────────
     model, data, loss, training = arguments
@@ -297,7 +296,7 @@ def check_values(arguments: Arguments) -> None:
         f"--lr_scheduler_type {schedule.value} follows evaluations, and the second run of --refit has none": (
             training.refit and schedule in METRIC_SCHEDULERS
         ),
-        "--dataloader_persistent_workers draws other dropout after a resume: leave it out": (
+        "--dataloader_persistent_workers changes the random numbers of a resumed run: leave it out": (
             training.dataloader_persistent_workers
         ),
         "--label_delimiter must not be empty": delimiter == "",
@@ -336,7 +335,7 @@ def check_against_data(
         training.metric_for_best_model = None  # else the Trainer looks for it at every evaluation
     elif training.eval_strategy != "no":
         given = splits["validation"]["label"][:]
-        # with several labels a text, one text with the labels of all of them is enough
+        # in multi-label data, one text with the labels of all of them is enough
         labels = multi_hot(taxonomy, [[*chain(*given)]]) if several else np.unique(given)
         check_best_metric(training.metric_for_best_model or "loss", taxonomy, labels, compute_metrics)
 
@@ -350,7 +349,7 @@ def check_best_metric(name: str, taxonomy: Taxonomy, labels: np.ndarray, compute
         labels = np.array([*examples.values()])
         predictions = np.zeros((len(labels), taxonomy.num_leaves))
     measured = compute_metrics(EvalPrediction(predictions, labels))
-    # with several labels a text, a model that finds no node probable has no ECE
+    # in multi-label data, a model that finds no node probable has no ECE
     excluded = ("_by_chance", "ece") if labels.ndim == 2 else "_by_chance"
     available = ["loss", *(metric for metric in measured if not metric.endswith(excluded))]
     if name.removeprefix("eval_") not in available:

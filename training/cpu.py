@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 logger = logging.getLogger(__name__)
 
 
-def speed_up(encoder: PreTrainedModel) -> None:
+def use_training_kernels(encoder: PreTrainedModel) -> None:
     """Prepare an encoder with an injected LoRA adapter for bfloat16 training on a CPU, in place."""
     for module in encoder.modules():
         if isinstance(module, LoraLayer):

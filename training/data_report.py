@@ -20,7 +20,7 @@ LOGGED_COUNTS = (
     "%(split)s: %(rows)d rows, %(dropped_rows)d dropped, %(normalised_duplicates)d duplicates; %(conflicting_texts)d texts "
     "have several labels, accuracy is at most %(accuracy_ceiling).4f; "
 )
-LOGGED_LABEL_SETS = "%(split)s: %(rows)d texts, %(dropped_rows)d dropped; %(labels_per_text).2f labels a text; "
+LOGGED_LABEL_SETS = "%(split)s: %(rows)d texts, %(dropped_rows)d dropped; %(labels_per_text).2f labels per text; "
 LOGGED_LENGTHS = "%(p50)d tokens a text in the median, %(max)d at most; %(truncated)d texts truncated at %(max_length)d"
 
 
@@ -103,7 +103,7 @@ def _by_level(taxonomy: Taxonomy, counts: Sequence[int]) -> dict[str, dict[str, 
 
 
 def untrained_classes(rows: pd.DataFrame, taxonomy: Taxonomy) -> list[str]:
-    """Return the leaves, or with several labels a text the nodes, without a training row, if there are any rows."""
+    """Return the leaves, or in multi-label data the nodes, without a training row, if there are any rows."""
     train = rows.loc[rows["split"] == "train", "label"].tolist()
     if train and isinstance(train[0], list):
         return [taxonomy.labels[i] for i, count in enumerate(texts_by_node(train, taxonomy)) if not count]

@@ -18,8 +18,8 @@ from taxonomy_hierarchical import (
     SHOWN_WORDS,
     Taxonomy,
     TaxonomyError,
-    compose,
     quote_name,
+    to_nfc,
 )
 from training.arguments import DataArguments
 
@@ -51,7 +51,7 @@ def read_label_sets(table: Table, columns: list[str], delimiter: str | None) -> 
         problem = "the cell is neither 0 nor 1, as each of several label columns must be"
         for name, cells in zip(columns, marks, strict=True):
             refuse_rows(table, name, (problem if cell is None else None for cell in cells))
-        names = [compose(name.strip()) for name in columns]
+        names = [to_nfc(name.strip()) for name in columns]
         return [tuple(compress(names, row)) for row in zip(*marks, strict=True)]
     (column,) = columns
     rows = []
@@ -79,7 +79,7 @@ def _label_text(value: Any) -> str | None:
         return ""
     if not isinstance(value, str | int) or isinstance(value, bool):
         return None
-    return compose(str(value).strip())
+    return to_nfc(str(value).strip())
 
 
 def _label_problem(path: tuple[Any, ...]) -> str | None:
@@ -91,7 +91,7 @@ def _label_problem(path: tuple[Any, ...]) -> str | None:
     if any(len(name) > LONGEST_LABEL for name in path):
         return f"the label has more than {LONGEST_LABEL} characters"
     if "" in path and any(path[path.index("") :]):
-        return "the label has a gap above a filled level"
+        return "a label column is empty, although the column of a deeper level is filled"
     return None
 
 
@@ -133,7 +133,7 @@ def resolve_labels(
             taxonomy = Taxonomy.from_file(arguments.taxonomy, separator)
         except TaxonomyError as error:
             raise InputError(f"--taxonomy: {error}") from error
-    elif _holds(default := Taxonomy(DEFAULT_TAXONOMY, separator), names.values()):
+    elif _has_all_labels(default := Taxonomy(DEFAULT_TAXONOMY, separator), names.values()):
         taxonomy, origin = default, "the default, of the Medical Abstracts corpus"
     else:
         _refuse_unknown_codes(codes, places)
@@ -190,7 +190,7 @@ def read_class_names(path_or_json: str) -> dict[str, str]:
     for code, name in pairs:
         if not isinstance(name, str) or not name.strip() or not code.strip():
             raise InputError(f"{where}: the code {quote_name(code)} needs a name, a text")
-        code, name = compose(code.strip()), compose(name.strip())
+        code, name = to_nfc(code.strip()), to_nfc(name.strip())
         if names.setdefault(code, name) != name:
             both = " and ".join(map(quote_name, (names[code], name)))
             raise InputError(f"{where}: the code {quote_name(code)} has two names: {both}")
@@ -249,7 +249,7 @@ def _node(taxonomy: Taxonomy, lookup: dict[Label, int], label: Label) -> int:
     raise TaxonomyError(f"{problem}, not {quote_name(label)}")
 
 
-def _holds(taxonomy: Taxonomy, labels: Iterable[Label]) -> bool:
+def _has_all_labels(taxonomy: Taxonomy, labels: Iterable[Label]) -> bool:
     lookup = _lookup(taxonomy)
     try:
         return all(_node(taxonomy, lookup, label) >= 0 for label in labels)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from modeling_hierarchical import IGNORED_LABEL
+from modeling_hierarchical import average_over_labels
 from taxonomy_hierarchical import Taxonomy
 
 
@@ -21,19 +21,6 @@ def balanced_weights(counts: Tensor, group: Tensor) -> Tensor:
     seen = counts > 0
     documents, classes = (torch.bincount(group, values.double())[group] for values in (counts, seen))
     return torch.where(seen, documents / (classes * counts), 1).float()
-
-
-def average_over_labels(values: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
-    """Sum the values (B,) of texts that `has_labels`, and divide by ``num_items``, by default their number."""
-    labelled = has_labels(labels)
-    items = labelled.sum().clamp(min=1) if num_items is None else num_items
-    return torch.where(labelled, values, 0).sum() / items
-
-
-def has_labels(labels: Tensor) -> Tensor:
-    """Return which texts have a known label: (B,), from ids (B,) or arrays (B, num_nodes)."""
-    known = labels != IGNORED_LABEL
-    return known if known.dim() == 1 else known.any(1)
 
 
 class HierarchicalFocalLoss(nn.Module):
@@ -56,7 +43,7 @@ class HierarchicalFocalLoss(nn.Module):
     ):
         super().__init__()
         self.gamma, self.label_smoothing = gamma, label_smoothing
-        group, ancestors = torch.tensor(tree.decision_of), torch.tensor(tree.ancestors)
+        group, ancestors = torch.tensor(tree.decision_of), torch.tensor(tree.padded_paths)
         size = torch.bincount(group)[group]
         levels = torch.tensor([level_weights[min(i, len(level_weights) - 1)] for i in range(tree.depth)])
         # an only child is no decision: its p is 1 whatever the weights, and so are its loss and gradient 0

@@ -1,4 +1,4 @@
-"""Let glibc's malloc keep freed memory, since fetching it again, page by page, takes time. Does nothing elsewhere."""
+"""Let glibc's malloc keep freed memory, because fetching it again costs one page fault per page. No effect elsewhere."""
 
 import ctypes
 import sys

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, Pretrain
 from checkpoint_files import MODEL_FILES, is_checkpoint, read_config
 from checkpoint_hierarchical import check_tokenizer, load_encoder, position_limit
 from configuration_hierarchical import HierarchicalConfig
-from errors import InputError, one_line, refusing
+from errors import InputError, as_input_error, one_line
 from modeling_hierarchical import HierarchicalForSequenceClassification, HierarchicalHeads
 from publishing.hub import HUB_ERRORS
 from taxonomy_hierarchical import Taxonomy, quote_name
@@ -48,7 +48,7 @@ def build_model(
         return continue_checkpoint(arguments, taxonomy)
 
     # ── Configuration ────────────────────────────────────────────────────────────────────────────────────────────────
-    with refusing(f"cannot load the encoder {name}"):
+    with as_input_error(f"cannot load the encoder {name}"):
         # the default of trust_remote_code prompts at a terminal
         text_config = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
         if arguments.tuning == "lora":
@@ -106,7 +106,7 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
         turn_off_dropout(config.text_config)
     for name in CALIBRATION:  # fitted to the earlier weights
         setattr(config, name, None)
-    with refusing(f"cannot load the checkpoint {path}"):
+    with as_input_error(f"cannot load the checkpoint {path}"):
         model = HierarchicalForSequenceClassification.from_pretrained(
             path, config=config, merge_adapter=False, **load_arguments(arguments)
         )
@@ -161,7 +161,7 @@ def fetch_model(arguments: ModelArguments) -> None:
         raise InputError(f"cannot find the model {name} on the Hub: {one_line(error)}") from error
     arguments.model_revision = commit = config.parent.name
     if is_checkpoint(config.parent):
-        with refusing(f"cannot download the checkpoint {name} at {commit}"):
+        with as_input_error(f"cannot download the checkpoint {name} at {commit}"):
             folder = snapshot_download(name, revision=commit, allow_patterns=list(MODEL_FILES))
         logger.info("checkpoint: %s at %s", name, commit)
         arguments.model_name_or_path, arguments.model_revision = folder, None
@@ -196,7 +196,7 @@ def load_tokenizer(arguments: ModelArguments, model: HierarchicalForSequenceClas
     name = arguments.model_name_or_path
     continued = is_checkpoint(name)
     revision = model.config.encoder_revision or "main"
-    with refusing(f"cannot load the tokenizer of {name}"):
+    with as_input_error(f"cannot load the tokenizer of {name}"):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=continued)
         check_tokenizer(tokenizer, model)
     tokenizer.padding_side = "right"  # "cls" pooling reads the first token, and positions start there

@@ -1,4 +1,4 @@
-"""Several labels a text: label arrays, the training loss, and the disagreement of two halves.
+"""Multi-label data: label arrays, the training loss, and the divergence of two halves.
 
 A text with a node has all its ancestors. Each node is a decision given its parent, open where the text has the parent.
 """
@@ -10,22 +10,18 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from modeling_hierarchical import IGNORED_LABEL, TreeSigmoid
+from modeling_hierarchical import IGNORED_LABEL, TreeSigmoid, average_over_labels
 from taxonomy_hierarchical import Taxonomy
-from training.losses import average_over_labels
 
 
-def multi_hot(taxonomy: Taxonomy, labels: Sequence[Sequence[int] | None], incomplete: bool = False) -> np.ndarray:
+def multi_hot(taxonomy: Taxonomy, labels: Sequence[Sequence[int]], incomplete: bool = False) -> np.ndarray:
     """Return the labels of texts as an array (num_texts, num_nodes) of int8: 1 for a text's nodes and their ancestors.
 
-    The row of None, a text without known labels, is -100. So are all nodes below the deepest ones if ``incomplete``.
+    If ``incomplete``, all nodes below the deepest ones are -100.
     """
     array = np.zeros((len(labels), taxonomy.num_nodes), dtype=np.int8)
     below = [np.array(nodes, dtype=int) for nodes in taxonomy.nodes_below] if incomplete else []
     for row, nodes in zip(array, labels, strict=True):
-        if nodes is None:
-            row[:] = IGNORED_LABEL
-            continue
         row[list(taxonomy.with_ancestors(nodes))] = 1
         if incomplete:
             for node in taxonomy.deepest(nodes):
@@ -68,7 +64,7 @@ class MultiLabelFocalLoss(nn.Module):
     `HierarchicalFocalLoss`.
 
     The model's own loss is another one, the likelihood of the open decisions. It teaches a node nothing about texts without its
-    parent. Models trained with it rank texts worse: docs/experiments.md, "Losses and settings for several labels a text".
+    parent. Models trained with it rank texts worse: docs/experiments.md, "Losses and settings for multi-label models".
     """
 
     def __init__(
@@ -102,7 +98,7 @@ class MultiLabelFocalLoss(nn.Module):
         return average_over_labels(torch.where(labels != IGNORED_LABEL, loss, 0).sum(1), labels, num_items_in_batch)
 
 
-def decision_disagreement(
+def multi_label_symmetric_kl(
     decisions: TreeSigmoid, p: Tensor, q: Tensor, labels: Tensor, num_items: Tensor | int | None = None
 ) -> Tensor:
     """Compute half the sum of both Kullback-Leibler divergences of two predictions for a text, in nats.

@@ -1,8 +1,8 @@
-"""Initialise heads from embeddings of the training texts and the class names, biases of several labels a text from frequencies.
+"""Initialise heads from prototypes: the mean embedding of each class's training texts and its name.
 
-The training begins as a classifier by prototypes (Snell et al., 2017, "Prototypical Networks for Few-shot Learning"), in which
-a class name counts as several texts (dataless classification: Chang et al., 2008, "Importance of Semantic
-Representation"). It helps most with few rows a class.
+Prototypes are from Snell et al., 2017, "Prototypical Networks for Few-shot Learning". A class name counts as several texts
+(dataless classification: Chang et al., 2008, "Importance of Semantic Representation"). Prototypes help most with few rows per
+class. For multi-label models, biases start at each node's log-odds in the training rows.
 """
 
 import logging
@@ -30,7 +30,7 @@ MOST_TEXTS = 4096  # that are embedded
 
 
 class Names(NamedTuple):
-    """What prototypes start from. ``weights`` are the numbers of texts that the phrases of the classes count as."""
+    """A phrase for each class, for its prototype. ``weights`` are the numbers of texts that the phrases count as."""
 
     source: str
     phrases: list[str]
@@ -38,10 +38,10 @@ class Names(NamedTuple):
 
 
 def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: ModelArguments) -> str | None:
-    """Initialise fresh heads as ``--heads_init`` says, and biases of several labels a text at `prior_log_odds`.
+    """Initialise new heads as ``--heads_init`` says, and the biases of multi-label models at `prior_log_odds`.
 
-    Before fresh heads, the encoder is trained for ``--contrastive_steps``. Return "prototypes" or "random"; None for a
-    continued checkpoint, which keeps its heads and is trained without contrastive steps.
+    Before, the encoder is trained for ``--contrastive_steps``. Return "prototypes" or "random"; None for a continued
+    checkpoint, which keeps its heads and is trained without contrastive steps.
     """
     continued = is_checkpoint(arguments.model_name_or_path)
     if trainer.is_multi_label:
@@ -71,9 +71,9 @@ def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: Mod
 
 @torch.no_grad()
 def choose_names(trainer: HierarchicalTrainer, rows: Dataset) -> Names:
-    """Return what makes the texts' labels most likely, each text left out of its own prototypes.
+    """Choose names, names with descriptions, or neither for the prototypes: what makes the training labels most likely.
 
-    Names with descriptions, names alone, and no names are compared. A phrase counts as NAME_WEIGHT, or as 0.
+    Each text is left out of its own prototypes. A phrase counts as `NAME_WEIGHT` texts, or as 0.
     """
     model = trainer.model
     tree, heads, classes = model.config.tree, model.heads, model.config.num_labels
@@ -110,22 +110,23 @@ def choose_names(trainer: HierarchicalTrainer, rows: Dataset) -> Names:
 
 @torch.no_grad()
 def set_prototypes(trainer: HierarchicalTrainer, rows: Dataset, names: Names) -> None:
-    """Initialise fresh heads of a trainer's model from embeddings of the training texts and the class names.
+    """Initialise new heads from embeddings of the training texts and the class names. Inner nodes get 0.
 
-    Inner nodes get 0. For a text's embedding v, the score of a leaf is
+    The score of a leaf for a text with embedding v is  TYPICAL_SCORE · p · (v - m) / s.
 
-        TYPICAL_SCORE · p · (v - m) / s
+    m, s: mean of the texts' embeddings, and the root mean square of their distances from it.
+    p: the prototype, a unit vector along  k · u + Σ (v - m) / s  over the leaf's texts.
+    u: unit vector from the mean embedding of all names to the embedding of the leaf's name.
+    k: number of texts that the name counts as, from ``names.weights``.
 
-    m is the mean of the texts' embeddings, and s the root of their mean squared distance from m. The prototype p is the direction
-    of k · u + Σ (v - m) / s over the leaf's texts. u is the direction of the name's embedding from the mean of all names, and k
-    its weight. With several labels a text, each node has this score, added to its initial bias.
+    In multi-label models each node has such a score, added to its initial bias.
     """
     heads, classes = trainer.model.heads, trainer.model.config.num_labels
-    offsets, mean, spread = standardise(embed(trainer, rows["input_ids"][:]))
+    offsets, mean, rms_distance = standardise(embed(trainer, rows["input_ids"][:]))
     weights = offsets.new_tensor(names.weights)[:, None]
     prototypes = normalize(class_members(trainer, rows).T @ offsets + weights * directions(trainer, names))
     heads.weight.zero_()
-    heads.weight[:classes] = TYPICAL_SCORE / spread * prototypes
+    heads.weight[:classes] = TYPICAL_SCORE / rms_distance * prototypes
     heads.bias[:classes] -= heads.weight[:classes] @ mean
     logger.info("heads are initialised from %s", names.source)
 
@@ -140,10 +141,10 @@ def embed(trainer: HierarchicalTrainer, inputs: list[list[int]]) -> Tensor:
 
 
 def standardise(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the offsets of vectors (B, H) from their mean, over their spread; the mean (H,); and the spread."""
+    """Return offsets of vectors (B, H) from their mean, over their RMS distance; the mean (H,); and the RMS distance."""
     mean = vectors.mean(0)
-    spread = (vectors - mean).square().sum(1).mean().sqrt().clamp(min=1e-6)
-    return (vectors - mean) / spread, mean, spread
+    rms_distance = (vectors - mean).square().sum(1).mean().sqrt().clamp(min=1e-6)
+    return (vectors - mean) / rms_distance, mean, rms_distance
 
 
 def directions(trainer: HierarchicalTrainer, names: Names) -> Tensor:

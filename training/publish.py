@@ -14,7 +14,7 @@ from errors import ROOT, InputError
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from publishing import card
 from publishing.environment import describe_environment
-from publishing.hub import HUB_ERRORS, find_target, log_in, reason, refuse_local_encoder
+from publishing.hub import HUB_ERRORS, describe_hub_error, find_target, log_in, refuse_local_encoder
 from training.arguments import Arguments, HierarchicalTrainingArguments
 from training.trainer import HierarchicalTrainer
 
@@ -85,6 +85,8 @@ def push(trainer: HierarchicalTrainer) -> None:
         output, branch = trainer.args.output_dir, trainer.args.hub_revision
         command = f"push_to_hub.py --model {output} --repo_id {trainer.hub_model_id}"
         command += f" --revision {branch}" if branch else ""
-        raise InputError(f"{output} is complete, but not on the Hub: {reason(error)}; run {command}") from error
+        raise InputError(
+            f"{output} is complete, but not on the Hub: {describe_hub_error(error)}; run {command}"
+        ) from error
     if trainer.is_world_process_zero():
         logger.info("published as %s", trainer.hub_model_id)

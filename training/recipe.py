@@ -11,28 +11,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from errors import InputError
-from taxonomy_hierarchical import WithoutAliases, quote_name, yaml_problem
+from taxonomy_hierarchical import NO_VALUE, quote_name, read_yaml
 
 # groups of flags; a run uses one group
 SOURCES = ("dataset_name", "dataset_revision"), ("data_path",), ("train_file", "validation_file", "test_file")
-
-
-class RecipeLoader(WithoutAliases, yaml.SafeLoader):
-    """Load YAML without aliases or repeated keys. Every scalar except null stays text."""
-
-    yaml_implicit_resolvers = {
-        character: [(tag, pattern) for tag, pattern in resolvers if tag.endswith(":null")]
-        for character, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if repeated := {name for name in names if names.count(name) > 1}:  # PyYAML silently takes the last value
-            raise yaml.YAMLError(f"{quote_name(min(repeated))} occurs twice")
-        return super().construct_mapping(node, deep)
 
 
 def insert_recipe(argv: list[str], flags: Mapping[str, argparse.Action]) -> list[str]:
@@ -47,19 +30,19 @@ def insert_recipe(argv: list[str], flags: Mapping[str, argparse.Action]) -> list
             raise InputError(f"the recipe {path} has an unknown key {quote_name(key)}; {nearest(str(key), flags)}")
         if key in replaced:
             continue
-        several = flags[key].nargs in ("+", "*")
-        if value is None and flags[key].default is None:
+        takes_list = flags[key].nargs in ("+", "*")
+        if value in NO_VALUE and flags[key].default is None:
             continue
-        if value is None:
+        if value in NO_VALUE:
             raise InputError(f"the recipe {path}: {key} has no value; leave the key out for its default")
         if isinstance(value, dict):
             value = json.dumps(value if key == "class_names" else typed(value))
         values = value if isinstance(value, list) else [value]
-        if isinstance(value, list) and not several:
+        if isinstance(value, list) and not takes_list:
             raise InputError(f"the recipe {path}: {key} takes one value, not a list of {len(value)}")
         if any(isinstance(item, list | dict) for item in values):
             raise InputError(f"the recipe {path}: {key} takes a plain list, without lists or mappings in it")
-        words += [f"--{key}", *map(str, values)] if several else [f"--{key}={value}"]
+        words += [f"--{key}", *map(str, values)] if takes_list else [f"--{key}={value}"]
     return words + rest
 
 
@@ -80,13 +63,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def read_recipe(path: str | Path) -> dict:
     try:
-        recipe = yaml.load(Path(path).read_text(encoding="utf-8-sig"), RecipeLoader)
+        recipe = read_yaml(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"cannot read the recipe {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"the recipe {path} is not UTF-8 text: save it as UTF-8") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"the recipe {path} is not YAML: {yaml_problem(error)}") from error
+    except ValueError as error:
+        raise InputError(f"the recipe {path} is not YAML: {error}") from error
     except RecursionError as error:
         raise InputError(f"the recipe {path} is nested too deeply: it must be a mapping of flags to values") from error
     if not isinstance(recipe, dict):

@@ -18,23 +18,23 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from checkpoint_files import find_damage, is_checkpoint, read_config
 from checkpoint_hierarchical import ADAPTER_SUBFOLDER
-from errors import InputError, refusing
+from errors import InputError, as_input_error
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import HierarchicalTrainingArguments
 from training.files import check_writable
-from training.trained_texts import UNTRAINED, TrainedTexts, read_trained_texts, write_trained_texts
+from training.trained_texts import NO_TRAINED_TEXTS, TrainedTexts, read_trained_texts, write_trained_texts
 
 logger = logging.getLogger(__name__)
 
 START_ANEW = "or --overwrite_output_dir true without --resume_from_checkpoint"
-# what a checkpoint must hold beside the model, and what is said if it does not
+# files that a checkpoint needs besides the model, and the message if one is missing
 NEEDED = {
     "optimizer*": "it has no optimizer state (--save_only_model?)",
     "scheduler.pt": "scheduler.pt is missing",
     "rng_state*.pth": "rng_state.pth is missing",
 }
-MEASURED = ("metrics.json", "label_issues.csv", "validation_predictions.csv", "test_predictions.csv", "plots/*.png")
+SCORE_FILES = ("metrics.json", "label_issues.csv", "validation_predictions.csv", "test_predictions.csv", "plots/*.png")
 
 
 def check_output_folder(training: HierarchicalTrainingArguments, model: str) -> None:
@@ -67,7 +67,7 @@ def read_earlier_texts(model: str, resume_from: str | None) -> TrainedTexts:
     if resume_from is not None:
         return read_trained_texts(resume_from)
     if not is_checkpoint(model):
-        return UNTRAINED
+        return NO_TRAINED_TEXTS
     trained = read_trained_texts(model)
     return TrainedTexts(earlier=trained.all, complete=trained.complete)
 
@@ -112,7 +112,7 @@ def check_resumed_data(checkpoint: str, taxonomy: Taxonomy, report: dict[str, An
     file = Path(checkpoint).parent / "data_report.json"
     if not file.is_file():
         return None
-    with refusing(f"{file} cannot be read"):
+    with as_input_error(f"{file} cannot be read"):
         stored_report = json.loads(file.read_text(encoding="utf-8"))
         before, now = (
             {
@@ -145,7 +145,7 @@ def check_model(checkpoint: str, model: HierarchicalForSequenceClassification) -
     if model.has_adapter and stored.adapter_subfolder:
         adapter = model.encoder.peft_config["default"]
         path = Path(checkpoint) / ADAPTER_SUBFOLDER / "adapter_config.json"
-        with refusing(f"{path} cannot be read"):
+        with as_input_error(f"{path} cannot be read"):
             settings = json.loads(path.read_text(encoding="utf-8"))
             pairs |= {
                 "--lora_r": (settings["r"], adapter.r),
@@ -181,7 +181,10 @@ def start_run(
 
 
 def check_refit_folder(training: HierarchicalTrainingArguments) -> None:
-    """Raise InputError if ``--output_dir`` has checkpoints before the first run of ``--refit``: they would pass for its own."""
+    """Raise InputError if ``--output_dir`` has checkpoints before the first run of ``--refit``.
+
+    The second run would resume from them.
+    """
     output = Path(training.output_dir)
     if list_checkpoints(output) and not training.overwrite_output_dir:
         problem = f"--output_dir {output} holds the checkpoints of a run without --refit"
@@ -195,13 +198,13 @@ def delete_run(output: Path, model: str) -> None:
             folder.unlink()
         else:
             shutil.rmtree(folder)
-    delete_measured(output)
+    delete_scores(output)
     if output.resolve() != Path(model).resolve():  # else a killed run would leave the former weights as its own
         (output / "config.json").unlink(missing_ok=True)
 
 
-def delete_measured(output_dir: Path) -> None:
-    for pattern in MEASURED:
+def delete_scores(output_dir: Path) -> None:
+    for pattern in SCORE_FILES:
         for file in output_dir.glob(pattern):
             file.unlink(missing_ok=True)
 

@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 
 from configuration_hierarchical import MULTI_LABEL
-from errors import InputError, refusing
+from errors import InputError, as_input_error
 from reading.columns import LABEL_COLUMNS, TEXT_COLUMNS, choose_columns, text_problem
 from reading.sources import Source, Table, kind_of, open_rows, read_table
-from taxonomy_hierarchical import compose, quote_name
+from taxonomy_hierarchical import quote_name, to_nfc
 from training.arguments import DataArguments
 from training.data_report import SPLITS
 from training.files import sha256
@@ -58,10 +58,10 @@ def find_split_sources(arguments: DataArguments) -> tuple[dict[str, SplitSource]
 
     # ── Data sets ────────────────────────────────────────────────────────────────────────────────────────────────────
     if arguments.dataset_name is None:
-        with refusing(f"--data_path {name} is not a folder saved by `datasets`"):
+        with as_input_error(f"--data_path {name} is not a folder saved by `datasets`"):
             loaded = datasets.load_from_disk(name)
     else:
-        with refusing(f"cannot load --dataset_name {name} (revision {arguments.dataset_revision or 'main'})"):
+        with as_input_error(f"cannot load --dataset_name {name} (revision {arguments.dataset_revision or 'main'})"):
             loaded = datasets.load_dataset(name, revision=arguments.dataset_revision)
     if isinstance(loaded, datasets.Dataset):
         return {"train": _from_dataset(name, loaded)}, True
@@ -134,7 +134,7 @@ def read_rows(
     """
     tables = [source.read(columns[source.name]) for source in sources.values()]
     cells = [cell for table in tables for name in [*table.columns][1:] for cell in table.columns[name]]
-    several = has_several_labels(any(isinstance(cell, list) for cell in cells), arguments)
+    several = is_multi_label(any(isinstance(cell, list) for cell in cells), arguments)
     names = next(iter(columns.values()))[1:]
     if (
         len(names) > 1
@@ -156,7 +156,7 @@ def read_rows(
                     places[one] = f"{table.place(i)}, column {quote_name(' '.join(label_columns))}"
         if several and len(label_columns) > 1:  # each is a label, even if no text has it
             for name in label_columns:
-                places.setdefault(compose(name.strip()), f"{table.name}, column {quote_name(name)}")
+                places.setdefault(to_nfc(name.strip()), f"{table.name}, column {quote_name(name)}")
         rows = pd.DataFrame({"split": split, "row": np.arange(len(texts))})
         # dtype object: labels may be tuples, and texts are neither converted nor copied
         rows["text"], rows["label"] = pd.Series(texts, dtype=object), pd.Series(labels, dtype=object)
@@ -164,15 +164,15 @@ def read_rows(
     return pd.concat(parts, ignore_index=True), places, several
 
 
-def has_several_labels(lists: bool, arguments: DataArguments) -> bool:
+def is_multi_label(lists: bool, arguments: DataArguments) -> bool:
     """Return whether a text may have several labels, given whether a label column holds lists."""
     delimited = arguments.label_delimiter is not None
     if arguments.problem_type == "single_label_classification" and (lists or delimited):
         found = "the label column holds lists" if lists else "--label_delimiter is given"
-        raise InputError(f"--problem_type {arguments.problem_type} means one label a text, but {found}")
+        raise InputError(f"--problem_type {arguments.problem_type} means one label per text, but {found}")
     several = lists or delimited or arguments.problem_type == MULTI_LABEL
     if arguments.incomplete_labels and not several:
-        raise InputError(f"--incomplete_labels needs several labels a text: give --problem_type {MULTI_LABEL}")
+        raise InputError(f"--incomplete_labels needs multi-label data: give --problem_type {MULTI_LABEL}")
     if lists and arguments.problem_type is None:
-        logger.info("the label column holds lists: any number of labels a text (--problem_type %s)", MULTI_LABEL)
+        logger.info("the label column holds lists: any number of labels per text (--problem_type %s)", MULTI_LABEL)
     return several

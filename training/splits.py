@@ -5,7 +5,7 @@ Worth knowing:
 1. Texts are identical if `normalise_text` returns the same string. Each text is in one split only. Training rows with a
    validation or test text are dropped, and so are validation rows with a test text.
 2. Texts that an earlier run of a checkpoint was trained on are never scored. They become training rows or are left out.
-3. With several labels a text, rows of one text within a split are united, and have the labels of all of them.
+3. In multi-label data, rows of one text within a split are united, and have the labels of all of them.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from training.data_report import SPLITS, rows_by_split
 from training.labels import resolve_labels
 from training.multi_label import multi_hot
 from training.sources import find_columns, find_split_sources, read_rows
-from training.trained_texts import UNTRAINED, TrainedTexts, normalise_text, text_hash
+from training.trained_texts import NO_TRAINED_TEXTS, TrainedTexts, normalise_text, text_hash
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class LabelledSplits:
 
     Their columns are ``text``, the id of its node ``label``, ``row`` in the source, from 0 without the header, and ``text_id``,
     the same for identical texts. ``moved`` is true for training rows that come from the file of another split.
-    With several labels a text, ``label`` is an ascending list of ids.
+    In multi-label data, ``label`` is an ascending list of ids.
     """
 
     splits: datasets.DatasetDict
@@ -59,7 +59,7 @@ class LabelledSplits:
 
 
 def load_splits(
-    arguments: DataArguments, seed: int, taxonomy: Taxonomy | None = None, trained: TrainedTexts = UNTRAINED
+    arguments: DataArguments, seed: int, taxonomy: Taxonomy | None = None, trained: TrainedTexts = NO_TRAINED_TEXTS
 ) -> LabelledSplits:
     """Read, check and split the data that the arguments name.
 
@@ -69,7 +69,9 @@ def load_splits(
     # ── Read ─────────────────────────────────────────────────────────────────────────────────────────────────────────
     sizes = arguments.validation_size, arguments.test_size
     if not (min(sizes) >= 0 and sum(sizes) < 1):
-        raise InputError(f"--validation_size and --test_size are shares of the rows, whose sum is below 1, not {sizes}")
+        raise InputError(
+            f"--validation_size and --test_size must be shares of the rows with a sum below 1, not {sizes}"
+        )
     sources, single = find_split_sources(arguments)
     columns = find_columns(sources.values(), arguments)
     text_column, *label_columns = next(iter(columns.values()))  # other sources may use another case
@@ -150,7 +152,10 @@ def train_on_validation_rows(data: LabelledSplits) -> LabelledSplits:
 def _place_trained_rows(
     rows: pd.DataFrame, texts: pd.Index, trained: TrainedTexts
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Move rows whose text was trained on to the training rows, or without these leave them out. Return a report, too."""
+    """Move each row whose text was trained on before to the training rows, or drop it if there are no training rows.
+
+    Return the rows, and the section ``trained_before`` of data_report.json.
+    """
     rows = rows.assign(trained=_is_trained(rows, texts, trained))
     rows["moved"] = rows["trained"] & (rows["split"] != "train")
     has_training_rows = (rows["split"] == "train").any()
@@ -168,7 +173,10 @@ def _place_trained_rows(
 
 
 def _is_trained(rows: pd.DataFrame, texts: pd.Index, trained: TrainedTexts) -> np.ndarray:
-    """Return a mask (N,) of the rows whose text an earlier run was trained on; for held-out rows, or the resumed run."""
+    """Return which rows have a text that was trained on before: (N,) bool.
+
+    For training rows only earlier runs count. For held-out rows the run that is resumed counts too.
+    """
     if not trained.all:
         return np.zeros(len(rows), dtype=bool)
     hashes = [text_hash(text) for text in texts]
@@ -194,7 +202,7 @@ def _drop_shared(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
         own, later = rows["split"] == split, rows["split"].isin(SPLITS[place:])
         shared = own & rows["text_id"].isin(rows.loc[later, "text_id"].unique())
         if own.any() and shared.sum() == own.sum():
-            raise InputError(f"every {split} text is also in {' or '.join(SPLITS[place:])}: nothing is left of it")
+            raise InputError(f"no {split} rows are left: every {split} text is also in {' or '.join(SPLITS[place:])}")
         dropped |= shared
     return rows[~dropped].reset_index(drop=True), rows[dropped]
 
@@ -227,12 +235,12 @@ def _split_off(rows: pd.DataFrame, shares: dict[str, float], seed: int, taxonomy
 
 
 def _sample(strata: np.ndarray, count: int, split: str, rng: np.random.Generator, trained: np.ndarray) -> np.ndarray:
-    """Return a mask of ``count`` texts in proportion to their ``strata`` (N,), and leave a text of each stratum.
+    """Sample ``count`` texts in proportion to their ``strata`` (N,), as a mask (N,). Each stratum keeps a text for training.
 
-    Systematic sampling along the texts, sorted by stratum (Cochran, Sampling Techniques, 1977, chapter 8). If at most half
-    of the eligible texts are sampled, each stratum of several keeps one. Else the first text of each stratum is set aside.
+    The method is systematic sampling along the texts, sorted by stratum (Cochran, Sampling Techniques, 1977, chapter 8). Up to
+    half of the eligible texts, it leaves a text in each stratum of two or more. Beyond, the first text of each stratum is excluded.
 
-    Texts in the mask ``trained`` (N,) are never sampled. If too few others are left, all eligible ones are.
+    Texts in the mask ``trained`` (N,) are never sampled. With such texts, ``count`` is lowered to the number of eligible texts.
     """
     # scikit-learn's StratifiedGroupKFold loops over the groups and makes equal folds only. Its train_test_split
     # refuses a class with a single text, and fewer held-out texts than classes.
@@ -240,9 +248,9 @@ def _sample(strata: np.ndarray, count: int, split: str, rng: np.random.Generator
     rank = rng.permutation(strata.max() + 1)
     order = order[np.argsort(rank[strata[order]], kind="stable")]
     keeps = (np.bincount(strata, trained) > 0)[strata[order]]  # the stratum has a text that stays
-    several = ((np.bincount(strata)[strata[order]] > 1) | keeps) & ~trained[order]
+    in_larger_stratum = ((np.bincount(strata)[strata[order]] > 1) | keeps) & ~trained[order]
     not_first = ((np.diff(strata[order], prepend=-1) == 0) | keeps) & ~trained[order]
-    eligible = several if 2 * count <= several.sum() else not_first
+    eligible = in_larger_stratum if 2 * count <= in_larger_stratum.sum() else not_first
     if trained.any():
         count = min(count, int(eligible.sum()))
     _check_count(count, int(eligible.sum()), split, trained, "one per class must stay")
@@ -272,7 +280,7 @@ def _sample_by_labels(labels: np.ndarray, count: int, split: str, seed: int, tra
 
 def _check_count(count: int, available: int, split: str, trained: np.ndarray, stays: str = "") -> None:
     """Raise InputError unless ``count`` of the ``available`` training texts, at least one, can be split off."""
-    reason = f"{count} of {len(trained):,} distinct training texts, and {stays}"
+    reason = f"{count} of {len(trained):,} distinct training texts were requested, and {stays}"
     if trained.any():
         reason = f"the checkpoint was trained on {trained.sum():,} of {len(trained):,} distinct training texts"
     if not 0 < count <= available:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from errors import refusing
+from errors import as_input_error
 from training.files import write_json
 
 TRAINED_TEXTS = "trained_texts.json"
@@ -21,9 +21,12 @@ TRAINED_TEXTS = "trained_texts.json"
 
 @dataclass(frozen=True)
 class TrainedTexts:
-    """Hashes of the texts that a checkpoint was trained on, by the runs that this run continues and by this run.
+    """Hashes of the texts that the weights of a checkpoint were trained on.
 
-    ``complete`` is false if a run continued a checkpoint without this file.
+    Attributes:
+        earlier: texts of the runs that this run continues.
+        this_run: texts of this run.
+        complete: False if the texts of an earlier run are unknown.
     """
 
     earlier: frozenset[str] = frozenset()
@@ -35,7 +38,7 @@ class TrainedTexts:
         return self.earlier | self.this_run
 
 
-UNTRAINED = TrainedTexts()
+NO_TRAINED_TEXTS = TrainedTexts()
 
 
 def normalise_text(text: str) -> str:
@@ -59,7 +62,7 @@ def read_trained_texts(checkpoint: str | Path) -> TrainedTexts:
     file = next((path for parent in folders if (path := parent / TRAINED_TEXTS).is_file()), None)
     if file is None:
         return TrainedTexts(complete=False)
-    with refusing(f"{file}, which tells what {checkpoint} was trained on, cannot be read"):
+    with as_input_error(f"{file}, which tells what {checkpoint} was trained on, cannot be read"):
         content = json.loads(file.read_text(encoding="utf-8"))
         return TrainedTexts(frozenset(content["earlier"]), frozenset(content["this_run"]), bool(content["complete"]))
 

@@ -29,16 +29,15 @@ from transformers.trainer_jit_checkpoint import CheckpointManager, JITCheckpoint
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from checkpoint_hierarchical import ADAPTER_SUBFOLDER, ADAPTER_WEIGHTS, HEADS_WEIGHTS
-from errors import InputError, refusing
-from modeling_hierarchical import IGNORED_LABEL, binary_cross_entropy, negative_log_likelihood
+from errors import InputError, as_input_error
+from modeling_hierarchical import IGNORED_LABEL, binary_cross_entropy, has_labels, negative_log_likelihood
 from publishing.trainer import PublishingTrainer
 from training.arguments import METRIC_SCHEDULERS
-from training.cpu import speed_up
-from training.losses import has_labels
-from training.multi_label import decision_disagreement
+from training.cpu import use_training_kernels
+from training.multi_label import multi_label_symmetric_kl
 from training.resume import START_ANEW
 from training.sampler import LengthGroupedSampler
-from training.views import disagreement, halves
+from training.views import halves, symmetric_kl
 
 logger = logging.getLogger(__name__)
 
@@ -48,17 +47,17 @@ RESUME_HINT = "--resume_from_checkpoint auto continues from the last checkpoint"
 
 
 class HierarchicalTrainer(PublishingTrainer):
-    """A Trainer whose loss is a `HierarchicalFocalLoss`, or with several labels a text a `MultiLabelFocalLoss`.
+    """A Trainer whose loss is a `HierarchicalFocalLoss`, or for multi-label models a `MultiLabelFocalLoss`.
 
-    Without ``loss_function``, it is the model's own. ``consistency`` weights the disagreement between a text's halves,
+    Without ``loss_function``, it is the model's own. ``consistency`` weights the divergence of a text's halves,
     see `training.views`; 0 trains on whole texts.
     """
 
     loss_is_scaled_for_ga = True
 
     def __init__(self, *args: Any, loss_function: nn.Module | None = None, consistency: float = 0.0, **kwargs: Any):
-        with refusing("cannot set up training"), warnings.catch_warnings():
-            # the loss smooths labels itself, and the Trainer warns that it cannot with several labels a text
+        with as_input_error("cannot set up training"), warnings.catch_warnings():
+            # the loss smooths labels itself, and the Trainer warns that it cannot for multi-label models
             warnings.filterwarnings("ignore", "Label smoothing is not compatible")
             super().__init__(*args, **kwargs)
         encoder = self.model.encoder
@@ -75,7 +74,7 @@ class HierarchicalTrainer(PublishingTrainer):
         if self.is_multi_label:
             model_loss = partial(binary_cross_entropy, tree=decisions)
         self.loss_function: Any = loss_function.to(self.args.device) if loss_function else model_loss
-        self.disagreement: Any = partial(decision_disagreement, decisions) if self.is_multi_label else disagreement
+        self.divergence: Any = partial(multi_label_symmetric_kl, decisions) if self.is_multi_label else symmetric_kl
         self.consistency = consistency
         self.patience: int | None = None
         self.sigterm: CheckpointManager | None = None
@@ -94,11 +93,11 @@ class HierarchicalTrainer(PublishingTrainer):
             if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack 4-bit weights in eval mode
                 module.support_avx512bf16_for_cpu = False
         if self.args.bf16 and self.args.device.type == "cpu" and self.model.has_adapter and not self.is_fsdp_enabled:
-            speed_up(self.model.encoder)
+            use_training_kernels(self.model.encoder)
 
     @property
     def best_epoch(self) -> float:
-        """The number of epochs after which the kept weights were saved."""
+        """The epoch, possibly a fraction, at which the kept weights were saved."""
         step = self.state.best_global_step if self.args.load_best_model_at_end else None
         return next((entry["epoch"] for entry in self.state.log_history if entry["step"] == step), self.state.epoch)
 
@@ -128,8 +127,8 @@ class HierarchicalTrainer(PublishingTrainer):
             compared = outputs["logits"].shape[1]  # leaves, or with several labels all nodes
             first, second = (outputs[scores][half] for half in pair)
             losses = [self.loss_function(half, labels, num_items_in_batch=items) for half in (first, second)]
-            inconsistency = self.disagreement(first[:, :compared], second[:, :compared], labels, items)
-            loss = sum(losses) / 2 + self.consistency * inconsistency
+            divergence = self.divergence(first[:, :compared], second[:, :compared], labels, items)
+            loss = sum(losses) / 2 + self.consistency * divergence
         else:
             outputs = model(**inputs)
             loss = self.loss_function(outputs[scores], labels, num_items_in_batch=items)
@@ -160,9 +159,9 @@ class HierarchicalTrainer(PublishingTrainer):
     def _stop_if_terminated(self) -> None:
         """After SIGTERM (``--enable_jit_checkpoint``), save a checkpoint and raise InputError.
 
-        transformers saves before the evaluations of a step or epoch, and makes one in mid-epoch that an unbroken run does
-        not make. Here a checkpoint is saved after them, so that the resumed run ends with the same weights. The Trainer
-        calls this after each step, and once more where an epoch or the training ends.
+        The callback of transformers saves before the evaluation of a step or epoch. It also causes an evaluation in mid-epoch,
+        which an uninterrupted run does not have. Here the checkpoint is saved after any evaluation, so the resumed run ends with
+        the same weights. The Trainer calls this after each step, and once more at the end of an epoch and of training.
         """
         is_called_again, self.passed_step = self.passed_step == self.state.global_step, self.state.global_step
         will_be_called_again = not is_called_again and (self.control.should_training_stop or self.state.epoch % 1 == 0)
@@ -249,7 +248,7 @@ class HierarchicalTrainer(PublishingTrainer):
             raise InputError(f"{problem}: {fit}; {RESUME_HINT}") from error
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate. Out of memory, name the flag that helps."""
+        """Evaluate. If memory runs out, raise InputError with the flag to lower."""
         try:
             return super().evaluation_loop(*args, **kwargs)
         except RuntimeError as error:
@@ -266,7 +265,7 @@ class HierarchicalTrainer(PublishingTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer, with separate parameter groups for the heads if they have their own learning rate."""
         is_new = self.optimizer is None
-        with refusing("cannot set up the optimizer"):
+        with as_input_error("cannot set up the optimizer"):
             optimizer = super().create_optimizer(model)
         if is_new and self.args.heads_learning_rate is not None:
             heads = {id(p) for p in self.accelerator.unwrap_model(self.model).heads.parameters()}
@@ -281,7 +280,7 @@ class HierarchicalTrainer(PublishingTrainer):
         kind, given = self.args.lr_scheduler_type, self.args.lr_scheduler_kwargs or {}
         if kind in METRIC_SCHEDULERS:  # torch takes a lower metric for the better one
             self.args.lr_scheduler_kwargs = {"mode": "max" if self.args.greater_is_better else "min"} | given
-        with refusing(f"cannot set up --lr_scheduler_type {kind.value} (--lr_scheduler_kwargs)"):
+        with as_input_error(f"cannot set up --lr_scheduler_type {kind.value} (--lr_scheduler_kwargs)"):
             return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
@@ -313,7 +312,7 @@ class HierarchicalTrainer(PublishingTrainer):
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with refusing(f"cannot resume from {resume_from_checkpoint}"):
+        with as_input_error(f"cannot resume from {resume_from_checkpoint}"):
             if not self._load_adapter_form(resume_from_checkpoint):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -321,7 +320,7 @@ class HierarchicalTrainer(PublishingTrainer):
         """Load their states, but keep the peak learning rates and weight decays of this run."""
         problem = f"cannot resume from {checkpoint}: its optimizer does not match the settings of this run"
         wanted = [dict(group) for group in self.optimizer.param_groups]
-        with refusing(problem):
+        with as_input_error(problem):
             super()._load_optimizer_and_scheduler(checkpoint)
         groups = self.optimizer.param_groups
         if wanted[0].keys() | {"initial_lr"} != groups[0].keys() | {"initial_lr"}:

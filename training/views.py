@@ -2,9 +2,10 @@
 
 Worth knowing:
 
-1. The method is in docs/method.md, "Consistency training". The two views of a text differ by their sentences; those of R-Drop
-   (Liang et al., 2021, arXiv 2106.14448) differ by dropout, the largest cost of a training step on a CPU.
-2. By coin tosses and without truncation, a batch of halves would have 1.8 times the tokens of its texts, in place of 1.1.
+1. The method is in docs/method.md, "Consistency training". The two views of a text differ by their sentences. The views of R-Drop
+   (Liang et al., 2021, arXiv 2106.14448) differ by dropout, which is the largest cost of a training step on a CPU.
+2. Halves of similar length, truncated at `LONGEST_HALF`, give a batch 1.1 times the tokens of its texts. If each sentence were
+   assigned independently, the factor would be 1.8.
 """
 
 import math
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from training.losses import average_over_labels
+from modeling_hierarchical import average_over_labels
 
 FIRST_IN_BOTH = 0.7  # how often both halves have the first sentence, which is usually a title
 LONGEST_HALF = 0.55  # largest share of a text's tokens in one half
@@ -94,8 +95,11 @@ def split_sentences(counts: np.ndarray, generator: np.random.Generator) -> np.nd
     return parts
 
 
-def disagreement(log_p: Tensor, log_q: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
-    """Compute half the sum of both Kullback-Leibler divergences of two predictions (B, C), in nats, averaged as the loss is."""
+def symmetric_kl(log_p: Tensor, log_q: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
+    """Compute the symmetric Kullback-Leibler divergence of two predictions (B, C) in nats: half the sum of both directions.
+
+    The divergences of the texts are averaged as the loss is, see `average_over_labels`.
+    """
     divergence = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(1) / 2
     return average_over_labels(divergence, labels, num_items)
 

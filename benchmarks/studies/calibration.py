@@ -31,7 +31,7 @@ from transformers import AutoModel, AutoTokenizer, EvalPrediction, PreTrainedMod
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from evaluation.calibration import PRIOR, Calibration, fit_calibration
+from evaluation.calibration import PRIOR_STD, Calibration, fit_calibration
 from evaluation.metrics import build_compute_metrics
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import DataArguments
@@ -58,7 +58,7 @@ def main() -> None:
     logits, words = leaf_scores(model, arguments.checkpoint, list(rows["text"]))
     score = partial(scores, tree, logits, words, labels)
     table = {"prior": draws(score, [(prior, 0.0) for prior in PRIORS], ROWS)}
-    table["bias_prior"] = draws(score, [(PRIOR, bias_prior) for bias_prior in BIAS_PRIORS], (100, 336))
+    table["bias_prior"] = draws(score, [(PRIOR_STD, bias_prior) for bias_prior in BIAS_PRIORS], (100, 336))
     # ── Tables ───────────────────────────────────────────────────────────────────────────────────────────────────────
     print("| validation rows | " + " | ".join(f"{prior:g}" for prior in PRIORS) + " |")
     print("| ---: |" + " ---: |" * len(PRIORS))

@@ -7,7 +7,7 @@ used. A share of the training texts gets one label exchanged for another leaf, d
 anywhere. The two methods have the same cross-validated probabilities of the lexical classifier:
 
 - per decision: `evaluation.label_issues`;
-- flat: cleanlab over the probabilities of the leaves, for several labels a text with one list of labels a text.
+- flat: cleanlab over the probabilities of the leaves, in multi-label data with one list of labels per text.
 
 The corpus's own wrong labels count as false alarms, so precision is a lower bound. Average precision is that of the whole list, with
 the texts that are not listed at its end. Then the lexical classifier alone is trained on the rows and scored on the test file.

@@ -1,4 +1,4 @@
-"""Compare losses and settings for several labels a text on Hallmarks of Cancer, without its test file:
+"""Compare losses and settings for multi-label models on Hallmarks of Cancer, without its test file:
 
     python benchmarks/studies/multi_label.py --data FOLDER --encoder ENCODER [--variant recipe "every decision" … --seed 1 2 …]
 
@@ -7,8 +7,8 @@ FOLDER holds ``hallmarks_of_cancer/{train,validation}.jsonl`` with ``taxonomy.js
 thresholds. So the scored rows are used for nothing else. With about 200 rows, a difference of 2 points of F1 is chance; mean
 average precision and log loss vary less. Finished runs are not repeated.
 
-Supports docs/experiments.md, "2026-11-27: Losses and settings for several labels a text".
-The variant "nested scores" has an entry of its own: "2026-11-28: Nested scores for several labels a text".
+Supports docs/experiments.md, "2026-11-27: Losses and settings for multi-label models".
+The variant "nested scores" has an entry of its own: "2026-11-28: Nested scores in multi-label models".
 """
 
 import argparse
@@ -29,9 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import train
-from modeling_hierarchical import HierarchicalHeads, TreeSoftmax, segment_logsumexp
+from modeling_hierarchical import HierarchicalHeads, TreeSoftmax, average_over_labels, segment_logsumexp
 from taxonomy_hierarchical import Taxonomy
-from training.losses import average_over_labels
 from training.multi_label import MultiLabelFocalLoss, open_counts, prior_log_odds
 
 SCORED = 0.2  # of the training texts
@@ -89,7 +88,7 @@ class Asymmetric(MultiLabelFocalLoss):
 
 
 class NestedScores(MultiLabelFocalLoss):
-    """The recipe's loss, of scores that include the logsumexp of the children's scores, as with one path a text.
+    """The recipe's loss, of scores that include the logsumexp of the children's scores, as for single-path models.
 
     The constant at which a node's score starts is taken off, so that its initial bias stays its log-odds.
     """

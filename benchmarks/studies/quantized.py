@@ -2,7 +2,7 @@
 
     python benchmarks/studies/quantized.py --checkpoint CHECKPOINT --texts FILE [--rows 250]
 
-FILE is JSON Lines with ``text``. A decision is a node's probability against its threshold, or with one path a text the most
+FILE is JSON Lines with ``text``. A decision is a node's probability against its threshold, or for single-path models the most
 probable leaf. The table also counts the operators that ONNX Runtime's optimizer for transformers fuses in the float32 file.
 
 Supports docs/experiments.md, "2026-11-27: ONNX in int8, and fused".
@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from checkpoint_files import ONNX_FILE
 from configuration_hierarchical import HierarchicalConfig
 from publishing.export import export_onnx
 
@@ -65,7 +66,7 @@ def main() -> None:
         return scores.argmax(1)[:, None]
 
     with tempfile.TemporaryDirectory() as scratch:
-        file = export_onnx(arguments.checkpoint, Path(scratch))[0]
+        file = export_onnx(arguments.checkpoint, Path(scratch))[ONNX_FILE]
         expected = probabilities(file)
         logging.disable(logging.WARNING)
         print("settings | same decisions | texts with all the same | mean largest change of a probability")

@@ -2,7 +2,7 @@
 
     python benchmarks/studies/thresholds.py --data FOLDER --runs RUNS
 
-RUNS holds finished runs of ``benchmarks/quality.py`` for several labels a text, with the validation and test scores that it
+RUNS holds finished runs of ``benchmarks/quality.py`` for multi-label models, with the validation and test scores that it
 stored. The thresholds are fitted to the validation texts, in 20 random orders, which deal them into other folds. Each line has
 the mean and standard deviation over the orders of F1 on the test file, and the shrinkages that were chosen. The last line of a
 run has the one threshold that is best on the test file itself: more is out of reach for common thresholds.
@@ -26,7 +26,7 @@ from quality import MULTI_LABEL_TASKS, Task
 
 from evaluation import multi_label
 from evaluation.calibration import calibrate_out_of_fold
-from evaluation.metrics import macro_f1, micro_f1, node_counts
+from evaluation.metrics import confusion_counts, macro_f1, micro_f1
 
 REPEATS, ORDERS = (1, 2, 6, 12), 20
 
@@ -61,13 +61,13 @@ def study(task: Task, file: Path) -> None:
             strength = multi_label.choose_strength(*given, repeats)
             thresholds = multi_label.shrunk_thresholds(*given, (strength,))[strength]
             chosen[strength] += 1
-            counts = node_counts(multi_label.choose(tree, probabilities, thresholds), labels["test"])
+            counts = confusion_counts(multi_label.predict_nodes(tree, probabilities, thresholds), labels["test"])
             found.append((100 * micro_f1(counts), 100 * macro_f1(counts)))
         cells = (f"{mean:.2f} ± {std:.2f}" for mean, std in zip(np.mean(found, 0), np.std(found, 0), strict=True))
         times = ", ".join(f"{strength:g}: {count}" for strength, count in sorted(chosen.items()))
         print(f"| {file.parent.name} | {repeats} | {' | '.join(cells)} | {times} |", flush=True)
     best = multi_label.common_threshold(logit(probabilities), labels["test"])
-    counts = node_counts(multi_label.choose(tree, probabilities, best), labels["test"])
+    counts = confusion_counts(multi_label.predict_nodes(tree, probabilities, best), labels["test"])
     print(f"| {file.parent.name} | best of test | {100 * micro_f1(counts):.2f} | {100 * macro_f1(counts):.2f} | |")
 
 

@@ -1,4 +1,4 @@
-"""Train several labels a text on Medical Abstracts, whose texts are listed once under each class, and predict one:
+"""Train a multi-label model on Medical Abstracts, whose texts are listed once under each class, and predict one:
 
     python benchmarks/studies/united_rows.py --data FOLDER --encoder ENCODER [--seed 1 2 3]
 

@@ -80,7 +80,7 @@ class HierarchicalF1(evaluate.Metric):
                     f"{name}[{wrong[0]}] is {ids[wrong[0]]}, but the nodes are numbered 0 to {len(parents) - 1}"
                 )
         paths = _paths(parents)
-        predicted, true = paths[predictions], paths[references]  # (num_documents, depth) each
+        predicted, true = paths[predictions], paths[references]  # (num_rows, depth) each
         shared = int(np.count_nonzero((predicted == true) & (true >= 0)))
         precision = shared / int(np.count_nonzero(predicted >= 0))
         recall = shared / int(np.count_nonzero(true >= 0))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from conftest import CLEAR, ROOT, run
+from conftest import CLEAR
 from datasets import Dataset, DatasetDict
 from scipy.optimize import brentq
 from scipy.special import log_softmax, softmax
@@ -14,12 +14,12 @@ from transformers import AutoTokenizer, BertConfig, pipeline
 
 from configuration_hierarchical import HierarchicalConfig
 from evaluation.calibration import (
-    PRIOR,
+    PRIOR_STD,
     Calibration,
     calibrate_out_of_fold,
-    conformal_scores,
+    coverage_scores,
     fit_calibration,
-    fit_thresholds,
+    fit_conformal_thresholds,
     node_log_probs,
     nonconformity_scores,
     round_up,
@@ -149,7 +149,7 @@ def test_the_prior_weighs_as_much_as_its_formula_says():
 
 def test_a_decision_without_rows_takes_the_temperature_of_all():
     logits, labels = drawn(TREE, [2.0] * 4, 1200)
-    taken = ~np.isin(labels, TREE.leaves_below[TREE.id("h")])
+    taken = ~np.isin(labels, TREE.leaves_at_or_below[TREE.id("h")])
     temperatures = fitted(TREE, logits[taken], labels[taken])
     assert len(set(temperatures)) == 4
     assert temperatures[-1] == pytest.approx(2.0, rel=0.2)
@@ -173,9 +173,9 @@ def test_few_rows_or_rows_that_were_all_decided_rightly_do_little_harm():
     untouched = log_loss(Calibration(0.0, [1.0] * 4, [0.0] * TREE.num_nodes))
     correct = known[logits[known].argmax(1) == labels[known]]
     for rows in (known[:10], known[:30], known[:100]):
-        assert harm(rows, PRIOR) < min(0.05, harm(rows, np.inf))
+        assert harm(rows, PRIOR_STD) < min(0.05, harm(rows, np.inf))
     for rows in (correct[:10], correct[:30], correct[:100]):
-        assert harm(rows, PRIOR) < harm(rows, np.inf) / 5
+        assert harm(rows, PRIOR_STD) < harm(rows, np.inf) / 5
     assert fit_calibration(TREE, logits[:0], words[:0], labels[:0]).temperatures == pytest.approx([1.0] * 4, abs=1e-4)
 
 
@@ -203,7 +203,7 @@ def test_calibrated_probabilities_are_products_of_each_decision_by_itself(tree):
     generator = np.random.default_rng(4)
     logits, words = (generator.normal(scale=5, size=(6, tree.num_leaves)) for _ in range(2))
     temperatures, biases = generator.uniform(0.3, 3, len(tree.decisions)), generator.normal(size=tree.num_nodes)
-    below = np.array([[leaf in leaves for leaf in range(tree.num_leaves)] for leaves in tree.leaves_below])
+    below = np.array([[leaf in leaves for leaf in range(tree.num_leaves)] for leaves in tree.leaves_at_or_below])
     encoder, lexical = (np.log(softmax(scores, axis=1) @ below.T) for scores in (logits, words))
     conditional = np.zeros_like(encoder)
     for nodes, temperature in zip(tree.decisions, temperatures, strict=True):
@@ -247,7 +247,7 @@ def test_a_calibration_that_does_not_fit_is_refused(wrong, message):
 
 @pytest.mark.parametrize("tree", [TREE, MANY, ONLY])
 def test_nonconformity_is_the_smallest_threshold_whose_answer_holds_the_leaf(tree):
-    generator, under = np.random.default_rng(0), tree.leaves_below
+    generator, under = np.random.default_rng(0), tree.leaves_at_or_below
     for _ in range(40):
         leaves = generator.dirichlet(np.full(tree.num_leaves, 0.3))
         nodes = [float(sum(leaves[leaf] for leaf in held)) for held in under]
@@ -273,7 +273,7 @@ def test_nonconformity_is_the_smallest_threshold_whose_answer_holds_the_leaf(tre
 
 def test_answers_are_as_deep_as_the_model_is_sure():
     def answer(threshold: float | None, **leaves: float) -> list[str]:
-        nodes = [sum(leaves.get(TREE.labels[leaf], 0) for leaf in held) for held in TREE.leaves_below]
+        nodes = [sum(leaves.get(TREE.labels[leaf], 0) for leaf in held) for held in TREE.leaves_at_or_below]
         return [TREE.labels[node] for node in conformal_answer(TREE, nodes, threshold)]
 
     assert answer(0.5, c=0.9, d=0.1) == ["c"]
@@ -286,7 +286,7 @@ def test_answers_are_as_deep_as_the_model_is_sure():
 
 def test_an_only_child_is_not_answered_by_its_parent():
     def answer(threshold: float | None, **leaves: float) -> list[str]:
-        nodes = [sum(leaves.get(ONLY.labels[leaf], 0) for leaf in held) for held in ONLY.leaves_below]
+        nodes = [sum(leaves.get(ONLY.labels[leaf], 0) for leaf in held) for held in ONLY.leaves_at_or_below]
         return [ONLY.labels[node] for node in conformal_answer(ONLY, nodes, threshold)]
 
     assert answer(0.5, c=0.98, g=0.02) == ["c"]
@@ -300,7 +300,7 @@ def test_thresholds_are_the_ranks_of_split_conformal_prediction():
     logits, labels = drawn(TREE, [1.0] * 4, 9)
     scores = nonconformity_scores(TREE, logits, labels, np.arange(9))
     assert len(scores) == 9
-    thresholds = fit_thresholds(TREE, logits, labels, np.arange(9))
+    thresholds = fit_conformal_thresholds(TREE, logits, labels, np.arange(9))
     assert len(thresholds) == 99
 
     def threshold(coverage: float) -> float | None:
@@ -335,19 +335,19 @@ def test_answers_hold_the_label_as_often_as_asked(coverage):
     for _ in range(30):
         order = generator.permutation(len(labels))
         validation, test = order[:600], order[600:]
-        thresholds = fit_thresholds(MANY, logits[validation], labels[validation], validation)
-        held.append(conformal_scores(MANY, logits[test], labels[test], test, thresholds, coverage)["coverage"])
+        thresholds = fit_conformal_thresholds(MANY, logits[validation], labels[validation], validation)
+        held.append(coverage_scores(MANY, logits[test], labels[test], test, thresholds, coverage)["coverage"])
     assert np.mean(held) == pytest.approx(coverage, abs=0.02)
 
 
 def test_answers_hold_the_leaf_as_often_as_asked_where_some_labels_say_the_parent_alone():
     logits, labels = drawn(TREE, [1.0] * 4, 4000)
     known, generator = labels.copy(), np.random.default_rng(2)
-    inside = np.isin(labels, TREE.leaves_below[TREE.id("b")])
+    inside = np.isin(labels, TREE.leaves_at_or_below[TREE.id("b")])
     known[inside & (generator.random(len(labels)) < 0.8)] = TREE.id("b")
-    thresholds = fit_thresholds(TREE, logits[:2000], known[:2000], np.arange(2000))
+    thresholds = fit_conformal_thresholds(TREE, logits[:2000], known[:2000], np.arange(2000))
     for truth in (labels, known):
-        measured = conformal_scores(TREE, logits[2000:], truth[2000:], np.arange(2000), thresholds, 0.8)
+        measured = coverage_scores(TREE, logits[2000:], truth[2000:], np.arange(2000), thresholds, 0.8)
         assert measured["coverage"] > 0.78
 
 
@@ -357,7 +357,7 @@ def test_texts_that_are_repeated_do_not_break_the_coverage(others, one_label):
     """Repeat three validation texts twenty times each, beside others; new texts have any of their labels."""
     logits, labels = drawn(MANY, [1.0] * 17, 2000)
     chances, generator = np.exp(log_softmax(logits, axis=1)), np.random.default_rng(3)
-    under = MANY.leaves_below
+    under = MANY.leaves_at_or_below
     nodes = [[float(sum(row[leaf] for leaf in held)) for held in under] for row in chances]
     scores = np.array([nonconformity(MANY, row, label) for row, label in zip(nodes, labels.tolist(), strict=True)])
     held = []
@@ -368,7 +368,7 @@ def test_texts_that_are_repeated_do_not_break_the_coverage(others, one_label):
         row_labels = labels[texts]
         if not one_label:
             row_labels = np.array([generator.choice(MANY.num_leaves, p=chances[text]) for text in texts])
-        threshold = conformal_threshold(fit_thresholds(MANY, logits[texts], row_labels, texts), 0.9)
+        threshold = conformal_threshold(fit_conformal_thresholds(MANY, logits[texts], row_labels, texts), 0.9)
         held.append(np.mean(scores[new] <= (1 if threshold is None else threshold)))
     assert np.mean(held) > 0.89
 
@@ -379,17 +379,13 @@ def test_a_repeated_text_counts_once_in_the_coverage_that_is_measured():
     leaves[:, TREE.id("c")] = 1
     labels = np.array([TREE.id("a")] * 20 + [TREE.id("c"), TREE.id("c"), TREE.id("d")])
     texts = np.array([5] * 20 + [6, 7, 7])
-    measured = conformal_scores(TREE, np.log(leaves), labels, texts, [0.0] * 99, 0.9)
+    measured = coverage_scores(TREE, np.log(leaves), labels, texts, [0.0] * 99, 0.9)
     assert measured == {"coverage": pytest.approx(1 / 3), "leaves": 1, "nodes": 1, "single_leaf": 1}
 
 
-def test_a_trained_checkpoint_answers_with_a_coverage(tiny_encoder, tmp_path):
-    output = tmp_path / "results"
-    done = run(
-        ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", tiny_encoder, "--max_steps", 5, "--eval_strategy",
-        "no", "--save_strategy", "no", "--load_best_model_at_end", "false", "--output_dir", output,
-    )  # fmt: skip
-    assert "calibrated on the validation rows: temperatures" in done.stderr
+def test_a_trained_checkpoint_answers_with_a_coverage(quickstart_run):
+    output, said = quickstart_run
+    assert "calibrated on the validation rows: temperatures" in said
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["lexical_weight"] > 0
     assert metrics["eval_log_loss"] < metrics["uncalibrated_eval_log_loss"]

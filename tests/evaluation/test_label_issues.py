@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 import pytest
 from cleanlab.filter import find_label_issues
-from conftest import CLEAR, read_csv, run, write_csv
+from conftest import CLEAR, clear_rows, read_csv, run, write_csv
 from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.linear_model import LogisticRegression
@@ -14,7 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, Normalizer
 
 from evaluation.label_issues import COLUMNS, assign_folds, list_label_issues
-from evaluation.lexical import spread_of_log_odds
+from evaluation.lexical import log_odds_variance
 from evaluation.metrics import one_hot
 from taxonomy_hierarchical import Taxonomy
 from training.multi_label import multi_hot
@@ -76,7 +76,7 @@ def test_a_decision_is_cleanlab_over_scikit_learns_probabilities(leaves):
     probabilities, fold = np.empty((len(leaves), TREE.num_leaves)), assign_folds(given, texts)
     for held_out in range(5):
         rest = fold != held_out
-        spread = spread_of_log_odds(csr_matrix(counts[rest] > 0), one_hot(given[rest], TREE.num_leaves))
+        spread = log_odds_variance(csr_matrix(counts[rest] > 0), one_hot(given[rest], TREE.num_leaves))
         model = make_pipeline(
             TfidfTransformer(sublinear_tf=True, norm=None),
             FunctionTransformer(lambda weighed, spread=spread: csr_matrix(weighed).multiply(spread).tocsr()),
@@ -84,7 +84,7 @@ def test_a_decision_is_cleanlab_over_scikit_learns_probabilities(leaves):
             LogisticRegression(C=50, max_iter=1000, tol=1e-3),
         )
         probabilities[~rest] = model.fit(counts[rest], given[rest]).predict_proba(counts[~rest])
-    below = [TREE.leaves_below[TREE.id(name)] for name in "cde"]
+    below = [TREE.leaves_at_or_below[TREE.id(name)] for name in "cde"]
     rows = np.flatnonzero(np.isin(given, np.concatenate(below)))
     chosen = np.array([next(i for i, part in enumerate(below) if label in part) for label in given[rows]])
     conditional = np.stack([probabilities[rows][:, part].sum(1) for part in below], axis=1)
@@ -189,13 +189,7 @@ def test_rows_that_moved_from_another_file_are_not_listed(leaves):
 
 
 def test_the_flag_writes_the_list_before_training(tiny_encoder, tmp_path):
-    texts = ("{} was studied in adults with {}.", "We treated {} and compared it with {}.", "Outcomes of {} after {}.")
-    rows = [
-        {"text": text.format(name, other), "label": label}
-        for label, names in CLEAR.items()
-        for name, other in zip(names, names[1:] + names[:1], strict=True)
-        for text in texts
-    ]
+    rows = clear_rows(1, wrong=False)
     for number in (7, 40, 75):
         rows[number]["label"] = rows[(number + 20) % len(rows)]["label"]
     data = ["--train_file", write_csv(tmp_path / "train.csv", rows), "--validation_size", 0, "--quantization", "none"]

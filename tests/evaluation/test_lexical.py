@@ -54,7 +54,7 @@ def test_the_head_is_scikit_learns_logistic_regression_over_weighted_tf_idf(leav
     train, unseen = rows(300, leaves=leaves), rows(40, seed=1)
     counts = np.array([np.bincount(ids, minlength=VOCABULARY) for ids in train["input_ids"]])
     common = (counts > 0).sum(0) >= 2
-    spread = lexical.spread_of_log_odds(csr_matrix(counts[:, common] > 0), one_hot(np.array(train["labels"]), leaves))
+    spread = lexical.log_odds_variance(csr_matrix(counts[:, common] > 0), one_hot(np.array(train["labels"]), leaves))
     model = make_pipeline(
         TfidfTransformer(sublinear_tf=True, norm=None),
         FunctionTransformer(lambda weighed: csr_matrix(weighed).multiply(spread).tocsr()),
@@ -90,7 +90,7 @@ def test_a_token_counts_by_how_unlike_the_classes_use_it():
     # of 2 and 4 documents the second token is in 1 and 2, with one more of each kind: odds of 1; the third in 0, 2, 1 of 2
     odds = [math.log((0 + 1) / (2 + 2) * 6 / (3 + 1)), math.log(3 / 4 * 6 / 2), math.log(2 / 4 * 6 / 3)]
     expected = [statistics.pvariance([math.log(3 / 4 * 6 / 5)] * 3), 0, statistics.pvariance(odds)]
-    np.testing.assert_allclose(lexical.spread_of_log_odds(present, one_hot(labels, 5)), expected, atol=1e-12)
+    np.testing.assert_allclose(lexical.log_odds_variance(present, one_hot(labels, 5)), expected, atol=1e-12)
 
 
 def test_rows_labelled_with_an_inner_node_teach_no_words():

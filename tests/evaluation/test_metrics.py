@@ -14,7 +14,7 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 import torch
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import EvalPrediction
 
 from configuration_hierarchical import HierarchicalConfig
 from errors import InputError
@@ -41,11 +41,11 @@ def logits_for(predictions: list[int]) -> np.ndarray:
     return np.random.default_rng(0).uniform(0, 1, (len(predictions), TREE.num_leaves)) + 2 * np.eye(5)[predictions]
 
 
-def random_case(taxonomy: Taxonomy, num_documents: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def random_case(taxonomy: Taxonomy, num_rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
-    labels = rng.integers(0, taxonomy.num_nodes, num_documents)
-    labels[rng.random(num_documents) < 0.1] = -100
-    return 3 * rng.normal(size=(num_documents, taxonomy.num_leaves)).astype(np.float32), labels
+    labels = rng.integers(0, taxonomy.num_nodes, num_rows)
+    labels[rng.random(num_rows) < 0.1] = -100
+    return 3 * rng.normal(size=(num_rows, taxonomy.num_leaves)).astype(np.float32), labels
 
 
 def softmax(row: np.ndarray) -> list[float]:
@@ -319,18 +319,6 @@ def test_the_calibration_error_by_chance_is_that_of_labels_drawn_from_the_probab
         assert drawn[0][f"{name}_by_chance"] == pytest.approx(simulated, rel=0.1), name
 
 
-def test_ece_against_plain_python():
-    logits, labels = random_case(TREE, 500)
-    labels[labels >= TREE.num_leaves] = -100
-    documents = []
-    for row, label in zip(logits, labels.tolist(), strict=True):
-        if label >= 0:
-            probabilities = softmax(row)
-            documents.append((max(probabilities), probabilities.index(max(probabilities)) == label))
-    expected = plain_ece(documents)
-    assert build_compute_metrics(TREE)(EvalPrediction(logits, labels))["ece"] == pytest.approx(expected)
-
-
 def test_calibration_bins_by_hand():
     # 0.2 is the border of the bins 2 and 3, and belongs to the bin below; 0.84 and 0.86 are in bin 12
     bins = calibration_bins(np.array([0.2, 0.84, 0.86]), np.array([False, True, True]))
@@ -424,24 +412,6 @@ def test_the_bootstrap_of_a_report_is_computed_once():
     assert [row["f1_interval"] for row in scores["per_class"]] == expected["f1"].T.tolist()
     only_inner = {"test": {"labels": np.full(len(labels), B)}}
     assert class_scores(HierarchicalConfig(taxonomy=TREE), {"test": logits}, only_inner) == {}
-
-
-def test_trainer_reports_the_scores(tmp_path):
-    class Echo(torch.nn.Module):
-        def forward(self, scores, labels):
-            return {"loss": scores.sum() * 0, "logits": scores}
-
-    predictions, labels = [A, F, E, H, F, C], [A, E, D, C, F, -100]
-    rows = [
-        {"scores": torch.from_numpy(row), "labels": label}
-        for row, label in zip(logits_for(predictions), labels, strict=True)
-    ]
-    arguments = TrainingArguments(tmp_path, per_device_eval_batch_size=4, report_to=[], disable_tqdm=True, use_cpu=True)
-    trainer = Trainer(Echo(), arguments, eval_dataset=rows, compute_metrics=build_compute_metrics(TREE))
-    scores = trainer.evaluate()
-    assert scores["eval_accuracy"] == pytest.approx(2 / 4)
-    assert scores["eval_level_1_accuracy"] == pytest.approx(4 / 5)
-    assert trainer.predict(rows).metrics["test_accuracy"] == scores["eval_accuracy"]
 
 
 def test_bootstrap_intervals_against_scipy():

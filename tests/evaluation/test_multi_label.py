@@ -18,13 +18,12 @@ from transformers import EvalPrediction
 
 from errors import InputError
 from evaluation import lexical
-from evaluation.calibration import PRIOR, calibrate_out_of_fold
-from evaluation.metrics import bootstrap_intervals, node_counts, one_hot, per_class_report
+from evaluation.calibration import PRIOR_STD, calibrate_out_of_fold
+from evaluation.metrics import bootstrap_intervals, confusion_counts, one_hot, per_class_report
 from evaluation.multi_label import (
     MultiLabelCalibration,
     best_threshold,
     build_multi_label_metrics,
-    choose,
     common_threshold,
     fit_calibration,
     fit_node_thresholds,
@@ -32,6 +31,7 @@ from evaluation.multi_label import (
     likely_pairs,
     marginal_logits,
     open_decisions,
+    predict_nodes,
     recall_scores,
     shrunk_thresholds,
 )
@@ -119,7 +119,7 @@ def test_each_node_has_the_map_estimate_on_its_open_rows():
     fitted = fit_calibration(TREE, 2 * z + 1, None, labels)
 
     def posterior(parameters: np.ndarray, node: int | None, mean: float) -> float:
-        value = ((parameters[0] - mean) ** 2 + parameters[1] ** 2) / (2 * PRIOR**2)
+        value = ((parameters[0] - mean) ** 2 + parameters[1] ** 2) / (2 * PRIOR_STD**2)
         for row in range(60):
             for n in range(TREE.num_nodes) if node is None else [node]:
                 parent = TREE.parents[n]
@@ -189,10 +189,10 @@ def test_texts_are_scored_by_a_calibration_that_has_not_seen_them():
 def test_a_chosen_node_brings_its_ancestors():
     probabilities = np.array([[0.1, 0.2, 0.6, 0.1, 0.2, 0.7, 0.65, 0.3], [0.9, 0.1, 0.1, 0.1, 0.1, 0.2, 0.1, 0.1]])
     thresholds = np.array([0.95, 0.9, 0.5, 0.9, 0.9, 0.9, 0.9, 0.3])
-    chosen = choose(TREE, probabilities, thresholds)
+    chosen = predict_nodes(TREE, probabilities, thresholds)
     np.testing.assert_array_equal(np.flatnonzero(chosen[0]), [E, B, D, G])
     assert not chosen[1].any()
-    np.testing.assert_array_equal(np.flatnonzero(choose(TREE, probabilities, 0.6)[0]), [E, B, D])
+    np.testing.assert_array_equal(np.flatnonzero(predict_nodes(TREE, probabilities, 0.6)[0]), [E, B, D])
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -229,7 +229,7 @@ def test_the_common_threshold_has_the_best_micro_f1(tree):
     probabilities = expit(u)
 
     def score(threshold: float) -> float:
-        return f1(choose(tree, probabilities, threshold)[known], labels[known])
+        return f1(predict_nodes(tree, probabilities, threshold)[known], labels[known])
 
     best = max(map(score, np.unique(probabilities)))
     assert score(common_threshold(u, labels)) == pytest.approx(best)
@@ -246,7 +246,7 @@ def test_each_nodes_own_threshold_has_its_best_f1_after_closure():
 
         def score(threshold: float, node=node, known=known) -> float:
             changed = np.where(np.arange(TREE.num_nodes) == node, threshold, thresholds)
-            return f1(choose(TREE, expit(u), changed)[known, node], labels[known, node])
+            return f1(predict_nodes(TREE, expit(u), changed)[known, node], labels[known, node])
 
         candidates = [*expit(u[:, node]), 1.0]
         assert score(thresholds[node]) == pytest.approx(max(map(score, candidates)))
@@ -274,7 +274,7 @@ def test_thresholds_beat_one_half_and_the_common_one_on_other_texts():
             "common": common_threshold(u[:500], labels[:500]),
         }
         for name, values in thresholds.items():
-            chosen = choose(TREE, expit(u[500:]), values)
+            chosen = predict_nodes(TREE, expit(u[500:]), values)
             macro = sklearn.metrics.f1_score(labels[500:], chosen, average="macro", zero_division=0)
             scores[name].append((f1(chosen, labels[500:]), macro))
     micro, macro = ({name: statistics.mean(row[i] for row in rows) for name, rows in scores.items()} for i in (0, 1))
@@ -388,7 +388,7 @@ def test_metrics_against_scikit_learn(tree):
     thresholds = np.random.default_rng(1).uniform(0.1, 0.6, tree.num_nodes)
     metrics = measured(tree, u.astype(np.float32), labels.astype(np.float32), thresholds)
     probabilities = expit(u.astype(np.float32).astype(np.float64))
-    chosen = choose(tree, probabilities, thresholds)
+    chosen = predict_nodes(tree, probabilities, thresholds)
     leaves, levels = slice(tree.num_leaves), np.array(tree.levels)
 
     def score(nodes, average: str) -> float:
@@ -500,7 +500,7 @@ def test_the_report_of_nodes_against_scikit_learn():
     labels[:, [G, H]] = 0
     u, thresholds = marginal_logits(TREE, z), np.full(8, 0.4)
     u[:, [G, H]] = -9
-    chosen = choose(TREE, expit(u), thresholds)
+    chosen = predict_nodes(TREE, expit(u), thresholds)
     rows, intervals = per_class_report(TREE.labels, labels, chosen)
     expected = sklearn.metrics.precision_recall_fscore_support(labels, chosen, zero_division=0)
     assert [row["label"] for row in rows] == TREE.labels
@@ -522,10 +522,10 @@ def test_intervals_against_the_spread_of_other_samples():
     u, values = marginal_logits(TREE, z), []
     for seed in range(200):
         scores, labels = case(TREE, 300, seed=seed)
-        counts = node_counts(choose(TREE, expit(marginal_logits(TREE, scores)), 0.4), labels)
+        counts = confusion_counts(predict_nodes(TREE, expit(marginal_logits(TREE, scores)), 0.4), labels)
         values.append(2 * counts[0].sum() / counts[1:].sum())
     labels = drawn(TREE, z)
-    ends = bootstrap_intervals(labels, choose(TREE, expit(u), 0.4))["micro_f1"]
+    ends = bootstrap_intervals(labels, predict_nodes(TREE, expit(u), 0.4))["micro_f1"]
     assert ends[1] - ends[0] == pytest.approx(2 * 1.96 * statistics.stdev(values), rel=0.2)
 
 
@@ -553,7 +553,7 @@ def counted(ids: list[list[int]]) -> csr_matrix:
 def test_each_node_has_scikit_learns_logistic_regression_over_its_open_rows():
     (ids, labels), (unseen, _) = rows(300), rows(30, seed=1)
     classifier = lexical.LexicalClassifier(TREE, counted(ids), labels)
-    spread = lexical.spread_of_log_odds(counted(ids) > 0, labels)
+    spread = lexical.log_odds_variance(counted(ids) > 0, labels)
 
     def features(ids: list[list[int]]) -> np.ndarray:
         weighed = TfidfTransformer(sublinear_tf=True, norm=None).fit(counted(rows(300)[0])).transform(counted(ids))
@@ -598,12 +598,12 @@ def test_texts_without_a_known_label_teach_no_words():
 def test_classes_without_both_labels_and_rows_without_labels_do_not_count_in_the_spread():
     present = csr_matrix(np.random.default_rng(0).random((50, 12)) < 0.3)
     classes = np.random.default_rng(1).integers(0, 3, 50)
-    expected = lexical.spread_of_log_odds(present, one_hot(classes, 3))
+    expected = lexical.log_odds_variance(present, one_hot(classes, 3))
     labels = np.eye(4, dtype=int)[classes]  # the last node has one label only
-    np.testing.assert_allclose(lexical.spread_of_log_odds(present, labels), expected)
+    np.testing.assert_allclose(lexical.log_odds_variance(present, labels), expected)
     more = np.vstack([labels, np.full((7, 4), -100)])
     others = csr_matrix(np.vstack([present.toarray(), np.ones((7, 12), dtype=bool)]))
-    np.testing.assert_allclose(lexical.spread_of_log_odds(others, more), expected)
+    np.testing.assert_allclose(lexical.log_odds_variance(others, more), expected)
 
 
 def test_a_lexical_classifier_is_fitted_if_any_node_has_both_labels(caplog):

@@ -23,10 +23,10 @@ LOG = [
 ]
 
 
-def random_case(taxonomy: Taxonomy, num_documents: int) -> tuple[np.ndarray, np.ndarray]:
+def random_case(taxonomy: Taxonomy, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
-    logits = rng.normal(size=(num_documents, taxonomy.num_leaves))
-    return logits, rng.integers(0, taxonomy.num_leaves, num_documents)
+    logits = rng.normal(size=(num_rows, taxonomy.num_leaves))
+    return logits, rng.integers(0, taxonomy.num_leaves, num_rows)
 
 
 def matrix_of(figure) -> tuple[list[str], np.ndarray]:

@@ -1,19 +1,14 @@
 """Read from and write to an object store: an S3 server on this machine. Skipped without moto."""
 
 import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, STRIKE, complete, inside
 
 from errors import InputError
-from predict import main
 from prediction.input import read_records
 from reading.sources import find_sources
 
@@ -49,11 +44,6 @@ def bucket(server, monkeypatch) -> Iterator:
     one.delete()
 
 
-def inside(*words: object) -> int:
-    """Run predict.py in this process."""
-    return main([str(word) for word in words])
-
-
 def contents(bucket) -> dict[str, bytes]:
     """Return the objects of the bucket by name, without the empty ones that stand for folders."""
     return {one.key: one.get()["Body"].read() for one in bucket.objects.all() if not one.key.endswith("/")}
@@ -86,20 +76,16 @@ def test_a_run_in_a_store_is_killed_and_ends_with_the_bytes_of_one_on_a_disk(
         assert inside(*local) == 1
     local = {str(file.relative_to(tmp_path)): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
 
-    for output, name in (("out.csv", "out.csv"), ("folder/", "folder/part-00000.parquet")):
+    for output in ("out.csv", "folder/"):
         words = ("--model", clear_checkpoint, "--input", f"s3://{BUCKET}/in/", "--output", f"s3://{BUCKET}/{output}")
-        line = [sys.executable, str(ROOT / "predict.py"), *words]
-        process = subprocess.Popen(line, stderr=subprocess.DEVNULL)
-        parts = f"{output}.parts/00"
-        while process.poll() is None and sum(1 for _ in bucket.objects.filter(Prefix=parts)) < 2:
-            time.sleep(0.2)  # which leaves the server time for others
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-        assert name not in {one.key for one in bucket.objects.all()}
-        with pytest.raises(InputError, match=rf"s3://{BUCKET}/\S+.parts was begun with another probabilities"):
+        uploaded = ("os.remove", "/part.new")  # which is deleted from the disk
+        done = complete("-c", STRIKE, ROOT / "predict.py", *uploaded, int(signal.SIGKILL), *words)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert [key for key in contents(bucket) if key.startswith(output)] == [f"{output}.parts/000000000.jsonl"]
+        with pytest.raises(InputError, match=rf"s3://{BUCKET}/\S+.parts was started with another probabilities"):
             inside(*words, "--probabilities")
         assert inside(*words) == 1
-        assert "continued after" in capsys.readouterr().err
+        assert "continued after 1,024 rows" in capsys.readouterr().err
         with pytest.raises(InputError, match="already exists"):
             inside(*words)
         assert inside(*words, "--overwrite") == 1
@@ -139,7 +125,7 @@ def test_every_kind_of_source_is_read_as_on_a_disk(bucket, texts):
     assert names == [f"s3://{BUCKET}/in/{name}" for name in ("part-1.csv", "part-2.jsonl.gz", "part-3.parquet")]
 
 
-def test_what_a_store_refuses_is_one_line(bucket, clear_checkpoint, texts, tmp_path, monkeypatch):
+def test_what_a_store_refuses_is_one_line(bucket, clear_checkpoint, texts, closed_port, tmp_path, monkeypatch):
     upload(bucket, texts)
     words = {"--model": clear_checkpoint, "--input": str(texts / "part-1.csv"), "--output": f"{tmp_path}/out.csv"}
     for flag, value, message in (
@@ -155,9 +141,7 @@ def test_what_a_store_refuses_is_one_line(bucket, clear_checkpoint, texts, tmp_p
             inside(*(word for pair in given.items() for word in pair))
         assert message in str(error.value)
         assert "\n" not in str(error.value)
-    with socket.socket() as closed:  # bound, but not listening: connections are refused
-        closed.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
-        with pytest.raises(InputError, match=rf"^--input s3://{BUCKET}/in: .*NETWORK_CONNECTION"):
-            inside("--model", clear_checkpoint, "--input", f"s3://{BUCKET}/in", "--output", tmp_path / "out.csv")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed_port}")
+    with pytest.raises(InputError, match=rf"^--input s3://{BUCKET}/in: .*NETWORK_CONNECTION"):
+        inside("--model", clear_checkpoint, "--input", f"s3://{BUCKET}/in", "--output", tmp_path / "out.csv")
     assert not [*tmp_path.iterdir()]

@@ -9,24 +9,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import CLEAR, ROOT, run
+from conftest import CLEAR, ROOT, inside, run
 from safetensors.torch import load_file, save_file
 
 from errors import InputError
-from predict import main
 
 ray = pytest.importorskip("ray")
 SETTINGS = {"OMP_NUM_THREADS": "2", "RAY_worker_niceness": "0"}  # Ray's workers would give way to all other tests
 NAMES = [name for names in CLEAR.values() for name in names]
-
-
-def inside(*words: object) -> int:
-    """Run predict.py in this process."""
-    return main([str(word) for word in words])
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +62,11 @@ def cluster() -> Iterator:
 
 
 def wait_for(condition: Callable[[], object], driver: subprocess.Popen | None = None) -> None:
-    """Wait until a condition holds. Fail if the driver ends before."""
+    """Wait until a condition holds. Fail if the driver ends before, or minutes pass."""
+    until = time.monotonic() + 300
     while not condition():
         assert driver is None or driver.poll() is None
+        assert time.monotonic() < until
         time.sleep(0.02)
 
 
@@ -86,26 +83,34 @@ def children(pid: int) -> list[tuple[int, str]]:
 def scorers(cluster) -> dict[int, object]:
     """Return the process ids of the actors on a cluster, with their nodes."""
     raylets = {node.all_processes["raylet"][0].process.pid: node for node in cluster.list_all_nodes()}
-    return {pid: node for raylet, node in raylets.items() for pid, line in children(raylet) if "ray::Scorer" in line}
+    return {
+        pid: node for raylet, node in raylets.items() for pid, line in children(raylet) if "ray::Classifier" in line
+    }
 
 
-def start(*words: object) -> subprocess.Popen:
-    """Start predict.py in a process of its own, which would use two cores."""
+@contextmanager
+def driving(*words: object) -> Iterator[subprocess.Popen]:
+    """Start predict.py in a process of its own, which would use two cores; what still runs at the end is killed."""
     line = [sys.executable, str(ROOT / "predict.py"), *map(str, words)]
-    return subprocess.Popen(line, env=os.environ | SETTINGS)
+    with subprocess.Popen(line, env=os.environ | SETTINGS) as driver:
+        try:
+            yield driver
+        finally:
+            driver.kill()
 
 
 def test_workers_and_a_node_are_killed_and_no_row_is_lost_or_doubled(
     cluster, labels_checkpoint, texts, expected, tmp_path
 ):
     output = tmp_path / "out.jsonl"
-    driver = start("--model", labels_checkpoint, "--input", texts, "--output", output, "--ray", cluster.address)
-    wait_for(lambda: num_parts(output) >= 3 and scorers(cluster), driver)
-    os.kill(next(iter(scorers(cluster))), signal.SIGKILL)
-    wait_for(lambda: num_parts(output) >= 6 and scorers(cluster), driver)
-    cluster.remove_node(next(iter(scorers(cluster).values())), allow_graceful=False)
-    cluster.add_node(num_cpus=1)
-    assert driver.wait() == 1
+    words = ("--model", labels_checkpoint, "--input", texts, "--output", output, "--ray", cluster.address)
+    with driving(*words) as driver:
+        wait_for(lambda: num_parts(output) >= 3 and scorers(cluster), driver)
+        os.kill(next(iter(scorers(cluster))), signal.SIGKILL)
+        wait_for(lambda: num_parts(output) >= 6 and scorers(cluster), driver)
+        cluster.remove_node(next(iter(scorers(cluster).values())), allow_graceful=False)
+        cluster.add_node(num_cpus=1)
+        assert driver.wait() == 1
     assert output.read_bytes() == expected[labels_checkpoint].read_bytes()
     errors = Path(f"{output}.errors.jsonl")
     assert errors.read_bytes() == Path(f"{expected[labels_checkpoint]}.errors.jsonl").read_bytes()
@@ -116,17 +121,14 @@ def test_a_driver_is_killed_and_its_cluster_ends_with_it(clear_checkpoint, texts
     """Write a folder with a Ray of its own, and look at rows, problems and manifest."""
     output = tmp_path / "out"
     words = ("--model", clear_checkpoint, "--input", texts, "--output", f"{output}/", "--output_format", "jsonl")
-    driver = start(*words, "--ray", "local")
-    try:
+    with driving(*words, "--ray", "local") as driver:
         wait_for(lambda: num_parts(f"{output}/") >= 4, driver)
         ray_processes = [pid for pid, _ in children(driver.pid)]
         assert ray_processes
-    finally:
-        driver.kill()
-    assert driver.wait() == -signal.SIGKILL
+    assert driver.returncode == -signal.SIGKILL
     started = num_parts(f"{output}/")
     assert not (output / "manifest.json").exists()
-    with pytest.raises(InputError, match="begun with another batch_size"):
+    with pytest.raises(InputError, match="started with another batch_size"):
         inside(*words, "--batch_size", 3)
     done = run(*words, "--ray", command="predict.py", check=False, settings=SETTINGS, fresh=True)
     assert done.returncode == 1
@@ -159,7 +161,7 @@ def test_rows_that_kill_every_worker_are_named(cluster, clear_checkpoint, tmp_pa
     with pytest.raises(InputError) as error:
         inside("--model", model, "--input", tmp_path / "in.csv", "--output", output, "--ray", cluster.address)
     assert str(error.value).startswith(
-        f"2 workers died of the rows from {tmp_path / 'in.csv'}, line 1026, to {tmp_path / 'in.csv'}, line 2049: "
+        f"2 workers died while they classified the rows from {tmp_path / 'in.csv'}, line 1026, to {tmp_path / 'in.csv'}, line 2049: "
     )
     assert "poison" not in str(error.value)
     assert "\n" not in str(error.value)
@@ -171,12 +173,12 @@ def test_actors_with_another_model_do_not_take_part(cluster, clear_checkpoint, t
     shutil.copytree(clear_checkpoint, model)
 
     def change() -> None:
-        wait_for(lambda: num_parts(output) >= 1)
+        wait_for(lambda: num_parts(output) >= 1 and scorers(cluster))
         heads = model / "heads.safetensors"
         save_file({name: weight.flip(0) for name, weight in load_file(heads).items()}, heads, {"format": "pt"})
         os.kill(next(iter(scorers(cluster))), signal.SIGKILL)
 
-    changer = threading.Thread(target=change)
+    changer = threading.Thread(target=change, daemon=True)
     changer.start()
     with pytest.raises(
         InputError, match=r"^node [\d.]+ has another fingerprint, \w+, not \w+: use nodes that are alike$"

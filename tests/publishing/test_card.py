@@ -16,7 +16,7 @@ from transformers import EvalPrediction
 
 from configuration_hierarchical import HierarchicalConfig
 from evaluation.metrics import any_label_accuracy, build_compute_metrics, per_class_report
-from evaluation.multi_label import build_multi_label_metrics, choose
+from evaluation.multi_label import build_multi_label_metrics, predict_nodes
 from publishing import card
 from publishing.environment import describe_environment
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
@@ -479,7 +479,7 @@ def test_only_methods_that_were_used_are_cited(written, settings, cited):
     assert re.findall(r"^- (\w+)", section(written(settings=settings), "Citation"), re.M) == cited
 
 
-# ── several labels a text ────────────────────────────────────────────────────────────────────────────────────────────
+# ── Multi-label ────────────────────────────────────────────────────────────────────────────────────────────
 
 MULTI_LABEL_REPORT = {
     "sources": [{"split": "all", "name": "/home/alice/all.jsonl", "sha256": {"all.jsonl": "ab" * 32}}],
@@ -519,7 +519,7 @@ def written_multi_label(written):
             u = generator.normal(size=labels.shape) + labels
             scores = build_multi_label_metrics(tree)(EvalPrediction(u, labels))
             measured |= {f"{step}{prefix}_{name}": value for name, value in scores.items()}
-    chosen = choose(tree, 1 / (1 + np.exp(-u)), config.node_thresholds)
+    chosen = predict_nodes(tree, 1 / (1 + np.exp(-u)), config.node_thresholds)
     rows, intervals = per_class_report(tree.labels, labels, chosen)
     measured |= {"per_class": rows, "intervals": {f"test_{name}": ends for name, ends in intervals.items()}}
 

@@ -18,6 +18,7 @@ from hub_server import HubServer
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, MPNetConfig, pipeline
 
+from checkpoint_files import ONNX_FILE
 from checkpoint_hierarchical import load_encoder
 from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import HierarchicalForSequenceClassification
@@ -41,13 +42,11 @@ def published(clear_checkpoint, labels_checkpoint, tmp_path_factory) -> dict[str
     tokenizer = AutoTokenizer.from_pretrained(folder / "labels", padding_side="right", trust_remote_code=True)
     tokenizer.save_pretrained(folder / "labels")
     with HubServer() as hub:
-        hub.add_user("alice", "hf_alice")
-        environment = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(folder / "home"), "HF_TOKEN": "hf_alice"}
-        environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        hub.add_user("alice", "hf_alice", role="fineGrained")
         sources = (("one_path", clear_checkpoint, ["--merge"]), ("several_labels", folder / "labels", []))
         for i, (form, checkpoint, flags) in enumerate(sources):
             words = ["--model", checkpoint, "--repo_id", f"alice/{i}", "--onnx", *flags]
-            run(*words, command="push_to_hub.py", settings=environment)
+            run(*words, command="push_to_hub.py", settings=hub.environment(folder / "home", "hf_alice"))
             for name, content in hub.files(f"alice/{i}").items():
                 (folder / form / name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / form / name).write_bytes(content)
@@ -120,7 +119,7 @@ def test_the_softmax_of_text_embeddings_inference_stays_finite_for_improbable_le
         expected = model(**inputs).logits
     exact = expected.double().exp().numpy()
     assert exact.min() < 1e-70
-    logits = run_onnx(export_onnx(tmp_path, tmp_path)[0], {name: ids.numpy() for name, ids in inputs.items()})
+    logits = run_onnx(export_onnx(tmp_path, tmp_path)[ONNX_FILE], {name: ids.numpy() for name, ids in inputs.items()})
     for row, unclamped, wanted in zip(logits, expected.numpy(), exact, strict=True):
         assert np.isnan(served_softmax(unclamped)).any()
         likely = wanted > 1e-30
@@ -300,7 +299,7 @@ def test_what_a_client_gets_wrong_is_one_line_without_its_text(published):
         ({"inputs": secret, "parameters": {"batch_size": 10**9}}, "cannot hold 'batch_size', only top_k"),
         ({"inputs": secret, "parameters": {"top_k": "3"}}, "top_k must be a whole number of at least 1"),
         ({"inputs": secret, "parameters": {"coverage": 2}}, "coverage must be a number between 0 and 1"),
-        ({"inputs": secret, "parameters": {"recall": 0.9}}, "recall is for checkpoints with several labels a text"),
+        ({"inputs": secret, "parameters": {"recall": 0.9}}, "recall is for multi-label checkpoints"),
         ({"inputs": secret, "parameters": {"stride": 500}}, "leaves no room"),
         ({"inputs": secret, "parameters": {"costs": "/etc/passwd"}}, '"costs" must be "distance" or an object'),
     ]

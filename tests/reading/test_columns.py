@@ -73,8 +73,8 @@ def test_several_sources_share_a_candidate():
         (" \n\u2003", "the text is empty"),
         (None, "the text is missing"),
         (float("nan"), "the text is missing"),
-        (1.5, "the text is not a text but float"),
-        (["a"], "the text is not a text but list"),
+        (1.5, "the value is not text but float"),
+        (["a"], "the value is not text but list"),
     ],
 )
 def test_what_is_not_a_text_is_said(value, problem):

@@ -1,6 +1,5 @@
 """One corpus of odd files through all doors: train.py's data, predict.py and the Space read the same rows of each."""
 
-import io
 import json
 import sys
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, stranger
+from conftest import ROOT, parquet, stranger
 
 from errors import InputError
 from prediction.input import read_records
@@ -24,12 +23,6 @@ QUOTES = (
     'id,text,label\n0,zero,a\n1,"Heart" was,b\n2,two,b\n3,"He said ""no""",a\n4,"two\nlines",b\n5,"five,b\n6,six,a\n'
 )
 TABS = 'text\tlabel\n"Heart was\tb\ntwo\tb\nend"\ta\nfour\tb\n"two\nlines"\ta\n'
-
-
-def parquet(**columns) -> bytes:
-    stream = io.BytesIO()
-    pq.write_table(pa.table(columns), stream)
-    return stream.getvalue()
 
 
 # by the name of the file: its content, the column of texts, the texts that can be read with the lines where they begin,
@@ -57,7 +50,7 @@ CORPUS: dict[str, tuple[bytes, str, list[tuple[int, str]], list[int], list[str]]
         "abstract", [(1, "one"), (3, "two")], [2], ["a", "b"],
     ),
     "categories.parquet": (
-        parquet(Text=pa.array(["one", "two", None, "one"]).dictionary_encode(), label=pa.array([2**60 + 1, 7, None, 7])),
+        parquet({"Text": pa.array(["one", "two", None, "one"]).dictionary_encode(), "label": [2**60 + 1, 7, None, 7]}),
         "Text", [(1, "one"), (2, "two"), (4, "one")], [3], [str(2**60 + 1), "7", "7"],
     ),
 }  # fmt: skip

@@ -40,7 +40,7 @@ def test_a_pattern_means_its_files_in_sorted_order(tmp_path, monkeypatch):
         ("part-3.csv", None, "part-3.csv: there is no file of a known kind in it"),
         ("s3://key:secret@bucket/a.csv", None, "s3://...: give credentials in the environment, not in the URL"),
         ("none://bucket/a.csv", None, "none://bucket/a.csv: "),
-        ("-", None, "- has no name that tells its kind: give --input_format, one of csv, tsv"),
+        ("-", None, "- has no file name: give --input_format, one of csv, tsv"),
     ):
         with pytest.raises(InputError) as refused:
             find_sources(pattern, kind)

@@ -4,7 +4,6 @@ Today's code runs over them. The code that travels with a checkpoint is not stor
 would prove nothing about the past.
 """
 
-import itertools
 import json
 import os
 import shutil
@@ -12,10 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, stranger
+from conftest import ROOT, copy_checkpoint, stranger
 from transformers import AutoTokenizer
 
-from checkpoint_hierarchical import SHIPPED_FILES
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from pipeline_hierarchical import HierarchicalTextClassificationPipeline, conformal_answer, conformal_threshold
 from publishing.export import export_merged
@@ -68,9 +66,9 @@ def test_a_checkpoint_that_reads_few_tokens_is_merged(monkeypatch, tmp_path):
 
 def test_a_stranger_loads_it_and_saves_what_loads_again(tmp_path):
     published = tmp_path / "published"
-    shutil.copytree(FOLDER, published)
-    for form, name in itertools.product(FORMS, SHIPPED_FILES):
-        shutil.copy(ROOT / name, published / form)
+    shutil.copytree(FOLDER / "encoder", published / "encoder")
+    for form in FORMS:
+        copy_checkpoint(form, published / form)
     code = f"""
 import json, os
 from transformers import AutoModel, AutoTokenizer, pipeline

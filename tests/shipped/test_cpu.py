@@ -20,7 +20,7 @@ from cpu_hierarchical import (
 )
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import ModelArguments
-from training.cpu import speed_up
+from training.cpu import use_training_kernels
 from training.model import build_model
 
 TREE = Taxonomy({"a": ["b", "c"], "d": None})
@@ -69,7 +69,7 @@ def assert_same(model, fast, batch) -> None:
 @pytest.mark.parametrize("quantization", ["4bit", "none", "8bit"])
 def test_outputs_and_gradients_are_those_of_peft(minilm, batch, quantization):
     model, fast = (lora_model(minilm, quantization) for _ in range(2))
-    speed_up(fast.encoder)
+    use_training_kernels(fast.encoder)
     assert_same(model, fast, batch)
 
 
@@ -94,7 +94,7 @@ def test_other_encoders_too(kind, tmp_path):
     mask[1, 11:] = mask[2, 4:] = 0
     given = {"input_ids": torch.randint(5, 90, (3, 20)), "attention_mask": mask, "labels": torch.tensor([0, 1, 2])}
     model, fast = (lora_model(str(tmp_path), "none") for _ in range(2))
-    speed_up(fast.encoder)
+    use_training_kernels(fast.encoder)
     adapted = [module for module in fast.modules() if isinstance(module, LoraLayer)]
     assert adapted
     assert all("forward" in vars(module) for module in adapted)
@@ -103,7 +103,7 @@ def test_other_encoders_too(kind, tmp_path):
 
 def test_with_gradient_checkpointing_too(minilm, batch):
     model, fast = (lora_model(minilm) for _ in range(2))
-    speed_up(fast.encoder)
+    use_training_kernels(fast.encoder)
     fast.gradient_checkpointing_enable()
     assert_same(model, fast, batch)
 
@@ -115,13 +115,13 @@ def test_padding_may_stand_on_the_left_or_in_between(minilm, batch, hole):
         mask[:, 12] = 0
     given = {**batch, "input_ids": batch["input_ids"].flip(1), "attention_mask": mask}
     model, fast = (lora_model(minilm) for _ in range(2))
-    speed_up(fast.encoder)
+    use_training_kernels(fast.encoder)
     assert_same(model, fast, given)
 
 
 def test_a_disabled_or_merged_adapter_is_respected(minilm, batch):
     model, fast = (lora_model(minilm, "none") for _ in range(2))
-    speed_up(fast.encoder)
+    use_training_kernels(fast.encoder)
     for one in (model, fast):
         for module in one.encoder.modules():
             if isinstance(module, LoraLayer):
@@ -143,7 +143,7 @@ def test_a_disabled_or_merged_adapter_is_respected(minilm, batch):
 def test_dropout_of_the_adapter_and_a_chosen_attention_are_kept(minilm):
     model = lora_model(minilm, lora_dropout=0.1)
     model.encoder.set_attn_implementation("eager")
-    speed_up(model.encoder)
+    use_training_kernels(model.encoder)
     assert not any("forward" in vars(module) for module in model.modules() if isinstance(module, LoraLayer))
     assert model.encoder.config._attn_implementation == "eager"
 
@@ -151,7 +151,7 @@ def test_dropout_of_the_adapter_and_a_chosen_attention_are_kept(minilm):
 def test_training_outlives_the_private_names_that_the_attention_uses(minilm, batch, monkeypatch, caplog):
     model, plain = (lora_model(minilm, "none") for _ in range(2))
     monkeypatch.setitem(sys.modules, "cpu_hierarchical", None)  # importing it raises ImportError
-    speed_up(plain.encoder)
+    use_training_kernels(plain.encoder)
     (warning,) = (record for record in caplog.records if record.levelname == "WARNING")
     assert "training without the faster CPU attention" in warning.getMessage()
     assert plain.encoder.config._attn_implementation == "sdpa"
@@ -160,7 +160,7 @@ def test_training_outlives_the_private_names_that_the_attention_uses(minilm, bat
 
 def test_the_attention_is_not_written_into_a_checkpoint(minilm, tmp_path):
     model = lora_model(minilm)
-    speed_up(model.encoder)
+    use_training_kernels(model.encoder)
     assert model.encoder.config._attn_implementation == ATTENTION
     model.save_pretrained(tmp_path)
     assert ATTENTION not in (tmp_path / "config.json").read_text()

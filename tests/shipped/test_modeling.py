@@ -403,7 +403,7 @@ def test_the_adapter_form_holds_adapter_and_heads_alone_and_comes_back_the_same(
     torch.testing.assert_close(merged(**inputs).logits, adapted(**inputs).logits, atol=1e-4, rtol=0)
 
 
-def test_peft_alone_loads_the_adapter_on_the_bare_encoder(adapted, minilm, tmp_path, recwarn):
+def test_peft_alone_loads_the_adapter_on_the_bare_encoder(adapted, minilm, tmp_path):
     adapted.save_pretrained(tmp_path)
     inputs = batch(length=20)
     bare = AutoModel.from_pretrained(minilm)
@@ -458,14 +458,14 @@ def test_an_encoder_that_takes_no_attention_mask_is_refused():
         "num_hidden_layers": 1,
         "intermediate_size": 48,
     }
-    with pytest.raises(ValueError, match="FNetModel changes its predictions with padding"):
+    with pytest.raises(ValueError, match="FNetModel gives other outputs when its inputs are padded"):
         HierarchicalForSequenceClassification(HierarchicalConfig(taxonomy=["a", "b"], text_config=config))
 
 
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("convbert", "ConvBertModel changes its predictions with padding"),
+        ("convbert", "ConvBertModel gives other outputs when its inputs are padded"),
         ("bart", "BartModel is an encoder with a decoder"),
         ("xmod", "XmodModel needs the language of the texts: set default_language in its config.json"),
     ],
@@ -514,6 +514,11 @@ def test_what_is_given_at_loading_is_checked_like_what_was_stored(form, given, m
     for auto in (HierarchicalForSequenceClassification, AutoModel):
         with pytest.raises(ValueError, match=message):
             auto.from_pretrained(tmp_path, trust_remote_code=True, **given)
+
+
+@pytest.mark.parametrize("form", ["adapter", "whole"])
+def test_a_pooling_that_is_given_at_loading_replaces_the_stored_one(form, adapted, tmp_path):
+    (adapted if form == "adapter" else small_model()).save_pretrained(tmp_path)
     loaded = HierarchicalForSequenceClassification.from_pretrained(tmp_path, pooling="cls")
     inputs = batch(length=20)
     first = loaded.encoder(**inputs).last_hidden_state[:, 0]

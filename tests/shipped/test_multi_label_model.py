@@ -108,14 +108,18 @@ def test_the_stock_pipeline_gives_the_same_probabilities(checkpoint, classify):
         assert {item["label"]: item["score"] for item in scores} == pytest.approx(own, abs=1e-5)
 
 
+def deepest_reached(result: dict, thresholds: list[float]) -> dict[str, float]:
+    """Return the nodes that reach their threshold, none of whose descendants does, with their probabilities."""
+    p = {label: score for level in result["levels"] for label, score in level.items()}
+    ids = {i for i, least in enumerate(thresholds) if p[TREE.labels[i]] >= least}
+    return {TREE.labels[i]: p[TREE.labels[i]] for i in ids if not any(i in TREE.path(j)[:-1] for j in ids)}
+
+
 def test_the_deepest_nodes_that_reach_their_threshold_are_predicted(classify):
     for result in classify(TEXTS):
-        p = {label: score for level in result["levels"] for label, score in level.items()}
-        reached = {label for label, least in zip(TREE.labels, THRESHOLDS, strict=True) if p[label] >= least}
-        ids = {TREE.id(label) for label in reached}
-        deepest = {TREE.labels[i] for i in ids if not any(i in TREE.path(j)[:-1] for j in ids)}
-        assert {node["label"] for node in result["labels"]} == deepest
-        assert [node["score"] for node in result["labels"]] == sorted((p[label] for label in deepest), reverse=True)
+        deepest = deepest_reached(result, THRESHOLDS)
+        assert {node["label"] for node in result["labels"]} == deepest.keys()
+        assert [node["score"] for node in result["labels"]] == sorted(deepest.values(), reverse=True)
         for node in result["labels"]:
             assert [step["label"] for step in node["path"]] == [
                 TREE.labels[i] for i in TREE.path(TREE.id(node["label"]))
@@ -141,9 +145,9 @@ def test_with_costs_no_other_set_of_nodes_has_a_lower_expected_cost(classify, mi
 @pytest.mark.parametrize(
     ("costs", "message"),
     [
-        ("distance", 'with several labels a text, costs are {"missing": a number, "inventing": a number}'),
-        ({"missing": 1}, 'with several labels a text, costs are {"missing": a number, "inventing": a number}'),
-        ({"missing": 1, "inventing": 1, "other": 1}, "with several labels a text, costs are"),
+        ("distance", 'for multi-label models, costs are {"missing": a number, "inventing": a number}'),
+        ({"missing": 1}, 'for multi-label models, costs are {"missing": a number, "inventing": a number}'),
+        ({"missing": 1, "inventing": 1, "other": 1}, "for multi-label models, costs are"),
         ({"missing": -1, "inventing": 1}, "costs: missing a node: a cost is a number from 0 to 1e300, not -1"),
         ({"missing": 1, "inventing": "inf"}, "costs: inventing a node: a cost is a number from 0 to 1e300"),
         ({"missing": 0, "inventing": 0}, "are both 0: one must be positive"),
@@ -195,7 +199,7 @@ def test_the_answer_for_a_recall_holds_the_nodes_from_its_threshold_on(classify)
             "recall 0.97 needs 33 validation texts with labels, and the checkpoint was calibrated on 20",
         ),
         ({"recall": 1.0}, "recall must be a number above 0 and at most 0.99"),
-        ({"coverage": 0.9}, "coverage is for checkpoints with one path a text"),
+        ({"coverage": 0.9}, "coverage is for single-path checkpoints"),
         ({"recall": 0.5, "max_length": 64}, "recall needs texts truncated at 512 tokens"),
         ({"recall": 0.5, "stride": 8, "top_k": 2}, "recall needs texts truncated at 512 tokens"),
     ],
@@ -207,7 +211,7 @@ def test_what_the_checkpoint_cannot_promise_is_refused(classify, given, message)
 
 def test_recall_is_refused_by_a_checkpoint_with_one_path(clear_checkpoint):
     classify = pipeline("hierarchical-text-classification", model=clear_checkpoint, trust_remote_code=True)
-    with pytest.raises(ValueError, match="recall is for checkpoints with several labels a text"):
+    with pytest.raises(ValueError, match="recall is for multi-label checkpoints"):
         classify(TEXTS, recall=0.9)
 
 
@@ -217,8 +221,10 @@ def test_an_uncalibrated_checkpoint_predicts_from_one_half_and_promises_nothing(
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(minilm).save_pretrained(tmp_path)
     classify = pipeline("hierarchical-text-classification", model=str(tmp_path), trust_remote_code=True)
-    result = classify(TEXTS[0])
-    assert all(node["score"] >= 0.5 for node in result["labels"])
+    results = classify(TEXTS)
+    expected = [deepest_reached(result, [0.5] * TREE.num_nodes) for result in results]
+    assert any(expected)
+    assert [{node["label"]: node["score"] for node in result["labels"]} for result in results] == expected
     with pytest.raises(ValueError, match="this checkpoint was not calibrated: recall needs"):
         classify(TEXTS[0], recall=0.9)
 

@@ -240,8 +240,8 @@ def table_without(row: str, column: str | None = None) -> dict:
 @pytest.mark.parametrize(
     ("costs", "message"),
     [
-        ({"missing": 5, "inventing": 1}, 'with one path a text, costs are "distance", a CSV file, or'),
-        (3, 'with one path a text, costs are "distance", a CSV file, or'),
+        ({"missing": 5, "inventing": 1}, 'for single-path models, costs are "distance", a CSV file, or'),
+        (3, 'for single-path models, costs are "distance", a CSV file, or'),
         ("none.csv", "cannot read the costs none.csv: No such file"),
         (table_without("d"), "costs: rows: the leaf 'd' is missing"),
         (table_without("g", "d"), "costs: the row of 'g': the leaf 'd' is missing"),

@@ -242,11 +242,11 @@ def test_the_taxonomy_is_drawn_as_a_tree():
 def test_questions_about_the_tree_by_hand():
     # leaves: c 0, d 1, e 2, g 3, h 4; inner: a 5, b 6, f 7; the roots are a, f and h
     tree = Taxonomy({"a": {"b": ["c", "d"], "e": None}, "f": ["g"], "h": None})
-    assert tree.ancestors == [
+    assert tree.padded_paths == [
         *([5, 6, 0], [5, 6, 1], [5, 2, 8], [7, 3, 8], [4, 8, 8]),
         *([5, 8, 8], [5, 6, 8], [7, 8, 8]),
     ]
-    assert tree.leaves_below == [[0], [1], [2], [3], [4], [0, 1, 2], [0, 1], [3]]
+    assert tree.leaves_at_or_below == [[0], [1], [2], [3], [4], [0, 1, 2], [0, 1], [3]]
     assert tree.decisions == [[4, 5, 7], [2, 6], [0, 1], [3]]
     assert tree.decision_of == [2, 2, 1, 3, 0, 0, 1, 0]
     assert tree.count_at_or_below([0, 0, 1, 5, 3, -100]) == [2, 1, 0, 1, 0, 4, 3, 1]

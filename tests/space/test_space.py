@@ -11,13 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import CORPUS, ROOT, read_csv, run, stranger
+from conftest import CORPUS, ROOT, parquet, read_csv, run, stranger
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from gradio_client.utils import QueueError, TooManyRequestsError
@@ -52,20 +51,13 @@ def texts() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def server(clear_checkpoint, tmp_path_factory):
-    with SpaceServer(clear_checkpoint, tmp_path_factory.mktemp("space")) as started:
-        yield started
+def client(space) -> Client:
+    return Client(space.address, verbose=False)
 
 
 @pytest.fixture(scope="module")
-def client(server) -> Client:
-    return Client(server.address, verbose=False)
-
-
-@pytest.fixture(scope="module")
-def labels_client(labels_checkpoint, tmp_path_factory):
-    with SpaceServer(labels_checkpoint, tmp_path_factory.mktemp("space")) as started:
-        yield Client(started.address, verbose=False)
+def labels_client(labels_space) -> Client:
+    return Client(labels_space.address, verbose=False)
 
 
 # words
@@ -197,24 +189,6 @@ def test_pieces_of_a_path_cover_it_and_a_jump_has_one_of_its_own():
 # files
 
 
-def test_bad_rows_stand_apart_by_the_line_that_they_begin_on():
-    content = b'\xef\xbb\xbfid,text\n1,"two\nlines"\n2\n3,caf\xe9\n4,fine\n\n5,"never closed\n'
-    table = read_table(content, "csv")
-    assert table.columns == ["id", "text"]
-    assert [(row.line, row.text, row.problem) for row in table.rows] == [
-        (2, "two\nlines", None),
-        (4, None, "1 fields, where the header has 2"),
-        (5, None, "not UTF-8"),
-        (6, "fine", None),
-        (8, None, "a quotation mark is not closed"),
-    ]
-    lines = b'{"text": "a"}\n[1]\n{"text": \n\n{"text": "b", "n": 1}\n'
-    table = read_table(lines, "jsonl")
-    assert [(row.line, row.problem) for row in table.rows] == [
-        (1, None), (2, "not a JSON object"), (3, "not JSON: Expecting value"), (5, None),
-    ]  # fmt: skip
-
-
 def test_what_json_can_say_and_utf_8_cannot_costs_no_other_row():
     content = b'{"text": "a", "note": "\\ud800"}\n{"text": "b", "\\udc00": 1}\n{"text": "c", "n": [NaN, -Infinity]}\n'
     first, second, third = read_table(content, "jsonl").rows
@@ -224,40 +198,18 @@ def test_what_json_can_say_and_utf_8_cannot_costs_no_other_row():
         check_text("half \ud800")
 
 
-def test_every_kind_of_file_says_the_same(texts):
-    frame = pd.DataFrame({"n": range(20), "abstract": texts})
-    parquet = io.BytesIO()
-    frame.to_parquet(parquet)
-    contents = {
-        "csv": frame.to_csv(index=False).encode(),
-        "tsv": frame.to_csv(index=False, sep="\t").encode(),
-        "jsonl": frame.to_json(orient="records", lines=True).encode(),
-        "parquet": parquet.getvalue(),
-        "txt": "\n".join(texts).encode(),
-    }
-    for kind, content in contents.items():
-        table = read_table(content, kind)
-        assert [row.text for row in table.rows] == texts
-
-
 @pytest.mark.parametrize(
     ("content", "kind", "message"),
     [
-        (b"", "csv", "is empty"),
         (b"text\n", "csv", "no rows"),
-        (b"text,text\na,b\n", "csv", "two columns called 'text'"),
-        (b"\xff\xfe,b\n1,2\n", "csv", "not UTF-8"),
-        (b'text,"a\ncaf\xe9"\n1,2\n', "csv", "not UTF-8"),
         (b"text\n" * 10_002, "csv", "more than 10,000 rows"),
         (b"x" * (MAX_BYTES + 1), "txt", "at most 10 MB"),
-        (b"PAR1 not really PAR1", "parquet", "not a Parquet file"),
-        (b"[]\n", "jsonl", "line 1: not a JSON object"),
         (b",".join(b"%d" % i for i in range(MAX_COLUMNS + 1)) + b"\n", "csv", "more than 1,000 columns"),
         (b"1," * (MAX_BYTES // 2), "csv", "more than 1,000 columns"),
         (b"".join(b'{"%d": 0}\n' % i for i in range(MAX_COLUMNS + 1)), "jsonl", "more than 1,000 columns"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_refused_in_words(content, kind, message):
+def test_a_file_beyond_the_limits_or_without_rows_is_refused_in_words(content, kind, message):
     with pytest.raises(Refused, match=message):
         read_table(content, kind)
 
@@ -283,10 +235,11 @@ def test_a_parquet_column_that_python_has_no_values_for_is_named(column):
 
 def test_a_column_is_read_by_its_whole_name():
     content = parquet({"a.b": ["dotted"], "a": ["the longest of them"], "s": [{"b": "inner"}], "n": [1]})
-    assert read_table(content, "parquet").column == "a"
+    table = read_table(content, "parquet")
+    assert (table.columns, table.column) == (["a.b", "a", "s", "n"], "a")
     rows = [read_table(content, "parquet", name).rows[0] for name in ("a.b", "s", "n")]
     assert [(row.text, row.problem) for row in rows] == [
-        ("dotted", None), (None, "the text is not a text but dict"), (None, "the text is not a text but int"),
+        ("dotted", None), (None, "the value is not text but dict"), (None, "the value is not text but int"),
     ]  # fmt: skip
     for other, kind in ((content, "parquet"), (b"a,b\n1,2\n", "csv")):
         with pytest.raises(Refused, match="no such column"):
@@ -301,12 +254,6 @@ def test_parquet_files_within_the_limits_are_read():
         rows = read_table(parquet(columns), "parquet").rows
         assert [row.text for row in rows] == texts[: len(rows)]
         assert len(rows) in (3000, 10_000)
-
-
-def parquet(columns: dict, **options) -> bytes:
-    stream = io.BytesIO()
-    pq.write_table(pa.table(columns), stream, **options)
-    return stream.getvalue()
 
 
 def belittled(content: bytes) -> bytes:
@@ -390,17 +337,11 @@ print(json.dumps([said, most(resource.RUSAGE_SELF) - rest + most(resource.RUSAGE
     said, memory = stranger(code, tmp_path, fresh=True)
     assert memory < 10**9, said
     packed = [said[name] for name in said if name.endswith("parquet") and name != "lists.parquet"]
-    assert all("more than 41,943,040 bytes" in one or "more memory than there is" in one for one in packed), packed
+    assert all("more than 41,943,040 bytes" in one or "does not fit in memory" in one for one in packed), packed
     assert said["wide.txt"] == said["cells.csv"] == 10_000
     assert (
         said["names.jsonl"] == said["fields.csv"] == "The file has more than 1,000 columns, the most that is accepted."
     )
-
-
-def test_a_row_that_is_nested_too_deeply_is_named_and_costs_no_other():
-    deep = "[" * 100_000 + "]" * 100_000
-    rows = read_table(f'{{"text": "a", "n": {deep}}}\n{{"text": "b"}}\n'.encode(), "jsonl").rows
-    assert [(row.text, row.problem) for row in rows] == [(None, "nested too deeply"), ("b", None)]
 
 
 def test_formulas_are_defused_and_all_else_comes_back_as_it_was():
@@ -436,7 +377,7 @@ def test_nothing_hostile_becomes_markup(classifier):
     levels = [{HOSTILE: 0.7, "b": 0.3}]
     for figure in (
         views.bars(levels, [HOSTILE]),
-        views.icicle(levels, {HOSTILE: "", "b": ""}, [HOSTILE], 300),
+        views.icicle(levels, {HOSTILE: "", "b": ""}, [HOSTILE]),
         views.tree([(HOSTILE, 1), ("b", 1)], levels[0], {HOSTILE}),
     ):
         assert "<img" not in figure.to_json()
@@ -451,7 +392,7 @@ def test_a_deep_taxonomy_of_thousands_is_drawn_with_few_boxes():
     levels = [{name: 0.6} for name in chain]
     levels[0] = {"level 1": 1.0}
     levels[1] |= {f"sibling {i}": 0.4 / 3000 for i in range(3000)}
-    figure = views.icicle(levels, parents, chain, 440)
+    figure = views.icicle(levels, parents, chain)
     bar = figure.data[0]
     assert len(bar.y) == 11
     assert "3,000 others 40.0 %" in bar.text
@@ -614,7 +555,7 @@ def test_a_file_through_the_api(client, texts, tmp_path):
     assert [problem["line"] for problem in found["problems"]] == [3, 4]
 
 
-def test_the_api_is_typed_and_documented(server, client):
+def test_the_api_is_typed_and_documented(space, client):
     api = client.view_api(return_format="dict")["named_endpoints"]
     assert api.keys() == {"/classify", "/explain", "/classify_file"}
     returned = api["/classify"]["returns"][0]["python_type"]["type"]
@@ -626,7 +567,7 @@ def test_the_api_is_typed_and_documented(server, client):
     assert "problems: list[dict(line: int, problem: str)]" in api["/classify_file"]["returns"][0]["python_type"]["type"]
     described = {
         name: endpoint["description"]
-        for name, endpoint in httpx.get(f"{server.address}/gradio_api/info", timeout=120)
+        for name, endpoint in httpx.get(f"{space.address}/gradio_api/info", timeout=120)
         .json()["named_endpoints"]
         .items()
     }
@@ -655,7 +596,7 @@ def test_a_refusal_says_why(client, words, message):
 # safety
 
 
-def test_nothing_of_what_is_sent_is_logged_or_kept(server, client, texts, tmp_path):
+def test_nothing_of_what_is_sent_is_logged_or_kept(space, client, texts, tmp_path):
     mark = "Zebrafish-4711"
     csv_file = tmp_path / f"{mark}.csv"
     csv_file.write_text(f"{mark},text\n{mark},{mark} {texts[0]}\n{mark}\n")
@@ -665,29 +606,27 @@ def test_nothing_of_what_is_sent_is_logged_or_kept(server, client, texts, tmp_pa
     with pytest.raises(AppError):
         client.predict(mark * 5000, api_name="/classify")
     # every function of the page, also those that no client is shown, with what does not belong there
-    count = len(httpx.get(f"{server.address}/config", timeout=120).json()["dependencies"])
-    for function in range(count):
+    functions = httpx.get(f"{space.address}/config", timeout=120).json()["dependencies"]
+    assert {"classify", "explain", "classify_file", "run_file"} <= {function["api_name"] for function in functions}
+    for function in functions:
+        session = {"session_hash": f"{mark}{function['id']}"}
         for value in (mark, {"path": f"/etc/{mark}", "meta": {"_type": "gradio.FileData"}}, "half \ud800 " + mark):
-            data = {"data": [value] * 3, "fn_index": function, "session_hash": f"{mark}{function}"}
-            body = json.dumps(data).encode("ascii")
-            with httpx.Client(timeout=120) as http:
-                headers = {"content-type": "application/json"}
-                if (
-                    http.post(f"{server.address}/gradio_api/queue/join", content=body, headers=headers).status_code
-                    == 200
-                ):
-                    http.get(f"{server.address}/gradio_api/queue/data", params={"session_hash": f"{mark}{function}"})
+            body = json.dumps({"data": [value] * 3, "fn_index": function["id"], **session}).encode("ascii")
+            with httpx.Client(base_url=f"{space.address}/gradio_api/queue", timeout=120) as http:
+                joined = http.post("join", content=body, headers={"content-type": "application/json"})
+                assert joined.status_code == 200
+                assert '"process_completed"' in http.get("data", params=session).text
     for route in ("call/v2/classify", f"run/{mark}", f"call/{mark}"):
-        httpx.post(f"{server.address}/gradio_api/{route}", json={"data": [mark], mark: mark}, timeout=120)
-    assert mark not in server.log()
-    kept = {path: content for path, content in server.files().items() if mark.encode() in content or mark in path.name}
+        httpx.post(f"{space.address}/gradio_api/{route}", json={"data": [mark], mark: mark}, timeout=120)
+    assert mark not in space.log()
+    kept = {path: content for path, content in space.files().items() if mark.encode() in content or mark in path.name}
     assert not kept
 
 
-def test_no_path_of_the_server_is_served(server, client, clear_checkpoint):
+def test_no_path_of_the_server_is_served(space, client, clear_checkpoint):
     for path in ("/etc/passwd", f"{clear_checkpoint}/config.json", str(ROOT / "space" / "app.py"), "../../etc/passwd"):
         for route in ("/gradio_api/file=", "/file=", "/gradio_api/file/"):
-            assert httpx.get(f"{server.address}{route}{path}", timeout=120).status_code in (403, 404)
+            assert httpx.get(f"{space.address}{route}{path}", timeout=120).status_code in (403, 404)
     for route in (
         "deep_link?session_hash=x",
         "proxy=http://127.0.0.1:1/",
@@ -695,24 +634,24 @@ def test_no_path_of_the_server_is_served(server, client, clear_checkpoint):
         "runs",
         "openapi.json",
     ):
-        assert httpx.get(f"{server.address}/gradio_api/{route}", timeout=120).status_code == 404
-    assert httpx.get(f"{server.address}/monitoring", timeout=120).status_code == 404
+        assert httpx.get(f"{space.address}/gradio_api/{route}", timeout=120).status_code == 404
+    assert httpx.get(f"{space.address}/monitoring", timeout=120).status_code == 404
     with pytest.raises(AppError, match="upload it again"):
         client.predict({"path": "/etc/passwd", "meta": {"_type": "other"}}, api_name="/classify_file")
 
 
-def test_requests_that_are_too_large_are_refused(server):
+def test_requests_that_are_too_large_are_refused(space):
     big = b"x" * (MAX_BYTES + 2**20)
-    answer = httpx.post(f"{server.address}/gradio_api/upload", files={"files": ("a.csv", big)}, timeout=120)
+    answer = httpx.post(f"{space.address}/gradio_api/upload", files={"files": ("a.csv", big)}, timeout=120)
     assert answer.status_code == 413
-    answer = httpx.post(f"{server.address}/gradio_api/queue/join", content=big, timeout=120)
+    answer = httpx.post(f"{space.address}/gradio_api/queue/join", content=big, timeout=120)
     assert answer.status_code == 413
     several = [("files", (f"{i}.csv", b"x" * (MAX_BYTES // 4))) for i in range(8)]
-    answer = httpx.post(f"{server.address}/gradio_api/upload", files=several, timeout=120)
+    answer = httpx.post(f"{space.address}/gradio_api/upload", files=several, timeout=120)
     assert answer.status_code == 413
-    answer = httpx.post(f"{server.address}/gradio_api/call/upload", content=b"x" * 2**23, timeout=120)
+    answer = httpx.post(f"{space.address}/gradio_api/call/upload", content=b"x" * 2**23, timeout=120)
     assert answer.status_code == 413
-    assert not any(len(content) > 2**20 for content in server.files().values())
+    assert not any(len(content) > 2**20 for content in space.files().values())
 
 
 def test_downloads_and_uploads_are_deleted_in_time_and_all_with_the_process(clear_checkpoint, texts, tmp_path):
@@ -740,11 +679,11 @@ def test_downloads_and_uploads_are_deleted_in_time_and_all_with_the_process(clea
         assert not started.files()
 
 
-def test_many_clients_at_once_get_an_answer_or_are_told_that_it_is_busy(server, texts):
+def test_many_clients_at_once_get_an_answer_or_are_told_that_it_is_busy(space, texts):
     """16 clients, five requests each; `benchmarks/space.py` has 64 of them and 2,000 requests."""
 
     def ask(number: int) -> list[str]:
-        mine, outcomes = Client(server.address, verbose=False), []
+        mine, outcomes = Client(space.address, verbose=False), []
         for i in range(5):
             try:
                 found = mine.predict(texts[(number + i) % 20], api_name="/classify")
@@ -827,20 +766,6 @@ print(json.dumps([spaces.lent, node, *pages]))
     assert "The coverage must lie between 0.5 and 0.99." in high
     assert "angina" in words
     assert explained == node
-
-
-def test_a_file_is_forgotten_before_the_next_one_is_read(classifier):
-    import app
-
-    page = app.build(classifier, "model")
-    (close,) = (function for function in page.fns.values() if function.name == "close_file")
-    (opening,) = (function for function in page.fns.values() if function.name == "open_file")
-    assert {event for _, event in close.targets} == {"upload", "clear"}
-    assert not close.queue  # it does not wait for the run that it ends
-    assert opening.trigger_after == close._id
-    run = app.Run()
-    assert app.Service(classifier).close_file(run)[0] is None
-    assert not run.active
 
 
 def test_a_model_that_cannot_be_loaded_is_one_line(tiny_encoder, tmp_path):

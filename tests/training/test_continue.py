@@ -7,13 +7,12 @@ import json
 import random
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, read_csv, start, write_csv
+from conftest import interrupt, read_csv, write_csv
 from safetensors.torch import load_file
 
 import push_to_hub
@@ -148,12 +147,7 @@ def test_rows_of_given_files_that_were_trained_on_become_training_rows(words, fi
 def test_a_killed_run_has_told_what_it_was_trained_on(place, words, first, second, tiny_encoder, tmp_path):
     output = tmp_path / "killed"
     line = [*words, "--model_name_or_path", tiny_encoder, "--data_path", place / "700.csv", "--output_dir", output]
-    log = (tmp_path / "log").open("w")
-    process = start(ROOT / "train.py", *line, output=log)
-    while process.poll() is None and not (output / "checkpoint-2" / "trainer_state.json").is_file():
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    interrupt(signal.SIGKILL, *line, log=tmp_path / "log", until=output / "checkpoint-2" / "trainer_state.json")
     known, (checkpoint, *_) = trained_on(first, 700), sorted(output.glob("checkpoint-*"))
     words = [*words, "--model_name_or_path", checkpoint, "--data_path", place / "800.csv"]
     run(*words, "--output_dir", tmp_path / "next")
@@ -278,7 +272,7 @@ def test_a_file_that_was_cut_short_is_an_error(place, words, first, tmp_path):
         run(*line)
 
 
-# ── Several labels a text ────────────────────────────────────────────────────────────────────────────────────────────
+# ── Multi-label ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def write_sets(file: Path, sets: dict[str, list[str]]) -> Path:
@@ -289,7 +283,7 @@ def write_sets(file: Path, sets: dict[str, list[str]]) -> Path:
 
 @pytest.fixture(scope="module")
 def several(place, words, tiny_encoder) -> Path:
-    """A run of several labels a text, of the classes a, b and g > c."""
+    """A multi-label run, of the classes a, b and g > c."""
     sets = {f"Case {i}": [["a", "b"], ["a"], ["g > c", "b"], []][i % 4] for i in range(80)}
     output, file = place / "several", write_sets(place / "sets.jsonl", sets)
     flags = ["--label_separator", " > ", "--learning_rate", 1e-9, "--validation_size", 0]
@@ -299,7 +293,10 @@ def several(place, words, tiny_encoder) -> Path:
 
 def test_a_checkpoint_of_another_problem_type_is_refused(place, words, first, several, tmp_path):
     sets = write_sets(tmp_path / "sets.jsonl", {"x": ["a"], "y": ["b"], "z": []})
-    for source, data, kind in ((first, sets, "one label a text"), (several, place / "700.csv", "any number of labels")):
+    for source, data, kind in (
+        (first, sets, "one label per text"),
+        (several, place / "700.csv", "any number of labels"),
+    ):
         for asked in ([], ["--do_train", "false"]):
             flags = ["--model_name_or_path", source, "--output_dir", tmp_path / "out", *asked]
             flags += ["--validation_size", 0, "--test_file" if asked else "--train_file", data]

@@ -1,12 +1,11 @@
 """Contrastive learning before prototypes: its loss worked by hand, and what it does to texts that it was not trained on."""
 
 import signal
-import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import CLEAR, ROOT, run, start, write_csv
+from conftest import CLEAR, interrupt, run, write_csv
 from test_prototypes import ROWS, TREE, tokenized, trainer_of
 
 from training.arguments import ModelArguments
@@ -15,7 +14,7 @@ from training.prototypes import choose_names, initialise_heads
 
 
 def test_the_loss_is_that_of_the_paper_worked_by_hand():
-    """With several labels a text: the first three texts are in pairs, the fourth and fifth are not."""
+    """For multi-label models: the first three texts are in pairs, the fourth and fifth are not."""
     vectors = np.random.default_rng(0).normal(size=(5, 8))
     classes = [{0}, {0, 1}, {1}, {2}, set()]
     z = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -98,11 +97,5 @@ def test_sigterm_ends_the_contrastive_steps(tiny_encoder, tmp_path):
     words = ("--train_file", write_csv(tmp_path / "rows.csv", ROWS), "--validation_size", 0, "--test_size", 0)
     words += ("--model_name_or_path", tiny_encoder, "--quantization", "none", "--output_dir", tmp_path / "out")
     words += ("--contrastive_steps", 10**6, "--max_steps", 1, "--enable_jit_checkpoint", "true")
-    with (tmp_path / "log").open("w") as log:
-        process = start(ROOT / "train.py", *words, output=log)
-    while process.poll() is None and "contrastive steps:" not in (tmp_path / "log").read_text():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 2
-    said = (tmp_path / "log").read_text()
+    said = interrupt(signal.SIGTERM, *words, log=tmp_path / "log", until="contrastive steps:", code=2)
     assert "train.py: error: stopped by SIGTERM in the contrastive steps: the same command starts anew" in said

@@ -2,13 +2,13 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from conftest import CORPUS, ROOT, read_csv, write_csv
+from conftest import ROOT, first_rows, free_port, read_csv
 from transformers import AutoTokenizer
 
 from taxonomy_hierarchical import Taxonomy
@@ -16,12 +16,6 @@ from training.arguments import ModelArguments
 from training.model import build_model
 
 STEPS = 20
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def train(words: list, output: Path, processes: int, batch: int, machines: int = 1) -> dict:
@@ -35,21 +29,27 @@ def train(words: list, output: Path, processes: int, batch: int, machines: int =
         launch += ["--num_machines", machines, "--main_process_ip", "127.0.0.1"]
     line = [ROOT / "train.py", *words, "--use_cpu", "true"]
     line += ["--output_dir", output, "--per_device_train_batch_size", batch]
-    environment, launched, said = {**os.environ, "OMP_NUM_THREADS": "1"}, [], ""
-    for rank in range(machines):
-        start = [*launch, "--machine_rank", rank] if processes > 1 else []
-        command = [str(word) for word in (sys.executable, *start, *line)]
-        streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-        launched.append(subprocess.Popen(command, **streams, text=True, env=environment, cwd=ROOT))
-    for machine in launched:
-        _, errors = machine.communicate()
-        assert machine.returncode == 0, errors[-4000:]
-        said += errors
+    environment, launched = {**os.environ, "OMP_NUM_THREADS": "1"}, []
+    logs = [output.with_name(f"{output.name}-{rank}.log") for rank in range(machines)]
+    try:
+        for rank, log in enumerate(logs):
+            start = [*launch, "--machine_rank", rank] if processes > 1 else []
+            command = [str(word) for word in (sys.executable, *start, *line)]
+            with log.open("w") as errors:
+                streams = {"stdout": subprocess.DEVNULL, "stderr": errors}
+                launched.append(subprocess.Popen(command, **streams, env=environment, cwd=ROOT))
+        while None in (codes := [machine.poll() for machine in launched]) and not any(codes):
+            time.sleep(0.05)  # until all have ended, or one has failed
+    finally:
+        for machine in launched:
+            machine.terminate()
+    said = [log.read_text() for log in logs]
+    assert codes == [0] * machines, "\n".join(text[-4000:] for text in said)
     state = json.loads((output / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
     file = output / "test_predictions.csv"
     predictions = read_csv(file) if file.exists() else []
     metrics = json.loads((output / "metrics.json").read_text())
-    return {"log": state["log_history"], "metrics": metrics, "predictions": predictions, "said": said}
+    return {"log": state["log_history"], "metrics": metrics, "predictions": predictions, "said": "".join(said)}
 
 
 def save_model(encoder: str, folder: Path, problem_type: str | None = None) -> Path:
@@ -68,18 +68,8 @@ def runs(tiny_encoder, tmp_path_factory) -> tuple[dict, dict]:
     folder = tmp_path_factory.mktemp("distributed")
     model = save_model(tiny_encoder, folder / "model")
     words: list = [ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", model]
-    for split, count in (("train", 160), ("validation", 37), ("test", 37)):
-        words += [f"--{split}_file", write_csv(folder / f"{split}.csv", read_csv(CORPUS / f"{split}.csv")[:count])]
-    words += [
-        "--max_steps",
-        STEPS,
-        "--logging_steps",
-        1,
-        "--consistency",
-        1,
-        "--per_device_eval_batch_size",
-        8,
-    ]
+    words += first_rows("corpus", folder, 160, 37, 37)
+    words += ["--max_steps", STEPS, "--logging_steps", 1, "--consistency", 1, "--per_device_eval_batch_size", 8]
     for name in ("save", "eval"):
         words += [f"--{name}_strategy", "steps", f"--{name}_steps", 10]
     return train(words, folder / "one", 1, 16), train(words, folder / "two", 2, 8, machines=2)
@@ -95,13 +85,9 @@ def test_the_loss_curve_is_that_of_one_process_with_the_same_effective_batch(run
 
 
 def test_with_several_labels_two_processes_train_and_evaluate_as_one(tiny_encoder, tmp_path):
-    model, corpus = save_model(tiny_encoder, tmp_path / "model", "multi_label_classification"), ROOT / "examples"
+    model = save_model(tiny_encoder, tmp_path / "model", "multi_label_classification")
     words: list = [ROOT / "recipes" / "multi_label.yaml", "--model_name_or_path", model, "--max_length", 64]
-    for split, count in (("train", 160), ("validation", 37), ("test", 37)):
-        file = tmp_path / f"{split}.jsonl"
-        lines = (corpus / "multi_label" / file.name).read_text(encoding="utf-8").splitlines(keepends=True)
-        file.write_text("".join(lines[:count]), encoding="utf-8")
-        words += [f"--{split}_file", file]
+    words += first_rows("multi_label", tmp_path, 160, 37, 37)
     words += ["--max_steps", STEPS, "--logging_steps", 1, "--consistency", 1, "--per_device_eval_batch_size", 8]
     for name in ("save", "eval"):
         words += [f"--{name}_strategy", "steps", f"--{name}_steps", 10]

@@ -1,4 +1,4 @@
-"""Several labels a text: reading, uniting, splitting and reporting."""
+"""Multi-label data: reading, uniting, splitting and reporting."""
 
 import json
 import logging
@@ -104,7 +104,7 @@ def test_every_form_of_labels_gives_the_same_sets(tmp_path, taxonomy, form):
 def test_a_list_column_says_what_it_means_and_other_columns_are_as_before(tmp_path, taxonomy, caplog):
     with caplog.at_level(logging.INFO):
         load(**as_jsonl(tmp_path, rows_of(SETS)), taxonomy=taxonomy, validation_size=0.0)
-    assert "the label column holds lists: any number of labels a text" in caplog.text
+    assert "the label column holds lists: any number of labels per text" in caplog.text
     single = load(train_file=csv_file(tmp_path / "b.csv", [("p", "x"), ("q", "z")]), validation_size=0.0)
     assert not single.is_multi_label
     assert single.splits["train"].features["label"] == datasets.Value("int64")
@@ -181,9 +181,9 @@ def test_a_column_that_no_text_has_is_a_class(tmp_path):
         ([["x"], {"x": 1}], {}, r"a.jsonl, line 2, column 'label': the label is neither text nor a whole number"),
         ([["x"], [SECRET * 50]], {}, r"a.jsonl, line 2, column 'label': the label has more than 500 characters"),
         ([[], []], {}, r"column 'label': no row has a label"),
-        ([["x"]], {"problem_type": "single_label_classification"}, r"means one label a text, but the label column holds"),
+        ([["x"]], {"problem_type": "single_label_classification"}, r"means one label per text, but the label column holds"),
         (["x"], {"problem_type": "single_label_classification", "label_delimiter": ";"}, r"but --label_delimiter is given"),
-        (["x", "y"], {"incomplete_labels": True}, r"--incomplete_labels needs several labels a text"),
+        (["x", "y"], {"incomplete_labels": True}, r"--incomplete_labels needs multi-label data"),
     ],
 )  # fmt: skip
 def test_one_bad_row_or_label_is_one_clear_line(tmp_path, taxonomy, rows, flags, message):

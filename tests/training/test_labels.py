@@ -41,7 +41,10 @@ def test_several_label_columns_name_the_path_from_the_root(tmp_path):
     with pytest.raises(InputError, match="line 3, column 'l1 l2 l3': the label is missing"):
         load(train_file=gap, label_column=["l1", "l2", "l3"])
     gap = csv_file(tmp_path / "b.csv", [("one", "body", "", "valve")], ("text", "l1", "l2", "l3"))
-    with pytest.raises(InputError, match="line 2, column 'l1 l2 l3': the label has a gap above a filled level"):
+    with pytest.raises(
+        InputError,
+        match="line 2, column 'l1 l2 l3': a label column is empty, although the column of a deeper level is filled",
+    ):
         load(train_file=gap, label_column=["l1", "l2", "l3"])
     # one column holds names, several hold paths: "heart" alone is not a path from a root
     wrong = csv_file(tmp_path / "c.csv", [("one", "heart", "", "")], ("text", "l1", "l2", "l3"))

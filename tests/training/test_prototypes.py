@@ -6,7 +6,7 @@ import torch
 from conftest import CLEAR, read_csv, run, write_csv
 from datasets import Dataset
 from safetensors.torch import load_file
-from scipy.special import log_softmax
+from scipy.special import log_expit, log_softmax
 from test_trainer import arguments
 from transformers import AutoModel, AutoTokenizer
 
@@ -219,13 +219,25 @@ def several_labels() -> tuple[np.ndarray, np.ndarray]:
 def test_with_several_labels_every_nodes_score_is_worked_by_hand(minilm, tmp_path, caplog):
     labels, odds = several_labels()
     offsets, names = offsets_and_names(minilm, TREE.labels)
+
+    def scores(weight: float, left_out: int | None = None) -> np.ndarray:
+        known = np.arange(len(ROWS)) != left_out
+        sums = [offsets[known & (labels[:, node] == 1)].sum(0) for node in range(TREE.num_nodes)]
+        prototypes = [unit(weight * u + one) for u, one in zip(names, sums, strict=True)]
+        return odds + TYPICAL_SCORE * offsets @ np.transpose(prototypes)
+
+    def likelihood(weight: float) -> float:
+        parents = np.array(TREE.parents)
+        decided = (parents < 0) | (labels[:, parents] == 1)
+        own = np.array([scores(weight, left_out=i)[i] for i in range(len(ROWS))])
+        return log_expit(np.where(labels == 1, own, -own))[decided].sum()
+
+    assert likelihood(NAME_WEIGHT) > likelihood(0)
     trainer = trainer_of(minilm, tmp_path, problem_type="multi_label_classification")
     with caplog.at_level("INFO"):
         assert initialise_heads(trainer, tokenized(trainer, labels), ModelArguments(minilm, **ASKED)) == "prototypes"
-    weight = 0 if "the class names do not fit them" in caplog.text else NAME_WEIGHT
-    prototypes = [unit(weight * u + offsets[labels[:, node] == 1].sum(0)) for node, u in enumerate(names)]
-    expected = odds + TYPICAL_SCORE * offsets @ np.transpose(prototypes)
-    np.testing.assert_allclose(predicted(trainer, "decision_logits"), expected, atol=1e-3)
+    assert f"heads are initialised from {FITS[0]}" in caplog.text
+    np.testing.assert_allclose(predicted(trainer, "decision_logits"), scores(NAME_WEIGHT), atol=1e-3)
 
 
 def test_with_several_labels_biases_start_at_the_log_odds_of_the_training_rows(minilm, tmp_path):

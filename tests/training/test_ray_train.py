@@ -5,15 +5,13 @@ import json
 import os
 import re
 import signal
-import time
-from pathlib import Path
+from contextlib import ExitStack
 
 import pytest
-from conftest import CORPUS, ROOT, read_csv, start, write_csv
+from conftest import ROOT, first_rows, free_port, run, started
 from safetensors.torch import load_file
-from test_distributed import free_port
 
-SCRIPT = ROOT / "examples" / "ray_train.py"
+SCRIPT = "examples/ray_train.py"
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray[default,train]")
 
@@ -25,14 +23,9 @@ def settings(tmp_path) -> dict[str, str]:
     return {"HOME": str(tmp_path)} | {name: str(value) for name, value in names.items()}
 
 
-def wait(process, log: Path) -> None:
-    assert process.wait() == 0, log.read_text()[-4000:]
-
-
 def test_after_a_killed_worker_the_weights_are_those_of_an_unbroken_run(tiny_encoder, settings, tmp_path):
     words = [ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", tiny_encoder, "--use_cpu", "true"]
-    for split, count in (("train", 64), ("validation", 16), ("test", 16)):
-        words += [f"--{split}_file", write_csv(tmp_path / f"{split}.csv", read_csv(CORPUS / f"{split}.csv")[:count])]
+    words += first_rows("corpus", tmp_path, 64, 16, 16)
     words += ["--max_steps", 16, "--per_device_train_batch_size", 4, "--lora_dropout", 0.1, "--consistency", 1]
     for name in ("save", "eval"):
         words += [f"--{name}_strategy", "steps", f"--{name}_steps", 2]
@@ -42,23 +35,20 @@ def test_after_a_killed_worker_the_weights_are_those_of_an_unbroken_run(tiny_enc
     # ── Two processes, as a launcher starts them ─────────────────────────────────────────────────────────────────────
     launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes, logs = [], [tmp_path / f"log-{rank}" for rank in range(2)]
-    for rank, log in enumerate(logs):
-        environment = settings | launched | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with log.open("w") as output:
-            line = [ROOT / "train.py", *words, "--output_dir", whole]
-            processes.append(start(*line, output=output, settings=environment))
-    for process, log in zip(processes, logs, strict=True):
-        wait(process, log)
+    with ExitStack() as stack:
+        for rank, log in enumerate(logs):
+            environment = settings | launched | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            one = started(*words, "--output_dir", whole, log=log, settings=environment)
+            processes.append(stack.enter_context(one))
+        for process, log in zip(processes, logs, strict=True):
+            assert process.wait() == 0, log.read_text()[-4000:]
 
     # ── Two workers of Ray ───────────────────────────────────────────────────────────────────────────────────────────
-    log = tmp_path / "log-ray"
-    with log.open("w") as output:
-        line = [SCRIPT, "--workers", 2, "--", *words, "--output_dir", broken]
-        process = start(*line, output=output, settings=settings)
-    while process.poll() is None and not (broken / "checkpoint-4" / "trainer_state.json").exists():
-        time.sleep(0.01)
-    os.kill(int(re.findall(r"RayTrainWorker pid=(\d+)", log.read_text())[0]), signal.SIGKILL)
-    wait(process, log)
+    log, saved = tmp_path / "log-ray", broken / "checkpoint-4" / "trainer_state.json"
+    line = ["--workers", 2, "--", *words, "--output_dir", broken]
+    with started(*line, log=log, until=saved, command=SCRIPT, settings=settings) as process:
+        os.kill(int(re.findall(r"RayTrainWorker pid=(\d+)", log.read_text())[0]), signal.SIGKILL)
+        assert process.wait() == 0, log.read_text()[-4000:]
     assert "worker 0 failed" in log.read_text()
     resumed = json.loads((broken / "metrics.json").read_text())["resumed_from_step"]
     assert 2 <= resumed < 16
@@ -69,12 +59,10 @@ def test_after_a_killed_worker_the_weights_are_those_of_an_unbroken_run(tiny_enc
 
 
 def test_an_error_of_the_user_is_one_line_and_restarts_no_worker(tiny_encoder, settings, tmp_path):
-    log = tmp_path / "log"
-    with log.open("w") as output:
-        line = [SCRIPT, "--workers", 1, "--", "--model_name_or_path", tiny_encoder, "--train_file", "missing.csv"]
-        process = start(*line, "--output_dir", tmp_path / "results", output=output, settings=settings)
-    assert process.wait() == 2
-    said = log.read_text()
+    line = ["--workers", 1, "--", "--model_name_or_path", tiny_encoder, "--train_file", "missing.csv"]
+    done = run(*line, "--output_dir", tmp_path / "results", command=SCRIPT, check=False, settings=settings)
+    assert done.returncode == 2
+    said = done.stdout + done.stderr
     assert "ray_train.py: error: cannot read missing.csv: No such file or directory" in said.splitlines()
     assert "Traceback" not in said
     assert len(set(re.findall(r"RayTrainWorker pid=(\d+)", said))) == 1

@@ -2,17 +2,15 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import CORPUS, ROOT, read_csv, run, start, write_csv
+from conftest import CORPUS, ROOT, STRIKE, complete, first_rows, interrupt, read_csv, run, write_csv
 from safetensors.torch import load_file
 
 import train
@@ -25,10 +23,8 @@ WEIGHTS = ("heads.safetensors", "adapter/adapter_model.safetensors")
 @pytest.fixture(scope="module")
 def words(tiny_encoder, tmp_path_factory) -> list[str]:
     """Return the flags of a run of 40 steps that saves every second step."""
-    folder = tmp_path_factory.mktemp("data")
     given = [ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", tiny_encoder]
-    for split, count in (("train", 64), ("validation", 16), ("test", 16)):
-        given += [f"--{split}_file", write_csv(folder / f"{split}.csv", read_csv(CORPUS / f"{split}.csv")[:count])]
+    given += first_rows("corpus", tmp_path_factory.mktemp("data"), 64, 16, 16)
     given += ["--max_steps", 40, "--per_device_train_batch_size", 4, "--lora_dropout", 0.1, "--consistency", 1]
     for name in ("save", "eval"):
         given += [f"--{name}_strategy", "steps", f"--{name}_steps", 2]
@@ -55,28 +51,24 @@ def test_the_same_seed_gives_the_same_weights(words, unbroken, tmp_path):
     assert not same_weights(unbroken, tmp_path / "other")
 
 
-def test_killed_at_random_moments_it_ends_with_the_weights_of_an_unbroken_run(words, unbroken, tmp_path):
-    output, moments = tmp_path / "results", random.Random(0)
-    line = [ROOT / "train.py", *words, "--output_dir", output, "--resume_from_checkpoint", "auto"]
-    kills = 0
-    for _ in range(40):
-        log = (tmp_path / "log").open("w")
-        process = start(*line, output=log)
-        before = {folder.name for folder in list_checkpoints(output)} if output.is_dir() else set()
-        while process.poll() is None and not (
-            output.is_dir() and {folder.name for folder in list_checkpoints(output)} - before
-        ):
-            time.sleep(0.002)  # until it begins to write its next checkpoint
-        if kills < 10:
-            time.sleep(moments.random() * 0.06)
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-                kills += 1
-        if process.wait() == 0:
-            break
-        assert process.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()[-3000:]
-    assert kills == 10
-    assert process.returncode == 0
+def test_killed_again_and_again_it_ends_with_the_weights_of_an_unbroken_run(words, unbroken, tmp_path):
+    output = tmp_path / "results"
+    line = [*words, "--output_dir", output, "--resume_from_checkpoint", "auto"]
+    for moment in (
+        ("os.rename", "data_report.json"),
+        ("os.mkdir", "checkpoint-2/adapter"),  # two steps are taken, and nothing of them is saved
+        ("open", "checkpoint-2/config.json"),  # the adapter is
+        ("open", "checkpoint-4/tokenizer_config.json"),
+        ("open", "checkpoint-6/trainer_state.json"),  # all but this is
+        ("shutil.rmtree", "checkpoint-6"),  # three checkpoints are complete
+        ("os.rmdir", "checkpoint-8"),  # which is deleted but for its empty folder
+        ("os.mkdir", "checkpoint-20/adapter"),
+        ("open", "results/config.json"),  # the last step is taken
+        ("os.rename", "results/metrics.json"),  # the model is saved and calibrated
+    ):
+        done = complete("-c", STRIKE, ROOT / "train.py", *moment, int(signal.SIGKILL), *line)
+        assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
+    run(*line)
     assert same_weights(unbroken, output)
     assert json.loads((output / "metrics.json").read_text())["test_accuracy"] == pytest.approx(
         json.loads((unbroken / "metrics.json").read_text())["test_accuracy"], abs=0
@@ -89,15 +81,10 @@ def test_ended_by_sigterm_it_saves_and_ends_with_the_weights_of_an_unbroken_run(
     words = [*words, "--max_steps", 200, "--save_strategy", "no", "--eval_strategy", "no", "--logging_steps", 1]
     run(*words, "--output_dir", whole)
     words += ["--output_dir", broken, "--enable_jit_checkpoint", "true", "--resume_from_checkpoint", "auto"]
-    with (tmp_path / "log").open("w") as log:
-        process = start(ROOT / "train.py", *words, output=log)
-    while process.poll() is None and "device cpu" not in (tmp_path / "log").read_text():
-        time.sleep(0.01)  # until the Trainer exists; it ends training three seconds after the signal
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 2
+    # once the Trainer exists, which ends training three seconds after the signal
+    said = interrupt(signal.SIGTERM, *words, log=tmp_path / "log", until="device cpu", code=2)
     (saved,) = list_checkpoints(broken)
     steps = saved.name.removeprefix("checkpoint-")
-    said = (tmp_path / "log").read_text()  # standard output, which is buffered, may follow the error
     assert f"stopped by SIGTERM after {steps} of 200 steps, and saved: --resume_from_checkpoint auto continues" in said
     assert "Traceback" not in said
     assert not (broken / "config.json").exists()
@@ -108,24 +95,16 @@ def test_ended_by_sigterm_it_saves_and_ends_with_the_weights_of_an_unbroken_run(
 
 def test_with_several_labels_a_killed_and_resumed_run_ends_with_the_same_weights(tiny_encoder, tmp_path):
     """Over a 4-bit encoder, with halves that must agree."""
-    folder = ROOT / "examples" / "multi_label"
     words = [ROOT / "recipes" / "multi_label.yaml", "--model_name_or_path", tiny_encoder, "--max_length", 64]
-    for split, count in (("train", 64), ("validation", 16), ("test", 16)):
-        file, lines = tmp_path / f"{split}.jsonl", (folder / f"{split}.jsonl").read_text().splitlines(keepends=True)
-        file.write_text("".join(lines[:count]))
-        words += [f"--{split}_file", file]
+    words += first_rows("multi_label", tmp_path, 64, 16, 16)
     words += ["--max_steps", 12, "--per_device_train_batch_size", 4, "--lora_dropout", 0.1, "--consistency", 1]
     for name in ("save", "eval"):
         words += [f"--{name}_strategy", "steps", f"--{name}_steps", 2]
     words = [*map(str, words), "--metric_for_best_model", "micro_f1", "--early_stopping_patience", "0"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run(*words, "--output_dir", whole)
-    with (tmp_path / "log").open("w") as log:
-        process = start(ROOT / "train.py", *words, "--output_dir", broken, output=log)
-    while process.poll() is None and not (broken / "checkpoint-4" / "trainer_state.json").exists():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    saved = broken / "checkpoint-4" / "trainer_state.json"
+    interrupt(signal.SIGKILL, *words, "--output_dir", broken, log=tmp_path / "log", until=saved)
     assert not (broken / "metrics.json").exists()
     done = run(*words, "--output_dir", broken, "--resume_from_checkpoint", "auto")
     assert "resuming from" in done.stderr

@@ -161,9 +161,9 @@ def test_a_text_belongs_to_one_split_of_those_given(tmp_path, caplog):
     assert dropped == {"train": 3, "validation": 1, "test": 0}
     assert data.report["shared_texts"] == {"train, validation": 1, "train, test": 1, "validation, test": 1}
     assert "since a later split has the texts: 3 train rows and 1 validation rows" in caplog.text
-    with pytest.raises(InputError, match="every train text is also in validation or test: nothing is left"):
+    with pytest.raises(InputError, match="no train rows are left: every train text is also in validation or test"):
         load(train_file=arguments["train_file"], test_file=arguments["train_file"])
-    with pytest.raises(InputError, match="every validation text is also in test: nothing is left"):
+    with pytest.raises(InputError, match="no validation rows are left: every validation text is also in test"):
         load(**{**arguments, "validation_file": arguments["test_file"]})
 
 

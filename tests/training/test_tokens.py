@@ -1,12 +1,10 @@
 """Test tokenization against the tokenizer's own truncation."""
 
-import logging
 from functools import partial
 
 import datasets
 import numpy as np
 import pytest
-import transformers
 from sklearn.preprocessing import MultiLabelBinarizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -39,20 +37,12 @@ def texts_of_lengths(lengths):
     )
 
 
-@pytest.fixture
-def warnings_of_transformers(caplog):
-    transformers.logging.enable_propagation()
-    with caplog.at_level(logging.WARNING):
-        yield caplog
-    transformers.logging.disable_propagation()
-
-
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_tokens_are_those_of_the_tokenizers_own_truncation(side, warnings_of_transformers):
+def test_tokens_are_those_of_the_tokenizers_own_truncation(side, warned):
     words = [1, 5, 6, 7, 13, 30, 29]  # with two special tokens: 3, 7, 8, 9, 15, 32, 31
     splits, tokenizer = texts_of_lengths(words), word_tokenizer(side, model_input_names=["input_ids", "attention_mask"])
     tokenized, lengths = tokenize(splits, tokenizer)
-    assert "longer than" not in warnings_of_transformers.text
+    assert "longer than" not in warned.text
     rows = tokenized["test"]
     assert set(rows.column_names) == {"input_ids", "attention_mask", "length", "labels", "row", "text_id"}
     assert rows["input_ids"][:] == tokenizer(splits["test"]["text"][:], truncation=True, max_length=8)["input_ids"]
@@ -63,7 +53,7 @@ def test_tokens_are_those_of_the_tokenizers_own_truncation(side, warnings_of_tra
     assert lengths == {"test": length_report([n + 2 for n in words], 8)}
     assert (lengths["test"]["truncated"], lengths["test"]["max"]) == (4, 32)
     tokenizer(splits["test"]["text"][:])
-    assert "longer than" in warnings_of_transformers.text  # so it would have been seen
+    assert "longer than" in warned.text  # so it would have been seen
 
 
 def test_token_types_only_where_the_tokenizer_has_them():

@@ -18,7 +18,7 @@ from taxonomy_hierarchical import Taxonomy
 from training.arguments import HierarchicalTrainingArguments, ModelArguments
 from training.losses import HierarchicalFocalLoss
 from training.model import build_model, size_report
-from training.multi_label import MultiLabelFocalLoss, decision_disagreement, label_arrays, multi_hot
+from training.multi_label import MultiLabelFocalLoss, label_arrays, multi_hot, multi_label_symmetric_kl
 from training.sampler import LengthGroupedSampler
 from training.trainer import HierarchicalTrainer
 from training.views import build_collator, halves
@@ -152,9 +152,11 @@ def test_gradient_checkpointing_that_an_encoder_lacks_is_refused(tmp_path):
 def rows_of_label_sets(count: int = 16) -> Dataset:
     """Return the token ids of `rows` with any number of labels. Two texts have none, and of two they are unknown."""
     generator = torch.Generator().manual_seed(2)
-    sets: list = [torch.randint(0, TREE.num_nodes, (i % 3 + 1,), generator=generator).tolist() for i in range(count)]
-    sets[2], sets[5], sets[1], sets[6] = [], [], None, None
-    return rows(count).remove_columns("labels").add_column("labels", [*multi_hot(TREE, sets, incomplete=True)])
+    sets = [torch.randint(0, TREE.num_nodes, (i % 3 + 1,), generator=generator).tolist() for i in range(count)]
+    sets[2], sets[5] = [], []
+    labels = multi_hot(TREE, sets, incomplete=True)
+    labels[[1, 6]] = -100
+    return rows(count).remove_columns("labels").add_column("labels", [*labels])
 
 
 def loss_of_label_sets(data: Dataset) -> MultiLabelFocalLoss:
@@ -265,15 +267,16 @@ def test_with_several_labels_the_loss_of_halves_is_that_of_each_and_their_disagr
     scores = model(**views).decision_logits
     one, other = scores[first], scores[second]
     expected = sum(function(half, labels, 11) for half in (one, other)) / 2
-    expected = expected + 0.7 * decision_disagreement(model.heads.decisions, one, other, labels, 11)
+    expected = expected + 0.7 * multi_label_symmetric_kl(model.heads.decisions, one, other, labels, 11)
     torch.testing.assert_close(found, expected)
     model.eval()  # where texts are whole
     evaluated = ours.compute_loss(model, inputs)
     torch.testing.assert_close(evaluated, function(model(**whole).decision_logits, labels))
 
 
-def test_without_a_loss_function_several_labels_are_scored_by_the_models_own_loss(tmp_path, tokenizer):
-    data, model = rows_of_label_sets(), tiny_model(SEVERAL).eval()
+@pytest.mark.parametrize("several", [False, True])
+def test_without_a_focal_loss_it_is_the_models_own(tmp_path, tokenizer, several):
+    data, model = rows_of_label_sets() if several else rows(), tiny_model(SEVERAL if several else None).eval()
     ours = trainer(model, tokenizer, data, arguments(tmp_path), loss_function=None)
     inputs = build_collator(tokenizer)([data[i] for i in range(8)])
     given = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
@@ -335,13 +338,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint_is_written(t
     with pytest.raises(InputError, match="the loss is nan at step 2, rows 6, 7 of the training data: lower"):
         trainer(model, tokenizer, data, args).train()
     assert list(tmp_path.glob("checkpoint-*")) == []
-
-
-def test_without_a_focal_loss_it_is_the_models_own(tmp_path, tokenizer):
-    data, model = rows(), tiny_model().eval()
-    inputs = DataCollatorWithPadding(tokenizer)([data.remove_columns(["sentences", "row"])[i] for i in range(4)])
-    ours = trainer(model, tokenizer, data, arguments(tmp_path), loss_function=None).compute_loss(model, inputs)
-    torch.testing.assert_close(ours, model(**inputs).loss)
 
 
 class Hungry(DataCollatorWithPadding):
@@ -455,23 +451,6 @@ def test_the_best_adapter_and_heads_are_restored(tmp_path, minilm, tokenizer, qu
         assert any(not final[name].equal(last[name]) for name in final), file
 
 
-@pytest.mark.parametrize("consistency", [0.0, 1.0])
-def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path, minilm, tokenizer, consistency):
-    data = rows()
-
-    def run(folder, resume=None):
-        model = lora_model(minilm, "none")
-        args = arguments(
-            tmp_path / folder, max_steps=4, per_device_train_batch_size=4, save_strategy="steps", save_steps=2
-        )
-        trainer(model, tokenizer, data, args, consistency=consistency).train(resume_from_checkpoint=resume)
-        return trained_weights(model)
-
-    unbroken = run("unbroken")
-    resumed = run("resumed", resume=str(tmp_path / "unbroken" / "checkpoint-2"))
-    assert all(tensor.equal(resumed[name]) for name, tensor in unbroken.items())
-
-
 @pytest.mark.parametrize("count", [7, 100, 1000])
 def test_batches_hold_texts_of_like_length_and_differ_between_epochs(count):
     lengths = torch.randint(10, 512, (count,), generator=torch.Generator().manual_seed(0))
@@ -525,14 +504,18 @@ def test_a_saved_checkpoint_holds_no_pickle(tmp_path, minilm, tokenizer):
     assert suffixes == {".json", ".py", ".safetensors"}
 
 
-@pytest.mark.parametrize("quantization", ["none", "8bit", "4bit"])
-def test_what_is_trained_is_held_in_float32(minilm, quantization):
-    model = lora_model(minilm, quantization)
-    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+@pytest.fixture(scope="module")
+def lora_models(minilm) -> dict[str, HierarchicalForSequenceClassification]:
+    return {quantization: lora_model(minilm, quantization) for quantization in ("none", "8bit", "4bit")}
 
 
-def test_the_heads_are_never_quantized_and_the_encoder_is(minilm):
-    model = lora_model(minilm, "4bit")
+def test_what_is_trained_is_held_in_float32(lora_models):
+    for quantization, model in lora_models.items():
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}, quantization
+
+
+def test_the_heads_are_never_quantized_and_the_encoder_is(lora_models):
+    model = lora_models["4bit"]
     kinds = {name: type(m).__name__ for name, m in model.named_modules() if "4bit" in type(m).__name__}
     assert kinds
     assert all(name.startswith("encoder.") for name in kinds)
@@ -557,12 +540,12 @@ def test_an_encoder_that_lacks_weights_is_refused(tmp_path):
         build_model(ModelArguments(str(tmp_path), tuning="full", quantization="none"), TREE, seed=0)
 
 
-def test_sizes_by_hand(minilm):
+def test_sizes_by_hand(lora_models):
     # MiniLM: 6 layers of 4 linear layers 384×384, one 384×1536 and one 1536×384; rank 4 adds 4·(in + out) to each
     adapter = 6 * 4 * (4 * (384 + 384) + 2 * (384 + 1536))
     heads = TREE.num_nodes * (384 + 1)
     linear = 6 * (4 * 384 * 384 + 2 * 384 * 1536)
-    sizes = {quantization: size_report(lora_model(minilm, quantization)) for quantization in ("none", "8bit", "4bit")}
+    sizes = {quantization: size_report(model) for quantization, model in lora_models.items()}
     for size in sizes.values():
         assert size["trainable_parameters"] == adapter + heads
         assert size["encoder_bytes_float32"] == sizes["none"]["encoder_bytes"]

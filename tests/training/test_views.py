@@ -14,10 +14,10 @@ from training.views import (
     NO_SENTENCE,
     CollatorWithSentences,
     build_collator,
-    disagreement,
     halves,
     sentence_numbers,
     split_sentences,
+    symmetric_kl,
 )
 
 TEXTS = [
@@ -166,6 +166,6 @@ def test_disagreement_is_the_mean_of_both_divergences():
     labels = torch.tensor([1, -100, 0, 2])
     each = (entropy(p, q, axis=1) + entropy(q, p, axis=1)) / 2
     logs = torch.tensor(p).log(), torch.tensor(q).log()
-    assert disagreement(*logs, labels).item() == pytest.approx(each[[0, 2, 3]].mean())
-    assert disagreement(*logs, labels, 6).item() == pytest.approx(each[[0, 2, 3]].sum() / 6)
-    assert disagreement(logs[0], logs[0], labels).item() == 0
+    assert symmetric_kl(*logs, labels).item() == pytest.approx(each[[0, 2, 3]].mean())
+    assert symmetric_kl(*logs, labels, 6).item() == pytest.approx(each[[0, 2, 3]].sum() / 6)
+    assert symmetric_kl(logs[0], logs[0], labels).item() == 0
