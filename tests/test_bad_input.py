@@ -659,13 +659,8 @@ def test_a_download_that_breaks_off_is_one_line_without_the_token(place):
         hub.add_repo("alice/model", copy_checkpoint("self_contained", place / "published"), private=True)
         for attempt in range(1, 20):
             hub.fail_at(attempt, "GET /cdn/")
-        settings = {
-            "HF_ENDPOINT": hub.endpoint,
-            "HF_HUB_OFFLINE": "0",
-            "HF_HOME": str(place / "home"),
-            "HF_TOKEN": token,
-        }
         words = ("--model", "alice/model", "--input", "good.csv", "--output", "out.jsonl", "--dtype", "fp32")
+        settings = hub.environment(place / "home", token)
         done = run(*words, command="predict.py", check=False, cwd=place, settings=settings)
         assert any(request.headers.get("authorization", "").endswith(token) for request in hub.requests)
     assert done.returncode == 2

@@ -1,7 +1,6 @@
 import json
 
 import pytest
-import transformers
 
 from configuration_hierarchical import HierarchicalConfig
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy, TaxonomyError
@@ -96,14 +95,6 @@ def test_a_name_is_one_node_however_its_letters_are_composed(tmp_path):
     # a checkpoint whose configuration was written before names were composed
     config = HierarchicalConfig(taxonomy=[decomposed, "tea"], id2label={0: decomposed, 1: "tea"})
     assert config.id2label == {0: composed, 1: "tea"}
-
-
-@pytest.fixture
-def warned(caplog):
-    transformers.logging.enable_propagation()
-    with caplog.at_level("WARNING"):
-        yield caplog
-    transformers.logging.disable_propagation()
 
 
 def test_a_misspelt_parent_is_warned_of_with_the_nearest_name(warned):
