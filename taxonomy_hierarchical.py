@@ -110,7 +110,7 @@ class Taxonomy:
             if len(path) == 1 and uses[written] > 1:
                 written = separator + written  # a root's path would be its bare name
             self.labels.append(written if uses[path[-1]] > 1 else path[-1])
-            for key in {written, self.labels[i]}:
+            for key in {written.strip(), self.labels[i].strip()}:  # a separator may begin or end with a space
                 if self._ids.setdefault(key, i) != i:
                     problem = f"{quote_name(key)} is both the name of a node and the path to another"
                     raise TaxonomyError(f"{problem}; choose another label separator")

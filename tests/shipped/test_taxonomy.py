@@ -33,6 +33,8 @@ def test_a_root_that_shares_its_name_with_a_child_needs_a_leading_separator():
     assert tree.names[tree.id("/heart")] == "heart"
     assert tree.levels[tree.id("/heart")] == 1
     assert tree.levels[tree.id("heart/heart")] == 2
+    spaced = Taxonomy({"heart": ["heart", "valve"], "lung": None}, " > ")
+    assert [spaced.id(label) for label in spaced.labels] == list(range(spaced.num_nodes))
 
 
 def test_case_is_kept():
@@ -78,8 +80,8 @@ def test_descriptions_of_a_table_stay_with_their_nodes_in_the_configuration_and_
 
 
 def test_yaml_names_stay_as_they_are_written(tmp_path):
-    (tmp_path / "tree.yaml").write_text("no:\n  - 1\n  - 2.50\nnull: \n")
-    assert Taxonomy.from_file(tmp_path / "tree.yaml").names == ["1", "2.50", "null", "no"]
+    (tmp_path / "tree.yaml").write_text("no:\n  - 1\n  - 2.50\nnull: \n1.0: null\nyes: ~\n")
+    assert Taxonomy.from_file(tmp_path / "tree.yaml").names == ["1", "2.50", "null", "1.0", "yes", "no"]
 
 
 def test_a_name_is_one_node_however_its_letters_are_composed(tmp_path):
