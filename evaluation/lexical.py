@@ -53,16 +53,16 @@ class LexicalClassifier:
     """
 
     def __init__(self, taxonomy: Taxonomy, counts: csr_matrix, labels: np.ndarray):
-        several = labels.ndim == 2
-        known = (labels != IGNORED_LABEL).any(axis=1) if several else labels < taxonomy.num_leaves
+        multi_label = labels.ndim == 2
+        known = (labels != IGNORED_LABEL).any(axis=1) if multi_label else labels < taxonomy.num_leaves
         counts, labels = counts[known], labels[known]
-        classes = labels if several else one_hot(labels, taxonomy.num_leaves)
+        classes = labels if multi_label else one_hot(labels, taxonomy.num_leaves)
         self.tfidf = TfidfTransformer(sublinear_tf=True).fit(counts)
         common = (counts > 0).sum(axis=0).A1 >= MIN_ROWS
         self.tfidf.idf_ = np.where(common, self.tfidf.idf_ * log_odds_variance(counts > 0, classes), 0.0)
         self.weight, self.bias = np.zeros((classes.shape[1], counts.shape[1])), np.zeros(classes.shape[1])
         documents = self.tfidf.transform(counts)
-        if several:
+        if multi_label:
             self._fit_nodes(taxonomy, documents, labels)
         else:
             self._fit_leaves(documents, labels)

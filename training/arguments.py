@@ -317,8 +317,8 @@ def check_against_data(
     follows_metric = schedule in METRIC_SCHEDULERS
     if "train" not in splits:
         raise InputError("no training rows: give --train_file, --data_path or --dataset_name, or --do_train false")
-    several = isinstance(splits["train"]["label"][0], list)  # then an only child is a choice, too
-    levels = {taxonomy.levels[nodes[0]] for nodes in taxonomy.decisions if several or len(nodes) > 1}
+    multi_label = isinstance(splits["train"]["label"][0], list)  # then an only child is a choice, too
+    levels = {taxonomy.levels[nodes[0]] for nodes in taxonomy.decisions if multi_label or len(nodes) > 1}
     if not any(weights[min(level, len(weights)) - 1] for level in levels):
         shown = " ".join(map(str, weights))
         raise InputError(f"--level_weights {shown}: all levels with a choice have weight 0: {sorted(levels)}")
@@ -336,7 +336,7 @@ def check_against_data(
     elif training.eval_strategy != "no":
         given = splits["validation"]["label"][:]
         # in multi-label data, one text with the labels of all of them is enough
-        labels = multi_hot(taxonomy, [[*chain(*given)]]) if several else np.unique(given)
+        labels = multi_hot(taxonomy, [[*chain(*given)]]) if multi_label else np.unique(given)
         check_best_metric(training.metric_for_best_model or "loss", taxonomy, labels, compute_metrics)
 
 

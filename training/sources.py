@@ -134,7 +134,7 @@ def read_rows(
     """
     tables = [source.read(columns[source.name]) for source in sources.values()]
     cells = [cell for table in tables for name in [*table.columns][1:] for cell in table.columns[name]]
-    several = is_multi_label(any(isinstance(cell, list) for cell in cells), arguments)
+    multi_label = is_multi_label(any(isinstance(cell, list) for cell in cells), arguments)
     names = next(iter(columns.values()))[1:]
     if (
         len(names) > 1
@@ -148,20 +148,20 @@ def read_rows(
         text_column, *label_columns = columns[source.name]
         texts = table.columns[text_column]
         refuse_rows(table, text_column, map(text_problem, texts))
-        read = partial(read_label_sets, delimiter=arguments.label_delimiter) if several else read_labels
+        read = partial(read_label_sets, delimiter=arguments.label_delimiter) if multi_label else read_labels
         labels: list[Any] = read(table, label_columns)
         for i, label in enumerate(labels):
-            for one in label if several else [label]:
+            for one in label if multi_label else [label]:
                 if one not in places:
                     places[one] = f"{table.place(i)}, column {quote_name(' '.join(label_columns))}"
-        if several and len(label_columns) > 1:  # each is a label, even if no text has it
+        if multi_label and len(label_columns) > 1:  # each is a label, even if no text has it
             for name in label_columns:
                 places.setdefault(to_nfc(name.strip()), f"{table.name}, column {quote_name(name)}")
         rows = pd.DataFrame({"split": split, "row": np.arange(len(texts))})
         # dtype object: labels may be tuples, and texts are neither converted nor copied
         rows["text"], rows["label"] = pd.Series(texts, dtype=object), pd.Series(labels, dtype=object)
         parts.append(rows)
-    return pd.concat(parts, ignore_index=True), places, several
+    return pd.concat(parts, ignore_index=True), places, multi_label
 
 
 def is_multi_label(lists: bool, arguments: DataArguments) -> bool:
@@ -170,9 +170,9 @@ def is_multi_label(lists: bool, arguments: DataArguments) -> bool:
     if arguments.problem_type == "single_label_classification" and (lists or delimited):
         found = "the label column holds lists" if lists else "--label_delimiter is given"
         raise InputError(f"--problem_type {arguments.problem_type} means one label per text, but {found}")
-    several = lists or delimited or arguments.problem_type == MULTI_LABEL
-    if arguments.incomplete_labels and not several:
+    multi_label = lists or delimited or arguments.problem_type == MULTI_LABEL
+    if arguments.incomplete_labels and not multi_label:
         raise InputError(f"--incomplete_labels needs multi-label data: give --problem_type {MULTI_LABEL}")
     if lists and arguments.problem_type is None:
         logger.info("the label column holds lists: any number of labels per text (--problem_type %s)", MULTI_LABEL)
-    return several
+    return multi_label

@@ -76,21 +76,21 @@ def load_splits(
     columns = find_columns(sources.values(), arguments)
     text_column, *label_columns = next(iter(columns.values()))  # other sources may use another case
     logger.info("columns: text %s, label %s", quote_name(text_column), ", ".join(map(quote_name, label_columns)))
-    rows, places, several = read_rows(sources, columns, arguments)
+    rows, places, multi_label = read_rows(sources, columns, arguments)
 
     # ── Map labels to nodes ──────────────────────────────────────────────────────────────────────────────────────────
     taxonomy, origin, nodes = resolve_labels(places, len(rows), label_columns, arguments, taxonomy)
-    rows["label"] = [sorted({nodes[one] for one in label}) if several else nodes[label] for label in rows["label"]]
+    rows["label"] = [sorted({nodes[one] for one in label}) if multi_label else nodes[label] for label in rows["label"]]
 
-    learnt = rows.loc[rows["split"] != "test", "label"]
-    content = json.dumps([arguments.incomplete_labels, [label if several else [label] for label in learnt]])
+    not_test = rows.loc[rows["split"] != "test", "label"]
+    content = json.dumps([arguments.incomplete_labels, [label if multi_label else [label] for label in not_test]])
     labels_hash = hashlib.sha256(content.encode()).hexdigest()
 
     # ── Repeated texts: trained on before, in several rows, in several splits ────────────────────────────────────────
     rows["text_id"], texts = pd.factorize(pd.Series(map(normalise_text, rows["text"]), dtype=object))
     rows, trained_before = _place_trained_rows(rows, texts, trained)
     counts = rows["split"].value_counts()
-    if several:
+    if multi_label:
         rows = _unite(rows)
     united = counts - rows["split"].value_counts()
     rows, dropped = _drop_shared(rows)
@@ -109,7 +109,7 @@ def load_splits(
         numbers = np.sort(rows.loc[rows["split"] == "train", "row"].to_numpy(np.int64))
         method["method"] = "by class, identical texts kept together"
         method["train_rows_sha256"] = hashlib.sha256(numbers.tobytes()).hexdigest()
-    describe = data_report.describe_label_sets if several else data_report.describe
+    describe = data_report.describe_label_sets if multi_label else data_report.describe
     num_dropped = {split: int((dropped["split"] == split).sum()) for split in SPLITS}
     report = {
         "sources": [
@@ -124,14 +124,14 @@ def load_splits(
         "shared_texts": data_report.shared_texts(pd.concat([rows, dropped])),
         "classes_without_training_rows": data_report.untrained_classes(rows, taxonomy),
     }
-    if several:
+    if multi_label:
         report["united_rows"] = {split: int(count) for split, count in united.items()}
     data_report.log_what_was_done(report)
-    features = MULTI_LABEL_FEATURES if several else FEATURES
+    features = MULTI_LABEL_FEATURES if multi_label else FEATURES
     splits = datasets.DatasetDict()
     for split, part in rows_by_split(rows).items():
         splits[split] = datasets.Dataset.from_pandas(part[[*features]], features=features, preserve_index=False)
-    return LabelledSplits(splits, taxonomy, report, is_multi_label=several)
+    return LabelledSplits(splits, taxonomy, report, is_multi_label=multi_label)
 
 
 def train_on_validation_rows(data: LabelledSplits) -> LabelledSplits:
