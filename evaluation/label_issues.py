@@ -24,7 +24,7 @@ from evaluation.calibration import FOLDS, node_log_probs, rows_by_decision
 from evaluation.lexical import LexicalClassifier, can_learn, token_counts
 from taxonomy_hierarchical import Taxonomy
 from training.data_report import conflicts, count_labels
-from training.multi_label import open_decisions, prior_log_odds
+from training.multi_label import label_arrays, open_decisions, prior_log_odds
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def write_label_issues(taxonomy: Taxonomy, rows: Dataset, vocab_size: int, folde
 
 def list_label_issues(taxonomy: Taxonomy, rows: Dataset, vocab_size: int) -> pd.DataFrame:
     """List the rows whose labels may be wrong, the least probable label first, in `COLUMNS`; see docs/training.md."""
-    labels, texts, names = np.array(rows.with_format("numpy")["labels"][:]), np.array(rows["text_id"]), taxonomy.labels
+    labels, texts, names = label_arrays(rows), np.array(rows["text_id"]), taxonomy.labels
     logits = out_of_fold(taxonomy, token_counts(rows, vocab_size), labels, texts)
     judged = [] if logits is None else [*judge(taxonomy, logits, labels, texts)]
     if logits is None or not judged:

@@ -24,7 +24,7 @@ from torch import Tensor
 from evaluation.metrics import one_hot
 from modeling_hierarchical import IGNORED_LABEL
 from taxonomy_hierarchical import Taxonomy
-from training.multi_label import open_counts, open_decisions, prior_log_odds
+from training.multi_label import label_arrays, open_counts, open_decisions, prior_log_odds
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def fit_classifier(
     """
     if wanted is False:
         return None
-    labels = np.array(train.with_format("numpy")["labels"][:])
+    labels = label_arrays(train)
     num_classes = taxonomy.num_nodes if labels.ndim == 2 else taxonomy.num_leaves
     if wanted is None and vocab_size * num_classes > MAX_WEIGHTS:
         size = f"{vocab_size:,} tokens times {num_classes:,} classes"

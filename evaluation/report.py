@@ -127,13 +127,8 @@ def score_splits(
 
 def any_label_scores(split: str, logits: np.ndarray, rows: Dataset) -> dict[str, float]:
     """Compute `any_label_accuracy` of one split, if it has rows labelled with a leaf."""
-    accuracy = any_label_accuracy(logits, np.array(rows["labels"]), np.array(rows["text_id"]))
+    accuracy = any_label_accuracy(logits, label_arrays(rows), np.array(rows["text_id"]))
     return {} if accuracy is None else {f"{PREFIXES[split]}_any_label_accuracy": accuracy}
-
-
-def read_labels(config: HierarchicalConfig, rows: Dataset) -> np.ndarray:
-    """Return node ids (num_rows,), or in multi-label data arrays (num_rows, num_nodes)."""
-    return label_arrays(rows) if config.is_multi_label else np.array(rows["labels"])
 
 
 def calibrate_model(
@@ -152,7 +147,7 @@ def calibrate_model(
         also of answers for `COVERAGE` or `MEASURED_RECALL` (``test_answer_…``). Then the calibrated logits.
     """
     config, taxonomy = model.config, model.config.tree
-    labels = {split: read_labels(config, splits[split]) for split in logits}
+    labels = {split: label_arrays(splits[split]) for split in logits}
     texts = {split: np.array(splits[split]["text_id"]) for split in logits}
     no_scores: dict[str, np.ndarray | None] = dict.fromkeys(logits)
     fit: Any = multi_label.fit_calibration if config.is_multi_label else fit_calibration
@@ -204,7 +199,7 @@ def copy_calibration(model: HierarchicalForSequenceClassification, source: Hiera
     """
     if source.lexical_weight:
         counts = token_counts(train, model.config.text_config.vocab_size)
-        classifier = LexicalClassifier(source.tree, counts, read_labels(source, train))
+        classifier = LexicalClassifier(source.tree, counts, label_arrays(train))
         model.set_lexical_head(classifier.weights(), source.lexical_weight)
     model.set_calibration(**{name: getattr(source, name) for name in CALIBRATION} | {"refitted": True})
 
@@ -213,7 +208,7 @@ def answer_scores(config: HierarchicalConfig, logits: dict[str, np.ndarray], spl
     """Measure the answers for `COVERAGE` or `MEASURED_RECALL` on the test rows, from calibrated logits: ``test_answer_…``."""
     if "test" not in logits:
         return {}
-    scored = logits["test"], read_labels(config, splits["test"])
+    scored = logits["test"], label_arrays(splits["test"])
     thresholds: Any = config.recall_thresholds if config.is_multi_label else config.conformal_thresholds
     if config.is_multi_label:
         scores = recall_scores(*scored, thresholds[threshold_index(MEASURED_RECALL)])
@@ -228,7 +223,7 @@ def measure(
     """Compute each split's metrics from calibrated logits."""
     compute_metrics, metrics = build_metrics(config.tree, config.is_multi_label, thresholds), dict[str, float]()
     for split, scores in logits.items():
-        measured = compute_metrics(EvalPrediction(scores, read_labels(config, splits[split])))
+        measured = compute_metrics(EvalPrediction(scores, label_arrays(splits[split])))
         metrics |= {f"{PREFIXES[split]}_{name}": value for name, value in measured.items()}
         if not config.is_multi_label:
             metrics |= any_label_scores(split, scores, splits[split])
@@ -245,7 +240,7 @@ def reported_split(
 ) -> tuple[str, np.ndarray, np.ndarray]:
     """Return the split that plots and class scores show, test before validation: its name, logits and labels."""
     split = "test" if "test" in logits else "validation"
-    return split, logits[split], read_labels(config, splits[split])
+    return split, logits[split], label_arrays(splits[split])
 
 
 def class_scores(config: HierarchicalConfig, logits: dict[str, np.ndarray], splits: DatasetDict) -> dict[str, Any]:
@@ -289,7 +284,7 @@ def write_predictions(
 ) -> None:
     """Write ``<split>_predictions.csv``: each scored row's number in its source, labels, predictions and probabilities."""
     for split, scores in logits.items():
-        labels = read_labels(config, splits[split])
+        labels = label_arrays(splits[split])
         if config.is_multi_label:
             columns = label_set_columns(config, scores, labels)
         else:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from datasets import Dataset
+from pyarrow.types import is_nested
 from torch import Tensor, nn
 
 from modeling_hierarchical import IGNORED_LABEL, TreeSigmoid, average_over_labels
@@ -30,8 +31,10 @@ def multi_hot(taxonomy: Taxonomy, labels: Sequence[Sequence[int]], incomplete: b
 
 
 def label_arrays(rows: Dataset) -> np.ndarray:
-    """Return the column ``labels`` of tokenized rows, (num_rows, num_nodes) of int8."""
+    """Return the column ``labels`` of tokenized rows: node ids (num_rows,), or arrays (num_rows, num_nodes) of int8."""
     column = rows.with_format("arrow")[:].column("labels").combine_chunks()
+    if not is_nested(column.type):
+        return np.array(column)
     return np.array(column.flatten()).reshape(len(rows), -1)
 
 

@@ -92,8 +92,7 @@ def choose_names(trainer: HierarchicalTrainer, rows: Dataset) -> Names:
 
     # ── The likeliest ────────────────────────────────────────────────────────────────────────────────────────────────
     offsets, *_ = standardise(embed(trainer, rows["input_ids"][:]))
-    found = label_arrays(rows) if trainer.is_multi_label else np.array(rows["labels"][:])
-    labels, members = torch.from_numpy(found).to(offsets.device), class_members(trainer, rows)
+    labels, members = torch.from_numpy(label_arrays(rows)).to(offsets.device), class_members(trainer, rows)
     of_texts = members.T @ offsets
 
     def likelihood(names: Names) -> float:
@@ -156,10 +155,8 @@ def directions(trainer: HierarchicalTrainer, names: Names) -> Tensor:
 def class_members(trainer: HierarchicalTrainer, rows: Dataset) -> Tensor:
     """Return which classes texts are in, (B, C), 1 or 0 in float32. A text of inner nodes alone is in none."""
     tree = trainer.model.config.tree
-    if trainer.is_multi_label:
-        nodes = torch.from_numpy(label_arrays(rows) == 1)
-    else:
-        nodes = one_hot(torch.tensor(rows["labels"][:]), tree.num_nodes)
+    labels = torch.from_numpy(label_arrays(rows))
+    nodes = labels == 1 if trainer.is_multi_label else one_hot(labels, tree.num_nodes)
     return nodes[:, : trainer.model.config.num_labels].float().to(trainer.model.heads.weight.device)
 
 
