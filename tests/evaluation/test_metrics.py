@@ -14,6 +14,7 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 import torch
+from datasets import Dataset
 from transformers import EvalPrediction
 
 from configuration_hierarchical import HierarchicalConfig
@@ -361,7 +362,7 @@ def test_scores_of_a_training_that_diverged_are_refused():
 
 
 def leaf_report(logits: np.ndarray, labels: np.ndarray) -> tuple[list[dict], dict[str, list[float]]]:
-    scores = class_scores(HierarchicalConfig(taxonomy=TREE), {"test": logits}, {"test": {"labels": labels}})
+    scores = class_scores(HierarchicalConfig(taxonomy=TREE), {"test": logits}, {"test": Dataset.from_dict({"labels": labels})})
     return scores.get("per_class", []), scores.get("intervals", {})
 
 
@@ -402,7 +403,7 @@ def test_the_bootstrap_of_a_report_is_computed_once():
     logits, labels = logits[labels >= 0], labels[labels >= 0]
     profile = cProfile.Profile()
     scores = profile.runcall(
-        class_scores, HierarchicalConfig(taxonomy=TREE), {"test": logits}, {"test": {"labels": labels}}
+        class_scores, HierarchicalConfig(taxonomy=TREE), {"test": logits}, {"test": Dataset.from_dict({"labels": labels})}
     )
     calls = {function[2]: counts[0] for function, counts in pstats.Stats(profile).stats.items()}
     assert calls["bootstrap_intervals"] == 1
@@ -410,7 +411,7 @@ def test_the_bootstrap_of_a_report_is_computed_once():
     expected = intervals_of(labels[leaf], logits[leaf].argmax(axis=1), TREE.num_leaves)
     assert scores["intervals"] == {f"test_{name}": expected[name].tolist() for name in ("accuracy", "macro_f1")}
     assert [row["f1_interval"] for row in scores["per_class"]] == expected["f1"].T.tolist()
-    only_inner = {"test": {"labels": np.full(len(labels), B)}}
+    only_inner = {"test": Dataset.from_dict({"labels": np.full(len(labels), B)})}
     assert class_scores(HierarchicalConfig(taxonomy=TREE), {"test": logits}, only_inner) == {}
 
 
