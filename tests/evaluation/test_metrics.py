@@ -362,7 +362,9 @@ def test_scores_of_a_training_that_diverged_are_refused():
 
 
 def leaf_report(logits: np.ndarray, labels: np.ndarray) -> tuple[list[dict], dict[str, list[float]]]:
-    scores = class_scores(HierarchicalConfig(taxonomy=TREE), {"test": logits}, {"test": Dataset.from_dict({"labels": labels})})
+    scores = class_scores(
+        HierarchicalConfig(taxonomy=TREE), {"test": logits}, {"test": Dataset.from_dict({"labels": labels})}
+    )
     return scores.get("per_class", []), scores.get("intervals", {})
 
 
@@ -403,7 +405,10 @@ def test_the_bootstrap_of_a_report_is_computed_once():
     logits, labels = logits[labels >= 0], labels[labels >= 0]
     profile = cProfile.Profile()
     scores = profile.runcall(
-        class_scores, HierarchicalConfig(taxonomy=TREE), {"test": logits}, {"test": Dataset.from_dict({"labels": labels})}
+        class_scores,
+        HierarchicalConfig(taxonomy=TREE),
+        {"test": logits},
+        {"test": Dataset.from_dict({"labels": labels})},
     )
     calls = {function[2]: counts[0] for function, counts in pstats.Stats(profile).stats.items()}
     assert calls["bootstrap_intervals"] == 1
