@@ -548,7 +548,7 @@ def expected_costs(tree: Taxonomy, nodes: Tensor, costs: str | Tensor) -> Tensor
 
 
 def cost_threshold(missing: float, inventing: float) -> float:
-    """Return the probability from which a node is predicted for multi-label models: inventing / (missing + inventing).
+    """Return the least probability at which a multi-label model predicts a node: inventing / (missing + inventing).
 
     A predicted node is wrong with probability 1 - P, and a node that is left out is missing with probability P. Costs add
     up over nodes, so each is decided alone: predicted if inventing · (1 - P) <= missing · P. No node is more probable than

@@ -82,18 +82,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace an existing output, and start from the beginning")
     add("--probabilities", action="store_true", help="write the probability of every class")
     add("--coverage", type=float, help="also write an answer that contains the correct leaf for this share of texts")
-    add(
-        "--recall",
-        type=float,
-        help="multi-label models: also write an answer with this share of a text's correct nodes",
-    )
-    costs = "distance, a CSV table of correct by predicted leaves, or missing=NUMBER,inventing=NUMBER for multi-label models"
+    add("--recall", type=float, help="multi-label: also write an answer with this share of a text's correct nodes")
+    costs = "distance, a CSV table of correct by predicted leaves, or for multi-label missing=NUMBER,inventing=NUMBER"
     add("--costs", help=f"predict what has the least expected cost: {costs}")
-    add(
-        "--uncertainty",
-        action="store_true",
-        help="also write the entropy of the prediction, and the level that contributes most to it",
-    )
+    add("--uncertainty", action="store_true", help="also write the entropy, and the level that contributes most to it")
     dtypes = "bf16 if the machine supports it, int8 on another CPU with VNNI or AMX, else fp32"
     add("--dtype", choices=("auto", *DTYPES), default="auto", help=f"default: auto, which is {dtypes}")
     add("--batch_size", type=int, help="texts per batch; default: batches by number of tokens")

@@ -191,9 +191,8 @@ def train(
         heads_init = initialise_heads(trainer, splits["train"], arguments.model)
     settings["heads_init"] = data.report["heads_init"] = heads_init
     if training.should_save:
-        if (
-            arguments.data.label_issues and first_run_folder is None
-        ):  # with --refit: row numbers are of the training file
+        # the rows of the second run of --refit are of two files, so their numbers would be ambiguous
+        if arguments.data.label_issues and first_run_folder is None:
             vocab_size = model.config.text_config.vocab_size
             data.report["label_issues"] = write_label_issues(data.taxonomy, splits["train"], vocab_size, output)
         write_json(output / "data_report.json", data.report)

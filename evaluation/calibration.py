@@ -79,10 +79,8 @@ def fit_calibration(
     experts = [node_log_probs(taxonomy, scores) for scores in (logits, lexical_scores) if scores is not None]
     stacked = np.stack(experts, axis=2)  # (num_rows, num_nodes, num_experts)
     taken = [(stacked[rows][:, nodes], correct) for nodes, rows, correct in rows_by_decision(taxonomy, labels)]
-    mean, bounds = (
-        np.array([1.0, 0.0])[: len(experts)],
-        [SCALE_BOUNDS, (0.0, SCALE_BOUNDS[1])][: len(experts)],
-    )  # of β and γ
+    mean = np.array([1.0, 0.0])[: len(experts)]  # of β and γ
+    bounds = [SCALE_BOUNDS, (0.0, SCALE_BOUNDS[1])][: len(experts)]
 
     def neg_log_posterior(factors: np.ndarray) -> float:
         loss = sum(negative_log_likelihood(scores @ factors, correct) for scores, correct in taken)

@@ -28,7 +28,7 @@ from training.multi_label import label_arrays, open_counts, open_decisions, prio
 
 logger = logging.getLogger(__name__)
 
-MIN_ROWS = 2  # a token in fewer training documents is ignored
+MIN_ROWS = 2  # a token in fewer training rows is ignored
 REGULARISATION = 50.0  # C of scikit-learn: weak, since the documents are vectors of length 1
 MAX_WEIGHTS = 2**24  # 64 MiB
 

@@ -275,7 +275,7 @@ def recall_scores(u: np.ndarray, labels: np.ndarray, threshold: float | None) ->
 def build_multi_label_metrics(
     taxonomy: Taxonomy, thresholds: np.ndarray | list[float] | float | None = None
 ) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Build the Trainer's ``compute_metrics`` for a taxonomy and several labels per text.
+    """Build the Trainer's ``compute_metrics`` for a taxonomy and multi-label data.
 
     The returned function takes ``predictions``, marginal logits or a tuple that begins with them, and ``label_ids``. It raises
     InputError for logits that are not finite, and if no label is known. It returns, with predictions closed upwards:

@@ -45,24 +45,24 @@ class PublishingTrainer(Trainer):
         if self.write_card is not None and self.is_world_process_zero():
             self.write_card(Path(self.args.output_dir))
 
-    def push_to_hub(self, commit_message: str = "End of training") -> CommitInfo | None:
-        """Save the model, and publish its files and card in one commit. The other arguments are those of training."""
+    def push_to_hub(self, commit_message: str = "End of training", revision: str | None = None) -> CommitInfo | None:
+        """Save the model, and publish its files and card in one commit, by default on the branch ``--hub_revision``."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
         self.create_model_card()
         self._finish_current_push()
-        return self._commit(commit_message, {})
+        return self._commit(commit_message, revision or self.args.hub_revision, {})
 
-    def _commit(self, message: str, folders: dict[str, Path]) -> CommitInfo:
+    def _commit(self, message: str, revision: str | None, folders: dict[str, Path]) -> CommitInfo:
         """Commit the output folder's checkpoint, and further folders by their path in the repository."""
         output = Path(self.args.output_dir)
         files = published_files(output)
         for place, folder in folders.items():
             names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
             files |= {f"{place}/{name}": folder / name for name in filter_repo_objects(names, ignore_patterns=PICKLES)}
-        target = {"repo_id": self.hub_model_id, "revision": self.args.hub_revision}
+        target = {"repo_id": self.hub_model_id, "revision": revision}
         operations = commit_operations(files, self.hub.list_repo_files(**target), CHECKPOINT_FILES)
         return self.hub.create_commit(operations=operations, commit_message=message, **target)
 
@@ -82,7 +82,7 @@ class PublishingTrainer(Trainer):
         places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
         folders = {place: folder for strategy, place in places.items() if strategy == self.args.hub_strategy}
         message = f"Training in progress, step {self.state.global_step}"
-        job = self.hub.run_as_future(self._commit, message, folders)
+        job = self.hub.run_as_future(self._commit, message, self.args.hub_revision, folders)
         self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if running else []), job])
 
     def _finish_current_push(self) -> None:

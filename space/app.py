@@ -11,7 +11,7 @@ Worth knowing:
 4. An upload is read into memory and deleted at once. Downloads are deleted after `KEPT_SECONDS`, and when the page stops.
    Nothing that a user sends is logged: see `log_without_values` and `guard.py`.
 5. Texts, explanations and files have separate queues, so a text never waits for a file.
-6. `Service` serves a single-path model, and `MultiLabelService` one that predicts several labels. Below, the
+6. `Service` serves a single-path model, and `MultiLabelService` a multi-label model. Below, the
    target of the guarantee is a coverage for the first, and a recall for the second.
 """
 

@@ -49,8 +49,8 @@ class Word(TypedDict):
 
     Attributes:
         start, end: position in the text, in characters.
-        weight: contribution through encoder and lexical head, in units of probability, or of log-odds if the model predicts
-            several labels per text.
+        weight: contribution through encoder and lexical head, in units of probability, or of log-odds if the model
+            is multi-label.
         lexical: the part of the weight that goes through the lexical head; 0 without one.
     """
 
