@@ -10,7 +10,7 @@ Worth knowing:
 3. This file uses private names of torch and transformers. Its callers import it lazily and work without it.
 4. For inference, linear layers also keep their weights in oneDNN's order, and apply GELU while the product is in the
    cache. torch.compile does the same. With gradients the layers run as before. In float32 torch's own layers use MKL,
-   which takes 2.3 times as long on an AMD EPYC with AVX-512.
+   which takes 1.05 to 2.3 times as long on AMD EPYCs with AVX-512.
 """
 
 from functools import cache

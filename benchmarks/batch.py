@@ -112,7 +112,7 @@ def measure(model: str, source: Path, output: Path, rows: int, *flags: object) -
         "rows/s": round((last - first) * ROWS / (until - since), 1) if last > first else None,
         "seconds": round(time.perf_counter() - begun, 1),
         "driver, processor seconds": round(seconds, 1),
-        "driver, peak MB": round(memory / 1024),
+        "driver, peak MiB": round(memory / 1024),
     }
 
 

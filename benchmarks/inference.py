@@ -459,7 +459,7 @@ def scale(model: str, texts: list[str], arguments: argparse.Namespace, scratch: 
         if process.returncode:
             raise RuntimeError(f"predict.py ended with {process.returncode}")
         seconds = time.perf_counter() - begun
-        rows.append({"rows": count, "seconds": round(seconds, 1), "peak memory, MB": round(memory / 1024)})
+        rows.append({"rows": count, "seconds": round(seconds, 1), "peak memory, MiB": round(memory / 1024)})
     return rows
 
 

@@ -81,7 +81,7 @@ def measure_load(model: str) -> dict:
         for outcome in sorted(set(outcomes)):
             print(f"{outcomes.count(outcome):>6,} {outcome}")
         print(f"seconds to an answer: median {seconds[len(seconds) // 2]:.1f}, longest {seconds[-1]:.1f}")
-        print("memory, MB:", ", ".join(f"{bytes_ / 2**20:.0f}" for bytes_ in memory))
+        print("memory, MiB:", ", ".join(f"{bytes_ / 2**20:.0f}" for bytes_ in memory))
         print("files left:", len(server.files()), "| lines logged:", len(server.log().splitlines()))
         return {
             "outcomes": {outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))},

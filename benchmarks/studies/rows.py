@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from multi_label_peers import TFIDF
+from quality import spread
 
 SHARES = (0.5, 0.8, 0.9, 0.95, 1.0)
 DRAWS = 5
@@ -42,7 +43,7 @@ def main() -> None:
         scores = np.array([score(known.iloc[drawn], unseen) for drawn in draws(known["label"], share)])
         rows = round(share * len(known))
         results.append({"share": share, "rows": rows, "accuracy": [*scores[:, 0]], "macro_f1": [*scores[:, 1]]})
-        cells = (f"{100 * column.mean():.1f} ± {100 * column.std():.1f}" for column in scores.T)
+        cells = (spread(pd.Series(column), "") for column in scores.T)
         print(f"| {share:.0%} | {rows:,} | {' | '.join(cells)} |", flush=True)
     arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
