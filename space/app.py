@@ -8,8 +8,8 @@ Worth knowing:
    only `reading` of this repository. The model and its pipeline are loaded through transformers.
 2. The page and the API call the same functions. Those of the API are typed, and `gr.api` shows the types.
 3. A refusal is a message beside its cause. The pop-ups of gradio render HTML, so they never show input of a user.
-4. An upload is read into memory and deleted at once. Downloads are deleted after `KEPT_SECONDS`, and when the page stops.
-   Nothing that a user sends is logged: see `log_without_values` and `guard.py`.
+4. An upload is read into memory and deleted at once. Downloads and what is left of broken uploads are deleted after
+   `KEPT_SECONDS`, and when the page stops. Nothing that a user sends is logged: see `log_without_values` and `guard.py`.
 5. Texts, explanations and files have separate queues, so a text never waits for a file.
 6. `Service` serves a single-path model, and `MultiLabelService` a multi-label model. Below, the
    target of the guarantee is a coverage for the first, and a recall for the second.
@@ -28,6 +28,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -63,7 +64,7 @@ from classification import (
     load,
 )
 from gradio.utils import get_upload_folder
-from guard import Guard
+from guard import Guard, harden_gradio
 from starlette.middleware import Middleware
 from tables import KINDS, MAX_BYTES, MAX_ROWS, Refused, Row, join_lists, kind_of, read_table, to_csv, to_json_lines
 from transformers import Pipeline
@@ -76,6 +77,7 @@ ROWS_BETWEEN_CHECKS = 32  # of a file, for cancellation
 PROGRESS_SECONDS = 0.5  # between two progress messages: a slow browser that gets more becomes unresponsive
 PREVIEW = 50  # rows of a file
 KEPT_SECONDS = 600  # until a download is deleted
+SWEEP_SECONDS = 60  # between two looks for files to delete
 MAX_WAITING = 100  # requests; beyond, gradio replies "Queue is full! Please try again."
 NOT_GUARANTEED = "no: trained on the validation rows too"
 START_TARGET = 0.9  # of the guarantee
@@ -187,7 +189,7 @@ def take_upload(path: str) -> bytes:
     Raises:
         Refused: the file is no upload, was deleted, or is too large.
     """
-    file = Path(path).resolve()
+    file = Path(path.replace("\0", "")).resolve()
     if not file.is_relative_to(Path(get_upload_folder()).resolve()) or not file.is_file():
         raise Refused("The file was deleted after it was read, or never arrived: upload it again.")
     try:
@@ -455,7 +457,9 @@ class Service:
         with tempfile.TemporaryDirectory() as folder:  # gradio serves copies
             formats = {"predictions.csv": self.to_csv, "predictions.jsonl": to_json_lines}
             for name, to_text in formats.items():
-                (Path(folder) / name).write_bytes(to_text(done).encode())
+                # without a byte order mark, spreadsheets may read a CSV file in a local encoding
+                encoding = "utf-8-sig" if name.endswith(".csv") else "utf-8"
+                (Path(folder) / name).write_text(to_text(done), encoding=encoding, newline="")
             yield [
                 views.progress(total, total, len(bad), "Done:"),
                 gr.skip(),
@@ -629,7 +633,7 @@ def text_tab(service: Service) -> None:
         inputs = [text, target]
         texts = {"concurrency_id": "texts", **HIDDEN}
         gr.on([run.click, text.submit], service.show_result, inputs, results, **texts)
-        target.release(service.show_result_again, inputs, results, **texts)
+        target.change(service.show_result_again, inputs, results, trigger_mode="always_last", **texts)  # by keys, too
         for button, example in zip(examples, EXAMPLES.values(), strict=True):
             filled = button.click(lambda example=example: example, None, text, queue=False, **HIDDEN)
             filled.then(service.show_result, inputs, results, **texts)
@@ -714,9 +718,12 @@ def model_tab(classifier: Pipeline, model: str, revision: str | None) -> None:
 def build(classifier: Pipeline, model: str, revision: str | None = None) -> gr.Blocks:
     """Build the page, with the API endpoints ``classify``, ``explain`` and ``classify_file``."""
     service = MultiLabelService(classifier) if is_multi_label(classifier) else Service(classifier)
-    with gr.Blocks(
-        title="Medical text, sorted into a taxonomy", analytics_enabled=False, delete_cache=(60, KEPT_SECONDS)
-    ) as page:
+
+    def forget(request: gr.Request) -> None:
+        """Delete the state of a closed page. gradio would keep it for an hour, whatever its `time_to_live`."""
+        page.state_holder.delete_state(request.session_hash)
+
+    with gr.Blocks(title="Medical text, sorted into a taxonomy", analytics_enabled=False) as page:
         gr.HTML(views.masthead(), elem_id="masthead")
         with gr.Tabs():
             text_tab(service)
@@ -732,6 +739,7 @@ def build(classifier: Pipeline, model: str, revision: str | None = None) -> gr.B
             result_type = method.__annotations__["return"]
             description = f"{inspect.getdoc(method)}\n\n{result_type.__name__}: {inspect.getdoc(result_type)}"
             gr.api(endpoint(method), api_name=method.__name__, api_description=description, concurrency_id=queue)
+        page.unload(forget)
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
 
 
@@ -782,8 +790,21 @@ def log_without_values() -> None:
     logging.getLogger("uvicorn.error").addFilter(without_message)
 
 
+def delete_old_files(folder: Path, seconds: float) -> None:
+    """Delete the files that are older than that, again and again. gradio deletes no parts of broken uploads."""
+    while True:
+        time.sleep(SWEEP_SECONDS)
+        for path in sorted(folder.rglob("*"), reverse=True):  # files before their folder
+            with suppress(OSError):  # a folder with files; or deleted by now
+                if time.time() - path.stat().st_mtime > seconds:
+                    path.rmdir() if path.is_dir() else path.unlink()
+
+
 def launch(page: gr.Blocks, **options: Any) -> Any:
     """Serve the page, without the optional features of gradio, such as history, monitoring and sharing."""
+    harden_gradio()
+    sweep = (Path(os.environ["GRADIO_TEMP_DIR"]), KEPT_SECONDS - SWEEP_SECONDS)
+    threading.Thread(target=delete_old_files, args=sweep, daemon=True).start()
     return page.launch(
         theme=theme(),
         css_paths=HERE / "style.css",

@@ -6,12 +6,16 @@ Worth knowing:
    for the client (``proxy=``, ``file=http…``) or accept recordings.
 2. An upload of more than `MAX_UPLOAD` bytes, and any other request of more than `MAX_BODY`, replies 413. The rest of its
    body is not read.
-3. The content of requests is never inspected.
+3. The content of requests is never inspected. gradio downloads a URL that stands where a file is expected:
+   `harden_gradio` refuses it.
 """
 
+import os
 import re
 from contextlib import suppress
+from typing import Any
 
+import gradio as gr
 from starlette.formparsers import MultiPartException
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -57,6 +61,8 @@ class Guard:
                 too_large = True
                 # gradio deletes the partial file on a MultiPartException
                 raise MultiPartException("too large") if upload else TooLarge
+            if upload and message["type"] == "http.disconnect":
+                raise MultiPartException("disconnected")
             return message
 
         async def filtering_send(message: Message) -> None:
@@ -73,3 +79,21 @@ class Guard:
             await self.app(scope, counting_receive, filtering_send)
         if too_large and not started:
             await PlainTextResponse("The request is too large.", 413)(scope, receive, send)
+
+
+class OwnUpload(gr.route_utils.GradioUploadFile):
+    """An upload in a folder of its own. gradio names the folder by content, and the first reader deletes the file."""
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        self.sha.update(os.urandom(32))
+
+
+async def refuse_url(url: str) -> None:
+    raise gr.Error("A URL is not fetched: upload the file.", print_exception=False)
+
+
+def harden_gradio() -> None:
+    """Keep equal uploads apart, and let no client make the server download."""
+    gr.route_utils.GradioUploadFile = OwnUpload
+    gr.processing_utils.async_ssrf_protected_get = refuse_url

@@ -25,7 +25,7 @@ if not Path(__file__).with_name("reading").exists():  # in the repository
     sys.path.append(str(Path(__file__).parent.parent))
 
 from reading.columns import TEXT_COLUMNS, find_column, text_problem
-from reading.rows import KINDS, InputError, Limits, Rows
+from reading.rows import KINDS, InputError, Limits, Rows, looks_like_name
 
 MAX_BYTES = 10 * 2**20
 MAX_ROWS = 10_000
@@ -154,6 +154,8 @@ def read(content: bytes, kind: str, column: str | None) -> Iterator[Any]:
     text_column = find_column(rows.columns, column, TEXT_COLUMNS)
     if text_column is None:
         text_column = longest_column(rows)
+        if text_column is not None and not looks_like_name(text_column):
+            raise Refused("The file has no column called text or abstract: is the header missing?")
         rows = open_rows(content, kind)
     yield {"columns": list(rows.columns), "column": text_column}
     empty = True

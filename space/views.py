@@ -24,7 +24,7 @@ BLUE, GREY = "#0072B2", "#9AA5B1"
 BARS = 6  # a level
 LEVELS = 4  # with bars; only the icicle shows deeper levels
 TREE_ROWS, INDENT = 30, 18  # of the tree, and of a level in pixels
-ANSWER = 20  # most nodes of an answer for a recall
+ANSWER = 20  # most nodes shown of an answer for a recall
 HEADING, ROW = 34, 27  # pixels
 TEXT = {"xanchor": "left", "xshift": 3, "yanchor": "middle", "align": "left", "showarrow": False}
 LEAST_SHARE = 0.01  # of the icicle; smaller nodes are merged as "others"
@@ -32,7 +32,7 @@ LONGEST_LABEL = 34
 NOT_A_DEVICE = "Not a medical device. Not for diagnosis, treatment or any decision about a patient."
 # the HTML component of gradio would fill braces as templates in the browser
 BRACES = str.maketrans({"{": "&#123;", "}": "&#125;", "$": "&#36;", "`": "&#96;"})
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 TURNS = re.compile("[\u202a-\u202e\u2066-\u2069\u200e\u200f]")  # characters that change the writing direction
 
 
@@ -105,9 +105,14 @@ def coverage_answer(coverage: float, nodes: list[Node]) -> str:
 
 
 def recall_answer(recall: float, nodes: list[Node]) -> str:
-    names = ", ".join(f"<b>{name(node['label'])}</b>" for node in nodes[:ANSWER])
-    more = f" and {len(nodes) - ANSWER:,} more" if len(nodes) > ANSWER else ""
-    return f"For {recall:.0%} recall: {names or 'no node'}{more}"
+    names = enumerated([f"<b>{name(node['label'])}</b>" for node in nodes], ", ")
+    return f"For {recall:.0%} recall: {names or 'no node'}"
+
+
+def enumerated(names: list[str], separator: str) -> str:
+    """Join names, at most `ANSWER` of them."""
+    more = f" and {len(names) - ANSWER:,} more" if len(names) > ANSWER else ""
+    return separator.join(names[:ANSWER]) + more
 
 
 def truncation(classified: Classification | MultiLabelClassification) -> str:
@@ -118,7 +123,7 @@ def truncation(classified: Classification | MultiLabelClassification) -> str:
     unread = length - length_read
     return (
         f"<p class='note cut'>The text was truncated: the model read the first {length_read:,} of {length:,} characters; "
-        f"{unread:,} ({unread / length:.0%}) were not read.</p>"
+        f"{unread:,} ({percent(unread / length)}) were not read.</p>"
     )
 
 
@@ -236,7 +241,7 @@ def icicle(levels: list[dict[str, float]], parents: dict[str, str], path: list[s
     for node, parent in parents.items():
         children.setdefault(parent, []).append(node)
     boxes = list(lay_out(children, scores, set(path), "", 0, 0.0))
-    dark = [score > 0.45 for *_, score, _ in boxes]
+    dark = [score > 0.775 for *_, score, _ in boxes]  # so that each contrast is at least 4.5
     figure = go.Figure(
         go.Bar(
             # a leaf reaches to the right edge
@@ -248,7 +253,7 @@ def icicle(levels: list[dict[str, float]], parents: dict[str, str], path: list[s
             textposition="inside",
             insidetextanchor="middle",
             textangle=0,
-            textfont={"color": ["#FFFFFF" if is_dark else "#1B2A3A" for is_dark in dark], "size": 13},
+            textfont={"color": ["#FFFFFF" if is_dark else "#000000" for is_dark in dark], "size": 13},
             hovertext=[f"{text}: {percent(score)}" for _, _, text, score, _ in boxes],
             hoverinfo="text",
             marker={"color": [shade(score) for *_, score, _ in boxes], "line": {"width": 1.5, "color": "#FFFFFF"}},
@@ -424,7 +429,7 @@ def labels_preview(records: list[dict[str, Any]]) -> str:
                 for label, score in zip(record["labels"], record["scores"], strict=True)
             )
             or "no label",
-            "; ".join(name(node) for node in record["answer"] or []) or "–",
+            enumerated([name(node) for node in record["answer"] or []], "; ") or "–",
         )
         for record in records
     )

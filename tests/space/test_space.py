@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import socket
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -202,6 +203,9 @@ def test_what_json_can_say_and_utf_8_cannot_costs_no_other_row():
     ("content", "kind", "message"),
     [
         (b"text\n", "csv", "no rows"),
+        (b"\n", "csv", "no rows"),
+        (b"We followed 212 patients with fibrillation.\nBlood was drawn.\n", "csv", "is the header missing"),
+        (b"id;befund\n1;Kolitis\n", "csv", "separated by semicolons"),
         (b"text\n" * 10_002, "csv", "more than 10,000 rows"),
         (b"x" * (MAX_BYTES + 1), "txt", "at most 10 MB"),
         (b",".join(b"%d" % i for i in range(MAX_COLUMNS + 1)) + b"\n", "csv", "more than 1,000 columns"),
@@ -435,6 +439,26 @@ def test_one_node_too_many_is_drawn_itself():
     assert said == [label for label, _ in nodes]
 
 
+def luminance(colour: str) -> float:
+    """The relative luminance of WCAG 2."""
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(share * c for share, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_every_probability_in_the_icicle_can_be_read():
+    """A contrast of at least 4.5, as level AA of WCAG 2 asks."""
+    for share in range(1, 101):
+        figure = views.icicle([{"a": share / 100, "b": 1 - share / 100}], {"a": "", "b": ""}, ["a", "b"])
+        for text, box in zip(figure.data[0].textfont.color, figure.data[0].marker.color, strict=True):
+            light, dark = sorted((luminance(text), luminance(box)), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, (share, text, box)
+
+
+def test_line_breaks_of_windows_are_kept():
+    assert views.plain("a\r\nb\x07") == "a\r\nb\ufffd"
+
+
 def test_no_label_and_a_long_answer_are_said_plainly(labels_classifier):
     found = classify_all(labels_classifier, ["We report on the weather."], None)[0]
     assert found["labels"] == []
@@ -442,6 +466,8 @@ def test_no_label_and_a_long_answer_are_said_plainly(labels_classifier):
     assert views.recall_answer(0.5, []) == "For 50% recall: no node"
     long = views.recall_answer(0.9, [{"label": f"n{i}", "score": 0.5} for i in range(100)])
     assert long.endswith("<bdi>n19</bdi></b> and 80 more")
+    record = {"line": 1, "text": "a", "labels": [], "scores": [], "answer": [f"n{i}" for i in range(100)]}
+    assert "<bdi>n19</bdi> and 80 more<" in views.labels_preview([record])
 
 
 def test_a_probability_is_never_said_to_be_what_it_is_not():
@@ -655,15 +681,17 @@ def test_requests_that_are_too_large_are_refused(space):
 
 
 def test_downloads_and_uploads_are_deleted_in_time_and_all_with_the_process(clear_checkpoint, texts, tmp_path):
-    """With the time to keep set to a second, and the look at it to every second."""
+    """With the time to keep set to four seconds, and the look at it to every second."""
     code = (ROOT / "space" / "app.py").read_text()
-    assert "delete_cache=(60, KEPT_SECONDS)" in code
     space = tmp_path / "space"
     space.mkdir()
     for name in SPACE_FILES:
         (space / name).parent.mkdir(exist_ok=True)
         (space / name).write_bytes(((ROOT if name.startswith("reading/") else ROOT / "space") / name).read_bytes())
-    short = code.replace("delete_cache=(60, KEPT_SECONDS)", "delete_cache=(1, 1)")
+    short = re.sub(r"(?m)^KEPT_SECONDS = \d+", "KEPT_SECONDS = 4", code)
+    short = re.sub(r"(?m)^SWEEP_SECONDS = \d+", "SWEEP_SECONDS = 1", short)
+    assert "\nKEPT_SECONDS = 4" in short
+    assert "\nSWEEP_SECONDS = 1" in short
     (space / "app.py").write_text(short)
     with SpaceServer(clear_checkpoint, tmp_path, app=space / "app.py") as started:
         upload = {"files": ("never-classified.csv", b"text\nZebrafish\n")}
@@ -677,6 +705,64 @@ def test_downloads_and_uploads_are_deleted_in_time_and_all_with_the_process(clea
         httpx.post(f"{started.address}/gradio_api/upload", files=upload, timeout=120)
         started.stop()
         assert not started.files()
+
+
+def ask(space: SpaceServer, name: str, data: list, session: str) -> str:
+    """Call a function of the page, as the browser does. Return its messages."""
+    functions = httpx.get(f"{space.address}/config", timeout=120).json()["dependencies"]
+    number = next(function["id"] for function in functions if function["api_name"] == name)
+    with httpx.Client(base_url=f"{space.address}/gradio_api/queue", timeout=120) as http:
+        http.post("join", json={"data": data, "fn_index": number, "session_hash": session})
+        return http.get("data", params={"session_hash": session}).text
+
+
+def test_a_closed_page_keeps_no_file(space):
+    upload = httpx.post(f"{space.address}/gradio_api/upload", files={"files": ("a.txt", b"Okapi\n")}, timeout=120)
+    with httpx.stream("GET", f"{space.address}/gradio_api/heartbeat/closed", timeout=120) as page:
+        beats = page.iter_raw()  # without a reference, it closes the connection
+        next(beats)
+        ask(space, "open_file", [{"path": upload.json()[0], "meta": {"_type": "gradio.FileData"}}], "closed")
+        ask(space, "begin_file", [None], "closed")
+        assert "Okapi" in ask(space, "run_file", [None, "text", 0.9, None], "closed")
+    for _ in range(100):
+        ask(space, "begin_file", [None], "closed")
+        said = ask(space, "run_file", [None, "text", 0.9, None], "closed")
+        if "There is no file" in said:
+            break
+        time.sleep(0.2)
+    assert "There is no file" in said
+
+
+def test_an_upload_that_breaks_off_leaves_nothing(space):
+    host, port = space.address.removeprefix("http://").split(":")
+    head = "POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+    head += "Content-Length: 5000000\r\n\r\n--b\r\nContent-Disposition: form-data; name=files; filename=a.csv\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(head.encode() + b"Tapir\n" * 400_000)
+        for _ in range(300):
+            if any(b"Tapir" in content for content in space.files().values()):
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail("nothing has arrived")
+    for _ in range(300):
+        if not any(b"Tapir" in content for content in space.files().values()):
+            break
+        time.sleep(0.1)
+    assert not any(b"Tapir" in content for content in space.files().values())
+
+
+def test_equal_files_of_several_clients_are_each_read(space, tmp_path):
+    (tmp_path / "same.csv").write_text("text\nColitis\n")
+    client = Client(space.address, verbose=False)
+    jobs = [client.submit(handle_file(str(tmp_path / "same.csv")), api_name="/classify_file") for _ in range(4)]
+    assert [len(job.result(120)["rows"]) for job in jobs] == [1] * 4
+
+
+@pytest.mark.parametrize("name", ["/classify_file", "/classify"])
+def test_no_client_makes_the_server_download(client, name):
+    with pytest.raises(AppError, match="A URL is not fetched"):
+        client.predict({"path": "http://127.0.0.1:1/a.csv", "meta": {"_type": "gradio.FileData"}}, api_name=name)
 
 
 def test_many_clients_at_once_get_an_answer_or_are_told_that_it_is_busy(space, texts):
