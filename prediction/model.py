@@ -94,6 +94,8 @@ def find_commit(model: str, revision: str | None) -> str | None:
     """Return the commit of a model on the Hub, so that all processes load the same, or None for a folder."""
     if Path(model).is_dir():
         return None
+    if not model or model.startswith(("/", ".", "~")):
+        raise InputError(f"cannot load the model {model}: there is no such folder")
     try:
         return Path(cached_file(model, "config.json", revision=revision)).parent.name
     except Exception as error:  # network, permission, a name that is none

@@ -41,7 +41,7 @@ def choose_columns(
             return chosen
     for name, columns in sources.items():
         if not columns:
-            raise InputError(f"{name} has no columns")
+            raise InputError(f"{name} is empty: it has no columns")
         if find_column(columns, requested, candidates) is not None:
             continue
         if requested is not None:

@@ -159,8 +159,8 @@ class Rows:
             self._refuse_encoding()
         if problem:
             raise InputError(f"{self.name}: the first line, which names the columns, cannot be read: {problem}")
-        if not header:
-            raise InputError(f"{self.name} is empty")
+        if len(header) == 1 and ";" in header[0] and self.kind == "csv":
+            raise InputError(f"{self.name} is separated by semicolons: save it with commas, or as TSV")
         self.set_columns(header)
         return (Row(n, {} if bad else dict(zip(header, fields, strict=True)), bad) for n, fields, bad in rows)
 

@@ -63,9 +63,10 @@ def find_sources(pattern: str, kind: str | None = None) -> list[Source]:
         files = [(path, size) for path, size in files if not path.rpartition("/")[2].startswith((".", "_"))]
         files = [(path, size) for path, size in files if kind or path.lower().endswith(SUFFIXES)]
     if not files:
-        raise InputError(
-            f"{without_query(pattern)}: there is no {'file of a known kind in it' if is_folder else 'such file'}"
-        )
+        problem = f"there is no {'file of a known kind in it' if is_folder else 'such file'}"
+        if not is_folder and os.path.exists(pattern):  # as <(command) gives it
+            problem = "it is no regular file; pipe its content to standard input (-)"
+        raise InputError(f"{without_query(pattern)}: {problem}")
     return [Source(path, kind or kind_of(path), filesystem, size) for path, size in files]
 
 

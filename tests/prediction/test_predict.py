@@ -590,7 +590,8 @@ def test_texts_that_cannot_be_seen_and_empty_files_cost_no_other_row(checkpoint,
     header = "Re\u0301sume\u0301,,\n"  # as macOS writes accents, and spreadsheets empty columns
     lines = [header, *(f'"{text}",,\n' for text in [texts[0], *unseen, texts[1]])]
     (tmp_path / "in" / "a.csv").write_text("".join(lines), encoding="utf-8")
-    (tmp_path / "in" / "b.csv").write_bytes(b"")
+    for name, content in (("b.csv", b""), ("c.csv", b"\xef\xbb\xbf\n"), ("d.csv.gz", gzip.compress(b""))):
+        (tmp_path / "in" / name).write_bytes(content)
     words = ("--model", checkpoint, "--input", tmp_path / "in", "--text_column", "R\xe9sum\xe9")
     assert inside(*words, "--output", tmp_path / "out.jsonl") == 1
     assert [row["row"] for row in read_json_lines(tmp_path / "out.jsonl")] == [0, 5]
@@ -830,6 +831,8 @@ def test_int8_answers_nearly_as_float32_does(checkpoint, texts, tmp_path):
         (("--input", "in.csv", "--output", os.fsdecode(b"out\xe9/")), "--output 'out\\udce9/': the name is not UTF-8"),
         (("--input", "in.csv", "--output", "there.jsonl"), "already exists"),
         (("--input", "in.csv", "--model", "nothing"), "cannot load the model nothing"),
+        (("--input", "in.csv", "--model", "/nothing"), "/nothing: there is no such folder"),
+        (("--input", "pipe.csv"), "pipe.csv: it is no regular file; pipe its content to standard input (-)"),
         (("--input", "in.csv", "--outptu", "x"), "unrecognized arguments"),
     ],
 )
@@ -837,6 +840,7 @@ def test_what_cannot_be_done_is_one_line(checkpoint, words, message, tmp_path, m
     (tmp_path / "in.csv").write_text("text,label\nA study of ulcers.,a\n")
     (tmp_path / "in.docx").write_text("A study of ulcers.\n")
     (tmp_path / "empty.csv").write_text("")
+    os.mkfifo(tmp_path / "pipe.csv")
     (tmp_path / "there.jsonl").write_text("kept\n")
     given = {"--model": checkpoint, "--output": "out.jsonl", **dict(zip(words[::2], words[1::2], strict=True))}
     monkeypatch.chdir(tmp_path)

@@ -181,8 +181,7 @@ def test_numbers_that_json_does_not_know_are_floats():
 @pytest.mark.parametrize(
     ("kind", "content", "message"),
     [
-        ("csv", b"", "a file is empty"),
-        ("csv", b"\n \n", "a file is empty"),
+        ("csv", b"id;text\n1;a\n", "a file is separated by semicolons: save it with commas, or as TSV"),
         ("csv", "text,id\na,1\n".encode("utf-16"), "a file is not UTF-8 text: save it as UTF-8"),
         ("csv", "text,id\na,1\n".encode("utf-16-le"), "a file is not UTF-8 text"),
         ("jsonl", '{"text": "a"}\n'.encode("utf-16-be"), "a file is not UTF-8 text"),

@@ -60,7 +60,7 @@ def test_csv_cells_are_text_as_written(tmp_path):
         ("a.csv", b"", "a.csv is empty"),
         ("a.csv", b"text,label\n", "a.csv has no rows"),
         ("a.csv", b"text,label\none,x\ntwo\nthree,y\n", "a.csv, line 3: 1 fields, where the header has 2"),
-        ("a.json", b"[]", "a.json has no columns"),
+        ("a.json", b"[]", "a.json is empty: it has no columns"),
         ("a.xlsx", b"PK", "a.xlsx: its name does not tell its kind, one of .csv, .tsv"),
     ],
 )
