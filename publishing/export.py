@@ -103,7 +103,7 @@ def export_onnx(folder: Path, output: Path) -> dict[str, Path]:
     with quiet_logs():
         try:
             torch.onnx.export(
-                Logits(model, names),
+                Logits(model, names).eval(),
                 tuple(tokenized[name] for name in names),
                 file,
                 dynamo=True,

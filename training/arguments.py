@@ -1,5 +1,6 @@
 """Define, parse and check the flags of train.py."""
 
+import argparse
 import inspect
 import logging
 import os
@@ -104,6 +105,7 @@ class HierarchicalTrainingArguments(TrainingArguments):
     """TrainingArguments of transformers, with defaults for this task."""
 
     output_dir: str = flag("results", "Folder for the checkpoint.")
+    resume_from_checkpoint: str | None = flag(None, "Checkpoint to resume from, or auto: the last one in --output_dir.")
     overwrite_output_dir: bool = flag(False, "Overwrite the folder's run: training deletes its checkpoints and scores.")
     do_train: bool | None = flag(None, "Train. Default: yes, unless --do_eval or --do_predict is given.")
     do_eval: bool | None = flag(None, "Score the validation rows at the end, and calibrate on them. Default: yes.")
@@ -201,10 +203,12 @@ def parse(argv: list[str]) -> Arguments:
     """Parse ``[recipe.yaml] [--flag value …]``, or raise InputError."""
     # ── Parser: a bare switch means true, an error is one line ───────────────────────────────────────────────────────
     classes, usage = [*Arguments.__annotations__.values()], "train.py [recipe.yaml] [--flag value ...]"
-    parser = HfArgumentParser(classes, prog="train.py", usage=usage, allow_abbrev=False)
+    parser = HfArgumentParser(classes, prog="train.py", usage=usage, allow_abbrev=False, formatter_class=HelpFormatter)
     for action in parser._actions:
         if action.type is string_to_bool:
             action.nargs, action.const = "?", True
+        if action.dest in FIXED_FLAGS:
+            action.help = argparse.SUPPRESS
     parser.error = raise_parser_error  # argparse prints the usage of all 150 flags
 
     # ── Words: flags after the recipe override it ────────────────────────────────────────────────────────────────────
@@ -236,6 +240,13 @@ def parse(argv: list[str]) -> Arguments:
     if not training.do_train:
         data.validation_size = data.test_size = 0  # without training, the rows of a training file are not scored
     return arguments
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show defaults, but not None: the help of such a flag says what it means."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def raise_parser_error(message: str) -> NoReturn:

@@ -115,7 +115,7 @@ def resolve_labels(
     ``places`` are the first occurrences of the labels, for messages. A checkpoint's ``taxonomy`` is kept.
     """
     where = f"column {quote_name(' '.join(columns))}"
-    if not places:
+    if not places and taxonomy is None:
         raise InputError(f"{where}: no row has a label")
     codes = {} if arguments.class_names is None else read_class_names(arguments.class_names)
     names = {

@@ -74,6 +74,9 @@ def build_model(
         if targets == ["all-linear"]:  # PEFT's own also takes the layer of a pooler
             linear = (name for name, module in encoder.named_modules() if isinstance(module, nn.Linear))
             targets = sorted({name.rsplit(".", 1)[-1] for name in linear})
+            if not targets:
+                problem = f"{type(encoder).__name__} has no linear layers"
+                raise InputError(f"{problem}: name its layers by --lora_target_modules, or give --tuning full")
         lora = LoraConfig(
             r=arguments.lora_r,
             lora_alpha=arguments.lora_alpha,
@@ -201,6 +204,8 @@ def load_tokenizer(arguments: ModelArguments, model: HierarchicalForSequenceClas
         check_tokenizer(tokenizer, model)
     tokenizer.padding_side = "right"  # "cls" pooling reads the first token, and positions start there
     tokenizer.truncation_side = "right"  # predictions report truncation at the end of a text
+    if "attention_mask" not in tokenizer.model_input_names:  # else batches are padded without one
+        tokenizer.model_input_names = [*tokenizer.model_input_names, "attention_mask"]
     limit = position_limit(model.encoder)
     if limit is None:
         raise InputError(f"{type(model.encoder).__name__} names no max_position_embeddings; use another encoder")

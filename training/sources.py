@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,10 @@ def read_rows(
     ):
         advice = f"give --problem_type {MULTI_LABEL}, or single_label_classification if they name the levels of a path"
         raise InputError(f"the columns {', '.join(map(quote_name, names))} hold 0 and 1 alone: {advice}")
+    lists = [cell for cell in cells if isinstance(cell, list)]
+    if len({*map(len, lists)}) == 1 and len(lists[0]) > 1 and None not in map(read_mark, chain(*lists)):
+        advice = "give lists of the names of a text's labels, or one column per label"
+        raise InputError(f"the lists of the column {quote_name(names[0])} hold 0 and 1 alone: {advice}")
     parts, places = [], dict[Label, str]()
     for (split, source), table in zip(sources.items(), tables, strict=True):
         text_column, *label_columns = columns[source.name]

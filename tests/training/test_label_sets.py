@@ -14,6 +14,7 @@ from labelled_files import SECRET, csv_file, load, write
 from sklearn.preprocessing import MultiLabelBinarizer
 
 from errors import InputError
+from taxonomy_hierarchical import Taxonomy
 from training.arguments import DataArguments, parse
 from training.data_report import describe_label_sets
 from training.splits import load_splits
@@ -181,6 +182,7 @@ def test_a_column_that_no_text_has_is_a_class(tmp_path):
         ([["x"], {"x": 1}], {}, r"a.jsonl, line 2, column 'label': the label is neither text nor a whole number"),
         ([["x"], [SECRET * 50]], {}, r"a.jsonl, line 2, column 'label': the label has more than 500 characters"),
         ([[], []], {}, r"column 'label': no row has a label"),
+        ([[1.0, 0.0], [0, 1]], {}, r"the lists of the column 'label' hold 0 and 1 alone: give lists of the names"),
         ([["x"]], {"problem_type": "single_label_classification"}, r"means one label per text, but the label column holds"),
         (["x"], {"problem_type": "single_label_classification", "label_delimiter": ";"}, r"but --label_delimiter is given"),
         (["x", "y"], {"incomplete_labels": True}, r"--incomplete_labels needs multi-label data"),
@@ -191,6 +193,13 @@ def test_one_bad_row_or_label_is_one_clear_line(tmp_path, taxonomy, rows, flags,
         load(**as_jsonl(tmp_path, rows_of(rows)), taxonomy=taxonomy, validation_size=0.0, **flags)
     assert "\n" not in str(refused.value)
     assert SECRET not in str(refused.value)
+
+
+def test_a_checkpoint_can_be_scored_on_texts_without_labels_alone(tmp_path):
+    file = as_jsonl(tmp_path, rows_of([[], []]))["train_file"]
+    arguments = DataArguments(test_file=str(file), validation_size=0.0)
+    data = load_splits(arguments, 0, Taxonomy({"a": ["b", "c"]}), TrainedTexts())
+    assert [list(labels) for labels in data.splits["test"]["label"]] == [[], []]
 
 
 def test_a_cell_that_is_neither_0_nor_1(tmp_path):
