@@ -1,6 +1,6 @@
 """Publish a checkpoint, and a Space that serves it: ``python push_to_hub.py --model results --repo_id user/name``.
 
-All reasons for which the Hub would refuse are checked first, so a refusal leaves nothing half published.
+Token, rights, names, card and the content of the repositories are checked first. Model and Space are one commit each.
 """
 
 import argparse

@@ -72,4 +72,4 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as error:
-        exit_with_error("label_studio.py", str(error), 1)
+        exit_with_error("label_studio.py", str(error))

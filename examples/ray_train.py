@@ -6,10 +6,14 @@ See docs/distributed_training.md.
 """
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
 from typing import Any
+
+# before it is imported: it advises to install kernels from the Hub, whose code is not pinned
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 from transformers import Trainer, TrainerCallback
 
