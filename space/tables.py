@@ -154,7 +154,7 @@ def read(content: bytes, kind: str, column: str | None) -> Iterator[Any]:
     text_column = find_column(rows.columns, column, TEXT_COLUMNS)
     if text_column is None:
         text_column = longest_column(rows)
-        if text_column is not None and not looks_like_name(text_column):
+        if kind in ("csv", "tsv") and text_column is not None and not looks_like_name(text_column):
             raise Refused("The file has no column called text or abstract: is the header missing?")
         rows = open_rows(content, kind)
     yield {"columns": list(rows.columns), "column": text_column}

@@ -19,7 +19,7 @@ import torch
 from conftest import ROOT, complete, copy_checkpoint, run, stranger
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import AutoModel, GPT2Config, GPT2Model
 
 import predict
 import push_to_hub
@@ -282,6 +282,12 @@ def slow_tokenizer(folder: Path) -> None:
     configure("tokenizer_config.json", tokenizer_class="BertweetTokenizer")(folder)
 
 
+def without_linear_layers(folder: Path) -> None:
+    """The layers of GPT-2 are transposed convolutions."""
+    config = GPT2Config(vocab_size=74, n_embd=16, n_layer=1, n_head=2, n_positions=64, pad_token_id=0)
+    GPT2Model(config).save_pretrained(folder)
+
+
 class Bomb:
     def __reduce__(self) -> tuple:
         return os.mkdir, ("ran",)
@@ -326,6 +332,10 @@ ENCODERS = {
     "tokenizer slow": (
         slow_tokenizer,
         "BertweetTokenizer is not a fast tokenizer (of the tokenizers library), which serving the checkpoint requires",
+    ),
+    "no linear layers": (
+        without_linear_layers,
+        "GPT2Model has no linear layers: name its layers by --lora_target_modules",
     ),
     "code of its own": (hostile_code(model_type="hostile"), "contains custom code"),
 }
