@@ -147,6 +147,7 @@ TRAIN = [
     ((*DATA, "--per_device_train_batch_size", "0"), "--per_device_train_batch_size must be at least 1"),
     ((*DATA, "--gradient_accumulation_steps", "0"), "--gradient_accumulation_steps must be at least 1"),
     ((*DATA, "--seed", "-1"), "--seed must be at least 0 and below 4,294,967,296"),
+    ((*DATA, "--torch_compile_mode", "magic"), "--torch_compile_mode must be one of default, lite, reduce-overhead"),
     ((*DATA, "--train_sampling_strategy", "magic"), "invalid choice: 'magic'"),
     ((*DATA, "--metric_for_best_model", "acuracy"), "--metric_for_best_model acuracy is not measured on these validation rows; it is one of loss, "),
     ((*DATA, *RANDOM, "--report_to", "nothing_of_the_kind"), "cannot set up training: nothing_of_the_kind is not supported"),

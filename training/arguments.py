@@ -196,6 +196,7 @@ FIXED_FLAGS = {
     **dict.fromkeys(("eval_do_concat_batches", "remove_unused_columns"), True),
     "label_names": None,
 }
+COMPILE_MODES = ("default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of torch.compile
 METRIC_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # they follow the metric of the evaluations
 
 
@@ -293,6 +294,9 @@ def check_values(arguments: Arguments) -> None:
         ),
         f"--optim_args must be name=value pairs, separated by commas, not {optim_args!r}": (
             re.fullmatch("([^=,]+=[^=,]+,?)*", optim_args) is None
+        ),
+        f"--torch_compile_mode must be one of {', '.join(COMPILE_MODES)}": (
+            training.torch_compile_mode not in (None, *COMPILE_MODES)
         ),
         "--output_dir needs the name of a folder": not training.output_dir,
         "--refit continues with --resume_from_checkpoint auto, from no other checkpoint": (
