@@ -346,10 +346,7 @@ def words(text: str, explanation: Explanation, in_log_odds: bool = False) -> str
     least = "the log-odds by 0.004" if in_log_odds else "this probability by 0.1 points"
     warning = "" if largest >= 0.001 * factor else f"<p class='note'>No word changes {least} or more.</p>"
     if abs(explanation["error"]) > 0.1 * factor:
-        warning = (
-            "<p class='note cut'>The error is large: the probability jumps between a blank text and this text. The weights "
-            "are unreliable.</p>"
-        )
+        warning = "<p class='note cut'>The error is large, so the weights are unreliable.</p>"
     score, blank_score, error = explanation["score"], explanation["blank_score"], explanation["error"]
     difference = sum(word["weight"] for word in explanation["words"]) + explanation["rest"] - error
     share = f", {abs(error / difference):.1%} of the difference" if abs(difference) >= 0.005 * factor else ""
