@@ -134,7 +134,7 @@ def test_two_labels_for_a_model_of_one_path_are_refused(clear_checkpoint, tmp_pa
     export = [annotated(task, 7, [["specific disease", "neoplasms"], ["general pathological conditions"]])]
     (tmp_path / "export.json").write_text(json.dumps(export))
     done = run("rows", tmp_path / "export.json", command="examples/label_studio.py", check=False)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("label_studio.py: error: the task 7 has 2 labels")
 
 
