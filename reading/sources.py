@@ -65,7 +65,7 @@ def find_sources(pattern: str, kind: str | None = None) -> list[Source]:
     if not files:
         problem = f"there is no {'file of a known kind in it' if is_folder else 'such file'}"
         if not is_folder and os.path.exists(pattern):  # as <(command) gives it
-            problem = "it is no regular file; pipe its content to standard input (-)"
+            problem = "it is not a regular file; pipe its content to standard input (-)"
         raise InputError(f"{without_query(pattern)}: {problem}")
     return [Source(path, kind or kind_of(path), filesystem, size) for path, size in files]
 

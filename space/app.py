@@ -189,7 +189,7 @@ def take_upload(path: str) -> bytes:
     Raises:
         Refused: the file is no upload, was deleted, or is too large.
     """
-    file = Path(path.replace("\0", "")).resolve()
+    file = Path(path.replace("\0", "")).resolve()  # pathlib raises ValueError for a NUL
     if not file.is_relative_to(Path(get_upload_folder()).resolve()) or not file.is_file():
         raise Refused("The file was deleted after it was read, or never arrived: upload it again.")
     try:
@@ -791,11 +791,11 @@ def log_without_values() -> None:
 
 
 def delete_old_files(folder: Path, seconds: float) -> None:
-    """Delete the files that are older than that, again and again. gradio deletes no parts of broken uploads."""
+    """Delete files older than ``seconds``, every `SWEEP_SECONDS`. gradio would keep the parts of broken uploads."""
     while True:
         time.sleep(SWEEP_SECONDS)
         for path in sorted(folder.rglob("*"), reverse=True):  # files before their folder
-            with suppress(OSError):  # a folder with files; or deleted by now
+            with suppress(OSError):  # a folder that is not empty, or a file that is deleted by now
                 if time.time() - path.stat().st_mtime > seconds:
                     path.rmdir() if path.is_dir() else path.unlink()
 

@@ -43,7 +43,7 @@ def main() -> None:
         scores = np.array([score(known.iloc[drawn], unseen) for drawn in draws(known["label"], share)])
         rows = round(share * len(known))
         results.append({"share": share, "rows": rows, "accuracy": [*scores[:, 0]], "macro_f1": [*scores[:, 1]]})
-        cells = (spread(pd.Series(column), "") for column in scores.T)
+        cells = (spread(pd.Series(column), "accuracy") for column in scores.T)
         print(f"| {share:.0%} | {rows:,} | {' | '.join(cells)} |", flush=True)
     arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

@@ -832,7 +832,7 @@ def test_int8_answers_nearly_as_float32_does(checkpoint, texts, tmp_path):
         (("--input", "in.csv", "--output", "there.jsonl"), "already exists"),
         (("--input", "in.csv", "--model", "nothing"), "cannot load the model nothing"),
         (("--input", "in.csv", "--model", "/nothing"), "/nothing: there is no such folder"),
-        (("--input", "pipe.csv"), "pipe.csv: it is no regular file; pipe its content to standard input (-)"),
+        (("--input", "pipe.csv"), "pipe.csv: it is not a regular file; pipe its content to standard input (-)"),
         (("--input", "in.csv", "--outptu", "x"), "unrecognized arguments"),
     ],
 )

@@ -8,6 +8,7 @@ import re
 import socket
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -680,6 +681,18 @@ def test_requests_that_are_too_large_are_refused(space):
     assert not any(len(content) > 2**20 for content in space.files().values())
 
 
+def holds(space: SpaceServer, content: bytes) -> bool:
+    return any(content in kept for kept in space.files().values())
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    for _ in range(300):
+        if condition():
+            return
+        time.sleep(0.2)
+    pytest.fail("waited for a minute")
+
+
 def test_downloads_and_uploads_are_deleted_in_time_and_all_with_the_process(clear_checkpoint, texts, tmp_path):
     """With the time to keep set to four seconds, and the look at it to every second."""
     code = (ROOT / "space" / "app.py").read_text()
@@ -696,12 +709,8 @@ def test_downloads_and_uploads_are_deleted_in_time_and_all_with_the_process(clea
     with SpaceServer(clear_checkpoint, tmp_path, app=space / "app.py") as started:
         upload = {"files": ("never-classified.csv", b"text\nZebrafish\n")}
         assert httpx.post(f"{started.address}/gradio_api/upload", files=upload, timeout=120).status_code == 200
-        assert any(b"Zebrafish" in content for content in started.files().values())
-        for _ in range(300):
-            if not any(b"Zebrafish" in content for content in started.files().values()):
-                break
-            time.sleep(0.2)
-        assert not any(b"Zebrafish" in content for content in started.files().values())
+        assert holds(started, b"Zebrafish")
+        wait_until(lambda: not holds(started, b"Zebrafish"))
         httpx.post(f"{started.address}/gradio_api/upload", files=upload, timeout=120)
         started.stop()
         assert not started.files()
@@ -724,13 +733,12 @@ def test_a_closed_page_keeps_no_file(space):
         ask(space, "open_file", [{"path": upload.json()[0], "meta": {"_type": "gradio.FileData"}}], "closed")
         ask(space, "begin_file", [None], "closed")
         assert "Okapi" in ask(space, "run_file", [None, "text", 0.9, None], "closed")
-    for _ in range(100):
+
+    def forgotten() -> bool:
         ask(space, "begin_file", [None], "closed")
-        said = ask(space, "run_file", [None, "text", 0.9, None], "closed")
-        if "There is no file" in said:
-            break
-        time.sleep(0.2)
-    assert "There is no file" in said
+        return "There is no file" in ask(space, "run_file", [None, "text", 0.9, None], "closed")
+
+    wait_until(forgotten)
 
 
 def test_an_upload_that_breaks_off_leaves_nothing(space):
@@ -739,17 +747,8 @@ def test_an_upload_that_breaks_off_leaves_nothing(space):
     head += "Content-Length: 5000000\r\n\r\n--b\r\nContent-Disposition: form-data; name=files; filename=a.csv\r\n\r\n"
     with socket.create_connection((host, int(port)), timeout=60) as connection:
         connection.sendall(head.encode() + b"Tapir\n" * 400_000)
-        for _ in range(300):
-            if any(b"Tapir" in content for content in space.files().values()):
-                break
-            time.sleep(0.1)
-        else:
-            pytest.fail("nothing has arrived")
-    for _ in range(300):
-        if not any(b"Tapir" in content for content in space.files().values()):
-            break
-        time.sleep(0.1)
-    assert not any(b"Tapir" in content for content in space.files().values())
+        wait_until(lambda: holds(space, b"Tapir"))
+    wait_until(lambda: not holds(space, b"Tapir"))
 
 
 def test_equal_files_of_several_clients_are_each_read(space, tmp_path):
