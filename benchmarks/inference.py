@@ -4,7 +4,7 @@
     python benchmarks/inference.py --encoder ENCODER [--texts ohsumed/test.csv] [--model CHECKPOINT]
 
 - Peers: the stock ``pipeline("text-classification")`` in float32, 32 texts a batch, and in bfloat16; ONNX Runtime in float32
-  and with dynamic int8 weights; torch.compile in bfloat16; OpenVINO in float32, in bfloat16, in static int8 by NNCF, calibrated
+  and with dynamic int8 weights, each also with attention fused by its optimizer; torch.compile in bfloat16; OpenVINO in float32, in bfloat16, in static int8 by NNCF, calibrated
   on `CALIBRATION_TEXTS` texts, and in dynamic int8, where each token is rounded in groups of `GROUP` numbers. ONNX Runtime
   uses the batches by length of this project's pipeline. torch.compile and OpenVINO run the encoder inside it.
 - This project: ``pipeline("hierarchical-text-classification")`` in float32, bfloat16 and int8.
@@ -54,7 +54,7 @@ from modeling_hierarchical import HierarchicalForSequenceClassification
 from pipeline_hierarchical import TOKENS_PER_BATCH, batches_by_length, padded_length
 from prediction.int8 import quantize, scales_of
 from prediction.model import KEPT_MEMORY
-from publishing.export import export_onnx
+from publishing.export import Logits, export_onnx, load_merged, quiet_logs
 from taxonomy_hierarchical import Taxonomy
 from training.memory import keep_memory
 
@@ -167,6 +167,38 @@ class OverBatches:
         return torch.cat(outputs)[order.argsort()]
 
 
+def fuse(model: str, file: Path, quantized: Path) -> None:
+    """Write a checkpoint as ONNX whose attention ONNX Runtime's optimizer fuses, in float32 and with int8 weights.
+
+    The optimizer knows the attention of torch's older exporter alone.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.transformers.optimizer import optimize_model
+
+    plain = load_merged(Path(model)).eval()
+    plain.encoder.set_attn_implementation("eager")
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=True)
+    names = tokenizer.model_input_names
+    encoded = tokenizer(["A study of ulcers.", "Epilepsy"], padding=True, return_tensors="pt")
+    with quiet_logs():
+        torch.onnx.export(
+            Logits(plain, names).eval(),
+            tuple(encoded[name] for name in names),
+            file,
+            dynamo=False,
+            opset_version=17,
+            input_names=names,
+            output_names=["logits"],
+            dynamic_axes={name: {0: "batch", 1: "length"} for name in names},
+        )
+        config = plain.encoder.config
+        fused = optimize_model(str(file), "bert", config.num_attention_heads, config.hidden_size)
+        if fused.get_fused_operator_statistics()["Attention"] != config.num_hidden_layers:
+            raise SystemExit("ONNX Runtime's optimizer has not fused the attention of every layer")
+        fused.save_model_to_file(str(file))
+        quantize_dynamic(file, quantized, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
+
+
 def runtime(model: str, file: Path) -> OverBatches:
     import onnxruntime
 
@@ -277,6 +309,8 @@ def peers(
     """For each peer, return its type, the function to time, and its leaf probabilities (num_texts, num_leaves)."""
     names = ours(model, "fp32").tree.labels
     export_onnx(Path(model), scratch)
+    fused, fused_int8 = scratch / "fused.onnx", scratch / "fused_int8.onnx"
+    fuse(model, fused, fused_int8)
     found: dict = {}
     for dtype in filter(PRECISIONS.__contains__, DTYPES):
         classify = stock(model, dtype)
@@ -285,11 +319,14 @@ def peers(
             lambda texts, classify=classify: classify(texts, truncation=True),
             lambda texts, classify=classify: in_order(classify(texts, truncation=True, top_k=None), names),
         )
-    for name, dtype, call in (
-        ("ONNX Runtime, fp32", "fp32", runtime(model, scratch / ONNX_FILE)),
-        ("ONNX Runtime, int8", "int8", runtime(model, scratch / QUANTIZED_ONNX_FILE)),
+    for name, file in (
+        ("ONNX Runtime, fp32", scratch / ONNX_FILE),
+        ("ONNX Runtime, fused fp32", fused),
+        ("ONNX Runtime, int8", scratch / QUANTIZED_ONNX_FILE),
+        ("ONNX Runtime, fused int8", fused_int8),
     ):
-        found[name] = (dtype, call, call)
+        call = runtime(model, file)
+        found[name] = (name.rpartition(" ")[2], call, call)
     pipelines = {f"OpenVINO, {dtype}": partial(openvino, model, dtype, texts) for dtype in OPENVINO_DTYPES}
     if "bf16" in DTYPES:
         pipelines["torch.compile, bf16"] = partial(compiled, model)
@@ -373,6 +410,7 @@ def compare(model: str, texts: list[str], count: int, rounds: int, scratch: Path
                     2,
                 ),
                 "share of the peak": round(statistics.median(rates), 3),
+                "peak, TFLOP/s": round(statistics.median(peaks[dtype]) / 1e12, 2),
                 "same label": round((found.argmax(1) == reference.argmax(1)).float().mean().item(), 3),
                 "largest gap of a probability": round((found - reference).abs().max().item(), 4),
             }
@@ -470,7 +508,7 @@ def peak_memory(process: int) -> int:
 
 
 def accuracy(model: str, texts: list[str], arguments: argparse.Namespace, scratch: Path) -> list[dict]:
-    """Measure the accuracy of a trained checkpoint in each type, on the labels of the file of texts."""
+    """Measure the accuracy of a trained checkpoint in this project's types and every int8, on the labels of the file."""
     if arguments.model is None:
         return [{"accuracy": "needs --model"}]
     with arguments.texts.open(encoding="utf-8", newline="") as file:
@@ -480,13 +518,14 @@ def accuracy(model: str, texts: list[str], arguments: argparse.Namespace, scratc
     if classes.exists():
         with classes.open(encoding="utf-8", newline="") as file:
             names = {row["label"]: row["name"] for row in csv.DictReader(file)}
-    pipelines = {f"this project, {dtype}": partial(ours, model, dtype) for dtype in DTYPES}
-    pipelines |= {f"OpenVINO, {dtype}": partial(openvino, model, dtype, texts) for dtype in OPENVINO_INT8}
+    tree = ours(model, "fp32").tree
+    classes_of_leaves = [label.rpartition("/")[2] for label in tree.labels[: tree.num_leaves]]
     rows = []
-    for name, load in pipelines.items():
-        results = load()(texts)
-        right = sum(one["label"].rpartition("/")[2] == names[label] for one, label in zip(results, labels, strict=True))
-        rows.append({"pipeline": name, "accuracy, %": round(100 * right / len(labels), 2)})
+    for name, (dtype, _, probabilities) in peers(model, scratch, texts).items():
+        if dtype == "int8" or name.startswith("this project"):
+            leaves = probabilities(texts)[:, : tree.num_leaves].argmax(1).tolist()
+            right = sum(classes_of_leaves[leaf] == names[label] for leaf, label in zip(leaves, labels, strict=True))
+            rows.append({"pipeline": name, "accuracy, %": round(100 * right / len(labels), 2)})
     return rows
 
 

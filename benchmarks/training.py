@@ -121,6 +121,7 @@ def measure_speed(arguments: argparse.Namespace, _: Path) -> list[dict]:
                 "highest": max(speeds),
                 "ratio": statistics.median(speeds) / statistics.median(peer),
                 "share_of_peak": statistics.median(one["flops"] / one["peak"] for one in done),
+                "peak_teraflops": statistics.median(one["peak"] for one in done) / 1e12,
                 "peak_gigabytes": statistics.median(one["peak_gigabytes"] for one in done),
             }
         )
@@ -353,7 +354,8 @@ def hand_written_loop(encoder: str, tokenizer: object, ids: list[list[int]], lab
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=CLASSES)
-    model.gradient_checkpointing_enable()
+    if model.supports_gradient_checkpointing:  # MPNet's class does not
+        model.gradient_checkpointing_enable()
     layers = model.base_model.encoder.layer
     for module in (model.base_model.embeddings, *layers[: int(0.8 * len(layers))]):
         module.requires_grad_(False)
@@ -369,8 +371,8 @@ def plain_lora(
     model = AutoModelForSequenceClassification.from_pretrained(
         encoder, num_labels=CLASSES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
-    targets = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
-    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="SEQ_CLS"))
+    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS")
+    model = get_peft_model(model, config)
     if compiled:
         model = torch.compile(model, dynamic=True)
     return loop(model, list(padded(tokenizer, sorted(ids, key=len), labels)), autocast=True)
