@@ -308,8 +308,6 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             return hidden[:, 0].float()
         if attention_mask is None:
             return hidden.float().mean(1)
-        if attention_mask.dim() != 2:
-            raise ValueError(f"mean pooling needs an attention mask of shape (B, T), not {tuple(attention_mask.shape)}")
         mask = attention_mask.to(hidden.device, torch.float32).unsqueeze(-1)  # (B, T, 1)
         return (hidden.float() * mask).sum(1) / mask.sum(1).clamp(min=1)
 
@@ -332,7 +330,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             inputs_embeds: (B, T, H), instead of ``input_ids``. A model with a lexical head needs ``input_ids``.
             labels: (B,), ids of leaves or inner nodes; -100 is ignored. The loss is their negative log-likelihood in
                 nats. For multi-label models (B, num_nodes): 1 for the text's nodes and their ancestors, else 0, or
-                -100 for unknown. The loss is the binary cross-entropy of the open decisions, summed over a text.
+                -100 for unknown. The loss is the binary cross-entropy of the probabilities, summed over a text's nodes.
             num_items_in_batch: divisor of the summed loss, by default the number of labelled texts.
             kwargs: for the encoder, such as ``output_hidden_states`` and ``output_attentions``.
         """
@@ -342,11 +340,11 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         for name in ("output_hidden_states", "output_attentions"):  # requested when the model was loaded
             if getattr(self.config, name, False):
                 kwargs.setdefault(name, True)
-        if self.heads.lexical is not None:
-            if input_ids is None:
-                raise ValueError("this model has a lexical head, which needs input_ids: give these, not inputs_embeds")
-            if attention_mask is not None and attention_mask.dim() != 2:
-                raise ValueError(f"the lexical head needs a mask of shape (B, T), not {tuple(attention_mask.shape)}")
+        if self.heads.lexical is not None and input_ids is None:
+            raise ValueError("this model has a lexical head, which needs input_ids: give these, not inputs_embeds")
+        reads_mask = self.heads.lexical is not None or self.config.pooling != "cls"
+        if reads_mask and attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(f"the heads need an attention mask of shape (B, T), not {tuple(attention_mask.shape)}")
         encoded = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
         # ── Heads ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -439,7 +437,7 @@ def negative_log_likelihood(
 def binary_cross_entropy(
     decision_logits: Tensor, labels: Tensor, tree: TreeSigmoid, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """Sum the binary cross-entropy of the open decisions (B, num_nodes) of each text, see `average_over_labels`."""
-    labels = labels.to(decision_logits)
-    losses = nn.functional.binary_cross_entropy_with_logits(decision_logits, labels.clamp(min=0), reduction="none")
-    return average_over_labels(torch.where(tree.open_decisions(labels), losses, 0).sum(1), labels, num_items_in_batch)
+    """Sum the binary cross-entropy of P(node) over the known nodes of each text, see `average_over_labels`."""
+    labels, logits = labels.to(decision_logits), tree.marginal_logits(decision_logits)
+    losses = nn.functional.binary_cross_entropy_with_logits(logits, labels.clamp(min=0), reduction="none")
+    return average_over_labels(torch.where(labels != IGNORED_LABEL, losses, 0).sum(1), labels, num_items_in_batch)

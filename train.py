@@ -303,6 +303,8 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
         check_tokenizer(tokenizer, scorer.model)
     splits = tokenize_splits(arguments, data, tokenizer)
     metrics, logits, _ = report.score_splits(scorer, splits, training)
+    if tokenizer.model_max_length == scorer.model.config.conformal_max_length:
+        metrics |= report.answer_scores(scorer.model.config, logits, splits)
     if training.should_save:
         output = Path(training.output_dir)
         output.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ in no fit and in no score. ``z`` and ``lexical`` are conditional scores, the lat
 marginal logits, whose sigmoid is P(node). All are (num_texts, num_nodes), and ``thresholds`` are probabilities, (num_nodes,).
 """
 
+import json
 import math
 from bisect import bisect_right
 from collections.abc import Callable
@@ -328,6 +329,11 @@ def build_multi_label_metrics(
         return metrics
 
     return compute_metrics
+
+
+def join_names(names: list[str]) -> str:
+    """Join names by ``; ``, or return a JSON list if one contains ``;``."""
+    return json.dumps(names, ensure_ascii=False) if any(";" in name for name in names) else "; ".join(names)
 
 
 def common_threshold(u: np.ndarray, labels: np.ndarray) -> float:

@@ -42,6 +42,7 @@ from evaluation.multi_label import (
     build_multi_label_metrics,
     fit_node_thresholds,
     fit_recall_thresholds,
+    join_names,
     predict_nodes,
     recall_scores,
 )
@@ -206,10 +207,10 @@ def copy_calibration(model: HierarchicalForSequenceClassification, source: Hiera
 
 def answer_scores(config: HierarchicalConfig, logits: dict[str, np.ndarray], splits: DatasetDict) -> dict[str, float]:
     """Measure the answers for `COVERAGE` or `MEASURED_RECALL` on the test rows, from calibrated logits: ``test_answer_…``."""
-    if "test" not in logits:
+    thresholds: Any = config.recall_thresholds if config.is_multi_label else config.conformal_thresholds
+    if "test" not in logits or thresholds is None:
         return {}
     scored = logits["test"], label_arrays(splits["test"])
-    thresholds: Any = config.recall_thresholds if config.is_multi_label else config.conformal_thresholds
     if config.is_multi_label:
         scores = recall_scores(*scored, thresholds[threshold_index(MEASURED_RECALL)])
     else:
@@ -301,15 +302,15 @@ def write_predictions(
 def label_set_columns(config: HierarchicalConfig, logits: np.ndarray, labels: np.ndarray) -> dict[str, list[str]]:
     """Return the columns of a CSV: each text's deepest labels, and its deepest predicted nodes with their probabilities.
 
-    Names are joined by ``; ``, predicted ones with the most probable first.
+    Names are joined by `join_names`, predicted ones with the most probable first.
     """
     tree, columns = config.tree, {"labels": list[str](), "predictions": list[str](), "probabilities": list[str]()}
     chosen, probabilities = predict_with_stored_thresholds(config, logits), expit(logits)
     for true, nodes, of_nodes in zip(labels == 1, chosen, probabilities, strict=True):
         predicted = sorted(tree.deepest(np.flatnonzero(nodes).tolist()), key=lambda node: -of_nodes[node])
         names = [tree.labels[node] for node in tree.deepest(np.flatnonzero(true).tolist())]
-        columns["labels"].append("; ".join(names))
-        columns["predictions"].append("; ".join(tree.labels[node] for node in predicted))
+        columns["labels"].append(join_names(names))
+        columns["predictions"].append(join_names([tree.labels[node] for node in predicted]))
         columns["probabilities"].append("; ".join(f"{of_nodes[node]:.6f}" for node in predicted))
     return columns
 

@@ -153,14 +153,18 @@ def test_a_checkpoint_is_scored_without_training_as_it_was_after_training(finish
     run("--do_train", "false", "--do_predict", *flags)
     scored = json.loads((tmp_path / "scores" / "metrics.json").read_text())
     trained = json.loads((output / "metrics.json").read_text())
-    for name in ("test_accuracy", "test_macro_f1", "test_log_loss", "test_ece", "test_level_1_accuracy"):
+    answers = ("test_answer_coverage", "test_answer_nodes")
+    for name in ("test_accuracy", "test_macro_f1", "test_log_loss", "test_ece", "test_level_1_accuracy", *answers):
         assert scored[name] == pytest.approx(trained[name], abs=1e-6), name
     assert not (tmp_path / "scores" / "config.json").exists()
     again = run("--do_train", "false", "--do_predict", *flags, check=False)
     assert "scores already holds a run: give another --output_dir, or --overwrite_output_dir true" in again.stderr
     train_anew = run("--train_file", test_file, *flags, check=False)
     assert "scores already holds a run: give another --output_dir, or --overwrite_output_dir true" in train_anew.stderr
-    run("--do_train", "false", "--do_predict", *flags, "--overwrite_output_dir", "true")
+    run("--do_train", "false", "--do_predict", *flags, "--overwrite_output_dir", "true", "--max_length", 48)
+    scored = json.loads((tmp_path / "scores" / "metrics.json").read_text())
+    assert "test_log_loss" in scored
+    assert not {*answers} & {*scored}  # the answers' thresholds are for another length
 
 
 def test_a_warm_start_with_a_grown_taxonomy_keeps_the_known_heads(finished, tmp_path):

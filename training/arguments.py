@@ -95,7 +95,9 @@ class LossArguments:
     """Flags of `training.losses` and `training.views`. The loss also uses ``--label_smoothing_factor``."""
 
     focal_gamma: float = flag(0.0, "Exponent of (1 - p) in the focal loss. 0: cross-entropy.")
-    class_weighting: Literal["none", "balanced"] = flag("none", "balanced: more weight for siblings with fewer rows.")
+    class_weighting: Literal["none", "balanced"] = flag(
+        "none", "balanced: more weight for the rarer outcomes of each decision."
+    )
     level_weights: list[float] = flag([1.0], "Weights of decisions at level 1, 2, …; the last one for all deeper.")
     consistency: float = flag(0.0, "Weight of the consistency loss between two halves of each text. 0: whole texts.")
 

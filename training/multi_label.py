@@ -64,10 +64,10 @@ class MultiLabelFocalLoss(nn.Module):
     p is the probability of the correct outcome. BCE is the binary cross-entropy of P(node) with the target
     (1 - ε) · y + ε · r, where r is the node's rate in the training rows. Smoothing towards ½ would make rare nodes too probable.
     If ``balanced``, α is n / (2 · n_y) for outcome y of a node that is known in n training rows. See also
-    `HierarchicalFocalLoss`.
+    `HierarchicalFocalLoss`. With the defaults it is the model's own loss.
 
-    The model's own loss is another one, the likelihood of the open decisions. It teaches a node nothing about texts without its
-    parent. Models trained with it rank texts worse: docs/experiments.md, "Losses and settings for multi-label models".
+    The likelihood of the open decisions teaches a node nothing about texts without its parent. Models trained with it rank
+    texts worse: docs/experiments.md, "Losses and settings for multi-label models".
     """
 
     def __init__(

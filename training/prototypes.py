@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot, pad
+from torch.nn.functional import binary_cross_entropy_with_logits, normalize, one_hot, pad
 
 from checkpoint_files import is_checkpoint, read_config
-from modeling_hierarchical import binary_cross_entropy
 from training.arguments import FEW_ROWS, ModelArguments
 from training.contrastive import train_contrastively
 from training.multi_label import label_arrays, prior_log_odds
@@ -100,7 +99,8 @@ def choose_names(trainer: HierarchicalTrainer, rows: Dataset) -> Names:
         own = left_out_scores(offsets, members, of_texts + of_names)
         scores = pad(own, (0, tree.num_nodes - classes)) + heads.bias
         if trainer.is_multi_label:
-            return -float(binary_cross_entropy(scores, labels, heads.decisions))
+            is_open = heads.decisions.open_decisions(labels)
+            return -float(binary_cross_entropy_with_logits(scores[is_open], labels[is_open].float(), reduction="sum"))
         log_probs = heads.decisions.node_log_probs(heads.decisions.with_inclusive_values(scores))
         return float(log_probs.gather(1, labels[:, None]).mean())
 

@@ -137,13 +137,13 @@ def read_rows(
     cells = [cell for table in tables for name in [*table.columns][1:] for cell in table.columns[name]]
     multi_label = is_multi_label(any(isinstance(cell, list) for cell in cells), arguments)
     names = next(iter(columns.values()))[1:]
-    if (
-        len(names) > 1
-        and (arguments.problem_type, arguments.taxonomy) == (None, None)
-        and None not in map(read_mark, cells)
-    ):
+    marks_alone = arguments.taxonomy is None and None not in map(read_mark, cells)
+    if marks_alone and len(names) > 1 and arguments.problem_type is None:
         advice = f"give --problem_type {MULTI_LABEL}, or single_label_classification if they name the levels of a path"
         raise InputError(f"the columns {', '.join(map(quote_name, names))} hold 0 and 1 alone: {advice}")
+    if marks_alone and len(names) == 1 and multi_label and arguments.class_names is None:
+        advice = "give the names of a text's labels, or two or more columns, one per label"
+        raise InputError(f"the column {quote_name(names[0])} holds 0 and 1 alone: {advice}")
     lists = [cell for cell in cells if isinstance(cell, list)]
     if len({*map(len, lists)}) == 1 and len(lists[0]) > 1 and None not in map(read_mark, chain(*lists)):
         advice = "give lists of the names of a text's labels, or one column per label"

@@ -1,5 +1,6 @@
 """Multi-label calibration, thresholds, guarantee and metrics against scikit-learn, exhaustive search and simulation."""
 
+import json
 import math
 import statistics
 from fractions import Fraction
@@ -14,20 +15,25 @@ from scipy.sparse import csr_matrix
 from scipy.special import expit, logit
 from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import RepeatedKFold
 from transformers import EvalPrediction
 
 from errors import InputError
 from evaluation import lexical
-from evaluation.calibration import PRIOR_STD, calibrate_out_of_fold
+from evaluation.calibration import FOLDS, PRIOR_STD, calibrate_out_of_fold
 from evaluation.metrics import bootstrap_intervals, confusion_counts, one_hot, per_class_report
 from evaluation.multi_label import (
+    REPEATS,
+    STRENGTHS,
     MultiLabelCalibration,
     best_threshold,
     build_multi_label_metrics,
+    choose_strength,
     common_threshold,
     fit_calibration,
     fit_node_thresholds,
     fit_recall_thresholds,
+    join_names,
     likely_pairs,
     marginal_logits,
     open_decisions,
@@ -284,6 +290,21 @@ def test_thresholds_beat_one_half_and_the_common_one_on_other_texts():
     assert macro["fitted"] > macro["common"] + 0.01
 
 
+def test_the_strength_of_the_shrinkage_is_that_of_the_best_f1_on_other_folds():
+    u, labels = marginal_logits(TREE, (found := case(TREE, 60))[0]), found[1]
+    totals: dict[float, float] = {}
+    for strength in STRENGTHS:
+        true, chosen = [], []
+        for fitted, scored in RepeatedKFold(n_splits=FOLDS, n_repeats=REPEATS, random_state=0).split(u):
+            thresholds = shrunk_thresholds(TREE, u[fitted], labels[fitted], (strength,))[strength]
+            chosen.append(predict_nodes(TREE, expit(u[scored]), thresholds))
+            true.append(labels[scored])
+        pair = np.concatenate(true), np.concatenate(chosen)
+        totals[strength] = sum(sklearn.metrics.f1_score(*pair, average=average) for average in ("micro", "macro"))
+    assert len({round(total, 3) for total in totals.values()}) > 4
+    assert choose_strength(TREE, u, labels) == max(STRENGTHS, key=totals.__getitem__)
+
+
 def test_unknown_labels_do_not_move_thresholds():
     z, labels = case(TREE, 100, unknown=0.1)
     expected = fit_node_thresholds(TREE, marginal_logits(TREE, z), labels)
@@ -293,6 +314,13 @@ def test_unknown_labels_do_not_move_thresholds():
     u = marginal_logits(TREE, z)
     u[:, [H, G]] = np.where(unknown, -30.0, u[:, [H, G]])
     np.testing.assert_allclose(fit_node_thresholds(TREE, u, labels), expected)
+
+
+@pytest.mark.parametrize("names", [[], ["a"], ["a", "b c"], ["a; b", "c"], ["a;b"]])
+def test_joined_names_can_be_told_apart(names):
+    cell = join_names(names)
+    back = json.loads(cell) if cell.startswith("[") else cell.split("; ") if cell else []
+    assert back == names
 
 
 # Guarantee

@@ -7,9 +7,17 @@ import matplotlib
 import numpy as np
 import pytest
 import sklearn.metrics
+from scipy.special import expit
 
 from evaluation.metrics import calibration_bins, expected_calibration_error, predicted_probabilities
-from evaluation.plots import confusion_matrices, reliability_diagram, training_curves, write
+from evaluation.plots import (
+    confusion_matrices,
+    f1_by_frequency,
+    precision_and_recall,
+    reliability_diagram,
+    training_curves,
+    write,
+)
 from taxonomy_hierarchical import Taxonomy
 
 # a at level 1; B > c at level 2; B > D > e, f at level 3; G > h at level 2
@@ -134,6 +142,51 @@ def test_reliability_diagram_holds_the_bins_and_the_error():
     np.testing.assert_allclose(curve.get_ydata(), bins["correct"] / bins["count"])
     assert sum(bar.get_height() for bar in lower.patches) == 300
     assert f"{expected_calibration_error(bins):.3f}" in figure.get_suptitle()
+
+
+def multi_label_case(num_rows: int = 200) -> tuple[np.ndarray, np.ndarray]:
+    """Draw logits and labels of all nodes, of which some are unknown."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(-1, 2, size=(num_rows, TREE.num_nodes))
+    labels = (rng.random(logits.shape) < expit(logits)).astype(int)
+    labels[rng.random(labels.shape) < 0.1] = -100
+    return logits, labels
+
+
+def test_the_reliability_diagram_of_multi_label_data_is_over_pairs_that_are_not_improbable():
+    logits, labels = multi_label_case()
+    upper, lower = reliability_diagram(logits, labels).axes
+    pairs = (labels != -100) & (expit(logits) >= 0.1)
+    bins = calibration_bins(expit(logits[pairs]), labels[pairs] == 1)
+    (curve,) = [line for line in upper.lines if line.get_label() == "this model"]
+    np.testing.assert_allclose(curve.get_ydata(), bins["correct"] / bins["count"])
+    assert sum(bar.get_height() for bar in lower.patches) == pairs.sum()
+
+
+def test_the_curves_of_precision_and_recall_are_those_of_scikit_learn():
+    logits, labels = multi_label_case()
+    lines = precision_and_recall(TREE, logits, labels).axes[0].lines
+    assert len(lines) == TREE.depth
+    for level, line in enumerate(lines, 1):
+        pairs = (labels != -100) & (np.array(TREE.levels) == level)
+        precision, recall, _ = sklearn.metrics.precision_recall_curve(labels[pairs], logits[pairs])
+        np.testing.assert_allclose(line.get_xdata(), recall)
+        np.testing.assert_allclose(line.get_ydata(), precision)
+        average = sklearn.metrics.average_precision_score(labels[pairs], logits[pairs])
+        assert line.get_label() == f"level {level} (AP = {average:.2f})"
+
+
+def test_f1_by_frequency_shows_the_classes_that_occur_with_their_intervals():
+    rows = [
+        {"support": 20, "f1": 0.5, "f1_interval": [0.25, 0.625]},
+        {"support": 0, "f1": 0.0, "f1_interval": None},
+        {"support": 1, "f1": 1.0, "f1_interval": None},
+    ]
+    (drawn,) = f1_by_frequency(rows).axes[0].containers
+    points, _, (bars,) = drawn
+    np.testing.assert_allclose(points.get_xydata(), [[20, 0.5], [1, 1.0]])
+    np.testing.assert_allclose(bars.get_segments(), [[[20, 0.25], [20, 0.625]], [[1, 1.0], [1, 1.0]]])
+    assert f1_by_frequency(rows[1:2]) is None
 
 
 def test_the_same_run_writes_the_same_files_and_leaves_matplotlib_alone(tmp_path):

@@ -34,6 +34,9 @@ from prediction.int8 import has_int8_products
 from prediction.rows import RowFormat
 from reading.sources import find_sources
 from taxonomy_hierarchical import Taxonomy
+from training.arguments import DataArguments
+from training.splits import load_splits
+from training.trained_texts import TrainedTexts
 
 
 @pytest.fixture(scope="module")
@@ -703,6 +706,34 @@ def test_paths_that_a_csv_cannot_tell_apart_are_refused(checkpoint, texts, tmp_p
             inside(*words, tmp_path / "b.csv", *flags)
     inside(*words, tmp_path / "b.jsonl", "--coverage", 0.8)
     assert read_json_lines(tmp_path / "b.jsonl")[0]["label"] == name
+
+
+def test_answers_for_a_recall_are_the_pipelines_in_every_format_and_the_csv_is_training_data(
+    labels_checkpoint, texts, tmp_path
+):
+    texts = [f"{text} She had colitis and angina." for text in texts[:9]] + ["Nothing of the kind."]
+    pd.DataFrame({"text": texts}).to_csv(tmp_path / "in.csv", index=False)
+    words = ("--model", labels_checkpoint, "--input", tmp_path / "in.csv", "--dtype", "fp32", "--recall", 0.8)
+    for name in ("out.jsonl", "out.csv", "out.parquet"):
+        assert inside(*words, "--output", tmp_path / name) == 0
+    classify = pipeline("hierarchical-text-classification", model=labels_checkpoint, trust_remote_code=True)
+    expected = classify(texts, recall=0.8)
+    assert any(one["labels"] for one in expected)
+    rows = read_json_lines(tmp_path / "out.jsonl")
+    for row, one in zip(rows, expected, strict=True):
+        assert row["labels"] == [node["label"] for node in one["labels"]]
+        assert row["answer"] == [node["label"] for node in one["answer"]]
+    for cells, row in zip(read_csv(tmp_path / "out.csv"), rows, strict=True):
+        assert (cells["labels"], cells["answer"]) == ("; ".join(row["labels"]), " | ".join(row["answer"]))
+    for record, row in zip(pd.read_parquet(tmp_path / "out.parquet").to_dict("records"), rows, strict=True):
+        assert (list(record["labels"]), list(record["answer"])) == (row["labels"], row["answer"])
+
+    pd.read_csv(tmp_path / "out.csv").assign(text=texts).to_csv(tmp_path / "train.csv", index=False)
+    settings = {"label_column": ["labels"], "label_delimiter": ";", "validation_size": 0.0}
+    arguments = DataArguments(train_file=str(tmp_path / "train.csv"), **settings)
+    data = load_splits(arguments, 0, classify.tree, TrainedTexts())
+    read = [{classify.tree.labels[node] for node in nodes} for nodes in data.splits["train"]["label"]]
+    assert read == [{*row["labels"]} for row in rows]
 
 
 def test_with_several_labels_costs_replace_the_thresholds(labels_checkpoint, texts, tmp_path):

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, MPNetConfig, pipeline
 from checkpoint_files import ONNX_FILE
 from checkpoint_hierarchical import load_encoder
 from configuration_hierarchical import HierarchicalConfig
+from errors import InputError
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from publishing.export import export_onnx
 from taxonomy_hierarchical import Taxonomy
@@ -94,6 +95,23 @@ def test_the_onnx_files_give_the_probabilities_of_the_pipeline(published, form, 
     inputs = tokenizer(TEXTS, padding=True, truncation=True, return_tensors="np")
     logits = run_onnx(published[form] / "onnx" / f"{name}.onnx", inputs)
     np.testing.assert_allclose(LINK[form](logits), probabilities(published[form], TEXTS), atol=tolerance)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_export_whose_probabilities_differ_is_refused(published, form, monkeypatch, tmp_path):
+    """A shift of all logits changes sigmoids, and no softmax."""
+    exported = torch.onnx.export
+
+    def shifted(model, *arguments, **options):
+        shift = torch.full((model.model.config.num_labels,), 0.2)
+        if form == "one_path":
+            shift[1:] = 0
+        model.register_forward_hook(lambda module, given, logits: logits + shift)
+        return exported(model, *arguments, **options)
+
+    monkeypatch.setattr(torch.onnx, "export", shifted)
+    with pytest.raises(InputError, match="model.onnx changes the probabilities by .* publish without --onnx"):
+        export_onnx(published[form], tmp_path)
 
 
 def served_softmax(logits: np.ndarray) -> np.ndarray:

@@ -356,9 +356,10 @@ def test_the_loss_compiles_without_a_graph_break():
     torch.testing.assert_close(compiled(**inputs, labels=labels).loss, model(**inputs, labels=labels).loss)
 
 
-def test_a_mask_that_mean_pooling_cannot_read_is_refused():
-    with pytest.raises(ValueError, match=r"shape \(B, T\)"):
-        small_model().pool(torch.randn(2, 4, 32), torch.ones(2, 1, 4, 4))
+@pytest.mark.parametrize("pooling", ["mean", "label_attention"])
+def test_a_mask_that_the_heads_cannot_read_is_refused(pooling):
+    with pytest.raises(ValueError, match=r"shape \(B, T\), not \(2, 1, 4, 4\)"):
+        small_model(pooling=pooling)(torch.ones(2, 4, dtype=torch.long), torch.ones(2, 1, 4, 4))
 
 
 @pytest.fixture

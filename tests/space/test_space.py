@@ -65,7 +65,17 @@ def labels_client(labels_space) -> Client:
 # words
 
 
-@pytest.mark.parametrize("kind", ["classifier", "labels_classifier"])
+@pytest.fixture
+def attention_classifier(labels_checkpoint):
+    """A multi-label classifier whose nodes weigh the tokens themselves."""
+    found = pipeline("hierarchical-text-classification", model=labels_checkpoint, trust_remote_code=True)
+    found.model.config.pooling = "label_attention"
+    queries = torch.randn(found.model.heads.weight.shape, generator=torch.Generator().manual_seed(0))
+    found.model.heads.query = torch.nn.Parameter(queries)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["classifier", "attention_classifier"])
 def test_weights_are_the_integral_of_the_gradient_word_by_word(kind, request, texts, monkeypatch):
     """Against 2,000 steps of the trapezoidal rule, by autograd, over embeddings and the lexical head's counts."""
     classifier = request.getfixturevalue(kind)
@@ -97,7 +107,8 @@ def test_weights_are_the_integral_of_the_gradient_word_by_word(kind, request, te
         encoder = model.encoder(inputs_embeds=x, attention_mask=mask.expand(len(part), -1)).last_hidden_state
         with monkeypatch.context() as patched:
             patched.setattr(head, "forward", lambda ids, mask, s=s: s @ head.weight.T + head.bias)
-            scores = model.heads(model.pool(encoder, mask.expand(len(part), -1)), ids, mask)
+            of_tokens = model.heads.query is not None
+            scores = model.heads(encoder if of_tokens else model.pool(encoder, mask.expand(len(part), -1)), ids, mask)
             several = model.config.is_multi_label
             values = model.heads.decisions.marginal_logits(scores) if several else scores.exp()
         step = torch.where((part == 0) | (part == 1), 0.5, 1.0) / steps
@@ -387,6 +398,12 @@ def test_nothing_hostile_becomes_markup(classifier):
     ):
         assert "<img" not in figure.to_json()
         assert "\\u003cimg" not in figure.to_json()
+
+
+def test_a_description_stands_beside_the_label(classifier):
+    found = classify_all(classifier, ["A case of epilepsy."], None)[0]
+    assert "a seizure disorder" in views.result("", found, "", {found["label"]: "a seizure disorder"})
+    assert "a seizure disorder" not in views.result("", found, "", {"another": "a seizure disorder"})
 
 
 def test_a_deep_taxonomy_of_thousands_is_drawn_with_few_boxes():

@@ -184,13 +184,14 @@ def test_a_column_that_no_text_has_is_a_class(tmp_path):
         ([[], []], {}, r"column 'label': no row has a label"),
         ([[1.0, 0.0], [0, 1]], {}, r"the lists of the column 'label' hold 0 and 1 alone: give lists of the names"),
         ([["x"]], {"problem_type": "single_label_classification"}, r"means one label per text, but the label column holds"),
+        ([1, 0], {"problem_type": "multi_label_classification", "taxonomy": None}, r"the column 'label' holds 0 and 1 alone: give the names"),
         (["x"], {"problem_type": "single_label_classification", "label_delimiter": ";"}, r"but --label_delimiter is given"),
         (["x", "y"], {"incomplete_labels": True}, r"--incomplete_labels needs multi-label data"),
     ],
 )  # fmt: skip
 def test_one_bad_row_or_label_is_one_clear_line(tmp_path, taxonomy, rows, flags, message):
     with pytest.raises(InputError, match=message) as refused:
-        load(**as_jsonl(tmp_path, rows_of(rows)), taxonomy=taxonomy, validation_size=0.0, **flags)
+        load(**as_jsonl(tmp_path, rows_of(rows)), **{"taxonomy": taxonomy, "validation_size": 0.0} | flags)
     assert "\n" not in str(refused.value)
     assert SECRET not in str(refused.value)
 

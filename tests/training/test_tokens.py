@@ -1,5 +1,6 @@
 """Test tokenization against the tokenizer's own truncation."""
 
+import json
 from functools import partial
 
 import datasets
@@ -10,9 +11,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from taxonomy_hierarchical import Taxonomy
+from training.arguments import parse
 from training.data_report import length_report
 from training.multi_label import label_arrays, multi_hot
-from training.tokens import tokenize
+from training.splits import load_splits
+from training.tokens import tokenize, tokenize_splits
 from training.views import build_collator
 
 
@@ -92,5 +95,15 @@ def test_label_sets_become_arrays_of_all_nodes_and_floats_in_a_batch():
     batch = build_collator(word_tokenizer())([{**row, "row": 0} for row in rows.remove_columns(["length", "text_id"])])
     assert batch["labels"].dtype.is_floating_point
     assert batch["labels"].tolist() == expected.tolist()
-    rows = tokenize(splits, word_tokenizer(), encode_labels=partial(multi_hot, tree, incomplete=True))[0]["train"]
-    assert rows["labels"][3] == [1, -100, -100, 1]
+
+
+@pytest.mark.parametrize("incomplete", [True, False])
+def test_with_incomplete_labels_what_is_below_a_label_is_unknown(incomplete, tmp_path):
+    rows = [{"text": f"w{i}", "labels": labels} for i, labels in enumerate([["x", "a"], ["b"], []])]
+    (tmp_path / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (tmp_path / "tree.json").write_text('{"x": null, "a": ["b", "c"]}')  # leaves x b c are 0 to 2, a is 3
+    words = ["--train_file", str(tmp_path / "train.jsonl"), "--taxonomy", str(tmp_path / "tree.json")]
+    arguments = parse([*words, "--validation_size", "0", "--incomplete_labels", str(incomplete)])
+    tokenized = tokenize_splits(arguments, load_splits(arguments.data, 0), word_tokenizer())
+    below = -100 if incomplete else 0
+    assert tokenized["train"]["labels"][:] == [[1, below, below, 1], [0, 1, 0, 1], [0, 0, 0, 0]]
