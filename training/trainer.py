@@ -163,12 +163,20 @@ class HierarchicalTrainer(PublishingTrainer):
         which an uninterrupted run does not have. Here the checkpoint is saved after any evaluation, so the resumed run ends with
         the same weights. The Trainer calls this after each step, and once more at the end of an epoch and of training.
         """
-        is_called_again, self.passed_step = self.passed_step == self.state.global_step, self.state.global_step
-        will_be_called_again = not is_called_again and (self.control.should_training_stop or self.state.epoch % 1 == 0)
-        if self.sigterm and self.sigterm.is_checkpoint_requested and not will_be_called_again:
+        is_end = self.control.should_training_stop or self.state.epoch % 1 == 0
+        is_called_again = self.passed_step == self.state.global_step
+        self.passed_step = self.state.global_step
+        if self._is_terminated() and (is_called_again or not is_end):
             self._save_checkpoint(self.model, trial=None)
             steps = f"{self.state.global_step} of {self.state.max_steps} steps"
             raise InputError(f"stopped by SIGTERM after {steps}, and saved: {RESUME_HINT}")
+
+    def _is_terminated(self) -> bool:
+        """Return whether a process got SIGTERM. It may reach processes at different steps, and all must save at the same one."""
+        if self.sigterm is None:
+            return False
+        requested = torch.tensor(int(self.sigterm.is_checkpoint_requested), device=self.args.device)
+        return bool(self.accelerator.reduce(requested).item())
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Train or resume. A run that has reached ``max_steps`` or stopped early takes no further step."""

@@ -2,49 +2,58 @@
 
 import json
 import os
-import subprocess
-import sys
+import re
+import signal
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, first_rows, free_port, read_csv
+from conftest import ROOT, complete, first_rows, free_port, read_csv, server, started
+from forked import COMMANDS, Process
 from transformers import AutoTokenizer
 
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import ModelArguments
 from training.model import build_model
+from training.resume import find_checkpoint
 
 STEPS = 20
+RECIPES = ROOT / "recipes" / "accelerate"
+LAUNCH = ("-c", "from accelerate.commands.launch import main; main()", "--config_file")
 
 
-def train(words: list, output: Path, processes: int, batch: int, machines: int = 1) -> dict:
+def train(words: list, output: Path, processes: int, batch: int, launchers: int = 0) -> dict:
     """What a run leaves: its log by step, its metrics and its predictions.
 
-    Several machines are several launchers on this one.
+    Args:
+        launchers: processes are started by so many `accelerate launch`, as on as many machines; with 0, in their way.
     """
-    launch = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "recipes" / "accelerate" / "ddp.yaml"]
-    launch += ["--num_processes", processes, "--main_process_port", free_port()]
-    if machines > 1:
-        launch += ["--num_machines", machines, "--main_process_ip", "127.0.0.1"]
     line = [ROOT / "train.py", *words, "--use_cpu", "true"]
     line += ["--output_dir", output, "--per_device_train_batch_size", batch]
-    environment, launched = {**os.environ, "OMP_NUM_THREADS": "1"}, []
-    logs = [output.with_name(f"{output.name}-{rank}.log") for rank in range(machines)]
+    port, environment = free_port(), os.environ | {"OMP_NUM_THREADS": "1"}
+    if launchers:
+        launch = [*LAUNCH, RECIPES / "ddp.yaml", "--num_processes", processes, "--num_machines", launchers]
+        launch += ["--main_process_ip", "127.0.0.1", "--main_process_port", port, "--machine_rank"]
+        starts = [([*launch, rank, *line], {}) for rank in range(launchers)]
+    else:
+        group = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if processes > 1 else {}
+        starts = [(line, group and {**group, "RANK": rank, "LOCAL_RANK": rank}) for rank in range(processes)]
+    running: list[Process] = []
+    logs = [output.with_name(f"{output.name}-{rank}.log") for rank in range(len(starts))]
     try:
-        for rank, log in enumerate(logs):
-            start = [*launch, "--machine_rank", rank] if processes > 1 else []
-            command = [str(word) for word in (sys.executable, *start, *line)]
-            with log.open("w") as errors:
-                streams = {"stdout": subprocess.DEVNULL, "stderr": errors}
-                launched.append(subprocess.Popen(command, **streams, env=environment, cwd=ROOT))
-        while None in (codes := [machine.poll() for machine in launched]) and not any(codes):
+        for (given, settings), log in zip(starts, logs, strict=True):
+            own = environment | {name: str(value) for name, value in settings.items()}
+            with log.open("w") as errors, open(os.devnull, "r+") as nothing:
+                streams = [nothing, nothing, errors]
+                running.append(Process(server(COMMANDS), list(map(str, given)), ROOT, own, streams))
+        while None in (codes := [one.poll() for one in running]) and not any(codes):
             time.sleep(0.05)  # until all have ended, or one has failed
     finally:
-        for machine in launched:
-            machine.terminate()
+        for one in running:
+            one.send_signal(signal.SIGTERM)
     said = [log.read_text() for log in logs]
-    assert codes == [0] * machines, "\n".join(text[-4000:] for text in said)
+    assert codes == [0] * len(starts), "\n".join(text[-4000:] for text in said)
     state = json.loads((output / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
     file = output / "test_predictions.csv"
     predictions = read_csv(file) if file.exists() else []
@@ -72,7 +81,7 @@ def runs(tiny_encoder, tmp_path_factory) -> tuple[dict, dict]:
     words += ["--max_steps", STEPS, "--logging_steps", 1, "--consistency", 1, "--per_device_eval_batch_size", 8]
     for name in ("save", "eval"):
         words += [f"--{name}_strategy", "steps", f"--{name}_steps", 10]
-    return train(words, folder / "one", 1, 16), train(words, folder / "two", 2, 8, machines=2)
+    return train(words, folder / "one", 1, 16), train(words, folder / "two", 2, 8, launchers=2)
 
 
 def test_the_loss_curve_is_that_of_one_process_with_the_same_effective_batch(runs):
@@ -123,11 +132,32 @@ def test_only_the_first_process_speaks(runs):
 
 def test_fsdp_on_cpus_is_refused_and_not_replaced(tiny_encoder, tmp_path):
     """accelerate would go on without sharding; that FSDP itself works takes GPUs to show."""
-    line = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
-    line += ["--config_file", ROOT / "recipes" / "accelerate" / "fsdp.yaml", "--main_process_port", free_port()]
+    line = [*LAUNCH, RECIPES / "fsdp.yaml", "--num_processes", 1, "--main_process_port", free_port()]
     line += [ROOT / "train.py", ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", tiny_encoder]
-    line += ["--use_cpu", "true", "--output_dir", tmp_path / "results"]
-    done = subprocess.run([str(word) for word in line], capture_output=True, text=True, cwd=ROOT)
+    done = complete(*line, "--use_cpu", "true", "--output_dir", tmp_path / "results")
     assert done.returncode != 0
     assert "train.py: error: FSDP needs GPUs; on CPUs use recipes/accelerate/ddp.yaml" in done.stderr
     assert not (tmp_path / "results").exists()
+
+
+def test_sigterm_to_one_process_makes_all_save_at_the_same_step_and_end(tiny_encoder, tmp_path):
+    words: list = [ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", tiny_encoder, "--use_cpu", "true"]
+    words += [*first_rows("corpus", tmp_path, 64, 16, 16), "--output_dir", tmp_path / "results"]
+    words += ["--max_steps", 5000, "--per_device_train_batch_size", 4, "--enable_jit_checkpoint", "true"]
+    words += ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
+    with ExitStack() as stack:
+        processes = []
+        for rank, log in enumerate(logs):
+            own = group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(stack.enter_context(started(*words, log=log, settings=own)))
+        while "5/5000" not in logs[0].read_text():
+            assert [process.poll() for process in processes] == [None, None], logs[0].read_text()[-4000:]
+            time.sleep(0.05)
+        processes[1].send_signal(signal.SIGTERM)
+        assert [process.wait() for process in processes] == [2, 2], logs[0].read_text()[-4000:]
+    said = [re.findall(r"stopped by SIGTERM after (\d+) of 5000 steps", log.read_text()) for log in logs]
+    assert len(said[0]) == 1
+    assert said[0] == said[1]
+    assert find_checkpoint("auto", str(tmp_path / "results")) == str(tmp_path / "results" / f"checkpoint-{said[0][0]}")
