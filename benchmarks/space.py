@@ -67,7 +67,7 @@ def ask(address: str, clients: int, requests: int) -> list[tuple[str, float]]:
 
 def measure_load(model: str) -> dict:
     print(f"{CLIENTS} clients in two processes; memory after each round of {EVERY} requests")
-    with tempfile.TemporaryDirectory() as folder, SpaceServer(model, Path(folder)) as server:
+    with tempfile.TemporaryDirectory() as folder, SpaceServer(model, Path(folder), fresh=True) as server:
         ask(server.address, 4, 5)  # warm up
         told, memory = [], [server.memory()]
         with ProcessPoolExecutor(2) as processes:

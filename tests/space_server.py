@@ -1,13 +1,15 @@
 """The Space in a process of its own, for the tests of its page and of its API."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from conftest import ROOT, free_port
+from conftest import ROOT, free_port, server
+from forked import COMMANDS, LIBRARIES, Process
 
 
 class SpaceServer:
@@ -18,6 +20,7 @@ class SpaceServer:
         folder: for its log and its temporary files.
         app: another copy of it.
         settings: environment variables on top of this process's.
+        fresh: whether it imports all by itself, as in a shell, so that its memory is its own.
 
     Attributes:
         address: of the page.
@@ -31,7 +34,9 @@ class SpaceServer:
         folder: Path,
         app: Path = ROOT / "space" / "app.py",
         settings: dict[str, str] | None = None,
+        fresh: bool = False,
     ):
+        self._process: Process | subprocess.Popen
         port = free_port()
         self.address, self.scratch, self._log = f"http://127.0.0.1:{port}", folder / "tmp", folder / "log"
         self.scratch.mkdir()
@@ -41,19 +46,23 @@ class SpaceServer:
             "TMPDIR": str(self.scratch),
             "HF_HUB_OFFLINE": "1",
         }
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, str(app), *(() if model is None else ("--model", model))],
-                cwd=folder,  # not the repository: on the Hub there is none
-                env=os.environ | ours | (settings or {}),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+        words = [str(app), *(() if model is None else ("--model", model))]
+        environment = os.environ | ours | (settings or {})
+        with open(os.devnull) as nothing, self._log.open("wb") as log:
+            # not in the repository: on the Hub there is none
+            if fresh:
+                line = [sys.executable, *words]
+                self._process = subprocess.Popen(
+                    line, cwd=folder, env=environment, stdin=nothing, stdout=log, stderr=log
+                )
+            else:
+                modules = LIBRARIES if settings else COMMANDS  # settings may be such as libraries read when imported
+                self._process = Process(server(modules), words, folder, environment, [nothing, log, log])
         self.pid = self._process.pid
         try:
             self._wait_for(port)
         except BaseException:  # such as a time limit: nobody else would stop it
-            self._process.kill()
+            self._process.send_signal(signal.SIGKILL)
             self._process.wait()
             raise
 
@@ -80,8 +89,8 @@ class SpaceServer:
         return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
 
     def stop(self) -> None:
-        self._process.terminate()
-        self._process.wait(timeout=120)
+        self._process.send_signal(signal.SIGTERM)
+        assert self._process.wait(timeout=120) is not None, self.log()
 
     def __enter__(self) -> "SpaceServer":
         return self
@@ -90,4 +99,4 @@ class SpaceServer:
         try:
             self.stop()
         finally:
-            self._process.kill()  # what has not stopped
+            self._process.send_signal(signal.SIGKILL)  # what has not stopped

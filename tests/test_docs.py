@@ -6,13 +6,12 @@ The text of README.md, docs/ and the other pages is read here, and nothing in it
 import os
 import re
 import shlex
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run, train_label_sets
+from conftest import ROOT, complete, run, train_label_sets
+from forked import LIBRARIES
 
 import predict
 import push_to_hub
@@ -71,14 +70,16 @@ def test_readme_is_read_in_five_minutes():
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
-def test_snippets_run_in_a_fresh_process(page, clear_checkpoint, label_sets_checkpoint, tmp_path):
+def test_snippets_run_in_a_process_that_does_not_see_the_repository(
+    page, clear_checkpoint, label_sets_checkpoint, tmp_path
+):
     checkpoints = {"results/quickstart": clear_checkpoint, "user/name": clear_checkpoint}
     for name, checkpoint in {**checkpoints, "results/multi_label": label_sets_checkpoint}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).symlink_to(checkpoint)
     code = "\n".join(blocks(page, "python"))
     settings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=settings, capture_output=True, text=True)
+    done = complete("-c", code, cwd=tmp_path, environment=settings, modules=LIBRARIES)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

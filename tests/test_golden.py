@@ -28,7 +28,6 @@ def short_run(encoder: str, folder: Path) -> dict:
         *("--test_file", CORPUS / "test.csv", "--max_steps", 6, "--max_length", 48, "--quantization", "none"),
         *("--bf16", "false", "--use_cpu", "true", "--eval_strategy", "steps", "--eval_steps", 6, "--save_steps", 6),
         *("--save_strategy", "steps", "--seed", 7),
-        fresh=True,
     )
     metrics = json.loads((folder / "metrics.json").read_text())
     tensors = {

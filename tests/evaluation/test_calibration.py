@@ -123,7 +123,7 @@ def test_scores_of_validation_rows_do_not_flatter_the_fit():
     gaps = []
     for seed in range(30):
         order = np.random.default_rng(seed).permutation(len(labels))
-        rows = {"validation": order[:60], "test": order[60:]}
+        rows = {"validation": order[:60], "test": order[60:1060]}
         splits = DatasetDict(
             {split: Dataset.from_dict({"labels": labels[some], "text_id": some}) for split, some in rows.items()}
         )

@@ -4,9 +4,10 @@ import cProfile
 import math
 import os
 import pstats
-import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import evaluate
 import numpy as np
@@ -14,7 +15,9 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 import torch
+from conftest import complete
 from datasets import Dataset
+from forked import LIBRARIES
 from transformers import EvalPrediction
 
 from configuration_hierarchical import HierarchicalConfig
@@ -141,17 +144,12 @@ print(metric.compute(predictions=[0, 2], references=[1, 2], parents=[3, 3, -1, -
         "HF_MODULES_CACHE": str(tmp_path / "modules"),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-c", script]
-    processes = [
-        subprocess.Popen(
-            command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        for _ in range(2)
-    ]
-    for process in processes:
-        output, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-        assert float(output) == pytest.approx(2 / 3)  # {3,0} against {3,1}, {2} against {2}: 2 shared of 3 and 3
+    where: Any = {"cwd": tmp_path, "environment": environment, "modules": LIBRARIES}
+    with ThreadPoolExecutor(2) as pool:
+        ended = [*pool.map(lambda _: complete("-c", script, **where), range(2))]
+    for done in ended:
+        assert done.returncode == 0, done.stderr
+        assert float(done.stdout) == pytest.approx(2 / 3)  # {3,0} against {3,1}, {2} against {2}: 2 shared of 3 and 3
 
 
 def test_build_says_what_to_do_where_evaluate_cannot_write(tmp_path, monkeypatch):

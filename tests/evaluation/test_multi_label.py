@@ -328,10 +328,10 @@ def test_joined_names_can_be_told_apart(names):
 
 def risks(p: np.ndarray, labels: np.ndarray) -> dict[Fraction, Fraction]:
     """Compute (Σ loss + 1) / (n + 1) at each probability of a true node, in exact arithmetic."""
-    texts = [[Fraction(float(x)) for x in row[true == 1]] for row, true in zip(p, labels, strict=True)]
+    texts = [[float(x) for x in row[true == 1]] for row, true in zip(p, labels, strict=True)]
     texts = [text for text in texts if text]
     return {
-        t: (sum(Fraction(sum(x < t for x in text), len(text)) for text in texts) + 1) / (len(texts) + 1)
+        Fraction(t): (sum(Fraction(sum(x < t for x in text), len(text)) for text in texts) + 1) / (len(texts) + 1)
         for t in {x for text in texts for x in text}
     }
 

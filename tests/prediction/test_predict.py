@@ -7,9 +7,8 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,7 +22,8 @@ import pandas as pd
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import CORPUS, ROOT, STRIKE, complete, copy_checkpoint, inside, read_csv, run, stranger
+from conftest import CORPUS, ROOT, STRIKE, complete, copy_checkpoint, inside, read_csv, run, server, stranger
+from forked import COMMANDS, Process
 from safetensors.torch import load_file, save_file
 from scipy.stats import entropy
 from transformers import pipeline
@@ -63,7 +63,7 @@ def test_answers_are_those_of_the_stock_pipeline_and_bad_rows_stand_apart(checkp
         file.write(b'latin,"caf\xe9 au lait"\nopen,"never closed\n')
     words = ("--model", checkpoint, "--input", tmp_path / "in.csv", "--id_column", "id", "--dtype", "fp32")
     words += ("--output", tmp_path / "out.jsonl", "--probabilities", "--coverage", 0.9)
-    done = run(*words, command="predict.py", check=False, fresh=True)
+    done = run(*words, command="predict.py", check=False)
     assert done.returncode == 1
     assert f"done: {tmp_path / 'out.jsonl'}; 5 rows could not be read" in done.stderr
     assert "never closed" not in done.stderr
@@ -236,10 +236,13 @@ def test_two_models_on_one_output_are_never_mixed(checkpoint, other_checkpoint, 
     )
     # the first stands still with one part written and the next one under way
     moment = ("os.rename", "/000000001.jsonl", str(int(signal.SIGSTOP)))
-    line = [sys.executable, "-c", STRIKE, str(ROOT / "predict.py"), *moment, *map(str, first)]
-    process = subprocess.Popen(line, stderr=subprocess.PIPE)
+    line = ["-c", STRIKE, str(ROOT / "predict.py"), *moment, *map(str, first)]
+    with open(os.devnull, "r+") as nothing:
+        process = Process(server(COMMANDS), line, ROOT, dict(os.environ), [nothing] * 3)
     try:
-        assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
+        while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            assert process.poll() is None
+            time.sleep(0.01)
         before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
         for more in ((), ("--overwrite",)):
             with pytest.raises(InputError) as error:
@@ -248,8 +251,8 @@ def test_two_models_on_one_output_are_never_mixed(checkpoint, other_checkpoint, 
             assert "\n" not in str(error.value)
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     finally:
-        process.kill()
-        process.communicate()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     # killed, it holds nothing
     with pytest.raises(InputError, match="started with another model, fingerprint"):
         inside(*second)

@@ -394,7 +394,6 @@ def test_the_training_section_shows_encoder_settings_and_size(written):
     shown = section(written(), "Training")
     assert f"[{ENCODER}](https://huggingface.co/{ENCODER}) at revision `{COMMIT}`" in shown.replace("&#95;", "_")
     assert "665,862 of 23,231,238 parameters (2.9%)" in shown
-    assert "Precision: bf16." in shown
     assert "| lora_target_modules | query, value |" in shown
     assert "| learning_rate | 0.0006 |" in shown
     assert "attn_implementation" not in shown  # it was not set

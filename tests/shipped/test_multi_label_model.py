@@ -181,7 +181,7 @@ def test_windows_count_by_their_maximum(checkpoint, classify):
     p = {label: score for level in result[0]["levels"] for label, score in level.items()}
     expected = torch.stack(each).amax(0).tolist()
     assert [p[label] for label in TREE.labels] == pytest.approx(expected, abs=1e-5)
-    with pytest.raises(ValueError, match="stride needs top_k with several labels"):
+    with pytest.raises(ValueError, match="stride needs top_k and excludes costs"):
         classify([LONG], max_length=64, stride=16)
 
 

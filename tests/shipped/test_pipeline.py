@@ -336,6 +336,7 @@ def test_with_a_stride_a_long_text_is_the_mean_of_its_windows(checkpoint, classi
         (b"bytes", "the item at position 2 .* is not a text but bytes"),
         (["nested"], "the item at position 2 .* is not a text but list"),
         ({"title": "x"}, "the item at position 2 .* is not a text but a mapping with 'title'"),
+        ({"Anna has " + "a cough. " * 20: "x"}, r"a mapping with \(a value of 189 characters\)$"),
         ({"text": None}, "the item at position 2 .* is not a text but NoneType"),
     ],
 )

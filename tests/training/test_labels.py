@@ -139,10 +139,10 @@ def test_taxonomy_file_and_inner_nodes(tmp_path):
     data = load(train_file=rows, taxonomy=tree, validation_size=0)
     assert labels_of(data, "train") == ["body", "lung", "mind", "heart"]
     assert data.splits["train"]["label"][0] >= data.taxonomy.num_leaves
-    # the parameter, a checkpoint's taxonomy, is stronger than the file
+    # --taxonomy is stronger than the parameter, a checkpoint's taxonomy
     mine = Taxonomy({"body": ["lung", "heart"], "mind": None, "soul": None})
-    given = load(known=mine, test_file=rows, taxonomy=tree)
-    assert given.taxonomy == mine
+    assert load(known=mine, test_file=rows).taxonomy == mine
+    assert load(known=mine, test_file=rows, taxonomy=tree).taxonomy == data.taxonomy
 
 
 def test_label_that_the_taxonomy_does_not_hold(tmp_path):

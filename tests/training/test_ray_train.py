@@ -20,13 +20,17 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason=
 def settings(tmp_path) -> dict[str, str]:
     """Environment of Ray, which writes to the home folder, and takes long to start on a busy machine."""
     names = {"RAY_USAGE_STATS_ENABLED": 0, "RAY_raylet_start_wait_time_s": 300, "OMP_NUM_THREADS": 1}
+    names |= {"RAY_worker_niceness": 0}  # Ray's workers would give way to all other tests
+    # no processes that nobody uses, and no waiting between checks
+    names |= {"RAY_prestart_worker_first_driver": 0, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": 0}
+    names |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": 0.5}
     return {"HOME": str(tmp_path)} | {name: str(value) for name, value in names.items()}
 
 
 def test_after_a_killed_worker_the_weights_are_those_of_an_unbroken_run(tiny_encoder, settings, tmp_path):
     words = [ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", tiny_encoder, "--use_cpu", "true"]
     words += first_rows("corpus", tmp_path, 64, 16, 16)
-    words += ["--max_steps", 16, "--per_device_train_batch_size", 4, "--lora_dropout", 0.1, "--consistency", 1]
+    words += ["--max_steps", 10, "--per_device_train_batch_size", 4, "--lora_dropout", 0.1, "--consistency", 1]
     for name in ("save", "eval"):
         words += [f"--{name}_strategy", "steps", f"--{name}_steps", 2]
     words += ["--load_best_model_at_end", "false"]
@@ -51,7 +55,7 @@ def test_after_a_killed_worker_the_weights_are_those_of_an_unbroken_run(tiny_enc
         assert process.wait() == 0, log.read_text()[-4000:]
     assert "worker 0 failed" in log.read_text()
     resumed = json.loads((broken / "metrics.json").read_text())["resumed_from_step"]
-    assert 2 <= resumed < 16
+    assert 2 <= resumed < 10
     for name in ("heads.safetensors", "adapter/adapter_model.safetensors"):
         expected, weights = load_file(whole / name), load_file(broken / name)
         assert expected.keys() == weights.keys()

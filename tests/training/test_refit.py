@@ -3,13 +3,11 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CORPUS, ROOT, clear_rows, interrupt, read_csv, run, train_label_sets, write_csv
+from conftest import CORPUS, ROOT, clear_rows, complete, interrupt, read_csv, run, train_label_sets, write_csv
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, pipeline
 
@@ -102,8 +100,7 @@ def test_everything_that_answers_says_that_nothing_is_guaranteed(refitted, tmp_p
     guaranteed = [read(folder / "config.json").get("refitted") for folder in said]
     assert guaranteed == [None, True]
     code = f"import app; print(app.about(app.load({str(refitted)!r}, None), {str(refitted)!r}, None)[0])"
-    facts = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "space", capture_output=True, text=True, check=True)
-    assert "no: trained on the validation rows too" in facts.stdout
+    assert "no: trained on the validation rows too" in complete("-c", code, cwd=ROOT / "space").stdout
 
 
 def test_killed_in_either_run_it_ends_with_the_same_weights(words, refitted, tmp_path):

@@ -22,10 +22,10 @@ WEIGHTS = ("heads.safetensors", "adapter/adapter_model.safetensors")
 
 @pytest.fixture(scope="module")
 def words(tiny_encoder, tmp_path_factory) -> list[str]:
-    """Return the flags of a run of 40 steps that saves every second step."""
+    """Return the flags of a run of 20 steps that saves every second step."""
     given = [ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", tiny_encoder]
     given += first_rows("corpus", tmp_path_factory.mktemp("data"), 64, 16, 16)
-    given += ["--max_steps", 40, "--per_device_train_batch_size", 4, "--lora_dropout", 0.1, "--consistency", 1]
+    given += ["--max_steps", 20, "--per_device_train_batch_size", 4, "--lora_dropout", 0.1, "--consistency", 1]
     for name in ("save", "eval"):
         given += [f"--{name}_strategy", "steps", f"--{name}_steps", 2]
     given += ["--load_best_model_at_end", "false"]  # all steps count
@@ -62,7 +62,7 @@ def test_killed_again_and_again_it_ends_with_the_weights_of_an_unbroken_run(word
         ("open", "checkpoint-6/trainer_state.json"),  # all but this is
         ("shutil.rmtree", "checkpoint-6"),  # three checkpoints are complete
         ("os.rmdir", "checkpoint-8"),  # which is deleted but for its empty folder
-        ("os.mkdir", "checkpoint-20/adapter"),
+        ("os.mkdir", "checkpoint-16/adapter"),
         ("open", "results/config.json"),  # the last step is taken
         ("os.rename", "results/metrics.json"),  # the model is saved and calibrated
     ):
@@ -125,12 +125,12 @@ def test_a_run_that_was_killed_after_its_last_step_takes_none_more(words, unbrok
         shutil.copytree(folder, output / folder.name)
     done = run(*words, "--output_dir", output, "--resume_from_checkpoint", "auto")
     assert "nothing left to train" in done.stderr
-    assert [folder.name for folder in list_checkpoints(output)] == ["checkpoint-40"]
+    assert [folder.name for folder in list_checkpoints(output)] == ["checkpoint-20"]
     assert same_weights(unbroken, output)
     told = [json.loads((folder / "metrics.json").read_text()) for folder in (unbroken, output)]
     assert told[0]["test_log_loss"] == told[1]["test_log_loss"]
     assert told[0]["epoch"] == told[1]["epoch"]
-    assert [metrics.get("resumed_from_step") for metrics in told] == [None, 40]
+    assert [metrics.get("resumed_from_step") for metrics in told] == [None, 20]
 
 
 def test_a_run_that_stops_early_stops_there_too_when_it_was_broken_off(words, tmp_path):
@@ -257,7 +257,7 @@ def test_a_run_does_not_go_on_with_another_taxonomy(words, run_folder, tmp_path)
 )
 def test_a_run_does_not_go_on_as_another(words, run_folder, tiny_encoder, tmp_path, flags, message):
     shutil.copytree(tiny_encoder, tmp_path / "other")
-    line = [*words, "--output_dir", run_folder, "--resume_from_checkpoint", "auto", "--max_steps", 44]
+    line = [*words, "--output_dir", run_folder, "--resume_from_checkpoint", "auto", "--max_steps", 24]
     file = write_csv(tmp_path / "rows.csv", read_csv(CORPUS / "validation.csv")[16:32])
     names = sorted({row["label"] for row in read_csv(CORPUS / "train.csv")})
     swapped = json.dumps(dict(zip(names, names[1:] + names[:1], strict=True)))
@@ -320,13 +320,13 @@ def test_going_back_in_a_run_needs_the_later_checkpoints_out_of_the_way(run_fold
 
 
 def test_a_resumed_run_takes_the_learning_rate_and_weight_decay_that_it_is_given(words, run_folder):
-    line = [*words, "--output_dir", run_folder, "--resume_from_checkpoint", "auto", "--max_steps", 44]
+    line = [*words, "--output_dir", run_folder, "--resume_from_checkpoint", "auto", "--max_steps", 24]
     run(*line, "--learning_rate", 3e-5, "--weight_decay", 0.5, "--seed", 5)  # its rows are given, and stay the same
     last = list_checkpoints(run_folder)[-1]
-    assert last.name == "checkpoint-44"
+    assert last.name == "checkpoint-24"
     scheduler = torch.load(last / "scheduler.pt", weights_only=True)
     groups = torch.load(last / "optimizer.pt", weights_only=True)["param_groups"]
-    assert scheduler["last_epoch"] == 44
+    assert scheduler["last_epoch"] == 24
     assert {group["initial_lr"] for group in groups} == set(scheduler["base_lrs"]) == {3e-5}
     assert max(group["lr"] for group in groups) < 3e-5
     assert {group["weight_decay"] for group in groups} == {0.0, 0.5}
