@@ -66,7 +66,7 @@ HARMLESS_LORA_SETTINGS = (
 )
 
 
-# --- Load a checkpoint -------------------------------------------------------------------------------------------------
+# ── Load a checkpoint ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def load_checkpoint(
@@ -243,7 +243,7 @@ def quiet_loading() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-# --- Check what was loaded ---------------------------------------------------------------------------------------------
+# ── Check what was loaded ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @contextmanager
@@ -338,7 +338,7 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
     return content
 
 
-# --- Merge an adapter --------------------------------------------------------------------------------------------------
+# ── Merge an adapter ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def is_target(name: str, targets: list[str] | str) -> bool:
@@ -379,7 +379,7 @@ def merge_lora(encoder: nn.Module, adapter: dict[str, Tensor], adapter_config: d
         weight.data = merged.to(weight.dtype)  # a new tensor: the old one can be the file itself, mapped into memory
 
 
-# --- Write a checkpoint ------------------------------------------------------------------------------------------------
+# ── Write a checkpoint ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def save_checkpoint(

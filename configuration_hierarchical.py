@@ -107,8 +107,7 @@ class HierarchicalConfig(PretrainedConfig):
         self.pooling = pooling
         self.head_dropout, self.initializer_range = head_dropout, initializer_range
         if (lexical_vocab_size is None) != (lexical_weight is None):
-            advice = "a checkpoint without it is from an earlier version: load its own code, or train again"
-            raise ValueError(f"lexical_weight must be given where lexical_vocab_size is, and only there; {advice}")
+            raise ValueError("lexical_weight must be given where lexical_vocab_size is, and only there")
         self.lexical_vocab_size, self.lexical_weight = lexical_vocab_size, lexical_weight
         self.temperatures = checked_numbers("temperatures", temperatures, len(tree.decisions))
         self.conformal_thresholds = checked_numbers("conformal_thresholds", conformal_thresholds, 99, or_none=True)
@@ -181,7 +180,7 @@ def encoder_config(given: dict | None) -> PretrainedConfig:
 
 
 def checked_numbers(name: str, values: list | None, count: int, or_none: bool = False) -> list | None:
-    """Check that a field is None, or a list of ``count`` numbers, each of which may be None if ``or_none``."""
+    """Check that a field is None, or a list of ``count`` numbers. With ``or_none``, an entry may be None."""
     given = list(values) if isinstance(values, (list, tuple)) else []
     numbers = (int, float, type(None)) if or_none else (int, float)
     are_numbers = all(isinstance(value, numbers) and not isinstance(value, bool) for value in given)

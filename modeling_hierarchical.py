@@ -211,8 +211,9 @@ class HierarchicalHeads(nn.Module):
     def __init__(self, config: HierarchicalConfig):
         super().__init__()
         self.config = config
-        self.decisions = TreeSigmoid(config.tree) if config.is_multi_label else TreeSoftmax(config.tree)
-        self.num_nodes, self.num_leaves = config.tree.num_nodes, config.tree.num_leaves
+        tree = config.tree
+        self.decisions = TreeSigmoid(tree) if config.is_multi_label else TreeSoftmax(tree)
+        self.num_nodes, self.num_leaves = tree.num_nodes, tree.num_leaves
         self.dropout = nn.Dropout(config.head_dropout)
         # weights and calibration are float32, whatever the default dtype is
         self.weight = nn.Parameter(torch.empty(self.num_nodes, config.hidden_size, dtype=torch.float32))

@@ -21,7 +21,7 @@ import math
 import os
 import re
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -43,8 +43,7 @@ except ImportError:  # as a top-level module of the repository, not as remote co
 
 logger = logging.get_logger(__name__)
 
-TOKENS_PER_BATCH = {"cpu": 2048}  # in a batch, padding included
-TOKENS_ELSEWHERE = 32_768
+TOKENS_ON_CPU, TOKENS_ELSEWHERE = 2048, 32_768  # in a batch, padding included
 TEXTS_AHEAD = 512
 CHARACTERS_PER_TOKEN = 8  # most texts have fewer
 BATCHES_AHEAD = 32
@@ -168,7 +167,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
                 )
         if self.model.config.is_multi_label and "stride" in truncation and "top_k" not in output:
             raise ValueError(
-                "stride needs top_k with several labels, and no costs: thresholds were not fitted for windows"
+                "for multi-label models, stride needs top_k and excludes costs: thresholds were not fitted for windows"
             )
         if {"costs", "top_k"} <= output.keys():
             raise ValueError("costs choose one prediction for each text: give either costs or top_k")
@@ -191,7 +190,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         ahead = TEXTS_AHEAD if batch_size is None else 1 if batch_size == 1 else BATCHES_AHEAD * batch_size
         workers = self._workers()
         try:
-            previous = None  # computed while the next texts are read and tokenized
+            waiting: deque[PendingTexts] = deque()  # computed while the next texts are read and tokenized
             while True:
                 texts, read_error = [], None
                 try:
@@ -199,13 +198,12 @@ class HierarchicalTextClassificationPipeline(Pipeline):
                         texts.append(read_text(item, position))
                 except Exception as error:  # raised below, after the results of the texts before it
                     read_error = error
-                alone = previous is None and self._uses_cpu_threads
-                pending = self._submit(texts, batch_size, truncation, workers, alone) if texts else None
-                if previous is not None:
-                    yield from self._collect(previous, output)
-                if pending is not None and (ahead == 1 or read_error is not None):
-                    yield from self._collect(pending, output)
-                previous = None if ahead == 1 else pending
+                if texts:
+                    alone = not waiting and self._uses_cpu_threads
+                    waiting.append(self._submit(texts, batch_size, truncation, workers, alone))
+                is_last = not texts or read_error is not None
+                while len(waiting) > (0 if is_last or ahead == 1 else 1):
+                    yield from self._collect(waiting.popleft(), output)
                 if read_error is not None:
                     raise read_error
                 if not texts:
@@ -247,7 +245,9 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         """Tokenize texts and submit their batches to ``workers``; with None compute the batches at once."""
         windows, owners, truncated = self.preprocess(texts, **truncation)
         lengths = [len(window["input_ids"]) for window in windows]
-        batches = batches_by_length(lengths, batch_size, TOKENS_PER_BATCH.get(self.device.type, TOKENS_ELSEWHERE))
+        batches = batches_by_length(
+            lengths, batch_size, TOKENS_ON_CPU if self.device.type == "cpu" else TOKENS_ELSEWHERE
+        )
         outputs: list[Future] = []
         for batch in batches:
             length = padded_length(lengths[batch[0]], len(batch), self.tokenizer.model_max_length)
@@ -622,7 +622,7 @@ def read_text(item: Any, position: int) -> str:
     if not isinstance(text, str):
         kind = type(text if isinstance(item, Mapping) and "text" in item else item).__name__
         if isinstance(item, Mapping) and "text" not in item:
-            kind = f"a mapping with {', '.join(map(repr, item)) or 'nothing'}"
+            kind = f"a mapping with {', '.join(map(quote_name, item)) or 'nothing'}"
         raise ValueError(f"the item {where} is not a text but {kind}")
     if not text.strip():
         raise ValueError(f"the text {where} is empty")

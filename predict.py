@@ -26,7 +26,7 @@ from errors import InputError, exit_with_error, is_full_disk, one_line, requeste
 from prediction.input import read_records
 from prediction.model import DTYPES, Model, find_commit, read_costs
 from prediction.output import RestartableOutput
-from prediction.rows import OUTPUTS, output_kind
+from prediction.rows import OUTPUTS, file_name, output_kind
 from reading.rows import KINDS, has_surrogate
 from reading.sources import Source, find_all_sources
 
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     """Run the command, and return its exit code."""
     arguments = parse(argv)
     sources = find_inputs(arguments)
-    arguments.costs, costs = read_costs(arguments.costs)
+    arguments.costs, costs_description = read_costs(arguments.costs)
     output = RestartableOutput(arguments.output, output_kind(arguments.output, arguments.output_format))
     with output.lock():
         output.check(sources, arguments.overwrite)
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
             if arguments.overwrite:
                 output.delete()
             flags = {flag: value for flag, value in vars(arguments).items() if flag not in WITHOUT_EFFECT}
-            options = flags | {"costs": costs} | model.description
+            options = flags | {"costs": costs_description} | model.description
             with tqdm(unit=" rows", disable=None) as bar:
                 output.write_parts(chain([first], records), options, model.predict_blocks, partial(advance, bar))
         files = [{"name": source.name, "bytes": source.size} for source in sources]
@@ -96,10 +96,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--ray_gpus_per_actor", type=float, help=gpus)
     parser.error = refuse  # type: ignore[method-assign]
     arguments = parser.parse_args(argv)
-    name = Path(arguments.output.partition("?")[0])
+    name = file_name(arguments.output)
     if has_surrogate(arguments.output):  # pyarrow cannot write to it
         refuse(f"--output {arguments.output!a}: the name is not UTF-8")
-    if len(name.name.encode()) > 200:  # suffixes are added, and file systems allow 255 bytes
+    if len(Path(name).name.encode()) > 200:  # suffixes are added, and file systems allow 255 bytes
         refuse(f"--output {arguments.output}: the name is too long")
     if output_kind(arguments.output, arguments.output_format) not in OUTPUTS:
         refuse(f"--output {arguments.output}: its name must end in one of {suffixes}, or in / for a folder")
@@ -112,7 +112,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             refuse(f"--{flag} must be between 0 and 1, not {share}")
     if arguments.batch_size is not None and arguments.batch_size < 1:
         refuse(f"--batch_size must be at least 1, not {arguments.batch_size}")
-    if arguments.output_format and not arguments.output.partition("?")[0].endswith("/"):
+    if arguments.output_format and not name.endswith("/"):
         refuse(f"--output_format is for a folder, and --output {arguments.output} is a file: leave it out")
     cpus, gpus = arguments.ray_cpus_per_actor, arguments.ray_gpus_per_actor
     for flag, number in (("--ray_cpus_per_actor", cpus), ("--ray_gpus_per_actor", gpus)):

@@ -17,7 +17,7 @@ from huggingface_hub import CommitInfo, HfApi, RepoCard
 from huggingface_hub.utils import disable_progress_bars
 
 from checkpoint_files import CHECKPOINT_FILES, published_files, read_checkpoint
-from errors import InputError, exit_with_error, is_full_disk, one_line, requested_traceback
+from errors import ROOT, InputError, exit_with_error, is_full_disk, one_line, requested_traceback
 from publishing import card
 from publishing.export import export_merged, export_onnx
 from publishing.hub import (
@@ -31,7 +31,6 @@ from publishing.hub import (
     refuse_local_encoder,
 )
 
-ROOT = Path(__file__).parent
 SPACE_FOLDER = ROOT / "space"
 Files = dict[str, Path | bytes]
 

@@ -163,6 +163,7 @@ class Taxonomy:
         Rows have a column ``parent``, one called ``child``, ``name`` or ``node``, and possibly one called ``description``.
         """
         path = Path(path)
+        suffix = path.suffix.lower()
         try:
             text = path.read_text(encoding="utf-8-sig")
         except OSError as error:
@@ -170,14 +171,14 @@ class Taxonomy:
         except UnicodeDecodeError as error:
             raise TaxonomyError(f"the taxonomy {path} is not UTF-8 text: save it as UTF-8") from error
         try:
-            if path.suffix in (".yaml", ".yml"):
+            if suffix in (".yaml", ".yml"):
                 return cls(read_yaml(text), separator)
-            if path.suffix == ".json":
+            if suffix == ".json":
                 return cls(json.loads(text, object_pairs_hook=_unique), separator)
-            if path.suffix in (".csv", ".tsv"):
-                pairs, descriptions = _read_rows(text, "," if path.suffix == ".csv" else "\t")
+            if suffix in (".csv", ".tsv"):
+                pairs, descriptions = _read_rows(text, "," if suffix == ".csv" else "\t")
                 return cls.from_rows(pairs, separator, descriptions)
-            raise TaxonomyError(f"expected .yaml, .yml, .json, .csv or .tsv, not {path.suffix or 'no suffix'!r}")
+            raise TaxonomyError(f"expected .yaml, .yml, .json, .csv or .tsv, not {path.suffix!r}")
         except RecursionError as error:
             raise TaxonomyError(f"{path} is nested too deeply; at most {MAX_DEPTH} levels are supported") from error
         except ValueError as error:  # of ours, and JSON's

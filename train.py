@@ -1,7 +1,7 @@
 """Train a hierarchical classifier: ``python train.py [recipe.yaml] [--flag value …]``.
 
-Scores are of the checkpoint as a user loads it, over a full-precision encoder. The validation rows select it, then fit
-its lexical head, calibration and thresholds. ``--refit`` then trains a second model, on training and validation rows.
+Scores are of the checkpoint as a user loads it, over a full-precision encoder. The validation rows select it, then fit its
+calibration, its thresholds and the weight of its lexical head. ``--refit`` then trains a second model, on training and validation rows.
 """
 
 import dataclasses
@@ -76,8 +76,7 @@ def main(argv: list[str], prepare: Prepare = lambda trainer: trainer) -> None:
     # ── Data: read, check, split ─────────────────────────────────────────────────────────────────────────────────────
     trained_texts = resume.read_earlier_texts(source, resume_from)
     with training.main_process_first(desc="reading the data"):
-        taxonomy = stored_taxonomy if arguments.data.taxonomy is None else None
-        data = load_splits(arguments.data, training.seed, taxonomy, trained_texts)
+        data = load_splits(arguments.data, training.seed, stored_taxonomy, trained_texts)
     if stored and stored.is_multi_label != data.is_multi_label:
         kinds = "one label per text", f"any number of labels per text (--problem_type {MULTI_LABEL})"
         raise InputError(f"{source} is for {kinds[stored.is_multi_label]}, the data for {kinds[data.is_multi_label]}")
@@ -122,7 +121,8 @@ def refit(
         resume.check_resumed_data(resume_from, data.taxonomy, data.report)
     else:
         resume.check_refit_folder(training)
-        train(selection, data, trained_texts, resume_from, prepare, second_run=training)
+        first = dataclasses.replace(data, report={**data.report})  # a run adds to its report
+        train(selection, first, trained_texts, resume_from, prepare, second_run=training)
         PartialState().wait_for_everyone()  # one process writes metrics.json
     epochs = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["best_epoch"]
 
@@ -276,7 +276,7 @@ def score_and_calibrate(
         return as_trained | scores, logits
     if training.should_save:
         file = Path(training.output_dir) / "plots" / "reliability_diagram_uncalibrated.png"
-        _, *scored = report.reported_split(model.config, logits, splits)
+        _, *scored = report.reported_split(logits, splits)
         plots.write(plots.reliability_diagram(*scored), file)
     vocab_size, max_length = model.config.text_config.vocab_size, trainer.processing_class.model_max_length
     classifier = fit_classifier(taxonomy, splits["train"], vocab_size, arguments.model.lexical_head)

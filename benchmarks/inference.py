@@ -51,7 +51,7 @@ from checkpoint_files import ONNX_FILE, QUANTIZED_ONNX_FILE
 from checkpoint_hierarchical import load_encoder
 from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from pipeline_hierarchical import TOKENS_PER_BATCH, batches_by_length, padded_length
+from pipeline_hierarchical import TOKENS_ON_CPU, batches_by_length, padded_length
 from prediction.int8 import quantize, scales_of
 from prediction.model import KEPT_MEMORY
 from publishing.export import Logits, export_onnx, load_merged, quiet_logs
@@ -152,7 +152,7 @@ class OverBatches:
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
         encoded = self.tokenizer(texts, truncation=True, verbose=False)
-        batches = batches_by_length([len(ids) for ids in encoded["input_ids"]], None, TOKENS_PER_BATCH["cpu"])
+        batches = batches_by_length([len(ids) for ids in encoded["input_ids"]], None, TOKENS_ON_CPU)
         outputs = []
         for batch in batches:
             length = padded_length(len(encoded["input_ids"][batch[0]]), len(batch), self.tokenizer.model_max_length)

@@ -88,7 +88,7 @@ def fit_calibration(
         return loss + ((factors - mean) ** 2).sum() / (2 * prior**2)
 
     factors = minimize(neg_log_posterior, x0=mean, bounds=bounds, method="L-BFGS-B").x
-    common, weights = float(factors[0]), factors / factors[0]
+    common, weights = float(factors[0]), factors / factors[0]  # common · (encoder's scores + weight · lexical scores)
     temperatures, biases = [], np.zeros(taxonomy.num_nodes)
     for nodes, (scores, correct) in zip(taxonomy.decisions, taken, strict=True):
         inverse, biases[nodes] = fit_decision(scores @ weights, correct, prior, bias_prior, common)

@@ -46,7 +46,7 @@ def list_label_issues(taxonomy: Taxonomy, rows: Dataset, vocab_size: int) -> pd.
     labels, texts, names = label_arrays(rows), np.array(rows["text_id"]), taxonomy.labels
     logits = out_of_fold(taxonomy, token_counts(rows, vocab_size), labels, texts)
     judged = [] if logits is None else [*judge(taxonomy, logits, labels, texts)]
-    if logits is None or not judged:
+    if not judged:
         return pd.DataFrame(columns=COLUMNS)
     issues = rank_issues(taxonomy, judged, logits, labels)
     issues = issues[~np.array(rows["moved"])[issues["index"]]]  # whose numbers are those of another file
@@ -154,12 +154,15 @@ def judge(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray, texts: np.
     from cleanlab.filter import find_label_issues  # imported here: it takes a second
 
     for decision, choices, rows, given, scores in each_decision(taxonomy, logits, labels):
-        chosen = np.unique(np.stack([given, texts[rows]]), axis=1)[0]  # by each text
-        kept = np.flatnonzero(np.bincount(chosen, minlength=len(choices)) >= FOLDS)
+        # ── Choices with enough texts, and the rows that were given one of them ──
+        num_texts = np.bincount(np.unique(np.stack([given, texts[rows]]), axis=1)[0], minlength=len(choices))
+        kept = np.flatnonzero(num_texts >= FOLDS)
         if len(kept) < 2:
             continue
         judged = np.isin(given, kept)
         label, probabilities = np.searchsorted(kept, given[judged]), softmax(scores[judged][:, kept], axis=1)
+
+        # ── The mislabelled rows, and their best other choice ──
         issues = np.flatnonzero(find_label_issues(label, probabilities, filter_by=FILTER, n_jobs=1))
         places, label, probabilities = np.arange(len(issues)), label[issues], probabilities[issues]
         others = probabilities.copy()

@@ -48,7 +48,7 @@ def token_counts(rows: Dataset, vocab_size: int) -> csr_matrix:
 class LexicalClassifier:
     """Logistic regression over TF-IDF: multinomial over the leaves, or for multi-label models binary for each node.
 
-    ``counts`` are (num_rows, V), and ``labels`` node ids (num_rows,), of which leaves count, or arrays (num_rows, num_nodes):
+    ``counts`` are (num_rows, V), and ``labels`` node ids (num_rows,), where only leaves count, or arrays (num_rows, num_nodes):
     1, 0, or -100 for unknown. The attribute ``weight`` is (num_classes, V), and ``bias`` (num_classes,).
     """
 

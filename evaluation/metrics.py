@@ -71,12 +71,15 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
             return np.exp(_logsumexp(logits, leaves_under[nodes]) - total)
 
         def calibration_errors(level: int) -> tuple[float, float]:
-            # of the tree truncated below the level: a path that ends above stands for its last node
-            true, nodes = (np.where(paths[ids, level] >= 0, paths[ids, level], ids) for ids in (labels, predictions))
-            known = np.where(beyond & (levels[nodes] > levels[labels]), at_label, nodes)
-            confidence, of_known = probability(nodes), probability(known)
-            correct = np.where(known == true, confidence / of_known, 0.0)
-            bins = calibration_bins(confidence, correct, variance=confidence**2 * (1 / of_known - 1))
+            # in the tree truncated below the level, a path that ends above stands for its last node
+            true, predicted = (
+                np.where(paths[ids, level] >= 0, paths[ids, level], ids) for ids in (labels, predictions)
+            )
+            # below a label that is an inner node, the correct node is unknown: judge the prediction at the label
+            judged = np.where(beyond & (levels[predicted] > levels[labels]), at_label, predicted)
+            confidence, p_judged = probability(predicted), probability(judged)
+            correct = np.where(judged == true, confidence / p_judged, 0.0)
+            bins = calibration_bins(confidence, correct, variance=confidence**2 * (1 / p_judged - 1))
             return expected_calibration_error(bins), calibration_error_by_chance(bins)
 
         # ── All levels at once ───────────────────────────────────────────────────────────────────────────────────────
@@ -198,14 +201,17 @@ def per_class_report(
         return [], {}
     counts, intervals = confusion_counts(chosen, labels), bootstrap_intervals(labels, chosen)
     precision, recall = counts[0] / np.maximum(counts[1:], 1)
-    columns = (precision, recall, np.nan_to_num(node_f1(counts)))
+    columns = (names, counts[2], precision, recall, np.nan_to_num(node_f1(counts)), intervals["f1"].T)
     rows = [
         {
-            **{"label": name, "support": int(support)},
-            **dict(zip(("precision", "recall", "f1"), map(float, scores), strict=True)),
+            "label": name,
+            "support": int(support),
+            "precision": float(p),
+            "recall": float(r),
+            "f1": float(f1),
             "f1_interval": ends.tolist() if np.isfinite(ends).all() else None,
         }
-        for name, support, ends, *scores in zip(names, counts[2], intervals["f1"].T, *columns, strict=True)
+        for name, support, p, r, f1, ends in zip(*columns, strict=True)
     ]
     return rows, {name: intervals[name].tolist() for name in ("micro_f1", "macro_f1")}
 

@@ -55,7 +55,7 @@ STRENGTHS = (math.inf, 100, 50, 20, 10, 5, 2, 0)  # of the shrinkage of threshol
 REPEATS = 6  # of the cross-validation that chooses among them; with one, chance decides
 
 
-# Calibration
+# ── Calibration ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def map_estimate(features: np.ndarray, true: np.ndarray, mean: np.ndarray, bound
     return minimize(neg_log_posterior, x0=mean, jac=True, bounds=bounds, method="L-BFGS-B").x
 
 
-# Thresholds
+# ── Thresholds ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def predict_nodes(
@@ -203,22 +203,22 @@ def shrunk_thresholds(
     common = best_threshold(u[known], true[known])
     if common is None:
         return dict.fromkeys(strengths, np.full(taxonomy.num_nodes, 0.5))
-    positives = true.sum(axis=0)
-    of_leaves = [
-        best_threshold(u[rows, node], true[rows, node]) for node, rows in enumerate(known.T[: taxonomy.num_leaves])
-    ]
 
+    def own_threshold(node: int, forced: np.ndarray) -> float | None:
+        free, forced = known[:, node] & ~forced, known[:, node] & forced
+        counts = np.count_nonzero(forced), np.count_nonzero(true[forced, node])
+        return best_threshold(u[free, node], true[free, node], *counts)
+
+    positives, none = true.sum(axis=0), np.zeros(len(u), dtype=bool)
+    of_leaves = [own_threshold(leaf, none) for leaf in range(taxonomy.num_leaves)]  # the same for all strengths
     fitted = {}
     for strength in strengths:
         thresholds, chosen = np.full(taxonomy.num_nodes, common), np.zeros(u.shape, dtype=bool, order="F")
         for node in deepest_first(taxonomy):
-            rows, forced = known[:, node], chosen[:, taxonomy.children(node)].any(axis=1)
+            forced = chosen[:, taxonomy.children(node)].any(axis=1)  # a chosen child brings its parent
             if math.isfinite(strength):
-                own = of_leaves[node] if node < taxonomy.num_leaves else best_threshold(
-                    u[rows & ~forced, node], true[rows & ~forced, node],
-                    np.count_nonzero(rows & forced), np.count_nonzero(true[forced, node]),
-                )  # fmt: skip
-                if own is not None and positives[node]:
+                own = of_leaves[node] if node < taxonomy.num_leaves else own_threshold(node, forced)
+                if own is not None:
                     total = positives[node] + strength
                     thresholds[node] = (positives[node] * own + strength * common) / total
             chosen[:, node] = forced | (u[:, node] >= thresholds[node])
@@ -226,7 +226,7 @@ def shrunk_thresholds(
     return fitted
 
 
-# Answers with a guaranteed recall
+# ── Answers with a guaranteed recall ─────────────────────────────────────────────────────────────────────────────────
 
 
 def fit_recall_thresholds(u: np.ndarray, labels: np.ndarray) -> tuple[list[float | None], int]:
@@ -245,14 +245,15 @@ def fit_recall_thresholds(u: np.ndarray, labels: np.ndarray) -> tuple[list[float
     rows, nodes = np.nonzero(true)
     probabilities = expit(u[rows, nodes].astype(np.float64))
     order = np.argsort(probabilities)
-    # losses in units of which each true node of any text is a whole number; the loss of a text that misses all is `whole`
+    # in integers, so that sums are exact: a text that misses all its s nodes costs `whole`, and each of them whole // s
     whole = math.lcm(*np.unique(sizes[sizes > 0]).tolist())
     losses = list(accumulate(whole // size for size in sizes[rows[order]].tolist()))  # at t just above each probability
 
     thresholds: list[float | None] = []
     for percent in range(1, 100):
-        budget = ((100 - percent) * (num_texts + 1) - 100) * whole // 100
-        thresholds.append(None if budget < 0 else -round_up(-probabilities[order[bisect_right(losses, budget)]]))
+        allowed = ((100 - percent) * (num_texts + 1) - 100) * whole // 100  # the greatest sum of losses
+        place = bisect_right(losses, allowed)  # of the first node that must not be missed
+        thresholds.append(None if allowed < 0 else -round_up(-probabilities[order[place]]))
     return thresholds, num_texts
 
 
@@ -270,7 +271,7 @@ def recall_scores(u: np.ndarray, labels: np.ndarray, threshold: float | None) ->
     return {"recall": float(recall.mean()), "nodes": float(answers.sum(axis=1).mean())}
 
 
-# Metrics
+# ── Metrics ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def build_multi_label_metrics(
@@ -308,8 +309,10 @@ def build_multi_label_metrics(
         counts, has_known = confusion_counts(chosen, labels), known.any(axis=1)
         leaves, of_texts = counts[:, : taxonomy.num_leaves], confusion_counts(chosen[has_known].T, labels[has_known].T)
         metrics = {
-            **{"micro_f1": micro_f1(counts), "macro_f1": macro_f1(counts)},
-            **{"leaf_micro_f1": micro_f1(leaves), "leaf_macro_f1": macro_f1(leaves)},
+            "micro_f1": micro_f1(counts),
+            "macro_f1": macro_f1(counts),
+            "leaf_micro_f1": micro_f1(leaves),
+            "leaf_macro_f1": macro_f1(leaves),
             "example_f1": float(np.nan_to_num(node_f1(of_texts), nan=1.0).mean()),
         }
         occurring = np.flatnonzero(true.any(axis=0))

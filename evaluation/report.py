@@ -236,9 +236,7 @@ def predict_with_stored_thresholds(config: HierarchicalConfig, logits: np.ndarra
     return predict_nodes(config.tree, expit(logits.astype(np.float64)), config.node_thresholds or DEFAULT_THRESHOLD)
 
 
-def reported_split(
-    config: HierarchicalConfig, logits: dict[str, np.ndarray], splits: DatasetDict
-) -> tuple[str, np.ndarray, np.ndarray]:
+def reported_split(logits: dict[str, np.ndarray], splits: DatasetDict) -> tuple[str, np.ndarray, np.ndarray]:
     """Return the split that plots and class scores show, test before validation: its name, logits and labels."""
     split = "test" if "test" in logits else "validation"
     return split, logits[split], label_arrays(splits[split])
@@ -251,7 +249,7 @@ def class_scores(config: HierarchicalConfig, logits: dict[str, np.ndarray], spli
     """
     if not logits:
         return {}
-    split, scores, labels = reported_split(config, logits, splits)
+    split, scores, labels = reported_split(logits, splits)
     if config.is_multi_label:
         rows, intervals = per_class_report(config.tree.labels, labels, predict_with_stored_thresholds(config, scores))
     else:
@@ -270,7 +268,7 @@ def draw_plots(
     """Draw the split of `reported_split`: the reliability diagram; and confusion matrices, or precision, recall and F1."""
     if not logits:
         return
-    _, scores, labels = reported_split(config, logits, splits)
+    _, scores, labels = reported_split(logits, splits)
     if config.is_multi_label:
         plots.write(plots.f1_by_frequency(per_class), folder / "f1_by_frequency.png")
         plots.write(plots.precision_and_recall(config.tree, scores, labels), folder / "precision_recall.png")

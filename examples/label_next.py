@@ -1,4 +1,4 @@
-"""Print the rows of which the model is least certain, as CSV, the least certain first:
+"""Print the rows that the model is least certain about, as CSV, the least certain first:
 
     python examples/label_next.py predictions.jsonl --count 200 --input texts.csv > next.csv
 
@@ -8,6 +8,7 @@ run, each row comes with its text. Files are read as streams, so memory holds no
 
 import argparse
 import csv
+import glob
 import heapq
 import sys
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("--text_column", help="as for predict.py")
     arguments = parser.parse_args()
     folder = arguments.predictions.endswith("/")
-    outputs = find_sources(f"{arguments.predictions}part-*" if folder else arguments.predictions)
+    outputs = find_sources(f"{glob.escape(arguments.predictions)}part-*" if folder else arguments.predictions)
     inputs = find_all_sources(arguments.input)
     largest = heapq.nlargest(arguments.count, uncertainties(outputs))
     rows = {-negative: uncertainty for uncertainty, negative in largest}

@@ -33,6 +33,7 @@ class Model:
 
     Args:
         arguments: the flags of predict.py; ``revision`` is a commit, or None for a folder.
+        gpu: whether to load the model on the GPU.
 
     Attributes:
         rows: the format of the output rows.
@@ -165,7 +166,7 @@ def choose_dtype(gpu: bool) -> str:
     """Return the name of the fastest dtype on this machine."""
     if has_bf16(cpu=not gpu):
         return "bf16"
-    return "int8" if has_int8_products() and not gpu else "fp32"
+    return "int8" if not gpu and has_int8_products() else "fp32"
 
 
 def operation_dtype(dtype: str) -> torch.dtype:

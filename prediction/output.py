@@ -24,6 +24,7 @@ from typing import Any
 
 from errors import InputError
 from prediction.input import Record
+from prediction.rows import file_name
 from prediction.storage import Bucket, Disk
 from reading.sources import Source
 from reading.stores import connect, is_url
@@ -60,7 +61,7 @@ class RestartableOutput:
     """
 
     def __init__(self, name: str, kind: str):
-        self.is_folder, self.kind = name.partition("?")[0].endswith("/"), kind
+        self.is_folder, self.kind = file_name(name).endswith("/"), kind
         name = name.removeprefix("file://")
         if is_url(name):
             filesystem, name = connect(name)

@@ -113,7 +113,7 @@ class RayJob:
     def predict_blocks(self, blocks: Iterator[Block]) -> Iterator[tuple[Block, Rows]]:
         """Yield each block with its output rows, as they are finished. Blocks of lost actors go to others."""
         while True:
-            for depth in range(BLOCKS_AHEAD):
+            for depth in range(BLOCKS_AHEAD):  # first one block for every actor, then a second one
                 for actor, tasks in self._actors.items():
                     if len(tasks) == depth and self._has_waiting_block(blocks):
                         self._submit(actor, self._waiting.popleft())

@@ -18,6 +18,7 @@ import pyarrow
 import pyarrow.parquet
 
 from prediction.input import Record
+from reading.stores import is_url
 
 TASKS = ".tasks.json"
 OUTPUTS = (".jsonl", ".csv", ".parquet", TASKS)
@@ -26,7 +27,7 @@ SEPARATORS = {"path": " > ", "answer": " | ", "labels": "; ", "scores": "; "}  #
 
 
 class RowFormat:
-    """The columns of an output.
+    """Build the rows of an output, and write them to files.
 
     Args:
         by_id: whether a row holds its record's id in place of its number.
@@ -161,9 +162,14 @@ def entropy_term(share: float) -> float:
     return -share * math.log(share) if 0 < share < 1 else 0.0
 
 
+def file_name(output: str) -> str:
+    """Return the name of an output; of a URL, the part before its query."""
+    return output.partition("?")[0] if is_url(output) else output
+
+
 def output_kind(output: str, output_format: str | None) -> str:
     """Return the suffix of the output's file, or of the files in its folder."""
-    name = output.partition("?")[0]
+    name = file_name(output)
     if name.endswith("/"):
         return f".{output_format or 'parquet'}"
     return TASKS if name.endswith(TASKS) else Path(name).suffix

@@ -135,7 +135,11 @@ def collect_facts(
     start = settings.get("model_name_or_path")
     shown = {name: value for name, value in settings.items() if value is not None and name not in NOT_SHOWN}
     facts = {
-        **{"config": config, "settings": settings, "report": report, "metrics": metrics, "tree": tree},
+        "config": config,
+        "settings": settings,
+        "report": report,
+        "metrics": metrics,
+        "tree": tree,
         "encoder": None if local else config.encoder_name_or_path,
         "form": adapter if config.adapter_subfolder else WHOLE_MODEL_SENTENCE,
         "drawn": "\n".join(drawn[:NODES_SHOWN]),
@@ -171,7 +175,8 @@ def collect_facts(
     leaf_rows = 0 if config.is_multi_label else sum(row["support"] for row in classes)
     titles = {f"{prefix}_{name}": f"{split} {names[name][1]}" for split, prefix in PREFIXES.items() for name in names}
     return facts | {
-        **{"scores": scores, "names": names},
+        "scores": scores,
+        "names": names,
         "unverified": report.get("trained_before", {}).get("scores") == "unverified",
         "best_split": best_split,
         "scored_rows": ", ".join(f"{splits[split]['rows']:,} {split} rows" for split in scores if split in splits),

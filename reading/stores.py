@@ -27,7 +27,7 @@ def connect(url: str) -> tuple[Any, str]:
     scheme, _, rest = url.partition("://")
     if ":" in rest.partition("/")[0].rpartition("@")[0]:
         raise InputError(f"{scheme}://...: give credentials in the environment, not in the URL")
-    with as_input_error(url):
+    with store_errors(url):
         try:  # "[" and blanks are not allowed in a URI; fsspec, which serves hf://, takes names as they are
             location, mark, query = url.partition("?")
             quoted = quote(location, safe="/:@=&*,+~") + mark + quote(query, safe="/:@?=&%*,+~")
@@ -63,7 +63,7 @@ def find_files(url: str) -> tuple[Any, list[tuple[str, int]], bool]:
 
     filesystem, shown = connect(url)
     scheme, path = shown.partition("://")[0], path_of(shown)
-    with as_input_error(url):
+    with store_errors(url):
         info = filesystem.get_file_info(path)
         if info.type == FileType.Directory:
             found = filesystem.get_file_info(FileSelector(path))
@@ -99,7 +99,7 @@ def matches(names: list[str], pattern: list[str]) -> bool:
 def open_stream(filesystem: Any, url: str, seekable: bool) -> Iterator["Stream"]:
     """Open a file for reading, in large requests unless it has to be seekable."""
     path = path_of(url)
-    with as_input_error(url):
+    with store_errors(url):
         if seekable:
             file = filesystem.open_input_file(path)
         else:
@@ -119,7 +119,7 @@ class Stream:
         return self._num_read
 
     def read(self, size: int = -1) -> bytes:
-        with as_input_error(self._url):
+        with store_errors(self._url):
             content = self._file.read(None if size < 0 else size)
         self._num_read += len(content)
         return content
@@ -132,7 +132,7 @@ class Stream:
 
 
 @contextmanager
-def as_input_error(url: str) -> Iterator[None]:
+def store_errors(url: str) -> Iterator[None]:
     """Convert what a store raises into an InputError. Its messages are long, but name bucket, cause and request."""
     try:
         yield

@@ -98,7 +98,7 @@ class IntegrationPath(nn.Module):
         self.model, self.inputs, self.on_point = [model], inputs, on_point  # in a list, so that it is no submodule
         self.embeddings, self.lexical_head = [model.get_input_embeddings()], [model.heads.lexical]
         self.log_odds = model.config.problem_type == "multi_label_classification"
-        self.vectors, self.contributions = nn.Identity(), nn.Identity()  # the layers of which captum takes gradients
+        self.vectors, self.contributions = nn.Identity(), nn.Identity()  # captum takes gradients at these layers
         with torch.no_grad():
             self.first = self.embeddings[0](blank_ids).float()  # (1, T, H); in half precision the steps would be lost
             self.span = self.embeddings[0](inputs["input_ids"]).float() - self.first

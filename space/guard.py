@@ -2,10 +2,10 @@
 
 Worth knowing:
 
-1. Routes of gradio that the page does not use reply 404. One writes a session to the disk (``deep_link``), others fetch
-   for the client (``proxy=``, ``file=http…``) or accept recordings.
-2. An upload of more than `MAX_UPLOAD` bytes, and any other request of more than `MAX_BODY`, replies 413. The rest of its
-   body is not read.
+1. Routes of gradio that the page does not use are answered with 404. One writes a session to the disk (``deep_link``),
+   others fetch for the client (``proxy=``, ``file=http…``) or accept recordings.
+2. An upload of more than `MAX_UPLOAD` bytes, and any other request of more than `MAX_BODY`, is answered with 413. The rest
+   of its body is not read.
 3. The content of requests is never inspected. gradio downloads a URL that stands where a file is expected:
    `harden_gradio` refuses it.
 """

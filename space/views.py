@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 from attribution import LOG_ODDS, Explanation
@@ -29,6 +29,8 @@ HEADING, ROW = 34, 27  # pixels
 TEXT = {"xanchor": "left", "xshift": 3, "yanchor": "middle", "align": "left", "showarrow": False}
 LEAST_SHARE = 0.01  # of the icicle; smaller nodes are merged as "others"
 LONGEST_LABEL = 34
+PROBLEMS = 200  # most that are shown
+FIRST = ("results", "limits", "licence", "license")  # sections of the card
 NOT_A_DEVICE = "Not a medical device. Not for diagnosis, treatment or any decision about a patient."
 # the HTML component of gradio would fill braces as templates in the browser
 BRACES = str.maketrans({"{": "&#123;", "}": "&#125;", "$": "&#36;", "`": "&#96;"})
@@ -41,10 +43,11 @@ def plain(value: Any) -> str:
     return escape(CONTROLS.sub("\ufffd", str(value))).translate(BRACES)
 
 
-def label(name: str, longest: int = LONGEST_LABEL) -> str:
+def plotly_text(name: str) -> str:
     """Shorten a name, and escape it for plotly."""
     name = TURNS.sub("", CONTROLS.sub("\ufffd", name))
-    return escape(name if len(name) <= longest else name[: longest - 1] + "…", quote=False).replace("$", "&#36;")
+    short = name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…"
+    return escape(short, quote=False).replace("$", "&#36;")
 
 
 def percent(share: float) -> str:
@@ -91,21 +94,21 @@ def predicted(node: dict[str, Any], descriptions: dict[str, str]) -> str:
     """Render a predicted node, its description, its probability and its path."""
     description = descriptions.get(node["label"])
     described = f"<p class='note'>{plain(description)}</p>" if description else ""
-    path = "".join(f"<li>{name(step['label'])} <b>{percent(step['score'])}</b></li>" for step in node["path"])
+    path = "".join(f"<li>{name_html(step['label'])} <b>{percent(step['score'])}</b></li>" for step in node["path"])
     return (
-        f"<p class='class'>{name(node['label'])}</p>{described}"
+        f"<p class='class'>{name_html(node['label'])}</p>{described}"
         f"<p class='certainty'><span class='meter' aria-hidden='true'><span style='width:{100 * node['score']:.1f}%'></span>"
         f"</span>{percent(node['score'])} probability</p><ol class='path' aria-label='Path through the taxonomy'>{path}</ol>"
     )
 
 
 def coverage_answer(coverage: float, nodes: list[Node]) -> str:
-    names = " or ".join(f"<b>{name(node['label'])}</b>" for node in nodes)
+    names = " or ".join(f"<b>{name_html(node['label'])}</b>" for node in nodes)
     return f"For {coverage:.0%} coverage: {names}"
 
 
 def recall_answer(recall: float, nodes: list[Node]) -> str:
-    names = enumerated([f"<b>{name(node['label'])}</b>" for node in nodes], ", ")
+    names = enumerated([f"<b>{name_html(node['label'])}</b>" for node in nodes], ", ")
     return f"For {recall:.0%} recall: {names or 'no node'}"
 
 
@@ -144,7 +147,7 @@ def panel(content: str, role: str = "status") -> str:
     return f"<section class='panel' role='{role}' aria-live='polite'>{content}</section>"
 
 
-def name(text: str) -> str:
+def name_html(text: str) -> str:
     return f"<bdi>{plain(text)}</bdi>"
 
 
@@ -162,11 +165,11 @@ def bars(levels: list[dict[str, float]], path: list[str]) -> go.Figure:
     for depth, level in enumerate(shown, start=1):
         order = sorted(level, key=lambda node: -level[node])
         count = BARS if len(order) > BARS + 1 else len(order)  # the last row is a node, or all others
-        rows = [(label(node), level[node], node in path) for node in order[:count]]
+        rows = [(plotly_text(node), level[node], node in path, 0) for node in order[:count]]
         if order[count:]:
-            rows.append((f"{len(order) - count:,} others", sum(level[node] for node in order[count:]), False))
+            rows.append((f"{len(order) - count:,} others", sum(level[node] for node in order[count:]), False, 0))
         figure.add_annotation(text=f"<b>Level {depth}</b>", y=top + 20, x=0, **TEXT)
-        draw_rows(figure, [(text, score, marked, 0) for text, score, marked in rows], top + HEADING, bool(path))
+        draw_rows(figure, rows, top + HEADING, bool(path))
         top += HEADING + ROW * len(rows)
     return dress_rows(figure, height)
 
@@ -216,7 +219,12 @@ def tree(nodes: list[tuple[str, int]], scores: dict[str, float] | None, chosen: 
     shown, others = set(order[:count]), order[count:]
     height = ROW * min(len(nodes), TREE_ROWS + 1) + 8
     rows = [
-        (f"✓ {label(node)}" if node in chosen else label(node), known.get(node, 0.0), node in chosen, level - 1)
+        (
+            f"✓ {plotly_text(node)}" if node in chosen else plotly_text(node),
+            known.get(node, 0.0),
+            node in chosen,
+            level - 1,
+        )
         for node, level in nodes
         if (node, level) in shown
     ]
@@ -241,22 +249,22 @@ def icicle(levels: list[dict[str, float]], parents: dict[str, str], path: list[s
     for node, parent in parents.items():
         children.setdefault(parent, []).append(node)
     boxes = list(lay_out(children, scores, set(path), "", 0, 0.0))
-    dark = [score > 0.775 for *_, score, _ in boxes]  # so that each contrast is at least 4.5
+    rights = [len(levels) if box.is_leaf else box.level + 1 for box in boxes]  # a leaf reaches to the right edge
     figure = go.Figure(
         go.Bar(
-            # a leaf reaches to the right edge
-            x=[(level + (len(levels) if ends else level + 1)) / 2 for level, _, _, _, ends in boxes],
-            width=[(len(levels) if ends else level + 1) - level for level, _, _, _, ends in boxes],
-            base=[low for _, low, _, _, _ in boxes],
-            y=[score for _, _, _, score, _ in boxes],
-            text=[f"{text} {percent(score)}" for _, _, text, score, _ in boxes],
+            x=[(box.level + right) / 2 for box, right in zip(boxes, rights, strict=True)],
+            width=[right - box.level for box, right in zip(boxes, rights, strict=True)],
+            base=[box.low for box in boxes],
+            y=[box.score for box in boxes],
+            text=[f"{box.text} {percent(box.score)}" for box in boxes],
             textposition="inside",
             insidetextanchor="middle",
             textangle=0,
-            textfont={"color": ["#FFFFFF" if is_dark else "#000000" for is_dark in dark], "size": 13},
-            hovertext=[f"{text}: {percent(score)}" for _, _, text, score, _ in boxes],
+            # each contrast is at least 4.5
+            textfont={"color": ["#FFFFFF" if box.score > 0.775 else "#000000" for box in boxes], "size": 13},
+            hovertext=[f"{box.text}: {percent(box.score)}" for box in boxes],
             hoverinfo="text",
-            marker={"color": [shade(score) for *_, score, _ in boxes], "line": {"width": 1.5, "color": "#FFFFFF"}},
+            marker={"color": [shade(box.score) for box in boxes], "line": {"width": 1.5, "color": "#FFFFFF"}},
         )
     )
     figure.update_xaxes(range=[0, len(levels)], visible=False, fixedrange=True)
@@ -265,10 +273,20 @@ def icicle(levels: list[dict[str, float]], parents: dict[str, str], path: list[s
     return dress(figure, min(130 + 26 * num_leaves, 440)).update_layout(uniformtext={"minsize": 8, "mode": "hide"})
 
 
+class Box(NamedTuple):
+    """A box of an icicle: level from 0, lower end, text, probability, and whether nothing is drawn below the node."""
+
+    level: int
+    low: float
+    text: str
+    score: float
+    is_leaf: bool
+
+
 def lay_out(
     children: dict[str, list[str]], scores: dict[str, float], path: set[str], parent: str, level: int, low: float
-) -> Iterator[tuple[int, float, str, float, bool]]:
-    """Yield the boxes of an icicle below a node: level from 0, lower end, text, probability, and whether it is a leaf.
+) -> Iterator[Box]:
+    """Yield the boxes of an icicle below a node.
 
     Args:
         low: lower end of the first box.
@@ -277,12 +295,12 @@ def lay_out(
     others = [node for node in below if scores[node] < LEAST_SHARE and node not in path]
     for node in below:
         if node not in others:
-            yield level, low, label(node), scores[node], node not in children
+            yield Box(level, low, plotly_text(node), scores[node], node not in children)
             yield from lay_out(children, scores, path, node, level + 1, low)
             low += scores[node]
     if others:
         rest = sum(scores[node] for node in others)
-        yield level, low, f"{len(others):,} other{'s' if len(others) > 1 else ''}", rest, True
+        yield Box(level, low, f"{len(others):,} other{'s' if len(others) > 1 else ''}", rest, True)
 
 
 def shade(score: float) -> str:
@@ -355,7 +373,7 @@ def words(text: str, explanation: Explanation, in_log_odds: bool = False) -> str
     best = [word for word in ranked if word["weight"] > 0][:8]
     worst = [word for word in ranked[::-1] if word["weight"] < 0][:8]
     return panel(
-        f"<h3>Words for and against {name(explanation['label'])}</h3>"
+        f"<h3>Words for and against {name_html(explanation['label'])}</h3>"
         f"<p class='note'>The probability is {percent(blank_score)} for a blank text of this length, and <b>{percent(score)}</b> "
         f"for this text. The weights of words and special tokens, in {of_words}, add up to the difference, {written(difference)}, with a "
         f"convergence error of {written(error)}{share}.</p>{warning}"
@@ -371,7 +389,7 @@ def words(text: str, explanation: Explanation, in_log_odds: bool = False) -> str
 
 def ranking(title: str, some: list[dict], written: Callable[[float], str]) -> str:
     rows = "".join(
-        f"<tr><th scope='row'>{name(word['word'])}</th><td>{written(word['weight'])}</td></tr>" for word in some
+        f"<tr><th scope='row'>{name_html(word['word'])}</th><td>{written(word['weight'])}</td></tr>" for word in some
     )
     rows = rows or "<tr><td colspan='2'>none</td></tr>"
     return f"<table><caption>{title}</caption><tbody>{rows}</tbody></table>"
@@ -396,9 +414,6 @@ def note(text: str) -> str:
     return f"<p class='note ended' role='status' aria-live='polite'>{plain(text)}</p>"
 
 
-PROBLEMS = 200  # most that are shown
-
-
 def preview(records: list[dict[str, Any]]) -> str:
     """Render rows that were classified, with the beginnings of their texts."""
     heads = ("line", "text", "most probable class", "probability", "answer for the coverage")
@@ -406,9 +421,9 @@ def preview(records: list[dict[str, Any]]) -> str:
         (
             record["line"],
             beginning(record["text"]),
-            name(record["predicted"]),
+            name_html(record["predicted"]),
             percent(record["probability"]),
-            " or ".join(name(node) for node in record["answer"] or []) or "–",
+            " or ".join(name_html(node) for node in record["answer"] or []) or "–",
         )
         for record in records
     )
@@ -422,11 +437,11 @@ def labels_preview(records: list[dict[str, Any]]) -> str:
             record["line"],
             beginning(record["text"]),
             "; ".join(
-                f"{name(label)} {percent(score)}"
+                f"{name_html(label)} {percent(score)}"
                 for label, score in zip(record["labels"], record["scores"], strict=True)
             )
             or "no label",
-            enumerated([name(node) for node in record["answer"] or []], "; ") or "–",
+            enumerated([name_html(node) for node in record["answer"] or []], "; ") or "–",
         )
         for record in records
     )
@@ -436,7 +451,7 @@ def labels_preview(records: list[dict[str, Any]]) -> str:
 
 
 def beginning(text: str) -> str:
-    return name(text if len(text) <= 160 else text[:159] + "…")
+    return name_html(text if len(text) <= 160 else text[:159] + "…")
 
 
 def problems(records: list[dict[str, Any]]) -> str:
@@ -459,9 +474,6 @@ def grid(heads: tuple[str, ...], rows: Iterable[tuple[Any, ...]], empty: str) ->
 
 
 # ── The model ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-FIRST = ("results", "limits", "licence", "license")
 
 
 def card_parts(card: str) -> tuple[str, str]:
@@ -487,7 +499,9 @@ def licence(card: str) -> str:
 
 def facts(known: dict[str, str]) -> str:
     """Render the facts of a model as a table."""
-    rows = "".join(f"<tr><th scope='row'>{plain(key)}</th><td>{name(value)}</td></tr>" for key, value in known.items())
+    rows = "".join(
+        f"<tr><th scope='row'>{plain(key)}</th><td>{name_html(value)}</td></tr>" for key, value in known.items()
+    )
     return f"<table class='facts'><caption class='hidden'>The model</caption><tbody>{rows}</tbody></table>"
 
 

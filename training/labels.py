@@ -112,7 +112,7 @@ def resolve_labels(
 ) -> tuple[Taxonomy, str, dict[Label, int]]:
     """Return the taxonomy, a phrase that tells its origin, and the node id of each label.
 
-    ``places`` are the first occurrences of the labels, for messages. A checkpoint's ``taxonomy`` is kept.
+    ``places`` are the first occurrences of the labels, for messages. A checkpoint's ``taxonomy`` is kept without --taxonomy.
     """
     where = f"column {quote_name(' '.join(columns))}"
     if not places and taxonomy is None:
@@ -125,14 +125,14 @@ def resolve_labels(
     separator = arguments.label_separator
 
     # ── Choose the taxonomy ──────────────────────────────────────────────────────────────────────────────────────────
-    if taxonomy is not None:
-        origin = "the checkpoint's"
-    elif arguments.taxonomy is not None:
+    if arguments.taxonomy is not None:
         origin = f"from {arguments.taxonomy}"
         try:
             taxonomy = Taxonomy.from_file(arguments.taxonomy, separator)
         except TaxonomyError as error:
             raise InputError(f"--taxonomy: {error}") from error
+    elif taxonomy is not None:
+        origin = "the checkpoint's"
     elif _has_all_labels(default := Taxonomy(DEFAULT_TAXONOMY, separator), names.values()):
         taxonomy, origin = default, "the default, of the Medical Abstracts corpus"
     else:

@@ -130,11 +130,9 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
 def change_taxonomy(model: HierarchicalForSequenceClassification, taxonomy: Taxonomy) -> None:
     """Replace a model's heads by heads for another taxonomy. Nodes whose path the old taxonomy has keep theirs."""
     old, old_heads, config = model.config.tree, model.heads, model.config
-    classes = taxonomy.labels if config.is_multi_label else taxonomy.labels[: taxonomy.num_leaves]
-    config.taxonomy, config.label_separator = taxonomy.to_nested(), taxonomy.separator
-    config.id2label = dict(enumerate(classes))
-    config.label2id = {label: i for i, label in enumerate(classes)}
-    model.num_labels = len(classes)
+    target = HierarchicalConfig(taxonomy=taxonomy, problem_type=config.problem_type)
+    for name in ("taxonomy", "label_separator", "id2label", "label2id"):
+        setattr(config, name, getattr(target, name))
     model.heads = HierarchicalHeads(config).to(old_heads.weight.device)
     model._init_weights(model.heads)  # initialize_weights() would draw a new adapter as well
     old_id = {old.path_names(i): i for i in range(old.num_nodes)}

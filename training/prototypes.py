@@ -78,16 +78,16 @@ def choose_names(trainer: HierarchicalTrainer, rows: Dataset) -> Names:
     tree, heads, classes = model.config.tree, model.heads, model.config.num_labels
     # ── Names, with and without descriptions ─────────────────────────────────────────────────────────────────────────
     phrases = [label.replace(tree.separator, " ") for label in tree.labels[:classes]]
-    known = [tree.descriptions.get(label) for label in tree.labels[:classes]]
-    alone = "the training texts alone: the class names do not fit them; --class_names gives better ones"
-    tried = [
-        Names(alone, phrases, [0.0] * classes),
+    descriptions = [tree.descriptions.get(label) for label in tree.labels[:classes]]
+    texts_only = "the training texts alone: the class names do not fit them; --class_names gives better ones"
+    candidates = [
+        Names(texts_only, phrases, [0.0] * classes),
         Names("the training texts and the class names", phrases, [NAME_WEIGHT] * classes),
     ]
     if tree.descriptions:
-        described = [f"{name}: {text}" if text else name for name, text in zip(phrases, known, strict=True)]
-        weights = [DESCRIPTION_WEIGHT if text else NAME_WEIGHT for text in known]
-        tried.append(Names("the training texts, the class names and their descriptions", described, weights))
+        described = [f"{name}: {text}" if text else name for name, text in zip(phrases, descriptions, strict=True)]
+        weights = [DESCRIPTION_WEIGHT if text else NAME_WEIGHT for text in descriptions]
+        candidates.append(Names("the training texts, the class names and their descriptions", described, weights))
 
     # ── The likeliest ────────────────────────────────────────────────────────────────────────────────────────────────
     offsets, *_ = standardise(embed(trainer, rows["input_ids"][:]))
@@ -104,7 +104,7 @@ def choose_names(trainer: HierarchicalTrainer, rows: Dataset) -> Names:
         log_probs = heads.decisions.node_log_probs(heads.decisions.with_inclusive_values(scores))
         return float(log_probs.gather(1, labels[:, None]).mean())
 
-    return max(tried, key=likelihood)
+    return max(candidates, key=likelihood)
 
 
 @torch.no_grad()

@@ -136,18 +136,7 @@ def read_rows(
     tables = [source.read(columns[source.name]) for source in sources.values()]
     cells = [cell for table in tables for name in [*table.columns][1:] for cell in table.columns[name]]
     multi_label = is_multi_label(any(isinstance(cell, list) for cell in cells), arguments)
-    names = next(iter(columns.values()))[1:]
-    marks_alone = arguments.taxonomy is None and None not in map(read_mark, cells)
-    if marks_alone and len(names) > 1 and arguments.problem_type is None:
-        advice = f"give --problem_type {MULTI_LABEL}, or single_label_classification if they name the levels of a path"
-        raise InputError(f"the columns {', '.join(map(quote_name, names))} hold 0 and 1 alone: {advice}")
-    if marks_alone and len(names) == 1 and multi_label and arguments.class_names is None:
-        advice = "give the names of a text's labels, or two or more columns, one per label"
-        raise InputError(f"the column {quote_name(names[0])} holds 0 and 1 alone: {advice}")
-    lists = [cell for cell in cells if isinstance(cell, list)]
-    if len({*map(len, lists)}) == 1 and len(lists[0]) > 1 and None not in map(read_mark, chain(*lists)):
-        advice = "give lists of the names of a text's labels, or one column per label"
-        raise InputError(f"the lists of the column {quote_name(names[0])} hold 0 and 1 alone: {advice}")
+    refuse_marks(cells, next(iter(columns.values()))[1:], arguments, multi_label)
     parts, places = [], dict[Label, str]()
     for (split, source), table in zip(sources.items(), tables, strict=True):
         text_column, *label_columns = columns[source.name]
@@ -167,6 +156,21 @@ def read_rows(
         rows["text"], rows["label"] = pd.Series(texts, dtype=object), pd.Series(labels, dtype=object)
         parts.append(rows)
     return pd.concat(parts, ignore_index=True), places, multi_label
+
+
+def refuse_marks(cells: list[Any], names: list[str], arguments: DataArguments, multi_label: bool) -> None:
+    """Raise InputError if the cells of the label columns are 0 and 1 alone, and their meaning is not clear."""
+    marks_alone = arguments.taxonomy is None and None not in map(read_mark, cells)
+    if marks_alone and len(names) > 1 and arguments.problem_type is None:
+        advice = f"give --problem_type {MULTI_LABEL}, or single_label_classification if they name the levels of a path"
+        raise InputError(f"the columns {', '.join(map(quote_name, names))} hold 0 and 1 alone: {advice}")
+    if marks_alone and len(names) == 1 and multi_label and arguments.class_names is None:
+        advice = "give the names of a text's labels, or two or more columns, one per label"
+        raise InputError(f"the column {quote_name(names[0])} holds 0 and 1 alone: {advice}")
+    lists = [cell for cell in cells if isinstance(cell, list)]
+    if len({*map(len, lists)}) == 1 and len(lists[0]) > 1 and None not in map(read_mark, chain(*lists)):
+        advice = "give lists of the names of a text's labels, or one column per label"
+        raise InputError(f"the lists of the column {quote_name(names[0])} hold 0 and 1 alone: {advice}")
 
 
 def is_multi_label(lists: bool, arguments: DataArguments) -> bool:

@@ -63,7 +63,7 @@ def load_splits(
 ) -> LabelledSplits:
     """Read, check and split the data that the arguments name.
 
-    The ``taxonomy`` of a finished checkpoint takes precedence over ``arguments.taxonomy``. No rows are split off unless
+    ``arguments.taxonomy`` takes precedence over the ``taxonomy`` of a checkpoint. No rows are split off unless
     all texts that it was trained on are known.
     """
     # ── Read ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -247,14 +247,18 @@ def _sample(strata: np.ndarray, count: int, split: str, rng: np.random.Generator
     order = rng.permutation(len(strata))
     rank = rng.permutation(strata.max() + 1)
     order = order[np.argsort(rank[strata[order]], kind="stable")]
-    keeps = (np.bincount(strata, trained) > 0)[strata[order]]  # the stratum has a text that stays
-    in_larger_stratum = ((np.bincount(strata)[strata[order]] > 1) | keeps) & ~trained[order]
-    not_first = ((np.diff(strata[order], prepend=-1) == 0) | keeps) & ~trained[order]
-    eligible = in_larger_stratum if 2 * count <= in_larger_stratum.sum() else not_first
+    stratum, free = strata[order], ~trained[order]
+    # which texts may be drawn, so that each stratum keeps one
+    keeps_trained = (np.bincount(strata, trained) > 0)[stratum]
+    is_alone, is_first = (np.bincount(strata) == 1)[stratum], np.diff(stratum, prepend=-1) != 0
+    eligible = free & (keeps_trained | ~is_alone)  # enough if at most every second text is drawn
+    if 2 * count > eligible.sum():
+        eligible = free & (keeps_trained | ~is_first)
+    available = int(eligible.sum())
     if trained.any():
-        count = min(count, int(eligible.sum()))
-    _check_count(count, int(eligible.sum()), split, trained, "one per class must stay")
-    ticks = np.floor(np.cumsum(eligible) * (count / eligible.sum()) + 0.5)
+        count = min(count, available)
+    _check_count(count, available, split, trained, "one per class must stay")
+    ticks = np.floor(np.cumsum(eligible) * (count / available) + 0.5)
     mask = np.zeros(len(strata), dtype=bool)
     mask[order] = np.diff(ticks, prepend=0) > 0
     return mask

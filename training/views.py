@@ -59,25 +59,26 @@ def halves(
         The inputs of the halves, (V, T'), truncated; and the indices of each text's two halves among them, (B,) each. A
         text of one sentence stays whole and occurs once, so V is between B and 2B.
     """
-    sources, views, first, second = [], [], [], []
-    for i, (row, own) in enumerate(zip(rows, sentences, strict=True)):
-        counts = np.bincount(own[own >= 0])  # tokens of each sentence
-        if np.count_nonzero(counts) < 2:
-            own_views = [own != PADDING]
+    masks, text_of, first, second = [], [], [], []  # masks: the tokens that each half keeps
+    for i, (row, numbers) in enumerate(zip(rows, sentences, strict=True)):
+        counts = np.bincount(numbers[numbers >= 0])  # tokens of each sentence
+        if np.count_nonzero(counts) < 2:  # nothing to split: the text stays whole
+            own = [numbers != PADDING]
         else:
-            parts = split_sentences(counts, np.random.default_rng([seed, step, row]))[:, own] & (own >= 0)
-            own_views = list((own == NO_SENTENCE) | (parts & (parts.cumsum(1) <= LONGEST_HALF * counts.sum())))
-        first.append(len(views))
-        views += own_views
-        second.append(len(views) - 1)
-        sources += [i] * len(own_views)
-    kept = np.array(views)
+            parts = split_sentences(counts, np.random.default_rng([seed, step, row]))[:, numbers] & (numbers >= 0)
+            within_limit = parts.cumsum(1) <= LONGEST_HALF * counts.sum()
+            own = list((numbers == NO_SENTENCE) | (parts & within_limit))
+        first.append(len(masks))
+        masks += own
+        second.append(len(masks) - 1)
+        text_of += [i] * len(own)
+    kept = np.array(masks)
     lengths = kept.sum(1)
     longest = min(kept.shape[1], -(-int(lengths.max()) // 8) * 8)
     order = np.argsort(~kept, axis=1, kind="stable")[:, :longest]  # kept tokens first, in their order
     inside, places, source, *pair = (
         torch.from_numpy(array).to(inputs["input_ids"].device, non_blocking=True)
-        for array in (np.arange(longest) < lengths[:, None], order, *map(np.array, (sources, first, second)))
+        for array in (np.arange(longest) < lengths[:, None], order, *map(np.array, (text_of, first, second)))
     )
     halved = {name: torch.where(inside, values[source].gather(1, places), 0) for name, values in inputs.items()}
     halved["input_ids"].masked_fill_(~inside, pad_token_id)
