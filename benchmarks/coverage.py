@@ -20,12 +20,14 @@ run's own validation rows, which are fewer and also selected the checkpoint. Cov
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.stats import beta
 from sklearn.base import BaseEstimator, ClassifierMixin
 from transformers import pipeline
 
@@ -40,6 +42,7 @@ from taxonomy_hierarchical import Taxonomy
 QUALITY = ROOT / "benchmarks" / "results" / "quality.json"
 SPLITS = 100
 COVERAGES = (0.8, 0.9, 0.95)
+CALIBRATED = {"ohsumed": 336, "medical_abstracts": 346}  # distinct validation texts of the recipes' runs
 
 
 class Given(ClassifierMixin, BaseEstimator):
@@ -117,14 +120,22 @@ def print_comparison(rows: list[dict]) -> None:
 
 
 def print_runs(runs: list[dict]) -> None:
-    """Print the coverage of each seed of the recipes, and the mean."""
+    """Print the coverage of each seed of the recipes, the mean, and the interval that holds 95 % of runs.
+
+    Over draws of n calibration texts, the coverage has the distribution Beta(k, n + 1 - k) with k = ⌈(n + 1) · coverage⌉
+    (Vovk, 2012, "Conditional validity of inductive conformal predictors").
+    """
     frame = pd.DataFrame(runs)
     recipes = frame[frame["model"] == "qlora"]
-    print("\n| recipe | coverage | measured coverage, by seed | mean | leaves |\n| --- | ---: | ---: | ---: | ---: |")
+    columns = ("recipe", "coverage", "measured coverage, by seed", "mean", "Beta interval", "leaves")
+    print(f"\n| {' | '.join(columns)} |\n| --- | ---: | ---: | ---: | ---: | ---: |")
     for task, found in recipes.groupby("task", sort=False):
-        held = found["answer_coverage"]
+        held, n = found["answer_coverage"], CALIBRATED[task]
         by_seed = ", ".join(f"{value:.1%}" for value in held)
-        print(f"| {task} | {COVERAGE:.0%} | {by_seed} | {held.mean():.1%} | {found['answer_leaves'].mean():.2f} |")
+        k = math.ceil((n + 1) * COVERAGE)
+        low, high = beta(k, n + 1 - k).interval(0.95)
+        leaves = found["answer_leaves"].mean()
+        print(f"| {task} | {COVERAGE:.0%} | {by_seed} | {held.mean():.1%} | {low:.1%} – {high:.1%} | {leaves:.2f} |")
 
 
 def probabilities(classify: Callable, file: Path, class_names: Path | None) -> tuple[np.ndarray, np.ndarray]:

@@ -185,7 +185,7 @@ def study(
 
 
 def show(results: list[dict]) -> None:
-    """Print the means over the seeds."""
+    """Print the means and standard deviations over the seeds."""
     for part in ("found", "trained"):
         names = [*next(iter(results[0][part].values()))]
         print(f"\n| exchanged | share | {part} | {' | '.join(names)} |\n| --- | ---: | --- |{' ---: |' * len(names)}")
@@ -194,10 +194,12 @@ def show(results: list[dict]) -> None:
             for one in results
             for name, scores in one[part].items()
         ]
-        for (where, share, name), means in (
-            pd.DataFrame(rows).groupby(["where", "share", "name"], sort=False).mean().iterrows()
-        ):
-            cells = (f"{value:.0f}" if value > 1 else f"{100 * value:.1f}" for value in means)
+        for (where, share, name), scores in pd.DataFrame(rows).groupby(["where", "share", "name"], sort=False):
+            numbers = scores.drop(columns=["where", "share", "name"]).agg(["mean", "std"]).fillna(0)
+            cells = (
+                f"{mean:.0f} ± {std:.0f}" if mean > 1 else f"{100 * mean:.1f} ± {100 * std:.1f}"
+                for mean, std in numbers.T.to_numpy()
+            )
             print(f"| {where} | {share:.0%} | {name} | {' | '.join(cells)} |")
 
 

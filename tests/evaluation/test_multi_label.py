@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import sklearn.metrics
 import torch
+from mapie.risk_control import MultiLabelClassificationController
 from scipy.optimize import minimize
 from scipy.sparse import csr_matrix
 from scipy.special import expit, logit
@@ -383,6 +384,17 @@ def test_recall_thresholds_worked_by_hand():
     assert recall_scores(logit(probabilities), labels, 0.5) == {"recall": pytest.approx(2.5 / 4), "nodes": 5 / 4}
     assert recall_scores(logit(probabilities), np.zeros_like(labels), 0.5) == {}
     assert fit_recall_thresholds(logit(probabilities), np.zeros_like(labels)) == ([None] * 99, 0)
+
+
+def test_recall_thresholds_are_those_of_mapie_on_its_grid():
+    z, labels = case(TREE, 300)
+    has_label = labels.any(axis=1)  # MAPIE takes no others
+    u, labels, recalls = marginal_logits(TREE, z[has_label]), labels[has_label], [0.5, 0.7, 0.8, 0.9, 0.95]
+    settings = {"risk": "recall", "method": "crc", "target_level": recalls, "predict_params": np.arange(0, 1, 0.001)}
+    mapie = MultiLabelClassificationController(lambda p: p, **settings).calibrate(expit(u), labels)
+    thresholds, _ = fit_recall_thresholds(u, labels)
+    ours = [thresholds[round(100 * recall) - 1] for recall in recalls]
+    np.testing.assert_allclose(mapie.best_predict_param, np.floor(np.multiply(ours, 1000)) / 1000)
 
 
 @pytest.mark.parametrize(("recall", "num_texts"), [(90, 60), (70, 30), (95, 200)])

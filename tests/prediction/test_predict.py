@@ -31,7 +31,7 @@ from transformers import pipeline
 from errors import InputError
 from prediction.input import Record, read_records
 from prediction.int8 import has_int8_products
-from prediction.rows import RowFormat
+from prediction.rows import RowFormat, output_kind
 from reading.sources import find_sources
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import DataArguments
@@ -683,6 +683,19 @@ def test_a_checkpoint_whose_pipeline_is_older_than_costs_predicts_without_them(c
     )
     with pytest.raises(InputError, match="'costs' is not an argument of this pipeline"):
         inside(*words)
+
+
+@pytest.mark.parametrize(
+    ("output", "kind"),
+    [
+        ("what?.jsonl", ".jsonl"),
+        ("is/?x.csv", ".csv"),
+        ("s3://b/x.csv?region=y", ".csv"),
+        ("s3://b/x/?a=b", ".parquet"),
+    ],
+)
+def test_a_question_mark_begins_the_query_of_a_url_and_belongs_to_the_name_of_a_file(output, kind):
+    assert output_kind(output, None) == kind
 
 
 def test_labels_that_a_csv_cannot_tell_apart_are_refused(labels_checkpoint, tmp_path):

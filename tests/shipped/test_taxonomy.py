@@ -56,6 +56,7 @@ def test_every_form_and_every_file_gives_the_same_taxonomy(tmp_path):
         + "".join(f"  - {child}\n" for _, child in rows[1:]),
         "tree.json": json.dumps({rows[0][1]: {}, "specific disease": {child: None for _, child in rows[1:]}}),
         "tree.csv": "child,parent\n" + "".join(f"{child},{parent}\n" for parent, child in rows),
+        "tree.CSV": "child,parent\n" + "".join(f"{child},{parent}\n" for parent, child in rows),
         "tree.tsv": "parent\tname\n" + "".join(f"{parent}\t{child}\n" for parent, child in rows),
     }
     for name, text in files.items():
