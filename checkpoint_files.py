@@ -37,7 +37,7 @@ def list_files(folder: Path, patterns: tuple[str, ...] = CHECKPOINT_FILES) -> li
 
 
 def published_files(folder: Path) -> dict[str, Path | bytes]:
-    """Return the files to publish of a checkpoint, by their path in the repository, with `ENDPOINT_FILES` of this version."""
+    """Return a checkpoint's files to publish, by path in the repository, plus handler.py and requirements.txt."""
     files: dict[str, Path | bytes] = {name: folder / name for name in list_files(folder)}
     files["handler.py"] = ROOT / "publishing" / "handler.py"
     # loading merges the adapter, so it needs no PEFT

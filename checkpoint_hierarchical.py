@@ -291,7 +291,7 @@ def refuse_offloaded(encoder: nn.Module, adapter_config: dict[str, Any]) -> None
 
 
 def check_tokenizer(tokenizer: Any, model: Any) -> None:
-    """Raise ValueError where a tokenizer is not that of the encoder, as far as numbers tell."""
+    """Raise ValueError for a tokenizer without padding token or vocabulary, or with ids beyond the encoder's embeddings."""
     name, embeddings = tokenizer.name_or_path, model.get_input_embeddings().num_embeddings
     if tokenizer.pad_token_id is None:
         raise ValueError(f"the tokenizer of {name} has no padding token: set pad_token in its tokenizer_config.json")
@@ -342,7 +342,7 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
 
 
 def is_target(name: str, targets: list[str] | str) -> bool:
-    """Return whether PEFT adapts the module of this name: by the end of it, or by a pattern for all of it."""
+    """Return whether PEFT adapts this module: its name ends with a target, or fully matches the target pattern."""
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
@@ -416,7 +416,7 @@ def read_shipped_files() -> dict[str, bytes]:
 
 
 def name_code(config: Any) -> None:
-    """Name the code that loads a checkpoint in its configuration, and drop a local path."""
+    """Set ``auto_map`` and ``custom_pipelines`` in a configuration, and remove the encoder's local path."""
     config.auto_map, config.custom_pipelines = AUTO_MAP, CUSTOM_PIPELINES
     config.text_config.name_or_path = ""
 

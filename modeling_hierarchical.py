@@ -82,7 +82,7 @@ def segment_log_softmax(scores: Tensor, group: Tensor, num_groups: int) -> Tenso
 
 
 class LexicalHead(nn.Module):
-    """A linear classifier of the classes, leaves or all nodes, over the bag of tokens, beside the encoder.
+    """Linear classifier over the bag of tokens, beside the encoder. Classes are the leaves, or for multi-label models all nodes.
 
     Token weights are TF-IDF, (1 + log count) · idf, and a text's vector has length 1, as in scikit-learn's
     `TfidfTransformer` with ``sublinear_tf``. `evaluation.lexical` weights ``idf`` by class, and fits the head after

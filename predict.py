@@ -72,19 +72,25 @@ def parse(argv: list[str]) -> argparse.Namespace:
     places = "files, quoted patterns like 'part-*.csv', folders, URLs like s3://bucket/folder/, or - for stdin"
     add("--input", required=True, nargs="+", help=places)
     add("--input_format", choices=KINDS, help="default: from the file name's suffix")
-    add("--text_column", help="the column of texts; default: the column with a usual name, such as text")
+    add("--text_column", help="the column of texts; default: the first usual name, such as abstract or text")
     add("--id_column", help="a column of ids to copy to the output")
     suffixes = ", ".join(OUTPUTS)
     add("--output", required=True, help=f"the file to write, ending in {suffixes}, or a folder, ending in /; or a URL")
     add(
-        "--output_format", choices=("parquet", "jsonl", "tasks.json"), help="of the files in a folder; default: parquet"
+        "--output_format",
+        choices=("parquet", "jsonl", "tasks.json"),
+        help="format of the files in a folder; default: parquet",
     )
     add("--overwrite", action="store_true", help="replace an existing output, and start from the beginning")
     add("--probabilities", action="store_true", help="write the probability of every class")
     add("--coverage", type=float, help="also write an answer that contains the correct leaf for this share of texts")
-    add("--recall", type=float, help="multi-label: also write an answer with this share of a text's correct nodes")
-    costs = "distance, a CSV table of correct by predicted leaves, or for multi-label missing=NUMBER,inventing=NUMBER"
-    add("--costs", help=f"predict what has the least expected cost: {costs}")
+    add(
+        "--recall",
+        type=float,
+        help="multi-label: also write an answer with this share of the correct nodes, on average",
+    )
+    costs = "distance, a CSV table (rows: correct leaf, columns: predicted), or for multi-label missing=NUMBER,inventing=NUMBER"
+    add("--costs", help=f"minimise the expected cost of errors; the costs are {costs}")
     add("--uncertainty", action="store_true", help="also write the entropy, and the level that contributes most to it")
     dtypes = "bf16 if the machine supports it, int8 on another CPU with VNNI or AMX, else fp32"
     add("--dtype", choices=("auto", *DTYPES), default="auto", help=f"default: auto, which is {dtypes}")

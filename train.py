@@ -1,7 +1,7 @@
 """Train a hierarchical classifier: ``python train.py [recipe.yaml] [--flag value …]``.
 
-Scores are of the checkpoint as a user loads it, over a full-precision encoder. The validation rows select it, then fit its
-calibration, its thresholds and the weight of its lexical head. ``--refit`` then trains a second model, on training and validation rows.
+Scores are of the checkpoint as a user loads it, over a full-precision encoder. The checkpoint is selected on the
+validation rows. Then its calibration, its thresholds and the weight of its lexical head are fitted on them. ``--refit`` then trains a second model, on training and validation rows.
 """
 
 import dataclasses

@@ -6,8 +6,8 @@
 FOLDER is that of ``quality.py``. Each seed draws ``--rows`` training rows of each class, or all rows of a class that has fewer, and
 `TEST` rows of the test file. All models get the same rows, and none gets validation rows.
 
-- names: ``recipes/few_rows.yaml`` over a full-precision encoder, with 1 row a class or at least 16 with 5 epochs, and from 16
-  rows a class on with a learning rate of 6e-4;
+- names: ``recipes/few_rows.yaml`` over a full-precision encoder, with 1 row per class or at least 16 with 5 epochs, and from 16
+  rows per class on with a learning rate of 6e-4;
 - descriptions: the same with the class descriptions of ``studies/descriptions.csv``;
 - flat-lora: a rank-16 adapter under one softmax over the leaves, initialised at random, with a learning rate of 6e-4, for 120
   steps, or 5 epochs from 16 rows a class on;
@@ -77,7 +77,7 @@ def main() -> None:
         results.sort(key=lambda run: (run["rows"], MODELS.index(run["model"]), run["seed"]))
         arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(
-        "| rows a class | model | seeds | accuracy | macro-F1 | log loss |\n| ---: | --- | ---: | ---: | ---: | ---: |"
+        "| rows per class | model | seeds | accuracy | macro-F1 | log loss |\n| ---: | --- | ---: | ---: | ---: | ---: |"
     )
     for (rows, model), runs in pd.DataFrame(read(arguments.output)).groupby(["rows", "model"], sort=False):
         print(f"| {rows} | {model} | {len(runs)} | " + " | ".join(spread(runs[name], name) for name in SHOWN) + " |")

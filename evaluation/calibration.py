@@ -8,9 +8,9 @@ Worth knowing:
    b), which is convex. First one β and one γ are fitted for all decisions, with prior means 1 and 0. Then each decision's own β and
    biases are fitted, with the common β and 0 as prior means. `benchmarks/studies/calibration.py` chose the standard deviation 0.25.
 2. Everything is computed from leaf logits. A decision's scores are log P(child) - log P(parent), up to a constant that the
-   softmax cancels. The lexical scores are added per decision. Added to the leaf logits, upper decisions would get the wrong
-   weight: on OHSUMED that cost 0.3 points of level-1 accuracy and 0.012 of log loss, though leaf accuracy was 0.4 points
-   higher (`benchmarks/studies/words.py`).
+   softmax cancels. The lexical scores are added per decision. If they were added to the leaf logits instead, upper decisions
+   would get the wrong weight. On OHSUMED this cost 0.3 points of level-1 accuracy and 0.012 of log loss, and gained 0.4 points of
+   leaf accuracy (`benchmarks/studies/words.py`).
 3. The thresholds are quantiles of the nonconformity scores of `pipeline_hierarchical`. Split conformal prediction (Vovk et
    al., 2005) takes the k-th smallest of n scores, k = ⌈(n + 1) · coverage⌉. A new document's score is at most this threshold
    with at least that probability, if the document is drawn like the validation rows. Two conditions follow:

@@ -70,7 +70,7 @@ def list_label_issues(taxonomy: Taxonomy, rows: Dataset, vocab_size: int) -> pd.
 
 
 def corrected(taxonomy: Taxonomy, nodes: set[int], questioned: set[int]) -> set[int]:
-    """Add the questioned nodes that a text has not, and remove those that it has, with the nodes below them."""
+    """Add the questioned nodes that a text lacks, and remove those that it has, with the nodes below them."""
     changed = nodes ^ questioned
     return {node for node in changed if changed.issuperset(taxonomy.path(node))}
 

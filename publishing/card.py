@@ -3,7 +3,7 @@
 Worth knowing:
 
 1. The Hub reads the front matter. It holds the results as `EvalResult`s, with the numbers of metrics.json.
-2. Names of classes, columns and files are user text, which `escape` makes harmless. Files and folders have no paths.
+2. Names of classes, columns and files are user text, which `escape` makes harmless. Files and folders are shown by name, without their path.
 3. A card is written before the id on the Hub is final. `rename` replaces the id, and keeps edits made by hand.
 """
 
@@ -27,7 +27,7 @@ TRAINING_SETTINGS = (
 NOT_SHOWN = ("model_name_or_path", "model_revision")  # a sentence names the encoder
 METRICS = {  # name in metrics.json, without its prefix: (type on the Hub, title in the card)
     "accuracy": ("accuracy", "accuracy"),
-    "any_label_accuracy": ("accuracy", "accuracy, any label of a repeated text counting"),
+    "any_label_accuracy": ("accuracy", "accuracy, counting any label of a repeated text as correct"),
     "macro_f1": ("f1", "macro F1"),
     "weighted_f1": ("f1", "weighted F1"),
     "hierarchical_precision": ("precision", "hierarchical precision"),
@@ -35,7 +35,7 @@ METRICS = {  # name in metrics.json, without its prefix: (type on the Hub, title
     "hierarchical_f1": ("f1", "hierarchical F1"),
     "log_loss": ("log_loss", "log loss (nats)"),
     "ece": ("ece", "expected calibration error"),
-    "ece_by_chance": ("ece", "calibration error by chance alone"),
+    "ece_by_chance": ("ece", "expected calibration error if perfectly calibrated"),
 }
 LEVEL_METRICS = ("accuracy", "macro_f1", "ece", "ece_by_chance")
 MULTI_LABEL_METRICS = {
@@ -43,11 +43,11 @@ MULTI_LABEL_METRICS = {
     "macro_f1": ("f1", "macro F1"),
     "leaf_micro_f1": ("f1", "micro F1 of the leaves"),
     "leaf_macro_f1": ("f1", "macro F1 of the leaves"),
-    "example_f1": ("f1", "F1 of a text, on average"),
+    "example_f1": ("f1", "example-based F1"),
     "mean_average_precision": ("mean_average_precision", "mean average precision"),
     "log_loss": ("log_loss", "log loss of a node (nats)"),
     "ece": ("ece", "expected calibration error"),
-    "ece_by_chance": ("ece", "calibration error by chance alone"),
+    "ece_by_chance": ("ece", "expected calibration error if perfectly calibrated"),
 }
 COMPARED = "accuracy|micro_f1|macro_f1|hierarchical_f1|mean_average_precision"  # between stages of training
 HUB_METRICS = ("accuracy", "f1", "precision", "recall")  # the types that hf.co/metrics lists

@@ -2,7 +2,7 @@
 
 Worth knowing:
 
-1. `log_in` and `find_target` check token, rights, names and the content of the repositories before the first commit.
+1. `log_in` and `find_target` check token, permissions, names and the content of the repositories before the first commit.
 2. A repository changes by one commit or not at all, and unchanged files make no commit. So a command whose response was
    lost is run again.
 """

@@ -43,7 +43,7 @@ class Source:
 def find_sources(pattern: str, kind: str | None = None) -> list[Source]:
     """Return the files of a path, URL, pattern or folder, in sorted order. ``-`` is standard input.
 
-    Patterns are such as ``part-*.csv`` or ``**/*.csv``. Of a folder these are the files of all `KINDS`, without hidden ones
+    A pattern is, for example, ``part-*.csv`` or ``**/*.csv``. A folder stands for its files of all `KINDS`, except hidden ones
     and those that begin with ``_``. The kind overrides the one that the file names imply. InputError is raised if no file
     matches, or the kind is unknown.
     """

@@ -79,7 +79,6 @@ PREVIEW = 50  # rows of a file
 KEPT_SECONDS = 600  # until a download is deleted
 SWEEP_SECONDS = 60  # between two looks for files to delete
 MAX_WAITING = 100  # requests; beyond, gradio replies "Queue is full! Please try again."
-NOT_GUARANTEED = "no: trained on the validation rows too"
 START_TARGET = 0.9  # of the guarantee
 EXAMPLES = {
     "Colitis": "Whether mesalamine keeps ulcerative colitis quiet after a first attack was asked in 148 outpatients. All "
@@ -106,7 +105,7 @@ class Problem(TypedDict):
 
 
 class Record(TypedDict):
-    """A row that was classified: the line where it begins, its text, and its `Classification`."""
+    """A row that was classified: its first line, text, predicted leaf, probability, path, answer and share that was read."""
 
     line: int
     text: str
@@ -126,7 +125,7 @@ class FileResult(TypedDict):
 
 
 class MultiLabelRecord(TypedDict):
-    """A row that was classified: the line where it begins, its text, and its `MultiLabelClassification`."""
+    """A row that was classified: its first line, text, predicted nodes, their scores, answer and share that was read."""
 
     line: int
     text: str
@@ -224,7 +223,7 @@ class Service:
 
     kicker = "Most probable class"
     target_label = "Coverage: the share of texts whose answer contains the correct class"
-    target_info = "With more coverage, the answer is more often several classes, or nodes above them."
+    target_info = "A higher coverage needs more classes in the answer, or nodes above them."
     plots: tuple[tuple[str, str, str], ...] = (  # element, heading, and label of each figure
         ("bars", "Probabilities, level by level", "Probabilities"),
         ("icicle", "The taxonomy: probability from the roots to the leaves", "The taxonomy"),
@@ -473,7 +472,7 @@ class MultiLabelService(Service):
 
     kicker = "Predicted labels"
     target_label = "Recall: the share of a text's correct nodes that the answer contains on average"
-    target_info = "With more recall, the answer has more nodes."
+    target_info = "A higher recall needs more nodes in the answer."
     plots = (("tree", "The taxonomy: probability of each node. ✓: predicted", "The taxonomy"),)
     result, answer = staticmethod(views.labels_result), staticmethod(views.recall_answer)
     preview = staticmethod(views.labels_preview)
@@ -544,11 +543,11 @@ def about(classifier: Pipeline, model: str, revision: str | None) -> tuple[Html,
     encoder = config.encoder_name_or_path
     guaranteed, labels = "yes", {}
     if is_multi_label(classifier):
-        labels["Labels"] = "any number of nodes a text, none included"
+        labels["Labels"] = "any number of nodes per text, possibly none"
     if not is_calibrated(classifier):
         guaranteed = "no: trained without validation rows"
     elif is_refitted(classifier):
-        guaranteed = NOT_GUARANTEED
+        guaranteed = "no: trained on the validation rows too"
     elif is_multi_label(classifier):
         guaranteed = f"up to {highest_target(classifier):.0%}, fitted on {config.recall_texts:,} texts with labels"
     facts = {
@@ -573,7 +572,7 @@ def target_slider(service: Service, prefix: str = "") -> gr.Slider:
     calibrated = is_calibrated(service.classifier)
     info = service.target_info if calibrated else "Not available: this model was trained without validation rows."
     if is_refitted(service.classifier):
-        info += f" Guaranteed: {NOT_GUARANTEED}."
+        info += f" The {guarantee(service.classifier)} is not guaranteed: the model was also trained on the validation rows."
     return gr.Slider(
         minimum=LEAST_TARGET,
         maximum=MOST_TARGET,
@@ -621,7 +620,7 @@ def text_tab(service: Service) -> None:
             node = gr.Dropdown(
                 choices=[(" › ".join(tree.path_names(n)), tree.labels[n]) for n in tree.reading_order],
                 value=tree.labels[tree.reading_order[0]],
-                label="Which words counted for",
+                label="Node to explain",
                 allow_custom_value=True,
                 elem_id="node",
                 scale=3,

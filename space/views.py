@@ -2,7 +2,7 @@
 
 Worth knowing:
 
-1. All strings of the user or the model go through `plain` (HTML) or `label` (plotly, which interprets some HTML).
+1. All strings of the user or the model go through `plain` (HTML) or `plotly_text` (plotly, which interprets some HTML).
 2. Colours are from the palette of Okabe and Ito, which colour-blind readers can distinguish. Each colour has a second sign:
    an underline, a plus or minus, or a number.
 3. Heights depend on the taxonomy only, so that nothing moves when a result arrives. Only a list of labels can grow.

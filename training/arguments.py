@@ -59,14 +59,16 @@ class ModelArguments:
         None, f"Initial heads. Default: prototypes, from texts and class names, below {FEW_ROWS} rows per class."
     )
     contrastive_steps: int = flag(0, "Steps of supervised contrastive training, before new heads are initialised.")
-    lexical_head: bool | None = flag(None, "Add a linear classifier of the tokens. Default: true up to 2^24 weights.")
+    lexical_head: bool | None = flag(None, "Add a linear classifier over the tokens. Default: true up to 2^24 weights.")
 
 
 @dataclass
 class DataArguments:
     dataset_name: str | None = flag(None, "Data set on the Hub.")
     dataset_revision: str | None = flag(None, "Commit, tag or branch of the data set.")
-    data_path: str | None = flag(None, "File (.csv .tsv .json .jsonl .parquet) to split, or folder of `datasets`.")
+    data_path: str | None = flag(
+        None, "File to split (.csv .tsv .json .jsonl .parquet), or folder saved by `datasets`."
+    )
     train_file: str | None = flag(None, "File with the training rows.")
     validation_file: str | None = flag(None, "File with the rows that select the checkpoint and calibrate it.")
     test_file: str | None = flag(None, "File with the rows for the final scores.")
@@ -75,10 +77,12 @@ class DataArguments:
     problem_type: Literal["single_label_classification", "multi_label_classification"] | None = flag(
         None, "Whether a text has one label or any number. Default: any number if the column holds lists."
     )
-    label_delimiter: str | None = flag(None, "What separates the labels of a text in the column, such as ';'.")
+    label_delimiter: str | None = flag(None, "Delimiter between the labels of one text, such as ';'.")
     incomplete_labels: bool = flag(False, "For multi-label data: nodes below the given labels are unknown, not absent.")
     taxonomy: str | None = flag(
-        None, "Nested .yaml or .json, or .csv of parent,child rows. Default: Medical Abstracts, or the labels' paths."
+        None,
+        "Nested .yaml or .json, or .csv with columns parent and child. Default: the Medical Abstracts taxonomy if it has "
+        "all labels, else built from the labels' paths.",
     )
     label_separator: str = flag("/", "Separator between the names in the path of a label.")
     class_names: str | None = flag(None, "Names of coded labels: .csv or .tsv file of code,name rows, or JSON object.")
@@ -86,7 +90,7 @@ class DataArguments:
         None, "Texts are truncated to this number of tokens. Default: 512, or that of the checkpoint to be scored."
     )
     validation_size: float = flag(0.1, "Share of the training texts for validation, if no validation rows are given.")
-    test_size: float = flag(0.1, "Share of the texts for the test, if --data_path is split.")
+    test_size: float = flag(0.1, "Share of the texts to use as test rows, if --data_path is split.")
     label_issues: bool = flag(False, "Before training, list the training rows whose labels may be wrong.")
 
 
@@ -98,7 +102,9 @@ class LossArguments:
     class_weighting: Literal["none", "balanced"] = flag(
         "none", "balanced: more weight for the rarer outcomes of each decision."
     )
-    level_weights: list[float] = flag([1.0], "Weights of decisions at level 1, 2, …; the last one for all deeper.")
+    level_weights: list[float] = flag(
+        [1.0], "Weights of decisions at level 1, 2, …; the last applies to deeper levels."
+    )
     consistency: float = flag(0.0, "Weight of the consistency loss between two halves of each text. 0: whole texts.")
 
 
@@ -139,7 +145,7 @@ class HierarchicalTrainingArguments(TrainingArguments):
     )
     report_to: list[str] = flag(["none"], "Services to log to: tensorboard, trackio, …")
     logging_steps: float = flag(10, "Number of steps between log lines, or, below 1, their share of all steps.")
-    bf16: bool | None = flag(None, "bfloat16 autocast. Default: as accelerate launch says, else true if it is fast.")
+    bf16: bool | None = flag(None, "bfloat16 autocast. Default: as accelerate launch says, else true if it is native.")
 
     def __post_init__(self):
         if not (torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()):

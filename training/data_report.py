@@ -21,7 +21,9 @@ LOGGED_COUNTS = (
     "have several labels, accuracy is at most %(accuracy_ceiling).4f; "
 )
 LOGGED_LABEL_SETS = "%(split)s: %(rows)d texts, %(dropped_rows)d dropped; %(labels_per_text).2f labels per text; "
-LOGGED_LENGTHS = "%(p50)d tokens a text in the median, %(max)d at most; %(truncated)d texts truncated at %(max_length)d"
+LOGGED_LENGTHS = (
+    "%(p50)d tokens per text in the median, %(max)d at most; %(truncated)d texts truncated at %(max_length)d"
+)
 
 
 def rows_by_split(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:

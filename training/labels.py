@@ -165,7 +165,8 @@ def _refuse_unknown_codes(codes: dict[str, str], places: dict[Label, str]) -> No
 def read_class_names(path_or_json: str) -> dict[str, str]:
     """Read the names of coded labels from a JSON object, or from a ``.csv`` or ``.tsv`` file.
 
-    Its columns are ``code`` or ``label``, and ``name`` or ``condition_name``; in place of a missing one, the first of the others.
+    The code column is ``code`` or ``label``, the name column ``name`` or ``condition_name``. If one has none of these names,
+    the first remaining column is used.
     """
     where = "--class_names"
     if path_or_json.lstrip().startswith("{"):

@@ -24,11 +24,11 @@ def balanced_weights(counts: Tensor, group: Tensor) -> Tensor:
 
 
 class HierarchicalFocalLoss(nn.Module):
-    """Sum over the decisions on a label's path of  w_level · α_class · (1 - p)^γ · CE, over the number of labels.
+    """Sum over the decisions on a label's path of  w_level · α_class · (1 - p)^γ · CE, divided by the number of labels.
 
     p is the probability of the correct child among its siblings, and CE its cross-entropy, with label smoothing ε:
-    -(1 - ε) log p - ε / K · Σ log p_k. The focal factor is from Lin et al. (2017, arXiv 1708.02002). α is of
-    `balanced_weights` or 1, from the counts (num_nodes,) of `Taxonomy.count_at_or_below`. The last of ``level_weights``
+    -(1 - ε) log p - ε / K · Σ log p_k. The focal factor is from Lin et al. (2017, arXiv 1708.02002). α is 1,
+    or with ``balanced`` from `balanced_weights` of the counts (num_nodes,) of `Taxonomy.count_at_or_below`. The last of ``level_weights``
     serves all deeper levels.
     """
 

@@ -59,7 +59,7 @@ def prior_log_odds(taxonomy: Taxonomy, labels: np.ndarray) -> np.ndarray:
 
 
 class MultiLabelFocalLoss(nn.Module):
-    """Sum over a text's known nodes of  w_level · α · (1 - p)^γ · BCE, over the number of texts.
+    """Sum over a text's known nodes of  w_level · α · (1 - p)^γ · BCE, divided by the number of texts.
 
     p is the probability of the correct outcome. BCE is the binary cross-entropy of P(node) with the target
     (1 - ε) · y + ε · r, where r is the node's rate in the training rows. Smoothing towards ½ would make rare nodes too probable.

@@ -1,4 +1,4 @@
-"""Convert a recipe, a YAML file of flags, to command-line words.
+"""Convert a recipe, a YAML file of flags, to command-line arguments.
 
 These words are parsed before those of the command line, so a flag overrides its key. A data source on the command line
 replaces that of the recipe. Values stay as they are written: codes such as ``007``, ``1.10`` and ``no`` are texts.

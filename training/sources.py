@@ -38,7 +38,7 @@ class SplitSource:
 
 
 def find_split_sources(arguments: DataArguments) -> tuple[dict[str, SplitSource], bool]:
-    """Return the source of each split, and whether there is one source (as ``train``) that all are split off."""
+    """Return the source of each split. The bool is True if one source, under ``train``, is to be split into all splits."""
     # ── Which source is given ────────────────────────────────────────────────────────────────────────────────────────
     files = {split: path for split in SPLITS if (path := getattr(arguments, f"{split}_file")) is not None}
     others = [name for name in ("dataset_name", "data_path") if getattr(arguments, name) is not None]

@@ -392,8 +392,8 @@ def test_a_trained_checkpoint_answers_with_a_coverage(quickstart_run):
     assert metrics["eval_log_loss"] < metrics["without_lexical_head_eval_log_loss"]
     assert 0.8 < metrics["test_answer_coverage"] <= 1
     assert (output / "plots" / "reliability_diagram_uncalibrated.png").is_file()
-    card = (output / "README.md").read_text()
-    assert f"measured coverage is {metrics['test_answer_coverage']:.1%} of the test texts" in card
+    card = " ".join((output / "README.md").read_text().split())
+    assert f"On the test texts, the coverage is {metrics['test_answer_coverage']:.1%}." in card
     assert "selection of the checkpoint" not in card  # no evaluation selected it
     classify = pipeline("hierarchical-text-classification", model=str(output), trust_remote_code=True)
     result = classify("A study of gastric ulcers in 40 patients.", coverage=0.9)

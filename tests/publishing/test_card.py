@@ -385,9 +385,9 @@ def test_the_guarantee_is_worded_as_it_is_beside_the_measured_coverage(written, 
     for chosen in True, False:
         settings = SETTINGS | {"load_best_model_at_end": chosen}
         text = " ".join(section(written(config, settings=settings, metrics=with_answers), "Results").split())
-        assert "measured coverage is 88.8% of the test texts" in text
+        assert "On the test texts, the coverage is 88.8%." in text
         assert "split conformal prediction" in text
-        assert ("up to the selection of the checkpoint on the same rows" in text) == chosen
+        assert ("does not account for the selection of the checkpoint on the same rows" in text) == chosen
 
 
 def test_the_training_section_shows_encoder_settings_and_size(written):
@@ -548,12 +548,12 @@ def test_a_multi_label_card_says_how_thresholds_and_answers_were_fitted(written_
     for words in (
         "every node that reaches its threshold, with its ancestors",
         "lie between 0.20 and 0.50, with a median of 0.35",
-        "F1 scores of the validation rows are of the rows that the thresholds were fitted on, so they are optimistic",
-        "calibrated by a factor and a summand",
+        "F1 scores on the validation rows are optimistic, because the thresholds were fitted on these rows",
+        "calibrated by a scale and a bias",
         "a linear classifier over the words",
-        "holds at least 90 % of a text's nodes on average",
-        "up to the selection of the checkpoint on the same rows",
-        "The measured recall is 91.2% of a test text's nodes. An answer had 2.2 nodes on average.",
+        "contains at least 90 % of a text's nodes, on average over labelled texts",
+        "does not account for the selection of the checkpoint on the same rows",
+        "On the test texts, the mean recall is 91.2%, with 2.2 nodes per answer on average.",
         "fitted on 120 texts",
         "| node | texts | precision | recall | F1 | 95 % of F1 |",
         "95 % bootstrap intervals: test micro F1",
@@ -567,7 +567,9 @@ def test_a_multi_label_card_says_how_thresholds_and_answers_were_fitted(written_
         assert f"| test {title} | {' | '.join(parts)} |" in printed
         assert f"| test {title} | {metrics[f'quantized_test_{name}']:.4f} | {parts[0]} |" in printed
     assert (
-        printed.count("| expected calibration error |") == printed.count("| calibration error by chance alone |") == 1
+        printed.count("| expected calibration error |")
+        == printed.count("| expected calibration error if perfectly calibrated |")
+        == 1
     )
     assert len([line for line in printed.splitlines() if re.match(r"\| [\w ]+ \| \d+ \| [\d.]+ \|", line)]) == 6
     assert "Conformal risk control" in section(text, "Citation")

@@ -225,7 +225,7 @@ def test_log_report_shows_the_numbers_and_no_text(tmp_path, caplog):
         log_report(data.report)
     assert "train: 23 rows, 0 dropped, 1 duplicates; 1 texts have several labels" in caplog.text
     assert "accuracy is at most 0.9545" in caplog.text  # 21 of 22 rows that have a leaf can be correct
-    assert "5 tokens a text in the median, 9 at most; 1 texts truncated at 8" in caplog.text
+    assert "5 tokens per text in the median, 9 at most; 1 texts truncated at 8" in caplog.text
     assert SECRET not in caplog.text
 
 
