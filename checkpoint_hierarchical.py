@@ -14,11 +14,11 @@ import inspect
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -52,6 +52,7 @@ ADAPTER_PREFIX = "base_model.model."  # how PeftModel names the module that it w
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 HEADS_WEIGHTS = "heads.safetensors"
 ADAPTER_FILES = (HEADS_WEIGHTS, f"{ADAPTER_SUBFOLDER}/adapter_config.json", f"{ADAPTER_SUBFOLDER}/{ADAPTER_WEIGHTS}")
+LOADING = threading.RLock()
 PADDING_COUNTS = ("convbert", "yoso")  # their convolutions and hashes take padding in
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 # the encoder is in a repository of its own, with another revision, and its code is transformers' own
@@ -234,13 +235,18 @@ def import_peft() -> Any:
 @contextmanager
 def quiet_loading() -> Iterator[None]:
     """Silence warnings of poolers and pretraining heads. Disable the online conversion of .bin files, which sends the token."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with patch.dict(os.environ, DISABLE_SAFETENSORS_CONVERSION="1"):
+    name = "DISABLE_SAFETENSORS_CONVERSION"
+    with LOADING:  # both settings are the whole process's
+        verbosity, conversion = logging.get_verbosity(), os.environ.get(name)
+        logging.set_verbosity_error()
+        os.environ[name] = "1"
+        try:
             yield
-    finally:
-        logging.set_verbosity(verbosity)
+        finally:
+            logging.set_verbosity(verbosity)
+            os.environ.pop(name)
+            if conversion is not None:
+                os.environ[name] = conversion
 
 
 # ── Check what was loaded ────────────────────────────────────────────────────────────────────────────────────────────

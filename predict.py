@@ -70,7 +70,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--model", required=True, help="a checkpoint: a folder, or an id on the Hub")
     add("--revision", help="commit, tag or branch of the model on the Hub")
     places = "files, quoted patterns like 'part-*.csv', folders, URLs like s3://bucket/folder/, or - for stdin"
-    add("--input", required=True, nargs="+", help=places)
+    add("--input", required=True, nargs="+", action="extend", help=places)
     add("--input_format", choices=KINDS, help="default: from the file name's suffix")
     add("--text_column", help="the column of texts; default: the first usual name, such as abstract or text")
     add("--id_column", help="a column of ids to copy to the output")

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from errors import InputError, exit_with_error
 from prediction.input import read_records
+from reading.rows import KINDS
 from reading.sources import Source, find_all_sources, find_sources, open_rows
 
 
@@ -25,18 +26,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("predictions")
     parser.add_argument("--count", type=int, required=True)
-    parser.add_argument("--input", nargs="+", default=[], help="as for predict.py")
+    parser.add_argument("--input", nargs="+", action="extend", default=[], help="as for predict.py")
+    parser.add_argument("--input_format", choices=KINDS, help="as for predict.py")
     parser.add_argument("--text_column", help="as for predict.py")
     arguments = parser.parse_args()
     folder = arguments.predictions.endswith("/")
     outputs = find_sources(f"{glob.escape(arguments.predictions)}part-*" if folder else arguments.predictions)
-    inputs = find_all_sources(arguments.input)
+    inputs = find_all_sources(arguments.input, arguments.input_format)
     largest = heapq.nlargest(arguments.count, uncertainties(outputs))
     rows = {-negative: uncertainty for uncertainty, negative in largest}
     texts = dict(texts_of(inputs, arguments.text_column, rows))
     if inputs and len(texts) < len(rows):
         raise InputError(f"--input has no row {max(rows.keys() - texts.keys())}: give the input of these predictions")
-    writer = csv.writer(sys.stdout, lineterminator="\n")
+    # texts are always quoted: they may hold a lone carriage return
+    writer = csv.writer(sys.stdout, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writerow(["row", "uncertainty", "text"] if inputs else ["row", "uncertainty"])
     writer.writerows([row, uncertainty, *([texts[row]] if inputs else [])] for row, uncertainty in rows.items())
 
@@ -52,7 +55,11 @@ def uncertainties(outputs: list[Source]) -> Iterator[tuple[float, int]]:
             for row in rows.read(["row", "uncertainty"]):
                 if row.problem or row.values.get("uncertainty") in (None, ""):
                     raise InputError(f"{rows.place(row)}: {row.problem or 'it has no uncertainty'}")
-                yield float(row.values["uncertainty"]), -int(row.values["row"])
+                try:
+                    pair = float(row.values["uncertainty"]), -int(row.values["row"])
+                except (TypeError, ValueError) as error:
+                    raise InputError(f"{rows.place(row)}: row and uncertainty must be numbers") from error
+                yield pair
 
 
 def texts_of(inputs: list[Source], text_column: str | None, rows: dict[int, float]) -> Iterator[tuple[int, str | None]]:

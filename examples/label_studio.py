@@ -64,6 +64,11 @@ def main() -> None:
         return
     with as_input_error(f"{arguments.file} is not an export in the format JSON"):
         tasks = json.loads(Path(arguments.file).read_text(encoding="utf-8-sig"))
+        if not (
+            isinstance(tasks, list)
+            and all(isinstance(task, dict) and isinstance(task.get("annotations"), list) for task in tasks)
+        ):
+            raise ValueError("it must be a list of tasks with annotations")
         rows = [row for task in tasks if (row := training_row(task))]
     sys.stdout.writelines(json.dumps(row) + "\n" for row in rows)
 

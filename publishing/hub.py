@@ -70,6 +70,8 @@ def log_in(api: HfApi) -> tuple[str, ...]:
         if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
             raise InputError("the Hub does not know the token in HF_TOKEN, or of the login: make a new one") from error
         raise InputError(f"cannot ask the Hub whose token this is: {describe_hub_error(error)}") from error
+    except UnicodeEncodeError as error:
+        raise InputError("the Hub token has characters that no token has, such as typographic quotes") from error
     token = who.get("auth", {}).get("accessToken", {})
     scopes = token.get("fineGrained", {}).get("scoped", [])
     permissions = {permission for scope in scopes for permission in scope.get("permissions", [])}

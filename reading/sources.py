@@ -57,6 +57,8 @@ def find_sources(pattern: str, kind: str | None = None) -> list[Source]:
         filesystem, files, is_folder = find_files(pattern)
     else:
         names = glob.glob(os.path.join(glob.escape(pattern), "*") if is_folder else pattern, recursive=True)
+        if lost := next((name for name in names if os.path.islink(name) and not os.path.exists(name)), None):
+            raise InputError(f"{lost}: this link points to no file")
         names = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, names))
         files = [(name, 0) for name in names]
     if is_folder:
@@ -96,7 +98,7 @@ def open_rows(source: Source) -> Iterator[Rows]:
     if source.path == "-":
         yield Rows(sys.stdin.buffer, source.kind, source.name)
         return
-    is_packed = source.path.lower().endswith(".gz")
+    is_packed = without_query(source.path).lower().endswith(".gz")
     if source.filesystem is not None:
         opened: Any = open_stream(source.filesystem, source.path, seekable=source.kind == "parquet")
     else:

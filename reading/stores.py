@@ -25,7 +25,8 @@ def connect(url: str) -> tuple[Any, str]:
     from pyarrow.fs import FileSystem  # lazily, because pyarrow is slow to import
 
     scheme, _, rest = url.partition("://")
-    if ":" in rest.partition("/")[0].rpartition("@")[0]:
+    user = rest.partition("/")[0].rpartition("@")[0]
+    if ":" in user or (user and scheme.startswith("http")):  # gs://anonymous@bucket is no secret
         raise InputError(f"{scheme}://...: give credentials in the environment, not in the URL")
     with store_errors(url):
         try:  # "[" and blanks are not allowed in a URI; fsspec, which serves hf://, takes names as they are
@@ -75,7 +76,11 @@ def find_files(url: str) -> tuple[Any, list[tuple[str, int]], bool]:
             found = [one for one in filesystem.get_file_info(selector) if matches(one.path.split("/"), parts)]
         else:
             found = [info]
-    files = sorted((url_of(scheme, one.path), one.size or 0) for one in found if one.type == FileType.File)
+    # servers may not tell a size; a file of 0 bytes would be left out
+    sized = (
+        (url_of(scheme, one.path), 1 if one.size is None else one.size) for one in found if one.type == FileType.File
+    )
+    files = sorted(sized)
     return filesystem, files, info.type == FileType.Directory
 
 
@@ -139,4 +144,5 @@ def store_errors(url: str) -> Iterator[None]:
     except (OSError, ValueError, ImportError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{url.partition('?')[0]}: {' '.join(str(error).split()) or type(error).__name__}") from error
+        reason = re.sub(r"\?\S+", "", " ".join(str(error).split()))  # without the signature in a query
+        raise InputError(f"{url.partition('?')[0]}: {reason or type(error).__name__}") from error

@@ -4,15 +4,18 @@ import csv
 import io
 import json
 import os
+import runpy
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pandas as pd
 import pytest
-from conftest import CLEAR, run
+from conftest import CLEAR, ROOT, run
 from datasets import concatenate_datasets
 
 from predict import main
+from reading.sources import find_sources, read_table
 from training.arguments import DataArguments
 from training.splits import load_splits
 
@@ -139,8 +142,10 @@ def test_two_labels_for_a_model_of_one_path_are_refused(clear_checkpoint, tmp_pa
 
 
 def test_what_is_no_export_is_one_line(tmp_path):
-    (tmp_path / "rows.json").write_text('[{"text": "a secret"}]')
-    for file in ("rows.json", "none.json"):
+    contents = ('[{"text": "a secret"}]', '{"annotations": []}', '["a secret"]', '[{"annotations": null}]', "[[1]]")
+    for i, content in enumerate(contents):
+        (tmp_path / f"{i}.json").write_text(content)
+    for file in (*(f"{i}.json" for i in range(len(contents))), "none.json"):
         done = run("rows", tmp_path / file, command="examples/label_studio.py", check=False)
         (line,) = done.stderr.strip().splitlines()
         assert line.startswith(f"label_studio.py: error: {tmp_path / file} is not an export in the format JSON")
@@ -176,7 +181,12 @@ def test_predictions_without_an_uncertainty_are_named(clear_checkpoint, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("last", "message"), [('{"row": 1, "unc', "out.jsonl, line 2: "), ('{"row": 1}', "line 2: it has no uncertainty")]
+    ("last", "message"),
+    [
+        ('{"row": 1, "unc', "out.jsonl, line 2: "),
+        ('{"row": 1}', "line 2: it has no uncertainty"),
+        ('{"row": 1, "uncertainty": "a secret"}', "line 2: row and uncertainty must be numbers"),
+    ],
 )
 def test_a_row_without_an_uncertainty_is_named(last, message, tmp_path):
     (tmp_path / "out.jsonl").write_text(f'{{"row": 0, "uncertainty": 0.5}}\n{last}\n')
@@ -184,3 +194,15 @@ def test_a_row_without_an_uncertainty_is_named(last, message, tmp_path):
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert message in line
+    assert "secret" not in line
+
+
+def test_a_text_with_a_lone_carriage_return_comes_back_whole(tmp_path, monkeypatch, capsys):
+    text = "An old line\rof a second line"
+    (tmp_path / "out.jsonl").write_text('{"row": 0, "uncertainty": 0.5}\n')
+    (tmp_path / "in.dat").write_text(json.dumps({"text": text}) + "\n")
+    words = (tmp_path / "out.jsonl", "--count", 1, "--input", tmp_path / "in.dat", "--input_format", "jsonl")
+    monkeypatch.setattr(sys, "argv", ["label_next.py", *map(str, words)])
+    runpy.run_path(str(ROOT / "examples" / "label_next.py"))["main"]()
+    (tmp_path / "next.csv").write_text(capsys.readouterr().out, newline="")
+    assert read_table(find_sources(str(tmp_path / "next.csv"))[0]).columns["text"] == [text]

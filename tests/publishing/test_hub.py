@@ -304,6 +304,7 @@ def test_what_the_hub_would_refuse_is_one_line_before_anything_is_sent(
         ({"--model": str(shards)}, "hf_alice", "model-00001-of-00002.safetensors is missing"),
         ({}, None, "no Hub token: set HF_TOKEN"),
         ({}, "hf_unknown", "the Hub does not know the token"),
+        ({}, "\u201chf_alice\u201d", "the Hub token has characters that no token has"),
         ({}, "hf_reader", "the Hub token may only read"),
         ({"--repo_id": "nobody/new"}, "hf_alice", "may not write to 'nobody', only to alice, clinic"),
         ({"--repo_id": "alice/a..b"}, "hf_alice", "--repo_id alice/a..b: "),

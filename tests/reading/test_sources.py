@@ -17,6 +17,7 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT, stranger
 
+from prediction.input import read_records
 from reading.rows import InputError
 from reading.sources import Source, Table, find_all_sources, find_sources, kind_of, open_rows, read_table
 from reading.stores import matches
@@ -30,6 +31,7 @@ def test_a_pattern_means_its_files_in_sorted_order(tmp_path, monkeypatch):
     for name in (*parts, "part-1.JSONL.GZ", "[odd].tsv"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "part-3.csv").mkdir()
+    (tmp_path / "lost.csv").symlink_to(tmp_path / "none.csv")
     assert find_sources("part-*.csv") == [Source(name, "csv") for name in sorted(parts)]
     assert find_sources("part-1.*") == [Source("part-1.JSONL.GZ", "jsonl")]
     assert find_sources("[odd].tsv") == [Source("[odd].tsv", "tsv")]  # a name before it is a pattern
@@ -39,6 +41,8 @@ def test_a_pattern_means_its_files_in_sorted_order(tmp_path, monkeypatch):
         ("none*.csv", None, "none*.csv: there is no such file"),
         ("part-3.csv", None, "part-3.csv: there is no file of a known kind in it"),
         ("s3://key:secret@bucket/a.csv", None, "s3://...: give credentials in the environment, not in the URL"),
+        ("https://token@host/a.csv", None, "https://...: give credentials in the environment, not in the URL"),
+        ("lost*.csv", None, "lost.csv: this link points to no file"),
         ("none://bucket/a.csv", None, "none://bucket/a.csv: "),
         ("-", None, "- has no file name: give --input_format, one of csv, tsv"),
     ):
@@ -61,19 +65,36 @@ def test_two_stars_mean_any_number_of_folders(tmp_path, monkeypatch):
         assert [name for name in names if matches(name.split("/"), pattern.split("/"))] == expected, pattern
 
 
+class Streaming(http.server.SimpleHTTPRequestHandler):
+    """Does not tell the size of files called ``chunk``, and fails to send those called ``fail``."""
+
+    def send_header(self, keyword: str, value: str) -> None:
+        if not (keyword == "Content-Length" and "chunk" in self.path):
+            super().send_header(keyword, value)
+
+    def do_GET(self) -> None:
+        self.send_error(503) if "fail" in self.path else super().do_GET()
+
+
 def test_a_signed_url_is_read_and_shown_without_its_signature(tmp_path):
     pytest.importorskip("aiohttp")
-    (tmp_path / "a.csv").write_bytes(CSV)
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    for name in ("a.csv", "chunk.csv", "fail.csv"):
+        (tmp_path / name).write_bytes(CSV)
+    (tmp_path / "b.csv.gz").write_bytes(gzip.compress(CSV))
+    handler = functools.partial(Streaming, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         root = f"http://127.0.0.1:{server.server_port}"
         (source,) = find_sources(f"{root}/a.csv?signature=secret")
         assert source.name == f"{root}/a.csv"
         assert read_table(source).columns["text"] == ["a", "b"]
-        with pytest.raises(InputError) as refused:
-            find_sources(f"{root}/none.csv?signature=secret")
-        assert "secret" not in str(refused.value)
+        assert read_table(*find_sources(f"{root}/b.csv.gz?signature=secret")).columns["text"] == ["a", "b"]
+        sources = find_all_sources([f"{root}/chunk.csv", f"{root}/a.csv"])
+        assert [record.text for record in read_records(sources, None, None)] == ["a", "b", "a", "b"]
+        for name in ("none", "fail"):
+            with pytest.raises(InputError, match=f"{name}.csv: ") as refused:
+                read_table(*find_sources(f"{root}/{name}.csv?signature=secret"))
+            assert "secret" not in str(refused.value)
         server.shutdown()
 
 

@@ -2,16 +2,19 @@ import itertools
 import json
 import math
 import os
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, BitsAndBytesConfig
 
-from checkpoint_hierarchical import ADAPTER_WEIGHTS, load_encoder, without_pooler
+from checkpoint_hierarchical import ADAPTER_WEIGHTS, load_encoder, quiet_loading, without_pooler
 from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import (
     HierarchicalForSequenceClassification,
@@ -354,6 +357,28 @@ def test_the_loss_compiles_without_a_graph_break():
     model, inputs, labels = small_model(), batch(), torch.tensor([0, 1, 6])
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(**inputs, labels=labels).loss, model(**inputs, labels=labels).loss)
+
+
+def test_loads_that_overlap_change_nothing_of_the_process(monkeypatch):
+    monkeypatch.delenv("DISABLE_SAFETENSORS_CONVERSION", raising=False)
+    before, inside = transformers.logging.get_verbosity(), threading.Event()
+
+    def load(number: int) -> None:
+        if number == 1:
+            inside.wait()  # the second one comes while the first is loading, and ends after it
+        with quiet_loading():
+            inside.set()
+            os.environ[f"SET_BY_{number}"] = "1"
+            time.sleep(0.1 + 0.1 * number)
+
+    threads = [threading.Thread(target=load, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert os.environ.keys() >= {"SET_BY_0", "SET_BY_1"}
+    assert "DISABLE_SAFETENSORS_CONVERSION" not in os.environ
+    assert transformers.logging.get_verbosity() == before
 
 
 @pytest.mark.parametrize("pooling", ["mean", "label_attention"])
