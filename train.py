@@ -67,6 +67,8 @@ def main(argv: list[str], prepare: Prepare = lambda trainer: trainer) -> None:
     stored = read_config(source) if is_checkpoint(source) else None
     stored_taxonomy = stored.tree if stored else None
     selection = selection_run(arguments) if training.do_train and training.refit else None
+    if selection and Path(source).resolve() == Path(selection.training.output_dir).resolve():
+        raise InputError(f"--refit would overwrite {source}, from which it starts: give another --output_dir")
     resume.check_output_folder(training, source)
     if selection:
         resume.check_output_folder(selection.training, source)

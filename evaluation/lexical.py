@@ -113,13 +113,14 @@ def log_odds_variance(present: csr_matrix, labels: np.ndarray) -> np.ndarray:
     P is the share of documents that contain the token, smoothed by one document with it and one without (Laplace). The
     two-class NB-SVM (Wang and Manning, 2012, "Baselines and bigrams") weighs words by these log-odds, with their sign. Here
     one weight serves all classes, so that a document is one vector. Labels are (num_rows, num_classes): 1, 0 or -100. Classes
-    without both labels do not count.
+    without both labels do not count. With one class, it is the square of the log-odds.
     """
     labels = labels[:, (labels == 1).any(axis=0) & (labels == 0).any(axis=0)]
     inside, unknown = ((csr_matrix(rows.T, dtype=float) @ present).toarray() for rows in (labels == 1, labels < 0))
     outside = present.sum(axis=0).A1 - inside - unknown
     sizes = [(labels == label).sum(axis=0)[:, None] for label in (1, 0)]
-    return np.var(np.log((inside + 1) / (sizes[0] + 2)) - np.log((outside + 1) / (sizes[1] + 2)), axis=0)
+    log_odds = np.log((inside + 1) / (sizes[0] + 2)) - np.log((outside + 1) / (sizes[1] + 2))
+    return np.var(log_odds, axis=0) if len(log_odds) > 1 else log_odds[0] ** 2
 
 
 def fit_classifier(

@@ -112,6 +112,7 @@ TRAIN = [
     (("twice.yaml", *DATA), "'seed' occurs twice"),
     (("code.yaml", *DATA), "could not determine a constructor for the tag"),
     (("deep.yaml", *DATA), "the recipe deep.yaml is nested too deeply"),
+    ((*DATA, "--max_steps", "0"), "--max_steps must be at least 1; leave it out to train for --num_train_epochs"),
     ((*DATA, "--output_dir", ""), "--output_dir needs the name of a folder"),
     (("folder.csv", *DATA), "cannot read the recipe folder.csv: Is a directory"),
     ((*DATA, "--taxonomy", "cycle.csv"), "cycle.csv: the taxonomy has a cycle: 'b' > 'a' > 'b'"),

@@ -307,6 +307,7 @@ def check_values(arguments: Arguments) -> None:
             training.torch_compile_mode not in (None, *COMPILE_MODES)
         ),
         "--output_dir needs the name of a folder": not training.output_dir,
+        "--max_steps must be at least 1; leave it out to train for --num_train_epochs": training.max_steps == 0,
         "--refit continues with --resume_from_checkpoint auto, from no other checkpoint": (
             training.refit and training.resume_from_checkpoint not in (None, "auto")
         ),

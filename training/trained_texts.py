@@ -48,7 +48,7 @@ def normalise_text(text: str) -> str:
             if unicodedata.category(character) == "Cf":  # byte order marks, zero-width characters, soft hyphens
                 text = text.replace(character, "")
         text = unicodedata.normalize("NFKC", text)
-    return " ".join(text.casefold().split())
+    return " ".join(unicodedata.normalize("NFKC", text.casefold()).split())  # case-folding decomposes some letters
 
 
 def text_hash(normalised: str) -> str:

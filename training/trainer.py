@@ -184,6 +184,7 @@ class HierarchicalTrainer(PublishingTrainer):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
         self.best_checkpoint = state.best_model_checkpoint = self._find_best_checkpoint(state, resume_from_checkpoint)
+        self.args.eval_on_start = False  # early stopping would count this evaluation
         step = state.global_step
         stopping = state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
         had_stopped = False
@@ -192,6 +193,9 @@ class HierarchicalTrainer(PublishingTrainer):
         if 0 < self.args.max_steps <= step or had_stopped:
             logger.info("nothing left to train: %s is at step %d", resume_from_checkpoint, step)
             self.state = state
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, JITCheckpointCallback):
+                    callback.on_train_end(self.args, state, self.control)  # SIGTERM ends the process again
             self._load_from_checkpoint(resume_from_checkpoint)
             if self.args.load_best_model_at_end and self.best_checkpoint is not None:
                 self._load_best_model()
@@ -199,6 +203,25 @@ class HierarchicalTrainer(PublishingTrainer):
         else:
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         return output._replace(metrics=output.metrics | {"resumed_from_step": step})
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Restore the state of a resumed run, but with this run's numbers of steps between evaluations, saves and logs."""
+        trained = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)
+        return trained
+
+    def _run_epoch(self, *, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
+        """Train for an epoch, or for the rest of one; for nothing if a resumed run has taken all steps."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        # with several processes, the Trainer does not reach the sampler below the batches that a resumed run skips
+        level = train_dataloader
+        while level is not None:
+            if hasattr(level, "set_epoch"):
+                level.set_epoch(epoch)
+            level = getattr(level, "batch_sampler", None)
+        super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
     def _find_best_checkpoint(self, state: TrainerState, checkpoint: str) -> str | None:
         """Return the best checkpoint of a resumed run. Its folder may have moved since its path was stored."""

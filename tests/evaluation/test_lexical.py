@@ -91,6 +91,8 @@ def test_a_token_counts_by_how_unlike_the_classes_use_it():
     odds = [math.log((0 + 1) / (2 + 2) * 6 / (3 + 1)), math.log(3 / 4 * 6 / 2), math.log(2 / 4 * 6 / 3)]
     expected = [statistics.pvariance([math.log(3 / 4 * 6 / 5)] * 3), 0, statistics.pvariance(odds)]
     np.testing.assert_allclose(lexical.log_odds_variance(present, one_hot(labels, 5)), expected, atol=1e-12)
+    one_class = lexical.log_odds_variance(present, one_hot(labels, 5)[:, [0]])
+    np.testing.assert_allclose(one_class, np.square([math.log(3 / 4 * 6 / 5), 0, odds[0]]), atol=1e-12)
 
 
 def test_rows_labelled_with_an_inner_node_teach_no_words():

@@ -185,6 +185,7 @@ def test_a_column_that_no_text_has_is_a_class(tmp_path):
         ([[1.0, 0.0], [0, 1]], {}, r"the lists of the column 'label' hold 0 and 1 alone: give lists of the names"),
         ([["x"]], {"problem_type": "single_label_classification"}, r"means one label per text, but the label column holds"),
         ([1, 0], {"problem_type": "multi_label_classification", "taxonomy": None}, r"the column 'label' holds 0 and 1 alone: give the names"),
+        (['["a; b", "c"]'], {"label_delimiter": ";"}, r"line 1, column 'label': the cell is a list written as text"),
         (["x"], {"problem_type": "single_label_classification", "label_delimiter": ";"}, r"but --label_delimiter is given"),
         (["x", "y"], {"incomplete_labels": True}, r"--incomplete_labels needs multi-label data"),
     ],

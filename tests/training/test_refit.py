@@ -173,6 +173,13 @@ def test_what_it_cannot_do_is_refused_at_the_start(flags, problem, tiny_encoder,
     assert not (tmp_path / "results").exists()
 
 
+def test_it_does_not_start_from_the_folder_that_its_first_run_overwrites(tmp_path):
+    (tmp_path / "selection").mkdir()
+    words = ["--train_file", str(CORPUS / "train.csv"), "--output_dir", str(tmp_path), "--refit"]
+    with pytest.raises(InputError, match="--refit would overwrite .*/selection, from which it starts"):
+        train.main([*words, "--model_name_or_path", str(tmp_path / "selection")])
+
+
 def test_with_several_labels_it_has_the_thresholds_of_the_first_model(tiny_encoder, tmp_path):
     flags = ("--refit", "--max_length", 64, "--label_smoothing_factor", 0.1)
     log = train_label_sets(tiny_encoder, tmp_path / "results", *flags)

@@ -134,9 +134,12 @@ def test_a_run_that_was_killed_after_its_last_step_takes_none_more(words, unbrok
 
 
 def test_a_run_that_stops_early_stops_there_too_when_it_was_broken_off(words, tmp_path):
-    """With tiny steps the score is constant: the evaluations at 4, 6 and 8 are the three without improvement."""
+    """With tiny steps the score is constant: the evaluations at 4, 6 and 8 are the three without improvement.
+
+    The one at the start does not count, nor may another one when the run is resumed.
+    """
     line = [*words, "--load_best_model_at_end", "true", "--early_stopping_patience", 3, "--save_total_limit", 20]
-    line += ["--learning_rate", "1e-30"]
+    line += ["--learning_rate", "1e-30", "--eval_on_start", "true"]
     whole = tmp_path / "whole"
     run(*line, "--output_dir", whole)
     assert [folder.name for folder in list_checkpoints(whole)] == [f"checkpoint-{step}" for step in (2, 4, 6, 8)]
@@ -253,15 +256,17 @@ def test_a_run_does_not_go_on_with_another_taxonomy(words, run_folder, tmp_path)
         (["--train_file", "{rows}"], "it was trained on other rows or labels; give the same data"),
         (["--class_names", "{swapped}"], "it was trained on other rows or labels; give the same data, columns, names"),
         (["--validation_file", "{rows}"], "it was trained on other rows or labels; give the same data"),
+        (["--test_file", "{trained}"], "it was trained on other rows or labels; give the same data"),
     ],
 )
 def test_a_run_does_not_go_on_as_another(words, run_folder, tiny_encoder, tmp_path, flags, message):
     shutil.copytree(tiny_encoder, tmp_path / "other")
     line = [*words, "--output_dir", run_folder, "--resume_from_checkpoint", "auto", "--max_steps", 24]
     file = write_csv(tmp_path / "rows.csv", read_csv(CORPUS / "validation.csv")[16:32])
+    trained = write_csv(tmp_path / "trained.csv", read_csv(CORPUS / "train.csv")[:5])  # they would not be trained on
     names = sorted({row["label"] for row in read_csv(CORPUS / "train.csv")})
     swapped = json.dumps(dict(zip(names, names[1:] + names[:1], strict=True)))
-    line += [flag.format(other=tmp_path / "other", rows=file, swapped=swapped) for flag in flags]
+    line += [flag.format(other=tmp_path / "other", rows=file, swapped=swapped, trained=trained) for flag in flags]
     before = {path: path.read_bytes() for path in run_folder.glob("*") if path.is_file()}
     with pytest.raises(InputError, match=f"cannot resume from {list_checkpoints(run_folder)[-1]}") as refused:
         train.main(list(map(str, line)))

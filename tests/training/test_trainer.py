@@ -138,6 +138,27 @@ def test_ended_by_sigterm_at_any_step_it_resumes_to_the_same_evaluations_and_wei
             assert one.equal(other), (step, name)
 
 
+def test_a_finished_run_takes_no_more_steps_and_a_resumed_one_saves_as_it_is_asked_to(tokenizer, tmp_path):
+    def run(save_steps: int, checkpoint: str | None = None) -> HierarchicalTrainer:
+        settings = arguments(
+            tmp_path, per_device_train_batch_size=4, learning_rate=0.01, lr_scheduler_type="constant",
+            num_train_epochs=1.5, save_strategy="steps", save_steps=save_steps, save_total_limit=None,
+        )  # fmt: skip
+        one = trainer(tiny_model(), tokenizer, rows(), settings)
+        one.train(resume_from_checkpoint=checkpoint)
+        assert (one.state.global_step, one.state.epoch) == (6, 1.5)
+        return one
+
+    finished = run(2)
+    again = run(2, str(tmp_path / "checkpoint-6"))
+    for one, other in zip(finished.model.state_dict().values(), again.model.state_dict().values(), strict=True):
+        assert one.equal(other)
+    run(3, str(tmp_path / "checkpoint-4"))
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (2, 4, 6)}
+    run(3, str(tmp_path / "checkpoint-2"))
+    assert (tmp_path / "checkpoint-3").is_dir()
+
+
 def test_gradient_checkpointing_that_an_encoder_lacks_is_refused(tmp_path):
     config = HierarchicalConfig(text_config={"model_type": "mpnet", **TINY}, taxonomy=TREE)
     with pytest.raises(InputError, match="--activation_checkpointing: MPNetModel of transformers does not support it"):
