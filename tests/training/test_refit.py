@@ -176,7 +176,7 @@ def test_what_it_cannot_do_is_refused_at_the_start(flags, problem, tiny_encoder,
 def test_it_does_not_start_from_the_folder_that_its_first_run_overwrites(tmp_path):
     (tmp_path / "selection").mkdir()
     words = ["--train_file", str(CORPUS / "train.csv"), "--output_dir", str(tmp_path), "--refit"]
-    with pytest.raises(InputError, match="--refit would overwrite .*/selection, from which it starts"):
+    with pytest.raises(InputError, match=r"--refit would overwrite .*/selection, from which it starts"):
         train.main([*words, "--model_name_or_path", str(tmp_path / "selection")])
 
 
