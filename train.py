@@ -50,6 +50,7 @@ from training.views import build_collator
 
 logger = logging.getLogger("train")
 
+BEFORE_CALIBRATION = ("_loss", "_ece", "_ece_by_chance")  # what calibrated scores may lack
 SELECTION = "selection"  # folder of the run that chooses the epochs for --refit, in the output folder
 
 Prepare = Callable[[HierarchicalTrainer], HierarchicalTrainer]
@@ -284,7 +285,7 @@ def score_and_calibrate(
     classifier = fit_classifier(taxonomy, splits["train"], vocab_size, arguments.model.lexical_head)
     calibrated, logits = report.calibrate_model(model, classifier, to_calibrate, splits, max_length)
     trainer.save_model(_internal_call=True)
-    before = {name: scores.pop(name) for name in [*scores] if name in calibrated or name.endswith("_loss")}
+    before = {name: scores.pop(name) for name in [*scores] if name in calibrated or name.endswith(BEFORE_CALIBRATION)}
     uncalibrated = {f"uncalibrated_{name}": value for name, value in before.items()}
     return as_trained | scores | uncalibrated | calibrated, logits
 

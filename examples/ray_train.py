@@ -8,6 +8,7 @@ See docs/distributed_training.md.
 import argparse
 import logging
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("words", nargs="+", metavar="RECIPE", help="After --, the command line of train.py.")
     given = parser.parse_args(argv)
 
+    if min(given.workers, given.cpus_per_worker) < 1:
+        raise InputError("--workers and --cpus_per_worker must be at least 1")
     # nodes of a cluster have declared their cores; here, Ray takes what the workers are to have
     cores = {"num_cpus": given.workers * given.cpus_per_worker} if given.address == "local" else {}
     environment = {"env_vars": {"PYTHONPATH": str(ROOT)}, "worker_process_setup_hook": name_own_cluster}
     with as_input_error(f"cannot use the Ray cluster {given.address}"):
+        host, _, port = given.address.rpartition("/")[2].rpartition(":")
+        if port.isdigit():  # where nothing listens, Ray would try for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(given.address, runtime_env=environment, **cores)
     trainer = TorchTrainer(
         run_worker,

@@ -44,6 +44,9 @@ try:
 except ImportError:
     spaces = None
 
+if not os.environ.get("GRADIO_SERVER_PORT", "7860").isdecimal():  # gradio reads it
+    sys.exit("app.py: error: GRADIO_SERVER_PORT must be a number")
+
 import gradio as gr
 import views
 from attribution import Explainer, Explanation
@@ -827,15 +830,18 @@ def launch(page: gr.Blocks, **options: Any) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Serve a checkpoint as a page.")
     parser.add_argument("--model", default=os.environ.get("MODEL_ID"), help="folder or Hub id; MODEL_ID by default")
-    parser.add_argument(
-        "--revision", default=os.environ.get("MODEL_REVISION"), help="commit; MODEL_REVISION by default"
-    )
+    parser.add_argument("--revision", help="commit; MODEL_REVISION by default")
     arguments = parser.parse_args()
     if not arguments.model:
         parser.error("no model: give --model, or set the variable MODEL_ID")
+    is_folder = Path(arguments.model).is_dir()
+    if is_folder and arguments.revision:
+        parser.error(f"--revision {arguments.revision} does not apply to the folder {arguments.model}")
     log_without_values()
-    revision = None if Path(arguments.model).is_dir() else arguments.revision or None
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    revision = None if is_folder else arguments.revision or os.environ.get("MODEL_REVISION") or None
+    for name in ("SIGTERM", "SIGHUP"):  # files are deleted at the end; nohup ignores SIGHUP
+        if (number := getattr(signal, name, None)) and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, lambda *_: sys.exit(0))
     try:
         classifier = load(arguments.model, revision)
     except Exception as error:  # loading runs the checkpoint's own code, which can raise anything

@@ -221,7 +221,8 @@ class Explainer:
             "words": words,
             "rest": rest,
             "error": total - (values[-1] - values[0]),
-            "characters_read": max(end for _, end in offsets),
+            # white space at the end is no token, but read
+            "characters_read": max(end for _, end in offsets) if encoded.encodings[0].overflowing else len(text),
         }
 
     def _blank_id(self) -> int:

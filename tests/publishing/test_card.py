@@ -542,6 +542,24 @@ def test_a_multi_label_card_names_its_scores_as_the_metrics_file_does(written_mu
     assert ModelCard(card.rename(text, "you/model")).data.model_name == "you/model"
 
 
+def test_no_piece_of_the_template_is_left(written, written_multi_label):
+    for text in (written(), written(settings=SETTINGS | {"refit": True}), written_multi_label()[0]):
+        assert not re.search(r"\}\}|\{\{|\{%|%\}", re.sub(r"(?ms)^```.*?^```", "", text))
+
+
+def test_a_refitted_model_without_scores_says_that_nothing_is_guaranteed(written):
+    shown = section(written(settings=SETTINGS | {"refit": True}, metrics={"train_runtime": 60.0}), "Results")
+    assert "nothing was measured" in shown
+    assert "`coverage` and `recall` are not guaranteed" in shown
+
+
+def test_thousands_of_label_columns_take_no_page(written):
+    columns = [f"label {i}" for i in range(5000)]
+    text = written(report=make_report(make_config().tree) | {"columns": {"text": "text", "label": columns}})
+    assert "label 19 and 4,980 more" in text
+    assert "label 20" not in text
+
+
 def test_a_multi_label_card_says_how_thresholds_and_answers_were_fitted(written_multi_label):
     text, metrics = written_multi_label(settings=SETTINGS | {"load_best_model_at_end": True})
     shown = " ".join(section(text, "Results").split())

@@ -260,6 +260,8 @@ def test_a_column_is_read_by_its_whole_name():
     for other, kind in ((content, "parquet"), (b"a,b\n1,2\n", "csv")):
         with pytest.raises(Refused, match="no such column"):
             read_table(other, kind, "c")
+    nfc, nfd = "r\u00e9sum\u00e9", "re\u0301sume\u0301"
+    assert read_table(f"{nfd},b\nx,2\n".encode(), "csv", nfc).rows[0].text == "x"
 
 
 def test_parquet_files_within_the_limits_are_read():
@@ -582,6 +584,9 @@ def test_what_was_read_is_what_the_answer_depends_on(client, texts):
     long = " ".join(texts)
     found = client.predict(long, api_name="/classify")
     assert 0 < found["characters_read"] < found["characters"] == len(long)
+    whole = "A study of ulcers. \n"
+    explained = client.predict(whole, "neoplasms", api_name="/explain")
+    assert explained["characters_read"] == client.predict(whole, api_name="/classify")["characters_read"] == len(whole)
     cut_there = client.predict(long[: found["characters_read"]], api_name="/classify")
     assert cut_there["score"] == pytest.approx(found["score"], abs=1e-5)
     assert cut_there["characters_read"] == found["characters_read"]
