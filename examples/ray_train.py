@@ -8,7 +8,6 @@ See docs/distributed_training.md.
 import argparse
 import logging
 import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ try:
     from ray.train.torch import TorchTrainer
 except ImportError as error:
     exit_with_error("ray_train.py", f"{error}: pip install 'ray[default,train]'")
+from prediction.ray_job import refuse_closed_port
 
 MAX_FAILURES = 3  # restarts of one run; after more, the same command resumes it
 
@@ -48,9 +48,7 @@ def main(argv: list[str]) -> None:
     cores = {"num_cpus": given.workers * given.cpus_per_worker} if given.address == "local" else {}
     environment = {"env_vars": {"PYTHONPATH": str(ROOT)}, "worker_process_setup_hook": name_own_cluster}
     with as_input_error(f"cannot use the Ray cluster {given.address}"):
-        host, _, port = given.address.rpartition("/")[2].rpartition(":")
-        if port.isdigit():  # where nothing listens, Ray would try for minutes
-            socket.create_connection((host, int(port)), timeout=10).close()
+        refuse_closed_port(given.address)
         ray.init(given.address, runtime_env=environment, **cores)
     trainer = TorchTrainer(
         run_worker,

@@ -224,14 +224,19 @@ class RayJob:
             ray.kill(actor)
 
 
+def refuse_closed_port(address: str) -> None:
+    """Raise OSError if nothing listens at an address with a port. Ray would try for minutes."""
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
 def connect(address: str) -> str | None:
     """Connect to a cluster, or start one on this machine if the address is ``local``, and return its dashboard's address."""
     quiet = {"log_to_driver": False, "logging_level": "error"}
     if address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report them to its makers
         return ray.init("local", num_cpus=torch.get_num_threads(), **quiet).dashboard_url
-    host, _, port = address.rpartition("/")[2].rpartition(":")
-    if port.isdigit():  # where nothing listens, Ray would try for minutes
-        socket.create_connection((host, int(port)), timeout=10).close()
+    refuse_closed_port(address)
     modules = [str(path) for pattern in SHIPPED for path in sorted(ROOT.glob(pattern))]
     return ray.init(address, runtime_env={"py_modules": modules, "excludes": ["__pycache__"]}, **quiet).dashboard_url

@@ -55,8 +55,9 @@ def read_label_sets(table: Table, columns: list[str], delimiter: str | None) -> 
         return [tuple(compress(names, row)) for row in zip(*marks, strict=True)]
     (column,) = columns
     written = (isinstance(cell, str) and cell.startswith("[") and cell.endswith("]") for cell in table.columns[column])
-    problem = "the cell is a list written as text: give names between delimiters, or lists in JSON Lines or Parquet"
-    refuse_rows(table, column, (problem if delimiter is not None and is_list else None for is_list in written))
+    if delimiter is not None:
+        problem = "the cell is a list written as text: give names between delimiters, or lists in JSON Lines or Parquet"
+        refuse_rows(table, column, (problem if is_list else None for is_list in written))
     rows = []
     for cell in table.columns[column]:
         if isinstance(cell, str) and delimiter is not None:
