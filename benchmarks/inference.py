@@ -4,9 +4,10 @@
     python benchmarks/inference.py --encoder ENCODER [--texts ohsumed/test.csv] [--model CHECKPOINT]
 
 - Peers: the stock ``pipeline("text-classification")`` in float32, 32 texts a batch, and in bfloat16; ONNX Runtime in float32
-  and with dynamic int8 weights, each also with attention fused by its optimizer; torch.compile in bfloat16; OpenVINO in float32, in bfloat16, in static int8 by NNCF, calibrated
-  on `CALIBRATION_TEXTS` texts, and in dynamic int8, where each token is rounded in groups of `GROUP` numbers. ONNX Runtime
-  uses the batches by length of this project's pipeline. torch.compile and OpenVINO run the encoder inside it.
+  and with dynamic int8 weights, each also with attention fused by its optimizer; torch.compile in bfloat16; OpenVINO in
+  float32, in bfloat16, in static int8 by NNCF, calibrated on `CALIBRATION_TEXTS` texts, and in dynamic int8, where each token
+  is rounded in groups of `GROUP` numbers. ONNX Runtime uses the batches by length of this project's pipeline. torch.compile
+  and OpenVINO run the encoder inside it.
 - This project: ``pipeline("hierarchical-text-classification")`` in float32, bfloat16 and int8.
 
 A laptop without bfloat16 products is measured with the instruction set held down. torch and OpenVINO obey. ONNX Runtime reads no
@@ -507,6 +508,22 @@ def peak_memory(process: int) -> int:
     return int(found[1]) if found else 0
 
 
+def padding(model: str, texts: list[str], arguments: argparse.Namespace, scratch: Path) -> list[dict]:
+    """Count the tokens of all texts, and the share of padding in this project's batches, which unpadding would save."""
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=True)
+    rows = []
+    for count in (arguments.rows, len(texts)):
+        lengths = [len(ids) for ids in tokenizer(texts[:count], truncation=True, verbose=False)["input_ids"]]
+        batches = batches_by_length(lengths, None, TOKENS_ON_CPU)
+        computed = sum(
+            len(batch) * padded_length(lengths[batch[0]], len(batch), tokenizer.model_max_length) for batch in batches
+        )
+        rows.append(
+            {"texts": count, "tokens": sum(lengths), "padding, %": round(100 * (1 - sum(lengths) / computed), 1)}
+        )
+    return rows
+
+
 def accuracy(model: str, texts: list[str], arguments: argparse.Namespace, scratch: Path) -> list[dict]:
     """Measure the accuracy of a trained checkpoint in this project's types and every int8, on the labels of the file."""
     if arguments.model is None:
@@ -536,7 +553,14 @@ def table(rows: list[dict]) -> None:
         print("| " + " | ".join(str(row.get(name, "")) for name in names) + " |")
 
 
-PARTS = {"throughput": throughput, "base_size": base_size, "latency": latency, "scale": scale, "accuracy": accuracy}
+PARTS = {
+    "throughput": throughput,
+    "base_size": base_size,
+    "latency": latency,
+    "scale": scale,
+    "padding": padding,
+    "accuracy": accuracy,
+}
 
 if __name__ == "__main__":
     main()

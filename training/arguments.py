@@ -20,6 +20,7 @@ from transformers.trainer_utils import SaveStrategy
 from configuration_hierarchical import DEFAULT_ENCODER, DEFAULT_ENCODER_REVISION
 from errors import InputError, is_own_bug, one_line
 from taxonomy_hierarchical import Taxonomy
+from training.losses import weight_of_level
 from training.multi_label import multi_hot
 from training.precision import has_bf16
 from training.recipe import insert_recipe, nearest
@@ -343,7 +344,7 @@ def check_against_data(
         raise InputError("no training rows: give --train_file, --data_path or --dataset_name, or --do_train false")
     multi_label = isinstance(splits["train"]["label"][0], list)  # then an only child is a choice, too
     levels = {taxonomy.levels[nodes[0]] for nodes in taxonomy.decisions if multi_label or len(nodes) > 1}
-    if not any(weights[min(level, len(weights)) - 1] for level in levels):
+    if not any(weight_of_level(weights, level) for level in levels):
         shown = " ".join(map(str, weights))
         raise InputError(f"--level_weights {shown}: all levels with a choice have weight 0: {sorted(levels)}")
     if "validation" not in splits:

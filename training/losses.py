@@ -23,13 +23,17 @@ def balanced_weights(counts: Tensor, group: Tensor) -> Tensor:
     return torch.where(seen, documents / (classes * counts), 1).float()
 
 
+def weight_of_level(weights: Sequence[float], level: int) -> float:
+    """Return the weight of a level of the taxonomy, counted from 1. The last weight serves all deeper levels."""
+    return weights[min(level, len(weights)) - 1]
+
+
 class HierarchicalFocalLoss(nn.Module):
     """Sum over the decisions on a label's path of  w_level · α_class · (1 - p)^γ · CE, divided by the number of labels.
 
     p is the probability of the correct child among its siblings, and CE its cross-entropy, with label smoothing ε:
     -(1 - ε) log p - ε / K · Σ log p_k. The focal factor is from Lin et al. (2017, arXiv 1708.02002). α is 1,
-    or with ``balanced`` from `balanced_weights` of the counts (num_nodes,) of `Taxonomy.count_at_or_below`. The last of ``level_weights``
-    serves all deeper levels.
+    or with ``balanced`` from `balanced_weights` of the counts (num_nodes,) of `Taxonomy.count_at_or_below`.
     """
 
     def __init__(
@@ -45,7 +49,7 @@ class HierarchicalFocalLoss(nn.Module):
         self.gamma, self.label_smoothing = gamma, label_smoothing
         group, ancestors = torch.tensor(tree.decision_of), torch.tensor(tree.padded_paths)
         size = torch.bincount(group)[group]
-        levels = torch.tensor([level_weights[min(i, len(level_weights) - 1)] for i in range(tree.depth)])
+        levels = torch.tensor([weight_of_level(level_weights, level + 1) for level in range(tree.depth)])
         # an only child is no decision: its p is 1 whatever the weights, and so are its loss and gradient 0
         weights = (balanced_weights(counts, group) if balanced else torch.ones(tree.num_nodes)) * (size > 1)
         self.register_buffer("group", group)

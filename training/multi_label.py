@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from modeling_hierarchical import IGNORED_LABEL, TreeSigmoid, average_over_labels
 from taxonomy_hierarchical import Taxonomy
+from training.losses import weight_of_level
 
 
 def multi_hot(taxonomy: Taxonomy, labels: Sequence[Sequence[int]], incomplete: bool = False) -> np.ndarray:
@@ -76,7 +77,7 @@ class MultiLabelFocalLoss(nn.Module):
         labels: np.ndarray,
         gamma: float = 0.0,
         balanced: bool = False,
-        level_weights: list[float] | tuple[float, ...] = (1.0,),
+        level_weights: Sequence[float] = (1.0,),
         label_smoothing: float = 0.0,
     ):
         super().__init__()
@@ -85,7 +86,7 @@ class MultiLabelFocalLoss(nn.Module):
         positive, total = (labels == 1).sum(0), (labels != IGNORED_LABEL).sum(0)
         outcomes = np.stack([total - positive, positive])  # (2, N): rows with outcome 0 and 1
         alpha = np.where(outcomes > 0, total / np.maximum(2 * outcomes, 1), 1) if balanced else np.ones(outcomes.shape)
-        levels = np.array([level_weights[min(level, len(level_weights)) - 1] for level in tree.levels])
+        levels = np.array([weight_of_level(level_weights, level) for level in tree.levels])
         self.register_buffer("weights", torch.tensor(alpha * levels, dtype=torch.float32))
         self.register_buffer("rates", torch.tensor((positive + 0.5) / (total + 1), dtype=torch.float32))
 
