@@ -72,7 +72,8 @@ def read_config(folder: str | Path) -> HierarchicalConfig:
 
 def find_damage(folder: Path, adapter_form: bool) -> str | None:
     """Return a message that names the first missing or damaged weights file, or None if all are complete."""
-    needed, name = [*ADAPTER_FILES] if adapter_form else [WEIGHTS], WEIGHTS_INDEX
+    needed = [*ADAPTER_FILES] if adapter_form else [WEIGHTS]
+    name = WEIGHTS_INDEX  # in the message, if the index cannot be read
     try:
         if not adapter_form and (folder / name).is_file():
             needed = sorted(set(json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values()))

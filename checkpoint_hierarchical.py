@@ -53,7 +53,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 HEADS_WEIGHTS = "heads.safetensors"
 ADAPTER_FILES = (HEADS_WEIGHTS, f"{ADAPTER_SUBFOLDER}/adapter_config.json", f"{ADAPTER_SUBFOLDER}/{ADAPTER_WEIGHTS}")
 LOADING = threading.RLock()
-PADDING_COUNTS = ("convbert", "yoso")  # their convolutions and hashes take padding in
+PADDING_SENSITIVE = ("convbert", "yoso")  # their convolutions and hashes include padding tokens
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 # the encoder is in a repository of its own, with another revision, and its code is transformers' own
 NOT_FOR_THE_ENCODER = (
@@ -98,9 +98,7 @@ def load_adapter_form(
 ) -> tuple[Any, dict[str, Any]]:
     """Load the encoder by its name and revision, then the adapter and heads. Return the model and the loading info."""
     hub = {argument: kwargs[argument] for argument in HUB_ARGUMENTS if argument in kwargs}
-    subfolder = config.adapter_subfolder
-    files = (HEADS_WEIGHTS, f"{subfolder}/adapter_config.json", f"{subfolder}/{ADAPTER_WEIGHTS}")
-    heads_file, adapter_config, adapter_file = (Path(cached_file(name, file, **hub)) for file in files)
+    heads_file, adapter_config, adapter_file = (Path(cached_file(name, file, **hub)) for file in ADAPTER_FILES)
     heads, lora, adapter = load_file(heads_file), read_adapter_config(adapter_config), load_file(adapter_file)
     encoder = load_encoder(config, **{key: kwargs[key] for key in kwargs if key not in NOT_FOR_THE_ENCODER})
     with init.no_init_weights():  # everything is loaded
@@ -278,7 +276,9 @@ def check_encoder(encoder: PreTrainedModel) -> None:
     config = encoder.config
     if config.is_encoder_decoder:
         problem = "is an encoder with a decoder: use an encoder alone"
-    elif config.model_type in PADDING_COUNTS or "attention_mask" not in inspect.signature(encoder.forward).parameters:
+    elif (
+        config.model_type in PADDING_SENSITIVE or "attention_mask" not in inspect.signature(encoder.forward).parameters
+    ):
         problem = "gives other outputs when its inputs are padded: use another encoder"
     elif getattr(config, "default_language", "") is None:  # XMOD, which has layers for each language
         problem = "needs the language of the texts: set default_language in its config.json"
@@ -421,7 +421,7 @@ def read_shipped_files() -> dict[str, bytes]:
         raise ValueError(f"cannot save the model: {problem}; load the model again") from error
 
 
-def name_code(config: Any) -> None:
+def set_auto_map(config: Any) -> None:
     """Set ``auto_map`` and ``custom_pipelines`` in a configuration, and remove the encoder's local path."""
     config.auto_map, config.custom_pipelines = AUTO_MAP, CUSTOM_PIPELINES
     config.text_config.name_or_path = ""
@@ -431,7 +431,7 @@ def prepare_self_contained(model: Any) -> None:
     for name, weight in model.named_parameters():
         if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
             raise ValueError(f"{name} was repacked by bitsandbytes for this CPU: load the model again to save it")
-    name_code(model.config)
+    set_auto_map(model.config)
     model.config.adapter_subfolder = None
     # a local path means nothing on another machine, and nobody loads the encoder again
     if os.path.isabs(model.config.encoder_name_or_path):
@@ -460,10 +460,10 @@ def save_adapter_form(model: Any, folder: Path, state_dict: dict[str, Tensor]) -
     adapter_config.save_pretrained(folder / ADAPTER_SUBFOLDER)
 
     config = copy.deepcopy(model.config)
-    name_code(config)
+    set_auto_map(config)
     config.architectures = [type(model).__name__]
     config.adapter_subfolder = ADAPTER_SUBFOLDER
-    # how the encoder was held in memory is no property of the checkpoint: it loads as its own repository has it
+    # dtype and quantization are not stored: loading takes those of the encoder's repository
     config.dtype = config.text_config.dtype = None
     for part in (config, config.text_config):
         vars(part).pop("quantization_config", None)

@@ -124,8 +124,7 @@ class TreeSoftmax(nn.Module):
 
     def __init__(self, tree: Taxonomy):
         super().__init__()
-        self.tree, self.num_nodes, self.num_leaves = tree, tree.num_nodes, tree.num_leaves
-        self.num_groups = len(tree.decisions)
+        self.tree, self.num_groups = tree, len(tree.decisions)
         self.register_buffer("group", torch.empty(tree.num_nodes, dtype=torch.long), persistent=False)
         self.register_buffer("ancestors", torch.empty(tree.num_nodes, tree.depth, dtype=torch.long), persistent=False)
         self.register_buffer("below", torch.empty(tree.num_nodes, dtype=torch.long), persistent=False)
@@ -134,9 +133,9 @@ class TreeSoftmax(nn.Module):
     def fill_tree_buffers(self) -> None:
         self.group.copy_(torch.tensor(self.tree.decision_of))
         self.ancestors.copy_(torch.tensor(self.tree.padded_paths))
-        nodes = torch.arange(self.num_nodes)
+        nodes, num_leaves = torch.arange(self.tree.num_nodes), self.tree.num_leaves
         # the group of a node's children; a leaf gets the index after the last group
-        self.below.copy_(torch.where(nodes < self.num_leaves, self.num_groups, nodes - self.num_leaves + 1))
+        self.below.copy_(torch.where(nodes < num_leaves, self.num_groups, nodes - num_leaves + 1))
 
     def with_inclusive_values(self, own: Tensor) -> Tensor:
         """Add the logsumexp of the children's scores to the inner nodes' own scores, (B, N) to (B, N)."""
@@ -360,7 +359,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             logits = self.heads.decisions.marginal_logits(scores)
             node_log_probs = nn.functional.logsigmoid(logits)
             if labels is not None:
-                loss = binary_cross_entropy(scores, labels, self.heads.decisions, num_items_in_batch)
+                loss = binary_cross_entropy(self.heads.decisions, scores, labels, num_items_in_batch)
         else:
             logits, node_log_probs = scores[:, : self.heads.num_leaves], scores
             if labels is not None:
@@ -436,9 +435,9 @@ def negative_log_likelihood(
 
 
 def binary_cross_entropy(
-    decision_logits: Tensor, labels: Tensor, tree: TreeSigmoid, num_items_in_batch: Tensor | int | None = None
+    decisions: TreeSigmoid, decision_logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
     """Sum the binary cross-entropy of P(node) over the known nodes of each text, see `average_over_labels`."""
-    labels, logits = labels.to(decision_logits), tree.marginal_logits(decision_logits)
+    labels, logits = labels.to(decision_logits), decisions.marginal_logits(decision_logits)
     losses = nn.functional.binary_cross_entropy_with_logits(logits, labels.clamp(min=0), reduction="none")
     return average_over_labels(torch.where(labels != IGNORED_LABEL, losses, 0).sum(1), labels, num_items_in_batch)

@@ -55,6 +55,15 @@ MOST_NODES = 3  # in an answer: as many as a reader takes in at a glance
 STARTING: list[int] = []
 
 
+@dataclass
+class PendingTexts:
+    """Texts whose batches are being computed."""
+
+    owners: list[int]  # the index of each window's text, in the order of the batches
+    truncated: list[bool]  # one a text
+    outputs: list[Future]  # for each batch, its node log-probabilities (B, num_nodes)
+
+
 class HierarchicalTextClassificationPipeline(Pipeline):
     """Classify texts into a taxonomy.
 
@@ -112,12 +121,11 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         # each core of a CPU computes its own batches, unless weights are offloaded
         self._uses_cpu_threads = self.device.type == "cpu" and not hasattr(self.model, "hf_device_map")
         self._tokenizers: dict[tuple[int, int], Any] = {}
-        in_4_bits = any(getattr(weight, "quant_state", None) is not None for weight in self.model.parameters())
-        if self.device.type == "cpu" and in_4_bits:
-            # bitsandbytes repacks the weights in their first forward, which two threads must not do at once
-            with torch.inference_mode():
-                self.model(**self.tokenizer("a", return_tensors="pt"))
         if self.device.type == "cpu":
+            if any(getattr(weight, "quant_state", None) is not None for weight in self.model.parameters()):
+                # bitsandbytes repacks the weights in their first forward, which two threads must not do at once
+                with torch.inference_mode():
+                    self.model(**self.tokenizer("a", return_tensors="pt"))
             use_cpu_kernels(self.model.encoder)
         self.preprocess(["a"])  # sets the tokenizer's truncation once, before threads share it
 
@@ -241,7 +249,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
 
     def _submit(
         self, texts: list[str], batch_size: int | None, truncation: dict, workers: Executor | None, alone: bool = True
-    ) -> "PendingTexts":
+    ) -> PendingTexts:
         """Tokenize texts and submit their batches to ``workers``; with None compute the batches at once."""
         windows, owners, truncated = self.preprocess(texts, **truncation)
         lengths = [len(window["input_ids"]) for window in windows]
@@ -263,7 +271,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
                 outputs[-1].set_result(self.forward(inputs))
         return PendingTexts([owners[i] for batch in batches for i in batch], truncated, outputs)
 
-    def _collect(self, pending: "PendingTexts", output: dict) -> Iterator:
+    def _collect(self, pending: PendingTexts, output: dict) -> Iterator:
         """Yield the results of pending texts in order. The probabilities of windows are combined in float64."""
         owners = torch.tensor(pending.owners)
         windows = torch.cat([batch.result()["node_log_probs"].double().exp() for batch in pending.outputs])
@@ -293,7 +301,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
     ) -> tuple[list[dict[str, list[int]]], list[int], list[bool]]:
         """Return the tokens of each window, the index of its text, and for each text whether it was truncated."""
         window = self._window(max_length, stride)
-        # of long texts no more is tokenized than is read: tokens of a whole book take 60 times its memory
+        # only the start of a long text is tokenized: the tokens of a whole book take 60 times its memory
         reads_start_only = stride is None and self.tokenizer.truncation_side == "right"
         characters = CHARACTERS_PER_TOKEN * window if reads_start_only else math.inf
         while True:
@@ -394,13 +402,7 @@ def use_cpu_kernels(encoder: PreTrainedModel) -> None:
         )
 
 
-@dataclass
-class PendingTexts:
-    """Texts whose batches are being computed."""
-
-    owners: list[int]  # the index of each window's text, in the order of the batches
-    truncated: list[bool]  # one a text
-    outputs: list[Future]  # for each batch, its node log-probabilities (B, num_nodes)
+# ── Batches ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def batches_by_length(lengths: list[int], batch_size: int | None, tokens: int) -> list[list[int]]:
@@ -424,6 +426,9 @@ def padded_length(longest: int, rows: int, limit: int) -> int:
     """Return the length to pad a batch to: at most 15 tokens a row more, to make the batch a multiple of 64 tokens."""
     step = min(16, 64 // math.gcd(rows, 64))
     return min(longest + -longest % step, limit)
+
+
+# ── Answers with a guarantee ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def threshold_index(share: float) -> int:
@@ -462,8 +467,8 @@ def conformal_answer(tree: Taxonomy, probabilities: list[float], threshold: floa
     """Return the ids of nodes that hold the likely leaves, the most probable first.
 
     The likely leaves have a probability of at least 1 - threshold, and always include the most probable leaf. Up to three
-    form the answer. More are replaced by their ancestors at the deepest level that needs at most three
-    nodes, else by their roots, as with a threshold of None. If all children of a node are in the answer, the node takes
+    form the answer. More are replaced by their ancestors at the deepest level that needs at most three nodes. If there is
+    no such level, their roots are the answer. With a threshold of None it is every root. If all children of a node are in the answer, the node takes
     their place. An only child replaces its parent, because it is more specific.
 
     Answers grow with the threshold, so split conformal prediction applies: `nonconformity` is the smallest threshold
@@ -506,6 +511,9 @@ def growing_answers(tree: Taxonomy, leaves: list[int]) -> Iterator[tuple[int, se
         while level > 1 and len(at_level[level - 1]) > MOST_NODES:
             level -= 1
         yield leaf, at_level[level - 1]
+
+
+# ── Costs of errors ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def prepare_costs(config: Any, costs: Any) -> float | str | Tensor:
@@ -610,6 +618,9 @@ def read_cost(value: Any, what: str) -> float:
     return cost
 
 
+# ── Checks ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def check_number(name: str, value: Any, minimum: int) -> None:
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < minimum):
         raise ValueError(f"{name} must be a whole number of at least {minimum}, not {value!r}")
@@ -620,7 +631,7 @@ def read_text(item: Any, position: int) -> str:
     text = item.get("text") if isinstance(item, Mapping) else item
     where = f"at position {position} (counted from 0)"
     if not isinstance(text, str):
-        kind = type(text if isinstance(item, Mapping) and "text" in item else item).__name__
+        kind = type(text).__name__
         if isinstance(item, Mapping) and "text" not in item:
             kind = f"a mapping with {', '.join(map(quote_name, item)) or 'nothing'}"
         raise ValueError(f"the item {where} is not a text but {kind}")

@@ -333,11 +333,13 @@ def _problem(name: Any, below: Any, parent: tuple[str, ...]) -> str | None:
 
 def _warn_of_misspelt_roots(names: list[str], children: dict[str, dict]) -> None:
     """Warn of roots whose name resembles another node's. Large taxonomies, where this takes long, are skipped."""
-    for name in names if len(names) * len(children) <= MOST_COMPARED else ():
+    if len(names) * len(children) > MOST_COMPARED:
+        return
+    for name in names:
         others = children.keys() - {name, *children[name]}
         if near := difflib.get_close_matches(name, sorted(others), n=1, cutoff=NEAR):
             one, other = quote_name(name), quote_name(near[0])
-            logger.warning(f"{one} is a parent only in the taxonomy, so it is a root: is it {other}, misspelt?")
+            logger.warning(f"{one} occurs only as a parent, so it becomes a root; is it a misspelling of {other}?")
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:

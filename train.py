@@ -1,7 +1,8 @@
 """Train a hierarchical classifier: ``python train.py [recipe.yaml] [--flag value …]``.
 
 Scores are of the checkpoint as a user loads it, over a full-precision encoder. The checkpoint is selected on the
-validation rows. Then its calibration, its thresholds and the weight of its lexical head are fitted on them. ``--refit`` then trains a second model, on training and validation rows.
+validation rows. Then its calibration, its thresholds and the weight of its lexical head are fitted on them.
+``--refit`` then trains a second model, on training and validation rows.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ from evaluation.label_issues import write_label_issues
 from evaluation.lexical import fit_classifier
 from taxonomy_hierarchical import TaxonomyError
 from training import resume
-from training.arguments import Arguments, HierarchicalTrainingArguments, check_against_data, parse
+from training.arguments import Arguments, HierarchicalTrainingArguments, fit_to_data, parse
 from training.files import write_json
 from training.losses import HierarchicalFocalLoss
 from training.memory import keep_memory
@@ -161,7 +162,7 @@ def train(
         first_run_folder: the folder of the first run of ``--refit``. The second run gets it, and copies the calibration from there.
     """
     training = arguments.training
-    check_against_data(arguments, data.taxonomy, data.splits, report.build_metrics(data.taxonomy, data.is_multi_label))
+    fit_to_data(arguments, data.taxonomy, data.splits, report.build_metrics(data.taxonomy, data.is_multi_label))
     heads_init = resume.check_resumed_data(resume_from, data.taxonomy, data.report) if resume_from else None
 
     # ── Model: encoder, adapter, heads, tokenizer ────────────────────────────────────────────────────────────────────
@@ -205,7 +206,7 @@ def train(
         keep_memory(2**30, 2**31 - 1)  # each step allocates and frees much; with an adapter it saves no time
     result = trainer.train(resume_from_checkpoint=resume_from)
     if first_run_folder is not None:
-        report.copy_calibration(model, read_config(str(first_run_folder)), splits["train"])
+        report.copy_calibration(model, read_config(first_run_folder), splits["train"])
     trainer.save_model(_internal_call=True)  # else it is pushed here, before it is measured
     trainer.accelerator.wait_for_everyone()  # all processes load it
 

@@ -282,8 +282,8 @@ def check_values(arguments: Arguments) -> None:
     model, data, loss, training = arguments
     weights = loss.level_weights
     by_steps = training.eval_strategy == training.save_strategy == "steps"
-    of_torch = inspect.signature(torch.utils.checkpoint.checkpoint).parameters
-    checkpoint_kwargs = {*of_torch, "every_n_layers", "offload"}
+    torch_arguments = inspect.signature(torch.utils.checkpoint.checkpoint).parameters
+    checkpoint_kwargs = {*torch_arguments, "every_n_layers", "offload"}
     optim_args = (training.optim_args or "").replace(" ", "")
     columns, delimiter = data.label_column or [], data.label_delimiter
     schedule = SchedulerType(training.lr_scheduler_type)
@@ -333,7 +333,7 @@ def check_values(arguments: Arguments) -> None:
             raise InputError(problem)
 
 
-def check_against_data(
+def fit_to_data(
     arguments: Arguments, taxonomy: Taxonomy, splits: Mapping[str, Any], compute_metrics: ComputeMetrics
 ) -> None:
     """Raise InputError if flags do not fit the data. Without validation rows, turn off evaluation during training."""

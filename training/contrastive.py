@@ -86,5 +86,5 @@ def contrastive_loss(vectors: Tensor, members: Tensor) -> Tensor:
     itself = torch.eye(len(unit), dtype=torch.bool, device=unit.device)
     log_probs = (unit @ unit.T / TEMPERATURE).masked_fill(itself, -torch.inf).log_softmax(1)
     positive = ((members @ members.T) > 0) & ~itself
-    of_texts = -log_probs.masked_fill(~positive, 0).sum(1) / positive.sum(1).clamp(min=1)
-    return of_texts[positive.any(1)].mean()
+    losses = -log_probs.masked_fill(~positive, 0).sum(1) / positive.sum(1).clamp(min=1)
+    return losses[positive.any(1)].mean()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from modeling_hierarchical import average_over_labels
+from modeling_hierarchical import TreeSoftmax, average_over_labels
 from taxonomy_hierarchical import Taxonomy
 
 
@@ -47,14 +47,13 @@ class HierarchicalFocalLoss(nn.Module):
     ):
         super().__init__()
         self.gamma, self.label_smoothing = gamma, label_smoothing
-        group, ancestors = torch.tensor(tree.decision_of), torch.tensor(tree.padded_paths)
+        self.decisions = TreeSoftmax(tree)
+        group, ancestors = self.decisions.group, self.decisions.ancestors
         size = torch.bincount(group)[group]
-        levels = torch.tensor([weight_of_level(level_weights, level + 1) for level in range(tree.depth)])
+        levels = torch.tensor([weight_of_level(level_weights, level) for level in range(1, tree.depth + 1)])
         # an only child is no decision: its p is 1 whatever the weights, and so are its loss and gradient 0
         weights = (balanced_weights(counts, group) if balanced else torch.ones(tree.num_nodes)) * (size > 1)
-        self.register_buffer("group", group)
         self.register_buffer("parents", torch.tensor([p if p >= 0 else tree.num_nodes for p in tree.parents]))
-        self.register_buffer("ancestors", ancestors)  # (num_nodes, depth), padded with num_nodes
         self.register_buffer("size", size)
         self.register_buffer("weights", nn.functional.pad(weights, (0, 1))[ancestors] * levels)  # (num_nodes, depth)
 
@@ -63,13 +62,14 @@ class HierarchicalFocalLoss(nn.Module):
         nodes = labels.clamp(min=0)
         # (B, num_nodes): log P(node | parent)
         conditional = node_log_probs - nn.functional.pad(node_log_probs, (0, 1))[:, self.parents]
-        path = self.ancestors[nodes]
+        path = self.decisions.ancestors[nodes]
         log_p = nn.functional.pad(conditional, (0, 1)).gather(1, path)  # (B, depth)
         loss = -log_p
         if self.label_smoothing:
-            groups = self.group.expand_as(conditional)
+            group = self.decisions.group
+            groups = group.expand_as(conditional)
             over_siblings = torch.zeros_like(conditional).scatter_add(1, groups, conditional / self.size)
-            mean = nn.functional.pad(over_siblings[:, self.group], (0, 1)).gather(1, path)
+            mean = nn.functional.pad(over_siblings[:, group], (0, 1)).gather(1, path)
             loss = (1 - self.label_smoothing) * loss - self.label_smoothing * mean
         if self.gamma:
             # the floor keeps the slope of x^γ finite at x = 0 when γ < 1

@@ -216,6 +216,7 @@ def size_report(model: HierarchicalForSequenceClassification) -> dict[str, int |
     """Count all and trainable parameters, and the bytes of the encoder's weights, as stored and in float32."""
     encoder, heads = model.encoder, model.heads
     adapter = sum(parameter.numel() for name, parameter in encoder.named_parameters() if "lora_" in name)
+    # the encoder's own method counts 4-bit weights, stored two to a byte; the model's does not know of them
     total = encoder.num_parameters() + sum(parameter.numel() for parameter in heads.parameters())
     trainable = model.num_parameters(only_trainable=True)
     stored = encoder.state_dict()  # with the scales of quantized weights

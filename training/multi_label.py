@@ -22,12 +22,11 @@ def multi_hot(taxonomy: Taxonomy, labels: Sequence[Sequence[int]], incomplete: b
     If ``incomplete``, all nodes below the deepest ones are -100.
     """
     array = np.zeros((len(labels), taxonomy.num_nodes), dtype=np.int8)
-    below = [np.array(nodes, dtype=int) for nodes in taxonomy.nodes_below] if incomplete else []
     for row, nodes in zip(array, labels, strict=True):
         row[list(taxonomy.with_ancestors(nodes))] = 1
         if incomplete:
             for node in taxonomy.deepest(nodes):
-                row[below[node]] = IGNORED_LABEL
+                row[taxonomy.nodes_below[node]] = IGNORED_LABEL
     return array
 
 
@@ -63,7 +62,7 @@ class MultiLabelFocalLoss(nn.Module):
     """Sum over a text's known nodes of  w_level · α · (1 - p)^γ · BCE, divided by the number of texts.
 
     p is the probability of the correct outcome. BCE is the binary cross-entropy of P(node) with the target
-    (1 - ε) · y + ε · r, where r is the node's rate in the training rows. Smoothing towards ½ would make rare nodes too probable.
+    (1 - ε) · y + ε · r. Here r is the node's rate in the training rows. Smoothing towards ½ would make rare nodes too probable.
     If ``balanced``, α is n / (2 · n_y) for outcome y of a node that is known in n training rows. See also
     `HierarchicalFocalLoss`. With the defaults it is the model's own loss.
 
@@ -107,7 +106,7 @@ def multi_label_symmetric_kl(
 ) -> Tensor:
     """Compute half the sum of both Kullback-Leibler divergences of two predictions for a text, in nats.
 
-    It is ½ Σ over nodes of P(parent) · KL(p ‖ q) + Q(parent) · KL(q ‖ p), by the chain rule, averaged as the loss is.
+    By the chain rule, it is ½ Σ over nodes of P(parent) · KL(p ‖ q) + Q(parent) · KL(q ‖ p). It is averaged as the loss is.
     ``p`` and ``q`` are decision logits, (B, num_nodes).
     """
     divergence = torch.zeros_like(p[:, 0])

@@ -43,8 +43,8 @@ def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: Mod
     checkpoint, which keeps its heads and is trained without contrastive steps.
     """
     continued = is_checkpoint(arguments.model_name_or_path)
+    tree = trainer.model.config.tree
     if trainer.is_multi_label:
-        tree = trainer.model.config.tree
         old = read_config(arguments.model_name_or_path).tree if continued else None
         known = {old.path_names(node) for node in range(old.num_nodes)} if old else set()
         new = [node for node in range(tree.num_nodes) if tree.path_names(node) not in known]
@@ -55,13 +55,13 @@ def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: Mod
         if arguments.contrastive_steps or arguments.heads_init:
             logger.info("trained heads are kept: --contrastive_steps and --heads_init have no effect")
         return None
-    few_rows = len(rows) < FEW_ROWS * trainer.model.config.tree.num_leaves
+    few_rows = len(rows) < FEW_ROWS * tree.num_leaves
     chosen = arguments.heads_init or ("prototypes" if few_rows else "random")
     some = rows.select(np.sort(np.random.default_rng(0).permutation(len(rows))[:MOST_TEXTS]))
     # before the encoder has learnt these texts: later, they alone would seem to fit best
     names = choose_names(trainer, some) if chosen == "prototypes" else None
     if arguments.contrastive_steps:
-        members = class_members(trainer, rows)[:, : trainer.model.config.tree.num_leaves]
+        members = class_members(trainer, rows)[:, : tree.num_leaves]
         train_contrastively(trainer, rows["input_ids"][:], members, arguments.contrastive_steps)
     if names:
         set_prototypes(trainer, some, names)
@@ -92,11 +92,11 @@ def choose_names(trainer: HierarchicalTrainer, rows: Dataset) -> Names:
     # ── The likeliest ────────────────────────────────────────────────────────────────────────────────────────────────
     offsets, *_ = standardise(embed(trainer, rows["input_ids"][:]))
     labels, members = torch.from_numpy(label_arrays(rows)).to(offsets.device), class_members(trainer, rows)
-    of_texts = members.T @ offsets
+    text_sums = members.T @ offsets
 
     def likelihood(names: Names) -> float:
-        of_names = NAME_WEIGHT * directions(trainer, names) if any(names.weights) else 0
-        own = left_out_scores(offsets, members, of_texts + of_names)
+        name_sums = NAME_WEIGHT * directions(trainer, names) if any(names.weights) else 0
+        own = left_out_scores(offsets, members, text_sums + name_sums)
         scores = pad(own, (0, tree.num_nodes - classes)) + heads.bias
         if trainer.is_multi_label:
             is_open = heads.decisions.open_decisions(labels)

@@ -47,7 +47,7 @@ def check_output_folder(training: HierarchicalTrainingArguments, model: str) -> 
     checkpoints, has_model = list_checkpoints(output), (output / "config.json").exists()
     has_scores = (output / "metrics.json").exists()
     resumable = any(find_resume_problem(folder) is None for folder in checkpoints)
-    resumes = training.do_train and is_of_run(training.resume_from_checkpoint, output)
+    resumes = training.do_train and continues_run(training.resume_from_checkpoint, output)
     if resumes and (resumable or training.resume_from_checkpoint != "auto"):
         return
     if training.overwrite_output_dir:
@@ -81,7 +81,7 @@ def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
         problem = find_resume_problem(folder) if folder.is_dir() else "there is no such folder"
         names = [other.name for other in list_checkpoints(folder.parent)]
         later = names[names.index(folder.name) + 1 :] if folder.name in names else []
-        if problem is None and later and is_of_run(requested, Path(output_dir)):  # a later "auto" would take them
+        if problem is None and later and continues_run(requested, Path(output_dir)):  # a later "auto" would take them
             problem = f"this run has later checkpoints, {', '.join(later)}; move them, or give another --output_dir"
         if problem is not None:
             raise InputError(f"cannot resume from {requested}: {problem}")
@@ -173,9 +173,10 @@ def start_run(
     training, output = trainer.args, Path(trainer.args.output_dir)
     trainer.accelerator.wait_for_everyone()  # until all have read the texts of the former run
     if training.should_save:
-        resumed = resume_from is not None and is_of_run(training.resume_from_checkpoint, output)
-        for folder in outputs if training.overwrite_output_dir and not resumed else ():
-            delete_run(Path(folder), model)
+        resumed = resume_from is not None and continues_run(training.resume_from_checkpoint, output)
+        if training.overwrite_output_dir and not resumed:
+            for folder in outputs:
+                delete_run(Path(folder), model)
         write_trained_texts(output, trained_texts, texts)
     trainer.accelerator.wait_for_everyone()
 
@@ -209,7 +210,7 @@ def delete_scores(output_dir: Path) -> None:
             file.unlink(missing_ok=True)
 
 
-def is_of_run(requested: str | None, output_dir: Path) -> bool:
+def continues_run(requested: str | None, output_dir: Path) -> bool:
     """Return whether ``--resume_from_checkpoint`` continues the run in a folder instead of starting a new one there."""
     return requested == "auto" or (requested is not None and Path(requested).parent.resolve() == output_dir.resolve())
 
@@ -228,9 +229,8 @@ def find_resume_problem(checkpoint: Path) -> str | None:
         return f"it is incomplete: {TRAINER_STATE_NAME} is missing"
     except (OSError, ValueError, KeyError, TypeError):
         return f"{TRAINER_STATE_NAME} cannot be read"
-    damage = None
-    if not any(checkpoint.glob("pytorch_model_fsdp*")):
-        damage = find_damage(checkpoint, adapter_form=(checkpoint / ADAPTER_SUBFOLDER).is_dir())
+    is_sharded = any(checkpoint.glob("pytorch_model_fsdp*"))
+    damage = None if is_sharded else find_damage(checkpoint, adapter_form=(checkpoint / ADAPTER_SUBFOLDER).is_dir())
     missing = [problem for pattern, problem in NEEDED.items() if not any(checkpoint.glob(pattern))]
     archives = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]  # zip files, whose directory is at the end
     damaged = [f"{file.name} is damaged" for file in archives if not zipfile.is_zipfile(file)]

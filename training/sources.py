@@ -88,7 +88,9 @@ def _from_dataset(name: str, dataset: datasets.Dataset) -> SplitSource:
         arrow = dataset.select_columns(names).with_format("arrow")[:]
         columns = {name: arrow.column(name).to_pylist() for name in names}
         for column, values in columns.items():
-            feature = getattr(dataset.features[column], "feature", dataset.features[column])  # of a list, or itself
+            feature = getattr(
+                dataset.features[column], "feature", dataset.features[column]
+            )  # of the items, if the column holds lists
             if isinstance(feature, datasets.ClassLabel):
                 columns[column] = _class_names(values, [*feature.names, None])  # a missing label is stored as -1
         return Table(name, columns, [*range(1, len(dataset) + 1)], "row")
@@ -173,15 +175,15 @@ def refuse_marks(cells: list[Any], names: list[str], arguments: DataArguments, m
         raise InputError(f"the lists of the column {quote_name(names[0])} hold 0 and 1 alone: {advice}")
 
 
-def is_multi_label(lists: bool, arguments: DataArguments) -> bool:
+def is_multi_label(has_lists: bool, arguments: DataArguments) -> bool:
     """Return whether a text may have several labels, given whether a label column holds lists."""
     delimited = arguments.label_delimiter is not None
-    if arguments.problem_type == "single_label_classification" and (lists or delimited):
-        found = "the label column holds lists" if lists else "--label_delimiter is given"
+    if arguments.problem_type == "single_label_classification" and (has_lists or delimited):
+        found = "the label column holds lists" if has_lists else "--label_delimiter is given"
         raise InputError(f"--problem_type {arguments.problem_type} means one label per text, but {found}")
-    multi_label = lists or delimited or arguments.problem_type == MULTI_LABEL
+    multi_label = has_lists or delimited or arguments.problem_type == MULTI_LABEL
     if arguments.incomplete_labels and not multi_label:
         raise InputError(f"--incomplete_labels needs multi-label data: give --problem_type {MULTI_LABEL}")
-    if lists and arguments.problem_type is None:
+    if has_lists and arguments.problem_type is None:
         logger.info("the label column holds lists: any number of labels per text (--problem_type %s)", MULTI_LABEL)
     return multi_label

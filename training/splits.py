@@ -47,15 +47,15 @@ MULTI_LABEL_FEATURES = datasets.Features({**FEATURES, "label": datasets.List(dat
 class LabelledSplits:
     """Labelled rows of all non-empty splits, ready to be tokenized.
 
-    Their columns are ``text``, the id of its node ``label``, ``row`` in the source, from 0 without the header, and ``text_id``,
-    the same for identical texts. ``moved`` is true for training rows that come from the file of another split.
+    Columns: ``text``; ``label``, a node id; ``row``, the number in the source, from 0 without the header; ``text_id``, the same
+    for identical texts. ``moved`` is true for training rows that come from the file of another split.
     In multi-label data, ``label`` is an ascending list of ids.
     """
 
     splits: datasets.DatasetDict
     taxonomy: Taxonomy
     report: dict  # the content of data_report.json
-    is_multi_label: bool = False
+    is_multi_label: bool
 
 
 def load_splits(
@@ -255,9 +255,7 @@ def _sample(strata: np.ndarray, count: int, split: str, rng: np.random.Generator
     if 2 * count > eligible.sum():
         eligible = free & (keeps_trained | ~is_first)
     available = int(eligible.sum())
-    if trained.any():
-        count = min(count, available)
-    _check_count(count, available, split, trained, "one per class must stay")
+    count = _possible_count(count, available, split, trained, "one per class must stay")
     ticks = np.floor(np.cumsum(eligible) * (count / available) + 0.5)
     mask = np.zeros(len(strata), dtype=bool)
     mask[order] = np.diff(ticks, prepend=0) > 0
@@ -267,26 +265,31 @@ def _sample(strata: np.ndarray, count: int, split: str, rng: np.random.Generator
 def _sample_by_labels(labels: np.ndarray, count: int, split: str, seed: int, trained: np.ndarray) -> np.ndarray:
     """Return the indices of about ``count`` texts, in proportion to their labels, see `_sample`.
 
-    Iterative stratification (Sechidis, Tsoumakas and Vlahavas, 2011, "On the Stratification of Multi-Label Data") deals
-    out the texts of the rarest remaining class first. ``labels`` are of `multi_hot`, (N, num_nodes).
+    Iterative stratification (Sechidis, Tsoumakas and Vlahavas, 2011, "On the Stratification of Multi-Label Data") assigns
+    the texts of the rarest remaining class first. ``labels`` are of `multi_hot`, (N, num_nodes).
     """
     free = np.flatnonzero(~trained)
-    if trained.any() and len(free) <= count:
-        _check_count(len(free), len(free), split, trained)
+    available = len(free) if trained.any() else len(free) - 1
+    count = _possible_count(count, available, split, trained, "one must stay")
+    if count == len(free):
         return free
-    _check_count(count, len(free) - 1, split, trained, "one must stay")
     splitter = MultilabelStratifiedShuffleSplit(n_splits=1, test_size=count, random_state=seed)
     _, sampled = next(splitter.split(free, labels[free]))
-    if not len(sampled):  # it deals out about as many as asked
+    if not len(sampled):  # the splitter returns about as many as requested, possibly none
         sampled = np.random.default_rng(seed).integers(len(free), size=1)
     return free[sampled]
 
 
-def _check_count(count: int, available: int, split: str, trained: np.ndarray, stays: str = "") -> None:
-    """Raise InputError unless ``count`` of the ``available`` training texts, at least one, can be split off."""
+def _possible_count(count: int, available: int, split: str, trained: np.ndarray, stays: str) -> int:
+    """Return how many texts to split off: ``count``, or if texts were trained on before, at most ``available``.
+
+    Raises InputError if that is none, or more than ``available``.
+    """
     reason = f"{count} of {len(trained):,} distinct training texts were requested, and {stays}"
     if trained.any():
+        count = min(count, available)
         reason = f"the checkpoint was trained on {trained.sum():,} of {len(trained):,} distinct training texts"
     if not 0 < count <= available:
         remedy = f"change --{split}_size, or 0 for no {split} rows, or give --{split}_file"
         raise InputError(f"cannot split off {split} rows: {reason}; {remedy}")
+    return count

@@ -24,7 +24,7 @@ TOKEN_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
 def tokenize_splits(arguments: Arguments, data: LabelledSplits, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
     """Lower the tokenizer's limit to ``--max_length``, tokenize the splits and log the data report."""
     limit = tokenizer.model_max_length
-    max_length = limit if arguments.data.max_length is None else arguments.data.max_length
+    max_length = arguments.data.max_length or limit
     if max_length > limit:
         logger.info("--max_length %d exceeds the model's limit: texts are truncated at %d tokens", max_length, limit)
     tokenizer.model_max_length = min(max_length, limit)
@@ -49,11 +49,11 @@ def tokenize(
         raise InputError(f"{type(tokenizer).__name__} {problem}: use another encoder")
     special = tokenizer.num_special_tokens_to_add()  # every overflowing piece has its own
 
-    def tokens(batch: dict[str, list], sentences: bool) -> dict[str, list]:
+    def tokens(batch: dict[str, list], with_sentences: bool) -> dict[str, list]:
         encoded: Any = tokenizer(list(batch["text"]), truncation=True, return_attention_mask=True, stride=0)
         pieces = encoded.encodings
         columns = {column: encoded[column] for column in TOKEN_COLUMNS if column in encoded}
-        if sentences:
+        if with_sentences:
             ends = [[end for _, end in piece.offsets] for piece in pieces]
             columns["sentences"] = [sentence_numbers(*pair) for pair in zip(batch["text"], ends, strict=True)]
         columns["length"] = [len(piece) for piece in pieces]
@@ -65,7 +65,7 @@ def tokenize(
     tokenized, reports = DatasetDict(), {}
     for split, rows in splits.items():
         training = split == "train"
-        encode = partial(tokens, sentences=sentences and training)
+        encode = partial(tokens, with_sentences=sentences and training)
         rows = rows.map(
             encode, batched=True, batch_size=100, remove_columns=["text", "label"], desc=f"tokenizing {split}"
         )

@@ -70,9 +70,7 @@ class HierarchicalTrainer(PublishingTrainer):
             self.args._n_gpu = 1
             self._train_batch_size = self.args.train_batch_size
         self.is_multi_label, decisions = self.model.config.is_multi_label, self.model.heads.decisions
-        model_loss: Any = negative_log_likelihood
-        if self.is_multi_label:
-            model_loss = partial(binary_cross_entropy, tree=decisions)
+        model_loss: Any = partial(binary_cross_entropy, decisions) if self.is_multi_label else negative_log_likelihood
         self.loss_function: Any = loss_function.to(self.args.device) if loss_function else model_loss
         self.divergence: Any = partial(multi_label_symmetric_kl, decisions) if self.is_multi_label else symmetric_kl
         self.consistency = consistency
@@ -101,16 +99,7 @@ class HierarchicalTrainer(PublishingTrainer):
         step = self.state.best_global_step if self.args.load_best_model_at_end else None
         return next((entry["epoch"] for entry in self.state.log_history if entry["step"] == step), self.state.epoch)
 
-    def embed(self, inputs: Sequence[list[int]]) -> Tensor:
-        """Embed texts given as token ids: pooled vectors, (len(inputs), hidden_size)."""
-        pooled, order = [], sorted(range(len(inputs)), key=lambda row: len(inputs[row]))  # by length: less padding
-        for start in range(0, len(inputs), EMBEDDED_AT_ONCE):
-            rows = order[start : start + EMBEDDED_AT_ONCE]
-            batch = self.data_collator([{"input_ids": inputs[row]} for row in rows]).to(self.model.device)
-            with self.accelerator.autocast():
-                hidden = self.model.encoder(**batch).last_hidden_state
-            pooled.append(self.model.pool(hidden, batch["attention_mask"]).to(self.model.heads.weight.device))
-        return torch.cat(pooled)[torch.tensor(order).argsort()]
+    # ── Loss ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def compute_loss(
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -140,6 +129,11 @@ class HierarchicalTrainer(PublishingTrainer):
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """Count the texts with a known label, not the elements of label arrays."""
+        one_each = [{"labels": torch.where(has_labels(batch["labels"]), 0, IGNORED_LABEL)} for batch in batch_samples]
+        return super()._get_num_items_in_batch(one_each, device)
+
     def check_losses(self) -> None:
         """Read the training losses since the last call. Raise InputError if one is not finite."""
         unchecked, self.unchecked = self.unchecked, []
@@ -155,6 +149,19 @@ class HierarchicalTrainer(PublishingTrainer):
             self.check_losses()
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self._stop_if_terminated()
+
+    def embed(self, inputs: Sequence[list[int]]) -> Tensor:
+        """Embed texts given as token ids: pooled vectors, (len(inputs), hidden_size)."""
+        pooled, order = [], sorted(range(len(inputs)), key=lambda row: len(inputs[row]))  # by length: less padding
+        for start in range(0, len(inputs), EMBEDDED_AT_ONCE):
+            rows = order[start : start + EMBEDDED_AT_ONCE]
+            batch = self.data_collator([{"input_ids": inputs[row]} for row in rows]).to(self.model.device)
+            with self.accelerator.autocast():
+                hidden = self.model.encoder(**batch).last_hidden_state
+            pooled.append(self.model.pool(hidden, batch["attention_mask"]).to(self.model.heads.weight.device))
+        return torch.cat(pooled)[torch.tensor(order).argsort()]
+
+    # ── Stop at SIGTERM ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def _stop_if_terminated(self) -> None:
         """After SIGTERM (``--enable_jit_checkpoint``), save a checkpoint and raise InputError.
@@ -177,6 +184,8 @@ class HierarchicalTrainer(PublishingTrainer):
             return False
         requested = torch.tensor(int(self.sigterm.is_checkpoint_requested), device=self.args.device)
         return bool(self.accelerator.reduce(requested).item())
+
+    # ── Resume ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Train or resume. A run that has reached ``max_steps`` or stopped early takes no further step."""
@@ -251,6 +260,45 @@ class HierarchicalTrainer(PublishingTrainer):
             if isinstance(stateful, ExportableState):  # without a state, the Trainer fails to save
                 self.state.stateful_callbacks.setdefault(type(stateful).__name__, stateful.state())
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with as_input_error(f"cannot resume from {resume_from_checkpoint}"):
+            if not self._load_adapter_form(resume_from_checkpoint):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load their states, but keep the peak learning rates and weight decays of this run."""
+        problem = f"cannot resume from {checkpoint}: its optimizer does not match the settings of this run"
+        wanted = [dict(group) for group in self.optimizer.param_groups]
+        with as_input_error(problem):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        groups = self.optimizer.param_groups
+        if wanted[0].keys() | {"initial_lr"} != groups[0].keys() | {"initial_lr"}:
+            raise InputError(f"{problem}: --optim differs")
+        for group, ours in zip(groups, wanted, strict=True):
+            before, rate = group.get("initial_lr"), ours.get("initial_lr")
+            if rate and before and rate != before:
+                logger.info("the peak learning rate changes to %g from %g", rate, before)
+                group["lr"] = group["lr"] * rate / before
+            group |= {name: ours[name] for name in ("initial_lr", "weight_decay") if name in ours}
+        if hasattr(self.lr_scheduler, "base_lrs"):
+            self.lr_scheduler.base_lrs = [group["initial_lr"] for group in groups]
+
+    def _load_best_model(self) -> None:
+        if not self._load_adapter_form(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _load_adapter_form(self, folder: str) -> bool:
+        """Load the adapter and heads of a checkpoint. Return False if the Trainer has to load it."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not model.has_adapter or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return False
+        logger.info("loading adapter and heads from %s", folder)
+        adapter = load_file(Path(folder) / ADAPTER_SUBFOLDER / ADAPTER_WEIGHTS)
+        model.load_heads_and_adapter(load_file(Path(folder) / HEADS_WEIGHTS), adapter)
+        return True
+
+    # ── Memory ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
     def _inner_training_loop(self, batch_size: int, args: Any, **kwargs: Any) -> TrainOutput:
         """Train, and keep the effective batch size when ``auto_find_batch_size`` lowers the batch size of a step."""
         self.unchecked = []
@@ -288,10 +336,7 @@ class HierarchicalTrainer(PublishingTrainer):
             problem = "out of memory in evaluation: lower --per_device_eval_batch_size"
             raise InputError(f"{problem}, now {self.args.per_device_eval_batch_size}; {RESUME_HINT}") from error
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
-        """Count the texts with a known label, not the elements of label arrays."""
-        one_each = [{"labels": torch.where(has_labels(batch["labels"]), 0, IGNORED_LABEL)} for batch in batch_samples]
-        return super()._get_num_items_in_batch(one_each, device)
+    # ── Optimizer, samplers and files ────────────────────────────────────────────────────────────────────────────────
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer, with separate parameter groups for the heads if they have their own learning rate."""
@@ -321,9 +366,9 @@ class HierarchicalTrainer(PublishingTrainer):
             sampler = LengthGroupedSampler(sampler.batch_size * self.args.world_size, sampler.lengths, seed)
         return sampler
 
-    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler:
         """Keep evaluation rows in order. With ``group_by_length`` the Trainer would shuffle them."""
-        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+        return SequentialSampler(eval_dataset)
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the column ``row`` for error messages, and ``sentences`` for training on halves."""
@@ -341,40 +386,3 @@ class HierarchicalTrainer(PublishingTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.check_losses()
         super()._save_checkpoint(model, trial)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with as_input_error(f"cannot resume from {resume_from_checkpoint}"):
-            if not self._load_adapter_form(resume_from_checkpoint):
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load their states, but keep the peak learning rates and weight decays of this run."""
-        problem = f"cannot resume from {checkpoint}: its optimizer does not match the settings of this run"
-        wanted = [dict(group) for group in self.optimizer.param_groups]
-        with as_input_error(problem):
-            super()._load_optimizer_and_scheduler(checkpoint)
-        groups = self.optimizer.param_groups
-        if wanted[0].keys() | {"initial_lr"} != groups[0].keys() | {"initial_lr"}:
-            raise InputError(f"{problem}: --optim differs")
-        for group, ours in zip(groups, wanted, strict=True):
-            before, rate = group.get("initial_lr"), ours.get("initial_lr")
-            if rate and before and rate != before:
-                logger.info("the peak learning rate changes to %g from %g", rate, before)
-                group["lr"] = group["lr"] * rate / before
-            group |= {name: ours[name] for name in ("initial_lr", "weight_decay") if name in ours}
-        if hasattr(self.lr_scheduler, "base_lrs"):
-            self.lr_scheduler.base_lrs = [group["initial_lr"] for group in groups]
-
-    def _load_best_model(self) -> None:
-        if not self._load_adapter_form(self.state.best_model_checkpoint):
-            super()._load_best_model()
-
-    def _load_adapter_form(self, folder: str) -> bool:
-        """Load the adapter and heads of a checkpoint. Return False if the Trainer has to load it."""
-        model = self.accelerator.unwrap_model(self.model)
-        if not model.has_adapter or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return False
-        logger.info("loading adapter and heads from %s", folder)
-        adapter = load_file(Path(folder) / ADAPTER_SUBFOLDER / ADAPTER_WEIGHTS)
-        model.load_heads_and_adapter(load_file(Path(folder) / HEADS_WEIGHTS), adapter)
-        return True

@@ -44,8 +44,8 @@ class Flat(HierarchicalHeads):
 class Independent(HierarchicalHeads):
     def forward(self, pooled: Tensor) -> Tensor:
         scores = torch.nn.functional.linear(pooled, self.weight, self.bias)
-        conditional = segment_log_softmax(scores, self.group, self.num_groups)
-        return torch.nn.functional.pad(conditional, (0, 1))[:, self.ancestors].sum(-1)
+        conditional = segment_log_softmax(scores, self.decisions.group, self.decisions.num_groups)
+        return torch.nn.functional.pad(conditional, (0, 1))[:, self.decisions.ancestors].sum(-1)
 
 
 HEADS = {"flat": Flat, "independent": Independent, "nested": HierarchicalHeads}

@@ -77,7 +77,7 @@ def test_the_models_loss_and_that_of_training_are_the_cross_entropy_of_the_known
     expected = (
         functional.binary_cross_entropy(marginals(z)[known], labels[known], reduction="sum") / 3
     )  # texts with labels
-    for loss in (MultiLabelFocalLoss(TREE, rows), partial(binary_cross_entropy, tree=TreeSigmoid(TREE))):
+    for loss in (MultiLabelFocalLoss(TREE, rows), partial(binary_cross_entropy, TreeSigmoid(TREE))):
         torch.testing.assert_close(loss(z, labels), expected)
         torch.testing.assert_close(loss(z, labels, num_items_in_batch=6), expected / 2)
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import train
 from errors import InputError
-from training.resume import find_checkpoint, find_resume_problem, is_of_run, list_checkpoints
+from training.resume import continues_run, find_checkpoint, find_resume_problem, list_checkpoints
 
 WEIGHTS = ("heads.safetensors", "adapter/adapter_model.safetensors")
 
@@ -339,10 +339,10 @@ def test_a_checkpoint_by_a_link_is_of_the_run_that_it_stands_in(tmp_path):
     (tmp_path / "scratch" / "checkpoint-2").mkdir(parents=True)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoint-2").symlink_to(tmp_path / "scratch" / "checkpoint-2")
-    assert is_of_run(str(tmp_path / "run" / "checkpoint-2"), tmp_path / "run")
-    assert not is_of_run(str(tmp_path / "scratch" / "checkpoint-2"), tmp_path / "run")
-    assert is_of_run("auto", tmp_path / "run")
-    assert not is_of_run(None, tmp_path / "run")
+    assert continues_run(str(tmp_path / "run" / "checkpoint-2"), tmp_path / "run")
+    assert not continues_run(str(tmp_path / "scratch" / "checkpoint-2"), tmp_path / "run")
+    assert continues_run("auto", tmp_path / "run")
+    assert not continues_run(None, tmp_path / "run")
 
 
 def test_the_best_checkpoint_is_found_where_the_run_was_moved(words, tmp_path):

@@ -49,9 +49,7 @@ def rows(count: int = 16, ignored: bool = False) -> Dataset:
 
 
 def loss(data: Dataset) -> HierarchicalFocalLoss:
-    return HierarchicalFocalLoss(
-        TREE, torch.tensor(TREE.count_at_or_below(data["labels"])), 2.0, "balanced", [0.3, 0.7]
-    )
+    return HierarchicalFocalLoss(TREE, torch.tensor(TREE.count_at_or_below(data["labels"])), 2.0, True, [0.3, 0.7])
 
 
 def arguments(folder, **settings) -> HierarchicalTrainingArguments:
