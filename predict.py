@@ -66,6 +66,7 @@ def main(argv: list[str]) -> int:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="predict.py", description="Classify files of texts.", allow_abbrev=False)
+    # ── Flags ────────────────────────────────────────────────────────────────────────────────────────────────────────
     add = parser.add_argument
     add("--model", required=True, help="a checkpoint: a folder, or an id on the Hub")
     add("--revision", help="commit, tag or branch of the model on the Hub")
@@ -98,10 +99,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     addresses = "the cluster's address, auto, or local, which starts Ray on this machine; default: local"
     add("--ray", nargs="?", const="local", metavar="ADDRESS", help=f"classify on a Ray cluster: {addresses}")
     add("--ray_cpus_per_actor", type=int, help="cores of each copy of the model; default: 1")
-    gpus = "GPUs of each copy of the model, possibly a fraction; default: 1 if the cluster has GPUs, else 0"
-    add("--ray_gpus_per_actor", type=float, help=gpus)
+    gpu_help = "GPUs of each copy of the model, possibly a fraction; default: 1 if the cluster has GPUs, else 0"
+    add("--ray_gpus_per_actor", type=float, help=gpu_help)
     parser.error = refuse  # type: ignore[method-assign]
     arguments = parser.parse_args(argv)
+
+    # ── Checks that argparse cannot make ─────────────────────────────────────────────────────────────────────────────
     name = file_name(arguments.output)
     if has_surrogate(arguments.output):  # pyarrow cannot write to it
         refuse(f"--output {arguments.output!a}: the name is not UTF-8")

@@ -25,9 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "space"), str(ROOT / "tests")]
 
 import torch
-from attribution import Explainer
-from attribution import Path as Line
-from classification import classify, load
+from attribution import Explainer, IntegrationPath
+from classification import classify_all, load
 from gradio_client import Client
 from space_server import SpaceServer
 
@@ -95,10 +94,10 @@ def measure_speed(model: str) -> list[dict[str, float]]:
     measured = []
     classifier = load(model, None)
     explainer = Explainer(classifier)
-    classify(classifier, "A text.")
+    classify_all(classifier, ["A text."], None)
     for text in texts(300):
         since, cpu = time.perf_counter(), time.process_time()
-        found = classify(classifier, text)
+        found = classify_all(classifier, [text], None)[0]
         between, cpu_between = time.perf_counter(), time.process_time()
         explained = explainer.explain(text, found["label"])
         after, cpu_after = time.perf_counter(), time.process_time()
@@ -117,7 +116,7 @@ def measure_blank(model: str) -> dict[str, dict[str, float]]:
     classifier = load(model, None)
     explainer = Explainer(classifier)
     tokenizer, embeddings = classifier.tokenizer, classifier.model.get_input_embeddings()
-    as_it_is = Line.__init__
+    as_it_is = IntegrationPath.__init__
     vectors = {
         "padding": None,
         "mask": embeddings.weight[tokenizer.mask_token_id],
@@ -135,22 +134,26 @@ def measure_blank(model: str) -> dict[str, dict[str, float]]:
                 self.first = torch.where(special, text, vector).detach()
                 self.span = text - self.first
 
-        Line.__init__ = patched
+        IntegrationPath.__init__ = patched
         lost, errors = [], []
         for text in texts()[:20]:
-            found = classify(classifier, text)
+            found = classify_all(classifier, [text], None)[0]
             explained = explainer.explain(text, found["label"])
             heaviest = sorted(explained["words"], key=lambda word: -word["weight"])[:6]
             masked = text
             for word in sorted(heaviest, key=lambda word: -word["start"]):
                 masked = masked[: word["start"]] + tokenizer.mask_token + masked[word["end"] :]
-            after = {label: score for level in classify(classifier, masked)["levels"] for label, score in level.items()}
+            after = {
+                label: score
+                for level in classify_all(classifier, [masked], None)[0]["levels"]
+                for label, score in level.items()
+            }
             lost.append(found["score"] - after[found["label"]])
             errors.append(abs(explained["error"]))
         median = statistics.median(errors)
         measured[name] = {"probability_lost": statistics.mean(lost), "error": median, "largest_error": max(errors)}
         print(f"| {name} | {statistics.mean(lost):.3f} | {median:.4f} | {max(errors):.4f} |", flush=True)
-    Line.__init__ = as_it_is
+    IntegrationPath.__init__ = as_it_is
     return measured
 
 

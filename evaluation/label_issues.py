@@ -69,39 +69,6 @@ def list_label_issues(taxonomy: Taxonomy, rows: Dataset, vocab_size: int) -> pd.
     return issues.assign(**columns)[[*COLUMNS]]
 
 
-def corrected(taxonomy: Taxonomy, nodes: set[int], questioned: set[int]) -> set[int]:
-    """Add the questioned nodes that a text lacks, and remove those that it has, with the nodes below them."""
-    changed = nodes ^ questioned
-    return {node for node in changed if changed.issuperset(taxonomy.path(node))}
-
-
-def rank_issues(taxonomy: Taxonomy, judged: list[pd.DataFrame], logits: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
-    """Return one line per listed row, from the tables of `judge`, sorted by ``probability_of_label``.
-
-    Columns:
-        index: of the row.
-        decision: the decision in which the row's label is least probable.
-        better: the suggested label. For a leaf, it is the most probable leaf below the decision's best other choice. For an
-            inner node, it is this choice itself.
-
-    In multi-label data, ``better`` is the node if the text should have it, else -1. Probabilities are given the parent. The column
-    ``questioned`` has all listed nodes of the text.
-    """
-    issues = pd.concat(judged).sort_values("probability_of_label", kind="stable")
-    listed = issues.drop_duplicates("index").reset_index(drop=True)
-    if labels.ndim == 2:
-        questioned = issues.groupby("index")["decision"].agg(set)
-        return listed.assign(questioned=questioned[listed["index"]].to_numpy())
-    index = listed["index"].to_numpy()
-    is_leaf, probabilities = labels[index] < taxonomy.num_leaves, np.exp(node_log_probs(taxonomy, logits[index]))
-    for place in np.flatnonzero(is_leaf):
-        leaves = taxonomy.leaves_at_or_below[listed.at[place, "better"]]
-        listed.at[place, "better"] = leaves[logits[index[place], leaves].argmax()]
-    listed["probability_of_label"] = np.take_along_axis(probabilities, labels[index, None], axis=1)
-    listed["probability_of_better_label"] = np.take_along_axis(probabilities, listed[["better"]].to_numpy(), axis=1)
-    return listed.sort_values("probability_of_label", kind="stable")
-
-
 def out_of_fold(taxonomy: Taxonomy, counts: csr_matrix, labels: np.ndarray, texts: np.ndarray) -> np.ndarray | None:
     """Return logits (num_rows, num_classes) of leaves, or of the nodes given their parents, by classifiers fitted on other texts.
 
@@ -126,24 +93,6 @@ def assign_folds(labels: np.ndarray, texts: np.ndarray) -> np.ndarray:
     shuffled = np.random.default_rng(0).permutation(len(first))
     order = shuffled[np.argsort(classes[shuffled], kind="stable")]
     return (np.argsort(order) % FOLDS)[text_of]
-
-
-def each_decision(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> Iterator[tuple]:
-    """Yield each decision: its node, its choices, its rows, and the rows' given choices and scores.
-
-    For single-path labels, the node is the parent (-1 for the roots), and the choices are its children. In multi-label data, each
-    node is a decision; its choices are -1, if the text lacks the node, and the node's id. Given choices are indices into the
-    choices. The softmax of the scores (num_rows, num_choices) is P(choice | parent).
-    """
-    if labels.ndim == 1:
-        log_probs = node_log_probs(taxonomy, logits)
-        for nodes, rows, given in rows_by_decision(taxonomy, labels):
-            yield taxonomy.parents[nodes[0]], np.array(nodes), rows, given, log_probs[rows][:, nodes]
-        return
-    for node, is_open in enumerate(open_decisions(taxonomy, labels).T):
-        rows = np.flatnonzero(is_open)
-        scores = logits[rows, node]
-        yield node, np.array([-1, node]), rows, labels[rows, node], np.stack([np.zeros(len(rows)), scores], axis=1)
 
 
 def judge(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> Iterator[pd.DataFrame]:
@@ -177,3 +126,54 @@ def judge(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray, texts: np.
                 "probability_of_better_label": probabilities[places, better],
             }
         )
+
+
+def each_decision(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> Iterator[tuple]:
+    """Yield each decision: its node, its choices, its rows, and the rows' given choices and scores.
+
+    For single-path labels, the node is the parent (-1 for the roots), and the choices are its children. In multi-label data, each
+    node is a decision; its choices are -1, if the text lacks the node, and the node's id. Given choices are indices into the
+    choices. The softmax of the scores (num_rows, num_choices) is P(choice | parent).
+    """
+    if labels.ndim == 1:
+        log_probs = node_log_probs(taxonomy, logits)
+        for nodes, rows, given in rows_by_decision(taxonomy, labels):
+            yield taxonomy.parents[nodes[0]], np.array(nodes), rows, given, log_probs[rows][:, nodes]
+        return
+    for node, is_open in enumerate(open_decisions(taxonomy, labels).T):
+        rows = np.flatnonzero(is_open)
+        scores = logits[rows, node]
+        yield node, np.array([-1, node]), rows, labels[rows, node], np.stack([np.zeros(len(rows)), scores], axis=1)
+
+
+def rank_issues(taxonomy: Taxonomy, judged: list[pd.DataFrame], logits: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
+    """Return one line per listed row, from the tables of `judge`, sorted by ``probability_of_label``.
+
+    Columns:
+        index: of the row.
+        decision: the decision in which the row's label is least probable.
+        better: the suggested label. For a leaf, it is the most probable leaf below the decision's best other choice. For an
+            inner node, it is this choice itself.
+
+    In multi-label data, ``better`` is the node if the text should have it, else -1. Probabilities are given the parent. The column
+    ``questioned`` has all listed nodes of the text.
+    """
+    issues = pd.concat(judged).sort_values("probability_of_label", kind="stable")
+    listed = issues.drop_duplicates("index").reset_index(drop=True)
+    if labels.ndim == 2:
+        questioned = issues.groupby("index")["decision"].agg(set)
+        return listed.assign(questioned=questioned[listed["index"]].to_numpy())
+    index = listed["index"].to_numpy()
+    is_leaf, probabilities = labels[index] < taxonomy.num_leaves, np.exp(node_log_probs(taxonomy, logits[index]))
+    for place in np.flatnonzero(is_leaf):
+        leaves = taxonomy.leaves_at_or_below[listed.at[place, "better"]]
+        listed.at[place, "better"] = leaves[logits[index[place], leaves].argmax()]
+    listed["probability_of_label"] = np.take_along_axis(probabilities, labels[index, None], axis=1)
+    listed["probability_of_better_label"] = np.take_along_axis(probabilities, listed[["better"]].to_numpy(), axis=1)
+    return listed.sort_values("probability_of_label", kind="stable")
+
+
+def corrected(taxonomy: Taxonomy, nodes: set[int], questioned: set[int]) -> set[int]:
+    """Add the questioned nodes that a text lacks, and remove those that it has, with the nodes below them."""
+    changed = nodes ^ questioned
+    return {node for node in changed if changed.issuperset(taxonomy.path(node))}

@@ -35,8 +35,7 @@ MAX_WEIGHTS = 2**24  # 64 MiB
 
 def token_counts(rows: Dataset, vocab_size: int) -> csr_matrix:
     """Count each token id in each row, special tokens included: (num_rows, vocab_size)."""
-    columns = rows.with_format("arrow")["input_ids"]
-    chunks = getattr(columns, "chunks", [columns])
+    chunks = rows.with_format("arrow")["input_ids"].chunks
     lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks])
     ids = np.concatenate([chunk.flatten().to_numpy() for chunk in chunks])
     pointers = np.concatenate([[0], np.cumsum(lengths)])

@@ -133,13 +133,18 @@ def any_label_accuracy(logits: np.ndarray, labels: np.ndarray, texts: np.ndarray
     return float(np.mean(hits)) if hits else None
 
 
-def confusion_counts(chosen: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Count each class's true positives, predictions and labels: (3, num_classes).
+def outcomes(labels: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return true positives, predictions and labels, each (num_rows, num_classes) of bool.
 
-    ``chosen`` and ``labels`` are (num_rows, num_classes). Unknown labels, -100, do not count.
+    ``labels`` and the predictions ``chosen`` are (num_rows, num_classes). Unknown labels, -100, do not count.
     """
     true, chosen = labels == 1, chosen & (labels != IGNORED_LABEL)
-    return np.stack([pairs.sum(axis=0) for pairs in (true & chosen, chosen, true)])
+    return true & chosen, chosen, true
+
+
+def confusion_counts(labels: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Count each class's true positives, predictions and labels, see `outcomes`: (3, num_classes)."""
+    return np.stack([pairs.sum(axis=0) for pairs in outcomes(labels, chosen)])
 
 
 def node_f1(counts: np.ndarray) -> np.ndarray:
@@ -170,19 +175,18 @@ def bootstrap_intervals(labels: np.ndarray, chosen: np.ndarray, resamples: int =
     the score itself. So the resampled values of macro-F1 are shifted until their mean is the score.
 
     Args:
-        labels, chosen: as for `confusion_counts`.
+        labels, chosen: as for `outcomes`.
 
     Returns:
         Lower and upper ends: ``micro_f1`` and ``macro_f1``, (2,); ``f1``, (2, num_classes), over the resamples in which the class
         occurs, NaN if there are none. With one label per row, ``micro_f1`` is the accuracy.
     """
-    true, chosen = labels == 1, chosen & (labels != IGNORED_LABEL)
-    pairs = [csr_matrix(array, dtype=np.float64) for array in (true & chosen, chosen, true)]
+    pairs = [csr_matrix(array, dtype=np.float64) for array in outcomes(labels, chosen)]
     generator, size = np.random.default_rng(0), len(labels)
     draws = (np.bincount(generator.integers(size, size=size), minlength=size) for _ in range(resamples))
     resampled = [np.stack([times @ array for array in pairs]) for times in draws]
     macro = np.array([macro_f1(counts) for counts in resampled])
-    macro = (macro + macro_f1(confusion_counts(chosen, labels)) - macro.mean()).clip(0, 1)
+    macro = (macro + macro_f1(confusion_counts(labels, chosen)) - macro.mean()).clip(0, 1)
     micro = np.array([micro_f1(counts) for counts in resampled])
     samples = {"micro_f1": micro, "macro_f1": macro, "f1": np.array([node_f1(counts) for counts in resampled])}
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # for classes in no resample
@@ -194,12 +198,12 @@ def per_class_report(
 ) -> tuple[list[dict], dict[str, list[float]]]:
     """Compute one row per class with precision, recall and F1, and the intervals of micro- and macro-F1.
 
-    Labels and predictions are those of `confusion_counts`. ``support`` is the number of labels, and ``f1_interval`` is None for a
+    Labels and predictions are those of `outcomes`. ``support`` is the number of labels, and ``f1_interval`` is None for a
     class that does not occur. A ratio with denominator 0 is 0. Rows and intervals are empty if no label is known.
     """
     if not (labels != IGNORED_LABEL).any():
         return [], {}
-    counts, intervals = confusion_counts(chosen, labels), bootstrap_intervals(labels, chosen)
+    counts, intervals = confusion_counts(labels, chosen), bootstrap_intervals(labels, chosen)
     precision, recall = counts[0] / np.maximum(counts[1:], 1)
     columns = (names, counts[2], precision, recall, np.nan_to_num(node_f1(counts)), intervals["f1"].T)
     rows = [

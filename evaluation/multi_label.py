@@ -190,7 +190,7 @@ def choose_strength(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray, repea
     for fitted, scored in folds.split(u):
         for strength, thresholds in shrunk_thresholds(taxonomy, u[fitted], labels[fitted], STRENGTHS).items():
             chosen = predict_nodes(taxonomy, expit(u[scored]), thresholds)
-            totals[strength] = totals[strength] + confusion_counts(chosen, labels[scored])
+            totals[strength] = totals[strength] + confusion_counts(labels[scored], chosen)
     return max(STRENGTHS, key=lambda strength: micro_f1(totals[strength]) + macro_f1(totals[strength]))
 
 
@@ -306,8 +306,8 @@ def build_multi_label_metrics(
         check_finite(u)
         chosen = predict_nodes(taxonomy, expit(u), common_threshold(u, labels) if thresholds is None else thresholds)
 
-        counts, has_known = confusion_counts(chosen, labels), known.any(axis=1)
-        leaves, of_texts = counts[:, : taxonomy.num_leaves], confusion_counts(chosen[has_known].T, labels[has_known].T)
+        counts, has_known = confusion_counts(labels, chosen), known.any(axis=1)
+        leaves, of_texts = counts[:, : taxonomy.num_leaves], confusion_counts(labels[has_known].T, chosen[has_known].T)
         metrics = {
             "micro_f1": micro_f1(counts),
             "macro_f1": macro_f1(counts),
@@ -332,11 +332,6 @@ def build_multi_label_metrics(
         return metrics
 
     return compute_metrics
-
-
-def join_names(names: list[str]) -> str:
-    """Join names by ``; ``, or return a JSON list if one contains ``;``."""
-    return json.dumps(names, ensure_ascii=False) if any(";" in name for name in names) else "; ".join(names)
 
 
 def common_threshold(u: np.ndarray, labels: np.ndarray) -> float:
@@ -377,3 +372,11 @@ def pair_variance(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray) -> np.n
         covariance = np.outer(of_text[nodes], of_text[nodes]) * (1 / of_text[lowest] - 1)
         parts.append((covariance * (bins[:, None] == bins)).sum(axis=1))
     return np.concatenate(parts)
+
+
+# ── Names ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def join_names(names: list[str]) -> str:
+    """Join names by ``; ``, or return a JSON list if one contains ``;``."""
+    return json.dumps(names, ensure_ascii=False) if any(";" in name for name in names) else "; ".join(names)

@@ -1,1 +1,1 @@
-"""The parts of predict.py: records, model, rows in three formats, a restartable output on disks and in stores, the Ray job."""
+"""The parts of predict.py: records, model, rows in four formats, a restartable output on disks and in stores, the Ray job."""

@@ -5,6 +5,7 @@ import json
 import logging
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,12 @@ class Model:
         kind = output_kind(arguments.output, arguments.output_format)
         tree, multi_label = config.tree, config.is_multi_label
         answers = (arguments.coverage, arguments.recall) != (None, None)
-        separators = [";" if multi_label else " > ", *([" | "] if answers else [])]
-        for separator in separators if kind == ".csv" else ():
-            if ambiguous := [label for label in tree.labels if separator in label]:
-                label = quote_name(ambiguous[0])
-                reason = f"a CSV file joins labels by {separator!r}, and the label {label} contains it"
-                raise InputError(f"--output {arguments.output}: {reason}; write .jsonl or .parquet")
+        if kind == ".csv":
+            separators = [";" if multi_label else " > ", *([" | "] if answers else [])]
+            for separator, label in product(separators, tree.labels):
+                if separator in label:
+                    reason = f"a CSV file joins labels by {separator!r}, and the label {quote_name(label)} contains it"
+                    raise InputError(f"--output {arguments.output}: {reason}; write .jsonl or .parquet")
         parents = {tree.labels[node]: tree.labels[parent] for node, parent in enumerate(tree.parents) if parent >= 0}
         self.rows = RowFormat(
             by_id,
@@ -79,7 +80,10 @@ class Model:
         readable = [(number, record) for number, record in enumerate(records, first) if record.problem is None]
         try:
             predictions = self._pipeline(record.text for _, record in readable)
-            return [self.rows.row(*one, prediction) for one, prediction in zip(readable, predictions, strict=True)]
+            return [
+                self.rows.row(number, record, prediction)
+                for (number, record), prediction in zip(readable, predictions, strict=True)
+            ]
         except ValueError as error:
             raise InputError(f"{self._pipeline.model.name_or_path}: {one_line(error)}") from error
         finally:

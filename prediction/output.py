@@ -86,10 +86,12 @@ class RestartableOutput:
                 others = "" if file == self.name else f": {file}"
                 raise InputError(f"--output {self.name}{others} is also an input: give another name")
         if foreign := self._files(ours=False):
-            raise InputError(f"--output {self.name}/ holds {foreign[0]} of another program: give another folder")
+            raise InputError(
+                f"--output {self.name}/ holds {foreign[0]}, which another program wrote: give another folder"
+            )
         parts = self.store.names(self.parts)
         if foreign_parts := sorted(name for name in parts if not re.fullmatch(OWN_PARTS, name)):
-            raise InputError(f"{self.parts}/{foreign_parts[0]} is of another program: give another --output")
+            raise InputError(f"{self.parts}/{foreign_parts[0]} was written by another program: give another --output")
         # files and parts together: the run was killed while it wrote a folder's files or deleted the parts
         if not parts and not overwrite:
             if self.store.exists(self.marker) or self._files():
@@ -175,7 +177,7 @@ class RestartableOutput:
             self.store.put(new_errors, self.errors)
         else:
             self.store.delete(self.errors)
-        self.store.put(new, self.marker)
+        self.store.put(new, self.marker)  # the output itself, or the manifest of a folder
         self.store.sync(str(Path(self.marker).parent))
         self.store.delete_folder(self.parts)
         return num_problems

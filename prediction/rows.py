@@ -131,10 +131,10 @@ class RowFormat:
                 yield stream.writelines
                 return
             if file.suffix == ".json":
-                before = chain("[", repeat(","))  # of each row
-                yield lambda lines: stream.writelines(f"{next(before)}{line}" for line in lines)
-                is_empty = next(before) == "["
-                stream.write("[]\n" if is_empty else "]\n")
+                stream.write("[")
+                separators = chain([""], repeat(","))  # before each row
+                yield lambda lines: stream.writelines(f"{next(separators)}{line}" for line in lines)
+                stream.write("]\n")
                 return
             # Python 3.11 quotes a lone carriage return only if the writer's line end has one
             lines = SimpleNamespace(write=lambda line: stream.write(line.removesuffix("\r\n") + "\n"))

@@ -39,6 +39,7 @@ class Disk:
 
     def is_input(self, name: str, sources: Sequence[Source]) -> bool:
         """Return whether a file is also an input, under any name."""
+        # 0 is standard input, which may be redirected from the output
         files = [0 if source.path == "-" else source.path for source in sources if source.filesystem is None]
         return os.path.exists(name) and any(os.path.samefile(name, file) for file in files)
 

@@ -68,7 +68,7 @@ def log_in(api: HfApi) -> tuple[str, ...]:
         who = api.whoami()
     except HUB_ERRORS as error:
         if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
-            raise InputError("the Hub does not know the token in HF_TOKEN, or of the login: make a new one") from error
+            raise InputError("the Hub does not know the token (of HF_TOKEN or of the login): make a new one") from error
         raise InputError(f"cannot ask the Hub whose token this is: {describe_hub_error(error)}") from error
     except UnicodeEncodeError as error:
         raise InputError("the Hub token has characters that no token has, such as typographic quotes") from error

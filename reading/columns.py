@@ -9,6 +9,7 @@ from .rows import InputError, looks_like_name, quote_name
 
 TEXT_COLUMNS = ("medical_abstract", "abstract", "text", "sentence", "content", "document", "body")
 LABEL_COLUMNS = ("condition_label", "label", "labels", "category", "class", "condition_name")
+MOST_LISTED = 20
 LEAST_SHARE = 0.5  # of the rows must have a column, or its name is not matched
 
 
@@ -69,11 +70,11 @@ def is_blank(text: str) -> bool:
     return all(character == "\ufffd" or unicodedata.category(character)[0] in "CMZ" for character in text)
 
 
-def listed(names: Iterable[str], most: int = 20) -> str:
-    """Format column names for a message: the first ``most``, or none if one of them looks like a text."""
+def listed(names: Iterable[str]) -> str:
+    """Format column names for a message: the first `MOST_LISTED`, or none if one of them looks like a text."""
     names = list(names)
     text = next((name for name in names if not looks_like_name(name)), None)
     if text is not None:
         return f"{len(names):,} columns that are not shown, as one is called {quote_name(text)}: is the header missing?"
-    rest = f", and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(map(quote_name, names[:most])) + rest
+    rest = f", and {len(names) - MOST_LISTED:,} more" if len(names) > MOST_LISTED else ""
+    return ", ".join(map(quote_name, names[:MOST_LISTED])) + rest

@@ -29,6 +29,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import wraps
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -75,7 +76,6 @@ from transformers.utils import cached_file
 
 atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
 
-HERE = Path(__file__).parent
 ROWS_BETWEEN_CHECKS = 32  # of a file, for cancellation
 PROGRESS_SECONDS = 0.5  # between two progress messages: a slow browser that gets more becomes unresponsive
 PREVIEW = 50  # rows of a file
@@ -97,7 +97,6 @@ EXAMPLES = {
     "longer stay in hospital. Early treatment of every newborn at risk is advised until cultures are known.",
 }
 HIDDEN = {"show_progress": "hidden", "api_visibility": "private"}  # for events: no spinner, no endpoint
-Html = str
 
 
 class Problem(TypedDict):
@@ -151,52 +150,16 @@ def gpu(function: Callable) -> Callable:
     return function if spaces is None else spaces.GPU(function)
 
 
-def rows_classified(
-    classifier: Callable[[list[str], float | None], list[dict[str, Any]]],
-    outcome: Callable[[dict[str, Any]], dict[str, Any]],
-    rows: list[Row],
-    target: float | None,
-) -> Iterator[tuple[list[dict[str, Any]], list[Problem]]]:
-    """Classify rows, `ROWS_BETWEEN_CHECKS` at a time. Yield those that were classified and those that were not.
-
-    Args:
-        outcome: returns the predictions of a result, as they are in a record.
-    """
-    for start in range(0, len(rows), ROWS_BETWEEN_CHECKS):
-        texts, problems = [], []
-        for row in rows[start : start + ROWS_BETWEEN_CHECKS]:
-            try:
-                if row.problem is not None:
-                    raise Refused(row.problem)
-                texts.append((row.line, check_text(row.text)))
-            except Refused as error:
-                problems.append({"line": row.line, "problem": str(error)})
-        results = classifier([text for _, text in texts], target) if texts else []
-        records = [
-            {
-                "line": line,
-                "text": text,
-                **outcome(result),
-                "answer": None if result["answer"] is None else [node["label"] for node in result["answer"]],
-                "share_read": round(result["characters_read"] / result["characters"], 4),
-            }
-            for (line, text), result in zip(texts, results, strict=True)
-        ]
-        yield records, problems
-
-
 def take_upload(path: str) -> bytes:
     """Read an uploaded file and delete it.
 
     Raises:
-        Refused: the file is no upload, was deleted, or is too large.
+        Refused: the file is no upload, or was deleted.
     """
     file = Path(path.replace("\0", "")).resolve()  # pathlib raises ValueError for a NUL
     if not file.is_relative_to(Path(get_upload_folder()).resolve()) or not file.is_file():
         raise Refused("The file was deleted after it was read, or never arrived: upload it again.")
     try:
-        if file.stat().st_size > MAX_BYTES:
-            raise Refused(f"The file is larger than {MAX_BYTES // 2**20} MB, the most that is accepted.")
         return file.read_bytes()
     finally:
         file.unlink(missing_ok=True)
@@ -231,12 +194,11 @@ class Service:
         ("bars", "Probabilities, level by level", "Probabilities"),
         ("icicle", "The taxonomy: probability from the roots to the leaves", "The taxonomy"),
     )
-    result, answer = staticmethod(views.result), staticmethod(views.coverage_answer)
-    preview, to_csv = staticmethod(views.preview), staticmethod(to_csv)
+    answer, preview = staticmethod(views.coverage_answer), staticmethod(views.preview)
+    to_csv = staticmethod(to_csv)
 
     def __init__(self, classifier: Pipeline):
         self.classifier, self.tree = classifier, classifier.tree
-        self.descriptions = self.tree.descriptions
         # on ZeroGPU, they run in another process, which takes no functions and returns no messages of errors
         self._classify_all = gpu(lambda texts, target: classify_all(classifier, texts, target))
         self._explain = gpu(Explainer(classifier).explain)
@@ -293,10 +255,36 @@ class Service:
         table = read_table(content, kind_of(file["path"]), column or None)
         target = check_target(self.classifier, target)
         result: dict[str, Any] = {"column": table.column, "rows": [], "problems": []}
-        for records, problems in rows_classified(self._classify_all, self.outcome, table.rows, target):
+        for records, problems in self._classify_rows(table.rows, target):
             result["rows"] += records
             result["problems"] += problems
         return result
+
+    def _classify_rows(
+        self, rows: list[Row], target: float | None
+    ) -> Iterator[tuple[list[dict[str, Any]], list[Problem]]]:
+        """Classify rows, `ROWS_BETWEEN_CHECKS` at a time. Yield those that were classified and those that were not."""
+        for start in range(0, len(rows), ROWS_BETWEEN_CHECKS):
+            texts, problems = [], []
+            for row in rows[start : start + ROWS_BETWEEN_CHECKS]:
+                try:
+                    if row.problem is not None:
+                        raise Refused(row.problem)
+                    texts.append((row.line, check_text(row.text)))
+                except Refused as error:
+                    problems.append({"line": row.line, "problem": str(error)})
+            results = self._classify_all([text for _, text in texts], target) if texts else []
+            records = [
+                {
+                    "line": line,
+                    "text": text,
+                    **self.outcome(result),
+                    "answer": None if result["answer"] is None else [node["label"] for node in result["answer"]],
+                    "share_read": round(result["characters_read"] / result["characters"], 4),
+                }
+                for (line, text), result in zip(texts, results, strict=True)
+            ]
+            yield records, problems
 
     def _classify(self, text: Any, target: Any) -> Any:
         target = check_target(self.classifier, target)
@@ -321,12 +309,8 @@ class Service:
         except Refused as error:
             return [views.refusal(str(error)), *self.figures(), gr.skip(), views.no_words()]
         answer = no_answer or self.answer(target, result["answer"])
-        return [
-            self.result(self.kicker, result, answer, self.descriptions),
-            *self.figures(result),
-            self.main_node(result),
-            views.no_words(),
-        ]
+        panel = views.result(self.kicker, result, answer, self.tree.descriptions)
+        return [panel, *self.figures(result), self.main_node(result), views.no_words()]
 
     def show_result_again(self, text: str, target: float) -> Any:
         """Return the outputs of a text for another target. Without a text, they stay as they are."""
@@ -347,26 +331,17 @@ class Service:
     def figures(self, result: dict[str, Any] | None = None) -> list[Any]:
         """Draw bars and icicle. Without a result, the bars are empty and all leaves of the icicle have the same size."""
         tree = self.tree
-        if result is None:
-            empty = [{tree.labels[n]: 0.0 for n in level} for level in self.levels()]
-            return [views.bars(empty, []), views.icicle(self.even_levels(), self.parents(), [])]
-        levels, path = result["levels"], [node["label"] for node in result["path"]]
-        return [views.bars(levels, path), views.icicle(levels, self.parents(), path)]
+        parents = {tree.labels[n]: tree.labels[p] if (p := tree.parents[n]) >= 0 else "" for n in tree.reading_order}
+        if result is not None:
+            levels, path = result["levels"], [node["label"] for node in result["path"]]
+            return [views.bars(levels, path), views.icicle(levels, parents, path)]
+        even: list[dict[str, float]] = [{} for _ in range(tree.depth)]
+        for node in tree.reading_order:
+            even[tree.levels[node] - 1][tree.labels[node]] = len(tree.leaves_at_or_below[node]) / tree.num_leaves
+        empty = [dict.fromkeys(level, 0.0) for level in even]
+        return [views.bars(empty, []), views.icicle(even, parents, [])]
 
-    def levels(self) -> list[list[int]]:
-        tree = self.tree
-        return [[n for n in tree.reading_order if tree.levels[n] == level] for level in range(1, tree.depth + 1)]
-
-    def parents(self) -> dict[str, str]:
-        tree = self.tree
-        return {tree.labels[n]: tree.labels[p] if (p := tree.parents[n]) >= 0 else "" for n in tree.reading_order}
-
-    def even_levels(self) -> list[dict[str, float]]:
-        tree = self.tree
-        share = [len(leaves) / tree.num_leaves for leaves in tree.leaves_at_or_below]
-        return [{tree.labels[n]: share[n] for n in level} for level in self.levels()]
-
-    def show_words(self, text: str, node: str, progress: gr.Progress = gr.Progress()) -> Html:  # noqa: B008
+    def show_words(self, text: str, node: str, progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
         """Return the text with the weights of its words for a node."""
         try:
             text, node = check_text(text or ""), self.check_node(node)
@@ -389,14 +364,13 @@ class Service:
         if path is None:
             return [None, gr.Dropdown(choices=[], value=None), views.progress(0, 0, 0, "No file yet."), *cleared]
         try:
-            kind, content = kind_of(path), take_upload(path)
+            content, kind = take_upload(path), kind_of(path)
             table = read_table(content, kind)
         except Refused as error:
-            Path(path).unlink(missing_ok=True)
             return [None, gr.Dropdown(choices=[], value=None), views.refusal(str(error), "Not read"), *cleared]
         problems = sum(row.problem is not None for row in table.rows)
-        state = views.progress(0, len(table.rows), problems, "Read, and deleted from the disk. Classified:")
-        return [(kind, content), gr.Dropdown(choices=table.columns, value=table.column), state, *cleared]
+        progress = views.progress(0, len(table.rows), problems, "Read, and deleted from the disk. Classified:")
+        return [(kind, content), gr.Dropdown(choices=table.columns, value=table.column), progress, *cleared]
 
     def begin_file(self, run: Run | None) -> list[Any]:
         """Start a run and end the one before. Return the run, and clear the note on how the last one ended."""
@@ -404,7 +378,7 @@ class Service:
             run.end()
         return [Run(), views.note("")]
 
-    def cancel_file(self, run: Run | None) -> Html:
+    def cancel_file(self, run: Run | None) -> str:
         return views.note("Cancelled. No results are kept." if run and run.end() else "Nothing is running.")
 
     def run_file(
@@ -435,10 +409,9 @@ class Service:
         total = len(table.rows)
         yield [views.progress(0, total, 0, "Classified"), self.preview([]), views.problems([]), *no_downloads()]
         sent, previewed, listed = float("-inf"), 0, 0
-        for records, problems in rows_classified(self._classify_all, self.outcome, table.rows, target):
+        for records, problems in self._classify_rows(table.rows, target):
             if not run.active:
-                yield nothing
-                return
+                break
             done += records
             bad += problems
             if time.monotonic() - sent < PROGRESS_SECONDS and len(done) + len(bad) < total:
@@ -477,8 +450,7 @@ class MultiLabelService(Service):
     target_label = "Recall: the share of a text's correct nodes that the answer contains on average"
     target_info = "A higher recall needs more nodes in the answer."
     plots = (("tree", "The taxonomy: probability of each node. ✓: predicted", "The taxonomy"),)
-    result, answer = staticmethod(views.labels_result), staticmethod(views.recall_answer)
-    preview = staticmethod(views.labels_preview)
+    answer, preview = staticmethod(views.recall_answer), staticmethod(views.labels_preview)
     to_csv = staticmethod(lambda records: to_csv([join_lists(record) for record in records]))
 
     def classify(self, text: str, recall: float | None = None) -> MultiLabelClassification:
@@ -526,18 +498,17 @@ class MultiLabelService(Service):
 def endpoint(method: Callable) -> Callable:
     """Wrap an API method: a refusal reaches the client as a message, and gradio hides all other errors."""
 
+    @wraps(method)
     def call(*arguments: Any, **named: Any) -> Any:
         try:
             return method(*arguments, **named)
         except Refused as error:
             raise gr.Error(str(error), print_exception=False) from None
 
-    call.__name__, call.__doc__ = method.__name__, method.__doc__
-    call.__annotations__, call.__wrapped__ = method.__annotations__, method
     return call
 
 
-def about(classifier: Pipeline, model: str, revision: str | None) -> tuple[Html, str, str]:
+def about(classifier: Pipeline, model: str, revision: str | None) -> tuple[str, str, str]:
     """Return the facts of a model as a table, and its card as Markdown in two parts."""
     config, tree = classifier.model.config, classifier.tree
     model_name = Path(model).resolve().name if Path(model).is_dir() else model
@@ -595,8 +566,9 @@ def plot(element: str, heading: str, label: str, figure: Any) -> gr.Plot:
 
 def text_tab(service: Service) -> None:
     """Lay out the tab for one text: its result, its figures, and the words that counted."""
+    # ── Layout ───────────────────────────────────────────────────────────────────────────────────────────────────────
     tree = service.tree
-    first, *others = zip(service.plots, service.figures(), strict=True)
+    (captions, figure), *others = zip(service.plots, service.figures(), strict=True)
     with gr.Tab("One text", id="text"):
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=300):
@@ -617,7 +589,7 @@ def text_tab(service: Service) -> None:
                 target = target_slider(service)
             with gr.Column(scale=6, min_width=300):
                 result = gr.HTML(views.waiting(service.kicker), elem_id="result")
-                plots = [plot(*first[0], first[1])]
+                plots = [plot(*captions, figure)]
         plots += [plot(*captions, figure) for captions, figure in others]
         with gr.Row(elem_id="ask"):
             node = gr.Dropdown(
@@ -631,6 +603,7 @@ def text_tab(service: Service) -> None:
             show = gr.Button("Show the words", elem_id="show", scale=1)
         words = gr.HTML(views.no_words(), elem_id="words")
 
+        # ── Events ───────────────────────────────────────────────────────────────────────────────────────────────────
         results = [result, *plots, node, words]
         inputs = [text, target]
         texts = {"concurrency_id": "texts", **HIDDEN}
@@ -676,8 +649,8 @@ def file_tab(service: Service) -> None:
                     start = gr.Button("Classify the file", variant="primary", elem_id="start")
                     stop = gr.Button("Cancel", variant="stop", elem_id="cancel")
             with gr.Column(scale=6, min_width=300):
-                state = gr.HTML(views.progress(0, 0, 0, "No file yet."), elem_id="state")
-                ended = gr.HTML(views.note(""), elem_id="ended")
+                progress = gr.HTML(views.progress(0, 0, 0, "No file yet."), elem_id="state")
+                note = gr.HTML(views.note(""), elem_id="ended")
                 with gr.Row():
                     as_csv = gr.DownloadButton("Download CSV", interactive=False, elem_id="csv")
                     as_lines = gr.DownloadButton("Download JSON Lines", interactive=False, elem_id="jsonl")
@@ -690,12 +663,14 @@ def file_tab(service: Service) -> None:
         table = gr.HTML(service.preview([]), elem_id="preview")
         gr.HTML("<h2>Rows that could not be classified</h2>", elem_classes="heading")
         problems = gr.HTML(views.problems([]), elem_id="problems")
+
+        # ── Events ───────────────────────────────────────────────────────────────────────────────────────────────────
         running = gr.State(None)
-        shown = [state, table, problems, as_csv, as_lines]
-        opened = [kept, column, *shown, ended]
+        shown = [progress, table, problems, as_csv, as_lines]
+        opened = [kept, column, *shown, note]
         closed = gr.on([file.upload, file.clear], service.close_file, running, opened, queue=False, **HIDDEN)
         closed.then(service.open_file, file, opened, concurrency_id="opening", **HIDDEN)
-        start.click(service.begin_file, running, [running, ended], queue=False, **HIDDEN).then(
+        start.click(service.begin_file, running, [running, note], queue=False, **HIDDEN).then(
             service.run_file,
             [kept, column, file_target, running],
             shown,
@@ -704,7 +679,7 @@ def file_tab(service: Service) -> None:
             **HIDDEN,
         )
         # a separate output, because late progress messages would replace this note
-        stop.click(service.cancel_file, running, ended, queue=False, **HIDDEN)
+        stop.click(service.cancel_file, running, note, queue=False, **HIDDEN)
 
 
 def model_tab(classifier: Pipeline, model: str, revision: str | None) -> None:
@@ -792,24 +767,24 @@ def log_without_values() -> None:
     logging.getLogger("uvicorn.error").addFilter(without_message)
 
 
-def delete_old_files(folder: Path, seconds: float) -> None:
-    """Delete files older than ``seconds``, every `SWEEP_SECONDS`. gradio would keep the parts of broken uploads."""
+def delete_old_files() -> None:
+    """Delete files within `KEPT_SECONDS`. gradio would keep the parts of broken uploads."""
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
     while True:
         time.sleep(SWEEP_SECONDS)
         for path in sorted(folder.rglob("*"), reverse=True):  # files before their folder
             with suppress(OSError):  # a folder that is not empty, or a file that is deleted by now
-                if time.time() - path.stat().st_mtime > seconds:
+                if time.time() - path.stat().st_mtime > KEPT_SECONDS - SWEEP_SECONDS:
                     path.rmdir() if path.is_dir() else path.unlink()
 
 
-def launch(page: gr.Blocks, **options: Any) -> Any:
+def launch(page: gr.Blocks) -> None:
     """Serve the page, without the optional features of gradio, such as history, monitoring and sharing."""
     harden_gradio()
-    sweep = (Path(os.environ["GRADIO_TEMP_DIR"]), KEPT_SECONDS - SWEEP_SECONDS)
-    threading.Thread(target=delete_old_files, args=sweep, daemon=True).start()
-    return page.launch(
+    threading.Thread(target=delete_old_files, daemon=True).start()
+    page.launch(
         theme=theme(),
-        css_paths=HERE / "style.css",
+        css_paths=Path(__file__).with_name("style.css"),
         head=views.HEAD,
         show_error=False,
         footer_links=["api", "settings"],
@@ -823,7 +798,6 @@ def launch(page: gr.Blocks, **options: Any) -> Any:
         ssr_mode=False,
         share=False,
         app_kwargs={"middleware": [Middleware(Guard)], "docs_url": None, "redoc_url": None},
-        **options,
     )
 
 

@@ -34,12 +34,12 @@ from transformers import Pipeline
 warnings.filterwarnings("ignore", message="Multiple layers provided", category=UserWarning)
 
 SCAN = 16  # intervals of the scan
-STEEP = 3  # at most this many intervals of the scan, those with the largest change, become pieces of their own
-STEPS = {"steep": 6, "flat": 3}  # steps with gradients for one piece
+MOST_STEEP = 3  # at most this many intervals of the scan, those with the largest change, become pieces of their own
+STEPS_STEEP, STEPS_FLAT = 6, 3  # steps with gradients for one piece
 WORK = 16_000  # budget of tokens × steps for all pieces; a long text gets at least 2 · SCAN steps
 SECONDS = 7  # time limit, after which no piece is halved
 TOLERANCE = 0.005  # a piece with a larger error, in probability, is halved
-LOG_ODDS = 4  # slope of the log-odds at a probability of 0.5; converts tolerances from probability to log-odds
+LOG_ODDS_SLOPE = 4  # slope of the log-odds at a probability of 0.5; converts tolerances from probability to log-odds
 POINTS_PER_PASS = 6  # of the integration path, in one forward pass
 PROBED = 32  # tokens, for one call of the lexical head
 
@@ -83,7 +83,7 @@ class Explanation(TypedDict):
     characters_read: int
 
 
-class IntegrationPath(nn.Module):
+class IntegrationPath:
     """The straight line from a blank text, at 0, to the text, at 1, with the values of all nodes along it.
 
     Args:
@@ -94,34 +94,33 @@ class IntegrationPath(nn.Module):
     """
 
     def __init__(self, model: nn.Module, inputs: dict[str, Tensor], blank_ids: Tensor, on_point: Callable[[int], None]):
-        super().__init__()
-        self.model, self.inputs, self.on_point = [model], inputs, on_point  # in a list, so that it is no submodule
-        self.embeddings, self.lexical_head = [model.get_input_embeddings()], [model.heads.lexical]
+        self.model, self.inputs, self.on_point = model, inputs, on_point
+        self.embeddings, self.lexical_head = model.get_input_embeddings(), model.heads.lexical
         self.log_odds = model.config.problem_type == "multi_label_classification"
         self.vectors, self.contributions = nn.Identity(), nn.Identity()  # captum takes gradients at these layers
         with torch.no_grad():
-            self.first = self.embeddings[0](blank_ids).float()  # (1, T, H); in half precision the steps would be lost
-            self.span = self.embeddings[0](inputs["input_ids"]).float() - self.first
+            self.first = self.embeddings(blank_ids).float()  # (1, T, H); in half precision the steps would be lost
+            self.span = self.embeddings(inputs["input_ids"]).float() - self.first
             self.tokens = torch.unique(torch.cat([inputs["input_ids"], blank_ids]))  # (U,)
-            if (head := model.heads.lexical) is not None:
+            if (head := self.lexical_head) is not None:
                 mask = inputs["attention_mask"]
                 values = [tfidf(head, ids, mask, self.tokens) for ids in (inputs["input_ids"], blank_ids)]  # (U,)
                 known = self.tokens.clamp(max=len(head.idf) - 1)
                 self.first_scores = head(blank_ids, mask)  # (1, L), for L leaves or nodes
                 self.lexical_span = head.weight[:, known].float() * (values[0] - values[1])  # (L, U)
 
-    def forward(self, position: Tensor) -> Tensor:
+    def __call__(self, position: Tensor) -> Tensor:
         """Compute values (B, num_nodes) at positions (B, 1) between 0 and 1."""
         self.on_point(len(position))
         vectors = self.vectors(self.first + position.unsqueeze(-1) * self.span)  # (B, T, H)
-        hooks = [self.embeddings[0].register_forward_hook(lambda _module, _args, output: vectors.to(output.dtype))]
-        if self.lexical_head[0] is not None:
+        hooks = [self.embeddings.register_forward_hook(lambda _module, _args, output: vectors.to(output.dtype))]
+        if self.lexical_head is not None:
             contributions = self.contributions(position.unsqueeze(-1) * self.lexical_span)  # (B, L, U)
             scores = self.first_scores + contributions.sum(-1)
-            hooks.append(self.lexical_head[0].register_forward_hook(lambda *_: scores))
+            hooks.append(self.lexical_head.register_forward_hook(lambda *_: scores))
         try:
             inputs = {name: values.expand(len(position), -1) for name, values in self.inputs.items()}
-            outputs = self.model[0](**inputs)
+            outputs = self.model(**inputs)
             return outputs["logits"] if self.log_odds else outputs["node_log_probs"].exp()
         finally:
             for hook in hooks:
@@ -172,7 +171,7 @@ class Explainer:
         names = [name for name in self.tokenizer.model_input_names if name in encoded]
         inputs = {name: encoded[name].to(device) for name in names}
         ids, special = inputs["input_ids"], encoded["special_tokens_mask"].bool().to(device)
-        blank_ids = torch.where(special, ids, self._blank_id())
+        blank_ids = torch.where(special, ids, self.tokenizer.pad_token_id)
 
         start_time = time.monotonic()
         done, max_steps = 0, max(WORK // ids.shape[1], 2 * SCAN)
@@ -188,7 +187,7 @@ class Explainer:
         with torch.no_grad():
             values = torch.cat([path(chunk)[:, node] for chunk in scan.split(POINTS_PER_PASS)]).tolist()
         known = {i / SCAN: value for i, value in enumerate(values)}
-        tolerance = TOLERANCE * (LOG_ODDS if path.log_odds else 1)
+        tolerance = TOLERANCE * (LOG_ODDS_SLOPE if path.log_odds else 1)
 
         # ── Integrate each piece, and halve the worst until the error, the steps or the time is reached ──
         pieces = [
@@ -197,13 +196,13 @@ class Explainer:
         spent = sum(piece.steps for piece in pieces)
         while True:
             worst = max(pieces, key=lambda piece: abs(piece.error))
-            spent += 2 * STEPS["steep"]
+            spent += 2 * STEPS_STEEP
             if abs(worst.error) <= tolerance or spent > max_steps or time.monotonic() - start_time > SECONDS:
                 break
             middle = (worst.start + worst.end) / 2
             halves = ((worst.start, middle), (middle, worst.end))
             pieces.remove(worst)
-            pieces += [integrate(path, node, start, end, STEPS["steep"], known) for start, end in halves]
+            pieces += [integrate(path, node, start, end, STEPS_STEEP, known) for start, end in halves]
 
         # ── Contributions of words and special tokens ──
         weights = sum(piece.vectors for piece in pieces)  # (T,)
@@ -225,13 +224,8 @@ class Explainer:
             "characters_read": max(end for _, end in offsets) if encoded.encodings[0].overflowing else len(text),
         }
 
-    def _blank_id(self) -> int:
-        """Return the token of blank texts: padding, if the tokenizer has it."""
-        candidates = (self.tokenizer.pad_token_id, self.tokenizer.mask_token_id, self.tokenizer.unk_token_id)
-        return next(token for token in (*candidates, 0) if token is not None)
 
-
-@dataclass(eq=False)
+@dataclass(eq=False)  # compared by identity: tensors have no single truth value
 class Piece:
     """Integrated gradients over a piece of a path.
 
@@ -261,7 +255,7 @@ def integrate(
     Args:
         known: values by position; those of both ends are added.
     """
-    layers = [path.vectors] if path.lexical_head[0] is None else [path.vectors, path.contributions]
+    layers = [path.vectors] if path.lexical_head is None else [path.vectors, path.contributions]
     ends = path.first.new_tensor([[start], [end]])
     attributions = LayerIntegratedGradients(path, layers).attribute(
         ends[1:], ends[:1], target=node, n_steps=steps, internal_batch_size=POINTS_PER_PASS
@@ -277,7 +271,7 @@ def integrate(
     return Piece(start, end, steps, vectors.detach(), lexical.detach(), error)
 
 
-def split_at_jumps(values: list[float], tolerance: float = TOLERANCE) -> list[tuple[float, float, int]]:
+def split_at_jumps(values: list[float], tolerance: float) -> list[tuple[float, float, int]]:
     """Split a path into pieces: start, end and number of steps. The largest changes are in short pieces.
 
     Args:
@@ -286,10 +280,10 @@ def split_at_jumps(values: list[float], tolerance: float = TOLERANCE) -> list[tu
     """
     count = len(values) - 1
     change = [abs(values[i + 1] - values[i]) for i in range(count)]
-    steep = sorted(range(count), key=lambda i: -change[i])[:STEEP]
+    steep = sorted(range(count), key=lambda i: -change[i])[:MOST_STEEP]
     steep = [i for i in steep if change[i] > tolerance]
     ends = sorted({0, count, *steep, *(i + 1 for i in steep)})
-    return [(a / count, b / count, STEPS["steep" if a in steep else "flat"]) for a, b in pairwise(ends)]
+    return [(a / count, b / count, STEPS_STEEP if a in steep else STEPS_FLAT) for a, b in pairwise(ends)]
 
 
 def join_tokens(

@@ -9,7 +9,6 @@ Worth knowing:
    and guarantees a recall. Below, both are the target of the guarantee.
 """
 
-import os
 from typing import Any, TypedDict
 
 import torch
@@ -78,7 +77,7 @@ def load(model: str, revision: str | None) -> Pipeline:
     Args:
         revision: the commit on the Hub, for code and weights.
     """
-    pinned = {} if revision is None or os.path.isdir(model) else {"revision": revision, "code_revision": revision}
+    pinned = {"revision": revision, "code_revision": revision}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return pipeline("hierarchical-text-classification", model=model, trust_remote_code=True, device=device, **pinned)
 

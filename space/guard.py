@@ -27,11 +27,8 @@ CLOSED = re.compile(
     r"^/(gradio_api/)?(deep_link|proxy=|file=\w+:|process_recording|vibe-|undo-vibe|run-history|runs|monitoring|dev/|"
     r"profiling|component_server|openapi\.json|docs|redoc)"
 )
-HEADERS = [
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"cache-control", b"no-store"),
-]
+HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
+NO_STORE = (b"cache-control", b"no-store")  # for downloads, which are deleted in time
 
 
 class TooLarge(Exception):
@@ -71,7 +68,7 @@ class Guard:
                 return  # discard the reply of gradio to the aborted request
             if message["type"] == "http.response.start":
                 started = True
-                added = HEADERS if path.startswith("/gradio_api/file=") else HEADERS[:2]
+                added = [*HEADERS, NO_STORE] if path.startswith("/gradio_api/file=") else HEADERS
                 message["headers"] = [*message.get("headers", []), *added]
             await send(message)
 

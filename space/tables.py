@@ -190,10 +190,8 @@ def to_csv(records: list[dict[str, Any]]) -> str:
     """Format records as CSV that is safe in spreadsheets: lists as JSON, formulas defused."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\r\n")  # with it, a bare \r in a cell is quoted, as RFC 4180 demands
-    names = list(dict.fromkeys(name for record in records for name in record))
-    writer.writerow([defuse(name) for name in names])
-    for record in records:
-        writer.writerow([defuse(record.get(name)) for name in names])
+    writer.writerow(records[0] if records else [])  # all have the same names
+    writer.writerows(map(defuse, record.values()) for record in records)
     return stream.getvalue()
 
 

@@ -17,8 +17,8 @@ from html import escape
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
-from attribution import LOG_ODDS, Explanation
-from classification import Classification, MultiLabelClassification, Node
+from attribution import LOG_ODDS_SLOPE, Explanation
+from classification import Node
 
 BLUE, GREY = "#0072B2", "#9AA5B1"
 BARS = 6  # a level
@@ -72,20 +72,15 @@ def log_odds(weight: float) -> str:
 # ── One text ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def result(kicker: str, classified: Classification, answer: str, descriptions: dict[str, str]) -> str:
-    """Render the predicted class, its probability, its path, the answer, and the truncation.
+def result(kicker: str, classified: dict[str, Any], answer: str, descriptions: dict[str, str]) -> str:
+    """Render the predicted nodes, each with its probability and its path, the answer, and the truncation.
 
     Args:
-        answer: HTML, of `coverage_answer` or why there is none.
+        classified: a `Classification`, which has one predicted node, or a `MultiLabelClassification`.
+        answer: HTML, of `coverage_answer` or `recall_answer`, or why there is none.
         descriptions: a phrase for each node that has one, by label.
     """
-    node = predicted(classified, descriptions)
-    return panel(f"<p class='kicker'>{kicker}</p>{node}<p class='answer'>{answer}</p>{truncation(classified)}")
-
-
-def labels_result(kicker: str, classified: MultiLabelClassification, answer: str, descriptions: dict[str, str]) -> str:
-    """Render the predicted nodes, each with its probability and its path, the answer, and the truncation."""
-    nodes = "".join(predicted(node, descriptions) for node in classified["labels"])
+    nodes = "".join(predicted(node, descriptions) for node in classified.get("labels", [classified]))
     none = "<p class='class none'>No label</p><p class='note'>No node of the taxonomy is probable enough.</p>"
     return panel(f"<p class='kicker'>{kicker}</p>{nodes or none}<p class='answer'>{answer}</p>{truncation(classified)}")
 
@@ -118,14 +113,14 @@ def enumerated(names: list[str], separator: str) -> str:
     return separator.join(names[:ANSWER]) + more
 
 
-def truncation(classified: Classification | MultiLabelClassification) -> str:
+def truncation(classified: dict[str, Any]) -> str:
     """Render how much of the text was read."""
     length, length_read = classified["characters"], classified["characters_read"]
     if length_read == length:
         return "<p class='note'>The whole text was read.</p>"
     unread = length - length_read
     return (
-        f"<p class='note cut'>The text was truncated: the model read the first {length_read:,} of {length:,} characters; "
+        f"<p class='note warning'>The text was truncated: the model read the first {length_read:,} of {length:,} characters; "
         f"{unread:,} ({percent(unread / length)}) were not read.</p>"
     )
 
@@ -330,13 +325,13 @@ def no_words() -> str:
     return panel("<p class='note'>Classify a text, choose a node, and press “Show the words”.</p>")
 
 
-def words(text: str, explanation: Explanation, in_log_odds: bool = False) -> str:
+def words(text: str, explanation: Explanation, in_log_odds: bool) -> str:
     """Render a text with its words coloured by their weights, and the largest weights.
 
     Args:
         in_log_odds: the unit of the weights, else probability.
     """
-    factor, written, unit = (LOG_ODDS, log_odds, "log-odds") if in_log_odds else (1, points, "points")
+    factor, written, unit = (LOG_ODDS_SLOPE, log_odds, "log-odds") if in_log_odds else (1, points, "points")
     # ── The text: coloured words, and the end that was not read ──
     largest = max((abs(word["weight"]) for word in explanation["words"]), default=0.0)
     scale = max(largest, 0.005 * factor)
@@ -364,7 +359,7 @@ def words(text: str, explanation: Explanation, in_log_odds: bool = False) -> str
     least = "the log-odds by 0.004" if in_log_odds else "this probability by 0.1 points"
     warning = "" if largest >= 0.001 * factor else f"<p class='note'>No word changes {least} or more.</p>"
     if abs(explanation["error"]) > 0.1 * factor:
-        warning = "<p class='note cut'>The error is large, so the weights are unreliable.</p>"
+        warning = "<p class='note warning'>The error is large, so the weights are unreliable.</p>"
     score, blank_score, error = explanation["score"], explanation["blank_score"], explanation["error"]
     difference = sum(word["weight"] for word in explanation["words"]) + explanation["rest"] - error
     share = f", {abs(error / difference):.1%} of the difference" if abs(difference) >= 0.005 * factor else ""
@@ -402,7 +397,7 @@ def progress(done: int, total: int, problems: int, state: str) -> str:
     """Render the progress of a file."""
     text = f"{state} {done:,} of {total:,} rows" if total else state
     if problems:
-        text += f"; {problems:,} could not be read"
+        text += f"; {problems:,} could not be classified"
     return (
         f"<section class='panel run' role='status' aria-live='polite'><p>{plain(text)}</p>"
         f"<progress max='{max(total, 1)}' value='{done}' aria-label='rows done'></progress></section>"

@@ -61,13 +61,13 @@ def study(task: Task, file: Path) -> None:
             strength = multi_label.choose_strength(*given, repeats)
             thresholds = multi_label.shrunk_thresholds(*given, (strength,))[strength]
             chosen[strength] += 1
-            counts = confusion_counts(multi_label.predict_nodes(tree, probabilities, thresholds), labels["test"])
+            counts = confusion_counts(labels["test"], multi_label.predict_nodes(tree, probabilities, thresholds))
             found.append((100 * micro_f1(counts), 100 * macro_f1(counts)))
         cells = (f"{mean:.2f} ± {std:.2f}" for mean, std in zip(np.mean(found, 0), np.std(found, 0), strict=True))
         times = ", ".join(f"{strength:g}: {count}" for strength, count in sorted(chosen.items()))
         print(f"| {file.parent.name} | {repeats} | {' | '.join(cells)} | {times} |", flush=True)
     best = multi_label.common_threshold(logit(probabilities), labels["test"])
-    counts = confusion_counts(multi_label.predict_nodes(tree, probabilities, best), labels["test"])
+    counts = confusion_counts(labels["test"], multi_label.predict_nodes(tree, probabilities, best))
     print(f"| {file.parent.name} | best of test | {100 * micro_f1(counts):.2f} | {100 * macro_f1(counts):.2f} | |")
 
 

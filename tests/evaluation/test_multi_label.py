@@ -563,7 +563,7 @@ def test_intervals_against_the_spread_of_other_samples():
     u, values = marginal_logits(TREE, z), []
     for seed in range(200):
         scores, labels = case(TREE, 300, seed=seed)
-        counts = confusion_counts(predict_nodes(TREE, expit(marginal_logits(TREE, scores)), 0.4), labels)
+        counts = confusion_counts(labels, predict_nodes(TREE, expit(marginal_logits(TREE, scores)), 0.4))
         values.append(2 * counts[0].sum() / counts[1:].sum())
     labels = drawn(TREE, z)
     ends = bootstrap_intervals(labels, predict_nodes(TREE, expit(u), 0.4))["micro_f1"]

@@ -554,14 +554,14 @@ def test_files_of_another_program_are_not_overwritten(checkpoint, texts, tmp_pat
     theirs = tmp_path / "spark" / "part-00000-2f1a.c000.snappy.parquet"
     theirs.write_bytes(b"rows")
     for more in ((), ("--overwrite",)):
-        with pytest.raises(InputError, match=r"spark/ holds \S+/part-00000-2f1a\S+ of another program"):
+        with pytest.raises(InputError, match=r"spark/ holds \S+/part-00000-2f1a\S+, which another program wrote"):
             inside("--model", checkpoint, "--input", tmp_path / "in.csv", "--output", f"{tmp_path}/spark/", *more)
     assert theirs.read_bytes() == b"rows"
     for output in ("mine/", "mine.csv"):
         theirs = tmp_path / f"{output}.parts" / "a.txt"
         theirs.parent.mkdir(parents=True)
         theirs.write_text("theirs")
-        with pytest.raises(InputError, match=rf"{output}.parts/a.txt is of another program"):
+        with pytest.raises(InputError, match=rf"{output}.parts/a.txt was written by another program"):
             inside(
                 "--model", checkpoint, "--input", tmp_path / "in.csv", "--output", f"{tmp_path}/{output}", "--overwrite"
             )

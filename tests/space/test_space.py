@@ -191,12 +191,12 @@ def test_a_model_in_half_precision_is_explained_as_in_full(clear_checkpoint, tex
 
 
 def test_pieces_of_a_path_cover_it_and_a_jump_has_one_of_its_own():
-    pieces = split_at_jumps([0.1] * 9 + [0.9] * 8)
+    pieces = split_at_jumps([0.1] * 9 + [0.9] * 8, 0.01)
     assert pieces[0][0] == 0
     assert pieces[-1][1] == 1
     assert [a[1] for a in pieces[:-1]] == [b[0] for b in pieces[1:]]
     assert (8 / 16, 9 / 16) in [piece[:2] for piece in pieces]
-    assert split_at_jumps([0.2] * 17) == [(0.0, 1.0, 3)]
+    assert split_at_jumps([0.2] * 17, 0.01) == [(0.0, 1.0, 3)]
 
 
 # files
@@ -383,9 +383,9 @@ def test_nothing_hostile_becomes_markup(classifier):
     }  # fmt: skip
     record = {"line": 1, "text": HOSTILE, "predicted": HOSTILE, "probability": 1.0, "answer": [HOSTILE]}
     pages = [
-        views.result("", found, views.coverage_answer(0.9, found["path"]), {HOSTILE: HOSTILE}), views.words(HOSTILE, explained), views.refusal(HOSTILE), views.facts({HOSTILE: HOSTILE}),
+        views.result("", found, views.coverage_answer(0.9, found["path"]), {HOSTILE: HOSTILE}), views.words(HOSTILE, explained, False), views.refusal(HOSTILE), views.facts({HOSTILE: HOSTILE}),
         views.preview([record]), views.problems([{"line": 1, "problem": HOSTILE}]),
-        views.labels_result("", found | {"labels": [found]}, "", {HOSTILE: HOSTILE}), views.recall_answer(0.9, found["path"]),
+        views.result("", found | {"labels": [found]}, "", {HOSTILE: HOSTILE}), views.recall_answer(0.9, found["path"]),
         views.labels_preview([record | {"labels": [HOSTILE], "scores": [1.0]}]),
     ]  # fmt: skip
     for page in pages:
@@ -482,7 +482,7 @@ def test_line_breaks_of_windows_are_kept():
 def test_no_label_and_a_long_answer_are_said_plainly(labels_classifier):
     found = classify_all(labels_classifier, ["We report on the weather."], None)[0]
     assert found["labels"] == []
-    assert "No label" in views.labels_result("", found, "", {})
+    assert "No label" in views.result("", found, "", {})
     assert views.recall_answer(0.5, []) == "For 50% recall: no node"
     long = views.recall_answer(0.9, [{"label": f"n{i}", "score": 0.5} for i in range(100)])
     assert long.endswith("<bdi>n19</bdi></b> and 80 more")

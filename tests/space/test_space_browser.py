@@ -253,7 +253,7 @@ def test_what_cannot_be_classified_is_said_in_words(page, text, message):
 def test_the_end_that_was_cut_is_said_and_shown(page):
     page.open()
     page.classify(NEURO + " The rest of it goes on and on." * 100)
-    assert "were not read" in page.text("#result .cut")
+    assert "were not read" in page.text("#result .warning")
     page.show()
     assert "goes on and on." in page.text("#words .text .unread")
 
@@ -287,7 +287,7 @@ def test_a_file_is_classified_and_its_downloads_parse(page, downloads, tmp_path)
     page.until(lambda: "deleted from the disk" in page.text("#state"))
     assert page.one("#column input").get_attribute("value") == "abstract"
     page.press("#start")
-    page.until(lambda: "Done: 5 of 5 rows; 2 could not be read" in page.text("#state"))
+    page.until(lambda: "Done: 5 of 5 rows; 2 could not be classified" in page.text("#state"))
     shown = page.driver.execute_script(
         "return [...document.querySelectorAll('#preview tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
     )
