@@ -173,6 +173,7 @@ def fuse(model: str, file: Path, quantized: Path) -> None:
 
     The optimizer knows the attention of torch's older exporter alone.
     """
+    from onnx import TensorProto
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.transformers.optimizer import optimize_model
 
@@ -197,7 +198,10 @@ def fuse(model: str, file: Path, quantized: Path) -> None:
         if fused.get_fused_operator_statistics()["Attention"] != config.num_hidden_layers:
             raise SystemExit("ONNX Runtime's optimizer has not fused the attention of every layer")
         fused.save_model_to_file(str(file))
-        quantize_dynamic(file, quantized, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
+        options = {"DefaultTensorType": TensorProto.FLOAT}  # shape inference does not know fused operations
+        quantize_dynamic(
+            file, quantized, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True, extra_options=options
+        )
 
 
 def runtime(model: str, file: Path) -> OverBatches:

@@ -369,7 +369,7 @@ def test_code_of_an_encoder_that_transformers_knows_is_not_run(place):
     assert not (place / "ran").exists()
 
 
-HEADS, WHOLE, ADAPTER = "heads.safetensors", "model.safetensors", "adapter/adapter_model.safetensors"
+HEADS, WHOLE = "heads.safetensors", "model.safetensors"
 ADAPTER_CONFIG = "adapter/adapter_config.json"
 CHECKPOINTS = {
     "config torn": ("adapter_form", cut("config.json"), "not a valid JSON file"),

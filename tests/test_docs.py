@@ -98,6 +98,12 @@ def test_commands_have_the_flags_that_pages_give_them(page, monkeypatch):
             assert given <= flags_of(script), f"{script} {' '.join(words)}"
 
 
+@pytest.mark.parametrize("script", ["train.py", "predict.py", "push_to_hub.py"])
+def test_help_explains_every_flag_that_pages_name(script):
+    named = {word.split("=")[0] for page in PAGES for name, words in calls(page) if name == script for word in words}
+    assert {word for word in named if word.startswith("--") and word != "--"} <= flags_of(script)
+
+
 def test_make_has_the_targets_that_pages_name():
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     named = {words[1] for page in PAGES for words in commands(page) if words[0] == "make"}

@@ -10,7 +10,9 @@ import io
 import json
 import resource
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unicodedata import category
 
 import pytest
@@ -22,7 +24,6 @@ from hypothesis import strategies as st
 from transformers import pipeline
 
 from configuration_hierarchical import HierarchicalConfig
-from errors import InputError
 from prediction.input import read_records
 from reading.sources import find_sources, read_table
 from taxonomy_hierarchical import Taxonomy, TaxonomyError
@@ -39,6 +40,14 @@ JSON = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(TEXT, inner, max_size=4)),
     max_leaves=12,
 )
+GOOD = NAMES.map(str.strip).filter(bool)
+FORESTS = st.dictionaries(  # taxonomies as people write them; a name may occur under several parents
+    GOOD,
+    st.recursive(st.none(), lambda inner: st.dictionaries(GOOD, inner, max_size=4), max_leaves=12),
+    min_size=2,
+    max_size=4,
+)
+PAIRS = st.lists(st.tuples(st.one_of(st.just(""), GOOD), GOOD), min_size=2, max_size=8)  # parent and child
 TREES = st.recursive(
     st.one_of(NAMES, st.none()),
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(NAMES, inner, max_size=4)),
@@ -76,57 +85,82 @@ def assert_sound(tree: Taxonomy) -> None:
         assert tree.id(tree.labels[node]) == node
         assert tree.path_names(node) == tuple(tree.names[i] for i in tree.path(node))
         assert bool(tree.children(node)) == (node >= tree.num_leaves)
-    assert "\n".join(tree.names[i] for i in tree.reading_order).encode()
 
 
 # ── taxonomies ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def built(make: Callable[..., Taxonomy], *arguments: Any) -> Taxonomy | None:
+    """Return the taxonomy, or None if it is refused."""
+    try:
+        return make(*arguments)
+    except TaxonomyError:
+        return None
+
+
+@fuzz
+@given(FORESTS)
+def test_nested_mappings(tree):
+    taxonomy = Taxonomy(tree, " > ")
+    assert_sound(taxonomy)
+    assert sorted(taxonomy.path_names(node) for node in range(taxonomy.num_nodes)) == sorted(paths_of(tree))
+
+
+def paths_of(tree: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, below in tree.items():
+        yield (*above, name)
+        yield from paths_of(below or {}, (*above, name))
+
+
 @fuzz
 @given(st.one_of(TREES, JSON), st.sampled_from(["/", " > ", "a"]))
-def test_nested_taxonomies(tree, separator):
-    try:
-        built = Taxonomy(tree, separator)
-    except TaxonomyError:
-        return
-    assert_sound(built)
+def test_any_json_is_a_taxonomy_or_one_error(tree, separator):
+    if taxonomy := built(Taxonomy, tree, separator):
+        assert_sound(taxonomy)
 
 
 @fuzz
 @given(st.lists(st.tuples(st.one_of(st.none(), NAMES), NAMES), max_size=12))
 def test_taxonomies_of_rows(rows):
-    try:
-        built = Taxonomy.from_rows(rows)
-    except TaxonomyError:
+    if (taxonomy := built(Taxonomy.from_rows, rows)) is None:
         return
-    assert_sound(built)
+    assert_sound(taxonomy)
     for parent, child in rows:
-        node = next(i for i in range(built.num_nodes) if built.names[i] == child.strip())
-        above = built.parents[node]
-        assert (built.names[above] if above >= 0 else "") == (parent or "").strip()
+        above = taxonomy.parents[taxonomy.names.index(child.strip())]
+        assert (taxonomy.names[above] if above >= 0 else "") == (parent or "").strip()
 
 
 @fuzz
 @given(st.lists(st.lists(NAMES, max_size=4), max_size=8))
 def test_taxonomies_of_paths(paths):
-    try:
-        built = Taxonomy.from_paths(paths)
-    except TaxonomyError:
-        return
-    assert_sound(built)
+    if taxonomy := built(Taxonomy.from_paths, paths):
+        assert_sound(taxonomy)
 
 
 @fuzz
 @given(st.sampled_from([".yaml", ".json", ".csv", ".tsv", ".txt"]), st.one_of(ODD_BYTES, JSON, TREES))
-def test_taxonomy_files(file, suffix, content):
+def test_taxonomy_files_of_odd_bytes(file, suffix, content):
     if not isinstance(content, bytes):
         dump = yaml.safe_dump if suffix == ".yaml" else json.dumps
         content = dump(content).encode("utf-8", "surrogatepass")
-    try:
-        built = Taxonomy.from_file(file(f"tree{suffix}", content))
-    except TaxonomyError:
-        return
-    assert_sound(built)
+    if taxonomy := built(Taxonomy.from_file, file(f"tree{suffix}", content)):
+        assert_sound(taxonomy)
+
+
+@fuzz
+@given(FORESTS, st.sampled_from([".yaml", ".json"]))
+def test_taxonomy_files_of_mappings(file, tree, suffix):
+    text = yaml.safe_dump(tree, allow_unicode=True, sort_keys=False) if suffix == ".yaml" else json.dumps(tree)
+    assert built(Taxonomy.from_file, file(f"tree{suffix}", text.encode())) == built(Taxonomy, tree)
+
+
+@fuzz
+@given(PAIRS, st.sampled_from([(".csv", ","), (".tsv", "\t")]))
+def test_taxonomy_files_of_pairs(file, pairs, kind):
+    stream = io.StringIO()
+    csv.writer(stream, delimiter=kind[1]).writerows([("parent", "child"), *pairs])
+    path = file(f"tree{kind[0]}", stream.getvalue().encode())
+    assert built(Taxonomy.from_file, path) == built(Taxonomy.from_rows, pairs)
 
 
 # ── configurations ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -134,17 +168,14 @@ def test_taxonomy_files(file, suffix, content):
 
 @fuzz
 @given(
-    TREES,
+    FORESTS,
     st.floats(0, 0.9),
     st.sampled_from(["mean", "cls", "label_attention"]),
     st.one_of(st.none(), st.integers(1, 1000)),
 )
 def test_configurations_come_back(tree, dropout, pooling, lexical_vocab_size):
     weight = None if lexical_vocab_size is None else 0.3
-    try:
-        tree = Taxonomy(tree)
-    except TaxonomyError:
-        return
+    tree = Taxonomy(tree, " > ")
     config = HierarchicalConfig(
         taxonomy=tree,
         head_dropout=dropout,
@@ -192,7 +223,7 @@ def test_tables_hold_what_was_written(file, rows, kind):
 @given(
     st.sampled_from(["csv", "tsv", "json", "jsonl", "ndjson", "parquet", "csv.gz", "jsonl.gz"]),
     st.one_of(
-        ODD_BYTES, JSON, st.lists(st.one_of(JSON, st.fixed_dictionaries({"text": JSON, "id": JSON})), max_size=4)
+        ODD_BYTES, JSON, st.lists(st.one_of(JSON, st.fixed_dictionaries({"text": TEXT, "id": SCALARS})), max_size=4)
     ),
     st.sampled_from([b"", b"text,id\n", b"text\tid\n"]),
     st.booleans(),
@@ -201,7 +232,7 @@ def test_tables_and_records(file, kind, content, head, whole):
     if not isinstance(content, bytes):
         lines = content if isinstance(content, list) and kind != "json" else [content]
         content = "\n".join(map(json.dumps, lines)).encode()
-    if kind != "json":
+    if kind.startswith(("csv", "tsv")):
         content = head + content
     if kind.endswith(".gz"):
         content = gzip.compress(content) if whole else gzip.compress(content)[:-3]
@@ -217,13 +248,19 @@ def test_tables_and_records(file, kind, content, head, whole):
 
 
 @fuzz
-@given(st.one_of(TEXT, JSON.map(json.dumps)))
+@given(st.dictionaries(st.text("ab1 ", min_size=1, max_size=3), TEXT, max_size=3))
 def test_class_names(given):
-    try:
-        names = read_class_names("{" + given)
-    except InputError:
-        return
-    assert all(isinstance(name, str) and name for pair in names.items() for name in pair)
+    with refused_in_one_line():
+        names = read_class_names(json.dumps(given))
+        assert all(isinstance(name, str) and name.strip() for pair in names.items() for name in pair)
+        assert len(names) == len(given)
+
+
+@fuzz
+@given(st.one_of(TEXT, JSON.map(json.dumps)))
+def test_class_names_of_odd_text(given):
+    with refused_in_one_line():
+        read_class_names("{" + given)
 
 
 @fuzz

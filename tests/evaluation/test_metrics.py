@@ -1,9 +1,7 @@
 """Compare scores with scikit-learn, with plain Python, and with cases worked by hand."""
 
-import cProfile
 import math
 import os
-import pstats
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +12,6 @@ import numpy as np
 import pytest
 import scipy.stats
 import sklearn.metrics
-import torch
 from conftest import complete
 from datasets import Dataset
 from forked import LIBRARIES
@@ -217,20 +214,6 @@ def test_log_loss_does_not_underflow():
     assert scores["log_loss"] == pytest.approx(800 + math.log(4))
 
 
-def test_many_leaves_are_scored_in_blocks():
-    taxonomy = Taxonomy([{f"parent {i}": [f"leaf {i} {j}" for j in range(50)]} for i in range(100)])
-    logits, labels = random_case(taxonomy, 2000)
-    scores = build_compute_metrics(taxonomy)(EvalPrediction(logits, labels))
-    log_probs = torch.from_numpy(logits).double().log_softmax(dim=1)
-    losses = []
-    for row, label in zip(log_probs, labels.tolist(), strict=True):
-        if label >= taxonomy.num_leaves:
-            losses.append(-row[taxonomy.children(label)].logsumexp(dim=0).item())
-        elif label >= 0:
-            losses.append(-row[label].item())
-    assert scores["log_loss"] == pytest.approx(sum(losses) / len(losses))
-
-
 def test_any_label_of_a_repeated_text_counts():
     logits, labels = logits_for([A, C, A, A, E]), np.array([A, A, C, E, E])
     texts = np.array([7, 1, 1, 2, 2])  # text 1 has the labels a and c, text 2 twice e
@@ -398,18 +381,11 @@ def test_per_class_report_of_classes_that_do_not_occur():
     assert leaf_report(logits_for([A]), np.array([B])) == ([], {})
 
 
-def test_the_bootstrap_of_a_report_is_computed_once():
+def test_the_intervals_of_a_report_are_those_of_the_bootstrap():
     logits, labels = random_case(TREE, 200)
     logits, labels = logits[labels >= 0], labels[labels >= 0]
-    profile = cProfile.Profile()
-    scores = profile.runcall(
-        class_scores,
-        HierarchicalConfig(taxonomy=TREE),
-        {"test": logits},
-        {"test": Dataset.from_dict({"labels": labels})},
-    )
-    calls = {function[2]: counts[0] for function, counts in pstats.Stats(profile).stats.items()}
-    assert calls["bootstrap_intervals"] == 1
+    rows = {"test": Dataset.from_dict({"labels": labels})}
+    scores = class_scores(HierarchicalConfig(taxonomy=TREE), {"test": logits}, rows)
     leaf = labels < TREE.num_leaves
     expected = intervals_of(labels[leaf], logits[leaf].argmax(axis=1), TREE.num_leaves)
     assert scores["intervals"] == {f"test_{name}": expected[name].tolist() for name in ("accuracy", "macro_f1")}

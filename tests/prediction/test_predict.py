@@ -167,6 +167,15 @@ def unbroken(checkpoint, other_checkpoint, long_input, tmp_path_factory) -> list
     return outputs
 
 
+def test_a_long_folder_has_several_files_that_are_one_table(checkpoint, long_input, unbroken, tmp_path, monkeypatch):
+    monkeypatch.setattr("prediction.output.BLOCKS_PER_FILE", 1)
+    words = ("--model", checkpoint, "--input", long_input, "--output", f"{tmp_path / 'out'}/")
+    assert inside(*words, "--output_format", "jsonl") == 1
+    parts = sorted((tmp_path / "out").glob("part-*"))
+    assert [part.name for part in parts] == [f"part-0000{i}.jsonl" for i in range(3)]
+    assert b"".join(part.read_bytes() for part in parts) == unbroken[0].read_bytes()
+
+
 def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_bytes(checkpoint, long_input, unbroken, tmp_path, capsys):
     output = tmp_path / "out.jsonl"
     words = ("--model", checkpoint, "--input", long_input, "--output", output)

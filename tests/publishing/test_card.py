@@ -20,7 +20,7 @@ from evaluation.multi_label import build_multi_label_metrics, predict_nodes
 from publishing import card
 from publishing.environment import describe_environment
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
-from training.data_report import describe, length_report, shared_texts, untrained_classes
+from training.data_report import describe, describe_label_sets, length_report, shared_texts, untrained_classes
 from training.multi_label import multi_hot
 
 ENCODER, COMMIT = "emilyalsentzer/Bio_ClinicalBERT", "d5892b39a4adaed74b92212a44081509db72f87b"
@@ -480,26 +480,27 @@ def test_only_methods_that_were_used_are_cited(written, settings, cited):
 
 # ── Multi-label ────────────────────────────────────────────────────────────────────────────────────────────
 
-MULTI_LABEL_REPORT = {
-    "sources": [{"split": "all", "name": "/home/alice/all.jsonl", "sha256": {"all.jsonl": "ab" * 32}}],
-    "columns": {"text": "text", "label": ["labels"]},
-    "taxonomy": "from /home/alice/taxonomy.yaml",
-    "split": {"method": "by combination of classes", "split_off": {"test": 0.1}, "seed": 42},
-    "splits": {
-        split: {
-            "rows": rows,
-            "dropped_rows": 1,
-            "labels_per_text": 1.25,
-            "texts_without_labels": 4,
-            "pairs": [{"labels": ["neoplasms", "a | b"], "texts": 9}] if split == "train" else [],
-            "classes": {"1": {"specific disease": 40}, "2": {"neoplasms": 30, "nervous system diseases": 2}},
-        }
-        for split, rows in (("train", 400), ("validation", 50), ("test", 50))
-    },
-    "united_rows": {"train": 7, "validation": 0, "test": 1},
-    "classes_without_training_rows": [],
-    "lengths": {split: length_report([10, 20, 300], 256) for split in ("train", "validation", "test")},
-}
+
+def make_label_sets_report(tree: Taxonomy) -> dict:
+    """Describe label sets as `load_splits` does. Of eight training texts, two have two labels and three have one."""
+    one, other = (tree.id(name) for name in ("neoplasms", "nervous system diseases"))
+    sizes = {"train": 8, "validation": 4, "test": 4}
+    rows = pd.DataFrame(
+        {"split": split, "text_id": f"{split} {i}", "label": [one, other] if i < 2 else [one] if i % 2 else []}
+        for split, size in sizes.items()
+        for i in range(size)
+    )
+    return {
+        "sources": [{"split": "all", "name": "/home/alice/all.jsonl", "sha256": {"all.jsonl": "ab" * 32}}],
+        "columns": {"text": "text", "label": ["labels"]},
+        "taxonomy": "from /home/alice/taxonomy.yaml",
+        "split": {"method": "by class, identical texts kept together", "split_off": {"test": 0.1}, "seed": 42},
+        "splits": {split: describe_label_sets(part, tree, 1) for split, part in rows.groupby("split", sort=False)},
+        "shared_texts": shared_texts(rows),
+        "united_rows": {"train": 7, "validation": 0, "test": 1},
+        "classes_without_training_rows": untrained_classes(rows, tree),
+        "lengths": {split: length_report([10, 20, 300], 256) for split in sizes},
+    }
 
 
 @pytest.fixture
@@ -522,7 +523,8 @@ def written_multi_label(written):
     rows, intervals = per_class_report(tree.labels, labels, chosen)
     measured |= {"per_class": rows, "intervals": {f"test_{name}": ends for name, ends in intervals.items()}}
 
-    def write(config=config, metrics=measured, report=MULTI_LABEL_REPORT, **arguments) -> tuple[str, dict]:
+    def write(config=config, metrics=measured, report=None, **arguments) -> tuple[str, dict]:
+        report = make_label_sets_report(tree) if report is None else report
         return written(config, metrics=metrics, report=report, **arguments), metrics
 
     return write
@@ -598,12 +600,15 @@ def test_a_multi_label_card_says_how_thresholds_and_answers_were_fitted(written_
 
 
 def test_a_multi_label_card_describes_the_label_sets(written_multi_label):
-    shown = section(written_multi_label()[0], "Data")
-    assert "| train | 400 | 1 | 1.25 | 4 |" in shown
+    report = make_label_sets_report(Taxonomy(DEFAULT_TAXONOMY))
+    shown = section(written_multi_label(report=report)[0], "Data")
+    assert "| train | 8 | 1 | 0.88 | 3 |" in shown
     assert "7 train rows and 1 test rows" in shown
-    assert "in the train texts: neoplasms and a &#124; b (9)." in shown
-    assert "| neoplasms | 30 | 30 | 30 |" in shown
+    assert "in the train texts: neoplasms and nervous system diseases (2)." in shown
+    assert "| neoplasms | 5 | 3 | 3 |" in shown
     assert "ceiling" not in shown
+    report["splits"]["train"]["pairs"][0]["labels"][1] = "a | b"
+    assert "neoplasms and a &#124; b (2)." in section(written_multi_label(report=report)[0], "Data")
 
 
 def test_the_snippets_of_a_multi_label_card_ask_only_for_what_the_checkpoint_has(written_multi_label):

@@ -1,6 +1,5 @@
 """The hub of the tests, against the real client: what is uploaded comes back, and what fails fails as on the Hub."""
 
-import base64
 import hashlib
 import json
 import os
@@ -75,15 +74,6 @@ def get(url: str, data: bytes | None = None, **headers: str) -> tuple[int, bytes
             return answer.status, answer.read()
     except urllib.error.HTTPError as answer:
         return answer.code, answer.read()
-
-
-def commit_lines(*changes: tuple[str, dict]) -> bytes:
-    lines = [("header", {"summary": "by hand"}), *changes]
-    return b"\n".join(json.dumps({"key": key, "value": value}).encode() for key, value in lines)
-
-
-def in_line(path: str, data: bytes) -> tuple[str, dict]:
-    return "file", {"path": path, "content": base64.b64encode(data).decode(), "encoding": "base64"}
 
 
 def test_what_is_committed_is_downloaded(hub, client, tmp_path):
@@ -216,65 +206,6 @@ found["sha"] = api.create_commit("u/m", add(f__txt=b"3"), commit_message="3", pa
     assert json.loads(get(f"{hub.endpoint}/api/nothing")[1])["error"]
 
 
-def test_a_commit_is_whole_or_not_at_all(hub):
-    hub.add_repo("u/m", {"f.txt": b"1", "w.bin": WEIGHTS})
-    url, token = f"{hub.endpoint}/api/models/u/m/commit/main", {"Authorization": "Bearer hf_u"}
-    known, unknown = hashlib.sha256(WEIGHTS).hexdigest(), hashlib.sha256(b"never uploaded").hexdigest()
-    for bad in [
-        ("lfsFile", {"path": "x.bin", "algo": "sha256", "oid": unknown, "size": 14}),
-        ("lfsFile", {"path": "x.bin", "algo": "sha256", "oid": known, "size": 14}),
-        ("file", {"path": "x.txt", "content": "?", "encoding": "base64"}),
-        ("deletedFile", {"path": "g.txt"}),
-        ("unheard", {"path": "x.txt"}),
-        ("file", {"content": "no path"}),
-        in_line("../x.txt", b"x"),
-        in_line("README.md", b"---\nlicense: my own\n---\n"),
-    ]:
-        status, body = get(url, commit_lines(in_line("new.txt", b"new"), bad), **token)
-        assert status in (400, 404), bad
-        assert json.loads(body)["error"]
-    assert get(url, commit_lines(in_line("new.txt", b"new"))[:-1], **token)[0] == 400
-    assert hub.files("u/m") == {"f.txt": b"1", "w.bin": WEIGHTS}
-    assert len(hub.commits("u/m")) == 1
-    assert get(url, commit_lines(in_line("new.txt", b"new"), ("deletedFile", {"path": "f.txt"})), **token)[0] == 200
-    assert hub.files("u/m") == {"w.bin": WEIGHTS, "new.txt": b"new"}
-
-
-def test_broken_commits(hub, client):
-    hub.add_repo("u/m", {"f.txt": b"1"})
-    hub.fail_at(1, "POST .*/commit/", "drop")
-    hub.fail_at(2, "POST .*/commit/", "503")
-    hub.fail_at(3, "POST .*/commit/", "drop-answer")
-    found = client("""
-for title in ("one", "two", "three"):
-    found[title] = error(api.create_commit, "u/m", add(f__txt=b"2", w__bin=b"weights"), commit_message=title)[:2]
-    found[f"after {title}"] = api.model_info("u/m").sha
-""")
-    before, after = (commit.sha for commit in hub.commits("u/m"))
-    assert found == {
-        "one": ["RemoteProtocolError", None],
-        "after one": before,
-        "two": ["HfHubHTTPError", 503],
-        "after two": before,
-        "three": ["RemoteProtocolError", None],
-        "after three": after,
-    }
-    assert hub.commits("u/m")[-1].title == "three"
-    assert hub.files("u/m") == {"f.txt": b"2", "w.bin": b"weights"}
-
-
-def test_which_request_fails(hub):
-    hub.add_repo("u/m", {"f.txt": b"1"})
-    url = f"{hub.endpoint}/api/models/u/m"
-    hub.fail_at(2, "GET /api", "500")
-    hub.fail_at(3, how="429")
-    assert [get(url)[0] for _ in range(4)] == [200, 500, 429, 200]
-    hub.fail_at(1)
-    with pytest.raises(ConnectionError):
-        get(url)
-    assert [request.status for request in hub.requests] == [200, 500, 429, 200, 0]
-
-
 @pytest.mark.parametrize("xet", ["off", "refuse"])
 def test_xet(hub, client, xet):
     """Version 2 of the client with hf_xet uploads by Xet or fails: it never turns to LFS by itself."""
@@ -335,43 +266,6 @@ found["weights"] = open(hf_hub_download("u/s", "w.bin", repo_type="space")).read
     assert found["weights"] == "weights"
     body = json.dumps({"name": "t", "type": "space", "sdk": "none"}).encode()
     assert get(f"{hub.endpoint}/api/repos/create", body, Authorization="Bearer hf_u")[0] == 400
-
-
-MODEL_CARDS = {  # the front matter and what is wrong with it
-    "license: mit\nlanguage: [en, de]\nbase_model: sentence-transformers/all-MiniLM-L6-v2": "",
-    "license: mine": '"license" must be one of',
-    "license: [mit": "YAML Metadata Error",
-    "- license": '"" must be of type object',
-    "language: english": '"language" with value "english" is not valid',
-    "pipeline_tag: [text-classification]": '"pipeline_tag" must be a string',
-    "tags: {a: b}": '"tags" must be a string',
-    "tags: [a, 1]": '"tags[1]" must be a string',
-    "base_model: /home/me/encoder": '"base_model" with value "/home/me/encoder" is not valid',
-    "base_model: [a/b, ./c]": '"base_model[1]" with value "./c" is not valid',
-    "base_model_relation: child": '"base_model_relation" must be one of',
-    "model-index: {name: m}": '"model-index" must be an array',
-    "model-index: [{results: []}]": '"model-index[0].name" is required',
-}
-RESULTS = {  # the same of one result in a model index
-    "{task: {type: t}, dataset: {type: d, name: n}, metrics: [{type: f1, value: 0.5}]}": "",
-    "{task: {type: t}, metrics: []}": '"model-index[0].results[0].dataset" is required',
-    "{task: {type: t}, dataset: {type: d, name: 3}, metrics: []}": '[0].dataset.name" must be a string',
-    "{task: {type: t}, dataset: {type: d, name: n}, metrics: [{type: f1}]}": '.metrics[0].value" is required',
-}
-
-
-@pytest.mark.parametrize(
-    ("metadata", "problem"),
-    [
-        *MODEL_CARDS.items(),
-        *((f"model-index: [{{name: m, results: [{r}]}}]", problem) for r, problem in RESULTS.items()),
-    ],
-)
-def test_metadata_of_a_card(hub, metadata, problem):
-    content = {"content": f"---\n{metadata}\n---\n# A model\n", "repoType": "model"}
-    status, body = get(f"{hub.endpoint}/api/validate-yaml", json.dumps(content).encode())
-    assert status == (400 if problem else 200)
-    assert problem in "".join(error["message"] for error in json.loads(body)["errors"])
 
 
 def test_the_client_validates_cards(hub, monkeypatch):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, BitsAndBytesConfig
 
-from checkpoint_hierarchical import ADAPTER_WEIGHTS, load_encoder, quiet_loading, without_pooler
+from checkpoint_hierarchical import ADAPTER_WEIGHTS, load_encoder, quiet_loading
 from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import (
     HierarchicalForSequenceClassification,
@@ -469,11 +469,6 @@ def test_saving_one_form_leaves_nothing_of_the_other(adapted, tmp_path):
     adapted.save_pretrained(tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
     assert AutoModel.from_pretrained(tmp_path, trust_remote_code=True, merge_adapter=False).has_adapter
-
-
-def test_a_pooler_is_left_out_only_where_there_is_one():
-    assert without_pooler(AutoConfig.for_model("bert")) == {"add_pooling_layer": False}
-    assert without_pooler(AutoConfig.for_model("modernbert")) == {}
 
 
 def test_an_encoder_that_takes_no_attention_mask_is_refused():

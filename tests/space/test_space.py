@@ -21,7 +21,6 @@ import yaml
 from conftest import CORPUS, ROOT, parquet, read_csv, stranger
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
-from gradio_client.utils import QueueError, TooManyRequestsError
 from space_server import SpaceServer
 from transformers import pipeline
 
@@ -715,7 +714,16 @@ def wait_until(condition: Callable[[], bool]) -> None:
     pytest.fail("waited for a minute")
 
 
-def test_downloads_and_uploads_are_deleted_in_time_and_all_with_the_process(clear_checkpoint, texts, tmp_path):
+def ask(space: SpaceServer, name: str, data: list, session: str) -> str:
+    """Call a function of the page, as the browser does. Return its messages."""
+    functions = httpx.get(f"{space.address}/config", timeout=120).json()["dependencies"]
+    number = next(function["id"] for function in functions if function["api_name"] == name)
+    with httpx.Client(base_url=f"{space.address}/gradio_api/queue", timeout=120) as http:
+        http.post("join", json={"data": data, "fn_index": number, "session_hash": session})
+        return http.get("data", params={"session_hash": session}).text
+
+
+def test_downloads_and_uploads_are_deleted_in_time_and_all_with_the_process(clear_checkpoint, tmp_path):
     """With the time to keep set to four seconds, and the look at it to every second."""
     code = (ROOT / "space" / "app.py").read_text()
     space = tmp_path / "space"
@@ -733,18 +741,18 @@ def test_downloads_and_uploads_are_deleted_in_time_and_all_with_the_process(clea
         assert httpx.post(f"{started.address}/gradio_api/upload", files=upload, timeout=120).status_code == 200
         assert holds(started, b"Zebrafish")
         wait_until(lambda: not holds(started, b"Zebrafish"))
+        sent = httpx.post(f"{started.address}/gradio_api/upload", files={"files": ("a.txt", b"Okapi\n")}, timeout=120)
+        with httpx.stream("GET", f"{started.address}/gradio_api/heartbeat/open", timeout=120) as page:
+            beats = page.iter_raw()
+            next(beats)  # the page stays open: its downloads are deleted by their age
+            ask(started, "open_file", [{"path": sent.json()[0], "meta": {"_type": "gradio.FileData"}}], "open")
+            ask(started, "begin_file", [None], "open")
+            ask(started, "run_file", [None, "text", 0.9, None], "open")
+            assert any(Path(path).name == "predictions.csv" for path in started.files())
+            wait_until(lambda: not any(Path(path).name.startswith("predictions") for path in started.files()))
         httpx.post(f"{started.address}/gradio_api/upload", files=upload, timeout=120)
         started.stop()
         assert not started.files()
-
-
-def ask(space: SpaceServer, name: str, data: list, session: str) -> str:
-    """Call a function of the page, as the browser does. Return its messages."""
-    functions = httpx.get(f"{space.address}/config", timeout=120).json()["dependencies"]
-    number = next(function["id"] for function in functions if function["api_name"] == name)
-    with httpx.Client(base_url=f"{space.address}/gradio_api/queue", timeout=120) as http:
-        http.post("join", json={"data": data, "fn_index": number, "session_hash": session})
-        return http.get("data", params={"session_hash": session}).text
 
 
 def test_a_closed_page_keeps_no_file(space):
@@ -786,24 +794,17 @@ def test_no_client_makes_the_server_download(client, name):
         client.predict({"path": "http://127.0.0.1:1/a.csv", "meta": {"_type": "gradio.FileData"}}, api_name=name)
 
 
-def test_many_clients_at_once_get_an_answer_or_are_told_that_it_is_busy(space, texts):
-    """16 clients, two requests each; `benchmarks/space.py` has 64 of them and 2,000 requests."""
+def test_sixteen_clients_at_once_all_get_answers(space, texts):
+    """Two requests each; `benchmarks/space.py` has 64 clients and 2,000 requests."""
 
     def ask(number: int) -> list[str]:
-        mine, outcomes = Client(space.address, verbose=False), []
-        for i in range(2):
-            try:
-                found = mine.predict(texts[(number + i) % 20], api_name="/classify")
-                outcomes.append("answer" if found["label"] else "empty")
-            except (TooManyRequestsError, QueueError) as error:
-                outcomes.append("busy" if "busy" in str(error).lower() or "full" in str(error).lower() else str(error))
-        return outcomes
+        mine = Client(space.address, verbose=False)
+        return [mine.predict(texts[(number + i) % 20], api_name="/classify")["label"] for i in range(2)]
 
     with ThreadPoolExecutor(16) as pool:
-        outcomes = [one for some in pool.map(ask, range(16)) for one in some]
-    assert len(outcomes) == 32
-    assert set(outcomes) <= {"answer", "busy"}
-    assert outcomes.count("answer") > 0
+        labels = [label for some in pool.map(ask, range(16)) for label in some]
+    assert len(labels) == 32
+    assert all(labels)
 
 
 # how it is published

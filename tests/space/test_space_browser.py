@@ -359,8 +359,7 @@ def test_a_file_of_more_than_10_mb_is_refused_in_words(page, tmp_path):
     page.until(lambda: "exceed the maximum allowed size of 10" in page.text("body"))
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_nothing_is_wider_than_the_page(page, width, scheme, tmp_path):
     page.open(width, 844, scheme)
     assert not page.wide()

@@ -156,6 +156,9 @@ def test_label_issues_name_rows_of_the_training_file(words, tmp_path):
     run(*words, "--output_dir", tmp_path / "results", "--label_issues", "--max_steps", 2)
     (file,) = (tmp_path / "results").rglob("label_issues.csv")
     assert file.parent.name == "selection"
+    rows, listed = read_csv(words[words.index("--train_file") + 1]), read_csv(file)
+    assert listed
+    assert all(rows[int(one["row"])]["label"] == one["label"] for one in listed)
 
 
 @pytest.mark.parametrize(
@@ -196,6 +199,10 @@ def test_with_several_labels_it_has_the_thresholds_of_the_first_model(tiny_encod
     classify = pipeline("hierarchical-text-classification", model=str(tmp_path / "results"), trust_remote_code=True)
     rows = [json.loads(line) for line in (folder / "test.jsonl").open(encoding="utf-8")]
     answers = classify([row["text"] for row in rows], recall=0.9)
+    listed = read_csv(tmp_path / "results" / "test_predictions.csv")
+    for row, one, result in zip(rows, listed, answers, strict=True):
+        assert set(filter(None, one["labels"].split("; "))) == set(row["labels"])
+        assert set(filter(None, one["predictions"].split("; "))) == {node["label"] for node in result["labels"]}
     shares = []
     for row, result in zip(rows, answers, strict=True):
         if true := {node for label in row["labels"] for node in classify.tree.path(classify.tree.id(label))}:
