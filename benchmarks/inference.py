@@ -207,6 +207,8 @@ def fuse(model: str, file: Path, quantized: Path) -> None:
 def runtime(model: str, file: Path) -> OverBatches:
     import onnxruntime
 
+    # errors alone: the older exporter leaves shapes unknown, which would be reported at each batch
+    onnxruntime.set_default_logger_severity(3)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     return OverBatches(
         model,

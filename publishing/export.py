@@ -93,6 +93,7 @@ def export_onnx(folder: Path, output: Path) -> dict[str, Path]:
     except ImportError as error:
         raise InputError(f"--onnx needs pip install onnx onnxscript onnxruntime ({one_line(error)})") from error
     model = load_merged(folder).eval()
+    model.encoder.set_attn_implementation("eager")  # of SDPA, four more operations on the scores would be exported
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     names = list(dict.fromkeys([*tokenizer.model_input_names, "attention_mask"]))
     tokenized = tokenizer(TEXTS, padding=True, return_attention_mask=True, return_tensors="pt")
