@@ -52,8 +52,9 @@ ADAPTER_PREFIX = "base_model.model."  # how PeftModel names the module that it w
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 HEADS_WEIGHTS = "heads.safetensors"
 ADAPTER_FILES = (HEADS_WEIGHTS, f"{ADAPTER_SUBFOLDER}/adapter_config.json", f"{ADAPTER_SUBFOLDER}/{ADAPTER_WEIGHTS}")
-LOADING = threading.RLock()
-PADDING_SENSITIVE = ("convbert", "yoso")  # their convolutions and hashes include padding tokens
+# one for the whole process: each checkpoint has its own copy of this module
+LOADING = vars(threading).setdefault("_hierarchical_loading", threading.RLock())
+PADDING_SENSITIVE = ("convbert", "nystromformer", "yoso")  # their convolutions and hashes include padding tokens
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 # the encoder is in a repository of its own, with another revision, and its code is transformers' own
 NOT_FOR_THE_ENCODER = (
@@ -82,11 +83,13 @@ def load_checkpoint(
         config, kwargs = HierarchicalConfig.from_pretrained(source, return_unused_kwargs=True, **kwargs)
         kwargs |= kept
     info_wanted = kwargs.pop("output_loading_info", False)
-    if config.adapter_subfolder is not None:
-        model, info = load_adapter_form(model_class, name, config, merge_adapter, **kwargs)
-    else:
-        with as_value_error(name):
-            model, info = load_self_contained(name, config=config, output_loading_info=True, **kwargs)
+    with LOADING:  # transformers replaces functions of torch.nn.init, and some of its own, while it loads
+        if config.adapter_subfolder is not None:
+            model, info = load_adapter_form(model_class, name, config, merge_adapter, **kwargs)
+        else:
+            with as_value_error(name):
+                model, info = load_self_contained(name, config=config, output_loading_info=True, **kwargs)
+    if config.adapter_subfolder is None:
         refuse_missing(name, model, info)
         if left_over := [weight for weight in info["unexpected_keys"] if weight.startswith("heads.")]:
             raise ValueError(f"the weight {min(left_over)!r} of {name} does not fit its config.json")

@@ -430,7 +430,7 @@ def negative_log_likelihood(
 ) -> Tensor:
     """Average -log P(label) of the labels (B,), see `average_over_labels`."""
     labels = labels.to(node_log_probs.device)
-    picked = node_log_probs.gather(1, labels.clamp(min=0).unsqueeze(1)).squeeze(1)
+    picked = node_log_probs.gather(1, labels.where(labels != IGNORED_LABEL, 0).unsqueeze(1)).squeeze(1)
     return average_over_labels(-picked, labels, num_items_in_batch)
 
 

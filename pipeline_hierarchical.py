@@ -26,6 +26,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -51,8 +52,9 @@ MOST_TOKENIZERS = 8
 HIGHEST_COST = 1e300  # the sum of two is finite
 DEFAULT_THRESHOLD = 0.5  # of an uncalibrated multi-label checkpoint
 MOST_NODES = 3  # in an answer: as many as a reader takes in at a glance
-# core counts of the calls that are starting workers now; a lock could stay locked after Ctrl+C
-STARTING: list[int] = []
+# core counts of the calls that are starting workers now, with any checkpoint's copy of this module; a lock could stay locked
+# after Ctrl+C
+STARTING: list[int] = vars(threading).setdefault("_hierarchical_starting", [])
 
 
 @dataclass
@@ -122,8 +124,9 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         self._uses_cpu_threads = self.device.type == "cpu" and not hasattr(self.model, "hf_device_map")
         self._tokenizers: dict[tuple[int, int], Any] = {}
         if self.device.type == "cpu":
-            if any(getattr(weight, "quant_state", None) is not None for weight in self.model.parameters()):
-                # bitsandbytes repacks the weights in their first forward, which two threads must not do at once
+            weights = [*self.model.parameters()]
+            if any(getattr(weight, name, None) is not None for weight in weights for name in ("quant_state", "CB")):
+                # bitsandbytes repacks 4-bit and 8-bit weights in their first forward, which two threads must not do at once
                 with torch.inference_mode():
                     self.model(**self.tokenizer("a", return_tensors="pt"))
             use_cpu_kernels(self.model.encoder)
@@ -438,7 +441,7 @@ def threshold_index(share: float) -> int:
 
 def conformal_threshold(thresholds: list[float | None] | None, coverage: float) -> float | None:
     """Return the threshold for a coverage, rounded up to a hundredth. None means that the answer is every root."""
-    if not isinstance(coverage, (int, float)) or not 0 < coverage < 1:
+    if not isinstance(coverage, Real) or not 0 < coverage < 1:
         raise ValueError(f"coverage must be a number between 0 and 1, not {coverage!r}")
     if thresholds is None:
         raise ValueError("this checkpoint was not calibrated: coverage needs one that was trained with validation rows")
@@ -448,7 +451,7 @@ def conformal_threshold(thresholds: list[float | None] | None, coverage: float) 
 
 def recall_threshold(config: Any, recall: float) -> float:
     """Return the probability from which nodes belong to the answer for a recall, rounded up to a hundredth."""
-    if not isinstance(recall, (int, float)) or not 0 < recall <= 0.99:
+    if not isinstance(recall, Real) or not 0 < recall <= 0.99:
         raise ValueError(f"recall must be a number above 0 and at most 0.99, not {recall!r}")
     if not config.is_multi_label:
         raise ValueError("recall is for multi-label checkpoints; for a single-path checkpoint give coverage")
@@ -622,7 +625,7 @@ def read_cost(value: Any, what: str) -> float:
 
 
 def check_number(name: str, value: Any, minimum: int) -> None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < minimum):
+    if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or value < minimum):
         raise ValueError(f"{name} must be a whole number of at least {minimum}, not {value!r}")
 
 

@@ -4,6 +4,8 @@ import math
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import transformers
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, initialization
 
 from checkpoint_hierarchical import ADAPTER_WEIGHTS, load_encoder, quiet_loading
 from configuration_hierarchical import HierarchicalConfig
@@ -381,6 +383,29 @@ def test_loads_that_overlap_change_nothing_of_the_process(monkeypatch):
     assert transformers.logging.get_verbosity() == before
 
 
+def test_checkpoints_that_load_in_threads_change_nothing_of_the_process(tmp_path):
+    """Each folder has its own copy of the code, as repositories on the Hub have."""
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        small_model().save_pretrained(folder)
+    before = transformers.logging.get_verbosity()
+
+    def load(folder: Path) -> None:
+        AutoModel.from_pretrained(folder, trust_remote_code=True)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(load, folders * 10))
+    assert transformers.logging.get_verbosity() == before
+    originals = initialization.TORCH_INIT_FUNCTIONS
+    assert all(getattr(torch.nn.init, name) is function for name, function in originals.items())
+
+
+@pytest.mark.parametrize("label", [-1, 99])
+def test_a_label_that_is_no_node_is_an_error(label):
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        small_model()(**batch(), labels=torch.tensor([0, label, 1]))
+
+
 @pytest.mark.parametrize("pooling", ["mean", "label_attention"])
 def test_a_mask_that_the_heads_cannot_read_is_refused(pooling):
     with pytest.raises(ValueError, match=r"shape \(B, T\), not \(2, 1, 4, 4\)"):
@@ -487,6 +512,7 @@ def test_an_encoder_that_takes_no_attention_mask_is_refused():
     ("kind", "message"),
     [
         ("convbert", "ConvBertModel gives other outputs when its inputs are padded"),
+        ("nystromformer", "NystromformerModel gives other outputs when its inputs are padded"),
         ("bart", "BartModel is an encoder with a decoder"),
         ("xmod", "XmodModel needs the language of the texts: set default_language in its config.json"),
     ],

@@ -603,10 +603,13 @@ def test_4_bit_weights_answer_alike_in_threads_and_alone(checkpoint):
             assert result["score"] == pytest.approx(nodes[: UNEVEN.num_leaves].max().item(), abs=0.05)
 
 
-def test_calls_at_once_leave_the_number_of_cores_as_it_was(classify):
+def test_calls_at_once_leave_the_number_of_cores_as_it_was(checkpoint, classify, tmp_path):
+    """Two calls of each of two checkpoints, which have a copy of the code each."""
+    folder = str(shutil.copytree(checkpoint, tmp_path / "other"))
+    other = pipeline("hierarchical-text-classification", model=folder, trust_remote_code=True)
     before = torch.get_num_threads()
     for _ in range(15):
-        threads = [threading.Thread(target=classify, args=(["one text", "another"],)) for _ in range(2)]
+        threads = [threading.Thread(target=one, args=(["one text", "another"],)) for one in (classify, other) * 2]
         for thread in threads:
             thread.start()
         for thread in threads:
