@@ -471,8 +471,8 @@ def conformal_answer(tree: Taxonomy, probabilities: list[float], threshold: floa
 
     The likely leaves have a probability of at least 1 - threshold, and always include the most probable leaf. Up to three
     form the answer. More are replaced by their ancestors at the deepest level that needs at most three nodes. If there is
-    no such level, their roots are the answer. With a threshold of None it is every root. If all children of a node are in the answer, the node takes
-    their place. An only child replaces its parent, because it is more specific.
+    no such level, their roots are the answer. With a threshold of None it is every root. If all children of a node are in
+    the answer, the node takes their place. An only child replaces its parent, because it is more specific.
 
     Answers grow with the threshold, so split conformal prediction applies: `nonconformity` is the smallest threshold
     whose answer holds a leaf. Mortier et al., 2025 (arXiv 2501.19038) study such sets of few nodes of a taxonomy.

@@ -88,9 +88,8 @@ def _from_dataset(name: str, dataset: datasets.Dataset) -> SplitSource:
         arrow = dataset.select_columns(names).with_format("arrow")[:]
         columns = {name: arrow.column(name).to_pylist() for name in names}
         for column, values in columns.items():
-            feature = getattr(
-                dataset.features[column], "feature", dataset.features[column]
-            )  # of the items, if the column holds lists
+            feature = dataset.features[column]
+            feature = getattr(feature, "feature", feature)  # of the items, if the column holds lists
             if isinstance(feature, datasets.ClassLabel):
                 columns[column] = _class_names(values, [*feature.names, None])  # a missing label is stored as -1
         return Table(name, columns, [*range(1, len(dataset) + 1)], "row")
