@@ -48,6 +48,12 @@ def published_files(folder: Path) -> dict[str, Path | bytes]:
     return files
 
 
+def refuse_missing_folder(name: str) -> None:
+    """Raise InputError for the name of a model that can only be a folder, and is none."""
+    if not Path(name).is_dir() and (not name or name.startswith(("/", ".", "~")) or name.count("/") > 1):
+        raise InputError(f"cannot load the model {name}: there is no such folder")
+
+
 def read_model_type(folder: str | Path) -> Any:
     """Return the ``model_type`` in a folder's config.json, or None without one. InputError: it is not a JSON object."""
     path = Path(folder) / "config.json"

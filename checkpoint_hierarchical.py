@@ -402,6 +402,7 @@ def save_checkpoint(
     """Write a model and the code that loads it. ``save_self_contained`` is transformers' `save_pretrained`."""
     if kwargs.get("push_to_hub"):  # which would publish before the code is written
         raise ValueError("save_pretrained writes a folder; to publish it, run push_to_hub.py on that folder")
+    type(model.config).from_dict(model.config.to_dict())  # raises for a changed id2label, which loading would refuse
     code = read_shipped_files() if is_main_process else {}
     if not model.has_adapter:
         prepare_self_contained(model)

@@ -45,7 +45,7 @@ class HierarchicalConfig(PretrainedConfig):
             scores; the encoder's have the weight 1. None without a lexical head.
         temperatures: one divisor of the scores for each decision, by id; None means 1 for all.
         conformal_thresholds: for coverages of 0.01, 0.02, … 0.99, the threshold with which this share of answers
-            contains the correct label; see `pipeline_hierarchical.conformal_answer`. An entry of None means every root.
+            contains the correct label; see `pipeline_hierarchical.conformal_answer`. None: too few texts for it.
         conformal_max_length: the length in tokens, special ones included, at which texts were truncated when the
             thresholds were fitted; None if unknown.
         node_biases: added to each node's score, after the temperature or scale. None: 0.

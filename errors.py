@@ -1,5 +1,6 @@
 """Report errors that the user can fix, in one line and with exit code 2."""
 
+import argparse
 import errno
 import os
 import sys
@@ -7,11 +8,21 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from reading.rows import InputError  # defined there, since `reading` imports no other package
 
 ROOT = Path(__file__).parent
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser that takes no abbreviated flags, and raises InputError."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
 
 
 def one_line(error: object) -> str:

@@ -151,9 +151,11 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         if coverage is not None:
             if config.is_multi_label:
                 raise ValueError("coverage is for single-path checkpoints; for a multi-label checkpoint give recall")
-            conformal_threshold(config.conformal_thresholds, coverage)
+            guaranteed_threshold("coverage", coverage, config.conformal_thresholds)
         if recall is not None:
-            recall_threshold(config, recall)
+            if not config.is_multi_label:
+                raise ValueError("recall is for multi-label checkpoints; for a single-path checkpoint give coverage")
+            guaranteed_threshold("recall", recall, config.recall_thresholds)
         prepared = None if costs is None else prepare_costs(config, costs)
         answer = {"top_k": top_k, "coverage": coverage, "recall": recall, "costs": prepared}
         groups = {"max_length": max_length, "stride": stride}, answer
@@ -368,12 +370,12 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             levels[tree.levels[node] - 1][tree.labels[node]] = probabilities[node]
         common: dict[str, Any] = {"levels": levels, "truncated": classified["truncated"]}
         if coverage is not None:
-            threshold = conformal_threshold(config.conformal_thresholds, coverage)
+            threshold = guaranteed_threshold("coverage", coverage, config.conformal_thresholds)
             common["answer"] = with_scores(conformal_answer(tree, probabilities, threshold))
         # inner nodes are candidates only in multi-label models
         order = sorted(range(config.num_labels), key=lambda node: -probabilities[node])
         if recall is not None:
-            least = recall_threshold(config, recall)
+            least = guaranteed_threshold("recall", recall, config.recall_thresholds)
             common["answer"] = with_scores(node for node in order if probabilities[node] >= least)
         if config.is_multi_label and top_k is None:
             thresholds = config.node_thresholds or [DEFAULT_THRESHOLD] * tree.num_nodes
@@ -439,50 +441,35 @@ def threshold_index(share: float) -> int:
     return max(1, math.ceil(round(100 * share, 6))) - 1
 
 
-def conformal_threshold(thresholds: list[float | None] | None, coverage: float) -> float | None:
-    """Return the threshold for a coverage, rounded up to a hundredth. None means that the answer is every root."""
-    if not isinstance(coverage, Real) or not 0 < coverage < 1:
-        raise ValueError(f"coverage must be a number between 0 and 1, not {coverage!r}")
+def guaranteed_threshold(name: str, share: float, thresholds: list[float | None] | None) -> float:
+    """Return the threshold for a coverage or recall, rounded up to a hundredth, or raise ValueError if there is none."""
+    if not isinstance(share, Real) or not 0 < share <= 0.99:
+        raise ValueError(f"{name} must be a number above 0 and at most 0.99, not {share!r}")
     if thresholds is None:
-        raise ValueError("this checkpoint was not calibrated: coverage needs one that was trained with validation rows")
-    index = threshold_index(coverage)
-    return thresholds[index] if index < len(thresholds) else None
-
-
-def recall_threshold(config: Any, recall: float) -> float:
-    """Return the probability from which nodes belong to the answer for a recall, rounded up to a hundredth."""
-    if not isinstance(recall, Real) or not 0 < recall <= 0.99:
-        raise ValueError(f"recall must be a number above 0 and at most 0.99, not {recall!r}")
-    if not config.is_multi_label:
-        raise ValueError("recall is for multi-label checkpoints; for a single-path checkpoint give coverage")
-    if config.recall_thresholds is None:
-        raise ValueError("this checkpoint was not calibrated: recall needs one that was trained with validation rows")
-    index = threshold_index(recall)
-    threshold = config.recall_thresholds[index]
+        raise ValueError(f"this checkpoint was not calibrated: {name} needs one that was trained with validation rows")
+    index = threshold_index(share)
+    threshold = thresholds[index]
     if threshold is None:
-        needed, known = -(-100 // (99 - index)) - 1, config.recall_texts
-        problem = f"needs {needed} validation texts with labels, and the checkpoint was calibrated on {known}"
-        raise ValueError(f"recall {recall} {problem}: ask for less, or calibrate on more")
+        needed = -(-100 // (99 - index)) - 1
+        problem = f"needs {needed} labelled validation texts, and the checkpoint was calibrated on fewer"
+        raise ValueError(f"{name} {share} {problem}: ask for less, or calibrate on more")
     return threshold
 
 
-def conformal_answer(tree: Taxonomy, probabilities: list[float], threshold: float | None) -> list[int]:
+def conformal_answer(tree: Taxonomy, probabilities: list[float], threshold: float) -> list[int]:
     """Return the ids of nodes that hold the likely leaves, the most probable first.
 
     The likely leaves have a probability of at least 1 - threshold, and always include the most probable leaf. Up to three
     form the answer. More are replaced by their ancestors at the deepest level that needs at most three nodes. If there is
-    no such level, their roots are the answer. With a threshold of None it is every root. If all children of a node are in
-    the answer, the node takes their place. An only child replaces its parent, because it is more specific.
+    no such level, their roots are the answer. If all children of a node are in the answer, the node takes their place. An
+    only child replaces its parent, because it is more specific.
 
     Answers grow with the threshold, so split conformal prediction applies: `nonconformity` is the smallest threshold
     whose answer holds a leaf. Mortier et al., 2025 (arXiv 2501.19038) study such sets of few nodes of a taxonomy.
     """
-    if threshold is None:
-        answer = set(tree.children(-1))
-    else:
-        order = sorted(range(tree.num_leaves), key=lambda leaf: -probabilities[leaf])
-        count = sum(1 - probabilities[leaf] <= threshold for leaf in order)
-        *_, (_, answer) = growing_answers(tree, order[: max(count, 1)])
+    order = sorted(range(tree.num_leaves), key=lambda leaf: -probabilities[leaf])
+    count = sum(1 - probabilities[leaf] <= threshold for leaf in order)
+    *_, (_, answer) = growing_answers(tree, order[: max(count, 1)])
     while complete := {
         parent for node in answer if (parent := tree.parents[node]) >= 0 and answer.issuperset(tree.children(parent))
     }:

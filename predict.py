@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from tqdm import tqdm
 
-from errors import InputError, exit_with_error, is_full_disk, one_line, requested_traceback
+from errors import ArgumentParser, InputError, exit_with_error, is_full_disk, one_line, requested_traceback
 from prediction.input import read_records
 from prediction.model import DTYPES, Model, find_commit, read_costs
 from prediction.output import RestartableOutput
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="predict.py", description="Classify files of texts.", allow_abbrev=False)
+    parser = ArgumentParser(prog="predict.py", description="Classify files of texts.")
     # ── Flags ────────────────────────────────────────────────────────────────────────────────────────────────────────
     add = parser.add_argument
     add("--model", required=True, help="a checkpoint: a folder, or an id on the Hub")
@@ -101,7 +101,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--ray_cpus_per_actor", type=int, help="cores of each copy of the model; default: 1")
     gpu_help = "GPUs of each copy of the model, possibly a fraction; default: 1 if the cluster has GPUs, else 0"
     add("--ray_gpus_per_actor", type=float, help=gpu_help)
-    parser.error = refuse  # type: ignore[method-assign]
     arguments = parser.parse_args(argv)
 
     # ── Checks that argparse cannot make ─────────────────────────────────────────────────────────────────────────────
@@ -116,9 +115,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         refuse(f"--output {arguments.output}: write to a disk or an object store, and upload the result")
     if arguments.revision is not None and Path(arguments.model).is_dir():
         refuse(f"--revision {arguments.revision} does not apply to the folder {arguments.model}")
-    for flag, share in (("coverage", arguments.coverage), ("recall", arguments.recall)):
-        if share is not None and not 0 < share < 1:
-            refuse(f"--{flag} must be between 0 and 1, not {share}")
     if arguments.batch_size is not None and arguments.batch_size < 1:
         refuse(f"--batch_size must be at least 1, not {arguments.batch_size}")
     if arguments.output_format and not name.endswith("/"):

@@ -17,7 +17,7 @@ from huggingface_hub import CommitInfo, HfApi, RepoCard
 from huggingface_hub.utils import disable_progress_bars
 
 from checkpoint_files import CHECKPOINT_FILES, published_files, read_checkpoint
-from errors import ROOT, InputError, exit_with_error, is_full_disk, one_line, requested_traceback
+from errors import ROOT, ArgumentParser, InputError, exit_with_error, is_full_disk, one_line, requested_traceback
 from publishing import card
 from publishing.export import export_merged, export_onnx
 from publishing.hub import (
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="push_to_hub.py", description="Publish a checkpoint on the Hub.")
+    parser = ArgumentParser(prog="push_to_hub.py", description="Publish a checkpoint on the Hub.")
     parser.add_argument("--model", required=True, help="the folder that train.py wrote")
     parser.add_argument("--repo_id", required=True, help="user/name of the model on the Hub")
     parser.add_argument("--private", action="store_true", help="create missing repositories as private")

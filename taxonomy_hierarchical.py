@@ -265,7 +265,8 @@ class Taxonomy:
         if same := [self.labels[node] for node, name in enumerate(self.names) if name == key]:
             paths = " and ".join(map(quote_name, same[:3]))
             raise TaxonomyError(f"the label {quote_name(label)} is ambiguous: it names {paths}; write the path")
-        near = difflib.get_close_matches(key, list(self._ids), n=1)
+        near = [name for name in self._ids if name.casefold() == key.casefold()]
+        near += difflib.get_close_matches(key, list(self._ids), n=1)
         few = ", ".join(map(quote_name, self.labels[:5]))
         hint = f"did you mean {quote_name(near[0])}?" if near else f"it has {few}, …"
         raise TaxonomyError(f"the label {quote_name(label)} is not in the taxonomy; {hint}")

@@ -295,7 +295,7 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
     """Score a finished checkpoint on labelled files, loaded as a user loads it."""
     training, source = arguments.training, arguments.model.model_name_or_path
     if not set(data.splits) & {"validation", "test"}:
-        left_out = sum(count for split, count in data.report["trained_before"]["rows"].items() if split != "train")
+        left_out = sum(data.report["trained_before"]["left_out"].values())
         problem = "give --validation_file or --test_file; of one file, give the whole file as --test_file"
         if left_out:
             problem = f"the checkpoint was trained on the texts of all {left_out:,} rows; give other rows"
@@ -332,6 +332,7 @@ def set_up_logging(first: bool) -> None:
     logging.basicConfig(format="%(asctime)s  %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, force=True)
     for name in ("train", "training", "evaluation", "publishing"):
         logging.getLogger(name).setLevel(logging.INFO if first else logging.ERROR)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     if not first:
         transformers.logging.set_verbosity_error()
 

@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from evaluation.calibration import fit_conformal_thresholds
 from evaluation.report import COVERAGE
-from pipeline_hierarchical import conformal_answer, conformal_threshold
+from pipeline_hierarchical import conformal_answer, guaranteed_threshold
 from taxonomy_hierarchical import Taxonomy
 
 QUALITY = ROOT / "benchmarks" / "results" / "quality.json"
@@ -91,7 +91,7 @@ def compare(arguments: argparse.Namespace) -> None:
             thresholds = fit_conformal_thresholds(
                 tree, np.log(leaves[one].clip(1e-30)), labels[one], one
             )  # each row is a text
-            threshold = conformal_threshold(thresholds, coverage)
+            threshold = guaranteed_threshold("coverage", coverage, thresholds)
             answers = [conformal_answer(tree, row, threshold) for row in nodes[other].tolist()]
             found.setdefault("this project", []).append(score(answers, labels[other], under))
             for name in ("lac", "aps"):

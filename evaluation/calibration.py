@@ -39,7 +39,7 @@ from scipy.special import logsumexp, softmax
 from sklearn.model_selection import GroupKFold
 
 from modeling_hierarchical import TreeSoftmax
-from pipeline_hierarchical import conformal_answer, conformal_threshold, nonconformity
+from pipeline_hierarchical import conformal_answer, nonconformity
 from taxonomy_hierarchical import Taxonomy
 
 PRIOR_STD = 0.25  # standard deviation of every prior
@@ -202,18 +202,18 @@ def coverage_scores(
     logits: np.ndarray,
     labels: np.ndarray,
     texts: np.ndarray,
-    thresholds: list[float | None],
-    coverage: float,
+    threshold: float | None,
 ) -> dict[str, float]:
-    """Measure the answers for a coverage. Each text counts once.
+    """Measure the answers for a threshold. Each text counts once.
 
-    Returns:
+    Returns an empty dict without a threshold, else:
         coverage: share of texts whose answers contain all their labels.
         single_leaf: share of answers that are one leaf.
         leaves, nodes: mean number of leaves in an answer, and of nodes that it names.
     """
-    threshold, leaves_at_or_below = conformal_threshold(thresholds, coverage), taxonomy.leaves_at_or_below
-    rows = []
+    if threshold is None:
+        return {}
+    rows, leaves_at_or_below = [], taxonomy.leaves_at_or_below
     for nodes, label in zip(node_probabilities(taxonomy, logits), labels.tolist(), strict=True):
         answer = conformal_answer(taxonomy, nodes, threshold)
         leaves = {leaf for node in answer for leaf in leaves_at_or_below[node]}

@@ -214,7 +214,8 @@ def answer_scores(config: HierarchicalConfig, logits: dict[str, np.ndarray], spl
     if config.is_multi_label:
         scores = recall_scores(*scored, thresholds[threshold_index(MEASURED_RECALL)])
     else:
-        scores = coverage_scores(config.tree, *scored, np.array(splits["test"]["text_id"]), thresholds, COVERAGE)
+        texts = np.array(splits["test"]["text_id"])
+        scores = coverage_scores(config.tree, *scored, texts, thresholds[threshold_index(COVERAGE)])
     return {f"test_answer_{name}": value for name, value in scores.items()}
 
 

@@ -3,16 +3,24 @@
 The checkpoint is loaded through transformers alone. Nothing else of this repository is imported.
 """
 
+import argparse
 import csv
-import sys
 import textwrap
 
 from transformers import pipeline
 
-checkpoint, file = sys.argv[1:]
-classify = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True)
-with open(file, encoding="utf-8-sig", newline="") as rows:
-    texts = [row["text"] for row in csv.DictReader(rows)]
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("checkpoint", help="a folder, or an id on the Hub")
+parser.add_argument("file", help="a CSV file with a column text")
+arguments = parser.parse_args()
+try:
+    with open(arguments.file, encoding="utf-8-sig", newline="") as rows:
+        texts = [row["text"] for row in csv.DictReader(rows)]
+    classify = pipeline("hierarchical-text-classification", model=arguments.checkpoint, trust_remote_code=True)
+except (OSError, UnicodeDecodeError) as error:
+    parser.error(str(error))
+except KeyError:
+    parser.error(f"{arguments.file} has no column text")
 for text, result in zip(texts, classify(texts), strict=True):
     print("\n" + textwrap.fill(text, 100, initial_indent="  ", subsequent_indent="  "))
     for one in result.get("labels", [result]):  # of a multi-label checkpoint

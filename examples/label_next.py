@@ -11,19 +11,19 @@ import csv
 import glob
 import heapq
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from errors import InputError, exit_with_error
+from errors import ArgumentParser, InputError, exit_with_error
 from prediction.input import read_records
 from reading.rows import KINDS
 from reading.sources import Source, find_all_sources, find_sources, open_rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("predictions")
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--input", nargs="+", action="extend", default=[], help="as for predict.py")
@@ -35,9 +35,8 @@ def main() -> None:
     inputs = find_all_sources(arguments.input, arguments.input_format)
     largest = heapq.nlargest(arguments.count, uncertainties(outputs))
     rows = {-negative: uncertainty for uncertainty, negative in largest}
-    texts = dict(texts_of(inputs, arguments.text_column, rows))
-    if inputs and len(texts) < len(rows):
-        raise InputError(f"--input has no row {max(rows.keys() - texts.keys())}: give the input of these predictions")
+    num_predicted = sum(1 for _ in uncertainties(outputs))
+    texts = texts_of(inputs, arguments.text_column, rows, num_predicted) if inputs else {}
     # texts are always quoted: they may hold a lone carriage return
     writer = csv.writer(sys.stdout, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writerow(["row", "uncertainty", "text"] if inputs else ["row", "uncertainty"])
@@ -62,10 +61,19 @@ def uncertainties(outputs: list[Source]) -> Iterator[tuple[float, int]]:
                 yield pair
 
 
-def texts_of(inputs: list[Source], text_column: str | None, rows: dict[int, float]) -> Iterator[tuple[int, str | None]]:
+def texts_of(
+    inputs: list[Source], text_column: str | None, rows: Container[int], num_predicted: int
+) -> dict[int, str | None]:
+    """Return the texts of these rows. InputError: the input does not have one readable row for each prediction."""
+    texts, readable = {}, 0
     for number, record in enumerate(read_records(inputs, text_column, None)):
+        readable += record.problem is None
         if number in rows:
-            yield number, record.text
+            texts[number] = record.text
+    if readable != num_predicted or None in texts.values():
+        counts = f"{readable:,} rows with a text, and there are {num_predicted:,} predictions"
+        raise InputError(f"--input has {counts}: give the input of these predictions")
+    return texts
 
 
 if __name__ == "__main__":

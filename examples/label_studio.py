@@ -19,7 +19,7 @@ from transformers import AutoConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from errors import InputError, as_input_error, exit_with_error
+from errors import ArgumentParser, InputError, as_input_error, exit_with_error
 
 
 def configuration(checkpoint: str) -> str:
@@ -54,7 +54,7 @@ def training_row(task: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("config", "rows"))
     parser.add_argument("file", help="a checkpoint, or an export")
     arguments = parser.parse_args()

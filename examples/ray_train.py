@@ -5,7 +5,6 @@ If a worker or its node fails, Ray restarts all workers, and they resume from th
 See docs/distributed_training.md.
 """
 
-import argparse
 import logging
 import os
 import sys
@@ -20,7 +19,7 @@ from transformers import Trainer, TrainerCallback
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from errors import InputError, as_input_error, exit_with_error, one_line
+from errors import ArgumentParser, InputError, as_input_error, exit_with_error, one_line
 
 try:
     import ray
@@ -34,7 +33,7 @@ MAX_FAILURES = 3  # restarts of one run; after more, the same command resumes it
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="ray_train.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = ArgumentParser(prog="ray_train.py", description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, required=True, help="Number of training processes.")
     parser.add_argument("--address", default="local", help="Ray cluster, such as auto. Default: start Ray here.")
     parser.add_argument("--cpus_per_worker", type=int, default=1, help="Cores, and threads, of a worker.")

@@ -13,7 +13,7 @@ import torch
 from transformers import Pipeline, pipeline
 from transformers.utils import cached_file
 
-from checkpoint_files import MODEL_FILES, list_files
+from checkpoint_files import MODEL_FILES, list_files, refuse_missing_folder
 from errors import InputError, describe_error, one_line
 from pipeline_hierarchical import read_cost_table
 from prediction.input import Record
@@ -99,8 +99,7 @@ def find_commit(model: str, revision: str | None) -> str | None:
     """Return the commit of a model on the Hub, so that all processes load the same, or None for a folder."""
     if Path(model).is_dir():
         return None
-    if not model or model.startswith(("/", ".", "~")):
-        raise InputError(f"cannot load the model {model}: there is no such folder")
+    refuse_missing_folder(model)
     try:
         return Path(cached_file(model, "config.json", revision=revision)).parent.name
     except Exception as error:  # network, permission, a name that is none

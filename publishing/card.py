@@ -153,12 +153,12 @@ def collect_facts(
 
     # ── Data ─────────────────────────────────────────────────────────────────────────────────────────────────────────
     origin = report.get("taxonomy", "")
-    moved, united = report.get("trained_before", {}).get("rows", {}), report.get("united_rows", {})
+    moved, united = report.get("trained_before", {}).get("moved", {}), report.get("united_rows", {})
     conflicting = {split: counts.get("conflicting_texts", 0) for split, counts in splits.items()}
     facts |= {
         "sources": [{**source, "name": read_source(source["name"])[0]} for source in report.get("sources", [])],
         "taxonomy_source": f"from {Path(origin[5:]).name}" if origin.startswith("from ") else origin,
-        "moved": " and ".join(f"{rows:,} {split} rows" for split, rows in moved.items() if rows and split != "train"),
+        "moved": " and ".join(f"{rows:,} {split} rows" for split, rows in moved.items() if rows),
         "united": " and ".join(f"{rows:,} {split} rows" for split, rows in united.items() if rows),
         "conflicting": ", ".join(f"{texts:,} {split}" for split, texts in conflicting.items() if texts),
     }

@@ -159,8 +159,10 @@ class Rows:
             self._refuse_encoding()
         if problem:
             raise InputError(f"{self.name}: the first line, which names the columns, cannot be read: {problem}")
-        if len(header) == 1 and ";" in header[0] and self.kind == "csv":
-            raise InputError(f"{self.name} is separated by semicolons: save it with commas, or as TSV")
+        others = {";": "semicolons", "|": "pipes", **({"\t": "tabs"} if self.kind == "csv" else {",": "commas"})}
+        if len(header) == 1 and (mark := next((mark for mark in others if mark in header[0]), None)):
+            wanted = "commas" if self.kind == "csv" else "tabs"
+            raise InputError(f"{self.name} is separated by {others[mark]}: a .{self.kind} file needs {wanted}")
         self.set_columns(header)
         return (Row(n, {} if bad else dict(zip(header, fields, strict=True)), bad) for n, fields, bad in rows)
 
@@ -170,7 +172,9 @@ class Rows:
         try:
             records = JSON.decode(text)
         except json.JSONDecodeError as error:
-            raise InputError(f"{self.name}, line {error.lineno}, is not JSON: {error.msg}") from error
+            lines = error.msg == "Extra data" and error.lineno > 1  # a second object
+            problem = "JSON Lines, an object a line: name it .jsonl" if lines else f"not JSON: {error.msg}"
+            raise InputError(f"{self.name}, line {error.lineno}, is {problem}") from error
         except RecursionError as error:
             raise InputError(f"{self.name} is {TOO_DEEP}: give a flat object for each row") from error
         records = records.get("data") if isinstance(records, dict) else records

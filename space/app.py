@@ -802,7 +802,7 @@ def launch(page: gr.Blocks) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Serve a checkpoint as a page.")
+    parser = argparse.ArgumentParser(description="Serve a checkpoint as a page.", usage=argparse.SUPPRESS)
     parser.add_argument("--model", default=os.environ.get("MODEL_ID"), help="folder or Hub id; MODEL_ID by default")
     parser.add_argument("--revision", help="commit; MODEL_REVISION by default")
     arguments = parser.parse_args()

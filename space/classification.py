@@ -114,9 +114,8 @@ def guarantee(classifier: Pipeline) -> str:
 def highest_target(classifier: Pipeline) -> float:
     """Return the highest target for which the checkpoint has a threshold; 0 if it has none."""
     config = classifier.model.config
-    if is_multi_label(classifier):
-        return sum(threshold is not None for threshold in config.recall_thresholds or []) / 100
-    return 0.0 if config.conformal_thresholds is None else MOST_TARGET
+    thresholds = config.recall_thresholds if is_multi_label(classifier) else config.conformal_thresholds
+    return sum(threshold is not None for threshold in thresholds or []) / 100
 
 
 def is_calibrated(classifier: Pipeline) -> bool:

@@ -460,7 +460,7 @@ PREDICT = [
     (("--revision", "main"), "--revision main does not apply to the folder"),
     (("--model", "good.csv"), "cannot load the model good.csv"),
     (("--model", "../../etc"), "cannot load the model ../../etc"),
-    (("--coverage", "nan"), "--coverage must be between 0 and 1, not nan"),
+    (("--coverage", "nan"), "coverage must be a number above 0 and at most 0.99, not nan"),
 ]
 
 

@@ -28,6 +28,7 @@ from training.recipe import insert_recipe, nearest
 logger = logging.getLogger(__name__)
 
 ComputeMetrics = Callable[[EvalPrediction], dict[str, float]]
+SHARE = 0.1  # of the rows, for validation and for the test
 FEW_ROWS = 32  # training rows per class, on average, below which heads start from prototypes
 
 
@@ -90,8 +91,12 @@ class DataArguments:
     max_length: int | None = flag(
         None, "Texts are truncated to this number of tokens. Default: 512, or that of the checkpoint to be scored."
     )
-    validation_size: float = flag(0.1, "Share of the training texts for validation, if no validation rows are given.")
-    test_size: float = flag(0.1, "Share of the texts to use as test rows, if --data_path is split.")
+    validation_size: float | None = flag(
+        None, f"Share of the training texts for validation, if no validation rows are given. Default: {SHARE}."
+    )
+    test_size: float | None = flag(
+        None, f"Share of the texts to use as test rows, if one source is split. Default: {SHARE}."
+    )
     label_issues: bool = flag(False, "Before training, list the training rows whose labels may be wrong.")
 
 

@@ -137,9 +137,9 @@ def log_what_was_done(report: dict) -> None:
     if united := _listed(report.get("united_rows", {})):
         logger.info("united with another row of the same text: %s", united)
     before = report["trained_before"]
-    if held_out := _listed({split: count for split, count in before["rows"].items() if split != "train"}):
-        action = "moved to the training rows" if before["moved"] == "to train" else "left out"
-        logger.warning("%s, since the checkpoint was trained on the texts: %s", action, held_out)
+    for action, counts in (("moved to the training rows", before["moved"]), ("left out", before["left_out"])):
+        if held_out := _listed(counts):
+            logger.warning("%s, since the checkpoint was trained on the texts: %s", action, held_out)
     if before["scores"] == "unverified":
         logger.warning("the checkpoint's training texts are unknown: no rows are split off, and scores are unverified")
     if untrained := report["classes_without_training_rows"]:
@@ -153,5 +153,7 @@ def _listed(rows: dict[str, int]) -> str:
 
 def log_report(report: dict) -> None:
     for split, counts in report["splits"].items():
+        if split == "train" and counts.get("conflicting_texts"):
+            logger.info("to train on all labels of a text, give --problem_type multi_label_classification")
         line = LOGGED_LABEL_SETS if "labels_per_text" in counts else LOGGED_COUNTS
         logger.info(line + LOGGED_LENGTHS, {"split": split, **counts, **report["lengths"][split]})

@@ -5,9 +5,12 @@ A string that does not look like a name may be a text about a patient. Error mes
 
 import json
 import logging
-from collections.abc import Iterable
-from itertools import compress
+from collections import Counter
+from collections.abc import Container, Iterable
+from itertools import chain, compress
 from typing import Any
+
+import pandas as pd
 
 from errors import InputError
 from reading.columns import find_column
@@ -26,6 +29,7 @@ from training.arguments import DataArguments
 logger = logging.getLogger(__name__)
 
 LONGEST_LABEL = 500  # characters; a longer label means that the column holds texts
+MARKS = (">", ";", "|", ",")  # what often stands between several names
 ZERO_OR_ONE = {**dict.fromkeys(("0", "0.0", "false"), 0), **dict.fromkeys(("1", "1.0", "true"), 1)}
 
 Label = str | tuple[str, ...]  # a name or path as written, or one name per label column, from the root down
@@ -153,8 +157,47 @@ def resolve_labels(
         except TaxonomyError as error:
             if name == label:
                 _refuse_unknown_codes(codes, {label: places[label]})
-            raise InputError(f"{places[label]}: {error}") from error
+            advice = _advice_on_names(label, lookup) if isinstance(label, str) else ""
+            if not advice and not codes and lookup.keys().isdisjoint(names.values()):
+                advice = "; no other label is: for codes give --class_names"
+            raise InputError(f"{places[label]}: {error}{advice}") from error
     return taxonomy, origin, nodes
+
+
+def _advice_on_names(label: str, lookup: Container[Label]) -> str:
+    """Return what to do with a label that consists of several known names, or an empty string."""
+    for mark in MARKS:
+        parts = [part.strip() for part in label.split(mark)]
+        if len(parts) > 1 and (tuple(parts) in lookup or all(part in lookup for part in parts)):
+            return f"; it holds several names: {_advice_on_mark(label, mark)}"
+    return ""
+
+
+def _advice_on_mark(label: str, mark: str) -> str:
+    separator = f" {mark} " if f" {mark} " in label else mark
+    return f"for a path give --label_separator {separator!r}, for several labels of a text --label_delimiter {mark!r}"
+
+
+def _warn_of_odd_names(where: str, names: list[str]) -> None:
+    """Warn of names that consist of several others, and of names that differ in case alone."""
+    for mark in MARKS:
+        parts = {name: [part.strip() for part in name.split(mark)] for name in names}
+        counts = Counter(chain.from_iterable(map(set, parts.values())))
+        several = {name: found for name, found in parts.items() if len(found) > 1 and all(found)}
+        # all parts of a list recur, and the root of a path
+        shared = [
+            name
+            for name, found in several.items()
+            if all(counts[part] > 1 for part in (found[:1] if mark == ">" else found))
+        ]
+        if len(shared) > 1 and 2 * len(shared) >= len(several):
+            joined = f"{quote_name(shared[0])} and {len(shared) - 1} more labels hold several names"
+            logger.warning("%s: %s: %s", where, joined, _advice_on_mark(shared[0], mark))
+            break
+    spellings = pd.Series(names).groupby([name.casefold() for name in names]).agg(list)
+    if same := next((found for found in spellings if len(found) > 1), None):
+        both = " and ".join(map(quote_name, same))
+        logger.warning("%s: the labels %s differ in case alone, and are classes of their own", where, both)
 
 
 def _refuse_unknown_codes(codes: dict[str, str], places: dict[Label, str]) -> None:
@@ -222,6 +265,7 @@ def _from_labels(
     if 2 * sum(is_text) > len(paths) > num_rows / 2:  # nothing to learn, and the model would publish the texts
         problem = f"{sum(is_text)} of {len(paths)} labels are texts, not names of classes"
         raise InputError(f"{where}: {problem}; give another --label_column, or --taxonomy")
+    _warn_of_odd_names(where, sorted({*chain.from_iterable(paths)}))
     try:
         return Taxonomy.from_paths(paths, separator)
     except TaxonomyError as error:

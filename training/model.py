@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from checkpoint_files import MODEL_FILES, is_checkpoint, read_config
+from checkpoint_files import MODEL_FILES, is_checkpoint, read_config, refuse_missing_folder
 from checkpoint_hierarchical import check_tokenizer, load_encoder, position_limit
 from configuration_hierarchical import HierarchicalConfig
 from errors import InputError, as_input_error, one_line
@@ -156,6 +156,7 @@ def fetch_model(arguments: ModelArguments) -> None:
         if revision is not None:
             raise InputError(f"--model_revision {revision} does not apply to the folder {name}")
         return
+    refuse_missing_folder(name)
     try:
         config = Path(hf_hub_download(name, "config.json", revision=revision))
     except (*HUB_ERRORS, ValueError) as error:

@@ -16,6 +16,11 @@ from taxonomy_hierarchical import NO_VALUE, quote_name, read_yaml
 
 # groups of flags; a run uses one group
 SOURCES = ("dataset_name", "dataset_revision"), ("data_path",), ("train_file", "validation_file", "test_file")
+# names of other programs for flags
+SYNONYMS = {
+    **{"lr": "learning_rate", "batch_size": "per_device_train_batch_size", "epochs": "num_train_epochs"},
+    **{"model": "model_name_or_path", "data": "data_path", "output": "output_dir"},
+}
 
 
 def insert_recipe(argv: list[str], flags: Mapping[str, argparse.Action]) -> list[str]:
@@ -57,6 +62,9 @@ def typed(value: Any) -> Any:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a phrase with the most similar flag."""
+    if own := SYNONYMS.get(name.lstrip("-").replace("-", "_")):
+        return f"did you mean {'--' * name.startswith('--')}{own}?"
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]}?" if near else "train.py --help lists all flags"
 

@@ -161,11 +161,11 @@ def read_rows(
 
 def refuse_marks(cells: list[Any], names: list[str], arguments: DataArguments, multi_label: bool) -> None:
     """Raise InputError if the cells of the label columns are 0 and 1 alone, and their meaning is not clear."""
-    marks_alone = arguments.taxonomy is None and None not in map(read_mark, cells)
+    marks_alone = None not in map(read_mark, cells)
     if marks_alone and len(names) > 1 and arguments.problem_type is None:
         advice = f"give --problem_type {MULTI_LABEL}, or single_label_classification if they name the levels of a path"
         raise InputError(f"the columns {', '.join(map(quote_name, names))} hold 0 and 1 alone: {advice}")
-    if marks_alone and len(names) == 1 and multi_label and arguments.class_names is None:
+    if marks_alone and len(names) == 1 and multi_label and (arguments.class_names, arguments.taxonomy) == (None, None):
         advice = "give the names of a text's labels, or two or more columns, one per label"
         raise InputError(f"the column {quote_name(names[0])} holds 0 and 1 alone: {advice}")
     lists = [cell for cell in cells if isinstance(cell, list)]

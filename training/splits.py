@@ -23,7 +23,7 @@ from iterstrat.ml_stratifiers import MultilabelStratifiedShuffleSplit
 from errors import InputError
 from taxonomy_hierarchical import Taxonomy, quote_name
 from training import data_report
-from training.arguments import DataArguments
+from training.arguments import SHARE, DataArguments
 from training.data_report import SPLITS, rows_by_split
 from training.labels import resolve_labels
 from training.multi_label import multi_hot
@@ -67,12 +67,19 @@ def load_splits(
     all texts that it was trained on are known.
     """
     # ── Read ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-    sizes = arguments.validation_size, arguments.test_size
-    if not (min(sizes) >= 0 and sum(sizes) < 1):
+    given = {"validation": arguments.validation_size, "test": arguments.test_size}
+    sizes = {split: SHARE if size is None else size for split, size in given.items()}
+    if not (min(sizes.values()) >= 0 and sum(sizes.values()) < 1):
+        numbers = tuple(sizes.values())
         raise InputError(
-            f"--validation_size and --test_size must be shares of the rows with a sum below 1, not {sizes}"
+            f"--validation_size and --test_size must be shares of the rows with a sum below 1, not {numbers}"
         )
     sources, single = find_split_sources(arguments)
+    can_split = {"validation": "train" in sources and "validation" not in sources, "test": single}
+    for split, size in given.items():
+        if size and not can_split[split]:
+            reason = f"the data have {split} rows" if split in sources else "only one file or data set can be split"
+            raise InputError(f"--{split}_size has no effect here, as {reason}: leave it out")
     columns = find_columns(sources.values(), arguments)
     text_column, *label_columns = next(iter(columns.values()))  # other sources may use another case
     logger.info("columns: text %s, label %s", quote_name(text_column), ", ".join(map(quote_name, label_columns)))
@@ -96,19 +103,20 @@ def load_splits(
     rows, dropped = _drop_shared(rows)
 
     # ── Split off ────────────────────────────────────────────────────────────────────────────────────────────────────
-    shares = {"test": arguments.test_size} if single else {}
-    if "train" in sources and "validation" not in sources:
-        shares["validation"] = arguments.validation_size
+    shares = {split: sizes[split] for split in ("test", "validation") if can_split[split]}
     shares = {split: share for split, share in shares.items() if share and trained.complete}
     rows = _split_off(rows, shares, seed, taxonomy)
 
     # ── Report ───────────────────────────────────────────────────────────────────────────────────────────────────────
     # a resumed run checks that its labels and training rows are the same
-    method = {"method": "as given", "split_off": shares, "seed": seed, "labels_sha256": labels_hash}
-    if shares:
-        numbers = np.sort(rows.loc[rows["split"] == "train", "row"].to_numpy(np.int64))
-        method["method"] = "by class, identical texts kept together"
-        method["train_rows_sha256"] = hashlib.sha256(numbers.tobytes()).hexdigest()
+    method = {
+        "method": "by class, identical texts kept together" if shares else "as given",
+        "split_off": shares,
+        "seed": seed,
+        "labels_sha256": labels_hash,
+        # another test file may leave other rows for training, since no text is in two splits
+        "rows_sha256": {split: _rows_hash(part) for split, part in rows_by_split(rows).items() if split != "test"},
+    }
     describe = data_report.describe_label_sets if multi_label else data_report.describe
     num_dropped = {split: int((dropped["split"] == split).sum()) for split in SPLITS}
     report = {
@@ -152,37 +160,44 @@ def train_on_validation_rows(data: LabelledSplits) -> LabelledSplits:
 def _place_trained_rows(
     rows: pd.DataFrame, texts: pd.Index, trained: TrainedTexts
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Move each row whose text was trained on before to the training rows, or drop it if there are no training rows.
+    """Move each held-out row whose text earlier runs were trained on to the training rows, or drop it.
+
+    It is dropped if there are no training rows. A run that is resumed moves the rows that it had moved, and drops other rows whose
+    text was trained on, by earlier runs or by itself: they come from another test file.
 
     Return the rows, and the section ``trained_before`` of data_report.json.
     """
-    rows = rows.assign(trained=_is_trained(rows, texts, trained))
-    rows["moved"] = rows["trained"] & (rows["split"] != "train")
-    has_training_rows = (rows["split"] == "train").any()
+    hashes = [text_hash(text) for text in texts] if trained.all else []
+    by_earlier, by_this_run = (
+        np.array([h in known for h in hashes], dtype=bool)[rows["text_id"]]
+        if known
+        else np.zeros(len(rows), dtype=bool)
+        for known in (trained.earlier, trained.this_run)
+    )
+    in_training = (rows["split"] == "train").to_numpy()
+    is_resumed = bool(trained.this_run)
+    moved = ~in_training & by_earlier & in_training.any() & (by_this_run | (not is_resumed))
+    left_out = ~in_training & (by_earlier | by_this_run) & ~moved
+
+    def count(mask: np.ndarray) -> dict[str, int]:
+        return {split: int(mask[part.index].sum()) for split, part in rows_by_split(rows).items()}
+
     report = {
         "scores": "verified" if trained.complete else "unverified",
         "texts": len(trained.earlier),
-        "rows": {split: int(part["trained"].sum()) for split, part in rows_by_split(rows).items()},
-        "moved": "to train" if has_training_rows else "left out",
+        "training_rows": int((in_training & by_earlier).sum()),
+        "moved": count(moved),
+        "left_out": count(left_out),
     }
-    if has_training_rows:
-        rows.loc[rows["trained"], "split"] = "train"
-    else:
-        rows = rows[~rows["trained"]].reset_index(drop=True)
-    return rows, report
+    rows = rows.assign(trained=by_earlier, moved=moved, split=rows["split"].mask(moved, "train"))
+    return rows[~left_out].reset_index(drop=True), report
 
 
-def _is_trained(rows: pd.DataFrame, texts: pd.Index, trained: TrainedTexts) -> np.ndarray:
-    """Return which rows have a text that was trained on before: (N,) bool.
-
-    For training rows only earlier runs count. For held-out rows the run that is resumed counts too.
-    """
-    if not trained.all:
-        return np.zeros(len(rows), dtype=bool)
-    hashes = [text_hash(text) for text in texts]
-    earlier, ever = (np.array([h in known for h in hashes]) for known in (trained.earlier, trained.all))
-    ids = rows["text_id"].to_numpy()
-    return np.where(rows["split"] == "train", earlier[ids], ever[ids])
+def _rows_hash(rows: pd.DataFrame) -> str:
+    """Return a hash of the numbers of rows, and of the texts of those that come from another split's file."""
+    numbers = np.sort(rows.loc[~rows["moved"], "row"].to_numpy(np.int64))
+    texts = sorted(text_hash(text) for text in rows.loc[rows["moved"], "text"])
+    return hashlib.sha256(numbers.tobytes() + "".join(texts).encode()).hexdigest()
 
 
 def _unite(rows: pd.DataFrame) -> pd.DataFrame:

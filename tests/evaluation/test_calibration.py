@@ -26,7 +26,13 @@ from evaluation.calibration import (
 )
 from evaluation.report import calibrate_model
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from pipeline_hierarchical import MOST_NODES, conformal_answer, conformal_threshold, nonconformity
+from pipeline_hierarchical import (
+    MOST_NODES,
+    conformal_answer,
+    guaranteed_threshold,
+    nonconformity,
+    threshold_index,
+)
 from taxonomy_hierarchical import Taxonomy
 
 TREE = Taxonomy(["a", {"b": ["c", "d", {"e": ["f", "g"]}]}, {"h": ["i", "j"]}])
@@ -272,7 +278,7 @@ def test_nonconformity_is_the_smallest_threshold_whose_answer_holds_the_leaf(tre
 
 
 def test_answers_are_as_deep_as_the_model_is_sure():
-    def answer(threshold: float | None, **leaves: float) -> list[str]:
+    def answer(threshold: float, **leaves: float) -> list[str]:
         nodes = [sum(leaves.get(TREE.labels[leaf], 0) for leaf in held) for held in TREE.leaves_at_or_below]
         return [TREE.labels[node] for node in conformal_answer(TREE, nodes, threshold)]
 
@@ -281,11 +287,10 @@ def test_answers_are_as_deep_as_the_model_is_sure():
     assert answer(0.9, f=0.4, g=0.5, c=0.1) == ["e", "c"]  # f and g are all of e
     assert answer(0.9, c=0.4, d=0.3, f=0.2, g=0.1) == ["b"]  # four leaves are three nodes, which are all of b
     assert answer(0.9, a=0.31, c=0.29, i=0.2, j=0.2) == ["h", "a", "b"]  # four leaves on three levels: their roots
-    assert set(answer(None, c=1.0)) == {"a", "b", "h"}
 
 
 def test_an_only_child_is_not_answered_by_its_parent():
-    def answer(threshold: float | None, **leaves: float) -> list[str]:
+    def answer(threshold: float, **leaves: float) -> list[str]:
         nodes = [sum(leaves.get(ONLY.labels[leaf], 0) for leaf in held) for held in ONLY.leaves_at_or_below]
         return [ONLY.labels[node] for node in conformal_answer(ONLY, nodes, threshold)]
 
@@ -293,7 +298,6 @@ def test_an_only_child_is_not_answered_by_its_parent():
     assert answer(0.9, c=0.6, n=0.4) == ["c", "n"]
     assert answer(0.9, g=0.6, h=0.4) == ["f"]  # e and d are answered by their only child
     assert answer(0.9, k=0.4, l=0.3, n=0.3) == ["i"]  # all that is below j and m
-    assert set(answer(None, c=1.0)) == {"a", "c", "f", "i"}
 
 
 def test_thresholds_are_the_ranks_of_split_conformal_prediction():
@@ -303,8 +307,8 @@ def test_thresholds_are_the_ranks_of_split_conformal_prediction():
     thresholds = fit_conformal_thresholds(TREE, logits, labels, np.arange(9))
     assert len(thresholds) == 99
 
-    def threshold(coverage: float) -> float | None:
-        return conformal_threshold(thresholds, coverage)
+    def threshold(coverage: float) -> float:
+        return guaranteed_threshold("coverage", coverage, thresholds)
 
     for coverage, rank in (
         (0.9, 9),
@@ -315,8 +319,9 @@ def test_thresholds_are_the_ranks_of_split_conformal_prediction():
     ):  # of (9 + 1) · coverage, both rounded up
         assert scores[rank - 1] <= threshold(coverage) < scores[rank - 1] + 1e-6
         assert threshold(coverage) == round(threshold(coverage), 6)
-    assert threshold(0.901) is None
-    assert threshold(0.9999) is None
+    assert thresholds[90:] == [None] * 9
+    with pytest.raises(ValueError, match=r"coverage 0\.901 needs 11 labelled validation texts"):
+        threshold(0.901)
     HierarchicalConfig(taxonomy=TREE, conformal_thresholds=thresholds)
 
 
@@ -336,7 +341,9 @@ def test_answers_hold_the_label_as_often_as_asked(coverage):
         order = generator.permutation(len(labels))
         validation, test = order[:600], order[600:]
         thresholds = fit_conformal_thresholds(MANY, logits[validation], labels[validation], validation)
-        held.append(coverage_scores(MANY, logits[test], labels[test], test, thresholds, coverage)["coverage"])
+        held.append(
+            coverage_scores(MANY, logits[test], labels[test], test, thresholds[threshold_index(coverage)])["coverage"]
+        )
     assert np.mean(held) == pytest.approx(coverage, abs=0.02)
 
 
@@ -347,7 +354,7 @@ def test_answers_hold_the_leaf_as_often_as_asked_where_some_labels_say_the_paren
     known[inside & (generator.random(len(labels)) < 0.8)] = TREE.id("b")
     thresholds = fit_conformal_thresholds(TREE, logits[:2000], known[:2000], np.arange(2000))
     for truth in (labels, known):
-        measured = coverage_scores(TREE, logits[2000:], truth[2000:], np.arange(2000), thresholds, 0.8)
+        measured = coverage_scores(TREE, logits[2000:], truth[2000:], np.arange(2000), thresholds[79])
         assert measured["coverage"] > 0.78
 
 
@@ -368,7 +375,7 @@ def test_texts_that_are_repeated_do_not_break_the_coverage(others, one_label):
         row_labels = labels[texts]
         if not one_label:
             row_labels = np.array([generator.choice(MANY.num_leaves, p=chances[text]) for text in texts])
-        threshold = conformal_threshold(fit_conformal_thresholds(MANY, logits[texts], row_labels, texts), 0.9)
+        threshold = fit_conformal_thresholds(MANY, logits[texts], row_labels, texts)[89]
         held.append(np.mean(scores[new] <= (1 if threshold is None else threshold)))
     assert np.mean(held) > 0.89
 
@@ -379,7 +386,7 @@ def test_a_repeated_text_counts_once_in_the_coverage_that_is_measured():
     leaves[:, TREE.id("c")] = 1
     labels = np.array([TREE.id("a")] * 20 + [TREE.id("c"), TREE.id("c"), TREE.id("d")])
     texts = np.array([5] * 20 + [6, 7, 7])
-    measured = coverage_scores(TREE, np.log(leaves), labels, texts, [0.0] * 99, 0.9)
+    measured = coverage_scores(TREE, np.log(leaves), labels, texts, 0.0)
     assert measured == {"coverage": pytest.approx(1 / 3), "leaves": 1, "nodes": 1, "single_leaf": 1}
 
 
@@ -403,7 +410,7 @@ def test_a_trained_checkpoint_answers_with_a_coverage(quickstart_run):
     assert result["answer"][0]["score"] >= result["score"] - 1e-9
     assert "answer" not in classify("A study of gastric ulcers in 40 patients.")
     for wrong in (0, 1, 1.5, "0.9"):
-        with pytest.raises(ValueError, match="coverage must be a number between 0 and 1"):
+        with pytest.raises(ValueError, match=r"coverage must be a number above 0 and at most 0\.99"):
             classify("text", coverage=wrong)
     classify.model.config.conformal_thresholds = None
     with pytest.raises(ValueError, match="not calibrated"):

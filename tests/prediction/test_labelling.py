@@ -197,6 +197,15 @@ def test_a_row_without_an_uncertainty_is_named(last, message, tmp_path):
     assert "secret" not in line
 
 
+def test_the_input_of_other_predictions_is_refused(tmp_path):
+    (tmp_path / "out.jsonl").write_text('{"row": 0, "uncertainty": 0.5}\n')
+    (tmp_path / "in.txt").write_text("one text\nanother\n")
+    words = (tmp_path / "out.jsonl", "--count", 1, "--input", tmp_path / "in.txt")
+    done = run(*words, command="examples/label_next.py", check=False)
+    expected = "--input has 2 rows with a text, and there are 1 predictions: give the input of these predictions\n"
+    assert (done.returncode, done.stderr, done.stdout) == (2, f"label_next.py: error: {expected}", "")
+
+
 def test_a_text_with_a_lone_carriage_return_comes_back_whole(tmp_path, monkeypatch, capsys):
     text = "An old line\rof a second line"
     (tmp_path / "out.jsonl").write_text('{"row": 0, "uncertainty": 0.5}\n')

@@ -867,7 +867,6 @@ def test_int8_answers_nearly_as_float32_does(checkpoint, texts, tmp_path):
         (("--input", "in.docx"), "--input in.docx: its name does not tell its kind"),
         (("--input", "in.csv", "--text_column", "body"), "no column 'body' (--text_column); it has 'text', 'label'"),
         (("--input", "in.csv", "--id_column", "key"), "no column 'key' (--id_column)"),
-        (("--input", "in.csv", "--coverage", "2"), "--coverage must be between 0 and 1"),
         (("--input", "in.csv", "--batch_size", "0"), "--batch_size must be at least 1, not 0"),
         (("--input", "in.csv", "--output_format", "parquet"), "--output_format is for a folder"),
         (("--input", "in.csv", "--ray_gpus_per_actor", "1"), "--ray_gpus_per_actor needs --ray"),

@@ -310,7 +310,7 @@ def test_what_a_client_gets_wrong_is_one_line_without_its_text(published):
         ({"inputs": secret, "parameters": [1]}, '"parameters" must be an object with any of top_k'),
         ({"inputs": secret, "parameters": {"batch_size": 10**9}}, "cannot hold 'batch_size', only top_k"),
         ({"inputs": secret, "parameters": {"top_k": "3"}}, "top_k must be a whole number of at least 1"),
-        ({"inputs": secret, "parameters": {"coverage": 2}}, "coverage must be a number between 0 and 1"),
+        ({"inputs": secret, "parameters": {"coverage": 2}}, "coverage must be a number above 0 and at most 0.99"),
         ({"inputs": secret, "parameters": {"recall": 0.9}}, "recall is for multi-label checkpoints"),
         ({"inputs": secret, "parameters": {"stride": 500}}, "leaves no room"),
         ({"inputs": secret, "parameters": {"costs": "/etc/passwd"}}, '"costs" must be "distance" or an object'),

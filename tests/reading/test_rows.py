@@ -181,7 +181,9 @@ def test_numbers_that_json_does_not_know_are_floats():
 @pytest.mark.parametrize(
     ("kind", "content", "message"),
     [
-        ("csv", b"id;text\n1;a\n", "a file is separated by semicolons: save it with commas, or as TSV"),
+        ("csv", b"id;text\n1;a\n", "a file is separated by semicolons: a .csv file needs commas"),
+        ("csv", b"id\ttext\n1\ta\n", "a file is separated by tabs: a .csv file needs commas"),
+        ("tsv", b"id,text\n1,a\n", "a file is separated by commas: a .tsv file needs tabs"),
         ("csv", "text,id\na,1\n".encode("utf-16"), "a file is not UTF-8 text: save it as UTF-8"),
         ("csv", "text,id\na,1\n".encode("utf-16-le"), "a file is not UTF-8 text"),
         ("jsonl", '{"text": "a"}\n'.encode("utf-16-be"), "a file is not UTF-8 text"),
@@ -198,6 +200,7 @@ def test_numbers_that_json_does_not_know_are_floats():
         ("csv", b"text,id,text\na,1,b\n", "a file has two columns called 'text': rename or remove one"),
         ("json", b'[{"a": "\xfc"}]', "a file is not UTF-8 text"),
         ("json", b'[{"a": 1},\n', "a file, line 2, is not JSON: Expecting value"),
+        ("json", b'{"a": 1}\n{"a": 2}\n', "a file, line 2, is JSON Lines, an object a line: name it .jsonl"),
         ("json", b"", "a file, line 1, is not JSON"),
         ("json", b'{"rows": []}', "must hold a list of objects"),
         ("json", b'{"data": 1, "data": []}', "must hold a list of objects"),

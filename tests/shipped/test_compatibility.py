@@ -15,7 +15,7 @@ from conftest import ROOT, copy_checkpoint, stranger
 from transformers import AutoTokenizer
 
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from pipeline_hierarchical import HierarchicalTextClassificationPipeline, conformal_answer, conformal_threshold
+from pipeline_hierarchical import HierarchicalTextClassificationPipeline, conformal_answer, guaranteed_threshold
 from publishing.export import export_merged
 
 FOLDER = ROOT / "tests" / "checkpoint"
@@ -39,9 +39,9 @@ def test_the_next_stored_threshold_serves_a_coverage(form, monkeypatch):
     monkeypatch.chdir(FOLDER)
     stored = json.loads(Path(form, "config.json").read_text())["conformal_thresholds"]
     model = HierarchicalForSequenceClassification.from_pretrained(form)
-    for place in range(1, 1000):
-        threshold = conformal_threshold(model.config.conformal_thresholds, place / 1000)
-        assert threshold is None if place > 990 else threshold == next(one for one in stored if one >= place / 1000)
+    for place in range(1, 991):
+        threshold = guaranteed_threshold("coverage", place / 1000, model.config.conformal_thresholds)
+        assert threshold == next(one for one in stored if one >= place / 1000)
     classify = HierarchicalTextClassificationPipeline(
         model=model, tokenizer=AutoTokenizer.from_pretrained("encoder"), coverage=0.851
     )

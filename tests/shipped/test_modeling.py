@@ -402,6 +402,13 @@ def test_checkpoints_that_load_in_threads_change_nothing_of_the_process(tmp_path
     assert all(getattr(torch.nn.init, name) is function for name, function in originals.items())
 
 
+def test_a_model_whose_labels_were_renamed_is_not_saved(tmp_path):
+    model = small_model()
+    model.config.id2label = dict(enumerate("hgedcb"))
+    with pytest.raises(ValueError, match="id2label is not the list of the taxonomy's classes"):
+        model.save_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("label", [-1, 99])
 def test_a_label_that_is_no_node_is_an_error(label):
     with pytest.raises((IndexError, RuntimeError), match="out of bounds"):

@@ -196,7 +196,7 @@ def test_the_answer_for_a_recall_holds_the_nodes_from_its_threshold_on(classify)
     [
         (
             {"recall": 0.97},
-            "recall 0.97 needs 33 validation texts with labels, and the checkpoint was calibrated on 20",
+            "recall 0.97 needs 33 labelled validation texts, and the checkpoint was calibrated on fewer",
         ),
         ({"recall": 1.0}, "recall must be a number above 0 and at most 0.99"),
         ({"coverage": 0.9}, "coverage is for single-path checkpoints"),

@@ -570,7 +570,7 @@ def test_the_api_of_several_labels_is_typed(labels_client):
 @pytest.mark.parametrize(
     ("recall", "message"),
     [
-        (0.97, "Recall 0.97 needs 33 validation texts with labels, and the checkpoint was calibrated on 20"),
+        (0.97, "Recall 0.97 needs 33 labelled validation texts, and the checkpoint was calibrated on fewer"),
         (2, "The recall must lie between 0.5 and 0.99"),
     ],
 )

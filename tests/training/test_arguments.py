@@ -94,6 +94,7 @@ def test_a_precision_that_is_not_supported_is_refused(monkeypatch):
     ("words", "message"),
     [
         (["--focal_gama", "1"], "unknown flag --focal_gama; did you mean --focal_gamma"),
+        (["--batch_size", "8"], "unknown flag --batch_size; did you mean --per_device_train_batch_size"),
         (["--learning_rate", "fast"], "learning_rate.*'fast'"),
         (["--quantization", "5bit"], "'5bit'"),
         (["--quantization", "4bit", "--tuning", "full"], "--tuning full"),

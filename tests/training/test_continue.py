@@ -108,7 +108,7 @@ def test_a_checkpoint_continued_on_a_grown_file_is_not_scored_on_what_it_was_tra
     assert not known & held_out["test"]
     found = report(second)
     assert found["trained_before"] == {
-        "scores": "verified", "texts": 560, "rows": {"train": 560}, "moved": "to train",
+        "scores": "verified", "texts": 560, "training_rows": 560, "moved": {"train": 0}, "left_out": {"train": 0},
     }  # fmt: skip
     assert found["splits"]["train"]["rows"] == 640
 
@@ -137,7 +137,7 @@ def test_rows_of_given_files_that_were_trained_on_become_training_rows(words, fi
     card = (tmp_path / "results" / "README.md").read_text()
     assert "An earlier run was trained on the texts of 1 validation rows and 3 test rows. These rows were moved" in card
     found = report(tmp_path / "results")
-    assert found["trained_before"]["rows"] == {"train": 0, "validation": 1, "test": 3}
+    assert found["trained_before"]["moved"] == {"train": 0, "validation": 1, "test": 3}
     assert {split: found["splits"][split]["rows"] for split in files} == {"train": 44, "validation": 20, "test": 40}
     for split in ("validation", "test"):
         texts = {files[split][int(row["row"])] for row in read_csv(tmp_path / "results" / f"{split}_predictions.csv")}
@@ -179,7 +179,17 @@ def test_rows_that_a_broken_run_was_trained_on_are_not_given_to_it_as_test_rows(
     run(*line, "--test_file", write_csv(tmp_path / "a.csv", ROWS[770:]), "--max_steps", 2)
     run(*line, "--test_file", write_csv(tmp_path / "b.csv", ROWS[690:740] + ROWS[780:]))
     assert not scored(output, ROWS[690:740] + ROWS[780:])["test"] & {row["text"] for row in ROWS[700:750]}
-    assert report(output)["trained_before"]["rows"]["test"] >= 40
+    assert report(output)["trained_before"]["left_out"]["test"] >= 40
+    assert report(output)["splits"]["train"]["rows"] == 50
+
+
+def test_a_test_file_that_changes_the_training_rows_is_refused_on_resuming(words, first, tmp_path, capsys):
+    """A text of the training file is not trained on if the test file has it, too."""
+    line = [*words, "--model_name_or_path", first, "--validation_size", 0, "--output_dir", tmp_path / "results"]
+    line += ["--train_file", write_csv(tmp_path / "train.csv", ROWS[700:750]), "--resume_from_checkpoint", "auto"]
+    run(*line, "--test_file", write_csv(tmp_path / "a.csv", ROWS[740:780]), "--max_steps", 2)
+    with pytest.raises(InputError, match="it was trained on other rows or labels"):
+        run(*line, "--test_file", write_csv(tmp_path / "b.csv", ROWS[760:780]))
 
 
 def test_where_nothing_is_known_nothing_is_split_off_and_scores_are_unverified(place, words, first, tmp_path, capsys):
@@ -217,7 +227,7 @@ def test_scoring_leaves_out_what_was_trained_on(first, tmp_path, capsys):
     run(*line, "--model_name_or_path", first)
     assert "left out, since the checkpoint was trained on the texts: 8 test rows" in capsys.readouterr().err
     assert scored(tmp_path / "scores", rows)["test"] == set(held_out[:30])
-    assert report(tmp_path / "scores")["trained_before"]["rows"] == {"test": 8}
+    assert report(tmp_path / "scores")["trained_before"]["left_out"] == {"test": 8}
     write_csv(tmp_path / "a.csv", rows[:7])
     message = "nothing to score: the checkpoint was trained on the texts of all 7 rows"
     with pytest.raises(InputError, match=message):

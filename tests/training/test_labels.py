@@ -123,6 +123,41 @@ def test_taxonomy_of_the_labels_does_not_depend_on_row_order(tmp_path):
     assert load(train_file=custom, validation_size=0, label_separator=">").taxonomy.labels == ["b", "c/d", "a"]
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (
+            ["asthma;flu", "asthma", "flu", "flu;asthma"],
+            "'asthma;flu' and 1 more labels hold several names: for a path",
+        ),
+        (["lung > cancer", "lung > flu", "skin"], "give --label_separator ' > ', for several labels of a text"),
+        (["Asthma", "asthma", "flu"], "the labels 'Asthma' and 'asthma' differ in case alone"),
+        (["Infections, bacterial", "Infections, viral", "> 65", "> 80"], None),
+    ],
+)
+def test_labels_that_may_be_several_are_named(labels, message, tmp_path, caplog):
+    load(train_file=csv_file(tmp_path / "a.csv", [*zip("abcd", labels, strict=False)]), validation_size=0)
+    if message is None:
+        assert not caplog.messages
+    else:
+        assert message in " ".join(caplog.messages)
+
+
+@pytest.mark.parametrize(
+    ("label", "advice"),
+    [
+        ("heart > valve", "for a path give --label_separator ' > '"),
+        ("valve;mind", "for several labels of a text --label_delimiter ';'"),
+        ("007", "for codes give --class_names"),
+        ("Mind", "did you mean 'mind'"),
+    ],
+)
+def test_a_label_that_is_not_in_the_taxonomy_comes_with_advice(label, advice, tmp_path):
+    tree = write(tmp_path / "tree.yaml", "heart: [valve]\nmind:\n")
+    with pytest.raises(InputError, match=rf"a\.csv, line 2, column 'label': .* is not in the taxonomy; .*{advice}"):
+        load(train_file=csv_file(tmp_path / "a.csv", [("one", label)]), taxonomy=tree, validation_size=0)
+
+
 def test_labels_of_every_split_span_the_taxonomy(tmp_path):
     data = load(
         train_file=csv_file(tmp_path / "a.csv", [("one", "a"), ("two", "b")]),

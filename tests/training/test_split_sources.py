@@ -71,6 +71,16 @@ def test_unreadable_files_are_named(tmp_path, name, content, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_share_that_cannot_be_split_off_is_refused(split, tmp_path):
+    files = {f"{name}_file": csv_file(tmp_path / f"{name}.csv", [(name, "a")]) for name in ("train", split)}
+    reason = f"--{split}_size has no effect here, as the data have {split} rows: leave it out"
+    with pytest.raises(InputError, match=reason):
+        load(**files, **{f"{split}_size": 0.2})
+    with pytest.raises(InputError, match="--test_size has no effect here, as only one file or data set can be split"):
+        load(train_file=files["train_file"], test_size=0.2)
+
+
 @pytest.mark.parametrize("kind", ["parquet", "folder"])
 def test_codes_of_many_digits_beside_missing_ones_stay_as_they_are(tmp_path, kind):
     codes = [900_000_000_000_207_008 + i for i in range(6)]  # as long as those of SNOMED CT
