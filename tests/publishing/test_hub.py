@@ -3,7 +3,6 @@
 import ast
 import json
 import shutil
-import subprocess
 import textwrap
 from pathlib import Path
 
@@ -900,17 +899,10 @@ print(json.dumps([logits.sigmoid().tolist(), own({TEXTS!r}, recall=0.9), stock({
     assert len(said[2].splitlines()) == len(said[0].splitlines()) - 2  # the predicted nodes
 
 
-def test_a_full_temporary_folder_is_one_line(hub, checkpoint, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("no right to mount a small file system")
-    try:
-        words = ("--model", checkpoint, "--repo_id", "alice/new", "--merge")
-        environment = hub.environment(tmp_path / "home", "hf_alice") | {"TMPDIR": str(disk)}
-        done = run(*words, command="push_to_hub.py", check=False, settings=environment, fresh=True)
-    finally:
-        subprocess.run(["umount", disk], check=True)
+def test_a_full_temporary_folder_is_one_line(hub, checkpoint, small_disk, tmp_path):
+    words = ("--model", checkpoint, "--repo_id", "alice/new", "--merge")
+    environment = hub.environment(tmp_path / "home", "hf_alice") | {"TMPDIR": str(small_disk("100k"))}
+    done = run(*words, command="push_to_hub.py", check=False, settings=environment, fresh=True)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith("set TMPDIR to a folder with more room")
     assert "Traceback" not in done.stderr

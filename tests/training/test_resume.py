@@ -395,31 +395,23 @@ def test_a_torn_checkpoint_is_named_and_skipped(run_folder, caplog, damage, mess
     assert find_checkpoint("auto", str(run_folder)) is None
 
 
-def test_a_full_disk_keeps_the_last_checkpoint_and_says_what_to_do(words, unbroken, tmp_path):
-    """Use a file system of 4 MB. Mounting one needs the privilege."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True)
-    if mounted.returncode != 0:
-        pytest.skip("no right to mount a small file system")
-    try:
-        output = disk / "results"
-        line = [*words, "--output_dir", output, "--save_total_limit", 20]
-        done = run(*line, check=False)
-        assert done.returncode == 2, done.stderr[-3000:]
-        said = done.stderr.splitlines()[-1]
-        assert said.startswith("train.py: error: ")
-        assert said.endswith("make room, then --resume_from_checkpoint auto resumes")
-        found = [folder for folder in list_checkpoints(output) if find_resume_problem(folder) is None]
-        assert found
-        assert find_checkpoint("auto", str(output)) == str(found[-1])
-        for folder in found[:-1]:
-            shutil.rmtree(folder)
-        subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True, capture_output=True)
-        run(*line, "--resume_from_checkpoint", "auto")
-        assert same_weights(unbroken, output)
-    finally:
-        subprocess.run(["umount", disk], check=True)
+def test_a_full_disk_keeps_the_last_checkpoint_and_says_what_to_do(words, unbroken, small_disk):
+    disk = small_disk("4m")
+    output = disk / "results"
+    line = [*words, "--output_dir", output, "--save_total_limit", 20]
+    done = run(*line, check=False)
+    assert done.returncode == 2, done.stderr[-3000:]
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("train.py: error: ")
+    assert said.endswith("make room, then --resume_from_checkpoint auto resumes")
+    found = [folder for folder in list_checkpoints(output) if find_resume_problem(folder) is None]
+    assert found
+    assert find_checkpoint("auto", str(output)) == str(found[-1])
+    for folder in found[:-1]:
+        shutil.rmtree(folder)
+    subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True, capture_output=True)
+    run(*line, "--resume_from_checkpoint", "auto")
+    assert same_weights(unbroken, output)
 
 
 def test_metrics_tell_the_environment_and_the_data(words, unbroken):
