@@ -429,6 +429,20 @@ def clear_checkpoint(tiny_encoder, tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def uncalibrated_run(tiny_encoder, tmp_path_factory) -> tuple[Path, str]:
+    """Train without validation rows, and save the best; return the run's folder, not to be changed, and what was said."""
+    folder = tmp_path_factory.mktemp("uncalibrated")
+    for split, offset in (("train", 1), ("test", 2)):
+        write_csv(folder / f"{split}.csv", clear_rows(offset))
+    done = run(
+        *("--train_file", folder / "train.csv", "--test_file", folder / "test.csv", "--validation_size", 0),
+        *("--model_name_or_path", tiny_encoder, "--max_steps", 5, "--save_strategy", "best"),
+        *("--output_dir", folder / "results"),
+    )
+    return folder / "results", done.stderr
+
+
+@pytest.fixture(scope="session")
 def quickstart_run(tiny_encoder, tmp_path_factory) -> tuple[Path, str]:
     """Train a calibrated checkpoint with a lexical head; return its folder, not to be changed, and what was said."""
     folder = tmp_path_factory.mktemp("quickstart") / "results"

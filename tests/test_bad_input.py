@@ -629,25 +629,36 @@ def test_aliases_of_yaml_take_no_memory(place):
 
 
 FAULTS = {
-    "NameError": "import training.trainer; del training.trainer.EarlyStoppingCallback",  # while the Trainer is set up
-    "TypeError": "import training.arguments; training.arguments.has_bf16 = None",  # while flags are read
-    "AttributeError": "import taxonomy_hierarchical; taxonomy_hierarchical.unicodedata = None",  # in `from_pretrained`
-}
+    "the Trainer is set up": (
+        "train.py", "NameError", "import training.trainer; del training.trainer.EarlyStoppingCallback"),
+    "flags are read": (
+        "train.py", "TypeError", "import training.arguments; training.arguments.has_bf16 = None"),
+    "a checkpoint is loaded": (
+        "train.py", "AttributeError", "import taxonomy_hierarchical; taxonomy_hierarchical.unicodedata = None"),
+    "rows are made": (
+        "predict.py", "TypeError", "import prediction.rows; prediction.rows.RowFormat.row = None"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_of_ours_is_a_traceback_and_not_the_users(place, name):
+@pytest.mark.parametrize("moment", FAULTS)
+def test_a_fault_of_ours_is_a_traceback_and_not_the_users(place, moment):
+    """Of predict.py the exit code is 3, since 1 says that rows could not be read."""
+    command, error, fault = FAULTS[moment]
     shutil.copytree(CHECKPOINT / "adapter_form", place / "adapter_form")
     shutil.copytree(CHECKPOINT / "encoder", place / "adapter_form" / "encoder")
-    model = "adapter_form" if name == "AttributeError" else "encoder"
+    model = "adapter_form" if error == "AttributeError" else "encoder"
     words = [*DATA, *RANDOM, "--model_name_or_path", model, "--output_dir", "results"]
-    command = str(ROOT / "train.py")
-    code = f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); {FAULTS[name]}; sys.argv = [{command!r}, *{words!r}]"
-    code += f"; runpy.run_path({command!r}, run_name='__main__')"
+    if command == "predict.py":
+        model = str(copy_checkpoint("self_contained", place / "model"))
+        words = ["--model", model, "--input", "good.csv", "--output", "results.jsonl", "--dtype", "fp32"]
+    script = str(ROOT / command)
+    code = f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); {fault}; sys.argv = [{script!r}, *{words!r}]"
+    code += f"; runpy.run_path({script!r}, run_name='__main__')"
     done = complete("-c", code, cwd=place)
     assert "Traceback (most recent call last):" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"{name}: ")
-    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"{error}: ")
+    assert done.returncode == {"train.py": 1, "predict.py": 3}[command]
+    assert not (place / "results.jsonl").exists()
 
 
 def test_a_download_that_breaks_off_is_one_line_without_the_token(place):

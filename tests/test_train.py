@@ -6,10 +6,11 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import CORPUS, ROOT, clear_rows, first_rows, read_csv, run, stranger, write_csv
+from conftest import CORPUS, ROOT, clear_rows, first_rows, inside, read_csv, run, stranger, write_csv
 from sklearn.metrics import accuracy_score, f1_score, log_loss
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer, pipeline
 
+from errors import InputError
 from taxonomy_hierarchical import Taxonomy
 
 
@@ -204,17 +205,46 @@ def test_a_warm_start_with_a_grown_taxonomy_keeps_the_known_heads(finished, tmp_
         torch.testing.assert_close(adapters[1][name], tensor)
 
 
-def test_flags_that_need_no_metric_train_without_it(tiny_encoder, tmp_path):
-    rows = clear_rows(1)
-    train_file = write_csv(tmp_path / "train.csv", rows)
+def test_flags_that_need_no_metric_train_without_it(uncalibrated_run, tiny_encoder, tmp_path):
+    assert (uncalibrated_run[0] / "checkpoint-5").is_dir()  # by --save_strategy best
+    train_file = write_csv(tmp_path / "train.csv", clear_rows(1))
     inner = write_csv(
         tmp_path / "inner.csv", [{"text": f"Texts of {i}.", "label": "specific disease"} for i in range(6)]
     )
     words = ["--train_file", train_file, "--model_name_or_path", tiny_encoder, "--max_steps", 2]
-    run(*words, "--output_dir", tmp_path / "a", "--validation_size", 0, "--save_strategy", "best")
-    assert (tmp_path / "a" / "checkpoint-2").is_dir()
     run(*words, "--output_dir", tmp_path / "b", "--validation_file", inner, "--load_best_model_at_end", "false")
     assert (tmp_path / "b" / "config.json").is_file()
+
+
+def test_without_validation_rows_nothing_is_calibrated_and_nothing_guaranteed(uncalibrated_run, tmp_path):
+    output, log = uncalibrated_run
+    assert "no lexical head, and the model's probabilities are not calibrated" in log
+    config = json.loads((output / "config.json").read_text())
+    fitted = ("temperatures", "node_biases", "lexical_weight", "conformal_thresholds", "conformal_max_length")
+    assert {name: config.get(name) for name in fitted} == dict.fromkeys(fitted)
+    metrics = json.loads((output / "metrics.json").read_text())
+    prefixes = ("eval_", "quantized_", "uncalibrated_", "without_lexical_head_", "test_answer_")
+    assert [name for name in metrics if name.startswith(prefixes)] == []
+    assert not (output / "validation_predictions.csv").exists()
+
+    classify = pipeline("hierarchical-text-classification", model=str(output), trust_remote_code=True)
+    rows = read_csv(output.parent / "test.csv")
+    results = classify([row["text"] for row in rows])
+    truth = [row["label"] for row in rows]
+    nodes = [{label: score for level in result["levels"] for label, score in level.items()} for result in results]
+    correct = [one[label] for one, label in zip(nodes, truth, strict=True)]
+    assert metrics["test_log_loss"] == pytest.approx(-np.log(correct).mean(), abs=1e-5)
+    assert metrics["test_accuracy"] == pytest.approx(accuracy_score(truth, [result["label"] for result in results]))
+    listed = read_csv(output / "test_predictions.csv")
+    assert [row["prediction"] for row in listed] == [result["label"] for result in results]
+
+    message = "this checkpoint was not calibrated: coverage needs one that was trained with validation rows"
+    with pytest.raises(ValueError, match=message):
+        classify("A study of ulcers.", coverage=0.9)
+    words = ("--model", output, "--input", output.parent / "test.csv", "--output", tmp_path / "out.jsonl")
+    with pytest.raises(InputError, match=message):
+        inside(*words, "--coverage", 0.9)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_full_fine_tuning_of_one_file_leaves_one_self_contained_model(tiny_encoder, tmp_path):

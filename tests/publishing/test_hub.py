@@ -14,7 +14,7 @@ from conftest import CORPUS, ROOT, copy_checkpoint, read_csv, run, snippets, str
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from hub_server import HubServer
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file, save
 from space_server import SpaceServer
 from transformers import AutoConfig, AutoTokenizer
 
@@ -911,27 +911,63 @@ def test_a_full_temporary_folder_is_one_line(hub, checkpoint, small_disk, tmp_pa
 # continuing and scoring
 
 
-@pytest.mark.parametrize("form", ["adapter", "merged"])
-def test_a_published_checkpoint_is_scored_as_the_folder_was(hub, published, checkpoint, tmp_path, form):
+SINGLE = ("accuracy", "macro_f1", "log_loss", "ece", "answer_coverage")
+SEVERAL = ("micro_f1", "macro_f1", "example_f1", "mean_average_precision", "log_loss", "ece", "answer_recall")
+
+
+@pytest.mark.parametrize(
+    ("form", "trained", "names"),
+    [("sets-merged", "label_sets", SEVERAL), ("adapter", "checkpoint", SINGLE), ("merged", "checkpoint", SINGLE)],
+    ids=["several labels", "adapter", "merged"],
+)
+def test_a_published_checkpoint_is_scored_as_the_folder_was(hub, published, request, tmp_path, form, trained, names):
     """At the commit that is asked for, whatever the branch holds by now."""
-    repo = f"alice/scored-{form}"
-    commit = hub.add_repo(repo, hub.files(published[form]))
+    checkpoint, repo = request.getfixturevalue(trained), f"alice/scored-{form}"
+    commit = hub.add_repo(repo, hub.files(f"alice/{form}"))
     hub.add_repo(repo, other_taxonomy(hub.files(repo)))
     asked = len(hub.requests)
     line = ["--model_name_or_path", repo, "--model_revision", commit, "--do_train", "false"]
-    line += ["--test_file", checkpoint.parent / "test.csv", "--output_dir", tmp_path / "scores"]
+    rows = checkpoint.parent / "test.csv" if names is SINGLE else ROOT / "examples" / "multi_label" / "test.jsonl"
+    line += ["--test_file", rows, "--output_dir", tmp_path / "scores"]
     done = run(*line, settings=hub.environment(tmp_path / "home"))
     assert f"checkpoint: {repo} at {commit}" in done.stderr
-    scored, trained = (
-        json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "scores", checkpoint)
-    )
-    for name in ("test_accuracy", "test_macro_f1", "test_log_loss", "test_ece"):
-        assert scored[name] == pytest.approx(trained[name], abs=1e-5), name
+    scored, before = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "scores", checkpoint))
+    for name in names:
+        assert scored[f"test_{name}"] == pytest.approx(before[f"test_{name}"], abs=1e-5), name
     paths = [request.path for request in hub.requests[asked:] if f"{repo}/resolve/" in request.path]
     assert {path.split("/resolve/")[1].split("/")[0] for path in paths} == {commit}
     assert not any(path.endswith((".png", "README.md")) for path in paths)
     report = json.loads((tmp_path / "scores" / "data_report.json").read_text())
     assert report["trained_before"]["scores"] == "unverified"  # nobody else is told what it was trained on
+
+
+def test_files_are_classified_at_the_revision_that_is_given_and_the_manifest_names_its_commit(
+    hub, published, expected, tmp_path
+):
+    """One commit by itself, and the branch that has moved on from it, to other weights."""
+    files = hub.files(published["merged"])
+    first = hub.add_repo("alice/pinned", files)
+    weights = load(files["model.safetensors"])
+    weights["heads.bias"] = weights["heads.bias"].flip(0) + 1
+    second = hub.add_repo("alice/pinned", {"model.safetensors": save(weights, {"format": "pt"})})
+    (tmp_path / "in.csv").write_text("\n".join(["text", *(f'"{text}"' for text in TEXTS)]) + "\n")
+    code = f"""
+import json, sys
+sys.path.insert(0, {str(ROOT)!r})
+from predict import main
+words = ["--model", "alice/pinned", "--input", "in.csv", "--dtype", "fp32", "--probabilities", "--output_format", "jsonl"]
+print(json.dumps([main([*words, "--revision", one, "--output", one + "/"]) for one in ({first!r}, "main")]))
+"""
+    assert stranger(code, tmp_path, hub.environment(tmp_path / "home")) == [0, 0]
+    found = []
+    for revision, commit in ((first, first), ("main", second)):
+        manifest = json.loads((tmp_path / revision / "manifest.json").read_text())
+        assert (manifest["model"], manifest["commit"]) == ("alice/pinned", commit)
+        lines = (tmp_path / revision / "part-00000.jsonl").read_text().splitlines()
+        found.append([[*json.loads(line)["probabilities"].values()] for line in lines])
+    leaves = expected[:, :5].exp()
+    torch.testing.assert_close(torch.tensor(found[0]), leaves, atol=1e-4, rtol=0)
+    assert (torch.tensor(found[1]) - leaves).abs().max() > 0.01
 
 
 def test_a_published_checkpoint_is_continued_as_the_folder_is(hub, published, checkpoint, tmp_path):
