@@ -88,8 +88,8 @@ class SpaceServer:
         status = Path(f"/proc/{self.pid}/status").read_text()
         return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
 
-    def stop(self) -> None:
-        self._process.send_signal(signal.SIGTERM)
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        self._process.send_signal(number)
         assert self._process.wait(timeout=120) is not None, self.log()
 
     def __enter__(self) -> "SpaceServer":

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import signal
 import socket
 import sys
 import time
@@ -21,6 +22,7 @@ import yaml
 from conftest import CORPUS, ROOT, parquet, read_csv, stranger
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from gradio_client.utils import QueueError
 from space_server import SpaceServer
 from transformers import pipeline
 
@@ -579,6 +581,40 @@ def test_a_recall_that_is_not_guaranteed_is_refused(labels_client, recall, messa
         labels_client.predict("Epilepsy", recall, api_name="/classify")
 
 
+def test_a_model_without_calibration_answers_and_has_no_coverage(uncalibrated_run, texts, tmp_path):
+    """And its files, like those of any Space, are deleted when the terminal is closed that it was started in."""
+    model = str(uncalibrated_run[0])
+    classifier = pipeline("hierarchical-text-classification", model=model, trust_remote_code=True)
+    expected = classifier(texts[0])
+    upload = {"files": ("in.csv", f'text\n"{texts[0]}"\n'.encode())}
+    with SpaceServer(model, tmp_path) as started:
+        page = httpx.get(f"{started.address}/config", timeout=120).json()
+        controls = {part["props"].get("elem_id"): part["props"] for part in page["components"]}
+        for name in ("coverage", "file-coverage"):
+            assert controls[name]["interactive"] is False
+            assert "Not available: this model was trained without validation rows" in controls[name]["info"]
+        assert "no: trained without validation rows" in controls["facts"]["value"]
+        mine = Client(started.address, verbose=False)
+        found = mine.predict(texts[0], api_name="/classify")
+        assert (found["label"], found["answer"]) == (expected["label"], None)
+        assert found["score"] == pytest.approx(expected["score"], abs=1e-5)
+        with pytest.raises(AppError, match="trained without validation rows, so it has no coverage guarantee"):
+            mine.predict(texts[0], 0.9, api_name="/classify")
+        # the page sends the value of its slider, which nobody can move
+        shown = ask(started, "show_result", [texts[0], controls["coverage"]["value"]], "page")
+        assert expected["label"] in shown
+        assert "so it has no coverage guarantee" in shown
+        sent = httpx.post(f"{started.address}/gradio_api/upload", files=upload, timeout=120).json()
+        ask(started, "open_file", [{"path": sent[0], "meta": {"_type": "gradio.FileData"}}], "page")
+        ask(started, "begin_file", [None], "page")
+        done = ask(started, "run_file", [None, "text", controls["file-coverage"]["value"], None], "page")
+        assert "Done: 1 of 1 rows" in done
+        assert started.files()
+        # nohup has what it starts ignore SIGHUP, and so would the Space that a test starts under it
+        started.stop(signal.SIGTERM if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else signal.SIGHUP)
+        assert not started.files()
+
+
 def test_what_was_read_is_what_the_answer_depends_on(client, texts):
     long = " ".join(texts)
     found = client.predict(long, api_name="/classify")
@@ -805,6 +841,39 @@ def test_sixteen_clients_at_once_all_get_answers(space, texts):
         labels = [label for some in pool.map(ask, range(16)) for label in some]
     assert len(labels) == 32
     assert all(labels)
+
+
+def test_a_text_waits_for_no_file_and_a_full_queue_is_said(space, client, texts):
+    """While a file of 10,000 rows is classified, which is cancelled before its end."""
+    functions = httpx.get(f"{space.address}/config", timeout=120).json()["dependencies"]
+    numbers = {function["api_name"]: function["id"] for function in functions}
+    upload = {"files": ("long.txt", f"{texts[0][:900]}\n".encode() * 10_000)}
+    file = {"path": httpx.post(f"{space.address}/gradio_api/upload", files=upload, timeout=120).json()[0]}
+    ask(space, "open_file", [file | {"meta": {"_type": "gradio.FileData"}}], "long")
+    ask(space, "begin_file", [None], "long")
+    body = {"data": [None, "text", 0.9, None], "fn_index": numbers["run_file"], "session_hash": "long"}
+    with httpx.Client(base_url=f"{space.address}/gradio_api", timeout=120) as http:
+        assert http.post("queue/join", json=body).status_code == 200
+        with http.stream("GET", "queue/data", params={"session_hash": "long"}) as messages:
+            lines = messages.iter_lines()
+            assert any('"process_generating"' in line for line in lines)
+            assert client.predict("A study of colitis.", api_name="/classify")["label"]
+            assert "Most probable class" in ask(space, "show_result", ["A study of colitis.", 0.9], "short")
+            waiting = [http.post("queue/join", json=body | {"session_hash": f"{i}"}).status_code for i in range(101)]
+            assert waiting == [200] * 100 + [503]
+            with pytest.raises(QueueError, match="Queue is full!"):
+                client.predict("A study of colitis.", api_name="/classify")
+            cancel = {"data": [None], "fn_index": numbers["cancel_file"], "session_hash": "long"}
+            assert "Cancelled" in http.post("run/predict", json=cancel).text  # else "Nothing is running."
+            assert not any("Done:" in line for line in lines)
+
+    def answers() -> bool:
+        try:
+            return bool(client.predict("A study of colitis.", api_name="/classify"))
+        except QueueError:
+            return False
+
+    wait_until(answers)
 
 
 # how it is published
