@@ -89,10 +89,9 @@ def load_checkpoint(
         else:
             with as_value_error(name):
                 model, info = load_self_contained(name, config=config, output_loading_info=True, **kwargs)
-    if config.adapter_subfolder is None:
-        refuse_missing(name, model, info)
-        if left_over := [weight for weight in info["unexpected_keys"] if weight.startswith("heads.")]:
-            raise ValueError(f"the weight {min(left_over)!r} of {name} does not fit its config.json")
+            refuse_missing(name, model, info)
+            if left_over := [weight for weight in info["unexpected_keys"] if weight.startswith("heads.")]:
+                raise ValueError(f"the weight {min(left_over)!r} of {name} does not fit its config.json")
     return (model, info) if info_wanted else model
 
 

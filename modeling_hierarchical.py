@@ -124,30 +124,30 @@ class TreeSoftmax(nn.Module):
 
     def __init__(self, tree: Taxonomy):
         super().__init__()
-        self.tree, self.num_groups = tree, len(tree.decisions)
-        self.register_buffer("group", torch.empty(tree.num_nodes, dtype=torch.long), persistent=False)
+        self.tree, self.num_decisions = tree, len(tree.decisions)
+        self.register_buffer("decision_of", torch.empty(tree.num_nodes, dtype=torch.long), persistent=False)
         self.register_buffer("ancestors", torch.empty(tree.num_nodes, tree.depth, dtype=torch.long), persistent=False)
-        self.register_buffer("below", torch.empty(tree.num_nodes, dtype=torch.long), persistent=False)
+        self.register_buffer("decision_of_children", torch.empty(tree.num_nodes, dtype=torch.long), persistent=False)
         self.fill_tree_buffers()
 
     def fill_tree_buffers(self) -> None:
-        self.group.copy_(torch.tensor(self.tree.decision_of))
+        self.decision_of.copy_(torch.tensor(self.tree.decision_of))
         self.ancestors.copy_(torch.tensor(self.tree.padded_paths))
         nodes, num_leaves = torch.arange(self.tree.num_nodes), self.tree.num_leaves
-        # the group of a node's children; a leaf gets the index after the last group
-        self.below.copy_(torch.where(nodes < num_leaves, self.num_groups, nodes - num_leaves + 1))
+        # a leaf gets the index after the last decision
+        self.decision_of_children.copy_(torch.where(nodes < num_leaves, self.num_decisions, nodes - num_leaves + 1))
 
     def with_inclusive_values(self, own: Tensor) -> Tensor:
         """Add the logsumexp of the children's scores to the inner nodes' own scores, (B, N) to (B, N)."""
         scores = own
         for _ in range(self.tree.depth - 1):  # each pass carries the values one level up
-            inclusive = segment_logsumexp(scores, self.group, self.num_groups)
-            scores = own + nn.functional.pad(inclusive, (0, 1))[:, self.below]
+            inclusive = segment_logsumexp(scores, self.decision_of, self.num_decisions)
+            scores = own + nn.functional.pad(inclusive, (0, 1))[:, self.decision_of_children]
         return scores
 
     def node_log_probs(self, scores: Tensor) -> Tensor:
         """Return log-probabilities (B, N) of the nodes. Each decision is the softmax of its scores (B, N)."""
-        conditional = segment_log_softmax(scores, self.group, self.num_groups)  # log P(node | parent)
+        conditional = segment_log_softmax(scores, self.decision_of, self.num_decisions)  # log P(node | parent)
         padded = nn.functional.pad(conditional, (0, 1))  # padded entries of `ancestors` select this column of zeros
         total = padded[:, self.ancestors[:, 0]]
         for level in range(1, self.tree.depth):  # a sum over all levels at once would take (B, N, depth)

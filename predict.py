@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
@@ -106,32 +106,28 @@ def parse(argv: list[str]) -> argparse.Namespace:
     # ── Checks that argparse cannot make ─────────────────────────────────────────────────────────────────────────────
     name = file_name(arguments.output)
     if has_surrogate(arguments.output):  # pyarrow cannot write to it
-        refuse(f"--output {arguments.output!a}: the name is not UTF-8")
+        raise InputError(f"--output {arguments.output!a}: the name is not UTF-8")
     if len(Path(name).name.encode()) > 200:  # suffixes are added, and file systems allow 255 bytes
-        refuse(f"--output {arguments.output}: the name is too long")
+        raise InputError(f"--output {arguments.output}: the name is too long")
     if output_kind(arguments.output, arguments.output_format) not in OUTPUTS:
-        refuse(f"--output {arguments.output}: its name must end in one of {suffixes}, or in / for a folder")
+        raise InputError(f"--output {arguments.output}: its name must end in one of {suffixes}, or in / for a folder")
     if arguments.output.startswith("hf://"):  # each block would be a commit
-        refuse(f"--output {arguments.output}: write to a disk or an object store, and upload the result")
+        raise InputError(f"--output {arguments.output}: write to a disk or an object store, and upload the result")
     if arguments.revision is not None and Path(arguments.model).is_dir():
-        refuse(f"--revision {arguments.revision} does not apply to the folder {arguments.model}")
+        raise InputError(f"--revision {arguments.revision} does not apply to the folder {arguments.model}")
     if arguments.batch_size is not None and arguments.batch_size < 1:
-        refuse(f"--batch_size must be at least 1, not {arguments.batch_size}")
+        raise InputError(f"--batch_size must be at least 1, not {arguments.batch_size}")
     if arguments.output_format and not name.endswith("/"):
-        refuse(f"--output_format is for a folder, and --output {arguments.output} is a file: leave it out")
+        raise InputError(f"--output_format is for a folder, and --output {arguments.output} is a file: leave it out")
     cpus, gpus = arguments.ray_cpus_per_actor, arguments.ray_gpus_per_actor
     for flag, number in (("--ray_cpus_per_actor", cpus), ("--ray_gpus_per_actor", gpus)):
         if arguments.ray is None and number is not None:
-            refuse(f"{flag} needs --ray")
+            raise InputError(f"{flag} needs --ray")
     if cpus is not None and cpus < 1:
-        refuse(f"--ray_cpus_per_actor must be at least 1, not {cpus}")
+        raise InputError(f"--ray_cpus_per_actor must be at least 1, not {cpus}")
     if gpus is not None and not (0 <= gpus < 1 or (gpus.is_integer() and gpus > 0)):
-        refuse(f"--ray_gpus_per_actor must be a number of GPUs, or a fraction of one, not {gpus:g}")
+        raise InputError(f"--ray_gpus_per_actor must be a number of GPUs, or a fraction of one, not {gpus:g}")
     return arguments
-
-
-def refuse(message: str) -> NoReturn:
-    raise InputError(message)
 
 
 def find_inputs(arguments: argparse.Namespace) -> list[Source]:

@@ -96,12 +96,12 @@ class Taxonomy:
         if self.num_leaves < 2:
             raise TaxonomyError(f"a taxonomy needs at least two leaves; this one has {self.num_leaves}")
         self._paths = sorted(is_inner, key=is_inner.__getitem__)  # stable: leaves first, in reading order
-        id_of = {path: i for i, path in enumerate(self._paths)}
-        self.reading_order = [id_of[path] for path in is_inner]
+        self.node_of_path = {path: i for i, path in enumerate(self._paths)}
+        self.reading_order = [self.node_of_path[path] for path in is_inner]
         self.names = [path[-1] for path in self._paths]
         self.levels = [len(path) for path in self._paths]
         self.depth = max(self.levels)
-        self.parents = [id_of.get(path[:-1], -1) for path in self._paths]
+        self.parents = [self.node_of_path.get(path[:-1], -1) for path in self._paths]
 
         uses, self.labels = Counter(self.names), []
         self._ids: dict[str, int] = {}

@@ -37,17 +37,16 @@ from taxonomy_hierarchical import TaxonomyError
 from training import resume
 from training.arguments import Arguments, HierarchicalTrainingArguments, fit_to_data, parse
 from training.files import write_json
-from training.losses import HierarchicalFocalLoss
+from training.label_arrays import label_arrays
+from training.losses import HierarchicalFocalLoss, MultiLabelFocalLoss
 from training.memory import keep_memory
 from training.model import build_model, fetch_model, load_tokenizer, size_report
-from training.multi_label import MultiLabelFocalLoss, label_arrays
 from training.prototypes import initialise_heads
 from training.publish import check_hub, push, run_facts, run_settings, write_card
 from training.splits import LabelledSplits, load_splits, train_on_validation_rows
-from training.tokens import tokenize_splits
+from training.tokens import build_collator, tokenize_splits
 from training.trained_texts import TrainedTexts
 from training.trainer import HierarchicalTrainer
-from training.views import build_collator
 
 logger = logging.getLogger("train")
 
@@ -142,7 +141,7 @@ def refit(
     arguments = arguments._replace(training=training)
     resume_from = resume.find_checkpoint(training.resume_from_checkpoint, training.output_dir)
     set_seed(training.seed)
-    train(arguments, data, trained_texts, resume_from, prepare, first_run_folder=folder)
+    train(arguments, data, trained_texts, resume_from, prepare)
 
 
 def train(
@@ -152,22 +151,20 @@ def train(
     resume_from: str | None,
     prepare: Prepare,
     second_run: HierarchicalTrainingArguments | None = None,
-    first_run_folder: Path | None = None,
 ) -> None:
     """Train, measure and publish a model. All files go to ``--output_dir``.
 
-    Args:
-        second_run: the arguments of the second run of ``--refit``. The first run gets them, checks the Hub for both, and cleans up
-            both folders.
-        first_run_folder: the folder of the first run of ``--refit``. The second run gets it, and copies the calibration from there.
+    The first run of ``--refit`` gets the arguments of the ``second_run``, checks the Hub for both, and cleans up both folders. The
+    second run copies the calibration of the first.
     """
     training = arguments.training
+    first_run = Path(training.output_dir) / SELECTION if training.refit else None  # `selection_run` switches refit off
     fit_to_data(arguments, data.taxonomy, data.splits, report.build_metrics(data.taxonomy, data.is_multi_label))
     heads_init = resume.check_resumed_data(resume_from, data.taxonomy, data.report) if resume_from else None
 
     # ── Model: encoder, adapter, heads, tokenizer ────────────────────────────────────────────────────────────────────
     model = build_model(arguments.model, data.taxonomy, training.seed, MULTI_LABEL if data.is_multi_label else None)
-    for checkpoint in filter(None, (resume_from, first_run_folder)):
+    for checkpoint in filter(None, (resume_from, first_run)):
         resume.check_model(str(checkpoint), model)
     if (second_run or training).push_to_hub:
         check_hub(second_run or training, model)
@@ -196,7 +193,7 @@ def train(
     settings["heads_init"] = data.report["heads_init"] = heads_init
     if training.should_save:
         # the rows of the second run of --refit are of two files, so their numbers would be ambiguous
-        if arguments.data.label_issues and first_run_folder is None:
+        if arguments.data.label_issues and first_run is None:
             vocab_size = model.config.text_config.vocab_size
             data.report["label_issues"] = write_label_issues(data.taxonomy, splits["train"], vocab_size, output)
         write_json(output / "data_report.json", data.report)
@@ -205,8 +202,8 @@ def train(
     if training.device.type == "cpu" and arguments.model.tuning == "full":
         keep_memory(2**30, 2**31 - 1)  # each step allocates and frees much; with an adapter it saves no time
     result = trainer.train(resume_from_checkpoint=resume_from)
-    if first_run_folder is not None:
-        report.copy_calibration(model, read_config(first_run_folder), splits["train"])
+    if first_run is not None:
+        report.copy_calibration(model, read_config(first_run), splits["train"])
     trainer.save_model(_internal_call=True)  # else it is pushed here, before it is measured
     trainer.accelerator.wait_for_everyone()  # all processes load it
 

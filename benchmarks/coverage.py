@@ -35,8 +35,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from evaluation.calibration import fit_conformal_thresholds
-from evaluation.report import COVERAGE
 from pipeline_hierarchical import conformal_answer, guaranteed_threshold
+from publishing.card import MEASURED_TARGET
 from taxonomy_hierarchical import Taxonomy
 
 QUALITY = ROOT / "benchmarks" / "results" / "quality.json"
@@ -132,10 +132,12 @@ def print_runs(runs: list[dict]) -> None:
     for task, found in recipes.groupby("task", sort=False):
         held, n = found["answer_coverage"], CALIBRATED[task]
         by_seed = ", ".join(f"{value:.1%}" for value in held)
-        k = math.ceil((n + 1) * COVERAGE)
+        k = math.ceil((n + 1) * MEASURED_TARGET)
         low, high = beta(k, n + 1 - k).interval(0.95)
         leaves = found["answer_leaves"].mean()
-        print(f"| {task} | {COVERAGE:.0%} | {by_seed} | {held.mean():.1%} | {low:.1%} – {high:.1%} | {leaves:.2f} |")
+        print(
+            f"| {task} | {MEASURED_TARGET:.0%} | {by_seed} | {held.mean():.1%} | {low:.1%} – {high:.1%} | {leaves:.2f} |"
+        )
 
 
 def probabilities(classify: Callable, file: Path, class_names: Path | None) -> tuple[np.ndarray, np.ndarray]:

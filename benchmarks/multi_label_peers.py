@@ -40,14 +40,14 @@ from evaluation.metrics import bootstrap_intervals, node_f1
 from evaluation.multi_label import (
     build_multi_label_metrics,
     common_threshold,
-    fit_calibration,
+    fit_multi_label_calibration,
     fit_recall_thresholds,
     marginal_logits,
     predict_nodes,
     recall_scores,
 )
 from pipeline_hierarchical import threshold_index
-from publishing.card import MEASURED_RECALL
+from publishing.card import MEASURED_TARGET
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import HierarchicalTrainingArguments
 from training.model import turn_off_dropout
@@ -343,10 +343,10 @@ def answers(tree: Taxonomy, scores: np.ndarray, labels: np.ndarray, num_fitted: 
         fitted, scored = np.split(generator.permutation(len(scores)), [num_fitted])
         given = (tree, scores[fitted], None, labels[fitted])
         thresholds, num_texts = fit_recall_thresholds(
-            calibrate_out_of_fold(fit_calibration, *given, fitted), labels[fitted]
+            calibrate_out_of_fold(fit_multi_label_calibration, *given, fitted), labels[fitted]
         )
-        u = fit_calibration(*given).apply(tree, scores[scored], None)
-        measured = recall_scores(u, labels[scored], thresholds[threshold_index(MEASURED_RECALL)])
+        u = fit_multi_label_calibration(*given).apply(tree, scores[scored], None)
+        measured = recall_scores(u, labels[scored], thresholds[threshold_index(MEASURED_TARGET)])
         found.append((measured["recall"], measured["nodes"], num_texts))
     recall, nodes, num_texts = np.mean(found, axis=0)
     return {

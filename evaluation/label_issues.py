@@ -25,7 +25,7 @@ from evaluation.lexical import LexicalClassifier, can_learn, token_counts
 from evaluation.multi_label import join_names
 from taxonomy_hierarchical import Taxonomy
 from training.data_report import conflicts, count_labels
-from training.multi_label import label_arrays, open_decisions, prior_log_odds
+from training.label_arrays import label_arrays, open_decisions, prior_log_odds
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from evaluation.metrics import one_hot
 from modeling_hierarchical import IGNORED_LABEL
 from taxonomy_hierarchical import Taxonomy
-from training.multi_label import label_arrays, open_counts, open_decisions, prior_log_odds
+from training.label_arrays import label_arrays, open_counts, open_decisions, prior_log_odds
 
 logger = logging.getLogger(__name__)
 

@@ -48,7 +48,7 @@ from evaluation.metrics import (
 )
 from modeling_hierarchical import IGNORED_LABEL, TreeSigmoid
 from taxonomy_hierarchical import Taxonomy
-from training.multi_label import open_decisions
+from training.label_arrays import open_decisions
 
 LEAST_PROBABILITY = 0.1  # pairs below it are not in the calibration error: nearly all pairs have a probability near 0
 STRENGTHS = (math.inf, 100, 50, 20, 10, 5, 2, 0)  # of the shrinkage of thresholds, in positives
@@ -79,7 +79,7 @@ def marginal_logits(taxonomy: Taxonomy, z: np.ndarray) -> np.ndarray:
     return TreeSigmoid(taxonomy).marginal_logits(torch.tensor(z, dtype=torch.float64)).numpy()
 
 
-def fit_calibration(
+def fit_multi_label_calibration(
     taxonomy: Taxonomy, z: np.ndarray, lexical: np.ndarray | None, labels: np.ndarray
 ) -> MultiLabelCalibration:
     """Return the MAP estimate on the open decisions: a weight of at least 0, scales in [0.05, 20], and biases.

@@ -28,7 +28,7 @@ from transformers import AutoModel, EvalPrediction, PreTrainedModel, PreTrainedT
 
 from configuration_hierarchical import HierarchicalConfig
 from errors import as_input_error
-from evaluation import multi_label, plots
+from evaluation import plots
 from evaluation.calibration import calibrate_out_of_fold, coverage_scores, fit_calibration, fit_conformal_thresholds
 from evaluation.lexical import LexicalClassifier, token_counts
 from evaluation.metrics import (
@@ -40,6 +40,7 @@ from evaluation.metrics import (
 )
 from evaluation.multi_label import (
     build_multi_label_metrics,
+    fit_multi_label_calibration,
     fit_node_thresholds,
     fit_recall_thresholds,
     join_names,
@@ -48,17 +49,16 @@ from evaluation.multi_label import (
 )
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from pipeline_hierarchical import DEFAULT_THRESHOLD, threshold_index, use_cpu_kernels
-from publishing.card import MEASURED_RECALL, PREFIXES
+from publishing.card import MEASURED_TARGET, PREFIXES
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import ComputeMetrics, HierarchicalTrainingArguments
+from training.label_arrays import label_arrays
 from training.model import CALIBRATION
-from training.multi_label import label_arrays
+from training.tokens import build_collator
 from training.trainer import HierarchicalTrainer
-from training.views import build_collator
 
 logger = logging.getLogger(__name__)
 
-COVERAGE = 0.9  # of the measured answers
 SCORING_ARGUMENTS: dict[str, Any] = {  # arguments of a Trainer that only scores
     **dict.fromkeys(("bf16", "fp16", "load_best_model_at_end", "push_to_hub", "enable_jit_checkpoint"), False),
     "report_to": [],
@@ -145,13 +145,13 @@ def calibrate_model(
 
     Returns:
         Metrics after calibration, and without the lexical head if there is one (``without_lexical_head_…``). For test rows,
-        also of answers for `COVERAGE` or `MEASURED_RECALL` (``test_answer_…``). Then the calibrated logits.
+        also of answers for `MEASURED_TARGET` (``test_answer_…``). Then the calibrated logits.
     """
     config, taxonomy = model.config, model.config.tree
     labels = {split: label_arrays(splits[split]) for split in logits}
     texts = {split: np.array(splits[split]["text_id"]) for split in logits}
     no_scores: dict[str, np.ndarray | None] = dict.fromkeys(logits)
-    fit: Any = multi_label.fit_calibration if config.is_multi_label else fit_calibration
+    fit: Any = fit_multi_label_calibration if config.is_multi_label else fit_calibration
 
     def calibrate(lexical: dict[str, np.ndarray | None]) -> tuple[Any, dict[str, np.ndarray], Any]:
         validation = (taxonomy, logits["validation"], lexical["validation"], labels["validation"])
@@ -206,16 +206,15 @@ def copy_calibration(model: HierarchicalForSequenceClassification, source: Hiera
 
 
 def answer_scores(config: HierarchicalConfig, logits: dict[str, np.ndarray], splits: DatasetDict) -> dict[str, float]:
-    """Measure the answers for `COVERAGE` or `MEASURED_RECALL` on the test rows, from calibrated logits: ``test_answer_…``."""
+    """Measure the answers for `MEASURED_TARGET` on the test rows, from calibrated logits: ``test_answer_…``."""
     thresholds: Any = config.recall_thresholds if config.is_multi_label else config.conformal_thresholds
     if "test" not in logits or thresholds is None:
         return {}
-    scored = logits["test"], label_arrays(splits["test"])
+    scored, threshold = (logits["test"], label_arrays(splits["test"])), thresholds[threshold_index(MEASURED_TARGET)]
     if config.is_multi_label:
-        scores = recall_scores(*scored, thresholds[threshold_index(MEASURED_RECALL)])
+        scores = recall_scores(*scored, threshold)
     else:
-        texts = np.array(splits["test"]["text_id"])
-        scores = coverage_scores(config.tree, *scored, texts, thresholds[threshold_index(COVERAGE)])
+        scores = coverage_scores(config.tree, *scored, np.array(splits["test"]["text_id"]), threshold)
     return {f"test_answer_{name}": value for name, value in scores.items()}
 
 

@@ -19,7 +19,7 @@ from pipeline_hierarchical import read_cost_table
 from prediction.input import Record
 from prediction.int8 import has_int8_products, quantize
 from prediction.output import Block
-from prediction.rows import TASKS, RowFormat, output_kind
+from prediction.rows import SEPARATORS, TASKS, RowFormat, output_kind
 from taxonomy_hierarchical import quote_name
 from training.files import sha256
 from training.memory import give_back_memory, keep_memory
@@ -51,7 +51,8 @@ class Model:
         tree, multi_label = config.tree, config.is_multi_label
         answers = (arguments.coverage, arguments.recall) != (None, None)
         if kind == ".csv":
-            separators = [";" if multi_label else " > ", *([" | "] if answers else [])]
+            joined = SEPARATORS["labels"].strip() if multi_label else SEPARATORS["path"]
+            separators = [joined, *([SEPARATORS["answer"]] if answers else [])]
             for separator, label in product(separators, tree.labels):
                 if separator in label:
                     reason = f"a CSV file joins labels by {separator!r}, and the label {quote_name(label)} contains it"

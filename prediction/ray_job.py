@@ -33,7 +33,7 @@ from prediction.output import Block, Rows
 from prediction.rows import RowFormat
 from training.memory import give_back_memory
 
-BLOCKS_AHEAD = 2  # of an actor
+BLOCKS_PER_ACTOR = 2
 POLL_SECONDS = 3  # between two looks at the cluster
 MOST_DEATHS = 5  # of the workers of a block, or of workers that load the model, one after the other
 SHIPPED = ("*_hierarchical.py", "checkpoint_files.py", "errors.py", "prediction", "reading", "training")
@@ -81,7 +81,8 @@ class RayJob:
         self._tasks: dict[Any, Any] = {}  # actors by the reference of a task
         self._waiting: deque[Block] = deque()
         self._deaths: Counter[int] = Counter()  # by the index of a block
-        self._num_started, self._num_loaded, self._failed_starts, self._next_look = 0, 0, 0, 0.0
+        self._num_started, self._failed_starts, self._next_look = 0, 0, 0.0
+        self.description: dict[str, Any] = {}
 
     def __enter__(self) -> "RayJob":
         """Connect to the cluster, and wait until one actor has loaded the model."""
@@ -113,7 +114,7 @@ class RayJob:
     def predict_blocks(self, blocks: Iterator[Block]) -> Iterator[tuple[Block, Rows]]:
         """Yield each block with its output rows, as they are finished. Blocks of lost actors go to others."""
         while True:
-            for depth in range(BLOCKS_AHEAD):  # first one block for every actor, then a second one
+            for depth in range(BLOCKS_PER_ACTOR):  # first one block for every actor, then a second one
                 for actor, tasks in self._actors.items():
                     if len(tasks) == depth and self._has_waiting_block(blocks):
                         self._submit(actor, self._waiting.popleft())
@@ -190,9 +191,8 @@ class RayJob:
 
     def _check(self, node: str, description: dict[str, Any], rows: RowFormat) -> None:
         """Take the first actor's description for all. Raise InputError if another actor's is different."""
-        if self._num_loaded == 0:
+        if not self.description:
             self.description, self.rows = description, rows
-        self._num_loaded += 1
         for name, value in self.description.items():
             if description[name] != value:
                 remedy = "give --dtype" if name == "dtype" else "use nodes that are alike"

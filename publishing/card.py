@@ -55,7 +55,7 @@ PREFIXES = {"validation": "eval", "test": "test"}
 NODES_SHOWN = 200  # in the drawn taxonomy
 
 EXAMPLE = "Colonoscopy was performed in 120 patients with suspected inflammatory bowel disease."
-MEASURED_RECALL = 0.9  # of the answers in metrics.json
+MEASURED_TARGET = 0.9  # coverage or recall of the answers in metrics.json
 LICENCE = "apache-2.0"  # of the weights, as an identifier of the Hub
 MODEL_PLACEHOLDER = "your-name/your-model"
 PLACEHOLDER_NOTE = f"`{MODEL_PLACEHOLDER}` stands for the model's id on the Hub; the checkpoint's folder works too."
@@ -146,7 +146,7 @@ def collect_facts(
         "hidden_nodes": len(drawn) - NODES_SHOWN,
         "fence": "`" * max(3, 1 + max(map(len, re.findall("`+", "\n".join(drawn))), default=0)),
         "multi_label": config.is_multi_label,
-        "offers_recall": (config.recall_thresholds or [None] * 99)[threshold_index(MEASURED_RECALL)] is not None,
+        "offers_recall": (config.recall_thresholds or [None] * 99)[threshold_index(MEASURED_TARGET)] is not None,
         "continued": start and config.encoder_name_or_path not in (start, str(Path(start).resolve()), Path(start).name),
         "settings_shown": {name: format_setting(value) for name, value in shown.items()},
     }

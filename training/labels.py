@@ -29,7 +29,7 @@ from training.arguments import DataArguments
 logger = logging.getLogger(__name__)
 
 LONGEST_LABEL = 500  # characters; a longer label means that the column holds texts
-MARKS = (">", ";", "|", ",")  # what often stands between several names
+DELIMITERS = (">", ";", "|", ",")  # what often stands between several names
 ZERO_OR_ONE = {**dict.fromkeys(("0", "0.0", "false"), 0), **dict.fromkeys(("1", "1.0", "true"), 1)}
 
 Label = str | tuple[str, ...]  # a name or path as written, or one name per label column, from the root down
@@ -51,12 +51,12 @@ def read_label_sets(table: Table, columns: list[str], delimiter: str | None) -> 
     A missing list, or an empty cell, means no labels.
     """
     if len(columns) > 1:
-        marks = [[read_mark(cell) for cell in table.columns[name]] for name in columns]
+        indicators = [[read_indicator(cell) for cell in table.columns[name]] for name in columns]
         problem = "the cell is neither 0 nor 1, as each of several label columns must be"
-        for name, cells in zip(columns, marks, strict=True):
+        for name, cells in zip(columns, indicators, strict=True):
             refuse_rows(table, name, (problem if cell is None else None for cell in cells))
         names = [to_nfc(name.strip()) for name in columns]
-        return [tuple(compress(names, row)) for row in zip(*marks, strict=True)]
+        return [tuple(compress(names, row)) for row in zip(*indicators, strict=True)]
     (column,) = columns
     written = (isinstance(cell, str) and cell.startswith("[") and cell.endswith("]") for cell in table.columns[column])
     if delimiter is not None:
@@ -73,7 +73,7 @@ def read_label_sets(table: Table, columns: list[str], delimiter: str | None) -> 
     return list(map(tuple, rows))  # type: ignore[arg-type]
 
 
-def read_mark(cell: Any) -> int | None:
+def read_indicator(cell: Any) -> int | None:
     """Return 0 or 1, or None for anything else."""
     return ZERO_OR_ONE.get(str(cell).strip().casefold())
 
@@ -166,33 +166,35 @@ def resolve_labels(
 
 def _advice_on_names(label: str, lookup: Container[Label]) -> str:
     """Return what to do with a label that consists of several known names, or an empty string."""
-    for mark in MARKS:
-        parts = [part.strip() for part in label.split(mark)]
+    for delimiter in DELIMITERS:
+        parts = [part.strip() for part in label.split(delimiter)]
         if len(parts) > 1 and (tuple(parts) in lookup or all(part in lookup for part in parts)):
-            return f"; it holds several names: {_advice_on_mark(label, mark)}"
+            return f"; it holds several names: {_advice_on_delimiter(label, delimiter)}"
     return ""
 
 
-def _advice_on_mark(label: str, mark: str) -> str:
-    separator = f" {mark} " if f" {mark} " in label else mark
-    return f"for a path give --label_separator {separator!r}, for several labels of a text --label_delimiter {mark!r}"
+def _advice_on_delimiter(label: str, delimiter: str) -> str:
+    separator = f" {delimiter} " if f" {delimiter} " in label else delimiter
+    return (
+        f"for a path give --label_separator {separator!r}, for several labels of a text --label_delimiter {delimiter!r}"
+    )
 
 
 def _warn_of_odd_names(where: str, names: list[str]) -> None:
     """Warn of names that consist of several others, and of names that differ in case alone."""
-    for mark in MARKS:
-        parts = {name: [part.strip() for part in name.split(mark)] for name in names}
+    for delimiter in DELIMITERS:
+        parts = {name: [part.strip() for part in name.split(delimiter)] for name in names}
         counts = Counter(chain.from_iterable(map(set, parts.values())))
         several = {name: found for name, found in parts.items() if len(found) > 1 and all(found)}
         # all parts of a list recur, and the root of a path
         shared = [
             name
             for name, found in several.items()
-            if all(counts[part] > 1 for part in (found[:1] if mark == ">" else found))
+            if all(counts[part] > 1 for part in (found[:1] if delimiter == ">" else found))
         ]
         if len(shared) > 1 and 2 * len(shared) >= len(several):
             joined = f"{quote_name(shared[0])} and {len(shared) - 1} more labels hold several names"
-            logger.warning("%s: %s: %s", where, joined, _advice_on_mark(shared[0], mark))
+            logger.warning("%s: %s: %s", where, joined, _advice_on_delimiter(shared[0], delimiter))
             break
     spellings = pd.Series(names).groupby([name.casefold() for name in names]).agg(list)
     if same := next((found for found in spellings if len(found) > 1), None):
@@ -273,7 +275,7 @@ def _from_labels(
 
 
 def _path(label: Label, separator: str) -> tuple[str, ...]:
-    """Return the names in a label from the root down. A leading separator marks a root whose name is not unique."""
+    """Return the names in a label from the root down. A leading separator indicators a root whose name is not unique."""
     if isinstance(label, tuple):
         return label
     # white space around a label was removed, also at the beginning of a separator " > "
@@ -282,8 +284,8 @@ def _path(label: Label, separator: str) -> tuple[str, ...]:
 
 def _lookup(taxonomy: Taxonomy) -> dict[Label, int]:
     """Map full paths and unique labels to node ids."""
-    paths: dict[Label, int] = {taxonomy.path_names(node): node for node in range(taxonomy.num_nodes)}
-    return {**paths, **{label.strip(): node for node, label in enumerate(taxonomy.labels)}}
+    lookup: dict[Label, int] = {label.strip(): node for node, label in enumerate(taxonomy.labels)}
+    return lookup | taxonomy.node_of_path
 
 
 def _node(taxonomy: Taxonomy, lookup: dict[Label, int], label: Label) -> int:

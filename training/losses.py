@@ -1,26 +1,27 @@
-"""The training loss: a focal loss per decision on the path to a document's label.
+"""Training losses, and the divergence of two predictions, each for one path per text and for multi-label data.
 
-A decision is a softmax over siblings. A document labelled with an inner node trains only the decisions down to it. With
-the defaults, the loss is the model's own negative log-likelihood.
+For one path, a decision is a softmax over siblings, and a text labelled with an inner node trains only the decisions down to
+it. With the default settings, the losses are the model's own.
 """
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modeling_hierarchical import TreeSoftmax, average_over_labels
+from modeling_hierarchical import IGNORED_LABEL, TreeSigmoid, TreeSoftmax, average_over_labels
 from taxonomy_hierarchical import Taxonomy
 
 
 def balanced_weights(counts: Tensor, group: Tensor) -> Tensor:
     """Weight each class among its siblings by n / (K · n_c), as scikit-learn's ``compute_class_weight("balanced")``.
 
-    n_c of the n documents of K siblings have the class. A class without documents is not counted in K and has weight 1.
+    n_c of the n texts of K siblings have the class. A class without texts is not counted in K and has weight 1.
     """
     seen = counts > 0
-    documents, classes = (torch.bincount(group, values.double())[group] for values in (counts, seen))
-    return torch.where(seen, documents / (classes * counts), 1).float()
+    texts, classes = (torch.bincount(group, values.double())[group] for values in (counts, seen))
+    return torch.where(seen, texts / (classes * counts), 1).float()
 
 
 def weight_of_level(weights: Sequence[float], level: int) -> float:
@@ -48,7 +49,7 @@ class HierarchicalFocalLoss(nn.Module):
         super().__init__()
         self.gamma, self.label_smoothing = gamma, label_smoothing
         self.decisions = TreeSoftmax(tree)
-        group, ancestors = self.decisions.group, self.decisions.ancestors
+        group, ancestors = self.decisions.decision_of, self.decisions.ancestors
         size = torch.bincount(group)[group]
         levels = torch.tensor([weight_of_level(level_weights, level) for level in range(1, tree.depth + 1)])
         # an only child is no decision: its p is 1 whatever the weights, and so are its loss and gradient 0
@@ -66,7 +67,7 @@ class HierarchicalFocalLoss(nn.Module):
         log_p = nn.functional.pad(conditional, (0, 1)).gather(1, path)  # (B, depth)
         loss = -log_p
         if self.label_smoothing:
-            group = self.decisions.group
+            group = self.decisions.decision_of
             groups = group.expand_as(conditional)
             over_siblings = torch.zeros_like(conditional).scatter_add(1, groups, conditional / self.size)
             mean = nn.functional.pad(over_siblings[:, group], (0, 1)).gather(1, path)
@@ -75,3 +76,72 @@ class HierarchicalFocalLoss(nn.Module):
             # the floor keeps the slope of x^γ finite at x = 0 when γ < 1
             loss = loss * (-torch.expm1(log_p)).clamp(min=1e-7) ** self.gamma
         return average_over_labels((loss * self.weights[nodes]).sum(1), labels, num_items_in_batch)
+
+
+class MultiLabelFocalLoss(nn.Module):
+    """Sum over a text's known nodes of  w_level · α · (1 - p)^γ · BCE, divided by the number of texts.
+
+    p is the probability of the correct outcome. BCE is the binary cross-entropy of P(node) with the target
+    (1 - ε) · y + ε · r. Here r is the node's rate in the training rows. Smoothing towards ½ would make rare nodes too probable.
+    If ``balanced``, α is n / (2 · n_y) for outcome y of a node that is known in n training rows. See also
+    `HierarchicalFocalLoss`. With the defaults it is the model's own loss.
+
+    The likelihood of the open decisions teaches a node nothing about texts without its parent. Models trained with it rank
+    texts worse: docs/experiments.md, "Losses and settings for multi-label models".
+    """
+
+    def __init__(
+        self,
+        tree: Taxonomy,
+        labels: np.ndarray,
+        gamma: float = 0.0,
+        balanced: bool = False,
+        level_weights: Sequence[float] = (1.0,),
+        label_smoothing: float = 0.0,
+    ):
+        super().__init__()
+        self.gamma, self.label_smoothing = gamma, label_smoothing
+        self.decisions = TreeSigmoid(tree)
+        positive, total = (labels == 1).sum(0), (labels != IGNORED_LABEL).sum(0)
+        outcomes = np.stack([total - positive, positive])  # (2, N): rows with outcome 0 and 1
+        alpha = np.where(outcomes > 0, total / np.maximum(2 * outcomes, 1), 1) if balanced else np.ones(outcomes.shape)
+        levels = np.array([weight_of_level(level_weights, level) for level in tree.levels])
+        self.register_buffer("weights", torch.tensor(alpha * levels, dtype=torch.float32))
+        self.register_buffer("rates", torch.tensor((positive + 0.5) / (total + 1), dtype=torch.float32))
+
+    def forward(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Return the loss in nats for decision logits (B, num_nodes) and labels (B, num_nodes): 1, 0 or -100."""
+        marginal, outcome = self.decisions.marginal_logits(logits), labels.clamp(min=0)
+        target = outcome + self.label_smoothing * (self.rates - outcome)
+        loss = nn.functional.binary_cross_entropy_with_logits(marginal, target, reduction="none")
+        if self.gamma:
+            missed = torch.sigmoid((1 - 2 * outcome) * marginal)  # 1 - p
+            loss = loss * missed.clamp(min=1e-7) ** self.gamma  # the floor keeps the slope finite when γ < 1
+        loss = loss * torch.where(outcome == 1, self.weights[1], self.weights[0])
+        return average_over_labels(torch.where(labels != IGNORED_LABEL, loss, 0).sum(1), labels, num_items_in_batch)
+
+
+def symmetric_kl(log_p: Tensor, log_q: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
+    """Compute the symmetric Kullback-Leibler divergence of two predictions (B, C) in nats: half the sum of both directions.
+
+    The divergences of the texts are averaged as the loss is, see `average_over_labels`.
+    """
+    divergence = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(1) / 2
+    return average_over_labels(divergence, labels, num_items)
+
+
+def multi_label_symmetric_kl(
+    decisions: TreeSigmoid, p: Tensor, q: Tensor, labels: Tensor, num_items: Tensor | int | None = None
+) -> Tensor:
+    """Compute half the sum of both Kullback-Leibler divergences of two predictions for a text, in nats.
+
+    By the chain rule, it is ½ Σ over nodes of P(parent) · KL(p ‖ q) + Q(parent) · KL(q ‖ p). It is averaged as the loss is.
+    ``p`` and ``q`` are decision logits, (B, num_nodes).
+    """
+    divergence = torch.zeros_like(p[:, 0])
+    for one, other in ((p, q), (q, p)):
+        above = nn.functional.pad(decisions.marginal_logits(one).sigmoid(), (0, 1), value=1.0)[:, decisions.parents]
+        yes, no = nn.functional.logsigmoid(one), nn.functional.logsigmoid(-one)
+        gap_yes, gap_no = yes - nn.functional.logsigmoid(other), no - nn.functional.logsigmoid(-other)
+        divergence = divergence + (above * (yes.exp() * gap_yes + no.exp() * gap_no)).sum(1) / 2
+    return average_over_labels(divergence, labels, num_items)

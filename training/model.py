@@ -135,8 +135,7 @@ def change_taxonomy(model: HierarchicalForSequenceClassification, taxonomy: Taxo
         setattr(config, name, getattr(target, name))
     model.heads = HierarchicalHeads(config).to(old_heads.weight.device)
     model._init_weights(model.heads)  # initialize_weights() would draw a new adapter as well
-    old_id = {old.path_names(i): i for i in range(old.num_nodes)}
-    kept = {i: old_id[path] for i in range(taxonomy.num_nodes) if (path := taxonomy.path_names(i)) in old_id}
+    kept = {i: old.node_of_path[path] for path, i in taxonomy.node_of_path.items() if path in old.node_of_path}
     with torch.no_grad():
         for new, old_weights in zip(model.heads.parameters(), old_heads.parameters(), strict=True):
             new[[*kept]] = old_weights[[*kept.values()]]

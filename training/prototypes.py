@@ -17,7 +17,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, normalize, one
 from checkpoint_files import is_checkpoint, read_config
 from training.arguments import FEW_ROWS, ModelArguments
 from training.contrastive import train_contrastively
-from training.multi_label import label_arrays, prior_log_odds
+from training.label_arrays import label_arrays, prior_log_odds
 from training.trainer import HierarchicalTrainer
 
 logger = logging.getLogger(__name__)
@@ -45,9 +45,8 @@ def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: Mod
     continued = is_checkpoint(arguments.model_name_or_path)
     tree = trainer.model.config.tree
     if trainer.is_multi_label:
-        old = read_config(arguments.model_name_or_path).tree if continued else None
-        known = {old.path_names(node) for node in range(old.num_nodes)} if old else set()
-        new = [node for node in range(tree.num_nodes) if tree.path_names(node) not in known]
+        known = read_config(arguments.model_name_or_path).tree.node_of_path if continued else {}
+        new = [node for path, node in tree.node_of_path.items() if path not in known]
         bias = trainer.model.heads.bias
         with torch.no_grad():
             bias[new] = torch.from_numpy(prior_log_odds(tree, label_arrays(rows))).to(bias)[new]

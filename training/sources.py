@@ -20,7 +20,7 @@ from taxonomy_hierarchical import quote_name, to_nfc
 from training.arguments import DataArguments
 from training.data_report import SPLITS
 from training.files import sha256
-from training.labels import Label, read_label_sets, read_labels, read_mark, refuse_rows
+from training.labels import Label, read_indicator, read_label_sets, read_labels, refuse_rows
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ def read_rows(
     tables = [source.read(columns[source.name]) for source in sources.values()]
     cells = [cell for table in tables for name in [*table.columns][1:] for cell in table.columns[name]]
     multi_label = is_multi_label(any(isinstance(cell, list) for cell in cells), arguments)
-    refuse_marks(cells, next(iter(columns.values()))[1:], arguments, multi_label)
+    refuse_indicators(cells, next(iter(columns.values()))[1:], arguments, multi_label)
     parts, places = [], dict[Label, str]()
     for (split, source), table in zip(sources.items(), tables, strict=True):
         text_column, *label_columns = columns[source.name]
@@ -159,17 +159,22 @@ def read_rows(
     return pd.concat(parts, ignore_index=True), places, multi_label
 
 
-def refuse_marks(cells: list[Any], names: list[str], arguments: DataArguments, multi_label: bool) -> None:
+def refuse_indicators(cells: list[Any], names: list[str], arguments: DataArguments, multi_label: bool) -> None:
     """Raise InputError if the cells of the label columns are 0 and 1 alone, and their meaning is not clear."""
-    marks_alone = None not in map(read_mark, cells)
-    if marks_alone and len(names) > 1 and arguments.problem_type is None:
+    only_indicators = None not in map(read_indicator, cells)
+    if only_indicators and len(names) > 1 and arguments.problem_type is None:
         advice = f"give --problem_type {MULTI_LABEL}, or single_label_classification if they name the levels of a path"
         raise InputError(f"the columns {', '.join(map(quote_name, names))} hold 0 and 1 alone: {advice}")
-    if marks_alone and len(names) == 1 and multi_label and (arguments.class_names, arguments.taxonomy) == (None, None):
+    if (
+        only_indicators
+        and len(names) == 1
+        and multi_label
+        and (arguments.class_names, arguments.taxonomy) == (None, None)
+    ):
         advice = "give the names of a text's labels, or two or more columns, one per label"
         raise InputError(f"the column {quote_name(names[0])} holds 0 and 1 alone: {advice}")
     lists = [cell for cell in cells if isinstance(cell, list)]
-    if len({*map(len, lists)}) == 1 and len(lists[0]) > 1 and None not in map(read_mark, chain(*lists)):
+    if len({*map(len, lists)}) == 1 and len(lists[0]) > 1 and None not in map(read_indicator, chain(*lists)):
         advice = "give lists of the names of a text's labels, or one column per label"
         raise InputError(f"the lists of the column {quote_name(names[0])} hold 0 and 1 alone: {advice}")
 

@@ -25,8 +25,8 @@ from taxonomy_hierarchical import Taxonomy, quote_name
 from training import data_report
 from training.arguments import SHARE, DataArguments
 from training.data_report import SPLITS, rows_by_split
+from training.label_arrays import multi_hot
 from training.labels import resolve_labels
-from training.multi_label import multi_hot
 from training.sources import find_columns, find_split_sources, read_rows
 from training.trained_texts import NO_TRAINED_TEXTS, TrainedTexts, normalise_text, text_hash
 

@@ -1,20 +1,21 @@
-"""Tokenize texts."""
+"""Tokenize texts, and collate batches."""
 
 import logging
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
 from datasets import DatasetDict
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from errors import InputError
 from training.arguments import Arguments
 from training.data_report import length_report, log_report
-from training.multi_label import multi_hot
+from training.label_arrays import multi_hot
 from training.splits import LabelledSplits
-from training.views import sentence_numbers
+from training.views import PADDING, sentence_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -73,3 +74,25 @@ def tokenize(
         rows = rows.remove_columns("full_length")
         tokenized[split] = rows if training else rows.select(np.argsort(rows["length"], kind="stable"))
     return tokenized, reports
+
+
+class Collator(DataCollatorWithPadding):
+    """Pad a batch. ``row`` and ``sentences`` become NumPy arrays on the CPU, so making halves does not wait for a GPU."""
+
+    def __call__(self, features: list[dict]) -> BatchEncoding:
+        own = {name: [row[name] for row in features] for name in ("row", "sentences") if name in features[0]}
+        batch = super().__call__([{k: v for k, v in row.items() if k not in own} for row in features])
+        if "labels" in batch and batch["labels"].dim() == 2:  # of several labels, for binary cross-entropy
+            batch["labels"] = batch["labels"].float()
+        if "row" in own:
+            batch["row"] = np.array(own["row"])
+        if "sentences" in own:
+            tokens = batch["attention_mask"].bool().numpy()
+            batch["sentences"] = np.full(tokens.shape, PADDING)
+            batch["sentences"][tokens] = np.concatenate(own["sentences"])
+        return batch
+
+
+def build_collator(tokenizer: PreTrainedTokenizerBase) -> Collator:
+    """Return a collator that pads to a multiple of 8 tokens, and never beyond the tokenizer's limit."""
+    return Collator(tokenizer, pad_to_multiple_of=math.gcd(8, tokenizer.model_max_length))

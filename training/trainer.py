@@ -34,10 +34,10 @@ from modeling_hierarchical import IGNORED_LABEL, binary_cross_entropy, has_label
 from publishing.trainer import PublishingTrainer
 from training.arguments import METRIC_SCHEDULERS
 from training.cpu import use_training_kernels
-from training.multi_label import multi_label_symmetric_kl
+from training.losses import multi_label_symmetric_kl, symmetric_kl
 from training.resume import START_ANEW
 from training.sampler import LengthGroupedSampler
-from training.views import halves, symmetric_kl
+from training.views import halves
 
 logger = logging.getLogger(__name__)
 

@@ -8,16 +8,12 @@ Worth knowing:
    assigned independently, the factor would be 1.8.
 """
 
-import math
 import re
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedTokenizerBase
-
-from modeling_hierarchical import average_over_labels
 
 FIRST_IN_BOTH = 0.7  # how often both halves have the first sentence, which is usually a title
 LONGEST_HALF = 0.55  # largest share of a text's tokens in one half
@@ -31,23 +27,6 @@ def sentence_numbers(text: str, ends: Sequence[int]) -> list[int]:
     starts = [boundary.end() for boundary in BOUNDARY.finditer(text)]
     numbers = np.searchsorted(starts, np.asarray(ends) - 1, side="right")
     return np.where(np.asarray(ends) == 0, NO_SENTENCE, numbers).tolist()
-
-
-class CollatorWithSentences(DataCollatorWithPadding):
-    """Pad ``sentences`` too. They and ``row`` become NumPy arrays, so no step waits for a GPU to make halves."""
-
-    def __call__(self, features: list[dict]) -> BatchEncoding:
-        own = {name: [row[name] for row in features] for name in ("row", "sentences") if name in features[0]}
-        batch = super().__call__([{k: v for k, v in row.items() if k not in own} for row in features])
-        if "labels" in batch and batch["labels"].dim() == 2:  # of several labels, for binary cross-entropy
-            batch["labels"] = batch["labels"].float()
-        if "row" in own:
-            batch["row"] = np.array(own["row"])
-        if "sentences" in own:
-            tokens = batch["attention_mask"].bool().numpy()
-            batch["sentences"] = np.full(tokens.shape, PADDING)
-            batch["sentences"][tokens] = np.concatenate(own["sentences"])
-        return batch
 
 
 def halves(
@@ -94,17 +73,3 @@ def split_sentences(counts: np.ndarray, generator: np.random.Generator) -> np.nd
         tokens[half] += counts[sentence]
     parts[:, 0] |= generator.random() < FIRST_IN_BOTH
     return parts
-
-
-def symmetric_kl(log_p: Tensor, log_q: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
-    """Compute the symmetric Kullback-Leibler divergence of two predictions (B, C) in nats: half the sum of both directions.
-
-    The divergences of the texts are averaged as the loss is, see `average_over_labels`.
-    """
-    divergence = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(1) / 2
-    return average_over_labels(divergence, labels, num_items)
-
-
-def build_collator(tokenizer: PreTrainedTokenizerBase) -> CollatorWithSentences:
-    """Return a collator that pads to a multiple of 8 tokens, and never beyond the tokenizer's limit."""
-    return CollatorWithSentences(tokenizer, pad_to_multiple_of=math.gcd(8, tokenizer.model_max_length))

@@ -44,7 +44,7 @@ class Flat(HierarchicalHeads):
 class Independent(HierarchicalHeads):
     def forward(self, pooled: Tensor) -> Tensor:
         scores = torch.nn.functional.linear(pooled, self.weight, self.bias)
-        conditional = segment_log_softmax(scores, self.decisions.group, self.decisions.num_groups)
+        conditional = segment_log_softmax(scores, self.decisions.decision_of, self.decisions.num_decisions)
         return torch.nn.functional.pad(conditional, (0, 1))[:, self.decisions.ancestors].sum(-1)
 
 

@@ -40,7 +40,7 @@ from evaluation.lexical import REGULARISATION, LexicalClassifier, token_counts
 from evaluation.multi_label import marginal_logits
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import DataArguments
-from training.multi_label import multi_hot, prior_log_odds
+from training.label_arrays import multi_hot, prior_log_odds
 from training.splits import load_splits
 from training.tokens import tokenize
 

@@ -31,7 +31,8 @@ sys.path.insert(0, str(ROOT))
 import train
 from modeling_hierarchical import HierarchicalHeads, TreeSoftmax, average_over_labels, segment_logsumexp
 from taxonomy_hierarchical import Taxonomy
-from training.multi_label import MultiLabelFocalLoss, open_counts, prior_log_odds
+from training.label_arrays import open_counts, prior_log_odds
+from training.losses import MultiLabelFocalLoss
 
 SCORED = 0.2  # of the training texts
 MEAN = ("--pooling", "mean")
@@ -97,8 +98,8 @@ class NestedScores(MultiLabelFocalLoss):
         super().__init__(tree, labels, *arguments, **settings)
         nested, plain = TreeSoftmax(tree), HierarchicalHeads.own_scores
         prior = torch.from_numpy(prior_log_odds(tree, labels)).float()[None]
-        inclusive = segment_logsumexp(prior, nested.group, nested.num_groups)
-        initial = pad(inclusive, (0, 1))[:, nested.below]
+        inclusive = segment_logsumexp(prior, nested.decision_of, nested.num_decisions)
+        initial = pad(inclusive, (0, 1))[:, nested.decision_of_children]
 
         def own_scores(heads: HierarchicalHeads, *inputs: Any) -> Tensor:
             return nested.with_inclusive_values(plain(heads, *inputs) - initial)

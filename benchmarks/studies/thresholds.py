@@ -50,7 +50,7 @@ def study(task: Task, file: Path) -> None:
     scores = {
         split: (z - np.array(config.node_biases)) / np.array(config.node_scales) for split, z in np.load(file).items()
     }
-    fit, texts = multi_label.fit_calibration, np.arange(len(scores["validation"]))
+    fit, texts = multi_label.fit_multi_label_calibration, np.arange(len(scores["validation"]))
     u = calibrate_out_of_fold(fit, tree, scores["validation"], None, labels["validation"], texts)
     probabilities = expit(fit(tree, scores["validation"], None, labels["validation"]).apply(tree, scores["test"], None))
     for repeats in REPEATS:

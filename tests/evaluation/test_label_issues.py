@@ -17,7 +17,7 @@ from evaluation.label_issues import COLUMNS, assign_folds, list_label_issues
 from evaluation.lexical import log_odds_variance
 from evaluation.metrics import one_hot
 from taxonomy_hierarchical import Taxonomy
-from training.multi_label import multi_hot
+from training.label_arrays import multi_hot
 
 TREE = Taxonomy(["a", {"b": ["c", "d", {"e": ["f", "g"]}]}])
 VOCABULARY = 40

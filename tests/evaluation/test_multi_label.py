@@ -31,7 +31,7 @@ from evaluation.multi_label import (
     build_multi_label_metrics,
     choose_strength,
     common_threshold,
-    fit_calibration,
+    fit_multi_label_calibration,
     fit_node_thresholds,
     fit_recall_thresholds,
     join_names,
@@ -103,18 +103,18 @@ def test_calibration_recovers_the_parameters_that_the_labels_were_drawn_with():
     encoder, words = generator.normal(0, 2, (2, 60_000, TREE.num_nodes))
     scales, biases = generator.uniform(0.5, 1.2, TREE.num_nodes), generator.uniform(-0.4, 0.4, TREE.num_nodes)
     labels = drawn(TREE, scales * (encoder + 0.6 * words) + biases)
-    fitted = fit_calibration(TREE, encoder, words, labels)
+    fitted = fit_multi_label_calibration(TREE, encoder, words, labels)
     assert fitted.lexical_weight == pytest.approx(0.6, rel=0.05)
     assert fitted.node_scales == pytest.approx(scales, rel=0.08)
     assert fitted.node_biases == pytest.approx(biases, abs=0.06)
     # lexical scores that contradict the labels get no weight
-    assert fit_calibration(TREE, encoder, -words, labels).lexical_weight == 0
-    assert fit_calibration(TREE, encoder, None, labels).lexical_weight == 0
+    assert fit_multi_label_calibration(TREE, encoder, -words, labels).lexical_weight == 0
+    assert fit_multi_label_calibration(TREE, encoder, None, labels).lexical_weight == 0
 
 
 def test_each_node_has_the_map_estimate_on_its_open_rows():
     z, labels = case(TREE, 60, unknown=0.05)
-    fitted = fit_calibration(TREE, 2 * z + 1, None, labels)
+    fitted = fit_multi_label_calibration(TREE, 2 * z + 1, None, labels)
 
     def posterior(parameters: np.ndarray, node: int | None, mean: float) -> float:
         value = ((parameters[0] - mean) ** 2 + parameters[1] ** 2) / (2 * PRIOR_STD**2)
@@ -136,9 +136,9 @@ def test_nodes_without_open_rows_keep_the_prior_and_nodes_with_one_class_stay_mo
     z, labels = case(TREE, 200)
     labels[:, [G, H]] = 0  # G is never true, so H is never open
     labels[:, C] = np.where(labels[:, B] == 1, 1, 0)
-    fitted = fit_calibration(TREE, z, None, labels)
+    fitted = fit_multi_label_calibration(TREE, z, None, labels)
     assert fitted.node_biases[H] == 0
-    others = fit_calibration(TREE, z[:, :], None, np.where(np.arange(8) == H, -100, labels))
+    others = fit_multi_label_calibration(TREE, z[:, :], None, np.where(np.arange(8) == H, -100, labels))
     assert fitted.node_scales == others.node_scales
     assert -3 < fitted.node_biases[G] < -0.3
     assert 0.3 < fitted.node_biases[C] < 3
@@ -150,11 +150,11 @@ def test_unknown_labels_and_closed_decisions_teach_nothing():
     closed = ~open_decisions(TREE, labels)
     assert (labels == -100).any()
     assert closed.any()
-    expected = fit_calibration(TREE, z, words, labels)
+    expected = fit_multi_label_calibration(TREE, z, words, labels)
     other = np.where(closed, 1000.0, z)
-    assert fit_calibration(TREE, other, words, labels) == expected
-    assert fit_calibration(TREE, z.astype(np.float64), words, labels.astype(np.float32)) == expected
-    nothing = fit_calibration(TREE, z, words, np.full_like(labels, -100))
+    assert fit_multi_label_calibration(TREE, other, words, labels) == expected
+    assert fit_multi_label_calibration(TREE, z.astype(np.float64), words, labels.astype(np.float32)) == expected
+    nothing = fit_multi_label_calibration(TREE, z, words, np.full_like(labels, -100))
     assert nothing == MultiLabelCalibration(0.0, [1.0] * 8, [0.0] * 8)
 
 
@@ -170,8 +170,10 @@ def test_calibration_is_applied_node_by_node():
 def test_a_single_text_is_scored_by_its_own_calibration():
     z, labels = case(TREE, 300)
     texts = np.arange(300)
-    single = calibrate_out_of_fold(fit_calibration, TREE, z[:1], None, labels[:1], texts[:1])
-    np.testing.assert_array_equal(single, fit_calibration(TREE, z[:1], None, labels[:1]).apply(TREE, z[:1], None))
+    single = calibrate_out_of_fold(fit_multi_label_calibration, TREE, z[:1], None, labels[:1], texts[:1])
+    np.testing.assert_array_equal(
+        single, fit_multi_label_calibration(TREE, z[:1], None, labels[:1]).apply(TREE, z[:1], None)
+    )
 
 
 # Thresholds

@@ -21,7 +21,7 @@ from publishing import card
 from publishing.environment import describe_environment
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 from training.data_report import describe, describe_label_sets, length_report, shared_texts, untrained_classes
-from training.multi_label import multi_hot
+from training.label_arrays import multi_hot
 
 ENCODER, COMMIT = "emilyalsentzer/Bio_ClinicalBERT", "d5892b39a4adaed74b92212a44081509db72f87b"
 HOSTILE = [

@@ -342,9 +342,9 @@ def test_a_model_built_without_memory_fills_its_indices_when_it_is_loaded(tmp_pa
     model = small_model()
     model.save_pretrained(tmp_path)
     with torch.device("meta"):
-        assert HierarchicalForSequenceClassification(model.config).heads.decisions.group.is_meta
+        assert HierarchicalForSequenceClassification(model.config).heads.decisions.decision_of.is_meta
     loaded = HierarchicalForSequenceClassification.from_pretrained(tmp_path)
-    assert loaded.heads.decisions.group.equal(model.heads.decisions.group)
+    assert loaded.heads.decisions.decision_of.equal(model.heads.decisions.decision_of)
     assert loaded.heads.decisions.ancestors.equal(model.heads.decisions.ancestors)
 
 

@@ -17,7 +17,7 @@ from errors import InputError
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import DataArguments, parse
 from training.data_report import describe_label_sets
-from training.multi_label import multi_hot
+from training.label_arrays import multi_hot
 from training.splits import load_splits
 from training.trained_texts import TrainedTexts, normalise_text, text_hash
 

@@ -8,12 +8,8 @@ from torch.nn import functional
 
 from modeling_hierarchical import TreeSigmoid, binary_cross_entropy
 from taxonomy_hierarchical import Taxonomy
-from training.multi_label import (
-    MultiLabelFocalLoss,
-    multi_hot,
-    multi_label_symmetric_kl,
-    prior_log_odds,
-)
+from training.label_arrays import multi_hot, prior_log_odds
+from training.losses import MultiLabelFocalLoss, multi_label_symmetric_kl
 
 TREE = Taxonomy(["x", {"a": ["b", {"c": ["d", "e"]}]}])  # leaves x b d e are 0 to 3, a is 4, c is 5
 ID = {name: i for i, name in enumerate(TREE.labels)}

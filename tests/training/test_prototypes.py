@@ -14,8 +14,8 @@ from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 from training.arguments import ModelArguments
 from training.model import build_model
 from training.prototypes import DESCRIPTION_WEIGHT, NAME_WEIGHT, TYPICAL_SCORE, initialise_heads
+from training.tokens import build_collator
 from training.trainer import HierarchicalTrainer
-from training.views import build_collator
 
 TREE = Taxonomy(DEFAULT_TAXONOMY)
 ROWS = [

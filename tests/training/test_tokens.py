@@ -13,10 +13,9 @@ from transformers import PreTrainedTokenizerFast
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import parse
 from training.data_report import length_report
-from training.multi_label import label_arrays, multi_hot
+from training.label_arrays import label_arrays, multi_hot
 from training.splits import load_splits
-from training.tokens import tokenize, tokenize_splits
-from training.views import build_collator
+from training.tokens import build_collator, tokenize, tokenize_splits
 
 
 def word_tokenizer(side="right", **arguments):

@@ -16,12 +16,13 @@ from errors import InputError
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import HierarchicalTrainingArguments, ModelArguments
-from training.losses import HierarchicalFocalLoss
+from training.label_arrays import label_arrays, multi_hot
+from training.losses import HierarchicalFocalLoss, MultiLabelFocalLoss, multi_label_symmetric_kl
 from training.model import build_model, size_report
-from training.multi_label import MultiLabelFocalLoss, label_arrays, multi_hot, multi_label_symmetric_kl
 from training.sampler import LengthGroupedSampler
+from training.tokens import build_collator
 from training.trainer import HierarchicalTrainer
-from training.views import build_collator, halves
+from training.views import halves
 
 TREE = Taxonomy({"a": ["b", "c"], "d": None, "e": ["f", "g", "h"]})
 TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}

@@ -10,15 +10,9 @@ from transformers import AutoTokenizer
 
 from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from training.views import (
-    NO_SENTENCE,
-    CollatorWithSentences,
-    build_collator,
-    halves,
-    sentence_numbers,
-    split_sentences,
-    symmetric_kl,
-)
+from training.losses import symmetric_kl
+from training.tokens import Collator, build_collator
+from training.views import NO_SENTENCE, halves, sentence_numbers, split_sentences
 
 TEXTS = [
     "A trial of stents. Forty patients were treated? All recovered (p < 0.05)! None died; follow-up was 2.5 years.",
@@ -157,7 +151,7 @@ def test_rows_without_sentences_are_padded_as_ever(tokenizer):
         {"input_ids": [101, 7, 102], "attention_mask": [1, 1, 1]},
         {"input_ids": [101, 102], "attention_mask": [1, 1]},
     ]
-    assert CollatorWithSentences(tokenizer)(rows).keys() == {"input_ids", "attention_mask"}
+    assert Collator(tokenizer)(rows).keys() == {"input_ids", "attention_mask"}
 
 
 def test_disagreement_is_the_mean_of_both_divergences():

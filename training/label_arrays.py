@@ -1,0 +1,57 @@
+"""Labels as arrays, and what multi-label arrays say of each decision.
+
+In multi-label data, a text with a node has all its ancestors. Each node is a decision given its parent, open where the text has
+the parent.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from datasets import Dataset
+from pyarrow.types import is_nested
+
+from modeling_hierarchical import IGNORED_LABEL, TreeSigmoid
+from taxonomy_hierarchical import Taxonomy
+
+
+def multi_hot(taxonomy: Taxonomy, labels: Sequence[Sequence[int]], incomplete: bool = False) -> np.ndarray:
+    """Return the labels of texts as an array (num_texts, num_nodes) of int8: 1 for a text's nodes and their ancestors.
+
+    If ``incomplete``, all nodes below the deepest ones are -100.
+    """
+    array = np.zeros((len(labels), taxonomy.num_nodes), dtype=np.int8)
+    for row, nodes in zip(array, labels, strict=True):
+        row[list(taxonomy.with_ancestors(nodes))] = 1
+        if incomplete:
+            for node in taxonomy.deepest(nodes):
+                row[taxonomy.nodes_below[node]] = IGNORED_LABEL
+    return array
+
+
+def label_arrays(rows: Dataset) -> np.ndarray:
+    """Return the column ``labels`` of tokenized rows: node ids (num_rows,), or arrays (num_rows, num_nodes) of int8."""
+    column = rows.with_format("arrow")[:].column("labels").combine_chunks()
+    if not is_nested(column.type):
+        return np.array(column)
+    return np.array(column.flatten()).reshape(len(rows), -1)
+
+
+def open_decisions(taxonomy: Taxonomy, labels: np.ndarray) -> np.ndarray:
+    """Return whether a node's label is known, and its parent's is 1 or it is a root: (num_rows, num_nodes)."""
+    return TreeSigmoid(taxonomy).open_decisions(torch.from_numpy(labels)).numpy()
+
+
+def open_counts(taxonomy: Taxonomy, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Count each node's positive rows of `multi_hot`, and the rows in which its decision is open: (num_nodes,) each."""
+    is_open = open_decisions(taxonomy, labels)
+    return ((labels == 1) & is_open).sum(0), is_open.sum(0)
+
+
+def prior_log_odds(taxonomy: Taxonomy, labels: np.ndarray) -> np.ndarray:
+    """Return each node's log-odds given its parent, smoothed by half a row of each outcome: (num_nodes,).
+
+    Biases start there. From zero, training would first have to learn these frequencies.
+    """
+    positive, total = open_counts(taxonomy, labels)
+    return np.log((positive + 0.5) / (total - positive + 0.5))
