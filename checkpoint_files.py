@@ -49,7 +49,7 @@ def published_files(folder: Path) -> dict[str, Path | bytes]:
 
 
 def refuse_missing_folder(name: str) -> None:
-    """Raise InputError for the name of a model that can only be a folder, and is none."""
+    """Raise InputError if the name of a model can only be a folder, and the folder does not exist."""
     if not Path(name).is_dir() and (not name or name.startswith(("/", ".", "~")) or name.count("/") > 1):
         raise InputError(f"cannot load the model {name}: there is no such folder")
 

@@ -85,8 +85,8 @@ class LexicalHead(nn.Module):
     """Linear classifier over the bag of tokens, beside the encoder. Classes are the leaves, or for multi-label models all nodes.
 
     Token weights are TF-IDF, (1 + log count) · idf, and a text's vector has length 1, as in scikit-learn's
-    `TfidfTransformer` with ``sublinear_tf``. `evaluation.lexical` weights ``idf`` by class, and fits the head after
-    training, never by gradient.
+    `TfidfTransformer` with ``sublinear_tf``. `evaluation.lexical` multiplies ``idf`` by the variance of the token's
+    log-odds over the classes. It fits the head after training, without backpropagation.
     """
 
     def __init__(self, vocab_size: int, num_classes: int):

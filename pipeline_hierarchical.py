@@ -48,12 +48,12 @@ TOKENS_ON_CPU, TOKENS_ELSEWHERE = 2048, 32_768  # in a batch, padding included
 TEXTS_AHEAD = 512
 CHARACTERS_PER_TOKEN = 8  # most texts have fewer
 BATCHES_AHEAD = 32
-MOST_TOKENIZERS = 8
-HIGHEST_COST = 1e300  # the sum of two is finite
+MAX_TOKENIZERS = 8
+MAX_COST = 1e300  # the sum of two is finite
 DEFAULT_THRESHOLD = 0.5  # of an uncalibrated multi-label checkpoint
-MOST_NODES = 3  # in an answer: as many as a reader takes in at a glance
-# core counts of the calls that are starting workers now, with any checkpoint's copy of this module; a lock could stay locked
-# after Ctrl+C
+MAX_ANSWER_NODES = 3  # in an answer: as many as a reader takes in at a glance
+# Core counts of the calls that are starting threads. All copies of this module share the list. A lock could stay locked after
+# Ctrl+C.
 STARTING: list[int] = vars(threading).setdefault("_hierarchical_starting", [])
 
 
@@ -61,7 +61,7 @@ STARTING: list[int] = vars(threading).setdefault("_hierarchical_starting", [])
 class PendingTexts:
     """Texts whose batches are being computed."""
 
-    owners: list[int]  # the index of each window's text, in the order of the batches
+    text_of_window: list[int]  # the index of each window's text, in the order of the batches
     truncated: list[bool]  # one a text
     outputs: list[Future]  # for each batch, its node log-probabilities (B, num_nodes)
 
@@ -256,7 +256,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         self, texts: list[str], batch_size: int | None, truncation: dict, workers: Executor | None, alone: bool = True
     ) -> PendingTexts:
         """Tokenize texts and submit their batches to ``workers``; with None compute the batches at once."""
-        windows, owners, truncated = self.preprocess(texts, **truncation)
+        windows, text_of_window, truncated = self.preprocess(texts, **truncation)
         lengths = [len(window["input_ids"]) for window in windows]
         batches = batches_by_length(
             lengths, batch_size, TOKENS_ON_CPU if self.device.type == "cpu" else TOKENS_ELSEWHERE
@@ -274,15 +274,15 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             else:
                 outputs.append(Future())
                 outputs[-1].set_result(self.forward(inputs))
-        return PendingTexts([owners[i] for batch in batches for i in batch], truncated, outputs)
+        return PendingTexts([text_of_window[i] for batch in batches for i in batch], truncated, outputs)
 
     def _collect(self, pending: PendingTexts, output: dict) -> Iterator:
         """Yield the results of pending texts in order. The probabilities of windows are combined in float64."""
-        owners = torch.tensor(pending.owners)
+        text_of_window = torch.tensor(pending.text_of_window)
         windows = torch.cat([batch.result()["node_log_probs"].double().exp() for batch in pending.outputs])
         combined = torch.zeros(len(pending.truncated), self.tree.num_nodes, dtype=torch.float64)
         reduce = "amax" if self.model.config.is_multi_label else "mean"
-        combined.scatter_reduce_(0, owners[:, None].expand_as(windows), windows, reduce, include_self=False)
+        combined.scatter_reduce_(0, text_of_window[:, None].expand_as(windows), windows, reduce, include_self=False)
         columns = {"nodes": combined.tolist(), "truncated": pending.truncated}
         if "costs" in output and not self.model.config.is_multi_label:
             least = expected_costs(self.tree, combined, output["costs"]).min(1)
@@ -317,14 +317,14 @@ class HierarchicalTextClassificationPipeline(Pipeline):
                 break
             characters *= 4  # a text of long words has fewer tokens than that
         names = dict.fromkeys(name for name in (*self.tokenizer.model_input_names, "attention_mask") if name in encoded)
-        windows, owners, special = [], list[int](), self.tokenizer.num_special_tokens_to_add()
+        windows, text_of_window, special = [], list[int](), self.tokenizer.num_special_tokens_to_add()
         for i, owner in enumerate(encoded["overflow_to_sample_mapping"]):
-            if stride is not None or [owner] != owners[-1:]:
+            if stride is not None or [owner] != text_of_window[-1:]:
                 if len(encoded["input_ids"][i]) <= special:
                     raise ValueError("a text has no tokens: the model's tokenizer drops all its characters")
                 windows.append({name: encoded[name][i] for name in names})
-                owners.append(owner)
-        return windows, owners, [stride is None and counts[i] > 1 for i in range(len(texts))]
+                text_of_window.append(owner)
+        return windows, text_of_window, [stride is None and counts[i] > 1 for i in range(len(texts))]
 
     def _tokenize(self, texts: list[str], window: int, stride: int) -> Any:
         settings = {"truncation": True, "max_length": window, "stride": stride, "return_overflowing_tokens": True}
@@ -335,7 +335,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         if tokenizer is None:
             tokenizer = copy.deepcopy(self.tokenizer)
             tokenizer(["a"], **settings)  # its state is final from here on
-            while len(self._tokenizers) >= MOST_TOKENIZERS:
+            while len(self._tokenizers) >= MAX_TOKENIZERS:
                 self._tokenizers.pop(next(iter(self._tokenizers)), None)
             self._tokenizers[window, stride] = tokenizer
         return tokenizer(texts, **settings)
@@ -498,7 +498,7 @@ def growing_answers(tree: Taxonomy, leaves: list[int]) -> Iterator[tuple[int, se
         path = tree.path(leaf)
         for i, nodes in enumerate(at_level):
             nodes.add(path[min(i, len(path) - 1)])
-        while level > 1 and len(at_level[level - 1]) > MOST_NODES:
+        while level > 1 and len(at_level[level - 1]) > MAX_ANSWER_NODES:
             level -= 1
         yield leaf, at_level[level - 1]
 
@@ -603,7 +603,7 @@ def read_cost(value: Any, what: str) -> float:
         cost = float(value)
     except (TypeError, ValueError, OverflowError):
         cost = math.nan
-    if not 0 <= cost <= HIGHEST_COST:
+    if not 0 <= cost <= MAX_COST:
         raise ValueError(f"costs: {what}: a cost is a number from 0 to 1e300, not {quote_name(value)}")
     return cost
 

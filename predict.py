@@ -55,10 +55,10 @@ def main(argv: list[str]) -> int:
             flags = {flag: value for flag, value in vars(arguments).items() if flag not in WITHOUT_EFFECT}
             options = flags | {"costs": costs_description} | model.description
             with tqdm(unit=" rows", disable=None) as bar:
-                output.write_parts(chain([first], records), options, model.predict_blocks, partial(advance, bar))
+                output.write_blocks(chain([first], records), options, model.predict_blocks, partial(advance, bar))
         files = [{"name": source.name, "bytes": source.size} for source in sources]
         manifest = {"model": arguments.model, "commit": arguments.revision, "options": options, "input": files}
-        num_problems = output.join_parts(model.rows.open, manifest)
+        num_problems = output.join_blocks(model.rows.open, manifest)
     problems = f"; {num_problems:,} rows could not be read: {output.errors}" if num_problems else ""
     print(f"done: {output.name}{problems}", file=sys.stderr)
     return 1 if num_problems else 0

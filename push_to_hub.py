@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-# before it is imported: it suggests kernels from the Hub, whose code is not pinned
+# silence bitsandbytes before its import: it suggests unpinned kernels from the Hub
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import transformers
@@ -98,7 +98,7 @@ def read_card(path: Path, model_id: str, merged: bool) -> str:
     try:
         readme = path.read_text(encoding="utf-8-sig")
         RepoCard(readme).validate()
-        return card.rename(readme, model_id, merged)
+        return card.update_for_publishing(readme, model_id, merged)
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: save it as UTF-8") from error
     except HUB_ERRORS as error:

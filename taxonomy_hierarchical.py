@@ -35,8 +35,8 @@ MAX_NAME = 500  # characters
 # the most that a message quotes from a user's file, see `looks_like_name`
 SHOWN_CHARACTERS, SHOWN_WORDS, SHOWN_DIGITS = 60, 5, 4
 NEAR = 0.85  # similarity by difflib from which one name may be a misspelling of another
-MOST_COMPARED = 1_000_000  # pairs of names, a few seconds
-NO_VALUE = ("", "null", "~")  # what stands for nothing in YAML, where `read_yaml` leaves all values text
+MAX_COMPARED = 1_000_000  # pairs of names, a few seconds
+NO_VALUE = ("", "null", "~")  # YAML's spellings of null; `read_yaml` keeps all values as text
 UNWRITABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, halves of surrogate pairs, line and paragraph separators
 
 
@@ -334,7 +334,7 @@ def _problem(name: Any, below: Any, parent: tuple[str, ...]) -> str | None:
 
 def _warn_of_misspelt_roots(names: list[str], children: dict[str, dict]) -> None:
     """Warn of roots whose name resembles another node's. Large taxonomies, where this takes long, are skipped."""
-    if len(names) * len(children) > MOST_COMPARED:
+    if len(names) * len(children) > MAX_COMPARED:
         return
     for name in names:
         others = children.keys() - {name, *children[name]}

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# before it is imported: it asks for kernels from the Hub, whose code is not pinned, and warns of each 8-bit layer's cast
+# silence bitsandbytes before its import: it suggests unpinned kernels from the Hub, and warns of each 8-bit layer's cast
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import numpy as np
@@ -35,7 +35,7 @@ from evaluation.label_issues import write_label_issues
 from evaluation.lexical import fit_classifier
 from taxonomy_hierarchical import TaxonomyError
 from training import resume
-from training.arguments import Arguments, HierarchicalTrainingArguments, fit_to_data, parse
+from training.arguments import Arguments, HierarchicalTrainingArguments, check_against_data, parse
 from training.files import write_json
 from training.label_arrays import label_arrays
 from training.losses import HierarchicalFocalLoss, MultiLabelFocalLoss
@@ -50,7 +50,11 @@ from training.trainer import HierarchicalTrainer
 
 logger = logging.getLogger("train")
 
-BEFORE_CALIBRATION = ("_loss", "_ece", "_ece_by_chance")  # what calibrated scores may lack
+BEFORE_CALIBRATION = (
+    "_loss",
+    "_ece",
+    "_ece_by_chance",
+)  # suffixes of metrics that may be measured before calibration only
 SELECTION = "selection"  # folder of the run that chooses the epochs for --refit, in the output folder
 
 Prepare = Callable[[HierarchicalTrainer], HierarchicalTrainer]
@@ -159,7 +163,7 @@ def train(
     """
     training = arguments.training
     first_run = Path(training.output_dir) / SELECTION if training.refit else None  # `selection_run` switches refit off
-    fit_to_data(arguments, data.taxonomy, data.splits, report.build_metrics(data.taxonomy, data.is_multi_label))
+    check_against_data(arguments, data.taxonomy, data.splits, report.build_metrics(data.taxonomy, data.is_multi_label))
     heads_init = resume.check_resumed_data(resume_from, data.taxonomy, data.report) if resume_from else None
 
     # ── Model: encoder, adapter, heads, tokenizer ────────────────────────────────────────────────────────────────────

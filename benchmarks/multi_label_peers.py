@@ -60,7 +60,7 @@ TFIDF: dict[str, Any] = {"ngram_range": (1, 2), "sublinear_tf": True, "min_df": 
 STOP_WORDS = (None, "english")
 SVM_STRENGTHS, LOGISTIC_STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0), (1.0, 3.0, 10.0, 30.0, 100.0)  # C
 TREE_STRENGTHS = (10.0, 100.0, 1e3, 1e4)
-MOST_LEAVES = (2, 100)  # below one node of napkinXC's tree: a binary tree, and one node above all labels
+MAX_LEAVES = (2, 100)  # below one node of napkinXC's tree: a binary tree, and one node above all labels
 ADAPTER_RATE, HEAD_RATE = 1e-3, 3e-2
 SPLITS = 100
 PROBABILITIES = ("log_loss", "ece", "ece_by_chance")
@@ -130,7 +130,7 @@ def napkinxc(tree: Taxonomy, rows: dict[str, Rows], seed: int, **_: Any) -> tupl
 
     grid = (
         {"stop_words": left_out, "liblinear_c": strength, "max_leaves": most}
-        for left_out, strength, most in product(STOP_WORDS, TREE_STRENGTHS, MOST_LEAVES)
+        for left_out, strength, most in product(STOP_WORDS, TREE_STRENGTHS, MAX_LEAVES)
     )
     return choose_settings(tree, rows["validation"][1], grid, fit)
 

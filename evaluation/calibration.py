@@ -187,13 +187,13 @@ def round_up(score: float) -> float:
 
 
 def nonconformity_scores(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """Compute one score per text, the maximum over its documents, in ascending order.
+    """Compute one score per distinct text, the maximum over its rows, in ascending order.
 
     Texts are drawn independently. Rows are not, because a repeated text brings all its rows. A text's maximum is exchangeable
     with that of a new text, and no row's score is above it. Hence the coverage holds for a new text with any of its labels.
     """
-    documents = zip(node_probabilities(taxonomy, logits), labels.tolist(), strict=True)
-    scores = pd.Series([nonconformity(taxonomy, nodes, label) for nodes, label in documents])
+    rows = zip(node_probabilities(taxonomy, logits), labels.tolist(), strict=True)
+    scores = pd.Series([nonconformity(taxonomy, nodes, label) for nodes, label in rows])
     return np.sort(scores.groupby(texts).max())
 
 

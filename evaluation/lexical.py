@@ -3,7 +3,7 @@
 Worth knowing:
 
 1. The lexical head alone is less accurate than the encoder, but errs on other texts. `benchmarks/quality.py` measures its
-   contribution. One number weighs it against the encoder, fitted with the calibration on the validation rows.
+   contribution. Calibration fits one weight for its scores, relative to the encoder's.
 2. It is fitted after the encoder. Joint training was not tried.
 3. A token's feature is its TF-IDF times its `log_odds_variance`. `benchmarks/studies/words.py` measures that factor.
 4. With one label per text it is flat: an inner node's probability is the sum of its leaves' probabilities. One classifier per

@@ -50,7 +50,7 @@ from modeling_hierarchical import IGNORED_LABEL, TreeSigmoid
 from taxonomy_hierarchical import Taxonomy
 from training.label_arrays import open_decisions
 
-LEAST_PROBABILITY = 0.1  # pairs below it are not in the calibration error: nearly all pairs have a probability near 0
+MIN_PROBABILITY = 0.1  # pairs below it are not in the calibration error: nearly all pairs have a probability near 0
 STRENGTHS = (math.inf, 100, 50, 20, 10, 5, 2, 0)  # of the shrinkage of thresholds, in positives
 REPEATS = 6  # of the cross-validation that chooses among them; with one, chance decides
 
@@ -349,7 +349,7 @@ def likely_pairs(u: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 def is_likely(u: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return which pairs have a known label and P(node) >= 0.1: (num_texts, num_nodes)."""
-    return (labels != IGNORED_LABEL) & (expit(u.astype(np.float64)) >= LEAST_PROBABILITY)
+    return (labels != IGNORED_LABEL) & (expit(u.astype(np.float64)) >= MIN_PROBABILITY)
 
 
 def pair_variance(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray) -> np.ndarray:

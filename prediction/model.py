@@ -103,7 +103,7 @@ def find_commit(model: str, revision: str | None) -> str | None:
     refuse_missing_folder(model)
     try:
         return Path(cached_file(model, "config.json", revision=revision)).parent.name
-    except Exception as error:  # network, permission, a name that is none
+    except Exception as error:  # network, permission, an invalid name
         raise InputError(f"cannot load the model {model}: {describe_load_error(error)}") from error
 
 

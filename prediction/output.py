@@ -1,11 +1,11 @@
-"""Write an output in parts, so that a killed process can continue.
+"""Write an output in blocks, so that a killed process can continue.
 
 Worth knowing:
 
 1. Each finished block of rows is a file in ``<output>.parts``, or in ``.parts`` inside an output folder, which may be a disk of
-   its own. At the end these parts are joined to the output, and deleted. A part's name follows from its rows, so a block that is
+   its own. At the end these files are joined to the output, and deleted. A file's name follows from its rows, so a block that is
    classified twice is in the output once.
-2. A part holds the options, a digest of its input rows, and a checksum of its content, and is checked when it is read.
+2. The file of a block holds the options, a digest of its input rows, and a checksum of its content, and is checked when it is read.
 3. The output is one file, or a folder of files with about 100,000 rows each. The folder's manifest is written last: an output
    is complete once its `marker` exists, which is the file or the manifest.
 4. On a disk a lock, which ends with its process, lets one process at a time write an output.
@@ -31,7 +31,7 @@ from reading.stores import connect, is_url
 
 ROWS = 1024  # per block: read, classified and written together
 BLOCKS_PER_FILE = 97  # in a folder: 99,328 rows
-OWN_PARTS = r"\d{9}\.jsonl|part\.new|output\..+|errors\.jsonl"  # names of files in the folder of parts
+OWN_PARTS = r"\d{9}\.jsonl|part\.new|output\..+|errors\.jsonl"  # names of files in the folder of blocks
 Rows = list[dict[str, Any]]
 
 
@@ -53,7 +53,7 @@ class Block:
 
 
 class RestartableOutput:
-    """An output, the file that lists its unreadable rows, and the folder of its finished parts.
+    """An output, the file that lists its unreadable rows, and the folder of its finished blocks.
 
     Args:
         name: a file or, with a slash at its end, a folder; a path or URL.
@@ -73,7 +73,7 @@ class RestartableOutput:
         self.parts = f"{self._stem}.parts"
         self.marker = f"{self.name}/manifest.json" if self.is_folder else self.name
         self.errors = f"{self.name}/errors.jsonl" if self.is_folder else f"{self.name}.errors.jsonl"
-        self.headers: list[dict[str, Any]] = []  # of the parts: options, and digest of the input rows
+        self.headers: list[dict[str, Any]] = []  # of the blocks: options, and digest of the input rows
 
     def lock(self) -> AbstractContextManager[None]:
         """Lock the output for this process. Raise InputError if it cannot be written."""
@@ -92,7 +92,7 @@ class RestartableOutput:
         parts = self.store.names(self.parts)
         if foreign_parts := sorted(name for name in parts if not re.fullmatch(OWN_PARTS, name)):
             raise InputError(f"{self.parts}/{foreign_parts[0]} was written by another program: give another --output")
-        # files and parts together: the run was killed while it wrote a folder's files or deleted the parts
+        # files and blocks together: the run was killed while it wrote a folder's files or deleted the blocks
         if not parts and not overwrite:
             if self.store.exists(self.marker) or self._files():
                 raise self._exists_error()
@@ -100,19 +100,19 @@ class RestartableOutput:
                 raise InputError(f"{self.errors} already exists: give another --output, or --overwrite")
 
     def delete(self) -> None:
-        """Delete the output, its error file and its parts."""
+        """Delete the output, its error file and its blocks."""
         for file in (self.marker, self.errors, *self._files()):
             self.store.delete(file)
         self.store.delete_folder(self.parts)
 
-    def write_parts(
+    def write_blocks(
         self,
         records: Iterator[Record],
         options: dict[str, Any],
         predict_blocks: Callable[[Iterator[Block]], Iterable[tuple[Block, Rows]]],
         progress: Callable[[int, int | None], None],
     ) -> None:
-        """Write the missing parts. Raise InputError if a part is damaged, or is of other options or another input.
+        """Write the missing blocks. Raise InputError if a block is damaged, or is of other options or another input.
 
         Args:
             options: everything that the predictions depend on, except the texts.
@@ -129,27 +129,27 @@ class RestartableOutput:
                 num_read, done = num_read + len(block.records), block.records[-1].done
                 total = round(num_read / done) if done else None
                 self.headers.append({"options": options, "digest": block.digest()})
-                if part_name(block.index) in existing:
-                    self._read_part(block.index)
+                if block_name(block.index) in existing:
+                    self._read_block(block.index)
                     num_kept += len(block.records)
                     progress(len(block.records), total)
-                elif is_finished:  # killed while it deleted its parts: the missing part's input is unknown
+                elif is_finished:  # killed while it deleted its blocks: the missing block's input is unknown
                     raise self._exists_error()
                 else:
                     yield block
 
         for block, rows in predict_blocks(missing()):
-            self._write_part(block, rows)
+            self._write_block(block, rows)
             progress(len(block.records), total)
         if num_kept:
             print(f"continued after {num_kept:,} rows", file=sys.stderr)
 
-    def join_parts(
+    def join_blocks(
         self,
         open_rows: Callable[[Path], AbstractContextManager[Callable[[list[str]], None]]],
         manifest: dict[str, Any],
     ) -> int:
-        """Join the parts into the output, delete them once it is stored, and return the number of unreadable rows.
+        """Join the blocks into the output, delete them once it is stored, and return the number of unreadable rows.
 
         Args:
             open_rows: `prediction.rows.RowFormat.open`.
@@ -163,7 +163,7 @@ class RestartableOutput:
                 num_rows = 0
                 with open_rows(new) as write:
                     for index in range(first, min(first + size, len(self.headers))):
-                        rows, problems = self._read_part(index)
+                        rows, problems = self._read_block(index)
                         write(rows)
                         errors.writelines(problems)
                         num_rows, num_problems = num_rows + len(rows), num_problems + len(problems)
@@ -191,10 +191,10 @@ class RestartableOutput:
     def _exists_error(self) -> InputError:
         return InputError(f"--output {self.name} already exists: give another name, or --overwrite")
 
-    def _part(self, index: int) -> str:
-        return f"{self.parts}/{part_name(index)}"
+    def _block_file(self, index: int) -> str:
+        return f"{self.parts}/{block_name(index)}"
 
-    def _write_part(self, block: Block, rows: Rows) -> None:
+    def _write_block(self, block: Block, rows: Rows) -> None:
         problems = [
             {"row": block.first + i, "source": record.source, "line": record.line, "problem": record.problem}
             for i, record in enumerate(block.records)
@@ -204,13 +204,13 @@ class RestartableOutput:
         content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (header, *rows, *problems)).encode()
         new = self.store.new_folder(self.parts) / "part.new"
         new.write_bytes(f"{hashlib.sha256(content).hexdigest()}\n".encode() + content)
-        self.store.put(new, self._part(block.index))
+        self.store.put(new, self._block_file(block.index))
 
-    def _read_part(self, index: int) -> tuple[list[str], list[str]]:
-        """Return the lines of a part's rows, and of its problems. Raise InputError as `write_parts`."""
-        checksum, _, content = self.store.read(self._part(index)).partition(b"\n")
+    def _read_block(self, index: int) -> tuple[list[str], list[str]]:
+        """Return the lines of a block's rows, and of its problems. Raise InputError as `write_blocks`."""
+        checksum, _, content = self.store.read(self._block_file(index)).partition(b"\n")
         if checksum.decode(errors="replace") != hashlib.sha256(content).hexdigest():
-            raise InputError(f"{self._part(index)} is damaged: delete it, and run the same command again")
+            raise InputError(f"{self._block_file(index)} is damaged: delete it, and run the same command again")
         first, *lines = content.decode().split("\n")[:-1]  # splitlines also splits at line ends of Unicode in names
         header, expected = json.loads(first), self.headers[index]
         changed = [name for name, value in expected["options"].items() if header["options"].get(name) != value]
@@ -224,5 +224,5 @@ class RestartableOutput:
         return lines[: header["rows"]], lines[header["rows"] :]
 
 
-def part_name(index: int) -> str:
+def block_name(index: int) -> str:
     return f"{index:09}.jsonl"

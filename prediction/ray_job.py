@@ -35,7 +35,7 @@ from training.memory import give_back_memory
 
 BLOCKS_PER_ACTOR = 2
 POLL_SECONDS = 3  # between two looks at the cluster
-MOST_DEATHS = 5  # of the workers of a block, or of workers that load the model, one after the other
+MAX_DEATHS = 5  # of the workers of a block, or of workers that load the model, one after the other
 SHIPPED = ("*_hierarchical.py", "checkpoint_files.py", "errors.py", "prediction", "reading", "training")
 
 
@@ -170,8 +170,8 @@ class RayJob:
             ray.kill(actor)
             # those that started together may have died together, with their node: they count once
             self._failed_starts += failures == self._failed_starts
-            if self._failed_starts == MOST_DEATHS:
-                raise InputError(f"workers die while they load the model, {MOST_DEATHS} in a row: {one_line(error)}")
+            if self._failed_starts == MAX_DEATHS:
+                raise InputError(f"workers die while they load the model, {MAX_DEATHS} in a row: {one_line(error)}")
         elif task in self._tasks:
             actor = self._tasks[task]
             ray.kill(actor)  # it may only be out of reach
@@ -181,12 +181,12 @@ class RayJob:
                 self._waiting.appendleft(block)
             block = tasks[0][1]  # computed when the worker died
             self._deaths[block.index] += 1
-            if self._deaths[block.index] == MOST_DEATHS:
+            if self._deaths[block.index] == MAX_DEATHS:
                 first, last = (
                     f"{record.source}, line {record.line}" for record in (block.records[0], block.records[-1])
                 )
                 raise InputError(
-                    f"{MOST_DEATHS} workers died while they classified the rows from {first}, to {last}: {one_line(error)}"
+                    f"{MAX_DEATHS} workers died while they classified the rows from {first}, to {last}: {one_line(error)}"
                 )
 
     def _check(self, node: str, description: dict[str, Any], rows: RowFormat) -> None:

@@ -103,8 +103,8 @@ class RowFormat:
     def entropies(self, levels: list[dict[str, float]]) -> list[float]:
         """Return what the decisions of each level add to the entropy of a prediction, in nats.
 
-        For single-path models a decision is the choice among siblings, and the sum over levels is the entropy of the leaf
-        (the chain rule: Cover and Thomas, 2006, "Elements of Information Theory", theorem 2.5.1). For multi-label models
+        For single-path models a decision is the choice among siblings. The sum over levels is the entropy of the leaf, by the
+        chain rule (Cover and Thomas, 2006, "Elements of Information Theory", theorem 2.5.1). For multi-label models
         each node is a yes or no given its parent. Then the sum is the entropy of the set of nodes, if siblings are
         independent given their parent, as the model's decisions are.
         """

@@ -22,7 +22,7 @@ class Disk:
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
         """Lock an output for this process. Raise InputError if it may not be written, or another process has the lock."""
-        file = Path(f"{name}.predict.lock")  # an output uv may stand beside a uv.lock
+        file = Path(f"{name}.predict.lock")  # not .lock: an output called uv would delete a project's uv.lock
         check_writable("--output", file.parent)
         existed = file.parent.exists()
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ Worth knowing:
 
 1. The Hub reads the front matter. It holds the results as `EvalResult`s, with the numbers of metrics.json.
 2. Names of classes, columns and files are user text, which `escape` makes harmless. Files and folders are shown by name, without their path.
-3. A card is written before the id on the Hub is final. `rename` replaces the id, and keeps edits made by hand.
+3. A card is written before the id on the Hub is final. `update_for_publishing` replaces the id, and keeps edits made by hand.
 """
 
 import re
@@ -96,7 +96,7 @@ def write(
     (folder / "README.md").write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
 
 
-def rename(text: str, model_id: str, merged: bool = False) -> str:
+def update_for_publishing(text: str, model_id: str, merged: bool = False) -> str:
     """Replace the model's id in a card's metadata and snippets, and keep edits made by hand.
 
     Args:

@@ -27,7 +27,7 @@ from publishing.hub import HUB_ERRORS
 ONNX_TOLERANCE, QUANTIZED_TOLERANCE = 1e-3, 0.25  # of a probability
 # text-embeddings-inference subtracts the logit of the largest absolute value before its softmax in float32, whose exp
 # overflows above 88
-LEAST_LOGIT = -80.0
+MIN_LOGIT = -80.0
 TEXTS = ["A study of ulcers.", "A longer study of ulcers of the stomach, and of what became of them.", "Epilepsy"]
 
 
@@ -56,7 +56,7 @@ def load_merged(folder: Path) -> HierarchicalForSequenceClassification:
 
 
 class Logits(nn.Module):
-    """Wrap a model: take its inputs by position, and return its logits. Log-probabilities are clamped at `LEAST_LOGIT`."""
+    """Wrap a model: take its inputs by position, and return its logits. Log-probabilities are clamped at `MIN_LOGIT`."""
 
     def __init__(self, model: nn.Module, names: list[str]):
         super().__init__()
@@ -64,7 +64,7 @@ class Logits(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         logits = self.model(**dict(zip(self.names, inputs, strict=True))).logits
-        return logits if self.model.config.is_multi_label else logits.clamp(min=LEAST_LOGIT)
+        return logits if self.model.config.is_multi_label else logits.clamp(min=MIN_LOGIT)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ Worth knowing:
 
 1. `log_in` and `find_target` check token, permissions, names and the content of the repositories before the first commit.
 2. A repository changes by one commit or not at all, and unchanged files make no commit. So a command whose response was
-   lost is run again.
+   lost can safely be repeated.
 """
 
 import json
@@ -110,7 +110,7 @@ def find_target(
     if re.fullmatch("[0-9a-f]{40}", branch):
         raise InputError(f"{branch} is a commit; name a branch")
     if not branch or re.search(r"[\s~^:?*\[\\\x00-\x1f\x7f]|\.\.|^[-/.]|[/.]$|\.lock$|//|@\{", branch):
-        raise InputError(f"{branch!r} is no name for a branch")
+        raise InputError(f"{branch!r} is not a valid name for a branch")
 
     # ── Look up the repository and the branch ────────────────────────────────────────────────────────────────────────
     try:

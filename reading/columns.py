@@ -9,8 +9,8 @@ from .rows import InputError, looks_like_name, quote_name
 
 TEXT_COLUMNS = ("medical_abstract", "abstract", "text", "sentence", "content", "document", "body")
 LABEL_COLUMNS = ("condition_label", "label", "labels", "category", "class", "condition_name")
-MOST_LISTED = 20
-LEAST_SHARE = 0.5  # of the rows must have a column, or its name is not matched
+MAX_LISTED = 20
+MIN_SHARE = 0.5  # of the rows must have a column, or its name is not matched
 
 
 def find_column(columns: Mapping[str, float], requested: str | None, candidates: Sequence[str]) -> str | None:
@@ -23,7 +23,7 @@ def find_column(columns: Mapping[str, float], requested: str | None, candidates:
     if requested is not None:  # an accent may be a character of its own, as in files from macOS
         composed = {unicodedata.normalize("NFC", column): column for column in columns}
         return composed.get(unicodedata.normalize("NFC", requested))
-    common = [column for column, share in columns.items() if share >= LEAST_SHARE]
+    common = [column for column, share in columns.items() if share >= MIN_SHARE]
     by_name = {column.strip().casefold(): column for column in reversed(common)} | {column: column for column in common}
     return next((by_name[name] for name in candidates if name in by_name), None)
 
@@ -71,10 +71,10 @@ def is_blank(text: str) -> bool:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Format column names for a message: the first `MOST_LISTED`, or none if one of them looks like a text."""
+    """Format column names for a message: the first `MAX_LISTED`, or none if one of them looks like a text."""
     names = list(names)
     text = next((name for name in names if not looks_like_name(name)), None)
     if text is not None:
         return f"{len(names):,} columns that are not shown, as one is called {quote_name(text)}: is the header missing?"
-    rest = f", and {len(names) - MOST_LISTED:,} more" if len(names) > MOST_LISTED else ""
-    return ", ".join(map(quote_name, names[:MOST_LISTED])) + rest
+    rest = f", and {len(names) - MAX_LISTED:,} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(map(quote_name, names[:MAX_LISTED])) + rest

@@ -30,7 +30,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        """How messages and outputs call it. Bytes of a path that are not UTF-8 are escaped."""
+        """Its name in messages and outputs. Bytes of a path that are not UTF-8 are escaped."""
         path = without_query(self.path)
         return "standard input" if path == "-" else os.fsencode(path).decode(errors="backslashreplace")
 

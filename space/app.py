@@ -52,9 +52,9 @@ import gradio as gr
 import views
 from attribution import Explainer, Explanation
 from classification import (
-    LEAST_TARGET,
     MAX_CHARACTERS,
-    MOST_TARGET,
+    MAX_TARGET,
+    MIN_TARGET,
     Classification,
     MultiLabelClassification,
     check_target,
@@ -154,7 +154,7 @@ def take_upload(path: str) -> bytes:
     """Read an uploaded file and delete it.
 
     Raises:
-        Refused: the file is no upload, or was deleted.
+        Refused: the file is not an upload, or was deleted.
     """
     file = Path(path.replace("\0", "")).resolve()  # pathlib raises ValueError for a NUL
     if not file.is_relative_to(Path(get_upload_folder()).resolve()) or not file.is_file():
@@ -548,8 +548,8 @@ def target_slider(service: Service, prefix: str = "") -> gr.Slider:
     if is_refitted(service.classifier):
         info += f" The {guarantee(service.classifier)} is not guaranteed: the model was also trained on the validation rows."
     return gr.Slider(
-        minimum=LEAST_TARGET,
-        maximum=MOST_TARGET,
+        minimum=MIN_TARGET,
+        maximum=MAX_TARGET,
         step=0.01,
         value=min(START_TARGET, highest) if calibrated else START_TARGET,
         interactive=calibrated,

@@ -34,7 +34,7 @@ from transformers import Pipeline
 warnings.filterwarnings("ignore", message="Multiple layers provided", category=UserWarning)
 
 SCAN = 16  # intervals of the scan
-MOST_STEEP = 3  # at most this many intervals of the scan, those with the largest change, become pieces of their own
+MAX_STEEP = 3  # at most this many intervals of the scan, those with the largest change, become pieces of their own
 STEPS_STEEP, STEPS_FLAT = 6, 3  # steps with gradients for one piece
 WORK = 16_000  # budget of tokens × steps for all pieces; a long text gets at least 2 · SCAN steps
 SECONDS = 7  # time limit, after which no piece is halved
@@ -280,7 +280,7 @@ def split_at_jumps(values: list[float], tolerance: float) -> list[tuple[float, f
     """
     count = len(values) - 1
     change = [abs(values[i + 1] - values[i]) for i in range(count)]
-    steep = sorted(range(count), key=lambda i: -change[i])[:MOST_STEEP]
+    steep = sorted(range(count), key=lambda i: -change[i])[:MAX_STEEP]
     steep = [i for i in steep if change[i] > tolerance]
     ends = sorted({0, count, *steep, *(i + 1 for i in steep)})
     return [(a / count, b / count, STEPS_STEEP if a in steep else STEPS_FLAT) for a, b in pairwise(ends)]

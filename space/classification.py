@@ -18,7 +18,7 @@ from transformers import Pipeline, pipeline
 from reading.columns import is_blank
 
 MAX_CHARACTERS = 20_000
-LEAST_TARGET, MOST_TARGET = 0.5, 0.99
+MIN_TARGET, MAX_TARGET = 0.5, 0.99
 
 
 class Node(TypedDict):
@@ -86,7 +86,7 @@ def check_text(text: Any) -> str:
     """Return the text, if it can be classified.
 
     Raises:
-        Refused: it is no text, blank, too long, or not valid Unicode.
+        Refused: it is not a text, or is blank, too long, or not valid Unicode.
     """
     if not isinstance(text, str):
         raise Refused("A text is needed, not a number, a list or another type.")
@@ -119,7 +119,7 @@ def highest_target(classifier: Pipeline) -> float:
 
 
 def is_calibrated(classifier: Pipeline) -> bool:
-    return highest_target(classifier) >= LEAST_TARGET
+    return highest_target(classifier) >= MIN_TARGET
 
 
 def is_refitted(classifier: Pipeline) -> bool:
@@ -131,15 +131,15 @@ def check_target(classifier: Pipeline, target: Any) -> float | None:
     """Return the requested coverage or recall, or None.
 
     Raises:
-        Refused: it is no number between 0.5 and 0.99, or the checkpoint has no threshold for it.
+        Refused: it is not a number between 0.5 and 0.99, or the checkpoint has no threshold for it.
     """
     if target is None:
         return None
     name = guarantee(classifier)
     if isinstance(target, bool) or not isinstance(target, (int, float)):
         raise Refused(f"The {name} must be a number.")
-    if not LEAST_TARGET <= target <= MOST_TARGET:
-        raise Refused(f"The {name} must lie between {LEAST_TARGET} and {MOST_TARGET}.")
+    if not MIN_TARGET <= target <= MAX_TARGET:
+        raise Refused(f"The {name} must lie between {MIN_TARGET} and {MAX_TARGET}.")
     if not is_calibrated(classifier):
         raise Refused(f"This model was trained without validation rows, so it has no {name} guarantee.")
     try:

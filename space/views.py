@@ -21,14 +21,14 @@ from attribution import LOG_ODDS_SLOPE, Explanation
 from classification import Node
 
 BLUE, GREY = "#0072B2", "#9AA5B1"
-BARS = 6  # a level
+BARS = 6  # per level
 LEVELS = 4  # with bars; only the icicle shows deeper levels
 TREE_ROWS, INDENT = 30, 18  # of the tree, and of a level in pixels
 ANSWER = 20  # most nodes shown of an answer for a recall
 HEADING, ROW = 34, 27  # pixels
 TEXT = {"xanchor": "left", "xshift": 3, "yanchor": "middle", "align": "left", "showarrow": False}
-LEAST_SHARE = 0.01  # of the icicle; smaller nodes are merged as "others"
-LONGEST_LABEL = 34
+MIN_SHARE = 0.01  # of the icicle; smaller nodes are merged as "others"
+MAX_LABEL_LENGTH = 34
 PROBLEMS = 200  # most that are shown
 FIRST = ("results", "limits", "licence", "license")  # sections of the card
 NOT_A_DEVICE = "Not a medical device. Not for diagnosis, treatment or any decision about a patient."
@@ -46,7 +46,7 @@ def plain(value: Any) -> str:
 def plotly_text(name: str) -> str:
     """Shorten a name, and escape it for plotly."""
     name = TURNS.sub("", CONTROLS.sub("\ufffd", name))
-    short = name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…"
+    short = name if len(name) <= MAX_LABEL_LENGTH else name[: MAX_LABEL_LENGTH - 1] + "…"
     return escape(short, quote=False).replace("$", "&#36;")
 
 
@@ -287,7 +287,7 @@ def lay_out(
         low: lower end of the first box.
     """
     below = sorted(children.get(parent, []), key=lambda node: -scores[node])
-    others = [node for node in below if scores[node] < LEAST_SHARE and node not in path]
+    others = [node for node in below if scores[node] < MIN_SHARE and node not in path]
     for node in below:
         if node not in others:
             yield Box(level, low, plotly_text(node), scores[node], node not in children)

@@ -83,8 +83,8 @@ class DataArguments:
     incomplete_labels: bool = flag(False, "For multi-label data: nodes below the given labels are unknown, not absent.")
     taxonomy: str | None = flag(
         None,
-        "Nested .yaml or .json, or .csv with columns parent and child. Default: the Medical Abstracts taxonomy if it has "
-        "all labels, else built from the labels' paths.",
+        "Nested .yaml or .json, or .csv with columns parent and child. Default: the checkpoint's; for an encoder the "
+        "Medical Abstracts taxonomy if it has all labels, else built from the labels' paths.",
     )
     label_separator: str = flag("/", "Separator between the names in the path of a label.")
     class_names: str | None = flag(None, "Names of coded labels: .csv or .tsv file of code,name rows, or JSON object.")
@@ -338,7 +338,7 @@ def check_values(arguments: Arguments) -> None:
             raise InputError(problem)
 
 
-def fit_to_data(
+def check_against_data(
     arguments: Arguments, taxonomy: Taxonomy, splits: Mapping[str, Any], compute_metrics: ComputeMetrics
 ) -> None:
     """Raise InputError if flags do not fit the data. Without validation rows, turn off evaluation during training."""

@@ -1,8 +1,7 @@
 """Train the encoder by the supervised contrastive loss, before the heads are initialised.
 
-The contrastive loss compares a text only with others (Khosla et al., 2020, "Supervised Contrastive Learning"). With few rows
-this matters most. A prototype contains its own training texts, so from prototypes the cross-entropy starts near 0 and teaches
-the encoder little.
+The contrastive loss compares a text only with other texts (Khosla et al., 2020, "Supervised Contrastive Learning"). This helps
+most with few rows: a prototype contains its own training texts, so cross-entropy starts near 0 and teaches the encoder little.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Count what in the data limits any classifier, for data_report.json and the log."""
+"""Count duplicates, conflicting labels, classes and lengths, for data_report.json and the log."""
 
 import logging
 from collections import Counter
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 LOGGED_CLASSES = 8
-MOST_PAIRS = 20  # of labels that occur together
+MAX_PAIRS = 20  # of labels that occur together
 RAREST = 20
 LOGGED_COUNTS = (
     "%(split)s: %(rows)d rows, %(dropped_rows)d dropped, %(normalised_duplicates)d duplicates; %(conflicting_texts)d texts "
@@ -78,7 +78,7 @@ def describe_label_sets(rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) ->
     deepest = [taxonomy.deepest(labels) for labels in rows["label"]]
     numbers = Counter(map(len, deepest))
     texts_of = texts_by_node(rows["label"], taxonomy)
-    pairs = Counter(chain.from_iterable(combinations(labels, 2) for labels in deepest)).most_common(MOST_PAIRS)
+    pairs = Counter(chain.from_iterable(combinations(labels, 2) for labels in deepest)).most_common(MAX_PAIRS)
     names = taxonomy.labels
     return {
         "rows": len(rows),
@@ -126,7 +126,7 @@ def length_report(lengths: Sequence[int], max_length: int) -> dict:
     }
 
 
-def log_what_was_done(report: dict) -> None:
+def log_splits(report: dict) -> None:
     for source in report["sources"]:
         logger.info("%s rows from %s", source["split"], source["name"])
     if split_off := report["split"]["split_off"]:

@@ -28,7 +28,7 @@ from training.arguments import DataArguments
 
 logger = logging.getLogger(__name__)
 
-LONGEST_LABEL = 500  # characters; a longer label means that the column holds texts
+MAX_LABEL_LENGTH = 500  # characters; a longer label means that the column holds texts
 DELIMITERS = (">", ";", "|", ",")  # what often stands between several names
 ZERO_OR_ONE = {**dict.fromkeys(("0", "0.0", "false"), 0), **dict.fromkeys(("1", "1.0", "true"), 1)}
 
@@ -96,8 +96,8 @@ def _label_problem(path: tuple[Any, ...]) -> str | None:
         return "the label is neither text nor a whole number"
     if not any(path):
         return "the label is missing"
-    if any(len(name) > LONGEST_LABEL for name in path):
-        return f"the label has more than {LONGEST_LABEL} characters"
+    if any(len(name) > MAX_LABEL_LENGTH for name in path):
+        return f"the label has more than {MAX_LABEL_LENGTH} characters"
     if "" in path and any(path[path.index("") :]):
         return "a label column is empty, although the column of a deeper level is filled"
     return None
@@ -159,7 +159,7 @@ def resolve_labels(
                 _refuse_unknown_codes(codes, {label: places[label]})
             advice = _advice_on_names(label, lookup) if isinstance(label, str) else ""
             if not advice and not codes and lookup.keys().isdisjoint(names.values()):
-                advice = "; no other label is: for codes give --class_names"
+                advice = "; none of the labels is: if they are codes, give --class_names"
             raise InputError(f"{places[label]}: {error}{advice}") from error
     return taxonomy, origin, nodes
 
@@ -186,7 +186,7 @@ def _warn_of_odd_names(where: str, names: list[str]) -> None:
         parts = {name: [part.strip() for part in name.split(delimiter)] for name in names}
         counts = Counter(chain.from_iterable(map(set, parts.values())))
         several = {name: found for name, found in parts.items() if len(found) > 1 and all(found)}
-        # all parts of a list recur, and the root of a path
+        # in a list of names every part recurs in other labels; in a path only the root has to
         shared = [
             name
             for name, found in several.items()

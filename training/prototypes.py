@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 TYPICAL_SCORE = 4.0  # of a text at the typical distance from the mean, in the direction of its class
 NAME_WEIGHT = 4.0  # texts that a class name counts as
 DESCRIPTION_WEIGHT = 16.0  # texts that a name with a description counts as
-MOST_TEXTS = 4096  # that are embedded
+MAX_TEXTS = 4096  # that are embedded
 
 
 class Names(NamedTuple):
@@ -56,7 +56,7 @@ def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: Mod
         return None
     few_rows = len(rows) < FEW_ROWS * tree.num_leaves
     chosen = arguments.heads_init or ("prototypes" if few_rows else "random")
-    some = rows.select(np.sort(np.random.default_rng(0).permutation(len(rows))[:MOST_TEXTS]))
+    some = rows.select(np.sort(np.random.default_rng(0).permutation(len(rows))[:MAX_TEXTS]))
     # before the encoder has learnt these texts: later, they alone would seem to fit best
     names = choose_names(trainer, some) if chosen == "prototypes" else None
     if arguments.contrastive_steps:
@@ -69,7 +69,9 @@ def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: Mod
 
 @torch.no_grad()
 def choose_names(trainer: HierarchicalTrainer, rows: Dataset) -> Names:
-    """Choose names, names with descriptions, or neither for the prototypes: what makes the training labels most likely.
+    """Choose what prototypes use beside the texts: nothing, class names, or names with descriptions.
+
+    The choice maximises the likelihood of the training labels.
 
     Each text is left out of its own prototypes. A phrase counts as `NAME_WEIGHT` texts, or as 0.
     """

@@ -97,9 +97,9 @@ def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
 
 
 def check_resumed_data(checkpoint: str, taxonomy: Taxonomy, report: dict[str, Any]) -> str | None:
-    """Raise InputError if the run to resume had another taxonomy, or other training or validation rows or labels.
+    """Return how the run to resume initialised its heads, None if unknown; ``report`` is the data report of this run.
 
-    ``report`` is the data report of this run. Return how the run to resume initialised its heads, None if unknown.
+    Raise InputError if the run to resume had another taxonomy, or other training or validation rows or labels.
     """
     # ── Taxonomy: another one of the same shape would load silently ──────────────────────────────────────────────────
     if is_checkpoint(checkpoint):  # shards of FSDP have no configuration

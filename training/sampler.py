@@ -1,4 +1,4 @@
-"""The order of training rows: batches of texts of like length, which need little padding."""
+"""Order training rows into batches of similar length, to reduce padding."""
 
 from collections.abc import Iterator
 

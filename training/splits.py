@@ -134,7 +134,7 @@ def load_splits(
     }
     if multi_label:
         report["united_rows"] = {split: int(count) for split, count in united.items()}
-    data_report.log_what_was_done(report)
+    data_report.log_splits(report)
     features = MULTI_LABEL_FEATURES if multi_label else FEATURES
     splits = datasets.DatasetDict()
     for split, part in rows_by_split(rows).items():

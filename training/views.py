@@ -4,7 +4,7 @@ Worth knowing:
 
 1. The method is in docs/method.md, "Consistency training". The two views of a text differ by their sentences. The views of R-Drop
    (Liang et al., 2021, arXiv 2106.14448) differ by dropout, which is the largest cost of a training step on a CPU.
-2. Halves of similar length, truncated at `LONGEST_HALF`, give a batch 1.1 times the tokens of its texts. If each sentence were
+2. Halves of similar length, truncated at `MAX_HALF`, give a batch 1.1 times the tokens of its texts. If each sentence were
    assigned independently, the factor would be 1.8.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 FIRST_IN_BOTH = 0.7  # how often both halves have the first sentence, which is usually a title
-LONGEST_HALF = 0.55  # largest share of a text's tokens in one half
+MAX_HALF = 0.55  # largest share of a text's tokens in one half
 NO_SENTENCE = -1  # in place of a special token's sentence number
 PADDING = -2
 BOUNDARY = re.compile(r"(?<=[.?!])\s+|(?<=[。！？])")
@@ -45,7 +45,7 @@ def halves(
             own = [numbers != PADDING]
         else:
             parts = split_sentences(counts, np.random.default_rng([seed, step, row]))[:, numbers] & (numbers >= 0)
-            within_limit = parts.cumsum(1) <= LONGEST_HALF * counts.sum()
+            within_limit = parts.cumsum(1) <= MAX_HALF * counts.sum()
             own = list((numbers == NO_SENTENCE) | (parts & within_limit))
         first.append(len(masks))
         masks += own

@@ -27,7 +27,7 @@ from evaluation.calibration import (
 from evaluation.report import calibrate_model
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from pipeline_hierarchical import (
-    MOST_NODES,
+    MAX_ANSWER_NODES,
     conformal_answer,
     guaranteed_threshold,
     nonconformity,
@@ -265,7 +265,7 @@ def test_nonconformity_is_the_smallest_threshold_whose_answer_holds_the_leaf(tre
             answer = conformal_answer(tree, nodes, threshold)
             held = [leaf for node in answer for leaf in under[node]]
             assert len(held) == len(set(held))  # no node beside its ancestor
-            assert len(answer) <= MOST_NODES or {tree.path(node)[0] for node in answer} == set(tree.children(-1))
+            assert len(answer) <= MAX_ANSWER_NODES or {tree.path(node)[0] for node in answer} == set(tree.children(-1))
             assert all(len(tree.children(node)) != 1 for node in answer)
             for inner in under[tree.num_leaves :]:  # a completely covered subtree is one node
                 assert not set(inner) <= set(held) or sum(set(under[node]) <= set(inner) for node in answer) <= 1

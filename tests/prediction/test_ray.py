@@ -166,7 +166,7 @@ def test_rows_that_kill_every_worker_are_named(cluster, clear_checkpoint, tmp_pa
     rows = ["a fever"] * 3000
     rows[1500] = "poison"
     pd.DataFrame({"text": rows}).to_csv(tmp_path / "in.csv", index=False)
-    monkeypatch.setattr("prediction.ray_job.MOST_DEATHS", 2)
+    monkeypatch.setattr("prediction.ray_job.MAX_DEATHS", 2)
     output = tmp_path / "out.jsonl"
     with pytest.raises(InputError) as error:
         inside("--model", model, "--input", tmp_path / "in.csv", "--output", output, "--ray", cluster.address)

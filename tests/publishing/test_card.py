@@ -247,20 +247,26 @@ def test_three_snippets_compile_and_name_the_model(written):
 
 def test_a_renamed_card_is_the_card_of_that_model(written):
     draft, final = written(), written(model_id="me/model")
-    assert ModelCard(card.rename(draft, "me/model")).data.to_dict() == ModelCard(final).data.to_dict()
-    assert ModelCard(card.rename(draft, "me/model")).text == ModelCard(final).text
-    assert card.rename(card.rename(draft, "a/b.c"), "me/model") == card.rename(draft, "me/model")
-    assert card.rename(card.rename(draft, "me/model", True), "me/model", True) == card.rename(draft, "me/model", True)
+    assert ModelCard(card.update_for_publishing(draft, "me/model")).data.to_dict() == ModelCard(final).data.to_dict()
+    assert ModelCard(card.update_for_publishing(draft, "me/model")).text == ModelCard(final).text
+    assert card.update_for_publishing(
+        card.update_for_publishing(draft, "a/b.c"), "me/model"
+    ) == card.update_for_publishing(draft, "me/model")
+    assert card.update_for_publishing(
+        card.update_for_publishing(draft, "me/model", True), "me/model", True
+    ) == card.update_for_publishing(draft, "me/model", True)
 
 
 def test_renaming_keeps_what_was_written_by_hand(written):
     config = make_config(["old/model", "old/model-2"])
-    text = card.rename(written(config, report=make_report(config.tree), metrics=make_metrics(config.tree)), "old/model")
+    text = card.update_for_publishing(
+        written(config, report=make_report(config.tree), metrics=make_metrics(config.tree)), "old/model"
+    )
     by_hand = text.replace("license: apache-2.0", "# my remark\nlanguage: [en]\nlicense: mit\nextra: {a: 1}")
     by_hand = by_hand.replace(
         "## Use\n", "## Demo\n\nSee old/model-2 and its [Space](https://hf.co/spaces/old/model).\n\n## Use\n"
     )
-    renamed, parsed = ModelCard(card.rename(by_hand, "new/model")), ModelCard(by_hand)
+    renamed, parsed = ModelCard(card.update_for_publishing(by_hand, "new/model")), ModelCard(by_hand)
     assert renamed.text == parsed.text.replace('"old/model"', '"new/model"')
     assert all('"new/model"' in snippet for snippet in snippets(str(renamed)))
     assert "See old/model-2 and its [Space](https://hf.co/spaces/old/model)." in renamed.text
@@ -274,7 +280,7 @@ def test_renaming_keeps_what_was_written_by_hand(written):
 
 @pytest.mark.parametrize("encoder", [ENCODER, "/home/alice/encoder"])
 def test_a_merged_card_tells_of_the_whole_model(written, encoder):
-    renamed = card.rename(written(make_config(encoder_name_or_path=encoder)), "me/model", merged=True)
+    renamed = card.update_for_publishing(written(make_config(encoder_name_or_path=encoder)), "me/model", merged=True)
     relation = ModelCard(renamed).data.get("base_model_relation")
     assert relation == ("finetune" if encoder == ENCODER else None)
     assert card.WHOLE_MODEL_SENTENCE in renamed
@@ -284,9 +290,12 @@ def test_a_merged_card_tells_of_the_whole_model(written, encoder):
 
 def test_another_relation_and_a_foreign_body_are_left_alone():
     foreign = "# Mine\n\nyour-name/your-model\n"
-    assert card.rename(foreign, "me/model", merged=True) == foreign
+    assert card.update_for_publishing(foreign, "me/model", merged=True) == foreign
     front = "---\nbase_model_relation: quantized\nmodel-index:\n- name: {}\n  results: []\n---\n"
-    assert card.rename(front.format("x") + foreign, "you/it", merged=True) == front.format("you/it") + foreign
+    assert (
+        card.update_for_publishing(front.format("x") + foreign, "you/it", merged=True)
+        == front.format("you/it") + foreign
+    )
 
 
 # ── sections ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -298,7 +307,7 @@ def test_the_card_of_an_unfinished_run_has_no_results(written):
     assert ModelCard(text).data.to_dict().keys().isdisjoint({"model-index", "metrics"})
     assert "\n## Data\n" not in text
     assert "├── neoplasms" in text
-    renamed = card.rename(card.rename(text, "me/draft"), "me/model")
+    renamed = card.update_for_publishing(card.update_for_publishing(text, "me/draft"), "me/model")
     assert all('"me/model"' in snippet for snippet in snippets(renamed))
     assert "nothing was measured" in section(written(metrics={"train_runtime": 1.0}), "Results")
 
@@ -541,7 +550,7 @@ def test_a_multi_label_card_names_its_scores_as_the_metrics_file_does(written_mu
     assert not any("by_chance" in name for name in published)
     assert parsed.to_dict()["metrics"] == ["f1"]
     assert parsed.to_dict()["widget"] == [{"text": card.EXAMPLE}]
-    assert ModelCard(card.rename(text, "you/model")).data.model_name == "you/model"
+    assert ModelCard(card.update_for_publishing(text, "you/model")).data.model_name == "you/model"
 
 
 def test_no_piece_of_the_template_is_left(written, written_multi_label):

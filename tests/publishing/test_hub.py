@@ -316,7 +316,7 @@ def test_what_the_hub_would_refuse_is_one_line_before_anything_is_sent(
         ({"--repo_id": "alice/adapter", "--private": None}, "hf_alice", "alice/adapter is public already"),
         ({"--repo_id": "base/none", "--create_pr": None}, "hf_alice", "no such model to open a pull request on"),
         ({"--revision": "a" * 40}, "hf_alice", "is a commit; name a branch"),
-        ({"--revision": "a branch"}, "hf_alice", "is no name for a branch"),
+        ({"--revision": "a branch"}, "hf_alice", "is not a valid name for a branch"),
         ({"--model": str(local)}, "hf_alice", "which is on this machine only: give --merge"),
         ({"--model": str(torn)}, "hf_alice", "heads.safetensors is damaged"),
         ({"--model": str(lacking)}, "hf_alice", "adapter/adapter_model.safetensors is missing"),

@@ -493,8 +493,8 @@ def test_the_start_of_a_long_text_has_the_tokens_of_the_whole_text(checkpoint, l
         ),
         *(" " * 9000 + "fever" + " " * 9000 + "cold", "\n".join(TEXTS * 50), LONG[:1024], *TEXTS),
     ]
-    windows, owners, truncated = classify.preprocess(texts, max_length=length)
-    assert owners == list(range(len(texts)))
+    windows, text_of_window, truncated = classify.preprocess(texts, max_length=length)
+    assert text_of_window == list(range(len(texts)))
     for text, window, was_truncated in zip(texts, windows, truncated, strict=True):
         whole = classify.tokenizer(text, verbose=False)["input_ids"]
         assert window["input_ids"] == [*whole[: length - 1], whole[-1]] if was_truncated else whole

@@ -15,7 +15,7 @@ from evaluation.metrics import build_compute_metrics
 from evaluation.multi_label import build_multi_label_metrics
 from evaluation.report import SCORING_ARGUMENTS
 from taxonomy_hierarchical import Taxonomy
-from training.arguments import check_best_metric, fit_to_data, parse
+from training.arguments import check_against_data, check_best_metric, parse
 
 
 def recipe(folder: Path, **flags) -> str:
@@ -194,12 +194,12 @@ def test_with_several_labels_the_metric_must_be_measured_on_the_validation_rows(
         splits = {split: {"label": ids} for split in ("train", "validation")}
         given = (arguments, taxonomy, splits, build_multi_label_metrics(taxonomy))
         if measured:
-            fit_to_data(*given)
+            check_against_data(*given)
         else:
             with pytest.raises(
                 InputError, match=f"{name} is not measured on these validation rows; it is one of loss, "
             ):
-                fit_to_data(*given)
+                check_against_data(*given)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)

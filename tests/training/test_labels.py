@@ -148,7 +148,7 @@ def test_labels_that_may_be_several_are_named(labels, message, tmp_path, caplog)
     [
         ("heart > valve", "for a path give --label_separator ' > '"),
         ("valve;mind", "for several labels of a text --label_delimiter ';'"),
-        ("007", "for codes give --class_names"),
+        ("007", "if they are codes, give --class_names"),
         ("Mind", "did you mean 'mind'"),
     ],
 )
