@@ -296,7 +296,8 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
     """Score a finished checkpoint on labelled files, loaded as a user loads it."""
     training, source = arguments.training, arguments.model.model_name_or_path
     if not set(data.splits) & {"validation", "test"}:
-        left_out = sum(data.report["trained_before"]["left_out"].values())
+        before = data.report["trained_before"]
+        left_out = sum(sum(before[action].values()) for action in ("moved", "left_out"))
         problem = "give --validation_file or --test_file; of one file, give the whole file as --test_file"
         if left_out:
             problem = f"the checkpoint was trained on the texts of all {left_out:,} rows; give other rows"

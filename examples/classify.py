@@ -16,11 +16,14 @@ arguments = parser.parse_args()
 try:
     with open(arguments.file, encoding="utf-8-sig", newline="") as rows:
         texts = [row["text"] for row in csv.DictReader(rows)]
-    classify = pipeline("hierarchical-text-classification", model=arguments.checkpoint, trust_remote_code=True)
 except (OSError, UnicodeDecodeError) as error:
-    parser.error(str(error))
+    parser.error(f"cannot read {arguments.file}: {error}")
 except KeyError:
     parser.error(f"{arguments.file} has no column text")
+try:
+    classify = pipeline("hierarchical-text-classification", model=arguments.checkpoint, trust_remote_code=True)
+except (OSError, KeyError) as error:  # transformers raises KeyError for the task if the model has no such pipeline
+    parser.error(f"cannot load the checkpoint {arguments.checkpoint}: {error}")
 for text, result in zip(texts, classify(texts), strict=True):
     print("\n" + textwrap.fill(text, 100, initial_indent="  ", subsequent_indent="  "))
     for one in result.get("labels", [result]):  # of a multi-label checkpoint

@@ -11,7 +11,7 @@ import csv
 import glob
 import heapq
 import sys
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -62,7 +62,7 @@ def uncertainties(outputs: list[Source]) -> Iterator[tuple[float, int]]:
 
 
 def texts_of(
-    inputs: list[Source], text_column: str | None, rows: Container[int], num_predicted: int
+    inputs: list[Source], text_column: str | None, rows: Collection[int], num_predicted: int
 ) -> dict[int, str | None]:
     """Return the texts of these rows. InputError: the input does not have one readable row for each prediction."""
     texts, readable = {}, 0
@@ -70,7 +70,7 @@ def texts_of(
         readable += record.problem is None
         if number in rows:
             texts[number] = record.text
-    if readable != num_predicted or None in texts.values():
+    if readable != num_predicted or any(texts.get(row) is None for row in rows):
         counts = f"{readable:,} rows with a text, and there are {num_predicted:,} predictions"
         raise InputError(f"--input has {counts}: give the input of these predictions")
     return texts

@@ -160,7 +160,8 @@ class Rows:
         if problem:
             raise InputError(f"{self.name}: the first line, which names the columns, cannot be read: {problem}")
         others = {";": "semicolons", "|": "pipes", **({"\t": "tabs"} if self.kind == "csv" else {",": "commas"})}
-        if len(header) == 1 and (mark := next((mark for mark in others if mark in header[0]), None)):
+        mark = next((mark for mark in others if mark in header[0]), None) if len(header) == 1 else None
+        if mark and all(map(looks_like_name, header[0].split(mark))):
             wanted = "commas" if self.kind == "csv" else "tabs"
             raise InputError(f"{self.name} is separated by {others[mark]}: a .{self.kind} file needs {wanted}")
         self.set_columns(header)
@@ -172,7 +173,7 @@ class Rows:
         try:
             records = JSON.decode(text)
         except json.JSONDecodeError as error:
-            lines = error.msg == "Extra data" and error.lineno > 1  # a second object
+            lines = error.msg == "Extra data" and error.lineno == 2  # where a second object begins
             problem = "JSON Lines, an object a line: name it .jsonl" if lines else f"not JSON: {error.msg}"
             raise InputError(f"{self.name}, line {error.lineno}, is {problem}") from error
         except RecursionError as error:

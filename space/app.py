@@ -515,15 +515,15 @@ def about(classifier: Pipeline, model: str, revision: str | None) -> tuple[str, 
     path = cached_file(model, "README.md", revision=revision, _raise_exceptions_for_missing_entries=False)
     card = Path(path).read_text(encoding="utf-8") if path else ""
     encoder = config.encoder_name_or_path
-    guaranteed, labels = "yes", {}
+    labels = {}
     if is_multi_label(classifier):
         labels["Labels"] = "any number of nodes per text, possibly none"
     if not is_calibrated(classifier):
         guaranteed = "no: trained without validation rows"
     elif is_refitted(classifier):
         guaranteed = "no: trained on the validation rows too"
-    elif is_multi_label(classifier):
-        guaranteed = f"up to {highest_target(classifier):.0%}, fitted on {config.recall_texts:,} texts with labels"
+    else:
+        guaranteed = f"up to {highest_target(classifier):.0%}"
     facts = {
         "Model": model_name if revision is None else f"{model_name} at {revision[:12]}",
         "Encoder": Path(encoder).name if os.path.isabs(encoder) else encoder,

@@ -153,7 +153,5 @@ def _listed(rows: dict[str, int]) -> str:
 
 def log_report(report: dict) -> None:
     for split, counts in report["splits"].items():
-        if split == "train" and counts.get("conflicting_texts"):
-            logger.info("to train on all labels of a text, give --problem_type multi_label_classification")
         line = LOGGED_LABEL_SETS if "labels_per_text" in counts else LOGGED_COUNTS
         logger.info(line + LOGGED_LENGTHS, {"split": split, **counts, **report["lengths"][split]})

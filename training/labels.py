@@ -10,8 +10,6 @@ from collections.abc import Container, Iterable
 from itertools import chain, compress
 from typing import Any
 
-import pandas as pd
-
 from errors import InputError
 from reading.columns import find_column
 from reading.sources import Source, Table, kind_of, read_table
@@ -29,8 +27,10 @@ from training.arguments import DataArguments
 logger = logging.getLogger(__name__)
 
 MAX_LABEL_LENGTH = 500  # characters; a longer label means that the column holds texts
-DELIMITERS = (">", ";", "|", ",")  # what often stands between several names
+PATH_DELIMITERS = "->", ">"  # what often stands between the names of a path, or between labels
+DELIMITERS = *PATH_DELIMITERS, ";", "|", ","
 ZERO_OR_ONE = {**dict.fromkeys(("0", "0.0", "false"), 0), **dict.fromkeys(("1", "1.0", "true"), 1)}
+FROM_LABELS = "from the labels"  # origin of a taxonomy
 
 Label = str | tuple[str, ...]  # a name or path as written, or one name per label column, from the root down
 
@@ -145,7 +145,7 @@ def resolve_labels(
         taxonomy, origin = default, "the default, of the Medical Abstracts corpus"
     else:
         _refuse_unknown_codes(codes, places)
-        taxonomy, origin = _from_labels(names, places, num_rows, where, separator), "from the labels"
+        taxonomy, origin = _from_labels(names, places, num_rows, where, separator), FROM_LABELS
     counts = len(taxonomy.children(-1)), taxonomy.num_leaves, taxonomy.depth
     logger.info("taxonomy: %s: %d roots, %d leaves, %d levels", origin, *counts)
 
@@ -157,18 +157,22 @@ def resolve_labels(
         except TaxonomyError as error:
             if name == label:
                 _refuse_unknown_codes(codes, {label: places[label]})
-            advice = _advice_on_names(label, lookup) if isinstance(label, str) else ""
-            if not advice and not codes and lookup.keys().isdisjoint(names.values()):
-                advice = "; none of the labels is: if they are codes, give --class_names"
+            advice = _advice_on_names(label, lookup, taxonomy.separator) if isinstance(label, str) else ""
             raise InputError(f"{places[label]}: {error}{advice}") from error
     return taxonomy, origin, nodes
 
 
-def _advice_on_names(label: str, lookup: Container[Label]) -> str:
-    """Return what to do with a label that consists of several known names, or an empty string."""
+def _advice_on_names(label: str, lookup: Container[Label], separator: str) -> str:
+    """Return what to do with an unknown label, if it is a number or consists of several known names."""
+    if label.isdecimal():
+        return "; if it is a code, give --class_names"
     for delimiter in DELIMITERS:
         parts = [part.strip() for part in label.split(delimiter)]
-        if len(parts) > 1 and (tuple(parts) in lookup or all(part in lookup for part in parts)):
+        if (
+            len(parts) > 1
+            and delimiter != separator.strip()
+            and (tuple(parts) in lookup or all(part in lookup for part in parts))
+        ):
             return f"; it holds several names: {_advice_on_delimiter(label, delimiter)}"
     return ""
 
@@ -180,26 +184,36 @@ def _advice_on_delimiter(label: str, delimiter: str) -> str:
     )
 
 
-def _warn_of_odd_names(where: str, names: list[str]) -> None:
-    """Warn of names that consist of several others, and of names that differ in case alone."""
-    for delimiter in DELIMITERS:
+def warn_of_odd_names(where: str, taxonomy: Taxonomy, is_multi_label: bool) -> None:
+    """Warn of a taxonomy from the labels of one column that may not be what the user means."""
+    # ── Names of several classes; in multi-label data they are separated already ─────────────────────────────────────
+    names, warning = sorted({*taxonomy.names}), f"{where}: %s and %d more labels hold several names: %s"
+    for delimiter in PATH_DELIMITERS if is_multi_label else DELIMITERS:
         parts = {name: [part.strip() for part in name.split(delimiter)] for name in names}
         counts = Counter(chain.from_iterable(map(set, parts.values())))
         several = {name: found for name, found in parts.items() if len(found) > 1 and all(found)}
-        # in a list of names every part recurs in other labels; in a path only the root has to
-        shared = [
-            name
-            for name, found in several.items()
-            if all(counts[part] > 1 for part in (found[:1] if delimiter == ">" else found))
-        ]
+        if delimiter in PATH_DELIMITERS:
+            shared = [name for name, found in several.items() if counts[found[0]] > 1]  # paths share their roots
+        elif delimiter == ",":  # which many names hold, such as "Leukemia, B-Cell"
+            shared = [name for name, found in several.items() if parts.keys() >= {*found}]
+        else:
+            shared = [name for name, found in several.items() if all(counts[part] > 1 for part in found)]
         if len(shared) > 1 and 2 * len(shared) >= len(several):
-            joined = f"{quote_name(shared[0])} and {len(shared) - 1} more labels hold several names"
-            logger.warning("%s: %s: %s", where, joined, _advice_on_delimiter(shared[0], delimiter))
+            logger.warning(warning, quote_name(shared[0]), len(shared) - 1, _advice_on_delimiter(shared[0], delimiter))
             break
-    spellings = pd.Series(names).groupby([name.casefold() for name in names]).agg(list)
-    if same := next((found for found in spellings if len(found) > 1), None):
-        both = " and ".join(map(quote_name, same))
-        logger.warning("%s: the labels %s differ in case alone, and are classes of their own", where, both)
+
+    # ── Names that hold the separator, and names in two spellings ────────────────────────────────────────────────────
+    inner = range(taxonomy.num_leaves, taxonomy.num_nodes)
+    if inner and all(len(taxonomy.children(node)) == 1 for node in inner):
+        path = quote_name(taxonomy.separator.join(taxonomy.path_names(taxonomy.children(inner[0])[0])))
+        logger.warning("%s: %s is read as a path: if it is one name, give another --label_separator", where, path)
+    spellings: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for path_names in taxonomy.node_of_path:
+        other = spellings.setdefault(tuple(map(str.casefold, path_names)), path_names)
+        if other != path_names:
+            both = " and ".join(quote_name(taxonomy.separator.join(names)) for names in (other, path_names))
+            logger.warning("%s: the labels %s differ in case alone, and are classes of their own", where, both)
+            break
 
 
 def _refuse_unknown_codes(codes: dict[str, str], places: dict[Label, str]) -> None:
@@ -267,7 +281,6 @@ def _from_labels(
     if 2 * sum(is_text) > len(paths) > num_rows / 2:  # nothing to learn, and the model would publish the texts
         problem = f"{sum(is_text)} of {len(paths)} labels are texts, not names of classes"
         raise InputError(f"{where}: {problem}; give another --label_column, or --taxonomy")
-    _warn_of_odd_names(where, sorted({*chain.from_iterable(paths)}))
     try:
         return Taxonomy.from_paths(paths, separator)
     except TaxonomyError as error:

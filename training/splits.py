@@ -26,7 +26,7 @@ from training import data_report
 from training.arguments import SHARE, DataArguments
 from training.data_report import SPLITS, rows_by_split
 from training.label_arrays import multi_hot
-from training.labels import resolve_labels
+from training.labels import FROM_LABELS, resolve_labels, warn_of_odd_names
 from training.sources import find_columns, find_split_sources, read_rows
 from training.trained_texts import NO_TRAINED_TEXTS, TrainedTexts, normalise_text, text_hash
 
@@ -78,7 +78,7 @@ def load_splits(
     can_split = {"validation": "train" in sources and "validation" not in sources, "test": single}
     for split, size in given.items():
         if size and not can_split[split]:
-            reason = f"the data have {split} rows" if split in sources else "only one file or data set can be split"
+            reason = f"the data have {split} rows" if split in sources else "the data are given by split"
             raise InputError(f"--{split}_size has no effect here, as {reason}: leave it out")
     columns = find_columns(sources.values(), arguments)
     text_column, *label_columns = next(iter(columns.values()))  # other sources may use another case
@@ -87,6 +87,8 @@ def load_splits(
 
     # ── Map labels to nodes ──────────────────────────────────────────────────────────────────────────────────────────
     taxonomy, origin, nodes = resolve_labels(places, len(rows), label_columns, arguments, taxonomy)
+    if origin == FROM_LABELS and len(label_columns) == 1:
+        warn_of_odd_names(f"column {quote_name(label_columns[0])}", taxonomy, multi_label)
     rows["label"] = [sorted({nodes[one] for one in label}) if multi_label else nodes[label] for label in rows["label"]]
 
     not_test = rows.loc[rows["split"] != "test", "label"]
@@ -153,7 +155,9 @@ def train_on_validation_rows(data: LabelledSplits) -> LabelledSplits:
     describe = data_report.describe_label_sets if data.is_multi_label else data_report.describe
     counts["train"] = describe(rows, data.taxonomy, dropped)
     untrained = data_report.untrained_classes(rows, data.taxonomy)
-    report = data.report | {"splits": counts, "classes_without_training_rows": untrained}
+    # the first run's checkpoint continues with its own rows alone
+    split = data.report["split"] | {"rows_sha256": {}}
+    report = data.report | {"split": split, "splits": counts, "classes_without_training_rows": untrained}
     return dataclasses.replace(data, splits=splits, report=report)
 
 

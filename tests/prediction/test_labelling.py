@@ -204,6 +204,10 @@ def test_the_input_of_other_predictions_is_refused(tmp_path):
     done = run(*words, command="examples/label_next.py", check=False)
     expected = "--input has 2 rows with a text, and there are 1 predictions: give the input of these predictions\n"
     assert (done.returncode, done.stderr, done.stdout) == (2, f"label_next.py: error: {expected}", "")
+    (tmp_path / "out.jsonl").write_text('{"row": 0, "uncertainty": 0.5}\n{"row": 2, "uncertainty": 0.5}\n')
+    done = run(*words[:2], 2, *words[3:], command="examples/label_next.py", check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "give the input of these predictions" in done.stderr
 
 
 def test_a_text_with_a_lone_carriage_return_comes_back_whole(tmp_path, monkeypatch, capsys):

@@ -232,6 +232,10 @@ def test_scoring_leaves_out_what_was_trained_on(first, tmp_path, capsys):
     message = "nothing to score: the checkpoint was trained on the texts of all 7 rows"
     with pytest.raises(InputError, match=message):
         run(*line, "--model_name_or_path", first / "checkpoint-4", "--output_dir", tmp_path / "b")
+    line = ["--do_train", "false", "--validation_file", tmp_path / "a.csv", "--train_file", tmp_path / "b.csv"]
+    write_csv(tmp_path / "b.csv", rows[7:])
+    with pytest.raises(InputError, match=message):
+        run(*line, "--model_name_or_path", first, "--output_dir", tmp_path / "c")
 
 
 def test_overwriting_a_run_forgets_what_it_was_trained_on_and_its_weights_with_it(

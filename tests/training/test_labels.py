@@ -132,7 +132,9 @@ def test_taxonomy_of_the_labels_does_not_depend_on_row_order(tmp_path):
         ),
         (["lung > cancer", "lung > flu", "skin"], "give --label_separator ' > ', for several labels of a text"),
         (["Asthma", "asthma", "flu"], "the labels 'Asthma' and 'asthma' differ in case alone"),
-        (["Infections, bacterial", "Infections, viral", "> 65", "> 80"], None),
+        (["HIV/AIDS", "Nausea/vomiting", "flu"], "'HIV/AIDS' is read as a path: if it is one name, give another"),
+        (["Leukemia, B-Cell", "Leukemia, T-Cell", "Lymphoma, B-Cell", "Lymphoma, T-Cell"], None),
+        (["NEOPLASMS/Neoplasms", "NEOPLASMS/Cysts", "> 65", "> 80"], None),
     ],
 )
 def test_labels_that_may_be_several_are_named(labels, message, tmp_path, caplog):
@@ -148,7 +150,7 @@ def test_labels_that_may_be_several_are_named(labels, message, tmp_path, caplog)
     [
         ("heart > valve", "for a path give --label_separator ' > '"),
         ("valve;mind", "for several labels of a text --label_delimiter ';'"),
-        ("007", "if they are codes, give --class_names"),
+        ("007", "if it is a code, give --class_names"),
         ("Mind", "did you mean 'mind'"),
     ],
 )

@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import CORPUS, ROOT, clear_rows, complete, interrupt, read_csv, run, train_label_sets, write_csv
+from labelled_files import csv_file, load
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, pipeline
 
 import train
 from errors import InputError
+from training import resume
+from training.splits import train_on_validation_rows
 from training.trained_texts import normalise_text, text_hash
 
 FITTED = ("temperatures", "conformal_thresholds", "conformal_max_length", "lexical_weight")
@@ -150,6 +153,15 @@ def test_a_resumed_run_gets_no_calibration_of_another_model(words, refitted, tmp
     with pytest.raises(InputError, match="it was trained with another --pooling, mean, not cls"):
         train.main([*line, "--pooling", "cls"])
     assert not [*(tmp_path / "results").glob("*.safetensors")]
+
+
+def test_its_checkpoint_does_not_continue_without_it(tmp_path):
+    """Without --refit, rows that it was trained on would be validation rows again."""
+    path = csv_file(tmp_path / "a.csv", [(f"text {i}", "ab"[i % 2]) for i in range(60)])
+    data = load(data_path=path)
+    (tmp_path / "data_report.json").write_text(json.dumps(train_on_validation_rows(data).report))
+    with pytest.raises(InputError, match="it was trained on other rows or labels"):
+        resume.check_resumed_data(str(tmp_path / "checkpoint-2"), data.taxonomy, data.report)
 
 
 def test_label_issues_name_rows_of_the_training_file(words, tmp_path):

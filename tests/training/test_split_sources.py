@@ -77,7 +77,7 @@ def test_a_share_that_cannot_be_split_off_is_refused(split, tmp_path):
     reason = f"--{split}_size has no effect here, as the data have {split} rows: leave it out"
     with pytest.raises(InputError, match=reason):
         load(**files, **{f"{split}_size": 0.2})
-    with pytest.raises(InputError, match="--test_size has no effect here, as only one file or data set can be split"):
+    with pytest.raises(InputError, match="--test_size has no effect here, as the data are given by split"):
         load(train_file=files["train_file"], test_size=0.2)
 
 
