@@ -189,9 +189,8 @@ def train(
     sizes = "trained: {trainable_parameters:,} of {all_parameters:,} parameters; "
     sizes += "encoder: {encoder_bytes:,} bytes, {encoder_bytes_float32:,} in float32"
     logger.info(sizes.format_map(size))
-    texts = data.splits["train"]["text"]
     outputs = [training.output_dir] if second_run is None else [training.output_dir, second_run.output_dir]
-    resume.start_run(trainer, arguments.model.model_name_or_path, trained_texts, texts, resume_from, outputs)
+    resume.start_run(trainer, arguments.model.model_name_or_path, trained_texts, data.splits, resume_from, outputs)
     if resume_from is None:
         heads_init = initialise_heads(trainer, splits["train"], arguments.model)
     settings["heads_init"] = data.report["heads_init"] = heads_init
@@ -300,7 +299,7 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
         left_out = sum(sum(before[action].values()) for action in ("moved", "left_out"))
         problem = "give --validation_file or --test_file; of one file, give the whole file as --test_file"
         if left_out:
-            problem = f"the checkpoint was trained on the texts of all {left_out:,} rows; give other rows"
+            problem = f"the checkpoint was trained or calibrated on the texts of all {left_out:,} rows; give other rows"
         raise InputError(f"nothing to score: {problem}")
     with as_input_error(f"cannot load the tokenizer of {source}"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=True)

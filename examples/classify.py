@@ -24,7 +24,11 @@ try:
     classify = pipeline("hierarchical-text-classification", model=arguments.checkpoint, trust_remote_code=True)
 except (OSError, KeyError) as error:  # transformers raises KeyError for the task if the model has no such pipeline
     parser.error(f"cannot load the checkpoint {arguments.checkpoint}: {error}")
-for text, result in zip(texts, classify(texts), strict=True):
+try:
+    results = [*classify(texts)]
+except ValueError as error:  # an empty text
+    parser.error(f"{arguments.file}: {error}")
+for text, result in zip(texts, results, strict=True):
     print("\n" + textwrap.fill(text, 100, initial_indent="  ", subsequent_indent="  "))
     for one in result.get("labels", [result]):  # of a multi-label checkpoint
         print("→ " + " → ".join(f"{node['label']} ({node['score']:.0%})" for node in one["path"]))

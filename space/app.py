@@ -45,8 +45,9 @@ try:
 except ImportError:
     spaces = None
 
-if not os.environ.get("GRADIO_SERVER_PORT", "7860").isdecimal():  # gradio reads it
-    sys.exit("app.py: error: GRADIO_SERVER_PORT must be a number")
+if not (port := os.environ.get("GRADIO_SERVER_PORT", "7860")).isdecimal() or int(port) > 65535:  # gradio reads it
+    print(f"app.py: error: GRADIO_SERVER_PORT must be a number up to 65535, not {port}", file=sys.stderr)
+    sys.exit(2)
 
 import gradio as gr
 import views
@@ -797,6 +798,7 @@ def launch(page: gr.Blocks) -> None:
         pwa=False,
         ssr_mode=False,
         share=False,
+        server_port=int(port) if (port := os.environ.get("GRADIO_SERVER_PORT")) else None,  # no other if it is taken
         app_kwargs={"middleware": [Middleware(Guard)], "docs_url": None, "redoc_url": None},
     )
 
@@ -811,6 +813,8 @@ def main() -> None:
     is_folder = Path(arguments.model).is_dir()
     if is_folder and arguments.revision:
         parser.error(f"--revision {arguments.revision} does not apply to the folder {arguments.model}")
+    if not is_folder and arguments.model.startswith(("/", ".", "~")):
+        parser.error(f"cannot load the model {arguments.model}: there is no such folder")
     log_without_values()
     revision = None if is_folder else arguments.revision or os.environ.get("MODEL_REVISION") or None
     for name in ("SIGTERM", "SIGHUP"):  # files are deleted at the end; nohup ignores SIGHUP
@@ -824,7 +828,10 @@ def main() -> None:
         if "See the original errors" in problem:  # with tracebacks; the last line is the cause
             problem = lines[-1].partition(": ")[2]
         parser.error(f"cannot load the model {arguments.model}: {problem}")
-    launch(build(classifier, arguments.model, revision))
+    try:
+        launch(build(classifier, arguments.model, revision))
+    except OSError as error:  # the port is taken
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

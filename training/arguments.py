@@ -86,7 +86,9 @@ class DataArguments:
         "Nested .yaml or .json, or .csv with columns parent and child. Default: the checkpoint's; for an encoder the "
         "Medical Abstracts taxonomy if it has all labels, else built from the labels' paths.",
     )
-    label_separator: str = flag("/", "Separator between the names in the path of a label.")
+    label_separator: str | None = flag(
+        None, "Separator between the names in the path of a label. Default: the checkpoint's, for an encoder '/'."
+    )
     class_names: str | None = flag(None, "Names of coded labels: .csv or .tsv file of code,name rows, or JSON object.")
     max_length: int | None = flag(
         None, "Texts are truncated to this number of tokens. Default: 512, or that of the checkpoint to be scored."
@@ -330,6 +332,9 @@ def check_values(arguments: Arguments) -> None:
             training.dataloader_persistent_workers
         ),
         "--label_delimiter must not be empty": delimiter == "",
+        "--label_delimiter must differ from --label_separator": (
+            delimiter is not None and delimiter.strip() == (data.label_separator or "/").strip()
+        ),
         "--label_delimiter needs one --label_column": delimiter is not None and len(columns) > 1,
         "FSDP needs GPUs; on CPUs use recipes/accelerate/ddp.yaml": fsdp and training.device.type == "cpu",
     }

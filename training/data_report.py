@@ -139,7 +139,7 @@ def log_splits(report: dict) -> None:
     before = report["trained_before"]
     for action, counts in (("moved to the training rows", before["moved"]), ("left out", before["left_out"])):
         if held_out := _listed(counts):
-            logger.warning("%s, since the checkpoint was trained on the texts: %s", action, held_out)
+            logger.warning("%s, since the checkpoint was trained or calibrated on the texts: %s", action, held_out)
     if before["scores"] == "unverified":
         logger.warning("the checkpoint's training texts are unknown: no rows are split off, and scores are unverified")
     if untrained := report["classes_without_training_rows"]:

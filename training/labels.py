@@ -95,7 +95,7 @@ def _label_problem(path: tuple[Any, ...]) -> str | None:
     if None in path:
         return "the label is neither text nor a whole number"
     if not any(path):
-        return "the label is missing"
+        return "the label is missing (texts without labels need --problem_type multi_label_classification)"
     if any(len(name) > MAX_LABEL_LENGTH for name in path):
         return f"the label has more than {MAX_LABEL_LENGTH} characters"
     if "" in path and any(path[path.index("") :]):
@@ -130,7 +130,10 @@ def resolve_labels(
         label: codes.get(label, label) if isinstance(label, str) else tuple(codes.get(name, name) for name in label)
         for label in places
     }
+    remedy = ""
     separator = arguments.label_separator
+    if separator is None:
+        separator = taxonomy.separator if taxonomy else "/"
 
     # ── Choose the taxonomy ──────────────────────────────────────────────────────────────────────────────────────────
     if arguments.taxonomy is not None:
@@ -140,7 +143,11 @@ def resolve_labels(
         except TaxonomyError as error:
             raise InputError(f"--taxonomy: {error}") from error
     elif taxonomy is not None:
-        origin = "the checkpoint's"
+        if separator != taxonomy.separator:
+            raise InputError(
+                f"--label_separator {separator!r} is not the checkpoint's, {taxonomy.separator!r}: leave it out"
+            )
+        origin, remedy = "the checkpoint's", "; for new classes give a whole new --taxonomy"
     elif _has_all_labels(default := Taxonomy(DEFAULT_TAXONOMY, separator), names.values()):
         taxonomy, origin = default, "the default, of the Medical Abstracts corpus"
     else:
@@ -158,7 +165,7 @@ def resolve_labels(
             if name == label:
                 _refuse_unknown_codes(codes, {label: places[label]})
             advice = _advice_on_names(label, lookup, taxonomy.separator) if isinstance(label, str) else ""
-            raise InputError(f"{places[label]}: {error}{advice}") from error
+            raise InputError(f"{places[label]}: {error}{advice or remedy}") from error
     return taxonomy, origin, nodes
 
 
@@ -177,11 +184,10 @@ def _advice_on_names(label: str, lookup: Container[Label], separator: str) -> st
     return ""
 
 
-def _advice_on_delimiter(label: str, delimiter: str) -> str:
+def _advice_on_delimiter(label: str, delimiter: str, is_multi_label: bool = False) -> str:
     separator = f" {delimiter} " if f" {delimiter} " in label else delimiter
-    return (
-        f"for a path give --label_separator {separator!r}, for several labels of a text --label_delimiter {delimiter!r}"
-    )
+    several = "" if is_multi_label else f", for several labels of a text --label_delimiter {delimiter!r}"
+    return f"for a path give --label_separator {separator!r}{several}"
 
 
 def warn_of_odd_names(where: str, taxonomy: Taxonomy, is_multi_label: bool) -> None:
@@ -199,7 +205,8 @@ def warn_of_odd_names(where: str, taxonomy: Taxonomy, is_multi_label: bool) -> N
         else:
             shared = [name for name, found in several.items() if all(counts[part] > 1 for part in found)]
         if len(shared) > 1 and 2 * len(shared) >= len(several):
-            logger.warning(warning, quote_name(shared[0]), len(shared) - 1, _advice_on_delimiter(shared[0], delimiter))
+            advice = _advice_on_delimiter(shared[0], delimiter, is_multi_label)
+            logger.warning(warning, quote_name(shared[0]), len(shared) - 1, advice)
             break
 
     # ── Names that hold the separator, and names in two spellings ────────────────────────────────────────────────────

@@ -9,7 +9,7 @@ import logging
 import re
 import shutil
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def read_earlier_texts(model: str, resume_from: str | None) -> TrainedTexts:
     if not is_checkpoint(model):
         return NO_TRAINED_TEXTS
     trained = read_trained_texts(model)
-    return TrainedTexts(earlier=trained.all, complete=trained.complete)
+    return TrainedTexts(earlier=trained.all, validation=trained.validation, complete=trained.complete)
 
 
 def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
@@ -162,11 +162,11 @@ def start_run(
     trainer: Trainer,
     model: str,
     trained_texts: TrainedTexts,
-    texts: Iterable[str],
+    splits: Mapping[str, Mapping[str, Sequence[str]]],
     resume_from: str | None,
     outputs: Sequence[str],
 ) -> None:
-    """Clean up the overwritten runs in ``outputs`` and record the training ``texts``, while all processes wait.
+    """Clean up the overwritten runs in ``outputs`` and record the texts of ``splits``, while all processes wait.
 
     The initial weights, ``model``, were trained on ``trained_texts``.
     """
@@ -177,7 +177,8 @@ def start_run(
         if training.overwrite_output_dir and not resumed:
             for folder in outputs:
                 delete_run(Path(folder), model)
-        write_trained_texts(output, trained_texts, texts)
+        texts = (splits[name]["text"] if name in splits else [] for name in ("train", "validation"))
+        write_trained_texts(output, trained_texts, *texts)
     trainer.accelerator.wait_for_everyone()
 
 

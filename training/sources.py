@@ -138,6 +138,8 @@ def read_rows(
     cells = [cell for table in tables for name in [*table.columns][1:] for cell in table.columns[name]]
     multi_label = is_multi_label(any(isinstance(cell, list) for cell in cells), arguments)
     refuse_indicators(cells, next(iter(columns.values()))[1:], arguments, multi_label)
+    if not multi_label and len(tables[0].columns) > 2:
+        refuse_same_values(tables, arguments)
     parts, places = [], dict[Label, str]()
     for (split, source), table in zip(sources.items(), tables, strict=True):
         text_column, *label_columns = columns[source.name]
@@ -157,6 +159,18 @@ def read_rows(
         rows["text"], rows["label"] = pd.Series(texts, dtype=object), pd.Series(labels, dtype=object)
         parts.append(rows)
     return pd.concat(parts, ignore_index=True), places, multi_label
+
+
+def refuse_same_values(tables: list[Table], arguments: DataArguments) -> None:
+    """Raise InputError if several label columns have the same two values: they are answers, not the levels of a path."""
+    _, *names = tables[0].columns
+    values = [
+        {str(cell) for table in tables for cell in [*table.columns.values()][i]} for i in range(1, len(names) + 1)
+    ]
+    if arguments.problem_type is None and all(one == values[0] for one in values) and len(values[0]) == 2:
+        both = " and ".join(map(quote_name, sorted(values[0])))
+        advice = f"write 1 and 0, and give --problem_type {MULTI_LABEL}"
+        raise InputError(f"the columns {', '.join(map(quote_name, names))} hold {both} alone: {advice}")
 
 
 def refuse_indicators(cells: list[Any], names: list[str], arguments: DataArguments, multi_label: bool) -> None:
@@ -188,6 +202,8 @@ def is_multi_label(has_lists: bool, arguments: DataArguments) -> bool:
     multi_label = has_lists or delimited or arguments.problem_type == MULTI_LABEL
     if arguments.incomplete_labels and not multi_label:
         raise InputError(f"--incomplete_labels needs multi-label data: give --problem_type {MULTI_LABEL}")
+    if has_lists and delimited:
+        raise InputError("the label column holds lists: leave out --label_delimiter")
     if has_lists and arguments.problem_type is None:
         logger.info("the label column holds lists: any number of labels per text (--problem_type %s)", MULTI_LABEL)
     return multi_label

@@ -101,6 +101,8 @@ def load_splits(
     counts = rows["split"].value_counts()
     if multi_label:
         rows = _unite(rows)
+        if not rows.loc[rows["split"] == "validation", "label"].map(len).max():
+            raise InputError("no validation text has a label, so nothing can be calibrated: give other validation rows")
     united = counts - rows["split"].value_counts()
     rows, dropped = _drop_shared(rows)
 
@@ -166,22 +168,25 @@ def _place_trained_rows(
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Move each held-out row whose text earlier runs were trained on to the training rows, or drop it.
 
-    It is dropped if there are no training rows. A run that is resumed moves the rows that it had moved, and drops other rows whose
+    It is dropped if there are no training rows. So are test rows whose text selected and calibrated the checkpoint. A run that is resumed moves the rows that it had moved, and drops other rows whose
     text was trained on, by earlier runs or by itself: they come from another test file.
 
     Return the rows, and the section ``trained_before`` of data_report.json.
     """
-    hashes = [text_hash(text) for text in texts] if trained.all else []
-    by_earlier, by_this_run = (
-        np.array([h in known for h in hashes], dtype=bool)[rows["text_id"]]
-        if known
-        else np.zeros(len(rows), dtype=bool)
-        for known in (trained.earlier, trained.this_run)
-    )
+    hashes = [text_hash(text) for text in texts] if trained.all or trained.validation else []
+
+    def has_text_of(known: frozenset[str]) -> np.ndarray:
+        if not known:
+            return np.zeros(len(rows), dtype=bool)
+        return np.array([h in known for h in hashes])[rows["text_id"]]
+
+    by_earlier, by_this_run = has_text_of(trained.earlier), has_text_of(trained.this_run)
     in_training = (rows["split"] == "train").to_numpy()
     is_resumed = bool(trained.this_run)
     moved = ~in_training & by_earlier & in_training.any() & (by_this_run | (not is_resumed))
     left_out = ~in_training & (by_earlier | by_this_run) & ~moved
+    if not in_training.any():  # scores of this checkpoint
+        left_out |= (rows["split"] == "test").to_numpy() & has_text_of(trained.validation)
 
     def count(mask: np.ndarray) -> dict[str, int]:
         return {split: int(mask[part.index].sum()) for split, part in rows_by_split(rows).items()}

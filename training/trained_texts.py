@@ -1,4 +1,4 @@
-"""Record which texts a checkpoint was trained on, so that none of them is scored.
+"""Record which texts a checkpoint was trained, selected and calibrated on, so that none of them is a test text.
 
 The hashes are never published: they reveal who is in the training data. A resumed run splits its rows by the texts of
 earlier runs only, and so repeats its first split.
@@ -26,11 +26,13 @@ class TrainedTexts:
     Attributes:
         earlier: texts of the runs that this run continues.
         this_run: texts of this run.
+        validation: texts that selected and calibrated the checkpoint.
         complete: False if the texts of an earlier run are unknown.
     """
 
     earlier: frozenset[str] = frozenset()
     this_run: frozenset[str] = frozenset()
+    validation: frozenset[str] = frozenset()
     complete: bool = True
 
     @property
@@ -64,11 +66,19 @@ def read_trained_texts(checkpoint: str | Path) -> TrainedTexts:
         return TrainedTexts(complete=False)
     with as_input_error(f"{file}, which tells what {checkpoint} was trained on, cannot be read"):
         content = json.loads(file.read_text(encoding="utf-8"))
-        return TrainedTexts(frozenset(content["earlier"]), frozenset(content["this_run"]), bool(content["complete"]))
+        earlier, this_run, validation = (frozenset(content[name]) for name in ("earlier", "this_run", "validation"))
+        return TrainedTexts(earlier, this_run, validation, bool(content["complete"]))
 
 
-def write_trained_texts(folder: Path, before: TrainedTexts, texts: Iterable[str]) -> None:
-    """Before the first step, write hashes of ``texts``, and of the texts behind the initial weights."""
-    this_run = before.this_run | {text_hash(normalise_text(text)) for text in texts}
-    content = {"complete": before.complete, "earlier": sorted(before.earlier), "this_run": sorted(this_run)}
+def write_trained_texts(
+    folder: Path, before: TrainedTexts, texts: Iterable[str], validation_texts: Iterable[str]
+) -> None:
+    """Before the first step, write hashes of the texts of this run, and of those behind the initial weights."""
+    this_run, validation = ({text_hash(normalise_text(one)) for one in part} for part in (texts, validation_texts))
+    content = {
+        "complete": before.complete,
+        "earlier": sorted(before.earlier),
+        "this_run": sorted(before.this_run | this_run),
+        "validation": sorted(validation),
+    }
     write_json(folder / TRAINED_TEXTS, content)

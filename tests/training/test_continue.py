@@ -131,7 +131,7 @@ def test_rows_of_given_files_that_were_trained_on_become_training_rows(words, fi
         flags += [f"--{split}_file", write_csv(tmp_path / f"{split}.csv", rows)]
     run(*words, *flags)
     assert (
-        "moved to the training rows, since the checkpoint was trained on the texts: 1 validation rows and 3 test rows"
+        "moved to the training rows, since the checkpoint was trained or calibrated on the texts: 1 validation rows and 3 test rows"
         in capsys.readouterr().err
     )
     card = (tmp_path / "results" / "README.md").read_text()
@@ -220,21 +220,25 @@ def test_where_nothing_is_known_nothing_is_split_off_and_scores_are_unverified(p
 
 
 def test_scoring_leaves_out_what_was_trained_on(first, tmp_path, capsys):
-    known, held_out = sorted(trained_on(first, 700)), sorted(set().union(*scored(first).values()))
-    rows = [{"text": text, "label": "a"} for text in [*known[:7], *held_out[:30], known[8]]]
+    known, held_out = sorted(trained_on(first, 700)), {split: sorted(texts) for split, texts in scored(first).items()}
+    rows = [{"text": text, "label": "a"} for text in [*known[:5], *held_out["validation"][:2], *held_out["test"][:30]]]
+    rows += [{"text": known[8], "label": "a"}]
     line = ["--do_train", "false", "--output_dir", tmp_path / "scores"]
     line += ["--test_file", write_csv(tmp_path / "a.csv", rows)]
     run(*line, "--model_name_or_path", first)
-    assert "left out, since the checkpoint was trained on the texts: 8 test rows" in capsys.readouterr().err
-    assert scored(tmp_path / "scores", rows)["test"] == set(held_out[:30])
+    assert (
+        "left out, since the checkpoint was trained or calibrated on the texts: 8 test rows" in capsys.readouterr().err
+    )
+    assert scored(tmp_path / "scores", rows)["test"] == set(held_out["test"][:30])
     assert report(tmp_path / "scores")["trained_before"]["left_out"] == {"test": 8}
     write_csv(tmp_path / "a.csv", rows[:7])
-    message = "nothing to score: the checkpoint was trained on the texts of all 7 rows"
+    message = "nothing to score: the checkpoint was trained or calibrated on the texts of all 7 rows"
     with pytest.raises(InputError, match=message):
         run(*line, "--model_name_or_path", first / "checkpoint-4", "--output_dir", tmp_path / "b")
     line = ["--do_train", "false", "--validation_file", tmp_path / "a.csv", "--train_file", tmp_path / "b.csv"]
+    write_csv(tmp_path / "a.csv", rows[:5])
     write_csv(tmp_path / "b.csv", rows[7:])
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match="calibrated on the texts of all 5 rows"):
         run(*line, "--model_name_or_path", first, "--output_dir", tmp_path / "c")
 
 

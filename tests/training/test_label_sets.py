@@ -189,6 +189,7 @@ def test_a_column_that_no_text_has_is_a_class(tmp_path):
         (['["a; b", "c"]'], {"label_delimiter": ";"}, r"line 1, column 'label': the cell is a list written as text"),
         (["x"], {"problem_type": "single_label_classification", "label_delimiter": ";"}, r"but --label_delimiter is given"),
         (["x", "y"], {"incomplete_labels": True}, r"--incomplete_labels needs multi-label data"),
+        ([["x;y"]], {"label_delimiter": ";"}, r"the label column holds lists: leave out --label_delimiter"),
     ],
 )  # fmt: skip
 def test_one_bad_row_or_label_is_one_clear_line(tmp_path, taxonomy, rows, flags, message):
@@ -212,8 +213,27 @@ def test_a_cell_that_is_neither_0_nor_1(tmp_path):
         load(train_file=file, **flags)
 
 
+def test_columns_of_yes_and_no_are_not_the_levels_of_a_path(tmp_path):
+    file = csv_file(tmp_path / "a.csv", [("p", "yes", "no"), ("q", "no", "yes")], header=("text", "x", "y"))
+    with pytest.raises(InputError, match="the columns 'x', 'y' hold 'no' and 'yes' alone: write 1 and 0, and give"):
+        load(train_file=file, label_column=["x", "y"], validation_size=0)
+
+
+def test_validation_texts_without_any_label_are_refused(tmp_path):
+    files = {"train_file": csv_file(tmp_path / "a.csv", [("p", "x"), ("q", "y")])}
+    files["validation_file"] = csv_file(tmp_path / "b.csv", [("r", ""), ("s", "")])
+    with pytest.raises(InputError, match="no validation text has a label"):
+        load(**files, label_delimiter=";")
+
+
 @pytest.mark.parametrize(
-    "words", [["--label_delimiter="], ["--label_delimiter", ";", "--label_column", "a", "b"], ["--problem_type", "x"]]
+    "words",
+    [
+        ["--label_delimiter="],
+        ["--label_delimiter", ";", "--label_column", "a", "b"],
+        ["--label_delimiter", " > ", "--label_separator", ">"],
+        ["--problem_type", "x"],
+    ],
 )
 def test_flags_that_cannot_be(words):
     with pytest.raises(InputError, match=words[0].strip("=")):

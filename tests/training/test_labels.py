@@ -152,12 +152,25 @@ def test_labels_that_may_be_several_are_named(labels, message, tmp_path, caplog)
         ("valve;mind", "for several labels of a text --label_delimiter ';'"),
         ("007", "if it is a code, give --class_names"),
         ("Mind", "did you mean 'mind'"),
+        ("skin", "it has 'valve', 'mind', 'heart', …"),
     ],
 )
 def test_a_label_that_is_not_in_the_taxonomy_comes_with_advice(label, advice, tmp_path):
     tree = write(tmp_path / "tree.yaml", "heart: [valve]\nmind:\n")
     with pytest.raises(InputError, match=rf"a\.csv, line 2, column 'label': .* is not in the taxonomy; .*{advice}"):
         load(train_file=csv_file(tmp_path / "a.csv", [("one", label)]), taxonomy=tree, validation_size=0)
+
+
+def test_a_checkpoint_keeps_its_classes_and_its_separator(tmp_path):
+    known, rows = (
+        Taxonomy({"heart": ["valve"], "mind": []}, " > "),
+        csv_file(tmp_path / "a.csv", [("one", "heart > valve")]),
+    )
+    assert labels_of(load(known=known, test_file=rows), "test") == ["valve"]
+    with pytest.raises(InputError, match="--label_separator '/' is not the checkpoint's, ' > ': leave it out"):
+        load(known=known, test_file=rows, label_separator="/")
+    with pytest.raises(InputError, match="for new classes give a whole new --taxonomy"):
+        load(known=known, test_file=csv_file(tmp_path / "b.csv", [("one", "skin")]))
 
 
 def test_labels_of_every_split_span_the_taxonomy(tmp_path):

@@ -172,7 +172,7 @@ def test_missing_values_are_named_by_line_and_the_text_is_not_shown(tmp_path):
     with pytest.raises(InputError, match=r"a\.csv, line 4, column 'text': the text is empty$"):
         load(train_file=path)
     path = csv_file(tmp_path / "a.csv", [row for row in rows if row[0].strip()])
-    with pytest.raises(InputError, match=r"a\.csv, line 3, column 'label': the label is missing; 2 rows") as caught:
+    with pytest.raises(InputError, match=r"a\.csv, line 3, column 'label': the label is missing .*; 2 rows") as caught:
         load(train_file=path)
     assert SECRET not in str(caught.value)
 
