@@ -443,7 +443,7 @@ def threshold_index(share: float) -> int:
 
 def guaranteed_threshold(name: str, share: float, thresholds: list[float | None] | None) -> float:
     """Return the threshold for a coverage or recall, rounded up to a hundredth, or raise ValueError if there is none."""
-    if not isinstance(share, Real) or not 0 < round(share, 6) <= 0.99:
+    if not isinstance(share, Real) or not (share > 0 and round(share, 6) <= 0.99):
         raise ValueError(f"{name} must be a number above 0 and at most 0.99, not {share!r}")
     if thresholds is None:
         raise ValueError(f"this checkpoint was not calibrated: {name} needs one that was trained with validation rows")
