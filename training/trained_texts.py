@@ -66,7 +66,8 @@ def read_trained_texts(checkpoint: str | Path) -> TrainedTexts:
         return TrainedTexts(complete=False)
     with as_input_error(f"{file}, which tells what {checkpoint} was trained on, cannot be read"):
         content = json.loads(file.read_text(encoding="utf-8"))
-        earlier, this_run, validation = (frozenset(content[name]) for name in ("earlier", "this_run", "validation"))
+        validation = frozenset(content.get("validation", []))  # absent from earlier versions
+        earlier, this_run = frozenset(content["earlier"]), frozenset(content["this_run"])
         return TrainedTexts(earlier, this_run, validation, bool(content["complete"]))
 
 
