@@ -50,11 +50,7 @@ from training.trainer import HierarchicalTrainer
 
 logger = logging.getLogger("train")
 
-BEFORE_CALIBRATION = (
-    "_loss",
-    "_ece",
-    "_ece_by_chance",
-)  # suffixes of metrics that may be measured before calibration only
+BEFORE_CALIBRATION = ("_loss", "_ece", "_ece_by_chance")  # endings of metrics that may precede calibration only
 SELECTION = "selection"  # folder of the run that chooses the epochs for --refit, in the output folder
 
 Prepare = Callable[[HierarchicalTrainer], HierarchicalTrainer]

@@ -295,7 +295,7 @@ def _from_labels(
 
 
 def _path(label: Label, separator: str) -> tuple[str, ...]:
-    """Return the names in a label from the root down. A leading separator indicators a root whose name is not unique."""
+    """Return the names in a label from the root down. A leading separator marks a root whose name is not unique."""
     if isinstance(label, tuple):
         return label
     # white space around a label was removed, also at the beginning of a separator " > "

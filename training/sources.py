@@ -164,9 +164,8 @@ def read_rows(
 def refuse_same_values(tables: list[Table], arguments: DataArguments) -> None:
     """Raise InputError if several label columns have the same two values: they are answers, not the levels of a path."""
     _, *names = tables[0].columns
-    values = [
-        {str(cell) for table in tables for cell in [*table.columns.values()][i]} for i in range(1, len(names) + 1)
-    ]
+    label_columns = zip(*([*table.columns.values()][1:] for table in tables), strict=True)
+    values = [{*map(str, chain(*parts))} for parts in label_columns]
     if arguments.problem_type is None and all(one == values[0] for one in values) and len(values[0]) == 2:
         both = " and ".join(map(quote_name, sorted(values[0])))
         advice = f"write 1 and 0, and give --problem_type {MULTI_LABEL}"

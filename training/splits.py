@@ -168,8 +168,9 @@ def _place_trained_rows(
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Move each held-out row whose text earlier runs were trained on to the training rows, or drop it.
 
-    It is dropped if there are no training rows. So are test rows whose text selected and calibrated the checkpoint. A run that is resumed moves the rows that it had moved, and drops other rows whose
-    text was trained on, by earlier runs or by itself: they come from another test file.
+    It is dropped if there are no training rows. So are test rows whose text selected and calibrated the checkpoint. A run
+    that is resumed moves the rows that it had moved. It drops other rows whose text was trained on, by earlier runs or by
+    itself: they come from another test file.
 
     Return the rows, and the section ``trained_before`` of data_report.json.
     """
