@@ -33,13 +33,13 @@ from errors import InputError, as_input_error, exit_with_error, is_full_disk, on
 from evaluation import plots, report
 from evaluation.label_issues import write_label_issues
 from evaluation.lexical import fit_classifier
+from files import write_json
+from machine import keep_memory
 from taxonomy_hierarchical import TaxonomyError
 from training import resume
 from training.arguments import Arguments, HierarchicalTrainingArguments, check_against_data, parse
-from training.files import write_json
 from training.label_arrays import label_arrays
 from training.losses import HierarchicalFocalLoss, MultiLabelFocalLoss
-from training.memory import keep_memory
 from training.model import build_model, fetch_model, load_tokenizer, size_report
 from training.prototypes import initialise_heads
 from training.publish import check_hub, push, run_facts, run_settings, write_card

@@ -51,13 +51,13 @@ sys.path.insert(0, str(ROOT))
 from checkpoint_files import ONNX_FILE, QUANTIZED_ONNX_FILE
 from checkpoint_hierarchical import load_encoder
 from configuration_hierarchical import HierarchicalConfig
+from machine import keep_memory
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from pipeline_hierarchical import TOKENS_ON_CPU, batches_by_length, padded_length
 from prediction.int8 import quantize, scales_of
 from prediction.model import KEPT_MEMORY
 from publishing.export import Logits, export_onnx, load_merged, quiet_logs
 from taxonomy_hierarchical import Taxonomy
-from training.memory import keep_memory
 
 PEAK_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}  # OpenVINO's names

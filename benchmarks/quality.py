@@ -81,11 +81,11 @@ sys.path.insert(0, str(ROOT))
 from multi_label_peers import PEERS, SVM_STRENGTHS, paired_intervals, score_checkpoint, score_peer, unpack, vectors
 
 from evaluation.metrics import bootstrap_intervals, build_compute_metrics, one_hot
+from machine import has_bf16
 from publishing.card import MEASURED_TARGET
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 from training.arguments import DataArguments
 from training.label_arrays import multi_hot
-from training.precision import has_bf16
 from training.splits import load_splits
 
 Predict = Callable[[Any], np.ndarray]

@@ -15,15 +15,14 @@ from transformers.utils import cached_file
 
 from checkpoint_files import MODEL_FILES, list_files, refuse_missing_folder
 from errors import InputError, describe_error, one_line
+from files import sha256
+from machine import give_back_memory, has_bf16, keep_memory
 from pipeline_hierarchical import read_cost_table
 from prediction.input import Record
 from prediction.int8 import has_int8_products, quantize
 from prediction.output import Block
 from prediction.rows import SEPARATORS, TASKS, RowFormat, output_kind
 from taxonomy_hierarchical import quote_name
-from training.files import sha256
-from training.memory import give_back_memory, keep_memory
-from training.precision import has_bf16
 
 DTYPES = ("fp32", "bf16", "int8")
 KEPT_MEMORY = (32 * 2**20, 2**30, 64 * 2**20)  # arguments of `keep_memory`, which saves a tenth of the time

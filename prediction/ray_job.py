@@ -28,15 +28,15 @@ from ray.exceptions import RayError, RayTaskError
 from transformers.utils.hub import HF_MODULES_CACHE
 
 from errors import ROOT, InputError, as_input_error, describe_error, one_line
+from machine import give_back_memory
 from prediction.model import Model
 from prediction.output import Block, Rows
 from prediction.rows import RowFormat
-from training.memory import give_back_memory
 
 BLOCKS_PER_ACTOR = 2
 POLL_SECONDS = 3  # between two looks at the cluster
 MAX_DEATHS = 5  # of the workers of a block, or of workers that load the model, one after the other
-SHIPPED = ("*_hierarchical.py", "checkpoint_files.py", "errors.py", "prediction", "reading", "training")
+SHIPPED = ("*_hierarchical.py", "checkpoint_files.py", "errors.py", "files.py", "machine.py", "prediction", "reading")
 
 
 class Classifier:

@@ -11,9 +11,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from errors import InputError, as_input_error
+from files import check_writable
 from reading.sources import Source
 from reading.stores import path_of
-from training.files import check_writable
 
 
 class Disk:

@@ -19,10 +19,10 @@ from transformers.trainer_utils import SaveStrategy
 
 from configuration_hierarchical import DEFAULT_ENCODER, DEFAULT_ENCODER_REVISION
 from errors import InputError, is_own_bug, one_line
+from machine import has_bf16
 from taxonomy_hierarchical import Taxonomy
 from training.label_arrays import multi_hot
 from training.losses import weight_of_level
-from training.precision import has_bf16
 from training.recipe import insert_recipe, nearest
 
 logger = logging.getLogger(__name__)

@@ -19,10 +19,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from checkpoint_files import find_damage, is_checkpoint, read_config
 from checkpoint_hierarchical import ADAPTER_SUBFOLDER
 from errors import InputError, as_input_error
+from files import check_writable
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import HierarchicalTrainingArguments
-from training.files import check_writable
 from training.trained_texts import NO_TRAINED_TEXTS, TrainedTexts, read_trained_texts, write_trained_texts
 
 logger = logging.getLogger(__name__)

@@ -14,12 +14,12 @@ import pandas as pd
 
 from configuration_hierarchical import MULTI_LABEL
 from errors import InputError, as_input_error
+from files import sha256
 from reading.columns import LABEL_COLUMNS, TEXT_COLUMNS, choose_columns, text_problem
 from reading.sources import Source, Table, kind_of, open_rows, read_table
 from taxonomy_hierarchical import quote_name, to_nfc
 from training.arguments import DataArguments
 from training.data_report import SPLITS
-from training.files import sha256
 from training.labels import Label, read_indicator, read_label_sets, read_labels, refuse_rows
 
 logger = logging.getLogger(__name__)

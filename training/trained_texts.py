@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from errors import as_input_error
-from training.files import write_json
+from files import write_json
 
 TRAINED_TEXTS = "trained_texts.json"
 

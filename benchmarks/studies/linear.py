@@ -37,9 +37,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from cpu_hierarchical import ONEDNN, PackedLinear, packable_dtypes
+from machine import keep_memory
 from prediction.int8 import Int8Linear
 from prediction.model import KEPT_MEMORY
-from training.memory import keep_memory
 
 TOKENS = 1024
 LAYERS = {  # inputs, outputs

@@ -26,9 +26,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from cpu_hierarchical import PerDocumentAttention, padded
+from machine import keep_memory
 from prediction.model import KEPT_MEMORY
 from training.cpu import MergedLinear, merged_weight
-from training.memory import keep_memory
 
 ENCODERS = {"MiniLM": (384, 1536, 12), "BERT base": (768, 3072, 12)}  # hidden size, intermediate size, heads
 DOCUMENTS, RANK, ROUNDS, RUNS = 8, 64, 7, 3

@@ -1,7 +1,12 @@
-"""Let glibc's malloc keep freed memory, because fetching it again costs one page fault per page. No effect elsewhere."""
+"""Find what this machine multiplies fast, and let glibc's malloc keep freed memory.
+
+Fetching memory again costs one page fault per page. Elsewhere than on Linux with glibc, malloc stays as it is.
+"""
 
 import ctypes
 import sys
+
+import torch
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h, in bytes
 
@@ -20,3 +25,15 @@ def give_back_memory() -> None:
     """Return freed memory to the system: in a long run, the gaps between blocks in use add up."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
+
+
+def has_bf16(cpu: bool) -> bool:
+    """Return whether bfloat16 matrix products are native, and so faster than float32, on the device that will train."""
+    if cpu:
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.backends.mps.is_available():
+        return torch.backends.mps.is_macos_or_newer(14, 0)
+    return torch.xpu.is_available()
