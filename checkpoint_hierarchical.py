@@ -426,7 +426,8 @@ def read_shipped_files() -> dict[str, bytes]:
 
 def set_auto_map(config: Any) -> None:
     """Set ``auto_map`` and ``custom_pipelines`` in a configuration, and remove the encoder's local path."""
-    config.auto_map, config.custom_pipelines = AUTO_MAP, CUSTOM_PIPELINES
+    # copies: transformers puts classes into the second one when a pipeline is given this configuration
+    config.auto_map, config.custom_pipelines = copy.deepcopy((AUTO_MAP, CUSTOM_PIPELINES))
     config.text_config.name_or_path = ""
 
 

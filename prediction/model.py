@@ -120,7 +120,7 @@ def read_costs(word: str | None) -> tuple[str | dict | None, str | None]:
             raise InputError(f"--costs: {error}") from error
         return table, hashlib.sha256(json.dumps(table).encode()).hexdigest()
     pairs = [pair.partition("=") for pair in word.split(",")]
-    if [name for name, _, _ in pairs] != ["missing", "inventing"]:
+    if sorted(name for name, _, _ in pairs) != ["inventing", "missing"]:
         raise InputError(f"--costs {word}: give distance, a .csv file, or missing=NUMBER,inventing=NUMBER")
     return {name: cost for name, _, cost in pairs}, word
 

@@ -185,16 +185,18 @@ def _advice_on_names(label: str, lookup: Container[Label], separator: str) -> st
 
 
 def _advice_on_delimiter(label: str, delimiter: str, is_multi_label: bool = False) -> str:
+    if is_multi_label and delimiter not in PATH_DELIMITERS:
+        return f"for several labels of a text give --label_delimiter {delimiter!r}"
     separator = f" {delimiter} " if f" {delimiter} " in label else delimiter
     several = "" if is_multi_label else f", for several labels of a text --label_delimiter {delimiter!r}"
     return f"for a path give --label_separator {separator!r}{several}"
 
 
 def warn_of_odd_names(where: str, taxonomy: Taxonomy, is_multi_label: bool) -> None:
-    """Warn of a taxonomy from the labels of one column that may not be what the user means."""
-    # ── Names of several classes; in multi-label data they are separated already ─────────────────────────────────────
+    """Warn of a taxonomy from the labels that may not be what the user means."""
+    # ── Names of several classes ─────────────────────────────────────────────────────────────────────────────────────
     names, warning = sorted({*taxonomy.names}), f"{where}: %s and %d more labels hold several names: %s"
-    for delimiter in PATH_DELIMITERS if is_multi_label else DELIMITERS:
+    for delimiter in DELIMITERS:
         parts = {name: [part.strip() for part in name.split(delimiter)] for name in names}
         counts = Counter(chain.from_iterable(map(set, parts.values())))
         several = {name: found for name, found in parts.items() if len(found) > 1 and all(found)}
@@ -298,8 +300,9 @@ def _path(label: Label, separator: str) -> tuple[str, ...]:
     """Return the names in a label from the root down. A leading separator marks a root whose name is not unique."""
     if isinstance(label, tuple):
         return label
-    # white space around a label was removed, also at the beginning of a separator " > "
-    return tuple(part.strip() for part in label.removeprefix(separator.lstrip()).split(separator))
+    # white space around a label was removed, also at the beginning or the end of a separator " > "
+    label = label.removeprefix(separator.lstrip()) + separator[len(separator.rstrip()) :]
+    return tuple(part.strip() for part in label.split(separator))
 
 
 def _lookup(taxonomy: Taxonomy) -> dict[Label, int]:

@@ -20,6 +20,7 @@ SOURCES = ("dataset_name", "dataset_revision"), ("data_path",), ("train_file", "
 SYNONYMS = {
     **{"lr": "learning_rate", "batch_size": "per_device_train_batch_size", "epochs": "num_train_epochs"},
     **{"model": "model_name_or_path", "data": "data_path", "output": "output_dir"},
+    **{"group_by_length": "train_sampling_strategy", "no_cuda": "use_cpu"},  # of transformers 4
 }
 
 

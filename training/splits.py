@@ -87,8 +87,14 @@ def load_splits(
 
     # ── Map labels to nodes ──────────────────────────────────────────────────────────────────────────────────────────
     taxonomy, origin, nodes = resolve_labels(places, len(rows), label_columns, arguments, taxonomy)
-    if origin == FROM_LABELS and len(label_columns) == 1:
-        warn_of_odd_names(f"column {quote_name(label_columns[0])}", taxonomy, multi_label)
+    if origin == FROM_LABELS and (len(label_columns) == 1 or multi_label):
+        warn_of_odd_names(f"column {quote_name(' '.join(label_columns))}", taxonomy, multi_label)
+    if multi_label and len(label_columns) > 1:
+        absent = [taxonomy.labels[leaf] for leaf in range(taxonomy.num_leaves) if leaf not in nodes.values()]
+        if absent:
+            logger.warning(
+                "%d classes have no column and count as absent, such as %s", len(absent), quote_name(absent[0])
+            )
     rows["label"] = [sorted({nodes[one] for one in label}) if multi_label else nodes[label] for label in rows["label"]]
 
     not_test = rows.loc[rows["split"] != "test", "label"]

@@ -15,7 +15,14 @@ from conftest import ROOT, stranger
 from datasets import Dataset
 from scipy.sparse.csgraph import shortest_path
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, BitsAndBytesConfig, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    pipeline,
+)
 from transformers.pipelines.pt_utils import KeyDataset
 
 from checkpoint_hierarchical import SHIPPED_FILES, load_encoder
@@ -112,6 +119,16 @@ def test_the_stock_pipeline_gives_the_same_leaf_and_score(checkpoint, classify):
     for ours, theirs in zip(classify(TEXTS), stock(TEXTS, truncation=True), strict=True):
         assert ours["label"] == theirs["label"]
         assert ours["score"] == pytest.approx(theirs["score"], abs=1e-5)
+
+
+def test_a_pipeline_with_the_configuration_of_a_model_leaves_the_model_as_it_was(checkpoint, tmp_path):
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoint, trust_remote_code=True)
+    before = model.config.to_json_string()
+    pipeline("hierarchical-text-classification", model=checkpoint, config=model.config, trust_remote_code=True)
+    again = AutoModelForSequenceClassification.from_pretrained(checkpoint, trust_remote_code=True)
+    assert again.config.to_json_string() == before
+    again.save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").is_file()
 
 
 def test_results_come_in_order_whatever_the_batches(checkpoint, classify):

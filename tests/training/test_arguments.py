@@ -95,6 +95,7 @@ def test_a_precision_that_is_not_supported_is_refused(monkeypatch):
     [
         (["--focal_gama", "1"], "unknown flag --focal_gama; did you mean --focal_gamma"),
         (["--batch_size", "8"], "unknown flag --batch_size; did you mean --per_device_train_batch_size"),
+        (["--group_by_length"], "unknown flag --group_by_length; did you mean --train_sampling_strategy"),
         (["--learning_rate", "fast"], "learning_rate.*'fast'"),
         (["--quantization", "5bit"], "'5bit'"),
         (["--quantization", "4bit", "--tuning", "full"], "--tuning full"),

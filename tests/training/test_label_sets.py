@@ -175,6 +175,26 @@ def test_a_column_that_no_text_has_is_a_class(tmp_path):
     assert data.report["classes_without_training_rows"] == ["never"]
 
 
+@pytest.mark.parametrize(("delimiter", "given"), [(";", None), ("|", ";")])
+def test_labels_that_another_delimiter_separates_are_named(delimiter, given, tmp_path, caplog):
+    labels = [delimiter.join(names) for names in ("xy", "x", "y", "yz", "z")]
+    file = csv_file(tmp_path / "a.csv", [*zip("abcde", labels, strict=True)])
+    flags = {"problem_type": "multi_label_classification", "label_delimiter": given}
+    load(train_file=file, validation_size=0.0, **flags)
+    advice = f"for several labels of a text give --label_delimiter '{delimiter}'"
+    assert f"'x{delimiter}y' and 1 more labels hold several names: {advice}" in caplog.text
+
+
+def test_columns_of_0_and_1_that_mean_something_else_are_named(tmp_path, taxonomy, caplog):
+    file = csv_file(tmp_path / "a.csv", [("p", 1, 0), ("q", 0, 1)], header=("text", "x", "c"))
+    several = {"problem_type": "multi_label_classification", "validation_size": 0.0}
+    load(train_file=file, label_column=["x", "c"], taxonomy=taxonomy, **several)
+    assert "4 classes have no column and count as absent, such as 'y'" in caplog.text
+    file = csv_file(tmp_path / "b.csv", [("p", 1, 0), ("q", 0, 1)], header=("text", "HIV/AIDS", "flu"))
+    load(train_file=file, label_column=["HIV/AIDS", "flu"], **several)
+    assert "'HIV/AIDS' is read as a path" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("rows", "flags", "message"),
     [

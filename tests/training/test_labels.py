@@ -145,6 +145,13 @@ def test_labels_that_may_be_several_are_named(labels, message, tmp_path, caplog)
         assert message in " ".join(caplog.messages)
 
 
+@pytest.mark.parametrize(("separator", "label"), [("/", "a/"), ("/", "a//b"), (" > ", "a > ")])
+def test_a_path_with_an_empty_name_is_refused(separator, label, tmp_path):
+    rows = [("one", separator.join("ab")), ("two", label), ("three", "c")]
+    with pytest.raises(InputError, match=r"line 3, .*has an empty name in its path"):
+        load(train_file=csv_file(tmp_path / "a.csv", rows), label_separator=separator, validation_size=0)
+
+
 @pytest.mark.parametrize(
     ("label", "advice"),
     [
