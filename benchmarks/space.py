@@ -126,8 +126,8 @@ def measure_blank(model: str) -> dict[str, dict[str, float]]:
     print("| blank | probability lost | error, median | error, largest |\n| --- | ---: | ---: | ---: |")
     for name, vector in vectors.items():
 
-        def patched(self, model, inputs, blank_ids, on_point, vector=vector):
-            as_it_is(self, model, inputs, blank_ids, on_point)
+        def patched(self, model, inputs, blank_ids, vector=vector):
+            as_it_is(self, model, inputs, blank_ids)
             if vector is not None:
                 text = self.first + self.span
                 special = (blank_ids == inputs["input_ids"]).unsqueeze(-1)
@@ -165,7 +165,7 @@ def main() -> None:
     arguments = parser.parse_args()
     measure = {"load": measure_load, "speed": measure_speed, "blank": measure_blank}[arguments.what]
     known = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.exists() else {}
-    known[arguments.what] = measure(arguments.model)
+    known[arguments.what] = measure(str(Path(arguments.model).resolve()))  # the Space runs in another folder
     arguments.output.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
 
 

@@ -64,8 +64,6 @@ from classification import (
     guarantee,
     highest_target,
     is_calibrated,
-    is_multi_label,
-    is_refitted,
     load,
 )
 from gradio.utils import get_upload_folder
@@ -157,7 +155,7 @@ def take_upload(path: str) -> bytes:
     Raises:
         Refused: the file is not an upload, or was deleted.
     """
-    file = Path(path.replace("\0", "")).resolve()  # pathlib raises ValueError for a NUL
+    file = Path(path).resolve()
     if not file.is_relative_to(Path(get_upload_folder()).resolve()) or not file.is_file():
         raise Refused("The file was deleted after it was read, or never arrived: upload it again.")
     try:
@@ -247,14 +245,10 @@ class Service:
         Returns:
             The column, the rows that were classified, and the lines and reasons of the others.
         """
-        return self._classify_file(file, column, coverage)
-
-    def _classify_file(self, file: Any, column: str | None, target: float | None) -> dict[str, Any]:
         if not isinstance(file, dict) or not isinstance(file.get("path"), str):
             raise Refused("A file is needed.")
-        content = take_upload(file["path"])
-        table = read_table(content, kind_of(file["path"]), column or None)
-        target = check_target(self.classifier, target)
+        table = read_table(take_upload(file["path"]), kind_of(file["path"]), column or None)
+        target = check_target(self.classifier, coverage)
         result: dict[str, Any] = {"column": table.column, "rows": [], "problems": []}
         for records, problems in self._classify_rows(table.rows, target):
             result["rows"] += records
@@ -292,7 +286,7 @@ class Service:
         return self._classify_all([check_text(text)], target)[0]
 
     def check_node(self, node: Any) -> str:
-        if not isinstance(node, str) or node not in self.tree.labels:
+        if node not in self.tree.labels:
             raise Refused("The taxonomy has no such node.")
         return node
 
@@ -351,7 +345,7 @@ class Service:
         progress(0, desc="Explaining")
         report = () if spaces else (lambda share: progress(share, desc="Explaining"),)
         explanation = self._explain(text, node, *report)
-        return views.words(text, explanation, is_multi_label(self.classifier))
+        return views.words(text, explanation, self.classifier.model.config.is_multi_label)
 
     def close_file(self, run: Run | None) -> list[Any]:
         """Forget the file before, and end its run, before the next one is read. Return the outputs of `open_file`."""
@@ -404,12 +398,12 @@ class Service:
             yield nothing
             return
 
-        # ── Classify: some rows at a time; a part of the page is sent only if it changed ──
+        # ── Classify: some rows at a time; gradio sends only what has changed ──
         done: list[dict[str, Any]] = []
         bad: list[Problem] = []
         total = len(table.rows)
         yield [views.progress(0, total, 0, "Classified"), self.preview([]), views.problems([]), *no_downloads()]
-        sent, previewed, listed = float("-inf"), 0, 0
+        sent = float("-inf")
         for records, problems in self._classify_rows(table.rows, target):
             if not run.active:
                 break
@@ -419,29 +413,24 @@ class Service:
                 continue
             yield [
                 views.progress(len(done) + len(bad), total, len(bad), "Classified"),
-                self.preview(done[:PREVIEW]) if previewed < min(len(done), PREVIEW) else gr.skip(),
-                views.problems(bad) if listed < len(bad) else gr.skip(),
+                self.preview(done[:PREVIEW]),
+                views.problems(bad),
                 gr.skip(),
                 gr.skip(),
             ]
-            sent, previewed, listed = time.monotonic(), len(done), len(bad)
+            sent = time.monotonic()
 
         # ── Write: two files to download ──
         if not run.end():
             yield nothing
             return
         with tempfile.TemporaryDirectory() as folder:  # gradio serves copies
-            formats = {"predictions.csv": self.to_csv, "predictions.jsonl": to_json_lines}
-            for name, to_text in formats.items():
-                # without a byte order mark, spreadsheets may read a CSV file in a local encoding
-                encoding = "utf-8-sig" if name.endswith(".csv") else "utf-8"
-                (Path(folder) / name).write_text(to_text(done), encoding=encoding, newline="")
-            yield [
-                views.progress(total, total, len(bad), "Done:"),
-                gr.skip(),
-                gr.skip(),
-                *(gr.DownloadButton(value=str(Path(folder) / name), interactive=True) for name in formats),
-            ]
+            files = Path(folder, "predictions.csv"), Path(folder, "predictions.jsonl")
+            # without a byte order mark, spreadsheets may read a CSV file in a local encoding
+            files[0].write_text(self.to_csv(done), encoding="utf-8-sig", newline="")
+            files[1].write_text(to_json_lines(done), encoding="utf-8", newline="")
+            downloads = [gr.DownloadButton(value=str(file), interactive=True) for file in files]
+            yield [views.progress(total, total, len(bad), "Done:"), gr.skip(), gr.skip(), *downloads]
 
 
 class MultiLabelService(Service):
@@ -472,7 +461,7 @@ class MultiLabelService(Service):
     def classify_file(
         self, file: gr.FileData, column: str | None = None, recall: float | None = None
     ) -> MultiLabelFileResult:
-        return self._classify_file(file, column, recall)
+        return super().classify_file(file, column, recall)
 
     classify_file.__doc__ = str(Service.classify_file.__doc__).replace("coverage", "recall")
 
@@ -516,12 +505,9 @@ def about(classifier: Pipeline, model: str, revision: str | None) -> tuple[str, 
     path = cached_file(model, "README.md", revision=revision, _raise_exceptions_for_missing_entries=False)
     card = Path(path).read_text(encoding="utf-8") if path else ""
     encoder = config.encoder_name_or_path
-    labels = {}
-    if is_multi_label(classifier):
-        labels["Labels"] = "any number of nodes per text, possibly none"
     if not is_calibrated(classifier):
         guaranteed = "no: trained without validation rows"
-    elif is_refitted(classifier):
+    elif config.refitted:
         guaranteed = "no: trained on the validation rows too"
     else:
         guaranteed = f"up to {highest_target(classifier):.0%}"
@@ -529,7 +515,7 @@ def about(classifier: Pipeline, model: str, revision: str | None) -> tuple[str, 
         "Model": model_name if revision is None else f"{model_name} at {revision[:12]}",
         "Encoder": Path(encoder).name if os.path.isabs(encoder) else encoder,
         "Taxonomy": f"{tree.num_leaves:,} classes, {tree.num_nodes:,} nodes, {tree.depth} levels",
-        **labels,
+        **({"Labels": "any number of nodes per text, possibly none"} if config.is_multi_label else {}),
         "Text length": f"at most {classifier.tokenizer.model_max_length:,} tokens",
         "Licence": views.licence(card),
         f"{guarantee(classifier).capitalize()} guarantee": guaranteed,
@@ -546,7 +532,7 @@ def target_slider(service: Service, prefix: str = "") -> gr.Slider:
     highest = highest_target(service.classifier)
     calibrated = is_calibrated(service.classifier)
     info = service.target_info if calibrated else "Not available: this model was trained without validation rows."
-    if is_refitted(service.classifier):
+    if service.classifier.model.config.refitted:
         info += f" The {guarantee(service.classifier)} is not guaranteed: the model was also trained on the validation rows."
     return gr.Slider(
         minimum=MIN_TARGET,
@@ -584,9 +570,10 @@ def text_tab(service: Service) -> None:
                 with gr.Row(elem_id="actions"):
                     run = gr.Button("Classify", variant="primary", elem_id="classify")
                     clear = gr.Button("Clear", elem_id="clear")
-                gr.HTML("<p class='small' id='examples-label'>Examples, made up for this page:</p>")
-                with gr.Row(elem_id="examples"):
-                    examples = [gr.Button(name, size="sm") for name in EXAMPLES]
+                labels = {"label": "Examples, made up for this page", "example_labels": [*EXAMPLES]}
+                examples = gr.Examples(
+                    [*EXAMPLES.values()], text, elem_id="examples", api_visibility="private", **labels
+                )
                 target = target_slider(service)
             with gr.Column(scale=6, min_width=300):
                 result = gr.HTML(views.waiting(service.kicker), elem_id="result")
@@ -610,9 +597,7 @@ def text_tab(service: Service) -> None:
         texts = {"concurrency_id": "texts", **HIDDEN}
         gr.on([run.click, text.submit], service.show_result, inputs, results, **texts)
         target.change(service.show_result_again, inputs, results, trigger_mode="always_last", **texts)  # by keys, too
-        for button, example in zip(examples, EXAMPLES.values(), strict=True):
-            filled = button.click(lambda example=example: example, None, text, queue=False, **HIDDEN)
-            filled.then(service.show_result, inputs, results, **texts)
+        examples.load_input_event.then(service.show_result, inputs, results, **texts)
         clear.click(
             lambda: ["", views.waiting(service.kicker), *service.figures(), gr.skip(), views.no_words()],
             None,
@@ -695,13 +680,13 @@ def model_tab(classifier: Pipeline, model: str, revision: str | None) -> None:
 
 def build(classifier: Pipeline, model: str, revision: str | None = None) -> gr.Blocks:
     """Build the page, with the API endpoints ``classify``, ``explain`` and ``classify_file``."""
-    service = MultiLabelService(classifier) if is_multi_label(classifier) else Service(classifier)
+    service = (MultiLabelService if classifier.model.config.is_multi_label else Service)(classifier)
 
     def forget(request: gr.Request) -> None:
         """Delete the state of a closed page. gradio would keep it for an hour, whatever its `time_to_live`."""
         page.state_holder.delete_state(request.session_hash)
 
-    with gr.Blocks(title="Medical text, sorted into a taxonomy", analytics_enabled=False) as page:
+    with gr.Blocks(title="Medical text, sorted into a taxonomy") as page:
         gr.HTML(views.masthead(), elem_id="masthead")
         with gr.Tabs():
             text_tab(service)
@@ -725,8 +710,6 @@ def theme() -> gr.themes.Base:
     """Return the theme: blue and slate, system fonts, nothing downloaded."""
     fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
     return gr.themes.Base(
-        primary_hue=gr.themes.colors.blue,
-        secondary_hue=gr.themes.colors.blue,
         neutral_hue=gr.themes.colors.slate,
         radius_size=gr.themes.sizes.radius_sm,
         font=fonts,
@@ -734,8 +717,6 @@ def theme() -> gr.themes.Base:
     ).set(
         body_text_color_subdued="*neutral_600",
         body_text_color_subdued_dark="*neutral_300",
-        block_info_text_color="*neutral_600",
-        block_info_text_color_dark="*neutral_300",
         block_label_text_color="*neutral_700",
         block_title_text_color="*neutral_700",
         input_placeholder_color="*neutral_500",
@@ -744,7 +725,6 @@ def theme() -> gr.themes.Base:
         button_primary_background_fill_hover="#00466F",
         button_primary_background_fill_dark="#0072B2",
         button_primary_background_fill_hover_dark="#005A96",
-        button_primary_text_color="white",
         slider_color="#0072B2",
     )
 
@@ -787,19 +767,16 @@ def launch(page: gr.Blocks) -> None:
         theme=theme(),
         css_paths=Path(__file__).with_name("style.css"),
         head=views.HEAD,
-        show_error=False,
         footer_links=["api", "settings"],
         max_file_size=MAX_BYTES,
-        allowed_paths=[],
         state_session_capacity=200,
         run_history=False,
-        enable_monitoring=False,
         mcp_server=False,
         pwa=False,
         ssr_mode=False,
         share=False,
         server_port=int(port) if (port := os.environ.get("GRADIO_SERVER_PORT")) else None,  # no other if it is taken
-        app_kwargs={"middleware": [Middleware(Guard)], "docs_url": None, "redoc_url": None},
+        app_kwargs={"middleware": [Middleware(Guard)]},
     )
 
 

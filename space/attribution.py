@@ -51,14 +51,12 @@ class Word(TypedDict):
         start, end: position in the text, in characters.
         weight: contribution through encoder and lexical head, in units of probability, or of log-odds if the model
             is multi-label.
-        lexical: the part of the weight that goes through the lexical head; 0 without one.
     """
 
     word: str
     start: int
     end: int
     weight: float
-    lexical: float
 
 
 class Explanation(TypedDict):
@@ -90,13 +88,12 @@ class IntegrationPath:
         model: the model; hooks replace the outputs of its embedding layer and of its lexical head.
         inputs: outputs of the tokenizer, (1, T) each.
         blank_ids: token ids of the blank text, (1, T).
-        on_point: called with the number of points of each forward pass.
     """
 
-    def __init__(self, model: nn.Module, inputs: dict[str, Tensor], blank_ids: Tensor, on_point: Callable[[int], None]):
-        self.model, self.inputs, self.on_point = model, inputs, on_point
+    def __init__(self, model: nn.Module, inputs: dict[str, Tensor], blank_ids: Tensor):
+        self.model, self.inputs = model, inputs
         self.embeddings, self.lexical_head = model.get_input_embeddings(), model.heads.lexical
-        self.log_odds = model.config.problem_type == "multi_label_classification"
+        self.log_odds = model.config.is_multi_label
         self.vectors, self.contributions = nn.Identity(), nn.Identity()  # captum takes gradients at these layers
         with torch.no_grad():
             self.first = self.embeddings(blank_ids).float()  # (1, T, H); in half precision the steps would be lost
@@ -111,7 +108,6 @@ class IntegrationPath:
 
     def __call__(self, position: Tensor) -> Tensor:
         """Compute values (B, num_nodes) at positions (B, 1) between 0 and 1."""
-        self.on_point(len(position))
         vectors = self.vectors(self.first + position.unsqueeze(-1) * self.span)  # (B, T, H)
         hooks = [self.embeddings.register_forward_hook(lambda _module, _args, output: vectors.to(output.dtype))]
         if self.lexical_head is not None:
@@ -173,16 +169,9 @@ class Explainer:
         ids, special = inputs["input_ids"], encoded["special_tokens_mask"].bool().to(device)
         blank_ids = torch.where(special, ids, self.tokenizer.pad_token_id)
 
-        start_time = time.monotonic()
-        done, max_steps = 0, max(WORK // ids.shape[1], 2 * SCAN)
-
-        def count(points: int) -> None:
-            nonlocal done
-            done += points
-            on_progress(min(done / (SCAN + max_steps), 1.0))
-
         # ── Scan without gradients, and split the path at the jumps ──
-        path = IntegrationPath(self.model, inputs, blank_ids, count)
+        start_time = time.monotonic()
+        path = IntegrationPath(self.model, inputs, blank_ids)
         scan = torch.linspace(0, 1, SCAN + 1, device=device).unsqueeze(1)
         with torch.no_grad():
             values = torch.cat([path(chunk)[:, node] for chunk in scan.split(POINTS_PER_PASS)]).tolist()
@@ -190,19 +179,23 @@ class Explainer:
         tolerance = TOLERANCE * (LOG_ODDS_SLOPE if path.log_odds else 1)
 
         # ── Integrate each piece, and halve the worst until the error, the steps or the time is reached ──
-        pieces = [
-            integrate(path, node, start, end, steps, known) for start, end, steps in split_at_jumps(values, tolerance)
-        ]
-        spent = sum(piece.steps for piece in pieces)
+        spent, max_steps = 0, max(WORK // ids.shape[1], 2 * SCAN)
+
+        def integrate_piece(start: float, end: float, steps: int) -> Piece:
+            nonlocal spent
+            spent += steps
+            on_progress(min(spent / max_steps, 1.0))
+            return integrate(path, node, start, end, steps, known)
+
+        pieces = [integrate_piece(*piece) for piece in split_at_jumps(values, tolerance)]
         while True:
             worst = max(pieces, key=lambda piece: abs(piece.error))
-            spent += 2 * STEPS_STEEP
-            if abs(worst.error) <= tolerance or spent > max_steps or time.monotonic() - start_time > SECONDS:
+            too_long = spent + 2 * STEPS_STEEP > max_steps or time.monotonic() - start_time > SECONDS
+            if abs(worst.error) <= tolerance or too_long:
                 break
             middle = (worst.start + worst.end) / 2
-            halves = ((worst.start, middle), (middle, worst.end))
             pieces.remove(worst)
-            pieces += [integrate(path, node, start, end, STEPS_STEEP, known) for start, end in halves]
+            pieces += [integrate_piece(*ends, STEPS_STEEP) for ends in ((worst.start, middle), (middle, worst.end))]
 
         # ── Contributions of words and special tokens ──
         weights = sum(piece.vectors for piece in pieces)  # (T,)
@@ -211,7 +204,7 @@ class Explainer:
         per_token = torch.where(special[0], 0, shares[torch.searchsorted(path.tokens, ids[0])])
         rest = (lexical.sum() - per_token.sum() + weights[special[0]].sum()).item()
         offsets = encoded["offset_mapping"][0].tolist()
-        words = join_tokens(text, encoded.word_ids(0), offsets, weights.tolist(), per_token.tolist())
+        words = join_tokens(text, encoded.word_ids(0), offsets, (weights + per_token).tolist())
         total = sum(word["weight"] for word in words) + rest
         return {
             "label": label,
@@ -237,7 +230,6 @@ class Piece:
 
     start: float
     end: float
-    steps: int
     vectors: Tensor
     lexical: Tensor
     error: float
@@ -260,15 +252,14 @@ def integrate(
     attributions = LayerIntegratedGradients(path, layers).attribute(
         ends[1:], ends[:1], target=node, n_steps=steps, internal_batch_size=POINTS_PER_PASS
     )
-    parts = [part[0] if isinstance(part, tuple) else part for part in attributions]
-    vectors = parts[0][0].sum(-1)
-    lexical = parts[1][0].sum(0) if len(parts) > 1 else vectors.new_zeros(len(path.tokens))
+    vectors = attributions[0][0].sum(-1)
+    lexical = attributions[1][0].sum(0) if len(layers) > 1 else vectors.new_zeros(len(path.tokens))
     for position in (start, end):
         if position not in known:
             with torch.no_grad():
                 known[position] = path(ends.new_tensor([[position]]))[0, node].item()
     error = (vectors.sum() + lexical.sum()).item() - (known[end] - known[start])
-    return Piece(start, end, steps, vectors.detach(), lexical.detach(), error)
+    return Piece(start, end, vectors.detach(), lexical.detach(), error)
 
 
 def split_at_jumps(values: list[float], tolerance: float) -> list[tuple[float, float, int]]:
@@ -287,17 +278,16 @@ def split_at_jumps(values: list[float], tolerance: float) -> list[tuple[float, f
 
 
 def join_tokens(
-    text: str, word_ids: list[int | None], offsets: list[list[int]], weights: Iterable[float], lexical: Iterable[float]
+    text: str, word_ids: list[int | None], offsets: list[list[int]], weights: Iterable[float]
 ) -> list[Word]:
     """Sum the contributions of the tokens of each word."""
     words: dict[int, Word] = {}
-    for word_id, (start, end), weight, share in zip(word_ids, offsets, weights, lexical, strict=True):
+    for word_id, (start, end), weight in zip(word_ids, offsets, weights, strict=True):
         if word_id is None:
             continue
-        word = words.setdefault(word_id, {"word": "", "start": start, "end": end, "weight": 0.0, "lexical": 0.0})
+        word = words.setdefault(word_id, {"word": "", "start": start, "end": end, "weight": 0.0})
         word["start"], word["end"] = min(word["start"], start), max(word["end"], end)
-        word["weight"] += weight + share
-        word["lexical"] += share
+        word["weight"] += weight
     for word in words.values():
         word["word"] = text[word["start"] : word["end"]]
     return list(words.values())

@@ -101,30 +101,20 @@ def check_text(text: Any) -> str:
     return text
 
 
-def is_multi_label(classifier: Pipeline) -> bool:
-    """Return whether the model is multi-label."""
-    return classifier.model.config.problem_type == "multi_label_classification"
-
-
 def guarantee(classifier: Pipeline) -> str:
     """Return what the model guarantees. The pipeline has an argument of this name."""
-    return "recall" if is_multi_label(classifier) else "coverage"
+    return "recall" if classifier.model.config.is_multi_label else "coverage"
 
 
 def highest_target(classifier: Pipeline) -> float:
     """Return the highest target for which the checkpoint has a threshold; 0 if it has none."""
     config = classifier.model.config
-    thresholds = config.recall_thresholds if is_multi_label(classifier) else config.conformal_thresholds
+    thresholds = config.recall_thresholds if config.is_multi_label else config.conformal_thresholds
     return sum(threshold is not None for threshold in thresholds or []) / 100
 
 
 def is_calibrated(classifier: Pipeline) -> bool:
     return highest_target(classifier) >= MIN_TARGET
-
-
-def is_refitted(classifier: Pipeline) -> bool:
-    """Return whether the model was trained on the validation rows too, so that nothing is guaranteed."""
-    return bool(classifier.model.config.refitted)
 
 
 def check_target(classifier: Pipeline, target: Any) -> float | None:
@@ -136,17 +126,15 @@ def check_target(classifier: Pipeline, target: Any) -> float | None:
     if target is None:
         return None
     name = guarantee(classifier)
-    if isinstance(target, bool) or not isinstance(target, (int, float)):
+    if not isinstance(target, (int, float)):
         raise Refused(f"The {name} must be a number.")
     if not MIN_TARGET <= target <= MAX_TARGET:
         raise Refused(f"The {name} must lie between {MIN_TARGET} and {MAX_TARGET}.")
-    if not is_calibrated(classifier):
-        raise Refused(f"This model was trained without validation rows, so it has no {name} guarantee.")
     try:
         classifier._sanitize_parameters(**{name: target})
-    except ValueError as error:  # too few validation texts
+    except ValueError as error:  # no validation texts, or too few
         raise Refused(f"{str(error).capitalize()}.") from None
-    return float(target)
+    return target
 
 
 def classify_all(

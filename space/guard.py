@@ -2,8 +2,8 @@
 
 Worth knowing:
 
-1. Routes of gradio that the page does not use are answered with 404. One writes a session to the disk (``deep_link``),
-   others fetch for the client (``proxy=``, ``file=http…``) or accept recordings.
+1. Routes that gradio always has, and that the page does not use, are answered with 404. One writes a session to the disk
+   (``deep_link``), others fetch for the client (``proxy=``, ``file=http…``) or accept recordings.
 2. An upload of more than `MAX_UPLOAD` bytes, and any other request of more than `MAX_BODY`, is answered with 413. The rest
    of its body is not read.
 3. The content of requests is never inspected. gradio downloads a URL that stands where a file is expected:
@@ -24,15 +24,10 @@ from tables import MAX_BYTES
 MAX_BODY = 4 * 2**20
 MAX_UPLOAD = MAX_BYTES + 2**20
 CLOSED = re.compile(
-    r"^/(gradio_api/)?(deep_link|proxy=|file=\w+:|process_recording|vibe-|undo-vibe|run-history|runs|monitoring|dev/|"
-    r"profiling|component_server|openapi\.json|docs|redoc)"
+    r"^/(gradio_api/)?(deep_link|proxy=|file=\w+:|process_recording|vibe-|undo-vibe|monitoring|dev/|component_server|"
+    r"openapi\.json)"
 )
 HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
-NO_STORE = (b"cache-control", b"no-store")  # for downloads, which are deleted in time
-
-
-class TooLarge(Exception):
-    """The body of a request exceeds its limit."""
 
 
 class Guard:
@@ -47,7 +42,7 @@ class Guard:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if CLOSED.match(path):
             return await PlainTextResponse("Not found", 404)(scope, receive, send)
-        upload = path in ("/gradio_api/upload", "/upload")
+        upload = path == "/gradio_api/upload"
         read, started, too_large = 0, False, False
 
         async def counting_receive() -> Message:
@@ -56,8 +51,7 @@ class Guard:
             read += len(message.get("body", b""))
             if read > (MAX_UPLOAD if upload else MAX_BODY):
                 too_large = True
-                # gradio deletes the partial file on a MultiPartException
-                raise MultiPartException("too large") if upload else TooLarge
+                raise MultiPartException("too large")  # gradio then deletes the partial file of an upload
             if upload and message["type"] == "http.disconnect":
                 raise MultiPartException("disconnected")
             return message
@@ -68,11 +62,12 @@ class Guard:
                 return  # discard the reply of gradio to the aborted request
             if message["type"] == "http.response.start":
                 started = True
-                added = [*HEADERS, NO_STORE] if path.startswith("/gradio_api/file=") else HEADERS
-                message["headers"] = [*message.get("headers", []), *added]
+                message["headers"] = [*message.get("headers", []), *HEADERS]
+                if path.startswith("/gradio_api/file="):  # a download, which is deleted in time
+                    message["headers"].append((b"cache-control", b"no-store"))
             await send(message)
 
-        with suppress(TooLarge):
+        with suppress(MultiPartException):
             await self.app(scope, counting_receive, filtering_send)
         if too_large and not started:
             await PlainTextResponse("The request is too large.", 413)(scope, receive, send)

@@ -166,7 +166,7 @@ def bars(levels: list[dict[str, float]], path: list[str]) -> go.Figure:
         figure.add_annotation(text=f"<b>Level {depth}</b>", y=top + 20, x=0, **TEXT)
         draw_rows(figure, rows, top + HEADING, bool(path))
         top += HEADING + ROW * len(rows)
-    return dress_rows(figure, height)
+    return dress(figure, height, 1, height)
 
 
 def draw_rows(figure: go.Figure, rows: list[tuple[str, float, bool, int]], top: float, with_numbers: bool) -> None:
@@ -190,12 +190,6 @@ def draw_rows(figure: go.Figure, rows: list[tuple[str, float, bool, int]], top: 
     for place, (text, score, _, indent) in zip(places, rows, strict=True):
         written = f"{text}  <b>{percent(score)}</b>" if with_numbers else text
         figure.add_annotation(text=written, y=place, x=0, **TEXT | {"xshift": 3 + INDENT * indent})
-
-
-def dress_rows(figure: go.Figure, height: int) -> go.Figure:
-    figure.update_xaxes(range=[0, 1], fixedrange=True, visible=False)
-    figure.update_yaxes(range=[height, 0], fixedrange=True, visible=False)
-    return dress(figure, height).update_layout(bargap=0, barmode="overlay")
 
 
 def tree(nodes: list[tuple[str, int]], scores: dict[str, float] | None, chosen: set[str]) -> go.Figure:
@@ -228,7 +222,7 @@ def tree(nodes: list[tuple[str, int]], scores: dict[str, float] | None, chosen: 
     if others:
         most = f", each at most {percent(max(scores[node] for node, _ in others))}" if scores else ""
         figure.add_annotation(text=f"{len(others):,} others{most}", y=ROW * (TREE_ROWS + 0.5), x=0, **TEXT)
-    return dress_rows(figure, height)
+    return dress(figure, height, 1, height)
 
 
 def icicle(levels: list[dict[str, float]], parents: dict[str, str], path: list[str]) -> go.Figure:
@@ -262,10 +256,8 @@ def icicle(levels: list[dict[str, float]], parents: dict[str, str], path: list[s
             marker={"color": [shade(box.score) for box in boxes], "line": {"width": 1.5, "color": "#FFFFFF"}},
         )
     )
-    figure.update_xaxes(range=[0, len(levels)], visible=False, fixedrange=True)
-    figure.update_yaxes(range=[1, 0], visible=False, fixedrange=True)
-    num_leaves = len(parents.keys() - children.keys())
-    return dress(figure, min(130 + 26 * num_leaves, 440)).update_layout(uniformtext={"minsize": 8, "mode": "hide"})
+    height = min(130 + 26 * len(parents.keys() - children.keys()), 440)
+    return dress(figure, height, len(levels), 1).update_layout(uniformtext={"minsize": 8, "mode": "hide"})
 
 
 class Box(NamedTuple):
@@ -301,11 +293,15 @@ def lay_out(
 def shade(score: float) -> str:
     """Return a colour from light to dark blue, by probability."""
     light, dark = (220, 232, 243), (0, 92, 150)
-    return "#" + "".join(f"{round(a + (b - a) * min(max(score, 0), 1)):02X}" for a, b in zip(light, dark, strict=True))
+    return "#" + "".join(f"{round(a + (b - a) * score):02X}" for a, b in zip(light, dark, strict=True))
 
 
-def dress(figure: go.Figure, height: int) -> go.Figure:
+def dress(figure: go.Figure, height: int, right: float, bottom: float) -> go.Figure:
+    """Hide the axes, which begin at 0 in the upper left corner, and set the layout that all figures share."""
+    figure.update_xaxes(range=[0, right], fixedrange=True, visible=False)
+    figure.update_yaxes(range=[bottom, 0], fixedrange=True, visible=False)
     return figure.update_layout(
+        barmode="overlay",
         height=height,
         autosize=True,
         margin={"l": 0, "r": 0, "t": 0, "b": 0},
@@ -422,7 +418,7 @@ def preview(records: list[dict[str, Any]]) -> str:
         )
         for record in records
     )
-    return grid(heads, rows, "The rows that are classified are shown here.")
+    return grid(heads, rows)
 
 
 def labels_preview(records: list[dict[str, Any]]) -> str:
@@ -440,9 +436,7 @@ def labels_preview(records: list[dict[str, Any]]) -> str:
         )
         for record in records
     )
-    return grid(
-        ("line", "text", "labels", "answer for the recall"), rows, "The rows that are classified are shown here."
-    )
+    return grid(("line", "text", "labels", "answer for the recall"), rows)
 
 
 def beginning(text: str) -> str:
@@ -456,8 +450,12 @@ def problems(records: list[dict[str, Any]]) -> str:
     return grid(("line", "reason"), rows, "None.") + more
 
 
-def grid(heads: tuple[str, ...], rows: Iterable[tuple[Any, ...]], empty: str) -> str:
-    """Render a table from cells of HTML. On a narrow page its rows are blocks."""
+def grid(
+    heads: tuple[str, ...],
+    rows: Iterable[tuple[Any, ...]],
+    empty: str = "The rows that are classified are shown here.",
+) -> str:
+    """Render a table from cells of HTML, or a note if it is empty. On a narrow page its rows are blocks."""
     body = "".join(
         "<tr>" + "".join(f"<td data-head='{head}'>{cell}</td>" for head, cell in zip(heads, row, strict=True)) + "</tr>"
         for row in rows

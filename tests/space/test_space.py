@@ -380,7 +380,7 @@ def test_nothing_hostile_becomes_markup(classifier):
     found["label"] = found["path"][-1]["label"] = HOSTILE
     explained = {
         "label": HOSTILE, "score": 0.5, "blank_score": 0.1, "rest": 0.0, "error": 0.0, "characters_read": 20,
-        "words": [{"word": HOSTILE[:20], "start": 0, "end": 20, "weight": 0.4, "lexical": 0.0}],
+        "words": [{"word": HOSTILE[:20], "start": 0, "end": 20, "weight": 0.4}],
     }  # fmt: skip
     record = {"line": 1, "text": HOSTILE, "predicted": HOSTILE, "probability": 1.0, "answer": [HOSTILE]}
     pages = [
@@ -598,12 +598,12 @@ def test_a_model_without_calibration_answers_and_has_no_coverage(uncalibrated_ru
         found = mine.predict(texts[0], api_name="/classify")
         assert (found["label"], found["answer"]) == (expected["label"], None)
         assert found["score"] == pytest.approx(expected["score"], abs=1e-5)
-        with pytest.raises(AppError, match="trained without validation rows, so it has no coverage guarantee"):
+        with pytest.raises(AppError, match="This checkpoint was not calibrated"):
             mine.predict(texts[0], 0.9, api_name="/classify")
         # the page sends the value of its slider, which nobody can move
         shown = ask(started, "show_result", [texts[0], controls["coverage"]["value"]], "page")
         assert expected["label"] in shown
-        assert "so it has no coverage guarantee" in shown
+        assert "coverage needs one that was trained with validation rows" in shown
         sent = httpx.post(f"{started.address}/gradio_api/upload", files=upload, timeout=120).json()
         ask(started, "open_file", [{"path": sent[0], "meta": {"_type": "gradio.FileData"}}], "page")
         ask(started, "begin_file", [None], "page")

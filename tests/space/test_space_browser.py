@@ -180,13 +180,8 @@ def test_an_abstract_is_typed_submitted_by_ctrl_enter_and_its_result_read(page):
     assert "For 90% coverage" in page.text("#result .answer")
     assert "The whole text was read" in page.text("#result")
     for figure in ("#bars", "#icicle"):
-        page.until(
-            lambda figure=figure: (
-                "nervous system diseases" in page.text(f"{figure} .main-svg")
-                or "nervous system diseases"
-                in page.driver.execute_script("return document.querySelector(arguments[0]).textContent", figure)
-            )
-        )
+        content = f"return document.querySelector('{figure}').textContent"
+        page.until(lambda content=content: "nervous system diseases" in page.driver.execute_script(content))
     after = page.driver.execute_script("return document.querySelector('#words').getBoundingClientRect().top + scrollY")
     assert after == height  # nothing moved
 
