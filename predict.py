@@ -14,7 +14,6 @@ import importlib.util
 import sys
 import traceback
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,10 +54,10 @@ def main(argv: list[str]) -> int:
             flags = {flag: value for flag, value in vars(arguments).items() if flag not in WITHOUT_EFFECT}
             options = flags | {"costs": costs_description} | model.description
             with tqdm(unit=" rows", disable=None) as bar:
-                output.write_blocks(chain([first], records), options, model.predict_blocks, partial(advance, bar))
+                output.write_blocks(chain([first], records), options, model.predict_blocks, bar)
         files = [{"name": source.name, "bytes": source.size} for source in sources]
         manifest = {"model": arguments.model, "commit": arguments.revision, "options": options, "input": files}
-        num_problems = output.join_blocks(model.rows.open, manifest)
+        num_problems = output.join_blocks(model.row_format.open, manifest)
     problems = f"; {num_problems:,} rows could not be read: {output.errors}" if num_problems else ""
     print(f"done: {output.name}{problems}", file=sys.stderr)
     return 1 if num_problems else 0
@@ -146,12 +145,6 @@ def open_model(arguments: argparse.Namespace) -> "AbstractContextManager[Model |
     from prediction.ray_job import RayJob
 
     return RayJob(arguments)
-
-
-def advance(bar: tqdm, rows: int, total: int | None) -> None:
-    """Advance the progress bar, and update the estimate of its total."""
-    bar.total = total
-    bar.update(rows)
 
 
 def resume_hint() -> str:

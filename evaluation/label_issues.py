@@ -22,7 +22,7 @@ from scipy.special import softmax
 
 from evaluation.calibration import FOLDS, node_log_probs, rows_by_decision
 from evaluation.lexical import LexicalClassifier, can_learn, token_counts
-from evaluation.multi_label import join_names
+from reading.columns import join_labels
 from taxonomy_hierarchical import Taxonomy
 from training.data_report import conflicts, count_labels
 from training.label_arrays import label_arrays, open_decisions, prior_log_odds
@@ -61,8 +61,8 @@ def list_label_issues(taxonomy: Taxonomy, rows: Dataset, vocab_size: int) -> pd.
         why = np.where(np.isin(texts[index], contradicted), "conflicting duplicate", "unlikely label")
     columns = {
         "row": np.array(rows["row"])[index],
-        "label": [join_names([names[node] for node in taxonomy.deepest(nodes)]) for nodes in given],
-        "better_label": [join_names([names[node] for node in taxonomy.deepest(nodes)]) for nodes in better],
+        "label": [join_labels(names[node] for node in taxonomy.deepest(nodes)) for nodes in given],
+        "better_label": [join_labels(names[node] for node in taxonomy.deepest(nodes)) for nodes in better],
         "why": why,
         "decision": [names[node] if node >= 0 else "" for node in issues["decision"]],
     }

@@ -22,7 +22,6 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from evaluation.metrics import one_hot
-from modeling_hierarchical import IGNORED_LABEL
 from taxonomy_hierarchical import Taxonomy
 from training.label_arrays import label_arrays, open_counts, open_decisions, prior_log_odds
 
@@ -53,8 +52,9 @@ class LexicalClassifier:
 
     def __init__(self, taxonomy: Taxonomy, counts: csr_matrix, labels: np.ndarray):
         multi_label = labels.ndim == 2
-        known = (labels != IGNORED_LABEL).any(axis=1) if multi_label else labels < taxonomy.num_leaves
-        counts, labels = counts[known], labels[known]
+        if not multi_label:
+            is_leaf = labels < taxonomy.num_leaves
+            counts, labels = counts[is_leaf], labels[is_leaf]
         classes = labels if multi_label else one_hot(labels, taxonomy.num_leaves)
         self.tfidf = TfidfTransformer(sublinear_tf=True).fit(counts)
         common = (counts > 0).sum(axis=0).A1 >= MIN_ROWS

@@ -5,16 +5,13 @@ Worth knowing:
 1. The scored prediction is the most probable leaf with its ancestors, so a predicted path always reaches a leaf.
 2. A label that is an inner node ("specific disease", child unknown) counts in all scores but the flat ones.
 3. A score without documents (no label is a leaf, or reaches the level) is left out, so no score is NaN.
-4. `evaluate` imports a copy of the module `hierarchical_f1` from HF_MODULES_CACHE. Its path is absolute, because unknown
-   relative paths are looked up on the Hub. Data stay in memory: the processes of a distributed run would share one file.
+4. Data of `HierarchicalF1` stay in memory: the processes of a distributed run would share one file.
 """
 
 import tempfile
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
-import evaluate
 import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
@@ -22,10 +19,11 @@ from sklearn.metrics import accuracy_score, f1_score
 from transformers import EvalPrediction
 
 from errors import InputError
+from evaluation.calibration import node_log_probs
+from metrics.hierarchical_f1.hierarchical_f1 import HierarchicalF1
 from modeling_hierarchical import IGNORED_LABEL
 from taxonomy_hierarchical import Taxonomy
 
-HIERARCHICAL_F1 = Path(__file__).resolve().parents[1] / "metrics" / "hierarchical_f1"
 BINS = 15  # of the calibration error
 
 
@@ -50,12 +48,10 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
       left out, because its node there is unknown.
     - ``level_k_ece``, ``level_k_ece_by_chance``: for the tree truncated below the level. A leaf above stands for itself.
     """
-    hierarchical_f1 = _load_hierarchical_f1()
+    with tempfile.TemporaryDirectory() as folder:  # the module makes a data folder even with keep_in_memory
+        hierarchical_f1 = HierarchicalF1(keep_in_memory=True, cache_dir=folder)
     levels, paths = np.array(taxonomy.levels), np.array(taxonomy.padded_paths)
     paths[paths == taxonomy.num_nodes] = -1
-    leaves_under = np.zeros((taxonomy.num_nodes, taxonomy.num_leaves), dtype=bool)
-    for node, leaves in enumerate(taxonomy.leaves_at_or_below):
-        leaves_under[node, leaves] = True
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         logits, labels = prediction.predictions, prediction.label_ids
@@ -64,11 +60,11 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
         predictions, is_leaf = logits.argmax(axis=1), labels < taxonomy.num_leaves
         at_label = paths[predictions, levels[labels] - 1]  # the predicted node at the label's level, or -1
         beyond = ~is_leaf & (at_label >= 0)  # which node is correct below the label is unknown
-        total = _logsumexp(logits)
+        log_probs = node_log_probs(taxonomy, logits)
         metrics: dict[str, float] = {}
 
-        def probability(nodes: np.ndarray) -> np.ndarray:
-            return np.exp(_logsumexp(logits, leaves_under[nodes]) - total)
+        def log_probability(nodes: np.ndarray) -> np.ndarray:  # of one node for each document
+            return np.take_along_axis(log_probs, nodes[:, None], axis=1)[:, 0]
 
         def calibration_errors(level: int) -> tuple[float, float]:
             # in the tree truncated below the level, a path that ends above stands for its last node
@@ -77,7 +73,7 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
             )
             # below a label that is an inner node, the correct node is unknown: judge the prediction at the label
             judged = np.where(beyond & (levels[predicted] > levels[labels]), at_label, predicted)
-            confidence, p_judged = probability(predicted), probability(judged)
+            confidence, p_judged = np.exp(log_probability(predicted)), np.exp(log_probability(judged))
             correct = np.where(judged == true, confidence / p_judged, 0.0)
             bins = calibration_bins(confidence, correct, variance=confidence**2 * (1 / p_judged - 1))
             return expected_calibration_error(bins), calibration_error_by_chance(bins)
@@ -91,7 +87,7 @@ def build_compute_metrics(taxonomy: Taxonomy) -> Callable[[EvalPrediction], dict
             metrics["ece"], metrics["ece_by_chance"] = calibration_errors(taxonomy.depth - 1)
         truncated = np.where(beyond, at_label, predictions)
         metrics |= hierarchical_f1.compute(predictions=truncated, references=labels, parents=taxonomy.parents)
-        metrics["log_loss"] = (total - _logsumexp(logits, leaves_under[labels])).mean()
+        metrics["log_loss"] = -log_probability(labels).mean()
 
         # ── Each level ───────────────────────────────────────────────────────────────────────────────────────────────
         for level in range(taxonomy.depth):
@@ -125,12 +121,9 @@ def any_label_accuracy(logits: np.ndarray, labels: np.ndarray, texts: np.ndarray
     Only documents labelled with a leaf count; None without any. ``texts`` are numbers, the same for the same text.
     """
     is_leaf = labels < logits.shape[1]
-    true, predicted = (
-        zip(texts[is_leaf].tolist(), ids[is_leaf].tolist(), strict=True) for ids in (labels, logits.argmax(1))
-    )
-    correct = set(true)
-    hits = [pair in correct for pair in predicted]
-    return float(np.mean(hits)) if hits else None
+    pairs = (pd.MultiIndex.from_arrays([texts[is_leaf], ids[is_leaf]]) for ids in (labels, logits.argmax(axis=1)))
+    true, predicted = pairs
+    return float(predicted.isin(true).mean()) if len(true) else None
 
 
 def outcomes(labels: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -205,24 +198,20 @@ def per_class_report(
         return [], {}
     counts, intervals = confusion_counts(labels, chosen), bootstrap_intervals(labels, chosen)
     precision, recall = counts[0] / np.maximum(counts[1:], 1)
-    columns = (names, counts[2], precision, recall, np.nan_to_num(node_f1(counts)), intervals["f1"].T)
-    rows = [
-        {
-            "label": name,
-            "support": int(support),
-            "precision": float(p),
-            "recall": float(r),
-            "f1": float(f1),
-            "f1_interval": ends.tolist() if np.isfinite(ends).all() else None,
-        }
-        for name, support, p, r, f1, ends in zip(*columns, strict=True)
-    ]
-    return rows, {name: intervals[name].tolist() for name in ("micro_f1", "macro_f1")}
+    columns = {
+        **{"label": names, "support": counts[2], "precision": precision, "recall": recall},
+        "f1": np.nan_to_num(node_f1(counts)),
+        "f1_interval": [ends.tolist() if np.isfinite(ends).all() else None for ends in intervals["f1"].T],
+    }
+    return pd.DataFrame(columns).to_dict("records"), {
+        name: intervals[name].tolist() for name in ("micro_f1", "macro_f1")
+    }
 
 
 def predicted_probabilities(logits: np.ndarray) -> np.ndarray:
     """Return the probability of each document's most probable leaf, (num_rows,), from leaf logits."""
-    return np.exp(logits.max(axis=1) - _logsumexp(logits))
+    # scipy's logsumexp copies the array several times
+    return np.exp(logits.max(axis=1) - np.logaddexp.reduce(logits, axis=1, dtype=np.float64))
 
 
 def calibration_bins(confidence: np.ndarray, correct: np.ndarray, variance: np.ndarray | float = 0.0) -> pd.DataFrame:
@@ -251,17 +240,3 @@ def calibration_error_by_chance(bins: pd.DataFrame) -> float:
     the normal approximation.
     """
     return np.sqrt(2 * bins["variance"].clip(lower=0) / np.pi).sum() / bins["count"].sum()
-
-
-def _logsumexp(logits: np.ndarray, leaves: np.ndarray | bool = True) -> np.ndarray:
-    """Compute the logsumexp over leaves, or over chosen ones, in float64. scipy's copies the array several times."""
-    return np.logaddexp.reduce(logits, axis=1, where=leaves, dtype=np.float64)
-
-
-def _load_hierarchical_f1() -> evaluate.EvaluationModule:
-    with tempfile.TemporaryDirectory() as folder:  # the module makes a data folder even with keep_in_memory
-        try:
-            return evaluate.load(str(HIERARCHICAL_F1), keep_in_memory=True, cache_dir=folder)
-        except OSError as error:
-            cache = f"{evaluate.config.HF_MODULES_CACHE} ({error.strerror or error})"
-            raise InputError(f"cannot write to {cache}; set HF_MODULES_CACHE to a writable folder") from error

@@ -18,7 +18,6 @@ in no fit and in no score. ``z`` and ``lexical`` are conditional scores, the lat
 marginal logits, whose sigmoid is P(node). All are (num_texts, num_nodes), and ``thresholds`` are probabilities, (num_nodes,).
 """
 
-import json
 import math
 from bisect import bisect_right
 from collections.abc import Callable
@@ -33,7 +32,6 @@ from sklearn.metrics import average_precision_score
 from sklearn.model_selection import RepeatedKFold
 from transformers import EvalPrediction
 
-from errors import InputError
 from evaluation.calibration import FOLDS, PRIOR_STD, SCALE_BOUNDS, round_up
 from evaluation.metrics import (
     bin_index,
@@ -135,14 +133,10 @@ def predict_nodes(
 ) -> np.ndarray:
     """Return the nodes that reach their thresholds, and their ancestors: (num_texts, num_nodes) bool."""
     chosen = probabilities >= thresholds
-    for node in deepest_first(taxonomy):
+    for node in reversed(taxonomy.reading_order):  # children before their parents
         if taxonomy.parents[node] >= 0:
             chosen[:, taxonomy.parents[node]] |= chosen[:, node]
     return chosen
-
-
-def deepest_first(taxonomy: Taxonomy) -> list[int]:
-    return sorted(range(taxonomy.num_nodes), key=lambda node: -taxonomy.levels[node])
 
 
 def best_threshold(scores: np.ndarray, true: np.ndarray, forced: int = 0, forced_true: int = 0) -> float | None:
@@ -214,7 +208,7 @@ def shrunk_thresholds(
     fitted = {}
     for strength in strengths:
         thresholds, chosen = np.full(taxonomy.num_nodes, common), np.zeros(u.shape, dtype=bool, order="F")
-        for node in deepest_first(taxonomy):
+        for node in reversed(taxonomy.reading_order):
             forced = chosen[:, taxonomy.children(node)].any(axis=1)  # a chosen child brings its parent
             if math.isfinite(strength):
                 own = of_leaves[node] if node < taxonomy.num_leaves else own_threshold(node, forced)
@@ -280,13 +274,13 @@ def build_multi_label_metrics(
     """Build the Trainer's ``compute_metrics`` for a taxonomy and multi-label data.
 
     The returned function takes ``predictions``, marginal logits or a tuple that begins with them, and ``label_ids``. It raises
-    InputError for logits that are not finite, and if no label is known. It returns, with predictions closed upwards:
+    InputError for logits that are not finite. It returns, with predictions closed upwards:
 
     - ``micro_f1``: over all pairs of text and node. With closed sets this is the hierarchical F1 (Kiritchenko, Matwin and
       Famili, 2005). ``macro_f1``: the mean over nodes that occur in labels or predictions.
     - ``leaf_micro_f1``, ``leaf_macro_f1``, ``level_k_micro_f1``: the same over the leaves, and over the nodes of each level
       that some label reaches.
-    - ``example_f1``: the mean over texts with a known label; 1 where neither the labels nor the prediction has a node.
+    - ``example_f1``: the mean over texts; 1 where neither the labels nor the prediction has a node.
     - ``mean_average_precision``: of scikit-learn's average precision, over nodes with a label 1; left out if there is none.
     - ``log_loss``: the mean binary cross-entropy of the marginals over pairs, in nats.
     - ``ece``, ``ece_by_chance``: the calibration error, see `expected_calibration_error`, and its expected value for correct
@@ -301,13 +295,11 @@ def build_multi_label_metrics(
         u = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
         u, labels = u.astype(np.float64), prediction.label_ids
         known, true = labels != IGNORED_LABEL, labels == 1
-        if not known.any():
-            raise InputError("no document to be scored has a label; give a file with labels")
         check_finite(u)
         chosen = predict_nodes(taxonomy, expit(u), common_threshold(u, labels) if thresholds is None else thresholds)
 
-        counts, has_known = confusion_counts(labels, chosen), known.any(axis=1)
-        leaves, of_texts = counts[:, : taxonomy.num_leaves], confusion_counts(labels[has_known].T, chosen[has_known].T)
+        counts, of_texts = confusion_counts(labels, chosen), confusion_counts(labels.T, chosen.T)
+        leaves = counts[:, : taxonomy.num_leaves]
         metrics = {
             "micro_f1": micro_f1(counts),
             "macro_f1": macro_f1(counts),
@@ -372,11 +364,3 @@ def pair_variance(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray) -> np.n
         covariance = np.outer(of_text[nodes], of_text[nodes]) * (1 / of_text[lowest] - 1)
         parts.append((covariance * (bins[:, None] == bins)).sum(axis=1))
     return np.concatenate(parts)
-
-
-# ── Names ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def join_names(names: list[str]) -> str:
-    """Join names by ``; ``, or return a JSON list if one contains ``;``."""
-    return json.dumps(names, ensure_ascii=False) if any(";" in name for name in names) else "; ".join(names)

@@ -43,13 +43,13 @@ from evaluation.multi_label import (
     fit_multi_label_calibration,
     fit_node_thresholds,
     fit_recall_thresholds,
-    join_names,
     predict_nodes,
     recall_scores,
 )
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from pipeline_hierarchical import DEFAULT_THRESHOLD, threshold_index, use_cpu_kernels
 from publishing.card import MEASURED_TARGET, PREFIXES
+from reading.columns import join_labels
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import ComputeMetrics, HierarchicalTrainingArguments
 from training.label_arrays import label_arrays
@@ -150,13 +150,12 @@ def calibrate_model(
     config, taxonomy = model.config, model.config.tree
     labels = {split: label_arrays(splits[split]) for split in logits}
     texts = {split: np.array(splits[split]["text_id"]) for split in logits}
-    no_scores: dict[str, np.ndarray | None] = dict.fromkeys(logits)
     fit: Any = fit_multi_label_calibration if config.is_multi_label else fit_calibration
 
-    def calibrate(lexical: dict[str, np.ndarray | None]) -> tuple[Any, dict[str, np.ndarray], Any]:
-        validation = (taxonomy, logits["validation"], lexical["validation"], labels["validation"])
+    def calibrate(lexical: dict[str, np.ndarray]) -> tuple[Any, dict[str, np.ndarray], Any]:
+        validation = (taxonomy, logits["validation"], lexical.get("validation"), labels["validation"])
         fitted = fit(*validation)
-        calibrated = {split: fitted.apply(taxonomy, logits[split], lexical[split]) for split in logits}
+        calibrated = {split: fitted.apply(taxonomy, logits[split], lexical.get(split)) for split in logits}
         calibrated["validation"] = calibrate_out_of_fold(fit, *validation, texts["validation"])
         if not config.is_multi_label:
             return fitted, calibrated, None
@@ -164,7 +163,7 @@ def calibrate_model(
         return fitted, calibrated, thresholds.tolist()
 
     # ── Fit on the validation rows ───────────────────────────────────────────────────────────────────────────────────
-    lexical_scores = no_scores
+    lexical_scores = {}
     if classifier is not None:
         vocab_size = classifier.weight.shape[1]
         lexical_scores = {split: classifier.scores(token_counts(splits[split], vocab_size)) for split in logits}
@@ -188,7 +187,7 @@ def calibrate_model(
     # ── Measure, with and without the lexical head, and the answers ──────────────────────────────────────────────────
     metrics = {"lexical_weight": weight, **measure(config, calibrated, thresholds, splits)}
     if weight:
-        measured = measure(config, *calibrate(no_scores)[1:], splits)
+        measured = measure(config, *calibrate({})[1:], splits)
         metrics |= {f"without_lexical_head_{name}": value for name, value in measured.items()}
     return metrics | answer_scores(config, calibrated, splits), calibrated
 
@@ -300,15 +299,15 @@ def write_predictions(
 def label_set_columns(config: HierarchicalConfig, logits: np.ndarray, labels: np.ndarray) -> dict[str, list[str]]:
     """Return the columns of a CSV: each text's deepest labels, and its deepest predicted nodes with their probabilities.
 
-    Names are joined by `join_names`, predicted ones with the most probable first.
+    Names are joined by `join_labels`, predicted ones with the most probable first.
     """
     tree, columns = config.tree, {"labels": list[str](), "predictions": list[str](), "probabilities": list[str]()}
     chosen, probabilities = predict_with_stored_thresholds(config, logits), expit(logits)
     for true, nodes, of_nodes in zip(labels == 1, chosen, probabilities, strict=True):
         predicted = sorted(tree.deepest(np.flatnonzero(nodes).tolist()), key=lambda node: -of_nodes[node])
-        names = [tree.labels[node] for node in tree.deepest(np.flatnonzero(true).tolist())]
-        columns["labels"].append(join_names(names))
-        columns["predictions"].append(join_names([tree.labels[node] for node in predicted]))
+        labelled = tree.deepest(np.flatnonzero(true).tolist())
+        columns["labels"].append(join_labels(tree.labels[node] for node in labelled))
+        columns["predictions"].append(join_labels(tree.labels[node] for node in predicted))
         columns["probabilities"].append("; ".join(f"{of_nodes[node]:.6f}" for node in predicted))
     return columns
 

@@ -12,6 +12,7 @@ import glob
 import heapq
 import sys
 from collections.abc import Collection, Iterator
+from operator import itemgetter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -33,18 +34,16 @@ def main() -> None:
     folder = arguments.predictions.endswith("/")
     outputs = find_sources(f"{glob.escape(arguments.predictions)}part-*" if folder else arguments.predictions)
     inputs = find_all_sources(arguments.input, arguments.input_format)
-    largest = heapq.nlargest(arguments.count, uncertainties(outputs))
-    rows = {-negative: uncertainty for uncertainty, negative in largest}
-    num_predicted = sum(1 for _ in uncertainties(outputs))
-    texts = texts_of(inputs, arguments.text_column, rows, num_predicted) if inputs else {}
+    rows = dict(heapq.nlargest(arguments.count, uncertainties(outputs), key=itemgetter(1)))  # of equal rows, the first
+    texts = texts_of(inputs, arguments.text_column, rows, sum(1 for _ in uncertainties(outputs))) if inputs else {}
     # texts are always quoted: they may hold a lone carriage return
     writer = csv.writer(sys.stdout, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writerow(["row", "uncertainty", "text"] if inputs else ["row", "uncertainty"])
     writer.writerows([row, uncertainty, *([texts[row]] if inputs else [])] for row, uncertainty in rows.items())
 
 
-def uncertainties(outputs: list[Source]) -> Iterator[tuple[float, int]]:
-    """Yield the uncertainty and the negative number of each row, so that of equal rows the first one is the largest."""
+def uncertainties(outputs: list[Source]) -> Iterator[tuple[int, float]]:
+    """Yield the number and the uncertainty of each row."""
     for source in outputs:
         with open_rows(source) as rows:
             if missing := {"row", "uncertainty"} - rows.columns.keys():
@@ -55,7 +54,7 @@ def uncertainties(outputs: list[Source]) -> Iterator[tuple[float, int]]:
                 if row.problem or row.values.get("uncertainty") in (None, ""):
                     raise InputError(f"{rows.place(row)}: {row.problem or 'it has no uncertainty'}")
                 try:
-                    pair = float(row.values["uncertainty"]), -int(row.values["row"])
+                    pair = int(row.values["row"]), float(row.values["uncertainty"])
                 except (TypeError, ValueError) as error:
                     raise InputError(f"{rows.place(row)}: row and uncertainty must be numbers") from error
                 yield pair

@@ -30,8 +30,8 @@ def read_records(sources: Sequence[Source], text_column: str | None, id_column: 
             continue
         with open_rows(source) as rows:
             columns = {rows.name: rows.columns} if rows.columns else {}  # JSON Lines without any name has no columns
-            names = choose_columns(columns, text_column, TEXT_COLUMNS, "--text_column") if columns else []
-            if columns and id_column is not None:
+            names = choose_columns(columns, text_column, TEXT_COLUMNS, "--text_column")
+            if id_column is not None:
                 names += choose_columns(columns, id_column, (), "--id_column")
             for row in rows.read(list(dict.fromkeys(names))):
                 text, raw_id = [*map(row.values.get, names), None, None][:2]

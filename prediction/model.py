@@ -7,20 +7,18 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import Pipeline, pipeline
 from transformers.utils import cached_file
 
 from checkpoint_files import MODEL_FILES, list_files, refuse_missing_folder
-from errors import InputError, describe_error, one_line
+from errors import InputError, as_input_error, describe_error, one_line
 from files import sha256
 from machine import give_back_memory, has_bf16, keep_memory
 from pipeline_hierarchical import read_cost_table
-from prediction.input import Record
 from prediction.int8 import has_int8_products, quantize
-from prediction.output import Block
+from prediction.output import Block, Rows
 from prediction.rows import SEPARATORS, TASKS, RowFormat, output_kind
 from taxonomy_hierarchical import quote_name
 
@@ -36,37 +34,25 @@ class Model:
         gpu: whether to load the model on the GPU.
 
     Attributes:
-        rows: the format of the output rows.
+        row_format: of the output.
         description: what predictions depend on, except flags and texts: dtype, weights, device and torch.
     """
 
     def __init__(self, arguments: Namespace, gpu: bool):
         dtype = choose_dtype(gpu) if arguments.dtype == "auto" else arguments.dtype
         self._pipeline = load(arguments, dtype, gpu)
-        config, by_id = self._pipeline.model.config, arguments.id_column is not None
+        config = self._pipeline.model.config
         encoder = None if config.adapter_subfolder is None else Path(config.encoder_name_or_path)
         weights = fingerprint(arguments.model, arguments.revision, encoder)
         kind = output_kind(arguments.output, arguments.output_format)
-        tree, multi_label = config.tree, config.is_multi_label
-        answers = (arguments.coverage, arguments.recall) != (None, None)
+        self.row_format = RowFormat(arguments, config, version=weights[:12] if kind == TASKS else None)
         if kind == ".csv":
-            joined = SEPARATORS["labels"].strip() if multi_label else SEPARATORS["path"]
-            separators = [joined, *([SEPARATORS["answer"]] if answers else [])]
-            for separator, label in product(separators, tree.labels):
+            separators = [SEPARATORS["labels"].strip() if config.is_multi_label else SEPARATORS["path"]]
+            separators += [SEPARATORS["answer"]] if "answer" in self.row_format.types else []
+            for separator, label in product(separators, config.tree.labels):
                 if separator in label:
                     reason = f"a CSV file joins labels by {separator!r}, and the label {quote_name(label)} contains it"
                     raise InputError(f"--output {arguments.output}: {reason}; write .jsonl or .parquet")
-        parents = {tree.labels[node]: tree.labels[parent] for node, parent in enumerate(tree.parents) if parent >= 0}
-        self.rows = RowFormat(
-            by_id,
-            multi_label,
-            answers=answers,
-            costs=arguments.costs is not None,
-            uncertainty=arguments.uncertainty,
-            classes=[*config.id2label.values()] if arguments.probabilities else [],
-            parents=parents,
-            version=weights[:12] if kind == TASKS else None,
-        )
         self.description = {
             "dtype": dtype,
             "operation_dtype": str(operation_dtype(dtype)),
@@ -75,13 +61,14 @@ class Model:
             "device": torch.cuda.get_device_name(self._pipeline.device) if gpu else "cpu",
         }
 
-    def predict(self, first: int, records: list[Record]) -> list[dict[str, Any]]:
-        """Classify the readable records, numbered from ``first``, and return one output row for each."""
-        readable = [(number, record) for number, record in enumerate(records, first) if record.problem is None]
+    def predict(self, block: Block) -> Rows:
+        """Classify the readable records of a block, and return one output row for each."""
+        numbered = enumerate(block.records, start=block.first)
+        readable = [(number, record) for number, record in numbered if record.problem is None]
         try:
             predictions = self._pipeline(record.text for _, record in readable)
             return [
-                self.rows.row(number, record, prediction)
+                self.row_format.row(number, record, prediction)
                 for (number, record), prediction in zip(readable, predictions, strict=True)
             ]
         except ValueError as error:
@@ -89,10 +76,10 @@ class Model:
         finally:
             give_back_memory()
 
-    def predict_blocks(self, blocks: Iterable[Block]) -> Iterator[tuple[Block, list[dict[str, Any]]]]:
+    def predict_blocks(self, blocks: Iterable[Block]) -> Iterator[tuple[Block, Rows]]:
         """Yield each block with its output rows."""
         for block in blocks:
-            yield block, self.predict(block.first, block.records)
+            yield block, self.predict(block)
 
 
 def find_commit(model: str, revision: str | None) -> str | None:
@@ -114,10 +101,8 @@ def read_costs(word: str | None) -> tuple[str | dict | None, str | None]:
     if word is None or word == "distance":
         return word, word
     if word.endswith(".csv"):
-        try:
+        with as_input_error("--costs"):
             table = read_cost_table(word)
-        except ValueError as error:
-            raise InputError(f"--costs: {error}") from error
         return table, hashlib.sha256(json.dumps(table).encode()).hexdigest()
     pairs = [pair.partition("=") for pair in word.split(",")]
     if sorted(name for name, _, _ in pairs) != ["inventing", "missing"]:

@@ -22,6 +22,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from errors import InputError
 from prediction.input import Record
 from prediction.rows import file_name
@@ -110,29 +112,29 @@ class RestartableOutput:
         records: Iterator[Record],
         options: dict[str, Any],
         predict_blocks: Callable[[Iterator[Block]], Iterable[tuple[Block, Rows]]],
-        progress: Callable[[int, int | None], None],
+        bar: tqdm,
     ) -> None:
         """Write the missing blocks. Raise InputError if a block is damaged, or is of other options or another input.
 
         Args:
             options: everything that the predictions depend on, except the texts.
             predict_blocks: takes blocks; yields them, in any order, with their output rows.
-            progress: takes a number of new rows, and the estimated number of all rows.
+            bar: counts the rows. Its total is the estimated number of all rows.
         """
         existing, is_finished = self.store.names(self.parts), self.store.exists(self.marker)
-        num_read, num_kept, total = 0, 0, None
+        num_read, num_kept = 0, 0
 
         def missing() -> Iterator[Block]:
-            nonlocal num_read, num_kept, total
+            nonlocal num_read, num_kept
             blocks = iter(lambda: list(islice(records, ROWS)), [])
             for block in (Block(index, chunk) for index, chunk in enumerate(blocks)):
                 num_read, done = num_read + len(block.records), block.records[-1].done
-                total = round(num_read / done) if done else None
+                bar.total = round(num_read / done) if done else None
                 self.headers.append({"options": options, "digest": block.digest()})
                 if block_name(block.index) in existing:
                     self._read_block(block.index)
                     num_kept += len(block.records)
-                    progress(len(block.records), total)
+                    bar.update(len(block.records))
                 elif is_finished:  # killed while it deleted its blocks: the missing block's input is unknown
                     raise self._exists_error()
                 else:
@@ -140,7 +142,7 @@ class RestartableOutput:
 
         for block, rows in predict_blocks(missing()):
             self._write_block(block, rows)
-            progress(len(block.records), total)
+            bar.update(len(block.records))
         if num_kept:
             print(f"continued after {num_kept:,} rows", file=sys.stderr)
 

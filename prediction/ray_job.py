@@ -59,10 +59,10 @@ class Classifier:
                 self.model = Model(arguments, gpu=gpus > 0)
         except InputError as error:
             raise InputError(f"node {node}: {error}") from error
-        return node, self.model.description, self.model.rows
+        return node, self.model.description, self.model.row_format
 
-    def predict(self, first: int, records: list) -> Rows:
-        return self.model.predict(first, records)
+    def predict(self, block: Block) -> Rows:
+        return self.model.predict(block)
 
 
 class RayJob:
@@ -81,7 +81,7 @@ class RayJob:
         self._tasks: dict[Any, Any] = {}  # actors by the reference of a task
         self._waiting: deque[Block] = deque()
         self._deaths: Counter[int] = Counter()  # by the index of a block
-        self._num_started, self._failed_starts, self._next_look = 0, 0, 0.0
+        self._failed_starts, self._next_look = 0, 0.0
         self.description: dict[str, Any] = {}
 
     def __enter__(self) -> "RayJob":
@@ -134,7 +134,7 @@ class RayJob:
 
     def _submit(self, actor: Any, block: Block) -> None:
         name = f"Classifier: rows {block.first} to {block.first + len(block.records) - 1}"
-        task = actor.predict.options(name=name).remote(block.first, block.records)
+        task = actor.predict.options(name=name).remote(block)
         self._actors[actor].append((task, block))
         self._tasks[task] = actor
 
@@ -192,7 +192,7 @@ class RayJob:
     def _check(self, node: str, description: dict[str, Any], rows: RowFormat) -> None:
         """Take the first actor's description for all. Raise InputError if another actor's is different."""
         if not self.description:
-            self.description, self.rows = description, rows
+            self.description, self.row_format = description, rows
         for name, value in self.description.items():
             if description[name] != value:
                 remedy = "give --dtype" if name == "dtype" else "use nodes that are alike"
@@ -208,12 +208,9 @@ class RayJob:
                 self._start()
 
     def _start(self) -> None:
-        self._num_started += 1
-        name = f"Classifier {self._num_started}"
         cpus, gpus = self._needs.values()
-        actor = ray.remote(Classifier).options(name=name, num_cpus=cpus, num_gpus=gpus).remote()
-        task = actor.load.options(name="Classifier: load").remote(self._arguments, cpus, gpus)
-        self._starting[task] = actor, self._failed_starts
+        actor = ray.remote(Classifier).options(num_cpus=cpus, num_gpus=gpus).remote()
+        self._starting[actor.load.remote(self._arguments, cpus, gpus)] = actor, self._failed_starts
 
     def _shrink(self) -> None:
         """Stop the actors that have nothing left to do."""

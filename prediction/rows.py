@@ -7,6 +7,7 @@ https://labelstud.io/guide/predictions. No other output holds texts.
 import csv
 import json
 import math
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain, repeat
@@ -30,44 +31,32 @@ class RowFormat:
     """Build the rows of an output, and write them to files.
 
     Args:
-        by_id: whether a row holds its record's id in place of its number.
-        answers: whether rows hold an answer for ``--coverage`` or ``--recall``.
-        costs: whether the predictions are those of least expected cost.
-        uncertainty: whether rows hold the entropy, and the level that adds most of it.
-        classes: labels of the leaves or nodes whose probabilities are written.
-        parents: the label of each node's parent, by the node's label; roots are absent.
+        arguments: the flags of predict.py.
+        config: the configuration of the checkpoint.
         version: of the model, for tasks; None for rows.
     """
 
-    def __init__(
-        self,
-        by_id: bool,
-        multi_label: bool,
-        *,
-        answers: bool,
-        costs: bool,
-        uncertainty: bool,
-        classes: list[str],
-        parents: dict[str, str],
-        version: str | None = None,
-    ):
-        self.classes, self.parents, self.version = classes, parents, version
+    def __init__(self, arguments: Namespace, config: Any, version: str | None):
+        tree, self.version = config.tree, version
+        self.classes = [*config.id2label.values()] if arguments.probabilities else []
+        self.parents = {tree.labels[i]: tree.labels[parent] for i, parent in enumerate(tree.parents) if parent >= 0}
         text, number = pyarrow.string(), pyarrow.float64()
         texts, numbers = pyarrow.list_(text), pyarrow.list_(number)
         # a Parquet column has one type, so ids are strings
-        self.types = {"id": text} if by_id else {"row": pyarrow.int64()}
-        self.types |= (
-            {"labels": texts, "scores": numbers} if multi_label else {"label": text, "score": number, "path": texts}
-        )
-        if costs and not multi_label:
-            self.types["expected_cost"] = number
-        if uncertainty:
+        self.types = {"row": pyarrow.int64()} if arguments.id_column is None else {"id": text}
+        if config.is_multi_label:
+            self.types |= {"labels": texts, "scores": numbers}
+        else:
+            self.types |= {"label": text, "score": number, "path": texts}
+            if arguments.costs is not None:
+                self.types["expected_cost"] = number
+        if arguments.uncertainty:
             self.types |= {"uncertainty": number, "unsure_level": pyarrow.int64()}
         self.types["truncated"] = pyarrow.bool_()
-        if answers:
+        if (arguments.coverage, arguments.recall) != (None, None):
             self.types["answer"] = texts
-        if classes:
-            self.types["probabilities"] = pyarrow.struct([(label, number) for label in classes])
+        if self.classes:
+            self.types["probabilities"] = pyarrow.struct([(label, number) for label in self.classes])
 
     def row(self, number: int, record: Record, prediction: dict[str, Any]) -> dict[str, Any]:
         """Build the row, or the task, of a record from the pipeline's prediction."""

@@ -76,20 +76,17 @@ def write(
     settings: dict[str, Any],
     data_report: dict[str, Any],
     metrics: dict[str, Any],
-    *,
     model_id: str | None = None,
-    environment: dict[str, Any] | None = None,
 ) -> None:
     """Write README.md into a checkpoint's folder, which may also hold plots.
 
     Args:
         settings: the flags of the run.
-        data_report, metrics: content of data_report.json and metrics.json. Both may be empty.
+        data_report, metrics: content of data_report.json and metrics.json. There are no metrics before the end of a run.
         model_id: id on the Hub; None for a placeholder in the snippets.
-        environment: from `publishing.environment.describe_environment`.
     """
     facts = collect_facts(folder, config, settings, data_report, metrics)
-    facts |= {"model_id": model_id or MODEL_PLACEHOLDER, "licence": LICENCE, "environment": environment}
+    facts |= {"model_id": model_id or MODEL_PLACEHOLDER, "licence": LICENCE}
     facts["placeholder_note"] = "" if model_id else PLACEHOLDER_NOTE
     facts |= {"escape": escape, "table": table, "count": "{:,}".format, "score": format_score, "example": EXAMPLE}
     card = ModelCard.from_template(metadata(facts), template_path=str(TEMPLATE), **facts)
@@ -126,7 +123,7 @@ def collect_facts(
     folder: Path, config: HierarchicalConfig, settings: dict[str, Any], report: dict[str, Any], metrics: dict[str, Any]
 ) -> dict[str, Any]:
     """Collect the template's variables."""
-    tree, splits = config.tree, report.get("splits", {})
+    tree, splits = config.tree, report["splits"]
 
     # ── Model and training ───────────────────────────────────────────────────────────────────────────────────────────
     local = Path(config.encoder_name_or_path).is_absolute() or config.encoder_revision is None
@@ -152,13 +149,12 @@ def collect_facts(
     }
 
     # ── Data ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-    origin = report.get("taxonomy", "")
-    moved, united = report.get("trained_before", {}).get("moved", {}), report.get("united_rows", {})
+    origin, before, united = report["taxonomy"], report["trained_before"], report.get("united_rows", {})
     conflicting = {split: counts.get("conflicting_texts", 0) for split, counts in splits.items()}
     facts |= {
-        "sources": [{**source, "name": read_source(source["name"])[0]} for source in report.get("sources", [])],
+        "sources": [{**source, "name": source_name(source)} for source in report["sources"]],
         "taxonomy_source": f"from {Path(origin[5:]).name}" if origin.startswith("from ") else origin,
-        "moved": " and ".join(f"{rows:,} {split} rows" for split, rows in moved.items() if rows),
+        "moved": " and ".join(f"{rows:,} {split} rows" for split, rows in before["moved"].items() if rows),
         "united": " and ".join(f"{rows:,} {split} rows" for split, rows in united.items() if rows),
         "conflicting": ", ".join(f"{texts:,} {split}" for split, texts in conflicting.items() if texts),
     }
@@ -177,10 +173,10 @@ def collect_facts(
     return facts | {
         "scores": scores,
         "names": names,
-        "unverified": report.get("trained_before", {}).get("scores") == "unverified",
+        "unverified": before["scores"] == "unverified",
         "best_split": best_split,
-        "scored_rows": ", ".join(f"{splits[split]['rows']:,} {split} rows" for split in scores if split in splits),
-        "leaf_rows": leaf_rows if leaf_rows != splits.get(best_split, {}).get("rows", leaf_rows) else 0,
+        "scored_rows": ", ".join(f"{splits[split]['rows']:,} {split} rows" for split in scores),
+        "leaf_rows": leaf_rows if leaf_rows and leaf_rows != splits[best_split]["rows"] else 0,
         "score_rows": [
             [title, *(format_score(values.get(name)) for values in scores.values())]
             for name, (_, title) in names.items()
@@ -210,16 +206,9 @@ def metric_names(config: HierarchicalConfig) -> dict[str, tuple[str, str]]:
     return metrics | levels
 
 
-def read_source(name: str) -> tuple[str, str | None]:
-    """Return the shown name of a source in the data report, and the id if the source is a data set on the Hub.
-
-    The report names a data set ``id [split]``. A folder saved by `datasets` looks alike: ``path [split]``.
-    """
-    matched = re.fullmatch(r"(.+?)( \[[^\[\]]*\])?", name, re.DOTALL)
-    place, split = matched.groups(default="") if matched else (name, "")
-    if split and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", place) and not Path(place).exists():
-        return name, place
-    return " ".join(f"{Path(place).resolve().name}{split}".split()), None
+def source_name(source: dict[str, Any]) -> str:
+    """Return the id of a data set on the Hub, or the name of a file or folder without its path, on one line."""
+    return source["dataset"] or " ".join(Path(source["name"]).name.split())
 
 
 def format_setting(setting: Any) -> str:
@@ -273,7 +262,7 @@ def plots(folder: Path, split: str, config: HierarchicalConfig) -> dict[str, str
 def metadata(facts: dict[str, Any]) -> ModelCardData:
     """Build the front matter, see https://github.com/huggingface/hub-docs/blob/main/modelcard.md."""
     encoder, results = facts["encoder"], eval_results(facts)
-    datasets = [read_source(source["name"])[1] for source in facts["report"].get("sources", [])]
+    datasets = [source["dataset"] for source in facts["report"]["sources"]]
     lora = ["lora"] if facts["settings"].get("tuning") == "lora" else []
     relation = "adapter" if facts["config"].adapter_subfolder else "finetune"
     types = {result.metric_type for result in results}
@@ -294,16 +283,15 @@ def metadata(facts: dict[str, Any]) -> ModelCardData:
 
 def eval_results(facts: dict[str, Any]) -> list[EvalResult]:
     """Build the entries of ``model-index``. Their data set is the split's source, or the source of the rows it was split from."""
-    sources = {source["split"]: source["name"] for source in facts["report"].get("sources", [])}
+    sources = {source["split"]: source for source in facts["report"]["sources"]}
     results = []
     for split, values in facts["scores"].items():
-        source = sources.get(split) or sources.get("all") or sources.get("train")
-        name, dataset = read_source(source) if source else ("held-out rows", None)
+        source = sources.get(split) or sources.get("all") or sources["train"]
         results += [
             EvalResult(
                 task_type="text-classification",
-                dataset_type=dataset or "unknown",
-                dataset_name=dataset or name,
+                dataset_type=source["dataset"] or "unknown",
+                dataset_name=source_name(source),
                 dataset_split=split,
                 metric_type=facts["names"][metric][0],
                 metric_name=f"{metric} (unverified)" if facts["unverified"] else metric,

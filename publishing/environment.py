@@ -2,9 +2,7 @@
 
 import os
 import platform
-import re
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +14,9 @@ def describe_environment(device: torch.device | str) -> dict[str, Any]:
     Args:
         device: of training. With data parallelism, every process is assumed to have an equal device.
     """
-    device, info = torch.device(device), Path("/proc/cpuinfo")
-    cpu = re.search(r"(?m)^model name\s*:\s*(.+)$", info.read_text(errors="replace")) if info.is_file() else None
+    device = torch.device(device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    hardware = f"{cpu[1] if cpu else platform.processor() or platform.machine()}, {cores} cores"
+    hardware = f"{torch.cpu.get_capabilities()['cpu_name']}, {cores} cores"
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         gpus = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1

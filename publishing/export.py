@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from checkpoint_files import ADAPTER_FILES, ONNX_FILE, QUANTIZED_ONNX_FILE, TRUNCATION_FILE, list_files
-from errors import InputError, is_full_disk, one_line
+from errors import InputError, as_input_error, is_full_disk, one_line
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from publishing.hub import HUB_ERRORS
 
 ONNX_TOLERANCE, QUANTIZED_TOLERANCE = 1e-3, 0.25  # of a probability
 # text-embeddings-inference subtracts the logit of the largest absolute value before its softmax in float32, whose exp
@@ -49,10 +48,8 @@ def export_merged(folder: Path, output: Path) -> None:
 
 def load_merged(folder: Path) -> HierarchicalForSequenceClassification:
     """Load a checkpoint in float32, its adapter merged, or raise InputError."""
-    try:
+    with as_input_error(f"cannot load {folder}"):
         return HierarchicalForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-    except (*HUB_ERRORS, ValueError) as error:
-        raise InputError(f"cannot load {folder}: {one_line(error)}") from error
 
 
 class Logits(nn.Module):

@@ -29,7 +29,7 @@ PICKLES = ["*.pt", "*.pth", "*.bin", "*.pkl"]
 class PublishingTrainer(Trainer):
     """A Trainer that pushes the files of a checkpoint and its card, which ``write_card`` writes into a folder, to the Hub."""
 
-    write_card: Callable[[Path], None] | None = None
+    write_card: Callable[[Path], None]
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         self.hub = HfApi(token=token or self.args.hub_token)  # one client, so that its uploads are queued
@@ -40,29 +40,24 @@ class PublishingTrainer(Trainer):
         except HUB_ERRORS as error:
             raise InputError(f"cannot create the repository of --push_to_hub: {describe_hub_error(error)}") from error
 
-    def create_model_card(self, **kwargs: Any) -> None:
-        """Write our card, which takes no arguments of the Trainer's own card."""
-        if self.write_card is not None and self.is_world_process_zero():
-            self.write_card(Path(self.args.output_dir))
-
-    def push_to_hub(self, commit_message: str = "End of training", revision: str | None = None) -> CommitInfo | None:
-        """Save the model, and publish its files and card in one commit, by default on the branch ``--hub_revision``."""
+    def push_to_hub(self, commit_message: str = "End of training", **kwargs: Any) -> CommitInfo | None:
+        """Save the model, and publish its files and card in one commit. Further arguments of the Trainer are ignored."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        self.create_model_card()
+        self.write_card(Path(self.args.output_dir))
         self._finish_current_push()
-        return self._commit(commit_message, revision or self.args.hub_revision, {})
+        return self._commit(commit_message, {})
 
-    def _commit(self, message: str, revision: str | None, folders: dict[str, Path]) -> CommitInfo:
-        """Commit the output folder's checkpoint, and further folders by their path in the repository."""
+    def _commit(self, message: str, folders: dict[str, Path]) -> CommitInfo:
+        """Commit the output folder's checkpoint, and further folders by their path, to the branch ``--hub_revision``."""
         output = Path(self.args.output_dir)
         files = published_files(output)
         for place, folder in folders.items():
             names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
             files |= {f"{place}/{name}": folder / name for name in filter_repo_objects(names, ignore_patterns=PICKLES)}
-        target = {"repo_id": self.hub_model_id, "revision": revision}
+        target = {"repo_id": self.hub_model_id, "revision": self.args.hub_revision}
         operations = commit_operations(files, self.hub.list_repo_files(**target), CHECKPOINT_FILES)
         return self.hub.create_commit(operations=operations, commit_message=message, **target)
 
@@ -78,11 +73,11 @@ class PublishingTrainer(Trainer):
         for name in list_files(folder):  # a copy, because the checkpoint may be deleted during the upload
             (output / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / name, output / name)
-        self.create_model_card()
+        self.write_card(output)
         places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
         folders = {place: folder for strategy, place in places.items() if strategy == self.args.hub_strategy}
         message = f"Training in progress, step {self.state.global_step}"
-        job = self.hub.run_as_future(self._commit, message, self.args.hub_revision, folders)
+        job = self.hub.run_as_future(self._commit, message, folders)
         self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if running else []), job])
 
     def _finish_current_push(self) -> None:

@@ -1,5 +1,6 @@
 """Find the column of texts or labels."""
 
+import json
 import math
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -51,6 +52,12 @@ def choose_columns(
             raise InputError(f"{name}: fewer than half of the first rows have {quote_name(rare)}; give {flag} {rare}")
         raise InputError(f"{name}: no column is called {', '.join(candidates)}; give {flag}, one of {listed(columns)}")
     raise InputError(f"{', '.join(sources)} have no column in common for {flag}: rename it in one of them")
+
+
+def join_labels(labels: Iterable[str]) -> str:
+    """Join labels by ``; `` for a cell, as ``train.py --label_delimiter ";"`` reads them. One that holds ``;`` needs a JSON list."""
+    labels = list(labels)
+    return json.dumps(labels, ensure_ascii=False) if any(";" in label for label in labels) else "; ".join(labels)
 
 
 def text_problem(value: Any) -> str | None:

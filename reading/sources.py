@@ -26,18 +26,13 @@ class Source:
     path: str  # or URL
     kind: str
     filesystem: Any = field(default=None, compare=False)  # of pyarrow, for a URL
-    bytes: int = field(default=0, compare=False)  # of a URL's file
+    size: int = field(default=0, compare=False)  # in bytes; 0 if unknown
 
     @property
     def name(self) -> str:
         """Its name in messages and outputs. Bytes of a path that are not UTF-8 are escaped."""
         path = without_query(self.path)
         return "standard input" if path == "-" else os.fsencode(path).decode(errors="backslashreplace")
-
-    @property
-    def size(self) -> int:
-        """The size of the file in bytes; 0 for standard input."""
-        return self.bytes if self.path == "-" or self.filesystem is not None else os.path.getsize(self.path)
 
 
 def find_sources(pattern: str, kind: str | None = None) -> list[Source]:
@@ -60,7 +55,7 @@ def find_sources(pattern: str, kind: str | None = None) -> list[Source]:
         if lost := next((name for name in names if os.path.islink(name) and not os.path.exists(name)), None):
             raise InputError(f"{lost}: this link points to no file")
         names = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, names))
-        files = [(name, 0) for name in names]
+        files = [(name, os.path.getsize(name)) for name in names]
     if is_folder:
         files = [(path, size) for path, size in files if not path.rpartition("/")[2].startswith((".", "_"))]
         files = [(path, size) for path, size in files if kind or path.lower().endswith(SUFFIXES)]
@@ -107,8 +102,7 @@ def open_rows(source: Source) -> Iterator[Rows]:
         except OSError as error:
             raise InputError(f"cannot read {source.name}: {error.strerror}") from error
     with opened as file, gzip.GzipFile(fileobj=file) if is_packed else nullcontext(file) as stream:
-        size = max(source.size, 1)
-        yield Rows(stream, source.kind, source.name, progress=lambda: file.tell() / size)
+        yield Rows(stream, source.kind, source.name, progress=lambda: file.tell() / max(source.size, 1))
 
 
 @dataclass(frozen=True)

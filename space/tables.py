@@ -24,7 +24,7 @@ from typing import Any
 if not Path(__file__).with_name("reading").exists():  # in the repository
     sys.path.append(str(Path(__file__).parent.parent))
 
-from reading.columns import TEXT_COLUMNS, find_column, text_problem
+from reading.columns import TEXT_COLUMNS, find_column, join_labels, text_problem
 from reading.rows import KINDS, InputError, Limits, Rows, looks_like_name
 
 MAX_BYTES = 10 * 2**20
@@ -197,12 +197,7 @@ def to_csv(records: list[dict[str, Any]]) -> str:
 
 def join_lists(record: dict[str, Any]) -> dict[str, Any]:
     """Join the lists of a record by "; ", as `train.py --label_delimiter ";"` reads labels, unless an item contains ";"."""
-    return {name: joined(value) if isinstance(value, list) else value for name, value in record.items()}
-
-
-def joined(items: list[Any]) -> str | list[Any]:
-    words = [*map(str, items)]
-    return items if any(";" in word for word in words) else "; ".join(words)
+    return {name: join_labels(map(str, value)) if isinstance(value, list) else value for name, value in record.items()}
 
 
 def defuse(value: Any) -> Any:

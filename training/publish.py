@@ -63,8 +63,8 @@ def source_commit() -> str | None:
 
 def write_card(trainer: HierarchicalTrainer, settings: dict, report: dict, metrics: dict, folder: Path) -> None:
     """Write README.md into a checkpoint's folder, with the metrics measured so far."""
-    config, environment = HierarchicalConfig.from_pretrained(folder), describe_environment(trainer.args.device)
-    card.write(folder, config, settings, report, metrics, model_id=trainer.hub_model_id, environment=environment)
+    config = HierarchicalConfig.from_pretrained(folder)
+    card.write(folder, config, settings, report, metrics, trainer.hub_model_id)
 
 
 def check_hub(training: HierarchicalTrainingArguments, model: HierarchicalForSequenceClassification) -> None:

@@ -35,6 +35,7 @@ class SplitSource:
     columns: dict[str, float]  # see `reading.rows.Rows.columns`
     read: Callable[[list[str]], Table]  # takes the names of columns
     sha256: dict[str, str]
+    dataset: str | None = None  # id on the Hub
 
 
 def find_split_sources(arguments: DataArguments) -> tuple[dict[str, SplitSource], bool]:
@@ -66,6 +67,7 @@ def find_split_sources(arguments: DataArguments) -> tuple[dict[str, SplitSource]
             loaded = datasets.load_dataset(name, revision=arguments.dataset_revision)
     if isinstance(loaded, datasets.Dataset):
         return {"train": _from_dataset(name, loaded)}, True
+    hub_id = None if Path(name).exists() else name  # --dataset_name may be a folder, too
     sources: dict[str, SplitSource] = {}
     for key, dataset in loaded.items():
         split = SPLIT_ALIASES.get(key, key)
@@ -74,13 +76,13 @@ def find_split_sources(arguments: DataArguments) -> tuple[dict[str, SplitSource]
         if split not in SPLITS:
             logger.warning("%s: the split %r is not used", name, key)
         else:
-            sources[split] = _from_dataset(f"{name} [{key}]", dataset)
+            sources[split] = _from_dataset(f"{Path(name)} [{key}]", dataset, hub_id)
     if not sources:
         raise InputError(f"{name} has no split called train, validation or test, only {', '.join(loaded)}")
     return sources, False
 
 
-def _from_dataset(name: str, dataset: datasets.Dataset) -> SplitSource:
+def _from_dataset(name: str, dataset: datasets.Dataset, hub_id: str | None = None) -> SplitSource:
     if not len(dataset):
         raise InputError(f"{name} has no rows")
 
@@ -95,7 +97,7 @@ def _from_dataset(name: str, dataset: datasets.Dataset) -> SplitSource:
         return Table(name, columns, [*range(1, len(dataset) + 1)], "row")
 
     hashes = sha256(Path(file["filename"]) for file in dataset.cache_files)
-    return SplitSource(name, dict.fromkeys(dataset.column_names, 1.0), read, hashes)
+    return SplitSource(name, dict.fromkeys(dataset.column_names, 1.0), read, hashes, hub_id)
 
 
 def _class_names(value: Any, classes: list[str | None]) -> Any:

@@ -131,7 +131,12 @@ def load_splits(
     num_dropped = {split: int((dropped["split"] == split).sum()) for split in SPLITS}
     report = {
         "sources": [
-            {"split": "all" if single else split, "name": source.name, "sha256": source.sha256}
+            {
+                "split": "all" if single else split,
+                "name": source.name,
+                "dataset": source.dataset,
+                "sha256": source.sha256,
+            }
             for split, source in sources.items()
         ],
         "columns": {"text": text_column, "label": label_columns},

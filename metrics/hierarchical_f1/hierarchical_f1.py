@@ -92,7 +92,7 @@ def _checked_parents(parents: Sequence[int]) -> np.ndarray:
     """Convert parents to int64.
 
     Raises:
-        ValueError: parents are not integers, not nodes, or form a cycle.
+        ValueError: parents are not integers, or not nodes.
     """
     parents = np.asarray(parents)
     if parents.ndim != 1 or parents.size == 0 or parents.dtype.kind not in "iu":
@@ -103,19 +103,16 @@ def _checked_parents(parents: Sequence[int]) -> np.ndarray:
         raise ValueError(
             f"parents[{wrong[0]}] is {parents[wrong[0]]}, but a parent is -1 or a node from 0 to {len(parents) - 1}"
         )
-    above = np.append(parents, -1)  # index -1 is the virtual root, its own parent
-    for _ in range(len(parents).bit_length()):
-        above = above[above]  # the 2nd, 4th, 8th, … ancestor
-    if (above >= 0).any():
-        raise ValueError(f"parents has a cycle: node {np.flatnonzero(above >= 0)[0]} never reaches a root")
     return parents
 
 
 def _paths(parents: np.ndarray) -> np.ndarray:
-    """Return the path from the root to each node, padded with -1: (num_nodes, depth)."""
+    """Return the path from the root to each node, padded with -1: (num_nodes, depth). ValueError: there is a cycle."""
     parent_of = np.append(parents, -1)  # index -1 is the virtual root, its own parent
     ancestors = [np.arange(len(parents))]
-    while (ancestors[-1] >= 0).any():
+    while (is_node := ancestors[-1] >= 0).any():
         ancestors.append(parent_of[ancestors[-1]])
+        if ((ancestors[-1] >= 0) == is_node).all():  # in a forest, some path ends at each step
+            raise ValueError(f"parents has a cycle: node {np.flatnonzero(is_node)[0]} never reaches a root")
     paths = np.stack(ancestors[-2::-1], axis=1)  # padded with -1 before the root
     return np.take_along_axis(paths, np.argsort(paths < 0, axis=1, kind="stable"), axis=1)

@@ -34,7 +34,6 @@ from evaluation.multi_label import (
     fit_multi_label_calibration,
     fit_node_thresholds,
     fit_recall_thresholds,
-    join_names,
     likely_pairs,
     marginal_logits,
     open_decisions,
@@ -43,6 +42,7 @@ from evaluation.multi_label import (
     shrunk_thresholds,
 )
 from modeling_hierarchical import LexicalHead
+from reading.columns import join_labels
 from taxonomy_hierarchical import Taxonomy
 
 # a at level 1; B > c at level 2; B > D > e, f at level 3; G > h, an only child
@@ -305,7 +305,7 @@ def test_unknown_labels_do_not_move_thresholds():
 
 @pytest.mark.parametrize("names", [[], ["a"], ["a", "b c"], ["a; b", "c"], ["a;b"]])
 def test_joined_names_can_be_told_apart(names):
-    cell = join_names(names)
+    cell = join_labels(names)
     back = json.loads(cell) if cell.startswith("[") else cell.split("; ") if cell else []
     assert back == names
 
@@ -514,8 +514,6 @@ def test_scores_without_a_label_are_defined():
     assert metrics["micro_f1"] == metrics["macro_f1"] == metrics["leaf_macro_f1"] == 0
     assert metrics["example_f1"] == 1
     assert not {"mean_average_precision", "ece", "level_1_micro_f1"} & set(metrics)
-    with pytest.raises(InputError, match="no document to be scored has a label"):
-        measured(TREE, np.zeros((5, 8)), np.full((5, 8), -100))
     diverged = np.zeros((5, 8))
     diverged[3, 2] = np.nan
     with pytest.raises(InputError, match="not finite for 1 of 5 documents: training diverged"):
@@ -611,15 +609,6 @@ def test_a_node_that_is_never_or_always_true_has_no_words():
         assert not classifier.weight[node].any()
         assert classifier.bias[node] == 0
     assert classifier.weight[[A, B, D, E, F]].any(axis=1).all()
-
-
-def test_texts_without_a_known_label_teach_no_words():
-    ids, labels = rows(200)
-    labels[:50] = -100
-    classifier = lexical.LexicalClassifier(TREE, counted(ids), labels)
-    expected = lexical.LexicalClassifier(TREE, counted(ids[50:]), labels[50:])
-    np.testing.assert_array_equal(classifier.weight, expected.weight)
-    np.testing.assert_array_equal(classifier.tfidf.idf_, expected.tfidf.idf_)
 
 
 def test_classes_without_both_labels_and_rows_without_labels_do_not_count_in_the_spread():

@@ -9,6 +9,7 @@ import shutil
 import signal
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import entropy
 from transformers import pipeline
 
+from configuration_hierarchical import HierarchicalConfig
 from errors import InputError
 from prediction.input import Record, read_records
 from prediction.int8 import has_int8_products
@@ -796,11 +798,10 @@ TREE = Taxonomy({"a": {"b": ["c", "d"], "e": None}, "f": ["g", "h"], "i": None})
 
 def row_of(probabilities: np.ndarray, multi_label: bool) -> dict:
     """Return the row of a prediction with these node probabilities."""
-    parents = {
-        label: TREE.labels[parent] for label, parent in zip(TREE.labels, TREE.parents, strict=True) if parent >= 0
-    }
-    columns = {"answers": False, "costs": False, "uncertainty": True, "classes": [], "parents": parents}
-    rows = RowFormat(False, multi_label, **columns)
+    absent = dict.fromkeys(("id_column", "coverage", "recall", "costs", "probabilities"))
+    problem_type = "multi_label_classification" if multi_label else "single_label_classification"
+    config = HierarchicalConfig(taxonomy=TREE, problem_type=problem_type)
+    rows = RowFormat(Namespace(**absent, uncertainty=True), config, None)
     nodes = dict(zip(TREE.labels, probabilities.tolist(), strict=True))
     levels = [
         {TREE.labels[node]: nodes[TREE.labels[node]] for node in TREE.reading_order if TREE.levels[node] == level}

@@ -65,13 +65,17 @@ def make_report(tree: Taxonomy, sources: dict[str, str] | None = None) -> dict:
         parts.append(part.assign(text_id=pd.factorize(part["text"])[0] + 10_000 * len(parts)))
     rows = pd.concat(parts, ignore_index=True)
     return {
-        "sources": [{"split": s, "name": name, "sha256": {Path(name).name: "ab" * 32}} for s, name in sources.items()],
+        "sources": [
+            {"split": split, "name": name, "dataset": None, "sha256": {Path(name).name: "ab" * 32}}
+            for split, name in sources.items()
+        ],
         "columns": {"text": "text", "label": ["label"]},
         "taxonomy": "from /home/alice/taxonomy.yaml",
         "split": {"method": "as given", "split_off": {}, "seed": 42},
         "splits": {part["split"].iloc[0]: describe(part, tree, 0) for part in parts},
         "shared_texts": shared_texts(rows),
         "classes_without_training_rows": untrained_classes(rows, tree),
+        "trained_before": {"scores": "verified", "moved": {}},
         "lengths": {part["split"].iloc[0]: length_report([10, 20, 300], 256) for part in parts},
     }
 
@@ -94,6 +98,7 @@ def make_metrics(tree: Taxonomy) -> dict:
         "trainable_share": 665_862 / 23_231_238,
         "encoder_bytes": 53_310_240,
         "encoder_bytes_float32": 90_261_504,
+        "environment": ENVIRONMENT,
         **metrics,
     }
 
@@ -110,7 +115,7 @@ def written(tmp_path, metrics):
     def write(config=None, settings=SETTINGS, report=None, metrics=metrics, **arguments) -> str:
         config = config or make_config()
         report = make_report(config.tree) if report is None else report
-        card.write(tmp_path, config, settings, report, metrics, **{"environment": ENVIRONMENT, **arguments})
+        card.write(tmp_path, config, settings, report, metrics, **arguments)
         return (tmp_path / "README.md").read_text(encoding="utf-8")
 
     return write
@@ -163,15 +168,16 @@ def test_an_encoder_from_a_folder_is_no_base_model(written):
     assert "huggingface.co" not in section(text, "Training")
 
 
-def test_only_a_data_set_of_the_hub_is_named_as_one(written, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "saved" / "set").mkdir(parents=True)
+def test_only_a_data_set_of_the_hub_is_named_as_one(written):
     tree = Taxonomy(DEFAULT_TAXONOMY)
     hub = {"train": "TimSchopf/medical_abstracts [train]", "test": "TimSchopf/medical_abstracts [test]"}
-    parsed = ModelCard(written(report=make_report(tree, hub))).data
+    report = make_report(tree, hub)
+    for source in report["sources"]:
+        source["dataset"] = "TimSchopf/medical_abstracts"
+    parsed = ModelCard(written(report=report)).data
     assert parsed.datasets == ["TimSchopf/medical_abstracts"]
     assert {(r.dataset_type, r.dataset_name) for r in parsed.eval_results} == {("TimSchopf/medical_abstracts",) * 2}
-    for source in ("saved/set [train]", "corpus/all.csv", "/data/set/ [train]", "all.csv"):
+    for source in ("saved/set [train]", "corpus/all.csv", "/data/set [train]", "all.csv"):
         parsed = ModelCard(written(report=make_report(tree, {"all": source}))).data
         assert parsed.datasets is None
         assert {r.dataset_name for r in parsed.eval_results} <= {"set [train]", "all.csv"}
@@ -302,10 +308,9 @@ def test_another_relation_and_a_foreign_body_are_left_alone():
 
 
 def test_the_card_of_an_unfinished_run_has_no_results(written):
-    text = written(report={}, metrics={}, environment=None)
+    text = written(metrics={})
     assert "not finished" in section(text, "Results")
     assert ModelCard(text).data.to_dict().keys().isdisjoint({"model-index", "metrics"})
-    assert "\n## Data\n" not in text
     assert "├── neoplasms" in text
     renamed = card.update_for_publishing(card.update_for_publishing(text, "me/draft"), "me/model")
     assert all('"me/model"' in snippet for snippet in snippets(renamed))
@@ -461,7 +466,7 @@ def test_the_environment_names_hardware_and_libraries_but_no_machine(written):
     assert re.fullmatch(r".+, \d+ cores", environment["hardware"])
     assert socket.gethostname() not in json.dumps(environment)
     assert f"/{getpass.getuser()}" not in json.dumps(environment)
-    text = written(environment=environment)
+    text = written(metrics={"environment": environment})
     assert f"transformers {environment['versions']['transformers']}" in section(text, "Environmental impact")
 
 
@@ -500,7 +505,7 @@ def make_label_sets_report(tree: Taxonomy) -> dict:
         for i in range(size)
     )
     return {
-        "sources": [{"split": "all", "name": "/home/alice/all.jsonl", "sha256": {"all.jsonl": "ab" * 32}}],
+        "sources": [{"split": "all", "name": "/all.jsonl", "dataset": None, "sha256": {"all.jsonl": "ab" * 32}}],
         "columns": {"text": "text", "label": ["labels"]},
         "taxonomy": "from /home/alice/taxonomy.yaml",
         "split": {"method": "by class, identical texts kept together", "split_off": {"test": 0.1}, "seed": 42},
@@ -508,6 +513,7 @@ def make_label_sets_report(tree: Taxonomy) -> dict:
         "shared_texts": shared_texts(rows),
         "united_rows": {"train": 7, "validation": 0, "test": 1},
         "classes_without_training_rows": untrained_classes(rows, tree),
+        "trained_before": {"scores": "verified", "moved": {}},
         "lengths": {split: length_report([10, 20, 300], 256) for split in sizes},
     }
 
@@ -635,7 +641,7 @@ def test_the_snippets_of_a_multi_label_card_ask_only_for_what_the_checkpoint_has
 
 
 def unfinished_multi_label(write) -> str:
-    return write(make_config(problem_type="multi_label_classification"), metrics={}, report={}, environment=None)[0]
+    return write(make_config(problem_type="multi_label_classification"), metrics={})[0]
 
 
 def test_an_uncalibrated_multi_label_card_says_at_which_threshold_it_was_scored(written_multi_label):

@@ -42,8 +42,8 @@ def test_every_format_gives_the_same_rows(tmp_path, kind):
     # leaves first, in sorted order of their paths (a/x, a/y, b), then the inner node a
     assert data.taxonomy.labels == ["x", "y", "b", "a"]
     assert data.splits["train"]["label"][:] == [0, 1, 2, 3]
-    source = {"split": "train", "name": str(path), "sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}}
-    assert data.report["sources"] == [source]
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
+    assert data.report["sources"] == [{"split": "train", "name": str(path), "dataset": None, "sha256": hashes}]
 
 
 def test_csv_cells_are_text_as_written(tmp_path):
