@@ -6,6 +6,7 @@ from typing import Any
 
 from huggingface_hub.utils import filter_repo_objects
 from safetensors import SafetensorError, safe_open
+from transformers.utils import cached_file
 
 from checkpoint_hierarchical import ADAPTER_FILES, SHIPPED_FILES
 from configuration_hierarchical import HierarchicalConfig
@@ -48,10 +49,17 @@ def published_files(folder: Path) -> dict[str, Path | bytes]:
     return files
 
 
-def refuse_missing_folder(name: str) -> None:
-    """Raise InputError if the name of a model can only be a folder, and the folder does not exist."""
-    if not Path(name).is_dir() and (not name or name.startswith(("/", ".", "~")) or name.count("/") > 1):
+def find_snapshot(name: str, revision: str | None) -> Path | None:
+    """Return the cached folder of a model on the Hub, whose name is the commit, or None for a folder of this machine.
+
+    It holds at least config.json. InputError: there is neither a folder nor such a model.
+    """
+    if Path(name).is_dir():
+        return None
+    if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1:  # no id on the Hub
         raise InputError(f"cannot load the model {name}: there is no such folder")
+    with as_input_error(f"cannot load the model {name}"):
+        return Path(cached_file(name, "config.json", revision=revision)).parent
 
 
 def read_model_type(folder: str | Path) -> Any:

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
+from checkpoint_files import find_snapshot
 from errors import ArgumentParser, InputError, exit_with_error, is_full_disk, one_line, requested_traceback
 from prediction.input import read_records
-from prediction.model import DTYPES, Model, find_commit, read_costs
+from prediction.model import DTYPES, Model, read_costs
 from prediction.output import RestartableOutput
 from prediction.rows import OUTPUTS, file_name, output_kind
 from reading.rows import KINDS, has_surrogate
@@ -47,7 +48,8 @@ def main(argv: list[str]) -> int:
         first = next(records, None)  # refuses an unusable input before the model is loaded
         if first is None:
             raise InputError(f"--input {' '.join(arguments.input)} has no rows")
-        arguments.revision = find_commit(arguments.model, arguments.revision)
+        if snapshot := find_snapshot(arguments.model, arguments.revision):
+            arguments.revision = snapshot.name  # so that all processes load the same commit
         with open_model(arguments) as model:
             if arguments.overwrite:
                 output.delete()

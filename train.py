@@ -45,7 +45,6 @@ from training.prototypes import initialise_heads
 from training.publish import check_hub, push, run_facts, run_settings, write_card
 from training.splits import LabelledSplits, load_splits, train_on_validation_rows
 from training.tokens import build_collator, tokenize_splits
-from training.trained_texts import TrainedTexts
 from training.trainer import HierarchicalTrainer
 
 logger = logging.getLogger("train")
@@ -86,9 +85,9 @@ def main(argv: list[str], prepare: Prepare = lambda trainer: trainer) -> None:
 
     # ── Model, fit, measure, publish ─────────────────────────────────────────────────────────────────────────────────
     if selection:
-        refit(arguments, selection, data, trained_texts, resume_from, prepare)
+        refit(arguments, selection, data, resume_from, prepare)
     elif training.do_train:
-        train(arguments, data, trained_texts, resume_from, prepare)
+        train(arguments, data, resume_from, prepare)
     elif stored_taxonomy is None:
         raise InputError(f"--do_train false needs a trained checkpoint, which {source} is not")
     elif data.taxonomy != stored_taxonomy:
@@ -105,12 +104,7 @@ def selection_run(arguments: Arguments) -> Arguments:
 
 
 def refit(
-    arguments: Arguments,
-    selection: Arguments,
-    data: LabelledSplits,
-    trained_texts: TrainedTexts,
-    resume_from: str | None,
-    prepare: Prepare,
+    arguments: Arguments, selection: Arguments, data: LabelledSplits, resume_from: str | None, prepare: Prepare
 ) -> None:
     """Train two models: ``selection`` on the training rows, and then, with its epochs and calibration, one on all rows.
 
@@ -123,9 +117,11 @@ def refit(
     if resume_from is not None and (folder / "metrics.json").is_file():
         resume.check_resumed_data(resume_from, data.taxonomy, data.report)
     else:
-        resume.check_refit_folder(training)
+        if resume.list_checkpoints(Path(training.output_dir)) and not training.overwrite_output_dir:
+            problem = f"--output_dir {training.output_dir} holds the checkpoints of a run without --refit"
+            raise InputError(f"{problem}: give another --output_dir, or --overwrite_output_dir true")
         first = dataclasses.replace(data, report={**data.report})  # a run adds to its report
-        train(selection, first, trained_texts, resume_from, prepare, second_run=training)
+        train(selection, first, resume_from, prepare, second_run=training)
         PartialState().wait_for_everyone()  # one process writes metrics.json
     epochs = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["best_epoch"]
 
@@ -141,13 +137,12 @@ def refit(
     arguments = arguments._replace(training=training)
     resume_from = resume.find_checkpoint(training.resume_from_checkpoint, training.output_dir)
     set_seed(training.seed)
-    train(arguments, data, trained_texts, resume_from, prepare)
+    train(arguments, data, resume_from, prepare)
 
 
 def train(
     arguments: Arguments,
     data: LabelledSplits,
-    trained_texts: TrainedTexts,
     resume_from: str | None,
     prepare: Prepare,
     second_run: HierarchicalTrainingArguments | None = None,
@@ -186,7 +181,7 @@ def train(
     sizes += "encoder: {encoder_bytes:,} bytes, {encoder_bytes_float32:,} in float32"
     logger.info(sizes.format_map(size))
     outputs = [training.output_dir] if second_run is None else [training.output_dir, second_run.output_dir]
-    resume.start_run(trainer, arguments.model.model_name_or_path, trained_texts, data.splits, resume_from, outputs)
+    resume.start_run(trainer, arguments.model.model_name_or_path, data, resume_from, outputs)
     if resume_from is None:
         heads_init = initialise_heads(trainer, splits["train"], arguments.model)
     settings["heads_init"] = data.report["heads_init"] = heads_init
@@ -265,10 +260,10 @@ def score_and_calibrate(
     if arguments.model.quantization != "none":
         trainer.compute_metrics = report.pipeline_metrics(model.config)  # F1 in training is at the best threshold
         held_out = DatasetDict({split: rows for split, rows in splits.items() if split == "validation"})
-        scores, *_ = report.score_splits(trainer, held_out, training)
+        scores, *_ = report.score_splits(trainer, held_out)
         as_trained = {f"quantized_{name}": value for name, value in scores.items()}
     scorer = report.scoring_trainer(training.output_dir, training, trainer.processing_class, trainer.loss_function)
-    scores, logits, to_calibrate = report.score_splits(scorer, splits, training)
+    scores, logits, to_calibrate = report.score_splits(scorer, splits)
     if training.refit:  # the second run, which was calibrated before
         return as_trained | scores | report.answer_scores(model.config, logits, splits), logits
     if "validation" not in logits:
@@ -303,7 +298,7 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
     with as_input_error(f"cannot score {source}"):
         check_tokenizer(tokenizer, scorer.model)
     splits = tokenize_splits(arguments, data, tokenizer)
-    metrics, logits, _ = report.score_splits(scorer, splits, training)
+    metrics, logits, _ = report.score_splits(scorer, splits)
     if tokenizer.model_max_length == scorer.model.config.conformal_max_length:
         metrics |= report.answer_scores(scorer.model.config, logits, splits)
     if training.should_save:

@@ -102,7 +102,7 @@ def pipeline_metrics(config: HierarchicalConfig) -> ComputeMetrics:
 
 
 def score_splits(
-    trainer: HierarchicalTrainer, splits: DatasetDict, training: HierarchicalTrainingArguments
+    trainer: HierarchicalTrainer, splits: DatasetDict
 ) -> tuple[dict[str, float], dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Score the validation rows (metrics ``eval_…``) and test rows (``test_…``).
 
@@ -114,7 +114,7 @@ def score_splits(
     kept = {"decision_logits"} if config.is_multi_label else set()
     ignored = [key for key in config.keys_to_ignore_at_inference if key not in kept]
     logits, to_calibrate = dict[str, np.ndarray](), dict[str, np.ndarray]()
-    for split, requested in (("validation", training.do_eval), ("test", training.do_predict)):
+    for split, requested in (("validation", trainer.args.do_eval), ("test", trainer.args.do_predict)):
         if split in splits and requested is not False:
             output = trainer.predict(splits[split], ignored, metric_key_prefix=PREFIXES[split])
             metrics |= output.metrics

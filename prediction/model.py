@@ -12,7 +12,7 @@ import torch
 from transformers import Pipeline, pipeline
 from transformers.utils import cached_file
 
-from checkpoint_files import MODEL_FILES, list_files, refuse_missing_folder
+from checkpoint_files import MODEL_FILES, list_files
 from errors import InputError, as_input_error, describe_error, one_line
 from files import sha256
 from machine import give_back_memory, has_bf16, keep_memory
@@ -80,17 +80,6 @@ class Model:
         """Yield each block with its output rows."""
         for block in blocks:
             yield block, self.predict(block)
-
-
-def find_commit(model: str, revision: str | None) -> str | None:
-    """Return the commit of a model on the Hub, so that all processes load the same, or None for a folder."""
-    if Path(model).is_dir():
-        return None
-    refuse_missing_folder(model)
-    try:
-        return Path(cached_file(model, "config.json", revision=revision)).parent.name
-    except Exception as error:  # network, permission, an invalid name
-        raise InputError(f"cannot load the model {model}: {describe_load_error(error)}") from error
 
 
 def read_costs(word: str | None) -> tuple[str | dict | None, str | None]:

@@ -487,7 +487,7 @@ except InputError as error:
 """
     settings = {"HF_ENDPOINT": f"http://127.0.0.1:{closed_port}", "HF_HUB_OFFLINE": "0"}
     message = stranger(code, ROOT, settings)
-    assert message.startswith("cannot find the model someone/encoder on the Hub: ")
+    assert message.startswith("cannot load the model someone/encoder: ")
     assert "connection" in message
 
 

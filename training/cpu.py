@@ -26,10 +26,8 @@ def use_training_kernels(encoder: PreTrainedModel) -> None:
             has_dropout = not isinstance(module.lora_dropout["default"], nn.Identity)
             if type(module.get_base_layer()) in (Linear4bit, nn.Linear) and not has_dropout:
                 module.forward = types.MethodType(merged_forward, module)
-    for parameter in encoder.parameters():
-        is_packed = getattr(parameter, "quant_state", None) is not None
-        is_frozen_table = not parameter.requires_grad and parameter.dim() > 1 and parameter.dtype == torch.float32
-        if is_frozen_table and not is_packed:
+    for parameter in encoder.parameters():  # packed 4-bit weights are uint8
+        if not parameter.requires_grad and parameter.dim() > 1 and parameter.dtype == torch.float32:
             parameter.data = parameter.data.bfloat16()
     try:
         from cpu_hierarchical import attend_by_document

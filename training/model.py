@@ -10,19 +10,18 @@ from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import snapshot_download
 from peft import LoraConfig, inject_adapter_in_model, prepare_model_for_kbit_training
 from peft.functional import cast_adapter_dtype, set_adapter
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from checkpoint_files import MODEL_FILES, is_checkpoint, read_config, refuse_missing_folder
+from checkpoint_files import MODEL_FILES, find_snapshot, is_checkpoint, read_config
 from checkpoint_hierarchical import check_tokenizer, load_encoder, position_limit
 from configuration_hierarchical import HierarchicalConfig
 from errors import InputError, as_input_error, one_line
 from modeling_hierarchical import HierarchicalForSequenceClassification, HierarchicalHeads
-from publishing.hub import HUB_ERRORS
 from taxonomy_hierarchical import Taxonomy, quote_name
 from training.arguments import ModelArguments
 
@@ -107,19 +106,17 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
         raise InputError(f"{path} holds {held}, with {config.pooling} pooling: continue it with {same}")
     if tuning == "lora":
         turn_off_dropout(config.text_config)
-    for name in CALIBRATION:  # fitted to the earlier weights
-        setattr(config, name, None)
     with as_input_error(f"cannot load the checkpoint {path}"):
         model = HierarchicalForSequenceClassification.from_pretrained(
             path, config=config, merge_adapter=False, **load_arguments(arguments)
         )
     model.set_lexical_head(None)
+    model.set_calibration(**dict.fromkeys(CALIBRATION))  # fitted to the earlier weights
     if tuning == "lora":
         adapter = model.encoder.peft_config["default"]
         kept = adapter.r, adapter.lora_alpha, adapter.lora_dropout, ", ".join(sorted(adapter.target_modules))
         logger.info("the adapter keeps its settings: r = %s, alpha = %s, dropout = %s, target modules %s", *kept)
         prepare_model_for_kbit_training(model.encoder, use_gradient_checkpointing=False)
-        adapter.inference_mode = False
         set_adapter(model.encoder, "default")
     if model.config.tree != taxonomy:
         change_taxonomy(model, taxonomy)
@@ -151,17 +148,13 @@ def change_taxonomy(model: HierarchicalForSequenceClassification, taxonomy: Taxo
 def fetch_model(arguments: ModelArguments) -> None:
     """Pin ``--model_revision`` to a commit of the Hub; download a checkpoint of this project and point to its folder."""
     name, revision = arguments.model_name_or_path, arguments.model_revision
-    if Path(name).is_dir():
+    snapshot = find_snapshot(name, revision)
+    if snapshot is None:
         if revision is not None:
             raise InputError(f"--model_revision {revision} does not apply to the folder {name}")
         return
-    refuse_missing_folder(name)
-    try:
-        config = Path(hf_hub_download(name, "config.json", revision=revision))
-    except (*HUB_ERRORS, ValueError) as error:
-        raise InputError(f"cannot find the model {name} on the Hub: {one_line(error)}") from error
-    arguments.model_revision = commit = config.parent.name
-    if is_checkpoint(config.parent):
+    arguments.model_revision = commit = snapshot.name
+    if is_checkpoint(snapshot):
         with as_input_error(f"cannot download the checkpoint {name} at {commit}"):
             folder = snapshot_download(name, revision=commit, allow_patterns=list(MODEL_FILES))
         logger.info("checkpoint: %s at %s", name, commit)

@@ -75,7 +75,7 @@ def choose_names(trainer: HierarchicalTrainer, rows: Dataset) -> Names:
 
     Each text is left out of its own prototypes. A phrase counts as `NAME_WEIGHT` texts, or as 0.
     """
-    model = trainer.model
+    model = trainer.model.eval()  # no dropout in embeddings; each training step switches back
     tree, heads, classes = model.config.tree, model.heads, model.config.num_labels
     # ── Names, with and without descriptions ─────────────────────────────────────────────────────────────────────────
     phrases = [label.replace(tree.separator, " ") for label in tree.labels[:classes]]
@@ -91,7 +91,7 @@ def choose_names(trainer: HierarchicalTrainer, rows: Dataset) -> Names:
         candidates.append(Names("the training texts, the class names and their descriptions", described, weights))
 
     # ── The likeliest ────────────────────────────────────────────────────────────────────────────────────────────────
-    offsets, *_ = standardise(embed(trainer, rows["input_ids"][:]))
+    offsets, *_ = standardise(trainer.embed(rows["input_ids"][:]))
     labels, members = torch.from_numpy(label_arrays(rows)).to(offsets.device), class_members(trainer, rows)
     text_sums = members.T @ offsets
 
@@ -121,23 +121,15 @@ def set_prototypes(trainer: HierarchicalTrainer, rows: Dataset, names: Names) ->
 
     In multi-label models each node has such a score, added to its initial bias.
     """
-    heads, classes = trainer.model.heads, trainer.model.config.num_labels
-    offsets, mean, rms_distance = standardise(embed(trainer, rows["input_ids"][:]))
+    model = trainer.model.eval()
+    heads, classes = model.heads, model.config.num_labels
+    offsets, mean, rms_distance = standardise(trainer.embed(rows["input_ids"][:]))
     weights = offsets.new_tensor(names.weights)[:, None]
     prototypes = normalize(class_members(trainer, rows).T @ offsets + weights * directions(trainer, names))
     heads.weight.zero_()
     heads.weight[:classes] = TYPICAL_SCORE / rms_distance * prototypes
     heads.bias[:classes] -= heads.weight[:classes] @ mean
     logger.info("heads are initialised from %s", names.source)
-
-
-def embed(trainer: HierarchicalTrainer, inputs: list[list[int]]) -> Tensor:
-    """Embed texts without dropout, (len(inputs), hidden_size)."""
-    was_training = trainer.model.training
-    trainer.model.eval()
-    vectors = trainer.embed(inputs)
-    trainer.model.train(was_training)
-    return vectors
 
 
 def standardise(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,7 +141,7 @@ def standardise(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def directions(trainer: HierarchicalTrainer, names: Names) -> Tensor:
     """Return the directions of the names' embeddings from their mean, (C, H)."""
-    named = embed(trainer, trainer.processing_class(names.phrases, truncation=True)["input_ids"])
+    named = trainer.embed(trainer.processing_class(names.phrases, truncation=True)["input_ids"])
     return normalize(named - named.mean(0))
 
 

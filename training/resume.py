@@ -9,7 +9,7 @@ import logging
 import re
 import shutil
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from files import check_writable
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import HierarchicalTrainingArguments
+from training.splits import LabelledSplits
 from training.trained_texts import NO_TRAINED_TEXTS, TrainedTexts, read_trained_texts, write_trained_texts
 
 logger = logging.getLogger(__name__)
@@ -159,16 +160,11 @@ def check_model(checkpoint: str, model: HierarchicalForSequenceClassification) -
 
 
 def start_run(
-    trainer: Trainer,
-    model: str,
-    trained_texts: TrainedTexts,
-    splits: Mapping[str, Mapping[str, Sequence[str]]],
-    resume_from: str | None,
-    outputs: Sequence[str],
+    trainer: Trainer, model: str, data: LabelledSplits, resume_from: str | None, outputs: Sequence[str]
 ) -> None:
-    """Clean up the overwritten runs in ``outputs`` and record the texts of ``splits``, while all processes wait.
+    """Clean up the overwritten runs in ``outputs`` and record the training texts, while all processes wait.
 
-    The initial weights, ``model``, were trained on ``trained_texts``.
+    ``model`` is the folder or id of the initial weights.
     """
     training, output = trainer.args, Path(trainer.args.output_dir)
     trainer.accelerator.wait_for_everyone()  # until all have read the texts of the former run
@@ -177,20 +173,9 @@ def start_run(
         if training.overwrite_output_dir and not resumed:
             for folder in outputs:
                 delete_run(Path(folder), model)
-        texts = (splits[name]["text"] if name in splits else [] for name in ("train", "validation"))
-        write_trained_texts(output, trained_texts, *texts)
+        texts = (data.splits[name]["text"] if name in data.splits else [] for name in ("train", "validation"))
+        write_trained_texts(output, data.trained_before, *texts)
     trainer.accelerator.wait_for_everyone()
-
-
-def check_refit_folder(training: HierarchicalTrainingArguments) -> None:
-    """Raise InputError if ``--output_dir`` has checkpoints before the first run of ``--refit``.
-
-    The second run would resume from them.
-    """
-    output = Path(training.output_dir)
-    if list_checkpoints(output) and not training.overwrite_output_dir:
-        problem = f"--output_dir {output} holds the checkpoints of a run without --refit"
-        raise InputError(f"{problem}: give another --output_dir, or --overwrite_output_dir true")
 
 
 def delete_run(output: Path, model: str) -> None:

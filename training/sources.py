@@ -137,11 +137,10 @@ def read_rows(
         place of each distinct label's first occurrence. Whether a text may have several labels.
     """
     tables = [source.read(columns[source.name]) for source in sources.values()]
-    cells = [cell for table in tables for name in [*table.columns][1:] for cell in table.columns[name]]
-    multi_label = is_multi_label(any(isinstance(cell, list) for cell in cells), arguments)
+    # of each label column, in all sources
+    cells = [[*chain(*part)] for part in zip(*([*table.columns.values()][1:] for table in tables), strict=True)]
+    multi_label = is_multi_label(any(isinstance(cell, list) for cell in chain(*cells)), arguments)
     refuse_indicators(cells, next(iter(columns.values()))[1:], arguments, multi_label)
-    if not multi_label and len(tables[0].columns) > 2:
-        refuse_same_values(tables, arguments)
     parts, places = [], dict[Label, str]()
     for (split, source), table in zip(sources.items(), tables, strict=True):
         text_column, *label_columns = columns[source.name]
@@ -163,35 +162,26 @@ def read_rows(
     return pd.concat(parts, ignore_index=True), places, multi_label
 
 
-def refuse_same_values(tables: list[Table], arguments: DataArguments) -> None:
-    """Raise InputError if several label columns have the same two values: they are answers, not the levels of a path."""
-    _, *names = tables[0].columns
-    label_columns = zip(*([*table.columns.values()][1:] for table in tables), strict=True)
-    values = [{*map(str, chain(*parts))} for parts in label_columns]
-    if arguments.problem_type is None and all(one == values[0] for one in values) and len(values[0]) == 2:
-        both = " and ".join(map(quote_name, sorted(values[0])))
-        advice = f"write 1 and 0, and give --problem_type {MULTI_LABEL}"
-        raise InputError(f"the columns {', '.join(map(quote_name, names))} hold {both} alone: {advice}")
-
-
-def refuse_indicators(cells: list[Any], names: list[str], arguments: DataArguments, multi_label: bool) -> None:
-    """Raise InputError if the cells of the label columns are 0 and 1 alone, and their meaning is not clear."""
-    only_indicators = None not in map(read_indicator, cells)
-    if only_indicators and len(names) > 1 and arguments.problem_type is None:
-        advice = f"give --problem_type {MULTI_LABEL}, or single_label_classification if they name the levels of a path"
-        raise InputError(f"the columns {', '.join(map(quote_name, names))} hold 0 and 1 alone: {advice}")
-    if (
-        only_indicators
-        and len(names) == 1
-        and multi_label
-        and (arguments.class_names, arguments.taxonomy) == (None, None)
-    ):
+def refuse_indicators(cells: list[list[Any]], names: list[str], arguments: DataArguments, multi_label: bool) -> None:
+    """Raise InputError if the label columns hold two values alone, such as 0 and 1, and their meaning is not clear."""
+    only_indicators, shown = None not in map(read_indicator, chain(*cells)), ", ".join(map(quote_name, names))
+    if len(names) > 1 and arguments.problem_type is None:
+        values = [{*map(str, column)} for column in cells]
+        if only_indicators:
+            advice = (
+                f"give --problem_type {MULTI_LABEL}, or single_label_classification if they name the levels of a path"
+            )
+            raise InputError(f"the columns {shown} hold 0 and 1 alone: {advice}")
+        if len(values[0]) == 2 and all(one == values[0] for one in values):  # answers, not the levels of a path
+            both, advice = " and ".join(map(quote_name, sorted(values[0]))), f"give --problem_type {MULTI_LABEL}"
+            raise InputError(f"the columns {shown} hold {both} alone: write 1 and 0, and {advice}")
+    if only_indicators and multi_label and len(names) == 1 and not (arguments.class_names or arguments.taxonomy):
         advice = "give the names of a text's labels, or two or more columns, one per label"
-        raise InputError(f"the column {quote_name(names[0])} holds 0 and 1 alone: {advice}")
-    lists = [cell for cell in cells if isinstance(cell, list)]
+        raise InputError(f"the column {shown} holds 0 and 1 alone: {advice}")
+    lists = [cell for cell in chain(*cells) if isinstance(cell, list)]
     if len({*map(len, lists)}) == 1 and len(lists[0]) > 1 and None not in map(read_indicator, chain(*lists)):
         advice = "give lists of the names of a text's labels, or one column per label"
-        raise InputError(f"the lists of the column {quote_name(names[0])} hold 0 and 1 alone: {advice}")
+        raise InputError(f"the lists of the column {shown} hold 0 and 1 alone: {advice}")
 
 
 def is_multi_label(has_lists: bool, arguments: DataArguments) -> bool:

@@ -56,6 +56,7 @@ class LabelledSplits:
     taxonomy: Taxonomy
     report: dict  # the content of data_report.json
     is_multi_label: bool
+    trained_before: TrainedTexts  # the texts that the initial weights were trained on
 
 
 def load_splits(
@@ -154,7 +155,7 @@ def load_splits(
     splits = datasets.DatasetDict()
     for split, part in rows_by_split(rows).items():
         splits[split] = datasets.Dataset.from_pandas(part[[*features]], features=features, preserve_index=False)
-    return LabelledSplits(splits, taxonomy, report, is_multi_label=multi_label)
+    return LabelledSplits(splits, taxonomy, report, is_multi_label=multi_label, trained_before=trained)
 
 
 def train_on_validation_rows(data: LabelledSplits) -> LabelledSplits:
@@ -261,7 +262,7 @@ def _split_off(rows: pd.DataFrame, shares: dict[str, float], seed: int, taxonomy
             labels, is_trained = multi_hot(taxonomy, [*texts["label"]]), texts["trained"].to_numpy()
             held_out = texts["text_id"].iloc[_sample_by_labels(labels, count, split, seed, is_trained)]
         else:
-            sizes = rows[train].groupby(["text_id", "label"], as_index=False).size()
+            sizes = data_report.count_labels(rows[train])
             sizes = sizes.sort_values(["text_id", "size", "label"], ascending=[True, False, True])
             label_of = sizes.drop_duplicates("text_id").set_index("text_id")["label"]  # most common, smallest of ties
             is_trained = trained[label_of.index].to_numpy()

@@ -28,7 +28,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_jit_checkpoint import CheckpointManager, JITCheckpointCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from checkpoint_hierarchical import ADAPTER_SUBFOLDER, ADAPTER_WEIGHTS, HEADS_WEIGHTS
+from checkpoint_hierarchical import ADAPTER_FILES
 from errors import InputError, as_input_error
 from modeling_hierarchical import IGNORED_LABEL, binary_cross_entropy, has_labels, negative_log_likelihood
 from publishing.trainer import PublishingTrainer
@@ -83,9 +83,9 @@ class HierarchicalTrainer(PublishingTrainer):
                 self.sigterm = callback.jit_manager
                 for event in ("step_begin", "pre_optimizer_step", "step_end", "epoch_end"):  # see `_stop_if_terminated`
                     setattr(callback, f"on_{event}", lambda *args, **kwargs: None)
-        self.passed_step = -1
         self.tried_batch_size: int | None = None
         self.best_checkpoint: str | None = None
+        self.had_stopped = False  # the run to resume, by early stopping
         self.unchecked: list[tuple[int, Tensor, Any]] = []  # step, loss, rows
         for module in self.model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack 4-bit weights in eval mode
@@ -148,7 +148,8 @@ class HierarchicalTrainer(PublishingTrainer):
         if self.control.should_log or self.control.should_evaluate or self.control.should_training_stop:
             self.check_losses()
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        self._stop_if_terminated()
+        if not self.control.should_training_stop and self.state.epoch % 1 != 0:  # else another evaluation may follow
+            self._stop_if_terminated()
 
     def embed(self, inputs: Sequence[list[int]]) -> Tensor:
         """Embed texts given as token ids: pooled vectors, (len(inputs), hidden_size)."""
@@ -168,22 +169,16 @@ class HierarchicalTrainer(PublishingTrainer):
 
         The callback of transformers saves before the evaluation of a step or epoch. It also causes an evaluation in mid-epoch,
         which an uninterrupted run does not have. Here the checkpoint is saved after any evaluation, so the resumed run ends with
-        the same weights. The Trainer calls this after each step, and once more at the end of an epoch and of training.
+        the same weights.
         """
-        is_end = self.control.should_training_stop or self.state.epoch % 1 == 0
-        is_called_again = self.passed_step == self.state.global_step
-        self.passed_step = self.state.global_step
-        if self._is_terminated() and (is_called_again or not is_end):
+        if self.sigterm is None:
+            return
+        # the signal may reach processes at different steps, and all must save at the same one
+        requested = torch.tensor(int(self.sigterm.is_checkpoint_requested), device=self.args.device)
+        if self.accelerator.reduce(requested).item():
             self._save_checkpoint(self.model, trial=None)
             steps = f"{self.state.global_step} of {self.state.max_steps} steps"
             raise InputError(f"stopped by SIGTERM after {steps}, and saved: {RESUME_HINT}")
-
-    def _is_terminated(self) -> bool:
-        """Return whether a process got SIGTERM. It may reach processes at different steps, and all must save at the same one."""
-        if self.sigterm is None:
-            return False
-        requested = torch.tensor(int(self.sigterm.is_checkpoint_requested), device=self.args.device)
-        return bool(self.accelerator.reduce(requested).item())
 
     # ── Resume ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -192,26 +187,17 @@ class HierarchicalTrainer(PublishingTrainer):
         if not isinstance(resume_from_checkpoint, str):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
-        self.best_checkpoint = state.best_model_checkpoint = self._find_best_checkpoint(state, resume_from_checkpoint)
+        self.best_checkpoint = self._find_best_checkpoint(state, resume_from_checkpoint)
         self.args.eval_on_start = False  # early stopping would count this evaluation
-        step = state.global_step
         stopping = state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
-        had_stopped = False
         if stopping and self.patience is not None and self.args.restore_callback_states_from_checkpoint:
-            had_stopped = stopping["attributes"]["early_stopping_patience_counter"] >= self.patience
-        if 0 < self.args.max_steps <= step or had_stopped:
+            self.had_stopped = stopping["attributes"]["early_stopping_patience_counter"] >= self.patience
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        metrics, step = output.metrics, state.global_step
+        if output.global_step == step:
             logger.info("nothing left to train: %s is at step %d", resume_from_checkpoint, step)
-            self.state = state
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, JITCheckpointCallback):
-                    callback.on_train_end(self.args, state, self.control)  # SIGTERM ends the process again
-            self._load_from_checkpoint(resume_from_checkpoint)
-            if self.args.load_best_model_at_end and self.best_checkpoint is not None:
-                self._load_best_model()
-            output = TrainOutput(step, float("nan"), {"epoch": state.epoch})
-        else:
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        return output._replace(metrics=output.metrics | {"resumed_from_step": step})
+            metrics = {"epoch": state.epoch}  # a loss and a speed of no steps say nothing
+        return output._replace(metrics=metrics | {"resumed_from_step": step})
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Restore the state of a resumed run, but with this run's numbers of steps between evaluations, saves and logs."""
@@ -220,8 +206,8 @@ class HierarchicalTrainer(PublishingTrainer):
         return trained
 
     def _run_epoch(self, *, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
-        """Train for an epoch, or for the rest of one; for nothing if a resumed run has taken all steps."""
-        if self.state.global_step >= self.state.max_steps:
+        """Train for an epoch, or for the rest of one; for nothing if a resumed run has taken all steps or had stopped early."""
+        if self.had_stopped or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         # with several processes, the Trainer does not reach the sampler below the batches that a resumed run skips
@@ -231,6 +217,7 @@ class HierarchicalTrainer(PublishingTrainer):
                 level.set_epoch(epoch)
             level = getattr(level, "batch_sampler", None)
         super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
+        self._stop_if_terminated()
 
     def _find_best_checkpoint(self, state: TrainerState, checkpoint: str) -> str | None:
         """Return the best checkpoint of a resumed run. Its folder may have moved since its path was stored."""
@@ -293,8 +280,8 @@ class HierarchicalTrainer(PublishingTrainer):
         if not model.has_adapter or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return False
         logger.info("loading adapter and heads from %s", folder)
-        adapter = load_file(Path(folder) / ADAPTER_SUBFOLDER / ADAPTER_WEIGHTS)
-        model.load_heads_and_adapter(load_file(Path(folder) / HEADS_WEIGHTS), adapter)
+        heads, _, adapter = (Path(folder) / name for name in ADAPTER_FILES)
+        model.load_heads_and_adapter(load_file(heads), load_file(adapter))
         return True
 
     # ── Memory ───────────────────────────────────────────────────────────────────────────────────────────────────────

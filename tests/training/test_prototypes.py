@@ -113,10 +113,8 @@ def test_scores_are_those_worked_by_hand(minilm, tmp_path, caplog, fits, shift, 
         DESCRIPTION_WEIGHT if name in descriptions else 0 if "alone" in fits else NAME_WEIGHT for name in classes
     ]
     trainer = trainer_of(minilm, tmp_path, Taxonomy(DEFAULT_TAXONOMY, descriptions=descriptions))
-    trainer.model.train()
     with caplog.at_level("INFO"):
         assert initialise_heads(trainer, tokenized(trainer, labels), ModelArguments(minilm, **ASKED)) == "prototypes"
-    assert trainer.model.training
     assert f"heads are initialised from {fits}" in caplog.text
     np.testing.assert_allclose(predicted(trainer, "logits"), scores(sources[fits], weights), atol=5e-4)
 
