@@ -13,10 +13,7 @@ from configuration_hierarchical import HierarchicalConfig
 from errors import ROOT, InputError, as_input_error
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model"),
-)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 ONNX_FILE, QUANTIZED_ONNX_FILE = "onnx/model.onnx", "onnx/model_quantized.onnx"
 TRUNCATION_FILE = "sentence_bert_config.json"  # where text-embeddings-inference reads the length to truncate at
 ENDPOINT_FILES = ("handler.py", "requirements.txt")  # for Inference Endpoints
@@ -108,10 +105,8 @@ def read_checkpoint(folder: Path) -> HierarchicalConfig:
         held = f"it holds a {model_type!r} model" if (folder / "config.json").is_file() else "it has no config.json"
         raise InputError(f"{folder} is not a checkpoint of this project: {held}")
     config = read_config(folder)
-    problem = find_damage(folder, config.adapter_subfolder is not None)
-    for name in (*SHIPPED_FILES, "tokenizer.json", "tokenizer_config.json", "README.md"):
-        if problem is None and not (folder / name).is_file():
-            problem = f"{name} is missing"
-    if problem is not None:
+    needed = (*SHIPPED_FILES, *TOKENIZER_FILES, "README.md")
+    missing = next((f"{name} is missing" for name in needed if not (folder / name).is_file()), None)
+    if problem := find_damage(folder, config.adapter_subfolder is not None) or missing:
         raise InputError(f"{folder} is not a complete checkpoint: {problem}; train.py writes complete ones")
     return config

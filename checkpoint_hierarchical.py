@@ -105,15 +105,14 @@ def load_adapter_form(
     encoder = load_encoder(config, **{key: kwargs[key] for key in kwargs if key not in NOT_FOR_THE_ENCODER})
     with init.no_init_weights():  # everything is loaded
         model = model_class(copy.deepcopy(config), encoder=encoder)
-    refuse_offloaded(encoder, lora)
+    refuse_offloaded(encoder)
     if merge_adapter and is_mergeable(encoder, lora):
         merge_lora(encoder, adapter, lora)
         load_heads(model, heads)
     else:
         inject_adapter(encoder, adapter_config.parent)
         load_heads_and_adapter(model, heads, adapter)
-    in_memory = (parameter.device for parameter in encoder.parameters() if not parameter.is_meta)
-    model.heads.to(next(in_memory, torch.device("cpu")))
+    model.heads.to(encoder.device)
     if hasattr(encoder, "hf_device_map"):  # how pipelines and Trainers see that a model is already placed
         placed = {".".join(filter(None, ("encoder", part))): at for part, at in encoder.hf_device_map.items()}
         model.hf_device_map = {**placed, "heads": next(iter(placed.values()))}
@@ -178,9 +177,7 @@ def inject_adapter(encoder: PreTrainedModel, folder: Path) -> None:
     peft.inject_adapter_in_model(peft.PeftConfig.from_pretrained(folder), encoder)
     encoder.requires_grad_(False)
     # PEFT injects in the type of the encoder, or of the products of 4-bit weights, to which the adapter would be rounded
-    for name, parameter in encoder.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.float()
+    peft.functional.cast_adapter_dtype(encoder, "default")
 
 
 def share_encoder(model: Any, other: Any) -> None:
@@ -201,9 +198,8 @@ def share_encoder(model: Any, other: Any) -> None:
         }
         for one in (model, other)
     )
-    identity = ("encoder_name_or_path", "encoder_revision")
-    if any(getattr(model.config, name) != getattr(other.config, name) for name in identity):
-        names = [f"{one.config.encoder_name_or_path} at {one.config.encoder_revision}" for one in (model, other)]
+    names = [f"{one.config.encoder_name_or_path} at {one.config.encoder_revision}" for one in (model, other)]
+    if names[0] != names[1]:
         raise ValueError(f"the encoders are different: {' and '.join(names)}")
     if not all(weight.is_floating_point() for weight in (*own.values(), *shared.values())):
         raise ValueError("quantized encoders cannot be shared: load both without quantization_config")
@@ -226,7 +222,7 @@ def linear_layers(encoder: nn.Module) -> list[tuple[str, nn.Module]]:
 def import_peft() -> Any:
     """Import PEFT, only where it is needed, because its import takes longer than everything else."""
     if is_peft_available():
-        import peft
+        import peft.functional
 
         return peft
     raise ImportError("the checkpoint holds a PEFT adapter: pip install peft")
@@ -289,13 +285,11 @@ def check_encoder(encoder: PreTrainedModel) -> None:
     raise ValueError(f"{type(encoder).__name__} {problem}")
 
 
-def refuse_offloaded(encoder: nn.Module, adapter_config: dict[str, Any]) -> None:
-    """Raise ValueError where adapted weights are not in memory: PEFT would silently leave the adapter out."""
-    targets = adapter_config.get("target_modules")
-    for name, parameter in encoder.named_parameters():
-        if parameter.is_meta and (not targets or is_target(name.rpartition(".")[0], targets)):
-            advice = "give the model more memory, or load a checkpoint that was published by push_to_hub.py --merge"
-            raise ValueError(f"the encoder's {name} is offloaded, and the adapter cannot be added to it: {advice}")
+def refuse_offloaded(encoder: nn.Module) -> None:
+    """Raise ValueError where weights are not in memory: PEFT would silently leave the adapter out."""
+    if offloaded := [name for name, parameter in encoder.named_parameters() if parameter.is_meta]:
+        advice = "give the model more memory, or load a checkpoint that was published by push_to_hub.py --merge"
+        raise ValueError(f"the encoder's {offloaded[0]} is offloaded, and the adapter cannot be added to it: {advice}")
 
 
 def check_tokenizer(tokenizer: Any, model: Any) -> None:

@@ -143,8 +143,7 @@ class HierarchicalConfig(PretrainedConfig):
         # ENCODER_FIELDS repeat text_config, and a stored attn_implementation can name a repository of unpinned code
         not_read = ("attn_implementation", "_attn_implementation", *ENCODER_FIELDS)
         config_dict = {name: value for name, value in config_dict.items() if name not in not_read}
-        own = {*inspect.signature(cls.__init__).parameters, "id2label", "label2id", "num_labels"}
-        own -= {"self", "kwargs", "text_config"}
+        own = {*inspect.signature(cls.__init__).parameters, "id2label", "label2id", "num_labels"} - {"text_config"}
         given = {name: kwargs.pop(name) for name in [*kwargs] if name in own}
         return super().from_dict({**config_dict, **given}, **kwargs)
 

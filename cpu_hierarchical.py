@@ -145,7 +145,7 @@ def pack_linear_layers(encoder: PreTrainedModel) -> None:
         if type(module) is nn.Linear:
             module.__class__ = PackedLinear
         elif {name: type(part) for name, part in module.named_children()} == FUSIBLE:
-            module.__class__ = fused_class(type(module))
+            module.__class__ = FusedIntermediate
 
 
 @cache
@@ -193,20 +193,7 @@ class FusedIntermediate(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         if type(self.dense) is PackedLinear and self.dense.can_pack(hidden_states):
             return self.dense.multiply(hidden_states, "gelu")
-        return super().forward(hidden_states)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:  # pickle cannot find the derived class by name
-        return restore_fused, (type(self).__mro__[2], self.__getstate__())
+        return self.intermediate_act_fn(self.dense(hidden_states))
 
 
 FUSIBLE = {"dense": nn.Linear, "intermediate_act_fn": GELUActivation}  # the children of a layer that can be fused
-
-
-def fused_class(layer_class: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Fused{layer_class.__name__}", (FusedIntermediate, layer_class), {})
-
-
-def restore_fused(layer_class: type[nn.Module], state: dict[str, Any]) -> nn.Module:
-    layer = nn.Module.__new__(fused_class(layer_class))
-    layer.__setstate__(state)
-    return layer

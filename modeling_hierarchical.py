@@ -21,26 +21,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils import can_return_tuple
 
 try:
-    from .checkpoint_hierarchical import (
-        build_encoder,
-        load_checkpoint,
-        load_heads_and_adapter,
-        save_checkpoint,
-        share_encoder,
-    )
+    from .checkpoint_hierarchical import build_encoder, load_checkpoint, save_checkpoint, share_encoder
     from .configuration_hierarchical import HierarchicalConfig
     from .taxonomy_hierarchical import Taxonomy
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
-    from checkpoint_hierarchical import (
-        build_encoder,
-        load_checkpoint,
-        load_heads_and_adapter,
-        save_checkpoint,
-        share_encoder,
-    )
+    from checkpoint_hierarchical import build_encoder, load_checkpoint, save_checkpoint, share_encoder
     from configuration_hierarchical import HierarchicalConfig
     from taxonomy_hierarchical import Taxonomy
 
@@ -52,19 +41,15 @@ ROOT_PARENT_LOGIT = 1e4  # the logit above the roots: its sigmoid is 1
 
 
 @dataclass
-class HierarchicalOutput(ModelOutput):
+class HierarchicalOutput(SequenceClassifierOutput):
     """Output of `HierarchicalForSequenceClassification`.
 
     ``logits`` are the log-probabilities of the leaves (B, num_leaves). For multi-label models they are the logits of
     the nodes' marginal probabilities (B, num_nodes), and ``decision_logits`` those of each node given its parent.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
     node_log_probs: Tensor | None = None  # (B, num_nodes), leaves first
     decision_logits: Tensor | None = None  # (B, num_nodes)
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
 
 
 def segment_logsumexp(scores: Tensor, group: Tensor, num_groups: int) -> Tensor:
@@ -74,11 +59,6 @@ def segment_logsumexp(scores: Tensor, group: Tensor, num_groups: int) -> Tensor:
     peak = peak.scatter_reduce(1, index, scores.detach(), "amax")
     total = torch.zeros_like(peak).scatter_add(1, index, (scores - peak.gather(1, index)).exp())
     return peak + total.log()
-
-
-def segment_log_softmax(scores: Tensor, group: Tensor, num_groups: int) -> Tensor:
-    """Compute the log-softmax within groups of columns, (B, N) to (B, N)."""
-    return scores - segment_logsumexp(scores, group, num_groups)[:, group]
 
 
 class LexicalHead(nn.Module):
@@ -126,32 +106,28 @@ class TreeSoftmax(nn.Module):
         super().__init__()
         self.tree, self.num_decisions = tree, len(tree.decisions)
         self.register_buffer("decision_of", torch.empty(tree.num_nodes, dtype=torch.long), persistent=False)
-        self.register_buffer("ancestors", torch.empty(tree.num_nodes, tree.depth, dtype=torch.long), persistent=False)
-        self.register_buffer("decision_of_children", torch.empty(tree.num_nodes, dtype=torch.long), persistent=False)
+        self.register_buffer("parents", torch.empty(tree.num_nodes, dtype=torch.long), persistent=False)
         self.fill_tree_buffers()
 
     def fill_tree_buffers(self) -> None:
         self.decision_of.copy_(torch.tensor(self.tree.decision_of))
-        self.ancestors.copy_(torch.tensor(self.tree.padded_paths))
-        nodes, num_leaves = torch.arange(self.tree.num_nodes), self.tree.num_leaves
-        # a leaf gets the index after the last decision
-        self.decision_of_children.copy_(torch.where(nodes < num_leaves, self.num_decisions, nodes - num_leaves + 1))
+        self.parents.copy_(torch.tensor(self.tree.parents))  # a root's -1 selects the last column, which is padding
 
     def with_inclusive_values(self, own: Tensor) -> Tensor:
         """Add the logsumexp of the children's scores to the inner nodes' own scores, (B, N) to (B, N)."""
         scores = own
         for _ in range(self.tree.depth - 1):  # each pass carries the values one level up
             inclusive = segment_logsumexp(scores, self.decision_of, self.num_decisions)
-            scores = own + nn.functional.pad(inclusive, (0, 1))[:, self.decision_of_children]
+            # the first decision is at the roots; the others are in the order of the inner nodes, which follow the leaves
+            scores = own + nn.functional.pad(inclusive[:, 1:], (self.tree.num_leaves, 0))
         return scores
 
     def node_log_probs(self, scores: Tensor) -> Tensor:
         """Return log-probabilities (B, N) of the nodes. Each decision is the softmax of its scores (B, N)."""
-        conditional = segment_log_softmax(scores, self.decision_of, self.num_decisions)  # log P(node | parent)
-        padded = nn.functional.pad(conditional, (0, 1))  # padded entries of `ancestors` select this column of zeros
-        total = padded[:, self.ancestors[:, 0]]
-        for level in range(1, self.tree.depth):  # a sum over all levels at once would take (B, N, depth)
-            total = total + padded[:, self.ancestors[:, level]]
+        normaliser = segment_logsumexp(scores, self.decision_of, self.num_decisions)[:, self.decision_of]
+        total = conditional = scores - normaliser  # log P(node | parent)
+        for _ in range(self.tree.depth - 1):  # each pass reaches one level more
+            total = conditional + nn.functional.pad(total, (0, 1))[:, self.parents]
         return total
 
 
@@ -168,8 +144,7 @@ class TreeSigmoid(nn.Module):
         self.fill_tree_buffers()
 
     def fill_tree_buffers(self) -> None:
-        # a root's parent is the index after the last node
-        self.parents.copy_(torch.tensor([p if p >= 0 else self.tree.num_nodes for p in self.tree.parents]))
+        self.parents.copy_(torch.tensor(self.tree.parents))  # a root's -1 selects the last column, which is padding
 
     def marginal_logits(self, decision_logits: Tensor) -> Tensor:
         """Return the logits u of the nodes' probabilities, (B, N) to (B, N): u = z at roots.
@@ -264,9 +239,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
 
     config_class = HierarchicalConfig
     base_model_prefix = "encoder"
-    main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -408,7 +381,6 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         """Write a checkpoint with the code that loads it: in adapter form if the encoder has an adapter, else whole."""
         save_checkpoint(self, super().save_pretrained, Path(save_directory), is_main_process, state_dict, **kwargs)
 
-    load_heads_and_adapter = load_heads_and_adapter
     share_encoder = share_encoder
 
 
@@ -430,8 +402,8 @@ def negative_log_likelihood(
 ) -> Tensor:
     """Average -log P(label) of the labels (B,), see `average_over_labels`."""
     labels = labels.to(node_log_probs.device)
-    picked = node_log_probs.gather(1, labels.where(labels != IGNORED_LABEL, 0).unsqueeze(1)).squeeze(1)
-    return average_over_labels(-picked, labels, num_items_in_batch)
+    losses = nn.functional.nll_loss(node_log_probs, labels, ignore_index=IGNORED_LABEL, reduction="none")
+    return average_over_labels(losses, labels, num_items_in_batch)
 
 
 def binary_cross_entropy(

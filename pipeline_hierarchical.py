@@ -147,17 +147,17 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             raise ValueError(f"{min(unknown)!r} is not an argument of this pipeline; it has {known}")
         for name, value, minimum in (("top_k", top_k, 1), ("max_length", max_length, 1), ("stride", stride, 0)):
             check_number(name, value, minimum)
-        config = self.model.config
+        config, threshold = self.model.config, None
         if coverage is not None:
             if config.is_multi_label:
                 raise ValueError("coverage is for single-path checkpoints; for a multi-label checkpoint give recall")
-            guaranteed_threshold("coverage", coverage, config.conformal_thresholds)
+            threshold = guaranteed_threshold("coverage", coverage, config.conformal_thresholds)
         if recall is not None:
             if not config.is_multi_label:
                 raise ValueError("recall is for multi-label checkpoints; for a single-path checkpoint give coverage")
-            guaranteed_threshold("recall", recall, config.recall_thresholds)
+            threshold = guaranteed_threshold("recall", recall, config.recall_thresholds)
         prepared = None if costs is None else prepare_costs(config, costs)
-        answer = {"top_k": top_k, "coverage": coverage, "recall": recall, "costs": prepared}
+        answer = {"top_k": top_k, "threshold": threshold, "costs": prepared}
         groups = {"max_length": max_length, "stride": stride}, answer
         truncation, output = ({name: group[name] for name in group if group[name] is not None} for group in groups)
         return truncation, {}, output
@@ -167,7 +167,8 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         truncation, _, output = self._sanitize_parameters(**parameters)
         truncation, output = {**self._preprocess_params, **truncation}, {**self._postprocess_params, **output}
         window = self._window(**truncation)
-        if guarantee := next((name for name in ("coverage", "recall") if name in output), None):
+        if "threshold" in output:
+            guarantee = "recall" if self.model.config.is_multi_label else "coverage"
             fitted = self.model.config.conformal_max_length or self.tokenizer.model_max_length
             if "stride" in truncation or window != fitted:
                 raise ValueError(
@@ -350,8 +351,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         self,
         classified: dict,
         top_k: int | None = None,
-        coverage: float | None = None,
-        recall: float | None = None,
+        threshold: float | None = None,  # of `guaranteed_threshold`
         costs: "float | str | Tensor | None" = None,  # of `prepare_costs`
     ) -> dict | list[dict]:
         """Build a result, or with ``top_k`` a list of results, from the probabilities of the nodes."""
@@ -369,14 +369,12 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         for node in tree.reading_order:
             levels[tree.levels[node] - 1][tree.labels[node]] = probabilities[node]
         common: dict[str, Any] = {"levels": levels, "truncated": classified["truncated"]}
-        if coverage is not None:
-            threshold = guaranteed_threshold("coverage", coverage, config.conformal_thresholds)
-            common["answer"] = with_scores(conformal_answer(tree, probabilities, threshold))
         # inner nodes are candidates only in multi-label models
         order = sorted(range(config.num_labels), key=lambda node: -probabilities[node])
-        if recall is not None:
-            least = guaranteed_threshold("recall", recall, config.recall_thresholds)
-            common["answer"] = with_scores(node for node in order if probabilities[node] >= least)
+        if threshold is not None:
+            reached = [node for node in order if probabilities[node] >= threshold]
+            answer = reached if config.is_multi_label else conformal_answer(tree, probabilities, threshold)
+            common["answer"] = with_scores(answer)
         if config.is_multi_label and top_k is None:
             thresholds = config.node_thresholds or [DEFAULT_THRESHOLD] * tree.num_nodes
             if costs is not None:
@@ -428,7 +426,10 @@ def start_of(text: str, characters: float) -> str:
 
 
 def padded_length(longest: int, rows: int, limit: int) -> int:
-    """Return the length to pad a batch to: at most 15 tokens a row more, to make the batch a multiple of 64 tokens."""
+    """Return the length to pad a batch to: at most 15 tokens more, for few shapes of batches.
+
+    With a multiple of four rows, the batch then has a multiple of 64 tokens, unless the limit is reached.
+    """
     step = min(16, 64 // math.gcd(rows, 64))
     return min(longest + -longest % step, limit)
 

@@ -274,18 +274,16 @@ class Taxonomy:
     def draw(self) -> str:
         """Draw the forest as text, one node a line, with descriptions."""
 
-        def draw(nodes: list[int], prefix: str) -> Iterator[str]:
-            for node in nodes:
-                first, rest = ("└── ", "    ") if node == nodes[-1] else ("├── ", "│   ")
-                yield prefix + first + self._described(node)
-                yield from draw(self.children(node), prefix + rest)
+        def draw(node: int) -> Iterator[str]:
+            description = self.descriptions.get(self.labels[node])
+            yield f"{self.names[node]} – {description}" if description else self.names[node]
+            children = self.children(node)
+            for child in children:
+                first, rest = ("└── ", "    ") if child == children[-1] else ("├── ", "│   ")
+                for i, line in enumerate(draw(child)):
+                    yield (rest if i else first) + line
 
-        trees = ([self._described(root), *draw(self.children(root), "")] for root in self.children(-1))
-        return "\n".join(chain.from_iterable(trees))
-
-    def _described(self, node: int) -> str:
-        description = self.descriptions.get(self.labels[node])
-        return f"{self.names[node]} – {description}" if description else self.names[node]
+        return "\n".join(chain.from_iterable(map(draw, self.children(-1))))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Taxonomy) and (self._paths, self.separator) == (other._paths, other.separator)

@@ -49,12 +49,12 @@ class HierarchicalFocalLoss(nn.Module):
         super().__init__()
         self.gamma, self.label_smoothing = gamma, label_smoothing
         self.decisions = TreeSoftmax(tree)
-        group, ancestors = self.decisions.decision_of, self.decisions.ancestors
+        group, ancestors = self.decisions.decision_of, torch.tensor(tree.padded_paths)
         size = torch.bincount(group)[group]
         levels = torch.tensor([weight_of_level(level_weights, level) for level in range(1, tree.depth + 1)])
         # an only child is no decision: its p is 1 whatever the weights, and so are its loss and gradient 0
         weights = (balanced_weights(counts, group) if balanced else torch.ones(tree.num_nodes)) * (size > 1)
-        self.register_buffer("parents", torch.tensor([p if p >= 0 else tree.num_nodes for p in tree.parents]))
+        self.register_buffer("ancestors", ancestors)
         self.register_buffer("size", size)
         self.register_buffer("weights", nn.functional.pad(weights, (0, 1))[ancestors] * levels)  # (num_nodes, depth)
 
@@ -62,8 +62,8 @@ class HierarchicalFocalLoss(nn.Module):
         """Return the loss in nats for log-probabilities (B, num_nodes) of the model and labels (B,); -100 is ignored."""
         nodes = labels.clamp(min=0)
         # (B, num_nodes): log P(node | parent)
-        conditional = node_log_probs - nn.functional.pad(node_log_probs, (0, 1))[:, self.parents]
-        path = self.decisions.ancestors[nodes]
+        conditional = node_log_probs - nn.functional.pad(node_log_probs, (0, 1))[:, self.decisions.parents]
+        path = self.ancestors[nodes]
         log_p = nn.functional.pad(conditional, (0, 1)).gather(1, path)  # (B, depth)
         loss = -log_p
         if self.label_smoothing:

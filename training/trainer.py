@@ -28,7 +28,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_jit_checkpoint import CheckpointManager, JITCheckpointCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from checkpoint_hierarchical import ADAPTER_FILES
+from checkpoint_hierarchical import ADAPTER_FILES, load_heads_and_adapter
 from errors import InputError, as_input_error
 from modeling_hierarchical import IGNORED_LABEL, binary_cross_entropy, has_labels, negative_log_likelihood
 from publishing.trainer import PublishingTrainer
@@ -281,7 +281,7 @@ class HierarchicalTrainer(PublishingTrainer):
             return False
         logger.info("loading adapter and heads from %s", folder)
         heads, _, adapter = (Path(folder) / name for name in ADAPTER_FILES)
-        model.load_heads_and_adapter(load_file(heads), load_file(adapter))
+        load_heads_and_adapter(model, load_file(heads), load_file(adapter))
         return True
 
     # ── Memory ───────────────────────────────────────────────────────────────────────────────────────────────────────

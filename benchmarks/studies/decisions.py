@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from configuration_hierarchical import HierarchicalConfig
-from modeling_hierarchical import HierarchicalHeads, negative_log_likelihood, segment_log_softmax
+from modeling_hierarchical import HierarchicalHeads, negative_log_likelihood
 from taxonomy_hierarchical import Taxonomy
 
 PENALTIES = (1e-4, 3e-4, 1e-3)
@@ -44,8 +44,7 @@ class Flat(HierarchicalHeads):
 class Independent(HierarchicalHeads):
     def forward(self, pooled: Tensor) -> Tensor:
         scores = torch.nn.functional.linear(pooled, self.weight, self.bias)
-        conditional = segment_log_softmax(scores, self.decisions.decision_of, self.decisions.num_decisions)
-        return torch.nn.functional.pad(conditional, (0, 1))[:, self.decisions.ancestors].sum(-1)
+        return self.decisions.node_log_probs(scores)
 
 
 HEADS = {"flat": Flat, "independent": Independent, "nested": HierarchicalHeads}

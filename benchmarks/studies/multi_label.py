@@ -99,7 +99,7 @@ class NestedScores(MultiLabelFocalLoss):
         nested, plain = TreeSoftmax(tree), HierarchicalHeads.own_scores
         prior = torch.from_numpy(prior_log_odds(tree, labels)).float()[None]
         inclusive = segment_logsumexp(prior, nested.decision_of, nested.num_decisions)
-        initial = pad(inclusive, (0, 1))[:, nested.decision_of_children]
+        initial = pad(inclusive[:, 1:], (tree.num_leaves, 0))
 
         def own_scores(heads: HierarchicalHeads, *inputs: Any) -> Tensor:
             return nested.with_inclusive_values(plain(heads, *inputs) - initial)
