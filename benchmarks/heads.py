@@ -1,8 +1,8 @@
 """Measure the cost of a taxonomy of a thousand nodes: ``python benchmarks/heads.py``.
 
-The forward pass of the whole model, encoder included, at MiniLM's size (6 layers, hidden size 384, random weights), on 16
-texts of 256 tokens, with 6 and with 1,186 nodes, for single-path models, multi-label models, and these with label attention. The
-models alternate, so that load on the machine affects all. The ratio is that of the medians.
+The forward pass of the whole model, encoder included, reads 16 texts of 256 tokens, with 6 and with 1,186 nodes. The encoder has
+MiniLM's size (6 layers, hidden size 384) and random weights. Models are single-path, multi-label, and multi-label with label
+attention. They alternate, so that load on the machine affects all. The ratio is that of the medians.
 """
 
 import json

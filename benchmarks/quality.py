@@ -40,10 +40,10 @@ Models for multi-label tasks (hallmarks, ohsumed_multilabel), over all nodes, cl
 - flat-lora-refit: flat-lora, trained anew on training and validation rows for the best number of epochs;
 - lora, qlora, lora-refit, qlora-refit: as above.
 
-The settings of the TF-IDF models, such as the strength and whether stop words are left out, are those of best
-micro-F1 on the validation rows, which also select the epoch of the fine-tuned ones: at most the recipe's epochs,
-stopped early as by ``train.py``. Each peer has the one threshold of best micro-F1 on the validation rows, the recipe
-its thresholds of the nodes. The difference to the best peer has a paired bootstrap interval.
+The TF-IDF models have the settings of best micro-F1 on the validation rows, such as the strength and whether stop words are left
+out. These rows also select the epoch of the fine-tuned models, which have at most the recipe's epochs and stop early as in
+``train.py``. Each peer has the one threshold of best micro-F1 on the validation rows, the recipe its thresholds of the nodes. The
+difference to the best peer has a paired bootstrap interval.
 
 Finished runs stay in the output file, and are repeated only with ``--fresh``. So an interrupted benchmark continues, also on
 another machine. All scores are for the test file, by one function. With one label per text, it reads each model's predicted leaf,

@@ -18,8 +18,8 @@ are divided by the machine's peak, the best of a few large bfloat16 matrix produ
 
 Profile: the five largest costs of a step of plain bf16 LoRA, which this project used before `training.cpu`, and of QLoRA.
 
-Memory: peak resident memory of the process (on a GPU, the peak that torch allocated) over two steps at the size of BERT base,
-with random weights and batches without padding.
+Memory: peak resident memory of the process over two steps, or on a GPU the peak that torch allocated. The model has the size of
+BERT base and random weights, and its batches have no padding.
 """
 
 import argparse

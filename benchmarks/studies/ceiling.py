@@ -3,8 +3,8 @@
 The file has the columns ``text`` (or ``medical_abstract``) and ``label`` (or ``condition_label``).
 
 - Seen: the highest accuracy with one prediction a text, from the texts that occur in the file under several labels.
-- Estimated: assume that the Medical Abstracts corpus lists a document once under each of its classes, and that its test
-  split was drawn from these rows, a share p = 0.2 of them. Of a document's two rows, both are in the split with probability
+- Estimated: assume that the Medical Abstracts corpus lists a document once under each of its classes. Assume that its test split
+  is a share p = 0.2 of these rows, drawn at random. Of a document's two rows, both are in the split with probability
   p², and at least one with 1 - (1 - p)². So if a share s of the texts in the split has two labels there, s · (2 - p) / p of its
   texts have a second label somewhere. For those, one prediction is counted as correct at most half of the time.
 - Where: the share of the texts seen under several labels that have each class among them; and, with ``--predictions``

@@ -2,8 +2,9 @@
 
     python benchmarks/studies/label_names.py --data FOLDER --encoder ENCODER
 
-FOLDER holds OHSUMED's ``train.csv`` and ``labels.csv``; the test file is not read. As in ``ablation.py``, a run is trained on two
-thirds of the training file, or on the first rows of each class among these, and scored on the last third. "Codes" are the labels
+FOLDER holds OHSUMED's ``train.csv`` and ``labels.csv``; the test file is not read. As in ``ablation.py``, a run is
+trained on two thirds of the training file, and scored on the last third. With few rows, it is trained on the first rows of each
+class among these. "Codes" are the labels
 in the file, C01 to C23, which mean nothing to the encoder. "Descriptions" are those of descriptions.csv, beside this file. One run
 each; finished runs stay in the output file.
 

@@ -1,7 +1,7 @@
-"""Makes the checkpoints of this folder, which tests/shipped/test_compatibility.py loads: ``python tests/checkpoint/make.py``.
+"""Make the checkpoints of this folder, which tests/shipped/test_compatibility.py loads: ``python tests/checkpoint/make.py``.
 
-A published checkpoint must load for good, so these are made once for each release that changes what is stored, and kept, without
-the code that travels with a checkpoint. The encoder is a tiny BERT with random weights, and so are the heads; ``expected.json`` holds what they answered.
+A published checkpoint must load for good. So these are kept, and made again only for a release that changes what is stored. They
+lack the code that travels with a checkpoint. The encoder is a tiny BERT with random weights, and so are the heads; ``expected.json`` holds what they answered.
 """
 
 import json
