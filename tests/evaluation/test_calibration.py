@@ -1,6 +1,5 @@
 """Calibration: temperatures and biases against drawn labels and the model itself, thresholds against their definition."""
 
-import json
 from collections.abc import Iterator
 
 import numpy as np
@@ -322,6 +321,9 @@ def test_thresholds_are_the_ranks_of_split_conformal_prediction():
     assert thresholds[90:] == [None] * 9
     with pytest.raises(ValueError, match=r"coverage 0\.901 needs 11 labelled validation texts"):
         threshold(0.901)
+    for wrong in (0, 1, 1.5, "0.9"):
+        with pytest.raises(ValueError, match=r"coverage must be a number above 0 and at most 0\.99"):
+            threshold(wrong)
     HierarchicalConfig(taxonomy=TREE, conformal_thresholds=thresholds)
 
 
@@ -388,33 +390,6 @@ def test_a_repeated_text_counts_once_in_the_coverage_that_is_measured():
     texts = np.array([5] * 20 + [6, 7, 7])
     measured = coverage_scores(TREE, np.log(leaves), labels, texts, 0.0)
     assert measured == {"coverage": pytest.approx(1 / 3), "leaves": 1, "nodes": 1, "single_leaf": 1}
-
-
-def test_a_trained_checkpoint_answers_with_a_coverage(quickstart_run):
-    output, said = quickstart_run
-    assert "calibrated on the validation rows: temperatures" in said
-    metrics = json.loads((output / "metrics.json").read_text())
-    assert metrics["lexical_weight"] > 0
-    assert metrics["eval_log_loss"] < metrics["uncalibrated_eval_log_loss"]
-    assert metrics["eval_log_loss"] < metrics["without_lexical_head_eval_log_loss"]
-    assert 0.8 < metrics["test_answer_coverage"] <= 1
-    assert (output / "plots" / "reliability_diagram_uncalibrated.png").is_file()
-    card = " ".join((output / "README.md").read_text().split())
-    assert f"On the test texts, the coverage is {metrics['test_answer_coverage']:.1%}." in card
-    assert "selection of the checkpoint" not in card  # no evaluation selected it
-    classify = pipeline("hierarchical-text-classification", model=str(output), trust_remote_code=True)
-    result = classify("A study of gastric ulcers in 40 patients.", coverage=0.9)
-    tree = classify.tree
-    assert result["answer"]
-    assert all(node["label"] in tree.labels for node in result["answer"])
-    assert result["answer"][0]["score"] >= result["score"] - 1e-9
-    assert "answer" not in classify("A study of gastric ulcers in 40 patients.")
-    for wrong in (0, 1, 1.5, "0.9"):
-        with pytest.raises(ValueError, match=r"coverage must be a number above 0 and at most 0\.99"):
-            classify("text", coverage=wrong)
-    classify.model.config.conformal_thresholds = None
-    with pytest.raises(ValueError, match="not calibrated"):
-        classify("text", coverage=0.9)
 
 
 def calibrated(checkpoint: str, **arguments):

@@ -62,10 +62,6 @@ def metric():
     return evaluate.load(str(MODULE), keep_in_memory=True)
 
 
-def test_numbering_of_the_tree_of_these_tests():
-    assert TREE.labels == ["a", "c", "e", "f", "h", "B", "D", "G"]
-
-
 def test_hierarchical_f1_by_hand(metric):
     # predicted {B,D,e} true {B,D,f}: 2 shared of 3 and 3
     # predicted {a}     true {a}:     1 shared of 1 and 1

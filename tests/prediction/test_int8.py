@@ -21,7 +21,7 @@ def rounded(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
-def test_a_layer_multiplies_rounded_numbers_exactly(dtype, error, has_bias):
+def test_a_layer_multiplies_numbers_that_are_rounded_to_8_bits(dtype, error, has_bias):
     torch.manual_seed(0)
     layer, tokens = nn.Linear(100, 70, bias=has_bias, dtype=dtype), torch.randn(2, 9, 100, dtype=dtype)
     with torch.inference_mode():

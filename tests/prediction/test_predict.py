@@ -42,14 +42,8 @@ from training.trained_texts import TrainedTexts
 
 
 @pytest.fixture(scope="module")
-def checkpoint(quickstart_run) -> str:
-    """Return a trained checkpoint of a tiny encoder, calibrated and with a lexical head."""
-    return str(quickstart_run[0])
-
-
-@pytest.fixture(scope="module")
-def texts() -> list[str]:
-    return [row["text"] for row in read_csv(CORPUS / "test.csv")][:20]
+def checkpoint(clear_checkpoint) -> str:
+    return clear_checkpoint
 
 
 def read_json_lines(path) -> list[dict]:
@@ -283,6 +277,15 @@ def test_two_models_on_one_output_are_never_mixed(checkpoint, other_checkpoint, 
     assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "out.jsonl.errors.jsonl"}
 
 
+@pytest.fixture(scope="module")
+def finished_parts(checkpoint, long_input, tmp_path_factory) -> Path:
+    """The parts that a run leaves which is killed as it clears up."""
+    output = tmp_path_factory.mktemp("finished") / "out.jsonl"
+    with killed_as_it_clears_up(), pytest.raises(KeyboardInterrupt):
+        inside("--model", checkpoint, "--input", long_input, "--output", output)
+    return Path(f"{output}.parts")
+
+
 def cut_a_row(lines: list[bytes]) -> list[bytes]:
     return lines[:-1]
 
@@ -300,12 +303,12 @@ def cut_all(lines: list[bytes]) -> list[bytes]:
 
 
 @pytest.mark.parametrize("damage", [cut_a_row, cut_in_a_row, edit_a_label, cut_all])
-def test_a_damaged_part_is_named_and_the_run_goes_on_without_it(damage, checkpoint, long_input, unbroken, tmp_path):
+def test_a_damaged_part_is_named_and_the_run_goes_on_without_it(
+    damage, checkpoint, long_input, finished_parts, unbroken, tmp_path
+):
     output = tmp_path / "out.jsonl"
     words = ("--model", checkpoint, "--input", long_input, "--output", output)
-    with killed_as_it_clears_up(), pytest.raises(KeyboardInterrupt):
-        inside(*words)
-    output.unlink()
+    shutil.copytree(finished_parts, f"{output}.parts")
     part = Path(f"{output}.parts") / "000000001.jsonl"
     part.write_bytes(b"".join(damage(part.read_bytes().splitlines(keepends=True))))
     with pytest.raises(InputError) as error:
@@ -858,51 +861,3 @@ def test_int8_answers_nearly_as_float32_does(checkpoint, texts, tmp_path):
     assert any(a != b for a, b in pairs)
     for a, b in pairs:
         assert b["probabilities"] == pytest.approx(a["probabilities"], abs=0.02)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--input", "none.csv"), "there is no such file"),
-        (("--input", "-"), "--input_format"),
-        (("--input", "in.docx"), "--input in.docx: its name does not tell its kind"),
-        (("--input", "in.csv", "--text_column", "body"), "no column 'body' (--text_column); it has 'text', 'label'"),
-        (("--input", "in.csv", "--id_column", "key"), "no column 'key' (--id_column)"),
-        (("--input", "in.csv", "--batch_size", "0"), "--batch_size must be at least 1, not 0"),
-        (("--input", "in.csv", "--output_format", "parquet"), "--output_format is for a folder"),
-        (("--input", "in.csv", "--ray_gpus_per_actor", "1"), "--ray_gpus_per_actor needs --ray"),
-        (("--input", "in.csv", "--ray_cpus_per_actor", "1"), "--ray_cpus_per_actor needs --ray"),
-        (("--input", "in.csv", "--ray", "local", "--ray_cpus_per_actor", "0"), "must be at least 1, not 0"),
-        (("--input", "in.csv", "--ray", "local", "--ray_gpus_per_actor", "-1"), "or a fraction of one, not -1"),
-        (("--input", "in.csv", "--costs", "away"), "--costs away: give distance, a .csv file, or missing=NUMBER"),
-        (("--input", "in.csv", "--costs", "none.csv"), "--costs: cannot read the costs none.csv: No such file"),
-        (("--input", "in.csv", "--costs", "empty.csv"), "--costs: the costs empty.csv are not a CSV table in UTF-8"),
-        (("--input", "in.csv", "--costs", "missing=1,inventing=2"), "for single-path models, costs are"),
-        (("--input", "in.csv", "--output", "out.txt"), "must end in one of"),
-        (
-            ("--input", "in.csv", "--output", "there"),
-            "must end in one of .jsonl, .csv, .parquet, .tasks.json, or in / for",
-        ),
-        (("--input", "in.csv", "--output", "hf://datasets/me/out/"), "write to a disk or an object store"),
-        (("--input", "in.csv", "--output", os.fsdecode(b"out\xe9/")), "--output 'out\\udce9/': the name is not UTF-8"),
-        (("--input", "in.csv", "--output", "there.jsonl"), "already exists"),
-        (("--input", "in.csv", "--model", "nothing"), "cannot load the model nothing"),
-        (("--input", "in.csv", "--model", "/nothing"), "/nothing: there is no such folder"),
-        (("--input", "pipe.csv"), "pipe.csv: it is not a regular file; pipe its content to standard input (-)"),
-        (("--input", "in.csv", "--outptu", "x"), "unrecognized arguments"),
-    ],
-)
-def test_what_cannot_be_done_is_one_line(checkpoint, words, message, tmp_path, monkeypatch):
-    (tmp_path / "in.csv").write_text("text,label\nA study of ulcers.,a\n")
-    (tmp_path / "in.docx").write_text("A study of ulcers.\n")
-    (tmp_path / "empty.csv").write_text("")
-    os.mkfifo(tmp_path / "pipe.csv")
-    (tmp_path / "there.jsonl").write_text("kept\n")
-    given = {"--model": checkpoint, "--output": "out.jsonl", **dict(zip(words[::2], words[1::2], strict=True))}
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError) as error:
-        inside(*(word for pair in given.items() for word in pair))
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
-    assert (tmp_path / "there.jsonl").read_text() == "kept\n"
-    assert not list(tmp_path.glob("out.*"))

@@ -10,14 +10,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import CLEAR, ROOT, inside, run, server
-from forked import COMMANDS, Process
+from conftest import CLEAR, inside, run, started
+from forked import Process
 from safetensors.torch import load_file, save_file
 
 from errors import InputError
@@ -96,25 +95,12 @@ def scorers(cluster) -> dict[int, object]:
     }
 
 
-@contextmanager
-def driving(*words: object) -> Iterator[Process]:
-    """Start predict.py in a process of its own, which would use two cores; what still runs at the end is killed."""
-    with open(os.devnull, "r+") as nothing:
-        line = [str(ROOT / "predict.py"), *map(str, words)]
-        driver = Process(server(COMMANDS), line, ROOT, os.environ | SETTINGS, [nothing] * 3)
-    try:
-        yield driver
-    finally:
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
-
-
 def test_workers_and_a_node_are_killed_and_no_row_is_lost_or_doubled(
     cluster, labels_checkpoint, texts, expected, tmp_path
 ):
     output = tmp_path / "out.jsonl"
     words = ("--model", labels_checkpoint, "--input", texts, "--output", output, "--ray", cluster.address)
-    with driving(*words) as driver:
+    with started(*words, log=Path(os.devnull), command="predict.py", settings=SETTINGS) as driver:
         wait_for(lambda: num_parts(output) >= 3 and scorers(cluster), driver)
         os.kill(next(iter(scorers(cluster))), signal.SIGKILL)
         wait_for(lambda: num_parts(output) >= 6 and scorers(cluster), driver)
@@ -131,18 +117,18 @@ def test_a_driver_is_killed_and_its_cluster_ends_with_it(clear_checkpoint, texts
     """Write a folder with a Ray of its own, and look at rows, problems and manifest."""
     output = tmp_path / "out"
     words = ("--model", clear_checkpoint, "--input", texts, "--output", f"{output}/", "--output_format", "jsonl")
-    with driving(*words, "--ray", "local") as driver:
+    with started(*words, "--ray", "local", log=Path(os.devnull), command="predict.py", settings=SETTINGS) as driver:
         wait_for(lambda: num_parts(f"{output}/") >= 4, driver)
         ray_processes = [pid for pid, _ in children(driver.pid)]
         assert ray_processes
     assert driver.returncode == -signal.SIGKILL
-    started = num_parts(f"{output}/")
+    written = num_parts(f"{output}/")
     assert not (output / "manifest.json").exists()
     with pytest.raises(InputError, match="started with another batch_size"):
         inside(*words, "--batch_size", 3)
     done = run(*words, "--ray", command="predict.py", check=False, settings=SETTINGS, fresh=True)
     assert done.returncode == 1
-    assert f"continued after {1024 * started:,}" in done.stderr
+    assert f"continued after {1024 * written:,}" in done.stderr
     assert not [pid for pid in ray_processes if Path(f"/proc/{pid}").exists()]
     assert (output / "part-00000.jsonl").read_bytes() == expected[clear_checkpoint].read_bytes()
     problems = (output / "errors.jsonl").read_text().splitlines()

@@ -48,9 +48,7 @@ def published(clear_checkpoint, labels_checkpoint, tmp_path_factory) -> dict[str
         for i, (form, checkpoint, flags) in enumerate(sources):
             words = ["--model", checkpoint, "--repo_id", f"alice/{i}", "--onnx", *flags]
             run(*words, command="push_to_hub.py", settings=hub.environment(folder / "home", "hf_alice"))
-            for name, content in hub.files(f"alice/{i}").items():
-                (folder / form / name).parent.mkdir(parents=True, exist_ok=True)
-                (folder / form / name).write_bytes(content)
+            hub.write(f"alice/{i}", folder / form)
     return {form: folder / form for form in FORMS}
 
 

@@ -97,10 +97,7 @@ def by_hand(hub: HubServer, checkpoint: Path) -> torch.Tensor:
     from peft import PeftModel
     from transformers import AutoModel
 
-    folder = checkpoint.parent / "base"
-    for name, content in hub.files("base/tiny").items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
+    folder = hub.write("base/tiny", checkpoint.parent / "base")
     encoder = PeftModel.from_pretrained(AutoModel.from_pretrained(folder), checkpoint / "adapter").eval()
     config = HierarchicalForSequenceClassification.config_class.from_pretrained(checkpoint)
     heads = HierarchicalForSequenceClassification(config).heads.eval()
@@ -281,10 +278,7 @@ def test_what_the_hub_would_refuse_is_one_line_before_anything_is_sent(
     wordless = tmp_path / "wordless"
     shutil.copytree(checkpoint, wordless)
     (wordless / "tokenizer.json").unlink()
-    whole = tmp_path / "whole"
-    for name, content in hub.files("alice/merged").items():
-        (whole / name).parent.mkdir(parents=True, exist_ok=True)
-        (whole / name).write_bytes(content)
+    whole = hub.write("alice/merged", tmp_path / "whole")
 
     cards = {"metadata": b"---\nlicense: [1\n---\n", "tags": b"---\ntags: 5\n---\n", "latin": b"caf\xe9"}
     for name, content in cards.items():
@@ -491,8 +485,7 @@ def base_requests(hub: HubServer, since: int) -> list[str]:
     return [r.path for r in hub.requests[since:] if "base/tiny" in r.path and r.status < 400 and r.method == "GET"]
 
 
-@pytest.mark.parametrize("form", ["adapter", "merged"])
-@pytest.mark.parametrize("auto", ["AutoModel", "AutoModelForSequenceClassification"])
+@pytest.mark.parametrize(("form", "auto"), [("adapter", "AutoModel"), ("merged", "AutoModelForSequenceClassification")])
 def test_a_stranger_gets_the_model_in_one_call(hub, published, expected, tmp_path, form, auto):
     repo, asked = published[form], len(hub.requests)
     code = log_probs_code(repo, f"{auto}.from_pretrained({repo!r}, trust_remote_code=True)")
@@ -1125,10 +1118,7 @@ print(json.dumps([variables, card.data.models, card.data.sdk]))
     assert done.returncode == 2
     assert "alice/served-space is published, but not pointed at the model" in done.stderr.splitlines()[-1]
 
-    hosted = tmp_path / "space"
-    for name, content in files.items():
-        (hosted / name).parent.mkdir(parents=True, exist_ok=True)
-        (hosted / name).write_bytes(content)
+    hosted = hub.write("alice/served-space", tmp_path / "space", repo_type="space")
     shown = hub.environment(tmp_path / "space-home") | variables
     with SpaceServer(None, tmp_path, hosted / "app.py", shown) as server:
         client = Client(server.address, verbose=False)

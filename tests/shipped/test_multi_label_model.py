@@ -58,10 +58,14 @@ def build(minilm: str, adapter: bool) -> HierarchicalForSequenceClassification:
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=["adapter", "whole"])
+FORMS = pytest.mark.parametrize("checkpoint", ["adapter", "whole"], indirect=True)
+
+
+@pytest.fixture(scope="module")
 def checkpoint(request, minilm, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp(request.param)
-    build(minilm, request.param == "adapter").save_pretrained(folder)
+    form = getattr(request, "param", "whole")
+    folder = tmp_path_factory.mktemp(form)
+    build(minilm, form == "adapter").save_pretrained(folder)
     AutoTokenizer.from_pretrained(minilm).save_pretrained(folder)
     return str(folder)
 
@@ -88,6 +92,7 @@ def by_hand(model, texts, tokenizer, **windows) -> np.ndarray:
     return np.array(rows)
 
 
+@FORMS
 def test_probabilities_are_products_on_the_path_with_calibration_and_words(checkpoint, minilm):
     model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -101,6 +106,7 @@ def test_probabilities_are_products_on_the_path_with_calibration_and_words(check
     assert output.decision_logits.shape == output.logits.shape == (len(TEXTS), TREE.num_nodes)
 
 
+@FORMS
 def test_the_stock_pipeline_gives_the_same_probabilities(checkpoint, classify):
     stock = pipeline("text-classification", model=checkpoint, trust_remote_code=True, top_k=None)
     for scores, result in zip(stock(TEXTS), classify(TEXTS), strict=True):
@@ -207,12 +213,6 @@ def test_the_answer_for_a_recall_holds_the_nodes_from_its_threshold_on(classify)
 def test_what_the_checkpoint_cannot_promise_is_refused(classify, given, message):
     with pytest.raises(ValueError, match=message):
         classify(TEXTS, **given)
-
-
-def test_recall_is_refused_by_a_checkpoint_with_one_path(clear_checkpoint):
-    classify = pipeline("hierarchical-text-classification", model=clear_checkpoint, trust_remote_code=True)
-    with pytest.raises(ValueError, match="recall is for multi-label checkpoints"):
-        classify(TEXTS, recall=0.9)
 
 
 def test_an_uncalibrated_checkpoint_predicts_from_one_half_and_promises_nothing(minilm, tmp_path):

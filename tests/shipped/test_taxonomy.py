@@ -37,11 +37,6 @@ def test_a_root_that_shares_its_name_with_a_child_needs_a_leading_separator():
     assert [spaced.id(label) for label in spaced.labels] == list(range(spaced.num_nodes))
 
 
-def test_case_is_kept():
-    tree = Taxonomy({"neoplasms": ["Neoplasms", "other"]})
-    assert tree.id("neoplasms") != tree.id("Neoplasms")
-
-
 def test_every_form_and_every_file_gives_the_same_taxonomy(tmp_path):
     expected = Taxonomy(DEFAULT_TAXONOMY)
     rows = [

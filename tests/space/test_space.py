@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import CORPUS, ROOT, parquet, read_csv, stranger
+from conftest import ROOT, parquet, stranger
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from gradio_client.utils import QueueError
@@ -46,11 +46,6 @@ def classifier(clear_checkpoint):
 @pytest.fixture(scope="module")
 def labels_classifier(labels_checkpoint):
     return pipeline("hierarchical-text-classification", model=labels_checkpoint, trust_remote_code=True)
-
-
-@pytest.fixture(scope="module")
-def texts() -> list[str]:
-    return [row["text"] for row in read_csv(CORPUS / "test.csv")][:20]
 
 
 @pytest.fixture(scope="module")

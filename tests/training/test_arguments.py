@@ -146,7 +146,7 @@ def test_names_and_codes_of_a_recipe_are_texts_as_they_were_written(tmp_path):
         (["ece", "--greater_is_better", "true"], True),
     ],
 )
-def test_the_best_calibration_error_is_the_least(words, greater):
+def test_whether_a_greater_metric_is_better_follows_from_its_name(words, greater):
     assert parse(["--metric_for_best_model", *words])[3].greater_is_better is greater
 
 

@@ -323,15 +323,6 @@ def test_a_checkpoint_of_another_problem_type_is_refused(place, words, first, se
             assert "\n" not in str(refused.value)
 
 
-def test_a_run_is_not_resumed_as_one_of_another_problem_type(words, tiny_encoder, tmp_path):
-    rows = [{"text": f"Case {i}", "label": "ab"[i % 2]} for i in range(40)]
-    line = [*words, "--train_file", write_csv(tmp_path / "rows.csv", rows), "--validation_size", 0]
-    line += ["--model_name_or_path", tiny_encoder, "--output_dir", tmp_path / "out"]
-    run(*line)
-    with pytest.raises(InputError, match="it was trained with another --problem_type, single_label_classification"):
-        run(*line, "--resume_from_checkpoint", "auto", "--problem_type", "multi_label_classification")
-
-
 def test_heads_of_known_nodes_are_kept_and_new_ones_start_at_the_log_odds(words, several, tmp_path):
     sets = {f"New case {i}": [["a"], ["g > c"], ["g > d", "a"], ["e"], []][i % 5] for i in range(50)}
     tree = tmp_path / "tree.json"

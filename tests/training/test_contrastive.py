@@ -5,7 +5,8 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import CLEAR, interrupt, run, write_csv
+from conftest import interrupt, run, write_csv
+from safetensors.torch import load_file
 from test_prototypes import ROWS, TREE, tokenized, trainer_of
 
 from training.arguments import ModelArguments
@@ -77,20 +78,22 @@ def test_log_and_card_say_what_was_done_and_a_resumed_or_continued_run_does_not_
     assert "contrastive learning: 2 steps, loss " in run(*fresh, "--max_steps", 1).stderr
     resumed = run(*fresh, "--max_steps", 2, "--resume_from_checkpoint", "auto").stderr
     assert "contrastive" not in resumed
-    continued = run(*words, "--model_name_or_path", first, "--output_dir", second, "--max_steps", 1).stderr
+    words += ("--model_name_or_path", first, "--output_dir", second, "--max_steps", 1, "--learning_rate", 1e-9)
+    continued = run(*words).stderr
     assert "trained heads are kept: --contrastive_steps and --heads_init have no effect" in continued
+    assert "heads are initialised from" not in continued
     assert ["contrastive_steps" in (folder / "README.md").read_text() for folder in (first, second)] == [True, False]
+    before, after = (load_file(folder / "heads.safetensors") for folder in (first, second))
+    for name in ("weight", "bias"):
+        torch.testing.assert_close(after[name], before[name], atol=1e-6, rtol=0)
 
 
-def test_without_two_classes_of_two_texts_there_is_nothing_to_compare(tiny_encoder, tmp_path):
-    rows = [{"text": f"We studied {names[0]}.", "label": label} for label, names in CLEAR.items()]
-    rows.append({**rows[0], "text": "We report another patient."})
-    done = run(
-        *("--train_file", write_csv(tmp_path / "rows.csv", rows), "--validation_size", 0, "--test_size", 0),
-        *("--model_name_or_path", tiny_encoder, "--quantization", "none", "--output_dir", tmp_path / "out"),
-        *("--contrastive_steps", 2, "--max_steps", 1),
-    )
-    assert "no contrastive steps: they need two classes with two training texts each" in done.stderr
+def test_without_two_classes_of_two_texts_there_is_nothing_to_compare(tiny_encoder, tmp_path, caplog):
+    trainer = trainer_of(tiny_encoder, tmp_path)
+    rows = tokenized(trainer, [TREE.id(row["label"]) for row in ROWS]).select([0, *range(1, len(ROWS), 6)])
+    with caplog.at_level("INFO"):
+        initialise_heads(trainer, rows, ModelArguments(tiny_encoder, contrastive_steps=2))
+    assert "no contrastive steps: they need two classes with two training texts each" in caplog.text
 
 
 def test_sigterm_ends_the_contrastive_steps(tiny_encoder, tmp_path):

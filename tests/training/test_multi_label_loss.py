@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from modeling_hierarchical import TreeSigmoid, binary_cross_entropy
 from taxonomy_hierarchical import Taxonomy
-from training.label_arrays import multi_hot, prior_log_odds
+from training.label_arrays import multi_hot
 from training.losses import MultiLabelFocalLoss, multi_label_symmetric_kl
 
 TREE = Taxonomy(["x", {"a": ["b", {"c": ["d", "e"]}]}])  # leaves x b d e are 0 to 3, a is 4, c is 5
@@ -39,13 +39,14 @@ def test_what_is_below_a_deepest_label_is_unknown_where_labels_are_incomplete():
     ]
 
 
+def marginals(z):
+    """The product of the probabilities on each node's path."""
+    return torch.stack([torch.sigmoid(z[:, TREE.path(node)]).prod(1) for node in range(TREE.num_nodes)], 1)
+
+
 def test_marginal_logits_are_the_products_of_the_probabilities_on_the_path():
     z = torch.randn(50, 6, dtype=torch.float64) * 3
-    p = torch.sigmoid(z)
-    expected = torch.stack(
-        [torch.stack([p[:, node] for node in TREE.path(i)]).prod(0) for i in range(TREE.num_nodes)], 1
-    )
-    torch.testing.assert_close(torch.sigmoid(TreeSigmoid(TREE).marginal_logits(z)), expected)
+    torch.testing.assert_close(torch.sigmoid(TreeSigmoid(TREE).marginal_logits(z)), marginals(z))
 
 
 @pytest.mark.parametrize("score", [60.0, -60.0, 15.0])
@@ -58,11 +59,6 @@ def test_marginal_logits_of_extreme_scores_are_finite_and_exact(score):
     torch.testing.assert_close(u[0].double(), expected, rtol=1e-5, atol=1e-5)
     u.sum().backward()
     assert z.grad.isfinite().all()
-
-
-def marginals(z):
-    """The product of the probabilities on each node's path."""
-    return torch.stack([torch.sigmoid(z[:, TREE.path(node)]).prod(1) for node in range(TREE.num_nodes)], 1)
 
 
 def test_the_models_loss_and_that_of_training_are_the_cross_entropy_of_the_known_nodes():
@@ -92,14 +88,6 @@ def test_focal_factor_weights_and_smoothing_are_those_of_the_formula():
         wrong = 1 - p if y else p
         total += wrong**2 * entropy * 4 / (2 * of_outcome) * (1.0 if TREE.levels[node] == 1 else 0.5)
     torch.testing.assert_close(loss(z, labels), total / 4, rtol=1e-6, atol=0)
-
-
-def test_prior_log_odds_are_those_of_a_node_given_its_parent():
-    rows = multi_hot(TREE, [ids("d"), ids("b"), ids("d", "b"), []])
-    odds = dict(zip(TREE.labels, prior_log_odds(TREE, rows), strict=True))
-    assert odds["a"] == pytest.approx(np.log(3.5 / 1.5))
-    assert odds["c"] == pytest.approx(np.log(2.5 / 1.5))  # of the three rows with a, two have c
-    assert odds["e"] == pytest.approx(np.log(0.5 / 2.5))
 
 
 def test_disagreement_is_the_divergence_of_the_distributions_over_sets_of_nodes():

@@ -34,7 +34,7 @@ def words(tiny_encoder, tmp_path_factory) -> list[str]:
 @pytest.fixture(scope="module")
 def refitted(words, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("refitted") / "results"
-    run(*words, "--output_dir", output)
+    run(*words, "--label_issues", "--output_dir", output)
     return output
 
 
@@ -164,9 +164,8 @@ def test_its_checkpoint_does_not_continue_without_it(tmp_path):
         resume.check_resumed_data(str(tmp_path / "checkpoint-2"), data.taxonomy, data.report)
 
 
-def test_label_issues_name_rows_of_the_training_file(words, tmp_path):
-    run(*words, "--output_dir", tmp_path / "results", "--label_issues", "--max_steps", 2)
-    (file,) = (tmp_path / "results").rglob("label_issues.csv")
+def test_label_issues_name_rows_of_the_training_file(words, refitted):
+    (file,) = refitted.rglob("label_issues.csv")
     assert file.parent.name == "selection"
     rows, listed = read_csv(words[words.index("--train_file") + 1]), read_csv(file)
     assert listed

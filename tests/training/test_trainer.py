@@ -199,11 +199,6 @@ def lora_model(minilm: str, quantization: str, **settings) -> HierarchicalForSeq
     return model
 
 
-@pytest.fixture(scope="module")
-def tokenizer(minilm):
-    return AutoTokenizer.from_pretrained(minilm)
-
-
 def trained_weights(model) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 

@@ -23,11 +23,6 @@ TEXTS = [
 SENTENCES = [text.replace("? ", "?|").replace("! ", "!|").replace(". ", ".|").split("|") for text in TEXTS]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(minilm):
-    return AutoTokenizer.from_pretrained(minilm)
-
-
 def batch_of(tokenizer, texts, rows):
     features = []
     for text, row in zip(texts, rows, strict=True):
