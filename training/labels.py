@@ -93,7 +93,9 @@ def _label_text(value: Any) -> str | None:
 def _label_problem(path: tuple[Any, ...]) -> str | None:
     """Return what is wrong with a row's labels, one per column, or None."""
     if None in path:
-        return "the label is neither text nor a whole number (a path is one text, its names joined by --label_separator)"
+        return (
+            "the label is neither text nor a whole number (a path is one text, its names joined by --label_separator)"
+        )
     if not any(path):
         return "the label is missing (texts without labels need --problem_type multi_label_classification)"
     if any(len(name) > MAX_LABEL_LENGTH for name in path):
