@@ -117,6 +117,7 @@ def refit(
     if resume_from is not None and (folder / "metrics.json").is_file():
         resume.check_resumed_data(resume_from, data.taxonomy, data.report)
     else:
+        # the second run would resume from them
         if resume.list_checkpoints(Path(training.output_dir)) and not training.overwrite_output_dir:
             problem = f"--output_dir {training.output_dir} holds the checkpoints of a run without --refit"
             raise InputError(f"{problem}: give another --output_dir, or --overwrite_output_dir true")

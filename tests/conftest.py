@@ -273,13 +273,13 @@ def minilm() -> str:
 
 @pytest.fixture(scope="session")
 def tokenizer(minilm):
-    """That of the small pretrained encoder."""
+    """Return the tokenizer of the small pretrained encoder."""
     return AutoTokenizer.from_pretrained(minilm)
 
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
-    """Twenty texts of the synthetic corpus."""
+    """Return twenty texts of the synthetic corpus."""
     return [row["text"] for row in read_csv(CORPUS / "test.csv")][:20]
 
 

@@ -91,11 +91,10 @@ def load_splits(
     if origin == FROM_LABELS and (len(label_columns) == 1 or multi_label):
         warn_of_odd_names(f"column {quote_name(' '.join(label_columns))}", taxonomy, multi_label)
     if multi_label and len(label_columns) > 1:
-        absent = [taxonomy.labels[leaf] for leaf in range(taxonomy.num_leaves) if leaf not in nodes.values()]
+        absent = sorted({*range(taxonomy.num_leaves)} - {*nodes.values()})
         if absent:
-            logger.warning(
-                "%d classes have no column and count as absent, such as %s", len(absent), quote_name(absent[0])
-            )
+            first = quote_name(taxonomy.labels[absent[0]])
+            logger.warning("%d classes have no column and count as absent, such as %s", len(absent), first)
     rows["label"] = [sorted({nodes[one] for one in label}) if multi_label else nodes[label] for label in rows["label"]]
 
     not_test = rows.loc[rows["split"] != "test", "label"]
@@ -132,13 +131,8 @@ def load_splits(
     num_dropped = {split: int((dropped["split"] == split).sum()) for split in SPLITS}
     report = {
         "sources": [
-            {
-                "split": "all" if single else split,
-                "name": source.name,
-                "dataset": source.dataset,
-                "sha256": source.sha256,
-            }
-            for split, source in sources.items()
+            {"split": "all" if single else split, "name": one.name, "dataset": one.dataset, "sha256": one.sha256}
+            for split, one in sources.items()
         ],
         "columns": {"text": text_column, "label": label_columns},
         "taxonomy": origin,

@@ -279,7 +279,7 @@ def test_two_models_on_one_output_are_never_mixed(checkpoint, other_checkpoint, 
 
 @pytest.fixture(scope="module")
 def finished_parts(checkpoint, long_input, tmp_path_factory) -> Path:
-    """The parts that a run leaves which is killed as it clears up."""
+    """Return the parts of a run that was killed while it cleaned up."""
     output = tmp_path_factory.mktemp("finished") / "out.jsonl"
     with killed_as_it_clears_up(), pytest.raises(KeyboardInterrupt):
         inside("--model", checkpoint, "--input", long_input, "--output", output)
