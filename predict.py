@@ -96,6 +96,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--uncertainty", action="store_true", help="also write the entropy, and the level that contributes most to it")
     dtypes = "bf16 if the machine supports it, int8 on another CPU with VNNI or AMX, else fp32"
     add("--dtype", choices=("auto", *DTYPES), default="auto", help=f"default: auto, which is {dtypes}")
+    backends = "openvino, which is faster on some CPUs, needs pip install openvino"
+    add("--backend", choices=("torch", "openvino"), default="torch", help=f"what runs the encoder; {backends}")
     add("--batch_size", type=int, help="texts per batch; default: batches by number of tokens")
     addresses = "the cluster's address, auto, or local, which starts Ray on this machine; default: local"
     add("--ray", nargs="?", const="local", metavar="ADDRESS", help=f"classify on a Ray cluster: {addresses}")

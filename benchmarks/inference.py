@@ -33,7 +33,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -54,15 +53,13 @@ from configuration_hierarchical import HierarchicalConfig
 from machine import keep_memory
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from pipeline_hierarchical import TOKENS_ON_CPU, batches_by_length, padded_length
-from prediction.int8 import quantize, scales_of
+from prediction.int8 import quantize
 from prediction.model import KEPT_MEMORY
 from publishing.export import Logits, export_onnx, load_merged, quiet_logs
 from taxonomy_hierarchical import Taxonomy
 
 PEAK_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
-PRECISIONS = {"fp32": "f32", "bf16": "bf16"}  # OpenVINO's names
 CALIBRATION_TEXTS = 300  # NNCF's default
-GROUP = 64  # as fast as 384, with less rounding error
 HELD_DOWN = {name: os.environ[name] for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA") if name in os.environ}
 OPENVINO_INT8 = ["static int8", "dynamic int8"]
 OPENVINO_DTYPES = [*([] if HELD_DOWN else ["bf16"]), "fp32", *OPENVINO_INT8]
@@ -216,74 +213,28 @@ def runtime(model: str, file: Path) -> OverBatches:
     )
 
 
-class Int8Weights(nn.Module):
-    """A linear layer whose weights are stored in 8 bits. OpenVINO rounds its inputs too."""
+def openvino_encoder(
+    encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, dtype: str, texts: list[str], hint: str = "THROUGHPUT"
+) -> nn.Module:
+    """Return an encoder in OpenVINO, "fp32", "bf16", "dynamic int8", or in "static int8", for which NNCF reads texts."""
+    from prediction.openvino import OpenVinoEncoder, convert
 
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.scales = scales_of(linear.weight.detach())
-        self.weight, self.bias = (linear.weight.detach() / self.scales).round().to(torch.int8), linear.bias
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(input, self.weight * self.scales, self.bias)
-
-
-class OpenVinoEncoder(nn.Module):
-    """Run an encoder by OpenVINO, with its fused attention. Threads have a request each.
-
-    Args:
-        encoder: is changed for dynamic int8.
-        tokenizer: its inputs are the encoder's.
-        dtype: a key of `PRECISIONS`, "static int8" or "dynamic int8".
-        texts: on which NNCF quantizes to static int8.
-        settings: OpenVINO's, such as PERFORMANCE_HINT.
-    """
-
-    def __init__(
-        self, encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, dtype: str, texts: list[str], **settings: str
-    ):
+    names = tokenizer.model_input_names
+    converted = convert(encoder, names, int8=dtype == "dynamic int8")
+    if dtype == "static int8":
         import nncf
-        from openvino import Core, convert_model
 
-        super().__init__()
-        settings["INFERENCE_PRECISION_HINT"] = PRECISIONS[AROUND_INT8 if dtype.endswith("int8") else dtype]
-        if dtype == "dynamic int8":
-            quantize(encoder, Int8Weights)
-            settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = str(GROUP)
-        self.names = names = tokenizer.model_input_names
-
-        class Hidden(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.encoder = encoder
-
-            def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-                return self.encoder(**dict(zip(names, inputs, strict=True))).last_hidden_state
-
-        example = tuple(torch.ones(2, 7, dtype=torch.long) for _ in names)
-        sizes = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
-        with torch.no_grad():
-            converted = convert_model(torch.export.export(Hidden(), example, dynamic_shapes=((sizes,) * len(names),)))
-        if dtype == "static int8":
-            tokenize = partial(tokenizer, truncation=True, return_tensors="np")
-            dataset = nncf.Dataset(texts, lambda text: [tokenize(text)[name] for name in names])
-            converted = nncf.quantize(converted, dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(texts))
-        self.compiled = Core().compile_model(converted, "CPU", settings)
-        self.of_thread = threading.local()
-
-    def forward(self, **inputs: torch.Tensor) -> BaseModelOutput:
-        if not hasattr(self.of_thread, "request"):
-            self.of_thread.request = self.compiled.create_infer_request()
-        self.of_thread.request.infer([inputs[name].numpy() for name in self.names])
-        return BaseModelOutput(torch.tensor(self.of_thread.request.get_output_tensor().data))
+        tokenize = partial(tokenizer, truncation=True, return_tensors="np")
+        dataset = nncf.Dataset(texts, lambda text: {name: tokenize(text)[name] for name in names})
+        converted = nncf.quantize(converted, dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(texts))
+    return OpenVinoEncoder(converted, PEAK_TYPES[AROUND_INT8 if dtype.endswith("int8") else dtype], hint)
 
 
 def openvino(model: str, dtype: str, texts: list[str], hint: str = "THROUGHPUT"):
-    """Return this project's pipeline with its encoder in OpenVINO. See `OpenVinoEncoder` for the types."""
+    """Return this project's pipeline with its encoder in OpenVINO."""
     classify = ours(model, "fp32")
     encoder, tokenizer = classify.model.encoder, classify.tokenizer
-    calibration = texts[-CALIBRATION_TEXTS:]
-    classify.model.encoder = OpenVinoEncoder(encoder, tokenizer, dtype, calibration, PERFORMANCE_HINT=hint)
+    classify.model.encoder = openvino_encoder(encoder, tokenizer, dtype, texts[-CALIBRATION_TEXTS:], hint)
     return classify
 
 
@@ -319,7 +270,7 @@ def peers(
     fused, fused_int8 = scratch / "fused.onnx", scratch / "fused_int8.onnx"
     fuse(model, fused, fused_int8)
     found: dict = {}
-    for dtype in filter(PRECISIONS.__contains__, DTYPES):
+    for dtype in (dtype for dtype in DTYPES if dtype != "int8"):
         classify = stock(model, dtype)
         found[f"stock pipeline, {dtype}"] = (
             dtype,

@@ -1,10 +1,12 @@
 """Load a checkpoint to classify records, and describe what its predictions depend on."""
 
 import hashlib
+import importlib.util
 import json
 import logging
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 
@@ -60,6 +62,8 @@ class Model:
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name(self._pipeline.device) if gpu else "cpu",
         }
+        if arguments.backend == "openvino":
+            self.description["openvino"] = version("openvino")
 
     def predict(self, block: Block) -> Rows:
         """Classify the readable records of a block, and return one output row for each."""
@@ -105,7 +109,12 @@ def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
     keep_memory(*KEPT_MEMORY)
     if dtype == "int8" and gpu:
         raise InputError("--dtype int8 is for CPUs: give bf16 or fp32")
-    if dtype == "int8" and not has_int8_products():
+    if arguments.backend == "openvino":
+        if gpu:
+            raise InputError("--backend openvino is for CPUs: give torch")
+        if importlib.util.find_spec("openvino") is None:
+            raise InputError("--backend openvino needs OpenVINO: pip install openvino")
+    elif dtype == "int8" and not has_int8_products():
         raise InputError("--dtype int8 needs a processor with VNNI or AMX, and a supported version of torch: give fp32")
     named = {name: getattr(arguments, name) for name in ("batch_size", "coverage", "recall", "costs")}
     # pipelines of older checkpoints lack newer arguments
@@ -117,11 +126,17 @@ def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
             revision=arguments.revision,
             code_revision=arguments.revision,
             trust_remote_code=True,
-            dtype=operation_dtype(dtype),
+            dtype=torch.float32 if arguments.backend == "openvino" else operation_dtype(dtype),
             device=0 if gpu else "cpu",
             **given,
         )
-        if dtype == "int8":
+        if arguments.backend == "openvino":
+            from prediction.openvino import OpenVinoEncoder, convert
+
+            names = classifier.tokenizer.model_input_names
+            converted = convert(classifier.model.encoder, names, dtype == "int8")
+            classifier.model.encoder = OpenVinoEncoder(converted, operation_dtype(dtype))
+        elif dtype == "int8":
             quantize(classifier.model.encoder)
         classifier("a")  # checks the arguments before an existing output is overwritten
     except Exception as error:  # loading runs the checkpoint's own code, which can raise anything

@@ -25,7 +25,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from inference import CALIBRATION_TEXTS, OPENVINO_INT8, OpenVinoEncoder
+from inference import CALIBRATION_TEXTS, OPENVINO_INT8, openvino_encoder
 
 from prediction.int8 import quantize
 
@@ -53,7 +53,7 @@ def main() -> None:
         if name == "this project":
             quantize(encoder)
         else:
-            encoder = OpenVinoEncoder(encoder, tokenizer, name, texts[-CALIBRATION_TEXTS:])
+            encoder = openvino_encoder(encoder, tokenizer, name, texts[-CALIBRATION_TEXTS:])
         error = (mean_vectors(encoder, tokenizer, texts[:NUM_TEXTS]) - exact).norm() / spread
         print(f"| {name} | {100 * error:.1f} % |", flush=True)
 

@@ -1,0 +1,77 @@
+"""Compare predict.py --backend openvino with the same model in torch, and its encoders with transformers'."""
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, inside, write_csv
+from transformers import AutoConfig, AutoModel
+
+from errors import InputError
+
+OPTIONAL = ROOT / ".venv" / "optional"  # see the Makefile
+SMALL = {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
+
+
+@pytest.fixture
+def openvino(monkeypatch) -> None:
+    if not (OPTIONAL / "openvino").exists():
+        pytest.skip("openvino is not in .venv/optional, where make test puts it")
+    monkeypatch.syspath_prepend(OPTIONAL)
+
+
+@pytest.mark.parametrize("form", ["clear_checkpoint", "labels_checkpoint"])
+def test_predictions_are_those_of_torch_and_in_8_bits_nearly(openvino, form, request, texts, tmp_path):
+    file = write_csv(tmp_path / "in.csv", [{"text": text} for text in texts])
+    scores = {}
+    for backend, dtype in (("torch", "fp32"), ("openvino", "fp32"), ("openvino", "int8")):
+        output = tmp_path / f"{backend}-{dtype}.jsonl"
+        words = ("--backend", backend, "--dtype", dtype, "--probabilities")
+        assert inside("--model", request.getfixturevalue(form), "--input", file, "--output", output, *words) == 0
+        rows = [json.loads(line)["probabilities"] for line in output.read_text().splitlines()]
+        scores[backend, dtype] = [list(row.values()) for row in rows]
+    expected, exact, rounded = (torch.tensor(rows) for rows in scores.values())
+    torch.testing.assert_close(exact, expected, atol=1e-4, rtol=0)
+    assert not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, expected, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("roberta", {"pad_token_id": 1}),
+        ("modernbert", {"pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 8}),
+        ("deberta-v2", {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
+    ],
+)
+def test_an_encoder_reads_batches_of_any_shape(openvino, kind, settings):
+    from prediction.openvino import OpenVinoEncoder, convert
+
+    torch.manual_seed(0)
+    encoder = AutoModel.from_config(AutoConfig.for_model(kind, **SMALL, **settings)).eval()
+    converted = OpenVinoEncoder(convert(encoder, ["input_ids", "attention_mask"]), torch.float32)
+    for rows, length in ((3, 20), (1, 5), (8, 33)):
+        mask = (torch.arange(length) < torch.randint(3, length + 1, (rows, 1))).long()
+        inputs = {"input_ids": torch.randint(5, 90, (rows, length)), "attention_mask": mask}
+        with torch.no_grad():
+            expected = encoder(**inputs).last_hidden_state[mask.bool()]
+        found = converted(**inputs).last_hidden_state[mask.bool()]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_encoder_that_cannot_be_converted_is_named(openvino, capsys):
+    from prediction.openvino import convert
+
+    settings = {**SMALL, "pad_token_id": 1, "attention_window": 8, "max_position_embeddings": 66}
+    encoder = AutoModel.from_config(AutoConfig.for_model("longformer", **settings)).eval()
+    with pytest.raises(InputError, match=r"^OpenVINO cannot run LongformerModel \(.+\): give --backend torch$"):
+        convert(encoder, ["input_ids", "attention_mask"])
+    assert "def forward" not in capsys.readouterr().err  # the graph that torch prints
+
+
+def test_a_missing_package_is_named(clear_checkpoint, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    words = ("--input", ROOT / "examples" / "unseen.csv", "--output", tmp_path / "out.jsonl", "--backend", "openvino")
+    with pytest.raises(InputError, match="--backend openvino needs OpenVINO: pip install openvino"):
+        inside("--model", clear_checkpoint, *words)
