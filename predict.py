@@ -75,7 +75,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--input", required=True, nargs="+", action="extend", help=places)
     add("--input_format", choices=KINDS, help="default: from the file name's suffix")
     add("--text_column", help="the column of texts; default: the first usual name, such as abstract or text")
-    add("--id_column", help="a column of ids to copy to the output")
+    add("--id_column", help="a column of ids, in place of row numbers")
     suffixes = ", ".join(OUTPUTS)
     add("--output", required=True, help=f"the file to write, ending in {suffixes}, or a folder, ending in /; or a URL")
     add(
@@ -84,7 +84,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="format of the files in a folder; default: parquet",
     )
     add("--overwrite", action="store_true", help="replace an existing output, and start from the beginning")
-    add("--probabilities", action="store_true", help="write the probability of every class")
+    add("--probabilities", action="store_true", help="write the probability of every leaf; multi-label: of every node")
     add("--coverage", type=float, help="also write an answer that contains the correct leaf for this share of texts")
     add(
         "--recall",

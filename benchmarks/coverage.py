@@ -126,7 +126,7 @@ def print_runs(runs: list[dict]) -> None:
     (Vovk, 2012, "Conditional validity of inductive conformal predictors").
     """
     frame = pd.DataFrame(runs)
-    recipes = frame[frame["model"] == "qlora"]
+    recipes = frame[(frame["model"] == "qlora") & frame["task"].isin(CALIBRATED)]
     columns = ("recipe", "coverage", "measured coverage, by seed", "mean", "Beta interval", "leaves")
     print(f"\n| {' | '.join(columns)} |\n| --- | ---: | ---: | ---: | ---: | ---: |")
     for task, found in recipes.groupby("task", sort=False):

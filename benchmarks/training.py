@@ -355,7 +355,7 @@ def hand_written_loop(encoder: str, tokenizer: object, ids: list[list[int]], lab
 
     model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=CLASSES)
     if model.supports_gradient_checkpointing:  # MPNet's class does not
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     layers = model.base_model.encoder.layer
     for module in (model.base_model.embeddings, *layers[: int(0.8 * len(layers))]):
         module.requires_grad_(False)

@@ -133,7 +133,8 @@ def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
         if arguments.backend == "openvino":
             from prediction.openvino import OpenVinoEncoder, convert
 
-            names = classifier.tokenizer.model_input_names
+            # the pipeline makes a mask in any case
+            names = [*{*classifier.tokenizer.model_input_names, "attention_mask"}]
             converted = convert(classifier.model.encoder, names, dtype == "int8")
             classifier.model.encoder = OpenVinoEncoder(converted, operation_dtype(dtype))
         elif dtype == "int8":

@@ -15,7 +15,7 @@ from errors import InputError
 from prediction.int8 import quantize, scales_of
 
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}  # OpenVINO's names
-GROUP = 64  # numbers of a token that share a scale: as fast as 384, with less rounding error
+GROUP = 64  # numbers of a token that share a scale
 
 
 class OpenVinoEncoder(nn.Module):

@@ -782,8 +782,8 @@ def launch(page: gr.Blocks) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Serve a checkpoint as a page.", usage=argparse.SUPPRESS)
-    parser.add_argument("--model", default=os.environ.get("MODEL_ID"), help="folder or Hub id; MODEL_ID by default")
-    parser.add_argument("--revision", help="commit; MODEL_REVISION by default")
+    parser.add_argument("--model", default=os.environ.get("MODEL_ID"), help="folder or Hub id; default: $MODEL_ID")
+    parser.add_argument("--revision", help="commit; default: $MODEL_REVISION")
     arguments = parser.parse_args()
     if not arguments.model:
         parser.error("no model: give --model, or set the variable MODEL_ID")

@@ -104,7 +104,7 @@ def test_other_encoders_too(kind, tmp_path):
 def test_with_gradient_checkpointing_too(minilm, batch):
     model, fast = (lora_model(minilm) for _ in range(2))
     use_training_kernels(fast.encoder)
-    fast.gradient_checkpointing_enable()
+    fast.activation_checkpointing_enable()
     assert_same(model, fast, batch)
 
 
