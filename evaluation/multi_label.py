@@ -22,6 +22,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import ROUND_FLOOR, Context
 from itertools import accumulate
 
 import numpy as np
@@ -32,7 +33,7 @@ from sklearn.metrics import average_precision_score
 from sklearn.model_selection import RepeatedKFold
 from transformers import EvalPrediction
 
-from evaluation.calibration import FOLDS, PRIOR_STD, SCALE_BOUNDS, round_up
+from evaluation.calibration import FOLDS, PRIOR_STD, SCALE_BOUNDS
 from evaluation.metrics import (
     bin_index,
     calibration_bins,
@@ -48,6 +49,7 @@ from modeling_hierarchical import IGNORED_LABEL, TreeSigmoid
 from taxonomy_hierarchical import Taxonomy
 from training.label_arrays import open_decisions
 
+SIX_DIGITS_DOWN = Context(prec=6, rounding=ROUND_FLOOR)
 MIN_PROBABILITY = 0.1  # pairs below it are not in the calibration error: nearly all pairs have a probability near 0
 STRENGTHS = (math.inf, 100, 50, 20, 10, 5, 2, 0)  # of the shrinkage of thresholds, in positives
 REPEATS = 6  # of the cross-validation that chooses among them; with one, chance decides
@@ -228,7 +230,7 @@ def fit_recall_thresholds(u: np.ndarray, labels: np.ndarray) -> tuple[list[float
 
     The threshold of a recall is the greatest t with (Σ loss + 1) / (n + 1) <= 1 - recall, over the n texts with a label 1.
     The sum changes at probabilities of true nodes only, and is computed in integers, so that t is exact. It is rounded down
-    to 6 decimals, which misses no more.
+    to 6 significant digits, which misses no more.
 
     Returns:
         The thresholds, None where 1 / (n + 1) > 1 - recall: the recall needs more texts. Then n.
@@ -247,7 +249,10 @@ def fit_recall_thresholds(u: np.ndarray, labels: np.ndarray) -> tuple[list[float
     for percent in range(1, 100):
         allowed = ((100 - percent) * (num_texts + 1) - 100) * whole // 100  # the greatest sum of losses
         place = bisect_right(losses, allowed)  # of the first node that must not be missed
-        thresholds.append(None if allowed < 0 else -round_up(-probabilities[order[place]]))
+        threshold = None
+        if allowed >= 0:
+            threshold = float(SIX_DIGITS_DOWN.create_decimal_from_float(float(probabilities[order[place]])))
+        thresholds.append(threshold)
     return thresholds, num_texts
 
 

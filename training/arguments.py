@@ -332,9 +332,6 @@ def check_values(arguments: Arguments) -> None:
             training.dataloader_persistent_workers
         ),
         "--label_delimiter must not be empty": delimiter == "",
-        "--label_delimiter must differ from --label_separator": (
-            delimiter is not None and delimiter.strip() == (data.label_separator or "/").strip()
-        ),
         "--label_delimiter needs one --label_column": delimiter is not None and len(columns) > 1,
         "FSDP needs GPUs; on CPUs use recipes/accelerate/ddp.yaml": fsdp and training.device.type == "cpu",
     }

@@ -136,6 +136,8 @@ def resolve_labels(
     separator = arguments.label_separator
     if separator is None:
         separator = taxonomy.separator if taxonomy else "/"
+    if arguments.label_delimiter is not None and arguments.label_delimiter.strip() == separator.strip():
+        raise InputError(f"--label_delimiter must differ from --label_separator, which is {separator!r}")
 
     # ── Choose the taxonomy ──────────────────────────────────────────────────────────────────────────────────────────
     if arguments.taxonomy is not None:

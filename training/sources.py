@@ -1,7 +1,7 @@
 """Find the files and data sets of the splits, choose their columns and read their rows."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow.parquet
 
 from configuration_hierarchical import MULTI_LABEL
 from errors import InputError, as_input_error
@@ -89,15 +90,21 @@ def _from_dataset(name: str, dataset: datasets.Dataset, hub_id: str | None = Non
     def read(names: list[str]) -> Table:
         arrow = dataset.select_columns(names).with_format("arrow")[:]
         columns = {name: arrow.column(name).to_pylist() for name in names}
-        for column, values in columns.items():
-            feature = dataset.features[column]
-            feature = getattr(feature, "feature", feature)  # of the items, if the column holds lists
-            if isinstance(feature, datasets.ClassLabel):
-                columns[column] = _class_names(values, [*feature.names, None])  # a missing label is stored as -1
-        return Table(name, columns, [*range(1, len(dataset) + 1)], "row")
+        table = Table(name, columns, [*range(1, len(dataset) + 1)], "row")
+        return _with_class_names(table, dataset.features)
 
     hashes = sha256(Path(file["filename"]) for file in dataset.cache_files)
     return SplitSource(name, dict.fromkeys(dataset.column_names, 1.0), read, hashes, hub_id)
+
+
+def _with_class_names(table: Table, features: Mapping[str, Any]) -> Table:
+    """Replace the numbers in columns of ClassLabel by its names."""
+    for column, values in table.columns.items():
+        feature = features.get(column)
+        feature = getattr(feature, "feature", feature)  # of the items, if the column holds lists
+        if isinstance(feature, datasets.ClassLabel):
+            table.columns[column] = _class_names(values, [*feature.names, None])  # a missing label is stored as -1
+    return table
 
 
 def _class_names(value: Any, classes: list[str | None]) -> Any:
@@ -109,7 +116,15 @@ def _class_names(value: Any, classes: list[str | None]) -> Any:
 def _from_file(path: str) -> SplitSource:
     source = Source(path, kind_of(path))
     with open_rows(source) as rows:
-        return SplitSource(path, rows.columns, partial(read_table, source), sha256([Path(path)]))
+        columns = rows.columns
+    features: Mapping[str, Any] = {}
+    if source.kind == "parquet" and b"huggingface" in ((schema := pyarrow.parquet.read_schema(path)).metadata or {}):
+        features = datasets.Features.from_arrow_schema(schema)  # as `datasets` stored them
+
+    def read(names: list[str]) -> Table:
+        return _with_class_names(read_table(source, names), features)
+
+    return SplitSource(path, columns, read, sha256([Path(path)]))
 
 
 def find_columns(sources: Iterable[SplitSource], arguments: DataArguments) -> dict[str, list[str]]:

@@ -323,6 +323,12 @@ def risks(p: np.ndarray, labels: np.ndarray) -> dict[Fraction, Fraction]:
     }
 
 
+def rounded_down(t: Fraction) -> float:
+    """Round a probability down to 6 significant digits."""
+    factor = 10 ** (5 - math.floor(math.log10(t)))
+    return math.floor(t * factor) / factor
+
+
 @pytest.mark.parametrize("rows", [1, 9, 19, 40])
 def test_recall_thresholds_against_their_definition(rows):
     z, labels = case(TREE, 4 * rows, seed=rows, unknown=0.03)
@@ -339,7 +345,7 @@ def test_recall_thresholds_against_their_definition(rows):
             assert expected is None
             assert thresholds[percent - 1] is None
         else:
-            assert thresholds[percent - 1] == pytest.approx(math.floor(expected * 10**6) / 10**6, abs=1e-12)
+            assert thresholds[percent - 1] == pytest.approx(rounded_down(expected), rel=1e-12)
             assert Fraction(thresholds[percent - 1]) <= expected
 
 
@@ -350,7 +356,16 @@ def test_recall_thresholds_are_exact_for_texts_of_very_different_sizes():
     risk_at = risks(expit(u), labels)
     for percent in range(1, 99):
         expected = max(t for t, risk in risk_at.items() if risk <= 1 - Fraction(percent, 100))
-        assert thresholds[percent - 1] == pytest.approx(math.floor(expected * 10**6) / 10**6, abs=1e-12)
+        assert thresholds[percent - 1] == pytest.approx(rounded_down(expected), rel=1e-12)
+
+
+def test_small_probabilities_of_correct_nodes_do_not_bring_all_nodes_into_the_answer():
+    u = np.linspace(-20, -10, 150 * 300).reshape(300, 150).T  # rare nodes of a large taxonomy
+    labels = np.tile(np.arange(300) == 150, (150, 1)).astype(np.int8)
+    threshold = fit_recall_thresholds(u, labels)[0][98]  # which may miss no node
+    assert threshold == pytest.approx(expit(u[:, 150].min()), rel=1e-5)
+    scores = recall_scores(u, labels, threshold)
+    assert scores == {"recall": 1, "nodes": (u >= u[:, 150].min()).sum() / 150}
 
 
 def test_recall_thresholds_worked_by_hand():

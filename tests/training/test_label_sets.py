@@ -68,6 +68,11 @@ def as_sequence_of_class_label(folder, rows):
     return {"data_path": folder / "saved", "test_size": 0.0}
 
 
+def as_parquet_of_class_label(folder, rows):
+    datasets.load_from_disk(as_sequence_of_class_label(folder, rows)["data_path"]).to_parquet(folder / "a.parquet")
+    return {"train_file": folder / "a.parquet"}
+
+
 def as_delimited(folder, rows):
     lines = [(row["text"], " ; ".join(row["label"])) for row in rows]
     return {"train_file": csv_file(folder / "a.csv", lines), "label_delimiter": ";"}
@@ -90,7 +95,10 @@ def as_booleans(folder, rows):
     return given
 
 
-FORMS = [as_jsonl, as_parquet, as_sequence, as_sequence_of_class_label, as_delimited, as_columns, as_booleans]
+FORMS = [
+    *(as_jsonl, as_parquet, as_parquet_of_class_label, as_sequence, as_sequence_of_class_label),
+    *(as_delimited, as_columns, as_booleans),
+]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
@@ -246,12 +254,20 @@ def test_validation_texts_without_any_label_are_refused(tmp_path):
         load(**files, label_delimiter=";")
 
 
+def test_a_delimiter_that_separates_the_names_of_a_path_is_refused(tmp_path):
+    files = {"train_file": csv_file(tmp_path / "a.csv", [("p", "a > x"), ("q", "b > z")]), "validation_size": 0.0}
+    known = Taxonomy([{"a": ["x", "y"]}, {"b": ["z"]}], " > ")  # of a checkpoint
+    for separator in ({"label_separator": " > "}, {"known": known}):
+        with pytest.raises(InputError, match="--label_delimiter must differ from --label_separator, which is ' > '"):
+            load(**files, **separator, label_delimiter=">")
+    assert labels_of(load(**files, known=known, label_delimiter="/")) == {"p": {"x"}, "q": {"z"}}
+
+
 @pytest.mark.parametrize(
     "words",
     [
         ["--label_delimiter="],
         ["--label_delimiter", ";", "--label_column", "a", "b"],
-        ["--label_delimiter", " > ", "--label_separator", ">"],
         ["--problem_type", "x"],
     ],
 )
