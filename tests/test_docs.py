@@ -98,7 +98,7 @@ def test_help_explains_every_flag_that_pages_name(script):
 
 
 def test_make_has_the_targets_that_pages_name():
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     named = {words[1] for page in PAGES for words in commands(page) if words[0] == "make"}
     assert named
     assert named <= targets
