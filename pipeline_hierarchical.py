@@ -94,7 +94,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             ``max_length`` than that of the validation rows.
         recall: for multi-label models, the share of a text's correct nodes that the answer holds on average. Otherwise like
             ``coverage``.
-        costs: predict the leaf of least expected cost (see `expected_costs`), in place of the most probable one. Excludes
+        costs: predict the leaf of least expected cost (see `expected_costs`; of equal ones, the most probable). Excludes
             ``top_k``. ``"distance"`` is the number of edges between correct and predicted leaf, with roots joined by a node
             above them. A table is ``{correct leaf: {predicted leaf: cost}}``, or the path of a CSV file. Its first column names
             the correct leaves, and its first row the predicted ones. For multi-label models ``{"missing": a, "inventing": b}``
@@ -286,8 +286,11 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         combined.scatter_reduce_(0, text_of_window[:, None].expand_as(windows), windows, reduce, include_self=False)
         columns = {"nodes": combined.tolist(), "truncated": pending.truncated}
         if "costs" in output and not self.model.config.is_multi_label:
-            least = expected_costs(self.tree, combined, output["costs"]).min(1)
-            columns |= {"leaf": least.indices.tolist(), "expected_cost": least.values.tolist()}
+            costs = expected_costs(self.tree, combined, output["costs"])
+            least = costs.min(1).values
+            tied = costs <= least[:, None] * (1 + 1e-9)  # up to rounding
+            leaves = combined[:, : self.tree.num_leaves].where(tied, -1.0).argmax(1)
+            columns |= {"leaf": leaves.tolist(), "expected_cost": least.tolist()}
         for values in zip(*columns.values(), strict=True):
             yield self.postprocess(dict(zip(columns, values, strict=True)), **output)
 

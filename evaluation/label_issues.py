@@ -152,8 +152,8 @@ def rank_issues(taxonomy: Taxonomy, judged: list[pd.DataFrame], logits: np.ndarr
     Columns:
         index: of the row.
         decision: the decision in which the row's label is least probable.
-        better: the suggested label. For a leaf, it is the most probable leaf below the decision's best other choice. For an
-            inner node, it is this choice itself.
+        better: the suggested label. It is the decision's best other choice. If the row's label is a leaf, and a leaf below this
+            choice is more probable, it is the most probable such leaf.
 
     In multi-label data, ``better`` is the node if the text should have it, else -1. Probabilities are given the parent. The column
     ``questioned`` has all listed nodes of the text.
@@ -167,7 +167,9 @@ def rank_issues(taxonomy: Taxonomy, judged: list[pd.DataFrame], logits: np.ndarr
     is_leaf, probabilities = labels[index] < taxonomy.num_leaves, np.exp(node_log_probs(taxonomy, logits[index]))
     for place in np.flatnonzero(is_leaf):
         leaves = taxonomy.leaves_at_or_below[listed.at[place, "better"]]
-        listed.at[place, "better"] = leaves[logits[index[place], leaves].argmax()]
+        best = leaves[probabilities[place, leaves].argmax()]
+        if probabilities[place, best] > probabilities[place, labels[index[place]]]:
+            listed.at[place, "better"] = best
     listed["probability_of_label"] = np.take_along_axis(probabilities, labels[index, None], axis=1)
     listed["probability_of_better_label"] = np.take_along_axis(probabilities, listed[["better"]].to_numpy(), axis=1)
     return listed.sort_values("probability_of_label", kind="stable")

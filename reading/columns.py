@@ -50,7 +50,9 @@ def choose_columns(
             raise InputError(f"{name} has no column {quote_name(requested)} ({flag}); it has {listed(columns)}")
         if rare := find_column(dict.fromkeys(columns, 1.0), None, candidates):
             raise InputError(f"{name}: fewer than half of the first rows have {quote_name(rare)}; give {flag} {rare}")
-        raise InputError(f"{name}: no column is called {', '.join(candidates)}; give {flag}, one of {listed(columns)}")
+        raise InputError(
+            f"{name}: no column is called {', '.join(candidates)}; give {flag}: there are {listed(columns)}"
+        )
     raise InputError(f"{', '.join(sources)} have no column in common for {flag}: rename it in one of them")
 
 

@@ -175,6 +175,7 @@ TRAIN = [
     ((*DATA, "--output_dir", "n" * 300), "File name too long"),
     ((*DATA, "--resume_from_checkpoint", "nowhere"), "cannot resume from nowhere: there is no such folder"),
     ((*DATA, "--do_train", "false"), "--do_train false needs a trained checkpoint"),
+    ((*DATA, "--do_train", "false", "--label_issues"), "--label_issues lists training rows"),
 ]  # fmt: skip
 
 

@@ -316,6 +316,9 @@ def check_values(arguments: Arguments) -> None:
         ),
         "--output_dir needs the name of a folder": not training.output_dir,
         "--max_steps must be at least 1; leave it out to train for --num_train_epochs": training.max_steps == 0,
+        "--label_issues lists training rows, and --do_train false trains on none: leave it out": (
+            data.label_issues and not training.do_train
+        ),
         "--refit continues with --resume_from_checkpoint auto, from no other checkpoint": (
             training.refit and training.resume_from_checkpoint not in (None, "auto")
         ),

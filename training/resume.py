@@ -16,7 +16,7 @@ from typing import Any
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
-from checkpoint_files import find_damage, is_checkpoint, read_config
+from checkpoint_files import ONNX_FILE, QUANTIZED_ONNX_FILE, TRUNCATION_FILE, find_damage, is_checkpoint, read_config
 from checkpoint_hierarchical import ADAPTER_SUBFOLDER
 from errors import InputError, as_input_error
 from files import check_writable
@@ -186,6 +186,8 @@ def delete_run(output: Path, model: str) -> None:
         else:
             shutil.rmtree(folder)
     delete_scores(output)
+    for name in (ONNX_FILE, QUANTIZED_ONNX_FILE, TRUNCATION_FILE):  # exports of the former weights
+        (output / name).unlink(missing_ok=True)
     if output.resolve() != Path(model).resolve():  # else a killed run would leave the former weights as its own
         (output / "config.json").unlink(missing_ok=True)
 

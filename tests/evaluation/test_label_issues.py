@@ -147,6 +147,18 @@ def test_an_inner_node_is_judged_as_far_as_it_goes(leaves):
     ).tolist()
 
 
+def test_the_better_label_is_the_more_probable_one():
+    """Leaves below b look alike, so that each alone may be less probable than the label."""
+    draw = np.random.default_rng(5)
+    leaves = draw.integers(5, size=600)
+    given, exchanged = leaves.copy(), draw.choice(600, 60, replace=False)
+    given[exchanged] = np.where(leaves[exchanged] == TREE.id("a"), TREE.id("c"), TREE.id("a"))
+    alike = [[int(leaf != TREE.id("a"))] for leaf in leaves]
+    issues = list_label_issues(TREE, dataset(texts_of(alike), given.tolist()), VOCABULARY)
+    assert (issues["probability_of_better_label"] > issues["probability_of_label"]).all()
+    assert not {"b", "e"}.isdisjoint(issues["better_label"])
+
+
 def test_several_labels_a_text(leaves):
     others = np.random.default_rng(2).integers(TREE.num_leaves, size=300)
     true = [{int(leaf), int(other)} for leaf, other in zip(leaves, others, strict=True)]  # one or two

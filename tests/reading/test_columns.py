@@ -50,7 +50,7 @@ def test_several_sources_share_a_candidate():
     assert choose_columns(sources, None, TEXT_COLUMNS, "--text_column") == ["text", "Text"]
     assert choose_columns({"a.csv": columns("body")}, "body", (), "--text_column") == ["body"]
     for given, asked, message in (
-        ({"a.csv": columns("x", "y")}, None, "a.csv: no column is called medical_abstract, .*; give --text_column, one of 'x', 'y'"),
+        ({"a.csv": columns("x", "y")}, None, "a.csv: no column is called medical_abstract, .*; give --text_column: there are 'x', 'y'"),
         ({"a.jsonl": columns("id", "text", text=0.4)}, None, "a.jsonl: fewer than half of the first rows have 'text'; give --text_column text"),
         ({"a.csv": columns("text"), "b.csv": columns("x")}, "text", r"b.csv has no column 'text' \(--text_column\); it has 'x'"),
         ({"a.csv": columns("text"), "b.csv": columns("body")}, None, "a.csv, b.csv have no column in common for --text_column"),

@@ -237,6 +237,19 @@ def test_equal_costs_of_all_errors_give_the_most_probable_leaf(classify):
         assert result["expected_cost"] == pytest.approx(1 - same["score"], abs=1e-6)
 
 
+def test_of_leaves_with_equal_costs_the_most_probable_is_predicted(classify):
+    """Errors below one root cost nothing."""
+    root_of = {label: UNEVEN.path_names(leaf)[0] for leaf, label in enumerate(LEAVES)}
+    costs = {one: {other: float(root_of[one] != root_of[other]) for other in LEAVES} for one in LEAVES}
+    texts = [f"{text} {number}" for number in range(20) for text in TEXTS]
+    results, ranked = classify(texts, costs=costs), classify(texts, top_k=len(LEAVES))
+    for result, leaves in zip(results, ranked, strict=True):
+        roots = result["levels"][0]
+        best = max(roots, key=roots.get)
+        assert result["label"] == next(one["label"] for one in leaves if root_of[one["label"]] == best)
+    assert len({result["label"] for result in results}) > 1
+
+
 def test_costs_of_the_pipeline_are_those_of_its_calls(checkpoint, classify):
     costly = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True, costs="distance")
     windows = {"stride": 16, "max_length": 64}

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import push_to_hub
 import train
+from checkpoint_files import published_files
 from errors import InputError
 
 KEPT = "trained_texts.json"
@@ -246,6 +247,9 @@ def test_overwriting_a_run_forgets_what_it_was_trained_on_and_its_weights_with_i
     place, words, first, tiny_encoder, tmp_path
 ):
     output = copy(first, tmp_path / "results")
+    for name in ("onnx/model.onnx", "sentence_bert_config.json"):  # as downloaded from the Hub
+        (output / name).parent.mkdir(exist_ok=True)
+        (output / name).write_bytes(b"of the former weights")
     write_csv(tmp_path / "other.csv", ROWS[700:])
     line = [*words, "--model_name_or_path", tiny_encoder, "--data_path", tmp_path / "other.csv", "--output_dir", output]
     line += ["--overwrite_output_dir", "true"]
@@ -259,6 +263,7 @@ def test_overwriting_a_run_forgets_what_it_was_trained_on_and_its_weights_with_i
         push_to_hub.main(["--model", str(output), "--repo_id", "a/b"])
     run(*line)
     assert len(scored(output, ROWS[700:])["test"]) == 10
+    assert not {"onnx/model.onnx", "sentence_bert_config.json"} & published_files(output).keys()
     assert json.loads((output / KEPT).read_text()) == known
 
 

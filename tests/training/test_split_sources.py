@@ -123,9 +123,11 @@ def test_columns_are_found_in_order_of_preference_and_logged(tmp_path, caplog):
 
 def test_columns_that_are_not_there(tmp_path):
     path = csv_file(tmp_path / "a.csv", [("one", "x"), ("two", "y")], ("notes", "diagnosis"))
-    with pytest.raises(InputError, match=r"a\.csv: no column is called .*--text_column, one of 'notes', 'diagnosis'"):
+    with pytest.raises(
+        InputError, match=r"a\.csv: no column is called .*--text_column: there are 'notes', 'diagnosis'"
+    ):
         load(train_file=path)
-    with pytest.raises(InputError, match=r"no column is called .*--label_column, one of 'notes', 'diagnosis'"):
+    with pytest.raises(InputError, match=r"no column is called .*--label_column: there are 'notes', 'diagnosis'"):
         load(train_file=path, text_column="notes")
     with pytest.raises(
         InputError, match=r"a\.csv has no column 'notse' \(--text_column\); it has 'notes', 'diagnosis'"
