@@ -100,17 +100,17 @@ def load_adapter_form(
 ) -> tuple[Any, dict[str, Any]]:
     """Load the encoder by its name and revision, then the adapter and heads. Return the model and the loading info."""
     hub = {argument: kwargs[argument] for argument in HUB_ARGUMENTS if argument in kwargs}
-    heads_file, adapter_config, adapter_file = (Path(cached_file(name, file, **hub)) for file in ADAPTER_FILES)
-    heads, lora, adapter = load_file(heads_file), read_adapter_config(adapter_config), load_file(adapter_file)
+    heads_file, config_file, adapter_file = (Path(cached_file(name, file, **hub)) for file in ADAPTER_FILES)
+    heads, adapter_config, adapter = load_file(heads_file), read_adapter_config(config_file), load_file(adapter_file)
     encoder = load_encoder(config, **{key: kwargs[key] for key in kwargs if key not in NOT_FOR_THE_ENCODER})
     with init.no_init_weights():  # everything is loaded
         model = model_class(copy.deepcopy(config), encoder=encoder)
     refuse_offloaded(encoder)
-    if merge_adapter and is_mergeable(encoder, lora):
-        merge_lora(encoder, adapter, lora)
+    if merge_adapter and is_mergeable(encoder, adapter_config):
+        merge_lora(encoder, adapter, adapter_config)
         load_heads(model, heads)
     else:
-        inject_adapter(encoder, adapter_config.parent)
+        inject_adapter(encoder, config_file.parent)
         load_heads_and_adapter(model, heads, adapter)
     model.heads.to(encoder.device)
     if hasattr(encoder, "hf_device_map"):  # how pipelines and Trainers see that a model is already placed
@@ -191,11 +191,7 @@ def share_encoder(model: Any, other: Any) -> None:
     if not (model.has_adapter and other.has_adapter):
         raise ValueError("only encoders whose adapters are separate can be shared: load both with merge_adapter=False")
     own, shared = (
-        {
-            name.replace(".base_layer", ""): weight
-            for name, weight in one.encoder.named_parameters()
-            if "lora_" not in name
-        }
+        {base_name(name): weight for name, weight in one.encoder.named_parameters() if "lora_" not in name}
         for one in (model, other)
     )
     names = [f"{one.config.encoder_name_or_path} at {one.config.encoder_revision}" for one in (model, other)]
@@ -207,10 +203,15 @@ def share_encoder(model: Any, other: Any) -> None:
         raise ValueError("the encoders differ in dtype or device: load both with the same arguments")
     for name, weight in own.items():
         weight.data = shared[name].data
-    linear = {name.replace(".base_layer", ""): module for name, module in linear_layers(other.encoder)}
+    linear = {base_name(name): module for name, module in linear_layers(other.encoder)}
     for name, _ in linear_layers(model.encoder):
         parent, _, attribute = name.rpartition(".")
-        setattr(model.encoder.get_submodule(parent), attribute, linear[name.replace(".base_layer", "")])
+        setattr(model.encoder.get_submodule(parent), attribute, linear[base_name(name)])
+
+
+def base_name(name: str) -> str:
+    """Return the name that a weight or layer of an encoder has without an adapter."""
+    return name.replace(".base_layer", "")
 
 
 def linear_layers(encoder: nn.Module) -> list[tuple[str, nn.Module]]:

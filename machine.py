@@ -1,6 +1,7 @@
-"""Find what this machine multiplies fast, and let glibc's malloc keep freed memory.
+"""Tell whether bfloat16 products are native, and let glibc's malloc keep freed memory.
 
-Fetching memory again costs one page fault per page. Elsewhere than on Linux with glibc, malloc stays as it is.
+Memory that malloc has returned to the system costs a page fault per page when it is used again. Without Linux and glibc, malloc
+stays as it is.
 """
 
 import ctypes

@@ -99,19 +99,27 @@ class LexicalHead(nn.Module):
         return scores + self.bias.float()
 
 
-class TreeSoftmax(nn.Module):
-    """Normalise scores within each decision of a taxonomy, without parameters."""
+class TreeDecisions(nn.Module):
+    """The decisions of a taxonomy, without parameters: base class of `TreeSoftmax` and `TreeSigmoid`."""
 
     def __init__(self, tree: Taxonomy):
         super().__init__()
         self.tree, self.num_decisions = tree, len(tree.decisions)
-        self.register_buffer("decision_of", torch.empty(tree.num_nodes, dtype=torch.long), persistent=False)
-        self.register_buffer("parents", torch.empty(tree.num_nodes, dtype=torch.long), persistent=False)
+        for name in ("decision_of", "parents"):
+            self.register_buffer(name, torch.empty(tree.num_nodes, dtype=torch.long), persistent=False)
         self.fill_tree_buffers()
 
     def fill_tree_buffers(self) -> None:
         self.decision_of.copy_(torch.tensor(self.tree.decision_of))
-        self.parents.copy_(torch.tensor(self.tree.parents))  # a root's -1 selects the last column, which is padding
+        self.parents.copy_(torch.tensor(self.tree.parents))
+
+    def of_parents(self, values: Tensor, above_roots: float = 0.0) -> Tensor:
+        """Return the value of each node's parent, (B, N) to (B, N). Roots get ``above_roots``."""
+        return nn.functional.pad(values, (0, 1), value=above_roots)[:, self.parents]  # a root's -1 selects the padding
+
+
+class TreeSoftmax(TreeDecisions):
+    """Normalise scores within each decision of a taxonomy."""
 
     def with_inclusive_values(self, own: Tensor) -> Tensor:
         """Add the logsumexp of the children's scores to the inner nodes' own scores, (B, N) to (B, N)."""
@@ -127,24 +135,15 @@ class TreeSoftmax(nn.Module):
         normaliser = segment_logsumexp(scores, self.decision_of, self.num_decisions)[:, self.decision_of]
         total = conditional = scores - normaliser  # log P(node | parent)
         for _ in range(self.tree.depth - 1):  # each pass reaches one level more
-            total = conditional + nn.functional.pad(total, (0, 1))[:, self.parents]
+            total = conditional + self.of_parents(total)
         return total
 
 
-class TreeSigmoid(nn.Module):
-    """Combine the decisions of a taxonomy in which a text has any number of nodes, without parameters.
+class TreeSigmoid(TreeDecisions):
+    """Combine the decisions of a taxonomy in which a text has any number of nodes.
 
     Given its parent, a node has the logit z. Its probability is P(parent) · σ(z), at most that of its parent.
     """
-
-    def __init__(self, tree: Taxonomy):
-        super().__init__()
-        self.tree = tree
-        self.register_buffer("parents", torch.empty(tree.num_nodes, dtype=torch.long), persistent=False)
-        self.fill_tree_buffers()
-
-    def fill_tree_buffers(self) -> None:
-        self.parents.copy_(torch.tensor(self.tree.parents))  # a root's -1 selects the last column, which is padding
 
     def marginal_logits(self, decision_logits: Tensor) -> Tensor:
         """Return the logits u of the nodes' probabilities, (B, N) to (B, N): u = z at roots.
@@ -154,15 +153,14 @@ class TreeSigmoid(nn.Module):
         """
         marginal = decision_logits
         for _ in range(self.tree.depth - 1):  # each pass reaches one level more
-            above = nn.functional.pad(marginal, (0, 1), value=ROOT_PARENT_LOGIT)[:, self.parents]
+            above = self.of_parents(marginal, ROOT_PARENT_LOGIT)
             terms = torch.stack([-above, -decision_logits, -above - decision_logits])
             marginal = -torch.logsumexp(terms, 0)
         return marginal
 
     def open_decisions(self, labels: Tensor) -> Tensor:
         """Return which decisions have a known outcome, (B, N): roots, and children of nodes that the text has."""
-        above = nn.functional.pad(labels, (0, 1), value=1)[:, self.parents]
-        return (labels != IGNORED_LABEL) & (above == 1)
+        return (labels != IGNORED_LABEL) & (self.of_parents(labels, 1) == 1)
 
 
 class HierarchicalHeads(nn.Module):

@@ -166,25 +166,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         """Classify a text, a list or a stream of texts. The class describes arguments and results."""
         truncation, _, output = self._sanitize_parameters(**parameters)
         truncation, output = {**self._preprocess_params, **truncation}, {**self._postprocess_params, **output}
-        window = self._window(**truncation)
-        if "threshold" in output:
-            guarantee = "recall" if self.model.config.is_multi_label else "coverage"
-            fitted = self.model.config.conformal_max_length or self.tokenizer.model_max_length
-            if "stride" in truncation or window != fitted:
-                raise ValueError(
-                    f"{guarantee} needs texts truncated at {fitted} tokens, like the validation rows: give no stride, "
-                    f"and max_length={fitted} or the tokenizer that was saved with the checkpoint"
-                )
-            if self.model.config.refitted:
-                logger.warning_once(
-                    f"the {guarantee} is not guaranteed: the model was trained on the validation rows too"
-                )
-        if self.model.config.is_multi_label and "stride" in truncation and "top_k" not in output:
-            raise ValueError(
-                "for multi-label models, stride needs top_k and excludes costs: thresholds were not fitted for windows"
-            )
-        if {"costs", "top_k"} <= output.keys():
-            raise ValueError("costs choose one prediction for each text: give either costs or top_k")
+        self._check_together(truncation, output)
         batch_size = self._batch_size if batch_size is None else batch_size
         check_number("batch_size", batch_size, 1)
         if hasattr(inputs, "columns") and hasattr(inputs, "iloc"):
@@ -197,6 +179,28 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             pending = self._submit([read_text(inputs, 0)], batch_size, truncation, None)
             return next(self._collect(pending, output))
         return self._classify(inputs, batch_size, truncation, output)
+
+    def _check_together(self, truncation: dict, output: dict) -> None:
+        """Raise ValueError for arguments that exclude each other, and warn where a guarantee does not hold."""
+        config, window = self.model.config, self._window(**truncation)
+        if "threshold" in output:
+            guarantee = "recall" if config.is_multi_label else "coverage"
+            fitted = config.conformal_max_length or self.tokenizer.model_max_length
+            if "stride" in truncation or window != fitted:
+                raise ValueError(
+                    f"{guarantee} needs texts truncated at {fitted} tokens, like the validation rows: give no stride, "
+                    f"and max_length={fitted} or the tokenizer that was saved with the checkpoint"
+                )
+            if config.refitted:
+                logger.warning_once(
+                    f"the {guarantee} is not guaranteed: the model was trained on the validation rows too"
+                )
+        if config.is_multi_label and "stride" in truncation and "top_k" not in output:
+            raise ValueError(
+                "for multi-label models, stride needs top_k and excludes costs: thresholds were not fitted for windows"
+            )
+        if {"costs", "top_k"} <= output.keys():
+            raise ValueError("costs choose one prediction for each text: give either costs or top_k")
 
     def _classify(self, items: Iterable, batch_size: int | None, truncation: dict, output: dict) -> Iterator:
         """Yield results in the order of the items. Some batches are read ahead."""

@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 
 import torch
-from inference import make_checkpoint, peak_memory, table
+from inference import make_checkpoint, peak_memory, read_column, table
 from transformers import AutoConfig, BertConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,11 +48,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "batch.json")
     arguments = parser.parse_args()
-    csv.field_size_limit(2**24)
-    texts = []
-    for name in ("train.csv", "test.csv"):
-        with (arguments.data / name).open(encoding="utf-8", newline="") as file:
-            texts += [row["text"] for row in csv.DictReader(file)]
+    texts = [text for name in ("train.csv", "test.csv") for text in read_column(arguments.data / name, "text")]
     found = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     for part in arguments.parts:
         with tempfile.TemporaryDirectory() as scratch:

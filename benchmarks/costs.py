@@ -99,7 +99,7 @@ def score(
     row["macro_f1"] = f1_score(labels, leaves, average="macro")
     num_leaves = len(tables["root"])
     chosen, before, correct = (one_hot(ids, num_leaves) for ids in (leaves, most_probable, labels))
-    row["macro_f1_gained"] = paired_intervals([chosen == 1], [before == 1], correct)["macro_f1"][1:]
+    row["macro_f1_gained"] = paired_intervals([chosen], [before], correct)["macro_f1"][1:]
     generator = np.random.default_rng(0)
     for kind, costs in tables.items():
         saved = costs[labels, most_probable] - costs[labels, leaves]

@@ -43,7 +43,7 @@ SETTINGS: dict[str, dict[str, str]] = {
 
 
 def model(tree: Taxonomy, settings: dict[str, str]) -> HierarchicalForSequenceClassification:
-    config = HierarchicalConfig(text_config=MINILM, taxonomy=tree, **settings)  # type: ignore[arg-type]
+    config = HierarchicalConfig(text_config=MINILM, taxonomy=tree, **settings)
     return HierarchicalForSequenceClassification(config).eval()
 
 

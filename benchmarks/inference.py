@@ -38,6 +38,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import torch
 import transformers
 from torch import nn
@@ -91,9 +92,7 @@ def main() -> None:
     keep_memory(*KEPT_MEMORY)  # for all peers, as in predict.py
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    csv.field_size_limit(2**24)
-    with arguments.texts.open(encoding="utf-8", newline="") as file:
-        texts = [row["text"] for row in csv.DictReader(file)]
+    texts = read_column(arguments.texts, "text")
     found = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     with tempfile.TemporaryDirectory() as scratch:
         model = arguments.model or make_checkpoint(arguments.encoder, Path(scratch) / "model")
@@ -103,6 +102,11 @@ def main() -> None:
             arguments.output.write_text(json.dumps(found, indent=1) + "\n")
             print(f"\n{part}\n")
             table(found[part])
+
+
+def read_column(file: Path, name: str) -> list[str]:
+    """Read a column of a CSV file."""
+    return pd.read_csv(file, dtype=str, keep_default_na=False)[name].tolist()
 
 
 def make_checkpoint(encoder: str, folder: Path, config: BertConfig | None = None) -> str:
@@ -485,13 +489,11 @@ def accuracy(model: str, texts: list[str], arguments: argparse.Namespace, scratc
     """Measure the accuracy of a trained checkpoint in this project's types and every int8, on the labels of the file."""
     if arguments.model is None:
         return [{"accuracy": "needs --model"}]
-    with arguments.texts.open(encoding="utf-8", newline="") as file:
-        labels = [row["label"] for row in csv.DictReader(file)]
-    names = dict(zip(sorted(set(labels)), sorted(set(labels)), strict=True))
+    labels = read_column(arguments.texts, "label")
+    names = {label: label for label in labels}
     classes = arguments.texts.parent / "labels.csv"
     if classes.exists():
-        with classes.open(encoding="utf-8", newline="") as file:
-            names = {row["label"]: row["name"] for row in csv.DictReader(file)}
+        names = dict(zip(read_column(classes, "label"), read_column(classes, "name"), strict=True))
     tree = ours(model, "fp32").tree
     classes_of_leaves = [label.rpartition("/")[2] for label in tree.labels[: tree.num_leaves]]
     rows = []

@@ -1,7 +1,7 @@
 """Measure the time to load a checkpoint: ``python benchmarks/loading.py``.
 
-`AutoModel.from_pretrained` of the adapter form is compared with that of its bare encoder, at the size of BERT base (110 M
-random weights), from a warm disk cache. "First load" is in a fresh process that has imported only torch and transformers: the
+`AutoModel.from_pretrained` loads the adapter form, and for comparison its bare encoder, from a warm disk cache. The encoder has
+the size of BERT base: 110 M random weights. "First load" is in a fresh process that has imported only torch and transformers: the
 time that a user waits. "Load again" is the second load in that process. All variants alternate, so that load on the machine
 affects each. Ratios are those of the medians.
 """

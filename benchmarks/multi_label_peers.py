@@ -288,7 +288,7 @@ def score_peer(name: str, tree: Taxonomy, rows: dict[str, Rows], **arguments: An
     logits, settings = PEERS[name](tree, rows, **arguments)
     # closed upwards, as the chosen nodes are
     threshold = common_threshold(maximum_below(tree, logits["validation"]), rows["validation"][1])
-    scores = score(tree, logits["test"], rows["test"][1], np.full(tree.num_nodes, threshold))
+    scores = score(tree, logits["test"], rows["test"][1], threshold)
     if name == "tfidf-svm":  # its logits are margins
         scores = {metric: value for metric, value in scores.items() if metric not in PROBABILITIES}
     return {**scores, "threshold": threshold, "settings": settings}
@@ -310,7 +310,7 @@ def score_checkpoint(folder: Path, tree: Taxonomy, rows: dict[str, Rows], refit:
     return scores | answers(tree, uncalibrated / np.array(config.node_scales), labels, len(decisions["validation"]))
 
 
-def score(tree: Taxonomy, u: np.ndarray, labels: np.ndarray, thresholds: np.ndarray) -> dict[str, Any]:
+def score(tree: Taxonomy, u: np.ndarray, labels: np.ndarray, thresholds: np.ndarray | float) -> dict[str, Any]:
     """Return the scores of the chosen nodes, their bootstrap intervals over texts, and the chosen nodes, packed."""
     scores = build_multi_label_metrics(tree, thresholds)(EvalPrediction(u, labels))
     chosen = predict_nodes(tree, expit(u), thresholds)
@@ -358,7 +358,7 @@ def answers(tree: Taxonomy, scores: np.ndarray, labels: np.ndarray, num_fitted: 
 
 
 def paired_intervals(
-    own: list[np.ndarray], other: list[np.ndarray], labels: np.ndarray, resamples: int = 1000
+    own: list[np.ndarray], other: list[np.ndarray], labels: np.ndarray
 ) -> dict[str, tuple[float, float, float]]:
     """Return the differences of micro- and macro-F1 of two models, with 95 % bootstrap intervals over the same test texts.
 
@@ -371,7 +371,7 @@ def paired_intervals(
         The difference, and the lower and upper end.
     """
     generator, texts = np.random.default_rng(0), len(labels)
-    draws = (generator.integers(texts, size=texts) for _ in range(resamples))
+    draws = (generator.integers(texts, size=texts) for _ in range(1000))
     times = np.stack([np.ones(texts), *(np.bincount(rows, minlength=texts) for rows in draws)])  # the first: all texts
 
     def f1(chosen: np.ndarray) -> np.ndarray:

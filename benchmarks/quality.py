@@ -33,8 +33,8 @@ Models for multi-label tasks (hallmarks, ohsumed_multilabel), over all nodes, cl
 - tfidf-logistic, tfidf-svm: one-vs-rest logistic regression or linear SVM over TF-IDF, by scikit-learn;
 - napkinxc: a probabilistic label tree over TF-IDF, by napkinXC;
 - flat-lora: a rank-16 adapter over the encoder and one linear layer over the mean token vector, with binary cross-entropy,
-  by transformers' Trainer and PEFT: texts of 512 tokens, batches of 8, learning rates `ADAPTER_RATE` and `HEAD_RATE`, no
-  dropout, as in ``train.py``;
+  by transformers' Trainer and PEFT. Texts have 512 tokens and batches 8 texts; learning rates are `ADAPTER_RATE` and
+  `HEAD_RATE`; there is no dropout, as in ``train.py``;
 - flat-lora-max: the same with each node's maximum over itself and its descendants, and the max constraint loss (C-HMCNN,
   Giunchiglia and Lukasiewicz, 2020);
 - flat-lora-refit: flat-lora, trained anew on training and validation rows for the best number of epochs;
@@ -52,7 +52,6 @@ test rows.
 """
 
 import argparse
-import csv
 import json
 import os
 import shutil
@@ -252,9 +251,8 @@ def single_label(task: Task, model: str, arguments: argparse.Namespace) -> dict[
     if model not in TRAINED:
         return measure(*MODELS[model](task, arguments.encoder), task.tree)
     folder, own = train(task, model, arguments)
-    with (folder / "test_predictions.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    labels, answers = (np.array([task.tree.id(row[name]) for row in rows]) for name in ("label", "prediction"))
+    rows = pd.read_csv(folder / "test_predictions.csv", dtype=str, keep_default_na=False)
+    labels, answers = (np.array([*map(task.tree.id, rows[name])]) for name in ("label", "prediction"))
     if model.startswith("flat"):  # its level 1 consists of leaves
         own = {name: value for name, value in own.items() if "level_1" not in name}
     return measure(labels, answers, task.tree) | own

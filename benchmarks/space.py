@@ -8,7 +8,6 @@
 """
 
 import argparse
-import csv
 import json
 import os
 import statistics
@@ -27,6 +26,7 @@ sys.path[:0] = [str(ROOT / "space"), str(ROOT / "tests")]
 import torch
 from attribution import Explainer, IntegrationPath
 from classification import classify_all, load
+from conftest import CORPUS, read_csv
 from gradio_client import Client
 from space_server import SpaceServer
 
@@ -35,8 +35,7 @@ CLIENTS, REQUESTS, EVERY = 64, 2_000, 250
 
 def texts(words: int | None = None) -> list[str]:
     """Return texts of the synthetic corpus; with ``words``, joined until they have that many words."""
-    with (ROOT / "examples" / "corpus" / "test.csv").open(encoding="utf-8", newline="") as file:
-        found = [row["text"] for row in csv.DictReader(file)]
+    found = [row["text"] for row in read_csv(CORPUS / "test.csv")]
     if words is None:
         return found
     return [" ".join(" ".join(found[i : i + 6]).split()[:words]) for i in range(0, 12, 3)]

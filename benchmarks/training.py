@@ -25,7 +25,6 @@ BERT base and random weights, and its batches have no padding.
 import argparse
 import csv
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -80,10 +79,7 @@ def machine() -> str:
     """Describe the machine."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    name = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
+    name = torch.cpu.get_capabilities()["cpu_name"]
     return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
@@ -225,15 +221,15 @@ def work(
     }
 
 
-def largest_costs(train: Callable[[], None], count: int = 5) -> dict[str, float]:
-    """Return the operators with the largest self time, and their shares of the total."""
+def largest_costs(train: Callable[[], None]) -> dict[str, float]:
+    """Return the five operators with the largest self time, and their shares of the total."""
     from torch.profiler import profile
 
     with profile() as profiled:
         train()
     spent = {event.key: event.self_device_time_total or event.self_cpu_time_total for event in profiled.key_averages()}
     total = sum(spent.values())
-    return {name: spent[name] / total for name in sorted(spent, key=spent.get, reverse=True)[:count]}
+    return {name: spent[name] / total for name in sorted(spent, key=spent.get, reverse=True)[:5]}
 
 
 def synchronize() -> None:

@@ -12,23 +12,12 @@ import time
 from pathlib import Path
 
 from PIL import Image
-from selenium import webdriver
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "space"))
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "space")]
 
 from space_server import SpaceServer
-from test_space_browser import Page
-
-
-def browser() -> webdriver.Chrome:
-    """Return headless Chromium, as Debian has it."""
-    options = webdriver.ChromeOptions()
-    options.binary_location = "/usr/bin/chromium"
-    for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--hide-scrollbars"):
-        options.add_argument(word)
-    return webdriver.Chrome(options=options, service=webdriver.ChromeService("/usr/bin/chromedriver"))
+from test_space_browser import Page, start_chromium
 
 
 def shoot(page: Page, name: str) -> None:
@@ -66,7 +55,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("results/quickstart"))
     model = str(parser.parse_args().model.resolve())
     with tempfile.TemporaryDirectory() as folder, SpaceServer(model, Path(folder), fresh=True) as server:
-        driver = browser()
+        driver = start_chromium("--hide-scrollbars")
         try:
             take_pictures(Page(driver, server.address))
         finally:

@@ -198,21 +198,15 @@ def nonconformity_scores(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndar
 
 
 def coverage_scores(
-    taxonomy: Taxonomy,
-    logits: np.ndarray,
-    labels: np.ndarray,
-    texts: np.ndarray,
-    threshold: float | None,
+    taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray, threshold: float
 ) -> dict[str, float]:
     """Measure the answers for a threshold. Each text counts once.
 
-    Returns an empty dict without a threshold, else:
+    Returns:
         coverage: share of texts whose answers contain all their labels.
         single_leaf: share of answers that are one leaf.
         leaves, nodes: mean number of leaves in an answer, and of nodes that it names.
     """
-    if threshold is None:
-        return {}
     rows, leaves_at_or_below = [], taxonomy.leaves_at_or_below
     for nodes, label in zip(node_probabilities(taxonomy, logits), labels.tolist(), strict=True):
         answer = conformal_answer(taxonomy, nodes, threshold)

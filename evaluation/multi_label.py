@@ -256,14 +256,14 @@ def fit_recall_thresholds(u: np.ndarray, labels: np.ndarray) -> tuple[list[float
     return thresholds, num_texts
 
 
-def recall_scores(u: np.ndarray, labels: np.ndarray, threshold: float | None) -> dict[str, float]:
+def recall_scores(u: np.ndarray, labels: np.ndarray, threshold: float) -> dict[str, float]:
     """Measure the answers {P(node) >= threshold} on the texts with a label 1.
 
     ``recall`` is the mean share of a text's true nodes in its answer, ``nodes`` the mean number of nodes in an answer.
-    Without such texts, or a threshold, an empty dict is returned.
+    Without such texts, an empty dict is returned.
     """
     has_label = (labels == 1).any(axis=1)
-    if threshold is None or not has_label.any():
+    if not has_label.any():
         return {}
     true, answers = labels[has_label] == 1, expit(u[has_label].astype(np.float64)) >= threshold
     recall = (true & answers).sum(axis=1) / true.sum(axis=1)

@@ -206,10 +206,11 @@ def copy_calibration(model: HierarchicalForSequenceClassification, source: Hiera
 
 def answer_scores(config: HierarchicalConfig, logits: dict[str, np.ndarray], splits: DatasetDict) -> dict[str, float]:
     """Measure the answers for `MEASURED_TARGET` on the test rows, from calibrated logits: ``test_answer_…``."""
-    thresholds: Any = config.recall_thresholds if config.is_multi_label else config.conformal_thresholds
-    if "test" not in logits or thresholds is None:
+    thresholds = (config.recall_thresholds if config.is_multi_label else config.conformal_thresholds) or [None] * 99
+    threshold = thresholds[threshold_index(MEASURED_TARGET)]  # None if there were too few validation rows for it
+    if "test" not in logits or threshold is None:
         return {}
-    scored, threshold = (logits["test"], label_arrays(splits["test"])), thresholds[threshold_index(MEASURED_TARGET)]
+    scored = logits["test"], label_arrays(splits["test"])
     if config.is_multi_label:
         scores = recall_scores(*scored, threshold)
     else:

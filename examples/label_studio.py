@@ -3,9 +3,9 @@
     python examples/label_studio.py config CHECKPOINT > config.xml
     python examples/label_studio.py rows EXPORT.json > labelled.jsonl
 
-The first command prints the labelling configuration for a checkpoint's taxonomy. The second reads an export, in the format "JSON",
-and prints training rows for ``train.py``, with the column ``label``, or ``labels`` if the tasks have several labels. Tasks that
-nobody labelled, or that were skipped, are left out. Of several annotations of a task, the latest counts.
+The first command prints the labelling configuration for a checkpoint's taxonomy. The second reads an export in the format "JSON",
+and prints training rows for ``train.py``. Their labels are in the column ``label``, or ``labels`` if the tasks have several labels.
+Tasks that nobody labelled, or that were skipped, are left out. Of several annotations of a task, the latest counts.
 """
 
 import argparse

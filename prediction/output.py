@@ -5,7 +5,8 @@ Worth knowing:
 1. Each finished block of rows is a file in ``<output>.parts``, or in ``.parts`` inside an output folder, which may be a disk of
    its own. At the end these files are joined to the output, and deleted. A file's name follows from its rows, so a block that is
    classified twice is in the output once.
-2. The file of a block holds the options, a digest of its input rows, and a checksum of its content, and is checked when it is read.
+2. The file of a block holds the options, a digest of its input rows, and a checksum of its content. All three are checked when
+   it is read.
 3. The output is one file, or a folder of files with about 100,000 rows each. The folder's manifest is written last: an output
    is complete once its `marker` exists, which is the file or the manifest.
 4. On a disk a lock, which ends with its process, lets one process at a time write an output.

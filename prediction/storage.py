@@ -114,8 +114,8 @@ class Bucket:
         from pyarrow.fs import FileSelector
 
         with as_input_error(f"--output {folder}"):
-            found = self._filesystem.get_file_info(FileSelector(path_of(folder), allow_not_found=True))
-        return {info.base_name for info in found if info.is_file}
+            infos = self._filesystem.get_file_info(FileSelector(path_of(folder), allow_not_found=True))
+        return {info.base_name for info in infos if info.is_file}
 
     def new_folder(self, parts: str) -> Path:
         return Path(self._new.name)

@@ -123,6 +123,7 @@ def find_target(
     except RevisionNotFoundError as error:
         if create_pr:
             raise InputError(f"--revision {branch}: {repo_id} has no such branch to open a pull request on") from error
+        # else `publish` creates the branch from the default branch, whose state `current` still is
     except HUB_ERRORS as error:
         raise InputError(f"cannot look at {repo_id}: {describe_hub_error(error)}") from error
 

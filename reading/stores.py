@@ -67,20 +67,18 @@ def find_files(url: str) -> tuple[Any, list[tuple[str, int]], bool]:
     with store_errors(url):
         info = filesystem.get_file_info(path)
         if info.type == FileType.Directory:
-            found = filesystem.get_file_info(FileSelector(path))
+            infos = filesystem.get_file_info(FileSelector(path))
         elif info.type == FileType.NotFound and re.search("[*[]", path):
             parts = path.split("/")
             fixed = next(i for i, part in enumerate(parts) if re.search("[*[]", part))
             recursive = fixed < len(parts) - 1 or parts[-1] == "**"
             selector = FileSelector("/".join(parts[:fixed]), recursive=recursive, allow_not_found=True)
-            found = [one for one in filesystem.get_file_info(selector) if matches(one.path.split("/"), parts)]
+            infos = [one for one in filesystem.get_file_info(selector) if matches(one.path.split("/"), parts)]
         else:
-            found = [info]
+            infos = [info]
+    infos = [one for one in infos if one.type == FileType.File]
     # servers may not tell a size; a file of 0 bytes would be left out
-    sized = (
-        (url_of(scheme, one.path), 1 if one.size is None else one.size) for one in found if one.type == FileType.File
-    )
-    files = sorted(sized)
+    files = sorted((url_of(scheme, one.path), 1 if one.size is None else one.size) for one in infos)
     return filesystem, files, info.type == FileType.Directory
 
 

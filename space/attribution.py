@@ -6,8 +6,8 @@ Worth knowing:
    probability, which words still move where the probability is close to 0 or 1.
 2. The baseline is a blank text of the same length, made of padding. The weights of the words and special tokens add up to
    the difference between the values of the text and of the blank text. `benchmarks/space.py blank` compares baselines.
-3. The model reads a word twice: as a vector in the encoder's embedding layer, and as a count in the lexical head, if there
-   is one. The integration path changes both together, and the weight of a word is the sum of both contributions.
+3. The encoder reads a word as a vector of its embedding layer. A lexical head, if there is one, reads the word as a count.
+   The integration path changes both together, and the weight of a word is the sum of both contributions.
 4. Along the path, the value often jumps within a few hundredths. A scan without gradients finds the jumps, and the
    path is split there. The intervals with the largest error are halved while steps and time last (adaptive quadrature).
    The error of an interval is known, because its integral is a difference of two values.

@@ -16,6 +16,7 @@ from tables import Refused
 from transformers import Pipeline, pipeline
 
 from reading.columns import is_blank
+from reading.rows import has_surrogate
 
 MAX_CHARACTERS = 20_000
 MIN_TARGET, MAX_TARGET = 0.5, 0.99
@@ -94,10 +95,8 @@ def check_text(text: Any) -> str:
         raise Refused("There is no text to classify.")
     if len(text) > MAX_CHARACTERS:
         raise Refused(f"The text has {len(text):,} characters; at most {MAX_CHARACTERS:,} are accepted.")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise Refused("The text is not valid Unicode: it has half of a surrogate pair.") from None
+    if has_surrogate(text):
+        raise Refused("The text is not valid Unicode: it has half of a surrogate pair.")
     return text
 
 

@@ -160,36 +160,40 @@ def bars(levels: list[dict[str, float]], path: list[str]) -> go.Figure:
     for depth, level in enumerate(shown, start=1):
         order = sorted(level, key=lambda node: -level[node])
         count = BARS if len(order) > BARS + 1 else len(order)  # the last row is a node, or all others
-        rows = [(plotly_text(node), level[node], node in path, 0) for node in order[:count]]
+        rows = [Bar(plotly_text(node), level[node], node in path) for node in order[:count]]
         if order[count:]:
-            rows.append((f"{len(order) - count:,} others", sum(level[node] for node in order[count:]), False, 0))
+            rows.append(Bar(f"{len(order) - count:,} others", sum(level[node] for node in order[count:]), False))
         figure.add_annotation(text=f"<b>Level {depth}</b>", y=top + 20, x=0, **TEXT)
         draw_rows(figure, rows, top + HEADING, bool(path))
         top += HEADING + ROW * len(rows)
     return dress(figure, height, 1, height)
 
 
-def draw_rows(figure: go.Figure, rows: list[tuple[str, float, bool, int]], top: float, with_numbers: bool) -> None:
-    """Draw bars, one below the other, each with its text on it.
+class Bar(NamedTuple):
+    """A bar: its text, its probability, whether it is marked, and the indentation of the text in levels."""
 
-    Args:
-        rows: text, probability, whether the bar is marked, and indentation of the text in levels.
-        top: upper end of the first row, in pixels.
-    """
+    text: str
+    score: float
+    is_marked: bool
+    indent: int = 0
+
+
+def draw_rows(figure: go.Figure, rows: list[Bar], top: float, with_numbers: bool) -> None:
+    """Draw bars, one below the other from ``top`` in pixels, each with its text on it."""
     places = [top + ROW * (i + 0.5) for i in range(len(rows))]
     figure.add_bar(
-        x=[score for _, score, *_ in rows],
+        x=[bar.score for bar in rows],
         y=places,
         width=ROW - 5,
         orientation="h",
         opacity=0.45,
-        marker={"color": [BLUE if marked else GREY for _, _, marked, _ in rows]},
-        hovertext=[f"{text}: {percent(score)}" for text, score, *_ in rows],
+        marker={"color": [BLUE if bar.is_marked else GREY for bar in rows]},
+        hovertext=[f"{bar.text}: {percent(bar.score)}" for bar in rows],
         hoverinfo="text",
     )
-    for place, (text, score, _, indent) in zip(places, rows, strict=True):
-        written = f"{text}  <b>{percent(score)}</b>" if with_numbers else text
-        figure.add_annotation(text=written, y=place, x=0, **TEXT | {"xshift": 3 + INDENT * indent})
+    for place, bar in zip(places, rows, strict=True):
+        written = f"{bar.text}  <b>{percent(bar.score)}</b>" if with_numbers else bar.text
+        figure.add_annotation(text=written, y=place, x=0, **TEXT | {"xshift": 3 + INDENT * bar.indent})
 
 
 def tree(nodes: list[tuple[str, int]], scores: dict[str, float] | None, chosen: set[str]) -> go.Figure:
@@ -208,7 +212,7 @@ def tree(nodes: list[tuple[str, int]], scores: dict[str, float] | None, chosen: 
     shown, others = set(order[:count]), order[count:]
     height = ROW * min(len(nodes), TREE_ROWS + 1) + 8
     rows = [
-        (
+        Bar(
             f"✓ {plotly_text(node)}" if node in chosen else plotly_text(node),
             known.get(node, 0.0),
             node in chosen,

@@ -118,11 +118,15 @@ runpy.run_path(command, run_name="__main__")
 def complete(
     *words: object, given: str = "", cwd=ROOT, environment: Mapping[str, str] = os.environ, modules=COMMANDS
 ) -> subprocess.CompletedProcess:
-    """Run Python with these arguments, forked, to its end.
+    """Run Python with these arguments to its end.
 
     Args:
         given: its standard input.
+        modules: what the process that is forked has imported. With None, nothing is forked.
     """
+    if modules is None:
+        line = [sys.executable, *map(str, words)]
+        return subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=environment, input=given)
     with ExitStack() as stack:
         streams = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3)]
         streams[0].write(given)
@@ -158,20 +162,16 @@ def run(
     given: str = "",
     fresh: bool = False,
 ) -> subprocess.CompletedProcess:
-    """A command of the repository in a process of its own.
+    """Run a command of the repository in a process of its own.
 
     Args:
         settings: environment variables on top of this process's.
         given: its standard input.
         fresh: whether it imports all by itself, as in a shell; otherwise it is forked, which saves seconds.
     """
-    line, environment = [str(ROOT / command), *map(str, words)], os.environ | (settings or {})
-    if fresh:
-        line = [sys.executable, *line]
-        done = subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=environment, input=given)
-    else:
-        modules = LIBRARIES if any(name.startswith(READ_AT_IMPORT) for name in settings or {}) else COMMANDS
-        done = complete(*line, given=given, cwd=cwd, environment=environment, modules=modules)
+    modules = LIBRARIES if any(name.startswith(READ_AT_IMPORT) for name in settings or {}) else COMMANDS
+    line, environment, modules = (ROOT / command, *words), os.environ | (settings or {}), None if fresh else modules
+    done = complete(*line, given=given, cwd=cwd, environment=environment, modules=modules)
     assert not check or done.returncode == 0, done.stderr[-4000:]
     return done
 
@@ -184,17 +184,13 @@ def inside(*words: object) -> int:
 
 
 def stranger(code: str, folder, settings: dict[str, str] | None = None, fresh: bool = False) -> dict:
-    """Runs code in a process that does not see this repository, and returns the JSON that it prints last.
+    """Run code in a process that does not see this repository, and return the JSON that it prints last.
 
     Args:
         fresh: whether nothing is imported before, for code that tells what is.
     """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | (settings or {})
-    if fresh:
-        line = [sys.executable, "-c", code]
-        done = subprocess.run(line, capture_output=True, text=True, cwd=folder, env=environment)
-    else:
-        done = complete("-c", code, cwd=folder, environment=environment, modules=LIBRARIES)
+    done = complete("-c", code, cwd=folder, environment=environment, modules=None if fresh else LIBRARIES)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 

@@ -2,7 +2,7 @@
 
     .venv/bin/python tests/test_golden.py   # writes the file anew, after a change that is meant to change results
 
-Processors round differently, so numbers are compared with tolerances: a near tie between two classes may fall either way, which
+Processors round differently, so numbers are compared with tolerances. A near tie between two classes may fall either way. This
 moves scores that count rows by more than losses. The code that travels in the checkpoint takes no part.
 """
 

@@ -228,7 +228,7 @@ def parse(argv: list[str]) -> Arguments:
             action.help = argparse.SUPPRESS
     parser.error = raise_parser_error  # argparse prints the usage of all 150 flags
 
-    # ── Words: flags after the recipe override it ────────────────────────────────────────────────────────────────────
+    # ── Arguments: flags override the recipe ─────────────────────────────────────────────────────────────────────────
     if argv and not argv[0].startswith("-"):
         argv = insert_recipe(argv, {action.dest: action for action in parser._actions})
     for word in argv:

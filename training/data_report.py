@@ -105,10 +105,13 @@ def _by_level(taxonomy: Taxonomy, counts: Sequence[int]) -> dict[str, dict[str, 
 def untrained_classes(rows: pd.DataFrame, taxonomy: Taxonomy) -> list[str]:
     """Return the leaves, or in multi-label data the nodes, without a training row, if there are any rows."""
     train = rows.loc[rows["split"] == "train", "label"].tolist()
-    if train and isinstance(train[0], list):
-        return [taxonomy.labels[i] for i, count in enumerate(texts_by_node(train, taxonomy)) if not count]
-    seen = taxonomy.count_at_or_below(train)
-    return [taxonomy.labels[leaf] for leaf in range(taxonomy.num_leaves) if train and not seen[leaf]]
+    if not train:
+        return []
+    if isinstance(train[0], list):
+        counts = texts_by_node(train, taxonomy)
+    else:
+        counts = taxonomy.count_at_or_below(train)[: taxonomy.num_leaves]
+    return [taxonomy.labels[i] for i, count in enumerate(counts) if not count]
 
 
 def length_report(lengths: Sequence[int], max_length: int) -> dict:

@@ -58,11 +58,10 @@ def read_label_sets(table: Table, columns: list[str], delimiter: str | None) -> 
         names = [to_nfc(name.strip()) for name in columns]
         return [tuple(compress(names, row)) for row in zip(*indicators, strict=True)]
     (column,) = columns
-    written = (isinstance(cell, str) and cell.startswith("[") and cell.endswith("]") for cell in table.columns[column])
     if delimiter is not None:
         problem = "the cell is a list written as text: give names between delimiters, or lists in JSON Lines or Parquet"
-        refuse_rows(table, column, (problem if is_list else None for is_list in written))
-    rows = []
+        refuse_rows(table, column, (problem if _is_written_list(cell) else None for cell in table.columns[column]))
+    rows: list[Any] = []
     for cell in table.columns[column]:
         if isinstance(cell, str) and delimiter is not None:
             cell = cell.split(delimiter)
@@ -70,7 +69,7 @@ def read_label_sets(table: Table, columns: list[str], delimiter: str | None) -> 
         rows.append([label for label in labels if label != ""])
     problems = (next(filter(None, (_label_problem((label,)) for label in labels)), None) for labels in rows)
     refuse_rows(table, column, problems)
-    return list(map(tuple, rows))  # type: ignore[arg-type]
+    return list(map(tuple, rows))
 
 
 def read_indicator(cell: Any) -> int | None:
@@ -88,6 +87,10 @@ def _label_text(value: Any) -> str | None:
     if not isinstance(value, str | int) or isinstance(value, bool):
         return None
     return to_nfc(str(value).strip())
+
+
+def _is_written_list(cell: Any) -> bool:
+    return isinstance(cell, str) and cell.startswith("[") and cell.endswith("]")
 
 
 def _label_problem(path: tuple[Any, ...]) -> str | None:
@@ -201,15 +204,15 @@ def warn_of_odd_names(where: str, taxonomy: Taxonomy, is_multi_label: bool) -> N
     # ── Names of several classes ─────────────────────────────────────────────────────────────────────────────────────
     names, warning = sorted({*taxonomy.names}), f"{where}: %s and %d more labels hold several names: %s"
     for delimiter in DELIMITERS:
-        parts = {name: [part.strip() for part in name.split(delimiter)] for name in names}
-        counts = Counter(chain.from_iterable(map(set, parts.values())))
-        several = {name: found for name, found in parts.items() if len(found) > 1 and all(found)}
+        parts_of = {name: [part.strip() for part in name.split(delimiter)] for name in names}
+        counts = Counter(chain.from_iterable(map(set, parts_of.values())))
+        several = {name: parts for name, parts in parts_of.items() if len(parts) > 1 and all(parts)}
         if delimiter in PATH_DELIMITERS:
-            shared = [name for name, found in several.items() if counts[found[0]] > 1]  # paths share their roots
+            shared = [name for name, parts in several.items() if counts[parts[0]] > 1]  # paths share their roots
         elif delimiter == ",":  # which many names hold, such as "Leukemia, B-Cell"
-            shared = [name for name, found in several.items() if parts.keys() >= {*found}]
+            shared = [name for name, parts in several.items() if parts_of.keys() >= {*parts}]
         else:
-            shared = [name for name, found in several.items() if all(counts[part] > 1 for part in found)]
+            shared = [name for name, parts in several.items() if all(counts[part] > 1 for part in parts)]
         if len(shared) > 1 and 2 * len(shared) >= len(several):
             advice = _advice_on_delimiter(shared[0], delimiter, is_multi_label)
             logger.warning(warning, quote_name(shared[0]), len(shared) - 1, advice)
@@ -259,9 +262,9 @@ def read_class_names(path_or_json: str) -> dict[str, str]:
         if len(table) < 2:
             raise InputError(f"{where}: expected two columns, code and name")
         shares = dict.fromkeys(table, 1.0)
-        found = [find_column(shares, None, known) for known in (("code", "label"), ("name", "condition_name"))]
-        others = [column for column in table if column not in found]
-        code, name = (others.pop(0) if column is None else column for column in found)
+        by_name = [find_column(shares, None, known) for known in (("code", "label"), ("name", "condition_name"))]
+        others = [column for column in table if column not in by_name]
+        code, name = (others.pop(0) if column is None else column for column in by_name)
         pairs = list(zip(table[code], table[name], strict=True))
     names: dict[str, str] = {}
     for code, name in pairs:
@@ -284,7 +287,7 @@ def _from_labels(
             raise InputError(f"{places[label]}: the label {quote_name(label)} has an empty name in its path")
     paths = sorted({*path_of.values()})
     for label in names:
-        if isinstance(label, str) and label.startswith("[") and label.endswith("]"):
+        if _is_written_list(label):
             advice = "save the data as .jsonl or .parquet, or join the labels and give --label_delimiter"
             raise InputError(f"{places[label]}: the label is a list written as text: {advice}")
     if len(paths) == 1:
@@ -330,6 +333,8 @@ def _node(taxonomy: Taxonomy, lookup: dict[Label, int], label: Label) -> int:
 def _has_all_labels(taxonomy: Taxonomy, labels: Iterable[Label]) -> bool:
     lookup = _lookup(taxonomy)
     try:
-        return all(_node(taxonomy, lookup, label) >= 0 for label in labels)
+        for label in labels:
+            _node(taxonomy, lookup, label)
     except TaxonomyError:
         return False
+    return True

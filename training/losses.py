@@ -32,7 +32,7 @@ def weight_of_level(weights: Sequence[float], level: int) -> float:
 class HierarchicalFocalLoss(nn.Module):
     """Sum over the decisions on a label's path of  w_level · α_class · (1 - p)^γ · CE, divided by the number of labels.
 
-    p is the probability of the correct child among its siblings, and CE its cross-entropy, with label smoothing ε:
+    p is the probability of the correct child among its siblings. CE is its cross-entropy with label smoothing ε:
     -(1 - ε) log p - ε / K · Σ log p_k. The focal factor is from Lin et al. (2017, arXiv 1708.02002). α is 1,
     or with ``balanced`` from `balanced_weights` of the counts (num_nodes,) of `Taxonomy.count_at_or_below`.
     """
@@ -61,8 +61,7 @@ class HierarchicalFocalLoss(nn.Module):
     def forward(self, node_log_probs: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Return the loss in nats for log-probabilities (B, num_nodes) of the model and labels (B,); -100 is ignored."""
         nodes = labels.clamp(min=0)
-        # (B, num_nodes): log P(node | parent)
-        conditional = node_log_probs - nn.functional.pad(node_log_probs, (0, 1))[:, self.decisions.parents]
+        conditional = node_log_probs - self.decisions.of_parents(node_log_probs)  # log P(node | parent)
         path = self.ancestors[nodes]
         log_p = nn.functional.pad(conditional, (0, 1)).gather(1, path)  # (B, depth)
         loss = -log_p
@@ -140,7 +139,7 @@ def multi_label_symmetric_kl(
     """
     divergence = torch.zeros_like(p[:, 0])
     for one, other in ((p, q), (q, p)):
-        above = nn.functional.pad(decisions.marginal_logits(one).sigmoid(), (0, 1), value=1.0)[:, decisions.parents]
+        above = decisions.of_parents(decisions.marginal_logits(one).sigmoid(), 1.0)
         yes, no = nn.functional.logsigmoid(one), nn.functional.logsigmoid(-one)
         gap_yes, gap_no = yes - nn.functional.logsigmoid(other), no - nn.functional.logsigmoid(-other)
         divergence = divergence + (above * (yes.exp() * gap_yes + no.exp() * gap_no)).sum(1) / 2

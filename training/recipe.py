@@ -1,7 +1,7 @@
 """Convert a recipe, a YAML file of flags, to command-line arguments.
 
-These words are parsed before those of the command line, so a flag overrides its key. A data source on the command line
-replaces that of the recipe. Values stay as they are written: codes such as ``007``, ``1.10`` and ``no`` are texts.
+They precede the other arguments, so a flag of the command line overrides the recipe's. A data source on the command line
+replaces the recipe's. Values stay as they are written: codes such as ``007``, ``1.10`` and ``no`` are texts.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SYNONYMS = {
 
 
 def insert_recipe(argv: list[str], flags: Mapping[str, argparse.Action]) -> list[str]:
-    """Replace a recipe, the first word of a command line, by its words."""
+    """Replace a recipe, the first argument of a command line, by the arguments that it stands for."""
     path, *rest = argv
     given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in rest if word.startswith("--")}
     used = [group for group in SOURCES if given & {*group}]

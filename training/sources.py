@@ -203,8 +203,8 @@ def is_multi_label(has_lists: bool, arguments: DataArguments) -> bool:
     """Return whether a text may have several labels, given whether a label column holds lists."""
     delimited = arguments.label_delimiter is not None
     if arguments.problem_type == "single_label_classification" and (has_lists or delimited):
-        found = "the label column holds lists" if has_lists else "--label_delimiter is given"
-        raise InputError(f"--problem_type {arguments.problem_type} means one label per text, but {found}")
+        contradiction = "the label column holds lists" if has_lists else "--label_delimiter is given"
+        raise InputError(f"--problem_type {arguments.problem_type} means one label per text, but {contradiction}")
     multi_label = has_lists or delimited or arguments.problem_type == MULTI_LABEL
     if arguments.incomplete_labels and not multi_label:
         raise InputError(f"--incomplete_labels needs multi-label data: give --problem_type {MULTI_LABEL}")

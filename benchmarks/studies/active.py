@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from classifiers import ROOT, encode, linear
+from classifiers import ROOT, encode, linear, standardised
 from scipy.stats import entropy
 from sklearn.metrics import accuracy_score, f1_score
 
@@ -76,14 +76,12 @@ def simulate(
     generator, pool = np.random.default_rng(seed), len(labels["train"])
     labelled, scores = generator.permutation(pool)[:FIRST], []
     while True:
-        known = vectors["train"][labelled]
-        mean = known.mean(0)
-        scale = np.sqrt(((known - mean) ** 2).sum(1).mean())  # mean norm 1
         others = np.setdiff1d(np.arange(pool), labelled)
         unseen = np.concatenate([vectors["test"], vectors["train"][others]])
+        known, unseen = standardised(vectors["train"][labelled], unseen)
         start = np.zeros((num_classes, known.shape[1]), dtype=np.float32)
         fit = linear(start, STRENGTH)
-        probabilities = fit((known - mean) / scale, labels["train"][labelled], (unseen - mean) / scale)
+        probabilities = fit(known, labels["train"][labelled], unseen)
         test, rest = np.split(probabilities, [len(vectors["test"])])
         macro_f1 = f1_score(labels["test"], test.argmax(1), average="macro", zero_division=0)
         accuracy = accuracy_score(labels["test"], test.argmax(1))

@@ -60,8 +60,7 @@ def main() -> None:
 def candidates(names: dict[str, np.ndarray]) -> list[tuple[str, str, list[Classifier]]]:
     """Return each classifier as (pooling, its name, its models for every strength of regularisation)."""
     flat = [(pooling, "linear", [linear(0 * names[pooling], strength) for strength in STRENGTHS]) for pooling in names]
-    around = names["mean"] - names["mean"].mean(0)
-    around /= np.linalg.norm(around, axis=1, keepdims=True)
+    around = directions_of(names["mean"])
     named = [linear(norm * around, strength) for norm in NAMES_NORM for strength in STRENGTHS]
     deep = [hidden_layer(alpha) for alpha in ALPHAS]
     return [*flat, ("mean", "linear, begins as the labels' names", named), ("mean", "one hidden layer", deep)]
@@ -83,13 +82,24 @@ def encode(encoder: str, texts: list[str], max_length: int = 512) -> dict[str, n
     return {pooling: torch.cat(parts).numpy()[np.argsort(order)] for pooling, parts in found.items()}
 
 
+def directions_of(vectors: np.ndarray) -> np.ndarray:
+    offsets = vectors - vectors.mean(0)
+    return offsets / np.linalg.norm(offsets, axis=1, keepdims=True)
+
+
+def standardised(known: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the offsets of both from the mean of the known vectors, over the RMS distance of these from it."""
+    mean = known.mean(0)
+    scale = np.sqrt(((known - mean) ** 2).sum(1).mean())
+    return (known - mean) / scale, (others - mean) / scale
+
+
 def cross_validated(classifier: Classifier, vectors: np.ndarray, labels: np.ndarray) -> list[tuple[float, ...]]:
     """Return (accuracy, macro-F1, log loss) of each fold."""
     scores = []
     for known, unseen in StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(vectors, labels):
-        mean = vectors[known].mean(0)
-        scale = np.sqrt(((vectors[known] - mean) ** 2).sum(1).mean())  # mean norm 1
-        probs = classifier((vectors[known] - mean) / scale, labels[known], (vectors[unseen] - mean) / scale)
+        inputs, others = standardised(vectors[known], vectors[unseen])
+        probs = classifier(inputs, labels[known], others)
         answers = probs.argmax(1)
         macro_f1 = f1_score(labels[unseen], answers, average="macro")
         loss = log_loss(labels[unseen], probs, labels=range(probs.shape[1]))

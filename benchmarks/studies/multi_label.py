@@ -104,7 +104,7 @@ class NestedScores(MultiLabelFocalLoss):
         def own_scores(heads: HierarchicalHeads, *inputs: Any) -> Tensor:
             return nested.with_inclusive_values(plain(heads, *inputs) - initial)
 
-        HierarchicalHeads.own_scores = own_scores  # type: ignore[method-assign,assignment]
+        HierarchicalHeads.own_scores = own_scores
 
 
 def loss_of(variant: str) -> type[MultiLabelFocalLoss]:
@@ -132,7 +132,7 @@ def main() -> None:
         if not (folder / "metrics.json").exists():
             words = [*flags(variant, folder, arguments), "--seed", str(seed)]
             if arguments.here:
-                train.MultiLabelFocalLoss = loss_of(variant)  # type: ignore[misc]
+                train.MultiLabelFocalLoss = loss_of(variant)
                 sys.exit(train.main(words))
             command = [sys.executable, __file__, "--here", "--variant", variant, "--seed", seed]
             command += ["--data", arguments.data, "--encoder", arguments.encoder, "--runs", arguments.runs]

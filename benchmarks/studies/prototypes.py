@@ -12,7 +12,7 @@ import argparse
 
 import numpy as np
 import pandas as pd
-from classifiers import encode
+from classifiers import directions_of, encode, standardised
 from label_names import DESCRIPTIONS
 from sklearn.metrics import accuracy_score, f1_score
 
@@ -41,11 +41,6 @@ def main() -> None:
             print(f"| {count} | {weight} | {cells} |", flush=True)
 
 
-def directions_of(vectors: np.ndarray) -> np.ndarray:
-    offsets = vectors - vectors.mean(0)
-    return offsets / np.linalg.norm(offsets, axis=1, keepdims=True)
-
-
 def draw(count: int, labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return ``count`` rows of each class, or all rows of a class that has fewer, and rows to score."""
     shuffled = pd.Series(labels).sample(frac=1, random_state=seed)
@@ -57,8 +52,7 @@ def score(
     vectors: np.ndarray, labels: np.ndarray, known: np.ndarray, unseen: np.ndarray, named: np.ndarray
 ) -> tuple[float, float]:
     """Return accuracy and macro-F1 of prototypes from ``known`` rows, and ``named`` (classes, hidden_size)."""
-    mean = vectors[known].mean(0)
-    offsets = (vectors - mean) / np.sqrt(((vectors[known] - mean) ** 2).sum(1).mean())
+    _, offsets = standardised(vectors[known], vectors)
     sums = named + [offsets[known[labels[known] == label]].sum(0) for label in range(len(named))]
     answers = (offsets[unseen] @ (sums / np.linalg.norm(sums, axis=1, keepdims=True)).T).argmax(1)
     return accuracy_score(labels[unseen], answers), f1_score(labels[unseen], answers, average="macro")

@@ -71,11 +71,11 @@ def disturb(folder: Path, draw: random.Random) -> Counter[str]:
     line = [sys.executable, __file__, "--folder", str(folder)]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     moments, counts = sorted(draw.sample(range(1, FILES - 4), KILLS)), Counter[str]()
-    driver = subprocess.Popen(line, **quiet)  # type: ignore[call-overload]
+    driver = subprocess.Popen(line, **quiet)
     try:
         while driver.poll() != 0:
             if driver.poll() is not None:  # killed, or failed because its workers were
-                driver = subprocess.Popen(line, **quiet)  # type: ignore[call-overload]
+                driver = subprocess.Popen(line, **quiet)
                 counts["starts"] += 1
             elif moments and len([*(folder / "out").glob("*.parquet")]) >= moments[0]:
                 del moments[0]

@@ -14,7 +14,6 @@ Supports docs/experiments.md, "2026-11-28: OpenVINO for prediction".
 """
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from inference import CALIBRATION_TEXTS, OPENVINO_INT8, openvino_encoder
+from inference import CALIBRATION_TEXTS, OPENVINO_INT8, openvino_encoder, read_column
 
 from prediction.int8 import quantize
 
@@ -37,9 +36,7 @@ def main() -> None:
     parser.add_argument("--encoder", required=True)
     parser.add_argument("--texts", type=Path, default=ROOT / "examples" / "corpus" / "train.csv")
     arguments = parser.parse_args()
-    csv.field_size_limit(2**24)
-    with arguments.texts.open(encoding="utf-8", newline="") as file:
-        texts = [row["text"] for row in csv.DictReader(file)]
+    texts = read_column(arguments.texts, "text")
     tokenizer = AutoTokenizer.from_pretrained(arguments.encoder, model_max_length=512)
 
     def load() -> nn.Module:

@@ -11,9 +11,9 @@ tokens, without an encoder, are scored by three-fold cross-validation on the tra
 
 The log loss is for probabilities with the best temperature of each fold.
 
-RUNS, the folder that ``ablation.py --task ohsumed --variant recipe --fold 0`` wrote, adds a second table: the head with the
-encoder of that run, on the third of the training file on which the run was not trained. Weight and temperatures are fitted on 336
-of these rows, as many as the recipe has for validation, and scored on the others, with 40 draws:
+RUNS is the folder that ``ablation.py --task ohsumed --variant recipe --fold 0`` wrote. It adds a second table: the head with the
+encoder of that run. The rows are the third of the training file on which the run was not trained. In each of 40 draws, weight and
+temperatures are fitted on 336 rows, as many as the recipe has for validation. The others are scored:
 
 - the encoder alone;
 - added to the leaves: one weight and one temperature, as in a flat taxonomy;
