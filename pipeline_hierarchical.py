@@ -569,11 +569,16 @@ def read_cost_table(path: str | os.PathLike) -> dict[str, dict[str, str]]:
     """Read a CSV file of costs: the first column names the correct leaves, the first row the predicted ones."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            (_, *predicted), *rows = [fields for fields in csv.reader(file) if fields]
+            lines = [fields for fields in csv.reader(file) if any(fields)]
+        while lines and not any(fields[-1] for fields in lines):  # spreadsheets append blank columns and rows
+            lines = [fields[:-1] for fields in lines]
+        (_, *predicted), *rows = lines
     except OSError as error:
         raise ValueError(f"cannot read the costs {path}: {error.strerror}") from error
     except (csv.Error, ValueError) as error:
         raise ValueError(f"the costs {path} are not a CSV table in UTF-8") from error
+    if not predicted:
+        raise ValueError(f"the costs {path} have one column: separate the columns by commas")
     table = {}
     for number, (correct, *costs) in enumerate(rows, start=2):
         if len(costs) != len(predicted):

@@ -78,7 +78,9 @@ def main(argv: list[str], prepare: Prepare = lambda trainer: trainer) -> None:
     # ── Data: read, check, split ─────────────────────────────────────────────────────────────────────────────────────
     trained_texts = resume.read_earlier_texts(source, resume_from)
     with training.main_process_first(desc="reading the data"):
-        data = load_splits(arguments.data, training.seed, stored_taxonomy, trained_texts)
+        data = load_splits(
+            arguments.data, training.seed, stored_taxonomy, trained_texts, trains=bool(training.do_train)
+        )
     if stored and stored.is_multi_label != data.is_multi_label:
         kinds = "one label per text", f"any number of labels per text (--problem_type {MULTI_LABEL})"
         raise InputError(f"{source} is for {kinds[stored.is_multi_label]}, the data for {kinds[data.is_multi_label]}")
@@ -186,6 +188,8 @@ def train(
     if resume_from is None:
         heads_init = initialise_heads(trainer, splits["train"], arguments.model)
     settings["heads_init"] = data.report["heads_init"] = heads_init
+    if heads_init is None:  # trained heads are kept, and there were no contrastive steps
+        settings["contrastive_steps"] = None
     if training.should_save:
         # the rows of the second run of --refit are of two files, so their numbers would be ambiguous
         if arguments.data.label_issues and first_run is None:

@@ -2,7 +2,7 @@
 
     python examples/label_next.py predictions.jsonl --count 200 --input texts.csv > next.csv
 
-The first argument is an output of ``predict.py --uncertainty``: a file, or a folder ending in /. With ``--input``, the input of that
+The first argument is an output of ``predict.py --uncertainty``: a file or a folder. With ``--input``, the input of that
 run, each row comes with its text. Files are read as streams, so memory holds no more than the printed rows.
 """
 
@@ -31,8 +31,11 @@ def main() -> None:
     parser.add_argument("--input_format", choices=KINDS, help="as for predict.py")
     parser.add_argument("--text_column", help="as for predict.py")
     arguments = parser.parse_args()
-    folder = arguments.predictions.endswith("/")
-    outputs = find_sources(f"{glob.escape(arguments.predictions)}part-*" if folder else arguments.predictions)
+    if arguments.count < 1:
+        raise InputError(f"--count must be at least 1, not {arguments.count}")
+    predictions = arguments.predictions.removesuffix("/")
+    is_folder = predictions != arguments.predictions or Path(predictions).is_dir()
+    outputs = find_sources(f"{glob.escape(predictions)}/part-*" if is_folder else predictions)
     inputs = find_all_sources(arguments.input, arguments.input_format)
     rows = dict(heapq.nlargest(arguments.count, uncertainties(outputs), key=itemgetter(1)))  # of equal rows, the first
     texts = texts_of(inputs, arguments.text_column, rows, sum(1 for _ in uncertainties(outputs))) if inputs else {}
@@ -48,7 +51,8 @@ def uncertainties(outputs: list[Source]) -> Iterator[tuple[int, float]]:
         with open_rows(source) as rows:
             if missing := {"row", "uncertainty"} - rows.columns.keys():
                 raise InputError(
-                    f"{source.name} has no column {min(missing)}: predict with --uncertainty, without --id_column"
+                    f"{source.name} has no column {min(missing)}: predict with --uncertainty, without --id_column, "
+                    "to .jsonl, .csv or .parquet"
                 )
             for row in rows.read(["row", "uncertainty"]):
                 if row.problem or row.values.get("uncertainty") in (None, ""):

@@ -19,12 +19,15 @@ from transformers import AutoConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from configuration_hierarchical import HierarchicalConfig
 from errors import ArgumentParser, InputError, as_input_error, exit_with_error
 
 
 def configuration(checkpoint: str) -> str:
     """Return the labelling configuration, whose choices are the labels of the nodes."""
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=True)
+    if config.model_type != HierarchicalConfig.model_type:
+        raise ValueError("it is not a checkpoint of this project")
     view = ElementTree.Element("View")
     ElementTree.SubElement(view, "Text", name="text", value="$text")
     single = {} if config.is_multi_label else {"maxUsages": "1"}
@@ -42,8 +45,9 @@ def training_row(task: dict[str, Any]) -> dict[str, Any] | None:
     if not annotations:
         return None
     latest = max(annotations, key=lambda one: one.get("updated_at") or "")
-    paths = [path for one in latest["result"] if one["type"] == "taxonomy" for path in one["value"]["taxonomy"]]
-    labels = [path[-1] for path in paths if not any(path == other[: len(path)] for other in paths if other != path)]
+    paths = [path for one in latest["result"] or [] if one["type"] == "taxonomy" for path in one["value"]["taxonomy"]]
+    deepest = (path[-1] for path in paths if not any(path == other[: len(path)] for other in paths if other != path))
+    labels = [*dict.fromkeys(deepest)]
     if "labels" in task["data"]:
         return {"text": task["data"]["text"], "labels": labels}
     if len(labels) > 1:

@@ -17,6 +17,7 @@ from .rows import KINDS, InputError, Rows
 from .stores import find_files, is_url, open_stream, without_query
 
 SUFFIXES = tuple(f".{kind}{gz}" for kind in KINDS for gz in ("", ".gz") if (kind, gz) != ("parquet", ".gz"))
+SAVED_BY_DATASETS = ("dataset_info.json", "dataset_dict.json")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ def find_sources(pattern: str, kind: str | None = None) -> list[Source]:
         names = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, names))
         files = [(name, os.path.getsize(name)) for name in names]
     if is_folder:
+        if any(path.rpartition("/")[2] in SAVED_BY_DATASETS for path, _ in files):
+            raise InputError(f"{without_query(pattern)} was saved by `datasets`: write it as Parquet, with to_parquet")
         files = [(path, size) for path, size in files if not path.rpartition("/")[2].startswith((".", "_"))]
         files = [(path, size) for path, size in files if kind or path.lower().endswith(SUFFIXES)]
     if not files:

@@ -67,6 +67,7 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     dataset_name: str | None = flag(None, "Data set on the Hub.")
+    dataset_config_name: str | None = flag(None, "Configuration of the data set, if it has several.")
     dataset_revision: str | None = flag(None, "Commit, tag or branch of the data set.")
     data_path: str | None = flag(
         None, "File to split (.csv .tsv .json .jsonl .parquet), or folder saved by `datasets`."

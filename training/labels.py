@@ -23,6 +23,7 @@ from taxonomy_hierarchical import (
     to_nfc,
 )
 from training.arguments import DataArguments
+from training.trained_texts import normalise_text
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ MAX_LABEL_LENGTH = 500  # characters; a longer label means that the column holds
 PATH_DELIMITERS = "->", ">"  # what often stands between the names of a path, or between labels
 DELIMITERS = *PATH_DELIMITERS, ";", "|", ","
 ZERO_OR_ONE = {**dict.fromkeys(("0", "0.0", "false"), 0), **dict.fromkeys(("1", "1.0", "true"), 1)}
+WRITTEN_LIST = "the label is a list written as text: save the data as .jsonl or .parquet, or join the labels and give --label_delimiter"
 FROM_LABELS = "from the labels"  # origin of a taxonomy
 
 Label = str | tuple[str, ...]  # a name or path as written, or one name per label column, from the root down
@@ -52,7 +54,10 @@ def read_label_sets(table: Table, columns: list[str], delimiter: str | None) -> 
     """
     if len(columns) > 1:
         indicators = [[read_indicator(cell) for cell in table.columns[name]] for name in columns]
-        problem = "the cell is neither 0 nor 1, as each of several label columns must be"
+        problem = (
+            "the cell is neither 0 nor 1, as each of several label columns must be; columns of names must be joined to one, "
+            "with --label_delimiter"
+        )
         for name, cells in zip(columns, indicators, strict=True):
             refuse_rows(table, name, (problem if cell is None else None for cell in cells))
         names = [to_nfc(name.strip()) for name in columns]
@@ -177,7 +182,9 @@ def resolve_labels(
 
 
 def _advice_on_names(label: str, lookup: Container[Label], separator: str) -> str:
-    """Return what to do with an unknown label, if it is a number or consists of several known names."""
+    """Return what to do with an unknown label, if it is a list, a number, or consists of several known names."""
+    if _is_written_list(label):
+        return f"; {WRITTEN_LIST}"
     if label.isdecimal():
         return "; if it is a code, give --class_names"
     for delimiter in DELIMITERS:
@@ -199,8 +206,9 @@ def _advice_on_delimiter(label: str, delimiter: str, is_multi_label: bool = Fals
     return f"for a path give --label_separator {separator!r}{several}"
 
 
-def warn_of_odd_names(where: str, taxonomy: Taxonomy, is_multi_label: bool) -> None:
+def warn_of_odd_names(columns: list[str], taxonomy: Taxonomy, is_multi_label: bool) -> None:
     """Warn of a taxonomy from the labels that may not be what the user means."""
+    where = f"column {quote_name(' '.join(columns))}"
     # ── Names of several classes ─────────────────────────────────────────────────────────────────────────────────────
     names, warning = sorted({*taxonomy.names}), f"{where}: %s and %d more labels hold several names: %s"
     for delimiter in DELIMITERS:
@@ -220,16 +228,25 @@ def warn_of_odd_names(where: str, taxonomy: Taxonomy, is_multi_label: bool) -> N
 
     # ── Names that hold the separator, and names in two spellings ────────────────────────────────────────────────────
     inner = range(taxonomy.num_leaves, taxonomy.num_nodes)
-    if inner and all(len(taxonomy.children(node)) == 1 for node in inner):
+    from_columns = len(columns) > 1 and not is_multi_label
+    if not from_columns and inner and all(len(taxonomy.children(node)) == 1 for node in inner):
         path = quote_name(taxonomy.separator.join(taxonomy.path_names(taxonomy.children(inner[0])[0])))
         logger.warning("%s: %s is read as a path: if it is one name, give another --label_separator", where, path)
     spellings: dict[tuple[str, ...], tuple[str, ...]] = {}
     for path_names in taxonomy.node_of_path:
-        other = spellings.setdefault(tuple(map(str.casefold, path_names)), path_names)
+        other = spellings.setdefault(tuple(map(normalise_text, path_names)), path_names)
         if other != path_names:
             both = " and ".join(quote_name(taxonomy.separator.join(names)) for names in (other, path_names))
-            logger.warning("%s: the labels %s differ in case alone, and are classes of their own", where, both)
+            differ = "differ in case, spaces or invisible characters alone, and are classes of their own"
+            logger.warning("%s: the labels %s %s", where, both, differ)
             break
+
+    # ── Columns of several labels, read as paths ─────────────────────────────────────────────────────────────────────
+    turned = [path for path in taxonomy.node_of_path if len({*path}) > 1 and path[::-1] in taxonomy.node_of_path]
+    if from_columns and turned:
+        both = " and ".join(quote_name(taxonomy.separator.join(names)) for names in (turned[0], turned[0][::-1]))
+        advice = "if a text has several labels, join the columns to one, and give --label_delimiter"
+        logger.warning("%s: read as the levels of a path, with both %s: %s", where, both, advice)
 
 
 def _refuse_unknown_codes(codes: dict[str, str], places: dict[Label, str]) -> None:
@@ -288,8 +305,7 @@ def _from_labels(
     paths = sorted({*path_of.values()})
     for label in names:
         if _is_written_list(label):
-            advice = "save the data as .jsonl or .parquet, or join the labels and give --label_delimiter"
-            raise InputError(f"{places[label]}: the label is a list written as text: {advice}")
+            raise InputError(f"{places[label]}: {WRITTEN_LIST}")
     if len(paths) == 1:
         only = quote_name(separator.join(paths[0]))
         raise InputError(f"{where}: the only label is {only}; at least two are needed")

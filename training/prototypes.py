@@ -40,17 +40,17 @@ def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: Mod
     """Initialise new heads as ``--heads_init`` says, and the biases of multi-label models at `prior_log_odds`.
 
     Before, the encoder is trained for ``--contrastive_steps``. Return "prototypes" or "random"; None for a continued
-    checkpoint, which keeps its heads and is trained without contrastive steps.
+    checkpoint that knows a node of the taxonomy. It keeps its heads and is trained without contrastive steps.
     """
-    continued = is_checkpoint(arguments.model_name_or_path)
     tree = trainer.model.config.tree
+    stored = arguments.model_name_or_path
+    known = read_config(stored).tree.node_of_path.keys() & tree.node_of_path.keys() if is_checkpoint(stored) else ()
     if trainer.is_multi_label:
-        known = read_config(arguments.model_name_or_path).tree.node_of_path if continued else {}
         new = [node for path, node in tree.node_of_path.items() if path not in known]
         bias = trainer.model.heads.bias
         with torch.no_grad():
             bias[new] = torch.from_numpy(prior_log_odds(tree, label_arrays(rows))).to(bias)[new]
-    if continued:
+    if known:
         if arguments.contrastive_steps or arguments.heads_init:
             logger.info("trained heads are kept: --contrastive_steps and --heads_init have no effect")
         return None

@@ -8,7 +8,6 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from checkpoint_files import is_checkpoint
 from configuration_hierarchical import HierarchicalConfig
 from errors import ROOT, InputError
 from modeling_hierarchical import HierarchicalForSequenceClassification
@@ -32,8 +31,6 @@ def run_settings(arguments: Arguments, model: HierarchicalForSequenceClassificat
         "max_length": max_length,
         "train_precision": arguments.training.precision,
     }
-    if is_checkpoint(arguments.model.model_name_or_path):  # its heads are kept
-        settings["contrastive_steps"] = None
     settings |= dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"))
     if model.has_adapter:
         adapter = model.encoder.peft_config["default"]

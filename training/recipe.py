@@ -15,7 +15,11 @@ from errors import InputError
 from taxonomy_hierarchical import NO_VALUE, quote_name, read_yaml
 
 # groups of flags; a run uses one group
-SOURCES = ("dataset_name", "dataset_revision"), ("data_path",), ("train_file", "validation_file", "test_file")
+SOURCES = (
+    ("dataset_name", "dataset_config_name", "dataset_revision"),
+    ("data_path",),
+    ("train_file", "validation_file", "test_file"),
+)
 # names of other programs for flags
 SYNONYMS = {
     **{"lr": "learning_rate", "batch_size": "per_device_train_batch_size", "epochs": "num_train_epochs"},

@@ -174,7 +174,7 @@ def start_run(
             for folder in outputs:
                 delete_run(Path(folder), model)
         texts = (data.splits[name]["text"] if name in data.splits else [] for name in ("train", "validation"))
-        write_trained_texts(output, data.trained_before, *texts)
+        write_trained_texts(output, data.trained_texts, *texts)
     trainer.accelerator.wait_for_everyone()
 
 

@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 import pandas as pd
 import pyarrow.parquet
+from datasets.packaged_modules.csv.csv import CsvConfig
 
 from configuration_hierarchical import MULTI_LABEL
 from errors import InputError, as_input_error
@@ -49,8 +50,9 @@ def find_split_sources(arguments: DataArguments) -> tuple[dict[str, SplitSource]
     if len(others) + bool(files) > 1:
         flags = " and ".join(f"--{name}" for name in [*others, *(f"{split}_file" for split in files)])
         raise InputError(f"{flags} contradict each other: give one source")
-    if arguments.dataset_revision is not None and arguments.dataset_name is None:
-        raise InputError("--dataset_revision needs --dataset_name")
+    for name in ("dataset_config_name", "dataset_revision"):
+        if getattr(arguments, name) is not None and arguments.dataset_name is None:
+            raise InputError(f"--{name} needs --dataset_name")
 
     # ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────
     if files:
@@ -65,7 +67,7 @@ def find_split_sources(arguments: DataArguments) -> tuple[dict[str, SplitSource]
             loaded = datasets.load_from_disk(name)
     else:
         with as_input_error(f"cannot load --dataset_name {name} (revision {arguments.dataset_revision or 'main'})"):
-            loaded = datasets.load_dataset(name, revision=arguments.dataset_revision)
+            loaded = _load_dataset(name, arguments.dataset_config_name, arguments.dataset_revision)
     if isinstance(loaded, datasets.Dataset):
         return {"train": _from_dataset(name, loaded)}, True
     hub_id = None if Path(name).exists() else name  # --dataset_name may be a folder, too
@@ -81,6 +83,17 @@ def find_split_sources(arguments: DataArguments) -> tuple[dict[str, SplitSource]
     if not sources:
         raise InputError(f"{name} has no split called train, validation or test, only {', '.join(loaded)}")
     return sources, False
+
+
+def _load_dataset(name: str, config_name: str | None, revision: str | None) -> datasets.Dataset | datasets.DatasetDict:
+    given = {"name": config_name, "revision": revision}
+    builder = datasets.load_dataset_builder(name, **given)
+    if not isinstance(builder.config, CsvConfig) or builder.info.features is not None:
+        return datasets.load_dataset(name, **given)
+    # `datasets` would infer types: 007 would become 7, and NA a missing label
+    first_row = next(chain(*datasets.load_dataset(name, **given, streaming=True).values()))
+    features = datasets.Features(dict.fromkeys(first_row, datasets.Value("string")))
+    return datasets.load_dataset(name, **given, features=features, keep_default_na=False)
 
 
 def _from_dataset(name: str, dataset: datasets.Dataset, hub_id: str | None = None) -> SplitSource:

@@ -56,16 +56,20 @@ class LabelledSplits:
     taxonomy: Taxonomy
     report: dict  # the content of data_report.json
     is_multi_label: bool
-    trained_before: TrainedTexts  # the texts that the initial weights were trained on
+    trained_texts: TrainedTexts  # that the initial weights were trained on
 
 
 def load_splits(
-    arguments: DataArguments, seed: int, taxonomy: Taxonomy | None = None, trained: TrainedTexts = NO_TRAINED_TEXTS
+    arguments: DataArguments,
+    seed: int,
+    taxonomy: Taxonomy | None = None,
+    trained: TrainedTexts = NO_TRAINED_TEXTS,
+    trains: bool = True,
 ) -> LabelledSplits:
     """Read, check and split the data that the arguments name.
 
     ``arguments.taxonomy`` takes precedence over the ``taxonomy`` of a checkpoint. No rows are split off unless
-    all texts that it was trained on are known.
+    all texts that it was trained on are known. A run that only scores, without ``trains``, reads no training rows if there are others.
     """
     # ── Read ─────────────────────────────────────────────────────────────────────────────────────────────────────────
     given = {"validation": arguments.validation_size, "test": arguments.test_size}
@@ -76,6 +80,8 @@ def load_splits(
             f"--validation_size and --test_size must be shares of the rows with a sum below 1, not {numbers}"
         )
     sources, single = find_split_sources(arguments)
+    if not trains and len(sources) > 1:
+        sources.pop("train", None)
     can_split = {"validation": "train" in sources and "validation" not in sources, "test": single}
     for split, size in given.items():
         if size and not can_split[split]:
@@ -88,8 +94,8 @@ def load_splits(
 
     # ── Map labels to nodes ──────────────────────────────────────────────────────────────────────────────────────────
     taxonomy, origin, nodes = resolve_labels(places, len(rows), label_columns, arguments, taxonomy)
-    if origin == FROM_LABELS and (len(label_columns) == 1 or multi_label):
-        warn_of_odd_names(f"column {quote_name(' '.join(label_columns))}", taxonomy, multi_label)
+    if origin == FROM_LABELS:
+        warn_of_odd_names(label_columns, taxonomy, multi_label)
     if multi_label and len(label_columns) > 1:
         absent = sorted({*range(taxonomy.num_leaves)} - {*nodes.values()})
         if absent:
@@ -107,8 +113,6 @@ def load_splits(
     counts = rows["split"].value_counts()
     if multi_label:
         rows = _unite(rows)
-        if not rows.loc[rows["split"] == "validation", "label"].map(len).max():
-            raise InputError("no validation text has a label, so nothing can be calibrated: give other validation rows")
     united = counts - rows["split"].value_counts()
     rows, dropped = _drop_shared(rows)
 
@@ -116,6 +120,9 @@ def load_splits(
     shares = {split: sizes[split] for split in ("test", "validation") if can_split[split]}
     shares = {split: share for split, share in shares.items() if share and trained.complete}
     rows = _split_off(rows, shares, seed, taxonomy)
+    if multi_label and trains and not rows.loc[rows["split"] == "validation", "label"].map(len).max():
+        problem = "no validation text has a label, so nothing can be calibrated"
+        raise InputError(f"{problem}: give other validation rows, or label more texts")
 
     # ── Report ───────────────────────────────────────────────────────────────────────────────────────────────────────
     # a resumed run checks that its labels and training rows are the same
@@ -149,7 +156,7 @@ def load_splits(
     splits = datasets.DatasetDict()
     for split, part in rows_by_split(rows).items():
         splits[split] = datasets.Dataset.from_pandas(part[[*features]], features=features, preserve_index=False)
-    return LabelledSplits(splits, taxonomy, report, is_multi_label=multi_label, trained_before=trained)
+    return LabelledSplits(splits, taxonomy, report, is_multi_label=multi_label, trained_texts=trained)
 
 
 def train_on_validation_rows(data: LabelledSplits) -> LabelledSplits:
@@ -275,9 +282,7 @@ def _sample(strata: np.ndarray, count: int, split: str, rng: np.random.Generator
     """
     # scikit-learn's StratifiedGroupKFold loops over the groups and makes equal folds only. Its train_test_split
     # refuses a class with a single text, and fewer held-out texts than classes.
-    order = rng.permutation(len(strata))
-    rank = rng.permutation(strata.max() + 1)
-    order = order[np.argsort(rank[strata[order]], kind="stable")]
+    order = _shuffled_strata(strata, rng)
     stratum, free = strata[order], ~trained[order]
     # which texts may be drawn, so that each stratum keeps one
     keeps_trained = (np.bincount(strata, trained) > 0)[stratum]
@@ -287,25 +292,54 @@ def _sample(strata: np.ndarray, count: int, split: str, rng: np.random.Generator
         eligible = free & (keeps_trained | ~is_first)
     available = int(eligible.sum())
     count = _possible_count(count, available, split, trained, "one per class must stay")
-    ticks = np.floor(np.cumsum(eligible) * (count / available) + 0.5)
     mask = np.zeros(len(strata), dtype=bool)
-    mask[order] = np.diff(ticks, prepend=0) > 0
+    mask[order] = _systematic(eligible, count)
     return mask
+
+
+def _shuffled_strata(strata: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return an order of texts, at random, in which those of a stratum follow each other."""
+    order = rng.permutation(len(strata))
+    rank = rng.permutation(strata.max(initial=0) + 1)
+    return order[np.argsort(rank[strata[order]], kind="stable")]
+
+
+def _systematic(eligible: np.ndarray, count: int) -> np.ndarray:
+    """Sample ``count`` of the eligible texts at equal distances, as a mask. Both masks are in the order of the strata."""
+    ticks = np.floor(np.cumsum(eligible) * (count / max(1, eligible.sum())) + 0.5)
+    return np.diff(ticks, prepend=0) > 0
 
 
 def _sample_by_labels(labels: np.ndarray, count: int, split: str, seed: int, trained: np.ndarray) -> np.ndarray:
     """Return the indices of about ``count`` texts, in proportion to their labels, see `_sample`.
 
     Iterative stratification (Sechidis, Tsoumakas and Vlahavas, 2011, "On the Stratification of Multi-Label Data") assigns
-    the texts of the rarest remaining class first. ``labels`` are of `multi_hot`, (N, num_nodes).
+    the texts of the rarest remaining class first. It samples none of a class with less than half a text to sample. So
+    texts with such a rare class are sampled systematically, by their rarest class. A class with one text keeps it for training.
+
+    ``labels`` are of `multi_hot`, (N, num_nodes).
     """
     free = np.flatnonzero(~trained)
     available = len(free) if trained.any() else len(free) - 1
     count = _possible_count(count, available, split, trained, "one must stay")
     if count == len(free):
         return free
-    splitter = MultilabelStratifiedShuffleSplit(n_splits=1, test_size=count, random_state=seed)
-    _, sampled = next(splitter.split(free, labels[free]))
+    # ── Texts with a rare class ──────────────────────────────────────────────────────────────────────────────────────
+    has, num_texts = labels[free] == 1, (labels == 1).sum(axis=0, dtype=np.int32)
+    num_free = np.where(has, has.sum(axis=0, dtype=np.int32), np.int32(len(labels)))
+    rarest, is_rare = num_free.argmin(axis=1), num_free.min(axis=1) * count < len(free) / 2
+    rare, others = np.flatnonzero(is_rare), np.flatnonzero(~is_rare)
+    rare = rare[_shuffled_strata(rarest[rare], np.random.default_rng(seed))]
+    eligible = num_texts[rarest[rare]] > 1
+    num_rare = min(round(count * is_rare.mean()), int(eligible.sum()))
+    sampled = rare[_systematic(eligible, num_rare)]
+
+    # ── All others ───────────────────────────────────────────────────────────────────────────────────────────────────
+    if (num_others := min(count - num_rare, len(others))) == len(others):
+        sampled = np.concatenate([sampled, others])
+    elif num_others:
+        splitter = MultilabelStratifiedShuffleSplit(n_splits=1, test_size=num_others, random_state=seed)
+        sampled = np.concatenate([sampled, others[next(splitter.split(others, labels[free[others]]))[1]]])
     if not len(sampled):  # the splitter returns about as many as requested, possibly none
         sampled = np.random.default_rng(seed).integers(len(free), size=1)
     return free[sampled]

@@ -114,13 +114,15 @@ def test_the_export_is_training_data(checkpoint, tmp_path):
         paths = [chosen[i % 5], *([chosen[(i + 1) % 5]] if several else [])]
         expected[task["data"]["text"]] = sorted(path[-1] for path in paths)
         # some annotators also choose the parents
-        export.append(annotated(task, i, [*(path[:-1] for path in paths if i % 3 == 0 and len(path) > 1), *paths]))
+        export.append(
+            annotated(task, i, [*(path[:-1] for path in paths if i % 3 == 0 and len(path) > 1), *paths, paths[0]])
+        )
     export.append(annotated(tasks[50], 50, [chosen[0]], was_cancelled=True))
     export[-1]["annotations"].pop()
     export.append({"id": 51, "annotations": [], **tasks[51]})
-    export.append(annotated(tasks[52], 52, []))
+    export += [annotated(tasks[52], 52, []), annotated(tasks[53], 53, [], result=None)]
     if several:
-        expected[tasks[52]["data"]["text"]] = []  # an annotator said that no label applies
+        expected |= {task["data"]["text"]: [] for task in tasks[52:54]}  # an annotator said that no label applies
     (tmp_path / "export.json").write_text(json.dumps(export), encoding="utf-8-sig")
     lines = run("rows", tmp_path / "export.json", command="examples/label_studio.py").stdout
     (tmp_path / "labelled.jsonl").write_text(lines, encoding="utf-8")
@@ -139,6 +141,12 @@ def test_two_labels_for_a_model_of_one_path_are_refused(clear_checkpoint, tmp_pa
     done = run("rows", tmp_path / "export.json", command="examples/label_studio.py", check=False)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("label_studio.py: error: the task 7 has 2 labels")
+
+
+def test_what_is_no_checkpoint_is_one_line(tiny_encoder):
+    done = run("config", tiny_encoder, command="examples/label_studio.py", check=False)
+    expected = f"cannot read the checkpoint {tiny_encoder}: it is not a checkpoint of this project\n"
+    assert (done.returncode, done.stderr) == (2, f"label_studio.py: error: {expected}")
 
 
 def test_what_is_no_export_is_one_line(tmp_path):
@@ -166,7 +174,7 @@ def test_the_rows_to_label_next_are_the_least_certain(output, clear_checkpoint, 
         "out/": lambda: pd.read_parquet(f"{name}part-00000.parquet"),
     }[output]()
     best = table.nlargest(7, "uncertainty")  # of equal ones the first
-    command = (name, "--count", 7, "--input", tmp_path / "in.csv")
+    command = (folder[0], "--count", 7, "--input", tmp_path / "in.csv")
     printed = [*csv.DictReader(io.StringIO(run(*command, command="examples/label_next.py").stdout, newline=""))]
     assert [int(row["row"]) for row in printed] == best["row"].tolist()
     assert [float(row["uncertainty"]) for row in printed] == pytest.approx(best["uncertainty"].tolist(), abs=1e-9)
@@ -177,7 +185,7 @@ def test_predictions_without_an_uncertainty_are_named(clear_checkpoint, tmp_path
     predict(clear_checkpoint, tmp_path / "out.jsonl", TEXTS[:3])
     done = run(tmp_path / "out.jsonl", "--count", 2, command="examples/label_next.py", check=False)
     assert done.returncode == 2
-    assert done.stderr.strip().endswith("has no column uncertainty: predict with --uncertainty, without --id_column")
+    assert "has no column uncertainty: predict with --uncertainty, without --id_column, to .jsonl" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -208,6 +216,8 @@ def test_the_input_of_other_predictions_is_refused(tmp_path):
     done = run(*words[:2], 2, *words[3:], command="examples/label_next.py", check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "give the input of these predictions" in done.stderr
+    done = run(tmp_path / "out.jsonl", "--count", 0, command="examples/label_next.py", check=False)
+    assert (done.returncode, done.stderr) == (2, "label_next.py: error: --count must be at least 1, not 0\n")
 
 
 def test_a_text_with_a_lone_carriage_return_comes_back_whole(tmp_path, monkeypatch, capsys):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -117,6 +118,14 @@ def test_a_folder_means_its_files_of_known_kinds(tmp_path):
     assert [os.path.basename(source.path) for source in find_sources(str(tmp_path), "txt")] == [
         "README", "a.jsonl.gz", "b.csv",
     ]  # fmt: skip
+
+
+def test_a_folder_saved_by_datasets_is_refused(tmp_path):
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["a"]})}).save_to_disk(tmp_path / "splits")
+    for name in ("one", "splits", "splits/train"):
+        with pytest.raises(InputError, match=f"{name} was saved by `datasets`: write it as Parquet"):
+            find_sources(str(tmp_path / name))
 
 
 def test_a_name_tells_the_kind():

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -216,6 +217,9 @@ def test_with_costs_the_leaf_of_least_expected_cost_is_predicted(kind, small_che
         "table": {one: dict(zip(LEAVES, row, strict=True)) for one, row in zip(LEAVES, costs.tolist(), strict=True)},
         "file": write_table(tmp_path / "costs.csv", costs, LEAVES[::-1], [*LEAVES[2:], *LEAVES[:2]]),
     }[kind]
+    if kind == "file":  # with the blank column and row that spreadsheets append
+        lines = Path(given).read_text().splitlines()
+        Path(given).write_text("".join(f"{line},\n" for line in [*lines, "," * len(LEAVES)]))
     texts = [f"{text} {number}" for number in range(20) for text in TEXTS]
     probabilities = one_by_one(small_checkpoint, texts)[:, : len(LEAVES)].astype(np.float64)
     expected = probabilities @ costs
@@ -304,6 +308,7 @@ def test_costs_that_cannot_be_used_are_refused(classify, costs, message):
     [
         ("", "are not a CSV table in UTF-8"),
         ("correct,d,e\nd,0\n", "row 2: 1 costs for 2 predicted leaves"),
+        ("correct;d;e\nd;0;1\n", "have one column: separate the columns by commas"),
         ("correct,d,d\nd,0,1\n", "name a leaf twice"),
         ("correct,d\nd,0\nd,1\n", "name a leaf twice"),
         ("correct,d\nd,0\n", "costs: rows: the leaf 'a/b/c' is missing"),

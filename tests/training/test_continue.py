@@ -232,6 +232,10 @@ def test_scoring_leaves_out_what_was_trained_on(first, tmp_path, capsys):
     )
     assert scored(tmp_path / "scores", rows)["test"] == set(held_out["test"][:30])
     assert report(tmp_path / "scores")["trained_before"]["left_out"] == {"test": 8}
+    # also with training rows, which are not read, as a recipe may name them
+    others = ["--train_file", write_csv(tmp_path / "train.csv", rows[-9:]), "--overwrite_output_dir", "true"]
+    run(*line, *others, "--model_name_or_path", first)
+    assert report(tmp_path / "scores")["trained_before"]["left_out"] == {"test": 8}
     write_csv(tmp_path / "a.csv", rows[:7])
     message = "nothing to score: the checkpoint was trained or calibrated on the texts of all 7 rows"
     with pytest.raises(InputError, match=message):

@@ -5,7 +5,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import interrupt, run, write_csv
+from conftest import copy_checkpoint, interrupt, run, write_csv
 from safetensors.torch import load_file
 from test_prototypes import ROWS, TREE, tokenized, trainer_of
 
@@ -86,6 +86,18 @@ def test_log_and_card_say_what_was_done_and_a_resumed_or_continued_run_does_not_
     before, after = (load_file(folder / "heads.safetensors") for folder in (first, second))
     for name in ("weight", "bias"):
         torch.testing.assert_close(after[name], before[name], atol=1e-6, rtol=0)
+
+
+def test_the_heads_of_a_taxonomy_that_a_checkpoint_does_not_know_begin_as_new_ones(tiny_encoder, tmp_path, caplog):
+    trainer = trainer_of(tiny_encoder, tmp_path)
+    rows, source = (
+        tokenized(trainer, [TREE.id(row["label"]) for row in ROWS]),
+        str(copy_checkpoint("self_contained", tmp_path / "other")),
+    )
+    with caplog.at_level("INFO"):
+        assert initialise_heads(trainer, rows, ModelArguments(source, contrastive_steps=2)) == "prototypes"
+    assert "contrastive learning: 2 steps" in caplog.text
+    assert "heads are initialised from" in caplog.text
 
 
 def test_without_two_classes_of_two_texts_there_is_nothing_to_compare(tiny_encoder, tmp_path, caplog):

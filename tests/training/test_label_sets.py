@@ -237,7 +237,7 @@ def test_a_checkpoint_can_be_scored_on_texts_without_labels_alone(tmp_path):
 def test_a_cell_that_is_neither_0_nor_1(tmp_path):
     file = csv_file(tmp_path / "a.csv", [("p", 1, 0), ("q", 0, 2), ("r", "", 1)], header=("text", "x", "y"))
     flags = {"label_column": ["x", "y"], "problem_type": "multi_label_classification"}
-    with pytest.raises(InputError, match="line 4, column 'x': the cell is neither 0 nor 1"):
+    with pytest.raises(InputError, match=r"line 4, column 'x': the cell is neither 0 nor 1.* with --label_delimiter"):
         load(train_file=file, **flags)
 
 
@@ -252,6 +252,16 @@ def test_validation_texts_without_any_label_are_refused(tmp_path):
     files["validation_file"] = csv_file(tmp_path / "b.csv", [("r", ""), ("s", "")])
     with pytest.raises(InputError, match="no validation text has a label"):
         load(**files, label_delimiter=";")
+    arguments = DataArguments(**{name: str(file) for name, file in files.items()}, label_delimiter=";")
+    assert load_splits(arguments, 0, Taxonomy(["x", "y"]), trains=False).splits.keys() == {
+        "validation"
+    }  # calibrated before
+
+
+def test_split_off_texts_without_any_label_are_refused(tmp_path):
+    rows = [(f"text {i}", "x" if i else "y") if i < 2 else (f"text {i}", "") for i in range(60)]
+    with pytest.raises(InputError, match=r"no validation text has a label.* or label more texts"):
+        load(data_path=csv_file(tmp_path / "a.csv", rows), label_delimiter=";")
 
 
 def test_a_delimiter_that_separates_the_names_of_a_path_is_refused(tmp_path):
@@ -313,13 +323,13 @@ def test_split_off_splits_have_the_rates_of_all_texts_and_share_none(tmp_path, t
 
 
 def test_splitting_is_that_of_the_package_on_closed_labels(tmp_path, taxonomy):
-    rows = corpus()[:100]
+    rows = corpus()[:200]
     above = {"x": "a", "y": "a", "z": "b", "u": "c b", "v": "c b"}
     closed = [{*row["label"], *" ".join(above[label] for label in row["label"]).split()} for row in rows]
     data = load(train_file=write_corpus(tmp_path, rows), taxonomy=taxonomy, validation_size=0.3)
     marks = MultiLabelBinarizer(classes=data.taxonomy.labels).fit_transform(closed)
-    splitter = MultilabelStratifiedShuffleSplit(n_splits=1, test_size=30, random_state=0)
-    _, expected = next(splitter.split(np.zeros(100), marks))
+    splitter = MultilabelStratifiedShuffleSplit(n_splits=1, test_size=60, random_state=0)
+    _, expected = next(splitter.split(np.zeros(200), marks))
     assert sorted(data.splits["validation"]["row"]) == sorted(expected.tolist())
 
 
@@ -333,6 +343,21 @@ def test_of_few_texts_one_is_split_off(tmp_path, taxonomy):
         assert not len(next(drawn.split(marks, marks))[1])  # the package deals out none
         file = write_corpus(tmp_path, [{"text": f"text {i}", "label": labels} for i, labels in enumerate(sets)])
         assert len(load(train_file=file, taxonomy=taxonomy, validation_size=0.1).splits["validation"]) >= 1
+
+
+def test_rare_classes_give_their_share_too(tmp_path):
+    """There are 20 classes of four texts, so a tenth of each rounds to none."""
+    rows = [{"text": f"text {i}", "label": ["common"] if i % 2 else []} for i in range(320)]
+    rows += [
+        {"text": f"text {i}", "label": [f"rare {i % 20}", *(["common"] if i % 2 else [])]} for i in range(320, 400)
+    ]
+    for seed in range(3):
+        data = load(seed, data_path=write_corpus(tmp_path, rows))
+        for split in ("validation", "test"):
+            found = [labels for labels in labels_of(data, split).values() if any("rare" in name for name in labels)]
+            assert len(data.splits[split]) == pytest.approx(40, abs=2)
+            assert len(found) == pytest.approx(8, abs=1)
+        assert data.report["classes_without_training_rows"] == []
 
 
 def test_a_class_of_one_text_stays_in_the_training_rows(tmp_path, taxonomy):

@@ -131,7 +131,12 @@ def test_taxonomy_of_the_labels_does_not_depend_on_row_order(tmp_path):
             "'asthma;flu' and 1 more labels hold several names: for a path",
         ),
         (["lung > cancer", "lung > flu", "skin"], "give --label_separator ' > ', for several labels of a text"),
-        (["Asthma", "asthma", "flu"], "the labels 'Asthma' and 'asthma' differ in case alone"),
+        (["Asthma", "asthma", "flu"], "the labels 'Asthma' and 'asthma' differ in case, spaces or invisible"),
+        (
+            ["heart disease", "heart\u00a0disease", "flu"],
+            "'heart disease' and 'heart\\xa0disease' differ in case, spaces or",
+        ),
+        (["neoplasms", "neoplasms\u200b", "flu"], "'neoplasms' and 'neoplasms\\u200b' differ in case, spaces or"),
         (["HIV/AIDS", "Nausea/vomiting", "flu"], "'HIV/AIDS' is read as a path: if it is one name, give another"),
         (["Leukemia, B-Cell", "Leukemia, T-Cell", "Lymphoma, B-Cell", "Lymphoma, T-Cell"], None),
         (["NEOPLASMS/Neoplasms", "NEOPLASMS/Cysts", "> 65", "> 80"], None),
@@ -143,6 +148,13 @@ def test_labels_that_may_be_several_are_named(labels, message, tmp_path, caplog)
         assert not caplog.messages
     else:
         assert message in " ".join(caplog.messages)
+
+
+def test_columns_of_the_same_names_may_be_several_labels(tmp_path, caplog):
+    rows = [("one", "flu", "asthma"), ("two", "asthma", "flu"), ("three", "flu", "")]
+    file = csv_file(tmp_path / "a.csv", rows, header=("text", "first", "second"))
+    load(train_file=file, validation_size=0, label_column=["first", "second"])
+    assert "'asthma/flu' and 'flu/asthma': if a text has several labels, join the columns" in " ".join(caplog.messages)
 
 
 @pytest.mark.parametrize(("separator", "label"), [("/", "a/"), ("/", "a//b"), (" > ", "a > ")])

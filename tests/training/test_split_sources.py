@@ -240,6 +240,13 @@ def test_dataset_by_name(tmp_path, monkeypatch):
     data = load(dataset_name=folder, validation_size=0)
     assert data.splits["train"]["text"][:] == ["a", "b"]
     assert labels_of(data, "test") == ["y"]
+    for name, text in (("one", "null"), ("other", "a")):  # cells are texts, as in a --train_file
+        (folder / f"{name}.csv").write_text(f"text,label,more\n{text},007\nb,7\nc,NA\nd,1.0\n")
+    configurations = [f"- config_name: {name}\n  data_files: {name}.csv\n" for name in ("one", "other")]
+    (folder / "README.md").write_text("---\nconfigs:\n" + "".join(configurations) + "---\n")
+    data = load(dataset_name=folder, dataset_config_name="one", validation_size=0)
+    assert data.splits["train"]["text"][:] == ["null", "b", "c", "d"]
+    assert labels_of(data, "train") == ["007", "7", "NA", "1.0"]
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="cannot load --dataset_name nobody/nothing") as caught:
         load(dataset_name="nobody/nothing")
