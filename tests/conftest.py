@@ -176,14 +176,14 @@ def run(
     return done
 
 
-def inside(*words: object) -> int:
+def predict_here(*words: object) -> int:
     """Run predict.py in this process, which saves the seconds of its start."""
     from predict import main
 
     return main([str(word) for word in words])
 
 
-def stranger(code: str, folder, settings: dict[str, str] | None = None, fresh: bool = False) -> dict:
+def run_outside(code: str, folder, settings: dict[str, str] | None = None, fresh: bool = False) -> dict:
     """Run code in a process that does not see this repository, and return the JSON that it prints last.
 
     Args:

@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import IMPATIENT, ROOT, complete, copy_checkpoint, run, stranger
+from conftest import IMPATIENT, ROOT, complete, copy_checkpoint, run, run_outside
 from forked import LIBRARIES
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
@@ -502,7 +502,7 @@ except InputError as error:
     print(json.dumps(str(error)))
 """
     settings = {"HF_ENDPOINT": f"http://127.0.0.1:{closed_port}", "HF_HUB_OFFLINE": "0"}
-    message = stranger(code, ROOT, settings)
+    message = run_outside(code, ROOT, settings)
     assert message.startswith("cannot load the model someone/encoder: ")
     assert "connection" in message
 

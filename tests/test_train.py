@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import CORPUS, clear_rows, inside, read_csv, run, stranger, write_csv
+from conftest import CORPUS, clear_rows, predict_here, read_csv, run, run_outside, write_csv
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 from transformers import AutoConfig, AutoModel, AutoTokenizer, pipeline
 
@@ -92,7 +92,7 @@ found["pipeline"] = [[(d["label"], d["score"]) for d in one] for one in classify
 found["labels"] = [model.config.id2label[i] for i in range(len(model.config.id2label))]
 print(json.dumps(found))
 """
-    found = stranger(code, tmp_path)
+    found = run_outside(code, tmp_path)
     logits = torch.tensor(found["AutoModel"])
     assert torch.tensor(found["AutoModelForSequenceClassification"]).equal(logits)
     own = AutoModel.from_pretrained(output, trust_remote_code=True)
@@ -210,7 +210,7 @@ def test_without_validation_rows_nothing_is_calibrated_and_nothing_guaranteed(un
         classify("A study of ulcers.", coverage=0.9)
     words = ("--model", output, "--input", output.parent / "test.csv", "--output", tmp_path / "out.jsonl")
     with pytest.raises(InputError, match=message):
-        inside(*words, "--coverage", 0.9)
+        predict_here(*words, "--coverage", 0.9)
     assert list(tmp_path.iterdir()) == []
 
 

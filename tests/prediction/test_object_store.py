@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import ROOT, STRIKE, complete, inside
+from conftest import ROOT, STRIKE, complete, predict_here
 
 from errors import InputError
 from prediction.input import read_records
@@ -73,7 +73,7 @@ def test_a_run_in_a_store_is_killed_and_ends_with_the_bytes_of_one_on_a_disk(
     before = contents(bucket)
     for output in ("out.csv", "folder/"):
         local = ("--model", clear_checkpoint, "--input", texts, "--output", f"{tmp_path}/{output}")
-        assert inside(*local) == 1
+        assert predict_here(*local) == 1
     local = {str(file.relative_to(tmp_path)): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
 
     for output in ("out.csv", "folder/"):
@@ -83,12 +83,12 @@ def test_a_run_in_a_store_is_killed_and_ends_with_the_bytes_of_one_on_a_disk(
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert [key for key in contents(bucket) if key.startswith(output)] == [f"{output}.parts/000000000.jsonl"]
         with pytest.raises(InputError, match=rf"s3://{BUCKET}/\S+.parts was started with another probabilities"):
-            inside(*words, "--probabilities")
-        assert inside(*words) == 1
+            predict_here(*words, "--probabilities")
+        assert predict_here(*words) == 1
         assert "continued after 1,024 rows" in capsys.readouterr().err
         with pytest.raises(InputError, match="already exists"):
-            inside(*words)
-        assert inside(*words, "--overwrite") == 1
+            predict_here(*words)
+        assert predict_here(*words, "--overwrite") == 1
     found = {key: value for key, value in contents(bucket).items() if key not in before}
     assert found.keys() == local.keys()
     assert found["out.csv"] == local["out.csv"]
@@ -138,10 +138,10 @@ def test_what_a_store_refuses_is_one_line(bucket, clear_checkpoint, texts, close
         if "also" in message:
             given["--input"] = value
         with pytest.raises(InputError) as error:
-            inside(*(word for pair in given.items() for word in pair))
+            predict_here(*(word for pair in given.items() for word in pair))
         assert message in str(error.value)
         assert "\n" not in str(error.value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed_port}")
     with pytest.raises(InputError, match=rf"^--input s3://{BUCKET}/in: .*NETWORK_CONNECTION"):
-        inside("--model", clear_checkpoint, "--input", f"s3://{BUCKET}/in", "--output", tmp_path / "out.csv")
+        predict_here("--model", clear_checkpoint, "--input", f"s3://{BUCKET}/in", "--output", tmp_path / "out.csv")
     assert not [*tmp_path.iterdir()]

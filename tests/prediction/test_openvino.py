@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, inside, write_csv
+from conftest import ROOT, predict_here, write_csv
 from transformers import AutoConfig, AutoModel
 
 from errors import InputError
@@ -38,7 +38,7 @@ def test_predictions_are_those_of_torch_and_in_8_bits_nearly(openvino, form, req
     for backend, dtype in (("torch", "fp32"), ("openvino", "fp32"), ("openvino", "int8")):
         output = tmp_path / f"{backend}-{dtype}.jsonl"
         words = ("--backend", backend, "--dtype", dtype, "--probabilities")
-        assert inside("--model", request.getfixturevalue(form), "--input", file, "--output", output, *words) == 0
+        assert predict_here("--model", request.getfixturevalue(form), "--input", file, "--output", output, *words) == 0
         rows = [json.loads(line)["probabilities"] for line in output.read_text().splitlines()]
         scores[backend, dtype] = [list(row.values()) for row in rows]
     expected, exact, rounded = (torch.tensor(rows) for rows in scores.values())
@@ -84,4 +84,4 @@ def test_a_missing_package_is_named(clear_checkpoint, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "openvino", None)
     words = ("--input", ROOT / "examples" / "unseen.csv", "--output", tmp_path / "out.jsonl", "--backend", "openvino")
     with pytest.raises(InputError, match="--backend openvino needs OpenVINO: pip install openvino"):
-        inside("--model", clear_checkpoint, *words)
+        predict_here("--model", clear_checkpoint, *words)

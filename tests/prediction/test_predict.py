@@ -23,7 +23,7 @@ import pandas as pd
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import CORPUS, ROOT, STRIKE, complete, copy_checkpoint, inside, read_csv, run, server, stranger
+from conftest import CORPUS, ROOT, STRIKE, complete, copy_checkpoint, predict_here, read_csv, run, run_outside, server
 from forked import COMMANDS, Process
 from safetensors.torch import load_file, save_file
 from scipy.stats import entropy
@@ -100,7 +100,7 @@ def test_every_kind_of_input_and_output_says_the_same(checkpoint, texts, tmp_pat
         if name == "-":
             run(*words, command="predict.py", given=lines)
         else:
-            assert inside(*words) == 0
+            assert predict_here(*words) == 0
         outputs[name] = output.read_text()
     assert len(set(outputs.values())) == 1
     expected = read_json_lines(tmp_path / "one.csv.out.jsonl")
@@ -108,7 +108,7 @@ def test_every_kind_of_input_and_output_says_the_same(checkpoint, texts, tmp_pat
 
     words = ("--model", checkpoint, "--input", tmp_path / "one.csv", "--id_column", "number", "--probabilities")
     for name in ("a.jsonl", "a.csv", "a.parquet"):
-        inside(*words, "--output", tmp_path / name)
+        predict_here(*words, "--output", tmp_path / name)
     rows = read_json_lines(tmp_path / "a.jsonl")
     assert [row["id"] for row in rows] == [str(i) for i in range(20)]
     for row, cells, record in zip(
@@ -158,7 +158,7 @@ def unbroken(checkpoint, other_checkpoint, long_input, tmp_path_factory) -> list
     outputs = []
     for model in (checkpoint, other_checkpoint):
         outputs.append(tmp_path_factory.mktemp("unbroken") / "out.jsonl")
-        assert inside("--model", model, "--input", long_input, "--output", outputs[-1]) == 1
+        assert predict_here("--model", model, "--input", long_input, "--output", outputs[-1]) == 1
     assert outputs[0].read_bytes() != outputs[1].read_bytes()
     return outputs
 
@@ -166,7 +166,7 @@ def unbroken(checkpoint, other_checkpoint, long_input, tmp_path_factory) -> list
 def test_a_long_folder_has_several_files_that_are_one_table(checkpoint, long_input, unbroken, tmp_path, monkeypatch):
     monkeypatch.setattr("prediction.output.BLOCKS_PER_FILE", 1)
     words = ("--model", checkpoint, "--input", long_input, "--output", f"{tmp_path / 'out'}/")
-    assert inside(*words, "--output_format", "jsonl") == 1
+    assert predict_here(*words, "--output_format", "jsonl") == 1
     parts = sorted((tmp_path / "out").glob("part-*"))
     assert [part.name for part in parts] == [f"part-0000{i}.jsonl" for i in range(3)]
     assert b"".join(part.read_bytes() for part in parts) == unbroken[0].read_bytes()
@@ -189,28 +189,28 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_bytes(checkpoint, l
             assert done.stderr.endswith("stopped; the same command without --overwrite continues from here\n")
         if not whole:
             with pytest.raises(InputError, match="started with another probabilities"):
-                inside(*words, "--probabilities")
-    assert inside(*words) == 1
+                predict_here(*words, "--probabilities")
+    assert predict_here(*words) == 1
     assert "continued after 2,100 rows" in capsys.readouterr().err
     assert_same_files(output, unbroken[0])
     assert [row["row"] for row in read_json_lines(f"{output}.errors.jsonl")] == [7, 2090]
     assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "out.jsonl.errors.jsonl"}
     with pytest.raises(InputError, match="already exists"):
-        inside(*words)
+        predict_here(*words)
 
 
 def test_other_options_or_another_input_do_not_go_on_with_a_broken_run(checkpoint, long_input, tmp_path):
     shutil.copy(long_input, tmp_path / "in.csv")
     words = ("--model", checkpoint, "--input", tmp_path / "in.csv", "--output", tmp_path / "out.jsonl")
     with killed_as_it_clears_up(), pytest.raises(KeyboardInterrupt):
-        inside(*words)
+        predict_here(*words)
     (tmp_path / "out.jsonl").unlink()
     with pytest.raises(InputError, match="started with another coverage, batch_size"):
-        inside(*words, "--coverage", 0.5, "--batch_size", 3)
+        predict_here(*words, "--coverage", 0.5, "--batch_size", 3)
     original = (tmp_path / "in.csv").read_bytes()
     (tmp_path / "in.csv").write_bytes(original.replace(b"1 ", b"1x ", 1))
     with pytest.raises(InputError, match="the input changed"):
-        inside(*words)
+        predict_here(*words)
 
 
 @pytest.mark.parametrize("cleared", [False, True])
@@ -220,16 +220,16 @@ def test_a_run_that_was_killed_as_it_cleared_up_is_not_done_for_another_input(cl
         pd.DataFrame({"text": some}).to_csv(tmp_path / f"{name}.csv", index=False)
     words = ("--model", checkpoint, "--output", output, "--input")
     with killed_as_it_clears_up(), pytest.raises(KeyboardInterrupt):
-        inside(*words, tmp_path / "one.csv")
+        predict_here(*words, tmp_path / "one.csv")
     if cleared:  # all is gone but the folder
         for file in Path(f"{output}.parts").iterdir():
             file.unlink()
     predictions = output.read_bytes()
     with pytest.raises(InputError, match="already exists" if cleared else "the input changed"):
-        inside(*words, tmp_path / "two.csv")
+        predict_here(*words, tmp_path / "two.csv")
     assert output.read_bytes() == predictions
     if not cleared:
-        assert inside(*words, tmp_path / "one.csv") == 0
+        assert predict_here(*words, tmp_path / "one.csv") == 0
         assert output.read_bytes() == predictions
         assert not Path(f"{output}.parts").exists()
 
@@ -251,7 +251,7 @@ def test_two_models_on_one_output_are_never_mixed(checkpoint, other_checkpoint, 
         before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
         for more in ((), ("--overwrite",)):
             with pytest.raises(InputError) as error:
-                inside(*second, *more)
+                predict_here(*second, *more)
             assert str(error.value).startswith(f"--output {output}: another process is writing it")
             assert "\n" not in str(error.value)
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
@@ -260,10 +260,10 @@ def test_two_models_on_one_output_are_never_mixed(checkpoint, other_checkpoint, 
         process.wait()
     # killed, it holds nothing
     with pytest.raises(InputError, match="started with another model, fingerprint"):
-        inside(*second)
-    assert inside(*first) == 1
+        predict_here(*second)
+    assert predict_here(*first) == 1
     assert_same_files(output, unbroken[0])
-    assert inside(*second, "--overwrite") == 1
+    assert predict_here(*second, "--overwrite") == 1
     assert_same_files(output, unbroken[1])
     # at once: the second to come is refused, or, if the first is done by then, begins anew
     with ThreadPoolExecutor(2) as pool:
@@ -282,7 +282,7 @@ def finished_parts(checkpoint, long_input, tmp_path_factory) -> Path:
     """Return the parts of a run that was killed while it cleaned up."""
     output = tmp_path_factory.mktemp("finished") / "out.jsonl"
     with killed_as_it_clears_up(), pytest.raises(KeyboardInterrupt):
-        inside("--model", checkpoint, "--input", long_input, "--output", output)
+        predict_here("--model", checkpoint, "--input", long_input, "--output", output)
     return Path(f"{output}.parts")
 
 
@@ -312,11 +312,11 @@ def test_a_damaged_part_is_named_and_the_run_goes_on_without_it(
     part = Path(f"{output}.parts") / "000000001.jsonl"
     part.write_bytes(b"".join(damage(part.read_bytes().splitlines(keepends=True))))
     with pytest.raises(InputError) as error:
-        inside(*words)
+        predict_here(*words)
     assert str(error.value) == f"{part} is damaged: delete it, and run the same command again"
     assert not output.exists()
     part.unlink()
-    assert inside(*words) == 1
+    assert predict_here(*words) == 1
     assert_same_files(output, unbroken[0])
 
 
@@ -331,7 +331,7 @@ def test_a_part_that_is_damaged_while_the_run_goes_on_is_named(checkpoint, long_
 
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(InputError) as error:
-        inside("--model", checkpoint, "--input", long_input, "--output", output)
+        predict_here("--model", checkpoint, "--input", long_input, "--output", output)
     assert str(error.value) == f"{part} is damaged: delete it, and run the same command again"
     assert not output.exists()
 
@@ -357,7 +357,7 @@ def test_an_output_is_on_the_disk_before_its_parts_are_deleted(kind, checkpoint,
     with monkeypatch.context() as patch:
         for owner, function in ((os, fsync), (os, replace), (shutil, rmtree)):
             patch.setattr(owner, function.__name__, function)
-        assert inside("--model", checkpoint, "--input", tmp_path / "in.csv", "--output", output) == 1
+        assert predict_here("--model", checkpoint, "--input", tmp_path / "in.csv", "--output", output) == 1
     deleted = events.index(("deleted", parts))
     for file in (output, Path(f"{output}.errors.jsonl")):
         written = events.index(("on the disk", file.stat().st_ino, file.stat().st_size))
@@ -384,7 +384,7 @@ for kind in ("jsonl", "csv"):
     assert predict.main(words) == 0
 print(json.dumps([after_import, loaded()]))
 """
-    assert stranger(code, tmp_path, fresh=True) == [[], []]
+    assert run_outside(code, tmp_path, fresh=True) == [[], []]
 
 
 def test_json_lines_have_the_columns_of_their_first_objects_together(tmp_path):
@@ -439,8 +439,8 @@ def test_carriage_returns_in_ids_do_not_shift_the_rows_of_a_csv_file(checkpoint,
         "--probabilities",
         "--output",
     )
-    assert inside(*words, tmp_path / "out.csv") == 0
-    assert inside(*words, tmp_path / "out.jsonl") == 0
+    assert predict_here(*words, tmp_path / "out.csv") == 0
+    assert predict_here(*words, tmp_path / "out.jsonl") == 0
     expected = [(str(row["id"]), row["label"], row["score"]) for row in read_json_lines(tmp_path / "out.jsonl")]
     with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -453,14 +453,14 @@ def test_carriage_returns_in_ids_do_not_shift_the_rows_of_a_csv_file(checkpoint,
 def test_errors_of_a_former_run_are_not_said_to_be_of_this_one(checkpoint, texts, tmp_path):
     words = ("--model", checkpoint, "--input", tmp_path / "in.csv", "--output", tmp_path / "out.jsonl")
     pd.DataFrame({"text": [texts[0], ""]}).to_csv(tmp_path / "in.csv", index=False)
-    assert inside(*words) == 1
+    assert predict_here(*words) == 1
     (tmp_path / "out.jsonl").unlink()
     pd.DataFrame({"text": texts[:2]}).to_csv(tmp_path / "in.csv", index=False)
     with pytest.raises(
         InputError, match=r"out.jsonl.errors.jsonl already exists: give another --output, or --overwrite"
     ):
-        inside(*words)
-    assert inside(*words, "--overwrite") == 0
+        predict_here(*words)
+    assert predict_here(*words, "--overwrite") == 0
     assert {path.name for path in tmp_path.iterdir()} == {"in.csv", "out.jsonl"}
 
 
@@ -491,7 +491,7 @@ def test_dates_and_numbers_that_are_none_are_ids_of_answers(checkpoint, texts, t
     for column, ids in (("day", ["2024-02-03", None]), ("number", [None, 2.5])):
         output = tmp_path / f"{column}.jsonl"
         words = ("--model", checkpoint, "--input", tmp_path / "in.parquet", "--id_column", column, "--output", output)
-        assert inside(*words) == 0
+        assert predict_here(*words) == 0
         assert "NaN" not in output.read_text()
         assert [row["id"] for row in read_json_lines(output)] == ids
 
@@ -505,13 +505,13 @@ def test_two_versions_of_an_encoder_are_not_mixed(checkpoint, texts, tmp_path):
     pd.DataFrame({"text": texts[:2]}).to_csv(tmp_path / "in.csv", index=False)
     words = ("--model", model, "--input", tmp_path / "in.csv", "--output", tmp_path / "out.jsonl")
     with killed_as_it_clears_up(), pytest.raises(KeyboardInterrupt):
-        inside(*words)
+        predict_here(*words)
     weights = load_file(encoder / "model.safetensors")
     save_file(
         {name: weight * 1.01 for name, weight in weights.items()}, encoder / "model.safetensors", {"format": "pt"}
     )
     with pytest.raises(InputError, match="started with another fingerprint"):
-        inside(*words)
+        predict_here(*words)
 
 
 @pytest.mark.parametrize(
@@ -530,7 +530,7 @@ def test_an_input_is_not_taken_for_an_output(given, output, message, more, tmp_p
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as error:
-        inside("--model", "nothing", "--input", given, "--output", output, *more)
+        predict_here("--model", "nothing", "--input", given, "--output", output, *more)
     assert str(error.value) == message
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -548,7 +548,7 @@ def test_an_output_is_overwritten_only_once_its_run_can_begin(checkpoint, texts,
         "--output",
         output,
     )
-    assert inside(*words) == 0
+    assert predict_here(*words) == 0
     before = output.read_bytes()
     assert len(before.splitlines()) == 2  # an input that is given twice is read once
     config = json.loads((tmp_path / "model" / "config.json").read_text())
@@ -556,9 +556,9 @@ def test_an_output_is_overwritten_only_once_its_run_can_begin(checkpoint, texts,
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"conformal_max_length": limit - 1}))
     for wrong in (("--batch_size", 0), ("--coverage", 0.5)):
         with pytest.raises(InputError):
-            inside(*words, "--overwrite", *wrong)
+            predict_here(*words, "--overwrite", *wrong)
         assert output.read_bytes() == before
-    assert inside(*words, "--overwrite", "--probabilities") == 0
+    assert predict_here(*words, "--overwrite", "--probabilities") == 0
     assert output.read_bytes() != before
 
 
@@ -569,19 +569,19 @@ def test_files_of_another_program_are_not_overwritten(checkpoint, texts, tmp_pat
     theirs.write_bytes(b"rows")
     for more in ((), ("--overwrite",)):
         with pytest.raises(InputError, match=r"spark/ holds \S+/part-00000-2f1a\S+, which another program wrote"):
-            inside("--model", checkpoint, "--input", tmp_path / "in.csv", "--output", f"{tmp_path}/spark/", *more)
+            predict_here("--model", checkpoint, "--input", tmp_path / "in.csv", "--output", f"{tmp_path}/spark/", *more)
     assert theirs.read_bytes() == b"rows"
     for output in ("mine/", "mine.csv"):
         theirs = tmp_path / f"{output}.parts" / "a.txt"
         theirs.parent.mkdir(parents=True)
         theirs.write_text("theirs")
         with pytest.raises(InputError, match=rf"{output}.parts/a.txt was written by another program"):
-            inside(
+            predict_here(
                 "--model", checkpoint, "--input", tmp_path / "in.csv", "--output", f"{tmp_path}/{output}", "--overwrite"
             )
         assert theirs.read_text() == "theirs"
     (tmp_path / "uv.csv.lock").write_text("theirs")
-    assert inside("--model", checkpoint, "--input", tmp_path / "in.csv", "--output", f"{tmp_path}/uv.csv") == 0
+    assert predict_here("--model", checkpoint, "--input", tmp_path / "in.csv", "--output", f"{tmp_path}/uv.csv") == 0
     assert (tmp_path / "uv.csv.lock").read_text() == "theirs"
 
 
@@ -591,7 +591,7 @@ def test_an_output_folder_may_be_a_disk_of_its_own(checkpoint, texts, tmp_path):
     with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
         assert os.stat(other).st_dev != os.stat(tmp_path).st_dev
         (tmp_path / "out").symlink_to(other)
-        assert inside("--model", checkpoint, "--input", tmp_path / "in.csv", "--output", f"{tmp_path}/out/") == 0
+        assert predict_here("--model", checkpoint, "--input", tmp_path / "in.csv", "--output", f"{tmp_path}/out/") == 0
         assert {path.name for path in Path(other).iterdir()} == {"part-00000.parquet", "manifest.json"}
     assert {path.name for path in tmp_path.iterdir()} == {"in.csv", "out"}
 
@@ -599,7 +599,7 @@ def test_an_output_folder_may_be_a_disk_of_its_own(checkpoint, texts, tmp_path):
 def test_an_input_whose_name_is_not_utf_8_is_named_with_escapes(checkpoint, texts, tmp_path):
     name, output = tmp_path / os.fsdecode(b"caf\xe9.csv"), tmp_path / "out"
     pd.DataFrame({"text": [texts[0], ""]}).to_csv(name, index=False)
-    assert inside("--model", checkpoint, "--input", name, "--output", f"{output}/") == 1
+    assert predict_here("--model", checkpoint, "--input", name, "--output", f"{output}/") == 1
     assert json.loads((output / "manifest.json").read_text())["input"][0]["name"] == f"{tmp_path}/caf\\xe9.csv"
     assert read_json_lines(output / "errors.jsonl")[0]["source"] == f"{tmp_path}/caf\\xe9.csv"
 
@@ -613,7 +613,7 @@ def test_texts_that_cannot_be_seen_and_empty_files_cost_no_other_row(checkpoint,
     for name, content in (("b.csv", b""), ("c.csv", b"\xef\xbb\xbf\n"), ("d.csv.gz", gzip.compress(b""))):
         (tmp_path / "in" / name).write_bytes(content)
     words = ("--model", checkpoint, "--input", tmp_path / "in", "--text_column", "R\xe9sum\xe9")
-    assert inside(*words, "--output", tmp_path / "out.jsonl") == 1
+    assert predict_here(*words, "--output", tmp_path / "out.jsonl") == 1
     assert [row["row"] for row in read_json_lines(tmp_path / "out.jsonl")] == [0, 5]
     problems = read_json_lines(tmp_path / "out.jsonl.errors.jsonl")
     assert [(row["row"], row["problem"]) for row in problems] == [(n, "the text is empty") for n in (1, 2, 3, 4)]
@@ -622,7 +622,7 @@ def test_texts_that_cannot_be_seen_and_empty_files_cost_no_other_row(checkpoint,
 def test_a_file_url_is_a_path(checkpoint, texts, tmp_path):
     pd.DataFrame({"text": texts[:2]}).to_csv(tmp_path / "in.csv", index=False)
     words = ("--model", checkpoint, "--input", f"file://{tmp_path}/in.csv", "--output", f"file://{tmp_path}/out/")
-    assert inside(*words) == 0
+    assert predict_here(*words) == 0
     assert len(pd.read_parquet(tmp_path / "out" / "part-00000.parquet")) == 2
 
 
@@ -644,7 +644,7 @@ def test_costs_choose_the_leaf_and_their_content_is_an_option(checkpoint, texts,
         tmp_path / "costs.csv",
     )
     with killed_as_it_clears_up(), pytest.raises(KeyboardInterrupt):
-        inside(*words, "--output", tmp_path / "out.jsonl")
+        predict_here(*words, "--output", tmp_path / "out.jsonl")
     rows = read_json_lines(tmp_path / "out.jsonl")
     expected = classify(texts, costs=costs)
     assert [row["label"] for row in rows] == [one["label"] for one in expected]
@@ -654,9 +654,9 @@ def test_costs_choose_the_leaf_and_their_content_is_an_option(checkpoint, texts,
     table.iloc[0, 1] += 1
     table.to_csv(tmp_path / "costs.csv")
     with pytest.raises(InputError, match="started with another costs:"):
-        inside(*words, "--output", tmp_path / "out.jsonl")
+        predict_here(*words, "--output", tmp_path / "out.jsonl")
     for kind in ("csv", "parquet"):
-        inside(*words[:-1], "distance", "--output", tmp_path / f"out.{kind}")
+        predict_here(*words[:-1], "distance", "--output", tmp_path / f"out.{kind}")
     expected = [one["expected_cost"] for one in classify(texts, costs="distance")]
     assert pd.read_csv(tmp_path / "out.csv")["expected_cost"].tolist() == pytest.approx(expected, abs=2e-5)
     assert pd.read_parquet(tmp_path / "out.parquet")["expected_cost"].tolist() == pytest.approx(expected, abs=2e-5)
@@ -682,7 +682,9 @@ def test_a_checkpoint_whose_pipeline_is_older_than_costs_predicts_without_them(c
         file.write(OLDER)
     pd.DataFrame({"text": texts}).to_csv(tmp_path / "in.csv", index=False)
     for model in (checkpoint, older):
-        inside("--model", model, "--input", tmp_path / "in.csv", "--output", f"{tmp_path}/{Path(model).name}.jsonl")
+        predict_here(
+            "--model", model, "--input", tmp_path / "in.csv", "--output", f"{tmp_path}/{Path(model).name}.jsonl"
+        )
     expected = (tmp_path / f"{Path(checkpoint).name}.jsonl").read_bytes()
     assert (tmp_path / "older.jsonl").read_bytes() == expected
     words = (
@@ -696,7 +698,7 @@ def test_a_checkpoint_whose_pipeline_is_older_than_costs_predicts_without_them(c
         "distance",
     )
     with pytest.raises(InputError, match="'costs' is not an argument of this pipeline"):
-        inside(*words)
+        predict_here(*words)
 
 
 @pytest.mark.parametrize(
@@ -718,8 +720,8 @@ def test_labels_that_a_csv_cannot_tell_apart_are_refused(labels_checkpoint, tmp_
     (folder / "config.json").write_text(config.replace("nervous system", "nervous; system"), encoding="utf-8")
     words = ("--model", folder, "--input", CORPUS / "test.csv", "--dtype", "fp32", "--output")
     with pytest.raises(InputError, match="joins labels by ';', and the label 'nervous; system diseases' contains it; "):
-        inside(*words, tmp_path / "out.csv")
-    inside(*words, tmp_path / "out.jsonl")
+        predict_here(*words, tmp_path / "out.csv")
+    predict_here(*words, tmp_path / "out.jsonl")
     assert any("nervous; system diseases" in row["labels"] for row in read_json_lines(tmp_path / "out.jsonl"))
 
 
@@ -727,14 +729,14 @@ def test_paths_that_a_csv_cannot_tell_apart_are_refused(checkpoint, texts, tmp_p
     folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
     pd.DataFrame({"text": texts[:1]}).to_csv(tmp_path / "in.csv", index=False)
     words = ("--model", folder, "--input", tmp_path / "in.csv", "--output")
-    inside(*words, tmp_path / "a.jsonl")
+    predict_here(*words, tmp_path / "a.jsonl")
     leaf = read_json_lines(tmp_path / "a.jsonl")[0]["label"]
     config = (folder / "config.json").read_text(encoding="utf-8")
     for name, flags, separator in ((f"{leaf} > 9", (), " > "), (f"{leaf} | 9", ("--coverage", 0.8), r" \| ")):
         (folder / "config.json").write_text(config.replace(json.dumps(leaf), json.dumps(name)), encoding="utf-8")
         with pytest.raises(InputError, match=f"joins labels by '{separator}', and the label {re.escape(repr(name))}"):
-            inside(*words, tmp_path / "b.csv", *flags)
-    inside(*words, tmp_path / "b.jsonl", "--coverage", 0.8)
+            predict_here(*words, tmp_path / "b.csv", *flags)
+    predict_here(*words, tmp_path / "b.jsonl", "--coverage", 0.8)
     assert read_json_lines(tmp_path / "b.jsonl")[0]["label"] == name
 
 
@@ -745,7 +747,7 @@ def test_answers_for_a_recall_are_the_pipelines_in_every_format_and_the_csv_is_t
     pd.DataFrame({"text": texts}).to_csv(tmp_path / "in.csv", index=False)
     words = ("--model", labels_checkpoint, "--input", tmp_path / "in.csv", "--dtype", "fp32", "--recall", 0.8)
     for name in ("out.jsonl", "out.csv", "out.parquet"):
-        assert inside(*words, "--output", tmp_path / name) == 0
+        assert predict_here(*words, "--output", tmp_path / name) == 0
     classify = pipeline("hierarchical-text-classification", model=labels_checkpoint, trust_remote_code=True)
     expected = classify(texts, recall=0.8)
     assert any(one["labels"] for one in expected)
@@ -769,7 +771,7 @@ def test_answers_for_a_recall_are_the_pipelines_in_every_format_and_the_csv_is_t
 def test_with_several_labels_costs_replace_the_thresholds(labels_checkpoint, texts, tmp_path):
     pd.DataFrame({"text": texts}).to_csv(tmp_path / "in.csv", index=False)
     words = ("--model", labels_checkpoint, "--input", tmp_path / "in.csv", "--dtype", "fp32", "--probabilities")
-    inside(*words, "--output", tmp_path / "out.jsonl", "--costs", "missing=9,inventing=1")
+    predict_here(*words, "--output", tmp_path / "out.jsonl", "--costs", "missing=9,inventing=1")
     for row in read_json_lines(tmp_path / "out.jsonl"):
         assert "expected_cost" not in row
         assert all(score >= 0.1 for score in row["scores"])
@@ -781,7 +783,7 @@ def test_with_several_labels_costs_replace_the_thresholds(labels_checkpoint, tex
 def test_the_uncertainty_is_the_entropy_and_names_the_level_that_adds_most(checkpoint, texts, tmp_path):
     pd.DataFrame({"text": texts}).to_csv(tmp_path / "in.csv", index=False)
     words = ("--model", checkpoint, "--input", tmp_path / "in.csv", "--uncertainty")
-    inside(*words, "--probabilities", "--output", tmp_path / "out.jsonl")
+    predict_here(*words, "--probabilities", "--output", tmp_path / "out.jsonl")
     rows = read_json_lines(tmp_path / "out.jsonl")
     for row in rows:
         leaves = pd.Series(row["probabilities"])
@@ -790,7 +792,7 @@ def test_the_uncertainty_is_the_entropy_and_names_the_level_that_adds_most(check
         assert row["uncertainty"] == pytest.approx(entropy(leaves), abs=1e-4)
         assert row["unsure_level"] == 1 + int(entropy(leaves) - at_roots > at_roots)
     for kind, read in (("csv", pd.read_csv), ("parquet", pd.read_parquet)):
-        inside(*words, "--output", tmp_path / f"out.{kind}")
+        predict_here(*words, "--output", tmp_path / f"out.{kind}")
         table = read(tmp_path / f"out.{kind}")
         assert table["uncertainty"].tolist() == [row["uncertainty"] for row in rows]
         assert table["unsure_level"].tolist() == [row["unsure_level"] for row in rows]
@@ -855,8 +857,8 @@ def test_with_several_labels_the_uncertainty_is_the_entropy_of_their_set(seed):
 def test_int8_answers_nearly_as_float32_does(checkpoint, texts, tmp_path):
     pd.DataFrame({"text": texts}).to_csv(tmp_path / "in.csv", index=False)
     words = ("--model", checkpoint, "--input", tmp_path / "in.csv", "--probabilities", "--output")
-    inside(*words, tmp_path / "a.jsonl", "--dtype", "fp32")
-    inside(*words, tmp_path / "b.jsonl", "--dtype", "int8")
+    predict_here(*words, tmp_path / "a.jsonl", "--dtype", "fp32")
+    predict_here(*words, tmp_path / "b.jsonl", "--dtype", "int8")
     pairs = list(zip(*(read_json_lines(tmp_path / name) for name in ("a.jsonl", "b.jsonl")), strict=True))
     assert any(a != b for a, b in pairs)
     for a, b in pairs:

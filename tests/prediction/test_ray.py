@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import CLEAR, inside, run, started
+from conftest import CLEAR, predict_here, run, started
 from forked import Process
 from safetensors.torch import load_file, save_file
 
@@ -48,7 +48,7 @@ def expected(clear_checkpoint, labels_checkpoint, texts, tmp_path_factory) -> di
     outputs = {}
     for checkpoint in (clear_checkpoint, labels_checkpoint):
         outputs[checkpoint] = tmp_path_factory.mktemp("expected") / "out.jsonl"
-        assert inside("--model", checkpoint, "--input", texts, "--output", outputs[checkpoint]) == 1
+        assert predict_here("--model", checkpoint, "--input", texts, "--output", outputs[checkpoint]) == 1
         assert sum(1 for _ in outputs[checkpoint].open()) == 14_998
     return outputs
 
@@ -125,7 +125,7 @@ def test_a_driver_is_killed_and_its_cluster_ends_with_it(clear_checkpoint, texts
     written = num_parts(f"{output}/")
     assert not (output / "manifest.json").exists()
     with pytest.raises(InputError, match="started with another batch_size"):
-        inside(*words, "--batch_size", 3)
+        predict_here(*words, "--batch_size", 3)
     done = run(*words, "--ray", command="predict.py", check=False, settings=SETTINGS, fresh=True)
     assert done.returncode == 1
     assert f"continued after {1024 * written:,}" in done.stderr
@@ -155,7 +155,7 @@ def test_rows_that_kill_every_worker_are_named(cluster, clear_checkpoint, tmp_pa
     monkeypatch.setattr("prediction.ray_job.MAX_DEATHS", 2)
     output = tmp_path / "out.jsonl"
     with pytest.raises(InputError) as error:
-        inside("--model", model, "--input", tmp_path / "in.csv", "--output", output, "--ray", cluster.address)
+        predict_here("--model", model, "--input", tmp_path / "in.csv", "--output", output, "--ray", cluster.address)
     assert str(error.value).startswith(
         f"2 workers died while they classified the rows from {tmp_path / 'in.csv'}, line 1026, to {tmp_path / 'in.csv'}, line 2049: "
     )
@@ -179,7 +179,7 @@ def test_actors_with_another_model_do_not_take_part(cluster, clear_checkpoint, t
     with pytest.raises(
         InputError, match=r"^node [\d.]+ has another fingerprint, \w+, not \w+: use nodes that are alike$"
     ):
-        inside("--model", model, "--input", texts, "--output", output, "--ray", cluster.address)
+        predict_here("--model", model, "--input", texts, "--output", output, "--ray", cluster.address)
     changer.join()
     assert not output.exists()
 
@@ -192,7 +192,7 @@ def test_what_cannot_be_done_is_one_line(clear_checkpoint, texts, tmp_path, monk
     words = ("--input", texts, "--output", tmp_path / "out.jsonl", "--ray")
     monkeypatch.setattr(ray, "init", partial(ray.init, include_dashboard=False))  # it is ten processes
     with pytest.raises(InputError, match=rf"^node [0-9.]+\b.*cannot use the model {re.escape(str(model))}: ") as error:
-        inside("--model", model, *words)
+        predict_here("--model", model, *words)
     assert "\n" not in str(error.value)
     ray.shutdown()  # which the end of a process does
     for flags, message in (
@@ -201,9 +201,9 @@ def test_what_cannot_be_done_is_one_line(clear_checkpoint, texts, tmp_path, monk
         (["local", "--ray_cpus_per_actor", 999], "--ray local: an actor needs 999 CPU, and this machine has "),
     ):
         with pytest.raises(InputError) as error:
-            inside("--model", clear_checkpoint, *words, *flags)
+            predict_here("--model", clear_checkpoint, *words, *flags)
         assert str(error.value).startswith(message)
         assert "\n" not in str(error.value)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r'--ray needs Ray: pip install "ray\[default\]"'):
-        inside("--model", clear_checkpoint, *words)
+        predict_here("--model", clear_checkpoint, *words)

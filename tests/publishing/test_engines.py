@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import CLEAR, CORPUS, ROOT, read_csv, run, stranger
+from conftest import CLEAR, CORPUS, ROOT, read_csv, run, run_outside
 from hub_server import HubServer
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, MPNetConfig, pipeline
@@ -233,7 +233,7 @@ names = {{one.any_name for one in model.inputs}}
 inputs = {{name: ids for name, ids in np.load("inputs.npz").items() if name in names}}
 print(json.dumps(model(inputs)["logits"].tolist()))
 """
-    logits = np.array(stranger(code, tmp_path, {"PYTHONPATH": str(optional)}, fresh=True))
+    logits = np.array(run_outside(code, tmp_path, {"PYTHONPATH": str(optional)}, fresh=True))
     found, expected = LINK[form](logits), probabilities(published[form], texts)
     assert len(texts) == 1000
     np.testing.assert_allclose(found, expected, atol=1e-4)
@@ -267,7 +267,7 @@ print(json.dumps(answers))
 
 def serve(folder: Path, requests: list) -> list:
     """What the toolkit of Inference Endpoints answers, in a process of its own."""
-    return stranger(TOOLKIT.format(folder=str(folder), requests=json.dumps(requests)), folder.parent)
+    return run_outside(TOOLKIT.format(folder=str(folder), requests=json.dumps(requests)), folder.parent)
 
 
 PARAMETERS = {

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import CORPUS, ROOT, copy_checkpoint, read_csv, run, snippets, stranger, train_label_sets, write_csv
+from conftest import CORPUS, ROOT, copy_checkpoint, read_csv, run, run_outside, snippets, train_label_sets, write_csv
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from hub_server import HubServer
@@ -328,7 +328,7 @@ def test_what_the_hub_would_refuse_is_one_line_before_anything_is_sent(
         words=words,
         tokens=[token for _, token, _ in cases],
     )
-    answers = stranger(code, tmp_path, hub.environment(tmp_path / "home"))
+    answers = run_outside(code, tmp_path, hub.environment(tmp_path / "home"))
     for answer, (_, token, message) in zip(answers, cases, strict=True):
         assert message in answer
         assert "\n" not in answer
@@ -385,7 +385,7 @@ def test_a_push_that_breaks_anywhere_leaves_the_repository_as_it_was(how, existi
         how=how,
         existing=existing,
     )
-    found = stranger(code, tmp_path)
+    found = run_outside(code, tmp_path)
     assert len(found) > 5
     assert not found[-1][0]  # the last was not broken: every request of a push has been
     for broke, answer, same, again, whole in found[:-1]:
@@ -411,7 +411,7 @@ def test_a_commit_whose_answer_is_lost_is_not_made_twice(checkpoint, tmp_path):
         own_hub=True,
         model=str(shutil.copytree(checkpoint, tmp_path / "changed")),
     )
-    answer, again, before, after = stranger(code, tmp_path)
+    answer, again, before, after = run_outside(code, tmp_path)
     assert answer.endswith("; run the same command again, which commits nothing twice")
     assert again.startswith("alice/model: http")
     assert before == after
@@ -442,7 +442,7 @@ except OSError:
 model = AutoModel.from_pretrained("clinic/secret", trust_remote_code=True, token="hf_alice")
 print(json.dumps([refused, HfApi().model_info("clinic/secret", token="hf_alice").private, type(model).__name__]))
 """
-    found = stranger(code, tmp_path, hub.environment(tmp_path / "other"))
+    found = run_outside(code, tmp_path, hub.environment(tmp_path / "other"))
     assert found == [True, True, "HierarchicalForSequenceClassification"]
 
 
@@ -489,7 +489,7 @@ def base_requests(hub: HubServer, since: int) -> list[str]:
 def test_a_stranger_gets_the_model_in_one_call(hub, published, expected, tmp_path, form, auto):
     repo, asked = published[form], len(hub.requests)
     code = log_probs_code(repo, f"{auto}.from_pretrained({repo!r}, trust_remote_code=True)")
-    found = torch.tensor(stranger(code, tmp_path, hub.environment(tmp_path / "home")))
+    found = torch.tensor(run_outside(code, tmp_path, hub.environment(tmp_path / "home")))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     weights = [path for path in base_requests(hub, asked) if "/cdn/" in path]
     assert len(weights) == (1 if form == "adapter" else 0)
@@ -535,7 +535,7 @@ for form in {sorted(published.items())!r}:
 found["cached"] = sorted(os.listdir({cache!r}))
 print(json.dumps(found))
 """
-    found = stranger(code, tmp_path, hub.environment(tmp_path / "home"))
+    found = run_outside(code, tmp_path, hub.environment(tmp_path / "home"))
     assert {name for name in found.pop("cached") if name.startswith("models--")} == {
         *("models--alice--adapter", "models--alice--merged", "models--base--tiny")
     }
@@ -554,16 +554,16 @@ print(json.dumps(found))
 def test_after_one_load_it_loads_without_the_hub(hub, published, expected, tmp_path, closed_port):
     repo, home = published["adapter"], tmp_path / "home"
     code = log_probs_code(repo, f"AutoModel.from_pretrained({repo!r}, trust_remote_code=True)")
-    stranger(code, tmp_path, hub.environment(home))
+    run_outside(code, tmp_path, hub.environment(home))
     asked = len(hub.requests)
     local = f"AutoModel.from_pretrained({repo!r}, trust_remote_code=True, local_files_only=True)"
     local_code = (
         f"import json\nfrom transformers import AutoModel\nmodel = {local}\nprint(json.dumps(str(model.dtype)))"
     )
-    assert stranger(local_code, tmp_path, hub.environment(home)) == "torch.float32"
+    assert run_outside(local_code, tmp_path, hub.environment(home)) == "torch.float32"
     assert hub.requests[asked:] == []
     offline = {**hub.environment(home), "HF_ENDPOINT": f"http://127.0.0.1:{closed_port}", "HF_HUB_OFFLINE": "1"}
-    found = torch.tensor(stranger(code, tmp_path, offline))
+    found = torch.tensor(run_outside(code, tmp_path, offline))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
@@ -595,7 +595,7 @@ except ValueError as error:
 def test_a_loaded_model_is_saved_without_the_hub_or_not_at_all(tmp_path):
     """From a private repository, by a token and a cache that saving is not told of, and from a folder that is gone since."""
     copy_checkpoint("self_contained", tmp_path / "folder")
-    refusal, written = stranger(SAVE_WITHOUT_THE_HUB.format(tests=str(ROOT / "tests")), tmp_path)
+    refusal, written = run_outside(SAVE_WITHOUT_THE_HUB.format(tests=str(ROOT / "tests")), tmp_path)
     assert "its code" in refusal
     assert "load the model again" in refusal
     assert not written
@@ -610,7 +610,7 @@ from transformers import AutoModel
 state = AutoModel.from_pretrained({saved!r}, trust_remote_code=True).state_dict()
 print(json.dumps({{name: tensor.tolist() for name, tensor in state.items()}}))
 """
-        after = stranger(code, tmp_path, {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / saved / "home")})
+        after = run_outside(code, tmp_path, {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / saved / "home")})
         assert after == before
 
 
@@ -628,7 +628,7 @@ found = [
 ]
 print(json.dumps(found))
 """
-    answers = stranger(code, tmp_path, hub.environment(tmp_path / "home"))
+    answers = run_outside(code, tmp_path, hub.environment(tmp_path / "home"))
     for (task, _), results in zip(tasks, answers, strict=True):
         for result, log_probs in zip(results, expected, strict=True):
             assert result["score"] == pytest.approx(log_probs[:5].exp().max().item(), abs=1e-4), task
@@ -655,7 +655,7 @@ try:
 except (OSError, ValueError) as error:
     print(json.dumps(f"{{type(error).__name__}}: {{error}}"))
 """
-    answer = stranger(code, tmp_path, hub.environment(tmp_path / "home"))
+    answer = run_outside(code, tmp_path, hub.environment(tmp_path / "home"))
     assert message in answer
     assert "base/tiny" in answer
 
@@ -714,7 +714,7 @@ for name in {list(breaks)!r}:
         answers.append(f"{{type(error).__name__}}: {{error}}")
 print(json.dumps(answers))
 """
-    answers = stranger(code, tmp_path, hub.environment(tmp_path / "home"))
+    answers = run_outside(code, tmp_path, hub.environment(tmp_path / "home"))
     for answer, (_, message) in zip(answers, breaks.values(), strict=True):
         assert message in answer
 
@@ -736,7 +736,7 @@ model = AutoModel.from_pretrained("alice/over-bin", trust_remote_code=True)
 print(json.dumps([type(model).__name__, [t.name for t in threading.enumerate() if "conversion" in t.name]]))
 """
     asked = len(hub.requests)
-    found = stranger(code, tmp_path, hub.environment(tmp_path / "home", "hf_alice"))
+    found = run_outside(code, tmp_path, hub.environment(tmp_path / "home", "hf_alice"))
     assert found == ["HierarchicalForSequenceClassification", []]
     assert not [request.path for request in hub.requests[asked:] if "discussions" in request.path]
 
@@ -751,7 +751,7 @@ for repo in {list(published.values())!r}:
 known = [name in sys.modules for name in ("peft", "bitsandbytes")]
 print(json.dumps([torch.equal(before, torch.get_rng_state()), *known]))
 """
-    assert stranger(code, tmp_path, hub.environment(tmp_path / "home"), fresh=True) == [True, False, False]
+    assert run_outside(code, tmp_path, hub.environment(tmp_path / "home"), fresh=True) == [True, False, False]
 
 
 # the card
@@ -770,7 +770,7 @@ for snippet in {snippets(text)!r}:
     said.append(out.getvalue())
 print(json.dumps(said))
 """
-    own, stock, model = stranger(code, tmp_path, hub.environment(tmp_path / "home"))
+    own, stock, model = run_outside(code, tmp_path, hub.environment(tmp_path / "home"))
     answer, path = own.splitlines()
     label, score = answer.rsplit(" ", 1)
     assert ast.literal_eval(path)[-1] == (label, float(score))
@@ -797,7 +797,7 @@ print(json.dumps({{
     "seen": [info.pipeline_tag, info.library_name],
 }}))
 """
-        card = stranger(code, tmp_path, hub.environment(tmp_path / "home"))
+        card = run_outside(code, tmp_path, hub.environment(tmp_path / "home"))
         assert card["name"] == repo
         assert card["base"] == "base/tiny"
         assert card["relation"] == {"adapter": "adapter", "merged": "finetune"}[form]
@@ -876,7 +876,7 @@ for snippet in {snippets(hub.files(repo)["README.md"].decode())!r}:
 ModelCard.load({repo!r}).validate()
 print(json.dumps([logits.sigmoid().tolist(), own({TEXTS!r}, recall=0.9), stock({TEXTS!r}, truncation=True), said]))
 """
-    model, own, stock, said = stranger(code, tmp_path, hub.environment(tmp_path / "home"))
+    model, own, stock, said = run_outside(code, tmp_path, hub.environment(tmp_path / "home"))
     config = HierarchicalConfig.from_pretrained(label_sets)
     labels, least = config.tree.labels, config.recall_thresholds[89]
     np.testing.assert_allclose(model, expected_probabilities, atol=1e-4)
@@ -951,7 +951,7 @@ from predict import main
 words = ["--model", "alice/pinned", "--input", "in.csv", "--dtype", "fp32", "--probabilities", "--output_format", "jsonl"]
 print(json.dumps([main([*words, "--revision", one, "--output", one + "/"]) for one in ({first!r}, "main")]))
 """
-    assert stranger(code, tmp_path, hub.environment(tmp_path / "home")) == [0, 0]
+    assert run_outside(code, tmp_path, hub.environment(tmp_path / "home")) == [0, 0]
     found = []
     for revision, commit in ((first, first), ("main", second)):
         manifest = json.loads((tmp_path / revision / "manifest.json").read_text())
@@ -1034,7 +1034,7 @@ def test_training_pushes_what_loads_the_same_by_every_strategy(hub, tmp_path, st
         assert not is_pickle(content), name
     assert f'from_pretrained("{repo}"' in files["README.md"].decode()
     code = log_probs_code(repo, f"AutoModel.from_pretrained({repo!r}, trust_remote_code=True)")
-    found = torch.tensor(stranger(code, tmp_path, hub.environment(tmp_path / "other")))
+    found = torch.tensor(run_outside(code, tmp_path, hub.environment(tmp_path / "other")))
     torch.testing.assert_close(found, by_hand(hub, output), atol=1e-4, rtol=0)
     for commit in hub.commits(repo)[1:]:  # every state in between had our card and was whole
         there = hub.files(repo, commit.sha)
@@ -1109,7 +1109,7 @@ card.validate(repo_type="space")
 variables = {name: v.value for name, v in HfApi().get_space_variables("alice/served-space").items()}
 print(json.dumps([variables, card.data.models, card.data.sdk]))
 """
-    variables, models, sdk = stranger(code, tmp_path, environment)
+    variables, models, sdk = run_outside(code, tmp_path, environment)
     assert variables == {"MODEL_ID": "alice/served", "MODEL_REVISION": hub.commits("alice/served")[-1].sha}
     assert (models, sdk) == (["alice/served"], "gradio")
 

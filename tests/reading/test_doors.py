@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, parquet, stranger
+from conftest import ROOT, parquet, run_outside
 
 from errors import InputError
 from prediction.input import read_records
@@ -121,5 +121,5 @@ table = read_table(content, "parquet")
 import reading
 print(json.dumps([table.column, [row.text for row in table.rows], reading.__file__, {str(ROOT)!r} in sys.path]))
 """
-    found = stranger(code, tmp_path)
+    found = run_outside(code, tmp_path)
     assert found == ["Text", ["one", "two", None, "one"], str(tmp_path / "reading" / "__init__.py"), False]

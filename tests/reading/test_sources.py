@@ -16,7 +16,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, stranger
+from conftest import ROOT, run_outside
 
 from prediction.input import read_records
 from reading.rows import InputError
@@ -231,6 +231,6 @@ print(json.dumps([find_column(dict.fromkeys(texts, 1.0), None, TEXT_COLUMNS), te
     code = "import json, sys\nimport reading.sources, reading.columns, reading.parquet\n"
     code += f"print(json.dumps([n for n, m in sys.modules.items() if str(getattr(m, '__file__', '')).startswith({str(ROOT)!r})"
     code += " and '.venv' not in m.__file__]))"
-    found = stranger(code, ROOT, fresh=True)
+    found = run_outside(code, ROOT, fresh=True)
     modules = ("columns", "parquet", "rows", "sources", "stores")
     assert sorted(found) == ["reading", *(f"reading.{name}" for name in modules)]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, copy_checkpoint, stranger
+from conftest import ROOT, copy_checkpoint, run_outside
 from transformers import AutoTokenizer
 
 from modeling_hierarchical import HierarchicalForSequenceClassification
@@ -86,7 +86,7 @@ print(json.dumps(answers))
     leaves = [
         max(zip(row[: EXPECTED["num_leaves"]], EXPECTED["labels"], strict=False)) for row in EXPECTED["probabilities"]
     ]
-    for answers in stranger(code, published, home):
+    for answers in run_outside(code, published, home):
         assert [label for label, _, _ in answers] == [label for _, label in leaves]
         assert [score for _, score, _ in answers] == pytest.approx([score for score, _ in leaves], abs=1e-5)
         assert [truncated for _, _, truncated in answers] == [False, False, True]

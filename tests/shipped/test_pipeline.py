@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, stranger
+from conftest import ROOT, run_outside
 from datasets import Dataset
 from scipy.sparse.csgraph import shortest_path
 from torch import nn
@@ -503,7 +503,7 @@ for folder in reversed({list(renamed)!r}):
     classify.model.save_pretrained(folder + "_saved")
 print(json.dumps([answers, warned, torch.ops.mkldnn._is_mkldnn_bf16_supported()]))
 """
-    answers, warned, packs = stranger(code, tmp_path, {"HF_MODULES_CACHE": str(tmp_path / "modules")})
+    answers, warned, packs = run_outside(code, tmp_path, {"HF_MODULES_CACHE": str(tmp_path / "modules")})
     wanted = ["operation", "function"] if packs else ["function"]
     said = [message for message in warned if "CPU kernels" in message]
     assert len(said) == len(wanted)

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import ROOT, parquet, stranger
+from conftest import ROOT, parquet, run_outside
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from gradio_client.utils import QueueError
@@ -348,7 +348,7 @@ for file in sorted(Path({str(tmp_path)!r}).glob("*.*")):
         said[file.name] = str(error)
 print(json.dumps([said, most(resource.RUSAGE_SELF) - rest + most(resource.RUSAGE_CHILDREN)]))
 """
-    said, memory = stranger(code, tmp_path, fresh=True)
+    said, memory = run_outside(code, tmp_path, fresh=True)
     assert memory < 10**9, said
     packed = [said[name] for name in said if name.endswith("parquet") and name != "lists.parquet"]
     assert all("more than 41,943,040 bytes" in one or "does not fit in memory" in one for one in packed), packed
@@ -931,7 +931,7 @@ pages = [service.show_result("", 0.9)[0], service.show_result("A study of angina
 pages += [service.show_words("A study of angina.", node, progress), service.explain("A study of angina.", node)["label"]]
 print(json.dumps([spaces.lent, node, *pages]))
 """
-    count, node, empty, high, words, explained = stranger(code, tmp_path, {"HF_HUB_OFFLINE": "1"})
+    count, node, empty, high, words, explained = run_outside(code, tmp_path, {"HF_HUB_OFFLINE": "1"})
     assert count == 2
     assert "There is no text to classify." in empty
     assert node in high
@@ -957,7 +957,7 @@ for model in {[*messages]!r}:
         said.append([error.code, sys.stderr.getvalue()])
 print(json.dumps(said))
 """
-    for (exit_code, stderr), (model, message) in zip(stranger(code, tmp_path), messages.items(), strict=True):
+    for (exit_code, stderr), (model, message) in zip(run_outside(code, tmp_path), messages.items(), strict=True):
         assert exit_code == 2
         assert "Traceback" not in stderr
         last = stderr.strip().splitlines()[-1]
@@ -975,7 +975,7 @@ import app
 page = app.build(app.load({clear_checkpoint!r}, None), {clear_checkpoint!r})
 print(json.dumps([page.GRADIO_CACHE, stat.S_IMODE(os.stat(page.GRADIO_CACHE).st_mode)]))
 """
-    folder, mode = stranger(code, tmp_path, {"HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)})
+    folder, mode = run_outside(code, tmp_path, {"HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)})
     assert Path(folder).parent == tmp_path
     assert mode == 0o700
     assert not Path(folder).exists()
