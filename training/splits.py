@@ -327,7 +327,7 @@ def _sample_by_labels(labels: np.ndarray, count: int, split: str, seed: int, tra
     # ── Texts with a rare class ──────────────────────────────────────────────────────────────────────────────────────
     has, num_texts = labels[free] == 1, (labels == 1).sum(axis=0, dtype=np.int32)
     num_free = np.where(has, has.sum(axis=0, dtype=np.int32), np.int32(len(labels)))
-    rarest, is_rare = num_free.argmin(axis=1), num_free.min(axis=1) * count < len(free) / 2
+    rarest, is_rare = num_free.argmin(axis=1), num_free.min(axis=1) < len(free) / count / 2
     rare, others = np.flatnonzero(is_rare), np.flatnonzero(~is_rare)
     rare = rare[_shuffled_strata(rarest[rare], np.random.default_rng(seed))]
     eligible = num_texts[rarest[rare]] > 1
