@@ -85,15 +85,17 @@ def find_split_sources(arguments: DataArguments) -> tuple[dict[str, SplitSource]
     return sources, False
 
 
-def _load_dataset(name: str, config_name: str | None, revision: str | None) -> datasets.Dataset | datasets.DatasetDict:
+def _load_dataset(name: str, config_name: str | None, revision: str | None) -> datasets.DatasetDict:
+    """Load a data set. `datasets` infers the types of CSV files, 007 as 7 and NA as missing, unless they are declared."""
     given = {"name": config_name, "revision": revision}
-    builder = datasets.load_dataset_builder(name, **given)
-    if not isinstance(builder.config, CsvConfig) or builder.info.features is not None:
-        return datasets.load_dataset(name, **given)
-    # `datasets` would infer types: 007 would become 7, and NA a missing label
-    first_row = next(chain(*datasets.load_dataset(name, **given, streaming=True).values()))
-    features = datasets.Features(dict.fromkeys(first_row, datasets.Value("string")))
-    return datasets.load_dataset(name, **given, features=features, keep_default_na=False)
+    builder, loaded = datasets.load_dataset_builder(name, **given), datasets.load_dataset(name, **given)
+    if isinstance(builder.config, CsvConfig) and builder.info.features is None:
+        columns = next(iter(loaded.values())).column_names
+        features = datasets.Features(dict.fromkeys(columns, datasets.Value("string")))
+        return datasets.load_dataset(name, **given, features=features, keep_default_na=False)
+    if not isinstance(builder.config, CsvConfig) and builder.info.builder_name == "csv":
+        logger.warning("%s is offline, and its cached types may be inferred ones: a label 007 would be 7", name)
+    return loaded
 
 
 def _from_dataset(name: str, dataset: datasets.Dataset, hub_id: str | None = None) -> SplitSource:

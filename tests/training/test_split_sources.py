@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import shutil
 
 import datasets
 import pandas as pd
@@ -231,7 +232,7 @@ def test_saved_folders_that_cannot_be_used(tmp_path):
         load(data_path=tmp_path / "all")
 
 
-def test_dataset_by_name(tmp_path, monkeypatch):
+def test_dataset_by_name(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "corpus"  # `datasets` takes a folder of files for a name, too
     folder.mkdir()
@@ -244,10 +245,17 @@ def test_dataset_by_name(tmp_path, monkeypatch):
         (folder / f"{name}.csv").write_text(f"text,label,more\n{text},007\nb,7\nc,NA\nd,1.0\n")
     configurations = [f"- config_name: {name}\n  data_files: {name}.csv\n" for name in ("one", "other")]
     (folder / "README.md").write_text("---\nconfigs:\n" + "".join(configurations) + "---\n")
-    data = load(dataset_name=folder, dataset_config_name="one", validation_size=0)
-    assert data.splits["train"]["text"][:] == ["null", "b", "c", "d"]
-    assert labels_of(data, "train") == ["007", "7", "NA", "1.0"]
+    for name, text in (("one", "null"), ("other", "a")):
+        data = load(dataset_name=folder, dataset_config_name=name, validation_size=0)
+        assert data.splits["train"]["text"][:] == [text, "b", "c", "d"]
+        assert labels_of(data, "train") == ["007", "7", "NA", "1.0"]
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    cached = tmp_path / "cache" / "nobody___cached" / "other" / "0.0.0" / "a"
+    shutil.copytree(next((tmp_path / "cache" / "corpus").glob("other/*/*/*.json")).parent, cached)
+    (cached / "corpus-train.arrow").rename(cached / "cached-train.arrow")
+    with pytest.raises(InputError, match="row 3, column 'label'"):  # NA was inferred to be missing
+        load(dataset_name="nobody/cached", dataset_config_name="other", validation_size=0)
+    assert "its cached types may be inferred ones" in caplog.text
     with pytest.raises(InputError, match="cannot load --dataset_name nobody/nothing") as caught:
         load(dataset_name="nobody/nothing")
     assert "\n" not in str(caught.value)
