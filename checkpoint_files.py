@@ -88,6 +88,8 @@ def find_damage(folder: Path, adapter_form: bool) -> str | None:
     try:
         if not adapter_form and (folder / name).is_file():
             needed = sorted(set(json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values()))
+            if WEIGHTS not in needed and (folder / WEIGHTS).is_file():
+                return f"{WEIGHTS_INDEX} stands beside {WEIGHTS}, and one of them is of former weights"
         for name in needed:
             if not (folder / name).is_file():
                 return f"{name} is missing"

@@ -128,6 +128,9 @@ def load_encoder(config: HierarchicalConfig, **kwargs: Any) -> PreTrainedModel:
     """
     name, revision = config.encoder_name_or_path, config.encoder_revision
     if os.path.isdir(name):
+        if revision is not None and not os.path.isabs(name):
+            problem = f"the folder {name} of the working directory hides the encoder {name} of the Hub"
+            raise ValueError(f"{problem}, at commit {revision}: load from another directory, or rename the folder")
         revision = "main"
     elif os.path.isabs(name):
         advice = "publish it by push_to_hub.py --merge, or set encoder_name_or_path and encoder_revision in config.json"
@@ -184,7 +187,8 @@ def share_encoder(model: Any, other: Any) -> None:
     """Let a model use the encoder weights of ``other``, so that both hold them once. Both keep their own adapter and heads.
 
     Load both with ``merge_adapter=False``. Predictions do not change. Both models then contain the same linear modules. So weights
-    that a pipeline packs for the CPU are held once, too. Move both models to a device, or neither.
+    that a pipeline packs for the CPU are held once, too. Move both models to a device, or neither. An adapter that is merged
+    afterwards changes both.
 
     Raises ValueError where an adapter is merged, weights are quantized, or the models have different encoders.
     """
@@ -428,6 +432,8 @@ def set_auto_map(config: Any) -> None:
 
 def prepare_self_contained(model: Any) -> None:
     for name, weight in model.named_parameters():
+        if ".base_layer." in name:
+            raise ValueError("the model holds an adapter of PEFT: save what merge_and_unload() returns")
         if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
             raise ValueError(f"{name} was repacked by bitsandbytes for this CPU: load the model again to save it")
     set_auto_map(model.config)
@@ -477,8 +483,10 @@ def follow_umask(folder: Path) -> None:
 
 
 def remove_other_form(folder: Path, adapter_form: bool) -> None:
-    """Delete the weights of an earlier checkpoint of the other form, which would be published along."""
-    whole = ("model.safetensors*", "model-*-of-*.safetensors")
-    for pattern in whole if adapter_form else ADAPTER_FILES:
+    """Delete the weights of an earlier checkpoint of another form, which would be loaded, or published along."""
+    whole, shards, index = "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"
+    # transformers has deleted former shards
+    of_whole = (whole if any(folder.glob(shards)) else index,)
+    for pattern in (whole, shards, index) if adapter_form else (*ADAPTER_FILES, *of_whole):
         for file in folder.glob(pattern):
             file.unlink()

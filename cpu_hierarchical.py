@@ -157,7 +157,8 @@ def packable_dtypes() -> tuple[torch.dtype, ...]:
 class PackedLinear(nn.Linear):
     """A linear layer that also keeps its weight in oneDNN's order, from its first inference on.
 
-    A changed weight is packed again, but torch does not count changes in place through ``weight.data``.
+    A changed weight is packed again. torch does not count changes in place through ``weight.data``, as when PEFT merges an
+    adapter, so the diagonal is compared.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -176,11 +177,17 @@ class PackedLinear(nn.Linear):
 
     def multiply(self, input: Tensor, activation: str = "none") -> Tensor:
         """Multiply (…, in) to (…, out), then apply ``activation``: the exact "gelu", or "none"."""
-        packed, source, version = self.__dict__.get("packed", (None, None, None))
-        if source is None or source.data_ptr() != self.weight.data_ptr() or version != self.weight._version:
-            packed = ONEDNN._reorder_linear_weight(self.weight.detach())
+        packed, source, version, diagonal = self.__dict__.get("packed", (None,) * 4)
+        weight = self.weight.detach()
+        if (
+            source is None
+            or source.data_ptr() != weight.data_ptr()
+            or version != self.weight._version
+            or not torch.equal(diagonal, weight.diagonal())
+        ):
+            packed = ONEDNN._reorder_linear_weight(weight)
             # the source is kept too: while it is alive, no other weight can have its address
-            self.packed = packed, self.weight.detach(), self.weight._version
+            self.packed = packed, weight, self.weight._version, weight.diagonal().clone()
         return ONEDNN._linear_pointwise(input, packed, self.bias, activation, [], "none")
 
     def __getstate__(self) -> dict[str, Any]:  # a copy packs its own weight

@@ -13,6 +13,7 @@ Worth knowing:
    models on the meta device.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -378,6 +379,14 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
     ) -> None:
         """Write a checkpoint with the code that loads it: in adapter form if the encoder has an adapter, else whole."""
         save_checkpoint(self, super().save_pretrained, Path(save_directory), is_main_process, state_dict, **kwargs)
+
+    def push_to_hub(self, *arguments: Any, **named: Any) -> Any:
+        """Publish as transformers does. ValueError: the adapter's encoder is a folder of this machine."""
+        if self.has_adapter and os.path.isabs(self.config.encoder_name_or_path):
+            raise ValueError(
+                "the adapter's encoder is a folder of this machine: save the model, then run push_to_hub.py --merge"
+            )
+        return super().push_to_hub(*arguments, **named)
 
     share_encoder = share_encoder
 

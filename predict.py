@@ -42,6 +42,7 @@ def main(argv: list[str]) -> int:
     sources = find_inputs(arguments)
     arguments.costs, costs_description = read_costs(arguments.costs)
     output = RestartableOutput(arguments.output, output_kind(arguments.output, arguments.output_format))
+    sources = [source for source in sources if not output.holds(source)]  # a pattern may match blocks of a killed run
     with output.lock():
         output.check(sources, arguments.overwrite)
         records = read_records(sources, arguments.text_column, arguments.id_column)
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> int:
             if arguments.overwrite:
                 output.delete()
             flags = {flag: value for flag, value in vars(arguments).items() if flag not in WITHOUT_EFFECT}
-            options = flags | {"costs": costs_description} | model.description
+            options = flags | {"costs": costs_description, "output_format": output.kind} | model.description
             with tqdm(unit=" rows", disable=None) as bar:
                 output.write_blocks(chain([first], records), options, model.predict_blocks, bar)
         files = [{"name": source.name, "bytes": source.size} for source in sources]

@@ -13,6 +13,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("checkpoint", help="a folder, or an id on the Hub")
 parser.add_argument("file", help="a CSV file with a column text")
 arguments = parser.parse_args()
+csv.field_size_limit(2**31 - 1)
 try:
     with open(arguments.file, encoding="utf-8-sig", newline="") as rows:
         texts = [row["text"] for row in csv.DictReader(rows)]

@@ -14,6 +14,7 @@ Worth knowing:
 
 import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -81,6 +82,12 @@ class RestartableOutput:
     def lock(self) -> AbstractContextManager[None]:
         """Lock the output for this process. Raise InputError if it cannot be written."""
         return self.store.lock(self._stem)
+
+    def holds(self, source: Source) -> bool:
+        """Return whether a file is one of the output's blocks."""
+        is_local = source.filesystem is None
+        path, parts = map(os.path.realpath, (source.path, self.parts)) if is_local else (source.path, self.parts)
+        return path.startswith(f"{parts}/")
 
     def check(self, sources: Sequence[Source], overwrite: bool) -> None:
         """Raise InputError if the output is finished, or if one of its files is also an input, under any name."""

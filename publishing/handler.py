@@ -28,7 +28,7 @@ class EndpointHandler:
         pipeline. ``costs`` cannot be a path: a client must not read the server's files.
 
         Raises:
-            ValueError: the request cannot be used. The message is one line and holds no text of the request.
+            ValueError: the request cannot be used. The message is one line and holds none of the texts.
         """
         if not isinstance(data, dict) or not isinstance(data.get("inputs"), (str, list)):
             raise ValueError('a request is {"inputs": a text or a list of texts}, and optionally "parameters"')

@@ -50,7 +50,7 @@ class Target:
 
 def refuse_local_encoder(config: HierarchicalConfig, remedy: str) -> None:
     """Raise InputError if an adapter's encoder is a folder on this machine."""
-    if Path(config.encoder_name_or_path).is_absolute():
+    if config.encoder_revision is None or Path(config.encoder_name_or_path).is_absolute():
         raise InputError(
             f"the adapter is for the encoder in {config.encoder_name_or_path}, which is on this machine only: {remedy}"
         )

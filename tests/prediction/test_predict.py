@@ -286,6 +286,27 @@ def finished_parts(checkpoint, long_input, tmp_path_factory) -> Path:
     return Path(f"{output}.parts")
 
 
+def test_blocks_of_a_killed_run_are_not_read_as_its_input(checkpoint, long_input, unbroken, tmp_path):
+    shutil.copy(long_input, tmp_path / "in.csv")
+    pattern, output = f"{tmp_path}/**/*[0-9n].[cj]s*", tmp_path / "out.jsonl"  # also the blocks in out.jsonl.parts
+    words = ("--model", checkpoint, "--input", pattern, "--output", output, "--overwrite")
+    with killed_as_it_clears_up(), pytest.raises(KeyboardInterrupt):
+        predict_here(*words)
+    assert not output.exists()
+    assert len([*Path(f"{output}.parts").iterdir()]) >= 3
+    assert predict_here(*words[:-1]) == 1
+    assert output.read_bytes() == unbroken[0].read_bytes()
+
+
+def test_a_restarted_run_may_name_the_format_that_it_has_by_default(checkpoint, texts, tmp_path):
+    pd.DataFrame({"text": texts[:3]}).to_csv(tmp_path / "in.csv", index=False)
+    words = ("--model", checkpoint, "--input", tmp_path / "in.csv", "--output", f"{tmp_path}/out/")
+    with killed_as_it_clears_up(), pytest.raises(KeyboardInterrupt):
+        predict_here(*words)
+    assert predict_here(*words, "--output_format", "parquet") == 0
+    assert len(pd.read_parquet(tmp_path / "out" / "part-00000.parquet")) == 3
+
+
 def cut_a_row(lines: list[bytes]) -> list[bytes]:
     return lines[:-1]
 

@@ -34,6 +34,17 @@ def test_the_code_of_today_answers_as_the_code_that_made_it(form, monkeypatch):
     torch.testing.assert_close(output.node_log_probs.exp(), torch.tensor(EXPECTED["probabilities"]), atol=1e-5, rtol=0)
 
 
+def test_a_folder_does_not_take_the_place_of_a_pinned_encoder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(FOLDER / "encoder", "base/tiny")
+    shutil.copytree(FOLDER / "adapter_form", "model")
+    config = json.loads(Path("model/config.json").read_text())
+    pinned = {"encoder_name_or_path": "base/tiny", "encoder_revision": "0" * 40}
+    Path("model/config.json").write_text(json.dumps(config | pinned))
+    with pytest.raises(ValueError, match="the folder base/tiny of the working directory hides the encoder base/tiny"):
+        HierarchicalForSequenceClassification.from_pretrained("model")
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_the_next_stored_threshold_serves_a_coverage(form, monkeypatch):
     monkeypatch.chdir(FOLDER)

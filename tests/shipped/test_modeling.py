@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, initialization
 
+from checkpoint_files import find_damage
 from checkpoint_hierarchical import ADAPTER_WEIGHTS, load_encoder
 from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import (
@@ -572,6 +573,34 @@ def test_saving_publishes_nothing_before_the_code_is_there(adapted, tmp_path):
         with pytest.raises(ValueError, match=r"run push_to_hub\.py on that folder"):
             model.save_pretrained(tmp_path / "results", push_to_hub=True)
     assert not (tmp_path / "results").exists()
+
+
+def test_of_the_files_of_an_earlier_save_none_is_loaded_or_stays(adapted, tmp_path):
+    whole, inputs = small_model(), batch(length=20)
+    for shards in ({"max_shard_size": "8KB"}, {}, {"max_shard_size": "8KB"}):
+        with torch.no_grad():
+            whole.heads.weight.mul_(-1.5)
+        whole.save_pretrained(tmp_path, **shards)
+        names = {path.name for path in tmp_path.iterdir()}
+        assert ("model.safetensors" in names) == (shards == {})
+        assert ("model.safetensors.index.json" in names) == (shards != {})
+        assert find_damage(tmp_path, adapter_form=False) is None
+        loaded = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
+        torch.testing.assert_close(loaded(**inputs).logits, whole(**inputs).logits, atol=1e-5, rtol=0)
+    adapted.save_pretrained(tmp_path)
+    assert not [*tmp_path.glob("model*.safetensors*")]
+    assert find_damage(tmp_path, adapter_form=True) is None
+
+
+def test_an_adapter_over_a_folder_is_not_published_by_the_model_itself(adapted):
+    with pytest.raises(ValueError, match=r"encoder is a folder of this machine: .* run push_to_hub\.py --merge"):
+        adapted.push_to_hub("someone/model")
+
+
+def test_an_adapter_of_peft_is_not_saved_as_weights(tmp_path):
+    wrapped = get_peft_model(small_model(), LoraConfig(target_modules=["query"]))
+    with pytest.raises(ValueError, match=r"holds an adapter of PEFT: save what merge_and_unload\(\) returns"):
+        wrapped.base_model.model.save_pretrained(tmp_path / "results")
 
 
 def test_both_forms_say_what_was_loaded(adapted, tmp_path):
