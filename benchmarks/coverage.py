@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import beta
+from scipy.stats import betabinom
 from sklearn.base import BaseEstimator, ClassifierMixin
 from transformers import pipeline
 
@@ -42,7 +42,8 @@ from taxonomy_hierarchical import Taxonomy
 QUALITY = ROOT / "benchmarks" / "results" / "quality.json"
 SPLITS = 100
 COVERAGES = (0.8, 0.9, 0.95)
-CALIBRATED = {"ohsumed": 336, "medical_abstracts": 346}  # distinct validation texts of the recipes' runs
+# distinct validation and test texts of the recipes' runs
+TEXTS = {"ohsumed": (336, 4043), "medical_abstracts": (346, 693)}
 
 
 class Given(ClassifierMixin, BaseEstimator):
@@ -123,17 +124,17 @@ def print_runs(runs: list[dict]) -> None:
     """Print the coverage of each seed of the recipes, the mean, and the interval that holds 95 % of runs.
 
     Over draws of n calibration texts, the coverage has the distribution Beta(k, n + 1 - k) with k = ⌈(n + 1) · coverage⌉
-    (Vovk, 2012, "Conditional validity of inductive conformal predictors").
+    (Vovk, 2012, "Conditional validity of inductive conformal predictors"). So the number of covered test texts is beta-binomial.
     """
     frame = pd.DataFrame(runs)
-    recipes = frame[(frame["model"] == "qlora") & frame["task"].isin(CALIBRATED)]
-    columns = ("recipe", "coverage", "measured coverage, by seed", "mean", "Beta interval", "leaves")
+    recipes = frame[(frame["model"] == "qlora") & frame["task"].isin(TEXTS)]
+    columns = ("recipe", "coverage", "measured coverage, by seed", "mean", "95 % interval", "leaves")
     print(f"\n| {' | '.join(columns)} |\n| --- | ---: | ---: | ---: | ---: | ---: |")
     for task, found in recipes.groupby("task", sort=False):
-        held, n = found["answer_coverage"], CALIBRATED[task]
+        held, (n, measured) = found["answer_coverage"], TEXTS[task]
         by_seed = ", ".join(f"{value:.1%}" for value in held)
         k = math.ceil((n + 1) * MEASURED_TARGET)
-        low, high = beta(k, n + 1 - k).interval(0.95)
+        low, high = np.array(betabinom(measured, k, n + 1 - k).interval(0.95)) / measured
         leaves = found["answer_leaves"].mean()
         print(
             f"| {task} | {MEASURED_TARGET:.0%} | {by_seed} | {held.mean():.1%} | {low:.1%} – {high:.1%} | {leaves:.2f} |"

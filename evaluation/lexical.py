@@ -47,7 +47,8 @@ class LexicalClassifier:
     """Logistic regression over TF-IDF: multinomial over the leaves, or for multi-label models binary for each node.
 
     ``counts`` are (num_rows, V), and ``labels`` node ids (num_rows,), where only leaves count, or arrays (num_rows, num_nodes):
-    1, 0, or -100 for unknown. The attribute ``weight`` is (num_classes, V), and ``bias`` (num_classes,).
+    1, 0, or -100 for unknown. The attribute ``weight`` is (num_classes, V), and ``bias`` (num_classes,). With one label per text,
+    ``log_prior`` (num_nodes,) has the logarithm of the number of documents at or below each node, plus ½; else it is None.
     """
 
     def __init__(self, taxonomy: Taxonomy, counts: csr_matrix, labels: np.ndarray):
@@ -60,11 +61,12 @@ class LexicalClassifier:
         common = (counts > 0).sum(axis=0).A1 >= MIN_ROWS
         self.tfidf.idf_ = np.where(common, self.tfidf.idf_ * log_odds_variance(counts > 0, classes), 0.0)
         self.weight, self.bias = np.zeros((classes.shape[1], counts.shape[1])), np.zeros(classes.shape[1])
-        documents = self.tfidf.transform(counts)
+        documents, self.log_prior = self.tfidf.transform(counts), None
         if multi_label:
             self._fit_nodes(taxonomy, documents, labels)
         else:
             self._fit_leaves(documents, labels)
+            self.log_prior = np.log(np.array(taxonomy.count_at_or_below(labels.tolist())) + 0.5)
 
     def _fit_leaves(self, documents: csr_matrix, labels: np.ndarray) -> None:
         """Fit a multinomial regression.

@@ -161,23 +161,27 @@ def one_hot(ids: np.ndarray, num_classes: int) -> np.ndarray:
     return ids[:, None] == np.arange(num_classes)
 
 
-def bootstrap_intervals(labels: np.ndarray, chosen: np.ndarray, resamples: int = 1000) -> dict[str, np.ndarray]:
-    """Compute 95 % percentile bootstrap intervals over rows (Efron and Tibshirani, 1993, chapter 13).
+def bootstrap_intervals(
+    labels: np.ndarray, chosen: np.ndarray, texts: np.ndarray | None = None, resamples: int = 1000
+) -> dict[str, np.ndarray]:
+    """Compute 95 % percentile bootstrap intervals over texts (Efron and Tibshirani, 1993, chapter 13).
 
     A resample lacks some classes with few rows, which lowers its macro-F1. With 200 classes of three rows, the interval lay below
     the score itself. So the resampled values of macro-F1 are shifted until their mean is the score.
 
     Args:
         labels, chosen: as for `outcomes`.
+        texts: ids of the rows' texts, (num_rows,). All rows of a text are drawn together. By default each row is a text.
 
     Returns:
         Lower and upper ends: ``micro_f1`` and ``macro_f1``, (2,); ``f1``, (2, num_classes), over the resamples in which the class
         occurs, NaN if there are none. With one label per row, ``micro_f1`` is the accuracy.
     """
     pairs = [csr_matrix(array, dtype=np.float64) for array in outcomes(labels, chosen)]
-    generator, size = np.random.default_rng(0), len(labels)
+    ids, text_of_row = np.unique(np.arange(len(labels)) if texts is None else texts, return_inverse=True)
+    generator, size = np.random.default_rng(0), len(ids)
     draws = (np.bincount(generator.integers(size, size=size), minlength=size) for _ in range(resamples))
-    resampled = [np.stack([times @ array for array in pairs]) for times in draws]
+    resampled = [np.stack([times[text_of_row] @ array for array in pairs]) for times in draws]
     macro = np.array([macro_f1(counts) for counts in resampled])
     macro = (macro + macro_f1(confusion_counts(labels, chosen)) - macro.mean()).clip(0, 1)
     micro = np.array([micro_f1(counts) for counts in resampled])
@@ -187,16 +191,16 @@ def bootstrap_intervals(labels: np.ndarray, chosen: np.ndarray, resamples: int =
 
 
 def per_class_report(
-    names: list[str], labels: np.ndarray, chosen: np.ndarray
+    names: list[str], labels: np.ndarray, chosen: np.ndarray, texts: np.ndarray | None = None
 ) -> tuple[list[dict], dict[str, list[float]]]:
     """Compute one row per class with precision, recall and F1, and the intervals of micro- and macro-F1.
 
-    Labels and predictions are those of `outcomes`. ``support`` is the number of labels, and ``f1_interval`` is None for a
+    Labels and predictions are those of `outcomes`, texts those of `bootstrap_intervals`. ``support`` is the number of labels, and ``f1_interval`` is None for a
     class that does not occur. A ratio with denominator 0 is 0. Rows and intervals are empty if no label is known.
     """
     if not (labels != IGNORED_LABEL).any():
         return [], {}
-    counts, intervals = confusion_counts(labels, chosen), bootstrap_intervals(labels, chosen)
+    counts, intervals = confusion_counts(labels, chosen), bootstrap_intervals(labels, chosen, texts)
     precision, recall = counts[0] / np.maximum(counts[1:], 1)
     columns = {
         **{"label": names, "support": counts[2], "precision": precision, "recall": recall},

@@ -16,6 +16,7 @@ num_leaves), or in multi-label data the marginal logits of all nodes, (num_rows,
 
 import dataclasses
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,9 @@ def calibrate_model(
     config, taxonomy = model.config, model.config.tree
     labels = {split: label_arrays(splits[split]) for split in logits}
     texts = {split: np.array(splits[split]["text_id"]) for split in logits}
-    fit: Any = fit_multi_label_calibration if config.is_multi_label else fit_calibration
+    fit: Any = fit_multi_label_calibration
+    if not config.is_multi_label:
+        fit = partial(fit_calibration, log_prior=None if classifier is None else classifier.log_prior)
 
     def calibrate(lexical: dict[str, np.ndarray]) -> tuple[Any, dict[str, np.ndarray], Any]:
         validation = (taxonomy, logits["validation"], lexical.get("validation"), labels["validation"])
@@ -255,8 +258,9 @@ def class_scores(config: HierarchicalConfig, logits: dict[str, np.ndarray], spli
     else:
         num_leaves = config.tree.num_leaves
         is_leaf = labels < num_leaves
-        pairs = (one_hot(ids[is_leaf], num_leaves) for ids in (labels, scores.argmax(axis=1)))
-        rows, intervals = per_class_report(config.tree.labels[:num_leaves], *pairs)
+        correct, chosen = (one_hot(ids[is_leaf], num_leaves) for ids in (labels, scores.argmax(axis=1)))
+        texts = np.array(splits[split]["text_id"])[is_leaf]
+        rows, intervals = per_class_report(config.tree.labels[:num_leaves], correct, chosen, texts)
         intervals = {name.replace("micro_f1", "accuracy"): ends for name, ends in intervals.items()}
     prefixed = {f"{PREFIXES[split]}_{name}": ends for name, ends in intervals.items()}
     return {"per_class": rows, "intervals": prefixed} if rows else {}

@@ -31,6 +31,10 @@ import pandas as pd
 from sklearn.model_selection import StratifiedKFold
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from taxonomy_hierarchical import Taxonomy
+
 FOLDS = 3
 TASKS = ("ohsumed", "medical_abstracts")
 VARIANTS = {
@@ -56,6 +60,18 @@ VARIANTS = {
     "adapter dropout 0.1": ("--lora_dropout", "0.1"),
     "batches of 32": ("--per_device_train_batch_size", "32"),
 }
+FLAT = ("--quantization", "none", "--lexical_head", "false", "--consistency", "0")
+EVERY_WEIGHT = (*FLAT, "--tuning", "full")
+PEERS = {  # one softmax over the leaves, as flat-lora and flat-full of quality.py
+    "flat, LoRA": FLAT,
+    "flat, LoRA, learning rate 3e-4": (*FLAT, "--learning_rate", "3e-4"),
+    "flat, LoRA, learning rate 1.2e-3": (*FLAT, "--learning_rate", "1.2e-3"),
+    "flat, LoRA, rank 64": (*FLAT, "--lora_r", "64", "--lora_alpha", "128"),
+    "flat, LoRA, 8 epochs": (*FLAT, "--num_train_epochs", "8"),
+    "flat, every weight, learning rate 5e-5": (*EVERY_WEIGHT, "--learning_rate", "5e-5"),
+    "flat, every weight, learning rate 1e-4": (*EVERY_WEIGHT, "--learning_rate", "1e-4"),
+    "flat, every weight, learning rate 2e-4": (*EVERY_WEIGHT, "--learning_rate", "2e-4"),
+}
 OF_TASK = {
     "ohsumed": {
         "whole texts": ("--consistency", "0"),
@@ -63,6 +79,7 @@ OF_TASK = {
         "consistency 2": ("--consistency", "2"),
         "8 epochs": ("--num_train_epochs", "8"),
         "5 % for validation": ("--validation_size", "0.05"),
+        **PEERS,
     },
     "medical_abstracts": {
         "halves that must agree": ("--consistency", "1"),
@@ -129,6 +146,8 @@ def train(task: str, fold: int, changes: tuple[str, ...], arguments: argparse.Na
     folder = arguments.runs / f"{task}-{re.sub('[^a-z0-9.]+', '-', name)}-{fold}"
     words = [ROOT / "recipes" / f"{task}.yaml", "--model_name_or_path", arguments.encoder, *files]
     words += ["--output_dir", folder, "--seed", 1 + fold, "--resume_from_checkpoint", "auto", *BASE, *changes]
+    if name in PEERS:
+        words += ["--taxonomy", leaves(arguments.data / task / "labels.csv", arguments.runs / "leaves.json")]
     subprocess.run([sys.executable, str(ROOT / "train.py"), *map(str, words)], check=True)
     metrics = json.loads((folder / "metrics.json").read_text())
     with (folder / f"{split}_predictions.csv").open(encoding="utf-8", newline="") as file:
@@ -148,6 +167,13 @@ def ohsumed(source: Path, folder: Path, fold: int) -> tuple[str, list]:
     names = source / "labels.csv"
     files = ["--train_file", folder / "train.csv", "--test_file", folder / "test.csv"]
     return "test", [*files, "--class_names", names, "--taxonomy", names]
+
+
+def leaves(labels: Path, file: Path) -> Path:
+    """Write the names of the leaves as a taxonomy of one level."""
+    tree = Taxonomy.from_file(labels)
+    file.write_text(json.dumps(tree.labels[: tree.num_leaves]), encoding="utf-8")
+    return file
 
 
 def medical_abstracts(source: Path, folder: Path, fold: int) -> tuple[str, list]:

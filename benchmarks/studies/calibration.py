@@ -8,7 +8,8 @@ of the lexical head, the temperatures and the biases. Scores are measured on the
 
 The first table is the log loss without biases. Its columns are standard deviations of the prior: "0" fits nothing (the encoder
 alone), and "inf" is maximum likelihood. The second table is for standard deviations of the biases' prior, 0 for no biases, with
-0.25 for the other parameters ("2026-11-29: Biases in the calibration").
+0.25 for the other parameters ("2026-11-29: Biases in the calibration"). In both, the lexical scores contain the prior of the
+classes, as in checkpoints until 2026-11-30. The third table removes it ("2026-11-30: The prior of the classes counts once").
 
 The numbers for OHSUMED come from ``ablation.py --task ohsumed --variant recipe --fold 0``: its ``ohsumed-recipe-0`` is the
 checkpoint, and its ``fold-0/test.csv``, a third of the training file, is FILE.
@@ -52,13 +53,20 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "studies" / "results" / "calibration.json")
     arguments = parser.parse_args()
     model = AutoModel.from_pretrained(arguments.checkpoint, trust_remote_code=True).eval()
-    tree, files = model.config.tree, DataArguments(validation_file=arguments.file, class_names=arguments.class_names)
+    tree = Taxonomy(model.config.tree.to_nested(), model.config.tree.separator)  # of the code of today
+    files = DataArguments(validation_file=arguments.file, class_names=arguments.class_names)
     rows = load_splits(files, seed=0, taxonomy=tree).splits["validation"]
     labels = np.array(rows["label"])
     logits, words = leaf_scores(model, arguments.checkpoint, list(rows["text"]))
     score = partial(scores, tree, logits, words, labels)
-    table = {"prior": draws(score, [(prior, 0.0) for prior in PRIORS], ROWS)}
-    table["bias_prior"] = draws(score, [(PRIOR_STD, bias_prior) for bias_prior in BIAS_PRIORS], (100, 336))
+    by_level = json.loads((arguments.checkpoint / "data_report.json").read_text())["splits"]["train"]["classes"]
+    counts = {label: count for level in by_level.values() for label, count in level.items()}
+    log_prior = np.log([counts[label] + 0.5 for label in tree.labels])
+    table = {"prior": draws(score, [(prior, 0.0, None) for prior in PRIORS], ROWS)}
+    few_and_many = (100, min(336, 2 * len(labels) // 3))
+    table["bias_prior"] = draws(score, [(PRIOR_STD, bias_prior, None) for bias_prior in BIAS_PRIORS], few_and_many)
+    of_classes = [(PRIOR_STD, PRIOR_STD, removed) for removed in (None, log_prior)]
+    table["class_prior"] = draws(score, of_classes, few_and_many)
     # ── Tables ───────────────────────────────────────────────────────────────────────────────────────────────────────
     print("| validation rows | " + " | ".join(f"{prior:g}" for prior in PRIORS) + " |")
     print("| ---: |" + " ---: |" * len(PRIORS))
@@ -69,13 +77,18 @@ def main() -> None:
     for number, of_priors in table["bias_prior"].items():
         for prior, found in zip(BIAS_PRIORS, of_priors, strict=True):
             print(f"| {number} | {prior:g} | " + " | ".join(f"{found[name]:.4f}" for name in SHOWN) + " |")
+    print("\n| validation rows | prior of the classes | " + " | ".join(SHOWN) + " |")
+    print("| ---: | --- |" + " ---: |" * len(SHOWN))
+    for number, of_priors in table["class_prior"].items():
+        for name, found in zip(("twice", "once"), of_priors, strict=True):
+            print(f"| {number} | {name} | " + " | ".join(f"{found[score]:.4f}" for score in SHOWN) + " |")
     arguments.output.write_text(json.dumps({"rows": len(labels), **table}, indent=2) + "\n", encoding="utf-8")
 
 
 def draws(
-    score: Callable[..., dict[str, float]], priors: list[tuple[float, float]], numbers: tuple[int, ...]
+    score: Callable[..., dict[str, float]], priors: list[tuple], numbers: tuple[int, ...]
 ) -> dict[int, list[dict[str, float]]]:
-    """Return the mean scores of `DRAWS` draws for each number of validation rows, and each pair of priors."""
+    """Return the mean scores of `DRAWS` draws for each number of validation rows, and each tuple of priors."""
     return {
         number: [dict(pd.DataFrame([score(*pair, number, seed) for seed in range(DRAWS)]).mean()) for pair in priors]
         for number in numbers
@@ -109,6 +122,7 @@ def scores(
     labels: np.ndarray,
     prior: float,
     bias_prior: float,
+    log_prior: np.ndarray | None,
     number: int,
     seed: int,
 ) -> dict[str, float]:
@@ -116,7 +130,7 @@ def scores(
     known, rest = np.split(np.random.default_rng(seed).permutation(len(labels)), [number])
     calibration = Calibration(0.0, [1.0] * len(tree.decisions), [0.0] * tree.num_nodes)
     if prior:
-        calibration = fit_calibration(tree, logits[known], words[known], labels[known], prior, bias_prior)
+        calibration = fit_calibration(tree, logits[known], words[known], labels[known], prior, bias_prior, log_prior)
     calibrated = calibration.apply(tree, logits[rest], words[rest])
     measured = build_compute_metrics(tree)(EvalPrediction(calibrated, labels[rest]))
     return {name: measured[name] for name in SHOWN}

@@ -102,6 +102,25 @@ def test_the_lexical_weight_is_the_one_that_the_labels_were_drawn_with():
     assert fit_calibration(TREE, logits, words, labels).lexical_weight < 0.05
 
 
+def test_the_prior_of_the_classes_counts_once():
+    """Encoder and lexical head see independent evidence, and both have learnt the prior. The posterior is known."""
+    generator, prior = np.random.default_rng(0), np.array([0.9, 0.07, 0.03])
+    labels = generator.choice(3, size=20_000, p=prior)
+    one, other = (-((generator.normal(labels, 1)[:, None] - np.arange(3)) ** 2) / 2 for _ in range(2))
+    logits, words = np.log(prior) + one, np.log(prior) + other
+    posterior = log_softmax(np.log(prior) + one + other, axis=1)
+    tree, log_prior = Taxonomy(["a", "b", "c"]), np.log(1000 * prior)
+
+    def gap(number: int, **given: object) -> float:
+        """Mean divergence from the posterior of what is calibrated on the first rows."""
+        calibration = fit_calibration(tree, logits[:number], words[:number], labels[:number], **given)
+        calibrated = calibration.apply(tree, logits, words)
+        return float((np.exp(posterior) * (posterior - calibrated)).sum(1).mean())
+
+    assert gap(20_000, log_prior=log_prior) < 0.001
+    assert gap(100, log_prior=log_prior) < gap(100) / 2
+
+
 def test_rows_are_scored_by_a_calibration_that_has_not_seen_their_text():
     logits, labels = drawn(TREE, [2.0] * 4, 300)
     scores, texts = np.random.default_rng(1).normal(size=logits.shape), np.arange(300) // 2  # each text twice

@@ -329,10 +329,12 @@ def test_scores_of_a_training_that_diverged_are_refused():
         build_compute_metrics(TREE)(EvalPrediction(np.diag([0, np.nan, np.inf, 0, 0])[:3], np.array([A, C, E])))
 
 
+def rows_of(labels: np.ndarray) -> Dataset:
+    return Dataset.from_dict({"labels": labels, "text_id": np.arange(len(labels))})
+
+
 def leaf_report(logits: np.ndarray, labels: np.ndarray) -> tuple[list[dict], dict[str, list[float]]]:
-    scores = class_scores(
-        HierarchicalConfig(taxonomy=TREE), {"test": logits}, {"test": Dataset.from_dict({"labels": labels})}
-    )
+    scores = class_scores(HierarchicalConfig(taxonomy=TREE), {"test": logits}, {"test": rows_of(labels)})
     return scores.get("per_class", []), scores.get("intervals", {})
 
 
@@ -371,14 +373,24 @@ def test_per_class_report_of_classes_that_do_not_occur():
 def test_the_intervals_of_a_report_are_those_of_the_bootstrap():
     logits, labels = random_case(TREE, 200)
     logits, labels = logits[labels >= 0], labels[labels >= 0]
-    rows = {"test": Dataset.from_dict({"labels": labels})}
+    rows = {"test": rows_of(labels)}
     scores = class_scores(HierarchicalConfig(taxonomy=TREE), {"test": logits}, rows)
     leaf = labels < TREE.num_leaves
     expected = intervals_of(labels[leaf], logits[leaf].argmax(axis=1), TREE.num_leaves)
     assert scores["intervals"] == {f"test_{name}": expected[name].tolist() for name in ("accuracy", "macro_f1")}
     assert [row["f1_interval"] for row in scores["per_class"]] == expected["f1"].T.tolist()
-    only_inner = {"test": Dataset.from_dict({"labels": np.full(len(labels), B)})}
+    only_inner = {"test": rows_of(np.full(len(labels), B))}
     assert class_scores(HierarchicalConfig(taxonomy=TREE), {"test": logits}, only_inner) == {}
+
+
+def test_the_rows_of_a_text_are_drawn_together():
+    generator = np.random.default_rng(0)
+    labels, chosen = (one_hot(generator.integers(4, size=60), 4) for _ in range(2))
+    twice = [np.repeat(array, 2, axis=0) for array in (labels, chosen)]
+    expected, found = bootstrap_intervals(labels, chosen), bootstrap_intervals(*twice, np.repeat(np.arange(60), 2))
+    for name, ends in expected.items():
+        np.testing.assert_allclose(found[name], ends)
+    assert np.ptp(bootstrap_intervals(*twice)["micro_f1"]) < 0.8 * np.ptp(expected["micro_f1"])
 
 
 def test_bootstrap_intervals_against_scipy():
