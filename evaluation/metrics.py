@@ -195,8 +195,8 @@ def per_class_report(
 ) -> tuple[list[dict], dict[str, list[float]]]:
     """Compute one row per class with precision, recall and F1, and the intervals of micro- and macro-F1.
 
-    Labels and predictions are those of `outcomes`, texts those of `bootstrap_intervals`. ``support`` is the number of labels, and ``f1_interval`` is None for a
-    class that does not occur. A ratio with denominator 0 is 0. Rows and intervals are empty if no label is known.
+    Labels and predictions are those of `outcomes`, texts those of `bootstrap_intervals`. ``support`` is the number of labels,
+    and ``f1_interval`` is None for a class that does not occur. A ratio with denominator 0 is 0. Rows and intervals are empty if no label is known.
     """
     if not (labels != IGNORED_LABEL).any():
         return [], {}
