@@ -277,7 +277,7 @@ def score_and_calibrate(
     if training.should_save:
         file = Path(training.output_dir) / "plots" / "reliability_diagram_uncalibrated.png"
         _, *scored = report.reported_split(logits, splits)
-        plots.write(plots.reliability_diagram(*scored), file)
+        plots.write(plots.reliability_diagram(taxonomy, *scored), file)
     vocab_size, max_length = model.config.text_config.vocab_size, trainer.processing_class.model_max_length
     classifier = fit_classifier(taxonomy, splits["train"], vocab_size, arguments.model.lexical_head)
     calibrated, logits = report.calibrate_model(model, classifier, to_calibrate, splits, max_length)

@@ -12,6 +12,8 @@ Worth knowing:
 4. The guarantee is conformal risk control (Angelopoulos, Bates, Fisch, Lei and Schuster, 2022). The loss of a text is the share
    of its true nodes that the set {P(node) >= t} misses. Texts without true nodes do not count. The scores must come from a
    model that was not fitted to these texts, hence `evaluation.calibration.calibrate_out_of_fold`.
+5. With ``--incomplete_labels``, a node is unknown only in texts that have a node above it. So its known pairs hold too many
+   texts without that node, and P(node) is judged by open decisions, see `judged_pairs`.
 
 In this file ``labels`` are 1, 0, or -100 for unknown; a node with the label 1 has it at all ancestors too. Unknown pairs count
 in no fit and in no score. ``z`` and ``lexical`` are conditional scores, the latter None without a lexical head, and ``u``
@@ -45,12 +47,13 @@ from evaluation.metrics import (
     micro_f1,
     node_f1,
 )
-from modeling_hierarchical import IGNORED_LABEL, TreeSigmoid
+from modeling_hierarchical import IGNORED_LABEL, ROOT_PARENT_LOGIT, TreeSigmoid
 from taxonomy_hierarchical import Taxonomy
 from training.label_arrays import open_decisions
 
 SIX_DIGITS_DOWN = Context(prec=6, rounding=ROUND_FLOOR)
 MIN_PROBABILITY = 0.1  # pairs below it are not in the calibration error: nearly all pairs have a probability near 0
+SMALLEST_GAP = 1e-9  # between the logits of a node and its parent, where float32 makes them equal
 STRENGTHS = (math.inf, 100, 50, 20, 10, 5, 2, 0)  # of the shrinkage of thresholds, in positives
 REPEATS = 6  # of the cross-validation that chooses among them; with one, chance decides
 
@@ -287,10 +290,9 @@ def build_multi_label_metrics(
       that some label reaches.
     - ``example_f1``: the mean over texts; 1 where neither the labels nor the prediction has a node.
     - ``mean_average_precision``: of scikit-learn's average precision, over nodes with a label 1; left out if there is none.
-    - ``log_loss``: the mean binary cross-entropy of the marginals over pairs, in nats.
+    - ``log_loss``: the mean binary cross-entropy of the pairs of `judged_pairs`, in nats.
     - ``ece``, ``ece_by_chance``: the calibration error, see `expected_calibration_error`, and its expected value for correct
-      probabilities, over pairs with P(node) >= 0.1. Left out if there is none. By chance, nodes of one text depend on each
-      other as in the tree, see `pair_variance`.
+      probabilities, over the `likely_pairs`. Left out if there is none.
 
     Without thresholds, nodes are chosen by the common one that maximises micro-F1 on the scored texts.
     """
@@ -317,13 +319,15 @@ def build_multi_label_metrics(
             pairs = ((known[:, node], node) for node in occurring)
             precisions = [average_precision_score(true[of_node], u[of_node]) for of_node in pairs]
             metrics["mean_average_precision"] = float(np.mean(precisions))
-        metrics["log_loss"] = float((np.logaddexp(0, u) - true * u)[known].mean())
+        logits, judged = judged_pairs(taxonomy, u, labels)
+        entropy = np.logaddexp(0, logits) - (judged == 1) * logits
+        metrics["log_loss"] = float(entropy[judged != IGNORED_LABEL].mean())
         for level in range(1, taxonomy.depth + 1):
             if true[:, levels == level].any():
                 metrics[f"level_{level}_micro_f1"] = micro_f1(counts[:, levels == level])
-        confidence, correct = likely_pairs(u, labels)
+        confidence, correct, variance = likely_pairs(taxonomy, u, labels)
         if len(confidence):
-            bins = calibration_bins(confidence, correct, variance=pair_variance(taxonomy, u, labels))
+            bins = calibration_bins(confidence, correct, variance)
             metrics["ece"] = float(expected_calibration_error(bins))
             metrics["ece_by_chance"] = float(calibration_error_by_chance(bins))
         return metrics
@@ -338,27 +342,46 @@ def common_threshold(u: np.ndarray, labels: np.ndarray) -> float:
     return 0.5 if threshold is None else float(expit(threshold))
 
 
-def likely_pairs(u: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return P(node) and whether the label is 1, of the pairs of `is_likely`: (num_pairs,) each."""
-    likely = is_likely(u, labels)
-    return expit(u[likely].astype(np.float64)), labels[likely] == 1
+def judged_pairs(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the logits and labels that tell how good the probabilities are: (num_texts, num_nodes) each.
+
+    If all labels are known, they are the arguments: P(node) of all pairs. Else they are the logits of P(node | parent), and the
+    labels of the open decisions, with -100 for other pairs.
+    """
+    if (labels != IGNORED_LABEL).all():
+        return u, labels
+    marginal = torch.from_numpy(u)
+    above = TreeSigmoid(taxonomy).of_parents(marginal, ROOT_PARENT_LOGIT)
+    # 1 + exp(-z) = (1 + exp(-u)) / (1 + exp(-u_parent)), so with d = u_parent - u: exp(-z) = (exp(d) - 1) / (1 + exp(u_parent))
+    gap = (above - marginal).clamp(min=SMALLEST_GAP)
+    z = torch.nn.functional.softplus(above) - gap - torch.log(-torch.expm1(-gap))
+    return z.numpy(), np.where(open_decisions(taxonomy, labels), labels, IGNORED_LABEL)
 
 
-def is_likely(u: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return which pairs have a known label and P(node) >= 0.1: (num_texts, num_nodes)."""
-    return (labels != IGNORED_LABEL) & (expit(u.astype(np.float64)) >= MIN_PROBABILITY)
+def likely_pairs(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Select the known `judged_pairs` with a probability of at least 0.1.
+
+    Returns:
+        The probability, whether the label is 1, and the pair's part of the variance of its bin's number of correct pairs if
+        the probabilities are correct: (num_pairs,) each. Open decisions are independent. For P(node), see `pair_variance`.
+    """
+    logits, judged = judged_pairs(taxonomy, u.astype(np.float64), labels)
+    likely = (judged != IGNORED_LABEL) & (expit(logits) >= MIN_PROBABILITY)
+    probabilities = expit(logits[likely])
+    variance = pair_variance(taxonomy, logits, likely) if judged is labels else probabilities * (1 - probabilities)
+    return probabilities, judged[likely] == 1, variance
 
 
-def pair_variance(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def pair_variance(taxonomy: Taxonomy, u: np.ndarray, likely: np.ndarray) -> np.ndarray:
     """Return each likely pair's part of the variance of its bin's number of correct pairs, if P is correct: (num_pairs,).
 
     Decisions are independent given their parents. Let k be the lowest node on the paths of both i and j, nodes of one text.
     Their covariance is P(i) P(j) (1 / P(k) - 1), and 0 in different trees. With i = j it is P(i) (1 - P(i)). A pair's part is
     the sum over the pairs of its text in its bin.
     """
-    ancestors, likely = np.array(taxonomy.padded_paths), is_likely(u, labels)
+    ancestors = np.array(taxonomy.padded_paths)
     ancestors = np.pad(ancestors, ((0, 0), (1, 0)), constant_values=taxonomy.num_nodes)  # above all trees, with P = 1
-    probabilities = np.pad(expit(u.astype(np.float64)), ((0, 0), (0, 1)), constant_values=1.0)
+    probabilities = np.pad(expit(u), ((0, 0), (0, 1)), constant_values=1.0)
     parts = []
     for of_text, nodes in zip(probabilities, map(np.flatnonzero, likely), strict=True):
         if not len(nodes):
@@ -368,4 +391,4 @@ def pair_variance(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray) -> np.n
         lowest = paths[np.arange(len(nodes))[:, None], shared.sum(axis=2)]
         covariance = np.outer(of_text[nodes], of_text[nodes]) * (1 / of_text[lowest] - 1)
         parts.append((covariance * (bins[:, None] == bins)).sum(axis=1))
-    return np.concatenate(parts)
+    return np.concatenate(parts) if parts else np.empty(0)

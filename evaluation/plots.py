@@ -135,16 +135,15 @@ def precision_and_recall(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndar
     return figure
 
 
-def reliability_diagram(logits: np.ndarray, labels: np.ndarray) -> Figure | None:
+def reliability_diagram(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> Figure | None:
     """Draw the share of correct predictions over their probability, and the number of predictions; return None without any.
 
-    Predictions are the most probable leaves, or in multi-label data the pairs of document and node with a probability
-    of at least 0.1. If any label (num_rows,) is an inner node, None is returned: leaving such documents out would select
-    documents by their label.
+    Predictions are the most probable leaves, or in multi-label data the `likely_pairs` of document and node. If any label
+    (num_rows,) is an inner node, None is returned: leaving such documents out would select documents by their label.
     """
     if labels.ndim == 2:
         counted, share = "Pairs of document and node", "Share of correct pairs"
-        probabilities, correct = likely_pairs(logits, labels)
+        probabilities, correct, _ = likely_pairs(taxonomy, logits, labels)
     elif (labels >= logits.shape[1]).any():
         return None
     else:

@@ -279,7 +279,7 @@ def draw_plots(
     else:
         for level, figure in plots.confusion_matrices(config.tree, scores, labels).items():
             plots.write(figure, folder / f"confusion_matrix_level_{level}.png")
-    plots.write(plots.reliability_diagram(scores, labels), folder / "reliability_diagram.png")
+    plots.write(plots.reliability_diagram(config.tree, scores, labels), folder / "reliability_diagram.png")
 
 
 def write_predictions(

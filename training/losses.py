@@ -10,8 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modeling_hierarchical import IGNORED_LABEL, TreeSigmoid, TreeSoftmax, average_over_labels
+from modeling_hierarchical import (
+    IGNORED_LABEL,
+    ROOT_PARENT_LOGIT,
+    TreeSigmoid,
+    TreeSoftmax,
+    average_over_labels,
+    has_labels,
+)
 from taxonomy_hierarchical import Taxonomy
+from training.label_arrays import prior_log_odds
 
 
 def balanced_weights(counts: Tensor, group: Tensor) -> Tensor:
@@ -77,13 +85,24 @@ class HierarchicalFocalLoss(nn.Module):
         return average_over_labels((loss * self.weights[nodes]).sum(1), labels, num_items_in_batch)
 
 
+def expected_labels(decisions: TreeSigmoid, logits: Tensor, labels: Tensor) -> Tensor:
+    """Replace unknown labels, -100, by P(node | the text's known nodes), from decision logits: all (B, num_nodes)."""
+    given_known = decisions.marginal_logits(torch.where(labels == 1, ROOT_PARENT_LOGIT, logits))
+    return torch.where(labels == IGNORED_LABEL, given_known.sigmoid(), labels.to(logits))
+
+
 class MultiLabelFocalLoss(nn.Module):
-    """Sum over a text's known nodes of  w_level · α · (1 - p)^γ · BCE, divided by the number of texts.
+    """Sum over a text's nodes of  w_level · α · (1 - p)^γ · BCE, divided by the number of texts.
 
     p is the probability of the correct outcome. BCE is the binary cross-entropy of P(node) with the target
     (1 - ε) · y + ε · r. Here r is the node's rate in the training rows. Smoothing towards ½ would make rare nodes too probable.
-    If ``balanced``, α is n / (2 · n_y) for outcome y of a node that is known in n training rows. See also
-    `HierarchicalFocalLoss`. With the defaults it is the model's own loss.
+    If ``balanced``, α is n / (2 · n_y) for a node with outcome y in n_y of n training rows. See also
+    `HierarchicalFocalLoss`. With the defaults it is the model's own loss, if all labels are known.
+
+    An unknown node's loss is its expectation, by the model's own P(node | known nodes), as in expectation-maximisation
+    (Dempster, Laird and Rubin, 1977). Left out, such nodes would get too low probabilities: they are unknown only in texts
+    that have a node above, and known to be absent in all others. Counts of outcomes are expectations too, by the rates of the
+    open decisions.
 
     The likelihood of the open decisions teaches a node nothing about texts without its parent. Models trained with it rank
     texts worse: docs/experiments.md, "Losses and settings for multi-label models".
@@ -101,23 +120,36 @@ class MultiLabelFocalLoss(nn.Module):
         super().__init__()
         self.gamma, self.label_smoothing = gamma, label_smoothing
         self.decisions = TreeSigmoid(tree)
-        positive, total = (labels == 1).sum(0), (labels != IGNORED_LABEL).sum(0)
+        labelled, prior = torch.from_numpy(labels), torch.from_numpy(prior_log_odds(tree, labels))
+        labelled = labelled[has_labels(labelled)]
+        some_rows = labelled.split(1024)  # all at once would be large in float64
+        positive = sum(
+            expected_labels(self.decisions, prior.expand_as(rows), rows).sum(0) for rows in some_rows
+        ).numpy()
+        total = len(labelled)
         outcomes = np.stack([total - positive, positive])  # (2, N): rows with outcome 0 and 1
-        alpha = np.where(outcomes > 0, total / np.maximum(2 * outcomes, 1), 1) if balanced else np.ones(outcomes.shape)
+        alpha = np.ones_like(outcomes)
+        if balanced:
+            np.divide(total, 2 * outcomes, out=alpha, where=outcomes > 0)
         levels = np.array([weight_of_level(level_weights, level) for level in tree.levels])
         self.register_buffer("weights", torch.tensor(alpha * levels, dtype=torch.float32))
         self.register_buffer("rates", torch.tensor((positive + 0.5) / (total + 1), dtype=torch.float32))
 
     def forward(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Return the loss in nats for decision logits (B, num_nodes) and labels (B, num_nodes): 1, 0 or -100."""
-        marginal, outcome = self.decisions.marginal_logits(logits), labels.clamp(min=0)
-        target = outcome + self.label_smoothing * (self.rates - outcome)
-        loss = nn.functional.binary_cross_entropy_with_logits(marginal, target, reduction="none")
+        marginal = self.decisions.marginal_logits(logits)
+        expected = expected_labels(self.decisions, logits.detach(), labels)
+        loss = (1 - expected) * self.of_outcome(0, marginal) + expected * self.of_outcome(1, marginal)
+        return average_over_labels(loss.sum(1), labels, num_items_in_batch)
+
+    def of_outcome(self, outcome: int, marginal: Tensor) -> Tensor:
+        """Return the loss (B, num_nodes) of all nodes if all have this outcome."""
+        target = (outcome + self.label_smoothing * (self.rates - outcome)).expand_as(marginal)
+        loss = nn.functional.binary_cross_entropy_with_logits(marginal, target.to(marginal), reduction="none")
         if self.gamma:
             missed = torch.sigmoid((1 - 2 * outcome) * marginal)  # 1 - p
             loss = loss * missed.clamp(min=1e-7) ** self.gamma  # the floor keeps the slope finite when γ < 1
-        loss = loss * torch.where(outcome == 1, self.weights[1], self.weights[0])
-        return average_over_labels(torch.where(labels != IGNORED_LABEL, loss, 0).sum(1), labels, num_items_in_batch)
+        return loss * self.weights[outcome]
 
 
 def symmetric_kl(log_p: Tensor, log_q: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:

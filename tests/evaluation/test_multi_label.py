@@ -465,7 +465,7 @@ def test_metrics_by_hand():
     labels[0, [B, D, E]], labels[3, A] = 1, 1
     labels[3, [B, C, D, E, F]] = -100
     probabilities = np.full((4, 8), 0.05)
-    probabilities[0, [B, D, F]], probabilities[2, A] = 0.9, 0.9
+    probabilities[0, [B, D, F]], probabilities[2, A] = [0.9, 0.8, 0.72], 0.9
     probabilities[3, [B, D, F]] = 0.99  # unknown: counts nowhere
     metrics = measured(TREE, logit(probabilities), labels, np.full(8, 0.5))
     assert metrics["micro_f1"] == pytest.approx(2 * 2 / (4 + 4))
@@ -478,28 +478,53 @@ def test_metrics_by_hand():
     assert metrics["level_3_micro_f1"] == 0
     # e: 3 texts are known, all as probable; a: the labelled text shares its rank with two others below another one
     assert metrics["mean_average_precision"] == pytest.approx((1 + 1 + 1 / 3 + 1 / 4) / 4)
-    pairs = [0.9] * 2 + [0.05] * 2 + [0.1] * 2 + [0.95] * 21
-    assert metrics["log_loss"] == pytest.approx(-sum(map(math.log, pairs)) / (4 * 8 - 5))
-    # pairs of at least 0.1: four of 0.9, two of them correct
-    assert metrics["ece"] == pytest.approx(0.4)
-    # three of them are one path of equal probabilities, so all are correct or none: a variance of 9 pairs
-    assert metrics["ece_by_chance"] == pytest.approx(math.sqrt(2 * (9 + 1) * 0.9 * 0.1 / math.pi) / 4)
+    # some labels are unknown, so probabilities are judged by open decisions: of A to H in text 0, and of roots in the others
+    of_outcomes = (
+        [0.95, 0.9, 1 - 0.05 / 0.9, 0.8 / 0.9, 0.05 / 0.8, 1 - 0.72 / 0.8, 0.95] + [0.95] * 3 + [0.1, 0.95, 0.95]
+    )
+    of_outcomes += [0.05, 0.95]
+    assert metrics["log_loss"] == pytest.approx(-sum(map(math.log, of_outcomes)) / 15)
+    # four decisions have at least 0.1, all in one bin: B, D and F of text 0, of which F is wrong, and A of text 2, wrong too
+    assert metrics["ece"] == pytest.approx((3 * 0.9 + 0.8 / 0.9 - 2) / 4)
+    variance = 3 * 0.9 * 0.1 + 0.8 * 0.1 / 0.9**2
+    assert metrics["ece_by_chance"] == pytest.approx(math.sqrt(2 * variance / math.pi) / 4)
 
 
-@pytest.mark.parametrize("below", [0.0, 4.0])  # 4: a text with a node nearly always has the nodes below it too
-def test_the_calibration_error_of_correct_probabilities_is_the_one_by_chance(below):
+@pytest.mark.parametrize(
+    ("below", "unspecified"),
+    [(0.0, 0.0), (4.0, 0.0), (0.0, 0.5)],  # 4: a text with a node nearly always has the nodes below it too
+)
+def test_the_calibration_error_of_correct_probabilities_is_the_one_by_chance(below, unspecified):
     z, _ = case(TREE, 2000)
     z = z + below * (np.array(TREE.levels) > 1)
     u = marginal_logits(TREE, z)
-    samples = [measured(TREE, u, drawn(TREE, z, seed)) for seed in range(40)]
+    samples = [measured(TREE, u, less_specific(drawn(TREE, z, seed), unspecified)) for seed in range(40)]
     mean = statistics.mean(sample["ece"] for sample in samples)
     assert mean == pytest.approx(samples[0]["ece_by_chance"], rel=0.1)
-    confidence, correct = likely_pairs(u, drawn(TREE, z, 0))
+    confidence, correct, _ = likely_pairs(TREE, u, drawn(TREE, z, 0))
     gap = 0.0
     for low in range(15):
         inside = (confidence > low / 15) & (confidence <= (low + 1) / 15)
         gap += abs(correct[inside].sum() - confidence[inside].sum())
     assert measured(TREE, u, drawn(TREE, z, 0))["ece"] == pytest.approx(gap / len(confidence))
+
+
+def less_specific(labels: np.ndarray, share: float) -> np.ndarray:
+    """Make all nodes below B unknown in this share of the texts with B."""
+    chosen = (labels[:, B] == 1) & (np.random.default_rng(0).random(len(labels)) < share)
+    labels[np.ix_(chosen, [C, D, E, F])] = -100
+    return labels
+
+
+def test_probabilities_that_fit_only_the_known_pairs_score_worse_than_correct_ones():
+    """Leaving unknown nodes out makes the nodes below B too rare among the known pairs."""
+    z, _ = case(TREE, 4000)
+    labels = less_specific(drawn(TREE, z, 0), 0.5)
+    correct, too_low = (
+        measured(TREE, marginal_logits(TREE, z - low), labels) for low in (0.0, np.isin(range(8), [C, D]))
+    )
+    assert correct["log_loss"] < too_low["log_loss"]
+    assert correct["ece"] < too_low["ece"]
 
 
 def test_without_thresholds_the_common_one_of_best_micro_f1_is_taken():

@@ -78,7 +78,7 @@ def test_nothing_to_draw_no_figure():
     assert confusion_matrices(TREE, logits, np.full_like(labels, B)).keys() == {
         1
     }  # no document has a class further down
-    assert reliability_diagram(logits, np.array([A, A, A, B])) is None
+    assert reliability_diagram(TREE, logits, np.array([A, A, A, B])) is None
 
 
 def test_confusion_matrices_by_hand():
@@ -134,7 +134,7 @@ def test_long_class_names_are_shortened_in_the_middle():
 
 def test_reliability_diagram_holds_the_bins_and_the_error():
     logits, labels = random_case(TREE, 300)
-    figure = reliability_diagram(logits, labels)
+    figure = reliability_diagram(TREE, logits, labels)
     upper, lower = figure.axes
     bins = calibration_bins(predicted_probabilities(logits), logits.argmax(axis=1) == labels)
     (curve,) = [line for line in upper.lines if line.get_label() == "this model"]
@@ -155,8 +155,9 @@ def multi_label_case(num_rows: int = 200) -> tuple[np.ndarray, np.ndarray]:
 
 def test_the_reliability_diagram_of_multi_label_data_is_over_pairs_that_are_not_improbable():
     logits, labels = multi_label_case()
-    upper, lower = reliability_diagram(logits, labels).axes
-    pairs = (labels != -100) & (expit(logits) >= 0.1)
+    labels = np.maximum(labels, 0)
+    upper, lower = reliability_diagram(TREE, logits, labels).axes
+    pairs = expit(logits) >= 0.1
     bins = calibration_bins(expit(logits[pairs]), labels[pairs] == 1)
     (curve,) = [line for line in upper.lines if line.get_label() == "this model"]
     np.testing.assert_allclose(curve.get_ydata(), bins["correct"] / bins["count"])
@@ -194,7 +195,7 @@ def test_the_same_run_writes_the_same_files_and_leaves_matplotlib_alone(tmp_path
     logits, labels = random_case(TREE, 50)
     for folder in (tmp_path / "one", tmp_path / "two"):
         write(training_curves(LOG), folder / "training_curves.png")
-        write(reliability_diagram(logits, labels), folder / "reliability_diagram.png")
+        write(reliability_diagram(TREE, logits, labels), folder / "reliability_diagram.png")
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
     assert dict(matplotlib.rcParams) == before

@@ -74,6 +74,42 @@ def test_the_models_loss_and_that_of_training_are_the_cross_entropy_of_the_known
         torch.testing.assert_close(loss(z, labels, num_items_in_batch=6), expected / 2)
 
 
+def partly_specific_texts() -> tuple[np.ndarray, np.ndarray]:
+    """Return labels, and each node's rate given its parent among the texts in which it is known.
+
+    Of 600 texts with a, 300 are labelled no deeper. Of the others, 200 have c, 120 of them labelled no deeper and 60 with d.
+    """
+    sets = [ids("a")] * 300 + [ids("b")] * 100 + [ids("c")] * 120 + [ids("d")] * 60 + [ids("e")] * 20
+    rates = {"x": 200 / 1000, "a": 600 / 1000, "b": 100 / 300, "c": 200 / 300, "d": 60 / 80, "e": 20 / 80}
+    labels = multi_hot(TREE, sets + [ids("x")] * 200 + [[]] * 200, incomplete=True)
+    return labels, np.array([rates[name] for name in TREE.labels])
+
+
+def test_an_unknown_node_is_as_probable_as_in_the_texts_in_which_it_is_known():
+    labels, rates = partly_specific_texts()
+    loss, z = MultiLabelFocalLoss(TREE, labels), torch.zeros(1, 6, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([z], max_iter=500, tolerance_grad=1e-10, tolerance_change=1e-14)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = loss(z.expand(len(labels), 6), torch.tensor(labels))
+        value.backward()
+        return value
+
+    for _ in range(50):  # the targets of unknown nodes follow the model
+        optimizer.step(closure)
+    np.testing.assert_allclose(z[0].sigmoid().detach(), rates, rtol=1e-4)
+
+
+def test_balanced_weights_of_a_node_that_is_often_unknown_are_by_its_expected_number_of_texts():
+    labels, rates = partly_specific_texts()
+    loss = MultiLabelFocalLoss(TREE, labels, balanced=True)
+    marginal = np.array([rates[TREE.path(node)].prod() for node in range(6)])
+    np.testing.assert_allclose(loss.weights[1], 1 / (2 * marginal), rtol=0.02)  # rates are smoothed by half a text
+    np.testing.assert_allclose(loss.weights[0], 1 / (2 * (1 - marginal)), rtol=0.02)
+    np.testing.assert_allclose(loss.rates, marginal, rtol=0.02)
+
+
 def test_focal_factor_weights_and_smoothing_are_those_of_the_formula():
     rows = multi_hot(TREE, [ids("d"), ids("b"), ids("x"), []])
     z, labels = torch.randn(4, 6, dtype=torch.float64), torch.tensor(rows, dtype=torch.float64)
