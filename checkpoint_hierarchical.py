@@ -149,6 +149,7 @@ def load_encoder(config: HierarchicalConfig, **kwargs: Any) -> PreTrainedModel:
 
 
 def build_encoder(text_config: PretrainedConfig) -> PreTrainedModel:
+    """Build an encoder with new weights, or raise ValueError if `check_encoder` does."""
     encoder = AutoModel.from_config(text_config, **without_pooler(text_config))
     check_encoder(encoder)
     return encoder
@@ -161,6 +162,7 @@ def without_pooler(text_config: PretrainedConfig) -> dict[str, bool]:
 
 
 def load_heads(model: Any, heads: dict[str, Tensor]) -> None:
+    """Load stored heads into a model, or raise ValueError if names or shapes differ."""
     check_weights("heads", heads, model.heads.state_dict())
     model.heads.load_state_dict(heads)
 
@@ -336,6 +338,7 @@ def check_weights(what: str, stored: dict[str, Tensor], expected: dict[str, Tens
 
 
 def read_adapter_config(path: Path) -> dict[str, Any]:
+    """Read adapter_config.json, or raise ValueError if PEFT did not write it."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or "peft_type" not in content:
@@ -431,6 +434,7 @@ def set_auto_map(config: Any) -> None:
 
 
 def prepare_self_contained(model: Any) -> None:
+    """Set up the model's configuration for the self-contained form. ValueError: its weights cannot be saved."""
     for name, weight in model.named_parameters():
         if ".base_layer." in name:
             raise ValueError("the model holds an adapter of PEFT: save what merge_and_unload() returns")

@@ -165,6 +165,7 @@ class PackedLinear(nn.Linear):
         return self.multiply(input) if self.can_pack(input) else super().forward(input)
 
     def can_pack(self, input: Tensor) -> bool:
+        """Return whether an input (…, in) can be multiplied by the packed weight: on a CPU, without gradients."""
         weight = self.weight
         return (
             weight.dtype == input.dtype

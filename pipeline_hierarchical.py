@@ -612,6 +612,7 @@ def by_leaf(tree: Taxonomy, given: Any, where: str) -> dict[str, Any]:
 
 
 def read_cost(value: Any, what: str) -> float:
+    """Read a cost from 0 to 1e300, or raise ValueError that names ``what`` it is a cost of."""
     try:
         cost = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -625,6 +626,7 @@ def read_cost(value: Any, what: str) -> float:
 
 
 def check_number(name: str, value: Any, minimum: int) -> None:
+    """Raise ValueError unless an argument is None, or a whole number of at least ``minimum``."""
     if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or value < minimum):
         raise ValueError(f"{name} must be a whole number of at least {minimum}, not {value!r}")
 

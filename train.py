@@ -225,6 +225,7 @@ def train(
 def build_trainer(
     arguments: Arguments, splits: DatasetDict, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> HierarchicalTrainer:
+    """Build the Trainer for tokenized splits, with the loss and the early stopping that the flags ask for."""
     training, loss, taxonomy = arguments.training, arguments.loss, model.config.tree
     loss_settings: dict[str, Any] = {
         "gamma": loss.focal_gamma,
@@ -320,12 +321,14 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
 def write_files(
     output: Path, metrics: dict[str, Any], model: PreTrainedModel, logits: dict[str, np.ndarray], splits: DatasetDict
 ) -> None:
+    """Write metrics.json, the plots and the predictions of the scored splits into the folder ``output``."""
     write_json(output / "metrics.json", metrics)
     report.draw_plots(model.config, logits, splits, metrics.get("per_class", []), output / "plots")
     report.write_predictions(model.config, logits, splits, output)
 
 
 def set_up_logging(first: bool) -> None:
+    """Log messages of this project, in the ``first`` process only, and warnings of libraries."""
     logging.basicConfig(format="%(asctime)s  %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, force=True)
     for name in ("train", "training", "evaluation", "publishing"):
         logging.getLogger(name).setLevel(logging.INFO if first else logging.ERROR)

@@ -91,16 +91,8 @@ def main() -> None:
             for name in SHIPPED_FILES:  # the code of today
                 shutil.copy(ROOT / name, copied)
         for way in ("merged", "shared"):
-            command = [
-                sys.executable,
-                __file__,
-                "--checkpoint",
-                scratch,
-                "--serve",
-                way,
-                "--rounds",
-                str(arguments.rounds),
-            ]
+            command = [sys.executable, __file__, "--checkpoint", scratch, "--serve", way]
+            command += ["--rounds", str(arguments.rounds)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             result[way] = measured = json.loads(done.stdout.splitlines()[-1])
             print(f"{way:8}", "  ".join(f"{name} {value:.1f}" for name, value in measured.items()), flush=True)

@@ -196,7 +196,7 @@ def work(
     np.random.default_rng(0).shuffle(ids)
     labels = [i % CLASSES for i in range(documents)]
     if contender in OURS:
-        train = ours(contender, encoder, tokenizer, ids, labels, length, batch, gradient_checkpointing)
+        train = ours(contender, encoder, tokenizer, ids, labels, batch, gradient_checkpointing)
     else:
         train = PEERS[contender](encoder, tokenizer, ids, labels)
     warm = train_file is not None
@@ -271,7 +271,6 @@ def ours(
     tokenizer: object,
     ids: list[list[int]],
     labels: list[int],
-    length: int,
     batch: int,
     gradient_checkpointing: bool,
 ) -> Callable[[], None]:

@@ -115,7 +115,8 @@ def calibrate_out_of_fold(
 ) -> np.ndarray:
     """Calibrate each fifth of the texts with parameters that ``fit`` estimates on the other fifths.
 
-    Returns logits of the same shape.
+    With fewer than five texts there is one fold for each. A single text is calibrated by its own fit. Returns logits of the same
+    shape, in float64.
     """
     folds = min(FOLDS, len(np.unique(texts)))
     if folds == 1:

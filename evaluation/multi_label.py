@@ -180,7 +180,7 @@ def fit_node_thresholds(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray) -
 def choose_strength(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray, repeats: int = REPEATS) -> float:
     """Return the value of `STRENGTHS` with the greatest sum of micro- and macro-F1 in repeated cross-validation.
 
-    Of equally good ones it is the greatest.
+    Of equally good ones it is the greatest. With one text it is infinite, which gives all nodes the common threshold.
     """
     if len(u) < 2:
         return math.inf

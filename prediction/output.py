@@ -52,6 +52,7 @@ class Block:
         return self.index * ROWS
 
     def digest(self) -> str:
+        """Return a hash of the records, by which a continued run knows its input again."""
         content = repr([(r.source, r.line, r.id, r.text, r.problem) for r in self.records])
         return hashlib.sha256(content.encode()).hexdigest()
 

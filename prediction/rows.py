@@ -139,6 +139,7 @@ class RowFormat:
         return [*(row | joined).values(), *probabilities.values()]
 
     def table(self, lines: list[str]) -> pyarrow.Table:
+        """Build a table from rows, given as lines of JSON. Ids become texts, because a column has one type."""
         rows = [json.loads(line) for line in lines]
         for row in rows:
             if row.get("id") is not None:

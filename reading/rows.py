@@ -110,6 +110,7 @@ class Rows:
             raise InputError(f"{self.name} has more than {most:,} {limit}, the most that is accepted")
 
     def set_columns(self, names: Sequence[str], shares: Iterable[float] | None = None) -> None:
+        """Set ``columns``, or raise InputError if there are too many, or two have the same name."""
         self.check("columns", len(names))
         self.columns = dict(zip(names, shares or [1.0] * len(names), strict=True))
         named = [name for name in names if name]  # spreadsheets leave empty names at the end
@@ -225,6 +226,7 @@ Line = tuple[int, str, str | None]  # number from 1, content with its line end, 
 
 
 def _lines(stream: io.TextIOWrapper, limit: int) -> Iterator[Line]:
+    """Yield all lines. One of ``limit`` or more characters is skipped, and has a problem in place of its content."""
     number = 0
     while text := stream.readline(limit):
         number += 1

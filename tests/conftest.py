@@ -34,7 +34,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CORPUS = ROOT / "examples" / "corpus"
-
+# flags of a run whose loss is not finite after its first step, and that saves nothing
+DIVERGES = ("--learning_rate", "1e30", "--warmup_steps", 0, "--max_grad_norm", 0, "--save_strategy", "no")
 
 LONGEST = ("test_ray_train.py", "test_distributed.py", "test_ray.py", "test_notebook.py")
 READ_AT_IMPORT = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_", "HOME", "OMP_")  # variables that libraries read

@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, GPT2Config, GPT2Model
 
 import predict
-import push_to_hub
 import train
 from errors import InputError
 from taxonomy_hierarchical import Taxonomy
@@ -211,14 +210,21 @@ def refusal(main: Callable, *words: object) -> str:
     return said
 
 
+def refusal_to_train(*words: object) -> str:
+    """The line that train.py refuses a recipe, if the first word is one, and flags with."""
+    recipe = [word for word in words[:1] if not str(word).startswith("-")]
+    given = ("--model_name_or_path", "encoder", "--output_dir", "results")
+    return refusal(train.main, *recipe, *given, *words[len(recipe) :])
+
+
+PREDICTION = ("--model", "checkpoint", "--input", "good.csv", "--output", "out.jsonl", "--dtype", "fp32")
+
+
 @pytest.mark.parametrize(
     ("words", "message"), TRAIN, ids=lambda value: " ".join(value)[-60:] if isinstance(value, tuple) else ""
 )
 def test_what_train_refuses(place, words, message):
-    recipe = [word for word in words[:1] if not word.startswith("-")]
-    assert message in refusal(
-        train.main, *recipe, "--model_name_or_path", "encoder", "--output_dir", "results", *words[len(recipe) :]
-    )
+    assert message in refusal_to_train(*words)
     assert not (place / "ran").exists()
 
 
@@ -341,9 +347,7 @@ ENCODERS = {
 def test_an_encoder_that_is_none(place, name):
     change, message = ENCODERS[name]
     change(place / "encoder")
-    assert message in refusal(
-        train.main, "--model_name_or_path", "encoder", "--output_dir", "results", *DATA, "--quantization", "none"
-    )
+    assert message in refusal_to_train(*DATA, "--quantization", "none")
     assert not (place / "ran").exists()
 
 
@@ -401,8 +405,7 @@ CHECKPOINTS = {
 def test_a_checkpoint_that_is_none(place, name):
     form, change, message = CHECKPOINTS[name]
     change(copy_checkpoint(form, place / "checkpoint"))
-    words = ("--model", "checkpoint", "--input", "good.csv", "--output", "out.jsonl", "--dtype", "fp32")
-    assert message in refusal(predict.main, *words)
+    assert message in refusal(predict.main, *PREDICTION)
 
 
 def test_a_checkpoint_without_its_vocabulary_is_not_scored(place):
@@ -423,24 +426,21 @@ def test_weights_that_are_no_numbers_are_no_answer(place):
     copy_checkpoint("self_contained", place / "checkpoint")
     tensors = load_file(place / "checkpoint" / WHOLE)
     save_file({**tensors, "heads.weight": tensors["heads.weight"] * float("nan")}, place / "checkpoint" / WHOLE)
-    words = ("--model", "checkpoint", "--input", "good.csv", "--output", "out.jsonl", "--dtype", "fp32")
-    assert "its weights are damaged" in refusal(predict.main, *words)
+    assert "its weights are damaged" in refusal(predict.main, *PREDICTION)
 
 
 def test_a_coverage_that_was_fitted_at_another_length(place):
     """The tokenizer of the checkpoint truncates at 32 tokens."""
     copy_checkpoint("self_contained", place / "checkpoint")
-    config = json.loads((place / "checkpoint" / "config.json").read_text())
-    (place / "checkpoint" / "config.json").write_text(json.dumps({**config, "conformal_max_length": 24}))
-    words = ("--model", "checkpoint", "--input", "good.csv", "--output", "out.jsonl", "--coverage", "0.9")
-    assert "checkpoint: coverage needs texts truncated at 24 tokens" in refusal(predict.main, *words)
+    configure("config.json", conformal_max_length=24)(place / "checkpoint")
+    message = "checkpoint: coverage needs texts truncated at 24 tokens"
+    assert message in refusal(predict.main, *PREDICTION, "--coverage", "0.9")
 
 
 PREDICT = [
     (("--input", "header.jsonl"), "--input header.jsonl has no rows"),
     (("--input", "damaged.parquet"), "damaged.parquet is not a Parquet file, or is damaged"),
     (("--input", "folder.csv"), "--input folder.csv: there is no file of a known kind in it"),
-    (("--output", "good.csv"), "--output good.csv is also an input: give another name"),
     (("--output", "good.csv/out.jsonl"), "--output good.csv: good.csv is not a folder"),
     (("--output", "n" * 250 + ".jsonl"), "the name is too long"),
     (
@@ -507,18 +507,6 @@ except InputError as error:
     assert "connection" in message
 
 
-def test_what_push_to_hub_refuses(place):
-    copy_checkpoint("self_contained", place / "self_contained")
-    (place / "self_contained" / "README.md").write_text("# A card\n")
-    cut(WHOLE)(place / "self_contained")
-    for folder, message in (
-        ("self_contained", "model.safetensors is damaged"),
-        ("encoder", "is not a checkpoint of this project: it holds a 'bert' model"),
-        ("good.csv", "is not a checkpoint of this project: it has no config.json"),
-    ):
-        assert message in refusal(push_to_hub.main, "--model", folder, "--repo_id", "../../etc/passwd")
-
-
 # ── texts where names should be ──────────────────────────────────────────────────────────────────────────────────────
 
 PATIENT = "Mrs Example of Nowhere Lane 7 was admitted with chest pain and is 54"
@@ -582,20 +570,7 @@ WITH_TEXTS = [
 def test_a_text_that_stands_where_a_name_should_is_not_shown(place, capfd, words, message):
     for name, content in {**TEXTS, "aliased.yaml": "- x\n- y\n"}.items():
         (place / name).write_text(content)
-    recipe = [word for word in words[:1] if not word.startswith("-")]
-    words = words[len(recipe) :]
-    said = refusal(
-        train.main,
-        *recipe,
-        "--model_name_or_path",
-        "encoder",
-        "--output_dir",
-        "results",
-        "--validation_size",
-        0,
-        *words,
-    )
-    assert message in said
+    assert message in refusal_to_train(*words, "--validation_size", 0)
     shown = "".join(capfd.readouterr()) + "".join(
         path.read_text() for path in place.glob("results/**/*") if path.is_file()
     )

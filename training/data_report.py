@@ -38,7 +38,13 @@ def shared_texts(rows: pd.DataFrame) -> dict[str, int]:
 
 
 def describe(rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
-    """Count the rows, duplicates, conflicting labels and classes of one split, from which rows were ``dropped``.
+    """Count the rows, labels and classes of one split, from which rows were ``dropped``."""
+    has_sets = isinstance(rows["label"].iloc[0], list)
+    return (_describe_label_sets if has_sets else _describe_labels)(rows, taxonomy, dropped)
+
+
+def _describe_labels(rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
+    """Count the rows, duplicates, conflicting labels and classes of a split with one label a row.
 
     ``accuracy_ceiling`` is the accuracy on rows labelled with a leaf, if each text's most common leaf is predicted.
     """
@@ -68,8 +74,8 @@ def conflicts(counts: pd.DataFrame, taxonomy: Taxonomy) -> pd.DataFrame:
     return several[several["label"].map(taxonomy.deepest).map(len) > 1]
 
 
-def describe_label_sets(rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
-    """Count the texts, labels and classes of one split, in which a text has any number of labels and one row.
+def _describe_label_sets(rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
+    """Count the texts, labels and classes of a split in which a text has any number of labels and one row.
 
     ``classes`` counts the texts with a node or one below. All else counts a text's deepest labels.
     """

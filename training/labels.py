@@ -199,6 +199,7 @@ def _advice_on_names(label: str, lookup: Container[Label], separator: str) -> st
 
 
 def _advice_on_delimiter(label: str, delimiter: str, is_multi_label: bool = False) -> str:
+    """Return which flag reads a label that holds several names between delimiters."""
     if is_multi_label and delimiter not in PATH_DELIMITERS:
         return f"for several labels of a text give --label_delimiter {delimiter!r}"
     separator = f" {delimiter} " if f" {delimiter} " in label else delimiter
@@ -347,6 +348,7 @@ def _node(taxonomy: Taxonomy, lookup: dict[Label, int], label: Label) -> int:
 
 
 def _has_all_labels(taxonomy: Taxonomy, labels: Iterable[Label]) -> bool:
+    """Return whether each label names exactly one node of a taxonomy."""
     lookup = _lookup(taxonomy)
     try:
         for label in labels:

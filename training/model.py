@@ -68,31 +68,39 @@ def build_model(
     # ── Adapter and heads ────────────────────────────────────────────────────────────────────────────────────────────
     model = HierarchicalForSequenceClassification(config, encoder=encoder)
     if arguments.tuning == "lora":
-        prepare_model_for_kbit_training(encoder, use_gradient_checkpointing=False)  # the Trainer switches it on
-        targets = arguments.lora_target_modules
-        if targets == ["all-linear"]:  # PEFT's own also takes the layer of a pooler
-            linear = (name for name, module in encoder.named_modules() if isinstance(module, nn.Linear))
-            targets = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            if not targets:
-                problem = f"{type(encoder).__name__} has no linear layers"
-                raise InputError(f"{problem}: name its layers by --lora_target_modules, or give --tuning full")
-        lora = LoraConfig(
-            r=arguments.lora_r,
-            lora_alpha=arguments.lora_alpha,
-            lora_dropout=arguments.lora_dropout,
-            target_modules=targets,
-            task_type="FEATURE_EXTRACTION",
-        )
-        try:
-            inject_adapter_in_model(lora, encoder)
-        except ValueError as error:
-            raise InputError(f"--lora_target_modules {' '.join(targets)}: {one_line(error)}") from error
-        for name, module in encoder.named_modules():
-            if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Embedding):
-                raise InputError(f"--lora_target_modules {' '.join(targets)}: {name} is an embedding, not a layer")
-        cast_adapter_dtype(encoder, "default")  # over 4-bit layers it is bfloat16, in which small steps round to zero
+        add_adapter(encoder, arguments)
     model.heads.to(encoder.device)
     return model
+
+
+def add_adapter(encoder: nn.Module, arguments: ModelArguments) -> None:
+    """Freeze an encoder, and inject a LoRA adapter with new weights in float32, in place.
+
+    InputError: there are no layers of ``--lora_target_modules``, or one of them cannot be adapted.
+    """
+    prepare_model_for_kbit_training(encoder, use_gradient_checkpointing=False)  # the Trainer switches it on
+    targets = arguments.lora_target_modules
+    if targets == ["all-linear"]:  # PEFT's own also takes the layer of a pooler
+        linear = (name for name, module in encoder.named_modules() if isinstance(module, nn.Linear))
+        targets = sorted({name.rsplit(".", 1)[-1] for name in linear})
+        if not targets:
+            problem = f"{type(encoder).__name__} has no linear layers"
+            raise InputError(f"{problem}: name its layers by --lora_target_modules, or give --tuning full")
+    lora = LoraConfig(
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=targets,
+        task_type="FEATURE_EXTRACTION",
+    )
+    try:
+        inject_adapter_in_model(lora, encoder)
+    except ValueError as error:
+        raise InputError(f"--lora_target_modules {' '.join(targets)}: {one_line(error)}") from error
+    for name, module in encoder.named_modules():
+        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Embedding):
+            raise InputError(f"--lora_target_modules {' '.join(targets)}: {name} is an embedding, not a layer")
+    cast_adapter_dtype(encoder, "default")  # over 4-bit layers it is bfloat16, in which small steps round to zero
 
 
 def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> HierarchicalForSequenceClassification:
@@ -180,6 +188,7 @@ def load_arguments(arguments: ModelArguments) -> dict[str, Any]:
 
 
 def turn_off_dropout(text_config: PretrainedConfig) -> None:
+    """Set all dropout probabilities of an encoder's configuration to 0, in place."""
     for name, value in text_config.to_dict().items():
         if ("dropout" in name or "_pdrop" in name) and isinstance(value, float):
             setattr(text_config, name, 0.0)

@@ -75,6 +75,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def read_recipe(path: str | Path) -> dict:
+    """Read a recipe as a mapping of flags to values, all of them text, or raise InputError."""
     try:
         recipe = read_yaml(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:

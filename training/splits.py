@@ -27,7 +27,7 @@ from training.arguments import SHARE, DataArguments
 from training.data_report import SPLITS, rows_by_split
 from training.label_arrays import multi_hot
 from training.labels import FROM_LABELS, resolve_labels, warn_of_odd_names
-from training.sources import find_columns, find_split_sources, read_rows
+from training.sources import SplitSource, find_columns, find_split_sources, read_rows
 from training.trained_texts import NO_TRAINED_TEXTS, TrainedTexts, normalise_text, text_hash
 
 logger = logging.getLogger(__name__)
@@ -72,21 +72,7 @@ def load_splits(
     all texts that it was trained on are known. A run that only scores, without ``trains``, reads no training rows if there are others.
     """
     # ── Read ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-    given = {"validation": arguments.validation_size, "test": arguments.test_size}
-    sizes = {split: SHARE if size is None else size for split, size in given.items()}
-    if not (min(sizes.values()) >= 0 and sum(sizes.values()) < 1):
-        numbers = tuple(sizes.values())
-        raise InputError(
-            f"--validation_size and --test_size must be shares of the rows with a sum below 1, not {numbers}"
-        )
-    sources, single = find_split_sources(arguments)
-    if not trains and len(sources) > 1:
-        sources.pop("train", None)
-    can_split = {"validation": "train" in sources and "validation" not in sources, "test": single}
-    for split, size in given.items():
-        if size and not can_split[split]:
-            reason = f"the data have {split} rows" if split in sources else "the data are given by split"
-            raise InputError(f"--{split}_size has no effect here, as {reason}: leave it out")
+    sources, single, shares = _find_sources(arguments, trains)
     columns = find_columns(sources.values(), arguments)
     text_column, *label_columns = next(iter(columns.values()))  # other sources may use another case
     logger.info("columns: text %s, label %s", quote_name(text_column), ", ".join(map(quote_name, label_columns)))
@@ -103,9 +89,7 @@ def load_splits(
             logger.warning("%d classes have no column and count as absent, such as %s", len(absent), first)
     rows["label"] = [sorted({nodes[one] for one in label}) if multi_label else nodes[label] for label in rows["label"]]
 
-    not_test = rows.loc[rows["split"] != "test", "label"]
-    content = json.dumps([arguments.incomplete_labels, [label if multi_label else [label] for label in not_test]])
-    labels_hash = hashlib.sha256(content.encode()).hexdigest()
+    labels_hash = _labels_hash(rows, arguments.incomplete_labels)
 
     # ── Repeated texts: trained on before, in several rows, in several splits ────────────────────────────────────────
     rows["text_id"], texts = pd.factorize(pd.Series(map(normalise_text, rows["text"]), dtype=object))
@@ -117,8 +101,8 @@ def load_splits(
     rows, dropped = _drop_shared(rows)
 
     # ── Split off ────────────────────────────────────────────────────────────────────────────────────────────────────
-    shares = {split: sizes[split] for split in ("test", "validation") if can_split[split]}
-    shares = {split: share for split, share in shares.items() if share and trained.complete}
+    if not trained.complete:
+        shares = {}
     rows = _split_off(rows, shares, seed, taxonomy)
     if multi_label and trains and not rows.loc[rows["split"] == "validation", "label"].map(len).max():
         problem = "no validation text has a label, so nothing can be calibrated"
@@ -134,7 +118,6 @@ def load_splits(
         # another test file may leave other rows for training, since no text is in two splits
         "rows_sha256": {split: _rows_hash(part) for split, part in rows_by_split(rows).items() if split != "test"},
     }
-    describe = data_report.describe_label_sets if multi_label else data_report.describe
     num_dropped = {split: int((dropped["split"] == split).sum()) for split in SPLITS}
     report = {
         "sources": [
@@ -144,7 +127,10 @@ def load_splits(
         "columns": {"text": text_column, "label": label_columns},
         "taxonomy": origin,
         "split": method,
-        "splits": {split: describe(part, taxonomy, num_dropped[split]) for split, part in rows_by_split(rows).items()},
+        "splits": {
+            split: data_report.describe(part, taxonomy, num_dropped[split])
+            for split, part in rows_by_split(rows).items()
+        },
         "trained_before": trained_before,
         "shared_texts": data_report.shared_texts(pd.concat([rows, dropped])),
         "classes_without_training_rows": data_report.untrained_classes(rows, taxonomy),
@@ -167,13 +153,36 @@ def train_on_validation_rows(data: LabelledSplits) -> LabelledSplits:
     rows = splits["train"].to_pandas().assign(split="train")
     if data.is_multi_label:
         rows["label"] = rows["label"].map(list)
-    describe = data_report.describe_label_sets if data.is_multi_label else data_report.describe
-    counts["train"] = describe(rows, data.taxonomy, dropped)
+    counts["train"] = data_report.describe(rows, data.taxonomy, dropped)
     untrained = data_report.untrained_classes(rows, data.taxonomy)
     # the first run's checkpoint continues with its own rows alone
     split = data.report["split"] | {"rows_sha256": {}}
     report = data.report | {"split": split, "splits": counts, "classes_without_training_rows": untrained}
     return dataclasses.replace(data, splits=splits, report=report)
+
+
+def _find_sources(arguments: DataArguments, trains: bool) -> tuple[dict[str, SplitSource], bool, dict[str, float]]:
+    """Find the sources of `find_split_sources`, and the share of the texts to split off for each split without a source.
+
+    Without ``trains``, training rows are left out if there are others. InputError: a share is out of range or has no effect.
+    """
+    given = {"validation": arguments.validation_size, "test": arguments.test_size}
+    sizes = {split: SHARE if size is None else size for split, size in given.items()}
+    if not (min(sizes.values()) >= 0 and sum(sizes.values()) < 1):
+        numbers = tuple(sizes.values())
+        raise InputError(
+            f"--validation_size and --test_size must be shares of the rows with a sum below 1, not {numbers}"
+        )
+    sources, single = find_split_sources(arguments)
+    if not trains and len(sources) > 1:
+        sources.pop("train", None)
+    can_split = {"validation": "train" in sources and "validation" not in sources, "test": single}
+    for split, size in given.items():
+        if size and not can_split[split]:
+            reason = f"the data have {split} rows" if split in sources else "the data are given by split"
+            raise InputError(f"--{split}_size has no effect here, as {reason}: leave it out")
+    shares = {split: sizes[split] for split in ("test", "validation") if sizes[split] and can_split[split]}
+    return sources, single, shares
 
 
 def _place_trained_rows(
@@ -214,6 +223,12 @@ def _place_trained_rows(
     }
     rows = rows.assign(trained=by_earlier, moved=moved, split=rows["split"].mask(moved, "train"))
     return rows[~left_out].reset_index(drop=True), report
+
+
+def _labels_hash(rows: pd.DataFrame, incomplete: bool) -> str:
+    """Return a hash of the labels of all rows but the test rows, and of ``--incomplete_labels``."""
+    labels = [label if isinstance(label, list) else [label] for label in rows.loc[rows["split"] != "test", "label"]]
+    return hashlib.sha256(json.dumps([incomplete, labels]).encode()).hexdigest()
 
 
 def _rows_hash(rows: pd.DataFrame) -> str:

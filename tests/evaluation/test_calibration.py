@@ -1,6 +1,7 @@
 """Calibration: temperatures and biases against drawn labels and the model itself, thresholds against their definition."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import pytest
@@ -259,7 +260,6 @@ def test_a_calibration_is_saved_and_loaded(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"temperatures": [1.0]}, "temperatures must be a list of 4 numbers"),
         ({"temperatures": [1.0, 1.0, "1", 1.0]}, "temperatures must be a list of 4 numbers"),
         ({"conformal_thresholds": [0.5] * 10}, "conformal_thresholds must be a list of 99 numbers"),
     ],
@@ -295,11 +295,13 @@ def test_nonconformity_is_the_smallest_threshold_whose_answer_holds_the_leaf(tre
             assert nonconformity(tree, nodes, node) == max(scores[leaf] for leaf in under[node])
 
 
-def test_answers_are_as_deep_as_the_model_is_sure():
-    def answer(threshold: float, **leaves: float) -> list[str]:
-        nodes = [sum(leaves.get(TREE.labels[leaf], 0) for leaf in held) for held in TREE.leaves_at_or_below]
-        return [TREE.labels[node] for node in conformal_answer(TREE, nodes, threshold)]
+def labels_of_answer(tree: Taxonomy, threshold: float, **leaves: float) -> list[str]:
+    nodes = [sum(leaves.get(tree.labels[leaf], 0) for leaf in held) for held in tree.leaves_at_or_below]
+    return [tree.labels[node] for node in conformal_answer(tree, nodes, threshold)]
 
+
+def test_answers_are_as_deep_as_the_model_is_sure():
+    answer = partial(labels_of_answer, TREE)
     assert answer(0.5, c=0.9, d=0.1) == ["c"]
     assert answer(0.9, c=0.7, d=0.3) == ["c", "d"]
     assert answer(0.9, f=0.4, g=0.5, c=0.1) == ["e", "c"]  # f and g are all of e
@@ -308,10 +310,7 @@ def test_answers_are_as_deep_as_the_model_is_sure():
 
 
 def test_an_only_child_is_not_answered_by_its_parent():
-    def answer(threshold: float, **leaves: float) -> list[str]:
-        nodes = [sum(leaves.get(ONLY.labels[leaf], 0) for leaf in held) for held in ONLY.leaves_at_or_below]
-        return [ONLY.labels[node] for node in conformal_answer(ONLY, nodes, threshold)]
-
+    answer = partial(labels_of_answer, ONLY)
     assert answer(0.5, c=0.98, g=0.02) == ["c"]
     assert answer(0.9, c=0.6, n=0.4) == ["c", "n"]
     assert answer(0.9, g=0.6, h=0.4) == ["f"]  # e and d are answered by their only child
@@ -328,13 +327,8 @@ def test_thresholds_are_the_ranks_of_split_conformal_prediction():
     def threshold(coverage: float) -> float:
         return guaranteed_threshold("coverage", coverage, thresholds)
 
-    for coverage, rank in (
-        (0.9, 9),
-        (0.5, 5),
-        (1e-9, 1),
-        (0.501, 6),
-        (0.895, 9),
-    ):  # of (9 + 1) · coverage, both rounded up
+    # ranks of (9 + 1) · coverage, both rounded up
+    for coverage, rank in ((0.9, 9), (0.5, 5), (1e-9, 1), (0.501, 6), (0.895, 9)):
         assert scores[rank - 1] <= threshold(coverage) < scores[rank - 1] + 1e-6
         assert threshold(coverage) == round(threshold(coverage), 6)
     assert thresholds[90:] == [None] * 9
@@ -422,7 +416,7 @@ def never() -> Iterator[str]:
 
 def test_a_coverage_is_refused_where_texts_are_truncated_otherwise_than_its_thresholds_were_fitted(clear_checkpoint):
     text, message = f"We treated {CLEAR['neoplasms'][0]}.", "coverage needs texts truncated at 128 tokens"
-    classify = calibrated(clear_checkpoint)
+    classify, guaranteed = calibrated(clear_checkpoint), calibrated(clear_checkpoint, coverage=0.9)
     expected = classify(text, coverage=0.9)
     assert classify(text, coverage=0.9, max_length=128) == expected
     for cutting in {"stride": 0}, {"stride": 16}, {"max_length": 32}, {"max_length": 64, "stride": 16}:
@@ -430,7 +424,7 @@ def test_a_coverage_is_refused_where_texts_are_truncated_otherwise_than_its_thre
         with pytest.raises(ValueError, match=message):
             classify(never(), coverage=0.9, **cutting)
         with pytest.raises(ValueError, match=message):
-            calibrated(clear_checkpoint, coverage=0.9)(never(), **cutting)
+            guaranteed(never(), **cutting)
         with pytest.raises(ValueError, match=message):
             calibrated(clear_checkpoint, **cutting)(never(), coverage=0.9)
     assert calibrated(clear_checkpoint, coverage=0.9, max_length=32)(text, max_length=128) == expected

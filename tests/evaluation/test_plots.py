@@ -144,10 +144,10 @@ def test_reliability_diagram_holds_the_bins_and_the_error():
     assert f"{expected_calibration_error(bins):.3f}" in figure.get_suptitle()
 
 
-def multi_label_case(num_rows: int = 200) -> tuple[np.ndarray, np.ndarray]:
+def multi_label_case() -> tuple[np.ndarray, np.ndarray]:
     """Draw logits and labels of all nodes, of which some are unknown."""
     rng = np.random.default_rng(0)
-    logits = rng.normal(-1, 2, size=(num_rows, TREE.num_nodes))
+    logits = rng.normal(-1, 2, size=(200, TREE.num_nodes))
     labels = (rng.random(logits.shape) < expit(logits)).astype(int)
     labels[rng.random(labels.shape) < 0.1] = -100
     return logits, labels

@@ -143,8 +143,7 @@ def test_a_driver_is_killed_and_its_cluster_ends_with_it(clear_checkpoint, texts
 
 def test_rows_that_kill_every_worker_are_named(cluster, clear_checkpoint, tmp_path, monkeypatch):
     """The checkpoint's own code ends the process at one of the texts."""
-    model = tmp_path / "model"
-    shutil.copytree(clear_checkpoint, model)
+    model = shutil.copytree(clear_checkpoint, tmp_path / "model")
     code = (model / "pipeline_hierarchical.py").read_text()
     poisoned = 'texts.append(read_text(item, position)); item == "poison" and __import__("os")._exit(1)'
     assert "texts.append(read_text(item, position))" in code
@@ -185,8 +184,7 @@ def test_actors_with_another_model_do_not_take_part(cluster, clear_checkpoint, t
 
 
 def test_what_cannot_be_done_is_one_line(clear_checkpoint, texts, tmp_path, monkeypatch):
-    model = tmp_path / "model"
-    shutil.copytree(clear_checkpoint, model)
+    model = shutil.copytree(clear_checkpoint, tmp_path / "model")
     heads = model / "heads.safetensors"
     heads.write_bytes(heads.read_bytes()[:-100])
     words = ("--input", texts, "--output", tmp_path / "out.jsonl", "--ray")

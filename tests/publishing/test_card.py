@@ -20,7 +20,7 @@ from evaluation.multi_label import build_multi_label_metrics, predict_nodes
 from publishing import card
 from publishing.environment import describe_environment
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
-from training.data_report import describe, describe_label_sets, length_report, shared_texts, untrained_classes
+from training.data_report import describe, length_report, shared_texts, untrained_classes
 from training.label_arrays import multi_hot
 
 ENCODER, COMMIT = "emilyalsentzer/Bio_ClinicalBERT", "d5892b39a4adaed74b92212a44081509db72f87b"
@@ -509,7 +509,7 @@ def make_label_sets_report(tree: Taxonomy) -> dict:
         "columns": {"text": "text", "label": ["labels"]},
         "taxonomy": "from /home/alice/taxonomy.yaml",
         "split": {"method": "by class, identical texts kept together", "split_off": {"test": 0.1}, "seed": 42},
-        "splits": {split: describe_label_sets(part, tree, 1) for split, part in rows.groupby("split", sort=False)},
+        "splits": {split: describe(part, tree, 1) for split, part in rows.groupby("split", sort=False)},
         "shared_texts": shared_texts(rows),
         "united_rows": {"train": 7, "validation": 0, "test": 1},
         "classes_without_training_rows": untrained_classes(rows, tree),

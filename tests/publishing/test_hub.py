@@ -134,8 +134,7 @@ def test_nothing_of_this_machine_is_published(hub, published, checkpoint):
 
 
 def test_publishing_again_makes_no_commit_and_a_change_makes_one(hub, checkpoint, tmp_path):
-    folder = tmp_path / "results"
-    shutil.copytree(checkpoint, folder)
+    folder = shutil.copytree(checkpoint, tmp_path / "results")
     words = ["--model", folder, "--repo_id", "again"]  # the namespace is the token's
     environment = hub.environment(tmp_path / "home", "hf_alice")
     said = [run(*words, command="push_to_hub.py", settings=environment).stdout for _ in range(2)]
@@ -147,20 +146,6 @@ def test_publishing_again_makes_no_commit_and_a_change_makes_one(hub, checkpoint
     assert hub.files("alice/again").keys() == ADAPTER_REPOSITORY - {"plots/training_curves.png"}
     run(*words, "--merge", command="push_to_hub.py", settings=environment)
     assert hub.files("alice/again").keys() == MERGED_REPOSITORY - {"plots/training_curves.png"}
-
-
-def test_an_onnx_file_answers_as_the_model_does_for_any_batch_and_length(hub, checkpoint, expected, tmp_path):
-    words = ["--model", checkpoint, "--repo_id", "alice/onnx", "--onnx"]
-    run(*words, command="push_to_hub.py", settings=hub.environment(tmp_path / "home", "hf_alice"))
-    files = hub.files("alice/onnx")
-    assert files.keys() == ADAPTER_REPOSITORY | ENGINE_FILES
-    session = onnxruntime.InferenceSession(files["onnx/model.onnx"], providers=["CPUExecutionProvider"])
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
-    leaves = expected[:, : session.get_outputs()[0].shape[1]].softmax(-1).numpy()
-    for texts, wanted in ((TEXTS, leaves), (TEXTS[:1], leaves[:1]), (TEXTS * 3, np.tile(leaves, (3, 1)))):
-        inputs = tokenizer(texts, padding=True, return_tensors="np")
-        (logits,) = session.run(["logits"], {one.name: inputs[one.name] for one in session.get_inputs()})
-        np.testing.assert_allclose(np.exp(logits) / np.exp(logits).sum(1, keepdims=True), wanted, atol=1e-3)
 
 
 @pytest.mark.parametrize(("score", "pooling"), [(60.0, "mean"), (10.0, "label_attention")])
@@ -197,16 +182,8 @@ def test_an_onnx_file_of_several_labels_stays_finite_for_large_scores(tiny_encod
 
 def test_a_dry_run_lists_the_files_and_sends_nothing(hub, checkpoint, tmp_path):
     before = len(hub.requests)
-    words = [
-        "--model",
-        checkpoint,
-        "--repo_id",
-        "clinic/dry",
-        "--space_id",
-        "alice/dry-space",
-        "--private",
-        "--dry_run",
-    ]
+    words = ["--model", checkpoint, "--repo_id", "clinic/dry", "--space_id", "alice/dry-space"]
+    words += ["--private", "--dry_run"]
     (tmp_path / "token").write_text("hf_alice")  # as `hf auth login` leaves it
     done = run(*words, command="push_to_hub.py", settings=hub.environment(tmp_path))
     assert "model clinic/dry, branch main, would be created, private:" in done.stdout
@@ -265,18 +242,14 @@ def test_what_the_hub_would_refuse_is_one_line_before_anything_is_sent(
     hub.add_repo("alice/cats", {"cats.csv": b"name\n", "README.md": b"cats"})
     hub.add_repo("alice/bert", {"config.json": b'{"model_type": "bert"}'})
     hub.add_repo("alice/chat", {"app.py": b"", "README.md": b"---\nsdk: gradio\n---\n"}, repo_type="space")
-    local = tmp_path / "local"
-    shutil.copytree(checkpoint, local)
+    local = shutil.copytree(checkpoint, tmp_path / "local")
     config = json.loads((local / "config.json").read_text())
     (local / "config.json").write_text(json.dumps({**config, "encoder_name_or_path": tiny_encoder}))
-    torn = tmp_path / "torn"
-    shutil.copytree(checkpoint, torn)
+    torn = shutil.copytree(checkpoint, tmp_path / "torn")
     (torn / "heads.safetensors").write_bytes((torn / "heads.safetensors").read_bytes()[:100])
-    lacking = tmp_path / "lacking"
-    shutil.copytree(checkpoint, lacking)
+    lacking = shutil.copytree(checkpoint, tmp_path / "lacking")
     (lacking / "adapter" / "adapter_model.safetensors").unlink()
-    wordless = tmp_path / "wordless"
-    shutil.copytree(checkpoint, wordless)
+    wordless = shutil.copytree(checkpoint, tmp_path / "wordless")
     (wordless / "tokenizer.json").unlink()
     whole = hub.write("alice/merged", tmp_path / "whole")
 
@@ -284,8 +257,7 @@ def test_what_the_hub_would_refuse_is_one_line_before_anything_is_sent(
     for name, content in cards.items():
         shutil.copytree(checkpoint, tmp_path / name)
         (tmp_path / name / "README.md").write_bytes(content)
-    shards = tmp_path / "shards"
-    shutil.copytree(whole, shards)
+    shards = shutil.copytree(whole, tmp_path / "shards")
     index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model.safetensors"}}
     (shards / "model.safetensors.index.json").write_text(json.dumps(index))
 
@@ -351,8 +323,7 @@ def test_a_refusal_is_one_line_and_exit_code_2(hub, checkpoint, tmp_path, closed
 
 @pytest.mark.parametrize(("how", "existing"), [("drop", True), ("drop", False), ("503", True)])
 def test_a_push_that_breaks_anywhere_leaves_the_repository_as_it_was(how, existing, checkpoint, tmp_path):
-    changed = tmp_path / "changed"
-    shutil.copytree(checkpoint, changed)
+    changed = shutil.copytree(checkpoint, tmp_path / "changed")
     code = driver(
         """
         def state(repo):
@@ -973,11 +944,8 @@ def test_a_published_checkpoint_is_continued_as_the_folder_is(hub, published, ch
     for name in ("heads.safetensors", "adapter/adapter_model.safetensors", "tokenizer.json"):
         assert (tmp_path / "id" / name).read_bytes() == (tmp_path / "folder" / name).read_bytes()
         assert name == "tokenizer.json" or (output / name).read_bytes() != (checkpoint / name).read_bytes()
-    config = json.loads((output / "config.json").read_text())
-    assert (config["encoder_name_or_path"], config["encoder_revision"]) == (
-        "base/tiny",
-        hub.commits("base/tiny")[-1].sha,
-    )
+    config, commit = json.loads((output / "config.json").read_text()), hub.commits("base/tiny")[-1].sha
+    assert (config["encoder_name_or_path"], config["encoder_revision"]) == ("base/tiny", commit)
 
 
 def test_a_checkpoint_that_cannot_be_downloaded_is_one_line(hub, published, tmp_path):
@@ -1011,10 +979,8 @@ def test_training_pushes_what_loads_the_same_by_every_strategy(hub, tmp_path, st
     during = [] if strategy == "end" else [f"Training in progress, step {step}" for step in sorted(saves)]
     assert titles[1:-1] in ([during, during[:1]] if strategy == "every_save" else [during])
     files = hub.files(repo)
-    folders = {
-        "checkpoint": {"last-checkpoint"},
-        "all_checkpoints": {f"checkpoint-{step}" for step in saves},
-    }.get(strategy, set())
+    steps = {f"checkpoint-{step}" for step in saves}
+    folders = {"checkpoint": {"last-checkpoint"}, "all_checkpoints": steps}.get(strategy, set())
     at_root = {name for name in files if name.split("/")[0] not in folders}
     assert at_root == ADAPTER_REPOSITORY
     assert {name.split("/")[0] for name in files.keys() - at_root} == folders
@@ -1092,15 +1058,10 @@ def test_a_space_is_published_pointing_at_the_commit_and_serves_it(hub, checkpoi
     assert len(hub.commits("alice/served")) == 2
     files = hub.files("alice/served-space", repo_type="space")
     ours = {file.name for file in (ROOT / "space").iterdir() if file.is_file()}
-    assert files.keys() == {
-        ".gitattributes",
-        *ours,
-        *(f"reading/{name}.py" for name in ("__init__", "columns", "parquet", "rows")),
-    }
-    assert [c.title for c in hub.commits("alice/served-space", repo_type="space")] == [
-        "initial commit",
-        "Publish the Space",
-    ]
+    ours |= {f"reading/{name}.py" for name in ("__init__", "columns", "parquet", "rows")}
+    assert files.keys() == {".gitattributes", *ours}
+    titles = [commit.title for commit in hub.commits("alice/served-space", repo_type="space")]
+    assert titles == ["initial commit", "Publish the Space"]
     code = """
 import json
 from huggingface_hub import HfApi, SpaceCard

@@ -151,6 +151,16 @@ CORPUS: dict[str, tuple[str, bytes, list[tuple[int, dict | str]]]] = {
         (1, {"a": 1, "when": datetime(1970, 1, 1)}), (2, "the column 'when' holds what cannot be read"), (3, {"a": 3, "when": None})]),
     "bytes taken for text": ("parquet", parquet({"a": pa.array([b"x", b"caf\xe9", b"y"]).view(pa.string())}), [
         (1, {"a": "x"}), (2, "the column 'a' holds text that is not UTF-8"), (3, {"a": "y"})]),
+    **{
+        f"a value that Python does not have, {column.type}": (
+            "parquet", parquet({"text": ["a"], "when": column}), [(1, "the column 'when' holds ")])
+        for column in (
+            pa.array([2**31 - 1], pa.date32()),
+            pa.array([10**15], pa.duration("s")),
+            pa.array([0], pa.timestamp("ms", "No/Where")),
+            pa.StructArray.from_arrays([pa.array([1])] * 2, ["a", "a"]),
+        )
+    },
     "names with dots": ("parquet", parquet({"a": [{"b": 1}], "a.b": ["x"], "a.c": ["y"]}), [
         (1, {"a": {"b": 1}, "a.b": "x", "a.c": "y"})]),
 }  # fmt: skip

@@ -16,7 +16,7 @@ from sklearn.preprocessing import MultiLabelBinarizer
 from errors import InputError
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import DataArguments, parse
-from training.data_report import describe_label_sets
+from training.data_report import describe
 from training.label_arrays import multi_hot
 from training.splits import load_splits
 from training.trained_texts import TrainedTexts, normalise_text, text_hash
@@ -384,15 +384,6 @@ def test_too_few_texts_to_split(tmp_path, taxonomy):
         load(train_file=file, taxonomy=taxonomy, validation_size=0.01)
 
 
-def test_training_texts_of_other_splits_are_dropped(tmp_path, taxonomy):
-    train = write_corpus(tmp_path, rows_of(SETS))
-    test = write(tmp_path / "test.jsonl", json.dumps({"text": "Text 1", "label": ["y"]}))
-    data = load(train_file=train, test_file=test, taxonomy=taxonomy, validation_size=0.0)
-    assert "text 1" not in labels_of(data)
-    assert data.report["splits"]["train"]["dropped_rows"] == 1
-    assert labels_of(data, "test") == {"Text 1": {"y"}}
-
-
 # ── Report ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -422,7 +413,7 @@ def test_the_report_counts_labels_texts_and_pairs(tmp_path, taxonomy):
 def test_a_label_and_its_ancestor_are_one_deepest_label(taxonomy, tmp_path):
     tree = load(**as_jsonl(tmp_path, rows_of(SETS)), taxonomy=taxonomy, validation_size=0.0).taxonomy
     rows = pd.DataFrame({"label": [[tree.id("a"), tree.id("x")], [tree.id("c")]]})
-    assert describe_label_sets(rows, tree, 0)["labels_per_text"] == 1
+    assert describe(rows, tree, 0)["labels_per_text"] == 1
 
 
 def test_a_class_of_several_labels_without_training_rows_may_be_an_inner_node(tmp_path, taxonomy):

@@ -134,8 +134,7 @@ def test_checkpoints_of_a_former_run_are_never_taken_for_its_own(words, tmp_path
 
 
 def test_a_command_that_is_refused_deletes_nothing_of_the_former_run(words, refitted, tmp_path):
-    output = tmp_path / "results"
-    shutil.copytree(refitted, output)
+    output = shutil.copytree(refitted, tmp_path / "results")
     former = sorted(output.rglob("*"))
     line = [*words, "--output_dir", str(output), "--overwrite_output_dir", "true"]
     for wrong, message in (

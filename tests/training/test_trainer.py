@@ -169,14 +169,14 @@ def test_gradient_checkpointing_that_an_encoder_lacks_is_refused(tmp_path):
         )
 
 
-def rows_of_label_sets(count: int = 16) -> Dataset:
+def rows_of_label_sets() -> Dataset:
     """Return the token ids of `rows` with any number of labels. Two texts have none, and of two they are unknown."""
     generator = torch.Generator().manual_seed(2)
-    sets = [torch.randint(0, TREE.num_nodes, (i % 3 + 1,), generator=generator).tolist() for i in range(count)]
+    sets = [torch.randint(0, TREE.num_nodes, (i % 3 + 1,), generator=generator).tolist() for i in range(16)]
     sets[2], sets[5] = [], []
     labels = multi_hot(TREE, sets, incomplete=True)
     labels[[1, 6]] = -100
-    return rows(count).remove_columns("labels").add_column("labels", [*labels])
+    return rows().remove_columns("labels").add_column("labels", [*labels])
 
 
 def loss_of_label_sets(data: Dataset) -> MultiLabelFocalLoss:
@@ -231,30 +231,31 @@ def test_accumulation_gives_the_gradient_of_one_large_batch(tmp_path, tokenizer,
         torch.testing.assert_close(after[0][name], after[1][name], atol=1e-5, rtol=0, msg=name)
 
 
-def test_the_loss_of_halves_is_that_of_each_and_their_disagreement(tmp_path, tokenizer):
-    data, model = rows(ignored=True), tiny_model().train()
-    ours = trainer(model, tokenizer, data, arguments(tmp_path, seed=5), consistency=0.7)
+@pytest.mark.parametrize("several", [False, True])
+def test_the_loss_of_halves_is_that_of_each_and_their_disagreement(tmp_path, tokenizer, several):
+    data, model = rows_of_label_sets() if several else rows(ignored=True), tiny_model(SEVERAL if several else None)
+    function = (loss_of_label_sets if several else loss)(data)
+    scores = "decision_logits" if several else "node_log_probs"
+    ours = trainer(model.train(), tokenizer, data, arguments(tmp_path, seed=5), consistency=0.7, loss_function=function)
     inputs = build_collator(tokenizer)([data[i] for i in range(8)])
     found = ours.compute_loss(model, inputs, num_items_in_batch=11)
     labels, sentences = inputs["labels"], inputs["sentences"]
     whole = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     views, first, second = halves(whole, sentences, list(range(8)), tokenizer.pad_token_id, 5, 0)
     assert len(views["input_ids"]) > 8
-    log_probs = model(**views).node_log_probs
-    expected = 0.0
-    for i in range(8):
-        if labels[i] != -100:
-            one, other = log_probs[first[i]], log_probs[second[i]]
-            expected += sum(loss(data)(half[None], labels[i : i + 1], 11) for half in (one, other)) / 2
-            p, q = one[: TREE.num_leaves], other[: TREE.num_leaves]
-            apart = sum(
-                torch.nn.functional.kl_div(*pair, log_target=True, reduction="sum") for pair in ((p, q), (q, p))
-            )
-            expected += 0.7 * apart / 2 / 11
+    output = model(**views)[scores]
+    one, other = output[first], output[second]
+    if several:
+        apart = multi_label_symmetric_kl(model.heads.decisions, one, other, labels, 11)
+    else:
+        p, q = (half[labels != -100, : TREE.num_leaves] for half in (one, other))
+        pairs = ((p, q), (q, p))
+        apart = sum(torch.nn.functional.kl_div(*pair, log_target=True, reduction="sum") for pair in pairs) / 2 / 11
+    expected = sum(function(half, labels, 11) for half in (one, other)) / 2 + 0.7 * apart
     torch.testing.assert_close(found, expected)
     model.eval()  # where texts are whole
     evaluated = ours.compute_loss(model, inputs)
-    torch.testing.assert_close(evaluated, loss(data)(model(**whole).node_log_probs, labels))
+    torch.testing.assert_close(evaluated, function(model(**whole)[scores], labels))
 
 
 def test_with_several_labels_texts_are_counted_not_elements_of_label_arrays(tmp_path, tokenizer):
@@ -266,27 +267,6 @@ def test_with_several_labels_texts_are_counted_not_elements_of_label_arrays(tmp_
     ours = trainer(tiny_model(), tokenizer, single, arguments(tmp_path))
     batch = build_collator(tokenizer)([single[i] for i in range(16)])
     assert ours._get_num_items_in_batch([batch], torch.device("cpu")) == 13
-
-
-def test_with_several_labels_the_loss_of_halves_is_that_of_each_and_their_disagreement(tmp_path, tokenizer):
-    data, model = rows_of_label_sets(), tiny_model(SEVERAL).train()
-    function = loss_of_label_sets(data)
-    ours = trainer(
-        model, tokenizer, data, arguments(tmp_path, seed=5), consistency=0.7, loss_function=loss_of_label_sets(data)
-    )
-    inputs = build_collator(tokenizer)([data[i] for i in range(8)])
-    found = ours.compute_loss(model, inputs, num_items_in_batch=11)
-    labels, sentences = inputs["labels"], inputs["sentences"]
-    whole = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    views, first, second = halves(whole, sentences, list(range(8)), tokenizer.pad_token_id, 5, 0)
-    scores = model(**views).decision_logits
-    one, other = scores[first], scores[second]
-    expected = sum(function(half, labels, 11) for half in (one, other)) / 2
-    expected = expected + 0.7 * multi_label_symmetric_kl(model.heads.decisions, one, other, labels, 11)
-    torch.testing.assert_close(found, expected)
-    model.eval()  # where texts are whole
-    evaluated = ours.compute_loss(model, inputs)
-    torch.testing.assert_close(evaluated, function(model(**whole).decision_logits, labels))
 
 
 @pytest.mark.parametrize("several", [False, True])
