@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 from reading.rows import InputError  # defined there, since `reading` imports no other package
 
@@ -71,6 +71,11 @@ def is_full_disk(error: Exception) -> bool:
     # safetensors, tokenizers and torch raise error types of their own
     messages = ("No space left", "os error 28", "PytorchStreamWriter failed", "iostream error", "unexpected pos")
     return any(message in str(error) for message in messages)
+
+
+def is_file_error(error: Exception) -> TypeGuard[OSError]:
+    """Return whether a file cannot be opened, read or written. Errors of opening alone name the file."""
+    return isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError)
 
 
 def requested_traceback() -> str:

@@ -22,7 +22,15 @@ import torch
 from tqdm import tqdm
 
 from checkpoint_files import find_snapshot
-from errors import ArgumentParser, InputError, exit_with_error, is_full_disk, one_line, requested_traceback
+from errors import (
+    ArgumentParser,
+    InputError,
+    exit_with_error,
+    is_file_error,
+    is_full_disk,
+    one_line,
+    requested_traceback,
+)
 from prediction.input import read_records
 from prediction.model import DTYPES, Model, read_costs
 from prediction.output import RestartableOutput
@@ -166,7 +174,7 @@ def user_error_message(error: Exception) -> str | None:
         return "out of memory: start over with a smaller --batch_size and --overwrite"
     if is_full_disk(error):
         return f"{one_line(error)}: make room; {resume_hint()}"
-    if isinstance(error, OSError) and error.filename is not None:
+    if is_file_error(error):
         return f"cannot read or write a file: {one_line(error)}; {resume_hint()}"
     return None
 

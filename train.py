@@ -29,7 +29,15 @@ from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedModel, 
 from checkpoint_files import is_checkpoint, read_config
 from checkpoint_hierarchical import check_tokenizer
 from configuration_hierarchical import MULTI_LABEL
-from errors import InputError, as_input_error, exit_with_error, is_full_disk, one_line, requested_traceback
+from errors import (
+    InputError,
+    as_input_error,
+    exit_with_error,
+    is_file_error,
+    is_full_disk,
+    one_line,
+    requested_traceback,
+)
 from evaluation import plots, report
 from evaluation.label_issues import write_label_issues
 from evaluation.lexical import fit_classifier
@@ -347,8 +355,8 @@ def user_error_message(error: Exception) -> str | None:
         return f"{one_line(error)}; give --activation_checkpointing true, or a lower --per_device_train_batch_size"
     if isinstance(error, ImportError) and "install" in str(error):  # of a flag that needs more than requirements.txt
         return one_line(error)
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+    if is_file_error(error):
+        return f"{error.filename or 'cannot read or write a file'}: {error.strerror}"
     return None
 
 

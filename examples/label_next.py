@@ -10,6 +10,7 @@ import argparse
 import csv
 import glob
 import heapq
+import os
 import sys
 from collections.abc import Collection, Iterator
 from operator import itemgetter
@@ -82,5 +83,8 @@ def texts_of(
 if __name__ == "__main__":
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except InputError as error:
         exit_with_error("label_next.py", str(error))

@@ -144,7 +144,8 @@ class RestartableOutput:
                     self._read_block(block.index)
                     num_kept += len(block.records)
                     bar.update(len(block.records))
-                elif is_finished:  # killed while it deleted its blocks: the missing block's input is unknown
+                elif is_finished:  # killed while it deleted its blocks
+                    self.store.delete_folder(self.parts)
                     raise self._exists_error()
                 else:
                     yield block

@@ -24,6 +24,7 @@ from reading.stores import is_url
 TASKS = ".tasks.json"
 OUTPUTS = (".jsonl", ".csv", ".parquet", TASKS)
 DIGITS = 6
+ROW_GROUP_BYTES = 2**26  # of a Parquet file; one group a block would make the footer as large as the rows
 SEPARATORS = {"path": " > ", "answer": " | ", "labels": "; ", "scores": "; "}  # in the cells of a CSV file
 
 
@@ -113,7 +114,20 @@ class RowFormat:
         """Open a new file, and yield a function that writes rows, given as lines of JSON."""
         if file.suffix == ".parquet":
             with pyarrow.parquet.ParquetWriter(file, pyarrow.schema(self.types)) as writer:
-                yield lambda lines: writer.write_table(self.table(lines))
+                waiting: list[pyarrow.Table] = []
+
+                def write(lines: list[str]) -> None:
+                    waiting.append(self.table(lines))
+                    if sum(table.nbytes for table in waiting) >= ROW_GROUP_BYTES:
+                        write_waiting()
+
+                def write_waiting() -> None:
+                    if waiting:
+                        writer.write_table(pyarrow.concat_tables(waiting))
+                        waiting.clear()
+
+                yield write
+                write_waiting()
             return
         with file.open("w", encoding="utf-8", newline="") as stream:
             if file.suffix == ".jsonl":

@@ -12,6 +12,7 @@ from .rows import Fault, InputError, Raw, Row, Rows, quote_name
 
 FOREIGN = (pyarrow.ArrowException, UnicodeDecodeError, OSError)  # for a damaged file, or one that is not Parquet
 UNREADABLE = (pyarrow.ArrowException, KeyError, OSError, OverflowError, ValueError)  # a value without Python equivalent
+BYTES_AT_ONCE = 2**23  # of a column; without it, pyarrow reads the column's part of a whole row group
 ROWS_PER_BATCH = 16  # a value that is stored once is decoded for every row, so small batches bound the memory
 
 
@@ -20,7 +21,7 @@ def open_file(rows: Rows, stream: Any) -> Callable[[list[str]], Iterator[Row]]:
     raw = Raw(stream)
     if not raw.seekable():
         raise InputError(f"{rows.name}: a Parquet file is read from its end, so save it to a disk first")
-    file = pyarrow.parquet.ParquetFile(io.BufferedReader(raw), pre_buffer=False)
+    file = pyarrow.parquet.ParquetFile(io.BufferedReader(raw), pre_buffer=False, buffer_size=BYTES_AT_ONCE)
     rows.set_columns(file.schema_arrow.names)
     return lambda requested: _read(rows, file, requested)
 

@@ -5,6 +5,7 @@ A string that does not look like a name may be a text about a patient. Error mes
 
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Container, Iterable
 from itertools import chain, compress
@@ -32,6 +33,8 @@ PATH_DELIMITERS = "->", ">"  # what often stands between the names of a path, or
 DELIMITERS = *PATH_DELIMITERS, ";", "|", ","
 ZERO_OR_ONE = {**dict.fromkeys(("0", "0.0", "false"), 0), **dict.fromkeys(("1", "1.0", "true"), 1)}
 WRITTEN_LIST = "the label is a list written as text: save the data as .jsonl or .parquet, or join the labels and give --label_delimiter"
+# a list, set or tuple as Python writes it, or an array as PostgreSQL does
+WRITTEN_LISTS = re.compile(r"\[.*\]|\{.*\}|set\(\)|\(\)|\(\s*['\"].*\)", re.DOTALL)
 FROM_LABELS = "from the labels"  # origin of a taxonomy
 
 Label = str | tuple[str, ...]  # a name or path as written, or one name per label column, from the root down
@@ -95,7 +98,7 @@ def _label_text(value: Any) -> str | None:
 
 
 def _is_written_list(cell: Any) -> bool:
-    return isinstance(cell, str) and cell.startswith("[") and cell.endswith("]")
+    return isinstance(cell, str) and WRITTEN_LISTS.fullmatch(cell.strip()) is not None
 
 
 def _label_problem(path: tuple[Any, ...]) -> str | None:

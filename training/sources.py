@@ -169,7 +169,7 @@ def read_rows(
     tables = [source.read(columns[source.name]) for source in sources.values()]
     # of each label column, in all sources
     cells = [[*chain(*part)] for part in zip(*([*table.columns.values()][1:] for table in tables), strict=True)]
-    multi_label = is_multi_label(any(isinstance(cell, list) for cell in chain(*cells)), arguments)
+    multi_label = is_multi_label({*map(type, chain(*cells))}, arguments)
     refuse_indicators(cells, next(iter(columns.values()))[1:], arguments, multi_label)
     parts, places = [], dict[Label, str]()
     for (split, source), table in zip(sources.items(), tables, strict=True):
@@ -208,22 +208,27 @@ def refuse_indicators(cells: list[list[Any]], names: list[str], arguments: DataA
     if only_indicators and multi_label and len(names) == 1 and not (arguments.class_names or arguments.taxonomy):
         advice = "give the names of a text's labels, or two or more columns, one per label"
         raise InputError(f"the column {shown} holds 0 and 1 alone: {advice}")
-    lists = [cell for cell in chain(*cells) if isinstance(cell, list)]
+    delimiter = arguments.label_delimiter
+    split = (
+        cell.split(delimiter) if delimiter and isinstance(cell, str) and cell.strip() else cell
+        for cell in chain(*cells)
+    )
+    lists = [cell for cell in split if isinstance(cell, list) and cell]
     if len({*map(len, lists)}) == 1 and len(lists[0]) > 1 and None not in map(read_indicator, chain(*lists)):
         advice = "give lists of the names of a text's labels, or one column per label"
         raise InputError(f"the lists of the column {shown} hold 0 and 1 alone: {advice}")
 
 
-def is_multi_label(has_lists: bool, arguments: DataArguments) -> bool:
-    """Return whether a text may have several labels, given whether a label column holds lists."""
-    delimited = arguments.label_delimiter is not None
+def is_multi_label(types: set[type], arguments: DataArguments) -> bool:
+    """Return whether a text may have several labels, given the types of the cells in the label columns."""
+    has_lists, delimited = list in types, arguments.label_delimiter is not None
     if arguments.problem_type == "single_label_classification" and (has_lists or delimited):
         contradiction = "the label column holds lists" if has_lists else "--label_delimiter is given"
         raise InputError(f"--problem_type {arguments.problem_type} means one label per text, but {contradiction}")
     multi_label = has_lists or delimited or arguments.problem_type == MULTI_LABEL
     if arguments.incomplete_labels and not multi_label:
         raise InputError(f"--incomplete_labels needs multi-label data: give --problem_type {MULTI_LABEL}")
-    if has_lists and delimited:
+    if has_lists and delimited and str not in types:
         raise InputError("the label column holds lists: leave out --label_delimiter")
     if has_lists and arguments.problem_type is None:
         logger.info("the label column holds lists: any number of labels per text (--problem_type %s)", MULTI_LABEL)

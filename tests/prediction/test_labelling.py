@@ -5,6 +5,7 @@ import io
 import json
 import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
@@ -179,6 +180,16 @@ def test_the_rows_to_label_next_are_the_least_certain(output, clear_checkpoint, 
     assert [int(row["row"]) for row in printed] == best["row"].tolist()
     assert [float(row["uncertainty"]) for row in printed] == pytest.approx(best["uncertainty"].tolist(), abs=1e-9)
     assert [row["text"] for row in printed] == [TEXTS[row] for row in best["row"]]
+
+
+def test_the_reader_of_the_rows_to_label_next_may_end_first(clear_checkpoint, tmp_path):
+    predict(clear_checkpoint, tmp_path / "out.jsonl", TEXTS[:3], "--uncertainty")
+    reader, writer = os.pipe()
+    os.close(reader)
+    line = [sys.executable, ROOT / "examples" / "label_next.py", tmp_path / "out.jsonl", "--count", "2"]
+    done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_predictions_without_an_uncertainty_are_named(clear_checkpoint, tmp_path):

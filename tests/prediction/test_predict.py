@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import tempfile
@@ -31,6 +32,7 @@ from transformers import pipeline
 
 from configuration_hierarchical import HierarchicalConfig
 from errors import InputError
+from predict import user_error_message
 from prediction.input import Record, read_records
 from prediction.int8 import has_int8_products
 from prediction.rows import RowFormat, output_kind
@@ -301,6 +303,43 @@ def test_blocks_of_a_killed_run_are_not_read_as_its_input(checkpoint, long_input
     (Path(f"{output}.parts") / "000000001.jsonl").unlink()
     assert predict_here(*words) == 1
     assert output.read_bytes() == unbroken[0].read_bytes()
+
+
+def test_blocks_that_a_killed_run_could_not_delete_are_deleted_by_the_next(checkpoint, texts, tmp_path):
+    words = ("--model", checkpoint, "--input", write_texts(tmp_path, texts[:3]), "--output", tmp_path / "out.jsonl")
+    with killed_as_it_clears_up(), pytest.raises(KeyboardInterrupt):
+        predict_here(*words)
+    parts, before = tmp_path / "out.jsonl.parts", (tmp_path / "out.jsonl").read_bytes()
+    (parts / "000000000.jsonl").rename(parts / "part.new")
+    with pytest.raises(InputError, match="already exists"):
+        predict_here(*words)
+    assert not parts.exists()
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
+def test_a_file_that_may_not_grow_is_one_line_and_the_run_continues(checkpoint, long_input, unbroken, tmp_path):
+    words = ("--model", checkpoint, "--input", long_input, "--output", tmp_path / "out.jsonl")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            predict_here(*words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert user_error_message(error.value) == (
+        "cannot read or write a file: [Errno 27] File too large; the same command continues from here"
+    )
+    assert predict_here(*words) == 1
+    assert (tmp_path / "out.jsonl").read_bytes() == unbroken[0].read_bytes()
+
+
+@pytest.mark.parametrize(("group_bytes", "sizes"), [(2**26, [2098]), (1, [1023, 1024, 51])])
+def test_a_parquet_file_has_few_row_groups(checkpoint, long_input, unbroken, tmp_path, monkeypatch, group_bytes, sizes):
+    monkeypatch.setattr("prediction.rows.ROW_GROUP_BYTES", group_bytes)
+    predict_here("--model", checkpoint, "--input", long_input, "--output", tmp_path / "out.parquet")
+    file = pyarrow.parquet.ParquetFile(tmp_path / "out.parquet")
+    assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == sizes
+    assert file.read(["label"]).to_pylist() == [{"label": row["label"]} for row in read_json_lines(unbroken[0])]
 
 
 def test_a_restarted_run_may_name_the_format_that_it_has_by_default(checkpoint, texts, tmp_path):

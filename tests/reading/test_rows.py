@@ -42,6 +42,17 @@ class Seekable(Plain):
         return self._stream.seek(offset, whence)
 
 
+class Counted(Seekable):
+    """Counts the bytes that it gives."""
+
+    given = 0
+
+    def read(self, size: int = -1) -> bytes:
+        content = super().read(size)
+        self.given += len(content)
+        return content
+
+
 class Endless:
     """Lines without end, after a beginning."""
 
@@ -557,3 +568,12 @@ def test_an_error_of_the_stream_is_named():
     rows = Rows(Lost(b"text\n" + b"a\n" * 50_000), "csv", "s3://bucket/a.csv").read()
     with pytest.raises(InputError, match=r"cannot read s3://bucket/a\.csv: Connection timed out"):
         list(rows)
+
+
+def test_a_large_row_group_is_not_read_at_once():
+    texts = [os.urandom(5000).hex() for _ in range(4000)]  # 40 MB that do not compress, in one group
+    stream = Counted(parquet({"text": texts}, compression="none", use_dictionary=False), most=2**30)
+    rows = Rows(stream, "parquet", "a file").read()
+    assert next(rows).values == {"text": texts[0]}
+    assert stream.given < 20e6
+    assert [row.values["text"] for row in rows] == texts[1:]

@@ -211,10 +211,15 @@ def test_columns_of_0_and_1_that_mean_something_else_are_named(tmp_path, taxonom
         ([["x"], {"x": 1}], {}, r"a.jsonl, line 2, column 'label': the label is neither text nor a whole number"),
         ([["x"], [SECRET * 50]], {}, r"a.jsonl, line 2, column 'label': the label has more than 500 characters"),
         ([[], []], {}, r"column 'label': no row has a label"),
-        ([[1.0, 0.0], [0, 1]], {}, r"the lists of the column 'label' hold 0 and 1 alone: give lists of the names"),
+        ([[1.0, 0.0], [], [0, 1]], {}, r"the lists of the column 'label' hold 0 and 1 alone: give lists of the names"),
+        (["1;0", "", "0;1"], {"label_delimiter": ";"}, r"the lists of the column 'label' hold 0 and 1 alone: give lists"),
         ([["x"]], {"problem_type": "single_label_classification"}, r"means one label per text, but the label column holds"),
         ([1, 0], {"problem_type": "multi_label_classification", "taxonomy": None}, r"the column 'label' holds 0 and 1 alone: give the names"),
         (['["a; b", "c"]'], {"label_delimiter": ";"}, r"line 1, column 'label': the cell is a list written as text"),
+        (["x", "{'x', 'y'}"], {"label_delimiter": ","}, r"line 2, column 'label': the cell is a list written as text"),
+        (["x", "set()"], {"label_delimiter": ","}, r"line 2, column 'label': the cell is a list written as text"),
+        (["x", "('x', 'y')"], {"label_delimiter": ","}, r"line 2, column 'label': the cell is a list written as text"),
+        (["x", " {x,y} "], {"problem_type": "multi_label_classification", "taxonomy": None}, r"line 2, .*list written as text"),
         (["x"], {"problem_type": "single_label_classification", "label_delimiter": ";"}, r"but --label_delimiter is given"),
         (["x", "y"], {"incomplete_labels": True}, r"--incomplete_labels needs multi-label data"),
         ([["x;y"]], {"label_delimiter": ";"}, r"the label column holds lists: leave out --label_delimiter"),
@@ -225,6 +230,14 @@ def test_one_bad_row_or_label_is_one_clear_line(tmp_path, taxonomy, rows, flags,
         load(**as_jsonl(tmp_path, rows_of(rows)), **{"taxonomy": taxonomy, "validation_size": 0.0} | flags)
     assert "\n" not in str(refused.value)
     assert SECRET not in str(refused.value)
+
+
+def test_lists_in_one_file_and_text_between_delimiters_in_another_are_the_same_labels(tmp_path, taxonomy):
+    train = as_jsonl(tmp_path, rows_of([["x", "c"], ["y"], []]))["train_file"]
+    test = csv_file(tmp_path / "b.csv", [("p", "x; c"), ("q", "y"), ("r", "")])
+    data = load(train_file=train, test_file=test, taxonomy=taxonomy, validation_size=0.0, label_delimiter=";")
+    assert labels_of(data) == {"text 0": {"x", "c"}, "text 1": {"y"}, "text 2": set()}
+    assert labels_of(data, "test") == {"p": {"x", "c"}, "q": {"y"}, "r": set()}
 
 
 def test_a_checkpoint_can_be_scored_on_texts_without_labels_alone(tmp_path):
