@@ -27,6 +27,7 @@ import pytest
 import torch
 import transformers
 from forked import COMMANDS, LIBRARIES, Process, Server
+from hub_server import SHARED_HOME
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel
 
 # a shell has what it starts in the background ignore Ctrl+C, and so would the commands that the tests start
@@ -39,13 +40,13 @@ DIVERGES = ("--learning_rate", "1e30", "--warmup_steps", 0, "--max_grad_norm", 0
 
 LONGEST = ("test_ray_train.py", "test_distributed.py", "test_ray.py", "test_notebook.py")
 READ_AT_IMPORT = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_", "HOME", "OMP_")  # variables that libraries read
-SERVERS: dict[tuple[str, ...], Server] = {}  # of this session, by what they have imported
+SERVERS: dict[tuple, Server] = {}  # of this session, by the arguments of `Server`
 
 
-def server(modules: tuple[str, ...]) -> Server:
-    if modules not in SERVERS:
-        SERVERS[modules] = Server(modules)
-    return SERVERS[modules]
+def server(modules: tuple[str, ...], variables: tuple[tuple[str, str], ...] = ()) -> Server:
+    if (modules, variables) not in SERVERS:
+        SERVERS[modules, variables] = Server(modules, variables)
+    return SERVERS[modules, variables]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -117,13 +118,19 @@ runpy.run_path(command, run_name="__main__")
 
 
 def complete(
-    *words: object, given: str = "", cwd=ROOT, environment: Mapping[str, str] = os.environ, modules=COMMANDS
+    *words: object,
+    given: str = "",
+    cwd=ROOT,
+    environment: Mapping[str, str] = os.environ,
+    modules=COMMANDS,
+    variables=(),
 ) -> subprocess.CompletedProcess:
     """Run Python with these arguments to its end.
 
     Args:
         given: its standard input.
         modules: what the process that is forked has imported. With None, nothing is forked.
+        variables: environment variables, as pairs, that these modules have read.
     """
     if modules is None:
         line = [sys.executable, *map(str, words)]
@@ -132,7 +139,7 @@ def complete(
         streams = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3)]
         streams[0].write(given)
         streams[0].seek(0)
-        process = Process(server(modules), list(map(str, words)), cwd, dict(environment), streams)
+        process = Process(server(modules, variables), list(map(str, words)), cwd, dict(environment), streams)
         try:
             process.wait()
         except BaseException:  # such as a time limit
@@ -170,9 +177,12 @@ def run(
         given: its standard input.
         fresh: whether it imports all by itself, as in a shell; otherwise it is forked, which saves seconds.
     """
-    modules = LIBRARIES if any(name.startswith(READ_AT_IMPORT) for name in settings or {}) else COMMANDS
-    line, environment, modules = (ROOT / command, *words), os.environ | (settings or {}), None if fresh else modules
-    done = complete(*line, given=given, cwd=cwd, environment=environment, modules=modules)
+    read = tuple((name, value) for name, value in (settings or {}).items() if name.startswith(READ_AT_IMPORT))
+    is_shared = Path(dict(read).get("HF_HOME", "")).name == SHARED_HOME
+    modules = None if fresh else LIBRARIES if read and not is_shared else COMMANDS
+    line, environment = (ROOT / command, *words), os.environ | (settings or {})
+    variables = read if is_shared else ()
+    done = complete(*line, given=given, cwd=cwd, environment=environment, modules=modules, variables=variables)
     assert not check or done.returncode == 0, done.stderr[-4000:]
     return done
 

@@ -39,12 +39,13 @@ COMMANDS = (*LIBRARIES, "train", "predict", "push_to_hub")
 
 
 class Server:
-    """A process that has imported modules, some of which may be of this repository."""
+    """A process that has imported modules, some of which may be of this repository, with environment variables of its own."""
 
-    def __init__(self, modules: tuple[str, ...]) -> None:
+    def __init__(self, modules: tuple[str, ...], variables: tuple[tuple[str, str], ...] = ()) -> None:
         self.connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         line = [sys.executable, __file__, str(theirs.fileno()), *modules]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment |= dict(variables)
         self._process = subprocess.Popen(line, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
         theirs.close()
 

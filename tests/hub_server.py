@@ -13,6 +13,7 @@ import base64
 import hashlib
 import json
 import re
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import yaml
+
+SHARED_HOME = "shared-home"  # name of the folder HF_HOME of processes that need no home of their own
 
 KINDS = {"model": "models", "space": "spaces"}
 LFS_SIZE = 10 * 2**20  # larger files are LFS whatever they hold
@@ -632,6 +635,7 @@ class HubServer:
         self._server = Listener(("127.0.0.1", 0), type("HubHandler", (Handler,), {"hub": self}))
         port = self._server.server_address[1]
         self.endpoint, self.cdn = f"http://127.0.0.1:{port}", f"http://localhost:{port}"
+        self._folder = tempfile.TemporaryDirectory()
 
     def __enter__(self) -> "HubServer":
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
@@ -641,9 +645,14 @@ class HubServer:
         self._server.shutdown()
         self._server.server_close()
         self._closed = True
+        self._folder.cleanup()
 
-    def environment(self, home: Path | str, token: str | None = None) -> dict[str, str]:
-        """The variables of a process that uses this hub and nothing but what lies in its home."""
+    def environment(self, home: Path | str | None = None, token: str | None = None) -> dict[str, str]:
+        """The variables of a process that uses this hub and nothing but what lies in its home.
+
+        By default all processes of the hub share one home, which saves them the imports, see `conftest.run`.
+        """
+        home = Path(self._folder.name) / SHARED_HOME if home is None else home
         found = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
         found |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         return found if token is None else {**found, "HF_TOKEN": token}

@@ -47,7 +47,7 @@ def published(clear_checkpoint, labels_checkpoint, tmp_path_factory) -> dict[str
         sources = (("one_path", clear_checkpoint, ["--merge"]), ("several_labels", folder / "labels", []))
         for i, (form, checkpoint, flags) in enumerate(sources):
             words = ["--model", checkpoint, "--repo_id", f"alice/{i}", "--onnx", *flags]
-            run(*words, command="push_to_hub.py", settings=hub.environment(folder / "home", "hf_alice"))
+            run(*words, command="push_to_hub.py", settings=hub.environment(token="hf_alice"))
             hub.write(f"alice/{i}", folder / form)
     return {form: folder / form for form in FORMS}
 

@@ -65,7 +65,7 @@ def checkpoint(hub, tmp_path_factory) -> Path:
     """A finished run over an encoder of the hub, in a folder in which other things lie as well."""
     folder = tmp_path_factory.mktemp("run")
     output = folder / "results"
-    run(*training_words("base/tiny", folder, output), settings=hub.environment(folder / "home"))
+    run(*training_words("base/tiny", folder, output), settings=hub.environment())
     (output / ".env").write_text("HF_TOKEN=hf_secret")
     (output / "notes.ipynb").write_text("{}")
     (output / "optimizer.pt").write_bytes(b"pickle")
@@ -75,12 +75,11 @@ def checkpoint(hub, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def published(hub, checkpoint, tmp_path_factory) -> dict[str, str]:
+def published(hub, checkpoint) -> dict[str, str]:
     """Both forms of the checkpoint on the hub: repository ids by form."""
-    home = tmp_path_factory.mktemp("home")
     for name, flags in (("adapter", []), ("merged", ["--merge"])):
         words = ["--model", checkpoint, "--repo_id", f"alice/{name}", *flags]
-        done = run(*words, command="push_to_hub.py", settings=hub.environment(home, "hf_alice"), fresh=not flags)
+        done = run(*words, command="push_to_hub.py", settings=hub.environment(token="hf_alice"), fresh=not flags)
         sha = hub.commits(f"alice/{name}")[-1].sha
         assert done.stdout == f"alice/{name}: {hub.endpoint}/alice/{name}/commit/{sha}\n"
     return {"adapter": "alice/adapter", "merged": "alice/merged"}
@@ -136,7 +135,7 @@ def test_nothing_of_this_machine_is_published(hub, published, checkpoint):
 def test_publishing_again_makes_no_commit_and_a_change_makes_one(hub, checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "results")
     words = ["--model", folder, "--repo_id", "again"]  # the namespace is the token's
-    environment = hub.environment(tmp_path / "home", "hf_alice")
+    environment = hub.environment(token="hf_alice")
     said = [run(*words, command="push_to_hub.py", settings=environment).stdout for _ in range(2)]
     assert said[0] == said[1]
     assert [commit.title for commit in hub.commits("alice/again")] == ["initial commit", "Publish a checkpoint"]
@@ -311,7 +310,7 @@ def test_what_the_hub_would_refuse_is_one_line_before_anything_is_sent(
 
 def test_a_refusal_is_one_line_and_exit_code_2(hub, checkpoint, tmp_path, closed_port):
     words = ["--model", checkpoint, "--repo_id", "alice/new"]
-    done = run(*words, command="push_to_hub.py", check=False, settings=hub.environment(tmp_path, "hf_reader"))
+    done = run(*words, command="push_to_hub.py", check=False, settings=hub.environment(token="hf_reader"))
     assert done.returncode == 2
     assert done.stderr == "push_to_hub.py: error: the Hub token may only read: make one that may write\n"
     down = {**hub.environment(tmp_path, "hf_alice"), "HF_ENDPOINT": f"http://127.0.0.1:{closed_port}"}
@@ -389,7 +388,7 @@ def test_a_commit_whose_answer_is_lost_is_not_made_twice(checkpoint, tmp_path):
 
 
 def test_a_branch_a_pull_request_and_a_private_repository(hub, checkpoint, published, tmp_path):
-    environment = hub.environment(tmp_path, "hf_alice")
+    environment = hub.environment(token="hf_alice")
     main = hub.files("alice/adapter")
     words = ["--model", checkpoint, "--merge", "--repo_id"]
     run(*words, "alice/adapter", "--revision", "merged-form", command="push_to_hub.py", settings=environment)
@@ -428,7 +427,7 @@ def test_an_upload_that_xet_refuses_says_what_to_do(hub, checkpoint, tmp_path):
     assert done.returncode == 2
     assert "set HF_HUB_DISABLE_XET=1 to upload by LFS" in done.stderr.splitlines()[-1]
     assert hub.files("alice/xet").keys() == {".gitattributes"}
-    run(*words, command="push_to_hub.py", settings=hub.environment(tmp_path, "hf_alice"))
+    run(*words, command="push_to_hub.py", settings=hub.environment(token="hf_alice"))
     assert hub.files("alice/xet").keys() == ADAPTER_REPOSITORY
 
 
@@ -792,7 +791,7 @@ print(json.dumps({{
 def label_sets(hub, tmp_path_factory) -> Path:
     """A multi-label run, which pushed its checkpoints; both forms are published too, the merged one with ONNX."""
     folder = tmp_path_factory.mktemp("label_sets")
-    environment = hub.environment(folder / "home", "hf_alice")
+    environment = hub.environment(token="hf_alice")
     flags = ["--push_to_hub", "true", "--hub_model_id", "alice/sets-adapter", "--hub_strategy", "every_save"]
     flags += ["--hub_always_push", "true", "--save_strategy", "steps", "--save_steps", 2]
     flags += ["--pooling", "label_attention", "--heads_learning_rate", "0.1"]
@@ -893,7 +892,7 @@ def test_a_published_checkpoint_is_scored_as_the_folder_was(hub, published, requ
     line = ["--model_name_or_path", repo, "--model_revision", commit, "--do_train", "false"]
     rows = checkpoint.parent / "test.csv" if names is SINGLE else ROOT / "examples" / "multi_label" / "test.jsonl"
     line += ["--test_file", rows, "--output_dir", tmp_path / "scores"]
-    done = run(*line, settings=hub.environment(tmp_path / "home"))
+    done = run(*line, settings=hub.environment())
     assert f"checkpoint: {repo} at {commit}" in done.stderr
     scored, before = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "scores", checkpoint))
     for name in names:
@@ -940,7 +939,7 @@ def test_a_published_checkpoint_is_continued_as_the_folder_is(hub, published, ch
     for name, model in (("folder", checkpoint), ("id", published["adapter"])):
         output = tmp_path / name
         line += ["--validation_size", 0, "--model_name_or_path", model, "--output_dir", output]
-        run(*line, settings=hub.environment(tmp_path / "home"))
+        run(*line, settings=hub.environment())
     for name in ("heads.safetensors", "adapter/adapter_model.safetensors", "tokenizer.json"):
         assert (tmp_path / "id" / name).read_bytes() == (tmp_path / "folder" / name).read_bytes()
         assert name == "tokenizer.json" or (output / name).read_bytes() != (checkpoint / name).read_bytes()
@@ -952,7 +951,7 @@ def test_a_checkpoint_that_cannot_be_downloaded_is_one_line(hub, published, tmp_
     hub.add_repo("alice/half", hub.files(published["adapter"]))
     hub.fail_at(1, match="HEAD /alice/half/resolve/.*adapter_model", how="403")
     line = ["--model_name_or_path", "alice/half", "--train_file", CORPUS / "train.csv", "--output_dir", tmp_path / "no"]
-    done = run(*line, check=False, settings=hub.environment(tmp_path / "home"))
+    done = run(*line, check=False, settings=hub.environment())
     assert done.returncode == 2
     assert "cannot download the checkpoint alice/half at " in done.stderr.splitlines()[-1]
 
@@ -967,7 +966,7 @@ def test_training_pushes_what_loads_the_same_by_every_strategy(hub, tmp_path, st
         *training_words("base/tiny", tmp_path, output),
         *("--push_to_hub", "true", "--hub_model_id", repo, "--hub_strategy", strategy, "--hub_token", "hf_alice"),
         *("--hub_always_push", "true"),
-        settings=hub.environment(tmp_path / "home"),
+        settings=hub.environment(),
     )
     assert f"published as {repo}" in done.stderr
     assert "failed" not in done.stderr
@@ -1024,7 +1023,7 @@ def test_a_run_that_could_not_be_published_is_refused_before_it_starts(hub, tiny
             *training_words(encoder, tmp_path, tmp_path / "results"),
             *("--push_to_hub", "true", "--hub_model_id", repo),
             check=False,
-            settings=hub.environment(tmp_path / "home", token),
+            settings=hub.environment(token=token),
         )
         assert done.returncode == 2
         assert message in done.stderr.splitlines()[-1]
@@ -1037,12 +1036,12 @@ def test_a_run_whose_last_push_fails_is_kept_and_says_how_to_send_it(hub, tmp_pa
         *training_words("base/tiny", tmp_path, tmp_path / "results"),
         *("--push_to_hub", "true", "--hub_model_id", "alice/late", "--hub_strategy", "end"),
         check=False,
-        settings=hub.environment(tmp_path / "home", "hf_alice"),
+        settings=hub.environment(token="hf_alice"),
     )
     assert done.returncode == 2
     remedy = f"push_to_hub.py --model {tmp_path / 'results'} --repo_id alice/late"
     assert done.stderr.splitlines()[-1].endswith(remedy)
-    run(*remedy.split()[1:], command="push_to_hub.py", settings=hub.environment(tmp_path / "home", "hf_alice"))
+    run(*remedy.split()[1:], command="push_to_hub.py", settings=hub.environment(token="hf_alice"))
     assert hub.files("alice/late").keys() == ADAPTER_REPOSITORY
 
 
@@ -1050,7 +1049,7 @@ def test_a_run_whose_last_push_fails_is_kept_and_says_how_to_send_it(hub, tmp_pa
 
 
 def test_a_space_is_published_pointing_at_the_commit_and_serves_it(hub, checkpoint, tmp_path):
-    environment = hub.environment(tmp_path / "home", "hf_alice")
+    environment = hub.environment(token="hf_alice")
     words = ["--model", checkpoint, "--repo_id", "alice/served", "--space_id", "alice/served-space"]
     for _ in range(2):  # and again, to the same Space
         done = run(*words, command="push_to_hub.py", settings=environment)
