@@ -47,20 +47,20 @@ def published_files(folder: Path) -> dict[str, Path | bytes]:
 
 
 def find_snapshot(name: str, revision: str | None) -> Path | None:
-    """Return the cached folder of a model on the Hub, whose name is the commit, or None for a folder of this machine.
+    """Download a model's config.json from the Hub. Return its cache folder, named by the commit; None for a local folder.
 
-    It holds at least config.json. InputError: there is neither a folder nor such a model.
+    Raises InputError if ``name`` is neither a local folder nor a model on the Hub.
     """
     if Path(name).is_dir():
         return None
-    if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1:  # no id on the Hub
+    if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1:  # cannot be an id on the Hub
         raise InputError(f"cannot load the model {name}: there is no such folder")
     with as_input_error(f"cannot load the model {name}"):
         return Path(cached_file(name, "config.json", revision=revision)).parent
 
 
 def read_model_type(folder: str | Path) -> Any:
-    """Return the ``model_type`` in a folder's config.json, or None without one. InputError: it is not a JSON object."""
+    """Return ``model_type`` of a folder's config.json, or None if there is none. InputError: the file is not a JSON object."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         return None
@@ -72,6 +72,7 @@ def read_model_type(folder: str | Path) -> Any:
 
 
 def is_checkpoint(name_or_path: str | Path) -> bool:
+    """Return whether a local folder holds a checkpoint of this project; False for an id."""
     return read_model_type(name_or_path) == HierarchicalConfig.model_type
 
 
@@ -84,12 +85,12 @@ def read_config(folder: str | Path) -> HierarchicalConfig:
 def find_damage(folder: Path, adapter_form: bool) -> str | None:
     """Return a message that names the first missing or damaged weights file, or None if all are complete."""
     needed = [*ADAPTER_FILES] if adapter_form else [WEIGHTS]
-    name = WEIGHTS_INDEX  # in the message, if the index cannot be read
+    name = WEIGHTS_INDEX  # named in the message if the index cannot be read
     try:
         if not adapter_form and (folder / name).is_file():
             needed = sorted(set(json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values()))
             if WEIGHTS not in needed and (folder / WEIGHTS).is_file():
-                return f"{WEIGHTS_INDEX} stands beside {WEIGHTS}, and one of them is of former weights"
+                return f"{WEIGHTS_INDEX} and {WEIGHTS} are both present, and one of them belongs to earlier weights"
         for name in needed:
             if not (folder / name).is_file():
                 return f"{name} is missing"
@@ -104,8 +105,8 @@ def find_damage(folder: Path, adapter_form: bool) -> str | None:
 def read_checkpoint(folder: Path) -> HierarchicalConfig:
     """Check that a folder holds a complete checkpoint of this project, or raise InputError; return its configuration."""
     if (model_type := read_model_type(folder)) != HierarchicalConfig.model_type:
-        held = f"it holds a {model_type!r} model" if (folder / "config.json").is_file() else "it has no config.json"
-        raise InputError(f"{folder} is not a checkpoint of this project: {held}")
+        reason = f"it holds a {model_type!r} model" if (folder / "config.json").is_file() else "it has no config.json"
+        raise InputError(f"{folder} is not a checkpoint of this project: {reason}")
     config = read_config(folder)
     needed = (*SHIPPED_FILES, *TOKENIZER_FILES, "README.md")
     missing = next((f"{name} is missing" for name in needed if not (folder / name).is_file()), None)

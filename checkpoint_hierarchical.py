@@ -1,9 +1,9 @@
-"""The two forms of a checkpoint: read, check, merge and write them.
+"""Read, check, merge and write the two forms of a checkpoint.
 
 Worth knowing:
 
-1. A checkpoint is either self-contained (``model.safetensors``) or an adapter: ``heads.safetensors`` beside a plain PEFT adapter in
-   ``adapter/``, over an encoder that is fetched by name. The adapter is in a subfolder because a root-level
+1. The self-contained form has all weights in ``model.safetensors``. The adapter form has ``heads.safetensors`` and a plain PEFT
+   adapter in ``adapter/``; its encoder is fetched by name. The adapter is in a subfolder because a root-level
    ``adapter_config.json`` on the Hub makes ``AutoModel`` load the bare encoder instead.
 2. Loading merges the adapter into the encoder's weights, which needs no PEFT and makes every forward faster.
 3. transformers fetches and copies only those shipped files that another one imports by a relative import.
@@ -52,16 +52,16 @@ ADAPTER_PREFIX = "base_model.model."  # how PeftModel names the module that it w
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 HEADS_WEIGHTS = "heads.safetensors"
 ADAPTER_FILES = (HEADS_WEIGHTS, f"{ADAPTER_SUBFOLDER}/adapter_config.json", f"{ADAPTER_SUBFOLDER}/{ADAPTER_WEIGHTS}")
-# one for the whole process: each checkpoint has its own copy of this module
+# one lock for the whole process, although each checkpoint has its own copy of this module
 LOADING = vars(threading).setdefault("_hierarchical_loading", threading.RLock())
 PADDING_SENSITIVE = ("convbert", "nystromformer", "yoso")  # their convolutions and hashes include padding tokens
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
-# the encoder is in a repository of its own, with another revision, and its code is transformers' own
+# arguments for the checkpoint's repository and code: the encoder has another repository, and its code is in transformers
 NOT_FOR_THE_ENCODER = (
     *("revision", "subfolder", "trust_remote_code", "code_revision", "adapter_kwargs"),
     *("_from_auto", "_from_pipeline", "_commit_hash"),
 )
-# settings of a LoRA adapter that do not change what is added to a weight, whatever their value
+# settings of a LoRA adapter that `merge_lora` reads, or that have no effect on the merged weights
 HARMLESS_LORA_SETTINGS = (
     *("task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("auto_mapping", "r", "lora_alpha", "lora_dropout", "target_modules", "megatron_core", "qalora_group_size"),
@@ -74,14 +74,17 @@ HARMLESS_LORA_SETTINGS = (
 def load_checkpoint(
     model_class: type, load_self_contained: Callable, name: str | Path, config: Any, merge_adapter: bool, **kwargs: Any
 ) -> Any:
-    """Load a checkpoint of either form. ``load_self_contained`` is transformers' `from_pretrained` for ``model_class``."""
-    # AutoModel passes a config whose class is another object than the one imported here, so its base class is asked for
+    """Load a checkpoint of either form. ``load_self_contained`` is transformers' `from_pretrained` for ``model_class``.
+
+    Raises ValueError if weights are missing, or do not fit config.json.
+    """
+    # AutoModel passes a config whose class is another object than `HierarchicalConfig` here, so the test is for the base class
     if not isinstance(config, PretrainedConfig):
         dtype = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
-        kept = dtype | {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}  # the configuration takes these out
+        removed = dtype | {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}  # by the next call
         source = name if config is None else config
         config, kwargs = HierarchicalConfig.from_pretrained(source, return_unused_kwargs=True, **kwargs)
-        kwargs |= kept
+        kwargs |= removed
     info_wanted = kwargs.pop("output_loading_info", False)
     with LOADING:  # transformers replaces functions of torch.nn.init, and some of its own, while it loads
         if config.adapter_subfolder is not None:
@@ -103,7 +106,7 @@ def load_adapter_form(
     heads_file, config_file, adapter_file = (Path(cached_file(name, file, **hub)) for file in ADAPTER_FILES)
     heads, adapter_config, adapter = load_file(heads_file), read_adapter_config(config_file), load_file(adapter_file)
     encoder = load_encoder(config, **{key: kwargs[key] for key in kwargs if key not in NOT_FOR_THE_ENCODER})
-    with init.no_init_weights():  # everything is loaded
+    with init.no_init_weights():  # all weights are loaded below
         model = model_class(copy.deepcopy(config), encoder=encoder)
     refuse_offloaded(encoder)
     if merge_adapter and is_mergeable(encoder, adapter_config):
@@ -114,17 +117,18 @@ def load_adapter_form(
         load_heads_and_adapter(model, heads, adapter)
     model.heads.to(encoder.device)
     if hasattr(encoder, "hf_device_map"):  # how pipelines and Trainers see that a model is already placed
-        placed = {".".join(filter(None, ("encoder", part))): at for part, at in encoder.hf_device_map.items()}
-        model.hf_device_map = {**placed, "heads": next(iter(placed.values()))}
+        devices = {".".join(filter(None, ("encoder", part))): device for part, device in encoder.hf_device_map.items()}
+        model.hf_device_map = {**devices, "heads": next(iter(devices.values()))}
     model.name_or_path = model.config.name_or_path = str(name)
-    # anything missing was an error
+    # a missing or unexpected weight has raised ValueError
     return model.eval(), {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
 
 
 def load_encoder(config: HierarchicalConfig, **kwargs: Any) -> PreTrainedModel:
     """Load the encoder that ``config`` names, at its pinned revision, by `AutoModel.from_pretrained`.
 
-    Raises ValueError where the folder or weights are missing, the commit is not pinned, or `check_encoder` raises it.
+    Raises ValueError if the folder or weights are missing, the commit is not pinned, a local folder hides the encoder of the
+    Hub, or `check_encoder` raises it.
     """
     name, revision = config.encoder_name_or_path, config.encoder_revision
     if os.path.isdir(name):
@@ -136,10 +140,10 @@ def load_encoder(config: HierarchicalConfig, **kwargs: Any) -> PreTrainedModel:
         advice = "publish it by push_to_hub.py --merge, or set encoder_name_or_path and encoder_revision in config.json"
         raise ValueError(f"the encoder is the folder {name}, which is not on this machine: {advice}")
     elif re.fullmatch("[0-9a-f]{40}", revision or "") is None:
-        commit = f"the commit of {name} that this was trained on, 40 hexadecimal digits"
+        commit = f"the commit of {name} that this checkpoint was trained on, 40 hexadecimal digits"
         raise ValueError(f"encoder_revision must be {commit}, not {revision!r}")
     kwargs |= {"config": config.text_config, "revision": revision, **without_pooler(config.text_config)}
-    kwargs |= {"output_loading_info": True, "trust_remote_code": False}  # with None it asks at a terminal
+    kwargs |= {"output_loading_info": True, "trust_remote_code": False}  # None prompts at a terminal
     with quiet_loading(), as_value_error(name):
         encoder, info = AutoModel.from_pretrained(name, **kwargs)
     encoder.vocab_size_at_load = config.text_config.vocab_size
@@ -156,7 +160,7 @@ def build_encoder(text_config: PretrainedConfig) -> PreTrainedModel:
 
 
 def without_pooler(text_config: PretrainedConfig) -> dict[str, bool]:
-    """Return the argument that leaves out a pooler: it would get no gradient, which is an error under DDP."""
+    """Return the argument that omits an encoder's pooler. A pooler would get no gradient, which is an error under DDP."""
     parameters = inspect.signature(MODEL_MAPPING[type(text_config)].__init__).parameters
     return {"add_pooling_layer": False} if "add_pooling_layer" in parameters else {}
 
@@ -177,20 +181,20 @@ def load_heads_and_adapter(model: Any, heads: dict[str, Tensor], adapter: dict[s
 
 
 def inject_adapter(encoder: PreTrainedModel, folder: Path) -> None:
-    """Add an adapter to an encoder by its stored configuration, with fresh weights in float32."""
+    """Inject the adapter of a folder's adapter_config.json into an encoder, in place, with new weights in float32."""
     peft = import_peft()
     peft.inject_adapter_in_model(peft.PeftConfig.from_pretrained(folder), encoder)
     encoder.requires_grad_(False)
-    # PEFT injects in the type of the encoder, or of the products of 4-bit weights, to which the adapter would be rounded
+    # PEFT gives an adapter the dtype of the encoder, or of 4-bit computation: stored weights would be rounded to it
     peft.functional.cast_adapter_dtype(encoder, "default")
 
 
 def share_encoder(model: Any, other: Any) -> None:
-    """Let a model use the encoder weights of ``other``, so that both hold them once. Both keep their own adapter and heads.
+    """Let a model use the encoder weights of ``other``, so that memory holds them once. Both keep their own adapter and heads.
 
-    Load both with ``merge_adapter=False``. Predictions do not change. Both models then contain the same linear modules. So weights
-    that a pipeline packs for the CPU are held once, too. Move both models to a device, or neither. An adapter that is merged
-    afterwards changes both.
+    Load both with ``merge_adapter=False``. Predictions do not change. Both models then contain the same linear modules. So
+    weights that a pipeline packs for the CPU are held once, too. Move both models to a device, or neither. An adapter that is
+    merged afterwards changes both.
 
     Raises ValueError where an adapter is merged, weights are quantized, or the models have different encoders.
     """
@@ -227,7 +231,7 @@ def linear_layers(encoder: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def import_peft() -> Any:
-    """Import PEFT, only where it is needed, because its import takes longer than everything else."""
+    """Import PEFT lazily, because its import is slow. Raise ImportError if it is not installed."""
     if is_peft_available():
         import peft.functional
 
@@ -237,9 +241,9 @@ def import_peft() -> Any:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Silence warnings of poolers and pretraining heads. Disable the online conversion of .bin files, which sends the token."""
+    """Silence warnings about poolers and pretraining heads. Disable the online conversion of .bin files: it gets the token."""
     name = "DISABLE_SAFETENSORS_CONVERSION"
-    with LOADING:  # both settings are the whole process's
+    with LOADING:  # both settings are global to the process
         verbosity, conversion = logging.get_verbosity(), os.environ.get(name)
         logging.set_verbosity_error()
         os.environ[name] = "1"
@@ -257,7 +261,7 @@ def quiet_loading() -> Iterator[None]:
 
 @contextmanager
 def as_value_error(name: str | Path) -> Iterator[None]:
-    """Replace errors of transformers that point at a log, or that say how to run the code in a .bin file."""
+    """Replace two errors of transformers by a clear ValueError: weights of other shapes, and code in a .bin file."""
     try:
         yield
     except Exception as error:
@@ -271,7 +275,7 @@ def as_value_error(name: str | Path) -> Iterator[None]:
 
 
 def refuse_missing(name: str | Path, model: PreTrainedModel, info: dict[str, Any]) -> None:
-    """Raise ValueError where weights are missing: transformers draws them at random, with a warning."""
+    """Raise ValueError if weights are missing. transformers only warns, and initialises them at random."""
     if missing := info["missing_keys"]:
         raise ValueError(f"{name} lacks {len(missing)} weights of a {type(model).__name__}, such as {min(missing)!r}")
 
@@ -280,7 +284,7 @@ def check_encoder(encoder: PreTrainedModel) -> None:
     """Raise ValueError for a model with a decoder, one whose outputs change with padding, or XMOD without a language."""
     config = encoder.config
     if config.is_encoder_decoder:
-        problem = "is an encoder with a decoder: use an encoder alone"
+        problem = "has a decoder: use an encoder-only model"
     elif (
         config.model_type in PADDING_SENSITIVE or "attention_mask" not in inspect.signature(encoder.forward).parameters
     ):
@@ -293,7 +297,7 @@ def check_encoder(encoder: PreTrainedModel) -> None:
 
 
 def refuse_offloaded(encoder: nn.Module) -> None:
-    """Raise ValueError where weights are not in memory: PEFT would silently leave the adapter out."""
+    """Raise ValueError if weights of an encoder are not in memory: PEFT would silently omit the adapter."""
     if offloaded := [name for name, parameter in encoder.named_parameters() if parameter.is_meta]:
         advice = "give the model more memory, or load a checkpoint that was published by push_to_hub.py --merge"
         raise ValueError(f"the encoder's {offloaded[0]} is offloaded, and the adapter cannot be added to it: {advice}")
@@ -304,17 +308,17 @@ def check_tokenizer(tokenizer: Any, model: Any) -> None:
     name, embeddings = tokenizer.name_or_path, model.get_input_embeddings().num_embeddings
     if tokenizer.pad_token_id is None:
         raise ValueError(f"the tokenizer of {name} has no padding token: set pad_token in its tokenizer_config.json")
-    # from a folder without a tokenizer transformers makes one that knows special tokens alone
+    # for a folder without tokenizer files, transformers builds a tokenizer with special tokens only
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ValueError(f"{name} holds no tokenizer: its vocabulary has {len(tokenizer)} special tokens and no words")
     largest = max(tokenizer.get_vocab().values())
     if largest >= embeddings:
-        problem = f"it has token {largest:,}, and the encoder {embeddings:,} embeddings"
+        problem = f"its largest token id is {largest:,}, and the encoder has {embeddings:,} embeddings"
         raise ValueError(f"the tokenizer of {name} does not belong to this encoder: {problem}")
 
 
 def position_limit(encoder: PreTrainedModel) -> int | None:
-    """Return the longest input, in tokens, that an encoder has positions for; None where it names no limit."""
+    """Return the longest input, in tokens, that an encoder has positions for; None if its configuration has no limit."""
     limit = getattr(encoder.config, "max_position_embeddings", None)
     if limit is not None and limit < 1:  # XLNet's -1
         return None
@@ -324,7 +328,7 @@ def position_limit(encoder: PreTrainedModel) -> int | None:
 
 
 def check_weights(what: str, stored: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Raise ValueError, naming the first, where stored tensors are missing, left over or of another shape."""
+    """Raise ValueError if stored tensors are missing, unexpected or of another shape. The message names the first."""
     for name in sorted(stored.keys() | expected.keys()):
         if name not in expected:
             problem = "does not fit this model"
@@ -359,7 +363,7 @@ def is_target(name: str, targets: list[str] | str) -> bool:
 
 
 def is_mergeable(encoder: nn.Module, adapter_config: dict[str, Any]) -> bool:
-    """Return whether an adapter is LoRA as published, over linear layers that hold floating-point numbers."""
+    """Return whether `merge_lora` can merge an adapter: plain LoRA, over linear layers with floating-point weights."""
     plain = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, "gaussian")}
     for name, value in adapter_config.items():
         if value and name not in HARMLESS_LORA_SETTINGS and value not in plain.get(name, ()):
@@ -367,7 +371,7 @@ def is_mergeable(encoder: nn.Module, adapter_config: dict[str, Any]) -> bool:
     targets = [module for name, module in encoder.named_modules() if is_target(name, adapter_config["target_modules"])]
     return all(
         type(module) is nn.Linear
-        and type(module.weight) is nn.Parameter  # torchao keeps plain layers, whose weights are tensors of its own
+        and type(module.weight) is nn.Parameter  # torchao quantizes by a tensor subclass in a plain layer
         and module.weight.is_floating_point()
         for module in targets
     )
@@ -386,7 +390,7 @@ def merge_lora(encoder: nn.Module, adapter: dict[str, Tensor], adapter_config: d
         weight = module.weight
         a, b = (adapter[f"{name}.lora_{part}.weight"].to(weight.device, torch.float32) for part in "AB")
         merged = torch.addmm(weight.float(), b, a, alpha=adapter_config["lora_alpha"] / r)
-        weight.data = merged.to(weight.dtype)  # a new tensor: the old one can be the file itself, mapped into memory
+        weight.data = merged.to(weight.dtype)  # a new tensor: the old one can be a memory map of the weights file
 
 
 # ── Write a checkpoint ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -418,7 +422,7 @@ def save_checkpoint(
 
 
 def read_shipped_files() -> dict[str, bytes]:
-    """Read the code that travels with a checkpoint. It can be gone, as when the cache was emptied after loading."""
+    """Read the code that is saved with a checkpoint. ValueError: it is gone, as after the cache was emptied."""
     try:
         return {name: (Path(__file__).parent / name).read_bytes() for name in SHIPPED_FILES}
     except OSError as error:
@@ -434,7 +438,7 @@ def set_auto_map(config: Any) -> None:
 
 
 def prepare_self_contained(model: Any) -> None:
-    """Set up the model's configuration for the self-contained form. ValueError: its weights cannot be saved."""
+    """Set up the model's configuration for the self-contained form. ValueError: the weights cannot be saved."""
     for name, weight in model.named_parameters():
         if ".base_layer." in name:
             raise ValueError("the model holds an adapter of PEFT: save what merge_and_unload() returns")
@@ -442,7 +446,7 @@ def prepare_self_contained(model: Any) -> None:
             raise ValueError(f"{name} was repacked by bitsandbytes for this CPU: load the model again to save it")
     set_auto_map(model.config)
     model.config.adapter_subfolder = None
-    # a local path means nothing on another machine, and nobody loads the encoder again
+    # a local path is useless on another machine, and this form never loads the encoder by name
     if os.path.isabs(model.config.encoder_name_or_path):
         model.config.encoder_name_or_path = os.path.basename(model.config.encoder_name_or_path)
 
@@ -480,16 +484,16 @@ def save_adapter_form(model: Any, folder: Path, state_dict: dict[str, Tensor]) -
 
 
 def follow_umask(folder: Path) -> None:
-    """Let the umask say who may read the weights: safetensors makes files that their owner alone may read."""
-    os.umask(umask := os.umask(0o077))  # it can only be read by setting it
+    """Set the permissions of weights files by the umask. safetensors creates files that only their owner can read."""
+    os.umask(umask := os.umask(0o077))  # the umask can only be read by setting it
     for file in [*folder.glob("*.safetensors"), *(folder / ADAPTER_SUBFOLDER).glob("*.safetensors")]:
         file.chmod(0o666 & ~umask)
 
 
 def remove_other_form(folder: Path, adapter_form: bool) -> None:
-    """Delete the weights of an earlier checkpoint of another form, which would be loaded, or published along."""
+    """Delete weights of another form from an earlier save to the folder: they could be loaded, or published too."""
     whole, shards, index = "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"
-    # transformers has deleted former shards
+    # transformers has already deleted earlier shards
     of_whole = (whole if any(folder.glob(shards)) else index,)
     for pattern in (whole, shards, index) if adapter_form else (*ADAPTER_FILES, *of_whole):
         for file in folder.glob(pattern):

@@ -33,32 +33,34 @@ class HierarchicalConfig(PretrainedConfig):
     Args:
         text_config: the encoder's configuration, as an object or a dict with ``model_type``. BERT's by default.
         taxonomy: a `Taxonomy`, or its nested form; by default that of the Medical Abstracts corpus.
-        label_separator: what stands between the names of a path.
-        descriptions: a phrase for each node that has one, by label.
+        label_separator: separator between the names of a path.
+        descriptions: phrases that describe nodes, by label; not every node needs one.
         encoder_name_or_path, encoder_revision: Hub id and commit of the encoder's weights, or a folder and None.
-        adapter_subfolder: the folder of the checkpoint that holds a PEFT adapter; None if it holds the whole model.
+        adapter_subfolder: subfolder of the checkpoint with a PEFT adapter; None in the self-contained form.
         pooling: ``"mean"`` over the tokens that are not padding; ``"cls"``, the first token; or ``"label_attention"``, a
             weighted mean for each node.
         head_dropout: dropout probability before the heads.
         initializer_range: standard deviation of new head weights.
-        lexical_vocab_size, lexical_weight: the number of token ids that the lexical head knows, and the weight of its
-            scores; the encoder's have the weight 1. None without a lexical head.
+        lexical_vocab_size, lexical_weight: the number of token ids of the lexical head, and the weight of its scores
+            relative to the encoder's. None without a lexical head.
         temperatures: one divisor of the scores for each decision, by id; None means 1 for all.
         conformal_thresholds: for coverages of 0.01, 0.02, … 0.99, the threshold with which this share of answers
-            contains the correct label; see `pipeline_hierarchical.conformal_answer`. None: too few texts for it.
+            contains the correct label; see `pipeline_hierarchical.conformal_answer`. An entry is None if texts were too few.
         conformal_max_length: the length in tokens, special ones included, at which texts were truncated when the
             thresholds were fitted; None if unknown.
         node_biases: added to each node's score, after the temperature or scale. None: 0.
         node_scales: factor of each node's score, for multi-label models. None: 1.
         node_thresholds: least probability at which each node is predicted, for multi-label models. None: 0.5.
         recall_thresholds: for multi-label models and recalls of 0.01, 0.02, … 0.99, the least probability of a node in the
-            answer. None where there were too few texts.
+            answer. An entry is None if texts were too few.
         recall_texts: number of labelled texts that ``recall_thresholds`` were fitted on.
         refitted: whether the weights were also trained on the rows that the thresholds were fitted on (``--refit``). If so,
             neither coverage nor recall is guaranteed.
         problem_type: ``"multi_label_classification"`` for multi-label models. By default a text has one path.
 
-    A field of another type or length raises ValueError; a taxonomy, or labels that do not fit it, raise TaxonomyError.
+    Raises:
+        TaxonomyError: the taxonomy is invalid, or ``id2label`` or ``num_labels`` does not fit it.
+        ValueError: another field has an invalid type, length or value.
     """
 
     model_type = "hierarchical_text_classification"
@@ -98,7 +100,7 @@ class HierarchicalConfig(PretrainedConfig):
             raise ValueError(f"pooling must be 'mean', 'cls' or 'label_attention', not {pooling!r}")
         self.text_config = text_config if isinstance(text_config, PretrainedConfig) else encoder_config(text_config)
         if getattr(self.text_config, "attention_type", None) == "block_sparse":
-            # the first short text would switch BigBird to it for good
+            # block-sparse BigBird switches to full attention permanently at its first short text
             self.text_config.attention_type = "original_full"
         self.taxonomy = tree.to_nested()
         self.label_separator, self.descriptions = tree.separator, tree.descriptions or None
@@ -107,7 +109,7 @@ class HierarchicalConfig(PretrainedConfig):
         self.pooling = pooling
         self.head_dropout, self.initializer_range = head_dropout, initializer_range
         if (lexical_vocab_size is None) != (lexical_weight is None):
-            raise ValueError("lexical_weight must be given where lexical_vocab_size is, and only there")
+            raise ValueError("lexical_vocab_size and lexical_weight must be given together")
         self.lexical_vocab_size, self.lexical_weight = lexical_vocab_size, lexical_weight
         self.temperatures = checked_numbers("temperatures", temperatures, len(tree.decisions))
         self.conformal_thresholds = checked_numbers("conformal_thresholds", conformal_thresholds, 99, or_none=True)
@@ -154,7 +156,7 @@ class HierarchicalConfig(PretrainedConfig):
 
     @property
     def tree(self) -> Taxonomy:
-        """The taxonomy as an object, built from ``taxonomy`` each time it is asked for."""
+        """The taxonomy as an object, built from ``taxonomy`` at each access."""
         return Taxonomy(self.taxonomy, self.label_separator, self.descriptions)
 
     @property
@@ -171,7 +173,7 @@ class HierarchicalConfig(PretrainedConfig):
 
 
 def encoder_config(given: dict | None) -> PretrainedConfig:
-    """Build an encoder's configuration by its ``model_type``, by default BERT, or raise ValueError."""
+    """Build an encoder's configuration from its fields, or raise ValueError. The default ``model_type`` is bert."""
     try:
         return AutoConfig.for_model(**{"model_type": "bert", **(given or {})})
     except Exception as error:  # each configuration checks its values in its own way

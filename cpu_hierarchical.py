@@ -31,7 +31,7 @@ ONEDNN = torch.ops.mkldnn
 
 
 def attend_by_document(encoder: PreTrainedModel) -> None:
-    """Switch an encoder to this attention, in place, unless the user chose another than transformers' default."""
+    """Switch an encoder to `attention`, in place, unless the user chose another implementation than the default, SDPA."""
     if encoder.config._attn_implementation == "sdpa" and encoder._supports_attention_backend:
         encoder.set_attn_implementation(ATTENTION)
 
@@ -46,7 +46,7 @@ def attention_mask(*, attention_mask: Tensor | None = None, mask_function: Any, 
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Compute attention by transformers' interface, (B, heads, T, D) to (B, T, heads, D)."""
+    """Compute attention through the interface of transformers, (B, heads, T, D) to (B, T, heads, D)."""
     plain = (
         (torch.is_grad_enabled() or not HAS_AMX)
         and (attention_mask is None or attention_mask.dim() == 2)
@@ -78,10 +78,10 @@ def text_spans(rows: int, length: int, mask: Tensor | None) -> list[slice] | Non
 
 
 class PerDocumentAttention(torch.autograd.Function):
-    """Compute softmax(s·Q·Kᵀ)·V within each row's span, (B, heads, T, D) to (B, T, heads, D). Elsewhere it is zero.
+    """Compute softmax(s·Q·Kᵀ)·V within each row's span, (B, heads, T, D) to (B, T, heads, D). Other outputs are 0.
 
-    A text of n tokens is padded to m, whole vectors of the processor, which also keeps the number of shapes small. The
-    formula is from Vaswani et al., 2017.
+    A text of n tokens is padded to m, a multiple of `LANES`: products fill whole vectors of the processor and have few shapes.
+    The formula is from Vaswani et al., 2017.
     """
 
     @staticmethod
@@ -134,7 +134,7 @@ def pack_linear_layers(encoder: PreTrainedModel) -> None:
     """Turn the linear layers of an encoder into `PackedLinear`, in place, if oneDNN has products of its type here.
 
     Parameters, their names and gradients stay as they are. The packed weights double the memory of these layers. If this
-    version of torch has other oneDNN operations, it raises their error, and the encoder is unchanged.
+    version of torch lacks these oneDNN operations, their error is raised, and the encoder is unchanged.
     """
     if not torch.backends.mkldnn.is_available() or encoder.dtype not in packable_dtypes():
         return
@@ -158,7 +158,7 @@ class PackedLinear(nn.Linear):
     """A linear layer that also keeps its weight in oneDNN's order, from its first inference on.
 
     A changed weight is packed again. torch does not count changes in place through ``weight.data``, as when PEFT merges an
-    adapter, so a part of the diagonal is compared.
+    adapter, so every eighth value of the diagonal is also compared.
     """
 
     def forward(self, input: Tensor) -> Tensor:

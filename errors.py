@@ -26,7 +26,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def one_line(error: object) -> str:
-    """Return an error's message on one line, or the name of its type if there is none."""
+    """Return an error's message on one line, or the name of its type if the message is empty."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -74,7 +74,7 @@ def is_full_disk(error: Exception) -> bool:
 
 
 def is_file_error(error: Exception) -> TypeGuard[OSError]:
-    """Return whether a file cannot be opened, read or written. Errors of opening alone name the file."""
+    """Return whether an error is a failure to open, read or write a file. Only failures to open name the file."""
     return isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError)
 
 

@@ -10,13 +10,13 @@ from errors import InputError
 
 
 def check_writable(flag: str, path: Path) -> None:
-    """Check, without creating it, that a folder can be created and written to; else raise InputError."""
+    """Raise InputError unless a folder can be created and written to. Do not create it. ``flag`` is for the message."""
     try:
         existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     except OSError as error:
         raise InputError(f"{flag} {path}: {error.strerror}") from error
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        problem = "may not be written to" if existing.is_dir() else "is not a folder"
+        problem = "is not writable" if existing.is_dir() else "is not a folder"
         raise InputError(f"{flag} {path}: {existing} {problem}")
 
 

@@ -1,7 +1,7 @@
-"""Tell whether bfloat16 products are native, and let glibc's malloc keep freed memory.
+"""Detect native bfloat16 products, and let glibc's malloc keep freed memory.
 
-Memory that malloc has returned to the system costs a page fault per page when it is used again. Without Linux and glibc, malloc
-stays as it is.
+Memory that malloc has returned to the system costs a page fault per page when it is used again. Without Linux and glibc, the
+functions for memory do nothing.
 """
 
 import ctypes

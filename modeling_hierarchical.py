@@ -5,7 +5,7 @@ Worth knowing:
 1. The heads are one matrix over all nodes, normalised for all decisions at once. A taxonomy of a thousand nodes
    therefore costs about as much as one of ten. P(node) = P(parent) · P(node | parent) holds by construction.
 2. For single-path models, siblings share a softmax (`TreeSoftmax`). `benchmarks/studies/decisions.py` compares other
-   forms. For multi-label models, each node is a yes or no, given its parent (`TreeSigmoid`).
+   forms. For multi-label models, each node is a binary decision, given its parent (`TreeSigmoid`).
 3. ``logits`` serve flat tools unchanged: their softmax is the leaf distribution. For multi-label models, their
    sigmoids are the probabilities of all nodes.
 4. The heads are parameters of their own module, not an ``nn.Linear``, so no ``quantization_config`` reaches them.
@@ -54,7 +54,7 @@ class HierarchicalOutput(SequenceClassifierOutput):
 
 
 def segment_logsumexp(scores: Tensor, group: Tensor, num_groups: int) -> Tensor:
-    """Compute the logsumexp within groups of columns, (B, N) to (B, num_groups). ``group`` (N,) leaves none empty."""
+    """Compute the logsumexp within groups of columns, (B, N) to (B, num_groups), for group ids (N,). No group may be empty."""
     index = group.expand_as(scores)
     peak = scores.new_full((scores.shape[0], num_groups), -torch.inf)
     peak = peak.scatter_reduce(1, index, scores.detach(), "amax")
@@ -234,7 +234,7 @@ class HierarchicalHeads(nn.Module):
 
 
 class HierarchicalForSequenceClassification(PreTrainedModel):
-    """Any text encoder of transformers, pooled, with hierarchical heads. By default the encoder has fresh weights."""
+    """Any text encoder of transformers, pooled, with hierarchical heads. By default the encoder is newly initialised."""
 
     config_class = HierarchicalConfig
     base_model_prefix = "encoder"
@@ -251,7 +251,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             encoder = build_encoder(config.text_config)
         else:
             for module in encoder.modules():
-                module._is_hf_initialized = True  # else post_init would draw fresh weights for an injected adapter
+                module._is_hf_initialized = True  # else post_init would reinitialise an injected adapter
         self.encoder = encoder
         config.text_config = encoder.config  # one object, so that resized embeddings and attention choices are saved
         self.heads = HierarchicalHeads(config)
@@ -275,7 +275,7 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         return hasattr(self.encoder, "peft_config")
 
     def pool(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Pool token vectors (B, T, H) under a mask (B, T) to (B, H), in float32; with label attention to their mean."""
+        """Pool token vectors (B, T, H) under a mask (B, T) to (B, H), in float32. With label attention, return the mean."""
         if self.config.pooling == "cls":
             return hidden[:, 0].float()
         if attention_mask is None:
@@ -349,11 +349,11 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, config: Any = None, merge_adapter: bool = True, **kwargs: Any
     ) -> "HierarchicalForSequenceClassification":
-        """Load a whole checkpoint, or an adapter checkpoint and its encoder, which is fetched by name and revision.
+        """Load a checkpoint. In the adapter form, its encoder is fetched by name and revision.
 
         With ``merge_adapter``, a LoRA adapter is added to the weights that it adapts, if they are floating-point. Else
-        PEFT keeps it separate. Other arguments are those of `PreTrainedModel.from_pretrained`. With an adapter
-        checkpoint, ``dtype``, ``device_map``, ``quantization_config`` and ``attn_implementation`` go to the encoder.
+        PEFT keeps it separate. Other arguments are those of `PreTrainedModel.from_pretrained`. In the
+        adapter form, ``dtype``, ``device_map``, ``quantization_config`` and ``attn_implementation`` go to the encoder.
         """
         load_self_contained = super().from_pretrained
         return load_checkpoint(cls, load_self_contained, pretrained_model_name_or_path, config, merge_adapter, **kwargs)
@@ -377,11 +377,11 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
     def save_pretrained(
         self, save_directory: str | Path, is_main_process: bool = True, state_dict: dict | None = None, **kwargs: Any
     ) -> None:
-        """Write a checkpoint with the code that loads it: in adapter form if the encoder has an adapter, else whole."""
+        """Write a checkpoint and the code that loads it: in adapter form if there is an adapter, else self-contained."""
         save_checkpoint(self, super().save_pretrained, Path(save_directory), is_main_process, state_dict, **kwargs)
 
     def push_to_hub(self, *arguments: Any, **named: Any) -> Any:
-        """Publish as transformers does. ValueError: the adapter's encoder is a folder of this machine."""
+        """Push to the Hub as transformers does. ValueError: the adapter's encoder is a local folder."""
         if self.has_adapter and os.path.isabs(self.config.encoder_name_or_path):
             raise ValueError(
                 "the adapter's encoder is a folder of this machine: save the model, then run push_to_hub.py --merge"
@@ -398,7 +398,7 @@ def has_labels(labels: Tensor) -> Tensor:
 
 
 def average_over_labels(values: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
-    """Sum the values (B,) of texts that `has_labels`, and divide by ``num_items``, by default their number."""
+    """Sum the values (B,) of labelled texts, see `has_labels`; divide by ``num_items``, by default their number."""
     labelled = has_labels(labels)
     items = labelled.sum().clamp(min=1) if num_items is None else num_items
     return torch.where(labelled, values, 0).sum() / items

@@ -2,17 +2,17 @@
 
 Worth knowing:
 
-1. Texts are read some batches ahead and sorted by length, so batches hold little padding. They have few shapes, because
-   oneDNN compiles a product for each. The next texts are tokenized while a batch is computed.
+1. Texts are read some batches ahead and sorted by length, so batches hold little padding. Batches have few shapes,
+   because oneDNN compiles a product for each shape. The next texts are tokenized while a batch is computed.
 2. On a CPU each core computes its own batches: in a shared batch, each would wait for the others after every operation.
-3. The probabilities of a text's windows are averaged, so children still add up to their parent. With several labels a
-   text the maximum counts, since a label may stand in one window only.
-4. ``coverage`` rests on split conformal prediction, ``recall`` on conformal risk control. Both guarantees cover texts like
-   the validation rows, truncated as these were. The choice of the checkpoint, on the same rows, is not corrected for;
-   the model card has the measured shares.
+3. The probabilities of a text's windows are averaged, so children still add up to their parent. For multi-label
+   models the maximum is taken, since a label may be evident in one window only.
+4. ``coverage`` rests on split conformal prediction, ``recall`` on conformal risk control. Both guarantees hold for texts
+   drawn like the validation rows, and truncated at the same length. They ignore that the checkpoint was selected on the
+   same rows; the model card has the measured shares.
 5. A text that cannot be classified raises a ValueError with its position, never its content. A list is checked before
-   anything is computed. A stream first yields the results of the texts before it. Only a text that turns out to have no
-   tokens is found later, and its error has no position.
+   anything is computed. A stream first yields the results of the texts before it. Only a text without tokens is detected
+   later, when it is tokenized, and its error has no position.
 """
 
 import copy
@@ -52,8 +52,8 @@ MAX_TOKENIZERS = 8
 MAX_COST = 1e300  # the sum of two is finite
 DEFAULT_THRESHOLD = 0.5  # of an uncalibrated multi-label checkpoint
 MAX_ANSWER_NODES = 3  # in an answer: as many as a reader takes in at a glance
-# Core counts of the calls that are starting threads. All copies of this module share the list. A lock could stay locked after
-# Ctrl+C.
+# Core counts of the calls that are starting threads, shared by all copies of this module. It is no lock, because a lock could
+# stay locked after Ctrl+C.
 STARTING: list[int] = vars(threading).setdefault("_hierarchical_starting", [])
 
 
@@ -62,7 +62,7 @@ class PendingTexts:
     """Texts whose batches are being computed."""
 
     text_of_window: list[int]  # the index of each window's text, in the order of the batches
-    truncated: list[bool]  # one a text
+    truncated: list[bool]  # one per text
     outputs: list[Future]  # for each batch, its node log-probabilities (B, num_nodes)
 
 
@@ -79,22 +79,22 @@ class HierarchicalTextClassificationPipeline(Pipeline):
     - ``levels``: for each level, from the roots down, the probability of every node;
     - ``truncated``: whether the text was truncated;
     - ``answer``, with ``coverage`` or ``recall``: ``{"label", "score"}`` of its nodes;
-    - ``expected_cost``, with ``costs`` and one path per text: that of the predicted leaf.
+    - ``expected_cost``, with ``costs`` in single-path models: the expected cost of the predicted leaf.
 
     Args:
         batch_size: number of windows in a batch; by default a power of two, for about 2,048 tokens on a CPU and 32,768
-            elsewhere. A stream is read up to 64 batches ahead, by default 1,024 texts, and not at all with 1.
+            elsewhere. A stream is read up to 64 batches ahead, by default 1,024 texts. 1 reads nothing ahead.
         top_k: number of leaves, or for multi-label models of nodes; each text then gets a list of results with
             ``label``, ``score`` and ``path``, best first.
         max_length: in tokens, special ones included; by default, and at most, the tokenizer's limit.
         stride: read long texts in windows of ``max_length`` tokens that share this many, instead of truncating them. In
             multi-label models it needs ``top_k``, because the thresholds were not fitted for windows.
         coverage: share of texts whose answer holds the correct leaf, rounded up to a hundredth. The answer has at most
-            three nodes, or consists of roots: see `conformal_answer`. It excludes ``stride`` and other values of
-            ``max_length`` than that of the validation rows.
+            three nodes, or consists of roots: see `conformal_answer`. Excludes ``stride``, and any
+            ``max_length`` other than the validation rows had.
         recall: for multi-label models, the share of a text's correct nodes that the answer holds on average. Otherwise like
             ``coverage``.
-        costs: predict the leaf of least expected cost (see `expected_costs`; of equal ones, the most probable). Excludes
+        costs: predict the leaf of least expected cost (see `expected_costs`; in a tie, the most probable). Excludes
             ``top_k``. ``"distance"`` is the number of edges between correct and predicted leaf, with roots joined by a node
             above them. A table is ``{correct leaf: {predicted leaf: cost}}``, or the path of a CSV file. Its first column names
             the correct leaves, and its first row the predicted ones. For multi-label models ``{"missing": a, "inventing": b}``
@@ -181,7 +181,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         return self._classify(inputs, batch_size, truncation, output)
 
     def _check_together(self, truncation: dict, output: dict) -> None:
-        """Raise ValueError for arguments that exclude each other, and warn where a guarantee does not hold."""
+        """Raise ValueError for arguments that exclude each other, and warn if a guarantee does not hold."""
         config, window = self.model.config, self._window(**truncation)
         if "threshold" in output:
             guarantee = "recall" if config.is_multi_label else "coverage"
@@ -323,7 +323,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             counts = Counter(encoded["overflow_to_sample_mapping"])
             if all(counts[i] > 1 or len(starts[i]) == len(texts[i]) for i in range(len(texts))):
                 break
-            characters *= 4  # a text of long words has fewer tokens than that
+            characters *= 4  # a text of long words has fewer tokens per character
         names = dict.fromkeys(name for name in (*self.tokenizer.model_input_names, "attention_mask") if name in encoded)
         windows, text_of_window, special = [], list[int](), self.tokenizer.num_special_tokens_to_add()
         for i, owner in enumerate(encoded["overflow_to_sample_mapping"]):
@@ -407,7 +407,7 @@ def use_cpu_kernels(encoder: PreTrainedModel) -> None:
         pack_linear_layers(encoder)
     except Exception as error:  # a renamed function or argument: ImportError, AttributeError, TypeError, RuntimeError
         logger.warning_once(
-            f"without the faster CPU kernels, which do not fit torch {torch.__version__} and transformers "
+            f"the faster CPU kernels are off, because they do not fit torch {torch.__version__} and transformers "
             f"{transformers.__version__} ({type(error).__name__}: {error}); results are the same"
         )
 
@@ -427,15 +427,15 @@ def batches_by_length(lengths: list[int], batch_size: int | None, tokens: int) -
 
 
 def start_of(text: str, characters: float) -> str:
-    """Return a text up to the first blank or line end after so many characters."""
+    """Return a text up to the first space or line break after ``characters`` characters, or all of it if there is none."""
     end = re.compile(r"[ \n]").search(text, int(characters)) if len(text) > characters else None
     return text[: end.start()] if end else text
 
 
 def padded_length(longest: int, rows: int, limit: int) -> int:
-    """Return the length to pad a batch to: at most 15 tokens more, for few shapes of batches.
+    """Return the length to pad a batch to, at most 15 above ``longest``, so that batches have few shapes.
 
-    With a multiple of four rows, the batch then has a multiple of 64 tokens, unless the limit is reached.
+    With a multiple of four rows, the batch has a multiple of 64 tokens, unless the length reaches ``limit``.
     """
     step = min(16, 64 // math.gcd(rows, 64))
     return min(longest + -longest % step, limit)
@@ -460,17 +460,17 @@ def guaranteed_threshold(name: str, share: float, thresholds: list[float | None]
     if threshold is None:
         needed = -(-100 // (99 - index)) - 1
         problem = f"needs {needed} labelled validation texts, and the checkpoint was calibrated on fewer"
-        raise ValueError(f"{name} {share} {problem}: ask for less, or calibrate on more")
+        raise ValueError(f"{name} {share} {problem}: give a lower {name}, or calibrate on more texts")
     return threshold
 
 
 def conformal_answer(tree: Taxonomy, probabilities: list[float], threshold: float) -> list[int]:
-    """Return the ids of nodes that hold the likely leaves, the most probable first.
+    """Return the ids of nodes that cover the likely leaves, the most probable node first.
 
     The likely leaves have a probability of at least 1 - threshold, and always include the most probable leaf. Up to three
-    form the answer. More are replaced by their ancestors at the deepest level that needs at most three nodes. If there is
-    no such level, their roots are the answer. If all children of a node are in the answer, the node takes their place. An
-    only child replaces its parent, because it is more specific.
+    likely leaves form the answer. If there are more, their ancestors replace them, at the deepest level that needs at most
+    three nodes. If there is no such level, their roots are the answer. If all children of a node are in the answer, the node
+    takes their place. An only child replaces its parent, because the child is more specific.
 
     Answers grow with the threshold, so split conformal prediction applies: `nonconformity` is the smallest threshold
     whose answer holds a leaf. Mortier et al., 2025 (arXiv 2501.19038) study such sets of few nodes of a taxonomy.
@@ -542,9 +542,10 @@ def prepare_costs(config: Any, costs: Any) -> float | str | Tensor:
 def expected_costs(tree: Taxonomy, nodes: Tensor, costs: str | Tensor) -> Tensor:
     """Return the expected cost of predicting each leaf, (B, num_leaves), from node probabilities (B, num_nodes).
 
-    A prediction j costs the mean of costs[i, j] over the correct leaf i. The least of these is the Bayes decision (Elkan,
-    2001, "The Foundations of Cost-Sensitive Learning"). The distance of two leaves is the number of nodes that are in the
-    path of one of them alone. So its mean is the sum of 1 - P over the nodes of j's path, and of P over all others.
+    The expected cost of predicting j is Σ P(i) · costs[i, j] over the correct leaf i. The leaf of least expected cost is the
+    Bayes decision (Elkan, 2001, "The Foundations of Cost-Sensitive Learning"). The distance of two leaves is the number of
+    nodes on exactly one of their paths. So the expected distance is the sum of 1 - P over the nodes on j's path, and of P
+    over all other nodes.
     """
     if isinstance(costs, Tensor):
         return nodes[:, : tree.num_leaves] @ costs
@@ -592,7 +593,10 @@ def read_cost_table(path: str | os.PathLike) -> dict[str, dict[str, str]]:
 
 
 def by_leaf(tree: Taxonomy, given: Any, where: str) -> dict[str, Any]:
-    """Return a mapping whose keys name all leaves with their labels as keys, in order, or raise ValueError."""
+    """Replace the keys of a mapping by the labels of the leaves that they name, in leaf order.
+
+    Raises ValueError unless the keys name every leaf once. ``where`` is for the message.
+    """
     if not isinstance(given, Mapping):
         raise ValueError(f"costs: {where} must map leaves to costs, not {type(given).__name__}")
     values: dict[int, Any] = {}
@@ -612,7 +616,7 @@ def by_leaf(tree: Taxonomy, given: Any, where: str) -> dict[str, Any]:
 
 
 def read_cost(value: Any, what: str) -> float:
-    """Read a cost from 0 to 1e300, or raise ValueError that names ``what`` it is a cost of."""
+    """Read a cost from 0 to 1e300, or raise ValueError. ``what`` is for the message."""
     try:
         cost = float(value)
     except (TypeError, ValueError, OverflowError):

@@ -41,6 +41,7 @@ from reading.sources import Source, find_all_sources
 if TYPE_CHECKING:
     from prediction.ray_job import RayJob
 
+# flags that change no prediction for a text, or that the model's description covers
 WITHOUT_EFFECT = {"revision", "input", "output", "overwrite", "ray", "ray_cpus_per_actor", "ray_gpus_per_actor"}
 
 
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> int:
     sources = find_inputs(arguments)
     arguments.costs, costs_description = read_costs(arguments.costs)
     output = RestartableOutput(arguments.output, output_kind(arguments.output, arguments.output_format))
-    sources = [source for source in sources if not output.holds(source)]  # a pattern may match blocks of a killed run
+    sources = [source for source in sources if not output.holds(source)]  # --input may match the blocks of a killed run
     with output.lock():
         output.check(sources, arguments.overwrite)
         records = read_records(sources, arguments.text_column, arguments.id_column)

@@ -41,7 +41,7 @@ UNWRITABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, halves of surrogate
 
 
 class TaxonomyError(ValueError):
-    """A taxonomy that cannot be read, or a label that it does not hold. The message names the node."""
+    """Error for an invalid taxonomy, or for a label that is not in the taxonomy. The message names the node."""
 
 
 def looks_like_name(text: str) -> bool:
@@ -67,12 +67,12 @@ class Taxonomy:
     Args:
         tree: the forest, nested. A leaf is a string; an inner node is a one-item mapping of its name to its children.
             Mappings with several items and leaves without children, such as ``{"a": {"b": None, "c": ["d", "e"]}}``, are
-            read too. TaxonomyError says what is wrong.
-        separator: what stands between the names of a path.
-        descriptions: a phrase for each node that has one, by label.
+            accepted too. TaxonomyError: the forest is invalid.
+        separator: separator between the names of a path.
+        descriptions: phrases that describe nodes, by label; not every node needs one.
 
     Attributes:
-        names, parents, levels, labels: one entry a node. A root has parent -1 and level 1.
+        names, parents, levels, labels: one entry per node. A root has parent -1 and level 1.
         reading_order: the ids of all nodes, each parent before its children, as a tree is drawn.
         num_leaves, num_nodes, depth: ids below ``num_leaves`` are leaves; ``depth`` is the deepest level.
     """
@@ -125,7 +125,7 @@ class Taxonomy:
         """Build a taxonomy from (parent, child) pairs of names, and descriptions of some children.
 
         A child without a parent is a root. So is a parent that is no node's child; if its name resembles another node's, a
-        warning follows. TaxonomyError: a cycle, a child with two parents, an empty child.
+        warning is logged. TaxonomyError: a cycle, a child with two parents, an empty child.
         """
         parent_of: dict[str, str] = {}  # "" for no parent
         for number, row in enumerate(rows, start=1):
@@ -181,7 +181,7 @@ class Taxonomy:
             raise TaxonomyError(f"expected .yaml, .yml, .json, .csv or .tsv, not {path.suffix!r}")
         except RecursionError as error:
             raise TaxonomyError(f"{path} is nested too deeply; at most {MAX_DEPTH} levels are supported") from error
-        except ValueError as error:  # of ours, and JSON's
+        except ValueError as error:  # TaxonomyError, or JSONDecodeError
             raise TaxonomyError(f"{path}: {error}") from error
 
     def to_nested(self, node: int = -1) -> list:
@@ -258,7 +258,7 @@ class Taxonomy:
         return self._paths[node]
 
     def id(self, label: str) -> int:
-        """Return the id of the node with this label or path. TaxonomyError: there is none, or several share the name."""
+        """Return the id of the node with this label or path. TaxonomyError: no node has it, or several nodes share the name."""
         key = to_nfc(label.strip())
         if key in self._ids:
             return self._ids[key]
@@ -290,12 +290,12 @@ class Taxonomy:
 
 
 def to_nfc(name: Any) -> Any:
-    """Return a name in Unicode form NFC, and anything but a text unchanged."""
+    """Convert a string to Unicode normal form NFC. Return any other value unchanged."""
     return unicodedata.normalize("NFC", name) if isinstance(name, str) else name
 
 
 def _named(children: Sequence | dict) -> list[tuple[Any, Any]]:
-    """Return (name, what stands below it) of each child in the nested form."""
+    """Return the pairs (name, nested children) of a nested form."""
     if isinstance(children, dict):
         return list(children.items())
     pairs = (child.items() if isinstance(child, dict) else [(child, None)] for child in children)
@@ -356,7 +356,7 @@ def read_yaml(text: str) -> Any:
     """Parse YAML in which every scalar is text: a class called ``no`` or ``1`` keeps its name.
 
     Raises:
-        TaxonomyError: no YAML, a name twice in a mapping, or an alias, because a few aliases can stand for any number of values.
+        TaxonomyError: invalid YAML, a name twice in a mapping, or an alias: a few aliases can expand to any number of values.
     """
     import yaml
 
@@ -374,7 +374,7 @@ def read_yaml(text: str) -> Any:
 
     try:
         return yaml.load(text, Loader)
-    except yaml.YAMLError as error:  # whose own message quotes lines of the file
+    except yaml.YAMLError as error:  # the parser's message quotes lines of the file
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or getattr(error, "context", None) or " ".join(str(error).split())
         raise TaxonomyError(problem if mark is None else f"{problem}, line {mark.line + 1}") from error

@@ -1,6 +1,6 @@
 """Train a hierarchical classifier: ``python train.py [recipe.yaml] [--flag value …]``.
 
-Scores are of the checkpoint as a user loads it, over a full-precision encoder. The checkpoint is selected on the
+Scores are measured on the checkpoint as a user loads it, over a full-precision encoder. The checkpoint is selected on the
 validation rows. Then its calibration, its thresholds and the weight of its lexical head are fitted on them.
 ``--refit`` then trains a second model, on training and validation rows.
 """
@@ -57,7 +57,7 @@ from training.trainer import HierarchicalTrainer
 
 logger = logging.getLogger("train")
 
-BEFORE_CALIBRATION = ("_loss", "_ece", "_ece_by_chance")  # endings of metrics that may precede calibration only
+BEFORE_CALIBRATION = ("_loss", "_ece", "_ece_by_chance")  # suffixes of metrics that may exist before calibration only
 SELECTION = "selection"  # folder of the run that chooses the epochs for --refit, in the output folder
 
 Prepare = Callable[[HierarchicalTrainer], HierarchicalTrainer]
@@ -127,7 +127,7 @@ def refit(
     if resume_from is not None and (folder / "metrics.json").is_file():
         resume.check_resumed_data(resume_from, data.taxonomy, data.report)
     else:
-        # the second run would resume from them
+        # the second run would resume from these checkpoints
         if resume.list_checkpoints(Path(training.output_dir)) and not training.overwrite_output_dir:
             problem = f"--output_dir {training.output_dir} holds the checkpoints of a run without --refit"
             raise InputError(f"{problem}: give another --output_dir, or --overwrite_output_dir true")
@@ -138,9 +138,8 @@ def refit(
 
     # ── Second run, on all rows ──────────────────────────────────────────────────────────────────────────────────────
     data = train_on_validation_rows(data)
-    logger.info(
-        "training anew on all %s rows but the test rows, for %g epochs", f"{len(data.splits['train']):,}", epochs
-    )
+    num_rows = f"{len(data.splits['train']):,}"
+    logger.info("training a second model on all %s rows except the test rows, for %g epochs", num_rows, epochs)
     logger.warning("coverage and recall are not guaranteed for this second model: it is trained on the validation rows")
     # new arguments, because the first run's scoring has changed the precision of accelerate
     changed: dict[str, Any] = {"num_train_epochs": epochs, "max_steps": -1}
@@ -183,7 +182,7 @@ def train(
         output.mkdir(parents=True, exist_ok=True)
     trainer = prepare(build_trainer(arguments, splits, model, tokenizer))
     settings = run_settings(arguments, model, tokenizer.model_max_length)
-    metrics: dict[str, Any] = {}  # until the end, when the card is written again
+    metrics: dict[str, Any] = {}  # filled at the end, before the card is written again
     trainer.write_card = functools.partial(write_card, trainer, settings, data.report, metrics)
     size = size_report(model)
     setup = (training.device, training.precision, arguments.model.quantization, arguments.model.tuning)
@@ -199,7 +198,7 @@ def train(
     if heads_init is None:  # trained heads are kept, and there were no contrastive steps
         settings["contrastive_steps"] = None
     if training.should_save:
-        # the rows of the second run of --refit are of two files, so their numbers would be ambiguous
+        # the rows of the second run of --refit come from two files, so their numbers would be ambiguous
         if arguments.data.label_issues and first_run is None:
             vocab_size = model.config.text_config.vocab_size
             data.report["label_issues"] = write_label_issues(data.taxonomy, splits["train"], vocab_size, output)
@@ -272,13 +271,13 @@ def score_and_calibrate(
     """
     training, taxonomy, as_trained = arguments.training, model.config.tree, {}
     if arguments.model.quantization != "none":
-        trainer.compute_metrics = report.pipeline_metrics(model.config)  # F1 in training is at the best threshold
+        trainer.compute_metrics = report.pipeline_metrics(model.config)  # training's F1 is at the best threshold
         held_out = DatasetDict({split: rows for split, rows in splits.items() if split == "validation"})
         scores, *_ = report.score_splits(trainer, held_out)
         as_trained = {f"quantized_{name}": value for name, value in scores.items()}
     scorer = report.scoring_trainer(training.output_dir, training, trainer.processing_class, trainer.loss_function)
     scores, logits, to_calibrate = report.score_splits(scorer, splits)
-    if training.refit:  # the second run, which was calibrated before
+    if training.refit:  # the second run, with the calibration of the first
         return as_trained | scores | report.answer_scores(model.config, logits, splits), logits
     if "validation" not in logits:
         logger.info("no validation rows were scored: no lexical head, and the model's probabilities are not calibrated")
@@ -302,7 +301,7 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
     if not set(data.splits) & {"validation", "test"}:
         before = data.report["trained_before"]
         left_out = sum(sum(before[action].values()) for action in ("moved", "left_out"))
-        problem = "give --validation_file or --test_file; of one file, give the whole file as --test_file"
+        problem = "give --validation_file or --test_file; to score all rows of one file, give it as --test_file"
         if left_out:
             problem = f"the checkpoint was trained or calibrated on the texts of all {left_out:,} rows; give other rows"
         raise InputError(f"nothing to score: {problem}")
@@ -353,7 +352,7 @@ def user_error_message(error: Exception) -> str | None:
         return f"the disk is full ({one_line(error)}): make room, then --resume_from_checkpoint auto resumes"
     if should_reduce_batch_size(error):
         return f"{one_line(error)}; give --activation_checkpointing true, or a lower --per_device_train_batch_size"
-    if isinstance(error, ImportError) and "install" in str(error):  # of a flag that needs more than requirements.txt
+    if isinstance(error, ImportError) and "install" in str(error):  # a flag needs a package beyond requirements.txt
         return one_line(error)
     if is_file_error(error):
         return f"{error.filename or 'cannot read or write a file'}: {error.strerror}"
@@ -369,5 +368,5 @@ if __name__ == "__main__":
         if message is None:
             raise
     if message is not None:
-        gc.collect()  # the run, and its progress bars with it, which write once more
+        gc.collect()  # destroy the run and its progress bars now, because they write once more
         exit_with_error("train.py", message, trace=trace)

@@ -85,18 +85,18 @@ def fit_calibration(
     if lexical_scores is not None and log_prior is not None:
         experts[1] = experts[1] - log_prior
     stacked = np.stack(experts, axis=2)  # (num_rows, num_nodes, num_experts)
-    taken = [(stacked[rows][:, nodes], correct) for nodes, rows, correct in rows_by_decision(taxonomy, labels)]
+    per_decision = [(stacked[rows][:, nodes], correct) for nodes, rows, correct in rows_by_decision(taxonomy, labels)]
     mean = np.array([1.0, 0.0])[: len(experts)]  # of β and γ
     bounds = [SCALE_BOUNDS, (0.0, SCALE_BOUNDS[1])][: len(experts)]
 
     def neg_log_posterior(factors: np.ndarray) -> float:
-        loss = sum(negative_log_likelihood(scores @ factors, correct) for scores, correct in taken)
+        loss = sum(negative_log_likelihood(scores @ factors, correct) for scores, correct in per_decision)
         return loss + ((factors - mean) ** 2).sum() / (2 * prior**2)
 
     factors = minimize(neg_log_posterior, x0=mean, bounds=bounds, method="L-BFGS-B").x
     common, weights = float(factors[0]), factors / factors[0]  # common · (encoder's scores + weight · lexical scores)
     temperatures, biases = [], np.zeros(taxonomy.num_nodes)
-    for nodes, (scores, correct) in zip(taxonomy.decisions, taken, strict=True):
+    for nodes, (scores, correct) in zip(taxonomy.decisions, per_decision, strict=True):
         inverse, biases[nodes] = fit_decision(scores @ weights, correct, prior, bias_prior, common)
         temperatures.append(1 / inverse)
         if len(experts) == 2 and log_prior is not None:
@@ -115,8 +115,8 @@ def calibrate_out_of_fold(
 ) -> np.ndarray:
     """Calibrate each fifth of the texts with parameters that ``fit`` estimates on the other fifths.
 
-    With fewer than five texts there is one fold for each. A single text is calibrated by its own fit. Returns logits of the same
-    shape, in float64.
+    With fewer than five texts there is one fold per text. A single text is calibrated by its own fit. Returns logits of the
+    same shape, in float64.
     """
     folds = min(FOLDS, len(np.unique(texts)))
     if folds == 1:

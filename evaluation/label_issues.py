@@ -6,7 +6,7 @@ Worth knowing:
 2. Confident learning (Northcutt, Jiang and Chuang, 2021, "Confident Learning: Estimating Uncertainty in Dataset Labels") then
    judges each decision of the taxonomy, over the rows whose path takes it. In multi-label data, each node is a decision,
    over the texts with its parent. So labels may be inner nodes.
-3. A node with fewer than `FOLDS` texts teaches too little. Its rows are not judged in that decision.
+3. A node with fewer than `FOLDS` texts has too few examples. Its rows are not judged in that decision.
 4. Rows are ranked by the probability of the label. Many listed labels are correct: `benchmarks/studies/label_issues.py`.
 """
 
@@ -49,7 +49,7 @@ def list_label_issues(taxonomy: Taxonomy, rows: Dataset, vocab_size: int) -> pd.
     if not judged:
         return pd.DataFrame(columns=COLUMNS)
     issues = rank_issues(taxonomy, judged, logits, labels)
-    issues = issues[~np.array(rows["moved"])[issues["index"]]]  # whose numbers are those of another file
+    issues = issues[~np.array(rows["moved"])[issues["index"]]]  # the numbers of moved rows are of another file
     index = issues["index"].to_numpy()
     if labels.ndim == 2:
         given = [{*np.flatnonzero(labels[row] == 1).tolist()} for row in index]
@@ -87,7 +87,7 @@ def out_of_fold(taxonomy: Taxonomy, counts: csr_matrix, labels: np.ndarray, text
 
 
 def assign_folds(labels: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """Deal texts to `FOLDS` folds in turn, sorted by their labels, so that each class is spread evenly: (num_rows,)."""
+    """Assign each row a fold, (num_rows,). Texts are sorted by label and assigned in turn, to spread each class evenly."""
     _, first, text_of = np.unique(texts, return_index=True, return_inverse=True)
     _, classes = np.unique(labels[first], axis=0, return_inverse=True)
     shuffled = np.random.default_rng(0).permutation(len(first))
@@ -96,7 +96,7 @@ def assign_folds(labels: np.ndarray, texts: np.ndarray) -> np.ndarray:
 
 
 def judge(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> Iterator[pd.DataFrame]:
-    """Yield each decision's rows that confident learning finds mislabelled.
+    """Yield each decision's rows that confident learning considers mislabelled.
 
     Their columns are those of `rank_issues`, with the decision's best other choice, and probabilities given the parent.
     """

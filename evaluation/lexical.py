@@ -1,13 +1,13 @@
-"""The lexical head: a linear classifier over the bag of tokens, fitted beside the trained encoder.
+"""Fit the lexical head, a linear classifier over the bag of tokens, to add to the trained encoder.
 
 Worth knowing:
 
 1. The lexical head alone is less accurate than the encoder, but errs on other texts. `benchmarks/quality.py` measures its
    contribution. Calibration fits one weight for its scores, relative to the encoder's.
-2. It is fitted after the encoder. Joint training was not tried.
+2. The lexical head is fitted after the encoder. Joint training was not tried.
 3. A token's feature is its TF-IDF times its `log_odds_variance`. `benchmarks/studies/words.py` measures that factor.
-4. With one label per text it is flat: an inner node's probability is the sum of its leaves' probabilities. One classifier per
-   decision, as in HiClass, was tried on OHSUMED and was less accurate, for parents too.
+4. With one label per text, the lexical head is flat: an inner node's probability is the sum of its leaves' probabilities. One
+   classifier per decision, as in HiClass, was tried on OHSUMED and was less accurate, for parents too.
 """
 
 import logging
@@ -137,7 +137,7 @@ def fit_classifier(
     num_classes = taxonomy.num_nodes if labels.ndim == 2 else taxonomy.num_leaves
     if wanted is None and vocab_size * num_classes > MAX_WEIGHTS:
         size = f"{vocab_size:,} tokens times {num_classes:,} classes"
-        logger.info("no lexical head: it would have %s weights; --lexical_head true", size)
+        logger.info("no lexical head: it would have %s weights; --lexical_head true adds it", size)
         return None
     if not can_learn(taxonomy, labels):
         logger.info("no lexical head: the training rows do not tell any two classes apart")

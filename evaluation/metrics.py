@@ -196,7 +196,8 @@ def per_class_report(
     """Compute one row per class with precision, recall and F1, and the intervals of micro- and macro-F1.
 
     Labels and predictions are those of `outcomes`, texts those of `bootstrap_intervals`. ``support`` is the number of labels,
-    and ``f1_interval`` is None for a class that does not occur. A ratio with denominator 0 is 0. Rows and intervals are empty if no label is known.
+    and ``f1_interval`` is None for a class that does not occur. A ratio with denominator 0 is 0. Rows and intervals are empty
+    if no label is known.
     """
     if not (labels != IGNORED_LABEL).any():
         return [], {}
@@ -229,6 +230,7 @@ def calibration_bins(confidence: np.ndarray, correct: np.ndarray, variance: np.n
 
 
 def bin_index(confidence: np.ndarray) -> np.ndarray:
+    """Return the bin of each confidence, 0 to 14."""
     return np.digitize(confidence, np.arange(1, BINS) / BINS, right=True)
 
 

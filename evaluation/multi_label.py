@@ -3,12 +3,12 @@
 Worth knowing:
 
 1. Each node is a decision with a score z, given its parent: P(node) = P(parent) · σ(z). It is open for a text that has the
-   parent, or if the node is a root. Only open decisions tell how well z is calibrated, so z is fitted on these pairs.
+   parent, or if the node is a root. Only open decisions show how well z is calibrated, so z is fitted on these pairs.
 2. The calibration is z = a · (s + γ · w) + b, with the encoder's score s and the lexical score w. First one a and one γ are
    fitted for all nodes, with prior means 1 and 0. Then each node's own a and b are fitted, with the common a and 0 as prior
    means. All priors are normal with the standard deviation of `evaluation.calibration`. Both fits are convex.
-3. Each node's threshold of best F1 is shrunk to a common one: with few positives it is near the common one. It is fitted
-   from the deepest level upwards, because a chosen child brings its parent.
+3. Each node's threshold of best F1 is shrunk towards a common one, most if the node has few positives. Thresholds are fitted
+   from the deepest level upwards, because the parent of a predicted node is predicted, too.
 4. The guarantee is conformal risk control (Angelopoulos, Bates, Fisch, Lei and Schuster, 2022). The loss of a text is the share
    of its true nodes that the set {P(node) >= t} misses. Texts without true nodes do not count. The scores must come from a
    model that was not fitted to these texts, hence `evaluation.calibration.calibrate_out_of_fold`.
@@ -55,7 +55,7 @@ SIX_DIGITS_DOWN = Context(prec=6, rounding=ROUND_FLOOR)
 MIN_PROBABILITY = 0.1  # pairs below it are not in the calibration error: nearly all pairs have a probability near 0
 SMALLEST_GAP = 1e-9  # between the logits of a node and its parent, where float32 makes them equal
 STRENGTHS = (math.inf, 100, 50, 20, 10, 5, 2, 0)  # of the shrinkage of thresholds, in positives
-REPEATS = 6  # of the cross-validation that chooses among them; with one, chance decides
+REPEATS = 6  # of the cross-validation that chooses the strength; a single one is too noisy
 
 
 # ── Calibration ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -180,7 +180,7 @@ def fit_node_thresholds(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray) -
 def choose_strength(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray, repeats: int = REPEATS) -> float:
     """Return the value of `STRENGTHS` with the greatest sum of micro- and macro-F1 in repeated cross-validation.
 
-    Of equally good ones it is the greatest. With one text it is infinite, which gives all nodes the common threshold.
+    In a tie, the greatest is returned. With one text, infinity is returned: all nodes get the common threshold.
     """
     if len(u) < 2:
         return math.inf
@@ -214,7 +214,7 @@ def shrunk_thresholds(
     for strength in strengths:
         thresholds, chosen = np.full(taxonomy.num_nodes, common), np.zeros(u.shape, dtype=bool, order="F")
         for node in reversed(taxonomy.reading_order):
-            forced = chosen[:, taxonomy.children(node)].any(axis=1)  # a chosen child brings its parent
+            forced = chosen[:, taxonomy.children(node)].any(axis=1)  # the parent of a chosen node is chosen, too
             if math.isfinite(strength):
                 own = of_leaves[node] if node < taxonomy.num_leaves else own_threshold(node, forced)
                 if own is not None:
@@ -336,17 +336,17 @@ def build_multi_label_metrics(
 
 
 def common_threshold(u: np.ndarray, labels: np.ndarray) -> float:
-    """Return the one probability from which nodes are chosen with the best micro-F1; 0.5 if no label is 1."""
+    """Return the threshold for all nodes with the best micro-F1, a probability; 0.5 if no label is 1."""
     known = labels != IGNORED_LABEL
     threshold = best_threshold(u[known], labels[known] == 1)
     return 0.5 if threshold is None else float(expit(threshold))
 
 
 def judged_pairs(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the logits and labels that tell how good the probabilities are: (num_texts, num_nodes) each.
+    """Return the logits and labels by which probabilities are scored: (num_texts, num_nodes) each.
 
-    If all labels are known, they are the arguments: P(node) of all pairs. Else they are the logits of P(node | parent), and the
-    labels of the open decisions, with -100 for other pairs.
+    If all labels are known, these are the arguments, for P(node) of all pairs. Else they are the logits of P(node | parent) and
+    the labels of the open decisions, with -100 for other pairs.
     """
     if (labels != IGNORED_LABEL).all():
         return u, labels
@@ -362,8 +362,9 @@ def likely_pairs(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray) -> tuple
     """Select the known `judged_pairs` with a probability of at least 0.1.
 
     Returns:
-        The probability, whether the label is 1, and the pair's part of the variance of its bin's number of correct pairs if
-        the probabilities are correct: (num_pairs,) each. Open decisions are independent. For P(node), see `pair_variance`.
+        The probability, whether the label is 1, and the pair's contribution to the variance of the number of correct pairs in
+        its bin, if the probabilities are correct: (num_pairs,) each. Open decisions are independent. For P(node), see
+        `pair_variance`.
     """
     logits, judged = judged_pairs(taxonomy, u.astype(np.float64), labels)
     likely = (judged != IGNORED_LABEL) & (expit(logits) >= MIN_PROBABILITY)
@@ -373,11 +374,11 @@ def likely_pairs(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray) -> tuple
 
 
 def pair_variance(taxonomy: Taxonomy, u: np.ndarray, likely: np.ndarray) -> np.ndarray:
-    """Return each likely pair's part of the variance of its bin's number of correct pairs, if P is correct: (num_pairs,).
+    """Return each likely pair's contribution to the variance of the number of correct pairs in its bin, (num_pairs,).
 
-    Decisions are independent given their parents. Let k be the lowest node on the paths of both i and j, nodes of one text.
-    Their covariance is P(i) P(j) (1 / P(k) - 1), and 0 in different trees. With i = j it is P(i) (1 - P(i)). A pair's part is
-    the sum over the pairs of its text in its bin.
+    P is taken to be correct, and decisions to be independent given their parents. Let k be the lowest node on the paths of both
+    i and j, nodes of one text. Their covariance is P(i) P(j) (1 / P(k) - 1), and 0 in different trees. With i = j it is P(i)
+    (1 - P(i)). A pair's contribution is the sum of its covariances with the pairs of its text in its bin.
     """
     ancestors = np.array(taxonomy.padded_paths)
     ancestors = np.pad(ancestors, ((0, 0), (1, 0)), constant_values=taxonomy.num_nodes)  # above all trees, with P = 1

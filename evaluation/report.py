@@ -2,7 +2,8 @@
 
 Worth knowing:
 
-1. Scores are of the checkpoint as a user loads it, over a full-precision encoder, not of the quantized model in training.
+1. Scores are measured on the checkpoint as a user loads it, over a full-precision encoder, not on the quantized model in
+   training.
 2. The calibration and the thresholds are fitted on the validation rows, from logits that are computed once.
 3. Validation scores are cross-validated: a calibration on four fifths of the rows scores the other fifth. With
    ``--load_best_model_at_end`` these rows also select the checkpoint, so their scores are optimistic
@@ -64,7 +65,7 @@ SCORING_ARGUMENTS: dict[str, Any] = {  # arguments of a Trainer that only scores
     **dict.fromkeys(("bf16", "fp16", "load_best_model_at_end", "push_to_hub", "enable_jit_checkpoint"), False),
     "report_to": [],
     "eval_strategy": "no",
-    "lr_scheduler_type": "linear",  # some need an evaluation
+    "lr_scheduler_type": "linear",  # some schedulers need an evaluation
     "lr_scheduler_kwargs": None,
 }
 

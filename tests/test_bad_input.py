@@ -80,7 +80,7 @@ FILES: dict[str, str | bytes] = {
 
 DATA = ("--train_file", "good.csv")
 RANDOM = ("--quantization", "none", "--validation_size", "0")
-NO_FOLDER = "/proc/results: No such file" if os.geteuid() == 0 else "/proc may not be written to"
+NO_FOLDER = "/proc/results: No such file" if os.geteuid() == 0 else "/proc is not writable"
 TRAIN = [
     (("--train_file", "utf16.csv"), "utf16.csv is not UTF-8 text: save it as UTF-8"),
     (("--train_file", "one_class.csv"), "the only label is 'a'; at least two are needed"),
@@ -330,7 +330,10 @@ ENCODERS = {
     "tokenizer missing": (remove("tokenizer.json", "tokenizer_config.json"), "holds no tokenizer"),
     "tokenizer torn": (cut("tokenizer.json"), "cannot load the tokenizer of encoder"),
     "tokenizer empty": (write("tokenizer.json", b"{}"), "cannot load the tokenizer of encoder"),
-    "tokenizer of another": (more_tokens, "the tokenizer of encoder does not belong to this encoder: it has token 73"),
+    "tokenizer of another": (
+        more_tokens,
+        "the tokenizer of encoder does not belong to this encoder: its largest token id is 73",
+    ),
     "tokenizer slow": (
         slow_tokenizer,
         "BertweetTokenizer is not a fast tokenizer (of the tokenizers library), which serving the checkpoint requires",
@@ -380,7 +383,7 @@ CHECKPOINTS = {
         "self_contained", configure("config.json", recall_thresholds=0.3), "recall_thresholds must be a list of 99 numbers"),
     "another width": ("self_contained", encoder(hidden_size=32), "have other shapes than its configuration says"),
     "another width, adapter": ("adapter_form", encoder(hidden_size=32), "have other shapes than its configuration says"),
-    "words without weight": ("adapter_form", configure("config.json", lexical_weight=None), "lexical_weight must be given where"),
+    "words without weight": ("adapter_form", configure("config.json", lexical_weight=None), "lexical_vocab_size and lexical_weight must be given together"),
     "encoder elsewhere": (
         "adapter_form", configure("config.json", encoder_name_or_path="/nowhere"), "the encoder is the folder /nowhere"),
     "encoder not pinned": (
@@ -393,7 +396,7 @@ CHECKPOINTS = {
     "weights left over": (
         "self_contained", configure("config.json", lexical_vocab_size=None, lexical_weight=None), "does not fit its config.json"),
     "weights torn": ("self_contained", cut(WHOLE), "SafetensorError"),
-    "tokenizer of another": ("self_contained", more_tokens, "the tokenizer of checkpoint does not belong to this encoder: it has token 73"),
+    "tokenizer of another": ("self_contained", more_tokens, "the tokenizer of checkpoint does not belong to this encoder: its largest token id is 73"),
     "tokenizer without limit": (
         "self_contained", configure("tokenizer_config.json", model_max_length=10**9), "beyond the encoder's 32 positions"),
     "tokenizer missing": (
@@ -419,7 +422,7 @@ def test_no_rows_are_split_off_to_score_a_checkpoint(place):
     copy_checkpoint("self_contained", place / "checkpoint")
     (place / "rows.csv").write_text("text,label\na headache,general\n")
     words = ("--do_train", "false", "--model_name_or_path", "checkpoint", "--data_path", "rows.csv")
-    assert "give the whole file as --test_file" in refusal(train.main, *words, "--output_dir", "results")
+    assert "of one file, give it as --test_file" in refusal(train.main, *words, "--output_dir", "results")
 
 
 def test_weights_that_are_no_numbers_are_no_answer(place):

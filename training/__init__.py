@@ -1,1 +1,1 @@
-"""From flags to a trained model: arguments and recipes, data, encoder, adapter, losses, sampler, trainer, resuming."""
+"""Train a model from flags: arguments and recipes, data, encoder, adapter, losses, sampler, trainer, resuming."""

@@ -92,7 +92,7 @@ class DataArguments:
     )
     class_names: str | None = flag(None, "Names of coded labels: .csv or .tsv file of code,name rows, or JSON object.")
     max_length: int | None = flag(
-        None, "Texts are truncated to this number of tokens. Default: 512, or that of the checkpoint to be scored."
+        None, "Texts are truncated to this number of tokens. Default: 512, or the limit of the checkpoint to score."
     )
     validation_size: float | None = flag(
         None, f"Share of the training texts for validation, if no validation rows are given. Default: {SHARE}."
@@ -154,7 +154,7 @@ class HierarchicalTrainingArguments(TrainingArguments):
     )
     report_to: list[str] = flag(["none"], "Services to log to: tensorboard, trackio, …")
     logging_steps: float = flag(10, "Number of steps between log lines, or, below 1, their share of all steps.")
-    bf16: bool | None = flag(None, "bfloat16 autocast. Default: as accelerate launch says, else true if it is native.")
+    bf16: bool | None = flag(None, "bfloat16 autocast. Default: as given to accelerate launch, else true if native.")
 
     def __post_init__(self):
         if not (torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()):
@@ -214,7 +214,7 @@ FIXED_FLAGS = {
     "label_names": None,
 }
 COMPILE_MODES = ("default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of torch.compile
-METRIC_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # they follow the metric of the evaluations
+METRIC_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # they follow the evaluation metric
 
 
 def parse(argv: list[str]) -> Arguments:
@@ -286,7 +286,7 @@ def check_values(arguments: Arguments) -> None:
         if values[name] not in (default, None):
             raise InputError(f"--{name} is not supported: it would change which rows are scored, or the scored model")
 
-    # ── What else can be wrong, and whether it is ────────────────────────────────────────────────────────────────────
+    # ── Other problems, and whether they occur ───────────────────────────────────────────────────────────────────────
     model, data, loss, training = arguments
     weights = loss.level_weights
     by_steps = training.eval_strategy == training.save_strategy == "steps"
@@ -320,7 +320,7 @@ def check_values(arguments: Arguments) -> None:
         "--label_issues lists training rows, and --do_train false trains on none: leave it out": (
             data.label_issues and not training.do_train
         ),
-        "--refit continues with --resume_from_checkpoint auto, from no other checkpoint": (
+        "--refit resumes only with --resume_from_checkpoint auto, not from a given checkpoint": (
             training.refit and training.resume_from_checkpoint not in (None, "auto")
         ),
         "--enable_jit_checkpoint needs room for its checkpoint beside the best one: --save_total_limit 2 or more": (
@@ -339,8 +339,8 @@ def check_values(arguments: Arguments) -> None:
         "--label_delimiter needs one --label_column": delimiter is not None and len(columns) > 1,
         "FSDP needs GPUs; on CPUs use recipes/accelerate/ddp.yaml": fsdp and training.device.type == "cpu",
     }
-    for problem, is_there in problems.items():
-        if is_there:
+    for problem, occurs in problems.items():
+        if occurs:
             raise InputError(problem)
 
 
@@ -353,7 +353,7 @@ def check_against_data(
     follows_metric = schedule in METRIC_SCHEDULERS
     if "train" not in splits:
         raise InputError("no training rows: give --train_file, --data_path or --dataset_name, or --do_train false")
-    multi_label = isinstance(splits["train"]["label"][0], list)  # then an only child is a choice, too
+    multi_label = isinstance(splits["train"]["label"][0], list)  # then an only child is a decision, too
     levels = {taxonomy.levels[nodes[0]] for nodes in taxonomy.decisions if multi_label or len(nodes) > 1}
     if not any(weight_of_level(weights, level) for level in levels):
         shown = " ".join(map(str, weights))
@@ -377,7 +377,10 @@ def check_against_data(
 
 
 def check_best_metric(name: str, taxonomy: Taxonomy, labels: np.ndarray, compute_metrics: ComputeMetrics) -> None:
-    """Raise InputError unless rows with these labels, ids or `multi_hot`, have a metric, and it ranks models."""
+    """Raise InputError unless rows with these labels have the metric ``name``, and it ranks models.
+
+    Labels are node ids (num_rows,), or arrays of `multi_hot`.
+    """
     predictions = np.zeros(labels.shape)
     if labels.ndim == 1:
         # the set of metrics depends on the levels of the labels, and on whether some are leaves
@@ -385,7 +388,7 @@ def check_best_metric(name: str, taxonomy: Taxonomy, labels: np.ndarray, compute
         labels = np.array([*examples.values()])
         predictions = np.zeros((len(labels), taxonomy.num_leaves))
     measured = compute_metrics(EvalPrediction(predictions, labels))
-    # in multi-label data, a model that finds no node probable has no ECE
+    # in multi-label data, a model without probable nodes has no ECE
     excluded = ("_by_chance", "ece") if labels.ndim == 2 else "_by_chance"
     available = ["loss", *(metric for metric in measured if not metric.endswith(excluded))]
     if name.removeprefix("eval_") not in available:

@@ -1,4 +1,4 @@
-"""Train the encoder by the supervised contrastive loss, before the heads are initialised.
+"""Train the encoder with the supervised contrastive loss, before the heads are initialised.
 
 The contrastive loss compares a text only with other texts (Khosla et al., 2020, "Supervised Contrastive Learning"). This helps
 most with few rows: a prototype contains its own training texts, so cross-entropy starts near 0 and teaches the encoder little.
@@ -25,8 +25,8 @@ TEXTS_PER_CLASS = 4
 def train_contrastively(trainer: HierarchicalTrainer, inputs: list[list[int]], members: Tensor, steps: int) -> None:
     """Train the encoder, or its adapter, at the trainer's learning rate.
 
-    Each step compares up to `TEXTS_PER_CLASS` texts of at least two random classes: ``per_device_train_batch_size`` texts,
-    if that is 8 or more.
+    Each step compares up to `TEXTS_PER_CLASS` texts of each of ``per_device_train_batch_size`` // `TEXTS_PER_CLASS` random
+    classes, at least two.
 
     Args:
         inputs: token ids of the texts.
@@ -54,7 +54,7 @@ def train_contrastively(trainer: HierarchicalTrainer, inputs: list[list[int]], m
     silent = training.disable_tqdm or not trainer.is_world_process_zero()
     for _ in tqdm(range(steps), desc="contrastive steps", disable=silent):
         if trainer.sigterm and trainer.sigterm.is_checkpoint_requested:
-            raise InputError("stopped by SIGTERM in the contrastive steps: the same command starts anew")
+            raise InputError("stopped by SIGTERM in the contrastive steps: the same command starts over")
         chosen = [classes[i] for i in generator.choice(len(classes), num_classes, replace=False)]
         drawn = [generator.choice(texts, min(TEXTS_PER_CLASS, len(texts)), replace=False) for texts in chosen]
         rows = np.unique(np.concatenate(drawn))
@@ -82,8 +82,8 @@ def contrastive_loss(vectors: Tensor, members: Tensor) -> Tensor:
         The mean over all texts that are in a positive pair.
     """
     unit = normalize(vectors)
-    itself = torch.eye(len(unit), dtype=torch.bool, device=unit.device)
-    log_probs = (unit @ unit.T / TEMPERATURE).masked_fill(itself, -torch.inf).log_softmax(1)
-    positive = ((members @ members.T) > 0) & ~itself
+    is_self = torch.eye(len(unit), dtype=torch.bool, device=unit.device)
+    log_probs = (unit @ unit.T / TEMPERATURE).masked_fill(is_self, -torch.inf).log_softmax(1)
+    positive = ((members @ members.T) > 0) & ~is_self
     losses = -log_probs.masked_fill(~positive, 0).sum(1) / positive.sum(1).clamp(min=1)
     return losses[positive.any(1)].mean()

@@ -39,7 +39,7 @@ def use_training_kernels(encoder: PreTrainedModel) -> None:
 
 
 def merged_forward(self: LoraLayer, x: Tensor) -> Tensor:
-    """Run an adapted layer, (…, in) to (…, out), by PEFT's own forward if the adapter is disabled or merged."""
+    """Multiply by the merged weight, (…, in) to (…, out). With a disabled or merged adapter, call PEFT's own forward."""
     if self.disable_adapters or self.merged:
         return type(self).forward(self, x)
     a, b = self.lora_A["default"].weight, self.lora_B["default"].weight

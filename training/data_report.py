@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 SPLITS = ("train", "validation", "test")
 LOGGED_CLASSES = 8
 MAX_PAIRS = 20  # of labels that occur together
-RAREST = 20
+RAREST = 20  # classes to list
 LOGGED_COUNTS = (
     "%(split)s: %(rows)d rows, %(dropped_rows)d dropped, %(normalised_duplicates)d duplicates; %(conflicting_texts)d texts "
     "have several labels, accuracy is at most %(accuracy_ceiling).4f; "
@@ -69,7 +69,7 @@ def count_labels(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def conflicts(counts: pd.DataFrame, taxonomy: Taxonomy) -> pd.DataFrame:
-    """Select from `count_labels` the texts whose labels are not on one path: lists ``label``, and ``size``, by text_id."""
+    """Return the texts of `count_labels` whose labels are not on one path: a list ``label`` and a ``size`` per text_id."""
     several = counts[counts.duplicated("text_id", keep=False)].groupby("text_id").agg({"label": list, "size": "sum"})
     return several[several["label"].map(taxonomy.deepest).map(len) > 1]
 
@@ -77,7 +77,7 @@ def conflicts(counts: pd.DataFrame, taxonomy: Taxonomy) -> pd.DataFrame:
 def _describe_label_sets(rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
     """Count the texts, labels and classes of a split in which a text has any number of labels and one row.
 
-    ``classes`` counts the texts with a node or one below. All else counts a text's deepest labels.
+    ``classes`` counts the texts with a node or one below. All other counts are of a text's deepest labels.
     """
     deepest = [taxonomy.deepest(labels) for labels in rows["label"]]
     numbers = Counter(map(len, deepest))

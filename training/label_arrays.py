@@ -1,7 +1,7 @@
-"""Labels as arrays, and what multi-label arrays say of each decision.
+"""Convert labels to arrays, and count the outcomes of decisions in multi-label data.
 
-In multi-label data, a text with a node has all its ancestors. Each node is a decision given its parent, open where the text has
-the parent.
+In multi-label data, a text with a node has all its ancestors. Each node is a binary decision given its parent. The decision is
+open if the node's label is known, and the text has the parent or the node is a root.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from taxonomy_hierarchical import Taxonomy
 def multi_hot(taxonomy: Taxonomy, labels: Sequence[Sequence[int]], incomplete: bool = False) -> np.ndarray:
     """Return the labels of texts as an array (num_texts, num_nodes) of int8: 1 for a text's nodes and their ancestors.
 
-    If ``incomplete``, all nodes below the deepest ones are -100.
+    If ``incomplete``, all nodes below a text's deepest nodes are -100, unknown.
     """
     array = np.zeros((len(labels), taxonomy.num_nodes), dtype=np.int8)
     for row, nodes in zip(array, labels, strict=True):
@@ -38,7 +38,7 @@ def label_arrays(rows: Dataset) -> np.ndarray:
 
 
 def open_decisions(taxonomy: Taxonomy, labels: np.ndarray) -> np.ndarray:
-    """Return whether a node's label is known, and its parent's is 1 or it is a root: (num_rows, num_nodes)."""
+    """Return which decisions are open for each row, (num_rows, num_nodes) of bool, from the labels of `multi_hot`."""
     return TreeSigmoid(taxonomy).open_decisions(torch.from_numpy(labels)).numpy()
 
 
@@ -51,7 +51,7 @@ def open_counts(taxonomy: Taxonomy, labels: np.ndarray) -> tuple[np.ndarray, np.
 def prior_log_odds(taxonomy: Taxonomy, labels: np.ndarray) -> np.ndarray:
     """Return each node's log-odds given its parent, smoothed by half a row of each outcome: (num_nodes,).
 
-    Biases start there. From zero, training would first have to learn these frequencies.
+    Biases are initialised to these log-odds. From zero, training would first have to learn these frequencies.
     """
     positive, total = open_counts(taxonomy, labels)
     return np.log((positive + 0.5) / (total - positive + 0.5))

@@ -51,7 +51,7 @@ def read_labels(table: Table, columns: list[str]) -> list[Label]:
 
 
 def read_label_sets(table: Table, columns: list[str], delimiter: str | None) -> list[tuple[str, ...]]:
-    """Return the labels of each row: of a list, or of a text between delimiters, or the names of the columns with 1.
+    """Return the labels of each row: items of a list, parts of a delimited text, or names of the columns that hold 1.
 
     A missing list, or an empty cell, means no labels.
     """
@@ -131,9 +131,9 @@ def refuse_rows(table: Table, column: str, problems: Iterable[str | None]) -> No
 def resolve_labels(
     places: dict[Label, str], num_rows: int, columns: list[str], arguments: DataArguments, taxonomy: Taxonomy | None
 ) -> tuple[Taxonomy, str, dict[Label, int]]:
-    """Return the taxonomy, a phrase that tells its origin, and the node id of each label.
+    """Choose the taxonomy and map labels to it. Return the taxonomy, a phrase for its origin, and the labels' node ids.
 
-    ``places`` are the first occurrences of the labels, for messages. A checkpoint's ``taxonomy`` is kept without --taxonomy.
+    ``places`` are the first occurrences of the labels, for messages. ``taxonomy`` is the checkpoint's; --taxonomy replaces it.
     """
     where = f"column {quote_name(' '.join(columns))}"
     if not places and taxonomy is None:
@@ -185,7 +185,7 @@ def resolve_labels(
 
 
 def _advice_on_names(label: str, lookup: Container[Label], separator: str) -> str:
-    """Return what to do with an unknown label, if it is a list, a number, or consists of several known names."""
+    """Return advice on an unknown label that is a list, a number, or several known names; otherwise an empty text."""
     if _is_written_list(label):
         return f"; {WRITTEN_LIST}"
     if label.isdecimal():
@@ -202,7 +202,7 @@ def _advice_on_names(label: str, lookup: Container[Label], separator: str) -> st
 
 
 def _advice_on_delimiter(label: str, delimiter: str, is_multi_label: bool = False) -> str:
-    """Return which flag reads a label that holds several names between delimiters."""
+    """Return advice on the flags that split a label with several names at its delimiter."""
     if is_multi_label and delimiter not in PATH_DELIMITERS:
         return f"for several labels of a text give --label_delimiter {delimiter!r}"
     separator = f" {delimiter} " if f" {delimiter} " in label else delimiter
@@ -211,7 +211,7 @@ def _advice_on_delimiter(label: str, delimiter: str, is_multi_label: bool = Fals
 
 
 def warn_of_odd_names(columns: list[str], taxonomy: Taxonomy, is_multi_label: bool) -> None:
-    """Warn of a taxonomy from the labels that may not be what the user means."""
+    """Warn if names or paths of a taxonomy from the labels suggest that labels were misread or misspelt."""
     where = f"column {quote_name(' '.join(columns))}"
     # ── Names of several classes ─────────────────────────────────────────────────────────────────────────────────────
     names, warning = sorted({*taxonomy.names}), f"{where}: %s and %d more labels hold several names: %s"
@@ -241,14 +241,15 @@ def warn_of_odd_names(columns: list[str], taxonomy: Taxonomy, is_multi_label: bo
         other = spellings.setdefault(tuple(map(normalise_text, path_names)), path_names)
         if other != path_names:
             both = " and ".join(quote_name(taxonomy.separator.join(names)) for names in (other, path_names))
-            differ = "differ in case, spaces or invisible characters alone, and are classes of their own"
+            differ = "differ in case, spaces or invisible characters only, and are separate classes"
             logger.warning("%s: the labels %s %s", where, both, differ)
             break
 
     # ── Columns of several labels, read as paths ─────────────────────────────────────────────────────────────────────
-    turned = [path for path in taxonomy.node_of_path if len({*path}) > 1 and path[::-1] in taxonomy.node_of_path]
-    if from_columns and turned:
-        both = " and ".join(quote_name(taxonomy.separator.join(names)) for names in (turned[0], turned[0][::-1]))
+    reversible = [path for path in taxonomy.node_of_path if len({*path}) > 1 and path[::-1] in taxonomy.node_of_path]
+    if from_columns and reversible:
+        path_names = reversible[0]
+        both = " and ".join(quote_name(taxonomy.separator.join(names)) for names in (path_names, path_names[::-1]))
         advice = "if a text has several labels, join the columns to one, and give --label_delimiter"
         logger.warning("%s: read as the levels of a path, with both %s: %s", where, both, advice)
 

@@ -1,4 +1,4 @@
-"""Training losses, and the divergence of two predictions, each for one path per text and for multi-label data.
+"""Define the training losses, and the divergence of two predictions, for single-path and for multi-label data.
 
 For one path, a decision is a softmax over siblings, and a text labelled with an inner node trains only the decisions down to
 it. With the default settings, the losses are the model's own.
@@ -23,7 +23,7 @@ from training.label_arrays import prior_log_odds
 
 
 def balanced_weights(counts: Tensor, group: Tensor) -> Tensor:
-    """Weight each class among its siblings by n / (K · n_c), as scikit-learn's ``compute_class_weight("balanced")``.
+    """Weight each class among its siblings by n / (K · n_c), like scikit-learn's ``compute_class_weight("balanced")``.
 
     n_c of the n texts of K siblings have the class. A class without texts is not counted in K and has weight 1.
     """
@@ -33,7 +33,7 @@ def balanced_weights(counts: Tensor, group: Tensor) -> Tensor:
 
 
 def weight_of_level(weights: Sequence[float], level: int) -> float:
-    """Return the weight of a level of the taxonomy, counted from 1. The last weight serves all deeper levels."""
+    """Return the weight of a level of the taxonomy, counted from 1. The last weight applies to all deeper levels."""
     return weights[min(level, len(weights)) - 1]
 
 
@@ -122,10 +122,8 @@ class MultiLabelFocalLoss(nn.Module):
         self.decisions = TreeSigmoid(tree)
         labelled, prior = torch.from_numpy(labels), torch.from_numpy(prior_log_odds(tree, labels))
         labelled = labelled[has_labels(labelled)]
-        some_rows = labelled.split(1024)  # all at once would be large in float64
-        positive = sum(
-            expected_labels(self.decisions, prior.expand_as(rows), rows).sum(0) for rows in some_rows
-        ).numpy()
+        chunks = labelled.split(1024)  # all rows at once would be large in float64
+        positive = sum(expected_labels(self.decisions, prior.expand_as(rows), rows).sum(0) for rows in chunks).numpy()
         total = len(labelled)
         outcomes = np.stack([total - positive, positive])  # (2, N): rows with outcome 0 and 1
         alpha = np.ones_like(outcomes)

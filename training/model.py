@@ -76,11 +76,11 @@ def build_model(
 def add_adapter(encoder: nn.Module, arguments: ModelArguments) -> None:
     """Freeze an encoder, and inject a LoRA adapter with new weights in float32, in place.
 
-    InputError: there are no layers of ``--lora_target_modules``, or one of them cannot be adapted.
+    InputError: ``--lora_target_modules`` names no layer, or one that cannot be adapted.
     """
-    prepare_model_for_kbit_training(encoder, use_gradient_checkpointing=False)  # the Trainer switches it on
+    prepare_model_for_kbit_training(encoder, use_gradient_checkpointing=False)  # the Trainer enables it
     targets = arguments.lora_target_modules
-    if targets == ["all-linear"]:  # PEFT's own also takes the layer of a pooler
+    if targets == ["all-linear"]:  # PEFT's own all-linear also adapts a pooler
         linear = (name for name, module in encoder.named_modules() if isinstance(module, nn.Linear))
         targets = sorted({name.rsplit(".", 1)[-1] for name in linear})
         if not targets:
@@ -110,8 +110,8 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
     tuning = "full" if config.adapter_subfolder is None else "lora"
     if (arguments.tuning, arguments.pooling) != (tuning, config.pooling):
         same = f"--tuning {tuning} --pooling {config.pooling}"
-        held = "an adapter" if tuning == "lora" else "full or merged weights"
-        raise InputError(f"{path} holds {held}, with {config.pooling} pooling: continue it with {same}")
+        weights = "an adapter" if tuning == "lora" else "full or merged weights"
+        raise InputError(f"{path} holds {weights}, with {config.pooling} pooling: continue it with {same}")
     if tuning == "lora":
         turn_off_dropout(config.text_config)
     with as_input_error(f"cannot load the checkpoint {path}"):
@@ -122,8 +122,8 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
     model.set_calibration(**dict.fromkeys(CALIBRATION))  # fitted to the earlier weights
     if tuning == "lora":
         adapter = model.encoder.peft_config["default"]
-        kept = adapter.r, adapter.lora_alpha, adapter.lora_dropout, ", ".join(sorted(adapter.target_modules))
-        logger.info("the adapter keeps its settings: r = %s, alpha = %s, dropout = %s, target modules %s", *kept)
+        settings = adapter.r, adapter.lora_alpha, adapter.lora_dropout, ", ".join(sorted(adapter.target_modules))
+        logger.info("the adapter keeps its settings: r = %s, alpha = %s, dropout = %s, target modules %s", *settings)
         prepare_model_for_kbit_training(model.encoder, use_gradient_checkpointing=False)
         set_adapter(model.encoder, "default")
     if model.config.tree != taxonomy:
@@ -133,28 +133,28 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
 
 
 def change_taxonomy(model: HierarchicalForSequenceClassification, taxonomy: Taxonomy) -> None:
-    """Replace a model's heads by heads for another taxonomy. Nodes whose path the old taxonomy has keep theirs."""
+    """Replace a model's heads by heads for another taxonomy. Nodes whose path is also in the old taxonomy keep their heads."""
     old, old_heads, config = model.config.tree, model.heads, model.config
     target = HierarchicalConfig(taxonomy=taxonomy, problem_type=config.problem_type)
     for name in ("taxonomy", "label_separator", "id2label", "label2id"):
         setattr(config, name, getattr(target, name))
     model.heads = HierarchicalHeads(config).to(old_heads.weight.device)
     model._init_weights(model.heads)  # initialize_weights() would draw a new adapter as well
-    kept = {i: old.node_of_path[path] for path, i in taxonomy.node_of_path.items() if path in old.node_of_path}
+    old_ids = {i: old.node_of_path[path] for path, i in taxonomy.node_of_path.items() if path in old.node_of_path}
     with torch.no_grad():
         for new, old_weights in zip(model.heads.parameters(), old_heads.parameters(), strict=True):
-            new[[*kept]] = old_weights[[*kept.values()]]
-    fresh = [quote_name(label) for i, label in enumerate(taxonomy.labels) if i not in kept]
-    dropped = [quote_name(label) for i, label in enumerate(old.labels) if i not in kept.values()]
+            new[[*old_ids]] = old_weights[[*old_ids.values()]]
+    fresh = [quote_name(label) for i, label in enumerate(taxonomy.labels) if i not in old_ids]
+    dropped = [quote_name(label) for i, label in enumerate(old.labels) if i not in old_ids.values()]
     listed = [", ".join(names) or "none" for names in (fresh, dropped)]
-    logger.info("heads kept: %d; initialised: %s; dropped: %s", len(kept), *listed)
+    logger.info("heads kept: %d; initialised: %s; dropped: %s", len(old_ids), *listed)
 
 
 # ── Fetch and load ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def fetch_model(arguments: ModelArguments) -> None:
-    """Pin ``--model_revision`` to a commit of the Hub; download a checkpoint of this project and point to its folder."""
+    """Pin ``--model_revision`` to a commit of the Hub. Download a checkpoint of this project and continue from its folder."""
     name, revision = arguments.model_name_or_path, arguments.model_revision
     snapshot = find_snapshot(name, revision)
     if snapshot is None:
@@ -204,7 +204,7 @@ def load_tokenizer(arguments: ModelArguments, model: HierarchicalForSequenceClas
         check_tokenizer(tokenizer, model)
     tokenizer.padding_side = "right"  # "cls" pooling reads the first token, and positions start there
     tokenizer.truncation_side = "right"  # predictions report truncation at the end of a text
-    if "attention_mask" not in tokenizer.model_input_names:  # else batches are padded without one
+    if "attention_mask" not in tokenizer.model_input_names:  # else batches would have no mask
         tokenizer.model_input_names = [*tokenizer.model_input_names, "attention_mask"]
     limit = position_limit(model.encoder)
     if limit is None:
@@ -218,7 +218,7 @@ def size_report(model: HierarchicalForSequenceClassification) -> dict[str, int |
     """Count all and trainable parameters, and the bytes of the encoder's weights, as stored and in float32."""
     encoder, heads = model.encoder, model.heads
     adapter = sum(parameter.numel() for name, parameter in encoder.named_parameters() if "lora_" in name)
-    # the encoder's own method counts 4-bit weights, stored two to a byte; the model's does not know of them
+    # the encoder's method counts 4-bit weights, stored two to a byte; the model's method counts stored elements
     total = encoder.num_parameters() + sum(parameter.numel() for parameter in heads.parameters())
     trainable = model.num_parameters(only_trainable=True)
     stored = encoder.state_dict()  # with the scales of quantized weights

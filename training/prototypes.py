@@ -39,8 +39,8 @@ class Names(NamedTuple):
 def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: ModelArguments) -> str | None:
     """Initialise new heads as ``--heads_init`` says, and the biases of multi-label models at `prior_log_odds`.
 
-    Before, the encoder is trained for ``--contrastive_steps``. Return "prototypes" or "random"; None for a continued
-    checkpoint that knows a node of the taxonomy. It keeps its heads and is trained without contrastive steps.
+    First, the encoder is trained for ``--contrastive_steps``. Return "prototypes" or "random"; None for a continued
+    checkpoint that knows a node of the taxonomy: its heads are kept, and there are no contrastive steps.
     """
     tree = trainer.model.config.tree
     stored = arguments.model_name_or_path
@@ -57,7 +57,7 @@ def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: Mod
     few_rows = len(rows) < FEW_ROWS * tree.num_leaves
     chosen = arguments.heads_init or ("prototypes" if few_rows else "random")
     some = rows.select(np.sort(np.random.default_rng(0).permutation(len(rows))[:MAX_TEXTS]))
-    # before the encoder has learnt these texts: later, they alone would seem to fit best
+    # before contrastive training: after it, prototypes without names would seem to fit these texts best
     names = choose_names(trainer, some) if chosen == "prototypes" else None
     if arguments.contrastive_steps:
         members = class_members(trainer, rows)[:, : tree.num_leaves]
@@ -69,11 +69,10 @@ def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: Mod
 
 @torch.no_grad()
 def choose_names(trainer: HierarchicalTrainer, rows: Dataset) -> Names:
-    """Choose what prototypes use beside the texts: nothing, class names, or names with descriptions.
+    """Choose what prototypes use in addition to the texts: nothing, class names, or names with descriptions.
 
-    The choice maximises the likelihood of the training labels.
-
-    Each text is left out of its own prototypes. A phrase counts as `NAME_WEIGHT` texts, or as 0.
+    The choice maximises the likelihood of the training labels. Each text is left out of its own prototypes. A phrase counts as
+    `NAME_WEIGHT` texts, or as 0.
     """
     model = trainer.model.eval()  # no dropout in embeddings; each training step switches back
     tree, heads, classes = model.config.tree, model.heads, model.config.num_labels
@@ -90,7 +89,7 @@ def choose_names(trainer: HierarchicalTrainer, rows: Dataset) -> Names:
         weights = [DESCRIPTION_WEIGHT if text else NAME_WEIGHT for text in descriptions]
         candidates.append(Names("the training texts, the class names and their descriptions", described, weights))
 
-    # ── The likeliest ────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── Likelihood of the labels ─────────────────────────────────────────────────────────────────────────────────────
     offsets, *_ = standardise(trainer.embed(rows["input_ids"][:]))
     labels, members = torch.from_numpy(label_arrays(rows)).to(offsets.device), class_members(trainer, rows)
     text_sums = members.T @ offsets
@@ -146,7 +145,7 @@ def directions(trainer: HierarchicalTrainer, names: Names) -> Tensor:
 
 
 def class_members(trainer: HierarchicalTrainer, rows: Dataset) -> Tensor:
-    """Return which classes texts are in, (B, C), 1 or 0 in float32. A text of inner nodes alone is in none."""
+    """Return the classes of each text, (B, C), 1 or 0 in float32. For one path, an inner node as the label gives none."""
     tree = trainer.model.config.tree
     labels = torch.from_numpy(label_arrays(rows))
     nodes = labels == 1 if trainer.is_multi_label else one_hot(labels, tree.num_nodes)
@@ -154,7 +153,10 @@ def class_members(trainer: HierarchicalTrainer, rows: Dataset) -> Tensor:
 
 
 def left_out_scores(offsets: Tensor, members: Tensor, sums: Tensor) -> Tensor:
-    """Score texts (B, H), each left out of the sums (C, H) of the classes that it is a member of, (B, C): (B, C)."""
+    """Score texts by prototypes that leave out the text itself, (B, C).
+
+    ``offsets`` (B, H) are the texts, ``members`` (B, C) their classes, ``sums`` (C, H) unnormalised prototypes of all texts.
+    """
     products, squares = offsets @ sums.T, offsets.square().sum(1, keepdim=True)
     lengths = sums.square().sum(1) - members * (2 * products - squares)  # |sum - text|²
     return TYPICAL_SCORE * (products - members * squares) / lengths.clamp(min=1e-6).sqrt()

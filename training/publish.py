@@ -40,7 +40,7 @@ def run_settings(arguments: Arguments, model: HierarchicalForSequenceClassificat
 
 
 def run_facts(arguments: Arguments, size: dict[str, int | float], data_report: dict[str, Any]) -> dict[str, Any]:
-    """Return facts of a run for metrics.json."""
+    """Return facts of a run for metrics.json: precision, sizes, environment, commit and hashes of the data files."""
     hashes = {source["split"]: source["sha256"] for source in data_report["sources"]}  # no paths: they are published
     return {
         "train_precision": arguments.training.precision,

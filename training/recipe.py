@@ -1,7 +1,7 @@
 """Convert a recipe, a YAML file of flags, to command-line arguments.
 
-They precede the other arguments, so a flag of the command line overrides the recipe's. A data source on the command line
-replaces the recipe's. Values stay as they are written: codes such as ``007``, ``1.10`` and ``no`` are texts.
+The recipe's arguments precede the others, so a flag of the command line overrides the recipe's. A data source on the command
+line replaces the recipe's. Values stay as they are written: codes such as ``007``, ``1.10`` and ``no`` are texts.
 """
 
 import argparse
@@ -20,7 +20,7 @@ SOURCES = (
     ("data_path",),
     ("train_file", "validation_file", "test_file"),
 )
-# names of other programs for flags
+# names of flags in other programs, and in this one
 SYNONYMS = {
     **{"lr": "learning_rate", "batch_size": "per_device_train_batch_size", "epochs": "num_train_epochs"},
     **{"model": "model_name_or_path", "data": "data_path", "output": "output_dir"},
@@ -57,7 +57,7 @@ def insert_recipe(argv: list[str], flags: Mapping[str, argparse.Action]) -> list
 
 
 def typed(value: Any) -> Any:
-    """Convert the texts in a mapping to the numbers and truth values that they are in JSON."""
+    """Parse each string in a nested mapping as JSON. A string that is not JSON is unchanged."""
     if isinstance(value, dict):
         return {name: typed(item) for name, item in value.items()}
     try:
@@ -67,7 +67,7 @@ def typed(value: Any) -> Any:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a phrase with the most similar flag."""
+    """Return a hint with the most similar flag."""
     if own := SYNONYMS.get(name.lstrip("-").replace("-", "_")):
         return f"did you mean {'--' * name.startswith('--')}{own}?"
     near = difflib.get_close_matches(name, known, n=1)

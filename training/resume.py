@@ -82,7 +82,7 @@ def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
         problem = find_resume_problem(folder) if folder.is_dir() else "there is no such folder"
         names = [other.name for other in list_checkpoints(folder.parent)]
         later = names[names.index(folder.name) + 1 :] if folder.name in names else []
-        if problem is None and later and continues_run(requested, Path(output_dir)):  # a later "auto" would take them
+        if problem is None and later and continues_run(requested, Path(output_dir)):  # "auto" would resume from them
             problem = f"this run has later checkpoints, {', '.join(later)}; move them, or give another --output_dir"
         if problem is not None:
             raise InputError(f"cannot resume from {requested}: {problem}")
@@ -98,9 +98,9 @@ def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
 
 
 def check_resumed_data(checkpoint: str, taxonomy: Taxonomy, report: dict[str, Any]) -> str | None:
-    """Return how the run to resume initialised its heads, None if unknown; ``report`` is the data report of this run.
+    """Raise InputError if the run to resume had another taxonomy, or other training or validation rows or labels.
 
-    Raise InputError if the run to resume had another taxonomy, or other training or validation rows or labels.
+    ``report`` is the data report of this run. Return how the run to resume initialised its heads, None if unknown.
     """
     # ── Taxonomy: another one of the same shape would load silently ──────────────────────────────────────────────────
     if is_checkpoint(checkpoint):  # shards of FSDP have no configuration
@@ -167,7 +167,7 @@ def start_run(
     ``model`` is the folder or id of the initial weights.
     """
     training, output = trainer.args, Path(trainer.args.output_dir)
-    trainer.accelerator.wait_for_everyone()  # until all have read the texts of the former run
+    trainer.accelerator.wait_for_everyone()  # until all have read the texts of the earlier run
     if training.should_save:
         resumed = resume_from is not None and continues_run(training.resume_from_checkpoint, output)
         if training.overwrite_output_dir and not resumed:
@@ -179,16 +179,16 @@ def start_run(
 
 
 def delete_run(output: Path, model: str) -> None:
-    """Delete a run's checkpoints, scores and configuration. The folder ``output`` may be that of the initial ``model``."""
+    """Delete a run's checkpoints, scores and configuration. ``output`` may be the folder of the initial ``model``."""
     for folder in list_checkpoints(output):
         if folder.is_symlink():
             folder.unlink()
         else:
             shutil.rmtree(folder)
     delete_scores(output)
-    for name in (ONNX_FILE, QUANTIZED_ONNX_FILE, TRUNCATION_FILE):  # exports of the former weights
+    for name in (ONNX_FILE, QUANTIZED_ONNX_FILE, TRUNCATION_FILE):  # exports of the earlier weights
         (output / name).unlink(missing_ok=True)
-    if output.resolve() != Path(model).resolve():  # else a killed run would leave the former weights as its own
+    if output.resolve() != Path(model).resolve():  # else the earlier weights would pass for those of a killed new run
         (output / "config.json").unlink(missing_ok=True)
 
 

@@ -12,7 +12,7 @@ class LengthGroupedSampler(Sampler[int]):
     """Order rows so that each batch holds texts of similar length. The order depends on the seed and the epoch only.
 
     Rows are shuffled, sorted by length within each 50 batches, and split into batches, which are shuffled. The batch
-    with the longest row comes first, so that too little memory shows at once. In a data set of at most 50 batches,
+    with the longest row comes first, so that a lack of memory shows at once. In a data set of at most 50 batches,
     lengths are first perturbed by 5 %, else each epoch would have the same batches.
 
     The sampler of this name in transformers draws from the global generator, so a resumed run gets another order.
@@ -36,7 +36,7 @@ class LengthGroupedSampler(Sampler[int]):
         for start in range(0, len(rows), BATCHES_SORTED * self.batch_size):
             chunk = slice(start, start + BATCHES_SORTED * self.batch_size)
             batches += rows[chunk][keys[chunk].argsort(descending=True, stable=True)].split(self.batch_size)
-        rest = [batches.pop()] if len(batches[-1]) < self.batch_size else []  # stays the last one
+        rest = [batches.pop()] if len(batches[-1]) < self.batch_size else []  # the incomplete batch stays last
         order = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
         if order:
             longest = max(range(len(order)), key=lambda i: int(self.lengths[order[i]].max()))

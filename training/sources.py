@@ -41,7 +41,7 @@ class SplitSource:
 
 
 def find_split_sources(arguments: DataArguments) -> tuple[dict[str, SplitSource], bool]:
-    """Return the source of each split. The bool is True if one source, under ``train``, is to be split into all splits."""
+    """Return the source of each split, and whether the only source, under ``train``, is to be split into all splits."""
     # ── Which source is given ────────────────────────────────────────────────────────────────────────────────────────
     files = {split: path for split in SPLITS if (path := getattr(arguments, f"{split}_file")) is not None}
     others = [name for name in ("dataset_name", "data_path") if getattr(arguments, name) is not None]
@@ -143,7 +143,7 @@ def _from_file(path: str) -> SplitSource:
 
 
 def find_columns(sources: Iterable[SplitSource], arguments: DataArguments) -> dict[str, list[str]]:
-    """Return the text column, then the label columns, of each source, by its name."""
+    """Choose the columns of each source: its text column, then its label columns, by the source's name."""
     requested: list[Any] = arguments.label_column or [None]
     if len(set(requested)) < len(requested):
         raise InputError(f"--label_column names a column twice: {' '.join(requested)}")
@@ -163,11 +163,11 @@ def read_rows(
     """Read the columns of `find_columns` from all sources.
 
     Returns:
-        The rows, with the columns split, row, text and label, which is a tuple of labels if a text may have several. The
-        place of each distinct label's first occurrence. Whether a text may have several labels.
+        The rows, with columns split, row, text and label. The place of each distinct label's first occurrence. Whether a
+        text may have several labels; then the column label holds tuples.
     """
     tables = [source.read(columns[source.name]) for source in sources.values()]
-    # of each label column, in all sources
+    # the cells of each label column, over all sources
     cells = [[*chain(*part)] for part in zip(*([*table.columns.values()][1:] for table in tables), strict=True)]
     multi_label = is_multi_label({*map(type, chain(*cells))}, arguments)
     refuse_indicators(cells, next(iter(columns.values()))[1:], arguments, multi_label)
@@ -202,7 +202,7 @@ def refuse_indicators(cells: list[list[Any]], names: list[str], arguments: DataA
                 f"give --problem_type {MULTI_LABEL}, or single_label_classification if they name the levels of a path"
             )
             raise InputError(f"the columns {shown} hold 0 and 1 alone: {advice}")
-        if len(values[0]) == 2 and all(one == values[0] for one in values):  # answers, not the levels of a path
+        if len(values[0]) == 2 and all(one == values[0] for one in values):  # such as yes and no, not levels of a path
             both, advice = " and ".join(map(quote_name, sorted(values[0]))), f"give --problem_type {MULTI_LABEL}"
             raise InputError(f"the columns {shown} hold {both} alone: write 1 and 0, and {advice}")
     if only_indicators and multi_label and len(names) == 1 and not (arguments.class_names or arguments.taxonomy):

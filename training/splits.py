@@ -5,7 +5,7 @@ Worth knowing:
 1. Texts are identical if `normalise_text` returns the same string. Each text is in one split only. Training rows with a
    validation or test text are dropped, and so are validation rows with a test text.
 2. Texts that an earlier run of a checkpoint was trained on are never scored. They become training rows or are left out.
-3. In multi-label data, rows of one text within a split are united, and have the labels of all of them.
+3. In multi-label data, the rows of a text within a split are merged into one row with all their labels.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ class LabelledSplits:
     taxonomy: Taxonomy
     report: dict  # the content of data_report.json
     is_multi_label: bool
-    trained_texts: TrainedTexts  # that the initial weights were trained on
+    trained_texts: TrainedTexts  # texts that the initial weights were trained on
 
 
 def load_splits(
@@ -68,8 +68,9 @@ def load_splits(
 ) -> LabelledSplits:
     """Read, check and split the data that the arguments name.
 
-    ``arguments.taxonomy`` takes precedence over the ``taxonomy`` of a checkpoint. No rows are split off unless
-    all texts that it was trained on are known. A run that only scores, without ``trains``, reads no training rows if there are others.
+    ``arguments.taxonomy`` takes precedence over the ``taxonomy`` of a checkpoint. No rows are split off unless all texts that
+    the checkpoint was trained on are known. A run that only scores, without ``trains``, reads no training rows if there are
+    others.
     """
     # ── Read ─────────────────────────────────────────────────────────────────────────────────────────────────────────
     sources, single, shares = _find_sources(arguments, trains)
@@ -190,9 +191,9 @@ def _place_trained_rows(
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Move each held-out row whose text earlier runs were trained on to the training rows, or drop it.
 
-    It is dropped if there are no training rows. So are test rows whose text selected and calibrated the checkpoint. A run
-    that is resumed moves the rows that it had moved. It drops other rows whose text was trained on, by earlier runs or by
-    itself: they come from another test file.
+    Without training rows, the row is dropped, and so are test rows whose text selected and calibrated the checkpoint. A
+    resumed run moves the rows that it moved before. It drops all others whose text it, or an earlier run, was trained on:
+    they come from another test file.
 
     Return the rows, and the section ``trained_before`` of data_report.json.
     """
@@ -239,7 +240,7 @@ def _rows_hash(rows: pd.DataFrame) -> str:
 
 
 def _unite(rows: pd.DataFrame) -> pd.DataFrame:
-    """Replace the rows of a text within a split by its first one, with the labels of all."""
+    """Merge the rows of a text within a split into the first of them, with the labels of all."""
     united: dict[tuple, set[int]] = {}
     keys = ["split", "text_id"]
     for *key, labels in rows[[*keys, "label"]].itertuples(index=False):
@@ -249,7 +250,7 @@ def _unite(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _drop_shared(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Drop rows whose text is also in a later split, in the order train, validation, test. Return the others, and these."""
+    """Drop rows whose text is also in a later split, in the order train, validation, test. Return the rows left and dropped."""
     dropped = pd.Series(False, index=rows.index)
     for place, split in enumerate(SPLITS[:-1], start=1):
         own, later = rows["split"] == split, rows["split"].isin(SPLITS[place:])
@@ -290,8 +291,9 @@ def _split_off(rows: pd.DataFrame, shares: dict[str, float], seed: int, taxonomy
 def _sample(strata: np.ndarray, count: int, split: str, rng: np.random.Generator, trained: np.ndarray) -> np.ndarray:
     """Sample ``count`` texts in proportion to their ``strata`` (N,), as a mask (N,). Each stratum keeps a text for training.
 
-    The method is systematic sampling along the texts, sorted by stratum (Cochran, Sampling Techniques, 1977, chapter 8). Up to
-    half of the eligible texts, it leaves a text in each stratum of two or more. Beyond, the first text of each stratum is excluded.
+    The method is systematic sampling along the texts, sorted by stratum (Cochran, Sampling Techniques, 1977, chapter 8). If
+    at most half of the eligible texts are sampled, a text is left in each stratum of two or more. If more are sampled, the
+    first text of each stratum is excluded.
 
     Texts in the mask ``trained`` (N,) are never sampled. With such texts, ``count`` is lowered to the number of eligible texts.
     """
@@ -313,7 +315,7 @@ def _sample(strata: np.ndarray, count: int, split: str, rng: np.random.Generator
 
 
 def _shuffled_strata(strata: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return an order of texts, at random, in which those of a stratum follow each other."""
+    """Return a random order of texts in which the texts of a stratum follow each other."""
     order = rng.permutation(len(strata))
     rank = rng.permutation(strata.max(initial=0) + 1)
     return order[np.argsort(rank[strata[order]], kind="stable")]
@@ -329,7 +331,7 @@ def _sample_by_labels(labels: np.ndarray, count: int, split: str, seed: int, tra
     """Return the indices of about ``count`` texts, in proportion to their labels, see `_sample`.
 
     Iterative stratification (Sechidis, Tsoumakas and Vlahavas, 2011, "On the Stratification of Multi-Label Data") assigns
-    the texts of the rarest remaining class first. It samples none of a class with less than half a text to sample. So
+    the texts of the rarest remaining class first. It samples no text of a class with less than half a text to sample. So
     texts with such a rare class are sampled systematically, by their rarest class. A class with one text keeps it for training.
 
     ``labels`` are of `multi_hot`, (N, num_nodes).
@@ -363,7 +365,7 @@ def _sample_by_labels(labels: np.ndarray, count: int, split: str, seed: int, tra
 def _possible_count(count: int, available: int, split: str, trained: np.ndarray, stays: str) -> int:
     """Return how many texts to split off: ``count``, or if texts were trained on before, at most ``available``.
 
-    Raises InputError if that is none, or more than ``available``.
+    Raises InputError if this number is 0, or more than ``available``.
     """
     reason = f"{count} of {len(trained):,} distinct training texts were requested, and {stays}"
     if trained.any():

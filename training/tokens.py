@@ -42,13 +42,13 @@ def tokenize(
     """Tokenize texts, truncated at ``tokenizer.model_max_length`` and not padded, and measure them by `length_report`.
 
     The columns are those of `TOKEN_COLUMNS` that the tokenizer has, ``length`` (of ``input_ids``), ``labels``, ``row``,
-    ``text_id`` and ``moved``. If asked for, training rows have ``sentences``, see `training.views.sentence_numbers`. Other rows
-    are sorted by length, to reduce padding.
+    ``text_id`` and ``moved``. If asked for, training rows have ``sentences``, see `training.views.sentence_numbers`. The other
+    splits are sorted by length, to reduce padding.
     """
     if not tokenizer.is_fast:  # it has no token offsets
         problem = "is not a fast tokenizer (of the tokenizers library), which serving the checkpoint requires"
         raise InputError(f"{type(tokenizer).__name__} {problem}: use another encoder")
-    special = tokenizer.num_special_tokens_to_add()  # every overflowing piece has its own
+    special = tokenizer.num_special_tokens_to_add()  # every overflowing piece has its own special tokens
 
     def tokens(batch: dict[str, list], with_sentences: bool) -> dict[str, list]:
         encoded: Any = tokenizer(list(batch["text"]), truncation=True, return_attention_mask=True, stride=0)
@@ -82,7 +82,7 @@ class Collator(DataCollatorWithPadding):
     def __call__(self, features: list[dict]) -> BatchEncoding:
         own = {name: [row[name] for row in features] for name in ("row", "sentences") if name in features[0]}
         batch = super().__call__([{k: v for k, v in row.items() if k not in own} for row in features])
-        if "labels" in batch and batch["labels"].dim() == 2:  # of several labels, for binary cross-entropy
+        if "labels" in batch and batch["labels"].dim() == 2:  # multi-hot, for binary cross-entropy
             batch["labels"] = batch["labels"].float()
         if "row" in own:
             batch["row"] = np.array(own["row"])

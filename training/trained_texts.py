@@ -58,13 +58,13 @@ def text_hash(normalised: str) -> str:
 
 
 def read_trained_texts(checkpoint: str | Path) -> TrainedTexts:
-    """Read what a checkpoint was trained on. For a ``checkpoint-N``, the run's folder is searched too."""
+    """Read which texts a checkpoint was trained on. For a ``checkpoint-N``, the run's folder is searched too."""
     folder = Path(os.path.abspath(checkpoint))  # a symbolic link belongs to the run that contains the link
     folders = [folder, folder.parent] if re.fullmatch(r"checkpoint-\d+", folder.name) else [folder]
     file = next((path for parent in folders if (path := parent / TRAINED_TEXTS).is_file()), None)
     if file is None:
         return TrainedTexts(complete=False)
-    with as_input_error(f"{file}, which tells what {checkpoint} was trained on, cannot be read"):
+    with as_input_error(f"{file}, which records what {checkpoint} was trained on, cannot be read"):
         content = json.loads(file.read_text(encoding="utf-8"))
         validation = frozenset(content.get("validation", []))  # absent from earlier versions
         earlier, this_run = frozenset(content["earlier"]), frozenset(content["this_run"])
@@ -74,7 +74,7 @@ def read_trained_texts(checkpoint: str | Path) -> TrainedTexts:
 def write_trained_texts(
     folder: Path, before: TrainedTexts, texts: Iterable[str], validation_texts: Iterable[str]
 ) -> None:
-    """Before the first step, write hashes of the texts of this run, and of those behind the initial weights."""
+    """Write hashes of the texts of this run, and of earlier runs (``before``). Call this before the first step."""
     this_run, validation = ({text_hash(normalise_text(one)) for one in part} for part in (texts, validation_texts))
     content = {
         "complete": before.complete,

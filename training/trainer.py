@@ -85,7 +85,7 @@ class HierarchicalTrainer(PublishingTrainer):
                     setattr(callback, f"on_{event}", lambda *args, **kwargs: None)
         self.tried_batch_size: int | None = None
         self.best_checkpoint: str | None = None
-        self.had_stopped = False  # the run to resume, by early stopping
+        self.had_stopped = False  # whether early stopping ended the run to resume
         self.unchecked: list[tuple[int, Tensor, Any]] = []  # step, loss, rows
         for module in self.model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack 4-bit weights in eval mode
@@ -196,7 +196,7 @@ class HierarchicalTrainer(PublishingTrainer):
         metrics, step = output.metrics, state.global_step
         if output.global_step == step:
             logger.info("nothing left to train: %s is at step %d", resume_from_checkpoint, step)
-            metrics = {"epoch": state.epoch}  # a loss and a speed of no steps say nothing
+            metrics = {"epoch": state.epoch}  # without steps, there is no loss or speed
         return output._replace(metrics=metrics | {"resumed_from_step": step})
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
@@ -206,7 +206,7 @@ class HierarchicalTrainer(PublishingTrainer):
         return trained
 
     def _run_epoch(self, *, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
-        """Train for an epoch, or for the rest of one; for nothing if a resumed run has taken all steps or had stopped early."""
+        """Train for an epoch, or its remainder. Do nothing if a resumed run had taken all steps or had stopped early."""
         if self.had_stopped or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -253,7 +253,7 @@ class HierarchicalTrainer(PublishingTrainer):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load their states, but keep the peak learning rates and weight decays of this run."""
+        """Load the stored states, but keep the peak learning rates and weight decays of this run."""
         problem = f"cannot resume from {checkpoint}: its optimizer does not match the settings of this run"
         wanted = [dict(group) for group in self.optimizer.param_groups]
         with as_input_error(problem):

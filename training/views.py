@@ -23,7 +23,7 @@ BOUNDARY = re.compile(r"(?<=[.?!])\s+|(?<=[。！？])")
 
 
 def sentence_numbers(text: str, ends: Sequence[int]) -> list[int]:
-    """Number the sentence of each token, from 0, by the characters where tokens end. Special tokens, at 0, have -1."""
+    """Return each token's sentence number, from 0. ``ends`` are end positions in the text; special tokens, at 0, get -1."""
     starts = [boundary.end() for boundary in BOUNDARY.finditer(text)]
     numbers = np.searchsorted(starts, np.asarray(ends) - 1, side="right")
     return np.where(np.asarray(ends) == 0, NO_SENTENCE, numbers).tolist()

@@ -608,8 +608,8 @@ print(json.dumps(found))
     ("name", "revision", "message"),
     [
         ("gone", "0" * 40, "0" * 40),  # a commit that is not there, or no longer
-        ("branch", "main", "encoder_revision must be the commit of base/tiny that this was trained on"),
-        ("none", None, "encoder_revision must be the commit of base/tiny that this was trained on"),
+        ("branch", "main", "encoder_revision must be the commit of base/tiny that this checkpoint was trained on"),
+        ("none", None, "encoder_revision must be the commit of base/tiny that this checkpoint was trained on"),
     ],
 )
 def test_a_base_that_is_not_the_one_trained_on_is_an_error(hub, published, tmp_path, name, revision, message):

@@ -474,7 +474,7 @@ def test_saving_one_form_leaves_nothing_of_the_other(adapted, tmp_path):
         ("fnet", "FNetModel gives other outputs when its inputs are padded"),  # it takes no attention mask
         ("convbert", "ConvBertModel gives other outputs when its inputs are padded"),
         ("nystromformer", "NystromformerModel gives other outputs when its inputs are padded"),
-        ("bart", "BartModel is an encoder with a decoder"),
+        ("bart", "BartModel has a decoder"),
         ("xmod", "XmodModel needs the language of the texts: set default_language in its config.json"),
     ],
 )
@@ -505,7 +505,7 @@ def test_big_bird_answers_a_long_text_alike_before_and_after_a_short_one():
             "id2label is not the list of the taxonomy's classes",
         ),
         ({"taxonomy": ["x", "y"]}, "taxonomy's classes"),
-        ({"lexical_weight": 0.5}, "lexical_weight must be given where lexical_vocab_size is"),
+        ({"lexical_weight": 0.5}, "lexical_vocab_size and lexical_weight must be given together"),
     ],
 )
 @pytest.mark.parametrize("form", ["adapter", "whole"])

@@ -293,7 +293,7 @@ def test_a_file_that_was_cut_short_is_an_error(place, words, first, tmp_path):
     output = copy(first, tmp_path / "first")
     (output / KEPT).write_text((output / KEPT).read_text()[:100])
     line = [*words, "--model_name_or_path", output, "--data_path", place / "800.csv", "--output_dir", tmp_path / "next"]
-    with pytest.raises(InputError, match=f"{KEPT}, which tells what .* was trained on, cannot be read"):
+    with pytest.raises(InputError, match=f"{KEPT}, which records what .* was trained on, cannot be read"):
         run(*line)
 
 

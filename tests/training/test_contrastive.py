@@ -113,4 +113,4 @@ def test_sigterm_ends_the_contrastive_steps(tiny_encoder, tmp_path):
     words += ("--model_name_or_path", tiny_encoder, "--quantization", "none", "--output_dir", tmp_path / "out")
     words += ("--contrastive_steps", 10**6, "--max_steps", 1, "--enable_jit_checkpoint", "true")
     said = interrupt(signal.SIGTERM, *words, log=tmp_path / "log", until="contrastive steps:", code=2)
-    assert "train.py: error: stopped by SIGTERM in the contrastive steps: the same command starts anew" in said
+    assert "train.py: error: stopped by SIGTERM in the contrastive steps: the same command starts over" in said
