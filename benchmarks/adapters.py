@@ -1,10 +1,10 @@
 """Measure a process that serves many checkpoints over one encoder: ``python benchmarks/adapters.py --checkpoint FOLDER``.
 
 Each of ``--count`` checkpoints is a copy of one in adapter form. "merged" loads each as usual, so each has an encoder of its own.
-"shared" loads each with ``merge_adapter=False``, and all use the encoder of the first (`share_encoder`). Memory is the proportional
-set size of a process that holds them all, less that before the first; it counts mapped files once. All run with the pipeline's
-kernels, which pack the weights once more. "Alternating" classifies one text by each checkpoint in turn; "repeated" by the first
-alone. Their difference is the cost of switching. Linux only.
+"shared" loads each with ``merge_adapter=False``, and all use the encoder of the first (`share_encoder`). Memory is the growth of
+the proportional set size of a process that loads all checkpoints; mapped files count once. All run with the pipeline's kernels,
+which pack the weights once more. "Alternating" classifies one text by each checkpoint in turn, and "repeated" by the first
+alone. The difference of both is the cost of switching. Linux only.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def proportional_set_size() -> float:
     return int(re.search(r"(?m)^Pss: +(\d+)", Path("/proc/self/smaps_rollup").read_text())[1]) / 1024
 
 
-def serve(way: str, folders: list[str], rounds: int) -> dict[str, float]:
+def serve(mode: str, folders: list[str], rounds: int) -> dict[str, float]:
     """Load checkpoints, classify one text by each, and return times in milliseconds and memory in MiB."""
     import torch
     import transformers
@@ -40,7 +40,7 @@ def serve(way: str, folders: list[str], rounds: int) -> dict[str, float]:
     from pipeline_hierarchical import use_cpu_kernels
 
     transformers.utils.logging.disable_progress_bar()
-    # the process then holds PEFT, and the code of the checkpoints
+    # loaded before the measurement, to import PEFT and the code of the checkpoints
     AutoModel.from_pretrained(folders[0], trust_remote_code=True, merge_adapter=False)
     before, models, seconds = proportional_set_size(), [], []
     inputs = {
@@ -56,8 +56,8 @@ def serve(way: str, folders: list[str], rounds: int) -> dict[str, float]:
 
     for folder in folders:
         started = time.perf_counter()
-        model = AutoModel.from_pretrained(folder, trust_remote_code=True, merge_adapter=way == "merged")
-        if way == "shared" and models:
+        model = AutoModel.from_pretrained(folder, trust_remote_code=True, merge_adapter=mode == "merged")
+        if mode == "shared" and models:
             model.share_encoder(models[0])
         use_cpu_kernels(model.encoder)
         seconds.append(time.perf_counter() - started)
@@ -88,14 +88,14 @@ def main() -> None:
         for i in range(arguments.count):
             left_out = shutil.ignore_patterns("checkpoint-*", "plots")
             copied = shutil.copytree(arguments.checkpoint, Path(scratch) / f"copy_{i:03}", ignore=left_out)
-            for name in SHIPPED_FILES:  # the code of today
+            for name in SHIPPED_FILES:  # the current code
                 shutil.copy(ROOT / name, copied)
-        for way in ("merged", "shared"):
-            command = [sys.executable, __file__, "--checkpoint", scratch, "--serve", way]
+        for mode in ("merged", "shared"):
+            command = [sys.executable, __file__, "--checkpoint", scratch, "--serve", mode]
             command += ["--rounds", str(arguments.rounds)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            result[way] = measured = json.loads(done.stdout.splitlines()[-1])
-            print(f"{way:8}", "  ".join(f"{name} {value:.1f}" for name, value in measured.items()), flush=True)
+            result[mode] = measured = json.loads(done.stdout.splitlines()[-1])
+            print(f"{mode:8}", "  ".join(f"{name} {value:.1f}" for name, value in measured.items()), flush=True)
     output = ROOT / "benchmarks" / "results" / "adapters.json"
     output.write_text(json.dumps({"count": arguments.count, **result}, indent=2) + "\n")
 

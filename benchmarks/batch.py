@@ -7,7 +7,7 @@
 - growth: rows a second, and peak memory and processor time of the driver, up to a million short rows, with a tiny encoder. The
   processor time of one more row bounds the rows a second of any cluster, because one driver reads and writes.
 - chaos: 100,000 rows in 40 files on a cluster of three nodes, while actors, nodes and the driver are killed at ten random
-  moments. Rows are counted, and compared with those of one process.
+  moments. The rows are counted, and compared with the output of one process.
 
 Rates count the time between the first finished block and the last one. "Seconds" is the whole command.
 """
@@ -49,14 +49,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "batch.json")
     arguments = parser.parse_args()
     texts = [text for name in ("train.csv", "test.csv") for text in read_column(arguments.data / name, "text")]
-    found = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     for part in arguments.parts:
         with tempfile.TemporaryDirectory() as scratch:
-            found[part] = PARTS[part](texts, arguments, Path(scratch))
-        found["machine"] = {"cpu": torch.cpu.get_capabilities()["cpu_name"], "cores": torch.get_num_threads()}
-        arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+            results[part] = PARTS[part](texts, arguments, Path(scratch))
+        results["machine"] = {"cpu": torch.cpu.get_capabilities()["cpu_name"], "cores": torch.get_num_threads()}
+        arguments.output.write_text(json.dumps(results, indent=1) + "\n")
         print(f"\n{part}\n")
-        table(found[part])
+        table(results[part])
 
 
 def tiny_checkpoint(arguments: argparse.Namespace, folder: Path) -> str:
@@ -80,9 +80,9 @@ def write(folder: Path, texts: list[str], rows: int, files: int = 1) -> Path:
 
 
 def start(model: str, source: Path, output: object, *flags: object) -> subprocess.Popen:
-    words = ["--model", model, "--input", source, "--output", output, *flags]
-    line = [sys.executable, str(ROOT / "predict.py"), *map(str, words)]
-    return subprocess.Popen(line, stderr=subprocess.DEVNULL)
+    """Start predict.py in the background."""
+    command = [sys.executable, ROOT / "predict.py", "--model", model, "--input", source, "--output", output, *flags]
+    return subprocess.Popen([*map(str, command)], stderr=subprocess.DEVNULL)
 
 
 def num_parts(output: object) -> int:
@@ -90,10 +90,10 @@ def num_parts(output: object) -> int:
 
 
 def measure(model: str, source: Path, output: Path, rows: int, *flags: object) -> dict:
-    """Run predict.py to its end, with a folder as its output."""
-    begun = time.perf_counter()
+    """Run predict.py to its end, with a folder as its output. Return its rate, seconds and memory (Linux only)."""
+    started = time.perf_counter()
     process = start(model, source, f"{output}/", *flags)
-    memory, seconds, seen = 0, 0.0, [(0, begun)]
+    memory, seconds, seen = 0, 0.0, [(0, started)]
     while process.poll() is None:
         memory = max(memory, peak_memory(process.pid))
         seconds = max(seconds, processor_time(process.pid))
@@ -106,7 +106,7 @@ def measure(model: str, source: Path, output: Path, rows: int, *flags: object) -
     return {
         "rows": rows,
         "rows/s": round((last - first) * ROWS / (until - since), 1) if last > first else None,
-        "seconds": round(time.perf_counter() - begun, 1),
+        "seconds": round(time.perf_counter() - started, 1),
         "driver, processor seconds": round(seconds, 1),
         "driver, peak MiB": round(memory / 1024),
     }
@@ -127,9 +127,9 @@ def overhead(texts: list[str], arguments: argparse.Namespace, scratch: Path) -> 
         ("Ray, one core an actor", ("--ray", "--ray_cpus_per_actor", 1)),
         ("Ray, all cores an actor", ("--ray", "--ray_cpus_per_actor", torch.get_num_threads())),
     ):
-        one = measure(model, source, scratch / f"out-{len(rows)}", arguments.rows, *flags)
-        share = round(one["rows/s"] / (rows[0] if rows else one)["rows/s"], 3)
-        rows.append({"run": name, "times one process": share, **one})
+        run = measure(model, source, scratch / f"out-{len(rows)}", arguments.rows, *flags)
+        share = round(run["rows/s"] / (rows[0] if rows else run)["rows/s"], 3)
+        rows.append({"run": name, "times one process": share, **run})
     return rows
 
 
@@ -138,12 +138,12 @@ def growth(texts: list[str], arguments: argparse.Namespace, scratch: Path) -> li
     short = [text[:100] for text in texts]
     results: list[dict] = []
     for rows in arguments.growth_rows:
-        one = measure(model, write(scratch / f"in-{rows}", short, rows), scratch / f"out-{rows}", rows, "--ray")
-        one["driver, ms for one more row"] = None
+        run = measure(model, write(scratch / f"in-{rows}", short, rows), scratch / f"out-{rows}", rows, "--ray")
+        run["driver, ms for one more row"] = None
         if results:
-            more = one["driver, processor seconds"] - results[-1]["driver, processor seconds"]
-            one["driver, ms for one more row"] = round(1000 * more / (rows - results[-1]["rows"]), 4)
-        results.append(one)
+            more = run["driver, processor seconds"] - results[-1]["driver, processor seconds"]
+            run["driver, ms for one more row"] = round(1000 * more / (rows - results[-1]["rows"]), 4)
+        results.append(run)
     return results
 
 
@@ -156,33 +156,33 @@ def chaos(texts: list[str], arguments: argparse.Namespace, scratch: Path) -> lis
     if start(model, source, expected).wait():
         raise RuntimeError("the run in one process failed")
     blocks = -(-rows // ROWS)
-    strikes = [*draw.choices(("node", "actor", "driver"), k=7), "node", "actor", "driver"]
-    moments = sorted(draw.sample(range(1, blocks - 10), len(strikes)))
-    draw.shuffle(strikes)
+    victims = [*draw.choices(("node", "actor", "driver"), k=7), "node", "actor", "driver"]
+    moments = sorted(draw.sample(range(1, blocks - 10), len(victims)))  # in finished blocks
+    draw.shuffle(victims)
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
-    words = (model, source, output, "--ray", cluster.address)
-    driver, begun, killed = start(*words), time.perf_counter(), []
+    command = (model, source, output, "--ray", cluster.address)
+    driver, started, killed = start(*command), time.perf_counter(), []
     try:
-        for strike, moment in zip(strikes, moments, strict=True):
+        for victim, moment in zip(victims, moments, strict=True):
             working: list[tuple[int, int]] = []  # actors, and the numbers of their nodes
             while num_parts(output) < moment or not working:
                 if driver.poll() is not None:
                     raise RuntimeError(f"the driver ended with {driver.returncode}")
-                working = [(pid, i) for i, node in enumerate(nodes) for pid in scorers(node)]
+                working = [(pid, i) for i, node in enumerate(nodes) for pid in actor_pids(node)]
                 time.sleep(0.1)
             pid, number = draw.choice(working)
-            if strike == "driver":
+            if victim == "driver":
                 driver.kill()
                 driver.wait()
-                driver = start(*words)
-            elif strike == "actor":
+                driver = start(*command)
+            elif victim == "actor":
                 os.kill(pid, signal.SIGKILL)
             else:
                 cluster.remove_node(nodes[number], allow_graceful=False)
                 nodes[number] = cluster.add_node(num_cpus=1)
-            killed.append(f"{strike} after {moment * ROWS} rows")
+            killed.append(f"{victim} after {moment * ROWS} rows")
         code = driver.wait()
     finally:
         driver.kill()
@@ -195,12 +195,12 @@ def chaos(texts: list[str], arguments: argparse.Namespace, scratch: Path) -> lis
         "missing": rows - len(set(numbers)),
         "twice": len(numbers) - len(set(numbers)),
         "same bytes as one process": output.read_bytes() == expected.read_bytes(),
-        "seconds": round(time.perf_counter() - begun),
+        "seconds": round(time.perf_counter() - started),
     }
     return [result]
 
 
-def scorers(node) -> list[int]:
+def actor_pids(node) -> list[int]:
     """Return the process ids of the actors on a node."""
     raylet = node.all_processes["raylet"][0].process.pid
     lines = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(raylet)], capture_output=True, text=True).stdout

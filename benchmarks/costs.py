@@ -2,15 +2,15 @@
 
     python benchmarks/costs.py --model CHECKPOINT --train_file TRAIN.csv --file LABELLED.csv --class_names labels.csv
 
-The labelled file must be unknown to the model. Three kinds of costs are used:
+The model must not have been trained on the labelled file. Three kinds of costs are used:
 
 - distance: the number of edges between the correct and the predicted leaf (`costs="distance"`);
 - root: 5 for a leaf under another root, 1 for another leaf under the same root (a table);
 - rarity: an error on a leaf with n of the training rows costs (largest n / n) ^ `RARITY` (a table). Thus rare leaves are predicted
   more often, as in the logit adjustment of Menon et al. (2021, "Long-tail Learning via Logit Adjustment").
 
-"Saved" is the cost of the most probable leaf less that of the prediction, and "gained" the difference of macro-F1: paired
-bootstrap intervals over the rows.
+"Saved" is the cost of the most probable leaf minus the cost of the prediction. "Gained" is the macro-F1 of the prediction minus
+the macro-F1 of the most probable leaf. Both are 95 % bootstrap intervals over the rows.
 """
 
 import argparse
@@ -49,13 +49,13 @@ def main() -> None:
     arguments = parser.parse_args()
     classify = pipeline("hierarchical-text-classification", model=arguments.model, trust_remote_code=True)
     tree: Taxonomy = classify.tree
-    found, labels = probabilities(classify, arguments.file, arguments.class_names)
-    nodes = torch.tensor(found)
+    node_probabilities, labels = probabilities(classify, arguments.file, arguments.class_names)
+    nodes = torch.tensor(node_probabilities)
     tables = {"distance": distances(tree), "root": root_costs(tree)}
     _, trained = read_rows(tree, arguments.train_file, arguments.class_names)
     rarity = rarity_costs(np.bincount(trained, minlength=tree.num_leaves))
     predictions = {
-        "most probable": found[:, : tree.num_leaves].argmax(1),
+        "most probable": node_probabilities[:, : tree.num_leaves].argmax(1),
         "least distance": expected_costs(tree, nodes, "distance").argmin(1).numpy(),
         "least root cost": expected_costs(tree, nodes, torch.tensor(tables["root"])).argmin(1).numpy(),
         "least rarity cost": expected_costs(tree, nodes, torch.tensor(rarity)).argmin(1).numpy(),
@@ -74,12 +74,13 @@ def main() -> None:
 
 
 def distances(tree: Taxonomy) -> np.ndarray:
-    """Count the nodes that are in one of two leaves' paths alone: (num_leaves, num_leaves)."""
+    """Count the edges between any two leaves, as the nodes on one of their paths only: (num_leaves, num_leaves)."""
     paths = [{*tree.path(leaf)} for leaf in range(tree.num_leaves)]
-    return np.array([[len(one ^ other) for other in paths] for one in paths], dtype=float)
+    return np.array([[len(path ^ other) for other in paths] for path in paths], dtype=float)
 
 
 def root_costs(tree: Taxonomy) -> np.ndarray:
+    """Return the costs of the kind "root", (num_leaves, num_leaves)."""
     roots = np.array([tree.path(leaf)[0] for leaf in range(tree.num_leaves)])
     costs = np.where(roots[:, None] == roots, float(SAME_ROOT), float(OTHER_ROOT))
     np.fill_diagonal(costs, 0)
@@ -87,14 +88,15 @@ def root_costs(tree: Taxonomy) -> np.ndarray:
 
 
 def rarity_costs(counts: np.ndarray) -> np.ndarray:
-    of_leaves = (counts.max() / np.maximum(counts, 1)) ** RARITY
-    return np.where(np.eye(len(counts), dtype=bool), 0, of_leaves[:, None])
+    """Return the costs of the kind "rarity", (num_leaves, num_leaves), from the number of rows of each leaf."""
+    leaf_costs = (counts.max() / np.maximum(counts, 1)) ** RARITY
+    return np.where(np.eye(len(counts), dtype=bool), 0, leaf_costs[:, None])
 
 
 def score(
     name: str, leaves: np.ndarray, most_probable: np.ndarray, labels: np.ndarray, tables: dict[str, np.ndarray]
 ) -> dict:
-    """Return the scores and mean costs of predicted leaves (documents,), and their differences to the most probable ones."""
+    """Return the scores and mean costs of predicted leaves (documents,), and what they save and gain (see above)."""
     row = {"predicted": name, "changed": (leaves != most_probable).mean(), "accuracy": (leaves == labels).mean()}
     row["macro_f1"] = f1_score(labels, leaves, average="macro")
     num_leaves = len(tables["root"])

@@ -46,10 +46,10 @@ COVERAGES = (0.8, 0.9, 0.95)
 TEXTS = {"ohsumed": (336, 4043), "medical_abstracts": (346, 693)}
 
 
-class Given(ClassifierMixin, BaseEstimator):
-    """A classifier whose inputs are its probabilities."""
+class PassThrough(ClassifierMixin, BaseEstimator):
+    """Return the input as the class probabilities, because MAPIE needs a classifier."""
 
-    def fit(self, probabilities: np.ndarray, labels: np.ndarray) -> "Given":
+    def fit(self, probabilities: np.ndarray, labels: np.ndarray) -> "PassThrough":
         self.classes_ = np.arange(probabilities.shape[1])
         return self
 
@@ -81,26 +81,25 @@ def compare(arguments: argparse.Namespace) -> None:
     tree: Taxonomy = classify.tree
     nodes, labels = probabilities(classify, arguments.file, arguments.class_names)
     leaves = nodes[:, : tree.num_leaves] / nodes[:, : tree.num_leaves].sum(axis=1, keepdims=True)
-    under = tree.leaves_at_or_below
+    below = tree.leaves_at_or_below
     rows = []
     for coverage in COVERAGES:
-        found: dict[str, list[tuple[float, float, float]]] = {}
+        scores_of: dict[str, list[tuple[float, float, float]]] = {}
         generator = np.random.default_rng(0)
         for _ in range(SPLITS):
             order = generator.permutation(len(labels))
-            one, other = order[: len(order) // 2], order[len(order) // 2 :]
-            thresholds = fit_conformal_thresholds(
-                tree, np.log(leaves[one].clip(1e-30)), labels[one], one
-            )  # each row is a text
+            known, unseen = order[: len(order) // 2], order[len(order) // 2 :]
+            log_probs = np.log(leaves[known].clip(1e-30))
+            thresholds = fit_conformal_thresholds(tree, log_probs, labels[known], known)  # each row is a text
             threshold = guaranteed_threshold("coverage", coverage, thresholds)
-            answers = [conformal_answer(tree, row, threshold) for row in nodes[other].tolist()]
-            found.setdefault("this project", []).append(score(answers, labels[other], under))
+            answers = [conformal_answer(tree, row, threshold) for row in nodes[unseen].tolist()]
+            scores_of.setdefault("this project", []).append(score(answers, labels[unseen], below))
             for name in ("lac", "aps"):
-                answers = flat_answers(leaves[one], labels[one], leaves[other], coverage, name)
-                found.setdefault(f"flat {name.upper()}", []).append(score(answers, labels[other], under))
-            answers = [thresholded(tree, row, coverage) for row in nodes[other].tolist()]
-            found.setdefault("thresholding", []).append(score(answers, labels[other], under))
-        for name, scores in found.items():
+                answers = flat_answers(leaves[known], labels[known], leaves[unseen], coverage, name)
+                scores_of.setdefault(f"flat {name.upper()}", []).append(score(answers, labels[unseen], below))
+            answers = [thresholded(tree, row, coverage) for row in nodes[unseen].tolist()]
+            scores_of.setdefault("thresholding", []).append(score(answers, labels[unseen], below))
+        for name, scores in scores_of.items():
             means, spread = np.mean(scores, axis=0), np.std(scores, axis=0)
             rows.append(
                 {
@@ -130,19 +129,17 @@ def print_runs(runs: list[dict]) -> None:
     recipes = frame[(frame["model"] == "qlora") & frame["task"].isin(TEXTS)]
     columns = ("recipe", "coverage", "measured coverage, by seed", "mean", "95 % interval", "leaves")
     print(f"\n| {' | '.join(columns)} |\n| --- | ---: | ---: | ---: | ---: | ---: |")
-    for task, found in recipes.groupby("task", sort=False):
-        held, (n, measured) = found["answer_coverage"], TEXTS[task]
-        by_seed = ", ".join(f"{value:.1%}" for value in held)
+    for task, by_task in recipes.groupby("task", sort=False):
+        coverages, (n, num_test) = by_task["answer_coverage"], TEXTS[task]
+        by_seed = ", ".join(f"{value:.1%}" for value in coverages)
         k = math.ceil((n + 1) * MEASURED_TARGET)
-        low, high = np.array(betabinom(measured, k, n + 1 - k).interval(0.95)) / measured
-        leaves = found["answer_leaves"].mean()
-        print(
-            f"| {task} | {MEASURED_TARGET:.0%} | {by_seed} | {held.mean():.1%} | {low:.1%} – {high:.1%} | {leaves:.2f} |"
-        )
+        low, high = np.array(betabinom(num_test, k, n + 1 - k).interval(0.95)) / num_test
+        cells = f"{by_seed} | {coverages.mean():.1%} | {low:.1%} – {high:.1%} | {by_task['answer_leaves'].mean():.2f}"
+        print(f"| {task} | {MEASURED_TARGET:.0%} | {cells} |")
 
 
 def probabilities(classify: Callable, file: Path, class_names: Path | None) -> tuple[np.ndarray, np.ndarray]:
-    """Predict node probabilities (documents, nodes), and read leaf ids (documents,), of a labelled file."""
+    """Return the predicted probabilities (documents, nodes) and the labels (documents,), as leaf ids, of a labelled file."""
     tree = classify.tree
     texts, labels = read_rows(tree, file, class_names)
     nodes = np.zeros((len(texts), tree.num_nodes))
@@ -168,22 +165,23 @@ def flat_answers(
     from mapie.classification import SplitConformalClassifier
 
     classifier = SplitConformalClassifier(
-        Given().fit(known, labels), confidence_level=coverage, conformity_score=score, prefit=True, random_state=0
+        PassThrough().fit(known, labels), confidence_level=coverage, conformity_score=score, prefit=True, random_state=0
     )
     _, sets = classifier.conformalize(known, labels).predict_set(unknown)
     return [np.flatnonzero(row).tolist() for row in sets[:, :, 0]]
 
 
 def thresholded(tree: Taxonomy, nodes: list[float], coverage: float) -> list[int]:
+    """Return the answer by thresholding, from the probability of every node."""
     path = tree.path(int(np.argmax(nodes[: tree.num_leaves])))
     return [node for node in path if nodes[node] >= coverage][-1:] or tree.children(-1)
 
 
-def score(answers: list[list[int]], labels: np.ndarray, under: list[list[int]]) -> tuple[float, float, float]:
-    """Return the coverage, and the mean numbers of leaves and of nodes."""
-    held = [{leaf for node in answer for leaf in under[node]} for answer in answers]
-    right = [label in leaves for label, leaves in zip(labels.tolist(), held, strict=True)]
-    return float(np.mean(right)), float(np.mean(list(map(len, held)))), float(np.mean(list(map(len, answers))))
+def score(answers: list[list[int]], labels: np.ndarray, below: list[list[int]]) -> tuple[float, float, float]:
+    """Return the coverage, and the mean numbers of leaves and of nodes, from the leaves ``below`` each node."""
+    leaves = [{leaf for node in answer for leaf in below[node]} for answer in answers]
+    covered = [label in answer for label, answer in zip(labels.tolist(), leaves, strict=True)]
+    return float(np.mean(covered)), float(np.mean(list(map(len, leaves)))), float(np.mean(list(map(len, answers))))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     pip install setfit
     python benchmarks/few_rows.py --data FOLDER --encoder ENCODER [--rows 4 --model setfit --seed 1 …]
 
-FOLDER is that of ``quality.py``. Each seed draws ``--rows`` training rows of each class, or all rows of a class that has fewer, and
+FOLDER is as for ``quality.py``. Each seed draws ``--rows`` training rows of each class, or all rows of a class that has fewer, and
 `TEST` rows of the test file. All models get the same rows, and none gets validation rows.
 
 - names: ``recipes/few_rows.yaml`` over a full-precision encoder, with 1 row per class or at least 16 with 5 epochs, and from 16
@@ -52,8 +52,8 @@ class FewRows(Task):
 
     def rows(self, split: str) -> tuple[list[str], np.ndarray]:
         """Return texts and leaf ids of a split."""
-        found = pd.read_csv(self.files[split], dtype=str).merge(pd.read_csv(self.labels, dtype=str), on="label")
-        return list(found["text"]), np.array([self.tree.id(name) for name in found["name"]])
+        rows = pd.read_csv(self.files[split], dtype=str).merge(pd.read_csv(self.labels, dtype=str), on="label")
+        return list(rows["text"]), np.array([self.tree.id(name) for name in rows["name"]])
 
 
 def main() -> None:
@@ -88,12 +88,15 @@ def read(output: Path) -> list[dict]:
 
 
 def setfit_scores(task: FewRows, model: str, arguments: argparse.Namespace) -> dict[str, float]:
-    labels, answers = setfit(task, arguments.encoder, SETFIT_STEPS)
-    return {"accuracy": accuracy_score(labels, answers), "macro_f1": f1_score(labels, answers, average="macro")}
+    labels, predictions = setfit(task, arguments.encoder, SETFIT_STEPS)
+    return {
+        "accuracy": accuracy_score(labels, predictions),
+        "macro_f1": f1_score(labels, predictions, average="macro"),
+    }
 
 
 def train(task: FewRows, model: str, arguments: argparse.Namespace) -> dict[str, float]:
-    """Train by ``train.py``, and return its scores of the test rows."""
+    """Train with ``train.py``, and return its scores on the test rows."""
     few, flat = task.rows_per_class < 16, model == "flat-lora"
     words = [ROOT / "recipes" / "few_rows.yaml", "--model_name_or_path", arguments.encoder, "--quantization", "none"]
     words += [*task.flags(arguments.runs, flat), *(() if few else ("--learning_rate", "6e-4"))]

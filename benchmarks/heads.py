@@ -2,7 +2,7 @@
 
 The forward pass of the whole model, encoder included, reads 16 texts of 256 tokens, with 6 and with 1,186 nodes. The encoder has
 MiniLM's size (6 layers, hidden size 384) and random weights. Models are single-path, multi-label, and multi-label with label
-attention. They alternate, so that load on the machine affects all. The ratio is that of the medians.
+attention. The models alternate, so that load on the machine affects all. The ratio is between medians.
 """
 
 import json
@@ -55,9 +55,9 @@ def main() -> None:
     seconds: list[list[float]] = [[] for _ in models]
     with torch.inference_mode():
         for round_number in range(ROUNDS + 2):
-            for times, one in zip(seconds, models, strict=True):
+            for times, timed_model in zip(seconds, models, strict=True):
                 started = time.perf_counter()
-                one(**inputs)
+                timed_model(**inputs)
                 if round_number >= 2:  # the first two warm up
                     times.append(time.perf_counter() - started)
     medians = [statistics.median(times) for times in seconds]

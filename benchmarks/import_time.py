@@ -20,21 +20,22 @@ STAGES = {
 
 
 def seconds(code: str) -> float:
-    timed = f"import time; begun = time.perf_counter(); {code}; print(time.perf_counter() - begun)"
+    """Return the seconds that code takes in a fresh process."""
+    timed = f"import time; started = time.perf_counter(); {code}; print(time.perf_counter() - started)"
     done = subprocess.run([sys.executable, "-c", timed], capture_output=True, text=True, check=True, cwd=ROOT)
     return float(done.stdout)
 
 
 def main() -> None:
     for code in STAGES.values():
-        seconds(code)  # compiles, and fills the disk's cache
-    taken: dict[str, list[float]] = {name: [] for name in STAGES}
+        seconds(code)  # compile to bytecode, and fill the disk cache
+    measured: dict[str, list[float]] = {name: [] for name in STAGES}
     for _ in range(ROUNDS):
         for name, code in STAGES.items():
-            taken[name].append(seconds(code))
+            measured[name].append(seconds(code))
     print("| in a fresh process | seconds, median (lowest – highest) |")
     print("| --- | ---: |")
-    for name, times in taken.items():
+    for name, times in measured.items():
         print(f"| {name} | {statistics.median(times):.2f} ({min(times):.2f} – {max(times):.2f}) |")
 
 

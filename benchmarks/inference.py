@@ -10,18 +10,18 @@
   and OpenVINO run the encoder inside it.
 - This project: ``pipeline("hierarchical-text-classification")`` in float32, bfloat16 and int8.
 
-A laptop without bfloat16 products is measured with the instruction set held down. torch and OpenVINO obey. ONNX Runtime reads no
-such variable, so its rates are upper bounds:
+A laptop without bfloat16 products is simulated by limiting the instruction set, for torch and OpenVINO. ONNX Runtime has no such
+limit, so its rates are upper bounds:
 
     ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2_VNNI python benchmarks/inference.py …
 
-Peers alternate in every round. "Share of the peak" divides useful FLOPs, without padding, by the highest rate at which this
-machine multiplies 4,096 × 4,096 matrices of the type, measured in the same round.
+Peers alternate in every round. "Share of the peak" divides useful FLOPs per second, without padding, by the highest rate at which
+this machine multiplies 4,096 × 4,096 matrices of the type, measured in the same round.
 
 Each round has new texts, as in a long file: oneDNN compiles products for every new number of tokens, which takes longer than
 the products themselves.
 
-What was tried is in docs/experiments.md, "2026-11-25: Faster inference on CPUs"; profiles are in docs/speed.md.
+Experiments are in docs/experiments.md, "2026-11-25: Faster inference on CPUs", and profiles in docs/speed.md.
 """
 
 import argparse
@@ -61,11 +61,11 @@ from taxonomy_hierarchical import Taxonomy
 
 PEAK_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 CALIBRATION_TEXTS = 300  # NNCF's default
-HELD_DOWN = {name: os.environ[name] for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA") if name in os.environ}
+LIMITED_ISA = {name: os.environ[name] for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA") if name in os.environ}
 OPENVINO_INT8 = ["static int8", "dynamic int8"]
-OPENVINO_DTYPES = [*([] if HELD_DOWN else ["bf16"]), "fp32", *OPENVINO_INT8]
-DTYPES = [dtype for dtype in PEAK_TYPES if dtype != "bf16" or not HELD_DOWN]
-AROUND_INT8 = "fp32" if HELD_DOWN else "bf16"  # the type of operations around int8 products
+OPENVINO_DTYPES = [*([] if LIMITED_ISA else ["bf16"]), "fp32", *OPENVINO_INT8]
+DTYPES = [dtype for dtype in PEAK_TYPES if dtype != "bf16" or not LIMITED_ISA]
+AROUND_INT8 = "fp32" if LIMITED_ISA else "bf16"  # the type of operations around int8 products
 TAXONOMY = {f"group {i}": [f"class {i}.{j}" for j in range(5)] for i in range(5)}
 COLD = """
 import sys
@@ -93,15 +93,19 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     texts = read_column(arguments.texts, "text")
-    found = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     with tempfile.TemporaryDirectory() as scratch:
         model = arguments.model or make_checkpoint(arguments.encoder, Path(scratch) / "model")
         for part in arguments.parts:
-            found[part] = PARTS[part](model, texts, arguments, Path(scratch))
-            found["machine"] = {"cpu": torch.cpu.get_capabilities()["cpu_name"], "cores": os.cpu_count(), **HELD_DOWN}
-            arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+            results[part] = PARTS[part](model, texts, arguments, Path(scratch))
+            results["machine"] = {
+                "cpu": torch.cpu.get_capabilities()["cpu_name"],
+                "cores": os.cpu_count(),
+                **LIMITED_ISA,
+            }
+            arguments.output.write_text(json.dumps(results, indent=1) + "\n")
             print(f"\n{part}\n")
-            table(found[part])
+            table(results[part])
 
 
 def read_column(file: Path, name: str) -> list[str]:
@@ -126,6 +130,7 @@ def make_checkpoint(encoder: str, folder: Path, config: BertConfig | None = None
 
 
 def ours(model: str, dtype: str, **kwargs):
+    """Return this project's pipeline."""
     classify = pipeline(
         "hierarchical-text-classification",
         model=model,
@@ -140,13 +145,14 @@ def ours(model: str, dtype: str, **kwargs):
 
 
 def stock(model: str, dtype: str):
+    """Return the standard text-classification pipeline of transformers."""
     return pipeline(
         "text-classification", model=model, trust_remote_code=True, dtype=PEAK_TYPES[dtype], device="cpu", batch_size=32
     )
 
 
 class OverBatches:
-    """Apply a function of a batch's tensors to batches by length. Returns probabilities (num_texts, num_leaves)."""
+    """Run a function from a batch's inputs to its logits over batches by length. Calls return (num_texts, num_leaves) probabilities."""
 
     def __init__(self, model: str, run: Callable[[dict[str, torch.Tensor]], torch.Tensor]):
         self.tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=True)
@@ -172,7 +178,7 @@ class OverBatches:
 def fuse(model: str, file: Path, quantized: Path) -> None:
     """Write a checkpoint as ONNX whose attention ONNX Runtime's optimizer fuses, in float32 and with int8 weights.
 
-    The optimizer knows the attention of torch's older exporter alone.
+    The optimizer recognises only the attention graph of torch's older exporter.
     """
     from onnx import TensorProto
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -199,16 +205,17 @@ def fuse(model: str, file: Path, quantized: Path) -> None:
         if fused.get_fused_operator_statistics()["Attention"] != config.num_hidden_layers:
             raise SystemExit("ONNX Runtime's optimizer has not fused the attention of every layer")
         fused.save_model_to_file(str(file))
-        options = {"DefaultTensorType": TensorProto.FLOAT}  # shape inference does not know fused operations
+        options = {"DefaultTensorType": TensorProto.FLOAT}  # shape inference does not support fused operations
         quantize_dynamic(
             file, quantized, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True, extra_options=options
         )
 
 
 def runtime(model: str, file: Path) -> OverBatches:
+    """Return an ONNX file in ONNX Runtime as a classifier."""
     import onnxruntime
 
-    # errors alone: the older exporter leaves shapes unknown, which would be reported at each batch
+    # errors only: the older exporter leaves shapes unknown, which would be reported at each batch
     onnxruntime.set_default_logger_severity(3)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     return OverBatches(
@@ -220,7 +227,7 @@ def runtime(model: str, file: Path) -> OverBatches:
 def openvino_encoder(
     encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, dtype: str, texts: list[str], hint: str = "THROUGHPUT"
 ) -> nn.Module:
-    """Return an encoder in OpenVINO, "fp32", "bf16", "dynamic int8", or in "static int8", for which NNCF reads texts."""
+    """Return an encoder in OpenVINO: "fp32", "bf16", "dynamic int8", or "static int8", which NNCF calibrates on the texts."""
     from prediction.openvino import OpenVinoEncoder, convert
 
     names = tokenizer.model_input_names
@@ -243,7 +250,7 @@ def openvino(model: str, dtype: str, texts: list[str], hint: str = "THROUGHPUT")
 
 
 class CompiledEncoder(nn.Module):
-    """Run an encoder by torch.compile at its best: constant weights, tuned products, one graph for all shapes."""
+    """Run an encoder compiled by torch.compile with its fastest settings: constant weights, tuned products, one dynamic graph."""
 
     def __init__(self, encoder: nn.Module):
         import torch._inductor.config as settings
@@ -253,7 +260,7 @@ class CompiledEncoder(nn.Module):
         self.run = torch.compile(encoder, dynamic=True)
 
     def forward(self, **inputs: torch.Tensor) -> BaseModelOutput:
-        with torch.no_grad():  # in inference mode, torch does not take the weights for constants
+        with torch.no_grad():  # in inference mode, torch does not treat the weights as constants
             return self.run(**inputs)
 
 
@@ -268,15 +275,15 @@ def compiled(model: str):
 def peers(
     model: str, scratch: Path, texts: list[str]
 ) -> dict[str, tuple[str, Callable, Callable[[list[str]], torch.Tensor]]]:
-    """For each peer, return its type, the function to time, and its leaf probabilities (num_texts, num_leaves)."""
+    """Return for each peer its dtype, the function to time, and a function that returns leaf probabilities (num_texts, num_leaves)."""
     names = ours(model, "fp32").tree.labels
     export_onnx(Path(model), scratch)
     fused, fused_int8 = scratch / "fused.onnx", scratch / "fused_int8.onnx"
     fuse(model, fused, fused_int8)
-    found: dict = {}
+    result: dict = {}
     for dtype in (dtype for dtype in DTYPES if dtype != "int8"):
         classify = stock(model, dtype)
-        found[f"stock pipeline, {dtype}"] = (
+        result[f"stock pipeline, {dtype}"] = (
             dtype,
             lambda texts, classify=classify: classify(texts, truncation=True),
             lambda texts, classify=classify: in_order(classify(texts, truncation=True, top_k=None), names),
@@ -288,31 +295,32 @@ def peers(
         ("ONNX Runtime, fused int8", fused_int8),
     ):
         call = runtime(model, file)
-        found[name] = (name.rpartition(" ")[2], call, call)
+        result[name] = (name.rpartition(" ")[2], call, call)
     pipelines = {f"OpenVINO, {dtype}": partial(openvino, model, dtype, texts) for dtype in OPENVINO_DTYPES}
     if "bf16" in DTYPES:
         pipelines["torch.compile, bf16"] = partial(compiled, model)
     pipelines |= {f"this project, {dtype}": partial(ours, model, dtype) for dtype in DTYPES}
     for name, load in pipelines.items():
         classify = load()
-        found[name] = (
+        result[name] = (
             name.rpartition(" ")[2],
             classify,
             lambda texts, classify=classify: in_order(
                 [
-                    [{"label": k, "score": v} for level in one["levels"] for k, v in level.items()]
-                    for one in classify(texts)
+                    [{"label": k, "score": v} for level in prediction["levels"] for k, v in level.items()]
+                    for prediction in classify(texts)
                 ],
                 names,
             ),
         )
-    return found
+    return result
 
 
 def in_order(results: list[list[dict]], names: list[str]) -> torch.Tensor:
-    leaves = {one["label"] for one in results[0]}
-    order = [name for name in names if name in leaves]
-    rows = [{one["label"]: one["score"] for one in result} for result in results]
+    """Return the scores of all predicted labels, (num_texts, num_labels), in the order of ``names``."""
+    labels = {node["label"] for node in results[0]}
+    order = [name for name in names if name in labels]
+    rows = [{node["label"]: node["score"] for node in result} for result in results]
     return torch.tensor([[row[name] for name in order] for row in rows])
 
 
@@ -329,30 +337,30 @@ def base_size(model: str, texts: list[str], arguments: argparse.Namespace, scrat
 
 def compare(model: str, texts: list[str], count: int, rounds: int, scratch: Path) -> list[dict]:
     """Measure the rates of all peers. Each round has new texts, so that compiling for new lengths is included."""
-    everyone = peers(model, scratch, texts)
+    all_peers = peers(model, scratch, texts)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=True)
     config = AutoConfig.from_pretrained(model, trust_remote_code=True).text_config
-    first, *others = ([texts[(turn * count + i) % len(texts)] for i in range(count)] for turn in range(rounds + 1))
+    warm_up, *timed = ([texts[(turn * count + i) % len(texts)] for i in range(count)] for turn in range(rounds + 1))
     flops = [
-        sum(useful_flops(config, len(ids)) for ids in tokenizer(some, truncation=True)["input_ids"]) for some in others
+        sum(useful_flops(config, len(ids)) for ids in tokenizer(part, truncation=True)["input_ids"]) for part in timed
     ]
-    seconds: dict[str, list[float]] = {name: [] for name in everyone}
+    seconds: dict[str, list[float]] = {name: [] for name in all_peers}
     peaks: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}
-    for _, call, _ in everyone.values():
-        call(first)  # warm up: compile, and fill caches
-    for some in others:
+    for _, call, _ in all_peers.values():
+        call(warm_up)  # compile, and fill caches
+    for part in timed:
         for dtype in DTYPES:
             peaks[dtype].append(peak(dtype))
-        for name, (_, call, _) in everyone.items():
-            begun = time.perf_counter()
-            call(some)
-            seconds[name].append(time.perf_counter() - begun)
+        for name, (_, call, _) in all_peers.items():
+            started = time.perf_counter()
+            call(part)
+            seconds[name].append(time.perf_counter() - started)
     reference = None
     rows = []
-    for name, (dtype, _, probabilities) in everyone.items():
-        found = probabilities(first)
-        reference = found if reference is None else reference
-        found = found[:, : reference.shape[1]]  # this project's outputs have inner nodes after the leaves
+    for name, (dtype, _, predict) in all_peers.items():
+        probabilities = predict(warm_up)
+        reference = probabilities if reference is None else reference
+        probabilities = probabilities[:, : reference.shape[1]]  # this project's have inner nodes after the leaves
         speeds = [count / s for s in seconds[name]]
         rates = [f / s / p for f, s, p in zip(flops, seconds[name], peaks[dtype], strict=True)]
         rows.append(
@@ -373,8 +381,8 @@ def compare(model: str, texts: list[str], count: int, rounds: int, scratch: Path
                 ),
                 "share of the peak": round(statistics.median(rates), 3),
                 "peak, TFLOP/s": round(statistics.median(peaks[dtype]) / 1e12, 2),
-                "same label": round((found.argmax(1) == reference.argmax(1)).float().mean().item(), 3),
-                "largest gap of a probability": round((found - reference).abs().max().item(), 4),
+                "same label": round((probabilities.argmax(1) == reference.argmax(1)).float().mean().item(), 3),
+                "largest gap of a probability": round((probabilities - reference).abs().max().item(), 4),
             }
         )
     return rows
@@ -387,7 +395,7 @@ def useful_flops(config: BertConfig, tokens: int) -> float:
 
 
 def peak(dtype: str) -> float:
-    """Measure the FLOP/s of a large matrix product, the best of five."""
+    """Measure the FLOP/s of a large matrix product, as the best of five."""
     n = 4096
     if dtype == "int8":
         a, b = (torch.randint(-127, 127, (n, n), dtype=torch.int8) for _ in range(2))
@@ -397,45 +405,45 @@ def peak(dtype: str) -> float:
     best = float("inf")
     with torch.inference_mode():
         for _ in range(5):
-            begun = time.perf_counter()
+            started = time.perf_counter()
             multiply(a, b)
-            best = min(best, time.perf_counter() - begun)
+            best = min(best, time.perf_counter() - started)
     return 2 * n**3 / best
 
 
 def latency(model: str, texts: list[str], arguments: argparse.Namespace, scratch: Path) -> list[dict]:
-    """Measure the latency of one text at a time, peers alternating, and the time from process start to the first prediction."""
+    """Measure the latency of single texts, with alternating peers, and the time from process start to the first prediction."""
     export_onnx(Path(model), scratch)
-    everyone = {
+    all_peers = {
         "stock pipeline, fp32": stock(model, "fp32"),
         "ONNX Runtime, int8": runtime(model, scratch / QUANTIZED_ONNX_FILE),
         **{f"OpenVINO, {dtype}": openvino(model, dtype, texts, "LATENCY") for dtype in OPENVINO_DTYPES},
         **{f"this project, {dtype}": ours(model, dtype) for dtype in DTYPES},
     }
     flags = {"stock pipeline, fp32": {"truncation": True}}
-    seconds: dict[str, list[float]] = {name: [] for name in everyone}
+    seconds: dict[str, list[float]] = {name: [] for name in all_peers}
     for text in texts[:60]:
-        for name, call in everyone.items():
-            given = [text] if name.startswith("ONNX") else text
+        for name, call in all_peers.items():
+            input_ = [text] if name.startswith("ONNX") else text
             time.sleep(0.1)  # the threads of ONNX Runtime spin for some time, and would slow down the next peer
-            begun = time.perf_counter()
-            call(given, **flags.get(name, {}))
-            seconds[name].append(time.perf_counter() - begun)
+            started = time.perf_counter()
+            call(input_, **flags.get(name, {}))
+            seconds[name].append(time.perf_counter() - started)
     rows = [
         {
             "pipeline": name,
-            "p50 ms": round(1000 * statistics.median(found[5:]), 1),
-            "p95 ms": round(1000 * statistics.quantiles(found[5:], n=20)[-1], 1),
+            "p50 ms": round(1000 * statistics.median(times[5:]), 1),
+            "p95 ms": round(1000 * statistics.quantiles(times[5:], n=20)[-1], 1),
         }
-        for name, found in seconds.items()
+        for name, times in seconds.items()
     ]
     starts = []
     for _ in range(3):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         dtype = "bfloat16" if "bf16" in DTYPES else "float32"
         command = [sys.executable, "-W", "ignore", "-c", COLD, model, dtype, texts[0]]
         subprocess.run(command, check=True, capture_output=True)
-        starts.append(time.perf_counter() - begun)
+        starts.append(time.perf_counter() - started)
     return [*rows, {"pipeline": "this project: a new process", "p50 ms": round(1000 * statistics.median(starts))}]
 
 
@@ -449,28 +457,28 @@ def scale(model: str, texts: list[str], arguments: argparse.Namespace, scratch: 
             writer = csv.writer(file)
             writer.writerow(["text"])
             writer.writerows([texts[i % len(texts)]] for i in range(count))
-        line = [sys.executable, str(ROOT / "predict.py"), "--model", model, "--input", str(source), "--output"]
-        begun = time.perf_counter()
-        process = subprocess.Popen([*line, str(scratch / f"{times}.jsonl")], stderr=subprocess.DEVNULL)
+        command = [sys.executable, str(ROOT / "predict.py"), "--model", model, "--input", str(source), "--output"]
+        started = time.perf_counter()
+        process = subprocess.Popen([*command, str(scratch / f"{times}.jsonl")], stderr=subprocess.DEVNULL)
         memory = 0
         while process.poll() is None:
             memory = max(memory, peak_memory(process.pid))
             time.sleep(0.1)
         if process.returncode:
             raise RuntimeError(f"predict.py ended with {process.returncode}")
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - started
         rows.append({"rows": count, "seconds": round(seconds, 1), "peak memory, MiB": round(memory / 1024)})
     return rows
 
 
 def peak_memory(process: int) -> int:
     """Return the peak memory of a Linux process in kB; 0 after its end. `wait4` would include this process's own peak."""
-    found = re.search(r"^VmHWM:\s+(\d+)", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
-    return int(found[1]) if found else 0
+    match = re.search(r"^VmHWM:\s+(\d+)", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
+    return int(match[1]) if match else 0
 
 
 def padding(model: str, texts: list[str], arguments: argparse.Namespace, scratch: Path) -> list[dict]:
-    """Count the tokens of all texts, and the share of padding in this project's batches, which unpadding would save."""
+    """Count the tokens of all texts, and measure the share of padding in this project's batches."""
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=True)
     rows = []
     for count in (arguments.rows, len(texts)):
@@ -486,7 +494,7 @@ def padding(model: str, texts: list[str], arguments: argparse.Namespace, scratch
 
 
 def accuracy(model: str, texts: list[str], arguments: argparse.Namespace, scratch: Path) -> list[dict]:
-    """Measure the accuracy of a trained checkpoint in this project's types and every int8, on the labels of the file."""
+    """Measure the accuracy of a trained checkpoint on the labels of the file: all dtypes of this project, and int8 of the peers."""
     if arguments.model is None:
         return [{"accuracy": "needs --model"}]
     labels = read_column(arguments.texts, "label")
@@ -500,12 +508,13 @@ def accuracy(model: str, texts: list[str], arguments: argparse.Namespace, scratc
     for name, (dtype, _, probabilities) in peers(model, scratch, texts).items():
         if dtype == "int8" or name.startswith("this project"):
             leaves = probabilities(texts)[:, : tree.num_leaves].argmax(1).tolist()
-            right = sum(classes_of_leaves[leaf] == names[label] for leaf, label in zip(leaves, labels, strict=True))
-            rows.append({"pipeline": name, "accuracy, %": round(100 * right / len(labels), 2)})
+            correct = sum(classes_of_leaves[leaf] == names[label] for leaf, label in zip(leaves, labels, strict=True))
+            rows.append({"pipeline": name, "accuracy, %": round(100 * correct / len(labels), 2)})
     return rows
 
 
 def table(rows: list[dict]) -> None:
+    """Print rows as a Markdown table."""
     names = list(rows[0])
     print("| " + " | ".join(names) + " |\n|" + " --- |" * len(names))
     for row in rows:

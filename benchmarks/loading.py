@@ -1,9 +1,9 @@
 """Measure the time to load a checkpoint: ``python benchmarks/loading.py``.
 
 `AutoModel.from_pretrained` loads the adapter form, and for comparison its bare encoder, from a warm disk cache. The encoder has
-the size of BERT base: 110 M random weights. "First load" is in a fresh process that has imported only torch and transformers: the
-time that a user waits. "Load again" is the second load in that process. All variants alternate, so that load on the machine
-affects each. Ratios are those of the medians.
+the size of BERT base: 110 M random weights. "First load" is in a fresh process that has imported only torch and transformers. It
+is the time that a user waits. "Load again" is the second load in that process. All variants alternate, so that load on the machine
+affects each. Ratios are between medians.
 """
 
 import json
@@ -42,7 +42,7 @@ print(json.dumps(seconds))
 
 
 def make(folder: Path) -> dict[str, tuple[Path, dict]]:
-    """Write an encoder and a checkpoint over it. Return what to load, and the arguments."""
+    """Write an encoder and a checkpoint over it. Return the path and the arguments of each load, by name."""
     encoder, checkpoint = folder / "encoder", folder / "checkpoint"
     BertModel(BertConfig(), add_pooling_layer=False).save_pretrained(encoder)
     config = HierarchicalConfig(text_config=BertConfig(), encoder_name_or_path=str(encoder))

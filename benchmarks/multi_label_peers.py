@@ -1,6 +1,6 @@
-"""Train multi-label baselines, and measure them. `quality.py` runs this file, and its docstring names the models.
+"""Train and score multi-label baselines. `quality.py` calls this file, and describes the models in its docstring.
 
-Each peer returns marginal logits u of the validation and test texts, (num_texts, num_nodes), whose sigmoid is P(node).
+Each peer returns marginal logits u of the validation and test texts, (num_texts, num_nodes), whose sigmoids are P(node).
 """
 
 import base64
@@ -60,7 +60,7 @@ TFIDF: dict[str, Any] = {"ngram_range": (1, 2), "sublinear_tf": True, "min_df": 
 STOP_WORDS = (None, "english")
 SVM_STRENGTHS, LOGISTIC_STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0), (1.0, 3.0, 10.0, 30.0, 100.0)  # C
 TREE_STRENGTHS = (10.0, 100.0, 1e3, 1e4)
-MAX_LEAVES = (2, 100)  # below one node of napkinXC's tree: a binary tree, and one node above all labels
+MAX_LEAVES = (2, 100)  # below one node of napkinXC's tree: a binary tree, or one node above all labels
 ADAPTER_RATE, HEAD_RATE = 1e-3, 3e-2
 SPLITS = 100
 PROBABILITIES = ("log_loss", "ece", "ece_by_chance")
@@ -70,18 +70,21 @@ PROBABILITIES = ("log_loss", "ece", "ece_by_chance")
 
 
 def vectors(rows: dict[str, Rows]) -> dict[str | None, dict[str, Any]]:
-    """Return TF-IDF of each split, with each of `STOP_WORDS` left out."""
-    tfidf = {left_out: TfidfVectorizer(**TFIDF, stop_words=left_out).fit(rows["train"][0]) for left_out in STOP_WORDS}
+    """Return TF-IDF vectors of each split, for each choice of `STOP_WORDS`."""
+    tfidf = {words: TfidfVectorizer(**TFIDF, stop_words=words).fit(rows["train"][0]) for words in STOP_WORDS}
     return {
-        left_out: {split: fitted.transform(texts) for split, (texts, _) in rows.items()}
-        for left_out, fitted in tfidf.items()
+        words: {split: fitted.transform(texts) for split, (texts, _) in rows.items()} for words, fitted in tfidf.items()
     }
 
 
 def choose_settings(
     tree: Taxonomy, labels: np.ndarray, grid: Iterable[dict], fit: Callable[..., Logits]
 ) -> tuple[Logits, dict]:
-    """Return the logits and the settings with the best micro-F1 on the validation rows, whose ``labels`` are given."""
+    """Fit each setting of a grid. Return the logits and the settings of best micro-F1 on the validation rows.
+
+    Args:
+        labels: the labels of the validation rows.
+    """
 
     def micro_f1(fitted: tuple[Logits, dict]) -> float:
         closed = maximum_below(tree, fitted[0]["validation"])
@@ -91,6 +94,8 @@ def choose_settings(
 
 
 def one_vs_rest(classifier: type[ClassifierMixin], strengths: tuple[float, ...], **fixed: Any) -> Callable:
+    """Return a peer, see `PEERS`: one classifier per node over TF-IDF."""
+
     def peer(tree: Taxonomy, rows: dict[str, Rows], seed: int, **_: Any) -> tuple[Logits, dict]:
         all_features = vectors(rows)
 
@@ -101,8 +106,8 @@ def one_vs_rest(classifier: type[ClassifierMixin], strengths: tuple[float, ...],
             return {split: model.decision_function(features[split]) for split in SCORED}
 
         grid = (
-            {"stop_words": left_out, "C": strength, "class_weight": weight}
-            for left_out, strength, weight in product(STOP_WORDS, strengths, (None, "balanced"))
+            {"stop_words": words, "C": strength, "class_weight": weight}
+            for words, strength, weight in product(STOP_WORDS, strengths, (None, "balanced"))
         )
         return choose_settings(tree, rows["validation"][1], grid, fit)
 
@@ -121,16 +126,16 @@ def napkinxc(tree: Taxonomy, rows: dict[str, Rows], seed: int, **_: Any) -> tupl
             model = PLT(folder, **settings, seed=seed, threads=1)
             model.fit(features["train"], labels)
             predicted = {split: model.predict_proba(features[split], top_k=tree.num_nodes) for split in SCORED}
-        found = {split: np.zeros(rows[split][1].shape) for split in SCORED}
+        probabilities = {split: np.zeros(rows[split][1].shape) for split in SCORED}
         for split, pairs in predicted.items():
-            for probabilities, pairs_of_text in zip(found[split], pairs, strict=True):
+            for of_text, pairs_of_text in zip(probabilities[split], pairs, strict=True):
                 for node, probability in pairs_of_text:
-                    probabilities[node] = probability
-        return {split: logit(probabilities.clip(1e-9, 1 - 1e-9)) for split, probabilities in found.items()}
+                    of_text[node] = probability
+        return {split: logit(array.clip(1e-9, 1 - 1e-9)) for split, array in probabilities.items()}
 
     grid = (
-        {"stop_words": left_out, "liblinear_c": strength, "max_leaves": most}
-        for left_out, strength, most in product(STOP_WORDS, TREE_STRENGTHS, MAX_LEAVES)
+        {"stop_words": words, "liblinear_c": strength, "max_leaves": most}
+        for words, strength, most in product(STOP_WORDS, TREE_STRENGTHS, MAX_LEAVES)
     )
     return choose_settings(tree, rows["validation"][1], grid, fit)
 
@@ -139,7 +144,7 @@ def napkinxc(tree: Taxonomy, rows: dict[str, Rows], seed: int, **_: Any) -> tupl
 
 
 def is_below(tree: Taxonomy) -> Tensor:
-    """Return whether a node is another one or below it: (num_nodes, num_nodes), of [upper, lower]."""
+    """Return a mask (num_nodes, num_nodes) that is true at [i, j] if node j is node i or a descendant of node i."""
     below = torch.zeros(tree.num_nodes, tree.num_nodes, dtype=torch.bool)
     for node in range(tree.num_nodes):
         below[tree.path(node), node] = True
@@ -147,7 +152,7 @@ def is_below(tree: Taxonomy) -> Tensor:
 
 
 def highest(below: Tensor, scores: Tensor) -> Tensor:
-    """Return the maximum over each node and its descendants, of scores (B, num_nodes)."""
+    """Return the maximum of scores (B, num_nodes) over each node and its descendants."""
     return scores.unsqueeze(1).masked_fill(~below, -torch.inf).amax(-1)
 
 
@@ -159,12 +164,12 @@ class FlatModel(nn.Module):
     """An encoder with a LoRA adapter, and one linear layer over the mean token vector, with binary cross-entropy.
 
     Args:
-        labels: (num_rows, num_nodes), of the training rows. The biases start at the nodes' log-odds among them.
-        below: of `is_below`, for the max constraint and its loss (C-HMCNN, Giunchiglia and Lukasiewicz, 2020), in which a
-            node's positives are explained only by true nodes at or below it. Default: none.
+        labels: labels of the training rows, (num_rows, num_nodes). The biases start at the nodes' log-odds in these rows.
+        below: the mask of `is_below`, for the max constraint loss (C-HMCNN, Giunchiglia and Lukasiewicz, 2020). For a true node,
+            this loss takes the maximum only over true nodes at or below it. None for no constraint.
     """
 
-    accepts_loss_kwargs = False  # else the Trainer passes more than the tokens
+    accepts_loss_kwargs = False  # else the Trainer passes further arguments to forward
 
     def __init__(self, encoder: str, labels: np.ndarray, below: Tensor | None):
         from peft import LoraConfig, get_peft_model
@@ -183,27 +188,29 @@ class FlatModel(nn.Module):
         mask = inputs["attention_mask"].unsqueeze(-1)
         states = self.encoder(**inputs).last_hidden_state.float() * mask
         scores = self.head(states.sum(1) / mask.sum(1)).float()
-        logits = trained = scores if self.below is None else highest(self.below, scores)
+        logits = loss_logits = scores if self.below is None else highest(self.below, scores)
         if labels is None:
             return {"logits": logits}
         if self.below is not None:
-            of_true = highest(self.below, scores.masked_fill(labels == 0, -torch.inf))
-            trained = torch.where(labels == 1, of_true, logits)
-        loss = nn.functional.binary_cross_entropy_with_logits(trained, labels.float())
+            highest_true = highest(self.below, scores.masked_fill(labels == 0, -torch.inf))
+            loss_logits = torch.where(labels == 1, highest_true, logits)
+        loss = nn.functional.binary_cross_entropy_with_logits(loss_logits, labels.float())
         return {"loss": loss, "logits": logits}
 
 
 def flat_lora(maximum: bool = False, refit: bool = False) -> Callable:
+    """Return a peer, see `PEERS`: `FlatModel`, with the max constraint loss if ``maximum``, trained anew on all rows if ``refit``."""
+
     def peer(
         tree: Taxonomy, rows: dict[str, Rows], seed: int, encoder: str, epochs: float, folder: Path, fresh: bool
     ) -> tuple[Logits, dict]:
-        logits, found = fit(tree, rows, seed, encoder, epochs, folder, fresh)
+        logits, settings = fit(tree, rows, seed, encoder, epochs, folder, fresh)
         if refit:
             texts, labels = zip(rows["train"], rows["validation"], strict=True)
-            everything = {"train": ([*chain(*texts)], np.concatenate(labels)), "test": rows["test"]}
+            all_rows = {"train": ([*chain(*texts)], np.concatenate(labels)), "test": rows["test"]}
             again = folder.with_name(f"{folder.name}-again")
-            logits |= fit(tree, everything, seed, encoder, found["epoch"], again, fresh)[0]
-        return logits, found
+            logits |= fit(tree, all_rows, seed, encoder, settings["epoch"], again, fresh)[0]
+        return logits, settings
 
     def fit(
         tree: Taxonomy, rows: dict[str, Rows], seed: int, encoder: str, epochs: float, folder: Path, fresh: bool
@@ -260,16 +267,16 @@ def predict(model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: list[st
     device = next(model.parameters()).device
     encoded = tokenizer(texts, truncation=True)
     order = np.argsort([len(ids) for ids in encoded["input_ids"]])
-    found = []
+    outputs = []
     for rows in np.array_split(order, -(-len(order) // 32)):
         batch = tokenizer.pad(
             {name: [values[row] for row in rows] for name, values in encoded.items()}, return_tensors="pt"
         )
-        found.append(model(**batch.to(device))[output].double().cpu().numpy())
-    return np.concatenate(found)[np.argsort(order)]
+        outputs.append(model(**batch.to(device))[output].double().cpu().numpy())
+    return np.concatenate(outputs)[np.argsort(order)]
 
 
-# With the tree, the rows, the seed, the encoder, the epochs and a folder, they return logits and chosen settings.
+# each takes (tree, rows, seed, encoder, epochs, folder, fresh), and returns logits and the chosen settings
 PEERS: dict[str, Callable[..., tuple[Logits, dict]]] = {
     "tfidf-logistic": one_vs_rest(LogisticRegression, LOGISTIC_STRENGTHS, solver="liblinear"),
     "tfidf-svm": one_vs_rest(LinearSVC, SVM_STRENGTHS),
@@ -284,9 +291,9 @@ PEERS: dict[str, Callable[..., tuple[Logits, dict]]] = {
 
 
 def score_peer(name: str, tree: Taxonomy, rows: dict[str, Rows], **arguments: Any) -> dict[str, Any]:
-    """Train a peer, and return its scores of the test rows."""
+    """Train a peer, and return its scores on the test rows."""
     logits, settings = PEERS[name](tree, rows, **arguments)
-    # closed upwards, as the chosen nodes are
+    # closed upwards, as the predicted nodes are
     threshold = common_threshold(maximum_below(tree, logits["validation"]), rows["validation"][1])
     scores = score(tree, logits["test"], rows["test"][1], threshold)
     if name == "tfidf-svm":  # its logits are margins
@@ -295,7 +302,7 @@ def score_peer(name: str, tree: Taxonomy, rows: dict[str, Rows], **arguments: An
 
 
 def score_checkpoint(folder: Path, tree: Taxonomy, rows: dict[str, Rows], refit: bool) -> dict[str, Any]:
-    """Load a checkpoint as a user does, and return its scores of the test rows. With ``refit``, without those of `answers`."""
+    """Load a checkpoint as a user does, and return its scores on the test rows. With ``refit``, `answers` is not called."""
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
@@ -303,7 +310,7 @@ def score_checkpoint(folder: Path, tree: Taxonomy, rows: dict[str, Rows], refit:
     np.savez_compressed(folder / "decision_logits.npz", **decisions)
     config, u = model.config, marginal_logits(tree, decisions["test"])
     scores = score(tree, u, rows["test"][1], np.array(config.node_thresholds))
-    if refit:  # it was trained on the validation rows
+    if refit:  # the model was trained on the validation rows
         return scores
     labels = np.concatenate([rows[split][1] for split in SCORED])
     uncalibrated = np.concatenate([*decisions.values()]) - np.array(config.node_biases)
@@ -311,7 +318,7 @@ def score_checkpoint(folder: Path, tree: Taxonomy, rows: dict[str, Rows], refit:
 
 
 def score(tree: Taxonomy, u: np.ndarray, labels: np.ndarray, thresholds: np.ndarray | float) -> dict[str, Any]:
-    """Return the scores of the chosen nodes, their bootstrap intervals over texts, and the chosen nodes, packed."""
+    """Return the scores of the predicted nodes, their bootstrap intervals over texts, and the predicted nodes, packed."""
     scores = build_multi_label_metrics(tree, thresholds)(EvalPrediction(u, labels))
     chosen = predict_nodes(tree, expit(u), thresholds)
     ends = bootstrap_intervals(labels, chosen)
@@ -321,7 +328,7 @@ def score(tree: Taxonomy, u: np.ndarray, labels: np.ndarray, thresholds: np.ndar
 
 
 def unpack(choices: str, shape: tuple[int, int]) -> np.ndarray:
-    """Return the chosen nodes, bool of this shape, as `score` packed them."""
+    """Return the predicted nodes that `score` packed, as bool of this shape."""
     bits = np.frombuffer(zlib.decompress(base64.b64decode(choices)), np.uint8)
     return np.unpackbits(bits, count=shape[0] * shape[1]).reshape(shape).astype(bool)
 
@@ -329,29 +336,30 @@ def unpack(choices: str, shape: tuple[int, int]) -> np.ndarray:
 def answers(tree: Taxonomy, scores: np.ndarray, labels: np.ndarray, num_fitted: int) -> dict[str, float]:
     """Measure the answers of a guaranteed recall on random splits of validation and test texts.
 
-    In each split, some texts calibrate the scores and fit the threshold as ``train.py`` does, and the others are answered.
+    In each split, some texts calibrate the scores and fit the threshold as ``train.py`` does. The other texts are scored.
 
     Args:
         scores: (num_texts, num_nodes), conditional and uncalibrated, of the encoder and the lexical head.
         num_fitted: the number of texts that calibrate.
 
     Returns:
-        The mean recall of the splits, its standard deviation, the mean number of nodes, and that of fitted texts with labels.
+        Over the splits: the mean recall and its standard deviation, the mean number of nodes, and the mean number of labelled
+        texts to which the thresholds were fitted.
     """
-    generator, found = np.random.default_rng(0), []
+    generator, by_split = np.random.default_rng(0), []
     for _ in range(SPLITS):
         fitted, scored = np.split(generator.permutation(len(scores)), [num_fitted])
-        given = (tree, scores[fitted], None, labels[fitted])
+        inputs = (tree, scores[fitted], None, labels[fitted])
         thresholds, num_texts = fit_recall_thresholds(
-            calibrate_out_of_fold(fit_multi_label_calibration, *given, fitted), labels[fitted]
+            calibrate_out_of_fold(fit_multi_label_calibration, *inputs, fitted), labels[fitted]
         )
-        u = fit_multi_label_calibration(*given).apply(tree, scores[scored], None)
+        u = fit_multi_label_calibration(*inputs).apply(tree, scores[scored], None)
         measured = recall_scores(u, labels[scored], thresholds[threshold_index(MEASURED_TARGET)])
-        found.append((measured["recall"], measured["nodes"], num_texts))
-    recall, nodes, num_texts = np.mean(found, axis=0)
+        by_split.append((measured["recall"], measured["nodes"], num_texts))
+    recall, nodes, num_texts = np.mean(by_split, axis=0)
     return {
         "splits_answer_recall": recall,
-        "splits_answer_recall_std": np.std(found, axis=0)[0],
+        "splits_answer_recall_std": np.std(by_split, axis=0)[0],
         "splits_answer_nodes": nodes,
         "splits_answer_texts": num_texts,
     }
@@ -365,23 +373,25 @@ def paired_intervals(
     The resamples are shifted to have the difference as mean, as in `evaluation.metrics.bootstrap_intervals`.
 
     Args:
-        own, other: the chosen nodes of each seed, (num_texts, num_nodes) bool. Scores are means over the seeds.
+        own, other: the predicted nodes of each seed, (num_texts, num_nodes) bool. Scores are means over the seeds.
 
     Returns:
         The difference, and the lower and upper end.
     """
     generator, texts = np.random.default_rng(0), len(labels)
     draws = (generator.integers(texts, size=texts) for _ in range(1000))
-    times = np.stack([np.ones(texts), *(np.bincount(rows, minlength=texts) for rows in draws)])  # the first: all texts
+    weights = np.stack(
+        [np.ones(texts), *(np.bincount(rows, minlength=texts) for rows in draws)]
+    )  # first, all texts once
 
     def f1(chosen: np.ndarray) -> np.ndarray:
         true = labels == 1
-        counts = np.stack([times @ pairs.astype(float) for pairs in (true & chosen, chosen, true)])
+        counts = np.stack([weights @ pairs.astype(float) for pairs in (true & chosen, chosen, true)])
         return np.stack([2 * counts[0].sum(1) / counts[1:].sum((0, 2)), np.nanmean(node_f1(counts), axis=1)])
 
     differences = np.mean([f1(chosen) for chosen in own], axis=0) - np.mean([f1(chosen) for chosen in other], axis=0)
-    found = {}
+    intervals = {}
     for name, (difference, *resampled) in zip(("micro_f1", "macro_f1"), differences, strict=True):
         shifted = np.array(resampled) + difference - np.mean(resampled)
-        found[name] = (difference, *np.percentile(shifted, (2.5, 97.5)))
-    return found
+        intervals[name] = (difference, *np.percentile(shifted, (2.5, 97.5)))
+    return intervals

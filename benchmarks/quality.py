@@ -6,10 +6,10 @@
 FOLDER holds ``ohsumed/{train,test,labels}.csv``, ``medical_abstracts/{train,validation,test}.csv``,
 ``hallmarks_of_cancer/{train,validation,test}.jsonl`` with ``taxonomy.json``, and ``ohsumed_multilabel/{train,test}.jsonl``.
 
-Models for one label per text (ohsumed, medical_abstracts):
+Single-path models (ohsumed, medical_abstracts):
 
-- tfidf-svm: a linear SVM over TF-IDF of words and word pairs, by scikit-learn. Strength, class weights and whether stop words
-  are left out are those of best accuracy on the validation rows;
+- tfidf-svm: a linear SVM over TF-IDF of words and word pairs, by scikit-learn. The regularisation, the class weights and the
+  removal of stop words have the best accuracy on the validation rows;
 - hiclass-tfidf: the same for each parent of the taxonomy, by HiClass;
 - hiclass-embeddings: logistic regression over the frozen encoder's mean vectors for each parent, by HiClass;
 - setfit: the encoder fine-tuned on pairs of texts, then logistic regression, by SetFit: `SETFIT_STEPS` steps of 16 pairs,
@@ -28,7 +28,7 @@ The flat peers are trained by ``train.py`` with cross-entropy, the recipe's epoc
 stopping, and are calibrated on the validation rows. The learning rate of flat-full is `FULL_LEARNING_RATE`. All models get
 the same training rows, and the same validation rows if they need any.
 
-Models for multi-label tasks (hallmarks, ohsumed_multilabel), over all nodes, closed upwards:
+Multi-label models (hallmarks, ohsumed_multilabel), over all nodes, closed upwards:
 
 - tfidf-logistic, tfidf-svm: one-vs-rest logistic regression or linear SVM over TF-IDF, by scikit-learn;
 - napkinxc: a probabilistic label tree over TF-IDF, by napkinXC;
@@ -40,15 +40,14 @@ Models for multi-label tasks (hallmarks, ohsumed_multilabel), over all nodes, cl
 - flat-lora-refit: flat-lora, trained anew on training and validation rows for the best number of epochs;
 - lora, qlora, lora-refit, qlora-refit: as above.
 
-The TF-IDF models have the settings of best micro-F1 on the validation rows, such as the strength and whether stop words are left
-out. These rows also select the epoch of the fine-tuned models, which have at most the recipe's epochs and stop early as in
-``train.py``. Each peer has the one threshold of best micro-F1 on the validation rows, the recipe its thresholds of the nodes. The
+The TF-IDF models have the settings of best micro-F1 on the validation rows, such as regularisation and the removal of stop words.
+These rows also select the epoch of the fine-tuned models, which have at most the recipe's epochs and stop early as in
+``train.py``. Each peer has the one threshold of best micro-F1 on the validation rows. The recipe has one threshold per node. The
 difference to the best peer has a paired bootstrap interval.
 
 Finished runs stay in the output file, and are repeated only with ``--fresh``. So an interrupted benchmark continues, also on
-another machine. All scores are for the test file, by one function. With one label per text, it reads each model's predicted leaf,
-and log loss and calibration errors are those that the checkpoint's run measured. Intervals are bootstrap intervals over the
-test rows.
+another machine. All scores are for the test file, by one function. For single-path models, this function reads the predicted leaf,
+and log loss and calibration errors come from the checkpoint's own metrics. Intervals are bootstrap intervals over the test rows.
 """
 
 import argparse
@@ -92,7 +91,7 @@ Predict = Callable[[Any], np.ndarray]
 SINGLE_LABEL_TASKS = ("ohsumed", "medical_abstracts")
 MULTI_LABEL_TASKS = ("hallmarks", "ohsumed_multilabel")
 TASKS = (*SINGLE_LABEL_TASKS, *MULTI_LABEL_TASKS)
-FOLDERS = {"hallmarks": "hallmarks_of_cancer"}  # named otherwise than the task
+FOLDERS = {"hallmarks": "hallmarks_of_cancer"}  # where the name differs from the task's
 SETFIT_STEPS = 500
 FULL_LEARNING_RATE = 1e-4
 NO_CONTRAST = ("--contrastive_steps", "0")
@@ -152,15 +151,16 @@ OWN = (  # from the metrics of a checkpoint
 
 
 def models_of(task: str) -> list[str]:
-    """Return the names of a task's models, in the order of the tables."""
+    """Return the names of all models of a task's kind, in the order of the tables."""
     return [*PEERS, "lora", "qlora", "lora-refit", "qlora-refit"] if task in MULTI_LABEL_TASKS else [*MODELS, *TRAINED]
 
 
 class Task:
-    """The rows, the taxonomy and the names of a task.
+    """The rows, the taxonomy and the recipe of a task.
 
     Attributes:
-        files: of the splits, and of the labels if they are in a file.
+        files: the file of each split that has one.
+        labels: the file that names the labels, or None.
     """
 
     def __init__(self, name: str, data: Path, seed: int):
@@ -177,7 +177,7 @@ class Task:
             self.tree = Taxonomy.from_file(self.labels or folder / "taxonomy.json", self.separator)
 
     def has(self, model: str) -> bool:
-        """Return whether a model is one of the task's. One that is trained as the recipe is anyway is not."""
+        """Return whether a model is compared on this task. Variants that equal the task's recipe are not."""
         gamma = f"-gamma-{self.recipe.get('focal_gamma', 0):g}"
         halves = "-halves" if self.recipe.get("consistency") else "-whole"
         contrast = () if self.recipe.get("contrastive_steps") else ("-no-contrast",)
@@ -201,9 +201,9 @@ class Task:
         names = str(self.labels) if self.labels else json.dumps({str(k): v for k, v in classes.items()})
         files = {f"{name}_file": str(file) for name, file in self.files.items()}
         arguments = DataArguments(**files, class_names=names, label_separator=self.separator)
-        found = load_splits(arguments, self.seed, self.tree).splits[split]
-        labels = list(found["label"])
-        return list(found["text"]), multi_hot(self.tree, labels) if self.is_multi_label else np.array(labels)
+        rows = load_splits(arguments, self.seed, self.tree).splits[split]
+        labels = list(rows["label"])
+        return list(rows["text"]), multi_hot(self.tree, labels) if self.is_multi_label else np.array(labels)
 
 
 def main() -> None:
@@ -228,7 +228,7 @@ def main() -> None:
                 if arguments.fresh or not any(key.items() <= run.items() for run in read(arguments.output)):
                     started = time.time()
                     scores = (multi_label if task.is_multi_label else single_label)(task, model, arguments)
-                    keep(arguments, {**key, **scores, "minutes": (time.time() - started) / 60})
+                    save_run(arguments, {**key, **scores, "minutes": (time.time() - started) / 60})
                     metric = "micro_f1" if task.is_multi_label else "accuracy"
                     print(f"{name}, {model}, seed {seed}: {metric} {scores[metric]:.4f}", flush=True)
     # ── Tables ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -237,9 +237,9 @@ def main() -> None:
         (SHOWN, PARTS, SINGLE_LABEL_TASKS),
         (MULTI_LABEL_SHOWN, MULTI_LABEL_PARTS, MULTI_LABEL_TASKS),
     ):
-        if of_kind := [run for run in results if run["task"] in tasks]:
-            print_table(of_kind, shown)
-            print_ablation(of_kind, parts)
+        if runs := [run for run in results if run["task"] in tasks]:
+            print_table(runs, shown)
+            print_ablation(runs, parts)
     print_answers([run for run in results if "splits_answer_recall" in run])
     for name in filter(MULTI_LABEL_TASKS.__contains__, arguments.task):
         labels = Task(name, arguments.data, arguments.seed[0]).rows("test")[1]
@@ -247,15 +247,15 @@ def main() -> None:
 
 
 def single_label(task: Task, model: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train and score a model for one label per text."""
+    """Train and score a single-path model."""
     if model not in TRAINED:
         return measure(*MODELS[model](task, arguments.encoder), task.tree)
     folder, own = train(task, model, arguments)
     rows = pd.read_csv(folder / "test_predictions.csv", dtype=str, keep_default_na=False)
-    labels, answers = (np.array([*map(task.tree.id, rows[name])]) for name in ("label", "prediction"))
+    labels, predictions = (np.array([*map(task.tree.id, rows[name])]) for name in ("label", "prediction"))
     if model.startswith("flat"):  # its level 1 consists of leaves
         own = {name: value for name, value in own.items() if "level_1" not in name}
-    return measure(labels, answers, task.tree) | own
+    return measure(labels, predictions, task.tree) | own
 
 
 def multi_label(task: Task, model: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -280,19 +280,19 @@ def read(output: Path) -> list[dict]:
     return json.loads(output.read_text(encoding="utf-8"))["results"] if output.exists() else []
 
 
-def keep(arguments: argparse.Namespace, run: dict) -> None:
+def save_run(arguments: argparse.Namespace, run: dict) -> None:
     """Add a run to the output file, replacing an earlier run of the same task, model and seed."""
 
-    def place(other: dict) -> tuple[int, int, int]:
-        return TASKS.index(other["task"]), models_of(other["task"]).index(other["model"]), other["seed"]
+    def key(run: dict) -> tuple[int, int, int]:
+        return TASKS.index(run["task"]), models_of(run["task"]).index(run["model"]), run["seed"]
 
-    results = sorted([*(other for other in read(arguments.output) if place(other) != place(run)), run], key=place)
+    results = sorted([*(other for other in read(arguments.output) if key(other) != key(run)), run], key=key)
     encoder = arguments.encoder_name or Path(arguments.encoder).name
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps({"encoder": encoder, "results": results}, indent=2) + "\n", encoding="utf-8")
 
 
-# ── Peers: each returns leaf ids and answers of the test rows ───────────────────────────────────────────────────────
+# ── Peers: each returns labels and predictions of the test rows, as leaf ids ─────────────────────────────────────────
 
 
 def tfidf_svm(task: Task, encoder: str) -> tuple[np.ndarray, np.ndarray]:
@@ -308,15 +308,15 @@ def best_on_validation(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fit linear SVMs over TF-IDF. Return labels and predictions of the test rows, by the SVM of best validation accuracy."""
     rows = {split: task.rows(split) for split in ("train", "validation", "test")}
-    most_accurate, answers = -1.0, np.array([])
+    best_accuracy, predictions = -1.0, np.array([])
     for features in vectors(rows).values():
         for strength, weight in product(SVM_STRENGTHS, (None, "balanced")):
             svm = LinearSVC(C=strength, class_weight=weight, random_state=task.seed)
             predict = fit(svm, features["train"], rows["train"][1])
             accuracy = float((predict(features["validation"]) == rows["validation"][1]).mean())
-            if accuracy > most_accurate:
-                most_accurate, answers = accuracy, predict(features["test"])
-    return rows["test"][1], answers
+            if accuracy > best_accuracy:
+                best_accuracy, predictions = accuracy, predict(features["test"])
+    return rows["test"][1], predictions
 
 
 def hiclass_embeddings(task: Task, encoder: str) -> tuple[np.ndarray, np.ndarray]:
@@ -324,9 +324,9 @@ def hiclass_embeddings(task: Task, encoder: str) -> tuple[np.ndarray, np.ndarray
 
     body = SentenceTransformer(encoder, device="cpu")
     body.max_seq_length = 512
-    (texts, labels), (others, unseen) = task.rows("train"), task.rows("test")
-    known, others = (body.encode(some, batch_size=16) for some in (texts, others))
-    return unseen, hiclass(task.tree, LogisticRegression(C=10, max_iter=2000), known, labels)(others)
+    (texts, labels), (test_texts, test_labels) = task.rows("train"), task.rows("test")
+    known, unseen = (body.encode(part, batch_size=16) for part in (texts, test_texts))
+    return test_labels, hiclass(task.tree, LogisticRegression(C=10, max_iter=2000), known, labels)(unseen)
 
 
 def hiclass(tree: Taxonomy, classifier: ClassifierMixin, known: np.ndarray, labels: np.ndarray) -> Predict:
@@ -346,7 +346,7 @@ def setfit(task: Task, encoder: str, steps: int = SETFIT_STEPS) -> tuple[np.ndar
     from datasets import Dataset
     from setfit import SetFitModel, Trainer, TrainingArguments
 
-    (texts, labels), (others, unseen) = task.rows("train"), task.rows("test")
+    (texts, labels), (test_texts, test_labels) = task.rows("train"), task.rows("test")
     if has_bf16(cpu=not torch.cuda.is_available()):
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # SetFit's own flag supports only float16
     model = SetFitModel.from_pretrained(encoder)
@@ -363,7 +363,7 @@ def setfit(task: Task, encoder: str, steps: int = SETFIT_STEPS) -> tuple[np.ndar
         train_dataset=Dataset.from_dict({"text": texts, "label": labels}),
     )
     trainer.train()
-    return unseen, np.array(model.predict(others, batch_size=32))
+    return test_labels, np.array(model.predict(test_texts, batch_size=32))
 
 
 MODELS: dict[str, Callable[[Task, str], tuple[np.ndarray, np.ndarray]]] = {
@@ -378,7 +378,7 @@ MODELS: dict[str, Callable[[Task, str], tuple[np.ndarray, np.ndarray]]] = {
 
 
 def train(task: Task, model: str, arguments: argparse.Namespace) -> tuple[Path, dict[str, float]]:
-    """Train by ``train.py``. Return the folder of the run, and the scores that it measured."""
+    """Train with ``train.py``. Return the folder of the run, and the scores in its metrics.json."""
     folder = arguments.runs / f"{task.name}-{model}-{task.seed}"
     if arguments.fresh:  # train.py would resume a finished run
         shutil.rmtree(folder, ignore_errors=True)
@@ -391,12 +391,12 @@ def train(task: Task, model: str, arguments: argparse.Namespace) -> tuple[Path, 
     return folder, {**own, "commit": metrics["environment"]["commit"]}
 
 
-def measure(labels: np.ndarray, answers: np.ndarray, tree: Taxonomy) -> dict[str, float | list[float]]:
-    """Compute the scores that depend only on the predicted leaf."""
+def measure(labels: np.ndarray, predictions: np.ndarray, tree: Taxonomy) -> dict[str, float | list[float]]:
+    """Compute the scores that depend only on the predicted leaf, from leaf ids (num_texts,)."""
     certain = np.full((len(labels), tree.num_leaves), -100.0)
-    certain[np.arange(len(labels)), answers] = 0
+    certain[np.arange(len(labels)), predictions] = 0
     scores = build_compute_metrics(tree)(EvalPrediction(predictions=certain, label_ids=labels))
-    ends = bootstrap_intervals(one_hot(labels, tree.num_leaves), one_hot(answers, tree.num_leaves))
+    ends = bootstrap_intervals(one_hot(labels, tree.num_leaves), one_hot(predictions, tree.num_leaves))
     intervals = {"accuracy_interval": ends["micro_f1"].tolist(), "macro_f1_interval": ends["macro_f1"].tolist()}
     return {
         name: value for name, value in scores.items() if not name.endswith(("log_loss", "ece", "ece_by_chance"))
@@ -472,6 +472,7 @@ def print_rows(header: str, line: str, rows: list[str]) -> None:
 
 
 def spread(values: pd.Series, name: str) -> str:
+    """Format the mean of a score and, if there are several values, its standard deviation."""
     if values.isna().all():
         return ""
     factor, digits = (1, 3) if name.endswith(("log_loss", "ece", "ece_by_chance")) else (100, 1)

@@ -3,8 +3,8 @@
 ``load``    64 concurrent clients, in separate processes, send 2,000 texts: outcome and latency of each request, and the memory
             of the server over time.
 ``speed``   seconds to classify a text of 300 words, and to explain its prediction.
-``blank``   compare baselines of the explanations: the loss of probability when the six words with the largest weights are masked,
-            and the convergence error.
+``blank``   compare baselines of the explanations: the probability that is lost if the six words with the largest weights are
+            masked, and the convergence error.
 """
 
 import argparse
@@ -35,47 +35,47 @@ CLIENTS, REQUESTS, EVERY = 64, 2_000, 250
 
 def texts(words: int | None = None) -> list[str]:
     """Return texts of the synthetic corpus; with ``words``, joined until they have that many words."""
-    found = [row["text"] for row in read_csv(CORPUS / "test.csv")]
+    corpus = [row["text"] for row in read_csv(CORPUS / "test.csv")]
     if words is None:
-        return found
-    return [" ".join(" ".join(found[i : i + 6]).split()[:words]) for i in range(0, 12, 3)]
+        return corpus
+    return [" ".join(" ".join(corpus[i : i + 6]).split()[:words]) for i in range(0, 12, 3)]
 
 
-def ask(address: str, clients: int, requests: int) -> list[tuple[str, float]]:
-    """Send the requests of several clients of one process. Return outcomes and latencies."""
-    some = texts()
+def send_requests(address: str, clients: int, requests: int) -> list[tuple[str, float]]:
+    """Send ``requests`` texts from each of several clients in this process. Return outcomes and latencies in seconds."""
+    corpus = texts()
 
-    def one(number: int) -> list[tuple[str, float]]:
-        told = []
+    def run_client(number: int) -> list[tuple[str, float]]:
+        outcomes = []
         client = Client(address, verbose=False)
         for i in range(requests):
-            since = time.perf_counter()
+            started = time.perf_counter()
             try:
-                found = client.predict(some[(7 * number + i) % len(some)], api_name="/classify")
-                outcome = "answer" if abs(sum(found["levels"][0].values()) - 1) < 1e-3 else "wrong"
+                result = client.predict(corpus[(7 * number + i) % len(corpus)], api_name="/classify")
+                outcome = "answer" if abs(sum(result["levels"][0].values()) - 1) < 1e-3 else "wrong"
             except Exception as error:  # errors of any type are counted by their names
-                said = str(error).lower()
-                outcome = "busy" if "busy" in said or "queue" in said else f"{type(error).__name__}: {error}"
-            told.append((outcome, time.perf_counter() - since))
-        return told
+                message = str(error).lower()
+                outcome = "busy" if "busy" in message or "queue" in message else f"{type(error).__name__}: {error}"
+            outcomes.append((outcome, time.perf_counter() - started))
+        return outcomes
 
     with ThreadPoolExecutor(clients) as pool:
-        return [entry for entries in pool.map(one, range(clients)) for entry in entries]
+        return [entry for entries in pool.map(run_client, range(clients)) for entry in entries]
 
 
 def measure_load(model: str) -> dict:
     print(f"{CLIENTS} clients in two processes; memory after each round of {EVERY} requests")
     with tempfile.TemporaryDirectory() as folder, SpaceServer(model, Path(folder), fresh=True) as server:
-        ask(server.address, 4, 5)  # warm up
-        told, memory = [], [server.memory()]
+        send_requests(server.address, 4, 5)  # warm up
+        finished, memory = [], [server.memory()]
         with ProcessPoolExecutor(2) as processes:
             for _ in range(REQUESTS // EVERY):
                 each = max(EVERY // CLIENTS, 1) + 1
-                rounds = [processes.submit(ask, server.address, CLIENTS // 2, each) for _ in range(2)]
-                told += [entry for some in rounds for entry in some.result()]
+                jobs = [processes.submit(send_requests, server.address, CLIENTS // 2, each) for _ in range(2)]
+                finished += [entry for job in jobs for entry in job.result()]
                 memory.append(server.memory())
-        outcomes = [outcome for outcome, _ in told]
-        seconds = sorted(took for outcome, took in told if outcome == "answer")
+        outcomes = [outcome for outcome, _ in finished]
+        seconds = sorted(latency for outcome, latency in finished if outcome == "answer")
         for outcome in sorted(set(outcomes)):
             print(f"{outcomes.count(outcome):>6,} {outcome}")
         print(f"seconds to an answer: median {seconds[len(seconds) // 2]:.1f}, longest {seconds[-1]:.1f}")
@@ -96,9 +96,9 @@ def measure_speed(model: str) -> list[dict[str, float]]:
     classify_all(classifier, ["A text."], None)
     for text in texts(300):
         since, cpu = time.perf_counter(), time.process_time()
-        found = classify_all(classifier, [text], None)[0]
+        result = classify_all(classifier, [text], None)[0]
         between, cpu_between = time.perf_counter(), time.process_time()
-        explained = explainer.explain(text, found["label"])
+        explained = explainer.explain(text, result["label"])
         after, cpu_after = time.perf_counter(), time.process_time()
         tokens = len(classifier.tokenizer(text, truncation=True)["input_ids"])
         seconds = {"classified": between - since, "explained": after - between}
@@ -115,7 +115,7 @@ def measure_blank(model: str) -> dict[str, dict[str, float]]:
     classifier = load(model, None)
     explainer = Explainer(classifier)
     tokenizer, embeddings = classifier.tokenizer, classifier.model.get_input_embeddings()
-    as_it_is = IntegrationPath.__init__
+    original_init = IntegrationPath.__init__
     vectors = {
         "padding": None,
         "mask": embeddings.weight[tokenizer.mask_token_id],
@@ -126,7 +126,7 @@ def measure_blank(model: str) -> dict[str, dict[str, float]]:
     for name, vector in vectors.items():
 
         def patched(self, model, inputs, blank_ids, vector=vector):
-            as_it_is(self, model, inputs, blank_ids)
+            original_init(self, model, inputs, blank_ids)
             if vector is not None:
                 text = self.first + self.span
                 special = (blank_ids == inputs["input_ids"]).unsqueeze(-1)
@@ -136,8 +136,8 @@ def measure_blank(model: str) -> dict[str, dict[str, float]]:
         IntegrationPath.__init__ = patched
         lost, errors = [], []
         for text in texts()[:20]:
-            found = classify_all(classifier, [text], None)[0]
-            explained = explainer.explain(text, found["label"])
+            result = classify_all(classifier, [text], None)[0]
+            explained = explainer.explain(text, result["label"])
             heaviest = sorted(explained["words"], key=lambda word: -word["weight"])[:6]
             masked = text
             for word in sorted(heaviest, key=lambda word: -word["start"]):
@@ -147,12 +147,12 @@ def measure_blank(model: str) -> dict[str, dict[str, float]]:
                 for level in classify_all(classifier, [masked], None)[0]["levels"]
                 for label, score in level.items()
             }
-            lost.append(found["score"] - after[found["label"]])
+            lost.append(result["score"] - after[result["label"]])
             errors.append(abs(explained["error"]))
         median = statistics.median(errors)
         measured[name] = {"probability_lost": statistics.mean(lost), "error": median, "largest_error": max(errors)}
         print(f"| {name} | {statistics.mean(lost):.3f} | {median:.4f} | {max(errors):.4f} |", flush=True)
-    IntegrationPath.__init__ = as_it_is
+    IntegrationPath.__init__ = original_init
     return measured
 
 

@@ -1,15 +1,15 @@
 """Measure speed and memory of training beside peers: ``python benchmarks/training.py --encoder FOLDER [--parts speed …]``.
 
-Speed: documents a second over a sample of a training file with the file's distribution of lengths. Every measurement is a
-fresh process that trains the sample once to warm up and once for the clock. Peers alternate in every round, so that load on the
-machine affects all; compare ratios of medians. The peers, all with AdamW and 23 classes:
+Speed: documents per second over a sample of a training file with the file's distribution of lengths. Every measurement is a
+fresh process that trains on the sample once to warm up and once for the measurement. Peers alternate in every round, so that load
+on the machine affects all; compare ratios of medians. The peers, all with AdamW and 23 classes:
 
 - run_classification: the transformers example script of that name. Every weight is trained, in float32, with the encoder's
   dropout, in random order, padded to the longest text of the batch.
-- hand-written loop: as in tutorials. float32, padded to 256, gradient checkpointing, embeddings and the lower 80 % of the
+- hand-written loop: a loop as in tutorials. float32, padded to 256, gradient checkpointing, embeddings and the lower 80 % of the
   layers frozen (rounded down), dropout.
-- plain bf16 LoRA: as a careful user writes it. PEFT over the unquantized encoder, bfloat16 autocast, no dropout, sorted by
-  length, torch's SDPA.
+- plain bf16 LoRA: a loop as a careful user writes it. PEFT over the unquantized encoder, bfloat16 autocast, no dropout, sorted
+  by length, torch's SDPA.
 - compiled bf16 LoRA: the same through torch.compile, forward and backward, for batches of any shape. The warm-up compiles.
 - LoRA, QLoRA: this project's trainer with its default settings, over an unquantized or a 4-bit encoder.
 
@@ -222,7 +222,7 @@ def work(
 
 
 def largest_costs(train: Callable[[], None]) -> dict[str, float]:
-    """Return the five operators with the largest self time, and their shares of the total."""
+    """Return the five operators with the largest self time, and the share of each in the total."""
     from torch.profiler import profile
 
     with profile() as profiled:
@@ -233,6 +233,7 @@ def largest_costs(train: Callable[[], None]) -> dict[str, float]:
 
 
 def synchronize() -> None:
+    """Wait until the GPU, if there is one, has finished."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -274,7 +275,7 @@ def ours(
     batch: int,
     gradient_checkpointing: bool,
 ) -> Callable[[], None]:
-    """Train with this project's trainer and its defaults."""
+    """Return a function that trains with this project's trainer and its defaults."""
     from datasets import Dataset
     from transformers import DataCollatorWithPadding
 
@@ -305,7 +306,7 @@ def ours(
 
 
 def run_classification(encoder: str, tokenizer: object, ids: list[list[int]], labels: list[int]) -> Callable[[], None]:
-    """Train with the stock Trainer and the stock classifier."""
+    """Return a function that trains with the Trainer and the classifier of transformers."""
     from datasets import Dataset
     from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
@@ -320,7 +321,7 @@ def run_classification(encoder: str, tokenizer: object, ids: list[list[int]], la
 
 
 def loop(model: torch.nn.Module, batches: list[dict], autocast: bool) -> Callable[[], None]:
-    """Run a plain training loop over given batches."""
+    """Return a function that runs a plain training loop over given batches."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)

@@ -38,7 +38,7 @@ def main() -> None:
     is_folder = predictions != arguments.predictions or Path(predictions).is_dir()
     outputs = find_sources(f"{glob.escape(predictions)}/part-*" if is_folder else predictions)
     inputs = find_all_sources(arguments.input, arguments.input_format)
-    rows = dict(heapq.nlargest(arguments.count, uncertainties(outputs), key=itemgetter(1)))  # of equal rows, the first
+    rows = dict(heapq.nlargest(arguments.count, uncertainties(outputs), key=itemgetter(1)))  # in ties, the first
     texts = texts_of(inputs, arguments.text_column, rows, sum(1 for _ in uncertainties(outputs))) if inputs else {}
     # texts are always quoted: they may hold a lone carriage return
     writer = csv.writer(sys.stdout, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
@@ -68,7 +68,7 @@ def uncertainties(outputs: list[Source]) -> Iterator[tuple[int, float]]:
 def texts_of(
     inputs: list[Source], text_column: str | None, rows: Collection[int], num_predicted: int
 ) -> dict[int, str | None]:
-    """Return the texts of these rows. InputError: the input does not have one readable row for each prediction."""
+    """Return the texts of these rows, by number. Raise InputError unless each prediction has one readable row of the input."""
     texts, readable = {}, 0
     for number, record in enumerate(read_records(inputs, text_column, None)):
         readable += record.problem is None

@@ -25,7 +25,7 @@ from errors import ArgumentParser, InputError, as_input_error, exit_with_error
 
 
 def configuration(checkpoint: str) -> str:
-    """Return the labelling configuration, whose choices are the labels of the nodes."""
+    """Return the labelling configuration as XML. The choices are the labels of the nodes."""
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=True)
     if config.model_type != HierarchicalConfig.model_type:
         raise ValueError("it is not a checkpoint of this project")
@@ -41,12 +41,17 @@ def configuration(checkpoint: str) -> str:
 
 
 def training_row(task: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the training row of an exported task, or None if it has no label."""
-    annotations = [one for one in task["annotations"] if not one.get("was_cancelled")]
+    """Return the training row of an exported task, or None if no annotation counts, or a single-label task has no label.
+
+    Raises:
+        InputError: a single-label task has several labels.
+    """
+    annotations = [annotation for annotation in task["annotations"] if not annotation.get("was_cancelled")]
     if not annotations:
         return None
-    latest = max(annotations, key=lambda one: one.get("updated_at") or "")
-    paths = [path for one in latest["result"] or [] if one["type"] == "taxonomy" for path in one["value"]["taxonomy"]]
+    latest = max(annotations, key=lambda annotation: annotation.get("updated_at") or "")
+    results = [result for result in latest["result"] or [] if result["type"] == "taxonomy"]
+    paths = [path for result in results for path in result["value"]["taxonomy"]]
     deepest = (path[-1] for path in paths if not any(path == other[: len(path)] for other in paths if other != path))
     labels = [*dict.fromkeys(deepest)]
     if "labels" in task["data"]:

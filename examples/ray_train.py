@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# before it is imported: it advises to install kernels from the Hub, whose code is not pinned
+# before its import, which logs advice to install kernels from the Hub, whose code is not pinned
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 from transformers import Trainer, TrainerCallback
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
 
     if min(given.workers, given.cpus_per_worker) < 1:
         raise InputError("--workers and --cpus_per_worker must be at least 1")
-    # nodes of a cluster have declared their cores; here, Ray takes what the workers are to have
+    # the nodes of a cluster have declared their cores; a local Ray declares what the workers need
     cores = {"num_cpus": given.workers * given.cpus_per_worker} if given.address == "local" else {}
     environment = {"env_vars": {"PYTHONPATH": str(ROOT)}, "worker_process_setup_hook": name_own_cluster}
     with as_input_error(f"cannot use the Ray cluster {given.address}"):
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
         ),
         run_config=RunConfig(
             failure_config=FailureConfig(MAX_FAILURES),
-            callbacks=[TellFailures()],
+            callbacks=[ReportFailures()],
             logging_config=LoggingConfig("CRITICAL"),  # else each failure is shown with several tracebacks
         ),
     )
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
 
 
 def name_own_cluster() -> None:
-    """Name the cluster to Ray Train. It would ask another one on the same machine for its run, and end it as lost."""
+    """Set RAY_ADDRESS to this cluster. Ray Train could look for the run in another cluster of the machine, and end it as lost."""
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 
 
@@ -86,7 +86,7 @@ def run_worker(settings: dict[str, Any]) -> None:
 
 
 def prepare(trainer: Trainer) -> Trainer:
-    """Add the report to Ray. Its own `prepare_trainer` only replaces the data loaders of Ray data sets."""
+    """Add the callback that reports scores to Ray. Ray's own `prepare_trainer` only replaces the data loaders of Ray data sets."""
     trainer.add_callback(ReportScores())
     return trainer
 
@@ -98,8 +98,8 @@ class ReportScores(TrainerCallback):
         report(metrics)
 
 
-class TellFailures(UserCallback):
-    """Show why workers failed. An error that the user has to correct ends the run: restarted workers would meet it again."""
+class ReportFailures(UserCallback):
+    """Print why workers failed. An error that the user must correct ends the run, because restarted workers would fail again."""
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         import train

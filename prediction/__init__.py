@@ -1,1 +1,1 @@
-"""The parts of predict.py: records, model, rows in four formats, a restartable output on disks and in stores, the Ray job."""
+"""Implement predict.py: read records, run the model here or on Ray, and write rows to an output that can be resumed."""

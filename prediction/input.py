@@ -1,4 +1,4 @@
-"""Read the input files as records: a text, its id, and the line where it begins."""
+"""Read the input files as records, each with a text, an id and a line number."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,11 @@ class Record:
 
 
 def read_records(sources: Sequence[Source], text_column: str | None, id_column: str | None) -> Iterator[Record]:
-    """Yield the rows of all sources, in order. Without a text column, find one by its name, in each source separately."""
+    """Yield a record for each row of all sources, in order. Without a text column, find one by its name in each source.
+
+    Raises:
+        InputError: a source cannot be read, or lacks a column.
+    """
     sizes = [source.size for source in sources]
     bytes_before, total = 0, sum(sizes)
     for source, size in zip(sources, sizes, strict=True):
@@ -43,7 +47,7 @@ def read_records(sources: Sequence[Source], text_column: str | None, id_column: 
 
 
 def json_id(value: Any) -> tuple[Any, str | None]:
-    """Convert an id to a JSON value, and return its problem or None. Infinity, dates and bytes become strings, NaN None."""
+    """Return an id as a JSON value, and its problem or None. Infinity, dates and bytes become strings; NaN becomes None."""
     if isinstance(value, dict | list):
         return None, "the id is neither text nor a number"
     if isinstance(value, bytes):

@@ -1,7 +1,7 @@
-"""Multiply in 8 bits on CPUs, by the oneDNN operators into which torch.compile translates quantized layers.
+"""Run linear layers in 8 bits on CPUs, with the oneDNN operators that torch.compile generates for quantized layers.
 
-A weight has one scale for each output, and an input has one for each token. So a text is rounded in the same way in every batch, and
-no example texts are needed.
+Weights have one scale for each output, and inputs have one for each token. So the rounding of a text does not depend on its
+batch, and no calibration texts are needed.
 """
 
 import logging
@@ -14,8 +14,8 @@ from errors import one_line
 logger = logging.getLogger(__name__)
 
 ONEDNN = torch.ops.onednn
-LARGEST_INT8 = 127  # the largest absolute value of 8 bits with a sign
-ZERO_POINT = 128  # inputs have no sign: with one, oneDNN falls back to its slow reference code
+LARGEST_INT8 = 127  # symmetric: -128 is not used
+ZERO_POINT = 128  # inputs are unsigned: for signed inputs, oneDNN falls back to its slow reference code
 
 
 def has_int8_products() -> bool:
@@ -40,14 +40,14 @@ class Int8Linear(nn.Module):
         self.scales = scales_of(weight)[:, 0]
         self.zero_points = torch.zeros(linear.out_features, dtype=torch.int32)
         rounded = (weight / self.scales[:, None]).round().to(torch.int8)
-        self.packed = ONEDNN.qlinear_prepack(rounded, None)  # in oneDNN's order of this processor
+        self.packed = ONEDNN.qlinear_prepack(rounded, None)  # in oneDNN's memory layout for this processor
         bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
         self.bias = bias.to(linear.weight.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         tokens = input.flatten(0, -2).float()  # torch rounds float32 faster than bfloat16
         scales = scales_of(tokens)
-        # through int8, because torch converts to uint8 without vector instructions; the sum wraps around
+        # by way of int8, because torch converts to uint8 without vector instructions; adding the zero point wraps around
         rounded = (tokens / scales).round_().to(torch.int8).view(torch.uint8).add_(ZERO_POINT)
         weight = (self.packed, self.scales, self.zero_points)
         products = ONEDNN.qlinear_pointwise(
@@ -58,7 +58,7 @@ class Int8Linear(nn.Module):
 
 
 def quantize(encoder: nn.Module, kind: type[nn.Module] = Int8Linear) -> None:
-    """Replace the linear layers of a float32 or bfloat16 encoder, in place."""
+    """Replace each linear layer of a float32 or bfloat16 encoder by ``kind(layer)``, in place."""
     for module in encoder.modules():
         for name, layer in module.named_children():
             if isinstance(layer, nn.Linear):
@@ -66,6 +66,6 @@ def quantize(encoder: nn.Module, kind: type[nn.Module] = Int8Linear) -> None:
 
 
 def scales_of(rows: Tensor) -> Tensor:
-    """Return the step of 8-bit numbers that reach each row's largest absolute value, (num_rows, 1)."""
+    """Return the quantization step of each row, (num_rows, 1): its largest absolute value over 127, and more than 0."""
     largest = torch.maximum(rows.amax(1, keepdim=True), -rows.amin(1, keepdim=True))  # without a copy of all rows
     return largest.div_(LARGEST_INT8).clamp_min_(torch.finfo(rows.dtype).tiny)

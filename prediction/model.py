@@ -29,15 +29,18 @@ KEPT_MEMORY = (32 * 2**20, 2**30, 64 * 2**20)  # arguments of `keep_memory`, whi
 
 
 class Model:
-    """A checkpoint on the GPU or the cores of one process.
+    """A checkpoint that one process runs on the GPU or the CPU.
 
     Args:
         arguments: the flags of predict.py; ``revision`` is a commit, or None for a folder.
         gpu: whether to load the model on the GPU.
 
     Attributes:
-        row_format: of the output.
+        row_format: the columns and the writers of the output.
         description: what predictions depend on, except flags and texts: dtype, weights, device and torch.
+
+    Raises:
+        InputError: the checkpoint cannot be loaded, or a CSV output cannot hold its labels.
     """
 
     def __init__(self, arguments: Namespace, gpu: bool):
@@ -86,26 +89,29 @@ class Model:
             yield block, self.predict(block)
 
 
-def read_costs(word: str | None) -> tuple[str | dict | None, str | None]:
-    """Return the value of ``--costs`` as an argument of the pipeline, and a description that changes with a file's content.
+def read_costs(flag: str | None) -> tuple[str | dict | None, str | None]:
+    """Parse ``--costs``. Return the pipeline's argument, and a description that changes with the content of a file.
 
     The file is read here, because the nodes of a cluster may not have it.
+
+    Raises:
+        InputError: the file cannot be read, or the flag has another form.
     """
-    if word is None or word == "distance":
-        return word, word
-    if word.endswith(".csv"):
+    if flag is None or flag == "distance":
+        return flag, flag
+    if flag.endswith(".csv"):
         with as_input_error("--costs"):
-            table = read_cost_table(word)
+            table = read_cost_table(flag)
         return table, hashlib.sha256(json.dumps(table).encode()).hexdigest()
-    pairs = [pair.partition("=") for pair in word.split(",")]
+    pairs = [pair.partition("=") for pair in flag.split(",")]
     if sorted(name for name, _, _ in pairs) != ["inventing", "missing"]:
-        raise InputError(f"--costs {word}: give distance, a .csv file, or missing=NUMBER,inventing=NUMBER")
-    return {name: cost for name, _, cost in pairs}, word
+        raise InputError(f"--costs {flag}: give distance, a .csv file, or missing=NUMBER,inventing=NUMBER")
+    return {name: cost for name, _, cost in pairs}, flag
 
 
 def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
     """Load the checkpoint as a pipeline, or raise InputError."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # before it is imported: it warns of kernels
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # before its import, which warns about kernels
     keep_memory(*KEPT_MEMORY)
     if dtype == "int8" and gpu:
         raise InputError("--dtype int8 is for CPUs: give bf16 or fp32")
@@ -133,7 +139,7 @@ def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
         if arguments.backend == "openvino":
             from prediction.openvino import OpenVinoEncoder, convert
 
-            # the pipeline makes a mask in any case
+            # the pipeline always passes a mask
             names = [*{*classifier.tokenizer.model_input_names, "attention_mask"}]
             converted = convert(classifier.model.encoder, names, dtype == "int8")
             classifier.model.encoder = OpenVinoEncoder(converted, operation_dtype(dtype))
@@ -163,13 +169,13 @@ def choose_dtype(gpu: bool) -> str:
 
 
 def operation_dtype(dtype: str) -> torch.dtype:
-    """Return the dtype of the encoder's operations. Around 8-bit products it is the faster one on this machine."""
+    """Return the dtype of the encoder's operations. With int8, all other operations use the faster dtype of this machine."""
     is_bf16 = has_bf16(cpu=True) if dtype == "int8" else dtype == "bf16"
     return torch.bfloat16 if is_bf16 else torch.float32
 
 
 def fingerprint(model: str, revision: str | None, encoder: Path | None) -> str:
-    """Hash the files of a checkpoint, and of the encoder that an adapter needs."""
+    """Return a hash of a checkpoint's model files, and of its encoder's files if the encoder is in a folder."""
     folder = Path(cached_file(model, "config.json", revision=revision)).parent
     # without card, scores and plots, which may be absent from the Hub's cache
     hashes = [sha256(folder / name for name in list_files(folder, MODEL_FILES))]

@@ -1,4 +1,4 @@
-"""Run an encoder by OpenVINO (``predict.py --backend openvino``)."""
+"""Run an encoder with OpenVINO (``predict.py --backend openvino``)."""
 
 import contextlib
 import io
@@ -22,8 +22,8 @@ class OpenVinoEncoder(nn.Module):
     """An encoder that OpenVINO runs on a CPU. Each thread has its own request.
 
     Args:
-        converted: by `convert`.
-        dtype: of the operations, a key of `PRECISIONS`. 8-bit weights are multiplied in 8 bits with either.
+        converted: the result of `convert`.
+        dtype: the dtype of the operations, a key of `PRECISIONS`. With either, 8-bit weights are multiplied in 8 bits.
         hint: "THROUGHPUT" for many batches at a time, or "LATENCY".
     """
 
@@ -65,7 +65,7 @@ def convert(encoder: PreTrainedModel, names: Sequence[str], int8: bool = False) 
     example = {name: torch.ones(2, 7, dtype=torch.long) for name in names}
     sizes = {name: {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO} for name in names}
     try:
-        with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):  # of torch: warnings, and graphs that fail
+        with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):  # torch prints warnings, and graphs that fail
             return openvino.convert_model(torch.export.export(encoder, (), example, dynamic_shapes=sizes))
     except Exception as error:  # the exporter raises anything on an encoder that it cannot trace
         problem = f"OpenVINO cannot run {type(encoder).__name__} ({type(error).__name__})"

@@ -1,10 +1,10 @@
-"""Write an output in blocks, so that a killed process can continue.
+"""Write an output in blocks, so that a killed run can be resumed.
 
 Worth knowing:
 
-1. Each finished block of rows is a file in ``<output>.parts``, or in ``.parts`` inside an output folder, which may be a disk of
-   its own. At the end these files are joined to the output, and deleted. A file's name follows from its rows, so a block that is
-   classified twice is in the output once.
+1. Each finished block of rows is a file in the folder ``<output>.parts``. For an output folder, ``.parts`` is inside it, because
+   the folder may be a disk of its own. At the end the blocks are joined into the output, and deleted. A block's name follows from
+   its rows, so a block that is classified twice is in the output once.
 2. The file of a block holds the options, a digest of its input rows, and a checksum of its content. All three are checked when
    it is read.
 3. The output is one file, or a folder of files with about 100,000 rows each. The folder's manifest is written last: an output
@@ -41,7 +41,7 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Block:
-    """Records that follow one another in the input."""
+    """At most `ROWS` consecutive records of the input."""
 
     index: int
     records: list[Record]
@@ -52,13 +52,13 @@ class Block:
         return self.index * ROWS
 
     def digest(self) -> str:
-        """Return a hash of the records, by which a continued run knows its input again."""
+        """Return a hash of the records, by which a resumed run detects that its input has changed."""
         content = repr([(r.source, r.line, r.id, r.text, r.problem) for r in self.records])
         return hashlib.sha256(content.encode()).hexdigest()
 
 
 class RestartableOutput:
-    """An output, the file that lists its unreadable rows, and the folder of its finished blocks.
+    """Write an output, a file that lists its unreadable rows, and a folder of finished blocks.
 
     Args:
         name: a file or, with a slash at its end, a folder; a path or URL.
@@ -123,12 +123,15 @@ class RestartableOutput:
         predict_blocks: Callable[[Iterator[Block]], Iterable[tuple[Block, Rows]]],
         bar: tqdm,
     ) -> None:
-        """Write the missing blocks. Raise InputError if a block is damaged, or is of other options or another input.
+        """Predict and write the blocks that are missing.
 
         Args:
             options: everything that the predictions depend on, except the texts.
             predict_blocks: takes blocks; yields them, in any order, with their output rows.
             bar: counts the rows. Its total is the estimated number of all rows.
+
+        Raises:
+            InputError: a finished block is damaged, or was written with other options or for another input.
         """
         existing, is_finished = self.store.names(self.parts), self.store.exists(self.marker)
         num_read, num_kept = 0, 0
@@ -165,7 +168,7 @@ class RestartableOutput:
 
         Args:
             open_rows: `prediction.rows.RowFormat.open`.
-            manifest: what a folder's manifest says of input and model.
+            manifest: the entries of a folder's manifest about input and model.
         """
         folder, size = self.store.new_folder(self.parts), BLOCKS_PER_FILE if self.is_folder else len(self.headers)
         new, new_errors = folder / f"output{self.kind}", folder / "errors.jsonl"
@@ -195,7 +198,7 @@ class RestartableOutput:
         return num_problems
 
     def _files(self, ours: bool = True) -> list[str]:
-        """Return the files of rows in the folder, or those of other programs, whose readers would take them together."""
+        """Return the part files of an output folder: ours, or those of other programs, which readers would mix with ours."""
         names = sorted(self.store.names(self.name)) if self.is_folder else []
         rows = [name for name in names if name.startswith("part-")]
         return [f"{self.name}/{name}" for name in rows if ours == bool(re.fullmatch(r"part-\d{5,}\.[a-z.]+", name))]
@@ -231,7 +234,7 @@ class RestartableOutput:
                 f"{self.parts} was started with another {', '.join(changed)}: give the same, or --overwrite"
             )
         if header["digest"] != expected["digest"]:
-            raise InputError(f"the input changed since {self.parts} was begun: --overwrite starts from the beginning")
+            raise InputError(f"the input changed since {self.parts} was started: give --overwrite to start again")
         lines = [f"{line}\n" for line in lines]
         return lines[: header["rows"]], lines[header["rows"] :]
 

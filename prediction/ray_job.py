@@ -2,12 +2,13 @@
 
 Worth knowing:
 
-1. All state is in the driver's output (`prediction.output`). So a lost actor or node costs the blocks that it had, a killed
-   driver continues like any other run, and no disk is shared.
-2. While blocks wait, the driver requests twice the actors that fit. An autoscaling cluster adds nodes for the pending ones.
-3. An actor has two blocks: one is computed while the other is on its way. The driver holds no others, so its memory does not
-   grow with the input.
-4. All actors must describe their model alike. Otherwise the output would mix, say, bfloat16 and float32.
+1. All state is in the driver's output (`prediction.output`). If an actor or a node is lost, only its unfinished blocks are
+   repeated. A killed driver is resumed like any other run. No shared disk is needed.
+2. While blocks wait, the driver requests twice as many actors as the cluster has room for. An autoscaling cluster adds nodes for
+   the pending actors.
+3. An actor has at most two blocks: one is computed while the other is in transit. The driver holds no others, so its memory does
+   not grow with the input.
+4. All actors must report the same model description. Otherwise the output could mix, for example, bfloat16 and float32.
 """
 
 import os
@@ -34,8 +35,8 @@ from prediction.output import Block, Rows
 from prediction.rows import RowFormat
 
 BLOCKS_PER_ACTOR = 2
-POLL_SECONDS = 3  # between two looks at the cluster
-MAX_DEATHS = 5  # of the workers of a block, or of workers that load the model, one after the other
+POLL_SECONDS = 3  # between two checks of the cluster
+MAX_DEATHS = 5  # of workers on one block, or of workers that load the model, in a row; then the run ends
 SHIPPED = ("*_hierarchical.py", "checkpoint_files.py", "errors.py", "files.py", "machine.py", "prediction", "reading")
 
 
@@ -52,7 +53,7 @@ class Classifier:
             raise InputError(f"node {node} has no folder {arguments.model}: {remedy}")
         if gpus and not torch.cuda.is_available():
             raise InputError(f"node {node}: its torch {torch.__version__} cannot use a GPU")
-        # the first load on a node writes the checkpoint's code into this folder, and the others would read parts of it
+        # the first load on a node writes the checkpoint's code into this folder; without a lock, others read partial files
         os.makedirs(HF_MODULES_CACHE, exist_ok=True)
         try:
             with FileLock(Path(HF_MODULES_CACHE) / "predict.lock"):
@@ -66,7 +67,7 @@ class Classifier:
 
 
 class RayJob:
-    """Actors on a cluster, with the attributes and methods of `prediction.model.Model`. A context manager.
+    """Classify on the actors of a cluster: a context manager with the attributes and methods of `prediction.model.Model`.
 
     Args:
         arguments: the flags of predict.py; ``revision`` is a commit, or None for a folder.
@@ -77,11 +78,11 @@ class RayJob:
         model = os.path.abspath(arguments.model) if is_folder else arguments.model
         self._arguments = Namespace(**{**vars(arguments), "model": model, "model_folder": is_folder})
         self._actors: dict[Any, deque[tuple[Any, Block]]] = {}  # the references and blocks of their tasks
-        self._starting: dict[Any, tuple[Any, int]] = {}  # by the reference of `load`: actors, and failed starts before
+        self._starting: dict[Any, tuple[Any, int]] = {}  # by the reference of `load`: the actor, and earlier failures
         self._tasks: dict[Any, Any] = {}  # actors by the reference of a task
         self._waiting: deque[Block] = deque()
         self._deaths: Counter[int] = Counter()  # by the index of a block
-        self._failed_starts, self._next_look = 0, 0.0
+        self._failed_starts, self._next_check = 0, 0.0
         self.description: dict[str, Any] = {}
 
     def __enter__(self) -> "RayJob":
@@ -112,7 +113,7 @@ class RayJob:
         ray.shutdown()
 
     def predict_blocks(self, blocks: Iterator[Block]) -> Iterator[tuple[Block, Rows]]:
-        """Yield each block with its output rows, as they are finished. Blocks of lost actors go to others."""
+        """Yield each block with its output rows as soon as it is finished. The blocks of lost actors go to other actors."""
         while True:
             for depth in range(BLOCKS_PER_ACTOR):  # first one block for every actor, then a second one
                 for actor, tasks in self._actors.items():
@@ -139,7 +140,7 @@ class RayJob:
         self._tasks[task] = actor
 
     def _receive(self) -> Iterator[tuple[Block, Rows]]:
-        """Wait for tasks, yield the blocks and rows of those that ended, and take note of actors that started or died."""
+        """Wait for tasks. Yield the blocks and rows of finished tasks, and record the actors that started or died."""
         finished, _ = ray.wait([*self._tasks, *self._starting], timeout=POLL_SECONDS)
         for task in finished:
             try:
@@ -155,7 +156,7 @@ class RayJob:
                 self._check(*result)
                 self._actors[self._starting.pop(task)[0]] = deque()
                 self._failed_starts = 0
-            elif task in self._tasks:  # otherwise its actor was lost just now, and its block waits again
+            elif task in self._tasks:  # else its actor was lost in this loop, and the block waits again
                 tasks = self._actors[self._tasks.pop(task)]
                 block = next(block for other, block in tasks if other == task)
                 tasks.remove((task, block))
@@ -163,18 +164,18 @@ class RayJob:
                 give_back_memory()
 
     def _lose(self, task: Any, error: RayError) -> None:
-        """Forget the actor of a task, and have its blocks wait again. Raise InputError if this happens time after time."""
-        self._next_look = 0.0
+        """Remove the lost actor of a task, and queue its blocks again. Raise InputError after `MAX_DEATHS` deaths."""
+        self._next_check = 0.0
         if task in self._starting:
             actor, failures = self._starting.pop(task)
             ray.kill(actor)
-            # those that started together may have died together, with their node: they count once
+            # actors that started together may have died with their node: they count as one failure
             self._failed_starts += failures == self._failed_starts
             if self._failed_starts == MAX_DEATHS:
                 raise InputError(f"workers die while they load the model, {MAX_DEATHS} in a row: {one_line(error)}")
         elif task in self._tasks:
             actor = self._tasks[task]
-            ray.kill(actor)  # it may only be out of reach
+            ray.kill(actor)  # it may be alive, but unreachable
             tasks = self._actors.pop(actor)
             for other, block in reversed(tasks):
                 del self._tasks[other]
@@ -190,7 +191,7 @@ class RayJob:
                 )
 
     def _check(self, node: str, description: dict[str, Any], rows: RowFormat) -> None:
-        """Take the first actor's description for all. Raise InputError if another actor's is different."""
+        """Store the first actor's description. Raise InputError if the description of another actor differs."""
         if not self.description:
             self.description, self.row_format = description, rows
         for name, value in self.description.items():
@@ -199,9 +200,9 @@ class RayJob:
                 raise InputError(f"node {node} has another {name}, {description[name]}, not {value}: {remedy}")
 
     def _grow(self) -> None:
-        """Ask for actors, every few seconds."""
-        if time.monotonic() > self._next_look:
-            self._next_look = time.monotonic() + POLL_SECONDS
+        """Request more actors, at most once every `POLL_SECONDS`."""
+        if time.monotonic() > self._next_check:
+            self._next_check = time.monotonic() + POLL_SECONDS
             resources = ray.cluster_resources()
             room = min(int(resources.get(kind, 0) / number) for kind, number in self._needs.items() if number)
             for _ in range(2 * max(room, 1) - len(self._actors) - len(self._starting)):
@@ -213,7 +214,7 @@ class RayJob:
         self._starting[actor.load.remote(self._arguments, cpus, gpus)] = actor, self._failed_starts
 
     def _shrink(self) -> None:
-        """Stop the actors that have nothing left to do."""
+        """Stop the actors that are starting or idle, once no block waits."""
         for task in [*self._starting]:
             ray.kill(self._starting.pop(task)[0])
         for actor in [actor for actor, tasks in self._actors.items() if not tasks]:
@@ -222,7 +223,7 @@ class RayJob:
 
 
 def refuse_closed_port(address: str) -> None:
-    """Raise OSError if nothing listens at an address with a port. Ray would try for minutes."""
+    """Raise OSError if an address has a port and nothing listens there. Ray itself would retry for minutes."""
     host, _, port = address.rpartition("/")[2].rpartition(":")
     if port.isdigit():
         socket.create_connection((host, int(port)), timeout=10).close()
@@ -232,7 +233,7 @@ def connect(address: str) -> str | None:
     """Connect to a cluster, or start one on this machine if the address is ``local``, and return its dashboard's address."""
     quiet = {"log_to_driver": False, "logging_level": "error"}
     if address == "local":
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report them to its makers
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # otherwise Ray reports usage to its developers
         return ray.init("local", num_cpus=torch.get_num_threads(), **quiet).dashboard_url
     refuse_closed_port(address)
     modules = [str(path) for pattern in SHIPPED for path in sorted(ROOT.glob(pattern))]

@@ -1,7 +1,7 @@
-"""The output's columns, and writers for JSON Lines, CSV, Parquet and tasks of Label Studio.
+"""Build output rows from predictions, and write them as JSON Lines, CSV, Parquet or tasks of Label Studio.
 
 A task is a JSON object that holds the row, its text, and the prediction as a pre-annotation:
-https://labelstud.io/guide/predictions. No other output holds texts.
+https://labelstud.io/guide/predictions. The other formats do not contain texts.
 """
 
 import csv
@@ -24,7 +24,7 @@ from reading.stores import is_url
 TASKS = ".tasks.json"
 OUTPUTS = (".jsonl", ".csv", ".parquet", TASKS)
 DIGITS = 6
-ROW_GROUP_BYTES = 2**26  # of a Parquet file; one group a block would make the footer as large as the rows
+ROW_GROUP_BYTES = 2**26  # of a Parquet file; one group per block would make the footer as large as the rows
 SEPARATORS = {"path": " > ", "answer": " | ", "labels": "; ", "scores": "; "}  # in the cells of a CSV file
 
 
@@ -34,7 +34,7 @@ class RowFormat:
     Args:
         arguments: the flags of predict.py.
         config: the configuration of the checkpoint.
-        version: of the model, for tasks; None for rows.
+        version: the model's version, for tasks; None for other formats.
     """
 
     def __init__(self, arguments: Namespace, config: Any, version: str | None):
@@ -81,32 +81,35 @@ class RowFormat:
         return row if self.version is None else self.task(row, record.text, prediction)
 
     def task(self, row: dict[str, Any], text: str | None, prediction: dict[str, Any]) -> dict[str, Any]:
-        """Build a task with the predicted paths. Its score is the probability of the least certain one."""
+        """Build a task with the predicted paths. Its score is the lowest probability of a predicted node."""
         predicted = prediction["labels"] if "labels" in row else [prediction]
-        paths = [[node["label"] for node in one["path"]] for one in predicted]
+        paths = [[step["label"] for step in node["path"]] for node in predicted]
         choice = {"from_name": "taxonomy", "to_name": "text", "type": "taxonomy", "value": {"taxonomy": paths}}
         annotation: dict[str, Any] = {"model_version": self.version, "result": [choice] if paths else []}
         if paths:
-            annotation["score"] = round(min(one["score"] for one in predicted), DIGITS)
+            annotation["score"] = round(min(node["score"] for node in predicted), DIGITS)
         return {"data": {"text": text, **row}, "predictions": [annotation]}
 
     def entropies(self, levels: list[dict[str, float]]) -> list[float]:
-        """Return what the decisions of each level add to the entropy of a prediction, in nats.
+        """Compute the contribution of each level's decisions to the entropy of a prediction, in nats.
 
-        For single-path models a decision is the choice among siblings. The sum over levels is the entropy of the leaf, by the
-        chain rule (Cover and Thomas, 2006, "Elements of Information Theory", theorem 2.5.1). For multi-label models
-        each node is a yes or no given its parent. Then the sum is the entropy of the set of nodes, if siblings are
-        independent given their parent, as the model's decisions are.
+        For single-path models, a decision is the choice among siblings. The sum over levels is the entropy of the leaf, by the
+        chain rule (Cover and Thomas, 2006, "Elements of Information Theory", theorem 2.5.1). For multi-label models, a decision
+        is whether a text has a node, given its parent. Siblings are independent given their parent, so the sum is the entropy of
+        the set of nodes.
+
+        Args:
+            levels: for each level, from the roots down, the probability of every node by label.
         """
-        reached, entropies = dict[str | None, float]({None: 1.0}), []
+        probabilities, entropies = dict[str | None, float]({None: 1.0}), []
         for level in levels:
             entropies.append(0.0)
             for label, probability in level.items():
-                above = reached[self.parents.get(label)]
-                entropies[-1] += above * entropy_term(probability / above if above else 0.0)
+                of_parent = probabilities[self.parents.get(label)]
+                entropies[-1] += of_parent * entropy_term(probability / of_parent if of_parent else 0.0)
                 if "labels" in self.types:
-                    entropies[-1] += above * entropy_term(1 - probability / above if above else 0.0)
-            reached.update(level.items())
+                    entropies[-1] += of_parent * entropy_term(1 - probability / of_parent if of_parent else 0.0)
+            probabilities.update(level.items())
         return entropies
 
     @contextmanager
@@ -161,13 +164,13 @@ class RowFormat:
         return pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(self.types))
 
 
-def entropy_term(share: float) -> float:
-    """Return -p · log(p) in nats, 0 for a share p of 0. Rounding may have left it outside of 0 and 1."""
-    return -share * math.log(share) if 0 < share < 1 else 0.0
+def entropy_term(p: float) -> float:
+    """Return -p · log(p) in nats. It is 0 for p = 0, and where rounding left p outside of [0, 1]."""
+    return -p * math.log(p) if 0 < p < 1 else 0.0
 
 
 def file_name(output: str) -> str:
-    """Return the name of an output; of a URL, the part before its query."""
+    """Return the name of an output. The query of a URL is removed."""
     return output.partition("?")[0] if is_url(output) else output
 
 

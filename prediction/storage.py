@@ -1,4 +1,4 @@
-"""Where an output is kept: on this machine's disk, or in an object store. A file is whole or absent in both."""
+"""Store the files of an output on this machine's disk or in an object store. In both, a file is complete or absent."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ from reading.stores import path_of
 
 
 class Disk:
-    """This machine's disk. Files are flushed before they are renamed, and a lock keeps other processes out."""
+    """Store files on this machine's disk. Files are flushed before they are renamed, and a lock keeps other processes out."""
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
@@ -59,7 +59,7 @@ class Disk:
         return Path(name).read_bytes()
 
     def put(self, new: Path, name: str) -> None:
-        """Move a file that is complete to its name."""
+        """Rename a complete file to its final name."""
         os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
         flush_to_disk(new)
         new.replace(name)
@@ -85,9 +85,9 @@ def flush_to_disk(path: Path) -> None:
 
 
 class Bucket:
-    """An object store, whose objects appear when their upload is complete. Its names are URLs without a query.
+    """Store files in an object store, whose objects appear when their upload is complete. Names are URLs without a query.
 
-    It has no lock. Two processes that write one output have the same options, or `output` refuses the other's parts.
+    There is no lock. If two processes write one output with different options, `prediction.output` refuses the other's blocks.
     """
 
     def __init__(self, filesystem: Any):
@@ -127,13 +127,13 @@ class Bucket:
     def put(self, new: Path, name: str) -> None:
         from pyarrow.fs import LocalFileSystem, copy_files
 
-        # one call, which Ctrl+C does not interrupt: a stream that is closed early leaves a part of the object
+        # one call, which Ctrl+C does not interrupt: closing a stream early would store a partial object
         with as_input_error(f"--output {name}"):
             copy_files(str(new), path_of(name), LocalFileSystem(), self._filesystem, chunk_size=2**23)
         new.unlink()
 
     def sync(self, folder: str) -> None:
-        pass  # an object that can be seen is stored
+        pass  # a visible object is already stored
 
     def delete(self, name: str) -> None:
         if self.exists(name):

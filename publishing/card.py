@@ -282,7 +282,7 @@ def metadata(facts: dict[str, Any]) -> ModelCardData:
 
 
 def eval_results(facts: dict[str, Any]) -> list[EvalResult]:
-    """Build the entries of ``model-index``. Their data set is the split's source, or the source of the rows it was split from."""
+    """Build the entries of ``model-index``. Each names the source of its split, or of the rows that the split was taken from."""
     sources = {source["split"]: source for source in facts["report"]["sources"]}
     results = []
     for split, values in facts["scores"].items():

@@ -12,7 +12,7 @@ def describe_environment(device: torch.device | str) -> dict[str, Any]:
     """Describe the machine as ``hardware`` (text) and ``versions`` (by library), without names of hosts or users.
 
     Args:
-        device: of training. With data parallelism, every process is assumed to have an equal device.
+        device: the device of training. With data parallelism, all processes are assumed to have equal devices.
     """
     device = torch.device(device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -2,8 +2,8 @@
 
 Optimum, text-embeddings-inference and transformers.js look for ``onnx/model.onnx`` beside config.json. transformers.js also
 looks for ``onnx/model_quantized.onnx``. The inputs are the tokenizer's, (batch, length) of any size up to the model's limit. The
-output is ``logits``, (batch, num_leaves), whose softmax is the distribution over the leaves. For multi-label models it is
-(batch, num_nodes), and its sigmoids are the nodes' probabilities.
+output is ``logits``, (batch, num_leaves), whose softmax is the distribution over the leaves. For multi-label models, the logits
+are (batch, num_nodes), and their sigmoids are the probabilities of the nodes.
 """
 
 import json
@@ -47,7 +47,7 @@ def export_merged(folder: Path, output: Path) -> None:
 
 
 def load_merged(folder: Path) -> HierarchicalForSequenceClassification:
-    """Load a checkpoint in float32, its adapter merged, or raise InputError."""
+    """Load a checkpoint in float32 with its adapter merged, or raise InputError."""
     with as_input_error(f"cannot load {folder}"):
         return HierarchicalForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
 
@@ -77,7 +77,7 @@ def quiet_logs() -> Iterator[None]:
 def export_onnx(folder: Path, output: Path) -> dict[str, Path]:
     """Write a checkpoint as `ONNX_FILE` and, with int8 weights, as `QUANTIZED_ONNX_FILE` below a folder. An adapter is merged.
 
-    `TRUNCATION_FILE` has the tokenizer's limit, as sentence-transformers writes it. Paths are returned by name.
+    `TRUNCATION_FILE` has the tokenizer's limit, in the format of sentence-transformers. Return the paths by these names.
 
     Raises:
         InputError: a package is missing, the encoder cannot be exported, or probabilities change by more than 1e-3, or
@@ -90,7 +90,7 @@ def export_onnx(folder: Path, output: Path) -> dict[str, Path]:
     except ImportError as error:
         raise InputError(f"--onnx needs pip install onnx onnxscript onnxruntime ({one_line(error)})") from error
     model = load_merged(folder).eval()
-    model.encoder.set_attn_implementation("eager")  # of SDPA, four more operations on the scores would be exported
+    model.encoder.set_attn_implementation("eager")  # SDPA would export four more operations on the scores
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     names = list(dict.fromkeys([*tokenizer.model_input_names, "attention_mask"]))
     tokenized = tokenizer(TEXTS, padding=True, return_attention_mask=True, return_tensors="pt")
@@ -117,7 +117,7 @@ def export_onnx(folder: Path, output: Path) -> dict[str, Path]:
             problem = f"{type(model.encoder).__name__} cannot be exported ({type(error).__name__})"
             raise InputError(f"--onnx: {problem}: publish without --onnx") from error
         # With a scale for each column, decisions change a third as often as with one scale (benchmarks/studies/quantized.py).
-        # Sums of 8-bit products overflow on processors without VNNI, those of 7-bit weights do not.
+        # Without VNNI, sums of products with 8-bit weights overflow, and sums of products with 7-bit weights do not.
         quantize_dynamic(file, quantized, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
 
     for exported, tolerance in ((file, ONNX_TOLERANCE), (quantized, QUANTIZED_TOLERANCE)):
@@ -130,7 +130,7 @@ def export_onnx(folder: Path, output: Path) -> dict[str, Path]:
 
 
 def largest_gap(file: Path, model: HierarchicalForSequenceClassification, tokenizer: Any, names: list[str]) -> float:
-    """Return the largest difference of a probability between an ONNX file and the model, on several shapes."""
+    """Return the largest difference between a probability of an ONNX file and of the model, over batches of several shapes."""
     import onnxruntime
 
     probabilities = torch.sigmoid if model.config.is_multi_label else partial(torch.softmax, dim=-1)

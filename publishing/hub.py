@@ -69,7 +69,7 @@ def log_in(api: HfApi) -> tuple[str, ...]:
     except HUB_ERRORS as error:
         if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
             raise InputError("the Hub does not know the token (of HF_TOKEN or of the login): make a new one") from error
-        raise InputError(f"cannot ask the Hub whose token this is: {describe_hub_error(error)}") from error
+        raise InputError(f"cannot check the token on the Hub: {describe_hub_error(error)}") from error
     except UnicodeEncodeError as error:
         raise InputError("the Hub token has characters that no token has, such as typographic quotes") from error
     token = who.get("auth", {}).get("accessToken", {})
@@ -123,9 +123,9 @@ def find_target(
     except RevisionNotFoundError as error:
         if create_pr:
             raise InputError(f"--revision {branch}: {repo_id} has no such branch to open a pull request on") from error
-        # else `publish` creates the branch from the default branch, whose state `current` still is
+        # `publish` creates the branch from the default branch, so `current` stays the state of the default branch
     except HUB_ERRORS as error:
-        raise InputError(f"cannot look at {repo_id}: {describe_hub_error(error)}") from error
+        raise InputError(f"cannot read the repository {repo_id}: {describe_hub_error(error)}") from error
 
     # ── Check what the repository holds ──────────────────────────────────────────────────────────────────────────────
     if private and not info.private:
@@ -139,7 +139,7 @@ def find_target(
 
 
 def is_ours(api: HfApi, target: Target) -> bool:
-    """Return whether a repository holds a model or a Space of this project."""
+    """Return whether a repository holds a model or a Space of this project. Raise InputError if it cannot be read."""
     is_model = target.repo_type == "model"
     name = "config.json" if is_model else "README.md"
     if name not in target.files:
@@ -153,7 +153,7 @@ def is_ours(api: HfApi, target: Target) -> bool:
     except (ValueError, AttributeError, TypeError):  # not JSON, not a mapping, or not a card
         return False
     except HUB_ERRORS as error:
-        raise InputError(f"cannot look at {target.repo_id}: {describe_hub_error(error)}") from error
+        raise InputError(f"cannot read the repository {target.repo_id}: {describe_hub_error(error)}") from error
 
 
 def publish(
@@ -194,7 +194,13 @@ def publish(
 def commit_operations(
     files: Mapping[str, Path | bytes], repo_files: Iterable[str], our_patterns: tuple[str, ...]
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """Return the operations that add files, by path in the repository, and delete our files of an earlier version."""
+    """Return the operations that add files, and delete stale files of an earlier version.
+
+    Args:
+        files: paths or contents, by path in the repository.
+        repo_files: the paths that the repository holds now.
+        our_patterns: patterns of the paths that this project writes; no other file is deleted.
+    """
     stale = [name for name in filter_repo_objects(repo_files, allow_patterns=list(our_patterns)) if name not in files]
     return [CommitOperationAdd(*file) for file in files.items()] + [CommitOperationDelete(name) for name in stale]
 

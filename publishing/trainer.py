@@ -1,8 +1,8 @@
-"""A Trainer that publishes checkpoints of this project, during and after training.
+"""Publish checkpoints during and after training, with a subclass of the Trainer.
 
 The Trainer of transformers copies only the files that it knows, and rewrites README.md. It uploads every file of the folder,
-possibly in several commits. This one makes one commit of the files of a checkpoint and our card. A checkpoint to resume
-from is published without its pickles.
+possibly in several commits. `PublishingTrainer` makes one commit, with the files of a checkpoint and this project's card. A
+checkpoint to resume from is published without its pickles.
 """
 
 import logging
@@ -27,12 +27,12 @@ PICKLES = ["*.pt", "*.pth", "*.bin", "*.pkl"]
 
 
 class PublishingTrainer(Trainer):
-    """A Trainer that pushes the files of a checkpoint and its card, which ``write_card`` writes into a folder, to the Hub."""
+    """Push the files of a checkpoint to the Hub, with the card that ``write_card`` writes into a folder."""
 
     write_card: Callable[[Path], None]
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        self.hub = HfApi(token=token or self.args.hub_token)  # one client, so that its uploads are queued
+        self.hub = HfApi(token=token or self.args.hub_token)  # one client, which queues all uploads
         try:
             super().init_hf_repo(token, private)
             if self.args.hub_revision is not None and self.is_world_process_zero():
@@ -51,7 +51,7 @@ class PublishingTrainer(Trainer):
         return self._commit(commit_message, {})
 
     def _commit(self, message: str, folders: dict[str, Path]) -> CommitInfo:
-        """Commit the output folder's checkpoint, and further folders by their path, to the branch ``--hub_revision``."""
+        """Commit the output folder's checkpoint, and ``folders`` by path in the repository, to the branch ``--hub_revision``."""
         output = Path(self.args.output_dir)
         files = published_files(output)
         for place, folder in folders.items():

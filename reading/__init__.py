@@ -1,1 +1,1 @@
-"""One reader of files for all commands and the Space. It imports nothing of this repository and is published with the Space."""
+"""Read files, for all commands and the Space. It imports nothing else of this repository, because the Space publishes a copy."""

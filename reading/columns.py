@@ -11,13 +11,16 @@ from .rows import InputError, looks_like_name, quote_name
 TEXT_COLUMNS = ("medical_abstract", "abstract", "text", "sentence", "content", "document", "body")
 LABEL_COLUMNS = ("condition_label", "label", "labels", "category", "class", "condition_name")
 MAX_LISTED = 20
-MIN_SHARE = 0.5  # of the rows must have a column, or its name is not matched
+MIN_SHARE = 0.5  # of the rows that must have a column, for a candidate name to match it
 
 
 def find_column(columns: Mapping[str, float], requested: str | None, candidates: Sequence[str]) -> str | None:
-    """Return the requested one of `Rows.columns`, which must match up to Unicode's normal forms, or None.
+    """Return the name of the requested column, or None if it is missing.
 
-    Without one, return the first candidate that is present; case and surrounding white space are ignored.
+    Args:
+        columns: `Rows.columns`.
+        requested: a name that must match exactly, up to Unicode normalization. None to search for the candidates.
+        candidates: names in order of preference, without regard to case and surrounding white space.
     """
     if requested in columns:
         return requested
@@ -32,9 +35,14 @@ def find_column(columns: Mapping[str, float], requested: str | None, candidates:
 def choose_columns(
     sources: Mapping[str, Mapping[str, float]], requested: str | None, candidates: Sequence[str], flag: str
 ) -> list[str]:
-    """Return one column for each source, given their `Rows.columns`: the requested one, or the first candidate that all have.
+    """Return one column for each source: the requested one, or the first candidate that all sources have.
 
-    Raise InputError if a source lacks the column. Messages name the flag that requests it.
+    Args:
+        sources: `Rows.columns` of each source, by name.
+        flag: the flag that requests a column, for messages.
+
+    Raises:
+        InputError: a source lacks the column.
     """
     for candidate in candidates if requested is None else [requested]:
         matches = [find_column(columns, requested, [candidate]) for columns in sources.values()]
@@ -57,7 +65,7 @@ def choose_columns(
 
 
 def join_labels(labels: Iterable[str]) -> str:
-    """Join labels by ``; `` for a cell, as ``train.py --label_delimiter ";"`` reads them. One that holds ``;`` needs a JSON list."""
+    """Join labels by ``; ``, as ``train.py --label_delimiter ";"`` reads a cell. If a label contains ``;``, make a JSON list."""
     labels = list(labels)
     return json.dumps(labels, ensure_ascii=False) if any(";" in label for label in labels) else "; ".join(labels)
 
@@ -72,9 +80,9 @@ def text_problem(value: Any) -> str | None:
 
 
 def is_blank(text: str) -> bool:
-    """Return whether a text has nothing to read.
+    """Return whether a text has no readable character.
 
-    It holds only spaces, control and format characters, accents without a letter, and U+FFFD, which replaces lost characters.
+    Unreadable are spaces, control and format characters, combining accents, and U+FFFD, which replaces lost characters.
     """
     return all(character == "\ufffd" or unicodedata.category(character)[0] in "CMZ" for character in text)
 

@@ -11,7 +11,7 @@ from pyarrow import types
 from .rows import Fault, InputError, Raw, Row, Rows, quote_name
 
 FOREIGN = (pyarrow.ArrowException, UnicodeDecodeError, OSError)  # for a damaged file, or one that is not Parquet
-UNREADABLE = (pyarrow.ArrowException, KeyError, OSError, OverflowError, ValueError)  # a value without Python equivalent
+UNREADABLE = (pyarrow.ArrowException, KeyError, OSError, OverflowError, ValueError)  # for values Python cannot hold
 BYTES_AT_ONCE = 2**23  # of a column; without it, pyarrow reads the column's part of a whole row group
 ROWS_PER_BATCH = 16  # a value that is stored once is decoded for every row, so small batches bound the memory
 
@@ -57,4 +57,4 @@ def _value(scalar: pyarrow.Scalar) -> Any:
     except UnicodeDecodeError:
         return Fault("text that is not UTF-8")
     except UNREADABLE:
-        return Fault("what cannot be read, such as a time beyond the year 9999")
+        return Fault("a value that cannot be read, such as a time beyond the year 9999")

@@ -8,7 +8,7 @@ Worth knowing:
    an integer beside nulls stays an integer.
 4. Text is UTF-8, with or without a byte order mark. Lines end with \\n, \\r\\n or \\r. Blank lines are not rows.
 5. CSV and TSV rows are quoted as in RFC 4180. A stray quotation mark swallows rows; the problem names their lines.
-6. Memory holds a few rows, or the first 1,024 of JSON Lines. Only ``json`` is read whole.
+6. Memory holds a few rows, or the first 1,024 of JSON Lines. Only a ``json`` file is loaded completely.
 7. Messages show no values. They show the name of a column only if it looks like a name.
 """
 
@@ -31,7 +31,7 @@ TOO_DEEP = "nested too deeply"
 
 
 class InputError(ValueError):
-    """Input of the user that cannot be used. The message is one line: what, where, and what to do."""
+    """User input that cannot be used. The message is one line: what, where, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that is accepted of a source; None means any number."""
+    """The limits of a source. None means no limit."""
 
     bytes: int | None = None  # of the file, decompressed; for Parquet, of the requested columns, decoded
     rows: int | None = None
@@ -163,8 +163,8 @@ class Rows:
         others = {";": "semicolons", "|": "pipes", **({"\t": "tabs"} if self.kind == "csv" else {",": "commas"})}
         mark = next((mark for mark in others if mark in header[0]), None) if len(header) == 1 else None
         if mark and all(map(looks_like_name, header[0].split(mark))):
-            wanted = "commas" if self.kind == "csv" else "tabs"
-            raise InputError(f"{self.name} is separated by {others[mark]}: a .{self.kind} file needs {wanted}")
+            expected = "commas" if self.kind == "csv" else "tabs"
+            raise InputError(f"{self.name} is separated by {others[mark]}: a .{self.kind} file needs {expected}")
         self.set_columns(header)
         return (Row(n, {} if bad else dict(zip(header, fields, strict=True)), bad) for n, fields, bad in rows)
 
@@ -226,7 +226,7 @@ Line = tuple[int, str, str | None]  # number from 1, content with its line end, 
 
 
 def _lines(stream: io.TextIOWrapper, limit: int) -> Iterator[Line]:
-    """Yield all lines. One of ``limit`` or more characters is skipped, and has a problem in place of its content."""
+    """Yield all lines. The content of a line of ``limit`` or more characters is replaced by a problem."""
     number = 0
     while text := stream.readline(limit):
         number += 1
@@ -247,7 +247,7 @@ def has_surrogate(text: str) -> bool:
 
 
 class RowLines:
-    """The lines that the csv module reads, with the first and last line of the current row, and its first problem."""
+    """Iterate over lines for the csv module, and keep the current row's first and last line number and first problem."""
 
     def __init__(self, lines: Iterator[Line], limit: int):
         self._lines, self._limit, self.number, self.last = lines, limit, 0, ""
@@ -292,8 +292,8 @@ def _delimited(lines: RowLines, separator: str) -> Iterator[tuple[int, list[str]
         if not problem and len(fields) < 2 and not lines.last.strip():
             continue  # a blank line
         width = width or len(fields)
-        if not problem and separator == "\t" and any(takes_in_rows(cell, i, width) for i, cell in enumerate(fields)):
-            problem = "a stray quotation mark takes in the rows below it"
+        if not problem and separator == "\t" and any(swallows_rows(cell, i, width) for i, cell in enumerate(fields)):
+            problem = "a stray quotation mark swallows the rows below it"
         if not problem and len(fields) != width:
             problem = f"{len(fields)} fields, where the header has {width}"
         if problem and lines.number > lines.begin:
@@ -301,15 +301,15 @@ def _delimited(lines: RowLines, separator: str) -> Iterator[tuple[int, list[str]
         yield lines.begin, fields, problem
 
 
-def takes_in_rows(cell: str, place: int, fields: int) -> bool:
-    """Return whether the TSV cell at a place of a row began with a stray quotation mark and swallowed the rows below.
+def swallows_rows(cell: str, index: int, fields: int) -> bool:
+    """Return whether a TSV cell, at an index of its row, began with a stray quotation mark and swallowed the rows below.
 
-    The tabs in the lines of the cell tell: a swallowed row has as many as any other row.
+    The decision is by the tabs in each line of the cell, because a swallowed row has as many tabs as any other row.
     """
     if fields < 2 or ("\n" not in cell and "\r" not in cell):
         return False
     first, *others = (line.count("\t") for line in re.split("\r\n|\r|\n", cell))
-    rest = fields - 1 - place  # fields of its own row that the cell swallowed first
+    rest = fields - 1 - index  # fields of its own row that the cell swallowed first
     return first == rest if rest else all(tabs == fields - 1 for tabs in others)
 
 
@@ -355,7 +355,7 @@ def _object_row(number: int, value: Any) -> Row:
         json.dumps(value, ensure_ascii=False, default=_raise).encode()
     except Fault as fault:
         problem = str(fault)
-    except UnicodeEncodeError:  # JSON can escape it, and UTF-8 cannot encode it
+    except UnicodeEncodeError:  # JSON has an escape for half of a pair, and UTF-8 has no encoding
         problem = "half of a surrogate pair, which is not a character"
     except RecursionError:
         problem = TOO_DEEP

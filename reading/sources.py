@@ -31,7 +31,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        """Its name in messages and outputs. Bytes of a path that are not UTF-8 are escaped."""
+        """The name for messages and outputs. Bytes of a path that are not UTF-8 are escaped."""
         path = without_query(self.path)
         return "standard input" if path == "-" else os.fsencode(path).decode(errors="backslashreplace")
 
@@ -40,8 +40,10 @@ def find_sources(pattern: str, kind: str | None = None) -> list[Source]:
     """Return the files of a path, URL, pattern or folder, in sorted order. ``-`` is standard input.
 
     A pattern is, for example, ``part-*.csv`` or ``**/*.csv``. A folder stands for its files of all `KINDS`, except hidden ones
-    and those that begin with ``_``. The kind overrides the one that the file names imply. InputError is raised if no file
-    matches, or the kind is unknown.
+    and those that begin with ``_``. A given ``kind`` overrides the kinds that the file names imply.
+
+    Raises:
+        InputError: no file matches, or the kind is unknown.
     """
     pattern = pattern.removeprefix("file://")
     if pattern == "-":
@@ -53,8 +55,8 @@ def find_sources(pattern: str, kind: str | None = None) -> list[Source]:
         filesystem, files, is_folder = find_files(pattern)
     else:
         names = glob.glob(os.path.join(glob.escape(pattern), "*") if is_folder else pattern, recursive=True)
-        if lost := next((name for name in names if os.path.islink(name) and not os.path.exists(name)), None):
-            raise InputError(f"{lost}: this link points to no file")
+        if broken := next((name for name in names if os.path.islink(name) and not os.path.exists(name)), None):
+            raise InputError(f"{broken}: this link points to no file")
         names = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, names))
         files = [(name, os.path.getsize(name)) for name in names]
     if is_folder:
@@ -63,15 +65,15 @@ def find_sources(pattern: str, kind: str | None = None) -> list[Source]:
         files = [(path, size) for path, size in files if not path.rpartition("/")[2].startswith((".", "_"))]
         files = [(path, size) for path, size in files if kind or path.lower().endswith(SUFFIXES)]
     if not files:
-        problem = f"there is no {'file of a known kind in it' if is_folder else 'such file'}"
-        if not is_folder and os.path.exists(pattern):  # as <(command) gives it
+        problem = "it contains no file of a known format" if is_folder else "there is no such file"
+        if not is_folder and os.path.exists(pattern):  # such as <(command)
             problem = "it is not a regular file; pipe its content to standard input (-)"
         raise InputError(f"{without_query(pattern)}: {problem}")
     return [Source(path, kind or kind_of(path), filesystem, size) for path, size in files]
 
 
 def find_all_sources(patterns: Iterable[str], kind: str | None = None) -> list[Source]:
-    """Return the files of several patterns, each once, although a link may give it another name."""
+    """Return the files of several patterns. A file that links give several names is returned once."""
     unique: dict[str, Source] = {}
     for source in (source for pattern in patterns for source in find_sources(pattern, kind)):
         unique.setdefault(os.path.realpath(source.path) if source.filesystem is None else source.path, source)
@@ -84,7 +86,8 @@ def kind_of(path: str) -> str:
     name = path.lower()
     kind = Path(name.removesuffix(".gz")).suffix.removeprefix(".")
     if kind not in KINDS:
-        raise InputError(f"{path}: its name does not tell its kind, one of {', '.join(f'.{kind}' for kind in KINDS)}")
+        endings = ", ".join(f".{kind}" for kind in KINDS)
+        raise InputError(f"{path}: unknown format: the name must end in one of {endings}")
     if kind == "parquet" and name.endswith(".gz"):
         raise InputError(f"{path}: a Parquet file is read from its end, so unpack it first")
     return kind
@@ -123,7 +126,7 @@ class Table:
 
 
 def read_table(source: Source, requested: Sequence[str] | None = None) -> Table:
-    """Read columns of a source, by default all, into memory. Raise InputError if there are none, or one cannot be read."""
+    """Read columns of a source, by default all, into memory. Raise InputError if there are no rows, or a row cannot be read."""
     lines: list[int] = []
     with open_rows(source) as rows:
         columns: dict[str, list[Any]] = {name: [] for name in (rows.columns if requested is None else requested)}

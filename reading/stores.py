@@ -1,7 +1,7 @@
-"""Files in object stores and other file systems by URL: ``s3://``, ``gs://``, ``hf://datasets/...``, and what fsspec knows.
+"""Find and open files by URL: ``s3://``, ``gs://``, ``hf://datasets/...``, and other protocols of fsspec.
 
-pyarrow serves the stores that it knows, which honours, for example, ``AWS_ENDPOINT_URL``. Credentials come from the
-environment or from the files of the store's own tools, never from the URL, which is shown in messages.
+pyarrow opens the stores that it supports, and honours, for example, ``AWS_ENDPOINT_URL``. fsspec opens the others. Credentials
+come from the environment or from the files of the store's own tools, never from the URL, which is shown in messages.
 """
 
 import re
@@ -21,7 +21,11 @@ def is_url(name: str) -> bool:
 
 
 def connect(url: str) -> tuple[Any, str]:
-    """Return the pyarrow file system of a URL, and the URL as it is shown: without a query, and not quoted."""
+    """Return the pyarrow file system of a URL, and the URL for messages: without a query, and not quoted.
+
+    Raises:
+        InputError: the URL holds credentials, or the store cannot be used.
+    """
     from pyarrow.fs import FileSystem  # lazily, because pyarrow is slow to import
 
     scheme, _, rest = url.partition("://")
@@ -73,12 +77,12 @@ def find_files(url: str) -> tuple[Any, list[tuple[str, int]], bool]:
             fixed = next(i for i, part in enumerate(parts) if re.search("[*[]", part))
             recursive = fixed < len(parts) - 1 or parts[-1] == "**"
             selector = FileSelector("/".join(parts[:fixed]), recursive=recursive, allow_not_found=True)
-            infos = [one for one in filesystem.get_file_info(selector) if matches(one.path.split("/"), parts)]
+            infos = [found for found in filesystem.get_file_info(selector) if matches(found.path.split("/"), parts)]
         else:
             infos = [info]
-    infos = [one for one in infos if one.type == FileType.File]
-    # servers may not tell a size; a file of 0 bytes would be left out
-    files = sorted((url_of(scheme, one.path), 1 if one.size is None else one.size) for one in infos)
+    infos = [found for found in infos if found.type == FileType.File]
+    # servers may not report a size; a file of 0 bytes would be skipped as empty
+    files = sorted((url_of(scheme, found.path), 1 if found.size is None else found.size) for found in infos)
     return filesystem, files, info.type == FileType.Directory
 
 
@@ -100,7 +104,7 @@ def matches(names: list[str], pattern: list[str]) -> bool:
 
 @contextmanager
 def open_stream(filesystem: Any, url: str, seekable: bool) -> Iterator["Stream"]:
-    """Open a file for reading, in large requests unless it has to be seekable."""
+    """Open a file for reading, by large sequential requests unless it must be seekable."""
     path = path_of(url)
     with store_errors(url):
         if seekable:
@@ -112,13 +116,13 @@ def open_stream(filesystem: Any, url: str, seekable: bool) -> Iterator["Stream"]
 
 
 class Stream:
-    """A file of pyarrow whose errors are InputErrors that name it."""
+    """Wrap a file of pyarrow: its errors become InputErrors that name the URL."""
 
     def __init__(self, file: Any, url: str):
         self._file, self._url, self._num_read = file, url, 0
 
     def tell(self) -> int:
-        """Return how many bytes were read."""
+        """Return the number of bytes read so far, also after a seek."""
         return self._num_read
 
     def read(self, size: int = -1) -> bytes:
@@ -136,7 +140,7 @@ class Stream:
 
 @contextmanager
 def store_errors(url: str) -> Iterator[None]:
-    """Convert what a store raises into an InputError. Its messages are long, but name bucket, cause and request."""
+    """Convert an exception of a store into an InputError. The messages are long, but name bucket, cause and request."""
     try:
         yield
     except (OSError, ValueError, ImportError) as error:

@@ -1,4 +1,4 @@
-"""Serve a checkpoint as a page and an API: the path of an abstract, its probabilities, and the words that counted.
+"""Serve a checkpoint as a page and an API: the path of an abstract, its probabilities, and the contributions of its words.
 
     python space/app.py --model results/quickstart
 
@@ -11,8 +11,8 @@ Worth knowing:
 4. An upload is read into memory and deleted at once. Downloads and what is left of broken uploads are deleted after
    `KEPT_SECONDS`, and when the page stops. Nothing that a user sends is logged: see `log_without_values` and `guard.py`.
 5. Texts, explanations and files have separate queues, so a text never waits for a file.
-6. `Service` serves a single-path model, and `MultiLabelService` a multi-label model. Below, the
-   target of the guarantee is a coverage for the first, and a recall for the second.
+6. `Service` serves a single-path model, and `MultiLabelService` a multi-label model. In this file, the target of the guarantee
+   is a coverage for the first, and a recall for the second.
 """
 
 import argparse
@@ -41,7 +41,7 @@ os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(10**9)
 os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="space-")
 
 try:
-    import spaces  # on ZeroGPU hardware; before torch, as it asks
+    import spaces  # on ZeroGPU hardware; it must be imported before torch
 except ImportError:
     spaces = None
 
@@ -76,11 +76,11 @@ from transformers.utils import cached_file
 atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
 
 ROWS_BETWEEN_CHECKS = 32  # of a file, for cancellation
-PROGRESS_SECONDS = 0.5  # between two progress messages: a slow browser that gets more becomes unresponsive
+PROGRESS_SECONDS = 0.5  # between two progress messages: with more, a slow browser becomes unresponsive
 PREVIEW = 50  # rows of a file
 KEPT_SECONDS = 600  # until a download is deleted
-SWEEP_SECONDS = 60  # between two looks for files to delete
-MAX_WAITING = 100  # requests; beyond, gradio replies "Queue is full! Please try again."
+SWEEP_SECONDS = 60  # between two searches for files to delete
+MAX_WAITING = 100  # requests; to more, gradio replies "Queue is full! Please try again."
 START_TARGET = 0.9  # of the guarantee
 EXAMPLES = {
     "Colitis": "Whether mesalamine keeps ulcerative colitis quiet after a first attack was asked in 148 outpatients. All "
@@ -198,7 +198,7 @@ class Service:
 
     def __init__(self, classifier: Pipeline):
         self.classifier, self.tree = classifier, classifier.tree
-        # on ZeroGPU, they run in another process, which takes no functions and returns no messages of errors
+        # on ZeroGPU, these run in another process, to which no functions can be passed and which hides error messages
         self._classify_all = gpu(lambda texts, target: classify_all(classifier, texts, target))
         self._explain = gpu(Explainer(classifier).explain)
 
@@ -298,7 +298,7 @@ class Service:
         try:
             target = check_target(self.classifier, target)
         except Refused as error:
-            target, no_answer = None, views.plain(str(error))
+            target, no_answer = None, views.escape_html(str(error))
         try:
             result = self._classify(text or "", target)
         except Refused as error:
@@ -308,7 +308,7 @@ class Service:
         return [panel, *self.figures(result), self.main_node(result), views.no_words()]
 
     def show_result_again(self, text: str, target: float) -> Any:
-        """Return the outputs of a text for another target. Without a text, they stay as they are."""
+        """Return the outputs of a text for a changed target. Without a text, they stay as they are."""
         return self.show_result(text, target) if (text or "").strip() else gr.skip()
 
     def main_node(self, result: dict[str, Any]) -> str:
@@ -348,7 +348,7 @@ class Service:
         return views.words(text, explanation, self.classifier.model.config.is_multi_label)
 
     def close_file(self, run: Run | None) -> list[Any]:
-        """Forget the file before, and end its run, before the next one is read. Return the outputs of `open_file`."""
+        """End the run of the previous file, and clear the page for the next file. Return the outputs of `open_file`."""
         if run:
             run.end()
         return self.open_file(None)
@@ -368,7 +368,7 @@ class Service:
         return [(kind, content), gr.Dropdown(choices=table.columns, value=table.column), progress, *cleared]
 
     def begin_file(self, run: Run | None) -> list[Any]:
-        """Start a run and end the one before. Return the run, and clear the note on how the last one ended."""
+        """End the previous run and create a new one. Return the new run, and an empty note."""
         if run:
             run.end()
         return [Run(), views.note("")]
@@ -552,7 +552,7 @@ def plot(element: str, heading: str, label: str, figure: Any) -> gr.Plot:
 
 
 def text_tab(service: Service) -> None:
-    """Lay out the tab for one text: its result, its figures, and the words that counted."""
+    """Lay out the tab for one text: its result, its figures, and the contributions of its words."""
     # ── Layout ───────────────────────────────────────────────────────────────────────────────────────────────────────
     tree = service.tree
     (captions, figure), *others = zip(service.plots, service.figures(), strict=True)
@@ -661,7 +661,7 @@ def file_tab(service: Service) -> None:
             [kept, column, file_target, running],
             shown,
             concurrency_id="files",
-            trigger_mode="multiple",  # the run before may still be waiting, or finishing its last rows
+            trigger_mode="multiple",  # the previous run may still be waiting, or finishing its last rows
             **HIDDEN,
         )
         # a separate output, because late progress messages would replace this note
@@ -749,7 +749,7 @@ def log_without_values() -> None:
 
 
 def delete_old_files() -> None:
-    """Delete files within `KEPT_SECONDS`. gradio would keep the parts of broken uploads."""
+    """Delete files before they are `KEPT_SECONDS` old, forever. gradio would keep the parts of broken uploads."""
     folder = Path(os.environ["GRADIO_TEMP_DIR"])
     while True:
         time.sleep(SWEEP_SECONDS)

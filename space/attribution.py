@@ -2,14 +2,15 @@
 
 Worth knowing:
 
-1. The value is the node's probability. For a multi-label model, the value is the log-odds of that
-   probability, which words still move where the probability is close to 0 or 1.
+1. The value is the node's probability. For a multi-label model, the value is the log-odds of the probability, because words
+   still change the log-odds where the probability is close to 0 or 1.
 2. The baseline is a blank text of the same length, made of padding. The weights of the words and special tokens add up to
    the difference between the values of the text and of the blank text. `benchmarks/space.py blank` compares baselines.
 3. The encoder reads a word as a vector of its embedding layer. A lexical head, if there is one, reads the word as a count.
    The integration path changes both together, and the weight of a word is the sum of both contributions.
 4. Along the path, the value often jumps within a few hundredths. A scan without gradients finds the jumps, and the
-   path is split there. The intervals with the largest error are halved while steps and time last (adaptive quadrature).
+   path is split there. The interval with the largest error is halved until all errors are small, or the steps or the time are
+   used up (adaptive quadrature).
    The error of an interval is known, because its integral is a difference of two values.
 5. The gradients run on a copy of the model that shares its weights. So hooks on the copy do not affect the model, which
    classifies at the same time.
@@ -37,7 +38,7 @@ SCAN = 16  # intervals of the scan
 MAX_STEEP = 3  # at most this many intervals of the scan, those with the largest change, become pieces of their own
 STEPS_STEEP, STEPS_FLAT = 6, 3  # steps with gradients for one piece
 WORK = 16_000  # budget of tokens × steps for all pieces; a long text gets at least 2 · SCAN steps
-SECONDS = 7  # time limit, after which no piece is halved
+SECONDS = 7  # after this time, no piece is halved
 TOLERANCE = 0.005  # a piece with a larger error, in probability, is halved
 LOG_ODDS_SLOPE = 4  # slope of the log-odds at a probability of 0.5; converts tolerances from probability to log-odds
 POINTS_PER_PASS = 6  # of the integration path, in one forward pass
@@ -213,7 +214,7 @@ class Explainer:
             "words": words,
             "rest": rest,
             "error": total - (values[-1] - values[0]),
-            # white space at the end is no token, but read
+            # white space at the end has no token, but counts as read
             "characters_read": max(end for _, end in offsets) if encoded.encodings[0].overflowing else len(text),
         }
 

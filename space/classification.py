@@ -6,7 +6,7 @@ Worth knowing:
 2. An invalid request raises `Refused`. Its message is shown to the user, and contains no text, at most names of columns.
 3. The part of a text that was read is counted in characters, from the tokenizer's offsets.
 4. A single-path model predicts one path per text, and guarantees a coverage. A multi-label model predicts any number of nodes,
-   and guarantees a recall. Below, both are the target of the guarantee.
+   and guarantees a recall. In this file, `target` is either.
 """
 
 from typing import Any, TypedDict
@@ -101,7 +101,7 @@ def check_text(text: Any) -> str:
 
 
 def guarantee(classifier: Pipeline) -> str:
-    """Return what the model guarantees. The pipeline has an argument of this name."""
+    """Return what the model guarantees: "coverage" or "recall", as the pipeline's argument is called."""
     return "recall" if classifier.model.config.is_multi_label else "coverage"
 
 
@@ -139,7 +139,12 @@ def check_target(classifier: Pipeline, target: Any) -> float | None:
 def classify_all(
     classifier: Pipeline, texts: list[str], target: float | None
 ) -> list[Classification] | list[MultiLabelClassification]:
-    """Classify texts that `check_text` has returned, in their order, with answers for a target of `check_target`."""
+    """Return the results of texts, in order.
+
+    Args:
+        texts: as returned by `check_text`.
+        target: as returned by `check_target`. With None, results have no answers.
+    """
     options = {} if target is None else {guarantee(classifier): target}
     results = classifier(texts, **options)
     for text, result in zip(texts, results, strict=True):

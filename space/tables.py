@@ -2,9 +2,10 @@
 
 Worth knowing:
 
-1. `reading` reads the file, as for the commands. In the repository it is beside this folder, and on the Hub inside it.
-2. A file of at most 10 MB can decompress to gigabytes. So a subprocess reads it, which runs this file as a script, with
-   limits of time and, on Linux, of memory. It returns only the column of texts, up to `MAX_UNPACKED` bytes.
+1. The package `reading` reads the file, as for the commands. In the repository, `reading` is beside this folder, and on the Hub
+   inside it.
+2. A file of at most 10 MB can decompress to gigabytes. So a subprocess reads the file, with limits of time and, on Linux, of
+   memory. The subprocess runs this file as a script. It returns only the column of texts, up to `MAX_UNPACKED` bytes.
 3. Files are read from memory: they are not on disk while they are classified.
 4. In a CSV for download, a cell that a spreadsheet would run as a formula gets an apostrophe in front.
 """
@@ -31,7 +32,7 @@ MAX_BYTES = 10 * 2**20
 MAX_ROWS = 10_000
 MAX_COLUMNS = 1_000
 MAX_UNPACKED = 4 * MAX_BYTES  # of the column of texts
-MAX_MEMORY = 512 * 2**20  # of the subprocess, in addition to what it has before the file
+MAX_MEMORY = 512 * 2**20  # of the subprocess, in addition to its memory before it reads the file
 MAX_SECONDS = 30  # of the subprocess
 SAMPLE = 100  # rows in which `longest_column` counts characters
 LIMITS = Limits(bytes=MAX_UNPACKED, rows=MAX_ROWS, columns=MAX_COLUMNS)
@@ -189,7 +190,7 @@ def open_rows(content: bytes, kind: str) -> Rows:
 def to_csv(records: list[dict[str, Any]]) -> str:
     """Format records as CSV that is safe in spreadsheets: lists as JSON, formulas defused."""
     stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\r\n")  # with it, a bare \r in a cell is quoted, as RFC 4180 demands
+    writer = csv.writer(stream, lineterminator="\r\n")  # so that a bare \r in a cell is quoted, as RFC 4180 demands
     writer.writerow(records[0] if records else [])  # all have the same names
     writer.writerows(map(defuse, record.values()) for record in records)
     return stream.getvalue()

@@ -2,11 +2,11 @@
 
 Worth knowing:
 
-1. All strings of the user or the model go through `plain` (HTML) or `plotly_text` (plotly, which interprets some HTML).
+1. All strings of the user or the model go through `escape_html` or `plotly_text` (plotly interprets some HTML).
 2. Colours are from the palette of Okabe and Ito, which colour-blind readers can distinguish. Each colour has a second sign:
    an underline, a plus or minus, or a number.
 3. Heights depend on the taxonomy only, so that nothing moves when a result arrives. Only a list of labels can grow.
-4. Of many nodes, the most probable are shown, and the rest is summed up as "others".
+4. Of many nodes, only the most probable are shown, and the rest is summarised as "others".
 5. Multi-label models: probabilities of siblings do not add up. So no figure adds them, and `tree` has a bar for each node.
 """
 
@@ -30,22 +30,22 @@ TEXT = {"xanchor": "left", "xshift": 3, "yanchor": "middle", "align": "left", "s
 MIN_SHARE = 0.01  # of the icicle; smaller nodes are merged as "others"
 MAX_LABEL_LENGTH = 34
 PROBLEMS = 200  # most that are shown
-FIRST = ("results", "limits", "licence", "license")  # sections of the card
+FIRST_SECTIONS = ("results", "limits", "licence", "license")  # of the model card
 NOT_A_DEVICE = "Not a medical device. Not for diagnosis, treatment or any decision about a patient."
 # the HTML component of gradio would fill braces as templates in the browser
 BRACES = str.maketrans({"{": "&#123;", "}": "&#125;", "$": "&#36;", "`": "&#96;"})
 CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
-TURNS = re.compile("[\u202a-\u202e\u2066-\u2069\u200e\u200f]")  # characters that change the writing direction
+BIDI_CONTROLS = re.compile("[\u202a-\u202e\u2066-\u2069\u200e\u200f]")  # change the writing direction
 
 
-def plain(value: Any) -> str:
+def escape_html(value: Any) -> str:
     """Escape a text for HTML."""
     return escape(CONTROLS.sub("\ufffd", str(value))).translate(BRACES)
 
 
 def plotly_text(name: str) -> str:
     """Shorten a name, and escape it for plotly."""
-    name = TURNS.sub("", CONTROLS.sub("\ufffd", name))
+    name = BIDI_CONTROLS.sub("", CONTROLS.sub("\ufffd", name))
     short = name if len(name) <= MAX_LABEL_LENGTH else name[: MAX_LABEL_LENGTH - 1] + "…"
     return escape(short, quote=False).replace("$", "&#36;")
 
@@ -77,7 +77,7 @@ def result(kicker: str, classified: dict[str, Any], answer: str, descriptions: d
 
     Args:
         classified: a `Classification`, which has one predicted node, or a `MultiLabelClassification`.
-        answer: HTML, of `coverage_answer` or `recall_answer`, or why there is none.
+        answer: HTML of `coverage_answer` or `recall_answer`, or of the reason why there is no answer.
         descriptions: a phrase for each node that has one, by label.
     """
     nodes = "".join(predicted(node, descriptions) for node in classified.get("labels", [classified]))
@@ -88,7 +88,7 @@ def result(kicker: str, classified: dict[str, Any], answer: str, descriptions: d
 def predicted(node: dict[str, Any], descriptions: dict[str, str]) -> str:
     """Render a predicted node, its description, its probability and its path."""
     description = descriptions.get(node["label"])
-    described = f"<p class='note'>{plain(description)}</p>" if description else ""
+    described = f"<p class='note'>{escape_html(description)}</p>" if description else ""
     path = "".join(f"<li>{name_html(step['label'])} <b>{percent(step['score'])}</b></li>" for step in node["path"])
     return (
         f"<p class='class'>{name_html(node['label'])}</p>{described}"
@@ -103,12 +103,12 @@ def coverage_answer(coverage: float, nodes: list[Node]) -> str:
 
 
 def recall_answer(recall: float, nodes: list[Node]) -> str:
-    names = enumerated([f"<b>{name_html(node['label'])}</b>" for node in nodes], ", ")
+    names = join_names([f"<b>{name_html(node['label'])}</b>" for node in nodes], ", ")
     return f"For {recall:.0%} recall: {names or 'no node'}"
 
 
-def enumerated(names: list[str], separator: str) -> str:
-    """Join names, at most `ANSWER` of them."""
+def join_names(names: list[str], separator: str) -> str:
+    """Join names. Of more than `ANSWER` names, the others are counted."""
     more = f" and {len(names) - ANSWER:,} more" if len(names) > ANSWER else ""
     return separator.join(names[:ANSWER]) + more
 
@@ -135,7 +135,7 @@ def waiting(kicker: str) -> str:
 
 def refusal(message: str, kicker: str = "Not classified") -> str:
     """Render a refusal in place of a result."""
-    return panel(f"<p class='kicker'>{kicker}</p><p class='refused'>{plain(message)}</p>", role="alert")
+    return panel(f"<p class='kicker'>{kicker}</p><p class='refused'>{escape_html(message)}</p>", role="alert")
 
 
 def panel(content: str, role: str = "status") -> str:
@@ -143,7 +143,7 @@ def panel(content: str, role: str = "status") -> str:
 
 
 def name_html(text: str) -> str:
-    return f"<bdi>{plain(text)}</bdi>"
+    return f"<bdi>{escape_html(text)}</bdi>"
 
 
 def bars(levels: list[dict[str, float]], path: list[str]) -> go.Figure:
@@ -166,7 +166,7 @@ def bars(levels: list[dict[str, float]], path: list[str]) -> go.Figure:
         figure.add_annotation(text=f"<b>Level {depth}</b>", y=top + 20, x=0, **TEXT)
         draw_rows(figure, rows, top + HEADING, bool(path))
         top += HEADING + ROW * len(rows)
-    return dress(figure, height, 1, height)
+    return set_layout(figure, height, 1, height)
 
 
 class Bar(NamedTuple):
@@ -197,9 +197,9 @@ def draw_rows(figure: go.Figure, rows: list[Bar], top: float, with_numbers: bool
 
 
 def tree(nodes: list[tuple[str, int]], scores: dict[str, float] | None, chosen: set[str]) -> go.Figure:
-    """Draw the taxonomy, one node a row, with a bar for its probability. Of many nodes, the most probable are shown.
+    """Draw the taxonomy, one node per row, with a bar for its probability. Of many nodes, only the most probable are shown.
 
-    No node is more probable than its parent, so the parents of these are shown too.
+    No node is more probable than its parent, so the parents of the shown nodes are shown too.
 
     Args:
         nodes: label and level, in reading order.
@@ -226,7 +226,7 @@ def tree(nodes: list[tuple[str, int]], scores: dict[str, float] | None, chosen: 
     if others:
         most = f", each at most {percent(max(scores[node] for node, _ in others))}" if scores else ""
         figure.add_annotation(text=f"{len(others):,} others{most}", y=ROW * (TREE_ROWS + 0.5), x=0, **TEXT)
-    return dress(figure, height, 1, height)
+    return set_layout(figure, height, 1, height)
 
 
 def icicle(levels: list[dict[str, float]], parents: dict[str, str], path: list[str]) -> go.Figure:
@@ -257,11 +257,11 @@ def icicle(levels: list[dict[str, float]], parents: dict[str, str], path: list[s
             textfont={"color": ["#FFFFFF" if box.score > 0.775 else "#000000" for box in boxes], "size": 13},
             hovertext=[f"{box.text}: {percent(box.score)}" for box in boxes],
             hoverinfo="text",
-            marker={"color": [shade(box.score) for box in boxes], "line": {"width": 1.5, "color": "#FFFFFF"}},
+            marker={"color": [colour_of(box.score) for box in boxes], "line": {"width": 1.5, "color": "#FFFFFF"}},
         )
     )
     height = min(130 + 26 * len(parents.keys() - children.keys()), 440)
-    return dress(figure, height, len(levels), 1).update_layout(uniformtext={"minsize": 8, "mode": "hide"})
+    return set_layout(figure, height, len(levels), 1).update_layout(uniformtext={"minsize": 8, "mode": "hide"})
 
 
 class Box(NamedTuple):
@@ -294,14 +294,14 @@ def lay_out(
         yield Box(level, low, f"{len(others):,} other{'s' if len(others) > 1 else ''}", rest, True)
 
 
-def shade(score: float) -> str:
+def colour_of(score: float) -> str:
     """Return a colour from light to dark blue, by probability."""
     light, dark = (220, 232, 243), (0, 92, 150)
     return "#" + "".join(f"{round(a + (b - a) * score):02X}" for a, b in zip(light, dark, strict=True))
 
 
-def dress(figure: go.Figure, height: int, right: float, bottom: float) -> go.Figure:
-    """Hide the axes, which begin at 0 in the upper left corner, and set the layout that all figures share."""
+def set_layout(figure: go.Figure, height: int, right: float, bottom: float) -> go.Figure:
+    """Set the layout that all figures share. The axes are hidden, and start at 0 in the upper left corner."""
     figure.update_xaxes(range=[0, right], fixedrange=True, visible=False)
     figure.update_yaxes(range=[bottom, 0], fixedrange=True, visible=False)
     return figure.update_layout(
@@ -331,18 +331,18 @@ def words(text: str, explanation: Explanation, in_log_odds: bool) -> str:
     Args:
         in_log_odds: the unit of the weights, else probability.
     """
-    factor, written, unit = (LOG_ODDS_SLOPE, log_odds, "log-odds") if in_log_odds else (1, points, "points")
+    factor, format_weight, unit = (LOG_ODDS_SLOPE, log_odds, "log-odds") if in_log_odds else (1, points, "points")
     # ── The text: coloured words, and the end that was not read ──
     largest = max((abs(word["weight"]) for word in explanation["words"]), default=0.0)
     scale = max(largest, 0.005 * factor)
     parts, position = [], 0
     for word in explanation["words"]:
-        parts.append(plain(text[position : word["start"]]))
+        parts.append(escape_html(text[position : word["start"]]))
         strength = abs(word["weight"]) / scale
-        escaped = plain(text[word["start"] : word["end"]])
+        escaped = escape_html(text[word["start"] : word["end"]])
         if strength >= 0.08:
             kind = "for" if word["weight"] > 0 else "against"
-            title = f"{written(word['weight'])} {unit}"
+            title = f"{format_weight(word['weight'])} {unit}"
             parts.append(
                 f"<span class='w {kind}' style='--s:{math.sqrt(strength):.2f}' title='{title}' "
                 f"data-weight='{word['weight']:.6f}'>{escaped}</span>"
@@ -350,10 +350,10 @@ def words(text: str, explanation: Explanation, in_log_odds: bool) -> str:
         else:
             parts.append(escaped)
         position = word["end"]
-    parts.append(plain(text[position : explanation["characters_read"]]))
+    parts.append(escape_html(text[position : explanation["characters_read"]]))
     unread = text[explanation["characters_read"] :]
     if unread:
-        parts.append(f"<span class='unread' title='not read by the model'>{plain(unread)}</span>")
+        parts.append(f"<span class='unread' title='not read by the model'>{escape_html(unread)}</span>")
 
     # ── The warning, the error and the ranking ──
     least = "the log-odds by 0.004" if in_log_odds else "this probability by 0.1 points"
@@ -370,21 +370,23 @@ def words(text: str, explanation: Explanation, in_log_odds: bool) -> str:
     return panel(
         f"<h3>Words for and against {name_html(explanation['label'])}</h3>"
         f"<p class='note'>The probability is {percent(blank_score)} for a blank text of this length, and <b>{percent(score)}</b> "
-        f"for this text. The weights of words and special tokens, in {of_words}, add up to the difference, {written(difference)}, with a "
-        f"convergence error of {written(error)}{share}.</p>{warning}"
+        f"for this text. The weights of words and special tokens, in {of_words}, add up to the difference, {format_weight(difference)}, with a "
+        f"convergence error of {format_weight(error)}{share}.</p>{warning}"
         f"<p class='legend'><span class='w for' style='--s:.8'>raises</span> <span class='w against' style='--s:.8'>lowers</span> "
         f"the probability{' · <span class=unread>grey: not read</span>' if unread else ''}</p>"
         f"<div class='text' dir='auto' tabindex='0' aria-label='The text with the weights of its words'>{''.join(parts)}</div>"
-        f"<div class='ranked'>{ranking(f'Raise the probability most, in {unit}', best, written)}"
-        f"{ranking(f'Lower the probability most, in {unit}', worst, written)}</div>"
+        f"<div class='ranked'>{ranking(f'Raise the probability most, in {unit}', best, format_weight)}"
+        f"{ranking(f'Lower the probability most, in {unit}', worst, format_weight)}</div>"
         "<p class='note'>Integrated gradients over the encoder’s word embeddings and, where the model has one, its lexical head. "
         "A weight shows the effect of a word on the model. It is not medical evidence.</p>"
     )
 
 
-def ranking(title: str, some: list[dict], written: Callable[[float], str]) -> str:
+def ranking(title: str, ranked: list[dict], format_weight: Callable[[float], str]) -> str:
+    """Render a table of words and their weights."""
     rows = "".join(
-        f"<tr><th scope='row'>{name_html(word['word'])}</th><td>{written(word['weight'])}</td></tr>" for word in some
+        f"<tr><th scope='row'>{name_html(word['word'])}</th><td>{format_weight(word['weight'])}</td></tr>"
+        for word in ranked
     )
     rows = rows or "<tr><td colspan='2'>none</td></tr>"
     return f"<table><caption>{title}</caption><tbody>{rows}</tbody></table>"
@@ -399,14 +401,14 @@ def progress(done: int, total: int, problems: int, state: str) -> str:
     if problems:
         text += f"; {problems:,} could not be classified"
     return (
-        f"<section class='panel run' role='status' aria-live='polite'><p>{plain(text)}</p>"
+        f"<section class='panel run' role='status' aria-live='polite'><p>{escape_html(text)}</p>"
         f"<progress max='{max(total, 1)}' value='{done}' aria-label='rows done'></progress></section>"
     )
 
 
 def note(text: str) -> str:
     """Render a note beside the progress. An empty note keeps its space."""
-    return f"<p class='note ended' role='status' aria-live='polite'>{plain(text)}</p>"
+    return f"<p class='note ended' role='status' aria-live='polite'>{escape_html(text)}</p>"
 
 
 def preview(records: list[dict[str, Any]]) -> str:
@@ -415,7 +417,7 @@ def preview(records: list[dict[str, Any]]) -> str:
     rows = (
         (
             record["line"],
-            beginning(record["text"]),
+            shorten(record["text"]),
             name_html(record["predicted"]),
             percent(record["probability"]),
             " or ".join(name_html(node) for node in record["answer"] or []) or "–",
@@ -430,26 +432,26 @@ def labels_preview(records: list[dict[str, Any]]) -> str:
     rows = (
         (
             record["line"],
-            beginning(record["text"]),
+            shorten(record["text"]),
             "; ".join(
                 f"{name_html(label)} {percent(score)}"
                 for label, score in zip(record["labels"], record["scores"], strict=True)
             )
             or "no label",
-            enumerated([name_html(node) for node in record["answer"] or []], "; ") or "–",
+            join_names([name_html(node) for node in record["answer"] or []], "; ") or "–",
         )
         for record in records
     )
     return grid(("line", "text", "labels", "answer for the recall"), rows)
 
 
-def beginning(text: str) -> str:
+def shorten(text: str) -> str:
     return name_html(text if len(text) <= 160 else text[:159] + "…")
 
 
 def problems(records: list[dict[str, Any]]) -> str:
     """Render rows that were not classified, by line."""
-    rows = ((record["line"], plain(record["problem"])) for record in records[:PROBLEMS])
+    rows = ((record["line"], escape_html(record["problem"])) for record in records[:PROBLEMS])
     more = f"<p class='note'>and {len(records) - PROBLEMS:,} more</p>" if len(records) > PROBLEMS else ""
     return grid(("line", "reason"), rows, "None.") + more
 
@@ -483,7 +485,7 @@ def card_parts(card: str) -> tuple[str, str]:
     body = re.sub(r"!\[[^\]]*\]\([^)]*\)", "", body)
     introduction, *sections = re.split(r"(?m)^(?=## )", body)
     sections = [section for section in sections if not section.lower().startswith("## use")]
-    first = [section for section in sections if section[3:].lower().startswith(FIRST)]
+    first = [section for section in sections if section[3:].lower().startswith(FIRST_SECTIONS)]
     introduction = re.sub(r"(?m)\A\s*# .*$", "", introduction)
     return "".join([introduction, *first]).strip(), "".join(s for s in sections if s not in first).strip()
 
@@ -497,7 +499,7 @@ def licence(card: str) -> str:
 def facts(known: dict[str, str]) -> str:
     """Render the facts of a model as a table."""
     rows = "".join(
-        f"<tr><th scope='row'>{plain(key)}</th><td>{name_html(value)}</td></tr>" for key, value in known.items()
+        f"<tr><th scope='row'>{escape_html(key)}</th><td>{name_html(value)}</td></tr>" for key, value in known.items()
     )
     return f"<table class='facts'><caption class='hidden'>The model</caption><tbody>{rows}</tbody></table>"
 

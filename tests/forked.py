@@ -1,8 +1,8 @@
-"""Python processes that begin with their imports done: a server imports the libraries once and forks each of them.
+"""Fork Python processes from a server that has already imported the libraries.
 
-Importing torch and transformers takes longer than most tests. A forked process is as any other, with its own arguments,
-folder, environment, streams, signals and exit code, but for two things: `sys.modules` holds more from the beginning, and
-variables that libraries read as they are imported are those of the server. What tests these takes `subprocess`.
+Importing torch and transformers takes longer than most tests. A forked process has its own arguments, folder, environment,
+streams, signals and exit code. It differs from a fresh process in two ways: `sys.modules` holds more from the start, and
+libraries have read their environment variables in the server. Tests of imports or of these variables use `subprocess`.
 """
 
 import atexit
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARIES = (  # which read no variable that a test sets; transformers, datasets and huggingface_hub do
+LIBRARIES = (  # these read no variable that a test sets, unlike transformers, datasets and huggingface_hub
     "matplotlib.figure",
     "pandas",
     "pyarrow.dataset",
@@ -39,7 +39,7 @@ COMMANDS = (*LIBRARIES, "train", "predict", "push_to_hub")
 
 
 class Server:
-    """A process that has imported modules, some of which may be of this repository, with environment variables of its own."""
+    """Start a process with own environment variables that imports modules, possibly of this repository, and forks on request."""
 
     def __init__(self, modules: tuple[str, ...], variables: tuple[tuple[str, str], ...] = ()) -> None:
         self.connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -55,10 +55,10 @@ class Server:
 
 
 class Process:
-    """A forked process, with the methods of `subprocess.Popen` that tests need.
+    """Fork a process. The object has the methods of `subprocess.Popen` that tests need.
 
     Args:
-        words: what follows python on a command line: a script or -c and code, and their arguments.
+        words: the arguments of python: a script, or -c and code, followed by their arguments.
         streams: files for standard input, output and error.
     """
 
@@ -77,7 +77,7 @@ class Process:
         return self.wait(timeout=0)
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """Wait until it has ended, or for so many seconds; return its exit code, or None."""
+        """Wait for the end of the process, at most ``timeout`` seconds. Return its exit code, or None if it still runs."""
         if self.returncode is None and select.select([self._status], [], [], timeout)[0]:
             self.returncode = int(os.read(self._status, 16))
             os.close(self._status)
@@ -89,7 +89,7 @@ class Process:
 
 
 def serve(connection: socket.socket, modules: list[str]) -> None:
-    """Import modules, then fork a process for each request, until the other side is closed or Ctrl+C is pressed."""
+    """Import modules, then fork a process for each request, until the connection is closed or Ctrl+C is pressed."""
     del sys.path[0]  # the folder of this file
     if "train" in modules:
         sys.path.insert(0, str(ROOT))
@@ -98,7 +98,7 @@ def serve(connection: socket.socket, modules: list[str]) -> None:
     if "train" in modules:
         del sys.path[0]
     gc.freeze()  # so that forked processes share this memory
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the keepers
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the supervisors
     while True:
         try:
             content, handles, _, _ = socket.recv_fds(connection, 2**20, 4)
@@ -109,13 +109,13 @@ def serve(connection: socket.socket, modules: list[str]) -> None:
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             connection.close()
-            keep(handles.pop(), json.loads(content), handles)
+            supervise(handles.pop(), json.loads(content), handles)
         for handle in handles:
             os.close(handle)
 
 
-def keep(status: int, request: dict, streams: list[int]) -> NoReturn:
-    """Fork the process of a request, and tell its number and its exit code."""
+def supervise(status: int, request: dict, streams: list[int]) -> NoReturn:
+    """Fork the process of a request, and write its process id and then its exit code to ``status``."""
     pid = os.fork()
     if pid:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -131,7 +131,7 @@ def keep(status: int, request: dict, streams: list[int]) -> NoReturn:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    tempfile.tempdir = None  # which was that of the server's environment
+    tempfile.tempdir = None  # it was cached from the server's environment
     first, *sys.argv = request["words"] if request["words"][0] == "-c" else ["", *request["words"]]
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     if first == "-c":
@@ -141,11 +141,11 @@ def keep(status: int, request: dict, streams: list[int]) -> NoReturn:
         name = main.__file__ = sys.argv[0]
         code = Path(name).read_text(encoding="utf-8")
         sys.path.insert(0, str(Path(name).parent))
-    end(lambda: exec(compile(code, name, "exec"), main.__dict__))
+    run_and_exit(lambda: exec(compile(code, name, "exec"), main.__dict__))
 
 
-def end(script: Callable[[], None]) -> NoReturn:
-    """Run a script and end as the interpreter does, but without taking every module apart, which takes seconds."""
+def run_and_exit(script: Callable[[], None]) -> NoReturn:
+    """Run a script and exit as the interpreter does, but without the teardown of all modules, which takes seconds."""
     code = 0
     try:
         script()

@@ -1,4 +1,4 @@
-"""How often Hypothesis draws, for all tests that draw inputs."""
+"""Set the number of examples for all tests that draw inputs with Hypothesis."""
 
 import os
 from collections.abc import Iterator
@@ -13,14 +13,14 @@ fuzz = settings(
     max_examples=EXAMPLES or 60,
     derandomize=not EXAMPLES,
     database=None,
-    deadline=None,  # the suite's time limit holds for each test
+    deadline=None,  # the suite has a time limit for each test
     suppress_health_check=list(HealthCheck),
 )
 
 
 @contextmanager
 def refused_in_one_line() -> Iterator[None]:
-    """Let what is inside raise an `InputError` whose message is one line, and no other exception."""
+    """Allow the block to raise an `InputError` with a message of one line. Any other exception fails the test."""
     try:
         yield
     except InputError as error:

@@ -1,12 +1,12 @@
-"""A Hugging Face Hub in memory, for tests: of its HTTP protocol, what this project asks through the real client.
+"""Serve a Hugging Face Hub in memory, for tests. It implements the part of the HTTP protocol that this project uses.
 
-- `with HubServer() as hub:` serves; a process with the variables of `hub.environment(...)` comes to it.
-- It holds models and Spaces: they are published, looked at, listed and downloaded. What nothing here asks for is a 404.
-- Xet storage is not spoken. huggingface_hub 2 with hf_xet uploads large files by Xet whatever a server answers, so it
-  needs HF_HUB_DISABLE_XET=1 to upload here. To download it does not, unless `hub.xet` is "refuse".
-- Large files are at localhost, another host to a client, as the Hub's are at a CDN: no token is to be sent there.
-- A commit is made whole or not at all. `fail_at` breaks requests, `requests` tells what was asked.
-- Messages are the Hub's where they are known; what it checks in a README.md is checked here only in part.
+- `with HubServer() as hub:` serves. A process with the variables of `hub.environment(...)` connects to this Hub.
+- Models and Spaces can be published, inspected, listed and downloaded. Any other request gets a 404.
+- There is no Xet storage. huggingface_hub 2 with hf_xet uploads large files by Xet whatever a server replies, so uploads need
+  HF_HUB_DISABLE_XET=1. Downloads need this only if `hub.xet` is "refuse".
+- Large files are at localhost, which is another host to a client, like the Hub's CDN: no token may be sent there.
+- A commit is made completely or not at all. `fail_at` makes requests fail, and `requests` lists the requests so far.
+- Messages are the Hub's where they are known. The checks of a README.md are only some of the Hub's.
 """
 
 import base64
@@ -25,20 +25,20 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import yaml
 
-SHARED_HOME = "shared-home"  # name of the folder HF_HOME of processes that need no home of their own
+SHARED_HOME = "shared-home"  # name of HF_HOME for processes that need no separate home
 
 KINDS = {"model": "models", "space": "spaces"}
-LFS_SIZE = 10 * 2**20  # larger files are LFS whatever they hold
+LFS_SIZE = 10 * 2**20  # larger files are LFS whatever their content
 LFS_NAMES = re.compile(
     r".*\.(7z|arrow|bin|bz2|ckpt|gz|h5|joblib|model|msgpack|npy|npz|onnx|parquet|pickle|pkl|pth?|safetensors|tar|zip)",
     re.IGNORECASE,
 )
 ATTRIBUTES = b"*.bin filter=lfs diff=lfs merge=lfs -text\n*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 
-# What the front matter of a README.md may hold. str: any string; "a|b": one of those; (pattern, advice): what matches;
-# [form]: a list; {form}: one or a list; object: anything. What a name ends in `!` for must be there.
+# The schema of the front matter of a README.md. str: any string; "a|b": a or b; (pattern, advice): a string that matches;
+# [form]: a list; {form}: one value or a list; object: anything. A name that ends in `!` is required.
 SDKS, COLORS = "gradio|docker|static|streamlit", "red|yellow|green|blue|indigo|purple|pink|gray"
-LICENSES = (  # the more usual of the Hub's list
+LICENSES = (  # the common ones of the Hub's list
     r"apache-2\.0|mit|isc|wtfpl|unlicense|zlib|bsd(-[23]-clause)?|[al]?gpl(-[23]\.[01])?|mpl-2\.0|epl-2\.0|eupl-1\.2"
     r"|cc0-1\.0|cc-by(-nc)?(-sa|-nd)?-[234]\.0|odbl|odc-by|pddl|cdla-permissive-2\.0|gemma|llama[234]|llama3\.[123]"
     r"|(bigscience-|bigcode-|creativeml-)?openrail(-m)?|unknown|other"
@@ -108,7 +108,7 @@ class Blob:
 
     @cached_property
     def oid(self) -> str:
-        """What git calls it: for LFS, the pointer."""
+        """The git object id of the content, or for LFS of the pointer."""
         stored = self.pointer if self.lfs else self.data
         return hashlib.sha1(b"blob %d\0" % len(stored) + stored).hexdigest()
 
@@ -143,7 +143,7 @@ class Repo:
 
     @property
     def url(self) -> str:
-        """Its path on the server."""
+        """The path of the repository on the server."""
         return f"/{self.id}" if self.kind == "models" else f"/{self.kind}/{self.id}"
 
     def at(self, revision: str) -> Commit:
@@ -155,7 +155,7 @@ class Repo:
         raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 
     def history(self, commit: Commit | None) -> Iterator[Commit]:
-        """Newest first."""
+        """Yield a commit and its ancestors, newest first."""
         while commit:
             yield commit
             commit = self.commits.get(commit.parent)
@@ -172,7 +172,7 @@ class Repo:
 
 @dataclass
 class Call:
-    """One request being answered."""
+    """A request that is being handled."""
 
     hub: "HubServer"
     method: str
@@ -183,7 +183,7 @@ class Call:
     user: User | None = None
 
     @cached_property
-    def asked(self) -> dict:
+    def payload(self) -> dict:
         try:
             return json.loads(self.body or b"{}")
         except ValueError as error:
@@ -206,7 +206,7 @@ class Call:
             raise HubError(403, "Forbidden: this token has no write permission")
 
     def repo(self, kind: str, repo_id: str, access: str) -> Repo:
-        """A repository to "read", to "propose" changes to or to "write"; "" asks no rights."""
+        """Return a repository, or raise HubError if the user lacks the access "read", "propose" or "write". "" needs no rights."""
         repo = self.hub.repos.get((kind, repo_id))
         mine = repo is not None and self.belongs(repo.namespace)
         if repo is None or (repo.private and access and not mine):
@@ -219,14 +219,14 @@ class Call:
             raise HubError(403, "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request")
         return repo
 
-    def arguments(self, found: dict[str, str | None], access: str) -> dict[str, Any]:
-        """For the function of a route: a repository for its name, a commit for a revision, other text as it is."""
-        given: dict[str, Any] = {name: value and unquote(value) for name, value in found.items()}
-        if "repo" in given:
-            given["repo"] = self.repo(given.pop("kind") or "models", given["repo"], access)
-        if "rev" in given:
-            given["commit"] = given["repo"].at(given.pop("rev") or "main")
-        return given
+    def arguments(self, matched: dict[str, str | None], access: str) -> dict[str, Any]:
+        """Return the arguments of a route's function: the repository and the commit are looked up, other text is unquoted."""
+        arguments: dict[str, Any] = {name: value and unquote(value) for name, value in matched.items()}
+        if "repo" in arguments:
+            arguments["repo"] = self.repo(arguments.pop("kind") or "models", arguments["repo"], access)
+        if "rev" in arguments:
+            arguments["commit"] = arguments["repo"].at(arguments.pop("rev") or "main")
+        return arguments
 
 
 def is_lfs(path: str, size: int, sample: bytes) -> bool:
@@ -250,18 +250,18 @@ def card_data(commit: Commit) -> dict:
 
 
 def card_problems(content: str, kind: str) -> tuple[list[str], list[str]]:
-    """Errors and warnings."""
+    """Return the errors and the warnings of a README.md."""
     try:
         data = front_matter(content)
     except yaml.YAMLError as error:
         return [f"YAML Metadata Error: {' '.join(str(error).split())}"], []
     if not data:
         return [], ["empty or missing yaml metadata in repo card"]
-    return list(misfits(data, CARD | (SPACE_CARD if kind == "spaces" else {}), "")), []
+    return list(schema_errors(data, CARD | (SPACE_CARD if kind == "spaces" else {}), "")), []
 
 
-def misfits(value: Any, form: Any, where: str) -> Iterator[str]:
-    """How a value is not of a form, in the Hub's words."""
+def schema_errors(value: Any, form: Any, where: str) -> Iterator[str]:
+    """Yield the deviations of a value from its form, see `CARD`, in the Hub's words."""
     if isinstance(form, set):
         (form,) = form
         form = [form] if isinstance(value, list) else form
@@ -269,12 +269,12 @@ def misfits(value: Any, form: Any, where: str) -> Iterator[str]:
         for key, inner in form.items():
             name = f"{where}.{key}".strip(".!")
             if value.get(key.rstrip("!")) is not None:
-                yield from misfits(value[key.rstrip("!")], inner, name)
+                yield from schema_errors(value[key.rstrip("!")], inner, name)
             elif key.endswith("!"):
                 yield f'"{name}" is required'
     elif isinstance(form, list) and isinstance(value, list):
         for number, item in enumerate(value):
-            yield from misfits(item, form[0], f"{where}[{number}]")
+            yield from schema_errors(item, form[0], f"{where}[{number}]")
     elif isinstance(form, dict | list):
         yield f'"{where}" must be {"of type object" if isinstance(form, dict) else "an array"}'
     elif form is not object and not isinstance(value, str):
@@ -285,7 +285,7 @@ def misfits(value: Any, form: Any, where: str) -> Iterator[str]:
         yield f'"{where}" with value "{value}" is not valid. {form[1]}'
 
 
-# --- what is answered ---
+# --- routes ---
 
 ROUTES: list[tuple[re.Pattern, re.Pattern, str, Callable[..., Answer]]] = []
 PIECES = {
@@ -300,7 +300,11 @@ PIECES = {
 
 
 def route(methods: str, template: str, access: str = "") -> Callable:
-    """Of several routes that fit a request, the first in this file answers. For `access` see Call.repo."""
+    """Register a function for requests. If several routes match a request, the first in this file handles it.
+
+    Args:
+        access: see `Call.repo`.
+    """
     pattern = re.compile(re.sub(r"\{\w+\}", lambda match: PIECES.get(match[0], match[0]), template))
 
     def register(function: Callable[..., Answer]) -> Callable[..., Answer]:
@@ -349,7 +353,7 @@ def whoami(call: Call) -> Answer:
 
 @route("POST", "/api/validate-yaml")
 def validate_yaml(call: Call) -> Answer:
-    errors, warnings = card_problems(call.asked["content"], KINDS[call.asked.get("repoType", "model")])
+    errors, warnings = card_problems(call.payload["content"], KINDS[call.payload.get("repoType", "model")])
     status = 400 if errors else 200
     if call.headers.get("accept") == "text/plain":
         lines = [f"- Error: {line}" for line in errors] + [f"- Warning: {line}" for line in warnings]
@@ -360,15 +364,15 @@ def validate_yaml(call: Call) -> Answer:
 @route("POST", "/api/repos/create")
 def create_repo(call: Call) -> Answer:
     call.need_write_token()
-    asked, kind = call.asked, KINDS[call.asked.get("type") or "model"]
-    repo_id = f"{asked.get('organization') or call.user.name}/{asked['name']}"
-    repo = Repo(kind, repo_id, private=asked.get("visibility") == "private")
+    payload, kind = call.payload, KINDS[call.payload.get("type") or "model"]
+    repo_id = f"{payload.get('organization') or call.user.name}/{payload['name']}"
+    repo = Repo(kind, repo_id, private=payload.get("visibility") == "private")
     what, url = kind.removesuffix("s"), call.hub.endpoint + repo.url
-    if not re.fullmatch(r"(?!.*(--|\.\.)|.*\.git$)\w([\w.-]{0,94}\w)?", asked["name"], re.ASCII):
+    if not re.fullmatch(r"(?!.*(--|\.\.)|.*\.git$)\w([\w.-]{0,94}\w)?", payload["name"], re.ASCII):
         raise HubError(400, f'Invalid repo name: "{repo_id}"')
     if not call.belongs(repo.namespace):
         raise HubError(403, f'You don\'t have the rights to create a {what} under the namespace "{repo.namespace}"')
-    if kind == "spaces" and not re.fullmatch(SDKS, asked.get("sdk") or ""):
+    if kind == "spaces" and not re.fullmatch(SDKS, payload.get("sdk") or ""):
         raise HubError(400, f'"sdk" must be one of [{SDKS}]')
     if (kind, repo_id) in call.hub.repos:
         raise HubError(409, f"You already created this {what} repo: {repo_id}", url=url)
@@ -389,7 +393,7 @@ def create_branch(call: Call, repo: Repo, ref: str) -> Answer:
 @route("GET|POST", "/api/(?P<kind>spaces)/{repo}/variables", "write")
 def variables(call: Call, repo: Repo) -> Answer:
     if call.method == "POST":
-        repo.variables[call.asked["key"]] = call.asked
+        repo.variables[call.payload["key"]] = call.payload
     return Answer(repo.variables)
 
 
@@ -401,7 +405,7 @@ def preupload(call: Call, repo: Repo, commit: Commit) -> Answer:
     if "create_pr" not in call.query:
         call.repo(repo.kind, repo.id, "write")
     files = []
-    for file in call.asked["files"]:
+    for file in call.payload["files"]:
         lfs = is_lfs(file["path"], file["size"], base64.b64decode(file.get("sample", "")))
         files.append({"path": file["path"], "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False})
         known = commit.files.get(file["path"])
@@ -441,7 +445,7 @@ def make_commit(call: Call, repo: Repo, ref: str) -> Answer:
 
 
 def change(repo: Repo, files: dict[str, Blob], key: str, value: dict) -> None:
-    """One line of a commit, made to `files`."""
+    """Apply one line of a commit to `files`."""
     path = value["path"]
     if {"", ".", "..", ".git"} & set(path.split("/")):
         raise HubError(400, f"Invalid path: {path}")
@@ -465,11 +469,11 @@ def change(repo: Repo, files: dict[str, Blob], key: str, value: dict) -> None:
 
 @route("POST", r"/{prefix}{repo}\.git/info/lfs/objects/batch", "write")
 def lfs_batch(call: Call, repo: Repo) -> Answer:
-    if call.hub.xet != "off" and "xet" in call.asked.get("transfers", []):
-        return Answer({"transfer": "xet", "objects": call.asked["objects"]})
+    if call.hub.xet != "off" and "xet" in call.payload.get("transfers", []):
+        return Answer({"transfer": "xet", "objects": call.payload["objects"]})
     verify = {"href": f"{call.hub.endpoint}{repo.url}.git/info/lfs/objects/verify"}
     objects = []
-    for entry in call.asked["objects"]:
+    for entry in call.payload["objects"]:
         upload = {"href": f"{call.hub.cdn}/storage/{repo.kind}/{repo.id}/{entry['oid']}"}
         to_do = {} if entry["oid"] in repo.objects else {"actions": {"upload": upload, "verify": verify}}
         objects.append({"oid": entry["oid"], "size": entry["size"], "authenticated": True, **to_do})
@@ -486,7 +490,7 @@ def lfs_put(call: Call, repo: Repo, oid: str) -> Answer:
 
 @route("POST", r"/{prefix}{repo}\.git/info/lfs/objects/verify", "write")
 def lfs_verify(call: Call, repo: Repo) -> Answer:
-    if len(repo.objects.get(call.asked["oid"], b"")) != call.asked["size"]:
+    if len(repo.objects.get(call.payload["oid"], b"")) != call.payload["size"]:
         raise HubError(404, "The object was not uploaded")
     return Answer({})
 
@@ -524,7 +528,7 @@ def content(data: bytes, headers: dict[str, str]) -> Answer:
     return Answer(data, headers={"Content-Type": "application/octet-stream", **headers})
 
 
-# --- what a repository holds ---
+# --- contents of a repository ---
 
 
 @route("GET", "/api/{kind}/{repo}/tree/{rev}(?:/{path})?", "read")
@@ -547,7 +551,7 @@ def entry(commit: Commit, path: str) -> dict:
     return found | ({"lfs": lfs} if blob.lfs else {})
 
 
-# last, for "/api/models/a/b" fits much
+# last, because "/api/models/a/b" matches many paths
 @route("GET", "/api/{kind}/{repo}(?:/revision/{rev})?", "read")
 def info(call: Call, repo: Repo, commit: Commit) -> Answer:
     card = card_data(commit)
@@ -561,7 +565,7 @@ def info(call: Call, repo: Repo, commit: Commit) -> Answer:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # head and body in one packet: two would wait for an acknowledgement
+    wbufsize = -1  # send head and body in one packet: a second packet would wait for an acknowledgement
     hub: "HubServer"
 
     def answer(self) -> None:
@@ -573,7 +577,7 @@ class Handler(BaseHTTPRequestHandler):
             self.hub.requests.append(request)
             how = self.hub.fault(request)
             if how.isdigit():
-                reply = failure(HubError(int(how), "Failing as told to"))
+                reply = failure(HubError(int(how), "Failing on request of the test"))
             elif how != "drop":
                 reply = dispatch(call)
             request.status = 0 if how.startswith("drop") else reply.status
@@ -615,15 +619,20 @@ class Listener(ThreadingHTTPServer):
 
 @dataclass
 class Fault:
-    left: int
+    remaining: int
     match: str
     how: str
 
 
 class HubServer:
-    """A context manager: it serves from its entry to its exit."""
+    """Serve the Hub within a ``with`` block.
 
-    xet = "off"  # "refuse": Xet is announced as the Hub does, and no token is given for it
+    Attributes:
+        requests: all requests so far.
+        endpoint, cdn: the URLs of the Hub, and of its large files.
+    """
+
+    xet = "off"  # "refuse": Xet is announced, as on the Hub, but its token is refused
 
     def __init__(self) -> None:
         self.users: dict[str, User] = {}
@@ -648,26 +657,26 @@ class HubServer:
         self._folder.cleanup()
 
     def environment(self, home: Path | str | None = None, token: str | None = None) -> dict[str, str]:
-        """The variables of a process that uses this hub and nothing but what lies in its home.
+        """Return the variables of a process that uses this Hub, and a cache and login in ``home``.
 
         By default all processes of the hub share one home, which saves them the imports, see `conftest.run`.
         """
         home = Path(self._folder.name) / SHARED_HOME if home is None else home
-        found = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
-        found |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        return found if token is None else {**found, "HF_TOKEN": token}
+        variables = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+        variables |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        return variables if token is None else {**variables, "HF_TOKEN": token}
 
     def add_user(self, name: str, token: str, role: str = "write", orgs: tuple[str, ...] = ()) -> None:
-        """Of the role "read", "write" or "fineGrained", in `whoami-v2` terms."""
+        """Add a user with a token of the role "read", "write" or "fineGrained", as `whoami-v2` calls it."""
         self.users[token] = User(name, role, tuple(orgs))
 
     def add_repo(
         self, repo_id: str, files: dict[str, bytes] | Path, repo_type: str = "model", private: bool = False
     ) -> str:
-        """Commits files on main, to those already there; the sha of that."""
+        """Commit files to main, in addition to the files there. Return the sha of the commit."""
         if isinstance(files, Path):
-            found = [path for path in sorted(files.rglob("*")) if path.is_file()]
-            files = {path.relative_to(files).as_posix(): path.read_bytes() for path in found}
+            paths = [path for path in sorted(files.rglob("*")) if path.is_file()]
+            files = {path.relative_to(files).as_posix(): path.read_bytes() for path in paths}
         key = (KINDS[repo_type], repo_id)
         blobs = {path: Blob(data, is_lfs(path, len(data), data)) for path, data in files.items()}
         with self.lock:
@@ -689,25 +698,28 @@ class HubServer:
         return folder
 
     def commits(self, repo_id: str, revision: str = "main", repo_type: str = "model") -> list[Commit]:
-        """Oldest first."""
+        """Return the commits of a branch, oldest first."""
         with self.lock:
             repo = self.repos[KINDS[repo_type], repo_id]
             return [*repo.history(repo.at(revision))][::-1]
 
     def fail_at(self, number: int, match: str = "", how: str = "drop") -> None:
-        """Of the coming requests whose "METHOD path" has a match, one fails.
+        """Make a later request fail: the one with this number, from 1, among those whose "METHOD path" matches.
 
-        "drop" closes the connection and does nothing, "drop-answer" does all and then closes it; "503" answers that.
+        Args:
+            match: a regular expression.
+            how: "drop" closes the connection without handling the request, "drop-answer" handles the request and sends no
+                reply, and a status such as "503" is sent as the reply.
         """
         with self.lock:
             self._faults.append(Fault(number, match, how))
 
     def fault(self, request: Request) -> str:
-        """What is to go wrong with a request, "" for nothing."""
-        if self._closed:  # and the client kept its connection
+        """Return how a request must fail, or "" if it must not."""
+        if self._closed:  # but the client kept its connection
             return "drop"
         for fault in self._faults:
-            fault.left -= bool(re.search(fault.match, f"{request.method} {request.path}"))
-        due = [fault for fault in self._faults if fault.left == 0]
-        self._faults = [fault for fault in self._faults if fault.left > 0]
+            fault.remaining -= bool(re.search(fault.match, f"{request.method} {request.path}"))
+        due = [fault for fault in self._faults if fault.remaining == 0]
+        self._faults = [fault for fault in self._faults if fault.remaining > 0]
         return due[0].how if due else ""

@@ -1,4 +1,4 @@
-"""Files of labelled texts, and what `load_splits` makes of them, for the tests of labels, sources and splits."""
+"""Write and load files of labelled texts, for the tests of labels, sources and splits."""
 
 import datasets
 import pandas as pd
@@ -12,7 +12,7 @@ datasets.disable_progress_bars()
 
 
 def load(seed=0, known=None, **arguments):
-    """`load_splits`, with ``known`` for the taxonomy of a checkpoint."""
+    """Call `load_splits` with `DataArguments`. ``known`` is the taxonomy of a checkpoint."""
     return load_splits(DataArguments(**{key: _text(value) for key, value in arguments.items()}), seed, known)
 
 
@@ -31,4 +31,5 @@ def csv_file(path, rows, header=("text", "label")):
 
 
 def labels_of(data, split):
+    """Return the labels of a split as text."""
     return [data.taxonomy.labels[label] for label in data.splits[split]["label"]]

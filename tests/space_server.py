@@ -1,4 +1,4 @@
-"""The Space in a process of its own, for the tests of its page and of its API."""
+"""Run the Space in its own process, for the tests of its page and its API."""
 
 import os
 import signal
@@ -13,19 +13,19 @@ from forked import COMMANDS, LIBRARIES, Process
 
 
 class SpaceServer:
-    """`python space/app.py` on a free port of this machine; a context, which stops it.
+    """Run ``python space/app.py`` on a free port until the end of a ``with`` block.
 
     Args:
-        model: the checkpoint; None where settings name it, as on the Hub.
-        folder: for its log and its temporary files.
-        app: another copy of it.
-        settings: environment variables on top of this process's.
-        fresh: whether it imports all by itself, as in a shell, so that its memory is its own.
+        model: the checkpoint; None if ``settings`` name it, as on the Hub.
+        folder: the folder for the log and the temporary files.
+        app: the script; by default that of this repository.
+        settings: environment variables, added to the current ones.
+        fresh: whether to start a fresh process, as a shell does, to measure its memory.
 
     Attributes:
-        address: of the page.
-        scratch: the folder that it takes for the machine's temporary one.
-        pid: of the process.
+        address: the URL of the page.
+        scratch: the process's folder for temporary files.
+        pid: the id of the process.
     """
 
     def __init__(
@@ -49,19 +49,19 @@ class SpaceServer:
         words = [str(app), *(() if model is None else ("--model", model))]
         environment = os.environ | ours | (settings or {})
         with open(os.devnull) as nothing, self._log.open("wb") as log:
-            # not in the repository: on the Hub there is none
+            # cwd is not the repository, because on the Hub there is none
             if fresh:
                 line = [sys.executable, *words]
                 self._process = subprocess.Popen(
                     line, cwd=folder, env=environment, stdin=nothing, stdout=log, stderr=log
                 )
             else:
-                modules = LIBRARIES if settings else COMMANDS  # settings may be such as libraries read when imported
+                modules = LIBRARIES if settings else COMMANDS  # libraries may read the settings at import
                 self._process = Process(server(modules), words, folder, environment, [nothing, log, log])
         self.pid = self._process.pid
         try:
             self._wait_for(port)
-        except BaseException:  # such as a time limit: nobody else would stop it
+        except BaseException:  # such as a time limit: nothing else would stop the process
             self._process.send_signal(signal.SIGKILL)
             self._process.wait()
             raise
@@ -76,15 +76,15 @@ class SpaceServer:
         raise AssertionError(self.log())
 
     def log(self) -> str:
-        """All that it has said."""
+        """Return the output so far."""
         return self._log.read_text(encoding="utf-8", errors="replace")
 
     def files(self) -> dict[Path, bytes]:
-        """What lies in its temporary folder."""
+        """Return the contents of the files in `scratch`, by path."""
         return {path: path.read_bytes() for path in self.scratch.rglob("*") if path.is_file()}
 
     def memory(self) -> int:
-        """Bytes of memory that it holds."""
+        """Return the resident memory of the process, in bytes."""
         status = Path(f"/proc/{self.pid}/status").read_text()
         return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
 
@@ -99,4 +99,4 @@ class SpaceServer:
         try:
             self.stop()
         finally:
-            self._process.send_signal(signal.SIGKILL)  # what has not stopped
+            self._process.send_signal(signal.SIGKILL)  # if it has not stopped

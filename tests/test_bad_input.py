@@ -1,7 +1,7 @@
-"""What a hostile, hurried or unlucky user gives the commands, one row a case: each is one line that says what and where.
+"""Check that the commands refuse bad and hostile input in one line, which names the input and the problem.
 
-What the readers, the flags, taxonomies and the Hub refuse by themselves has tests of its own. Here whole commands run, in
-this process, and nothing may be left behind. ``pytest -rP tests/test_bad_input.py`` prints what each case says.
+Readers, flags, taxonomies and Hub code have unit tests of their own. Here the commands' ``main`` runs in this process, and must
+leave no files behind. ``pytest -rP tests/test_bad_input.py`` prints the message of each case.
 """
 
 import json
@@ -180,7 +180,7 @@ TRAIN = [
 
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
-    """The current folder, with the files that the cases name."""
+    """Make a folder with the files that the cases name, and change to it."""
     for name, content in FILES.items():
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
@@ -193,25 +193,25 @@ def place(tmp_path, monkeypatch) -> Path:
 
 
 def refusal(main: Callable, *words: object) -> str:
-    """The one line that a command refuses with, printed too. It leaves no file behind."""
+    """Run a command that must be refused. Return the message, after checking that it is one line and no file is left."""
     before = {path for path in Path().rglob("*") if "__pycache__" not in path.parts}
-    with pytest.raises(Exception) as refused:  # noqa: PT011 - what it may be is said below
+    with pytest.raises(Exception) as refused:  # noqa: PT011 - the types are checked below
         main([str(word) for word in words])
-    said = train.user_error_message(refused.value) if main is train.main else str(refused.value)
+    message = train.user_error_message(refused.value) if main is train.main else str(refused.value)
     assert main is train.main or isinstance(refused.value, InputError), repr(refused.value)
-    assert said is not None, repr(refused.value)
-    assert len(said) < 1500
-    assert "\n" not in said
-    assert "Traceback" not in said
-    left = {path for path in Path().rglob("*") if "__pycache__" not in path.parts} - before
-    # of data that were good
-    assert {path.name for path in left} <= {"results", "data_report.json", "trained_texts.json"}
-    print(said)
-    return said
+    assert message is not None, repr(refused.value)
+    assert len(message) < 1500
+    assert "\n" not in message
+    assert "Traceback" not in message
+    new = {path for path in Path().rglob("*") if "__pycache__" not in path.parts} - before
+    # train.py writes these as soon as the data is valid
+    assert {path.name for path in new} <= {"results", "data_report.json", "trained_texts.json"}
+    print(message)
+    return message
 
 
 def refusal_to_train(*words: object) -> str:
-    """The line that train.py refuses a recipe, if the first word is one, and flags with."""
+    """Return the message with which train.py refuses flags, after a recipe if the first word is no flag."""
     recipe = [word for word in words[:1] if not str(word).startswith("-")]
     given = ("--model_name_or_path", "encoder", "--output_dir", "results")
     return refusal(train.main, *recipe, *given, *words[len(recipe) :])
@@ -223,7 +223,7 @@ PREDICTION = ("--model", "checkpoint", "--input", "good.csv", "--output", "out.j
 @pytest.mark.parametrize(
     ("words", "message"), TRAIN, ids=lambda value: " ".join(value)[-60:] if isinstance(value, tuple) else ""
 )
-def test_what_train_refuses(place, words, message):
+def test_train_refuses_bad_flags_and_files(place, words, message):
     assert message in refusal_to_train(*words)
     assert not (place / "ran").exists()
 
@@ -240,7 +240,7 @@ def configure(file: str, **changes: object) -> Callable[[Path], None]:
 
 
 def encoder(**changes: object) -> Callable[[Path], None]:
-    """Changes to the encoder's part of a checkpoint's config.json."""
+    """Return a function that changes the encoder's part of a checkpoint's config.json."""
 
     def change(folder: Path) -> None:
         known = json.loads((folder / "config.json").read_text())["text_config"]
@@ -277,7 +277,7 @@ def more_tokens(folder: Path) -> None:
 
 
 def slow_tokenizer(folder: Path) -> None:
-    """BERTweet's, which the tokenizers library does not have."""
+    """Replace the tokenizer by BERTweet's, which has no fast version."""
     remove("tokenizer.json")(folder)
     write("vocab.txt", b"text 9\nnumber 9\na</w> 9\n")(folder)
     write("bpe.codes", b"t e 9\n")(folder)
@@ -285,7 +285,7 @@ def slow_tokenizer(folder: Path) -> None:
 
 
 def without_linear_layers(folder: Path) -> None:
-    """The layers of GPT-2 are transposed convolutions."""
+    """Replace the encoder by GPT-2, whose layers are transposed convolutions."""
     config = GPT2Config(vocab_size=74, n_embd=16, n_layer=1, n_head=2, n_positions=64, pad_token_id=0)
     GPT2Model(config).save_pretrained(folder)
 
@@ -301,7 +301,7 @@ def pickled(folder: Path) -> None:
 
 
 def hostile_code(**changes: object) -> Callable[[Path], None]:
-    """An encoder whose repository brings code of its own."""
+    """Return a function that adds custom code, which would make the folder "ran", to an encoder."""
 
     def change(folder: Path) -> None:
         classes = {"AutoConfig": "hostile.Config", "AutoModel": "hostile.Model"}
@@ -347,7 +347,7 @@ ENCODERS = {
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_an_encoder_that_is_none(place, name):
+def test_train_refuses_an_unusable_encoder(place, name):
     change, message = ENCODERS[name]
     change(place / "encoder")
     assert message in refusal_to_train(*DATA, "--quantization", "none")
@@ -355,9 +355,9 @@ def test_an_encoder_that_is_none(place, name):
 
 
 def test_code_of_an_encoder_that_transformers_knows_is_not_run(place):
-    """Its type is known, so it loads, and what its auto_map names stays where it is: in training and under an adapter.
+    """Load an encoder of a known type with custom code, for training and under an adapter. The code must not run.
 
-    Nor are kernels of a repository that it asks for.
+    The attention kernels that its configuration names, in a repository on the Hub, are not loaded either.
     """
     hostile_code(_attn_implementation="kernels-community/flash-attn")(place / "encoder")
     (arguments, _, _, _) = parse(["--model_name_or_path", "encoder", "--quantization", "none"])
@@ -405,7 +405,7 @@ CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_a_checkpoint_that_is_none(place, name):
+def test_predict_refuses_an_unusable_checkpoint(place, name):
     form, change, message = CHECKPOINTS[name]
     change(copy_checkpoint(form, place / "checkpoint"))
     assert message in refusal(predict.main, *PREDICTION)
@@ -425,15 +425,15 @@ def test_no_rows_are_split_off_to_score_a_checkpoint(place):
     assert "of one file, give it as --test_file" in refusal(train.main, *words, "--output_dir", "results")
 
 
-def test_weights_that_are_no_numbers_are_no_answer(place):
+def test_predict_refuses_weights_that_are_nan(place):
     copy_checkpoint("self_contained", place / "checkpoint")
     tensors = load_file(place / "checkpoint" / WHOLE)
     save_file({**tensors, "heads.weight": tensors["heads.weight"] * float("nan")}, place / "checkpoint" / WHOLE)
     assert "its weights are damaged" in refusal(predict.main, *PREDICTION)
 
 
-def test_a_coverage_that_was_fitted_at_another_length(place):
-    """The tokenizer of the checkpoint truncates at 32 tokens."""
+def test_predict_refuses_a_coverage_that_was_fitted_at_another_length(place):
+    """Request a coverage that was fitted at 24 tokens. The tokenizer of the checkpoint truncates at 32 tokens."""
     copy_checkpoint("self_contained", place / "checkpoint")
     configure("config.json", conformal_max_length=24)(place / "checkpoint")
     message = "checkpoint: coverage needs texts truncated at 24 tokens"
@@ -443,7 +443,7 @@ def test_a_coverage_that_was_fitted_at_another_length(place):
 PREDICT = [
     (("--input", "header.jsonl"), "--input header.jsonl has no rows"),
     (("--input", "damaged.parquet"), "damaged.parquet is not a Parquet file, or is damaged"),
-    (("--input", "folder.csv"), "--input folder.csv: there is no file of a known kind in it"),
+    (("--input", "folder.csv"), "--input folder.csv: it contains no file of a known format"),
     (("--output", "good.csv/out.jsonl"), "--output good.csv: good.csv is not a folder"),
     (("--output", "n" * 250 + ".jsonl"), "the name is too long"),
     (
@@ -455,7 +455,7 @@ PREDICT = [
     (("--model", "../../etc"), "cannot load the model ../../etc"),
     (("--coverage", "nan"), "coverage must be a number above 0 and at most 0.99, not nan"),
     (("--input", "-"), "--input_format"),
-    (("--input", "in.docx"), "--input in.docx: its name does not tell its kind"),
+    (("--input", "in.docx"), "--input in.docx: unknown format: the name must end in"),
     (("--input", "pipe.csv"), "pipe.csv: it is not a regular file; pipe its content to standard input (-)"),
     (("--text_column", "body"), "no column 'body' (--text_column); it has 'text', 'label'"),
     (("--id_column", "key"), "no column 'key' (--id_column)"),
@@ -482,7 +482,7 @@ PREDICT = [
 @pytest.mark.parametrize(
     ("words", "message"), PREDICT, ids=lambda value: " ".join(value)[:60] if isinstance(value, tuple) else ""
 )
-def test_what_predict_refuses(place, words, message):
+def test_predict_refuses_bad_flags_and_files(place, words, message):
     copy_checkpoint("self_contained", place / "self_contained")
     if "pipe.csv" in words:
         os.mkfifo("pipe.csv")
@@ -492,7 +492,7 @@ def test_what_predict_refuses(place, words, message):
     assert (place / "kept.jsonl").read_text() == "kept\n"
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line(closed_port):
+def test_an_unreachable_hub_is_reported_in_one_line(closed_port):
     code = """
 import json, time
 from errors import InputError
@@ -570,7 +570,7 @@ WITH_TEXTS = [
 @pytest.mark.parametrize(
     ("words", "message"), WITH_TEXTS, ids=lambda value: " ".join(value)[-50:] if isinstance(value, tuple) else ""
 )
-def test_a_text_that_stands_where_a_name_should_is_not_shown(place, capfd, words, message):
+def test_training_shows_no_text_in_place_of_a_name(place, capfd, words, message):
     for name, content in {**TEXTS, "aliased.yaml": "- x\n- y\n"}.items():
         (place / name).write_text(content)
     assert message in refusal_to_train(*words, "--validation_size", 0)
@@ -582,22 +582,22 @@ def test_a_text_that_stands_where_a_name_should_is_not_shown(place, capfd, words
 
 
 @pytest.mark.parametrize("name", ["headerless.csv", "doubled.csv", "keys.jsonl", "commas.csv"])
-def test_predicting_shows_no_text_that_stands_where_a_name_should(place, capfd, name):
+def test_predicting_shows_no_text_in_place_of_a_name(place, capfd, name):
     (place / name).write_text(TEXTS[name])
     shutil.copytree(CHECKPOINT / "self_contained", place / "self_contained")
     words = ("--model", "self_contained", "--input", name, "--output", "out.jsonl", "--dtype", "fp32")
-    said = refusal(predict.main, *words)
-    assert "a value of" in said
+    message = refusal(predict.main, *words)
+    assert "a value of" in message
     shown = "".join(capfd.readouterr())
     assert "Example" not in shown
     assert "admitted" not in shown
 
 
-# ── what needs a process of its own ──────────────────────────────────────────────────────────────────────────────────
+# ── commands in their own process ────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("settings", [{}, {"HIERARCHICAL_TRACEBACK": "1"}])
-def test_a_traceback_comes_only_where_it_is_asked_for(place, settings):
+def test_a_traceback_is_shown_only_on_request(place, settings):
     words = ("--model", "x", "--input", "none.csv", "--output", "out.jsonl")
     done = run(*words, command="predict.py", check=False, cwd=place, settings=settings)
     assert done.returncode == 2
@@ -605,8 +605,8 @@ def test_a_traceback_comes_only_where_it_is_asked_for(place, settings):
     assert done.stderr.splitlines()[-1] == "predict.py: error: --input none.csv: there is no such file"
 
 
-def test_aliases_of_yaml_take_no_memory(place):
-    """Eight lists of nine times the one before: 43 million words in 500 bytes."""
+def test_yaml_aliases_are_refused_without_expanding_them(place):
+    """Parse eight nested lists of nine aliases each: 43 million words in 500 bytes."""
     lists = ["class_names:", f"  a: &a [{', '.join(['word'] * 9)}]"]
     lists += [
         f"  {name}: &{name} [{', '.join([f'*{below}'] * 9)}]" for below, name in zip("abcdefg", "bcdefgh", strict=True)
@@ -635,8 +635,8 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("moment", FAULTS)
-def test_a_fault_of_ours_is_a_traceback_and_not_the_users(place, moment):
-    """Of predict.py the exit code is 3, since 1 says that rows could not be read."""
+def test_a_bug_of_this_project_is_shown_as_a_traceback(place, moment):
+    """Raise a bug inside the commands. The exit code of predict.py is 3, because 1 means that rows could not be read."""
     command, error, fault = FAULTS[moment]
     shutil.copytree(CHECKPOINT / "adapter_form", place / "adapter_form")
     shutil.copytree(CHECKPOINT / "encoder", place / "adapter_form" / "encoder")
@@ -655,7 +655,7 @@ def test_a_fault_of_ours_is_a_traceback_and_not_the_users(place, moment):
     assert not (place / "results.jsonl").exists()
 
 
-def test_a_download_that_breaks_off_is_one_line_without_the_token(place):
+def test_a_failed_download_is_reported_in_one_line_without_the_token(place):
     token = "hf_" + "secret" * 5
     with HubServer() as hub:
         hub.add_user("alice", token)
@@ -676,8 +676,8 @@ def test_a_download_that_breaks_off_is_one_line_without_the_token(place):
     assert holding == []
 
 
-def test_a_run_with_hostile_names_keeps_to_its_folder_and_tells_no_token(place):
-    """Names of classes become parts of plots, of the card and of tables, but of no path; a token becomes part of nothing."""
+def test_a_run_with_hostile_names_writes_only_its_folder_and_leaks_no_token(place):
+    """Class names may appear in plots, the card and tables, but not in paths. A token may appear nowhere."""
     tokens = ("hf_" + "inheritance" * 3, "hf_" + "argument" * 4)
     names = ("../../../escaped", "/etc/escaped", "<script>alert(1)</script>", "=cmd|'/C calc'!A0")
     lines = [f'text number {i},"{names[i % 4]}"\n' for i in range(64)]
@@ -696,15 +696,15 @@ def test_a_run_with_hostile_names_keeps_to_its_folder_and_tells_no_token(place):
     assert not any(token in done.stdout + done.stderr for token in tokens)
 
 
-def test_a_full_disk_leaves_no_half_of_an_answer(place, small_disk):
+def test_a_full_disk_leaves_no_partial_output(place, small_disk):
     disk = small_disk("16k")
     (place / "many.csv").write_text("text\n" + "a headache\n" * 3000)
     model = copy_checkpoint("self_contained", place / "model")
     words = ("--model", model, "--input", "many.csv", "--output", disk / "out.csv")
     done = run(*words, command="predict.py", check=False, cwd=place)
     assert done.returncode == 2
-    said = done.stderr.splitlines()[-1]
-    assert said.startswith("predict.py: error: ")
-    assert said.endswith("make room; the same command continues from here")
+    message = done.stderr.splitlines()[-1]
+    assert message.startswith("predict.py: error: ")
+    assert message.endswith("make room; the same command continues from here")
     assert "Traceback" not in done.stderr
     assert not (disk / "out.csv").exists()

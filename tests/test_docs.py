@@ -1,6 +1,6 @@
-"""The documents are true of the code: snippets run, commands and flags exist, links lead somewhere, README.md stays short.
+"""Check the documents against the code: snippets run, commands and flags exist, link targets exist, README.md stays short.
 
-The text of README.md, docs/ and the other pages is read here, and nothing in it is repeated.
+The tests parse README.md, docs/ and the other pages, so they need no change when a page changes.
 """
 
 import os
@@ -32,14 +32,14 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands(page: Path) -> list[list[str]]:
-    """Each command line of a page, from ```bash blocks and inline code, as words without comments."""
+    """Return each command line of a page, from ```bash blocks and inline code, as words without comments."""
     text = "".join(blocks(page, "bash")).replace("\\\n", " ")
     inline = re.findall(r"`((?:python|make) [^`]+)`", page.read_text(encoding="utf-8"))
     return [words for line in (*text.splitlines(), *inline) if (words := shlex.split(line, comments=True))]
 
 
 def calls(page: Path) -> list[tuple[str, list[str]]]:
-    """(script, its arguments) of each Python command of a page; "..." stands for arguments that are left out."""
+    """Return (script, arguments) of each Python command of a page. "...", for omitted arguments, is removed."""
     found = []
     for words in commands(page):
         start = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
@@ -50,13 +50,13 @@ def calls(page: Path) -> list[tuple[str, list[str]]]:
 
 @cache
 def flags_of(script: str) -> set[str]:
-    """A script's flags: as its own --help lists them, or from the source where importing a benchmark needs its peers."""
+    """Return a script's flags from its --help, or for benchmarks from the source, because their imports need other packages."""
     if script.startswith("benchmarks/"):
         return set(re.findall(r'add_argument\(\s*"(--\w+)"', (ROOT / script).read_text(encoding="utf-8")))
     return set(re.findall(r"--\w+", run("--help", command=script).stdout))
 
 
-def test_readme_is_read_in_five_minutes():
+def test_readme_is_short():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 150
     assert len(text.split()) <= 1200

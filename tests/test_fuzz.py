@@ -1,7 +1,7 @@
-"""Random input to what reads foreign data: the documented error or a right answer, and never anything else.
+"""Feed random input to all parsers: each must give the documented error or a correct result.
 
-Each test draws a few dozen inputs, the same each time. ``FUZZ_EXAMPLES=20000 pytest tests/test_fuzz.py`` draws so many
-others. The process has two gigabytes more than it began with.
+Each test draws a few dozen inputs, the same in each run. ``FUZZ_EXAMPLES=20000 pytest tests/test_fuzz.py`` draws 20,000 other
+inputs. The process may use at most 2 GiB more than at the start.
 """
 
 import csv
@@ -68,7 +68,7 @@ def _bounded_memory():
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    """Writes bytes under a name in one folder, and returns the path."""
+    """Return a function that writes bytes to a file, given by name, and returns its path."""
     folder = tmp_path_factory.mktemp("fuzz")
 
     def write(name: str, content: bytes) -> Path:
@@ -79,7 +79,7 @@ def file(tmp_path_factory):
 
 
 def assert_sound(tree: Taxonomy) -> None:
-    """What holds of any taxonomy: it comes back from its nested form through JSON, and a label finds its node."""
+    """Check the invariants of any taxonomy: it survives a round trip through JSON, and each label gives its node."""
     assert Taxonomy(json.loads(json.dumps(tree.to_nested(), sort_keys=True)), tree.separator) == tree
     for node in range(tree.num_nodes):
         assert tree.id(tree.labels[node]) == node

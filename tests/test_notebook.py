@@ -1,4 +1,4 @@
-"""inference.ipynb, from top to bottom, on a checkpoint that is not the one its outputs are from."""
+"""Run inference.ipynb from top to bottom on a test checkpoint, and compare the types of the outputs."""
 
 import nbformat
 from conftest import ROOT
@@ -25,7 +25,7 @@ def test_the_notebook_runs_from_top_to_bottom(clear_checkpoint, monkeypatch):
     assert "the heaviest word: " in last
 
 
-def test_the_notebook_names_no_place_of_a_machine():
+def test_the_notebook_contains_no_local_path():
     written = NOTEBOOK.read_text(encoding="utf-8")
     assert "/tmp/" not in written
     assert str(ROOT) not in written

@@ -1,4 +1,4 @@
-"""Test train.py from the command line: what it logs and measures, and its checkpoint in a fresh process."""
+"""Test train.py from the command line: its log, its metrics, and its checkpoint in a fresh process."""
 
 import json
 import re
@@ -58,9 +58,9 @@ def test_metrics_have_the_promised_names_and_agree_with_scikit_learn(quickstart_
     assert metrics["test_macro_f1"] == pytest.approx(f1_score(truth, answers, average="macro"))
 
 
-def test_calibration_and_words_lower_the_loss_of_a_trained_checkpoint(quickstart_run):
-    output, said = quickstart_run
-    assert "calibrated on the validation rows: temperatures" in said
+def test_calibration_and_the_lexical_head_lower_the_log_loss(quickstart_run):
+    output, log_text = quickstart_run
+    assert "calibrated on the validation rows: temperatures" in log_text
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["lexical_weight"] > 0
     assert metrics["eval_log_loss"] < metrics["uncalibrated_eval_log_loss"]
@@ -74,7 +74,7 @@ def test_the_saved_tokenizer_knows_the_encoders_limit_and_pads_at_the_end(quicks
     assert (tokenizer.model_max_length, tokenizer.padding_side) == (128, "right")
 
 
-def test_a_stranger_gets_the_trainers_own_logits_and_the_stock_pipeline_agrees(quickstart_run, tmp_path):
+def test_a_fresh_process_gets_the_trainers_logits_and_the_stock_pipeline_agrees(quickstart_run, tmp_path):
     output, _ = quickstart_run
     code = f"""
 import json, numpy, csv, torch

@@ -2,18 +2,18 @@
 
     python benchmarks/studies/ablation.py --data FOLDER --encoder ENCODER [--task ohsumed --variant "focal, gamma 1" … --fold 0 …]
 
-FOLDER holds ``ohsumed/{train,labels}.csv`` and ``medical_abstracts/{train,validation}.csv``. `VARIANTS` and `OF_TASK` list
-the change of each run to the task's recipe, at the rank and γ of `BASE`.
+FOLDER holds ``ohsumed/{train,labels}.csv`` and ``medical_abstracts/{train,validation}.csv``. Each run changes one setting of the
+task's recipe with the flags of `BASE`. `VARIANTS` and `OF_TASK` list the changes.
 
-- ohsumed: the training file is divided into thirds. ``train.py`` gets two of them, splits its validation rows off these, and is
-  scored on the third. So early stopping and calibration use no scored row.
+- ohsumed: the training file is divided into thirds. ``train.py`` trains on two thirds, from which it splits off its validation
+  rows, and is scored on the last third. So early stopping and calibration use no scored row.
 - medical_abstracts: the training file has another distribution of classes than the rest of the corpus, so the scored rows are
   the validation file. Calibration is cross-validated, as in ``train.py``. The rows also selected the epoch, so their scores
   are too high (``selection.py``). A "fold" of this task is a repetition with another seed.
 
 Standard errors of accuracy are 1.3 points on the 1,119 rows of a third, and 2.4 points on the 366 validation rows. So the tables
-show the difference of each variant from the recipe on the same rows, with a bootstrap interval over the rows. "Encoder alone" is
-without lexical head and temperatures. Finished runs stay in the output file, as in ``quality.py``.
+show the difference between each variant and the recipe on the same rows, with a bootstrap interval over the rows. "Encoder alone"
+is without lexical head and temperatures. Finished runs stay in the output file, as in ``quality.py``.
 
 Supports docs/experiments.md, "2026-11-26: One setting at a time".
 """
@@ -122,7 +122,7 @@ def main() -> None:
             for variant in arguments.variant or variants:
                 key = {"task": task, "variant": variant, "fold": fold}
                 if not any(key.items() <= run.items() for run in read(arguments.output)):
-                    keep(arguments.output, {**key, **train(task, fold, variants[variant], arguments, variant)})
+                    save_run(arguments.output, {**key, **train(task, fold, variants[variant], arguments, variant)})
     for task in TASKS:
         print_table(task, [run for run in read(arguments.output) if run["task"] == task])
 
@@ -131,16 +131,16 @@ def read(output: Path) -> list[dict]:
     return json.loads(output.read_text(encoding="utf-8")) if output.exists() else []
 
 
-def keep(output: Path, run: dict) -> None:
-    def place(run: dict) -> tuple[int, int, int]:
+def save_run(output: Path, run: dict) -> None:
+    def key(run: dict) -> tuple[int, int, int]:
         task = run["task"]
         return TASKS.index(task), [*(VARIANTS | OF_TASK[task])].index(run["variant"]), run["fold"]
 
-    output.write_text(json.dumps(sorted([*read(output), run], key=place), indent=1) + "\n", encoding="utf-8")
+    output.write_text(json.dumps(sorted([*read(output), run], key=key), indent=1) + "\n", encoding="utf-8")
 
 
 def train(task: str, fold: int, changes: tuple[str, ...], arguments: argparse.Namespace, name: str) -> dict:
-    """Return the scores of a run, and for each scored row whether its prediction is correct, as a string of 0 and 1."""
+    """Train one run. Return its scores, and ``right``: for each scored row whether its prediction is correct, as 0 or 1."""
     split, files = FILES[task](arguments.data / task, arguments.runs / f"fold-{fold}", fold)
     prefix = {"validation": "eval", "test": "test"}[split]
     folder = arguments.runs / f"{task}-{re.sub('[^a-z0-9.]+', '-', name)}-{fold}"
@@ -151,14 +151,14 @@ def train(task: str, fold: int, changes: tuple[str, ...], arguments: argparse.Na
     subprocess.run([sys.executable, str(ROOT / "train.py"), *map(str, words)], check=True)
     metrics = json.loads((folder / "metrics.json").read_text())
     with (folder / f"{split}_predictions.csv").open(encoding="utf-8", newline="") as file:
-        right = "".join(str(int(row["label"] == row["prediction"])) for row in csv.DictReader(file))
-    found = {name.format("").replace("__", "_").removeprefix("_"): metrics.get(name.format(prefix)) for name in KEPT}
-    known = {name: value for name, value in found.items() if value is not None}
-    return {"accuracy": right.count("1") / len(right), **known, "right": right}
+        correct = "".join(str(int(row["label"] == row["prediction"])) for row in csv.DictReader(file))
+    scores = {name.format("").replace("__", "_").removeprefix("_"): metrics.get(name.format(prefix)) for name in KEPT}
+    scores = {name: value for name, value in scores.items() if value is not None}
+    return {"accuracy": correct.count("1") / len(correct), **scores, "right": correct}
 
 
 def ohsumed(source: Path, folder: Path, fold: int) -> tuple[str, list]:
-    """Return the scored split, and the files as flags."""
+    """Write the files of a fold. Return the name of the scored split, and the files as flags of ``train.py``."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = pd.read_csv(source / "train.csv", dtype=str)
     known, held_out = [*StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(rows, rows["label"])][fold]
@@ -198,19 +198,21 @@ def print_table(task: str, runs: list[dict]) -> None:
         if not own:
             continue
         pairs = [(run, recipe[run["fold"]]) for run in own]
-        each = [bits(run) - bits(peer) for run, peer in pairs]
-        gaps = np.concatenate(each) if task == "ohsumed" else np.mean(each, axis=0)  # other rows, or the same ones
+        by_fold = [correct_rows(run) - correct_rows(peer) for run, peer in pairs]
+        # the folds of ohsumed have different rows, and the folds of medical_abstracts the same rows
+        gaps = np.concatenate(by_fold) if task == "ohsumed" else np.mean(by_fold, axis=0)
         generator = np.random.default_rng(0)
         drawn = [100 * generator.choice(gaps, len(gaps)).mean() for _ in range(2000)]
         low, high = np.percentile(drawn, [2.5, 97.5])
-        apart = [scale * np.mean([run[name] - peer[name] for run, peer in pairs]) for name, scale, _ in SHOWN]
-        cells = " | ".join(f"{value:+.{digits}f}" for value, (_, _, digits) in zip(apart, SHOWN, strict=True))
+        differences = [scale * np.mean([run[name] - peer[name] for run, peer in pairs]) for name, scale, _ in SHOWN]
+        cells = " | ".join(f"{value:+.{digits}f}" for value, (_, _, digits) in zip(differences, SHOWN, strict=True))
         folds = ", ".join(str(run["fold"]) for run in own)
         cells = f"{100 * gaps.mean():+.1f} ({low:+.1f} – {high:+.1f}) | {cells}".replace("-", "−")
         print(f"| {variant} | {folds} | {cells} |")
 
 
-def bits(run: dict) -> np.ndarray:
+def correct_rows(run: dict) -> np.ndarray:
+    """Return 1 for each scored row with a correct prediction, and 0 for the others."""
     return np.array([int(digit) for digit in run["right"]])
 
 

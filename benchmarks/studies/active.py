@@ -1,17 +1,17 @@
-"""Simulate which texts to label next: the least certain, or random ones:
+"""Simulate active learning: label the least certain texts next, or random ones:
 
     python benchmarks/studies/active.py --data FOLDER --encoder ENCODER [--vectors FILE.npz]
 
 FOLDER holds OHSUMED's ``train.csv`` and ``test.csv``. The training file is a pool whose labels are hidden. A run starts with 250
-random rows. Each round fits a classifier on the labelled rows, scores it on the test file, and has 250 more rows labelled:
+random rows. Each round fits a classifier on the labelled rows, scores it on the test file, and labels 250 more rows of the pool:
 
-- random: any of the pool;
-- entropy: those of the greatest entropy of the leaf, which is the ``uncertainty`` of ``predict.py``;
-- margin: those whose two most probable leaves are closest (Scheffer et al., 2001, "Active hidden Markov models").
+- random: random rows;
+- entropy: the rows with the greatest entropy of the leaf, which is the ``uncertainty`` of ``predict.py``;
+- margin: the rows whose two most probable leaves are closest (Scheffer et al., 2001, "Active hidden Markov models").
 
-The classifier is a softmax regression over mean vectors of the frozen encoder (`classifiers.linear`), with one strength of
-regularisation throughout. Texts are truncated at 128 tokens. With ``--vectors``, the vectors are stored there and read again. Three
-seeds draw the first rows; the table has the mean and the standard deviation of macro-F1.
+The classifier is a softmax regression over mean vectors of the frozen encoder (`classifiers.linear`), always with the same
+regularisation. Texts are truncated at 128 tokens. ``--vectors`` is a file that caches the vectors. Three seeds draw the first
+rows; the table has the mean and the standard deviation of macro-F1.
 
 Supports docs/experiments.md, "2026-11-27: What to label next".
 """
@@ -28,7 +28,7 @@ from sklearn.metrics import accuracy_score, f1_score
 
 FIRST, BATCH, LAST = 250, 250, 2000
 STRENGTH = 1e-4
-TOKENS = 128  # of each text, to be done in minutes
+TOKENS = 128  # of each text, so that the study takes minutes
 SEEDS = (1, 2, 3)
 METHODS = ("random", "entropy", "margin")
 
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def read_vectors(arguments: argparse.Namespace, rows: dict[str, pd.DataFrame]) -> dict[str, np.ndarray]:
-    """Read or make the mean vectors of both files, each (num_rows, hidden_size)."""
+    """Read or compute the mean vectors of both files, each (num_rows, hidden_size)."""
     if arguments.vectors and arguments.vectors.exists():
         return dict(np.load(arguments.vectors))
     vectors = {split: encode(arguments.encoder, list(part["text"]), TOKENS)["mean"] for split, part in rows.items()}
@@ -72,7 +72,7 @@ def read_vectors(arguments: argparse.Namespace, rows: dict[str, pd.DataFrame]) -
 def simulate(
     method: str, seed: int, vectors: dict[str, np.ndarray], labels: dict[str, np.ndarray], num_classes: int
 ) -> list[dict[str, float]]:
-    """Return the scores after each round of a run."""
+    """Run one simulation, and return the scores after each round."""
     generator, pool = np.random.default_rng(seed), len(labels["train"])
     labelled, scores = generator.permutation(pool)[:FIRST], []
     while True:

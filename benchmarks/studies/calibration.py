@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "studies" / "results" / "calibration.json")
     arguments = parser.parse_args()
     model = AutoModel.from_pretrained(arguments.checkpoint, trust_remote_code=True).eval()
-    tree = Taxonomy(model.config.tree.to_nested(), model.config.tree.separator)  # of the code of today
+    tree = Taxonomy(model.config.tree.to_nested(), model.config.tree.separator)  # in the current code
     files = DataArguments(validation_file=arguments.file, class_names=arguments.class_names)
     rows = load_splits(files, seed=0, taxonomy=tree).splits["validation"]
     labels = np.array(rows["label"])
@@ -71,17 +71,17 @@ def main() -> None:
     print("| validation rows | " + " | ".join(f"{prior:g}" for prior in PRIORS) + " |")
     print("| ---: |" + " ---: |" * len(PRIORS))
     for number, of_priors in table["prior"].items():
-        print(f"| {number} | " + " | ".join(f"{found['log_loss']:.3f}" for found in of_priors) + " |")
+        print(f"| {number} | " + " | ".join(f"{scored['log_loss']:.3f}" for scored in of_priors) + " |")
     print("\n| validation rows | prior of the biases | " + " | ".join(SHOWN) + " |")
     print("| ---: | ---: |" + " ---: |" * len(SHOWN))
     for number, of_priors in table["bias_prior"].items():
-        for prior, found in zip(BIAS_PRIORS, of_priors, strict=True):
-            print(f"| {number} | {prior:g} | " + " | ".join(f"{found[name]:.4f}" for name in SHOWN) + " |")
+        for prior, scored in zip(BIAS_PRIORS, of_priors, strict=True):
+            print(f"| {number} | {prior:g} | " + " | ".join(f"{scored[name]:.4f}" for name in SHOWN) + " |")
     print("\n| validation rows | prior of the classes | " + " | ".join(SHOWN) + " |")
     print("| ---: | --- |" + " ---: |" * len(SHOWN))
     for number, of_priors in table["class_prior"].items():
-        for name, found in zip(("twice", "once"), of_priors, strict=True):
-            print(f"| {number} | {name} | " + " | ".join(f"{found[score]:.4f}" for score in SHOWN) + " |")
+        for times, scored in zip(("twice", "once"), of_priors, strict=True):
+            print(f"| {number} | {times} | " + " | ".join(f"{scored[name]:.4f}" for name in SHOWN) + " |")
     arguments.output.write_text(json.dumps({"rows": len(labels), **table}, indent=2) + "\n", encoding="utf-8")
 
 
@@ -96,9 +96,9 @@ def draws(
 
 
 def leaf_scores(model: PreTrainedModel, checkpoint: Path, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return uncalibrated leaf logits of the encoder alone, and those of the lexical head, (num_texts, num_leaves) each.
+    """Return uncalibrated leaf scores of the encoder alone and of the lexical head alone, (num_texts, num_leaves) each.
 
-    The lexical head is removed from the model.
+    The lexical head and the calibration are removed from the model.
     """
     lexical = model.heads.lexical
     model.set_lexical_head(None)

@@ -2,7 +2,7 @@
 
 The file has the columns ``text`` (or ``medical_abstract``) and ``label`` (or ``condition_label``).
 
-- Seen: the highest accuracy with one prediction a text, from the texts that occur in the file under several labels.
+- Seen: the highest accuracy with one prediction per text, from the texts that occur in the file under several labels.
 - Estimated: assume that the Medical Abstracts corpus lists a document once under each of its classes. Assume that its test split
   is a share p = 0.2 of these rows, drawn at random. Of a document's two rows, both are in the split with probability
   p², and at least one with 1 - (1 - p)². So if a share s of the texts in the split has two labels there, s · (2 - p) / p of its
@@ -48,7 +48,7 @@ def main() -> None:
     labels_of = rows.groupby(texts)[label].agg(set)
     several = float((labels_of.map(len) > 1).mean())
     second = min(1.0, several * (2 - arguments.share) / arguments.share)
-    found = {
+    result = {
         "rows": len(rows),
         "texts": int(texts.nunique()),
         "texts_under_several_labels": several,
@@ -58,12 +58,12 @@ def main() -> None:
         "of_the_texts_under_several_labels": shares(labels_of[labels_of.map(len) > 1]),
     }
     if arguments.predictions:
-        answered = pd.concat([pd.read_csv(file) for file in arguments.predictions])
-        wrong = answered[answered["label"] != answered["prediction"]]
-        pairs = pd.Series([{*pair} for pair in zip(wrong["label"], wrong["prediction"], strict=True)])
-        found["of_the_errors"] = shares(pairs)
-    arguments.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    for name, value in found.items():
+        predictions = pd.concat([pd.read_csv(file) for file in arguments.predictions])
+        errors = predictions[predictions["label"] != predictions["prediction"]]
+        pairs = pd.Series([{*pair} for pair in zip(errors["label"], errors["prediction"], strict=True)])
+        result["of_the_errors"] = shares(pairs)
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    for name, value in result.items():
         classes = value.items() if isinstance(value, dict) else [("", value)]
         for label, number in classes:
             shown = f"{number:,}" if isinstance(number, int) else f"{number:.1%}"

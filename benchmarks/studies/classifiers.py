@@ -4,8 +4,8 @@
 
 FOLDER holds OHSUMED's ``train.csv`` and ``labels.csv``; the test file is not read. The encoder is frozen. So the study shows the
 effect of pooling, of a hidden layer, and of initial weights from class names, before any fine-tuning. Scores are cross-validated
-in `FOLDS` folds. Each classifier has the strength of regularisation with its lowest log loss. Weights that start from class names
-are regularised towards these instead of zero (the mean of a Gaussian prior).
+in `FOLDS` folds. Each classifier has the strength of regularisation with its lowest log loss. Weights that are initialised from
+class names are regularised towards their initial values instead of zero (the mean of a Gaussian prior).
 
 Supports docs/experiments.md, "2026-11-27: Class names as initial head weights".
 """
@@ -63,32 +63,33 @@ def candidates(names: dict[str, np.ndarray]) -> list[tuple[str, str, list[Classi
     around = directions_of(names["mean"])
     named = [linear(norm * around, strength) for norm in NAMES_NORM for strength in STRENGTHS]
     deep = [hidden_layer(alpha) for alpha in ALPHAS]
-    return [*flat, ("mean", "linear, begins as the labels' names", named), ("mean", "one hidden layer", deep)]
+    return [*flat, ("mean", "linear, initialised from class names", named), ("mean", "one hidden layer", deep)]
 
 
 def encode(encoder: str, texts: list[str], max_length: int = 512) -> dict[str, np.ndarray]:
     """Return vectors (len(texts), hidden_size) for each pooling."""
     tokenizer, model = AutoTokenizer.from_pretrained(encoder), AutoModel.from_pretrained(encoder).eval()
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    found: dict[str, list[Tensor]] = {"mean": [], "first token": []}
+    parts: dict[str, list[Tensor]] = {"mean": [], "first token": []}
     for start in range(0, len(texts), 16):
-        some = [texts[i] for i in order[start : start + 16]]
-        batch = tokenizer(some, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+        some_texts = [texts[i] for i in order[start : start + 16]]
+        batch = tokenizer(some_texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
         with torch.inference_mode():
             hidden = model(**batch).last_hidden_state
         mask = batch["attention_mask"].unsqueeze(-1)
-        found["mean"].append((hidden * mask).sum(1) / mask.sum(1))
-        found["first token"].append(hidden[:, 0])
-    return {pooling: torch.cat(parts).numpy()[np.argsort(order)] for pooling, parts in found.items()}
+        parts["mean"].append((hidden * mask).sum(1) / mask.sum(1))
+        parts["first token"].append(hidden[:, 0])
+    return {pooling: torch.cat(vectors).numpy()[np.argsort(order)] for pooling, vectors in parts.items()}
 
 
 def directions_of(vectors: np.ndarray) -> np.ndarray:
+    """Return the unit vectors from the mean of all vectors to each vector."""
     offsets = vectors - vectors.mean(0)
     return offsets / np.linalg.norm(offsets, axis=1, keepdims=True)
 
 
 def standardised(known: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the offsets of both from the mean of the known vectors, over the RMS distance of these from it."""
+    """Subtract the mean of the known vectors from both arrays, and divide by the RMS distance of known vectors to their mean."""
     mean = known.mean(0)
     scale = np.sqrt(((known - mean) ** 2).sum(1).mean())
     return (known - mean) / scale, (others - mean) / scale
@@ -100,27 +101,27 @@ def cross_validated(classifier: Classifier, vectors: np.ndarray, labels: np.ndar
     for known, unseen in StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(vectors, labels):
         inputs, others = standardised(vectors[known], vectors[unseen])
         probs = classifier(inputs, labels[known], others)
-        answers = probs.argmax(1)
-        macro_f1 = f1_score(labels[unseen], answers, average="macro")
+        predictions = probs.argmax(1)
+        macro_f1 = f1_score(labels[unseen], predictions, average="macro")
         loss = log_loss(labels[unseen], probs, labels=range(probs.shape[1]))
-        scores.append((accuracy_score(labels[unseen], answers), macro_f1, loss))
+        scores.append((accuracy_score(labels[unseen], predictions), macro_f1, loss))
     return scores
 
 
-def linear(begin: np.ndarray, strength: float) -> Classifier:
-    """Return a softmax regression with weights regularised towards ``begin``, (num_classes, hidden_size)."""
+def linear(initial: np.ndarray, strength: float) -> Classifier:
+    """Return a softmax regression with weights regularised towards ``initial``, (num_classes, hidden_size)."""
 
     def fit(known: np.ndarray, labels: np.ndarray, unseen: np.ndarray) -> np.ndarray:
-        start, inputs, targets = torch.tensor(begin), torch.tensor(known), torch.tensor(labels)
-        weight, bias = start.clone().requires_grad_(), torch.zeros(len(begin), requires_grad=True)
+        start, inputs, targets = torch.tensor(initial), torch.tensor(known), torch.tensor(labels)
+        weight, bias = start.clone().requires_grad_(), torch.zeros(len(initial), requires_grad=True)
         optimizer = torch.optim.LBFGS([weight, bias], max_iter=300, line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:
             optimizer.zero_grad()
-            found = torch.nn.functional.cross_entropy(inputs @ weight.T + bias, targets)
-            found = found + strength * ((weight - start) ** 2).sum()
-            found.backward()
-            return found
+            value = torch.nn.functional.cross_entropy(inputs @ weight.T + bias, targets)
+            value = value + strength * ((weight - start) ** 2).sum()
+            value.backward()
+            return value
 
         optimizer.step(loss)
         with torch.inference_mode():
@@ -135,7 +136,7 @@ def hidden_layer(alpha: float) -> Classifier:
     def fit(known: np.ndarray, labels: np.ndarray, unseen: np.ndarray) -> np.ndarray:
         model = MLPClassifier(known.shape[1], alpha=alpha, max_iter=300, random_state=0)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # its training loss keeps falling beyond max_iter
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the training loss is still falling at max_iter
             return model.fit(known, labels).predict_proba(unseen)
 
     return fit

@@ -1,4 +1,4 @@
-"""Compare how scores of parents and children can depend on each other, after ``pip install sentence-transformers``:
+"""Compare heads whose parents' and children's scores depend on each other or not, after ``pip install sentence-transformers``:
 
     python benchmarks/studies/decisions.py --data FOLDER --encoder ENCODER
 
@@ -73,13 +73,13 @@ def main() -> None:
                 fitted = fit(heads, tree, vectors[known], torch.tensor(labels[known]), penalty)
                 with torch.inference_mode():
                     log_probs[others] = fitted(vectors[others])[:, : tree.num_leaves].numpy()
-            answers = log_probs.argmax(1)
+            predictions = log_probs.argmax(1)
             results.append(
                 {
                     "heads": name,
                     "penalty": penalty,
-                    "accuracy": accuracy_score(labels, answers),
-                    "macro_f1": f1_score(labels, answers, average="macro"),
+                    "accuracy": accuracy_score(labels, predictions),
+                    "macro_f1": f1_score(labels, predictions, average="macro"),
                     "log_loss": -log_probs[np.arange(len(labels)), labels].mean(),
                 }
             )
@@ -95,7 +95,7 @@ def main() -> None:
 def fit(
     kind: type[HierarchicalHeads], tree: Taxonomy, vectors: Tensor, labels: Tensor, penalty: float
 ) -> HierarchicalHeads:
-    """Fit heads that minimise the mean negative log-likelihood plus ``penalty`` times the squared norm of their weights."""
+    """Fit heads: minimise the mean negative log-likelihood plus ``penalty`` times the squared norm of the weights."""
     heads = kind(HierarchicalConfig(text_config={"model_type": "bert", "hidden_size": vectors.shape[1]}, taxonomy=tree))
     heads.fill_buffers()
     torch.nn.init.zeros_(heads.weight)

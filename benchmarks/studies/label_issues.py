@@ -1,4 +1,4 @@
-"""Measure how many labels that were exchanged by chance ``--label_issues`` finds, and what dropping them gains:
+"""Measure how many randomly exchanged labels ``--label_issues`` finds, and what dropping the listed rows gains:
 
     python benchmarks/studies/label_issues.py --data FOLDER --encoder ENCODER [--task ohsumed ohsumed_multilabel]
 
@@ -9,8 +9,8 @@ anywhere. The two methods have the same cross-validated probabilities of the lex
 - per decision: `evaluation.label_issues`;
 - flat: cleanlab over the probabilities of the leaves, in multi-label data with one list of labels per text.
 
-The corpus's own wrong labels count as false alarms, so precision is a lower bound. Average precision is that of the whole list, with
-the texts that are not listed at its end. Then the lexical classifier alone is trained on the rows and scored on the test file.
+The corpus's own wrong labels count as false alarms, so precision is a lower bound. Average precision ranks all texts, with texts
+that are not listed at the end. Then the lexical classifier alone is trained on the rows and scored on the test file.
 
 Supports docs/experiments.md, "2026-11-27: Labels that are wrong".
 """
@@ -49,7 +49,7 @@ SCORE = "self_confidence"  # of cleanlab: the probability of the label
 
 
 class WeightedClassifier(LexicalClassifier):
-    """Weigh the training rows, all of which are labelled with leaves."""
+    """Fit with a weight for each training row. All rows must be labelled with leaves."""
 
     def __init__(self, taxonomy: Taxonomy, counts: csr_matrix, labels: np.ndarray, weights: np.ndarray):
         self.row_weights = weights
@@ -73,7 +73,7 @@ def load(task: str, data: Path, encoder: str) -> tuple[Taxonomy, dict[str, csr_m
 
 
 def exchange(tree: Taxonomy, labels: list, share: float, where: str, seed: int) -> tuple[list, np.ndarray]:
-    """Exchange one label of a share of the rows for another leaf; return all labels, and a mask of these rows."""
+    """Exchange one label in a share of the rows for another leaf. Return all labels, and a mask of the exchanged rows."""
     generator, changed = np.random.default_rng(seed), list(labels)
     exchanged = np.zeros(len(labels), dtype=bool)
     for row in generator.permutation(len(labels)):
@@ -93,9 +93,9 @@ def exchange(tree: Taxonomy, labels: list, share: float, where: str, seed: int) 
 def per_decision(
     tree: Taxonomy, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray, ranked: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return a mask of the listed rows, and the quality of their labels from 0 to 1; it is 1 for other rows.
+    """Return a mask of the listed rows, and the label quality of all rows, from 0 to 1. Rows that are not listed have 1.
 
-    The quality is the probability of the label, or if not ``ranked``, of its choice in the worst decision.
+    The quality is the probability of the label. Without ``ranked``, it is the probability of the label's worst decision.
     """
     tables = [*judge(tree, logits, labels, texts)]
     issues = rank_issues(tree, tables, logits, labels) if ranked else pd.concat(tables)
@@ -108,7 +108,7 @@ def per_decision(
 def flat(
     tree: Taxonomy, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray, rule: str = FILTER, score: str = SCORE
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the same by cleanlab over the leaves alone, with its name of a rule and of a score."""
+    """Return the same as `per_decision`, by cleanlab over the leaves alone, with cleanlab's names of a rule and a score."""
     if labels.ndim == 2:
         probabilities = expit(marginal_logits(tree, logits)[:, : tree.num_leaves])
         given = [np.flatnonzero(row == 1).tolist() for row in labels[:, : tree.num_leaves]]
@@ -132,7 +132,7 @@ METHODS = {
 
 
 def fit(tree: Taxonomy, counts: dict[str, csr_matrix], labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Train the lexical classifier; return its scores of the test rows: of leaves, or the probabilities of nodes."""
+    """Train the lexical classifier. Return its scores of the test rows: leaf logits, or node probabilities if multi-label."""
     kept = weights > 0
     rows = counts["train"][kept], labels[kept]
     if labels.ndim == 1:
@@ -142,10 +142,11 @@ def fit(tree: Taxonomy, counts: dict[str, csr_matrix], labels: np.ndarray, weigh
 
 
 def measure(true: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-    """Return scores of the test rows."""
+    """Return the metrics of the test rows, from the scores of `fit`."""
     if true.ndim == 1:
-        answers = scores.argmax(axis=1)
-        return {"accuracy": accuracy_score(true, answers), "macro_f1": f1_score(true, answers, average="macro")}
+        predictions = scores.argmax(axis=1)
+        macro_f1 = f1_score(true, predictions, average="macro")
+        return {"accuracy": accuracy_score(true, predictions), "macro_f1": macro_f1}
     precision = average_precision_score(true, scores, average="macro")
     return {"mean_average_precision": precision, "micro_f1": f1_score(true, scores >= 0.5, average="micro")}
 
@@ -153,7 +154,7 @@ def measure(true: np.ndarray, scores: np.ndarray) -> dict[str, float]:
 def study(
     tree: Taxonomy, counts: dict[str, csr_matrix], labels: dict[str, list], texts: np.ndarray, seeds: int
 ) -> list[dict]:
-    """Measure all forms and shares of exchanged labels."""
+    """Measure both kinds and all shares of exchanged labels."""
     several = isinstance(labels["train"][0], list)
     arrays = (lambda given: multi_hot(tree, given)) if several else np.array
     test, results = arrays(labels["test"]), []

@@ -9,9 +9,9 @@
   token of the input.
 
 The freed memory of the outputs is kept, as in predict.py. ``ONEDNN_MAX_CPU_ISA=AVX2_VNNI`` and ``ATEN_CPU_CAPABILITY=avx2``
-hold the instruction set down to that of a laptop.
+limit the instruction set to that of a laptop.
 
-A second table compares ways to combine packed bfloat16 products. Each way and "as now" run in turn:
+A second table compares ways to combine packed bfloat16 products. Each way alternates with "as now":
 
 - row hint: the weight is packed for `TOKENS` rows, as torch.compile packs it;
 - one product: query, key and value as one product of three times the width, instead of three products;
@@ -93,7 +93,7 @@ def print_combinations() -> None:
 
 
 def combinations(size: int, inner: int) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
-    """Return for each way the products as they are now, and as changed."""
+    """Return, for each way to combine products, the current products and the changed ones."""
     tokens, wide, residual = (torch.randn(TOKENS, width).bfloat16() for width in (size, inner, size))
     projections = [packed_linear(size, size) for _ in range(3)]
     together, up, down = packed_linear(size, 3 * size), packed_linear(size, inner), packed_linear(inner, size)
@@ -116,7 +116,7 @@ def combinations(size: int, inner: int) -> dict[str, tuple[Callable[[], object],
 
 
 def packed_linear(inputs: int, outputs: int) -> PackedLinear:
-    """Return a bfloat16 layer that packs its weight at its first product."""
+    """Return a bfloat16 layer that packs its weight at its first forward pass."""
     return PackedLinear(inputs, outputs, dtype=torch.bfloat16)
 
 
@@ -125,9 +125,9 @@ def milliseconds(call: Callable[[], object]) -> float:
     """Return the median time of a call."""
     seconds = []
     for _ in range(WARM_UP + RUNS):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         call()
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - started)
     return 1000 * statistics.median(seconds[WARM_UP:])
 
 

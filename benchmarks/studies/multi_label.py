@@ -3,9 +3,9 @@
     python benchmarks/studies/multi_label.py --data FOLDER --encoder ENCODER [--variant recipe "every decision" … --seed 1 2 …]
 
 FOLDER holds ``hallmarks_of_cancer/{train,validation}.jsonl`` with ``taxonomy.json``. A fifth of the training texts is scored.
-``train.py`` trains on the others, over a full-precision encoder. The validation file selects the epoch, calibrates, and gives the
-thresholds. So the scored rows are used for nothing else. With about 200 rows, a difference of 2 points of F1 is chance; mean
-average precision and log loss vary less. Finished runs are not repeated.
+``train.py`` trains on the others, over a full-precision encoder. Epoch, calibration and thresholds are fitted to the validation
+file. So the scored rows are used for nothing else. With about 200 rows, a difference of 2 points of F1 can be chance; mean average
+precision and log loss vary less. Finished runs are not repeated.
 
 Supports docs/experiments.md, "2026-11-27: Losses and settings for multi-label models".
 The variant "nested scores" has an entry of its own: "2026-11-28: Nested scores in multi-label models".
@@ -72,7 +72,7 @@ class OpenDecisions(MultiLabelFocalLoss):
 
 
 class EveryDecision(OpenDecisions):
-    """Train a decision whether its parent's label is 1 or not."""
+    """Train all decisions with a known label, even if their parent's label is 0."""
 
     def is_trained(self, labels: Tensor) -> Tensor:
         return labels >= 0
@@ -89,9 +89,9 @@ class Asymmetric(MultiLabelFocalLoss):
 
 
 class NestedScores(MultiLabelFocalLoss):
-    """The recipe's loss, of scores that include the logsumexp of the children's scores, as for single-path models.
+    """Apply the recipe's loss to scores that include the logsumexp of the children's scores, as in single-path models.
 
-    The constant at which a node's score starts is taken off, so that its initial bias stays its log-odds.
+    Each node's initial logsumexp is subtracted, so that its score starts at its log-odds.
     """
 
     def __init__(self, tree: Taxonomy, labels: np.ndarray, *arguments: Any, **settings: Any):
@@ -145,7 +145,7 @@ def main() -> None:
 
 
 def flags(variant: str, folder: Path, arguments: argparse.Namespace) -> list[str]:
-    """Write the rows of a run, and return its words for ``train.py``."""
+    """Write the rows of a run, and return its flags for ``train.py``."""
     data = arguments.data / "hallmarks_of_cancer"
     rows = [*(data / "train.jsonl").open(encoding="utf-8")]
     texts = sorted({json.loads(row)["text"] for row in rows})

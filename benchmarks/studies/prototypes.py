@@ -1,4 +1,4 @@
-"""Compare how many texts a class name counts as in a prototype (`training.prototypes`), in ten minutes:
+"""Compare weights of the class name in a prototype (`training.prototypes`), counted in texts, in ten minutes:
 
     python benchmarks/studies/prototypes.py --data FOLDER --encoder ENCODER
 
@@ -30,14 +30,16 @@ def main() -> None:
     labels = rows["label"].map({label: i for i, label in enumerate(classes["label"])}).to_numpy()
     names = {"names": classes["name"], "names and descriptions": classes["name"] + ": " + classes["description"]}
     vectors = encode(arguments.encoder, list(rows["text"]))["mean"]
-    print("| rows a class | a name counts as | " + " | ".join(f"{kind}: accuracy | macro-F1" for kind in names) + " |")
+    print(
+        "| rows per class | weight of the name | " + " | ".join(f"{kind}: accuracy | macro-F1" for kind in names) + " |"
+    )
     print("| ---: | ---: |" + " ---: | ---: |" * len(names))
     directions = [directions_of(encode(arguments.encoder, list(texts))["mean"]) for texts in names.values()]
     for count in ROWS:
         draws = [draw(count, labels, seed) for seed in range(DRAWS)]
         for weight in WEIGHTS:
-            found = [np.mean([score(vectors, labels, *rows, weight * u) for rows in draws], 0) for u in directions]
-            cells = " | ".join(f"{100 * value:.1f}" for scores in found for value in scores)
+            means = [np.mean([score(vectors, labels, *rows, weight * u) for rows in draws], 0) for u in directions]
+            cells = " | ".join(f"{100 * value:.1f}" for scores in means for value in scores)
             print(f"| {count} | {weight} | {cells} |", flush=True)
 
 
@@ -51,11 +53,15 @@ def draw(count: int, labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndar
 def score(
     vectors: np.ndarray, labels: np.ndarray, known: np.ndarray, unseen: np.ndarray, named: np.ndarray
 ) -> tuple[float, float]:
-    """Return accuracy and macro-F1 of prototypes from ``known`` rows, and ``named`` (classes, hidden_size)."""
+    """Return accuracy and macro-F1 on the unseen rows, by prototypes.
+
+    Args:
+        named: weighted directions of the class names, (num_classes, hidden_size), which are added to the known rows' vectors.
+    """
     _, offsets = standardised(vectors[known], vectors)
     sums = named + [offsets[known[labels[known] == label]].sum(0) for label in range(len(named))]
-    answers = (offsets[unseen] @ (sums / np.linalg.norm(sums, axis=1, keepdims=True)).T).argmax(1)
-    return accuracy_score(labels[unseen], answers), f1_score(labels[unseen], answers, average="macro")
+    predictions = (offsets[unseen] @ (sums / np.linalg.norm(sums, axis=1, keepdims=True)).T).argmax(1)
+    return accuracy_score(labels[unseen], predictions), f1_score(labels[unseen], predictions, average="macro")
 
 
 if __name__ == "__main__":

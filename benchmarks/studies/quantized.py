@@ -2,8 +2,8 @@
 
     python benchmarks/studies/quantized.py --checkpoint CHECKPOINT --texts FILE [--rows 250]
 
-FILE is JSON Lines with ``text``. A decision is a node's probability against its threshold, or for single-path models the most
-probable leaf. The table also counts the operators that ONNX Runtime's optimizer for transformers fuses in the float32 file.
+FILE is JSON Lines with ``text``. A decision is whether a node reaches its threshold, or for single-path models the most probable
+leaf. The last line counts the operators that ONNX Runtime's optimizer for transformers fuses in the float32 file.
 
 Supports docs/experiments.md, "2026-11-27: ONNX in int8, and fused".
 """

@@ -2,9 +2,9 @@
 
     python benchmarks/studies/ray_checkpoint.py
 
-20,000 rows in 40 files are read, passed through a function that sleeps, and written to Parquet files. Ten times,
-at random numbers of written files, all workers of Ray or the driver are killed as soon as a file appears. A file is written before
-its checkpoint. A driver that is killed, or fails, is started again.
+20,000 rows in 40 files are read, passed through a function that sleeps, and written to Parquet files. Ten times, at random numbers
+of written files, all workers of Ray or the driver are killed as soon as a file appears. This moment is critical, because a file is
+written before its checkpoint. A driver that is killed, or fails, is started again.
 
 Supports docs/experiments.md, "2026-11-27: Ray Data's own checkpointing".
 """
@@ -26,7 +26,7 @@ ROWS, FILES, KILLS = 20_000, 40, 10
 
 
 def run(folder: Path) -> None:
-    """Process what is missing, in this process."""
+    """Process the rows that have no checkpoint, in this process."""
     import ray
     from ray.data import DataContext
     from ray.data.checkpoint import CheckpointConfig
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def disturb(folder: Path, draw: random.Random) -> Counter[str]:
-    """Run to the end, with `KILLS` strikes. Return how many hit the workers and the driver, and further starts."""
+    """Run to the end, with `KILLS` kills. Return how often workers and the driver were killed, and the driver was restarted."""
     (folder / "in").mkdir()
     for number in range(FILES):
         ids = pa.array(range(number, ROWS, FILES))
@@ -79,9 +79,9 @@ def disturb(folder: Path, draw: random.Random) -> Counter[str]:
                 counts["starts"] += 1
             elif moments and len([*(folder / "out").glob("*.parquet")]) >= moments[0]:
                 del moments[0]
-                strike = draw.choice(("workers", "driver"))
-                counts[strike] += 1
-                if strike == "driver":
+                victim = draw.choice(("workers", "driver"))
+                counts[victim] += 1
+                if victim == "driver":
                     driver.kill()
                     driver.wait()
                 else:

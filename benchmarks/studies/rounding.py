@@ -1,4 +1,4 @@
-"""Measure the rounding error of an encoder in int8, by each way of rounding:
+"""Measure the rounding error of an encoder in int8, for each way of quantization:
 
     pip install -r tests/optional.txt nncf
     python benchmarks/studies/rounding.py --encoder ENCODER [--texts ohsumed/train.csv]

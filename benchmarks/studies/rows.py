@@ -2,8 +2,8 @@
 
 FOLDER holds OHSUMED's ``train.csv`` and ``test.csv``. A linear SVM with C = 1 is trained on a share of the training rows,
 drawn `DRAWS` times, and scored on the test rows. ``train.py`` holds out 10 % for early stopping, calibration and the guarantee,
-which need rows that the model was not trained on. So its scores compare with those of models trained on 90 %. This study selects
-no setting.
+which need rows that the model was not trained on. So its scores should be compared with scores of models trained on 90 %. This
+study selects no setting.
 
 Supports docs/experiments.md, "2026-11-26: What held-out rows cost".
 """
@@ -52,14 +52,14 @@ def draws(labels: pd.Series, share: float) -> list[np.ndarray]:
     """Return the rows of each draw, stratified by class."""
     if share == 1:
         return [np.arange(len(labels))]
-    cut = StratifiedShuffleSplit(DRAWS, train_size=share, random_state=0)
-    return [drawn for drawn, _ in cut.split(labels, labels)]
+    splitter = StratifiedShuffleSplit(DRAWS, train_size=share, random_state=0)
+    return [drawn for drawn, _ in splitter.split(labels, labels)]
 
 
 def score(known: pd.DataFrame, unseen: pd.DataFrame) -> tuple[float, float]:
     model = make_pipeline(TfidfVectorizer(**TFIDF), LinearSVC(random_state=0))
-    answers = model.fit(known["text"], known["label"]).predict(unseen["text"])
-    return accuracy_score(unseen["label"], answers), f1_score(unseen["label"], answers, average="macro")
+    predictions = model.fit(known["text"], known["label"]).predict(unseen["text"])
+    return accuracy_score(unseen["label"], predictions), f1_score(unseen["label"], predictions, average="macro")
 
 
 if __name__ == "__main__":

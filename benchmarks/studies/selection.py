@@ -2,8 +2,8 @@
 
 All evaluations of a run have the same accuracy on new rows, so the excess of the best evaluation is chance. Two evaluations
 agree on whether a row is predicted correctly for 95 % of the rows. Each row has a probability of being correct, drawn from the
-beta distribution with this mean and this agreement. With less agreement, the excess is larger. Below the table is the agreement of
-the runs of ``ablation.py``, which differ in one setting.
+beta distribution with this mean and this agreement. With less agreement, the excess is larger. The last line shows the measured
+agreement between runs of ``ablation.py``, which differ in one setting.
 
 Supports docs/experiments.md, "2026-11-27: Scores on the rows that selected the checkpoint".
 """
@@ -24,7 +24,7 @@ def main() -> None:
     generator = np.random.default_rng(0)
     correlation = 1 - (1 - AGREEMENT) / (2 * ACCURACY * (1 - ACCURACY))
     total = 1 / correlation - 1  # of the two parameters of the beta distribution
-    found = []
+    results = []
     print("| validation rows | " + " | ".join(f"{count} evaluations" for count in EVALUATIONS) + " |")
     print("| ---: |" + " ---: |" * len(EVALUATIONS))
     for rows in ROWS:
@@ -33,11 +33,11 @@ def main() -> None:
             chances = generator.beta(ACCURACY * total, (1 - ACCURACY) * total, size=(RUNS, rows, 1))
             correct = generator.random((RUNS, rows, evaluations), dtype=np.float32) < chances
             gaps.append(100 * (correct.mean(axis=1).max(axis=1).mean() - ACCURACY))
-            found.append({"rows": rows, "evaluations": evaluations, "points": gaps[-1]})
+            results.append({"rows": rows, "evaluations": evaluations, "points": gaps[-1]})
         print(f"| {rows} | " + " | ".join(f"+{gap:.1f}" for gap in gaps) + " |")
     settings = {"accuracy": ACCURACY, "agreement": AGREEMENT, "runs": RUNS}
     (RESULTS / "selection.json").write_text(
-        json.dumps({**settings, "results": found}, indent=1) + "\n", encoding="utf-8"
+        json.dumps({**settings, "results": results}, indent=1) + "\n", encoding="utf-8"
     )
     tested = json.loads((RESULTS / "ablation.json").read_text(encoding="utf-8"))
     pairs = [pair for pair in combinations(tested, 2) if len({(run["task"], run["fold"]) for run in pair}) == 1]

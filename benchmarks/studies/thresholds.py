@@ -1,11 +1,11 @@
-"""Compare how often cross-validation is repeated to choose the shrinkage of thresholds (`evaluation.multi_label`):
+"""Compare numbers of repeated cross-validations for choosing the shrinkage of thresholds (`evaluation.multi_label`):
 
     python benchmarks/studies/thresholds.py --data FOLDER --runs RUNS
 
-RUNS holds finished runs of ``benchmarks/quality.py`` for multi-label models, with the validation and test scores that it
-stored. The thresholds are fitted to the validation texts, in 20 random orders, which deal them into other folds. Each line has
-the mean and standard deviation over the orders of F1 on the test file, and the shrinkages that were chosen. The last line of a
-run has the one threshold that is best on the test file itself: more is out of reach for common thresholds.
+RUNS holds finished runs of ``benchmarks/quality.py`` for multi-label models, with their stored validation and test scores. The
+thresholds are fitted to the validation texts in 20 random orders, because the order determines the folds. Each line has the mean
+and standard deviation of F1 on the test file over the orders, and the chosen shrinkages. The last line of a run has the one
+threshold of best micro-F1 on the test file itself, which is an upper bound for common thresholds.
 
 Supports docs/experiments.md, "2026-11-27: Repeated cross-validation for thresholds".
 """
@@ -54,7 +54,7 @@ def study(task: Task, file: Path) -> None:
     u = calibrate_out_of_fold(fit, tree, scores["validation"], None, labels["validation"], texts)
     probabilities = expit(fit(tree, scores["validation"], None, labels["validation"]).apply(tree, scores["test"], None))
     for repeats in REPEATS:
-        found, chosen = [], Counter[float]()
+        scores_by_order, chosen = [], Counter[float]()
         for order in range(ORDERS):
             rows = np.random.default_rng(order).permutation(texts)
             given = tree, u[rows], labels["validation"][rows]
@@ -62,8 +62,9 @@ def study(task: Task, file: Path) -> None:
             thresholds = multi_label.shrunk_thresholds(*given, (strength,))[strength]
             chosen[strength] += 1
             counts = confusion_counts(labels["test"], multi_label.predict_nodes(tree, probabilities, thresholds))
-            found.append((100 * micro_f1(counts), 100 * macro_f1(counts)))
-        cells = (f"{mean:.2f} ± {std:.2f}" for mean, std in zip(np.mean(found, 0), np.std(found, 0), strict=True))
+            scores_by_order.append((100 * micro_f1(counts), 100 * macro_f1(counts)))
+        means, deviations = np.mean(scores_by_order, 0), np.std(scores_by_order, 0)
+        cells = (f"{mean:.2f} ± {deviation:.2f}" for mean, deviation in zip(means, deviations, strict=True))
         times = ", ".join(f"{strength:g}: {count}" for strength, count in sorted(chosen.items()))
         print(f"| {file.parent.name} | {repeats} | {' | '.join(cells)} | {times} |", flush=True)
     best = multi_label.common_threshold(logit(probabilities), labels["test"])

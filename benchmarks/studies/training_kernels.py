@@ -6,7 +6,7 @@
   attention in both;
 - weight kept: the merged weight of a layer is kept from the forward to the backward pass, instead of being computed twice.
 
-Each change and "as now" run in turn. The last column is the norm of the difference of all gradients, divided by their norm.
+Each change alternates with "as now". The last column is the norm of the difference of all gradients, divided by their norm.
 
 Supports docs/experiments.md, "2026-11-30: SDPA in the forward pass, and merged weights that are kept".
 """
@@ -115,7 +115,7 @@ def four_bits(size: int, inner: int) -> nn.Linear:
 
 
 def compare(name: str, now: type, changed: type, inputs: list[Tensor], rest: list) -> None:
-    """Print a line of the table."""
+    """Time the current and the changed function, and print a line of the table."""
     gradients = [torch.cat([one.flatten() for one in step(way, inputs, rest)]) for way in (now, changed)]
     difference = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
     times = [[milliseconds(lambda way=way: step(way, inputs, rest)) for way in (now, changed)] for _ in range(ROUNDS)]
@@ -131,10 +131,10 @@ def step(way: Any, inputs: list[Tensor], rest: list) -> list[Tensor]:
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    begun = time.perf_counter()
+    started = time.perf_counter()
     for _ in range(RUNS):
         call()
-    return 1000 * (time.perf_counter() - begun) / RUNS
+    return 1000 * (time.perf_counter() - started) / RUNS
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train a multi-label model on Medical Abstracts, whose texts are listed once under each class, and predict one:
+"""Train a multi-label model on Medical Abstracts, where a text has one row per label, and predict one label per text:
 
     python benchmarks/studies/united_rows.py --data FOLDER --encoder ENCODER [--seed 1 2 3]
 
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def flags(task: Task, arguments: argparse.Namespace) -> list[str | Path]:
-    """Write the united rows of training and validation. Return the words for ``train.py``."""
+    """Write the united rows of training and validation. Return the flags for ``train.py``."""
     words = [ROOT / "recipes" / "medical_abstracts.yaml", "--model_name_or_path", arguments.encoder]
     words += ["--label_column", "labels", "--text_column", "text", "--taxonomy", arguments.runs / "taxonomy.json"]
     (arguments.runs / "taxonomy.json").write_text(json.dumps(task.tree.to_nested()), encoding="utf-8")
@@ -66,8 +66,8 @@ def score(task: Task, folder: Path) -> dict:
     classify = pipeline("hierarchical-text-classification", model=str(folder), trust_remote_code=True)
     leaves = task.tree.labels[: task.tree.num_leaves]
     ranked = classify(texts, top_k=task.tree.num_nodes, batch_size=16)
-    answers = [next(node["label"] for node in nodes if node["label"] in leaves) for nodes in ranked]
-    return measure(labels, np.array([task.tree.id(label) for label in answers]), task.tree)
+    predictions = [next(node["label"] for node in nodes if node["label"] in leaves) for nodes in ranked]
+    return measure(labels, np.array([task.tree.id(label) for label in predictions]), task.tree)
 
 
 if __name__ == "__main__":

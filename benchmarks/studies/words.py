@@ -1,4 +1,4 @@
-"""Compare token weights of the lexical head, and the place where its scores are added:
+"""Compare token weights of the lexical head, and ways to add its scores to the encoder's:
 
     python benchmarks/studies/words.py --data FOLDER --encoder ENCODER [--runs RUNS]
 
@@ -11,9 +11,9 @@ tokens, without an encoder, are scored by three-fold cross-validation on the tra
 
 The log loss is for probabilities with the best temperature of each fold.
 
-RUNS is the folder that ``ablation.py --task ohsumed --variant recipe --fold 0`` wrote. It adds a second table: the head with the
+With RUNS, the folder that ``ablation.py --task ohsumed --variant recipe --fold 0`` wrote, a second table adds the head to the
 encoder of that run. The rows are the third of the training file on which the run was not trained. In each of 40 draws, weight and
-temperatures are fitted on 336 rows, as many as the recipe has for validation. The others are scored:
+temperatures are fitted on 336 rows, as many as the recipe has for validation. The other rows are scored:
 
 - the encoder alone;
 - added to the leaves: one weight and one temperature, as in a flat taxonomy;
@@ -93,15 +93,15 @@ def main() -> None:
         for known, unknown in StratifiedKFold(3, shuffle=True, random_state=0).split(labels, labels):
             scores = scorer(known, unknown)
             logits[unknown] = log_softmax(scores * fit_decision(scores, labels[unknown], np.inf, 0)[0], axis=1)
-        answers = logits.argmax(axis=1)
-        accuracy, f1 = accuracy_score(labels, answers), f1_score(labels, answers, average="macro")
+        predictions = logits.argmax(axis=1)
+        accuracy, f1 = accuracy_score(labels, predictions), f1_score(labels, predictions, average="macro")
         loss = -logits[np.arange(len(labels)), labels].mean()
         alone[title] = {"accuracy": accuracy, "macro_f1": f1, "log_loss": float(loss)}
         print(f"| {title} | {100 * accuracy:.1f} | {100 * f1:.1f} | {loss:.3f} |")
-    found = {"alone": alone}
+    tables = {"alone": alone}
     if arguments.runs is not None:
-        found["beside_an_encoder"] = beside_an_encoder(arguments.data, arguments.runs)
-    arguments.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        tables["beside_an_encoder"] = beside_an_encoder(arguments.data, arguments.runs)
+    arguments.output.write_text(json.dumps(tables, indent=2) + "\n", encoding="utf-8")
 
 
 def beside_an_encoder(data: Path, runs: Path) -> dict[str, dict[str, float]]:
@@ -123,20 +123,20 @@ def beside_an_encoder(data: Path, runs: Path) -> dict[str, dict[str, float]]:
         "added to the leaves": (flat, words),
         "in each decision": (tree, words),
     }
-    found: dict[str, list[list[float]]] = {title: [] for title in forms}
+    scores: dict[str, list[list[float]]] = {title: [] for title in forms}
     shown = ("accuracy", "level_1_accuracy", "hierarchical_f1", "macro_f1", "log_loss")
     for _ in range(DRAWS):
         rows = generator.permutation(len(labels))
         known, rest = rows[:VALIDATION_ROWS], rows[VALIDATION_ROWS:]
-        for title, (fitted, beside) in forms.items():
+        for title, (taxonomy, lexical) in forms.items():
             calibration = fit_calibration(
-                fitted, logits[known], None if beside is None else beside[known], labels[known], bias_prior=0
+                taxonomy, logits[known], None if lexical is None else lexical[known], labels[known], bias_prior=0
             )
-            answers = calibration.apply(fitted, logits[rest], None if beside is None else beside[rest])
-            measured = build_compute_metrics(tree)(EvalPrediction(predictions=answers, label_ids=labels[rest]))
-            found[title].append([measured[name] for name in shown])
+            calibrated = calibration.apply(taxonomy, logits[rest], None if lexical is None else lexical[rest])
+            measured = build_compute_metrics(tree)(EvalPrediction(predictions=calibrated, label_ids=labels[rest]))
+            scores[title].append([measured[name] for name in shown])
     print("\n| the head | " + " | ".join(shown).replace("_", " ") + " |\n| --- |" + " ---: |" * len(shown))
-    means = {title: np.mean(values, axis=0) for title, values in found.items()}
+    means = {title: np.mean(values, axis=0) for title, values in scores.items()}
     for title, values in means.items():
         print(f"| {title} | " + " | ".join(f"{100 * value:.1f}" for value in values[:-1]) + f" | {values[-1]:.3f} |")
     return {title: dict(zip(shown, values.tolist(), strict=True)) for title, values in means.items()}

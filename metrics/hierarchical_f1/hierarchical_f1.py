@@ -74,10 +74,10 @@ class HierarchicalF1(evaluate.Metric):
             raise ValueError("there are no predictions and references to compare")
         parents = _checked_parents(parents)
         for name, ids in (("predictions", predictions), ("references", references)):
-            wrong = np.flatnonzero((ids < 0) | (ids >= len(parents)))
-            if wrong.size:
+            invalid = np.flatnonzero((ids < 0) | (ids >= len(parents)))
+            if invalid.size:
                 raise ValueError(
-                    f"{name}[{wrong[0]}] is {ids[wrong[0]]}, but the nodes are numbered 0 to {len(parents) - 1}"
+                    f"{name}[{invalid[0]}] is {ids[invalid[0]]}, but the nodes are numbered 0 to {len(parents) - 1}"
                 )
         paths = _paths(parents)
         predicted, true = paths[predictions], paths[references]  # (num_rows, depth) each
@@ -98,16 +98,16 @@ def _checked_parents(parents: Sequence[int]) -> np.ndarray:
     if parents.ndim != 1 or parents.size == 0 or parents.dtype.kind not in "iu":
         raise ValueError("parents must be a non-empty list of integers: the parent's id of each node, -1 for a root")
     parents = parents.astype(np.int64)
-    wrong = np.flatnonzero((parents < -1) | (parents >= len(parents)))
-    if wrong.size:
+    invalid = np.flatnonzero((parents < -1) | (parents >= len(parents)))
+    if invalid.size:
         raise ValueError(
-            f"parents[{wrong[0]}] is {parents[wrong[0]]}, but a parent is -1 or a node from 0 to {len(parents) - 1}"
+            f"parents[{invalid[0]}] is {parents[invalid[0]]}, but a parent is -1 or a node from 0 to {len(parents) - 1}"
         )
     return parents
 
 
 def _paths(parents: np.ndarray) -> np.ndarray:
-    """Return the path from the root to each node, padded with -1: (num_nodes, depth). ValueError: there is a cycle."""
+    """Return the path from the root to each node, padded with -1: (num_nodes, depth). Raise ValueError if there is a cycle."""
     parent_of = np.append(parents, -1)  # index -1 is the virtual root, its own parent
     ancestors = [np.arange(len(parents))]
     while (is_node := ancestors[-1] >= 0).any():

@@ -1,7 +1,8 @@
 """Make the checkpoints of this folder, which tests/shipped/test_compatibility.py loads: ``python tests/checkpoint/make.py``.
 
-A published checkpoint must load for good. So these are kept, and made again only for a release that changes what is stored. They
-lack the code that travels with a checkpoint. The encoder is a tiny BERT with random weights, and so are the heads; ``expected.json`` holds what they answered.
+A published checkpoint must stay loadable. So these are kept, and made again only for a release that changes the stored format.
+They lack the code that is published with a checkpoint. The encoder is a tiny BERT. Encoder and heads have random weights.
+``expected.json`` holds their predictions.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Calibration: temperatures and biases against drawn labels and the model itself, thresholds against their definition."""
+"""Test calibration: temperatures and biases against drawn labels and the model itself, thresholds against their definition."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -63,7 +63,7 @@ def fitted(tree: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> list[float
     return fit_calibration(tree, logits, None, labels).temperatures
 
 
-def test_temperatures_and_biases_are_those_that_the_labels_were_drawn_with():
+def test_the_fit_recovers_the_true_temperatures_and_biases():
     temperatures, biases = [2.0, 0.5, 3.0, 1.0], np.random.default_rng(1).normal(scale=0.5, size=TREE.num_nodes)
     for nodes in TREE.decisions:
         biases[nodes] -= biases[nodes].mean()  # a constant changes no softmax
@@ -74,8 +74,8 @@ def test_temperatures_and_biases_are_those_that_the_labels_were_drawn_with():
     assert fit_calibration(TREE, logits, None, labels, bias_prior=0).node_biases == [0.0] * TREE.num_nodes
 
 
-def test_the_order_in_which_a_taxonomy_names_its_nodes_changes_nothing():
-    """A leaf after an inner node stands after it in reading order, and before it by id."""
+def test_the_fit_does_not_depend_on_the_order_of_the_nodes():
+    """Compare taxonomies in two orders. A leaf after an inner node has a lower id, but a later place in reading order."""
     other = Taxonomy([{"b": [{"e": ["f", "g"]}, "c", "d"]}, {"h": ["i", "j"]}, "a"])
     logits, labels = drawn(TREE, [2.0, 0.5, 3.0, 1.0], 2000)
     leaves = [TREE.id(label) for label in other.labels[: other.num_leaves]]
@@ -88,7 +88,7 @@ def test_the_order_in_which_a_taxonomy_names_its_nodes_changes_nothing():
         assert temperature == pytest.approx(by_parent[other.labels[other.num_leaves + i]], rel=1e-3)
 
 
-def test_the_lexical_weight_is_the_one_that_the_labels_were_drawn_with():
+def test_the_fit_recovers_the_true_lexical_weight():
     generator = np.random.default_rng(0)
     logits, words = (generator.normal(scale=2, size=(20_000, TREE.num_leaves)) for _ in range(2))
     chances = np.exp(Calibration(0.7, [1.5] * 4, [0.0] * TREE.num_nodes).apply(TREE, logits, words))
@@ -104,7 +104,7 @@ def test_the_lexical_weight_is_the_one_that_the_labels_were_drawn_with():
 
 
 def test_the_prior_of_the_classes_counts_once():
-    """Encoder and lexical head see independent evidence, and both have learnt the prior. The posterior is known."""
+    """Give encoder and lexical head independent evidence, and the same class prior in both. The posterior is known."""
     generator, prior = np.random.default_rng(0), np.array([0.9, 0.07, 0.03])
     labels = generator.choice(3, size=20_000, p=prior)
     one, other = (-((generator.normal(labels, 1)[:, None] - np.arange(3)) ** 2) / 2 for _ in range(2))
@@ -113,7 +113,7 @@ def test_the_prior_of_the_classes_counts_once():
     tree, log_prior = Taxonomy(["a", "b", "c"]), np.log(1000 * prior)
 
     def gap(number: int, **given: object) -> float:
-        """Mean divergence from the posterior of what is calibrated on the first rows."""
+        """Return the mean divergence from the true posterior, after calibration on the first rows."""
         calibration = fit_calibration(tree, logits[:number], words[:number], labels[:number], **given)
         calibrated = calibration.apply(tree, logits, words)
         return float((np.exp(posterior) * (posterior - calibrated)).sum(1).mean())
@@ -136,8 +136,8 @@ def test_rows_are_scored_by_a_calibration_that_has_not_seen_their_text():
     np.testing.assert_allclose(calibrated_logits, everything, atol=1.0)
 
 
-def test_scores_of_validation_rows_do_not_flatter_the_fit():
-    """The calibrated log loss of 60 rows against that of fresh rows, less the same before calibration; mean of 30 draws."""
+def test_scores_of_validation_rows_are_not_optimistic():
+    """Compare the log loss of 60 validation rows with fresh rows, as the change by calibration; mean of 30 draws."""
     config = HierarchicalConfig(taxonomy=TREE, text_config=BertConfig(**TINY).to_dict())
     model = HierarchicalForSequenceClassification(config)
     logits, labels = drawn(TREE, [1.0] * 4, 3000)
@@ -159,10 +159,10 @@ def test_scores_of_validation_rows_do_not_flatter_the_fit():
     assert np.mean(gaps) == pytest.approx(0, abs=0.015)  # by the fit to these very rows, -0.035
 
 
-def test_the_prior_weighs_as_much_as_its_formula_says():
-    """For n binary decisions, each correct by a margin m, β ~ N(1, s²) and biases ±b, b ~ N(0, t²).
+def test_the_fit_solves_the_map_equations():
+    """Check the MAP equations for n binary decisions, each correct by a margin m, with β ~ N(1, s²), biases ±b and b ~ N(0, t²).
 
-    First without biases, n · m / (1 + exp(β · m)) = (β - 1) / s². Then n / (1 + exp(β · m + 2 b)) = b / t² = (β - β₁) / (m s²).
+    Without biases: n · m / (1 + exp(β · m)) = (β - 1) / s². Then with biases: n / (1 + exp(β · m + 2 b)) = b / t² = (β - β₁) / (m s²).
     """
     tree, n, m, s, t = Taxonomy(["a", "b"]), 40, 1.5, 0.25, 0.2
     found = fit_calibration(tree, np.tile([m, 0.0], (n, 1)), None, np.zeros(n, dtype=int), prior=s, bias_prior=t)
@@ -180,7 +180,7 @@ def test_a_decision_without_rows_takes_the_temperature_of_all():
     assert temperatures[-1] == pytest.approx(2.0, rel=0.2)
 
 
-def test_few_rows_or_rows_that_were_all_decided_rightly_do_little_harm():
+def test_few_rows_or_only_correct_rows_do_little_harm():
     """Measure a calibrated model on fresh rows: maximum likelihood on few rows makes it overconfident."""
     logits, labels = drawn(TREE, [1.0] * 4, 6000)
     words = np.random.default_rng(1).normal(size=logits.shape)
@@ -349,7 +349,7 @@ def test_thresholds_are_rounded_to_no_less_than_the_score():
 
 
 @pytest.mark.parametrize("coverage", [0.8, 0.9, 0.95])
-def test_answers_hold_the_label_as_often_as_asked(coverage):
+def test_answers_have_the_requested_coverage(coverage):
     logits, labels = drawn(MANY, [1.0] * 17, 1200)
     held, generator = [], np.random.default_rng(1)
     for _ in range(30):
@@ -362,7 +362,7 @@ def test_answers_hold_the_label_as_often_as_asked(coverage):
     assert np.mean(held) == pytest.approx(coverage, abs=0.02)
 
 
-def test_answers_hold_the_leaf_as_often_as_asked_where_some_labels_say_the_parent_alone():
+def test_answers_have_the_requested_coverage_if_some_labels_are_inner_nodes():
     logits, labels = drawn(TREE, [1.0] * 4, 4000)
     known, generator = labels.copy(), np.random.default_rng(2)
     inside = np.isin(labels, TREE.leaves_at_or_below[TREE.id("b")])
@@ -376,7 +376,7 @@ def test_answers_hold_the_leaf_as_often_as_asked_where_some_labels_say_the_paren
 @pytest.mark.parametrize("others", [0, 30])
 @pytest.mark.parametrize("one_label", [True, False])
 def test_texts_that_are_repeated_do_not_break_the_coverage(others, one_label):
-    """Repeat three validation texts twenty times each, beside others; new texts have any of their labels."""
+    """Repeat three validation texts twenty times each, among other texts. New texts have any of the repeated texts' labels."""
     logits, labels = drawn(MANY, [1.0] * 17, 2000)
     chances, generator = np.exp(log_softmax(logits, axis=1)), np.random.default_rng(3)
     under = MANY.leaves_at_or_below
@@ -395,7 +395,7 @@ def test_texts_that_are_repeated_do_not_break_the_coverage(others, one_label):
     assert np.mean(held) > 0.89
 
 
-def test_a_repeated_text_counts_once_in_the_coverage_that_is_measured():
+def test_a_repeated_text_counts_once_in_the_measured_coverage():
     """Score three texts: one twenty times and not covered, one covered, one covered for one of two labels."""
     leaves = np.full((23, TREE.num_leaves), 1e-9)
     leaves[:, TREE.id("c")] = 1
@@ -414,7 +414,7 @@ def never() -> Iterator[str]:
     yield ""
 
 
-def test_a_coverage_is_refused_where_texts_are_truncated_otherwise_than_its_thresholds_were_fitted(clear_checkpoint):
+def test_a_coverage_is_refused_at_another_truncation_than_its_thresholds(clear_checkpoint):
     text, message = f"We treated {CLEAR['neoplasms'][0]}.", "coverage needs texts truncated at 128 tokens"
     classify, guaranteed = calibrated(clear_checkpoint), calibrated(clear_checkpoint, coverage=0.9)
     expected = classify(text, coverage=0.9)

@@ -61,7 +61,7 @@ def test_exchanged_labels_are_first_and_the_better_label_is_the_true_one(leaves)
     paths = [[*map(TREE.labels.__getitem__, TREE.path(TREE.id(one)))] for one in first["label"]]
     others = [[*map(TREE.labels.__getitem__, TREE.path(TREE.id(one)))] for one in first["better_label"]]
     for decision, path, other in zip(first["decision"], paths, others, strict=True):
-        part = path.index(decision) + 1 if decision else 0  # the paths part below the decision
+        part = path.index(decision) + 1 if decision else 0  # the paths differ below the decision
         assert path[:part] == other[:part]
         assert path[part] != other[part]
 
@@ -113,7 +113,7 @@ def test_identical_texts_are_in_one_fold_and_classes_are_spread_evenly():
         assert sizes.max() - sizes.min() <= 1
 
 
-def test_a_duplicate_with_another_label_is_told_apart_from_an_unlikely_label(leaves):
+def test_a_duplicate_with_another_label_is_distinguished_from_an_unlikely_label(leaves):
     ids, texts, given = texts_of([[leaf] for leaf in leaves]), np.arange(len(leaves)), leaves.copy()
     texts[1], ids[1], given[1] = texts[0], ids[0], (leaves[0] + 1) % TREE.num_leaves
     texts[3], ids[3], given[3] = texts[2], ids[2], leaves[2]  # the same label: no conflict
@@ -133,7 +133,7 @@ def test_a_class_of_too_few_texts_is_not_judged(leaves):
     assert "g" not in set(listed["better_label"])
 
 
-def test_an_inner_node_is_judged_as_far_as_it_goes(leaves):
+def test_an_inner_node_is_judged_only_at_the_decisions_on_its_path(leaves):
     roots = np.array([TREE.path(leaf)[0] for leaf in leaves])
     given, wrong = np.where(np.arange(300) % 3 == 0, roots, leaves), [3, 6, 18, 30]
     given[wrong] = np.where(roots[wrong] == TREE.id("a"), TREE.id("b"), TREE.id("a"))
@@ -148,7 +148,7 @@ def test_an_inner_node_is_judged_as_far_as_it_goes(leaves):
 
 
 def test_the_better_label_is_the_more_probable_one():
-    """Leaves below b look alike, so that each alone may be less probable than the label."""
+    """Draw the same tokens for all leaves below b, so that each such leaf may be less probable than the label."""
     draw = np.random.default_rng(5)
     leaves = draw.integers(5, size=600)
     given, exchanged = leaves.copy(), draw.choice(600, 60, replace=False)
@@ -159,7 +159,7 @@ def test_the_better_label_is_the_more_probable_one():
     assert not {"b", "e"}.isdisjoint(issues["better_label"])
 
 
-def test_several_labels_a_text(leaves):
+def test_issues_of_multi_label_texts(leaves):
     others = np.random.default_rng(2).integers(TREE.num_leaves, size=300)
     true = [{int(leaf), int(other)} for leaf, other in zip(leaves, others, strict=True)]  # one or two
     given, exchanged, added, missing = list(true), [5, 80], [20, 21], [40, 41]

@@ -1,4 +1,4 @@
-"""Compare the lexical head with scikit-learn, and inside the model with its definition."""
+"""Compare the lexical head with scikit-learn, and its effect in the model with the definition."""
 
 import math
 import statistics
@@ -75,7 +75,7 @@ def test_the_head_is_scikit_learns_logistic_regression_over_weighted_tf_idf(leav
 
 
 @pytest.mark.parametrize("unseen", [1, 300])
-def test_leaves_that_no_row_has_are_as_likely_as_one_row_more(unseen):
+def test_leaves_without_rows_share_the_prior_of_one_row(unseen):
     tree = Taxonomy(["a", {"b": ["c", "d", *(f"never {i}" for i in range(unseen))]}])
     train = rows(300, leaves=3)
     counts = lexical.token_counts(train, VOCABULARY)
@@ -84,7 +84,7 @@ def test_leaves_that_no_row_has_are_as_likely_as_one_row_more(unseen):
     assert (odds[:, 3:].sum(1) / odds[:, :3].sum(1)).mean() == pytest.approx(1 / 301)
 
 
-def test_a_token_counts_by_how_unlike_the_classes_use_it():
+def test_a_token_is_weighted_by_how_differently_the_classes_use_it():
     present = csr_matrix(np.array([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 0, 1], [1, 1, 1], [1, 0, 0]]))
     labels = np.array([0, 0, 2, 2, 4, 4])
     # of 2 and 4 documents the second token is in 1 and 2, with one more of each kind: odds of 1; the third in 0, 2, 1 of 2
@@ -95,7 +95,7 @@ def test_a_token_counts_by_how_unlike_the_classes_use_it():
     np.testing.assert_allclose(one_class, np.square([math.log(3 / 4 * 6 / 5), 0, odds[0]]), atol=1e-12)
 
 
-def test_rows_labelled_with_an_inner_node_teach_no_words():
+def test_rows_labelled_with_an_inner_node_do_not_affect_the_fit():
     train = rows(200)
     labels = np.array(train["labels"])
     labels[:100] = TREE.id("b")
@@ -154,7 +154,7 @@ def test_a_text_alone_is_scored_as_in_a_batch_and_tokens_beyond_the_vocabulary_c
         torch.testing.assert_close(ours(torch.tensor([[*tokens, VOCABULARY + 3]]), None)[0], together[i])
 
 
-def test_embeddings_cannot_stand_in_for_tokens(model):
+def test_embeddings_in_place_of_token_ids_are_refused(model):
     model.set_lexical_head({"idf": torch.ones(60), "weight": torch.ones(5, 60), "bias": torch.zeros(5)})
     with pytest.raises(ValueError, match="needs input_ids"):
         model(inputs_embeds=torch.zeros(1, 4, 32))
@@ -162,7 +162,7 @@ def test_embeddings_cannot_stand_in_for_tokens(model):
         model(input_ids=torch.ones(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 1, 4, 4))
 
 
-def test_there_is_none_where_all_rows_have_one_leaf(caplog):
+def test_there_is_no_lexical_head_if_all_rows_have_one_leaf(caplog):
     caplog.set_level("INFO")
     assert lexical.fit_classifier(TREE, rows(20, leaves=1), VOCABULARY) is None
     assert "do not tell any two classes apart" in caplog.text

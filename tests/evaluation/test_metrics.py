@@ -77,7 +77,7 @@ def test_hierarchical_f1_by_hand(metric):
 def test_hierarchical_f1_against_sets_on_a_random_forest(metric):
     rng = np.random.default_rng(1)
     parents = [int(rng.integers(-1, node)) if node else -1 for node in range(200)]
-    # another numbering, since nothing promises that parents come before children
+    # permute the ids, because parents need not come before children
     order = rng.permutation(200)
     shuffled = [0] * 200
     for node, parent in enumerate(parents):
@@ -114,7 +114,7 @@ def test_hierarchical_f1_is_zero_when_nothing_is_shared(metric):
         ([], [], [-1], "no predictions"),
     ],
 )
-def test_hierarchical_f1_names_what_is_wrong(metric, predictions, references, parents, message):
+def test_hierarchical_f1_names_invalid_input(metric, predictions, references, parents, message):
     with pytest.raises(ValueError, match=message):
         metric.compute(predictions=predictions, references=references, parents=parents)
 
@@ -123,7 +123,7 @@ def test_evaluate_module_loads_offline_elsewhere_twice_at_once_without_a_home(tm
     script = f"""
 import socket
 def refuse(*args, **kwargs):
-    raise AssertionError("the network was asked")
+    raise AssertionError("the network was used")
 socket.socket.connect = socket.getaddrinfo = refuse
 import evaluate
 metric = evaluate.load({str(MODULE)!r}, keep_in_memory=True, cache_dir="scratch")
@@ -132,7 +132,7 @@ print(metric.compute(predictions=[0, 2], references=[1, 2], parents=[3, 3, -1, -
     (tmp_path / "file").touch()
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(tmp_path / "file" / "home"),  # below a file: nobody can write there, root neither
+        "HF_HOME": str(tmp_path / "file" / "home"),  # below a file: not even root can write there
         "HF_MODULES_CACHE": str(tmp_path / "modules"),
         "OMP_NUM_THREADS": "1",
     }
@@ -222,7 +222,7 @@ def plain_ece(documents: list[tuple[float, bool]]) -> float:
     return error
 
 
-def cut_documents(logits: np.ndarray, labels: list[int], level: int) -> list[tuple[float, float]]:
+def truncated_documents(logits: np.ndarray, labels: list[int], level: int) -> list[tuple[float, float]]:
     """Compute confidence and correctness of the labelled documents in the tree truncated below a level."""
     documents = []
     for row, label in zip(logits, labels, strict=True):
@@ -242,17 +242,17 @@ def cut_documents(logits: np.ndarray, labels: list[int], level: int) -> list[tup
 
 
 @pytest.mark.parametrize("inner", [set(), {D}, {B, D, G}])
-def test_ece_of_a_level_is_that_of_the_tree_cut_below_it_where_labels_may_be_inner_nodes(inner):
+def test_ece_of_a_level_is_the_ece_of_the_tree_truncated_below_it(inner):
     logits, labels = random_case(TREE, 500)
     labels[(labels >= TREE.num_leaves) & ~np.isin(labels, [*inner])] = -100
     scores = build_compute_metrics(TREE)(EvalPrediction(logits, labels))
     for level in range(1, TREE.depth + 1):
-        expected = plain_ece(cut_documents(logits, labels.tolist(), level))
+        expected = plain_ece(truncated_documents(logits, labels.tolist(), level))
         assert scores[f"level_{level}_ece"] == pytest.approx(expected), level
     assert scores["ece"] == pytest.approx(expected)
 
 
-def test_right_probabilities_look_right_where_some_labels_say_the_parent_alone():
+def test_correct_probabilities_look_calibrated_if_some_labels_are_inner_nodes():
     generator = np.random.default_rng(5)
     logits = generator.normal([1, -1, 0, 0, 2], 2, size=(20_000, TREE.num_leaves))
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)

@@ -53,7 +53,7 @@ TREES = pytest.mark.parametrize("tree", [TREE, FLAT], ids=["unequal depth", "fla
 
 
 def drawn(tree: Taxonomy, z: np.ndarray, seed: int = 1) -> np.ndarray:
-    """Draw labels for which the conditional scores z are correct."""
+    """Draw labels from the conditional scores z."""
     has = np.random.default_rng(seed).random(z.shape) < expit(z)
     labels = np.zeros(z.shape, dtype=np.int8)
     for node in range(tree.num_nodes):
@@ -98,7 +98,7 @@ def test_a_decision_is_open_where_the_parent_is_true_and_the_label_known():
 # Calibration
 
 
-def test_calibration_recovers_the_parameters_that_the_labels_were_drawn_with():
+def test_calibration_recovers_the_true_parameters():
     generator = np.random.default_rng(0)
     encoder, words = generator.normal(0, 2, (2, 60_000, TREE.num_nodes))
     scales, biases = generator.uniform(0.5, 1.2, TREE.num_nodes), generator.uniform(-0.4, 0.4, TREE.num_nodes)
@@ -144,7 +144,7 @@ def test_nodes_without_open_rows_keep_the_prior_and_nodes_with_one_class_stay_mo
     assert 0.3 < fitted.node_biases[C] < 3
 
 
-def test_unknown_labels_and_closed_decisions_teach_nothing():
+def test_unknown_labels_and_closed_decisions_do_not_affect_the_fit():
     z, labels = case(TREE, 200, unknown=0.1)
     words = np.random.default_rng(5).normal(size=z.shape)
     closed = ~open_decisions(TREE, labels)
@@ -179,7 +179,7 @@ def test_a_single_text_is_scored_by_its_own_calibration():
 # Thresholds
 
 
-def test_a_chosen_node_brings_its_ancestors():
+def test_the_ancestors_of_a_predicted_node_are_predicted():
     probabilities = np.array([[0.1, 0.2, 0.6, 0.1, 0.2, 0.7, 0.65, 0.3], [0.9, 0.1, 0.1, 0.1, 0.1, 0.2, 0.1, 0.1]])
     thresholds = np.array([0.95, 0.9, 0.5, 0.9, 0.9, 0.9, 0.9, 0.3])
     chosen = predict_nodes(TREE, probabilities, thresholds)
@@ -189,7 +189,7 @@ def test_a_chosen_node_brings_its_ancestors():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_best_threshold_against_all_of_them(seed):
+def test_best_threshold_against_exhaustive_search(seed):
     generator = np.random.default_rng(seed)
     scores = generator.integers(-5, 5, 30) / 2  # with ties
     true = generator.random(30) < 0.4
@@ -304,7 +304,7 @@ def test_unknown_labels_do_not_move_thresholds():
 
 
 @pytest.mark.parametrize("names", [[], ["a"], ["a", "b c"], ["a; b", "c"], ["a;b"]])
-def test_joined_names_can_be_told_apart(names):
+def test_joined_names_can_be_split_again(names):
     cell = join_labels(names)
     back = json.loads(cell) if cell.startswith("[") else cell.split("; ") if cell else []
     assert back == names
@@ -399,7 +399,7 @@ def test_recall_thresholds_are_those_of_mapie_on_its_grid():
 
 
 @pytest.mark.parametrize(("recall", "num_texts"), [(90, 60), (70, 30), (95, 200)])
-def test_the_mean_recall_over_splits_is_what_was_asked_and_hardly_more(recall, num_texts):
+def test_the_mean_recall_over_splits_is_the_requested_recall_and_hardly_more(recall, num_texts):
     z, _ = case(TREE, 1500)
     noise = np.random.default_rng(3).normal(0, 1.5, z.shape)
     labels, u = drawn(TREE, z), marginal_logits(TREE, 2 * z + noise)  # a miscalibrated model
@@ -510,7 +510,7 @@ def test_the_calibration_error_of_correct_probabilities_is_the_one_by_chance(bel
 
 
 def less_specific(labels: np.ndarray, share: float) -> np.ndarray:
-    """Make all nodes below B unknown in this share of the texts with B."""
+    """Return labels in which all nodes below B are unknown, for this share of the texts with B."""
     chosen = (labels[:, B] == 1) & (np.random.default_rng(0).random(len(labels)) < share)
     labels[np.ix_(chosen, [C, D, E, F])] = -100
     return labels
@@ -639,7 +639,7 @@ def test_each_node_has_scikit_learns_logistic_regression_over_its_open_rows():
         np.testing.assert_allclose(ours(torch.tensor([tokens]), None)[0].numpy(), scores[row], atol=1e-4)
 
 
-def test_a_node_that_is_never_or_always_true_has_no_words():
+def test_a_node_that_is_never_or_always_true_has_no_lexical_weights():
     ids, labels = rows(200)
     labels[:, [G, H]] = 0
     labels[labels[:, B] == 1, C] = 1

@@ -1,4 +1,4 @@
-"""From predictions to training rows: the rows to label next, tasks of Label Studio, and the way back from its export."""
+"""Test labelling: selecting the rows to label next, tasks for Label Studio, and training rows from its export."""
 
 import csv
 import io
@@ -67,7 +67,7 @@ def test_a_task_holds_the_text_the_row_and_the_predicted_paths(checkpoint, tmp_p
     assert taxonomy.get("maxUsages") == (None if "labels" in rows[0] else "1")
 
 
-def test_tasks_of_a_run_that_was_stopped_are_those_of_a_whole_run(clear_checkpoint, tmp_path, monkeypatch):
+def test_a_resumed_run_writes_the_same_tasks(clear_checkpoint, tmp_path, monkeypatch):
     texts = [f"{TEXTS[i % 60]} {i}" for i in range(2100)]
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
@@ -144,13 +144,13 @@ def test_two_labels_for_a_model_of_one_path_are_refused(clear_checkpoint, tmp_pa
     assert done.stderr.strip().splitlines()[-1].startswith("label_studio.py: error: the task 7 has 2 labels")
 
 
-def test_what_is_no_checkpoint_is_one_line(tiny_encoder):
+def test_an_invalid_checkpoint_is_reported_in_one_line(tiny_encoder):
     done = run("config", tiny_encoder, command="examples/label_studio.py", check=False)
     expected = f"cannot read the checkpoint {tiny_encoder}: it is not a checkpoint of this project\n"
     assert (done.returncode, done.stderr) == (2, f"label_studio.py: error: {expected}")
 
 
-def test_what_is_no_export_is_one_line(tmp_path):
+def test_an_invalid_export_is_reported_in_one_line(tmp_path):
     contents = ('[{"text": "a secret"}]', '{"annotations": []}', '["a secret"]', '[{"annotations": null}]', "[[1]]")
     for i, content in enumerate(contents):
         (tmp_path / f"{i}.json").write_text(content)
@@ -182,7 +182,7 @@ def test_the_rows_to_label_next_are_the_least_certain(output, clear_checkpoint, 
     assert [row["text"] for row in printed] == [TEXTS[row] for row in best["row"]]
 
 
-def test_the_reader_of_the_rows_to_label_next_may_end_first(clear_checkpoint, tmp_path):
+def test_the_output_pipe_of_the_rows_to_label_next_may_be_closed_early(clear_checkpoint, tmp_path):
     predict(clear_checkpoint, tmp_path / "out.jsonl", TEXTS[:3], "--uncertainty")
     reader, writer = os.pipe()
     os.close(reader)

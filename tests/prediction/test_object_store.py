@@ -1,4 +1,4 @@
-"""Read from and write to an object store: an S3 server on this machine. Skipped without moto."""
+"""Test reading from and writing to an object store, with an S3 server on this machine. Skipped without moto."""
 
 import signal
 from collections.abc import Iterator
@@ -66,9 +66,7 @@ def upload(bucket, folder: Path) -> None:
     bucket.put_object(Key="in/_SUCCESS", Body=b"")
 
 
-def test_a_run_in_a_store_is_killed_and_ends_with_the_bytes_of_one_on_a_disk(
-    bucket, clear_checkpoint, texts, tmp_path, capsys
-):
+def test_a_killed_run_in_a_store_writes_the_same_bytes_as_on_a_disk(bucket, clear_checkpoint, texts, tmp_path, capsys):
     upload(bucket, texts)
     before = contents(bucket)
     for output in ("out.csv", "folder/"):
@@ -125,7 +123,9 @@ def test_every_kind_of_source_is_read_as_on_a_disk(bucket, texts):
     assert names == [f"s3://{BUCKET}/in/{name}" for name in ("part-1.csv", "part-2.jsonl.gz", "part-3.parquet")]
 
 
-def test_what_a_store_refuses_is_one_line(bucket, clear_checkpoint, texts, closed_port, tmp_path, monkeypatch):
+def test_an_error_of_a_store_is_reported_in_one_line(
+    bucket, clear_checkpoint, texts, closed_port, tmp_path, monkeypatch
+):
     upload(bucket, texts)
     words = {"--model": clear_checkpoint, "--input": str(texts / "part-1.csv"), "--output": f"{tmp_path}/out.csv"}
     for flag, value, message in (

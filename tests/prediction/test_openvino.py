@@ -24,7 +24,7 @@ def openvino(monkeypatch) -> None:
 
 @pytest.fixture
 def without_mask(clear_checkpoint, tmp_path) -> str:
-    """A checkpoint whose tokenizer does not list the attention mask."""
+    """Return a checkpoint whose tokenizer does not list the attention mask."""
     shutil.copytree(clear_checkpoint, tmp_path / "checkpoint")
     file = tmp_path / "checkpoint" / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"model_input_names": ["input_ids"]}))
@@ -32,7 +32,7 @@ def without_mask(clear_checkpoint, tmp_path) -> str:
 
 
 @pytest.mark.parametrize("form", ["without_mask", "labels_checkpoint"])
-def test_predictions_are_those_of_torch_and_in_8_bits_nearly(openvino, form, request, texts, tmp_path):
+def test_predictions_equal_those_of_torch_and_nearly_in_8_bits(openvino, form, request, texts, tmp_path):
     file = write_csv(tmp_path / "in.csv", [{"text": text} for text in texts])
     scores = {}
     for backend, dtype in (("torch", "fp32"), ("openvino", "fp32"), ("openvino", "int8")):

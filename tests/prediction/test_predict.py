@@ -57,7 +57,7 @@ def write_texts(folder: Path, texts: list[str]) -> Path:
     return folder / "in.csv"
 
 
-def test_answers_are_those_of_the_stock_pipeline_and_bad_rows_stand_apart(checkpoint, texts, tmp_path):
+def test_predictions_equal_the_stock_pipeline_and_bad_rows_are_listed_separately(checkpoint, texts, tmp_path):
     rows = [["id", "text"], *([f"n{i}", text] for i, text in enumerate(texts))]
     rows[3:3] = [["short"], ["empty", "  "], ["long", "a", "b"]]
     with (tmp_path / "in.csv").open("w", newline="", encoding="utf-8") as file:
@@ -89,7 +89,7 @@ def test_answers_are_those_of_the_stock_pipeline_and_bad_rows_stand_apart(checkp
     assert {path.name for path in tmp_path.iterdir()} == {"in.csv", "out.jsonl", "out.jsonl.errors.jsonl"}
 
 
-def test_every_kind_of_input_and_output_says_the_same(checkpoint, texts, tmp_path):
+def test_all_input_and_output_formats_give_the_same_predictions(checkpoint, texts, tmp_path):
     table = pd.DataFrame({"abstract": texts, "number": range(len(texts))})
     table.to_csv(tmp_path / "one.csv", index=False)
     table.to_csv(tmp_path / "one.tsv", index=False, sep="\t")
@@ -128,7 +128,7 @@ def test_every_kind_of_input_and_output_says_the_same(checkpoint, texts, tmp_pat
 
 
 @contextmanager
-def killed_as_it_clears_up() -> Iterator[None]:
+def kill_during_cleanup() -> Iterator[None]:
     """Interrupt predict.py in this process after the output is renamed, and before its parts are deleted."""
 
     def killed(*arguments: object, **options: object) -> None:
@@ -179,7 +179,7 @@ def test_a_long_folder_has_several_files_that_are_one_table(checkpoint, long_inp
     assert b"".join(part.read_bytes() for part in parts) == unbroken[0].read_bytes()
 
 
-def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_bytes(checkpoint, long_input, unbroken, tmp_path, capsys):
+def test_a_killed_run_is_resumed_and_writes_the_same_bytes(checkpoint, long_input, unbroken, tmp_path, capsys):
     output = tmp_path / "out.jsonl"
     words = ("--model", checkpoint, "--input", long_input, "--output", output)
     for *moment, kill, whole in (
@@ -206,10 +206,10 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_bytes(checkpoint, l
         predict_here(*words)
 
 
-def test_other_options_or_another_input_do_not_go_on_with_a_broken_run(checkpoint, long_input, tmp_path):
+def test_a_killed_run_is_not_resumed_with_other_options_or_another_input(checkpoint, long_input, tmp_path):
     shutil.copy(long_input, tmp_path / "in.csv")
     words = ("--model", checkpoint, "--input", tmp_path / "in.csv", "--output", tmp_path / "out.jsonl")
-    with killed_as_it_clears_up(), pytest.raises(KeyboardInterrupt):
+    with kill_during_cleanup(), pytest.raises(KeyboardInterrupt):
         predict_here(*words)
     (tmp_path / "out.jsonl").unlink()
     with pytest.raises(InputError, match="started with another coverage, batch_size"):
@@ -221,12 +221,12 @@ def test_other_options_or_another_input_do_not_go_on_with_a_broken_run(checkpoin
 
 
 @pytest.mark.parametrize("cleared", [False, True])
-def test_a_run_that_was_killed_as_it_cleared_up_is_not_done_for_another_input(cleared, checkpoint, texts, tmp_path):
+def test_a_run_killed_during_cleanup_is_not_finished_for_another_input(cleared, checkpoint, texts, tmp_path):
     output = tmp_path / "out.jsonl"
     for name, some in (("one", texts[:2]), ("two", texts[2:4])):
         pd.DataFrame({"text": some}).to_csv(tmp_path / f"{name}.csv", index=False)
     words = ("--model", checkpoint, "--output", output, "--input")
-    with killed_as_it_clears_up(), pytest.raises(KeyboardInterrupt):
+    with kill_during_cleanup(), pytest.raises(KeyboardInterrupt):
         predict_here(*words, tmp_path / "one.csv")
     if cleared:  # all is gone but the folder
         for file in Path(f"{output}.parts").iterdir():
@@ -246,7 +246,7 @@ def test_two_models_on_one_output_are_never_mixed(checkpoint, other_checkpoint, 
     first, second = (
         ("--model", model, "--input", long_input, "--output", output) for model in (checkpoint, other_checkpoint)
     )
-    # the first stands still with one part written and the next one under way
+    # the first process is stopped after one part, while it works on the next one
     moment = ("os.rename", "/000000001.jsonl", str(int(signal.SIGSTOP)))
     line = ["-c", STRIKE, str(ROOT / "predict.py"), *moment, *map(str, first)]
     with open(os.devnull, "r+") as nothing:
@@ -272,7 +272,7 @@ def test_two_models_on_one_output_are_never_mixed(checkpoint, other_checkpoint, 
     assert_same_files(output, unbroken[0])
     assert predict_here(*second, "--overwrite") == 1
     assert_same_files(output, unbroken[1])
-    # at once: the second to come is refused, or, if the first is done by then, begins anew
+    # at the same time: the second to start is refused or, if the first has ended, starts again
     with ThreadPoolExecutor(2) as pool:
         ended = pool.map(lambda words: run(*words, "--overwrite", command="predict.py", check=False), (first, second))
         codes, stderr = zip(*((done.returncode, done.stderr) for done in ended), strict=True)
@@ -288,7 +288,7 @@ def test_two_models_on_one_output_are_never_mixed(checkpoint, other_checkpoint, 
 def finished_parts(checkpoint, long_input, tmp_path_factory) -> Path:
     """Return the parts of a run that was killed while it cleaned up."""
     output = tmp_path_factory.mktemp("finished") / "out.jsonl"
-    with killed_as_it_clears_up(), pytest.raises(KeyboardInterrupt):
+    with kill_during_cleanup(), pytest.raises(KeyboardInterrupt):
         predict_here("--model", checkpoint, "--input", long_input, "--output", output)
     return Path(f"{output}.parts")
 
@@ -297,7 +297,7 @@ def test_blocks_of_a_killed_run_are_not_read_as_its_input(checkpoint, long_input
     shutil.copy(long_input, tmp_path / "in.csv")
     pattern, output = f"{tmp_path}/**/*[0-9n].[cj]s*", tmp_path / "out.jsonl"  # also the blocks in out.jsonl.parts
     words = ("--model", checkpoint, "--input", pattern, "--output", output)
-    with killed_as_it_clears_up(), pytest.raises(KeyboardInterrupt):
+    with kill_during_cleanup(), pytest.raises(KeyboardInterrupt):
         predict_here(*words)
     output.unlink()
     (Path(f"{output}.parts") / "000000001.jsonl").unlink()
@@ -307,7 +307,7 @@ def test_blocks_of_a_killed_run_are_not_read_as_its_input(checkpoint, long_input
 
 def test_blocks_that_a_killed_run_could_not_delete_are_deleted_by_the_next(checkpoint, texts, tmp_path):
     words = ("--model", checkpoint, "--input", write_texts(tmp_path, texts[:3]), "--output", tmp_path / "out.jsonl")
-    with killed_as_it_clears_up(), pytest.raises(KeyboardInterrupt):
+    with kill_during_cleanup(), pytest.raises(KeyboardInterrupt):
         predict_here(*words)
     parts, before = tmp_path / "out.jsonl.parts", (tmp_path / "out.jsonl").read_bytes()
     (parts / "000000000.jsonl").rename(parts / "part.new")
@@ -344,17 +344,17 @@ def test_a_parquet_file_has_few_row_groups(checkpoint, long_input, unbroken, tmp
 
 def test_a_restarted_run_may_name_the_format_that_it_has_by_default(checkpoint, texts, tmp_path):
     words = ("--model", checkpoint, "--input", write_texts(tmp_path, texts[:3]), "--output", f"{tmp_path}/out/")
-    with killed_as_it_clears_up(), pytest.raises(KeyboardInterrupt):
+    with kill_during_cleanup(), pytest.raises(KeyboardInterrupt):
         predict_here(*words)
     assert predict_here(*words, "--output_format", "parquet") == 0
     assert len(pd.read_parquet(tmp_path / "out" / "part-00000.parquet")) == 3
 
 
-def cut_a_row(lines: list[bytes]) -> list[bytes]:
+def drop_a_row(lines: list[bytes]) -> list[bytes]:
     return lines[:-1]
 
 
-def cut_in_a_row(lines: list[bytes]) -> list[bytes]:
+def truncate_a_row(lines: list[bytes]) -> list[bytes]:
     return [*lines[:-1], lines[-1][:-20]]
 
 
@@ -362,12 +362,12 @@ def edit_a_label(lines: list[bytes]) -> list[bytes]:
     return [line.replace(b'"label": "', b'"label": "x', 1) for line in lines]
 
 
-def cut_all(lines: list[bytes]) -> list[bytes]:
+def drop_all_lines(lines: list[bytes]) -> list[bytes]:
     return []
 
 
-@pytest.mark.parametrize("damage", [cut_a_row, cut_in_a_row, edit_a_label, cut_all])
-def test_a_damaged_part_is_named_and_the_run_goes_on_without_it(
+@pytest.mark.parametrize("damage", [drop_a_row, truncate_a_row, edit_a_label, drop_all_lines])
+def test_a_damaged_part_is_named_and_the_run_continues_once_it_is_deleted(
     damage, checkpoint, long_input, finished_parts, unbroken, tmp_path
 ):
     output = tmp_path / "out.jsonl"
@@ -384,7 +384,7 @@ def test_a_damaged_part_is_named_and_the_run_goes_on_without_it(
     assert_same_files(output, unbroken[0])
 
 
-def test_a_part_that_is_damaged_while_the_run_goes_on_is_named(checkpoint, long_input, tmp_path, monkeypatch):
+def test_a_part_that_is_damaged_during_the_run_is_named(checkpoint, long_input, tmp_path, monkeypatch):
     output = tmp_path / "out.jsonl"
     part, last = (Path(f"{output}.parts") / f"00000000{i}.jsonl" for i in (1, 2))
 
@@ -404,7 +404,7 @@ def test_a_part_that_is_damaged_while_the_run_goes_on_is_named(checkpoint, long_
 def test_an_output_is_on_the_disk_before_its_parts_are_deleted(kind, checkpoint, texts, tmp_path, monkeypatch):
     write_texts(tmp_path, [*texts[:2], ""])
     output, parts = tmp_path / f"out.{kind}", tmp_path / f"out.{kind}.parts"
-    events: list[tuple] = []  # by the numbers of the files, which a rename keeps
+    events: list[tuple] = []  # identified by inode, which a rename keeps
 
     def fsync(handle: int, whole=os.fsync) -> None:
         whole(handle)
@@ -430,8 +430,8 @@ def test_an_output_is_on_the_disk_before_its_parts_are_deleted(kind, checkpoint,
         assert any(event[:2] == ("on the disk", tmp_path.stat().st_ino) for event in events[renamed:deleted])
 
 
-def test_what_is_not_needed_is_not_imported(tmp_path):
-    """Run the whole command for a merged checkpoint. pyarrow imports pandas to write Parquet."""
+def test_unneeded_modules_are_not_imported(tmp_path):
+    """Run predict.py for a merged checkpoint, and check which modules it imports. pyarrow imports pandas to write Parquet."""
     model = copy_checkpoint("self_contained", tmp_path / "model")
     (tmp_path / "in.csv").write_text("text\nA study of ulcers.\n")
     code = f"""
@@ -495,7 +495,7 @@ def test_carriage_returns_in_ids_do_not_shift_the_rows_of_a_csv_file(checkpoint,
     assert [key for key, _, _ in expected] == list(map(str, ids))
 
 
-def test_errors_of_a_former_run_are_not_said_to_be_of_this_one(checkpoint, texts, tmp_path):
+def test_errors_of_a_former_run_are_not_reported_for_this_run(checkpoint, texts, tmp_path):
     words = ("--model", checkpoint, "--input", tmp_path / "in.csv", "--output", tmp_path / "out.jsonl")
     write_texts(tmp_path, [texts[0], ""])
     assert predict_here(*words) == 1
@@ -520,7 +520,7 @@ def test_errors_of_a_former_run_are_not_said_to_be_of_this_one(checkpoint, texts
         ([{"a": 1}], ["the id is neither text nor a number"]),
     ],
 )
-def test_an_id_is_what_json_knows(ids, expected, tmp_path):
+def test_ids_become_json_values(ids, expected, tmp_path):
     table = pyarrow.table({"id": pyarrow.array(ids, from_pandas=False), "text": ["A study of ulcers."] * len(ids)})
     pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
     records = list(read_records(find_sources(str(tmp_path / "in.parquet")), None, "id"))
@@ -528,7 +528,7 @@ def test_an_id_is_what_json_knows(ids, expected, tmp_path):
     json.dumps([record.id for record in records], allow_nan=False)
 
 
-def test_dates_and_numbers_that_are_none_are_ids_of_answers(checkpoint, texts, tmp_path):
+def test_dates_and_nan_can_be_ids(checkpoint, texts, tmp_path):
     table = pyarrow.table({"text": texts[:2], "day": [date(2024, 2, 3), None], "number": [float("nan"), 2.5]})
     pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
     for column, ids in (("day", ["2024-02-03", None]), ("number", [None, 2.5])):
@@ -546,7 +546,7 @@ def test_two_versions_of_an_encoder_are_not_mixed(checkpoint, texts, tmp_path):
     shutil.copytree(config["encoder_name_or_path"], encoder)
     (model / "config.json").write_text(json.dumps(config | {"encoder_name_or_path": str(encoder)}))
     words = ("--model", model, "--input", write_texts(tmp_path, texts[:2]), "--output", tmp_path / "out.jsonl")
-    with killed_as_it_clears_up(), pytest.raises(KeyboardInterrupt):
+    with kill_during_cleanup(), pytest.raises(KeyboardInterrupt):
         predict_here(*words)
     weights = load_file(encoder / "model.safetensors")
     save_file(
@@ -577,7 +577,7 @@ def test_an_input_is_not_taken_for_an_output(given, output, message, more, tmp_p
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_an_output_is_overwritten_only_once_its_run_can_begin(checkpoint, texts, tmp_path):
+def test_an_output_is_overwritten_only_once_the_new_run_can_start(checkpoint, texts, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "model")
     write_texts(tmp_path, texts[:2])
     output = tmp_path / "out.jsonl"
@@ -638,7 +638,7 @@ def test_an_input_whose_name_is_not_utf_8_is_named_with_escapes(checkpoint, text
     assert read_json_lines(output / "errors.jsonl")[0]["source"] == f"{tmp_path}/caf\\xe9.csv"
 
 
-def test_texts_that_cannot_be_seen_and_empty_files_cost_no_other_row(checkpoint, texts, tmp_path):
+def test_invisible_texts_and_empty_files_do_not_affect_other_rows(checkpoint, texts, tmp_path):
     (tmp_path / "in").mkdir()
     unseen = ["\u200b", "\ufeff\u2060", "\xad \x01", "\u0301 \u0308"]
     header = "Re\u0301sume\u0301,,\n"  # as macOS writes accents, and spreadsheets empty columns
@@ -668,7 +668,7 @@ def test_costs_choose_the_leaf_and_their_content_is_an_option(checkpoint, texts,
     table.to_csv(tmp_path / "costs.csv")
     words = ("--model", checkpoint, "--input", write_texts(tmp_path, texts), "--dtype", "fp32")
     words += ("--costs", tmp_path / "costs.csv")
-    with killed_as_it_clears_up(), pytest.raises(KeyboardInterrupt):
+    with kill_during_cleanup(), pytest.raises(KeyboardInterrupt):
         predict_here(*words, "--output", tmp_path / "out.jsonl")
     rows = read_json_lines(tmp_path / "out.jsonl")
     expected = classify(texts, costs=costs)
@@ -729,7 +729,7 @@ def test_a_question_mark_begins_the_query_of_a_url_and_belongs_to_the_name_of_a_
     assert output_kind(output, None) == kind
 
 
-def test_labels_that_a_csv_cannot_tell_apart_are_refused(labels_checkpoint, tmp_path):
+def test_labels_that_are_ambiguous_in_csv_are_refused(labels_checkpoint, tmp_path):
     folder = shutil.copytree(labels_checkpoint, tmp_path / "checkpoint")
     config = (folder / "config.json").read_text(encoding="utf-8")
     (folder / "config.json").write_text(config.replace("nervous system", "nervous; system"), encoding="utf-8")
@@ -740,7 +740,7 @@ def test_labels_that_a_csv_cannot_tell_apart_are_refused(labels_checkpoint, tmp_
     assert any("nervous; system diseases" in row["labels"] for row in read_json_lines(tmp_path / "out.jsonl"))
 
 
-def test_paths_that_a_csv_cannot_tell_apart_are_refused(checkpoint, texts, tmp_path):
+def test_paths_that_are_ambiguous_in_csv_are_refused(checkpoint, texts, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
     words = ("--model", folder, "--input", write_texts(tmp_path, texts[:1]), "--output")
     predict_here(*words, tmp_path / "a.jsonl")
@@ -835,7 +835,7 @@ def test_levels_share_the_entropy_of_the_leaf(seed):
     leaves[seed % TREE.num_leaves] = 0.0
     leaves /= leaves.sum()
     nodes = np.array([leaves[below].sum() for below in TREE.leaves_at_or_below])
-    # of where the leaf is, down to a level: leaves above that level stand for themselves
+    # entropy of the node at a level; a leaf above that level counts as this node
     known = [0.0]
     for level in range(1, TREE.depth + 1):
         cells = {TREE.path(leaf)[:level][-1] for leaf in range(TREE.num_leaves)}
@@ -866,7 +866,7 @@ def test_with_several_labels_the_uncertainty_is_the_entropy_of_their_set(seed):
 
 
 @pytest.mark.skipif(not has_int8_products(), reason="this processor has no 8-bit products")
-def test_int8_answers_nearly_as_float32_does(checkpoint, texts, tmp_path):
+def test_int8_predicts_nearly_as_float32(checkpoint, texts, tmp_path):
     words = ("--model", checkpoint, "--input", write_texts(tmp_path, texts), "--probabilities", "--output")
     predict_here(*words, tmp_path / "a.jsonl", "--dtype", "fp32")
     predict_here(*words, tmp_path / "b.jsonl", "--dtype", "int8")

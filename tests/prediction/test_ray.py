@@ -24,7 +24,7 @@ from errors import InputError
 ray = pytest.importorskip("ray")
 SETTINGS = {
     "OMP_NUM_THREADS": "2",
-    "RAY_worker_niceness": "0",  # Ray's workers would give way to all other tests
+    "RAY_worker_niceness": "0",  # otherwise Ray's workers have a lower priority than all other tests
     "RAY_prestart_worker_first_driver": "0",  # workers that nobody uses
     "RAY_health_check_period_ms": "300",  # a killed node is found dead after five failed checks
 }
@@ -114,7 +114,7 @@ def test_workers_and_a_node_are_killed_and_no_row_is_lost_or_doubled(
 
 
 def test_a_driver_is_killed_and_its_cluster_ends_with_it(clear_checkpoint, texts, expected, tmp_path):
-    """Write a folder with a Ray of its own, and look at rows, problems and manifest."""
+    """Start a run with its own local Ray, with a folder as output. Check rows, problems and manifest."""
     output = tmp_path / "out"
     words = ("--model", clear_checkpoint, "--input", texts, "--output", f"{output}/", "--output_format", "jsonl")
     with started(*words, "--ray", "local", log=Path(os.devnull), command="predict.py", settings=SETTINGS) as driver:
@@ -142,7 +142,7 @@ def test_a_driver_is_killed_and_its_cluster_ends_with_it(clear_checkpoint, texts
 
 
 def test_rows_that_kill_every_worker_are_named(cluster, clear_checkpoint, tmp_path, monkeypatch):
-    """The checkpoint's own code ends the process at one of the texts."""
+    """Use a checkpoint whose code ends the process at one of the texts."""
     model = shutil.copytree(clear_checkpoint, tmp_path / "model")
     code = (model / "pipeline_hierarchical.py").read_text()
     poisoned = 'texts.append(read_text(item, position)); item == "poison" and __import__("os")._exit(1)'
@@ -163,7 +163,7 @@ def test_rows_that_kill_every_worker_are_named(cluster, clear_checkpoint, tmp_pa
 
 
 def test_actors_with_another_model_do_not_take_part(cluster, clear_checkpoint, texts, tmp_path):
-    """The folder of the model changes during the run, and a new actor would load what is in it now."""
+    """Change the model's folder during the run, so that a new actor loads other weights."""
     model, output = tmp_path / "model", tmp_path / "out.jsonl"
     shutil.copytree(clear_checkpoint, model)
 
@@ -183,7 +183,7 @@ def test_actors_with_another_model_do_not_take_part(cluster, clear_checkpoint, t
     assert not output.exists()
 
 
-def test_what_cannot_be_done_is_one_line(clear_checkpoint, texts, tmp_path, monkeypatch):
+def test_errors_are_reported_in_one_line(clear_checkpoint, texts, tmp_path, monkeypatch):
     model = shutil.copytree(clear_checkpoint, tmp_path / "model")
     heads = model / "heads.safetensors"
     heads.write_bytes(heads.read_bytes()[:-100])

@@ -1,4 +1,4 @@
-"""The model card: it parses back to the run's own numbers, no name breaks it, no path leaks, and it can be renamed."""
+"""Test the model card: it parses back to the run's metrics, no name breaks it, no path leaks, and the id can be replaced."""
 
 import getpass
 import json
@@ -144,7 +144,7 @@ def test_the_results_parse_back_to_the_numbers_of_the_metrics_file(written, metr
     assert names == {("text-classification", "unknown", f"{s}.csv", s, None) for s in ("validation", "test")}
 
 
-def test_the_front_matter_says_what_the_hub_asks(written):
+def test_the_front_matter_has_the_fields_of_the_hub(written):
     front = ModelCard(written()).data.to_dict()
     assert front["license"] == "apache-2.0"
     assert (front["library_name"], front["pipeline_tag"]) == ("transformers", "text-classification")
@@ -285,7 +285,7 @@ def test_renaming_keeps_what_was_written_by_hand(written):
 
 
 @pytest.mark.parametrize("encoder", [ENCODER, "/home/alice/encoder"])
-def test_a_merged_card_tells_of_the_whole_model(written, encoder):
+def test_a_merged_card_describes_the_whole_model(written, encoder):
     renamed = card.update_for_publishing(written(make_config(encoder_name_or_path=encoder)), "me/model", merged=True)
     relation = ModelCard(renamed).data.get("base_model_relation")
     assert relation == ("finetune" if encoder == ENCODER else None)
@@ -314,7 +314,7 @@ def test_the_card_of_an_unfinished_run_has_no_results(written):
     assert "├── neoplasms" in text
     renamed = card.update_for_publishing(card.update_for_publishing(text, "me/draft"), "me/model")
     assert all('"me/model"' in snippet for snippet in snippets(renamed))
-    assert "nothing was measured" in section(written(metrics={"train_runtime": 1.0}), "Results")
+    assert "there are no scores" in section(written(metrics={"train_runtime": 1.0}), "Results")
 
 
 def test_scores_stand_beside_those_of_the_quantized_encoder(written, metrics):
@@ -379,7 +379,7 @@ def test_the_card_of_a_refit_says_to_which_model_the_calibration_was_fitted(writ
     assert "without the validation rows" not in section(written(config=config), "Results")
 
 
-def test_validation_scores_of_the_checkpoint_that_they_chose_are_said_to_flatter(written, metrics):
+def test_validation_scores_that_selected_the_checkpoint_are_called_optimistic(written, metrics):
     sentence, chosen = (
         "The validation rows also selected the checkpoint, so their scores are optimistic",
         SETTINGS | {"load_best_model_at_end": True},
@@ -559,18 +559,18 @@ def test_a_multi_label_card_names_its_scores_as_the_metrics_file_does(written_mu
     assert ModelCard(card.update_for_publishing(text, "you/model")).data.model_name == "you/model"
 
 
-def test_no_piece_of_the_template_is_left(written, written_multi_label):
+def test_the_template_is_rendered_completely(written, written_multi_label):
     for text in (written(), written(settings=SETTINGS | {"refit": True}), written_multi_label()[0]):
         assert not re.search(r"\}\}|\{\{|\{%|%\}", re.sub(r"(?ms)^```.*?^```", "", text))
 
 
 def test_a_refitted_model_without_scores_says_that_nothing_is_guaranteed(written):
     shown = section(written(settings=SETTINGS | {"refit": True}, metrics={"train_runtime": 60.0}), "Results")
-    assert "nothing was measured" in shown
+    assert "there are no scores" in shown
     assert "`coverage` and `recall` are not guaranteed" in shown
 
 
-def test_thousands_of_label_columns_take_no_page(written):
+def test_thousands_of_label_columns_are_not_all_listed(written):
     columns = [f"label {i}" for i in range(5000)]
     text = written(report=make_report(make_config().tree) | {"columns": {"text": "text", "label": columns}})
     assert "label 19 and 4,980 more" in text
@@ -626,7 +626,7 @@ def test_a_multi_label_card_describes_the_label_sets(written_multi_label):
     assert "neoplasms and a &#124; b (2)." in section(written_multi_label(report=report)[0], "Data")
 
 
-def test_the_snippets_of_a_multi_label_card_ask_only_for_what_the_checkpoint_has(written_multi_label):
+def test_the_snippets_of_a_multi_label_card_use_only_what_the_checkpoint_has(written_multi_label):
     for text, offered in ((written_multi_label()[0], True), (unfinished_multi_label(written_multi_label), False)):
         code = snippets(text)
         assert len(code) == 3

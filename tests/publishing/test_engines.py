@@ -1,6 +1,6 @@
-"""What is published is in the form that other engines read: ONNX Runtime, text-embeddings-inference, OpenVINO, Inference Endpoints.
+"""Test published checkpoints in other engines: ONNX Runtime, text-embeddings-inference, OpenVINO and Inference Endpoints.
 
-text-embeddings-inference is not installed: what it reads and computes is written here again, from its source.
+text-embeddings-inference is not installed. Its reading of files and its computations are reimplemented here, from its source.
 """
 
 import json
@@ -35,11 +35,11 @@ FORMS = ("one_path", "several_labels")
 
 @pytest.fixture(scope="module")
 def published(clear_checkpoint, labels_checkpoint, tmp_path_factory) -> dict[str, Path]:
-    """By form, a folder with the files that push_to_hub.py put on the Hub."""
+    """Publish a single-path and a multi-label checkpoint. Return folders with the published files, by form."""
     folder = tmp_path_factory.mktemp("engines")
     shutil.copytree(labels_checkpoint, folder / "labels")
     (folder / "labels" / "README.md").write_text("A checkpoint.")
-    # made by hand, it pads as its encoder's tokenizer does, which train.py changes
+    # pad on the right, as train.py sets it; this checkpoint, made by hand, pads as the encoder's tokenizer does
     tokenizer = AutoTokenizer.from_pretrained(folder / "labels", padding_side="right", trust_remote_code=True)
     tokenizer.save_pretrained(folder / "labels")
     with HubServer() as hub:
@@ -57,7 +57,7 @@ def classify(folder: Path, texts: list[str], **parameters) -> list:
 
 
 def probabilities(folder: Path, texts: list[str]) -> np.ndarray:
-    """Of the classes in the order of id2label, by this project's pipeline."""
+    """Return the pipeline's class probabilities (num_texts, num_classes), in the order of label2id."""
     results = classify(folder, texts, top_k=99)
     labels = json.loads((folder / "config.json").read_text())["label2id"]
     scores = np.zeros((len(texts), len(labels)))
@@ -101,7 +101,7 @@ def test_the_onnx_files_give_the_probabilities_of_the_pipeline(published, form, 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_an_export_whose_probabilities_differ_is_refused(published, form, monkeypatch, tmp_path):
-    """A shift of all logits changes sigmoids, and no softmax."""
+    """Shift all logits, which changes their sigmoids, but not their softmax."""
     exported = torch.onnx.export
 
     def shifted(model, *arguments, **options):
@@ -117,7 +117,7 @@ def test_an_export_whose_probabilities_differ_is_refused(published, form, monkey
 
 
 def served_softmax(logits: np.ndarray) -> np.ndarray:
-    """The softmax of text-embeddings-inference: in float32, less the logit of the largest absolute value."""
+    """Compute the softmax as text-embeddings-inference does: in float32, minus the logit of the largest absolute value."""
     with np.errstate(over="ignore", invalid="ignore"):
         powers = np.exp(logits - logits[np.abs(logits).argmax()], dtype=np.float32)
         return powers / powers.sum(dtype=np.float32)
@@ -140,11 +140,11 @@ def test_the_softmax_of_text_embeddings_inference_stays_finite_for_improbable_le
     exact = expected.double().exp().numpy()
     assert exact.min() < 1e-70
     logits = run_onnx(export_onnx(tmp_path, tmp_path)[ONNX_FILE], {name: ids.numpy() for name, ids in inputs.items()})
-    for row, unclamped, wanted in zip(logits, expected.numpy(), exact, strict=True):
+    for row, unclamped, probabilities_of_row in zip(logits, expected.numpy(), exact, strict=True):
         assert np.isnan(served_softmax(unclamped)).any()
-        likely = wanted > 1e-30
-        assert 2 < likely.sum() < len(wanted)
-        np.testing.assert_allclose(served_softmax(row)[likely], wanted[likely], rtol=1e-3)
+        likely = probabilities_of_row > 1e-30
+        assert 2 < likely.sum() < len(probabilities_of_row)
+        np.testing.assert_allclose(served_softmax(row)[likely], probabilities_of_row[likely], rtol=1e-3)
         assert served_softmax(row)[~likely].max() < 1e-30
 
 
@@ -158,7 +158,7 @@ def usize(value: object) -> int:
 
 
 def served_logits(folder: Path, texts: list[str]) -> tuple[list[str], np.ndarray]:
-    """The labels and raw scores of text-embeddings-inference on a CPU, which truncates: by its reading of a repository."""
+    """Return labels and raw scores as text-embeddings-inference computes them on a CPU, with truncation, from a repository."""
     config = json.loads((folder / "config.json").read_text())
     assert any(architecture.endswith("Classification") for architecture in config["architectures"])
     assert isinstance(config["model_type"], str)
@@ -191,7 +191,7 @@ def test_text_embeddings_inference_gives_the_probabilities_of_the_pipeline(publi
     texts = [*TEXTS[::5], LONG]
     labels, logits = served_logits(published[form], texts)
     assert labels == list(json.loads((published[form] / "config.json").read_text())["id2label"].values())
-    # it applies no sigmoid to several labels: clients ask for raw scores
+    # for multi-label models it has no sigmoid: clients request raw scores
     scores = sigmoid(logits) if form == "several_labels" else [served_softmax(row) for row in logits]
     assert classify(published[form], texts)[-1]["truncated"]
     np.testing.assert_allclose(scores, probabilities(published[form], texts), atol=1e-3)
@@ -270,7 +270,7 @@ print(json.dumps(answers))
 
 
 def serve(folder: Path, requests: list) -> list:
-    """What the toolkit of Inference Endpoints answers, in a process of its own."""
+    """Return the responses of the toolkit of Inference Endpoints, in a separate process."""
     return run_outside(TOOLKIT.format(folder=str(folder), requests=json.dumps(requests)), folder.parent)
 
 
@@ -293,7 +293,7 @@ def test_an_endpoint_answers_as_the_pipeline(published, form):
 
 
 def close(value):
-    """The value, with numbers up to rounding: batches of another shape are summed in another order."""
+    """Return the value with approximate numbers, because batches of other shapes are rounded differently."""
     if isinstance(value, dict):
         return {name: close(one) for name, one in value.items()}
     if isinstance(value, list):
@@ -301,7 +301,7 @@ def close(value):
     return pytest.approx(value, abs=1e-5) if isinstance(value, float) else value
 
 
-def test_what_a_client_gets_wrong_is_one_line_without_its_text(published):
+def test_a_bad_request_is_refused_in_one_line_without_its_text(published):
     secret = "Mrs Smith has colitis"
     cases = [
         ({"parameters": {}}, 'a request is {"inputs": a text or a list of texts}'),

@@ -1,4 +1,4 @@
-"""Publishing and loading over HTTP, by the real client against a hub of our own, each in a process of its own."""
+"""Test publishing and loading over HTTP, by the real client against a Hub in memory, in separate processes."""
 
 import ast
 import json
@@ -45,7 +45,7 @@ TEXTS = ["Chest pain after exercise, and narrowed coronary arteries.", "A tumour
 
 @pytest.fixture(scope="module")
 def hub(tiny_encoder):
-    """A hub that holds the encoder, with users who may and may not write."""
+    """Serve a Hub that holds the encoder, with users who may and may not write."""
     with HubServer() as hub:
         hub.add_user("alice", "hf_alice", orgs=("clinic",))
         hub.add_user("reader", "hf_reader", role="read")
@@ -62,7 +62,7 @@ def training_words(tiny: str, data: Path, output: Path) -> list[object]:
 
 @pytest.fixture(scope="module")
 def checkpoint(hub, tmp_path_factory) -> Path:
-    """A finished run over an encoder of the hub, in a folder in which other things lie as well."""
+    """Return a finished run over an encoder on the Hub, in a folder with further files."""
     folder = tmp_path_factory.mktemp("run")
     output = folder / "results"
     run(*training_words("base/tiny", folder, output), settings=hub.environment())
@@ -76,7 +76,7 @@ def checkpoint(hub, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def published(hub, checkpoint) -> dict[str, str]:
-    """Both forms of the checkpoint on the hub: repository ids by form."""
+    """Publish both forms of the checkpoint. Return the repository ids by form."""
     for name, flags in (("adapter", []), ("merged", ["--merge"])):
         words = ["--model", checkpoint, "--repo_id", f"alice/{name}", *flags]
         done = run(*words, command="push_to_hub.py", settings=hub.environment(token="hf_alice"), fresh=not flags)
@@ -87,12 +87,12 @@ def published(hub, checkpoint) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def expected(checkpoint, hub) -> torch.Tensor:
-    """Node log-probabilities of TEXTS: (2, num_nodes)."""
+    """Return the node log-probabilities of TEXTS, (2, num_nodes)."""
     return by_hand(hub, checkpoint)
 
 
 def by_hand(hub: HubServer, checkpoint: Path) -> torch.Tensor:
-    """Outputs of a checkpoint's heads for TEXTS by PEFT the plain way, from the local files: (2, num_nodes)."""
+    """Compute the outputs of a checkpoint's heads for TEXTS, (2, num_nodes), from the local files by PEFT alone."""
     from peft import PeftModel
     from transformers import AutoModel
 
@@ -114,7 +114,7 @@ def by_hand(hub: HubServer, checkpoint: Path) -> torch.Tensor:
 # publishing
 
 
-def test_only_the_files_of_the_checkpoint_go_up(hub, published, checkpoint):
+def test_only_the_files_of_the_checkpoint_are_published(hub, published, checkpoint):
     files = hub.files("alice/adapter")
     assert files.keys() == ADAPTER_REPOSITORY
     assert hub.files("alice/merged").keys() == MERGED_REPOSITORY
@@ -136,8 +136,8 @@ def test_publishing_again_makes_no_commit_and_a_change_makes_one(hub, checkpoint
     folder = shutil.copytree(checkpoint, tmp_path / "results")
     words = ["--model", folder, "--repo_id", "again"]  # the namespace is the token's
     environment = hub.environment(token="hf_alice")
-    said = [run(*words, command="push_to_hub.py", settings=environment).stdout for _ in range(2)]
-    assert said[0] == said[1]
+    outputs = [run(*words, command="push_to_hub.py", settings=environment).stdout for _ in range(2)]
+    assert outputs[0] == outputs[1]
     assert [commit.title for commit in hub.commits("alice/again")] == ["initial commit", "Publish a checkpoint"]
     (folder / "plots" / "training_curves.png").unlink()
     run(*words, command="push_to_hub.py", settings=environment)
@@ -189,8 +189,8 @@ def test_a_dry_run_lists_the_files_and_sends_nothing(hub, checkpoint, tmp_path):
     assert "heads.safetensors" in done.stdout
     assert "space alice/dry-space" in done.stdout
     assert "nothing was published" in done.stdout
-    asked = {request.method for request in hub.requests[before:] if request.path != "/api/validate-yaml"}
-    assert asked <= {"GET", "HEAD"}
+    methods = {request.method for request in hub.requests[before:] if request.path != "/api/validate-yaml"}
+    assert methods <= {"GET", "HEAD"}
 
 
 DRIVER = """
@@ -224,10 +224,11 @@ os.environ |= hub.environment(Path.cwd())  # before huggingface_hub is imported
 
 
 def driver(code: str, own_hub: bool = False, **values: object) -> str:
-    """Code that calls push_to_hub.py's main many times, in a process that has loaded it once.
+    """Return code for a process that imports push_to_hub.py once, and calls its main many times.
 
     Args:
-        own_hub: that process holds its own hub as well, so that it can say which request fails.
+        code: calls the function ``push``.
+        own_hub: whether the process also has its own Hub, ``hub``, so that the code can choose which request fails.
         values: constants of the code.
     """
     before = DRIVER.format(root=str(ROOT), tests=str(ROOT / "tests"), hub=OWN_HUB if own_hub else "")
@@ -235,7 +236,7 @@ def driver(code: str, own_hub: bool = False, **values: object) -> str:
     return "\n".join([before, constants, textwrap.dedent(code)])
 
 
-def test_what_the_hub_would_refuse_is_one_line_before_anything_is_sent(
+def test_what_the_hub_would_refuse_is_reported_in_one_line_before_anything_is_sent(
     hub, published, checkpoint, tiny_encoder, tmp_path
 ):
     hub.add_repo("alice/cats", {"cats.csv": b"name\n", "README.md": b"cats"})
@@ -304,8 +305,8 @@ def test_what_the_hub_would_refuse_is_one_line_before_anything_is_sent(
         assert message in answer
         assert "\n" not in answer
         assert token is None or token not in answer
-    asked = {request.method for request in hub.requests[before:] if request.path != "/api/validate-yaml"}
-    assert asked <= {"GET", "HEAD"}
+    methods = {request.method for request in hub.requests[before:] if request.path != "/api/validate-yaml"}
+    assert methods <= {"GET", "HEAD"}
 
 
 def test_a_refusal_is_one_line_and_exit_code_2(hub, checkpoint, tmp_path, closed_port):
@@ -316,12 +317,12 @@ def test_a_refusal_is_one_line_and_exit_code_2(hub, checkpoint, tmp_path, closed
     down = {**hub.environment(tmp_path, "hf_alice"), "HF_ENDPOINT": f"http://127.0.0.1:{closed_port}"}
     done = run(*words, command="push_to_hub.py", check=False, settings=down)
     assert done.returncode == 2
-    assert done.stderr.startswith("push_to_hub.py: error: cannot ask the Hub whose token this is: the connection")
+    assert done.stderr.startswith("push_to_hub.py: error: cannot check the token on the Hub: the connection")
     assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(("how", "existing"), [("drop", True), ("drop", False), ("503", True)])
-def test_a_push_that_breaks_anywhere_leaves_the_repository_as_it_was(how, existing, checkpoint, tmp_path):
+def test_a_failed_push_leaves_the_repository_unchanged(how, existing, checkpoint, tmp_path):
     changed = shutil.copytree(checkpoint, tmp_path / "changed")
     code = driver(
         """
@@ -336,11 +337,11 @@ def test_a_push_that_breaks_anywhere_leaves_the_repository_as_it_was(how, existi
             plot = Path(changed) / "plots" / "training_curves.png"
             if existing and number == 1:
                 push(*words)
-            before, asked = state(repo), len(hub.requests)
+            before, num_requests = state(repo), len(hub.requests)
             plot.write_bytes(b"png%d" % number)
             hub.fail_at(number, how=how)
             answer = push(*words)
-            broke = any(request.status in (0, 503) for request in hub.requests[asked:])
+            broke = any(request.status in (0, 503) for request in hub.requests[num_requests:])
             after = state(repo)
             same = after == before or (before is None and set(after[1]) == {".gitattributes"})
             again = push(*words)
@@ -362,13 +363,13 @@ def test_a_push_that_breaks_anywhere_leaves_the_repository_as_it_was(how, existi
         assert broke
         assert whole, again
         assert "\n" not in answer.strip()
-        assert answer.startswith(("cannot look", "cannot ask", "alice/model")), answer
-        if not same and "run the same command again" not in answer:  # the client asked again
+        assert answer.startswith(("cannot read the repository", "cannot check", "cannot ask", "alice/model")), answer
+        if not same and "run the same command again" not in answer:  # the client repeated the request
             assert "http" in answer
     assert sum(same for _, _, same, _, _ in found) >= 3
 
 
-def test_a_commit_whose_answer_is_lost_is_not_made_twice(checkpoint, tmp_path):
+def test_a_commit_whose_response_is_lost_is_not_made_twice(checkpoint, tmp_path):
     code = driver(
         """
         words = ["--model", model, "--repo_id", "alice/model"]
@@ -451,21 +452,23 @@ def log_probs_code(repo: str, load: str) -> str:
 
 
 def base_requests(hub: HubServer, since: int) -> list[str]:
-    """What was asked of the encoder's repository, without what was not there."""
+    """Return the paths of the successful GET requests to the encoder's repository."""
     return [r.path for r in hub.requests[since:] if "base/tiny" in r.path and r.status < 400 and r.method == "GET"]
 
 
 @pytest.mark.parametrize(("form", "auto"), [("adapter", "AutoModel"), ("merged", "AutoModelForSequenceClassification")])
-def test_a_stranger_gets_the_model_in_one_call(hub, published, expected, tmp_path, form, auto):
-    repo, asked = published[form], len(hub.requests)
+def test_a_fresh_process_loads_the_model_in_one_call(hub, published, expected, tmp_path, form, auto):
+    repo, num_requests = published[form], len(hub.requests)
     code = log_probs_code(repo, f"{auto}.from_pretrained({repo!r}, trust_remote_code=True)")
     found = torch.tensor(run_outside(code, tmp_path, hub.environment(tmp_path / "home")))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
-    weights = [path for path in base_requests(hub, asked) if "/cdn/" in path]
+    weights = [path for path in base_requests(hub, num_requests) if "/cdn/" in path]
     assert len(weights) == (1 if form == "adapter" else 0)
     commit = hub.commits("base/tiny")[-1].sha
     revisions = {
-        r.path.split("/resolve/")[1].split("/")[0] for r in hub.requests[asked:] if "base/tiny/resolve/" in r.path
+        r.path.split("/resolve/")[1].split("/")[0]
+        for r in hub.requests[num_requests:]
+        if "base/tiny/resolve/" in r.path
     }
     assert revisions == ({commit} if form == "adapter" else set())
 
@@ -525,13 +528,13 @@ def test_after_one_load_it_loads_without_the_hub(hub, published, expected, tmp_p
     repo, home = published["adapter"], tmp_path / "home"
     code = log_probs_code(repo, f"AutoModel.from_pretrained({repo!r}, trust_remote_code=True)")
     run_outside(code, tmp_path, hub.environment(home))
-    asked = len(hub.requests)
+    num_requests = len(hub.requests)
     local = f"AutoModel.from_pretrained({repo!r}, trust_remote_code=True, local_files_only=True)"
     local_code = (
         f"import json\nfrom transformers import AutoModel\nmodel = {local}\nprint(json.dumps(str(model.dtype)))"
     )
     assert run_outside(local_code, tmp_path, hub.environment(home)) == "torch.float32"
-    assert hub.requests[asked:] == []
+    assert hub.requests[num_requests:] == []
     offline = {**hub.environment(home), "HF_ENDPOINT": f"http://127.0.0.1:{closed_port}", "HF_HUB_OFFLINE": "1"}
     found = torch.tensor(run_outside(code, tmp_path, offline))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
@@ -563,7 +566,10 @@ except ValueError as error:
 
 
 def test_a_loaded_model_is_saved_without_the_hub_or_not_at_all(tmp_path):
-    """From a private repository, by a token and a cache that saving is not told of, and from a folder that is gone since."""
+    """Save a model that was loaded from a private repository, or from a folder that was deleted afterwards.
+
+    Saving gets neither the token nor the cache.
+    """
     copy_checkpoint("self_contained", tmp_path / "folder")
     refusal, written = run_outside(SAVE_WITHOUT_THE_HUB.format(tests=str(ROOT / "tests")), tmp_path)
     assert "its code" in refusal
@@ -612,7 +618,7 @@ print(json.dumps(found))
         ("none", None, "encoder_revision must be the commit of base/tiny that this checkpoint was trained on"),
     ],
 )
-def test_a_base_that_is_not_the_one_trained_on_is_an_error(hub, published, tmp_path, name, revision, message):
+def test_another_encoder_than_in_training_is_an_error(hub, published, tmp_path, name, revision, message):
     files = hub.files("alice/adapter")
     config = {**json.loads(files["config.json"]), "encoder_revision": revision}
     hub.add_repo(f"alice/moved-{name}", {**files, "config.json": json.dumps(config).encode()})
@@ -705,10 +711,10 @@ from transformers import AutoModel
 model = AutoModel.from_pretrained("alice/over-bin", trust_remote_code=True)
 print(json.dumps([type(model).__name__, [t.name for t in threading.enumerate() if "conversion" in t.name]]))
 """
-    asked = len(hub.requests)
+    num_requests = len(hub.requests)
     found = run_outside(code, tmp_path, hub.environment(tmp_path / "home", "hf_alice"))
     assert found == ["HierarchicalForSequenceClassification", []]
-    assert not [request.path for request in hub.requests[asked:] if "discussions" in request.path]
+    assert not [request.path for request in hub.requests[num_requests:] if "discussions" in request.path]
 
 
 def test_loading_draws_no_random_weights_and_imports_no_peft(published, hub, tmp_path):
@@ -728,17 +734,17 @@ print(json.dumps([torch.equal(before, torch.get_rng_state()), *known]))
 
 
 @pytest.mark.parametrize("form", ["adapter", "merged"])
-def test_the_snippets_of_the_card_run_for_a_stranger(hub, published, tmp_path, form):
+def test_the_snippets_of_the_card_run_in_a_fresh_process(hub, published, tmp_path, form):
     text = hub.files(published[form])["README.md"].decode()
     code = f"""
 import contextlib, io, json
-said = []
+printed = []
 for snippet in {snippets(text)!r}:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         exec(compile(snippet, "snippet", "exec"), {{"__name__": "snippet"}})
-    said.append(out.getvalue())
-print(json.dumps(said))
+    printed.append(out.getvalue())
+print(json.dumps(printed))
 """
     own, stock, model = run_outside(code, tmp_path, hub.environment(tmp_path / "home"))
     answer, path = own.splitlines()
@@ -750,7 +756,7 @@ print(json.dumps(said))
     assert model.strip().endswith(f"{label} ({float(score):.3f})")
 
 
-def test_the_card_on_the_hub_is_valid_and_tells_what_was_measured(hub, published, checkpoint, tmp_path):
+def test_the_card_on_the_hub_is_valid_and_has_the_metrics(hub, published, checkpoint, tmp_path):
     measured = json.loads((checkpoint / "metrics.json").read_text())
     for form, repo in published.items():
         code = f"""
@@ -789,7 +795,7 @@ print(json.dumps({{
 
 @pytest.fixture(scope="module")
 def label_sets(hub, tmp_path_factory) -> Path:
-    """A multi-label run, which pushed its checkpoints; both forms are published too, the merged one with ONNX."""
+    """Train a multi-label run that pushes its checkpoints, and publish both forms, the merged form with ONNX."""
     folder = tmp_path_factory.mktemp("label_sets")
     environment = hub.environment(token="hf_alice")
     flags = ["--push_to_hub", "true", "--hub_model_id", "alice/sets-adapter", "--hub_strategy", "every_save"]
@@ -825,8 +831,8 @@ def test_training_with_several_labels_pushes_whole_checkpoints(hub, label_sets):
 
 
 @pytest.mark.parametrize("form", ["adapter", "merged"])
-def test_a_stranger_gets_several_labels_a_text(hub, label_sets, expected_probabilities, tmp_path, form):
-    """By `AutoModel`, by both pipelines, and by the snippets of the card, over HTTP from an empty cache."""
+def test_a_fresh_process_predicts_with_a_multi_label_model(hub, label_sets, expected_probabilities, tmp_path, form):
+    """Predict by `AutoModel`, by both pipelines, and by the snippets of the card, over HTTP from an empty cache."""
     repo = f"alice/sets-{form}"
     code = f"""
 import contextlib, io, json
@@ -837,29 +843,29 @@ tokenizer = AutoTokenizer.from_pretrained({repo!r}, trust_remote_code=True)
 logits = model(**tokenizer({TEXTS!r}, padding=True, return_tensors="pt")).logits
 own = pipeline("hierarchical-text-classification", model={repo!r}, trust_remote_code=True)
 stock = pipeline("text-classification", model={repo!r}, trust_remote_code=True, top_k=None)
-said = []
+printed = []
 for snippet in {snippets(hub.files(repo)["README.md"].decode())!r}:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         exec(compile(snippet, "snippet", "exec"), {{"__name__": "snippet"}})
-    said.append(out.getvalue())
+    printed.append(out.getvalue())
 ModelCard.load({repo!r}).validate()
-print(json.dumps([logits.sigmoid().tolist(), own({TEXTS!r}, recall=0.9), stock({TEXTS!r}, truncation=True), said]))
+print(json.dumps([logits.sigmoid().tolist(), own({TEXTS!r}, recall=0.9), stock({TEXTS!r}, truncation=True), printed]))
 """
-    model, own, stock, said = run_outside(code, tmp_path, hub.environment(tmp_path / "home"))
+    model, own, stock, printed = run_outside(code, tmp_path, hub.environment(tmp_path / "home"))
     config = HierarchicalConfig.from_pretrained(label_sets)
     labels, least = config.tree.labels, config.recall_thresholds[89]
     np.testing.assert_allclose(model, expected_probabilities, atol=1e-4)
-    for wanted, result, flat in zip(expected_probabilities, own, stock, strict=True):
+    for expected, result, flat in zip(expected_probabilities, own, stock, strict=True):
         nodes = {label: score for level in result["levels"] for label, score in level.items()}
-        assert nodes == pytest.approx(dict(zip(labels, wanted.tolist(), strict=True)), abs=1e-4)
+        assert nodes == pytest.approx(dict(zip(labels, expected.tolist(), strict=True)), abs=1e-4)
         assert {one["label"]: one["score"] for one in flat} == pytest.approx(nodes, abs=1e-4)
         assert {one["label"] for one in result["answer"]} == {label for label in nodes if nodes[label] >= least}
-    top = ast.literal_eval(said[0].splitlines()[-1])
-    flat = ast.literal_eval(said[1])
+    top = ast.literal_eval(printed[0].splitlines()[-1])
+    flat = ast.literal_eval(printed[1])
     (flat,) = flat if isinstance(flat[0], list) else (flat,)
     assert [label for label, _ in top] == [one["label"] for one in flat[:3]]
-    assert len(said[2].splitlines()) == len(said[0].splitlines()) - 2  # the predicted nodes
+    assert len(printed[2].splitlines()) == len(printed[0].splitlines()) - 2  # the predicted nodes
 
 
 def test_a_full_temporary_folder_is_one_line(hub, checkpoint, small_disk, tmp_path):
@@ -884,11 +890,11 @@ SEVERAL = ("micro_f1", "macro_f1", "example_f1", "mean_average_precision", "log_
     ids=["several labels", "adapter", "merged"],
 )
 def test_a_published_checkpoint_is_scored_as_the_folder_was(hub, published, request, tmp_path, form, trained, names):
-    """At the commit that is asked for, whatever the branch holds by now."""
+    """Score the requested commit, although the branch has changed."""
     checkpoint, repo = request.getfixturevalue(trained), f"alice/scored-{form}"
     commit = hub.add_repo(repo, hub.files(f"alice/{form}"))
     hub.add_repo(repo, other_taxonomy(hub.files(repo)))
-    asked = len(hub.requests)
+    num_requests = len(hub.requests)
     line = ["--model_name_or_path", repo, "--model_revision", commit, "--do_train", "false"]
     rows = checkpoint.parent / "test.csv" if names is SINGLE else ROOT / "examples" / "multi_label" / "test.jsonl"
     line += ["--test_file", rows, "--output_dir", tmp_path / "scores"]
@@ -897,17 +903,17 @@ def test_a_published_checkpoint_is_scored_as_the_folder_was(hub, published, requ
     scored, before = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "scores", checkpoint))
     for name in names:
         assert scored[f"test_{name}"] == pytest.approx(before[f"test_{name}"], abs=1e-5), name
-    paths = [request.path for request in hub.requests[asked:] if f"{repo}/resolve/" in request.path]
+    paths = [request.path for request in hub.requests[num_requests:] if f"{repo}/resolve/" in request.path]
     assert {path.split("/resolve/")[1].split("/")[0] for path in paths} == {commit}
     assert not any(path.endswith((".png", "README.md")) for path in paths)
     report = json.loads((tmp_path / "scores" / "data_report.json").read_text())
-    assert report["trained_before"]["scores"] == "unverified"  # nobody else is told what it was trained on
+    assert report["trained_before"]["scores"] == "unverified"  # the training texts are not published
 
 
 def test_files_are_classified_at_the_revision_that_is_given_and_the_manifest_names_its_commit(
     hub, published, expected, tmp_path
 ):
-    """One commit by itself, and the branch that has moved on from it, to other weights."""
+    """Predict at a commit, and at the branch, which has other weights now."""
     files = hub.files(published["merged"])
     first = hub.add_repo("alice/pinned", files)
     weights = load(files["model.safetensors"])
@@ -960,7 +966,7 @@ def test_a_checkpoint_that_cannot_be_downloaded_is_one_line(hub, published, tmp_
 
 
 @pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
-def test_training_pushes_what_loads_the_same_by_every_strategy(hub, tmp_path, strategy):
+def test_training_pushes_loadable_checkpoints_with_every_strategy(hub, tmp_path, strategy):
     output, repo = tmp_path / "results", f"alice/trained-{strategy}"
     done = run(
         *training_words("base/tiny", tmp_path, output),
@@ -1008,7 +1014,7 @@ def test_training_pushes_what_loads_the_same_by_every_strategy(hub, tmp_path, st
 
 
 def is_pickle(content: bytes) -> bool:
-    """Whether a file is a pickle, or a zip archive as torch writes them."""
+    """Return whether a file is a pickle, or a zip archive as torch writes it."""
     return content[:2] == b"\x80\x02" or content[:4] == b"PK\x03\x04"
 
 
@@ -1030,7 +1036,7 @@ def test_a_run_that_could_not_be_published_is_refused_before_it_starts(hub, tiny
         assert not (tmp_path / "results" / "config.json").exists()
 
 
-def test_a_run_whose_last_push_fails_is_kept_and_says_how_to_send_it(hub, tmp_path):
+def test_a_run_whose_last_push_fails_is_kept_and_says_how_to_publish_it(hub, tmp_path):
     hub.fail_at(1, match="POST /api/models/alice/late/commit/", how="drop")
     done = run(
         *training_words("base/tiny", tmp_path, tmp_path / "results"),

@@ -1,4 +1,4 @@
-"""The hub of the tests, against the real client: what is uploaded comes back, and what fails fails as on the Hub."""
+"""Test the tests' Hub against the real client: uploads can be downloaded, and requests fail as on the real Hub."""
 
 import hashlib
 import json
@@ -49,7 +49,7 @@ def hub() -> Iterator[HubServer]:
 
 @pytest.fixture
 def client(hub: HubServer, tmp_path: Path):
-    """Runs code with the client, as the user u unless told otherwise, and gives what it leaves in `found`."""
+    """Return a function that runs code with the client, by default as the user u. It returns the code's dict `found`."""
 
     def run(code: str, **environ: str) -> dict[str, Any]:
         settings = hub.environment(tmp_path / "home", "hf_u") | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", **environ}
@@ -61,14 +61,14 @@ def client(hub: HubServer, tmp_path: Path):
     return run
 
 
-def asked(hub: HubServer, start: int = 0) -> list[str]:
-    """What was asked of the hub, leaving out what the client only asks now and then."""
+def request_lines(hub: HubServer, start: int = 0) -> list[str]:
+    """Return status, method and path of each request, without requests that the client sends only now and then."""
     lines = [f"{request.status} {request.method} {request.path}" for request in hub.requests[start:]]
     return [line for line in lines if "agent-harnesses" not in line]
 
 
 def get(url: str, data: bytes | None = None, **headers: str) -> tuple[int, bytes]:
-    """Without the client: the status and the body."""
+    """Send a request without the client. Return the status and the body."""
     try:
         with urllib.request.urlopen(urllib.request.Request(url, data, headers)) as answer:
             return answer.status, answer.read()
@@ -76,7 +76,7 @@ def get(url: str, data: bytes | None = None, **headers: str) -> tuple[int, bytes
         return answer.code, answer.read()
 
 
-def test_what_is_committed_is_downloaded(hub, client, tmp_path):
+def test_committed_files_can_be_downloaded(hub, client, tmp_path):
     (tmp_path / "w").write_bytes(WEIGHTS)
     found = client("""
 found["repo"] = api.create_repo("u/m", private=True)
@@ -93,7 +93,7 @@ found["again"] = api.create_commit("u/m", add(model__safetensors="w"), commit_me
     assert (first.title, last.title, last.message, last.parent) == ("initial commit", "One", "of many", first.sha)
     assert found["sha"] == found["again"] == last.sha == Path(found["folder"]).name
     assert Path(found["path"]).resolve().name == hashlib.sha256(WEIGHTS).hexdigest()
-    assert asked(hub)[:8] == [
+    assert request_lines(hub)[:8] == [
         "200 POST /api/repos/create",
         "200 POST /api/validate-yaml",
         "200 POST /api/models/u/m/preupload/main",
@@ -139,7 +139,7 @@ found["forbidden"] = error(api.create_commit, "u/m", add(f__txt=b"4"), commit_me
     assert hub.commits("u/m", "refs/pr/1")[-1].author == "guest"
 
 
-def test_who_may_do_what(hub, client):
+def test_permissions_of_users(hub, client):
     hub.add_user("u", "hf_read", "read")
     hub.add_user("u", "hf_fine", "fineGrained")
     hub.add_user("other", "hf_other")
@@ -180,7 +180,7 @@ found["elsewhere"] = [error(api.create_repo, "other/m")[1], api.create_repo("o/m
         assert get(f"{hub.endpoint}/api/repos/create", body, Authorization="Bearer hf_u")[0] == 400, name
 
 
-def test_what_is_not_there(hub, client):
+def test_requests_for_missing_things(hub, client):
     sha = hub.add_repo("u/m", {"f.txt": b"1"})
     head = hub.add_repo("u/m", {"f.txt": b"2"})
     found = client(f"""
@@ -208,7 +208,7 @@ found["sha"] = api.create_commit("u/m", add(f__txt=b"3"), commit_message="3", pa
 
 @pytest.mark.parametrize("xet", ["off", "refuse"])
 def test_xet(hub, client, xet):
-    """Version 2 of the client with hf_xet uploads by Xet or fails: it never turns to LFS by itself."""
+    """Version 2 of the client with hf_xet uploads by Xet or fails: it never falls back to LFS."""
     pytest.importorskip("hf_xet")
     hub.xet = xet
     hub.add_repo("u/m", {"w.bin": WEIGHTS, "f.txt": b"1"})
@@ -229,7 +229,7 @@ found["commit"] = error(api.create_commit, "u/m", add(v__bin=b"weights"), commit
     assert hub.files("u/m") == {"w.bin": WEIGHTS, "f.txt": b"1", "v.bin": b"weights"}
 
 
-def test_what_is_known_of_a_model(hub, client, tmp_path):
+def test_information_about_a_model(hub, client, tmp_path):
     (tmp_path / "model" / "deep").mkdir(parents=True)
     for name, data in {"README.md": CARD, "f.txt": b"1", "deep/w.safetensors": WEIGHTS}.items():
         (tmp_path / "model" / name).write_bytes(data)
@@ -280,7 +280,7 @@ def test_the_client_validates_cards(hub, monkeypatch):
     assert [request.path for request in hub.requests] == ["/api/validate-yaml"] * 4
 
 
-def test_it_stops():
+def test_the_hub_stops():
     with HubServer() as hub:
         assert get(f"{hub.endpoint}/api/whoami-v2")[0] == 401
     with pytest.raises(urllib.error.URLError):

@@ -1,4 +1,4 @@
-"""How the columns of texts and labels are found and named."""
+"""Test how the columns of texts and labels are found, and named in messages."""
 
 import itertools
 
@@ -28,7 +28,7 @@ def test_the_first_candidate_decides_whatever_the_order_of_the_columns(candidate
             assert found.strip().lower() == first
 
 
-def test_a_name_that_is_given_is_exact_and_one_that_is_found_need_not_be():
+def test_a_requested_name_is_exact_and_a_candidate_need_not_be():
     assert find_column(columns("Abstract", "id"), None, TEXT_COLUMNS) == "Abstract"
     assert find_column(columns("Abstract", "id"), "Abstract", TEXT_COLUMNS) == "Abstract"
     assert find_column(columns("Abstract", "id"), "abstract", TEXT_COLUMNS) is None
@@ -49,14 +49,14 @@ def test_several_sources_share_a_candidate():
     sources = {"train.csv": columns("text", "abstract"), "test.csv": columns("id", "Text")}
     assert choose_columns(sources, None, TEXT_COLUMNS, "--text_column") == ["text", "Text"]
     assert choose_columns({"a.csv": columns("body")}, "body", (), "--text_column") == ["body"]
-    for given, asked, message in (
+    for given, requested, message in (
         ({"a.csv": columns("x", "y")}, None, "a.csv: no column is called medical_abstract, .*; give --text_column: there are 'x', 'y'"),
         ({"a.jsonl": columns("id", "text", text=0.4)}, None, "a.jsonl: fewer than half of the first rows have 'text'; give --text_column text"),
         ({"a.csv": columns("text"), "b.csv": columns("x")}, "text", r"b.csv has no column 'text' \(--text_column\); it has 'x'"),
         ({"a.csv": columns("text"), "b.csv": columns("body")}, None, "a.csv, b.csv have no column in common for --text_column"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
-            choose_columns(given, asked, TEXT_COLUMNS, "--text_column")
+            choose_columns(given, requested, TEXT_COLUMNS, "--text_column")
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_several_sources_share_a_candidate():
         (["a"], "the value is not text but list"),
     ],
 )
-def test_what_is_not_a_text_is_said(value, problem):
+def test_the_problem_of_a_value_that_is_not_a_text_is_named(value, problem):
     assert text_problem(value) == problem
 
 
@@ -93,8 +93,8 @@ def test_names_are_shown_unless_one_of_them_is_a_text():
         "20190731",
         "4711-0815-99",
     ):
-        said = listed(["Mrs Miller", "a", text])
+        shown = listed(["Mrs Miller", "a", text])
         assert (
-            said
+            shown
             == f"3 columns that are not shown, as one is called (a value of {len(text)} characters): is the header missing?"
         )

@@ -1,4 +1,4 @@
-"""One corpus of odd files through all doors: train.py's data, predict.py and the Space read the same rows of each."""
+"""Check that train.py, predict.py and the Space read the same rows from a corpus of odd files."""
 
 import json
 import sys
@@ -61,7 +61,7 @@ def train(path: Path):
 
 
 @pytest.mark.parametrize("name", CORPUS)
-def test_all_doors_read_the_same_rows(tmp_path, name):
+def test_all_commands_read_the_same_rows(tmp_path, name):
     content, column, texts, bad, labels = CORPUS[name]
     path = tmp_path / name
     path.write_bytes(content)
@@ -74,7 +74,7 @@ def test_all_doors_read_the_same_rows(tmp_path, name):
         assert [row.line for row in rows if row.problem is not None] == bad
     assert [row.problem for row in table.rows] == [record.problem for record in records]
 
-    # train.py stops at the first bad row, and says the same of it
+    # train.py stops at the first bad row, with the same problem
     if bad:
         with pytest.raises(InputError) as refused:
             train(path)
@@ -82,15 +82,15 @@ def test_all_doors_read_the_same_rows(tmp_path, name):
         unit = "row" if name.endswith((".json", ".parquet")) else "line"
         assert str(refused.value).startswith(f"{path}, {unit} {bad[0]}")
         assert problem in str(refused.value)
-        path = without(path, bad, content)
+        path = without_bad_rows(path, bad, content)
     data = train(path)
     assert data.report["columns"]["text"] == column
     assert data.splits["train"]["text"][:] == [text for _, text in texts]
     assert [data.taxonomy.labels[label] for label in data.splits["train"]["label"]] == labels
 
 
-def without(path: Path, bad: list[int], content: bytes) -> Path:
-    """A copy of a file without its bad rows."""
+def without_bad_rows(path: Path, bad: list[int], content: bytes) -> Path:
+    """Write a copy of a file without its bad rows, given by line, and return its path."""
     copy = path.with_name(f"good-{path.name}")
     if path.suffix == ".parquet":
         table = pq.read_table(path)
@@ -99,7 +99,7 @@ def without(path: Path, bad: list[int], content: bytes) -> Path:
         rows = json.loads(content)["data"]
         copy.write_text(json.dumps([row for i, row in enumerate(rows, 1) if i not in bad]))
     else:
-        last = {"quotes.tsv": {2: 4}, "quotes.csv": {8: 9}}.get(path.name, {})  # where a stray mark takes rows in
+        last = {"quotes.tsv": {2: 4}, "quotes.csv": {8: 9}}.get(path.name, {})  # ends of long rows
         gone = {line for begin in bad for line in range(begin, last.get(begin, begin) + 1)}
         lines = content.splitlines(keepends=True)
         copy.write_bytes(b"".join(line for i, line in enumerate(lines, 1) if i not in gone))
@@ -107,7 +107,7 @@ def without(path: Path, bad: list[int], content: bytes) -> Path:
 
 
 def test_a_space_with_a_copy_of_the_reader_beside_it_reads_a_file(tmp_path):
-    """As it is published: the repository is nowhere near."""
+    """Copy the files of a published Space to a folder outside of the repository."""
     for file in [*(ROOT / "space").glob("*.py"), *(ROOT / "reading").glob("*.py")]:
         folder = tmp_path / ("reading" if file.parent.name == "reading" else "")
         folder.mkdir(exist_ok=True)

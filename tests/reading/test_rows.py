@@ -1,4 +1,4 @@
-"""The rows of odd files, with what each must give stated by hand, and arbitrary ones against the csv and json modules."""
+"""Test reading of odd files against expected rows, and of random files against the csv and json modules."""
 
 import csv
 import gzip
@@ -23,7 +23,7 @@ SECRET = "Mrs Miller of Nowhere Lane was admitted with chest pain."  # a text, w
 
 
 class Plain:
-    """A stream with nothing but read(), which may give less than it is asked for."""
+    """A stream that has only read(), which may return fewer bytes than requested."""
 
     def __init__(self, content: bytes, most: int = 7):
         self._stream, self._most = io.BytesIO(content), most
@@ -33,7 +33,7 @@ class Plain:
 
 
 class Seekable(Plain):
-    """As an object store's: it gives less than it is asked for, and can seek."""
+    """A stream like an object store's, which can seek and may return fewer bytes than requested."""
 
     def seekable(self) -> bool:
         return True
@@ -43,7 +43,7 @@ class Seekable(Plain):
 
 
 class Counted(Seekable):
-    """Counts the bytes that it gives."""
+    """A stream that counts the bytes it returns."""
 
     given = 0
 
@@ -54,7 +54,7 @@ class Counted(Seekable):
 
 
 class Endless:
-    """Lines without end, after a beginning."""
+    """A stream that repeats a line endlessly, after a beginning."""
 
     def __init__(self, beginning: bytes, line: bytes):
         self._line, self.given, self._rest = line, 0, beginning
@@ -81,7 +81,7 @@ def refusal(content: bytes, kind: str, **limits: int) -> str:
 # ── a corpus of odd files ────────────────────────────────────────────────────────────────────────────────────────────
 
 # name: kind, content, and of each row the line where it begins with its values, or with a part of its problem
-STRAY, TAKES_IN = "a quotation mark is stray or not doubled", "takes in the rows below it"
+STRAY, SWALLOWS = "a quotation mark is stray or not doubled", "swallows the rows below it"
 CORPUS: dict[str, tuple[str, bytes, list[tuple[int, dict | str]]]] = {
     "values are not guessed": ("csv", b'text,id\nNA,007\n1.0,\n" x ",true\n', [
         (2, {"text": "NA", "id": "007"}), (3, {"text": "1.0", "id": ""}), (4, {"text": " x ", "id": "true"})]),
@@ -117,13 +117,13 @@ CORPUS: dict[str, tuple[str, bytes, list[tuple[int, dict | str]]]] = {
         (2, {"text": "a", "id": "1"}), (3, "a quotation mark is not closed (lines 3 to 4)")]),
     "a stray mark in TSV, text first": (
         "tsv", b'text\tyear\n"Stroke" was\t1\n"Heart was\t2\ntwo\t3\nend"\t4\nfour\t5\n"two\nlines"\t6\n', [
-        (2, STRAY), (3, f"{TAKES_IN} (lines 3 to 5)"), (6, {"text": "four", "year": "5"}),
+        (2, STRAY), (3, f"{SWALLOWS} (lines 3 to 5)"), (6, {"text": "four", "year": "5"}),
         (7, {"text": "two\nlines", "year": "6"})]),
     "a stray mark in TSV, text last": (
         "tsv", b'year\ttext\n2\t"Heart was\n3\ttwo\n4\tend"\n5\tfour\n6\t"two\nlines"\n', [
-        (2, f"{TAKES_IN} (lines 2 to 4)"), (5, {"year": "5", "text": "four"}), (6, {"year": "6", "text": "two\nlines"})]),
+        (2, f"{SWALLOWS} (lines 2 to 4)"), (5, {"year": "5", "text": "four"}), (6, {"year": "6", "text": "two\nlines"})]),
     "a stray mark in TSV, line ends of Windows": ("tsv", b'text\tyear\r\n"Heart was\t2\r\nend"\t4\r\nfour\t5\r\n', [
-        (2, TAKES_IN), (4, {"text": "four", "year": "5"})]),
+        (2, SWALLOWS), (4, {"text": "four", "year": "5"})]),
     "a text with tabs": ("tsv", b'text\tid\n"Labs:\nHb\t12.3\nNa\t140\nStable."\t1\n', [
         (2, {"text": "Labs:\nHb\t12.3\nNa\t140\nStable.", "id": "1"})]),
     "a zero byte is a character": ("csv", b"text,id\na\0b,1\n", [(2, {"text": "a\0b", "id": "1"})]),
@@ -159,7 +159,7 @@ CORPUS: dict[str, tuple[str, bytes, list[tuple[int, dict | str]]]] = {
              "l": [1, None], "s": {"a": "x"}})]),
     "a time beyond the year 9999": ("parquet", parquet({
         "a": [1, 2, 3], "when": pa.array([0, 10**17, None], pa.timestamp("ms"))}), [
-        (1, {"a": 1, "when": datetime(1970, 1, 1)}), (2, "the column 'when' holds what cannot be read"), (3, {"a": 3, "when": None})]),
+        (1, {"a": 1, "when": datetime(1970, 1, 1)}), (2, "the column 'when' holds a value that cannot be read"), (3, {"a": 3, "when": None})]),
     "bytes taken for text": ("parquet", parquet({"a": pa.array([b"x", b"caf\xe9", b"y"]).view(pa.string())}), [
         (1, {"a": "x"}), (2, "the column 'a' holds text that is not UTF-8"), (3, {"a": "y"})]),
     **{
@@ -183,16 +183,16 @@ def test_odd_files_give_every_row_or_its_problem(name):
     for stream in (io.BytesIO(content), Seekable(content) if kind == "parquet" else Plain(content)):
         found = list(Rows(stream, kind, "a file").read())
         assert [row.line for row in found] == [line for line, _ in expected]
-        for row, (_, wanted) in zip(found, expected, strict=True):
-            if isinstance(wanted, dict):
-                assert (row.values, row.problem) == (wanted, None)
-                assert list(map(type, row.values.values())) == list(map(type, wanted.values()))
-            elif wanted != "checked below":
+        for row, (_, content) in zip(found, expected, strict=True):
+            if isinstance(content, dict):
+                assert (row.values, row.problem) == (content, None)
+                assert list(map(type, row.values.values())) == list(map(type, content.values()))
+            elif content != "checked below":
                 assert row.values == {}
-                assert wanted in (row.problem or "")
+                assert content in (row.problem or "")
 
 
-def test_numbers_that_json_does_not_know_are_floats():
+def test_nan_and_infinity_in_json_are_floats():
     row = read(b'{"a": NaN, "b": -Infinity, "c": 1e400, "d": 12345678901234567890}\n', "jsonl")[0]
     assert row.problem is None
     assert row.values["a"] != row.values["a"]
@@ -266,15 +266,15 @@ def test_a_damaged_gz_stream_gives_its_rows_and_then_an_error(damage):
 
 
 def test_no_text_is_shown_where_a_name_should_be():
-    said = [
+    messages = [
         refusal(f'"{SECRET}","{SECRET}"\na,b\n'.encode(), "csv"),
         refusal(json.dumps([{"a": 1}]).replace('"a": 1', f'"{SECRET}": 1, "{SECRET}": 2').encode(), "json"),
         read(f'{{"a": 1}}\n{{"{SECRET}": 1, "{SECRET}": 2}}\n'.encode(), "jsonl")[1].problem,
         read(parquet({SECRET: pa.array([10**17], pa.timestamp("ms"))}), "parquet")[0].problem,
     ]
-    for one in said:
-        assert f"(a value of {len(SECRET)} characters)" in (one or "")
-        assert "Miller" not in (one or "")
+    for message in messages:
+        assert f"(a value of {len(SECRET)} characters)" in (message or "")
+        assert "Miller" not in (message or "")
 
 
 # ── columns of JSON Lines ────────────────────────────────────────────────────────────────────────────────────────────
@@ -345,7 +345,7 @@ def test_a_quotation_mark_that_is_not_closed_in_an_endless_file_ends_at_the_limi
     assert third.values == {"text": "c"}
 
 
-def test_fields_longer_than_the_csv_module_takes_by_itself_are_read():
+def test_fields_beyond_the_default_limit_of_the_csv_module_are_read():
     before = csv.field_size_limit(100)
     try:
         assert read(b"text\n" + b"x" * 200_000 + b"\n", "csv")[0].values == {"text": "x" * 200_000}
@@ -398,7 +398,7 @@ def test_a_parquet_file_that_unpacks_to_gigabytes_is_refused_before_it_does():
 # ── Parquet ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_columns_of_parquet_that_are_not_wanted_are_not_decoded():
+def test_columns_of_parquet_that_are_not_requested_are_not_decoded():
     columns = {"text": ["a", "b"], "when": pa.array([10**17, 10**17], pa.timestamp("ms")), "zone": pa.array([0, 0], pa.timestamp("ms", "No/Where"))}  # fmt: skip
     rows = Rows(io.BytesIO(parquet(columns)), "parquet", "a file")
     assert list(rows.columns) == ["text", "when", "zone"]
@@ -406,7 +406,7 @@ def test_columns_of_parquet_that_are_not_wanted_are_not_decoded():
     assert all(row.problem for row in rows.read(["text", "zone"]))
 
 
-def test_damage_further_on_costs_neither_the_rows_before_it_nor_other_columns():
+def test_damage_affects_neither_earlier_rows_nor_other_columns():
     table = pa.table({"text": [f"text {i}" for i in range(100)], "n": list(range(100))})
     content = parquet(table, row_group_size=50, compression="none", use_dictionary=False)
     page = pq.read_metadata(io.BytesIO(content)).row_group(1).column(1).data_page_offset
@@ -419,7 +419,7 @@ def test_damage_further_on_costs_neither_the_rows_before_it_nor_other_columns():
     assert 0 < len(found) <= 50
 
 
-def test_a_parquet_file_says_how_much_of_it_was_read():
+def test_a_parquet_file_reports_progress():
     rows = Rows(io.BytesIO(parquet({"a": list(range(64))})), "parquet", "a file")
     shares = [rows.done() for _ in rows.read()]
     assert shares == [(i + 1) / 64 for i in range(64)]
@@ -509,7 +509,7 @@ def test_any_values_come_back_from_parquet(rows):
     st.integers(0, 5),
     st.sampled_from([b"caf\xe9,x\n", b"one\n", b'"a" b,c\n', b"a,b,c\n"]),
 )
-def test_a_bad_row_costs_no_other(texts, place, bad):
+def test_a_bad_row_does_not_affect_other_rows(texts, place, bad):
     stream = io.StringIO(newline="")
     pieces = []
     for text in texts:

@@ -1,4 +1,4 @@
-"""Files, patterns, .gz, standard input and whole tables; and the package by itself, as it is copied beside the Space."""
+"""Test files, patterns, .gz, standard input and tables, and the package alone, as it is copied into the Space."""
 
 import functools
 import glob
@@ -40,7 +40,7 @@ def test_a_pattern_means_its_files_in_sorted_order(tmp_path, monkeypatch):
     assert find_sources("-", "jsonl")[0].name == "standard input"
     for pattern, kind, message in (
         ("none*.csv", None, "none*.csv: there is no such file"),
-        ("part-3.csv", None, "part-3.csv: there is no file of a known kind in it"),
+        ("part-3.csv", None, "part-3.csv: it contains no file of a known format"),
         ("s3://key:secret@bucket/a.csv", None, "s3://...: give credentials in the environment, not in the URL"),
         ("https://token@host/a.csv", None, "https://...: give credentials in the environment, not in the URL"),
         ("lost*.csv", None, "lost.csv: this link points to no file"),
@@ -67,7 +67,7 @@ def test_two_stars_mean_any_number_of_folders(tmp_path, monkeypatch):
 
 
 class Streaming(http.server.SimpleHTTPRequestHandler):
-    """Does not tell the size of files called ``chunk``, and fails to send those called ``fail``."""
+    """Serve files: without a size if they are called ``chunk``, and with an error if they are called ``fail``."""
 
     def send_header(self, keyword: str, value: str) -> None:
         if not (keyword == "Content-Length" and "chunk" in self.path):
@@ -128,11 +128,11 @@ def test_a_folder_saved_by_datasets_is_refused(tmp_path):
             find_sources(str(tmp_path / name))
 
 
-def test_a_name_tells_the_kind():
+def test_the_kind_follows_from_the_name():
     assert [kind_of(name) for name in ("a.csv", "B.TSV", "c.x.json", "d.ndjson.gz", "e.parquet", "f.txt")] == [
         "csv", "tsv", "json", "ndjson", "parquet", "txt",
     ]  # fmt: skip
-    for name, message in (("a.xlsx", "its name does not tell its kind, one of .csv"), ("csv", "does not tell"),
+    for name, message in (("a.xlsx", "unknown format: the name must end in one of .csv"), ("csv", "unknown format"),
                           ("a.parquet.gz", "so unpack it first")):  # fmt: skip
         with pytest.raises(InputError, match=message):
             kind_of(name)
@@ -181,7 +181,7 @@ def test_a_file_that_cannot_be_opened_is_one_line(tmp_path):
         read_table(Source(str(tmp_path), "csv"))
 
 
-def test_it_is_known_how_much_of_a_file_was_read(tmp_path):
+def test_a_file_reports_progress(tmp_path):
     content = b"text\n" + b"".join(os.urandom(50).hex().encode() + b"\n" for _ in range(20_000))
     for name, written in (("a.csv", content), ("a.csv.gz", gzip.compress(content))):
         (tmp_path / name).write_bytes(written)
@@ -193,7 +193,7 @@ def test_it_is_known_how_much_of_a_file_was_read(tmp_path):
 
 
 def run_alone(folder, code: str, given: bytes = b"") -> str:
-    """The package in a folder of its own, in a process that sees nothing else of the repository."""
+    """Run code beside a copy of the package, in a process without access to the repository. Return its standard output."""
     shutil.copytree(ROOT / "reading", folder / "reading", dirs_exist_ok=True)
     (folder / "app.py").write_text(code)
     done = subprocess.run([sys.executable, "app.py"], input=given, capture_output=True, cwd=folder)

@@ -1,6 +1,6 @@
-"""A published checkpoint loads for good: tests/checkpoint holds weights and a configuration of each form, and their predictions.
+"""Check that published checkpoints stay loadable. tests/checkpoint holds each form of a checkpoint, and its predictions.
 
-Today's code runs over them. The code that travels with a checkpoint is not stored: copies that change with every commit
+The current code loads them. The code that is published with a checkpoint is not stored: copies that change with every commit
 would prove nothing about the past.
 """
 
@@ -24,7 +24,7 @@ FORMS = ("adapter_form", "self_contained")
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_code_of_today_answers_as_the_code_that_made_it(form, monkeypatch):
+def test_the_current_code_gives_the_stored_predictions(form, monkeypatch):
     monkeypatch.chdir(FOLDER)  # the adapter's encoder is named by a relative path
     model = HierarchicalForSequenceClassification.from_pretrained(form)
     tokenizer = AutoTokenizer.from_pretrained("encoder")
@@ -75,7 +75,7 @@ def test_a_checkpoint_that_reads_few_tokens_is_merged(monkeypatch, tmp_path):
     torch.testing.assert_close(output.node_log_probs.exp(), torch.tensor(EXPECTED["probabilities"]), atol=1e-5, rtol=0)
 
 
-def test_a_stranger_loads_it_and_saves_what_loads_again(tmp_path):
+def test_a_fresh_process_loads_it_and_saves_what_loads_again(tmp_path):
     published = tmp_path / "published"
     shutil.copytree(FOLDER / "encoder", published / "encoder")
     for form in FORMS:

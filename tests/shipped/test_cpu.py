@@ -1,4 +1,4 @@
-"""The fast paths on a CPU, against PEFT, against SDPA, against plain layers, and against derivatives taken numerically."""
+"""Compare the fast paths on a CPU with PEFT, with SDPA, with plain layers, and with numerical derivatives."""
 
 import copy
 import pickle
@@ -32,7 +32,7 @@ TEXTS = [
 
 
 def lora_model(minilm: str, quantization: str = "4bit", **settings):
-    """A model whose adapter is no longer the zero that it starts as."""
+    """Build a model with a random adapter, because a new adapter is zero."""
     model = build_model(ModelArguments(minilm, quantization=quantization, lora_r=4, **settings), TREE, seed=3)
     model.heads.dropout.p = 0.0
     for name, parameter in model.named_parameters():
@@ -48,8 +48,10 @@ def batch(minilm):
 
 
 def step(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Node log-probabilities, and the gradients of all that is trained, as one vector. Longformer's layers for tokens that
-    attend to all are not in use."""
+    """Return node log-probabilities, and the gradients of all trained weights as one vector.
+
+    Weights without a gradient are left out, such as Longformer's layers for global attention, which are not in use.
+    """
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
         output = model(**batch)
@@ -59,7 +61,7 @@ def step(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def assert_same(model, fast, batch) -> None:
-    """Equal but for bfloat16, in which PEFT, too, computes here."""
+    """Check that two tensors are equal up to bfloat16, in which PEFT computes here too."""
     (outputs, gradients), (fast_outputs, fast_gradients) = step(model, batch), step(fast, batch)
     torch.testing.assert_close(fast_outputs, outputs, atol=0.02, rtol=0)
     assert torch.cosine_similarity(gradients, fast_gradients, dim=0) > 0.999
@@ -86,8 +88,8 @@ ENCODERS = {
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
-def test_other_encoders_too(kind, tmp_path):
-    """Also those whose layers see a window, or have an attention of their own."""
+def test_outputs_and_gradients_of_other_encoders(kind, tmp_path):
+    """Compare encoders with windowed attention, or with custom attention layers."""
     torch.manual_seed(0)
     AutoModel.from_config(AutoConfig.for_model(kind, **ENCODERS[kind])).save_pretrained(tmp_path)
     mask = torch.ones(3, 20, dtype=torch.long)
@@ -101,7 +103,7 @@ def test_other_encoders_too(kind, tmp_path):
     assert_same(model, fast, given)
 
 
-def test_with_gradient_checkpointing_too(minilm, batch):
+def test_outputs_and_gradients_with_gradient_checkpointing(minilm, batch):
     model, fast = (lora_model(minilm) for _ in range(2))
     use_training_kernels(fast.encoder)
     fast.activation_checkpointing_enable()
@@ -148,7 +150,7 @@ def test_dropout_of_the_adapter_and_a_chosen_attention_are_kept(minilm):
     assert model.encoder.config._attn_implementation == "eager"
 
 
-def test_training_outlives_the_private_names_that_the_attention_uses(minilm, batch, monkeypatch, caplog):
+def test_training_works_without_the_private_names_that_the_attention_uses(minilm, batch, monkeypatch, caplog):
     model, plain = (lora_model(minilm, "none") for _ in range(2))
     monkeypatch.setitem(sys.modules, "cpu_hierarchical", None)  # importing it raises ImportError
     use_training_kernels(plain.encoder)
@@ -196,7 +198,7 @@ CLOSE = {torch.bfloat16: {"atol": 0.06, "rtol": 0.02}, torch.float32: {"atol": 1
 def encoders(
     kind: str, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[torch.nn.Module, torch.nn.Module, dict[str, torch.Tensor]]:
-    """A random encoder and its copy with packed layers, and a batch."""
+    """Return a random encoder, its copy with packed layers, and a batch."""
     torch.manual_seed(0)
     plain = AutoModel.from_config(AutoConfig.for_model(kind, **ENCODERS[kind])).to(dtype).eval()
     packed = copy.deepcopy(plain)
@@ -211,7 +213,7 @@ def hidden(encoder: torch.nn.Module, given: dict[str, torch.Tensor]) -> torch.Te
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=packs), torch.float32])
 @pytest.mark.parametrize("kind", ENCODERS)
-def test_packed_layers_answer_as_plain_ones_do(kind, dtype):
+def test_packed_layers_give_the_outputs_of_plain_layers(kind, dtype):
     plain, packed, given = encoders(kind, dtype)
     torch.testing.assert_close(hidden(packed, given), hidden(plain, given), **CLOSE[dtype])
     pack_linear_layers(packed)  # a second pipeline over the same model
@@ -235,7 +237,7 @@ def test_a_layer_that_is_packed_is_that_layer_and_gelu_is_the_exact_one():
 
 
 @packs
-def test_what_is_done_to_the_weights_after_packing_counts():
+def test_changes_of_the_weights_after_packing_take_effect():
     plain, packed, given = encoders("electra")
     assert any(isinstance(module, FusedIntermediate) for module in packed.modules())
     before = hidden(packed, given)

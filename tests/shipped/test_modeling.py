@@ -51,7 +51,7 @@ def small_model(kind: str = "bert", taxonomy: Taxonomy = UNEVEN, **settings) -> 
 
 
 def batch(rows: int = 3, length: int = 10) -> dict[str, torch.Tensor]:
-    """Token ids with padding at the end of all rows but the first."""
+    """Return token ids with padding at the end of all rows but the first."""
     ids = torch.randint(5, 64, (rows, length))
     mask = torch.ones_like(ids)
     for row in range(1, rows):
@@ -60,7 +60,7 @@ def batch(rows: int = 3, length: int = 10) -> dict[str, torch.Tensor]:
 
 
 def naive_log_probs(model: HierarchicalForSequenceClassification, pooled: torch.Tensor) -> torch.Tensor:
-    """Every inclusive value by itself, every decision by a softmax of its own, and every path by walking it."""
+    """Compute the log-probabilities naively: each inclusive value, each decision's softmax and each path separately."""
     tree, own = model.config.tree, pooled @ model.heads.weight.T + model.heads.bias
 
     def score(node: int) -> torch.Tensor:
@@ -207,10 +207,10 @@ def test_attention_implementations_agree(kind, tmp_path):
     assert outputs["eager"].attentions[0].shape == (3, 2, 10, 10)
 
 
-def test_hidden_states_and_attentions_asked_for_at_loading(tmp_path):
+def test_hidden_states_and_attentions_requested_at_loading(tmp_path):
     small_model("bert").save_pretrained(tmp_path)
-    asked = {"output_hidden_states": True, "output_attentions": True, "attn_implementation": "eager"}
-    output = HierarchicalForSequenceClassification.from_pretrained(tmp_path, **asked)(**batch())
+    options = {"output_hidden_states": True, "output_attentions": True, "attn_implementation": "eager"}
+    output = HierarchicalForSequenceClassification.from_pretrained(tmp_path, **options)(**batch())
     assert (len(output.hidden_states), len(output.attentions)) == (3, 2)
     plain = HierarchicalForSequenceClassification.from_pretrained(tmp_path)(**batch())
     assert (plain.hidden_states, plain.attentions) == (None, None)
@@ -254,16 +254,16 @@ def test_heads_stay_in_float32_and_logits_too(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["adapter", "whole"])
-def test_the_type_of_numbers_is_taken_as_for_any_model(form, adapted, tmp_path):
+def test_the_dtype_argument_works_as_for_any_model(form, adapted, tmp_path):
     model = adapted if form == "adapter" else small_model().to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     stored = torch.float32 if form == "adapter" else torch.bfloat16  # the adapter form stores no encoder
-    wanted = {torch.float16: torch.float16, "bfloat16": torch.bfloat16, "auto": stored}
+    expected = {torch.float16: torch.float16, "bfloat16": torch.bfloat16, "auto": stored}
     for auto, name, dtype in itertools.product(
-        (HierarchicalForSequenceClassification, AutoModel), ("dtype", "torch_dtype"), wanted
+        (HierarchicalForSequenceClassification, AutoModel), ("dtype", "torch_dtype"), expected
     ):
         loaded = auto.from_pretrained(tmp_path, trust_remote_code=True, **{name: dtype})
-        assert {p.dtype for p in loaded.encoder.parameters()} == {wanted[dtype]}
+        assert {p.dtype for p in loaded.encoder.parameters()} == {expected[dtype]}
         assert {p.dtype for p in loaded.heads.parameters()} == {torch.float32}
 
 
@@ -276,7 +276,7 @@ def test_the_width_of_the_encoder_can_be_set():
 
 @pytest.mark.parametrize("form", ["adapter", "whole"])
 @pytest.mark.parametrize("umask", [0o022, 0o027])
-def test_who_may_read_the_files_is_for_the_umask_to_say(form, umask, adapted, tmp_path):
+def test_the_permissions_of_saved_files_follow_the_umask(form, umask, adapted, tmp_path):
     model = adapted if form == "adapter" else small_model()
     before = os.umask(umask)
     try:
@@ -290,7 +290,7 @@ def test_who_may_read_the_files_is_for_the_umask_to_say(form, umask, adapted, tm
 
 
 @pytest.mark.parametrize("form", ["adapter", "whole"])
-def test_attention_is_for_the_caller_to_choose_and_not_for_a_stored_configuration(form, adapted, tmp_path):
+def test_the_caller_and_not_a_stored_configuration_chooses_the_attention(form, adapted, tmp_path):
     """transformers would fetch an implementation that is named as a repository, at no pinned commit."""
     (adapted if form == "adapter" else small_model()).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
@@ -307,7 +307,7 @@ def test_attention_is_for_the_caller_to_choose_and_not_for_a_stored_configuratio
     assert "attn_implementation" not in (tmp_path / "again" / "config.json").read_text()
 
 
-def test_temperatures_are_what_they_were_fitted_as_in_whatever_a_model_is_loaded(tmp_path):
+def test_temperatures_do_not_depend_on_the_dtype_at_loading(tmp_path):
     model = small_model(temperatures=[1.1392, 2.9646, 0.7, 1.0])
     model.save_pretrained(tmp_path)
     loaded = HierarchicalForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
@@ -345,7 +345,7 @@ def test_the_loss_compiles_without_a_graph_break():
 
 
 def test_checkpoints_that_load_in_threads_change_nothing_of_the_process(adapted, tmp_path, monkeypatch):
-    """Each folder has its own copy of the code, as repositories on the Hub have."""
+    """Load folders that each have a copy of the code, as repositories on the Hub have."""
     monkeypatch.delenv("DISABLE_SAFETENSORS_CONVERSION", raising=False)
     classes = {}
     for folder in (tmp_path / "one", tmp_path / "two"):
@@ -386,7 +386,7 @@ def test_a_mask_that_the_heads_cannot_read_is_refused(pooling):
 
 @pytest.fixture(scope="module")
 def adapted(minilm) -> HierarchicalForSequenceClassification:
-    """MiniLM under an adapter that changes its output."""
+    """Return MiniLM with an adapter that changes its output."""
     torch.manual_seed(0)
     config = HierarchicalConfig(text_config=AutoConfig.from_pretrained(minilm), encoder_name_or_path=minilm)
     model = HierarchicalForSequenceClassification(config, encoder=load_encoder(config))
@@ -485,7 +485,7 @@ def test_models_that_cannot_read_a_text_alone_are_refused(kind, message):
         HierarchicalForSequenceClassification(HierarchicalConfig(taxonomy=["a", "b"], text_config=config))
 
 
-def test_big_bird_answers_a_long_text_alike_before_and_after_a_short_one():
+def test_big_bird_predicts_a_long_text_equally_before_and_after_a_short_one():
     blocks = {"max_position_embeddings": 256, "block_size": 4, "num_random_blocks": 1}
     config = {"model_type": "big_bird", **SMALL, **blocks}
     model = HierarchicalForSequenceClassification(HierarchicalConfig(taxonomy=["a", "b"], text_config=config)).eval()
@@ -528,7 +528,7 @@ def test_a_pooling_that_is_given_at_loading_replaces_the_stored_one(form, adapte
     torch.testing.assert_close(loaded(**inputs).node_log_probs, loaded.heads(first, **inputs), atol=1e-6, rtol=0)
 
 
-def test_offloaded_weights_answer_as_in_memory_or_are_refused(adapted, tmp_path):
+def test_offloaded_weights_predict_as_in_memory_or_are_refused(adapted, tmp_path):
     inputs = batch(length=20)
     adapted.save_pretrained(tmp_path / "adapter")
     layers = {f"encoder.layer.{i}": "cpu" for i in range(5)}
@@ -557,7 +557,7 @@ def test_saving_publishes_nothing_before_the_code_is_there(adapted, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
-def test_of_the_files_of_an_earlier_save_none_is_loaded_or_stays(adapted, tmp_path):
+def test_files_of_an_earlier_save_are_neither_loaded_nor_kept(adapted, tmp_path):
     whole, inputs = small_model(), batch(length=20)
     for shards in ({"max_shard_size": "8KB"}, {}, {"max_shard_size": "8KB"}):
         with torch.no_grad():
@@ -585,7 +585,7 @@ def test_an_adapter_of_peft_is_not_saved_as_weights(tmp_path):
         wrapped.base_model.model.save_pretrained(tmp_path / "results")
 
 
-def test_both_forms_say_what_was_loaded(adapted, tmp_path):
+def test_both_forms_return_loading_info(adapted, tmp_path):
     for name, model in (("adapter", adapted), ("whole", small_model())):
         model.save_pretrained(tmp_path / name)
         loaded, info = AutoModel.from_pretrained(tmp_path / name, trust_remote_code=True, output_loading_info=True)

@@ -76,7 +76,7 @@ def classify(checkpoint):
 
 
 def by_hand(model, texts, tokenizer, **windows) -> np.ndarray:
-    """Probabilities of all nodes, (len(texts), num_nodes), from the weights alone and one text at a time."""
+    """Compute the probabilities of all nodes, (num_texts, num_nodes), from the weights, one text at a time."""
     rows = []
     for text in texts:
         inputs = tokenizer(text, return_tensors="pt", truncation=True, **windows)
@@ -178,7 +178,7 @@ def test_top_k_gives_the_most_probable_nodes(classify):
     assert [item["label"] for item in results] == sorted(p, key=lambda label: -p[label])[:3]
 
 
-def test_windows_count_by_their_maximum(checkpoint, classify):
+def test_the_probability_is_the_maximum_over_windows(checkpoint, classify):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     windows = tokenizer(LONG, truncation=True, max_length=64, stride=16, return_overflowing_tokens=True)["input_ids"]
     with torch.inference_mode():
@@ -210,12 +210,12 @@ def test_the_answer_for_a_recall_holds_the_nodes_from_its_threshold_on(classify)
         ({"recall": 0.5, "stride": 8, "top_k": 2}, "recall needs texts truncated at 512 tokens"),
     ],
 )
-def test_what_the_checkpoint_cannot_promise_is_refused(classify, given, message):
+def test_a_guarantee_that_the_checkpoint_lacks_is_refused(classify, given, message):
     with pytest.raises(ValueError, match=message):
         classify(TEXTS, **given)
 
 
-def test_an_uncalibrated_checkpoint_predicts_from_one_half_and_promises_nothing(minilm, tmp_path):
+def test_an_uncalibrated_checkpoint_has_thresholds_of_one_half_and_no_guarantee(minilm, tmp_path):
     model = uncalibrated(minilm)
     nn.init.normal_(model.heads.weight, std=0.5)
     model.save_pretrained(tmp_path)

@@ -46,7 +46,7 @@ LONG = "headache migraine seizure tumour liver heart valve artery colon biopsy "
 
 @pytest.fixture(autouse=True)
 def _two_cores() -> None:
-    """Let torch use two cores, however many it uses elsewhere: texts are classified in threads, one for each core."""
+    """Set torch to two threads, because the pipeline classifies texts in one thread per core."""
     torch.set_num_threads(2)
 
 
@@ -66,7 +66,7 @@ def checkpoint(minilm, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def small_checkpoint(minilm, tmp_path_factory) -> str:
-    """Return a checkpoint that reads as many tokens as the other and takes a tenth of its time."""
+    """Return a checkpoint with the same length limit as `checkpoint`, which takes a tenth of its time."""
     text_config = AutoConfig.from_pretrained(
         minilm, num_hidden_layers=1, hidden_size=32, intermediate_size=32, num_attention_heads=2
     )
@@ -84,7 +84,7 @@ def classify(checkpoint):
 
 
 def one_by_one(checkpoint: str, texts: list[str], **cutting) -> np.ndarray:
-    """Node probabilities of each text, by the model itself, alone in its batch: (num_texts, num_nodes)."""
+    """Compute node probabilities (num_texts, num_nodes) by the model alone, with one text per batch."""
     model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
     with torch.inference_mode():
@@ -181,7 +181,7 @@ def test_top_k_leaves_best_first(checkpoint, classify):
 
 
 def edges_between_leaves() -> np.ndarray:
-    """Lengths of the shortest paths through UNEVEN, whose roots hang from one node: (num_leaves, num_leaves)."""
+    """Return the number of edges between the leaves of UNEVEN, with one node above all roots: (num_leaves, num_leaves)."""
     nodes = ["", "a", "b", "a/b/c", "d", "e", "f", "g", "f/c", "h"]
     graph = np.zeros((len(nodes), len(nodes)))
     for parent, *children in (["", "a", "f", "h"], ["a", "b", "e"], ["b", "a/b/c", "d"], ["f", "g", "f/c"]):
@@ -192,7 +192,7 @@ def edges_between_leaves() -> np.ndarray:
 
 
 def a_table() -> np.ndarray:
-    """Costs for which the most probable leaf is seldom the best: (num_leaves, num_leaves)."""
+    """Return costs (num_leaves, num_leaves) with which the most probable leaf seldom has the lowest expected cost."""
     costs = np.random.default_rng(0).exponential(1, (len(LEAVES), len(LEAVES))).round(3)
     np.fill_diagonal(costs, 0.2)
     return costs
@@ -242,7 +242,7 @@ def test_equal_costs_of_all_errors_give_the_most_probable_leaf(classify):
 
 
 def test_of_leaves_with_equal_costs_the_most_probable_is_predicted(classify):
-    """Errors below one root cost nothing."""
+    """Use costs of zero for errors below one root."""
     root_of = {label: UNEVEN.path_names(leaf)[0] for leaf, label in enumerate(LEAVES)}
     costs = {one: {other: float(root_of[one] != root_of[other]) for other in LEAVES} for one in LEAVES}
     texts = [f"{text} {number}" for number in range(20) for text in TEXTS]
@@ -325,7 +325,7 @@ def test_costs_exclude_top_k(classify):
         classify("text", costs="distance", top_k=2)
 
 
-def test_a_long_text_is_cut_and_flagged(checkpoint, classify):
+def test_a_long_text_is_truncated_and_flagged(checkpoint, classify):
     results = classify([TEXTS[0], LONG], max_length=32)
     assert [result["truncated"] for result in results] == [False, True]
     expected = one_by_one(checkpoint, [LONG], max_length=32)[0, : UNEVEN.num_leaves]
@@ -375,7 +375,7 @@ def test_with_a_stride_a_long_text_is_the_mean_of_its_windows(checkpoint, classi
         ({"text": None}, "the item at position 2 .* is not a text but NoneType"),
     ],
 )
-def test_what_cannot_be_classified_is_named_by_its_position(classify, item, message):
+def test_an_invalid_text_is_named_by_its_position(classify, item, message):
     with pytest.raises(ValueError, match=message):
         classify(["one", "two", item, "four"])
     with pytest.raises(ValueError, match=message.replace("2", "0")):
@@ -403,7 +403,7 @@ def test_arguments_out_of_range_are_refused(classify, arguments, message):
 
 
 @pytest.mark.parametrize("has_special_tokens", [True, False])
-def test_a_text_that_is_no_tokens_is_refused(checkpoint, has_special_tokens):
+def test_a_text_without_tokens_is_refused(checkpoint, has_special_tokens):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
     if not has_special_tokens:
         tokenizer.backend_tokenizer.post_processor = None  # which puts [CLS] and [SEP] around a text
@@ -414,7 +414,7 @@ def test_a_text_that_is_no_tokens_is_refused(checkpoint, has_special_tokens):
             classify(texts)
 
 
-def test_settings_of_the_pipeline_hold_for_its_calls_and_give_way_to_theirs(checkpoint):
+def test_arguments_of_a_call_override_arguments_of_the_pipeline(checkpoint):
     classify = pipeline(
         "hierarchical-text-classification", model=checkpoint, trust_remote_code=True, top_k=2, max_length=16
     )
@@ -438,7 +438,7 @@ def test_threads_are_as_before_in_this_thread_and_in_new_ones(classify):
     assert not [thread for thread in threading.enumerate() if thread.name not in names]
 
 
-def test_batches_hold_about_as_many_tokens_as_asked_and_every_window_once():
+def test_batches_hold_about_the_requested_tokens_and_every_window_once():
     lengths = [*torch.randint(1, 512, (300,)).tolist(), 5000]
     batches = batches_by_length(lengths, None, 2048)
     assert sorted(i for batch in batches for i in batch) == list(range(301))
@@ -450,7 +450,7 @@ def test_batches_hold_about_as_many_tokens_as_asked_and_every_window_once():
 
 @pytest.mark.parametrize("batch_size", [None, 1, 6])
 def test_a_model_sees_few_shapes_of_little_padding_and_each_core_computes_alone(small_checkpoint, batch_size):
-    """Each new number of tokens costs the compilation of every product in bfloat16, in time and in memory."""
+    """Count the shapes: for each new number of tokens, oneDNN compiles every bfloat16 product, which costs time and memory."""
     words = LONG.split()
     texts = [" ".join(random.Random(i).choices(words, k=1 + i * 7 % 480)) for i in range(480)]
     classify = pipeline(
@@ -471,8 +471,8 @@ def test_a_model_sees_few_shapes_of_little_padding_and_each_core_computes_alone(
     assert threads == {torch.get_num_threads() if batch_size == 1 else 1}  # a text that comes alone has all cores
 
 
-def test_bfloat16_on_a_cpu_answers_as_float32_does(checkpoint, classify):
-    """With attention by document, whose values are those of SDPA, and over several windows."""
+def test_bfloat16_on_a_cpu_predicts_as_float32(checkpoint, classify):
+    """Compare predictions with attention by document, for texts of several windows."""
     half = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True, dtype=torch.bfloat16)
     assert half.model.encoder.config._attn_implementation == "per_document"
     texts = [*TEXTS, LONG]
@@ -481,7 +481,7 @@ def test_bfloat16_on_a_cpu_answers_as_float32_does(checkpoint, classify):
             assert list(other.values()) == pytest.approx(list(one.values()), abs=0.03)
 
 
-def test_a_checkpoint_outlives_the_private_names_that_its_cpu_kernels_use(checkpoint, tmp_path):
+def test_a_checkpoint_works_without_the_private_names_that_its_cpu_kernels_use(checkpoint, tmp_path):
     """Where torch or transformers rename them, results are the same, and one warning says what is missing."""
     kernels = (ROOT / "cpu_hierarchical.py").read_text()
     renamed = {"none": "", "function": "bidirectional_mask_function", "operation": "_reorder_linear_weight"}
@@ -504,10 +504,10 @@ for folder in reversed({list(renamed)!r}):
 print(json.dumps([answers, warned, torch.ops.mkldnn._is_mkldnn_bf16_supported()]))
 """
     answers, warned, packs = run_outside(code, tmp_path, {"HF_MODULES_CACHE": str(tmp_path / "modules")})
-    wanted = ["operation", "function"] if packs else ["function"]
-    said = [message for message in warned if "CPU kernels" in message]
-    assert len(said) == len(wanted)
-    assert all(renamed[folder] in message for folder, message in zip(wanted, said, strict=True))
+    expected = ["operation", "function"] if packs else ["function"]
+    logged = [message for message in warned if "CPU kernels" in message]
+    assert len(logged) == len(expected)
+    assert all(renamed[folder] in message for folder, message in zip(expected, logged, strict=True))
     for folder in renamed:
         assert {*SHIPPED_FILES} <= {*os.listdir(tmp_path / f"{folder}_saved")}
         for one, other in zip(answers["none"], answers[folder], strict=True):
@@ -536,7 +536,7 @@ def test_the_start_of_a_long_text_has_the_tokens_of_the_whole_text(checkpoint, l
         assert was_truncated == (len(whole) > length)
 
 
-def test_calls_in_threads_that_cut_at_different_lengths_do_not_cut_for_each_other(checkpoint):
+def test_concurrent_calls_truncate_at_their_own_lengths(checkpoint):
     classify = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True)
     texts = [LONG[5 * i : 5 * i + 400] for i in range(16)]
     cuts = [{"max_length": length} for length in (8, 12, 16, 20)] + [{"max_length": 40, "stride": 8}]
@@ -610,7 +610,7 @@ def test_ctrl_c_at_any_line_leaves_no_thread_that_keeps_the_process_alive(small_
     assert interruptions > 50
 
 
-def test_an_error_in_a_batch_comes_out_and_no_thread_stays(checkpoint):
+def test_an_error_in_a_batch_is_raised_and_no_thread_remains(checkpoint):
     broken = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True)
     broken.model.heads.weight = nn.Parameter(torch.zeros(1, 1))
     before = threading.active_count()
@@ -619,7 +619,7 @@ def test_an_error_in_a_batch_comes_out_and_no_thread_stays(checkpoint):
     assert threading.active_count() <= before  # threads of earlier tests may end meanwhile
 
 
-def test_4_bit_weights_answer_alike_in_threads_and_alone(checkpoint):
+def test_4_bit_weights_predict_equally_in_threads_and_alone(checkpoint):
     """bitsandbytes repacks them in the first forward on a CPU, in place."""
     texts = [f"study {i} of colitis in adults and of what became of the ulcers" for i in range(8)]  # all begin at once
     quantization = BitsAndBytesConfig(load_in_4bit=True)
@@ -638,8 +638,8 @@ def test_4_bit_weights_answer_alike_in_threads_and_alone(checkpoint):
             assert result["score"] == pytest.approx(nodes[: UNEVEN.num_leaves].max().item(), abs=0.05)
 
 
-def test_calls_at_once_leave_the_number_of_cores_as_it_was(checkpoint, classify, tmp_path):
-    """Two calls of each of two checkpoints, which have a copy of the code each."""
+def test_concurrent_calls_restore_the_number_of_threads(checkpoint, classify, tmp_path):
+    """Call two checkpoints, each with its own copy of the code, twice at the same time."""
     folder = str(shutil.copytree(checkpoint, tmp_path / "other"))
     other = pipeline("hierarchical-text-classification", model=folder, trust_remote_code=True)
     before = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Models in one process share the weights of their encoder, and each predicts as it does alone."""
+"""Test that models in one process share their encoder's weights, and that each predicts as it does alone."""
 
 import re
 from functools import partial
@@ -32,7 +32,7 @@ def write_adapter(encoder: str, folder, taxonomy: dict, seed: int, **lora) -> st
 
 @pytest.fixture(scope="module")
 def checkpoints(tiny_encoder, tmp_path_factory) -> list[str]:
-    """Two checkpoints with other adapted layers, ranks and taxonomies."""
+    """Return two checkpoints with different adapted layers, ranks and taxonomies."""
     folder = tmp_path_factory.mktemp("shared")
     return [
         write_adapter(tiny_encoder, folder / "a", {"a": ["b", "c"]}, 1, r=4, target_modules=["query", "value"]),
@@ -53,8 +53,8 @@ def test_shared_weights_are_held_once_and_predictions_stay(checkpoints, tiny_enc
         alone = [model(**inputs).logits for model in models]
         models[1].share_encoder(models[0])
         together = [model(**inputs).logits for model in (*models, *models)]  # in turn
-    for logits, wanted in zip(together, alone * 2, strict=True):
-        assert torch.equal(logits, wanted)
+    for logits, expected in zip(together, alone * 2, strict=True):
+        assert torch.equal(logits, expected)
     first, second = (
         {weight.data_ptr() for name, weight in model.encoder.named_parameters() if "lora_" not in name}
         for model in models

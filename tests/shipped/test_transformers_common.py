@@ -1,6 +1,6 @@
-"""The tests that transformers runs over every model of its own, run over ours.
+"""Run the common tests of transformers, which it runs over each of its models, over ours.
 
-They come from the source distribution of the installed version, which `make test` fetches: wheels hold no tests.
+The tests come from the source distribution of the installed version, which `make test` fetches, because wheels hold no tests.
 """
 
 import importlib
@@ -46,7 +46,7 @@ def common_tests() -> types.ModuleType:
 
 
 class TinyModel:
-    """What the common tests ask for: the configuration of a tiny model, its sizes, and inputs."""
+    """Provide what the common tests need: the configuration of a tiny model, its sizes, and inputs."""
 
     batch_size, seq_length, hidden_size, num_hidden_layers, num_attention_heads = 5, 7, 32, 2, 4
     is_training = True
@@ -76,7 +76,7 @@ class TestModel(common_tests().ModelTesterMixin, unittest.TestCase):
         self.model_tester = TinyModel()
 
     def _prepare_for_class(self, inputs_dict: dict, model_class: type, return_labels: bool = False) -> dict:
-        """Add labels where they are wanted: the common tests know by name which classes of transformers take them."""
+        """Add labels on request: the common tests know only the classes of transformers that take labels."""
         inputs = super()._prepare_for_class(inputs_dict, model_class)
         return inputs | ({"labels": torch.zeros(self.model_tester.batch_size).long()} if return_labels else {})
 

@@ -1,4 +1,4 @@
-"""The Space without a browser: its figures and tables, its explanations against brute force, its API, and what it keeps."""
+"""Test the Space without a browser: figures and tables, explanations against brute force, the API, and the files it keeps."""
 
 import csv
 import io
@@ -63,7 +63,7 @@ def labels_client(labels_space) -> Client:
 
 @pytest.fixture
 def attention_classifier(labels_checkpoint):
-    """A multi-label classifier whose nodes weigh the tokens themselves."""
+    """Return a multi-label classifier with label attention."""
     found = pipeline("hierarchical-text-classification", model=labels_checkpoint, trust_remote_code=True)
     found.model.config.pooling = "label_attention"
     queries = torch.randn(found.model.heads.weight.shape, generator=torch.Generator().manual_seed(0))
@@ -73,7 +73,7 @@ def attention_classifier(labels_checkpoint):
 
 @pytest.mark.parametrize("kind", ["classifier", "attention_classifier"])
 def test_weights_are_the_integral_of_the_gradient_word_by_word(kind, request, texts, monkeypatch):
-    """Against 2,000 steps of the trapezoidal rule, by autograd, over embeddings and the lexical head's counts."""
+    """Compare with 2,000 steps of the trapezoidal rule, by autograd, over embeddings and the lexical head's counts."""
     classifier = request.getfixturevalue(kind)
     explainer = Explainer(classifier)
     text = "Allodynia and epilepsy, nervous complaints. " + texts[0]
@@ -153,7 +153,7 @@ def test_weights_of_a_label_add_up_to_its_log_odds(labels_classifier):
     assert f"{views.log_odds(weights['epilepsy'])} log-odds" in page
 
 
-def test_explaining_changes_nothing_for_those_who_classify_meanwhile(classifier, texts):
+def test_explaining_does_not_affect_concurrent_classification(classifier, texts):
     explainer = Explainer(classifier)
     before = [classify_all(classifier, [text], None)[0]["score"] for text in texts[:6]]
     with ThreadPoolExecutor(1) as pool:
@@ -169,7 +169,7 @@ def test_explaining_changes_nothing_for_those_who_classify_meanwhile(classifier,
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_model_in_half_precision_is_explained_as_in_full(clear_checkpoint, texts, dtype):
-    """With the lexical head and without it, since most of the weight is that head's."""
+    """Compare with and without the lexical head, because this head has most of the weight."""
     half, full = (
         pipeline("hierarchical-text-classification", model=clear_checkpoint, trust_remote_code=True, dtype=some, device="cpu")
         for some in (dtype, torch.float32)
@@ -255,11 +255,11 @@ def test_parquet_files_within_the_limits_are_read():
         assert len(rows) in (3000, 10_000)
 
 
-def belittled(content: bytes) -> bytes:
-    """A Parquet file whose footer says that each of its columns, and of its row groups, unpacks to a kilobyte at most.
+def understate_sizes(content: bytes) -> bytes:
+    """Change a Parquet footer to claim that each column and each row group unpacks to at most a kilobyte.
 
-    Thrift writes an integer seven bits a byte, the lowest first, a sign among them. More bytes than it takes keep the footer's
-    length.
+    Thrift writes an integer in groups of seven bits, the lowest first, with the sign in the lowest bit. Padding with more bytes than
+    needed keeps the length of the footer.
     """
     metadata = pq.read_metadata(io.BytesIO(content))
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
@@ -281,7 +281,7 @@ def belittled(content: bytes) -> bytes:
 
 
 def hostile_files() -> dict[str, bytes]:
-    """Files of at most 10 MB that become much more: names that end in their kind, and contents."""
+    """Return contents, by name, of files of at most 10 MB that unpack to much more."""
     full, once = MAX_BYTES - 100, pa.array([0] * 10_000, pa.int32())
     texts, short = pa.array(["x" * 2**20] * 200), pa.array(["x" * 2**20] * 40)
     pages = pa.DictionaryArray.from_arrays(once, ["x" * 10**7])
@@ -297,7 +297,7 @@ def hostile_files() -> dict[str, bytes]:
     files["repeated.parquet"] = parquet({"text": pa.DictionaryArray.from_arrays(once, short[:1])})
     files["dictionaries.parquet"] = parquet({f"c{i}": pages for i in range(40)}, compression="zstd")
     files["lists.parquet"] = parquet({"text": nulls}, compression="zstd")
-    files = {name: belittled(content) for name, content in files.items()}
+    files = {name: understate_sizes(content) for name, content in files.items()}
     return files | {
         "brackets.jsonl": b"[" * full,
         "objects.jsonl": b'{"text":[' + b'{"":{}},' * (full // 8) + b"0]}\n",
@@ -312,7 +312,7 @@ def hostile_files() -> dict[str, bytes]:
 
 
 def test_no_file_of_10_mb_takes_a_gigabyte(tmp_path):
-    """In a fresh process, with what it lets others do: the most of each, over what it has before."""
+    """Measure the peak memory of a fresh process and its subprocesses, minus the memory at the start."""
     for name, content in hostile_files().items():
         assert len(content) <= MAX_BYTES, name
         (tmp_path / name).write_bytes(content)
@@ -325,22 +325,21 @@ from tables import Refused, read_table
 def most(who):
     return resource.getrusage(who).ru_maxrss * 1024
 
-rest, said = most(resource.RUSAGE_SELF), {{}}
+rest, results = most(resource.RUSAGE_SELF), {{}}
 for file in sorted(Path({str(tmp_path)!r}).glob("*.*")):
     try:
-        said[file.name] = len(read_table(file.read_bytes(), file.suffix[1:]).rows)
+        results[file.name] = len(read_table(file.read_bytes(), file.suffix[1:]).rows)
     except Refused as error:
-        said[file.name] = str(error)
-print(json.dumps([said, most(resource.RUSAGE_SELF) - rest + most(resource.RUSAGE_CHILDREN)]))
+        results[file.name] = str(error)
+print(json.dumps([results, most(resource.RUSAGE_SELF) - rest + most(resource.RUSAGE_CHILDREN)]))
 """
-    said, memory = run_outside(code, tmp_path, fresh=True)
-    assert memory < 10**9, said
-    packed = [said[name] for name in said if name.endswith("parquet") and name != "lists.parquet"]
+    results, memory = run_outside(code, tmp_path, fresh=True)
+    assert memory < 10**9, results
+    packed = [results[name] for name in results if name.endswith("parquet") and name != "lists.parquet"]
     assert all("more than 41,943,040 bytes" in one or "does not fit in memory" in one for one in packed), packed
-    assert said["wide.txt"] == said["cells.csv"] == 10_000
-    assert (
-        said["names.jsonl"] == said["fields.csv"] == "The file has more than 1,000 columns, the most that is accepted."
-    )
+    assert results["wide.txt"] == results["cells.csv"] == 10_000
+    too_many = "The file has more than 1,000 columns, the most that is accepted."
+    assert results["names.jsonl"] == results["fields.csv"] == too_many
 
 
 def test_formulas_are_defused_and_all_else_comes_back_as_it_was():
@@ -390,7 +389,7 @@ def test_a_description_stands_beside_the_label(classifier):
 
 
 def test_a_deep_taxonomy_of_thousands_is_drawn_with_few_boxes():
-    """A ten-level chain beside 3,000 siblings: the icicle's boxes and the bars stay few, and parents hold their children."""
+    """Draw a ten-level chain beside 3,000 siblings: there are few boxes and bars, and boxes of parents contain their children."""
     chain = [f"level {i}" for i in range(1, 11)]
     parents = {name: chain[i - 1] if i else "" for i, name in enumerate(chain)}
     parents |= {f"sibling {i}": "level 1" for i in range(3000)}
@@ -414,8 +413,8 @@ def test_the_tree_of_several_labels_has_a_bar_a_node_and_adds_nothing_up():
     nodes = [("a", 1), ("b", 2), ("c", 2), ("d", 1)]
     figure = views.tree(nodes, {"a": 0.9, "b": 0.8, "c": 0.7, "d": 0.6}, {"a", "c"})
     assert list(figure.data[0].x) == [0.9, 0.8, 0.7, 0.6]
-    said = [note.text for note in figure.layout.annotations]
-    assert said == ["✓ a  <b>90.0 %</b>", "b  <b>80.0 %</b>", "✓ c  <b>70.0 %</b>", "d  <b>60.0 %</b>"]
+    shown = [note.text for note in figure.layout.annotations]
+    assert shown == ["✓ a  <b>90.0 %</b>", "b  <b>80.0 %</b>", "✓ c  <b>70.0 %</b>", "d  <b>60.0 %</b>"]
     shift = [note.xshift for note in figure.layout.annotations]
     assert shift[1] == shift[2] > shift[0] == shift[3]
     assert views.tree(nodes, None, set()).layout.height == figure.layout.height
@@ -425,30 +424,30 @@ def test_a_tree_of_thousands_shows_what_is_predicted_and_most_probable_with_the_
     nodes = [("root", 1), *((f"leaf {i}", 2) for i in range(3000))]
     scores = {label: 1 - i / 3001 for i, (label, _) in enumerate(nodes)}
     figure = views.tree(nodes, scores, {"root", "leaf 2999"})
-    said = [note.text for note in figure.layout.annotations]
-    assert len(said) == views.TREE_ROWS + 1
-    assert said[0].startswith("✓ root")
-    assert said[-2].startswith("✓ leaf 2999")
-    assert said[-1] == f"2,971 others, each at most {views.percent(scores['leaf 28'])}"
+    shown = [note.text for note in figure.layout.annotations]
+    assert len(shown) == views.TREE_ROWS + 1
+    assert shown[0].startswith("✓ root")
+    assert shown[-2].startswith("✓ leaf 2999")
+    assert shown[-1] == f"2,971 others, each at most {views.percent(scores['leaf 28'])}"
 
 
-def test_one_node_too_many_is_drawn_itself():
+def test_a_single_remaining_node_is_drawn_instead_of_others():
     level = {f"leaf {i}": 1 / (views.BARS + 1) for i in range(views.BARS + 1)}
     assert not any("others" in note.text for note in views.bars([level], []).layout.annotations)
     nodes = [(f"leaf {i}", 1) for i in range(views.TREE_ROWS + 1)]
-    said = [note.text for note in views.tree(nodes, None, set()).layout.annotations]
-    assert said == [label for label, _ in nodes]
+    shown = [note.text for note in views.tree(nodes, None, set()).layout.annotations]
+    assert shown == [label for label, _ in nodes]
 
 
 def luminance(colour: str) -> float:
-    """The relative luminance of WCAG 2."""
+    """Return the relative luminance of WCAG 2."""
     channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return sum(share * c for share, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
 def test_every_probability_in_the_icicle_can_be_read():
-    """A contrast of at least 4.5, as level AA of WCAG 2 asks."""
+    """Check for a contrast of at least 4.5, which level AA of WCAG 2 requires."""
     for share in range(1, 101):
         figure = views.icicle([{"a": share / 100, "b": 1 - share / 100}], {"a": "", "b": ""}, ["a", "b"])
         for text, box in zip(figure.data[0].textfont.color, figure.data[0].marker.color, strict=True):
@@ -457,10 +456,10 @@ def test_every_probability_in_the_icicle_can_be_read():
 
 
 def test_line_breaks_of_windows_are_kept():
-    assert views.plain("a\r\nb\x07") == "a\r\nb\ufffd"
+    assert views.escape_html("a\r\nb\x07") == "a\r\nb\ufffd"
 
 
-def test_no_label_and_a_long_answer_are_said_plainly(labels_classifier):
+def test_no_label_and_a_long_answer_are_shown(labels_classifier):
     found = classify_all(labels_classifier, ["We report on the weather."], None)[0]
     assert found["labels"] == []
     assert "No label" in views.result("", found, "", {})
@@ -471,12 +470,12 @@ def test_no_label_and_a_long_answer_are_said_plainly(labels_classifier):
     assert "<bdi>n19</bdi> and 80 more<" in views.labels_preview([record])
 
 
-def test_a_probability_is_never_said_to_be_what_it_is_not():
-    said = [views.percent(share) for share in (0, 0.0004, 0.5, 0.99951, 1)]
-    assert said == ["0.0 %", "< 0.1 %", "50.0 %", "> 99.9 %", "100.0 %"]
+def test_only_exact_probabilities_are_shown_as_0_or_100_percent():
+    shown = [views.percent(share) for share in (0, 0.0004, 0.5, 0.99951, 1)]
+    assert shown == ["0.0 %", "< 0.1 %", "50.0 %", "> 99.9 %", "100.0 %"]
 
 
-def test_the_card_is_shown_by_what_a_reader_wants_first(clear_checkpoint):
+def test_the_most_important_sections_of_the_card_are_shown_first(clear_checkpoint):
     card = (Path(clear_checkpoint) / "README.md").read_text()
     first, more = views.card_parts(card)
     assert re.findall(r"(?m)^## (.*)", first) == ["Results", "Limits and intended use", "Licence"]
@@ -562,7 +561,7 @@ def test_a_recall_that_is_not_guaranteed_is_refused(labels_client, recall, messa
 
 
 def test_a_model_without_calibration_answers_and_has_no_coverage(uncalibrated_run, texts, tmp_path):
-    """And its files, like those of any Space, are deleted when the terminal is closed that it was started in."""
+    """Also check that the files of a Space are deleted when the terminal that started it is closed."""
     model = str(uncalibrated_run[0])
     classifier = pipeline("hierarchical-text-classification", model=model, trust_remote_code=True)
     expected = classifier(texts[0])
@@ -595,7 +594,7 @@ def test_a_model_without_calibration_answers_and_has_no_coverage(uncalibrated_ru
         assert not started.files()
 
 
-def test_what_was_read_is_what_the_answer_depends_on(client, texts):
+def test_the_prediction_depends_only_on_the_characters_read(client, texts):
     long = " ".join(texts)
     found = client.predict(long, api_name="/classify")
     assert 0 < found["characters_read"] < found["characters"] == len(long)
@@ -669,7 +668,7 @@ def test_nothing_of_what_is_sent_is_logged_or_kept(space, client, texts, tmp_pat
     client.predict(handle_file(str(csv_file)), "text", api_name="/classify_file")
     with pytest.raises(AppError):
         client.predict(mark * 5000, api_name="/classify")
-    # every function of the page, also those that no client is shown, with what does not belong there
+    # call every function of the page with invalid arguments, also functions that are hidden from clients
     functions = httpx.get(f"{space.address}/config", timeout=120).json()["dependencies"]
     assert {"classify", "explain", "classify_file", "run_file"} <= {function["api_name"] for function in functions}
     for function in functions:
@@ -718,7 +717,7 @@ def test_requests_that_are_too_large_are_refused(space):
     assert not any(len(content) > 2**20 for content in space.files().values())
 
 
-def holds(space: SpaceServer, content: bytes) -> bool:
+def is_on_disk(space: SpaceServer, content: bytes) -> bool:
     return any(content in kept for kept in space.files().values())
 
 
@@ -731,7 +730,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def ask(space: SpaceServer, name: str, data: list, session: str) -> str:
-    """Call a function of the page, as the browser does. Return its messages."""
+    """Call a function of the page as the browser does. Return the messages of the server."""
     functions = httpx.get(f"{space.address}/config", timeout=120).json()["dependencies"]
     number = next(function["id"] for function in functions if function["api_name"] == name)
     with httpx.Client(base_url=f"{space.address}/gradio_api/queue", timeout=120) as http:
@@ -740,7 +739,7 @@ def ask(space: SpaceServer, name: str, data: list, session: str) -> str:
 
 
 def test_downloads_and_uploads_are_deleted_in_time_and_all_with_the_process(clear_checkpoint, tmp_path):
-    """With the time to keep set to four seconds, and the look at it to every second."""
+    """Set `KEPT_SECONDS` to four and `SWEEP_SECONDS` to one."""
     code = (ROOT / "space" / "app.py").read_text()
     space = tmp_path / "space"
     space.mkdir()
@@ -755,8 +754,8 @@ def test_downloads_and_uploads_are_deleted_in_time_and_all_with_the_process(clea
     with SpaceServer(clear_checkpoint, tmp_path, app=space / "app.py") as started:
         upload = {"files": ("never-classified.csv", b"text\nZebrafish\n")}
         assert httpx.post(f"{started.address}/gradio_api/upload", files=upload, timeout=120).status_code == 200
-        assert holds(started, b"Zebrafish")
-        wait_until(lambda: not holds(started, b"Zebrafish"))
+        assert is_on_disk(started, b"Zebrafish")
+        wait_until(lambda: not is_on_disk(started, b"Zebrafish"))
         sent = httpx.post(f"{started.address}/gradio_api/upload", files={"files": ("a.txt", b"Okapi\n")}, timeout=120)
         with httpx.stream("GET", f"{started.address}/gradio_api/heartbeat/open", timeout=120) as page:
             beats = page.iter_raw()
@@ -793,8 +792,8 @@ def test_an_upload_that_breaks_off_leaves_nothing(space):
     head += "Content-Length: 5000000\r\n\r\n--b\r\nContent-Disposition: form-data; name=files; filename=a.csv\r\n\r\n"
     with socket.create_connection((host, int(port)), timeout=60) as connection:
         connection.sendall(head.encode() + b"Tapir\n" * 400_000)
-        wait_until(lambda: holds(space, b"Tapir"))
-    wait_until(lambda: not holds(space, b"Tapir"))
+        wait_until(lambda: is_on_disk(space, b"Tapir"))
+    wait_until(lambda: not is_on_disk(space, b"Tapir"))
 
 
 def test_equal_files_of_several_clients_are_each_read(space, tmp_path):
@@ -811,7 +810,7 @@ def test_no_client_makes_the_server_download(client, name):
 
 
 def test_sixteen_clients_at_once_all_get_answers(space, texts):
-    """Two requests each; `benchmarks/space.py` has 64 clients and 2,000 requests."""
+    """Send two requests each. `benchmarks/space.py` has 64 clients and 2,000 requests."""
 
     def ask(number: int) -> list[str]:
         mine = Client(space.address, verbose=False)
@@ -823,8 +822,8 @@ def test_sixteen_clients_at_once_all_get_answers(space, texts):
     assert all(labels)
 
 
-def test_a_text_waits_for_no_file_and_a_full_queue_is_said(space, client, texts):
-    """While a file of 10,000 rows is classified, which is cancelled before its end."""
+def test_a_text_waits_for_no_file_and_a_full_queue_is_reported(space, client, texts):
+    """Classify texts while a file of 10,000 rows is classified; its run is cancelled before the end."""
     functions = httpx.get(f"{space.address}/config", timeout=120).json()["dependencies"]
     numbers = {function["api_name"]: function["id"] for function in functions}
     upload = {"files": ("long.txt", f"{texts[0][:900]}\n".encode() * 10_000)}
@@ -864,10 +863,10 @@ def test_the_front_matter_and_the_requirements_agree():
     assert front["sdk"] == "gradio"
     assert (ROOT / "space" / front["app_file"]).is_file()
     assert front["license"] == "apache-2.0"
-    wanted = (ROOT / "space" / "requirements.txt").read_text().split()
+    requirements = (ROOT / "space" / "requirements.txt").read_text().split()
     from packaging.requirements import Requirement
 
-    gradio = next(Requirement(line) for line in wanted if line.startswith("gradio"))
+    gradio = next(Requirement(line) for line in requirements if line.startswith("gradio"))
     assert front["sdk_version"] in gradio.specifier
 
 
@@ -933,14 +932,14 @@ def test_a_model_that_cannot_be_loaded_is_one_line(tiny_encoder, tmp_path):
 import io, json, sys
 sys.path.insert(0, {str(ROOT / "space")!r})
 import app
-said = []
+outcomes = []
 for model in {[*messages]!r}:
     sys.argv, sys.stderr = ["app.py", "--model", model], io.StringIO()
     try:
         app.main()
     except SystemExit as error:
-        said.append([error.code, sys.stderr.getvalue()])
-print(json.dumps(said))
+        outcomes.append([error.code, sys.stderr.getvalue()])
+print(json.dumps(outcomes))
 """
     for (exit_code, stderr), (model, message) in zip(run_outside(code, tmp_path), messages.items(), strict=True):
         assert exit_code == 2
@@ -951,7 +950,7 @@ print(json.dumps(said))
 
 
 def test_the_space_starts_where_gradios_own_folder_cannot_be_made(clear_checkpoint, tmp_path):
-    """Such as where somebody else has it: here it is a file. The one in its place is private, and deleted at the end."""
+    """Block gradio's default folder by a file, as if another user owned it. The Space's own folder is private, and deleted at the end."""
     (tmp_path / "gradio").write_text("")
     code = f"""
 import json, os, stat, sys

@@ -1,4 +1,4 @@
-"""The Space in a real browser: what a person types, presses, reads and downloads."""
+"""Test the Space in a real browser: typing, pressing, reading and downloading."""
 
 import csv
 import json
@@ -52,7 +52,7 @@ def downloads(chromium, tmp_path) -> Path:
 
 
 class Page:
-    """The Space as it stands in the browser."""
+    """Operate the Space in the browser."""
 
     def __init__(self, driver, address: str, figures: tuple[str, ...] = ("bars", "icicle")):
         self.driver, self.address, self.figures = driver, address, figures
@@ -77,7 +77,7 @@ class Page:
         return self.driver.execute_script("return document.querySelector(arguments[0])?.innerText ?? ''", selector)
 
     def type(self, text: str) -> None:
-        """What pasting does: Selenium itself types no emoji and takes long over 100,000 characters."""
+        """Set the text as pasting does. Selenium types no emoji, and is slow for 100,000 characters."""
         self.driver.execute_script(
             "const area = document.querySelector('#abstract textarea'); area.value = arguments[0];"
             "area.dispatchEvent(new Event('input', {bubbles: true}))",
@@ -100,7 +100,7 @@ class Page:
         self.until(lambda: self.all("#result .panel") and not self.all("#result .panel[data-old]"))
 
     def show(self) -> dict[str, float]:
-        """The words that are coloured, with their weights."""
+        """Press "Show the words". Return the coloured words with their weights."""
         self.until(lambda: not self.all("#words .panel[data-old]"))
         self.driver.execute_script("document.querySelector('#words .panel').dataset.old = '1'")
         self.press("#show")
@@ -114,7 +114,7 @@ class Page:
         return {word.lower(): weight for word, weight in spans}
 
     def pick(self, label: str) -> None:
-        """A node from the list, as by keyboard."""
+        """Choose a node from the list with the keyboard."""
         box = self.one("#node input")
         self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", box)
         self.driver.execute_script("document.querySelector('#words .panel').dataset.old = '1'")
@@ -129,7 +129,7 @@ class Page:
         self.one("#file input[type=file]").send_keys(str(file))
 
     def settle(self, selector: str) -> str:
-        """Return the text of an element once it stays the same for a second, twice the time between reports of progress."""
+        """Return the text of an element once it is unchanged for a second, which is twice the time between progress messages."""
 
         def same() -> str | None:
             before = self.text(selector)
@@ -139,7 +139,7 @@ class Page:
         return self.until(same)
 
     def download(self, folder: Path, kind: str, count: int) -> list[dict]:
-        """Download a file, and return its rows once there are so many."""
+        """Download a file, wait until it has ``count`` rows, and return them."""
         file = folder / f"predictions.{kind}"
 
         def rows() -> list[dict] | None:
@@ -153,8 +153,8 @@ class Page:
         self.press(f"#{kind}")
         return self.until(rows)
 
-    def wide(self) -> bool:
-        """Whether the page is wider than the window."""
+    def is_too_wide(self) -> bool:
+        """Return whether the page is wider than the window."""
         return self.driver.execute_script("return document.documentElement.scrollWidth > innerWidth + 1")
 
 
@@ -204,7 +204,7 @@ def test_switching_the_node_changes_the_highlight(page):
 
 
 def test_a_higher_coverage_backs_off(page):
-    """As soon as it is typed, or chosen by the keys of the arrows."""
+    """Change the coverage by typing, and by the arrow keys."""
     page.open()
     page.classify("Outcomes of epilepsy after angina, colitis and carcinoma.")
     answers = []
@@ -240,7 +240,7 @@ def test_examples_work_at_a_click_and_clear_clears(page):
         ("epilepsy " * 11_200, "100,800 characters; at most 20,000"),
     ],
 )
-def test_what_cannot_be_classified_is_said_in_words(page, text, message):
+def test_the_page_says_why_a_text_cannot_be_classified(page, text, message):
     page.open()
     page.classify(text)
     assert message in page.text("#result [role=alert]")
@@ -248,7 +248,7 @@ def test_what_cannot_be_classified_is_said_in_words(page, text, message):
     assert page.text("#result .class") == "nervous system diseases"
 
 
-def test_the_end_that_was_cut_is_said_and_shown(page):
+def test_the_truncated_end_is_reported_and_shown(page):
     page.open()
     page.classify(NEURO + " The rest of it goes on and on." * 100)
     assert "were not read" in page.text("#result .warning")
@@ -360,19 +360,19 @@ def test_a_file_of_more_than_10_mb_is_refused_in_words(page, tmp_path):
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_nothing_is_wider_than_the_page(page, width, scheme, tmp_path):
     page.open(width, 844, scheme)
-    assert not page.wide()
+    assert not page.is_too_wide()
     page.classify(NEURO + " " + "W" * 300)
     page.show()
-    assert not page.wide()
+    assert not page.is_too_wide()
     page.tab("A file")
     page.upload(write_table(tmp_path / "texts.csv", [["text"], [NEURO], ["W" * 300]]))
     page.until(lambda: "of 2 rows" in page.text("#state"))
     page.press("#start")
     page.until(lambda: "Done" in page.text("#state"))
-    assert not page.wide()
+    assert not page.is_too_wide()
     page.tab("About the model")
     page.until(lambda: page.all("#card h2"))
-    assert not page.wide()
+    assert not page.is_too_wide()
 
 
 def test_every_control_has_a_name_and_is_reached_by_the_keyboard(page):
@@ -408,19 +408,19 @@ def test_the_model_and_its_limits_are_shown(page):
     assert "apache-2.0" in page.text("#facts")
 
 
-def test_nothing_but_the_page_itself_is_asked_for_what_a_user_sends(page, space):
+def test_the_page_sends_requests_only_to_its_own_server(page, space):
     page.open()
     page.driver.get_log("performance")
     page.classify("Zebrafish-4711 " + NEURO)
     sent = [json.loads(entry["message"])["message"] for entry in page.driver.get_log("performance")]
-    asked = [m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"]
-    assert asked
-    assert all(url.startswith((space.address, "data:", "blob:")) for url in asked)
+    urls = [m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"]
+    assert urls
+    assert all(url.startswith((space.address, "data:", "blob:")) for url in urls)
     assert "Zebrafish" not in space.log()
     assert not any(b"Zebrafish" in content for content in space.files().values())
 
 
-def test_the_browser_had_nothing_to_complain_about(page):
+def test_the_browser_console_has_no_errors(page):
     page.driver.get_log("browser")
     page.open()
     page.classify(NEURO)
@@ -474,7 +474,7 @@ def test_several_labels_are_read_in_the_result_the_tree_the_words_and_the_file(
     page.press("#start")
     page.until(lambda: "Done: 2 of 2 rows" in page.text("#state"))
     assert "no label" in page.text("#preview")
-    assert not page.wide()
+    assert not page.is_too_wide()
     rows = page.download(downloads, "csv", 2)
     assert set(rows[0]["labels"].split("; ")) == {"nervous system diseases", "cardiovascular diseases"}
     assert rows[1]["labels"] == ""

@@ -73,7 +73,7 @@ def test_quantization_follows_the_tuning_unless_it_is_given(words, expected):
         ("bf16", ["--fp16", "true"], "fp16"),
     ],
 )
-def test_what_accelerate_was_told_counts_unless_a_flag_says_otherwise(tmp_path, monkeypatch, launcher, words, expected):
+def test_accelerates_precision_is_used_unless_a_flag_overrides_it(tmp_path, monkeypatch, launcher, words, expected):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
     plain = ["--eval_strategy", "no", "--load_best_model_at_end", "false", "--output_dir", str(tmp_path)]
     training = parse([*words, *plain])[3]
@@ -107,13 +107,13 @@ def test_a_precision_that_is_not_supported_is_refused(monkeypatch):
         (["--fp16_full_eval", "true"], "--fp16_full_eval is not supported"),
     ],
 )
-def test_bad_words_are_refused_in_one_line(words, message):
+def test_bad_arguments_are_refused_in_one_line(words, message):
     with pytest.raises(InputError, match=message) as caught:
         parse(words)
     assert "\n" not in str(caught.value)
 
 
-def test_no_scores_of_validation_rows_at_the_end_is_no_scores_whatever_is_evaluated_meanwhile():
+def test_do_eval_does_not_depend_on_the_evaluation_strategy():
     assert parse(["--do_eval", "false"])[3].do_eval is False
     assert parse(["--do_eval", "false"])[3].eval_strategy == "epoch"
     assert parse([])[3].do_eval is None

@@ -1,4 +1,4 @@
-"""Test that no text is scored which this run or an earlier run of the checkpoint was trained on.
+"""Test that no run scores a text that this run, or an earlier run of the checkpoint, was trained on.
 
 The tests derive the training texts from the input file and the predicted rows, not from trained_texts.json.
 """
@@ -24,7 +24,7 @@ KEPT = "trained_texts.json"
 
 
 def labelled(count: int) -> list[dict[str, str]]:
-    """Return texts with random labels, from which only the texts themselves can be learnt."""
+    """Return texts with random labels, so that a model can only memorise them."""
     draw = random.Random(0)
     words = ("fever", "cough", "rash", "pain", "fatigue", "nausea")
     return [
@@ -115,7 +115,7 @@ def test_a_checkpoint_continued_on_a_grown_file_is_not_scored_on_what_it_was_tra
 
 
 def test_a_third_run_knows_the_texts_of_both_runs_before_it(place, words, first, second, tmp_path):
-    """Continue on the same file, where only texts that the second run held out can be split off."""
+    """Continue on the same file: only texts that the second run held out can be split off again."""
     run(*words, "--model_name_or_path", second, "--data_path", place / "800.csv", "--output_dir", tmp_path / "third")
     known = trained_on(first, 700) | trained_on(second, 800)
     held_out = scored(tmp_path / "third")
@@ -145,7 +145,7 @@ def test_rows_of_given_files_that_were_trained_on_become_training_rows(words, fi
         assert texts == set(files[split]) - {known[0].upper(), *known}
 
 
-def test_a_killed_run_has_told_what_it_was_trained_on(place, words, first, second, tiny_encoder, tmp_path):
+def test_a_killed_run_has_recorded_its_training_texts(place, words, first, second, tiny_encoder, tmp_path):
     output = tmp_path / "killed"
     line = [*words, "--model_name_or_path", tiny_encoder, "--data_path", place / "700.csv", "--output_dir", output]
     interrupt(signal.SIGKILL, *line, log=tmp_path / "log", until=output / "checkpoint-2" / "trainer_state.json")
@@ -157,7 +157,7 @@ def test_a_killed_run_has_told_what_it_was_trained_on(place, words, first, secon
     assert held_out == scored(second)  # which knew as much
 
 
-def test_a_continued_run_goes_on_with_the_rows_that_it_split_off(place, words, first, second, tmp_path):
+def test_a_continued_run_that_is_resumed_keeps_its_split(place, words, first, second, tmp_path):
     broken = tmp_path / "second"
     for name in ("data_report.json", KEPT):
         (broken / name).parent.mkdir(exist_ok=True)
@@ -171,8 +171,8 @@ def test_a_continued_run_goes_on_with_the_rows_that_it_split_off(place, words, f
     assert (broken / KEPT).read_bytes() == (second / KEPT).read_bytes()
 
 
-def test_rows_that_a_broken_run_was_trained_on_are_not_given_to_it_as_test_rows(place, words, first, tmp_path):
-    """A resumed run may have another test file."""
+def test_rows_that_an_interrupted_run_was_trained_on_do_not_become_its_test_rows(place, words, first, tmp_path):
+    """Resume a run with another test file."""
     output = tmp_path / "results"
     write_csv(tmp_path / "train.csv", ROWS[700:750])
     line = [*words, "--model_name_or_path", first, "--train_file", tmp_path / "train.csv", "--validation_size", 0]
@@ -185,7 +185,7 @@ def test_rows_that_a_broken_run_was_trained_on_are_not_given_to_it_as_test_rows(
 
 
 def test_a_test_file_that_changes_the_training_rows_is_refused_on_resuming(words, first, tmp_path, capsys):
-    """A text of the training file is not trained on if the test file has it, too."""
+    """A text of the training file is not trained on if it is also in the test file."""
     line = [*words, "--model_name_or_path", first, "--validation_size", 0, "--output_dir", tmp_path / "results"]
     line += ["--train_file", write_csv(tmp_path / "train.csv", ROWS[700:750]), "--resume_from_checkpoint", "auto"]
     run(*line, "--test_file", write_csv(tmp_path / "a.csv", ROWS[740:780]), "--max_steps", 2)
@@ -193,13 +193,15 @@ def test_a_test_file_that_changes_the_training_rows_is_refused_on_resuming(words
         run(*line, "--test_file", write_csv(tmp_path / "b.csv", ROWS[760:780]))
 
 
-def test_where_nothing_is_known_nothing_is_split_off_and_scores_are_unverified(place, words, first, tmp_path, capsys):
+def test_with_unknown_training_texts_nothing_is_split_off_and_scores_are_unverified(
+    place, words, first, tmp_path, capsys
+):
     unknown = copy(first, tmp_path / "unknown")
     (unknown / KEPT).unlink()
     line = [*words, "--model_name_or_path", unknown]
     run(*line, "--data_path", place / "800.csv", "--output_dir", tmp_path / "next")
-    said = capsys.readouterr().err
-    assert "the checkpoint's training texts are unknown: no rows are split off" in said
+    stderr = capsys.readouterr().err
+    assert "the checkpoint's training texts are unknown: no rows are split off" in stderr
     assert report(tmp_path / "next")["splits"].keys() == {"train"}
     assert report(tmp_path / "next")["trained_before"]["scores"] == "unverified"
     assert scored(tmp_path / "next") == {}
@@ -261,7 +263,7 @@ def test_overwriting_a_run_forgets_what_it_was_trained_on_and_its_weights_with_i
         run(*line, *DIVERGES)
     known = json.loads((output / KEPT).read_text())
     assert (len(known["earlier"]), len(known["this_run"])) == (0, 80)
-    # the weights of the former run would be taken for those of this one
+    # otherwise the weights of the former run would be taken as the result of this run
     with pytest.raises(InputError, match="is not a checkpoint"):
         push_to_hub.main(["--model", str(output), "--repo_id", "a/b"])
     run(*line)
@@ -281,7 +283,7 @@ def test_a_run_that_continues_in_its_own_folder_forgets_nothing(place, words, fi
     assert not trained_on(first, 700) & set().union(*scored(output).values())
 
 
-def test_a_checkpoint_of_which_every_text_was_trained_on_has_none_to_be_scored(place, words, first, tmp_path):
+def test_a_checkpoint_that_was_trained_on_every_text_has_none_to_score(place, words, first, tmp_path):
     rows = [row for row in ROWS[:700] if row["text"] in trained_on(first, 700)]
     line = [*words, "--model_name_or_path", first, "--data_path", write_csv(tmp_path / "a.csv", rows)]
     message = "cannot split off test rows: the checkpoint was trained on 560 of 560 distinct training texts"
@@ -289,7 +291,7 @@ def test_a_checkpoint_of_which_every_text_was_trained_on_has_none_to_be_scored(p
         run(*line, "--output_dir", tmp_path / "results")
 
 
-def test_a_file_that_was_cut_short_is_an_error(place, words, first, tmp_path):
+def test_a_truncated_file_is_an_error(place, words, first, tmp_path):
     output = copy(first, tmp_path / "first")
     (output / KEPT).write_text((output / KEPT).read_text()[:100])
     line = [*words, "--model_name_or_path", output, "--data_path", place / "800.csv", "--output_dir", tmp_path / "next"]
@@ -308,7 +310,7 @@ def write_sets(file: Path, sets: dict[str, list[str]]) -> Path:
 
 @pytest.fixture(scope="module")
 def several(place, words, tiny_encoder) -> Path:
-    """A multi-label run, of the classes a, b and g > c."""
+    """Train a multi-label run with the classes a, b and g > c."""
     sets = {f"Case {i}": [["a", "b"], ["a"], ["g > c", "b"], []][i % 4] for i in range(80)}
     output, file = place / "several", write_sets(place / "sets.jsonl", sets)
     flags = ["--label_separator", " > ", "--learning_rate", 1e-9, "--validation_size", 0]
@@ -322,9 +324,9 @@ def test_a_checkpoint_of_another_problem_type_is_refused(place, words, first, se
         (first, sets, "one label per text"),
         (several, place / "700.csv", "any number of labels"),
     ):
-        for asked in ([], ["--do_train", "false"]):
-            flags = ["--model_name_or_path", source, "--output_dir", tmp_path / "out", *asked]
-            flags += ["--validation_size", 0, "--test_file" if asked else "--train_file", data]
+        for scoring in ([], ["--do_train", "false"]):
+            flags = ["--model_name_or_path", source, "--output_dir", tmp_path / "out", *scoring]
+            flags += ["--validation_size", 0, "--test_file" if scoring else "--train_file", data]
             with pytest.raises(InputError, match=f"is for {kind}.*, the data for") as refused:
                 run(*words, *flags)
             assert "\n" not in str(refused.value)

@@ -1,4 +1,4 @@
-"""Contrastive learning before prototypes: its loss worked by hand, and what it does to texts that it was not trained on."""
+"""Test contrastive steps before prototypes: the loss against a manual calculation, and the effect on unseen texts."""
 
 import signal
 
@@ -15,7 +15,7 @@ from training.prototypes import choose_names, initialise_heads
 
 
 def test_the_loss_is_that_of_the_paper_worked_by_hand():
-    """For multi-label models: the first three texts are in pairs, the fourth and fifth are not."""
+    """Compare the multi-label loss with a manual calculation. The first three texts are in pairs, the fourth and fifth are not."""
     vectors = np.random.default_rng(0).normal(size=(5, 8))
     classes = [{0}, {0, 1}, {1}, {2}, set()]
     z = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -32,7 +32,7 @@ def test_the_loss_is_that_of_the_paper_worked_by_hand():
 
 
 def separation(trainer, rows: list[int]) -> float:
-    """Mean cosine of texts of one class, less that of texts of two classes."""
+    """Return the mean cosine between texts of one class, minus the mean cosine between texts of two classes."""
     with torch.no_grad():
         vectors = trainer.embed([trainer.processing_class(ROWS[row]["text"])["input_ids"] for row in rows])
     unit = torch.nn.functional.normalize(vectors).numpy()
@@ -42,7 +42,7 @@ def separation(trainer, rows: list[int]) -> float:
 
 
 def test_names_are_chosen_before_the_encoder_knows_the_texts(minilm, tmp_path, caplog):
-    """Afterwards, the training texts alone would seem to fit best."""
+    """After the contrastive steps, prototypes from the training texts alone would seem to fit best."""
     trainer = trainer_of(minilm, tmp_path)
     trainer.args.learning_rate = 1e-3
     with caplog.at_level("INFO"):
@@ -88,7 +88,7 @@ def test_log_and_card_say_what_was_done_and_a_resumed_or_continued_run_does_not_
         torch.testing.assert_close(after[name], before[name], atol=1e-6, rtol=0)
 
 
-def test_the_heads_of_a_taxonomy_that_a_checkpoint_does_not_know_begin_as_new_ones(tiny_encoder, tmp_path, caplog):
+def test_heads_are_initialised_anew_for_another_taxonomy_than_the_checkpoints(tiny_encoder, tmp_path, caplog):
     trainer = trainer_of(tiny_encoder, tmp_path)
     rows, source = (
         tokenized(trainer, [TREE.id(row["label"]) for row in ROWS]),
@@ -112,5 +112,5 @@ def test_sigterm_ends_the_contrastive_steps(tiny_encoder, tmp_path):
     words = ("--train_file", write_csv(tmp_path / "rows.csv", ROWS), "--validation_size", 0, "--test_size", 0)
     words += ("--model_name_or_path", tiny_encoder, "--quantization", "none", "--output_dir", tmp_path / "out")
     words += ("--contrastive_steps", 10**6, "--max_steps", 1, "--enable_jit_checkpoint", "true")
-    said = interrupt(signal.SIGTERM, *words, log=tmp_path / "log", until="contrastive steps:", code=2)
-    assert "train.py: error: stopped by SIGTERM in the contrastive steps: the same command starts over" in said
+    log_text = interrupt(signal.SIGTERM, *words, log=tmp_path / "log", until="contrastive steps:", code=2)
+    assert "train.py: error: stopped by SIGTERM in the contrastive steps: the same command starts over" in log_text

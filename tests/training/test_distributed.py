@@ -1,4 +1,4 @@
-"""Two processes, by accelerate and gloo, against one with the same effective batch."""
+"""Compare training in two processes, by accelerate and gloo, with one process of the same effective batch size."""
 
 import json
 import os
@@ -24,10 +24,12 @@ LAUNCH = ("-c", "from accelerate.commands.launch import main; main()", "--config
 
 
 def train(words: list, output: Path, processes: int, batch: int, launchers: int = 0) -> dict:
-    """What a run leaves: its log by step, its metrics and its predictions.
+    """Run train.py in several processes. Return the log by step, the metrics, the predictions and the output.
 
     Args:
-        launchers: processes are started by so many `accelerate launch`, as on as many machines; with 0, in their way.
+        batch: rows per process and step.
+        launchers: the number of `accelerate launch` commands, one per simulated machine. With 0, the processes are started
+            directly, with the environment variables that `accelerate launch` would set.
     """
     line = [ROOT / "train.py", *words, "--use_cpu", "true"]
     line += ["--output_dir", output, "--per_device_train_batch_size", batch]
@@ -52,17 +54,17 @@ def train(words: list, output: Path, processes: int, batch: int, launchers: int 
     finally:
         for one in running:
             one.send_signal(signal.SIGTERM)
-    said = [log.read_text() for log in logs]
-    assert codes == [0] * len(starts), "\n".join(text[-4000:] for text in said)
+    outputs = [log.read_text() for log in logs]
+    assert codes == [0] * len(starts), "\n".join(text[-4000:] for text in outputs)
     state = json.loads((output / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
     file = output / "test_predictions.csv"
     predictions = read_csv(file) if file.exists() else []
     metrics = json.loads((output / "metrics.json").read_text())
-    return {"log": state["log_history"], "metrics": metrics, "predictions": predictions, "said": "".join(said)}
+    return {"log": state["log_history"], "metrics": metrics, "predictions": predictions, "output": "".join(outputs)}
 
 
 def save_model(encoder: str, folder: Path, problem_type: str | None = None) -> Path:
-    """Save a checkpoint to continue, without dropout, whose masks depend on the number of processes."""
+    """Save a checkpoint to continue. It has no dropout, because dropout masks depend on the number of processes."""
     tree = Taxonomy.from_file(ROOT / "examples" / "taxonomy.yaml")
     model = build_model(ModelArguments(encoder), tree, seed=0, problem_type=problem_type)
     model.config.head_dropout = 0.0
@@ -73,7 +75,7 @@ def save_model(encoder: str, folder: Path, problem_type: str | None = None) -> P
 
 @pytest.fixture(scope="module")
 def runs(tiny_encoder, tmp_path_factory) -> tuple[dict, dict]:
-    """The same run in one process and in two, as on two machines; 37 rows to score cannot be shared evenly."""
+    """Train the same run in one process and in two, as on two machines. The 37 scored rows cannot be divided evenly."""
     folder = tmp_path_factory.mktemp("distributed")
     model = save_model(tiny_encoder, folder / "model")
     words: list = [ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", model]
@@ -126,12 +128,12 @@ def test_every_row_is_scored_once(runs):
             assert two["metrics"][name] == pytest.approx(value, abs=1e-4), name
 
 
-def test_only_the_first_process_speaks(runs):
-    assert runs[1]["said"].count("checkpoint, metrics and plots are in") == 1
+def test_only_the_first_process_logs(runs):
+    assert runs[1]["output"].count("checkpoint, metrics and plots are in") == 1
 
 
 def test_fsdp_on_cpus_is_refused_and_not_replaced(tiny_encoder, tmp_path):
-    """accelerate would go on without sharding; that FSDP itself works takes GPUs to show."""
+    """Otherwise accelerate would continue without sharding. FSDP itself can be tested only on GPUs."""
     line = [*LAUNCH, RECIPES / "fsdp.yaml", "--num_processes", 1, "--main_process_port", free_port()]
     line += [ROOT / "train.py", ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", tiny_encoder]
     done = complete(*line, "--use_cpu", "true", "--output_dir", tmp_path / "results")
@@ -157,7 +159,7 @@ def test_sigterm_to_one_process_makes_all_save_at_the_same_step_and_end(tiny_enc
             time.sleep(0.05)
         processes[1].send_signal(signal.SIGTERM)
         assert [process.wait() for process in processes] == [2, 2], logs[0].read_text()[-4000:]
-    said = [re.findall(r"stopped by SIGTERM after (\d+) of 5000 steps", log.read_text()) for log in logs]
-    assert len(said[0]) == 1
-    assert said[0] == said[1]
-    assert find_checkpoint("auto", str(tmp_path / "results")) == str(tmp_path / "results" / f"checkpoint-{said[0][0]}")
+    steps = [re.findall(r"stopped by SIGTERM after (\d+) of 5000 steps", log.read_text()) for log in logs]
+    assert len(steps[0]) == 1
+    assert steps[0] == steps[1]
+    assert find_checkpoint("auto", str(tmp_path / "results")) == str(tmp_path / "results" / f"checkpoint-{steps[0][0]}")

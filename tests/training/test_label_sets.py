@@ -1,4 +1,4 @@
-"""Multi-label data: reading, uniting, splitting and reporting."""
+"""Test multi-label data: reading labels, uniting rows, splitting and reporting."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ def taxonomy(tmp_path):
 
 
 def labels_of(data, split="train"):
-    """The sets of labels of a split, by text."""
+    """Return the set of labels of each text of a split."""
     rows = data.splits[split]
     return {text: {data.taxonomy.labels[i] for i in ids} for text, ids in zip(rows["text"], rows["label"], strict=True)}
 
@@ -163,7 +163,7 @@ def test_names_with_slashes_and_names_under_two_parents_are_read_by_another_sepa
 
 
 def test_a_label_of_the_taxonomy_is_read_back_as_it_is_written(tmp_path):
-    """A root whose name is not unique is written with a leading separator."""
+    """Read a label with a leading separator, which a root has if its name is not unique."""
     tree = write(tmp_path / "t.json", json.dumps({"cell cycle": ["p", "q"], "h": ["cell cycle", "r"]}))
     sets = [[" > cell cycle"], ["h > cell cycle"], ["p"]]
     data = load(**as_jsonl(tmp_path, rows_of(sets)), taxonomy=tree, label_separator=" > ", validation_size=0.0)
@@ -294,7 +294,7 @@ def test_a_delimiter_that_separates_the_names_of_a_path_is_refused(tmp_path):
         ["--problem_type", "x"],
     ],
 )
-def test_flags_that_cannot_be(words):
+def test_contradictory_flags_are_refused(words):
     with pytest.raises(InputError, match=words[0].strip("=")):
         parse(words)
 
@@ -303,7 +303,7 @@ def test_flags_that_cannot_be(words):
 
 
 def corpus(count=400, seed=0):
-    """Texts with labels of unlike frequency that occur together, some without, and every fifth text twice."""
+    """Draw texts with dependent labels of different frequencies. Some texts have no label, and every fifth text occurs twice."""
     generator = np.random.default_rng(seed)
     names, rates = np.array(["x", "y", "z", "u", "v"]), [0.4, 0.2, 0.3, 0.1, 0.05]
     rows = [{"text": f"text {i}", "label": names[generator.random(5) < rates].tolist()} for i in range(count)]
@@ -353,13 +353,13 @@ def test_of_few_texts_one_is_split_off(tmp_path, taxonomy):
         tree = Taxonomy.from_file(taxonomy)
         marks = multi_hot(tree, [[tree.id(label) for label in labels] for labels in sets])
         drawn = MultilabelStratifiedShuffleSplit(n_splits=1, test_size=1, random_state=0)
-        assert not len(next(drawn.split(marks, marks))[1])  # the package deals out none
+        assert not len(next(drawn.split(marks, marks))[1])  # the package would split off none
         file = write_corpus(tmp_path, [{"text": f"text {i}", "label": labels} for i, labels in enumerate(sets)])
         assert len(load(train_file=file, taxonomy=taxonomy, validation_size=0.1).splits["validation"]) >= 1
 
 
 def test_rare_classes_give_their_share_too(tmp_path):
-    """There are 20 classes of four texts, so a tenth of each rounds to none."""
+    """Split 20 classes of four texts, of which a tenth rounds to zero."""
     rows = [{"text": f"text {i}", "label": ["common"] if i % 2 else []} for i in range(320)]
     rows += [
         {"text": f"text {i}", "label": [f"rare {i % 20}", *(["common"] if i % 2 else [])]} for i in range(320, 400)

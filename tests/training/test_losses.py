@@ -17,7 +17,7 @@ def node_counts(labels: torch.Tensor = LABELS) -> torch.Tensor:
 
 
 def log_probs(rows: int = 6) -> torch.Tensor:
-    """Random consistent log-probabilities of all nodes, from a softmax a group of siblings."""
+    """Draw consistent log-probabilities of all nodes, from one softmax per group of siblings."""
     scores, conditional = torch.randn(rows, TREE.num_nodes) * 2, torch.empty(rows, TREE.num_nodes)
     for parent in [-1, *range(TREE.num_leaves, TREE.num_nodes)]:
         conditional[:, TREE.children(parent)] = scores[:, TREE.children(parent)].log_softmax(-1)
@@ -25,7 +25,7 @@ def log_probs(rows: int = 6) -> torch.Tensor:
 
 
 def by_hand(node_log_probs, labels, weights, gamma=0.0, level_weights=(1.0,), smoothing=0.0):
-    """The formula, one document and one decision at a time."""
+    """Compute the loss by its formula, one document and one decision at a time."""
     total, items = torch.zeros(()), 0
     for row, label in zip(node_log_probs, labels.tolist(), strict=True):
         if label == -100:

@@ -34,13 +34,13 @@ def test_what_is_below_a_deepest_label_is_unknown_where_labels_are_incomplete():
     assert array.tolist() == [
         row(a=1, b=-100, c=-100, d=-100, e=-100),
         row(a=1, c=1, d=-100, e=-100),
-        row(a=1, b=1),  # that b was chosen says that a was looked into
+        row(a=1, b=1),  # a text with b is known below a
         row(a=1, c=1, d=1),
     ]
 
 
 def marginals(z):
-    """The product of the probabilities on each node's path."""
+    """Return for each node the product of the probabilities on its path."""
     return torch.stack([torch.sigmoid(z[:, TREE.path(node)]).prod(1) for node in range(TREE.num_nodes)], 1)
 
 
@@ -75,9 +75,9 @@ def test_the_models_loss_and_that_of_training_are_the_cross_entropy_of_the_known
 
 
 def partly_specific_texts() -> tuple[np.ndarray, np.ndarray]:
-    """Return labels, and each node's rate given its parent among the texts in which it is known.
+    """Return labels, and each node's rate given its parent in the texts where the node is known.
 
-    Of 600 texts with a, 300 are labelled no deeper. Of the others, 200 have c, 120 of them labelled no deeper and 60 with d.
+    Of 600 texts with a, 300 have no deeper label. Of the other texts, 200 have c. Of these, 120 have no deeper label, and 60 have d.
     """
     sets = [ids("a")] * 300 + [ids("b")] * 100 + [ids("c")] * 120 + [ids("d")] * 60 + [ids("e")] * 20
     rates = {"x": 200 / 1000, "a": 600 / 1000, "b": 100 / 300, "c": 200 / 300, "d": 60 / 80, "e": 20 / 80}
@@ -131,7 +131,7 @@ def test_disagreement_is_the_divergence_of_the_distributions_over_sets_of_nodes(
     p, q = torch.randn(2, 1, tree.num_nodes, dtype=torch.float64)
 
     def distribution(z):
-        """Probabilities of all sets of nodes, by enumeration."""
+        """Return the probabilities of all sets of nodes, by enumeration."""
         probabilities = {}
         for outcome in itertools.product((0, 1), repeat=tree.num_nodes):
             value = 1.0

@@ -1,4 +1,4 @@
-"""Heads that are initialised from texts and class names, against vectors that transformers gives, and from the command line."""
+"""Test heads that are initialised from texts and class names: against encoder vectors, and from the command line."""
 
 import functools
 
@@ -40,7 +40,7 @@ ASKED = {"heads_init": "prototypes"}
 
 @functools.cache
 def vectors(minilm: str, texts: tuple[str, ...]) -> np.ndarray:
-    """Mean token vectors of the encoder as it is, loaded the plain way."""
+    """Return the mean token vectors of the pretrained encoder, loaded by transformers alone."""
     tokenizer, encoder = AutoTokenizer.from_pretrained(minilm), AutoModel.from_pretrained(minilm).eval()
     with torch.no_grad():
         return np.stack(
@@ -53,7 +53,7 @@ def unit(vector: np.ndarray) -> np.ndarray:
 
 
 def offsets_and_names(minilm: str, names: list[str]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The texts' vectors less their mean, over their spread, and the directions of the names."""
+    """Return the texts' offsets from their mean, over their RMS distance from it, and the directions of the names."""
     texts, named = vectors(minilm, tuple(row["text"] for row in ROWS)), vectors(minilm, tuple(names))
     offsets = texts - texts.mean(0)
     return offsets / np.sqrt((offsets**2).sum(1).mean()), [unit(one - named.mean(0)) for one in named]
@@ -88,9 +88,9 @@ def predicted(trainer: HierarchicalTrainer, output: str) -> np.ndarray:
     ],
 )
 def test_scores_are_those_worked_by_hand(minilm, tmp_path, caplog, fits, shift, descriptions):
-    """With labels that the names fit, with those of the next class, and with descriptions of all classes but one.
+    """Test labels that fit the names, labels of the next class, and descriptions of all classes but one.
 
-    Each text is left out to see what fits.
+    The best source is found by leave-one-out likelihood.
     """
     classes = TREE.labels[: TREE.num_leaves]
     offsets, names = offsets_and_names(minilm, classes)
@@ -123,11 +123,11 @@ def test_scores_are_those_worked_by_hand(minilm, tmp_path, caplog, fits, shift, 
 
 @pytest.fixture(scope="module")
 def accuracy(minilm, tmp_path_factory) -> dict[str, float]:
-    """Of other diseases of the same classes after a step that is too small to teach anything, for each way to begin."""
+    """Return the accuracy on unseen rows for each initialisation, after one training step that is too small to matter."""
     folder = tmp_path_factory.mktemp("names")
     known, unseen = (write_csv(folder / f"{start}.csv", ROWS[start::2]) for start in (0, 1))
     found = {}
-    flags = {"prototypes": [], "random": ["--heads_init", "random"]}  # the former comes by itself, with 15 rows
+    flags = {"prototypes": [], "random": ["--heads_init", "random"]}  # prototypes are the default, with 15 rows
     for begin, words in flags.items():
         output = folder / begin
         done = run(
@@ -140,13 +140,13 @@ def accuracy(minilm, tmp_path_factory) -> dict[str, float]:
     return found
 
 
-def test_it_is_right_about_most_texts_before_it_is_trained(accuracy):
+def test_most_predictions_are_correct_before_training(accuracy):
     assert accuracy["prototypes"] > 0.6
     assert accuracy["prototypes"] > accuracy["random"] + 0.2
 
 
-def test_descriptions_are_used_where_names_say_nothing_and_not_where_they_say_nothing_themselves(minilm, tmp_path):
-    """From the command line, with a row a class and codes as names. Then with the names, which the descriptions contradict."""
+def test_descriptions_are_used_only_if_they_fit_better_than_the_names(minilm, tmp_path):
+    """Train with one row per class and codes as names, and then with names that contradict the descriptions."""
     codes = {label: f"X{i}" for i, label in enumerate(CLEAR)}
     others = dict(zip(CLEAR, [*list(CLEAR)[1:], next(iter(CLEAR))], strict=True))
     for names, described, used in ((codes, {x: x for x in CLEAR}, True), ({x: x for x in CLEAR}, others, False)):
@@ -167,18 +167,20 @@ def test_descriptions_are_used_where_names_say_nothing_and_not_where_they_say_no
 
 
 @pytest.mark.parametrize(
-    ("rows", "asked", "expected"),
+    ("rows", "requested", "expected"),
     [(159, None, "prototypes"), (160, None, "random"), (160, "prototypes", "prototypes")],
 )
-def test_from_32_rows_a_class_heads_begin_by_chance_unless_asked(tiny_encoder, tmp_path, rows, asked, expected):
+def test_with_32_rows_per_class_heads_are_random_unless_requested_otherwise(
+    tiny_encoder, tmp_path, rows, requested, expected
+):
     trainer = trainer_of(tiny_encoder, tmp_path)  # five classes
     before = trainer.model.heads.weight.clone()
     data = tokenized(trainer, [TREE.id(row["label"]) for row in ROWS]).select([i % len(ROWS) for i in range(rows)])
-    assert initialise_heads(trainer, data, ModelArguments(tiny_encoder, heads_init=asked)) == expected
+    assert initialise_heads(trainer, data, ModelArguments(tiny_encoder, heads_init=requested)) == expected
     assert torch.equal(trainer.model.heads.weight, before) == (expected == "random")
 
 
-def test_the_card_of_a_resumed_run_says_how_the_heads_began(tiny_encoder, tmp_path):
+def test_the_card_of_a_resumed_run_says_how_the_heads_were_initialised(tiny_encoder, tmp_path):
     words = ("--train_file", write_csv(tmp_path / "rows.csv", ROWS), "--validation_size", 0, "--test_size", 0)
     words += ("--model_name_or_path", tiny_encoder, "--quantization", "none", "--lexical_head", "false")
     words += ("--output_dir", tmp_path / "out")
@@ -191,7 +193,7 @@ def test_the_card_of_a_resumed_run_says_how_the_heads_began(tiny_encoder, tmp_pa
 
 
 def several_labels() -> tuple[np.ndarray, np.ndarray]:
-    """Two labels for each row, and each node's log-odds given its parent."""
+    """Return two labels for each row, and each node's log-odds given its parent."""
     labels = np.zeros((len(ROWS), TREE.num_nodes), dtype=np.int8)
     for i in range(len(ROWS)):
         for node in (TREE.id(ROWS[i]["label"]), TREE.id(ROWS[i // 2]["label"])):

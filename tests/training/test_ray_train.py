@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason=
 
 @pytest.fixture
 def settings(tmp_path) -> dict[str, str]:
-    """Environment of Ray, which writes to the home folder, and takes long to start on a busy machine."""
+    """Return environment variables for Ray, which writes to the home folder, and starts slowly on a busy machine."""
     names = {"RAY_USAGE_STATS_ENABLED": 0, "RAY_raylet_start_wait_time_s": 300, "OMP_NUM_THREADS": 1}
     names |= {"RAY_worker_niceness": 0}  # Ray's workers would give way to all other tests
     # no processes that nobody uses, and no waiting between checks
@@ -66,7 +66,7 @@ def test_an_error_of_the_user_is_one_line_and_restarts_no_worker(tiny_encoder, s
     line = ["--workers", 1, "--", "--model_name_or_path", tiny_encoder, "--train_file", "missing.csv"]
     done = run(*line, "--output_dir", tmp_path / "results", command=SCRIPT, check=False, settings=settings)
     assert done.returncode == 2
-    said = done.stdout + done.stderr
-    assert "ray_train.py: error: cannot read missing.csv: No such file or directory" in said.splitlines()
-    assert "Traceback" not in said
-    assert len(set(re.findall(r"RayTrainWorker pid=(\d+)", said))) == 1
+    output = done.stdout + done.stderr
+    assert "ray_train.py: error: cannot read missing.csv: No such file or directory" in output.splitlines()
+    assert "Traceback" not in output
+    assert len(set(re.findall(r"RayTrainWorker pid=(\d+)", output))) == 1

@@ -1,4 +1,4 @@
-"""Test ``--refit``: a second model is trained on all rows but the test rows, with what the first one has chosen."""
+"""Test ``--refit``: a second model is trained on all rows but the test rows, with the epochs and calibration of the first."""
 
 import json
 import shutil
@@ -91,16 +91,16 @@ def test_its_scores_are_those_of_what_it_predicts(words, refitted):
     assert "the guarantee does not hold" not in (refitted / "selection" / "README.md").read_text()
 
 
-def test_everything_that_answers_says_that_nothing_is_guaranteed(refitted, tmp_path):
+def test_predict_and_the_space_report_that_nothing_is_guaranteed(refitted, tmp_path):
     file = tmp_path / "texts.txt"
     file.write_text("Hepatitis in 41 patients.\n")
-    said = {}
+    stderr = {}
     for folder in (refitted / "selection", refitted):
         words = ["--model", folder, "--input", file, "--output", tmp_path / f"{folder.name}.jsonl", "--coverage", 0.9]
-        said[folder] = run(*words, command="predict.py").stderr
-    assert "the coverage is not guaranteed" in said[refitted]
-    assert "not guaranteed" not in said[refitted / "selection"]
-    guaranteed = [read(folder / "config.json").get("refitted") for folder in said]
+        stderr[folder] = run(*words, command="predict.py").stderr
+    assert "the coverage is not guaranteed" in stderr[refitted]
+    assert "not guaranteed" not in stderr[refitted / "selection"]
+    guaranteed = [read(folder / "config.json").get("refitted") for folder in stderr]
     assert guaranteed == [None, True]
     code = f"import app; print(app.about(app.load({str(refitted)!r}, None), {str(refitted)!r}, None)[0])"
     assert "no: trained on the validation rows too" in complete("-c", code, cwd=ROOT / "space").stdout
@@ -155,7 +155,7 @@ def test_a_resumed_run_gets_no_calibration_of_another_model(words, refitted, tmp
 
 
 def test_its_checkpoint_does_not_continue_without_it(tmp_path):
-    """Without --refit, rows that it was trained on would be validation rows again."""
+    """Without --refit, rows that the second model was trained on would become validation rows."""
     path = csv_file(tmp_path / "a.csv", [(f"text {i}", "ab"[i % 2]) for i in range(60)])
     data = load(data_path=path)
     (tmp_path / "data_report.json").write_text(json.dumps(train_on_validation_rows(data).report))
@@ -179,7 +179,7 @@ def test_label_issues_name_rows_of_the_training_file(words, refitted):
         (["--resume_from_checkpoint", "results/checkpoint-4"], "--resume_from_checkpoint auto"),
     ],
 )
-def test_what_it_cannot_do_is_refused_at_the_start(flags, problem, tiny_encoder, tmp_path):
+def test_incompatible_flags_are_refused_at_the_start(flags, problem, tiny_encoder, tmp_path):
     given = ["--train_file", str(CORPUS / "train.csv"), "--model_name_or_path", tiny_encoder, "--refit"]
     with pytest.raises(InputError, match=problem):
         train.main([*given, "--output_dir", str(tmp_path / "results"), *flags])

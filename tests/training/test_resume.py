@@ -52,7 +52,7 @@ def test_the_same_seed_gives_the_same_weights(words, unbroken, tmp_path):
     assert not same_weights(unbroken, tmp_path / "other")
 
 
-def test_killed_again_and_again_it_ends_with_the_weights_of_an_unbroken_run(words, unbroken, tmp_path):
+def test_a_run_killed_several_times_ends_with_the_weights_of_an_uninterrupted_run(words, unbroken, tmp_path):
     output = tmp_path / "results"
     line = [*words, "--output_dir", output, "--resume_from_checkpoint", "auto"]
     for moment in (
@@ -76,24 +76,25 @@ def test_killed_again_and_again_it_ends_with_the_weights_of_an_unbroken_run(word
     )
 
 
-def test_ended_by_sigterm_it_saves_and_is_resumed(words, tmp_path):
-    """``--enable_jit_checkpoint``, for machines that may be taken back."""
+def test_a_run_ended_by_sigterm_saves_and_is_resumed(words, tmp_path):
+    """Test ``--enable_jit_checkpoint``, which is for machines that can be preempted."""
     broken = tmp_path / "broken"
     words = [*words, "--max_steps", 200, "--save_strategy", "no", "--eval_strategy", "no", "--logging_steps", 1]
     words += ["--output_dir", broken, "--enable_jit_checkpoint", "true", "--resume_from_checkpoint", "auto"]
     # once the Trainer exists, which ends training three seconds after the signal
-    said = interrupt(signal.SIGTERM, *words, log=tmp_path / "log", until="device cpu", code=2)
+    log_text = interrupt(signal.SIGTERM, *words, log=tmp_path / "log", until="device cpu", code=2)
     (saved,) = list_checkpoints(broken)
     steps = saved.name.removeprefix("checkpoint-")
-    assert f"stopped by SIGTERM after {steps} of 200 steps, and saved: --resume_from_checkpoint auto continues" in said
-    assert "Traceback" not in said
+    message = f"stopped by SIGTERM after {steps} of 200 steps, and saved: --resume_from_checkpoint auto continues"
+    assert message in log_text
+    assert "Traceback" not in log_text
     assert not (broken / "config.json").exists()
     done = run(*words)
     assert f"resuming from {saved}" in done.stderr
 
 
 def test_with_several_labels_a_killed_and_resumed_run_ends_with_the_same_weights(tiny_encoder, tmp_path):
-    """Over a 4-bit encoder, with halves that must agree."""
+    """Train over a 4-bit encoder with ``--consistency``."""
     words = [ROOT / "recipes" / "multi_label.yaml", "--model_name_or_path", tiny_encoder, "--max_length", 64]
     words += first_rows("multi_label", tmp_path, 64, 16, 16)
     words += ["--max_steps", 12, "--per_device_train_batch_size", 4, "--lora_dropout", 0.1, "--consistency", 1]
@@ -126,16 +127,16 @@ def test_a_run_that_was_killed_after_its_last_step_takes_none_more(words, unbrok
     assert "nothing left to train" in done.stderr
     assert [folder.name for folder in list_checkpoints(output)] == ["checkpoint-20"]
     assert same_weights(unbroken, output)
-    told = [json.loads((folder / "metrics.json").read_text()) for folder in (unbroken, output)]
-    assert told[0]["test_log_loss"] == told[1]["test_log_loss"]
-    assert told[0]["epoch"] == told[1]["epoch"]
-    assert [metrics.get("resumed_from_step") for metrics in told] == [None, 20]
+    all_metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (unbroken, output)]
+    assert all_metrics[0]["test_log_loss"] == all_metrics[1]["test_log_loss"]
+    assert all_metrics[0]["epoch"] == all_metrics[1]["epoch"]
+    assert [metrics.get("resumed_from_step") for metrics in all_metrics] == [None, 20]
 
 
-def test_a_run_that_stops_early_stops_there_too_when_it_was_broken_off(words, tmp_path):
-    """With tiny steps the score is constant: the evaluations at 4, 6 and 8 are the three without improvement.
+def test_early_stopping_is_the_same_after_an_interruption(words, tmp_path):
+    """With tiny steps the score is constant, so the evaluations at steps 4, 6 and 8 are the three without improvement.
 
-    The one at the start does not count, nor may another one when the run is resumed.
+    The evaluation at the start does not count, and a resumed run must not add an evaluation.
     """
     line = [*words, "--load_best_model_at_end", "true", "--early_stopping_patience", 3, "--save_total_limit", 20]
     line += ["--learning_rate", "1e-30", "--eval_on_start", "true"]
@@ -158,12 +159,12 @@ def test_a_run_that_stops_early_stops_there_too_when_it_was_broken_off(words, tm
 
 @pytest.fixture
 def run_folder(unbroken, tmp_path) -> Path:
-    """Copy the finished run, so that a test can damage it."""
+    """Copy the finished run, for tests that damage it."""
     shutil.copytree(unbroken, tmp_path / "results")
     return tmp_path / "results"
 
 
-def test_overwriting_leaves_nothing_of_the_former_run_to_go_on_from_or_to_show(words, run_folder):
+def test_overwriting_deletes_the_checkpoints_and_results_of_the_former_run(words, run_folder):
     kept = {run_folder / "notes.txt", run_folder / "checkpoint-best" / "heads.safetensors", run_folder / "mine.csv"}
     gone = {run_folder / name for name in ("plots/old.png", "test_predictions.csv", "label_issues.csv", "metrics.json")}
     for path in kept | gone:
@@ -206,8 +207,8 @@ def test_a_finished_run_without_checkpoints_is_not_trained_again(words, run_fold
     assert [folder.name for folder in list_checkpoints(run_folder)] == ["checkpoint-2"]
 
 
-def test_a_run_that_was_broken_before_its_first_checkpoint_begins_again(words, unbroken, tmp_path):
-    """Such a run leaves a data report and at most an incomplete checkpoint."""
+def test_a_run_interrupted_before_its_first_checkpoint_starts_again(words, unbroken, tmp_path):
+    """Resume a run that has left a data report and at most an incomplete checkpoint."""
     output = tmp_path / "results"
     (output / "checkpoint-2").mkdir(parents=True)
     shutil.copy(unbroken / "data_report.json", output)
@@ -251,7 +252,7 @@ def test_a_run_may_not_delete_the_checkpoint_that_it_starts_from(words, run_fold
         (["--taxonomy", "{tree}"], "it has another taxonomy, or another order of classes; give the same --taxonomy"),
     ],
 )
-def test_a_run_does_not_go_on_as_another(words, run_folder, tiny_encoder, tmp_path, flags, message):
+def test_a_run_is_not_resumed_with_other_settings_or_data(words, run_folder, tiny_encoder, tmp_path, flags, message):
     shutil.copytree(tiny_encoder, tmp_path / "other")
     line = [*words, "--output_dir", run_folder, "--resume_from_checkpoint", "auto", "--max_steps", 24]
     file = write_csv(tmp_path / "rows.csv", read_csv(CORPUS / "validation.csv")[16:32])
@@ -268,7 +269,7 @@ def test_a_run_does_not_go_on_as_another(words, run_folder, tiny_encoder, tmp_pa
     assert all(path.read_bytes() == content for path, content in before.items() if path.name in kept)
 
 
-def test_a_run_goes_on_with_the_rows_that_it_split_off(tiny_encoder, tmp_path):
+def test_a_resumed_run_keeps_its_split(tiny_encoder, tmp_path):
     rows = read_csv(CORPUS / "train.csv")[:60]
     data = write_csv(tmp_path / "data.csv", rows)
     line = [ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", tiny_encoder, "--data_path", data]
@@ -296,13 +297,13 @@ def test_the_best_checkpoint_of_a_run_is_that_of_one_metric(words, tmp_path):
     run(*line, "--max_steps", 6)
 
 
-def test_a_checkpoint_of_another_run_is_no_leave_to_overwrite_this_one(words, run_folder, unbroken):
+def test_a_checkpoint_of_another_run_does_not_allow_overwriting_this_one(words, run_folder, unbroken):
     line = [*words, "--output_dir", run_folder, "--resume_from_checkpoint", list_checkpoints(unbroken)[0]]
     with pytest.raises(InputError, match=f"--output_dir {run_folder} already holds a run"):
         train.main(list(map(str, line)))
 
 
-def test_going_back_in_a_run_needs_the_later_checkpoints_out_of_the_way(run_folder):
+def test_resuming_from_an_earlier_checkpoint_is_refused_if_there_are_later_ones(run_folder):
     earlier, last = list_checkpoints(run_folder)
     with pytest.raises(InputError, match=f"cannot resume from {earlier}: this run has later checkpoints, {last.name}"):
         find_checkpoint(str(earlier), str(run_folder))
@@ -323,7 +324,7 @@ def test_a_resumed_run_takes_the_learning_rate_and_weight_decay_that_it_is_given
     assert {group["weight_decay"] for group in groups} == {0.0, 0.5}
 
 
-def test_a_checkpoint_by_a_link_is_of_the_run_that_it_stands_in(tmp_path):
+def test_a_linked_checkpoint_belongs_to_the_run_whose_folder_holds_the_link(tmp_path):
     (tmp_path / "scratch" / "checkpoint-2").mkdir(parents=True)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoint-2").symlink_to(tmp_path / "scratch" / "checkpoint-2")
@@ -368,7 +369,7 @@ def cut(path: Path) -> None:
         (lambda folder: (folder / WEIGHTS[1]).unlink(), "adapter/adapter_model.safetensors is missing"),
     ],
 )
-def test_a_torn_checkpoint_is_named_and_skipped(run_folder, caplog, damage, message):
+def test_a_damaged_checkpoint_is_named_and_skipped(run_folder, caplog, damage, message):
     earlier, last = list_checkpoints(run_folder)
     assert find_checkpoint("auto", str(run_folder)) == str(last)
     damage(last)
@@ -388,9 +389,9 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_what_to_do(words, unbrok
     line = [*words, "--output_dir", output, "--save_total_limit", 20]
     done = run(*line, check=False)
     assert done.returncode == 2, done.stderr[-3000:]
-    said = done.stderr.splitlines()[-1]
-    assert said.startswith("train.py: error: ")
-    assert said.endswith("make room, then --resume_from_checkpoint auto resumes")
+    message = done.stderr.splitlines()[-1]
+    assert message.startswith("train.py: error: ")
+    assert message.endswith("make room, then --resume_from_checkpoint auto resumes")
     found = [folder for folder in list_checkpoints(output) if find_resume_problem(folder) is None]
     assert found
     assert find_checkpoint("auto", str(output)) == str(found[-1])
@@ -401,11 +402,11 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_what_to_do(words, unbrok
     assert same_weights(unbroken, output)
 
 
-def test_metrics_tell_the_environment_and_the_data(words, unbroken):
-    told = json.loads((unbroken / "metrics.json").read_text())["environment"]
+def test_metrics_describe_the_environment_and_the_data(words, unbroken):
+    environment = json.loads((unbroken / "metrics.json").read_text())["environment"]
     base = torch.__version__.partition("+")[0]  # the local part, of the build, may be in the one and not in the other
-    assert told["versions"]["torch"].partition("+")[0] == base
-    assert f"{len(os.sched_getaffinity(0))} cores" in told["hardware"]
+    assert environment["versions"]["torch"].partition("+")[0] == base
+    assert f"{len(os.sched_getaffinity(0))} cores" in environment["hardware"]
     files = {split: Path(words[words.index(f"--{split}_file") + 1]) for split in ("train", "validation", "test")}
     hashes = {split: {file.name: hashlib.sha256(file.read_bytes()).hexdigest()} for split, file in files.items()}
-    assert told["data"] == hashes
+    assert environment["data"] == hashes

@@ -118,8 +118,8 @@ def test_columns_are_found_in_order_of_preference_and_logged(tmp_path, caplog):
     assert data.splits["train"]["text"][:] == ["first", "second"]
     assert data.report["columns"] == {"text": "abstract", "label": ["label"]}
     assert "text 'abstract', label 'label'" in caplog.text
-    asked = load(train_file=path, validation_size=0, text_column="text", label_column=["label"])
-    assert asked.splits["train"]["text"][:] == ["title", "title"]
+    requested = load(train_file=path, validation_size=0, text_column="text", label_column=["label"])
+    assert requested.splits["train"]["text"][:] == ["title", "title"]
 
 
 def test_columns_that_are_not_there(tmp_path):

@@ -180,7 +180,7 @@ def test_unicode_variants_of_a_text_are_that_text(tmp_path, variant):
     data = load(
         train_file=train, test_file=csv_file(tmp_path / "b.csv", [(plain, "a"), ("more", "b")]), validation_size=0
     )
-    assert data.splits["train"]["text"][:] == ["cafe au lait, 5\u03bcg"]  # another word, for all that looks like it
+    assert data.splits["train"]["text"][:] == ["cafe au lait, 5\u03bcg"]  # a different word that looks the same
     assert data.report["splits"]["train"]["dropped_rows"] == 1
 
 

@@ -137,7 +137,7 @@ def test_ended_by_sigterm_at_any_step_it_resumes_to_the_same_evaluations_and_wei
             assert one.equal(other), (step, name)
 
 
-def test_a_finished_run_takes_no_more_steps_and_a_resumed_one_saves_as_it_is_asked_to(tokenizer, tmp_path):
+def test_a_finished_run_takes_no_more_steps_and_a_resumed_one_saves_as_requested(tokenizer, tmp_path):
     def run(save_steps: int, checkpoint: str | None = None) -> HierarchicalTrainer:
         settings = arguments(
             tmp_path, per_device_train_batch_size=4, learning_rate=0.01, lr_scheduler_type="constant",
@@ -170,7 +170,7 @@ def test_gradient_checkpointing_that_an_encoder_lacks_is_refused(tmp_path):
 
 
 def rows_of_label_sets() -> Dataset:
-    """Return the token ids of `rows` with any number of labels. Two texts have none, and of two they are unknown."""
+    """Return the token ids of `rows` with label arrays. Two texts have no labels, and two have unknown labels."""
     generator = torch.Generator().manual_seed(2)
     sets = [torch.randint(0, TREE.num_nodes, (i % 3 + 1,), generator=generator).tolist() for i in range(16)]
     sets[2], sets[5] = [], []
@@ -307,7 +307,7 @@ class Lengths(torch.nn.Module):
 
 @pytest.mark.parametrize("consistency", [0.0, 0.7])
 def test_a_loss_reads_nothing_back_from_the_device(tmp_path, tokenizer, consistency):
-    """Reading a tensor on the meta device raises an error. On a GPU the same read would wait for the device."""
+    """Compute the loss on the meta device, where reading a tensor raises an error. On a GPU, such a read would synchronise."""
     data = rows(ignored=True)
     ours = trainer(tiny_model(), tokenizer, data, arguments(tmp_path), consistency=consistency)
     batch = send_to_device(build_collator(tokenizer)([data[i] for i in range(8)]), "meta")
@@ -335,7 +335,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint_is_written(t
     assert list(tmp_path.glob("checkpoint-*")) == []
 
 
-class Hungry(DataCollatorWithPadding):
+class LimitedMemory(DataCollatorWithPadding):
     """Run out of memory for batches of more than ``fits`` rows, after the first ``calls`` batches."""
 
     def __init__(self, tokenizer, fits: int, calls: int = 0):
@@ -357,7 +357,7 @@ def test_a_batch_that_does_not_fit_is_accumulated_to_the_same_size(tmp_path, tok
             tmp_path, per_device_train_batch_size=16, max_steps=2, auto_find_batch_size=True, warmup_steps=0,
             train_sampling_strategy="group_by_length",
         )  # fmt: skip
-        collator = Hungry(tokenizer, fits)
+        collator = LimitedMemory(tokenizer, fits)
         run = trainer(model, tokenizer, data, args, data_collator=collator)
         run.train()
         after.append(trained_weights(model))
@@ -374,10 +374,10 @@ def test_memory_that_runs_out_for_one_text_or_in_the_middle_is_an_error(tmp_path
     for size in (1, 4):
         args = arguments(tmp_path, per_device_train_batch_size=size, max_steps=6, auto_find_batch_size=True)
         with pytest.raises(InputError, match="a batch of one text does not fit in memory"):
-            trainer(tiny_model(), tokenizer, data, args, data_collator=Hungry(tokenizer, 0)).train()
+            trainer(tiny_model(), tokenizer, data, args, data_collator=LimitedMemory(tokenizer, 0)).train()
     args = arguments(tmp_path, per_device_train_batch_size=4, max_steps=6, auto_find_batch_size=True)
     with pytest.raises(InputError, match="--per_device_train_batch_size 2 --gradient_accumulation_steps 2;"):
-        trainer(tiny_model(), tokenizer, data, args, data_collator=Hungry(tokenizer, 0, calls=4)).train()
+        trainer(tiny_model(), tokenizer, data, args, data_collator=LimitedMemory(tokenizer, 0, calls=4)).train()
 
 
 def test_memory_that_runs_out_in_an_evaluation_names_the_flag_that_helps(tmp_path, tokenizer):
@@ -385,7 +385,7 @@ def test_memory_that_runs_out_in_an_evaluation_names_the_flag_that_helps(tmp_pat
                      eval_strategy="steps", eval_steps=1, max_steps=2)  # fmt: skip
     message = "out of memory in evaluation: lower --per_device_eval_batch_size, now 8; --resume_from_checkpoint auto"
     for method in ("train", "evaluate"):
-        hungry = trainer(tiny_model(), tokenizer, rows(32), args, data_collator=Hungry(tokenizer, 4))
+        hungry = trainer(tiny_model(), tokenizer, rows(32), args, data_collator=LimitedMemory(tokenizer, 4))
         with pytest.raises(InputError, match=message):
             getattr(hungry, method)()
 

@@ -1,4 +1,4 @@
-"""Halves of texts: what is in them, that their answers are those of the halves as texts, and what the trainer does with them."""
+"""Test halves of texts: their sentences, predictions for a half against predictions for the same tokens as a text, and training."""
 
 import itertools
 
@@ -56,8 +56,8 @@ def test_sentences_end_without_white_space_in_chinese_and_japanese():
     assert sentence_numbers(text, range(len(text) + 1)) == [NO_SENTENCE] + 7 * [0] + 5 * [1]
 
 
-def explained(ids, parts):
-    """Which sentences a deal put into each half: it must explain both, each cut at 55 % of the text's tokens."""
+def find_halves(ids, parts):
+    """Return the sentences of each half, given the tokens of both, each truncated at 55 % of the text's tokens; else None."""
     numbers, limit = range(len(ids)), int(0.55 * sum(map(len, ids)))
     for size in range(1, len(ids)):
         for one in itertools.combinations(numbers, size):
@@ -80,7 +80,7 @@ def test_halves_share_out_the_sentences_in_their_order(tokenizer):
                 assert first[i] == second[i]
                 assert parts[0][1:-1] == ids[0]
             else:
-                deals[i].append(explained(ids, [part[1:-1] for part in parts]))
+                deals[i].append(find_halves(ids, [part[1:-1] for part in parts]))
                 assert deals[i][-1] is not None, (step, i)
         padding = inputs["attention_mask"] == 0
         assert (inputs["input_ids"][padding] == tokenizer.pad_token_id).all()
@@ -110,7 +110,7 @@ def test_no_half_is_empty_where_a_sentence_has_no_tokens():
         assert found["attention_mask"].sum(1).min() >= 3
 
 
-def test_how_a_batch_is_cut_up_changes_no_deal(tokenizer):
+def test_the_halves_of_a_text_do_not_depend_on_its_batch(tokenizer):
     inputs, first, second = halved(tokenizer, 5)
     for i, text in enumerate(TEXTS):
         alone, *views = halved(tokenizer, 5, [text], [10 + i])
@@ -120,7 +120,7 @@ def test_how_a_batch_is_cut_up_changes_no_deal(tokenizer):
         assert tokens(other, views[0][3]) != tokens(inputs, first[3])
 
 
-def test_a_model_answers_to_a_half_as_to_a_text(tokenizer):
+def test_a_model_predicts_a_half_like_a_text(tokenizer):
     torch.manual_seed(0)
     text_config = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
                    "intermediate_size": 48, "vocab_size": len(tokenizer)}  # fmt: skip
@@ -134,7 +134,7 @@ def test_a_model_answers_to_a_half_as_to_a_text(tokenizer):
             torch.testing.assert_close(found[view], alone, atol=1e-5, rtol=0)
 
 
-def test_padding_on_the_left_is_left_behind(minilm, tokenizer):
+def test_left_padding_gives_the_same_halves(minilm, tokenizer):
     left = AutoTokenizer.from_pretrained(minilm, padding_side="left")
     (inputs, *views), (other, *other_views) = halved(left, 2), halved(tokenizer, 2)
     assert all(map(torch.equal, views, other_views))
