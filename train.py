@@ -234,6 +234,8 @@ def build_trainer(
 ) -> HierarchicalTrainer:
     """Build the Trainer for tokenized splits, with the loss and the early stopping that the flags ask for."""
     training, loss, taxonomy = arguments.training, arguments.loss, model.config.tree
+    if training.fp16 and training.device.type == "cpu":  # accelerate would train in float32
+        raise InputError("--fp16 needs a GPU: leave it out")
     loss_settings: dict[str, Any] = {
         "gamma": loss.focal_gamma,
         "balanced": loss.class_weighting == "balanced",

@@ -199,9 +199,20 @@ class HierarchicalTrainer(PublishingTrainer):
             metrics = {"epoch": state.epoch}  # without steps, there is no loss or speed
         return output._replace(metrics=metrics | {"resumed_from_step": step})
 
-    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """Restore the state of a resumed run, but with this run's numbers of steps between evaluations, saves and logs."""
-        trained = super()._init_training_state(max_steps, *args, **kwargs)
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, *args: Any, **kwargs: Any
+    ) -> tuple[int, int]:
+        """Restore the state of a resumed run, but with this run's numbers of steps between evaluations, saves and logs.
+
+        Raises InputError if an epoch has another number of steps now: the Trainer would train more or fewer epochs.
+        """
+        trained = super()._init_training_state(max_steps, num_update_steps_per_epoch, *args, **kwargs)
+        step, epoch = self.state.global_step, self.state.epoch
+        if step and epoch and abs(epoch * num_update_steps_per_epoch - step) >= 1:  # less is rounding of batches
+            raise InputError(
+                f"the run to resume had {step / epoch:.0f} steps per epoch, and now there are {num_update_steps_per_epoch}: "
+                "give the same number of processes, --per_device_train_batch_size and --gradient_accumulation_steps"
+            )
         self.state.compute_steps(self.args, max_steps)
         return trained
 

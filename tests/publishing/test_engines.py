@@ -186,6 +186,12 @@ def served_logits(folder: Path, texts: list[str]) -> tuple[list[str], np.ndarray
     return labels, run_onnx(folder / "onnx" / "model.onnx", {name: np.array(ids) for name, ids in inputs.items()})
 
 
+def test_an_encoder_whose_weights_need_a_second_file_is_refused(published, monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 1000)  # bytes
+    with pytest.raises(InputError, match=r"--onnx: weights of more than 1\.5 GiB do not fit into one file"):
+        export_onnx(published["one_path"], tmp_path)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_text_embeddings_inference_gives_the_probabilities_of_the_pipeline(published, form):
     texts = [*TEXTS[::5], LONG]

@@ -118,6 +118,23 @@ def test_with_several_labels_a_killed_and_resumed_run_ends_with_the_same_weights
     assert scores[0] == scores[1]
 
 
+@pytest.mark.parametrize(
+    ("flag", "steps"), [("--per_device_train_batch_size", 2), ("--gradient_accumulation_steps", 2)]
+)
+def test_a_run_is_not_resumed_with_another_number_of_steps_per_epoch(words, run_folder, flag, steps):
+    """Otherwise more or fewer epochs would be trained, and metrics.json would not show it."""
+    line = [*words, "--output_dir", run_folder, "--resume_from_checkpoint", "auto", flag, steps]
+    with pytest.raises(
+        InputError, match=r"had \d+ steps per epoch, and now there are \d+: give the same number of processes"
+    ):
+        train.main(list(map(str, line)))
+
+
+def test_fp16_is_refused_on_a_cpu(words, tmp_path):
+    with pytest.raises(InputError, match="--fp16 needs a GPU: leave it out"):
+        train.main(list(map(str, [*words, "--output_dir", tmp_path / "results", "--fp16", "true"])))
+
+
 def test_a_run_that_was_killed_after_its_last_step_takes_none_more(words, unbroken, tmp_path):
     output = tmp_path / "results"
     output.mkdir()
