@@ -45,7 +45,7 @@ def merged_forward(self: LoraLayer, x: Tensor) -> Tensor:
     a, b = self.lora_A["default"].weight, self.lora_B["default"].weight
     y = MergedLinear.apply(x.reshape(-1, x.shape[-1]), a, b, self.get_base_layer(), self.scaling["default"])
     # the view is made here: Longformer changes it in place, and torch forbids that for a view that a Function returns
-    return y.view(*x.shape[:-1], y.shape[-1])  # not -1: X-MOD has inputs of no rows
+    return y.view(*x.shape[:-1], y.shape[-1])  # not -1: some inputs of X-MOD have no rows
 
 
 def merged_weight(base: nn.Linear, a: Tensor, b: Tensor, scaling: float) -> Tensor:

@@ -34,7 +34,7 @@ DELIMITERS = *PATH_DELIMITERS, ";", "|", ","
 ZERO_OR_ONE = {**dict.fromkeys(("0", "0.0", "false"), 0), **dict.fromkeys(("1", "1.0", "true"), 1)}
 WRITTEN_LIST = "the label is a list written as text: save the data as .jsonl or .parquet, or join the labels and give --label_delimiter"
 # a list, set or tuple as Python writes it, or an array as PostgreSQL does
-WRITTEN_LISTS = re.compile(r"\[.*\]|\{.*\}|set\(\)|\(\)|\(\s*['\"].*\)", re.DOTALL)
+WRITTEN_COLLECTION = re.compile(r"\[.*\]|\{.*\}|set\(\)|\(\)|\(\s*['\"].*\)", re.DOTALL)
 FROM_LABELS = "from the labels"  # origin of a taxonomy
 
 Label = str | tuple[str, ...]  # a name or path as written, or one name per label column, from the root down
@@ -98,7 +98,7 @@ def _label_text(value: Any) -> str | None:
 
 
 def _is_written_list(cell: Any) -> bool:
-    return isinstance(cell, str) and WRITTEN_LISTS.fullmatch(cell.strip()) is not None
+    return isinstance(cell, str) and WRITTEN_COLLECTION.fullmatch(cell.strip()) is not None
 
 
 def _label_problem(path: tuple[Any, ...]) -> str | None:
