@@ -130,6 +130,7 @@ TRAIN = [
     ((*DATA, "--taxonomy", "one_root.json", "--level_weights", "1", "0"), "all levels with a choice have weight 0: [2]"),
     ((*DATA, "--remove_unused_columns", "false"), "--remove_unused_columns is not supported"),
     ((*DATA, "--dataloader_persistent_workers", "true"), "--dataloader_persistent_workers changes the random numbers"),
+    ((*DATA, "--dataloader_multiprocessing_context", "spawn"), "also give --dataloader_num_workers"),
     ((*DATA, *RANDOM, "--lora_target_modules", "query", "word_embeddings"), "embeddings.word_embeddings is an embedding"),
     (("null.yaml", *DATA), "the recipe null.yaml: save_total_limit has no value; leave the key out for its default"),
     (("--train_file", "lists.csv"), "lists.csv, line 2, column 'label': the label is a list written as text"),

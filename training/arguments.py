@@ -335,6 +335,9 @@ def check_values(arguments: Arguments) -> None:
         "--dataloader_persistent_workers changes the random numbers of a resumed run: leave it out": (
             training.dataloader_persistent_workers
         ),
+        "--dataloader_multiprocessing_context needs processes: also give --dataloader_num_workers": (
+            training.dataloader_multiprocessing_context is not None and not training.dataloader_num_workers
+        ),
         "--label_delimiter must not be empty": delimiter == "",
         "--label_delimiter needs one --label_column": delimiter is not None and len(columns) > 1,
         "FSDP needs GPUs; on CPUs use recipes/accelerate/ddp.yaml": fsdp and training.device.type == "cpu",
