@@ -6,13 +6,9 @@ Worth knowing:
 
 1. On a hosted Space the variables MODEL_ID and MODEL_REVISION name the model; push_to_hub.py sets them. The Space imports
    only `reading` of this repository. The model and its pipeline are loaded through transformers.
-2. The page and the API call the same functions. Those of the API are typed, and `gr.api` shows the types.
-3. A refusal is a message beside its cause. The pop-ups of gradio render HTML, so they never show input of a user.
-4. An upload is read into memory and deleted at once. Downloads and what is left of broken uploads are deleted after
+2. An upload is read into memory and deleted at once. Downloads and what is left of broken uploads are deleted after
    `KEPT_SECONDS`, and when the page stops. Nothing that a user sends is logged: see `log_without_values` and `guard.py`.
-5. Texts, explanations and files have separate queues, so a text never waits for a file.
-6. `Service` serves a single-path model, and `MultiLabelService` a multi-label model. In this file, the target of the guarantee
-   is a coverage for the first, and a recall for the second.
+3. Texts, explanations and files have separate queues, so a text never waits for a file.
 """
 
 import argparse
@@ -27,11 +23,11 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 # before gradio is imported: send no analytics, and keep none in memory, because each request would aggregate them again
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -40,45 +36,24 @@ os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(10**9)
 # a private folder for uploads and downloads: the default folder may belong to another user
 os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="space-")
 
-try:
-    import spaces  # on ZeroGPU hardware; it must be imported before torch
-except ImportError:
-    spaces = None
-
 if not (port := os.environ.get("GRADIO_SERVER_PORT", "7860")).isdecimal() or int(port) > 65535:  # gradio reads it
     print(f"app.py: error: GRADIO_SERVER_PORT must be a number up to 65535, not {port}", file=sys.stderr)
     sys.exit(2)
 
+from service import KEPT_SECONDS, PREVIEW, MultiLabelService, Service  # first, because it imports `spaces`
+
+# isort: split
 import gradio as gr
 import views
-from attribution import Explainer, Explanation
-from classification import (
-    MAX_CHARACTERS,
-    MAX_TARGET,
-    MIN_TARGET,
-    Classification,
-    MultiLabelClassification,
-    check_target,
-    check_text,
-    classify_all,
-    guarantee,
-    highest_target,
-    is_calibrated,
-    load,
-)
-from gradio.utils import get_upload_folder
+from classification import MAX_CHARACTERS, MAX_TARGET, MIN_TARGET, guarantee, highest_target, is_calibrated, load
 from guard import Guard, harden_gradio
 from starlette.middleware import Middleware
-from tables import KINDS, MAX_BYTES, MAX_ROWS, Refused, Row, join_lists, kind_of, read_table, to_csv, to_json_lines
+from tables import KINDS, MAX_BYTES, MAX_ROWS, Refused
 from transformers import Pipeline
 from transformers.utils import cached_file
 
 atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
 
-ROWS_BETWEEN_CHECKS = 32  # of a file, for cancellation
-PROGRESS_SECONDS = 0.5  # between two progress messages: with more, a slow browser becomes unresponsive
-PREVIEW = 50  # rows of a file
-KEPT_SECONDS = 600  # until a download is deleted
 SWEEP_SECONDS = 60  # between two searches for files to delete
 MAX_WAITING = 100  # requests; to more, gradio replies "Queue is full! Please try again."
 START_TARGET = 0.9  # of the guarantee
@@ -96,393 +71,6 @@ EXAMPLES = {
     "longer stay in hospital. Early treatment of every newborn at risk is advised until cultures are known.",
 }
 HIDDEN = {"show_progress": "hidden", "api_visibility": "private"}  # for events: no spinner, no endpoint
-
-
-class Problem(TypedDict):
-    """A row that was not classified: the line where it begins, and the reason."""
-
-    line: int
-    problem: str
-
-
-class Record(TypedDict):
-    """A row that was classified: its first line, text, predicted leaf, probability, path, answer and share that was read."""
-
-    line: int
-    text: str
-    predicted: str
-    probability: float
-    path: list[str]
-    answer: list[str] | None
-    share_read: float
-
-
-class FileResult(TypedDict):
-    """The results of a file: the column of texts, the rows that were classified, and those that were not."""
-
-    column: str
-    rows: list[Record]
-    problems: list[Problem]
-
-
-class MultiLabelRecord(TypedDict):
-    """A row that was classified: its first line, text, predicted nodes, their scores, answer and share that was read."""
-
-    line: int
-    text: str
-    labels: list[str]
-    scores: list[float]
-    answer: list[str] | None
-    share_read: float
-
-
-class MultiLabelFileResult(TypedDict):
-    """The results of a file: the column of texts, the rows that were classified, and those that were not."""
-
-    column: str
-    rows: list[MultiLabelRecord]
-    problems: list[Problem]
-
-
-def gpu(function: Callable) -> Callable:
-    """Run a function with a GPU on ZeroGPU hardware. Elsewhere, return it unchanged."""
-    return function if spaces is None else spaces.GPU(function)
-
-
-def take_upload(path: str) -> bytes:
-    """Read an uploaded file and delete it.
-
-    Raises:
-        Refused: the file is not an upload, or was deleted.
-    """
-    file = Path(path).resolve()
-    if not file.is_relative_to(Path(get_upload_folder()).resolve()) or not file.is_file():
-        raise Refused("The file was deleted after it was read, or never arrived: upload it again.")
-    try:
-        return file.read_bytes()
-    finally:
-        file.unlink(missing_ok=True)
-
-
-class Run:
-    """The classification of a file, until it is done or cancelled."""
-
-    def __init__(self) -> None:
-        self._ended = threading.Lock()
-
-    @property
-    def active(self) -> bool:
-        return not self._ended.locked()
-
-    def end(self) -> bool:
-        """End the run. Return True for the first caller only, so that a run is either done or cancelled."""
-        return self._ended.acquire(blocking=False)
-
-
-class Service:
-    """The functions of the page and the API for one model.
-
-    Args:
-        classifier: as `classification.load` returns it.
-    """
-
-    kicker = "Most probable class"
-    target_label = "Coverage: the share of texts whose answer contains the correct class"
-    target_info = "A higher coverage needs more classes in the answer, or nodes above them."
-    plots: tuple[tuple[str, str, str], ...] = (  # element, heading, and label of each figure
-        ("bars", "Probabilities, level by level", "Probabilities"),
-        ("icicle", "The taxonomy: probability from the roots to the leaves", "The taxonomy"),
-    )
-    answer, preview = staticmethod(views.coverage_answer), staticmethod(views.preview)
-    to_csv = staticmethod(to_csv)
-
-    def __init__(self, classifier: Pipeline):
-        self.classifier, self.tree = classifier, classifier.tree
-        # on ZeroGPU, these run in another process, to which no functions can be passed and which hides error messages
-        self._classify_all = gpu(lambda texts, target: classify_all(classifier, texts, target))
-        self._explain = gpu(Explainer(classifier).explain)
-
-    # ── The API ──
-
-    def classify(self, text: str, coverage: float | None = None) -> Classification:
-        """Classify a text into the taxonomy.
-
-        Args:
-            text: at most 20,000 characters.
-            coverage: between 0.5 and 0.99; the answer then contains the correct leaf for this share of texts.
-
-        Returns:
-            - the most probable leaf, its probability and its path;
-            - the answer for the coverage;
-            - the probability of every node, level by level;
-            - the number of characters that were read.
-        """
-        return self._classify(text, coverage)
-
-    def explain(self, text: str, node: str | None = None) -> Explanation:
-        """Attribute the probability of a node to the words of a text, by integrated gradients.
-
-        Args:
-            text: at most 20,000 characters.
-            node: the label of any node of the taxonomy; by default the first predicted one, or the most probable root.
-
-        Returns:
-            The node, its probability for the text and for a blank text, and the words with their weights. The weights add up
-            to the difference of the two probabilities, or for multi-label models of their log-odds, up to the convergence error.
-        """
-        text = check_text(text)
-        return self._explain(text, self.check_node(node) if node else self.main_node(self._classify(text, None)))
-
-    def classify_file(self, file: gr.FileData, column: str | None = None, coverage: float | None = None) -> FileResult:
-        """Classify the rows of a file. The file is deleted as soon as it is read.
-
-        Args:
-            file: CSV, TSV, JSON, JSON Lines, Parquet, or plain text with one text a line; at most 10 MB and 10,000 rows.
-            column: the column of texts; by default found by its name, such as text or abstract, else the one with the most
-                characters.
-            coverage: as in classify.
-
-        Returns:
-            The column, the rows that were classified, and the lines and reasons of the others.
-        """
-        if not isinstance(file, dict) or not isinstance(file.get("path"), str):
-            raise Refused("A file is needed.")
-        table = read_table(take_upload(file["path"]), kind_of(file["path"]), column or None)
-        target = check_target(self.classifier, coverage)
-        result: dict[str, Any] = {"column": table.column, "rows": [], "problems": []}
-        for records, problems in self._classify_rows(table.rows, target):
-            result["rows"] += records
-            result["problems"] += problems
-        return result
-
-    def _classify_rows(
-        self, rows: list[Row], target: float | None
-    ) -> Iterator[tuple[list[dict[str, Any]], list[Problem]]]:
-        """Classify rows, `ROWS_BETWEEN_CHECKS` at a time. Yield those that were classified and those that were not."""
-        for start in range(0, len(rows), ROWS_BETWEEN_CHECKS):
-            texts, problems = [], []
-            for row in rows[start : start + ROWS_BETWEEN_CHECKS]:
-                try:
-                    if row.problem is not None:
-                        raise Refused(row.problem)
-                    texts.append((row.line, check_text(row.text)))
-                except Refused as error:
-                    problems.append({"line": row.line, "problem": str(error)})
-            results = self._classify_all([text for _, text in texts], target) if texts else []
-            records = [
-                {
-                    "line": line,
-                    "text": text,
-                    **self.outcome(result),
-                    "answer": None if result["answer"] is None else [node["label"] for node in result["answer"]],
-                    "share_read": round(result["characters_read"] / result["characters"], 4),
-                }
-                for (line, text), result in zip(texts, results, strict=True)
-            ]
-            yield records, problems
-
-    def _classify(self, text: Any, target: Any) -> Any:
-        target = check_target(self.classifier, target)
-        return self._classify_all([check_text(text)], target)[0]
-
-    def check_node(self, node: Any) -> str:
-        if node not in self.tree.labels:
-            raise Refused("The taxonomy has no such node.")
-        return node
-
-    # ── The page ──
-
-    def show_result(self, text: str, target: float) -> list[Any]:
-        """Return the outputs of one text: its result, its figures, the node to explain, and an empty explanation."""
-        no_answer = ""
-        try:
-            target = check_target(self.classifier, target)
-        except Refused as error:
-            target, no_answer = None, views.escape_html(str(error))
-        try:
-            result = self._classify(text or "", target)
-        except Refused as error:
-            return [views.refusal(str(error)), *self.figures(), gr.skip(), views.no_words()]
-        answer = no_answer or self.answer(target, result["answer"])
-        panel = views.result(self.kicker, result, answer, self.tree.descriptions)
-        return [panel, *self.figures(result), self.main_node(result), views.no_words()]
-
-    def show_result_again(self, text: str, target: float) -> Any:
-        """Return the outputs of a text for a changed target. Without a text, they stay as they are."""
-        return self.show_result(text, target) if (text or "").strip() else gr.skip()
-
-    def main_node(self, result: dict[str, Any]) -> str:
-        """Return the label of the node that is explained by default."""
-        return result["label"]
-
-    def outcome(self, result: dict[str, Any]) -> dict[str, Any]:
-        """Return the predictions of a result, as they are in a `Record`."""
-        return {
-            "predicted": result["label"],
-            "probability": round(result["score"], 6),
-            "path": [node["label"] for node in result["path"]],
-        }
-
-    def figures(self, result: dict[str, Any] | None = None) -> list[Any]:
-        """Draw bars and icicle. Without a result, the bars are empty and all leaves of the icicle have the same size."""
-        tree = self.tree
-        parents = {tree.labels[n]: tree.labels[p] if (p := tree.parents[n]) >= 0 else "" for n in tree.reading_order}
-        if result is not None:
-            levels, path = result["levels"], [node["label"] for node in result["path"]]
-            return [views.bars(levels, path), views.icicle(levels, parents, path)]
-        even: list[dict[str, float]] = [{} for _ in range(tree.depth)]
-        for node in tree.reading_order:
-            even[tree.levels[node] - 1][tree.labels[node]] = len(tree.leaves_at_or_below[node]) / tree.num_leaves
-        empty = [dict.fromkeys(level, 0.0) for level in even]
-        return [views.bars(empty, []), views.icicle(even, parents, [])]
-
-    def show_words(self, text: str, node: str, progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
-        """Return the text with the weights of its words for a node."""
-        try:
-            text, node = check_text(text or ""), self.check_node(node)
-        except Refused as error:
-            return views.refusal(str(error), "Not explained")
-        progress(0, desc="Explaining")
-        report = () if spaces else (lambda share: progress(share, desc="Explaining"),)
-        explanation = self._explain(text, node, *report)
-        return views.words(text, explanation, self.classifier.model.config.is_multi_label)
-
-    def close_file(self, run: Run | None) -> list[Any]:
-        """End the run of the previous file, and clear the page for the next file. Return the outputs of `open_file`."""
-        if run:
-            run.end()
-        return self.open_file(None)
-
-    def open_file(self, path: str | None) -> list[Any]:
-        """Read an upload into memory. Return its kind and content, its columns, a status line, and cleared outputs of a run."""
-        cleared = [self.preview([]), views.problems([]), *no_downloads(), views.note("")]
-        if path is None:
-            return [None, gr.Dropdown(choices=[], value=None), views.progress(0, 0, 0, "No file yet."), *cleared]
-        try:
-            content, kind = take_upload(path), kind_of(path)
-            table = read_table(content, kind)
-        except Refused as error:
-            return [None, gr.Dropdown(choices=[], value=None), views.refusal(str(error), "Not read"), *cleared]
-        problems = sum(row.problem is not None for row in table.rows)
-        progress = views.progress(0, len(table.rows), problems, "Read, and deleted from the disk. Classified:")
-        return [(kind, content), gr.Dropdown(choices=table.columns, value=table.column), progress, *cleared]
-
-    def begin_file(self, run: Run | None) -> list[Any]:
-        """End the previous run and create a new one. Return the new run, and an empty note."""
-        if run:
-            run.end()
-        return [Run(), views.note("")]
-
-    def cancel_file(self, run: Run | None) -> str:
-        return views.note("Cancelled. No results are kept." if run and run.end() else "Nothing is running.")
-
-    def run_file(
-        self, kept: tuple[str, bytes] | None, column: str, target: float, run: Run | None
-    ) -> Iterator[list[Any]]:
-        """Classify a file. Yield progress, preview, problems and two downloads, until the run is done or cancelled."""
-        # ── Read: the run may be over, and the file refused ──
-        nothing = [gr.skip()] * 5
-        if run is None or not run.active:  # cancelled in the queue
-            yield nothing
-            return
-        try:
-            if kept is None:
-                raise Refused(f"There is no file: choose one. It is kept for {KEPT_SECONDS // 60} minutes.")
-            kind, content = kept
-            target = check_target(self.classifier, target if is_calibrated(self.classifier) else None)
-            table = read_table(content, kind, column or "")
-        except Refused as error:
-            yield [views.refusal(str(error)), gr.skip(), gr.skip(), *no_downloads()] if run.end() else nothing
-            return
-        if not run.active:  # cancelled while the file was read: the page may show another file by now
-            yield nothing
-            return
-
-        # ── Classify: some rows at a time; gradio sends only what has changed ──
-        done: list[dict[str, Any]] = []
-        bad: list[Problem] = []
-        total = len(table.rows)
-        yield [views.progress(0, total, 0, "Classified"), self.preview([]), views.problems([]), *no_downloads()]
-        sent = float("-inf")
-        for records, problems in self._classify_rows(table.rows, target):
-            if not run.active:
-                break
-            done += records
-            bad += problems
-            if time.monotonic() - sent < PROGRESS_SECONDS and len(done) + len(bad) < total:
-                continue
-            yield [
-                views.progress(len(done) + len(bad), total, len(bad), "Classified"),
-                self.preview(done[:PREVIEW]),
-                views.problems(bad),
-                gr.skip(),
-                gr.skip(),
-            ]
-            sent = time.monotonic()
-
-        # ── Write: two files to download ──
-        if not run.end():
-            yield nothing
-            return
-        with tempfile.TemporaryDirectory() as folder:  # gradio serves copies
-            files = Path(folder, "predictions.csv"), Path(folder, "predictions.jsonl")
-            # without a byte order mark, spreadsheets may read a CSV file in a local encoding
-            files[0].write_text(self.to_csv(done), encoding="utf-8-sig", newline="")
-            files[1].write_text(to_json_lines(done), encoding="utf-8", newline="")
-            downloads = [gr.DownloadButton(value=str(file), interactive=True) for file in files]
-            yield [views.progress(total, total, len(bad), "Done:"), gr.skip(), gr.skip(), *downloads]
-
-
-class MultiLabelService(Service):
-    """The functions for a multi-label model."""
-
-    kicker = "Predicted labels"
-    target_label = "Recall: the share of a text's correct nodes that the answer contains on average"
-    target_info = "A higher recall needs more nodes in the answer."
-    plots = (("tree", "The taxonomy: probability of each node. ✓: predicted", "The taxonomy"),)
-    answer, preview = staticmethod(views.recall_answer), staticmethod(views.labels_preview)
-    to_csv = staticmethod(lambda records: to_csv([join_lists(record) for record in records]))
-
-    def classify(self, text: str, recall: float | None = None) -> MultiLabelClassification:
-        """Classify a text into the taxonomy.
-
-        Args:
-            text: at most 20,000 characters.
-            recall: between 0.5 and 0.99; the answer then contains this share of a text's correct nodes on average.
-
-        Returns:
-            - the deepest predicted nodes with their probabilities and paths, possibly none;
-            - the answer for the recall;
-            - the probability of every node, level by level;
-            - the number of characters that were read.
-        """
-        return self._classify(text, recall)
-
-    def classify_file(
-        self, file: gr.FileData, column: str | None = None, recall: float | None = None
-    ) -> MultiLabelFileResult:
-        return super().classify_file(file, column, recall)
-
-    classify_file.__doc__ = str(Service.classify_file.__doc__).replace("coverage", "recall")
-
-    def main_node(self, result: dict[str, Any]) -> str:
-        roots = result["levels"][0]
-        return result["labels"][0]["label"] if result["labels"] else max(roots, key=roots.get)
-
-    def outcome(self, result: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "labels": [node["label"] for node in result["labels"]],
-            "scores": [round(node["score"], 6) for node in result["labels"]],
-        }
-
-    def figures(self, result: dict[str, Any] | None = None) -> list[Any]:
-        """Draw the tree. Without a result, its bars are empty."""
-        tree = self.tree
-        nodes = [(tree.labels[n], tree.levels[n]) for n in tree.reading_order]
-        if result is None:
-            return [views.tree(nodes, None, set())]
-        scores = {label: score for level in result["levels"] for label, score in level.items()}
-        return [views.tree(nodes, scores, {step["label"] for node in result["labels"] for step in node["path"]})]
 
 
 def endpoint(method: Callable) -> Callable:
@@ -522,10 +110,6 @@ def about(classifier: Pipeline, model: str, revision: str | None) -> tuple[str, 
     }
     first, more = views.card_parts(card)
     return views.facts(facts), first or "The checkpoint has no model card.", more
-
-
-def no_downloads() -> list[gr.DownloadButton]:
-    return [gr.DownloadButton(interactive=False), gr.DownloadButton(interactive=False)]
 
 
 def target_slider(service: Service, prefix: str = "") -> gr.Slider:
