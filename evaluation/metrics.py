@@ -177,11 +177,11 @@ def bootstrap_intervals(
         Lower and upper ends: ``micro_f1`` and ``macro_f1``, (2,); ``f1``, (2, num_classes), over the resamples in which the class
         occurs, NaN if there are none. With one label per row, ``micro_f1`` is the accuracy.
     """
-    pairs = [csr_matrix(array, dtype=np.float64) for array in outcomes(labels, chosen)]
+    columns = csr_matrix(np.hstack(outcomes(labels, chosen)), dtype=np.float64).T
     ids, text_of_row = np.unique(np.arange(len(labels)) if texts is None else texts, return_inverse=True)
     generator, size = np.random.default_rng(0), len(ids)
     draws = (np.bincount(generator.integers(size, size=size), minlength=size) for _ in range(resamples))
-    resampled = [np.stack([times[text_of_row] @ array for array in pairs]) for times in draws]
+    resampled = [(columns @ times[text_of_row]).reshape(3, -1) for times in draws]
     macro = np.array([macro_f1(counts) for counts in resampled])
     macro = (macro + macro_f1(confusion_counts(labels, chosen)) - macro.mean()).clip(0, 1)
     micro = np.array([micro_f1(counts) for counts in resampled])

@@ -68,7 +68,12 @@ def tokenize(
         training = split == "train"
         encode = partial(tokens, with_sentences=sentences and training)
         rows = rows.map(
-            encode, batched=True, batch_size=100, remove_columns=["text", "label"], desc=f"tokenizing {split}"
+            encode,
+            batched=True,
+            batch_size=100,
+            remove_columns=["text", "label"],
+            new_fingerprint=split,  # rows in memory are not cached; by default, the tokenizer is pickled to get a hash
+            desc=f"tokenizing {split}",
         )
         reports[split] = length_report(rows.with_format("numpy")["full_length"][:], tokenizer.model_max_length)
         rows = rows.remove_columns("full_length")
