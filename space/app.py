@@ -178,26 +178,29 @@ def text_tab(service: Service) -> None:
         # ── Events ───────────────────────────────────────────────────────────────────────────────────────────────────
         results = [result, *plots, node, words]
         inputs = [text, target]
-        texts = {"concurrency_id": "texts", **HIDDEN}
+        # unprocessed, because gradio refuses a target that is typed halfway, such as the "0" of "0.7", in a pop-up
+        texts = {"concurrency_id": "texts", "trigger_mode": "always_last", "preprocess": False, **HIDDEN}
         gr.on([run.click, text.submit], service.show_result, inputs, results, **texts)
-        target.change(service.show_result_again, inputs, results, trigger_mode="always_last", **texts)  # by keys, too
+        target.change(service.show_result_again, inputs, results, **texts)  # by keys, too
         examples.load_input_event.then(service.show_result, inputs, results, **texts)
-        clear.click(
-            lambda: ["", views.waiting(service.kicker), *service.figures(), gr.skip(), views.no_words()],
-            None,
-            [text, *results],
-            queue=False,
-            **HIDDEN,
-        )
         gr.on(
             [show.click, node.input],
             service.show_words,
             [text, node],
             words,
             concurrency_id="words",
+            trigger_mode="always_last",
             show_progress="full",
             api_visibility="private",
         )
+
+        def clear_results() -> list[Any]:
+            return [views.waiting(service.kicker), *service.figures(), gr.skip(), views.no_words()]
+
+        cleared = clear.click(lambda: ["", *clear_results()], None, [text, *results], queue=False, **HIDDEN)
+        # again, behind what is running, which gradio does not cancel
+        cleared.then(clear_results, None, results, concurrency_id="texts", **HIDDEN)
+        cleared.then(views.no_words, None, words, concurrency_id="words", **HIDDEN)
 
 
 def file_tab(service: Service) -> None:
@@ -238,8 +241,9 @@ def file_tab(service: Service) -> None:
         running = gr.State(None)
         shown = [progress, table, problems, as_csv, as_lines]
         opened = [kept, column, *shown, note]
-        closed = gr.on([file.upload, file.clear], service.close_file, running, opened, queue=False, **HIDDEN)
-        closed.then(service.open_file, file, opened, concurrency_id="opening", **HIDDEN)
+        replaced = {"trigger_mode": "always_last", **HIDDEN}  # also while the previous file is read
+        closed = gr.on([file.upload, file.clear], service.close_file, running, opened, queue=False, **replaced)
+        closed.then(service.open_file, file, opened, concurrency_id="opening", **replaced)
         start.click(service.begin_file, running, [running, note], queue=False, **HIDDEN).then(
             service.run_file,
             [kept, column, file_target, running],

@@ -17,7 +17,7 @@ from typing import Any
 
 import gradio as gr
 from starlette.formparsers import MultiPartException
-from starlette.responses import PlainTextResponse
+from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tables import MAX_BYTES
 
@@ -70,7 +70,8 @@ class Guard:
         with suppress(MultiPartException):
             await self.app(scope, counting_receive, filtering_send)
         if too_large and not started:
-            await PlainTextResponse("The request is too large.", 413)(scope, receive, send)
+            reply = {"detail": "The request is too large."}  # the page shows the detail
+            await JSONResponse(reply, 413)(scope, receive, send)
 
 
 class OwnUpload(gr.route_utils.GradioUploadFile):

@@ -29,6 +29,7 @@ from classification import (
     check_target,
     check_text,
     classify_all,
+    guarantee,
     is_calibrated,
 )
 from gradio.utils import get_upload_folder
@@ -235,10 +236,12 @@ class Service:
 
     # ── The page ──
 
-    def show_result(self, text: str, target: float) -> list[Any]:
+    def show_result(self, text: str, target: float | None) -> list[Any]:
         """Return the outputs of one text: its result, its figures, the node to explain, and an empty explanation."""
         no_answer = ""
         try:
+            if target is None:  # its box is empty
+                raise Refused(f"The {guarantee(self.classifier)} is missing.")
             target = check_target(self.classifier, target)
         except Refused as error:
             target, no_answer = None, views.escape_html(str(error))
@@ -250,9 +253,9 @@ class Service:
         panel = views.result(self.kicker, result, answer, self.tree.descriptions)
         return [panel, *self.figures(result), self.main_node(result), views.no_words()]
 
-    def show_result_again(self, text: str, target: float) -> Any:
-        """Return the outputs of a text for a changed target. Without a text, they stay as they are."""
-        return self.show_result(text, target) if (text or "").strip() else gr.skip()
+    def show_result_again(self, text: str, target: float | None) -> Any:
+        """Return the outputs of a text for a changed target. Without a text or a target, they stay as they are."""
+        return self.show_result(text, target) if (text or "").strip() and target is not None else gr.skip()
 
     def main_node(self, result: dict[str, Any]) -> str:
         """Return the label of the node that is explained by default."""

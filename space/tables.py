@@ -156,7 +156,8 @@ def read(content: bytes, kind: str, column: str | None) -> Iterator[Any]:
         if column is not None:
             raise Refused("The file has no such column.")
         text_column = longest_column(rows)
-        if kind in ("csv", "tsv") and text_column is not None and not looks_like_name(text_column):
+        unnamed = text_column == "" or (text_column is not None and not looks_like_name(text_column))
+        if kind in ("csv", "tsv") and unnamed:
             raise Refused("The file has no column called text or abstract: is the header missing?")
         rows = open_rows(content, kind)
     yield {"columns": list(rows.columns), "column": text_column}

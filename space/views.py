@@ -12,6 +12,7 @@ Worth knowing:
 
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from html import escape
 from typing import Any, NamedTuple
@@ -44,10 +45,12 @@ def escape_html(value: Any) -> str:
 
 
 def plotly_text(name: str) -> str:
-    """Shorten a name, and escape it for plotly."""
+    """Shorten a name, and escape it for plotly. A name in a script from right to left is isolated from the number beside it."""
     name = BIDI_CONTROLS.sub("", CONTROLS.sub("\ufffd", name))
     short = name if len(name) <= MAX_LABEL_LENGTH else name[: MAX_LABEL_LENGTH - 1] + "…"
-    return escape(short, quote=False).replace("$", "&#36;")
+    escaped = escape(short, quote=False).replace("$", "&#36;")
+    is_rtl = any(unicodedata.bidirectional(character) in ("R", "AL") for character in short)
+    return f"\u2068{escaped}\u2069" if is_rtl else escaped
 
 
 def percent(share: float) -> str:

@@ -209,6 +209,7 @@ def test_half_of_a_surrogate_pair_is_no_text():
         (b"text\n", "csv", "no rows"),
         (b"\n", "csv", "no rows"),
         (b"We followed 212 patients with fibrillation.\nBlood was drawn.\n", "csv", "is the header missing"),
+        (b",,\nid,text,label\n1,We followed 212 patients,heart\n", "csv", "is the header missing"),
         (b"id;befund\n1;Kolitis\n", "csv", "separated by semicolons"),
         (b"text\n" * 10_002, "csv", "more than 10,000 rows"),
         (b"x" * (MAX_BYTES + 1), "txt", "at most 10 MB"),
@@ -380,6 +381,12 @@ def test_nothing_hostile_becomes_markup(classifier):
     ):
         assert "<img" not in figure.to_json()
         assert "\\u003cimg" not in figure.to_json()
+
+
+def test_a_name_from_right_to_left_does_not_split_the_number_beside_it():
+    name = "\u0646\u0648\u0639 2"
+    assert views.bars([{name: 0.3}], []).data[0].hovertext == (f"\u2068{name}\u2069: 30.0 %",)
+    assert views.plotly_text("type 2") == "type 2"
 
 
 def test_a_description_stands_beside_the_label(classifier):
@@ -709,6 +716,7 @@ def test_requests_that_are_too_large_are_refused(space):
     assert answer.status_code == 413
     answer = httpx.post(f"{space.address}/gradio_api/queue/join", content=big, timeout=120)
     assert answer.status_code == 413
+    assert answer.json()["detail"] == "The request is too large."  # which the page shows
     several = [("files", (f"{i}.csv", b"x" * (MAX_BYTES // 4))) for i in range(8)]
     answer = httpx.post(f"{space.address}/gradio_api/upload", files=several, timeout=120)
     assert answer.status_code == 413

@@ -221,6 +221,35 @@ def test_a_higher_coverage_backs_off(page):
     assert len(answers[1]) > 1 or answers[1][0] not in leaves
 
 
+def test_a_coverage_is_typed_key_by_key(page):
+    page.open()
+    page.classify(NEURO)
+    box = page.one("#coverage input[type=number]")
+    page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", box)
+    box.send_keys(Keys.CONTROL, "a", Keys.DELETE)
+    page.press("#classify")
+    page.until(lambda: "The coverage is missing." in page.text("#result .answer"))
+    box.send_keys("0")
+    page.until(lambda: "must lie between" in page.text("#result .answer"))
+    box.send_keys(".7", Keys.TAB)
+    page.until(lambda: "70%" in page.text("#result .answer"))
+    assert not page.all(".toast-body")
+
+
+def test_the_last_press_counts_and_a_cleared_text_gets_no_late_explanation(page):
+    page.open()
+    page.type(NEURO * 200)
+    page.press("#classify")
+    page.type("Carcinoma, lymphoma and sarcoma.")
+    page.press("#classify")
+    page.until(lambda: page.text("#result .class") == "neoplasms")
+    page.classify(NEURO * 40)
+    page.press("#show")
+    page.until(lambda: "Explaining" in page.text("#words"))
+    page.press("#clear")
+    assert "Classify a text, choose a node" in page.settle("#words")
+
+
 def test_examples_work_at_a_click_and_clear_clears(page):
     page.open()
     for button in range(3):
@@ -336,6 +365,21 @@ def test_a_file_is_cancelled_or_removed_and_the_next_one_runs(page, tmp_path):
     page.until(lambda: "No file yet" in page.text("#state"))
     assert not page.all("#preview tbody tr")
     page.until(lambda: page.driver.execute_script("return document.querySelector('#csv').disabled"))
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_not_classified(page, tmp_path):
+    page.open()
+    page.tab("A file")
+    header = [*(f"c{i}" for i in range(900)), "text"]
+    page.upload(write_table(tmp_path / "slow.csv", [header, *[[""] * 900 + ["Sepsis and fever."]] * 9000]))
+    page.until(lambda: "slow" in page.text("#file"))
+    page.press("#file button[aria-label*=lear], #file button[title*=lear], #file .icon-button")
+    page.until(lambda: page.all("#file input[type=file]"))
+    page.upload(write_table(tmp_path / "quick.csv", [["text"], [NEURO]]))
+    page.until(lambda: "of 1 rows" in page.text("#state"))
+    page.press("#start")
+    page.until(lambda: "Done: 1 of 1 rows" in page.text("#state"))
+    assert "nervous system diseases" in page.text("#preview")
 
 
 def test_a_file_that_cannot_be_read_is_refused_in_words(page, tmp_path):
