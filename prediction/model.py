@@ -158,6 +158,8 @@ def describe_load_error(error: Exception) -> str:
     # this message of transformers holds tracebacks, and its last line is the cause
     if "See the original errors" in str(error):
         return str(error).strip().splitlines()[-1].partition(": ")[2]
+    if "same dtype" in str(error):  # DeBERTa (version 1) and MRA mix types in any but float32
+        return "its encoder computes in float32 only: give --dtype fp32"
     return describe_error(error)
 
 

@@ -65,6 +65,9 @@ class HierarchicalTrainer(PublishingTrainer):
             raise InputError(
                 f"--activation_checkpointing: {type(encoder).__name__} of transformers does not support it"
             )
+        # it masks the half-precision scores of autocast with the least float32, which torch refuses
+        if encoder.config.model_type == "deberta" and (self.args.bf16 or self.args.fp16):
+            raise InputError("DeBERTa (version 1) of transformers fails in bf16 and fp16: give --bf16 false")
         if self.args.n_gpu > 1:
             logger.warning("using one of %d GPUs; `accelerate launch train.py …` uses all of them", self.args.n_gpu)
             self.args._n_gpu = 1
@@ -110,6 +113,8 @@ class HierarchicalTrainer(PublishingTrainer):
         items = num_items_in_batch if model.training else None
         scores = "decision_logits" if self.is_multi_label else "node_log_probs"
         if self.consistency and model.training:
+            if rows is None or sentences is None:
+                raise InputError("consistency needs the columns of training.tokens.tokenize, and its build_collator")
             padding, seed, step = self.processing_class.pad_token_id, self.args.seed, self.state.global_step
             inputs, *pair = halves(inputs, sentences, rows.tolist(), padding, seed, step)
             outputs = model(**inputs)
@@ -341,13 +346,14 @@ class HierarchicalTrainer(PublishingTrainer):
         is_new = self.optimizer is None
         with as_input_error("cannot set up the optimizer"):
             optimizer = super().create_optimizer(model)
-        if is_new and self.args.heads_learning_rate is not None:
+        rate = getattr(self.args, "heads_learning_rate", None)  # which TrainingArguments of transformers lack
+        if is_new and rate is not None:
             heads = {id(p) for p in self.accelerator.unwrap_model(self.model).heads.parameters()}
             for group in list(optimizer.param_groups):
                 in_heads = [p for p in group["params"] if id(p) in heads]
                 group["params"] = [p for p in group["params"] if id(p) not in heads]
                 if in_heads:
-                    optimizer.add_param_group({**group, "params": in_heads, "lr": self.args.heads_learning_rate})
+                    optimizer.add_param_group({**group, "params": in_heads, "lr": rate})
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -379,7 +385,8 @@ class HierarchicalTrainer(PublishingTrainer):
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             model.save_pretrained(output_dir, state_dict=state_dict)
-            self.processing_class.save_pretrained(output_dir)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.check_losses()

@@ -32,6 +32,7 @@ from transformers import pipeline
 
 from configuration_hierarchical import HierarchicalConfig
 from errors import InputError
+from modeling_hierarchical import HierarchicalForSequenceClassification
 from predict import user_error_message
 from prediction.input import Record, read_records
 from prediction.int8 import has_int8_products
@@ -55,6 +56,18 @@ def read_json_lines(path) -> list[dict]:
 def write_texts(folder: Path, texts: list[str]) -> Path:
     pd.DataFrame({"text": texts}).to_csv(folder / "in.csv", index=False)
     return folder / "in.csv"
+
+
+def test_an_encoder_that_computes_in_float32_only_names_the_flag_that_helps(tokenizer, texts, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    relative = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": -1}
+    config = HierarchicalConfig(text_config={"model_type": "deberta", "vocab_size": 30522, **sizes, **relative})
+    HierarchicalForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    words = ("--model", tmp_path / "model", "--input", write_texts(tmp_path, texts), "--output", tmp_path / "out.jsonl")
+    with pytest.raises(InputError, match="its encoder computes in float32 only: give --dtype fp32"):
+        predict_here(*words, "--dtype", "bf16")
+    assert predict_here(*words, "--dtype", "fp32") == 0
 
 
 def test_predictions_equal_the_stock_pipeline_and_bad_rows_are_listed_separately(checkpoint, texts, tmp_path):

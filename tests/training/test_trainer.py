@@ -9,7 +9,13 @@ import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, DataCollatorWithPadding, EarlyStoppingCallback, TrainerCallback
+from transformers import (
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EarlyStoppingCallback,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from configuration_hierarchical import HierarchicalConfig
 from errors import InputError
@@ -169,6 +175,14 @@ def test_gradient_checkpointing_that_an_encoder_lacks_is_refused(tmp_path):
         )
 
 
+def test_deberta_which_fails_in_half_precision_is_refused_before_training(tmp_path):
+    config = HierarchicalConfig(text_config={"model_type": "deberta", **TINY}, taxonomy=TREE)
+    model = HierarchicalForSequenceClassification(config)
+    with pytest.raises(InputError, match=r"DeBERTa \(version 1\) .* fails in bf16 and fp16: give --bf16 false"):
+        HierarchicalTrainer(model=model, args=arguments(tmp_path, bf16=True))
+    HierarchicalTrainer(model=model, args=arguments(tmp_path))
+
+
 def rows_of_label_sets() -> Dataset:
     """Return the token ids of `rows` with label arrays. Two texts have no labels, and two have unknown labels."""
     generator = torch.Generator().manual_seed(2)
@@ -276,6 +290,16 @@ def test_without_a_focal_loss_it_is_the_models_own(tmp_path, tokenizer, several)
     inputs = build_collator(tokenizer)([data[i] for i in range(8)])
     given = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
     torch.testing.assert_close(ours.compute_loss(model, inputs), model(**given).loss)
+
+
+def test_it_trains_in_a_script_with_the_arguments_of_transformers(tmp_path, tokenizer):
+    data, settings = rows(), TrainingArguments(str(tmp_path), use_cpu=True, max_steps=1, report_to="none")
+    given = {"args": settings, "train_dataset": data.remove_columns(["row", "sentences"])}
+    given["data_collator"] = DataCollatorWithPadding(tokenizer)
+    HierarchicalTrainer(model=tiny_model(), **given).train()
+    assert (tmp_path / "checkpoint-1" / "model.safetensors").is_file()
+    with pytest.raises(InputError, match=r"consistency needs the columns of training\.tokens\.tokenize"):
+        HierarchicalTrainer(model=tiny_model(), consistency=1.0, processing_class=tokenizer, **given).train()
 
 
 def test_several_labels_are_learnt_and_scored_as_marginals_of_all_nodes(tmp_path, tokenizer):
