@@ -46,7 +46,8 @@ SERVERS: dict[tuple, Server] = {}  # by the arguments of `Server`
 def server(modules: tuple[str, ...], variables: tuple[tuple[str, str], ...] = ()) -> Server:
     """Return the session's server with these arguments, after starting it if needed."""
     if (modules, variables) not in SERVERS:
-        SERVERS[modules, variables] = Server(modules, variables)
+        parent = None if (modules, variables) == (LIBRARIES, ()) else server(LIBRARIES)
+        SERVERS[modules, variables] = Server(modules, variables, parent)
     return SERVERS[modules, variables]
 
 

@@ -39,19 +39,30 @@ COMMANDS = (*LIBRARIES, "train", "predict", "push_to_hub")
 
 
 class Server:
-    """Start a process with own environment variables that imports modules, possibly of this repository, and forks on request."""
+    """Start a process with own environment variables that imports modules, possibly of this repository, and forks on request.
 
-    def __init__(self, modules: tuple[str, ...], variables: tuple[tuple[str, str], ...] = ()) -> None:
+    Args:
+        parent: a server that forks this one, and has already imported some of the modules.
+    """
+
+    def __init__(
+        self, modules: tuple[str, ...], variables: tuple[tuple[str, str], ...] = (), parent: "Server | None" = None
+    ) -> None:
         self.connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        line = [sys.executable, __file__, str(theirs.fileno()), *modules]
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        environment |= dict(variables)
-        self._process = subprocess.Popen(line, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | dict(variables)
+        if parent is None:
+            line = [sys.executable, __file__, str(theirs.fileno()), *modules]
+            self._process = subprocess.Popen(
+                line, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment
+            )
+        else:
+            request = {"modules": modules, "environment": environment}
+            socket.send_fds(parent.connection, [json.dumps(request).encode()], [theirs.fileno()])
         theirs.close()
 
     def close(self) -> None:
-        self.connection.close()
-        self._process.wait()
+        self.connection.shutdown(socket.SHUT_WR)
+        self.connection.recv(1)  # returns once the process has ended
 
 
 class Process:
@@ -88,9 +99,8 @@ class Process:
             os.kill(self.pid, number)
 
 
-def serve(connection: socket.socket, modules: list[str]) -> None:
+def serve(connection: socket.socket, modules: list[str]) -> NoReturn:
     """Import modules, then fork a process for each request, until the connection is closed or Ctrl+C is pressed."""
-    del sys.path[0]  # the folder of this file
     if "train" in modules:
         sys.path.insert(0, str(ROOT))
     for name in modules:
@@ -98,20 +108,30 @@ def serve(connection: socket.socket, modules: list[str]) -> None:
     if "train" in modules:
         del sys.path[0]
     gc.freeze()  # so that forked processes share this memory
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the supervisors
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for supervisors and servers
     while True:
         try:
             content, handles, _, _ = socket.recv_fds(connection, 2**20, 4)
         except KeyboardInterrupt:
-            return
+            content = b""
         if not content:
-            return
+            os._exit(0)
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             connection.close()
-            supervise(handles.pop(), json.loads(content), handles)
+            request = json.loads(content)
+            if "modules" in request:
+                set_environment(request)
+                serve(socket.socket(fileno=handles[0]), request["modules"])
+            supervise(handles.pop(), request, handles)
         for handle in handles:
             os.close(handle)
+
+
+def set_environment(request: dict) -> None:
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    tempfile.tempdir = None  # it was cached from the server's environment
 
 
 def supervise(status: int, request: dict, streams: list[int]) -> NoReturn:
@@ -129,9 +149,7 @@ def supervise(status: int, request: dict, streams: list[int]) -> NoReturn:
         os.dup2(handle, target)
         os.close(handle)
     os.chdir(request["cwd"])
-    os.environ.clear()
-    os.environ.update(request["environment"])
-    tempfile.tempdir = None  # it was cached from the server's environment
+    set_environment(request)
     first, *sys.argv = request["words"] if request["words"][0] == "-c" else ["", *request["words"]]
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     if first == "-c":
@@ -167,5 +185,5 @@ def run_and_exit(script: Callable[[], None]) -> NoReturn:
 
 
 if __name__ == "__main__":
+    del sys.path[0]  # the folder of this file
     serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])
-    os._exit(0)

@@ -47,7 +47,7 @@ def test_names_are_chosen_before_the_encoder_knows_the_texts(minilm, tmp_path, c
     trainer.args.learning_rate = 1e-3
     with caplog.at_level("INFO"):
         rows = tokenized(trainer, [TREE.id(row["label"]) for row in ROWS])
-        initialise_heads(trainer, rows, ModelArguments(minilm, contrastive_steps=20))
+        initialise_heads(trainer, rows, ModelArguments(minilm, contrastive_steps=10))
     assert "heads are initialised from the training texts and the class names" in caplog.text
     assert "the training texts alone" in choose_names(trainer, rows).source
 

@@ -89,7 +89,7 @@ def test_a_run_ended_by_sigterm_saves_and_is_resumed(words, tmp_path):
     assert message in log_text
     assert "Traceback" not in log_text
     assert not (broken / "config.json").exists()
-    done = run(*words)
+    done = run(*words, "--max_steps", int(steps) + 2)
     assert f"resuming from {saved}" in done.stderr
 
 
