@@ -176,31 +176,31 @@ def text_tab(service: Service) -> None:
         words = gr.HTML(views.no_words(), elem_id="words")
 
         # ── Events ───────────────────────────────────────────────────────────────────────────────────────────────────
-        results = [result, *plots, node, words]
-        inputs = [text, target]
-        # unprocessed, because gradio refuses a target that is typed halfway, such as the "0" of "0.7", in a pop-up
-        texts = {"concurrency_id": "texts", "trigger_mode": "always_last", "preprocess": False, **HIDDEN}
-        gr.on([run.click, text.submit], service.show_result, inputs, results, **texts)
-        target.change(service.show_result_again, inputs, results, **texts)  # by keys, too
-        examples.load_input_event.then(service.show_result, inputs, results, **texts)
-        gr.on(
-            [show.click, node.input],
-            service.show_words,
-            [text, node],
-            words,
-            concurrency_id="words",
-            trigger_mode="always_last",
-            show_progress="full",
-            api_visibility="private",
-        )
+        # each press is queued with its inputs, and each queue runs one event at a time, so the last press counts
+        results, inputs = [result, *plots, node], [text, target]
+        texts = {"concurrency_id": "texts", "trigger_mode": "multiple", **HIDDEN}
+        # inputs are passed unprocessed: gradio refuses a target that is typed halfway, such as the "0" of "0.7", in a pop-up
+        unprocessed = {**texts, "preprocess": False}
+        gr.on([run.click, text.submit], service.show_result, inputs, results, **unprocessed)
+        examples.load_input_event.then(service.show_result, inputs, results, **unprocessed)
+        by_keys = {**unprocessed, "trigger_mode": "always_last"}  # the slider may change with each key
+        target.change(service.show_result_again, inputs, results, **by_keys)
+
+        explanations = {"concurrency_id": "words", "trigger_mode": "multiple"}
+        explained = {"show_progress": "full", "api_visibility": "private"}
+        gr.on([show.click, node.input], service.show_words, [text, node], words, **explanations, **explained)
+        # a new text has no explanation yet; queued behind the running one, which gradio does not cancel
+        gr.on([run.click, text.submit], views.no_words, None, words, **explanations, **HIDDEN)
+        examples.load_input_event.then(views.no_words, None, words, **explanations, **HIDDEN)
 
         def clear_results() -> list[Any]:
-            return [views.waiting(service.kicker), *service.figures(), gr.skip(), views.no_words()]
+            return [views.waiting(service.kicker), *service.figures(), gr.skip()]
 
-        cleared = clear.click(lambda: ["", *clear_results()], None, [text, *results], queue=False, **HIDDEN)
-        # again, behind what is running, which gradio does not cancel
-        cleared.then(clear_results, None, results, concurrency_id="texts", **HIDDEN)
-        cleared.then(views.no_words, None, words, concurrency_id="words", **HIDDEN)
+        cleared = clear.click(
+            lambda: ["", *clear_results(), views.no_words()], None, [text, *results, words], queue=False, **HIDDEN
+        )
+        cleared.then(clear_results, None, results, **texts)
+        cleared.then(views.no_words, None, words, **explanations, **HIDDEN)
 
 
 def file_tab(service: Service) -> None:
@@ -238,19 +238,26 @@ def file_tab(service: Service) -> None:
         problems = gr.HTML(views.problems([]), elem_id="problems")
 
         # ── Events ───────────────────────────────────────────────────────────────────────────────────────────────────
-        running = gr.State(None)
+        running, opening = gr.State(None), gr.State(None)
         shown = [progress, table, problems, as_csv, as_lines]
         opened = [kept, column, *shown, note]
-        replaced = {"trigger_mode": "always_last", **HIDDEN}  # also while the previous file is read
-        closed = gr.on([file.upload, file.clear], service.close_file, running, opened, queue=False, **replaced)
-        closed.then(service.open_file, file, opened, concurrency_id="opening", **replaced)
+        at_any_time = {"trigger_mode": "multiple", **HIDDEN}  # also while the previous file is read or classified
+        closed = gr.on(
+            [file.upload, file.clear],
+            service.close_file,
+            [running, opening],
+            [opening, *opened],
+            queue=False,
+            **at_any_time,
+        )
+        closed.then(service.open_file, [file, opening], opened, concurrency_id="opening", **at_any_time)
         start.click(service.begin_file, running, [running, note], queue=False, **HIDDEN).then(
             service.run_file,
             [kept, column, file_target, running],
             shown,
             concurrency_id="files",
-            trigger_mode="multiple",  # the previous run may still be waiting, or finishing its last rows
-            **HIDDEN,
+            preprocess=False,
+            **at_any_time,
         )
         # a separate output, because late progress messages would replace this note
         stop.click(service.cancel_file, running, note, queue=False, **HIDDEN)

@@ -109,7 +109,7 @@ def take_upload(path: str) -> bytes:
 
 
 class Run:
-    """The classification of a file, until it is done or cancelled."""
+    """The reading or the classification of a file, until it is done or cancelled."""
 
     def __init__(self) -> None:
         self._ended = threading.Lock()
@@ -236,26 +236,31 @@ class Service:
 
     # ── The page ──
 
+    def check_box(self, target: Any) -> float | None:
+        """Check the target of the page as `check_target` does. An empty box is refused, too."""
+        if target is None:
+            raise Refused(f"The {guarantee(self.classifier)} is missing.")
+        return check_target(self.classifier, target)
+
     def show_result(self, text: str, target: float | None) -> list[Any]:
-        """Return the outputs of one text: its result, its figures, the node to explain, and an empty explanation."""
+        """Return the outputs of one text: its result, its figures, and the node to explain."""
         no_answer = ""
         try:
-            if target is None:  # its box is empty
-                raise Refused(f"The {guarantee(self.classifier)} is missing.")
-            target = check_target(self.classifier, target)
+            target = self.check_box(target)
         except Refused as error:
             target, no_answer = None, views.escape_html(str(error))
         try:
             result = self._classify(text or "", target)
         except Refused as error:
-            return [views.refusal(str(error)), *self.figures(), gr.skip(), views.no_words()]
+            return [views.refusal(str(error)), *self.figures(), gr.skip()]
         answer = no_answer or self.answer(target, result["answer"])
         panel = views.result(self.kicker, result, answer, self.tree.descriptions)
-        return [panel, *self.figures(result), self.main_node(result), views.no_words()]
+        return [panel, *self.figures(result), self.main_node(result)]
 
     def show_result_again(self, text: str, target: float | None) -> Any:
         """Return the outputs of a text for a changed target. Without a text or a target, they stay as they are."""
-        return self.show_result(text, target) if (text or "").strip() and target is not None else gr.skip()
+        has_text = isinstance(text, str) and text.strip()
+        return self.show_result(text, target) if has_text and target is not None else gr.skip()
 
     def main_node(self, result: dict[str, Any]) -> str:
         """Return the label of the node that is explained by default."""
@@ -293,25 +298,29 @@ class Service:
         explanation = self._explain(text, node, *report)
         return views.words(text, explanation, self.classifier.model.config.is_multi_label)
 
-    def close_file(self, run: Run | None) -> list[Any]:
-        """End the run of the previous file, and clear the page for the next file. Return the outputs of `open_file`."""
-        if run:
-            run.end()
-        return self.open_file(None)
+    def close_file(self, run: Run | None, opening: Run | None) -> list[Any]:
+        """End the run and the reading of the previous file. Return the next reading, and the outputs of `open_file`."""
+        for previous in filter(None, (run, opening)):
+            previous.end()
+        return [Run(), *self.open_file(None, None)]
 
-    def open_file(self, path: str | None) -> list[Any]:
-        """Read an upload into memory. Return its kind and content, its columns, a status line, and cleared outputs of a run."""
-        cleared = [self.preview([]), views.problems([]), *no_downloads(), views.note("")]
-        if path is None:
-            return [None, gr.Dropdown(choices=[], value=None), views.progress(0, 0, 0, "No file yet."), *cleared]
-        try:
-            content, kind = take_upload(path), kind_of(path)
-            table = read_table(content, kind)
-        except Refused as error:
-            return [None, gr.Dropdown(choices=[], value=None), views.refusal(str(error), "Not read"), *cleared]
-        problems = sum(row.problem is not None for row in table.rows)
-        progress = views.progress(0, len(table.rows), problems, "Read, and deleted from the disk. Classified:")
-        return [(kind, content), gr.Dropdown(choices=table.columns, value=table.column), progress, *cleared]
+    def open_file(self, path: str | None, opening: Run | None) -> list[Any]:
+        """Read an upload into memory. Return its kind and content, its columns, a status line, and cleared outputs of a run.
+
+        If the file is closed while it is read, nothing on the page changes.
+        """
+        kept, columns, state = None, gr.Dropdown(choices=[], value=None), views.progress(0, 0, 0, "No file yet.")
+        if path is not None:
+            try:
+                content, kind = take_upload(path), kind_of(path)
+                table = read_table(content, kind)
+                kept, columns = (kind, content), gr.Dropdown(choices=table.columns, value=table.column)
+                problems = sum(row.problem is not None for row in table.rows)
+                state = views.progress(0, len(table.rows), problems, "Read, and deleted from the disk. Classified:")
+            except Refused as error:
+                state = views.refusal(str(error), "Not read")
+        outputs = [kept, columns, state, self.preview([]), views.problems([]), *no_downloads(), views.note("")]
+        return [gr.skip()] * len(outputs) if opening and not opening.active else outputs
 
     def begin_file(self, run: Run | None) -> list[Any]:
         """End the previous run and create a new one. Return the new run, and an empty note."""
@@ -323,7 +332,7 @@ class Service:
         return views.note("Cancelled. No results are kept." if run and run.end() else "Nothing is running.")
 
     def run_file(
-        self, kept: tuple[str, bytes] | None, column: str, target: float, run: Run | None
+        self, kept: tuple[str, bytes] | None, column: str, target: float | None, run: Run | None
     ) -> Iterator[list[Any]]:
         """Classify a file. Yield progress, preview, problems and two downloads, until the run is done or cancelled."""
         # ── Read: the run may be over, and the file refused ──
@@ -335,7 +344,7 @@ class Service:
             if kept is None:
                 raise Refused(f"There is no file: choose one. It is kept for {KEPT_SECONDS // 60} minutes.")
             kind, content = kept
-            target = check_target(self.classifier, target if is_calibrated(self.classifier) else None)
+            target = self.check_box(target) if is_calibrated(self.classifier) else None
             table = read_table(content, kind, column or "")
         except Refused as error:
             yield [views.refusal(str(error)), gr.skip(), gr.skip(), *no_downloads()] if run.end() else nothing

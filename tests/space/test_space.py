@@ -591,7 +591,7 @@ def test_a_model_without_calibration_answers_and_has_no_coverage(uncalibrated_ru
         assert expected["label"] in shown
         assert "coverage needs one that was trained with validation rows" in shown
         sent = httpx.post(f"{started.address}/gradio_api/upload", files=upload, timeout=120).json()
-        ask(started, "open_file", [{"path": sent[0], "meta": {"_type": "gradio.FileData"}}], "page")
+        ask(started, "open_file", [{"path": sent[0], "meta": {"_type": "gradio.FileData"}}, None], "page")
         ask(started, "begin_file", [None], "page")
         done = ask(started, "run_file", [None, "text", controls["file-coverage"]["value"], None], "page")
         assert "Done: 1 of 1 rows" in done
@@ -766,7 +766,7 @@ def test_downloads_and_uploads_are_deleted_in_time_and_all_with_the_process(clea
         with httpx.stream("GET", f"{started.address}/gradio_api/heartbeat/open", timeout=120) as page:
             beats = page.iter_raw()
             next(beats)  # the page stays open: its downloads are deleted by their age
-            ask(started, "open_file", [{"path": sent.json()[0], "meta": {"_type": "gradio.FileData"}}], "open")
+            ask(started, "open_file", [{"path": sent.json()[0], "meta": {"_type": "gradio.FileData"}}, None], "open")
             ask(started, "begin_file", [None], "open")
             ask(started, "run_file", [None, "text", 0.9, None], "open")
             assert any(Path(path).name == "predictions.csv" for path in started.files())
@@ -781,7 +781,7 @@ def test_a_closed_page_keeps_no_file(space):
     with httpx.stream("GET", f"{space.address}/gradio_api/heartbeat/closed", timeout=120) as page:
         beats = page.iter_raw()  # without a reference, it closes the connection
         next(beats)
-        ask(space, "open_file", [{"path": upload.json()[0], "meta": {"_type": "gradio.FileData"}}], "closed")
+        ask(space, "open_file", [{"path": upload.json()[0], "meta": {"_type": "gradio.FileData"}}, None], "closed")
         ask(space, "begin_file", [None], "closed")
         assert "Okapi" in ask(space, "run_file", [None, "text", 0.9, None], "closed")
 
@@ -834,7 +834,7 @@ def test_a_text_waits_for_no_file_and_a_full_queue_is_reported(space, client, te
     numbers = {function["api_name"]: function["id"] for function in functions}
     upload = {"files": ("long.txt", f"{texts[0][:900]}\n".encode() * 10_000)}
     file = {"path": httpx.post(f"{space.address}/gradio_api/upload", files=upload, timeout=120).json()[0]}
-    ask(space, "open_file", [file | {"meta": {"_type": "gradio.FileData"}}], "long")
+    ask(space, "open_file", [file | {"meta": {"_type": "gradio.FileData"}}, None], "long")
     ask(space, "begin_file", [None], "long")
     body = {"data": [None, "text", 0.9, None], "fn_index": numbers["run_file"], "session_hash": "long"}
     with httpx.Client(base_url=f"{space.address}/gradio_api", timeout=120) as http:
