@@ -147,7 +147,11 @@ def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
             quantize(classifier.model.encoder)
         classifier("a")  # checks the arguments before an existing output is overwritten
     except Exception as error:  # loading runs the checkpoint's own code, which can raise anything
-        raise InputError(f"cannot use the model {arguments.model}: {describe_load_error(error)}") from error
+        problem = describe_load_error(error)
+        # DeBERTa (version 1) and MRA mix dtypes unless they run in float32
+        if "same dtype" in problem and dtype != "fp32":
+            problem = "its encoder computes in float32 only: give --dtype fp32"
+        raise InputError(f"cannot use the model {arguments.model}: {problem}") from error
     return classifier
 
 
@@ -158,8 +162,6 @@ def describe_load_error(error: Exception) -> str:
     # this message of transformers holds tracebacks, and its last line is the cause
     if "See the original errors" in str(error):
         return str(error).strip().splitlines()[-1].partition(": ")[2]
-    if "same dtype" in str(error):  # DeBERTa (version 1) and MRA mix types in any but float32
-        return "its encoder computes in float32 only: give --dtype fp32"
     return describe_error(error)
 
 

@@ -42,7 +42,8 @@ class Server:
     """Start a process with own environment variables that imports modules, possibly of this repository, and forks on request.
 
     Args:
-        parent: a server that forks this one, and has already imported some of the modules.
+        parent: the server from which this one is forked. It has imported some of the modules, so variables that these read at
+            import, such as those of OpenMP, have no effect.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Server:
     ) -> None:
         self.connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | dict(variables)
+        self._process = None
         if parent is None:
             line = [sys.executable, __file__, str(theirs.fileno()), *modules]
             self._process = subprocess.Popen(
@@ -63,6 +65,8 @@ class Server:
     def close(self) -> None:
         self.connection.shutdown(socket.SHUT_WR)
         self.connection.recv(1)  # returns once the process has ended
+        if self._process is not None:
+            self._process.wait()
 
 
 class Process:

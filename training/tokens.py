@@ -72,7 +72,9 @@ def tokenize(
             batched=True,
             batch_size=100,
             remove_columns=["text", "label"],
-            new_fingerprint=split,  # rows in memory are not cached; by default, the tokenizer is pickled to get a hash
+            keep_in_memory=True,
+            load_from_cache_file=False,
+            new_fingerprint=split,  # without a cache it needs no hash, for which the tokenizer would be pickled
             desc=f"tokenizing {split}",
         )
         reports[split] = length_report(rows.with_format("numpy")["full_length"][:], tokenizer.model_max_length)

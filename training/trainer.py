@@ -65,7 +65,7 @@ class HierarchicalTrainer(PublishingTrainer):
             raise InputError(
                 f"--activation_checkpointing: {type(encoder).__name__} of transformers does not support it"
             )
-        # it masks the half-precision scores of autocast with the least float32, which torch refuses
+        # transformers' DeBERTa masks the half-precision scores of autocast with the least float32, which torch refuses
         if encoder.config.model_type == "deberta" and (self.args.bf16 or self.args.fp16):
             raise InputError("DeBERTa (version 1) of transformers fails in bf16 and fp16: give --bf16 false")
         if self.args.n_gpu > 1:
@@ -113,8 +113,9 @@ class HierarchicalTrainer(PublishingTrainer):
         items = num_items_in_batch if model.training else None
         scores = "decision_logits" if self.is_multi_label else "node_log_probs"
         if self.consistency and model.training:
-            if rows is None or sentences is None:
-                raise InputError("consistency needs the columns of training.tokens.tokenize, and its build_collator")
+            if rows is None or sentences is None or self.processing_class is None:
+                needs = "a processing_class, and the columns of training.tokens.tokenize with its build_collator"
+                raise InputError(f"consistency needs {needs}")
             padding, seed, step = self.processing_class.pad_token_id, self.args.seed, self.state.global_step
             inputs, *pair = halves(inputs, sentences, rows.tolist(), padding, seed, step)
             outputs = model(**inputs)

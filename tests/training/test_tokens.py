@@ -58,6 +58,14 @@ def test_tokens_are_those_of_the_tokenizers_own_truncation(side, warned):
     assert "longer than" in warned.text  # so it would have been seen
 
 
+def test_rows_of_a_file_with_a_cache_are_tokenized_anew(tmp_path):
+    texts_of_lengths([20])["test"].save_to_disk(tmp_path)
+    splits, tokenizer = datasets.DatasetDict({"test": datasets.load_from_disk(tmp_path)}), word_tokenizer()
+    for limit in (4, 8):
+        tokenizer.model_max_length = limit
+        assert tokenize(splits, tokenizer)[0]["test"]["length"][:] == [limit]
+
+
 def test_token_types_only_where_the_tokenizer_has_them():
     names = ["input_ids", "token_type_ids", "attention_mask"]
     tokenized, _ = tokenize(texts_of_lengths([3]), word_tokenizer(model_input_names=names))

@@ -298,7 +298,7 @@ def test_it_trains_in_a_script_with_the_arguments_of_transformers(tmp_path, toke
     given["data_collator"] = DataCollatorWithPadding(tokenizer)
     HierarchicalTrainer(model=tiny_model(), **given).train()
     assert (tmp_path / "checkpoint-1" / "model.safetensors").is_file()
-    with pytest.raises(InputError, match=r"consistency needs the columns of training\.tokens\.tokenize"):
+    with pytest.raises(InputError, match=r"consistency needs a processing_class, and the columns of training\.tokens"):
         HierarchicalTrainer(model=tiny_model(), consistency=1.0, processing_class=tokenizer, **given).train()
 
 
