@@ -187,9 +187,16 @@ def text_tab(service: Service) -> None:
         target.change(service.show_result_again, inputs, results, **by_keys)
 
         explanations = {"concurrency_id": "words", "trigger_mode": "multiple"}
-        explained = {"show_progress": "full", "api_visibility": "private"}
-        gr.on([show.click, node.input], service.show_words, [text, node], words, **explanations, **explained)
-        # a new text has no explanation yet; queued behind the running one, which gradio does not cancel
+        gr.on(
+            [show.click, node.input],
+            service.show_words,
+            [text, node],
+            words,
+            show_progress="full",
+            api_visibility="private",
+            **explanations,
+        )
+        # a new text clears the explanation, behind one that is still computed: gradio cannot cancel it
         gr.on([run.click, text.submit], views.no_words, None, words, **explanations, **HIDDEN)
         examples.load_input_event.then(views.no_words, None, words, **explanations, **HIDDEN)
 

@@ -236,7 +236,7 @@ class Service:
 
     # ── The page ──
 
-    def check_box(self, target: Any) -> float | None:
+    def check_page_target(self, target: Any) -> float | None:
         """Check the target of the page as `check_target` does. An empty box is refused, too."""
         if target is None:
             raise Refused(f"The {guarantee(self.classifier)} is missing.")
@@ -246,7 +246,7 @@ class Service:
         """Return the outputs of one text: its result, its figures, and the node to explain."""
         no_answer = ""
         try:
-            target = self.check_box(target)
+            target = self.check_page_target(target)
         except Refused as error:
             target, no_answer = None, views.escape_html(str(error))
         try:
@@ -344,7 +344,7 @@ class Service:
             if kept is None:
                 raise Refused(f"There is no file: choose one. It is kept for {KEPT_SECONDS // 60} minutes.")
             kind, content = kept
-            target = self.check_box(target) if is_calibrated(self.classifier) else None
+            target = self.check_page_target(target) if is_calibrated(self.classifier) else None
             table = read_table(content, kind, column or "")
         except Refused as error:
             yield [views.refusal(str(error)), gr.skip(), gr.skip(), *no_downloads()] if run.end() else nothing
