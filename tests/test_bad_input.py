@@ -30,10 +30,6 @@ from training.model import build_model, load_tokenizer
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 ROWS = "text,label\n" + "".join(f"text number {i},{'ab'[i % 2]}\n" for i in range(40))
-ALIASES = "".join(
-    f"{name}: &{name} [{', '.join(f'{{{name}{i}: *{below}}}' for i in range(9))}]\n"
-    for below, name in zip("abcdefgh", "bcdefghi", strict=True)
-)
 FILES: dict[str, str | bytes] = {
     "good.csv": ROWS,
     "utf16.csv": ROWS.encode("utf-16"),
@@ -61,7 +57,6 @@ FILES: dict[str, str | bytes] = {
     "name.json": json.dumps(["a", "b", "n" * 10_240]),
     "surrogate.json": '["a", "b", "\\ud800"]',
     "separator.json": json.dumps(["a", "b", "c\u2028d"]),
-    "aliases.yaml": "a: &a [x, y]\n" + ALIASES,
     "recursive.yaml": "a: &a\n  b: *a\nc: \n",
     "list_key.yaml": "? [a, b]\n: c\nd: \n",
     "utf16_tree.yaml": "- a\n- b\n".encode("utf-16"),
@@ -75,6 +70,7 @@ FILES: dict[str, str | bytes] = {
     "folder.csv/inside": "",
     "in.docx": "A study of ulcers.\n",
     "empty.csv": "",
+    "empty.json": "[]",
     "kept.jsonl": "kept\n",
 }  # fmt: skip
 
@@ -85,6 +81,8 @@ TRAIN = [
     (("--train_file", "utf16.csv"), "utf16.csv is not UTF-8 text: save it as UTF-8"),
     (("--train_file", "one_class.csv"), "the only label is 'a'; at least two are needed"),
     (("--train_file", "mixed.json"), "the only label is '1'"),
+    (("--train_file", "empty.csv"), "empty.csv is empty"),
+    (("--train_file", "empty.json"), "empty.json is empty: it has no columns"),
     (("--train_file", "long_header.csv"), "(a value of 50,000 characters): is the header missing?"),
     (("--train_file", "deep.json"), "deep.json is nested too deeply"),
     (("--train_file", "digits.json"), "digits.json, row 1: a number has too many digits"),
@@ -93,6 +91,13 @@ TRAIN = [
     (("--train_file", "doubled.parquet"), "doubled.parquet has two columns called 'text'"),
     (("--train_file", "folder.csv"), "cannot read folder.csv: Is a directory"),
     (("--data_path", "folder.csv"), "is not a folder saved by `datasets`"),
+    ((), "no data"),
+    (("--data_path", "good.csv", *DATA), "--data_path and --train_file contradict"),
+    (("--data_path", "good.csv", "--dataset_name", "b"), "--dataset_name and --data_path contradict"),
+    ((*DATA, "--dataset_revision", "v1"), "--dataset_revision needs"),
+    (("--data_path", "good.csv", "--test_size", "-0.1"), "--validation_size and --test_size must be shares"),
+    (("--data_path", "good.csv", "--validation_size", "nan"), "--validation_size and --test_size must be shares"),
+    (("--data_path", "good.csv", "--validation_size", "0.5", "--test_size", "0.5"), "with a sum below 1"),
     (("--dataset_name", "../../etc"), "cannot load --dataset_name ../../etc"),
     (("bad.yaml", *DATA), "the recipe bad.yaml is not YAML"),
     (("items.yaml", *DATA), "the recipe items.yaml must be a mapping of flags to values"),
@@ -105,6 +110,15 @@ TRAIN = [
     (("twice.yaml", *DATA), "'seed' occurs twice"),
     (("code.yaml", *DATA), "could not determine a constructor for the tag"),
     (("deep.yaml", *DATA), "the recipe deep.yaml is nested too deeply"),
+    (("nowhere.yaml", *DATA), "nowhere.yaml"),
+    ((*DATA, "--focal_gama", "1"), "unknown flag --focal_gama; did you mean --focal_gamma"),
+    ((*DATA, "--batch_size", "8"), "unknown flag --batch_size; did you mean --per_device_train_batch_size"),
+    ((*DATA, "--group_by_length"), "unknown flag --group_by_length; did you mean --train_sampling_strategy"),
+    ((*DATA, "--learning_rate", "fast"), "--learning_rate: invalid float value: 'fast'"),
+    ((*DATA, "--quantization", "5bit"), "'5bit'"),
+    ((*DATA, "--quantization", "4bit", "--tuning", "full"), "--tuning full"),
+    ((*DATA, "--max_length", "2"), "--max_length"),
+    ((*DATA, "stray"), "stray"),
     ((*DATA, "--max_steps", "0"), "--max_steps must be at least 1; leave it out to train for --num_train_epochs"),
     ((*DATA, "--output_dir", ""), "--output_dir needs the name of a folder"),
     (("folder.csv", *DATA), "cannot read the recipe folder.csv: Is a directory"),
@@ -114,12 +128,14 @@ TRAIN = [
     ((*DATA, "--taxonomy", "name.json"), "has 10,240 characters, at most 500 are supported"),
     ((*DATA, "--taxonomy", "surrogate.json"), r"the name '\ud800' has white space around it or a control character"),
     ((*DATA, "--taxonomy", "separator.json"), "a control character in it"),
-    ((*DATA, "--taxonomy", "aliases.yaml"), "an alias (*name) is not supported: write out what the alias stands for, line 2"),
-    ((*DATA, "--taxonomy", "recursive.yaml"), "an alias (*name) is not supported"),
+    ((*DATA, "--taxonomy", "recursive.yaml"), "an alias (*name) is not supported: write out what the alias stands for, line 2"),
     ((*DATA, "--taxonomy", "list_key.yaml"), "a name must be text, not a list"),
     ((*DATA, "--taxonomy", "utf16_tree.yaml"), "utf16_tree.yaml is not UTF-8 text"),
     ((*DATA, "--taxonomy", "field.csv"), "a name at the top level has 200,000 characters, at most 500"),
     ((*DATA, "--taxonomy", "folder.csv"), "cannot read the taxonomy folder.csv: Is a directory"),
+    ((*DATA, "--label_delimiter", ""), "--label_delimiter must not be empty"),
+    ((*DATA, "--label_delimiter", ";", "--label_column", "a", "b"), "--label_delimiter needs one --label_column"),
+    ((*DATA, "--problem_type", "x"), "--problem_type"),
     ((*DATA, "--label_separator", ""), "the label separator must be a non-empty text"),
     ((*DATA, "--lora_r", "0"), "--lora_r must be at least 1, not 0"),
     ((*DATA, "--lora_dropout", "nan"), "--lora_dropout must be at least 0 and below 1, not nan"),
@@ -146,6 +162,7 @@ TRAIN = [
     ((*DATA, "--metric_for_best_model", "acuracy"), "--metric_for_best_model acuracy is not measured on these validation rows; it is one of loss, "),
     ((*DATA, *RANDOM, "--report_to", "nothing_of_the_kind"), "cannot set up training: nothing_of_the_kind is not supported"),
     ((*DATA, "--metric_for_best_model", "ece_by_chance"), "--metric_for_best_model ece_by_chance is not measured"),
+    ((*DATA, "--fp16", "true"), "--fp16 needs a GPU: leave it out"),
     ((*DATA, "--bf16_full_eval", "true"), "--bf16_full_eval is not supported"),
     ((*DATA, "--dataloader_drop_last", "true"), "--dataloader_drop_last is not supported"),
     ((*DATA, "--save_total_limit", "0"), "--save_total_limit must be at least 1"),
@@ -316,9 +333,7 @@ def hostile_code(**changes: object) -> Callable[[Path], None]:
 ENCODERS = {
     "config missing": (remove("config.json"), "cannot load the encoder encoder: Unrecognized model"),
     "config torn": (cut("config.json"), "config.json is not a configuration"),
-    "config a list": (write("config.json", b"[]"), "config.json is not a configuration"),
     "config nested": (write("config.json", b"[" * 100_000), "config.json is not a configuration: RecursionError"),
-    "config of UTF-16": (write("config.json", "{}".encode("utf-16")), "config.json is not a configuration"),
     "of no known type": (configure("config.json", model_type="magic"), "model type `magic`"),
     "of images": (configure("config.json", model_type="vit"), "lacks"),
     "of another width": (configure("config.json", hidden_size=32), "have other shapes than its configuration says"),
@@ -326,11 +341,9 @@ ENCODERS = {
     "activation unknown": (configure("config.json", hidden_act="magic"), "KeyError: 'magic'"),
     "weights missing": (remove("model.safetensors"), "no file named model.safetensors"),
     "weights torn": (cut("model.safetensors"), "SafetensorError"),
-    "weights empty": (write("model.safetensors", b""), "SafetensorError"),
     "weights pickled": (pickled, "which could run code: it is not loaded"),
     "tokenizer missing": (remove("tokenizer.json", "tokenizer_config.json"), "holds no tokenizer"),
     "tokenizer torn": (cut("tokenizer.json"), "cannot load the tokenizer of encoder"),
-    "tokenizer empty": (write("tokenizer.json", b"{}"), "cannot load the tokenizer of encoder"),
     "tokenizer of another": (
         more_tokens,
         "the tokenizer of encoder does not belong to this encoder: its largest token id is 73",
@@ -371,7 +384,7 @@ def test_code_of_an_encoder_that_transformers_knows_is_not_run(place):
 
 
 HEADS, WHOLE = "heads.safetensors", "model.safetensors"
-ADAPTER_CONFIG = "adapter/adapter_config.json"
+ADAPTER, ADAPTER_CONFIG = "adapter/adapter_model.safetensors", "adapter/adapter_config.json"
 CHECKPOINTS = {
     "config torn": ("adapter_form", cut("config.json"), "not a valid JSON file"),
     "of another kind": ("encoder", lambda folder: None, "it is not a checkpoint of this project"),
@@ -390,6 +403,8 @@ CHECKPOINTS = {
     "encoder not pinned": (
         "adapter_form", configure("config.json", encoder_name_or_path="a/b"), "encoder_revision must be the commit"),
     "heads torn": ("adapter_form", cut(HEADS), "SafetensorError"),
+    "adapter lost": (
+        "adapter_form", lose(ADAPTER, "base_model.model.encoder.layer.0.output.dense.lora_A.weight"), "the adapter weight"),
     "heads lost": ("adapter_form", lose(HEADS, "weight"), "the heads weight 'weight' is missing"),
     "adapter config torn": ("adapter_form", cut(ADAPTER_CONFIG), "adapter_config.json is not the configuration of a PEFT adapter"),
     "adapter config empty": ("adapter_form", write(ADAPTER_CONFIG, b"{}"), "it names no peft_type"),
@@ -431,14 +446,6 @@ def test_predict_refuses_weights_that_are_nan(place):
     tensors = load_file(place / "checkpoint" / WHOLE)
     save_file({**tensors, "heads.weight": tensors["heads.weight"] * float("nan")}, place / "checkpoint" / WHOLE)
     assert "its weights are damaged" in refusal(predict.main, *PREDICTION)
-
-
-def test_predict_refuses_a_coverage_that_was_fitted_at_another_length(place):
-    """Request a coverage that was fitted at 24 tokens. The tokenizer of the checkpoint truncates at 32 tokens."""
-    copy_checkpoint("self_contained", place / "checkpoint")
-    configure("config.json", conformal_max_length=24)(place / "checkpoint")
-    message = "checkpoint: coverage needs texts truncated at 24 tokens"
-    assert message in refusal(predict.main, *PREDICTION, "--coverage", "0.9")
 
 
 PREDICT = [

@@ -15,7 +15,7 @@ from sklearn.preprocessing import MultiLabelBinarizer
 
 from errors import InputError
 from taxonomy_hierarchical import Taxonomy
-from training.arguments import DataArguments, parse
+from training.arguments import DataArguments
 from training.data_report import describe
 from training.label_arrays import multi_hot
 from training.splits import load_splits
@@ -284,19 +284,6 @@ def test_a_delimiter_that_separates_the_names_of_a_path_is_refused(tmp_path):
         with pytest.raises(InputError, match="--label_delimiter must differ from --label_separator, which is ' > '"):
             load(**files, **separator, label_delimiter=">")
     assert labels_of(load(**files, known=known, label_delimiter="/")) == {"p": {"x"}, "q": {"z"}}
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--label_delimiter="],
-        ["--label_delimiter", ";", "--label_column", "a", "b"],
-        ["--problem_type", "x"],
-    ],
-)
-def test_contradictory_flags_are_refused(words):
-    with pytest.raises(InputError, match=words[0].strip("=")):
-        parse(words)
 
 
 # ── Split ────────────────────────────────────────────────────────────────────────────────────────────────────────────
