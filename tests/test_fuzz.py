@@ -4,16 +4,12 @@ Each test draws a few dozen inputs, the same in each run. ``FUZZ_EXAMPLES=20000 
 inputs. The process may use at most 2 GiB more than at the start.
 """
 
-import csv
 import gzip
-import io
 import json
 import resource
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unicodedata import category
 
 import pytest
 import yaml
@@ -23,7 +19,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import pipeline
 
-from configuration_hierarchical import HierarchicalConfig
 from prediction.input import read_records
 from reading.sources import find_sources, read_table
 from taxonomy_hierarchical import Taxonomy, TaxonomyError
@@ -47,13 +42,11 @@ FORESTS = st.dictionaries(  # taxonomies as people write them; a name may occur 
     min_size=2,
     max_size=4,
 )
-PAIRS = st.lists(st.tuples(st.one_of(st.just(""), GOOD), GOOD), min_size=2, max_size=8)  # parent and child
 TREES = st.recursive(
     st.one_of(NAMES, st.none()),
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(NAMES, inner, max_size=4)),
     max_leaves=20,
 )
-CELLS = st.text(st.characters(exclude_characters="\0\r\ufeff", exclude_categories=["Cs"]), max_size=8)
 ODD_BYTES = st.one_of(st.binary(max_size=200), TEXT.map(lambda text: text.encode("utf-8", "surrogatepass")))
 
 
@@ -147,47 +140,7 @@ def test_taxonomy_files_of_odd_bytes(file, suffix, content):
         assert_sound(taxonomy)
 
 
-@fuzz
-@given(FORESTS, st.sampled_from([".yaml", ".json"]))
-def test_taxonomy_files_of_mappings(file, tree, suffix):
-    text = yaml.safe_dump(tree, allow_unicode=True, sort_keys=False) if suffix == ".yaml" else json.dumps(tree)
-    assert built(Taxonomy.from_file, file(f"tree{suffix}", text.encode())) == built(Taxonomy, tree)
-
-
-@fuzz
-@given(PAIRS, st.sampled_from([(".csv", ","), (".tsv", "\t")]))
-def test_taxonomy_files_of_pairs(file, pairs, kind):
-    stream = io.StringIO()
-    csv.writer(stream, delimiter=kind[1]).writerows([("parent", "child"), *pairs])
-    path = file(f"tree{kind[0]}", stream.getvalue().encode())
-    assert built(Taxonomy.from_file, path) == built(Taxonomy.from_rows, pairs)
-
-
 # ── configurations ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@fuzz
-@given(
-    FORESTS,
-    st.floats(0, 0.9),
-    st.sampled_from(["mean", "cls", "label_attention"]),
-    st.one_of(st.none(), st.integers(1, 1000)),
-)
-def test_configurations_come_back(tree, dropout, pooling, lexical_vocab_size):
-    weight = None if lexical_vocab_size is None else 0.3
-    tree = Taxonomy(tree, " > ")
-    config = HierarchicalConfig(
-        taxonomy=tree,
-        head_dropout=dropout,
-        pooling=pooling,
-        lexical_vocab_size=lexical_vocab_size,
-        lexical_weight=weight,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        config.save_pretrained(folder)
-        again = HierarchicalConfig.from_pretrained(folder)
-    assert again.to_dict() == config.to_dict()
-    assert again.tree == tree
 
 
 @fuzz
@@ -198,25 +151,6 @@ def test_config_files_of_odd_bytes(file, content):
 
 
 # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@fuzz
-@given(
-    st.lists(st.lists(CELLS, min_size=3, max_size=3), min_size=1, max_size=6),
-    st.sampled_from([(".csv", ","), (".tsv", "\t")]),
-)
-def test_tables_hold_what_was_written(file, rows, kind):
-    stream = io.StringIO()
-    writer = csv.writer(stream, delimiter=kind[1], quoting=csv.QUOTE_ALL)
-    writer.writerows([["a", "b", "text"], *rows])
-    path = file(f"rows{kind[0]}", stream.getvalue().encode())
-    (source,) = find_sources(str(path))
-    assert list(zip(*read_table(source).columns.values(), strict=True)) == [tuple(row) for row in rows]
-    found = list(read_records([source], "text", "a"))
-    assert [(record.id, record.text) for record in found] == [
-        (row[0], None if all(one == "\ufffd" or category(one)[0] in "CMZ" for one in row[2]) else row[2])
-        for row in rows
-    ]
 
 
 @fuzz
@@ -245,15 +179,6 @@ def test_tables_and_records(file, kind, content, head, whole):
             assert (record.text is None) != (record.problem is None)
             assert record.text is None or (record.text.strip() and record.text.encode())
             json.dumps(record.id, allow_nan=False).encode()
-
-
-@fuzz
-@given(st.dictionaries(st.text("ab1 ", min_size=1, max_size=3), TEXT, max_size=3))
-def test_class_names(given):
-    with refused_in_one_line():
-        names = read_class_names(json.dumps(given))
-        assert all(isinstance(name, str) and name.strip() for pair in names.items() for name in pair)
-        assert len(names) == len(given)
 
 
 @fuzz

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, parquet, run_outside
+from conftest import ROOT, parquet
 
 from errors import InputError
 from prediction.input import read_records
@@ -104,22 +104,3 @@ def without_bad_rows(path: Path, bad: list[int], content: bytes) -> Path:
         lines = content.splitlines(keepends=True)
         copy.write_bytes(b"".join(line for i, line in enumerate(lines, 1) if i not in gone))
     return copy
-
-
-def test_a_space_with_a_copy_of_the_reader_beside_it_reads_a_file(tmp_path):
-    """Copy the files of a published Space to a folder outside of the repository."""
-    for file in [*(ROOT / "space").glob("*.py"), *(ROOT / "reading").glob("*.py")]:
-        folder = tmp_path / ("reading" if file.parent.name == "reading" else "")
-        folder.mkdir(exist_ok=True)
-        (folder / file.name).write_bytes(file.read_bytes())
-    code = f"""
-import json, sys
-sys.path.insert(0, {str(tmp_path)!r})
-from tables import read_table
-content = bytes.fromhex({CORPUS["categories.parquet"][0].hex()!r})
-table = read_table(content, "parquet")
-import reading
-print(json.dumps([table.column, [row.text for row in table.rows], reading.__file__, {str(ROOT)!r} in sys.path]))
-"""
-    found = run_outside(code, tmp_path)
-    assert found == ["Text", ["one", "two", None, "one"], str(tmp_path / "reading" / "__init__.py"), False]

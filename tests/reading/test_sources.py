@@ -16,7 +16,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, run_outside
+from conftest import ROOT
 
 from prediction.input import read_records
 from reading.rows import InputError
@@ -227,10 +227,3 @@ print(json.dumps([find_column(dict.fromkeys(texts, 1.0), None, TEXT_COLUMNS), te
                   [name for name in ("pandas", "torch", "training") if name in sys.modules]]))
 """
     assert json.loads(run_alone(tmp_path, code)) == ["text", ["a", "b", "a"], [], []]
-    # as a package of the repository it imports nothing of it either
-    code = "import json, sys\nimport reading.sources, reading.columns, reading.parquet\n"
-    code += f"print(json.dumps([n for n, m in sys.modules.items() if str(getattr(m, '__file__', '')).startswith({str(ROOT)!r})"
-    code += " and '.venv' not in m.__file__]))"
-    found = run_outside(code, ROOT, fresh=True)
-    modules = ("columns", "parquet", "rows", "sources", "stores")
-    assert sorted(found) == ["reading", *(f"reading.{name}" for name in modules)]
