@@ -28,6 +28,7 @@ import torch
 import transformers
 from forked import COMMANDS, LIBRARIES, Process, Server
 from hub_server import SHARED_HOME
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel
 
 # a shell makes background processes ignore Ctrl+C, which the commands that the tests start would inherit
@@ -258,6 +259,25 @@ def copy_checkpoint(form: str, folder: Path) -> Path:
     return folder
 
 
+def untrained_model(encoder: str, taxonomy, **settings):
+    """Return a model with a pretrained encoder, given by folder, and initial heads."""
+    from checkpoint_hierarchical import load_encoder
+    from configuration_hierarchical import HierarchicalConfig
+    from modeling_hierarchical import HierarchicalForSequenceClassification
+
+    config = HierarchicalConfig(
+        text_config=AutoConfig.from_pretrained(encoder), taxonomy=taxonomy, encoder_name_or_path=encoder, **settings
+    )
+    return HierarchicalForSequenceClassification(config, encoder=load_encoder(config)).eval()
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Return whether two checkpoints in adapter form have equal adapters and heads."""
+    files = ("heads.safetensors", "adapter/adapter_model.safetensors")
+    pairs = [(load_file(one / name), load_file(other / name)) for name in files]
+    return all(a.keys() == b.keys() and all(a[key].equal(b[key]) for key in a) for a, b in pairs)
+
+
 def free_port() -> int:
     """Return a port of this machine on which nothing listens."""
     with socket.socket() as free:
@@ -482,21 +502,12 @@ def quickstart_run(tiny_encoder, tmp_path_factory) -> tuple[Path, str]:
 @pytest.fixture(scope="session")
 def labels_checkpoint(tiny_encoder, tmp_path_factory) -> str:
     """Build a multi-label checkpoint that predicts each class whose disease a text names. All parameters are set by hand."""
-    from checkpoint_hierarchical import load_encoder
-    from configuration_hierarchical import HierarchicalConfig
-    from modeling_hierarchical import HierarchicalForSequenceClassification
     from taxonomy_hierarchical import Taxonomy
 
     general = "general pathological conditions"
     tree = Taxonomy({"specific disease": [label for label in CLEAR if label != general], general: None})
-    config = HierarchicalConfig(
-        text_config=AutoConfig.from_pretrained(tiny_encoder),
-        taxonomy=tree,
-        encoder_name_or_path=tiny_encoder,
-        problem_type="multi_label_classification",
-    )
     torch.manual_seed(1)
-    model = HierarchicalForSequenceClassification(config, encoder=load_encoder(config))
+    model = untrained_model(tiny_encoder, tree, problem_type="multi_label_classification")
     torch.nn.init.normal_(model.heads.weight, std=0.03)
     tokenizer = AutoTokenizer.from_pretrained(tiny_encoder, model_max_length=128)
     idf, weight = torch.full((len(tokenizer),), 0.05), torch.zeros(tree.num_nodes, len(tokenizer))

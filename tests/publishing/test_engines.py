@@ -13,16 +13,14 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import CLEAR, CORPUS, ROOT, read_csv, run, run_outside
+from conftest import CLEAR, CORPUS, ROOT, read_csv, run, run_outside, untrained_model
 from hub_server import HubServer
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, MPNetConfig, pipeline
 
 from checkpoint_files import ONNX_FILE
-from checkpoint_hierarchical import load_encoder
 from configuration_hierarchical import HierarchicalConfig
 from errors import InputError
-from modeling_hierarchical import HierarchicalForSequenceClassification
 from publishing.export import export_onnx
 from taxonomy_hierarchical import Taxonomy
 
@@ -125,10 +123,7 @@ def served_softmax(logits: np.ndarray) -> np.ndarray:
 
 def test_the_softmax_of_text_embeddings_inference_stays_finite_for_improbable_leaves(tiny_encoder, tmp_path):
     tree = Taxonomy({"a": {"b": ["c", "d"], "e": None}, "f": None})
-    config = HierarchicalConfig(
-        text_config=AutoConfig.from_pretrained(tiny_encoder), taxonomy=tree, encoder_name_or_path=tiny_encoder
-    )
-    model = HierarchicalForSequenceClassification(config, encoder=load_encoder(config)).eval()
+    model = untrained_model(tiny_encoder, tree)
     with torch.no_grad():  # P(c) is about exp(-60), P(d) about exp(-180)
         model.heads.bias.copy_(torch.tensor([{"b": -60.0, "d": -120.0}.get(name, 0.0) for name in tree.names]))
     model.save_pretrained(tmp_path)

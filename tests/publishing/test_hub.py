@@ -10,16 +10,27 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import CORPUS, ROOT, copy_checkpoint, read_csv, run, run_outside, snippets, train_label_sets, write_csv
+from conftest import (
+    CORPUS,
+    ROOT,
+    copy_checkpoint,
+    read_csv,
+    run,
+    run_outside,
+    snippets,
+    train_label_sets,
+    untrained_model,
+    write_csv,
+)
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from hub_server import HubServer
 from safetensors.torch import load, load_file, save
 from space_server import SpaceServer
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from checkpoint_files import ONNX_FILE
-from checkpoint_hierarchical import SHIPPED_FILES, load_encoder
+from checkpoint_hierarchical import SHIPPED_FILES
 from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import HierarchicalForSequenceClassification, TreeSigmoid
 from publishing.export import export_onnx
@@ -150,14 +161,7 @@ def test_publishing_again_makes_no_commit_and_a_change_makes_one(hub, checkpoint
 @pytest.mark.parametrize(("score", "pooling"), [(60.0, "mean"), (10.0, "label_attention")])
 def test_an_onnx_file_of_several_labels_stays_finite_for_large_scores(tiny_encoder, tmp_path, score, pooling):
     tree = Taxonomy({"a": {"b": ["c", "d"], "e": ["f", "g"]}, "h": {"i": ["j"], "k": None}})
-    config = HierarchicalConfig(
-        text_config=AutoConfig.from_pretrained(tiny_encoder),
-        taxonomy=tree,
-        encoder_name_or_path=tiny_encoder,
-        problem_type="multi_label_classification",
-        pooling=pooling,
-    )
-    model = HierarchicalForSequenceClassification(config, encoder=load_encoder(config)).eval()
+    model = untrained_model(tiny_encoder, tree, problem_type="multi_label_classification", pooling=pooling)
     if pooling == "label_attention":
         torch.nn.init.normal_(model.heads.query, std=5.0)
     with torch.no_grad():  # every mix of signs along a path

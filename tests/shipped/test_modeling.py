@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import untrained_model
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, initialization
 
 from checkpoint_files import find_damage
-from checkpoint_hierarchical import ADAPTER_WEIGHTS, load_encoder
+from checkpoint_hierarchical import ADAPTER_WEIGHTS
 from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import (
     HierarchicalForSequenceClassification,
     negative_log_likelihood,
-    segment_logsumexp,
 )
 from taxonomy_hierarchical import Taxonomy
 from training.model import turn_off_dropout
@@ -75,30 +75,13 @@ def naive_log_probs(model: HierarchicalForSequenceClassification, pooled: torch.
     return torch.stack([conditional[:, tree.path(i)].sum(-1) for i in range(tree.num_nodes)], 1)
 
 
-def test_segment_logsumexp_is_a_logsumexp_a_group():
-    scores = torch.randn(4, 6) * 50
-    group = torch.tensor([2, 0, 2, 1, 0, 2])
-    got = segment_logsumexp(scores, group, 3)
-    for i, columns in enumerate(([1, 4], [3], [0, 2, 5])):
-        torch.testing.assert_close(got[:, i], scores[:, columns].logsumexp(-1))
-
-
 @pytest.mark.parametrize("taxonomy", [UNEVEN, Taxonomy(["x", "y", "z"]), Taxonomy({"only": {"root": ["p", "q"]}})])
 def test_node_probabilities_are_products_along_the_path(taxonomy):
     model = small_model(taxonomy=taxonomy)
-    nn.init.normal_(model.heads.weight, std=2)
+    nn.init.normal_(model.heads.weight, std=20)  # scores whose powers overflow
     nn.init.normal_(model.heads.bias)
     pooled = torch.randn(5, 32)
     torch.testing.assert_close(model.heads(pooled), naive_log_probs(model, pooled))
-
-
-def test_a_leaf_competes_with_all_leaves_by_its_own_score_and_its_ancestors():
-    model, pooled = small_model(), torch.randn(5, 32)
-    nn.init.normal_(model.heads.weight)
-    own = pooled @ model.heads.weight.T + model.heads.bias
-    tree = model.config.tree
-    flat = torch.stack([own[:, tree.path(leaf)].sum(1) for leaf in range(tree.num_leaves)], 1).log_softmax(1)
-    torch.testing.assert_close(model.heads(pooled)[:, : tree.num_leaves], flat)
 
 
 def test_children_add_up_to_their_parent_and_leaves_to_one():
@@ -267,13 +250,6 @@ def test_the_dtype_argument_works_as_for_any_model(form, adapted, tmp_path):
         assert {p.dtype for p in loaded.heads.parameters()} == {torch.float32}
 
 
-def test_the_width_of_the_encoder_can_be_set():
-    config = small_model().config
-    config.hidden_size = 64
-    assert (config.hidden_size, config.text_config.hidden_size) == (64, 64)
-    assert HierarchicalForSequenceClassification(config).heads.weight.shape == (UNEVEN.num_nodes, 64)
-
-
 @pytest.mark.parametrize("form", ["adapter", "whole"])
 @pytest.mark.parametrize("umask", [0o022, 0o027])
 def test_the_permissions_of_saved_files_follow_the_umask(form, umask, adapted, tmp_path):
@@ -388,8 +364,7 @@ def test_a_mask_that_the_heads_cannot_read_is_refused(pooling):
 def adapted(minilm) -> HierarchicalForSequenceClassification:
     """Return MiniLM with an adapter that changes its output."""
     torch.manual_seed(0)
-    config = HierarchicalConfig(text_config=AutoConfig.from_pretrained(minilm), encoder_name_or_path=minilm)
-    model = HierarchicalForSequenceClassification(config, encoder=load_encoder(config))
+    model = untrained_model(minilm, None)
     lora = LoraConfig(r=4, target_modules=["query", "value", "dense"], init_lora_weights=False)
     inject_adapter_in_model(lora, model.encoder)
     nn.init.normal_(model.heads.weight)
@@ -436,19 +411,6 @@ def test_peft_alone_loads_the_adapter_on_the_bare_encoder(adapted, minilm, tmp_p
     ours = adapted.encoder(**inputs).last_hidden_state
     torch.testing.assert_close(plain, ours, atol=1e-6, rtol=0)
     assert (plain - before).abs().max() > 0.1
-
-
-def test_a_checkpoint_that_lost_a_weight_is_refused(adapted, tmp_path):
-    adapted.save_pretrained(tmp_path)
-    file = tmp_path / "adapter" / "adapter_model.safetensors"
-    weights = load_file(file)
-    name = min(weights)
-    save_file({key: value for key, value in weights.items() if key != name}, file)
-    with pytest.raises(ValueError, match=r"the adapter weight .* is missing from the checkpoint"):
-        HierarchicalForSequenceClassification.from_pretrained(tmp_path)
-    save_file({**weights, name: weights[name][:2].contiguous()}, file)
-    with pytest.raises(ValueError, match="has shape"):
-        HierarchicalForSequenceClassification.from_pretrained(tmp_path)
 
 
 def test_resized_embeddings_under_an_adapter_are_refused_instead_of_lost(adapted, tmp_path):

@@ -3,11 +3,11 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from conftest import untrained_model
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, pipeline
+from transformers import AutoModel, AutoTokenizer, pipeline
 
-from checkpoint_hierarchical import load_encoder
 from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from taxonomy_hierarchical import Taxonomy
@@ -20,13 +20,7 @@ RECALL = [round(0.99 - 0.01 * level, 6) for level in range(95)] + [None] * 4
 
 
 def uncalibrated(minilm: str) -> HierarchicalForSequenceClassification:
-    config = HierarchicalConfig(
-        text_config=AutoConfig.from_pretrained(minilm),
-        taxonomy=TREE,
-        encoder_name_or_path=minilm,
-        problem_type="multi_label_classification",
-    )
-    return HierarchicalForSequenceClassification(config, encoder=load_encoder(config))
+    return untrained_model(minilm, TREE, problem_type="multi_label_classification")
 
 
 def build(minilm: str, adapter: bool) -> HierarchicalForSequenceClassification:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, run_outside
+from conftest import ROOT, run_outside, untrained_model
 from datasets import Dataset
 from scipy.sparse.csgraph import shortest_path
 from torch import nn
@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.pipelines.pt_utils import KeyDataset
 
-from checkpoint_hierarchical import SHIPPED_FILES, load_encoder
+from checkpoint_hierarchical import SHIPPED_FILES
 from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from pipeline_hierarchical import HierarchicalTextClassificationPipeline, batches_by_length
@@ -53,10 +53,7 @@ def _two_cores() -> None:
 @pytest.fixture(scope="module")
 def checkpoint(minilm, tmp_path_factory) -> str:
     torch.manual_seed(1)
-    config = HierarchicalConfig(
-        text_config=AutoConfig.from_pretrained(minilm), taxonomy=UNEVEN, encoder_name_or_path=minilm
-    )
-    model = HierarchicalForSequenceClassification(config, encoder=load_encoder(config))
+    model = untrained_model(minilm, UNEVEN)
     nn.init.normal_(model.heads.weight, std=0.5)
     folder = tmp_path_factory.mktemp("checkpoint")
     model.save_pretrained(folder)

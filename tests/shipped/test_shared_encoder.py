@@ -5,23 +5,18 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import untrained_model
 from peft import LoraConfig, inject_adapter_in_model
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
-from checkpoint_hierarchical import load_encoder
-from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from pipeline_hierarchical import HierarchicalTextClassificationPipeline
-from taxonomy_hierarchical import Taxonomy
 
 
 def write_adapter(encoder: str, folder, taxonomy: dict, seed: int, **lora) -> str:
     """Write a checkpoint in adapter form whose adapter changes predictions."""
     torch.manual_seed(seed)
-    config = HierarchicalConfig(
-        text_config=AutoConfig.from_pretrained(encoder), taxonomy=Taxonomy(taxonomy), encoder_name_or_path=encoder
-    )
-    model = HierarchicalForSequenceClassification(config, encoder=load_encoder(config))
+    model = untrained_model(encoder, taxonomy)
     inject_adapter_in_model(LoraConfig(**lora), model.encoder)
     for name, parameter in model.encoder.named_parameters():
         if "lora_B" in name:

@@ -8,8 +8,7 @@ import signal
 from contextlib import ExitStack
 
 import pytest
-from conftest import ROOT, first_rows, free_port, run, started
-from safetensors.torch import load_file
+from conftest import ROOT, first_rows, free_port, run, same_weights, started
 
 SCRIPT = "examples/ray_train.py"
 
@@ -56,10 +55,7 @@ def test_after_a_killed_worker_the_weights_are_those_of_an_unbroken_run(tiny_enc
     assert "worker 0 failed" in log.read_text()
     resumed = json.loads((broken / "metrics.json").read_text())["resumed_from_step"]
     assert 4 <= resumed < 10
-    for name in ("heads.safetensors", "adapter/adapter_model.safetensors"):
-        expected, weights = load_file(whole / name), load_file(broken / name)
-        assert expected.keys() == weights.keys()
-        assert all(weights[key].equal(expected[key]) for key in expected), name
+    assert same_weights(whole, broken)
 
 
 def test_an_error_of_the_user_is_one_line_and_restarts_no_worker(tiny_encoder, settings, tmp_path):

@@ -7,7 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CORPUS, ROOT, clear_rows, complete, interrupt, read_csv, run, train_label_sets, write_csv
+from conftest import (
+    CORPUS,
+    ROOT,
+    clear_rows,
+    complete,
+    interrupt,
+    read_csv,
+    run,
+    same_weights,
+    train_label_sets,
+    write_csv,
+)
 from labelled_files import csv_file, load
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, pipeline
@@ -114,9 +125,7 @@ def test_killed_in_either_run_it_ends_with_the_same_weights(words, refitted, tmp
         interrupt(signal.SIGKILL, *line, log=tmp_path / "log", until=saved)
         assert not (folder / "metrics.json").exists()
     run(*line)
-    for name in ("heads.safetensors", "adapter/adapter_model.safetensors"):
-        weights, expected = load_file(output / name), load_file(refitted / name)
-        assert all(weights[key].equal(expected[key]) for key in expected)
+    assert same_weights(output, refitted)
 
 
 def test_checkpoints_of_a_former_run_are_never_taken_for_its_own(words, tmp_path):

@@ -11,8 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import CORPUS, DIVERGES, ROOT, STRIKE, complete, first_rows, interrupt, read_csv, run, write_csv
-from safetensors.torch import load_file
+from conftest import (
+    CORPUS,
+    DIVERGES,
+    ROOT,
+    STRIKE,
+    complete,
+    first_rows,
+    interrupt,
+    read_csv,
+    run,
+    same_weights,
+    write_csv,
+)
 
 import train
 from errors import InputError
@@ -38,11 +49,6 @@ def unbroken(words, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("unbroken") / "results"
     run(*words, "--output_dir", output)
     return output
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    pairs = [(load_file(one / name), load_file(other / name)) for name in WEIGHTS]
-    return all(a.keys() == b.keys() and all(a[key].equal(b[key]) for key in a) for a, b in pairs)
 
 
 def test_the_same_seed_gives_the_same_weights(words, unbroken, tmp_path):
@@ -128,11 +134,6 @@ def test_a_run_is_not_resumed_with_another_number_of_steps_per_epoch(words, run_
         InputError, match=r"had \d+ steps per epoch, and now there are \d+: give the same number of processes"
     ):
         train.main(list(map(str, line)))
-
-
-def test_fp16_is_refused_on_a_cpu(words, tmp_path):
-    with pytest.raises(InputError, match="--fp16 needs a GPU: leave it out"):
-        train.main(list(map(str, [*words, "--output_dir", tmp_path / "results", "--fp16", "true"])))
 
 
 def test_a_run_that_was_killed_after_its_last_step_takes_none_more(words, unbroken, tmp_path):
