@@ -22,7 +22,6 @@ from evaluation.calibration import (
     fit_conformal_thresholds,
     node_log_probs,
     nonconformity_scores,
-    round_up,
 )
 from evaluation.report import calibrate_model
 from modeling_hierarchical import HierarchicalForSequenceClassification
@@ -240,35 +239,6 @@ def test_calibrated_probabilities_are_products_of_each_decision_by_itself(tree):
     np.testing.assert_allclose(calibration.apply(tree, logits, words), expected, atol=1e-12)
 
 
-def test_a_calibration_is_saved_and_loaded(tmp_path):
-    config = HierarchicalConfig(text_config={"model_type": "bert", **TINY}, taxonomy=TREE)
-    model = HierarchicalForSequenceClassification(config).eval()
-    thresholds, biases = [0.0] * 50 + [0.5] * 48 + [None], [0.1 * node for node in range(TREE.num_nodes)]
-    fitted = {"temperatures": [0.5, 2.0, 3.0, 0.7], "node_biases": biases, "conformal_thresholds": thresholds}
-    model.set_calibration(**fitted, conformal_max_length=48)
-    model.save_pretrained(tmp_path)
-    loaded = HierarchicalForSequenceClassification.from_pretrained(tmp_path)
-    assert loaded.config.temperatures == [0.5, 2.0, 3.0, 0.7]
-    assert loaded.config.node_biases == biases
-    assert loaded.config.conformal_thresholds == thresholds
-    assert loaded.config.conformal_max_length == 48
-    ids = torch.randint(5, 60, (3, 9))
-    with torch.inference_mode():
-        torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"temperatures": [1.0, 1.0, "1", 1.0]}, "temperatures must be a list of 4 numbers"),
-        ({"conformal_thresholds": [0.5] * 10}, "conformal_thresholds must be a list of 99 numbers"),
-    ],
-)
-def test_a_calibration_that_does_not_fit_is_refused(wrong, message):
-    with pytest.raises(ValueError, match=message):
-        HierarchicalConfig(taxonomy=TREE, **wrong)
-
-
 @pytest.mark.parametrize("tree", [TREE, MANY, ONLY])
 def test_nonconformity_is_the_smallest_threshold_whose_answer_holds_the_leaf(tree):
     generator, under = np.random.default_rng(0), tree.leaves_at_or_below
@@ -338,14 +308,6 @@ def test_thresholds_are_the_ranks_of_split_conformal_prediction():
         with pytest.raises(ValueError, match=r"coverage must be a number above 0 and at most 0\.99"):
             threshold(wrong)
     HierarchicalConfig(taxonomy=TREE, conformal_thresholds=thresholds)
-
-
-def test_thresholds_are_rounded_to_no_less_than_the_score():
-    for scores in np.random.default_rng(0).integers(1, 10**6, size=(200, 9)) / 10**6:  # multiples of 1e-6
-        for nearest in (scores, np.nextafter(scores, 0), np.nextafter(scores, 1)):
-            assert all(nearest <= [round_up(score) for score in nearest])
-            assert all(nearest + 1e-6 >= [round_up(score) for score in nearest])
-    assert (round_up(0.0), round_up(1.0)) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("coverage", [0.8, 0.9, 0.95])

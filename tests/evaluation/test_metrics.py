@@ -90,11 +90,6 @@ def test_hierarchical_f1_against_sets_on_a_random_forest(metric):
     assert scores["hierarchical_recall"] == pytest.approx(shared / sum(len(t) for _, t in pairs))
 
 
-def test_hierarchical_f1_on_a_flat_taxonomy_is_accuracy(metric):
-    scores = metric.compute(predictions=[0, 1, 2, 0], references=[0, 1, 1, 1], parents=[-1, -1, -1])
-    assert set(scores.values()) == {0.5}
-
-
 def test_hierarchical_f1_is_zero_when_nothing_is_shared(metric):
     scores = metric.compute(predictions=[A], references=[E], parents=TREE.parents)
     assert scores == {"hierarchical_precision": 0, "hierarchical_recall": 0, "hierarchical_f1": 0}

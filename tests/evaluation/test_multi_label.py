@@ -1,6 +1,5 @@
 """Multi-label calibration, thresholds, guarantee and metrics against scikit-learn, exhaustive search and simulation."""
 
-import json
 import math
 import statistics
 from fractions import Fraction
@@ -42,7 +41,6 @@ from evaluation.multi_label import (
     shrunk_thresholds,
 )
 from modeling_hierarchical import LexicalHead
-from reading.columns import join_labels
 from taxonomy_hierarchical import Taxonomy
 
 # a at level 1; B > c at level 2; B > D > e, f at level 3; G > h, an only child
@@ -76,13 +74,6 @@ def f1(chosen: np.ndarray, true: np.ndarray) -> float:
 
 
 # Marginal logits and open decisions
-
-
-def test_marginal_logits_of_extreme_scores_are_finite_and_never_rise_downwards():
-    z = np.random.default_rng(0).choice([-500.0, -60.0, 0.0, 60.0, 500.0], size=(500, TREE.num_nodes))
-    u = marginal_logits(TREE, z)
-    assert np.isfinite(u).all()
-    assert all((u[:, node] <= u[:, parent]).all() for node, parent in enumerate(TREE.parents) if parent >= 0)
 
 
 def test_a_decision_is_open_where_the_parent_is_true_and_the_label_known():
@@ -303,13 +294,6 @@ def test_unknown_labels_do_not_move_thresholds():
     np.testing.assert_allclose(fit_node_thresholds(TREE, u, labels), expected)
 
 
-@pytest.mark.parametrize("names", [[], ["a"], ["a", "b c"], ["a; b", "c"], ["a;b"]])
-def test_joined_names_can_be_split_again(names):
-    cell = join_labels(names)
-    back = json.loads(cell) if cell.startswith("[") else cell.split("; ") if cell else []
-    assert back == names
-
-
 # Guarantee
 
 
@@ -450,13 +434,6 @@ def test_metrics_against_scikit_learn(tree):
     for name, value in expected.items():
         assert metrics.pop(name) == pytest.approx(value), name
     assert set(metrics) == {"ece", "ece_by_chance"}
-
-
-def test_average_precision_of_equal_scores_is_scikit_learns():
-    z, labels = case(TREE, 100)
-    u = z.round()
-    expected = sklearn.metrics.average_precision_score(labels, u, average="macro")
-    assert measured(TREE, u, labels)["mean_average_precision"] == pytest.approx(expected)
 
 
 def test_metrics_by_hand():

@@ -3,7 +3,6 @@
 import struct
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pytest
 import sklearn.metrics
@@ -188,14 +187,3 @@ def test_f1_by_frequency_shows_the_classes_that_occur_with_their_intervals():
     np.testing.assert_allclose(points.get_xydata(), [[20, 0.5], [1, 1.0]])
     np.testing.assert_allclose(bars.get_segments(), [[[20, 0.25], [20, 0.625]], [[1, 1.0], [1, 1.0]]])
     assert f1_by_frequency(rows[1:2]) is None
-
-
-def test_the_same_run_writes_the_same_files_and_leaves_matplotlib_alone(tmp_path):
-    before = dict(matplotlib.rcParams)
-    logits, labels = random_case(TREE, 50)
-    for folder in (tmp_path / "one", tmp_path / "two"):
-        write(training_curves(LOG), folder / "training_curves.png")
-        write(reliability_diagram(TREE, logits, labels), folder / "reliability_diagram.png")
-    for path in (tmp_path / "one").iterdir():
-        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
-    assert dict(matplotlib.rcParams) == before

@@ -223,14 +223,6 @@ def test_a_file_beyond_the_limits_or_without_rows_is_refused_in_words(content, k
         read_table(content, kind)
 
 
-def test_a_parquet_column_that_python_has_no_values_for_is_named():
-    content = parquet({"text": ["a"], "when": pa.array([10**17], pa.timestamp("ms"))})  # in the year 3,170,843
-    assert [row.text for row in read_table(content, "parquet").rows] == ["a"]
-    (row,) = read_table(content, "parquet", "when").rows
-    assert row.text is None
-    assert row.problem.startswith("the column 'when' holds ")
-
-
 def test_a_column_is_read_by_its_whole_name():
     content = parquet({"a.b": ["dotted"], "a": ["the longest of them"], "s": [{"b": "inner"}], "n": [1]})
     table = read_table(content, "parquet")
@@ -813,19 +805,6 @@ def test_equal_files_of_several_clients_are_each_read(space, tmp_path):
 def test_no_client_makes_the_server_download(client, name):
     with pytest.raises(AppError, match="A URL is not fetched"):
         client.predict({"path": "http://127.0.0.1:1/a.csv", "meta": {"_type": "gradio.FileData"}}, api_name=name)
-
-
-def test_sixteen_clients_at_once_all_get_answers(space, texts):
-    """Send two requests each. `benchmarks/space.py` has 64 clients and 2,000 requests."""
-
-    def ask(number: int) -> list[str]:
-        mine = Client(space.address, verbose=False)
-        return [mine.predict(texts[(number + i) % 20], api_name="/classify")["label"] for i in range(2)]
-
-    with ThreadPoolExecutor(16) as pool:
-        labels = [label for some in pool.map(ask, range(16)) for label in some]
-    assert len(labels) == 32
-    assert all(labels)
 
 
 def test_a_text_waits_for_no_file_and_a_full_queue_is_reported(space, client, texts):

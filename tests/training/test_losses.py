@@ -43,11 +43,6 @@ def by_hand(node_log_probs, labels, weights, gamma=0.0, level_weights=(1.0,), sm
     return total / items
 
 
-def test_a_document_counts_for_every_node_on_its_path():
-    #                                     c  d  e  g  h  a   b  f
-    assert TREE.count_at_or_below(LABELS.tolist()) == [6, 3, 2, 4, 2, 14, 9, 4]
-
-
 def test_plain_settings_are_the_models_own_loss():
     counts, x, labels = node_counts(), log_probs(), torch.tensor([0, 3, -100, 5, 6, 4])
     plain = HierarchicalFocalLoss(TREE, counts)

@@ -516,13 +516,6 @@ def test_heads_have_a_learning_rate_of_their_own(tmp_path, tokenizer):
         assert rate_of[id(p)] == (1e-2 if name.startswith("heads.") else 1e-4), name
 
 
-def test_a_saved_checkpoint_holds_no_pickle(tmp_path, minilm, tokenizer):
-    run = trainer(lora_model(minilm, "none"), tokenizer, rows(), arguments(tmp_path))
-    run.save_model(str(tmp_path / "saved"))
-    suffixes = {path.suffix for path in (tmp_path / "saved").rglob("*") if path.is_file()}
-    assert suffixes == {".json", ".py", ".safetensors"}
-
-
 @pytest.fixture(scope="module")
 def lora_models(minilm) -> dict[str, HierarchicalForSequenceClassification]:
     return {quantization: lora_model(minilm, quantization) for quantization in ("none", "8bit", "4bit")}
@@ -531,23 +524,6 @@ def lora_models(minilm) -> dict[str, HierarchicalForSequenceClassification]:
 def test_what_is_trained_is_held_in_float32(lora_models):
     for quantization, model in lora_models.items():
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}, quantization
-
-
-def test_the_heads_are_never_quantized_and_the_encoder_is(lora_models):
-    model = lora_models["4bit"]
-    kinds = {name: type(m).__name__ for name, m in model.named_modules() if "4bit" in type(m).__name__}
-    assert kinds
-    assert all(name.startswith("encoder.") for name in kinds)
-    assert model.heads.weight.dtype == torch.float32
-    assert model.heads.weight.requires_grad
-
-
-def test_an_encoder_without_safetensors_is_read(tmp_path):
-    encoder = tiny_model().encoder
-    encoder.config.save_pretrained(tmp_path)
-    torch.save(encoder.state_dict(), tmp_path / "pytorch_model.bin")
-    loaded = build_model(ModelArguments(str(tmp_path), tuning="full", quantization="none"), TREE, seed=0).encoder
-    assert all(tensor.equal(loaded.state_dict()[name]) for name, tensor in encoder.state_dict().items())
 
 
 def test_an_encoder_that_lacks_weights_is_refused(tmp_path):

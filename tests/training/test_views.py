@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from training.losses import symmetric_kl
-from training.tokens import Collator, build_collator
+from training.tokens import build_collator
 from training.views import NO_SENTENCE, halves, sentence_numbers, split_sentences
 
 TEXTS = [
@@ -139,14 +139,6 @@ def test_left_padding_gives_the_same_halves(minilm, tokenizer):
     (inputs, *views), (other, *other_views) = halved(left, 2), halved(tokenizer, 2)
     assert all(map(torch.equal, views, other_views))
     assert all(inputs[name].equal(other[name]) for name in other)
-
-
-def test_rows_without_sentences_are_padded_as_ever(tokenizer):
-    rows = [
-        {"input_ids": [101, 7, 102], "attention_mask": [1, 1, 1]},
-        {"input_ids": [101, 102], "attention_mask": [1, 1]},
-    ]
-    assert Collator(tokenizer)(rows).keys() == {"input_ids", "attention_mask"}
 
 
 def test_disagreement_is_the_mean_of_both_divergences():
