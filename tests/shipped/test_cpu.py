@@ -182,12 +182,6 @@ def test_attention_is_that_of_sdpa_and_its_gradients_are_the_numerical_ones():
     )
 
 
-def test_a_mask_with_a_hole_or_an_empty_row_has_no_spans():
-    assert text_spans(2, 4, torch.tensor([[1, 0, 1, 0], [1, 1, 1, 1]])) is None
-    assert text_spans(2, 4, torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]])) is None
-    assert text_spans(2, 4, None) == [slice(0, 4)] * 2
-
-
 packs = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
     reason="torch has no bfloat16 products by oneDNN here",

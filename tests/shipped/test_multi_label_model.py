@@ -100,14 +100,6 @@ def test_probabilities_are_products_on_the_path_with_calibration_and_words(check
     assert output.decision_logits.shape == output.logits.shape == (len(TEXTS), TREE.num_nodes)
 
 
-@FORMS
-def test_the_stock_pipeline_gives_the_same_probabilities(checkpoint, classify):
-    stock = pipeline("text-classification", model=checkpoint, trust_remote_code=True, top_k=None)
-    for scores, result in zip(stock(TEXTS), classify(TEXTS), strict=True):
-        own = {label: score for level in result["levels"] for label, score in level.items()}
-        assert {item["label"]: item["score"] for item in scores} == pytest.approx(own, abs=1e-5)
-
-
 def deepest_reached(result: dict, thresholds: list[float]) -> dict[str, float]:
     """Return the nodes that reach their threshold, none of whose descendants does, with their probabilities."""
     p = {label: score for level in result["levels"] for label, score in level.items()}

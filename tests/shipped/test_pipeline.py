@@ -112,13 +112,6 @@ def test_a_result_is_the_path_to_the_most_probable_leaf_and_every_node_by_level(
         assert result["truncated"] is False
 
 
-def test_the_stock_pipeline_gives_the_same_leaf_and_score(checkpoint, classify):
-    stock = pipeline("text-classification", model=checkpoint, trust_remote_code=True)
-    for ours, theirs in zip(classify(TEXTS), stock(TEXTS, truncation=True), strict=True):
-        assert ours["label"] == theirs["label"]
-        assert ours["score"] == pytest.approx(theirs["score"], abs=1e-5)
-
-
 def test_a_pipeline_with_the_configuration_of_a_model_leaves_the_model_as_it_was(checkpoint, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(checkpoint, trust_remote_code=True)
     before = model.config.to_json_string()

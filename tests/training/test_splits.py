@@ -74,15 +74,6 @@ def test_splits_are_decided_by_the_seed(tmp_path):
     assert one != other
 
 
-def test_many_small_classes_still_give_the_whole_share(tmp_path):
-    # 40 classes of 5 texts: a tenth of each rounds to nothing, a tenth of all is 20
-    path = csv_file(tmp_path / "a.csv", [(f"text {i}", f"class {i % 40}") for i in range(200)])
-    data = load(data_path=path)
-    assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 160, "validation": 20, "test": 20}
-    assert data.report["classes_without_training_rows"] == []
-    assert max(Counter(labels_of(data, "test")).values()) == 1
-
-
 def test_rare_classes_give_their_share_too(tmp_path):
     rows = [(f"text {i}", "common") for i in range(1000)]
     rows += [(f"text {i}", f"rare {i % 200}") for i in range(1000, 1600)]  # of three texts each
