@@ -93,7 +93,7 @@ def built(make: Callable[..., Taxonomy], *arguments: Any) -> Taxonomy | None:
 
 @fuzz
 @given(FORESTS)
-def test_nested_mappings(tree):
+def test_any_nested_mapping_is_a_taxonomy_with_its_paths(tree):
     taxonomy = Taxonomy(tree, " > ")
     assert_sound(taxonomy)
     assert sorted(taxonomy.path_names(node) for node in range(taxonomy.num_nodes)) == sorted(paths_of(tree))
@@ -114,7 +114,7 @@ def test_any_json_is_a_taxonomy_or_one_error(tree, separator):
 
 @fuzz
 @given(st.lists(st.tuples(st.one_of(st.none(), NAMES), NAMES), max_size=12))
-def test_taxonomies_of_rows(rows):
+def test_any_rows_are_a_taxonomy_with_their_parents_or_one_error(rows):
     if (taxonomy := built(Taxonomy.from_rows, rows)) is None:
         return
     assert_sound(taxonomy)
@@ -125,14 +125,14 @@ def test_taxonomies_of_rows(rows):
 
 @fuzz
 @given(st.lists(st.lists(NAMES, max_size=4), max_size=8))
-def test_taxonomies_of_paths(paths):
+def test_any_paths_are_a_taxonomy_or_one_error(paths):
     if taxonomy := built(Taxonomy.from_paths, paths):
         assert_sound(taxonomy)
 
 
 @fuzz
 @given(st.sampled_from([".yaml", ".json", ".csv", ".tsv", ".txt"]), st.one_of(ODD_BYTES, JSON, TREES))
-def test_taxonomy_files_of_odd_bytes(file, suffix, content):
+def test_any_bytes_of_a_taxonomy_file_are_a_taxonomy_or_one_error(file, suffix, content):
     if not isinstance(content, bytes):
         dump = yaml.safe_dump if suffix == ".yaml" else json.dumps
         content = dump(content).encode("utf-8", "surrogatepass")
@@ -145,7 +145,7 @@ def test_taxonomy_files_of_odd_bytes(file, suffix, content):
 
 @fuzz
 @given(ODD_BYTES)
-def test_config_files_of_odd_bytes(file, content):
+def test_any_bytes_of_a_config_file_are_read_or_refused_in_one_line(file, content):
     with refused_in_one_line():  # as the commands do: transformers takes any JSON for an object
         read_config(str(file("config.json", content).parent))
 
@@ -162,7 +162,7 @@ def test_config_files_of_odd_bytes(file, content):
     st.sampled_from([b"", b"text,id\n", b"text\tid\n"]),
     st.booleans(),
 )
-def test_tables_and_records(file, kind, content, head, whole):
+def test_any_file_gives_columns_of_equal_length_and_records_with_a_text_or_a_problem(file, kind, content, head, whole):
     if not isinstance(content, bytes):
         lines = content if isinstance(content, list) and kind != "json" else [content]
         content = "\n".join(map(json.dumps, lines)).encode()
@@ -183,7 +183,7 @@ def test_tables_and_records(file, kind, content, head, whole):
 
 @fuzz
 @given(st.one_of(TEXT, JSON.map(json.dumps)))
-def test_class_names_of_odd_text(given):
+def test_any_text_of_class_names_is_read_or_refused_in_one_line(given):
     with refused_in_one_line():
         read_class_names("{" + given)
 
@@ -195,7 +195,7 @@ def test_class_names_of_odd_text(given):
         st.dictionaries(st.one_of(st.sampled_from(["seed", "lora_r", "level_weights"]), TEXT), JSON, max_size=3),
     )
 )
-def test_recipes(file, content):
+def test_any_recipe_is_parsed_or_refused_in_one_line(file, content):
     if not isinstance(content, bytes):
         content = yaml.safe_dump(content).encode("utf-8", "surrogatepass")
     with refused_in_one_line():
@@ -225,7 +225,7 @@ def classify(tmp_path_factory):
         },
     ),
 )
-def test_pipeline_input(classify, inputs, arguments):
+def test_any_input_of_the_pipeline_is_classified_or_refused_in_one_line(classify, inputs, arguments):
     try:
         found = classify(inputs, **arguments)
     except ValueError as error:

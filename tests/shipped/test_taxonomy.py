@@ -212,7 +212,7 @@ def test_the_taxonomy_is_drawn_as_a_tree():
     assert Taxonomy({"a": ["b", {"c": ["d"]}], "e": None}).draw() == "a\n├── b\n└── c\n    └── d\ne"
 
 
-def test_queries_of_the_tree_by_hand():
+def test_paths_leaves_and_decisions_are_those_worked_by_hand():
     # leaves: c 0, d 1, e 2, g 3, h 4; inner: a 5, b 6, f 7; the roots are a, f and h
     tree = Taxonomy({"a": {"b": ["c", "d"], "e": None}, "f": ["g"], "h": None})
     assert tree.padded_paths == [

@@ -287,7 +287,7 @@ def test_a_checkpoint_that_was_trained_on_every_text_has_none_to_score(place, wo
         run(*line, "--output_dir", tmp_path / "results")
 
 
-def test_a_truncated_file_is_an_error(place, words, first, tmp_path):
+def test_a_truncated_record_of_training_texts_is_refused(place, words, first, tmp_path):
     output = copy(first, tmp_path / "first")
     (output / KEPT).write_text((output / KEPT).read_text()[:100])
     line = [*words, "--model_name_or_path", output, "--data_path", place / "800.csv", "--output_dir", tmp_path / "next"]

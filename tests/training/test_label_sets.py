@@ -247,7 +247,7 @@ def test_a_checkpoint_can_be_scored_on_texts_without_labels_alone(tmp_path):
     assert [list(labels) for labels in data.splits["test"]["label"]] == [[], []]
 
 
-def test_a_cell_that_is_neither_0_nor_1(tmp_path):
+def test_a_cell_that_is_neither_0_nor_1_is_named(tmp_path):
     file = csv_file(tmp_path / "a.csv", [("p", 1, 0), ("q", 0, 2), ("r", "", 1)], header=("text", "x", "y"))
     flags = {"label_column": ["x", "y"], "problem_type": "multi_label_classification"}
     with pytest.raises(InputError, match=r"line 4, column 'x': the cell is neither 0 nor 1.* with --label_delimiter"):
@@ -333,7 +333,7 @@ def test_splitting_is_that_of_the_package_on_closed_labels(tmp_path, taxonomy):
     assert sorted(data.splits["validation"]["row"]) == sorted(expected.tolist())
 
 
-def test_of_few_texts_one_is_split_off(tmp_path, taxonomy):
+def test_one_of_few_texts_is_split_off(tmp_path, taxonomy):
     for seed in (5, 21):
         has = np.random.default_rng(seed).random((12, 5)) < 0.3
         sets = [[name for name, has_it in zip("xyzuv", row, strict=True) if has_it] for row in has]
@@ -378,7 +378,7 @@ def test_texts_of_an_earlier_run_are_never_split_off(tmp_path, taxonomy, left):
     assert len(split_off) == pytest.approx(min(20, left), abs=2)
 
 
-def test_too_few_texts_to_split(tmp_path, taxonomy):
+def test_too_few_texts_to_split_are_refused(tmp_path, taxonomy):
     file = write_corpus(tmp_path, rows_of(SETS))
     with pytest.raises(InputError, match="cannot split off validation rows: 0 of 6 distinct training texts"):
         load(train_file=file, taxonomy=taxonomy, validation_size=0.01)

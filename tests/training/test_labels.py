@@ -202,7 +202,7 @@ def test_labels_of_every_split_span_the_taxonomy(tmp_path):
     assert data.report["classes_without_training_rows"] == ["c"]
 
 
-def test_taxonomy_file_and_inner_nodes(tmp_path):
+def test_labels_may_be_inner_nodes_and_a_given_taxonomy_replaces_that_of_a_checkpoint(tmp_path):
     tree = write(tmp_path / "tree.yaml", "body: [heart, lung]\nmind:\n")
     rows = csv_file(tmp_path / "a.csv", [("one", "body"), ("two", "body/lung"), ("three", "mind"), ("four", " heart ")])
     data = load(train_file=rows, taxonomy=tree, validation_size=0)
@@ -258,7 +258,7 @@ def test_codes_may_be_named_by_paths(tmp_path):
         load(train_file=rows, class_names='{"1": "body/heart", "2": "body"}')
 
 
-def test_codes_in_several_columns(tmp_path):
+def test_codes_in_several_columns_are_named_level_by_level(tmp_path):
     rows = csv_file(tmp_path / "a.csv", [("one", "B", "1"), ("two", "M", ""), ("three", "B", "")], ("text", "l1", "l2"))
     data = load(
         train_file=rows, label_column=["l1", "l2"], validation_size=0,
@@ -267,7 +267,7 @@ def test_codes_in_several_columns(tmp_path):
     assert labels_of(data, "train") == ["heart", "mind", "body"]
 
 
-def test_class_names_in_their_forms(tmp_path):
+def test_class_names_are_read_from_json_and_from_tables_of_any_column_order(tmp_path):
     expected = {"1": "one", "02": "two"}
     assert read_class_names('{"1": "one", "02": " two "}') == expected
     assert read_class_names(str(write(tmp_path / "a.csv", "id,what\n1,one\n02,two\n"))) == expected
@@ -288,7 +288,7 @@ def test_class_names_in_their_forms(tmp_path):
         ("names.csv", "cannot read names.csv: No such file or directory"),
     ],
 )
-def test_bad_class_names(given, message):
+def test_class_names_that_cannot_be_read_are_refused(given, message):
     with pytest.raises(InputError, match=message):
         read_class_names(given)
 

@@ -146,7 +146,7 @@ def dataset(texts, labels):
     return datasets.Dataset.from_dict({"text": texts, "label": labels}, features=features)
 
 
-def test_saved_folder_with_class_labels(tmp_path):
+def test_class_labels_of_a_saved_folder_are_read_as_their_names(tmp_path):
     splits = {"train": dataset(["a", "b"], [1, 0]), "valid": dataset(["c"], [0]), "extra": dataset(["d"], [0])}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "set")
     data = load(data_path=tmp_path / "set")
@@ -157,13 +157,13 @@ def test_saved_folder_with_class_labels(tmp_path):
     assert data.report["sources"][1]["sha256"] == {file.name: hashlib.sha256(file.read_bytes()).hexdigest()}
 
 
-def test_saved_folder_of_one_dataset_is_split_in_three(tmp_path):
+def test_a_saved_data_set_without_splits_is_split_in_three(tmp_path):
     dataset([f"text {i}" for i in range(100)], [i % 2 for i in range(100)]).save_to_disk(tmp_path / "set")
     data = load(data_path=tmp_path / "set", validation_size=0.2, test_size=0.1)
     assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 70, "validation": 20, "test": 10}
 
 
-def test_saved_folder_without_validation_keeps_its_test(tmp_path):
+def test_validation_rows_of_a_saved_folder_are_split_off_and_its_test_rows_are_kept(tmp_path):
     train = dataset([f"text {i}" for i in range(100)], [i % 2 for i in range(100)])
     datasets.DatasetDict({"train": train, "test": dataset(["z"], [0])}).save_to_disk(tmp_path / "set")
     data = load(data_path=tmp_path / "set")
@@ -171,7 +171,7 @@ def test_saved_folder_without_validation_keeps_its_test(tmp_path):
     assert data.splits["test"]["text"][:] == ["z"]
 
 
-def test_saved_folders_that_cannot_be_used(tmp_path):
+def test_saved_folders_that_cannot_be_used_are_refused(tmp_path):
     datasets.DatasetDict({"train": dataset(["a", "b"], [1, -1])}).save_to_disk(tmp_path / "unlabelled")
     with pytest.raises(InputError, match=r"unlabelled \[train\], row 2, column 'label': the label is missing"):
         load(data_path=tmp_path / "unlabelled")
@@ -184,7 +184,7 @@ def test_saved_folders_that_cannot_be_used(tmp_path):
         load(data_path=tmp_path / "all")
 
 
-def test_dataset_by_name(tmp_path, monkeypatch, caplog):
+def test_a_data_set_by_name_has_its_cells_as_texts(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "corpus"  # `datasets` takes a folder of files for a name, too
     folder.mkdir()

@@ -102,7 +102,7 @@ def test_a_class_of_one_text_stays_in_training(tmp_path):
         assert "rare" in labels_of(data, "train")
 
 
-def test_sizes_of_zero_and_files_that_were_given(tmp_path):
+def test_nothing_is_split_off_for_a_size_of_zero_or_where_a_file_is_given(tmp_path):
     path = csv_file(tmp_path / "a.csv", [(f"text {i}", "ab"[i % 2]) for i in range(40)])
     test = csv_file(tmp_path / "b.csv", [("test", "a")])
     assert list(load(data_path=path, validation_size=0).splits) == ["train", "test"]
@@ -117,7 +117,7 @@ def test_sizes_of_zero_and_files_that_were_given(tmp_path):
         assert data.report["split"]["split_off"] == {}
 
 
-def test_too_few_rows_to_split(tmp_path):
+def test_too_few_rows_to_split_are_refused(tmp_path):
     path = csv_file(tmp_path / "a.csv", [("one", "a"), ("two", "b"), ("three", "a")])
     with pytest.raises(InputError, match=r"cannot split off test rows: 0 of 3 .*--test_size, or 0 for no test rows"):
         load(data_path=path)
