@@ -3,7 +3,7 @@
 - `with HubServer() as hub:` serves. A process with the variables of `hub.environment(...)` connects to this Hub.
 - Models and Spaces can be published, inspected, listed and downloaded. Any other request gets a 404.
 - There is no Xet storage. huggingface_hub 2 with hf_xet uploads large files by Xet whatever a server replies, so uploads need
-  HF_HUB_DISABLE_XET=1. Downloads need this only if `hub.xet` is "refuse".
+  HF_HUB_DISABLE_XET=1.
 - Large files are at localhost, which is another host to a client, like the Hub's CDN: no token may be sent there.
 - A commit is made completely or not at all. `fail_at` makes requests fail, and `requests` lists the requests so far.
 - Messages are the Hub's where they are known. The checks of a README.md are only some of the Hub's.
@@ -111,10 +111,6 @@ class Blob:
         """The git object id of the content, or for LFS of the pointer."""
         stored = self.pointer if self.lfs else self.data
         return hashlib.sha1(b"blob %d\0" % len(stored) + stored).hexdigest()
-
-    @property
-    def xet_hash(self) -> str:
-        return hashlib.sha256(self.sha256.encode()).hexdigest()  # made up: a real one needs Xet's chunks
 
 
 @dataclass
@@ -469,8 +465,6 @@ def change(repo: Repo, files: dict[str, Blob], key: str, value: dict) -> None:
 
 @route("POST", r"/{prefix}{repo}\.git/info/lfs/objects/batch", "write")
 def lfs_batch(call: Call, repo: Repo) -> Answer:
-    if call.hub.xet != "off" and "xet" in call.payload.get("transfers", []):
-        return Answer({"transfer": "xet", "objects": call.payload["objects"]})
     verify = {"href": f"{call.hub.endpoint}{repo.url}.git/info/lfs/objects/verify"}
     objects = []
     for entry in call.payload["objects"]:
@@ -497,8 +491,6 @@ def lfs_verify(call: Call, repo: Repo) -> Answer:
 
 @route("GET", "/api/{kind}/{repo}/xet-(?:read|write)-token/{ref}", "read")
 def xet_token(call: Call, repo: Repo, ref: str) -> Answer:
-    if call.hub.xet == "off":
-        raise HubError(404, "Sorry, we can't find the page you are looking for.")
     raise HubError(403, "Forbidden: no Xet token is given here")
 
 
@@ -512,9 +504,6 @@ def resolve(call: Call, repo: Repo, commit: Commit, path: str) -> Answer:
     if not blob.lfs:
         return content(blob.data, headers)
     headers |= {"X-Linked-ETag": f'"{blob.sha256}"', "X-Linked-Size": str(len(blob.data))}
-    if call.hub.xet != "off":
-        tokens = f"{call.hub.endpoint}/api/{repo.kind}/{repo.id}/xet-read-token/{commit.sha}"
-        headers |= {"X-Xet-Hash": blob.xet_hash, "Link": f'<{tokens}>; rel="xet-auth"'}
     headers["Location"] = f"{call.hub.cdn}/cdn/{repo.kind}/{repo.id}/{blob.sha256}"
     return Answer(b"Found", 302, headers)
 
@@ -569,7 +558,7 @@ class Handler(BaseHTTPRequestHandler):
     hub: "HubServer"
 
     def answer(self) -> None:
-        url, body = urlsplit(self.path), self.read_body()
+        url, body = urlsplit(self.path), self.rfile.read(int(self.headers.get("Content-Length") or 0))
         headers = {name.lower(): value for name, value in self.headers.items()}
         call = Call(self.hub, self.command, url.path, parse_qs(url.query), headers, body)
         request = Request(self.command, self.path, headers)
@@ -587,16 +576,6 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     do_GET = do_HEAD = do_POST = do_PUT = answer
-
-    def read_body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        chunks = []
-        while size := int(self.rfile.readline().split(b";")[0], 16):
-            chunks.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(chunks)
 
     def send(self, reply: Answer) -> None:
         raw = isinstance(reply.body, bytes)
@@ -631,8 +610,6 @@ class HubServer:
         requests: all requests so far.
         endpoint, cdn: the URLs of the Hub, and of its large files.
     """
-
-    xet = "off"  # "refuse": Xet is announced, as on the Hub, but its token is refused
 
     def __init__(self) -> None:
         self.users: dict[str, User] = {}

@@ -422,13 +422,9 @@ print(json.dumps([refused, HfApi().model_info("clinic/secret", token="hf_alice")
 
 
 def test_an_upload_that_xet_refuses_says_what_to_do(hub, checkpoint, tmp_path):
-    hub.xet = "refuse"
-    try:
-        environment = {**hub.environment(tmp_path, "hf_alice"), "HF_HUB_DISABLE_XET": "0"}
-        words = ["--model", checkpoint, "--repo_id", "alice/xet"]
-        done = run(*words, command="push_to_hub.py", check=False, settings=environment)
-    finally:
-        hub.xet = "off"
+    environment = {**hub.environment(tmp_path, "hf_alice"), "HF_HUB_DISABLE_XET": "0"}
+    words = ["--model", checkpoint, "--repo_id", "alice/xet"]
+    done = run(*words, command="push_to_hub.py", check=False, settings=environment)
     assert done.returncode == 2
     assert "set HF_HUB_DISABLE_XET=1 to upload by LFS" in done.stderr.splitlines()[-1]
     assert hub.files("alice/xet").keys() == {".gitattributes"}
