@@ -533,9 +533,9 @@ def prepare_costs(config: Any, costs: Any) -> float | str | Tensor:
     tree, table = config.tree, costs if isinstance(costs, Mapping) else read_cost_table(costs)
     rows = []
     for correct, row in by_leaf(tree, table, "rows").items():
-        where = f"the row of {quote_name(correct)}"
+        where = f"the row of {correct!r}"  # the checkpoint's own label, of any length
         predicted = by_leaf(tree, row, where)
-        rows.append([read_cost(cost, f"{where}, {quote_name(leaf)}") for leaf, cost in predicted.items()])
+        rows.append([read_cost(cost, f"{where}, {leaf!r}") for leaf, cost in predicted.items()])
     return torch.tensor(rows, dtype=torch.float64)
 
 
@@ -583,8 +583,9 @@ def read_cost_table(path: str | os.PathLike) -> dict[str, dict[str, str]]:
     table = {}
     for number, (correct, *costs) in enumerate(rows, start=2):
         if len(costs) != len(predicted):
+            hint = "" if costs else "; separate the columns by commas"  # header or names may hold a comma
             raise ValueError(
-                f"the costs {path}, row {number}: {len(costs)} costs for {len(predicted)} predicted leaves"
+                f"the costs {path}, row {number}: {len(costs)} costs for {len(predicted)} predicted leaves{hint}"
             )
         table[correct] = dict(zip(predicted, costs, strict=True))
     if len(table) < len(rows) or len({*predicted}) < len(predicted):
@@ -611,7 +612,7 @@ def by_leaf(tree: Taxonomy, given: Any, where: str) -> dict[str, Any]:
             raise ValueError(f"costs: {where}: {quote_name(name)} occurs twice, once as a path")
         values[leaf] = value
     if missing := [tree.labels[leaf] for leaf in range(tree.num_leaves) if leaf not in values]:
-        raise ValueError(f"costs: {where}: the leaf {quote_name(missing[0])} is missing; all leaves need costs")
+        raise ValueError(f"costs: {where}: the leaf {missing[0]!r} is missing; all leaves need costs")
     return {tree.labels[leaf]: values[leaf] for leaf in range(tree.num_leaves)}
 
 

@@ -7,6 +7,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -29,7 +30,7 @@ from transformers.pipelines.pt_utils import KeyDataset
 from checkpoint_hierarchical import SHIPPED_FILES
 from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from pipeline_hierarchical import HierarchicalTextClassificationPipeline, batches_by_length
+from pipeline_hierarchical import HierarchicalTextClassificationPipeline, batches_by_length, prepare_costs
 from taxonomy_hierarchical import Taxonomy
 
 UNEVEN = Taxonomy({"a": {"b": ["c", "d"], "e": None}, "f": ["g", "c"], "h": None})
@@ -299,6 +300,7 @@ def test_costs_that_cannot_be_used_are_refused(classify, costs, message):
         ("", "are not a CSV table in UTF-8"),
         ("correct,d,e\nd,0\n", "row 2: 1 costs for 2 predicted leaves"),
         ("correct;d;e\nd;0;1\n", "have one column: separate the columns by commas"),
+        ("correct;d, e;f\nf;0;1\n", "row 2: 0 costs for 1 predicted leaves; separate the columns by commas"),
         ("correct,d,d\nd,0,1\n", "name a leaf twice"),
         ("correct,d\nd,0\nd,1\n", "name a leaf twice"),
         ("correct,d\nd,0\n", "costs: rows: the leaf 'a/b/c' is missing"),
@@ -308,6 +310,13 @@ def test_files_of_costs_that_cannot_be_used_are_refused(classify, content, messa
     (tmp_path / "costs.csv").write_text(content)
     with pytest.raises(ValueError, match=message):
         classify("text", costs=tmp_path / "costs.csv")
+
+
+def test_a_leaf_without_costs_is_named_however_long_its_name_is():
+    name = "Female Genital Diseases and Pregnancy Complications"
+    config = SimpleNamespace(is_multi_label=False, tree=Taxonomy(["a", name]))
+    with pytest.raises(ValueError, match=f"the leaf '{name}' is missing"):
+        prepare_costs(config, {"a": {"a": 0, name: 1}})
 
 
 def test_costs_exclude_top_k(classify):
