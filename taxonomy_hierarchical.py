@@ -390,6 +390,7 @@ def _read_rows(text: str, delimiter: str) -> tuple[list[tuple[str, str]], dict[s
         if problem == "unexpected end of data":
             problem = "a quotation mark is not closed"
         raise TaxonomyError(problem) from error
+    header = [name.strip().lower() for name in header]  # else " Description" would be ignored
     child = next((name for name in ("child", "name", "node") if name in header), "child")
     if header.count("parent") != 1 or header.count(child) != 1:
         columns = ", ".join(map(quote_name, header))

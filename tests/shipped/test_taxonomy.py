@@ -64,7 +64,7 @@ def test_every_form_and_every_file_gives_the_same_taxonomy(tmp_path):
 
 def test_descriptions_of_a_table_stay_with_their_nodes_in_the_configuration_and_in_the_drawing(tmp_path):
     (tmp_path / "tree.csv").write_text(
-        'parent,child,description\n,heart,"the heart,\n and its vessels"\nheart,angina,\nheart,caf\u00e9, of coffee \n,other,\n'
+        'Parent,child, Description\n,heart,"the heart,\n and its vessels"\nheart,angina,\nheart,caf\u00e9, of coffee \n,other,\n'
     )
     tree = Taxonomy.from_file(tmp_path / "tree.csv")
     assert tree.descriptions == {"heart": "the heart, and its vessels", "caf\u00e9": "of coffee"}
