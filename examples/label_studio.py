@@ -70,7 +70,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.action == "config":
         with as_input_error(f"cannot read the checkpoint {arguments.file}"):
-            print(configuration(arguments.file))
+            view = configuration(arguments.file)
+        print(view)  # not above: a closed pipe is no fault of the checkpoint
         return
     with as_input_error(f"{arguments.file} is not an export in the format JSON"):
         tasks = json.loads(Path(arguments.file).read_text(encoding="utf-8-sig"))

@@ -192,6 +192,16 @@ def test_the_output_pipe_of_the_rows_to_label_next_may_be_closed_early(clear_che
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_the_output_pipe_of_the_configuration_may_be_closed_early(clear_checkpoint):
+    reader, writer = os.pipe()
+    os.close(reader)
+    line = [sys.executable, "-u", ROOT / "examples" / "label_studio.py", "config", clear_checkpoint]
+    done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 0
+    assert "cannot read the checkpoint" not in done.stderr
+
+
 def test_predictions_without_an_uncertainty_are_named(clear_checkpoint, tmp_path):
     predict(clear_checkpoint, tmp_path / "out.jsonl", TEXTS[:3])
     done = run(tmp_path / "out.jsonl", "--count", 2, command="examples/label_next.py", check=False)
