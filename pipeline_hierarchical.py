@@ -288,7 +288,8 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         combined = torch.zeros(len(pending.truncated), self.tree.num_nodes, dtype=torch.float64)
         reduce = "amax" if self.model.config.is_multi_label else "mean"
         combined.scatter_reduce_(0, text_of_window[:, None].expand_as(windows), windows, reduce, include_self=False)
-        columns = {"nodes": combined.tolist(), "truncated": pending.truncated}
+        # one text at a time: a list of floats takes four times the memory of a tensor
+        columns: dict[str, Iterable] = {"nodes": map(Tensor.tolist, combined), "truncated": pending.truncated}
         if "costs" in output and not self.model.config.is_multi_label:
             costs = expected_costs(self.tree, combined, output["costs"])
             least = costs.min(1).values
@@ -489,8 +490,7 @@ def conformal_answer(tree: Taxonomy, probabilities: list[float], threshold: floa
 
 def nonconformity(tree: Taxonomy, probabilities: list[float], node: int) -> float:
     """Return the smallest threshold at which `conformal_answer` holds a leaf, or every leaf below an inner node."""
-    leaves = [node] if node < tree.num_leaves else range(tree.num_leaves)
-    paths = [path for path in map(tree.path, leaves) if node in path]
+    paths = [tree.path(leaf) for leaf in tree.leaves_at_or_below[node]]
     # for each level, the nodes that together hold all these leaves
     covers = {frozenset(path[min(i, len(path) - 1)] for path in paths) for i in range(tree.depth)}
     order = sorted(range(tree.num_leaves), key=lambda leaf: -probabilities[leaf])

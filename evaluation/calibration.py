@@ -31,6 +31,7 @@ head. ``labels`` are node ids, and ``texts`` the same number for the same text, 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -84,13 +85,16 @@ def fit_calibration(
     experts = [node_log_probs(taxonomy, scores) for scores in (logits, lexical_scores) if scores is not None]
     if lexical_scores is not None and log_prior is not None:
         experts[1] = experts[1] - log_prior
-    stacked = np.stack(experts, axis=2)  # (num_rows, num_nodes, num_experts)
-    per_decision = [(stacked[rows][:, nodes], correct) for nodes, rows, correct in rows_by_decision(taxonomy, labels)]
+    per_decision = [  # scores (num_rows, num_children, num_experts), and the indices of the correct children
+        (np.stack([scores[np.ix_(rows, nodes)] for scores in experts], axis=2), correct)
+        for nodes, rows, correct in rows_by_decision(taxonomy, labels)
+    ]
+    taken = [(scores, correct) for scores, correct in per_decision if len(correct)]
     mean = np.array([1.0, 0.0])[: len(experts)]  # of β and γ
     bounds = [SCALE_BOUNDS, (0.0, SCALE_BOUNDS[1])][: len(experts)]
 
     def neg_log_posterior(factors: np.ndarray) -> float:
-        loss = sum(negative_log_likelihood(scores @ factors, correct) for scores, correct in per_decision)
+        loss = sum(negative_log_likelihood(scores @ factors, correct) for scores, correct in taken)
         return loss + ((factors - mean) ** 2).sum() / (2 * prior**2)
 
     factors = minimize(neg_log_posterior, x0=mean, bounds=bounds, method="L-BFGS-B").x
@@ -136,6 +140,8 @@ def fit_decision(
 
     Scores are (num_rows, num_children), and ``correct`` the indices of the correct children.
     """
+    if not len(correct):
+        return common, np.zeros(scores.shape[1])
     mean = np.array([common, *[0.0] * scores.shape[1]])
     deviations = np.array([prior, *[bias_prior or np.inf] * scores.shape[1]])
     bounds = [SCALE_BOUNDS, *[(None, None) if bias_prior else (0.0, 0.0)] * scores.shape[1]]
@@ -174,11 +180,15 @@ def rows_by_decision(taxonomy: Taxonomy, labels: np.ndarray) -> Iterator[tuple[l
 
     A decision with one node has no rows.
     """
-    ancestors = np.array(taxonomy.padded_paths)
-    for nodes in taxonomy.decisions:
-        correct = ancestors[labels, taxonomy.levels[nodes[0]] - 1]  # the node of each label's path at this level
-        rows = np.flatnonzero(np.isin(correct, nodes) & (len(nodes) > 1))
-        yield nodes, rows, np.searchsorted(nodes, correct[rows])
+    paths = np.array(taxonomy.padded_paths)[labels]  # (num_rows, depth)
+    rows, levels = np.nonzero(paths < taxonomy.num_nodes)
+    correct = paths[rows, levels]
+    decision = np.array(taxonomy.decision_of)[correct]
+    order = np.argsort(decision, kind="stable")
+    ends = np.searchsorted(decision[order], np.arange(len(taxonomy.decisions) + 1))
+    for nodes, (start, end) in zip(taxonomy.decisions, pairwise(ends), strict=True):
+        pairs = order[start : end if len(nodes) > 1 else start]
+        yield nodes, rows[pairs], np.searchsorted(nodes, correct[pairs])
 
 
 def fit_conformal_thresholds(

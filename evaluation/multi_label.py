@@ -22,7 +22,7 @@ marginal logits, whose sigmoid is P(node). All are (num_texts, num_nodes), and `
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import ROUND_FLOOR, Context
 from itertools import accumulate
@@ -100,8 +100,8 @@ def fit_multi_label_calibration(
     scores = sum(weight * expert for weight, expert in zip(weights, experts, strict=True))
 
     # each node's own
-    fitted = np.empty((taxonomy.num_nodes, 2))
-    for node in range(taxonomy.num_nodes):
+    fitted = np.tile([common[0], 0.0], (taxonomy.num_nodes, 1))
+    for node in np.flatnonzero(is_open.any(axis=0)):
         rows = is_open[:, node]
         features = np.column_stack([scores[rows, node], np.ones(np.count_nonzero(rows))])
         fitted[node] = map_estimate(
@@ -138,10 +138,19 @@ def predict_nodes(
 ) -> np.ndarray:
     """Return the nodes that reach their thresholds, and their ancestors: (num_texts, num_nodes) bool."""
     chosen = probabilities >= thresholds
-    for node in reversed(taxonomy.reading_order):  # children before their parents
-        if taxonomy.parents[node] >= 0:
-            chosen[:, taxonomy.parents[node]] |= chosen[:, node]
+    for parents, children, starts in siblings_by_level(taxonomy):
+        chosen[:, parents] |= np.logical_or.reduceat(chosen[:, children], starts, axis=1)
     return chosen
+
+
+def siblings_by_level(taxonomy: Taxonomy) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield, from the deepest level upwards, a level's inner nodes, their children, and where each one's children start."""
+    parents, levels = np.array(taxonomy.parents), np.array(taxonomy.levels)
+    for level in range(taxonomy.depth, 1, -1):
+        children = np.flatnonzero(levels == level)
+        children = children[np.argsort(parents[children], kind="stable")]
+        above, starts = np.unique(parents[children], return_index=True)
+        yield above, children, starts
 
 
 def best_threshold(scores: np.ndarray, true: np.ndarray, forced: int = 0, forced_true: int = 0) -> float | None:
@@ -208,19 +217,27 @@ def shrunk_thresholds(
         counts = np.count_nonzero(forced), np.count_nonzero(true[forced, node])
         return best_threshold(u[free, node], true[free, node], *counts)
 
+    def shrunk(node: int, own: float | None, strength: float) -> float:
+        return common if own is None else (positives[node] * own + strength * common) / (positives[node] + strength)
+
     positives, none = true.sum(axis=0), np.zeros(len(u), dtype=bool)
-    of_leaves = [own_threshold(leaf, none) for leaf in range(taxonomy.num_leaves)]  # the same for all strengths
-    fitted = {}
+    # a node without positives has no threshold of its own
+    with_positives = np.flatnonzero(positives[: taxonomy.num_leaves])
+    of_leaves = {leaf: own_threshold(leaf, none) for leaf in with_positives}  # the same for all strengths
+    siblings, fitted = [*siblings_by_level(taxonomy)], {}
     for strength in strengths:
-        thresholds, chosen = np.full(taxonomy.num_nodes, common), np.zeros(u.shape, dtype=bool, order="F")
-        for node in reversed(taxonomy.reading_order):
-            forced = chosen[:, taxonomy.children(node)].any(axis=1)  # the parent of a chosen node is chosen, too
-            if math.isfinite(strength):
-                own = of_leaves[node] if node < taxonomy.num_leaves else own_threshold(node, forced)
-                if own is not None:
-                    total = positives[node] + strength
-                    thresholds[node] = (positives[node] * own + strength * common) / total
-            chosen[:, node] = forced | (u[:, node] >= thresholds[node])
+        thresholds = np.full(taxonomy.num_nodes, common)
+        if math.isfinite(strength):
+            for leaf, own in of_leaves.items():
+                thresholds[leaf] = shrunk(leaf, own, strength)
+            chosen = u >= thresholds  # of the nodes below the level that is fitted
+            for parents, children, starts in siblings:
+                # the parent of a chosen node is chosen, too
+                forced = np.logical_or.reduceat(chosen[:, children], starts, axis=1)
+                for i in np.flatnonzero(positives[parents]):
+                    own = own_threshold(parents[i], forced[:, i])
+                    thresholds[parents[i]] = shrunk(parents[i], own, strength)
+                chosen[:, parents] = forced | (u[:, parents] >= thresholds[parents])
         fitted[strength] = expit(thresholds)
     return fitted
 

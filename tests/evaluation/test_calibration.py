@@ -22,6 +22,7 @@ from evaluation.calibration import (
     fit_conformal_thresholds,
     node_log_probs,
     nonconformity_scores,
+    rows_by_decision,
 )
 from evaluation.report import calibrate_model
 from modeling_hierarchical import HierarchicalForSequenceClassification
@@ -56,6 +57,16 @@ def drawn(
     logits = np.column_stack([conditional[:, path].sum(1) for path in leaves])
     chances = np.exp(np.column_stack([correct[:, path].sum(1) for path in leaves]))
     return logits, np.array([generator.choice(tree.num_leaves, p=row / row.sum()) for row in chances])
+
+
+@pytest.mark.parametrize("tree", [TREE, ONLY, MANY], ids=["tree", "only", "many"])
+def test_a_decision_has_the_rows_whose_path_takes_it(tree):
+    labels = np.random.default_rng(0).integers(tree.num_nodes, size=100)
+    found = [*rows_by_decision(tree, labels)]
+    assert [nodes for nodes, _, _ in found] == tree.decisions
+    for nodes, rows, correct in found:
+        taken = [(row, node) for row, label in enumerate(labels) for node in tree.path(label) if node in nodes]
+        assert [(row, nodes[child]) for row, child in zip(rows, correct, strict=True)] == taken * (len(nodes) > 1)
 
 
 def fitted(tree: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> list[float]:

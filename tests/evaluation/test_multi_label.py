@@ -179,6 +179,47 @@ def test_the_ancestors_of_a_predicted_node_are_predicted():
     np.testing.assert_array_equal(np.flatnonzero(predict_nodes(TREE, probabilities, 0.6)[0]), [E, B, D])
 
 
+def random_forest(generator) -> Taxonomy:
+    """Return a forest with leaves at all levels and only children."""
+    paths = [(f"root {i}",) for i in range(3)]
+    for i in range(60):
+        paths.append((*paths[generator.integers(len(paths))][:5], f"node {i}"))
+    return Taxonomy.from_paths(paths)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_whole_levels_give_the_predictions_and_thresholds_of_single_nodes(seed):
+    generator = np.random.default_rng(seed)
+    tree = random_forest(generator)
+    deepest = [generator.integers(tree.num_nodes, size=generator.integers(4)) for _ in range(40)]
+    labels = np.zeros((40, tree.num_nodes), dtype=np.int8)
+    for row, nodes in zip(labels, deepest, strict=True):
+        row[list(tree.with_ancestors(nodes.tolist()))] = 1
+    labels[generator.random(labels.shape) < 0.05] = -100
+    u = generator.normal(size=labels.shape) + (labels == 1)
+
+    def close(chosen):
+        for node in reversed(tree.reading_order):
+            if tree.parents[node] >= 0:
+                chosen[:, tree.parents[node]] |= chosen[:, node]
+        return chosen
+
+    np.testing.assert_array_equal(predict_nodes(tree, u, 1.0), close(u >= 1.0))
+    for strength, fitted in shrunk_thresholds(tree, u, labels, STRENGTHS).items():
+        common, expected = best_threshold(u[labels >= 0], labels[labels >= 0] == 1), np.empty(tree.num_nodes)
+        chosen = np.zeros(u.shape, dtype=bool)
+        for node in reversed(tree.reading_order):
+            forced = chosen[:, tree.children(node)].any(axis=1)
+            known, positives = labels[:, node] >= 0, (labels[:, node] == 1).sum()
+            free, counts = known & ~forced, [(known & forced).sum(), (labels[forced, node] == 1).sum()]
+            own = best_threshold(u[free, node], labels[free, node] == 1, *counts)
+            expected[node] = common
+            if own is not None and math.isfinite(strength):
+                expected[node] = (positives * own + strength * common) / (positives + strength)
+            chosen[:, node] = forced | (u[:, node] >= expected[node])
+        np.testing.assert_array_equal(fitted, expit(expected))
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_best_threshold_against_exhaustive_search(seed):
     generator = np.random.default_rng(seed)
