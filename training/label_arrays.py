@@ -31,10 +31,11 @@ def multi_hot(taxonomy: Taxonomy, labels: Sequence[Sequence[int]], incomplete: b
 
 def label_arrays(rows: Dataset) -> np.ndarray:
     """Return the column ``labels`` of tokenized rows: node ids (num_rows,), or arrays (num_rows, num_nodes) of int8."""
-    column = rows.with_format("arrow")[:].column("labels").combine_chunks()
+    column = rows.with_format("arrow")[:].column("labels")
     if not is_nested(column.type):
-        return np.array(column)
-    return np.array(column.flatten()).reshape(len(rows), -1)
+        return np.array(column.combine_chunks())
+    # one chunk at a time: a list array of Arrow holds at most 2^31 values, and rows times nodes may be more
+    return np.concatenate([np.asarray(chunk.flatten()) for chunk in column.chunks]).reshape(len(rows), -1)
 
 
 def open_decisions(taxonomy: Taxonomy, labels: np.ndarray) -> np.ndarray:
@@ -44,8 +45,15 @@ def open_decisions(taxonomy: Taxonomy, labels: np.ndarray) -> np.ndarray:
 
 def open_counts(taxonomy: Taxonomy, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Count each node's positive rows of `multi_hot`, and the rows in which its decision is open: (num_nodes,) each."""
-    is_open = open_decisions(taxonomy, labels)
-    return ((labels == 1) & is_open).sum(0), is_open.sum(0)
+    decisions = TreeSigmoid(taxonomy)
+    positive, total = np.zeros((2, taxonomy.num_nodes), dtype=np.int64)
+    for rows in torch.from_numpy(labels).split(
+        1024
+    ):  # all rows at once would take several times the memory of the labels
+        is_open = decisions.open_decisions(rows)
+        positive += ((rows == 1) & is_open).sum(0).numpy()
+        total += is_open.sum(0).numpy()
+    return positive, total
 
 
 def prior_log_odds(taxonomy: Taxonomy, labels: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, normalize, one_hot, pad
+from torch.nn.functional import binary_cross_entropy_with_logits, normalize, pad
 
 from checkpoint_files import is_checkpoint, read_config
 from training.arguments import FEW_ROWS, ModelArguments
@@ -148,8 +148,13 @@ def class_members(trainer: HierarchicalTrainer, rows: Dataset) -> Tensor:
     """Return the classes of each text, (B, C), 1 or 0 in float32. For one path, an inner node as the label gives none."""
     tree = trainer.model.config.tree
     labels = torch.from_numpy(label_arrays(rows))
-    nodes = labels == 1 if trainer.is_multi_label else one_hot(labels, tree.num_nodes)
-    return nodes[:, : trainer.model.config.num_labels].float().to(trainer.model.heads.weight.device)
+    if trainer.is_multi_label:
+        members = (labels == 1).float()
+    else:  # not one_hot, whose integers would take twice the memory
+        members = torch.zeros(len(labels), tree.num_leaves)
+        rows = (labels < tree.num_leaves).nonzero().flatten()
+        members[rows, labels[rows]] = 1.0
+    return members.to(trainer.model.heads.weight.device)
 
 
 def left_out_scores(offsets: Tensor, members: Tensor, sums: Tensor) -> Tensor:

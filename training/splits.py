@@ -342,9 +342,13 @@ def _sample_by_labels(labels: np.ndarray, count: int, split: str, seed: int, tra
     if count == len(free):
         return free
     # ── Texts with a rare class ──────────────────────────────────────────────────────────────────────────────────────
-    has, num_texts = labels[free] == 1, (labels == 1).sum(axis=0, dtype=np.int32)
-    num_free = np.where(has, has.sum(axis=0, dtype=np.int32), np.int32(len(labels)))
-    rarest, is_rare = num_free.argmin(axis=1), num_free.min(axis=1) < len(free) / count / 2
+    num_texts, num_free = labels.sum(axis=0, dtype=np.int32), labels[free].sum(axis=0, dtype=np.int32)
+    rarest, least = np.empty((2, len(free)), dtype=np.int64)
+    for start in range(0, len(free), 1024):  # all rows at once would take several times the memory of the labels
+        rows = slice(start, start + 1024)
+        of_labels = np.where(labels[free[rows]] == 1, num_free, np.int32(len(labels)))
+        rarest[rows], least[rows] = of_labels.argmin(axis=1), of_labels.min(axis=1)
+    is_rare = least < len(free) / count / 2
     rare, others = np.flatnonzero(is_rare), np.flatnonzero(~is_rare)
     rare = rare[_shuffled_strata(rarest[rare], np.random.default_rng(seed))]
     eligible = num_texts[rarest[rare]] > 1
@@ -356,7 +360,10 @@ def _sample_by_labels(labels: np.ndarray, count: int, split: str, seed: int, tra
         sampled = np.concatenate([sampled, others])
     elif num_others:
         splitter = MultilabelStratifiedShuffleSplit(n_splits=1, test_size=num_others, random_state=seed)
-        sampled = np.concatenate([sampled, others[next(splitter.split(others, labels[free[others]]))[1]]])
+        of_others = labels[free[others]]
+        occurring = of_others.any(axis=0)  # the splitter sums all columns once per class
+        occurring[:2] = True  # it refuses a single column
+        sampled = np.concatenate([sampled, others[next(splitter.split(others, of_others[:, occurring]))[1]]])
     if not len(sampled):  # the splitter returns about as many as requested, possibly none
         sampled = np.random.default_rng(seed).integers(len(free), size=1)
     return free[sampled]

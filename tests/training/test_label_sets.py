@@ -17,8 +17,8 @@ from errors import InputError
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import DataArguments
 from training.data_report import describe
-from training.label_arrays import multi_hot
-from training.splits import load_splits
+from training.label_arrays import label_arrays, multi_hot, open_counts, open_decisions
+from training.splits import _sample_by_labels, load_splits
 from training.trained_texts import TrainedTexts, normalise_text, text_hash
 
 TREE = {"a": ["x", "y"], "b": ["z", {"c": ["u", "v"]}]}
@@ -419,3 +419,26 @@ def test_a_label_and_its_ancestor_are_one_deepest_label(taxonomy, tmp_path):
 def test_a_class_of_several_labels_without_training_rows_may_be_an_inner_node(tmp_path, taxonomy):
     data = load(**as_jsonl(tmp_path, rows_of([["x"], ["y"], ["z"]])), taxonomy=taxonomy, validation_size=0.0)
     assert sorted(data.report["classes_without_training_rows"]) == ["c", "u", "v"]
+
+
+def test_classes_without_texts_do_not_change_the_split():
+    generator = np.random.default_rng(0)
+    labels = (generator.random((1500, 40)) < np.geomspace(0.02, 0.3, 40)).astype(np.int8)  # none is rare
+    wide = np.zeros((1500, 120), dtype=np.int8)
+    wide[:, np.sort(generator.permutation(120)[:40])] = labels
+    narrow, with_empty = (
+        _sample_by_labels(each, 150, "test", 0, np.zeros(1500, dtype=bool)) for each in (labels, wide)
+    )
+    np.testing.assert_array_equal(narrow, with_empty)
+
+
+def test_arrays_and_open_decisions_of_rows_in_several_chunks():
+    tree = Taxonomy(TREE)
+    sets = [[tree.id(label) for label in labels] for labels in SETS * 200]
+    arrays = multi_hot(tree, sets, incomplete=True)
+    parts = [datasets.Dataset.from_dict({"labels": list(part)}) for part in np.array_split(arrays, 3)]
+    np.testing.assert_array_equal(label_arrays(datasets.concatenate_datasets(parts)), arrays)
+    is_open = open_decisions(tree, arrays)
+    positive, total = open_counts(tree, arrays)
+    np.testing.assert_array_equal(positive, ((arrays == 1) & is_open).sum(0))
+    np.testing.assert_array_equal(total, is_open.sum(0))
