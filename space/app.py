@@ -40,7 +40,14 @@ if not (port := os.environ.get("GRADIO_SERVER_PORT", "7860")).isdecimal() or int
     print(f"app.py: error: GRADIO_SERVER_PORT must be a number up to 65535, not {port}", file=sys.stderr)
     sys.exit(2)
 
-from service import KEPT_SECONDS, PREVIEW, MultiLabelService, Service  # first, because it imports `spaces`
+from service import (  # first, because it imports `spaces`
+    KEPT_SECONDS,
+    MENU,
+    MENU_INFO,
+    PREVIEW,
+    MultiLabelService,
+    Service,
+)
 
 # isort: split
 import gradio as gr
@@ -165,9 +172,10 @@ def text_tab(service: Service) -> None:
         plots += [plot(*captions, figure) for captions, figure in others]
         with gr.Row(elem_id="ask"):
             node = gr.Dropdown(
-                choices=[(" › ".join(tree.path_names(n)), tree.labels[n]) for n in tree.reading_order],
+                choices=service.choices(),
                 value=tree.labels[tree.reading_order[0]],
                 label="Node to explain",
+                info=MENU_INFO if tree.num_nodes > MENU else None,
                 allow_custom_value=True,
                 elem_id="node",
                 scale=3,

@@ -39,6 +39,8 @@ from transformers import Pipeline
 ROWS_BETWEEN_CHECKS = 32  # of a file, for cancellation
 PROGRESS_SECONDS = 0.5  # between two progress messages: with more, a slow browser becomes unresponsive
 PREVIEW = 50  # rows of a file
+MENU = 1000  # nodes that can be chosen for an explanation: with tens of thousands, the page has many megabytes
+MENU_INFO = "The most probable nodes. The label of any other node can be typed."
 KEPT_SECONDS = 600  # until a file or a download is deleted
 
 
@@ -255,7 +257,19 @@ class Service:
             return [views.refusal(str(error)), *self.figures(), gr.skip()]
         answer = no_answer or self.answer(target, result["answer"])
         panel = views.result(self.kicker, result, answer, self.tree.descriptions)
-        return [panel, *self.figures(result), self.main_node(result)]
+        node = self.main_node(result)
+        if self.tree.num_nodes > MENU:
+            node = gr.Dropdown(choices=self.choices(result), value=node)
+        return [panel, *self.figures(result), node]
+
+    def choices(self, result: dict[str, Any] | None = None) -> list[tuple[str, str]]:
+        """Return the path and the label of the nodes in the menu: all, or the most probable, or without a result the first."""
+        tree, nodes = self.tree, self.tree.reading_order[:MENU]
+        if result is not None and tree.num_nodes > MENU:
+            scores = {label: score for level in result["levels"] for label, score in level.items()}
+            likely = {*sorted(tree.reading_order, key=lambda node: -scores[tree.labels[node]])[:MENU]}
+            nodes = [node for node in tree.reading_order if node in likely]
+        return [(" › ".join(tree.path_names(node)), tree.labels[node]) for node in nodes]
 
     def show_result_again(self, text: str, target: float | None) -> Any:
         """Return the outputs of a text for a changed target. Without a text or a target, they stay as they are."""

@@ -286,7 +286,7 @@ def lay_out(
         low: lower end of the first box.
     """
     below = sorted(children.get(parent, []), key=lambda node: -scores[node])
-    others = [node for node in below if scores[node] < MIN_SHARE and node not in path]
+    others = dict.fromkeys(node for node in below if scores[node] < MIN_SHARE and node not in path)
     for node in below:
         if node not in others:
             yield Box(level, low, plotly_text(node), scores[node], node not in children)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pyarrow as pa
@@ -31,9 +32,11 @@ sys.path.insert(0, str(ROOT / "space"))
 import views
 from attribution import Explainer, split_at_jumps
 from classification import check_text, classify_all
+from service import MENU, Service
 from tables import MAX_BYTES, MAX_COLUMNS, Refused, defuse, join_lists, read_table, to_csv
 
 from publishing.hub import SPACE_FILES
+from taxonomy_hierarchical import Taxonomy
 
 HOSTILE = "<img src=x onerror=alert(1)> ${alert(2)} {{this}} `x` & ' \" \u202eevil \x07"
 
@@ -428,6 +431,16 @@ def test_a_tree_of_thousands_shows_what_is_predicted_and_most_probable_with_the_
     assert shown[0].startswith("✓ root")
     assert shown[-2].startswith("✓ leaf 2999")
     assert shown[-1] == f"2,971 others, each at most {views.percent(scores['leaf 28'])}"
+
+
+def test_the_menu_of_a_large_taxonomy_has_the_most_probable_nodes_in_reading_order():
+    tree = Taxonomy([{"root": [f"leaf {i}" for i in range(3000)]}])
+    own = SimpleNamespace(tree=tree)
+    assert len(Service.choices(own)) == MENU
+    scores = {f"leaf {i}": i / 3000 for i in range(3000)}
+    found = Service.choices(own, {"levels": [{"root": 1.0}, scores]})
+    first = 3001 - MENU
+    assert found == [("root", "root"), *((f"root › leaf {i}", f"leaf {i}") for i in range(first, 3000))]
 
 
 def test_a_single_remaining_node_is_drawn_instead_of_others():
