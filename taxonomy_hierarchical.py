@@ -314,19 +314,21 @@ def _walk(named: list[tuple[Any, Any]], parent: tuple[str, ...] = ()) -> Iterato
 
 
 def _problem(name: Any, below: Any, parent: tuple[str, ...]) -> str | None:
-    quoted, place = quote_name(name), " > ".join(map(quote_name, parent)) or "the top level"
+    def place() -> str:  # quoted only in messages: for each name, it takes longer than all checks
+        return " > ".join(map(quote_name, parent)) or "the top level"
+
     if not isinstance(name, str):
-        return f"a name must be text, but {place} holds {quoted}; put it in quotes"
+        return f"a name must be text, but {place()} holds {quote_name(name)}; put it in quotes"
     if not name.strip():
-        return f"an empty name at {place}"
+        return f"an empty name at {place()}"
     if len(name) > MAX_NAME:
-        return f"a name at {place} has {len(name):,} characters, at most {MAX_NAME} are supported"
+        return f"a name at {place()} has {len(name):,} characters, at most {MAX_NAME} are supported"
     if name != name.strip() or any(unicodedata.category(c) in UNWRITABLE for c in name):
-        return f"the name {quoted} has white space around it or a control character in it"
+        return f"the name {quote_name(name)} has white space around it or a control character in it"
     if below is not None and not isinstance(below, (list, tuple, dict)):
-        return f"the children of {quoted} must be a list or a mapping, not {quote_name(below)}"
+        return f"the children of {quote_name(name)} must be a list or a mapping, not {quote_name(below)}"
     if len(parent) == MAX_DEPTH:
-        return f"{quoted} is at level {MAX_DEPTH + 1}; at most {MAX_DEPTH} levels are supported"
+        return f"{quote_name(name)} is at level {MAX_DEPTH + 1}; at most {MAX_DEPTH} levels are supported"
     return None
 
 

@@ -184,7 +184,8 @@ def calibrate_model(
         shown = f"thresholds of the nodes from {min(thresholds):.2f} to {max(thresholds):.2f}"
     else:
         fields["conformal_thresholds"] = fit_conformal_thresholds(taxonomy, *validation, texts["validation"])
-        shown = "temperatures " + ", ".join(f"{temperature:.2f}" for temperature in fitted.temperatures)
+        temperatures = fitted.temperatures
+        shown = f"temperatures from {min(temperatures):.2f} to {max(temperatures):.2f}"
     model.set_calibration(**fields)
     logger.info("calibrated on the validation rows: %s; weight of the lexical head %.2f", shown, weight)
 

@@ -24,6 +24,7 @@ from errors import InputError, as_input_error, one_line
 from modeling_hierarchical import HierarchicalForSequenceClassification, HierarchicalHeads
 from taxonomy_hierarchical import Taxonomy, quote_name
 from training.arguments import ModelArguments
+from training.data_report import LOGGED_CLASSES
 
 logger = logging.getLogger(__name__)
 
@@ -144,10 +145,17 @@ def change_taxonomy(model: HierarchicalForSequenceClassification, taxonomy: Taxo
     with torch.no_grad():
         for new, old_weights in zip(model.heads.parameters(), old_heads.parameters(), strict=True):
             new[[*old_ids]] = old_weights[[*old_ids.values()]]
-    fresh = [quote_name(label) for i, label in enumerate(taxonomy.labels) if i not in old_ids]
-    dropped = [quote_name(label) for i, label in enumerate(old.labels) if i not in old_ids.values()]
-    listed = [", ".join(names) or "none" for names in (fresh, dropped)]
+    kept = {*old_ids.values()}
+    fresh = [label for i, label in enumerate(taxonomy.labels) if i not in old_ids]
+    dropped = [label for i, label in enumerate(old.labels) if i not in kept]
+    listed = [list_labels(labels) for labels in (fresh, dropped)]
     logger.info("heads kept: %d; initialised: %s; dropped: %s", len(old_ids), *listed)
+
+
+def list_labels(labels: list[str]) -> str:
+    """Quote the first labels, and count the others."""
+    more = f" and {len(labels) - LOGGED_CLASSES:,} more" if len(labels) > LOGGED_CLASSES else ""
+    return ", ".join(map(quote_name, labels[:LOGGED_CLASSES])) + more or "none"
 
 
 # ── Fetch and load ───────────────────────────────────────────────────────────────────────────────────────────────────
