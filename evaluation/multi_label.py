@@ -53,6 +53,7 @@ from training.label_arrays import open_decisions
 
 SIX_DIGITS_DOWN = Context(prec=6, rounding=ROUND_FLOOR)
 MIN_PROBABILITY = 0.1  # pairs below it are not in the calibration error: nearly all pairs have a probability near 0
+PAIRS_AT_ONCE = 256  # of a text, compared with all its pairs: tens of thousands at once would take many gigabytes
 SMALLEST_GAP = 1e-9  # between the logits of a node and its parent, where float32 makes them equal
 STRENGTHS = (math.inf, 100, 50, 20, 10, 5, 2, 0)  # of the shrinkage of thresholds, in positives
 REPEATS = 6  # of the cross-validation that chooses the strength; a single one is too noisy
@@ -405,8 +406,10 @@ def pair_variance(taxonomy: Taxonomy, u: np.ndarray, likely: np.ndarray) -> np.n
         if not len(nodes):
             continue
         paths, bins = ancestors[nodes], bin_index(of_text[nodes])
-        shared = (paths[:, None] == paths) & (paths < taxonomy.num_nodes)  # (pairs, pairs, depth + 1)
-        lowest = paths[np.arange(len(nodes))[:, None], shared.sum(axis=2)]
-        covariance = np.outer(of_text[nodes], of_text[nodes]) * (1 / of_text[lowest] - 1)
-        parts.append((covariance * (bins[:, None] == bins)).sum(axis=1))
+        for start in range(0, len(nodes), PAIRS_AT_ONCE):
+            rows = slice(start, start + PAIRS_AT_ONCE)
+            shared = (paths[rows, None] == paths) & (paths < taxonomy.num_nodes)  # (rows, pairs, depth + 1)
+            lowest = np.take_along_axis(paths[rows], shared.sum(axis=2), axis=1)
+            covariance = np.outer(of_text[nodes[rows]], of_text[nodes]) * (1 / of_text[lowest] - 1)
+            parts.append((covariance * (bins[rows, None] == bins)).sum(axis=1))
     return np.concatenate(parts) if parts else np.empty(0)

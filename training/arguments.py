@@ -384,7 +384,8 @@ def check_best_metric(name: str, taxonomy: Taxonomy, labels: np.ndarray, compute
 
     Labels are node ids (num_rows,), or arrays of `multi_hot`.
     """
-    predictions = np.zeros(labels.shape)
+    # no pair of text and node is probable: the calibration error compares all probable pairs, and is not needed
+    predictions = np.full(labels.shape, -9.0)
     if labels.ndim == 1:
         # the set of metrics depends on the levels of the labels, and on whether some are leaves
         examples = {(node < taxonomy.num_leaves, taxonomy.levels[node]): node for node in labels.tolist()}

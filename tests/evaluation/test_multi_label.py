@@ -21,7 +21,7 @@ from transformers import EvalPrediction
 from errors import InputError
 from evaluation import lexical
 from evaluation.calibration import FOLDS, PRIOR_STD, calibrate_out_of_fold
-from evaluation.metrics import one_hot, per_class_report
+from evaluation.metrics import bin_index, one_hot, per_class_report
 from evaluation.multi_label import (
     REPEATS,
     STRENGTHS,
@@ -36,6 +36,7 @@ from evaluation.multi_label import (
     likely_pairs,
     marginal_logits,
     open_decisions,
+    pair_variance,
     predict_nodes,
     recall_scores,
     shrunk_thresholds,
@@ -523,6 +524,16 @@ def test_probabilities_that_fit_only_the_known_pairs_score_worse_than_correct_on
     )
     assert correct["log_loss"] < too_low["log_loss"]
     assert correct["ece"] < too_low["ece"]
+
+
+def test_the_variance_of_many_pairs_of_one_text():
+    tree = Taxonomy([{f"root {i}": [f"leaf {i}"]} for i in range(300)])
+    probabilities = np.random.default_rng(0).uniform(0.4, 0.66, size=300)
+    u = logit(np.concatenate([probabilities, probabilities])[None])  # leaves, then roots; an only child is certain
+    bins = bin_index(probabilities)
+    found = pair_variance(tree, u, np.ones(u.shape, dtype=bool))
+    np.testing.assert_allclose(found, np.tile(2 * probabilities * (1 - probabilities), 2))
+    assert len({*bins}) > 1
 
 
 def test_without_thresholds_the_common_one_is_taken():
