@@ -47,9 +47,8 @@ def open_counts(taxonomy: Taxonomy, labels: np.ndarray) -> tuple[np.ndarray, np.
     """Count each node's positive rows of `multi_hot`, and the rows in which its decision is open: (num_nodes,) each."""
     decisions = TreeSigmoid(taxonomy)
     positive, total = np.zeros((2, taxonomy.num_nodes), dtype=np.int64)
-    for rows in torch.from_numpy(labels).split(
-        1024
-    ):  # all rows at once would take several times the memory of the labels
+    # all rows at once would take several times the memory of the labels
+    for rows in torch.from_numpy(labels).split(1024):
         is_open = decisions.open_decisions(rows)
         positive += ((rows == 1) & is_open).sum(0).numpy()
         total += is_open.sum(0).numpy()
