@@ -15,6 +15,7 @@ from errors import ROOT, InputError, as_input_error
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 ONNX_FILE, QUANTIZED_ONNX_FILE = "onnx/model.onnx", "onnx/model_quantized.onnx"
+ONNX_WEIGHTS_FILE = "onnx/model.onnx_data"  # the weights of ONNX_FILE, where one file cannot hold them
 TRUNCATION_FILE = "sentence_bert_config.json"  # where text-embeddings-inference reads the length to truncate at
 ENDPOINT_FILES = ("handler.py", "requirements.txt")  # for Inference Endpoints
 # Glob patterns. MODEL_FILES are read to load a checkpoint; CHECKPOINT_FILES are published.
@@ -24,7 +25,7 @@ MODEL_FILES = (
 )
 CHECKPOINT_FILES = (
     *(*MODEL_FILES, "README.md", "metrics.json", "plots/*.png"),
-    *(*ENDPOINT_FILES, ONNX_FILE, QUANTIZED_ONNX_FILE, TRUNCATION_FILE),
+    *(*ENDPOINT_FILES, ONNX_FILE, ONNX_WEIGHTS_FILE, QUANTIZED_ONNX_FILE, TRUNCATION_FILE),
 )
 
 

@@ -1,9 +1,9 @@
 """Export a checkpoint: self-contained, with the adapter merged into the encoder, or as ONNX.
 
-Optimum, text-embeddings-inference and transformers.js look for ``onnx/model.onnx`` beside config.json. transformers.js also
-looks for ``onnx/model_quantized.onnx``. The inputs are the tokenizer's, (batch, length) of any size up to the model's limit. The
-output is ``logits``, (batch, num_leaves), whose softmax is the distribution over the leaves. For multi-label models, the logits
-are (batch, num_nodes), and their sigmoids are the probabilities of the nodes.
+Optimum, text-embeddings-inference and transformers.js look for ``onnx/model.onnx`` beside config.json, and for large weights in
+``onnx/model.onnx_data``. transformers.js also looks for ``onnx/model_quantized.onnx``. The inputs are the tokenizer's, (batch,
+length) of any size up to the model's limit. The output is ``logits``, (batch, num_leaves), whose softmax is the distribution over
+the leaves. For multi-label models, the logits are (batch, num_nodes), and their sigmoids are the probabilities of the nodes.
 """
 
 import json
@@ -19,7 +19,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from checkpoint_files import ADAPTER_FILES, ONNX_FILE, QUANTIZED_ONNX_FILE, TRUNCATION_FILE, list_files
+from checkpoint_files import (
+    ADAPTER_FILES,
+    ONNX_FILE,
+    ONNX_WEIGHTS_FILE,
+    QUANTIZED_ONNX_FILE,
+    TRUNCATION_FILE,
+    list_files,
+)
 from errors import InputError, as_input_error, is_full_disk, one_line
 from modeling_hierarchical import HierarchicalForSequenceClassification
 
@@ -27,6 +34,7 @@ ONNX_TOLERANCE, QUANTIZED_TOLERANCE = 1e-3, 0.25  # of a probability
 # text-embeddings-inference subtracts the logit of the largest absolute value before its softmax in float32, whose exp
 # overflows above 88
 MIN_LOGIT = -80.0
+MAX_WEIGHTS = 1.5 * 2**30  # bytes in one ONNX file, whose format allows 2 GiB
 TEXTS = ["A study of ulcers.", "A longer study of ulcers of the stomach, and of what became of them.", "Epilepsy"]
 
 
@@ -77,7 +85,8 @@ def quiet_logs() -> Iterator[None]:
 def export_onnx(folder: Path, output: Path) -> dict[str, Path]:
     """Write a checkpoint as `ONNX_FILE` and, with int8 weights, as `QUANTIZED_ONNX_FILE` below a folder. An adapter is merged.
 
-    `TRUNCATION_FILE` has the tokenizer's limit, in the format of sentence-transformers. Return the paths by these names.
+    Weights of more than `MAX_WEIGHTS` go to `ONNX_WEIGHTS_FILE`. `TRUNCATION_FILE` has the tokenizer's limit, in the format of
+    sentence-transformers. Return the paths by these names.
 
     Raises:
         InputError: a package is missing, the encoder cannot be exported, or probabilities change by more than 1e-3, or
@@ -85,6 +94,7 @@ def export_onnx(folder: Path, output: Path) -> dict[str, Path]:
     """
     # ── Load the checkpoint ──────────────────────────────────────────────────────────────────────────────────────────
     try:
+        import onnx_ir
         import onnxscript  # noqa: F401 (torch.onnx does not name a missing package)
         from onnxruntime.quantization import QuantType, quantize_dynamic
     except ImportError as error:
@@ -100,24 +110,22 @@ def export_onnx(folder: Path, output: Path) -> dict[str, Path]:
     file.parent.mkdir(parents=True, exist_ok=True)
     with quiet_logs():
         try:
-            torch.onnx.export(
+            program = torch.onnx.export(
                 Logits(model, names).eval(),
                 tuple(tokenized[name] for name in names),
-                file,
                 dynamo=True,
-                external_data=False,
                 verbose=False,
                 input_names=names,
                 output_names=["logits"],
                 dynamic_shapes=(tuple({0: "batch", 1: "length"} for _ in names),),
             )
+            fits = sum(weight.nbytes for weight in model.parameters()) <= MAX_WEIGHTS
+            onnx_ir.save(program.model, file, external_data=None if fits else Path(ONNX_WEIGHTS_FILE).name)
         except Exception as error:  # the exporter raises anything on an encoder that it cannot trace
             if is_full_disk(error):
                 raise
             problem = f"{type(model.encoder).__name__} cannot be exported ({type(error).__name__})"
             raise InputError(f"--onnx: {problem}: publish without --onnx") from error
-        if file.with_name(f"{file.name}.data").exists():
-            raise InputError("--onnx: weights of more than 1.5 GiB do not fit into one file: publish without --onnx")
         # With a scale for each column, decisions change a third as often as with one scale (benchmarks/studies/quantized.py).
         # Without VNNI, sums of products with 8-bit weights overflow, and sums of products with 7-bit weights do not.
         quantize_dynamic(file, quantized, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
@@ -128,7 +136,8 @@ def export_onnx(folder: Path, output: Path) -> dict[str, Path]:
             raise InputError(f"{exported.name} changes the probabilities by {gap:.1e}; publish without --onnx")
     truncation = output / TRUNCATION_FILE
     truncation.write_text(json.dumps({"max_seq_length": tokenizer.model_max_length}))
-    return {ONNX_FILE: file, QUANTIZED_ONNX_FILE: quantized, TRUNCATION_FILE: truncation}
+    written = (ONNX_FILE, ONNX_WEIGHTS_FILE, QUANTIZED_ONNX_FILE, TRUNCATION_FILE)
+    return {name: output / name for name in written if (output / name).exists()}
 
 
 def largest_gap(file: Path, model: HierarchicalForSequenceClassification, tokenizer: Any, names: list[str]) -> float:

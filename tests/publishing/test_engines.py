@@ -18,9 +18,10 @@ from hub_server import HubServer
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, MPNetConfig, pipeline
 
-from checkpoint_files import ONNX_FILE
+from checkpoint_files import ONNX_FILE, QUANTIZED_ONNX_FILE, TRUNCATION_FILE, list_files
 from configuration_hierarchical import HierarchicalConfig
 from errors import InputError
+from publishing import export
 from publishing.export import export_onnx
 from taxonomy_hierarchical import Taxonomy
 
@@ -143,6 +144,18 @@ def test_the_softmax_of_text_embeddings_inference_stays_finite_for_improbable_le
         assert served_softmax(row)[~likely].max() < 1e-30
 
 
+def test_weights_that_one_file_cannot_hold_are_in_a_second_file(published, monkeypatch, tmp_path):
+    monkeypatch.setattr(export, "MAX_WEIGHTS", 1000)
+    files = export_onnx(published["one_path"], tmp_path)
+    assert files.keys() == {ONNX_FILE, f"{ONNX_FILE}_data", QUANTIZED_ONNX_FILE, TRUNCATION_FILE}
+    assert list_files(tmp_path) == sorted(files)  # what is published
+    tokenizer = AutoTokenizer.from_pretrained(published["one_path"], trust_remote_code=True)
+    inputs = tokenizer(TEXTS, padding=True, truncation=True, return_tensors="np")
+    expected = run_onnx(published["one_path"] / ONNX_FILE, inputs)
+    np.testing.assert_array_equal(run_onnx(files[ONNX_FILE], inputs), expected)
+    assert files[ONNX_FILE].stat().st_size < files[f"{ONNX_FILE}_data"].stat().st_size
+
+
 # text-embeddings-inference
 
 
@@ -179,12 +192,6 @@ def served_logits(folder: Path, texts: list[str]) -> tuple[list[str], np.ndarray
         "token_type_ids": [padded(row.type_ids, 0) for row in rows],
     }
     return labels, run_onnx(folder / "onnx" / "model.onnx", {name: np.array(ids) for name, ids in inputs.items()})
-
-
-def test_an_encoder_whose_weights_need_a_second_file_is_refused(published, monkeypatch, tmp_path):
-    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 1000)  # bytes
-    with pytest.raises(InputError, match=r"--onnx: weights of more than 1\.5 GiB do not fit into one file"):
-        export_onnx(published["one_path"], tmp_path)
 
 
 @pytest.mark.parametrize("form", FORMS)
