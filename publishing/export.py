@@ -9,6 +9,7 @@ the leaves. For multi-label models, the logits are (batch, num_nodes), and their
 import json
 import logging
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -74,10 +75,11 @@ class Logits(nn.Module):
 
 @contextmanager
 def quiet_logs() -> Iterator[None]:
-    """Silence the log lines of torch's exporter and ONNX Runtime's quantizer."""
+    """Silence the log lines and warnings of torch's exporter and ONNX Runtime's quantizer."""
     logging.disable(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):
+            yield
     finally:
         logging.disable(logging.NOTSET)
 
