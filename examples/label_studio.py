@@ -78,8 +78,9 @@ def main() -> None:
         if not (
             isinstance(tasks, list)
             and all(isinstance(task, dict) and isinstance(task.get("annotations"), list) for task in tasks)
+            and all("text" in task.get("data", {}) for task in tasks)
         ):
-            raise ValueError("it must be a list of tasks with annotations")
+            raise ValueError("it must be a list of tasks with annotations and a text")
         rows = [row for task in tasks if (row := training_row(task))]
     sys.stdout.writelines(json.dumps(row) + "\n" for row in rows)
 

@@ -151,13 +151,18 @@ def test_an_invalid_checkpoint_is_reported_in_one_line(tiny_encoder):
 
 
 def test_an_invalid_export_is_reported_in_one_line(tmp_path):
-    contents = ('[{"text": "a secret"}]', '{"annotations": []}', '["a secret"]', '[{"annotations": null}]', "[[1]]")
+    contents = [
+        *('[{"text": "a secret"}]', '{"annotations": []}', '["a secret"]', '[{"annotations": null}]', "[[1]]"),
+        '[{"annotations": [], "data": {"abstract": "a secret"}}]',
+    ]
     for i, content in enumerate(contents):
         (tmp_path / f"{i}.json").write_text(content)
     for file in (*(f"{i}.json" for i in range(len(contents))), "none.json"):
         done = run("rows", tmp_path / file, command="examples/label_studio.py", check=False)
         (line,) = done.stderr.strip().splitlines()
         assert line.startswith(f"label_studio.py: error: {tmp_path / file} is not an export in the format JSON")
+        assert "secret" not in line
+        assert "KeyError" not in line
         assert "secret" not in line
 
 
