@@ -1,9 +1,10 @@
 """Export a checkpoint: self-contained, with the adapter merged into the encoder, or as ONNX.
 
-Optimum, text-embeddings-inference and transformers.js look for ``onnx/model.onnx`` beside config.json, and for large weights in
-``onnx/model.onnx_data``. transformers.js also looks for ``onnx/model_quantized.onnx``. The inputs are the tokenizer's, (batch,
-length) of any size up to the model's limit. The output is ``logits``, (batch, num_leaves), whose softmax is the distribution over
-the leaves. For multi-label models, the logits are (batch, num_nodes), and their sigmoids are the probabilities of the nodes.
+Optimum, text-embeddings-inference and transformers.js look for ``onnx/model.onnx`` beside config.json. Large weights are in
+``onnx/model.onnx_data``, which transformers.js loads with ``use_external_data_format: true``. transformers.js also looks for
+``onnx/model_quantized.onnx``. The inputs are the tokenizer's, (batch, length) of any size up to the model's limit. The output is
+``logits``, (batch, num_leaves), whose softmax is the distribution over the leaves. For multi-label models, the logits are (batch,
+num_nodes), and their sigmoids are the probabilities of the nodes.
 """
 
 import json
@@ -35,7 +36,7 @@ ONNX_TOLERANCE, QUANTIZED_TOLERANCE = 1e-3, 0.25  # of a probability
 # text-embeddings-inference subtracts the logit of the largest absolute value before its softmax in float32, whose exp
 # overflows above 88
 MIN_LOGIT = -80.0
-MAX_WEIGHTS = 1.5 * 2**30  # bytes in one ONNX file, whose format allows 2 GiB
+MAX_WEIGHTS = 1.5 * 2**30  # bytes in one ONNX file, whose format allows 2 GiB; int8 takes a quarter of float32
 TEXTS = ["A study of ulcers.", "A longer study of ulcers of the stomach, and of what became of them.", "Epilepsy"]
 
 
@@ -91,8 +92,8 @@ def export_onnx(folder: Path, output: Path) -> dict[str, Path]:
     sentence-transformers. Return the paths by these names.
 
     Raises:
-        InputError: a package is missing, the encoder cannot be exported, or probabilities change by more than 1e-3, or
-            0.25 in int8.
+        InputError: a package is missing, the int8 weights do not fit into one file, the encoder cannot be exported, or
+            probabilities change by more than 1e-3, or 0.25 in int8.
     """
     # ── Load the checkpoint ──────────────────────────────────────────────────────────────────────────────────────────
     try:
@@ -102,6 +103,9 @@ def export_onnx(folder: Path, output: Path) -> dict[str, Path]:
     except ImportError as error:
         raise InputError(f"--onnx needs pip install onnx onnxscript onnxruntime ({one_line(error)})") from error
     model = load_merged(folder).eval()
+    num_bytes = sum(weight.nbytes for weight in model.parameters())
+    if num_bytes / 4 > MAX_WEIGHTS:
+        raise InputError("--onnx: weights of more than 6 GiB do not fit into one file in int8: publish without --onnx")
     model.encoder.set_attn_implementation("eager")  # SDPA would export four more operations on the scores
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     names = list(dict.fromkeys([*tokenizer.model_input_names, "attention_mask"]))
@@ -121,8 +125,8 @@ def export_onnx(folder: Path, output: Path) -> dict[str, Path]:
                 output_names=["logits"],
                 dynamic_shapes=(tuple({0: "batch", 1: "length"} for _ in names),),
             )
-            fits = sum(weight.nbytes for weight in model.parameters()) <= MAX_WEIGHTS
-            onnx_ir.save(program.model, file, external_data=None if fits else Path(ONNX_WEIGHTS_FILE).name)
+            weights_file = Path(ONNX_WEIGHTS_FILE).name if num_bytes > MAX_WEIGHTS else None
+            onnx_ir.save(program.model, file, external_data=weights_file)
         except Exception as error:  # the exporter raises anything on an encoder that it cannot trace
             if is_full_disk(error):
                 raise

@@ -146,7 +146,8 @@ def test_the_softmax_of_text_embeddings_inference_stays_finite_for_improbable_le
 
 
 def test_weights_that_one_file_cannot_hold_are_in_a_second_file(published, monkeypatch, tmp_path):
-    monkeypatch.setattr(export, "MAX_WEIGHTS", 1000)
+    size = (published["one_path"] / ONNX_FILE).stat().st_size
+    monkeypatch.setattr(export, "MAX_WEIGHTS", size // 2)
     files = export_onnx(published["one_path"], tmp_path)
     assert files.keys() == {ONNX_FILE, f"{ONNX_FILE}_data", QUANTIZED_ONNX_FILE, TRUNCATION_FILE}
     assert list_files(tmp_path) == sorted(files)  # what is published
@@ -155,6 +156,10 @@ def test_weights_that_one_file_cannot_hold_are_in_a_second_file(published, monke
     expected = run_onnx(published["one_path"] / ONNX_FILE, inputs)
     np.testing.assert_array_equal(run_onnx(files[ONNX_FILE], inputs), expected)
     assert files[ONNX_FILE].stat().st_size < files[f"{ONNX_FILE}_data"].stat().st_size
+
+    monkeypatch.setattr(export, "MAX_WEIGHTS", size // 8)
+    with pytest.raises(InputError, match="do not fit into one file in int8: publish without --onnx"):
+        export_onnx(published["one_path"], tmp_path)
 
 
 # text-embeddings-inference
