@@ -40,7 +40,7 @@ ROWS_BETWEEN_CHECKS = 32  # of a file, for cancellation
 PROGRESS_SECONDS = 0.5  # between two progress messages: with more, a slow browser becomes unresponsive
 PREVIEW = 50  # rows of a file
 MENU = 1000  # nodes that can be chosen for an explanation: with tens of thousands, the page has many megabytes
-MENU_INFO = "The most probable nodes. The label of any other node can be typed."
+MENU_INFO = f"After a prediction, the {MENU:,} most probable nodes. The label of any other node can be typed."
 KEPT_SECONDS = 600  # until a file or a download is deleted
 
 
