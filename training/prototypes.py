@@ -152,8 +152,8 @@ def class_members(trainer: HierarchicalTrainer, rows: Dataset) -> Tensor:
         members = (labels == 1).float()
     else:  # not one_hot, whose integers would take twice the memory
         members = torch.zeros(len(labels), tree.num_leaves)
-        rows = (labels < tree.num_leaves).nonzero().flatten()
-        members[rows, labels[rows]] = 1.0
+        with_leaf = (labels < tree.num_leaves).nonzero().flatten()
+        members[with_leaf, labels[with_leaf]] = 1.0
     return members.to(trainer.model.heads.weight.device)
 
 
