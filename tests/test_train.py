@@ -74,6 +74,13 @@ def test_the_saved_tokenizer_knows_the_encoders_limit_and_pads_at_the_end(quicks
     assert (tokenizer.model_max_length, tokenizer.padding_side) == (128, "right")
 
 
+def test_the_only_pickles_of_a_run_are_the_optimizer_states_to_resume_from(quickstart_run):
+    output, _ = quickstart_run
+    pickles = {path for suffix in ("bin", "pkl", "pt", "pth") for path in output.rglob(f"*.{suffix}")}
+    assert {path.name for path in pickles} <= {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    assert all(path.parent.name.startswith("checkpoint-") for path in pickles)
+
+
 def test_model_and_stock_pipeline_in_a_fresh_process_have_the_scores_of_the_metrics_file(quickstart_run, tmp_path):
     output, _ = quickstart_run
     code = f"""
