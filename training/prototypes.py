@@ -29,11 +29,15 @@ MAX_TEXTS = 4096  # that are embedded
 
 
 class Names(NamedTuple):
-    """A phrase for each class, for its prototype. ``weights`` are the numbers of texts that the phrases count as."""
+    """A phrase for each class, for its prototype. ``weights`` are the numbers of texts that the phrases count as.
+
+    ``directions`` are those of the phrases' embeddings, see `embed_phrases`.
+    """
 
     source: str
     phrases: list[str]
     weights: list[float]
+    directions: Tensor
 
 
 def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: ModelArguments) -> str | None:
@@ -58,44 +62,52 @@ def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: Mod
     chosen = arguments.heads_init or ("prototypes" if few_rows else "random")
     some = rows.select(np.sort(np.random.default_rng(0).permutation(len(rows))[:MAX_TEXTS]))
     # before contrastive training: after it, prototypes without names would seem to fit these texts best
-    names = choose_names(trainer, some) if chosen == "prototypes" else None
+    names, vectors = None, None
+    if chosen == "prototypes":
+        vectors = embed_texts(trainer, some)
+        names = choose_names(trainer, some, vectors)
     if arguments.contrastive_steps:
         members = class_members(trainer, rows)[:, : tree.num_leaves]
         train_contrastively(trainer, rows["input_ids"][:], members, arguments.contrastive_steps)
+        if names:  # the encoder has changed
+            vectors = embed_texts(trainer, some)
+            names = names._replace(directions=embed_phrases(trainer, names.phrases))
     if names:
-        set_prototypes(trainer, some, names)
+        set_prototypes(trainer, some, vectors, names)
     return chosen
 
 
 @torch.no_grad()
-def choose_names(trainer: HierarchicalTrainer, rows: Dataset) -> Names:
-    """Choose what prototypes use in addition to the texts: nothing, class names, or names with descriptions.
+def choose_names(trainer: HierarchicalTrainer, rows: Dataset, vectors: Tensor) -> Names:
+    """Choose what prototypes use in addition to the texts' vectors (B, H): nothing, class names, or names with descriptions.
 
     The choice maximises the likelihood of the training labels. Each text is left out of its own prototypes. A phrase counts as
     `NAME_WEIGHT` texts, or as 0.
     """
-    model = trainer.model.eval()  # no dropout in embeddings; each training step switches back
+    model = trainer.model
     tree, heads, classes = model.config.tree, model.heads, model.config.num_labels
     # ── Names, with and without descriptions ─────────────────────────────────────────────────────────────────────────
     phrases = [label.replace(tree.separator, " ") for label in tree.labels[:classes]]
     descriptions = [tree.descriptions.get(label) for label in tree.labels[:classes]]
     texts_only = "the training texts alone: the class names do not fit them; --class_names gives better ones"
+    directions = embed_phrases(trainer, phrases)
     candidates = [
-        Names(texts_only, phrases, [0.0] * classes),
-        Names("the training texts and the class names", phrases, [NAME_WEIGHT] * classes),
+        Names(texts_only, phrases, [0.0] * classes, directions),
+        Names("the training texts and the class names", phrases, [NAME_WEIGHT] * classes, directions),
     ]
     if tree.descriptions:
         described = [f"{name}: {text}" if text else name for name, text in zip(phrases, descriptions, strict=True)]
         weights = [DESCRIPTION_WEIGHT if text else NAME_WEIGHT for text in descriptions]
-        candidates.append(Names("the training texts, the class names and their descriptions", described, weights))
+        source = "the training texts, the class names and their descriptions"
+        candidates.append(Names(source, described, weights, embed_phrases(trainer, described)))
 
     # ── Likelihood of the labels ─────────────────────────────────────────────────────────────────────────────────────
-    offsets, *_ = standardise(trainer.embed(rows["input_ids"][:]))
+    offsets, *_ = standardise(vectors)
     labels, members = torch.from_numpy(label_arrays(rows)).to(offsets.device), class_members(trainer, rows)
     text_sums = members.T @ offsets
 
     def likelihood(names: Names) -> float:
-        name_sums = NAME_WEIGHT * directions(trainer, names) if any(names.weights) else 0
+        name_sums = NAME_WEIGHT * names.directions if any(names.weights) else 0
         own = left_out_scores(offsets, members, text_sums + name_sums)
         scores = pad(own, (0, tree.num_nodes - classes)) + heads.bias
         if trainer.is_multi_label:
@@ -108,8 +120,8 @@ def choose_names(trainer: HierarchicalTrainer, rows: Dataset) -> Names:
 
 
 @torch.no_grad()
-def set_prototypes(trainer: HierarchicalTrainer, rows: Dataset, names: Names) -> None:
-    """Initialise new heads from embeddings of the training texts and the class names. Inner nodes get 0.
+def set_prototypes(trainer: HierarchicalTrainer, rows: Dataset, vectors: Tensor, names: Names) -> None:
+    """Initialise new heads from embeddings of the training texts, (B, H), and the class names. Inner nodes get 0.
 
     The score of a leaf for a text with embedding v is  TYPICAL_SCORE · p · (v - m) / s.
 
@@ -120,11 +132,10 @@ def set_prototypes(trainer: HierarchicalTrainer, rows: Dataset, names: Names) ->
 
     In multi-label models each node has such a score, added to its initial bias.
     """
-    model = trainer.model.eval()
-    heads, classes = model.heads, model.config.num_labels
-    offsets, mean, rms_distance = standardise(trainer.embed(rows["input_ids"][:]))
+    heads, classes = trainer.model.heads, trainer.model.config.num_labels
+    offsets, mean, rms_distance = standardise(vectors)
     weights = offsets.new_tensor(names.weights)[:, None]
-    prototypes = normalize(class_members(trainer, rows).T @ offsets + weights * directions(trainer, names))
+    prototypes = normalize(class_members(trainer, rows).T @ offsets + weights * names.directions)
     heads.weight.zero_()
     heads.weight[:classes] = TYPICAL_SCORE / rms_distance * prototypes
     heads.bias[:classes] -= heads.weight[:classes] @ mean
@@ -138,9 +149,18 @@ def standardise(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (vectors - mean) / rms_distance, mean, rms_distance
 
 
-def directions(trainer: HierarchicalTrainer, names: Names) -> Tensor:
-    """Return the directions of the names' embeddings from their mean, (C, H)."""
-    named = trainer.embed(trainer.processing_class(names.phrases, truncation=True)["input_ids"])
+@torch.no_grad()
+def embed_texts(trainer: HierarchicalTrainer, rows: Dataset) -> Tensor:
+    """Return the texts' embeddings, (B, H)."""
+    trainer.model.eval()  # no dropout; each training step switches back
+    return trainer.embed(rows["input_ids"][:])
+
+
+@torch.no_grad()
+def embed_phrases(trainer: HierarchicalTrainer, phrases: list[str]) -> Tensor:
+    """Return the directions of the phrases' embeddings from their mean, (C, H)."""
+    trainer.model.eval()
+    named = trainer.embed(trainer.processing_class(phrases, truncation=True)["input_ids"])
     return normalize(named - named.mean(0))
 
 

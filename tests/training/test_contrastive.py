@@ -11,7 +11,7 @@ from test_prototypes import ROWS, TREE, tokenized, trainer_of
 
 from training.arguments import ModelArguments
 from training.contrastive import TEMPERATURE, contrastive_loss
-from training.prototypes import choose_names, initialise_heads
+from training.prototypes import choose_names, embed_texts, initialise_heads
 
 
 def test_the_loss_is_that_of_the_paper_worked_by_hand():
@@ -49,7 +49,7 @@ def test_names_are_chosen_before_the_encoder_knows_the_texts(minilm, tmp_path, c
         rows = tokenized(trainer, [TREE.id(row["label"]) for row in ROWS])
         initialise_heads(trainer, rows, ModelArguments(minilm, contrastive_steps=10))
     assert "heads are initialised from the training texts and the class names" in caplog.text
-    assert "the training texts alone" in choose_names(trainer, rows).source
+    assert "the training texts alone" in choose_names(trainer, rows, embed_texts(trainer, rows)).source
 
 
 @pytest.mark.parametrize("settings", [{}, {"problem_type": "multi_label_classification"}])
