@@ -138,7 +138,7 @@ def each_decision(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) ->
     if labels.ndim == 1:
         log_probs = node_log_probs(taxonomy, logits)
         for nodes, rows, given in rows_by_decision(taxonomy, labels):
-            yield taxonomy.parents[nodes[0]], np.array(nodes), rows, given, log_probs[rows][:, nodes]
+            yield taxonomy.parents[nodes[0]], np.array(nodes), rows, given, log_probs[np.ix_(rows, nodes)]
         return
     for node, is_open in enumerate(open_decisions(taxonomy, labels).T):
         rows = np.flatnonzero(is_open)

@@ -47,8 +47,15 @@ class LexicalClassifier:
     """Logistic regression over TF-IDF: multinomial over the leaves, or for multi-label models binary for each node.
 
     ``counts`` are (num_rows, V), and ``labels`` node ids (num_rows,), where only leaves count, or arrays (num_rows, num_nodes):
-    1, 0, or -100 for unknown. The attribute ``weight`` is (num_classes, V), and ``bias`` (num_classes,). With one label per text,
-    ``log_prior`` (num_nodes,) has the logarithm of the number of documents at or below each node, plus ½; else it is None.
+    1, 0, or -100 for unknown.
+
+    Attributes:
+        weight: the weights of the classes and tokens that are fitted, (C, T). All others are 0.
+        classes, tokens: the ids of these classes (C,) and tokens (T,). L-BFGS keeps some 25 arrays like ``weight``, so with
+            thousands of classes an array (num_classes, V) would take too much memory.
+        bias: (num_classes,).
+        log_prior: with one label per text, the logarithm of the number of documents at or below each node, plus ½, (num_nodes,).
+            Else None.
     """
 
     def __init__(self, taxonomy: Taxonomy, counts: csr_matrix, labels: np.ndarray):
@@ -56,12 +63,16 @@ class LexicalClassifier:
         if not multi_label:
             is_leaf = labels < taxonomy.num_leaves
             counts, labels = counts[is_leaf], labels[is_leaf]
-        classes = labels if multi_label else one_hot(labels, taxonomy.num_leaves)
+            self.classes, given = np.unique(labels, return_inverse=True)
+        outcomes = labels if multi_label else one_hot(given, len(self.classes))
         self.tfidf = TfidfTransformer(sublinear_tf=True).fit(counts)
-        common = (counts > 0).sum(axis=0).A1 >= MIN_ROWS
-        self.tfidf.idf_ = np.where(common, self.tfidf.idf_ * log_odds_variance(counts > 0, classes), 0.0)
-        self.weight, self.bias = np.zeros((classes.shape[1], counts.shape[1])), np.zeros(classes.shape[1])
-        documents, self.log_prior = self.tfidf.transform(counts), None
+        common = np.flatnonzero((counts > 0).sum(axis=0).A1 >= MIN_ROWS)
+        idf = np.zeros_like(self.tfidf.idf_)
+        idf[common] = self.tfidf.idf_[common] * log_odds_variance(counts[:, common] > 0, outcomes)
+        self.tfidf.idf_ = idf
+        self.tokens = np.flatnonzero(idf) if idf.any() else np.array([0])  # scikit-learn needs a feature
+        self.bias = np.zeros(taxonomy.num_nodes if multi_label else taxonomy.num_leaves)
+        documents, self.log_prior = self.tfidf.transform(counts)[:, self.tokens], None
         if multi_label:
             self._fit_nodes(taxonomy, documents, labels)
         else:
@@ -79,8 +90,8 @@ class LexicalClassifier:
         if len(model.classes_) == 2:  # scikit-learn has one row: the difference between the classes
             halves = np.array([[-0.5], [0.5]])
             coefficients, intercepts = halves * coefficients, (halves * intercepts).ravel()
-        self.weight[model.classes_], self.bias[model.classes_] = coefficients, intercepts
-        if len(unseen := np.setdiff1d(np.arange(len(self.bias)), model.classes_)):
+        self.weight, self.bias[self.classes] = coefficients, intercepts
+        if len(unseen := np.setdiff1d(np.arange(len(self.bias)), self.classes)):
             # a leaf of bias b has odds of exp(b - total) against the leaves with training documents
             total = logsumexp(documents @ coefficients.T + intercepts, axis=1)
             share = 1 / ((len(labels) + 1) * len(unseen))
@@ -92,20 +103,25 @@ class LexicalClassifier:
         The node's log-odds in these rows are subtracted: the encoder's head starts from them, and they would count twice.
         """
         is_open, priors = open_decisions(taxonomy, labels), prior_log_odds(taxonomy, labels)
-        for node, rows in enumerate(is_open.T):
-            true = labels[rows, node] == 1
-            if true.any() and not true.all():
-                model = LogisticRegression(C=REGULARISATION, max_iter=1000).fit(documents[rows], true)
-                self.weight[node], self.bias[node] = model.coef_[0], model.intercept_[0] - priors[node]
+        positive, total = open_counts(taxonomy, labels)
+        self.classes = np.flatnonzero((positive > 0) & (positive < total))
+        self.weight = np.empty((len(self.classes), len(self.tokens)))
+        for weight, node in zip(self.weight, self.classes, strict=True):
+            rows = is_open[:, node]
+            model = LogisticRegression(C=REGULARISATION, max_iter=1000).fit(documents[rows], labels[rows, node] == 1)
+            weight[:], self.bias[node] = model.coef_[0], model.intercept_[0] - priors[node]
 
     def scores(self, counts: csr_matrix) -> np.ndarray:
         """Return logits of leaves or nodes, (num_rows, num_classes)."""
-        return self.tfidf.transform(counts) @ self.weight.T + self.bias
+        scores = np.tile(self.bias, (counts.shape[0], 1))
+        scores[:, self.classes] += self.tfidf.transform(counts)[:, self.tokens] @ self.weight.T
+        return scores
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights of the equivalent `LexicalHead`."""
-        weights = {"idf": self.tfidf.idf_, "weight": self.weight, "bias": self.bias}
-        return {name: torch.tensor(values, dtype=torch.float32) for name, values in weights.items()}
+        weight = torch.zeros(len(self.bias), len(self.tfidf.idf_))
+        weight[self.classes[:, None], self.tokens] = torch.from_numpy(self.weight).float()
+        return {"idf": torch.tensor(self.tfidf.idf_).float(), "weight": weight, "bias": torch.tensor(self.bias).float()}
 
 
 def log_odds_variance(present: csr_matrix, labels: np.ndarray) -> np.ndarray:

@@ -169,7 +169,7 @@ def calibrate_model(
     # ── Fit on the validation rows ───────────────────────────────────────────────────────────────────────────────────
     lexical_scores = {}
     if classifier is not None:
-        vocab_size = classifier.weight.shape[1]
+        vocab_size = config.text_config.vocab_size
         lexical_scores = {split: classifier.scores(token_counts(splits[split], vocab_size)) for split in logits}
     fitted, calibrated, thresholds = calibrate(lexical_scores)
 

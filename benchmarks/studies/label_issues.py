@@ -57,7 +57,7 @@ class WeightedClassifier(LexicalClassifier):
 
     def _fit_leaves(self, documents: csr_matrix, labels: np.ndarray) -> None:
         model = LogisticRegression(C=REGULARISATION, max_iter=1000, tol=1e-3).fit(documents, labels, self.row_weights)
-        self.weight[model.classes_], self.bias[model.classes_] = model.coef_, model.intercept_
+        self.weight, self.bias[model.classes_] = model.coef_, model.intercept_
 
 
 def load(task: str, data: Path, encoder: str) -> tuple[Taxonomy, dict[str, csr_matrix], dict[str, list], np.ndarray]:

@@ -95,6 +95,22 @@ def test_a_token_is_weighted_by_how_differently_the_classes_use_it():
     np.testing.assert_allclose(one_class, np.square([math.log(3 / 4 * 6 / 5), 0, odds[0]]), atol=1e-12)
 
 
+@pytest.mark.parametrize("unseen", [0, 500])
+def test_only_classes_and_tokens_of_the_rows_are_fitted(unseen):
+    """Compare a fit without rare tokens with one that has a column of zeros for each token, and a row for each class."""
+    tree = Taxonomy([*"abcdefg", *(f"never {i}" for i in range(unseen))])
+    train = rows(60, leaves=7)
+    counts = lexical.token_counts(train, 10 * VOCABULARY)
+    classifier = lexical.LexicalClassifier(tree, counts, np.array(train["labels"]))
+    documents = classifier.tfidf.transform(counts)
+    expected = LogisticRegression(C=50, max_iter=1000, tol=1e-3).fit(documents, train["labels"])
+    weights = classifier.weights()
+    assert weights["weight"].shape == (7 + unseen, 10 * VOCABULARY)
+    assert not weights["weight"][7:].any()
+    np.testing.assert_allclose(weights["weight"][:7].numpy(), expected.coef_, atol=1e-3)
+    np.testing.assert_allclose(weights["bias"][:7].numpy(), expected.intercept_, atol=1e-3)
+
+
 def test_rows_labelled_with_an_inner_node_do_not_affect_the_fit():
     train = rows(200)
     labels = np.array(train["labels"])

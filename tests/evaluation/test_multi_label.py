@@ -641,10 +641,11 @@ def test_a_node_that_is_never_or_always_true_has_no_lexical_weights():
     labels[:, [G, H]] = 0
     labels[labels[:, B] == 1, C] = 1
     classifier = lexical.LexicalClassifier(TREE, counted(ids), labels)
+    weight = classifier.weights()["weight"]
     for node in (G, H, C):
-        assert not classifier.weight[node].any()
+        assert not weight[node].any()
         assert classifier.bias[node] == 0
-    assert classifier.weight[[A, B, D, E, F]].any(axis=1).all()
+    assert weight[[A, B, D, E, F]].any(axis=1).all()
 
 
 def test_classes_without_both_labels_and_rows_without_labels_do_not_count_in_the_spread():
