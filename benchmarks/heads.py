@@ -72,11 +72,8 @@ def main() -> None:
     result: dict = {"nodes": [tree.num_nodes for tree in trees]}
     for i, name in enumerate(SETTINGS):
         times = medians[i * len(trees) :][: len(trees)]
-        ratios = [time / times[0] for time in times]
-        print(
-            f"{name}: {', '.join(f'{1000 * time:.1f} ms' for time in times)}, ratios {', '.join(f'{ratio:.2f}' for ratio in ratios)}"
-        )
-        result[name] = {"milliseconds": [1000 * time for time in times], "ratios": ratios}
+        print(f"{name}: {', '.join(f'{1000 * time:.1f} ms ({time / times[0]:.2f})' for time in times)}")
+        result[name] = {"milliseconds": [1000 * time for time in times], "ratios": [time / times[0] for time in times]}
     output = ROOT / "benchmarks" / "results" / "heads.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=2) + "\n")

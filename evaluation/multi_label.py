@@ -225,14 +225,14 @@ def shrunk_thresholds(
     # a node without positives has no threshold of its own
     with_positives = np.flatnonzero(positives[: taxonomy.num_leaves])
     of_leaves = {leaf: own_threshold(leaf, none) for leaf in with_positives}  # the same for all strengths
-    siblings, fitted = [*siblings_by_level(taxonomy)], {}
+    levels, fitted = [*siblings_by_level(taxonomy)], {}
     for strength in strengths:
         thresholds = np.full(taxonomy.num_nodes, common)
         if math.isfinite(strength):
             for leaf, own in of_leaves.items():
                 thresholds[leaf] = shrunk(leaf, own, strength)
             chosen = u >= thresholds  # of the nodes below the level that is fitted
-            for parents, children, starts in siblings:
+            for parents, children, starts in levels:
                 # the parent of a chosen node is chosen, too
                 forced = np.logical_or.reduceat(chosen[:, children], starts, axis=1)
                 for i in np.flatnonzero(positives[parents]):

@@ -263,9 +263,9 @@ class Service:
         return [panel, *self.figures(result), node]
 
     def choices(self, result: dict[str, Any] | None = None) -> list[tuple[str, str]]:
-        """Return the path and the label of the nodes in the menu: all, or the most probable, or without a result the first."""
+        """Return the path and the label of the first `MENU` nodes, or of the most probable ones of a result."""
         tree, nodes = self.tree, self.tree.reading_order[:MENU]
-        if result is not None and tree.num_nodes > MENU:
+        if result is not None:
             scores = {label: score for level in result["levels"] for label, score in level.items()}
             likely = {*sorted(tree.reading_order, key=lambda node: -scores[tree.labels[node]])[:MENU]}
             nodes = [node for node in tree.reading_order if node in likely]
