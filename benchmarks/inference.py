@@ -4,11 +4,12 @@
     python benchmarks/inference.py --encoder ENCODER [--texts ohsumed/test.csv] [--model CHECKPOINT]
 
 - Peers: the stock ``pipeline("text-classification")`` in float32, 32 texts a batch, and in bfloat16; ONNX Runtime in float32
-  and with dynamic int8 weights, each also with attention fused by its optimizer; torch.compile in bfloat16; OpenVINO in
-  float32, in bfloat16, in static int8 by NNCF, calibrated on `CALIBRATION_TEXTS` texts, and in dynamic int8, where each token
-  is rounded in groups of `GROUP` numbers. ONNX Runtime uses the batches by length of this project's pipeline. torch.compile
-  and OpenVINO run the encoder inside it.
+  and with dynamic int8 weights, each also with attention fused by its optimizer; torch.compile in bfloat16, or in float32 on
+  processors without bfloat16 products; OpenVINO in float32, in bfloat16, in static int8 by NNCF, calibrated on
+  `CALIBRATION_TEXTS` texts, and in dynamic int8, where each token is rounded in groups of `GROUP` numbers. ONNX Runtime uses
+  the batches by length of this project's pipeline. torch.compile and OpenVINO run the encoder inside it.
 - This project: ``pipeline("hierarchical-text-classification")`` in float32, bfloat16 and int8.
+- Processors without bfloat16 products leave out bfloat16.
 
 A laptop without bfloat16 products is simulated by limiting the instruction set, for torch and OpenVINO. ONNX Runtime has no such
 limit, so its rates are upper bounds:
@@ -51,7 +52,7 @@ sys.path.insert(0, str(ROOT))
 from checkpoint_files import ONNX_FILE, QUANTIZED_ONNX_FILE
 from checkpoint_hierarchical import load_encoder
 from configuration_hierarchical import HierarchicalConfig
-from machine import keep_memory
+from machine import has_bf16, keep_memory
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from pipeline_hierarchical import TOKENS_ON_CPU, batches_by_length, padded_length
 from prediction.int8 import quantize
@@ -63,15 +64,17 @@ PEAK_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 CALIBRATION_TEXTS = 300  # NNCF's default
 LIMITED_ISA = {name: os.environ[name] for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA") if name in os.environ}
 OPENVINO_INT8 = ["static int8", "dynamic int8"]
-OPENVINO_DTYPES = [*([] if LIMITED_ISA else ["bf16"]), "fp32", *OPENVINO_INT8]
-DTYPES = [dtype for dtype in PEAK_TYPES if dtype != "bf16" or not LIMITED_ISA]
-AROUND_INT8 = "fp32" if LIMITED_ISA else "bf16"  # the type of operations around int8 products
+FASTEST_FLOAT = (
+    "bf16" if has_bf16(cpu=True) and not LIMITED_ISA else "fp32"
+)  # also of the operations around int8 products
+DTYPES = [dtype for dtype in PEAK_TYPES if dtype != "bf16" or FASTEST_FLOAT == "bf16"]
+OPENVINO_DTYPES = [*(dtype for dtype in DTYPES if dtype != "int8"), *OPENVINO_INT8]
 TAXONOMY = {f"group {i}": [f"class {i}.{j}" for j in range(5)] for i in range(5)}
 COLD = """
 import sys
 from transformers import pipeline
 import torch
-dtype = getattr(torch, sys.argv[2])
+dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[sys.argv[2]]
 classify = pipeline("hierarchical-text-classification", model=sys.argv[1], trust_remote_code=True, dtype=dtype)
 print(classify(sys.argv[3])["label"])
 """
@@ -135,7 +138,7 @@ def ours(model: str, dtype: str, **kwargs):
         "hierarchical-text-classification",
         model=model,
         trust_remote_code=True,
-        dtype=PEAK_TYPES[AROUND_INT8 if dtype == "int8" else dtype],
+        dtype=PEAK_TYPES[FASTEST_FLOAT if dtype == "int8" else dtype],
         device="cpu",
         **kwargs,
     )
@@ -238,7 +241,7 @@ def openvino_encoder(
         tokenize = partial(tokenizer, truncation=True, return_tensors="np")
         dataset = nncf.Dataset(texts, lambda text: {name: tokenize(text)[name] for name in names})
         converted = nncf.quantize(converted, dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(texts))
-    return OpenVinoEncoder(converted, PEAK_TYPES[AROUND_INT8 if dtype.endswith("int8") else dtype], hint)
+    return OpenVinoEncoder(converted, PEAK_TYPES[FASTEST_FLOAT if dtype.endswith("int8") else dtype], hint)
 
 
 def openvino(model: str, dtype: str, texts: list[str], hint: str = "THROUGHPUT"):
@@ -265,9 +268,9 @@ class CompiledEncoder(nn.Module):
 
 
 def compiled(model: str):
-    """Return this project's pipeline with a compiled encoder in bfloat16. Each core computes its own batches."""
-    classify = ours(model, "bf16")
-    plain = AutoModel.from_pretrained(model, trust_remote_code=True, dtype=torch.bfloat16)
+    """Return this project's pipeline with a compiled encoder. Each core computes its own batches."""
+    classify = ours(model, FASTEST_FLOAT)
+    plain = AutoModel.from_pretrained(model, trust_remote_code=True, dtype=PEAK_TYPES[FASTEST_FLOAT])
     classify.model.encoder = CompiledEncoder(plain.encoder.eval())
     return classify
 
@@ -297,8 +300,7 @@ def peers(
         call = runtime(model, file)
         result[name] = (name.rpartition(" ")[2], call, call)
     pipelines = {f"OpenVINO, {dtype}": partial(openvino, model, dtype, texts) for dtype in OPENVINO_DTYPES}
-    if "bf16" in DTYPES:
-        pipelines["torch.compile, bf16"] = partial(compiled, model)
+    pipelines[f"torch.compile, {FASTEST_FLOAT}"] = partial(compiled, model)
     pipelines |= {f"this project, {dtype}": partial(ours, model, dtype) for dtype in DTYPES}
     for name, load in pipelines.items():
         classify = load()
@@ -440,8 +442,7 @@ def latency(model: str, texts: list[str], arguments: argparse.Namespace, scratch
     starts = []
     for _ in range(3):
         started = time.perf_counter()
-        dtype = "bfloat16" if "bf16" in DTYPES else "float32"
-        command = [sys.executable, "-W", "ignore", "-c", COLD, model, dtype, texts[0]]
+        command = [sys.executable, "-W", "ignore", "-c", COLD, model, FASTEST_FLOAT, texts[0]]
         subprocess.run(command, check=True, capture_output=True)
         starts.append(time.perf_counter() - started)
     return [*rows, {"pipeline": "this project: a new process", "p50 ms": round(1000 * statistics.median(starts))}]

@@ -8,15 +8,15 @@ on the machine affects all; compare ratios of medians. The peers, all with AdamW
   dropout, in random order, padded to the longest text of the batch.
 - hand-written loop: a loop as in tutorials. float32, padded to 256, gradient checkpointing, embeddings and the lower 80 % of the
   layers frozen (rounded down), dropout.
-- plain bf16 LoRA: a loop as a careful user writes it. PEFT over the unquantized encoder, bfloat16 autocast, no dropout, sorted
-  by length, torch's SDPA.
-- compiled bf16 LoRA: the same through torch.compile, forward and backward, for batches of any shape. The warm-up compiles.
+- plain LoRA: a loop as a careful user writes it. PEFT over the unquantized encoder, bfloat16 autocast where it is native, no
+  dropout, sorted by length, torch's SDPA.
+- compiled LoRA: the same through torch.compile, forward and backward, for batches of any shape. The warm-up compiles.
 - LoRA, QLoRA: this project's trainer with its default settings, over an unquantized or a 4-bit encoder.
 
 FLOPs are useful FLOPs: without padding, for the forward pass and the gradients that training needs, without recomputation. They
-are divided by the machine's peak, the best of a few large bfloat16 matrix products in the same run.
+are divided by the machine's peak, the best of a few large matrix products in the same run, in bfloat16 where it is native.
 
-Profile: the five largest costs of a step of plain bf16 LoRA, which this project used before `training.cpu`, and of QLoRA.
+Profile: the five largest costs of a step of plain LoRA, which this project used before `training.cpu`, and of QLoRA.
 
 Memory: peak resident memory of the process over two steps, or on a GPU the peak that torch allocated. The model has the size of
 BERT base and random weights, and its batches have no padding.
@@ -41,12 +41,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from machine import has_bf16
+
 BATCH = 16
 CLASSES = 23
 OURS = {"LoRA": ("lora", "none"), "QLoRA": ("lora", "4bit"), "full fine-tuning": ("full", "none")}
 SPEED = {
-    512: ("run_classification", "plain bf16 LoRA", "compiled bf16 LoRA", "LoRA", "QLoRA"),
-    256: ("hand-written loop", "plain bf16 LoRA", "compiled bf16 LoRA", "LoRA", "QLoRA"),
+    512: ("run_classification", "plain LoRA", "compiled LoRA", "LoRA", "QLoRA"),
+    256: ("hand-written loop", "plain LoRA", "compiled LoRA", "LoRA", "QLoRA"),
 }
 MEMORY = [
     (batch, length, checkpointing) for batch in (1, 8) for length in (128, 512) for checkpointing in (False, True)
@@ -121,7 +123,7 @@ def measure_speed(arguments: argparse.Namespace, _: Path) -> list[dict]:
                 "peak_gigabytes": statistics.median(one["peak_gigabytes"] for one in done),
             }
         )
-    print("\n| tokens | training | documents/s | times the first | share of the bf16 peak | memory |")
+    print("\n| tokens | training | documents/s | times the first | share of the peak | memory |")
     print("| ---: | --- | ---: | ---: | ---: | ---: |")
     for row in rows:
         print(
@@ -138,7 +140,7 @@ def measure_profile(arguments: argparse.Namespace, _: Path) -> dict[str, dict[st
             contender=name, encoder=arguments.encoder, length=512, train_file=str(arguments.train_file),
             documents=arguments.documents, profiled=True,
         )["costs"]
-        for name in ("plain bf16 LoRA", "QLoRA")
+        for name in ("plain LoRA", "QLoRA")
     }  # fmt: skip
     for name, shares in costs.items():
         print(f"{name}: " + ", ".join(f"{cost} {share:.0%}" for cost, share in shares.items()))
@@ -239,9 +241,10 @@ def synchronize() -> None:
 
 
 def matmul_peak() -> float:
-    """Measure the FLOP/s of large bfloat16 matrix products."""
+    """Measure the FLOP/s of large matrix products, in bfloat16 where it is native."""
     device, size = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 2048)
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    dtype = torch.bfloat16 if has_bf16(cpu=device == "cpu") else torch.float32
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = 0.0
     for _ in range(10):
         started = time.perf_counter()
@@ -321,8 +324,9 @@ def run_classification(encoder: str, tokenizer: object, ids: list[list[int]], la
 
 
 def loop(model: torch.nn.Module, batches: list[dict], autocast: bool) -> Callable[[], None]:
-    """Return a function that runs a plain training loop over given batches."""
+    """Return a function that runs a plain training loop over given batches, with autocast if bfloat16 is native."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    autocast = autocast and has_bf16(cpu=device == "cpu")
     model.to(device).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
@@ -377,8 +381,8 @@ def plain_lora(
 PEERS = {
     "run_classification": run_classification,
     "hand-written loop": hand_written_loop,
-    "plain bf16 LoRA": plain_lora,
-    "compiled bf16 LoRA": partial(plain_lora, compiled=True),
+    "plain LoRA": plain_lora,
+    "compiled LoRA": partial(plain_lora, compiled=True),
 }
 
 

@@ -1,12 +1,14 @@
-"""Speed up LoRA training steps on a CPU with bfloat16 products. Outputs and gradients match PEFT and SDPA.
+"""Speed up LoRA training steps on a CPU. Outputs and gradients match PEFT and SDPA.
 
 An adapted layer multiplies by the merged weight W + s·B·A, which takes about 4 % of a step to compute; PEFT's separate
 branch took a fifth. Merged weights are not stored: the backward pass recomputes them, so a 4-bit encoder stays small.
-Frozen tables and the activations between layers are in bfloat16. Autocast would cast them at every product.
+Processors with bfloat16 products keep frozen tables and the activations between layers in bfloat16. Autocast would cast
+them at every product. Other processors would emulate bfloat16, which is slow, and stay in float32.
 """
 
 import logging
 import types
+from functools import partial
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -19,16 +21,18 @@ from transformers import PreTrainedModel
 logger = logging.getLogger(__name__)
 
 
-def use_training_kernels(encoder: PreTrainedModel) -> None:
-    """Prepare an encoder with an injected LoRA adapter for bfloat16 training on a CPU, in place."""
+def use_training_kernels(encoder: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Prepare an encoder with an injected LoRA adapter for training on a CPU, in place, with products in ``dtype``."""
     for module in encoder.modules():
         if isinstance(module, LoraLayer):
             has_dropout = not isinstance(module.lora_dropout["default"], nn.Identity)
             if type(module.get_base_layer()) in (Linear4bit, nn.Linear) and not has_dropout:
-                module.forward = types.MethodType(merged_forward, module)
+                module.forward = types.MethodType(partial(merged_forward, dtype=dtype), module)
     for parameter in encoder.parameters():  # packed 4-bit weights are uint8
         if not parameter.requires_grad and parameter.dim() > 1 and parameter.dtype == torch.float32:
-            parameter.data = parameter.data.bfloat16()
+            parameter.data = parameter.data.to(dtype)
+    if dtype == torch.float32:
+        return  # where SDPA is as fast
     try:
         from cpu_hierarchical import attend_by_document
 
@@ -38,12 +42,12 @@ def use_training_kernels(encoder: PreTrainedModel) -> None:
         logger.warning("training without the faster CPU attention, %s; results are the same", problem)
 
 
-def merged_forward(self: LoraLayer, x: Tensor) -> Tensor:
+def merged_forward(self: LoraLayer, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Multiply by the merged weight, (…, in) to (…, out). With a disabled or merged adapter, call PEFT's own forward."""
     if self.disable_adapters or self.merged:
         return type(self).forward(self, x)
     a, b = self.lora_A["default"].weight, self.lora_B["default"].weight
-    y = MergedLinear.apply(x.reshape(-1, x.shape[-1]), a, b, self.get_base_layer(), self.scaling["default"])
+    y = MergedLinear.apply(x.reshape(-1, x.shape[-1]), a, b, self.get_base_layer(), self.scaling["default"], dtype)
     # the view is made here: Longformer changes it in place, and torch forbids that for a view that a Function returns
     return y.view(*x.shape[:-1], y.shape[-1])  # not -1: some inputs of X-MOD have no rows
 
@@ -56,23 +60,25 @@ def merged_weight(base: nn.Linear, a: Tensor, b: Tensor, scaling: float) -> Tens
 
 
 class MergedLinear(torch.autograd.Function):
-    """Compute x · (W + s·B·A)ᵀ + bias (Hu et al., 2021, equation 3) in bfloat16, (N, in) to (N, out)."""
+    """Compute x · (W + s·B·A)ᵀ + bias (Hu et al., 2021, equation 3) in ``dtype``, (N, in) to (N, out)."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, a: Tensor, b: Tensor, base: nn.Linear, scaling: float) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, x: Tensor, a: Tensor, b: Tensor, base: nn.Linear, scaling: float, dtype: torch.dtype
+    ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            x, a, b = x.bfloat16(), a.bfloat16(), b.bfloat16()
+            x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
             ctx.save_for_backward(x, a, b)
             ctx.base, ctx.scaling = base, scaling
-            bias = None if base.bias is None else base.bias.bfloat16()
+            bias = None if base.bias is None else base.bias.to(dtype)
             return nn.functional.linear(x, merged_weight(base, a, b, scaling), bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None, None]:
         x, a, b = ctx.saved_tensors
         dy = dy.to(x.dtype)
         dx = dy @ merged_weight(ctx.base, a, b, ctx.scaling) if ctx.needs_input_grad[0] else None
         da = ((dy @ b).T @ x).float() * ctx.scaling  # (r, in)
         db = (dy.T @ (x @ a.T)).float() * ctx.scaling  # (out, r)
-        return dx, da, db, None, None
+        return dx, da, db, None, None, None

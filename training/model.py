@@ -21,6 +21,7 @@ from checkpoint_files import MODEL_FILES, find_snapshot, is_checkpoint, read_con
 from checkpoint_hierarchical import check_tokenizer, load_encoder, position_limit
 from configuration_hierarchical import HierarchicalConfig
 from errors import InputError, as_input_error, one_line
+from machine import has_bf16
 from modeling_hierarchical import HierarchicalForSequenceClassification, HierarchicalHeads
 from taxonomy_hierarchical import Taxonomy, quote_name
 from training.arguments import ModelArguments
@@ -180,18 +181,20 @@ def fetch_model(arguments: ModelArguments) -> None:
 def load_arguments(arguments: ModelArguments) -> dict[str, Any]:
     """Return the keyword arguments of `from_pretrained` for training, with quantization or in float32.
 
-    4-bit is NF4 with double quantization and bfloat16 products (QLoRA: Dettmers et al., 2023).
+    4-bit is NF4 with double quantization and bfloat16 products (QLoRA: Dettmers et al., 2023). CPUs that emulate bfloat16
+    multiply in float32.
     """
+    gpu = torch.cuda.is_available()
     if arguments.quantization in (None, "none"):
         return {"dtype": torch.float32}  # master weights; autocast converts them
     settings: dict[str, Any] = {"load_in_8bit": True}
     if arguments.quantization == "4bit":
         settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        settings["bnb_4bit_compute_dtype"] = torch.bfloat16
+        settings["bnb_4bit_compute_dtype"] = torch.bfloat16 if gpu or has_bf16(cpu=True) else torch.float32
         if parse_flag_from_env("ACCELERATE_USE_FSDP"):  # which needs all parameters in one floating-point type
             settings["bnb_4bit_quant_storage"] = torch.float32
     # quantization happens on the device
-    device = {"device_map": {"": torch.cuda.current_device()}} if torch.cuda.is_available() else {}
+    device = {"device_map": {"": torch.cuda.current_device()}} if gpu else {}
     return {"quantization_config": BitsAndBytesConfig(**settings), **device}
 
 

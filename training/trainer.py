@@ -93,8 +93,8 @@ class HierarchicalTrainer(PublishingTrainer):
         for module in self.model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack 4-bit weights in eval mode
                 module.support_avx512bf16_for_cpu = False
-        if self.args.bf16 and self.args.device.type == "cpu" and self.model.has_adapter and not self.is_fsdp_enabled:
-            use_training_kernels(self.model.encoder)
+        if self.args.device.type == "cpu" and self.model.has_adapter and not self.is_fsdp_enabled:
+            use_training_kernels(self.model.encoder, torch.bfloat16 if self.args.bf16 else torch.float32)
 
     @property
     def best_epoch(self) -> float:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -47,13 +48,13 @@ def batch(minilm):
     return {**tokens, "labels": torch.tensor([0, 1, 2])}
 
 
-def step(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
+def step(model, batch, dtype=torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
     """Return node log-probabilities, and the gradients of all trained weights as one vector.
 
     Weights without a gradient are left out, such as Longformer's layers for global attention, which are not in use.
     """
     model.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         output = model(**batch)
     output.loss.backward()
     gradients = [p.grad.flatten() for p in model.parameters() if p.requires_grad and p.grad is not None]
@@ -71,8 +72,20 @@ def assert_same(model, fast, batch) -> None:
 @pytest.mark.parametrize("quantization", ["4bit", "none", "8bit"])
 def test_outputs_and_gradients_are_those_of_peft(minilm, batch, quantization):
     model, fast = (lora_model(minilm, quantization) for _ in range(2))
-    use_training_kernels(fast.encoder)
+    use_training_kernels(fast.encoder, torch.bfloat16)
     assert_same(model, fast, batch)
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "none"])
+def test_outputs_and_gradients_in_float32(minilm, batch, quantization):
+    model, fast = (lora_model(minilm, quantization) for _ in range(2))
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.compute_dtype = torch.float32  # of PEFT's own path, on every processor
+    use_training_kernels(fast.encoder, torch.float32)
+    (outputs, gradients), (fast_outputs, fast_gradients) = (step(one, batch, torch.float32) for one in (model, fast))
+    torch.testing.assert_close(fast_outputs, outputs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(fast_gradients, gradients, atol=1e-5, rtol=1e-3)
 
 
 SMALL = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -96,7 +109,7 @@ def test_outputs_and_gradients_of_other_encoders(kind, tmp_path):
     mask[1, 11:] = mask[2, 4:] = 0
     given = {"input_ids": torch.randint(5, 90, (3, 20)), "attention_mask": mask, "labels": torch.tensor([0, 1, 2])}
     model, fast = (lora_model(str(tmp_path), "none") for _ in range(2))
-    use_training_kernels(fast.encoder)
+    use_training_kernels(fast.encoder, torch.bfloat16)
     adapted = [module for module in fast.modules() if isinstance(module, LoraLayer)]
     assert adapted
     assert all("forward" in vars(module) for module in adapted)
@@ -105,7 +118,7 @@ def test_outputs_and_gradients_of_other_encoders(kind, tmp_path):
 
 def test_outputs_and_gradients_with_gradient_checkpointing(minilm, batch):
     model, fast = (lora_model(minilm) for _ in range(2))
-    use_training_kernels(fast.encoder)
+    use_training_kernels(fast.encoder, torch.bfloat16)
     fast.activation_checkpointing_enable()
     assert_same(model, fast, batch)
 
@@ -117,13 +130,13 @@ def test_padding_may_stand_on_the_left_or_in_between(minilm, batch, hole):
         mask[:, 12] = 0
     given = {**batch, "input_ids": batch["input_ids"].flip(1), "attention_mask": mask}
     model, fast = (lora_model(minilm) for _ in range(2))
-    use_training_kernels(fast.encoder)
+    use_training_kernels(fast.encoder, torch.bfloat16)
     assert_same(model, fast, given)
 
 
 def test_a_disabled_or_merged_adapter_is_respected(minilm, batch):
     model, fast = (lora_model(minilm, "none") for _ in range(2))
-    use_training_kernels(fast.encoder)
+    use_training_kernels(fast.encoder, torch.bfloat16)
     for one in (model, fast):
         for module in one.encoder.modules():
             if isinstance(module, LoraLayer):
@@ -145,7 +158,7 @@ def test_a_disabled_or_merged_adapter_is_respected(minilm, batch):
 def test_dropout_of_the_adapter_and_a_chosen_attention_are_kept(minilm):
     model = lora_model(minilm, lora_dropout=0.1)
     model.encoder.set_attn_implementation("eager")
-    use_training_kernels(model.encoder)
+    use_training_kernels(model.encoder, torch.bfloat16)
     assert not any("forward" in vars(module) for module in model.modules() if isinstance(module, LoraLayer))
     assert model.encoder.config._attn_implementation == "eager"
 
@@ -153,7 +166,7 @@ def test_dropout_of_the_adapter_and_a_chosen_attention_are_kept(minilm):
 def test_training_works_without_the_private_names_that_the_attention_uses(minilm, batch, monkeypatch, caplog):
     model, plain = (lora_model(minilm, "none") for _ in range(2))
     monkeypatch.setitem(sys.modules, "cpu_hierarchical", None)  # importing it raises ImportError
-    use_training_kernels(plain.encoder)
+    use_training_kernels(plain.encoder, torch.bfloat16)
     (warning,) = (record for record in caplog.records if record.levelname == "WARNING")
     assert "training without the faster CPU attention" in warning.getMessage()
     assert plain.encoder.config._attn_implementation == "sdpa"
@@ -162,7 +175,7 @@ def test_training_works_without_the_private_names_that_the_attention_uses(minilm
 
 def test_the_attention_is_not_written_into_a_checkpoint(minilm, tmp_path):
     model = lora_model(minilm)
-    use_training_kernels(model.encoder)
+    use_training_kernels(model.encoder, torch.bfloat16)
     assert model.encoder.config._attn_implementation == ATTENTION
     model.save_pretrained(tmp_path)
     assert ATTENTION not in (tmp_path / "config.json").read_text()
