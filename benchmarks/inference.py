@@ -9,7 +9,7 @@
   `CALIBRATION_TEXTS` texts, and in dynamic int8, where each token is rounded in groups of `GROUP` numbers. ONNX Runtime uses
   the batches by length of this project's pipeline. torch.compile and OpenVINO run the encoder inside it.
 - This project: ``pipeline("hierarchical-text-classification")`` in float32, bfloat16 and int8.
-- Processors without bfloat16 products leave out bfloat16.
+- Processors without bfloat16 products leave out bfloat16, and encoders other than BERT the fused attention of ONNX Runtime.
 
 A laptop without bfloat16 products is simulated by limiting the instruction set, for torch and OpenVINO. ONNX Runtime has no such
 limit, so its rates are upper bounds:
@@ -281,8 +281,11 @@ def peers(
     """Return for each peer its dtype, the function to time, and a function that returns leaf probabilities (num_texts, num_leaves)."""
     names = ours(model, "fp32").tree.labels
     export_onnx(Path(model), scratch)
-    fused, fused_int8 = scratch / "fused.onnx", scratch / "fused_int8.onnx"
-    fuse(model, fused, fused_int8)
+    files = {"ONNX Runtime, fp32": scratch / ONNX_FILE, "ONNX Runtime, int8": scratch / QUANTIZED_ONNX_FILE}
+    if AutoConfig.from_pretrained(model, trust_remote_code=True).text_config.model_type == "bert":
+        fused, fused_int8 = scratch / "fused.onnx", scratch / "fused_int8.onnx"
+        fuse(model, fused, fused_int8)
+        files |= {"ONNX Runtime, fused fp32": fused, "ONNX Runtime, fused int8": fused_int8}
     result: dict = {}
     for dtype in (dtype for dtype in DTYPES if dtype != "int8"):
         classify = stock(model, dtype)
@@ -291,12 +294,7 @@ def peers(
             lambda texts, classify=classify: classify(texts, truncation=True),
             lambda texts, classify=classify: in_order(classify(texts, truncation=True, top_k=None), names),
         )
-    for name, file in (
-        ("ONNX Runtime, fp32", scratch / ONNX_FILE),
-        ("ONNX Runtime, fused fp32", fused),
-        ("ONNX Runtime, int8", scratch / QUANTIZED_ONNX_FILE),
-        ("ONNX Runtime, fused int8", fused_int8),
-    ):
+    for name, file in files.items():
         call = runtime(model, file)
         result[name] = (name.rpartition(" ")[2], call, call)
     pipelines = {f"OpenVINO, {dtype}": partial(openvino, model, dtype, texts) for dtype in OPENVINO_DTYPES}

@@ -73,18 +73,20 @@ class KeptWeight(MergedLinear):
     """Keep the merged weight from the forward to the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: nn.Linear, scaling: float) -> Tensor:
-        x, a, b = x.bfloat16(), a.bfloat16(), b.bfloat16()
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: nn.Linear, scaling: float, dtype: torch.dtype
+    ) -> Tensor:
+        x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
         weight = merged_weight(base, a, b, scaling)
         ctx.save_for_backward(x, a, b, weight)
         ctx.scaling = scaling
         return nn.functional.linear(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         x, a, b, weight = ctx.saved_tensors
         da, db = ((dy @ b).T @ x).float() * ctx.scaling, (dy.T @ (x @ a.T)).float() * ctx.scaling
-        return dy @ weight, da, db, None, None
+        return dy @ weight, da, db, None, None, None
 
 
 def main() -> None:
@@ -97,7 +99,7 @@ def main() -> None:
         for length in LENGTHS:
             shape = DOCUMENTS, heads, length, size // heads
             inputs = [torch.randn(shape).bfloat16().requires_grad_() for _ in range(3)]
-            rest = [slice(0, length)] * DOCUMENTS, shape[-1] ** -0.5
+            rest = [[slice(0, length)] * DOCUMENTS, shape[-1] ** -0.5]
             compare(f"{encoder}, attention, {length} tokens", PerDocumentAttention, SdpaForward, inputs, rest)
         for name, base in {
             "LoRA": nn.Linear(size, inner, bias=False).bfloat16(),
@@ -107,7 +109,8 @@ def main() -> None:
                 torch.randn(shape).requires_grad_() for shape in ((DOCUMENTS * 300, size), (RANK, size), (inner, RANK))
             ]
             inputs[0] = inputs[0].detach().bfloat16().requires_grad_()
-            compare(f"{encoder}, feed-forward up, {name}, weight kept", MergedLinear, KeptWeight, inputs, [base, 0.01])
+            rest = [base, 0.01, torch.bfloat16]
+            compare(f"{encoder}, feed-forward up, {name}, weight kept", MergedLinear, KeptWeight, inputs, rest)
 
 
 def four_bits(size: int, inner: int) -> nn.Linear:
