@@ -46,6 +46,7 @@ from machine import keep_memory
 from taxonomy_hierarchical import TaxonomyError
 from training import resume
 from training.arguments import Arguments, HierarchicalTrainingArguments, check_against_data, parse
+from training.cpu import KEPT_MEMORY
 from training.label_arrays import label_arrays
 from training.losses import HierarchicalFocalLoss, MultiLabelFocalLoss
 from training.model import build_model, fetch_model, load_tokenizer, size_report
@@ -205,8 +206,8 @@ def train(
         write_json(output / "data_report.json", data.report)
 
     # ── Fit ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-    if training.device.type == "cpu" and arguments.model.tuning == "full":
-        keep_memory(2**30, 2**31 - 1)  # each step allocates and frees much; with an adapter it saves no time
+    if training.device.type == "cpu":
+        keep_memory(*KEPT_MEMORY)
     result = trainer.train(resume_from_checkpoint=resume_from)
     if first_run is not None:
         report.copy_calibration(model, read_config(first_run), splits["train"])

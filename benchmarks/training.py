@@ -41,7 +41,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from machine import has_bf16
+from machine import has_bf16, keep_memory
 
 BATCH = 16
 CLASSES = 23
@@ -284,10 +284,13 @@ def ours(
 
     from taxonomy_hierarchical import Taxonomy
     from training.arguments import HierarchicalTrainingArguments, ModelArguments
+    from training.cpu import KEPT_MEMORY
     from training.losses import HierarchicalFocalLoss
     from training.model import build_model
     from training.trainer import HierarchicalTrainer
 
+    if not torch.cuda.is_available():
+        keep_memory(*KEPT_MEMORY)  # as in train.py
     tuning, quantization = OURS[contender]
     tree = Taxonomy({f"parent {i}": [f"child {i} {j}" for j in range(5 if i < 3 else 4)] for i in range(5)})
     model = build_model(ModelArguments(encoder, tuning=tuning, quantization=quantization), tree, seed=0)

@@ -20,6 +20,8 @@ from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
+KEPT_MEMORY = (2**30, 2**31 - 1)  # arguments of `keep_memory`: each step allocates and frees the same blocks
+
 
 def use_training_kernels(encoder: PreTrainedModel, dtype: torch.dtype) -> None:
     """Prepare an encoder with an injected LoRA adapter for training on a CPU, in place, with products in ``dtype``."""
