@@ -64,9 +64,8 @@ PEAK_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 CALIBRATION_TEXTS = 300  # NNCF's default
 LIMITED_ISA = {name: os.environ[name] for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA") if name in os.environ}
 OPENVINO_INT8 = ["static int8", "dynamic int8"]
-FASTEST_FLOAT = (
-    "bf16" if has_bf16(cpu=True) and not LIMITED_ISA else "fp32"
-)  # also of the operations around int8 products
+# also the type of the operations around int8 products
+FASTEST_FLOAT = "bf16" if has_bf16(cpu=True) and not LIMITED_ISA else "fp32"
 DTYPES = [dtype for dtype in PEAK_TYPES if dtype != "bf16" or FASTEST_FLOAT == "bf16"]
 OPENVINO_DTYPES = [*(dtype for dtype in DTYPES if dtype != "int8"), *OPENVINO_INT8]
 TAXONOMY = {f"group {i}": [f"class {i}.{j}" for j in range(5)] for i in range(5)}

@@ -85,13 +85,13 @@ def test_a_run_killed_several_times_ends_with_the_weights_of_an_uninterrupted_ru
 def test_a_run_ended_by_sigterm_saves_and_is_resumed(words, tmp_path):
     """Test ``--enable_jit_checkpoint``, which is for machines that can be preempted."""
     broken = tmp_path / "broken"
-    words = [*words, "--max_steps", 200, "--save_strategy", "no", "--eval_strategy", "no", "--logging_steps", 1]
+    words = [*words, "--max_steps", 20_000, "--save_strategy", "no", "--eval_strategy", "no", "--logging_steps", 1]
     words += ["--output_dir", broken, "--enable_jit_checkpoint", "true", "--resume_from_checkpoint", "auto"]
     # once the Trainer exists, which ends training three seconds after the signal
     log_text = interrupt(signal.SIGTERM, *words, log=tmp_path / "log", until="device cpu", code=2)
     (saved,) = list_checkpoints(broken)
     steps = saved.name.removeprefix("checkpoint-")
-    message = f"stopped by SIGTERM after {steps} of 200 steps, and saved: --resume_from_checkpoint auto continues"
+    message = f"stopped by SIGTERM after {steps} of 20000 steps, and saved: --resume_from_checkpoint auto continues"
     assert message in log_text
     assert "Traceback" not in log_text
     assert not (broken / "config.json").exists()
