@@ -11,6 +11,7 @@ from transformers.utils import cached_file
 from checkpoint_hierarchical import ADAPTER_FILES, SHIPPED_FILES
 from configuration_hierarchical import HierarchicalConfig
 from errors import ROOT, InputError, as_input_error
+from reading.foreign_code import refuse_foreign_code
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -78,8 +79,9 @@ def is_checkpoint(name_or_path: str | Path) -> bool:
 
 
 def read_config(folder: str | Path) -> HierarchicalConfig:
-    """Read the configuration of a checkpoint of this project, or raise InputError."""
+    """Read the configuration of a checkpoint of this project. InputError: it cannot be used, or see `refuse_foreign_code`."""
     with as_input_error(f"{Path(folder) / 'config.json'} cannot be used"):
+        refuse_foreign_code(folder)
         return HierarchicalConfig.from_pretrained(folder)
 
 

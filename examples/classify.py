@@ -1,13 +1,20 @@
 """Print the predicted path of each text in a CSV file: ``classify.py CHECKPOINT FILE.csv``.
 
-The checkpoint is loaded through transformers alone. Nothing else of this repository is imported.
+The checkpoint is loaded through transformers alone. Nothing else of this repository is imported, except a check: transformers
+would run code of any other repository that the checkpoint names.
 """
 
 import argparse
 import csv
+import sys
 import textwrap
+from pathlib import Path
 
 from transformers import pipeline
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from reading.foreign_code import refuse_foreign_code
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("checkpoint", help="a folder, or an id on the Hub")
@@ -22,8 +29,9 @@ except (OSError, UnicodeDecodeError) as error:
 except KeyError:
     parser.error(f"{arguments.file} has no column text")
 try:
+    refuse_foreign_code(arguments.checkpoint)
     classify = pipeline("hierarchical-text-classification", model=arguments.checkpoint, trust_remote_code=True)
-except (OSError, KeyError) as error:  # transformers raises KeyError for the task if the model has no such pipeline
+except (OSError, KeyError, ValueError) as error:  # KeyError: the model has no such pipeline
     parser.error(f"cannot load the checkpoint {arguments.checkpoint}: {error}")
 try:
     results = [*classify(texts)]

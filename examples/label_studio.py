@@ -16,19 +16,18 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from transformers import AutoConfig
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from configuration_hierarchical import HierarchicalConfig
+from checkpoint_files import find_snapshot, is_checkpoint, read_config
 from errors import ArgumentParser, InputError, as_input_error, exit_with_error
 
 
 def configuration(checkpoint: str) -> str:
     """Return the labelling configuration as XML. The choices are the labels of the nodes."""
-    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=True)
-    if config.model_type != HierarchicalConfig.model_type:
+    folder = find_snapshot(checkpoint, None) or checkpoint
+    if not is_checkpoint(folder):
         raise ValueError("it is not a checkpoint of this project")
+    config = read_config(folder)
     view = ElementTree.Element("View")
     ElementTree.SubElement(view, "Text", name="text", value="$text")
     single = {} if config.is_multi_label else {"maxUsages": "1"}

@@ -22,6 +22,7 @@ from pipeline_hierarchical import read_cost_table
 from prediction.int8 import has_int8_products, quantize
 from prediction.output import Block, Rows
 from prediction.rows import SEPARATORS, TASKS, RowFormat, output_kind
+from reading.foreign_code import refuse_foreign_code
 from taxonomy_hierarchical import quote_name
 
 DTYPES = ("fp32", "bf16", "int8")
@@ -126,6 +127,7 @@ def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
     # pipelines of older checkpoints lack newer arguments
     given = {name: value for name, value in named.items() if value is not None}
     try:
+        refuse_foreign_code(arguments.model, arguments.revision)
         classifier = pipeline(
             "hierarchical-text-classification",
             model=arguments.model,

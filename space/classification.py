@@ -16,6 +16,7 @@ from tables import Refused
 from transformers import Pipeline, pipeline
 
 from reading.columns import is_blank
+from reading.foreign_code import refuse_foreign_code
 from reading.rows import has_surrogate
 
 MAX_CHARACTERS = 20_000
@@ -77,7 +78,11 @@ def load(model: str, revision: str | None) -> Pipeline:
 
     Args:
         revision: the commit on the Hub, for code and weights.
+
+    Raises:
+        InputError: the checkpoint names code from outside it.
     """
+    refuse_foreign_code(model, revision)
     pinned = {"revision": revision, "code_revision": revision}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return pipeline("hierarchical-text-classification", model=model, trust_remote_code=True, device=device, **pinned)

@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import IMPATIENT, ROOT, complete, copy_checkpoint, run, run_outside
+from conftest import IMPATIENT, ROOT, complete, copy_checkpoint, free_port, run, run_outside
 from forked import LIBRARIES
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
@@ -383,6 +383,15 @@ def test_code_of_an_encoder_that_transformers_knows_is_not_run(place):
     assert not (place / "ran").exists()
 
 
+def test_code_of_an_encoder_is_not_named_by_the_checkpoint_that_is_trained_on_it(place):
+    hostile_code()(place / "encoder")
+    train.main([*DATA, *RANDOM, "--model_name_or_path", "encoder", "--output_dir", "results", "--max_steps", "1"])
+    assert "hostile" not in (place / "results" / "tokenizer_config.json").read_text()
+    words = ("--model", "results", "--input", "good.csv", "--output", "out.jsonl", "--dtype", "fp32")
+    assert predict.main([*words]) == 0
+    assert not (place / "ran").exists()
+
+
 HEADS, WHOLE = "heads.safetensors", "model.safetensors"
 ADAPTER, ADAPTER_CONFIG = "adapter/adapter_model.safetensors", "adapter/adapter_config.json"
 CHECKPOINTS = {
@@ -446,6 +455,169 @@ def test_predict_refuses_weights_that_are_nan(place):
     tensors = load_file(place / "checkpoint" / WHOLE)
     save_file({**tensors, "heads.weight": tensors["heads.weight"] * float("nan")}, place / "checkpoint" / WHOLE)
     assert "its weights are damaged" in refusal(predict.main, *PREDICTION)
+
+
+# ── code of other repositories ───────────────────────────────────────────────────────────────────────────────────────
+
+FOREIGN = "other/code--foreign.Class"  # transformers would run the newest foreign.py of this repository
+
+
+def auto_map(**classes: str) -> Callable[[Path], None]:
+    """Return a function that changes classes of a checkpoint's auto_map."""
+
+    def change(folder: Path) -> None:
+        known = json.loads((folder / "config.json").read_text())["auto_map"]
+        configure("config.json", auto_map={**known, **classes})(folder)
+
+    return change
+
+
+def pipeline_entry(**changes: object) -> Callable[[Path], None]:
+    """Return a function that changes the entry of a checkpoint's pipeline."""
+
+    def change(folder: Path) -> None:
+        ((task, known),) = json.loads((folder / "config.json").read_text())["custom_pipelines"].items()
+        configure("config.json", custom_pipelines={task: {**known, **changes}})(folder)
+
+    return change
+
+
+def tokenizer_map(value: object) -> Callable[[Path], None]:
+    return configure("tokenizer_config.json", auto_map=value)
+
+
+def other_configuration_file(folder: Path) -> None:
+    """Name a second configuration, which transformers reads in place of config.json."""
+    known = (folder / "config.json").read_text()
+    auto_map(AutoConfig=FOREIGN)(folder)
+    (folder / "config.json").rename(folder / "config.5.0.0.json")
+    (folder / "config.json").write_text(known)
+    configure("config.json", configuration_files=["config.5.0.0.json"])(folder)
+
+
+def processor(change: Callable[[Path], object]) -> Callable[[Path], None]:
+    """Return a function that adds a processor, and makes transformers load it."""
+
+    def add(folder: Path) -> None:
+        (folder / "processor_config.json").write_text(json.dumps({"auto_map": {"AutoProcessor": FOREIGN}}))
+        change(folder)
+
+    return add
+
+
+def without_model(folder: Path) -> None:
+    """Make the model's own class fail, and name another one."""
+    lose(WHOLE, "heads.weight")(folder)
+    configure("config.json", architectures=["AutoProcessor"])(folder)
+
+
+def code_elsewhere(folder: Path) -> None:
+    """Name a Python file by its path, without a repository."""
+    (folder.parent / "foreign.py").write_bytes(FOREIGN_CODE)
+    tokenizer_map({"AutoTokenizer": [None, f"{folder.parent}/foreign.Class"]})(folder)
+
+
+FOREIGN_CODE = b"import os\nos.mkdir(os.environ['MARKER'])\n"
+ENTRIES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "configuration": (auto_map(AutoConfig=FOREIGN), "config.json of checkpoint names 'other/code--foreign.Class' in auto_map"),
+    "model": (auto_map(AutoModelForSequenceClassification=FOREIGN), "Class' in auto_map"),
+    "pipeline": (pipeline_entry(impl=FOREIGN), "Class' in custom_pipelines"),
+    "tokenizer": (tokenizer_map({"AutoTokenizer": [None, FOREIGN]}), "tokenizer_config.json of checkpoint names"),
+    "tokenizer, as a list": (tokenizer_map([FOREIGN, None]), "tokenizer_config.json of checkpoint names"),
+    "a second configuration": (other_configuration_file, "Class' in auto_map"),
+    "a processor": (processor(pipeline_entry(pt=["AutoProcessor"])), "names 'AutoProcessor' in custom_pipelines"),
+    "a processor, without a model": (processor(without_model), "names 'AutoProcessor' in architectures"),
+    "a path": (code_elsewhere, "foreign.Class' in auto_map"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def foreign_hub():
+    """Serve a Hub with a repository whose code makes the folder that the variable MARKER names."""
+    with HubServer() as hub:
+        hub.add_user("alice", "hf_alice")
+        config = {"auto_map": {"AutoConfig": "foreign.Class"}}
+        hub.add_repo("other/code", {"foreign.py": FOREIGN_CODE, "config.json": json.dumps(config).encode()})
+        yield hub
+
+
+def refusal_of_code(hub: HubServer, place: Path, command: str, *words: object) -> str:
+    """Return the message with which a command refuses a checkpoint, without running code of other repositories."""
+    settings = hub.environment(token="hf_alice") | {"MARKER": str(place / "ran")}
+    settings["GRADIO_SERVER_PORT"] = str(free_port())
+    done = run(*words, command=command, check=False, cwd=place, settings=settings)
+    assert not (place / "ran").exists()
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_code_of_another_repository_is_refused(foreign_hub, place, name):
+    change, message = ENTRIES[name]
+    change(copy_checkpoint("self_contained", place / "checkpoint"))
+    assert message in refusal_of_code(foreign_hub, place, "predict.py", *PREDICTION)
+
+
+def test_code_of_another_repository_is_refused_at_a_pinned_commit(foreign_hub, place):
+    """A commit pins the code that auto_map names, but not the code that the file of a processor names."""
+    folder = copy_checkpoint("self_contained", place / "checkpoint")
+    ENTRIES["a processor"][0](folder)
+    commit = foreign_hub.add_repo("someone/model", folder)
+    words = (*PREDICTION[2:], "--model", "someone/model", "--revision", commit)
+    assert "config.json of someone/model names" in refusal_of_code(foreign_hub, place, "predict.py", *words)
+
+
+def test_the_model_of_an_adapter_beside_the_checkpoint_is_not_loaded_in_its_place(foreign_hub, place):
+    folder = copy_checkpoint("self_contained", place / "checkpoint")
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "other/code"}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    foreign_hub.add_repo("someone/adapter", folder)
+    message = refusal_of_code(foreign_hub, place, "space/app.py", "--model", "someone/adapter")
+    assert "adapter_config.json of someone/adapter names 'other/code' in base_model_name_or_path" in message
+
+
+SCORE = ("--do_train", "false", "--do_predict", "--test_file", "rows.csv", "--output_dir", "results")
+CONTINUE = (
+    *("--train_file", "rows.csv", "--validation_size", 0, "--tuning", "full", "--quantization", "none"),
+    *("--output_dir", "results", "--max_steps", 1),
+)
+ONNX = ("--repo_id", "alice/model", "--onnx", "--dry_run")
+DOORS: dict[str, tuple[str, tuple[object, ...]]] = {
+    "score": ("train.py", (*SCORE, "--model_name_or_path", "checkpoint")),
+    "score at a commit": ("train.py", (*SCORE, "--model_name_or_path", "someone/model", "--model_revision")),
+    "continue": ("train.py", (*CONTINUE, "--model_name_or_path", "checkpoint")),
+    "continue at a commit": ("train.py", (*CONTINUE, "--model_name_or_path", "someone/model", "--model_revision")),
+    "publish": ("push_to_hub.py", (*ONNX, "--model", "checkpoint")),
+    "the Space": ("space/app.py", ("--model", "checkpoint")),
+    "the Space, from the Hub": ("space/app.py", ("--model", "someone/model", "--revision")),
+    "the example": ("examples/classify.py", ("checkpoint", "rows.csv")),
+}
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("door", DOORS)
+def test_each_command_refuses_code_of_another_repository(foreign_hub, place, door, file):
+    (place / "rows.csv").write_text("text,label\na headache,general\n")
+    folder = copy_checkpoint("self_contained", place / "checkpoint")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    entry = {"config.json": "configuration", "tokenizer_config.json": "tokenizer"}[file]
+    ENTRIES[entry][0](folder)
+    command, words = DOORS[door]
+    if str(words[-1]).endswith("revision"):
+        words += (foreign_hub.add_repo("someone/model", folder),)
+    assert f"{FOREIGN!r} in auto_map, which could run" in refusal_of_code(foreign_hub, place, command, *words)
+
+
+def test_a_labelling_configuration_is_read_without_running_code(foreign_hub, place):
+    auto_map(AutoConfig="hostile.Config")(copy_checkpoint("self_contained", place / "checkpoint"))
+    (place / "checkpoint" / "hostile.py").write_bytes(FOREIGN_CODE)
+    settings = foreign_hub.environment() | {"MARKER": str(place / "ran")}
+    for model in ("checkpoint", "someone/labels"):
+        foreign_hub.add_repo("someone/labels", place / "checkpoint")
+        done = run("config", model, command="examples/label_studio.py", cwd=place, settings=settings)
+        assert '<Choice value="general" />' in done.stdout
+    assert not (place / "ran").exists()
 
 
 PREDICT = [

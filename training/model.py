@@ -213,6 +213,7 @@ def load_tokenizer(arguments: ModelArguments, model: HierarchicalForSequenceClas
     with as_input_error(f"cannot load the tokenizer of {name}"):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=continued)
         check_tokenizer(tokenizer, model)
+    tokenizer.init_kwargs.pop("auto_map", None)  # else saved: the pipeline would run code that the encoder names
     tokenizer.padding_side = "right"  # "cls" pooling reads the first token, and positions start there
     tokenizer.truncation_side = "right"  # predictions report truncation at the end of a text
     if "attention_mask" not in tokenizer.model_input_names:  # else batches would have no mask
