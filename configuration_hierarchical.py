@@ -9,6 +9,7 @@ Worth knowing:
 3. The encoder's configuration is called ``text_config``, because transformers looks for that name.
 4. `ENCODER_FIELDS` are also written at the top level of ``config.json``, where text-embeddings-inference reads them. They
    are never read back.
+5. ``config.json`` has a ``format_version``. A release that older code would misread raises `FORMAT_VERSION`.
 """
 
 import inspect
@@ -21,8 +22,13 @@ try:
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
     from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy, TaxonomyError, to_nfc
 
+FORMAT_VERSION = 1  # of config.json. Version 1 is also read without the field
 MULTI_LABEL = "multi_label_classification"
 ENCODER_FIELDS = ("hidden_size", "num_hidden_layers", "max_position_embeddings", "pad_token_id")
+CALIBRATION = (  # fields that are fitted to trained weights, without those of the lexical head
+    *("temperatures", "node_scales", "node_biases", "node_thresholds"),
+    *("conformal_thresholds", "conformal_max_length", "recall_thresholds", "recall_texts", "refitted"),
+)
 DEFAULT_ENCODER = "emilyalsentzer/Bio_ClinicalBERT"
 DEFAULT_ENCODER_REVISION = "d5892b39a4adaed74b92212a44081509db72f87b"
 
@@ -141,18 +147,45 @@ class HierarchicalConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Read a stored configuration, and check arguments given at loading as if they were stored."""
+        """Read a stored configuration, and check arguments given at loading as if they were stored.
+
+        A given taxonomy that is not the stored one removes the calibration. ``replaced_taxonomy`` then keeps the stored one,
+        to which the stored heads belong.
+
+        Raises:
+            ValueError: the configuration has a newer format, or see the class.
+        """
+        version = config_dict.get("format_version", FORMAT_VERSION)
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            problem = f"its format_version is {version!r}, and this code reads versions up to {FORMAT_VERSION}"
+            advice = "use a newer release, or trust_remote_code=True, which runs the code that the checkpoint holds"
+            raise ValueError(f"{problem}: {advice}")
         # ENCODER_FIELDS repeat text_config, and a stored attn_implementation can name a repository of unpinned code
-        not_read = ("attn_implementation", "_attn_implementation", *ENCODER_FIELDS)
-        config_dict = {name: value for name, value in config_dict.items() if name not in not_read}
+        not_read = ["attn_implementation", "_attn_implementation", *ENCODER_FIELDS]
+        not_read += ["format_version", "replaced_taxonomy"]  # not fields
         own = {*inspect.signature(cls.__init__).parameters, "id2label", "label2id", "num_labels"} - {"text_config"}
         given = {name: kwargs.pop(name) for name in [*kwargs] if name in own}
+        if given.get("taxonomy") is not None:
+            stored, new = (read_tree(fields) for fields in (config_dict, {**config_dict, **given}))
+            if stored != new:
+                not_read += CALIBRATION
+                given["replaced_taxonomy"] = stored
+        config_dict = {name: value for name, value in config_dict.items() if name not in not_read}
         return super().from_dict({**config_dict, **given}, **kwargs)
 
+    def set_taxonomy(self, taxonomy: Taxonomy) -> None:
+        """Replace the taxonomy, and with it the classes."""
+        new = type(self)(taxonomy=taxonomy, problem_type=self.problem_type)
+        for name in ("taxonomy", "label_separator", "id2label", "label2id"):
+            setattr(self, name, getattr(new, name))
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the configuration as stored, with `ENCODER_FIELDS` of the encoder."""
+        """Return the configuration as stored, with the format's version and `ENCODER_FIELDS` of the encoder."""
         fields = {name: getattr(self.text_config, name, None) for name in ENCODER_FIELDS}
-        return super().to_dict() | {name: value for name, value in fields.items() if value is not None}
+        fields |= {"format_version": FORMAT_VERSION}
+        stored = super().to_dict() | {name: value for name, value in fields.items() if value is not None}
+        stored.pop("replaced_taxonomy", None)
+        return stored
 
     @property
     def tree(self) -> Taxonomy:
@@ -170,6 +203,14 @@ class HierarchicalConfig(PretrainedConfig):
     @hidden_size.setter
     def hidden_size(self, value: int) -> None:
         self.text_config.hidden_size = value
+
+
+def read_tree(fields: dict[str, Any]) -> Taxonomy:
+    """Build the taxonomy of a configuration's fields, without descriptions."""
+    tree = fields.get("taxonomy")
+    if isinstance(tree, Taxonomy):
+        return tree
+    return Taxonomy(DEFAULT_TAXONOMY if tree is None else tree, fields.get("label_separator", "/"))
 
 
 def encoder_config(given: dict | None) -> PretrainedConfig:

@@ -27,11 +27,11 @@ from transformers.utils import can_return_tuple
 
 try:
     from .checkpoint_hierarchical import build_encoder, load_checkpoint, save_checkpoint, share_encoder
-    from .configuration_hierarchical import HierarchicalConfig
+    from .configuration_hierarchical import CALIBRATION, HierarchicalConfig
     from .taxonomy_hierarchical import Taxonomy
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
     from checkpoint_hierarchical import build_encoder, load_checkpoint, save_checkpoint, share_encoder
-    from configuration_hierarchical import HierarchicalConfig
+    from configuration_hierarchical import CALIBRATION, HierarchicalConfig
     from taxonomy_hierarchical import Taxonomy
 
 if TYPE_CHECKING:  # never runs, but makes transformers fetch the file, which `save_pretrained` copies
@@ -363,6 +363,29 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         for name, value in fields.items():
             setattr(self.config, name, value)
         self.heads.fill_buffers()
+
+    def clear_calibration(self) -> None:
+        """Remove the calibration and the lexical head, which were fitted to earlier weights, or for another taxonomy."""
+        self.set_lexical_head(None)
+        self.set_calibration(**dict.fromkeys(CALIBRATION))
+
+    def change_taxonomy(self, taxonomy: Taxonomy) -> tuple[list[str], list[str]]:
+        """Replace the heads by heads for another taxonomy, and remove the calibration.
+
+        Nodes whose path is in both taxonomies keep their heads. Return the labels of the new nodes and of the dropped nodes.
+        """
+        self.clear_calibration()
+        old, old_heads = self.config.tree, self.heads
+        self.config.set_taxonomy(taxonomy)
+        self.heads = HierarchicalHeads(self.config).to(old_heads.weight.device).train(old_heads.training)
+        self._init_weights(self.heads)  # initialize_weights() would draw a new adapter as well
+        old_ids = {i: old.node_of_path[path] for path, i in taxonomy.node_of_path.items() if path in old.node_of_path}
+        with torch.no_grad():
+            for new, old_weights in zip(self.heads.parameters(), old_heads.parameters(), strict=True):
+                new[[*old_ids]] = old_weights[[*old_ids.values()]]
+        kept = {*old_ids.values()}
+        new_labels = [label for i, label in enumerate(taxonomy.labels) if i not in old_ids]
+        return new_labels, [label for i, label in enumerate(old.labels) if i not in kept]
 
     def set_lexical_head(self, weights: dict[str, Tensor] | None, lexical_weight: float = 1.0) -> None:
         """Set the lexical head from ``idf`` (V,), ``weight`` (num_labels, V) and ``bias``, or remove it with None."""

@@ -34,6 +34,7 @@ MAX_NODES = 100_000
 MAX_NAME = 500  # characters
 # the most that a message quotes from a user's file, see `looks_like_name`
 SHOWN_CHARACTERS, SHOWN_WORDS, SHOWN_DIGITS = 60, 5, 4
+LISTED_NAMES = 8
 NEAR = 0.85  # similarity by difflib from which one name may be a misspelling of another
 MAX_COMPARED = 1_000_000  # pairs of names, a few seconds
 NO_VALUE = ("", "null", "~")  # YAML's spellings of null; `read_yaml` keeps all values as text
@@ -59,6 +60,12 @@ def quote_name(value: object) -> str:
         return f"a {type(value).__name__}"
     text = str(value)
     return repr(value) if looks_like_name(text) else f"(a value of {len(text):,} characters)"
+
+
+def list_names(names: Sequence[str]) -> str:
+    """Quote the first names, and count the others."""
+    more = f" and {len(names) - LISTED_NAMES:,} more" if len(names) > LISTED_NAMES else ""
+    return ", ".join(map(quote_name, names[:LISTED_NAMES])) + more or "none"
 
 
 class Taxonomy:

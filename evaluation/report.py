@@ -28,7 +28,7 @@ from scipy.special import expit
 from torch import nn
 from transformers import AutoModel, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
-from configuration_hierarchical import HierarchicalConfig
+from configuration_hierarchical import CALIBRATION, HierarchicalConfig
 from errors import as_input_error
 from evaluation import plots
 from evaluation.calibration import calibrate_out_of_fold, coverage_scores, fit_calibration, fit_conformal_thresholds
@@ -55,7 +55,6 @@ from reading.columns import join_labels
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import ComputeMetrics, HierarchicalTrainingArguments
 from training.label_arrays import label_arrays
-from training.model import CALIBRATION
 from training.tokens import build_collator
 from training.trainer import HierarchicalTrainer
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, GPT2Config, GPT2Model
 
 import predict
+import push_to_hub
 import train
 from errors import InputError
 from taxonomy_hierarchical import Taxonomy
@@ -455,6 +456,39 @@ def test_predict_refuses_weights_that_are_nan(place):
     tensors = load_file(place / "checkpoint" / WHOLE)
     save_file({**tensors, "heads.weight": tensors["heads.weight"] * float("nan")}, place / "checkpoint" / WHOLE)
     assert "its weights are damaged" in refusal(predict.main, *PREDICTION)
+
+
+@pytest.mark.parametrize("version", [2, "1.5"])
+def test_commands_refuse_a_newer_format_and_predict_runs_the_code_that_comes_with_it(place, version):
+    folder = copy_checkpoint("self_contained", place / "checkpoint")
+    configure("config.json", format_version=version)(folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    (place / "rows.csv").write_text("text,label\na headache,general\n")
+    expected = f"config.json cannot be used: its format_version is {version!r}, and this code reads versions up to 1: "
+    expected += "use a newer release, or trust_remote_code=True, which runs the code that the checkpoint holds"
+    model = ("--model_name_or_path", "checkpoint", "--output_dir", "results")
+    assert expected in refusal(train.main, *model, "--do_train", "false", "--do_predict", "--test_file", "rows.csv")
+    assert expected in refusal(train.main, *model, "--train_file", "rows.csv")
+    assert expected in refusal(push_to_hub.main, "--model", "checkpoint", "--repo_id", "someone/model")
+    done = run("config", "checkpoint", command="examples/label_studio.py", check=False, cwd=place)
+    assert (done.returncode, expected in done.stderr, len(done.stderr.splitlines())) == (2, True, 1)
+
+    code = (folder / "configuration_hierarchical.py").read_text()
+    newer = code.replace("FORMAT_VERSION = 1", "FORMAT_VERSION = 2")
+    assert newer != code
+    (folder / "configuration_hierarchical.py").write_text(newer)
+    if version == 2:
+        assert predict.main([*PREDICTION]) == 0
+    else:
+        assert "its format_version is '1.5'" in refusal(predict.main, *PREDICTION)
+
+
+def test_a_written_checkpoint_names_its_format(place):
+    """The checkpoints of tests/checkpoint are older and have no version."""
+    folder = copy_checkpoint("self_contained", place / "checkpoint")
+    assert "format_version" not in json.loads((folder / "config.json").read_text())
+    AutoModel.from_pretrained("checkpoint", trust_remote_code=True).save_pretrained("again")
+    assert json.loads((place / "again" / "config.json").read_text())["format_version"] == 1
 
 
 # ── code of other repositories ───────────────────────────────────────────────────────────────────────────────────────

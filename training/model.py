@@ -22,18 +22,13 @@ from checkpoint_hierarchical import check_tokenizer, load_encoder, position_limi
 from configuration_hierarchical import HierarchicalConfig
 from errors import InputError, as_input_error, one_line
 from machine import has_bf16
-from modeling_hierarchical import HierarchicalForSequenceClassification, HierarchicalHeads
-from taxonomy_hierarchical import Taxonomy, quote_name
+from modeling_hierarchical import HierarchicalForSequenceClassification
+from taxonomy_hierarchical import Taxonomy, list_names
 from training.arguments import ModelArguments
-from training.data_report import LOGGED_CLASSES
 
 logger = logging.getLogger(__name__)
 
 HEAD_DROPOUT = 0.1  # of the pooled vector, in training
-CALIBRATION = (  # fields of the configuration that are fitted to trained weights, without those of the lexical head
-    *("temperatures", "node_scales", "node_biases", "node_thresholds"),
-    *("conformal_thresholds", "conformal_max_length", "recall_thresholds", "recall_texts", "refitted"),
-)
 
 
 # ── Build a model, or continue one ───────────────────────────────────────────────────────────────────────────────────
@@ -120,8 +115,7 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
         model = HierarchicalForSequenceClassification.from_pretrained(
             path, config=config, merge_adapter=False, **load_arguments(arguments)
         )
-    model.set_lexical_head(None)
-    model.set_calibration(**dict.fromkeys(CALIBRATION))  # fitted to the earlier weights
+    model.clear_calibration()
     if tuning == "lora":
         adapter = model.encoder.peft_config["default"]
         settings = adapter.r, adapter.lora_alpha, adapter.lora_dropout, ", ".join(sorted(adapter.target_modules))
@@ -129,34 +123,12 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
         prepare_model_for_kbit_training(model.encoder, use_gradient_checkpointing=False)
         set_adapter(model.encoder, "default")
     if model.config.tree != taxonomy:
-        change_taxonomy(model, taxonomy)
+        num_nodes = model.config.tree.num_nodes
+        new, dropped = model.change_taxonomy(taxonomy)
+        kept = num_nodes - len(dropped)
+        logger.info("heads kept: %d; initialised: %s; dropped: %s", kept, list_names(new), list_names(dropped))
     model.config.descriptions = taxonomy.descriptions or model.config.descriptions
     return model
-
-
-def change_taxonomy(model: HierarchicalForSequenceClassification, taxonomy: Taxonomy) -> None:
-    """Replace a model's heads by heads for another taxonomy. Nodes whose path is also in the old taxonomy keep their heads."""
-    old, old_heads, config = model.config.tree, model.heads, model.config
-    target = HierarchicalConfig(taxonomy=taxonomy, problem_type=config.problem_type)
-    for name in ("taxonomy", "label_separator", "id2label", "label2id"):
-        setattr(config, name, getattr(target, name))
-    model.heads = HierarchicalHeads(config).to(old_heads.weight.device)
-    model._init_weights(model.heads)  # initialize_weights() would draw a new adapter as well
-    old_ids = {i: old.node_of_path[path] for path, i in taxonomy.node_of_path.items() if path in old.node_of_path}
-    with torch.no_grad():
-        for new, old_weights in zip(model.heads.parameters(), old_heads.parameters(), strict=True):
-            new[[*old_ids]] = old_weights[[*old_ids.values()]]
-    kept = {*old_ids.values()}
-    fresh = [label for i, label in enumerate(taxonomy.labels) if i not in old_ids]
-    dropped = [label for i, label in enumerate(old.labels) if i not in kept]
-    listed = [list_labels(labels) for labels in (fresh, dropped)]
-    logger.info("heads kept: %d; initialised: %s; dropped: %s", len(old_ids), *listed)
-
-
-def list_labels(labels: list[str]) -> str:
-    """Quote the first labels, and count the others."""
-    more = f" and {len(labels) - LOGGED_CLASSES:,} more" if len(labels) > LOGGED_CLASSES else ""
-    return ", ".join(map(quote_name, labels[:LOGGED_CLASSES])) + more or "none"
 
 
 # ── Fetch and load ───────────────────────────────────────────────────────────────────────────────────────────────────

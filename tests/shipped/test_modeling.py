@@ -562,3 +562,63 @@ def test_an_adapter_beside_bfloat16_weights_is_not_rounded(adapted, tmp_path):
     before, after = (load_file(tmp_path / name / "adapter" / ADAPTER_WEIGHTS) for name in ("one", "two"))
     assert before.keys() == after.keys()
     assert all(before[name].equal(after[name]) for name in before)
+
+
+RENAMED = Taxonomy({"a": {"b": ["c", "renamed"], "e": None}, "f": ["g"], "h": None})  # as many nodes as UNEVEN
+GROWN = Taxonomy({"a": {"b": ["d", "c"], "e": None}, "f": ["g", "new"], "h": None, "another": None})
+FITTED = {
+    None: {
+        "temperatures": [0.5, 2.0, 3.0, 4.0],
+        "conformal_thresholds": [0.5] * 99,
+        "conformal_max_length": 10,
+    },
+    "multi_label_classification": {
+        "node_scales": [2.0] * 8,
+        "node_thresholds": [0.1] * 8,
+        "recall_thresholds": [0.2] * 99,
+        "recall_texts": 20,
+    },
+}
+
+
+@pytest.mark.parametrize("problem_type", FITTED)
+@pytest.mark.parametrize("form", ["adapter", "whole"])
+@pytest.mark.parametrize("taxonomy", [RENAMED, GROWN])
+def test_another_taxonomy_keeps_known_heads_and_no_calibration(
+    taxonomy, form, problem_type, tiny_encoder, tmp_path, warned
+):
+    model = untrained_model(tiny_encoder, UNEVEN, problem_type=problem_type, **FITTED[problem_type])
+    if form == "adapter":
+        inject_adapter_in_model(LoraConfig(r=4, target_modules=["query"]), model.encoder)
+    nn.init.normal_(model.heads.weight)
+    size = (model.config.text_config.vocab_size, model.config.num_labels)
+    model.set_lexical_head(
+        {"idf": torch.rand(size[0]), "weight": torch.randn(size[::-1]), "bias": torch.randn(size[1])}
+    )
+    model.save_pretrained(tmp_path)
+    given = {"taxonomy": taxonomy.to_nested(), "id2label": None, "ignore_mismatched_sizes": True}
+    new = set(taxonomy.labels) - set(UNEVEN.labels)
+    for auto in (HierarchicalForSequenceClassification, AutoModel):
+        warned.clear()
+        loaded = auto.from_pretrained(tmp_path, trust_remote_code=True, **given)
+        assert loaded.config.tree.labels == taxonomy.labels
+        for i, label in enumerate(taxonomy.labels):
+            kept = label not in new and torch.equal(loaded.heads.weight[i], model.heads.weight[UNEVEN.id(label)])
+            assert kept == (label not in new)
+        assert all(getattr(loaded.config, name) is None for name in FITTED[problem_type])
+        assert loaded.heads.lexical is None
+        (message,) = (record.getMessage() for record in warned.records if "taxonomy" in record.getMessage())
+        assert message.endswith(
+            f"new heads, to be trained: {', '.join(map(repr, [*filter(new.__contains__, taxonomy.labels)]))}"
+        )
+
+        # what is saved is a checkpoint for that taxonomy, with probabilities before any calibration
+        loaded.save_pretrained(tmp_path / "again")
+        again = HierarchicalForSequenceClassification.from_pretrained(tmp_path / "again")
+        assert again.config.tree.labels == taxonomy.labels
+        inputs = batch()
+        output = again(**inputs)
+        torch.testing.assert_close(output.logits, loaded(**inputs).logits, atol=1e-5, rtol=1e-4)
+        if problem_type is None:
+            pooled = again.pool(again.encoder(**inputs).last_hidden_state, inputs["attention_mask"])
+            torch.testing.assert_close(output.node_log_probs, naive_log_probs(again, pooled), atol=1e-4, rtol=1e-4)
