@@ -189,9 +189,15 @@ def load_heads_and_adapter(model: Any, heads: dict[str, Tensor], adapter: dict[s
     """Load stored heads and adapter weights into a model with an adapter."""
     peft = import_peft()
     adapter = {name.removeprefix(ADAPTER_PREFIX): tensor for name, tensor in adapter.items()}
-    check_weights("adapter", adapter, peft.get_peft_model_state_dict(model.encoder))
+    check_weights("adapter", adapter, adapter_weights(model.encoder))
     load_heads(model, heads)
     peft.set_peft_model_state_dict(model.encoder, adapter)
+
+
+def adapter_weights(encoder: PreTrainedModel, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Return the weights of an encoder's adapter, by default the current ones."""
+    # "auto", the default of save_embedding_layers, compares with the encoder's newest configuration on the Hub
+    return import_peft().get_peft_model_state_dict(encoder, state_dict=state_dict, save_embedding_layers=False)
 
 
 def inject_adapter(encoder: PreTrainedModel, folder: Path) -> None:
@@ -474,8 +480,7 @@ def save_adapter_form(model: Any, folder: Path, state_dict: dict[str, Tensor]) -
         {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
         for prefix in ("heads.", "encoder.")
     )
-    adapter = import_peft().get_peft_model_state_dict(model.encoder, state_dict=encoder)
-    adapter = {ADAPTER_PREFIX + name: tensor for name, tensor in adapter.items()}
+    adapter = {ADAPTER_PREFIX + name: tensor for name, tensor in adapter_weights(model.encoder, encoder).items()}
     (folder / ADAPTER_SUBFOLDER).mkdir(parents=True, exist_ok=True)
     save_file(heads, folder / HEADS_WEIGHTS, {"format": "pt"})
     save_file(adapter, folder / ADAPTER_SUBFOLDER / ADAPTER_WEIGHTS, {"format": "pt"})

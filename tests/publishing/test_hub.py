@@ -940,6 +940,7 @@ print(json.dumps([main([*words, "--revision", one, "--output", one + "/"]) for o
 
 
 def test_a_published_checkpoint_is_continued_as_the_folder_is(hub, published, checkpoint, tmp_path):
+    num_requests = len(hub.requests)
     rows = write_csv(tmp_path / "more.csv", read_csv(CORPUS / "train.csv")[48:80])
     line = ["--train_file", rows, "--max_steps", 2, "--save_strategy", "no", "--load_best_model_at_end", "false"]
     for name, model in (("folder", checkpoint), ("id", published["adapter"])):
@@ -951,6 +952,8 @@ def test_a_published_checkpoint_is_continued_as_the_folder_is(hub, published, ch
         assert name == "tokenizer.json" or (output / name).read_bytes() != (checkpoint / name).read_bytes()
     config, commit = json.loads((output / "config.json").read_text()), hub.commits("base/tiny")[-1].sha
     assert (config["encoder_name_or_path"], config["encoder_revision"]) == ("base/tiny", commit)
+    paths = [request.path for request in hub.requests[num_requests:] if "base/tiny" in request.path]
+    assert [path for path in paths if "main" in path] == []  # the encoder is read at its commit
 
 
 def test_a_checkpoint_that_cannot_be_downloaded_is_one_line(hub, published, tmp_path):
