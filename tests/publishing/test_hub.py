@@ -1066,7 +1066,7 @@ def test_a_space_is_published_pointing_at_the_commit_and_serves_it(hub, checkpoi
     assert len(hub.commits("alice/served")) == 2
     files = hub.files("alice/served-space", repo_type="space")
     ours = {file.name for file in (ROOT / "space").iterdir() if file.is_file()}
-    ours |= {f"reading/{name}.py" for name in ("__init__", "columns", "parquet", "rows")}
+    ours |= {f"reading/{name}.py" for name in ("__init__", "columns", "foreign_code", "parquet", "rows")}
     assert files.keys() == {".gitattributes", *ours}
     titles = [commit.title for commit in hub.commits("alice/served-space", repo_type="space")]
     assert titles == ["initial commit", "Publish the Space"]
