@@ -5,6 +5,7 @@ possibly in several commits. `PublishingTrainer` makes one commit, with the file
 checkpoint to resume from is published without its pickles.
 """
 
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.utils import filter_repo_objects
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
@@ -57,6 +59,8 @@ class PublishingTrainer(Trainer):
         for place, folder in folders.items():
             names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
             files |= {f"{place}/{name}": folder / name for name in filter_repo_objects(names, ignore_patterns=PICKLES)}
+            if (state := f"{place}/{TRAINER_STATE_NAME}") in files:
+                files[state] = published_state(folder, place)
         target = {"repo_id": self.hub_model_id, "revision": self.args.hub_revision}
         operations = commit_operations(files, self.hub.list_repo_files(**target), CHECKPOINT_FILES)
         return self.hub.create_commit(operations=operations, commit_message=message, **target)
@@ -91,3 +95,15 @@ class PublishingTrainer(Trainer):
             jobs.remove(job)
             if job.exception() is not None:
                 logger.warning("a push during training failed: %s", describe_hub_error(job.exception()))
+
+
+def published_state(checkpoint: Path, place: str) -> bytes:
+    """Return trainer_state.json of a checkpoint that is published in the folder ``place``.
+
+    The path of the run's best checkpoint becomes its name in the repository. It was a path of this machine.
+    """
+    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    if state["best_model_checkpoint"] is not None:
+        best = Path(state["best_model_checkpoint"]).name
+        state["best_model_checkpoint"] = place if best == checkpoint.name else best
+    return f"{json.dumps(state, indent=2, sort_keys=True)}\n".encode()

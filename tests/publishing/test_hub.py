@@ -1005,6 +1005,7 @@ def test_training_pushes_loadable_checkpoints_with_every_strategy(hub, tmp_path,
         assert known[0].encode() not in content, name
         assert not name.endswith((".bin", ".pt", ".pth", ".pkl")), name
         assert b"hf_alice" not in content, name
+        assert str(tmp_path).encode() not in content, name
         assert not is_pickle(content), name
     assert f'from_pretrained("{repo}"' in files["README.md"].decode()
     code = log_probs_code(repo, f"AutoModel.from_pretrained({repo!r}, trust_remote_code=True)")
@@ -1014,6 +1015,33 @@ def test_training_pushes_loadable_checkpoints_with_every_strategy(hub, tmp_path,
         there = hub.files(repo, commit.sha)
         assert {"README.md", "heads.safetensors", "adapter/adapter_model.safetensors", "config.json"} <= there.keys()
         assert "\n## Use\n" in there["README.md"].decode()
+    if folders:
+        resume_from_the_hub(hub, repo, output, tmp_path)
+
+
+def resume_from_the_hub(hub: HubServer, repo: str, output: Path, scratch: Path) -> None:
+    """Resume from published folders on another machine, which has the optimizer states, which are not published."""
+    (scratch / "elsewhere").mkdir()
+    before = output.rename(scratch / "elsewhere" / "results")
+    last = max(before.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    best = Path(json.loads((last / "trainer_state.json").read_text())["best_model_checkpoint"]).name
+    resumed = hub.write(repo, scratch / "resumed")
+    published = {folder.name: folder for folder in resumed.iterdir() if "checkpoint" in folder.name}
+    for name, folder in published.items():
+        source = last if name == "last-checkpoint" else before / name
+        for file in [*source.glob("*.pt"), *source.glob("*.pth")]:
+            shutil.copy(file, folder)
+    checkpoint = published.get(last.name) or published["last-checkpoint"]
+    expected = checkpoint.name if best == last.name else best
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["best_model_checkpoint"] == expected
+    words = [*training_words("base/tiny", scratch, scratch / "next"), "--resume_from_checkpoint", checkpoint]
+    if (resumed / expected).exists():
+        done = run(*words, settings=hub.environment())
+        assert f"loading adapter and heads from {resumed / expected}" in done.stderr
+    else:  # the strategy "checkpoint" publishes the last checkpoint alone
+        done = run(*words, check=False, settings=hub.environment())
+        assert f"the best checkpoint of its run, {best}, is not in the same folder" in done.stderr
+        run(*words, "--load_best_model_at_end", "false", settings=hub.environment())
 
 
 def is_pickle(content: bytes) -> bool:
