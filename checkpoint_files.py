@@ -61,16 +61,19 @@ def find_snapshot(name: str, revision: str | None) -> Path | None:
         return Path(cached_file(name, "config.json", revision=revision)).parent
 
 
-def read_model_type(folder: str | Path) -> Any:
-    """Return ``model_type`` of a folder's config.json, or None if there is none. InputError: the file is not a JSON object."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        return None
-    with as_input_error(f"{path} is not a configuration"):
+def read_json_object(path: Path, problem: str = "cannot be used") -> dict[str, Any]:
+    """Read a JSON file that holds an object, or raise InputError."""
+    with as_input_error(f"{path} {problem}"):
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("it is not a JSON object")
-    return content.get("model_type")
+    return content
+
+
+def read_model_type(folder: str | Path) -> Any:
+    """Return ``model_type`` of a folder's config.json, or None if there is none. InputError: the file is not a JSON object."""
+    path = Path(folder) / "config.json"
+    return read_json_object(path, "is not a configuration").get("model_type") if path.is_file() else None
 
 
 def is_checkpoint(name_or_path: str | Path) -> bool:
@@ -85,15 +88,29 @@ def read_config(folder: str | Path) -> HierarchicalConfig:
         return HierarchicalConfig.from_pretrained(folder)
 
 
+def encoder_on_hub(config: HierarchicalConfig) -> str | None:
+    """Return the id and commit of a checkpoint's encoder, or None if it is a folder on this machine."""
+    name, revision = config.encoder_name_or_path, config.encoder_revision
+    return None if revision is None or Path(name).is_absolute() else f"{name} at {revision}"
+
+
+def weights_files(folder: Path, adapter_form: bool) -> list[str]:
+    """Return the paths of the files that hold a checkpoint's weights, and of the adapter's configuration, below its folder."""
+    if adapter_form:
+        return [*ADAPTER_FILES]
+    index = folder / WEIGHTS_INDEX
+    if not index.is_file():
+        return [WEIGHTS]
+    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+
+
 def find_damage(folder: Path, adapter_form: bool) -> str | None:
     """Return a message that names the first missing or damaged weights file, or None if all are complete."""
-    needed = [*ADAPTER_FILES] if adapter_form else [WEIGHTS]
     name = WEIGHTS_INDEX  # named in the message if the index cannot be read
     try:
-        if not adapter_form and (folder / name).is_file():
-            needed = sorted(set(json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values()))
-            if WEIGHTS not in needed and (folder / WEIGHTS).is_file():
-                return f"{WEIGHTS_INDEX} and {WEIGHTS} are both present, and one of them belongs to earlier weights"
+        needed = weights_files(folder, adapter_form)
+        if not adapter_form and WEIGHTS not in needed and (folder / WEIGHTS).is_file():
+            return f"{WEIGHTS_INDEX} and {WEIGHTS} are both present, and one of them belongs to earlier weights"
         for name in needed:
             if not (folder / name).is_file():
                 return f"{name} is missing"

@@ -19,6 +19,7 @@ from huggingface_hub.utils import disable_progress_bars
 from checkpoint_files import CHECKPOINT_FILES, published_files, read_checkpoint
 from errors import ROOT, ArgumentParser, InputError, exit_with_error, is_full_disk, one_line, requested_traceback
 from publishing import card
+from publishing.description import check_description
 from publishing.export import export_merged, export_onnx
 from publishing.hub import (
     HUB_ERRORS,
@@ -41,6 +42,8 @@ def main(argv: list[str]) -> None:
     # ── Check the checkpoint, the token, the repositories, the card ─────────────────────────────────────────────────
     folder = Path(arguments.model)
     config = read_checkpoint(folder)
+    if warning := check_description(folder):
+        print(f"push_to_hub.py: warning: {warning}", file=sys.stderr)
     if arguments.merge and config.adapter_subfolder is None:
         raise InputError(f"--merge: {folder} is already self-contained; leave the flag out")
     if config.adapter_subfolder is not None and not arguments.merge:

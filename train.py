@@ -43,6 +43,7 @@ from evaluation.label_issues import write_label_issues
 from evaluation.lexical import fit_classifier
 from files import write_json
 from machine import keep_memory
+from publishing.description import METRICS, SCORED_MODEL, delete_earlier_description, delete_scores, hash_model
 from taxonomy_hierarchical import TaxonomyError
 from training import resume
 from training.arguments import Arguments, HierarchicalTrainingArguments, check_against_data, parse
@@ -211,6 +212,8 @@ def train(
     result = trainer.train(resume_from_checkpoint=resume_from)
     if first_run is not None:
         report.copy_calibration(model, read_config(first_run), splits["train"])
+    if training.should_save and result.global_step != result.metrics.get("resumed_from_step"):
+        delete_earlier_description(output)  # of a finished run that was resumed, and took steps
     trainer.save_model(_internal_call=True)  # else it is pushed here, before it is measured
     trainer.accelerator.wait_for_everyone()  # all processes load it
 
@@ -224,6 +227,7 @@ def train(
         write_files(output, metrics, model, logits, splits)
         plots.write(plots.training_curves(trainer.state.log_history), output / "plots" / "training_curves.png")
         trainer.write_card(output)
+        write_json(output / METRICS, metrics | {SCORED_MODEL: hash_model(output)})
         logger.info("checkpoint, metrics and plots are in %s", output)
     report.log_metrics(scores)
     if training.push_to_hub:
@@ -320,10 +324,11 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
     if training.should_save:
         output = Path(training.output_dir)
         output.mkdir(parents=True, exist_ok=True)
-        resume.delete_scores(output)
+        delete_scores(output)
         write_json(output / "data_report.json", data.report)
         scored = metrics | report.class_scores(scorer.model.config, logits, splits)
         write_files(output, scored, scorer.model, logits, splits)
+        write_json(output / METRICS, scored | {SCORED_MODEL: hash_model(Path(source))})
         logger.info("metrics and plots are in %s", output)
     report.log_metrics(metrics)
 
@@ -331,8 +336,7 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
 def write_files(
     output: Path, metrics: dict[str, Any], model: PreTrainedModel, logits: dict[str, np.ndarray], splits: DatasetDict
 ) -> None:
-    """Write metrics.json, the plots and the predictions of the scored splits into the folder ``output``."""
-    write_json(output / "metrics.json", metrics)
+    """Write the plots and the predictions of the scored splits into the folder ``output``."""
     report.draw_plots(model.config, logits, splits, metrics.get("per_class", []), output / "plots")
     report.write_predictions(model.config, logits, splits, output)
 

@@ -4,19 +4,26 @@ Worth knowing:
 
 1. The Hub reads the front matter. It holds the results as `EvalResult`s, with the numbers of metrics.json.
 2. Names of classes, columns and files are user text, which `escape` makes harmless. Files and folders are shown by name, without their path.
-3. A card is written before the id on the Hub is final. `update_for_publishing` replaces the id, and keeps edits made by hand.
+3. A card ends in a comment with its hash (`sign`), which tells whether a person has edited it since.
+4. A card is written before the id on the Hub is final. `update_for_publishing` replaces the id, and keeps edits made by hand.
 """
 
+import hashlib
+import logging
 import re
 from collections.abc import Iterable, Sequence
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from checkpoint_files import encoder_on_hub
 from configuration_hierarchical import HierarchicalConfig
 from pipeline_hierarchical import threshold_index
+
+logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).parent / "card.md.jinja"
 TRAINING_SETTINGS = (
@@ -56,6 +63,7 @@ NODES_SHOWN = 200  # in the drawn taxonomy
 
 EXAMPLE = "Colonoscopy was performed in 120 patients with suspected inflammatory bowel disease."
 MEASURED_TARGET = 0.9  # coverage or recall of the answers in metrics.json
+SIGNATURE = "\n<!-- sha256 of the text above as it was generated: {} -->\n"
 LICENCE = "apache-2.0"  # of the weights, as an identifier of the Hub
 MODEL_PLACEHOLDER = "your-name/your-model"
 PLACEHOLDER_NOTE = f"`{MODEL_PLACEHOLDER}` stands for the model's id on the Hub; the checkpoint's folder works too."
@@ -78,7 +86,7 @@ def write(
     metrics: dict[str, Any],
     model_id: str | None = None,
 ) -> None:
-    """Write README.md into a checkpoint's folder, which may also hold plots.
+    """Write README.md into a checkpoint's folder, which may also hold plots. A card that a person wrote or edited is renamed.
 
     Args:
         settings: the flags of the run.
@@ -90,7 +98,34 @@ def write(
     facts["placeholder_note"] = "" if model_id else PLACEHOLDER_NOTE
     facts |= {"escape": escape, "table": table, "count": "{:,}".format, "score": format_score, "example": EXAMPLE}
     card = ModelCard.from_template(metadata(facts), template_path=str(TEMPLATE), **facts)
-    (folder / "README.md").write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
+    keep_edited(folder)
+    (folder / "README.md").write_text(sign(f"{str(card).rstrip()}\n"), encoding="utf-8")
+
+
+def sign(text: str) -> str:
+    """Append a comment with the hash of a card, which the Hub does not show."""
+    return text + SIGNATURE.format(hashlib.sha256(text.encode()).hexdigest())
+
+
+def unsigned(text: str) -> str:
+    """Return a card without the comment of `sign`."""
+    return re.sub(SIGNATURE.format("[0-9a-f]{64}"), "", text)
+
+
+def is_edited(text: str) -> bool:
+    """Return whether a person has written or edited a card."""
+    return sign(unsigned(text)) != text
+
+
+def keep_edited(folder: Path) -> None:
+    """Rename README.md to ``README.edited-N.md`` if a person has written or edited it, so that it can be replaced."""
+    readme = folder / "README.md"
+    if not readme.is_file():
+        return
+    if is_edited(readme.read_text(encoding="utf-8", errors="replace")):
+        kept = next(file for i in count(1) if not (file := folder / f"README.edited-{i}.md").exists())
+        readme.rename(kept)
+        logger.warning("%s was written or edited by hand: kept as %s", readme, kept.name)
 
 
 def update_for_publishing(text: str, model_id: str, merged: bool = False) -> str:
@@ -102,7 +137,8 @@ def update_for_publishing(text: str, model_id: str, merged: bool = False) -> str
     Raises:
         ValueError, yaml.YAMLError: the metadata cannot be read.
     """
-    card = ModelCard(text)
+    edited = is_edited(text)
+    card = ModelCard(text if edited else unsigned(text))
     old_id = card.data.model_name or MODEL_PLACEHOLDER
     if card.data.model_name:
         card.data.model_name = model_id
@@ -113,7 +149,8 @@ def update_for_publishing(text: str, model_id: str, merged: bool = False) -> str
         replacements |= dict.fromkeys((ADAPTER_SENTENCE, LOCAL_ADAPTER_SENTENCE), WHOLE_MODEL_SENTENCE)
     for before, after in replacements.items():
         card.text = card.text.replace(before, after)
-    return str(card) if card.data.to_dict() else card.text
+    renamed = str(card) if card.data.to_dict() else card.text
+    return renamed if edited else sign(renamed)
 
 
 # ── Facts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -126,7 +163,7 @@ def collect_facts(
     tree, splits = config.tree, report["splits"]
 
     # ── Model and training ───────────────────────────────────────────────────────────────────────────────────────────
-    local = Path(config.encoder_name_or_path).is_absolute() or config.encoder_revision is None
+    local = encoder_on_hub(config) is None
     adapter = LOCAL_ADAPTER_SENTENCE if local else ADAPTER_SENTENCE
     drawn = tree.draw().split("\n")
     start = settings.get("model_name_or_path")

@@ -31,6 +31,7 @@ from checkpoint_files import (
 )
 from errors import InputError, as_input_error, is_full_disk, one_line
 from modeling_hierarchical import HierarchicalForSequenceClassification
+from publishing.description import describe_merged
 
 ONNX_TOLERANCE, QUANTIZED_TOLERANCE = 1e-3, 0.25  # of a probability
 # text-embeddings-inference subtracts the logit of the largest absolute value before its softmax in float32, whose exp
@@ -54,6 +55,7 @@ def export_merged(folder: Path, output: Path) -> None:
         if not (output / name).exists():
             (output / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / name, output / name)
+    describe_merged(output)
 
 
 def load_merged(folder: Path) -> HierarchicalForSequenceClassification:

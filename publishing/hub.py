@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
+from checkpoint_files import encoder_on_hub
 from configuration_hierarchical import HierarchicalConfig
 from errors import InputError, one_line
 
@@ -50,7 +51,7 @@ class Target:
 
 def refuse_local_encoder(config: HierarchicalConfig, remedy: str) -> None:
     """Raise InputError if an adapter's encoder is a folder on this machine."""
-    if config.encoder_revision is None or Path(config.encoder_name_or_path).is_absolute():
+    if encoder_on_hub(config) is None:
         raise InputError(
             f"the adapter is for the encoder in {config.encoder_name_or_path}, which is on this machine only: {remedy}"
         )

@@ -21,6 +21,7 @@ from transformers.utils import PushInProgress
 
 from checkpoint_files import CHECKPOINT_FILES, list_files, published_files
 from errors import InputError
+from publishing.description import delete_earlier_description
 from publishing.hub import HUB_ERRORS, commit_operations, describe_hub_error
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class PublishingTrainer(Trainer):
         self._warn_of_failed_pushes()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         folder, output = Path(checkpoint_folder), Path(self.args.output_dir)
+        delete_earlier_description(output)
         for name in list_files(folder):  # a copy, because the checkpoint may be deleted during the upload
             (output / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / name, output / name)

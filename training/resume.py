@@ -21,6 +21,7 @@ from checkpoint_hierarchical import ADAPTER_SUBFOLDER
 from errors import InputError, as_input_error
 from files import check_writable
 from modeling_hierarchical import HierarchicalForSequenceClassification
+from publishing.description import METRICS, delete_description
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import HierarchicalTrainingArguments
 from training.splits import LabelledSplits
@@ -35,7 +36,7 @@ NEEDED = {
     "scheduler.pt": "scheduler.pt is missing",
     "rng_state*.pth": "rng_state.pth is missing",
 }
-SCORE_FILES = ("metrics.json", "label_issues.csv", "validation_predictions.csv", "test_predictions.csv", "plots/*.png")
+LABEL_ISSUES = "label_issues.csv"
 
 
 def check_output_folder(training: HierarchicalTrainingArguments, model: str) -> None:
@@ -46,7 +47,7 @@ def check_output_folder(training: HierarchicalTrainingArguments, model: str) -> 
     output = Path(training.output_dir)
     check_writable("--output_dir", output)
     checkpoints, has_model = list_checkpoints(output), (output / "config.json").exists()
-    has_scores = (output / "metrics.json").exists()
+    has_scores = (output / METRICS).exists()
     resumable = any(find_resume_problem(folder) is None for folder in checkpoints)
     resumes = training.do_train and continues_run(training.resume_from_checkpoint, output)
     if resumes and (resumable or training.resume_from_checkpoint != "auto"):
@@ -179,23 +180,17 @@ def start_run(
 
 
 def delete_run(output: Path, model: str) -> None:
-    """Delete a run's checkpoints, scores and configuration. ``output`` may be the folder of the initial ``model``."""
+    """Delete a run's checkpoints, description and configuration. ``output`` may be the folder of the initial ``model``."""
     for folder in list_checkpoints(output):
         if folder.is_symlink():
             folder.unlink()
         else:
             shutil.rmtree(folder)
-    delete_scores(output)
-    for name in (ONNX_FILE, QUANTIZED_ONNX_FILE, TRUNCATION_FILE):  # exports of the earlier weights
+    delete_description(output)
+    for name in (LABEL_ISSUES, ONNX_FILE, QUANTIZED_ONNX_FILE, TRUNCATION_FILE):  # exports of the earlier weights
         (output / name).unlink(missing_ok=True)
     if output.resolve() != Path(model).resolve():  # else the earlier weights would pass for those of a killed new run
         (output / "config.json").unlink(missing_ok=True)
-
-
-def delete_scores(output_dir: Path) -> None:
-    for pattern in SCORE_FILES:
-        for file in output_dir.glob(pattern):
-            file.unlink(missing_ok=True)
 
 
 def continues_run(requested: str | None, output_dir: Path) -> bool:

@@ -202,7 +202,7 @@ def test_hostile_names_break_neither_front_matter_nor_tables_nor_code(written):
 
     fence, drawn = re.search(r"^(`{5,})text\n(.*?)\n\1$", text, re.M | re.S).groups()
     assert drawn == config.tree.draw()  # whole, and ended by nothing in it
-    outside = text.replace(f"{fence}text\n{drawn}\n{fence}", "")
+    outside = card.unsigned(text).replace(f"{fence}text\n{drawn}\n{fence}", "")
     for code in re.findall(r"^```\w+\n.*?^```$", outside, re.M | re.S):
         outside = outside.replace(code, "")
     outside = outside.split("\n---\n", 1)[1].replace('"<commit>"', "")

@@ -2,7 +2,9 @@
 
 import ast
 import json
+import os
 import shutil
+import signal
 import textwrap
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import torch
 from conftest import (
     CORPUS,
     ROOT,
+    STRIKE,
+    complete,
     copy_checkpoint,
     read_csv,
     run,
@@ -22,10 +26,11 @@ from conftest import (
     untrained_model,
     write_csv,
 )
+from forked import LIBRARIES
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from hub_server import HubServer
-from safetensors.torch import load, load_file, save
+from safetensors.torch import load, load_file, save, save_file
 from space_server import SpaceServer
 from transformers import AutoTokenizer
 
@@ -141,6 +146,134 @@ def test_nothing_of_this_machine_is_published(hub, published, checkpoint):
             assert str(checkpoint.parent).encode() not in content, (repo, name)
             assert str(ROOT).encode() not in content, (repo, name)
             assert b"hf_alice" not in content, (repo, name)
+
+
+SCORING = ("open", "plots/reliability_diagram_uncalibrated.png")  # the model is saved, and not yet calibrated
+
+
+def test_scores_of_another_model_are_not_published(hub, checkpoint, tmp_path):
+    """Kill runs that overwrite or resume a finished one after they have saved the model, and try to publish it."""
+    output = shutil.copytree(checkpoint, tmp_path / "results")
+    environment = hub.environment(token="hf_alice")
+    line = [*training_words("base/tiny", tmp_path, output), "--num_train_epochs"]
+    publish = ["--model", output, "--repo_id", "alice/killed", "--merge", "--dry_run"]
+
+    def kill(*flags: object) -> str:
+        strike = ["-c", STRIKE, ROOT / "train.py", *SCORING, int(signal.SIGKILL), *line, *flags]
+        done = complete(*strike, environment=os.environ | environment, modules=LIBRARIES)
+        assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
+        refused = run(*publish, command="push_to_hub.py", check=False, settings=environment)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        return refused.stderr
+
+    # ── Nothing is left to train: scores and card stay, but the calibration is gone ──────────────────────────────────
+    described = {name: (output / name).read_bytes() for name in ("README.md", "metrics.json", "test_predictions.csv")}
+    message = kill(2, "--resume_from_checkpoint", "auto")
+    assert all((output / name).read_bytes() == content for name, content in described.items())
+    problem = f"{output}/metrics.json has the scores of another model (other: tensors, configuration)"
+    assert message.startswith(f"push_to_hub.py: error: {problem}: ")
+    assert message.count("\n") == 1
+    run(*line, 2, "--resume_from_checkpoint", "auto", settings=environment)
+    assert run(*publish, command="push_to_hub.py", settings=environment).stderr == ""
+
+    # ── Steps are taken: scores and card are deleted first ───────────────────────────────────────────────────────────
+    for flags in (["3", "--resume_from_checkpoint", "auto"], ["1", "--overwrite_output_dir", "true", "--seed", 7]):
+        assert f"{output} is not a complete checkpoint: README.md is missing" in kill(*flags)
+        assert not any((output / name).exists() for name in described)
+        (output / "README.md").write_bytes(described["README.md"])  # as a person may restore them
+        (output / "metrics.json").write_bytes(described["metrics.json"])
+        refused = run(*publish, command="push_to_hub.py", check=False, settings=environment)
+        assert (refused.returncode, "has the scores of another model" in refused.stderr) == (2, True)
+        run(*line, *flags[:1], "--resume_from_checkpoint", "auto", settings=environment)
+        assert run(*publish, command="push_to_hub.py", settings=environment).stderr == ""
+
+
+def test_both_forms_are_published_again_from_the_hub_and_changed_ones_are_not(hub, published, checkpoint, tmp_path):
+    adapter, merged = (hub.write(published[form], tmp_path / form) for form in ("adapter", "merged"))
+    old = shutil.copytree(adapter, tmp_path / "old")
+    metrics = json.loads((old / "metrics.json").read_text())
+    del metrics["scored_model"]
+    (old / "metrics.json").write_text(json.dumps(metrics))
+    bare = shutil.copytree(adapter, tmp_path / "bare")
+    (bare / "metrics.json").unlink()
+    torn = shutil.copytree(adapter, tmp_path / "torn")
+    (torn / "metrics.json").write_text("[]")
+
+    # ── The same model in other files ────────────────────────────────────────────────────────────────────────────────
+    shards = shutil.copytree(merged, tmp_path / "shards")
+    tensors = load_file(merged / "model.safetensors")
+    places = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in {*places.values()}:
+        save_file({name: tensors[name] for name in tensors if places[name] == file}, shards / file, {"format": "pt"})
+    (shards / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (shards / "model.safetensors").unlink()
+    saved = shutil.copytree(adapter, tmp_path / "saved")
+    change_json(saved / "config.json", transformers_version="9.0", descriptions={"neoplasms": "cancer"})
+    settings = saved / "adapter" / "adapter_config.json"
+    targets = json.loads(settings.read_text())["target_modules"]
+    change_json(settings, peft_version="9.0", target_modules=targets[::-1])  # PEFT writes a set
+
+    # ── Another model ────────────────────────────────────────────────────────────────────────────────────────────────
+    weight, precise, placed = (shutil.copytree(merged, tmp_path / name) for name in ("weight", "precise", "placed"))
+    changed = {**tensors, "heads.bias": tensors["heads.bias"] + 1e-6}
+    save_file(changed, weight / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**tensors, "heads.bias": tensors["heads.bias"].double()}, precise / "model.safetensors", {"format": "pt"}
+    )
+    heads = tensors["heads.weight"]
+    save_file({**tensors, "heads.weight": heads.reshape(-1, 6).clone()}, placed / "model.safetensors", {"format": "pt"})
+    alpha, pooling, encoder = (shutil.copytree(adapter, tmp_path / name) for name in ("alpha", "pooling", "encoder"))
+    change_json(alpha / "adapter" / "adapter_config.json", lora_alpha=1)
+    change_json(pooling / "config.json", pooling="cls")
+    change_json(encoder / "config.json", encoder_revision="0" * 40)
+    shard = shutil.copytree(shards, tmp_path / "shard")
+    file = next(shard.glob("model-*"))
+    save_file({name: one + 1 for name, one in load_file(file).items()}, shard / file.name, {"format": "pt"})
+
+    another = "metrics.json has the scores of another model (other: "
+    warning = "check that the card describes this model"
+    cases = [
+        *((folder, "nothing was published") for folder in (adapter, merged, shards, saved)),
+        (old, f"{old}/metrics.json has no hashes of the scored model: {warning}"),
+        (bare, f"{bare}/metrics.json is missing: {warning}"),
+        (torn, f"{torn}/metrics.json cannot be used: it is not a JSON object"),
+        *((folder, f"{folder}/{another}tensors): ") for folder in (weight, precise, placed, shard)),
+        *((folder, f"{folder}/{another}configuration): ") for folder in (alpha, pooling)),
+        (encoder, f"{encoder}/{another}encoder): "),
+    ]
+    code = driver(
+        """
+        answers = []
+        for folder in folders:
+            with contextlib.redirect_stderr(io.StringIO()) as errors:
+                answers.append([push("--model", folder, "--repo_id", "alice/other", "--dry_run"), errors.getvalue()])
+        print(json.dumps(answers))
+        """,
+        folders=[str(folder) for folder, _ in cases],
+    )
+    answers = run_outside(code, tmp_path, hub.environment(tmp_path / "home"))
+    for (answer, errors), (_, message) in zip(answers, cases, strict=True):
+        assert message in f"{errors}{answer}"
+        assert ("nothing was published" in answer) == (message.endswith((warning, "nothing was published")))
+        assert bool(errors) == message.endswith(warning)
+
+
+def change_json(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_a_checkpoint_over_a_folder_is_published_once_its_encoder_is_on_the_hub(hub, tiny_encoder, tmp_path):
+    """The encoder is moved, and then published, and the configuration follows, as the error messages advise."""
+    output = tmp_path / "results"
+    run(*training_words(tiny_encoder, tmp_path, output))
+    publish = ["--model", output, "--repo_id", "alice/followed", "--dry_run"]
+    environment = hub.environment(token="hf_alice")
+    moved = shutil.copytree(tiny_encoder, tmp_path / "moved")
+    change_json(output / "config.json", encoder_name_or_path=str(moved))
+    run(*publish, "--merge", command="push_to_hub.py", settings=environment)
+    commit = hub.commits("base/tiny")[-1].sha
+    change_json(output / "config.json", encoder_name_or_path="base/tiny", encoder_revision=commit)
+    assert run(*publish, command="push_to_hub.py", settings=environment).stderr == ""
 
 
 def test_publishing_again_makes_no_commit_and_a_change_makes_one(hub, checkpoint, tmp_path):

@@ -201,6 +201,24 @@ def test_overwriting_deletes_the_checkpoints_and_results_of_the_former_run(words
     assert not (run_folder / "test_predictions.csv").exists()
 
 
+@pytest.mark.parametrize("flags", [["--overwrite_output_dir", "true"], ["--resume_from_checkpoint", "auto"]])
+def test_a_card_that_a_person_edited_is_kept_and_one_that_was_not_is_replaced(words, run_folder, flags):
+    card, more = run_folder / "README.md", "\n## Our data\n\nFrom the ward.\n"
+    line = [*words, "--output_dir", run_folder, *flags, "--max_steps"]
+    for steps, edited in ((22, False), (24, True)):
+        if edited:
+            card.write_text(card.read_text() + more)
+        before = card.read_text()
+        done = run(*line, steps)
+        kept = [file.read_text() for file in run_folder.glob("README.edited-*.md")]
+        assert kept == ([before] if edited else [])
+        assert (f"{card} was written or edited by hand: kept as README.edited-1.md" in done.stderr) == edited
+        assert more not in card.read_text()
+    (run_folder / "README.md").write_text("Ours.\n")
+    run(*line, 24, *([] if "auto" in flags else ["--resume_from_checkpoint", "auto"]))  # no step is left
+    assert (run_folder / "README.edited-2.md").read_text() == "Ours.\n"
+
+
 def test_a_finished_run_without_checkpoints_is_not_trained_again(words, run_folder):
     for folder in list_checkpoints(run_folder):
         shutil.rmtree(folder)
