@@ -1,10 +1,13 @@
-"""Check, write and hash files."""
+"""Check, lock, write and hash files."""
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from errors import InputError
 
@@ -18,6 +21,31 @@ def check_writable(flag: str, path: Path) -> None:
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         problem = "is not writable" if existing.is_dir() else "is not a folder"
         raise InputError(f"{flag} {path}: {existing} {problem}")
+
+
+@contextmanager
+def lock(flag: str, name: str | Path, file: Path) -> Iterator[None]:
+    """Lock the output ``name`` of a ``flag`` for this process, by a lock on ``file``. A killed process holds no lock.
+
+    InputError: the folder of ``file`` cannot be written to, or another process has the lock.
+    """
+    check_writable(flag, file.parent)
+    existed = file.parent.exists()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{flag} {file.parent}: {error.strerror}") from error
+    try:
+        held = FileLock(file).acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(f"{flag} {name}: another process is writing it; give another name") from error
+    with held:
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)  # before the release: later it may belong to another process
+            if not existed and not any(file.parent.iterdir()):
+                file.parent.rmdir()
 
 
 def sha256(files: Iterable[Path]) -> dict[str, str]:

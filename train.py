@@ -67,10 +67,17 @@ Prepare = Callable[[HierarchicalTrainer], HierarchicalTrainer]
 
 def main(argv: list[str], prepare: Prepare = lambda trainer: trainer) -> None:
     """Run a command line. ``prepare`` may change the Trainer before it trains, as in examples/ray_train.py."""
-    # ── Arguments: recipe, flags, output folder ──────────────────────────────────────────────────────────────────────
     arguments = parse(argv)
     training = arguments.training
     set_up_logging(training.process_index == 0)
+    with resume.lock_output_folder(training):
+        run(arguments, prepare)
+
+
+def run(arguments: Arguments, prepare: Prepare) -> None:
+    """Check the output folder, read the data, then train or score."""
+    # ── Model, output folder ─────────────────────────────────────────────────────────────────────────────────────────
+    training = arguments.training
     set_seed(training.seed)
     fetch_model(arguments.model)
     source = arguments.model.model_name_or_path

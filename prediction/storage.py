@@ -4,14 +4,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from errors import InputError, as_input_error
-from files import check_writable
+from errors import as_input_error
+from files import lock
 from reading.sources import Source
 from reading.stores import path_of
 
@@ -19,23 +17,10 @@ from reading.stores import path_of
 class Disk:
     """Store files on this machine's disk. Files are flushed before they are renamed, and a lock keeps other processes out."""
 
-    @contextmanager
-    def lock(self, name: str) -> Iterator[None]:
+    def lock(self, name: str) -> AbstractContextManager[None]:
         """Lock an output for this process. Raise InputError if it may not be written, or another process has the lock."""
-        file = Path(f"{name}.predict.lock")  # not .lock: an output called uv would delete a project's uv.lock
-        check_writable("--output", file.parent)
-        existed = file.parent.exists()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(file, timeout=0):
-                try:
-                    yield
-                finally:
-                    file.unlink(missing_ok=True)  # before the release: later it may belong to another process
-                    if not existed and not any(file.parent.iterdir()):
-                        file.parent.rmdir()
-        except Timeout as error:
-            raise InputError(f"--output {name}: another process is writing it; give another name") from error
+        # not .lock: an output called uv would delete a project's uv.lock
+        return lock("--output", name, Path(f"{name}.predict.lock"))
 
     def is_input(self, name: str, sources: Sequence[Source]) -> bool:
         """Return whether a file is also an input, under any name."""

@@ -1,4 +1,4 @@
-"""Find the checkpoint to resume from, prepare the output folder, and clean up an overwritten run.
+"""Find the checkpoint to resume from, lock and prepare the output folder, and clean up an overwritten run.
 
 trainer_state.json is written last, and older checkpoints are deleted after that. A killed process leaves at most one
 checkpoint without trainer_state.json, and never deletes the only complete one.
@@ -9,17 +9,19 @@ import logging
 import re
 import shutil
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from checkpoint_files import ONNX_FILE, QUANTIZED_ONNX_FILE, TRUNCATION_FILE, find_damage, is_checkpoint, read_config
 from checkpoint_hierarchical import ADAPTER_SUBFOLDER
 from errors import InputError, as_input_error
-from files import check_writable
+from files import lock
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from publishing.description import METRICS, delete_description
 from taxonomy_hierarchical import Taxonomy
@@ -39,13 +41,29 @@ NEEDED = {
 LABEL_ISSUES = "label_issues.csv"
 
 
+@contextmanager
+def lock_output_folder(training: HierarchicalTrainingArguments) -> Iterator[None]:
+    """Lock ``--output_dir`` for this run. The first process has the lock, and all processes raise InputError if it is taken."""
+    output = Path(training.output_dir)
+    with ExitStack() as stack:
+        problem = None
+        if training.process_index == 0:
+            try:
+                stack.enter_context(lock("--output_dir", output, output / ".train.lock"))
+            except InputError as error:
+                problem = str(error)
+        (problem,) = broadcast_object_list([problem])  # else the other processes would wait for the first
+        if problem is not None:
+            raise InputError(problem)
+        yield
+
+
 def check_output_folder(training: HierarchicalTrainingArguments, model: str) -> None:
     """Raise InputError if ``--output_dir`` already holds a run, or the model that this run would delete.
 
     With ``--resume_from_checkpoint auto``, a new run starts in a folder with neither model nor complete checkpoint.
     """
     output = Path(training.output_dir)
-    check_writable("--output_dir", output)
     checkpoints, has_model = list_checkpoints(output), (output / "config.json").exists()
     has_scores = (output / METRICS).exists()
     resumable = any(find_resume_problem(folder) is None for folder in checkpoints)

@@ -142,6 +142,24 @@ def test_fsdp_on_cpus_is_refused_and_not_replaced(tiny_encoder, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
+def test_all_processes_end_if_another_run_writes_the_folder(tiny_encoder, tmp_path):
+    words: list = ["--model_name_or_path", tiny_encoder, "--use_cpu", "true", "--output_dir", tmp_path / "results"]
+    words += first_rows("corpus", tmp_path, 64, 16, 16)
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
+    with ExitStack() as stack:
+        alone = started(*words, log=tmp_path / "alone", until=tmp_path / "results" / "data_report.json")
+        stack.enter_context(alone).send_signal(signal.SIGSTOP)
+        processes = [
+            stack.enter_context(started(*words, log=log, settings=group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}))
+            for rank, log in enumerate(logs)
+        ]
+        assert [process.wait() for process in processes] == [2, 2], logs[1].read_text()[-4000:]
+    for log in logs:
+        assert "results: another process is writing it" in log.read_text().splitlines()[-1]
+        assert "Traceback" not in log.read_text()
+
+
 def test_sigterm_to_one_process_makes_all_save_at_the_same_step_and_end(tiny_encoder, tmp_path):
     words: list = [ROOT / "recipes" / "quickstart.yaml", "--model_name_or_path", tiny_encoder, "--use_cpu", "true"]
     words += [*first_rows("corpus", tmp_path, 64, 16, 16), "--output_dir", tmp_path / "results"]

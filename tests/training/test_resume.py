@@ -22,6 +22,7 @@ from conftest import (
     read_csv,
     run,
     same_weights,
+    started,
     write_csv,
 )
 
@@ -49,6 +50,27 @@ def unbroken(words, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("unbroken") / "results"
     run(*words, "--output_dir", output)
     return output
+
+
+def content(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_writes_nothing(words, unbroken, tmp_path):
+    """Start the second run while the first one is stopped. A third one continues what the first, which is killed, has left."""
+    output = tmp_path / "results"
+    line = [*words, "--output_dir", output]
+    with started(*line, log=tmp_path / "log", until=output / "checkpoint-2" / "trainer_state.json") as first:
+        first.send_signal(signal.SIGSTOP)
+        before = content(output)
+        for more in (["--overwrite_output_dir", "true", "--seed", 7], ["--resume_from_checkpoint", "auto"]):
+            second = run(*line, *more, check=False)
+            message = f"--output_dir {output}: another process is writing it; give another name"
+            assert (second.returncode, second.stderr) == (2, f"train.py: error: {message}\n")
+        assert content(output) == before
+    run(*line, "--resume_from_checkpoint", "auto")
+    assert same_weights(unbroken, output)
+    assert not [*output.glob("*.lock"), *output.glob(".*")]
 
 
 def test_the_same_seed_gives_the_same_weights(words, unbroken, tmp_path):
