@@ -76,8 +76,9 @@ def main(argv: list[str], prepare: Prepare = lambda trainer: trainer) -> None:
 
 def run(arguments: Arguments, prepare: Prepare) -> None:
     """Check the output folder, read the data, then train or score."""
-    # ── Model, output folder ─────────────────────────────────────────────────────────────────────────────────────────
+    # ── Output folder, model: before the data are read ───────────────────────────────────────────────────────────────
     training = arguments.training
+    resume.check_output_folder(training, arguments.model.model_name_or_path)
     set_seed(training.seed)
     fetch_model(arguments.model)
     source = arguments.model.model_name_or_path
@@ -86,7 +87,6 @@ def run(arguments: Arguments, prepare: Prepare) -> None:
     selection = selection_run(arguments) if training.do_train and training.refit else None
     if selection and Path(source).resolve() == Path(selection.training.output_dir).resolve():
         raise InputError(f"--refit would overwrite {source}, from which it starts: give another --output_dir")
-    resume.check_output_folder(training, source)
     if selection:
         resume.check_output_folder(selection.training, source)
     requested = training.resume_from_checkpoint if training.do_train else None

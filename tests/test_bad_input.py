@@ -73,10 +73,14 @@ FILES: dict[str, str | bytes] = {
     "empty.csv": "",
     "empty.json": "[]",
     "kept.jsonl": "kept\n",
+    "project/README.md": "A project of the user.\n",
+    "analysis/test_predictions.csv": "row,label\n",
 }  # fmt: skip
 
 DATA = ("--train_file", "good.csv")
 RANDOM = ("--quantization", "none", "--validation_size", "0")
+NOWHERE = ("--train_file", "nowhere.csv", "--model_name_or_path", "no/model")  # which would be other errors
+NOT_OURS = "which a run would overwrite or delete, is not from a run: move it, or give another --output_dir"
 NO_FOLDER = "/proc/results: No such file" if os.geteuid() == 0 else "/proc is not writable"
 TRAIN = [
     (("--train_file", "utf16.csv"), "utf16.csv is not UTF-8 text: save it as UTF-8"),
@@ -191,6 +195,11 @@ TRAIN = [
     ((*DATA, "--output_dir", "good.csv/results"), "good.csv is not a folder"),
     ((*DATA, "--output_dir", "/proc/results"), NO_FOLDER),
     ((*DATA, "--output_dir", "n" * 300), "File name too long"),
+    ((*NOWHERE, "--output_dir", "project"), f"--output_dir project: project/README.md, {NOT_OURS}"),
+    ((*NOWHERE, "--output_dir", "project", "--overwrite_output_dir", "true"), f"project/README.md, {NOT_OURS}"),
+    ((*NOWHERE, "--output_dir", "project", "--resume_from_checkpoint", "auto"), f"project/README.md, {NOT_OURS}"),
+    ((*NOWHERE, "--output_dir", "analysis"), f"analysis/test_predictions.csv, {NOT_OURS}"),
+    ((*NOWHERE, "--output_dir", "analysis", "--do_train", "false"), f"analysis/test_predictions.csv, {NOT_OURS}"),
     ((*DATA, "--resume_from_checkpoint", "nowhere"), "cannot resume from nowhere: there is no such folder"),
     ((*DATA, "--do_train", "false"), "--do_train false needs a trained checkpoint"),
     ((*DATA, "--do_train", "false", "--label_issues"), "--label_issues lists training rows"),

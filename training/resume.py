@@ -23,11 +23,17 @@ from checkpoint_hierarchical import ADAPTER_SUBFOLDER
 from errors import InputError, as_input_error
 from files import lock
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from publishing.description import METRICS, delete_description
+from publishing.description import METRICS, SCORE_FILES, delete_description
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import HierarchicalTrainingArguments
 from training.splits import LabelledSplits
-from training.trained_texts import NO_TRAINED_TEXTS, TrainedTexts, read_trained_texts, write_trained_texts
+from training.trained_texts import (
+    NO_TRAINED_TEXTS,
+    TRAINED_TEXTS,
+    TrainedTexts,
+    read_trained_texts,
+    write_trained_texts,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -59,25 +65,36 @@ def lock_output_folder(training: HierarchicalTrainingArguments) -> Iterator[None
 
 
 def check_output_folder(training: HierarchicalTrainingArguments, model: str) -> None:
-    """Raise InputError if ``--output_dir`` already holds a run, or the model that this run would delete.
+    """Raise InputError if ``--output_dir`` already holds a run, the model that this run would delete, or a user's own files.
 
     With ``--resume_from_checkpoint auto``, a new run starts in a folder with neither model nor complete checkpoint.
     """
     output = Path(training.output_dir)
     checkpoints, has_model = list_checkpoints(output), (output / "config.json").exists()
     has_scores = (output / METRICS).exists()
+
+    # ── A folder without a run: whose files are these? ───────────────────────────────────────────────────────────────
+    is_started = any((output / name).exists() for name in (TRAINED_TEXTS, "data_report.json"))
+    if not (checkpoints or has_model or has_scores or is_started):
+        written = [*SCORE_FILES, *(["README.md", LABEL_ISSUES] if training.do_train else [])]
+        if own := next((file for pattern in written for file in sorted(output.glob(pattern))), None):
+            problem = f"{own}, which a run would overwrite or delete, is not from a run"
+            raise InputError(f"--output_dir {output}: {problem}: move it, or give another --output_dir")
+
+    # ── A folder with a run: resumed, overwritten, or refused ────────────────────────────────────────────────────────
+    may_overwrite = training.do_train or not (checkpoints or has_model)  # scores of a checkpoint replace only scores
     resumable = any(find_resume_problem(folder) is None for folder in checkpoints)
     resumes = training.do_train and continues_run(training.resume_from_checkpoint, output)
     if resumes and (resumable or training.resume_from_checkpoint != "auto"):
         return
-    if training.overwrite_output_dir:
+    if training.overwrite_output_dir and may_overwrite:
         source = Path(model).resolve()
-        if training.do_train and any(folder.resolve() in (source, *source.parents) for folder in checkpoints):
+        if any(folder.resolve() in (source, *source.parents) for folder in checkpoints):
             raise InputError(f"--overwrite_output_dir true would delete {model}: give another --output_dir")
     elif has_model or has_scores or (checkpoints and not resumes):
         problem = "holds a model and no complete checkpoint to resume from" if resumes else "already holds a run"
         remedies = ["another --output_dir"]
-        remedies += ["--overwrite_output_dir true"] if training.do_train or not has_model else []
+        remedies += ["--overwrite_output_dir true"] if may_overwrite else []
         remedies += ["--resume_from_checkpoint auto"] if training.do_train and resumable else []
         raise InputError(f"--output_dir {output} {problem}: give {', or '.join(remedies)}")
 

@@ -223,6 +223,22 @@ def test_overwriting_deletes_the_checkpoints_and_results_of_the_former_run(words
     assert not (run_folder / "test_predictions.csv").exists()
 
 
+def test_scores_never_replace_those_of_training(words, run_folder, tmp_path):
+    (run_folder / "label_issues.csv").write_text("row,label\n")
+    score = [*words, "--do_train", "false", "--do_predict", "--model_name_or_path", run_folder]
+    score += ["--overwrite_output_dir", "true", "--output_dir"]
+    killed = tmp_path / "killed"  # a run that has saved only a checkpoint
+    shutil.copytree(list_checkpoints(run_folder)[0], killed / "checkpoint-2")
+    for output in (run_folder, killed):
+        before = content(output)
+        done = run(*score, output, check=False)
+        message = f"train.py: error: --output_dir {output} already holds a run: give another --output_dir\n"
+        assert (done.returncode, done.stderr) == (2, message)
+        assert content(output) == before
+    for _ in range(2):  # scores replace scores
+        run(*score, tmp_path / "scores")
+
+
 @pytest.mark.parametrize("flags", [["--overwrite_output_dir", "true"], ["--resume_from_checkpoint", "auto"]])
 def test_a_card_that_a_person_edited_is_kept_and_one_that_was_not_is_replaced(words, run_folder, flags):
     card, more = run_folder / "README.md", "\n## Our data\n\nFrom the ward.\n"
