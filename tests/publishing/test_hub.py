@@ -1152,6 +1152,22 @@ def test_training_pushes_loadable_checkpoints_with_every_strategy(hub, tmp_path,
         resume_from_the_hub(hub, repo, output, tmp_path)
 
 
+def test_a_resumed_run_pushes_no_scores_of_the_finished_one(hub, checkpoint, tmp_path):
+    output, repo = shutil.copytree(checkpoint, tmp_path / "results"), "alice/resumed"
+    run(
+        *training_words("base/tiny", tmp_path, output),
+        *("--num_train_epochs", 3, "--resume_from_checkpoint", "auto"),
+        *("--push_to_hub", "true", "--hub_model_id", repo, "--hub_strategy", "every_save"),
+        settings=hub.environment(token="hf_alice"),
+    )
+    titles = [commit.title for commit in hub.commits(repo)]
+    assert titles[1:] == ["Training in progress, step 18", "End of training"]
+    for commit in hub.commits(repo)[1:]:
+        files = hub.files(repo, commit.sha)
+        for name in ("metrics.json", "plots/training_curves.png", "README.md"):
+            assert files.get(name) != (checkpoint / name).read_bytes()
+
+
 def resume_from_the_hub(hub: HubServer, repo: str, output: Path, scratch: Path) -> None:
     """Resume from published folders on another machine, which has the optimizer states, which are not published."""
     (scratch / "elsewhere").mkdir()
