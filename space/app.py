@@ -244,7 +244,7 @@ def file_tab(service: Service) -> None:
                     as_lines = gr.DownloadButton("Download JSON Lines", interactive=False, elem_id="jsonl")
                 gr.HTML(
                     "<p class='small'>The file is deleted as soon as it is read. Downloads are deleted "
-                    f"after {KEPT_SECONDS // 60} minutes. Cells that a spreadsheet would run as a formula get an apostrophe in front.</p>"
+                    f"after {KEPT_SECONDS // 60} minutes. In CSV, a backslash stands wherever a spreadsheet might begin a formula.</p>"
                 )
         kept = gr.State(None, time_to_live=KEPT_SECONDS)
         gr.HTML(f"<h2>Preview: the first {PREVIEW} rows</h2>", elem_classes="heading")

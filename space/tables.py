@@ -7,13 +7,14 @@ Worth knowing:
 2. A file of at most 10 MB can decompress to gigabytes. So a subprocess reads the file, with limits of time and, on Linux, of
    memory. The subprocess runs this file as a script. It returns only the column of texts, up to `MAX_UNPACKED` bytes.
 3. Files are read from memory: they are not on disk while they are classified.
-4. In a CSV for download, a cell that a spreadsheet would run as a formula gets an apostrophe in front.
+4. In a CSV for download, no spreadsheet finds a formula, whatever it takes for separators and quotes: see `FORMULA`.
 """
 
 import csv
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,7 +37,19 @@ MAX_MEMORY = 512 * 2**20  # of the subprocess, in addition to its memory before 
 MAX_SECONDS = 30  # of the subprocess
 SAMPLE = 100  # rows in which `longest_column` counts characters
 LIMITS = Limits(bytes=MAX_UNPACKED, rows=MAX_ROWS, columns=MAX_COLUMNS)
-FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+# The places in a cell where a spreadsheet can find a formula: at the start, and where it may begin another cell, after a comma, a
+# semicolon, a tab, a vertical bar or a line break. Quotes and spaces in between may be dropped. The characters are those of
+# OWASP's page "CSV Injection". A backslash marks these places, because an apostrophe can be a quote, too. Backslashes that
+# already stand there are kept apart: they get one more.
+DROPPED = r"""(?: (?! [\t\r\n] ) [\s"'\0] )*"""
+FORMULA = re.compile(
+    rf"""
+      (?: ^ | [,;|\t\r\n] \ * ["'] ) {DROPPED} (?= \\* [\t\r\n] )  # a line break can only begin a cell with quotes
+    | [,;|\r\n]                      {DROPPED} (?= \\* \t )
+    | (?: ^ | [,;|\t\r\n] )          {DROPPED} (?= \\* [=+\-@＝＋－＠] )
+    """,
+    re.VERBOSE,
+)
 
 
 class Refused(ValueError):
@@ -203,11 +216,16 @@ def join_lists(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def defuse(value: Any) -> Any:
-    """Return the value of a cell that no spreadsheet runs as a formula."""
+    """Return the value of a cell in which no spreadsheet finds a formula."""
     if value is None or isinstance(value, (int, float)):
         return value
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return f"'{text}" if text.startswith(FORMULA) else text
+    if isinstance(value, str):
+        return FORMULA.sub(r"\g<0>\\", value)
+    cell = json.dumps(value, ensure_ascii=False)
+    for place in reversed([match.end() for match in FORMULA.finditer(cell)]):
+        if cell[place] != "\\":  # then it has an escape of JSON already
+            cell = f"{cell[:place]}\\u{ord(cell[place]):04x}{cell[place + 1 :]}"
+    return cell
 
 
 def to_json_lines(records: list[dict[str, Any]]) -> str:

@@ -33,7 +33,7 @@ import views
 from attribution import Explainer, split_at_jumps
 from classification import check_text, classify_all
 from service import MENU, Service
-from tables import MAX_BYTES, MAX_COLUMNS, Refused, defuse, join_lists, read_table, to_csv
+from tables import FORMULA, MAX_BYTES, MAX_COLUMNS, Refused, defuse, join_lists, read_table, to_csv
 
 from publishing.hub import SPACE_FILES
 from taxonomy_hierarchical import Taxonomy
@@ -339,12 +339,55 @@ print(json.dumps([results, most(resource.RUSAGE_SELF) - rest + most(resource.RUS
 
 
 def test_formulas_are_defused_and_all_else_comes_back_as_it_was():
-    cells = ["=1+1", "+1", "-1", "@sum", "\tx", "\rx", "plain", "a=b", "", 'a "quoted", one\nand more']
+    cells = ["=1+1", "+1", "-1", "@sum", "\tx", "\rx", "plain", "p = 0.5 (-1)", "", 'a "quoted", one\nand more']
     records = [{"text": cell, "probability": -0.5} for cell in cells]
     back = list(csv.DictReader(io.StringIO(to_csv(records), newline="")))
-    assert [row["text"] for row in back] == [f"'{cell}" if cell[:1] in "=+-@\t\r" and cell else cell for cell in cells]
+    assert [row["text"] for row in back] == [f"\\{cell}" if cell[:1] in "=+-@\t\r" and cell else cell for cell in cells]
     assert {row["probability"] for row in back} == {"-0.5"}  # a number of ours is no formula
-    assert defuse(["=x"]) == '["=x"]'
+    assert defuse("Fever;=x, 'y' |\n -z") == "Fever;\\=x, 'y' |\n \\-z"
+    lists = [["=x", "a;-b"], ['"', ", =c"], ["\\", "+\\=", ";\\=d"]]
+    assert [json.loads(defuse(cell)) for cell in lists] == lists
+
+
+# what OWASP lists, in front of what a spreadsheet may drop and behind what may end a cell
+FORMULAS = [
+    f"a{end}{dropped}{start}HYPERLINK(1)"
+    for end in ("", ",", ";", "\t", "|", "\n", "\r\n", ";,", "x")
+    for dropped in ("", " ", '"', "'", '""', "''", ' "', " '", "\u00a0", "\t", "\r", "\n", "'\n", "\0")
+    for start in ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20", "\t", "\r", "\n", "\\=", "\\\\-", "\\\t=")
+]
+
+
+def test_no_cell_of_a_download_is_a_formula_wherever_a_spreadsheet_splits_it(space):
+    texts = [*FORMULAS, *(text[1:] + " x" for text in FORMULAS if len(text) > 13)]
+    upload = {"files": ("a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))}
+    sent = httpx.post(f"{space.address}/gradio_api/upload", files=upload, timeout=120).json()
+    ask(space, "open_file", [{"path": sent[0], "meta": {"_type": "gradio.FileData"}}, None], "formulas")
+    ask(space, "begin_file", [None], "formulas")
+    ask(space, "run_file", [None, "text", 0.9, None], "formulas")
+    downloads = [
+        content.decode("utf-8-sig") for path, content in space.files().items() if path.name == "predictions.csv"
+    ]
+    (download,) = (content for content in downloads if "HYPERLINK" in content)
+    csv.field_size_limit(len(download))
+    for delimiter in ",;\t|":
+        for quotes in ({"quotechar": '"'}, {"quotechar": "'"}, {"quoting": csv.QUOTE_NONE}):
+            cells = [
+                cell
+                for row in csv.reader(io.StringIO(download, newline=""), delimiter=delimiter, **quotes)
+                for cell in row
+            ]
+            assert sum("HYPERLINK" in cell for cell in cells) > 1
+            for cell in cells:
+                assert not cell.startswith(
+                    ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+                )
+                assert not re.match(r"[\s\0\"']*[=+@\uff1d\uff0b\uff0d\uff20-]", cell), (delimiter, quotes, cell)
+
+    # read back as docs/space.md says
+    marked = re.compile(FORMULA.pattern.replace("(?=", r"(\\) (?="), re.VERBOSE)
+    rows = csv.DictReader(io.StringIO(download, newline=""))
+    assert [marked.sub(lambda match: match[0][:-1], row["text"]) for row in rows] == texts
 
 
 # what is shown
