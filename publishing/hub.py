@@ -29,7 +29,7 @@ from errors import InputError, one_line
 
 SPACE_FILES = (
     *("README.md", "requirements.txt", "app.py", "style.css"),
-    *("attribution.py", "classification.py", "guard.py", "service.py", "tables.py", "views.py"),
+    *("attribution.py", "classification.py", "guard.py", "retention.py", "service.py", "tables.py", "views.py"),
     *(f"reading/{name}.py" for name in ("__init__", "columns", "foreign_code", "parquet", "rows")),
 )
 SPACE_TAG = "hierarchical-text-classification"  # in the front matter of our Spaces

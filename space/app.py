@@ -6,8 +6,9 @@ Worth knowing:
 
 1. On a hosted Space the variables MODEL_ID and MODEL_REVISION name the model; push_to_hub.py sets them. The Space imports
    only `reading` of this repository. The model and its pipeline are loaded through transformers.
-2. An upload is read into memory and deleted at once. Downloads and what is left of broken uploads are deleted after
-   `KEPT_SECONDS`, and when the page stops. Nothing that a user sends is logged: see `log_without_values` and `guard.py`.
+2. An upload is read into memory and deleted at once. Downloads, what is left of broken uploads, and results that nobody reads
+   are deleted after `KEPT_SECONDS` (see `retention.py`), and when the page stops. Nothing that a user sends is logged: see
+   `log_without_values` and `guard.py`.
 3. Texts, explanations and files have separate queues, so a text never waits for a file.
 """
 
@@ -20,11 +21,8 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
-import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -41,7 +39,6 @@ if not (port := os.environ.get("GRADIO_SERVER_PORT", "7860")).isdecimal() or int
     sys.exit(2)
 
 from service import (  # first, because it imports `spaces`
-    KEPT_SECONDS,
     MENU,
     MENU_INFO,
     PREVIEW,
@@ -54,6 +51,7 @@ import gradio as gr
 import views
 from classification import MAX_CHARACTERS, MAX_TARGET, MIN_TARGET, guarantee, highest_target, is_calibrated, load
 from guard import Guard, harden_gradio
+from retention import KEPT_SECONDS, delete_session, sweeping
 from starlette.middleware import Middleware
 from tables import KINDS, MAX_BYTES, MAX_ROWS, Refused
 from transformers import Pipeline
@@ -61,7 +59,6 @@ from transformers.utils import cached_file
 
 atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
 
-SWEEP_SECONDS = 60  # between two searches for files to delete
 MAX_WAITING = 100  # requests; to more, gradio replies "Queue is full! Please try again."
 START_TARGET = 0.9  # of the guarantee
 EXAMPLES = {
@@ -293,8 +290,7 @@ def build(classifier: Pipeline, model: str, revision: str | None = None) -> gr.B
     service = (MultiLabelService if classifier.model.config.is_multi_label else Service)(classifier)
 
     def forget(request: gr.Request) -> None:
-        """Delete the state of a closed page. gradio would keep it for an hour, whatever its `time_to_live`."""
-        page.state_holder.delete_state(request.session_hash)
+        delete_session(page.state_holder, request.session_hash)
 
     with gr.Blocks(title="Medical text, sorted into a taxonomy") as page:
         gr.HTML(views.masthead(), elem_id="masthead")
@@ -358,21 +354,9 @@ def log_without_values() -> None:
     logging.getLogger("uvicorn.error").addFilter(without_message)
 
 
-def delete_old_files() -> None:
-    """Delete files before they are `KEPT_SECONDS` old, forever. gradio would keep the parts of broken uploads."""
-    folder = Path(os.environ["GRADIO_TEMP_DIR"])
-    while True:
-        time.sleep(SWEEP_SECONDS)
-        for path in sorted(folder.rglob("*"), reverse=True):  # files before their folder
-            with suppress(OSError):  # a folder that is not empty, or a file that is deleted by now
-                if time.time() - path.stat().st_mtime > KEPT_SECONDS - SWEEP_SECONDS:
-                    path.rmdir() if path.is_dir() else path.unlink()
-
-
 def launch(page: gr.Blocks) -> None:
     """Serve the page, without the optional features of gradio, such as history, monitoring and sharing."""
-    harden_gradio()
-    threading.Thread(target=delete_old_files, daemon=True).start()
+    harden_gradio(page)
     page.launch(
         theme=theme(),
         css_paths=Path(__file__).with_name("style.css"),
@@ -386,7 +370,7 @@ def launch(page: gr.Blocks) -> None:
         ssr_mode=False,
         share=False,
         server_port=int(port) if (port := os.environ.get("GRADIO_SERVER_PORT")) else None,  # no other if it is taken
-        app_kwargs={"middleware": [Middleware(Guard)]},
+        app_kwargs={"middleware": [Middleware(Guard)], "lifespan": sweeping},
     )
 
 
@@ -417,7 +401,7 @@ def main() -> None:
         parser.error(f"cannot load the model {arguments.model}: {problem}")
     try:
         launch(build(classifier, arguments.model, revision))
-    except OSError as error:  # the port is taken
+    except (OSError, ImportError) as error:  # the port is taken, or the version of gradio is not supported
         parser.error(str(error))
 
 

@@ -4,18 +4,32 @@ Worth knowing:
 
 1. Routes that gradio always has, and that the page does not use, are answered with 404. One writes a session to the disk
    (``deep_link``), others fetch for the client (``proxy=``, ``file=http…``) or accept recordings.
-2. An upload of more than `MAX_UPLOAD` bytes, and any other request of more than `MAX_BODY`, is answered with 413. The rest
-   of its body is not read.
-3. The content of requests is never inspected. gradio downloads a URL that stands where a file is expected:
+2. An upload of more than `MAX_UPLOAD` bytes, and any other request of more than `MAX_BODY`, is answered with 413. An upload
+   for which the disk has no room is answered with 429 (see `retention.py`). The rest of its body is not read.
+3. A response is sent in parts, and the next part waits until the client has taken the one before. Of a response that the client
+   has not taken after `KEPT_SECONDS`, nothing more is sent.
+4. The content of requests is never inspected. gradio downloads a URL that stands where a file is expected:
    `harden_gradio` refuses it.
 """
 
+import asyncio
 import os
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
 import gradio as gr
+from retention import (
+    FOLDER_BYTES,
+    KEPT_SECONDS,
+    MAX_STORED,
+    STORAGE,
+    SWEEP_SECONDS,
+    Mailbox,
+    has_result,
+    keep_no_copy,
+)
 from starlette.formparsers import MultiPartException
 from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,6 +37,9 @@ from tables import MAX_BYTES
 
 MAX_BODY = 4 * 2**20
 MAX_UPLOAD = MAX_BYTES + 2**20
+PART = 64 * 2**10  # bytes of a response that are sent at once
+NO_ROOM = f"The files of all users have reached {MAX_STORED // 2**20:,} MB: try again in {SWEEP_SECONDS} seconds."
+NO_RESULT = f"There is no such result. A result is deleted once it is read, or after {KEPT_SECONDS} seconds."
 CLOSED = re.compile(
     r"^/(gradio_api/)?(deep_link|proxy=|file=\w+:|process_recording|vibe-|undo-vibe|monitoring|dev/|component_server|"
     r"openapi\.json)"
@@ -42,36 +59,59 @@ class Guard:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if CLOSED.match(path):
             return await PlainTextResponse("Not found", 404)(scope, receive, send)
+        reads_result = scope["method"] == "GET" and path.startswith("/gradio_api/call/")
+        if reads_result and not has_result(scope["app"], path.rpartition("/")[2]):  # gradio would wait for it forever
+            return await JSONResponse({"detail": NO_RESULT}, 404)(scope, receive, send)
         upload = path == "/gradio_api/upload"
-        read, started, too_large = 0, False, False
+        read, started, stalled = 0, False, False
+        refusal: JSONResponse | None = None
 
         async def counting_receive() -> Message:
-            nonlocal read, too_large
+            nonlocal read, refusal
+            if stalled:
+                return {"type": "http.disconnect"}
             message = await receive()
-            read += len(message.get("body", b""))
+            size = len(message.get("body", b""))
+            read += size
             if read > (MAX_UPLOAD if upload else MAX_BODY):
-                too_large = True
-                raise MultiPartException("too large")  # gradio then deletes the partial file of an upload
+                refusal = JSONResponse({"detail": "The request is too large."}, 413)  # the page shows the detail
+            elif upload and not await STORAGE.take(size):
+                refusal = JSONResponse({"detail": NO_ROOM}, 429, {"retry-after": str(SWEEP_SECONDS)})
+            if refusal is not None:
+                raise MultiPartException("refused")  # gradio then deletes the partial file of an upload
             if upload and message["type"] == "http.disconnect":
                 raise MultiPartException("disconnected")
             return message
 
         async def filtering_send(message: Message) -> None:
-            nonlocal started
-            if too_large and not started:
-                return  # discard the reply of gradio to the aborted request
+            nonlocal started, stalled
+            if stalled or (refusal is not None and not started):
+                return  # discard the rest, or the reply of gradio to the aborted request
             if message["type"] == "http.response.start":
                 started = True
                 message["headers"] = [*message.get("headers", []), *HEADERS]
                 if path.startswith("/gradio_api/file="):  # a download, which is deleted in time
                     message["headers"].append((b"cache-control", b"no-store"))
-            await send(message)
+            try:
+                async with asyncio.timeout(KEPT_SECONDS):
+                    for part in split(message):
+                        await send(part)
+            except TimeoutError:
+                stalled = True
 
         with suppress(MultiPartException):
             await self.app(scope, counting_receive, filtering_send)
-        if too_large and not started:
-            reply = {"detail": "The request is too large."}  # the page shows the detail
-            await JSONResponse(reply, 413)(scope, receive, send)
+        if refusal is not None and not started:
+            await refusal(scope, receive, send)
+
+
+def split(message: Message) -> Iterator[Message]:
+    """Yield a message in parts. uvicorn would take a whole message at once, and keep what the client does not take."""
+    body = message.get("body", b"")
+    last = max(len(body) - 1, 0) // PART * PART
+    for start in range(0, last, PART):
+        yield message | {"body": body[start : start + PART], "more_body": True}
+    yield message | {"body": body[last:]} if last else message
 
 
 class OwnUpload(gr.route_utils.GradioUploadFile):
@@ -80,13 +120,41 @@ class OwnUpload(gr.route_utils.GradioUploadFile):
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
         self.sha.update(os.urandom(32))
+        STORAGE.room -= FOLDER_BYTES
 
 
 async def refuse_url(url: str) -> None:
     raise gr.Error("A URL is not fetched: upload the file.", print_exception=False)
 
 
-def harden_gradio() -> None:
-    """Keep equal uploads apart, and let no client make the server download."""
-    gr.route_utils.GradioUploadFile = OwnUpload
-    gr.processing_utils.async_ssrf_protected_get = refuse_url
+def require(owner: Any, *names: str) -> None:
+    """Check that a part of gradio has the names that the Space replaces or reads, because not all of them are documented.
+
+    Raises:
+        ImportError: it has not.
+    """
+    for name in names:
+        if not hasattr(owner, name):
+            part = getattr(owner, "__name__", type(owner).__name__)
+            raise ImportError(
+                f"gradio {gr.__version__} has no {part}.{name}, which the Space needs: install gradio 6.31"
+            )
+
+
+def harden_gradio(page: gr.Blocks) -> None:
+    """Keep equal uploads apart, let no client make the server download, and limit what is kept (see `retention.py`).
+
+    Raises:
+        ImportError: this version of gradio has not the parts that this replaces.
+    """
+    require(page, "_queue")
+    require(page._queue, "pending_messages_per_session", "pending_event_ids_session", "event_ids_to_events")
+    require(gr.state_holder.StateHolder(), "session_data", "time_last_used")
+    for owner, name, ours in (
+        (gr.route_utils, "GradioUploadFile", OwnUpload),
+        (gr.processing_utils, "async_ssrf_protected_get", refuse_url),
+        (gr.queueing, "AsyncQueue", Mailbox),
+        (gr.state_holder.SessionState, "_update_value_in_config", keep_no_copy),
+    ):
+        require(owner, name)
+        setattr(owner, name, ours)

@@ -33,6 +33,7 @@ from classification import (
     is_calibrated,
 )
 from gradio.utils import get_upload_folder
+from retention import KEPT_SECONDS
 from tables import Refused, Row, join_lists, kind_of, read_table, to_csv, to_json_lines
 from transformers import Pipeline
 
@@ -41,7 +42,6 @@ PROGRESS_SECONDS = 0.5  # between two progress messages: with more, a slow brows
 PREVIEW = 50  # rows of a file
 MENU = 1000  # nodes that can be chosen for an explanation: with tens of thousands, the page has many megabytes
 MENU_INFO = f"After a prediction, the {MENU:,} most probable nodes. The label of any other node can be typed."
-KEPT_SECONDS = 600  # until a file or a download is deleted
 
 
 class Problem(TypedDict):

@@ -518,7 +518,7 @@ def masthead() -> str:
 
 
 def footer() -> str:
-    return f"<footer><p>{NOT_A_DEVICE} What you send is not logged or shared. Files are deleted within ten minutes.</p></footer>"
+    return f"<footer><p>{NOT_A_DEVICE} What you send is not logged or shared. Files and results are deleted within ten minutes.</p></footer>"
 
 
 HEAD = """

@@ -794,18 +794,159 @@ def ask(space: SpaceServer, name: str, data: list, session: str) -> str:
         return http.get("data", params={"session_hash": session}).text
 
 
-def test_downloads_and_uploads_are_deleted_in_time_and_all_with_the_process(clear_checkpoint, tmp_path):
-    """Set `KEPT_SECONDS` to four and `SWEEP_SECONDS` to one."""
-    space = tmp_path / "space"
+def strict_space(model: str, folder: Path, **limits: int) -> SpaceServer:
+    """Serve a copy of the Space with smaller limits of `retention.py`."""
+    space = folder / "space"
     space.mkdir()
     for name in SPACE_FILES:
         (space / name).parent.mkdir(exist_ok=True)
         (space / name).write_bytes(((ROOT if name.startswith("reading/") else ROOT / "space") / name).read_bytes())
-    for file, name, seconds in (("service.py", "KEPT_SECONDS", 4), ("app.py", "SWEEP_SECONDS", 1)):
-        short, count = re.subn(rf"(?m)^{name} = \d+", f"{name} = {seconds}", (space / file).read_text())
+    code = (space / "retention.py").read_text()
+    for name, limit in limits.items():
+        code, count = re.subn(rf"(?m)^{name} = [^#\n]+", f"{name} = {limit}  ", code)
         assert count == 1
-        (space / file).write_text(short)
-    with SpaceServer(clear_checkpoint, tmp_path, app=space / "app.py") as started:
+    (space / "retention.py").write_text(code)
+    return SpaceServer(model, folder, app=space / "app.py")
+
+
+def send_file(http: httpx.Client, name: str, content: bytes) -> httpx.Response:
+    return http.post("/gradio_api/upload", files={"files": (name, content)})
+
+
+def call_api(http: httpx.Client, name: str, *data: object) -> str:
+    """Call the API without a client library. Return the id of the event, with which `read_result` reads the result."""
+    called = http.post(f"/gradio_api/call/{name}", json={"data": [*data]})
+    assert called.status_code == 200, called.text
+    return called.json()["event_id"]
+
+
+LONG_LINES = ["a" * 20_000] * 60
+
+
+def classify_lines(http: httpx.Client, lines: list[str]) -> str:
+    path = send_file(http, "lines.txt", "\n".join(lines).encode()).json()[0]
+    return call_api(http, "classify_file", {"path": path, "meta": {"_type": "gradio.FileData"}}, None, None)
+
+
+def read_result(http: httpx.Client, name: str, event: str) -> httpx.Response:
+    return http.get(f"/gradio_api/call/{name}/{event}")
+
+
+def test_results_and_sessions_that_nobody_uses_are_deleted_in_time(clear_checkpoint, tmp_path):
+    with (
+        strict_space(clear_checkpoint, tmp_path, MAX_UNREAD=2_200_000, KEPT_SECONDS=4, SWEEP_SECONDS=1) as started,
+        httpx.Client(base_url=started.address, timeout=120) as http,
+    ):
+        classify_lines(http, LONG_LINES)  # more than half of the limit
+        unread = call_api(http, "classify", "Zebrafish with colitis", None)
+        read = call_api(http, "classify", "Zebrafish with colitis", None)
+        assert "event: complete" in read_result(http, "classify", read).text  # so the first one is complete, too
+        time.sleep(6)
+        for event in (unread, read, "a1b2"):
+            answer = read_result(http, "classify", event)
+            assert answer.status_code == 404
+            assert answer.json()["detail"].startswith("There is no such result.")
+        assert "event: complete" in read_result(http, "classify_file", classify_lines(http, LONG_LINES)).text
+        ask(started, "begin_file", [None], "unused")
+        time.sleep(6)
+        assert "Nothing is running." in ask(started, "cancel_file", [None], "unused")
+        classify_lines(http, ["Colitis"] * 10_000)  # for longer than a session is kept
+        ask(started, "begin_file", [None], "waiting")
+        assert "There is no file" in ask(started, "run_file", [None, "text", 0.9, None], "waiting")
+
+
+def test_unread_results_have_a_limit(clear_checkpoint, tmp_path):
+    lines = LONG_LINES  # one result fits, and two do not
+    with (
+        strict_space(clear_checkpoint, tmp_path, MAX_UNREAD=2_200_000) as started,
+        httpx.Client(base_url=started.address, timeout=120) as http,
+    ):
+        for _ in range(3):  # a client that reads its results meets no limit
+            assert "event: complete" in read_result(http, "classify_file", classify_lines(http, lines)).text
+        unread, refused = classify_lines(http, lines), classify_lines(http, lines)
+        answer = read_result(http, "classify_file", refused).text
+        assert answer.startswith("event: error")
+        assert "the unread results of all users have reached" in answer
+        small = call_api(http, "classify", "Colitis", None)
+        assert "event: complete" in read_result(http, "classify", small).text
+        assert "event: complete" in read_result(http, "classify_file", unread).text
+        classify_lines(http, lines)
+        (tmp_path / "in.txt").write_text("\n".join(lines))
+        client = Client(started.address, verbose=False)
+        with pytest.raises(AppError, match="the unread results of all users have reached 2 MB"):
+            client.predict(handle_file(tmp_path / "in.txt"), api_name="/classify_file")
+
+
+def test_a_client_that_stops_reading_is_disconnected_in_time(clear_checkpoint, tmp_path):
+    """Ask for a result of 12 MB of JSON, which the sockets do not hold, and read nothing."""
+    lines = ["\u00e9" * 20_000] * 100
+    with (
+        strict_space(clear_checkpoint, tmp_path, MAX_UNREAD=8_000_000, KEPT_SECONDS=20, SWEEP_SECONDS=1) as started,
+        httpx.Client(base_url=started.address, timeout=120) as http,
+        socket.socket() as connection,
+    ):
+        event = classify_lines(http, lines)
+        host, port = started.address.removeprefix("http://").split(":")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(60)
+        connection.connect((host, int(port)))
+        connection.sendall(f"GET /gradio_api/call/classify_file/{event} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        answer = connection.recv(1000)  # until then the file is classified
+        other = read_result(http, "classify_file", classify_lines(http, lines[:40])).text
+        assert "the unread results of all users have reached" in other  # with what the stopped client has not read
+        time.sleep(22)
+        assert "event: complete" in read_result(http, "classify_file", classify_lines(http, lines)).text
+        while part := connection.recv(2**16):
+            answer += part
+        assert b"event: complete" in answer
+        assert len(answer) < 6 * 20_000 * 100
+
+
+def test_what_was_sent_and_answered_is_not_kept(space):
+    """Send texts of 3 MB, which are refused, in sessions of their own: their memory is used again."""
+    with httpx.Client(base_url=space.address, timeout=120) as http:
+
+        def send_texts(count: int) -> int:
+            for _ in range(count):
+                answer = read_result(http, "classify", call_api(http, "classify", "a" * 3 * 2**20, None))
+                assert "at most 20,000 are accepted" in answer.text
+            return space.memory()
+
+        before = send_texts(10)
+        assert send_texts(60) - before < 60 * 2**20
+
+
+def test_uploads_have_a_limit(clear_checkpoint, tmp_path):
+    """Upload files of 10 MB, the most that is documented. Of files that are read at once, any number is accepted."""
+    full = ("a\n" * (MAX_BYTES // 2)).encode()
+
+    def classify(http: httpx.Client, sent: httpx.Response) -> str:
+        file = {"path": sent.json()[0], "meta": {"_type": "gradio.FileData"}}
+        return read_result(http, "classify_file", call_api(http, "classify_file", file, None, None)).text
+
+    with (
+        strict_space(clear_checkpoint, tmp_path, MAX_STORED=25 * 2**20) as started,
+        httpx.Client(base_url=started.address, timeout=120) as http,
+    ):
+        for _ in range(5):
+            assert "more than 10,000 rows" in classify(http, send_file(http, "a.txt", full))
+        sent = [send_file(http, "a.txt", full) for _ in range(2)]
+        assert [answer.status_code for answer in sent] == [200, 200]
+        kept = sum(map(len, started.files().values()))
+        refused = send_file(http, "a.txt", full)
+        assert refused.status_code == 429
+        assert refused.headers["retry-after"] == "60"
+        assert refused.json()["detail"] == "The files of all users have reached 25 MB: try again in 60 seconds."
+        assert sum(map(len, started.files().values())) == kept
+        tiny = [send_file(http, "a.txt", b"a\n").status_code for _ in range(100)]
+        assert tiny[0] == 200
+        assert tiny[-1] == 429  # many tiny files fill a disk, too
+        assert "more than 10,000 rows" in classify(http, sent[0])  # and so it is deleted
+        assert send_file(http, "a.txt", b"a\n" * 1000).status_code == 200
+
+
+def test_downloads_and_uploads_are_deleted_in_time_and_all_with_the_process(clear_checkpoint, tmp_path):
+    with strict_space(clear_checkpoint, tmp_path, KEPT_SECONDS=4, SWEEP_SECONDS=1) as started:
         upload = {"files": ("never-classified.csv", b"text\nZebrafish\n")}
         assert httpx.post(f"{started.address}/gradio_api/upload", files=upload, timeout=120).status_code == 200
         assert is_on_disk(started, b"Zebrafish")
@@ -988,6 +1129,28 @@ print(json.dumps(outcomes))
         last = stderr.strip().splitlines()[-1]
         assert last.startswith(f"app.py: error: cannot load the model {model}: ")
         assert message in last
+
+
+@pytest.mark.parametrize("name", ["queueing.AsyncQueue", "state_holder.SessionState._update_value_in_config"])
+def test_a_gradio_that_cannot_be_limited_is_one_line(clear_checkpoint, tmp_path, name):
+    code = f"""
+import io, json, sys
+sys.path.insert(0, {str(ROOT / "space")!r})
+import app
+import gradio
+del gradio.{name}
+sys.argv, sys.stderr = ["app.py", "--model", {clear_checkpoint!r}], io.StringIO()
+try:
+    app.main()
+except SystemExit as error:
+    print(json.dumps([error.code, sys.stderr.getvalue()]))
+"""
+    exit_code, stderr = run_outside(code, tmp_path, {"HF_HUB_OFFLINE": "1"})
+    assert exit_code == 2
+    assert "Traceback" not in stderr
+    last = stderr.strip().splitlines()[-1]
+    assert last.startswith("app.py: error: gradio 6.")
+    assert f"{name.rpartition('.')[2]}, which the Space needs" in last
 
 
 def test_the_space_starts_where_gradios_own_folder_cannot_be_made(clear_checkpoint, tmp_path):

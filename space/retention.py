@@ -1,0 +1,184 @@
+"""Limit what the Space keeps of its users: for how long, and how much of it.
+
+Worth knowing:
+
+1. Uploads and downloads are files in gradio's folder. They are deleted before they are `KEPT_SECONDS` old, and uploads are
+   refused while all files together have `MAX_STORED` bytes.
+2. gradio holds messages, results among them, in memory until their client reads them, if need be forever. `Mailbox` deletes
+   them after the same time, and limits their size.
+3. gradio copies inputs and outputs into the state of each session, to make links to sessions. The Space has no such links (see
+   `guard.py`), so it keeps no copies: `keep_no_copy`.
+"""
+
+import asyncio
+import os
+import shutil
+import sys
+import time
+import traceback
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.utils import error_payload
+
+KEPT_SECONDS = 600  # until a file, an unread result or an unused session is deleted
+SWEEP_SECONDS = 60  # between two searches for what to delete
+MAX_UNREAD = 256 * 2**20  # bytes of memory of all unread results; that of one file has at most about 220 MB
+MAX_STORED = 2**30  # bytes of all uploads and downloads on the disk
+FOLDER_BYTES = 64 * 2**10  # that each folder adds to them: every upload has one, however small
+UNREAD_LIMIT = (
+    f"The result is not kept: the unread results of all users have reached {MAX_UNREAD // 2**20:,} MB. Try again in "
+    f"{KEPT_SECONDS} seconds, and read each result."
+)
+
+
+def is_old(seconds: float) -> bool:
+    """Whether what is as old must be deleted now, because it would be `KEPT_SECONDS` old at the next sweep."""
+    return seconds > KEPT_SECONDS - SWEEP_SECONDS
+
+
+# ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def delete_old_files() -> None:
+    """Delete old files. gradio would keep the parts of broken uploads."""
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
+    for path in sorted(folder.rglob("*"), reverse=True):  # files before their folder
+        with suppress(OSError):  # a folder that is not empty, or a file that is deleted by now
+            if is_old(time.time() - path.stat().st_mtime):
+                path.rmdir() if path.is_dir() else path.unlink()
+
+
+def measure_room() -> int:
+    """Return the number of bytes that uploads may take on the disk: at most half of what is free, so it never fills up."""
+    used = 0
+    for folder, _, names in os.walk(os.environ["GRADIO_TEMP_DIR"]):
+        used += FOLDER_BYTES
+        for name in names:
+            with suppress(OSError):  # deleted by now
+                used += os.stat(os.path.join(folder, name)).st_size
+    return min(MAX_STORED - used, shutil.disk_usage(os.environ["GRADIO_TEMP_DIR"]).free // 2)
+
+
+class Storage:
+    """The room for uploads on the disk. It is measured again each time that it seems to be used up.
+
+    Attributes:
+        room: the bytes that uploads may still take. Files that were deleted since the last measurement are not subtracted.
+    """
+
+    def __init__(self) -> None:
+        self.room = 0
+
+    async def take(self, size: int) -> bool:
+        """Take bytes of the room. Return whether there were as many."""
+        if size > self.room:
+            self.room = await asyncio.to_thread(measure_room)
+        self.room -= size
+        return self.room >= 0
+
+
+STORAGE = Storage()
+
+
+# ── Results ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def memory_of(value: Any) -> int:
+    """Return the bytes of memory of a JSON value."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return sys.getsizeof(value) + sum(map(memory_of, inner))
+
+
+class Mailbox(asyncio.Queue):
+    """The messages for one session of gradio that its client has not read, oldest first.
+
+    The bytes of a result count until it has been sent, so those of a client that reads slowly count, too.
+    """
+
+    unread = 0  # bytes of the results of all sessions
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._times: deque[float] = deque()  # of the messages
+
+    def put_nowait(self, message: Any) -> None:
+        if (output := getattr(message, "output", None)) is not None:
+            size = memory_of(output)
+            if Mailbox.unread + size > MAX_UNREAD:
+                message.success, message.output = False, error_payload(gr.Error(UNREAD_LIMIT), show_error=True)
+            else:
+                Mailbox.unread += size
+                weakref.finalize(message, self._forget, size)
+        super().put_nowait(message)
+        self._times.append(time.monotonic())
+
+    def get_nowait(self) -> Any:
+        message = super().get_nowait()
+        self._times.popleft()
+        return message
+
+    def delete_old(self) -> None:
+        while self._times and is_old(time.monotonic() - self._times[0]):
+            self.get_nowait()
+
+    @staticmethod
+    def _forget(size: int) -> None:
+        Mailbox.unread -= size
+
+
+def keep_no_copy(*_: Any) -> None:
+    """Replace the method of gradio that copies an input or an output into the state of a session."""
+
+
+def has_result(app: gr.routes.App, event_id: str) -> bool:
+    """Whether the result of an API call is computed, or waits to be read."""
+    queue = app.get_blocks()._queue
+    waiting = queue.pending_event_ids_session.values()
+    return event_id in queue.event_ids_to_events or any(event_id in ids for ids in waiting)
+
+
+def delete_session(states: gr.state_holder.StateHolder, session: str) -> None:
+    """Delete what gradio knows of a session. gradio would keep the state of a closed page for an hour."""
+    states.session_data.pop(session, None)
+    states.time_last_used.pop(session, None)
+
+
+def delete_old_results(app: gr.routes.App) -> None:
+    """Delete old messages, and sessions that were not used for as long."""
+    queue, states = app.get_blocks()._queue, app.state_holder
+    mailboxes, ids = queue.pending_messages_per_session, queue.pending_event_ids_session
+    for session, mailbox in mailboxes.items():
+        mailbox.delete_old()
+        if mailbox.empty() and session in ids:  # what is not computed any more can never be read
+            ids[session].intersection_update(queue.event_ids_to_events)
+    for session in ids.keys() - mailboxes.keys():  # gradio has as many mailboxes as it limits, but any number of these
+        del ids[session]
+    busy = {event.session_hash for event in queue.event_ids_to_events.values()}
+    for session, used in list(states.time_last_used.items()):
+        if session not in busy and is_old((datetime.now() - used).total_seconds()):
+            delete_session(states, session)
+
+
+@asynccontextmanager
+async def sweeping(app: gr.routes.App) -> AsyncIterator[None]:
+    """Delete old files and results every `SWEEP_SECONDS`, for as long as the app is served."""
+
+    async def sweep() -> None:
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            try:
+                await asyncio.to_thread(delete_old_files)
+                delete_old_results(app)
+            except Exception:  # reported, and not the end of the sweeps
+                traceback.print_exc()
+
+    task = asyncio.create_task(sweep())
+    yield
+    task.cancel()
