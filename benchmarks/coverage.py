@@ -1,7 +1,7 @@
 """Compare prediction sets: ``python benchmarks/coverage.py --model FOLDER --file LABELLED.csv``.
 
-Add ``--class_names labels.csv`` if labels are codes, as in OHSUMED. Without ``--model``, the tables of earlier measurements are
-printed.
+Add ``--class_names labels.csv`` if labels are codes, as in OHSUMED. ``--model FOLDER --task TASK --data FOLDER`` measures the third
+table. Without ``--model``, the tables of earlier measurements are printed.
 
 The first table compares methods. The file, on which the model must not have been trained, is split into halves 100 times at
 random. One half calibrates, and the other half is predicted. Methods:
@@ -16,6 +16,16 @@ Coverage is the share of answers that contain the correct leaf. "leaves" is the 
 
 The second table is for the recipes' runs of ``quality.py``, as a checkpoint is published. Thresholds for 90 % are fitted on the
 run's own validation rows, which are fewer and also selected the checkpoint. Coverage is measured on the whole test file.
+
+The third table compares the precisions of ``predict.py --dtype`` on one processor, in coverage or for multi-label models recall,
+and in accuracy (micro-F1) and macro-F1. TASK and the ``--data`` are those of ``quality.py``. All thresholds are fitted in float32:
+
+- validation rows: in `SPLITS` random halves, each half has thresholds fitted on the other half. The stored calibration was fitted
+  on both halves alike, so it does not favour the rows that fit the thresholds. These rows choose the default of ``--dtype``;
+- test rows: the thresholds that are stored in the checkpoint, as a user gets them.
+
+"Changed" counts answers that differ from those in float32. Intervals are 95 % bootstrap intervals over the texts, of changes for
+the same texts.
 """
 
 import argparse
@@ -27,15 +37,25 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
+from scipy.special import logit
 from scipy.stats import betabinom
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.model_selection import RepeatedKFold
 from transformers import pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from multi_label_peers import paired_intervals
+from quality import Task
+
+from configuration_hierarchical import HierarchicalConfig
 from evaluation.calibration import fit_conformal_thresholds
+from evaluation.metrics import confusion_counts, macro_f1, micro_f1, one_hot
+from evaluation.multi_label import fit_node_thresholds, fit_recall_thresholds, predict_nodes
 from pipeline_hierarchical import conformal_answer, guaranteed_threshold
+from prediction.int8 import quantize
 from publishing.card import MEASURED_TARGET
 from taxonomy_hierarchical import Taxonomy
 
@@ -44,6 +64,13 @@ SPLITS = 100
 COVERAGES = (0.8, 0.9, 0.95)
 # distinct validation and test texts of the recipes' runs
 TEXTS = {"ohsumed": (336, 4043), "medical_abstracts": (346, 693)}
+PRECISIONS = {  # the dtype of operations, and whether products are in 8 bits; processors without bfloat16 have the last one
+    "fp32": (torch.float32, False),
+    "bf16": (torch.bfloat16, False),
+    "int8 and bf16": (torch.bfloat16, True),
+    "int8 and fp32": (torch.float32, True),
+}
+RESAMPLES = 1000
 
 
 class PassThrough(ClassifierMixin, BaseEstimator):
@@ -62,21 +89,33 @@ class PassThrough(ClassifierMixin, BaseEstimator):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="with --file")
+    parser.add_argument("--model", help="with --file, or with --task and --data")
     parser.add_argument("--file", type=Path, help="CSV with columns text and label, without repeated texts")
+    parser.add_argument("--task", choices=("ohsumed", "hallmarks", "ohsumed_multilabel"), help="without repeated texts")
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--class_names", type=Path, help="CSV whose label and name columns translate the labels")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "coverage.json")
     arguments = parser.parse_args()
-    if (arguments.model is None) != (arguments.file is None):
-        parser.error("--model and --file go together")
-    if arguments.model is not None:
-        compare(arguments)
-    print_comparison(json.loads(arguments.output.read_text(encoding="utf-8"))["rows"])
+    given = [bool(one) for one in (arguments.model, arguments.file, arguments.task, arguments.data)]
+    if given not in ([False] * 4, [True, True, False, False], [True, False, True, True]):
+        parser.error("give --model with --file, or with --task and --data, or none of them")
+    results = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.exists() else {}
+    if arguments.file:
+        results |= compare(arguments)
+    elif arguments.task:
+        measured = compare_precisions(arguments)
+        key = {name: measured[0][name] for name in ("processor", "task")}
+        results["precisions"] = [row for row in results.get("precisions", []) if not key.items() <= row.items()]
+        results["precisions"] += measured
+    if arguments.model:
+        arguments.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print_comparison(results.get("rows", []))
     print_runs(json.loads(QUALITY.read_text(encoding="utf-8"))["results"])
+    print_precisions(results.get("precisions", []))
 
 
-def compare(arguments: argparse.Namespace) -> None:
-    """Measure all methods, and write the output file."""
+def compare(arguments: argparse.Namespace) -> dict:
+    """Measure all methods, and return their section of the output file."""
     classify = pipeline("hierarchical-text-classification", model=arguments.model, trust_remote_code=True)
     tree: Taxonomy = classify.tree
     nodes, labels = probabilities(classify, arguments.file, arguments.class_names)
@@ -89,9 +128,7 @@ def compare(arguments: argparse.Namespace) -> None:
         for _ in range(SPLITS):
             order = generator.permutation(len(labels))
             known, unseen = order[: len(order) // 2], order[len(order) // 2 :]
-            log_probs = np.log(leaves[known].clip(1e-30))
-            thresholds = fit_conformal_thresholds(tree, log_probs, labels[known], known)  # each row is a text
-            threshold = guaranteed_threshold("coverage", coverage, thresholds)
+            threshold = coverage_threshold(tree, nodes[known], labels[known], coverage)
             answers = [conformal_answer(tree, row, threshold) for row in nodes[unseen].tolist()]
             scores_of.setdefault("this project", []).append(score(answers, labels[unseen], below))
             for name in ("lac", "aps"):
@@ -107,7 +144,7 @@ def compare(arguments: argparse.Namespace) -> None:
                     "leaves": means[1], "nodes": means[2],
                 }
             )  # fmt: skip
-    arguments.output.write_text(json.dumps({"documents": len(labels), "splits": SPLITS, "rows": rows}, indent=2) + "\n")
+    return {"documents": len(labels), "splits": SPLITS, "rows": rows}
 
 
 def print_comparison(rows: list[dict]) -> None:
@@ -140,14 +177,26 @@ def print_runs(runs: list[dict]) -> None:
 
 def probabilities(classify: Callable, file: Path, class_names: Path | None) -> tuple[np.ndarray, np.ndarray]:
     """Return the predicted probabilities (documents, nodes) and the labels (documents,), as leaf ids, of a labelled file."""
+    texts, labels = read_rows(classify.tree, file, class_names)
+    return node_probabilities(classify, texts), labels
+
+
+def node_probabilities(classify: Callable, texts: list[str]) -> np.ndarray:
+    """Return the predicted probabilities (documents, nodes) of texts."""
     tree = classify.tree
-    texts, labels = read_rows(tree, file, class_names)
     nodes = np.zeros((len(texts), tree.num_nodes))
     for i, result in enumerate(classify(texts)):
         for level in result["levels"]:
             for label, probability in level.items():
                 nodes[i, tree.id(label)] = probability
-    return nodes, labels
+    return nodes
+
+
+def coverage_threshold(tree: Taxonomy, nodes: np.ndarray, labels: np.ndarray, coverage: float) -> float:
+    """Fit the threshold of this project's answers to node probabilities and leaf ids. Each row is a text."""
+    leaves = nodes[:, : tree.num_leaves] / nodes[:, : tree.num_leaves].sum(axis=1, keepdims=True)
+    thresholds = fit_conformal_thresholds(tree, np.log(leaves.clip(1e-30)), labels, np.arange(len(labels)))
+    return guaranteed_threshold("coverage", coverage, thresholds)
 
 
 def read_rows(tree: Taxonomy, file: Path, class_names: Path | None) -> tuple[list[str], np.ndarray]:
@@ -182,6 +231,155 @@ def score(answers: list[list[int]], labels: np.ndarray, below: list[list[int]]) 
     leaves = [{leaf for node in answer for leaf in below[node]} for answer in answers]
     covered = [label in answer for label, answer in zip(labels.tolist(), leaves, strict=True)]
     return float(np.mean(covered)), float(np.mean(list(map(len, leaves)))), float(np.mean(list(map(len, answers))))
+
+
+# ── Precisions ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def compare_precisions(arguments: argparse.Namespace) -> list[dict]:
+    """Measure all precisions on validation and test rows. Return one row of results for each split and precision."""
+    # ── Rows: those that the checkpoint was calibrated on, and test rows ─────────────────────────────────────────────
+    report = json.loads((Path(arguments.model) / "data_report.json").read_text(encoding="utf-8"))
+    task = Task(arguments.task, arguments.data, report["split"]["seed"])
+    if task.load().report["split"] != report["split"]:
+        sys.exit(f"{arguments.model} was trained and calibrated on other rows than those in {arguments.data}")
+    rows = {split: task.rows(split) for split in ("validation", "test")}
+
+    # ── Probabilities: {split: {precision: (num_texts, num_nodes)}} ──────────────────────────────────────────────────
+    nodes: dict[str, dict[str, np.ndarray]] = {split: {} for split in rows}
+    for name, (dtype, in_8_bits) in PRECISIONS.items():
+        classify = pipeline(
+            "hierarchical-text-classification", model=arguments.model, trust_remote_code=True, dtype=dtype, device="cpu"
+        )
+        if in_8_bits:
+            quantize(classify.model.encoder)
+        for split, (texts, _) in rows.items():
+            nodes[split][name] = node_probabilities(classify, texts)
+    config = classify.model.config
+
+    # ── Thresholds, always from float32 ──────────────────────────────────────────────────────────────────────────────
+    stored = config.recall_thresholds if config.is_multi_label else config.conformal_thresholds
+    answer_threshold = guaranteed_threshold("the answers", MEASURED_TARGET, stored)
+    num_texts = len(rows["test"][0])
+    folds = {"test": [(np.arange(num_texts), answer_threshold, config.node_thresholds)], "validation": []}
+    exact, labels = nodes["validation"]["fp32"], rows["validation"][1]
+    for fitted, scored in RepeatedKFold(n_splits=2, n_repeats=SPLITS // 2, random_state=0).split(exact):
+        folds["validation"].append((scored, *fit_thresholds(config, exact[fitted], labels[fitted])))
+
+    # ── Scores ───────────────────────────────────────────────────────────────────────────────────────────────────────
+    key = {"processor": torch.cpu.get_capabilities()["cpu_name"], "task": arguments.task}
+    return [
+        {**key, "split": split, "texts": len(rows[split][0]), "precision": name, **scores}
+        for split in ("validation", "test")
+        for name, scores in precision_scores(config, nodes[split], rows[split][1], folds[split]).items()
+    ]
+
+
+Fold = tuple[np.ndarray, float, list[float] | None]  # the rows to score, and the thresholds of answers and of nodes
+
+
+def fit_thresholds(
+    config: HierarchicalConfig, nodes: np.ndarray, labels: np.ndarray
+) -> tuple[float, list[float] | None]:
+    """Fit the thresholds of answers and, for multi-label models, of nodes, to node probabilities (num_texts, num_nodes)."""
+    if not config.is_multi_label:
+        return coverage_threshold(config.tree, nodes, labels, MEASURED_TARGET), None
+    u = logit(nodes.clip(1e-30, 1 - 1e-12))
+    threshold = guaranteed_threshold("recall", MEASURED_TARGET, fit_recall_thresholds(u, labels)[0])
+    return threshold, fit_node_thresholds(config.tree, u, labels).tolist()
+
+
+def precision_scores(
+    config: HierarchicalConfig, nodes: dict[str, np.ndarray], labels: np.ndarray, folds: list[Fold]
+) -> dict[str, dict]:
+    """Score each precision, and its difference from float32, over the folds, which score each text equally often.
+
+    Args:
+        nodes: for each precision, the probabilities (num_texts, num_nodes).
+        labels: leaf ids, or for multi-label models (num_texts, num_nodes).
+
+    Returns:
+        For each precision, ``held``: coverage or recall of the answers; ``micro_f1``: accuracy or micro-F1; ``macro_f1``; and the
+        differences from float32: ``…_change`` of each, the share of answers, and the largest change of a probability. A value with
+        an interval is (value, low, high).
+    """
+    tree, passes = config.tree, sum(len(scored) for scored, *_ in folds) // len(labels)
+    is_label = labels == 1 if config.is_multi_label else one_hot(labels, tree.num_leaves)
+    answers, predictions = {}, {}
+    for name, probabilities in nodes.items():
+        answers[name] = np.zeros((passes, *probabilities.shape), dtype=bool)
+        predictions[name] = np.zeros((passes, *is_label.shape), dtype=bool)
+        for i, (scored, threshold, node_thresholds) in enumerate(folds):
+            place = i * passes // len(folds), scored
+            answers[name][place] = answer_nodes(config, probabilities[scored], threshold)
+            if config.is_multi_label:
+                predictions[name][place] = predict_nodes(tree, probabilities[scored], node_thresholds)
+            else:
+                predictions[name][place] = one_hot(probabilities[scored, : tree.num_leaves].argmax(1), tree.num_leaves)
+    held = {name: held_shares(config, answers[name], labels) for name in nodes}
+    scores = {}
+    for name in nodes:
+        counts = [confusion_counts(is_label, chosen) for chosen in predictions[name]]
+        changes = paired_intervals([*predictions[name]], [*predictions["fp32"]], is_label)
+        scores[name] = {
+            "held": mean_interval(held[name]),
+            "held_change": mean_interval(held[name] - held["fp32"]),
+            "changed_answers": (answers[name] != answers["fp32"]).any(2).mean(),
+            "micro_f1": np.mean([*map(micro_f1, counts)]),
+            "macro_f1": np.mean([*map(macro_f1, counts)]),
+            "largest_change": np.abs(nodes[name] - nodes["fp32"]).max(),
+            **{f"{metric}_change": list(map(float, interval)) for metric, interval in changes.items()},
+        }
+    return scores
+
+
+def answer_nodes(config: HierarchicalConfig, nodes: np.ndarray, threshold: float) -> np.ndarray:
+    """Return which nodes are in each text's answer, (num_texts, num_nodes) bool."""
+    if config.is_multi_label:
+        return nodes >= threshold
+    tree, answers = config.tree, np.zeros(nodes.shape, dtype=bool)
+    for answer, probabilities in zip(answers, nodes.tolist(), strict=True):
+        answer[conformal_answer(tree, probabilities, threshold)] = True
+    return answers
+
+
+def held_shares(config: HierarchicalConfig, answers: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return the share of each text's labels that its answers hold, (num_texts,), the mean over passes; NaN without a label.
+
+    ``answers`` are (num_passes, num_texts, num_nodes).
+    """
+    if config.is_multi_label:
+        true = labels == 1
+        return (answers & true).sum(2).mean(0) / np.where(true.any(1), true.sum(1), np.nan)
+    paths = np.array(config.tree.padded_paths)[labels]  # (num_texts, depth), padded with the id after the last node
+    padded = np.pad(answers, ((0, 0), (0, 0), (0, 1)))
+    return np.take_along_axis(padded, paths[None], axis=2).any(2).mean(0)
+
+
+def mean_interval(values: np.ndarray) -> list[float]:
+    """Return the mean over texts, and its 95 % bootstrap interval. NaN stands for a text that does not count."""
+    values = values[~np.isnan(values)]
+    means = values[np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
+    return [float(values.mean()), *map(float, np.percentile(means, (2.5, 97.5)))]
+
+
+def print_precisions(rows: list[dict]) -> None:
+    columns = ("coverage, recall", "change", "changed answers", "accuracy, micro-F1", "change", "macro-F1", "change")
+    print(
+        f"\n| processor | task | rows | texts | precision | {' | '.join(columns)} | largest change of a probability |"
+    )
+    print("| --- | --- | --- | ---: | --- |" + " ---: |" * 8)
+    for row in rows:
+        mean, low, high = (100 * value for value in row["held"])
+        changes = {}
+        for name in ("held", "micro_f1", "macro_f1"):
+            difference, least, most = (100 * value for value in row[f"{name}_change"])
+            changes[name] = f"{difference:+.1f} ({least:+.1f} to {most:+.1f})"
+        cells = [*(str(row[name]) for name in ("processor", "task", "split", "texts", "precision"))]
+        cells += [f"{mean:.1f} ({low:.1f} – {high:.1f})", changes["held"], f"{row['changed_answers']:.1%}"]
+        for name in ("micro_f1", "macro_f1"):
+            cells += [f"{100 * row[name]:.1f}", changes[name]]
+        print(f"| {' | '.join(cells)} | {row['largest_change']:.2f} |")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ from publishing.card import MEASURED_TARGET
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 from training.arguments import DataArguments
 from training.label_arrays import multi_hot
-from training.splits import load_splits
+from training.splits import LabelledSplits, load_splits
 
 Predict = Callable[[Any], np.ndarray]
 
@@ -193,17 +193,17 @@ class Task:
         words = [word for split, file in self.files.items() for word in (f"--{split}_file", str(file))]
         return [*words, "--taxonomy", str(taxonomy), *(["--class_names", str(self.labels)] if self.labels else [])]
 
-    def rows(self, split: str) -> tuple[list[str], np.ndarray]:
-        """Return texts and labels of a split, the same rows as in ``train.py``.
-
-        Without a validation file, validation rows are split off the training file. Labels are leaf ids, or in multi-label
-        tasks the array of `multi_hot`.
-        """
+    def load(self) -> LabelledSplits:
+        """Return the rows as ``train.py`` splits them: without a validation file, off the training file by the seed."""
         classes = self.recipe.get("class_names", {})
         names = str(self.labels) if self.labels else json.dumps({str(k): v for k, v in classes.items()})
         files = {f"{name}_file": str(file) for name, file in self.files.items()}
         arguments = DataArguments(**files, class_names=names, label_separator=self.separator)
-        rows = load_splits(arguments, self.seed, self.tree).splits[split]
+        return load_splits(arguments, self.seed, self.tree)
+
+    def rows(self, split: str) -> tuple[list[str], np.ndarray]:
+        """Return texts and labels of a split: leaf ids, or in multi-label tasks the array of `multi_hot`."""
+        rows = self.load().splits[split]
         labels = list(rows["label"])
         return list(rows["text"]), multi_hot(self.tree, labels) if self.is_multi_label else np.array(labels)
 
