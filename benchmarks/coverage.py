@@ -17,8 +17,9 @@ Coverage is the share of answers that contain the correct leaf. "leaves" is the 
 The second table is for the recipes' runs of ``quality.py``, as a checkpoint is published. Thresholds for 90 % are fitted on the
 run's own validation rows, which are fewer and also selected the checkpoint. Coverage is measured on the whole test file.
 
-The third table compares the precisions of ``predict.py --dtype`` on one processor, in coverage or for multi-label models recall,
-and in accuracy (micro-F1) and macro-F1. TASK and the ``--data`` are those of ``quality.py``. All thresholds are fitted in float32:
+The third table compares the precisions of ``predict.py --dtype`` on one processor, in coverage or for multi-label models
+recall, in accuracy (micro-F1), macro-F1 and log loss. TASK and ``--data`` are those of ``quality.py``. All thresholds are
+fitted in float32:
 
 - validation rows: in `SPLITS` random halves, each half has thresholds fitted on the other half. The stored calibration was fitted
   on both halves alike, so it does not favour the rows that fit the thresholds. These rows choose the default of ``--dtype``;
@@ -299,9 +300,9 @@ def precision_scores(
         labels: leaf ids, or for multi-label models (num_texts, num_nodes).
 
     Returns:
-        For each precision, ``held``: coverage or recall of the answers; ``micro_f1``: accuracy or micro-F1; ``macro_f1``; and the
-        differences from float32: ``…_change`` of each, the share of answers, and the largest change of a probability. A value with
-        an interval is (value, low, high).
+        For each precision, ``held``: coverage or recall of the answers; ``micro_f1``: accuracy or micro-F1; ``macro_f1``;
+        ``log_loss`` in nats, of a text or a node; and the differences from float32: ``…_change`` of each, the share of answers, and
+        the largest change of a probability. A value with an interval is (value, low, high).
     """
     tree, passes = config.tree, sum(len(scored) for scored, *_ in folds) // len(labels)
     is_label = labels == 1 if config.is_multi_label else one_hot(labels, tree.num_leaves)
@@ -317,6 +318,7 @@ def precision_scores(
             else:
                 predictions[name][place] = one_hot(probabilities[scored, : tree.num_leaves].argmax(1), tree.num_leaves)
     held = {name: held_shares(config, answers[name], labels) for name in nodes}
+    losses = {name: log_losses(config, probabilities, is_label) for name, probabilities in nodes.items()}
     scores = {}
     for name in nodes:
         counts = [confusion_counts(is_label, chosen) for chosen in predictions[name]]
@@ -324,6 +326,8 @@ def precision_scores(
         scores[name] = {
             "held": mean_interval(held[name]),
             "held_change": mean_interval(held[name] - held["fp32"]),
+            "log_loss": losses[name].mean(),
+            "log_loss_change": mean_interval(losses[name] - losses["fp32"]),
             "changed_answers": (answers[name] != answers["fp32"]).any(2).mean(),
             "micro_f1": np.mean([*map(micro_f1, counts)]),
             "macro_f1": np.mean([*map(macro_f1, counts)]),
@@ -356,6 +360,13 @@ def held_shares(config: HierarchicalConfig, answers: np.ndarray, labels: np.ndar
     return np.take_along_axis(padded, paths[None], axis=2).any(2).mean(0)
 
 
+def log_losses(config: HierarchicalConfig, nodes: np.ndarray, is_label: np.ndarray) -> np.ndarray:
+    """Return each text's log loss, (num_texts,): of its leaf, or for multi-label models the mean over nodes."""
+    if config.is_multi_label:
+        return -np.log(np.where(is_label, nodes, 1 - nodes).clip(1e-12)).mean(1)
+    return -np.log(nodes[:, : config.tree.num_leaves][is_label].clip(1e-12))
+
+
 def mean_interval(values: np.ndarray) -> list[float]:
     """Return the mean over texts, and its 95 % bootstrap interval. NaN stands for a text that does not count."""
     values = values[~np.isnan(values)]
@@ -364,22 +375,29 @@ def mean_interval(values: np.ndarray) -> list[float]:
 
 
 def print_precisions(rows: list[dict]) -> None:
-    columns = ("coverage, recall", "change", "changed answers", "accuracy, micro-F1", "change", "macro-F1", "change")
-    print(
-        f"\n| processor | task | rows | texts | precision | {' | '.join(columns)} | largest change of a probability |"
-    )
-    print("| --- | --- | --- | ---: | --- |" + " ---: |" * 8)
+    columns = ["processor", "task", "rows", "texts", "precision", "coverage, recall", "change", "changed answers"]
+    columns += [
+        "accuracy, micro-F1",
+        "change",
+        "macro-F1",
+        "change",
+        "change of log loss",
+        "largest change of a probability",
+    ]
+    print(f"\n| {' | '.join(columns)} |\n| --- | --- | --- | ---: | --- |" + " ---: |" * 9)
     for row in rows:
         mean, low, high = (100 * value for value in row["held"])
         changes = {}
         for name in ("held", "micro_f1", "macro_f1"):
             difference, least, most = (100 * value for value in row[f"{name}_change"])
-            changes[name] = f"{difference:+.1f} ({least:+.1f} to {most:+.1f})"
+            changes[name] = f"{difference:+.2f} ({least:+.2f} to {most:+.2f})"
         cells = [*(str(row[name]) for name in ("processor", "task", "split", "texts", "precision"))]
         cells += [f"{mean:.1f} ({low:.1f} – {high:.1f})", changes["held"], f"{row['changed_answers']:.1%}"]
         for name in ("micro_f1", "macro_f1"):
             cells += [f"{100 * row[name]:.1f}", changes[name]]
-        print(f"| {' | '.join(cells)} | {row['largest_change']:.2f} |")
+        difference, least, most = row["log_loss_change"]
+        cells += [f"{difference:+.4f} ({least:+.4f} to {most:+.4f})", f"{row['largest_change']:.2f}"]
+        print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
