@@ -104,7 +104,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     costs = "distance, a CSV table (rows: correct leaf, columns: predicted), or for multi-label missing=NUMBER,inventing=NUMBER"
     add("--costs", help=f"minimise the expected cost of errors; the costs are {costs}")
     add("--uncertainty", action="store_true", help="also write the entropy, and the level that contributes most to it")
-    dtypes = "bf16 if the machine supports it, int8 on another CPU with VNNI or AMX, else fp32"
+    dtypes = "bf16 if the machine supports it, else fp32; int8 is faster on CPUs with VNNI or AMX, and less accurate"
     add("--dtype", choices=("auto", *DTYPES), default="auto", help=f"default: auto, which is {dtypes}")
     backends = "openvino, which is faster on some CPUs, needs pip install openvino"
     add("--backend", choices=("torch", "openvino"), default="torch", help=f"what runs the encoder; {backends}")

@@ -1,5 +1,6 @@
 """Compare 8-bit layers with the products of rounded integers, computed by numpy."""
 
+from argparse import Namespace
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from errors import InputError
 from prediction import int8, model
 from prediction.int8 import Int8Linear, has_int8_products, quantize
 
@@ -62,9 +64,9 @@ def test_a_token_is_rounded_alone_and_every_linear_layer_is_replaced():
         torch.testing.assert_close(model(torch.cat([small, large]))[:5], model(small), atol=1e-5, rtol=1e-5)
 
 
-def test_a_torch_with_other_private_operators_predicts_in_float32(monkeypatch, caplog):
+def test_a_torch_with_other_private_operators_is_refused(monkeypatch, caplog):
     operators = SimpleNamespace(qlinear_prepack=int8.ONEDNN.qlinear_prepack, qlinear_pointwise=lambda rounded: rounded)
     monkeypatch.setattr(int8, "ONEDNN", operators)
-    monkeypatch.setattr(model, "has_bf16", lambda cpu: False)
-    assert model.choose_dtype(gpu=False) == "fp32"
+    with pytest.raises(InputError, match="supported version of torch: give fp32"):
+        model.load(Namespace(backend="torch"), "int8", gpu=False)
     assert "no 8-bit products: they do not fit torch" in caplog.text

@@ -838,3 +838,11 @@ def test_int8_predicts_nearly_as_float32(checkpoint, texts, tmp_path):
     assert any(a != b for a, b in pairs)
     for a, b in pairs:
         assert b["probabilities"] == pytest.approx(a["probabilities"], abs=0.02)
+
+
+def test_without_native_bfloat16_the_default_is_float32(checkpoint, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr("prediction.model.has_bf16", lambda cpu: False)  # int8 may be available all the same
+    words = ("--model", checkpoint, "--input", write_texts(tmp_path, texts), "--probabilities", "--output")
+    predict_here(*words, tmp_path / "a.jsonl")
+    predict_here(*words, tmp_path / "b.jsonl", "--dtype", "fp32")
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
