@@ -7,8 +7,10 @@ Worth knowing:
 3. Types are never inferred. A CSV cell "NA" or "007" is that text, and an empty cell is an empty text. In JSON and Parquet
    an integer beside nulls stays an integer.
 4. Text is UTF-8, with or without a byte order mark. Lines end with \\n, \\r\\n or \\r. Blank lines are not rows.
-5. CSV and TSV rows are quoted as in RFC 4180. A stray quotation mark swallows rows; the problem names their lines.
-6. Memory holds a few rows, or the first 1,024 of JSON Lines. Only a ``json`` file is loaded completely.
+5. CSV and TSV rows are quoted as in RFC 4180. A stray quotation mark swallows rows; the problem names their lines. Many TSV
+   files are not quoted at all. So a TSV row of several lines that may as well be several rows is a problem, unless the
+   header is quoted, or other rows prove that cells are (`refuse_swallowed_rows`).
+6. Memory holds a few rows, or up to 1,024 of JSON Lines and TSV. Only a ``json`` file is loaded completely.
 7. Messages show no values. They show the name of a column only if it looks like a name.
 """
 
@@ -27,6 +29,7 @@ from typing import Any, NoReturn
 
 KINDS = ("csv", "tsv", "jsonl", "ndjson", "json", "parquet", "txt")
 FIRST_ROWS = 1024  # of JSON Lines, whose names become the columns
+ROWS_AHEAD = 1024  # of TSV, read to decide whether a row is quoted
 TOO_DEEP = "nested too deeply"
 
 
@@ -154,7 +157,7 @@ class Rows:
     def _open_delimited(self, lines: "RowLines") -> Iterator[Row]:
         # The csv module's limit is global to the process. It is only raised, never lowered, because other threads read too.
         csv.field_size_limit(max(csv.field_size_limit(), self.limits.characters))
-        rows = _delimited(lines, "\t" if self.kind == "tsv" else ",")
+        rows: Iterator[Fields] = _delimited(lines, "\t" if self.kind == "tsv" else ",")
         _, header, problem = next(rows, (0, [], None))
         if lines.problem:
             self._refuse_encoding()
@@ -166,6 +169,8 @@ class Rows:
             expected = "commas" if self.kind == "csv" else "tabs"
             raise InputError(f"{self.name} is separated by {others[mark]}: a .{self.kind} file needs {expected}")
         self.set_columns(header)
+        if self.kind == "tsv" and len(header) > 1:
+            rows = refuse_swallowed_rows(rows, lines)
         return (Row(n, {} if bad else dict(zip(header, fields, strict=True)), bad) for n, fields, bad in rows)
 
     def _open_json(self, text: str) -> Iterator[Row]:
@@ -246,8 +251,18 @@ def has_surrogate(text: str) -> bool:
 # ── CSV and TSV ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+Fields = tuple[int, list[str], str | None]  # first line of a row, its fields, problem
+
+
 class RowLines:
-    """Iterate over lines for the csv module, and keep the current row's first and last line number and first problem."""
+    """Iterate over lines for the csv module, and keep what is asked about the lines of the current row.
+
+    Attributes:
+        begin, number: numbers of the row's first and last line.
+        first, last: these lines.
+        shapes: the number of tabs, and the line end, of each line that is not blank.
+        problem: the first problem of a line.
+    """
 
     def __init__(self, lines: Iterator[Line], limit: int):
         self._lines, self._limit, self.number, self.last = lines, limit, 0, ""
@@ -255,6 +270,8 @@ class RowLines:
 
     def begin_row(self) -> None:
         self.begin, self._characters = self.number + 1, 0
+        self.first = ""
+        self.shapes: set[tuple[int, str]] = set()
         self.problem: str | None = None
 
     def __iter__(self) -> "RowLines":
@@ -262,6 +279,9 @@ class RowLines:
 
     def __next__(self) -> str:
         self.number, self.last, problem = next(self._lines)
+        self.first = self.first or self.last
+        if self.last.strip(" \r\n"):
+            self.shapes.add((self.last.count("\t"), self.last[len(self.last.rstrip("\r\n")) :]))
         self._characters += len(self.last)
         if not self.last or self._characters > self._limit:
             raise csv.Error(f"{self._limit:,} characters or more")
@@ -269,8 +289,8 @@ class RowLines:
         return self.last  # even if it is not UTF-8, because its quotation marks determine where the row ends
 
 
-def _delimited(lines: RowLines, separator: str) -> Iterator[tuple[int, list[str], str | None]]:
-    """Yield the first line, the fields and the problem of each row. The first row is the header.
+def _delimited(lines: RowLines, separator: str) -> Iterator[Fields]:
+    """Yield the first line, the fields and the problem of each row. The first row is the header. No fields: not parsed.
 
     pyarrow.csv is faster, but does not count lines, accepts stray quotation marks, and stops at a cell that is not UTF-8.
     """
@@ -292,25 +312,53 @@ def _delimited(lines: RowLines, separator: str) -> Iterator[tuple[int, list[str]
         if not problem and len(fields) < 2 and not lines.last.strip():
             continue  # a blank line
         width = width or len(fields)
-        if not problem and separator == "\t" and any(swallows_rows(cell, i, width) for i, cell in enumerate(fields)):
-            problem = "a stray quotation mark swallows the rows below it"
         if not problem and len(fields) != width:
             problem = f"{len(fields)} fields, where the header has {width}"
-        if problem and lines.number > lines.begin:
-            problem += f" (lines {lines.begin} to {lines.number})"
-        yield lines.begin, fields, problem
+        yield lines.begin, fields, problem and problem + _extent(lines)
 
 
-def swallows_rows(cell: str, index: int, fields: int) -> bool:
-    """Return whether a TSV cell, at an index of its row, began with a stray quotation mark and swallowed the rows below.
+def _extent(lines: RowLines) -> str:
+    return f" (lines {lines.begin} to {lines.number})" if lines.number > lines.begin else ""
 
-    The decision is by the tabs in each line of the cell, because a swallowed row has as many tabs as any other row.
+
+def refuse_swallowed_rows(rows: Iterator[Fields], lines: RowLines) -> Iterator[Fields]:
+    """Give a problem to TSV rows that may be several rows, the first with a stray quotation mark. ``lines`` are at the header.
+
+    Doubtful are rows of several lines that all have the tabs and the line end of the header. A row with as many fields as the
+    header whose lines have other tabs or line ends is surely quoted. A doubtful row is accepted if the header is quoted, or if
+    both hold for the rows before it and up to `ROWS_AHEAD` rows from it: more of them are surely quoted than doubtful, and no
+    quotation mark is stray, or in a cell that is not quoted.
     """
-    if fields < 2 or ("\n" not in cell and "\r" not in cell):
-        return False
-    first, *others = (line.count("\t") for line in re.split("\r\n|\r|\n", cell))
-    rest = fields - 1 - index  # fields of its own row that the cell swallowed first
-    return first == rest if rest else all(tabs == fields - 1 for tabs in others)
+    if '"' in lines.first:
+        yield from rows
+        return
+    ((tabs, end),) = lines.shapes
+    of_header = {(tabs, end), (tabs, "")}  # the last line of the file may have no end
+    num_quoted, num_doubtful, has_stray = 0, 0, False
+    waiting: list[tuple[Fields, str | None]] = []  # each with the problem that it has unless cells are quoted
+
+    def decide() -> Iterator[Fields]:
+        is_quoted = num_quoted > num_doubtful and not has_stray
+        for (begin, fields, problem), doubt in waiting:
+            yield begin, fields, problem if is_quoted else doubt or problem
+        waiting.clear()
+
+    for begin, fields, problem in rows:
+        doubt = None
+        if '"' in lines.first:  # else no cell is quoted
+            if not fields or "\t".join(fields) == lines.first.rstrip("\r\n"):
+                has_stray = True
+            elif not problem and not lines.shapes <= of_header:
+                num_quoted += 1
+            elif not problem and lines.number > lines.begin:
+                num_doubtful += 1
+                doubt = f"a stray quotation mark swallows the rows below it{_extent(lines)}"
+                doubt += "; if these lines are one row, quote the header too"
+        waiting.append(((begin, fields, problem), doubt))
+        first_doubt = waiting[0][1]
+        if not first_doubt or has_stray or num_quoted > num_doubtful or len(waiting) == ROWS_AHEAD:
+            yield from decide()
+    yield from decide()
 
 
 # ── JSON ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

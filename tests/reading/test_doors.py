@@ -23,7 +23,7 @@ QUOTES = (
     'id,text,label\n0,zero,a\n1,"Heart" was,b\n2,two,b\n3,"He said ""no""",a\n4,"two\nlines",b\n5,"five,b\n6,six,a\n'
 )
 TABS = 'text\tlabel\n"Heart was\tb\ntwo\tb\nend"\ta\nfour\tb\n"two\nlines"\ta\n'
-
+NOTES = 'text\tlabel\n"Hb\t12\nNa 140"\ta\n"two\nlines"\tb\n"one\ttab"\tb\n'
 
 # by the name of the file: its content, the column of texts, the texts that can be read with the lines where they begin,
 # the lines of the rows that cannot, and the labels that train.py reads once those rows are gone
@@ -34,6 +34,7 @@ CORPUS: dict[str, tuple[bytes, str, list[tuple[int, str]], list[int], list[str]]
     "ragged.csv": (b"text,label\n\"one\n1\",a\ntwo\nthree,b,c\nfour,b\n", "text", [(2, "one\n1"), (6, "four")], [4, 5], ["a", "b"]),
     "quotes.csv": (QUOTES.encode(), "text", [(2, "zero"), (4, "two"), (5, 'He said "no"'), (6, "two\nlines")], [3, 8], ["a", "b", "a", "b"]),
     "quotes.tsv": (TABS.encode(), "text", [(5, "four"), (6, "two\nlines")], [2], ["b", "a"]),
+    "notes.tsv": (NOTES.encode(), "text", [(2, "Hb\t12\nNa 140"), (4, "two\nlines"), (6, "one\ttab")], [], ["a", "b", "b"]),
     "latin.csv": ("text,label\none,a\ncafé,a\n".encode("latin-1") + b"three,b\n", "text", [(2, "one"), (4, "three")], [3], ["a", "b"]),
     "empty.csv": (b"text,label\none,a\n  ,a\nNA,b\n", "text", [(2, "one"), (4, "NA")], [3], ["a", "b"]),
     "twice.jsonl": (

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import random
 from datetime import date, datetime
 from decimal import Decimal
 
@@ -126,6 +127,17 @@ CORPUS: dict[str, tuple[str, bytes, list[tuple[int, dict | str]]]] = {
         (2, SWALLOWS), (4, {"text": "four", "year": "5"})]),
     "a text with tabs": ("tsv", b'text\tid\n"Labs:\nHb\t12.3\nNa\t140\nStable."\t1\n', [
         (2, {"text": "Labs:\nHb\t12.3\nNa\t140\nStable.", "id": "1"})]),
+    "a quoted header in TSV": ("tsv", b'"text"\t"id"\n"Hb\t12\nNa 140"\t1\n"a\t""b\nc"\t2\n', [
+        (2, {"text": "Hb\t12\nNa 140", "id": "1"}), (4, {"text": 'a\t"b\nc', "id": "2"})]),
+    "tabs and other line ends in a TSV cell": ("tsv", b'text\tid\r\n"Hb\t12\nNa 140"\t1\r\n', [
+        (2, {"text": "Hb\t12\nNa 140", "id": "1"})]),
+    "rows that prove that TSV is quoted": (
+        "tsv", b'text\tid\n"Hb\t12\nNa 140"\t1\n"two\nlines"\t2\n"a\tb"\t3\n', [
+        (2, {"text": "Hb\t12\nNa 140", "id": "1"}), (4, {"text": "two\nlines", "id": "2"}), (6, {"text": "a\tb", "id": "3"})]),
+    "a stray mark that swallows a blank line and reaches the end": (
+        "tsv", b'text\tyear\n"two\nlines"\t1\nthe "red" one\t2\n"Heart was\t3\n\nend"\t4', [
+        (2, {"text": "two\nlines", "year": "1"}), (4, {"text": 'the "red" one', "year": "2"}), (5, f"{SWALLOWS} (lines 5 to 7)")]),
+    "a header of blank names in TSV": ("tsv", b'\t\n"a\tb\nc"\td\ne\tf\n', [(2, f"{SWALLOWS} (lines 2 to 3)"), (4, {"": "f"})]),
     "a zero byte is a character": ("csv", b"text,id\na\0b,1\n", [(2, {"text": "a\0b", "id": "1"})]),
     "a text a line": ("txt", b"\xef\xbb\xbfa,\"b\n\n  \n c \r\nd", [
         (1, {"text": 'a,"b'}), (4, {"text": " c "}), (5, {"text": "d"})]),
@@ -470,13 +482,51 @@ def test_any_texts_come_back_from_csv_with_the_lines_they_begin_on(rows, end, ch
     assert list(Rows(Plain(stream.getvalue().encode(), chunk), "csv", "a file").read()) == expected
 
 
-@fuzz
-@given(st.lists(st.lists(TEXT.map(lambda text: text.replace("\t", " ")), min_size=2, max_size=2), max_size=6))
-def test_any_texts_without_tabs_come_back_from_tsv(rows):
+def tsv(rows: list[list[str]], quoting: int) -> bytes:
     stream = io.StringIO(newline="")
-    csv.writer(stream, delimiter="\t", quoting=csv.QUOTE_ALL).writerows([["a", "text"], *rows])
-    found = list(Rows(io.BytesIO(stream.getvalue().encode()), "tsv", "a file").read())
-    assert [(list(row.values.values()), row.problem) for row in found] == [(row, None) for row in rows]
+    csv.writer(stream, delimiter="\t", quoting=quoting).writerows([["a", "text"], *rows])
+    return stream.getvalue().encode()
+
+
+@fuzz
+@given(st.lists(st.lists(TEXT, min_size=2, max_size=2), max_size=6))
+def test_any_texts_come_back_from_tsv(rows):
+    quoted = [row.values for row in read(tsv(rows, csv.QUOTE_ALL), "tsv")]
+    assert [list(values.values()) for values in quoted] == rows
+    for row, expected in zip(
+        read(tsv(rows, csv.QUOTE_MINIMAL), "tsv"), quoted, strict=True
+    ):  # each is right, or says why not
+        assert SWALLOWS in row.problem if row.problem else row.values == expected
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("width", [2, 3])
+def test_every_row_of_tsv_comes_back_where_many_cells_hold_tabs_and_line_ends(end, width):
+    rng, pieces = random.Random(width), ["Hb 12", '"', "\t", end, "stable", ""]
+    rows = [["".join(rng.choices(pieces, k=5)) for _ in range(width)] for _ in range(3000)]
+    stream = io.StringIO(newline="")
+    csv.writer(stream, delimiter="\t", lineterminator=end).writerows([["a", "b", "c"][:width], *rows])
+    found = read(stream.getvalue().encode(), "tsv")
+    assert [(row.problem, list(row.values.values())) for row in found] == [(None, row) for row in rows]
+
+
+CELL = st.lists(st.sampled_from(['"', "a", "b", " ", '"c"', '"d'])).map("".join)
+
+
+@fuzz
+@given(
+    st.lists(st.one_of(st.just([]), st.lists(CELL, min_size=2, max_size=2)), max_size=12),
+    st.sampled_from(["\n", "\r\n"]),
+)
+def test_no_row_of_tsv_without_quoting_swallows_others(rows, end):
+    lines = ["a\ttext", *map("\t".join, rows)]
+    for row in read(end.join(lines).encode(), "tsv"):
+        if row.problem is None:  # each cell is as written, or without the marks around it
+            cells = lines[row.line - 1].split("\t")
+            assert all(
+                value in (cell, cell[1:-1].replace('""', '"'))
+                for value, cell in zip(row.values.values(), cells, strict=True)
+            )
 
 
 @fuzz
