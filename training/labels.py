@@ -33,8 +33,21 @@ PATH_DELIMITERS = "->", ">"  # what often stands between the names of a path, or
 DELIMITERS = *PATH_DELIMITERS, ";", "|", ","
 ZERO_OR_ONE = {**dict.fromkeys(("0", "0.0", "false"), 0), **dict.fromkeys(("1", "1.0", "true"), 1)}
 WRITTEN_LIST = "the label is a list written as text: save the data as .jsonl or .parquet, or join the labels and give --label_delimiter"
-# a list, set or tuple as Python writes it, or an array as PostgreSQL does
-WRITTEN_COLLECTION = re.compile(r"\[.*\]|\{.*\}|set\(\)|\(\)|\(\s*['\"].*\)", re.DOTALL)
+# a value as Python, JSON or numpy writes it; the apostrophe of "Crohn's disease" is no quotation mark
+VALUE = re.compile(
+    r"""(?<!\w)'(?:\\.|[^'\\])*'(?!\w)|"(?:\\.|[^"\\])*"|[-+]?(?<![\w.])\d[\d.]*(?:e[-+]?\d+)?(?!\w)"""
+    r"|\b(?:None|NULL|null|[Tt]rue|[Ff]alse|nan|NaN)\b",
+    re.DOTALL,
+)
+# a list, set, tuple or array, after each value in it was replaced by 0
+COLLECTION = re.compile(
+    r"""[\[{][\s,:0]*[\]}]                # values, also {"a": 1}, and numpy's array without commas
+      | [\[{](?=[^][{}]*,)[^][{}]*[\]}]   # several names without quotation marks, as PostgreSQL and Spark write them
+      | \(\) | \((?=[\s0]*,)[\s,0]*\)     # a tuple
+      | (?:(?:frozen)?set|np\.\w+)\([\s0]*\)""",
+    re.VERBOSE,
+)
+MAX_NESTING = 3  # of collections
 FROM_LABELS = "from the labels"  # origin of a taxonomy
 
 Label = str | tuple[str, ...]  # a name or path as written, or one name per label column, from the root down
@@ -53,7 +66,8 @@ def read_labels(table: Table, columns: list[str]) -> list[Label]:
 def read_label_sets(table: Table, columns: list[str], delimiter: str | None) -> list[tuple[str, ...]]:
     """Return the labels of each row: items of a list, parts of a delimited text, or names of the columns that hold 1.
 
-    A missing list, or an empty cell, means no labels.
+    A missing list, or an empty cell, means no labels. A delimited text that is a written list stays one label, for
+    `resolve_labels`, because it may be the name of a node.
     """
     if len(columns) > 1:
         indicators = [[read_indicator(cell) for cell in table.columns[name]] for name in columns]
@@ -66,12 +80,9 @@ def read_label_sets(table: Table, columns: list[str], delimiter: str | None) -> 
         names = [to_nfc(name.strip()) for name in columns]
         return [tuple(compress(names, row)) for row in zip(*indicators, strict=True)]
     (column,) = columns
-    if delimiter is not None:
-        problem = "the cell is a list written as text: give names between delimiters, or lists in JSON Lines or Parquet"
-        refuse_rows(table, column, (problem if _is_written_list(cell) else None for cell in table.columns[column]))
     rows: list[Any] = []
     for cell in table.columns[column]:
-        if isinstance(cell, str) and delimiter is not None:
+        if isinstance(cell, str) and delimiter is not None and not _is_written_list(cell, delimiter):
             cell = cell.split(delimiter)
         labels = map(_label_text, cell if isinstance(cell, list) else [cell])
         rows.append([label for label in labels if label != ""])
@@ -97,8 +108,14 @@ def _label_text(value: Any) -> str | None:
     return to_nfc(str(value).strip())
 
 
-def _is_written_list(cell: Any) -> bool:
-    return isinstance(cell, str) and WRITTEN_COLLECTION.fullmatch(cell.strip()) is not None
+def _is_written_list(label: Label, delimiter: str | None) -> bool:
+    """Return whether a label is a list, set, tuple or array written as text. ``[other]``, one bare name in brackets, is a name."""
+    if not isinstance(label, str) or not label.strip().endswith(("]", "}", ")")):
+        return False
+    rest = VALUE.sub("0", label.strip().replace(delimiter or ",", ","))
+    for _ in range(MAX_NESTING):
+        rest = COLLECTION.sub("0", rest)
+    return rest == "0"
 
 
 def _label_problem(path: tuple[Any, ...]) -> str | None:
@@ -110,7 +127,8 @@ def _label_problem(path: tuple[Any, ...]) -> str | None:
     if not any(path):
         return "the label is missing (texts without labels need --problem_type multi_label_classification)"
     if any(len(name) > MAX_LABEL_LENGTH for name in path):
-        return f"the label has more than {MAX_LABEL_LENGTH} characters"
+        is_list = any(_is_written_list(name, None) for name in path)
+        return WRITTEN_LIST if is_list else f"the label has more than {MAX_LABEL_LENGTH} characters"
     if "" in path and any(path[path.index("") :]):
         return "a label column is empty, although the column of a deeper level is filled"
     return None
@@ -167,6 +185,8 @@ def resolve_labels(
         taxonomy, origin = default, "the default, of the Medical Abstracts corpus"
     else:
         _refuse_unknown_codes(codes, places)
+        for label, place in places.items():
+            _refuse_written_list(label, place, arguments.label_delimiter)
         taxonomy, origin = _from_labels(names, places, num_rows, where, separator), FROM_LABELS
     counts = len(taxonomy.children(-1)), taxonomy.num_leaves, taxonomy.depth
     logger.info("taxonomy: %s: %d roots, %d leaves, %d levels", origin, *counts)
@@ -179,15 +199,19 @@ def resolve_labels(
         except TaxonomyError as error:
             if name == label:
                 _refuse_unknown_codes(codes, {label: places[label]})
+            _refuse_written_list(label, places[label], arguments.label_delimiter)
             advice = _advice_on_names(label, lookup, taxonomy.separator) if isinstance(label, str) else ""
             raise InputError(f"{places[label]}: {error}{advice or remedy}") from error
     return taxonomy, origin, nodes
 
 
+def _refuse_written_list(label: Label, place: str, delimiter: str | None) -> None:
+    if _is_written_list(label, delimiter):
+        raise InputError(f"{place}: {WRITTEN_LIST}")
+
+
 def _advice_on_names(label: str, lookup: Container[Label], separator: str) -> str:
-    """Return advice on an unknown label that is a list, a number, or several known names; otherwise an empty text."""
-    if _is_written_list(label):
-        return f"; {WRITTEN_LIST}"
+    """Return advice on an unknown label that is a number, or several known names; otherwise an empty text."""
     if label.isdecimal():
         return "; if it is a code, give --class_names"
     for delimiter in DELIMITERS:
@@ -308,9 +332,6 @@ def _from_labels(
         if not all(path):
             raise InputError(f"{places[label]}: the label {quote_name(label)} has an empty name in its path")
     paths = sorted({*path_of.values()})
-    for label in names:
-        if _is_written_list(label):
-            raise InputError(f"{places[label]}: {WRITTEN_LIST}")
     if len(paths) == 1:
         only = quote_name(separator.join(paths[0]))
         raise InputError(f"{where}: the only label is {only}; at least two are needed")

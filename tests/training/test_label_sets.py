@@ -203,6 +203,25 @@ def test_columns_of_0_and_1_that_mean_something_else_are_named(tmp_path, taxonom
     assert "'HIV/AIDS' is read as a path" in caplog.text
 
 
+def test_labels_in_brackets_are_names_between_delimiters(tmp_path):
+    rows = [
+        ("p", "{neuro};[unknown]"),
+        ("q", "[unknown]"),
+        ("r", "[Sepsis](sepsis, shock);{neuro}"),
+        ("s", "['x', 'y']"),
+    ]
+    tree = write(
+        tmp_path / "tree.json", json.dumps(["{neuro}", "[unknown]", "[Sepsis](sepsis, shock)", "['x', 'y']", "x"])
+    )
+    for taxonomy, lines in ((None, rows[:3]), (tree, rows)):
+        file = csv_file(tmp_path / "a.csv", lines)
+        data = load(train_file=file, label_delimiter=";", taxonomy=taxonomy, validation_size=0.0)
+        assert labels_of(data) == {text: {*label.split(";")} for text, label in lines}
+    commas = csv_file(tmp_path / "b.csv", [("p", "['x', 'y']"), ("q", "x,{neuro}")])  # a name that holds the delimiter
+    data = load(train_file=commas, label_delimiter=",", taxonomy=tree, validation_size=0.0)
+    assert labels_of(data) == {"p": {"['x', 'y']"}, "q": {"x", "{neuro}"}}
+
+
 @pytest.mark.parametrize(
     ("rows", "flags", "message"),
     [
@@ -215,10 +234,12 @@ def test_columns_of_0_and_1_that_mean_something_else_are_named(tmp_path, taxonom
         (["1;0", "", "0;1"], {"label_delimiter": ";"}, r"the lists of the column 'label' hold 0 and 1 alone: give lists"),
         ([["x"]], {"problem_type": "single_label_classification"}, r"means one label per text, but the label column holds"),
         ([1, 0], {"problem_type": "multi_label_classification", "taxonomy": None}, r"the column 'label' holds 0 and 1 alone: give the names"),
-        (['["a; b", "c"]'], {"label_delimiter": ";"}, r"line 1, column 'label': the cell is a list written as text"),
-        (["x", "{'x', 'y'}"], {"label_delimiter": ","}, r"line 2, column 'label': the cell is a list written as text"),
-        (["x", "set()"], {"label_delimiter": ","}, r"line 2, column 'label': the cell is a list written as text"),
-        (["x", "('x', 'y')"], {"label_delimiter": ","}, r"line 2, column 'label': the cell is a list written as text"),
+        (['["a; b", "c"]'], {"label_delimiter": ";"}, r"line 1, column 'label': the label is a list written as text"),
+        (["x", "{'x', 'y'}"], {"label_delimiter": ","}, r"line 2, column 'label': the label is a list written as text"),
+        (["x", "set()"], {"label_delimiter": ","}, r"line 2, column 'label': the label is a list written as text"),
+        (["x", "('x', 'y')"], {"label_delimiter": ","}, r"line 2, column 'label': the label is a list written as text"),
+        (["x", "[x;y]"], {"label_delimiter": ";"}, r"line 2, column 'label': the label is a list written as text"),
+        (["x", str(["x"] * 200)], {"label_delimiter": ";"}, r"line 2, column 'label': the label is a list written as text"),
         (["x", " {x,y} "], {"problem_type": "multi_label_classification", "taxonomy": None}, r"line 2, .*list written as text"),
         (["x"], {"problem_type": "single_label_classification", "label_delimiter": ";"}, r"but --label_delimiter is given"),
         (["x", "y"], {"incomplete_labels": True}, r"--incomplete_labels needs multi-label data"),

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
@@ -155,6 +156,62 @@ def test_columns_of_the_same_names_may_be_several_labels(tmp_path, caplog):
     file = csv_file(tmp_path / "a.csv", rows, header=("text", "first", "second"))
     load(train_file=file, validation_size=0, label_column=["first", "second"])
     assert "'asthma/flu' and 'flu/asthma': if a text has several labels, join the columns" in " ".join(caplog.messages)
+
+
+NAMES_IN_BRACKETS = [
+    *(
+        "{neuro}",
+        "[unknown]",
+        "[none]",
+        "[[Sepsis]]",
+        "[Sepsis](sepsis, shock)",
+        "[a] and [b]",
+        "{x}, {y}",
+        "[0, 10)",
+        "(1)",
+    ),
+    *("[18F]FDG, PET [brain]", "[Crohn's disease]", '["benign" tumours]', '("Stage" II)'),
+]
+SOURCE = ["it's", "b c"]
+WRITTEN_LISTS = [  # by Python, JSON, NumPy 1 and 2, pandas, PostgreSQL and Spark
+    *(str(SOURCE), str(["a"]), "[]", str(tuple(SOURCE)), str(("a",)), str({*SOURCE}), "set()", "()", str([*range(3)])),
+    *(json.dumps(SOURCE), json.dumps(SOURCE, indent=1), json.dumps([None]), json.dumps([{"name": "a"}, {"name": "b"}])),
+    *(
+        str(np.array(SOURCE)),
+        str(np.arange(3)),
+        str(np.array([1.5, 2])),
+        "[np.str_('a'), np.str_('b')]",
+        "[np.str_('a')]",
+    ),
+    *(
+        str([["a"], ["b"]]),
+        str(["a", float("nan")]),
+        str(pd.Series(SOURCE).tolist()),
+        str(pd.Series(SOURCE).to_numpy()),
+    ),
+    *("{a,b}", '{"b c",a}', "{Crohn's,Graves' disease}", "{}", "[a, b c]"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES_IN_BRACKETS)
+def test_a_name_in_brackets_that_cannot_be_a_list_is_a_class(name, tmp_path):
+    file = csv_file(tmp_path / "a.csv", [("one", name), ("two", "other")])
+    assert labels_of(load(train_file=file, validation_size=0), "train") == [name, "other"]
+
+
+@pytest.mark.parametrize("label", WRITTEN_LISTS)
+def test_a_list_written_as_text_is_refused_unless_the_taxonomy_has_that_name(label, tmp_path):
+    file = csv_file(tmp_path / "a.csv", [("one", "other"), ("two", label)])
+    tree = write(tmp_path / "tree.json", json.dumps(["other", "third"]))
+    for flags in ({}, {"taxonomy": tree}):
+        with pytest.raises(
+            InputError, match="line 3, column 'label': the label is a list written as text: save"
+        ) as refused:
+            load(train_file=file, validation_size=0, **flags)
+        assert "\n" not in str(refused.value)
+    if "\n" not in label:  # which no name may hold
+        tree = write(tmp_path / "tree.json", json.dumps(["other", label]))
+        assert labels_of(load(train_file=file, validation_size=0, taxonomy=tree), "train") == ["other", label]
 
 
 @pytest.mark.parametrize(("separator", "label"), [("/", "a/"), ("/", "a//b"), (" > ", "a > ")])
