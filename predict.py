@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     sources = find_inputs(arguments)
     arguments.costs, costs_description = read_costs(arguments.costs)
     output = RestartableOutput(arguments.output, output_kind(arguments.output, arguments.output_format))
-    sources = [source for source in sources if not output.holds(source)]  # --input may match the blocks of a killed run
+    sources = output.without_own(sources)  # --input may match the files of a killed run
     with output.lock():
         output.check(sources, arguments.overwrite)
         records = read_records(sources, arguments.text_column, arguments.id_column)

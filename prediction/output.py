@@ -84,11 +84,18 @@ class RestartableOutput:
         """Lock the output for this process. Raise InputError if it cannot be written."""
         return self.store.lock(self._stem)
 
-    def holds(self, source: Source) -> bool:
-        """Return whether a file is one of the output's blocks."""
-        is_local = source.filesystem is None
-        path, parts = map(os.path.realpath, (source.path, self.parts)) if is_local else (source.path, self.parts)
-        return path.startswith(f"{parts}/")
+    def without_own(self, sources: Sequence[Source]) -> list[Source]:
+        """Return the sources except the files of this output that a killed run left: its blocks and all that it made of them."""
+        if not self.store.names(self.parts):
+            return list(sources)
+        files = (self.name, self.errors, self.marker, *self._files())
+
+        def is_own(source: Source) -> bool:
+            is_local = source.filesystem is None
+            path, parts = map(os.path.realpath, (source.path, self.parts)) if is_local else (source.path, self.parts)
+            return path.startswith(f"{parts}/") or any(self.store.is_input(file, [source]) for file in files)
+
+        return [source for source in sources if not is_own(source)]
 
     def check(self, sources: Sequence[Source], overwrite: bool) -> None:
         """Raise InputError if the output is finished, or if one of its files is also an input, under any name."""

@@ -19,8 +19,9 @@ class Disk:
 
     def lock(self, name: str) -> AbstractContextManager[None]:
         """Lock an output for this process. Raise InputError if it may not be written, or another process has the lock."""
-        # not .lock: an output called uv would delete a project's uv.lock
-        return lock("--output", name, Path(f"{name}.predict.lock"))
+        # hidden, because a killed run leaves it, and --input 'folder/*' would match it; in an output folder the last part is empty
+        folder, last = os.path.split(name)
+        return lock("--output", name, Path(folder, f".{last}.predict.lock" if last else ".predict.lock"))
 
     def is_input(self, name: str, sources: Sequence[Source]) -> bool:
         """Return whether a file is also an input, under any name."""

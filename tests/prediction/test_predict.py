@@ -1,6 +1,7 @@
 """Compare predict.py with the stock pipeline, over every kind of file, after kills, and with unreadable rows."""
 
 import csv
+import glob
 import gzip
 import json
 import os
@@ -302,6 +303,35 @@ def test_blocks_of_a_killed_run_are_not_read_as_its_input(checkpoint, long_input
     (Path(f"{output}.parts") / "000000001.jsonl").unlink()
     assert predict_here(*words) == 1
     assert output.read_bytes() == unbroken[0].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("moment", "left", "output", "more"),
+    [
+        (("os.rename", "/out.jsonl"), ["in.csv", "out.jsonl.errors.jsonl"], "out.jsonl", ()),
+        (("shutil.rmtree", ".parts"), ["in.csv", "out.jsonl", "out.jsonl.errors.jsonl"], "out.jsonl", ()),
+        (
+            ("os.rename", "/manifest.json"),
+            ["in.csv", "out/errors.jsonl", "out/part-00000.jsonl"],
+            "out/part-00000.jsonl",
+            ("--output_format", "jsonl"),
+        ),
+    ],
+)
+def test_a_killed_run_does_not_read_the_files_that_it_left(moment, left, output, more, checkpoint, texts, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    file = write_texts(folder, [*texts[:3], ""])
+    assert predict_here("--model", checkpoint, "--input", file, "--output", tmp_path / "unbroken.jsonl") == 1
+    given = f"{folder}/{output}" if not more else f"{folder}/{Path(output).parent}/"
+    pattern = f"{folder}/**/*.*[snk]*"  # also the error file, the blocks and the lock
+    words = ("--model", checkpoint, "--input", pattern, "--output", given, *more)
+    done = complete("-c", STRIKE, ROOT / "predict.py", *moment, int(signal.SIGKILL), *words)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    files = (os.path.relpath(path, folder) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    assert left == sorted(path for path in files if ".parts" not in path)
+    assert predict_here(*words) == 1
+    assert (folder / output).read_bytes() == (tmp_path / "unbroken.jsonl").read_bytes()
 
 
 def test_blocks_that_a_killed_run_could_not_delete_are_deleted_by_the_next(checkpoint, texts, tmp_path):
