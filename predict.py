@@ -5,7 +5,8 @@ Worth knowing:
 1. Texts are read, classified and written in blocks, so memory does not grow with the file.
 2. A killed run continues when the same command is given again, and writes the same bytes (`prediction.output`). A run with
    another model, another input or other options is refused.
-3. Rows that cannot be read are listed in an error file, and the exit code is 1. All other rows are classified.
+3. Rows that cannot be read are listed in an error file, and the exit code is 1. All other rows are classified. If no row can be
+   read, that is an error, and the exit code is 2.
 4. ``--ray`` has the actors of a Ray cluster classify the blocks (`prediction.ray_job`). All else is the same.
 """
 

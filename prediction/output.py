@@ -79,6 +79,7 @@ class RestartableOutput:
         self.marker = f"{self.name}/manifest.json" if self.is_folder else self.name
         self.errors = f"{self.name}/errors.jsonl" if self.is_folder else f"{self.name}.errors.jsonl"
         self.headers: list[dict[str, Any]] = []  # of the blocks: options, and digest of the input rows
+        self.num_rows = 0  # in the blocks, without those that could not be read
 
     def lock(self) -> AbstractContextManager[None]:
         """Lock the output for this process. Raise InputError if it cannot be written."""
@@ -151,7 +152,7 @@ class RestartableOutput:
                 bar.total = round(num_read / done) if done else None
                 self.headers.append({"options": options, "digest": block.digest()})
                 if block_name(block.index) in existing:
-                    self._read_block(block.index)
+                    self.num_rows += len(self._read_block(block.index)[0])
                     num_kept += len(block.records)
                     bar.update(len(block.records))
                 elif is_finished:  # killed while it deleted its blocks
@@ -162,6 +163,7 @@ class RestartableOutput:
 
         for block, rows in predict_blocks(missing()):
             self._write_block(block, rows)
+            self.num_rows += len(rows)
             bar.update(len(block.records))
         if num_kept:
             print(f"continued after {num_kept:,} rows", file=sys.stderr)
@@ -176,10 +178,13 @@ class RestartableOutput:
         Args:
             open_rows: `prediction.rows.RowFormat.open`.
             manifest: the entries of a folder's manifest about input and model.
+
+        Raises:
+            InputError: no row could be read. The error file is kept, and there is no output.
         """
         folder, size = self.store.new_folder(self.parts), BLOCKS_PER_FILE if self.is_folder else len(self.headers)
         new, new_errors = folder / f"output{self.kind}", folder / "errors.jsonl"
-        num_problems, files = 0, list[dict[str, Any]]()
+        num_problems, first_problem, files = 0, "", list[dict[str, Any]]()
         with new_errors.open("w", encoding="utf-8", newline="") as errors:
             for number, first in enumerate(range(0, len(self.headers), size)):
                 num_rows = 0
@@ -188,8 +193,9 @@ class RestartableOutput:
                         rows, problems = self._read_block(index)
                         write(rows)
                         errors.writelines(problems)
+                        first_problem = first_problem or "".join(problems[:1])
                         num_rows, num_problems = num_rows + len(rows), num_problems + len(problems)
-                if self.is_folder:
+                if self.is_folder and self.num_rows:
                     files.append({"name": f"part-{number:05}{self.kind}", "rows": num_rows})
                     self.store.put(new, f"{self.name}/{files[-1]['name']}")
         if self.is_folder:
@@ -199,6 +205,9 @@ class RestartableOutput:
             self.store.put(new_errors, self.errors)
         else:
             self.store.delete(self.errors)
+        if not self.num_rows:
+            self.store.delete_folder(self.parts)
+            raise self._no_rows_error(num_problems, json.loads(first_problem)["problem"])
         self.store.put(new, self.marker)  # the output itself, or the manifest of a folder
         self.store.sync(str(Path(self.marker).parent))
         self.store.delete_folder(self.parts)
@@ -212,6 +221,13 @@ class RestartableOutput:
 
     def _exists_error(self) -> InputError:
         return InputError(f"--output {self.name} already exists: give another name, or --overwrite")
+
+    def _no_rows_error(self, num_problems: int, first_problem: str) -> InputError:
+        reasons = f"the first: {first_problem}; all: {self.errors}"
+        remedy = "save it as UTF-8" if "UTF-8" in first_problem else "correct it, or give another --text_column"
+        return InputError(
+            f"none of the {num_problems:,} rows of --input can be read ({reasons}): {remedy}; then --overwrite"
+        )
 
     def _block_file(self, index: int) -> str:
         return f"{self.parts}/{block_name(index)}"

@@ -86,8 +86,6 @@ def test_a_resumed_run_writes_the_same_tasks(clear_checkpoint, tmp_path, monkeyp
     one, other = ((tmp_path / name / "out.tasks.json").read_bytes() for name in ("whole", "stopped"))
     assert one == other
     assert [task["data"]["row"] for task in json.loads(one)] == [*range(2100)]
-    predict(clear_checkpoint, tmp_path / "whole" / "none.tasks.json", [""])
-    assert json.loads((tmp_path / "whole" / "none.tasks.json").read_text()) == []
     # in a folder
     words = ("--model", clear_checkpoint, "--input", tmp_path / "whole" / "in.csv", "--output_format", "tasks.json")
     pd.DataFrame({"text": texts[:3]}).to_csv(tmp_path / "whole" / "in.csv", index=False)

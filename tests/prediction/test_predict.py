@@ -513,6 +513,33 @@ def test_errors_of_a_former_run_are_not_reported_for_this_run(checkpoint, texts,
 
 
 @pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        (["caf\xe9 au lait"], r"not UTF-8; all: \S+errors\.jsonl\): save it as UTF-8; then --overwrite"),
+        (["", " "], r"the text is empty; all: \S+errors\.jsonl\): correct it, or give another --text_column"),
+    ],
+)
+def test_an_input_without_a_readable_row_is_an_error(rows, reason, checkpoint, texts, tmp_path):
+    content = "text,id\n" + "".join(f"{text},1\n" for text in rows * 1100)  # more than one block
+    (tmp_path / "in.csv").write_text(content, encoding="cp1252")
+    words = ("--model", checkpoint, "--input", tmp_path / "in.csv", "--output")
+    for output, errors in (("out.jsonl", "out.jsonl.errors.jsonl"), ("out/", "out/errors.jsonl")):
+        done = run(*words, f"{tmp_path}/{output}", command="predict.py", check=False)
+        assert done.returncode == 2
+        message = done.stderr.splitlines()[-1]
+        assert re.search(
+            rf"error: none of the {len(rows) * 1100:,} rows of --input can be read \(the first: {reason}", message
+        )
+        assert len(read_json_lines(tmp_path / errors)) == len(rows) * 1100
+    assert {path.name for path in tmp_path.rglob("*")} == {"in.csv", "out.jsonl.errors.jsonl", "out", "errors.jsonl"}
+    write_texts(tmp_path, [texts[0], ""])
+    with pytest.raises(InputError, match=r"errors\.jsonl already exists: give another --output, or --overwrite"):
+        predict_here(*words, tmp_path / "out.jsonl")
+    assert predict_here(*words, tmp_path / "out.jsonl", "--overwrite") == 1
+    assert len(read_json_lines(tmp_path / "out.jsonl")) == 1
+
+
+@pytest.mark.parametrize(
     ("ids", "expected"),
     [
         ([datetime(2024, 2, 3, 4, 5), None], ["2024-02-03 04:05:00", None]),
