@@ -5,12 +5,12 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
-from reading.rows import InputError  # defined there, since `reading` imports no other package
+from reading.rows import InputError, has_surrogate  # defined there, since `reading` imports no other package
 
 ROOT = Path(__file__).parent
 
@@ -23,6 +23,16 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
+
+
+def refuse_undecodable(flags: Mapping[str, Any]) -> None:
+    """Raise InputError if a flag is not text in the locale's encoding: libraries cannot write it, and no column has this name."""
+    for flag, value in flags.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and has_surrogate(text):
+                encoding = sys.getfilesystemencoding()
+                problem = "UTF-8" if encoding == "utf-8" else f"{encoding}, the locale's encoding: set PYTHONUTF8=1"
+                raise InputError(f"--{flag} {text!a}: the name is not {problem}")
 
 
 def one_line(error: object) -> str:
@@ -87,3 +97,18 @@ def exit_with_error(command: str, message: str, code: int = 2, trace: str = "") 
     """Print one line to standard error, after a traceback from `requested_traceback`, and exit."""
     print(f"{trace}{command}: error: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def print_result(command: str, result: Callable[[], str]) -> None:
+    """Write the text that ``result`` returns to standard output, as UTF-8 in any locale, or exit with an error and write nothing."""
+    try:
+        content = result().encode()
+    except InputError as error:
+        exit_with_error(command, str(error))
+    try:
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        if not isinstance(error, BrokenPipeError):  # which means that the reader, such as head, has ended
+            exit_with_error(command, f"cannot write to standard output: {one_line(error)}")

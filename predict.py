@@ -30,13 +30,14 @@ from errors import (
     is_file_error,
     is_full_disk,
     one_line,
+    refuse_undecodable,
     requested_traceback,
 )
 from prediction.input import read_records
 from prediction.model import DTYPES, Model, read_costs
 from prediction.output import RestartableOutput
 from prediction.rows import OUTPUTS, file_name, output_kind
-from reading.rows import KINDS, has_surrogate
+from reading.rows import KINDS
 from reading.sources import Source, find_all_sources
 
 if TYPE_CHECKING:
@@ -119,8 +120,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     # ── Checks that argparse cannot make ─────────────────────────────────────────────────────────────────────────────
     name = file_name(arguments.output)
-    if has_surrogate(arguments.output):  # pyarrow cannot write to it
-        raise InputError(f"--output {arguments.output!a}: the name is not UTF-8")
+    refuse_undecodable({flag: value for flag, value in vars(arguments).items() if flag != "input"})
     if len(Path(name).name.encode()) > 200:  # suffixes are added, and file systems allow 255 bytes
         raise InputError(f"--output {arguments.output}: the name is too long")
     if output_kind(arguments.output, arguments.output_format) not in OUTPUTS:

@@ -17,7 +17,16 @@ from huggingface_hub import CommitInfo, HfApi, RepoCard
 from huggingface_hub.utils import disable_progress_bars
 
 from checkpoint_files import CHECKPOINT_FILES, published_files, read_checkpoint
-from errors import ROOT, ArgumentParser, InputError, exit_with_error, is_full_disk, one_line, requested_traceback
+from errors import (
+    ROOT,
+    ArgumentParser,
+    InputError,
+    exit_with_error,
+    is_full_disk,
+    one_line,
+    refuse_undecodable,
+    requested_traceback,
+)
 from publishing import card
 from publishing.description import check_description
 from publishing.export import export_merged, export_onnx
@@ -93,7 +102,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--revision", help="the branch to commit to, created if missing; default: main")
     parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--dry_run", action="store_true", help="check everything, list the files, publish nothing")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    refuse_undecodable({"revision": arguments.revision})
+    return arguments
 
 
 def read_card(path: Path, model_id: str, merged: bool) -> str:

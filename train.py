@@ -362,6 +362,8 @@ def user_error_message(error: Exception) -> str | None:
     """Return the message for an error that a user can correct, on one line, or None for a bug of this project."""
     if isinstance(error, (InputError, TaxonomyError)):
         return str(error)
+    if isinstance(error, UnicodeEncodeError) and error.encoding != "utf-8":  # a recipe names the file
+        return f"the name of a file is not {error.encoding}, the locale's encoding: set PYTHONUTF8=1"
     if is_full_disk(error):
         return f"the disk is full ({one_line(error)}): make room, then --resume_from_checkpoint auto resumes"
     if should_reduce_batch_size(error):

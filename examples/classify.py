@@ -37,6 +37,7 @@ try:
     results = [*classify(texts)]
 except ValueError as error:  # an empty text
     parser.error(f"{arguments.file}: {error}")
+sys.stdout.reconfigure(encoding="utf-8")  # in any locale
 for text, result in zip(texts, results, strict=True):
     print("\n" + textwrap.fill(text, 100, initial_indent="  ", subsequent_indent="  "))
     for one in result.get("labels", [result]):  # of a multi-label checkpoint

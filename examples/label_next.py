@@ -10,7 +10,7 @@ import argparse
 import csv
 import glob
 import heapq
-import os
+import io
 import sys
 from collections.abc import Collection, Iterator
 from operator import itemgetter
@@ -18,13 +18,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from errors import ArgumentParser, InputError, exit_with_error
+from errors import ArgumentParser, InputError, print_result
 from prediction.input import read_records
 from reading.rows import KINDS
 from reading.sources import Source, find_all_sources, find_sources, open_rows
 
 
-def main() -> None:
+def main() -> str:
+    """Return the rows as CSV."""
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("predictions")
     parser.add_argument("--count", type=int, required=True)
@@ -41,9 +42,11 @@ def main() -> None:
     rows = dict(heapq.nlargest(arguments.count, uncertainties(outputs), key=itemgetter(1)))  # in ties, the first
     texts = texts_of(inputs, arguments.text_column, rows, sum(1 for _ in uncertainties(outputs))) if inputs else {}
     # texts are always quoted: they may hold a lone carriage return
-    writer = csv.writer(sys.stdout, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    table = io.StringIO(newline="")
+    writer = csv.writer(table, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writerow(["row", "uncertainty", "text"] if inputs else ["row", "uncertainty"])
     writer.writerows([row, uncertainty, *([texts[row]] if inputs else [])] for row, uncertainty in rows.items())
+    return table.getvalue()
 
 
 def uncertainties(outputs: list[Source]) -> Iterator[tuple[int, float]]:
@@ -81,10 +84,4 @@ def texts_of(
 
 
 if __name__ == "__main__":
-    try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as head, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except InputError as error:
-        exit_with_error("label_next.py", str(error))
+    print_result("label_next.py", main)

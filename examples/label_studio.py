@@ -10,7 +10,6 @@ Tasks that nobody labelled, or that were skipped, are left out. Of several annot
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,12 @@ from xml.etree import ElementTree
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint_files import find_snapshot, is_checkpoint, read_config
-from errors import ArgumentParser, InputError, as_input_error, exit_with_error
+from errors import ArgumentParser, InputError, as_input_error, print_result
 
 
 def configuration(checkpoint: str) -> str:
     """Return the labelling configuration as XML. The choices are the labels of the nodes."""
-    folder = find_snapshot(checkpoint, None) or checkpoint
+    folder = find_snapshot(checkpoint, None, "config") or checkpoint
     if not is_checkpoint(folder):
         raise ValueError("it is not a checkpoint of this project")
     config = read_config(folder)
@@ -62,16 +61,15 @@ def training_row(task: dict[str, Any]) -> dict[str, Any] | None:
     return {"text": task["data"]["text"], "label": labels[0]} if labels else None
 
 
-def main() -> None:
+def main() -> str:
+    """Return the configuration, or the rows as JSON Lines."""
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("config", "rows"))
     parser.add_argument("file", help="a checkpoint, or an export")
     arguments = parser.parse_args()
     if arguments.action == "config":
         with as_input_error(f"cannot read the checkpoint {arguments.file}"):
-            view = configuration(arguments.file)
-        print(view)  # not above: a closed pipe is no fault of the checkpoint
-        return
+            return configuration(arguments.file) + "\n"
     with as_input_error(f"{arguments.file} is not an export in the format JSON"):
         tasks = json.loads(Path(arguments.file).read_text(encoding="utf-8-sig"))
         if not (
@@ -81,14 +79,8 @@ def main() -> None:
         ):
             raise ValueError("it must be a list of tasks with annotations and a text")
         rows = [row for task in tasks if (row := training_row(task))]
-    sys.stdout.writelines(json.dumps(row) + "\n" for row in rows)
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as head, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except InputError as error:
-        exit_with_error("label_studio.py", str(error))
+    print_result("label_studio.py", main)

@@ -1,4 +1,4 @@
-"""Train on a Ray cluster: ``python examples/ray_train.py --workers N [--address ADDRESS] -- RECIPE [--flag value …]``.
+"""Train on a Ray cluster: ``python examples/ray_train.py --workers N [--address ADDRESS] -- RECIPE [--flag value ...]``.
 
 The arguments after ``--`` are passed to train.py. Each worker runs it as one process of a distributed run.
 If a worker or its node fails, Ray restarts all workers, and they resume from the last checkpoint.

@@ -93,7 +93,8 @@ def endpoint(method: Callable) -> Callable:
 def about(classifier: Pipeline, model: str, revision: str | None) -> tuple[str, str, str]:
     """Return the facts of a model as a table, and its card as Markdown in two parts."""
     config, tree = classifier.model.config, classifier.tree
-    model_name = Path(model).resolve().name if Path(model).is_dir() else model
+    # bytes that the locale cannot decode are surrogates, which are in no page
+    model_name = os.fsencode(Path(model).resolve().name).decode(errors="replace") if Path(model).is_dir() else model
     path = cached_file(model, "README.md", revision=revision, _raise_exceptions_for_missing_entries=False)
     card = Path(path).read_text(encoding="utf-8") if path else ""
     encoder = config.encoder_name_or_path

@@ -15,6 +15,7 @@ Worth knowing:
 import asyncio
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -120,6 +121,9 @@ class OwnUpload(gr.route_utils.GradioUploadFile):
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
         self.sha.update(os.urandom(32))
+        if self.filename:  # gradio stores the file under this name
+            encoding = sys.getfilesystemencoding()
+            self.filename = self.filename.encode(encoding, "replace").decode(encoding)
         STORAGE.room -= FOLDER_BYTES
 
 

@@ -18,7 +18,7 @@ from transformers.hf_argparser import string_to_bool
 from transformers.trainer_utils import SaveStrategy
 
 from configuration_hierarchical import DEFAULT_ENCODER, DEFAULT_ENCODER_REVISION
-from errors import InputError, is_own_bug, one_line
+from errors import InputError, is_own_bug, one_line, refuse_undecodable
 from machine import has_bf16
 from taxonomy_hierarchical import Taxonomy
 from training.label_arrays import multi_hot
@@ -112,7 +112,7 @@ class LossArguments:
         "none", "balanced: more weight for the rarer outcomes of each decision."
     )
     level_weights: list[float] = flag(
-        [1.0], "Weights of decisions at level 1, 2, …; the last applies to deeper levels."
+        [1.0], "Weights of decisions at level 1, 2, ...; the last applies to deeper levels."
     )
     consistency: float = flag(0.0, "Weight of the consistency loss between two halves of each text. 0: whole texts.")
 
@@ -152,7 +152,7 @@ class HierarchicalTrainingArguments(TrainingArguments):
         "Order of the training rows. group_by_length reduces padding.",
         choices=["random", "sequential", "group_by_length", "batch_rebalance"],
     )
-    report_to: list[str] = flag(["none"], "Services to log to: tensorboard, trackio, …")
+    report_to: list[str] = flag(["none"], "Services to log to: tensorboard, trackio, ...")
     logging_steps: float = flag(10, "Number of steps between log lines, or, below 1, their share of all steps.")
     bf16: bool | None = flag(None, "bfloat16 autocast. Default: as given to accelerate launch, else true if native.")
 
@@ -276,6 +276,7 @@ def check_values(arguments: Arguments) -> None:
     """Raise InputError for a value that would fail only after hours, or be silently misread."""
     # ── Single values ────────────────────────────────────────────────────────────────────────────────────────────────
     values = {name: value for part in arguments for name, value in vars(part).items()}
+    refuse_undecodable(values)
     for name, interval in RANGES.items():
         value, (low, high) = values[name], map(float, interval[1:-1].split(","))
         if value is not None and not (low < value < high or (value == low and interval[0] == "[")):
