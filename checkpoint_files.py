@@ -1,17 +1,23 @@
 """Define which files form a checkpoint, and check that a folder holds a complete one."""
 
 import json
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.utils import filter_repo_objects
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
 from checkpoint_hierarchical import ADAPTER_FILES, SHIPPED_FILES
 from configuration_hierarchical import HierarchicalConfig
+from connection import find_hub_problem
 from errors import ROOT, InputError, as_input_error
 from reading.foreign_code import refuse_foreign_code
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -48,17 +54,59 @@ def published_files(folder: Path) -> dict[str, Path | bytes]:
     return files
 
 
-def find_snapshot(name: str, revision: str | None) -> Path | None:
-    """Download a model's config.json from the Hub. Return its cache folder, named by the commit; None for a local folder.
-
-    Raises InputError if ``name`` is neither a local folder nor a model on the Hub.
-    """
+def is_local(name: str) -> bool:
+    """Return whether a model is a local folder, or raise InputError if the name is neither a folder nor an id on the Hub."""
     if Path(name).is_dir():
-        return None
+        return True
     if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1:  # cannot be an id on the Hub
         raise InputError(f"cannot load the model {name}: there is no such folder")
+    return False
+
+
+def find_snapshot(name: str, revision: str | None, flag: str) -> Path | None:
+    """Download a model's config.json from the Hub. Return its cache folder, named by the commit; None for a local folder.
+
+    If the Hub cannot be reached, a model in the cache is used. ``flag`` is the one that names the model, for messages.
+
+    Raises InputError if ``name`` is neither a local folder, nor a model on the Hub or in the cache.
+    """
+    if is_local(name):
+        return None
     with as_input_error(f"cannot load the model {name}"):
+        require_hub_or_cache("model", name, revision, f"--local-dir FOLDER` and give {flag} FOLDER")
         return Path(cached_file(name, "config.json", revision=revision)).parent
+
+
+def require_encoder(folder: str | Path) -> None:
+    """Raise InputError if the encoder of a checkpoint's adapter is on the Hub, which cannot be reached, and not in the cache."""
+    config = read_json_object(
+        Path(folder) / "config.json"
+    )  # as JSON: the checkpoint's own code may read a newer format
+    name, revision = (str(config.get(field)) for field in ("encoder_name_or_path", "encoder_revision"))
+    is_pinned = re.fullmatch("[0-9a-f]{40}", revision)  # `load_encoder` refuses other revisions, with its reason
+    if config.get("adapter_subfolder") is not None and is_pinned and not Path(name).is_dir():
+        remedy = f"--cache-dir FOLDER` and copy the content of FOLDER to {constants.HF_HUB_CACHE}"
+        with as_input_error(f"cannot load the encoder {name}"):
+            require_hub_or_cache("encoder", name, revision, remedy)
+
+
+def require_hub_or_cache(what: str, name: str, revision: str | None, remedy: str) -> None:
+    """Raise InputError if the Hub cannot be reached, and the cache holds no configuration and weights of a model.
+
+    ``remedy`` ends the command that downloads the model, and says how to use it.
+    """
+    was_offline = is_offline_mode()
+    problem = find_hub_problem()
+    if problem is None:
+        return
+    file = try_to_load_from_cache(name, "config.json", revision=revision)
+    files = Path(file).parent.iterdir() if isinstance(file, str) else ()
+    if not any(path.suffix in (".safetensors", ".bin") for path in files):
+        download = f"hf download {name}" + (f" --revision {revision}" if revision else "")
+        reasons = f"there is no such folder, {problem}, and the cache does not hold it"
+        raise InputError(f"cannot load the {what} {name}: {reasons}: on a connected machine run `{download} {remedy}")
+    if not was_offline:  # once, and not at all if the user has chosen it
+        logger.warning("%s: models are loaded from the cache", problem)
 
 
 def read_json_object(path: Path, problem: str = "cannot be used") -> dict[str, Any]:

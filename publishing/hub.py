@@ -25,6 +25,7 @@ from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from checkpoint_files import encoder_on_hub
 from configuration_hierarchical import HierarchicalConfig
+from connection import find_hub_problem
 from errors import InputError, one_line
 
 SPACE_FILES = (
@@ -65,6 +66,8 @@ def log_in(api: HfApi) -> tuple[str, ...]:
     """
     if (api.token or get_token()) is None:
         raise InputError("no Hub token: set HF_TOKEN to one that may write, or run `hf auth login`")
+    if problem := find_hub_problem():
+        raise InputError(f"cannot check the token on the Hub: {problem}")
     try:
         who = api.whoami()
     except HUB_ERRORS as error:

@@ -17,6 +17,7 @@ from transformers import EvalPrediction, HfArgumentParser, SchedulerType, Traini
 from transformers.hf_argparser import string_to_bool
 from transformers.trainer_utils import SaveStrategy
 
+from checkpoint_files import is_local
 from configuration_hierarchical import DEFAULT_ENCODER, DEFAULT_ENCODER_REVISION
 from errors import InputError, is_own_bug, one_line, refuse_undecodable
 from machine import has_bf16
@@ -251,7 +252,11 @@ def parse(argv: list[str]) -> Arguments:
     model, data, _, training = arguments
     if model.quantization is None:
         model.quantization = "4bit" if model.tuning == "lora" else "none"
-    if model.model_name_or_path == DEFAULT_ENCODER and model.model_revision is None:
+    if is_local(model.model_name_or_path):
+        if model.model_revision is not None:
+            problem = f"does not apply to the folder {model.model_name_or_path}"
+            raise InputError(f"--model_revision {model.model_revision} {problem}")
+    elif model.model_name_or_path == DEFAULT_ENCODER and model.model_revision is None:
         model.model_revision = DEFAULT_ENCODER_REVISION
     if training.do_train and data.max_length is None:
         data.max_length = 512

@@ -17,9 +17,9 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from checkpoint_files import MODEL_FILES, find_snapshot, is_checkpoint, read_config
+from checkpoint_files import MODEL_FILES, find_snapshot, is_checkpoint, read_config, require_encoder
 from checkpoint_hierarchical import check_tokenizer, load_encoder, position_limit
-from configuration_hierarchical import HierarchicalConfig
+from configuration_hierarchical import DEFAULT_ENCODER, HierarchicalConfig
 from errors import InputError, as_input_error, one_line
 from machine import has_bf16
 from modeling_hierarchical import HierarchicalForSequenceClassification
@@ -28,6 +28,7 @@ from training.arguments import ModelArguments
 
 logger = logging.getLogger(__name__)
 
+MODEL_FLAG = "--model_name_or_path"
 HEAD_DROPOUT = 0.1  # of the pooled vector, in training
 
 
@@ -134,20 +135,34 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
 # ── Fetch and load ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def find_config_folder(arguments: ModelArguments) -> str:
+    """Return the folder of the initial model's config.json, and pin ``--model_revision`` to its commit.
+
+    Nothing but config.json is downloaded. For the default encoder, which is no checkpoint, its id is returned.
+    """
+    name = arguments.model_name_or_path
+    if name == DEFAULT_ENCODER:
+        return name
+    snapshot = find_snapshot(name, arguments.model_revision, MODEL_FLAG)
+    if snapshot is None:
+        return name
+    arguments.model_revision = snapshot.name
+    return str(snapshot)
+
+
 def fetch_model(arguments: ModelArguments) -> None:
     """Pin ``--model_revision`` to a commit of the Hub. Download a checkpoint of this project and continue from its folder."""
-    name, revision = arguments.model_name_or_path, arguments.model_revision
-    snapshot = find_snapshot(name, revision)
-    if snapshot is None:
-        if revision is not None:
-            raise InputError(f"--model_revision {revision} does not apply to the folder {name}")
-        return
-    arguments.model_revision = commit = snapshot.name
-    if is_checkpoint(snapshot):
-        with as_input_error(f"cannot download the checkpoint {name} at {commit}"):
-            folder = snapshot_download(name, revision=commit, allow_patterns=list(MODEL_FILES))
-        logger.info("checkpoint: %s at %s", name, commit)
-        arguments.model_name_or_path, arguments.model_revision = folder, None
+    name = arguments.model_name_or_path
+    snapshot = find_snapshot(name, arguments.model_revision, MODEL_FLAG)
+    if snapshot is not None:
+        arguments.model_revision = commit = snapshot.name
+        if is_checkpoint(snapshot):
+            with as_input_error(f"cannot download the checkpoint {name} at {commit}"):
+                folder = snapshot_download(name, revision=commit, allow_patterns=list(MODEL_FILES))
+            logger.info("checkpoint: %s at %s", name, commit)
+            arguments.model_name_or_path, arguments.model_revision = folder, None
+    if is_checkpoint(arguments.model_name_or_path):
+        require_encoder(read_config(arguments.model_name_or_path))
 
 
 def load_arguments(arguments: ModelArguments) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import pyarrow.parquet
 from datasets.packaged_modules.csv.csv import CsvConfig
 
 from configuration_hierarchical import MULTI_LABEL
+from connection import find_hub_problem
 from errors import InputError, as_input_error
 from files import sha256
 from reading.columns import LABEL_COLUMNS, TEXT_COLUMNS, choose_columns, text_problem
@@ -66,7 +67,10 @@ def find_split_sources(arguments: DataArguments) -> tuple[dict[str, SplitSource]
         with as_input_error(f"--data_path {name} is not a folder saved by `datasets`"):
             loaded = datasets.load_from_disk(name)
     else:
-        with as_input_error(f"cannot load --dataset_name {name} (revision {arguments.dataset_revision or 'main'})"):
+        what = f"cannot load --dataset_name {name} (revision {arguments.dataset_revision or 'main'})"
+        if not Path(name).exists() and (problem := find_hub_problem()):  # `datasets` then looks in its cache
+            what += f": {problem}; give --train_file or --data_path, or a data set that is in the cache"
+        with as_input_error(what):
             loaded = _load_dataset(name, arguments.dataset_config_name, arguments.dataset_revision)
     if isinstance(loaded, datasets.Dataset):
         return {"train": _from_dataset(name, loaded)}, True
