@@ -28,7 +28,7 @@ from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedModel, 
 
 from checkpoint_files import is_checkpoint, read_config
 from checkpoint_hierarchical import check_tokenizer
-from configuration_hierarchical import MULTI_LABEL
+from configuration_hierarchical import MULTI_LABEL, HierarchicalConfig
 from errors import (
     InputError,
     as_input_error,
@@ -50,10 +50,10 @@ from training.arguments import Arguments, HierarchicalTrainingArguments, check_a
 from training.cpu import KEPT_MEMORY
 from training.label_arrays import label_arrays
 from training.losses import HierarchicalFocalLoss, MultiLabelFocalLoss
-from training.model import build_model, fetch_model, load_tokenizer, size_report
+from training.model import build_model, fetch_model, find_config_folder, load_tokenizer, size_report
 from training.prototypes import initialise_heads
 from training.publish import check_hub, push, run_facts, run_settings, write_card
-from training.splits import LabelledSplits, load_splits, train_on_validation_rows
+from training.splits import LabelledSplits, load_splits, read_sources, train_on_validation_rows
 from training.tokens import build_collator, tokenize_splits
 from training.trainer import HierarchicalTrainer
 
@@ -80,10 +80,7 @@ def run(arguments: Arguments, prepare: Prepare) -> None:
     training = arguments.training
     resume.check_output_folder(training, arguments.model.model_name_or_path)
     set_seed(training.seed)
-    fetch_model(arguments.model)
     source = arguments.model.model_name_or_path
-    stored = read_config(source) if is_checkpoint(source) else None
-    stored_taxonomy = stored.tree if stored else None
     selection = selection_run(arguments) if training.do_train and training.refit else None
     if selection and Path(source).resolve() == Path(selection.training.output_dir).resolve():
         raise InputError(f"--refit would overwrite {source}, from which it starts: give another --output_dir")
@@ -93,11 +90,8 @@ def run(arguments: Arguments, prepare: Prepare) -> None:
     resume_from = resume.find_checkpoint(requested, (selection or arguments).training.output_dir)
 
     # ── Data: read, check, split ─────────────────────────────────────────────────────────────────────────────────────
-    trained_texts = resume.read_earlier_texts(source, resume_from)
     with training.main_process_first(desc="reading the data"):
-        data = load_splits(
-            arguments.data, training.seed, stored_taxonomy, trained_texts, trains=bool(training.do_train)
-        )
+        data, stored = load_data(arguments, resume_from)
     if stored and stored.is_multi_label != data.is_multi_label:
         kinds = "one label per text", f"any number of labels per text (--problem_type {MULTI_LABEL})"
         raise InputError(f"{source} is for {kinds[stored.is_multi_label]}, the data for {kinds[data.is_multi_label]}")
@@ -107,12 +101,26 @@ def run(arguments: Arguments, prepare: Prepare) -> None:
         refit(arguments, selection, data, resume_from, prepare)
     elif training.do_train:
         train(arguments, data, resume_from, prepare)
-    elif stored_taxonomy is None:
+    elif stored is None:
         raise InputError(f"--do_train false needs a trained checkpoint, which {source} is not")
-    elif data.taxonomy != stored_taxonomy:
+    elif data.taxonomy != stored.tree:
         raise InputError("--taxonomy differs from the checkpoint's taxonomy; leave it out to score a checkpoint")
     else:
         score_checkpoint(arguments, data)
+
+
+def load_data(arguments: Arguments, resume_from: str | None) -> tuple[LabelledSplits, HierarchicalConfig | None]:
+    """Return the labelled splits, and the configuration of the checkpoint to start from, if it is one.
+
+    Rows are read and checked before the Hub is asked for a checkpoint's taxonomy, which their labels may need.
+    """
+    trains = bool(arguments.training.do_train)
+    rows = read_sources(arguments.data, trains)
+    folder = find_config_folder(arguments.model)
+    stored = read_config(folder) if is_checkpoint(folder) else None
+    trained_texts = resume.read_earlier_texts(folder, resume_from)
+    taxonomy = stored.tree if stored else None
+    return load_splits(arguments.data, arguments.training.seed, taxonomy, trained_texts, trains, rows), stored
 
 
 def selection_run(arguments: Arguments) -> Arguments:
@@ -177,6 +185,7 @@ def train(
     heads_init = resume.check_resumed_data(resume_from, data.taxonomy, data.report) if resume_from else None
 
     # ── Model: encoder, adapter, heads, tokenizer ────────────────────────────────────────────────────────────────────
+    fetch_model(arguments.model)  # not before the data are known to be usable
     model = build_model(arguments.model, data.taxonomy, training.seed, MULTI_LABEL if data.is_multi_label else None)
     for checkpoint in filter(None, (resume_from, first_run)):
         resume.check_model(str(checkpoint), model)
@@ -311,7 +320,7 @@ def score_and_calibrate(
 
 def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
     """Score a finished checkpoint on labelled files, loaded as a user loads it."""
-    training, source = arguments.training, arguments.model.model_name_or_path
+    training = arguments.training
     if not set(data.splits) & {"validation", "test"}:
         before = data.report["trained_before"]
         left_out = sum(sum(before[action].values()) for action in ("moved", "left_out"))
@@ -319,6 +328,8 @@ def score_checkpoint(arguments: Arguments, data: LabelledSplits) -> None:
         if left_out:
             problem = f"the checkpoint was trained or calibrated on the texts of all {left_out:,} rows; give other rows"
         raise InputError(f"nothing to score: {problem}")
+    fetch_model(arguments.model)
+    source = arguments.model.model_name_or_path
     with as_input_error(f"cannot load the tokenizer of {source}"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=True)
     scorer = report.scoring_trainer(source, training, tokenizer)

@@ -26,7 +26,7 @@ from training import data_report
 from training.arguments import SHARE, DataArguments
 from training.data_report import SPLITS, rows_by_split
 from training.label_arrays import multi_hot
-from training.labels import FROM_LABELS, resolve_labels, warn_of_odd_names
+from training.labels import FROM_LABELS, Label, resolve_labels, warn_of_odd_names
 from training.sources import SplitSource, find_columns, find_split_sources, read_rows
 from training.trained_texts import NO_TRAINED_TEXTS, TrainedTexts, normalise_text, text_hash
 
@@ -59,25 +59,47 @@ class LabelledSplits:
     trained_texts: TrainedTexts  # texts that the initial weights were trained on
 
 
+@dataclass(frozen=True)
+class ReadRows:
+    """The rows of all sources, with usable texts and labels as written."""
+
+    sources: dict[str, SplitSource]
+    single: bool  # whether the only source is to be split
+    shares: dict[str, float]  # of the texts, to split off
+    columns: list[str]  # the text column, then the label columns
+    rows: pd.DataFrame
+    places: dict[Label, str]  # of each label's first occurrence
+    is_multi_label: bool
+
+
+def read_sources(arguments: DataArguments, trains: bool = True) -> ReadRows:
+    """Read and check the rows that the arguments name. Only a data set on the Hub needs the network.
+
+    A run that only scores, without ``trains``, reads no training rows if there are others.
+    """
+    sources, single, shares = _find_sources(arguments, trains)
+    columns = find_columns(sources.values(), arguments)
+    text_column, *label_columns = first = next(iter(columns.values()))  # other sources may use another case
+    logger.info("columns: text %s, label %s", quote_name(text_column), ", ".join(map(quote_name, label_columns)))
+    return ReadRows(sources, single, shares, first, *read_rows(sources, columns, arguments))
+
+
 def load_splits(
     arguments: DataArguments,
     seed: int,
     taxonomy: Taxonomy | None = None,
     trained: TrainedTexts = NO_TRAINED_TEXTS,
     trains: bool = True,
+    read: ReadRows | None = None,
 ) -> LabelledSplits:
-    """Read, check and split the data that the arguments name.
+    """Map the labels of the rows to nodes, and split the rows. Without rows that were ``read``, read them.
 
     ``arguments.taxonomy`` takes precedence over the ``taxonomy`` of a checkpoint. No rows are split off unless all texts that
-    the checkpoint was trained on are known. A run that only scores, without ``trains``, reads no training rows if there are
-    others.
+    the checkpoint was trained on are known.
     """
-    # ── Read ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-    sources, single, shares = _find_sources(arguments, trains)
-    columns = find_columns(sources.values(), arguments)
-    text_column, *label_columns = next(iter(columns.values()))  # other sources may use another case
-    logger.info("columns: text %s, label %s", quote_name(text_column), ", ".join(map(quote_name, label_columns)))
-    rows, places, multi_label = read_rows(sources, columns, arguments)
+    read = read or read_sources(arguments, trains)
+    sources, shares, rows, places, multi_label = read.sources, read.shares, read.rows, read.places, read.is_multi_label
+    text_column, *label_columns = read.columns
 
     # ── Map labels to nodes ──────────────────────────────────────────────────────────────────────────────────────────
     taxonomy, origin, nodes = resolve_labels(places, len(rows), label_columns, arguments, taxonomy)
@@ -88,8 +110,8 @@ def load_splits(
         if absent:
             first = quote_name(taxonomy.labels[absent[0]])
             logger.warning("%d classes have no column and count as absent, such as %s", len(absent), first)
-    rows["label"] = [sorted({nodes[one] for one in label}) if multi_label else nodes[label] for label in rows["label"]]
-
+    labels = [sorted({nodes[one] for one in label}) if multi_label else nodes[label] for label in rows["label"]]
+    rows = rows.assign(label=labels)
     labels_hash = _labels_hash(rows, arguments.incomplete_labels)
 
     # ── Repeated texts: trained on before, in several rows, in several splits ────────────────────────────────────────
@@ -122,7 +144,7 @@ def load_splits(
     num_dropped = {split: int((dropped["split"] == split).sum()) for split in SPLITS}
     report = {
         "sources": [
-            {"split": "all" if single else split, "name": one.name, "dataset": one.dataset, "sha256": one.sha256}
+            {"split": "all" if read.single else split, "name": one.name, "dataset": one.dataset, "sha256": one.sha256}
             for split, one in sources.items()
         ],
         "columns": {"text": text_column, "label": label_columns},
