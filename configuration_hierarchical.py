@@ -7,12 +7,14 @@ Worth knowing:
 2. ``id2label`` and ``label2id`` are always derived from the taxonomy: its leaves, or for multi-label models all its
    nodes.
 3. The encoder's configuration is called ``text_config``, because transformers looks for that name.
-4. `ENCODER_FIELDS` are also written at the top level of ``config.json``, where text-embeddings-inference reads them. They
+4. All that is fitted to trained weights is one field, `Calibration`.
+5. `ENCODER_FIELDS` are also written at the top level of ``config.json``, where text-embeddings-inference reads them. They
    are never read back.
-5. ``config.json`` has a ``format_version``. A release that older code would misread raises `FORMAT_VERSION`.
+6. ``config.json`` has a ``format_version``. A release that older code would misread raises `FORMAT_VERSION`.
 """
 
 import inspect
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
@@ -22,15 +24,57 @@ try:
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
     from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy, TaxonomyError, to_nfc
 
-FORMAT_VERSION = 1  # of config.json. Version 1 is also read without the field
-MULTI_LABEL = "multi_label_classification"
+FORMAT_VERSION = 2  # of config.json. Version 1 has other fields for the calibration, and may lack the version
+SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classification"
 ENCODER_FIELDS = ("hidden_size", "num_hidden_layers", "max_position_embeddings", "pad_token_id")
-CALIBRATION = (  # fields that are fitted to trained weights, without those of the lexical head
-    *("temperatures", "node_scales", "node_biases", "node_thresholds"),
-    *("conformal_thresholds", "conformal_max_length", "recall_thresholds", "recall_texts", "refitted"),
-)
 DEFAULT_ENCODER = "emilyalsentzer/Bio_ClinicalBERT"
 DEFAULT_ENCODER_REVISION = "d5892b39a4adaed74b92212a44081509db72f87b"
+# fields of `Calibration`, by their names at the top level of config.json in format 1
+FORMAT_1_CALIBRATION = {
+    **{
+        "lexical_weight": "lexical_weight",
+        "node_scales": "scales",
+        "node_biases": "biases",
+        "node_thresholds": "thresholds",
+    },
+    **{"conformal_thresholds": "set_thresholds", "recall_thresholds": "set_thresholds"},
+    **{"conformal_max_length": "max_length", "recall_texts": "num_texts"},
+}
+
+
+@dataclass
+class Calibration:
+    """What is fitted to trained weights, on the validation rows. None stands for the default.
+
+    A decision score is  scales · (S(own) + lexical_weight · S(lexical)) + biases, with S of `Decisions.inclusive`.
+
+    Attributes:
+        lexical_weight: weight of the lexical head's scores, relative to the encoder's. None without a lexical head.
+        scales, biases: of each node's score, (num_nodes,). By default 1 and 0.
+        thresholds: least probability at which each node is predicted, (num_nodes,), for multi-label models. By default 0.5.
+        set_thresholds: thresholds of prediction sets for coverages, or recalls, of 0.01, 0.02, … 0.99. An entry is None if
+            texts were too few.
+        max_length: the length in tokens, special ones included, at which texts were truncated in the fit.
+        num_texts: number of labelled texts that ``set_thresholds`` were fitted on, for multi-label models.
+    """
+
+    lexical_weight: float | None = None
+    scales: list[float] | None = None
+    biases: list[float] | None = None
+    thresholds: list[float] | None = None
+    set_thresholds: list[float | None] | None = None
+    max_length: int | None = None
+    num_texts: int | None = None
+
+    def check(self, num_nodes: int) -> None:
+        """Raise ValueError unless each list has its length and holds numbers."""
+        for name in ("scales", "biases", "thresholds"):
+            check_numbers(f"calibration: {name}", getattr(self, name), num_nodes)
+        check_numbers("calibration: set_thresholds", self.set_thresholds, 99, or_none=True)
+
+    def stored(self) -> dict[str, Any] | None:
+        """Return the fields that are not None, or None if there are none."""
+        return {name: value for name, value in asdict(self).items() if value is not None} or None
 
 
 class HierarchicalConfig(PretrainedConfig):
@@ -47,21 +91,8 @@ class HierarchicalConfig(PretrainedConfig):
             weighted mean for each node.
         head_dropout: dropout probability before the heads.
         initializer_range: standard deviation of new head weights.
-        lexical_vocab_size, lexical_weight: the number of token ids of the lexical head, and the weight of its scores
-            relative to the encoder's. None without a lexical head.
-        temperatures: one divisor of the scores for each decision, by id; None means 1 for all.
-        conformal_thresholds: for coverages of 0.01, 0.02, … 0.99, the threshold with which this share of answers
-            contains the correct label; see `pipeline_hierarchical.conformal_answer`. An entry is None if texts were too few.
-        conformal_max_length: the length in tokens, special ones included, at which texts were truncated when the
-            thresholds were fitted; None if unknown.
-        node_biases: added to each node's score, after the temperature or scale. None: 0.
-        node_scales: factor of each node's score, for multi-label models. None: 1.
-        node_thresholds: least probability at which each node is predicted, for multi-label models. None: 0.5.
-        recall_thresholds: for multi-label models and recalls of 0.01, 0.02, … 0.99, the least probability of a node in the
-            answer. An entry is None if texts were too few.
-        recall_texts: number of labelled texts that ``recall_thresholds`` were fitted on.
-        refitted: whether the weights were also trained on the rows that the thresholds were fitted on (``--refit``). If so,
-            neither coverage nor recall is guaranteed.
+        lexical_vocab_size: the number of token ids of the lexical head. None without one.
+        calibration: a `Calibration`, or a dict of its fields.
         problem_type: ``"multi_label_classification"`` for multi-label models. By default a text has one path.
 
     Raises:
@@ -86,16 +117,7 @@ class HierarchicalConfig(PretrainedConfig):
         head_dropout: float = 0.0,
         initializer_range: float = 0.02,
         lexical_vocab_size: int | None = None,
-        lexical_weight: float | None = None,
-        temperatures: list[float] | None = None,
-        conformal_thresholds: list[float | None] | None = None,
-        conformal_max_length: int | None = None,
-        node_scales: list[float] | None = None,
-        node_biases: list[float] | None = None,
-        node_thresholds: list[float] | None = None,
-        recall_thresholds: list[float | None] | None = None,
-        recall_texts: int | None = None,
-        refitted: bool | None = None,
+        calibration: Calibration | dict | None = None,
         problem_type: str | None = None,
         **kwargs,
     ):
@@ -108,42 +130,35 @@ class HierarchicalConfig(PretrainedConfig):
         if getattr(self.text_config, "attention_type", None) == "block_sparse":
             # block-sparse BigBird switches to full attention permanently at its first short text
             self.text_config.attention_type = "original_full"
-        self.taxonomy = tree.to_nested()
-        self.label_separator, self.descriptions = tree.separator, tree.descriptions or None
         self.encoder_name_or_path, self.encoder_revision = encoder_name_or_path, encoder_revision
         self.adapter_subfolder = adapter_subfolder
         self.pooling = pooling
         self.head_dropout, self.initializer_range = head_dropout, initializer_range
-        if (lexical_vocab_size is None) != (lexical_weight is None):
-            raise ValueError("lexical_vocab_size and lexical_weight must be given together")
-        self.lexical_vocab_size, self.lexical_weight = lexical_vocab_size, lexical_weight
-        self.temperatures = checked_numbers("temperatures", temperatures, len(tree.decisions))
-        self.conformal_thresholds = checked_numbers("conformal_thresholds", conformal_thresholds, 99, or_none=True)
-        self.conformal_max_length = conformal_max_length
-        self.node_scales = checked_numbers("node_scales", node_scales, tree.num_nodes)
-        self.node_biases = checked_numbers("node_biases", node_biases, tree.num_nodes)
-        self.node_thresholds = checked_numbers("node_thresholds", node_thresholds, tree.num_nodes)
-        self.recall_thresholds = checked_numbers("recall_thresholds", recall_thresholds, 99, or_none=True)
-        self.recall_texts = recall_texts
-        self.refitted = refitted
-        if problem_type not in (None, "single_label_classification", MULTI_LABEL):
-            expected = f"'single_label_classification' or {MULTI_LABEL!r}"
-            raise ValueError(f"problem_type must be {expected}, not {problem_type!r}")
+        self.calibration = read_calibration(calibration)
+        self.calibration.check(tree.num_nodes)
+        if (lexical_vocab_size is None) != (self.calibration.lexical_weight is None):
+            raise ValueError("lexical_vocab_size and the calibration's lexical_weight must be given together")
+        self.lexical_vocab_size = lexical_vocab_size
+        problem_type = problem_type or SINGLE_LABEL
+        if problem_type not in (SINGLE_LABEL, MULTI_LABEL):
+            raise ValueError(f"problem_type must be {SINGLE_LABEL!r} or {MULTI_LABEL!r}, not {problem_type!r}")
 
-        classes = tree.labels if problem_type == MULTI_LABEL else tree.labels[: tree.num_leaves]
-        given = kwargs.pop("id2label", None)
-        given = {str(i): to_nfc(label) for i, label in given.items()} if isinstance(given, dict) else given
-        if given not in (None, {str(i): label for i, label in enumerate(classes)}):
-            raise TaxonomyError("id2label is not the list of the taxonomy's classes; change the taxonomy instead")
-        if kwargs.pop("num_labels", len(classes)) != len(classes):
-            raise TaxonomyError("num_labels is not the number of the taxonomy's classes; change the taxonomy instead")
+        given, number = kwargs.pop("id2label", None), kwargs.pop("num_labels", None)
         kwargs.pop("label2id", None)
-        super().__init__(
-            id2label=dict(enumerate(classes)),
-            label2id={label: i for i, label in enumerate(classes)},
-            problem_type=problem_type,
-            **kwargs,
-        )
+        super().__init__(problem_type=problem_type, **kwargs)
+        self.set_taxonomy(tree)
+        given = {int(i): to_nfc(label) for i, label in given.items()} if isinstance(given, dict) else given
+        if given not in (None, self.id2label):
+            raise TaxonomyError("id2label is not the list of the taxonomy's classes; change the taxonomy instead")
+        if number not in (None, len(self.id2label)):
+            raise TaxonomyError("num_labels is not the number of the taxonomy's classes; change the taxonomy instead")
+
+    def set_taxonomy(self, tree: Taxonomy) -> None:
+        """Set the taxonomy, and the fields that follow from it."""
+        self._tree, self.taxonomy = tree, tree.to_nested()
+        self.label_separator, self.descriptions = tree.separator, tree.descriptions or None
+        classes = tree.labels if self.is_multi_label else tree.labels[: tree.num_leaves]
+        self.id2label, self.label2id = dict(enumerate(classes)), {label: i for i, label in enumerate(classes)}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -155,7 +170,7 @@ class HierarchicalConfig(PretrainedConfig):
         Raises:
             ValueError: the configuration has a newer format, or see the class.
         """
-        version = config_dict.get("format_version", FORMAT_VERSION)
+        version = config_dict.get("format_version", 1)
         if not isinstance(version, int) or version > FORMAT_VERSION:
             problem = f"its format_version is {version!r}, and this code reads versions up to {FORMAT_VERSION}"
             advice = "use a newer release, or trust_remote_code=True, which runs the code that the checkpoint holds"
@@ -163,34 +178,33 @@ class HierarchicalConfig(PretrainedConfig):
         # ENCODER_FIELDS repeat text_config, and a stored attn_implementation can name a repository of unpinned code
         not_read = ["attn_implementation", "_attn_implementation", *ENCODER_FIELDS]
         not_read += ["format_version", "replaced_taxonomy"]  # not fields
+        config_dict = upgrade_calibration(config_dict)
         own = {*inspect.signature(cls.__init__).parameters, "id2label", "label2id", "num_labels"} - {"text_config"}
         given = {name: kwargs.pop(name) for name in [*kwargs] if name in own}
         if given.get("taxonomy") is not None:
             stored, new = (read_tree(fields) for fields in (config_dict, {**config_dict, **given}))
             if stored != new:
-                not_read += CALIBRATION
                 given["replaced_taxonomy"] = stored
+                kept = {"lexical_weight": (config_dict.get("calibration") or {}).get("lexical_weight")}
+                config_dict = {**config_dict, "calibration": kept}  # the stored lexical head has to be read
         config_dict = {name: value for name, value in config_dict.items() if name not in not_read}
         return super().from_dict({**config_dict, **given}, **kwargs)
-
-    def set_taxonomy(self, taxonomy: Taxonomy) -> None:
-        """Replace the taxonomy, and with it the classes."""
-        new = type(self)(taxonomy=taxonomy, problem_type=self.problem_type)
-        for name in ("taxonomy", "label_separator", "id2label", "label2id"):
-            setattr(self, name, getattr(new, name))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as stored, with the format's version and `ENCODER_FIELDS` of the encoder."""
         fields = {name: getattr(self.text_config, name, None) for name in ENCODER_FIELDS}
-        fields |= {"format_version": FORMAT_VERSION}
-        stored = super().to_dict() | {name: value for name, value in fields.items() if value is not None}
-        stored.pop("replaced_taxonomy", None)
+        fields = {name: value for name, value in fields.items() if value is not None}
+        stored = (
+            super().to_dict() | {"calibration": self.calibration.stored(), "format_version": FORMAT_VERSION} | fields
+        )
+        for name in ("_tree", "replaced_taxonomy"):
+            stored.pop(name, None)
         return stored
 
     @property
     def tree(self) -> Taxonomy:
-        """The taxonomy as an object, built from ``taxonomy`` at each access."""
-        return Taxonomy(self.taxonomy, self.label_separator, self.descriptions)
+        """The taxonomy as an object."""
+        return self._tree
 
     @property
     def is_multi_label(self) -> bool:
@@ -221,11 +235,36 @@ def encoder_config(given: dict | None) -> PretrainedConfig:
         raise ValueError(f"text_config is not the configuration of an encoder: {error}") from error
 
 
-def checked_numbers(name: str, values: list | None, count: int, or_none: bool = False) -> list | None:
-    """Check that a field is None, or a list of ``count`` numbers. With ``or_none``, an entry may be None."""
+def read_calibration(given: Calibration | dict | None) -> Calibration:
+    """Build a calibration from its fields, or raise ValueError."""
+    if isinstance(given, Calibration):
+        return given
+    try:
+        return Calibration(**(given or {}))
+    except TypeError as error:
+        raise ValueError(f"calibration has unknown fields: {error}") from error
+
+
+def upgrade_calibration(stored: dict[str, Any]) -> dict[str, Any]:
+    """Move the fields of `FORMAT_1_CALIBRATION` into ``calibration``. Other configurations are returned unchanged."""
+    old = {*FORMAT_1_CALIBRATION, "temperatures", "refitted"}
+    calibration = {
+        FORMAT_1_CALIBRATION[name]: stored[name] for name in FORMAT_1_CALIBRATION if stored.get(name) is not None
+    }
+    if temperatures := stored.get("temperatures"):
+        tree = Taxonomy(stored.get("taxonomy") or DEFAULT_TAXONOMY, stored.get("label_separator", "/"))
+        check_numbers("temperatures", temperatures, len(tree.decisions))
+        calibration["scales"] = [1 / temperatures[decision] for decision in tree.decision_of]
+    if stored.get("refitted"):  # trained on the validation rows too: its prediction sets guarantee nothing
+        calibration.pop("set_thresholds", None)
+    kept = {name: value for name, value in stored.items() if name not in old}
+    return {**kept, "calibration": calibration} if calibration else kept
+
+
+def check_numbers(name: str, values: Any, count: int, or_none: bool = False) -> None:
+    """Raise ValueError unless a field is None, or a list of ``count`` numbers. With ``or_none``, an entry may be None."""
     given = list(values) if isinstance(values, (list, tuple)) else []
     numbers = (int, float, type(None)) if or_none else (int, float)
     are_numbers = all(isinstance(value, numbers) and not isinstance(value, bool) for value in given)
     if values is not None and (len(given) != count or not are_numbers):
         raise ValueError(f"{name} must be a list of {count} numbers")
-    return None if values is None else given

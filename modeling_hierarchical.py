@@ -4,8 +4,8 @@ Worth knowing:
 
 1. The heads are one matrix over all nodes, normalised for all decisions at once. A taxonomy of a thousand nodes
    therefore costs about as much as one of ten. P(node) = P(parent) · P(node | parent) holds by construction.
-2. For single-path models, siblings share a softmax (`TreeSoftmax`). `benchmarks/studies/decisions.py` compares other
-   forms. For multi-label models, each node is a binary decision, given its parent (`TreeSigmoid`).
+2. What the scores of the heads mean is in `decisions_hierarchical`: siblings share a softmax, or each node is a binary
+   decision.
 3. ``logits`` serve flat tools unchanged: their softmax is the leaf distribution. For multi-label models, their
    sigmoids are the probabilities of all nodes.
 4. The heads are parameters of their own module, not an ``nn.Linear``, so no ``quantization_config`` reaches them.
@@ -27,18 +27,17 @@ from transformers.utils import can_return_tuple
 
 try:
     from .checkpoint_hierarchical import build_encoder, load_checkpoint, save_checkpoint, share_encoder
-    from .configuration_hierarchical import CALIBRATION, HierarchicalConfig
+    from .configuration_hierarchical import Calibration, HierarchicalConfig
+    from .decisions_hierarchical import build_decisions, calibrate
     from .taxonomy_hierarchical import Taxonomy
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
     from checkpoint_hierarchical import build_encoder, load_checkpoint, save_checkpoint, share_encoder
-    from configuration_hierarchical import CALIBRATION, HierarchicalConfig
+    from configuration_hierarchical import Calibration, HierarchicalConfig
+    from decisions_hierarchical import build_decisions, calibrate
     from taxonomy_hierarchical import Taxonomy
 
 if TYPE_CHECKING:  # never runs, but makes transformers fetch the file, which `save_pretrained` copies
     from .pipeline_hierarchical import HierarchicalTextClassificationPipeline  # noqa: F401
-
-IGNORED_LABEL = -100
-ROOT_PARENT_LOGIT = 1e4  # the logit above the roots: its sigmoid is 1
 
 
 @dataclass
@@ -46,20 +45,12 @@ class HierarchicalOutput(SequenceClassifierOutput):
     """Output of `HierarchicalForSequenceClassification`.
 
     ``logits`` are the log-probabilities of the leaves (B, num_leaves). For multi-label models they are the logits of
-    the nodes' marginal probabilities (B, num_nodes), and ``decision_logits`` those of each node given its parent.
+    the nodes' marginal probabilities (B, num_nodes). ``decision_logits`` are the scores of the decisions: the softmax among
+    siblings, or for multi-label models the sigmoid, is P(node | parent).
     """
 
     node_log_probs: Tensor | None = None  # (B, num_nodes), leaves first
     decision_logits: Tensor | None = None  # (B, num_nodes)
-
-
-def segment_logsumexp(scores: Tensor, group: Tensor, num_groups: int) -> Tensor:
-    """Compute the logsumexp within groups of columns, (B, N) to (B, num_groups), for group ids (N,). No group may be empty."""
-    index = group.expand_as(scores)
-    peak = scores.new_full((scores.shape[0], num_groups), -torch.inf)
-    peak = peak.scatter_reduce(1, index, scores.detach(), "amax")
-    total = torch.zeros_like(peak).scatter_add(1, index, (scores - peak.gather(1, index)).exp())
-    return peak + total.log()
 
 
 class LexicalHead(nn.Module):
@@ -100,70 +91,6 @@ class LexicalHead(nn.Module):
         return scores + self.bias.float()
 
 
-class TreeDecisions(nn.Module):
-    """The decisions of a taxonomy, without parameters: base class of `TreeSoftmax` and `TreeSigmoid`."""
-
-    def __init__(self, tree: Taxonomy):
-        super().__init__()
-        self.tree, self.num_decisions = tree, len(tree.decisions)
-        for name in ("decision_of", "parents"):
-            self.register_buffer(name, torch.empty(tree.num_nodes, dtype=torch.long), persistent=False)
-        self.fill_tree_buffers()
-
-    def fill_tree_buffers(self) -> None:
-        self.decision_of.copy_(torch.tensor(self.tree.decision_of))
-        self.parents.copy_(torch.tensor(self.tree.parents))
-
-    def of_parents(self, values: Tensor, above_roots: float = 0.0) -> Tensor:
-        """Return the value of each node's parent, (B, N) to (B, N). Roots get ``above_roots``."""
-        return nn.functional.pad(values, (0, 1), value=above_roots)[:, self.parents]  # a root's -1 selects the padding
-
-
-class TreeSoftmax(TreeDecisions):
-    """Normalise scores within each decision of a taxonomy."""
-
-    def with_inclusive_values(self, own: Tensor) -> Tensor:
-        """Add the logsumexp of the children's scores to the inner nodes' own scores, (B, N) to (B, N)."""
-        scores = own
-        for _ in range(self.tree.depth - 1):  # each pass carries the values one level up
-            inclusive = segment_logsumexp(scores, self.decision_of, self.num_decisions)
-            # the first decision is at the roots; the others are in the order of the inner nodes, which follow the leaves
-            scores = own + nn.functional.pad(inclusive[:, 1:], (self.tree.num_leaves, 0))
-        return scores
-
-    def node_log_probs(self, scores: Tensor) -> Tensor:
-        """Return log-probabilities (B, N) of the nodes. Each decision is the softmax of its scores (B, N)."""
-        normaliser = segment_logsumexp(scores, self.decision_of, self.num_decisions)[:, self.decision_of]
-        total = conditional = scores - normaliser  # log P(node | parent)
-        for _ in range(self.tree.depth - 1):  # each pass reaches one level more
-            total = conditional + self.of_parents(total)
-        return total
-
-
-class TreeSigmoid(TreeDecisions):
-    """Combine the decisions of a taxonomy in which a text has any number of nodes.
-
-    Given its parent, a node has the logit z. Its probability is P(parent) · σ(z), at most that of its parent.
-    """
-
-    def marginal_logits(self, decision_logits: Tensor) -> Tensor:
-        """Return the logits u of the nodes' probabilities, (B, N) to (B, N): u = z at roots.
-
-        Below, 1 / P = (1 + exp(-u_parent)) · (1 + exp(-z)), so u = -log(exp(-u_parent) + exp(-z) + exp(-u_parent - z)).
-        Sums of log-probabilities would lose u where P is close to 1.
-        """
-        marginal = decision_logits
-        for _ in range(self.tree.depth - 1):  # each pass reaches one level more
-            above = self.of_parents(marginal, ROOT_PARENT_LOGIT)
-            terms = torch.stack([-above, -decision_logits, -above - decision_logits])
-            marginal = -torch.logsumexp(terms, 0)
-        return marginal
-
-    def open_decisions(self, labels: Tensor) -> Tensor:
-        """Return which decisions have a known outcome, (B, N): roots, and children of nodes that the text has."""
-        return (labels != IGNORED_LABEL) & (self.of_parents(labels, 1) == 1)
-
-
 class HierarchicalHeads(nn.Module):
     """All decisions of a taxonomy at once: (B, hidden_size), or with label attention (B, T, hidden_size), to (B, num_nodes).
 
@@ -172,10 +99,9 @@ class HierarchicalHeads(nn.Module):
     (Mullenbach et al., 2018, "Explainable prediction of medical codes from clinical text"). Queries start at 0, which is mean
     pooling.
 
-    For multi-label models, the score is the decision's logit. With one path, an inner node adds its inclusive value, the
-    logsumexp of its children's scores (the nested logit: McFadden, 1978, "Modelling the choice of residential location").
-    Without the inner nodes' own weights this is a flat softmax over the leaves. With them, leaves share their ancestors'
-    weights.
+    With one path a text, an inner node adds its inclusive value, the logsumexp of its children's scores (the nested logit:
+    McFadden, 1978, "Modelling the choice of residential location"). Without the inner nodes' own weights this is a flat
+    softmax over the leaves. With them, leaves share their ancestors' weights. For multi-label models, the score stays as it is.
 
     A lexical head takes part in each decision: its weighted scores are added to the encoder's (a product of experts:
     Hinton, 2002). The calibration applies to the sum.
@@ -184,28 +110,25 @@ class HierarchicalHeads(nn.Module):
     def __init__(self, config: HierarchicalConfig):
         super().__init__()
         self.config = config
-        tree = config.tree
-        self.decisions = TreeSigmoid(tree) if config.is_multi_label else TreeSoftmax(tree)
-        self.num_nodes, self.num_leaves = tree.num_nodes, tree.num_leaves
+        self.decisions = build_decisions(config.tree, config.problem_type)
+        self.num_nodes = self.decisions.num_nodes
         self.dropout = nn.Dropout(config.head_dropout)
         # weights and calibration are float32, whatever the default dtype is
         self.weight = nn.Parameter(torch.empty(self.num_nodes, config.hidden_size, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(self.num_nodes, dtype=torch.float32))
         self.query = nn.Parameter(torch.empty_like(self.weight)) if config.pooling == "label_attention" else None
-        for name in ("temperature", "scale", "shift"):
+        for name in ("scale", "shift"):
             self.register_buffer(name, torch.empty(self.num_nodes, dtype=torch.float32), persistent=False)
         self.lexical = None
         if config.lexical_vocab_size is not None:
-            self.lexical = LexicalHead(config.lexical_vocab_size, config.num_labels)
+            self.lexical = LexicalHead(config.lexical_vocab_size, self.decisions.num_classes)
         self.fill_buffers()
 
     def fill_buffers(self) -> None:
-        config, tree = self.config, self.decisions.tree
+        calibration = self.config.calibration
         self.decisions.fill_tree_buffers()
-        temperatures = torch.tensor(config.temperatures or [1.0] * len(tree.decisions), dtype=torch.float32)
-        self.temperature.copy_(temperatures[tree.decision_of])
-        self.scale.copy_(torch.tensor(config.node_scales or [1.0] * self.num_nodes))
-        self.shift.copy_(torch.tensor(config.node_biases or [0.0] * self.num_nodes))
+        self.scale.copy_(torch.tensor(calibration.scales or [1.0] * self.num_nodes))
+        self.shift.copy_(torch.tensor(calibration.biases or [0.0] * self.num_nodes))
 
     def own_scores(self, vectors: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Score vectors of texts (B, H), or of their tokens (B, T, H), without the lexical head: (B, num_nodes)."""
@@ -219,18 +142,12 @@ class HierarchicalHeads(nn.Module):
         return (attention.softmax(1) * nn.functional.linear(vectors, self.weight)).sum(1).float() + self.bias
 
     def forward(self, vectors: Tensor, input_ids: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
-        """Return log-probabilities (B, num_nodes), or for multi-label models the logits of the decisions."""
+        """Return the scores of the decisions, (B, num_nodes)."""
         with torch.autocast(vectors.device.type, enabled=False):
-            own = self.own_scores(vectors, attention_mask)
-            lexical = None if self.lexical is None else self.lexical(input_ids, attention_mask)
-            if self.config.is_multi_label:
-                scores = own if lexical is None else own + self.config.lexical_weight * lexical
-                return self.scale * scores + self.shift
-            scores = self.decisions.with_inclusive_values(own)
-            if lexical is not None:
-                lexical = nn.functional.pad(lexical, (0, self.num_nodes - self.num_leaves))
-                scores = scores + self.config.lexical_weight * self.decisions.with_inclusive_values(lexical)
-            return self.decisions.node_log_probs(scores / self.temperature + self.shift)
+            own, lexical = self.decisions.inclusive(self.own_scores(vectors, attention_mask)), None
+            if self.lexical is not None:
+                lexical = self.decisions.of_classes(self.lexical(input_ids, attention_mask))
+            return calibrate(own, lexical, self.config.calibration.lexical_weight, self.scale, self.shift)
 
 
 class HierarchicalForSequenceClassification(PreTrainedModel):
@@ -301,8 +218,9 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
             input_ids, attention_mask, token_type_ids, position_ids: (B, T).
             inputs_embeds: (B, T, H), instead of ``input_ids``. A model with a lexical head needs ``input_ids``.
             labels: (B,), ids of leaves or inner nodes; -100 is ignored. The loss is their negative log-likelihood in
-                nats. For multi-label models (B, num_nodes): 1 for the text's nodes and their ancestors, else 0, or
-                -100 for unknown. The loss is the binary cross-entropy of the probabilities, summed over a text's nodes.
+                nats. Or the weights of the leaves (B, num_leaves), whose sum is 1. For multi-label models (B, num_nodes): 1 for
+                the text's nodes and their ancestors, else 0, or -100 for unknown. The loss is the binary cross-entropy of
+                the probabilities, summed over a text's nodes.
             num_items_in_batch: divisor of the summed loss, by default the number of labelled texts.
             kwargs: for the encoder, such as ``output_hidden_states`` and ``output_attentions``.
         """
@@ -326,21 +244,12 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         if not self.heads.weight.is_meta:  # offloaded heads move their inputs themselves
             vectors = vectors.to(self.heads.weight.device)
         scores = self.heads(vectors, input_ids, attention_mask)
-        loss = None
-        if self.config.is_multi_label:
-            logits = self.heads.decisions.marginal_logits(scores)
-            node_log_probs = nn.functional.logsigmoid(logits)
-            if labels is not None:
-                loss = binary_cross_entropy(self.heads.decisions, scores, labels, num_items_in_batch)
-        else:
-            logits, node_log_probs = scores[:, : self.heads.num_leaves], scores
-            if labels is not None:
-                loss = negative_log_likelihood(scores, labels, num_items_in_batch)
+        node_log_probs, logits = self.heads.decisions(scores)
         return HierarchicalOutput(
-            loss=loss,
+            loss=None if labels is None else self.heads.decisions.loss(scores, labels, num_items_in_batch),
             logits=logits,
             node_log_probs=node_log_probs,
-            decision_logits=scores if self.config.is_multi_label else None,
+            decision_logits=scores,
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
@@ -358,23 +267,25 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         load_self_contained = super().from_pretrained
         return load_checkpoint(cls, load_self_contained, pretrained_model_name_or_path, config, merge_adapter, **kwargs)
 
-    def set_calibration(self, **fields: Any) -> None:
-        """Set the calibration, fields of `HierarchicalConfig`, in the configuration and the heads."""
-        for name, value in fields.items():
-            setattr(self.config, name, value)
-        self.heads.fill_buffers()
+    def set_calibration(self, calibration: Calibration, lexical: dict[str, Tensor] | None = None) -> None:
+        """Set the calibration, and the lexical head that it weights or None.
 
-    def clear_calibration(self) -> None:
-        """Remove the calibration and the lexical head, which were fitted to earlier weights, or for another taxonomy."""
-        self.set_lexical_head(None)
-        self.set_calibration(**dict.fromkeys(CALIBRATION))
+        The lexical head is given by ``idf`` (V,), ``weight`` (num_classes, V) and ``bias`` (num_classes,).
+        """
+        self.config.calibration, self.heads.lexical, self.config.lexical_vocab_size = calibration, None, None
+        if lexical is not None:
+            head = LexicalHead(len(lexical["idf"]), self.heads.decisions.num_classes)
+            head.load_state_dict(lexical)
+            self.heads.lexical = head.to(self.heads.weight.device)
+            self.config.lexical_vocab_size = len(head.idf)
+        self.heads.fill_buffers()
 
     def change_taxonomy(self, taxonomy: Taxonomy) -> tuple[list[str], list[str]]:
         """Replace the heads by heads for another taxonomy, and remove the calibration.
 
         Nodes whose path is in both taxonomies keep their heads. Return the labels of the new nodes and of the dropped nodes.
         """
-        self.clear_calibration()
+        self.set_calibration(Calibration())
         old, old_heads = self.config.tree, self.heads
         self.config.set_taxonomy(taxonomy)
         self.heads = HierarchicalHeads(self.config).to(old_heads.weight.device).train(old_heads.training)
@@ -386,16 +297,6 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         kept = {*old_ids.values()}
         new_labels = [label for i, label in enumerate(taxonomy.labels) if i not in old_ids]
         return new_labels, [label for i, label in enumerate(old.labels) if i not in kept]
-
-    def set_lexical_head(self, weights: dict[str, Tensor] | None, lexical_weight: float = 1.0) -> None:
-        """Set the lexical head from ``idf`` (V,), ``weight`` (num_labels, V) and ``bias``, or remove it with None."""
-        if weights is None:
-            self.heads.lexical = self.config.lexical_weight = self.config.lexical_vocab_size = None
-            return
-        lexical = LexicalHead(len(weights["idf"]), self.config.num_labels)
-        lexical.load_state_dict(weights)
-        self.heads.lexical = lexical.to(self.heads.weight.device)
-        self.config.lexical_weight, self.config.lexical_vocab_size = lexical_weight, len(lexical.idf)
 
     def save_pretrained(
         self, save_directory: str | Path, is_main_process: bool = True, state_dict: dict | None = None, **kwargs: Any
@@ -412,34 +313,3 @@ class HierarchicalForSequenceClassification(PreTrainedModel):
         return super().push_to_hub(*arguments, **named)
 
     share_encoder = share_encoder
-
-
-def has_labels(labels: Tensor) -> Tensor:
-    """Return which texts have a known label: (B,), from ids (B,) or arrays (B, num_nodes)."""
-    known = labels != IGNORED_LABEL
-    return known if known.dim() == 1 else known.any(1)
-
-
-def average_over_labels(values: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
-    """Sum the values (B,) of labelled texts, see `has_labels`; divide by ``num_items``, by default their number."""
-    labelled = has_labels(labels)
-    items = labelled.sum().clamp(min=1) if num_items is None else num_items
-    return torch.where(labelled, values, 0).sum() / items
-
-
-def negative_log_likelihood(
-    node_log_probs: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
-) -> Tensor:
-    """Average -log P(label) of the labels (B,), see `average_over_labels`."""
-    labels = labels.to(node_log_probs.device)
-    losses = nn.functional.nll_loss(node_log_probs, labels, ignore_index=IGNORED_LABEL, reduction="none")
-    return average_over_labels(losses, labels, num_items_in_batch)
-
-
-def binary_cross_entropy(
-    decisions: TreeSigmoid, decision_logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
-) -> Tensor:
-    """Sum the binary cross-entropy of P(node) over the known nodes of each text, see `average_over_labels`."""
-    labels, logits = labels.to(decision_logits), decisions.marginal_logits(decision_logits)
-    losses = nn.functional.binary_cross_entropy_with_logits(logits, labels.clamp(min=0), reduction="none")
-    return average_over_labels(torch.where(labels != IGNORED_LABEL, losses, 0).sum(1), labels, num_items_in_batch)

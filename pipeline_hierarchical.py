@@ -16,7 +16,6 @@ Worth knowing:
 """
 
 import copy
-import csv
 import math
 import os
 import re
@@ -26,21 +25,23 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Pipeline, PreTrainedModel
 from transformers.utils import logging
 
 try:
     from .checkpoint_hierarchical import check_tokenizer, position_limit
-    from .taxonomy_hierarchical import Taxonomy, quote_name
+    from .decisions_hierarchical import build_decisions
+    from .taxonomy_hierarchical import quote_name
 except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
     from checkpoint_hierarchical import check_tokenizer, position_limit
-    from taxonomy_hierarchical import Taxonomy, quote_name
+    from decisions_hierarchical import build_decisions
+    from taxonomy_hierarchical import quote_name
 
 logger = logging.get_logger(__name__)
 
@@ -49,11 +50,7 @@ TEXTS_AHEAD = 512
 CHARACTERS_PER_TOKEN = 8  # most texts have fewer
 BATCHES_AHEAD = 32
 MAX_TOKENIZERS = 8
-MAX_COST = 1e300  # the sum of two is finite
-DEFAULT_THRESHOLD = 0.5  # of an uncalibrated multi-label checkpoint
-MAX_ANSWER_NODES = 3  # in an answer: as many as a reader takes in at a glance
-# Core counts of the calls that are starting threads, shared by all copies of this module. It is no lock, because a lock could
-# stay locked after Ctrl+C.
+# Core counts of the calls that are starting threads, shared by all copies of this module. Not a lock: Ctrl+C could leave it held.
 STARTING: list[int] = vars(threading).setdefault("_hierarchical_starting", [])
 
 
@@ -90,7 +87,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         stride: read long texts in windows of ``max_length`` tokens that share this many, instead of truncating them. In
             multi-label models it needs ``top_k``, because the thresholds were not fitted for windows.
         coverage: share of texts whose answer holds the correct leaf, rounded up to a hundredth. The answer has at most
-            three nodes, or consists of roots: see `conformal_answer`. Excludes ``stride``, and any
+            three nodes, or consists of roots: see `OnePath.prediction_set`. Excludes ``stride``, and any
             ``max_length`` other than the validation rows had.
         recall: for multi-label models, the share of a text's correct nodes that the answer holds on average. Otherwise like
             ``coverage``.
@@ -110,8 +107,11 @@ class HierarchicalTextClassificationPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = True
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: PreTrainedModel, *args: Any, **kwargs: Any):
+        self.decisions = build_decisions(
+            model.config.tree, model.config.problem_type
+        )  # on the CPU, where the results are
+        super().__init__(model, *args, **kwargs)
         if not self.tokenizer.is_fast:
             raise ValueError("this pipeline needs a tokenizer of the `tokenizers` library, to split texts into windows")
         check_tokenizer(self.tokenizer, self.model)
@@ -119,7 +119,7 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         if limit is not None and self.tokenizer.model_max_length > limit:
             problem = f"{self.tokenizer.model_max_length:,} is beyond the encoder's {limit:,} positions"
             raise ValueError(f"the tokenizer's model_max_length {problem}: set it in tokenizer_config.json")
-        self.tree = self.model.config.tree  # the property builds a new tree at each access
+        self.tree = self.model.config.tree
         # each core of a CPU computes its own batches, unless weights are offloaded
         self._uses_cpu_threads = self.device.type == "cpu" and not hasattr(self.model, "hf_device_map")
         self._tokenizers: dict[tuple[int, int], Any] = {}
@@ -147,16 +147,9 @@ class HierarchicalTextClassificationPipeline(Pipeline):
             raise ValueError(f"{min(unknown)!r} is not an argument of this pipeline; it has {known}")
         for name, value, minimum in (("top_k", top_k, 1), ("max_length", max_length, 1), ("stride", stride, 0)):
             check_number(name, value, minimum)
-        config, threshold = self.model.config, None
-        if coverage is not None:
-            if config.is_multi_label:
-                raise ValueError("coverage is for single-path checkpoints; for a multi-label checkpoint give recall")
-            threshold = guaranteed_threshold("coverage", coverage, config.conformal_thresholds)
-        if recall is not None:
-            if not config.is_multi_label:
-                raise ValueError("recall is for multi-label checkpoints; for a single-path checkpoint give coverage")
-            threshold = guaranteed_threshold("recall", recall, config.recall_thresholds)
-        prepared = None if costs is None else prepare_costs(config, costs)
+        thresholds = self.model.config.calibration.set_thresholds
+        threshold = self.decisions.set_threshold(thresholds, coverage=coverage, recall=recall)
+        prepared = None if costs is None else self.decisions.prepare_costs(costs)
         answer = {"top_k": top_k, "threshold": threshold, "costs": prepared}
         groups = {"max_length": max_length, "stride": stride}, answer
         truncation, output = ({name: group[name] for name in group if group[name] is not None} for group in groups)
@@ -184,16 +177,11 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         """Raise ValueError for arguments that exclude each other, and warn if a guarantee does not hold."""
         config, window = self.model.config, self._window(**truncation)
         if "threshold" in output:
-            guarantee = "recall" if config.is_multi_label else "coverage"
-            fitted = config.conformal_max_length or self.tokenizer.model_max_length
+            fitted = config.calibration.max_length or self.tokenizer.model_max_length
             if "stride" in truncation or window != fitted:
                 raise ValueError(
-                    f"{guarantee} needs texts truncated at {fitted} tokens, like the validation rows: give no stride, "
-                    f"and max_length={fitted} or the tokenizer that was saved with the checkpoint"
-                )
-            if config.refitted:
-                logger.warning_once(
-                    f"the {guarantee} is not guaranteed: the model was trained on the validation rows too"
+                    f"{self.decisions.guarantee} needs texts truncated at {fitted} tokens, like the validation rows: give no "
+                    f"stride, and max_length={fitted} or the tokenizer that was saved with the checkpoint"
                 )
         if config.is_multi_label and "stride" in truncation and "top_k" not in output:
             raise ValueError(
@@ -286,16 +274,15 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         text_of_window = torch.tensor(pending.text_of_window)
         windows = torch.cat([batch.result()["node_log_probs"].double().exp() for batch in pending.outputs])
         combined = torch.zeros(len(pending.truncated), self.tree.num_nodes, dtype=torch.float64)
-        reduce = "amax" if self.model.config.is_multi_label else "mean"
-        combined.scatter_reduce_(0, text_of_window[:, None].expand_as(windows), windows, reduce, include_self=False)
+        reduce, index = self.decisions.window_reduction, text_of_window[:, None].expand_as(windows)
+        combined.scatter_reduce_(0, index, windows, reduce, include_self=False)
+        thresholds = self.model.config.calibration.thresholds
+        predicted, expected_cost = self.decisions.predict(combined, thresholds, output.get("costs"))
         # one text at a time: a list of floats takes four times the memory of a tensor
         columns: dict[str, Iterable] = {"nodes": map(Tensor.tolist, combined), "truncated": pending.truncated}
-        if "costs" in output and not self.model.config.is_multi_label:
-            costs = expected_costs(self.tree, combined, output["costs"])
-            least = costs.min(1).values
-            tied = costs <= least[:, None] * (1 + 1e-9)  # up to rounding
-            leaves = combined[:, : self.tree.num_leaves].where(tied, -1.0).argmax(1)
-            columns |= {"leaf": leaves.tolist(), "expected_cost": least.tolist()}
+        columns["predicted"] = (nodes.nonzero().flatten().tolist() for nodes in predicted)
+        if expected_cost is not None:
+            columns["expected_cost"] = expected_cost.tolist()
         for values in zip(*columns.values(), strict=True):
             yield self.postprocess(dict(zip(columns, values, strict=True)), **output)
 
@@ -359,8 +346,8 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         self,
         classified: dict,
         top_k: int | None = None,
-        threshold: float | None = None,  # of `guaranteed_threshold`
-        costs: "float | str | Tensor | None" = None,  # of `prepare_costs`
+        threshold: float | None = None,  # of `Decisions.set_threshold`
+        costs: "float | str | Tensor | None" = None,  # read by `_collect`
     ) -> dict | list[dict]:
         """Build a result, or with ``top_k`` a list of results, from the probabilities of the nodes."""
         tree, config, probabilities = self.tree, self.model.config, classified["nodes"]
@@ -377,23 +364,17 @@ class HierarchicalTextClassificationPipeline(Pipeline):
         for node in tree.reading_order:
             levels[tree.levels[node] - 1][tree.labels[node]] = probabilities[node]
         common: dict[str, Any] = {"levels": levels, "truncated": classified["truncated"]}
-        # inner nodes are candidates only in multi-label models
-        order = sorted(range(config.num_labels), key=lambda node: -probabilities[node])
         if threshold is not None:
-            reached = [node for node in order if probabilities[node] >= threshold]
-            answer = reached if config.is_multi_label else conformal_answer(tree, probabilities, threshold)
-            common["answer"] = with_scores(answer)
-        if config.is_multi_label and top_k is None:
-            thresholds = config.node_thresholds or [DEFAULT_THRESHOLD] * tree.num_nodes
-            if costs is not None:
-                thresholds = [costs] * tree.num_nodes
-            predicted = set(tree.deepest(node for node in order if probabilities[node] >= thresholds[node]))
-            return {"labels": with_paths(node for node in order if node in predicted), **common}
-        if costs is not None:
+            common["answer"] = with_scores(self.decisions.prediction_set(probabilities, threshold))
+        if "expected_cost" in classified:
             common["expected_cost"] = classified["expected_cost"]
-            order = [classified["leaf"]]
-        results = [result | common for result in with_paths(order[: top_k or 1])]
-        return results[0] if top_k is None else results
+
+        def by_score(nodes: Iterable[int]) -> list[int]:
+            return sorted(nodes, key=lambda node: -probabilities[node])
+
+        if top_k is None:
+            return self.decisions.as_result(with_paths(by_score(tree.deepest(classified["predicted"])))) | common
+        return [result | common for result in with_paths(by_score(range(config.num_labels))[:top_k])]
 
 
 def use_cpu_kernels(encoder: PreTrainedModel) -> None:
@@ -440,191 +421,6 @@ def padded_length(longest: int, rows: int, limit: int) -> int:
     """
     step = min(16, 64 // math.gcd(rows, 64))
     return min(longest + -longest % step, limit)
-
-
-# ── Answers with a guarantee ─────────────────────────────────────────────────────────────────────────────────────────
-
-
-def threshold_index(share: float) -> int:
-    """Return the index of a coverage or recall, rounded up to a hundredth, among the thresholds for 1 % to 99 %."""
-    return max(1, math.ceil(round(100 * share, 6))) - 1
-
-
-def guaranteed_threshold(name: str, share: float, thresholds: list[float | None] | None) -> float:
-    """Return the threshold for a coverage or recall, rounded up to a hundredth, or raise ValueError if there is none."""
-    if not isinstance(share, Real) or not (share > 0 and round(share, 6) <= 0.99):
-        raise ValueError(f"{name} must be a number above 0 and at most 0.99, not {share!r}")
-    if thresholds is None:
-        raise ValueError(f"this checkpoint was not calibrated: {name} needs one that was trained with validation rows")
-    index = threshold_index(share)
-    threshold = thresholds[index]
-    if threshold is None:
-        needed = -(-100 // (99 - index)) - 1
-        problem = f"needs {needed} labelled validation texts, and the checkpoint was calibrated on fewer"
-        raise ValueError(f"{name} {share} {problem}: give a lower {name}, or calibrate on more texts")
-    return threshold
-
-
-def conformal_answer(tree: Taxonomy, probabilities: list[float], threshold: float) -> list[int]:
-    """Return the ids of nodes that cover the likely leaves, the most probable node first.
-
-    The likely leaves have a probability of at least 1 - threshold, and always include the most probable leaf. Up to three
-    likely leaves form the answer. If there are more, their ancestors replace them, at the deepest level that needs at most
-    three nodes. If there is no such level, their roots are the answer. If all children of a node are in the answer, the node
-    takes their place. An only child replaces its parent, because the child is more specific.
-
-    Answers grow with the threshold, so split conformal prediction applies: `nonconformity` is the smallest threshold
-    whose answer holds a leaf. Mortier et al., 2025 (arXiv 2501.19038) study such sets of few nodes of a taxonomy.
-    """
-    order = sorted(range(tree.num_leaves), key=lambda leaf: -probabilities[leaf])
-    count = sum(1 - probabilities[leaf] <= threshold for leaf in order)
-    *_, (_, answer) = growing_answers(tree, order[: max(count, 1)])
-    while complete := {
-        parent for node in answer if (parent := tree.parents[node]) >= 0 and answer.issuperset(tree.children(parent))
-    }:
-        answer = complete | {node for node in answer if tree.parents[node] not in complete}
-    while single := {node for node in answer if len(tree.children(node)) == 1}:
-        answer = (answer - single) | {tree.children(node)[0] for node in single}
-    return sorted(answer, key=lambda node: -probabilities[node])
-
-
-def nonconformity(tree: Taxonomy, probabilities: list[float], node: int) -> float:
-    """Return the smallest threshold at which `conformal_answer` holds a leaf, or every leaf below an inner node."""
-    paths = [tree.path(leaf) for leaf in tree.leaves_at_or_below[node]]
-    # for each level, the nodes that together hold all these leaves
-    covers = {frozenset(path[min(i, len(path) - 1)] for path in paths) for i in range(tree.depth)}
-    order = sorted(range(tree.num_leaves), key=lambda leaf: -probabilities[leaf])
-    last = next(leaf for leaf, answer in growing_answers(tree, order) if any(cover <= answer for cover in covers))
-    return 0.0 if last == order[0] else 1 - probabilities[last]
-
-
-def growing_answers(tree: Taxonomy, leaves: list[int]) -> Iterator[tuple[int, set[int]]]:
-    """Yield each leaf in order, with the nodes that hold this leaf and all before it: at most three, or roots."""
-    at_level: list[set[int]] = [set() for _ in range(tree.depth)]
-    level = tree.depth
-    for leaf in leaves:
-        path = tree.path(leaf)
-        for i, nodes in enumerate(at_level):
-            nodes.add(path[min(i, len(path) - 1)])
-        while level > 1 and len(at_level[level - 1]) > MAX_ANSWER_NODES:
-            level -= 1
-        yield leaf, at_level[level - 1]
-
-
-# ── Costs of errors ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def prepare_costs(config: Any, costs: Any) -> float | str | Tensor:
-    """Check the costs of errors. Return the nodes' threshold for multi-label models, else "distance" or a table.
-
-    The table is (num_leaves, num_leaves): correct leaves by predicted ones.
-    """
-    is_pair = isinstance(costs, Mapping) and costs.keys() <= {"missing", "inventing"}
-    if config.is_multi_label:
-        if not is_pair or len(costs) < 2:
-            raise ValueError('for multi-label models, costs are {"missing": a number, "inventing": a number}')
-        return cost_threshold(*(read_cost(costs[name], f"{name} a node") for name in ("missing", "inventing")))
-    if isinstance(costs, str) and costs == "distance":
-        return costs
-    if is_pair or not isinstance(costs, (str, os.PathLike, Mapping)):
-        raise ValueError(
-            'for single-path models, costs are "distance", a CSV file, or {correct leaf: {predicted leaf: cost}}'
-        )
-    tree, table = config.tree, costs if isinstance(costs, Mapping) else read_cost_table(costs)
-    rows = []
-    for correct, row in by_leaf(tree, table, "rows").items():
-        where = f"the row of {correct!r}"  # the checkpoint's own label, of any length
-        predicted = by_leaf(tree, row, where)
-        rows.append([read_cost(cost, f"{where}, {leaf!r}") for leaf, cost in predicted.items()])
-    return torch.tensor(rows, dtype=torch.float64)
-
-
-def expected_costs(tree: Taxonomy, nodes: Tensor, costs: str | Tensor) -> Tensor:
-    """Return the expected cost of predicting each leaf, (B, num_leaves), from node probabilities (B, num_nodes).
-
-    The expected cost of predicting j is Σ P(i) · costs[i, j] over the correct leaf i. The leaf of least expected cost is the
-    Bayes decision (Elkan, 2001, "The Foundations of Cost-Sensitive Learning"). The distance of two leaves is the number of
-    nodes on exactly one of their paths. So the expected distance is the sum of 1 - P over the nodes on j's path, and of P
-    over all other nodes.
-    """
-    if isinstance(costs, Tensor):
-        return nodes[:, : tree.num_leaves] @ costs
-    paths = torch.tensor(tree.padded_paths[: tree.num_leaves])
-    on_path = nn.functional.pad(nodes, (0, 1))[:, paths].sum(2)  # (B, num_leaves); padding selects the zeros
-    return nodes.sum(1, keepdim=True) - on_path + torch.tensor(tree.levels[: tree.num_leaves]) - on_path
-
-
-def cost_threshold(missing: float, inventing: float) -> float:
-    """Return the least probability at which a multi-label model predicts a node: inventing / (missing + inventing).
-
-    A predicted node is wrong with probability 1 - P, and a node that is left out is missing with probability P. Costs add
-    up over nodes, so each is decided alone: predicted if inventing · (1 - P) <= missing · P. No node is more probable than
-    its parent, so the ancestors of a predicted node are predicted too.
-    """
-    if missing + inventing == 0:
-        raise ValueError("the costs of missing and of inventing a node are both 0: one must be positive")
-    return inventing / (missing + inventing)
-
-
-def read_cost_table(path: str | os.PathLike) -> dict[str, dict[str, str]]:
-    """Read a CSV file of costs: the first column names the correct leaves, the first row the predicted ones."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            lines = [fields for fields in csv.reader(file) if any(fields)]
-        while lines and not any(fields[-1] for fields in lines):  # spreadsheets append blank columns and rows
-            lines = [fields[:-1] for fields in lines]
-        (_, *predicted), *rows = lines
-    except OSError as error:
-        raise ValueError(f"cannot read the costs {path}: {error.strerror}") from error
-    except (csv.Error, ValueError) as error:
-        raise ValueError(f"the costs {path} are not a CSV table in UTF-8") from error
-    if not predicted:
-        raise ValueError(f"the costs {path} have one column: separate the columns by commas")
-    table = {}
-    for number, (correct, *costs) in enumerate(rows, start=2):
-        if len(costs) != len(predicted):
-            hint = "" if costs else "; separate the columns by commas"  # header or names may hold a comma
-            raise ValueError(
-                f"the costs {path}, row {number}: {len(costs)} costs for {len(predicted)} predicted leaves{hint}"
-            )
-        table[correct] = dict(zip(predicted, costs, strict=True))
-    if len(table) < len(rows) or len({*predicted}) < len(predicted):
-        raise ValueError(f"the costs {path} name a leaf twice")
-    return table
-
-
-def by_leaf(tree: Taxonomy, given: Any, where: str) -> dict[str, Any]:
-    """Replace the keys of a mapping by the labels of the leaves that they name, in leaf order.
-
-    Raises ValueError unless the keys name every leaf once. ``where`` is for the message.
-    """
-    if not isinstance(given, Mapping):
-        raise ValueError(f"costs: {where} must map leaves to costs, not {type(given).__name__}")
-    values: dict[int, Any] = {}
-    for name, value in given.items():
-        try:
-            leaf = tree.id(str(name))
-        except ValueError as error:
-            raise ValueError(f"costs: {where}: {error}") from error
-        if leaf >= tree.num_leaves:
-            raise ValueError(f"costs: {where}: {quote_name(name)} is an inner node, and costs are of leaves")
-        if leaf in values:
-            raise ValueError(f"costs: {where}: {quote_name(name)} occurs twice, once as a path")
-        values[leaf] = value
-    if missing := [tree.labels[leaf] for leaf in range(tree.num_leaves) if leaf not in values]:
-        raise ValueError(f"costs: {where}: the leaf {missing[0]!r} is missing; all leaves need costs")
-    return {tree.labels[leaf]: values[leaf] for leaf in range(tree.num_leaves)}
-
-
-def read_cost(value: Any, what: str) -> float:
-    """Read a cost from 0 to 1e300, or raise ValueError. ``what`` is for the message."""
-    try:
-        cost = float(value)
-    except (TypeError, ValueError, OverflowError):
-        cost = math.nan
-    if not 0 <= cost <= MAX_COST:
-        raise ValueError(f"costs: {what}: a cost is a number from 0 to 1e300, not {quote_name(value)}")
-    return cost
 
 
 # ── Checks ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from checkpoint_files import find_snapshot, is_checkpoint, read_config, require_encoder
+from checkpoint_files import find_snapshot, is_checkpoint, require_encoder
 from errors import (
     ArgumentParser,
     InputError,
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
         if snapshot := find_snapshot(arguments.model, arguments.revision, "--model"):
             arguments.revision = snapshot.name  # so that all processes load the same commit
         if is_checkpoint(folder := snapshot or Path(arguments.model)):
-            require_encoder(read_config(folder))
+            require_encoder(folder)
         with open_model(arguments) as model:
             if arguments.overwrite:
                 output.delete()

@@ -217,15 +217,10 @@ class Taxonomy:
     @cached_property
     def leaves_at_or_below(self) -> list[list[int]]:
         """For each node the ids of the leaves at or below it, in ascending order."""
-        return [[n for n in (node, *below) if n < self.num_leaves] for node, below in enumerate(self.nodes_below)]
-
-    @cached_property
-    def nodes_below(self) -> list[list[int]]:
-        """For each node the ids of all nodes below it, in ascending order."""
         below: list[list[int]] = [[] for _ in range(self.num_nodes)]
-        for node in range(self.num_nodes):
-            for ancestor in self.path(node)[:-1]:
-                below[ancestor].append(node)
+        for leaf in range(self.num_leaves):
+            for node in self.path(leaf):
+                below[node].append(leaf)
         return below
 
     @cached_property
@@ -237,14 +232,6 @@ class Taxonomy:
     def decision_of(self) -> list[int]:
         """For each node the id of the decision that chooses it or one of its siblings."""
         return [0 if parent < 0 else parent - self.num_leaves + 1 for parent in self.parents]
-
-    def count_at_or_below(self, labels: Iterable[int]) -> list[int]:
-        """Count, for each node, the labels (node ids) at or below it; negative labels are ignored."""
-        counts = [0] * self.num_nodes
-        for label, count in Counter(labels).items():
-            for node in self.path(label) if label >= 0 else ():
-                counts[node] += count
-        return counts
 
     def with_ancestors(self, nodes: Iterable[int]) -> set[int]:
         return {ancestor for node in nodes for ancestor in self.path(node)}
@@ -291,6 +278,9 @@ class Taxonomy:
                     yield (rest if i else first) + line
 
         return "\n".join(chain.from_iterable(map(draw, self.children(-1))))
+
+    def __deepcopy__(self, memo: dict) -> "Taxonomy":
+        return self  # nothing changes a taxonomy, and every copy of a configuration would copy its tree
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Taxonomy) and (self._paths, self.separator) == (other._paths, other.separator)

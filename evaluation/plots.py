@@ -14,9 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from sklearn.calibration import CalibrationDisplay
 from sklearn.metrics import ConfusionMatrixDisplay, PrecisionRecallDisplay, confusion_matrix
 
-from evaluation.metrics import BINS, calibration_bins, expected_calibration_error, predicted_probabilities
-from evaluation.multi_label import likely_pairs
-from modeling_hierarchical import IGNORED_LABEL
+from evaluation.metrics import BINS, calibration_bins, expected_calibration_error
 from taxonomy_hierarchical import Taxonomy
 
 CURVES = {  # panel: {key of the log: name}
@@ -126,29 +124,20 @@ def precision_and_recall(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndar
     levels, figure = np.array(taxonomy.levels), Figure(figsize=(6.5, 6), layout="constrained")
     axes = figure.subplots()
     for level in range(1, taxonomy.depth + 1):
-        pairs = (labels != IGNORED_LABEL) & (levels == level)
-        if (labels[pairs] == 1).any():
-            PrecisionRecallDisplay.from_predictions(labels[pairs] == 1, logits[pairs], name=f"level {level}", ax=axes)
+        true, scores = labels[:, levels == level].ravel() == 1, logits[:, levels == level].ravel()
+        if true.any():
+            PrecisionRecallDisplay.from_predictions(true, scores, name=f"level {level}", ax=axes)
     axes.set(xlabel="Recall", ylabel="Precision", xlim=(0, 1.02), ylim=(0, 1.02))
     _grid(axes)
     figure.suptitle("Precision and recall over all thresholds")
     return figure
 
 
-def reliability_diagram(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> Figure | None:
+def reliability_diagram(probabilities: np.ndarray, correct: np.ndarray, counted: str, share: str) -> Figure | None:
     """Draw the share of correct predictions over their probability, and the number of predictions; return None without any.
 
-    Predictions are the most probable leaves, or in multi-label data the `likely_pairs` of document and node. If any label
-    (num_rows,) is an inner node, None is returned: leaving such documents out would select documents by their label.
+    ``counted`` names the predictions, and ``share`` their share that is correct.
     """
-    if labels.ndim == 2:
-        counted, share = "Pairs of document and node", "Share of correct pairs"
-        probabilities, correct, _ = likely_pairs(taxonomy, logits, labels)
-    elif (labels >= logits.shape[1]).any():
-        return None
-    else:
-        counted, share = "Documents", "Accuracy"
-        probabilities, correct = predicted_probabilities(logits), logits.argmax(axis=1) == labels
     if not len(probabilities):
         return None
     bins = calibration_bins(probabilities, correct)

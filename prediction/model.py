@@ -15,10 +15,10 @@ from transformers import Pipeline, pipeline
 from transformers.utils import cached_file
 
 from checkpoint_files import MODEL_FILES, list_files
+from decisions_hierarchical import read_cost_table
 from errors import InputError, as_input_error, describe_error, one_line
 from files import sha256
 from machine import give_back_memory, has_bf16, keep_memory
-from pipeline_hierarchical import read_cost_table
 from prediction.int8 import has_int8_products, quantize
 from prediction.output import Block, Rows
 from prediction.rows import SEPARATORS, TASKS, RowFormat, output_kind
@@ -53,8 +53,8 @@ class Model:
         kind = output_kind(arguments.output, arguments.output_format)
         self.row_format = RowFormat(arguments, config, version=weights[:12] if kind == TASKS else None)
         if kind == ".csv":
-            separators = [SEPARATORS["labels"].strip() if config.is_multi_label else SEPARATORS["path"]]
-            separators += [SEPARATORS["answer"]] if "answer" in self.row_format.types else []
+            # ";" would be ambiguous without the space, too
+            separators = [SEPARATORS[name].replace("; ", ";") for name in SEPARATORS if name in self.row_format.types]
             for separator, label in product(separators, config.tree.labels):
                 if separator in label:
                     reason = f"a CSV file joins labels by {separator!r}, and the label {quote_name(label)} contains it"

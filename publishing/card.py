@@ -1,5 +1,7 @@
 """Write the model card: collect a run's facts, and render card.md.jinja as README.md of a checkpoint.
 
+The parts that differ between the two forms of label are in card.<problem_type>.md.jinja.
+
 Worth knowing:
 
 1. The Hub reads the front matter. It holds the results as `EvalResult`s, with the numbers of metrics.json.
@@ -17,11 +19,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from checkpoint_files import encoder_on_hub
-from configuration_hierarchical import HierarchicalConfig
-from pipeline_hierarchical import threshold_index
+from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, HierarchicalConfig
+from decisions_hierarchical import threshold_index
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +35,7 @@ TRAINING_SETTINGS = (
     *("load_best_model_at_end", "seed"),
 )
 NOT_SHOWN = ("model_name_or_path", "model_revision")  # a sentence names the encoder
-METRICS = {  # name in metrics.json, without its prefix: (type on the Hub, title in the card)
+ONE_PATH_METRICS = {  # name in metrics.json, without its prefix: (type on the Hub, title in the card)
     "accuracy": ("accuracy", "accuracy"),
     "any_label_accuracy": ("accuracy", "accuracy, counting any label of a repeated text as correct"),
     "macro_f1": ("f1", "macro F1"),
@@ -44,8 +47,7 @@ METRICS = {  # name in metrics.json, without its prefix: (type on the Hub, title
     "ece": ("ece", "expected calibration error"),
     "ece_by_chance": ("ece", "expected calibration error if perfectly calibrated"),
 }
-LEVEL_METRICS = ("accuracy", "macro_f1", "ece", "ece_by_chance")
-MULTI_LABEL_METRICS = {
+MANY_NODES_METRICS = {
     "micro_f1": ("f1", "micro F1"),
     "macro_f1": ("f1", "macro F1"),
     "leaf_micro_f1": ("f1", "micro F1 of the leaves"),
@@ -55,6 +57,26 @@ MULTI_LABEL_METRICS = {
     "log_loss": ("log_loss", "log loss of a node (nats)"),
     "ece": ("ece", "expected calibration error"),
     "ece_by_chance": ("ece", "expected calibration error if perfectly calibrated"),
+}
+# the metrics, those of each level, and the titles of plots of a split by name
+FORMS: dict[str, tuple[dict[str, tuple[str, str]], tuple[str, ...], dict[str, str]]] = {
+    SINGLE_LABEL: (
+        ONE_PATH_METRICS,
+        ("accuracy", "macro_f1", "ece", "ece_by_chance"),
+        {"confusion_matrix_level_{level}": "Confusion matrix of the {split} rows, level {level}"},
+    ),
+    MULTI_LABEL: (
+        MANY_NODES_METRICS,
+        ("micro_f1",),
+        {
+            "f1_by_frequency": "F1 of each node over its number of {split} texts",
+            "precision_recall": "Precision and recall of the {split} rows over all thresholds",
+        },
+    ),
+}
+PLOTS = {
+    "reliability_diagram": "Reliability diagram of the {split} rows",
+    "reliability_diagram_uncalibrated": "The same before calibration",
 }
 COMPARED = "accuracy|micro_f1|macro_f1|hierarchical_f1|mean_average_precision"  # between stages of training
 HUB_METRICS = ("accuracy", "f1", "precision", "recall")  # the types that hf.co/metrics lists
@@ -160,7 +182,8 @@ def collect_facts(
     folder: Path, config: HierarchicalConfig, settings: dict[str, Any], report: dict[str, Any], metrics: dict[str, Any]
 ) -> dict[str, Any]:
     """Collect the template's variables."""
-    tree, splits = config.tree, report["splits"]
+    tree, calibration, splits = config.tree, config.calibration, report["splits"]
+    parts_template = TEMPLATE.with_name(f"card.{config.problem_type}.md.jinja")
 
     # ── Model and training ───────────────────────────────────────────────────────────────────────────────────────────
     local = encoder_on_hub(config) is None
@@ -179,8 +202,8 @@ def collect_facts(
         "drawn": "\n".join(drawn[:NODES_SHOWN]),
         "hidden_nodes": len(drawn) - NODES_SHOWN,
         "fence": "`" * max(3, 1 + max(map(len, re.findall("`+", "\n".join(drawn))), default=0)),
-        "multi_label": config.is_multi_label,
-        "offers_recall": (config.recall_thresholds or [None] * 99)[threshold_index(MEASURED_TARGET)] is not None,
+        "parts_template": jinja2.Template(parts_template.read_text(encoding="utf-8")),
+        "offers_sets": (calibration.set_thresholds or [None] * 99)[threshold_index(MEASURED_TARGET)] is not None,
         "continued": start and config.encoder_name_or_path not in (start, str(Path(start).resolve()), Path(start).name),
         "settings_shown": {name: format_setting(value) for name, value in shown.items()},
     }
@@ -205,7 +228,7 @@ def collect_facts(
     }
     best_split = "test" if "test" in scores else "validation"
     classes = sorted(metrics.get("per_class", []), key=lambda row: -row["support"])
-    leaf_rows = 0 if config.is_multi_label else sum(row["support"] for row in classes)
+    leaf_rows = sum(row["support"] for row in classes) if "accuracy" in names else 0
     titles = {f"{prefix}_{name}": f"{split} {names[name][1]}" for split, prefix in PREFIXES.items() for name in names}
     return facts | {
         "scores": scores,
@@ -224,21 +247,27 @@ def collect_facts(
             for name, (low, high) in metrics.get("intervals", {}).items()
         ),
         "classes": classes,
-        "thresholds": [pick(config.node_thresholds) for pick in (min, median, max)] if config.node_thresholds else [],
+        "thresholds": [pick(calibration.thresholds) for pick in (min, median, max)] if calibration.thresholds else [],
+        "measured_sets": any(name.startswith("test_answer_") for name in metrics),
         "quantized_rows": quantized_rows(metrics, titles),
         "uncalibrated": any(name.startswith("uncalibrated_") for name in metrics),
         "calibration_rows": calibration_rows(metrics, titles),
-        "plots": plots(folder, best_split, config),
+        "plots": {
+            name: title.format(split=best_split, level=k)
+            for pattern, title in (FORMS[config.problem_type][2] | PLOTS).items()
+            for k in range(1, tree.depth + 1)
+            if (folder / "plots" / f"{(name := pattern.format(level=k))}.png").is_file()
+        },
     }
 
 
 def metric_names(config: HierarchicalConfig) -> dict[str, tuple[str, str]]:
-    """Return `METRICS` or `MULTI_LABEL_METRICS`, with the metrics of each level."""
-    metrics = MULTI_LABEL_METRICS if config.is_multi_label else METRICS
+    """Return the metrics of a form of label, with those of each level."""
+    metrics, of_level, _ = FORMS[config.problem_type]
     levels = {
         f"level_{k}_{name}": (metrics[name][0], f"level {k} {metrics[name][1]}")
         for k in range(1, config.tree.depth + 1)
-        for name in (("micro_f1",) if config.is_multi_label else LEVEL_METRICS)
+        for name in of_level
     }
     return metrics | levels
 
@@ -281,18 +310,6 @@ def calibration_rows(metrics: dict[str, Any], titles: dict[str, str]) -> list[li
     ]
 
 
-def plots(folder: Path, split: str, config: HierarchicalConfig) -> dict[str, str]:
-    """Find the folder's plots; return their titles by name."""
-    levels = range(1, config.tree.depth + 1)
-    titles = {f"confusion_matrix_level_{k}": f"Confusion matrix of the {split} rows, level {k}" for k in levels}
-    if config.is_multi_label:
-        titles = {"f1_by_frequency": f"F1 of each node over its number of {split} texts"}
-        titles["precision_recall"] = f"Precision and recall of the {split} rows over all thresholds"
-    titles["reliability_diagram"] = f"Reliability diagram of the {split} rows"
-    titles["reliability_diagram_uncalibrated"] = "The same before calibration"
-    return {name: title for name, title in titles.items() if (folder / "plots" / f"{name}.png").is_file()}
-
-
 # ── Metadata ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -314,7 +331,7 @@ def metadata(facts: dict[str, Any]) -> ModelCardData:
         metrics=[name for name in HUB_METRICS if name in types] or None,
         eval_results=results or None,
         model_name=facts["model_id"],
-        widget=[{"text": EXAMPLE}] if facts["multi_label"] else None,
+        widget=[{"text": EXAMPLE}],
     )
 
 

@@ -13,7 +13,6 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +64,14 @@ def load_merged(folder: Path) -> HierarchicalForSequenceClassification:
 
 
 class Logits(nn.Module):
-    """Wrap a model: take its inputs by position, and return its logits. Log-probabilities are clamped at `MIN_LOGIT`."""
+    """Wrap a model: take its inputs by position, and return its logits, clamped at `MIN_LOGIT`."""
 
     def __init__(self, model: nn.Module, names: list[str]):
         super().__init__()
         self.model, self.names = model, names
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        logits = self.model(**dict(zip(self.names, inputs, strict=True))).logits
-        return logits if self.model.config.is_multi_label else logits.clamp(min=MIN_LOGIT)
+        return self.model(**dict(zip(self.names, inputs, strict=True))).logits.clamp(min=MIN_LOGIT)
 
 
 @contextmanager
@@ -134,7 +132,7 @@ def export_onnx(folder: Path, output: Path) -> dict[str, Path]:
                 raise
             problem = f"{type(model.encoder).__name__} cannot be exported ({type(error).__name__})"
             raise InputError(f"--onnx: {problem}: publish without --onnx") from error
-        # With a scale for each column, decisions change a third as often as with one scale (benchmarks/studies/quantized.py).
+        # With a scale for each column, decisions change a third as often as with one scale (benchmarks/quantized.py).
         # Without VNNI, sums of products with 8-bit weights overflow, and sums of products with 7-bit weights do not.
         quantize_dynamic(file, quantized, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
 
@@ -152,13 +150,13 @@ def largest_gap(file: Path, model: HierarchicalForSequenceClassification, tokeni
     """Return the largest difference between a probability of an ONNX file and of the model, over batches of several shapes."""
     import onnxruntime
 
-    probabilities = torch.sigmoid if model.config.is_multi_label else partial(torch.softmax, dim=-1)
+    decisions = model.heads.decisions
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     gaps = []
     for batch in (TEXTS, TEXTS[:1], [" ".join(TEXTS) * 4] * 5):
         inputs = tokenizer(batch, padding=True, truncation=True, return_attention_mask=True, return_tensors="pt")
         with torch.inference_mode():
-            expected = probabilities(model(**inputs).logits)
+            expected = decisions.log_probs(model(**inputs).logits).exp()
         (logits,) = session.run(["logits"], {name: inputs[name].numpy() for name in names})
-        gaps.append((probabilities(torch.from_numpy(logits)) - expected).abs().max())
+        gaps.append((decisions.log_probs(torch.from_numpy(logits)).exp() - expected).abs().max())
     return torch.stack(gaps).max().item()

@@ -98,11 +98,8 @@ def about(classifier: Pipeline, model: str, revision: str | None) -> tuple[str, 
     path = cached_file(model, "README.md", revision=revision, _raise_exceptions_for_missing_entries=False)
     card = Path(path).read_text(encoding="utf-8") if path else ""
     encoder = config.encoder_name_or_path
-    if not is_calibrated(classifier):
-        guaranteed = "no: trained without validation rows"
-    elif config.refitted:
-        guaranteed = "no: trained on the validation rows too"
-    else:
+    guaranteed = "no: trained without validation rows"
+    if is_calibrated(classifier):
         guaranteed = f"up to {highest_target(classifier):.0%}"
     facts = {
         "Model": model_name if revision is None else f"{model_name} at {revision[:12]}",
@@ -121,8 +118,6 @@ def target_slider(service: Service, prefix: str = "") -> gr.Slider:
     highest = highest_target(service.classifier)
     calibrated = is_calibrated(service.classifier)
     info = service.target_info if calibrated else "Not available: this model was trained without validation rows."
-    if service.classifier.model.config.refitted:
-        info += f" The {guarantee(service.classifier)} is not guaranteed: the model was also trained on the validation rows."
     return gr.Slider(
         minimum=MIN_TARGET,
         maximum=MAX_TARGET,

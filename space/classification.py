@@ -9,6 +9,7 @@ Worth knowing:
    and guarantees a recall. In this file, `target` is either.
 """
 
+from contextlib import suppress
 from typing import Any, TypedDict
 
 import torch
@@ -107,14 +108,17 @@ def check_text(text: Any) -> str:
 
 def guarantee(classifier: Pipeline) -> str:
     """Return what the model guarantees: "coverage" or "recall", as the pipeline's argument is called."""
-    return "recall" if classifier.model.config.is_multi_label else "coverage"
+    return classifier.decisions.guarantee
 
 
 def highest_target(classifier: Pipeline) -> float:
     """Return the highest target for which the checkpoint has a threshold; 0 if it has none."""
-    config = classifier.model.config
-    thresholds = config.recall_thresholds if config.is_multi_label else config.conformal_thresholds
-    return sum(threshold is not None for threshold in thresholds or []) / 100
+    name = guarantee(classifier)
+    for percent in range(99, 0, -1):
+        with suppress(ValueError):  # no validation texts, or too few
+            classifier._sanitize_parameters(**{name: percent / 100})
+            return percent / 100
+    return 0.0
 
 
 def is_calibrated(classifier: Pipeline) -> bool:

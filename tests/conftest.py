@@ -502,6 +502,7 @@ def quickstart_run(tiny_encoder, tmp_path_factory) -> tuple[Path, str]:
 @pytest.fixture(scope="session")
 def labels_checkpoint(tiny_encoder, tmp_path_factory) -> str:
     """Build a multi-label checkpoint that predicts each class whose disease a text names. All parameters are set by hand."""
+    from configuration_hierarchical import Calibration
     from taxonomy_hierarchical import Taxonomy
 
     general = "general pathological conditions"
@@ -518,15 +519,13 @@ def labels_checkpoint(tiny_encoder, tmp_path_factory) -> str:
         for token in own.difference(*(others for other, others in pieces.items() if other != label)):
             idf[token] = 1.0
             weight[tree.path(tree.id(label)), token] = 10.0
-    model.set_lexical_head({"idf": idf, "weight": weight, "bias": torch.full((tree.num_nodes,), -3.0)}, 1.0)
-    model.set_calibration(
-        node_scales=[1.0] * tree.num_nodes,
-        node_biases=[0.0] * tree.num_nodes,
-        node_thresholds=[0.5] * tree.num_nodes,
-        recall_thresholds=[round(0.99 - 0.01 * level, 6) for level in range(95)] + [None] * 4,
-        recall_texts=20,
-        conformal_max_length=128,
+    calibration = Calibration(
+        lexical_weight=1.0,
+        set_thresholds=[round(0.99 - 0.01 * level, 6) for level in range(95)] + [None] * 4,
+        max_length=128,
+        num_texts=20,
     )
+    model.set_calibration(calibration, {"idf": idf, "weight": weight, "bias": torch.full((tree.num_nodes,), -3.0)})
     folder = tmp_path_factory.mktemp("labels")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -30,6 +30,11 @@ def csv_file(path, rows, header=("text", "label")):
     return path
 
 
+def nodes_of(data, split="train"):
+    """Return the node of each row of a split with one path a text."""
+    return [node for (node,) in data.splits[split]["nodes"]]
+
+
 def labels_of(data, split):
-    """Return the labels of a split as text."""
-    return [data.taxonomy.labels[label] for label in data.splits[split]["label"]]
+    """Return the labels of a split with one path a text."""
+    return [data.taxonomy.labels[node] for node in nodes_of(data, split)]

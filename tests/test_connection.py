@@ -74,10 +74,6 @@ UNUSABLE = {
         "the label 'b' is not in the taxonomy",
     ),
     "a run": (("--train_file", "rows.csv", "--output_dir", "run"), "--output_dir run already holds a run"),
-    "no choice": (
-        ("--train_file", "rows.csv", "--level_weights", "0", "1"),
-        "all levels with a choice have weight 0",
-    ),
 }
 
 

@@ -19,7 +19,8 @@ from training.arguments import DataArguments, parse
 from training.splits import load_splits
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-STUDIES = sorted((ROOT / "benchmarks" / "studies").glob("*.py"))
+SUPPORTS = re.compile(r'^Supports benchmarks/LOG\.md, "(.+)"\.$', re.MULTILINE)
+STUDIES = [path for path in sorted((ROOT / "benchmarks").glob("*.py")) if SUPPORTS.search(path.read_text("utf-8"))]
 ROOMS = "benchmarks|docs|examples|metrics|recipes|space|tests|training"
 
 
@@ -118,18 +119,17 @@ def test_docstrings_name_benchmarks_and_pages_that_exist():
     sources = [path for path in files if not {"results", "runs", "tests"} & set(path.relative_to(ROOT).parts)]
     pattern = re.compile(r"\b(?:benchmarks/[\w/]+\.py|docs/\w+\.md)")
     named = {(name_of(path), name) for path in sources for name in pattern.findall(path.read_text(encoding="utf-8"))}
-    assert any(name.startswith("benchmarks/studies/") for _, name in named)
+    assert any(name.startswith("benchmarks/") for _, name in named)
     assert not [pair for pair in named if not (ROOT / pair[1]).is_file()]
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=name_of)
-def test_a_study_supports_an_entry_of_the_experiments(study):
-    log = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
-    title = re.search(r'^Supports docs/experiments\.md, "(.+)"\.$', study.read_text(encoding="utf-8"), re.MULTILINE)
-    assert title, "its docstring names no entry"
-    entry = re.search(rf"^## {re.escape(title[1])}$(.*?)(?=^## |\Z)", log, re.MULTILINE | re.DOTALL)
-    assert entry, f"no entry {title[1]!r}"
-    assert name_of(study) in entry[1]
+def test_a_study_supports_an_entry_of_the_log(study):
+    log = (ROOT / "benchmarks" / "LOG.md").read_text(encoding="utf-8")
+    title = SUPPORTS.search(study.read_text(encoding="utf-8"))[1]
+    entry = re.search(rf"^## {re.escape(title)}$(.*?)(?=^## |\Z)", log, re.MULTILINE | re.DOTALL)
+    assert entry, f"no entry {title!r}"
+    assert study.name in entry[1]
 
 
 def test_the_three_rows_of_the_readme_are_training_data(tmp_path):

@@ -192,7 +192,7 @@ def test_any_text_of_class_names_is_read_or_refused_in_one_line(given):
 @given(
     st.one_of(
         ODD_BYTES,
-        st.dictionaries(st.one_of(st.sampled_from(["seed", "lora_r", "level_weights"]), TEXT), JSON, max_size=3),
+        st.dictionaries(st.one_of(st.sampled_from(["seed", "lora_r", "lr_scheduler_kwargs"]), TEXT), JSON, max_size=3),
     )
 )
 def test_any_recipe_is_parsed_or_refused_in_one_line(file, content):

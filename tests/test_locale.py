@@ -88,7 +88,7 @@ def test_the_page_takes_a_file_whose_name_is_not_ascii(checkpoint, predictions, 
     model = checkpoint.rename(checkpoint.with_name("modèle"))
     try:
         with SpaceServer(str(model), tmp_path, settings=C_LOCALE, fresh=True) as space:
-            client = Client(space.address, verbose=False, httpx_kwargs={"timeout": 300})
+            client = Client(space.address, verbose=False)
             found = client.predict(handle_file(str(predictions.with_name("texte-ü.csv"))), api_name="/classify_file")
     finally:
         model.rename(checkpoint)

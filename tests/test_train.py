@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import CORPUS, clear_rows, predict_here, read_csv, run, run_outside, write_csv
+from conftest import CORPUS, ROOT, clear_rows, predict_here, read_csv, run, run_outside, train_label_sets, write_csv
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 from transformers import AutoConfig, AutoModel, AutoTokenizer, pipeline
 
@@ -60,7 +60,7 @@ def test_metrics_have_the_promised_names_and_agree_with_scikit_learn(quickstart_
 
 def test_calibration_and_the_lexical_head_lower_the_log_loss(quickstart_run):
     output, log_text = quickstart_run
-    assert "calibrated on the validation rows: temperatures" in log_text
+    assert "calibrated on the validation rows: scales of the scores from" in log_text
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["lexical_weight"] > 0
     assert metrics["eval_log_loss"] < metrics["uncalibrated_eval_log_loss"]
@@ -102,6 +102,33 @@ print(json.dumps([logits.tolist(), scores, [label for _, label in sorted(model.c
     truth = [labels.index(row["label"]) for row in read_csv(CORPUS / "test.csv")]
     assert served["test_log_loss"] == pytest.approx(log_loss(truth, p, labels=range(5)), abs=1e-5)
     assert served["test_accuracy"] == pytest.approx(np.mean(p.argmax(1) == truth))
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one path", "many nodes"])
+def test_predictions_and_measured_answers_are_those_of_the_pipeline(quickstart_run, tiny_encoder, tmp_path, several):
+    output, rows = quickstart_run[0], read_csv(CORPUS / "test.csv")
+    if several:
+        output = tmp_path / "results"
+        log = train_label_sets(tiny_encoder, output, "--max_length", 64, "--label_smoothing_factor", 0.1)
+        assert "Disabling label smoothing" not in log  # the Trainer's own
+        with (ROOT / "examples" / "multi_label" / "test.jsonl").open(encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+    classify = pipeline("hierarchical-text-classification", model=str(output), trust_remote_code=True)
+    guarantee, plural = ("recall", "s") if several else ("coverage", "")
+    results = classify([row["text"] for row in rows], **{guarantee: 0.9})
+    listed, tree, shares = read_csv(output / "test_predictions.csv"), classify.tree, []
+    for row, one, result in zip(rows, listed, results, strict=True):
+        labels = row["labels"] if several else [row["label"]]
+        predicted = [node["label"] for node in (result["labels"] if several else [result])]
+        for column, expected in ((f"label{plural}", labels), (f"prediction{plural}", predicted)):
+            assert {*filter(None, one[column].split("; "))} == {*expected}
+        # of one path, a leaf counts as held if the answer has it or a node above
+        answer = {tree.id(node["label"]) for node in result["answer"]}
+        true = tree.with_ancestors(map(tree.id, labels))
+        if true:
+            shares.append(len(true & answer) / len(true) if several else float(bool(true & answer)))
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics[f"test_answer_{guarantee}"] == pytest.approx(np.mean(shares))
 
 
 def test_a_checkpoint_is_scored_without_training_as_it_was_after_training(quickstart_run, tmp_path):
@@ -178,8 +205,7 @@ def test_without_validation_rows_nothing_is_calibrated_and_nothing_guaranteed(un
     output, log = uncalibrated_run
     assert "no lexical head, and the model's probabilities are not calibrated" in log
     config = json.loads((output / "config.json").read_text())
-    fitted = ("temperatures", "node_biases", "lexical_weight", "conformal_thresholds", "conformal_max_length")
-    assert {name: config.get(name) for name in fitted} == dict.fromkeys(fitted)
+    assert config.get("calibration") is None
     metrics = json.loads((output / "metrics.json").read_text())
     prefixes = ("eval_", "quantized_", "uncalibrated_", "without_lexical_head_", "test_answer_")
     assert [name for name in metrics if name.startswith(prefixes)] == []

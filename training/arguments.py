@@ -7,10 +7,8 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
-import numpy as np
 import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import EvalPrediction, HfArgumentParser, SchedulerType, TrainingArguments
@@ -21,10 +19,10 @@ from checkpoint_files import is_local
 from configuration_hierarchical import DEFAULT_ENCODER, DEFAULT_ENCODER_REVISION
 from errors import InputError, is_own_bug, one_line, refuse_undecodable
 from machine import has_bf16
-from taxonomy_hierarchical import Taxonomy
-from training.label_arrays import multi_hot
-from training.losses import weight_of_level
 from training.recipe import insert_recipe, nearest
+
+if TYPE_CHECKING:
+    from evaluation.forms import Form
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +80,6 @@ class DataArguments:
         None, "Whether a text has one label or any number. Default: any number if the column holds lists."
     )
     label_delimiter: str | None = flag(None, "Delimiter between the labels of one text, such as ';'.")
-    incomplete_labels: bool = flag(False, "For multi-label data: nodes below the given labels are unknown, not absent.")
     taxonomy: str | None = flag(
         None,
         "Nested .yaml or .json, or .csv with columns parent and child. Default: the checkpoint's; for an encoder the "
@@ -112,9 +109,6 @@ class LossArguments:
     class_weighting: Literal["none", "balanced"] = flag(
         "none", "balanced: more weight for the rarer outcomes of each decision."
     )
-    level_weights: list[float] = flag(
-        [1.0], "Weights of decisions at level 1, 2, ...; the last applies to deeper levels."
-    )
     consistency: float = flag(0.0, "Weight of the consistency loss between two halves of each text. 0: whole texts.")
 
 
@@ -128,7 +122,6 @@ class HierarchicalTrainingArguments(TrainingArguments):
     do_train: bool | None = flag(None, "Train. Default: yes, unless --do_eval or --do_predict is given.")
     do_eval: bool | None = flag(None, "Score the validation rows at the end; calibrate after training. Default: yes.")
     do_predict: bool | None = flag(None, "Score the test rows. Default: yes.")
-    refit: bool = flag(False, "Train a second model on training and validation rows; its answers have no guarantee.")
     num_train_epochs: float = flag(5.0, "Number of passes over the training rows.")
     per_device_train_batch_size: int = flag(16, "Texts per device and step.")
     per_device_eval_batch_size: int = flag(32, "Texts per device and step in evaluation.")
@@ -293,14 +286,12 @@ def check_values(arguments: Arguments) -> None:
             raise InputError(f"--{name} is not supported: it would change which rows are scored, or the scored model")
 
     # ── Other problems, and whether they occur ───────────────────────────────────────────────────────────────────────
-    model, data, loss, training = arguments
-    weights = loss.level_weights
+    model, data, _, training = arguments
     by_steps = training.eval_strategy == training.save_strategy == "steps"
     torch_arguments = inspect.signature(torch.utils.checkpoint.checkpoint).parameters
     checkpoint_kwargs = {*torch_arguments, "every_n_layers", "offload"}
     optim_args = (training.optim_args or "").replace(" ", "")
     columns, delimiter = data.label_column or [], data.label_delimiter
-    schedule = SchedulerType(training.lr_scheduler_type)
     fsdp = training.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
     problems = {
         "--tuning full trains every weight, and quantized weights cannot be trained: use --quantization none": (
@@ -311,9 +302,6 @@ def check_values(arguments: Arguments) -> None:
         ),
         "--activation_checkpointing_kwargs has an unknown name: give arguments of torch's checkpoint, every_n_layers, offload": (
             not checkpoint_kwargs >= {*(training.activation_checkpointing_kwargs or {})}
-        ),
-        f"--level_weights must be non-negative and not all zero, not {weights}": (
-            not all(0 <= weight < float("inf") for weight in weights) or not any(weights)
         ),
         f"--optim_args must be name=value pairs, separated by commas, not {optim_args!r}": (
             re.fullmatch("([^=,]+=[^=,]+,?)*", optim_args) is None
@@ -326,17 +314,8 @@ def check_values(arguments: Arguments) -> None:
         "--label_issues lists training rows, and --do_train false trains on none: leave it out": (
             data.label_issues and not training.do_train
         ),
-        "--refit resumes only with --resume_from_checkpoint auto, not from a given checkpoint": (
-            training.refit and training.resume_from_checkpoint not in (None, "auto")
-        ),
         "--enable_jit_checkpoint needs room for its checkpoint beside the best one: --save_total_limit 2 or more": (
             training.enable_jit_checkpoint and training.save_total_limit == 1
-        ),
-        "--refit calibrates on the validation rows: leave out --do_eval false": (
-            training.refit and training.do_eval is False
-        ),
-        f"--lr_scheduler_type {schedule.value} follows evaluations, and the second run of --refit has none": (
-            training.refit and schedule in METRIC_SCHEDULERS
         ),
         "--dataloader_persistent_workers changes the random numbers of a resumed run: leave it out": (
             training.dataloader_persistent_workers
@@ -353,20 +332,13 @@ def check_values(arguments: Arguments) -> None:
             raise InputError(problem)
 
 
-def check_against_data(
-    arguments: Arguments, taxonomy: Taxonomy, splits: Mapping[str, Any], compute_metrics: ComputeMetrics
-) -> None:
+def check_against_data(arguments: Arguments, splits: Mapping[str, Any], form: "Form") -> None:
     """Raise InputError if flags do not fit the data. Without validation rows, turn off evaluation during training."""
-    training, weights = arguments.training, arguments.loss.level_weights
+    training = arguments.training
     schedule = SchedulerType(training.lr_scheduler_type)
     follows_metric = schedule in METRIC_SCHEDULERS
     if "train" not in splits:
         raise InputError("no training rows: give --train_file, --data_path or --dataset_name, or --do_train false")
-    multi_label = isinstance(splits["train"]["label"][0], list)  # then an only child is a decision, too
-    levels = {taxonomy.levels[nodes[0]] for nodes in taxonomy.decisions if multi_label or len(nodes) > 1}
-    if not any(weight_of_level(weights, level) for level in levels):
-        shown = " ".join(map(str, weights))
-        raise InputError(f"--level_weights {shown}: all levels with a choice have weight 0: {sorted(levels)}")
     if "validation" not in splits:
         logger.info("no validation rows: early stopping is off, and the last weights are kept")
         training.eval_strategy, training.load_best_model_at_end, training.eval_on_start = "no", False, False
@@ -379,28 +351,13 @@ def check_against_data(
     if not (training.load_best_model_at_end or training.save_strategy == "best" or follows_metric):
         training.metric_for_best_model = None  # else the Trainer looks for it at every evaluation
     elif training.eval_strategy != "no":
-        given = splits["validation"]["label"][:]
-        # in multi-label data, one text with the labels of all of them is enough
-        labels = multi_hot(taxonomy, [[*chain(*given)]]) if multi_label else np.unique(given)
-        check_best_metric(training.metric_for_best_model or "loss", taxonomy, labels, compute_metrics)
+        check_best_metric(training.metric_for_best_model or "loss", form, splits["validation"]["nodes"][:])
 
 
-def check_best_metric(name: str, taxonomy: Taxonomy, labels: np.ndarray, compute_metrics: ComputeMetrics) -> None:
-    """Raise InputError unless rows with these labels have the metric ``name``, and it ranks models.
-
-    Labels are node ids (num_rows,), or arrays of `multi_hot`.
-    """
-    # no pair of text and node is probable: the calibration error compares all probable pairs, and is not needed
-    predictions = np.full(labels.shape, -9.0)
-    if labels.ndim == 1:
-        # the set of metrics depends on the levels of the labels, and on whether some are leaves
-        examples = {(node < taxonomy.num_leaves, taxonomy.levels[node]): node for node in labels.tolist()}
-        labels = np.array([*examples.values()])
-        predictions = np.zeros((len(labels), taxonomy.num_leaves))
-    measured = compute_metrics(EvalPrediction(predictions, labels))
-    # in multi-label data, a model without probable nodes has no ECE
-    excluded = ("_by_chance", "ece") if labels.ndim == 2 else "_by_chance"
-    available = ["loss", *(metric for metric in measured if not metric.endswith(excluded))]
+def check_best_metric(name: str, form: "Form", nodes: list[list[int]]) -> None:
+    """Raise InputError unless rows with these labels have the metric ``name``, and it ranks models."""
+    measured = form.metrics()(form.example_prediction(nodes))
+    available = ["loss", *(metric for metric in measured if not metric.endswith(form.unranked_metrics))]
     if name.removeprefix("eval_") not in available:
         problem = f"--metric_for_best_model {name} is not measured on these validation rows"
         raise InputError(f"{problem}; it is one of {', '.join(available)}")

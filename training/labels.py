@@ -225,17 +225,19 @@ def _advice_on_names(label: str, lookup: Container[Label], separator: str) -> st
     return ""
 
 
-def _advice_on_delimiter(label: str, delimiter: str, is_multi_label: bool = False) -> str:
+def _advice_on_delimiter(label: str, delimiter: str) -> str:
     """Return advice on the flags that split a label with several names at its delimiter."""
-    if is_multi_label and delimiter not in PATH_DELIMITERS:
-        return f"for several labels of a text give --label_delimiter {delimiter!r}"
     separator = f" {delimiter} " if f" {delimiter} " in label else delimiter
-    several = "" if is_multi_label else f", for several labels of a text --label_delimiter {delimiter!r}"
-    return f"for a path give --label_separator {separator!r}{several}"
+    return (
+        f"for a path give --label_separator {separator!r}, for several labels of a text --label_delimiter {delimiter!r}"
+    )
 
 
-def warn_of_odd_names(columns: list[str], taxonomy: Taxonomy, is_multi_label: bool) -> None:
-    """Warn if names or paths of a taxonomy from the labels suggest that labels were misread or misspelt."""
+def warn_of_odd_names(columns: list[str], taxonomy: Taxonomy, are_levels: bool) -> None:
+    """Warn if names or paths of a taxonomy from the labels suggest that labels were misread or misspelt.
+
+    ``are_levels`` says whether the columns are the levels of a path.
+    """
     where = f"column {quote_name(' '.join(columns))}"
     # ── Names of several classes ─────────────────────────────────────────────────────────────────────────────────────
     names, warning = sorted({*taxonomy.names}), f"{where}: %s and %d more labels hold several names: %s"
@@ -250,14 +252,13 @@ def warn_of_odd_names(columns: list[str], taxonomy: Taxonomy, is_multi_label: bo
         else:
             shared = [name for name, parts in several.items() if all(counts[part] > 1 for part in parts)]
         if len(shared) > 1 and 2 * len(shared) >= len(several):
-            advice = _advice_on_delimiter(shared[0], delimiter, is_multi_label)
+            advice = _advice_on_delimiter(shared[0], delimiter)
             logger.warning(warning, quote_name(shared[0]), len(shared) - 1, advice)
             break
 
     # ── Names that hold the separator, and names in two spellings ────────────────────────────────────────────────────
     inner = range(taxonomy.num_leaves, taxonomy.num_nodes)
-    from_columns = len(columns) > 1 and not is_multi_label
-    if not from_columns and inner and all(len(taxonomy.children(node)) == 1 for node in inner):
+    if not are_levels and inner and all(len(taxonomy.children(node)) == 1 for node in inner):
         path = quote_name(taxonomy.separator.join(taxonomy.path_names(taxonomy.children(inner[0])[0])))
         logger.warning("%s: %s is read as a path: if it is one name, give another --label_separator", where, path)
     spellings: dict[tuple[str, ...], tuple[str, ...]] = {}
@@ -271,7 +272,7 @@ def warn_of_odd_names(columns: list[str], taxonomy: Taxonomy, is_multi_label: bo
 
     # ── Columns of several labels, read as paths ─────────────────────────────────────────────────────────────────────
     reversible = [path for path in taxonomy.node_of_path if len({*path}) > 1 and path[::-1] in taxonomy.node_of_path]
-    if from_columns and reversible:
+    if are_levels and reversible:
         path_names = reversible[0]
         both = " and ".join(quote_name(taxonomy.separator.join(names)) for names in (path_names, path_names[::-1]))
         advice = "if a text has several labels, join the columns to one, and give --label_delimiter"

@@ -19,10 +19,11 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, Pretrain
 
 from checkpoint_files import MODEL_FILES, find_snapshot, is_checkpoint, read_config, require_encoder
 from checkpoint_hierarchical import check_tokenizer, load_encoder, position_limit
-from configuration_hierarchical import DEFAULT_ENCODER, HierarchicalConfig
+from configuration_hierarchical import DEFAULT_ENCODER, Calibration, HierarchicalConfig
 from errors import InputError, as_input_error, one_line
 from machine import has_bf16
 from modeling_hierarchical import HierarchicalForSequenceClassification
+from reading.foreign_code import refuse_foreign_code
 from taxonomy_hierarchical import Taxonomy, list_names
 from training.arguments import ModelArguments
 
@@ -116,19 +117,21 @@ def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> Hierar
         model = HierarchicalForSequenceClassification.from_pretrained(
             path, config=config, merge_adapter=False, **load_arguments(arguments)
         )
-    model.clear_calibration()
+    model.set_calibration(Calibration())  # the stored one is fitted to the earlier weights
     if tuning == "lora":
         adapter = model.encoder.peft_config["default"]
         settings = adapter.r, adapter.lora_alpha, adapter.lora_dropout, ", ".join(sorted(adapter.target_modules))
         logger.info("the adapter keeps its settings: r = %s, alpha = %s, dropout = %s, target modules %s", *settings)
         prepare_model_for_kbit_training(model.encoder, use_gradient_checkpointing=False)
         set_adapter(model.encoder, "default")
-    if model.config.tree != taxonomy:
-        num_nodes = model.config.tree.num_nodes
+    stored = model.config.tree
+    if not taxonomy.descriptions:
+        taxonomy = Taxonomy(taxonomy.to_nested(), taxonomy.separator, stored.descriptions)
+    if stored != taxonomy:
         new, dropped = model.change_taxonomy(taxonomy)
-        kept = num_nodes - len(dropped)
+        kept = stored.num_nodes - len(dropped)
         logger.info("heads kept: %d; initialised: %s; dropped: %s", kept, list_names(new), list_names(dropped))
-    model.config.descriptions = taxonomy.descriptions or model.config.descriptions
+    model.config.set_taxonomy(taxonomy)
     return model
 
 
@@ -162,7 +165,8 @@ def fetch_model(arguments: ModelArguments) -> None:
             logger.info("checkpoint: %s at %s", name, commit)
             arguments.model_name_or_path, arguments.model_revision = folder, None
     if is_checkpoint(arguments.model_name_or_path):
-        require_encoder(read_config(arguments.model_name_or_path))
+        refuse_foreign_code(arguments.model_name_or_path)  # again: only its config.json was at hand before
+        require_encoder(arguments.model_name_or_path)
 
 
 def load_arguments(arguments: ModelArguments) -> dict[str, Any]:

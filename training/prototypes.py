@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, normalize, pad
+from torch.nn.functional import normalize, pad
 
 from checkpoint_files import is_checkpoint, read_config
 from training.arguments import FEW_ROWS, ModelArguments
 from training.contrastive import train_contrastively
-from training.label_arrays import label_arrays, prior_log_odds
 from training.trainer import HierarchicalTrainer
 
 logger = logging.getLogger(__name__)
@@ -41,7 +40,7 @@ class Names(NamedTuple):
 
 
 def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: ModelArguments) -> str | None:
-    """Initialise new heads as ``--heads_init`` says, and the biases of multi-label models at `prior_log_odds`.
+    """Initialise new heads as ``--heads_init`` says, and biases at `Decisions.initial_biases`.
 
     First, the encoder is trained for ``--contrastive_steps``. Return "prototypes" or "random"; None for a continued
     checkpoint that knows a node of the taxonomy: its heads are kept, and there are no contrastive steps.
@@ -49,11 +48,10 @@ def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: Mod
     tree = trainer.model.config.tree
     stored = arguments.model_name_or_path
     known = read_config(stored).tree.node_of_path.keys() & tree.node_of_path.keys() if is_checkpoint(stored) else ()
-    if trainer.is_multi_label:
-        new = [node for path, node in tree.node_of_path.items() if path not in known]
-        bias = trainer.model.heads.bias
-        with torch.no_grad():
-            bias[new] = torch.from_numpy(prior_log_odds(tree, label_arrays(rows))).to(bias)[new]
+    heads, labels = trainer.model.heads, node_targets(trainer, rows)
+    new = [node for path, node in tree.node_of_path.items() if path not in known]
+    with torch.no_grad():
+        heads.bias[new] = heads.decisions.initial_biases(heads.decisions.count_outcomes(labels)).to(heads.bias)[new]
     if known:
         if arguments.contrastive_steps or arguments.heads_init:
             logger.info("trained heads are kept: --contrastive_steps and --heads_init have no effect")
@@ -103,18 +101,14 @@ def choose_names(trainer: HierarchicalTrainer, rows: Dataset, vectors: Tensor) -
 
     # ── Likelihood of the labels ─────────────────────────────────────────────────────────────────────────────────────
     offsets, *_ = standardise(vectors)
-    labels, members = torch.from_numpy(label_arrays(rows)).to(offsets.device), class_members(trainer, rows)
+    labels, members = node_targets(trainer, rows), class_members(trainer, rows)
     text_sums = members.T @ offsets
 
     def likelihood(names: Names) -> float:
         name_sums = NAME_WEIGHT * names.directions if any(names.weights) else 0
         own = left_out_scores(offsets, members, text_sums + name_sums)
         scores = pad(own, (0, tree.num_nodes - classes)) + heads.bias
-        if trainer.is_multi_label:
-            is_open = heads.decisions.open_decisions(labels)
-            return -float(binary_cross_entropy_with_logits(scores[is_open], labels[is_open].float(), reduction="sum"))
-        log_probs = heads.decisions.node_log_probs(heads.decisions.with_inclusive_values(scores))
-        return float(log_probs.gather(1, labels[:, None]).mean())
+        return float(heads.decisions.log_likelihood(heads.decisions.inclusive(scores), labels).sum())
 
     return max(candidates, key=likelihood)
 
@@ -164,16 +158,18 @@ def embed_phrases(trainer: HierarchicalTrainer, phrases: list[str]) -> Tensor:
     return normalize(named - named.mean(0))
 
 
+def node_targets(trainer: HierarchicalTrainer, rows: Dataset) -> Tensor:
+    """Return the labels of the rows as of `Decisions.targets`."""
+    decisions = trainer.model.heads.decisions
+    return decisions.targets(rows["labels"][:]).to(decisions.parents.device)
+
+
 def class_members(trainer: HierarchicalTrainer, rows: Dataset) -> Tensor:
     """Return the classes of each text, (B, C), 1 or 0 in float32. For one path, an inner node as the label gives none."""
-    tree = trainer.model.config.tree
-    labels = torch.from_numpy(label_arrays(rows))
-    if trainer.is_multi_label:
-        members = (labels == 1).float()
-    else:  # not one_hot, whose integers would take twice the memory
-        members = torch.zeros(len(labels), tree.num_leaves)
-        with_leaf = (labels < tree.num_leaves).nonzero().flatten()
-        members[with_leaf, labels[with_leaf]] = 1.0
+    decisions = trainer.model.heads.decisions
+    members = torch.zeros(len(rows), decisions.num_classes)
+    for row, nodes in zip(members, rows["labels"][:], strict=True):
+        row[[node for node in decisions.tree.with_ancestors(nodes) if node < decisions.num_classes]] = 1.0
     return members.to(trainer.model.heads.weight.device)
 
 

@@ -26,8 +26,6 @@ def run_settings(arguments: Arguments, model: HierarchicalForSequenceClassificat
         **vars(arguments.model),
         **vars(arguments.loss),
         **{name: getattr(arguments.training, name) for name in card.TRAINING_SETTINGS},
-        "incomplete_labels": arguments.data.incomplete_labels or None,
-        "refit": arguments.training.refit or None,
         "max_length": max_length,
         "train_precision": arguments.training.precision,
     }

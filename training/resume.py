@@ -9,7 +9,7 @@ import logging
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -177,7 +177,7 @@ def check_model(checkpoint: str, model: HierarchicalForSequenceClassification) -
         "--model_name_or_path": tuple(Path(c.encoder_name_or_path).name for c in (stored, config)),
         "--model_revision": (stored.encoder_revision, config.encoder_revision),
         "--pooling": (stored.pooling, config.pooling),
-        "--problem_type": tuple(c.problem_type or "single_label_classification" for c in (stored, config)),
+        "--problem_type": (stored.problem_type, config.problem_type),
     }
     if model.has_adapter and stored.adapter_subfolder:
         adapter = model.encoder.peft_config["default"]
@@ -195,10 +195,8 @@ def check_model(checkpoint: str, model: HierarchicalForSequenceClassification) -
             raise InputError(f"cannot resume from {checkpoint}: {problem}, {START_ANEW}")
 
 
-def start_run(
-    trainer: Trainer, model: str, data: LabelledSplits, resume_from: str | None, outputs: Sequence[str]
-) -> None:
-    """Clean up the overwritten runs in ``outputs`` and record the training texts, while all processes wait.
+def start_run(trainer: Trainer, model: str, data: LabelledSplits, resume_from: str | None) -> None:
+    """Clean up an overwritten run and record the training texts, while all processes wait.
 
     ``model`` is the folder or id of the initial weights.
     """
@@ -207,8 +205,7 @@ def start_run(
     if training.should_save:
         resumed = resume_from is not None and continues_run(training.resume_from_checkpoint, output)
         if training.overwrite_output_dir and not resumed:
-            for folder in outputs:
-                delete_run(Path(folder), model)
+            delete_run(output, model)
         texts = (data.splits[name]["text"] if name in data.splits else [] for name in ("train", "validation"))
         write_trained_texts(output, data.trained_texts, *texts)
     trainer.accelerator.wait_for_everyone()

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,17 @@ import pandas as pd
 import pyarrow.parquet
 from datasets.packaged_modules.csv.csv import CsvConfig
 
-from configuration_hierarchical import MULTI_LABEL
+from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL
 from connection import find_hub_problem
 from errors import InputError, as_input_error
 from files import sha256
 from reading.columns import LABEL_COLUMNS, TEXT_COLUMNS, choose_columns, text_problem
 from reading.sources import Source, Table, kind_of, open_rows, read_table
-from taxonomy_hierarchical import quote_name, to_nfc
+from taxonomy_hierarchical import quote_name
 from training.arguments import DataArguments
 from training.data_report import SPLITS
-from training.labels import Label, read_indicator, read_label_sets, read_labels, refuse_rows
+from training.label_forms import ManyNodesRows, OnePathRows, RowForm
+from training.labels import Label, read_indicator, refuse_rows
 
 logger = logging.getLogger(__name__)
 
@@ -163,55 +163,40 @@ def find_columns(sources: Iterable[SplitSource], arguments: DataArguments) -> di
 
 def read_rows(
     sources: dict[str, SplitSource], columns: dict[str, list[str]], arguments: DataArguments
-) -> tuple[pd.DataFrame, dict[Label, str], bool]:
+) -> tuple[pd.DataFrame, dict[Label, str], RowForm]:
     """Read the columns of `find_columns` from all sources.
 
     Returns:
-        The rows, with columns split, row, text and label. The place of each distinct label's first occurrence. Whether a
-        text may have several labels; then the column label holds tuples.
+        The rows, with columns split, row, text and labels, tuples of names. The place of each distinct label's first
+        occurrence. The form of the labels.
     """
     tables = [source.read(columns[source.name]) for source in sources.values()]
     # the cells of each label column, over all sources
     cells = [[*chain(*part)] for part in zip(*([*table.columns.values()][1:] for table in tables), strict=True)]
-    multi_label = is_multi_label({*map(type, chain(*cells))}, arguments)
-    refuse_indicators(cells, next(iter(columns.values()))[1:], arguments, multi_label)
+    form = choose_form({*map(type, chain(*cells))}, arguments)
+    refuse_indicators(cells, next(iter(columns.values()))[1:], arguments)
     parts, places = [], dict[Label, str]()
     for (split, source), table in zip(sources.items(), tables, strict=True):
         text_column, *label_columns = columns[source.name]
         texts = table.columns[text_column]
         refuse_rows(table, text_column, map(text_problem, texts))
-        read = partial(read_label_sets, delimiter=arguments.label_delimiter) if multi_label else read_labels
-        labels: list[Any] = read(table, label_columns)
-        for i, label in enumerate(labels):
-            for one in label if multi_label else [label]:
-                if one not in places:
-                    places[one] = f"{table.place(i)}, column {quote_name(' '.join(label_columns))}"
-        if multi_label and len(label_columns) > 1:  # each is a label, even if no text has it
-            for name in label_columns:
-                places.setdefault(to_nfc(name.strip()), f"{table.name}, column {quote_name(name)}")
+        labels = form.read(table, label_columns, arguments.label_delimiter)
+        for i, of_row in enumerate(labels):
+            for label in of_row:
+                if label not in places:
+                    places[label] = f"{table.place(i)}, column {quote_name(' '.join(label_columns))}"
+        for name in form.classes_of_columns(label_columns):
+            places.setdefault(name, f"{table.name}, column {quote_name(name)}")
         rows = pd.DataFrame({"split": split, "row": np.arange(len(texts))})
-        # dtype object: labels may be tuples, and texts are neither converted nor copied
-        rows["text"], rows["label"] = pd.Series(texts, dtype=object), pd.Series(labels, dtype=object)
+        # dtype object: labels are tuples, and texts are neither converted nor copied
+        rows["text"], rows["labels"] = pd.Series(texts, dtype=object), pd.Series(labels, dtype=object)
         parts.append(rows)
-    return pd.concat(parts, ignore_index=True), places, multi_label
+    return pd.concat(parts, ignore_index=True), places, form
 
 
-def refuse_indicators(cells: list[list[Any]], names: list[str], arguments: DataArguments, multi_label: bool) -> None:
+def refuse_indicators(cells: list[list[Any]], names: list[str], arguments: DataArguments) -> None:
     """Raise InputError if the label columns hold two values alone, such as 0 and 1, and their meaning is not clear."""
-    only_indicators, shown = None not in map(read_indicator, chain(*cells)), ", ".join(map(quote_name, names))
-    if len(names) > 1 and arguments.problem_type is None:
-        values = [{*map(str, column)} for column in cells]
-        if only_indicators:
-            advice = (
-                f"give --problem_type {MULTI_LABEL}, or single_label_classification if they name the levels of a path"
-            )
-            raise InputError(f"the columns {shown} hold 0 and 1 alone: {advice}")
-        if len(values[0]) == 2 and all(one == values[0] for one in values):  # such as yes and no, not levels of a path
-            both, advice = " and ".join(map(quote_name, sorted(values[0]))), f"give --problem_type {MULTI_LABEL}"
-            raise InputError(f"the columns {shown} hold {both} alone: write 1 and 0, and {advice}")
-    if only_indicators and multi_label and len(names) == 1 and not (arguments.class_names or arguments.taxonomy):
-        advice = "give the names of a text's labels, or two or more columns, one per label"
-        raise InputError(f"the column {shown} holds 0 and 1 alone: {advice}")
+    shown = ", ".join(map(quote_name, names))
     delimiter = arguments.label_delimiter
     split = (
         cell.split(delimiter) if delimiter and isinstance(cell, str) and cell.strip() else cell
@@ -221,19 +206,24 @@ def refuse_indicators(cells: list[list[Any]], names: list[str], arguments: DataA
     if len({*map(len, lists)}) == 1 and len(lists[0]) > 1 and None not in map(read_indicator, chain(*lists)):
         advice = "give lists of the names of a text's labels, or one column per label"
         raise InputError(f"the lists of the column {shown} hold 0 and 1 alone: {advice}")
+    if None in map(read_indicator, chain(*cells)):
+        return
+    if len(names) > 1 and arguments.problem_type is None:
+        advice = f"give --problem_type {MULTI_LABEL}, or {SINGLE_LABEL} if they name the levels of a path"
+        raise InputError(f"the columns {shown} hold 0 and 1 alone: {advice}")
+    if len(names) == 1 and arguments.problem_type == MULTI_LABEL and not (arguments.class_names or arguments.taxonomy):
+        advice = "give the names of a text's labels, or two or more columns, one per label"
+        raise InputError(f"the column {shown} holds 0 and 1 alone: {advice}")
 
 
-def is_multi_label(types: set[type], arguments: DataArguments) -> bool:
-    """Return whether a text may have several labels, given the types of the cells in the label columns."""
+def choose_form(types: set[type], arguments: DataArguments) -> RowForm:
+    """Return the form of the labels, given the types of the cells in the label columns."""
     has_lists, delimited = list in types, arguments.label_delimiter is not None
-    if arguments.problem_type == "single_label_classification" and (has_lists or delimited):
+    if arguments.problem_type == SINGLE_LABEL and (has_lists or delimited):
         contradiction = "the label column holds lists" if has_lists else "--label_delimiter is given"
         raise InputError(f"--problem_type {arguments.problem_type} means one label per text, but {contradiction}")
-    multi_label = has_lists or delimited or arguments.problem_type == MULTI_LABEL
-    if arguments.incomplete_labels and not multi_label:
-        raise InputError(f"--incomplete_labels needs multi-label data: give --problem_type {MULTI_LABEL}")
     if has_lists and delimited and str not in types:
         raise InputError("the label column holds lists: leave out --label_delimiter")
     if has_lists and arguments.problem_type is None:
         logger.info("the label column holds lists: any number of labels per text (--problem_type %s)", MULTI_LABEL)
-    return multi_label
+    return ManyNodesRows() if has_lists or delimited or arguments.problem_type == MULTI_LABEL else OnePathRows()

@@ -8,7 +8,6 @@ Worth knowing:
 3. In multi-label data, the rows of a text within a split are merged into one row with all their labels.
 """
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -18,14 +17,13 @@ from typing import Any
 import datasets
 import numpy as np
 import pandas as pd
-from iterstrat.ml_stratifiers import MultilabelStratifiedShuffleSplit
 
 from errors import InputError
 from taxonomy_hierarchical import Taxonomy, quote_name
 from training import data_report
 from training.arguments import SHARE, DataArguments
 from training.data_report import SPLITS, rows_by_split
-from training.label_arrays import multi_hot
+from training.label_forms import RowForm
 from training.labels import FROM_LABELS, Label, resolve_labels, warn_of_odd_names
 from training.sources import SplitSource, find_columns, find_split_sources, read_rows
 from training.trained_texts import NO_TRAINED_TEXTS, TrainedTexts, normalise_text, text_hash
@@ -36,26 +34,27 @@ logger = logging.getLogger(__name__)
 FEATURES = datasets.Features(
     {
         "text": datasets.Value("large_string"),
-        **dict.fromkeys(("label", "row", "text_id"), datasets.Value("int64")),
+        "nodes": datasets.List(datasets.Value("int64")),
+        **dict.fromkeys(("row", "text_id"), datasets.Value("int64")),
         "moved": datasets.Value("bool"),
     }
 )
-MULTI_LABEL_FEATURES = datasets.Features({**FEATURES, "label": datasets.List(datasets.Value("int64"))})
 
 
 @dataclass(frozen=True)
 class LabelledSplits:
     """Labelled rows of all non-empty splits, ready to be tokenized.
 
-    Columns: ``text``; ``label``, a node id; ``row``, the number in the source, from 0 without the header; ``text_id``, the same
-    for identical texts. ``moved`` is true for training rows that come from the file of another split.
-    In multi-label data, ``label`` is an ascending list of ids.
+    Columns: ``text``; ``nodes``, an ascending list of node ids, with one path a text of one id; ``row``, the number in the
+    source, from 0 without the header; ``text_id``, the same for identical texts. ``moved`` is true for training rows that come
+    from the file of another split.
     """
 
     splits: datasets.DatasetDict
     taxonomy: Taxonomy
     report: dict  # the content of data_report.json
-    is_multi_label: bool
+    problem_type: str  # of the configuration
+    logged_counts: str  # see `log_report`
     trained_texts: TrainedTexts  # texts that the initial weights were trained on
 
 
@@ -69,7 +68,7 @@ class ReadRows:
     columns: list[str]  # the text column, then the label columns
     rows: pd.DataFrame
     places: dict[Label, str]  # of each label's first occurrence
-    is_multi_label: bool
+    form: RowForm
 
 
 def read_sources(arguments: DataArguments, trains: bool = True) -> ReadRows:
@@ -98,36 +97,35 @@ def load_splits(
     the checkpoint was trained on are known.
     """
     read = read or read_sources(arguments, trains)
-    sources, shares, rows, places, multi_label = read.sources, read.shares, read.rows, read.places, read.is_multi_label
+    sources, shares, rows, places, form = read.sources, read.shares, read.rows, read.places, read.form
     text_column, *label_columns = read.columns
 
     # ── Map labels to nodes ──────────────────────────────────────────────────────────────────────────────────────────
     taxonomy, origin, nodes = resolve_labels(places, len(rows), label_columns, arguments, taxonomy)
     if origin == FROM_LABELS:
-        warn_of_odd_names(label_columns, taxonomy, multi_label)
-    if multi_label and len(label_columns) > 1:
-        absent = sorted({*range(taxonomy.num_leaves)} - {*nodes.values()})
-        if absent:
-            first = quote_name(taxonomy.labels[absent[0]])
-            logger.warning("%d classes have no column and count as absent, such as %s", len(absent), first)
-    labels = [sorted({nodes[one] for one in label}) if multi_label else nodes[label] for label in rows["label"]]
-    rows = rows.assign(label=labels)
-    labels_hash = _labels_hash(rows, arguments.incomplete_labels)
+        are_levels = len(label_columns) > 1 and not form.classes_of_columns(label_columns)
+        warn_of_odd_names(label_columns, taxonomy, are_levels)
+    absent = sorted({*range(taxonomy.num_leaves)} - {*nodes.values()})
+    if absent and form.classes_of_columns(label_columns):
+        first = quote_name(taxonomy.labels[absent[0]])
+        logger.warning("%d classes have no column and count as absent, such as %s", len(absent), first)
+    node_ids = [tuple(sorted({nodes[label] for label in labels})) for labels in rows["labels"]]
+    rows = rows.drop(columns="labels").assign(nodes=pd.Series(node_ids, dtype=object))
+    labels_hash = _labels_hash(rows)
 
     # ── Repeated texts: trained on before, in several rows, in several splits ────────────────────────────────────────
     rows["text_id"], texts = pd.factorize(pd.Series(map(normalise_text, rows["text"]), dtype=object))
     rows, trained_before = _place_trained_rows(rows, texts, trained)
     counts = rows["split"].value_counts()
-    if multi_label:
-        rows = _unite(rows)
+    rows = form.merge_repeats(rows)
     united = counts - rows["split"].value_counts()
     rows, dropped = _drop_shared(rows)
 
     # ── Split off ────────────────────────────────────────────────────────────────────────────────────────────────────
     if not trained.complete:
         shares = {}
-    rows = _split_off(rows, shares, seed, taxonomy)
-    if multi_label and trains and not rows.loc[rows["split"] == "validation", "label"].map(len).max():
+    rows = _split_off(rows, shares, seed, taxonomy, form)
+    if trains and not rows.loc[rows["split"] == "validation", "nodes"].map(len).max():
         problem = "no validation text has a label, so nothing can be calibrated"
         raise InputError(f"{problem}: give other validation rows, or label more texts")
 
@@ -151,37 +149,18 @@ def load_splits(
         "taxonomy": origin,
         "split": method,
         "splits": {
-            split: data_report.describe(part, taxonomy, num_dropped[split])
-            for split, part in rows_by_split(rows).items()
+            split: form.describe(part, taxonomy, num_dropped[split]) for split, part in rows_by_split(rows).items()
         },
         "trained_before": trained_before,
         "shared_texts": data_report.shared_texts(pd.concat([rows, dropped])),
-        "classes_without_training_rows": data_report.untrained_classes(rows, taxonomy),
+        "classes_without_training_rows": untrained_classes(rows, taxonomy, form),
+        "united_rows": {split: int(count) for split, count in united.items()},
     }
-    if multi_label:
-        report["united_rows"] = {split: int(count) for split, count in united.items()}
     data_report.log_splits(report)
-    features = MULTI_LABEL_FEATURES if multi_label else FEATURES
     splits = datasets.DatasetDict()
     for split, part in rows_by_split(rows).items():
-        splits[split] = datasets.Dataset.from_pandas(part[[*features]], features=features, preserve_index=False)
-    return LabelledSplits(splits, taxonomy, report, is_multi_label=multi_label, trained_texts=trained)
-
-
-def train_on_validation_rows(data: LabelledSplits) -> LabelledSplits:
-    """Return the data with the validation rows among the training rows."""
-    splits, counts = datasets.DatasetDict(data.splits), dict(data.report["splits"])
-    splits["train"] = datasets.concatenate_datasets([splits["train"], splits.pop("validation")])
-    dropped = counts.pop("validation")["dropped_rows"] + counts["train"]["dropped_rows"]
-    rows = splits["train"].to_pandas().assign(split="train")
-    if data.is_multi_label:
-        rows["label"] = rows["label"].map(list)
-    counts["train"] = data_report.describe(rows, data.taxonomy, dropped)
-    untrained = data_report.untrained_classes(rows, data.taxonomy)
-    # the first run's checkpoint continues with its own rows alone
-    split = data.report["split"] | {"rows_sha256": {}}
-    report = data.report | {"split": split, "splits": counts, "classes_without_training_rows": untrained}
-    return dataclasses.replace(data, splits=splits, report=report)
+        splits[split] = datasets.Dataset.from_pandas(part[[*FEATURES]], features=FEATURES, preserve_index=False)
+    return LabelledSplits(splits, taxonomy, report, form.problem_type, form.logged_counts, trained_texts=trained)
 
 
 def _find_sources(arguments: DataArguments, trains: bool) -> tuple[dict[str, SplitSource], bool, dict[str, float]]:
@@ -248,10 +227,10 @@ def _place_trained_rows(
     return rows[~left_out].reset_index(drop=True), report
 
 
-def _labels_hash(rows: pd.DataFrame, incomplete: bool) -> str:
-    """Return a hash of the labels of all rows but the test rows, and of ``--incomplete_labels``."""
-    labels = [label if isinstance(label, list) else [label] for label in rows.loc[rows["split"] != "test", "label"]]
-    return hashlib.sha256(json.dumps([incomplete, labels]).encode()).hexdigest()
+def _labels_hash(rows: pd.DataFrame) -> str:
+    """Return a hash of the labels of all rows but the test rows."""
+    labels = [*rows.loc[rows["split"] != "test", "nodes"]]
+    return hashlib.sha256(json.dumps([False, labels]).encode()).hexdigest()  # False: as unfinished runs have hashed it
 
 
 def _rows_hash(rows: pd.DataFrame) -> str:
@@ -259,16 +238,6 @@ def _rows_hash(rows: pd.DataFrame) -> str:
     numbers = np.sort(rows.loc[~rows["moved"], "row"].to_numpy(np.int64))
     texts = sorted(text_hash(text) for text in rows.loc[rows["moved"], "text"])
     return hashlib.sha256(numbers.tobytes() + "".join(texts).encode()).hexdigest()
-
-
-def _unite(rows: pd.DataFrame) -> pd.DataFrame:
-    """Merge the rows of a text within a split into the first of them, with the labels of all."""
-    united: dict[tuple, set[int]] = {}
-    keys = ["split", "text_id"]
-    for *key, labels in rows[[*keys, "label"]].itertuples(index=False):
-        united.setdefault(tuple(key), set()).update(labels)
-    rows = rows.drop_duplicates(keys, ignore_index=True)
-    return rows.assign(label=pd.Series(map(sorted, united.values()), dtype=object))
 
 
 def _drop_shared(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -283,7 +252,15 @@ def _drop_shared(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     return rows[~dropped].reset_index(drop=True), rows[dropped]
 
 
-def _split_off(rows: pd.DataFrame, shares: dict[str, float], seed: int, taxonomy: Taxonomy) -> pd.DataFrame:
+def untrained_classes(rows: pd.DataFrame, taxonomy: Taxonomy, form: RowForm) -> list[str]:
+    """Return the classes without a training row, if there are any rows."""
+    train = rows.loc[rows["split"] == "train", "nodes"]
+    return form.untrained(data_report.texts_by_node(train, taxonomy), taxonomy) if len(train) else []
+
+
+def _split_off(
+    rows: pd.DataFrame, shares: dict[str, float], seed: int, taxonomy: Taxonomy, form: RowForm
+) -> pd.DataFrame:
     """Move a share of the training texts to each other split, with all rows of a text.
 
     Texts that an earlier run was trained on stay. If too few others are left, the counts are scaled down.
@@ -296,111 +273,6 @@ def _split_off(rows: pd.DataFrame, shares: dict[str, float], seed: int, taxonomy
         counts = {split: count * int((~trained).sum()) // sum(counts.values()) for split, count in counts.items()}
     for split, count in counts.items():
         train = rows["split"] == "train"
-        if isinstance(rows["label"].iloc[0], list):  # of several labels; a text has one row
-            texts = rows[train]
-            labels, is_trained = multi_hot(taxonomy, [*texts["label"]]), texts["trained"].to_numpy()
-            held_out = texts["text_id"].iloc[_sample_by_labels(labels, count, split, seed, is_trained)]
-        else:
-            sizes = data_report.count_labels(rows[train])
-            sizes = sizes.sort_values(["text_id", "size", "label"], ascending=[True, False, True])
-            label_of = sizes.drop_duplicates("text_id").set_index("text_id")["label"]  # most common, smallest of ties
-            is_trained = trained[label_of.index].to_numpy()
-            held_out = label_of.index[_sample(label_of.to_numpy(), count, split, rng, is_trained)]
+        held_out = form.hold_out(rows[train], taxonomy, count, split, seed, rng)
         rows.loc[train & rows["text_id"].isin(held_out), "split"] = split
     return rows
-
-
-def _sample(strata: np.ndarray, count: int, split: str, rng: np.random.Generator, trained: np.ndarray) -> np.ndarray:
-    """Sample ``count`` texts in proportion to their ``strata`` (N,), as a mask (N,). Each stratum keeps a text for training.
-
-    The method is systematic sampling along the texts, sorted by stratum (Cochran, Sampling Techniques, 1977, chapter 8). If
-    at most half of the eligible texts are sampled, a text is left in each stratum of two or more. If more are sampled, the
-    first text of each stratum is excluded.
-
-    Texts in the mask ``trained`` (N,) are never sampled. With such texts, ``count`` is lowered to the number of eligible texts.
-    """
-    # scikit-learn's StratifiedGroupKFold loops over the groups and makes equal folds only. Its train_test_split
-    # refuses a class with a single text, and fewer held-out texts than classes.
-    order = _shuffled_strata(strata, rng)
-    stratum, free = strata[order], ~trained[order]
-    # which texts may be drawn, so that each stratum keeps one
-    keeps_trained = (np.bincount(strata, trained) > 0)[stratum]
-    is_alone, is_first = (np.bincount(strata) == 1)[stratum], np.diff(stratum, prepend=-1) != 0
-    eligible = free & (keeps_trained | ~is_alone)  # enough if at most every second text is drawn
-    if 2 * count > eligible.sum():
-        eligible = free & (keeps_trained | ~is_first)
-    available = int(eligible.sum())
-    count = _possible_count(count, available, split, trained, "one per class must stay")
-    mask = np.zeros(len(strata), dtype=bool)
-    mask[order] = _systematic(eligible, count)
-    return mask
-
-
-def _shuffled_strata(strata: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return a random order of texts in which the texts of a stratum follow each other."""
-    order = rng.permutation(len(strata))
-    rank = rng.permutation(strata.max(initial=0) + 1)
-    return order[np.argsort(rank[strata[order]], kind="stable")]
-
-
-def _systematic(eligible: np.ndarray, count: int) -> np.ndarray:
-    """Sample ``count`` of the eligible texts at equal distances, as a mask. Both masks are in the order of the strata."""
-    ticks = np.floor(np.cumsum(eligible) * (count / max(1, eligible.sum())) + 0.5)
-    return np.diff(ticks, prepend=0) > 0
-
-
-def _sample_by_labels(labels: np.ndarray, count: int, split: str, seed: int, trained: np.ndarray) -> np.ndarray:
-    """Return the indices of about ``count`` texts, in proportion to their labels, see `_sample`.
-
-    Iterative stratification (Sechidis, Tsoumakas and Vlahavas, 2011, "On the Stratification of Multi-Label Data") assigns
-    the texts of the rarest remaining class first. It samples no text of a class with less than half a text to sample. So
-    texts with such a rare class are sampled systematically, by their rarest class. A class with one text keeps it for training.
-
-    ``labels`` are of `multi_hot`, (N, num_nodes).
-    """
-    free = np.flatnonzero(~trained)
-    available = len(free) if trained.any() else len(free) - 1
-    count = _possible_count(count, available, split, trained, "one must stay")
-    if count == len(free):
-        return free
-    # ── Texts with a rare class ──────────────────────────────────────────────────────────────────────────────────────
-    num_texts, num_free = labels.sum(axis=0, dtype=np.int32), labels[free].sum(axis=0, dtype=np.int32)
-    rarest, least = np.empty((2, len(free)), dtype=np.int64)
-    for start in range(0, len(free), 1024):  # all rows at once would take several times the memory of the labels
-        rows = slice(start, start + 1024)
-        of_labels = np.where(labels[free[rows]] == 1, num_free, np.int32(len(labels)))
-        rarest[rows], least[rows] = of_labels.argmin(axis=1), of_labels.min(axis=1)
-    is_rare = least < len(free) / count / 2
-    rare, others = np.flatnonzero(is_rare), np.flatnonzero(~is_rare)
-    rare = rare[_shuffled_strata(rarest[rare], np.random.default_rng(seed))]
-    eligible = num_texts[rarest[rare]] > 1
-    num_rare = min(round(count * is_rare.mean()), int(eligible.sum()))
-    sampled = rare[_systematic(eligible, num_rare)]
-
-    # ── All others ───────────────────────────────────────────────────────────────────────────────────────────────────
-    if (num_others := min(count - num_rare, len(others))) == len(others):
-        sampled = np.concatenate([sampled, others])
-    elif num_others:
-        splitter = MultilabelStratifiedShuffleSplit(n_splits=1, test_size=num_others, random_state=seed)
-        of_others = labels[free[others]]
-        occurring = of_others.any(axis=0)  # the splitter sums all columns once per class
-        occurring[:2] = True  # it refuses a single column
-        sampled = np.concatenate([sampled, others[next(splitter.split(others, of_others[:, occurring]))[1]]])
-    if not len(sampled):  # the splitter returns about as many as requested, possibly none
-        sampled = np.random.default_rng(seed).integers(len(free), size=1)
-    return free[sampled]
-
-
-def _possible_count(count: int, available: int, split: str, trained: np.ndarray, stays: str) -> int:
-    """Return how many texts to split off: ``count``, or if texts were trained on before, at most ``available``.
-
-    Raises InputError if this number is 0, or more than ``available``.
-    """
-    reason = f"{count} of {len(trained):,} distinct training texts were requested, and {stays}"
-    if trained.any():
-        count = min(count, available)
-        reason = f"the checkpoint was trained on {trained.sum():,} of {len(trained):,} distinct training texts"
-    if not 0 < count <= available:
-        remedy = f"change --{split}_size, or 0 for no {split} rows, or give --{split}_file"
-        raise InputError(f"cannot split off {split} rows: {reason}; {remedy}")
-    return count

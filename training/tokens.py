@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 from datasets import DatasetDict
+from torch import Tensor
 from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from errors import InputError
 from training.arguments import Arguments
 from training.data_report import length_report, log_report
-from training.label_arrays import multi_hot
 from training.splits import LabelledSplits
 from training.views import PADDING, sentence_numbers
 
@@ -29,20 +29,18 @@ def tokenize_splits(arguments: Arguments, data: LabelledSplits, tokenizer: PreTr
     if max_length > limit:
         logger.info("--max_length %d exceeds the model's limit: texts are truncated at %d tokens", max_length, limit)
     tokenizer.model_max_length = min(max_length, limit)
-    arrays = partial(multi_hot, data.taxonomy, incomplete=arguments.data.incomplete_labels)
-    encode_labels = arrays if data.is_multi_label else list
-    splits, data.report["lengths"] = tokenize(data.splits, tokenizer, arguments.loss.consistency > 0, encode_labels)
-    log_report(data.report)
+    splits, data.report["lengths"] = tokenize(data.splits, tokenizer, arguments.loss.consistency > 0)
+    log_report(data.report, data.logged_counts)
     return splits
 
 
 def tokenize(
-    splits: DatasetDict, tokenizer: PreTrainedTokenizerBase, sentences: bool = False, encode_labels: Callable = list
+    splits: DatasetDict, tokenizer: PreTrainedTokenizerBase, sentences: bool = False
 ) -> tuple[DatasetDict, dict[str, dict]]:
     """Tokenize texts, truncated at ``tokenizer.model_max_length`` and not padded, and measure them by `length_report`.
 
-    The columns are those of `TOKEN_COLUMNS` that the tokenizer has, ``length`` (of ``input_ids``), ``labels``, ``row``,
-    ``text_id`` and ``moved``. If asked for, training rows have ``sentences``, see `training.views.sentence_numbers`. The other
+    The columns are those of `TOKEN_COLUMNS` that the tokenizer has, ``length`` (of ``input_ids``), ``labels`` (lists of node
+    ids), ``row``, ``text_id`` and ``moved``. If asked for, training rows have ``sentences``, see `training.views.sentence_numbers`. The other
     splits are sorted by length, to reduce padding.
     """
     if not tokenizer.is_fast:  # it has no token offsets
@@ -60,7 +58,7 @@ def tokenize(
         columns["length"] = [len(piece) for piece in pieces]
         overflow = [sum(len(rest) - special for rest in piece.overflowing) for piece in pieces]
         columns["full_length"] = [len(piece) + more for piece, more in zip(pieces, overflow, strict=True)]
-        columns["labels"] = list(encode_labels(batch["label"]))
+        columns["labels"] = batch["nodes"]
         return columns
 
     tokenized, reports = DatasetDict(), {}
@@ -71,7 +69,7 @@ def tokenize(
             encode,
             batched=True,
             batch_size=100,
-            remove_columns=["text", "label"],
+            remove_columns=["text", "nodes"],
             keep_in_memory=True,
             load_from_cache_file=False,
             new_fingerprint=split,  # without a cache it needs no hash, for which the tokenizer would be pickled
@@ -84,13 +82,19 @@ def tokenize(
 
 
 class Collator(DataCollatorWithPadding):
-    """Pad a batch. ``row`` and ``sentences`` become NumPy arrays on the CPU, so making halves does not wait for a GPU."""
+    """Pad a batch. ``row`` and ``sentences`` become NumPy arrays on the CPU, so making halves does not wait for a GPU.
+
+    ``targets`` turns the lists of node ids in ``labels``, and their ``weights`` if there are any, into an array.
+    """
+
+    targets: Callable[..., Tensor]
 
     def __call__(self, features: list[dict]) -> BatchEncoding:
-        own = {name: [row[name] for row in features] for name in ("row", "sentences") if name in features[0]}
+        names = ("row", "sentences", "labels", "weights")
+        own = {name: [row[name] for row in features] for name in names if name in features[0]}
         batch = super().__call__([{k: v for k, v in row.items() if k not in own} for row in features])
-        if "labels" in batch and batch["labels"].dim() == 2:  # multi-hot, for binary cross-entropy
-            batch["labels"] = batch["labels"].float()
+        if "labels" in own:
+            batch["labels"] = self.targets(own["labels"], own.get("weights"))
         if "row" in own:
             batch["row"] = np.array(own["row"])
         if "sentences" in own:
@@ -100,6 +104,8 @@ class Collator(DataCollatorWithPadding):
         return batch
 
 
-def build_collator(tokenizer: PreTrainedTokenizerBase) -> Collator:
-    """Return a collator that pads to a multiple of 8 tokens, and never beyond the tokenizer's limit."""
-    return Collator(tokenizer, pad_to_multiple_of=math.gcd(8, tokenizer.model_max_length))
+def build_collator(tokenizer: PreTrainedTokenizerBase, targets: Callable[..., Tensor]) -> Collator:
+    """Return a collator that pads to a multiple of 8 tokens, never beyond the tokenizer's limit, with `Decisions.targets`."""
+    collator = Collator(tokenizer, pad_to_multiple_of=math.gcd(8, tokenizer.model_max_length))
+    collator.targets = targets
+    return collator

@@ -13,7 +13,6 @@ import logging
 import math
 import warnings
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,11 @@ from transformers.trainer_jit_checkpoint import CheckpointManager, JITCheckpoint
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from checkpoint_hierarchical import ADAPTER_FILES, load_heads_and_adapter
+from decisions_hierarchical import IGNORED_LABEL, average_over_labels, has_labels
 from errors import InputError, as_input_error
-from modeling_hierarchical import IGNORED_LABEL, binary_cross_entropy, has_labels, negative_log_likelihood
 from publishing.trainer import PublishingTrainer
 from training.arguments import METRIC_SCHEDULERS
 from training.cpu import use_training_kernels
-from training.losses import multi_label_symmetric_kl, symmetric_kl
 from training.resume import START_ANEW
 from training.sampler import LengthGroupedSampler
 from training.views import halves
@@ -47,7 +45,7 @@ RESUME_HINT = "--resume_from_checkpoint auto continues from the last checkpoint"
 
 
 class HierarchicalTrainer(PublishingTrainer):
-    """A Trainer whose loss is a `HierarchicalFocalLoss`, or for multi-label models a `MultiLabelFocalLoss`.
+    """A Trainer whose loss is a `training.losses.FocalLoss`.
 
     Without ``loss_function``, it is the model's own. ``consistency`` weights the divergence of a text's halves,
     see `training.views`; 0 trains on whole texts.
@@ -72,10 +70,8 @@ class HierarchicalTrainer(PublishingTrainer):
             logger.warning("using one of %d GPUs; `accelerate launch train.py …` uses all of them", self.args.n_gpu)
             self.args._n_gpu = 1
             self._train_batch_size = self.args.train_batch_size
-        self.is_multi_label, decisions = self.model.config.is_multi_label, self.model.heads.decisions
-        model_loss: Any = partial(binary_cross_entropy, decisions) if self.is_multi_label else negative_log_likelihood
-        self.loss_function: Any = loss_function.to(self.args.device) if loss_function else model_loss
-        self.divergence: Any = partial(multi_label_symmetric_kl, decisions) if self.is_multi_label else symmetric_kl
+        self.decisions = self.model.heads.decisions
+        self.loss_function: Any = loss_function.to(self.args.device) if loss_function else self.decisions.loss
         self.consistency = consistency
         self.patience: int | None = None
         self.sigterm: CheckpointManager | None = None
@@ -111,7 +107,6 @@ class HierarchicalTrainer(PublishingTrainer):
         inputs = dict(inputs)
         labels, rows, sentences = inputs.pop("labels"), inputs.pop("row", None), inputs.pop("sentences", None)
         items = num_items_in_batch if model.training else None
-        scores = "decision_logits" if self.is_multi_label else "node_log_probs"
         if self.consistency and model.training:
             if rows is None or sentences is None or self.processing_class is None:
                 needs = "a processing_class, and the columns of training.tokens.tokenize with its build_collator"
@@ -119,14 +114,13 @@ class HierarchicalTrainer(PublishingTrainer):
             padding, seed, step = self.processing_class.pad_token_id, self.args.seed, self.state.global_step
             inputs, *pair = halves(inputs, sentences, rows.tolist(), padding, seed, step)
             outputs = model(**inputs)
-            compared = outputs["logits"].shape[1]  # leaves, or with several labels all nodes
-            first, second = (outputs[scores][half] for half in pair)
+            first, second = (outputs["decision_logits"][half] for half in pair)
             losses = [self.loss_function(half, labels, num_items_in_batch=items) for half in (first, second)]
-            divergence = self.divergence(first[:, :compared], second[:, :compared], labels, items)
+            divergence = average_over_labels(self.decisions.divergence(first, second), labels, items)
             loss = sum(losses) / 2 + self.consistency * divergence
         else:
             outputs = model(**inputs)
-            loss = self.loss_function(outputs[scores], labels, num_items_in_batch=items)
+            loss = self.loss_function(outputs["decision_logits"], labels, num_items_in_batch=items)
         if model.training:
             self.unchecked.append((self.state.global_step + 1, loss.detach(), rows))
             if len(self.unchecked) == MAX_UNCHECKED:
@@ -376,11 +370,11 @@ class HierarchicalTrainer(PublishingTrainer):
         return SequentialSampler(eval_dataset)
 
     def _set_signature_columns_if_needed(self) -> None:
-        """Keep the column ``row`` for error messages, and ``sentences`` for training on halves."""
+        """Keep the column ``row`` for error messages, ``weights`` of labels, and ``sentences`` for training on halves."""
         is_new = self._signature_columns is None
         super()._set_signature_columns_if_needed()
         if is_new:
-            self._signature_columns += ["row", "sentences"] if self.consistency else ["row"]
+            self._signature_columns += ["row", "weights", *(["sentences"] if self.consistency else [])]
 
     def _save(self, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:

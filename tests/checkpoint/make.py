@@ -2,9 +2,11 @@
 
 A published checkpoint must stay loadable. So these are kept, and made again only for a release that changes the stored format.
 They lack the code that is published with a checkpoint. The encoder is a tiny BERT. Encoder and heads have random weights.
-``expected.json`` holds their predictions.
+``expected.json`` holds the predictions of the two forms of one model, and ``expected_several_labels.json`` those of a
+multi-label model. ``format_1`` holds checkpoints of an earlier format.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -20,8 +22,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoConfig, BertConfig, BertModel, BertTokenizerFast
 
 from checkpoint_hierarchical import SHIPPED_FILES, load_encoder
-from configuration_hierarchical import HierarchicalConfig
+from configuration_hierarchical import Calibration, HierarchicalConfig
 from modeling_hierarchical import HierarchicalForSequenceClassification
+from pipeline_hierarchical import HierarchicalTextClassificationPipeline
 
 TAXONOMY = ["general", {"specific": [{"neoplasms": ["carcinoma", "lymphoma"]}, "digestive", "nervous"]}]
 TEXTS = [
@@ -34,7 +37,7 @@ WORDS = "a an and aspirin bowel brain carcinoma colon colonoscopy day headache o
 
 def main() -> None:
     torch.manual_seed(0)
-    for name in ("encoder", "adapter_form", "self_contained"):
+    for name in ("encoder", "adapter_form", "self_contained", "several_labels"):
         shutil.rmtree(FOLDER / name, ignore_errors=True)
     tokenizer = make_tokenizer()
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -43,40 +46,66 @@ def main() -> None:
     )
     tokenizer.save_pretrained(FOLDER / "encoder")
 
+    model = make_model("single_label_classification", len(tokenizer))
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["query", "dense"], init_lora_weights=False), model.encoder)
+    save(model, tokenizer, "adapter_form", "expected.json")
+    os.chdir(FOLDER)
+    merged = HierarchicalForSequenceClassification.from_pretrained("adapter_form")
+    save(merged, tokenizer, "self_contained", "expected.json")
+    several = make_model("multi_label_classification", len(tokenizer))
+    save(several, tokenizer, "several_labels", "expected_several_labels.json")
+
+
+def make_model(problem_type: str, vocab_size: int) -> HierarchicalForSequenceClassification:
+    """Make a model with random weights and a calibration that uses all its fields."""
     config = HierarchicalConfig(
         text_config=AutoConfig.from_pretrained(FOLDER / "encoder"),
         taxonomy=TAXONOMY,
         encoder_name_or_path=str(FOLDER / "encoder"),
+        problem_type=problem_type,
     )
     model = HierarchicalForSequenceClassification(config, encoder=load_encoder(config))
-    inject_adapter_in_model(LoraConfig(r=2, target_modules=["query", "dense"], init_lora_weights=False), model.encoder)
     torch.nn.init.normal_(model.heads.weight)
-    size = (len(tokenizer), config.tree.num_leaves)
-    model.set_lexical_head(
-        {"idf": torch.rand(size[0]), "weight": torch.randn(size[::-1]), "bias": torch.randn(size[1])}, 0.4
+    num_nodes, num_classes = config.tree.num_nodes, config.num_labels
+    calibration = Calibration(
+        lexical_weight=0.4,
+        scales=[0.8 + i / 10 for i in range(num_nodes)],
+        biases=[i / 4 - 0.5 for i in range(num_nodes)],
+        set_thresholds=[percent / 100 for percent in range(1, 100)],
+        max_length=32,
     )
-    model.set_calibration(
-        temperatures=[0.8, 1.5, 1.2], conformal_thresholds=[percent / 100 for percent in range(1, 100)]
-    )
-    model.eval()
+    if config.is_multi_label:
+        calibration.thresholds = [0.2 + i / 20 for i in range(num_nodes)]
+        calibration.set_thresholds = calibration.set_thresholds[::-1]
+        calibration.num_texts = 120
+    size = (num_classes, vocab_size)
+    lexical = {"idf": torch.rand(size[1]), "weight": torch.randn(size), "bias": torch.randn(size[0])}
+    model.set_calibration(calibration, lexical)
     config.encoder_name_or_path = "encoder"  # the tests load it with this folder as the current one
-    model.save_pretrained(FOLDER / "adapter_form")
-    os.chdir(FOLDER)
-    HierarchicalForSequenceClassification.from_pretrained("adapter_form").save_pretrained("self_contained")
-    for form in ("adapter_form", "self_contained"):
-        tokenizer.save_pretrained(FOLDER / form)
-        for name in SHIPPED_FILES:
-            (FOLDER / form / name).unlink()
+    return model.eval()
 
+
+def save(model: HierarchicalForSequenceClassification, tokenizer: BertTokenizerFast, form: str, expected: str) -> None:
+    """Save a model without its code, and the results of the pipeline."""
+    model.save_pretrained(FOLDER / form)
+    tokenizer.save_pretrained(FOLDER / form)
+    for name in SHIPPED_FILES:
+        (FOLDER / form / name).unlink()
+    reader = copy.deepcopy(tokenizer)  # truncation and padding change its stored state
+    tree, share = model.config.tree, {model.heads.decisions.guarantee: 0.85}
     with torch.inference_mode():
-        output = model(**tokenizer(TEXTS, truncation=True, padding=True, return_tensors="pt"))
-    expected = {
+        output = model(**reader(TEXTS, truncation=True, padding=True, return_tensors="pt"))
+    classify = HierarchicalTextClassificationPipeline(model=model, tokenizer=reader, device="cpu")
+    results = classify(TEXTS, **share)
+    stored = {
         "texts": TEXTS,
-        "labels": config.tree.labels,
-        "num_leaves": config.tree.num_leaves,
+        "labels": tree.labels,
+        "num_leaves": tree.num_leaves,
         "probabilities": [[round(value, 7) for value in row] for row in output.node_log_probs.exp().tolist()],
+        "predicted": [[node["label"] for node in result.get("labels", [result])] for result in results],
+        "answers": [[node["label"] for node in result["answer"]] for result in results],
     }
-    (FOLDER / "expected.json").write_text(json.dumps(expected, indent=1) + "\n", encoding="utf-8")
+    (FOLDER / expected).write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
 
 
 def make_tokenizer() -> BertTokenizerFast:

@@ -1,4 +1,4 @@
-"""Test calibration: temperatures and biases against drawn labels and the model itself, thresholds against their definition."""
+"""Test the calibration of both forms of label against its definition, drawn labels and the model itself, and answers of one path."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -8,31 +8,24 @@ import pytest
 import torch
 from conftest import CLEAR
 from datasets import Dataset, DatasetDict
-from scipy.optimize import brentq
-from scipy.special import log_softmax, softmax
+from scipy.optimize import minimize
+from scipy.special import expit, log_expit, log_softmax, logsumexp
 from transformers import AutoTokenizer, BertConfig, pipeline
 
-from configuration_hierarchical import HierarchicalConfig
-from evaluation.calibration import (
-    PRIOR_STD,
-    Calibration,
-    calibrate_out_of_fold,
+from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, Calibration, HierarchicalConfig
+from decisions_hierarchical import MAX_SET_NODES, OnePath, guaranteed_threshold, nonconformity, threshold_index
+from evaluation.calibration import PRIOR_STD, calibrate_out_of_fold, calibrated_logits, fit_calibration
+from evaluation.forms import Form
+from evaluation.many_nodes import ManyNodesForm
+from evaluation.one_path import (
+    OnePathForm,
     coverage_scores,
-    fit_calibration,
     fit_conformal_thresholds,
-    node_log_probs,
     nonconformity_scores,
     rows_by_decision,
 )
 from evaluation.report import calibrate_model
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from pipeline_hierarchical import (
-    MAX_ANSWER_NODES,
-    conformal_answer,
-    guaranteed_threshold,
-    nonconformity,
-    threshold_index,
-)
 from taxonomy_hierarchical import Taxonomy
 
 TREE = Taxonomy(["a", {"b": ["c", "d", {"e": ["f", "g"]}]}, {"h": ["i", "j"]}])
@@ -41,22 +34,32 @@ ONLY = Taxonomy(
 )  # only children
 MANY = Taxonomy({f"parent {i}": {f"{i} {j}": [f"{i} {j} {k}" for k in range(3)] for j in range(3)} for i in range(4)})
 TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+FORMS = pytest.mark.parametrize("form", [OnePathForm(TREE), ManyNodesForm(TREE)], ids=["one path", "many nodes"])
 
 
-def drawn(
-    tree: Taxonomy, temperatures: list[float], rows: int, seed: int = 0, biases: np.ndarray | float = 0.0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draw leaf logits of a model, and labels for which these temperatures and biases (num_nodes,) are correct."""
-    generator, biases = np.random.default_rng(seed), np.broadcast_to(biases, tree.num_nodes)
-    scores = generator.normal(scale=2, size=(rows, tree.num_nodes))
-    conditional, correct = np.zeros_like(scores), np.zeros_like(scores)
-    for nodes, temperature in zip(tree.decisions, temperatures, strict=True):
-        conditional[:, nodes] = log_softmax(scores[:, nodes], axis=1)
-        correct[:, nodes] = log_softmax(scores[:, nodes] / temperature + biases[nodes], axis=1)
-    leaves = [tree.path(leaf) for leaf in range(tree.num_leaves)]
-    logits = np.column_stack([conditional[:, path].sum(1) for path in leaves])
-    chances = np.exp(np.column_stack([correct[:, path].sum(1) for path in leaves]))
-    return logits, np.array([generator.choice(tree.num_leaves, p=row / row.sum()) for row in chances])
+def node_log_probs(form: Form, scores: np.ndarray) -> np.ndarray:
+    """Compute log-probabilities of all nodes, by one softmax for each group of siblings, or one sigmoid for each node."""
+    conditional = log_expit(scores)
+    if isinstance(form, OnePathForm):
+        for nodes in form.tree.decisions:
+            conditional[:, nodes] = log_softmax(scores[:, nodes], axis=1)
+    return np.column_stack([conditional[:, form.tree.path(node)].sum(axis=1) for node in range(form.tree.num_nodes)])
+
+
+def labels_for(form: Form, scores: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Draw labels for which decision scores are correct."""
+    generator, tree = np.random.default_rng(seed), form.tree
+    if isinstance(form, OnePathForm):
+        leaves = node_log_probs(form, scores)[:, : tree.num_leaves]
+        return (leaves + generator.gumbel(size=leaves.shape)).argmax(axis=1)
+    has = generator.random(scores.shape) < expit(scores)
+    return np.column_stack([has[:, tree.path(node)].all(axis=1) for node in range(tree.num_nodes)]).astype(np.int8)
+
+
+def drawn(tree: Taxonomy, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw leaf logits, and labels of one path for which they are correct."""
+    form, scores = OnePathForm(tree), np.random.default_rng(0).normal(scale=2, size=(rows, tree.num_nodes))
+    return node_log_probs(form, scores)[:, : tree.num_leaves], labels_for(form, scores, seed=1)
 
 
 @pytest.mark.parametrize("tree", [TREE, ONLY, MANY], ids=["tree", "only", "many"])
@@ -69,48 +72,64 @@ def test_a_decision_has_the_rows_whose_path_takes_it(tree):
         assert [(row, nodes[child]) for row, child in zip(rows, correct, strict=True)] == taken * (len(nodes) > 1)
 
 
-def fitted(tree: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> list[float]:
-    return fit_calibration(tree, logits, None, labels).temperatures
-
-
-def test_the_fit_recovers_the_true_temperatures_and_biases():
-    temperatures, biases = [2.0, 0.5, 3.0, 1.0], np.random.default_rng(1).normal(scale=0.5, size=TREE.num_nodes)
-    for nodes in TREE.decisions:
-        biases[nodes] -= biases[nodes].mean()  # a constant changes no softmax
-    logits, labels = drawn(TREE, temperatures, 20_000, biases=biases)
-    calibration = fit_calibration(TREE, logits, None, labels)
-    assert calibration.temperatures == pytest.approx(temperatures, rel=0.1)
-    assert calibration.node_biases == pytest.approx(biases.tolist(), abs=0.1)
-    assert fit_calibration(TREE, logits, None, labels, bias_prior=0).node_biases == [0.0] * TREE.num_nodes
-
-
-def test_the_fit_does_not_depend_on_the_order_of_the_nodes():
-    """Compare taxonomies in two orders. A leaf after an inner node has a lower id, but a later place in reading order."""
-    other = Taxonomy([{"b": [{"e": ["f", "g"]}, "c", "d"]}, {"h": ["i", "j"]}, "a"])
-    logits, labels = drawn(TREE, [2.0, 0.5, 3.0, 1.0], 2000)
-    leaves = [TREE.id(label) for label in other.labels[: other.num_leaves]]
-    renamed = np.array([other.id(label) for label in TREE.labels])[labels]
-    temperatures = fitted(other, logits[:, leaves], renamed)
-    expected = fitted(TREE, logits, labels)
-    by_parent = {TREE.labels[TREE.num_leaves + i]: t for i, t in enumerate(expected[1:])}
-    assert temperatures[0] == pytest.approx(expected[0], rel=1e-3)
-    for i, temperature in enumerate(temperatures[1:]):
-        assert temperature == pytest.approx(by_parent[other.labels[other.num_leaves + i]], rel=1e-3)
-
-
-def test_the_fit_recovers_the_true_lexical_weight():
+@FORMS
+def test_the_fit_recovers_the_true_parameters(form):
     generator = np.random.default_rng(0)
-    logits, words = (generator.normal(scale=2, size=(20_000, TREE.num_leaves)) for _ in range(2))
-    chances = np.exp(Calibration(0.7, [1.5] * 4, [0.0] * TREE.num_nodes).apply(TREE, logits, words))
-    labels = np.array([generator.choice(len(row), p=row / row.sum()) for row in chances])
-    calibration = fit_calibration(TREE, logits, words, labels)
-    assert calibration.lexical_weight == pytest.approx(0.7, rel=0.1)
-    assert calibration.temperatures == pytest.approx([1.5] * 4, rel=0.1)
+    own, words = generator.normal(0, 2, (2, 60_000, TREE.num_nodes))
+    scales, biases = generator.uniform(0.5, 1.2, TREE.num_nodes), generator.uniform(-0.4, 0.4, TREE.num_nodes)
+    if isinstance(form, OnePathForm):
+        for nodes in TREE.decisions:
+            scales[nodes] = scales[nodes[0]]
+            biases[nodes] -= biases[nodes].mean()  # a constant changes no softmax
+    labels = labels_for(form, scales * (own + 0.6 * words) + biases)
+    fitted = fit_calibration(form, own, words, labels)
+    assert fitted.lexical_weight == pytest.approx(0.6, rel=0.05)
+    assert fitted.scales == pytest.approx(scales, rel=0.1)
+    assert fitted.biases == pytest.approx(biases, abs=0.08)
     # lexical scores that contradict the labels get no weight
-    assert fit_calibration(TREE, logits, -words, labels).lexical_weight == 0
-    assert fit_calibration(TREE, logits, None, labels).lexical_weight == 0
-    logits, labels = drawn(TREE, [1.5] * 4, 20_000)
-    assert fit_calibration(TREE, logits, words, labels).lexical_weight < 0.05
+    assert fit_calibration(form, own, -words, labels).lexical_weight == 0
+    alone = fit_calibration(form, own, None, labels, bias_prior=0)
+    assert (alone.lexical_weight, alone.biases) == (None, [0.0] * TREE.num_nodes)
+
+
+@FORMS
+def test_each_decision_has_the_map_estimate_on_the_rows_that_take_it(form):
+    """Minimise the posterior numerically. The decision below h has no rows, and the labels of the root a are all equal."""
+    is_one_path, scores = (
+        isinstance(form, OnePathForm),
+        np.random.default_rng(1).normal(-0.5, 1.5, (90, TREE.num_nodes)),
+    )
+    labels, below_h = labels_for(form, scores), [TREE.id(name) for name in "hij"]
+    if is_one_path:
+        kept = ~np.isin(labels, [TREE.id("a"), *below_h])
+        scores, labels = scores[kept], labels[kept]
+    else:
+        labels[:, [TREE.id("a"), *below_h]] = 0
+    decisions = TREE.decisions if is_one_path else [[node] for node in range(TREE.num_nodes)]
+
+    def log_likelihood(nodes: list[int], scale: float, biases: np.ndarray) -> float:
+        logits, total = scale * (2 * scores[:, nodes] + 1) + biases, 0.0
+        for row, label in zip(logits, labels, strict=True):
+            if is_one_path:
+                total += sum(log_softmax(row)[nodes.index(node)] for node in TREE.path(label) if node in nodes)
+            elif TREE.parents[nodes[0]] < 0 or label[TREE.parents[nodes[0]]]:
+                total += float(log_expit(row[0] if label[nodes[0]] else -row[0]))
+        return total
+
+    def posterior(parameters: np.ndarray, chosen: list[list[int]], mean: float) -> float:
+        prior = ((parameters[0] - mean) ** 2 + (parameters[1:] ** 2).sum()) / (2 * PRIOR_STD**2)
+        return prior - sum(log_likelihood(nodes, parameters[0], parameters[1:]) for nodes in chosen)
+
+    fitted = fit_calibration(form, 2 * scores + 1, None, labels)
+    common = minimize(lambda a: posterior(np.array([a[0], 0.0]), decisions, 1), [1.0], method="BFGS").x[0]
+    for nodes in decisions:
+        start = np.array([common, *[0.0] * len(nodes)])
+        bounds = [(0.05, 20), *[(None, None)] * len(nodes)]
+        scale, *biases = minimize(posterior, start, ([nodes], common), bounds=bounds, options={"ftol": 1e-14}).x
+        assert [fitted.scales[node] for node in nodes] == pytest.approx([scale] * len(nodes), abs=2e-3)
+        assert [fitted.biases[node] for node in nodes] == pytest.approx(biases, abs=2e-3)
+    nothing = fit_calibration(form, scores[:0], scores[:0], labels[:0])
+    assert nothing == Calibration(lexical_weight=0.0, scales=[1.0] * 10, biases=[0.0] * 10)
 
 
 def test_the_prior_of_the_classes_counts_once():
@@ -120,134 +139,113 @@ def test_the_prior_of_the_classes_counts_once():
     one, other = (-((generator.normal(labels, 1)[:, None] - np.arange(3)) ** 2) / 2 for _ in range(2))
     logits, words = np.log(prior) + one, np.log(prior) + other
     posterior = log_softmax(np.log(prior) + one + other, axis=1)
-    tree, log_prior = Taxonomy(["a", "b", "c"]), np.log(1000 * prior)
+    form, log_prior = OnePathForm(Taxonomy(["a", "b", "c"])), np.log(1000 * prior)
 
     def gap(number: int, **given: object) -> float:
         """Return the mean divergence from the true posterior, after calibration on the first rows."""
-        calibration = fit_calibration(tree, logits[:number], words[:number], labels[:number], **given)
-        calibrated = calibration.apply(tree, logits, words)
+        calibration = fit_calibration(form, logits[:number], words[:number], labels[:number], **given)
+        calibrated = calibrated_logits(form.decisions, calibration, logits, words)
         return float((np.exp(posterior) * (posterior - calibrated)).sum(1).mean())
 
     assert gap(20_000, log_prior=log_prior) < 0.001
     assert gap(100, log_prior=log_prior) < gap(100) / 2
 
 
-def test_rows_are_scored_by_a_calibration_that_has_not_seen_their_text():
-    logits, labels = drawn(TREE, [2.0] * 4, 300)
-    scores, texts = np.random.default_rng(1).normal(size=logits.shape), np.arange(300) // 2  # each text twice
-    calibrated_logits = calibrate_out_of_fold(fit_calibration, TREE, logits, scores, labels, texts)
+@FORMS
+def test_rows_are_scored_by_a_calibration_that_has_not_seen_their_text(form):
+    scores, words = np.random.default_rng(1).normal(scale=2, size=(2, 300, TREE.num_nodes))
+    labels, texts, fit = (
+        labels_for(form, scores),
+        np.arange(300) // 2,
+        partial(fit_calibration, form),
+    )  # each text twice
+    logits = calibrate_out_of_fold(fit, form.decisions, scores, words, labels, texts)
     other_labels = labels.copy()
-    other_labels[:2] = (labels[:2] + 1) % TREE.num_leaves  # the first text is labelled otherwise
-    again = calibrate_out_of_fold(fit_calibration, TREE, logits, scores, other_labels, texts)
-    np.testing.assert_array_equal(calibrated_logits[:2], again[:2])
-    changed = np.flatnonzero((calibrated_logits != again).any(axis=1))
+    other_labels[:2] = labels[[10, 12]]  # the first text is labelled otherwise
+    assert (other_labels != labels).any()
+    again = calibrate_out_of_fold(fit, form.decisions, scores, words, other_labels, texts)
+    np.testing.assert_array_equal(logits[:2], again[:2])
+    changed = np.flatnonzero((logits != again).any(axis=1))
     assert len(changed) == 240  # four fifths: the first text took part in their fits
-    everything = fit_calibration(TREE, logits, scores, labels).apply(TREE, logits, scores)
-    np.testing.assert_allclose(calibrated_logits, everything, atol=1.0)
+    everything = calibrated_logits(form.decisions, fit(scores, words, labels), scores, words)
+    np.testing.assert_allclose(logits, everything, atol=1.0)
+    # a single text is scored by its own calibration
+    alone = calibrate_out_of_fold(fit, form.decisions, scores[:1], None, labels[:1], texts[:1])
+    own = calibrated_logits(form.decisions, fit(scores[:1], None, labels[:1]), scores[:1], None)
+    np.testing.assert_array_equal(alone, own)
 
 
 def test_scores_of_validation_rows_are_not_optimistic():
     """Compare the log loss of 60 validation rows with fresh rows, as the change by calibration; mean of 30 draws."""
     config = HierarchicalConfig(taxonomy=TREE, text_config=BertConfig(**TINY).to_dict())
     model = HierarchicalForSequenceClassification(config)
-    logits, labels = drawn(TREE, [1.0] * 4, 3000)
+    form, scores = OnePathForm(TREE), np.random.default_rng(0).normal(scale=2, size=(3000, TREE.num_nodes))
+    labels, log_probs = labels_for(form, scores, seed=1), node_log_probs(form, scores)
 
     def log_loss(rows: np.ndarray) -> float:
-        return float(-log_softmax(logits[rows], axis=1)[np.arange(len(rows)), labels[rows]].mean())
+        return float(-log_probs[rows, labels[rows]].mean())
 
     gaps = []
     for seed in range(30):
         order = np.random.default_rng(seed).permutation(len(labels))
         rows = {"validation": order[:60], "test": order[60:1060]}
         splits = DatasetDict(
-            {split: Dataset.from_dict({"labels": labels[some], "text_id": some}) for split, some in rows.items()}
+            {split: Dataset.from_dict({"labels": labels[some, None], "text_id": some}) for split, some in rows.items()}
         )
-        known = {split: logits[some] for split, some in rows.items()}
+        known = {split: scores[some] for split, some in rows.items()}
         metrics, _ = calibrate_model(model, None, known, splits, 512)
         before = log_loss(rows["validation"]) - log_loss(rows["test"])
         gaps.append(metrics["eval_log_loss"] - metrics["test_log_loss"] - before)
     assert np.mean(gaps) == pytest.approx(0, abs=0.015)  # by the fit to these very rows, -0.035
 
 
-def test_the_fit_solves_the_map_equations():
-    """Check the MAP equations for n binary decisions, each correct by a margin m, with β ~ N(1, s²), biases ±b and b ~ N(0, t²).
-
-    Without biases: n · m / (1 + exp(β · m)) = (β - 1) / s². Then with biases: n / (1 + exp(β · m + 2 b)) = b / t² = (β - β₁) / (m s²).
-    """
-    tree, n, m, s, t = Taxonomy(["a", "b"]), 40, 1.5, 0.25, 0.2
-    found = fit_calibration(tree, np.tile([m, 0.0], (n, 1)), None, np.zeros(n, dtype=int), prior=s, bias_prior=t)
-    common = brentq(lambda factor: n * m / (1 + np.exp(factor * m)) - (factor - 1) / s**2, 1, 20)
-    bias = brentq(lambda b: n / (1 + np.exp((common + b * m * s**2 / t**2) * m + 2 * b)) - b / t**2, 0, 20)
-    assert found.node_biases == pytest.approx([bias, -bias], rel=1e-3)
-    assert 1 / found.temperatures[0] == pytest.approx(common + bias * m * s**2 / t**2, rel=1e-3)
-
-
-def test_a_decision_without_rows_takes_the_temperature_of_all():
-    logits, labels = drawn(TREE, [2.0] * 4, 1200)
-    taken = ~np.isin(labels, TREE.leaves_at_or_below[TREE.id("h")])
-    temperatures = fitted(TREE, logits[taken], labels[taken])
-    assert len(set(temperatures)) == 4
-    assert temperatures[-1] == pytest.approx(2.0, rel=0.2)
-
-
 def test_few_rows_or_only_correct_rows_do_little_harm():
     """Measure a calibrated model on fresh rows: maximum likelihood on few rows makes it overconfident."""
-    logits, labels = drawn(TREE, [1.0] * 4, 6000)
-    words = np.random.default_rng(1).normal(size=logits.shape)
-
-    order = np.random.default_rng(2).permutation(len(labels))
-    known, rest = order[:1000], order[1000:]
-
-    def log_loss(calibration: Calibration) -> float:
-        log_probs = calibration.apply(TREE, logits[rest], words[rest])
-        return float(-log_probs[np.arange(len(rest)), labels[rest]].mean())
+    form, generator = OnePathForm(TREE), np.random.default_rng(0)
+    scores, words = (
+        generator.normal(scale=2, size=(6000, TREE.num_nodes)),
+        generator.normal(size=(6000, TREE.num_nodes)),
+    )
+    labels, log_probs = labels_for(form, scores, seed=1), node_log_probs(form, scores)
+    known, rest = np.split(generator.permutation(6000), [1000])
 
     def harm(rows: np.ndarray, prior: float) -> float:
-        return log_loss(fit_calibration(TREE, logits[rows], words[rows], labels[rows], prior=prior)) - untouched
+        """Return by how much the calibration raises the log loss of the other rows."""
+        calibration = fit_calibration(form, scores[rows], words[rows], labels[rows], prior=prior)
+        calibrated = calibrated_logits(form.decisions, calibration, scores[rest], words[rest])
+        return float((log_probs[rest, labels[rest]] - calibrated[np.arange(len(rest)), labels[rest]]).mean())
 
-    untouched = log_loss(Calibration(0.0, [1.0] * 4, [0.0] * TREE.num_nodes))
-    correct = known[logits[known].argmax(1) == labels[known]]
-    for rows in (known[:10], known[:30], known[:100]):
-        assert harm(rows, PRIOR_STD) < min(0.05, harm(rows, np.inf))
-    for rows in (correct[:10], correct[:30], correct[:100]):
-        assert harm(rows, PRIOR_STD) < harm(rows, np.inf) / 5
-    assert fit_calibration(TREE, logits[:0], words[:0], labels[:0]).temperatures == pytest.approx([1.0] * 4, abs=1e-4)
+    correct = known[log_probs[known, : TREE.num_leaves].argmax(1) == labels[known]]
+    for count in (10, 30, 100):
+        assert harm(known[:count], PRIOR_STD) < min(0.05, harm(known[:count], np.inf))
+        assert harm(correct[:count], PRIOR_STD) < harm(correct[:count], np.inf) / 5
 
 
-def test_the_model_itself_gives_the_calibrated_probabilities():
-    torch.manual_seed(0)
-    config = HierarchicalConfig(text_config={"model_type": "bert", **TINY}, taxonomy=TREE)
+@pytest.mark.parametrize("problem_type", [SINGLE_LABEL, MULTI_LABEL])
+@pytest.mark.parametrize("tree", [TREE, ONLY, MANY], ids=["tree", "only", "many"])
+def test_the_model_itself_gives_the_calibrated_probabilities(problem_type, tree):
+    config = HierarchicalConfig(text_config={"model_type": "bert", **TINY}, taxonomy=tree, problem_type=problem_type)
     model = HierarchicalForSequenceClassification(config).eval()
     torch.nn.init.normal_(model.heads.weight, std=1.0)
-    ids = torch.randint(5, 60, (7, 9))
+    form = (ManyNodesForm if problem_type == MULTI_LABEL else OnePathForm)(tree)
+    ids, generator = torch.randint(5, 60, (7, 9)), np.random.default_rng(4)
+    classes = form.decisions.num_classes
+    lexical = {"idf": torch.rand(64), "weight": torch.randn(classes, 64), "bias": torch.randn(classes)}
+    scales, biases = generator.uniform(0.3, 3, tree.num_nodes), generator.normal(size=tree.num_nodes)
     with torch.inference_mode():
-        before = model(input_ids=ids).logits.double().numpy()
-        calibration = Calibration(0.0, [0.5, 2.0, 3.0, 0.7], torch.randn(TREE.num_nodes).tolist())
-        model.set_calibration(temperatures=calibration.temperatures, node_biases=calibration.node_biases)
+        own = model(input_ids=ids).decision_logits.double().numpy()
+        model.set_calibration(Calibration(lexical_weight=1.0, scales=[0.0] * tree.num_nodes), lexical)
+        words = model.heads.lexical(ids, None).double().numpy()
+        calibration = Calibration(lexical_weight=0.7, scales=scales.tolist(), biases=biases.tolist())
+        model.set_calibration(calibration, lexical)
         after = model(input_ids=ids)
-    expected = calibration.apply(TREE, before, None)
-    np.testing.assert_allclose(after.logits.numpy(), expected, atol=1e-5)
-    np.testing.assert_allclose(after.node_log_probs.numpy(), node_log_probs(TREE, expected), atol=1e-5)
-    untouched = Calibration(0.0, [1.0] * 4, [0.0] * TREE.num_nodes)
-    np.testing.assert_allclose(untouched.apply(TREE, before, None), before, atol=1e-6)
-
-
-@pytest.mark.parametrize("tree", [TREE, ONLY, MANY])
-def test_calibrated_probabilities_are_products_of_each_decision_by_itself(tree):
-    """Compare with one softmax per decision, over sums of leaf probabilities."""
-    generator = np.random.default_rng(4)
-    logits, words = (generator.normal(scale=5, size=(6, tree.num_leaves)) for _ in range(2))
-    temperatures, biases = generator.uniform(0.3, 3, len(tree.decisions)), generator.normal(size=tree.num_nodes)
-    below = np.array([[leaf in leaves for leaf in range(tree.num_leaves)] for leaves in tree.leaves_at_or_below])
-    encoder, lexical = (np.log(softmax(scores, axis=1) @ below.T) for scores in (logits, words))
-    conditional = np.zeros_like(encoder)
-    for nodes, temperature in zip(tree.decisions, temperatures, strict=True):
-        scores = (encoder + 0.7 * lexical)[:, nodes] / temperature + biases[nodes]
-        conditional[:, nodes] = log_softmax(scores, axis=1)
-    expected = np.column_stack([conditional[:, tree.path(leaf)].sum(axis=1) for leaf in range(tree.num_leaves)])
-    np.testing.assert_allclose(node_log_probs(tree, logits), encoder, atol=1e-12)
-    calibration = Calibration(0.7, temperatures.tolist(), biases.tolist())
-    np.testing.assert_allclose(calibration.apply(tree, logits, words), expected, atol=1e-12)
+    if problem_type == SINGLE_LABEL:  # an inner node's lexical score is that of all leaves below
+        words = np.column_stack([logsumexp(words[:, below], axis=1) for below in tree.leaves_at_or_below])
+    expected = node_log_probs(form, scales * (own + 0.7 * words) + biases)
+    np.testing.assert_allclose(after.node_log_probs.numpy(), expected, atol=1e-4)
+    logits = calibrated_logits(form.decisions, calibration, own, words)
+    np.testing.assert_allclose(after.logits.numpy(), logits, atol=1e-4)
+    np.testing.assert_allclose(form.decisions.log_probs(torch.from_numpy(logits)).numpy(), expected, atol=1e-9)
 
 
 @pytest.mark.parametrize("tree", [TREE, MANY, ONLY])
@@ -261,10 +259,10 @@ def test_nonconformity_is_the_smallest_threshold_whose_answer_holds_the_leaf(tre
         assert scores[int(leaves.argmax())] == 0
         before: set[int] = set()
         for threshold in sorted({0.0, *scores, *generator.random(20), 1.0}):
-            answer = conformal_answer(tree, nodes, threshold)
+            answer = OnePath(tree).prediction_set(nodes, threshold)
             held = [leaf for node in answer for leaf in under[node]]
             assert len(held) == len(set(held))  # no node beside its ancestor
-            assert len(answer) <= MAX_ANSWER_NODES or {tree.path(node)[0] for node in answer} == set(tree.children(-1))
+            assert len(answer) <= MAX_SET_NODES or {tree.path(node)[0] for node in answer} == set(tree.children(-1))
             assert all(len(tree.children(node)) != 1 for node in answer)
             for inner in under[tree.num_leaves :]:  # a completely covered subtree is one node
                 assert not set(inner) <= set(held) or sum(set(under[node]) <= set(inner) for node in answer) <= 1
@@ -278,7 +276,7 @@ def test_nonconformity_is_the_smallest_threshold_whose_answer_holds_the_leaf(tre
 
 def labels_of_answer(tree: Taxonomy, threshold: float, **leaves: float) -> list[str]:
     nodes = [sum(leaves.get(tree.labels[leaf], 0) for leaf in held) for held in tree.leaves_at_or_below]
-    return [tree.labels[node] for node in conformal_answer(tree, nodes, threshold)]
+    return [tree.labels[node] for node in OnePath(tree).prediction_set(nodes, threshold)]
 
 
 def test_answers_are_as_deep_as_the_model_is_sure():
@@ -299,10 +297,10 @@ def test_an_only_child_is_not_answered_by_its_parent():
 
 
 def test_thresholds_are_the_ranks_of_split_conformal_prediction():
-    logits, labels = drawn(TREE, [1.0] * 4, 9)
+    logits, labels = drawn(TREE, 9)
     scores = nonconformity_scores(TREE, logits, labels, np.arange(9))
     assert len(scores) == 9
-    thresholds = fit_conformal_thresholds(TREE, logits, labels, np.arange(9))
+    thresholds = fit_conformal_thresholds(OnePath(TREE), logits, labels, np.arange(9))
     assert len(thresholds) == 99
 
     def threshold(coverage: float) -> float:
@@ -318,31 +316,33 @@ def test_thresholds_are_the_ranks_of_split_conformal_prediction():
     for wrong in (0, 1, 1.5, "0.9"):
         with pytest.raises(ValueError, match=r"coverage must be a number above 0 and at most 0\.99"):
             threshold(wrong)
-    HierarchicalConfig(taxonomy=TREE, conformal_thresholds=thresholds)
+    HierarchicalConfig(taxonomy=TREE, calibration=Calibration(set_thresholds=thresholds))
 
 
 @pytest.mark.parametrize("coverage", [0.8, 0.9, 0.95])
 def test_answers_have_the_requested_coverage(coverage):
-    logits, labels = drawn(MANY, [1.0] * 17, 1200)
+    logits, labels = drawn(MANY, 1200)
     held, generator = [], np.random.default_rng(1)
     for _ in range(30):
         order = generator.permutation(len(labels))
         validation, test = order[:600], order[600:]
-        thresholds = fit_conformal_thresholds(MANY, logits[validation], labels[validation], validation)
+        thresholds = fit_conformal_thresholds(OnePath(MANY), logits[validation], labels[validation], validation)
         held.append(
-            coverage_scores(MANY, logits[test], labels[test], test, thresholds[threshold_index(coverage)])["coverage"]
+            coverage_scores(OnePath(MANY), logits[test], labels[test], test, thresholds[threshold_index(coverage)])[
+                "coverage"
+            ]
         )
     assert np.mean(held) == pytest.approx(coverage, abs=0.02)
 
 
 def test_answers_have_the_requested_coverage_if_some_labels_are_inner_nodes():
-    logits, labels = drawn(TREE, [1.0] * 4, 4000)
+    logits, labels = drawn(TREE, 4000)
     known, generator = labels.copy(), np.random.default_rng(2)
     inside = np.isin(labels, TREE.leaves_at_or_below[TREE.id("b")])
     known[inside & (generator.random(len(labels)) < 0.8)] = TREE.id("b")
-    thresholds = fit_conformal_thresholds(TREE, logits[:2000], known[:2000], np.arange(2000))
+    thresholds = fit_conformal_thresholds(OnePath(TREE), logits[:2000], known[:2000], np.arange(2000))
     for truth in (labels, known):
-        measured = coverage_scores(TREE, logits[2000:], truth[2000:], np.arange(2000), thresholds[79])
+        measured = coverage_scores(OnePath(TREE), logits[2000:], truth[2000:], np.arange(2000), thresholds[79])
         assert measured["coverage"] > 0.78
 
 
@@ -350,7 +350,7 @@ def test_answers_have_the_requested_coverage_if_some_labels_are_inner_nodes():
 @pytest.mark.parametrize("one_label", [True, False])
 def test_texts_that_are_repeated_do_not_break_the_coverage(others, one_label):
     """Repeat three validation texts twenty times each, among other texts. New texts have any of the repeated texts' labels."""
-    logits, labels = drawn(MANY, [1.0] * 17, 2000)
+    logits, labels = drawn(MANY, 2000)
     chances, generator = np.exp(log_softmax(logits, axis=1)), np.random.default_rng(3)
     under = MANY.leaves_at_or_below
     nodes = [[float(sum(row[leaf] for leaf in held)) for held in under] for row in chances]
@@ -363,7 +363,7 @@ def test_texts_that_are_repeated_do_not_break_the_coverage(others, one_label):
         row_labels = labels[texts]
         if not one_label:
             row_labels = np.array([generator.choice(MANY.num_leaves, p=chances[text]) for text in texts])
-        threshold = fit_conformal_thresholds(MANY, logits[texts], row_labels, texts)[89]
+        threshold = fit_conformal_thresholds(OnePath(MANY), logits[texts], row_labels, texts)[89]
         held.append(np.mean(scores[new] <= (1 if threshold is None else threshold)))
     assert np.mean(held) > 0.89
 
@@ -374,7 +374,7 @@ def test_a_repeated_text_counts_once_in_the_measured_coverage():
     leaves[:, TREE.id("c")] = 1
     labels = np.array([TREE.id("a")] * 20 + [TREE.id("c"), TREE.id("c"), TREE.id("d")])
     texts = np.array([5] * 20 + [6, 7, 7])
-    measured = coverage_scores(TREE, np.log(leaves), labels, texts, 0.0)
+    measured = coverage_scores(OnePath(TREE), np.log(leaves), labels, texts, 0.0)
     assert measured == {"coverage": pytest.approx(1 / 3), "leaves": 1, "nodes": 1, "single_leaf": 1}
 
 
@@ -415,7 +415,7 @@ def test_a_coverage_is_refused_with_a_tokenizer_of_another_limit(clear_checkpoin
     classify.tokenizer.model_max_length = 96
     with pytest.raises(ValueError, match=r"truncated at 128 tokens"):
         classify(never(), coverage=0.9)
-    classify.model.config.conformal_max_length = 64  # trained at 64, under a tokenizer that takes 96
+    classify.model.config.calibration.max_length = 64  # trained at 64, under a tokenizer that takes 96
     with pytest.raises(ValueError, match=r"truncated at 64 tokens"):
         classify(never(), coverage=0.9)
     assert classify(text, coverage=0.9, max_length=64)["answer"] == expected["answer"]

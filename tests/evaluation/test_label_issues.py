@@ -15,12 +15,14 @@ from sklearn.preprocessing import FunctionTransformer, Normalizer
 
 from evaluation.label_issues import COLUMNS, assign_folds, list_label_issues
 from evaluation.lexical import log_odds_variance
+from evaluation.many_nodes import ManyNodesForm
 from evaluation.metrics import one_hot
+from evaluation.one_path import OnePathForm
 from taxonomy_hierarchical import Taxonomy
-from training.label_arrays import multi_hot
 
 TREE = Taxonomy(["a", {"b": ["c", "d", {"e": ["f", "g"]}]}])
 VOCABULARY = 40
+ONE_PATH, MANY_NODES = OnePathForm(TREE), ManyNodesForm(TREE)
 
 
 def texts_of(leaves: list[list[int]], seed: int = 0, factor: float = 8) -> list[list[int]]:
@@ -34,10 +36,10 @@ def texts_of(leaves: list[list[int]], seed: int = 0, factor: float = 8) -> list[
     return ids
 
 
-def dataset(ids: list[list[int]], labels: list, texts: list[int] | None = None) -> datasets.Dataset:
-    """Tokenized training rows, whose numbers in the source are 100, 101, …"""
-    numbers = np.arange(len(ids))
-    columns = {"input_ids": ids, "labels": labels, "row": 100 + numbers, "text_id": numbers if texts is None else texts}
+def dataset(ids: list[list[int]], labels, texts: list[int] | None = None) -> datasets.Dataset:
+    """Tokenized training rows, whose numbers in the source are 100, 101, … ``labels`` are a node of each, or several."""
+    numbers, nodes = np.arange(len(ids)), [[label] if np.isscalar(label) else sorted(label) for label in labels]
+    columns = {"input_ids": ids, "labels": nodes, "row": 100 + numbers, "text_id": numbers if texts is None else texts}
     return datasets.Dataset.from_dict({**columns, "moved": [False] * len(ids)})
 
 
@@ -50,7 +52,7 @@ def test_exchanged_labels_are_first_and_the_better_label_is_the_true_one(leaves)
     given = leaves.copy()
     wrong = [3, 50, 120, 121, 200, 299]
     given[wrong] = (given[wrong] + 2) % TREE.num_leaves
-    listed = list_label_issues(TREE, dataset(texts_of([[leaf] for leaf in leaves]), given), VOCABULARY)
+    listed = list_label_issues(ONE_PATH, dataset(texts_of([[leaf] for leaf in leaves]), given), VOCABULARY)
     first = listed.head(len(wrong))
     assert list(listed.columns) == list(COLUMNS)
     assert sorted(first["row"] - 100) == wrong
@@ -70,7 +72,7 @@ def test_a_decision_is_cleanlab_over_scikit_learns_probabilities(leaves):
     given = leaves.copy()
     given[:40] = (given[:40] + 1) % TREE.num_leaves
     ids, texts = texts_of([[leaf] for leaf in leaves], factor=3), np.arange(len(leaves))
-    listed = list_label_issues(TREE, dataset(ids, given), VOCABULARY)
+    listed = list_label_issues(ONE_PATH, dataset(ids, given), VOCABULARY)
 
     counts = np.array([np.bincount(one, minlength=VOCABULARY) for one in ids])
     probabilities, fold = np.empty((len(leaves), TREE.num_leaves)), assign_folds(given, texts)
@@ -118,7 +120,7 @@ def test_a_duplicate_with_another_label_is_distinguished_from_an_unlikely_label(
     texts[1], ids[1], given[1] = texts[0], ids[0], (leaves[0] + 1) % TREE.num_leaves
     texts[3], ids[3], given[3] = texts[2], ids[2], leaves[2]  # the same label: no conflict
     given[4] = (leaves[4] + 1) % TREE.num_leaves
-    listed = list_label_issues(TREE, dataset(ids, given, texts), VOCABULARY).set_index("row")
+    listed = list_label_issues(ONE_PATH, dataset(ids, given, texts), VOCABULARY).set_index("row")
     assert listed.loc[101, "why"] == "conflicting duplicate"
     assert listed.loc[104, "why"] == "unlikely label"
     assert TREE.id(listed.loc[101, "better_label"]) == leaves[0]
@@ -128,7 +130,7 @@ def test_a_duplicate_with_another_label_is_distinguished_from_an_unlikely_label(
 def test_a_class_of_too_few_texts_is_not_judged(leaves):
     given = np.where(leaves == TREE.id("g"), TREE.id("a"), leaves)
     given[:4] = TREE.id("g")
-    listed = list_label_issues(TREE, dataset(texts_of([[leaf] for leaf in leaves]), given), VOCABULARY)
+    listed = list_label_issues(ONE_PATH, dataset(texts_of([[leaf] for leaf in leaves]), given), VOCABULARY)
     assert not set(listed.loc[listed["decision"] == "e", "row"])
     assert "g" not in set(listed["better_label"])
 
@@ -137,7 +139,7 @@ def test_an_inner_node_is_judged_only_at_the_decisions_on_its_path(leaves):
     roots = np.array([TREE.path(leaf)[0] for leaf in leaves])
     given, wrong = np.where(np.arange(300) % 3 == 0, roots, leaves), [3, 6, 18, 30]
     given[wrong] = np.where(roots[wrong] == TREE.id("a"), TREE.id("b"), TREE.id("a"))
-    listed = list_label_issues(TREE, dataset(texts_of([[leaf] for leaf in leaves], factor=20), given), VOCABULARY)
+    listed = list_label_issues(ONE_PATH, dataset(texts_of([[leaf] for leaf in leaves], factor=20), given), VOCABULARY)
     found = listed.set_index("row").loc[[100 + row for row in wrong]]
     assert (found["decision"] == "").all()
     is_leaf = given[wrong] < TREE.num_leaves
@@ -154,7 +156,7 @@ def test_the_better_label_is_the_more_probable_one():
     given, exchanged = leaves.copy(), draw.choice(600, 60, replace=False)
     given[exchanged] = np.where(leaves[exchanged] == TREE.id("a"), TREE.id("c"), TREE.id("a"))
     alike = [[int(leaf != TREE.id("a"))] for leaf in leaves]
-    issues = list_label_issues(TREE, dataset(texts_of(alike), given.tolist()), VOCABULARY)
+    issues = list_label_issues(ONE_PATH, dataset(texts_of(alike), given.tolist()), VOCABULARY)
     assert (issues["probability_of_better_label"] > issues["probability_of_label"]).all()
     assert not {"b", "e"}.isdisjoint(issues["better_label"])
 
@@ -168,9 +170,8 @@ def test_issues_of_multi_label_texts(leaves):
         given[row] = {*kept, next(leaf for leaf in range(TREE.num_leaves) if leaf not in true[row])}
     for row in missing:
         given[row] = set()
-    listed = list_label_issues(
-        TREE, dataset(texts_of(list(map(list, true)), factor=30), multi_hot(TREE, given)), VOCABULARY
-    )
+    rows = dataset(texts_of(list(map(list, true)), factor=30), given)
+    listed = list_label_issues(MANY_NODES, rows, VOCABULARY)
     assert {*listed["row"].head(6) - 100} == {*exchanged, *added, *missing}
     by_row = listed.set_index("row")
     assert set(by_row.loc[[100 + row for row in missing], "why"]) == {"missing label"}
@@ -181,21 +182,19 @@ def test_issues_of_multi_label_texts(leaves):
             assert {TREE.id(name) for name in by_row.loc[100 + row, column].split("; ")} == nodes
 
 
-@pytest.mark.parametrize("several", [False, True])
-def test_few_rows_give_an_empty_list(several):
-    labels = multi_hot(TREE, [[0], [1], []]) if several else [0, 1, 2]
-    assert list_label_issues(TREE, dataset([[1], [2], [3]], labels), VOCABULARY).empty
-    labels = multi_hot(TREE, [[0]] * 8) if several else [0] * 8
-    assert list_label_issues(TREE, dataset([[1]] * 8, labels), VOCABULARY).empty
+@pytest.mark.parametrize("form", [ONE_PATH, MANY_NODES])
+def test_few_rows_give_an_empty_list(form):
+    assert list_label_issues(form, dataset([[1], [2], [3]], [0, 1, 2]), VOCABULARY).empty
+    assert list_label_issues(form, dataset([[1]] * 8, [0] * 8), VOCABULARY).empty
 
 
 def test_rows_that_moved_from_another_file_are_not_listed(leaves):
     given = leaves.copy()
     given[[3, 50]] = given[[60, 10]]
     rows = dataset(texts_of([[leaf] for leaf in leaves]), given.tolist())
-    assert {103, 150} <= {*list_label_issues(TREE, rows, VOCABULARY)["row"]}
+    assert {103, 150} <= {*list_label_issues(ONE_PATH, rows, VOCABULARY)["row"]}
     rows = rows.remove_columns("moved").add_column("moved", [row == 103 for row in rows["row"]])
-    listed = {*list_label_issues(TREE, rows, VOCABULARY)["row"]}
+    listed = {*list_label_issues(ONE_PATH, rows, VOCABULARY)["row"]}
     assert 103 not in listed
     assert 150 in listed
 

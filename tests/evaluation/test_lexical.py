@@ -10,13 +10,14 @@ import torch
 from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer, Normalizer
 from transformers import AutoModel
 
-from configuration_hierarchical import HierarchicalConfig
+from configuration_hierarchical import Calibration, HierarchicalConfig
+from decisions_hierarchical import ManyNodes, OnePath
 from evaluation import lexical
+from evaluation.many_nodes import ManyNodesForm
 from evaluation.metrics import one_hot
+from evaluation.one_path import OnePathForm
 from modeling_hierarchical import HierarchicalForSequenceClassification, LexicalHead
 from taxonomy_hierarchical import Taxonomy
 
@@ -28,16 +29,39 @@ TINY = {
 }  # fmt: skip
 
 
-def rows(count: int, seed: int = 0, leaves: int = TREE.num_leaves) -> datasets.Dataset:
-    """Draw texts of 3 to 30 tokens, with the tokens 2i and 2i + 1 more frequent in texts of leaf i."""
+def rows(count: int, seed: int = 0, leaves: int = TREE.num_leaves, several: bool = False) -> datasets.Dataset:
+    """Draw texts of 3 to 30 tokens, with the tokens 2i and 2i + 1 more frequent in texts of leaf i.
+
+    The ``labels`` are a leaf of each text, or with ``several`` which nodes it has.
+    """
     generator = np.random.default_rng(seed)
-    labels = generator.integers(leaves, size=count)
+    has = (
+        generator.random((count, leaves)) < 0.4 if several else one_hot(generator.integers(leaves, size=count), leaves)
+    )
     ids = []
-    for label in labels:
-        odds = np.ones(VOCABULARY)
-        odds[2 * label : 2 * label + 2] = 4
+    for of_text in has:
+        odds = 1 + 3 * np.repeat(np.pad(of_text, (0, VOCABULARY // 2 - leaves)), 2)
         ids.append(generator.choice(VOCABULARY, size=generator.integers(3, 31), p=odds / odds.sum()).tolist())
-    return datasets.Dataset.from_dict({"input_ids": ids, "labels": labels})
+    below = [[leaf for leaf in of_node if leaf < leaves] for of_node in TREE.leaves_at_or_below]
+    nodes = np.column_stack([has[:, of_node].any(axis=1) for of_node in below]).astype(np.int8)
+    return datasets.Dataset.from_dict({"input_ids": ids, "labels": nodes if several else has.argmax(axis=1)})
+
+
+def classifier_of(
+    rows: datasets.Dataset, tree: Taxonomy = TREE, vocabulary: int = VOCABULARY
+) -> lexical.LeafClassifier:
+    counts = lexical.token_counts(rows, vocabulary)
+    return lexical.LeafClassifier(OnePath(tree), counts, np.array(rows["labels"]))
+
+
+def features(train: np.ndarray, counts: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    """Return TF-IDF times the spread, of length 1, from counts of tokens (num_rows, V). The IDF is of the training rows."""
+    weighed = TfidfTransformer(sublinear_tf=True, norm=None).fit(train).transform(counts).toarray() * spread
+    return weighed / np.linalg.norm(weighed, axis=1, keepdims=True)
+
+
+def counted(rows: datasets.Dataset) -> np.ndarray:
+    return np.array([np.bincount(ids, minlength=VOCABULARY) for ids in rows["input_ids"]])
 
 
 def padded(ids: list[list[int]]) -> dict[str, torch.Tensor]:
@@ -52,35 +76,55 @@ def padded(ids: list[list[int]]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("leaves", [2, 3, TREE.num_leaves])
 def test_the_head_is_scikit_learns_logistic_regression_over_weighted_tf_idf(leaves):
     train, unseen = rows(300, leaves=leaves), rows(40, seed=1)
-    counts = np.array([np.bincount(ids, minlength=VOCABULARY) for ids in train["input_ids"]])
+    counts, others, labels = counted(train), counted(unseen), np.array(train["labels"])
     common = (counts > 0).sum(0) >= 2
-    spread = lexical.log_odds_variance(csr_matrix(counts[:, common] > 0), one_hot(np.array(train["labels"]), leaves))
-    model = make_pipeline(
-        TfidfTransformer(sublinear_tf=True, norm=None),
-        FunctionTransformer(lambda weighed: csr_matrix(weighed).multiply(spread).tocsr()),
-        Normalizer(),
-        LogisticRegression(C=50, max_iter=1000, tol=1e-3),
-    )
-    model.fit(counts[:, common], train["labels"])
-    others = np.array([np.bincount(ids, minlength=VOCABULARY) for ids in unseen["input_ids"]])[:, common]
-    expected = model.predict_proba(others)
+    spread = lexical.log_odds_variance(csr_matrix(counts[:, common] > 0), one_hot(labels, leaves))
+    given, asked = (features(counts[:, common], of_rows[:, common], spread) for of_rows in (counts, others))
+    model = LogisticRegression(C=50, max_iter=1000, tol=1e-3).fit(given, labels)
 
-    labels = np.array(train["labels"])
-    classifier = lexical.LexicalClassifier(TREE, lexical.token_counts(train, VOCABULARY), labels)
+    classifier = classifier_of(train)
     ours = LexicalHead(VOCABULARY, TREE.num_leaves)
     ours.load_state_dict(classifier.weights())
     scores = ours(**padded(unseen["input_ids"]))
-    np.testing.assert_allclose(scores[:, :leaves].softmax(1).numpy(), expected, atol=2e-3)
+    np.testing.assert_allclose(scores[:, :leaves].softmax(1).numpy(), model.predict_proba(asked), atol=2e-3)
     np.testing.assert_allclose(classifier.scores(lexical.token_counts(unseen, VOCABULARY)), scores.numpy(), atol=1e-4)
+
+
+def test_each_node_has_scikit_learns_logistic_regression_over_its_open_rows():
+    train, unseen = rows(300, several=True), rows(30, seed=1)
+    counts, labels = counted(train), np.array(train["labels"])
+    classifier = lexical.NodeClassifier(ManyNodes(TREE), lexical.token_counts(train, VOCABULARY), labels)
+    spread = lexical.log_odds_variance(csr_matrix(counts > 0), labels)
+    given, asked = (features(counts, of_rows, spread) for of_rows in (counts, counted(unseen)))
+    scores = classifier.scores(lexical.token_counts(unseen, VOCABULARY))
+    for node, parent in enumerate(TREE.parents):
+        is_open = np.ones(300, dtype=bool) if parent < 0 else labels[:, parent] == 1
+        truth = labels[is_open, node]
+        model = LogisticRegression(C=50, max_iter=1000).fit(given[is_open], truth)
+        prior = math.log((truth.sum() + 0.5) / ((1 - truth).sum() + 0.5))
+        np.testing.assert_allclose(scores[:, node], model.decision_function(asked) - prior, atol=0.05)
+    ours = LexicalHead(VOCABULARY, TREE.num_nodes)
+    ours.load_state_dict(classifier.weights())
+    np.testing.assert_allclose(ours(**padded(unseen["input_ids"])).numpy(), scores, atol=1e-4)
+
+
+def test_a_node_that_is_never_or_always_true_has_no_lexical_weights():
+    train = rows(200, several=True)
+    labels, (a, b, c, e, f) = np.array(train["labels"]), map(TREE.id, "abcef")
+    labels[:, f] = 0
+    labels[labels[:, b] == 1, c] = 1
+    classifier = lexical.NodeClassifier(ManyNodes(TREE), lexical.token_counts(train, VOCABULARY), labels)
+    weight = classifier.weights()["weight"]
+    assert not weight[[f, c]].any()
+    assert not classifier.bias[[f, c]].any()
+    assert weight[[a, b, e]].any(axis=1).all()
 
 
 @pytest.mark.parametrize("unseen", [1, 300])
 def test_leaves_without_rows_share_the_prior_of_one_row(unseen):
     tree = Taxonomy(["a", {"b": ["c", "d", *(f"never {i}" for i in range(unseen))]}])
     train = rows(300, leaves=3)
-    counts = lexical.token_counts(train, VOCABULARY)
-    classifier = lexical.LexicalClassifier(tree, counts, np.array(train["labels"]))
-    odds = np.exp(classifier.scores(counts))
+    odds = np.exp(classifier_of(train, tree).scores(lexical.token_counts(train, VOCABULARY)))
     assert (odds[:, 3:].sum(1) / odds[:, :3].sum(1)).mean() == pytest.approx(1 / 301)
 
 
@@ -99,10 +143,9 @@ def test_a_token_is_weighted_by_how_differently_the_classes_use_it():
 def test_only_classes_and_tokens_of_the_rows_are_fitted(unseen):
     """Compare a fit without rare tokens with one that has a column of zeros for each token, and a row for each class."""
     tree = Taxonomy([*"abcdefg", *(f"never {i}" for i in range(unseen))])
-    train = rows(60, leaves=7)
-    counts = lexical.token_counts(train, 10 * VOCABULARY)
-    classifier = lexical.LexicalClassifier(tree, counts, np.array(train["labels"]))
-    documents = classifier.tfidf.transform(counts)
+    train = datasets.Dataset.from_dict({**rows(60).to_dict(), "labels": np.arange(60) % 7})
+    classifier = classifier_of(train, tree, 10 * VOCABULARY)
+    documents = classifier.tfidf.transform(lexical.token_counts(train, 10 * VOCABULARY))
     expected = LogisticRegression(C=50, max_iter=1000, tol=1e-3).fit(documents, train["labels"])
     weights = classifier.weights()
     assert weights["weight"].shape == (7 + unseen, 10 * VOCABULARY)
@@ -116,8 +159,8 @@ def test_rows_labelled_with_an_inner_node_do_not_affect_the_fit():
     labels = np.array(train["labels"])
     labels[:100] = TREE.id("b")
     counts = lexical.token_counts(train, VOCABULARY)
-    classifier = lexical.LexicalClassifier(TREE, counts, labels)
-    expected = lexical.LexicalClassifier(TREE, counts[100:], labels[100:])
+    classifier = lexical.LeafClassifier(OnePath(TREE), counts, labels)
+    expected = lexical.LeafClassifier(OnePath(TREE), counts[100:], labels[100:])
     np.testing.assert_array_equal(classifier.weight, expected.weight)
 
 
@@ -130,11 +173,10 @@ def model() -> HierarchicalForSequenceClassification:
 
 
 def test_the_model_adds_its_scores_in_each_decision_and_comes_back_the_same(model, tmp_path):
-    train, inputs = rows(300), padded(rows(9, seed=1)["input_ids"])
-    classifier = lexical.LexicalClassifier(TREE, lexical.token_counts(train, VOCABULARY), np.array(train["labels"]))
+    inputs, classifier = padded(rows(9, seed=1)["input_ids"]), classifier_of(rows(300))
     encoder = model(**inputs).node_log_probs.double()
     before = model(**inputs).logits
-    model.set_lexical_head(classifier.weights(), 0.5)
+    model.set_calibration(Calibration(lexical_weight=0.5), classifier.weights())
     after = model(**inputs)
     words = torch.tensor(classifier.scores(lexical.token_counts(rows(9, seed=1), VOCABULARY))).softmax(1)
     expected = torch.zeros(9, TREE.num_nodes, dtype=torch.float64)
@@ -155,15 +197,13 @@ def test_the_model_adds_its_scores_in_each_decision_and_comes_back_the_same(mode
         torch.testing.assert_close(
             loaded(**inputs).logits, after.logits, atol=1e-5 if dtype == torch.float32 else 0.1, rtol=0
         )
-    model.set_lexical_head(None)
+    model.set_calibration(Calibration())
     torch.testing.assert_close(model(**inputs).logits, before)
 
 
 def test_a_text_alone_is_scored_as_in_a_batch_and_tokens_beyond_the_vocabulary_count_for_nothing():
-    train = rows(300)
-    classifier = lexical.LexicalClassifier(TREE, lexical.token_counts(train, VOCABULARY), np.array(train["labels"]))
     ours = LexicalHead(VOCABULARY, TREE.num_leaves)
-    ours.load_state_dict(classifier.weights())
+    ours.load_state_dict(classifier_of(rows(300)).weights())
     ids = [[5, 9, 9], [3] * 12, [11]]
     together = ours(**padded(ids))
     for i, tokens in enumerate(ids):
@@ -171,15 +211,20 @@ def test_a_text_alone_is_scored_as_in_a_batch_and_tokens_beyond_the_vocabulary_c
 
 
 def test_embeddings_in_place_of_token_ids_are_refused(model):
-    model.set_lexical_head({"idf": torch.ones(60), "weight": torch.ones(5, 60), "bias": torch.zeros(5)})
+    lexical_head = {"idf": torch.ones(60), "weight": torch.ones(5, 60), "bias": torch.zeros(5)}
+    model.set_calibration(Calibration(lexical_weight=1.0), lexical_head)
     with pytest.raises(ValueError, match="needs input_ids"):
         model(inputs_embeds=torch.zeros(1, 4, 32))
     with pytest.raises(ValueError, match=r"mask of shape \(B, T\)"):
         model(input_ids=torch.ones(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 1, 4, 4))
 
 
-def test_there_is_no_lexical_head_if_all_rows_have_one_leaf(caplog):
+@pytest.mark.parametrize("several", [False, True])
+def test_there_is_no_lexical_head_if_the_rows_do_not_tell_two_classes_apart(caplog, several):
     caplog.set_level("INFO")
-    assert lexical.fit_classifier(TREE, rows(20, leaves=1), VOCABULARY) is None
+    form, train = (ManyNodesForm if several else OnePathForm)(TREE), rows(20, leaves=2, several=several)
+    counts, labels = lexical.token_counts(train, VOCABULARY), np.array(train["labels"])
+    assert lexical.fit_classifier(form, counts, labels) is not None
+    assert lexical.fit_classifier(form, counts, labels, wanted=False) is None
+    assert lexical.fit_classifier(form, counts, np.zeros_like(labels)) is None
     assert "do not tell any two classes apart" in caplog.text
-    assert lexical.fit_classifier(TREE, rows(20, leaves=2), VOCABULARY) is not None

@@ -18,14 +18,8 @@ from transformers import EvalPrediction
 
 from configuration_hierarchical import HierarchicalConfig
 from errors import InputError
-from evaluation.metrics import (
-    any_label_accuracy,
-    bootstrap_intervals,
-    build_compute_metrics,
-    calibration_bins,
-    expected_calibration_error,
-    one_hot,
-)
+from evaluation.metrics import bootstrap_intervals, calibration_bins, expected_calibration_error, one_hot
+from evaluation.one_path import any_label_accuracy, build_compute_metrics
 from evaluation.report import class_scores
 from taxonomy_hierarchical import Taxonomy
 
@@ -325,7 +319,7 @@ def test_scores_of_a_training_that_diverged_are_refused():
 
 
 def rows_of(labels: np.ndarray) -> Dataset:
-    return Dataset.from_dict({"labels": labels, "text_id": np.arange(len(labels))})
+    return Dataset.from_dict({"labels": labels[:, None], "text_id": np.arange(len(labels))})
 
 
 def leaf_report(logits: np.ndarray, labels: np.ndarray) -> tuple[list[dict], dict[str, list[float]]]:

@@ -6,17 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sklearn.metrics
-from scipy.special import expit
+from scipy.special import expit, softmax
 
-from evaluation.metrics import calibration_bins, expected_calibration_error, predicted_probabilities
-from evaluation.plots import (
-    confusion_matrices,
-    f1_by_frequency,
-    precision_and_recall,
-    reliability_diagram,
-    training_curves,
-    write,
-)
+from evaluation.many_nodes import ManyNodesForm
+from evaluation.metrics import calibration_bins, expected_calibration_error
+from evaluation.one_path import OnePathForm
+from evaluation.plots import confusion_matrices, f1_by_frequency, precision_and_recall, training_curves, write
 from taxonomy_hierarchical import Taxonomy
 
 # a at level 1; B > c at level 2; B > D > e, f at level 3; G > h at level 2
@@ -77,7 +72,10 @@ def test_nothing_to_draw_no_figure():
     assert confusion_matrices(TREE, logits, np.full_like(labels, B)).keys() == {
         1
     }  # no document has a class further down
-    assert reliability_diagram(TREE, logits, np.array([A, A, A, B])) is None
+    assert OnePathForm(TREE).reliability_diagram(logits, np.array([A, A, A, B])) is None
+    empty = np.zeros((4, TREE.num_nodes))
+    assert ManyNodesForm(TREE).reliability_diagram(empty - 9, empty) is None
+    assert precision_and_recall(TREE, empty, empty) is None
 
 
 def test_confusion_matrices_by_hand():
@@ -131,36 +129,31 @@ def test_long_class_names_are_shortened_in_the_middle():
         assert whole.endswith(end)
 
 
-def test_reliability_diagram_holds_the_bins_and_the_error():
-    logits, labels = random_case(TREE, 300)
-    figure = reliability_diagram(TREE, logits, labels)
+def multi_label_case() -> tuple[np.ndarray, np.ndarray]:
+    """Draw logits and labels of all nodes."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(-1, 2, size=(200, TREE.num_nodes))
+    return logits, (rng.random(logits.shape) < expit(logits)).astype(int)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_reliability_diagram_holds_the_bins_and_the_error(several):
+    """With one path a text, it is of the predicted leaves. With many nodes, it is of all pairs that are not improbable."""
+    if several:
+        form, (logits, labels) = ManyNodesForm(TREE), multi_label_case()
+        pairs = expit(logits) >= 0.1
+        probabilities, correct = expit(logits[pairs]), labels[pairs] == 1
+    else:
+        form, (logits, labels) = OnePathForm(TREE), random_case(TREE, 300)
+        probabilities, correct = softmax(logits, axis=1).max(axis=1), logits.argmax(axis=1) == labels
+    figure = form.reliability_diagram(logits, labels)
     upper, lower = figure.axes
-    bins = calibration_bins(predicted_probabilities(logits), logits.argmax(axis=1) == labels)
+    bins = calibration_bins(probabilities, correct)
     (curve,) = [line for line in upper.lines if line.get_label() == "this model"]
     np.testing.assert_allclose(curve.get_xdata(), bins["confidence"] / bins["count"])
     np.testing.assert_allclose(curve.get_ydata(), bins["correct"] / bins["count"])
-    assert sum(bar.get_height() for bar in lower.patches) == 300
+    assert sum(bar.get_height() for bar in lower.patches) == len(correct)
     assert f"{expected_calibration_error(bins):.3f}" in figure.get_suptitle()
-
-
-def multi_label_case() -> tuple[np.ndarray, np.ndarray]:
-    """Draw logits and labels of all nodes, of which some are unknown."""
-    rng = np.random.default_rng(0)
-    logits = rng.normal(-1, 2, size=(200, TREE.num_nodes))
-    labels = (rng.random(logits.shape) < expit(logits)).astype(int)
-    labels[rng.random(labels.shape) < 0.1] = -100
-    return logits, labels
-
-
-def test_the_reliability_diagram_of_multi_label_data_is_over_pairs_that_are_not_improbable():
-    logits, labels = multi_label_case()
-    labels = np.maximum(labels, 0)
-    upper, lower = reliability_diagram(TREE, logits, labels).axes
-    pairs = expit(logits) >= 0.1
-    bins = calibration_bins(expit(logits[pairs]), labels[pairs] == 1)
-    (curve,) = [line for line in upper.lines if line.get_label() == "this model"]
-    np.testing.assert_allclose(curve.get_ydata(), bins["correct"] / bins["count"])
-    assert sum(bar.get_height() for bar in lower.patches) == pairs.sum()
 
 
 def test_the_curves_of_precision_and_recall_are_those_of_scikit_learn():
@@ -168,11 +161,11 @@ def test_the_curves_of_precision_and_recall_are_those_of_scikit_learn():
     lines = precision_and_recall(TREE, logits, labels).axes[0].lines
     assert len(lines) == TREE.depth
     for level, line in enumerate(lines, 1):
-        pairs = (labels != -100) & (np.array(TREE.levels) == level)
-        precision, recall, _ = sklearn.metrics.precision_recall_curve(labels[pairs], logits[pairs])
+        true, scores = (array[:, np.array(TREE.levels) == level].ravel() for array in (labels, logits))
+        precision, recall, _ = sklearn.metrics.precision_recall_curve(true, scores)
         np.testing.assert_allclose(line.get_xdata(), recall)
         np.testing.assert_allclose(line.get_ydata(), precision)
-        average = sklearn.metrics.average_precision_score(labels[pairs], logits[pairs])
+        average = sklearn.metrics.average_precision_score(true, scores)
         assert line.get_label() == f"level {level} (AP = {average:.2f})"
 
 

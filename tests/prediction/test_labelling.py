@@ -128,8 +128,8 @@ def test_the_export_is_training_data(checkpoint, tmp_path):
     data = load_splits(DataArguments(data_path=str(tmp_path / "labelled.jsonl")), seed=0)
     tree, rows = data.taxonomy, concatenate_datasets([*data.splits.values()])
     found = {}
-    for text, label in zip(rows["text"], rows["label"], strict=True):
-        found[text] = sorted(tree.labels[node] for node in tree.deepest(label if several else [label]))
+    for text, nodes in zip(rows["text"], rows["nodes"], strict=True):
+        found[text] = sorted(tree.labels[node] for node in tree.deepest(nodes))
     assert found == expected
 
 
@@ -244,12 +244,12 @@ def test_the_input_of_other_predictions_is_refused(tmp_path):
     assert (done.returncode, done.stderr) == (2, "label_next.py: error: --count must be at least 1, not 0\n")
 
 
-def test_a_text_with_a_lone_carriage_return_comes_back_whole(tmp_path, monkeypatch, capsys):
+def test_a_text_with_a_lone_carriage_return_comes_back_whole(tmp_path, monkeypatch):
     text = "An old line\rof a second line"
     (tmp_path / "out.jsonl").write_text('{"row": 0, "uncertainty": 0.5}\n')
     (tmp_path / "in.dat").write_text(json.dumps({"text": text}) + "\n")
     words = (tmp_path / "out.jsonl", "--count", 1, "--input", tmp_path / "in.dat", "--input_format", "jsonl")
     monkeypatch.setattr(sys, "argv", ["label_next.py", *map(str, words)])
-    runpy.run_path(str(ROOT / "examples" / "label_next.py"))["main"]()
-    (tmp_path / "next.csv").write_text(capsys.readouterr().out, newline="")
+    printed = runpy.run_path(str(ROOT / "examples" / "label_next.py"))["main"]()
+    (tmp_path / "next.csv").write_text(printed, newline="")
     assert read_table(find_sources(str(tmp_path / "next.csv"))[0]).columns["text"] == [text]

@@ -608,8 +608,8 @@ def test_an_output_is_overwritten_only_once_the_new_run_can_start(checkpoint, te
     before = output.read_bytes()
     assert len(before.splitlines()) == 2  # an input that is given twice is read once
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    limit = config["conformal_max_length"]
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"conformal_max_length": limit - 1}))
+    config["calibration"]["max_length"] -= 1
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     for wrong in (("--batch_size", 0), ("--coverage", 0.5)):
         with pytest.raises(InputError):
             predict_here(*words, "--overwrite", *wrong)
@@ -798,7 +798,7 @@ def test_answers_for_a_recall_are_the_pipelines_in_every_format_and_the_csv_is_t
     settings = {"label_column": ["labels"], "label_delimiter": ";", "validation_size": 0.0}
     arguments = DataArguments(train_file=str(tmp_path / "train.csv"), **settings)
     data = load_splits(arguments, 0, classify.tree, TrainedTexts())
-    read = [{classify.tree.labels[node] for node in nodes} for nodes in data.splits["train"]["label"]]
+    read = [{classify.tree.labels[node] for node in nodes} for nodes in data.splits["train"]["nodes"]]
     assert read == [{*row["labels"]} for row in rows]
 
 

@@ -14,14 +14,15 @@ from conftest import ROOT, snippets
 from huggingface_hub import ModelCard
 from transformers import EvalPrediction
 
-from configuration_hierarchical import HierarchicalConfig
-from evaluation.metrics import any_label_accuracy, build_compute_metrics, per_class_report
-from evaluation.multi_label import build_multi_label_metrics, predict_nodes
+from configuration_hierarchical import Calibration, HierarchicalConfig
+from evaluation.many_nodes import ManyNodesForm
+from evaluation.metrics import per_class_report
+from evaluation.one_path import OnePathForm
 from publishing import card
 from publishing.environment import describe_environment
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
-from training.data_report import describe, length_report, shared_texts, untrained_classes
-from training.label_arrays import multi_hot
+from training.data_report import length_report, shared_texts
+from training.label_forms import ManyNodesRows, OnePathRows
 
 ENCODER, COMMIT = "emilyalsentzer/Bio_ClinicalBERT", "d5892b39a4adaed74b92212a44081509db72f87b"
 HOSTILE = [
@@ -61,7 +62,7 @@ def make_report(tree: Taxonomy, sources: dict[str, str] | None = None) -> dict:
         labels = [*range(1, tree.num_leaves), 1, 1]  # leaf 0 has no row
         texts = [f"{split} {i}" for i in range(len(labels))]
         texts[1] = texts[0]
-        part = pd.DataFrame({"split": split, "text": texts, "label": labels})
+        part = pd.DataFrame({"split": split, "text": texts, "nodes": [(label,) for label in labels]})
         parts.append(part.assign(text_id=pd.factorize(part["text"])[0] + 10_000 * len(parts)))
     rows = pd.concat(parts, ignore_index=True)
     return {
@@ -72,9 +73,9 @@ def make_report(tree: Taxonomy, sources: dict[str, str] | None = None) -> dict:
         "columns": {"text": "text", "label": ["label"]},
         "taxonomy": "from /home/alice/taxonomy.yaml",
         "split": {"method": "as given", "split_off": {}, "seed": 42},
-        "splits": {part["split"].iloc[0]: describe(part, tree, 0) for part in parts},
+        "splits": {part["split"].iloc[0]: OnePathRows().describe(part, tree, 0) for part in parts},
         "shared_texts": shared_texts(rows),
-        "classes_without_training_rows": untrained_classes(rows, tree),
+        "classes_without_training_rows": [tree.labels[0]],
         "trained_before": {"scores": "verified", "moved": {}},
         "lengths": {part["split"].iloc[0]: length_report([10, 20, 300], 256) for part in parts},
     }
@@ -82,12 +83,12 @@ def make_report(tree: Taxonomy, sources: dict[str, str] | None = None) -> dict:
 
 def make_metrics(tree: Taxonomy) -> dict:
     """Make metrics with the function and the names of train.py."""
-    compute, metrics = build_compute_metrics(tree), {}
+    form, metrics = OnePathForm(tree), {}
     generator = np.random.default_rng(0)
     for prefix in ("quantized_eval", "quantized_test", "eval", "test"):
         logits, labels = generator.normal(size=(40, tree.num_leaves)), generator.integers(tree.num_nodes, size=40)
-        scores = compute(EvalPrediction(logits, labels))
-        scores["any_label_accuracy"] = any_label_accuracy(logits, labels, np.arange(40) // 2)
+        scores = form.metrics()(EvalPrediction(logits, labels))
+        scores |= form.scores_by_text(logits, labels, np.arange(40) // 2)
         metrics |= {f"{prefix}_{name}": value for name, value in {"loss": 0.5, "runtime": 2.0, **scores}.items()}
     return {
         "train_runtime": 125.0,
@@ -132,7 +133,7 @@ def test_the_results_parse_back_to_the_numbers_of_the_metrics_file(written, metr
     parsed = ModelCard(written(model_id="me/model")).data
     prefixes = {"validation": "eval", "test": "test"}
     published = {f"{prefixes[r.dataset_split]}_{r.metric_name}": r.metric_value for r in parsed.eval_results}
-    shown = {*card.METRICS, *(f"level_{k}_{name}" for k in (1, 2) for name in ("accuracy", "macro_f1", "ece"))}
+    shown = {*card.ONE_PATH_METRICS, *(f"level_{k}_{name}" for k in (1, 2) for name in ("accuracy", "macro_f1", "ece"))}
     shown -= {"ece_by_chance"}
     assert published == {
         f"{prefix}_{name}": metrics[f"{prefix}_{name}"] for prefix in ("eval", "test") for name in shown
@@ -151,6 +152,7 @@ def test_the_front_matter_has_the_fields_of_the_hub(written):
     assert {"hierarchical-text-classification", "medical", "lora"} <= set(front["tags"])
     assert (front["base_model"], front["base_model_relation"]) == (ENCODER, "adapter")
     assert front["metrics"] == ["accuracy", "f1", "precision", "recall"]
+    assert front["widget"] == [{"text": card.EXAMPLE}]
     assert front.keys().isdisjoint({"datasets", "language", "model_name"})
 
 
@@ -343,7 +345,7 @@ def test_results_show_intervals_classes_and_what_the_lexical_head_changed(writte
         "intervals": {"test_accuracy": [0.71, 0.75], "test_macro_f1": [0.6, 0.7]},
     }
     config = make_config()
-    config.temperatures, config.lexical_weight = [1.0, 2.0], 0.4
+    config.calibration = Calibration(lexical_weight=0.4, scales=[1.0] * config.tree.num_nodes)
     printed = section(written(config=config, metrics=full), "Results")
     assert "test accuracy 0.7100 – 0.7500; test macro F1 0.6000 – 0.7000" in printed
     shown = re.findall(
@@ -360,23 +362,12 @@ def test_results_show_intervals_classes_and_what_the_lexical_head_changed(writte
     # quantization is judged with the same heads on both sides
     assert f"| test accuracy | {trained:.4f} | {accuracy - 0.01:.4f} | {accuracy - 0.01 - trained:+.4f} |" in printed
     assert "one temperature per decision and one bias per node" in printed
-    config.lexical_weight = 0.0
+    config.calibration.lexical_weight = 0.0
     none = section(written(config=config, metrics={**full, "lexical_weight": 0.0}), "Results")
     assert "one temperature per decision" in none
     assert "linear classifier" not in none
     assert f"| test accuracy | {accuracy - 0.01:.4f} | {accuracy:.4f} |" in none
     assert re.search(r"(?m)^\| test log loss.*? \| [\d.]+ \| [\d.]+ \|$", none)
-
-
-def test_the_card_of_a_refit_says_to_which_model_the_calibration_was_fitted(written, metrics):
-    config = make_config()
-    config.temperatures, config.lexical_weight = [1.0, 2.0], 0.4
-    tests = {name: value for name, value in metrics.items() if name.startswith("test_")}
-    shown = section(written(config=config, settings=SETTINGS | {"refit": True}, metrics=tests), "Results")
-    assert "a linear classifier over the words" in shown
-    assert "The calibration was fitted to a model that was trained without the validation rows." in shown
-    assert "The effect of each part" not in shown
-    assert "without the validation rows" not in section(written(config=config), "Results")
 
 
 def test_validation_scores_that_selected_the_checkpoint_are_called_optimistic(written, metrics):
@@ -393,7 +384,7 @@ def test_validation_scores_that_selected_the_checkpoint_are_called_optimistic(wr
 
 def test_the_guarantee_is_worded_as_it_is_beside_the_measured_coverage(written, metrics):
     config = make_config()
-    config.temperatures = [1.0, 2.0]
+    config.calibration.scales = [1.0] * config.tree.num_nodes
     with_answers = {**metrics, **{f"test_answer_{name}": value for name, value in
              {"coverage": 0.8876, "leaves": 1.9, "nodes": 1.5, "single_leaf": 0.6}.items()}}  # fmt: skip
     for chosen in True, False:
@@ -500,7 +491,7 @@ def make_label_sets_report(tree: Taxonomy) -> dict:
     one, other = (tree.id(name) for name in ("neoplasms", "nervous system diseases"))
     sizes = {"train": 8, "validation": 4, "test": 4}
     rows = pd.DataFrame(
-        {"split": split, "text_id": f"{split} {i}", "label": [one, other] if i < 2 else [one] if i % 2 else []}
+        {"split": split, "text_id": f"{split} {i}", "nodes": (one, other) if i < 2 else (one,) if i % 2 else ()}
         for split, size in sizes.items()
         for i in range(size)
     )
@@ -509,10 +500,10 @@ def make_label_sets_report(tree: Taxonomy) -> dict:
         "columns": {"text": "text", "label": ["labels"]},
         "taxonomy": "from /home/alice/taxonomy.yaml",
         "split": {"method": "by class, identical texts kept together", "split_off": {"test": 0.1}, "seed": 42},
-        "splits": {split: describe(part, tree, 1) for split, part in rows.groupby("split", sort=False)},
+        "splits": {split: ManyNodesRows().describe(part, tree, 1) for split, part in rows.groupby("split", sort=False)},
         "shared_texts": shared_texts(rows),
         "united_rows": {"train": 7, "validation": 0, "test": 1},
-        "classes_without_training_rows": untrained_classes(rows, tree),
+        "classes_without_training_rows": [],
         "trained_before": {"scores": "verified", "moved": {}},
         "lengths": {split: length_report([10, 20, 300], 256) for split in sizes},
     }
@@ -522,20 +513,24 @@ def make_label_sets_report(tree: Taxonomy) -> dict:
 def written_multi_label(written):
     """Return a function that writes the card of a multi-label run, by default a finished one, and returns its text."""
     config = make_config(problem_type="multi_label_classification")
-    config.lexical_weight = 0.3
     tree, generator = config.tree, np.random.default_rng(0)
-    config.node_scales, config.node_biases = [1.0] * tree.num_nodes, [0.0] * tree.num_nodes
-    config.node_thresholds = np.linspace(0.2, 0.5, tree.num_nodes).tolist()
-    config.recall_thresholds, config.recall_texts = [round(0.99 - i / 100, 2) for i in range(99)], 120
-    labels = multi_hot(tree, [[i % tree.num_nodes] if i % 5 else [] for i in range(50)])
+    form = ManyNodesForm(tree)
+    config.calibration = Calibration(
+        lexical_weight=0.3,
+        scales=[1.0] * tree.num_nodes,
+        thresholds=np.linspace(0.2, 0.5, tree.num_nodes).tolist(),
+        set_thresholds=[round(0.99 - i / 100, 2) for i in range(99)],
+        num_texts=120,
+    )
+    labels = form.decisions.targets([[i % tree.num_nodes] if i % 5 else [] for i in range(50)]).numpy()
     measured = {"train_runtime": 60.0, "test_answer_recall": 0.9123, "test_answer_nodes": 2.25, "lexical_weight": 0.3}
     for step in ("quantized_", "uncalibrated_", "without_lexical_head_", ""):
         for prefix in ("eval", "test"):
             u = generator.normal(size=labels.shape) + labels
-            scores = build_multi_label_metrics(tree)(EvalPrediction(u, labels))
+            scores = form.metrics()(EvalPrediction(u, labels))
             measured |= {f"{step}{prefix}_{name}": value for name, value in scores.items()}
-    chosen = predict_nodes(tree, 1 / (1 + np.exp(-u)), config.node_thresholds)
-    rows, intervals = per_class_report(tree.labels, labels, chosen)
+    correct, chosen, _ = form.class_outcomes(u, labels, np.arange(50), config.calibration.thresholds)
+    rows, intervals = per_class_report(tree.labels, correct, chosen)
     measured |= {"per_class": rows, "intervals": {f"test_{name}": ends for name, ends in intervals.items()}}
 
     def write(config=config, metrics=measured, report=None, **arguments) -> tuple[str, dict]:
@@ -555,19 +550,12 @@ def test_a_multi_label_card_names_its_scores_as_the_metrics_file_does(written_mu
     assert {"test_mean_average_precision", "test_log_loss", "test_ece"} < published.keys()
     assert not any("by_chance" in name for name in published)
     assert parsed.to_dict()["metrics"] == ["f1"]
-    assert parsed.to_dict()["widget"] == [{"text": card.EXAMPLE}]
     assert ModelCard(card.update_for_publishing(text, "you/model")).data.model_name == "you/model"
 
 
 def test_the_template_is_rendered_completely(written, written_multi_label):
-    for text in (written(), written(settings=SETTINGS | {"refit": True}), written_multi_label()[0]):
+    for text in (written(), written_multi_label()[0]):
         assert not re.search(r"\}\}|\{\{|\{%|%\}", re.sub(r"(?ms)^```.*?^```", "", text))
-
-
-def test_a_refitted_model_without_scores_says_that_nothing_is_guaranteed(written):
-    shown = section(written(settings=SETTINGS | {"refit": True}, metrics={"train_runtime": 60.0}), "Results")
-    assert "there are no scores" in shown
-    assert "`coverage` and `recall` are not guaranteed" in shown
 
 
 def test_thousands_of_label_columns_are_not_all_listed(written):
@@ -609,9 +597,6 @@ def test_a_multi_label_card_says_how_thresholds_and_answers_were_fitted(written_
     assert len([line for line in printed.splitlines() if re.match(r"\| [\w ]+ \| \d+ \| [\d.]+ \|", line)]) == 6
     assert "Conformal risk control" in section(text, "Citation")
     assert "path" not in section(text, "Limits and intended use")
-    incomplete = section(written_multi_label(settings=SETTINGS | {"incomplete_labels": True})[0], "Results")
-    assert "below its deepest labels is unknown, and not scored" in incomplete
-    assert "unknown, and not scored" not in shown
 
 
 def test_a_multi_label_card_describes_the_label_sets(written_multi_label):

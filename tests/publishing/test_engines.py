@@ -258,8 +258,7 @@ print(json.dumps(model(inputs)["logits"].tolist()))
     if form == "one_path":
         assert (found.argmax(1) == expected.argmax(1)).all()
     else:
-        thresholds = json.loads((published[form] / "config.json").read_text()).get("node_thresholds") or 0.5
-        assert ((found >= thresholds) == (expected >= thresholds)).all()
+        assert ((found >= 0.5) == (expected >= 0.5)).all()  # the thresholds of this checkpoint
 
 
 # Inference Endpoints

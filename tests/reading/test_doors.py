@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, parquet
+from labelled_files import labels_of
 
 from errors import InputError
 from prediction.input import read_records
@@ -87,7 +88,7 @@ def test_all_commands_read_the_same_rows(tmp_path, name):
     data = train(path)
     assert data.report["columns"]["text"] == column
     assert data.splits["train"]["text"][:] == [text for _, text in texts]
-    assert [data.taxonomy.labels[label] for label in data.splits["train"]["label"]] == labels
+    assert labels_of(data, "train") == labels
 
 
 def without_bad_rows(path: Path, bad: list[int], content: bytes) -> Path:

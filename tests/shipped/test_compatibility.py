@@ -1,4 +1,6 @@
-"""Check that published checkpoints stay loadable. tests/checkpoint holds each form of a checkpoint, and its predictions.
+"""Check that published checkpoints stay loadable: tests/checkpoint holds each form of one, and the predictions.
+
+Its folder ``format_1`` holds those of the format before `Calibration`, written by the code of that time.
 
 The current code loads them. The code that is published with a checkpoint is not stored: copies that change with every commit
 would prove nothing about the past.
@@ -7,6 +9,7 @@ would prove nothing about the past.
 import json
 import os
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,24 +17,63 @@ import torch
 from conftest import ROOT, copy_checkpoint, run_outside
 from transformers import AutoTokenizer
 
+from checkpoint_hierarchical import SHIPPED_FILES
+from configuration_hierarchical import HierarchicalConfig
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from pipeline_hierarchical import HierarchicalTextClassificationPipeline, conformal_answer, guaranteed_threshold
+from pipeline_hierarchical import HierarchicalTextClassificationPipeline
 from publishing.export import export_merged
 
 FOLDER = ROOT / "tests" / "checkpoint"
-EXPECTED = json.loads((FOLDER / "expected.json").read_text())
-FORMS = ("adapter_form", "self_contained")
+FORMS = ("adapter_form", "self_contained", "several_labels")
+GUARANTEES = dict(zip(FORMS, ("coverage", "coverage", "recall"), strict=True))
+EVERY = pytest.mark.parametrize(("folder", "form"), list(product([FOLDER, FOLDER / "format_1"], FORMS)))
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_the_current_code_gives_the_stored_predictions(form, monkeypatch):
-    monkeypatch.chdir(FOLDER)  # the adapter's encoder is named by a relative path
-    model = HierarchicalForSequenceClassification.from_pretrained(form)
-    tokenizer = AutoTokenizer.from_pretrained("encoder")
+def read_expected(folder: Path, form: str) -> dict:
+    return json.loads((folder / f"expected{'_several_labels' * (form == 'several_labels')}.json").read_text())
+
+
+def check_probabilities(model: HierarchicalForSequenceClassification, expected: dict) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "encoder")
     with torch.inference_mode():
-        output = model(**tokenizer(EXPECTED["texts"], truncation=True, padding=True, return_tensors="pt"))
-    assert model.config.tree.labels == EXPECTED["labels"]
-    torch.testing.assert_close(output.node_log_probs.exp(), torch.tensor(EXPECTED["probabilities"]), atol=1e-5, rtol=0)
+        output = model(**tokenizer(expected["texts"], truncation=True, padding=True, return_tensors="pt"))
+    torch.testing.assert_close(output.node_log_probs.exp(), torch.tensor(expected["probabilities"]), atol=1e-5, rtol=0)
+
+
+@EVERY
+def test_the_current_code_gives_the_stored_predictions(folder, form, monkeypatch):
+    monkeypatch.chdir(folder)  # the adapter's encoder is named by a relative path
+    expected = read_expected(folder, form)
+    model = HierarchicalForSequenceClassification.from_pretrained(form)
+    assert model.config.tree.labels == expected["labels"]
+    check_probabilities(model, expected)
+    classify = HierarchicalTextClassificationPipeline(model=model, tokenizer=AutoTokenizer.from_pretrained("encoder"))
+    guarantee = GUARANTEES[form]
+    results = classify(expected["texts"], **{guarantee: 0.841})  # rounded up to 0.85
+    assert [[node["label"] for node in result.get("labels", [result])] for result in results] == expected["predicted"]
+    assert [[node["label"] for node in result["answer"]] for result in results] == expected["answers"]
+    thresholds = model.config.calibration.set_thresholds  # of the shares 0.01, 0.02 …: the next one serves
+    for place in range(1, 991):
+        found = classify.decisions.set_threshold(thresholds, **{guarantee: place / 1000})
+        assert found == thresholds[-(-place // 10) - 1]
+    # the stored length, or if none is stored the tokenizer's limit
+    with pytest.raises(ValueError, match=f"{guarantee} needs texts truncated at 32 tokens"):
+        classify("A headache", max_length=16, **{guarantee: 0.9})
+
+
+@EVERY
+def test_a_saved_checkpoint_has_the_current_format(folder, form, monkeypatch, tmp_path):
+    monkeypatch.chdir(folder)
+    HierarchicalForSequenceClassification.from_pretrained(form, merge_adapter=False).save_pretrained(tmp_path)
+    current = json.loads((FOLDER / form / "config.json").read_text())
+    assert json.loads((tmp_path / "config.json").read_text()).keys() == current.keys()
+    check_probabilities(HierarchicalForSequenceClassification.from_pretrained(tmp_path), read_expected(folder, form))
+
+
+def test_the_thresholds_of_a_model_that_was_trained_on_the_validation_rows_are_not_read():
+    stored = json.loads((FOLDER / "format_1" / "self_contained" / "config.json").read_text())
+    assert HierarchicalConfig.from_dict(stored).calibration.set_thresholds == stored["conformal_thresholds"]
+    assert HierarchicalConfig.from_dict(stored | {"refitted": True}).calibration.set_thresholds is None
 
 
 def test_a_folder_does_not_take_the_place_of_a_pinned_encoder(monkeypatch, tmp_path):
@@ -45,41 +87,21 @@ def test_a_folder_does_not_take_the_place_of_a_pinned_encoder(monkeypatch, tmp_p
         HierarchicalForSequenceClassification.from_pretrained("model")
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_the_next_stored_threshold_serves_a_coverage(form, monkeypatch):
-    monkeypatch.chdir(FOLDER)
-    stored = json.loads(Path(form, "config.json").read_text())["conformal_thresholds"]
-    model = HierarchicalForSequenceClassification.from_pretrained(form)
-    for place in range(1, 991):
-        threshold = guaranteed_threshold("coverage", place / 1000, model.config.conformal_thresholds)
-        assert threshold == next(one for one in stored if one >= place / 1000)
-    classify = HierarchicalTextClassificationPipeline(
-        model=model, tokenizer=AutoTokenizer.from_pretrained("encoder"), coverage=0.851
-    )
-    for result, nodes in zip(classify(EXPECTED["texts"]), EXPECTED["probabilities"], strict=True):
-        answer = conformal_answer(classify.tree, nodes, 0.86)
-        assert [node["label"] for node in result["answer"]] == [EXPECTED["labels"][node] for node in answer]
-    with pytest.raises(
-        ValueError, match="coverage needs texts truncated at 32 tokens"
-    ):  # the tokenizer's limit: none is stored
-        classify("A headache", max_length=16)
-
-
 def test_a_checkpoint_that_reads_few_tokens_is_merged(monkeypatch, tmp_path):
     monkeypatch.chdir(FOLDER)
     export_merged(Path("adapter_form"), tmp_path)
-    load, tokens = HierarchicalForSequenceClassification.from_pretrained, AutoTokenizer.from_pretrained("encoder")
-    given = tokens(EXPECTED["texts"], truncation=True, padding=True, return_tensors="pt")
-    with torch.inference_mode():
-        output = load(tmp_path)(**given)
-    torch.testing.assert_close(output.node_log_probs.exp(), torch.tensor(EXPECTED["probabilities"]), atol=1e-5, rtol=0)
+    check_probabilities(
+        HierarchicalForSequenceClassification.from_pretrained(tmp_path), read_expected(FOLDER, "adapter_form")
+    )
 
 
-def test_a_fresh_process_loads_it_and_saves_what_loads_again(tmp_path):
+@pytest.mark.parametrize("folder", [FOLDER, FOLDER / "format_1"])
+def test_a_fresh_process_loads_it_and_saves_what_loads_again(folder, tmp_path):
     published = tmp_path / "published"
-    shutil.copytree(FOLDER / "encoder", published / "encoder")
+    shutil.copytree(folder / "encoder", published / "encoder")
     for form in FORMS:
-        copy_checkpoint(form, published / form)
+        copy_checkpoint((folder / form).relative_to(FOLDER), published / form)
+    texts = read_expected(folder, "self_contained")["texts"]
     code = f"""
 import json, os
 from transformers import AutoModel, AutoTokenizer, pipeline
@@ -90,15 +112,15 @@ for form in {FORMS!r}:
     AutoTokenizer.from_pretrained(form, trust_remote_code=True).save_pretrained(os.path.join({str(tmp_path)!r}, form))
     for folder in (form, os.path.join({str(tmp_path)!r}, form)):
         classify = pipeline("hierarchical-text-classification", model=folder, trust_remote_code=True)
-        answers.append([[result["label"], result["score"], result["truncated"]] for result in classify({EXPECTED["texts"]!r})])
+        answers.append((form, classify({texts!r})))
 print(json.dumps(answers))
 """
-    home = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
-    leaves = [
-        max(zip(row[: EXPECTED["num_leaves"]], EXPECTED["labels"], strict=False)) for row in EXPECTED["probabilities"]
-    ]
-    for answers in run_outside(code, published, home):
-        assert [label for label, _, _ in answers] == [label for _, label in leaves]
-        assert [score for _, score, _ in answers] == pytest.approx([score for score, _ in leaves], abs=1e-5)
-        assert [truncated for _, _, truncated in answers] == [False, False, True]
-    assert set(os.listdir(tmp_path / "self_contained")) >= {"pipeline_hierarchical.py", "model.safetensors"}
+    for form, results in run_outside(code, published, {"HF_MODULES_CACHE": str(tmp_path / "modules")}):
+        expected = read_expected(folder, form)
+        predicted = [[node["label"] for node in result.get("labels", [result])] for result in results]
+        assert predicted == expected["predicted"]
+        assert [result["truncated"] for result in results] == [False, False, True]
+        for result, probabilities in zip(results, expected["probabilities"], strict=True):
+            found = {label: score for level in result["levels"] for label, score in level.items()}
+            assert [found[label] for label in expected["labels"]] == pytest.approx(probabilities, abs=1e-5)
+    assert set(os.listdir(tmp_path / "self_contained")) >= {*SHIPPED_FILES, "model.safetensors"}

@@ -18,11 +18,9 @@ from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, initializati
 
 from checkpoint_files import find_damage
 from checkpoint_hierarchical import ADAPTER_WEIGHTS
-from configuration_hierarchical import HierarchicalConfig
-from modeling_hierarchical import (
-    HierarchicalForSequenceClassification,
-    negative_log_likelihood,
-)
+from configuration_hierarchical import Calibration, HierarchicalConfig
+from decisions_hierarchical import OnePath
+from modeling_hierarchical import HierarchicalForSequenceClassification
 from taxonomy_hierarchical import Taxonomy
 from training.model import turn_off_dropout
 
@@ -81,7 +79,9 @@ def test_node_probabilities_are_products_along_the_path(taxonomy):
     nn.init.normal_(model.heads.weight, std=20)  # scores whose powers overflow
     nn.init.normal_(model.heads.bias)
     pooled = torch.randn(5, 32)
-    torch.testing.assert_close(model.heads(pooled), naive_log_probs(model, pooled))
+    found, logits = model.heads.decisions(model.heads(pooled))
+    torch.testing.assert_close(found, naive_log_probs(model, pooled))
+    torch.testing.assert_close(model.heads.decisions.log_probs(logits), found)
 
 
 def test_children_add_up_to_their_parent_and_leaves_to_one():
@@ -94,13 +94,11 @@ def test_children_add_up_to_their_parent_and_leaves_to_one():
     torch.testing.assert_close(output.logits.softmax(-1), p[:, : tree.num_leaves])
 
 
-def test_the_loss_is_the_negative_log_likelihood_of_leaves_and_inner_nodes():
-    log_probs = torch.randn(4, UNEVEN.num_nodes)
-    labels = torch.tensor([UNEVEN.id("d"), UNEVEN.id("a"), -100, UNEVEN.id("h")])
-    picked = [log_probs[0, UNEVEN.id("d")], log_probs[1, UNEVEN.id("a")], log_probs[3, UNEVEN.id("h")]]
-    torch.testing.assert_close(negative_log_likelihood(log_probs, labels), -torch.stack(picked).mean())
-    torch.testing.assert_close(negative_log_likelihood(log_probs, labels, 12), -torch.stack(picked).sum() / 12)
-    assert negative_log_likelihood(log_probs, torch.full((4,), -100)) == 0
+def test_a_text_without_nodes_has_no_known_label():
+    decisions = OnePath(UNEVEN)
+    assert decisions.targets([[3], []]).tolist() == [3, -100]
+    weights = decisions.targets([[1, 3], []], [[0.7, 0.3], []])
+    torch.testing.assert_close(weights, torch.tensor([[0, 0.7, 0, 0.3, 0], [-100.0] * 5]))
 
 
 def test_a_flat_taxonomy_is_cross_entropy():
@@ -283,11 +281,11 @@ def test_the_caller_and_not_a_stored_configuration_chooses_the_attention(form, a
     assert "attn_implementation" not in (tmp_path / "again" / "config.json").read_text()
 
 
-def test_temperatures_do_not_depend_on_the_dtype_at_loading(tmp_path):
-    model = small_model(temperatures=[1.1392, 2.9646, 0.7, 1.0])
+def test_the_calibration_does_not_depend_on_the_dtype_at_loading(tmp_path):
+    model = small_model(calibration={"scales": np.linspace(0.7, 2.9646, UNEVEN.num_nodes).tolist()})
     model.save_pretrained(tmp_path)
     loaded = HierarchicalForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    torch.testing.assert_close(loaded.heads.temperature, model.heads.temperature, rtol=0, atol=0)
+    torch.testing.assert_close(loaded.heads.scale, model.heads.scale, rtol=0, atol=0)
 
 
 def test_weights_that_bitsandbytes_repacked_are_not_saved(tmp_path):
@@ -314,8 +312,10 @@ def test_weights_that_bitsandbytes_repacked_are_not_saved(tmp_path):
             torch.testing.assert_close(loaded(**inputs).logits, expected, atol=0.01, rtol=0)
 
 
-def test_the_loss_compiles_without_a_graph_break():
-    model, inputs, labels = small_model(), batch(), torch.tensor([0, 1, 6])
+@pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification"])
+def test_the_loss_compiles_without_a_graph_break(problem_type):
+    model, inputs = small_model(problem_type=problem_type), batch()
+    labels = model.heads.decisions.targets([[0], [1], [6]])
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(**inputs, labels=labels).loss, model(**inputs, labels=labels).loss)
 
@@ -350,7 +350,7 @@ def test_a_model_whose_labels_were_renamed_is_not_saved(tmp_path):
 
 @pytest.mark.parametrize("label", [-1, 99])
 def test_a_label_that_is_no_node_is_an_error(label):
-    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+    with pytest.raises(RuntimeError, match="Class values must be"):
         small_model()(**batch(), labels=torch.tensor([0, label, 1]))
 
 
@@ -386,6 +386,7 @@ def test_the_adapter_form_holds_adapter_and_heads_alone_and_comes_back_the_same(
         "config.json",
         "taxonomy_hierarchical.py",
         "configuration_hierarchical.py",
+        "decisions_hierarchical.py",
         "checkpoint_hierarchical.py",
         "modeling_hierarchical.py",
         "cpu_hierarchical.py",
@@ -461,20 +462,21 @@ def test_big_bird_predicts_a_long_text_equally_before_and_after_a_short_one():
     ("given", "message"),
     [
         ({"pooling": "max"}, "pooling must be 'mean', 'cls' or 'label_attention'"),
-        ({"temperatures": [1.0, 1.0, 1.0]}, "temperatures must be a list of 4 numbers"),
+        ({"calibration": {"scales": [1.0, 1.0]}}, r"calibration: scales must be a list of \d numbers"),
+        ({"calibration": {"set_thresholds": [0.5]}}, "calibration: set_thresholds must be a list of 99 numbers"),
+        ({"calibration": {"temperatures": [1.0]}}, "calibration has unknown fields: .*'temperatures'"),
         (
             {"id2label": dict(enumerate("hgedc"))},
             "id2label is not the list of the taxonomy's classes",
         ),
         ({"taxonomy": ["x", "y"]}, "taxonomy's classes"),
-        ({"lexical_weight": 0.5}, "lexical_vocab_size and lexical_weight must be given together"),
+        ({"calibration": {"lexical_weight": 0.5}}, "calibration's lexical_weight must be given together"),
+        ({"problem_type": "regression"}, "problem_type must be 'single_label_classification' or"),
     ],
 )
 @pytest.mark.parametrize("form", ["adapter", "whole"])
 def test_what_is_given_at_loading_is_checked_like_what_was_stored(form, given, message, adapted, tmp_path):
     model = adapted if form == "adapter" else small_model()
-    if form == "adapter" and "temperatures" in given:
-        message = message.replace("4", "2")
     model.save_pretrained(tmp_path)
     for auto in (HierarchicalForSequenceClassification, AutoModel):
         with pytest.raises(ValueError, match=message):
@@ -487,7 +489,7 @@ def test_a_pooling_that_is_given_at_loading_replaces_the_stored_one(form, adapte
     loaded = HierarchicalForSequenceClassification.from_pretrained(tmp_path, pooling="cls")
     inputs = batch(length=20)
     first = loaded.encoder(**inputs).last_hidden_state[:, 0]
-    torch.testing.assert_close(loaded(**inputs).node_log_probs, loaded.heads(first, **inputs), atol=1e-6, rtol=0)
+    torch.testing.assert_close(loaded(**inputs).decision_logits, loaded.heads(first, **inputs), atol=1e-6, rtol=0)
 
 
 def test_offloaded_weights_predict_as_in_memory_or_are_refused(adapted, tmp_path):
@@ -566,35 +568,22 @@ def test_an_adapter_beside_bfloat16_weights_is_not_rounded(adapted, tmp_path):
 
 RENAMED = Taxonomy({"a": {"b": ["c", "renamed"], "e": None}, "f": ["g"], "h": None})  # as many nodes as UNEVEN
 GROWN = Taxonomy({"a": {"b": ["d", "c"], "e": None}, "f": ["g", "new"], "h": None, "another": None})
-FITTED = {
-    None: {
-        "temperatures": [0.5, 2.0, 3.0, 4.0],
-        "conformal_thresholds": [0.5] * 99,
-        "conformal_max_length": 10,
-    },
-    "multi_label_classification": {
-        "node_scales": [2.0] * 8,
-        "node_thresholds": [0.1] * 8,
-        "recall_thresholds": [0.2] * 99,
-        "recall_texts": 20,
-    },
-}
 
 
-@pytest.mark.parametrize("problem_type", FITTED)
+@pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification"])
 @pytest.mark.parametrize("form", ["adapter", "whole"])
 @pytest.mark.parametrize("taxonomy", [RENAMED, GROWN])
 def test_another_taxonomy_keeps_known_heads_and_no_calibration(
     taxonomy, form, problem_type, tiny_encoder, tmp_path, warned
 ):
-    model = untrained_model(tiny_encoder, UNEVEN, problem_type=problem_type, **FITTED[problem_type])
+    model = untrained_model(tiny_encoder, UNEVEN, problem_type=problem_type)
     if form == "adapter":
         inject_adapter_in_model(LoraConfig(r=4, target_modules=["query"]), model.encoder)
     nn.init.normal_(model.heads.weight)
     size = (model.config.text_config.vocab_size, model.config.num_labels)
-    model.set_lexical_head(
-        {"idf": torch.rand(size[0]), "weight": torch.randn(size[::-1]), "bias": torch.randn(size[1])}
-    )
+    lexical = {"idf": torch.rand(size[0]), "weight": torch.randn(size[::-1]), "bias": torch.randn(size[1])}
+    fitted = Calibration(1.0, [2.0] * 8, thresholds=[0.1] * 8, set_thresholds=[0.2] * 99, max_length=10)
+    model.set_calibration(fitted, lexical)
     model.save_pretrained(tmp_path)
     given = {"taxonomy": taxonomy.to_nested(), "id2label": None, "ignore_mismatched_sizes": True}
     new = set(taxonomy.labels) - set(UNEVEN.labels)
@@ -605,7 +594,7 @@ def test_another_taxonomy_keeps_known_heads_and_no_calibration(
         for i, label in enumerate(taxonomy.labels):
             kept = label not in new and torch.equal(loaded.heads.weight[i], model.heads.weight[UNEVEN.id(label)])
             assert kept == (label not in new)
-        assert all(getattr(loaded.config, name) is None for name in FITTED[problem_type])
+        assert loaded.config.calibration.stored() is None
         assert loaded.heads.lexical is None
         (message,) = (record.getMessage() for record in warned.records if "taxonomy" in record.getMessage())
         assert message.endswith(

@@ -8,7 +8,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, pipeline
 
-from configuration_hierarchical import HierarchicalConfig
+from configuration_hierarchical import Calibration
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from taxonomy_hierarchical import Taxonomy
 
@@ -32,23 +32,18 @@ def build(minilm: str, adapter: bool) -> HierarchicalForSequenceClassification:
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.02)
     nn.init.normal_(model.heads.weight, std=0.5)
-    model.set_calibration(
-        node_scales=np.linspace(0.8, 1.2, TREE.num_nodes).tolist(),
-        node_biases=np.linspace(-0.5, 0.5, TREE.num_nodes).tolist(),
-        node_thresholds=THRESHOLDS,
-        recall_thresholds=RECALL,
-        recall_texts=20,
-        conformal_max_length=512,
+    calibration = Calibration(
+        lexical_weight=0.7,
+        scales=np.linspace(0.8, 1.2, TREE.num_nodes).tolist(),
+        biases=np.linspace(-0.5, 0.5, TREE.num_nodes).tolist(),
+        thresholds=THRESHOLDS,
+        set_thresholds=RECALL,
+        max_length=512,
+        num_texts=20,
     )
-    vocabulary = model.config.text_config.vocab_size
-    model.set_lexical_head(
-        {
-            "idf": torch.rand(vocabulary),
-            "weight": torch.randn(TREE.num_nodes, vocabulary),
-            "bias": torch.randn(TREE.num_nodes),
-        },
-        0.7,
-    )
+    size = (TREE.num_nodes, model.config.text_config.vocab_size)
+    lexical = {"idf": torch.rand(size[1]), "weight": torch.randn(size), "bias": torch.randn(size[0])}
+    model.set_calibration(calibration, lexical)
     return model.eval()
 
 
@@ -80,7 +75,7 @@ def by_hand(model, texts, tokenizer, **windows) -> np.ndarray:
         tfidf = torch.where(count > 0, 1 + count.clamp(min=1).log(), 0) * model.heads.lexical.idf
         words = model.heads.lexical.weight.double() @ (tfidf / tfidf.norm()) + model.heads.lexical.bias
         own = model.heads.weight.double() @ hidden.double() + model.heads.bias
-        z = torch.tensor(model.config.node_scales) * (own + 0.7 * words) + torch.tensor(model.config.node_biases)
+        z = torch.linspace(0.8, 1.2, TREE.num_nodes) * (own + 0.7 * words) + torch.linspace(-0.5, 0.5, TREE.num_nodes)
         p = torch.sigmoid(z.detach()).tolist()
         rows.append([np.prod([p[node] for node in TREE.path(i)]) for i in range(TREE.num_nodes)])
     return np.array(rows)
@@ -154,7 +149,7 @@ def test_costs_that_cannot_be_used_are_refused(classify, costs, message):
 
 def test_no_label_is_a_prediction(checkpoint):
     classify = pipeline("hierarchical-text-classification", model=checkpoint, trust_remote_code=True)
-    classify.model.config.node_thresholds = [1.1] * TREE.num_nodes
+    classify.model.config.calibration.thresholds = [1.1] * TREE.num_nodes
     assert classify("Liver cirrhosis.")["labels"] == []
 
 
@@ -213,8 +208,3 @@ def test_an_uncalibrated_checkpoint_has_thresholds_of_one_half_and_no_guarantee(
     assert [{node["label"]: node["score"] for node in result["labels"]} for result in results] == expected
     with pytest.raises(ValueError, match="this checkpoint was not calibrated: recall needs"):
         classify(TEXTS[0], recall=0.9)
-
-
-def test_another_problem_type_is_refused():
-    with pytest.raises(ValueError, match="problem_type must be 'single_label_classification' or"):
-        HierarchicalConfig(problem_type="regression")

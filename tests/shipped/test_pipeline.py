@@ -7,7 +7,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -29,8 +28,9 @@ from transformers.pipelines.pt_utils import KeyDataset
 
 from checkpoint_hierarchical import SHIPPED_FILES
 from configuration_hierarchical import HierarchicalConfig
+from decisions_hierarchical import OnePath
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from pipeline_hierarchical import HierarchicalTextClassificationPipeline, batches_by_length, prepare_costs
+from pipeline_hierarchical import HierarchicalTextClassificationPipeline
 from taxonomy_hierarchical import Taxonomy
 
 UNEVEN = Taxonomy({"a": {"b": ["c", "d"], "e": None}, "f": ["g", "c"], "h": None})
@@ -225,13 +225,6 @@ def test_with_costs_the_leaf_of_least_expected_cost_is_predicted(kind, small_che
         assert result["levels"] == same["levels"]
 
 
-def test_equal_costs_of_all_errors_give_the_most_probable_leaf(classify):
-    costs = {one: {other: float(one != other) for other in LEAVES} for one in LEAVES}
-    for result, same in zip(classify(TEXTS, costs=costs), classify(TEXTS), strict=True):
-        assert result["label"] == same["label"]
-        assert result["expected_cost"] == pytest.approx(1 - same["score"], abs=1e-6)
-
-
 def test_of_leaves_with_equal_costs_the_most_probable_is_predicted(classify):
     """Use costs of zero for errors below one root."""
     root_of = {label: UNEVEN.path_names(leaf)[0] for leaf, label in enumerate(LEAVES)}
@@ -314,9 +307,8 @@ def test_files_of_costs_that_cannot_be_used_are_refused(classify, content, messa
 
 def test_a_leaf_without_costs_is_named_however_long_its_name_is():
     name = "Female Genital Diseases and Pregnancy Complications"
-    config = SimpleNamespace(is_multi_label=False, tree=Taxonomy(["a", name]))
     with pytest.raises(ValueError, match=f"the leaf '{name}' is missing"):
-        prepare_costs(config, {"a": {"a": 0, name: 1}})
+        OnePath(Taxonomy(["a", name])).prepare_costs({"a": {"a": 0, name: 1}})
 
 
 def test_costs_exclude_top_k(classify):
@@ -437,16 +429,6 @@ def test_threads_are_as_before_in_this_thread_and_in_new_ones(classify):
     assert not [thread for thread in threading.enumerate() if thread.name not in names]
 
 
-def test_batches_hold_about_the_requested_tokens_and_every_window_once():
-    lengths = [*torch.randint(1, 512, (300,)).tolist(), 5000]
-    batches = batches_by_length(lengths, None, 2048)
-    assert sorted(i for batch in batches for i in batch) == list(range(301))
-    tokens = [max(lengths[i] for i in batch) * len(batch) for batch in batches]
-    assert all(count <= 2048 * 2**0.5 or len(batch) == 1 for count, batch in zip(tokens, batches, strict=True))
-    assert all(count >= 2048 / 2**0.5 for count in tokens[:-1])
-    assert {len(batch) for batch in batches_by_length(lengths, 7, 2048)} == {7}
-
-
 @pytest.mark.parametrize("batch_size", [None, 1, 6])
 def test_a_model_sees_few_shapes_of_little_padding_and_each_core_computes_alone(small_checkpoint, batch_size):
     """Count the shapes: for each new number of tokens, oneDNN compiles every bfloat16 product, which costs time and memory."""
@@ -467,6 +449,7 @@ def test_a_model_sees_few_shapes_of_little_padding_and_each_core_computes_alone(
     assert len({rows * length for rows, length in shapes}) <= 40
     assert all(length - longest < 16 for (_, length), longest, _ in seen)
     assert max(length for _, length in shapes) <= classify.tokenizer.model_max_length
+    assert batch_size is not None or max(rows * longest for (rows, _), longest, _ in seen) <= 2048 * 2**0.5
     assert threads == {torch.get_num_threads() if batch_size == 1 else 1}  # a text that comes alone has all cores
 
 

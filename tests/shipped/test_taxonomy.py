@@ -222,4 +222,3 @@ def test_paths_leaves_and_decisions_are_those_worked_by_hand():
     assert tree.leaves_at_or_below == [[0], [1], [2], [3], [4], [0, 1, 2], [0, 1], [3]]
     assert tree.decisions == [[4, 5, 7], [2, 6], [0, 1], [3]]
     assert tree.decision_of == [2, 2, 1, 3, 0, 0, 1, 0]
-    assert tree.count_at_or_below([0, 0, 1, 5, 3, -100]) == [2, 1, 0, 1, 0, 4, 3, 1]

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,8 +109,8 @@ def test_weights_are_the_integral_of_the_gradient_word_by_word(kind, request, te
             patched.setattr(head, "forward", lambda ids, mask, s=s: s @ head.weight.T + head.bias)
             of_tokens = model.heads.query is not None
             scores = model.heads(encoder if of_tokens else model.pool(encoder, mask.expand(len(part), -1)), ids, mask)
-            several = model.config.is_multi_label
-            values = model.heads.decisions.marginal_logits(scores) if several else scores.exp()
+            log_probs, logits = model.heads.decisions(scores)
+            values = logits if model.config.is_multi_label else log_probs.exp()
         step = torch.where((part == 0) | (part == 1), 0.5, 1.0) / steps
         g, h = torch.autograd.grad((values[:, node] * step).sum(), (x, s))
         by_place += (g * (vectors[1] - vectors[0])).sum((0, 2))
@@ -180,8 +181,8 @@ def test_a_model_in_half_precision_is_explained_as_in_full(clear_checkpoint, tex
     assert half.model.get_input_embeddings().weight.dtype == dtype
     for lexical in (True, False):
         if not lexical:
-            half.model.set_lexical_head(None)
-            full.model.set_lexical_head(None)
+            for classify in (half, full):
+                classify.model.set_calibration(replace(classify.model.config.calibration, lexical_weight=None))
         found, expected = (Explainer(some).explain(texts[0], "neoplasms") for some in (half, full))
         total = sum(word["weight"] for word in found["words"]) + found["rest"] - found["error"]
         assert total == pytest.approx(found["score"] - found["blank_score"], abs=1e-6)

@@ -332,7 +332,7 @@ def test_a_file_is_classified_and_its_downloads_parse(page, downloads, tmp_path)
         "return [...document.querySelectorAll('#problems tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
     )
     assert problems == [["3", "1 fields, where the header has 2"], ["5", "the text is empty"]]
-    for kind, third in (("csv", "'" + rows[3][1]), ("jsonl", rows[3][1])):
+    for kind, third in (("csv", "\\" + rows[3][1]), ("jsonl", rows[3][1])):
         found = page.download(downloads, kind, 3)
         assert [row["text"] for row in found] == [NEURO, third, rows[5][1]]
         assert kind == "csv" or found[0]["path"] == ["specific disease", "nervous system diseases"]

@@ -2,20 +2,18 @@ import dataclasses
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import ROOT
 from transformers import Trainer
 
-from configuration_hierarchical import DEFAULT_ENCODER_REVISION
+from configuration_hierarchical import DEFAULT_ENCODER_REVISION, MULTI_LABEL, SINGLE_LABEL
 from errors import InputError
-from evaluation.metrics import build_compute_metrics
-from evaluation.multi_label import build_multi_label_metrics
+from evaluation.forms import form_of
 from evaluation.report import SCORING_ARGUMENTS
 from taxonomy_hierarchical import Taxonomy
-from training.arguments import check_against_data, check_best_metric, parse
+from training.arguments import check_against_data, parse
 
 
 def recipe(folder: Path, **flags) -> str:
@@ -24,12 +22,10 @@ def recipe(folder: Path, **flags) -> str:
 
 
 def test_flags_override_the_recipe_and_the_recipe_the_defaults(tmp_path):
-    path = recipe(
-        tmp_path, learning_rate="2e-4", focal_gamma=3, level_weights=[0.2, 0.3, 0.5], bf16=False, taxonomy=None
-    )
+    path = recipe(tmp_path, learning_rate="2e-4", focal_gamma=3, label_column=["a", "b"], bf16=False, taxonomy=None)
     _, data, loss, training = parse([path, "--focal_gamma", "0.5"])
-    assert (training.learning_rate, loss.focal_gamma, loss.level_weights) == (2e-4, 0.5, [0.2, 0.3, 0.5])
-    assert training.bf16 is False
+    assert (training.learning_rate, loss.focal_gamma, training.bf16) == (2e-4, 0.5, False)
+    assert data.label_column == ["a", "b"]
     assert data.taxonomy is None
     assert data.max_length == 512
 
@@ -127,48 +123,39 @@ def test_whether_a_greater_metric_is_better_follows_from_its_name(words, greater
     assert parse(["--metric_for_best_model", *words])[3].greater_is_better is greater
 
 
-def test_a_metric_that_the_validation_rows_cannot_give_selects_no_checkpoint():
-    taxonomy = Taxonomy(["a", {"b": ["c", {"d": ["e", "f"]}]}])
-    measure = build_compute_metrics(taxonomy)
-    for name, labels, measured in (
-        ("macro_f1", ["b", "d"], False),
-        ("eval_macro_f1", ["b", "c"], True),
-        ("ece", ["b", "c"], True),
-        ("level_1_ece_by_chance", ["b", "c"], False),
-        ("level_2_accuracy", ["a", "b"], False),
-        ("level_2_accuracy", ["a", "d"], True),
-    ):
-        given = (name, taxonomy, np.array([taxonomy.id(one) for one in labels]), measure)
-        if measured:
-            check_best_metric(*given)
-        else:
-            message = f"{name} is not measured on these validation rows; it is one of loss, "
-            with pytest.raises(InputError, match=message):
-                check_best_metric(*given)
+MEASURED = {  # labels of two validation texts: names of metrics, and whether they are measured
+    SINGLE_LABEL: (
+        ("macro_f1", ["b"], ["d"], False),
+        ("eval_macro_f1", ["b"], ["c"], True),
+        ("ece", ["b"], ["c"], True),
+        ("level_1_ece_by_chance", ["b"], ["c"], False),
+        ("level_2_accuracy", ["a"], ["b"], False),
+        ("level_2_accuracy", ["a"], ["d"], True),
+    ),
+    MULTI_LABEL: (
+        ("macro_f1", ["a"], [], True),
+        ("eval_micro_f1", ["b"], ["c", "a"], True),
+        ("mean_average_precision", [], [], False),
+        ("level_3_micro_f1", ["a"], ["d"], False),
+        ("level_3_micro_f1", ["a"], ["e", "c"], True),
+        ("accuracy", ["a"], ["e"], False),
+        ("ece", ["a"], ["e"], False),
+        ("ece_by_chance", ["a"], ["e"], False),
+    ),
+}
 
 
-def test_with_several_labels_the_metric_must_be_measured_on_the_validation_rows():
+@pytest.mark.parametrize("problem_type", MEASURED)
+def test_a_metric_that_the_validation_rows_cannot_give_selects_no_checkpoint(problem_type):
     taxonomy = Taxonomy(["a", {"b": ["c", {"d": ["e", "f"]}]}])
-    for name, labels, measured in (
-        ("macro_f1", [["a"], []], True),
-        ("eval_micro_f1", [["b"], ["c", "a"]], True),
-        ("mean_average_precision", [[], []], False),
-        ("level_3_micro_f1", [["a"], ["d"]], False),
-        ("level_3_micro_f1", [["a"], ["e", "c"]], True),
-        ("accuracy", [["a"], ["e"]], False),
-        ("ece", [["a"], ["e"]], False),
-        ("ece_by_chance", [["a"], ["e"]], False),
-    ):
-        ids = [sorted(map(taxonomy.id, row)) for row in labels]
-        arguments = parse(["--metric_for_best_model", name])
-        splits = {split: {"label": ids} for split in ("train", "validation")}
-        given = (arguments, taxonomy, splits, build_multi_label_metrics(taxonomy))
+    for name, one, other, measured in MEASURED[problem_type]:
+        nodes = [sorted(map(taxonomy.id, labels)) for labels in (one, other)]
+        splits = {split: {"nodes": nodes} for split in ("train", "validation")}
+        given = (parse(["--metric_for_best_model", name]), splits, form_of(taxonomy, problem_type))
         if measured:
             check_against_data(*given)
         else:
-            with pytest.raises(
-                InputError, match=f"{name} is not measured on these validation rows; it is one of loss, "
-            ):
+            with pytest.raises(InputError, match=f"{name} is not measured on these validation rows; it is one of "):
                 check_against_data(*given)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import copy_checkpoint, interrupt, run, write_csv
 from safetensors.torch import load_file
-from test_prototypes import ROWS, TREE, tokenized, trainer_of
+from test_prototypes import ROWS, tokenized, trainer_of
 
 from training.arguments import ModelArguments
 from training.contrastive import TEMPERATURE, contrastive_loss
@@ -46,7 +46,7 @@ def test_names_are_chosen_before_the_encoder_knows_the_texts(minilm, tmp_path, c
     trainer = trainer_of(minilm, tmp_path)
     trainer.args.learning_rate = 1e-3
     with caplog.at_level("INFO"):
-        rows = tokenized(trainer, [TREE.id(row["label"]) for row in ROWS])
+        rows = tokenized(trainer)
         initialise_heads(trainer, rows, ModelArguments(minilm, contrastive_steps=10))
     assert "heads are initialised from the training texts and the class names" in caplog.text
     assert "the training texts alone" in choose_names(trainer, rows, embed_texts(trainer, rows)).source
@@ -57,14 +57,8 @@ def test_unseen_texts_of_a_class_come_closer(minilm, tmp_path, settings):
     trainer = trainer_of(minilm, tmp_path, **settings)
     trainer.args.learning_rate = 1e-3
     known, unseen = range(0, len(ROWS), 2), range(1, len(ROWS), 2)
-    leaves = [TREE.id(row["label"]) for row in ROWS]
-    labels = leaves
-    if settings:
-        labels = np.zeros((len(ROWS), TREE.num_nodes), dtype=np.int8)
-        for row, leaf in enumerate(leaves):
-            labels[row, TREE.path(leaf)] = 1
     before, frozen = separation(trainer, unseen), trainer.model.encoder.get_input_embeddings().weight.clone()
-    rows = tokenized(trainer, labels).select(known)
+    rows = tokenized(trainer).select(known)
     initialise_heads(trainer, rows, ModelArguments(minilm, contrastive_steps=10))
     assert separation(trainer, unseen) > before + 0.05
     torch.testing.assert_close(trainer.model.encoder.get_input_embeddings().weight, frozen, atol=0, rtol=0)
@@ -90,10 +84,7 @@ def test_log_and_card_say_what_was_done_and_a_resumed_or_continued_run_does_not_
 
 def test_heads_are_initialised_anew_for_another_taxonomy_than_the_checkpoints(tiny_encoder, tmp_path, caplog):
     trainer = trainer_of(tiny_encoder, tmp_path)
-    rows, source = (
-        tokenized(trainer, [TREE.id(row["label"]) for row in ROWS]),
-        str(copy_checkpoint("self_contained", tmp_path / "other")),
-    )
+    rows, source = tokenized(trainer), str(copy_checkpoint("self_contained", tmp_path / "other"))
     with caplog.at_level("INFO"):
         assert initialise_heads(trainer, rows, ModelArguments(source, contrastive_steps=2)) == "prototypes"
     assert "contrastive learning: 2 steps" in caplog.text
@@ -102,7 +93,7 @@ def test_heads_are_initialised_anew_for_another_taxonomy_than_the_checkpoints(ti
 
 def test_without_two_classes_of_two_texts_there_is_nothing_to_compare(tiny_encoder, tmp_path, caplog):
     trainer = trainer_of(tiny_encoder, tmp_path)
-    rows = tokenized(trainer, [TREE.id(row["label"]) for row in ROWS]).select([0, *range(1, len(ROWS), 6)])
+    rows = tokenized(trainer).select([0, *range(1, len(ROWS), 6)])
     with caplog.at_level("INFO"):
         initialise_heads(trainer, rows, ModelArguments(tiny_encoder, contrastive_steps=2))
     assert "no contrastive steps: they need two classes with two training texts each" in caplog.text

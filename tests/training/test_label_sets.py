@@ -13,12 +13,12 @@ from iterstrat.ml_stratifiers import MultilabelStratifiedShuffleSplit
 from labelled_files import SECRET, csv_file, load, write
 from sklearn.preprocessing import MultiLabelBinarizer
 
+from decisions_hierarchical import ManyNodes
 from errors import InputError
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import DataArguments
-from training.data_report import describe
-from training.label_arrays import label_arrays, multi_hot, open_counts, open_decisions
-from training.splits import _sample_by_labels, load_splits
+from training.label_forms import _sample_by_labels
+from training.splits import load_splits
 from training.trained_texts import TrainedTexts, normalise_text, text_hash
 
 TREE = {"a": ["x", "y"], "b": ["z", {"c": ["u", "v"]}]}
@@ -33,7 +33,7 @@ def taxonomy(tmp_path):
 def labels_of(data, split="train"):
     """Return the set of labels of each text of a split."""
     rows = data.splits[split]
-    return {text: {data.taxonomy.labels[i] for i in ids} for text, ids in zip(rows["text"], rows["label"], strict=True)}
+    return {text: {data.taxonomy.labels[i] for i in ids} for text, ids in zip(rows["text"], rows["nodes"], strict=True)}
 
 
 def rows_of(sets):
@@ -105,10 +105,9 @@ FORMS = [
 def test_every_form_of_labels_gives_the_same_sets(tmp_path, taxonomy, form):
     data = load(**form(tmp_path, rows_of(SETS)), taxonomy=taxonomy, validation_size=0.0)
     assert labels_of(data) == expected(SETS)
-    assert data.is_multi_label
-    assert data.splits["train"].features["label"] == datasets.List(datasets.Value("int64"))
+    assert data.problem_type == "multi_label_classification"
     assert data.splits["train"]["row"][:] == [*range(len(SETS))]
-    assert all(ids == sorted(set(ids)) for ids in data.splits["train"]["label"])
+    assert all(ids == sorted(set(ids)) for ids in data.splits["train"]["nodes"])
 
 
 def test_a_list_column_says_what_it_means_and_other_columns_are_as_before(tmp_path, taxonomy, caplog):
@@ -116,8 +115,7 @@ def test_a_list_column_says_what_it_means_and_other_columns_are_as_before(tmp_pa
         load(**as_jsonl(tmp_path, rows_of(SETS)), taxonomy=taxonomy, validation_size=0.0)
     assert "the label column holds lists: any number of labels per text" in caplog.text
     single = load(train_file=csv_file(tmp_path / "b.csv", [("p", "x"), ("q", "z")]), validation_size=0.0)
-    assert not single.is_multi_label
-    assert single.splits["train"].features["label"] == datasets.Value("int64")
+    assert single.problem_type == "single_label_classification"
 
 
 def test_a_missing_list_a_null_and_an_empty_cell_mean_no_labels(tmp_path, taxonomy):
@@ -189,7 +187,9 @@ def test_labels_that_another_delimiter_separates_are_named(delimiter, given, tmp
     file = csv_file(tmp_path / "a.csv", [*zip("abcde", labels, strict=True)])
     flags = {"problem_type": "multi_label_classification", "label_delimiter": given}
     load(train_file=file, validation_size=0.0, **flags)
-    advice = f"for several labels of a text give --label_delimiter '{delimiter}'"
+    advice = (
+        f"for a path give --label_separator '{delimiter}', for several labels of a text --label_delimiter '{delimiter}'"
+    )
     assert f"'x{delimiter}y' and 1 more labels hold several names: {advice}" in caplog.text
 
 
@@ -242,7 +242,6 @@ def test_labels_in_brackets_are_names_between_delimiters(tmp_path):
         (["x", str(["x"] * 200)], {"label_delimiter": ";"}, r"line 2, column 'label': the label is a list written as text"),
         (["x", " {x,y} "], {"problem_type": "multi_label_classification", "taxonomy": None}, r"line 2, .*list written as text"),
         (["x"], {"problem_type": "single_label_classification", "label_delimiter": ";"}, r"but --label_delimiter is given"),
-        (["x", "y"], {"incomplete_labels": True}, r"--incomplete_labels needs multi-label data"),
         ([["x;y"]], {"label_delimiter": ";"}, r"the label column holds lists: leave out --label_delimiter"),
     ],
 )  # fmt: skip
@@ -265,7 +264,7 @@ def test_a_checkpoint_can_be_scored_on_texts_without_labels_alone(tmp_path):
     file = as_jsonl(tmp_path, rows_of([[], []]))["train_file"]
     arguments = DataArguments(test_file=str(file), validation_size=0.0)
     data = load_splits(arguments, 0, Taxonomy({"a": ["b", "c"]}), TrainedTexts())
-    assert [list(labels) for labels in data.splits["test"]["label"]] == [[], []]
+    assert data.splits["test"]["nodes"][:] == [[], []]
 
 
 def test_a_cell_that_is_neither_0_nor_1_is_named(tmp_path):
@@ -273,12 +272,6 @@ def test_a_cell_that_is_neither_0_nor_1_is_named(tmp_path):
     flags = {"label_column": ["x", "y"], "problem_type": "multi_label_classification"}
     with pytest.raises(InputError, match=r"line 4, column 'x': the cell is neither 0 nor 1.* with --label_delimiter"):
         load(train_file=file, **flags)
-
-
-def test_columns_of_yes_and_no_are_not_the_levels_of_a_path(tmp_path):
-    file = csv_file(tmp_path / "a.csv", [("p", "yes", "no"), ("q", "no", "yes")], header=("text", "x", "y"))
-    with pytest.raises(InputError, match="the columns 'x', 'y' hold 'no' and 'yes' alone: write 1 and 0, and give"):
-        load(train_file=file, label_column=["x", "y"], validation_size=0)
 
 
 def test_validation_texts_without_any_label_are_refused(tmp_path):
@@ -359,7 +352,7 @@ def test_one_of_few_texts_is_split_off(tmp_path, taxonomy):
         has = np.random.default_rng(seed).random((12, 5)) < 0.3
         sets = [[name for name, has_it in zip("xyzuv", row, strict=True) if has_it] for row in has]
         tree = Taxonomy.from_file(taxonomy)
-        marks = multi_hot(tree, [[tree.id(label) for label in labels] for labels in sets])
+        marks = ManyNodes(tree).targets([[tree.id(label) for label in labels] for labels in sets]).numpy()
         drawn = MultilabelStratifiedShuffleSplit(n_splits=1, test_size=1, random_state=0)
         assert not len(next(drawn.split(marks, marks))[1])  # the package would split off none
         file = write_corpus(tmp_path, [{"text": f"text {i}", "label": labels} for i, labels in enumerate(sets)])
@@ -432,9 +425,8 @@ def test_the_report_counts_labels_texts_and_pairs(tmp_path, taxonomy):
 
 
 def test_a_label_and_its_ancestor_are_one_deepest_label(taxonomy, tmp_path):
-    tree = load(**as_jsonl(tmp_path, rows_of(SETS)), taxonomy=taxonomy, validation_size=0.0).taxonomy
-    rows = pd.DataFrame({"label": [[tree.id("a"), tree.id("x")], [tree.id("c")]]})
-    assert describe(rows, tree, 0)["labels_per_text"] == 1
+    data = load(**as_jsonl(tmp_path, rows_of([["a", "x"], ["c"]])), taxonomy=taxonomy, validation_size=0.0)
+    assert data.report["splits"]["train"]["labels_per_text"] == 1
 
 
 def test_a_class_of_several_labels_without_training_rows_may_be_an_inner_node(tmp_path, taxonomy):
@@ -451,15 +443,3 @@ def test_classes_without_texts_do_not_change_the_split():
         _sample_by_labels(each, 150, "test", 0, np.zeros(1500, dtype=bool)) for each in (labels, wide)
     )
     np.testing.assert_array_equal(narrow, with_empty)
-
-
-def test_arrays_and_open_decisions_of_rows_in_several_chunks():
-    tree = Taxonomy(TREE)
-    sets = [[tree.id(label) for label in labels] for labels in SETS * 200]
-    arrays = multi_hot(tree, sets, incomplete=True)
-    parts = [datasets.Dataset.from_dict({"labels": list(part)}) for part in np.array_split(arrays, 3)]
-    np.testing.assert_array_equal(label_arrays(datasets.concatenate_datasets(parts)), arrays)
-    is_open = open_decisions(tree, arrays)
-    positive, total = open_counts(tree, arrays)
-    np.testing.assert_array_equal(positive, ((arrays == 1) & is_open).sum(0))
-    np.testing.assert_array_equal(total, is_open.sum(0))

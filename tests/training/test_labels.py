@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
-from labelled_files import csv_file, labels_of, load, write
+from labelled_files import csv_file, labels_of, load, nodes_of, write
 
 import reading.rows
 from errors import InputError
@@ -30,7 +30,7 @@ def test_several_label_columns_name_the_path_from_the_root(tmp_path):
     rows += [("four", "body", "", "")]
     path = csv_file(tmp_path / "a.csv", rows, ("text", "l1", "l2", "l3"))
     data = load(train_file=path, label_column=["l1", "l2", "l3"], validation_size=0)
-    names = [data.taxonomy.path_names(label) for label in data.splits["train"]["label"]]
+    names = [data.taxonomy.path_names(node) for node in nodes_of(data)]
     assert names == [("body", "heart", "valve"), ("body", "lung"), ("mind",), ("body",)]
     # a document counts at every level of its path
     assert data.report["splits"]["train"]["classes"] == {
@@ -84,14 +84,14 @@ def test_a_name_is_one_class_however_its_letters_are_composed(tmp_path):
     rows = [("one", composed), ("two", decomposed), ("three", "tea")]
     data = load(train_file=csv_file(tmp_path / "a.csv", rows), validation_size=0)
     assert data.taxonomy == Taxonomy([composed, "tea"])
-    assert data.splits["train"]["label"][:] == [0, 0, 1]
+    assert nodes_of(data) == [0, 0, 1]
     tree = write(tmp_path / "tree.yaml", f"drinks: [{decomposed}, tea]\nfood:\n")
     rows = [("one", f"drinks/{composed}"), ("two", composed), ("three", "food")]
     data = load(train_file=csv_file(tmp_path / "b.csv", rows), taxonomy=tree, validation_size=0)
-    assert data.splits["train"]["label"][:] == [0, 0, 2]
+    assert nodes_of(data) == [0, 0, 2]
     levels = csv_file(tmp_path / "c.csv", [("one", "drinks", composed), ("two", "food", "")], ("text", "a", "b"))
     data = load(train_file=levels, taxonomy=tree, label_column=["a", "b"], validation_size=0)
-    assert data.splits["train"]["label"][:] == [0, 2]
+    assert nodes_of(data) == [0, 2]
     names = json.dumps({composed: composed, "2": "tea"})
     coded = csv_file(tmp_path / "d.csv", [("one", decomposed), ("two", "2")])
     assert load(train_file=coded, class_names=names, validation_size=0).taxonomy == Taxonomy([composed, "tea"])
@@ -264,7 +264,7 @@ def test_labels_may_be_inner_nodes_and_a_given_taxonomy_replaces_that_of_a_check
     rows = csv_file(tmp_path / "a.csv", [("one", "body"), ("two", "body/lung"), ("three", "mind"), ("four", " heart ")])
     data = load(train_file=rows, taxonomy=tree, validation_size=0)
     assert labels_of(data, "train") == ["body", "lung", "mind", "heart"]
-    assert data.splits["train"]["label"][0] >= data.taxonomy.num_leaves
+    assert nodes_of(data)[0] >= data.taxonomy.num_leaves
     # --taxonomy is stronger than the parameter, a checkpoint's taxonomy
     mine = Taxonomy({"body": ["lung", "heart"], "mind": None, "soul": None})
     assert load(known=mine, test_file=rows).taxonomy == mine
@@ -279,11 +279,11 @@ def test_names_that_are_not_unique_need_their_path(tmp_path):
     rows[0] = ("one", "/other")
     path = csv_file(tmp_path / "a.csv", rows)
     data = load(train_file=path, validation_size=0)
-    assert [data.taxonomy.path_names(i) for i in data.splits["train"]["label"]] == [
+    assert [data.taxonomy.path_names(node) for node in nodes_of(data)] == [
         ("other",), ("body", "other"), ("body", "heart"),
     ]  # fmt: skip
     again = load(test_file=path, known=data.taxonomy)
-    assert again.splits["test"]["label"][:] == data.splits["train"]["label"][:]
+    assert nodes_of(again, "test") == nodes_of(data)
     # case tells names apart
     cased = csv_file(tmp_path / "b.csv", [("one", "neoplasms/Neoplasms"), ("two", "neoplasms"), ("three", "flu")])
     assert labels_of(load(train_file=cased, validation_size=0), "train") == ["Neoplasms", "neoplasms", "flu"]
@@ -306,7 +306,7 @@ def test_one_file_as_taxonomy_and_as_class_names(tmp_path):
 def test_codes_may_be_named_by_paths(tmp_path):
     rows = csv_file(tmp_path / "a.csv", [("one", "1"), ("two", "2"), ("three", "flu")])
     data = load(train_file=rows, class_names='{"1": "body/heart", "2": "body", "3": "flu"}', validation_size=0)
-    assert [data.taxonomy.path_names(i) for i in data.splits["train"]["label"]] == [
+    assert [data.taxonomy.path_names(node) for node in nodes_of(data)] == [
         ("body", "heart"),
         ("body",),
         ("flu",),

@@ -1,95 +1,177 @@
+"""Compare losses and divergences of both forms of label with their formulas, one text and one decision at a time."""
+
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from sklearn.utils.class_weight import compute_class_weight
+from torch import Tensor
 
-from modeling_hierarchical import negative_log_likelihood
+from decisions_hierarchical import Decisions, ManyNodes, OnePath
 from taxonomy_hierarchical import Taxonomy
-from training.losses import HierarchicalFocalLoss, balanced_weights
+from training.losses import FocalLoss
 
 # leaves: c 0, d 1, e 2, g 3, h 4; inner: a 5, b 6, f 7; the roots are a, f, h and g is an only child
 TREE = Taxonomy({"a": {"b": ["c", "d"], "e": None}, "f": ["g"], "h": None})
-LABELS = torch.tensor([0] * 6 + [1] * 3 + [2] * 2 + [3] * 4 + [4] * 2 + [5] * 3 + [-100])
+SINGLE = [[0]] * 6 + [[1]] * 3 + [[2]] * 2 + [[3]] * 4 + [[5]] * 3 + [[]]  # training texts, none of them with h
+SEVERAL = [[0, 1]] * 3 + [[2], [3, 5], [0, 3], [6], [1, 2], [3], []]
+FORMS = pytest.mark.parametrize(
+    ("decisions", "trained"), [(OnePath(TREE), SINGLE), (ManyNodes(TREE), SEVERAL)], ids=["one path", "many nodes"]
+)
 
 
-def node_counts(labels: torch.Tensor = LABELS) -> torch.Tensor:
-    return torch.tensor(TREE.count_at_or_below(labels.tolist()))
+def decisions_by_hand(decisions: Decisions, scores: Tensor, label: dict[int, float]) -> list[tuple[Tensor, list]]:
+    """Return each decision's probabilities of its outcomes, and their weights in a label {node: weight}."""
+    tree = decisions.tree
+    if isinstance(decisions, OnePath):
+        of_node = [sum(w for node, w in label.items() if above in tree.path(node)) for above in range(tree.num_nodes)]
+        return [(scores[siblings].softmax(0), [of_node[node] for node in siblings]) for siblings in tree.decisions]
+    found = []
+    for node in range(tree.num_nodes):
+        p = scores[tree.path(node)].sigmoid().prod()
+        weight = max([w for deepest, w in label.items() if node in tree.path(deepest)], default=0.0)
+        found.append((torch.stack([p, 1 - p]), [weight, 1 - weight]))
+    return found
 
 
-def log_probs(rows: int = 6) -> torch.Tensor:
-    """Draw consistent log-probabilities of all nodes, from one softmax per group of siblings."""
-    scores, conditional = torch.randn(rows, TREE.num_nodes) * 2, torch.empty(rows, TREE.num_nodes)
-    for parent in [-1, *range(TREE.num_leaves, TREE.num_nodes)]:
-        conditional[:, TREE.children(parent)] = scores[:, TREE.children(parent)].log_softmax(-1)
-    return torch.stack([conditional[:, TREE.path(i)].sum(-1) for i in range(TREE.num_nodes)], 1)
+def by_hand(
+    decisions: Decisions, scores: Tensor, labels: list[dict[int, float]], trained: list[list[int]],
+    gamma: float = 0.0, balanced: bool = False, smoothing: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Compute the mean of  Σ t · α · (1 - p)^γ · (-(1 - ε) log p - ε Σ q log p)  over texts with these scores and labels."""
+    ones = [dict.fromkeys(nodes, 1.0) for nodes in trained if nodes or isinstance(decisions, ManyNodes)]
+    per_text = [[weights for _, weights in decisions_by_hand(decisions, scores[0], label)] for label in ones]
+    counts = [np.sum(weights, axis=0) for weights in zip(*per_text, strict=True)]  # of each decision's outcomes
+    total = torch.zeros((), dtype=scores.dtype)
+    for row, label in zip(scores, labels, strict=True):
+        for (p, weights), n in zip(decisions_by_hand(decisions, row, label), counts, strict=True):
+            alpha, texts = np.ones(len(n)), np.repeat(np.arange(len(n)), n.astype(int))
+            if balanced and len(texts):
+                alpha[n > 0] = compute_class_weight("balanced", classes=np.flatnonzero(n), y=texts)
+            # smoothing is towards equal shares of siblings, or the node's rate in the training texts
+            q = np.full(len(n), 1 / len(n)) if isinstance(decisions, OnePath) else (n + 0.5) / (n.sum() + 1)
+            for outcome, weight in enumerate(weights):
+                entropy = -(1 - smoothing) * p[outcome].log() - smoothing * (torch.tensor(q) * p.log()).sum()
+                total = total + weight * alpha[outcome] * (1 - p[outcome]) ** gamma * entropy
+    return total / len(labels)
 
 
-def by_hand(node_log_probs, labels, weights, gamma=0.0, level_weights=(1.0,), smoothing=0.0):
-    """Compute the loss by its formula, one document and one decision at a time."""
-    total, items = torch.zeros(()), 0
-    for row, label in zip(node_log_probs, labels.tolist(), strict=True):
-        if label == -100:
-            continue
-        items += 1
-        for level, node in enumerate(TREE.path(label)):
-            siblings = TREE.children(TREE.parents[node])
-            if len(siblings) == 1:
-                continue
-            scores = row[siblings] - (row[TREE.parents[node]] if TREE.parents[node] >= 0 else 0)
-            log_p = scores[siblings.index(node)]
-            cross_entropy = -(1 - smoothing) * log_p - smoothing * scores.mean()
-            weight = weights[node] * level_weights[min(level, len(level_weights) - 1)]
-            total = total + weight * (1 - log_p.exp()) ** gamma * cross_entropy
-    return total / items
+def drawn_scores(rows: int) -> Tensor:
+    return 2 * torch.randn(rows, TREE.num_nodes, dtype=torch.float64)
 
 
-def test_plain_settings_are_the_models_own_loss():
-    counts, x, labels = node_counts(), log_probs(), torch.tensor([0, 3, -100, 5, 6, 4])
-    plain = HierarchicalFocalLoss(TREE, counts)
-    torch.testing.assert_close(plain(x, labels), negative_log_likelihood(x, labels))
-    torch.testing.assert_close(plain(x, labels, 40), negative_log_likelihood(x, labels, 40))
-
-
-@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+@FORMS
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_loss_is_the_formula_worked_decision_by_decision(gamma, balanced, smoothing):
-    counts, x, labels = node_counts(), log_probs(), torch.tensor([0, 3, -100, 5, 2, 1])
-    group = torch.tensor(TREE.decision_of)
-    loss = HierarchicalFocalLoss(TREE, counts, gamma, balanced, [0.3, 0.7], smoothing)
-    weights = balanced_weights(counts, group) if balanced else torch.ones(TREE.num_nodes)
-    torch.testing.assert_close(loss(x, labels), by_hand(x, labels, weights, gamma, (0.3, 0.7), smoothing))
+def test_the_loss_is_the_formula_worked_decision_by_decision(decisions, trained, gamma, balanced, smoothing):
+    loss = FocalLoss(decisions, decisions.targets(trained), gamma, balanced, smoothing)
+    nodes, scores = [[0], [3], [5], [4], [1]], drawn_scores(5)
+    if isinstance(decisions, ManyNodes):
+        nodes = [[0], [3, 5], [0, 2], [], [4]]
+    expected = by_hand(
+        decisions, scores, [dict.fromkeys(ids, 1.0) for ids in nodes], trained, gamma, balanced, smoothing
+    )
+    torch.testing.assert_close(loss(scores, decisions.targets(nodes)), expected, rtol=1e-6, atol=0)
+    # weights of labels are between 0 and 1
+    nodes, weights = [[0, 2, 3], [1, 4]], [[0.5, 0.3, 0.2], [0.1, 0.9]]
+    labels = [dict(zip(*pair, strict=True)) for pair in zip(nodes, weights, strict=True)]
+    expected = by_hand(decisions, scores[:2], labels, trained, gamma, balanced, smoothing)
+    torch.testing.assert_close(loss(scores[:2], decisions.targets(nodes, weights)), expected, rtol=1e-6, atol=0)
 
 
-def test_balanced_weights_are_scikit_learns_among_siblings():
-    counts = node_counts()
-    weights = balanced_weights(counts, torch.tensor(TREE.decision_of))
-    for parent in (-1, TREE.id("a"), TREE.id("b")):
-        children = TREE.children(parent)
-        documents = np.repeat(children, counts[children].tolist())
-        expected = compute_class_weight("balanced", classes=np.array(children), y=documents)
-        np.testing.assert_allclose(weights[children].numpy(), expected, rtol=1e-6)
+@FORMS
+def test_plain_settings_are_the_models_own_loss(decisions, trained):
+    """Compare the losses of texts, of which one has no known label, and other divisors of the sum."""
+    scores, labels = drawn_scores(3), decisions.targets([[0], [3], [5]])
+    expected = by_hand(decisions, scores[[0, 2]], [{0: 1.0}, {5: 1.0}], trained)
+    labels[1] = -100
+    for loss in (FocalLoss(decisions, decisions.targets(trained)), decisions.loss):
+        torch.testing.assert_close(loss(scores, labels), expected)
+        torch.testing.assert_close(loss(scores, labels, 40), expected * 2 / 40)
 
 
-def test_classes_without_documents_break_nothing():
-    counts = node_counts(torch.tensor([0, 0, 2]))
-    for balanced in (False, True):
-        loss = HierarchicalFocalLoss(TREE, counts, 2.0, balanced, [1.0], 0.1)
-        assert loss(log_probs(2), torch.tensor([4, 1])).isfinite()
+def test_unknown_nodes_count_for_nothing():
+    decisions, scores = ManyNodes(TREE), drawn_scores(2).requires_grad_()
+    labels = decisions.targets([[0], [2]])
+    labels[0, 3] = -100
+    found = decisions.loss(scores, labels)
+    p = scores[0, 3].sigmoid() * scores[0, 7].sigmoid()  # f > g
+    expected = by_hand(decisions, scores, [{0: 1.0}, {2: 1.0}], SEVERAL) + (1 - p).log() / 2
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    assert scores.grad[0, 3] == 0
 
 
+@FORMS
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
-def test_gradients_are_finite_where_a_decision_is_certain(gamma):
+def test_gradients_are_finite_where_a_decision_is_certain(decisions, trained, gamma):
     scores = torch.zeros(1, TREE.num_nodes, requires_grad=True)
-    certain = scores + torch.tensor([0.0, -200, -200, 0, -200, 0, 0, -200])
-    loss = HierarchicalFocalLoss(TREE, node_counts(), gamma)(certain, torch.tensor([0]))
-    loss.backward()
+    certain = scores + torch.tensor([200.0, -200, -200, 200, -200, 200, 200, -200])
+    FocalLoss(decisions, decisions.targets(trained), gamma)(certain, decisions.targets([[0]])).backward()
     assert scores.grad.isfinite().all()
 
 
-def test_no_labels_at_all_is_a_loss_of_zero_with_a_gradient():
-    x = log_probs().requires_grad_()
-    loss = HierarchicalFocalLoss(TREE, node_counts(), 2.0)(x, torch.full((6,), -100))
+@FORMS
+def test_no_labels_at_all_is_a_loss_of_zero_with_a_gradient(decisions, trained):
+    scores = drawn_scores(2).requires_grad_()
+    labels = torch.full_like(decisions.targets([[0], [1]]), -100)
+    loss = FocalLoss(decisions, decisions.targets(trained), 2.0)(scores, labels)
     loss.backward()
     assert loss == 0
-    assert x.grad.abs().sum() == 0
+    assert scores.grad.abs().sum() == 0
+
+
+def test_labels_that_are_not_of_one_path_are_refused():
+    with pytest.raises(ValueError, match="several nodes of equal weight, and this model is for one path"):
+        OnePath(TREE).targets([[0], [1, 2]])
+    with pytest.raises(ValueError, match="weights are for leaves"):
+        OnePath(TREE).targets([[0, 6]], [[0.5, 0.5]])
+
+
+@pytest.mark.parametrize("score", [60.0, -60.0, 15.0])
+def test_marginal_logits_of_extreme_scores_are_finite_and_exact(score):
+    scores = torch.full((1, TREE.num_nodes), score, requires_grad=True)
+    logits = ManyNodes(TREE)(scores)[1]
+    # a node at depth k has 1 / P = (1 + exp(-s))^k, so exp(-u) is this less one
+    depth = torch.tensor(TREE.levels, dtype=torch.float64)
+    expected = -torch.log(torch.expm1(depth * torch.log1p(torch.exp(torch.tensor(-score, dtype=torch.float64)))))
+    torch.testing.assert_close(logits[0].double(), expected, rtol=1e-5, atol=1e-5)
+    logits.sum().backward()
+    assert scores.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("form", [OnePath, ManyNodes])
+def test_divergence_is_that_of_the_distributions_over_labels(form):
+    """Compare with the distributions over leaves, or sets of nodes, by enumeration."""
+    tree = Taxonomy(["x", {"a": ["b", "c"]}])
+    decisions = form(tree)
+
+    def distribution(scores: Tensor) -> Tensor:
+        chances = []
+        for has in itertools.product((False, True), repeat=tree.num_nodes):
+            nodes, chance = {node for node in range(tree.num_nodes) if has[node]}, torch.ones(())
+            if form is OnePath:
+                for siblings in tree.decisions:
+                    taken = tree.parents[siblings[0]] in {-1, *nodes}
+                    of_siblings = [node for node in siblings if node in nodes]
+                    chance = chance * (len(of_siblings) == taken)
+                    for node in of_siblings:
+                        chance = chance * scores[siblings].softmax(0)[siblings.index(node)]
+            else:
+                for node in range(tree.num_nodes):
+                    p = scores[node].sigmoid() * (tree.parents[node] in {-1, *nodes})
+                    chance = chance * (p if node in nodes else 1 - p)
+            if chance > 0:
+                chances.append(chance)
+        assert sum(chances) == pytest.approx(1)
+        return torch.stack(chances)
+
+    p, q = torch.randn(2, 3, tree.num_nodes, dtype=torch.float64)
+    expected = []
+    for pair in zip(p, q, strict=True):
+        one, other = map(distribution, pair)
+        expected.append(((one - other) * (one.log() - other.log())).sum() / 2)
+    torch.testing.assert_close(decisions.divergence(p, q), torch.stack(expected))
+    assert not decisions.divergence(p, p).any()

@@ -11,6 +11,7 @@ from scipy.special import log_expit, log_softmax
 from test_trainer import arguments
 from transformers import AutoModel, AutoTokenizer
 
+from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 from training.arguments import ModelArguments
 from training.model import build_model
@@ -24,6 +25,7 @@ ROWS = [
     for label, names in CLEAR.items()
     for name in names
 ]
+LEAVES = [[TREE.id(row["label"])] for row in ROWS]
 DESCRIPTIONS = {
     "neoplasms": "carcinoma, lymphoma, sarcoma",
     "digestive system diseases": "gastritis, hepatitis, ulcer",
@@ -63,13 +65,16 @@ def trainer_of(minilm: str, folder, tree: Taxonomy = TREE, **settings) -> Hierar
     tokenizer = AutoTokenizer.from_pretrained(minilm)
     model = build_model(ModelArguments(minilm, quantization="none"), tree, seed=1, **settings)
     return HierarchicalTrainer(
-        model=model, args=arguments(folder), processing_class=tokenizer, data_collator=build_collator(tokenizer)
+        model=model,
+        args=arguments(folder),
+        processing_class=tokenizer,
+        data_collator=build_collator(tokenizer, model.heads.decisions.targets),
     )
 
 
-def tokenized(trainer: HierarchicalTrainer, labels) -> Dataset:
+def tokenized(trainer: HierarchicalTrainer, nodes: list[list[int]] = LEAVES) -> Dataset:
     inputs = trainer.processing_class([row["text"] for row in ROWS])["input_ids"]
-    return Dataset.from_dict({"input_ids": inputs}).add_column("labels", [*labels])
+    return Dataset.from_dict({"input_ids": inputs, "labels": nodes})
 
 
 def predicted(trainer: HierarchicalTrainer, output: str) -> np.ndarray:
@@ -79,46 +84,69 @@ def predicted(trainer: HierarchicalTrainer, output: str) -> np.ndarray:
         return np.concatenate([model(**one)[output].numpy() for one in inputs])
 
 
+def several_labels() -> tuple[list[list[int]], np.ndarray, np.ndarray]:
+    """Return two nodes for each row, which nodes each row has, and each node's log-odds given its parent."""
+    nodes = [[*LEAVES[i], *LEAVES[i // 2]] for i in range(len(ROWS))]
+    has = np.array([[node in TREE.with_ancestors(of_row) for node in range(TREE.num_nodes)] for of_row in nodes])
+    odds = []
+    for node, parent in enumerate(TREE.parents):
+        given = has if parent < 0 else has[has[:, parent]]
+        odds.append(np.log((given[:, node].sum() + 0.5) / (len(given) - given[:, node].sum() + 0.5)))
+    return nodes, has, np.array(odds)
+
+
 @pytest.mark.parametrize(
-    ("fits", "shift", "descriptions"),
+    ("problem_type", "fits", "shift", "descriptions"),
     [
-        (FITS[0], 0, {}),
-        (FITS[1], 1, {}),
-        (FITS[2], 0, DESCRIPTIONS),
+        (SINGLE_LABEL, FITS[0], 0, {}),
+        (SINGLE_LABEL, FITS[1], 1, {}),
+        (SINGLE_LABEL, FITS[2], 0, DESCRIPTIONS),
+        (MULTI_LABEL, FITS[0], 0, {}),
     ],
 )
-def test_scores_are_those_worked_by_hand(minilm, tmp_path, caplog, fits, shift, descriptions):
+def test_scores_are_those_worked_by_hand(minilm, tmp_path, caplog, problem_type, fits, shift, descriptions):
     """Test labels that fit the names, labels of the next class, and descriptions of all classes but one.
 
     The best source is found by leave-one-out likelihood.
     """
-    classes = TREE.labels[: TREE.num_leaves]
+    several = problem_type == MULTI_LABEL
+    classes = TREE.labels if several else TREE.labels[: TREE.num_leaves]
+    nodes, has, odds = several_labels()
+    if not several:
+        nodes, odds = [[(leaf + shift) % len(classes)] for (leaf,) in LEAVES], np.zeros(len(classes))
+        has = np.array([[leaf == own for leaf in range(len(classes))] for (own,) in nodes])
     offsets, names = offsets_and_names(minilm, classes)
     _, described = offsets_and_names(
         minilm, [f"{name}: {descriptions[name]}" if name in descriptions else name for name in classes]
     )
-    labels = [(classes.index(row["label"]) + shift) % len(classes) for row in ROWS]
 
     def scores(directions, weights, left_out: int | None = None) -> np.ndarray:
-        known = [i for i in range(len(ROWS)) if i != left_out]
-        sums = [sum(offsets[i] for i in known if labels[i] == leaf) for leaf in range(len(classes))]
+        known = np.arange(len(ROWS)) != left_out
+        sums = [offsets[known & of_class].sum(0) for of_class in has.T]
         prototypes = [unit(k * u + one) for k, u, one in zip(weights, directions, sums, strict=True)]
-        return log_softmax(TYPICAL_SCORE * offsets @ np.transpose(prototypes), axis=1)
+        found = odds + TYPICAL_SCORE * offsets @ np.transpose(prototypes)
+        return found if several else log_softmax(found, axis=1)
 
     def likelihood(source: str) -> float:
         weights = [0 if "alone" in source else NAME_WEIGHT] * len(classes)
-        return sum(scores(sources[source], weights, left_out=i)[i, labels[i]] for i in range(len(ROWS)))
+        own = np.array([scores(sources[source], weights, left_out=i)[i] for i in range(len(ROWS))])
+        if not several:
+            return own[has].sum()
+        parents = np.array(TREE.parents)
+        return log_expit(np.where(has, own, -own))[(parents < 0) | has[:, parents]].sum()
 
     sources = dict(zip(FITS, (names, names, described), strict=True))
     assert max(sources, key=likelihood) == fits
     weights = [
         DESCRIPTION_WEIGHT if name in descriptions else 0 if "alone" in fits else NAME_WEIGHT for name in classes
     ]
-    trainer = trainer_of(minilm, tmp_path, Taxonomy(DEFAULT_TAXONOMY, descriptions=descriptions))
+    tree = Taxonomy(DEFAULT_TAXONOMY, descriptions=descriptions)
+    trainer = trainer_of(minilm, tmp_path, tree, problem_type=problem_type)
     with caplog.at_level("INFO"):
-        assert initialise_heads(trainer, tokenized(trainer, labels), ModelArguments(minilm, **ASKED)) == "prototypes"
+        assert initialise_heads(trainer, tokenized(trainer, nodes), ModelArguments(minilm, **ASKED)) == "prototypes"
     assert f"heads are initialised from {fits}" in caplog.text
-    np.testing.assert_allclose(predicted(trainer, "logits"), scores(sources[fits], weights), atol=5e-4)
+    found = predicted(trainer, "decision_logits" if several else "logits")
+    np.testing.assert_allclose(found, scores(sources[fits], weights), atol=1e-3)
 
 
 def test_descriptions_are_used_only_if_they_fit_better_than_the_names(minilm, tmp_path):
@@ -151,7 +179,7 @@ def test_with_32_rows_per_class_heads_are_random_unless_requested_otherwise(
 ):
     trainer = trainer_of(tiny_encoder, tmp_path)  # five classes
     before = trainer.model.heads.weight.clone()
-    data = tokenized(trainer, [TREE.id(row["label"]) for row in ROWS]).select([i % len(ROWS) for i in range(rows)])
+    data = tokenized(trainer).select([i % len(ROWS) for i in range(rows)])
     assert initialise_heads(trainer, data, ModelArguments(tiny_encoder, heads_init=requested)) == expected
     assert torch.equal(trainer.model.heads.weight, before) == (expected == "random")
 
@@ -168,49 +196,10 @@ def test_the_card_of_a_resumed_run_says_how_the_heads_were_initialised(tiny_enco
     assert "| heads_init | random |" in (tmp_path / "out" / "README.md").read_text()
 
 
-def several_labels() -> tuple[np.ndarray, np.ndarray]:
-    """Return two labels for each row, and each node's log-odds given its parent."""
-    labels = np.zeros((len(ROWS), TREE.num_nodes), dtype=np.int8)
-    for i in range(len(ROWS)):
-        for node in (TREE.id(ROWS[i]["label"]), TREE.id(ROWS[i // 2]["label"])):
-            labels[i, TREE.path(node)] = 1
-    odds = []
-    for node, parent in enumerate(TREE.parents):
-        given = labels if parent < 0 else labels[labels[:, parent] == 1]
-        odds.append(np.log((given[:, node].sum() + 0.5) / (len(given) - given[:, node].sum() + 0.5)))
-    return labels, np.array(odds)
-
-
-def test_with_several_labels_every_nodes_score_is_worked_by_hand(minilm, tmp_path, caplog):
-    labels, odds = several_labels()
-    offsets, names = offsets_and_names(minilm, TREE.labels)
-
-    def scores(weight: float, left_out: int | None = None) -> np.ndarray:
-        known = np.arange(len(ROWS)) != left_out
-        sums = [offsets[known & (labels[:, node] == 1)].sum(0) for node in range(TREE.num_nodes)]
-        prototypes = [unit(weight * u + one) for u, one in zip(names, sums, strict=True)]
-        return odds + TYPICAL_SCORE * offsets @ np.transpose(prototypes)
-
-    def likelihood(weight: float) -> float:
-        parents = np.array(TREE.parents)
-        decided = (parents < 0) | (labels[:, parents] == 1)
-        own = np.array([scores(weight, left_out=i)[i] for i in range(len(ROWS))])
-        return log_expit(np.where(labels == 1, own, -own))[decided].sum()
-
-    assert likelihood(NAME_WEIGHT) > likelihood(0)
-    trainer = trainer_of(minilm, tmp_path, problem_type="multi_label_classification")
-    with caplog.at_level("INFO"):
-        assert initialise_heads(trainer, tokenized(trainer, labels), ModelArguments(minilm, **ASKED)) == "prototypes"
-    assert f"heads are initialised from {FITS[0]}" in caplog.text
-    np.testing.assert_allclose(predicted(trainer, "decision_logits"), scores(NAME_WEIGHT), atol=1e-3)
-
-
 def test_with_several_labels_biases_start_at_the_log_odds_of_the_training_rows(minilm, tmp_path):
-    labels, odds = several_labels()
-    trainer = trainer_of(minilm, tmp_path, problem_type="multi_label_classification")
+    nodes, _, odds = several_labels()
+    trainer = trainer_of(minilm, tmp_path, problem_type=MULTI_LABEL)
     weight = trainer.model.heads.weight.detach().clone()
-    assert (
-        initialise_heads(trainer, tokenized(trainer, labels), ModelArguments(minilm, heads_init="random")) == "random"
-    )
+    assert initialise_heads(trainer, tokenized(trainer, nodes), ModelArguments(minilm, heads_init="random")) == "random"
     np.testing.assert_allclose(trainer.model.heads.bias.detach(), odds, atol=1e-6)
     torch.testing.assert_close(trainer.model.heads.weight.detach(), weight, atol=0, rtol=0)

@@ -257,6 +257,16 @@ def test_a_card_that_a_person_edited_is_kept_and_one_that_was_not_is_replaced(wo
     assert (run_folder / "README.edited-2.md").read_text() == "Ours.\n"
 
 
+def test_a_command_that_is_refused_deletes_nothing_of_the_former_run(words, run_folder):
+    former = sorted(run_folder.rglob("*"))
+    line = list(map(str, [*words, "--output_dir", run_folder, "--overwrite_output_dir", "true"]))
+    no_metric = ["--load_best_model_at_end", "true", "--metric_for_best_model", "f"]
+    for wrong, message in ((no_metric, "is not measured"), (["--lora_target_modules", "q"], "'q'")):
+        with pytest.raises(InputError, match=message):
+            train.main([*line, *wrong])
+        assert sorted(run_folder.rglob("*")) == former
+
+
 def test_a_finished_run_without_checkpoints_is_not_trained_again(words, run_folder):
     for folder in list_checkpoints(run_folder):
         shutil.rmtree(folder)

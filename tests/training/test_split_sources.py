@@ -9,7 +9,7 @@ import datasets
 import pandas as pd
 import pyarrow.parquet
 import pytest
-from labelled_files import SECRET, csv_file, labels_of, load, write
+from labelled_files import SECRET, csv_file, labels_of, load, nodes_of, write
 
 from errors import InputError
 
@@ -37,12 +37,12 @@ def test_every_format_gives_the_same_rows(tmp_path, kind):
     write_as(kind, path)
     data = load(train_file=path, validation_size=0)
     assert list(data.splits) == ["train"]
-    assert data.splits["train"].column_names == ["text", "label", "row", "text_id", "moved"]
+    assert data.splits["train"].column_names == ["text", "nodes", "row", "text_id", "moved"]
     assert data.splits["train"]["text"][:] == [text for text, _ in ROWS]
     assert data.splits["train"]["row"][:] == [0, 1, 2, 3]
     # leaves first, in sorted order of their paths (a/x, a/y, b), then the inner node a
     assert data.taxonomy.labels == ["x", "y", "b", "a"]
-    assert data.splits["train"]["label"][:] == [0, 1, 2, 3]
+    assert nodes_of(data) == [0, 1, 2, 3]
     hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
     assert data.report["sources"] == [{"split": "train", "name": str(path), "dataset": None, "sha256": hashes}]
 

@@ -55,8 +55,8 @@ def test_one_file_is_split_by_class_with_identical_texts_together(tmp_path, seed
         found = Counter(labels_of(data, split))
         for label, count in everywhere.items():
             assert abs(found[label] - share * count) <= 3 + 0.15 * share * count, (split, label)
-    everything = sorted((row["row"], row["label"]) for split in data.splits.values() for row in split)
-    labels = json.dumps([False, [[label] for _, label in everything]])
+    everything = sorted((row["row"], row["nodes"]) for split in data.splits.values() for row in split)
+    labels = json.dumps([False, [nodes for _, nodes in everything]])
     assert data.report["split"] == {
         "method": "by class, identical texts kept together", "split_off": {"test": 0.1, "validation": 0.15}, "seed": seed,
         "labels_sha256": hashlib.sha256(labels.encode()).hexdigest(),
@@ -215,7 +215,7 @@ def test_log_report_shows_the_numbers_and_no_text(tmp_path, caplog):
     data = load(train_file=csv_file(tmp_path / "a.csv", rows), validation_size=0)
     data.report["lengths"] = {"train": length_report([5, 5, 9], 8)}
     with caplog.at_level(logging.INFO, logger="training"):
-        log_report(data.report)
+        log_report(data.report, data.logged_counts)
     assert "train: 23 rows, 0 dropped, 1 duplicates; 1 texts have several labels" in caplog.text
     assert "accuracy is at most 0.9545" in caplog.text  # 21 of 22 rows that have a leaf can be correct
     assert "5 tokens per text in the median, 9 at most; 1 texts truncated at 8" in caplog.text

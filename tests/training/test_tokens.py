@@ -1,21 +1,14 @@
 """Test tokenization against the tokenizer's own truncation."""
 
-import json
-from functools import partial
-
 import datasets
-import numpy as np
 import pytest
-from sklearn.preprocessing import MultiLabelBinarizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from decisions_hierarchical import ManyNodes, OnePath
 from taxonomy_hierarchical import Taxonomy
-from training.arguments import parse
 from training.data_report import length_report
-from training.label_arrays import label_arrays, multi_hot
-from training.splits import load_splits
-from training.tokens import build_collator, tokenize, tokenize_splits
+from training.tokens import build_collator, tokenize
 
 
 def word_tokenizer(side="right", **arguments):
@@ -33,10 +26,9 @@ def word_tokenizer(side="right", **arguments):
 
 
 def texts_of_lengths(lengths):
-    rows = {"text": [" ".join(f"w{i}" for i in range(n)) for n in lengths], "label": list(range(len(lengths)))}
-    return datasets.DatasetDict(
-        {"test": datasets.Dataset.from_dict({**rows, "row": [10 + i for i in rows["label"]], "text_id": rows["label"]})}
-    )
+    texts, numbers = [" ".join(f"w{i}" for i in range(n)) for n in lengths], list(range(len(lengths)))
+    columns = {"text": texts, "nodes": [[i] for i in numbers], "row": [10 + i for i in numbers], "text_id": numbers}
+    return datasets.DatasetDict({"test": datasets.Dataset.from_dict(columns)})
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -50,7 +42,7 @@ def test_tokens_are_those_of_the_tokenizers_own_truncation(side, warned):
     assert rows["input_ids"][:] == tokenizer(splits["test"]["text"][:], truncation=True, max_length=8)["input_ids"]
     assert rows["length"][:] == [3, 7, 8, 8, 8, 8, 8]
     assert rows["attention_mask"][:] == [[1] * n for n in rows["length"]]
-    assert rows["labels"][:] == [0, 1, 2, 3, 4, 5, 6]
+    assert rows["labels"][:] == [[0], [1], [2], [3], [4], [5], [6]]
     assert rows["row"][:] == [10, 11, 12, 13, 14, 15, 16]
     assert lengths == {"test": length_report([n + 2 for n in words], 8)}
     assert (lengths["test"]["truncated"], lengths["test"]["max"]) == (4, 32)
@@ -88,29 +80,17 @@ def test_tokens_of_training_texts_know_their_sentences(side):
     assert "sentences" not in tokenized["test"].column_names
 
 
-def test_label_sets_become_arrays_of_all_nodes_and_floats_in_a_batch():
+def test_labels_become_arrays_in_a_batch():
     tree = Taxonomy(["x", {"a": ["b", "c"]}])  # leaves x b c are 0 to 2, a is 3
-    splits = texts_of_lengths([3, 5, 2, 9]).pop("test").remove_columns("label")
-    splits = datasets.DatasetDict(train=splits.add_column("label", [[0], [], [1, 2], [0, 3]]))
-    expected = MultiLabelBinarizer(classes=range(4)).fit_transform([{0}, set(), {1, 2, 3}, {0, 3}])
-    rows = tokenize(splits, word_tokenizer(), encode_labels=partial(multi_hot, tree))[0]["train"]
-    assert rows.features["labels"] == datasets.List(datasets.Value("int8"))
-    assert rows["labels"][:] == expected.tolist()
-    assert label_arrays(rows).dtype == np.int8
-    np.testing.assert_array_equal(label_arrays(rows), expected)
-    np.testing.assert_array_equal(label_arrays(rows.select([3, 1])), expected[[3, 1]])
-    batch = build_collator(word_tokenizer())([{**row, "row": 0} for row in rows.remove_columns(["length", "text_id"])])
-    assert batch["labels"].dtype.is_floating_point
-    assert batch["labels"].tolist() == expected.tolist()
+    tokens = [{"input_ids": [2, n, 3], "labels": nodes} for n, nodes in enumerate([[0], [], [3]], start=4)]
 
+    def batch(form, features):
+        return build_collator(word_tokenizer(), form(tree).targets)(features)["labels"].tolist()
 
-@pytest.mark.parametrize("incomplete", [True, False])
-def test_with_incomplete_labels_what_is_below_a_label_is_unknown(incomplete, tmp_path):
-    rows = [{"text": f"w{i}", "labels": labels} for i, labels in enumerate([["x", "a"], ["b"], []])]
-    (tmp_path / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    (tmp_path / "tree.json").write_text('{"x": null, "a": ["b", "c"]}')  # leaves x b c are 0 to 2, a is 3
-    words = ["--train_file", str(tmp_path / "train.jsonl"), "--taxonomy", str(tmp_path / "tree.json")]
-    arguments = parse([*words, "--validation_size", "0", "--incomplete_labels", str(incomplete)])
-    tokenized = tokenize_splits(arguments, load_splits(arguments.data, 0), word_tokenizer())
-    below = -100 if incomplete else 0
-    assert tokenized["train"]["labels"][:] == [[1, below, below, 1], [0, 1, 0, 1], [0, 0, 0, 0]]
+    assert batch(OnePath, tokens) == [0, -100, 3]
+    assert batch(ManyNodes, [*tokens, tokens[0] | {"labels": [0, 2]}]) == [
+        [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1], [1, 0, 1, 1],
+    ]  # fmt: skip
+    weighted = [{"input_ids": [2, 3], "labels": [0, 2], "weights": [0.75, 0.25]}]
+    assert batch(OnePath, weighted) == [[0.75, 0, 0.25]]
+    assert batch(ManyNodes, weighted) == [[0.75, 0, 0.25, 0.25]]

@@ -3,14 +3,13 @@
 import itertools
 
 import numpy as np
-import pytest
 import torch
-from scipy.stats import entropy
 from transformers import AutoTokenizer
 
 from configuration_hierarchical import HierarchicalConfig
+from decisions_hierarchical import OnePath
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from training.losses import symmetric_kl
+from taxonomy_hierarchical import Taxonomy
 from training.tokens import build_collator
 from training.views import NO_SENTENCE, halves, sentence_numbers, split_sentences
 
@@ -28,9 +27,8 @@ def batch_of(tokenizer, texts, rows):
     for text, row in zip(texts, rows, strict=True):
         encoded = tokenizer(text, return_offsets_mapping=True)
         numbers = sentence_numbers(text, [end for _, end in encoded.pop("offset_mapping")])
-        features.append({**encoded, "sentences": numbers, "row": row, "labels": 0})
-    batch = dict(build_collator(tokenizer)(features))
-    batch.pop("labels")
+        features.append({**encoded, "sentences": numbers, "row": row})
+    batch = dict(build_collator(tokenizer, OnePath(Taxonomy(["a", "b"])).targets)(features))
     return batch, batch.pop("sentences"), batch.pop("row").tolist()
 
 
@@ -139,14 +137,3 @@ def test_left_padding_gives_the_same_halves(minilm, tokenizer):
     (inputs, *views), (other, *other_views) = halved(left, 2), halved(tokenizer, 2)
     assert all(map(torch.equal, views, other_views))
     assert all(inputs[name].equal(other[name]) for name in other)
-
-
-def test_disagreement_is_the_mean_of_both_divergences():
-    generator = np.random.default_rng(0)
-    p, q = generator.dirichlet(np.ones(5), 4), generator.dirichlet(np.ones(5), 4)
-    labels = torch.tensor([1, -100, 0, 2])
-    each = (entropy(p, q, axis=1) + entropy(q, p, axis=1)) / 2
-    logs = torch.tensor(p).log(), torch.tensor(q).log()
-    assert symmetric_kl(*logs, labels).item() == pytest.approx(each[[0, 2, 3]].mean())
-    assert symmetric_kl(*logs, labels, 6).item() == pytest.approx(each[[0, 2, 3]].sum() / 6)
-    assert symmetric_kl(logs[0], logs[0], labels).item() == 0

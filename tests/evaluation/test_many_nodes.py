@@ -1,47 +1,35 @@
-"""Multi-label calibration, thresholds, guarantee and metrics against scikit-learn, exhaustive search and simulation."""
+"""Thresholds, guarantee and metrics for any number of nodes a text, against scikit-learn, exhaustive search and simulation."""
 
 import math
 import statistics
 from fractions import Fraction
 
-import datasets
 import numpy as np
 import pytest
 import sklearn.metrics
-import torch
 from mapie.risk_control import MultiLabelClassificationController
-from scipy.optimize import minimize
-from scipy.sparse import csr_matrix
 from scipy.special import expit, logit
-from sklearn.feature_extraction.text import TfidfTransformer
-from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import RepeatedKFold
 from transformers import EvalPrediction
 
+from decisions_hierarchical import ManyNodes
 from errors import InputError
-from evaluation import lexical
-from evaluation.calibration import FOLDS, PRIOR_STD, calibrate_out_of_fold
-from evaluation.metrics import bin_index, one_hot, per_class_report
-from evaluation.multi_label import (
+from evaluation.many_nodes import (
     REPEATS,
     STRENGTHS,
-    MultiLabelCalibration,
     best_threshold,
     build_multi_label_metrics,
     choose_strength,
     common_threshold,
-    fit_multi_label_calibration,
     fit_node_thresholds,
     fit_recall_thresholds,
-    likely_pairs,
-    marginal_logits,
-    open_decisions,
     pair_variance,
     predict_nodes,
+    probable_pairs,
     recall_scores,
     shrunk_thresholds,
 )
-from modeling_hierarchical import LexicalHead
+from evaluation.metrics import FOLDS, bin_index, per_class_report
 from taxonomy_hierarchical import Taxonomy
 
 # a at level 1; B > c at level 2; B > D > e, f at level 3; G > h, an only child
@@ -54,130 +42,39 @@ TREES = pytest.mark.parametrize("tree", [TREE, FLAT], ids=["unequal depth", "fla
 def drawn(tree: Taxonomy, z: np.ndarray, seed: int = 1) -> np.ndarray:
     """Draw labels from the conditional scores z."""
     has = np.random.default_rng(seed).random(z.shape) < expit(z)
-    labels = np.zeros(z.shape, dtype=np.int8)
-    for node in range(tree.num_nodes):
-        labels[:, node] = has[:, tree.path(node)].all(axis=1)
-    return labels
+    return np.column_stack([has[:, tree.path(node)].all(axis=1) for node in range(tree.num_nodes)]).astype(np.int8)
 
 
-def case(tree: Taxonomy, rows: int, seed: int = 0, unknown: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """Draw conditional scores and labels; whole subtrees of some texts are unknown."""
-    generator = np.random.default_rng(seed)
-    z = generator.normal(-0.5, 1.5, (rows, tree.num_nodes))
-    labels = drawn(tree, z, seed + 1)
-    for row, top in zip(*np.nonzero(generator.random(labels.shape) < unknown), strict=True):
-        labels[row, [node for node in range(tree.num_nodes) if top in tree.path(node)]] = -100
-    return z, labels
+def case(tree: Taxonomy, rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Draw conditional scores and labels."""
+    z = np.random.default_rng(seed).normal(-0.5, 1.5, (rows, tree.num_nodes))
+    return z, drawn(tree, z, seed + 1)
+
+
+def marginal_logits(tree: Taxonomy, z: np.ndarray) -> np.ndarray:
+    """Return the logits of the products of the conditional probabilities on each node's path."""
+    return logit(np.column_stack([expit(z[:, tree.path(node)]).prod(axis=1) for node in range(tree.num_nodes)]))
+
+
+def closed(tree: Taxonomy, probabilities: np.ndarray, thresholds: np.ndarray | float) -> np.ndarray:
+    """Choose the nodes that reach their thresholds, and their ancestors."""
+    reached, nodes = probabilities >= thresholds, range(tree.num_nodes)
+    return np.column_stack([reached[:, [n for n in nodes if node in tree.path(n)]].any(axis=1) for node in nodes])
 
 
 def f1(chosen: np.ndarray, true: np.ndarray) -> float:
     return float(sklearn.metrics.f1_score(true.ravel(), chosen.ravel(), zero_division=0))
 
 
-# Marginal logits and open decisions
-
-
-def test_a_decision_is_open_where_the_parent_is_true_and_the_label_known():
-    labels = np.full((3, 8), -100)
-    labels[0] = 0
-    labels[1] = 0
-    labels[1, [B, D]], labels[1, [E, F]] = 1, -100
-    np.testing.assert_array_equal(np.flatnonzero(open_decisions(TREE, labels)[0]), [A, B, G])
-    np.testing.assert_array_equal(np.flatnonzero(open_decisions(TREE, labels)[1]), [A, C, B, D, G])
-    assert not open_decisions(TREE, labels)[2].any()
-
-
-# Calibration
-
-
-def test_calibration_recovers_the_true_parameters():
-    generator = np.random.default_rng(0)
-    encoder, words = generator.normal(0, 2, (2, 60_000, TREE.num_nodes))
-    scales, biases = generator.uniform(0.5, 1.2, TREE.num_nodes), generator.uniform(-0.4, 0.4, TREE.num_nodes)
-    labels = drawn(TREE, scales * (encoder + 0.6 * words) + biases)
-    fitted = fit_multi_label_calibration(TREE, encoder, words, labels)
-    assert fitted.lexical_weight == pytest.approx(0.6, rel=0.05)
-    assert fitted.node_scales == pytest.approx(scales, rel=0.08)
-    assert fitted.node_biases == pytest.approx(biases, abs=0.06)
-    # lexical scores that contradict the labels get no weight
-    assert fit_multi_label_calibration(TREE, encoder, -words, labels).lexical_weight == 0
-    assert fit_multi_label_calibration(TREE, encoder, None, labels).lexical_weight == 0
-
-
-def test_each_node_has_the_map_estimate_on_its_open_rows():
-    z, labels = case(TREE, 60, unknown=0.05)
-    fitted = fit_multi_label_calibration(TREE, 2 * z + 1, None, labels)
-
-    def posterior(parameters: np.ndarray, node: int | None, mean: float) -> float:
-        value = ((parameters[0] - mean) ** 2 + parameters[1] ** 2) / (2 * PRIOR_STD**2)
-        for row in range(60):
-            for n in range(TREE.num_nodes) if node is None else [node]:
-                parent = TREE.parents[n]
-                if labels[row, n] >= 0 and (parent < 0 or labels[row, parent] == 1):
-                    p = 1 / (1 + math.exp(-parameters[0] * (2 * z[row, n] + 1) - parameters[1]))
-                    value -= math.log(p if labels[row, n] else 1 - p)
-        return value
-
-    common = minimize(lambda a: posterior(np.array([a[0], 0]), None, 1), [1.0], method="BFGS")
-    for node in range(TREE.num_nodes):
-        expected = minimize(posterior, [1.0, 0.0], (node, common.x[0]), method="BFGS").x
-        assert [fitted.node_scales[node], fitted.node_biases[node]] == pytest.approx(expected, abs=2e-3)
-
-
-def test_nodes_without_open_rows_keep_the_prior_and_nodes_with_one_class_stay_moderate():
-    z, labels = case(TREE, 200)
-    labels[:, [G, H]] = 0  # G is never true, so H is never open
-    labels[:, C] = np.where(labels[:, B] == 1, 1, 0)
-    fitted = fit_multi_label_calibration(TREE, z, None, labels)
-    assert fitted.node_biases[H] == 0
-    others = fit_multi_label_calibration(TREE, z, None, np.where(np.arange(8) == H, -100, labels))
-    assert fitted.node_scales == others.node_scales
-    assert -3 < fitted.node_biases[G] < -0.3
-    assert 0.3 < fitted.node_biases[C] < 3
-
-
-def test_unknown_labels_and_closed_decisions_do_not_affect_the_fit():
-    z, labels = case(TREE, 200, unknown=0.1)
-    words = np.random.default_rng(5).normal(size=z.shape)
-    closed = ~open_decisions(TREE, labels)
-    assert (labels == -100).any()
-    assert closed.any()
-    expected = fit_multi_label_calibration(TREE, z, words, labels)
-    other = np.where(closed, 1000.0, z)
-    assert fit_multi_label_calibration(TREE, other, words, labels) == expected
-    assert fit_multi_label_calibration(TREE, z.astype(np.float64), words, labels.astype(np.float32)) == expected
-    nothing = fit_multi_label_calibration(TREE, z, words, np.full_like(labels, -100))
-    assert nothing == MultiLabelCalibration(0.0, [1.0] * 8, [0.0] * 8)
-
-
-def test_calibration_is_applied_node_by_node():
-    z, words = np.random.default_rng(0).normal(size=(2, 5, 8))
-    scales, biases = np.arange(1.0, 9.0), np.arange(-4.0, 4.0)
-    u = MultiLabelCalibration(0.5, scales.tolist(), biases.tolist()).apply(TREE, z.astype(np.float32), words)
-    conditional = expit(scales * (z.astype(np.float32) + 0.5 * words) + biases)
-    np.testing.assert_allclose(expit(u[:, E]), conditional[:, B] * conditional[:, D] * conditional[:, E])
-    np.testing.assert_allclose(expit(u[:, A]), conditional[:, A])
-
-
-def test_a_single_text_is_scored_by_its_own_calibration():
-    z, labels = case(TREE, 300)
-    texts = np.arange(300)
-    single = calibrate_out_of_fold(fit_multi_label_calibration, TREE, z[:1], None, labels[:1], texts[:1])
-    np.testing.assert_array_equal(
-        single, fit_multi_label_calibration(TREE, z[:1], None, labels[:1]).apply(TREE, z[:1], None)
-    )
-
-
 # Thresholds
 
 
 def test_the_ancestors_of_a_predicted_node_are_predicted():
-    probabilities = np.array([[0.1, 0.2, 0.6, 0.1, 0.2, 0.7, 0.65, 0.3], [0.9, 0.1, 0.1, 0.1, 0.1, 0.2, 0.1, 0.1]])
-    thresholds = np.array([0.95, 0.9, 0.5, 0.9, 0.9, 0.9, 0.9, 0.3])
-    chosen = predict_nodes(TREE, probabilities, thresholds)
+    u = logit(np.array([[0.1, 0.2, 0.6, 0.1, 0.2, 0.7, 0.65, 0.31], [0.9, 0.1, 0.1, 0.1, 0.1, 0.2, 0.1, 0.1]]))
+    chosen = predict_nodes(ManyNodes(TREE), u, np.array([0.95, 0.9, 0.5, 0.9, 0.9, 0.9, 0.9, 0.3]))
     np.testing.assert_array_equal(np.flatnonzero(chosen[0]), [E, B, D, G])
     assert not chosen[1].any()
-    np.testing.assert_array_equal(np.flatnonzero(predict_nodes(TREE, probabilities, 0.6)[0]), [E, B, D])
+    np.testing.assert_array_equal(np.flatnonzero(predict_nodes(ManyNodes(TREE), u, 0.55)[0]), [E, B, D])
 
 
 def random_forest(generator) -> Taxonomy:
@@ -196,24 +93,15 @@ def test_whole_levels_give_the_predictions_and_thresholds_of_single_nodes(seed):
     labels = np.zeros((40, tree.num_nodes), dtype=np.int8)
     for row, nodes in zip(labels, deepest, strict=True):
         row[list(tree.with_ancestors(nodes.tolist()))] = 1
-    labels[generator.random(labels.shape) < 0.05] = -100
-    u = generator.normal(size=labels.shape) + (labels == 1)
-
-    def close(chosen):
-        for node in reversed(tree.reading_order):
-            if tree.parents[node] >= 0:
-                chosen[:, tree.parents[node]] |= chosen[:, node]
-        return chosen
-
-    np.testing.assert_array_equal(predict_nodes(tree, u, 1.0), close(u >= 1.0))
+    u = generator.normal(size=labels.shape) + labels
+    np.testing.assert_array_equal(predict_nodes(ManyNodes(tree), u, 0.7), closed(tree, expit(u), 0.7))
     for strength, fitted in shrunk_thresholds(tree, u, labels, STRENGTHS).items():
-        common, expected = best_threshold(u[labels >= 0], labels[labels >= 0] == 1), np.empty(tree.num_nodes)
+        common, expected = best_threshold(u.ravel(), labels.ravel() == 1), np.empty(tree.num_nodes)
         chosen = np.zeros(u.shape, dtype=bool)
         for node in reversed(tree.reading_order):
             forced = chosen[:, tree.children(node)].any(axis=1)
-            known, positives = labels[:, node] >= 0, (labels[:, node] == 1).sum()
-            free, counts = known & ~forced, [(known & forced).sum(), (labels[forced, node] == 1).sum()]
-            own = best_threshold(u[free, node], labels[free, node] == 1, *counts)
+            positives, counts = labels[:, node].sum(), [forced.sum(), labels[forced, node].sum()]
+            own = best_threshold(u[~forced, node], labels[~forced, node] == 1, *counts)
             expected[node] = common
             if own is not None and math.isfinite(strength):
                 expected[node] = (positives * own + strength * common) / (positives + strength)
@@ -242,20 +130,19 @@ def test_there_is_no_threshold_where_nothing_is_true():
     assert best_threshold(np.array([1.0, 2.0]), np.array([False, False])) is None
     assert best_threshold(np.array([]), np.array([], dtype=bool)) is None
     z, labels = case(TREE, 20)
-    np.testing.assert_array_equal(fit_node_thresholds(TREE, z, np.zeros_like(labels)), [0.5] * 8)
-    np.testing.assert_array_equal(fit_node_thresholds(TREE, z, np.full_like(labels, -100)), [0.5] * 8)
+    np.testing.assert_array_equal(fit_node_thresholds(ManyNodes(TREE), z, np.zeros_like(labels)), [0.5] * 8)
     assert common_threshold(z, np.zeros_like(labels)) == 0.5
-    assert fit_node_thresholds(TREE, z[:1], np.ones_like(labels[:1])).shape == (8,)
+    assert fit_node_thresholds(ManyNodes(TREE), z[:1], np.ones_like(labels[:1])).shape == (8,)
 
 
 @TREES
 def test_the_common_threshold_has_the_best_micro_f1(tree):
-    z, labels = case(tree, 80, unknown=0.05)
-    u, known = marginal_logits(tree, z), labels >= 0
+    z, labels = case(tree, 80)
+    u = marginal_logits(tree, z)
     probabilities = expit(u)
 
     def score(threshold: float) -> float:
-        return f1(predict_nodes(tree, probabilities, threshold)[known], labels[known])
+        return f1(closed(tree, probabilities, threshold), labels)
 
     best = max(map(score, np.unique(probabilities)))
     assert score(common_threshold(u, labels)) == pytest.approx(best)
@@ -264,15 +151,14 @@ def test_the_common_threshold_has_the_best_micro_f1(tree):
 
 
 def test_each_nodes_own_threshold_has_its_best_f1_after_closure():
-    z, labels = case(TREE, 60, unknown=0.05)
+    z, labels = case(TREE, 60)
     u = marginal_logits(TREE, z) + np.random.default_rng(9).normal(size=z.shape)  # children above their parents, too
     thresholds = shrunk_thresholds(TREE, u, labels, (0,))[0]
     for node in range(TREE.num_nodes):
-        known = labels[:, node] >= 0
 
-        def score(threshold: float, node=node, known=known) -> float:
+        def score(threshold: float, node=node) -> float:
             changed = np.where(np.arange(TREE.num_nodes) == node, threshold, thresholds)
-            return f1(predict_nodes(TREE, expit(u), changed)[known, node], labels[known, node])
+            return f1(closed(TREE, expit(u), changed)[:, node], labels[:, node])
 
         candidates = [*expit(u[:, node]), 1.0]
         assert score(thresholds[node]) == pytest.approx(max(map(score, candidates)))
@@ -295,25 +181,16 @@ def test_the_strength_of_the_shrinkage_is_that_of_the_best_f1_on_other_folds():
         true, chosen = [], []
         for fitted, scored in RepeatedKFold(n_splits=FOLDS, n_repeats=REPEATS, random_state=0).split(u):
             thresholds = shrunk_thresholds(TREE, u[fitted], labels[fitted], (strength,))[strength]
-            chosen.append(predict_nodes(TREE, expit(u[scored]), thresholds))
+            chosen.append(closed(TREE, expit(u[scored]), thresholds))
             true.append(labels[scored])
         pair = np.concatenate(true), np.concatenate(chosen)
         totals[strength] = sum(sklearn.metrics.f1_score(*pair, average=average) for average in ("micro", "macro"))
     assert len({round(total, 3) for total in totals.values()}) > 4
     best = max(STRENGTHS, key=totals.__getitem__)
-    assert choose_strength(TREE, u, labels) == best
-    np.testing.assert_allclose(fit_node_thresholds(TREE, u, labels), shrunk_thresholds(TREE, u, labels, (best,))[best])
-
-
-def test_unknown_labels_do_not_move_thresholds():
-    z, labels = case(TREE, 100, unknown=0.1)
-    expected = fit_node_thresholds(TREE, marginal_logits(TREE, z), labels)
-    # H and G are known or unknown together, and have no other node below them
-    unknown = labels[:, [H, G]] == -100
-    assert unknown.any()
-    u = marginal_logits(TREE, z)
-    u[:, [H, G]] = np.where(unknown, -30.0, u[:, [H, G]])
-    np.testing.assert_allclose(fit_node_thresholds(TREE, u, labels), expected)
+    assert choose_strength(ManyNodes(TREE), u, labels) == best
+    np.testing.assert_allclose(
+        fit_node_thresholds(ManyNodes(TREE), u, labels), shrunk_thresholds(TREE, u, labels, (best,))[best]
+    )
 
 
 # Guarantee
@@ -337,7 +214,7 @@ def rounded_down(t: Fraction) -> float:
 
 @pytest.mark.parametrize("rows", [1, 9, 19, 40])
 def test_recall_thresholds_against_their_definition(rows):
-    z, labels = case(TREE, 4 * rows, seed=rows, unknown=0.03)
+    z, labels = case(TREE, 4 * rows, seed=rows)
     z = z.round()  # ties
     labels = labels[:rows]
     u = marginal_logits(TREE, z[:rows])
@@ -377,7 +254,7 @@ def test_small_probabilities_of_correct_nodes_do_not_bring_all_nodes_into_the_an
 def test_recall_thresholds_worked_by_hand():
     # four texts: the losses of t just above 0.2, 0.4, 0.6, 0.8 are 1/2, 1/2 + 1, 2 + 1/2, …
     probabilities = np.array([[0.2, 0.9, 0.1], [0.4, 0.3, 0.1], [0.6, 0.5, 0.1], [0.8, 0.5, 0.2], [0.01, 0.02, 0.03]])
-    labels = np.array([[1, 1, 0], [1, 0, 0], [1, -100, 0], [1, -100, -100], [0, 0, 0]])
+    labels = np.array([[1, 1, 0], [1, 0, 0], [1, 0, 0], [1, 0, 0], [0, 0, 0]])
     thresholds, num_texts = fit_recall_thresholds(logit(probabilities), labels)
     assert num_texts == 4
     # (loss + 1) / 5 <= 1 - recall: a loss of 0 up to recall 0.8, 1/2 up to 0.7, 3/2 up to 0.5, 5/2 up to 0.3, 7/2 up to 0.1
@@ -425,7 +302,7 @@ def test_the_mean_recall_over_splits_is_the_requested_recall_and_hardly_more(rec
 
 
 def measured(tree: Taxonomy, u: np.ndarray, labels: np.ndarray, thresholds: np.ndarray | None = None) -> dict:
-    return build_multi_label_metrics(tree, thresholds)(EvalPrediction(predictions=u, label_ids=labels))
+    return build_multi_label_metrics(ManyNodes(tree), thresholds)(EvalPrediction(predictions=u, label_ids=labels))
 
 
 @TREES
@@ -435,7 +312,7 @@ def test_metrics_against_scikit_learn(tree):
     thresholds = np.random.default_rng(1).uniform(0.1, 0.6, tree.num_nodes)
     metrics = measured(tree, u.astype(np.float32), labels.astype(np.float32), thresholds)
     probabilities = expit(u.astype(np.float32).astype(np.float64))
-    chosen = predict_nodes(tree, probabilities, thresholds)
+    chosen = closed(tree, probabilities, thresholds)
     leaves, levels = slice(tree.num_leaves), np.array(tree.levels)
 
     def score(nodes, average: str) -> float:
@@ -459,13 +336,11 @@ def test_metrics_against_scikit_learn(tree):
 
 
 def test_metrics_by_hand():
-    # truth {B, D, e}, {}, {}, {a}; predicted {B, D, f}, {}, {a}, {}; the last text's B and below are unknown
+    # truth {B, D, e}, {}, {}, {a}; predicted {B, D, f}, {}, {a}, {}
     labels = np.zeros((4, 8), dtype=int)
     labels[0, [B, D, E]], labels[3, A] = 1, 1
-    labels[3, [B, C, D, E, F]] = -100
     probabilities = np.full((4, 8), 0.05)
     probabilities[0, [B, D, F]], probabilities[2, A] = [0.9, 0.8, 0.72], 0.9
-    probabilities[3, [B, D, F]] = 0.99  # unknown: counts nowhere
     metrics = measured(TREE, logit(probabilities), labels, np.full(8, 0.5))
     assert metrics["micro_f1"] == pytest.approx(2 * 2 / (4 + 4))
     assert metrics["macro_f1"] == pytest.approx((1 + 1 + 0 + 0 + 0) / 5)  # B, D, e, f and a occur
@@ -475,55 +350,30 @@ def test_metrics_by_hand():
     assert metrics["level_1_micro_f1"] == pytest.approx(2 * 1 / (2 + 2))
     assert metrics["level_2_micro_f1"] == 1
     assert metrics["level_3_micro_f1"] == 0
-    # e: 3 texts are known, all as probable; a: the labelled text shares its rank with two others below another one
-    assert metrics["mean_average_precision"] == pytest.approx((1 + 1 + 1 / 3 + 1 / 4) / 4)
-    # some labels are unknown, so probabilities are judged by open decisions: of A to H in text 0, and of roots in the others
-    of_outcomes = (
-        [0.95, 0.9, 1 - 0.05 / 0.9, 0.8 / 0.9, 0.05 / 0.8, 1 - 0.72 / 0.8, 0.95] + [0.95] * 3 + [0.1, 0.95, 0.95]
-    )
-    of_outcomes += [0.05, 0.95]
-    assert metrics["log_loss"] == pytest.approx(-sum(map(math.log, of_outcomes)) / 15)
-    # four decisions have at least 0.1, all in one bin: B, D and F of text 0, of which F is wrong, and A of text 2, wrong too
-    assert metrics["ece"] == pytest.approx((3 * 0.9 + 0.8 / 0.9 - 2) / 4)
-    variance = 3 * 0.9 * 0.1 + 0.8 * 0.1 / 0.9**2
-    assert metrics["ece_by_chance"] == pytest.approx(math.sqrt(2 * variance / math.pi) / 4)
+    # e: all texts are as probable; a: the labelled text shares its rank with two others below another one
+    assert metrics["mean_average_precision"] == pytest.approx((1 + 1 + 1 / 4 + 1 / 4) / 4)
+    of_outcomes = [0.9, 0.8, 1 - 0.72, 0.05, 0.1, 0.05] + [0.95] * 26
+    assert metrics["log_loss"] == pytest.approx(-sum(map(math.log, of_outcomes)) / 32)
+    # four pairs have at least 0.1: of text 0, D is in bin 11, f in 10 and B in 13; a of text 2 is in 13, and wrong
+    assert metrics["ece"] == pytest.approx((abs(1 - 0.8) + 0.72 + abs(1 - 1.8)) / 4)
+    variances = [0.8 * 0.2, 0.72 * 0.28, 2 * 0.9 * 0.1]
+    assert metrics["ece_by_chance"] == pytest.approx(sum(math.sqrt(2 * v / math.pi) for v in variances) / 4)
 
 
-@pytest.mark.parametrize(
-    ("below", "unspecified"),
-    [(0.0, 0.0), (4.0, 0.0), (0.0, 0.5)],  # 4: a text with a node nearly always has the nodes below it too
-)
-def test_the_calibration_error_of_correct_probabilities_is_the_one_by_chance(below, unspecified):
+@pytest.mark.parametrize("below", [0.0, 4.0])  # 4: a text with a node nearly always has the nodes below it too
+def test_the_calibration_error_of_correct_probabilities_is_the_one_by_chance(below):
     z, _ = case(TREE, 2000)
     z = z + below * (np.array(TREE.levels) > 1)
     u = marginal_logits(TREE, z)
-    samples = [measured(TREE, u, less_specific(drawn(TREE, z, seed), unspecified)) for seed in range(40)]
+    samples = [measured(TREE, u, drawn(TREE, z, seed)) for seed in range(40)]
     mean = statistics.mean(sample["ece"] for sample in samples)
     assert mean == pytest.approx(samples[0]["ece_by_chance"], rel=0.1)
-    confidence, correct, _ = likely_pairs(TREE, u, drawn(TREE, z, 0))
+    confidence, correct, _ = probable_pairs(TREE, u, drawn(TREE, z, 0))
     gap = 0.0
     for low in range(15):
         inside = (confidence > low / 15) & (confidence <= (low + 1) / 15)
         gap += abs(correct[inside].sum() - confidence[inside].sum())
-    assert measured(TREE, u, drawn(TREE, z, 0))["ece"] == pytest.approx(gap / len(confidence))
-
-
-def less_specific(labels: np.ndarray, share: float) -> np.ndarray:
-    """Return labels in which all nodes below B are unknown, for this share of the texts with B."""
-    chosen = (labels[:, B] == 1) & (np.random.default_rng(0).random(len(labels)) < share)
-    labels[np.ix_(chosen, [C, D, E, F])] = -100
-    return labels
-
-
-def test_probabilities_that_fit_only_the_known_pairs_score_worse_than_correct_ones():
-    """Leaving unknown nodes out makes the nodes below B too rare among the known pairs."""
-    z, _ = case(TREE, 4000)
-    labels = less_specific(drawn(TREE, z, 0), 0.5)
-    correct, too_low = (
-        measured(TREE, marginal_logits(TREE, z - low), labels) for low in (0.0, np.isin(range(8), [C, D]))
-    )
-    assert correct["log_loss"] < too_low["log_loss"]
-    assert correct["ece"] < too_low["ece"]
+    assert samples[0]["ece"] == pytest.approx(gap / len(confidence))
 
 
 def test_the_variance_of_many_pairs_of_one_text():
@@ -541,19 +391,10 @@ def test_without_thresholds_the_common_one_is_taken():
     u = marginal_logits(TREE, z)
     expected = measured(TREE, u, labels, np.full(TREE.num_nodes, common_threshold(u, labels)))
     assert measured(TREE, u, labels) == expected
-    together = build_multi_label_metrics(TREE)(EvalPrediction(predictions=(u, np.zeros(3)), label_ids=labels))
+    together = build_multi_label_metrics(ManyNodes(TREE))(
+        EvalPrediction(predictions=(u, np.zeros(3)), label_ids=labels)
+    )
     assert together == expected
-
-
-def test_unknown_pairs_are_left_out_of_every_score():
-    z, labels = case(TREE, 200, unknown=0.1)
-    u, unknown = marginal_logits(TREE, z), labels == -100
-    metrics = measured(TREE, u, labels, np.full(8, 0.4))
-    known_rows = ~unknown.all(axis=1)
-    assert measured(TREE, u[known_rows], labels[known_rows], np.full(8, 0.4)) == pytest.approx(metrics)
-    lower = np.where(unknown, -30.0, u)
-    for name, value in measured(TREE, lower, labels, np.full(8, 0.4)).items():
-        assert value == pytest.approx(metrics[name]), name
 
 
 def test_scores_without_a_label_are_defined():
@@ -573,7 +414,7 @@ def test_the_report_of_nodes_against_scikit_learn():
     labels[:, [G, H]] = 0
     u, thresholds = marginal_logits(TREE, z), np.full(8, 0.4)
     u[:, [G, H]] = -9
-    chosen = predict_nodes(TREE, expit(u), thresholds)
+    chosen = closed(TREE, expit(u), thresholds)
     rows, intervals = per_class_report(TREE.labels, labels, chosen)
     expected = sklearn.metrics.precision_recall_fscore_support(labels, chosen, zero_division=0)
     assert [row["label"] for row in rows] == TREE.labels
@@ -587,84 +428,4 @@ def test_the_report_of_nodes_against_scikit_learn():
     metrics = measured(TREE, u, labels, thresholds)
     for name in ("micro_f1", "macro_f1"):
         assert intervals[name][0] < metrics[name] < intervals[name][1]
-    assert per_class_report(TREE.labels, np.full_like(labels, -100), chosen) == ([], {})
-
-
-# Lexical head
-
-VOCABULARY = 40
-
-
-def rows(count: int, seed: int = 0) -> tuple[list[list[int]], np.ndarray]:
-    """Draw texts of 10 to 40 tokens with several labels; token n is more frequent in texts of node n."""
-    generator = np.random.default_rng(seed)
-    _, labels = case(TREE, count, seed)
-    odds = np.ones((count, VOCABULARY))
-    odds[:, :8] += 6 * (labels == 1)
-    sizes = generator.integers(10, 41, count)
-    return [
-        generator.choice(VOCABULARY, size=n, p=row / row.sum()).tolist() for n, row in zip(sizes, odds, strict=True)
-    ], labels
-
-
-def counted(ids: list[list[int]]) -> csr_matrix:
-    return csr_matrix([np.bincount(row, minlength=VOCABULARY) for row in ids]).astype(np.float64)
-
-
-def test_each_node_has_scikit_learns_logistic_regression_over_its_open_rows():
-    (ids, labels), (unseen, _) = rows(300), rows(30, seed=1)
-    classifier = lexical.LexicalClassifier(TREE, counted(ids), labels)
-    spread = lexical.log_odds_variance(counted(ids) > 0, labels)
-
-    def features(ids: list[list[int]]) -> np.ndarray:
-        weighed = TfidfTransformer(sublinear_tf=True, norm=None).fit(counted(rows(300)[0])).transform(counted(ids))
-        weighed = weighed.toarray() * spread
-        return weighed / np.linalg.norm(weighed, axis=1, keepdims=True)
-
-    scores = classifier.scores(counted(unseen))
-    assert scores.shape == (30, TREE.num_nodes)
-    for node in range(TREE.num_nodes):
-        is_open = TREE.parents[node] < 0 or labels[:, TREE.parents[node]] == 1
-        chosen = np.broadcast_to(is_open, 300)
-        truth = labels[chosen, node]
-        model = LogisticRegression(C=50, max_iter=1000).fit(features(ids)[chosen], truth)
-        prior = math.log((truth.sum() + 0.5) / ((1 - truth).sum() + 0.5))
-        np.testing.assert_allclose(scores[:, node], model.decision_function(features(unseen)) - prior, atol=0.05)
-    ours = LexicalHead(VOCABULARY, TREE.num_nodes)
-    ours.load_state_dict(classifier.weights())
-    for row, tokens in enumerate(unseen):
-        np.testing.assert_allclose(ours(torch.tensor([tokens]), None)[0].numpy(), scores[row], atol=1e-4)
-
-
-def test_a_node_that_is_never_or_always_true_has_no_lexical_weights():
-    ids, labels = rows(200)
-    labels[:, [G, H]] = 0
-    labels[labels[:, B] == 1, C] = 1
-    classifier = lexical.LexicalClassifier(TREE, counted(ids), labels)
-    weight = classifier.weights()["weight"]
-    for node in (G, H, C):
-        assert not weight[node].any()
-        assert classifier.bias[node] == 0
-    assert weight[[A, B, D, E, F]].any(axis=1).all()
-
-
-def test_classes_without_both_labels_and_rows_without_labels_do_not_count_in_the_spread():
-    present = csr_matrix(np.random.default_rng(0).random((50, 12)) < 0.3)
-    classes = np.random.default_rng(1).integers(0, 3, 50)
-    expected = lexical.log_odds_variance(present, one_hot(classes, 3))
-    labels = np.eye(4, dtype=int)[classes]  # the last node has one label only
-    np.testing.assert_allclose(lexical.log_odds_variance(present, labels), expected)
-    more = np.vstack([labels, np.full((7, 4), -100)])
-    others = csr_matrix(np.vstack([present.toarray(), np.ones((7, 12), dtype=bool)]))
-    np.testing.assert_allclose(lexical.log_odds_variance(others, more), expected)
-
-
-def test_a_lexical_classifier_is_fitted_if_any_node_has_both_labels(caplog):
-    caplog.set_level("INFO")
-    ids, labels = rows(60)
-    train = datasets.Dataset.from_dict({"input_ids": ids, "labels": labels.tolist()})
-    fitted = lexical.fit_classifier(TREE, train, VOCABULARY)
-    np.testing.assert_array_equal(fitted.weight, lexical.LexicalClassifier(TREE, counted(ids), labels).weight)
-    same = datasets.Dataset.from_dict({"input_ids": ids, "labels": np.zeros_like(labels).tolist()})
-    assert lexical.fit_classifier(TREE, same, VOCABULARY) is None
-    assert "the training rows do not tell any two classes apart" in caplog.text
+    assert per_class_report(TREE.labels, labels[:0], chosen[:0]) == ([], {})

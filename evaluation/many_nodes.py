@@ -1,147 +1,195 @@
-"""Calibrate and score hierarchical multi-label predictions; fit thresholds, and answers with a guaranteed recall.
+"""Score, calibrate and show predictions of models for any number of nodes a text; its counterpart is `evaluation.one_path`.
 
 Worth knowing:
 
 1. Each node is a decision with a score z, given its parent: P(node) = P(parent) · σ(z). It is open for a text that has the
    parent, or if the node is a root. Only open decisions show how well z is calibrated, so z is fitted on these pairs.
-2. The calibration is z = a · (s + γ · w) + b, with the encoder's score s and the lexical score w. First one a and one γ are
-   fitted for all nodes, with prior means 1 and 0. Then each node's own a and b are fitted, with the common a and 0 as prior
-   means. All priors are normal with the standard deviation of `evaluation.calibration`. Both fits are convex.
-3. Each node's threshold of best F1 is shrunk towards a common one, most if the node has few positives. Thresholds are fitted
+2. Each node's threshold of best F1 is shrunk towards a common one, most if the node has few positives. Thresholds are fitted
    from the deepest level upwards, because the parent of a predicted node is predicted, too.
-4. The guarantee is conformal risk control (Angelopoulos, Bates, Fisch, Lei and Schuster, 2022). The loss of a text is the share
+3. The guarantee is conformal risk control (Angelopoulos, Bates, Fisch, Lei and Schuster, 2022). The loss of a text is the share
    of its true nodes that the set {P(node) >= t} misses. Texts without true nodes do not count. The scores must come from a
    model that was not fitted to these texts, hence `evaluation.calibration.calibrate_out_of_fold`.
-5. With ``--incomplete_labels``, a node is unknown only in texts that have a node above it. So its known pairs hold too many
-   texts without that node, and P(node) is judged by open decisions, see `judged_pairs`.
 
-In this file ``labels`` are 1, 0, or -100 for unknown; a node with the label 1 has it at all ancestors too. Unknown pairs count
-in no fit and in no score. ``z`` and ``lexical`` are conditional scores, the latter None without a lexical head, and ``u``
-marginal logits, whose sigmoid is P(node). All are (num_texts, num_nodes), and ``thresholds`` are probabilities, (num_nodes,).
+In this file ``labels`` are 1 or 0; a node with the label 1 has it at all ancestors too. ``u`` are logits of all nodes, whose
+sigmoid is P(node). Both are (num_texts, num_nodes), and ``thresholds`` are probabilities, (num_nodes,).
 """
 
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from decimal import ROUND_FLOOR, Context
-from itertools import accumulate
+from itertools import accumulate, chain
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
-from scipy.optimize import minimize
+from matplotlib.figure import Figure
 from scipy.special import expit
 from sklearn.metrics import average_precision_score
 from sklearn.model_selection import RepeatedKFold
 from transformers import EvalPrediction
 
-from evaluation.calibration import FOLDS, PRIOR_STD, SCALE_BOUNDS
+from decisions_hierarchical import DEFAULT_THRESHOLD, ManyNodes
+from evaluation import plots
+from evaluation.lexical import NodeClassifier, open_decisions, prior_log_odds
 from evaluation.metrics import (
+    FOLDS,
     bin_index,
     calibration_bins,
     calibration_error_by_chance,
-    check_finite,
     confusion_counts,
     expected_calibration_error,
     macro_f1,
     micro_f1,
     node_f1,
+    scored_logits,
 )
-from modeling_hierarchical import IGNORED_LABEL, ROOT_PARENT_LOGIT, TreeSigmoid
+from reading.columns import join_labels
 from taxonomy_hierarchical import Taxonomy
-from training.label_arrays import open_decisions
 
 SIX_DIGITS_DOWN = Context(prec=6, rounding=ROUND_FLOOR)
 MIN_PROBABILITY = 0.1  # pairs below it are not in the calibration error: nearly all pairs have a probability near 0
 PAIRS_AT_ONCE = 256  # of a text, compared with all its pairs: tens of thousands at once would take many gigabytes
-SMALLEST_GAP = 1e-9  # between the logits of a node and its parent, where float32 makes them equal
 STRENGTHS = (math.inf, 100, 50, 20, 10, 5, 2, 0)  # of the shrinkage of thresholds, in positives
 REPEATS = 6  # of the cross-validation that chooses the strength; a single one is too noisy
 
 
-# ── Calibration ──────────────────────────────────────────────────────────────────────────────────────────────────────
+class ManyNodesForm:
+    """What differs in evaluation for any number of nodes a text. The methods are those of `evaluation.one_path.OnePathForm`."""
 
+    classifier = NodeClassifier
 
-@dataclass(frozen=True)
-class MultiLabelCalibration:
-    """The parameters γ, a and b, as in `HierarchicalConfig`; a lexical weight of 0 means no lexical head."""
+    def __init__(self, tree: Taxonomy):
+        self.decisions, self.tree = ManyNodes(tree), tree
 
-    lexical_weight: float
-    node_scales: list[float]
-    node_biases: list[float]
+    # ── Calibration ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def apply(self, taxonomy: Taxonomy, z: np.ndarray, lexical: np.ndarray | None) -> np.ndarray:
-        """Return the calibrated marginal logits, in float64."""
-        scores = z.astype(np.float64)
-        if lexical is not None:
-            scores += self.lexical_weight * lexical
-        return marginal_logits(taxonomy, np.array(self.node_scales) * scores + np.array(self.node_biases))
+    def decisions_of(self, labels: np.ndarray) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+        """Yield each decision's node, the rows in which it is open, and whether the text has the node: (num_rows, 1)."""
+        for node, is_open in enumerate(open_decisions(self.decisions, labels).T):
+            rows = np.flatnonzero(is_open)
+            yield [node], rows, labels[rows, node, None] == 1
 
+    def normalise(self, logits: np.ndarray) -> tuple[float, np.ndarray]:
+        """Return the sum of the log-normalisers of decisions with these logits, and the probabilities of their nodes."""
+        return np.logaddexp(0, logits).sum(), expit(logits)
 
-def marginal_logits(taxonomy: Taxonomy, z: np.ndarray) -> np.ndarray:
-    """Compute marginal logits from conditional scores, in float64."""
-    return TreeSigmoid(taxonomy).marginal_logits(torch.tensor(z, dtype=torch.float64)).numpy()
+    def fit_thresholds(self, logits: np.ndarray, labels: np.ndarray) -> list[float]:
+        """Return the thresholds of predicted nodes, (num_nodes,)."""
+        return fit_node_thresholds(self.decisions, logits, labels).tolist()
 
+    def fit_sets(self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> dict[str, Any]:
+        """Return the fields of `Calibration` for prediction sets."""
+        thresholds, num_texts = fit_recall_thresholds(logits, labels)
+        return {"set_thresholds": thresholds, "num_texts": num_texts}
 
-def fit_multi_label_calibration(
-    taxonomy: Taxonomy, z: np.ndarray, lexical: np.ndarray | None, labels: np.ndarray
-) -> MultiLabelCalibration:
-    """Return the MAP estimate on the open decisions: a weight of at least 0, scales in [0.05, 20], and biases.
+    # ── Scores ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    A node without open decisions has the prior means: the common scale and the bias 0.
-    """
-    is_open, true = open_decisions(taxonomy, labels), labels == 1
-    experts = [scores.astype(np.float64) for scores in (z, lexical) if scores is not None]
+    def metrics(self, thresholds: Any = None) -> Callable[[EvalPrediction], dict[str, float]]:
+        """Build the Trainer's ``compute_metrics``. Without thresholds, F1 is at the best common one."""
+        return build_multi_label_metrics(self.decisions, thresholds)
 
-    # common to all nodes
-    features = np.column_stack([scores[is_open] for scores in experts])
-    mean, bounds = np.array([1.0, 0.0])[: len(experts)], [SCALE_BOUNDS, (0.0, SCALE_BOUNDS[1])][: len(experts)]
-    common = map_estimate(features, true[is_open], mean, bounds)
-    weights = common / common[0]
-    scores = sum(weight * expert for weight, expert in zip(weights, experts, strict=True))
+    # endings of metrics that cannot select a checkpoint: a model without probable nodes has no ECE
+    unranked_metrics = ("_by_chance", "ece")
 
-    # each node's own
-    fitted = np.tile([common[0], 0.0], (taxonomy.num_nodes, 1))
-    for node in np.flatnonzero(is_open.any(axis=0)):
-        rows = is_open[:, node]
-        features = np.column_stack([scores[rows, node], np.ones(np.count_nonzero(rows))])
-        fitted[node] = map_estimate(
-            features, true[rows, node], np.array([common[0], 0.0]), [SCALE_BOUNDS, (None, None)]
-        )
-    return MultiLabelCalibration(
-        lexical_weight=float(weights[1]) if len(experts) == 2 else 0.0,
-        node_scales=fitted[:, 0].tolist(),
-        node_biases=fitted[:, 1].tolist(),
-    )
+    def example_prediction(self, nodes: list[list[int]]) -> EvalPrediction:
+        """Return a prediction that has the same metrics as any for these labels."""
+        # one text with the labels of all is enough; no node is probable, because ECE compares all probable pairs
+        labels = self.decisions.targets([[*chain(*nodes)]]).numpy()
+        return EvalPrediction(np.full(labels.shape, -9.0), labels)
 
+    def scores_by_text(self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> dict[str, float]:
+        """Return metrics that need the ids of the texts: none, since each text has one row."""
+        return {}
 
-def map_estimate(features: np.ndarray, true: np.ndarray, mean: np.ndarray, bounds: list[tuple]) -> np.ndarray:
-    """Return the MAP estimate of a logistic regression with normal priors of the given means.
+    def set_scores(
+        self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray, threshold: float
+    ) -> dict[str, float]:
+        """Measure the prediction sets for a threshold."""
+        return recall_scores(logits, labels, threshold)
 
-    Features are (num_decisions, num_parameters). Bounds are (least, greatest) of each parameter, None for none.
-    """
+    def class_outcomes(
+        self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray, thresholds: Any
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Return correct and predicted nodes, (num_rows, num_nodes) each, and None, since each text has one row."""
+        return labels, predict_nodes(self.decisions, logits, thresholds), None
 
-    def neg_log_posterior(parameters: np.ndarray) -> tuple[float, np.ndarray]:
-        logits, shift = features @ parameters, parameters - mean
-        value = (np.logaddexp(0, logits) - true * logits).sum() + (shift**2).sum() / (2 * PRIOR_STD**2)
-        return value, features.T @ (expit(logits) - true) + shift / PRIOR_STD**2
+    micro_f1 = "micro_f1"  # the name of the F1 over all pairs
 
-    if not len(true):
-        return mean
-    return minimize(neg_log_posterior, x0=mean, jac=True, bounds=bounds, method="L-BFGS-B").x
+    # ── Labels that may be wrong: see `evaluation.label_issues` ──────────────────────────────────────────────────────────
+
+    def removed_prior(self, labels: np.ndarray) -> np.ndarray:
+        """Return what the lexical classifier's decision scores lack of the classes' frequencies: the log-odds, (num_nodes,)."""
+        return prior_log_odds(self.decisions, labels)
+
+    def choices_of(self, scores: np.ndarray, labels: np.ndarray) -> Iterator[tuple]:
+        """Yield each node, the choices, the rows in which it is open, the rows' given choices and scores.
+
+        The choices are -1, if the text lacks the node, and the node's id. Given choices are indices into them. The softmax of
+        the scores (num_rows, 2) is P(choice | parent).
+        """
+        for (node,), rows, given in self.decisions_of(labels):
+            logits = np.stack([np.zeros(len(rows)), scores[rows, node]], axis=1)
+            yield node, np.array([-1, node]), rows, given[:, 0].astype(int), logits
+
+    def rank_issues(self, judged: pd.DataFrame, scores: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
+        """Return one line per listed row, from the rows of `evaluation.label_issues.judge`, by ``probability_of_label``.
+
+        Columns:
+            index: of the row.
+            decision: the node whose label is least probable, given its parent.
+            better: the node if the text should have it, else -1.
+            questioned: all listed nodes of the text.
+        """
+        issues = judged.sort_values("probability_of_label", kind="stable")
+        listed = issues.drop_duplicates("index").reset_index(drop=True)
+        questioned = issues.groupby("index")["decision"].agg(set)
+        return listed.assign(questioned=questioned[listed["index"]].to_numpy())
+
+    def describe_issues(
+        self, issues: pd.DataFrame, labels: np.ndarray, texts: np.ndarray
+    ) -> tuple[list[set[int]], np.ndarray]:
+        """Return the better labels of the rows of `rank_issues`, and why they are listed."""
+        given = ({*np.flatnonzero(labels[row] == 1).tolist()} for row in issues["index"])
+        better = [corrected(self.tree, *pair) for pair in zip(given, issues["questioned"], strict=True)]
+        return better, np.where(issues["better"] < 0, "unlikely label", "missing label")
+
+    # ── What a reader sees ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def plots(self, logits: np.ndarray, labels: np.ndarray, per_class: list[dict]) -> dict[str, Figure | None]:
+        """Draw the figures of a split, by file name."""
+        return {
+            "f1_by_frequency": plots.f1_by_frequency(per_class),
+            "precision_recall": plots.precision_and_recall(self.tree, logits, labels),
+        }
+
+    def reliability_diagram(self, logits: np.ndarray, labels: np.ndarray) -> Figure | None:
+        """Draw the reliability of the `probable_pairs`."""
+        probabilities, correct, _ = probable_pairs(self.tree, logits, labels)
+        return plots.reliability_diagram(probabilities, correct, "Pairs of document and node", "Share of correct pairs")
+
+    def prediction_columns(self, logits: np.ndarray, labels: np.ndarray, thresholds: Any) -> dict[str, Any]:
+        """Return the columns of a CSV file: each text's deepest labels, and its deepest predicted nodes, most probable first."""
+        tree, columns = self.tree, {"labels": list[str](), "predictions": list[str](), "probabilities": list[str]()}
+        chosen, probabilities = predict_nodes(self.decisions, logits, thresholds), expit(logits)
+        for true, nodes, of_nodes in zip(labels == 1, chosen, probabilities, strict=True):
+            predicted = sorted(tree.deepest(np.flatnonzero(nodes).tolist()), key=lambda node: -of_nodes[node])
+            labelled = tree.deepest(np.flatnonzero(true).tolist())
+            columns["labels"].append(join_labels(tree.labels[node] for node in labelled))
+            columns["predictions"].append(join_labels(tree.labels[node] for node in predicted))
+            columns["probabilities"].append("; ".join(f"{of_nodes[node]:.6f}" for node in predicted))
+        return columns
 
 
 # ── Thresholds ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def predict_nodes(
-    taxonomy: Taxonomy, probabilities: np.ndarray, thresholds: np.ndarray | list[float] | float
+    decisions: ManyNodes, u: np.ndarray, thresholds: np.ndarray | list[float] | float | None
 ) -> np.ndarray:
-    """Return the nodes that reach their thresholds, and their ancestors: (num_texts, num_nodes) bool."""
-    chosen = probabilities >= thresholds
-    for parents, children, starts in siblings_by_level(taxonomy):
-        chosen[:, parents] |= np.logical_or.reduceat(chosen[:, children], starts, axis=1)
-    return chosen
+    """Return the predicted nodes and their ancestors, (num_texts, num_nodes) bool; see `ManyNodes.predict`."""
+    return decisions.predict(torch.from_numpy(expit(u.astype(np.float64))), thresholds)[0].numpy()
 
 
 def siblings_by_level(taxonomy: Taxonomy) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -176,29 +224,29 @@ def best_threshold(scores: np.ndarray, true: np.ndarray, forced: int = 0, forced
     return float(padded[best] + padded[best + 1]) / 2
 
 
-def fit_node_thresholds(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def fit_node_thresholds(decisions: ManyNodes, u: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Fit one threshold per node, a probability (num_nodes,); 0.5 for all if no label is 1.
 
     A node's own threshold has the best F1, given the predictions below it. The common threshold has the best micro-F1. The result
     is their weighted mean in logits. The weights are the node's number of positives, and the strength of `choose_strength`. The
     logits must be calibrated by parameters that were fitted to other texts.
     """
-    strength = choose_strength(taxonomy, u, labels)
-    return shrunk_thresholds(taxonomy, u, labels, (strength,))[strength]
+    strength = choose_strength(decisions, u, labels)
+    return shrunk_thresholds(decisions.tree, u, labels, (strength,))[strength]
 
 
-def choose_strength(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray, repeats: int = REPEATS) -> float:
+def choose_strength(decisions: ManyNodes, u: np.ndarray, labels: np.ndarray, repeats: int = REPEATS) -> float:
     """Return the value of `STRENGTHS` with the greatest sum of micro- and macro-F1 in repeated cross-validation.
 
     In a tie, the greatest is returned. With one text, infinity is returned: all nodes get the common threshold.
     """
     if len(u) < 2:
         return math.inf
-    totals = dict.fromkeys(STRENGTHS, np.zeros((3, taxonomy.num_nodes)))
+    totals = dict.fromkeys(STRENGTHS, np.zeros((3, decisions.num_nodes)))
     folds = RepeatedKFold(n_splits=min(FOLDS, len(u)), n_repeats=repeats, random_state=0)
     for fitted, scored in folds.split(u):
-        for strength, thresholds in shrunk_thresholds(taxonomy, u[fitted], labels[fitted], STRENGTHS).items():
-            chosen = predict_nodes(taxonomy, expit(u[scored]), thresholds)
+        for strength, thresholds in shrunk_thresholds(decisions.tree, u[fitted], labels[fitted], STRENGTHS).items():
+            chosen = predict_nodes(decisions, u[scored], thresholds)
             totals[strength] = totals[strength] + confusion_counts(labels[scored], chosen)
     return max(STRENGTHS, key=lambda strength: micro_f1(totals[strength]) + macro_f1(totals[strength]))
 
@@ -208,13 +256,13 @@ def shrunk_thresholds(
 ) -> dict[float, np.ndarray]:
     """Fit the thresholds of all nodes for each strength of the shrinkage, see `fit_node_thresholds`."""
     u, labels = np.asfortranarray(u), np.asfortranarray(labels)  # columns are read one by one
-    known, true = labels != IGNORED_LABEL, labels == 1
-    common = best_threshold(u[known], true[known])
+    true = labels == 1
+    common = best_threshold(u.ravel(), true.ravel())
     if common is None:
-        return dict.fromkeys(strengths, np.full(taxonomy.num_nodes, 0.5))
+        return dict.fromkeys(strengths, np.full(taxonomy.num_nodes, DEFAULT_THRESHOLD))
 
     def own_threshold(node: int, forced: np.ndarray) -> float | None:
-        free, forced = known[:, node] & ~forced, known[:, node] & forced
+        free = ~forced
         counts = np.count_nonzero(forced), np.count_nonzero(true[forced, node])
         return best_threshold(u[free, node], true[free, node], *counts)
 
@@ -295,7 +343,7 @@ def recall_scores(u: np.ndarray, labels: np.ndarray, threshold: float) -> dict[s
 
 
 def build_multi_label_metrics(
-    taxonomy: Taxonomy, thresholds: np.ndarray | list[float] | float | None = None
+    decisions: ManyNodes, thresholds: np.ndarray | list[float] | float | None = None
 ) -> Callable[[EvalPrediction], dict[str, float]]:
     """Build the Trainer's ``compute_metrics`` for a taxonomy and multi-label data.
 
@@ -308,20 +356,18 @@ def build_multi_label_metrics(
       that some label reaches.
     - ``example_f1``: the mean over texts; 1 where neither the labels nor the prediction has a node.
     - ``mean_average_precision``: of scikit-learn's average precision, over nodes with a label 1; left out if there is none.
-    - ``log_loss``: the mean binary cross-entropy of the pairs of `judged_pairs`, in nats.
+    - ``log_loss``: the mean binary cross-entropy over all pairs, in nats.
     - ``ece``, ``ece_by_chance``: the calibration error, see `expected_calibration_error`, and its expected value for correct
-      probabilities, over the `likely_pairs`. Left out if there is none.
+      probabilities, over the `probable_pairs`. Left out if there is none.
 
     Without thresholds, nodes are chosen by the common one that maximises micro-F1 on the scored texts.
     """
-    levels = np.array(taxonomy.levels)
+    taxonomy, levels = decisions.tree, np.array(decisions.tree.levels)
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        u = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-        u, labels = u.astype(np.float64), prediction.label_ids
-        known, true = labels != IGNORED_LABEL, labels == 1
-        check_finite(u)
-        chosen = predict_nodes(taxonomy, expit(u), common_threshold(u, labels) if thresholds is None else thresholds)
+        u, labels = scored_logits(prediction).astype(np.float64), prediction.label_ids
+        true = labels == 1
+        chosen = predict_nodes(decisions, u, common_threshold(u, labels) if thresholds is None else thresholds)
 
         counts, of_texts = confusion_counts(labels, chosen), confusion_counts(labels.T, chosen.T)
         leaves = counts[:, : taxonomy.num_leaves]
@@ -334,16 +380,13 @@ def build_multi_label_metrics(
         }
         occurring = np.flatnonzero(true.any(axis=0))
         if len(occurring):
-            pairs = ((known[:, node], node) for node in occurring)
-            precisions = [average_precision_score(true[of_node], u[of_node]) for of_node in pairs]
+            precisions = [average_precision_score(true[:, node], u[:, node]) for node in occurring]
             metrics["mean_average_precision"] = float(np.mean(precisions))
-        logits, judged = judged_pairs(taxonomy, u, labels)
-        entropy = np.logaddexp(0, logits) - (judged == 1) * logits
-        metrics["log_loss"] = float(entropy[judged != IGNORED_LABEL].mean())
+        metrics["log_loss"] = float((np.logaddexp(0, u) - true * u).mean())
         for level in range(1, taxonomy.depth + 1):
             if true[:, levels == level].any():
                 metrics[f"level_{level}_micro_f1"] = micro_f1(counts[:, levels == level])
-        confidence, correct, variance = likely_pairs(taxonomy, u, labels)
+        confidence, correct, variance = probable_pairs(taxonomy, u, labels)
         if len(confidence):
             bins = calibration_bins(confidence, correct, variance)
             metrics["ece"] = float(expected_calibration_error(bins))
@@ -355,44 +398,23 @@ def build_multi_label_metrics(
 
 def common_threshold(u: np.ndarray, labels: np.ndarray) -> float:
     """Return the threshold for all nodes with the best micro-F1, a probability; 0.5 if no label is 1."""
-    known = labels != IGNORED_LABEL
-    threshold = best_threshold(u[known], labels[known] == 1)
-    return 0.5 if threshold is None else float(expit(threshold))
+    threshold = best_threshold(u.ravel(), labels.ravel() == 1)
+    return DEFAULT_THRESHOLD if threshold is None else float(expit(threshold))
 
 
-def judged_pairs(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the logits and labels by which probabilities are scored: (num_texts, num_nodes) each.
-
-    If all labels are known, these are the arguments, for P(node) of all pairs. Else they are the logits of P(node | parent) and
-    the labels of the open decisions, with -100 for other pairs.
-    """
-    if (labels != IGNORED_LABEL).all():
-        return u, labels
-    marginal = torch.from_numpy(u)
-    above = TreeSigmoid(taxonomy).of_parents(marginal, ROOT_PARENT_LOGIT)
-    # 1 + exp(-z) = (1 + exp(-u)) / (1 + exp(-u_parent)), so with d = u_parent - u: exp(-z) = (exp(d) - 1) / (1 + exp(u_parent))
-    gap = (above - marginal).clamp(min=SMALLEST_GAP)
-    z = torch.nn.functional.softplus(above) - gap - torch.log(-torch.expm1(-gap))
-    return z.numpy(), np.where(open_decisions(taxonomy, labels), labels, IGNORED_LABEL)
-
-
-def likely_pairs(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Select the known `judged_pairs` with a probability of at least 0.1.
+def probable_pairs(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Select the pairs of text and node with a probability of at least 0.1.
 
     Returns:
-        The probability, whether the label is 1, and the pair's contribution to the variance of the number of correct pairs in
-        its bin, if the probabilities are correct: (num_pairs,) each. Open decisions are independent. For P(node), see
-        `pair_variance`.
+        The probability, whether the label is 1, and the `pair_variance`: (num_pairs,) each.
     """
-    logits, judged = judged_pairs(taxonomy, u.astype(np.float64), labels)
-    likely = (judged != IGNORED_LABEL) & (expit(logits) >= MIN_PROBABILITY)
-    probabilities = expit(logits[likely])
-    variance = pair_variance(taxonomy, logits, likely) if judged is labels else probabilities * (1 - probabilities)
-    return probabilities, judged[likely] == 1, variance
+    u = u.astype(np.float64)
+    probable = expit(u) >= MIN_PROBABILITY
+    return expit(u[probable]), labels[probable] == 1, pair_variance(taxonomy, u, probable)
 
 
-def pair_variance(taxonomy: Taxonomy, u: np.ndarray, likely: np.ndarray) -> np.ndarray:
-    """Return each likely pair's contribution to the variance of the number of correct pairs in its bin, (num_pairs,).
+def pair_variance(taxonomy: Taxonomy, u: np.ndarray, probable: np.ndarray) -> np.ndarray:
+    """Return each probable pair's contribution to the variance of the number of correct pairs in its bin, (num_pairs,).
 
     P is taken to be correct, and decisions to be independent given their parents. Let k be the lowest node on the paths of both
     i and j, nodes of one text. Their covariance is P(i) P(j) (1 / P(k) - 1), and 0 in different trees. With i = j it is P(i)
@@ -402,7 +424,7 @@ def pair_variance(taxonomy: Taxonomy, u: np.ndarray, likely: np.ndarray) -> np.n
     ancestors = np.pad(ancestors, ((0, 0), (1, 0)), constant_values=taxonomy.num_nodes)  # above all trees, with P = 1
     probabilities = np.pad(expit(u), ((0, 0), (0, 1)), constant_values=1.0)
     parts = []
-    for of_text, nodes in zip(probabilities, map(np.flatnonzero, likely), strict=True):
+    for of_text, nodes in zip(probabilities, map(np.flatnonzero, probable), strict=True):
         if not len(nodes):
             continue
         paths, bins = ancestors[nodes], bin_index(of_text[nodes])
@@ -413,3 +435,12 @@ def pair_variance(taxonomy: Taxonomy, u: np.ndarray, likely: np.ndarray) -> np.n
             covariance = np.outer(of_text[nodes[rows]], of_text[nodes]) * (1 / of_text[lowest] - 1)
             parts.append((covariance * (bins[rows, None] == bins)).sum(axis=1))
     return np.concatenate(parts) if parts else np.empty(0)
+
+
+# ── Labels that may be wrong ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def corrected(taxonomy: Taxonomy, nodes: set[int], questioned: set[int]) -> set[int]:
+    """Add the questioned nodes that a text lacks, and remove those that it has, with the nodes below them."""
+    changed = nodes ^ questioned
+    return {node for node in changed if changed.issuperset(taxonomy.path(node))}

@@ -1,0 +1,595 @@
+"""What the two forms of label mean: one path a text (`OnePath`), or any number of nodes (`ManyNodes`).
+
+Worth knowing:
+
+1. Both classes have the same methods, and `build_decisions` chooses between them. No other code asks which form it has.
+2. Decision scores (B, num_nodes) are the output of the heads. `OnePath` normalises them among siblings by a softmax. For
+   `ManyNodes`, each is the logit of a binary decision: the node is present, given that its parent is.
+3. A label is a list of node ids with weights. `targets` makes the arrays that losses and metrics read.
+4. This file has no parameters and fits nothing. Fits, metrics and the focal loss are not published with a checkpoint.
+"""
+
+import csv
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import repeat
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid, one_hot, pad
+
+try:
+    from .configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL
+    from .taxonomy_hierarchical import Taxonomy, quote_name
+except ImportError:  # as a top-level module of the repository, not as remote code of a checkpoint
+    from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL
+    from taxonomy_hierarchical import Taxonomy, quote_name
+
+IGNORED_LABEL = -100
+ROOT_PARENT_LOGIT = 1e4  # the logit above the roots: its sigmoid is 1
+DEFAULT_THRESHOLD = 0.5  # least probability of a predicted node, before calibration
+MAX_SET_NODES = 3  # maximum nodes in a prediction set
+MAX_COST = 1e300  # the sum of two is finite
+GUARANTEES = {"coverage": "single-path", "recall": "multi-label"}  # of the checkpoints that have each guarantee
+
+
+def segment_logsumexp(scores: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    """Compute the logsumexp within groups of columns, (B, N) to (B, num_groups), for group ids (N,). No group may be empty."""
+    index = group.expand_as(scores)
+    peak = scores.new_full((scores.shape[0], num_groups), -torch.inf)
+    peak = peak.scatter_reduce(1, index, scores.detach(), "amax")
+    total = torch.zeros_like(peak).scatter_add(1, index, (scores - peak.gather(1, index)).exp())
+    return peak + total.log()
+
+
+def has_labels(labels: Tensor) -> Tensor:
+    """Return which texts have a known label: (B,), from ids (B,) or arrays (B, C)."""
+    return (labels != IGNORED_LABEL).reshape(len(labels), -1).any(1)
+
+
+def average_over_labels(values: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+    """Sum the values (B,) of labelled texts, see `has_labels`; divide by ``num_items``, by default their number."""
+    labelled = has_labels(labels)
+    items = labelled.sum().clamp(min=1) if num_items is None else num_items
+    return torch.where(labelled, values, 0).sum() / items
+
+
+def calibrate(scores: Any, lexical_scores: Any, lexical_weight: float | None, scales: Any, biases: Any) -> Any:
+    """Return  scales · (scores + lexical_weight · lexical_scores) + biases  for tensors or arrays (B, N); see `Calibration`.
+
+    Without a lexical head, ``lexical_scores`` are None.
+    """
+    if lexical_scores is not None:
+        scores = scores + lexical_weight * lexical_scores
+    return scales * scores + biases
+
+
+# ── What both forms share ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Decisions(nn.Module):
+    """The decisions of a taxonomy: base class of `OnePath` and `ManyNodes`.
+
+    A decision chooses one of its outcomes. These are numbered 0 to K - 1 over all decisions.
+
+    Attributes:
+        num_classes: the columns of ``logits``. The classes are the first nodes.
+        guarantee: the argument of the pipeline that asks for a prediction set.
+        window_reduction: how `Tensor.scatter_reduce` combines the probabilities of a text's windows.
+        outcome_decision: for each outcome, a number that it shares with the other outcomes of its decision, (K,).
+    """
+
+    guarantee: str
+    window_reduction: str
+
+    def __init__(self, tree: Taxonomy, num_classes: int):
+        super().__init__()
+        self.tree, self.num_classes = tree, num_classes
+        self.num_nodes, self.num_leaves, self.num_decisions = tree.num_nodes, tree.num_leaves, len(tree.decisions)
+        for name in ("decision_of", "parents"):
+            self.register_buffer(name, torch.empty(tree.num_nodes, dtype=torch.long), persistent=False)
+        self.fill_tree_buffers()
+
+    def fill_tree_buffers(self) -> None:
+        self.decision_of.copy_(torch.tensor(self.tree.decision_of))
+        self.parents.copy_(torch.tensor(self.tree.parents))
+
+    # ── Up and down the tree ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def of_parents(self, values: Tensor, above_roots: float = 0.0) -> Tensor:
+        """Return the value of each node's parent, (B, N) to (B, N). Roots get ``above_roots``."""
+        return pad(values, (0, 1), value=above_roots)[:, self.parents]  # a root's -1 selects the padding
+
+    def from_children(self, values: Tensor, combine: Callable[[Tensor], Tensor]) -> Tensor:
+        """Add to each inner node's value what ``combine``, (B, N) to (B, num_decisions), makes of its children's totals."""
+        total = values
+        for _ in range(self.tree.depth - 1):  # each pass carries the values one level up
+            # the first decision is at the roots; the others are in the order of the inner nodes, which follow the leaves
+            total = values + pad(combine(total)[:, 1:], (self.num_leaves, 0))
+        return total
+
+    def sum_at_or_below(self, values: Tensor) -> Tensor:
+        """Add to each node's value those of all nodes below it, (B, N) to (B, N)."""
+        empty = values.new_zeros(len(values), self.num_decisions)
+        return self.from_children(values, lambda total: empty.scatter_add(1, self.decision_of.expand_as(total), total))
+
+    def of_classes(self, values: Tensor) -> Tensor:
+        """Turn scores of the classes (B, num_classes) into decision scores (B, N)."""
+        return self.inclusive(pad(values, (0, self.num_nodes - self.num_classes)))
+
+    # ── Labels ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def loss(self, scores: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Return the negative log-likelihood in nats of labels as of `targets`, see `average_over_labels`."""
+        log_likelihood = (self.outcome_targets(labels) * self.outcome_log_probs(scores)).sum(1)
+        return average_over_labels(-log_likelihood, labels, num_items_in_batch)
+
+    def count_outcomes(self, labels: Tensor) -> Tensor:
+        """Sum up `outcome_targets` over the labelled texts: (K,) in float64."""
+        # all rows at once would take several times the memory of the labels
+        return sum(self.outcome_targets(rows).double().sum(0) for rows in labels[has_labels(labels)].split(1024))
+
+    # ── Prediction sets ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def set_threshold(self, thresholds: list[float | None] | None, **shares: float | None) -> float | None:
+        """Return the threshold of prediction sets for the given one of ``coverage`` and ``recall``; None if none is given.
+
+        Raises:
+            ValueError: it is the guarantee of the other form of label, or has no threshold in this checkpoint.
+        """
+        given = {name: share for name, share in shares.items() if share is not None}
+        for name in given.keys() - {self.guarantee}:
+            raise ValueError(
+                f"{name} is for {GUARANTEES[name]} checkpoints; for a {GUARANTEES[self.guarantee]} checkpoint give {self.guarantee}"
+            )
+        return guaranteed_threshold(self.guarantee, given[self.guarantee], thresholds) if given else None
+
+
+def build_decisions(tree: Taxonomy, problem_type: str) -> "OnePath | ManyNodes":
+    """Return the decisions of a taxonomy for a form of label, ``problem_type`` of the configuration."""
+    return {SINGLE_LABEL: OnePath, MULTI_LABEL: ManyNodes}[problem_type](tree)
+
+
+# ── One path a text ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class OnePath(Decisions):
+    """A text has one path from a root to a leaf. The siblings of a decision share a softmax, and are its outcomes.
+
+    P(node) = P(parent) · P(node | parent). The classes are the leaves. A label that is an inner node says nothing about the
+    decisions below it.
+    """
+
+    guarantee = "coverage"
+    window_reduction = "mean"  # children still add up to their parent
+
+    def __init__(self, tree: Taxonomy):
+        super().__init__(tree, tree.num_leaves)
+
+    # ── Probabilities ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def inclusive(self, scores: Tensor) -> Tensor:
+        """Add the logsumexp of the children's scores to the inner nodes' own scores, (B, N) to (B, N)."""
+        return self.from_children(scores, lambda total: segment_logsumexp(total, self.decision_of, self.num_decisions))
+
+    def forward(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities of all nodes (B, N), and the logits: those of the leaves (B, num_leaves)."""
+        total = conditional = self.outcome_log_probs(scores)
+        for _ in range(self.tree.depth - 1):  # each pass reaches one level more
+            total = conditional + self.of_parents(total)
+        return total, total[:, : self.num_leaves]
+
+    def log_probs(self, logits: Tensor) -> Tensor:
+        """Return log-probabilities of all nodes (B, N) from logits."""
+        return self.of_classes(logits.log_softmax(1))
+
+    # ── Labels ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def targets(self, nodes: Sequence[Sequence[int]], weights: Sequence[Sequence[float]] | None = None) -> Tensor:
+        """Return the ids of the texts' nodes (B,), -100 for no node; with weights other than 1, weights of leaves (B, num_leaves).
+
+        ValueError: a text has several nodes without weights, or a weight of an inner node.
+        """
+        if weights is None or all(weight == 1 for of_text in weights for weight in of_text):
+            if any(len(ids) > 1 for ids in nodes):
+                raise ValueError("a text has several nodes of equal weight, and this model is for one path a text")
+            return torch.tensor([ids[0] if len(ids) else IGNORED_LABEL for ids in nodes])
+        array = torch.empty(len(nodes), self.num_leaves)
+        for row, ids, of_text in zip(array, nodes, weights, strict=True):
+            if any(node >= self.num_leaves for node in ids):
+                raise ValueError("weights are for leaves, and a text has a weighted inner node")
+            row[:] = 0 if len(ids) else IGNORED_LABEL
+            row[list(ids)] = torch.tensor(of_text, dtype=array.dtype)
+        return array
+
+    @property
+    def outcome_decision(self) -> Tensor:
+        return self.decision_of
+
+    def outcome_log_probs(self, scores: Tensor) -> Tensor:
+        """Return log P(node | parent), (B, N)."""
+        return scores - segment_logsumexp(scores, self.decision_of, self.num_decisions)[:, self.decision_of]
+
+    def outcome_targets(self, labels: Tensor) -> Tensor:
+        """Return the weight of each node in the labels: 1 on the path to the label, and 0 elsewhere, (B, N)."""
+        of_leaves = labels.dim() == 2
+        weights = labels if of_leaves else one_hot(labels.where(labels != IGNORED_LABEL, 0), self.num_nodes)
+        weights = pad(weights.to(self.parents.device, torch.float32), (0, self.num_nodes - weights.shape[1]))
+        return self.sum_at_or_below(weights)
+
+    def log_likelihood(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """Return log P(label), (B,)."""
+        return (self.outcome_targets(labels) * self.outcome_log_probs(scores)).sum(1)
+
+    def smoothing(self, counts: Tensor) -> Tensor:
+        """Return the distribution that label smoothing mixes with the labels: uniform over siblings, (K,)."""
+        return 1 / torch.bincount(self.decision_of)[self.decision_of]
+
+    def initial_biases(self, counts: Tensor) -> Tensor:
+        """Return biases of untrained heads, (N,), from `count_outcomes`: 0."""
+        return torch.zeros(self.num_nodes)
+
+    def divergence(self, one: Tensor, other: Tensor) -> Tensor:
+        """Compute the symmetric Kullback-Leibler divergence of two predictions in nats, half the sum of both: (B,).
+
+        Arguments are decision scores, (B, N).
+        """
+        log_p, log_q = (self(scores)[1] for scores in (one, other))
+        return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(1) / 2
+
+    # ── Predictions ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def predict(
+        self, probabilities: Tensor, thresholds: list[float] | float | None = None, costs: "str | Tensor | None" = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Predict the most probable leaf, or with ``costs`` of `prepare_costs` the leaf of least expected cost.
+
+        In a tie of costs, it is the most probable leaf. ``thresholds`` have no effect.
+
+        Returns:
+            The predicted nodes with their ancestors, (B, N) of bool. Then the expected cost, (B,), None without costs.
+        """
+        of_leaves, least = probabilities[:, : self.num_leaves], None
+        if costs is not None:
+            expected = expected_costs(self.tree, probabilities, costs)
+            least = expected.min(1).values
+            of_leaves = of_leaves.where(expected <= least[:, None] * (1 + 1e-9), -1.0)  # tied, up to rounding
+        return self.outcome_targets(of_leaves.argmax(1)) > 0, least
+
+    def as_result(self, predicted: list[dict]) -> dict:
+        """Return the fields of a result for the predicted nodes."""
+        return predicted[0]
+
+    def prepare_costs(self, costs: Any) -> "str | Tensor":
+        """Check the costs of errors: "distance", a CSV file or {correct leaf: {predicted leaf: cost}}.
+
+        Return "distance", or a table (num_leaves, num_leaves): correct leaves by predicted ones.
+        """
+        if isinstance(costs, str) and costs == "distance":
+            return costs
+        if is_cost_pair(costs) or not isinstance(costs, (str, os.PathLike, Mapping)):
+            raise ValueError(
+                'for single-path models, costs are "distance", a CSV file, or {correct leaf: {predicted leaf: cost}}'
+            )
+        table = costs if isinstance(costs, Mapping) else read_cost_table(costs)
+        rows = []
+        for correct, row in by_leaf(self.tree, table, "rows").items():
+            where = f"the row of {correct!r}"  # the checkpoint's own label, of any length
+            predicted = by_leaf(self.tree, row, where)
+            rows.append([read_cost(cost, f"{where}, {leaf!r}") for leaf, cost in predicted.items()])
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def prediction_set(self, probabilities: list[float], threshold: float) -> list[int]:
+        """Return the ids of nodes that cover the likely leaves, the most probable node first.
+
+        The likely leaves have a probability of at least 1 - threshold, and always include the most probable leaf. Up to three
+        likely leaves form the set. If there are more, their ancestors replace them, at the deepest level that needs at most
+        three nodes. If there is no such level, their roots are the set. If all children of a node are in the set, the node
+        takes their place. An only child replaces its parent, because the child is more specific.
+
+        Sets grow with the threshold, so split conformal prediction applies: `nonconformity` is the smallest threshold
+        whose set holds a leaf. Mortier et al., 2025 (arXiv 2501.19038) study such sets of few nodes of a taxonomy.
+        """
+        tree = self.tree
+        order = sorted(range(tree.num_leaves), key=lambda leaf: -probabilities[leaf])
+        count = sum(1 - probabilities[leaf] <= threshold for leaf in order)
+        *_, (_, nodes) = growing_sets(tree, order[: max(count, 1)])
+        while complete := {
+            parent for node in nodes if (parent := tree.parents[node]) >= 0 and nodes.issuperset(tree.children(parent))
+        }:
+            nodes = complete | {node for node in nodes if tree.parents[node] not in complete}
+        while single := {node for node in nodes if len(tree.children(node)) == 1}:
+            nodes = (nodes - single) | {tree.children(node)[0] for node in single}
+        return sorted(nodes, key=lambda node: -probabilities[node])
+
+
+# ── Any number of nodes a text ───────────────────────────────────────────────────────────────────────────────────────
+
+
+class ManyNodes(Decisions):
+    """A text has any number of nodes, and the ancestors of each. A node is a binary decision, given its parent.
+
+    P(node) = P(parent) · σ(score), at most that of its parent. The classes are all nodes. The outcomes are the presence of
+    each node, and then its absence. A node without a label below it is absent.
+    """
+
+    guarantee = "recall"
+    window_reduction = "amax"  # a label may be evident in one window only
+
+    def __init__(self, tree: Taxonomy):
+        super().__init__(tree, tree.num_nodes)
+
+    # ── Probabilities ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def inclusive(self, scores: Tensor) -> Tensor:
+        """Return the scores (B, N) as they are: a node's score does not depend on its children's."""
+        return scores
+
+    def forward(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities of all nodes (B, N), and the logits of these probabilities (B, N)."""
+        logits = self.marginal_logits(scores)
+        return self.log_probs(logits), logits
+
+    def log_probs(self, logits: Tensor) -> Tensor:
+        """Return log-probabilities of all nodes (B, N) from logits."""
+        return logsigmoid(logits)
+
+    def marginal_logits(self, scores: Tensor) -> Tensor:
+        """Return the logits u of the nodes' probabilities, (B, N) to (B, N), from scores z: u = z at roots.
+
+        Below, 1 / P = (1 + exp(-u_parent)) · (1 + exp(-z)), so u = -log(exp(-u_parent) + exp(-z) + exp(-u_parent - z)).
+        Sums of log-probabilities would lose u where P is close to 1.
+        """
+        marginal = scores
+        for _ in range(self.tree.depth - 1):  # each pass reaches one level more
+            above = self.of_parents(marginal, ROOT_PARENT_LOGIT)
+            marginal = -torch.logsumexp(torch.stack([-above, -scores, -above - scores]), 0)
+        return marginal
+
+    # ── Labels ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def targets(self, nodes: Sequence[Sequence[int]], weights: Sequence[Sequence[float]] | None = None) -> Tensor:
+        """Return the weights of the texts' nodes and their ancestors (B, N): 1, or an ancestor's the greatest one below it.
+
+        Without weights the array is of int8, else of float32.
+        """
+        array = np.zeros((len(nodes), self.num_nodes), dtype=np.int8 if weights is None else np.float32)
+        for row, ids, of_text in zip(array, nodes, repeat(repeat(1)) if weights is None else weights, strict=False):
+            for node, weight in zip(ids, of_text, strict=False):
+                path = self.tree.path(node)
+                row[path] = np.maximum(row[path], weight)
+        return torch.from_numpy(array)
+
+    @property
+    def outcome_decision(self) -> Tensor:
+        return torch.arange(self.num_nodes, device=self.parents.device).repeat(2)
+
+    def outcome_log_probs(self, scores: Tensor) -> Tensor:
+        """Return log P(node) and log (1 - P(node)), (B, 2 · N)."""
+        logits = self.marginal_logits(scores)
+        return torch.cat([logsigmoid(logits), logsigmoid(-logits)], 1)
+
+    def outcome_targets(self, labels: Tensor) -> Tensor:
+        """Return the weights of presence and absence, (B, 2 · N): both are 0 where the label is unknown, -100."""
+        labels = labels.to(self.parents.device)
+        known, present = labels != IGNORED_LABEL, labels.float()
+        return torch.cat([present * known, (1 - present) * known], 1)
+
+    def open_decisions(self, labels: Tensor) -> Tensor:
+        """Return which decisions have a known outcome, (B, N): roots, and children of nodes that the text has."""
+        return (labels != IGNORED_LABEL) & (self.of_parents(labels, 1) == 1)
+
+    def log_likelihood(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """Return log P(all nodes of the text), (B,): the sum over its open decisions. Labels are 1 or 0.
+
+        It teaches a node nothing about texts without its parent. Models trained with it rank texts worse: so `loss` is of P(node).
+        """
+        is_open, present = self.open_decisions(labels), labels.to(scores)
+        log_probs = present * logsigmoid(scores) + (1 - present) * logsigmoid(-scores)
+        return torch.where(is_open, log_probs, 0).sum(1)
+
+    def smoothing(self, counts: Tensor) -> Tensor:
+        """Return the distribution that label smoothing mixes with the labels: the nodes' rates in training, (K,).
+
+        Smoothing towards ½ would make rare nodes too probable.
+        """
+        present, absent = counts.view(2, -1) + 0.5
+        return torch.cat([present, absent]) / (present + absent).repeat(2)
+
+    def initial_biases(self, counts: Tensor) -> Tensor:
+        """Return biases of untrained heads, (N,), from `count_outcomes`: log-odds given the parent, smoothed by half a text.
+
+        From zero, training would first have to learn these frequencies.
+        """
+        present, absent = counts.view(2, -1)
+        texts = float(present[0] + absent[0])
+        without = self.of_parents(present[None], texts)[0] - present  # texts with the parent, and without the node
+        return ((present + 0.5) / (without + 0.5)).log()
+
+    def divergence(self, one: Tensor, other: Tensor) -> Tensor:
+        """Compute half the sum of both Kullback-Leibler divergences of two predictions in nats, (B,).
+
+        By the chain rule, it is ½ Σ over nodes of P(parent) · KL(p ‖ q) + Q(parent) · KL(q ‖ p), where p and q are the
+        probabilities of the decision. Arguments are decision scores, (B, N).
+        """
+        divergence = torch.zeros_like(one[:, 0])
+        for p, q in ((one, other), (other, one)):
+            above = self.of_parents(self.marginal_logits(p).sigmoid(), 1.0)
+            yes, no = logsigmoid(p), logsigmoid(-p)
+            gap_yes, gap_no = yes - logsigmoid(q), no - logsigmoid(-q)
+            divergence = divergence + (above * (yes.exp() * gap_yes + no.exp() * gap_no)).sum(1) / 2
+        return divergence
+
+    # ── Predictions ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def predict(
+        self, probabilities: Tensor, thresholds: list[float] | float | None = None, costs: float | None = None
+    ) -> tuple[Tensor, None]:
+        """Predict the nodes that reach their thresholds, or with ``costs`` of `prepare_costs` that one.
+
+        Returns:
+            The predicted nodes with their ancestors, (B, N) of bool. Then None.
+        """
+        thresholds = DEFAULT_THRESHOLD if thresholds is None else thresholds
+        least = torch.as_tensor(thresholds if costs is None else costs, dtype=probabilities.dtype)
+        return self.sum_at_or_below((probabilities >= least).float()) > 0, None
+
+    def as_result(self, predicted: list[dict]) -> dict:
+        """Return the fields of a result for the predicted nodes."""
+        return {"labels": predicted}
+
+    def prepare_costs(self, costs: Any) -> float:
+        """Check the costs {"missing": a, "inventing": b}; return the `cost_threshold` of all nodes."""
+        if not is_cost_pair(costs) or len(costs) < 2:
+            raise ValueError('for multi-label models, costs are {"missing": a number, "inventing": a number}')
+        return cost_threshold(*(read_cost(costs[name], f"{name} a node") for name in ("missing", "inventing")))
+
+    def prediction_set(self, probabilities: list[float], threshold: float) -> list[int]:
+        """Return the ids of the nodes that reach the threshold, the most probable node first."""
+        nodes = (node for node in range(self.num_nodes) if probabilities[node] >= threshold)
+        return sorted(nodes, key=lambda node: -probabilities[node])
+
+
+# ── Prediction sets with a guarantee ─────────────────────────────────────────────────────────────────────────────────
+
+
+def threshold_index(share: float) -> int:
+    """Return the index of a coverage or recall, rounded up to a hundredth, among the thresholds for 1 % to 99 %."""
+    return max(1, math.ceil(round(100 * share, 6))) - 1
+
+
+def guaranteed_threshold(name: str, share: float, thresholds: list[float | None] | None) -> float:
+    """Return the threshold for a coverage or recall, rounded up to a hundredth, or raise ValueError if there is none."""
+    if not isinstance(share, Real) or not (share > 0 and round(share, 6) <= 0.99):
+        raise ValueError(f"{name} must be a number above 0 and at most 0.99, not {share!r}")
+    if thresholds is None:
+        raise ValueError(f"this checkpoint was not calibrated: {name} needs one that was trained with validation rows")
+    index = threshold_index(share)
+    threshold = thresholds[index]
+    if threshold is None:
+        needed = -(-100 // (99 - index)) - 1
+        problem = f"needs {needed} labelled validation texts, and the checkpoint was calibrated on fewer"
+        raise ValueError(f"{name} {share} {problem}: give a lower {name}, or calibrate on more texts")
+    return threshold
+
+
+def nonconformity(tree: Taxonomy, probabilities: list[float], node: int) -> float:
+    """Return the smallest threshold at which `OnePath.prediction_set` holds a leaf, or every leaf below an inner node."""
+    paths = [tree.path(leaf) for leaf in tree.leaves_at_or_below[node]]
+    # for each level, the nodes that together hold all these leaves
+    covers = {frozenset(path[min(i, len(path) - 1)] for path in paths) for i in range(tree.depth)}
+    order = sorted(range(tree.num_leaves), key=lambda leaf: -probabilities[leaf])
+    last = next(leaf for leaf, nodes in growing_sets(tree, order) if any(cover <= nodes for cover in covers))
+    return 0.0 if last == order[0] else 1 - probabilities[last]
+
+
+def growing_sets(tree: Taxonomy, leaves: list[int]) -> Iterator[tuple[int, set[int]]]:
+    """Yield each leaf in order, with the nodes that hold this leaf and all before it: at most three, or roots."""
+    at_level: list[set[int]] = [set() for _ in range(tree.depth)]
+    level = tree.depth
+    for leaf in leaves:
+        path = tree.path(leaf)
+        for i, nodes in enumerate(at_level):
+            nodes.add(path[min(i, len(path) - 1)])
+        while level > 1 and len(at_level[level - 1]) > MAX_SET_NODES:
+            level -= 1
+        yield leaf, at_level[level - 1]
+
+
+# ── Costs of errors ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def is_cost_pair(costs: Any) -> bool:
+    return isinstance(costs, Mapping) and costs.keys() <= {"missing", "inventing"}
+
+
+def expected_costs(tree: Taxonomy, nodes: Tensor, costs: str | Tensor) -> Tensor:
+    """Return the expected cost of predicting each leaf, (B, num_leaves), from node probabilities (B, num_nodes).
+
+    The expected cost of predicting j is Σ P(i) · costs[i, j] over the correct leaf i. The leaf of least expected cost is the
+    Bayes decision (Elkan, 2001, "The Foundations of Cost-Sensitive Learning"). The distance of two leaves is the number of
+    nodes on exactly one of their paths. So the expected distance is the sum of 1 - P over the nodes on j's path, and of P
+    over all other nodes.
+    """
+    if isinstance(costs, Tensor):
+        return nodes[:, : tree.num_leaves] @ costs
+    paths = torch.tensor(tree.padded_paths[: tree.num_leaves])
+    on_path = pad(nodes, (0, 1))[:, paths].sum(2)  # (B, num_leaves); padding selects the zeros
+    return nodes.sum(1, keepdim=True) - on_path + torch.tensor(tree.levels[: tree.num_leaves]) - on_path
+
+
+def cost_threshold(missing: float, inventing: float) -> float:
+    """Return the least probability at which a multi-label model predicts a node: inventing / (missing + inventing).
+
+    A predicted node is wrong with probability 1 - P, and a node that is left out is missing with probability P. Costs add
+    up over nodes, so each is decided alone: predicted if inventing · (1 - P) <= missing · P. No node is more probable than
+    its parent, so the ancestors of a predicted node are predicted too.
+    """
+    if missing + inventing == 0:
+        raise ValueError("the costs of missing and of inventing a node are both 0: one must be positive")
+    return inventing / (missing + inventing)
+
+
+def read_cost_table(path: str | os.PathLike) -> dict[str, dict[str, str]]:
+    """Read a CSV file of costs: the first column names the correct leaves, the first row the predicted ones."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = [fields for fields in csv.reader(file) if any(fields)]
+        while lines and not any(fields[-1] for fields in lines):  # spreadsheets append blank columns and rows
+            lines = [fields[:-1] for fields in lines]
+        (_, *predicted), *rows = lines
+    except OSError as error:
+        raise ValueError(f"cannot read the costs {path}: {error.strerror}") from error
+    except (csv.Error, ValueError) as error:
+        raise ValueError(f"the costs {path} are not a CSV table in UTF-8") from error
+    if not predicted:
+        raise ValueError(f"the costs {path} have one column: separate the columns by commas")
+    table = {}
+    for number, (correct, *costs) in enumerate(rows, start=2):
+        if len(costs) != len(predicted):
+            hint = "" if costs else "; separate the columns by commas"  # header or names may hold a comma
+            raise ValueError(
+                f"the costs {path}, row {number}: {len(costs)} costs for {len(predicted)} predicted leaves{hint}"
+            )
+        table[correct] = dict(zip(predicted, costs, strict=True))
+    if len(table) < len(rows) or len({*predicted}) < len(predicted):
+        raise ValueError(f"the costs {path} name a leaf twice")
+    return table
+
+
+def by_leaf(tree: Taxonomy, given: Any, where: str) -> dict[str, Any]:
+    """Replace the keys of a mapping by the labels of the leaves that they name, in leaf order.
+
+    Raises ValueError unless the keys name every leaf once. ``where`` is for the message.
+    """
+    if not isinstance(given, Mapping):
+        raise ValueError(f"costs: {where} must map leaves to costs, not {type(given).__name__}")
+    values: dict[int, Any] = {}
+    for name, value in given.items():
+        try:
+            leaf = tree.id(str(name))
+        except ValueError as error:
+            raise ValueError(f"costs: {where}: {error}") from error
+        if leaf >= tree.num_leaves:
+            raise ValueError(f"costs: {where}: {quote_name(name)} is an inner node, and costs are of leaves")
+        if leaf in values:
+            raise ValueError(f"costs: {where}: {quote_name(name)} occurs twice, once as a path")
+        values[leaf] = value
+    if missing := [tree.labels[leaf] for leaf in range(tree.num_leaves) if leaf not in values]:
+        raise ValueError(f"costs: {where}: the leaf {missing[0]!r} is missing; all leaves need costs")
+    return {tree.labels[leaf]: values[leaf] for leaf in range(tree.num_leaves)}
+
+
+def read_cost(value: Any, what: str) -> float:
+    """Read a cost from 0 to 1e300, or raise ValueError. ``what`` is for the message."""
+    try:
+        cost = float(value)
+    except (TypeError, ValueError, OverflowError):
+        cost = math.nan
+    if not 0 <= cost <= MAX_COST:
+        raise ValueError(f"costs: {what}: a cost is a number from 0 to 1e300, not {quote_name(value)}")
+    return cost
