@@ -6,7 +6,7 @@ table. Without ``--model``, the tables of earlier measurements are printed.
 The first table compares methods. The file, on which the model must not have been trained, is split into halves 100 times at
 random. One half calibrates, and the other half is predicted. Methods:
 
-- this project's answers (`pipeline_hierarchical.conformal_answer`);
+- this project's answers (`OnePath.prediction_set`);
 - flat conformal sets of leaves, LAC and APS, by MAPIE (``pip install mapie``), over the same leaf probabilities;
 - thresholding, without calibration: the deepest node on the path of the most probable leaf whose probability is at least the
   requested coverage, or all roots.
@@ -52,10 +52,10 @@ from multi_label_peers import paired_intervals
 from quality import Task
 
 from configuration_hierarchical import HierarchicalConfig
-from evaluation.calibration import fit_conformal_thresholds
+from decisions_hierarchical import OnePath, guaranteed_threshold
+from evaluation.forms import Form, form_of
 from evaluation.metrics import confusion_counts, macro_f1, micro_f1, one_hot
-from evaluation.multi_label import fit_node_thresholds, fit_recall_thresholds, predict_nodes
-from pipeline_hierarchical import conformal_answer, guaranteed_threshold
+from evaluation.one_path import fit_conformal_thresholds
 from prediction.int8 import quantize
 from publishing.card import MEASURED_TARGET
 from taxonomy_hierarchical import Taxonomy
@@ -130,7 +130,7 @@ def compare(arguments: argparse.Namespace) -> dict:
             order = generator.permutation(len(labels))
             known, unseen = order[: len(order) // 2], order[len(order) // 2 :]
             threshold = coverage_threshold(tree, nodes[known], labels[known], coverage)
-            answers = [conformal_answer(tree, row, threshold) for row in nodes[unseen].tolist()]
+            answers = [OnePath(tree).prediction_set(row, threshold) for row in nodes[unseen].tolist()]
             scores_of.setdefault("this project", []).append(score(answers, labels[unseen], below))
             for name in ("lac", "aps"):
                 answers = flat_answers(leaves[known], labels[known], leaves[unseen], coverage, name)
@@ -196,7 +196,7 @@ def node_probabilities(classify: Callable, texts: list[str]) -> np.ndarray:
 def coverage_threshold(tree: Taxonomy, nodes: np.ndarray, labels: np.ndarray, coverage: float) -> float:
     """Fit the threshold of this project's answers to node probabilities and leaf ids. Each row is a text."""
     leaves = nodes[:, : tree.num_leaves] / nodes[:, : tree.num_leaves].sum(axis=1, keepdims=True)
-    thresholds = fit_conformal_thresholds(tree, np.log(leaves.clip(1e-30)), labels, np.arange(len(labels)))
+    thresholds = fit_conformal_thresholds(OnePath(tree), np.log(leaves.clip(1e-30)), labels, np.arange(len(labels)))
     return guaranteed_threshold("coverage", coverage, thresholds)
 
 
@@ -256,42 +256,42 @@ def compare_precisions(arguments: argparse.Namespace) -> list[dict]:
             quantize(classify.model.encoder)
         for split, (texts, _) in rows.items():
             nodes[split][name] = node_probabilities(classify, texts)
-    config = classify.model.config
+    config = HierarchicalConfig.from_pretrained(arguments.model)
+    form, calibration = form_of(config.tree, config.problem_type), config.calibration
 
     # ── Thresholds, always from float32 ──────────────────────────────────────────────────────────────────────────────
-    stored = config.recall_thresholds if config.is_multi_label else config.conformal_thresholds
-    answer_threshold = guaranteed_threshold("the answers", MEASURED_TARGET, stored)
+    answer_threshold = guaranteed_threshold(form.decisions.guarantee, MEASURED_TARGET, calibration.set_thresholds)
     num_texts = len(rows["test"][0])
-    folds = {"test": [(np.arange(num_texts), answer_threshold, config.node_thresholds)], "validation": []}
+    folds = {"test": [(np.arange(num_texts), answer_threshold, calibration.thresholds)], "validation": []}
     exact, labels = nodes["validation"]["fp32"], rows["validation"][1]
     for fitted, scored in RepeatedKFold(n_splits=2, n_repeats=SPLITS // 2, random_state=0).split(exact):
-        folds["validation"].append((scored, *fit_thresholds(config, exact[fitted], labels[fitted])))
+        folds["validation"].append((scored, *fit_thresholds(form, exact[fitted], labels[fitted])))
 
     # ── Scores ───────────────────────────────────────────────────────────────────────────────────────────────────────
     key = {"processor": torch.cpu.get_capabilities()["cpu_name"], "task": arguments.task}
     return [
         {**key, "split": split, "texts": len(rows[split][0]), "precision": name, **scores}
         for split in ("validation", "test")
-        for name, scores in precision_scores(config, nodes[split], rows[split][1], folds[split]).items()
+        for name, scores in precision_scores(form, nodes[split], rows[split][1], folds[split]).items()
     ]
 
 
 Fold = tuple[np.ndarray, float, list[float] | None]  # the rows to score, and the thresholds of answers and of nodes
 
 
-def fit_thresholds(
-    config: HierarchicalConfig, nodes: np.ndarray, labels: np.ndarray
-) -> tuple[float, list[float] | None]:
+def fit_thresholds(form: Form, nodes: np.ndarray, labels: np.ndarray) -> tuple[float, list[float] | None]:
     """Fit the thresholds of answers and, for multi-label models, of nodes, to node probabilities (num_texts, num_nodes)."""
-    if not config.is_multi_label:
-        return coverage_threshold(config.tree, nodes, labels, MEASURED_TARGET), None
-    u = logit(nodes.clip(1e-30, 1 - 1e-12))
-    threshold = guaranteed_threshold("recall", MEASURED_TARGET, fit_recall_thresholds(u, labels)[0])
-    return threshold, fit_node_thresholds(config.tree, u, labels).tolist()
+    logits = np.log(nodes.clip(1e-30))
+    if labels.ndim == 2:
+        logits = logit(nodes.clip(1e-30, 1 - 1e-12))
+    logits = logits[:, : form.decisions.num_classes]
+    thresholds = form.fit_sets(logits, labels, np.arange(len(labels)))["set_thresholds"]
+    threshold = guaranteed_threshold(form.decisions.guarantee, MEASURED_TARGET, thresholds)
+    return threshold, form.fit_thresholds(logits, labels)
 
 
 def precision_scores(
-    config: HierarchicalConfig, nodes: dict[str, np.ndarray], labels: np.ndarray, folds: list[Fold]
+    form: Form, nodes: dict[str, np.ndarray], labels: np.ndarray, folds: list[Fold]
 ) -> dict[str, dict]:
     """Score each precision, and its difference from float32, over the folds, which score each text equally often.
 
@@ -304,21 +304,23 @@ def precision_scores(
         ``log_loss`` in nats, of a text or a node; and the differences from float32: ``…_change`` of each, the share of answers, and
         the largest change of a probability. A value with an interval is (value, low, high).
     """
-    tree, passes = config.tree, sum(len(scored) for scored, *_ in folds) // len(labels)
-    is_label = labels == 1 if config.is_multi_label else one_hot(labels, tree.num_leaves)
+    decisions, passes = form.decisions, sum(len(scored) for scored, *_ in folds) // len(labels)
+    is_label = labels == 1 if labels.ndim == 2 else one_hot(labels, decisions.num_classes)
     answers, predictions = {}, {}
     for name, probabilities in nodes.items():
         answers[name] = np.zeros((passes, *probabilities.shape), dtype=bool)
         predictions[name] = np.zeros((passes, *is_label.shape), dtype=bool)
         for i, (scored, threshold, node_thresholds) in enumerate(folds):
             place = i * passes // len(folds), scored
-            answers[name][place] = answer_nodes(config, probabilities[scored], threshold)
-            if config.is_multi_label:
-                predictions[name][place] = predict_nodes(tree, probabilities[scored], node_thresholds)
-            else:
-                predictions[name][place] = one_hot(probabilities[scored, : tree.num_leaves].argmax(1), tree.num_leaves)
-    held = {name: held_shares(config, answers[name], labels) for name in nodes}
-    losses = {name: log_losses(config, probabilities, is_label) for name, probabilities in nodes.items()}
+            for text, row in zip(scored, probabilities[scored].tolist(), strict=True):
+                answers[name][place[0], text, decisions.prediction_set(row, threshold)] = True
+            predicted, _ = decisions.predict(torch.from_numpy(probabilities[scored]), node_thresholds)
+            predictions[name][place] = predicted[:, : decisions.num_classes].numpy()
+    held = {name: held_shares(form, answers[name], labels) for name in nodes}
+    losses = {
+        name: log_losses(probabilities[:, : decisions.num_classes], labels, is_label)
+        for name, probabilities in nodes.items()
+    }
     scores = {}
     for name in nodes:
         counts = [confusion_counts(is_label, chosen) for chosen in predictions[name]]
@@ -337,34 +339,24 @@ def precision_scores(
     return scores
 
 
-def answer_nodes(config: HierarchicalConfig, nodes: np.ndarray, threshold: float) -> np.ndarray:
-    """Return which nodes are in each text's answer, (num_texts, num_nodes) bool."""
-    if config.is_multi_label:
-        return nodes >= threshold
-    tree, answers = config.tree, np.zeros(nodes.shape, dtype=bool)
-    for answer, probabilities in zip(answers, nodes.tolist(), strict=True):
-        answer[conformal_answer(tree, probabilities, threshold)] = True
-    return answers
-
-
-def held_shares(config: HierarchicalConfig, answers: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def held_shares(form: Form, answers: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return the share of each text's labels that its answers hold, (num_texts,), the mean over passes; NaN without a label.
 
     ``answers`` are (num_passes, num_texts, num_nodes).
     """
-    if config.is_multi_label:
+    if labels.ndim == 2:
         true = labels == 1
         return (answers & true).sum(2).mean(0) / np.where(true.any(1), true.sum(1), np.nan)
-    paths = np.array(config.tree.padded_paths)[labels]  # (num_texts, depth), padded with the id after the last node
+    paths = np.array(form.tree.padded_paths)[labels]  # (num_texts, depth), padded with the id after the last node
     padded = np.pad(answers, ((0, 0), (0, 0), (0, 1)))
     return np.take_along_axis(padded, paths[None], axis=2).any(2).mean(0)
 
 
-def log_losses(config: HierarchicalConfig, nodes: np.ndarray, is_label: np.ndarray) -> np.ndarray:
+def log_losses(classes: np.ndarray, labels: np.ndarray, is_label: np.ndarray) -> np.ndarray:
     """Return each text's log loss, (num_texts,): of its leaf, or for multi-label models the mean over nodes."""
-    if config.is_multi_label:
-        return -np.log(np.where(is_label, nodes, 1 - nodes).clip(1e-12)).mean(1)
-    return -np.log(nodes[:, : config.tree.num_leaves][is_label].clip(1e-12))
+    if labels.ndim == 2:
+        return -np.log(np.where(is_label, classes, 1 - classes).clip(1e-12)).mean(1)
+    return -np.log(classes[is_label].clip(1e-12))
 
 
 def mean_interval(values: np.ndarray) -> list[float]:

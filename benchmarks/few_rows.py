@@ -8,7 +8,7 @@ FOLDER is as for ``quality.py``. Each seed draws ``--rows`` training rows of eac
 
 - names: ``recipes/few_rows.yaml`` over a full-precision encoder, with 1 row per class or at least 16 with 5 epochs, and from 16
   rows per class on with a learning rate of 6e-4;
-- descriptions: the same with the class descriptions of ``studies/descriptions.csv``;
+- descriptions: the same with the class descriptions of ``descriptions.csv``;
 - flat-lora: a rank-16 adapter under one softmax over the leaves, initialised at random, with a learning rate of 6e-4, for 120
   steps, or 5 epochs from 16 rows a class on;
 - setfit: SetFit as in ``quality.py``, with `SETFIT_STEPS` steps of 16 pairs.

@@ -22,7 +22,7 @@ this machine multiplies 4,096 × 4,096 matrices of the type, measured in the sam
 Each round has new texts, as in a long file: oneDNN compiles products for every new number of tokens, which takes longer than
 the products themselves.
 
-Experiments are in docs/experiments.md, "2026-11-25: Faster inference on CPUs", and profiles in docs/speed.md.
+Experiments are in benchmarks/LOG.md, "2026-11-25: Faster inference on CPUs", and profiles in docs/speed.md.
 """
 
 import argparse
@@ -51,7 +51,7 @@ sys.path.insert(0, str(ROOT))
 
 from checkpoint_files import ONNX_FILE, QUANTIZED_ONNX_FILE
 from checkpoint_hierarchical import load_encoder
-from configuration_hierarchical import HierarchicalConfig
+from configuration_hierarchical import Calibration, HierarchicalConfig
 from machine import has_bf16, keep_memory
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from pipeline_hierarchical import TOKENS_ON_CPU, batches_by_length, padded_length
@@ -125,7 +125,8 @@ def make_checkpoint(encoder: str, folder: Path, config: BertConfig | None = None
     model = HierarchicalForSequenceClassification(whole, encoder=None if config else load_encoder(whole))
     torch.nn.init.normal_(model.heads.weight, std=0.3)
     size, leaves = len(tokenizer), whole.tree.num_leaves
-    model.set_lexical_head({"idf": torch.rand(size), "weight": torch.randn(leaves, size), "bias": torch.zeros(leaves)})
+    lexical = {"idf": torch.rand(size), "weight": torch.randn(leaves, size), "bias": torch.zeros(leaves)}
+    model.set_calibration(Calibration(lexical_weight=1.0), lexical)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

@@ -8,14 +8,15 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable
-from itertools import chain, product
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from scipy.special import expit, logit
+from scipy.special import logit
 from sklearn.base import ClassifierMixin
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -35,18 +36,18 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from evaluation.calibration import calibrate_out_of_fold
-from evaluation.metrics import bootstrap_intervals, node_f1
-from evaluation.multi_label import (
+from configuration_hierarchical import MULTI_LABEL
+from decisions_hierarchical import ManyNodes, threshold_index
+from evaluation.calibration import calibrate_out_of_fold, calibrated_logits, fit_calibration
+from evaluation.forms import form_of
+from evaluation.many_nodes import (
     build_multi_label_metrics,
     common_threshold,
-    fit_multi_label_calibration,
     fit_recall_thresholds,
-    marginal_logits,
     predict_nodes,
     recall_scores,
 )
-from pipeline_hierarchical import threshold_index
+from evaluation.metrics import bootstrap_intervals, node_f1
 from publishing.card import MEASURED_TARGET
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import HierarchicalTrainingArguments
@@ -198,21 +199,10 @@ class FlatModel(nn.Module):
         return {"loss": loss, "logits": logits}
 
 
-def flat_lora(maximum: bool = False, refit: bool = False) -> Callable:
-    """Return a peer, see `PEERS`: `FlatModel`, with the max constraint loss if ``maximum``, trained anew on all rows if ``refit``."""
+def flat_lora(maximum: bool = False) -> Callable:
+    """Return a peer, see `PEERS`: `FlatModel`, with the max constraint loss if ``maximum``."""
 
     def peer(
-        tree: Taxonomy, rows: dict[str, Rows], seed: int, encoder: str, epochs: float, folder: Path, fresh: bool
-    ) -> tuple[Logits, dict]:
-        logits, settings = fit(tree, rows, seed, encoder, epochs, folder, fresh)
-        if refit:
-            texts, labels = zip(rows["train"], rows["validation"], strict=True)
-            all_rows = {"train": ([*chain(*texts)], np.concatenate(labels)), "test": rows["test"]}
-            again = folder.with_name(f"{folder.name}-again")
-            logits |= fit(tree, all_rows, seed, encoder, settings["epoch"], again, fresh)[0]
-        return logits, settings
-
-    def fit(
         tree: Taxonomy, rows: dict[str, Rows], seed: int, encoder: str, epochs: float, folder: Path, fresh: bool
     ) -> tuple[Logits, dict]:
         # ── Model and data ───────────────────────────────────────────────────────────────────────────────────────────
@@ -234,7 +224,6 @@ def flat_lora(maximum: bool = False, refit: bool = False) -> Callable:
             per_device_train_batch_size=8,
             learning_rate=ADAPTER_RATE,
             metric_for_best_model="micro_f1",
-            **({} if "validation" in rows else {"eval_strategy": "no", "load_best_model_at_end": False}),
             remove_unused_columns=False,
             seed=seed,
         )
@@ -246,14 +235,14 @@ def flat_lora(maximum: bool = False, refit: bool = False) -> Callable:
             model=model,
             args=training,
             train_dataset=tokenized["train"],
-            eval_dataset=tokenized.get("validation"),
+            eval_dataset=tokenized["validation"],
             data_collator=DataCollatorWithPadding(tokenizer),
-            compute_metrics=build_multi_label_metrics(tree),
-            callbacks=[EarlyStoppingCallback(training.early_stopping_patience)] if "validation" in rows else [],
+            compute_metrics=build_multi_label_metrics(ManyNodes(tree)),
+            callbacks=[EarlyStoppingCallback(training.early_stopping_patience)],
             optimizers=(torch.optim.AdamW(rates, weight_decay=0.0), None),
         )
         trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.exists() else None)
-        logits = {split: predict(model, tokenizer, rows[split][0], "logits") for split in SCORED if split in rows}
+        logits = {split: predict(model, tokenizer, rows[split][0], "logits") for split in SCORED}
         steps = trainer.state.best_global_step or trainer.state.global_step
         return logits, {"epoch": steps * epochs / trainer.state.max_steps}
 
@@ -283,7 +272,6 @@ PEERS: dict[str, Callable[..., tuple[Logits, dict]]] = {
     "napkinxc": napkinxc,
     "flat-lora": flat_lora(),
     "flat-lora-max": flat_lora(maximum=True),
-    "flat-lora-refit": flat_lora(refit=True),
 }
 
 
@@ -301,26 +289,24 @@ def score_peer(name: str, tree: Taxonomy, rows: dict[str, Rows], **arguments: An
     return {**scores, "threshold": threshold, "settings": settings}
 
 
-def score_checkpoint(folder: Path, tree: Taxonomy, rows: dict[str, Rows], refit: bool) -> dict[str, Any]:
-    """Load a checkpoint as a user does, and return its scores on the test rows. With ``refit``, `answers` is not called."""
+def score_checkpoint(folder: Path, tree: Taxonomy, rows: dict[str, Rows]) -> dict[str, Any]:
+    """Load a checkpoint as a user does, and return its scores on the test rows."""
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     decisions = {split: predict(model, tokenizer, rows[split][0], "decision_logits") for split in SCORED}
     np.savez_compressed(folder / "decision_logits.npz", **decisions)
-    config, u = model.config, marginal_logits(tree, decisions["test"])
-    scores = score(tree, u, rows["test"][1], np.array(config.node_thresholds))
-    if refit:  # the model was trained on the validation rows
-        return scores
+    calibration, u = model.config.calibration, ManyNodes(tree)(torch.from_numpy(decisions["test"]))[1].numpy()
+    scores = score(tree, u, rows["test"][1], np.array(calibration.thresholds))
     labels = np.concatenate([rows[split][1] for split in SCORED])
-    uncalibrated = np.concatenate([*decisions.values()]) - np.array(config.node_biases)
-    return scores | answers(tree, uncalibrated / np.array(config.node_scales), labels, len(decisions["validation"]))
+    uncalibrated = np.concatenate([*decisions.values()]) - np.array(calibration.biases)
+    return scores | answers(tree, uncalibrated / np.array(calibration.scales), labels, len(decisions["validation"]))
 
 
 def score(tree: Taxonomy, u: np.ndarray, labels: np.ndarray, thresholds: np.ndarray | float) -> dict[str, Any]:
     """Return the scores of the predicted nodes, their bootstrap intervals over texts, and the predicted nodes, packed."""
-    scores = build_multi_label_metrics(tree, thresholds)(EvalPrediction(u, labels))
-    chosen = predict_nodes(tree, expit(u), thresholds)
+    scores = build_multi_label_metrics(ManyNodes(tree), thresholds)(EvalPrediction(u, labels))
+    chosen = predict_nodes(ManyNodes(tree), u, thresholds)
     ends = bootstrap_intervals(labels, chosen)
     intervals = {f"{name}_interval": ends[name].tolist() for name in ("micro_f1", "macro_f1")}
     packed = base64.b64encode(zlib.compress(np.packbits(chosen).tobytes(), 9)).decode()
@@ -346,14 +332,15 @@ def answers(tree: Taxonomy, scores: np.ndarray, labels: np.ndarray, num_fitted: 
         Over the splits: the mean recall and its standard deviation, the mean number of nodes, and the mean number of labelled
         texts to which the thresholds were fitted.
     """
-    generator, by_split = np.random.default_rng(0), []
+    generator, by_split, form = np.random.default_rng(0), [], form_of(tree, MULTI_LABEL)
+    fit = partial(fit_calibration, form)
     for _ in range(SPLITS):
         fitted, scored = np.split(generator.permutation(len(scores)), [num_fitted])
-        inputs = (tree, scores[fitted], None, labels[fitted])
+        inputs = (scores[fitted], None, labels[fitted])
         thresholds, num_texts = fit_recall_thresholds(
-            calibrate_out_of_fold(fit_multi_label_calibration, *inputs, fitted), labels[fitted]
+            calibrate_out_of_fold(fit, form.decisions, *inputs, fitted), labels[fitted]
         )
-        u = fit_multi_label_calibration(*inputs).apply(tree, scores[scored], None)
+        u = calibrated_logits(form.decisions, fit(*inputs), scores[scored], None)
         measured = recall_scores(u, labels[scored], thresholds[threshold_index(MEASURED_TARGET)])
         by_split.append((measured["recall"], measured["nodes"], num_texts))
     recall, nodes, num_texts = np.mean(by_split, axis=0)

@@ -20,7 +20,6 @@ Single-path models (ohsumed, medical_abstracts):
 - lora-no-contrast, qlora-no-contrast: the same without contrastive steps;
 - qlora-rank-16: qlora-no-contrast with a rank-16 adapter;
 - qlora-gamma-0, qlora-gamma-0.5, …: the recipe with another γ of the focal loss;
-- lora-refit, qlora-refit, flat-lora-refit: the same, trained anew on training and validation rows (``--refit``);
 - lora-whole, qlora-whole, qlora-halves: lora or qlora trained on whole texts without contrastive steps, or on halves with
   consistency, if the recipe does the opposite.
 
@@ -37,8 +36,7 @@ Multi-label models (hallmarks, ohsumed_multilabel), over all nodes, closed upwar
   `HEAD_RATE`; there is no dropout, as in ``train.py``;
 - flat-lora-max: the same with each node's maximum over itself and its descendants, and the max constraint loss (C-HMCNN,
   Giunchiglia and Lukasiewicz, 2020);
-- flat-lora-refit: flat-lora, trained anew on training and validation rows for the best number of epochs;
-- lora, qlora, lora-refit, qlora-refit: as above.
+- lora, qlora: as above.
 
 The TF-IDF models have the settings of best micro-F1 on the validation rows, such as regularisation and the removal of stop words.
 These rows also select the epoch of the fine-tuned models, which have at most the recipe's epochs and stop early as in
@@ -80,12 +78,13 @@ sys.path.insert(0, str(ROOT))
 
 from multi_label_peers import PEERS, SVM_STRENGTHS, paired_intervals, score_checkpoint, score_peer, unpack, vectors
 
-from evaluation.metrics import bootstrap_intervals, build_compute_metrics, one_hot
+from decisions_hierarchical import build_decisions
+from evaluation.metrics import bootstrap_intervals, one_hot
+from evaluation.one_path import build_compute_metrics
 from machine import has_bf16
 from publishing.card import MEASURED_TARGET
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
 from training.arguments import DataArguments
-from training.label_arrays import multi_hot
 from training.splits import LabelledSplits, load_splits
 
 Predict = Callable[[Any], np.ndarray]
@@ -111,9 +110,6 @@ TRAINED = {  # trained by train.py, with these flags after the recipe
     "qlora-no-contrast": NO_CONTRAST,
     "lora": ("--quantization", "none"),
     "qlora": (),
-    "flat-lora-refit": ("--quantization", "none", "--lora_r", "16", "--lora_alpha", "32", *PLAIN, "--refit"),
-    "lora-refit": ("--quantization", "none", "--refit"),
-    "qlora-refit": ("--refit",),
 }
 SHOWN = {
     "accuracy": "accuracy",
@@ -154,7 +150,7 @@ OWN = (  # from the metrics of a checkpoint
 
 def models_of(task: str) -> list[str]:
     """Return the names of all models of a task's kind, in the order of the tables."""
-    return [*PEERS, "lora", "qlora", "lora-refit", "qlora-refit"] if task in MULTI_LABEL_TASKS else [*MODELS, *TRAINED]
+    return [*PEERS, "lora", "qlora"] if task in MULTI_LABEL_TASKS else [*MODELS, *TRAINED]
 
 
 class Task:
@@ -202,10 +198,10 @@ class Task:
         return load_splits(arguments, self.seed, self.tree)
 
     def rows(self, split: str) -> tuple[list[str], np.ndarray]:
-        """Return texts and labels of a split: leaf ids, or in multi-label tasks the array of `multi_hot`."""
-        rows = self.load().splits[split]
-        labels = list(rows["label"])
-        return list(rows["text"]), multi_hot(self.tree, labels) if self.is_multi_label else np.array(labels)
+        """Return texts and labels of a split, the latter as the array of `Decisions.targets`."""
+        data = self.load()
+        rows = data.splits[split]
+        return list(rows["text"]), build_decisions(data.taxonomy, data.problem_type).targets(rows["nodes"][:]).numpy()
 
 
 def main() -> None:
@@ -265,7 +261,7 @@ def multi_label(task: Task, model: str, arguments: argparse.Namespace) -> dict[s
     rows = {split: task.rows(split) for split in ("train", "validation", "test")}
     if model not in PEERS:
         folder, own = train(task, model, arguments)
-        return own | score_checkpoint(folder, task.tree, rows, refit=model.endswith("refit"))
+        return own | score_checkpoint(folder, task.tree, rows)
     return score_peer(
         model,
         task.tree,

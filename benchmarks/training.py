@@ -282,10 +282,11 @@ def ours(
     from datasets import Dataset
     from transformers import DataCollatorWithPadding
 
+    from decisions_hierarchical import OnePath
     from taxonomy_hierarchical import Taxonomy
     from training.arguments import HierarchicalTrainingArguments, ModelArguments
     from training.cpu import KEPT_MEMORY
-    from training.losses import HierarchicalFocalLoss
+    from training.losses import FocalLoss
     from training.model import build_model
     from training.trainer import HierarchicalTrainer
 
@@ -306,7 +307,7 @@ def ours(
         train_dataset=Dataset.from_dict(rows | {"length": [len(row) for row in ids]}),
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
-        loss_function=HierarchicalFocalLoss(tree, torch.tensor(tree.count_at_or_below(labels)), gamma=1.0),
+        loss_function=FocalLoss(OnePath(tree), torch.tensor(labels), gamma=1.0),
     )
     return trainer.train
 

@@ -1,4 +1,4 @@
-"""Bound the accuracy if texts occur under several labels: ``python benchmarks/studies/ceiling.py --file test.csv``.
+"""Bound the accuracy if texts occur under several labels: ``python benchmarks/ceiling.py --file test.csv``.
 
 The file has the columns ``text`` (or ``medical_abstract``) and ``label`` (or ``condition_label``).
 
@@ -10,7 +10,7 @@ The file has the columns ``text`` (or ``medical_abstract``) and ``label`` (or ``
 - Where: the share of the texts seen under several labels that have each class among them; and, with ``--predictions``
   (``test_predictions.csv`` of one or several runs), the share of errors with the class as label or prediction.
 
-Supports docs/experiments.md, "2026-11-25: Contradicting labels".
+Supports benchmarks/LOG.md, "2026-11-25: Contradicting labels".
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pandas as pd
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from training.trained_texts import normalise_text
@@ -38,7 +38,7 @@ def main() -> None:
         "--share", type=float, default=0.2, help="p, the rows of the corpus that the split was drawn as"
     )
     parser.add_argument("--predictions", type=Path, nargs="+", default=[])
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "studies" / "results" / "ceiling.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "ceiling.json")
     arguments = parser.parse_args()
     rows = pd.concat([pd.read_csv(file, dtype=str) for file in arguments.file])
     text = "text" if "text" in rows else "medical_abstract"

@@ -1,6 +1,6 @@
 """Measure how many randomly exchanged labels ``--label_issues`` finds, and what dropping the listed rows gains:
 
-    python benchmarks/studies/label_issues.py --data FOLDER --encoder ENCODER [--task ohsumed ohsumed_multilabel]
+    python benchmarks/label_issues.py --data FOLDER --encoder ENCODER [--task ohsumed ohsumed_multilabel]
 
 FOLDER holds ``ohsumed/{train,test,labels}.csv`` and ``ohsumed_multilabel/{train,test}.jsonl``; only the tokenizer of the encoder is
 used. A share of the training texts gets one label exchanged for another leaf, drawn evenly: among the siblings of the label, or
@@ -12,7 +12,7 @@ anywhere. The two methods have the same cross-validated probabilities of the lex
 The corpus's own wrong labels count as false alarms, so precision is a lower bound. Average precision ranks all texts, with texts
 that are not listed at the end. Then the lexical classifier alone is trained on the rows and scored on the test file.
 
-Supports docs/experiments.md, "2026-11-27: Labels that are wrong".
+Supports benchmarks/LOG.md, "2026-11-27: Labels that are wrong".
 """
 
 import argparse
@@ -24,23 +24,24 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy.sparse import csr_matrix
-from scipy.special import expit, softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, average_precision_score, f1_score, precision_score, recall_score
 from transformers import AutoTokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from cleanlab import filter, multilabel_classification, rank
 
-from evaluation.label_issues import FILTER, judge, out_of_fold, rank_issues
+from decisions_hierarchical import Decisions
+from evaluation.forms import Form, form_of
+from evaluation.label_issues import FILTER, judge, out_of_fold
 from evaluation.lexical import REGULARISATION, LexicalClassifier, token_counts
-from evaluation.multi_label import marginal_logits
+from evaluation.metrics import one_hot
 from taxonomy_hierarchical import Taxonomy
 from training.arguments import DataArguments
-from training.label_arrays import multi_hot, prior_log_odds
 from training.splits import load_splits
 from training.tokens import tokenize
 
@@ -51,17 +52,15 @@ SCORE = "self_confidence"  # of cleanlab: the probability of the label
 class WeightedClassifier(LexicalClassifier):
     """Fit with a weight for each training row. All rows must be labelled with leaves."""
 
-    def __init__(self, taxonomy: Taxonomy, counts: csr_matrix, labels: np.ndarray, weights: np.ndarray):
-        self.row_weights = weights
-        super().__init__(taxonomy, counts, labels)
-
-    def _fit_leaves(self, documents: csr_matrix, labels: np.ndarray) -> None:
-        model = LogisticRegression(C=REGULARISATION, max_iter=1000, tol=1e-3).fit(documents, labels, self.row_weights)
-        self.weight, self.bias[model.classes_] = model.coef_, model.intercept_
+    def __init__(self, decisions: Decisions, counts: csr_matrix, labels: np.ndarray, weights: np.ndarray):
+        self.classes, given = np.unique(labels, return_inverse=True)
+        super().__init__(decisions, counts, one_hot(given, len(self.classes)))
+        model = LogisticRegression(C=REGULARISATION, max_iter=1000, tol=1e-3).fit(self.documents, labels, weights)
+        self.weight, self.bias[self.classes] = model.coef_, model.intercept_
 
 
-def load(task: str, data: Path, encoder: str) -> tuple[Taxonomy, dict[str, csr_matrix], dict[str, list], np.ndarray]:
-    """Return the taxonomy, the token counts and labels of each split, and the ids of the training texts."""
+def load(task: str, data: Path, encoder: str) -> tuple[Form, dict[str, csr_matrix], dict[str, list], np.ndarray]:
+    """Return the form of the labels, the token counts and labels of each split, and the ids of the training texts."""
     names = str(data / "ohsumed" / "labels.csv")
     files = {f"{split}_file": str(next((data / task).glob(f"{split}.*"))) for split in ("train", "test")}
     loaded = load_splits(DataArguments(**files, class_names=names, taxonomy=names, validation_size=0), seed=0)
@@ -69,7 +68,7 @@ def load(task: str, data: Path, encoder: str) -> tuple[Taxonomy, dict[str, csr_m
     rows, _ = tokenize(loaded.splits, tokenizer)
     counts = {split: token_counts(part, len(tokenizer)) for split, part in rows.items()}
     labels = {split: part["labels"][:] for split, part in rows.items()}
-    return loaded.taxonomy, counts, labels, np.array(rows["train"]["text_id"])
+    return form_of(loaded.taxonomy, loaded.problem_type), counts, labels, np.array(rows["train"]["text_id"])
 
 
 def exchange(tree: Taxonomy, labels: list, share: float, where: str, seed: int) -> tuple[list, np.ndarray]:
@@ -79,26 +78,25 @@ def exchange(tree: Taxonomy, labels: list, share: float, where: str, seed: int) 
     for row in generator.permutation(len(labels)):
         if exchanged.sum() == round(share * len(labels)):
             break
-        given = np.atleast_1d(labels[row]).tolist()
+        given = labels[row]
         old = int(generator.choice(given))
         others = set(tree.children(tree.parents[old]) if where == "siblings" else range(tree.num_leaves)) - {*given}
         if others:
             new = int(generator.choice(sorted(others)))
-            several = isinstance(labels[row], list)
-            changed[row] = sorted({*given, new} - {old}) if several else new
+            changed[row] = sorted({*given, new} - {old})
             exchanged[row] = True
     return changed, exchanged
 
 
 def per_decision(
-    tree: Taxonomy, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray, ranked: bool = True
+    form: Form, scores: np.ndarray, labels: np.ndarray, texts: np.ndarray, ranked: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return a mask of the listed rows, and the label quality of all rows, from 0 to 1. Rows that are not listed have 1.
 
     The quality is the probability of the label. Without ``ranked``, it is the probability of the label's worst decision.
     """
-    tables = [*judge(tree, logits, labels, texts)]
-    issues = rank_issues(tree, tables, logits, labels) if ranked else pd.concat(tables)
+    judged = pd.concat(judge(form, scores, labels, texts))
+    issues = form.rank_issues(judged, scores, labels) if ranked else judged
     lowest = issues.groupby("index")["probability_of_label"].min()
     listed, quality = np.zeros(len(texts), dtype=bool), np.ones(len(texts))
     listed[lowest.index], quality[lowest.index] = True, lowest
@@ -106,16 +104,15 @@ def per_decision(
 
 
 def flat(
-    tree: Taxonomy, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray, rule: str = FILTER, score: str = SCORE
+    form: Form, scores: np.ndarray, labels: np.ndarray, texts: np.ndarray, rule: str = FILTER, score: str = SCORE
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the same as `per_decision`, by cleanlab over the leaves alone, with cleanlab's names of a rule and a score."""
+    probabilities = form.decisions(torch.from_numpy(scores))[0].exp().numpy()[:, : form.tree.num_leaves]
     if labels.ndim == 2:
-        probabilities = expit(marginal_logits(tree, logits)[:, : tree.num_leaves])
-        given = [np.flatnonzero(row == 1).tolist() for row in labels[:, : tree.num_leaves]]
+        given = [np.flatnonzero(row == 1).tolist() for row in labels[:, : form.tree.num_leaves]]
         listed = multilabel_classification.filter.find_label_issues(given, probabilities, filter_by=rule, n_jobs=1)
         quality = multilabel_classification.get_label_quality_scores(given, probabilities, method=score)
     else:
-        probabilities = softmax(logits, axis=1)
         listed = filter.find_label_issues(labels, probabilities, filter_by=rule, n_jobs=1)
         quality = rank.get_label_quality_scores(labels, probabilities, method=score)
     return listed, np.where(listed, quality, 1)
@@ -131,14 +128,14 @@ METHODS = {
 }
 
 
-def fit(tree: Taxonomy, counts: dict[str, csr_matrix], labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def fit(form: Form, counts: dict[str, csr_matrix], labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Train the lexical classifier. Return its scores of the test rows: leaf logits, or node probabilities if multi-label."""
     kept = weights > 0
-    rows = counts["train"][kept], labels[kept]
+    rows = form.decisions, counts["train"][kept], labels[kept]
     if labels.ndim == 1:
-        return WeightedClassifier(tree, *rows, weights[kept]).scores(counts["test"])
-    logits = LexicalClassifier(tree, *rows).scores(counts["test"]) + prior_log_odds(tree, labels[kept])
-    return expit(marginal_logits(tree, logits))
+        return WeightedClassifier(*rows, weights[kept]).scores(counts["test"])
+    scores = form.classifier(*rows).decision_scores(counts["test"]) + form.removed_prior(labels[kept])
+    return form.decisions(torch.from_numpy(scores))[0].exp().numpy()
 
 
 def measure(true: np.ndarray, scores: np.ndarray) -> dict[str, float]:
@@ -152,19 +149,17 @@ def measure(true: np.ndarray, scores: np.ndarray) -> dict[str, float]:
 
 
 def study(
-    tree: Taxonomy, counts: dict[str, csr_matrix], labels: dict[str, list], texts: np.ndarray, seeds: int
+    form: Form, counts: dict[str, csr_matrix], labels: dict[str, list], texts: np.ndarray, seeds: int
 ) -> list[dict]:
     """Measure both kinds and all shares of exchanged labels."""
-    several = isinstance(labels["train"][0], list)
-    arrays = (lambda given: multi_hot(tree, given)) if several else np.array
-    test, results = arrays(labels["test"]), []
+    test, results = form.decisions.targets(labels["test"]).numpy(), []
     for seed, where, share in product(range(seeds), ("siblings", "anywhere"), SHARES):
-        changed, exchanged = exchange(tree, labels["train"], share, where, seed)
-        given = arrays(changed)
-        logits = out_of_fold(tree, counts["train"], given, texts)
+        changed, exchanged = exchange(form.tree, labels["train"], share, where, seed)
+        given = form.decisions.targets(changed).numpy()
+        scores = out_of_fold(form, counts["train"], given, texts)
         found, trained = {}, {}
         for name, method in METHODS.items():
-            listed, quality = method(tree, logits, given, texts)
+            listed, quality = method(form, scores, given, texts)
             found[name] = {
                 "listed": int(listed.sum()),
                 "precision": precision_score(exchanged, listed),
@@ -175,11 +170,11 @@ def study(
             if name == OURS:
                 everything = np.ones(len(texts))
                 weights = {"all rows": everything, "listed rows dropped": everything - listed}
-                if not several:
+                if given.ndim == 1:
                     weights["listed rows weighted by quality"] = quality
                 weights["exchanged rows dropped"] = everything - exchanged
         for name, weight in weights.items():
-            trained[name] = measure(test, fit(tree, counts, given, weight))
+            trained[name] = measure(test, fit(form, counts, given, weight))
         results.append({"where": where, "share": share, "seed": seed, "found": found, "trained": trained})
         print(json.dumps(results[-1]), flush=True)
     return results
@@ -210,9 +205,7 @@ def main() -> None:
     parser.add_argument("--encoder", required=True)
     parser.add_argument("--task", nargs="+", default=["ohsumed", "ohsumed_multilabel"])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument(
-        "--output", type=Path, default=ROOT / "benchmarks" / "studies" / "results" / "label_issues.json"
-    )
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "label_issues.json")
     arguments = parser.parse_args()
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     for task in arguments.task:

@@ -1,31 +1,33 @@
-"""Compare numbers of repeated cross-validations for choosing the shrinkage of thresholds (`evaluation.multi_label`):
+"""Compare numbers of repeated cross-validations for choosing the shrinkage of thresholds (`evaluation.many_nodes`):
 
-    python benchmarks/studies/thresholds.py --data FOLDER --runs RUNS
+    python benchmarks/thresholds.py --data FOLDER --runs RUNS
 
 RUNS holds finished runs of ``benchmarks/quality.py`` for multi-label models, with their stored validation and test scores. The
 thresholds are fitted to the validation texts in 20 random orders, because the order determines the folds. Each line has the mean
 and standard deviation of F1 on the test file over the orders, and the chosen shrinkages. The last line of a run has the one
 threshold of best micro-F1 on the test file itself, which is an upper bound for common thresholds.
 
-Supports docs/experiments.md, "2026-11-27: Repeated cross-validation for thresholds".
+Supports benchmarks/LOG.md, "2026-11-27: Repeated cross-validation for thresholds".
 """
 
 import argparse
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from scipy.special import expit, logit
 from transformers import AutoConfig
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
 
 from quality import MULTI_LABEL_TASKS, Task
 
-from evaluation import multi_label
-from evaluation.calibration import calibrate_out_of_fold
+from configuration_hierarchical import MULTI_LABEL
+from evaluation import many_nodes
+from evaluation.calibration import calibrate_out_of_fold, calibrated_logits, fit_calibration
+from evaluation.forms import form_of
 from evaluation.metrics import confusion_counts, macro_f1, micro_f1
 
 REPEATS, ORDERS = (1, 2, 6, 12), 20
@@ -48,27 +50,29 @@ def study(task: Task, file: Path) -> None:
     tree, labels = task.tree, {split: task.rows(split)[1] for split in ("validation", "test")}
     config = AutoConfig.from_pretrained(file.parent, trust_remote_code=True)
     scores = {
-        split: (z - np.array(config.node_biases)) / np.array(config.node_scales) for split, z in np.load(file).items()
+        split: (z - np.array(config.calibration.biases)) / np.array(config.calibration.scales)
+        for split, z in np.load(file).items()
     }
-    fit, texts = multi_label.fit_multi_label_calibration, np.arange(len(scores["validation"]))
-    u = calibrate_out_of_fold(fit, tree, scores["validation"], None, labels["validation"], texts)
-    probabilities = expit(fit(tree, scores["validation"], None, labels["validation"]).apply(tree, scores["test"], None))
+    form, texts = form_of(tree, MULTI_LABEL), np.arange(len(scores["validation"]))
+    fit, validation = partial(fit_calibration, form), (scores["validation"], None, labels["validation"])
+    u = calibrate_out_of_fold(fit, form.decisions, *validation, texts)
+    test = calibrated_logits(form.decisions, fit(*validation), scores["test"], None)
     for repeats in REPEATS:
         scores_by_order, chosen = [], Counter[float]()
         for order in range(ORDERS):
             rows = np.random.default_rng(order).permutation(texts)
-            given = tree, u[rows], labels["validation"][rows]
-            strength = multi_label.choose_strength(*given, repeats)
-            thresholds = multi_label.shrunk_thresholds(*given, (strength,))[strength]
+            given = u[rows], labels["validation"][rows]
+            strength = many_nodes.choose_strength(form.decisions, *given, repeats)
+            thresholds = many_nodes.shrunk_thresholds(tree, *given, (strength,))[strength]
             chosen[strength] += 1
-            counts = confusion_counts(labels["test"], multi_label.predict_nodes(tree, probabilities, thresholds))
+            counts = confusion_counts(labels["test"], many_nodes.predict_nodes(form.decisions, test, thresholds))
             scores_by_order.append((100 * micro_f1(counts), 100 * macro_f1(counts)))
         means, deviations = np.mean(scores_by_order, 0), np.std(scores_by_order, 0)
         cells = (f"{mean:.2f} ± {deviation:.2f}" for mean, deviation in zip(means, deviations, strict=True))
         times = ", ".join(f"{strength:g}: {count}" for strength, count in sorted(chosen.items()))
         print(f"| {file.parent.name} | {repeats} | {' | '.join(cells)} | {times} |", flush=True)
-    best = multi_label.common_threshold(logit(probabilities), labels["test"])
-    counts = confusion_counts(labels["test"], multi_label.predict_nodes(tree, probabilities, best))
+    best = many_nodes.common_threshold(test, labels["test"])
+    counts = confusion_counts(labels["test"], many_nodes.predict_nodes(form.decisions, test, best))
     print(f"| {file.parent.name} | best of test | {100 * micro_f1(counts):.2f} | {100 * macro_f1(counts):.2f} | |")
 
 

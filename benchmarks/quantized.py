@@ -1,11 +1,11 @@
 """Compare settings of the int8 ONNX file with the float32 file:
 
-    python benchmarks/studies/quantized.py --checkpoint CHECKPOINT --texts FILE [--rows 250]
+    python benchmarks/quantized.py --checkpoint CHECKPOINT --texts FILE [--rows 250]
 
 FILE is JSON Lines with ``text``. A decision is whether a node reaches its threshold, or for single-path models the most probable
 leaf. The last line counts the operators that ONNX Runtime's optimizer for transformers fuses in the float32 file.
 
-Supports docs/experiments.md, "2026-11-27: ONNX in int8, and fused".
+Supports benchmarks/LOG.md, "2026-11-27: ONNX in int8, and fused".
 """
 
 import argparse
@@ -18,15 +18,17 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
+import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.transformers.optimizer import optimize_model
 from transformers import AutoTokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from checkpoint_files import ONNX_FILE
 from configuration_hierarchical import HierarchicalConfig
+from decisions_hierarchical import build_decisions
 from publishing.export import export_onnx
 
 SETTINGS = {
@@ -48,6 +50,7 @@ def main() -> None:
     texts.sort(key=len)
     config = HierarchicalConfig.from_pretrained(arguments.checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint, trust_remote_code=True)
+    decisions = build_decisions(config.tree, config.problem_type)
 
     def probabilities(file: Path) -> np.ndarray:
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
@@ -56,14 +59,10 @@ def main() -> None:
             batch = tokenizer(texts[start : start + 8], padding=True, truncation=True, return_tensors="np")
             rows.append(session.run(["logits"], {name: batch[name] for name in names})[0])
         logits = np.concatenate(rows).astype(np.float64)
-        if config.is_multi_label:
-            return 1 / (1 + np.exp(-logits))
-        return np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        return decisions.log_probs(torch.from_numpy(logits)).exp().numpy()
 
-    def decisions(scores: np.ndarray) -> np.ndarray:
-        if config.is_multi_label:
-            return scores >= np.array(config.node_thresholds or [0.5] * scores.shape[1])
-        return scores.argmax(1)[:, None]
+    def predicted(scores: np.ndarray) -> np.ndarray:
+        return decisions.predict(torch.from_numpy(scores), config.calibration.thresholds)[0].numpy()
 
     with tempfile.TemporaryDirectory() as scratch:
         file = export_onnx(arguments.checkpoint, Path(scratch))[ONNX_FILE]
@@ -73,7 +72,7 @@ def main() -> None:
         for name, settings in SETTINGS.items():
             quantize_dynamic(file, Path(scratch) / "int8.onnx", weight_type=QuantType.QInt8, **settings)
             scores = probabilities(Path(scratch) / "int8.onnx")
-            same = decisions(scores) == decisions(expected)
+            same = predicted(scores) == predicted(expected)
             change = np.abs(scores - expected).max(1).mean()
             print(f"{name} | {same.mean():.1%} | {same.all(1).mean():.1%} | {change:.3f}", flush=True)
         fused = optimize_model(str(file), model_type="bert", opt_level=0).get_fused_operator_statistics()
