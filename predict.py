@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from checkpoint_files import find_snapshot, is_checkpoint, require_encoder
-from errors import (
+from hierarchical_clinicalbert.checkpoint_files import find_snapshot, is_checkpoint, require_encoder
+from hierarchical_clinicalbert.errors import (
     ArgumentParser,
     InputError,
     exit_with_error,
@@ -33,15 +33,15 @@ from errors import (
     refuse_undecodable,
     requested_traceback,
 )
-from prediction.input import read_records
-from prediction.model import DTYPES, Model, read_costs
-from prediction.output import RestartableOutput
-from prediction.rows import OUTPUTS, file_name, output_kind
-from reading.rows import KINDS
-from reading.sources import Source, find_all_sources
+from hierarchical_clinicalbert.prediction.input import read_records
+from hierarchical_clinicalbert.prediction.model import DTYPES, Model, read_costs
+from hierarchical_clinicalbert.prediction.output import RestartableOutput
+from hierarchical_clinicalbert.prediction.rows import OUTPUTS, file_name, output_kind
+from hierarchical_clinicalbert.reading.rows import KINDS
+from hierarchical_clinicalbert.reading.sources import Source, find_all_sources
 
 if TYPE_CHECKING:
-    from prediction.ray_job import RayJob
+    from hierarchical_clinicalbert.prediction.ray_job import RayJob
 
 # flags that change no prediction for a text, or that the model's description covers
 WITHOUT_EFFECT = {"revision", "input", "output", "overwrite", "ray", "ray_cpus_per_actor", "ray_gpus_per_actor"}
@@ -159,7 +159,7 @@ def open_model(arguments: argparse.Namespace) -> "AbstractContextManager[Model |
         return nullcontext(Model(arguments, gpu=torch.cuda.is_available()))
     if importlib.util.find_spec("ray") is None:
         raise InputError('--ray needs Ray: pip install "ray[default]"')
-    from prediction.ray_job import RayJob
+    from hierarchical_clinicalbert.prediction.ray_job import RayJob
 
     return RayJob(arguments)
 

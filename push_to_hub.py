@@ -16,8 +16,8 @@ import transformers
 from huggingface_hub import CommitInfo, HfApi, RepoCard
 from huggingface_hub.utils import disable_progress_bars
 
-from checkpoint_files import CHECKPOINT_FILES, published_files, read_checkpoint
-from errors import (
+from hierarchical_clinicalbert.checkpoint_files import CHECKPOINT_FILES, published_files, read_checkpoint
+from hierarchical_clinicalbert.errors import (
     ROOT,
     ArgumentParser,
     InputError,
@@ -27,10 +27,10 @@ from errors import (
     refuse_undecodable,
     requested_traceback,
 )
-from publishing import card
-from publishing.description import check_description
-from publishing.export import export_merged, export_onnx
-from publishing.hub import (
+from hierarchical_clinicalbert.publishing import card
+from hierarchical_clinicalbert.publishing.description import check_description
+from hierarchical_clinicalbert.publishing.export import export_merged, export_onnx
+from hierarchical_clinicalbert.publishing.hub import (
     HUB_ERRORS,
     SPACE_FILES,
     Target,
@@ -122,7 +122,9 @@ def read_card(path: Path, model_id: str, merged: bool) -> str:
 
 
 def space_files(model_id: str) -> Files:
-    files: Files = {name: (ROOT if name.startswith("reading/") else SPACE_FOLDER) / name for name in SPACE_FILES}
+    files: Files = {
+        name: (ROOT if name.startswith("hierarchical_clinicalbert/") else SPACE_FOLDER) / name for name in SPACE_FILES
+    }
     readme = RepoCard((SPACE_FOLDER / "README.md").read_text(encoding="utf-8"))
     readme.data.models = [model_id]
     files["README.md"] = str(readme).encode()

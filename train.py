@@ -21,10 +21,11 @@ from accelerate.utils.memory import should_reduce_batch_size
 from datasets import DatasetDict
 from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from checkpoint_files import is_checkpoint, read_config
 from checkpoint_hierarchical import check_tokenizer
 from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, HierarchicalConfig
-from errors import (
+from hierarchical_clinicalbert.checkpoint_files import is_checkpoint, read_config
+from hierarchical_clinicalbert.data.splits import LabelledSplits, load_splits, read_sources
+from hierarchical_clinicalbert.errors import (
     InputError,
     as_input_error,
     exit_with_error,
@@ -33,25 +34,36 @@ from errors import (
     one_line,
     requested_traceback,
 )
-from evaluation import plots, report
-from evaluation.calibration import label_arrays
-from evaluation.forms import form_of
-from evaluation.label_issues import write_label_issues
-from evaluation.lexical import fit_classifier, token_counts
-from files import write_json
-from machine import keep_memory
-from publishing.description import METRICS, SCORED_MODEL, delete_earlier_description, delete_scores, hash_model
+from hierarchical_clinicalbert.evaluation import plots, report
+from hierarchical_clinicalbert.evaluation.calibration import label_arrays
+from hierarchical_clinicalbert.evaluation.forms import form_of
+from hierarchical_clinicalbert.evaluation.label_issues import write_label_issues
+from hierarchical_clinicalbert.evaluation.lexical import fit_classifier, token_counts
+from hierarchical_clinicalbert.files import write_json
+from hierarchical_clinicalbert.machine import keep_memory
+from hierarchical_clinicalbert.publishing.description import (
+    METRICS,
+    SCORED_MODEL,
+    delete_earlier_description,
+    delete_scores,
+    hash_model,
+)
+from hierarchical_clinicalbert.training import resume
+from hierarchical_clinicalbert.training.arguments import Arguments, check_against_data, parse
+from hierarchical_clinicalbert.training.cpu import KEPT_MEMORY
+from hierarchical_clinicalbert.training.losses import FocalLoss
+from hierarchical_clinicalbert.training.model import (
+    build_model,
+    fetch_model,
+    find_config_folder,
+    load_tokenizer,
+    size_report,
+)
+from hierarchical_clinicalbert.training.prototypes import initialise_heads
+from hierarchical_clinicalbert.training.publish import check_hub, push, run_facts, run_settings, write_card
+from hierarchical_clinicalbert.training.tokens import build_collator, tokenize_splits
+from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
 from taxonomy_hierarchical import TaxonomyError
-from training import resume
-from training.arguments import Arguments, check_against_data, parse
-from training.cpu import KEPT_MEMORY
-from training.losses import FocalLoss
-from training.model import build_model, fetch_model, find_config_folder, load_tokenizer, size_report
-from training.prototypes import initialise_heads
-from training.publish import check_hub, push, run_facts, run_settings, write_card
-from training.splits import LabelledSplits, load_splits, read_sources
-from training.tokens import build_collator, tokenize_splits
-from training.trainer import HierarchicalTrainer
 
 logger = logging.getLogger("train")
 

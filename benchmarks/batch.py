@@ -32,7 +32,7 @@ from transformers import AutoConfig, BertConfig
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from prediction.output import ROWS
+from hierarchical_clinicalbert.prediction.output import ROWS
 
 TICK = os.sysconf("SC_CLK_TCK")
 

@@ -23,7 +23,7 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from training.trained_texts import normalise_text
+from hierarchical_clinicalbert.data.trained_texts import normalise_text
 
 
 def shares(sets: pd.Series) -> dict[str, float]:

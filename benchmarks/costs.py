@@ -28,7 +28,7 @@ from transformers import pipeline
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from evaluation.metrics import one_hot
+from hierarchical_clinicalbert.evaluation.metrics import one_hot
 from pipeline_hierarchical import expected_costs
 from taxonomy_hierarchical import Taxonomy
 

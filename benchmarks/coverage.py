@@ -53,11 +53,11 @@ from quality import Task
 
 from configuration_hierarchical import HierarchicalConfig
 from decisions_hierarchical import OnePath, guaranteed_threshold
-from evaluation.forms import Form, form_of
-from evaluation.metrics import confusion_counts, macro_f1, micro_f1, one_hot
-from evaluation.one_path import fit_conformal_thresholds
-from prediction.int8 import quantize
-from publishing.card import MEASURED_TARGET
+from hierarchical_clinicalbert.evaluation.forms import Form, form_of
+from hierarchical_clinicalbert.evaluation.metrics import confusion_counts, macro_f1, micro_f1, one_hot
+from hierarchical_clinicalbert.evaluation.one_path import fit_conformal_thresholds
+from hierarchical_clinicalbert.prediction.int8 import quantize
+from hierarchical_clinicalbert.publishing.card import MEASURED_TARGET
 from taxonomy_hierarchical import Taxonomy
 
 QUALITY = ROOT / "benchmarks" / "results" / "quality.json"

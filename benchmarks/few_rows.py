@@ -31,7 +31,7 @@ from quality import ROOT, Task, setfit, spread
 from sklearn.metrics import accuracy_score, f1_score
 
 ROWS, TEST, SETFIT_STEPS = (1, 4, 16, 64), 1000, 100
-DESCRIPTIONS = ROOT / "benchmarks" / "studies" / "descriptions.csv"
+DESCRIPTIONS = ROOT / "benchmarks" / "descriptions.csv"
 FLAT = ("--lora_r", "16", "--lora_alpha", "32", "--heads_init", "random", "--contrastive_steps", "0")
 FLAT += ("--learning_rate", "6e-4")
 MODELS = ("setfit", "flat-lora", "names", "descriptions")

@@ -49,15 +49,15 @@ from transformers.modeling_outputs import BaseModelOutput
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from checkpoint_files import ONNX_FILE, QUANTIZED_ONNX_FILE
 from checkpoint_hierarchical import load_encoder
 from configuration_hierarchical import Calibration, HierarchicalConfig
-from machine import has_bf16, keep_memory
+from hierarchical_clinicalbert.checkpoint_files import ONNX_FILE, QUANTIZED_ONNX_FILE
+from hierarchical_clinicalbert.machine import has_bf16, keep_memory
+from hierarchical_clinicalbert.prediction.int8 import quantize
+from hierarchical_clinicalbert.prediction.model import KEPT_MEMORY
+from hierarchical_clinicalbert.publishing.export import Logits, export_onnx, load_merged, quiet_logs
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from pipeline_hierarchical import TOKENS_ON_CPU, batches_by_length, padded_length
-from prediction.int8 import quantize
-from prediction.model import KEPT_MEMORY
-from publishing.export import Logits, export_onnx, load_merged, quiet_logs
 from taxonomy_hierarchical import Taxonomy
 
 PEAK_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
@@ -231,7 +231,7 @@ def openvino_encoder(
     encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, dtype: str, texts: list[str], hint: str = "THROUGHPUT"
 ) -> nn.Module:
     """Return an encoder in OpenVINO: "fp32", "bf16", "dynamic int8", or "static int8", which NNCF calibrates on the texts."""
-    from prediction.openvino import OpenVinoEncoder, convert
+    from hierarchical_clinicalbert.prediction.openvino import OpenVinoEncoder, convert
 
     names = tokenizer.model_input_names
     converted = convert(encoder, names, int8=dtype == "dynamic int8")

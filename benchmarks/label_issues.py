@@ -36,14 +36,14 @@ sys.path.insert(0, str(ROOT))
 from cleanlab import filter, multilabel_classification, rank
 
 from decisions_hierarchical import Decisions
-from evaluation.forms import Form, form_of
-from evaluation.label_issues import FILTER, judge, out_of_fold
-from evaluation.lexical import REGULARISATION, LexicalClassifier, token_counts
-from evaluation.metrics import one_hot
+from hierarchical_clinicalbert.data.arguments import DataArguments
+from hierarchical_clinicalbert.data.splits import load_splits
+from hierarchical_clinicalbert.evaluation.forms import Form, form_of
+from hierarchical_clinicalbert.evaluation.label_issues import FILTER, judge, out_of_fold
+from hierarchical_clinicalbert.evaluation.lexical import REGULARISATION, LexicalClassifier, token_counts
+from hierarchical_clinicalbert.evaluation.metrics import one_hot
+from hierarchical_clinicalbert.training.tokens import tokenize
 from taxonomy_hierarchical import Taxonomy
-from training.arguments import DataArguments
-from training.splits import load_splits
-from training.tokens import tokenize
 
 SHARES = (0.05, 0.1)
 SCORE = "self_confidence"  # of cleanlab: the probability of the label

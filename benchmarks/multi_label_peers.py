@@ -38,20 +38,20 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from configuration_hierarchical import MULTI_LABEL
 from decisions_hierarchical import ManyNodes, threshold_index
-from evaluation.calibration import calibrate_out_of_fold, calibrated_logits, fit_calibration
-from evaluation.forms import form_of
-from evaluation.many_nodes import (
+from hierarchical_clinicalbert.evaluation.calibration import calibrate_out_of_fold, calibrated_logits, fit_calibration
+from hierarchical_clinicalbert.evaluation.forms import form_of
+from hierarchical_clinicalbert.evaluation.many_nodes import (
     build_multi_label_metrics,
     common_threshold,
     fit_recall_thresholds,
     predict_nodes,
     recall_scores,
 )
-from evaluation.metrics import bootstrap_intervals, node_f1
-from publishing.card import MEASURED_TARGET
+from hierarchical_clinicalbert.evaluation.metrics import bootstrap_intervals, node_f1
+from hierarchical_clinicalbert.publishing.card import MEASURED_TARGET
+from hierarchical_clinicalbert.training.arguments import HierarchicalTrainingArguments
+from hierarchical_clinicalbert.training.model import turn_off_dropout
 from taxonomy_hierarchical import Taxonomy
-from training.arguments import HierarchicalTrainingArguments
-from training.model import turn_off_dropout
 
 Logits = dict[str, np.ndarray]  # of each split in SCORED
 Rows = tuple[list[str], np.ndarray]  # texts, and labels (num_texts, num_nodes)

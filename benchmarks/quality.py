@@ -79,13 +79,13 @@ sys.path.insert(0, str(ROOT))
 from multi_label_peers import PEERS, SVM_STRENGTHS, paired_intervals, score_checkpoint, score_peer, unpack, vectors
 
 from decisions_hierarchical import build_decisions
-from evaluation.metrics import bootstrap_intervals, one_hot
-from evaluation.one_path import build_compute_metrics
-from machine import has_bf16
-from publishing.card import MEASURED_TARGET
+from hierarchical_clinicalbert.data.arguments import DataArguments
+from hierarchical_clinicalbert.data.splits import LabelledSplits, load_splits
+from hierarchical_clinicalbert.evaluation.metrics import bootstrap_intervals, one_hot
+from hierarchical_clinicalbert.evaluation.one_path import build_compute_metrics
+from hierarchical_clinicalbert.machine import has_bf16
+from hierarchical_clinicalbert.publishing.card import MEASURED_TARGET
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
-from training.arguments import DataArguments
-from training.splits import LabelledSplits, load_splits
 
 Predict = Callable[[Any], np.ndarray]
 

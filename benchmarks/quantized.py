@@ -26,10 +26,10 @@ from transformers import AutoTokenizer
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from checkpoint_files import ONNX_FILE
 from configuration_hierarchical import HierarchicalConfig
 from decisions_hierarchical import build_decisions
-from publishing.export import export_onnx
+from hierarchical_clinicalbert.checkpoint_files import ONNX_FILE
+from hierarchical_clinicalbert.publishing.export import export_onnx
 
 SETTINGS = {
     "defaults": {},

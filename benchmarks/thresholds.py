@@ -25,10 +25,10 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
 from quality import MULTI_LABEL_TASKS, Task
 
 from configuration_hierarchical import MULTI_LABEL
-from evaluation import many_nodes
-from evaluation.calibration import calibrate_out_of_fold, calibrated_logits, fit_calibration
-from evaluation.forms import form_of
-from evaluation.metrics import confusion_counts, macro_f1, micro_f1
+from hierarchical_clinicalbert.evaluation import many_nodes
+from hierarchical_clinicalbert.evaluation.calibration import calibrate_out_of_fold, calibrated_logits, fit_calibration
+from hierarchical_clinicalbert.evaluation.forms import form_of
+from hierarchical_clinicalbert.evaluation.metrics import confusion_counts, macro_f1, micro_f1
 
 REPEATS, ORDERS = (1, 2, 6, 12), 20
 

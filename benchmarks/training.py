@@ -41,7 +41,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from machine import has_bf16, keep_memory
+from hierarchical_clinicalbert.machine import has_bf16, keep_memory
 
 BATCH = 16
 CLASSES = 23
@@ -283,12 +283,12 @@ def ours(
     from transformers import DataCollatorWithPadding
 
     from decisions_hierarchical import OnePath
+    from hierarchical_clinicalbert.training.arguments import HierarchicalTrainingArguments, ModelArguments
+    from hierarchical_clinicalbert.training.cpu import KEPT_MEMORY
+    from hierarchical_clinicalbert.training.losses import FocalLoss
+    from hierarchical_clinicalbert.training.model import build_model
+    from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
     from taxonomy_hierarchical import Taxonomy
-    from training.arguments import HierarchicalTrainingArguments, ModelArguments
-    from training.cpu import KEPT_MEMORY
-    from training.losses import FocalLoss
-    from training.model import build_model
-    from training.trainer import HierarchicalTrainer
 
     if not torch.cuda.is_available():
         keep_memory(*KEPT_MEMORY)  # as in train.py

@@ -14,7 +14,7 @@ from transformers import pipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from reading.foreign_code import refuse_foreign_code
+from hierarchical_clinicalbert.reading.foreign_code import refuse_foreign_code
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("checkpoint", help="a folder, or an id on the Hub")

@@ -18,10 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from errors import ArgumentParser, InputError, print_result
-from prediction.input import read_records
-from reading.rows import KINDS
-from reading.sources import Source, find_all_sources, find_sources, open_rows
+from hierarchical_clinicalbert.errors import ArgumentParser, InputError, print_result
+from hierarchical_clinicalbert.prediction.input import read_records
+from hierarchical_clinicalbert.reading.rows import KINDS
+from hierarchical_clinicalbert.reading.sources import Source, find_all_sources, find_sources, open_rows
 
 
 def main() -> str:

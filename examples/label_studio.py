@@ -17,8 +17,8 @@ from xml.etree import ElementTree
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint_files import find_snapshot, is_checkpoint, read_config
-from errors import ArgumentParser, InputError, as_input_error, print_result
+from hierarchical_clinicalbert.checkpoint_files import find_snapshot, is_checkpoint, read_config
+from hierarchical_clinicalbert.errors import ArgumentParser, InputError, as_input_error, print_result
 
 
 def configuration(checkpoint: str) -> str:

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from errors import ArgumentParser, InputError, as_input_error, exit_with_error, one_line
+from hierarchical_clinicalbert.errors import ArgumentParser, InputError, as_input_error, exit_with_error, one_line
 
 try:
     import ray
@@ -27,7 +27,7 @@ try:
     from ray.train.torch import TorchTrainer
 except ImportError as error:
     exit_with_error("ray_train.py", f"{error}: pip install 'ray[default,train]'")
-from prediction.ray_job import refuse_closed_port
+from hierarchical_clinicalbert.prediction.ray_job import refuse_closed_port
 
 MAX_FAILURES = 3  # restarts of one run; after more, the same command resumes it
 

@@ -5,7 +5,7 @@
 Worth knowing:
 
 1. On a hosted Space the variables MODEL_ID and MODEL_REVISION name the model; push_to_hub.py sets them. The Space imports
-   only `reading` of this repository. The model and its pipeline are loaded through transformers.
+   only `hierarchical_clinicalbert.reading` of this repository. The model and its pipeline are loaded through transformers.
 2. An upload is read into memory and deleted at once. Downloads, what is left of broken uploads, and results that nobody reads
    are deleted after `KEPT_SECONDS` (see `retention.py`), and when the page stops. Nothing that a user sends is logged: see
    `log_without_values` and `guard.py`.

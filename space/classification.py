@@ -16,9 +16,9 @@ import torch
 from tables import Refused
 from transformers import Pipeline, pipeline
 
-from reading.columns import is_blank
-from reading.foreign_code import refuse_foreign_code
-from reading.rows import has_surrogate
+from hierarchical_clinicalbert.reading.columns import is_blank
+from hierarchical_clinicalbert.reading.foreign_code import refuse_foreign_code
+from hierarchical_clinicalbert.reading.rows import has_surrogate
 
 MAX_CHARACTERS = 20_000
 MIN_TARGET, MAX_TARGET = 0.5, 0.99

@@ -2,7 +2,7 @@
 
 Worth knowing:
 
-1. The package `reading` reads the file, as for the commands. In the repository, `reading` is beside this folder, and on the Hub
+1. The package `hierarchical_clinicalbert.reading` reads the file, as for the commands. In the repository it is beside this folder, and on the Hub
    inside it.
 2. A file of at most 10 MB can decompress to gigabytes. So a subprocess reads the file, with limits of time and, on Linux, of
    memory. The subprocess runs this file as a script. It returns only the column of texts, up to `MAX_UNPACKED` bytes.
@@ -23,11 +23,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-if not Path(__file__).with_name("reading").exists():  # in the repository
+if not Path(__file__).with_name("hierarchical_clinicalbert").exists():  # in the repository
     sys.path.append(str(Path(__file__).parent.parent))
 
-from reading.columns import TEXT_COLUMNS, find_column, join_labels, text_problem
-from reading.rows import KINDS, InputError, Limits, Rows, looks_like_name
+from hierarchical_clinicalbert.reading.columns import TEXT_COLUMNS, find_column, join_labels, text_problem
+from hierarchical_clinicalbert.reading.rows import KINDS, InputError, Limits, Rows, looks_like_name
 
 MAX_BYTES = 10 * 2**20
 MAX_ROWS = 10_000
@@ -129,7 +129,7 @@ def main() -> None:
     """Reply to `read_table`: read the request and the file from standard input, and write lines of JSON."""
     request = json.loads(sys.stdin.buffer.readline())
     if request["kind"] == "parquet":
-        import reading.parquet  # noqa: F401 (before the limit, which counts from here)
+        import hierarchical_clinicalbert.reading.parquet  # noqa: F401 (before the limit, which counts from here)
     limit_memory()
     lines = io.BytesIO()
     try:

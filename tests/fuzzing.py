@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from hypothesis import HealthCheck, settings
 
-from errors import InputError
+from hierarchical_clinicalbert.errors import InputError
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 0))
 fuzz = settings(

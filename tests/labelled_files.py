@@ -3,8 +3,8 @@
 import datasets
 import pandas as pd
 
-from training.arguments import DataArguments
-from training.splits import load_splits
+from hierarchical_clinicalbert.data.arguments import DataArguments
+from hierarchical_clinicalbert.data.splits import load_splits
 
 SECRET = "patient Miller"  # stands for a text that must not be shown
 

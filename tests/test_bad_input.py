@@ -24,10 +24,10 @@ from transformers import AutoModel, GPT2Config, GPT2Model
 import predict
 import push_to_hub
 import train
-from errors import InputError
+from hierarchical_clinicalbert.errors import InputError
+from hierarchical_clinicalbert.training.arguments import parse
+from hierarchical_clinicalbert.training.model import build_model, load_tokenizer
 from taxonomy_hierarchical import Taxonomy
-from training.arguments import parse
-from training.model import build_model, load_tokenizer
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 ROWS = "text,label\n" + "".join(f"text number {i},{'ab'[i % 2]}\n" for i in range(40))
@@ -825,13 +825,13 @@ def test_yaml_aliases_are_refused_without_expanding_them(place):
 
 FAULTS = {
     "the Trainer is set up": (
-        "train.py", "NameError", "import training.trainer; del training.trainer.EarlyStoppingCallback"),
+        "train.py", "NameError", "import hierarchical_clinicalbert.training.trainer as module; del module.EarlyStoppingCallback"),
     "flags are read": (
-        "train.py", "TypeError", "import training.arguments; training.arguments.has_bf16 = None"),
+        "train.py", "TypeError", "import hierarchical_clinicalbert.training.arguments as module; module.has_bf16 = None"),
     "a checkpoint is loaded": (
         "train.py", "AttributeError", "import taxonomy_hierarchical; taxonomy_hierarchical.unicodedata = None"),
     "rows are made": (
-        "predict.py", "TypeError", "import prediction.rows; prediction.rows.RowFormat.row = None"),
+        "predict.py", "TypeError", "import hierarchical_clinicalbert.prediction.rows as module; module.RowFormat.row = None"),
 }  # fmt: skip
 
 

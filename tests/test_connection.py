@@ -216,7 +216,7 @@ def silent_port(accepts: bool) -> Iterator[int]:
 def train_with_limits(limits: str, *words: object, settings: dict[str, str]) -> str:
     """Run train.py with other limits of `connection`, and return its output."""
     command = str(ROOT / "train.py")
-    code = f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); import connection; {limits}; "
+    code = f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); import hierarchical_clinicalbert.connection as connection; {limits}; "
     code += f"sys.argv = {[command, *map(str, words)]!r}; runpy.run_path({command!r}, run_name='__main__')"
     return complete("-c", code, environment=os.environ | settings, cwd=Path.cwd(), modules=LIBRARIES).stderr
 

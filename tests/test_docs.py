@@ -15,13 +15,14 @@ from forked import LIBRARIES
 
 import predict
 import push_to_hub
-from training.arguments import DataArguments, parse
-from training.splits import load_splits
+from hierarchical_clinicalbert.data.arguments import DataArguments
+from hierarchical_clinicalbert.data.splits import load_splits
+from hierarchical_clinicalbert.training.arguments import parse
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 SUPPORTS = re.compile(r'^Supports benchmarks/LOG\.md, "(.+)"\.$', re.MULTILINE)
 STUDIES = [path for path in sorted((ROOT / "benchmarks").glob("*.py")) if SUPPORTS.search(path.read_text("utf-8"))]
-ROOMS = "benchmarks|docs|examples|metrics|recipes|space|tests|training"
+ROOMS = "benchmarks|docs|examples|hierarchical_clinicalbert|metrics|recipes|space|tests"
 
 
 def name_of(path: Path) -> str:

@@ -19,12 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import pipeline
 
-from prediction.input import read_records
-from reading.sources import find_sources, read_table
+from hierarchical_clinicalbert.data.labels import read_class_names
+from hierarchical_clinicalbert.prediction.input import read_records
+from hierarchical_clinicalbert.reading.sources import find_sources, read_table
+from hierarchical_clinicalbert.training.arguments import parse
+from hierarchical_clinicalbert.training.model import read_config
 from taxonomy_hierarchical import Taxonomy, TaxonomyError
-from training.arguments import parse
-from training.labels import read_class_names
-from training.model import read_config
 
 # text as people write it, and as they do not: quotes, separators, control characters, halves of surrogate pairs
 TEXT = st.text(st.one_of(st.sampled_from("ab /,;\"'\t\n\r\\{}[]:&*#-\0\ufeff\u2028"), st.characters()), max_size=12)

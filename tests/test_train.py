@@ -10,7 +10,7 @@ from conftest import CORPUS, ROOT, clear_rows, predict_here, read_csv, run, run_
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 from transformers import AutoConfig, AutoModel, AutoTokenizer, pipeline
 
-from errors import InputError
+from hierarchical_clinicalbert.errors import InputError
 from taxonomy_hierarchical import Taxonomy
 
 

@@ -14,17 +14,22 @@ from transformers import AutoTokenizer, BertConfig, pipeline
 
 from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, Calibration, HierarchicalConfig
 from decisions_hierarchical import MAX_SET_NODES, OnePath, guaranteed_threshold, nonconformity, threshold_index
-from evaluation.calibration import PRIOR_STD, calibrate_out_of_fold, calibrated_logits, fit_calibration
-from evaluation.forms import Form
-from evaluation.many_nodes import ManyNodesForm
-from evaluation.one_path import (
+from hierarchical_clinicalbert.evaluation.calibration import (
+    PRIOR_STD,
+    calibrate_out_of_fold,
+    calibrated_logits,
+    fit_calibration,
+)
+from hierarchical_clinicalbert.evaluation.forms import Form
+from hierarchical_clinicalbert.evaluation.many_nodes import ManyNodesForm
+from hierarchical_clinicalbert.evaluation.one_path import (
     OnePathForm,
     coverage_scores,
     fit_conformal_thresholds,
     nonconformity_scores,
     rows_by_decision,
 )
-from evaluation.report import calibrate_model
+from hierarchical_clinicalbert.evaluation.report import calibrate_model
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from taxonomy_hierarchical import Taxonomy
 

@@ -13,11 +13,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, Normalizer
 
-from evaluation.label_issues import COLUMNS, assign_folds, list_label_issues
-from evaluation.lexical import log_odds_variance
-from evaluation.many_nodes import ManyNodesForm
-from evaluation.metrics import one_hot
-from evaluation.one_path import OnePathForm
+from hierarchical_clinicalbert.evaluation.label_issues import COLUMNS, assign_folds, list_label_issues
+from hierarchical_clinicalbert.evaluation.lexical import log_odds_variance
+from hierarchical_clinicalbert.evaluation.many_nodes import ManyNodesForm
+from hierarchical_clinicalbert.evaluation.metrics import one_hot
+from hierarchical_clinicalbert.evaluation.one_path import OnePathForm
 from taxonomy_hierarchical import Taxonomy
 
 TREE = Taxonomy(["a", {"b": ["c", "d", {"e": ["f", "g"]}]}])

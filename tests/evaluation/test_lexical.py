@@ -14,10 +14,10 @@ from transformers import AutoModel
 
 from configuration_hierarchical import Calibration, HierarchicalConfig
 from decisions_hierarchical import ManyNodes, OnePath
-from evaluation import lexical
-from evaluation.many_nodes import ManyNodesForm
-from evaluation.metrics import one_hot
-from evaluation.one_path import OnePathForm
+from hierarchical_clinicalbert.evaluation import lexical
+from hierarchical_clinicalbert.evaluation.many_nodes import ManyNodesForm
+from hierarchical_clinicalbert.evaluation.metrics import one_hot
+from hierarchical_clinicalbert.evaluation.one_path import OnePathForm
 from modeling_hierarchical import HierarchicalForSequenceClassification, LexicalHead
 from taxonomy_hierarchical import Taxonomy
 

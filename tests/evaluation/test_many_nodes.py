@@ -13,8 +13,8 @@ from sklearn.model_selection import RepeatedKFold
 from transformers import EvalPrediction
 
 from decisions_hierarchical import ManyNodes
-from errors import InputError
-from evaluation.many_nodes import (
+from hierarchical_clinicalbert.errors import InputError
+from hierarchical_clinicalbert.evaluation.many_nodes import (
     REPEATS,
     STRENGTHS,
     best_threshold,
@@ -29,7 +29,7 @@ from evaluation.many_nodes import (
     recall_scores,
     shrunk_thresholds,
 )
-from evaluation.metrics import FOLDS, bin_index, per_class_report
+from hierarchical_clinicalbert.evaluation.metrics import FOLDS, bin_index, per_class_report
 from taxonomy_hierarchical import Taxonomy
 
 # a at level 1; B > c at level 2; B > D > e, f at level 3; G > h, an only child

@@ -17,10 +17,15 @@ from forked import LIBRARIES
 from transformers import EvalPrediction
 
 from configuration_hierarchical import HierarchicalConfig
-from errors import InputError
-from evaluation.metrics import bootstrap_intervals, calibration_bins, expected_calibration_error, one_hot
-from evaluation.one_path import any_label_accuracy, build_compute_metrics
-from evaluation.report import class_scores
+from hierarchical_clinicalbert.errors import InputError
+from hierarchical_clinicalbert.evaluation.metrics import (
+    bootstrap_intervals,
+    calibration_bins,
+    expected_calibration_error,
+    one_hot,
+)
+from hierarchical_clinicalbert.evaluation.one_path import any_label_accuracy, build_compute_metrics
+from hierarchical_clinicalbert.evaluation.report import class_scores
 from taxonomy_hierarchical import Taxonomy
 
 MODULE = Path(__file__).resolve().parents[2] / "metrics" / "hierarchical_f1"

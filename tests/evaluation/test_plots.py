@@ -8,10 +8,16 @@ import pytest
 import sklearn.metrics
 from scipy.special import expit, softmax
 
-from evaluation.many_nodes import ManyNodesForm
-from evaluation.metrics import calibration_bins, expected_calibration_error
-from evaluation.one_path import OnePathForm
-from evaluation.plots import confusion_matrices, f1_by_frequency, precision_and_recall, training_curves, write
+from hierarchical_clinicalbert.evaluation.many_nodes import ManyNodesForm
+from hierarchical_clinicalbert.evaluation.metrics import calibration_bins, expected_calibration_error
+from hierarchical_clinicalbert.evaluation.one_path import OnePathForm
+from hierarchical_clinicalbert.evaluation.plots import (
+    confusion_matrices,
+    f1_by_frequency,
+    precision_and_recall,
+    training_curves,
+    write,
+)
 from taxonomy_hierarchical import Taxonomy
 
 # a at level 1; B > c at level 2; B > D > e, f at level 3; G > h at level 2

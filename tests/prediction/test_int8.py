@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from errors import InputError
-from prediction import int8, model
-from prediction.int8 import Int8Linear, has_int8_products, quantize
+from hierarchical_clinicalbert.errors import InputError
+from hierarchical_clinicalbert.prediction import int8, model
+from hierarchical_clinicalbert.prediction.int8 import Int8Linear, has_int8_products, quantize
 
 pytestmark = pytest.mark.skipif(not has_int8_products(), reason="this processor has no 8-bit products")
 

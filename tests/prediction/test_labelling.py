@@ -15,10 +15,10 @@ import pytest
 from conftest import CLEAR, ROOT, run
 from datasets import concatenate_datasets
 
+from hierarchical_clinicalbert.data.arguments import DataArguments
+from hierarchical_clinicalbert.data.splits import load_splits
+from hierarchical_clinicalbert.reading.sources import find_sources, read_table
 from predict import main
-from reading.sources import find_sources, read_table
-from training.arguments import DataArguments
-from training.splits import load_splits
 
 NAMES = [name for names in CLEAR.values() for name in names]
 TEXTS = [f'We treated "{i}" patients with {NAMES[i % 30]}\nand {NAMES[i * 7 % 30]}, é.' for i in range(60)]

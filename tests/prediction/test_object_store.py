@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 from conftest import ROOT, STRIKE, complete, predict_here
 
-from errors import InputError
-from prediction.input import read_records
-from reading.sources import find_sources
+from hierarchical_clinicalbert.errors import InputError
+from hierarchical_clinicalbert.prediction.input import read_records
+from hierarchical_clinicalbert.reading.sources import find_sources
 
 boto3 = pytest.importorskip("boto3")
 moto = pytest.importorskip("moto.server")

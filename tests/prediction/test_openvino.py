@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, predict_here, write_csv
 from transformers import AutoConfig, AutoModel
 
-from errors import InputError
+from hierarchical_clinicalbert.errors import InputError
 
 OPTIONAL = ROOT / ".venv" / "optional"  # see the Makefile
 SMALL = {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
@@ -56,7 +56,7 @@ def test_predictions_equal_those_of_torch_and_nearly_in_8_bits(openvino, form, r
     ],
 )
 def test_an_encoder_reads_batches_of_any_shape(openvino, kind, settings):
-    from prediction.openvino import OpenVinoEncoder, convert
+    from hierarchical_clinicalbert.prediction.openvino import OpenVinoEncoder, convert
 
     torch.manual_seed(0)
     encoder = AutoModel.from_config(AutoConfig.for_model(kind, **SMALL, **settings)).eval()
@@ -71,7 +71,7 @@ def test_an_encoder_reads_batches_of_any_shape(openvino, kind, settings):
 
 
 def test_an_encoder_that_cannot_be_converted_is_named(openvino, capsys):
-    from prediction.openvino import convert
+    from hierarchical_clinicalbert.prediction.openvino import convert
 
     settings = {**SMALL, "pad_token_id": 1, "attention_window": 8, "max_position_embeddings": 66}
     encoder = AutoModel.from_config(AutoConfig.for_model("longformer", **settings)).eval()

@@ -32,17 +32,17 @@ from scipy.stats import entropy
 from transformers import pipeline
 
 from configuration_hierarchical import HierarchicalConfig
-from errors import InputError
+from hierarchical_clinicalbert.data.arguments import DataArguments
+from hierarchical_clinicalbert.data.splits import load_splits
+from hierarchical_clinicalbert.data.trained_texts import TrainedTexts
+from hierarchical_clinicalbert.errors import InputError
+from hierarchical_clinicalbert.prediction.input import Record, read_records
+from hierarchical_clinicalbert.prediction.int8 import has_int8_products
+from hierarchical_clinicalbert.prediction.rows import RowFormat, output_kind
+from hierarchical_clinicalbert.reading.sources import find_sources
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from predict import user_error_message
-from prediction.input import Record, read_records
-from prediction.int8 import has_int8_products
-from prediction.rows import RowFormat, output_kind
-from reading.sources import find_sources
 from taxonomy_hierarchical import Taxonomy
-from training.arguments import DataArguments
-from training.splits import load_splits
-from training.trained_texts import TrainedTexts
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def unbroken(checkpoint, other_checkpoint, long_input, tmp_path_factory) -> list
 
 
 def test_a_long_folder_has_several_files_that_are_one_table(checkpoint, long_input, unbroken, tmp_path, monkeypatch):
-    monkeypatch.setattr("prediction.output.BLOCKS_PER_FILE", 1)
+    monkeypatch.setattr("hierarchical_clinicalbert.prediction.output.BLOCKS_PER_FILE", 1)
     words = ("--model", checkpoint, "--input", long_input, "--output", f"{tmp_path / 'out'}/")
     assert predict_here(*words, "--output_format", "jsonl") == 1
     parts = sorted((tmp_path / "out").glob("part-*"))
@@ -364,7 +364,7 @@ def test_a_file_that_may_not_grow_is_one_line_and_the_run_continues(checkpoint, 
 
 @pytest.mark.parametrize(("group_bytes", "sizes"), [(2**26, [2098]), (1, [1023, 1024, 51])])
 def test_a_parquet_file_has_few_row_groups(checkpoint, long_input, unbroken, tmp_path, monkeypatch, group_bytes, sizes):
-    monkeypatch.setattr("prediction.rows.ROW_GROUP_BYTES", group_bytes)
+    monkeypatch.setattr("hierarchical_clinicalbert.prediction.rows.ROW_GROUP_BYTES", group_bytes)
     predict_here("--model", checkpoint, "--input", long_input, "--output", tmp_path / "out.parquet")
     file = pyarrow.parquet.ParquetFile(tmp_path / "out.parquet")
     assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == sizes
@@ -898,7 +898,9 @@ def test_int8_predicts_nearly_as_float32(checkpoint, texts, tmp_path):
 
 
 def test_without_native_bfloat16_the_default_is_float32(checkpoint, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr("prediction.model.has_bf16", lambda cpu: False)  # int8 may be available all the same
+    monkeypatch.setattr(
+        "hierarchical_clinicalbert.prediction.model.has_bf16", lambda cpu: False
+    )  # int8 may be available all the same
     words = ("--model", checkpoint, "--input", write_texts(tmp_path, texts), "--probabilities", "--output")
     predict_here(*words, tmp_path / "a.jsonl")
     predict_here(*words, tmp_path / "b.jsonl", "--dtype", "fp32")

@@ -19,7 +19,7 @@ from conftest import CLEAR, predict_here, run, started
 from forked import Process
 from safetensors.torch import load_file, save_file
 
-from errors import InputError
+from hierarchical_clinicalbert.errors import InputError
 
 ray = pytest.importorskip("ray")
 SETTINGS = {
@@ -151,7 +151,7 @@ def test_rows_that_kill_every_worker_are_named(cluster, clear_checkpoint, tmp_pa
     rows = ["a fever"] * 3000
     rows[1500] = "poison"
     pd.DataFrame({"text": rows}).to_csv(tmp_path / "in.csv", index=False)
-    monkeypatch.setattr("prediction.ray_job.MAX_DEATHS", 2)
+    monkeypatch.setattr("hierarchical_clinicalbert.prediction.ray_job.MAX_DEATHS", 2)
     output = tmp_path / "out.jsonl"
     with pytest.raises(InputError) as error:
         predict_here("--model", model, "--input", tmp_path / "in.csv", "--output", output, "--ray", cluster.address)

@@ -15,14 +15,14 @@ from huggingface_hub import ModelCard
 from transformers import EvalPrediction
 
 from configuration_hierarchical import Calibration, HierarchicalConfig
-from evaluation.many_nodes import ManyNodesForm
-from evaluation.metrics import per_class_report
-from evaluation.one_path import OnePathForm
-from publishing import card
-from publishing.environment import describe_environment
+from hierarchical_clinicalbert.data.label_forms import ManyNodesRows, OnePathRows
+from hierarchical_clinicalbert.data.report import length_report, shared_texts
+from hierarchical_clinicalbert.evaluation.many_nodes import ManyNodesForm
+from hierarchical_clinicalbert.evaluation.metrics import per_class_report
+from hierarchical_clinicalbert.evaluation.one_path import OnePathForm
+from hierarchical_clinicalbert.publishing import card
+from hierarchical_clinicalbert.publishing.environment import describe_environment
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
-from training.data_report import length_report, shared_texts
-from training.label_forms import ManyNodesRows, OnePathRows
 
 ENCODER, COMMIT = "emilyalsentzer/Bio_ClinicalBERT", "d5892b39a4adaed74b92212a44081509db72f87b"
 HOSTILE = [

@@ -18,11 +18,11 @@ from hub_server import HubServer
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, MPNetConfig, pipeline
 
-from checkpoint_files import ONNX_FILE, QUANTIZED_ONNX_FILE, TRUNCATION_FILE, list_files
 from configuration_hierarchical import HierarchicalConfig
-from errors import InputError
-from publishing import export
-from publishing.export import export_onnx
+from hierarchical_clinicalbert.checkpoint_files import ONNX_FILE, QUANTIZED_ONNX_FILE, TRUNCATION_FILE, list_files
+from hierarchical_clinicalbert.errors import InputError
+from hierarchical_clinicalbert.publishing import export
+from hierarchical_clinicalbert.publishing.export import export_onnx
 from taxonomy_hierarchical import Taxonomy
 
 TEXTS = [f"We treated {name} and compared it with {names[0]}." for names in CLEAR.values() for name in names]

@@ -34,11 +34,11 @@ from safetensors.torch import load, load_file, save, save_file
 from space_server import SpaceServer
 from transformers import AutoTokenizer
 
-from checkpoint_files import ONNX_FILE
 from checkpoint_hierarchical import SHIPPED_FILES
 from configuration_hierarchical import HierarchicalConfig
+from hierarchical_clinicalbert.checkpoint_files import ONNX_FILE
+from hierarchical_clinicalbert.publishing.export import MIN_LOGIT, export_onnx
 from modeling_hierarchical import HierarchicalForSequenceClassification
-from publishing.export import MIN_LOGIT, export_onnx
 from taxonomy_hierarchical import Taxonomy
 
 ADAPTER_REPOSITORY = {
@@ -336,7 +336,7 @@ from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
 {hub}
 import push_to_hub, time
-from errors import InputError
+from hierarchical_clinicalbert.errors import InputError
 time.sleep = lambda seconds: None  # between the retries of huggingface_hub
 
 def push(*words, token="hf_alice"):
@@ -1239,7 +1239,10 @@ def test_a_space_is_published_pointing_at_the_commit_and_serves_it(hub, checkpoi
     assert len(hub.commits("alice/served")) == 2
     files = hub.files("alice/served-space", repo_type="space")
     ours = {file.name for file in (ROOT / "space").iterdir() if file.is_file()}
-    ours |= {f"reading/{name}.py" for name in ("__init__", "columns", "foreign_code", "parquet", "rows")}
+    ours |= {"hierarchical_clinicalbert/__init__.py"} | {
+        f"hierarchical_clinicalbert/reading/{name}.py"
+        for name in ("__init__", "columns", "foreign_code", "parquet", "rows")
+    }
     assert files.keys() == {".gitattributes", *ours}
     titles = [commit.title for commit in hub.commits("alice/served-space", repo_type="space")]
     assert titles == ["initial commit", "Publish the Space"]

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from reading.columns import (
+from hierarchical_clinicalbert.reading.columns import (
     LABEL_COLUMNS,
     TEXT_COLUMNS,
     choose_columns,
@@ -12,7 +12,7 @@ from reading.columns import (
     listed,
     text_problem,
 )
-from reading.rows import InputError
+from hierarchical_clinicalbert.reading.rows import InputError
 
 
 def columns(*names: str, **shares: float) -> dict[str, float]:

@@ -10,11 +10,11 @@ import pytest
 from conftest import ROOT, parquet
 from labelled_files import labels_of
 
-from errors import InputError
-from prediction.input import read_records
-from reading.sources import find_sources
-from training.arguments import DataArguments
-from training.splits import load_splits
+from hierarchical_clinicalbert.data.arguments import DataArguments
+from hierarchical_clinicalbert.data.splits import load_splits
+from hierarchical_clinicalbert.errors import InputError
+from hierarchical_clinicalbert.prediction.input import read_records
+from hierarchical_clinicalbert.reading.sources import find_sources
 
 sys.path.insert(0, str(ROOT / "space"))
 

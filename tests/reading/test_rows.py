@@ -18,7 +18,7 @@ from fuzzing import fuzz, refused_in_one_line
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reading.rows import KINDS, InputError, Limits, Row, Rows
+from hierarchical_clinicalbert.reading.rows import KINDS, InputError, Limits, Row, Rows
 
 SECRET = "Mrs Miller of Nowhere Lane was admitted with chest pain."  # a text, which no message may show
 

@@ -18,10 +18,18 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT
 
-from prediction.input import read_records
-from reading.rows import InputError
-from reading.sources import Source, Table, find_all_sources, find_sources, kind_of, open_rows, read_table
-from reading.stores import matches
+from hierarchical_clinicalbert.prediction.input import read_records
+from hierarchical_clinicalbert.reading.rows import InputError
+from hierarchical_clinicalbert.reading.sources import (
+    Source,
+    Table,
+    find_all_sources,
+    find_sources,
+    kind_of,
+    open_rows,
+    read_table,
+)
+from hierarchical_clinicalbert.reading.stores import matches
 
 CSV = b"text,id\na,1\n\nb,2\n"
 
@@ -202,7 +210,7 @@ def run_alone(folder, code: str, given: bytes = b"") -> str:
 
 
 def test_standard_input_is_read_as_it_comes(tmp_path):
-    code = "from reading.sources import Source, open_rows\nwith open_rows(Source('-', 'csv')) as rows:\n"
+    code = "from hierarchical_clinicalbert.reading.sources import Source, open_rows\nwith open_rows(Source('-', 'csv')) as rows:\n"
     code += "    print([(row.line, row.values, rows.done()) for row in rows.read()])"
     assert (
         run_alone(tmp_path, code, CSV)
@@ -217,8 +225,8 @@ def test_a_copy_beside_the_space_needs_nothing_else(tmp_path):
     (tmp_path / "a.csv").write_bytes(CSV)
     code = """
 import json, sys
-from reading.columns import TEXT_COLUMNS, find_column
-from reading.sources import find_sources, read_table
+from hierarchical_clinicalbert.reading.columns import TEXT_COLUMNS, find_column
+from hierarchical_clinicalbert.reading.sources import find_sources, read_table
 texts = read_table(find_sources("a.csv")[0]).columns
 loaded = set(sys.modules)
 more = read_table(find_sources("a.parquet")[0]).columns

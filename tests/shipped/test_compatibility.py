@@ -19,9 +19,9 @@ from transformers import AutoTokenizer
 
 from checkpoint_hierarchical import SHIPPED_FILES
 from configuration_hierarchical import HierarchicalConfig
+from hierarchical_clinicalbert.publishing.export import export_merged
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from pipeline_hierarchical import HierarchicalTextClassificationPipeline
-from publishing.export import export_merged
 
 FOLDER = ROOT / "tests" / "checkpoint"
 FORMS = ("adapter_form", "self_contained", "several_labels")

@@ -19,10 +19,10 @@ from cpu_hierarchical import (
     pack_linear_layers,
     text_spans,
 )
+from hierarchical_clinicalbert.training.arguments import ModelArguments
+from hierarchical_clinicalbert.training.cpu import use_training_kernels
+from hierarchical_clinicalbert.training.model import build_model
 from taxonomy_hierarchical import Taxonomy
-from training.arguments import ModelArguments
-from training.cpu import use_training_kernels
-from training.model import build_model
 
 TREE = Taxonomy({"a": ["b", "c"], "d": None})
 TEXTS = [

@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, initialization
 
-from checkpoint_files import find_damage
 from checkpoint_hierarchical import ADAPTER_WEIGHTS
 from configuration_hierarchical import Calibration, HierarchicalConfig
 from decisions_hierarchical import OnePath
+from hierarchical_clinicalbert.checkpoint_files import find_damage
+from hierarchical_clinicalbert.training.model import turn_off_dropout
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from taxonomy_hierarchical import Taxonomy
-from training.model import turn_off_dropout
 
 UNEVEN = Taxonomy({"a": {"b": ["c", "d"], "e": None}, "f": ["g"], "h": None})
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}

@@ -36,7 +36,7 @@ from classification import check_text, classify_all
 from service import MENU, Service
 from tables import FORMULA, MAX_BYTES, MAX_COLUMNS, Refused, defuse, join_lists, read_table, to_csv
 
-from publishing.hub import SPACE_FILES
+from hierarchical_clinicalbert.publishing.hub import SPACE_FILES
 from taxonomy_hierarchical import Taxonomy
 
 HOSTILE = "<img src=x onerror=alert(1)> ${alert(2)} {{this}} `x` & ' \" \u202eevil \x07"
@@ -800,8 +800,10 @@ def strict_space(model: str, folder: Path, **limits: int) -> SpaceServer:
     space = folder / "space"
     space.mkdir()
     for name in SPACE_FILES:
-        (space / name).parent.mkdir(exist_ok=True)
-        (space / name).write_bytes(((ROOT if name.startswith("reading/") else ROOT / "space") / name).read_bytes())
+        (space / name).parent.mkdir(parents=True, exist_ok=True)
+        (space / name).write_bytes(
+            ((ROOT if name.startswith("hierarchical_clinicalbert/") else ROOT / "space") / name).read_bytes()
+        )
     code = (space / "retention.py").read_text()
     for name, limit in limits.items():
         code, count = re.subn(rf"(?m)^{name} = [^#\n]+", f"{name} = {limit}  ", code)

@@ -9,11 +9,11 @@ from conftest import ROOT
 from transformers import Trainer
 
 from configuration_hierarchical import DEFAULT_ENCODER_REVISION, MULTI_LABEL, SINGLE_LABEL
-from errors import InputError
-from evaluation.forms import form_of
-from evaluation.report import SCORING_ARGUMENTS
+from hierarchical_clinicalbert.errors import InputError
+from hierarchical_clinicalbert.evaluation.forms import form_of
+from hierarchical_clinicalbert.evaluation.report import SCORING_ARGUMENTS
+from hierarchical_clinicalbert.training.arguments import check_against_data, parse
 from taxonomy_hierarchical import Taxonomy
-from training.arguments import check_against_data, parse
 
 
 def recipe(folder: Path, **flags) -> str:

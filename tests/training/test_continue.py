@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 import push_to_hub
 import train
-from checkpoint_files import published_files
-from errors import InputError
+from hierarchical_clinicalbert.checkpoint_files import published_files
+from hierarchical_clinicalbert.errors import InputError
 
 KEPT = "trained_texts.json"
 

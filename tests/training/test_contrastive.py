@@ -9,9 +9,9 @@ from conftest import copy_checkpoint, interrupt, run, write_csv
 from safetensors.torch import load_file
 from test_prototypes import ROWS, tokenized, trainer_of
 
-from training.arguments import ModelArguments
-from training.contrastive import TEMPERATURE, contrastive_loss
-from training.prototypes import choose_names, embed_texts, initialise_heads
+from hierarchical_clinicalbert.training.arguments import ModelArguments
+from hierarchical_clinicalbert.training.contrastive import TEMPERATURE, contrastive_loss
+from hierarchical_clinicalbert.training.prototypes import choose_names, embed_texts, initialise_heads
 
 
 def test_the_loss_is_that_of_the_paper_worked_by_hand():

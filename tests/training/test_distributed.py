@@ -13,10 +13,10 @@ from conftest import ROOT, complete, first_rows, free_port, read_csv, server, st
 from forked import COMMANDS, Process
 from transformers import AutoTokenizer
 
+from hierarchical_clinicalbert.training.arguments import ModelArguments
+from hierarchical_clinicalbert.training.model import build_model
+from hierarchical_clinicalbert.training.resume import find_checkpoint
 from taxonomy_hierarchical import Taxonomy
-from training.arguments import ModelArguments
-from training.model import build_model
-from training.resume import find_checkpoint
 
 STEPS = 20
 RECIPES = ROOT / "recipes" / "accelerate"

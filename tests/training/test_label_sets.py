@@ -14,12 +14,12 @@ from labelled_files import SECRET, csv_file, load, write
 from sklearn.preprocessing import MultiLabelBinarizer
 
 from decisions_hierarchical import ManyNodes
-from errors import InputError
+from hierarchical_clinicalbert.data.arguments import DataArguments
+from hierarchical_clinicalbert.data.label_forms import _sample_by_labels
+from hierarchical_clinicalbert.data.splits import load_splits
+from hierarchical_clinicalbert.data.trained_texts import TrainedTexts, normalise_text, text_hash
+from hierarchical_clinicalbert.errors import InputError
 from taxonomy_hierarchical import Taxonomy
-from training.arguments import DataArguments
-from training.label_forms import _sample_by_labels
-from training.splits import load_splits
-from training.trained_texts import TrainedTexts, normalise_text, text_hash
 
 TREE = {"a": ["x", "y"], "b": ["z", {"c": ["u", "v"]}]}
 SETS = [["x"], ["x", "z"], [], ["y", "u"], ["c", "a"], ["v"]]

@@ -8,12 +8,12 @@ import pytest
 from conftest import ROOT
 from labelled_files import csv_file, labels_of, load, nodes_of, write
 
-import reading.rows
-from errors import InputError
+from hierarchical_clinicalbert.data.labels import read_class_names
+from hierarchical_clinicalbert.data.splits import load_splits
+from hierarchical_clinicalbert.errors import InputError
+from hierarchical_clinicalbert.reading import rows as reader
+from hierarchical_clinicalbert.training.arguments import parse
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy, quote_name
-from training.arguments import parse
-from training.labels import read_class_names
-from training.splits import load_splits
 
 
 @pytest.mark.parametrize("kind", ["json", "parquet"])
@@ -174,7 +174,17 @@ NAMES_IN_BRACKETS = [
 ]
 SOURCE = ["it's", "b c"]
 WRITTEN_LISTS = [  # by Python, JSON, NumPy 1 and 2, pandas, PostgreSQL and Spark
-    *(str(SOURCE), str(["a"]), "[]", str(tuple(SOURCE)), str(("a",)), str({*SOURCE}), "set()", "()", str([*range(3)])),
+    *(
+        str(SOURCE),
+        str(["a"]),
+        "[]",
+        str(tuple(SOURCE)),
+        str(("a",)),
+        """{"it's", 'b c'}""",
+        "set()",
+        "()",
+        str([*range(3)]),
+    ),
     *(json.dumps(SOURCE), json.dumps(SOURCE, indent=1), json.dumps([None]), json.dumps([{"name": "a"}, {"name": "b"}])),
     *(
         str(np.array(SOURCE)),
@@ -371,4 +381,4 @@ def test_class_names_that_cannot_be_read_are_refused(given, message):
 def test_what_looks_like_a_name_is_shown(name, shown):
     assert quote_name(name) == (repr(name) if shown else f"(a value of {len(name)} characters)")
     # shipped files cannot import the reader, which has the same rule
-    assert reading.rows.quote_name(name) == quote_name(name)
+    assert reader.quote_name(name) == quote_name(name)

@@ -9,8 +9,8 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor
 
 from decisions_hierarchical import Decisions, ManyNodes, OnePath
+from hierarchical_clinicalbert.training.losses import FocalLoss
 from taxonomy_hierarchical import Taxonomy
-from training.losses import FocalLoss
 
 # leaves: c 0, d 1, e 2, g 3, h 4; inner: a 5, b 6, f 7; the roots are a, f, h and g is an only child
 TREE = Taxonomy({"a": {"b": ["c", "d"], "e": None}, "f": ["g"], "h": None})

@@ -12,12 +12,17 @@ from test_trainer import arguments
 from transformers import AutoModel, AutoTokenizer
 
 from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL
+from hierarchical_clinicalbert.training.arguments import ModelArguments
+from hierarchical_clinicalbert.training.model import build_model
+from hierarchical_clinicalbert.training.prototypes import (
+    DESCRIPTION_WEIGHT,
+    NAME_WEIGHT,
+    TYPICAL_SCORE,
+    initialise_heads,
+)
+from hierarchical_clinicalbert.training.tokens import build_collator
+from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
 from taxonomy_hierarchical import DEFAULT_TAXONOMY, Taxonomy
-from training.arguments import ModelArguments
-from training.model import build_model
-from training.prototypes import DESCRIPTION_WEIGHT, NAME_WEIGHT, TYPICAL_SCORE, initialise_heads
-from training.tokens import build_collator
-from training.trainer import HierarchicalTrainer
 
 TREE = Taxonomy(DEFAULT_TAXONOMY)
 ROWS = [

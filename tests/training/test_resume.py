@@ -27,8 +27,13 @@ from conftest import (
 )
 
 import train
-from errors import InputError
-from training.resume import continues_run, find_checkpoint, find_resume_problem, list_checkpoints
+from hierarchical_clinicalbert.errors import InputError
+from hierarchical_clinicalbert.training.resume import (
+    continues_run,
+    find_checkpoint,
+    find_resume_problem,
+    list_checkpoints,
+)
 
 WEIGHTS = ("heads.safetensors", "adapter/adapter_model.safetensors")
 

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 from labelled_files import SECRET, csv_file, labels_of, load, nodes_of, write
 
-from errors import InputError
+from hierarchical_clinicalbert.errors import InputError
 
 ROWS = [("NA", "a/x"), ('007, a "quoted"\ntext', "a/y"), ("Ünïcode  text", "b"), ("None", "a")]
 

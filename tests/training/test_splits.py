@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from labelled_files import SECRET, csv_file, labels_of, load
 
-from errors import InputError
+from hierarchical_clinicalbert.data.report import length_report, log_report
+from hierarchical_clinicalbert.errors import InputError
 from taxonomy_hierarchical import Taxonomy
-from training.data_report import length_report, log_report
 
 
 def normalised(text):

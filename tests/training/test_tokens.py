@@ -6,9 +6,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from decisions_hierarchical import ManyNodes, OnePath
+from hierarchical_clinicalbert.data.report import length_report
+from hierarchical_clinicalbert.training.tokens import build_collator, tokenize
 from taxonomy_hierarchical import Taxonomy
-from training.data_report import length_report
-from training.tokens import build_collator, tokenize
 
 
 def word_tokenizer(side="right", **arguments):

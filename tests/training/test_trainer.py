@@ -20,16 +20,16 @@ from transformers import (
 
 from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, HierarchicalConfig
 from decisions_hierarchical import Decisions, OnePath
-from errors import InputError
+from hierarchical_clinicalbert.errors import InputError
+from hierarchical_clinicalbert.training.arguments import HierarchicalTrainingArguments, ModelArguments
+from hierarchical_clinicalbert.training.losses import FocalLoss
+from hierarchical_clinicalbert.training.model import build_model, size_report
+from hierarchical_clinicalbert.training.sampler import LengthGroupedSampler
+from hierarchical_clinicalbert.training.tokens import Collator, build_collator
+from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
+from hierarchical_clinicalbert.training.views import halves
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from taxonomy_hierarchical import Taxonomy
-from training.arguments import HierarchicalTrainingArguments, ModelArguments
-from training.losses import FocalLoss
-from training.model import build_model, size_report
-from training.sampler import LengthGroupedSampler
-from training.tokens import Collator, build_collator
-from training.trainer import HierarchicalTrainer
-from training.views import halves
 
 TREE = Taxonomy({"a": ["b", "c"], "d": None, "e": ["f", "g", "h"]})
 INPUTS = ("input_ids", "attention_mask")

@@ -8,10 +8,10 @@ from transformers import AutoTokenizer
 
 from configuration_hierarchical import HierarchicalConfig
 from decisions_hierarchical import OnePath
+from hierarchical_clinicalbert.training.tokens import build_collator
+from hierarchical_clinicalbert.training.views import NO_SENTENCE, halves, sentence_numbers, split_sentences
 from modeling_hierarchical import HierarchicalForSequenceClassification
 from taxonomy_hierarchical import Taxonomy
-from training.tokens import build_collator
-from training.views import NO_SENTENCE, halves, sentence_numbers, split_sentences
 
 TEXTS = [
     "A trial of stents. Forty patients were treated? All recovered (p < 0.05)! None died; follow-up was 2.5 years.",

@@ -1,0 +1,1 @@
+"""The library behind the commands: reading, data, evaluation, publishing, training and prediction."""

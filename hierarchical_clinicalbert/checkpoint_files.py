@@ -1,0 +1,192 @@
+"""Define which files form a checkpoint, and check that a folder holds a complete one."""
+
+import importlib.metadata
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, is_offline_mode, try_to_load_from_cache
+from huggingface_hub.utils import filter_repo_objects
+from safetensors import SafetensorError, safe_open
+from transformers.utils import cached_file
+
+from checkpoint_hierarchical import ADAPTER_FILES, SHIPPED_FILES
+from configuration_hierarchical import HierarchicalConfig
+from hierarchical_clinicalbert.connection import find_hub_problem
+from hierarchical_clinicalbert.errors import PACKAGE, ROOT, InputError, as_input_error
+from hierarchical_clinicalbert.reading.foreign_code import refuse_foreign_code
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+ONNX_FILE, QUANTIZED_ONNX_FILE = "onnx/model.onnx", "onnx/model_quantized.onnx"
+ONNX_WEIGHTS_FILE = "onnx/model.onnx_data"  # the weights of ONNX_FILE, where one file cannot hold them
+TRUNCATION_FILE = "sentence_bert_config.json"  # where text-embeddings-inference reads the length to truncate at
+ENDPOINT_FILES = ("handler.py", "requirements.txt")  # for Inference Endpoints
+# Glob patterns. MODEL_FILES are read to load a checkpoint; CHECKPOINT_FILES are published.
+MODEL_FILES = (
+    *("config.json", *SHIPPED_FILES, *TOKENIZER_FILES),
+    *(*ADAPTER_FILES, WEIGHTS, WEIGHTS_INDEX, "model-*-of-*.safetensors"),
+)
+CHECKPOINT_FILES = (
+    *(*MODEL_FILES, "README.md", "metrics.json", "plots/*.png"),
+    *(*ENDPOINT_FILES, ONNX_FILE, ONNX_WEIGHTS_FILE, QUANTIZED_ONNX_FILE, TRUNCATION_FILE),
+)
+
+
+def list_files(folder: Path, patterns: tuple[str, ...] = CHECKPOINT_FILES) -> list[str]:
+    """Return the paths of a checkpoint's files, relative to its folder. Other files are left out."""
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return list(filter_repo_objects(files, allow_patterns=list(patterns)))
+
+
+def published_files(folder: Path) -> dict[str, Path | bytes]:
+    """Return a checkpoint's files to publish, by path in the repository, plus handler.py and requirements.txt."""
+    files: dict[str, Path | bytes] = {name: folder / name for name in list_files(folder)}
+    files["handler.py"] = PACKAGE / "publishing" / "handler.py"
+    # loading merges the adapter, so it needs no PEFT
+    needed = [
+        line for line in requirements() if line.startswith(("torch>", "torch<", "transformers>", "transformers<"))
+    ]
+    files["requirements.txt"] = "".join(f"{line}\n" for line in needed).encode()
+    return files
+
+
+def requirements() -> list[str]:
+    """Return the lines of requirements.txt, or of the installed package, which does not include this file."""
+    file = ROOT / "requirements.txt"
+    if file.is_file():
+        return file.read_text(encoding="utf-8").splitlines()
+    return importlib.metadata.requires("hierarchical-clinicalbert") or []
+
+
+def is_local(name: str) -> bool:
+    """Return whether a model is a local folder, or raise InputError if the name is neither a folder nor an id on the Hub."""
+    if Path(name).is_dir():
+        return True
+    if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1:  # cannot be an id on the Hub
+        raise InputError(f"cannot load the model {name}: there is no such folder")
+    return False
+
+
+def find_snapshot(name: str, revision: str | None, flag: str) -> Path | None:
+    """Download a model's config.json from the Hub. Return its cache folder, named by the commit; None for a local folder.
+
+    If the Hub cannot be reached, a model in the cache is used. ``flag`` is the one that names the model, for messages.
+
+    Raises InputError if ``name`` is neither a local folder, nor a model on the Hub or in the cache.
+    """
+    if is_local(name):
+        return None
+    with as_input_error(f"cannot load the model {name}"):
+        require_hub_or_cache("model", name, revision, f"--local-dir FOLDER` and give {flag} FOLDER")
+        return Path(cached_file(name, "config.json", revision=revision)).parent
+
+
+def require_encoder(folder: str | Path) -> None:
+    """Raise InputError if the encoder of a checkpoint's adapter is on the Hub, which cannot be reached, and not in the cache."""
+    config = read_json_object(
+        Path(folder) / "config.json"
+    )  # as JSON: the checkpoint's own code may read a newer format
+    name, revision = (str(config.get(field)) for field in ("encoder_name_or_path", "encoder_revision"))
+    is_pinned = re.fullmatch("[0-9a-f]{40}", revision)  # `load_encoder` refuses other revisions, with its reason
+    if config.get("adapter_subfolder") is not None and is_pinned and not Path(name).is_dir():
+        remedy = f"--cache-dir FOLDER` and copy the content of FOLDER to {constants.HF_HUB_CACHE}"
+        with as_input_error(f"cannot load the encoder {name}"):
+            require_hub_or_cache("encoder", name, revision, remedy)
+
+
+def require_hub_or_cache(what: str, name: str, revision: str | None, remedy: str) -> None:
+    """Raise InputError if the Hub cannot be reached, and the cache holds no configuration and weights of a model.
+
+    ``remedy`` ends the command that downloads the model, and says how to use it.
+    """
+    was_offline = is_offline_mode()
+    problem = find_hub_problem()
+    if problem is None:
+        return
+    file = try_to_load_from_cache(name, "config.json", revision=revision)
+    files = Path(file).parent.iterdir() if isinstance(file, str) else ()
+    if not any(path.suffix in (".safetensors", ".bin") for path in files):
+        download = f"hf download {name}" + (f" --revision {revision}" if revision else "")
+        reasons = f"there is no such folder, {problem}, and the cache does not hold it"
+        raise InputError(f"cannot load the {what} {name}: {reasons}: on a connected machine run `{download} {remedy}")
+    if not was_offline:  # once, and not at all if the user has chosen it
+        logger.warning("%s: models are loaded from the cache", problem)
+
+
+def read_json_object(path: Path, problem: str = "cannot be used") -> dict[str, Any]:
+    """Read a JSON file that holds an object, or raise InputError."""
+    with as_input_error(f"{path} {problem}"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is not a JSON object")
+    return content
+
+
+def read_model_type(folder: str | Path) -> Any:
+    """Return ``model_type`` of a folder's config.json, or None if there is none. InputError: the file is not a JSON object."""
+    path = Path(folder) / "config.json"
+    return read_json_object(path, "is not a configuration").get("model_type") if path.is_file() else None
+
+
+def is_checkpoint(name_or_path: str | Path) -> bool:
+    """Return whether a local folder holds a checkpoint of this project; False for an id."""
+    return read_model_type(name_or_path) == HierarchicalConfig.model_type
+
+
+def read_config(folder: str | Path) -> HierarchicalConfig:
+    """Read the configuration of a checkpoint of this project. InputError: it cannot be used, or see `refuse_foreign_code`."""
+    with as_input_error(f"{Path(folder) / 'config.json'} cannot be used"):
+        refuse_foreign_code(folder)
+        return HierarchicalConfig.from_pretrained(folder)
+
+
+def encoder_on_hub(config: HierarchicalConfig) -> str | None:
+    """Return the id and commit of a checkpoint's encoder, or None if it is a folder on this machine."""
+    name, revision = config.encoder_name_or_path, config.encoder_revision
+    return None if revision is None or Path(name).is_absolute() else f"{name} at {revision}"
+
+
+def weights_files(folder: Path, adapter_form: bool) -> list[str]:
+    """Return the paths of the files that hold a checkpoint's weights, and of the adapter's configuration, below its folder."""
+    if adapter_form:
+        return [*ADAPTER_FILES]
+    index = folder / WEIGHTS_INDEX
+    if not index.is_file():
+        return [WEIGHTS]
+    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+
+
+def find_damage(folder: Path, adapter_form: bool) -> str | None:
+    """Return a message that names the first missing or damaged weights file, or None if all are complete."""
+    name = WEIGHTS_INDEX  # named in the message if the index cannot be read
+    try:
+        needed = weights_files(folder, adapter_form)
+        if not adapter_form and WEIGHTS not in needed and (folder / WEIGHTS).is_file():
+            return f"{WEIGHTS_INDEX} and {WEIGHTS} are both present, and one of them belongs to earlier weights"
+        for name in needed:
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if name.endswith(".safetensors"):
+                with safe_open(folder / name, "pt"):  # its header holds the sizes, so a truncated file is an error
+                    pass
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{name} is damaged"
+    return None
+
+
+def read_checkpoint(folder: Path) -> HierarchicalConfig:
+    """Check that a folder holds a complete checkpoint of this project, or raise InputError; return its configuration."""
+    if (model_type := read_model_type(folder)) != HierarchicalConfig.model_type:
+        reason = f"it holds a {model_type!r} model" if (folder / "config.json").is_file() else "it has no config.json"
+        raise InputError(f"{folder} is not a checkpoint of this project: {reason}")
+    config = read_config(folder)
+    needed = (*SHIPPED_FILES, *TOKENIZER_FILES, "README.md")
+    missing = next((f"{name} is missing" for name in needed if not (folder / name).is_file()), None)
+    if problem := find_damage(folder, config.adapter_subfolder is not None) or missing:
+        raise InputError(f"{folder} is not a complete checkpoint: {problem}; train.py writes complete ones")
+    return config

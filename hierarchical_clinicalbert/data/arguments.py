@@ -1,0 +1,53 @@
+"""Define the flags of train.py that name the data."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+SHARE = 0.1  # of the rows, for validation and for the test
+
+
+# ruff: noqa: RUF009 - `flag` returns a dataclass field
+def flag(default: Any, help: str, **metadata: Any) -> Any:
+    """Return a dataclass field with the metadata that HfArgumentParser reads."""
+    metadata["help"] = help
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class DataArguments:
+    dataset_name: str | None = flag(None, "Data set on the Hub.")
+    dataset_config_name: str | None = flag(None, "Configuration of the data set, if it has several.")
+    dataset_revision: str | None = flag(None, "Commit, tag or branch of the data set.")
+    data_path: str | None = flag(
+        None, "File to split (.csv .tsv .json .jsonl .parquet), or folder saved by `datasets`."
+    )
+    train_file: str | None = flag(None, "File with the training rows.")
+    validation_file: str | None = flag(None, "File with the rows that select the checkpoint and calibrate it.")
+    test_file: str | None = flag(None, "File with the rows for the final scores.")
+    text_column: str | None = flag(None, "Column with the texts. Default: chosen by its name.")
+    label_column: list[str] | None = flag(None, "Column of the labels, or one per level, or one of 0 and 1 per label.")
+    problem_type: Literal["single_label_classification", "multi_label_classification"] | None = flag(
+        None, "Whether a text has one label or any number. Default: any number if the column holds lists."
+    )
+    label_delimiter: str | None = flag(None, "Delimiter between the labels of one text, such as ';'.")
+    taxonomy: str | None = flag(
+        None,
+        "Nested .yaml or .json, or .csv with columns parent and child. Default: the checkpoint's; for an encoder the "
+        "Medical Abstracts taxonomy if it has all labels, else built from the labels' paths.",
+    )
+    label_separator: str | None = flag(
+        None, "Separator between the names in the path of a label. Default: the checkpoint's, for an encoder '/'."
+    )
+    class_names: str | None = flag(None, "Names of coded labels: .csv or .tsv file of code,name rows, or JSON object.")
+    max_length: int | None = flag(
+        None, "Texts are truncated to this number of tokens. Default: 512, or the limit of the checkpoint to score."
+    )
+    validation_size: float | None = flag(
+        None, f"Share of the training texts for validation, if no validation rows are given. Default: {SHARE}."
+    )
+    test_size: float | None = flag(
+        None, f"Share of the texts to use as test rows, if one source is split. Default: {SHARE}."
+    )
+    label_issues: bool = flag(False, "Before training, list the training rows whose labels may be wrong.")

@@ -1,0 +1,241 @@
+"""What differs between the two forms of label before training: reading, repeated texts, counts and split-off rows.
+
+`OnePathRows` and `ManyNodesRows` have the same methods. `data.sources` chooses between them. In rows, ``nodes`` are tuples of
+node ids: with one path a text, of one id.
+"""
+
+from collections import Counter
+from itertools import chain, combinations
+
+import numpy as np
+import pandas as pd
+from iterstrat.ml_stratifiers import MultilabelStratifiedShuffleSplit
+
+from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL
+from decisions_hierarchical import ManyNodes
+from hierarchical_clinicalbert.data.labels import Label, read_label_sets, read_labels
+from hierarchical_clinicalbert.data.report import conflicts, count_by_level, count_labels, texts_by_node
+from hierarchical_clinicalbert.errors import InputError
+from hierarchical_clinicalbert.reading.sources import Table
+from taxonomy_hierarchical import Taxonomy, to_nfc
+
+MAX_PAIRS = 20  # of labels that occur together
+RAREST = 20  # classes to list
+
+
+class OnePathRows:
+    """Rows with one label each. A text may have several rows, with different labels."""
+
+    problem_type = SINGLE_LABEL
+    logged_counts = (
+        "%(split)s: %(rows)d rows, %(dropped_rows)d dropped, %(normalised_duplicates)d duplicates; %(conflicting_texts)d texts "
+        "have several labels, accuracy is at most %(accuracy_ceiling).4f; "
+    )
+
+    def read(self, table: Table, columns: list[str], delimiter: str | None) -> list[tuple[Label, ...]]:
+        """Return the label of each row, as a tuple of one."""
+        return [(label,) for label in read_labels(table, columns)]
+
+    def classes_of_columns(self, columns: list[str]) -> list[str]:
+        """Return the classes that the label columns name: none, because columns are the levels of a path."""
+        return []
+
+    def merge_repeats(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Return the rows as they are: a text may have several rows."""
+        return rows
+
+    def untrained(self, counts: list[int], taxonomy: Taxonomy) -> list[str]:
+        """Return the leaves without a row, from the counts of nodes."""
+        return [
+            label for label, count in zip(taxonomy.labels[: taxonomy.num_leaves], counts, strict=False) if not count
+        ]
+
+    def describe(self, rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
+        """Count the rows, duplicates, conflicting labels and classes of a split, from which rows were ``dropped``.
+
+        ``accuracy_ceiling`` is the accuracy on rows labelled with a leaf, if each text's most common leaf is predicted.
+        """
+        counts = count_labels(rows)
+        conflicting = conflicts(counts, taxonomy)
+        leaves = counts[counts["nodes"].map(max) < taxonomy.num_leaves]
+        correct = int(leaves.groupby("text_id")["size"].max().sum())
+        return {
+            "rows": len(rows),
+            "dropped_rows": dropped,
+            "normalised_duplicates": len(rows) - int(counts["text_id"].nunique()),
+            "conflicting_texts": len(conflicting),
+            "conflicting_rows": int(conflicting["size"].sum()),
+            "accuracy_ceiling": correct / int(leaves["size"].sum()) if len(leaves) else 1.0,
+            "classes": count_by_level(taxonomy, texts_by_node(rows["nodes"], taxonomy)),
+        }
+
+    def hold_out(
+        self, rows: pd.DataFrame, taxonomy: Taxonomy, count: int, split: str, seed: int, rng: np.random.Generator
+    ) -> pd.Index:
+        """Return the ids of about ``count`` texts to split off, in proportion to their most common labels.
+
+        Texts of rows that are ``trained``, by an earlier run, stay.
+        """
+        sizes = count_labels(rows).sort_values(["text_id", "size", "nodes"], ascending=[True, False, True])
+        label_of = sizes.drop_duplicates("text_id").set_index("text_id")["nodes"]  # most common, smallest of ties
+        strata = np.array([*chain(*label_of)])
+        trained = rows.groupby("text_id")["trained"].any()[label_of.index].to_numpy()
+        return label_of.index[_sample(strata, count, split, rng, trained)]
+
+
+class ManyNodesRows:
+    """Rows with any number of labels each. A text has one row in a split."""
+
+    problem_type = MULTI_LABEL
+    logged_counts = "%(split)s: %(rows)d texts, %(dropped_rows)d dropped; %(labels_per_text).2f labels per text; "
+
+    def read(self, table: Table, columns: list[str], delimiter: str | None) -> list[tuple[Label, ...]]:
+        """Return the labels of each row."""
+        return list(read_label_sets(table, columns, delimiter))
+
+    def classes_of_columns(self, columns: list[str]) -> list[str]:
+        """Return the classes that the label columns name, even if no text has them."""
+        return [to_nfc(name.strip()) for name in columns] if len(columns) > 1 else []
+
+    def merge_repeats(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Merge the rows of a text within a split into the first of them, with the labels of all."""
+        merged: dict[tuple, set[int]] = {}
+        keys = ["split", "text_id"]
+        for *key, nodes in rows[[*keys, "nodes"]].itertuples(index=False):
+            merged.setdefault(tuple(key), set()).update(nodes)
+        rows = rows.drop_duplicates(keys, ignore_index=True)
+        return rows.assign(nodes=pd.Series([tuple(sorted(nodes)) for nodes in merged.values()], dtype=object))
+
+    def untrained(self, counts: list[int], taxonomy: Taxonomy) -> list[str]:
+        """Return the nodes without a row, from the counts of nodes."""
+        return [label for label, count in zip(taxonomy.labels, counts, strict=True) if not count]
+
+    def describe(self, rows: pd.DataFrame, taxonomy: Taxonomy, dropped: int) -> dict:
+        """Count the texts, labels and classes of a split, from which rows were ``dropped``.
+
+        ``classes`` counts the texts with a node or one below. All other counts are of a text's deepest labels.
+        """
+        deepest = [taxonomy.deepest(nodes) for nodes in rows["nodes"]]
+        numbers = Counter(map(len, deepest))
+        texts_of = texts_by_node(rows["nodes"], taxonomy)
+        pairs = Counter(chain.from_iterable(combinations(nodes, 2) for nodes in deepest)).most_common(MAX_PAIRS)
+        names = taxonomy.labels
+        return {
+            "rows": len(rows),
+            "dropped_rows": dropped,
+            "labels_per_text": sum(map(len, deepest)) / len(rows),
+            "texts_without_labels": numbers[0],
+            "texts_by_number_of_labels": {str(number): numbers[number] for number in sorted(numbers)},
+            "rarest_classes": {names[i]: texts_of[i] for i in np.argsort(texts_of, kind="stable")[:RAREST]},
+            "pairs": [{"labels": [names[i], names[j]], "texts": count} for (i, j), count in pairs],
+            "classes": count_by_level(taxonomy, texts_of),
+        }
+
+    def hold_out(
+        self, rows: pd.DataFrame, taxonomy: Taxonomy, count: int, split: str, seed: int, rng: np.random.Generator
+    ) -> pd.Index:
+        """Return the ids of about ``count`` texts to split off, in proportion to all their labels; see `OnePathRows`."""
+        labels, is_trained = ManyNodes(taxonomy).targets([*rows["nodes"]]).numpy(), rows["trained"].to_numpy()
+        return pd.Index(rows["text_id"].iloc[_sample_by_labels(labels, count, split, seed, is_trained)])
+
+
+RowForm = OnePathRows | ManyNodesRows
+
+
+# ── Stratified samples of texts ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _sample(strata: np.ndarray, count: int, split: str, rng: np.random.Generator, trained: np.ndarray) -> np.ndarray:
+    """Sample ``count`` texts in proportion to their ``strata`` (N,), as a mask (N,). Each stratum keeps a text for training.
+
+    The method is systematic sampling along the texts, sorted by stratum (Cochran, Sampling Techniques, 1977, chapter 8). If
+    at most half of the eligible texts are sampled, a text is left in each stratum of two or more. If more are sampled, the
+    first text of each stratum is excluded.
+
+    Texts in the mask ``trained`` (N,) are never sampled. With such texts, ``count`` is lowered to the number of eligible texts.
+    """
+    # scikit-learn's StratifiedGroupKFold loops over the groups and makes equal folds only. Its train_test_split
+    # refuses a class with a single text, and fewer held-out texts than classes.
+    order = _shuffled_strata(strata, rng)
+    stratum, free = strata[order], ~trained[order]
+    # which texts may be drawn, so that each stratum keeps one
+    keeps_trained = (np.bincount(strata, trained) > 0)[stratum]
+    is_alone, is_first = (np.bincount(strata) == 1)[stratum], np.diff(stratum, prepend=-1) != 0
+    eligible = free & (keeps_trained | ~is_alone)  # enough if at most every second text is drawn
+    if 2 * count > eligible.sum():
+        eligible = free & (keeps_trained | ~is_first)
+    available = int(eligible.sum())
+    count = _possible_count(count, available, split, trained, "one per class must stay")
+    mask = np.zeros(len(strata), dtype=bool)
+    mask[order] = _systematic(eligible, count)
+    return mask
+
+
+def _shuffled_strata(strata: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return a random order of texts in which the texts of a stratum follow each other."""
+    order = rng.permutation(len(strata))
+    rank = rng.permutation(strata.max(initial=0) + 1)
+    return order[np.argsort(rank[strata[order]], kind="stable")]
+
+
+def _systematic(eligible: np.ndarray, count: int) -> np.ndarray:
+    """Sample ``count`` of the eligible texts at equal distances, as a mask. Both masks are in the order of the strata."""
+    ticks = np.floor(np.cumsum(eligible) * (count / max(1, eligible.sum())) + 0.5)
+    return np.diff(ticks, prepend=0) > 0
+
+
+def _sample_by_labels(labels: np.ndarray, count: int, split: str, seed: int, trained: np.ndarray) -> np.ndarray:
+    """Return the indices of about ``count`` texts, in proportion to their labels, see `_sample`.
+
+    Iterative stratification (Sechidis, Tsoumakas and Vlahavas, 2011, "On the Stratification of Multi-Label Data") assigns
+    the texts of the rarest remaining class first. It samples no text of a class with less than half a text to sample. So
+    texts with such a rare class are sampled systematically, by their rarest class. A class with one text keeps it for training.
+
+    ``labels`` are of `ManyNodes.targets`, (N, num_nodes).
+    """
+    free = np.flatnonzero(~trained)
+    available = len(free) if trained.any() else len(free) - 1
+    count = _possible_count(count, available, split, trained, "one must stay")
+    if count == len(free):
+        return free
+    # ── Texts with a rare class ──────────────────────────────────────────────────────────────────────────────────────
+    num_texts, num_free = labels.sum(axis=0, dtype=np.int32), labels[free].sum(axis=0, dtype=np.int32)
+    rarest, least = np.empty((2, len(free)), dtype=np.int64)
+    for start in range(0, len(free), 1024):  # all rows at once would take several times the memory of the labels
+        rows = slice(start, start + 1024)
+        of_labels = np.where(labels[free[rows]] == 1, num_free, np.int32(len(labels)))
+        rarest[rows], least[rows] = of_labels.argmin(axis=1), of_labels.min(axis=1)
+    is_rare = least < len(free) / count / 2
+    rare, others = np.flatnonzero(is_rare), np.flatnonzero(~is_rare)
+    rare = rare[_shuffled_strata(rarest[rare], np.random.default_rng(seed))]
+    eligible = num_texts[rarest[rare]] > 1
+    num_rare = min(round(count * is_rare.mean()), int(eligible.sum()))
+    sampled = rare[_systematic(eligible, num_rare)]
+
+    # ── All others ───────────────────────────────────────────────────────────────────────────────────────────────────
+    if (num_others := min(count - num_rare, len(others))) == len(others):
+        sampled = np.concatenate([sampled, others])
+    elif num_others:
+        splitter = MultilabelStratifiedShuffleSplit(n_splits=1, test_size=num_others, random_state=seed)
+        of_others = labels[free[others]]
+        occurring = of_others.any(axis=0)  # the splitter sums all columns once per class
+        occurring[:2] = True  # it refuses a single column
+        sampled = np.concatenate([sampled, others[next(splitter.split(others, of_others[:, occurring]))[1]]])
+    if not len(sampled):  # the splitter returns about as many as requested, possibly none
+        sampled = np.random.default_rng(seed).integers(len(free), size=1)
+    return free[sampled]
+
+
+def _possible_count(count: int, available: int, split: str, trained: np.ndarray, stays: str) -> int:
+    """Return how many texts to split off: ``count``, or if texts were trained on before, at most ``available``.
+
+    Raises InputError if this number is 0, or more than ``available``.
+    """
+    reason = f"{count} of {len(trained):,} distinct training texts were requested, and {stays}"
+    if trained.any():
+        count = min(count, available)
+        reason = f"the checkpoint was trained on {trained.sum():,} of {len(trained):,} distinct training texts"
+    if not 0 < count <= available:
+        remedy = f"change --{split}_size, or 0 for no {split} rows, or give --{split}_file"
+        raise InputError(f"cannot split off {split} rows: {reason}; {remedy}")
+    return count

@@ -1,0 +1,85 @@
+"""Record which texts a checkpoint was trained, selected and calibrated on, so that none of them is a test text.
+
+The hashes are never published: they reveal who is in the training data. A resumed run splits its rows by the texts of
+earlier runs only, and so repeats its first split.
+"""
+
+import hashlib
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hierarchical_clinicalbert.errors import as_input_error
+from hierarchical_clinicalbert.files import write_json
+
+TRAINED_TEXTS = "trained_texts.json"
+
+
+@dataclass(frozen=True)
+class TrainedTexts:
+    """Hashes of the texts that the weights of a checkpoint were trained on.
+
+    Attributes:
+        earlier: texts of the runs that this run continues.
+        this_run: texts of this run.
+        validation: texts that selected and calibrated the checkpoint.
+        complete: False if the texts of an earlier run are unknown.
+    """
+
+    earlier: frozenset[str] = frozenset()
+    this_run: frozenset[str] = frozenset()
+    validation: frozenset[str] = frozenset()
+    complete: bool = True
+
+    @property
+    def all(self) -> frozenset[str]:
+        return self.earlier | self.this_run
+
+
+NO_TRAINED_TEXTS = TrainedTexts()
+
+
+def normalise_text(text: str) -> str:
+    """Return a text in NFKC, without format characters, case-folded, with white space collapsed."""
+    if not text.isascii():
+        for character in set(text):
+            if unicodedata.category(character) == "Cf":  # byte order marks, zero-width characters, soft hyphens
+                text = text.replace(character, "")
+        text = unicodedata.normalize("NFKC", text)
+    return " ".join(unicodedata.normalize("NFKC", text.casefold()).split())  # case-folding decomposes some letters
+
+
+def text_hash(normalised: str) -> str:
+    return hashlib.blake2b(normalised.encode(), digest_size=16).hexdigest()
+
+
+def read_trained_texts(checkpoint: str | Path) -> TrainedTexts:
+    """Read which texts a checkpoint was trained on. For a ``checkpoint-N``, the run's folder is searched too."""
+    folder = Path(os.path.abspath(checkpoint))  # a symbolic link belongs to the run that contains the link
+    folders = [folder, folder.parent] if re.fullmatch(r"checkpoint-\d+", folder.name) else [folder]
+    file = next((path for parent in folders if (path := parent / TRAINED_TEXTS).is_file()), None)
+    if file is None:
+        return TrainedTexts(complete=False)
+    with as_input_error(f"{file}, which records what {checkpoint} was trained on, cannot be read"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        validation = frozenset(content.get("validation", []))  # absent from earlier versions
+        earlier, this_run = frozenset(content["earlier"]), frozenset(content["this_run"])
+        return TrainedTexts(earlier, this_run, validation, bool(content["complete"]))
+
+
+def write_trained_texts(
+    folder: Path, before: TrainedTexts, texts: Iterable[str], validation_texts: Iterable[str]
+) -> None:
+    """Write hashes of the texts of this run, and of earlier runs (``before``). Call this before the first step."""
+    this_run, validation = ({text_hash(normalise_text(one)) for one in part} for part in (texts, validation_texts))
+    content = {
+        "complete": before.complete,
+        "earlier": sorted(before.earlier),
+        "this_run": sorted(before.this_run | this_run),
+        "validation": sorted(validation),
+    }
+    write_json(folder / TRAINED_TEXTS, content)

@@ -1,0 +1,118 @@
+"""Report errors that the user can fix, in one line and with exit code 2."""
+
+import argparse
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, TypeGuard
+
+from hierarchical_clinicalbert.reading.rows import (  # defined there, since `reading` imports no other package
+    InputError,
+    has_surrogate,
+)
+
+PACKAGE = Path(__file__).parent
+ROOT = PACKAGE.parent
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser that takes no abbreviated flags, and raises InputError."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+def refuse_undecodable(flags: Mapping[str, Any]) -> None:
+    """Raise InputError if a flag is not text in the locale's encoding: libraries cannot write it, and no column has this name."""
+    for flag, value in flags.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and has_surrogate(text):
+                encoding = sys.getfilesystemencoding()
+                problem = "UTF-8" if encoding == "utf-8" else f"{encoding}, the locale's encoding: set PYTHONUTF8=1"
+                raise InputError(f"--{flag} {text!a}: the name is not {problem}")
+
+
+def one_line(error: object) -> str:
+    """Return an error's message on one line, or the name of its type if the message is empty."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def describe_error(error: BaseException) -> str:
+    """Return an error's message on one line, after its type if the message may not be readable without it."""
+    is_plain = isinstance(error, (OSError, ValueError, ImportError)) or not str(error)
+    return one_line(error) if is_plain else f"{type(error).__name__}: {one_line(error)}"
+
+
+def is_own_bug(error: Exception) -> bool:
+    """Return whether an error is a bug of this project: a name, type or attribute error raised by its own code."""
+    if not isinstance(error, (AttributeError, NameError, TypeError)):
+        return False
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if frames[-1].f_code.co_name == "__getattr__":  # torch raises it there for a missing attribute of our module
+        frames.pop()
+    file = Path(frames[-1].f_code.co_filename)
+    return file.stem.endswith("_hierarchical") or file.parent == ROOT or PACKAGE in file.parents
+
+
+@contextmanager
+def as_input_error(what: str) -> Iterator[None]:
+    """Convert any exception in the block into an InputError with the message "what: reason".
+
+    The block calls a library on files or settings of the user. Libraries document no errors for these, and raise, say, KeyError.
+    A bug of this project passes through, see `is_own_bug`.
+    """
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        if is_own_bug(error):
+            raise
+        raise InputError(f"{what}: {describe_error(error)}") from error
+
+
+def is_full_disk(error: Exception) -> bool:
+    """Return whether a write failed because the disk or quota is full."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # safetensors, tokenizers and torch raise error types of their own
+    messages = ("No space left", "os error 28", "PytorchStreamWriter failed", "iostream error", "unexpected pos")
+    return any(message in str(error) for message in messages)
+
+
+def is_file_error(error: Exception) -> TypeGuard[OSError]:
+    """Return whether an error is a failure to open, read or write a file. Only failures to open name the file."""
+    return isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError)
+
+
+def requested_traceback() -> str:
+    """Return the traceback of the current exception if HIERARCHICAL_TRACEBACK is set, else an empty string."""
+    return traceback.format_exc() if os.environ.get("HIERARCHICAL_TRACEBACK") else ""
+
+
+def exit_with_error(command: str, message: str, code: int = 2, trace: str = "") -> NoReturn:
+    """Print one line to standard error, after a traceback from `requested_traceback`, and exit."""
+    print(f"{trace}{command}: error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def print_result(command: str, result: Callable[[], str]) -> None:
+    """Write the text that ``result`` returns to standard output, as UTF-8 in any locale, or exit with an error and write nothing."""
+    try:
+        content = result().encode()
+    except InputError as error:
+        exit_with_error(command, str(error))
+    try:
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        if not isinstance(error, BrokenPipeError):  # which means that the reader, such as head, has ended
+            exit_with_error(command, f"cannot write to standard output: {one_line(error)}")

@@ -1,0 +1,155 @@
+"""Fit the calibration of the decision scores on the validation rows.
+
+Worth knowing:
+
+1. A decision has one scale (an inverse temperature: Guo et al., 2017), and each node one bias (Alexandari et al., 2020). A
+   decision is fitted on the rows whose path takes it. With few rows, or rows that are all correct, maximum likelihood
+   overfits. So all parameters have a normal prior, and the fit is a MAP estimate, which is convex. The scores are
+   scale · (own + weight · lexical) + bias. First one scale and one weight are fitted for all decisions, with prior means 1 and
+   0. Then each decision's own scale and biases are fitted, with the common scale and 0 as prior means.
+2. The log prior of the classes is subtracted from the lexical scores, since the encoder's scores hold it already and it would
+   count twice. It is the same for all rows, so the stored biases contain it.
+3. The lexical scores are added per decision. If they were added to the leaf logits instead, upper decisions would get the wrong
+   weight.
+
+In this file ``scores`` and ``lexical_scores`` are decision scores, (num_rows, num_nodes), the latter None without a lexical head.
+``labels`` are the arrays of `Decisions.targets`, and ``texts`` the same number for the same text, (num_rows,).
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from datasets import Dataset
+from scipy.optimize import minimize
+from sklearn.model_selection import GroupKFold
+
+from configuration_hierarchical import Calibration
+from decisions_hierarchical import Decisions, calibrate
+from hierarchical_clinicalbert.evaluation.forms import Form
+from hierarchical_clinicalbert.evaluation.metrics import FOLDS
+
+PRIOR_STD = 0.25  # standard deviation of every prior
+SCALE_BOUNDS = (0.05, 20.0)
+
+Fit = Callable[[np.ndarray, np.ndarray | None, np.ndarray], Calibration]
+
+
+def label_arrays(decisions: Decisions, rows: Dataset) -> np.ndarray:
+    """Return the labels of tokenized rows as the arrays of `Decisions.targets`."""
+    weights = rows["weights"][:] if "weights" in rows.column_names else None
+    return decisions.targets(rows["labels"][:], weights).numpy()
+
+
+def calibrated_logits(
+    decisions: Decisions, calibration: Calibration, scores: np.ndarray, lexical_scores: np.ndarray | None
+) -> np.ndarray:
+    """Return the logits (num_rows, num_classes) of calibrated decision scores, in float64."""
+    scales, biases = np.array(calibration.scales), np.array(calibration.biases)
+    calibrated = calibrate(scores.astype(np.float64), lexical_scores, calibration.lexical_weight, scales, biases)
+    return decisions(torch.from_numpy(calibrated))[1].numpy()
+
+
+def fit_calibration(
+    form: Form,
+    scores: np.ndarray,
+    lexical_scores: np.ndarray | None,
+    labels: np.ndarray,
+    log_prior: np.ndarray | float = 0.0,
+    prior: float = PRIOR_STD,
+    bias_prior: float = PRIOR_STD,
+) -> Calibration:
+    """Return the MAP estimate of the lexical head's weight, at least 0, and of scales, in [0.05, 20], and biases.
+
+    A decision without rows has the prior means. An infinite standard deviation of a prior gives maximum likelihood, and a
+    ``bias_prior`` of 0 no biases. ``log_prior`` is that of `LexicalClassifier`, (num_nodes,).
+    """
+    parts = [scores.astype(np.float64)]
+    if lexical_scores is not None:
+        parts.append(lexical_scores - log_prior)
+    per_decision = [  # nodes, scores (num_rows, num_children, num_parts) and targets (num_rows, num_children)
+        (nodes, np.stack([part[np.ix_(rows, nodes)] for part in parts], axis=2), targets)
+        for nodes, rows, targets in form.decisions_of(labels)
+    ]
+
+    # ── Common to all decisions ──────────────────────────────────────────────────────────────────────────────────────
+    by_size = defaultdict(list)  # decisions of one number of children are one array
+    for nodes, features, targets in per_decision:
+        by_size[len(nodes)].append((features, targets))
+    taken = [tuple(map(np.concatenate, zip(*same, strict=True))) for same in by_size.values()]
+    mean = np.array([1.0, 0.0])[: len(parts)]
+    bounds = [SCALE_BOUNDS, (0.0, SCALE_BOUNDS[1])][: len(parts)]
+
+    def neg_log_posterior(factors: np.ndarray) -> tuple[float, np.ndarray]:
+        shift = (factors - mean) / prior
+        value, slope = (shift**2).sum() / 2, shift / prior
+        for features, targets in taken:
+            loss, errors = neg_log_likelihood(form, features @ factors, targets)
+            value, slope = value + loss, slope + np.einsum("rc,rcp->p", errors, features)
+        return value, slope
+
+    factors = minimize(neg_log_posterior, x0=mean, jac=True, bounds=bounds, method="L-BFGS-B").x
+    common, weights = float(factors[0]), factors / factors[0]  # common · (encoder's scores + weight · lexical scores)
+
+    # ── Each decision's own ──────────────────────────────────────────────────────────────────────────────────────────
+    scales, biases = np.full(scores.shape[1], common), np.zeros(scores.shape[1])
+    for nodes, features, targets in per_decision:
+        scales[nodes], biases[nodes] = fit_decision(form, features @ weights, targets, prior, bias_prior, common)
+    if lexical_scores is None:
+        return Calibration(scales=scales.tolist(), biases=biases.tolist())
+    biases -= scales * weights[1] * log_prior
+    return Calibration(lexical_weight=float(weights[1]), scales=scales.tolist(), biases=biases.tolist())
+
+
+def fit_decision(
+    form: Form, scores: np.ndarray, targets: np.ndarray, prior: float, bias_prior: float, common: float = 1.0
+) -> tuple[float, np.ndarray]:
+    """Return the MAP estimates of one decision's scale and biases, with prior means ``common`` and 0.
+
+    Scores and targets are (num_rows, num_children).
+    """
+    if not len(targets):
+        return common, np.zeros(scores.shape[1])
+    mean = np.array([common, *[0.0] * scores.shape[1]])
+    deviations = np.array([prior, *[bias_prior or np.inf] * scores.shape[1]])
+    bounds = [SCALE_BOUNDS, *[(None, None) if bias_prior else (0.0, 0.0)] * scores.shape[1]]
+
+    def neg_log_posterior(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        shift = (parameters - mean) / deviations
+        loss, errors = neg_log_likelihood(form, parameters[0] * scores + parameters[1:], targets)
+        slope = np.array([(errors * scores).sum(), *errors.sum(0)]) + shift / deviations
+        return loss + (shift**2).sum() / 2, slope
+
+    scale, *biases = minimize(neg_log_posterior, x0=mean, jac=True, bounds=bounds, method="L-BFGS-B").x
+    return float(scale), np.array(biases)
+
+
+def neg_log_likelihood(form: Form, logits: np.ndarray, targets: np.ndarray) -> tuple[float, np.ndarray]:
+    """Return -Σ log P(target) in nats, and its gradient (num_rows, num_children), of decisions with these logits."""
+    log_normaliser, probabilities = form.normalise(logits)
+    return float(log_normaliser - (targets * logits).sum()), probabilities - targets
+
+
+def calibrate_out_of_fold(
+    fit: Fit,
+    decisions: Decisions,
+    scores: np.ndarray,
+    lexical_scores: np.ndarray | None,
+    labels: np.ndarray,
+    texts: np.ndarray,
+) -> np.ndarray:
+    """Calibrate each fifth of the texts with parameters that ``fit`` estimates on the other fifths (cross-conformal: Vovk, 2015).
+
+    With fewer than five texts there is one fold per text. A single text is calibrated by its own fit. Returns logits
+    (num_rows, num_classes), in float64.
+    """
+    folds = min(FOLDS, len(np.unique(texts)))
+    if folds == 1:
+        return calibrated_logits(decisions, fit(scores, lexical_scores, labels), scores, lexical_scores)
+    calibrated = np.empty((len(scores), decisions.num_classes))
+    for fitted, scored in GroupKFold(folds, shuffle=True, random_state=0).split(scores, groups=texts):
+        lexical = (None, None) if lexical_scores is None else (lexical_scores[fitted], lexical_scores[scored])
+        calibration = fit(scores[fitted], lexical[0], labels[fitted])
+        calibrated[scored] = calibrated_logits(decisions, calibration, scores[scored], lexical[1])
+    return calibrated

@@ -1,0 +1,119 @@
+"""Find training rows whose labels may be wrong, by confident learning.
+
+Worth knowing:
+
+1. Each row is scored by a lexical classifier that was fitted on other texts. The encoder is not used.
+2. Confident learning (Northcutt, Jiang and Chuang, 2021, "Confident Learning: Estimating Uncertainty in Dataset Labels") then
+   judges each decision of the taxonomy, over the rows whose path takes it. In multi-label data, each node is a decision,
+   over the texts with its parent. So labels may be inner nodes.
+3. A node with fewer than `FOLDS` texts has too few examples. Its rows are not judged in that decision.
+4. Rows are ranked by the probability of the label. Many listed labels are correct: `benchmarks/label_issues.py`.
+"""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from datasets import Dataset
+from scipy.sparse import csr_matrix
+from scipy.special import softmax
+
+from hierarchical_clinicalbert.evaluation.calibration import label_arrays
+from hierarchical_clinicalbert.evaluation.forms import Form
+from hierarchical_clinicalbert.evaluation.lexical import token_counts
+from hierarchical_clinicalbert.evaluation.metrics import FOLDS
+from hierarchical_clinicalbert.reading.columns import join_labels
+
+logger = logging.getLogger(__name__)
+
+FILTER = "both"  # of cleanlab: the rows that two of its rules find
+COLUMNS = ("row", "label", "better_label", "why", "decision", "probability_of_label", "probability_of_better_label")
+
+
+def write_label_issues(form: Form, rows: Dataset, vocab_size: int, folder: Path) -> int:
+    """Write ``label_issues.csv`` for tokenized training rows; return the number of rows in it."""
+    file, issues = folder / "label_issues.csv", list_label_issues(form, rows, vocab_size)
+    issues.to_csv(file, index=False, float_format="%.6f")
+    logger.info("%d of %d training rows have a label that may be wrong: %s", len(issues), len(rows), file)
+    return len(issues)
+
+
+def list_label_issues(form: Form, rows: Dataset, vocab_size: int) -> pd.DataFrame:
+    """List the rows whose labels may be wrong, the least probable label first, in `COLUMNS`; see docs/training.md."""
+    labels, texts, tree = label_arrays(form.decisions, rows), np.array(rows["text_id"]), form.tree
+    scores = out_of_fold(form, token_counts(rows, vocab_size), labels, texts)
+    judged = [] if scores is None else [*judge(form, scores, labels, texts)]
+    if not judged:
+        return pd.DataFrame(columns=COLUMNS)
+    issues = form.rank_issues(pd.concat(judged), scores, labels)
+    issues = issues[~np.array(rows["moved"])[issues["index"]]]  # the numbers of moved rows are of another file
+    index = issues["index"].to_numpy()
+    better, why = form.describe_issues(issues, labels, texts)
+    columns = {
+        "row": np.array(rows["row"])[index],
+        "label": [join_labels(tree.labels[node] for node in tree.deepest(rows["labels"][i])) for i in index.tolist()],
+        "better_label": [join_labels(tree.labels[node] for node in tree.deepest(nodes)) for nodes in better],
+        "why": why,
+        "decision": [tree.labels[node] if node >= 0 else "" for node in issues["decision"]],
+    }
+    return issues.assign(**columns)[[*COLUMNS]]
+
+
+def out_of_fold(form: Form, counts: csr_matrix, labels: np.ndarray, texts: np.ndarray) -> np.ndarray | None:
+    """Return decision scores (num_rows, num_nodes) by classifiers that were fitted on other texts.
+
+    Arguments are those of the form's classifier, and ids of the texts. Return None if rows are too few to tell classes apart.
+    """
+    fold = assign_folds(labels, texts)
+    scores = np.empty((len(labels), form.decisions.num_nodes))
+    for held_out in np.unique(fold):
+        fitted, scored = fold != held_out, fold == held_out
+        if not form.classifier.can_learn(form.decisions, labels[fitted]):
+            return None
+        classifier = form.classifier(form.decisions, counts[fitted], labels[fitted])
+        scores[scored] = classifier.decision_scores(counts[scored]) + form.removed_prior(labels[fitted])
+    return scores
+
+
+def assign_folds(labels: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    """Assign each row a fold, (num_rows,). Texts are sorted by label and assigned in turn, to spread each class evenly."""
+    _, first, text_of = np.unique(texts, return_index=True, return_inverse=True)
+    _, classes = np.unique(labels[first], axis=0, return_inverse=True)
+    shuffled = np.random.default_rng(0).permutation(len(first))
+    order = shuffled[np.argsort(classes[shuffled], kind="stable")]
+    return (np.argsort(order) % FOLDS)[text_of]
+
+
+def judge(form: Form, scores: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> Iterator[pd.DataFrame]:
+    """Yield each decision's rows that confident learning considers mislabelled.
+
+    Their columns are those of `rank_issues`, with the decision's best other choice, and probabilities given the parent.
+    """
+    from cleanlab.filter import find_label_issues  # imported here: it takes a second
+
+    for decision, choices, rows, given, logits in form.choices_of(scores, labels):
+        # ── Choices with enough texts, and the rows that were given one of them ──
+        num_texts = np.bincount(np.unique(np.stack([given, texts[rows]]), axis=1)[0], minlength=len(choices))
+        kept = np.flatnonzero(num_texts >= FOLDS)
+        if len(kept) < 2:
+            continue
+        judged = np.isin(given, kept)
+        label, probabilities = np.searchsorted(kept, given[judged]), softmax(logits[judged][:, kept], axis=1)
+
+        # ── The mislabelled rows, and their best other choice ──
+        issues = np.flatnonzero(find_label_issues(label, probabilities, filter_by=FILTER, n_jobs=1))
+        places, label, probabilities = np.arange(len(issues)), label[issues], probabilities[issues]
+        others = probabilities.copy()
+        others[places, label] = -1
+        better = others.argmax(axis=1)
+        yield pd.DataFrame(
+            {
+                "index": rows[judged][issues],
+                "decision": decision,
+                "better": choices[kept][better],
+                "probability_of_label": probabilities[places, label],
+                "probability_of_better_label": probabilities[places, better],
+            }
+        )

@@ -1,0 +1,202 @@
+"""Fit the lexical head, a linear classifier over the bag of tokens, to add to the trained encoder.
+
+Worth knowing:
+
+1. The lexical head alone is less accurate than the encoder, but errs on other texts. `benchmarks/quality.py` measures its
+   contribution. Calibration fits one weight for its scores, relative to the encoder's.
+2. The lexical head is fitted after the encoder. Joint training was not tried.
+3. A token's feature is its TF-IDF times its `log_odds_variance`.
+4. With one label per text, the lexical head is flat: an inner node's probability is the sum of its leaves' probabilities. One
+   classifier per decision, as in HiClass, was tried on OHSUMED and was less accurate, for parents too.
+"""
+
+import logging
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from datasets import Dataset
+from scipy.sparse import csr_matrix
+from scipy.special import logsumexp
+from sklearn.feature_extraction.text import TfidfTransformer
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from decisions_hierarchical import Decisions, ManyNodes, OnePath
+from hierarchical_clinicalbert.evaluation.metrics import one_hot
+
+if TYPE_CHECKING:
+    from hierarchical_clinicalbert.evaluation.forms import Form
+
+logger = logging.getLogger(__name__)
+
+MIN_ROWS = 2  # a token in fewer training rows is ignored
+REGULARISATION = 50.0  # C of scikit-learn: weak, since the documents are vectors of length 1
+MAX_WEIGHTS = 2**24  # 64 MiB
+
+
+def token_counts(rows: Dataset, vocab_size: int) -> csr_matrix:
+    """Count each token id in each row, special tokens included: (num_rows, vocab_size)."""
+    chunks = rows.with_format("arrow")["input_ids"].chunks
+    lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks])
+    ids = np.concatenate([chunk.flatten().to_numpy() for chunk in chunks])
+    pointers = np.concatenate([[0], np.cumsum(lengths)])
+    counts = csr_matrix((np.ones(len(ids)), ids, pointers), shape=(len(rows), vocab_size))
+    counts.sum_duplicates()
+    return counts
+
+
+class LexicalClassifier:
+    """Logistic regression over TF-IDF: base class of `LeafClassifier` and `NodeClassifier`.
+
+    Attributes:
+        weight: the weights of the classes and tokens that are fitted, (C, T). All others are 0.
+        classes, tokens: the ids of these classes (C,) and tokens (T,). L-BFGS keeps some 25 arrays like ``weight``, so with
+            thousands of classes an array (num_classes, V) would take too much memory.
+        bias: (num_classes,).
+        log_prior: what the decision scores of the classifier hold of the classes' frequencies, (num_nodes,) or 0.
+    """
+
+    weight: np.ndarray
+    classes: np.ndarray
+    log_prior: np.ndarray | float
+
+    def __init__(self, decisions: Decisions, counts: csr_matrix, outcomes: np.ndarray):
+        self.decisions = decisions
+        self.tfidf = TfidfTransformer(sublinear_tf=True).fit(counts)
+        common = np.flatnonzero((counts > 0).sum(axis=0).A1 >= MIN_ROWS)
+        idf = np.zeros_like(self.tfidf.idf_)
+        idf[common] = self.tfidf.idf_[common] * log_odds_variance(counts[:, common] > 0, outcomes)
+        self.tfidf.idf_ = idf
+        self.tokens = np.flatnonzero(idf) if idf.any() else np.array([0])  # scikit-learn needs a feature
+        self.bias = np.zeros(decisions.num_classes)
+        self.documents = self.tfidf.transform(counts)[:, self.tokens]
+
+    def scores(self, counts: csr_matrix) -> np.ndarray:
+        """Return scores of the classes, (num_rows, num_classes)."""
+        scores = np.tile(self.bias, (counts.shape[0], 1))
+        scores[:, self.classes] += self.tfidf.transform(counts)[:, self.tokens] @ self.weight.T
+        return scores
+
+    def decision_scores(self, counts: csr_matrix) -> np.ndarray:
+        """Return decision scores, (num_rows, num_nodes)."""
+        return self.decisions.of_classes(torch.from_numpy(self.scores(counts))).numpy()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights of the equivalent `LexicalHead`."""
+        weight = torch.zeros(len(self.bias), len(self.tfidf.idf_))
+        weight[self.classes[:, None], self.tokens] = torch.from_numpy(self.weight).float()
+        return {"idf": torch.tensor(self.tfidf.idf_).float(), "weight": weight, "bias": torch.tensor(self.bias).float()}
+
+
+class LeafClassifier(LexicalClassifier):
+    """A multinomial regression over the leaves. Only rows labelled with a leaf count.
+
+    ``counts`` are (num_rows, V), and ``labels`` node ids (num_rows,). Leaves without training documents get weights of 0.
+    Together they have mean odds of 1 / (num_rows + 1) on the training documents, as if they had one document.
+
+    ``log_prior`` is the logarithm of the number of documents at or below each node, plus ½.
+    """
+
+    def __init__(self, decisions: OnePath, counts: csr_matrix, labels: np.ndarray):
+        is_leaf = labels < decisions.num_leaves
+        counts, labels = counts[is_leaf], labels[is_leaf]
+        self.classes, given = np.unique(labels, return_inverse=True)
+        super().__init__(decisions, counts, one_hot(given, len(self.classes)))
+        self.log_prior = np.log(decisions.count_outcomes(torch.from_numpy(labels)).numpy() + 0.5)
+
+        model = LogisticRegression(C=REGULARISATION, max_iter=1000, tol=1e-3).fit(self.documents, labels)
+        coefficients, intercepts = model.coef_, model.intercept_
+        if len(model.classes_) == 2:  # scikit-learn has one row: the difference between the classes
+            halves = np.array([[-0.5], [0.5]])
+            coefficients, intercepts = halves * coefficients, (halves * intercepts).ravel()
+        self.weight, self.bias[self.classes] = coefficients, intercepts
+        if len(unseen := np.setdiff1d(np.arange(len(self.bias)), self.classes)):
+            # a leaf of bias b has odds of exp(b - total) against the leaves with training documents
+            total = logsumexp(self.documents @ coefficients.T + intercepts, axis=1)
+            share = 1 / ((len(labels) + 1) * len(unseen))
+            self.bias[unseen] = np.log(share * len(labels)) - logsumexp(-total)
+
+    @staticmethod
+    def can_learn(decisions: OnePath, labels: np.ndarray) -> bool:
+        """Return whether the labels tell any two leaves apart."""
+        return len(np.unique(labels[labels < decisions.num_leaves])) >= 2
+
+
+class NodeClassifier(LexicalClassifier):
+    """A binary regression for each node, over the rows in which its decision is open.
+
+    ``counts`` are (num_rows, V), and ``labels`` 1 or 0, (num_rows, num_nodes). A node whose open rows do not hold both labels
+    has weights of 0. The node's log-odds in these rows are subtracted: the encoder's head starts from them, and they would
+    count twice. So ``log_prior`` is 0.
+    """
+
+    def __init__(self, decisions: ManyNodes, counts: csr_matrix, labels: np.ndarray):
+        super().__init__(decisions, counts, labels)
+        self.log_prior = 0.0
+        is_open, priors = open_decisions(decisions, labels), prior_log_odds(decisions, labels)
+        self.classes = np.flatnonzero(is_learnable(decisions, labels))
+        self.weight = np.empty((len(self.classes), len(self.tokens)))
+        for weight, node in zip(self.weight, self.classes, strict=True):
+            rows = is_open[:, node]
+            model = LogisticRegression(C=REGULARISATION, max_iter=1000).fit(
+                self.documents[rows], labels[rows, node] == 1
+            )
+            weight[:], self.bias[node] = model.coef_[0], model.intercept_[0] - priors[node]
+
+    @staticmethod
+    def can_learn(decisions: ManyNodes, labels: np.ndarray) -> bool:
+        """Return whether the labels tell any text with a node from one without it."""
+        return bool(is_learnable(decisions, labels).any())
+
+
+def open_decisions(decisions: ManyNodes, labels: np.ndarray) -> np.ndarray:
+    """Return which decisions are open for each row: it has the parent, or the node is a root. (num_rows, num_nodes) of bool."""
+    return decisions.open_decisions(torch.from_numpy(labels)).numpy()
+
+
+def is_learnable(decisions: ManyNodes, labels: np.ndarray) -> np.ndarray:
+    """Return which nodes some of their open rows have, and others lack, (num_nodes,)."""
+    present = decisions.count_outcomes(torch.from_numpy(labels))[: decisions.num_nodes]
+    return ((present > 0) & (present < decisions.of_parents(present[None], len(labels))[0])).numpy()
+
+
+def prior_log_odds(decisions: ManyNodes, labels: np.ndarray) -> np.ndarray:
+    """Return each node's log-odds given its parent, (num_nodes,); see `ManyNodes.initial_biases`."""
+    return decisions.initial_biases(decisions.count_outcomes(torch.from_numpy(labels))).numpy()
+
+
+def log_odds_variance(present: csr_matrix, labels: np.ndarray) -> np.ndarray:
+    """Compute each token's variance over classes of log P(token | class) - log P(token | not the class), (V,).
+
+    P is the share of documents that contain the token, smoothed by one document with it and one without (Laplace). The
+    two-class NB-SVM (Wang and Manning, 2012, "Baselines and bigrams") weighs words by these log-odds, with their sign. Here
+    one weight serves all classes, so that a document is one vector. Labels are (num_rows, num_classes): 1 or 0. Classes
+    without both labels do not count. With one class, it is the square of the log-odds.
+    """
+    labels = labels[:, (labels == 1).any(axis=0) & (labels == 0).any(axis=0)]
+    inside = (csr_matrix((labels == 1).T, dtype=float) @ present).toarray()
+    outside = present.sum(axis=0).A1 - inside
+    sizes = [(labels == label).sum(axis=0)[:, None] for label in (1, 0)]
+    log_odds = np.log((inside + 1) / (sizes[0] + 2)) - np.log((outside + 1) / (sizes[1] + 2))
+    return np.var(log_odds, axis=0) if len(log_odds) > 1 else log_odds[0] ** 2
+
+
+def fit_classifier(
+    form: "Form", counts: csr_matrix, labels: np.ndarray, wanted: bool | None = None
+) -> LexicalClassifier | None:
+    """Fit a classifier on the training rows; return None if it is not wanted, or there is nothing to tell apart.
+
+    By default it is wanted if it has at most `MAX_WEIGHTS` weights.
+    """
+    vocab_size, num_classes = counts.shape[1], form.decisions.num_classes
+    if wanted is False:
+        return None
+    if wanted is None and vocab_size * num_classes > MAX_WEIGHTS:
+        size = f"{vocab_size:,} tokens times {num_classes:,} classes"
+        logger.info("no lexical head: it would have %s weights; --lexical_head true adds it", size)
+        return None
+    if not form.classifier.can_learn(form.decisions, labels):
+        logger.info("no lexical head: the training rows do not tell any two classes apart")
+        return None
+    return form.classifier(form.decisions, counts, labels)

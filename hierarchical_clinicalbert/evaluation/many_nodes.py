@@ -1,0 +1,446 @@
+"""Score, calibrate and show predictions of models for any number of nodes a text; its counterpart is `evaluation.one_path`.
+
+Worth knowing:
+
+1. Each node is a decision with a score z, given its parent: P(node) = P(parent) · σ(z). It is open for a text that has the
+   parent, or if the node is a root. Only open decisions show how well z is calibrated, so z is fitted on these pairs.
+2. Each node's threshold of best F1 is shrunk towards a common one, most if the node has few positives. Thresholds are fitted
+   from the deepest level upwards, because the parent of a predicted node is predicted, too.
+3. The guarantee is conformal risk control (Angelopoulos, Bates, Fisch, Lei and Schuster, 2022). The loss of a text is the share
+   of its true nodes that the set {P(node) >= t} misses. Texts without true nodes do not count. The scores must come from a
+   model that was not fitted to these texts, hence `evaluation.calibration.calibrate_out_of_fold`.
+
+In this file ``labels`` are 1 or 0; a node with the label 1 has it at all ancestors too. ``u`` are logits of all nodes, whose
+sigmoid is P(node). Both are (num_texts, num_nodes), and ``thresholds`` are probabilities, (num_nodes,).
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from decimal import ROUND_FLOOR, Context
+from itertools import accumulate, chain
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from scipy.special import expit
+from sklearn.metrics import average_precision_score
+from sklearn.model_selection import RepeatedKFold
+from transformers import EvalPrediction
+
+from decisions_hierarchical import DEFAULT_THRESHOLD, ManyNodes
+from hierarchical_clinicalbert.evaluation import plots
+from hierarchical_clinicalbert.evaluation.lexical import NodeClassifier, open_decisions, prior_log_odds
+from hierarchical_clinicalbert.evaluation.metrics import (
+    FOLDS,
+    bin_index,
+    calibration_bins,
+    calibration_error_by_chance,
+    confusion_counts,
+    expected_calibration_error,
+    macro_f1,
+    micro_f1,
+    node_f1,
+    scored_logits,
+)
+from hierarchical_clinicalbert.reading.columns import join_labels
+from taxonomy_hierarchical import Taxonomy
+
+SIX_DIGITS_DOWN = Context(prec=6, rounding=ROUND_FLOOR)
+MIN_PROBABILITY = 0.1  # pairs below it are not in the calibration error: nearly all pairs have a probability near 0
+PAIRS_AT_ONCE = 256  # of a text, compared with all its pairs: tens of thousands at once would take many gigabytes
+STRENGTHS = (math.inf, 100, 50, 20, 10, 5, 2, 0)  # of the shrinkage of thresholds, in positives
+REPEATS = 6  # of the cross-validation that chooses the strength; a single one is too noisy
+
+
+class ManyNodesForm:
+    """What differs in evaluation for any number of nodes a text. The methods are those of `evaluation.one_path.OnePathForm`."""
+
+    classifier = NodeClassifier
+
+    def __init__(self, tree: Taxonomy):
+        self.decisions, self.tree = ManyNodes(tree), tree
+
+    # ── Calibration ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def decisions_of(self, labels: np.ndarray) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+        """Yield each decision's node, the rows in which it is open, and whether the text has the node: (num_rows, 1)."""
+        for node, is_open in enumerate(open_decisions(self.decisions, labels).T):
+            rows = np.flatnonzero(is_open)
+            yield [node], rows, labels[rows, node, None] == 1
+
+    def normalise(self, logits: np.ndarray) -> tuple[float, np.ndarray]:
+        """Return the sum of the log-normalisers of decisions with these logits, and the probabilities of their nodes."""
+        return np.logaddexp(0, logits).sum(), expit(logits)
+
+    def fit_thresholds(self, logits: np.ndarray, labels: np.ndarray) -> list[float]:
+        """Return the thresholds of predicted nodes, (num_nodes,)."""
+        return fit_node_thresholds(self.decisions, logits, labels).tolist()
+
+    def fit_sets(self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> dict[str, Any]:
+        """Return the fields of `Calibration` for prediction sets."""
+        thresholds, num_texts = fit_recall_thresholds(logits, labels)
+        return {"set_thresholds": thresholds, "num_texts": num_texts}
+
+    # ── Scores ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def metrics(self, thresholds: Any = None) -> Callable[[EvalPrediction], dict[str, float]]:
+        """Build the Trainer's ``compute_metrics``. Without thresholds, F1 is at the best common one."""
+        return build_multi_label_metrics(self.decisions, thresholds)
+
+    # endings of metrics that cannot select a checkpoint: a model without probable nodes has no ECE
+    unranked_metrics = ("_by_chance", "ece")
+
+    def example_prediction(self, nodes: list[list[int]]) -> EvalPrediction:
+        """Return a prediction that has the same metrics as any for these labels."""
+        # one text with the labels of all is enough; no node is probable, because ECE compares all probable pairs
+        labels = self.decisions.targets([[*chain(*nodes)]]).numpy()
+        return EvalPrediction(np.full(labels.shape, -9.0), labels)
+
+    def scores_by_text(self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray) -> dict[str, float]:
+        """Return metrics that need the ids of the texts: none, since each text has one row."""
+        return {}
+
+    def set_scores(
+        self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray, threshold: float
+    ) -> dict[str, float]:
+        """Measure the prediction sets for a threshold."""
+        return recall_scores(logits, labels, threshold)
+
+    def class_outcomes(
+        self, logits: np.ndarray, labels: np.ndarray, texts: np.ndarray, thresholds: Any
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Return correct and predicted nodes, (num_rows, num_nodes) each, and None, since each text has one row."""
+        return labels, predict_nodes(self.decisions, logits, thresholds), None
+
+    micro_f1 = "micro_f1"  # the name of the F1 over all pairs
+
+    # ── Labels that may be wrong: see `evaluation.label_issues` ──────────────────────────────────────────────────────────
+
+    def removed_prior(self, labels: np.ndarray) -> np.ndarray:
+        """Return what the lexical classifier's decision scores lack of the classes' frequencies: the log-odds, (num_nodes,)."""
+        return prior_log_odds(self.decisions, labels)
+
+    def choices_of(self, scores: np.ndarray, labels: np.ndarray) -> Iterator[tuple]:
+        """Yield each node, the choices, the rows in which it is open, the rows' given choices and scores.
+
+        The choices are -1, if the text lacks the node, and the node's id. Given choices are indices into them. The softmax of
+        the scores (num_rows, 2) is P(choice | parent).
+        """
+        for (node,), rows, given in self.decisions_of(labels):
+            logits = np.stack([np.zeros(len(rows)), scores[rows, node]], axis=1)
+            yield node, np.array([-1, node]), rows, given[:, 0].astype(int), logits
+
+    def rank_issues(self, judged: pd.DataFrame, scores: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
+        """Return one line per listed row, from the rows of `evaluation.label_issues.judge`, by ``probability_of_label``.
+
+        Columns:
+            index: of the row.
+            decision: the node whose label is least probable, given its parent.
+            better: the node if the text should have it, else -1.
+            questioned: all listed nodes of the text.
+        """
+        issues = judged.sort_values("probability_of_label", kind="stable")
+        listed = issues.drop_duplicates("index").reset_index(drop=True)
+        questioned = issues.groupby("index")["decision"].agg(set)
+        return listed.assign(questioned=questioned[listed["index"]].to_numpy())
+
+    def describe_issues(
+        self, issues: pd.DataFrame, labels: np.ndarray, texts: np.ndarray
+    ) -> tuple[list[set[int]], np.ndarray]:
+        """Return the better labels of the rows of `rank_issues`, and why they are listed."""
+        given = ({*np.flatnonzero(labels[row] == 1).tolist()} for row in issues["index"])
+        better = [corrected(self.tree, *pair) for pair in zip(given, issues["questioned"], strict=True)]
+        return better, np.where(issues["better"] < 0, "unlikely label", "missing label")
+
+    # ── What a reader sees ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def plots(self, logits: np.ndarray, labels: np.ndarray, per_class: list[dict]) -> dict[str, Figure | None]:
+        """Draw the figures of a split, by file name."""
+        return {
+            "f1_by_frequency": plots.f1_by_frequency(per_class),
+            "precision_recall": plots.precision_and_recall(self.tree, logits, labels),
+        }
+
+    def reliability_diagram(self, logits: np.ndarray, labels: np.ndarray) -> Figure | None:
+        """Draw the reliability of the `probable_pairs`."""
+        probabilities, correct, _ = probable_pairs(self.tree, logits, labels)
+        return plots.reliability_diagram(probabilities, correct, "Pairs of document and node", "Share of correct pairs")
+
+    def prediction_columns(self, logits: np.ndarray, labels: np.ndarray, thresholds: Any) -> dict[str, Any]:
+        """Return the columns of a CSV file: each text's deepest labels, and its deepest predicted nodes, most probable first."""
+        tree, columns = self.tree, {"labels": list[str](), "predictions": list[str](), "probabilities": list[str]()}
+        chosen, probabilities = predict_nodes(self.decisions, logits, thresholds), expit(logits)
+        for true, nodes, of_nodes in zip(labels == 1, chosen, probabilities, strict=True):
+            predicted = sorted(tree.deepest(np.flatnonzero(nodes).tolist()), key=lambda node: -of_nodes[node])
+            labelled = tree.deepest(np.flatnonzero(true).tolist())
+            columns["labels"].append(join_labels(tree.labels[node] for node in labelled))
+            columns["predictions"].append(join_labels(tree.labels[node] for node in predicted))
+            columns["probabilities"].append("; ".join(f"{of_nodes[node]:.6f}" for node in predicted))
+        return columns
+
+
+# ── Thresholds ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def predict_nodes(
+    decisions: ManyNodes, u: np.ndarray, thresholds: np.ndarray | list[float] | float | None
+) -> np.ndarray:
+    """Return the predicted nodes and their ancestors, (num_texts, num_nodes) bool; see `ManyNodes.predict`."""
+    return decisions.predict(torch.from_numpy(expit(u.astype(np.float64))), thresholds)[0].numpy()
+
+
+def siblings_by_level(taxonomy: Taxonomy) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield, from the deepest level upwards, a level's inner nodes, their children, and where each one's children start."""
+    parents, levels = np.array(taxonomy.parents), np.array(taxonomy.levels)
+    for level in range(taxonomy.depth, 1, -1):
+        children = np.flatnonzero(levels == level)
+        children = children[np.argsort(parents[children], kind="stable")]
+        above, starts = np.unique(parents[children], return_index=True)
+        yield above, children, starts
+
+
+def best_threshold(scores: np.ndarray, true: np.ndarray, forced: int = 0, forced_true: int = 0) -> float | None:
+    """Return the greatest threshold of best F1: halfway between two scores, or half a unit beyond the first or last one.
+
+    Args:
+        scores, true: (num_pairs,).
+        forced: number of further pairs that are predicted at any threshold, because a node below is predicted.
+        forced_true: how many of these are true.
+
+    Returns:
+        None if no pair is true, or if there are no scores.
+    """
+    if not len(scores) or not (true.any() or forced_true):
+        return None
+    order = np.argsort(-scores)
+    padded = np.concatenate([[scores[order[0]] + 1], scores[order], [scores[order[-1]] - 1]])
+    true_positives = forced_true + np.concatenate([[0], np.cumsum(true[order])])
+    f1 = 2 * true_positives / (forced + np.arange(len(true_positives)) + true_positives[-1])
+    f1[padded[:-1] == padded[1:]] = -1  # no threshold separates equal scores
+    best = np.argmax(f1)
+    return float(padded[best] + padded[best + 1]) / 2
+
+
+def fit_node_thresholds(decisions: ManyNodes, u: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Fit one threshold per node, a probability (num_nodes,); 0.5 for all if no label is 1.
+
+    A node's own threshold has the best F1, given the predictions below it. The common threshold has the best micro-F1. The result
+    is their weighted mean in logits. The weights are the node's number of positives, and the strength of `choose_strength`. The
+    logits must be calibrated by parameters that were fitted to other texts.
+    """
+    strength = choose_strength(decisions, u, labels)
+    return shrunk_thresholds(decisions.tree, u, labels, (strength,))[strength]
+
+
+def choose_strength(decisions: ManyNodes, u: np.ndarray, labels: np.ndarray, repeats: int = REPEATS) -> float:
+    """Return the value of `STRENGTHS` with the greatest sum of micro- and macro-F1 in repeated cross-validation.
+
+    In a tie, the greatest is returned. With one text, infinity is returned: all nodes get the common threshold.
+    """
+    if len(u) < 2:
+        return math.inf
+    totals = dict.fromkeys(STRENGTHS, np.zeros((3, decisions.num_nodes)))
+    folds = RepeatedKFold(n_splits=min(FOLDS, len(u)), n_repeats=repeats, random_state=0)
+    for fitted, scored in folds.split(u):
+        for strength, thresholds in shrunk_thresholds(decisions.tree, u[fitted], labels[fitted], STRENGTHS).items():
+            chosen = predict_nodes(decisions, u[scored], thresholds)
+            totals[strength] = totals[strength] + confusion_counts(labels[scored], chosen)
+    return max(STRENGTHS, key=lambda strength: micro_f1(totals[strength]) + macro_f1(totals[strength]))
+
+
+def shrunk_thresholds(
+    taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray, strengths: tuple[float, ...]
+) -> dict[float, np.ndarray]:
+    """Fit the thresholds of all nodes for each strength of the shrinkage, see `fit_node_thresholds`."""
+    u, labels = np.asfortranarray(u), np.asfortranarray(labels)  # columns are read one by one
+    true = labels == 1
+    common = best_threshold(u.ravel(), true.ravel())
+    if common is None:
+        return dict.fromkeys(strengths, np.full(taxonomy.num_nodes, DEFAULT_THRESHOLD))
+
+    def own_threshold(node: int, forced: np.ndarray) -> float | None:
+        free = ~forced
+        counts = np.count_nonzero(forced), np.count_nonzero(true[forced, node])
+        return best_threshold(u[free, node], true[free, node], *counts)
+
+    def shrunk(node: int, own: float | None, strength: float) -> float:
+        return common if own is None else (positives[node] * own + strength * common) / (positives[node] + strength)
+
+    positives, none = true.sum(axis=0), np.zeros(len(u), dtype=bool)
+    # a node without positives has no threshold of its own
+    with_positives = np.flatnonzero(positives[: taxonomy.num_leaves])
+    of_leaves = {leaf: own_threshold(leaf, none) for leaf in with_positives}  # the same for all strengths
+    levels, fitted = [*siblings_by_level(taxonomy)], {}
+    for strength in strengths:
+        thresholds = np.full(taxonomy.num_nodes, common)
+        if math.isfinite(strength):
+            for leaf, own in of_leaves.items():
+                thresholds[leaf] = shrunk(leaf, own, strength)
+            chosen = u >= thresholds  # of the nodes below the level that is fitted
+            for parents, children, starts in levels:
+                # the parent of a chosen node is chosen, too
+                forced = np.logical_or.reduceat(chosen[:, children], starts, axis=1)
+                for i in np.flatnonzero(positives[parents]):
+                    own = own_threshold(parents[i], forced[:, i])
+                    thresholds[parents[i]] = shrunk(parents[i], own, strength)
+                chosen[:, parents] = forced | (u[:, parents] >= thresholds[parents])
+        fitted[strength] = expit(thresholds)
+    return fitted
+
+
+# ── Answers with a guaranteed recall ─────────────────────────────────────────────────────────────────────────────────
+
+
+def fit_recall_thresholds(u: np.ndarray, labels: np.ndarray) -> tuple[list[float | None], int]:
+    """Fit the thresholds of answers for the recalls 0.01, …, 0.99, to logits whose calibration was fitted to other texts.
+
+    The threshold of a recall is the greatest t with (Σ loss + 1) / (n + 1) <= 1 - recall, over the n texts with a label 1.
+    The sum changes at probabilities of true nodes only, and is computed in integers, so that t is exact. It is rounded down
+    to 6 significant digits, which misses no more.
+
+    Returns:
+        The thresholds, None where 1 / (n + 1) > 1 - recall: the recall needs more texts. Then n.
+    """
+    true = labels == 1
+    sizes = true.sum(axis=1)
+    num_texts = int(np.count_nonzero(sizes))  # Python's integers below have no limit
+    rows, nodes = np.nonzero(true)
+    probabilities = expit(u[rows, nodes].astype(np.float64))
+    order = np.argsort(probabilities)
+    # in integers, so that sums are exact: a text that misses all its s nodes costs `whole`, and each of them whole // s
+    whole = math.lcm(*np.unique(sizes[sizes > 0]).tolist())
+    losses = list(accumulate(whole // size for size in sizes[rows[order]].tolist()))  # at t just above each probability
+
+    thresholds: list[float | None] = []
+    for percent in range(1, 100):
+        allowed = ((100 - percent) * (num_texts + 1) - 100) * whole // 100  # the greatest sum of losses
+        place = bisect_right(losses, allowed)  # of the first node that must not be missed
+        threshold = None
+        if allowed >= 0:
+            threshold = float(SIX_DIGITS_DOWN.create_decimal_from_float(float(probabilities[order[place]])))
+        thresholds.append(threshold)
+    return thresholds, num_texts
+
+
+def recall_scores(u: np.ndarray, labels: np.ndarray, threshold: float) -> dict[str, float]:
+    """Measure the answers {P(node) >= threshold} on the texts with a label 1.
+
+    ``recall`` is the mean share of a text's true nodes in its answer, ``nodes`` the mean number of nodes in an answer.
+    Without such texts, an empty dict is returned.
+    """
+    has_label = (labels == 1).any(axis=1)
+    if not has_label.any():
+        return {}
+    true, answers = labels[has_label] == 1, expit(u[has_label].astype(np.float64)) >= threshold
+    recall = (true & answers).sum(axis=1) / true.sum(axis=1)
+    return {"recall": float(recall.mean()), "nodes": float(answers.sum(axis=1).mean())}
+
+
+# ── Metrics ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def build_multi_label_metrics(
+    decisions: ManyNodes, thresholds: np.ndarray | list[float] | float | None = None
+) -> Callable[[EvalPrediction], dict[str, float]]:
+    """Build the Trainer's ``compute_metrics`` for a taxonomy and multi-label data.
+
+    The returned function takes ``predictions``, marginal logits or a tuple that begins with them, and ``label_ids``. It raises
+    InputError for logits that are not finite. It returns, with predictions closed upwards:
+
+    - ``micro_f1``: over all pairs of text and node. With closed sets this is the hierarchical F1 (Kiritchenko, Matwin and
+      Famili, 2005). ``macro_f1``: the mean over nodes that occur in labels or predictions.
+    - ``leaf_micro_f1``, ``leaf_macro_f1``, ``level_k_micro_f1``: the same over the leaves, and over the nodes of each level
+      that some label reaches.
+    - ``example_f1``: the mean over texts; 1 where neither the labels nor the prediction has a node.
+    - ``mean_average_precision``: of scikit-learn's average precision, over nodes with a label 1; left out if there is none.
+    - ``log_loss``: the mean binary cross-entropy over all pairs, in nats.
+    - ``ece``, ``ece_by_chance``: the calibration error, see `expected_calibration_error`, and its expected value for correct
+      probabilities, over the `probable_pairs`. Left out if there is none.
+
+    Without thresholds, nodes are chosen by the common one that maximises micro-F1 on the scored texts.
+    """
+    taxonomy, levels = decisions.tree, np.array(decisions.tree.levels)
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        u, labels = scored_logits(prediction).astype(np.float64), prediction.label_ids
+        true = labels == 1
+        chosen = predict_nodes(decisions, u, common_threshold(u, labels) if thresholds is None else thresholds)
+
+        counts, of_texts = confusion_counts(labels, chosen), confusion_counts(labels.T, chosen.T)
+        leaves = counts[:, : taxonomy.num_leaves]
+        metrics = {
+            "micro_f1": micro_f1(counts),
+            "macro_f1": macro_f1(counts),
+            "leaf_micro_f1": micro_f1(leaves),
+            "leaf_macro_f1": macro_f1(leaves),
+            "example_f1": float(np.nan_to_num(node_f1(of_texts), nan=1.0).mean()),
+        }
+        occurring = np.flatnonzero(true.any(axis=0))
+        if len(occurring):
+            precisions = [average_precision_score(true[:, node], u[:, node]) for node in occurring]
+            metrics["mean_average_precision"] = float(np.mean(precisions))
+        metrics["log_loss"] = float((np.logaddexp(0, u) - true * u).mean())
+        for level in range(1, taxonomy.depth + 1):
+            if true[:, levels == level].any():
+                metrics[f"level_{level}_micro_f1"] = micro_f1(counts[:, levels == level])
+        confidence, correct, variance = probable_pairs(taxonomy, u, labels)
+        if len(confidence):
+            bins = calibration_bins(confidence, correct, variance)
+            metrics["ece"] = float(expected_calibration_error(bins))
+            metrics["ece_by_chance"] = float(calibration_error_by_chance(bins))
+        return metrics
+
+    return compute_metrics
+
+
+def common_threshold(u: np.ndarray, labels: np.ndarray) -> float:
+    """Return the threshold for all nodes with the best micro-F1, a probability; 0.5 if no label is 1."""
+    threshold = best_threshold(u.ravel(), labels.ravel() == 1)
+    return DEFAULT_THRESHOLD if threshold is None else float(expit(threshold))
+
+
+def probable_pairs(taxonomy: Taxonomy, u: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Select the pairs of text and node with a probability of at least 0.1.
+
+    Returns:
+        The probability, whether the label is 1, and the `pair_variance`: (num_pairs,) each.
+    """
+    u = u.astype(np.float64)
+    probable = expit(u) >= MIN_PROBABILITY
+    return expit(u[probable]), labels[probable] == 1, pair_variance(taxonomy, u, probable)
+
+
+def pair_variance(taxonomy: Taxonomy, u: np.ndarray, probable: np.ndarray) -> np.ndarray:
+    """Return each probable pair's contribution to the variance of the number of correct pairs in its bin, (num_pairs,).
+
+    P is taken to be correct, and decisions to be independent given their parents. Let k be the lowest node on the paths of both
+    i and j, nodes of one text. Their covariance is P(i) P(j) (1 / P(k) - 1), and 0 in different trees. With i = j it is P(i)
+    (1 - P(i)). A pair's contribution is the sum of its covariances with the pairs of its text in its bin.
+    """
+    ancestors = np.array(taxonomy.padded_paths)
+    ancestors = np.pad(ancestors, ((0, 0), (1, 0)), constant_values=taxonomy.num_nodes)  # above all trees, with P = 1
+    probabilities = np.pad(expit(u), ((0, 0), (0, 1)), constant_values=1.0)
+    parts = []
+    for of_text, nodes in zip(probabilities, map(np.flatnonzero, probable), strict=True):
+        if not len(nodes):
+            continue
+        paths, bins = ancestors[nodes], bin_index(of_text[nodes])
+        for start in range(0, len(nodes), PAIRS_AT_ONCE):
+            rows = slice(start, start + PAIRS_AT_ONCE)
+            shared = (paths[rows, None] == paths) & (paths < taxonomy.num_nodes)  # (rows, pairs, depth + 1)
+            lowest = np.take_along_axis(paths[rows], shared.sum(axis=2), axis=1)
+            covariance = np.outer(of_text[nodes[rows]], of_text[nodes]) * (1 / of_text[lowest] - 1)
+            parts.append((covariance * (bins[rows, None] == bins)).sum(axis=1))
+    return np.concatenate(parts) if parts else np.empty(0)
+
+
+# ── Labels that may be wrong ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def corrected(taxonomy: Taxonomy, nodes: set[int], questioned: set[int]) -> set[int]:
+    """Add the questioned nodes that a text lacks, and remove those that it has, with the nodes below them."""
+    changed = nodes ^ questioned
+    return {node for node in changed if changed.issuperset(taxonomy.path(node))}

@@ -1,0 +1,142 @@
+"""F1 from counts, bootstrap intervals, and the calibration error, for both forms of label."""
+
+import warnings
+
+import numpy as np
+import pandas as pd
+from scipy.sparse import csr_matrix
+from transformers import EvalPrediction
+
+from hierarchical_clinicalbert.errors import InputError
+
+BINS = 15  # of the calibration error
+FOLDS = 5  # of cross-validation
+
+
+def scored_logits(prediction: EvalPrediction) -> np.ndarray:
+    """Return the logits (num_rows, num_classes) of a prediction, which may be a tuple that begins with them.
+
+    InputError: they are not finite.
+    """
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    infinite = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+    if infinite.size:
+        where = f"{infinite.size} of {len(logits)} documents"
+        raise InputError(f"the model's logits are not finite for {where}: training diverged; lower --learning_rate")
+    return logits
+
+
+def outcomes(labels: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return true positives, predictions and labels, each (num_rows, num_classes) of bool.
+
+    ``labels``, 1 or 0, and the predictions ``chosen`` are (num_rows, num_classes).
+    """
+    true = labels == 1
+    return true & chosen, chosen, true
+
+
+def confusion_counts(labels: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Count each class's true positives, predictions and labels, see `outcomes`: (3, num_classes)."""
+    return np.stack([pairs.sum(axis=0) for pairs in outcomes(labels, chosen)])
+
+
+def node_f1(counts: np.ndarray) -> np.ndarray:
+    """Compute F1 (…, num_classes) from counts (3, …, num_classes); NaN for a class in no label and no prediction."""
+    occurring = counts[1] + counts[2]
+    return np.where(occurring > 0, 2 * counts[0] / np.maximum(occurring, 1), np.nan)
+
+
+def micro_f1(counts: np.ndarray) -> float:
+    """Compute F1 over all pairs from counts (3, num_classes); 0 without a label and a prediction."""
+    return float(2 * counts[0].sum() / max(counts[1:].sum(), 1))
+
+
+def macro_f1(counts: np.ndarray) -> float:
+    """Compute the mean F1 of the classes in labels or predictions from counts (3, num_classes); 0 if there is none."""
+    return float(np.nanmean(node_f1(counts))) if counts.any() else 0.0
+
+
+def one_hot(ids: np.ndarray, num_classes: int) -> np.ndarray:
+    """Return ids (num_rows,) as an array (num_rows, num_classes) of bool."""
+    return ids[:, None] == np.arange(num_classes)
+
+
+def bootstrap_intervals(
+    labels: np.ndarray, chosen: np.ndarray, texts: np.ndarray | None = None, resamples: int = 1000
+) -> dict[str, np.ndarray]:
+    """Compute 95 % percentile bootstrap intervals over texts (Efron and Tibshirani, 1993, chapter 13).
+
+    A resample lacks some classes with few rows, which lowers its macro-F1. With 200 classes of three rows, the interval lay below
+    the score itself. So the resampled values of macro-F1 are shifted until their mean is the score.
+
+    Args:
+        labels, chosen: as for `outcomes`.
+        texts: ids of the rows' texts, (num_rows,). All rows of a text are drawn together. By default each row is a text.
+
+    Returns:
+        Lower and upper ends: ``micro_f1`` and ``macro_f1``, (2,); ``f1``, (2, num_classes), over the resamples in which the class
+        occurs, NaN if there are none. With one label per row, ``micro_f1`` is the accuracy.
+    """
+    columns = csr_matrix(np.hstack(outcomes(labels, chosen)), dtype=np.float64).T
+    ids, text_of_row = np.unique(np.arange(len(labels)) if texts is None else texts, return_inverse=True)
+    generator, size = np.random.default_rng(0), len(ids)
+    draws = (np.bincount(generator.integers(size, size=size), minlength=size) for _ in range(resamples))
+    resampled = [(columns @ times[text_of_row]).reshape(3, -1) for times in draws]
+    macro = np.array([macro_f1(counts) for counts in resampled])
+    macro = (macro + macro_f1(confusion_counts(labels, chosen)) - macro.mean()).clip(0, 1)
+    micro = np.array([micro_f1(counts) for counts in resampled])
+    samples = {"micro_f1": micro, "macro_f1": macro, "f1": np.array([node_f1(counts) for counts in resampled])}
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # for classes in no resample
+        return {name: np.nanpercentile(values, (2.5, 97.5), axis=0) for name, values in samples.items()}
+
+
+def per_class_report(
+    names: list[str], labels: np.ndarray, chosen: np.ndarray, texts: np.ndarray | None = None
+) -> tuple[list[dict], dict[str, list[float]]]:
+    """Compute one row per class with precision, recall and F1, and the intervals of micro- and macro-F1.
+
+    Labels and predictions are those of `outcomes`, texts those of `bootstrap_intervals`. ``support`` is the number of labels,
+    and ``f1_interval`` is None for a class that does not occur. A ratio with denominator 0 is 0. Rows and intervals are empty
+    without labels.
+    """
+    if not labels.size:
+        return [], {}
+    counts, intervals = confusion_counts(labels, chosen), bootstrap_intervals(labels, chosen, texts)
+    precision, recall = counts[0] / np.maximum(counts[1:], 1)
+    columns = {
+        **{"label": names, "support": counts[2], "precision": precision, "recall": recall},
+        "f1": np.nan_to_num(node_f1(counts)),
+        "f1_interval": [ends.tolist() if np.isfinite(ends).all() else None for ends in intervals["f1"].T],
+    }
+    return pd.DataFrame(columns).to_dict("records"), {
+        name: intervals[name].tolist() for name in ("micro_f1", "macro_f1")
+    }
+
+
+def calibration_bins(confidence: np.ndarray, correct: np.ndarray, variance: np.ndarray | float = 0.0) -> pd.DataFrame:
+    """Sum up documents by confidence in 15 bins (Guo et al., 2017), and count them: one row per bin with documents.
+
+    Row m holds confidences in (m / 15, (m + 1) / 15]. ``variance`` is the variance of ``correct`` if the probabilities are
+    correct. All arguments are (num_rows,).
+    """
+    columns = {"confidence": confidence, "correct": correct, "variance": variance, "count": 1}
+    return pd.DataFrame(columns, dtype=float).groupby(bin_index(confidence)).sum()
+
+
+def bin_index(confidence: np.ndarray) -> np.ndarray:
+    """Return the bin of each confidence, 0 to 14."""
+    return np.digitize(confidence, np.arange(1, BINS) / BINS, right=True)
+
+
+def expected_calibration_error(bins: pd.DataFrame) -> float:
+    """Compute the mean over documents of their bin's |accuracy - confidence| (Guo et al., 2017, equation 3)."""
+    return (bins["correct"] - bins["confidence"]).abs().sum() / bins["count"].sum()
+
+
+def calibration_error_by_chance(bins: pd.DataFrame) -> float:
+    """Compute the expected value of `expected_calibration_error` if the probabilities are correct.
+
+    The number of correct predictions in a bin has the variance v of the bin. Its mean absolute deviation is √(2 v / π) in
+    the normal approximation.
+    """
+    return np.sqrt(2 * bins["variance"].clip(lower=0) / np.pi).sum() / bins["count"].sum()

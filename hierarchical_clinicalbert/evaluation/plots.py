@@ -1,0 +1,170 @@
+"""Draw a run's training curves, confusion matrices and reliability diagrams as PNG files.
+
+`matplotlib.figure.Figure` without pyplot needs neither global state nor a display. Class names are user input, so ``$`` is
+escaped, which matplotlib reads as mathematics.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from sklearn.calibration import CalibrationDisplay
+from sklearn.metrics import ConfusionMatrixDisplay, PrecisionRecallDisplay, confusion_matrix
+
+from hierarchical_clinicalbert.evaluation.metrics import BINS, calibration_bins, expected_calibration_error
+from taxonomy_hierarchical import Taxonomy
+
+CURVES = {  # panel: {key of the log: name}
+    "Loss": {"loss": "training", "eval_loss": "evaluation"},
+    "Evaluation score": {
+        "eval_accuracy": "accuracy",
+        "eval_macro_f1": "macro F1",
+        "eval_weighted_f1": "weighted F1",
+        "eval_hierarchical_f1": "hierarchical F1",
+        "eval_micro_f1": "micro F1",
+        "eval_mean_average_precision": "mean average precision",
+    },
+    "Learning rate": {"learning_rate": "learning rate"},
+}
+MAX_CLASSES = 40
+MAX_NAME = 40  # characters
+
+
+def write(figure: Figure | None, path: Path) -> None:
+    """Write a figure as PNG, and create its folder; do nothing for None."""
+    if figure is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+
+
+def training_curves(log_history: list[dict]) -> Figure | None:
+    """Draw losses, evaluation scores and the learning rate of a `TrainerState.log_history`; return None without any."""
+    log = pd.DataFrame(log_history)
+    panels = {panel: log.columns.intersection(list(curves)) for panel, curves in CURVES.items()}
+    panels = {panel: keys for panel, keys in panels.items() if len(keys)}
+    if not panels:
+        return None
+    figure = Figure(figsize=(9, 0.6 + 2.6 * len(panels)), layout="constrained")
+    rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (panel, keys) in zip(rows, panels.items(), strict=True):
+        for key in keys:
+            curve = log.dropna(subset=key)
+            axes.plot(curve["step"], curve[key], label=CURVES[panel][key], marker=".")
+        axes.set_ylabel(panel)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        _grid(axes)
+    rows[-1].set_xlabel("Optimizer step")
+    rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    figure.suptitle("Training curves")
+    return figure
+
+
+def confusion_matrices(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> dict[int, Figure]:
+    """Draw one confusion matrix per level with documents. Rows are normalised, so the diagonal is the recall.
+
+    True and predicted paths are truncated at the level, so a leaf above the level stands for itself. A document labelled with
+    an inner node above the level is left out, because its class there is unknown. If a level has more than 40 classes, the 40
+    with the most documents are drawn. ``logits`` are of leaves, and ``labels`` node ids.
+    """
+    predictions, figures = logits.argmax(axis=1), {}
+    for level in range(1, taxonomy.depth + 1):
+        truncated = np.array([taxonomy.path(node)[:level][-1] for node in range(taxonomy.num_nodes)])
+        known = (labels < taxonomy.num_leaves) | (np.array(taxonomy.levels)[labels] >= level)
+        if known.any():
+            figures[level] = _confusion_matrix(taxonomy, level, truncated[labels[known]], truncated[predictions[known]])
+    return figures
+
+
+def _confusion_matrix(taxonomy: Taxonomy, level: int, true: np.ndarray, predicted: np.ndarray) -> Figure:
+    support = np.bincount(true, minlength=taxonomy.num_nodes)
+    occurring = np.union1d(true, predicted)
+    largest = set(occurring[np.argsort(-support[occurring], kind="stable")][:MAX_CLASSES].tolist())
+    nodes = [node for node in taxonomy.reading_order if node in largest]
+    # divided by the sum of the whole row, hidden columns included, so that the diagonal is the recall
+    shares = confusion_matrix(true, predicted, labels=nodes) / np.maximum(support[nodes], 1)[:, None]
+    side = max(3.6, 0.4 * len(nodes))  # inches
+    figure = Figure(figsize=(side + 4.6, side + 3.2), layout="constrained")
+    display = ConfusionMatrixDisplay(shares, display_labels=[shorten(taxonomy.labels[node]) for node in nodes])
+    small = {"fontsize": 7 if len(nodes) > 10 else 10}
+    style = {"cmap": "Blues", "im_kw": {"vmin": 0, "vmax": 1}, "colorbar": False, "text_kw": small}
+    display.plot(ax=figure.subplots(), values_format=".0%", xticks_rotation="vertical", **style)
+    for text in display.text_.flat:
+        if text.get_text() == "0%":
+            text.set_text("")
+    is_whole = len(nodes) == len(occurring)
+    shown = "" if is_whole else f"the {len(nodes)} of {len(occurring)} classes with the most documents; "
+    title = f"Confusion matrix, level {level} of {taxonomy.depth}"
+    figure.suptitle(f"{title}\n{shown}{len(true):,} documents; shares of the true class", fontsize=12)
+    return figure
+
+
+def f1_by_frequency(per_class: list[dict]) -> Figure | None:
+    """Draw each class's F1 over its number of documents, from the rows of `per_class_report`; return None without any."""
+    rows = [row for row in per_class if row["support"]]
+    if not rows:
+        return None
+    support, f1 = (np.array([row[key] for row in rows]) for key in ("support", "f1"))
+    ends = np.array([row["f1_interval"] or (row["f1"], row["f1"]) for row in rows]).T
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.errorbar(support, f1, np.abs(ends - f1), fmt=".", ecolor="lightgray", markersize=9)
+    axes.set(xscale="log", xlabel="Documents of the class", ylabel="F1, with 95 % intervals", ylim=(-0.02, 1.02))
+    _grid(axes)
+    figure.suptitle(f"F1 by frequency: {len(rows)} classes")
+    return figure
+
+
+def precision_and_recall(taxonomy: Taxonomy, logits: np.ndarray, labels: np.ndarray) -> Figure | None:
+    """Draw precision over recall, over all thresholds, for the pairs of document and node of each level."""
+    if not (labels == 1).any():
+        return None
+    levels, figure = np.array(taxonomy.levels), Figure(figsize=(6.5, 6), layout="constrained")
+    axes = figure.subplots()
+    for level in range(1, taxonomy.depth + 1):
+        true, scores = labels[:, levels == level].ravel() == 1, logits[:, levels == level].ravel()
+        if true.any():
+            PrecisionRecallDisplay.from_predictions(true, scores, name=f"level {level}", ax=axes)
+    axes.set(xlabel="Recall", ylabel="Precision", xlim=(0, 1.02), ylim=(0, 1.02))
+    _grid(axes)
+    figure.suptitle("Precision and recall over all thresholds")
+    return figure
+
+
+def reliability_diagram(probabilities: np.ndarray, correct: np.ndarray, counted: str, share: str) -> Figure | None:
+    """Draw the share of correct predictions over their probability, and the number of predictions; return None without any.
+
+    ``counted`` names the predictions, and ``share`` their share that is correct.
+    """
+    if not len(probabilities):
+        return None
+    bins = calibration_bins(probabilities, correct)
+    means = bins.div(bins["count"], axis=0)
+    figure = Figure(figsize=(7, 8), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    CalibrationDisplay(means["correct"], means["confidence"], None).plot(ax=upper, name="this model")
+    upper.set(xlabel=None, ylabel=share, xlim=(0, 1), ylim=(0, 1.02))
+    lower.bar((bins.index + 0.5) / BINS, bins["count"], width=1 / BINS, edgecolor="white")
+    lower.set(xlabel="Confidence (probability of the predicted class)", ylabel=counted)
+    lower.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=4, min_n_ticks=1))
+    _grid(upper)
+    _grid(lower)
+    title = f"Reliability diagram: expected calibration error {expected_calibration_error(bins):.3f}"
+    figure.suptitle(f"{title}\n{len(correct):,} {counted.lower()}, {BINS} bins of equal width")
+    return figure
+
+
+def shorten(name: str) -> str:
+    """Shorten a name to 40 characters, without its middle: long names often differ in their last words. Escape ``$``."""
+    if len(name) > MAX_NAME:
+        tail = MAX_NAME // 3
+        name = f"{name[: MAX_NAME - tail - 1].rstrip(' ,')}…{name[-tail:].lstrip()}"
+    return name.replace("$", r"\$")
+
+
+def _grid(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)

@@ -1,0 +1,61 @@
+"""Read the input files as records, each with a text, an id and a line number."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hierarchical_clinicalbert.reading.columns import TEXT_COLUMNS, choose_columns, text_problem
+from hierarchical_clinicalbert.reading.sources import Source, open_rows
+
+
+@dataclass(frozen=True)
+class Record:
+    """A row of the input."""
+
+    source: str  # name of the row's file
+    line: int  # where the row begins in the file, see `reading.rows.Row`
+    id: Any  # a JSON value, see `json_id`; None without an id column
+    text: str | None  # None for a row with a problem
+    problem: str | None  # why the row cannot be classified
+    done: float | None  # share of all files read so far; None for standard input
+
+
+def read_records(sources: Sequence[Source], text_column: str | None, id_column: str | None) -> Iterator[Record]:
+    """Yield a record for each row of all sources, in order. Without a text column, find one by its name in each source.
+
+    Raises:
+        InputError: a source cannot be read, or lacks a column.
+    """
+    sizes = [source.size for source in sources]
+    bytes_before, total = 0, sum(sizes)
+    for source, size in zip(sources, sizes, strict=True):
+        if not size and source.path != "-" and len(sources) > 1:  # an empty file among others has no rows
+            continue
+        with open_rows(source) as rows:
+            columns = {rows.name: rows.columns} if rows.columns else {}  # JSON Lines without any name has no columns
+            names = choose_columns(columns, text_column, TEXT_COLUMNS, "--text_column")
+            if id_column is not None:
+                names += choose_columns(columns, id_column, (), "--id_column")
+            for row in rows.read(list(dict.fromkeys(names))):
+                text, raw_id = [*map(row.values.get, names), None, None][:2]
+                record_id, id_problem = json_id(raw_id)
+                problem = row.problem or text_problem(text) or id_problem
+                done = (bytes_before + size * (rows.done() or 0)) / total if total else None
+                yield Record(source.name, row.line, record_id, None if problem else text, problem, done)
+        bytes_before += size
+
+
+def json_id(value: Any) -> tuple[Any, str | None]:
+    """Return an id as a JSON value, and its problem or None. Infinity, dates and bytes become strings; NaN becomes None."""
+    if isinstance(value, dict | list):
+        return None, "the id is neither text nor a number"
+    if isinstance(value, bytes):
+        try:
+            return value.decode(), None
+        except UnicodeDecodeError:
+            return None, "the id is not UTF-8"
+    if value is None or value != value:  # NaN
+        return None, None
+    is_json = isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+    return value if is_json else str(value), None

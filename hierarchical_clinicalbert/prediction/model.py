@@ -1,0 +1,189 @@
+"""Load a checkpoint to classify records, and describe what its predictions depend on."""
+
+import hashlib
+import importlib.util
+import json
+import logging
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+
+import torch
+from transformers import Pipeline, pipeline
+from transformers.utils import cached_file
+
+from decisions_hierarchical import read_cost_table
+from hierarchical_clinicalbert.checkpoint_files import MODEL_FILES, list_files
+from hierarchical_clinicalbert.errors import InputError, as_input_error, describe_error, one_line
+from hierarchical_clinicalbert.files import sha256
+from hierarchical_clinicalbert.machine import give_back_memory, has_bf16, keep_memory
+from hierarchical_clinicalbert.prediction.int8 import has_int8_products, quantize
+from hierarchical_clinicalbert.prediction.output import Block, Rows
+from hierarchical_clinicalbert.prediction.rows import SEPARATORS, TASKS, RowFormat, output_kind
+from hierarchical_clinicalbert.reading.foreign_code import refuse_foreign_code
+from taxonomy_hierarchical import quote_name
+
+DTYPES = ("fp32", "bf16", "int8")
+KEPT_MEMORY = (32 * 2**20, 2**30, 64 * 2**20)  # arguments of `keep_memory`, which saves a tenth of the time
+
+
+class Model:
+    """A checkpoint that one process runs on the GPU or the CPU.
+
+    Args:
+        arguments: the flags of predict.py; ``revision`` is a commit, or None for a folder.
+        gpu: whether to load the model on the GPU.
+
+    Attributes:
+        row_format: the columns and the writers of the output.
+        description: what predictions depend on, except flags and texts: dtype, weights, device and torch.
+
+    Raises:
+        InputError: the checkpoint cannot be loaded, or a CSV output cannot hold its labels.
+    """
+
+    def __init__(self, arguments: Namespace, gpu: bool):
+        dtype = choose_dtype(gpu) if arguments.dtype == "auto" else arguments.dtype
+        self._pipeline = load(arguments, dtype, gpu)
+        config = self._pipeline.model.config
+        encoder = None if config.adapter_subfolder is None else Path(config.encoder_name_or_path)
+        weights = fingerprint(arguments.model, arguments.revision, encoder)
+        kind = output_kind(arguments.output, arguments.output_format)
+        self.row_format = RowFormat(arguments, config, version=weights[:12] if kind == TASKS else None)
+        if kind == ".csv":
+            # ";" would be ambiguous without the space, too
+            separators = [SEPARATORS[name].replace("; ", ";") for name in SEPARATORS if name in self.row_format.types]
+            for separator, label in product(separators, config.tree.labels):
+                if separator in label:
+                    reason = f"a CSV file joins labels by {separator!r}, and the label {quote_name(label)} contains it"
+                    raise InputError(f"--output {arguments.output}: {reason}; write .jsonl or .parquet")
+        self.description = {
+            "dtype": dtype,
+            "operation_dtype": str(operation_dtype(dtype)),
+            "fingerprint": weights,
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(self._pipeline.device) if gpu else "cpu",
+        }
+        if arguments.backend == "openvino":
+            self.description["openvino"] = version("openvino")
+
+    def predict(self, block: Block) -> Rows:
+        """Classify the readable records of a block, and return one output row for each."""
+        numbered = enumerate(block.records, start=block.first)
+        readable = [(number, record) for number, record in numbered if record.problem is None]
+        try:
+            predictions = self._pipeline(record.text for _, record in readable)
+            return [
+                self.row_format.row(number, record, prediction)
+                for (number, record), prediction in zip(readable, predictions, strict=True)
+            ]
+        except ValueError as error:
+            raise InputError(f"{self._pipeline.model.name_or_path}: {one_line(error)}") from error
+        finally:
+            give_back_memory()
+
+    def predict_blocks(self, blocks: Iterable[Block]) -> Iterator[tuple[Block, Rows]]:
+        """Yield each block with its output rows."""
+        for block in blocks:
+            yield block, self.predict(block)
+
+
+def read_costs(flag: str | None) -> tuple[str | dict | None, str | None]:
+    """Parse ``--costs``. Return the pipeline's argument, and a description that changes with the content of a file.
+
+    The file is read here, because the nodes of a cluster may not have it.
+
+    Raises:
+        InputError: the file cannot be read, or the flag has another form.
+    """
+    if flag is None or flag == "distance":
+        return flag, flag
+    if flag.endswith(".csv"):
+        with as_input_error("--costs"):
+            table = read_cost_table(flag)
+        return table, hashlib.sha256(json.dumps(table).encode()).hexdigest()
+    pairs = [pair.partition("=") for pair in flag.split(",")]
+    if sorted(name for name, _, _ in pairs) != ["inventing", "missing"]:
+        raise InputError(f"--costs {flag}: give distance, a .csv file, or missing=NUMBER,inventing=NUMBER")
+    return {name: cost for name, _, cost in pairs}, flag
+
+
+def load(arguments: Namespace, dtype: str, gpu: bool) -> Pipeline:
+    """Load the checkpoint as a pipeline, or raise InputError."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # before its import, which warns about kernels
+    keep_memory(*KEPT_MEMORY)
+    if dtype == "int8" and gpu:
+        raise InputError("--dtype int8 is for CPUs: give bf16 or fp32")
+    if arguments.backend == "openvino":
+        if gpu:
+            raise InputError("--backend openvino is for CPUs: give torch")
+        if importlib.util.find_spec("openvino") is None:
+            raise InputError("--backend openvino needs OpenVINO: pip install openvino")
+    elif dtype == "int8" and not has_int8_products():
+        raise InputError("--dtype int8 needs a processor with VNNI or AMX, and a supported version of torch: give fp32")
+    named = {name: getattr(arguments, name) for name in ("batch_size", "coverage", "recall", "costs")}
+    # pipelines of older checkpoints lack newer arguments
+    given = {name: value for name, value in named.items() if value is not None}
+    try:
+        refuse_foreign_code(arguments.model, arguments.revision)
+        classifier = pipeline(
+            "hierarchical-text-classification",
+            model=arguments.model,
+            revision=arguments.revision,
+            code_revision=arguments.revision,
+            trust_remote_code=True,
+            dtype=torch.float32 if arguments.backend == "openvino" else operation_dtype(dtype),
+            device=0 if gpu else "cpu",
+            **given,
+        )
+        if arguments.backend == "openvino":
+            from hierarchical_clinicalbert.prediction.openvino import OpenVinoEncoder, convert
+
+            # the pipeline always passes a mask
+            names = [*{*classifier.tokenizer.model_input_names, "attention_mask"}]
+            converted = convert(classifier.model.encoder, names, dtype == "int8")
+            classifier.model.encoder = OpenVinoEncoder(converted, operation_dtype(dtype))
+        elif dtype == "int8":
+            quantize(classifier.model.encoder)
+        classifier("a")  # checks the arguments before an existing output is overwritten
+    except Exception as error:  # loading runs the checkpoint's own code, which can raise anything
+        problem = describe_load_error(error)
+        # DeBERTa (version 1) and MRA mix dtypes unless they run in float32
+        if "same dtype" in problem and dtype != "fp32":
+            problem = "its encoder computes in float32 only: give --dtype fp32"
+        raise InputError(f"cannot use the model {arguments.model}: {problem}") from error
+    return classifier
+
+
+def describe_load_error(error: Exception) -> str:
+    """Describe in one line why a model cannot be loaded."""
+    if "Unknown task" in str(error):
+        return "it is not a checkpoint of this project: its config.json names no hierarchical pipeline"
+    # this message of transformers holds tracebacks, and its last line is the cause
+    if "See the original errors" in str(error):
+        return str(error).strip().splitlines()[-1].partition(": ")[2]
+    return describe_error(error)
+
+
+def choose_dtype(gpu: bool) -> str:
+    """Return the name of the fastest dtype that loses no accuracy on this machine: int8 does (`benchmarks/coverage.py`)."""
+    return "bf16" if has_bf16(cpu=not gpu) else "fp32"
+
+
+def operation_dtype(dtype: str) -> torch.dtype:
+    """Return the dtype of the encoder's operations. With int8, all other operations use the faster dtype of this machine."""
+    is_bf16 = has_bf16(cpu=True) if dtype == "int8" else dtype == "bf16"
+    return torch.bfloat16 if is_bf16 else torch.float32
+
+
+def fingerprint(model: str, revision: str | None, encoder: Path | None) -> str:
+    """Return a hash of a checkpoint's model files, and of its encoder's files if the encoder is in a folder."""
+    folder = Path(cached_file(model, "config.json", revision=revision)).parent
+    # without card, scores and plots, which may be absent from the Hub's cache
+    hashes = [sha256(folder / name for name in list_files(folder, MODEL_FILES))]
+    # config.json pins an encoder on the Hub by its commit; an encoder in a folder needs hashes
+    if encoder is not None and encoder.is_dir():
+        hashes.append(sha256(file for kind in ("json", "safetensors", "bin") for file in encoder.glob(f"*.{kind}")))
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()

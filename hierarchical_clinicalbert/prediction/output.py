@@ -1,0 +1,266 @@
+"""Write an output in blocks, so that a killed run can be resumed.
+
+Worth knowing:
+
+1. Each finished block of rows is a file in the folder ``<output>.parts``. For an output folder, ``.parts`` is inside it, because
+   the folder may be a disk of its own. At the end the blocks are joined into the output, and deleted. A block's name follows from
+   its rows, so a block that is classified twice is in the output once.
+2. The file of a block holds the options, a digest of its input rows, and a checksum of its content. All three are checked when
+   it is read.
+3. The output is one file, or a folder of files with about 100,000 rows each. The folder's manifest is written last: an output
+   is complete once its `marker` exists, which is the file or the manifest.
+4. On a disk a lock, which ends with its process, lets one process at a time write an output.
+"""
+
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from hierarchical_clinicalbert.errors import InputError
+from hierarchical_clinicalbert.prediction.input import Record
+from hierarchical_clinicalbert.prediction.rows import file_name
+from hierarchical_clinicalbert.prediction.storage import Bucket, Disk
+from hierarchical_clinicalbert.reading.sources import Source
+from hierarchical_clinicalbert.reading.stores import connect, is_url
+
+ROWS = 1024  # per block: read, classified and written together
+BLOCKS_PER_FILE = 97  # in a folder: 99,328 rows
+OWN_PARTS = r"\d{9}\.jsonl|part\.new|output\..+|errors\.jsonl"  # names of files in the folder of blocks
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Block:
+    """At most `ROWS` consecutive records of the input."""
+
+    index: int
+    records: list[Record]
+
+    @property
+    def first(self) -> int:
+        """The number of the first record."""
+        return self.index * ROWS
+
+    def digest(self) -> str:
+        """Return a hash of the records, by which a resumed run detects that its input has changed."""
+        content = repr([(r.source, r.line, r.id, r.text, r.problem) for r in self.records])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+class RestartableOutput:
+    """Write an output, a file that lists its unreadable rows, and a folder of finished blocks.
+
+    Args:
+        name: a file or, with a slash at its end, a folder; a path or URL.
+        kind: suffix of the file, or of the files in the folder.
+    """
+
+    def __init__(self, name: str, kind: str):
+        self.is_folder, self.kind = file_name(name).endswith("/"), kind
+        name = name.removeprefix("file://")
+        if is_url(name):
+            filesystem, name = connect(name)
+            self.store: Bucket | Disk = Bucket(filesystem)
+        else:
+            self.store = Disk()
+        self.name = name.rstrip("/")
+        self._stem = f"{self.name}/" if self.is_folder else self.name
+        self.parts = f"{self._stem}.parts"
+        self.marker = f"{self.name}/manifest.json" if self.is_folder else self.name
+        self.errors = f"{self.name}/errors.jsonl" if self.is_folder else f"{self.name}.errors.jsonl"
+        self.headers: list[dict[str, Any]] = []  # of the blocks: options, and digest of the input rows
+        self.num_rows = 0  # in the blocks, without those that could not be read
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Lock the output for this process. Raise InputError if it cannot be written."""
+        return self.store.lock(self._stem)
+
+    def without_own(self, sources: Sequence[Source]) -> list[Source]:
+        """Return the sources except the files of this output that a killed run left: its blocks and all that it made of them."""
+        if not self.store.names(self.parts):
+            return list(sources)
+        files = (self.name, self.errors, self.marker, *self._files())
+
+        def is_own(source: Source) -> bool:
+            is_local = source.filesystem is None
+            path, parts = map(os.path.realpath, (source.path, self.parts)) if is_local else (source.path, self.parts)
+            return path.startswith(f"{parts}/") or any(self.store.is_input(file, [source]) for file in files)
+
+        return [source for source in sources if not is_own(source)]
+
+    def check(self, sources: Sequence[Source], overwrite: bool) -> None:
+        """Raise InputError if the output is finished, or if one of its files is also an input, under any name."""
+        for file in (self.name, self.errors, *self._files()):
+            if self.store.is_input(file, sources):
+                others = "" if file == self.name else f": {file}"
+                raise InputError(f"--output {self.name}{others} is also an input: give another name")
+        if foreign := self._files(ours=False):
+            raise InputError(
+                f"--output {self.name}/ holds {foreign[0]}, which another program wrote: give another folder"
+            )
+        parts = self.store.names(self.parts)
+        if foreign_parts := sorted(name for name in parts if not re.fullmatch(OWN_PARTS, name)):
+            raise InputError(f"{self.parts}/{foreign_parts[0]} was written by another program: give another --output")
+        # files and blocks together: the run was killed while it wrote a folder's files or deleted the blocks
+        if not parts and not overwrite:
+            if self.store.exists(self.marker) or self._files():
+                raise self._exists_error()
+            if self.store.exists(self.errors):
+                raise InputError(f"{self.errors} already exists: give another --output, or --overwrite")
+
+    def delete(self) -> None:
+        """Delete the output, its error file and its blocks."""
+        for file in (self.marker, self.errors, *self._files()):
+            self.store.delete(file)
+        self.store.delete_folder(self.parts)
+
+    def write_blocks(
+        self,
+        records: Iterator[Record],
+        options: dict[str, Any],
+        predict_blocks: Callable[[Iterator[Block]], Iterable[tuple[Block, Rows]]],
+        bar: tqdm,
+    ) -> None:
+        """Predict and write the blocks that are missing.
+
+        Args:
+            options: everything that the predictions depend on, except the texts.
+            predict_blocks: takes blocks; yields them, in any order, with their output rows.
+            bar: counts the rows. Its total is the estimated number of all rows.
+
+        Raises:
+            InputError: a finished block is damaged, or was written with other options or for another input.
+        """
+        existing, is_finished = self.store.names(self.parts), self.store.exists(self.marker)
+        num_read, num_kept = 0, 0
+
+        def missing() -> Iterator[Block]:
+            nonlocal num_read, num_kept
+            blocks = iter(lambda: list(islice(records, ROWS)), [])
+            for block in (Block(index, chunk) for index, chunk in enumerate(blocks)):
+                num_read, done = num_read + len(block.records), block.records[-1].done
+                bar.total = round(num_read / done) if done else None
+                self.headers.append({"options": options, "digest": block.digest()})
+                if block_name(block.index) in existing:
+                    self.num_rows += len(self._read_block(block.index)[0])
+                    num_kept += len(block.records)
+                    bar.update(len(block.records))
+                elif is_finished:  # killed while it deleted its blocks
+                    self.store.delete_folder(self.parts)
+                    raise self._exists_error()
+                else:
+                    yield block
+
+        for block, rows in predict_blocks(missing()):
+            self._write_block(block, rows)
+            self.num_rows += len(rows)
+            bar.update(len(block.records))
+        if num_kept:
+            print(f"continued after {num_kept:,} rows", file=sys.stderr)
+
+    def join_blocks(
+        self,
+        open_rows: Callable[[Path], AbstractContextManager[Callable[[list[str]], None]]],
+        manifest: dict[str, Any],
+    ) -> int:
+        """Join the blocks into the output, delete them once it is stored, and return the number of unreadable rows.
+
+        Args:
+            open_rows: `prediction.rows.RowFormat.open`.
+            manifest: the entries of a folder's manifest about input and model.
+
+        Raises:
+            InputError: no row could be read. The error file is kept, and there is no output.
+        """
+        folder, size = self.store.new_folder(self.parts), BLOCKS_PER_FILE if self.is_folder else len(self.headers)
+        new, new_errors = folder / f"output{self.kind}", folder / "errors.jsonl"
+        num_problems, first_problem, files = 0, "", list[dict[str, Any]]()
+        with new_errors.open("w", encoding="utf-8", newline="") as errors:
+            for number, first in enumerate(range(0, len(self.headers), size)):
+                num_rows = 0
+                with open_rows(new) as write:
+                    for index in range(first, min(first + size, len(self.headers))):
+                        rows, problems = self._read_block(index)
+                        write(rows)
+                        errors.writelines(problems)
+                        first_problem = first_problem or "".join(problems[:1])
+                        num_rows, num_problems = num_rows + len(rows), num_problems + len(problems)
+                if self.is_folder and self.num_rows:
+                    files.append({"name": f"part-{number:05}{self.kind}", "rows": num_rows})
+                    self.store.put(new, f"{self.name}/{files[-1]['name']}")
+        if self.is_folder:
+            counts = {"rows": sum(file["rows"] for file in files), "problems": num_problems, "parts": files}
+            new.write_text(json.dumps(manifest | counts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if num_problems:
+            self.store.put(new_errors, self.errors)
+        else:
+            self.store.delete(self.errors)
+        if not self.num_rows:
+            self.store.delete_folder(self.parts)
+            raise self._no_rows_error(num_problems, json.loads(first_problem)["problem"])
+        self.store.put(new, self.marker)  # the output itself, or the manifest of a folder
+        self.store.sync(str(Path(self.marker).parent))
+        self.store.delete_folder(self.parts)
+        return num_problems
+
+    def _files(self, ours: bool = True) -> list[str]:
+        """Return the part files of an output folder: ours, or those of other programs, which readers would mix with ours."""
+        names = sorted(self.store.names(self.name)) if self.is_folder else []
+        rows = [name for name in names if name.startswith("part-")]
+        return [f"{self.name}/{name}" for name in rows if ours == bool(re.fullmatch(r"part-\d{5,}\.[a-z.]+", name))]
+
+    def _exists_error(self) -> InputError:
+        return InputError(f"--output {self.name} already exists: give another name, or --overwrite")
+
+    def _no_rows_error(self, num_problems: int, first_problem: str) -> InputError:
+        reasons = f"the first: {first_problem}; all: {self.errors}"
+        remedy = "save it as UTF-8" if "UTF-8" in first_problem else "correct it, or give another --text_column"
+        return InputError(
+            f"none of the {num_problems:,} rows of --input can be read ({reasons}): {remedy}; then --overwrite"
+        )
+
+    def _block_file(self, index: int) -> str:
+        return f"{self.parts}/{block_name(index)}"
+
+    def _write_block(self, block: Block, rows: Rows) -> None:
+        problems = [
+            {"row": block.first + i, "source": record.source, "line": record.line, "problem": record.problem}
+            for i, record in enumerate(block.records)
+            if record.problem is not None
+        ]
+        header = {**self.headers[block.index], "rows": len(rows), "problems": len(problems)}
+        content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (header, *rows, *problems)).encode()
+        new = self.store.new_folder(self.parts) / "part.new"
+        new.write_bytes(f"{hashlib.sha256(content).hexdigest()}\n".encode() + content)
+        self.store.put(new, self._block_file(block.index))
+
+    def _read_block(self, index: int) -> tuple[list[str], list[str]]:
+        """Return the lines of a block's rows, and of its problems. Raise InputError as `write_blocks`."""
+        checksum, _, content = self.store.read(self._block_file(index)).partition(b"\n")
+        if checksum.decode(errors="replace") != hashlib.sha256(content).hexdigest():
+            raise InputError(f"{self._block_file(index)} is damaged: delete it, and run the same command again")
+        first, *lines = content.decode().split("\n")[:-1]  # splitlines also splits at line ends of Unicode in names
+        header, expected = json.loads(first), self.headers[index]
+        changed = [name for name, value in expected["options"].items() if header["options"].get(name) != value]
+        if changed:
+            raise InputError(
+                f"{self.parts} was started with another {', '.join(changed)}: give the same, or --overwrite"
+            )
+        if header["digest"] != expected["digest"]:
+            raise InputError(f"the input changed since {self.parts} was started: give --overwrite to start again")
+        lines = [f"{line}\n" for line in lines]
+        return lines[: header["rows"]], lines[header["rows"] :]
+
+
+def block_name(index: int) -> str:
+    return f"{index:09}.jsonl"

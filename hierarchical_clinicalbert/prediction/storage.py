@@ -1,0 +1,132 @@
+"""Store the files of an output on this machine's disk or in an object store. In both, a file is complete or absent."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from hierarchical_clinicalbert.errors import as_input_error
+from hierarchical_clinicalbert.files import lock
+from hierarchical_clinicalbert.reading.sources import Source
+from hierarchical_clinicalbert.reading.stores import path_of
+
+
+class Disk:
+    """Store files on this machine's disk. Files are flushed before they are renamed, and a lock keeps other processes out."""
+
+    def lock(self, name: str) -> AbstractContextManager[None]:
+        """Lock an output for this process. Raise InputError if it may not be written, or another process has the lock."""
+        # hidden, because a killed run leaves it, and --input 'folder/*' would match it; in an output folder the last part is empty
+        folder, last = os.path.split(name)
+        return lock("--output", name, Path(folder, f".{last}.predict.lock" if last else ".predict.lock"))
+
+    def is_input(self, name: str, sources: Sequence[Source]) -> bool:
+        """Return whether a file is also an input, under any name."""
+        # 0 is standard input, which may be redirected from the output
+        files = [0 if source.path == "-" else source.path for source in sources if source.filesystem is None]
+        return os.path.exists(name) and any(os.path.samefile(name, file) for file in files)
+
+    def exists(self, name: str) -> bool:
+        return os.path.exists(name)
+
+    def names(self, folder: str) -> set[str]:
+        """Return the names of the files in a folder, which need not exist."""
+        return set(os.listdir(folder)) if os.path.isdir(folder) else set()
+
+    def new_folder(self, parts: str) -> Path:
+        """Return the folder for files that are being written."""
+        os.makedirs(parts, exist_ok=True)
+        return Path(parts)
+
+    def read(self, name: str) -> bytes:
+        return Path(name).read_bytes()
+
+    def put(self, new: Path, name: str) -> None:
+        """Rename a complete file to its final name."""
+        os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+        flush_to_disk(new)
+        new.replace(name)
+
+    def sync(self, folder: str) -> None:
+        """Flush the names in a folder to disk."""
+        flush_to_disk(Path(folder))
+
+    def delete(self, name: str) -> None:
+        Path(name).unlink(missing_ok=True)
+
+    def delete_folder(self, folder: str) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Flush a file, or the names in a folder, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Bucket:
+    """Store files in an object store, whose objects appear when their upload is complete. Names are URLs without a query.
+
+    There is no lock. If two processes write one output with different options, `prediction.output` refuses the other's blocks.
+    """
+
+    def __init__(self, filesystem: Any):
+        self._filesystem = filesystem
+        self._new = tempfile.TemporaryDirectory()
+
+    @contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Check that objects can be written and deleted, or raise InputError."""
+        probe = Path(self._new.name) / "probe"
+        probe.write_bytes(b"")
+        self.put(probe, f"{name}.probe")
+        self.delete(f"{name}.probe")
+        yield
+
+    def is_input(self, name: str, sources: Sequence[Source]) -> bool:
+        return any(source.path == name for source in sources)
+
+    def exists(self, name: str) -> bool:
+        with as_input_error(f"--output {name}"):
+            return self._filesystem.get_file_info(path_of(name)).is_file
+
+    def names(self, folder: str) -> set[str]:
+        from pyarrow.fs import FileSelector
+
+        with as_input_error(f"--output {folder}"):
+            infos = self._filesystem.get_file_info(FileSelector(path_of(folder), allow_not_found=True))
+        return {info.base_name for info in infos if info.is_file}
+
+    def new_folder(self, parts: str) -> Path:
+        return Path(self._new.name)
+
+    def read(self, name: str) -> bytes:
+        with as_input_error(f"cannot read {name}"), self._filesystem.open_input_stream(path_of(name)) as stream:
+            return stream.read()
+
+    def put(self, new: Path, name: str) -> None:
+        from pyarrow.fs import LocalFileSystem, copy_files
+
+        # one call, which Ctrl+C does not interrupt: closing a stream early would store a partial object
+        with as_input_error(f"--output {name}"):
+            copy_files(str(new), path_of(name), LocalFileSystem(), self._filesystem, chunk_size=2**23)
+        new.unlink()
+
+    def sync(self, folder: str) -> None:
+        pass  # a visible object is already stored
+
+    def delete(self, name: str) -> None:
+        if self.exists(name):
+            with as_input_error(f"--output {name}"):
+                self._filesystem.delete_file(path_of(name))
+
+    def delete_folder(self, folder: str) -> None:
+        if self.names(folder):
+            with as_input_error(f"--output {folder}"):
+                self._filesystem.delete_dir(path_of(folder))

@@ -1,0 +1,376 @@
+"""Write the model card: collect a run's facts, and render card.md.jinja as README.md of a checkpoint.
+
+The parts that differ between the two forms of label are in card.<problem_type>.md.jinja.
+
+Worth knowing:
+
+1. The Hub reads the front matter. It holds the results as `EvalResult`s, with the numbers of metrics.json.
+2. Names of classes, columns and files are user text, which `escape` makes harmless. Files and folders are shown by name, without their path.
+3. A card ends in a comment with its hash (`sign`), which tells whether a person has edited it since.
+4. A card is written before the id on the Hub is final. `update_for_publishing` replaces the id, and keeps edits made by hand.
+"""
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from itertools import count
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jinja2
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from configuration_hierarchical import MULTI_LABEL, SINGLE_LABEL, HierarchicalConfig
+from decisions_hierarchical import threshold_index
+from hierarchical_clinicalbert.checkpoint_files import encoder_on_hub
+
+logger = logging.getLogger(__name__)
+
+TEMPLATE = Path(__file__).parent / "card.md.jinja"
+TRAINING_SETTINGS = (
+    *("learning_rate", "heads_learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "optim", "weight_decay", "label_smoothing_factor"),
+    *("load_best_model_at_end", "seed"),
+)
+NOT_SHOWN = ("model_name_or_path", "model_revision")  # a sentence names the encoder
+ONE_PATH_METRICS = {  # name in metrics.json, without its prefix: (type on the Hub, title in the card)
+    "accuracy": ("accuracy", "accuracy"),
+    "any_label_accuracy": ("accuracy", "accuracy, counting any label of a repeated text as correct"),
+    "macro_f1": ("f1", "macro F1"),
+    "weighted_f1": ("f1", "weighted F1"),
+    "hierarchical_precision": ("precision", "hierarchical precision"),
+    "hierarchical_recall": ("recall", "hierarchical recall"),
+    "hierarchical_f1": ("f1", "hierarchical F1"),
+    "log_loss": ("log_loss", "log loss (nats)"),
+    "ece": ("ece", "expected calibration error"),
+    "ece_by_chance": ("ece", "expected calibration error if perfectly calibrated"),
+}
+MANY_NODES_METRICS = {
+    "micro_f1": ("f1", "micro F1"),
+    "macro_f1": ("f1", "macro F1"),
+    "leaf_micro_f1": ("f1", "micro F1 of the leaves"),
+    "leaf_macro_f1": ("f1", "macro F1 of the leaves"),
+    "example_f1": ("f1", "example-based F1"),
+    "mean_average_precision": ("mean_average_precision", "mean average precision"),
+    "log_loss": ("log_loss", "log loss of a node (nats)"),
+    "ece": ("ece", "expected calibration error"),
+    "ece_by_chance": ("ece", "expected calibration error if perfectly calibrated"),
+}
+# the metrics, those of each level, and the titles of plots of a split by name
+FORMS: dict[str, tuple[dict[str, tuple[str, str]], tuple[str, ...], dict[str, str]]] = {
+    SINGLE_LABEL: (
+        ONE_PATH_METRICS,
+        ("accuracy", "macro_f1", "ece", "ece_by_chance"),
+        {"confusion_matrix_level_{level}": "Confusion matrix of the {split} rows, level {level}"},
+    ),
+    MULTI_LABEL: (
+        MANY_NODES_METRICS,
+        ("micro_f1",),
+        {
+            "f1_by_frequency": "F1 of each node over its number of {split} texts",
+            "precision_recall": "Precision and recall of the {split} rows over all thresholds",
+        },
+    ),
+}
+PLOTS = {
+    "reliability_diagram": "Reliability diagram of the {split} rows",
+    "reliability_diagram_uncalibrated": "The same before calibration",
+}
+COMPARED = "accuracy|micro_f1|macro_f1|hierarchical_f1|mean_average_precision"  # between stages of training
+HUB_METRICS = ("accuracy", "f1", "precision", "recall")  # the types that hf.co/metrics lists
+PREFIXES = {"validation": "eval", "test": "test"}
+NODES_SHOWN = 200  # in the drawn taxonomy
+
+EXAMPLE = "Colonoscopy was performed in 120 patients with suspected inflammatory bowel disease."
+MEASURED_TARGET = 0.9  # coverage or recall of the answers in metrics.json
+SIGNATURE = "\n<!-- sha256 of the text above as it was generated: {} -->\n"
+LICENCE = "apache-2.0"  # of the weights, as an identifier of the Hub
+MODEL_PLACEHOLDER = "your-name/your-model"
+PLACEHOLDER_NOTE = f"`{MODEL_PLACEHOLDER}` stands for the model's id on the Hub; the checkpoint's folder works too."
+ADAPTER_SENTENCE = (
+    "The repository holds the heads and a PEFT adapter (`adapter/`), which is added to the encoder as it is loaded. The\n"
+    "encoder is downloaded from its own repository, at the revision named below."
+)
+LOCAL_ADAPTER_SENTENCE = (
+    "The checkpoint holds the heads and a PEFT adapter (`adapter/`), which is added to the encoder as it is loaded. The\n"
+    "encoder came from a folder, not from the Hub: the checkpoint loads only where that folder is."
+)
+WHOLE_MODEL_SENTENCE = "The repository holds the whole model, with the encoder's weights."
+
+
+def write(
+    folder: Path,
+    config: HierarchicalConfig,
+    settings: dict[str, Any],
+    data_report: dict[str, Any],
+    metrics: dict[str, Any],
+    model_id: str | None = None,
+) -> None:
+    """Write README.md into a checkpoint's folder, which may also hold plots. A card that a person wrote or edited is renamed.
+
+    Args:
+        settings: the flags of the run.
+        data_report, metrics: content of data_report.json and metrics.json. There are no metrics before the end of a run.
+        model_id: id on the Hub; None for a placeholder in the snippets.
+    """
+    facts = collect_facts(folder, config, settings, data_report, metrics)
+    facts |= {"model_id": model_id or MODEL_PLACEHOLDER, "licence": LICENCE}
+    facts["placeholder_note"] = "" if model_id else PLACEHOLDER_NOTE
+    facts |= {"escape": escape, "table": table, "count": "{:,}".format, "score": format_score, "example": EXAMPLE}
+    card = ModelCard.from_template(metadata(facts), template_path=str(TEMPLATE), **facts)
+    keep_edited(folder)
+    (folder / "README.md").write_text(sign(f"{str(card).rstrip()}\n"), encoding="utf-8")
+
+
+def sign(text: str) -> str:
+    """Append a comment with the hash of a card, which the Hub does not show."""
+    return text + SIGNATURE.format(hashlib.sha256(text.encode()).hexdigest())
+
+
+def unsigned(text: str) -> str:
+    """Return a card without the comment of `sign`."""
+    return re.sub(SIGNATURE.format("[0-9a-f]{64}"), "", text)
+
+
+def is_edited(text: str) -> bool:
+    """Return whether a person has written or edited a card."""
+    return sign(unsigned(text)) != text
+
+
+def keep_edited(folder: Path) -> None:
+    """Rename README.md to ``README.edited-N.md`` if a person has written or edited it, so that it can be replaced."""
+    readme = folder / "README.md"
+    if not readme.is_file():
+        return
+    if is_edited(readme.read_text(encoding="utf-8", errors="replace")):
+        kept = next(file for i in count(1) if not (file := folder / f"README.edited-{i}.md").exists())
+        readme.rename(kept)
+        logger.warning("%s was written or edited by hand: kept as %s", readme, kept.name)
+
+
+def update_for_publishing(text: str, model_id: str, merged: bool = False) -> str:
+    """Replace the model's id in a card's metadata and snippets, and keep edits made by hand.
+
+    Args:
+        merged: whether to describe the merged model in place of the adapter.
+
+    Raises:
+        ValueError, yaml.YAMLError: the metadata cannot be read.
+    """
+    edited = is_edited(text)
+    card = ModelCard(text if edited else unsigned(text))
+    old_id = card.data.model_name or MODEL_PLACEHOLDER
+    if card.data.model_name:
+        card.data.model_name = model_id
+    if merged and card.data.get("base_model_relation") == "adapter":
+        card.data.base_model_relation = "finetune"  # "merge" on the Hub means several models in one
+    replacements = {f'"{old_id}"': f'"{model_id}"', f"{PLACEHOLDER_NOTE}\n\n": ""}
+    if merged:
+        replacements |= dict.fromkeys((ADAPTER_SENTENCE, LOCAL_ADAPTER_SENTENCE), WHOLE_MODEL_SENTENCE)
+    for before, after in replacements.items():
+        card.text = card.text.replace(before, after)
+    renamed = str(card) if card.data.to_dict() else card.text
+    return renamed if edited else sign(renamed)
+
+
+# ── Facts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def collect_facts(
+    folder: Path, config: HierarchicalConfig, settings: dict[str, Any], report: dict[str, Any], metrics: dict[str, Any]
+) -> dict[str, Any]:
+    """Collect the template's variables."""
+    tree, calibration, splits = config.tree, config.calibration, report["splits"]
+    parts_template = TEMPLATE.with_name(f"card.{config.problem_type}.md.jinja")
+
+    # ── Model and training ───────────────────────────────────────────────────────────────────────────────────────────
+    local = encoder_on_hub(config) is None
+    adapter = LOCAL_ADAPTER_SENTENCE if local else ADAPTER_SENTENCE
+    drawn = tree.draw().split("\n")
+    start = settings.get("model_name_or_path")
+    shown = {name: value for name, value in settings.items() if value is not None and name not in NOT_SHOWN}
+    facts = {
+        "config": config,
+        "settings": settings,
+        "report": report,
+        "metrics": metrics,
+        "tree": tree,
+        "encoder": None if local else config.encoder_name_or_path,
+        "form": adapter if config.adapter_subfolder else WHOLE_MODEL_SENTENCE,
+        "drawn": "\n".join(drawn[:NODES_SHOWN]),
+        "hidden_nodes": len(drawn) - NODES_SHOWN,
+        "fence": "`" * max(3, 1 + max(map(len, re.findall("`+", "\n".join(drawn))), default=0)),
+        "parts_template": jinja2.Template(parts_template.read_text(encoding="utf-8")),
+        "offers_sets": (calibration.set_thresholds or [None] * 99)[threshold_index(MEASURED_TARGET)] is not None,
+        "continued": start and config.encoder_name_or_path not in (start, str(Path(start).resolve()), Path(start).name),
+        "settings_shown": {name: format_setting(value) for name, value in shown.items()},
+    }
+
+    # ── Data ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+    origin, before, united = report["taxonomy"], report["trained_before"], report.get("united_rows", {})
+    conflicting = {split: counts.get("conflicting_texts", 0) for split, counts in splits.items()}
+    facts |= {
+        "sources": [{**source, "name": source_name(source)} for source in report["sources"]],
+        "taxonomy_source": f"from {Path(origin[5:]).name}" if origin.startswith("from ") else origin,
+        "moved": " and ".join(f"{rows:,} {split} rows" for split, rows in before["moved"].items() if rows),
+        "united": " and ".join(f"{rows:,} {split} rows" for split, rows in united.items() if rows),
+        "conflicting": ", ".join(f"{texts:,} {split}" for split, texts in conflicting.items() if texts),
+    }
+
+    # ── Results ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    names = metric_names(config)
+    scores = {
+        split: {name: metrics[f"{prefix}_{name}"] for name in names if f"{prefix}_{name}" in metrics}
+        for split, prefix in PREFIXES.items()
+        if f"{prefix}_log_loss" in metrics
+    }
+    best_split = "test" if "test" in scores else "validation"
+    classes = sorted(metrics.get("per_class", []), key=lambda row: -row["support"])
+    leaf_rows = sum(row["support"] for row in classes) if "accuracy" in names else 0
+    titles = {f"{prefix}_{name}": f"{split} {names[name][1]}" for split, prefix in PREFIXES.items() for name in names}
+    return facts | {
+        "scores": scores,
+        "names": names,
+        "unverified": before["scores"] == "unverified",
+        "best_split": best_split,
+        "scored_rows": ", ".join(f"{splits[split]['rows']:,} {split} rows" for split in scores),
+        "leaf_rows": leaf_rows if leaf_rows and leaf_rows != splits[best_split]["rows"] else 0,
+        "score_rows": [
+            [title, *(format_score(values.get(name)) for values in scores.values())]
+            for name, (_, title) in names.items()
+            if any(name in values for values in scores.values())
+        ],
+        "intervals": "; ".join(
+            f"{titles[name]} {format_score(low)} – {format_score(high)}"
+            for name, (low, high) in metrics.get("intervals", {}).items()
+        ),
+        "classes": classes,
+        "thresholds": [pick(calibration.thresholds) for pick in (min, median, max)] if calibration.thresholds else [],
+        "measured_sets": any(name.startswith("test_answer_") for name in metrics),
+        "quantized_rows": quantized_rows(metrics, titles),
+        "uncalibrated": any(name.startswith("uncalibrated_") for name in metrics),
+        "calibration_rows": calibration_rows(metrics, titles),
+        "plots": {
+            name: title.format(split=best_split, level=k)
+            for pattern, title in (FORMS[config.problem_type][2] | PLOTS).items()
+            for k in range(1, tree.depth + 1)
+            if (folder / "plots" / f"{(name := pattern.format(level=k))}.png").is_file()
+        },
+    }
+
+
+def metric_names(config: HierarchicalConfig) -> dict[str, tuple[str, str]]:
+    """Return the metrics of a form of label, with those of each level."""
+    metrics, of_level, _ = FORMS[config.problem_type]
+    levels = {
+        f"level_{k}_{name}": (metrics[name][0], f"level {k} {metrics[name][1]}")
+        for k in range(1, config.tree.depth + 1)
+        for name in of_level
+    }
+    return metrics | levels
+
+
+def source_name(source: dict[str, Any]) -> str:
+    """Return the id of a data set on the Hub, or the name of a file or folder without its path, on one line."""
+    return source["dataset"] or " ".join(Path(source["name"]).name.split())
+
+
+def format_setting(setting: Any) -> str:
+    """Format a setting as text. A path is reduced to its last part."""
+    setting = getattr(setting, "value", setting)  # transformers has enums
+    if isinstance(setting, (list, tuple)):
+        return ", ".join(map(format_setting, setting))
+    if isinstance(setting, str) and Path(setting).is_absolute():
+        return Path(setting).name
+    return f"{setting:g}" if isinstance(setting, float) else str(setting)
+
+
+def quantized_rows(metrics: dict[str, Any], titles: dict[str, str]) -> list[list[str]]:
+    """Compare scores over the quantized encoder in training with scores over the encoder in full precision."""
+    rows = []
+    for name, title in titles.items():
+        trained, full = metrics.get(f"quantized_{name}"), metrics.get(f"uncalibrated_{name}", metrics.get(name))
+        compared = re.fullmatch(rf"(eval|test)_({COMPARED}|log_loss)", name)
+        if compared and trained is not None and full is not None:
+            rows.append([title, format_score(trained), format_score(full), f"{full - trained:+.4f}"])
+    return rows
+
+
+def calibration_rows(metrics: dict[str, Any], titles: dict[str, str]) -> list[list[str]]:
+    """Compare scores before and after calibration, and without the lexical head if there is one."""
+    steps, compared = ["uncalibrated_"], rf"(eval|test)_({COMPARED}|log_loss|(level_\d+_)?ece)"
+    if metrics.get("lexical_weight"):
+        steps.append("without_lexical_head_")
+    return [
+        [title, *(format_score(metrics.get(f"{step}{name}")) for step in (*steps, ""))]
+        for name, title in titles.items()
+        if re.fullmatch(compared, name) and name in metrics and f"uncalibrated_{name}" in metrics
+    ]
+
+
+# ── Metadata ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def metadata(facts: dict[str, Any]) -> ModelCardData:
+    """Build the front matter, see https://github.com/huggingface/hub-docs/blob/main/modelcard.md."""
+    encoder, results = facts["encoder"], eval_results(facts)
+    datasets = [source["dataset"] for source in facts["report"]["sources"]]
+    lora = ["lora"] if facts["settings"].get("tuning") == "lora" else []
+    relation = "adapter" if facts["config"].adapter_subfolder else "finetune"
+    types = {result.metric_type for result in results}
+    return ModelCardData(
+        license=facts["licence"],
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        tags=["hierarchical-text-classification", "medical", "clinical", *lora],
+        base_model=encoder,
+        base_model_relation=relation if encoder else None,
+        datasets=list(dict.fromkeys(filter(None, datasets))) or None,
+        metrics=[name for name in HUB_METRICS if name in types] or None,
+        eval_results=results or None,
+        model_name=facts["model_id"],
+        widget=[{"text": EXAMPLE}],
+    )
+
+
+def eval_results(facts: dict[str, Any]) -> list[EvalResult]:
+    """Build the entries of ``model-index``. Each names the source of its split, or of the rows that the split was taken from."""
+    sources = {source["split"]: source for source in facts["report"]["sources"]}
+    results = []
+    for split, values in facts["scores"].items():
+        source = sources.get(split) or sources.get("all") or sources["train"]
+        results += [
+            EvalResult(
+                task_type="text-classification",
+                dataset_type=source["dataset"] or "unknown",
+                dataset_name=source_name(source),
+                dataset_split=split,
+                metric_type=facts["names"][metric][0],
+                metric_name=f"{metric} (unverified)" if facts["unverified"] else metric,
+                metric_value=value,
+            )
+            for metric, value in values.items()
+            if not metric.endswith("_by_chance")  # a property of the sample, not of the model
+        ]
+    return results
+
+
+# ── Markdown ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Format a Markdown table, with any text in its cells. The columns after the first hold numbers."""
+    lines = [map(escape, header), ["---"] + ["---:"] * (len(header) - 1), *(map(escape, row) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def escape(text: str) -> str:
+    """Replace characters with a meaning in Markdown or HTML by numeric entities, and put the text on one line."""
+    special = r"[\\`*\[\]<>|&$~#!]|(?<![^\W_])_|_(?![^\W_])"  # an underscore inside a word has no meaning
+    return re.sub(special, lambda matched: f"&#{ord(matched[0])};", " ".join(text.split()))
+
+
+def format_score(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

@@ -1,0 +1,97 @@
+"""Find the column of texts or labels."""
+
+import json
+import math
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from hierarchical_clinicalbert.reading.rows import InputError, looks_like_name, quote_name
+
+TEXT_COLUMNS = ("medical_abstract", "abstract", "text", "sentence", "content", "document", "body")
+LABEL_COLUMNS = ("condition_label", "label", "labels", "category", "class", "condition_name")
+MAX_LISTED = 20
+MIN_SHARE = 0.5  # of the rows that must have a column, for a candidate name to match it
+
+
+def find_column(columns: Mapping[str, float], requested: str | None, candidates: Sequence[str]) -> str | None:
+    """Return the name of the requested column, or None if it is missing.
+
+    Args:
+        columns: `Rows.columns`.
+        requested: a name that must match exactly, up to Unicode normalization. None to search for the candidates.
+        candidates: names in order of preference, without regard to case and surrounding white space.
+    """
+    if requested in columns:
+        return requested
+    if requested is not None:  # an accent may be a character of its own, as in files from macOS
+        composed = {unicodedata.normalize("NFC", column): column for column in columns}
+        return composed.get(unicodedata.normalize("NFC", requested))
+    common = [column for column, share in columns.items() if share >= MIN_SHARE]
+    by_name = {column.strip().casefold(): column for column in reversed(common)} | {column: column for column in common}
+    return next((by_name[name] for name in candidates if name in by_name), None)
+
+
+def choose_columns(
+    sources: Mapping[str, Mapping[str, float]], requested: str | None, candidates: Sequence[str], flag: str
+) -> list[str]:
+    """Return one column for each source: the requested one, or the first candidate that all sources have.
+
+    Args:
+        sources: `Rows.columns` of each source, by name.
+        flag: the flag that requests a column, for messages.
+
+    Raises:
+        InputError: a source lacks the column.
+    """
+    for candidate in candidates if requested is None else [requested]:
+        matches = [find_column(columns, requested, [candidate]) for columns in sources.values()]
+        chosen = [column for column in matches if column is not None]
+        if len(chosen) == len(sources):
+            return chosen
+    for name, columns in sources.items():
+        if not columns:
+            raise InputError(f"{name} is empty: it has no columns")
+        if find_column(columns, requested, candidates) is not None:
+            continue
+        if requested is not None:
+            raise InputError(f"{name} has no column {quote_name(requested)} ({flag}); it has {listed(columns)}")
+        if rare := find_column(dict.fromkeys(columns, 1.0), None, candidates):
+            raise InputError(f"{name}: fewer than half of the first rows have {quote_name(rare)}; give {flag} {rare}")
+        raise InputError(
+            f"{name}: no column is called {', '.join(candidates)}; give {flag}: there are {listed(columns)}"
+        )
+    raise InputError(f"{', '.join(sources)} have no column in common for {flag}: rename it in one of them")
+
+
+def join_labels(labels: Iterable[str]) -> str:
+    """Join labels by ``; ``, as ``train.py --label_delimiter ";"`` reads a cell. If a label contains ``;``, make a JSON list."""
+    labels = list(labels)
+    return json.dumps(labels, ensure_ascii=False) if any(";" in label for label in labels) else "; ".join(labels)
+
+
+def text_problem(value: Any) -> str | None:
+    """Return why a value cannot be classified as a text, or None."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "the text is missing"
+    if not isinstance(value, str):
+        return f"the value is not text but {type(value).__name__}"
+    return "the text is empty" if is_blank(value) else None
+
+
+def is_blank(text: str) -> bool:
+    """Return whether a text has no readable character.
+
+    Unreadable are spaces, control and format characters, combining accents, and U+FFFD, which replaces lost characters.
+    """
+    return all(character == "\ufffd" or unicodedata.category(character)[0] in "CMZ" for character in text)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Format column names for a message: the first `MAX_LISTED`, or none if one of them looks like a text."""
+    names = list(names)
+    text = next((name for name in names if not looks_like_name(name)), None)
+    if text is not None:
+        return f"{len(names):,} columns that are not shown, as one is called {quote_name(text)}: is the header missing?"
+    rest = f", and {len(names) - MAX_LISTED:,} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(map(quote_name, names[:MAX_LISTED])) + rest

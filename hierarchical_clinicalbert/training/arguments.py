@@ -1,0 +1,317 @@
+"""Define, parse and check the flags of train.py."""
+
+import argparse
+import inspect
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
+
+import torch
+from accelerate.utils import parse_flag_from_env
+from transformers import EvalPrediction, HfArgumentParser, SchedulerType, TrainingArguments
+from transformers.hf_argparser import string_to_bool
+from transformers.trainer_utils import SaveStrategy
+
+from configuration_hierarchical import DEFAULT_ENCODER, DEFAULT_ENCODER_REVISION
+from hierarchical_clinicalbert.checkpoint_files import is_local
+from hierarchical_clinicalbert.data.arguments import DataArguments, flag
+from hierarchical_clinicalbert.errors import InputError, is_own_bug, one_line, refuse_undecodable
+from hierarchical_clinicalbert.machine import has_bf16
+from hierarchical_clinicalbert.training.recipe import insert_recipe, nearest
+
+if TYPE_CHECKING:
+    from hierarchical_clinicalbert.evaluation.forms import Form
+
+logger = logging.getLogger(__name__)
+
+ComputeMetrics = Callable[[EvalPrediction], dict[str, float]]
+FEW_ROWS = 32  # training rows per class, on average, below which heads start from prototypes
+
+
+# ruff: noqa: RUF009 - `flag` returns a dataclass field
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = flag(DEFAULT_ENCODER, "Encoder, or checkpoint to continue: a Hub id or a folder.")
+    model_revision: str | None = flag(None, "Commit, tag or branch on the Hub. The checkpoint records the commit.")
+    quantization: Literal["none", "8bit", "4bit"] | None = flag(
+        None, "Precision of the frozen weights. Default: 4bit with LoRA, else none."
+    )
+    tuning: Literal["lora", "full"] = flag("lora", "lora trains an adapter and the heads, full trains every weight.")
+    lora_r: int = flag(16, "Rank of the adapter.")
+    lora_alpha: int = flag(32, "The adapter's output is scaled by lora_alpha / lora_r.")
+    lora_dropout: float = flag(0.0, "Dropout on the adapter's input.")
+    lora_target_modules: list[str] = flag(["all-linear"], "Names of the adapted layers, such as query value.")
+    pooling: Literal["mean", "cls", "label_attention"] = flag(
+        "mean",
+        "mean: of the token vectors; cls: the first token's vector; label_attention: a weighted mean for each node.",
+    )
+    heads_init: Literal["prototypes", "random"] | None = flag(
+        None, f"Initial heads. Default: prototypes, from texts and class names, below {FEW_ROWS} rows per class."
+    )
+    contrastive_steps: int = flag(0, "Steps of supervised contrastive training, before new heads are initialised.")
+    lexical_head: bool | None = flag(None, "Add a linear classifier over the tokens. Default: true up to 2^24 weights.")
+
+
+@dataclass
+class LossArguments:
+    """Flags of `training.losses` and `training.views`. The loss also uses ``--label_smoothing_factor``."""
+
+    focal_gamma: float = flag(0.0, "Exponent of (1 - p) in the focal loss. 0: cross-entropy.")
+    class_weighting: Literal["none", "balanced"] = flag(
+        "none", "balanced: more weight for the rarer outcomes of each decision."
+    )
+    consistency: float = flag(0.0, "Weight of the consistency loss between two halves of each text. 0: whole texts.")
+
+
+@dataclass
+class HierarchicalTrainingArguments(TrainingArguments):
+    """TrainingArguments of transformers, with defaults for this task."""
+
+    output_dir: str = flag("results", "Folder for the checkpoint.")
+    resume_from_checkpoint: str | None = flag(None, "Checkpoint to resume from, or auto: the last one in --output_dir.")
+    overwrite_output_dir: bool = flag(False, "Overwrite the folder's run: training deletes its checkpoints and scores.")
+    do_train: bool | None = flag(None, "Train. Default: yes, unless --do_eval or --do_predict is given.")
+    do_eval: bool | None = flag(None, "Score the validation rows at the end; calibrate after training. Default: yes.")
+    do_predict: bool | None = flag(None, "Score the test rows. Default: yes.")
+    num_train_epochs: float = flag(5.0, "Number of passes over the training rows.")
+    per_device_train_batch_size: int = flag(16, "Texts per device and step.")
+    per_device_eval_batch_size: int = flag(32, "Texts per device and step in evaluation.")
+    learning_rate: float = flag(6e-4, "Peak learning rate of the encoder or its adapter.")
+    heads_learning_rate: float | None = flag(None, "Peak learning rate of the heads. Default: --learning_rate.")
+    weight_decay: float = flag(0.01, "Weight decay.")
+    warmup_steps: float = flag(0.1, "Number of warm-up steps, or, below 1, their share of all steps.")
+    lr_scheduler_type: str = flag("cosine", "Schedule of the learning rate.")
+    eval_strategy: str = flag("epoch", "When to evaluate.")
+    save_strategy: str = flag("epoch", "When to save.")
+    # the Trainer's filter waits for the GPU at every step, and logs earlier losses in place of one that is not finite
+    logging_nan_inf_filter: bool = flag(False, "No effect: a loss that is not finite ends the run.")
+    save_total_limit: int | None = flag(2, "Number of checkpoints to keep.")
+    load_best_model_at_end: bool = flag(True, "Load the best checkpoint at the end.")
+    metric_for_best_model: str | None = flag("macro_f1", "Metric that selects the best checkpoint.")
+    restore_callback_states_from_checkpoint: bool = flag(True, "Resume with the saved count for early stopping.")
+    early_stopping_patience: int | None = flag(
+        2, "Stop after this many evaluations without improvement, with --load_best_model_at_end. 0: never."
+    )
+    train_sampling_strategy: str = flag(
+        "group_by_length",
+        "Order of the training rows. group_by_length reduces padding.",
+        choices=["random", "sequential", "group_by_length", "batch_rebalance"],
+    )
+    report_to: list[str] = flag(["none"], "Services to log to: tensorboard, trackio, ...")
+    logging_steps: float = flag(10, "Number of steps between log lines, or, below 1, their share of all steps.")
+    bf16: bool | None = flag(None, "bfloat16 autocast. Default: as given to accelerate launch, else true if native.")
+
+    def __post_init__(self):
+        if not (torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()):
+            self.use_cpu = True
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if precision not in ("no", "fp16", "bf16"):
+            raise InputError(f"accelerate launch --mixed_precision {precision} is not supported: use no, bf16 or fp16")
+        if self.bf16 is None:
+            if precision == "no" and has_bf16(self.use_cpu):
+                precision = "bf16"
+            elif precision == "no" and torch.cuda.is_available() and not self.use_cpu:
+                precision = "fp16"
+            self.bf16 = precision == "bf16" and not self.fp16
+            self.fp16 = self.fp16 or precision == "fp16"
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("ece"):
+            self.greater_is_better = False  # transformers assumes that a metric other than a loss is better if greater
+        do_eval = self.do_eval
+        super().__post_init__()
+        # transformers sets do_eval if it evaluates during training; here it asks for scores at the end
+        self.do_eval = do_eval
+        if self.do_train is None:
+            self.do_train = not (self.do_eval or self.do_predict)
+        # the Trainer would otherwise prefer the launcher's precision to an explicit --bf16 false
+        self.mixed_precision = "no" if self.precision == "fp32" else self.precision
+
+    @property
+    def precision(self) -> str:
+        """Type of matrix products: bf16, fp16 or fp32."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
+
+
+class Arguments(NamedTuple):
+    model: ModelArguments
+    data: DataArguments
+    loss: LossArguments
+    training: HierarchicalTrainingArguments
+
+
+# Intervals: a bracket includes the bound, a parenthesis excludes it.
+RANGES = {
+    **dict.fromkeys(("lora_r", "lora_alpha", "per_device_train_batch_size", "per_device_eval_batch_size"), "[1, inf)"),
+    **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps", "save_total_limit"), "[1, inf)"),
+    **dict.fromkeys(("lora_dropout", "label_smoothing_factor"), "[0, 1)"),
+    **dict.fromkeys(("learning_rate", "heads_learning_rate", "num_train_epochs"), "(0, inf)"),
+    **dict.fromkeys(("focal_gamma", "consistency", "weight_decay", "max_grad_norm"), "[0, inf)"),
+    **dict.fromkeys(("early_stopping_patience", "dataloader_num_workers", "neftune_noise_alpha"), "[0, inf)"),
+    "contrastive_steps": "[0, inf)",
+    "dataloader_prefetch_factor": "[1, inf)",
+    **dict.fromkeys(("seed", "data_seed"), "[0, 4294967296)"),
+    "max_length": "[8, inf)",
+}
+# Flags of transformers that would drop rows from the scores, change the scored model, or remove the scores.
+FIXED_FLAGS = {
+    **dict.fromkeys(("batch_eval_metrics", "dataloader_drop_last", "prediction_loss_only"), False),
+    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), False),
+    **dict.fromkeys(("eval_do_concat_batches", "remove_unused_columns"), True),
+    "label_names": None,
+}
+COMPILE_MODES = ("default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of torch.compile
+METRIC_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # they follow the evaluation metric
+
+
+def parse(argv: list[str]) -> Arguments:
+    """Parse ``[recipe.yaml] [--flag value …]``, or raise InputError."""
+    # ── Parser: a bare switch means true, an error is one line ───────────────────────────────────────────────────────
+    classes, usage = [*Arguments.__annotations__.values()], "train.py [recipe.yaml] [--flag value ...]"
+    parser = HfArgumentParser(classes, prog="train.py", usage=usage, allow_abbrev=False, formatter_class=HelpFormatter)
+    for action in parser._actions:
+        if action.type is string_to_bool:
+            action.nargs, action.const = "?", True
+        if action.dest in FIXED_FLAGS:
+            action.help = argparse.SUPPRESS
+    parser.error = raise_parser_error  # argparse prints the usage of all 150 flags
+
+    # ── Arguments: flags override the recipe ─────────────────────────────────────────────────────────────────────────
+    if argv and not argv[0].startswith("-"):
+        argv = insert_recipe(argv, {action.dest: action for action in parser._actions})
+    for word in argv:
+        name = word.split("=")[0]
+        if word.startswith("--") and name not in parser._option_string_actions:
+            raise InputError(f"unknown flag {name}; {nearest(name, parser._option_string_actions)}")
+    try:
+        *parsed, rest = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        if is_own_bug(error):
+            raise
+        raise InputError(one_line(error)) from error
+    if rest:
+        raise InputError(f"unexpected words on the command line: {' '.join(rest)}")
+
+    # ── Checks, then defaults that depend on other flags ─────────────────────────────────────────────────────────────
+    arguments = Arguments(*parsed)
+    check_values(arguments)
+    model, data, _, training = arguments
+    if model.quantization is None:
+        model.quantization = "4bit" if model.tuning == "lora" else "none"
+    if is_local(model.model_name_or_path):
+        if model.model_revision is not None:
+            problem = f"does not apply to the folder {model.model_name_or_path}"
+            raise InputError(f"--model_revision {model.model_revision} {problem}")
+    elif model.model_name_or_path == DEFAULT_ENCODER and model.model_revision is None:
+        model.model_revision = DEFAULT_ENCODER_REVISION
+    if training.do_train and data.max_length is None:
+        data.max_length = 512
+    if not training.do_train:
+        data.validation_size = data.test_size = 0  # without training, the rows of a training file are not scored
+    return arguments
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show defaults, but not None: the help of such a flag says what it means."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def raise_parser_error(message: str) -> NoReturn:
+    """Raise the message of argparse as an InputError, with one spelling of the flag."""
+    raise InputError(re.sub(r"^argument (--\w+)(/--[\w-]+)?: ", r"\1: ", message))
+
+
+def check_values(arguments: Arguments) -> None:
+    """Raise InputError for a value that would fail only after hours, or be silently misread."""
+    # ── Single values ────────────────────────────────────────────────────────────────────────────────────────────────
+    values = {name: value for part in arguments for name, value in vars(part).items()}
+    refuse_undecodable(values)
+    for name, interval in RANGES.items():
+        value, (low, high) = values[name], map(float, interval[1:-1].split(","))
+        if value is not None and not (low < value < high or (value == low and interval[0] == "[")):
+            lower = "at least" if interval[0] == "[" else "more than"
+            upper = "" if high == float("inf") else f" and below {high:,.0f}"
+            raise InputError(f"--{name} must be {lower} {low:,.0f}{upper}, not {value}")
+    for name, default in FIXED_FLAGS.items():
+        if values[name] not in (default, None):
+            raise InputError(f"--{name} is not supported: it would change which rows are scored, or the scored model")
+
+    # ── Other problems, and whether they occur ───────────────────────────────────────────────────────────────────────
+    model, data, _, training = arguments
+    by_steps = training.eval_strategy == training.save_strategy == "steps"
+    torch_arguments = inspect.signature(torch.utils.checkpoint.checkpoint).parameters
+    checkpoint_kwargs = {*torch_arguments, "every_n_layers", "offload"}
+    optim_args = (training.optim_args or "").replace(" ", "")
+    columns, delimiter = data.label_column or [], data.label_delimiter
+    fsdp = training.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    problems = {
+        "--tuning full trains every weight, and quantized weights cannot be trained: use --quantization none": (
+            model.tuning == "full" and model.quantization not in (None, "none")
+        ),
+        "--load_best_model_at_end needs a save at every evaluation: give the same --eval_steps and --save_steps": (
+            training.load_best_model_at_end and by_steps and training.eval_steps != training.save_steps
+        ),
+        "--activation_checkpointing_kwargs has an unknown name: give arguments of torch's checkpoint, every_n_layers, offload": (
+            not checkpoint_kwargs >= {*(training.activation_checkpointing_kwargs or {})}
+        ),
+        f"--optim_args must be name=value pairs, separated by commas, not {optim_args!r}": (
+            re.fullmatch("([^=,]+=[^=,]+,?)*", optim_args) is None
+        ),
+        f"--torch_compile_mode must be one of {', '.join(COMPILE_MODES)}": (
+            training.torch_compile_mode not in (None, *COMPILE_MODES)
+        ),
+        "--output_dir needs the name of a folder": not training.output_dir,
+        "--max_steps must be at least 1; leave it out to train for --num_train_epochs": training.max_steps == 0,
+        "--label_issues lists training rows, and --do_train false trains on none: leave it out": (
+            data.label_issues and not training.do_train
+        ),
+        "--enable_jit_checkpoint needs room for its checkpoint beside the best one: --save_total_limit 2 or more": (
+            training.enable_jit_checkpoint and training.save_total_limit == 1
+        ),
+        "--dataloader_persistent_workers changes the random numbers of a resumed run: leave it out": (
+            training.dataloader_persistent_workers
+        ),
+        "--dataloader_multiprocessing_context needs processes: also give --dataloader_num_workers": (
+            training.dataloader_multiprocessing_context is not None and not training.dataloader_num_workers
+        ),
+        "--label_delimiter must not be empty": delimiter == "",
+        "--label_delimiter needs one --label_column": delimiter is not None and len(columns) > 1,
+        "FSDP needs GPUs; on CPUs use recipes/accelerate/ddp.yaml": fsdp and training.device.type == "cpu",
+    }
+    for problem, occurs in problems.items():
+        if occurs:
+            raise InputError(problem)
+
+
+def check_against_data(arguments: Arguments, splits: Mapping[str, Any], form: "Form") -> None:
+    """Raise InputError if flags do not fit the data. Without validation rows, turn off evaluation during training."""
+    training = arguments.training
+    schedule = SchedulerType(training.lr_scheduler_type)
+    follows_metric = schedule in METRIC_SCHEDULERS
+    if "train" not in splits:
+        raise InputError("no training rows: give --train_file, --data_path or --dataset_name, or --do_train false")
+    if "validation" not in splits:
+        logger.info("no validation rows: early stopping is off, and the last weights are kept")
+        training.eval_strategy, training.load_best_model_at_end, training.eval_on_start = "no", False, False
+        if training.save_strategy == "best":
+            training.save_strategy = SaveStrategy.EPOCH
+        if follows_metric:
+            raise InputError(f"--lr_scheduler_type {schedule.value} needs validation rows")
+    if training.load_best_model_at_end and training.eval_strategy == "no":
+        raise InputError("--eval_strategy no selects no best checkpoint: also give --load_best_model_at_end false")
+    if not (training.load_best_model_at_end or training.save_strategy == "best" or follows_metric):
+        training.metric_for_best_model = None  # else the Trainer looks for it at every evaluation
+    elif training.eval_strategy != "no":
+        check_best_metric(training.metric_for_best_model or "loss", form, splits["validation"]["nodes"][:])
+
+
+def check_best_metric(name: str, form: "Form", nodes: list[list[int]]) -> None:
+    """Raise InputError unless rows with these labels have the metric ``name``, and it ranks models."""
+    measured = form.metrics()(form.example_prediction(nodes))
+    available = ["loss", *(metric for metric in measured if not metric.endswith(form.unranked_metrics))]
+    if name.removeprefix("eval_") not in available:
+        problem = f"--metric_for_best_model {name} is not measured on these validation rows"
+        raise InputError(f"{problem}; it is one of {', '.join(available)}")

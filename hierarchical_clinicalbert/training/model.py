@@ -1,0 +1,240 @@
+"""Build a model that is ready to train: encoder, quantization, adapter, heads.
+
+If ``--model_name_or_path`` is a checkpoint of this project, training continues with its adapter and the heads of known
+nodes. A checkpoint on the Hub is downloaded at one commit first, and treated as a folder from then on.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import parse_flag_from_env
+from huggingface_hub import snapshot_download
+from peft import LoraConfig, inject_adapter_in_model, prepare_model_for_kbit_training
+from peft.functional import cast_adapter_dtype, set_adapter
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from checkpoint_hierarchical import check_tokenizer, load_encoder, position_limit
+from configuration_hierarchical import DEFAULT_ENCODER, Calibration, HierarchicalConfig
+from hierarchical_clinicalbert.checkpoint_files import (
+    MODEL_FILES,
+    find_snapshot,
+    is_checkpoint,
+    read_config,
+    require_encoder,
+)
+from hierarchical_clinicalbert.errors import InputError, as_input_error, one_line
+from hierarchical_clinicalbert.machine import has_bf16
+from hierarchical_clinicalbert.reading.foreign_code import refuse_foreign_code
+from hierarchical_clinicalbert.training.arguments import ModelArguments
+from modeling_hierarchical import HierarchicalForSequenceClassification
+from taxonomy_hierarchical import Taxonomy, list_names
+
+logger = logging.getLogger(__name__)
+
+MODEL_FLAG = "--model_name_or_path"
+HEAD_DROPOUT = 0.1  # of the pooled vector, in training
+
+
+# ── Build a model, or continue one ───────────────────────────────────────────────────────────────────────────────────
+
+
+def build_model(
+    arguments: ModelArguments, taxonomy: Taxonomy, seed: int, problem_type: str | None = None
+) -> HierarchicalForSequenceClassification:
+    """Build a model that is ready to train. With LoRA the encoder is frozen, and only adapter and heads are trained."""
+    torch.manual_seed(seed)
+    name, revision = arguments.model_name_or_path, arguments.model_revision
+    if is_checkpoint(name):
+        return continue_checkpoint(arguments, taxonomy)
+
+    # ── Configuration ────────────────────────────────────────────────────────────────────────────────────────────────
+    with as_input_error(f"cannot load the encoder {name}"):
+        # the default of trust_remote_code prompts at a terminal
+        text_config = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
+        if arguments.tuning == "lora":
+            turn_off_dropout(text_config)  # inside a frozen encoder, the largest cost of a CPU step
+        config = HierarchicalConfig(
+            text_config=text_config,
+            taxonomy=taxonomy,
+            # the absolute path of a folder, so that the checkpoint loads from any directory
+            encoder_name_or_path=str(Path(name).resolve()) if Path(name).is_dir() else name,
+            encoder_revision=revision,
+            pooling=arguments.pooling,
+            head_dropout=HEAD_DROPOUT,
+            problem_type=problem_type,
+        )
+        encoder = load_encoder(config, **load_arguments(arguments))
+    logger.info("encoder: %s%s", config.encoder_name_or_path, f" at {revision}" if revision else "")
+
+    # ── Adapter and heads ────────────────────────────────────────────────────────────────────────────────────────────
+    model = HierarchicalForSequenceClassification(config, encoder=encoder)
+    if arguments.tuning == "lora":
+        add_adapter(encoder, arguments)
+    model.heads.to(encoder.device)
+    return model
+
+
+def add_adapter(encoder: nn.Module, arguments: ModelArguments) -> None:
+    """Freeze an encoder, and inject a LoRA adapter with new weights in float32, in place.
+
+    InputError: ``--lora_target_modules`` names no layer, or one that cannot be adapted.
+    """
+    prepare_model_for_kbit_training(encoder, use_gradient_checkpointing=False)  # the Trainer enables it
+    targets = arguments.lora_target_modules
+    if targets == ["all-linear"]:  # PEFT's own all-linear also adapts a pooler
+        linear = (name for name, module in encoder.named_modules() if isinstance(module, nn.Linear))
+        targets = sorted({name.rsplit(".", 1)[-1] for name in linear})
+        if not targets:
+            problem = f"{type(encoder).__name__} has no linear layers"
+            raise InputError(f"{problem}: name its layers by --lora_target_modules, or give --tuning full")
+    lora = LoraConfig(
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=targets,
+        task_type="FEATURE_EXTRACTION",
+    )
+    try:
+        inject_adapter_in_model(lora, encoder)
+    except ValueError as error:
+        raise InputError(f"--lora_target_modules {' '.join(targets)}: {one_line(error)}") from error
+    for name, module in encoder.named_modules():
+        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Embedding):
+            raise InputError(f"--lora_target_modules {' '.join(targets)}: {name} is an embedding, not a layer")
+    cast_adapter_dtype(encoder, "default")  # over 4-bit layers it is bfloat16, in which small steps round to zero
+
+
+def continue_checkpoint(arguments: ModelArguments, taxonomy: Taxonomy) -> HierarchicalForSequenceClassification:
+    """Load the model of a checkpoint for further training, with heads for ``taxonomy``."""
+    path = arguments.model_name_or_path
+    config = read_config(path)
+    tuning = "full" if config.adapter_subfolder is None else "lora"
+    if (arguments.tuning, arguments.pooling) != (tuning, config.pooling):
+        same = f"--tuning {tuning} --pooling {config.pooling}"
+        weights = "an adapter" if tuning == "lora" else "full or merged weights"
+        raise InputError(f"{path} holds {weights}, with {config.pooling} pooling: continue it with {same}")
+    if tuning == "lora":
+        turn_off_dropout(config.text_config)
+    with as_input_error(f"cannot load the checkpoint {path}"):
+        model = HierarchicalForSequenceClassification.from_pretrained(
+            path, config=config, merge_adapter=False, **load_arguments(arguments)
+        )
+    model.set_calibration(Calibration())  # the stored one is fitted to the earlier weights
+    if tuning == "lora":
+        adapter = model.encoder.peft_config["default"]
+        settings = adapter.r, adapter.lora_alpha, adapter.lora_dropout, ", ".join(sorted(adapter.target_modules))
+        logger.info("the adapter keeps its settings: r = %s, alpha = %s, dropout = %s, target modules %s", *settings)
+        prepare_model_for_kbit_training(model.encoder, use_gradient_checkpointing=False)
+        set_adapter(model.encoder, "default")
+    stored = model.config.tree
+    if not taxonomy.descriptions:
+        taxonomy = Taxonomy(taxonomy.to_nested(), taxonomy.separator, stored.descriptions)
+    if stored != taxonomy:
+        new, dropped = model.change_taxonomy(taxonomy)
+        kept = stored.num_nodes - len(dropped)
+        logger.info("heads kept: %d; initialised: %s; dropped: %s", kept, list_names(new), list_names(dropped))
+    model.config.set_taxonomy(taxonomy)
+    return model
+
+
+# ── Fetch and load ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def find_config_folder(arguments: ModelArguments) -> str:
+    """Return the folder of the initial model's config.json, and pin ``--model_revision`` to its commit.
+
+    Nothing but config.json is downloaded. For the default encoder, which is no checkpoint, its id is returned.
+    """
+    name = arguments.model_name_or_path
+    if name == DEFAULT_ENCODER:
+        return name
+    snapshot = find_snapshot(name, arguments.model_revision, MODEL_FLAG)
+    if snapshot is None:
+        return name
+    arguments.model_revision = snapshot.name
+    return str(snapshot)
+
+
+def fetch_model(arguments: ModelArguments) -> None:
+    """Pin ``--model_revision`` to a commit of the Hub. Download a checkpoint of this project and continue from its folder."""
+    name = arguments.model_name_or_path
+    snapshot = find_snapshot(name, arguments.model_revision, MODEL_FLAG)
+    if snapshot is not None:
+        arguments.model_revision = commit = snapshot.name
+        if is_checkpoint(snapshot):
+            with as_input_error(f"cannot download the checkpoint {name} at {commit}"):
+                folder = snapshot_download(name, revision=commit, allow_patterns=list(MODEL_FILES))
+            logger.info("checkpoint: %s at %s", name, commit)
+            arguments.model_name_or_path, arguments.model_revision = folder, None
+    if is_checkpoint(arguments.model_name_or_path):
+        refuse_foreign_code(arguments.model_name_or_path)  # again: only its config.json was at hand before
+        require_encoder(arguments.model_name_or_path)
+
+
+def load_arguments(arguments: ModelArguments) -> dict[str, Any]:
+    """Return the keyword arguments of `from_pretrained` for training, with quantization or in float32.
+
+    4-bit is NF4 with double quantization and bfloat16 products (QLoRA: Dettmers et al., 2023). CPUs that emulate bfloat16
+    multiply in float32.
+    """
+    gpu = torch.cuda.is_available()
+    if arguments.quantization in (None, "none"):
+        return {"dtype": torch.float32}  # master weights; autocast converts them
+    settings: dict[str, Any] = {"load_in_8bit": True}
+    if arguments.quantization == "4bit":
+        settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        settings["bnb_4bit_compute_dtype"] = torch.bfloat16 if gpu or has_bf16(cpu=True) else torch.float32
+        if parse_flag_from_env("ACCELERATE_USE_FSDP"):  # which needs all parameters in one floating-point type
+            settings["bnb_4bit_quant_storage"] = torch.float32
+    # quantization happens on the device
+    device = {"device_map": {"": torch.cuda.current_device()}} if gpu else {}
+    return {"quantization_config": BitsAndBytesConfig(**settings), **device}
+
+
+def turn_off_dropout(text_config: PretrainedConfig) -> None:
+    """Set all dropout probabilities of an encoder's configuration to 0, in place."""
+    for name, value in text_config.to_dict().items():
+        if ("dropout" in name or "_pdrop" in name) and isinstance(value, float):
+            setattr(text_config, name, 0.0)
+
+
+def load_tokenizer(arguments: ModelArguments, model: HierarchicalForSequenceClassification) -> PreTrainedTokenizerBase:
+    """Load the encoder's tokenizer, and limit ``model_max_length`` to the encoder's positions."""
+    name = arguments.model_name_or_path
+    continued = is_checkpoint(name)
+    revision = model.config.encoder_revision or "main"
+    with as_input_error(f"cannot load the tokenizer of {name}"):
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=continued)
+        check_tokenizer(tokenizer, model)
+    tokenizer.init_kwargs.pop("auto_map", None)  # else saved: the pipeline would run code that the encoder names
+    tokenizer.padding_side = "right"  # "cls" pooling reads the first token, and positions start there
+    tokenizer.truncation_side = "right"  # predictions report truncation at the end of a text
+    if "attention_mask" not in tokenizer.model_input_names:  # else batches would have no mask
+        tokenizer.model_input_names = [*tokenizer.model_input_names, "attention_mask"]
+    limit = position_limit(model.encoder)
+    if limit is None:
+        raise InputError(f"{type(model.encoder).__name__} names no max_position_embeddings; use another encoder")
+    # a checkpoint's tokenizer stores its --max_length, which this run may exceed
+    tokenizer.model_max_length = limit if continued else min(tokenizer.model_max_length, limit)
+    return tokenizer
+
+
+def size_report(model: HierarchicalForSequenceClassification) -> dict[str, int | float]:
+    """Count all and trainable parameters, and the bytes of the encoder's weights, as stored and in float32."""
+    encoder, heads = model.encoder, model.heads
+    adapter = sum(parameter.numel() for name, parameter in encoder.named_parameters() if "lora_" in name)
+    # the encoder's method counts 4-bit weights, stored two to a byte; the model's method counts stored elements
+    total = encoder.num_parameters() + sum(parameter.numel() for parameter in heads.parameters())
+    trainable = model.num_parameters(only_trainable=True)
+    stored = encoder.state_dict()  # with the scales of quantized weights
+    return {
+        "trainable_parameters": trainable,
+        "all_parameters": total,
+        "trainable_share": trainable / total,
+        "encoder_bytes": sum(tensor.nbytes for name, tensor in stored.items() if "lora_" not in name),
+        "encoder_bytes_float32": 4 * (encoder.num_parameters() - adapter),
+    }

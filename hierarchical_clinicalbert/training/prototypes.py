@@ -1,0 +1,183 @@
+"""Initialise heads from prototypes: the mean embedding of each class's training texts and its name.
+
+Prototypes are from Snell et al., 2017, "Prototypical Networks for Few-shot Learning". A class name counts as several texts
+(dataless classification: Chang et al., 2008, "Importance of Semantic Representation"). Prototypes help most with few rows per
+class. For multi-label models, biases start at each node's log-odds in the training rows.
+"""
+
+import logging
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn.functional import normalize, pad
+
+from hierarchical_clinicalbert.checkpoint_files import is_checkpoint, read_config
+from hierarchical_clinicalbert.training.arguments import FEW_ROWS, ModelArguments
+from hierarchical_clinicalbert.training.contrastive import train_contrastively
+from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
+
+logger = logging.getLogger(__name__)
+
+TYPICAL_SCORE = 4.0  # of a text at the typical distance from the mean, in the direction of its class
+NAME_WEIGHT = 4.0  # texts that a class name counts as
+DESCRIPTION_WEIGHT = 16.0  # texts that a name with a description counts as
+MAX_TEXTS = 4096  # that are embedded
+
+
+class Names(NamedTuple):
+    """A phrase for each class, for its prototype. ``weights`` are the numbers of texts that the phrases count as.
+
+    ``directions`` are those of the phrases' embeddings, see `embed_phrases`.
+    """
+
+    source: str
+    phrases: list[str]
+    weights: list[float]
+    directions: Tensor
+
+
+def initialise_heads(trainer: HierarchicalTrainer, rows: Dataset, arguments: ModelArguments) -> str | None:
+    """Initialise new heads as ``--heads_init`` says, and biases at `Decisions.initial_biases`.
+
+    First, the encoder is trained for ``--contrastive_steps``. Return "prototypes" or "random"; None for a continued
+    checkpoint that knows a node of the taxonomy: its heads are kept, and there are no contrastive steps.
+    """
+    tree = trainer.model.config.tree
+    stored = arguments.model_name_or_path
+    known = read_config(stored).tree.node_of_path.keys() & tree.node_of_path.keys() if is_checkpoint(stored) else ()
+    heads, labels = trainer.model.heads, node_targets(trainer, rows)
+    new = [node for path, node in tree.node_of_path.items() if path not in known]
+    with torch.no_grad():
+        heads.bias[new] = heads.decisions.initial_biases(heads.decisions.count_outcomes(labels)).to(heads.bias)[new]
+    if known:
+        if arguments.contrastive_steps or arguments.heads_init:
+            logger.info("trained heads are kept: --contrastive_steps and --heads_init have no effect")
+        return None
+    few_rows = len(rows) < FEW_ROWS * tree.num_leaves
+    chosen = arguments.heads_init or ("prototypes" if few_rows else "random")
+    some = rows.select(np.sort(np.random.default_rng(0).permutation(len(rows))[:MAX_TEXTS]))
+    # before contrastive training: after it, prototypes without names would seem to fit these texts best
+    names, vectors = None, None
+    if chosen == "prototypes":
+        vectors = embed_texts(trainer, some)
+        names = choose_names(trainer, some, vectors)
+    if arguments.contrastive_steps:
+        members = class_members(trainer, rows)[:, : tree.num_leaves]
+        train_contrastively(trainer, rows["input_ids"][:], members, arguments.contrastive_steps)
+        if names:  # the encoder has changed
+            vectors = embed_texts(trainer, some)
+            names = names._replace(directions=embed_phrases(trainer, names.phrases))
+    if names:
+        set_prototypes(trainer, some, vectors, names)
+    return chosen
+
+
+@torch.no_grad()
+def choose_names(trainer: HierarchicalTrainer, rows: Dataset, vectors: Tensor) -> Names:
+    """Choose what prototypes use in addition to the texts' vectors (B, H): nothing, class names, or names with descriptions.
+
+    The choice maximises the likelihood of the training labels. Each text is left out of its own prototypes. A phrase counts as
+    `NAME_WEIGHT` texts, or as 0.
+    """
+    model = trainer.model
+    tree, heads, classes = model.config.tree, model.heads, model.config.num_labels
+    # ── Names, with and without descriptions ─────────────────────────────────────────────────────────────────────────
+    phrases = [label.replace(tree.separator, " ") for label in tree.labels[:classes]]
+    descriptions = [tree.descriptions.get(label) for label in tree.labels[:classes]]
+    texts_only = "the training texts alone: the class names do not fit them; --class_names gives better ones"
+    directions = embed_phrases(trainer, phrases)
+    candidates = [
+        Names(texts_only, phrases, [0.0] * classes, directions),
+        Names("the training texts and the class names", phrases, [NAME_WEIGHT] * classes, directions),
+    ]
+    if tree.descriptions:
+        described = [f"{name}: {text}" if text else name for name, text in zip(phrases, descriptions, strict=True)]
+        weights = [DESCRIPTION_WEIGHT if text else NAME_WEIGHT for text in descriptions]
+        source = "the training texts, the class names and their descriptions"
+        candidates.append(Names(source, described, weights, embed_phrases(trainer, described)))
+
+    # ── Likelihood of the labels ─────────────────────────────────────────────────────────────────────────────────────
+    offsets, *_ = standardise(vectors)
+    labels, members = node_targets(trainer, rows), class_members(trainer, rows)
+    text_sums = members.T @ offsets
+
+    def likelihood(names: Names) -> float:
+        name_sums = NAME_WEIGHT * names.directions if any(names.weights) else 0
+        own = left_out_scores(offsets, members, text_sums + name_sums)
+        scores = pad(own, (0, tree.num_nodes - classes)) + heads.bias
+        return float(heads.decisions.log_likelihood(heads.decisions.inclusive(scores), labels).sum())
+
+    return max(candidates, key=likelihood)
+
+
+@torch.no_grad()
+def set_prototypes(trainer: HierarchicalTrainer, rows: Dataset, vectors: Tensor, names: Names) -> None:
+    """Initialise new heads from embeddings of the training texts, (B, H), and the class names. Inner nodes get 0.
+
+    The score of a leaf for a text with embedding v is  TYPICAL_SCORE · p · (v - m) / s.
+
+    m, s: mean of the texts' embeddings, and the root mean square of their distances from it.
+    p: the prototype, a unit vector along  k · u + Σ (v - m) / s  over the leaf's texts.
+    u: unit vector from the mean embedding of all names to the embedding of the leaf's name.
+    k: number of texts that the name counts as, from ``names.weights``.
+
+    In multi-label models each node has such a score, added to its initial bias.
+    """
+    heads, classes = trainer.model.heads, trainer.model.config.num_labels
+    offsets, mean, rms_distance = standardise(vectors)
+    weights = offsets.new_tensor(names.weights)[:, None]
+    prototypes = normalize(class_members(trainer, rows).T @ offsets + weights * names.directions)
+    heads.weight.zero_()
+    heads.weight[:classes] = TYPICAL_SCORE / rms_distance * prototypes
+    heads.bias[:classes] -= heads.weight[:classes] @ mean
+    logger.info("heads are initialised from %s", names.source)
+
+
+def standardise(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return offsets of vectors (B, H) from their mean, over their RMS distance; the mean (H,); and the RMS distance."""
+    mean = vectors.mean(0)
+    rms_distance = (vectors - mean).square().sum(1).mean().sqrt().clamp(min=1e-6)
+    return (vectors - mean) / rms_distance, mean, rms_distance
+
+
+@torch.no_grad()
+def embed_texts(trainer: HierarchicalTrainer, rows: Dataset) -> Tensor:
+    """Return the texts' embeddings, (B, H)."""
+    trainer.model.eval()  # no dropout; each training step switches back
+    return trainer.embed(rows["input_ids"][:])
+
+
+@torch.no_grad()
+def embed_phrases(trainer: HierarchicalTrainer, phrases: list[str]) -> Tensor:
+    """Return the directions of the phrases' embeddings from their mean, (C, H)."""
+    trainer.model.eval()
+    named = trainer.embed(trainer.processing_class(phrases, truncation=True)["input_ids"])
+    return normalize(named - named.mean(0))
+
+
+def node_targets(trainer: HierarchicalTrainer, rows: Dataset) -> Tensor:
+    """Return the labels of the rows as of `Decisions.targets`."""
+    decisions = trainer.model.heads.decisions
+    return decisions.targets(rows["labels"][:]).to(decisions.parents.device)
+
+
+def class_members(trainer: HierarchicalTrainer, rows: Dataset) -> Tensor:
+    """Return the classes of each text, (B, C), 1 or 0 in float32. For one path, an inner node as the label gives none."""
+    decisions = trainer.model.heads.decisions
+    members = torch.zeros(len(rows), decisions.num_classes)
+    for row, nodes in zip(members, rows["labels"][:], strict=True):
+        row[[node for node in decisions.tree.with_ancestors(nodes) if node < decisions.num_classes]] = 1.0
+    return members.to(trainer.model.heads.weight.device)
+
+
+def left_out_scores(offsets: Tensor, members: Tensor, sums: Tensor) -> Tensor:
+    """Score texts by prototypes that leave out the text itself, (B, C).
+
+    ``offsets`` (B, H) are the texts, ``members`` (B, C) their classes, ``sums`` (C, H) unnormalised prototypes of all texts.
+    """
+    products, squares = offsets @ sums.T, offsets.square().sum(1, keepdim=True)
+    lengths = sums.square().sum(1) - members * (2 * products - squares)  # |sum - text|²
+    return TYPICAL_SCORE * (products - members * squares) / lengths.clamp(min=1e-6).sqrt()

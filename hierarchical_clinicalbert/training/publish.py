@@ -1,0 +1,93 @@
+"""Collect the settings and facts of a run for its model card, and push its files to the Hub."""
+
+import logging
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+
+from configuration_hierarchical import HierarchicalConfig
+from hierarchical_clinicalbert.errors import ROOT, InputError
+from hierarchical_clinicalbert.publishing import card
+from hierarchical_clinicalbert.publishing.environment import describe_environment
+from hierarchical_clinicalbert.publishing.hub import (
+    HUB_ERRORS,
+    describe_hub_error,
+    find_target,
+    log_in,
+    refuse_local_encoder,
+)
+from hierarchical_clinicalbert.training.arguments import Arguments, HierarchicalTrainingArguments
+from hierarchical_clinicalbert.training.trainer import HierarchicalTrainer
+from modeling_hierarchical import HierarchicalForSequenceClassification
+
+logger = logging.getLogger(__name__)
+
+
+def run_settings(arguments: Arguments, model: HierarchicalForSequenceClassification, max_length: int) -> dict[str, Any]:
+    """Return the settings of a run for its card. A continued adapter keeps its own rank, scale and dropout."""
+    settings = {
+        **vars(arguments.model),
+        **vars(arguments.loss),
+        **{name: getattr(arguments.training, name) for name in card.TRAINING_SETTINGS},
+        "max_length": max_length,
+        "train_precision": arguments.training.precision,
+    }
+    settings |= dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"))
+    if model.has_adapter:
+        adapter = model.encoder.peft_config["default"]
+        settings |= {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "lora_dropout": adapter.lora_dropout}
+        settings["lora_target_modules"] = sorted(adapter.target_modules)
+    return settings
+
+
+def run_facts(arguments: Arguments, size: dict[str, int | float], data_report: dict[str, Any]) -> dict[str, Any]:
+    """Return facts of a run for metrics.json: precision, sizes, environment, commit and hashes of the data files."""
+    hashes = {source["split"]: source["sha256"] for source in data_report["sources"]}  # no paths: they are published
+    return {
+        "train_precision": arguments.training.precision,
+        "train_quantization": arguments.model.quantization,
+        **size,
+        "environment": {**describe_environment(arguments.training.device), "commit": source_commit(), "data": hashes},
+    }
+
+
+def source_commit() -> str | None:
+    """Return the commit of this code, with a "+" if files were changed, or None outside a git checkout."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        return None
+    describe = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None
+
+
+def write_card(trainer: HierarchicalTrainer, settings: dict, report: dict, metrics: dict, folder: Path) -> None:
+    """Write README.md into a checkpoint's folder, with the metrics measured so far."""
+    config = HierarchicalConfig.from_pretrained(folder)
+    card.write(folder, config, settings, report, metrics, trainer.hub_model_id)
+
+
+def check_hub(training: HierarchicalTrainingArguments, model: HierarchicalForSequenceClassification) -> None:
+    """Raise InputError before training if the encoder is a local folder, or the repository cannot be written to."""
+    if model.has_adapter:
+        refuse_local_encoder(model.config, "train without --push_to_hub, then run push_to_hub.py --merge")
+    api = HfApi(token=training.hub_token)
+    name = training.hub_model_id or Path(training.output_dir).resolve().name
+    private = bool(training.hub_private_repo)
+    find_target(api, log_in(api), "--hub_model_id", name, revision=training.hub_revision, private=private)
+
+
+def push(trainer: HierarchicalTrainer) -> None:
+    """Push the finished run to the Hub, or raise InputError with the command that repeats the upload."""
+    try:
+        trainer.push_to_hub()
+    except (*HUB_ERRORS, ValueError, RuntimeError) as error:
+        output, branch = trainer.args.output_dir, trainer.args.hub_revision
+        command = f"push_to_hub.py --model {output} --repo_id {trainer.hub_model_id}"
+        command += f" --revision {branch}" if branch else ""
+        raise InputError(
+            f"{output} is complete, but not on the Hub: {describe_hub_error(error)}; run {command}"
+        ) from error
+    if trainer.is_world_process_zero():
+        logger.info("published as %s", trainer.hub_model_id)

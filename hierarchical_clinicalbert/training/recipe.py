@@ -1,0 +1,91 @@
+"""Convert a recipe, a YAML file of flags, to command-line arguments.
+
+The recipe's arguments precede the others, so a flag of the command line overrides the recipe's. A data source on the command
+line replaces the recipe's. Values stay as they are written: codes such as ``007``, ``1.10`` and ``no`` are texts.
+"""
+
+import argparse
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hierarchical_clinicalbert.errors import InputError
+from taxonomy_hierarchical import NO_VALUE, quote_name, read_yaml
+
+# groups of flags; a run uses one group
+SOURCES = (
+    ("dataset_name", "dataset_config_name", "dataset_revision"),
+    ("data_path",),
+    ("train_file", "validation_file", "test_file"),
+)
+# names of flags in other programs, and in this one
+SYNONYMS = {
+    **{"lr": "learning_rate", "batch_size": "per_device_train_batch_size", "epochs": "num_train_epochs"},
+    **{"model": "model_name_or_path", "data": "data_path", "output": "output_dir"},
+    **{"group_by_length": "train_sampling_strategy", "no_cuda": "use_cpu"},  # of transformers 4
+}
+
+
+def insert_recipe(argv: list[str], flags: Mapping[str, argparse.Action]) -> list[str]:
+    """Replace a recipe, the first argument of a command line, by the arguments that it stands for."""
+    path, *rest = argv
+    given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in rest if word.startswith("--")}
+    used = [group for group in SOURCES if given & {*group}]
+    replaced = {name for group in SOURCES if used and group not in used for name in group}
+    words: list[str] = []
+    for key, value in read_recipe(path).items():
+        if key not in flags:
+            raise InputError(f"the recipe {path} has an unknown key {quote_name(key)}; {nearest(str(key), flags)}")
+        if key in replaced:
+            continue
+        takes_list = flags[key].nargs in ("+", "*")
+        if value in NO_VALUE and flags[key].default is None:
+            continue
+        if value in NO_VALUE:
+            raise InputError(f"the recipe {path}: {key} has no value; leave the key out for its default")
+        if isinstance(value, dict):
+            value = json.dumps(value if key == "class_names" else typed(value))
+        values = value if isinstance(value, list) else [value]
+        if isinstance(value, list) and not takes_list:
+            raise InputError(f"the recipe {path}: {key} takes one value, not a list of {len(value)}")
+        if any(isinstance(item, list | dict) for item in values):
+            raise InputError(f"the recipe {path}: {key} takes a plain list, without lists or mappings in it")
+        words += [f"--{key}", *map(str, values)] if takes_list else [f"--{key}={value}"]
+    return words + rest
+
+
+def typed(value: Any) -> Any:
+    """Parse each string in a nested mapping as JSON. A string that is not JSON is unchanged."""
+    if isinstance(value, dict):
+        return {name: typed(item) for name, item in value.items()}
+    try:
+        return json.loads(value)
+    except (TypeError, ValueError):
+        return value
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a hint with the most similar flag."""
+    if own := SYNONYMS.get(name.lstrip("-").replace("-", "_")):
+        return f"did you mean {'--' * name.startswith('--')}{own}?"
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else "train.py --help lists all flags"
+
+
+def read_recipe(path: str | Path) -> dict:
+    """Read a recipe as a mapping of flags to values, all of them text, or raise InputError."""
+    try:
+        recipe = read_yaml(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"the recipe {path} is not UTF-8 text: save it as UTF-8") from error
+    except ValueError as error:
+        raise InputError(f"the recipe {path} is not YAML: {error}") from error
+    except RecursionError as error:
+        raise InputError(f"the recipe {path} is nested too deeply: it must be a mapping of flags to values") from error
+    if not isinstance(recipe, dict):
+        raise InputError(f"the recipe {path} must be a mapping of flags to values")
+    return recipe

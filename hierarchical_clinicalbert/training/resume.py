@@ -1,0 +1,259 @@
+"""Find the checkpoint to resume from, lock and prepare the output folder, and clean up an overwritten run.
+
+trainer_state.json is written last, and older checkpoints are deleted after that. A killed process leaves at most one
+checkpoint without trainer_state.json, and never deletes the only complete one.
+"""
+
+import json
+import logging
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+
+from checkpoint_hierarchical import ADAPTER_SUBFOLDER
+from hierarchical_clinicalbert.checkpoint_files import (
+    ONNX_FILE,
+    QUANTIZED_ONNX_FILE,
+    TRUNCATION_FILE,
+    find_damage,
+    is_checkpoint,
+    read_config,
+)
+from hierarchical_clinicalbert.data.splits import LabelledSplits
+from hierarchical_clinicalbert.data.trained_texts import (
+    NO_TRAINED_TEXTS,
+    TRAINED_TEXTS,
+    TrainedTexts,
+    read_trained_texts,
+    write_trained_texts,
+)
+from hierarchical_clinicalbert.errors import InputError, as_input_error
+from hierarchical_clinicalbert.files import lock
+from hierarchical_clinicalbert.publishing.description import METRICS, SCORE_FILES, delete_description
+from hierarchical_clinicalbert.training.arguments import HierarchicalTrainingArguments
+from modeling_hierarchical import HierarchicalForSequenceClassification
+from taxonomy_hierarchical import Taxonomy
+
+logger = logging.getLogger(__name__)
+
+START_ANEW = "or --overwrite_output_dir true without --resume_from_checkpoint"
+# files that a checkpoint needs besides the model, and the message if one is missing
+NEEDED = {
+    "optimizer*": "it has no optimizer state (--save_only_model?)",
+    "scheduler.pt": "scheduler.pt is missing",
+    "rng_state*.pth": "rng_state.pth is missing",
+}
+LABEL_ISSUES = "label_issues.csv"
+
+
+@contextmanager
+def lock_output_folder(training: HierarchicalTrainingArguments) -> Iterator[None]:
+    """Lock ``--output_dir`` for this run. The first process has the lock, and all processes raise InputError if it is taken."""
+    output = Path(training.output_dir)
+    with ExitStack() as stack:
+        problem = None
+        if training.process_index == 0:
+            try:
+                stack.enter_context(lock("--output_dir", output, output / ".train.lock"))
+            except InputError as error:
+                problem = str(error)
+        (problem,) = broadcast_object_list([problem])  # else the other processes would wait for the first
+        if problem is not None:
+            raise InputError(problem)
+        yield
+
+
+def check_output_folder(training: HierarchicalTrainingArguments, model: str) -> None:
+    """Raise InputError if ``--output_dir`` already holds a run, the model that this run would delete, or a user's own files.
+
+    With ``--resume_from_checkpoint auto``, a new run starts in a folder with neither model nor complete checkpoint.
+    """
+    output = Path(training.output_dir)
+    checkpoints, has_model = list_checkpoints(output), (output / "config.json").exists()
+    has_scores = (output / METRICS).exists()
+
+    # ── A folder without a run: whose files are these? ───────────────────────────────────────────────────────────────
+    is_started = any((output / name).exists() for name in (TRAINED_TEXTS, "data_report.json"))
+    if not (checkpoints or has_model or has_scores or is_started):
+        written = [*SCORE_FILES, *(["README.md", LABEL_ISSUES] if training.do_train else [])]
+        if own := next((file for pattern in written for file in sorted(output.glob(pattern))), None):
+            problem = f"{own}, which a run would overwrite or delete, is not from a run"
+            raise InputError(f"--output_dir {output}: {problem}: move it, or give another --output_dir")
+
+    # ── A folder with a run: resumed, overwritten, or refused ────────────────────────────────────────────────────────
+    may_overwrite = training.do_train or not (checkpoints or has_model)  # scores of a checkpoint replace only scores
+    resumable = any(find_resume_problem(folder) is None for folder in checkpoints)
+    resumes = training.do_train and continues_run(training.resume_from_checkpoint, output)
+    if resumes and (resumable or training.resume_from_checkpoint != "auto"):
+        return
+    if training.overwrite_output_dir and may_overwrite:
+        source = Path(model).resolve()
+        if any(folder.resolve() in (source, *source.parents) for folder in checkpoints):
+            raise InputError(f"--overwrite_output_dir true would delete {model}: give another --output_dir")
+    elif has_model or has_scores or (checkpoints and not resumes):
+        problem = "holds a model and no complete checkpoint to resume from" if resumes else "already holds a run"
+        remedies = ["another --output_dir"]
+        remedies += ["--overwrite_output_dir true"] if may_overwrite else []
+        remedies += ["--resume_from_checkpoint auto"] if training.do_train and resumable else []
+        raise InputError(f"--output_dir {output} {problem}: give {', or '.join(remedies)}")
+
+
+def read_earlier_texts(model: str, resume_from: str | None) -> TrainedTexts:
+    """Return the texts that the initial weights were trained on."""
+    if resume_from is not None:
+        return read_trained_texts(resume_from)
+    if not is_checkpoint(model):
+        return NO_TRAINED_TEXTS
+    trained = read_trained_texts(model)
+    return TrainedTexts(earlier=trained.all, validation=trained.validation, complete=trained.complete)
+
+
+def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
+    """Return the folder of ``--resume_from_checkpoint``. "auto" selects the last complete checkpoint of the run."""
+    if requested is None:
+        return None
+    if requested != "auto":
+        folder = Path(requested)
+        problem = find_resume_problem(folder) if folder.is_dir() else "there is no such folder"
+        names = [other.name for other in list_checkpoints(folder.parent)]
+        later = names[names.index(folder.name) + 1 :] if folder.name in names else []
+        if problem is None and later and continues_run(requested, Path(output_dir)):  # "auto" would resume from them
+            problem = f"this run has later checkpoints, {', '.join(later)}; move them, or give another --output_dir"
+        if problem is not None:
+            raise InputError(f"cannot resume from {requested}: {problem}")
+        return requested
+    for folder in reversed(list_checkpoints(Path(output_dir))):
+        problem = find_resume_problem(folder)
+        if problem is None:
+            logger.info("resuming from %s", folder)
+            return str(folder)
+        logger.warning("skipped %s: %s", folder, problem)
+    logger.info("starting a new run: %s holds no complete checkpoint", output_dir)
+    return None
+
+
+def check_resumed_data(checkpoint: str, taxonomy: Taxonomy, report: dict[str, Any]) -> str | None:
+    """Raise InputError if the run to resume had another taxonomy, or other training or validation rows or labels.
+
+    ``report`` is the data report of this run. Return how the run to resume initialised its heads, None if unknown.
+    """
+    # ── Taxonomy: another one of the same shape would load silently ──────────────────────────────────────────────────
+    if is_checkpoint(checkpoint):  # shards of FSDP have no configuration
+        stored = read_config(checkpoint).tree
+        if (stored.names, stored.parents) != (taxonomy.names, taxonomy.parents):
+            problem = "it has another taxonomy, or another order of classes; give the same --taxonomy"
+            raise InputError(f"cannot resume from {checkpoint}: {problem}, {START_ANEW}")
+
+    # ── Data: sources, columns and splits ────────────────────────────────────────────────────────────────────────────
+    file = Path(checkpoint).parent / "data_report.json"
+    if not file.is_file():
+        return None
+    with as_input_error(f"{file} cannot be read"):
+        stored_report = json.loads(file.read_text(encoding="utf-8"))
+        before, now = (
+            {
+                "split": {name: value for name, value in data["split"].items() if name != "seed"},
+                "columns": data["columns"],
+                "hashes": [
+                    sorted(source["sha256"].values()) for source in data["sources"] if source["split"] != "test"
+                ],
+            }
+            for data in (stored_report, report)
+        )
+    if before != now:
+        problem = "it was trained on other rows or labels; give the same data, columns, names, --seed and split sizes"
+        raise InputError(f"cannot resume from {checkpoint}: {problem}, {START_ANEW}")
+    return stored_report.get("heads_init")
+
+
+def check_model(checkpoint: str, model: HierarchicalForSequenceClassification) -> None:
+    """Raise InputError if a checkpoint has another encoder, adapter or pooling, whose weights might load silently."""
+    if not is_checkpoint(checkpoint):
+        return
+    stored, config = read_config(checkpoint), model.config
+    pairs = {
+        "--tuning": ("lora" if stored.adapter_subfolder else "full", "lora" if model.has_adapter else "full"),
+        "--model_name_or_path": tuple(Path(c.encoder_name_or_path).name for c in (stored, config)),
+        "--model_revision": (stored.encoder_revision, config.encoder_revision),
+        "--pooling": (stored.pooling, config.pooling),
+        "--problem_type": (stored.problem_type, config.problem_type),
+    }
+    if model.has_adapter and stored.adapter_subfolder:
+        adapter = model.encoder.peft_config["default"]
+        path = Path(checkpoint) / ADAPTER_SUBFOLDER / "adapter_config.json"
+        with as_input_error(f"{path} cannot be read"):
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            pairs |= {
+                "--lora_r": (settings["r"], adapter.r),
+                "--lora_alpha": (settings["lora_alpha"], adapter.lora_alpha),
+                "--lora_target_modules": (sorted(settings["target_modules"]), sorted(adapter.target_modules)),
+            }
+    for flag, (before, now) in pairs.items():
+        if before != now:
+            problem = f"it was trained with another {flag}, {before}, not {now}; give the same"
+            raise InputError(f"cannot resume from {checkpoint}: {problem}, {START_ANEW}")
+
+
+def start_run(trainer: Trainer, model: str, data: LabelledSplits, resume_from: str | None) -> None:
+    """Clean up an overwritten run and record the training texts, while all processes wait.
+
+    ``model`` is the folder or id of the initial weights.
+    """
+    training, output = trainer.args, Path(trainer.args.output_dir)
+    trainer.accelerator.wait_for_everyone()  # until all have read the texts of the earlier run
+    if training.should_save:
+        resumed = resume_from is not None and continues_run(training.resume_from_checkpoint, output)
+        if training.overwrite_output_dir and not resumed:
+            delete_run(output, model)
+        texts = (data.splits[name]["text"] if name in data.splits else [] for name in ("train", "validation"))
+        write_trained_texts(output, data.trained_texts, *texts)
+    trainer.accelerator.wait_for_everyone()
+
+
+def delete_run(output: Path, model: str) -> None:
+    """Delete a run's checkpoints, description and configuration. ``output`` may be the folder of the initial ``model``."""
+    for folder in list_checkpoints(output):
+        if folder.is_symlink():
+            folder.unlink()
+        else:
+            shutil.rmtree(folder)
+    delete_description(output)
+    for name in (LABEL_ISSUES, ONNX_FILE, QUANTIZED_ONNX_FILE, TRUNCATION_FILE):  # exports of the earlier weights
+        (output / name).unlink(missing_ok=True)
+    if output.resolve() != Path(model).resolve():  # else the earlier weights would pass for those of a killed new run
+        (output / "config.json").unlink(missing_ok=True)
+
+
+def continues_run(requested: str | None, output_dir: Path) -> bool:
+    """Return whether ``--resume_from_checkpoint`` continues the run in a folder instead of starting a new one there."""
+    return requested == "auto" or (requested is not None and Path(requested).parent.resolve() == output_dir.resolve())
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Return the folders ``checkpoint-N`` of a run, sorted by N."""
+    folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(filter(Path.is_dir, folders), key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
+
+
+def find_resume_problem(checkpoint: Path) -> str | None:
+    """Return why a run cannot resume from a checkpoint, or None if it can."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+    except FileNotFoundError:
+        return f"it is incomplete: {TRAINER_STATE_NAME} is missing"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{TRAINER_STATE_NAME} cannot be read"
+    is_sharded = any(checkpoint.glob("pytorch_model_fsdp*"))
+    damage = None if is_sharded else find_damage(checkpoint, adapter_form=(checkpoint / ADAPTER_SUBFOLDER).is_dir())
+    missing = [problem for pattern, problem in NEEDED.items() if not any(checkpoint.glob(pattern))]
+    archives = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]  # zip files, whose directory is at the end
+    damaged = [f"{file.name} is damaged" for file in archives if not zipfile.is_zipfile(file)]
+    return damage or next(iter(missing + damaged), None)
